@@ -1,0 +1,42 @@
+#pragma once
+// The shape of a model, from a Hugging Face config.json of type qwen2 or qwen2_moe.
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace upmoe {
+
+struct ModelConfig {
+  std::string model_type = "qwen2";  // qwen2 | qwen2_moe
+  std::int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0;
+  int num_hidden_layers = 0, num_attention_heads = 0, num_key_value_heads = 0;
+  std::int64_t head_dim = 0;  // hidden_size / heads unless the file says otherwise
+  std::int64_t max_position_embeddings = 0;
+  double rms_norm_eps = 1e-6, rope_theta = 1e6, initializer_range = 0.02;
+  bool tie_word_embeddings = false;
+  bool qkv_bias = true;
+  std::string dtype = "bfloat16";  // of the files: bfloat16 | float32 | float16
+
+  // qwen2_moe only; num_experts 0 = dense
+  int num_experts = 0, num_experts_per_tok = 0, decoder_sparse_step = 1;
+  std::int64_t moe_intermediate_size = 0, shared_expert_intermediate_size = 0;  // shared 0 = none
+  bool norm_topk_prob = false;
+  double router_aux_loss_coef = 0.001;
+  std::vector<int> mlp_only_layers;
+
+  std::string raw_json = "{}";  // the file as read: keys we do not know are carried through to the output
+
+  bool is_moe_layer(int layer) const;
+  int num_moe_layers() const;
+};
+
+// Reads `path` (config.json, or a directory that holds one). Throws Error(kBadInput) that lists every problem.
+ModelConfig read_model_config(const std::filesystem::path& path);
+ModelConfig parse_model_config(const std::string& json, const std::string& where);
+// The config.json that transformers v4, v5 and vLLM read: rope_theta and rope_parameters, torch_dtype and dtype,
+// mlp_only_layers, architectures; unknown keys of raw_json kept.
+std::string to_hf_json(const ModelConfig& config);
+
+}  // namespace upmoe

@@ -1,0 +1,62 @@
+#pragma once
+// A folder of tensors in global coordinates that any layout can open: one HDF5 shard file per rank with flat datasets,
+// index.h5 with one virtual dataset per (tensor, kind) in its global shape for any HDF5 reader, manifest.json with
+// sizes and CRC-32C of every file. Written to DIR.tmp and renamed: complete or invisible. The index is never trusted:
+// opening checks the manifest's files for presence and size, reading checks the bytes' checksums before use.
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/core/tensor.h"
+#include "parallel/communicator.h"
+#include "parallel/layout.h"
+
+namespace upmoe {
+
+// What one rank adds: the boxes it owns of one global tensor, and their elements one box behind the other.
+struct StorePiece {
+  std::string tensor;          // e.g. "layers.3.moe.down_EDF"
+  std::string kind;            // weight | master | m | v
+  Shape global;
+  std::vector<Box> boxes;      // may be empty
+  ConstTensorView values;      // flat, host memory, fp32 or bf16
+};
+
+// Collective over `world`. Every failure (full disk, short write, a peer's error) is agreed on: all ranks throw the
+// same Error and no trace but a .tmp folder remains. `metadata_json` (an object) is stored in the manifest under "run".
+// Replaces a leftover .tmp; refuses an existing dir. Order: shards, fsync, re-read and compare, index, manifest, fsync,
+// rename, fsync of the parent.
+void write_store(const std::filesystem::path& dir, Communicator& world, const std::vector<StorePiece>& pieces,
+                 const std::string& metadata_json);
+
+class ShardStore {
+ public:
+  // Throws Error(kBadInput) naming file, found and expected, when the folder is incomplete or damaged.
+  explicit ShardStore(const std::filesystem::path& dir);
+  ~ShardStore();
+  ShardStore(const ShardStore&) = delete;
+  const std::string& metadata_json() const { return metadata_; }
+  struct Tensor { Shape shape; DType dtype; };
+  const std::map<std::pair<std::string, std::string>, Tensor>& tensors() const { return tensors_; }  // (name, kind)
+  // Any box, whatever the layout that wrote it; same dtype as stored, or fp32 from bf16 and back (rounded).
+  void read(std::string_view tensor, std::string_view kind, const Box& box, TensorView out) const;
+  void verify() const;  // reads every file and compares its checksum
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+  std::string metadata_;
+  std::map<std::pair<std::string, std::string>, Tensor> tensors_;
+};
+
+// Checkpoint folders `step_00000100` of a run: complete ones, newest last. Damaged ones are not judged here.
+std::vector<std::filesystem::path> list_checkpoints(const std::filesystem::path& checkpoints_dir);
+
+std::uint32_t crc32c(const void* data, std::size_t bytes, std::uint32_t seed = 0);  // Castagnoli
+
+}  // namespace upmoe

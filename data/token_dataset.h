@@ -1,0 +1,66 @@
+#pragma once
+// Token files (HDF5, format upmoe-tokens-1) and the global order of samples.
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace upmoe {
+
+// One token file, mapped. Errors: Error(kBadInput) naming file, found and expected.
+class TokenFile {
+ public:
+  explicit TokenFile(const std::filesystem::path& path);
+  ~TokenFile();
+  TokenFile(const TokenFile&) = delete;
+  std::int64_t num_tokens() const { return num_tokens_; }
+  std::int64_t vocab_size() const { return vocab_size_; }
+  std::int64_t eos_id() const { return eos_id_; }
+  const std::string& tokenizer_sha256() const { return tokenizer_sha256_; }
+  const std::vector<std::int64_t>& document_ends() const { return document_ends_; }  // exclusive, rising
+  std::span<const std::uint32_t> tokens() const { return {tokens_, static_cast<std::size_t>(num_tokens_)}; }
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+  void* map_ = nullptr;
+  std::size_t map_bytes_ = 0;
+  const std::uint32_t* tokens_ = nullptr;
+  std::int64_t num_tokens_ = 0, vocab_size_ = 0, eos_id_ = -1;
+  std::string tokenizer_sha256_;
+  std::vector<std::int64_t> document_ends_;
+};
+
+// Several weighted files as one endless sequence of samples. Sample i is a pure function of (files, weights, seed, i):
+// no hidden cursor, so any layout and any resume sees the same order. Within a file, sequence j is tokens
+// [j*S, (j+1)*S) and its targets are the same shifted by one; shuffle permutes the sequences anew in each epoch
+// (a counter-based bijection, no table); several sources are interleaved so that after any n samples each source has
+// given its share within one.
+class TokenDataset {
+ public:
+  struct Source { std::filesystem::path path; double weight = 1.0; };
+  // vocab_size: the model's; a file whose vocabulary is larger, or that holds a token >= vocab_size when read, throws.
+  TokenDataset(const std::vector<Source>& sources, std::int64_t seq_len, bool shuffle, std::uint64_t seed,
+               std::int64_t vocab_size);
+  ~TokenDataset();
+  std::int64_t num_sequences() const;  // of one epoch over all files
+  std::int64_t seq_len() const { return seq_len_; }
+  // tokens, targets: seq_len each. documents, positions (may be empty spans): document number within the sequence and
+  // position since the document's start, both from 0.
+  void read(std::int64_t sample, std::span<std::int32_t> tokens, std::span<std::int32_t> targets,
+            std::span<std::int32_t> documents, std::span<std::int32_t> positions) const;
+  // A digest of what the order depends on (files' sizes, tokenizer, weights, seed, seq_len), kept in checkpoints.
+  std::string fingerprint() const;
+
+ private:
+  struct Part;
+  std::vector<std::unique_ptr<Part>> parts_;
+  std::int64_t seq_len_;
+  bool shuffle_;
+  std::uint64_t seed_;
+};
+
+}  // namespace upmoe

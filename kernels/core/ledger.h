@@ -1,0 +1,34 @@
+#pragma once
+// What a step costs, counted where the work is asked for: every checked op entry and every communicator verb books
+// here. Model FLOPs (MFU), the memory traffic of a roofline and the bytes on each link all come from this one count.
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+
+namespace upmoe {
+
+struct Cost {
+  std::int64_t calls = 0;
+  double flops = 0;          // multiply and add count as two
+  double bytes_read = 0;     // compulsory traffic: each operand once
+  double bytes_written = 0;
+  double bytes_sent = 0;     // leaving this rank
+  Cost& operator+=(const Cost& o);
+};
+
+// One ledger per rank; not thread-safe.
+class Ledger {
+ public:
+  void book(std::string_view op, double flops, double bytes_read, double bytes_written);
+  void book_sent(std::string_view verb, double bytes);
+  const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
+  Cost total() const;
+  void clear() { entries_.clear(); }
+
+ private:
+  std::map<std::string, Cost, std::less<>> entries_;
+};
+
+}  // namespace upmoe

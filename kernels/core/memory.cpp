@@ -1,0 +1,86 @@
+#include "kernels/core/memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+
+namespace upmoe {
+
+namespace {
+
+constexpr std::size_t kAlign = 256;
+
+std::size_t round_up(std::size_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+void require_host(Device device) {
+  if (device.type == DeviceType::kCuda)
+    fail(ExitCode::kDevice, "device: cuda was asked for, but this program was built without CUDA; use device: cpu");
+}
+
+// Anonymous pages are zero and are committed by the kernel on first touch.
+std::byte* map_pages(std::size_t bytes, std::string_view what) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED)
+    fail(ExitCode::kFailure, "out of memory: {} asked for {} bytes of address space: {}; lower the batch or raise the limit",
+         what, bytes, std::strerror(errno));
+  madvise(p, bytes, MADV_HUGEPAGE);  // advice only: its failure changes nothing but speed
+  return static_cast<std::byte*>(p);
+}
+
+}  // namespace
+
+Buffer Buffer::allocate(Device device, std::size_t bytes) {
+  require_host(device);
+  Buffer b;
+  b.bytes_ = bytes;
+  b.device_ = device;
+  if (device.type == DeviceType::kDry || bytes == 0) return b;
+  b.mem_ = {map_pages(bytes, "buffer"), [bytes](std::byte* p) { munmap(p, bytes); }};
+  return b;
+}
+
+TensorView Buffer::view(Shape shape, DType dtype) const {
+  TensorView v{data(), shape, dtype, device_};
+  UPMOE_CHECK(v.bytes() <= bytes_, "{} {} does not fit in {} bytes", name_of(dtype), shape.str(), bytes_);
+  return v;
+}
+
+Arena::Arena(Device device, std::size_t reserve_bytes, std::string name)
+    : device_(device), name_(std::move(name)), reserved_(round_up(std::max<std::size_t>(reserve_bytes, 1))) {
+  require_host(device);
+  if (device.type != DeviceType::kDry) base_ = map_pages(reserved_, name_);
+}
+
+Arena::~Arena() {
+  if (base_ != nullptr) munmap(base_, reserved_);
+}
+
+TensorView Arena::take(Shape shape, DType dtype, std::string_view what) {
+  TensorView v{nullptr, shape, dtype, device_};
+  const std::size_t bytes = round_up(v.bytes());
+  if (device_.type != DeviceType::kDry && bytes > reserved_ - used_) {
+    std::vector<Use> largest = uses_;
+    std::sort(largest.begin(), largest.end(), [](const Use& a, const Use& b) { return a.bytes > b.bytes; });
+    std::string table;
+    for (std::size_t i = 0; i < std::min<std::size_t>(3, largest.size()); ++i)
+      table += fmt::format("\n  {:>14} bytes  {}", largest[i].bytes, largest[i].what);
+    fail(ExitCode::kFailure, "arena '{}' is full: {} {} for '{}' needs {} bytes, {} of {} are free; largest users:{}",
+         name_, name_of(dtype), shape.str(), what, bytes, reserved_ - used_, reserved_, table);
+  }
+  if (base_ != nullptr) v.data = base_ + used_;
+  uses_.push_back({used_, bytes, std::string(what)});
+  used_ += bytes;
+  peak_ = std::max(peak_, used_);
+  return v;
+}
+
+void Arena::rewind(std::size_t mark) {
+  UPMOE_CHECK(mark <= used_, "arena '{}': rewind to {} of {}", name_, mark, used_);
+  while (!uses_.empty() && uses_.back().begin >= mark) uses_.pop_back();
+  used_ = mark;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,24 @@
+#pragma once
+// SwiGLU over interleaved gate and up pairs, with an optional weight per row; the scalar sigmoid gate of the shared
+// expert. fp32 or bf16 with fp32 arithmetic; row weights and their gradients are fp32.
+
+#include "kernels/core/exec.h"
+
+namespace upmoe::ops {
+
+// h_RF = silu(gate) * up * weight. gate_up_RG holds (gate, up) pairs: G = 2F, gate of neuron f at 2f, up at 2f+1.
+// weight_R: fp32 or null (1).
+void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R);
+
+// dgate_up_RG from dh_RF; dweight_R (fp32, overwritten) exactly when weight_R is given. dgate_up may alias gate_up.
+void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
+                     ConstTensorView gate_up_RG, const ConstTensorView* weight_R);
+
+// gate_T = sigmoid(x_TD w_1D^T), fp32.
+void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D);
+
+// dx_TD += , dw_1D += , from dgate_T (fp32), the gradient of the sigmoid's value.
+void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTensorView dgate_T,
+                           ConstTensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D);
+
+}  // namespace upmoe::ops

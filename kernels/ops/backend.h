@@ -1,0 +1,16 @@
+#pragma once
+// Both backends' functions, for the entries in kernels/ops and for the backends themselves.
+
+#include <span>
+
+#include "kernels/core/exec.h"
+#include "kernels/ops/adamw.h"
+#include "kernels/ops/attention.h"
+#include "kernels/ops/gemm.h"
+
+namespace upmoe::cpu {
+#include "kernels/ops/backend_functions.inc"
+}
+namespace upmoe::cuda {
+#include "kernels/ops/backend_functions.inc"
+}

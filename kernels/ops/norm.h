@@ -1,0 +1,22 @@
+#pragma once
+// Root-mean-square norm: y = w * (x * rstd), rstd = 1 / sqrt(mean(x^2) + eps) in fp32 per row. With bf16 the
+// normalised x is rounded to bf16 before it is multiplied by w, as transformers does.
+// x, y, w: fp32 or bf16, the same; rstd_T: fp32.
+
+#include "kernels/core/exec.h"
+
+namespace upmoe::ops {
+
+void rms_norm_forward(Exec& ex, TensorView y_TD, TensorView rstd_T, ConstTensorView x_TD, ConstTensorView w_D,
+                      float eps);
+
+// sum_TD = x_TD + residual_TD (may alias either), y_TD = norm of sum_TD, in one pass.
+void add_rms_norm_forward(Exec& ex, TensorView y_TD, TensorView sum_TD, TensorView rstd_T, ConstTensorView x_TD,
+                          ConstTensorView residual_TD, ConstTensorView w_D, float eps);
+
+// dx_TD (+)= gradient of the input (mode says which), dw_D += gradient of the weight, summed over rows in an order
+// that does not depend on the number of threads. dx may alias dy.
+void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD, ConstTensorView x_TD,
+                       ConstTensorView w_D, ConstTensorView rstd_T, Accumulate mode);
+
+}  // namespace upmoe::ops

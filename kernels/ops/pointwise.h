@@ -1,0 +1,15 @@
+#pragma once
+// Elementwise work over whole tensors. fp32 and bf16.
+
+#include "kernels/core/exec.h"
+
+namespace upmoe::ops {
+
+void fill(Exec& ex, TensorView x, float value);
+void cast(Exec& ex, TensorView out, ConstTensorView in);                      // copies where dtypes agree
+void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b);     // out may alias a or b
+void scale(Exec& ex, TensorView x, float factor);
+// sum_1 (fp64) += sum of x^2 in fp64, in an order that does not depend on the number of threads.
+void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x);
+
+}  // namespace upmoe::ops

@@ -1,0 +1,51 @@
+// The `upmoe` program: picks the subcommand, starts the ranks, prints an error once and turns it into an exit status.
+
+#include <csignal>
+#include <cstdio>
+
+#include "launch/commands.h"
+
+namespace {
+
+int run(int argc, char** argv) {
+  CLI::App app{"upmoe: turns a dense language model into a fine-grained mixture of experts and pretrains it."};
+  app.require_subcommand(1);
+  app.set_version_flag("--version", std::string("upmoe ") + UPMOE_VERSION);
+  upmoe::Handler handler;
+  upmoe::add_upcycle(app, handler);
+  upmoe::add_train(app, handler);
+  upmoe::add_eval(app, handler);
+  upmoe::add_export(app, handler);
+  upmoe::add_inspect(app, handler);
+  upmoe::add_report(app, handler);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : static_cast<int>(upmoe::ExitCode::kUsage);
+  }
+
+  upmoe::Runtime runtime(&argc, &argv);
+  try {
+    return handler(runtime);
+  } catch (const upmoe::PeerError& e) {  // the rank that met it prints it
+    return static_cast<int>(e.code());
+  } catch (const upmoe::Error& e) {
+    runtime.abort(static_cast<int>(e.code()), e.what());
+  } catch (const std::bad_alloc&) {
+    runtime.abort(1, "out of memory; lower train.micro_batch or use more ranks");
+  } catch (const std::exception& e) {
+    runtime.abort(1, e.what());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of the write, not the end of a training run
+  try {
+    return run(argc, argv);
+  } catch (const upmoe::Error& e) {  // before the ranks were up
+    std::fprintf(stderr, "upmoe: error: %s\n", e.what());
+    return static_cast<int>(e.code());
+  }
+}
