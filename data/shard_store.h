@@ -27,10 +27,28 @@ struct StorePiece {
   ConstTensorView values;      // flat, host memory, fp32 or bf16
 };
 
-// Collective over `world`. Every failure (full disk, short write, a peer's error) is agreed on: all ranks throw the
-// same Error and no trace but a .tmp folder remains. `metadata_json` (an object) is stored in the manifest under "run".
-// Replaces a leftover .tmp; refuses an existing dir. Order: shards, fsync, re-read and compare, index, manifest, fsync,
-// rename, fsync of the parent.
+// Writing in three parts, so that the middle one can run on a background thread while training goes on:
+//   StoreWriter w(dir, world);   // collective: lock-step creation of DIR.tmp, replaces a leftover one; refuses an
+//                                // existing dir; checks free space for the sum of `bytes` over the ranks
+//   w.write(pieces);             // local, any thread, no communication: this rank's shard, fsynced, re-read, compared
+//   w.commit(world, metadata);   // collective: agrees that all ranks wrote, index, manifest, fsync, rename, fsync parent
+// Every failure (full disk, short write, a peer's error) is agreed on in the constructor or in commit: all ranks throw
+// and no trace but a .tmp folder remains, which is removed where possible. An error of write() is remembered and thrown
+// by commit. `metadata_json` (an object) is stored in the manifest under "run".
+class StoreWriter {
+ public:
+  StoreWriter(const std::filesystem::path& dir, Communicator& world, std::uint64_t bytes);
+  ~StoreWriter();
+  StoreWriter(const StoreWriter&) = delete;
+  void write(const std::vector<StorePiece>& pieces) noexcept;
+  void commit(Communicator& world, const std::string& metadata_json);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// The three parts at once. Collective.
 void write_store(const std::filesystem::path& dir, Communicator& world, const std::vector<StorePiece>& pieces,
                  const std::string& metadata_json);
 

@@ -11,5 +11,7 @@ void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b);     //
 void scale(Exec& ex, TensorView x, float factor);
 // sum_1 (fp64) += sum of x^2 in fp64, in an order that does not depend on the number of threads.
 void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x);
+// sum_1 (fp64) += sum of x (fp32) in fp64, likewise ordered.
+void sum(Exec& ex, TensorView sum_1, ConstTensorView x);
 
 }  // namespace upmoe::ops

@@ -1,0 +1,68 @@
+#include "trainer/model/balance.h"
+
+namespace upmoe {
+
+AuxKind aux_kind_from(const std::string& name) {
+  if (name == "hf") return AuxKind::kHf;
+  if (name == "switch") return AuxKind::kSwitch;
+  fail(ExitCode::kUsage, "router.aux_kind: '{}' is not built yet; use hf or switch", name);
+}
+
+namespace {
+
+void add_pooled(const BalanceConfig& config, std::span<const LayerLoad> layers, BalanceTerms& terms) {
+  const std::size_t E = layers[0].assigned.size();
+  std::vector<double> assigned(E), probability(E);
+  double pool = 0;
+  for (const LayerLoad& l : layers) {
+    pool += static_cast<double>(l.tokens);
+    for (std::size_t e = 0; e < E; ++e) {
+      assigned[e] += l.assigned[e];
+      probability[e] += l.probability[e];
+    }
+  }
+  const double n = static_cast<double>(E);
+  std::vector<float> gradient(E);
+  for (std::size_t e = 0; e < E; ++e) {
+    const double f = assigned[e] / pool;
+    terms.aux += n * f * (probability[e] / pool);
+    gradient[e] = static_cast<float>(config.aux_coefficient * n * f / pool);
+  }
+  terms.aux_gradient.assign(layers.size(), gradient);
+}
+
+void add_per_layer(const BalanceConfig& config, std::span<const LayerLoad> layers, BalanceTerms& terms) {
+  for (const LayerLoad& l : layers) {
+    const double n = static_cast<double>(l.assigned.size()), tokens = static_cast<double>(l.tokens);
+    std::vector<float> gradient(l.assigned.size());
+    for (std::size_t e = 0; e < gradient.size(); ++e) {
+      const double f = l.first_choice[e] / tokens;
+      terms.aux += n * f * (l.probability[e] / tokens);
+      gradient[e] = static_cast<float>(config.aux_coefficient * n * f / tokens);
+    }
+    terms.aux_gradient.push_back(std::move(gradient));
+  }
+}
+
+}  // namespace
+
+BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoad> layers) {
+  BalanceTerms terms;
+  if (layers.empty()) return terms;
+  if (layers[0].tokens == 0) {  // a rank without a micro-batch in this round: no tokens, no term
+    for (const LayerLoad& l : layers) terms.aux_gradient.emplace_back(l.assigned.size(), 0.0f);
+    terms.z_scale.assign(layers.size(), 0.0f);
+    return terms;
+  }
+  switch (config.kind) {
+    case AuxKind::kHf: add_pooled(config, layers, terms); break;
+    case AuxKind::kSwitch: add_per_layer(config, layers, terms); break;
+  }
+  for (const LayerLoad& l : layers) {
+    terms.z += l.z_sum / static_cast<double>(l.tokens);
+    terms.z_scale.push_back(static_cast<float>(config.z_coefficient / static_cast<double>(l.tokens)));
+  }
+  return terms;
+}
+
+}  // namespace upmoe

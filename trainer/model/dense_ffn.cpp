@@ -1,0 +1,47 @@
+#include "trainer/model/dense_ffn.h"
+
+#include "kernels/ops/activation.h"
+#include "kernels/ops/pointwise.h"
+
+namespace upmoe {
+
+void DenseFfn::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const {
+  const std::int64_t T = x_TD.rows(), G = gate_up.weight_NK.value.shape[0];
+  saved.x_TD = x_TD;
+  saved.gate_up_TG = keep.take({T, G}, x_TD.dtype, "ffn gate and up");
+  saved.h_TF = keep.take({T, G / 2}, x_TD.dtype, "ffn hidden");
+  gate_up.forward(ex, saved.gate_up_TG, x_TD);
+  if (gate_1D) {
+    saved.gate_T = keep.take({T}, DType::kF32, "shared expert gate");
+    ops::sigmoid_gate_forward(ex, saved.gate_T, x_TD, gate_1D->value);
+    const ConstTensorView gate_T = saved.gate_T;
+    ops::swiglu_forward(ex, saved.h_TF, saved.gate_up_TG, &gate_T);
+  } else {
+    ops::swiglu_forward(ex, saved.h_TF, saved.gate_up_TG, nullptr);
+  }
+  down.forward(ex, y_TD, saved.h_TF);
+}
+
+void DenseFfn::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const {
+  ScratchScope scope(*ex.scratch);
+  TensorView dh_TF = ex.scratch->take(saved.h_TF.shape, saved.h_TF.dtype, "ffn hidden gradient");
+  TensorView dgate_up_TG = ex.scratch->take(saved.gate_up_TG.shape, saved.gate_up_TG.dtype, "ffn gate and up gradient");
+  down.backward(ex, dh_TF, Accumulate::kOverwrite, dy_TD, saved.h_TF);
+  if (!gate_1D) {
+    ops::swiglu_backward(ex, dgate_up_TG, nullptr, dh_TF, saved.gate_up_TG, nullptr);
+    gate_up.backward(ex, dx_TD, Accumulate::kOverwrite, dgate_up_TG, saved.x_TD);
+    return;
+  }
+  TensorView dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");
+  const ConstTensorView gate_T = saved.gate_T;
+  ops::swiglu_backward(ex, dgate_up_TG, &dgate_T, dh_TF, saved.gate_up_TG, &gate_T);
+  gate_up.backward(ex, dx_TD, Accumulate::kOverwrite, dgate_up_TG, saved.x_TD);
+  TensorView dw_1D = gate_1D->grad;
+  if (!gate_1D->wants_grad()) {
+    dw_1D = ex.scratch->take(gate_1D->value.shape, gate_1D->value.dtype, "unwanted gate gradient");
+    ops::fill(ex, dw_1D, 0.0f);
+  }
+  ops::sigmoid_gate_backward(ex, dx_TD, dw_1D, dgate_T, saved.gate_T, saved.x_TD, gate_1D->value);
+}
+
+}  // namespace upmoe

@@ -1,0 +1,32 @@
+#include "trainer/model/linear.h"
+
+#include "kernels/ops/gemm.h"
+
+namespace upmoe {
+
+Param Param::as(Shape shape) const {
+  return Param{value.reshape(shape), wants_grad() ? grad.reshape(shape) : TensorView{}};
+}
+
+void Linear::forward(Exec& ex, TensorView y_TN, ConstTensorView x_TK) const {
+  if (bias_N) {
+    const ConstTensorView bias = bias_N->value;
+    ops::gemm(ex, y_TN, x_TK, Transpose::kNo, weight_NK.value, Transpose::kYes, Accumulate::kOverwrite, &bias);
+  } else {
+    ops::gemm(ex, y_TN, x_TK, Transpose::kNo, weight_NK.value, Transpose::kYes, Accumulate::kOverwrite);
+  }
+}
+
+void Linear::backward_weights(Exec& ex, ConstTensorView dy_TN, ConstTensorView x_TK) const {
+  if (weight_NK.wants_grad())
+    ops::gemm(ex, weight_NK.grad, dy_TN, Transpose::kYes, x_TK, Transpose::kNo, Accumulate::kAdd);
+  if (bias_N && bias_N->wants_grad()) ops::bias_backward(ex, bias_N->grad, dy_TN);
+}
+
+void Linear::backward(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN,
+                      ConstTensorView x_TK) const {
+  ops::gemm(ex, dx_TK, dy_TN, Transpose::kNo, weight_NK.value, Transpose::kNo, mode);
+  backward_weights(ex, dy_TN, x_TK);
+}
+
+}  // namespace upmoe

@@ -1,0 +1,120 @@
+#include "trainer/model/moe_layer.h"
+
+#include "kernels/ops/activation.h"
+#include "kernels/ops/gemm.h"
+#include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/pointwise.h"
+#include "kernels/ops/routing.h"
+
+namespace upmoe {
+
+void MoeLayer::route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) const {
+  const std::int64_t T = x_TD.rows(), E = num_experts, K = top_k;
+  saved.x_TD = x_TD;
+  saved.probs_TE = keep.take({T, E}, DType::kF32, "router probabilities");
+  saved.index_TK = keep.take({T, K}, DType::kI32, "router choices");
+  saved.weight_TK = keep.take({T, K}, DType::kF32, "router weights");
+  saved.lse_T = keep.take({T}, DType::kF32, "router log-sum-exp");
+  saved.stats_3E = keep.take({3, E}, DType::kF64, "router load");
+  saved.z_1 = keep.take({1}, DType::kF64, "router z");
+  ScratchScope scope(*ex.scratch);
+  TensorView logits_TE = ex.scratch->take({T, E}, DType::kF32, "router logits");
+  ops::gemm(ex, logits_TE, x_TD, Transpose::kNo, router_ED.value, Transpose::kYes, Accumulate::kOverwrite);
+  ops::route_tokens(ex, saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T, logits_TE, renormalize_top_k);
+  ops::balance_stats(ex, saved.stats_3E, saved.z_1, saved.probs_TE, saved.index_TK, saved.lse_T);
+}
+
+void MoeLayer::experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& saved) const {
+  const std::int64_t R = saved.plan.received(), G = gate_up_eGD.value.shape[1];
+  saved.gate_up_RG = keep.take({R, G}, saved.x_RD.dtype, "expert gate and up");
+  saved.h_RF = keep.take({R, G / 2}, saved.x_RD.dtype, "expert hidden");
+  ops::grouped_gemm_forward(ex, saved.gate_up_RG, saved.x_RD, gate_up_eGD.value, saved.plan.expert_offsets);
+  const ConstTensorView weight_R = saved.weight_R1.reshape({R});
+  ops::swiglu_forward(ex, saved.h_RF, saved.gate_up_RG, &weight_R);
+  ops::grouped_gemm_forward(ex, y_RD, saved.h_RF, down_eDF.value, saved.plan.expert_offsets);
+}
+
+void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const {
+  route(ex, x_TD, keep, saved);
+  saved.plan = make_plan(ex, *ep, saved.index_TK, num_experts, keep);
+  const std::int64_t N = saved.plan.sent(), R = saved.plan.received(), D = x_TD.shape[1];
+
+  ScratchScope scope(*ex.scratch);
+  ToExperts rows(ex, *ep, saved.plan, x_TD, top_k);
+  ToExperts weights(ex, *ep, saved.plan, saved.weight_TK.reshape({N, 1}), 1);
+  if (shared) {  // while the rows travel
+    shared->forward(ex, y_TD, x_TD, keep, saved.shared);
+  } else {
+    ops::fill(ex, y_TD, 0.0f);
+  }
+  saved.x_RD = keep.take({R, D}, x_TD.dtype, "expert input");
+  saved.weight_R1 = keep.take({R, 1}, DType::kF32, "expert row weights");
+  rows.finish(ex, saved.x_RD);
+  weights.finish(ex, saved.weight_R1);
+
+  TensorView y_RD = ex.scratch->take({R, D}, x_TD.dtype, "expert output");
+  experts_forward(ex, y_RD, keep, saved);
+  FromExperts back(ex, *ep, saved.plan, y_RD);
+  ops::gather_sum_rows(ex, y_TD, back.finish(), saved.plan.slot_TK, Accumulate::kAdd);
+}
+
+void MoeLayer::experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,
+                                ConstTensorView dy_RD, const Saved& saved) const {
+  const std::int64_t R = saved.plan.received();
+  const auto& offsets = saved.plan.expert_offsets;
+  ScratchScope scope(*ex.scratch);
+  TensorView dh_RF = ex.scratch->take(saved.h_RF.shape, saved.h_RF.dtype, "expert hidden gradient");
+  ops::grouped_gemm_dgrad(ex, dh_RF, dy_RD, down_eDF.value, offsets);
+  const TensorView dweight_R = dweight_R1.reshape({R});
+  const ConstTensorView weight_R = saved.weight_R1.reshape({R});
+  ops::swiglu_backward(ex, dgate_up_RG, &dweight_R, dh_RF, saved.gate_up_RG, &weight_R);
+  ops::grouped_gemm_dgrad(ex, dx_RD, dgate_up_RG, gate_up_eGD.value, offsets);
+}
+
+void MoeLayer::router_backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const Saved& saved) const {
+  ScratchScope scope(*ex.scratch);
+  TensorView dlogits_TE = ex.scratch->take(saved.probs_TE.shape, DType::kF32, "router logit gradient");
+  ops::route_tokens_backward(ex, dlogits_TE, dweight_TK, saved.aux_E, saved.z_scale, saved.probs_TE, saved.index_TK,
+                             saved.weight_TK, saved.lse_T, renormalize_top_k);
+  TensorView narrow_TE = dlogits_TE;
+  if (dx_TD.dtype != DType::kF32) {  // products take one dtype
+    narrow_TE = ex.scratch->take(dlogits_TE.shape, dx_TD.dtype, "router logit gradient, rounded");
+    ops::cast(ex, narrow_TE, dlogits_TE);
+  }
+  ops::gemm(ex, dx_TD, narrow_TE, Transpose::kNo, router_ED.value, Transpose::kNo, Accumulate::kAdd);
+  if (router_ED.wants_grad())
+    ops::gemm(ex, router_ED.grad, narrow_TE, Transpose::kYes, saved.x_TD, Transpose::kNo, Accumulate::kAdd);
+}
+
+void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const {
+  const DispatchPlan& plan = saved.plan;
+  const std::int64_t R = plan.received(), D = dy_TD.shape[1];
+  ScratchScope scope(*ex.scratch);
+  ToExperts dy_rows(ex, *ep, plan, dy_TD, top_k);
+  if (shared) {  // while the gradients travel
+    shared->backward(ex, dx_TD, dy_TD, saved.shared);
+  } else {
+    ops::fill(ex, dx_TD, 0.0f);
+  }
+  TensorView dy_RD = ex.scratch->take({R, D}, dy_TD.dtype, "expert output gradient");
+  TensorView dx_RD = ex.scratch->take({R, D}, dy_TD.dtype, "expert input gradient");
+  TensorView dweight_R1 = ex.scratch->take({R, 1}, DType::kF32, "expert row weight gradient");
+  TensorView dgate_up_RG = ex.scratch->take(saved.gate_up_RG.shape, saved.gate_up_RG.dtype, "expert gate and up gradient");
+  dy_rows.finish(ex, dy_RD);
+  experts_backward(ex, dx_RD, dweight_R1, dgate_up_RG, dy_RD, saved);
+
+  FromExperts dx_rows(ex, *ep, plan, dx_RD);
+  FromExperts dweights(ex, *ep, plan, dweight_R1);
+  // While the input gradients travel back:
+  if (down_eDF.wants_grad())
+    ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, saved.h_RF, plan.expert_offsets, Accumulate::kAdd);
+  if (gate_up_eGD.wants_grad())
+    ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, saved.x_RD, plan.expert_offsets, Accumulate::kAdd);
+
+  ops::gather_sum_rows(ex, dx_TD, dx_rows.finish(), plan.slot_TK, Accumulate::kAdd);
+  TensorView dweight_TK = ex.scratch->take({plan.sent(), 1}, DType::kF32, "router weight gradient");
+  ops::gather_rows(ex, dweight_TK, dweights.finish(), plan.slot_TK.reshape({plan.sent()}), 1);
+  router_backward(ex, dx_TD, dweight_TK.reshape({plan.tokens, top_k}), saved);
+}
+
+}  // namespace upmoe

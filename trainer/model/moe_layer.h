@@ -1,0 +1,43 @@
+#pragma once
+// Mixture of experts: router, dropless dispatch along ep, grouped SwiGLU experts, ordered combine; the shared expert
+// runs while rows are in flight. The routing weight multiplies the hidden row, before the down projection: the same
+// product, and its gradient needs only what gate_up gives.
+
+#include <optional>
+
+#include "trainer/model/dense_ffn.h"
+#include "trainer/model/token_dispatch.h"
+
+namespace upmoe {
+
+struct MoeLayer {
+  std::int64_t num_experts = 0, top_k = 0;
+  bool renormalize_top_k = false;
+  Communicator* ep = nullptr;
+  Param router_ED, gate_up_eGD, down_eDF;  // experts of this rank: balanced(num_experts, ep size, ep rank)
+  std::optional<DenseFfn> shared;
+
+  struct Saved {
+    ConstTensorView x_TD;
+    TensorView probs_TE, index_TK, weight_TK, lse_T;
+    TensorView stats_3E, z_1;            // fp64, see ops::balance_stats
+    DispatchPlan plan;
+    TensorView x_RD, weight_R1, gate_up_RG, h_RF;
+    DenseFfn::Saved shared;
+    // Set between forward and backward: the balance terms' gradients (balance.h).
+    TensorView aux_E;
+    float z_scale = 0;
+  };
+
+  void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const;
+  void backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const;
+
+ private:
+  void route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) const;
+  void experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& saved) const;
+  void experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,
+                        ConstTensorView dy_RD, const Saved& saved) const;
+  void router_backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const Saved& saved) const;
+};
+
+}  // namespace upmoe

@@ -1,0 +1,61 @@
+#pragma once
+// This rank's parameters: one flat buffer of values and one of gradients, in the order of the ParamTable, with the
+// views that layers bind to.
+
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "parallel/layout.h"
+#include "trainer/model/layer.h"
+
+namespace upmoe {
+
+struct StoredParam {
+  ParamSpec spec;
+  Box shard;          // what this rank computes with, in global coordinates
+  Replica replica;    // among the ranks that hold the same shard
+  Range owned;        // ZeRO: the flat part of the shard this rank updates and saves
+  bool frozen = false;
+  TensorView value, grad;  // shape: shard.extent; grad without shape when frozen or not wanted
+};
+
+// Fills `out` with a box of a parameter, converting to out's dtype.
+using ReadParam = std::function<void(const ParamSpec& spec, const Box& box, TensorView out)>;
+
+class ParamStore {
+ public:
+  struct Options {
+    DType dtype = DType::kF32;
+    Device device;
+    bool gradients = true;
+    std::vector<std::string> freeze;  // shell patterns; one that matches nothing is an error (kUsage)
+  };
+  ParamStore(const ModelConfig& config, const MeshSpec& mesh, int rank, const Options& options);
+
+  const std::vector<StoredParam>& all() const { return params_; }
+  const StoredParam& at(const std::string& name) const;
+  bool has(const std::string& name) const { return index_.contains(name); }
+  Param param(const std::string& name, Shape shape) const;
+  // Neighbours of the table as one matrix: q, k, v. All frozen or none.
+  Param joined(const std::vector<std::string>& names, Shape shape) const;
+
+  void load(const ReadParam& read);
+  // The ParamTable's initialisation; element values depend on (seed, name, global index) alone.
+  void initialise(std::int64_t seed);
+  void zero_gradients(Exec& ex) const;
+  std::size_t bytes() const { return values_.bytes() + grads_.bytes(); }
+  DType dtype() const { return options_.dtype; }
+
+ private:
+  Options options_;
+  Buffer values_, grads_;
+  std::vector<StoredParam> params_;
+  std::map<std::string, std::size_t> index_;
+};
+
+// The initial value of a box of a parameter: what initialise() writes.
+void initial_values(const ParamSpec& spec, std::int64_t seed, const Box& box, TensorView out);
+
+}  // namespace upmoe

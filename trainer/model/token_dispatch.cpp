@@ -1,0 +1,122 @@
+#include "trainer/model/token_dispatch.h"
+
+#include <numeric>
+
+#include "kernels/ops/routing.h"
+#include "parallel/layout.h"
+
+namespace upmoe {
+
+namespace {
+
+Shape rows_shape(std::int64_t rows, const Shape& like) {
+  Shape s = like;
+  s.dim[0] = rows;
+  return s;
+}
+
+// counts_PE[p*E + e]: rows that rank p of the group sends to expert e. On the dry device nobody counted; the
+// rehearsal takes a balanced router.
+std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& ep, TensorView counts_E, std::int64_t rows) {
+  const auto P = static_cast<std::int64_t>(ep.size()), E = counts_E.shape[0];
+  std::vector<std::int32_t> counts_PE(static_cast<std::size_t>(P * E));
+  if (ex.device.type == DeviceType::kDry) {
+    ep.all_gather(TensorView{nullptr, {P, E}, DType::kI32, ex.device}, counts_E).wait();
+    for (std::int64_t i = 0; i < P * E; ++i)
+      counts_PE[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(balanced(rows, E, i % E).size());
+    return counts_PE;
+  }
+  ep.all_gather(host_view(counts_PE.data(), {P, E}), counts_E).wait();
+  return counts_PE;
+}
+
+// Arrival order is rank-major, then expert; the experts want expert-major, then rank, which is global token order.
+void fill_regroup(DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE, std::int64_t P, std::int64_t E,
+                  Range local) {
+  auto* regroup = plan.regroup_R.as<std::int32_t>();
+  auto* ungroup = plan.ungroup_R.as<std::int32_t>();
+  std::int64_t arrival = 0;
+  std::vector<std::int64_t> next(plan.expert_offsets.begin(), plan.expert_offsets.end() - 1);
+  for (std::int64_t p = 0; p < P; ++p)
+    for (std::int64_t e = local.begin; e < local.end; ++e)
+      for (std::int32_t i = 0; i < counts_PE[static_cast<std::size_t>(p * E + e)]; ++i, ++arrival) {
+        const std::int64_t grouped = next[static_cast<std::size_t>(e - local.begin)]++;
+        regroup[grouped] = static_cast<std::int32_t>(arrival);
+        ungroup[arrival] = static_cast<std::int32_t>(grouped);
+      }
+}
+
+}  // namespace
+
+DispatchPlan make_plan(Exec& ex, Communicator& ep, ConstTensorView index_TK, std::int64_t num_experts, Arena& keep) {
+  DispatchPlan plan;
+  plan.tokens = index_TK.shape[0];
+  plan.top_k = index_TK.shape[1];
+  const std::int64_t P = ep.size(), E = num_experts;
+  plan.order_N = keep.take({plan.sent()}, DType::kI32, "dispatch order");
+  plan.slot_TK = keep.take({plan.tokens, plan.top_k}, DType::kI32, "dispatch slots");
+  ScratchScope scope(*ex.scratch);
+  TensorView counts_E = ex.scratch->take({E}, DType::kI32, "rows per expert");
+  ops::sort_by_expert(ex, plan.order_N, plan.slot_TK, counts_E, index_TK);
+  const std::vector<std::int32_t> counts_PE = gather_counts(ex, ep, counts_E, plan.sent());
+
+  const Range local = balanced(E, P, ep.rank());
+  plan.expert_offsets.assign(static_cast<std::size_t>(local.size() + 1), 0);
+  for (std::int64_t p = 0; p < P; ++p) {
+    const Range theirs = balanced(E, P, p);
+    std::int64_t send = 0, recv = 0;
+    for (std::int64_t e = theirs.begin; e < theirs.end; ++e)
+      send += counts_PE[static_cast<std::size_t>(ep.rank() * E + e)];
+    for (std::int64_t e = local.begin; e < local.end; ++e) {
+      const std::int64_t n = counts_PE[static_cast<std::size_t>(p * E + e)];
+      recv += n;
+      plan.expert_offsets[static_cast<std::size_t>(e - local.begin + 1)] += n;
+    }
+    plan.send_rows.push_back(send);
+    plan.recv_rows.push_back(recv);
+  }
+  std::partial_sum(plan.expert_offsets.begin(), plan.expert_offsets.end(), plan.expert_offsets.begin());
+  if (P > 1) {
+    plan.regroup_R = keep.take({plan.received()}, DType::kI32, "regroup");
+    plan.ungroup_R = keep.take({plan.received()}, DType::kI32, "ungroup");
+    if (ex.device.type != DeviceType::kDry) fill_regroup(plan, counts_PE, P, E, local);
+  }
+  return plan;
+}
+
+ToExperts::ToExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, ConstTensorView rows, std::int64_t divisor)
+    : plan_(plan), rows_(rows), divisor_(divisor) {
+  if (ep.size() == 1) return;  // finish() gathers straight into place
+  TensorView sent_N = ex.scratch->take(rows_shape(plan.sent(), rows.shape), rows.dtype, "rows to the experts");
+  arrived_R_ = ex.scratch->take(rows_shape(plan.received(), rows.shape), rows.dtype, "rows from all ranks");
+  ops::gather_rows(ex, sent_N, rows, plan.order_N, divisor);
+  pending_ = ep.all_to_all_rows(arrived_R_, plan.recv_rows, sent_N, plan.send_rows, ex.comm);
+}
+
+void ToExperts::finish(Exec& ex, TensorView out_R) {
+  pending_.wait();
+  if (arrived_R_.shape.rank > 0) {
+    ops::gather_rows(ex, out_R, arrived_R_, plan_.regroup_R, 1);
+  } else {  // one rank: sorted order is expert-major already
+    ops::gather_rows(ex, out_R, rows_, plan_.order_N, divisor_);
+  }
+}
+
+FromExperts::FromExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, ConstTensorView rows_R) {
+  if (ep.size() == 1) {
+    direct_ = rows_R;
+    return;
+  }
+  ungrouped_R_ = ex.scratch->take(rows_R.shape, rows_R.dtype, "rows leaving the experts");
+  arrived_N_ = ex.scratch->take(rows_shape(plan.sent(), rows_R.shape), rows_R.dtype, "rows back at their tokens");
+  ops::gather_rows(ex, ungrouped_R_, rows_R, plan.ungroup_R, 1);
+  pending_ = ep.all_to_all_rows(arrived_N_, plan.send_rows, ungrouped_R_, plan.recv_rows, ex.comm);
+  direct_ = arrived_N_;
+}
+
+ConstTensorView FromExperts::finish() {
+  pending_.wait();
+  return direct_;
+}
+
+}  // namespace upmoe

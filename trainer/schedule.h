@@ -1,0 +1,29 @@
+#pragma once
+// Learning rate by step; steps count from 1. Warm-up is linear: lr * step / warmup.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "configs/run_config.h"
+
+namespace upmoe {
+
+// cosine: half a cosine from lr to lr * min_lr_ratio at the last step. constant: lr. wsd: lr, then linear to
+// lr * min_lr_ratio over the last decay_fraction of the steps.
+inline double learning_rate(const RunConfig& run, std::int64_t step) {
+  const double lr = run.optimizer.lr, floor = lr * run.schedule.min_lr_ratio;
+  const double s = static_cast<double>(step), warmup = static_cast<double>(run.schedule.warmup);
+  const double last = static_cast<double>(run.train.steps);
+  if (s <= warmup) return lr * s / warmup;
+  if (run.schedule.name == "constant") return lr;
+  if (run.schedule.name == "wsd") {
+    const double decay = std::max(1.0, std::round(run.schedule.decay_fraction * last));
+    const double left = last - s;
+    return left >= decay ? lr : floor + (lr - floor) * left / decay;
+  }
+  const double progress = last > warmup ? std::min(1.0, (s - warmup) / (last - warmup)) : 1.0;
+  return floor + (lr - floor) * 0.5 * (1.0 + std::cos(3.14159265358979323846 * progress));
+}
+
+}  // namespace upmoe
