@@ -1,4 +1,5 @@
-// The `upmoe` program: picks the subcommand, starts the ranks, prints an error once and turns it into an exit status.
+// The `upmoe` program: picks the subcommand, starts the ranks, prints an error once and turns it into an exit
+// status.
 
 #include <csignal>
 #include <cstdio>
@@ -8,7 +9,8 @@
 namespace {
 
 int run(int argc, char** argv) {
-  CLI::App app{"upmoe: turns a dense language model into a fine-grained mixture of experts and pretrains it."};
+  CLI::App app{
+      "upmoe: turns a dense language model into a fine-grained mixture of experts and pretrains it."};
   app.require_subcommand(1);
   app.set_version_flag("--version", std::string("upmoe ") + UPMOE_VERSION);
   upmoe::Handler handler;

@@ -11,10 +11,10 @@ struct GradReducer::Bucket {
   int layer = -1;
   Communicator* group = nullptr;
   std::vector<const StoredParam*> params;
-  std::int64_t slice = 0;            // elements of one rank's part, the largest
+  std::int64_t slice = 0;  // elements of one rank's part, the largest
   DType dtype = DType::kF32;
   Buffer packed_memory, own_memory;
-  TensorView packed, own;            // [ranks * slice], [slice]
+  TensorView packed, own;  // [ranks * slice], [slice]
   Pending pending;
   bool started = false;
 
@@ -25,7 +25,8 @@ struct GradReducer::Bucket {
     for (const StoredParam* p : params) {
       const TensorView tensor = p->*which;
       const Range r = owner_slice(tensor.elements(), {rank, group->size()});
-      if (r.size() > 0) move(tensor.reshape({tensor.elements()}).rows(r.begin, r.end), segment.rows(at, at + r.size()));
+      if (r.size() > 0)
+        move(tensor.reshape({tensor.elements()}).rows(r.begin, r.end), segment.rows(at, at + r.size()));
       at += r.size();
     }
   }
@@ -52,8 +53,9 @@ GradReducer::GradReducer(const ParamStore& params, const ProcessMesh& mesh, Devi
     if (p.frozen || p.value.elements() == 0) continue;
     Communicator& group = p.spec.expert ? mesh.along(Axis::kEdp) : mesh.along({Axis::kDp, Axis::kCp});
     if (group.size() == 1) continue;
-    UPMOE_CHECK(p.replica.count == group.size() && p.replica.index == group.rank(), "'{}': replica {} of {}, group {} of {}",
-                p.spec.name, p.replica.index, p.replica.count, group.rank(), group.size());
+    UPMOE_CHECK(p.replica.count == group.size() && p.replica.index == group.rank(),
+                "'{}': replica {} of {}, group {} of {}", p.spec.name, p.replica.index, p.replica.count,
+                group.rank(), group.size());
     Bucket*& bucket = by_key[{p.spec.layer, p.spec.expert}];
     if (bucket == nullptr) {
       buckets_.push_back(std::make_unique<Bucket>());

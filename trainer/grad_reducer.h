@@ -1,7 +1,7 @@
 #pragma once
-// Sums gradients over the ranks that hold the same shard, and spreads updated weights back: ZeRO-1. Buckets are the
-// parameters of one layer with one replica group; a bucket's slices are packed per owner and padded to equal size, so
-// ownership stays the pure function of layout.h whatever the buckets are.
+// Sums gradients over the ranks that hold the same shard, and spreads updated weights back: ZeRO-1. Buckets
+// are the parameters of one layer with one replica group; a bucket's slices are packed per owner and padded
+// to equal size, so ownership stays the pure function of layout.h whatever the buckets are.
 
 #include <memory>
 #include <vector>
@@ -16,8 +16,8 @@ class GradReducer {
   GradReducer(const ParamStore& params, const ProcessMesh& mesh, Device device);
   ~GradReducer();
 
-  // The gradients of `layer` (-1: outside the blocks) are complete: starts their reduction. Collective; the same order
-  // on every rank.
+  // The gradients of `layer` (-1: outside the blocks) are complete: starts their reduction. Collective; the
+  // same order on every rank.
   void ready(Exec& ex, int layer);
   // Waits for all reductions of this step: the owned slices of all gradients are now global sums.
   void finish(Exec& ex);

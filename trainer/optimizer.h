@@ -1,6 +1,6 @@
 #pragma once
-// AdamW over the slices this rank owns: fp32 moments, and fp32 masters beside bf16 weights (with fp32 weights the
-// weight is its own master).
+// AdamW over the slices this rank owns: fp32 moments, and fp32 masters beside bf16 weights (with fp32 weights
+// the weight is its own master).
 
 #include <string>
 #include <vector>
@@ -11,10 +11,10 @@
 
 namespace upmoe {
 
-struct OwnedSlice {               // flat views of length param->owned.size()
+struct OwnedSlice {  // flat views of length param->owned.size()
   const StoredParam* param = nullptr;
-  TensorView weight, grad;        // into the ParamStore
-  TensorView master, m, v;        // fp32; master is `weight` itself when that is fp32
+  TensorView weight, grad;  // into the ParamStore
+  TensorView master, m, v;  // fp32; master is `weight` itself when that is fp32
 };
 
 class Optimizer {

@@ -11,8 +11,12 @@ struct bf16 {
   friend bool operator==(bf16 a, bf16 b) = default;  // bitwise, so NaN == NaN
 };
 
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+inline float to_float(float x) {
+  return x;
+}
+inline float to_float(bf16 x) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
 
 inline bf16 to_bf16(float x) {
   const auto u = std::bit_cast<std::uint32_t>(x);

@@ -44,9 +44,10 @@ template <class... Args>
 
 }  // namespace upmoe
 
-// A contract between pieces of this program (shapes, sizes, states). Not for user input: use fail() with words there.
-#define UPMOE_CHECK(condition, ...)                                                                       \
-  do {                                                                                                    \
-    if (!(condition)) [[unlikely]]                                                                        \
-      ::upmoe::fail_check(#condition, std::source_location::current(), ::fmt::format("" __VA_ARGS__));    \
+// A contract between pieces of this program (shapes, sizes, states). Not for user input: use fail() with
+// words there.
+#define UPMOE_CHECK(condition, ...)                                                                    \
+  do {                                                                                                 \
+    if (!(condition)) [[unlikely]]                                                                     \
+      ::upmoe::fail_check(#condition, std::source_location::current(), ::fmt::format("" __VA_ARGS__)); \
   } while (false)

@@ -15,10 +15,10 @@ class Stream {
 
 struct Exec {
   Device device;
-  Stream* compute = nullptr;   // may be null on the CPU
-  Stream* comm = nullptr;      // likewise
-  Arena* scratch = nullptr;    // temporary memory of ops and layers, through ScratchScope
-  Ledger* ledger = nullptr;    // may be null: nothing is booked
+  Stream* compute = nullptr;  // may be null on the CPU
+  Stream* comm = nullptr;     // likewise
+  Arena* scratch = nullptr;   // temporary memory of ops and layers, through ScratchScope
+  Ledger* ledger = nullptr;   // may be null: nothing is booked
 
   void book(std::string_view op, double flops, double bytes_read, double bytes_written) const {
     if (ledger != nullptr) ledger->book(op, flops, bytes_read, bytes_written);

@@ -22,7 +22,9 @@ void Ledger::book(std::string_view op, double flops, double bytes_read, double b
   entry(entries_, op) += Cost{1, flops, bytes_read, bytes_written, 0};
 }
 
-void Ledger::book_sent(std::string_view verb, double bytes) { entry(entries_, verb) += Cost{1, 0, 0, 0, bytes}; }
+void Ledger::book_sent(std::string_view verb, double bytes) {
+  entry(entries_, verb) += Cost{1, 0, 0, 0, bytes};
+}
 
 Cost Ledger::total() const {
   Cost sum;

@@ -1,6 +1,7 @@
 #pragma once
-// What a step costs, counted where the work is asked for: every checked op entry and every communicator verb books
-// here. Model FLOPs (MFU), the memory traffic of a roofline and the bytes on each link all come from this one count.
+// What a step costs, counted where the work is asked for: every checked op entry and every communicator verb
+// books here. Model FLOPs (MFU), the memory traffic of a roofline and the bytes on each link all come from
+// this one count.
 
 #include <cstdint>
 #include <map>
@@ -11,10 +12,10 @@ namespace upmoe {
 
 struct Cost {
   std::int64_t calls = 0;
-  double flops = 0;          // multiply and add count as two
-  double bytes_read = 0;     // compulsory traffic: each operand once
+  double flops = 0;       // multiply and add count as two
+  double bytes_read = 0;  // compulsory traffic: each operand once
   double bytes_written = 0;
-  double bytes_sent = 0;     // leaving this rank
+  double bytes_sent = 0;  // leaving this rank
   Cost& operator+=(const Cost& o);
 };
 

@@ -13,18 +13,22 @@ namespace {
 
 constexpr std::size_t kAlign = 256;
 
-std::size_t round_up(std::size_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+std::size_t round_up(std::size_t n) {
+  return (n + kAlign - 1) / kAlign * kAlign;
+}
 
 void require_host(Device device) {
   if (device.type == DeviceType::kCuda)
-    fail(ExitCode::kDevice, "device: cuda was asked for, but this program was built without CUDA; use device: cpu");
+    fail(ExitCode::kDevice,
+         "device: cuda was asked for, but this program was built without CUDA; use device: cpu");
 }
 
 // Anonymous pages are zero and are committed by the kernel on first touch.
 std::byte* map_pages(std::size_t bytes, std::string_view what) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED)
-    fail(ExitCode::kFailure, "out of memory: {} asked for {} bytes of address space: {}; lower the batch or raise the limit",
+    fail(ExitCode::kFailure,
+         "out of memory: {} asked for {} bytes of address space: {}; lower the batch or raise the limit",
          what, bytes, std::strerror(errno));
   madvise(p, bytes, MADV_HUGEPAGE);  // advice only: its failure changes nothing but speed
   return static_cast<std::byte*>(p);
@@ -67,8 +71,9 @@ TensorView Arena::take(Shape shape, DType dtype, std::string_view what) {
     std::string table;
     for (std::size_t i = 0; i < std::min<std::size_t>(3, largest.size()); ++i)
       table += fmt::format("\n  {:>14} bytes  {}", largest[i].bytes, largest[i].what);
-    fail(ExitCode::kFailure, "arena '{}' is full: {} {} for '{}' needs {} bytes, {} of {} are free; largest users:{}",
-         name_, name_of(dtype), shape.str(), what, bytes, reserved_ - used_, reserved_, table);
+    fail(ExitCode::kFailure,
+         "arena '{}' is full: {} {} for '{}' needs {} bytes, {} of {} are free; largest users:{}", name_,
+         name_of(dtype), shape.str(), what, bytes, reserved_ - used_, reserved_, table);
   }
   if (base_ != nullptr) v.data = base_ + used_;
   uses_.push_back({used_, bytes, std::string(what)});

@@ -1,7 +1,7 @@
 #pragma once
 // Who owns memory: a Buffer owns one allocation, an Arena hands out pieces of one reserved address range.
-// Three lifetimes, three arenas: parameters (whole run), keep (one micro-batch, forward to the end of its backward),
-// scratch (one op or one layer call).
+// Three lifetimes, three arenas: parameters (whole run), keep (one micro-batch, forward to the end of its
+// backward), scratch (one op or one layer call).
 
 #include <cstddef>
 #include <functional>
@@ -30,8 +30,8 @@ class Buffer {  // move-only owner of device or host memory, 64-byte aligned, ze
   Device device_;
 };
 
-// Bump allocator over one reserved address range that is committed on first touch and never moves, so views stay
-// valid while data-dependent sizes vary from step to step. Not thread-safe: one arena, one rank.
+// Bump allocator over one reserved address range that is committed on first touch and never moves, so views
+// stay valid while data-dependent sizes vary from step to step. Not thread-safe: one arena, one rank.
 class Arena {
  public:
   // reserve_bytes is address space, not memory. On the dry device nothing is reserved and null is handed out.
@@ -48,7 +48,10 @@ class Arena {
   std::size_t peak() const { return peak_; }  // bytes
 
  private:
-  struct Use { std::size_t begin, bytes; std::string what; };
+  struct Use {
+    std::size_t begin, bytes;
+    std::string what;
+  };
   Device device_;
   std::string name_;
   std::byte* base_ = nullptr;

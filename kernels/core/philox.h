@@ -1,6 +1,7 @@
 #pragma once
-// Philox4x32-10 (Salmon et al., SC'11): random bits as a pure function of (key, counter), the same on every rank,
-// thread and device. Element i of a tensor uses counter i, so values depend on the global element index alone.
+// Philox4x32-10 (Salmon et al., SC'11): random bits as a pure function of (key, counter), the same on every
+// rank, thread and device. Element i of a tensor uses counter i, so values depend on the global element index
+// alone.
 
 #include <array>
 #include <cmath>

@@ -4,11 +4,14 @@ namespace upmoe {
 
 std::size_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::kBF16: return 2;
+    case DType::kBF16:
+      return 2;
     case DType::kF32:
-    case DType::kI32: return 4;
+    case DType::kI32:
+      return 4;
     case DType::kI64:
-    case DType::kF64: return 8;
+    case DType::kF64:
+      return 8;
   }
   UPMOE_CHECK(false, "unknown dtype {}", static_cast<int>(dtype));
   return 0;
@@ -16,11 +19,16 @@ std::size_t size_of(DType dtype) {
 
 const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return "fp32";
-    case DType::kBF16: return "bf16";
-    case DType::kI32: return "int32";
-    case DType::kI64: return "int64";
-    case DType::kF64: return "fp64";
+    case DType::kF32:
+      return "fp32";
+    case DType::kBF16:
+      return "bf16";
+    case DType::kI32:
+      return "int32";
+    case DType::kI64:
+      return "int64";
+    case DType::kF64:
+      return "fp64";
   }
   return "unknown";
 }
@@ -56,8 +64,8 @@ namespace {
 
 template <class View>
 View rows_of(const View& v, std::int64_t begin, std::int64_t end) {
-  UPMOE_CHECK(v.shape.rank >= 1 && 0 <= begin && begin <= end && end <= v.shape[0], "rows {}..{} of {}", begin, end,
-              v.shape.str());
+  UPMOE_CHECK(v.shape.rank >= 1 && 0 <= begin && begin <= end && end <= v.shape[0], "rows {}..{} of {}",
+              begin, end, v.shape.str());
   View r = v;
   r.shape.dim[0] = 1;
   const std::int64_t row_elements = r.shape.elements();
@@ -76,12 +84,18 @@ View reshaped(const View& v, Shape s) {
 
 }  // namespace
 
-TensorView TensorView::rows(std::int64_t begin, std::int64_t end) const { return rows_of(*this, begin, end); }
-TensorView TensorView::reshape(Shape s) const { return reshaped(*this, s); }
+TensorView TensorView::rows(std::int64_t begin, std::int64_t end) const {
+  return rows_of(*this, begin, end);
+}
+TensorView TensorView::reshape(Shape s) const {
+  return reshaped(*this, s);
+}
 ConstTensorView ConstTensorView::rows(std::int64_t begin, std::int64_t end) const {
   return rows_of(*this, begin, end);
 }
-ConstTensorView ConstTensorView::reshape(Shape s) const { return reshaped(*this, s); }
+ConstTensorView ConstTensorView::reshape(Shape s) const {
+  return reshaped(*this, s);
+}
 
 std::int64_t checked_mul(std::int64_t a, std::int64_t b) {
   std::int64_t r = 0;

@@ -18,8 +18,11 @@
 namespace upmoe {
 
 enum class DType : std::uint8_t { kF32, kBF16, kI32, kI64, kF64 };
-enum class DeviceType : std::uint8_t { kCpu, kCuda, kDry };   // kDry: checks and books, computes nothing
-enum class Accumulate : std::uint8_t { kOverwrite, kAdd };    // what an op does to the values already in its output
+enum class DeviceType : std::uint8_t { kCpu, kCuda, kDry };  // kDry: checks and books, computes nothing
+enum class Accumulate : std::uint8_t {
+  kOverwrite,
+  kAdd
+};  // what an op does to the values already in its output
 
 struct Device {
   DeviceType type = DeviceType::kCpu;
@@ -27,16 +30,31 @@ struct Device {
   friend bool operator==(const Device&, const Device&) = default;
 };
 
-std::size_t size_of(DType dtype);          // bytes of one element
-const char* name_of(DType dtype);          // "fp32", "bf16", "int32", "int64", "fp64"
+std::size_t size_of(DType dtype);  // bytes of one element
+const char* name_of(DType dtype);  // "fp32", "bf16", "int32", "int64", "fp64"
 
 template <class T>
 struct DTypeOf;
-template <> struct DTypeOf<float> { static constexpr DType value = DType::kF32; };
-template <> struct DTypeOf<bf16> { static constexpr DType value = DType::kBF16; };
-template <> struct DTypeOf<std::int32_t> { static constexpr DType value = DType::kI32; };
-template <> struct DTypeOf<std::int64_t> { static constexpr DType value = DType::kI64; };
-template <> struct DTypeOf<double> { static constexpr DType value = DType::kF64; };
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::kF32;
+};
+template <>
+struct DTypeOf<bf16> {
+  static constexpr DType value = DType::kBF16;
+};
+template <>
+struct DTypeOf<std::int32_t> {
+  static constexpr DType value = DType::kI32;
+};
+template <>
+struct DTypeOf<std::int64_t> {
+  static constexpr DType value = DType::kI64;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::kF64;
+};
 
 struct Shape {  // rank at most 4
   std::array<std::int64_t, 4> dim{};
@@ -75,7 +93,8 @@ struct ConstTensorView {
   Device device;
 
   ConstTensorView() = default;
-  ConstTensorView(const std::byte* d, Shape s, DType t, Device dev) : data(d), shape(s), dtype(t), device(dev) {}
+  ConstTensorView(const std::byte* d, Shape s, DType t, Device dev)
+      : data(d), shape(s), dtype(t), device(dev) {}
   ConstTensorView(const TensorView& v)  // NOLINT(google-explicit-constructor): implicit on purpose
       : data(v.data), shape(v.shape), dtype(v.dtype), device(v.device) {}
 

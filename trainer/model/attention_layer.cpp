@@ -15,8 +15,8 @@ const ConstTensorView* mask_of(const TokenPlaces& places) {
 
 }  // namespace
 
-void AttentionLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places, Arena& keep,
-                             Saved& saved) const {
+void AttentionLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places,
+                             Arena& keep, Saved& saved) const {
   const AttentionShape at = shape_for(shape, places);
   const std::int64_t T = x_TD.rows();
   saved.x_TD = x_TD;
@@ -36,7 +36,8 @@ void AttentionLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD,
   TensorView dout_TQ = ex.scratch->take(saved.out_TQ.shape, saved.out_TQ.dtype, "attention output gradient");
   TensorView dqkv_TH = ex.scratch->take(saved.qkv_TH.shape, saved.qkv_TH.dtype, "attention qkv gradient");
   output.backward(ex, dout_TQ, Accumulate::kOverwrite, dy_TD, saved.out_TQ);
-  ops::attention_backward(ex, dqkv_TH, dout_TQ, saved.qkv_TH, saved.out_TQ, saved.lse_TN, at, mask_of(saved.places));
+  ops::attention_backward(ex, dqkv_TH, dout_TQ, saved.qkv_TH, saved.out_TQ, saved.lse_TN, at,
+                          mask_of(saved.places));
   ops::rope(ex, dqkv_TH, saved.places.positions_T, at, rope_theta, /*inverse=*/true);
   qkv.backward(ex, dx_TD, Accumulate::kOverwrite, dqkv_TH, saved.x_TD);
 }

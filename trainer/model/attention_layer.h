@@ -1,5 +1,6 @@
 #pragma once
-// Causal self-attention with rotary positions and grouped key/value heads: qkv, rope, attention, output projection.
+// Causal self-attention with rotary positions and grouped key/value heads: qkv, rope, attention, output
+// projection.
 
 #include "kernels/ops/attention.h"
 #include "trainer/model/linear.h"
@@ -13,11 +14,15 @@ struct TokenPlaces {
 };
 
 struct AttentionLayer {
-  Linear qkv;     // one [H, D] matrix: queries, keys, values
-  Linear output;  // [D, Q]
+  Linear qkv;            // one [H, D] matrix: queries, keys, values
+  Linear output;         // [D, Q]
   AttentionShape shape;  // seq_len comes from TokenPlaces
   double rope_theta = 1e6;
-  struct Saved { ConstTensorView x_TD; TensorView qkv_TH, out_TQ, lse_TN; TokenPlaces places; };
+  struct Saved {
+    ConstTensorView x_TD;
+    TensorView qkv_TH, out_TQ, lse_TN;
+    TokenPlaces places;
+  };
 
   void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places, Arena& keep,
                Saved& saved) const;

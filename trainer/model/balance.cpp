@@ -55,8 +55,12 @@ BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoa
     return terms;
   }
   switch (config.kind) {
-    case AuxKind::kHf: add_pooled(config, layers, terms); break;
-    case AuxKind::kSwitch: add_per_layer(config, layers, terms); break;
+    case AuxKind::kHf:
+      add_pooled(config, layers, terms);
+      break;
+    case AuxKind::kSwitch:
+      add_per_layer(config, layers, terms);
+      break;
   }
   for (const LayerLoad& l : layers) {
     terms.z += l.z_sum / static_cast<double>(l.tokens);

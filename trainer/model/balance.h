@@ -3,7 +3,8 @@
 //
 //   hf      E * sum_e f_e P_e over the pool of all MoE layers' tokens; f_e = assignments of e (all k) / pool,
 //           P_e = mean probability; transformers' load_balancing_loss_func; balanced value k
-//   switch  per layer E * sum_e f_e P_e with f_e = share of tokens whose first choice is e; summed over layers
+//   switch  per layer E * sum_e f_e P_e with f_e = share of tokens whose first choice is e; summed over
+//   layers
 //           (Fedus et al. 2021); balanced value = number of MoE layers
 //   z       per layer mean of logsumexp(logits)^2, summed over layers (Zoph et al. 2022)
 // f is a constant for the gradient.
@@ -33,9 +34,10 @@ struct LayerLoad {
 };
 
 struct BalanceTerms {
-  double aux = 0, z = 0;                          // before their coefficients
-  std::vector<std::vector<float>> aux_gradient;   // per layer: d(coefficient * aux) / d(probability of e), any token
-  std::vector<float> z_scale;                     // per layer: d(coefficient * z) / d(lse^2) of one token
+  double aux = 0, z = 0;  // before their coefficients
+  std::vector<std::vector<float>>
+      aux_gradient;            // per layer: d(coefficient * aux) / d(probability of e), any token
+  std::vector<float> z_scale;  // per layer: d(coefficient * z) / d(lse^2) of one token
 };
 BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoad> layers);
 

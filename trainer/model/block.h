@@ -1,6 +1,6 @@
 #pragma once
-// One transformer block: h = x + attention(norm1(x)); y = h + ffn(norm2(h)), ffn dense or a mixture of experts.
-// What is kept for backward and what is computed again is decided here and nowhere else.
+// One transformer block: h = x + attention(norm1(x)); y = h + ffn(norm2(h)), ffn dense or a mixture of
+// experts. What is kept for backward and what is computed again is decided here and nowhere else.
 
 #include <string>
 #include <variant>
@@ -13,7 +13,11 @@
 
 namespace upmoe {
 
-enum class Recompute { kNone, kFfn, kBlock };  // kFfn: the feed-forward half; kBlock: everything but the block's input
+enum class Recompute {
+  kNone,
+  kFfn,
+  kBlock
+};  // kFfn: the feed-forward half; kBlock: everything but the block's input
 Recompute recompute_from(const std::string& name);
 
 struct Block {
@@ -31,15 +35,15 @@ struct Block {
     std::variant<DenseFfn::Saved, MoeLayer::Saved> ffn;
     std::vector<double> load_3E;  // of a mixture: ops::balance_stats, on the host
     double z_sum = 0;
-    TensorView aux_E;             // set by the model between forward and backward
+    TensorView aux_E;  // set by the model between forward and backward
     float z_scale = 0;
   };
 
   bool is_moe() const { return std::holds_alternative<MoeLayer>(ffn); }
   void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places, Arena& keep,
                Saved& saved) const;
-  // g_TD: gradient of y in, gradient of x out. `keep` as forward left it (recomputation takes memory above and gives
-  // it back).
+  // g_TD: gradient of y in, gradient of x out. `keep` as forward left it (recomputation takes memory above
+  // and gives it back).
   void backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const;
 
  private:

@@ -25,7 +25,8 @@ void DenseFfn::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& k
 void DenseFfn::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const {
   ScratchScope scope(*ex.scratch);
   TensorView dh_TF = ex.scratch->take(saved.h_TF.shape, saved.h_TF.dtype, "ffn hidden gradient");
-  TensorView dgate_up_TG = ex.scratch->take(saved.gate_up_TG.shape, saved.gate_up_TG.dtype, "ffn gate and up gradient");
+  TensorView dgate_up_TG =
+      ex.scratch->take(saved.gate_up_TG.shape, saved.gate_up_TG.dtype, "ffn gate and up gradient");
   down.backward(ex, dh_TF, Accumulate::kOverwrite, dy_TD, saved.h_TF);
   if (!gate_1D) {
     ops::swiglu_backward(ex, dgate_up_TG, nullptr, dh_TF, saved.gate_up_TG, nullptr);

@@ -11,7 +11,8 @@ Param Param::as(Shape shape) const {
 void Linear::forward(Exec& ex, TensorView y_TN, ConstTensorView x_TK) const {
   if (bias_N) {
     const ConstTensorView bias = bias_N->value;
-    ops::gemm(ex, y_TN, x_TK, Transpose::kNo, weight_NK.value, Transpose::kYes, Accumulate::kOverwrite, &bias);
+    ops::gemm(ex, y_TN, x_TK, Transpose::kNo, weight_NK.value, Transpose::kYes, Accumulate::kOverwrite,
+              &bias);
   } else {
     ops::gemm(ex, y_TN, x_TK, Transpose::kNo, weight_NK.value, Transpose::kYes, Accumulate::kOverwrite);
   }

@@ -13,7 +13,8 @@ struct Linear {
 
   void forward(Exec& ex, TensorView y_TN, ConstTensorView x_TK) const;
   // dx_TK (+)= dy w; weight and bias gradients += .
-  void backward(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN, ConstTensorView x_TK) const;
+  void backward(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN,
+                ConstTensorView x_TK) const;
   void backward_weights(Exec& ex, ConstTensorView dy_TN, ConstTensorView x_TK) const;
 };
 

@@ -10,9 +10,12 @@ namespace upmoe {
 
 namespace {
 
-constexpr std::int64_t kChunkElements = std::int64_t{1} << 22;  // 16 MiB of fp32 logits: half of a last-level cache
+constexpr std::int64_t kChunkElements = std::int64_t{1}
+                                        << 22;  // 16 MiB of fp32 logits: half of a last-level cache
 
-std::int64_t rows_per_chunk(std::int64_t vocab) { return std::max<std::int64_t>(64, kChunkElements / vocab); }
+std::int64_t rows_per_chunk(std::int64_t vocab) {
+  return std::max<std::int64_t>(64, kChunkElements / vocab);
+}
 
 }  // namespace
 

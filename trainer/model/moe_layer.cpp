@@ -20,7 +20,8 @@ void MoeLayer::route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) 
   ScratchScope scope(*ex.scratch);
   TensorView logits_TE = ex.scratch->take({T, E}, DType::kF32, "router logits");
   ops::gemm(ex, logits_TE, x_TD, Transpose::kNo, router_ED.value, Transpose::kYes, Accumulate::kOverwrite);
-  ops::route_tokens(ex, saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T, logits_TE, renormalize_top_k);
+  ops::route_tokens(ex, saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T, logits_TE,
+                    renormalize_top_k);
   ops::balance_stats(ex, saved.stats_3E, saved.z_1, saved.probs_TE, saved.index_TK, saved.lse_T);
 }
 
@@ -71,11 +72,12 @@ void MoeLayer::experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R
   ops::grouped_gemm_dgrad(ex, dx_RD, dgate_up_RG, gate_up_eGD.value, offsets);
 }
 
-void MoeLayer::router_backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const Saved& saved) const {
+void MoeLayer::router_backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK,
+                               const Saved& saved) const {
   ScratchScope scope(*ex.scratch);
   TensorView dlogits_TE = ex.scratch->take(saved.probs_TE.shape, DType::kF32, "router logit gradient");
-  ops::route_tokens_backward(ex, dlogits_TE, dweight_TK, saved.aux_E, saved.z_scale, saved.probs_TE, saved.index_TK,
-                             saved.weight_TK, saved.lse_T, renormalize_top_k);
+  ops::route_tokens_backward(ex, dlogits_TE, dweight_TK, saved.aux_E, saved.z_scale, saved.probs_TE,
+                             saved.index_TK, saved.weight_TK, saved.lse_T, renormalize_top_k);
   TensorView narrow_TE = dlogits_TE;
   if (dx_TD.dtype != DType::kF32) {  // products take one dtype
     narrow_TE = ex.scratch->take(dlogits_TE.shape, dx_TD.dtype, "router logit gradient, rounded");
@@ -99,7 +101,8 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   TensorView dy_RD = ex.scratch->take({R, D}, dy_TD.dtype, "expert output gradient");
   TensorView dx_RD = ex.scratch->take({R, D}, dy_TD.dtype, "expert input gradient");
   TensorView dweight_R1 = ex.scratch->take({R, 1}, DType::kF32, "expert row weight gradient");
-  TensorView dgate_up_RG = ex.scratch->take(saved.gate_up_RG.shape, saved.gate_up_RG.dtype, "expert gate and up gradient");
+  TensorView dgate_up_RG =
+      ex.scratch->take(saved.gate_up_RG.shape, saved.gate_up_RG.dtype, "expert gate and up gradient");
   dy_rows.finish(ex, dy_RD);
   experts_backward(ex, dx_RD, dweight_R1, dgate_up_RG, dy_RD, saved);
 
@@ -109,7 +112,8 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   if (down_eDF.wants_grad())
     ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, saved.h_RF, plan.expert_offsets, Accumulate::kAdd);
   if (gate_up_eGD.wants_grad())
-    ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, saved.x_RD, plan.expert_offsets, Accumulate::kAdd);
+    ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, saved.x_RD, plan.expert_offsets,
+                            Accumulate::kAdd);
 
   ops::gather_sum_rows(ex, dx_TD, dx_rows.finish(), plan.slot_TK, Accumulate::kAdd);
   TensorView dweight_TK = ex.scratch->take({plan.sent(), 1}, DType::kF32, "router weight gradient");

@@ -1,7 +1,7 @@
 #pragma once
-// Mixture of experts: router, dropless dispatch along ep, grouped SwiGLU experts, ordered combine; the shared expert
-// runs while rows are in flight. The routing weight multiplies the hidden row, before the down projection: the same
-// product, and its gradient needs only what gate_up gives.
+// Mixture of experts: router, dropless dispatch along ep, grouped SwiGLU experts, ordered combine; the shared
+// expert runs while rows are in flight. The routing weight multiplies the hidden row, before the down
+// projection: the same product, and its gradient needs only what gate_up gives.
 
 #include <optional>
 
@@ -20,7 +20,7 @@ struct MoeLayer {
   struct Saved {
     ConstTensorView x_TD;
     TensorView probs_TE, index_TK, weight_TK, lse_T;
-    TensorView stats_3E, z_1;            // fp64, see ops::balance_stats
+    TensorView stats_3E, z_1;  // fp64, see ops::balance_stats
     DispatchPlan plan;
     TensorView x_RD, weight_R1, gate_up_RG, h_RF;
     DenseFfn::Saved shared;

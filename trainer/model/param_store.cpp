@@ -14,7 +14,8 @@ namespace {
 
 constexpr std::int64_t kAlignElements = 64;  // 128 bytes of bf16: whole cache lines
 
-bool continues_previous(const std::string& name) {  // k and v follow q without a gap: one matrix for one product
+bool continues_previous(
+    const std::string& name) {  // k and v follow q without a gap: one matrix for one product
   for (const char* end : {".attn.k_NHD", ".attn.v_NHD", ".attn.k_NH", ".attn.v_NH"})
     if (name.ends_with(end)) return true;
   return false;
@@ -27,8 +28,9 @@ std::vector<bool> frozen_by(const std::vector<std::string>& patterns, const std:
     for (std::size_t i = 0; i < table.size(); ++i)
       if (fnmatch(pattern.c_str(), table[i].name.c_str(), 0) == 0) hit = frozen[i] = true;
     if (!hit)
-      fail(ExitCode::kUsage, "freeze: pattern '{}' matches no parameter; `upmoe inspect` lists the names, e.g. '{}'",
-           pattern, table.front().name);
+      fail(ExitCode::kUsage,
+           "freeze: pattern '{}' matches no parameter; `upmoe inspect` lists the names, e.g. '{}'", pattern,
+           table.front().name);
   }
   return frozen;
 }
@@ -48,7 +50,8 @@ ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, int rank
     p.replica = replica_of(p.spec, mesh, rank);
     p.owned = owner_slice(p.shard.elements(), p.replica);
     p.frozen = frozen[i];
-    if (!continues_previous(p.spec.name)) elements = (elements + kAlignElements - 1) / kAlignElements * kAlignElements;
+    if (!continues_previous(p.spec.name))
+      elements = (elements + kAlignElements - 1) / kAlignElements * kAlignElements;
     begin.push_back(elements);
     elements = checked_add(elements, p.shard.elements());
     index_[p.spec.name] = params_.size();
@@ -85,8 +88,8 @@ Param ParamStore::joined(const std::vector<std::string>& names, Shape shape) con
     const StoredParam& p = at(name);
     UPMOE_CHECK(p.value.data == next, "'{}' does not follow its neighbour", name);
     if (p.frozen != first.frozen)
-      fail(ExitCode::kUsage, "freeze: '{}' and '{}' are one product; freeze all of {} or none", names.front(), name,
-           fmt::join(names, ", "));
+      fail(ExitCode::kUsage, "freeze: '{}' and '{}' are one product; freeze all of {} or none", names.front(),
+           name, fmt::join(names, ", "));
     if (next != nullptr) next += p.value.bytes();
   }
   Param joined{first.value, first.grad};
@@ -115,9 +118,12 @@ namespace {
 
 float initial_value(const Init& init, std::uint64_t key, std::int64_t index) {
   switch (init.kind) {
-    case Init::Kind::kOnes: return 1.0f;
-    case Init::Kind::kZeros: return 0.0f;
-    case Init::Kind::kNormal: return init.std * normal_at(key, static_cast<std::uint64_t>(index));
+    case Init::Kind::kOnes:
+      return 1.0f;
+    case Init::Kind::kZeros:
+      return 0.0f;
+    case Init::Kind::kNormal:
+      return init.std * normal_at(key, static_cast<std::uint64_t>(index));
   }
   return 0.0f;
 }

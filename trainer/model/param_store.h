@@ -1,6 +1,6 @@
 #pragma once
-// This rank's parameters: one flat buffer of values and one of gradients, in the order of the ParamTable, with the
-// views that layers bind to.
+// This rank's parameters: one flat buffer of values and one of gradients, in the order of the ParamTable,
+// with the views that layers bind to.
 
 #include <functional>
 #include <map>
@@ -14,9 +14,9 @@ namespace upmoe {
 
 struct StoredParam {
   ParamSpec spec;
-  Box shard;          // what this rank computes with, in global coordinates
-  Replica replica;    // among the ranks that hold the same shard
-  Range owned;        // ZeRO: the flat part of the shard this rank updates and saves
+  Box shard;        // what this rank computes with, in global coordinates
+  Replica replica;  // among the ranks that hold the same shard
+  Range owned;      // ZeRO: the flat part of the shard this rank updates and saves
   bool frozen = false;
   TensorView value, grad;  // shape: shard.extent; grad without shape when frozen or not wanted
 };

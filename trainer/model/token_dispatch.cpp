@@ -30,9 +30,10 @@ std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& ep, TensorView c
   return counts_PE;
 }
 
-// Arrival order is rank-major, then expert; the experts want expert-major, then rank, which is global token order.
-void fill_regroup(DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE, std::int64_t P, std::int64_t E,
-                  Range local) {
+// Arrival order is rank-major, then expert; the experts want expert-major, then rank, which is global token
+// order.
+void fill_regroup(DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE, std::int64_t P,
+                  std::int64_t E, Range local) {
   auto* regroup = plan.regroup_R.as<std::int32_t>();
   auto* ungroup = plan.ungroup_R.as<std::int32_t>();
   std::int64_t arrival = 0;
@@ -48,7 +49,8 @@ void fill_regroup(DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE
 
 }  // namespace
 
-DispatchPlan make_plan(Exec& ex, Communicator& ep, ConstTensorView index_TK, std::int64_t num_experts, Arena& keep) {
+DispatchPlan make_plan(Exec& ex, Communicator& ep, ConstTensorView index_TK, std::int64_t num_experts,
+                       Arena& keep) {
   DispatchPlan plan;
   plan.tokens = index_TK.shape[0];
   plan.top_k = index_TK.shape[1];
@@ -84,10 +86,12 @@ DispatchPlan make_plan(Exec& ex, Communicator& ep, ConstTensorView index_TK, std
   return plan;
 }
 
-ToExperts::ToExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, ConstTensorView rows, std::int64_t divisor)
+ToExperts::ToExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, ConstTensorView rows,
+                     std::int64_t divisor)
     : plan_(plan), rows_(rows), divisor_(divisor) {
   if (ep.size() == 1) return;  // finish() gathers straight into place
-  TensorView sent_N = ex.scratch->take(rows_shape(plan.sent(), rows.shape), rows.dtype, "rows to the experts");
+  TensorView sent_N =
+      ex.scratch->take(rows_shape(plan.sent(), rows.shape), rows.dtype, "rows to the experts");
   arrived_R_ = ex.scratch->take(rows_shape(plan.received(), rows.shape), rows.dtype, "rows from all ranks");
   ops::gather_rows(ex, sent_N, rows, plan.order_N, divisor);
   pending_ = ep.all_to_all_rows(arrived_R_, plan.recv_rows, sent_N, plan.send_rows, ex.comm);
@@ -108,7 +112,8 @@ FromExperts::FromExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, C
     return;
   }
   ungrouped_R_ = ex.scratch->take(rows_R.shape, rows_R.dtype, "rows leaving the experts");
-  arrived_N_ = ex.scratch->take(rows_shape(plan.sent(), rows_R.shape), rows_R.dtype, "rows back at their tokens");
+  arrived_N_ =
+      ex.scratch->take(rows_shape(plan.sent(), rows_R.shape), rows_R.dtype, "rows back at their tokens");
   ops::gather_rows(ex, ungrouped_R_, rows_R, plan.ungroup_R, 1);
   pending_ = ep.all_to_all_rows(arrived_N_, plan.send_rows, ungrouped_R_, plan.recv_rows, ex.comm);
   direct_ = arrived_N_;

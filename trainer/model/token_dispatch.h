@@ -1,6 +1,6 @@
 #pragma once
-// Rows to the ranks that hold their experts, and back. The same two verbs serve forward and backward: the backward of
-// to_experts is from_experts of the gradient, and the other way round.
+// Rows to the ranks that hold their experts, and back. The same two verbs serve forward and backward: the
+// backward of to_experts is from_experts of the gradient, and the other way round.
 
 #include <vector>
 
@@ -9,27 +9,29 @@
 
 namespace upmoe {
 
-// How this micro-batch's rows travel. Built once; forward, backward and recomputation share it. Views live in the
-// arena given to make_plan.
+// How this micro-batch's rows travel. Built once; forward, backward and recomputation share it. Views live in
+// the arena given to make_plan.
 struct DispatchPlan {
   std::int64_t tokens = 0, top_k = 0;
-  TensorView order_N;                 // i32: position sorted by expert -> flat (token, k)
-  TensorView slot_TK;                 // i32: its inverse
-  TensorView regroup_R, ungroup_R;    // i32: expert-major row -> arrival row, and back; empty when ep is 1
-  std::vector<std::int64_t> send_rows, recv_rows;  // per rank along ep
-  std::vector<std::int64_t> expert_offsets;        // of the local experts, e+1
-  std::int64_t sent() const { return tokens * top_k; }              // N
-  std::int64_t received() const { return expert_offsets.back(); }   // R
+  TensorView order_N;               // i32: position sorted by expert -> flat (token, k)
+  TensorView slot_TK;               // i32: its inverse
+  TensorView regroup_R, ungroup_R;  // i32: expert-major row -> arrival row, and back; empty when ep is 1
+  std::vector<std::int64_t> send_rows, recv_rows;                  // per rank along ep
+  std::vector<std::int64_t> expert_offsets;                        // of the local experts, e+1
+  std::int64_t sent() const { return tokens * top_k; }             // N
+  std::int64_t received() const { return expert_offsets.back(); }  // R
 };
 
 // Collective over ep: gathers the counts, the one point where the host waits for the device.
-DispatchPlan make_plan(Exec& ex, Communicator& ep, ConstTensorView index_TK, std::int64_t num_experts, Arena& keep);
+DispatchPlan make_plan(Exec& ex, Communicator& ep, ConstTensorView index_TK, std::int64_t num_experts,
+                       Arena& keep);
 
-// Rows under way to the experts: from start until finish the buffers lie in the scratch arena, so both calls belong to
-// one ScratchScope of the caller.
+// Rows under way to the experts: from start until finish the buffers lie in the scratch arena, so both calls
+// belong to one ScratchScope of the caller.
 class ToExperts {
  public:
-  // Sends row order_N[i] / divisor of `rows` for every i: divisor top_k for token rows, 1 for per-assignment rows.
+  // Sends row order_N[i] / divisor of `rows` for every i: divisor top_k for token rows, 1 for per-assignment
+  // rows.
   ToExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, ConstTensorView rows, std::int64_t divisor);
   void finish(Exec& ex, TensorView out_R);  // expert-major
 

@@ -15,10 +15,14 @@ TensorView loss_sum(Exec& ex) {
   return sum_1;
 }
 
-double value_of(TensorView sum_1) { return sum_1.data != nullptr ? *sum_1.as<double>() : 0.0; }
+double value_of(TensorView sum_1) {
+  return sum_1.data != nullptr ? *sum_1.as<double>() : 0.0;
+}
 
-// Values and gradients of the balance terms, once every layer's load is known; gradients go where backward finds them.
-void set_balance(Exec& ex, const BalanceConfig& config, std::int64_t tokens, Arena& keep, Transformer::Saved& saved) {
+// Values and gradients of the balance terms, once every layer's load is known; gradients go where backward
+// finds them.
+void set_balance(Exec& ex, const BalanceConfig& config, std::int64_t tokens, Arena& keep,
+                 Transformer::Saved& saved) {
   std::vector<LayerLoad> loads;
   std::vector<Block::Saved*> moe;
   for (Block::Saved& b : saved.blocks) {
@@ -28,7 +32,8 @@ void set_balance(Exec& ex, const BalanceConfig& config, std::int64_t tokens, Are
     const std::span<const double> all(b.load_3E);
     loads.push_back({tokens, all.subspan(0, E), all.subspan(E, E), all.subspan(2 * E, E), b.z_sum});
   }
-  if (ex.device.type == DeviceType::kDry) {  // nothing was counted; backward still wants a tensor of the right shape
+  if (ex.device.type ==
+      DeviceType::kDry) {  // nothing was counted; backward still wants a tensor of the right shape
     for (Block::Saved* b : moe) {
       const std::int64_t E = std::get<MoeLayer::Saved>(b->ffn).probs_TE.shape[1];
       b->aux_E = keep.take({E}, DType::kF32, "balance gradient");
@@ -46,8 +51,8 @@ void set_balance(Exec& ex, const BalanceConfig& config, std::int64_t tokens, Are
 
 }  // namespace
 
-double Transformer::forward(Exec& ex, const MicroBatch& batch, double loss_scale, const BalanceConfig& balance,
-                            Arena& keep, Saved& saved) const {
+double Transformer::forward(Exec& ex, const MicroBatch& batch, double loss_scale,
+                            const BalanceConfig& balance, Arena& keep, Saved& saved) const {
   const std::int64_t T = batch.tokens_T.rows(), D = embed_VD.value.shape[1];
   saved.blocks.assign(blocks.size(), {});
   saved.tokens_T = batch.tokens_T;
@@ -68,7 +73,8 @@ double Transformer::forward(Exec& ex, const MicroBatch& batch, double loss_scale
   return value_of(loss_1);
 }
 
-void Transformer::backward(Exec& ex, Arena& keep, Saved& saved, const std::function<void(int)>& layer_done) const {
+void Transformer::backward(Exec& ex, Arena& keep, Saved& saved,
+                           const std::function<void(int)>& layer_done) const {
   ScratchScope scope(*ex.scratch);
   TensorView g_TD = ex.scratch->take(saved.dnormed_TD.shape, dtype, "residual stream gradient");
   final_norm.backward(ex, g_TD, Accumulate::kOverwrite, saved.dnormed_TD, saved.final_norm);
@@ -111,7 +117,8 @@ DenseFfn bind_ffn(const ParamStore& params, const std::string& prefix) {
   return ffn;
 }
 
-MoeLayer bind_moe(const ModelConfig& config, const ParamStore& params, const ProcessMesh& mesh, const std::string& layer) {
+MoeLayer bind_moe(const ModelConfig& config, const ParamStore& params, const ProcessMesh& mesh,
+                  const std::string& layer) {
   MoeLayer moe;
   moe.num_experts = config.num_experts;
   moe.top_k = config.num_experts_per_tok;
@@ -134,7 +141,8 @@ AttentionLayer bind_attention(const ModelConfig& config, const ParamStore& param
   attention.rope_theta = config.rope_theta;
   const std::int64_t H = attention.shape.qkv_width(), Q = config.num_attention_heads * config.head_dim;
   const std::string at = layer + "attn.";
-  attention.qkv.weight_NK = params.joined({at + "q_NHD", at + "k_NHD", at + "v_NHD"}, {H, config.hidden_size});
+  attention.qkv.weight_NK =
+      params.joined({at + "q_NHD", at + "k_NHD", at + "v_NHD"}, {H, config.hidden_size});
   if (config.qkv_bias) attention.qkv.bias_N = params.joined({at + "q_NH", at + "k_NH", at + "v_NH"}, {H});
   attention.output.weight_NK = params.param(at + "o_DNH", {config.hidden_size, Q});
   return attention;

@@ -1,0 +1,111 @@
+// upmoe eval: held-out loss of a model directory or checkpoint, and its logits.
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "data/model_source.h"
+#include "data/safetensors.h"
+#include "kernels/core/log.h"
+#include "launch/commands.h"
+#include "trainer/evaluation.h"
+#include "trainer/session.h"
+
+namespace upmoe {
+
+namespace {
+
+struct EvalArguments {
+  std::string model, data, logits, precision = "fp32";
+  std::int64_t seq_len = 0, sequences = 0, micro_batch = 4;
+  bool mask_documents = false;
+};
+
+// Logits [sequences, seq_len, vocab] in fp32, filled chunk by chunk.
+struct LogitsFile {
+  std::vector<float> values;
+  std::int64_t vocab = 0;
+  LmHead::Sink sink() {
+    return [this](std::int64_t row, ConstTensorView logits_CV) {
+      std::copy_n(logits_CV.as<float>(), logits_CV.elements(), values.data() + row * vocab);
+    };
+  }
+};
+
+int run_eval(const EvalArguments& a, Runtime& runtime) {
+  Communicator& world = runtime.world();
+  log::start(world.rank(), world.size());
+  if (!a.logits.empty() && world.size() > 1)
+    fail(ExitCode::kUsage, "--logits needs one rank; start upmoe eval alone");
+  std::unique_ptr<ModelSource> source;
+  run_agreed(world, [&] { source = open_model(a.model); });
+  const ModelConfig& config = source->config();
+
+  MeshSpec spec;
+  spec.dp = world.size();
+  spec.ep = config.num_experts > 0 ? std::min(world.size(), config.num_experts) : 1;
+  while (world.size() % spec.ep != 0) --spec.ep;  // the largest that divides: least memory
+  const ProcessMesh mesh(spec, world);
+  RankMemory memory{Device{}};
+  ParamStore params(config, spec, world.rank(),
+                    {.dtype = a.precision == "bf16" ? DType::kBF16 : DType::kF32,
+                     .device = {},
+                     .gradients = false,
+                     .freeze = {}});
+  std::unique_ptr<TokenDataset> data;
+  run_agreed(world, [&] {
+    params.load([&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
+    data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{a.data, 1.0}}, a.seq_len, false,
+                                          0, config.vocab_size);
+  });
+  const Transformer model = make_transformer(config, params, mesh, Recompute::kNone);
+
+  LogitsFile logits;
+  const std::int64_t sequences =
+      a.sequences == 0 ? data->num_sequences() : std::min(a.sequences, data->num_sequences());
+  if (!a.logits.empty()) {
+    logits.vocab = config.vocab_size;
+    logits.values.resize(
+        static_cast<std::size_t>(checked_mul(checked_mul(sequences, a.seq_len), config.vocab_size)));
+  }
+  const EvalResult result =
+      evaluate(memory.exec, memory.keep, model, mesh, *data, {sequences, a.micro_batch, a.mask_documents},
+               a.logits.empty() ? LmHead::Sink{} : logits.sink());
+  if (!a.logits.empty())
+    write_safetensors(
+        a.logits, {{"logits", host_view(logits.values.data(), {sequences, a.seq_len, config.vocab_size})}});
+  if (world.rank() == 0)
+    fmt::print("{}\n", nlohmann::json{{"loss", result.loss},
+                                      {"perplexity", std::exp(result.loss)},
+                                      {"tokens", result.tokens},
+                                      {"sequences", sequences},
+                                      {"seconds", result.seconds}}
+                           .dump());
+  return 0;
+}
+
+}  // namespace
+
+void add_eval(CLI::App& app, Handler& handler) {
+  auto a = std::make_shared<EvalArguments>();
+  CLI::App* command =
+      app.add_subcommand("eval", "Held-out loss and perplexity of a model, as one JSON object");
+  command->add_option("model", a->model, "Hugging Face directory, checkpoint or run directory")->required();
+  command->add_option("--data", a->data, "Token file")->required();
+  command->add_option("--seq-len", a->seq_len, "Tokens per sequence")->required()->check(CLI::PositiveNumber);
+  command->add_option("--sequences", a->sequences, "Only the first N sequences (0: all)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--micro-batch", a->micro_batch, "Sequences at once per rank")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--precision", a->precision, "fp32 or bf16")
+      ->check(CLI::IsMember({"fp32", "bf16"}))
+      ->capture_default_str();
+  command->add_flag("--mask-documents", a->mask_documents,
+                    "Attention and positions restart at each document");
+  command->add_option("--logits", a->logits,
+                      "Also write the logits (tensor `logits`, fp32) to this safetensors file");
+  command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_eval(*a, runtime); }; });
+}
+
+}  // namespace upmoe

@@ -1,0 +1,54 @@
+// upmoe train: reads the run's configuration and trains.
+
+#include "configs/run_config.h"
+#include "kernels/core/log.h"
+#include "launch/commands.h"
+#include "trainer/training_run.h"
+
+namespace upmoe {
+
+namespace {
+
+struct TrainArguments {
+  std::string file;
+  std::vector<std::string> overrides;
+  bool fresh = false;
+  double deadline_s = 600;
+};
+
+int run_train(const TrainArguments& arguments, Runtime& runtime) {
+  Communicator& world = runtime.world();
+  log::start(world.rank(), world.size());
+  RunConfig run;
+  run_agreed(world, [&] { run = read_run_config(arguments.file, arguments.overrides); });
+  if (run.device == "cuda")
+    fail(ExitCode::kDevice,
+         "device: cuda was asked for, but this program was built without CUDA; use device: cpu or auto");
+  install_signal_handlers();
+  if (arguments.deadline_s > 0)
+    watchdog::start(std::chrono::milliseconds(static_cast<std::int64_t>(arguments.deadline_s * 1000)),
+                    world.rank());
+  const int status = train(run, world, {arguments.fresh});
+  watchdog::stop();
+  return status;
+}
+
+}  // namespace
+
+void add_train(CLI::App& app, Handler& handler) {
+  auto arguments = std::make_shared<TrainArguments>();
+  CLI::App* command =
+      app.add_subcommand("train", "Train; resumes from the newest complete checkpoint of the run directory");
+  command->add_option("run", arguments->file, "Run configuration (YAML)")->required();
+  command->add_option("overrides", arguments->overrides, "section.key=value, e.g. train.steps=100");
+  command->add_flag("--fresh", arguments->fresh, "Refuse to start when the run directory holds a checkpoint");
+  command
+      ->add_option("--deadline", arguments->deadline_s,
+                   "Seconds without progress after which the job ends with status 70 (0: never)")
+      ->capture_default_str();
+  command->callback([arguments, &handler] {
+    handler = [arguments](Runtime& runtime) { return run_train(*arguments, runtime); };
+  });
+}
+
+}  // namespace upmoe

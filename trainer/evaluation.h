@@ -1,0 +1,27 @@
+#pragma once
+// Held-out loss.
+
+#include "configs/model_config.h"
+#include "data/token_dataset.h"
+#include "trainer/model/transformer.h"
+
+namespace upmoe {
+
+struct EvalResult {
+  double loss = 0;  // mean cross-entropy per token
+  std::int64_t tokens = 0;
+  double seconds = 0;
+};
+
+struct EvalOptions {
+  std::int64_t sequences = 0;    // 0 = all of the file
+  std::int64_t micro_batch = 4;  // sequences at once per rank
+  bool mask_documents = false;
+};
+
+// Sequences 0..n-1 of `data` in file order, dealt to the data-parallel ranks. Collective; the same result on
+// every rank. `sink` sees the logits (row = token index of the whole evaluation); only with one rank.
+EvalResult evaluate(Exec& ex, Arena& keep, const Transformer& model, const ProcessMesh& mesh,
+                    const TokenDataset& data, const EvalOptions& options, const LmHead::Sink& sink = {});
+
+}  // namespace upmoe

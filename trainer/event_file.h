@@ -1,0 +1,29 @@
+#pragma once
+// TensorBoard event files: TFRecord framing with masked CRC-32C, and the few protobuf fields that scalars
+// need.
+
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace upmoe {
+
+class EventFile {
+ public:
+  // Opens a new file in `dir` (after a crash or a resume always a new one: nothing may stand behind a torn
+  // record).
+  explicit EventFile(const std::filesystem::path& dir);
+  // One event; flushed. A failing disk is reported once by a warning and does not stop training.
+  void scalars(std::int64_t step, const std::vector<std::pair<std::string, double>>& values);
+
+ private:
+  void record(const std::string& payload);
+  std::filesystem::path path_;
+  std::ofstream out_;
+  bool warned_ = false;
+};
+
+}  // namespace upmoe

@@ -1,0 +1,42 @@
+#pragma once
+// metrics.jsonl, TensorBoard events and the console line of a run. Rank 0 only.
+
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <optional>
+
+#include "trainer/evaluation.h"
+#include "trainer/event_file.h"
+#include "trainer/trainer.h"
+
+namespace upmoe {
+
+class Metrics {
+ public:
+  // Lines beyond `from_step` of an earlier attempt are moved to metrics.jsonl.cut: every step stands there
+  // once. peak_flops: of one rank, what MFU is a share of; 0 = unknown, MFU is null.
+  Metrics(const std::filesystem::path& run_dir, const RunConfig& run, std::int64_t from_step,
+          double peak_flops);
+
+  void step(const StepReport& report);
+  void evaluation(std::int64_t step, const EvalResult& result);
+
+ private:
+  void line(const std::string& json);
+  void console(const StepReport& report, double tokens_per_s);
+  const RunConfig& run_;
+  std::filesystem::path path_;
+  std::ofstream file_;
+  std::optional<EventFile> events_;
+  double peak_flops_;
+  double slow_seconds_ = 0;  // smoothed seconds per step, for the time left
+  bool terminal_;
+  bool warned_ = false;
+};
+
+// The rate of a large matrix product in `dtype` on this rank with its threads, measured for about 0.2 s while
+// every rank measures: FLOP/s. What MFU is a share of on a CPU.
+double measure_peak_flops(Exec& ex, DType dtype);
+
+}  // namespace upmoe

@@ -1,0 +1,72 @@
+#include "trainer/session.h"
+
+namespace upmoe {
+
+MeshSpec mesh_of(const RunConfig& run, int world_size) {
+  MeshSpec mesh;
+  mesh.tp = run.parallel.tp;
+  mesh.pp = run.parallel.pp;
+  mesh.cp = run.parallel.cp;
+  mesh.ep = run.parallel.ep;
+  mesh.etp = run.parallel.etp;
+  mesh.dp = world_size / (mesh.tp * mesh.pp * mesh.cp);
+  const std::vector<std::string> problems = mesh.problems(world_size);
+  if (!problems.empty()) {
+    std::string all;
+    for (const std::string& p : problems) all += "\n  " + p;
+    fail(ExitCode::kUsage, "parallel: impossible for {} ranks:{}", world_size, all);
+  }
+  return mesh;
+}
+
+namespace {
+
+constexpr std::size_t kArenaAddressSpace = std::size_t{1}
+                                           << 36;  // 64 GiB of addresses; memory is taken on touch
+
+DType dtype_of(const RunConfig& run) {
+  return run.train.precision == "bf16" ? DType::kBF16 : DType::kF32;
+}
+
+Optimizer::Config optimizer_of(const RunConfig& run) {
+  return {run.optimizer.beta1, run.optimizer.beta2, run.optimizer.eps, run.optimizer.weight_decay,
+          run.optimizer.clip};
+}
+
+}  // namespace
+
+RankMemory::RankMemory(Device device)
+    : keep(device, kArenaAddressSpace, "activations"), scratch(device, kArenaAddressSpace, "scratch") {
+  exec.device = device;
+  exec.scratch = &scratch;
+  exec.ledger = &ledger;
+}
+
+Session::Session(const RunConfig& run_config, const ModelConfig& model_config, Communicator& world,
+                 Device device)
+    : run(run_config),
+      config(model_config),
+      memory(device),
+      mesh(mesh_of(run_config, world.size()), world),
+      params(
+          model_config, mesh.spec(), world.rank(),
+          {.dtype = dtype_of(run_config), .device = device, .gradients = true, .freeze = run_config.freeze}),
+      model(make_transformer(model_config, params, mesh, recompute_from(run_config.train.recompute))),
+      reducer(params, mesh, device),
+      optimizer(params, optimizer_of(run_config), device) {}
+
+void Session::open_data(std::int64_t first_sample) {
+  std::vector<TokenDataset::Source> sources;
+  for (const DataSource& s : run.data.train) sources.push_back({s.path, s.weight});
+  data = std::make_unique<TokenDataset>(sources, run.data.seq_len, run.data.shuffle,
+                                        static_cast<std::uint64_t>(run.data.seed), config.vocab_size);
+  BatchLoader::Options options;
+  options.global_batch = run.train.global_batch;
+  options.micro_batch = run.train.micro_batch;
+  options.dp_rank = mesh.coord(Axis::kDp);
+  options.dp_size = mesh.spec().dp;
+  options.mask_documents = run.data.mask_documents;
+  loader = std::make_unique<BatchLoader>(*data, options, first_sample);
+}
+
+}  // namespace upmoe

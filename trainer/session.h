@@ -1,0 +1,45 @@
+#pragma once
+// Everything one rank needs to train, built from a configuration: memory, mesh, parameters, model, data. Owns
+// all of it; the parts refer to each other, so a session stays where it was made.
+
+#include <memory>
+
+#include "configs/run_config.h"
+#include "data/batch_loader.h"
+#include "parallel/mesh.h"
+#include "trainer/grad_reducer.h"
+#include "trainer/model/transformer.h"
+#include "trainer/optimizer.h"
+
+namespace upmoe {
+
+MeshSpec mesh_of(const RunConfig& run, int world_size);
+
+// Device, arenas and ledger of one rank.
+struct RankMemory {
+  explicit RankMemory(Device device);
+  Ledger ledger;
+  Arena keep, scratch;
+  Exec exec;
+};
+
+struct Session {
+  // Collective. Weights are neither loaded nor initialised yet. `first_sample`: where the data order goes on.
+  Session(const RunConfig& run, const ModelConfig& model, Communicator& world, Device device = {});
+  Session(const Session&) = delete;
+
+  void open_data(std::int64_t first_sample);
+
+  RunConfig run;
+  ModelConfig config;
+  RankMemory memory;
+  ProcessMesh mesh;
+  ParamStore params;
+  Transformer model;
+  GradReducer reducer;
+  Optimizer optimizer;
+  std::unique_ptr<TokenDataset> data;
+  std::unique_ptr<BatchLoader> loader;
+};
+
+}  // namespace upmoe

@@ -1,0 +1,41 @@
+#pragma once
+// The training step; nothing else.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "trainer/session.h"
+
+namespace upmoe {
+
+struct StepReport {
+  std::int64_t step = 0;            // from 1
+  double loss = 0;                  // mean cross-entropy over the global batch
+  double aux_loss = 0, z_loss = 0;  // before their coefficients, mean over micro-batches
+  double lr = 0, grad_norm = 0;
+  double seconds = 0;
+  double flops_per_rank = 0;  // of the model (products and attention), mean over ranks, from the ledger
+  bool skipped = false;       // a non-finite loss or gradient: no update was made
+  std::string culprit;        // then: the first parameter with a non-finite gradient on this rank
+  std::vector<std::vector<double>>
+      expert_load;            // per MoE layer and expert: share of all assignments of the step
+  std::int64_t requests = 0;  // sum over ranks of the `request` argument of step()
+};
+
+class Trainer {
+ public:
+  explicit Trainer(Session& session) : s_(session) {}
+
+  // One optimizer step over the next global batch. Collective. `request` is summed over the ranks along the
+  // way, so that all ranks learn of a signal at the same step.
+  StepReport step(std::int64_t step, std::int64_t request = 0);
+
+ private:
+  struct Sums;
+  void accumulate(Sums& sums);
+  void reduce(const Sums& sums, std::int64_t request, StepReport& report);
+  Session& s_;
+};
+
+}  // namespace upmoe
