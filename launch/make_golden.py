@@ -30,7 +30,8 @@ AUX_COEF = 0.02  # large enough that a wrong balance gradient shows in the route
 MARGIN_FIRST, MARGIN_LATER = 1e-4, 3e-5  # between the last chosen and the first rejected routing probability
 # The plain fp32 model must stay this close to the file, well inside the tests' tolerances: AdamW turns a gradient
 # element that happens to be almost zero into a step of random sign, and a seed with such an element is no use.
-SPARE = {"logits abs": 2e-5, "gradient rel": 2e-5, "loss rel": 5e-7, "aux rel": 1e-6, "norm rel": 5e-5, "weights rel": 2e-5}
+SPARE = {"logits abs": 2e-5, "gradient rel": 2e-5, "loss rel": 5e-7, "aux rel": 1e-6, "norm rel": 5e-5,
+         "weights rel": 2e-5}
 
 DENSE = {"model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
          "initializer_range": 0.05, "attention_dropout": 0.0, "use_sliding_window": False}

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""The layering rule as a test: who may include whom, and where each third-party library lives.
+
+Reads every #include of the C++ sources under the folders below. Two tables decide; changing the architecture means
+changing them here, in the open.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+FOLDERS = ["kernels", "configs", "parallel", "data", "trainer", "upcycle", "launch", "tests"]
+SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".inc"}
+
+# layer -> layers it may include besides itself. A file belongs to the layer with the longest matching path.
+MAY_INCLUDE = {
+    "kernels/core": set(),
+    "kernels/ops": {"kernels/core"},
+    "kernels/cpu": {"kernels/core", "kernels/ops"},   # the op headers it implements
+    "kernels/cuda": {"kernels/core", "kernels/ops"},
+    "configs": {"kernels/core"},
+    "parallel": {"kernels/core", "configs"},
+    "data": {"kernels/core", "configs", "parallel"},
+    "trainer/model": {"kernels/core", "kernels/ops", "configs", "parallel"},
+    "upcycle": {"kernels/core", "configs", "parallel", "data"},
+    "trainer": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer/model"},
+    "launch": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer", "trainer/model", "upcycle"},
+    "tests": {"kernels/core", "kernels/ops", "kernels/cpu", "kernels/cuda", "configs", "parallel", "data", "trainer",
+              "trainer/model", "upcycle", "launch"},
+}
+# What lies below an op surface is reached by its .cpp files through these headers alone.
+BACKEND_HEADERS = {"kernels/cpu/cpu.h", "kernels/cuda/cuda.h"}
+
+# library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the
+# libraries of IN_HEADERS, so that what includes them compiles without the others.
+THIRD_PARTY = {
+    "CUDA": (r"cuda|cublas|cutlass", ["kernels/cuda/", "parallel/nccl_comm.cpp"]),
+    "NCCL": (r"nccl\.h$", ["parallel/nccl_comm.cpp"]),
+    "MPI": (r"mpi\.h$", ["parallel/mpi_comm.cpp", "parallel/runtime.cpp"]),
+    "HDF5": (r"(hdf5|H5\w*)\.h$", ["data/"]),
+    "yaml-cpp": (r"yaml-cpp/", ["configs/yaml_reader.cpp"]),
+    "oneDNN": (r"(oneapi/|dnnl)", ["kernels/cpu/"]),
+    "CLI11": (r"CLI/", ["launch/"]),
+    "nlohmann": (r"nlohmann/", ["configs/", "data/", "launch/", "trainer/", "upcycle/"]),
+    "spdlog": (r"spdlog/", ["kernels/core/log.cpp"]),
+    "OpenMP": (r"omp\.h$", ["kernels/", "data/", "trainer/", "upcycle/", "launch/"]),
+    "fmt": (r"fmt/", [""]),
+    "GoogleTest": (r"(gtest|gmock)/", []),
+    "Benchmark": (r"benchmark/", []),
+}
+IN_HEADERS = {"fmt", "CLI11", "OpenMP"}
+SYSTEM = re.compile(r"^(?:sys/|linux/|arpa/|netinet/)?[a-z0-9_]+(?:\.h)?$")  # <vector>, <sys/mman.h>, <immintrin.h>
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
+
+
+def layer_of(path):
+    fits = [layer for layer in MAY_INCLUDE if path.startswith(layer + "/")]
+    return max(fits, key=len) if fits else None
+
+
+def third_party_of(header):
+    return next((name for name, (pattern, _) in THIRD_PARTY.items() if re.match(pattern, header)), None)
+
+
+def check_own(path, layer, header, root):
+    target = layer_of(header)
+    if target is None:
+        return f'"{header}" is not in one of our folders; write the path from the root of the project'
+    if not (root / header).is_file():
+        return f'"{header}" does not exist'
+    if layer == "kernels/ops" and header in BACKEND_HEADERS:
+        return None if path.endswith(".cpp") else f'"{header}": only the .cpp files of the op surface see a backend'
+    if target != layer and target not in MAY_INCLUDE[layer]:
+        return f'"{header}": {layer} may include only {", ".join(sorted(MAY_INCLUDE[layer])) or "itself"}'
+    return None
+
+
+def check_foreign(path, layer, header):
+    library = third_party_of(header)
+    if library is None:
+        return None if SYSTEM.match(header) else f"<{header}>: unknown; give it a home in launch/check_layers.py"
+    if layer == "tests":
+        return None
+    homes = THIRD_PARTY[library][1]
+    if not any(path == home or (home in ("",) or home.endswith("/")) and path.startswith(home) for home in homes):
+        return f"<{header}>: {library} belongs in {', '.join(homes) or 'tests/'}"
+    if Path(path).suffix in {".h", ".cuh"} and library not in IN_HEADERS:
+        return f"<{header}>: no header of ours may include {library}"
+    return None
+
+
+def check_file(root, path):
+    layer = layer_of(path)
+    if layer is None:
+        yield f"{path}: belongs to no layer; add its folder to launch/check_layers.py"
+        return
+    for number, line in enumerate((root / path).read_text(encoding="utf-8").splitlines(), 1):
+        match = INCLUDE.match(line)
+        if not match:
+            continue
+        kind, header = match.groups()
+        foreign = kind == "<" or third_party_of(header)
+        problem = check_foreign(path, layer, header) if foreign else check_own(path, layer, header, root)
+        if problem:
+            yield f"{path}:{number}: {problem}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent)
+    root = parser.parse_args().root
+    files = sorted(str(p.relative_to(root)) for folder in FOLDERS for p in (root / folder).rglob("*")
+                   if p.suffix in SUFFIXES and p.is_file())
+    if not files:
+        sys.exit(f"check_layers: no sources under {root}")
+    problems = [problem for path in files for problem in check_file(root, path)]
+    print("\n".join(problems) if problems else f"check_layers: {len(files)} files keep the rule")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Style as a test: length of files and functions, names of files, left-overs, formatting.
+
+Function length in C++ is measured by matching braces: a block that opens at namespace or class level and is no
+namespace, class, struct, union, enum or initialiser is a function. What stands inside a function counts with it.
+"""
+
+import argparse
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDERS = ["kernels", "configs", "parallel", "data", "trainer", "upcycle", "launch", "tests"]
+CPP = {".h", ".cpp", ".cu", ".cuh"}
+SCRIPTS = {".py", ".sh"}
+MAX_FILE, MAX_FUNCTION, MAX_COLUMN = 400, 70, 120
+BAD_NAMES = re.compile(r"(^|_)(utils?|helpers?|common|misc)(_|\.|$)")
+LEFT_OVERS = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "BOOT" + "STRAP")) + r")\b")
+CLANG_FORMAT = "clang-format-14"
+SCOPE = re.compile(r"\b(namespace|class|struct|union|enum|extern)\b")
+TEXT = re.compile(r"""//[^\n]*|/\*.*?\*/|R"([^(\s]*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*\"|(?<!\w)'(?:\\.|[^'\\\n])+'""",
+                  re.DOTALL)
+
+
+def blank_text(source):
+    """Comments, strings and character literals as blanks, so that braces in them do not count."""
+    return TEXT.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), source)
+
+
+def cpp_functions(source):
+    """(name line, number of lines) of every function body that opens at namespace or class level."""
+    text = re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", lambda m: re.sub(r"[^\n]", " ", m.group()), blank_text(source),
+                  flags=re.MULTILINE)
+    stack, head_start = [], 0  # stack: kind of each open block, and where it began
+    for i, c in enumerate(text):
+        if c == "{":
+            head = " ".join(text[head_start:i].split())
+            inside = stack[-1][0] if stack else "scope"
+            if inside != "scope":
+                kind = "inner"
+            elif SCOPE.search(head) and not re.search(r"\)( const| noexcept| override)*$", head):
+                kind = "scope"
+            elif head.endswith("=") or ")" not in head:
+                kind = "inner"
+            else:
+                kind = "function"
+            begin = head_start + len(text[head_start:i]) - len(text[head_start:i].lstrip())
+            stack.append((kind, text.count("\n", 0, begin) + 1))
+            head_start = i + 1
+        elif c == "}" and stack:
+            kind, first = stack.pop()
+            if kind == "function":
+                yield first, text.count("\n", 0, i) + 2 - first
+            head_start = i + 1
+        elif c == ";" and (not stack or stack[-1][0] == "scope"):
+            head_start = i + 1
+
+
+def python_functions(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.lineno, node.end_lineno - node.lineno + 1
+
+
+def check_file(root, path):
+    text = (root / path).read_text(encoding="utf-8")
+    lines, suffix = text.splitlines(), Path(path).suffix
+    if BAD_NAMES.search(Path(path).name):
+        yield f"{path}: name it by what it holds"
+    if len(lines) > MAX_FILE:
+        yield f"{path}: {len(lines)} lines, at most {MAX_FILE}"
+    if suffix == ".h" and "#pragma once" not in lines[:3]:
+        yield f"{path}:1: a header starts with #pragma once"
+    for number, line in enumerate(lines, 1):
+        if LEFT_OVERS.search(line):
+            yield f"{path}:{number}: finish it or leave it out: {line.strip()}"
+        if suffix in SCRIPTS and len(line) > MAX_COLUMN:  # clang-format sees to the others
+            yield f"{path}:{number}: {len(line)} columns, at most {MAX_COLUMN}"
+        if line != line.rstrip() or "\t" in line:
+            yield f"{path}:{number}: trailing blank or tab"
+    functions = cpp_functions(text) if suffix in CPP else python_functions(text) if suffix == ".py" else ()
+    for first, length in functions:
+        if length > MAX_FUNCTION:
+            yield f"{path}:{first}: a function of {length} lines, at most {MAX_FUNCTION}"
+
+
+def check_format(root, paths):
+    if not shutil.which(CLANG_FORMAT):
+        print(f"check_style: note: {CLANG_FORMAT} is not installed; formatting not checked")
+        return
+    for begin in range(0, len(paths), 50):
+        run = subprocess.run([CLANG_FORMAT, "--dry-run", "--Werror", *paths[begin:begin + 50]], cwd=root, text=True,
+                             stderr=subprocess.PIPE, check=False)
+        seen = set()
+        for line in run.stderr.splitlines():
+            match = re.match(r"([^:]+):(\d+):\d+: error:", line)
+            if match and match[1] not in seen:
+                seen.add(match[1])
+                yield f"{match[1]}:{match[2]}: not formatted; run {CLANG_FORMAT} -i {match[1]}"
+        if run.returncode != 0 and not seen:
+            yield f"{CLANG_FORMAT} failed: {run.stderr.strip()[:500]}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent)
+    root = parser.parse_args().root
+    files = sorted(str(p.relative_to(root)) for folder in FOLDERS for p in (root / folder).rglob("*")
+                   if p.suffix in CPP | SCRIPTS and p.is_file())
+    if not files:
+        sys.exit(f"check_style: no sources under {root}")
+    problems = [problem for path in files for problem in check_file(root, path)]
+    problems += check_format(root, [path for path in files if Path(path).suffix in CPP])
+    print("\n".join(problems) if problems else f"check_style: {len(files)} files")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
