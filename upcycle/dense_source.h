@@ -1,0 +1,51 @@
+#pragma once
+// The dense model as upcycling reads it: raw bytes in the file's element type, one layer's FFN at a time.
+
+#include <cstddef>
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "data/hf_model.h"
+#include "upcycle/recipe.h"
+
+namespace upmoe {
+
+// One layer's FFN in the source's element type: gate and up [F, D], down [D, F].
+struct DenseFfn {
+  std::int64_t width = 0, model_width = 0;
+  std::vector<std::byte> gate, up, down;
+  const std::byte* data(FfnMatrix matrix) const;
+};
+
+class DenseSource {
+ public:
+  // Throws Error(kBadInput) when the directory is no dense model of one element type, bf16 or fp32.
+  explicit DenseSource(const std::filesystem::path& dir);
+  const HfModel& model() const { return model_; }
+  DType dtype() const { return dtype_; }
+  // Bytes [offset, offset + out.size()) of a tensor.
+  void read(const std::string& tensor, std::uint64_t offset, std::span<std::byte> out) const;
+  // Kept for the layers asked for last, so that workers on neighbouring tensors share it. Safe for several
+  // threads.
+  std::shared_ptr<const DenseFfn> ffn(int layer) const;
+
+ private:
+  struct Slot {
+    int layer;
+    std::once_flag once;
+    DenseFfn ffn;
+  };
+  DenseFfn load(int layer) const;
+
+  HfModel model_;
+  DType dtype_;
+  mutable std::mutex mutex_;
+  mutable std::list<std::shared_ptr<Slot>> slots_;  // newest first
+};
+
+}  // namespace upmoe

@@ -1,0 +1,14 @@
+#pragma once
+// How far a layer of the mixture, as written, is from the dense FFN it was made of.
+
+#include "upcycle/transforms.h"
+
+namespace upmoe {
+
+// ||MoE(x) - FFN(x)|| / ||FFN(x)|| over `tokens` random inputs x: unit normal, RMS-normalised, times the
+// layer's own norm weight, as the FFN sees them. Experts are made again from the recipe, row by row, and only
+// those that the real router picks: cheap at any size. Same value for any number of ranks.
+double layer_error(const Recipe& recipe, int layer, const ModelConfig& moe, const FillContext& context,
+                   int tokens);
+
+}  // namespace upmoe

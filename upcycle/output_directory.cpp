@@ -1,0 +1,187 @@
+#include "upcycle/output_directory.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <system_error>
+
+namespace upmoe {
+namespace {
+
+namespace fs = std::filesystem;
+
+[[noreturn]] void fail_io(const char* what, const fs::path& path) {
+  const int error = errno;
+  fail(error == ENOSPC || error == EDQUOT || error == EACCES || error == EROFS ? ExitCode::kBadInput
+                                                                               : ExitCode::kFailure,
+       "{}: cannot {}: {}", path.string(), what, std::strerror(error));
+}
+
+class Fd {
+ public:
+  Fd(const fs::path& path, int flags) : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
+    if (fd_ < 0) fail_io("open", path);
+  }
+  ~Fd() { ::close(fd_); }
+  Fd(const Fd&) = delete;
+  Fd& operator=(const Fd&) = delete;
+  int get() const { return fd_; }
+  void sync() const {
+    if (::fsync(fd_) != 0) fail_io("bring to disk", path_);
+  }
+
+ private:
+  fs::path path_;
+  int fd_;
+};
+
+void write_all(int fd, const fs::path& path, std::uint64_t offset, std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) fail_io("write", path);
+    offset += static_cast<std::uint64_t>(n);
+    bytes = bytes.subspan(static_cast<std::size_t>(n));
+  }
+}
+
+// Absolute, without links, dots or trailing slash; the last parts need not exist.
+fs::path resolved(const fs::path& path) {
+  const fs::path full = fs::weakly_canonical(fs::absolute(path)).lexically_normal();
+  return full.has_filename() ? full : full.parent_path();
+}
+
+bool is_within(const fs::path& inner, const fs::path& outer) {
+  return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
+}
+
+// A directory of this name may be someone else's: only what an upcycling run leaves behind is removed.
+void remove_leftover(const fs::path& tmp) {
+  if (!fs::exists(fs::symlink_status(tmp))) return;
+  for (const auto& entry : fs::directory_iterator(tmp)) {
+    const std::string name = entry.path().filename().string();
+    const auto& known = companion_files();
+    const bool ours = name.ends_with(".safetensors") || name == "model.safetensors.index.json" ||
+                      name == "config.json" || name == "upcycle_report.json" ||
+                      std::find(known.begin(), known.end(), name) != known.end();
+    if (!ours || !entry.is_regular_file()) {
+      fail(ExitCode::kUsage,
+           "{}: found where the output is prepared, but no run of this program left it; move it away",
+           entry.path().string());
+    }
+  }
+  fs::remove_all(tmp);
+}
+
+}  // namespace
+
+std::uint64_t free_space_of(const fs::path& dir) {
+  return fs::space(dir).available;
+}
+
+OutputPaths plan_output(const fs::path& from, const fs::path& to) {
+  const fs::path source = resolved(from), dir = resolved(to);
+  const OutputPaths paths{dir, dir.string() + ".tmp"};
+  if (is_within(dir, source) || is_within(source, dir) || is_within(source, paths.tmp)) {
+    fail(ExitCode::kUsage, "output {} and source {} overlap; give the output a directory of its own",
+         dir.string(), source.string());
+  }
+  if (fs::exists(dir) && !(fs::is_directory(dir) && fs::is_empty(dir))) {
+    fail(ExitCode::kUsage, "output {} exists and is not empty; remove it or give another --to", dir.string());
+  }
+  return paths;
+}
+
+void create_output(const OutputPaths& paths, const HfLayout& layout, std::uint64_t bytes,
+                   const FreeSpace& free_space) {
+  remove_leftover(paths.tmp);
+  fs::create_directories(paths.tmp.parent_path());
+  const std::uint64_t free = free_space(paths.tmp.parent_path());
+  if (free < bytes) {
+    fail(ExitCode::kBadInput,
+         "{}: not enough disk: {} bytes ({:.1f} GB) are needed, {} bytes ({:.1f} GB) are free; "
+         "make room or give another --to",
+         paths.dir.string(), bytes, static_cast<double>(bytes) / 1e9, free, static_cast<double>(free) / 1e9);
+  }
+  fs::create_directory(paths.tmp);
+  for (const HfLayout::File& file : layout.files) {
+    const fs::path path = paths.tmp / file.name;
+    const Fd fd(path, O_WRONLY | O_CREAT | O_EXCL);
+    write_all(fd.get(), path, 0, std::as_bytes(std::span(file.header)));
+    if (::ftruncate(fd.get(), static_cast<off_t>(file.bytes)) != 0) fail_io("set the length", path);
+  }
+}
+
+OutputFiles::OutputFiles(const fs::path& tmp, const HfLayout& layout) {
+  for (const HfLayout::File& file : layout.files) {
+    const fs::path path = tmp / file.name;
+    const int fd = ::open(path.c_str(), O_WRONLY | O_CLOEXEC);
+    if (fd < 0) {
+      const int error = errno;
+      for (const File& f : files_) ::close(f.fd);  // a constructor that throws has no destructor
+      errno = error;
+      fail_io("open", path);
+    }
+    files_.push_back({path, fd});
+  }
+}
+
+OutputFiles::~OutputFiles() {
+  for (const File& file : files_) ::close(file.fd);
+}
+
+void OutputFiles::write(std::size_t file, std::uint64_t offset, std::span<const std::byte> bytes) {
+  const File& f = files_.at(file);
+  write_all(f.fd, f.path, offset, bytes);
+  // A hint: the disk starts now instead of when memory is full of unwritten pages; sync() finds what goes
+  // wrong.
+  constexpr std::size_t kWorthAHint = 1u << 20;
+  if (bytes.size() >= kWorthAHint) {
+    (void)::sync_file_range(f.fd, static_cast<off_t>(offset), static_cast<off_t>(bytes.size()),
+                            SYNC_FILE_RANGE_WRITE);
+  }
+}
+
+void OutputFiles::sync() {
+  for (const File& f : files_) {
+    if (::fsync(f.fd) != 0) fail_io("bring to disk", f.path);
+  }
+}
+
+void write_synced(const fs::path& file, const std::string& text) {
+  const Fd fd(file, O_WRONLY | O_CREAT | O_TRUNC);
+  write_all(fd.get(), file, 0, std::as_bytes(std::span(text)));
+  fd.sync();
+}
+
+void copy_companions(const fs::path& from, const fs::path& tmp) {
+  for (const std::string& name : companion_files()) {
+    if (!fs::exists(from / name)) continue;
+    fs::copy_file(from / name, tmp / name);
+    Fd(tmp / name, O_RDONLY).sync();
+  }
+}
+
+void commit_output(const OutputPaths& paths, const HfLayout& layout) {
+  for (const HfLayout::File& file : layout.files) {
+    const std::uint64_t found = fs::file_size(paths.tmp / file.name);
+    if (found != file.bytes) {
+      fail(ExitCode::kFailure, "{}: {} bytes, expected {}", (paths.tmp / file.name).string(), found,
+           file.bytes);
+    }
+  }
+  Fd(paths.tmp, O_RDONLY | O_DIRECTORY).sync();
+  fs::rename(paths.tmp, paths.dir);
+  Fd(paths.dir.parent_path(), O_RDONLY | O_DIRECTORY).sync();
+}
+
+void discard_output(const OutputPaths& paths) noexcept {
+  std::error_code ignored;  // the error that led here is the one to tell
+  fs::remove_all(paths.tmp, ignored);
+}
+
+}  // namespace upmoe

@@ -1,0 +1,266 @@
+#include "upcycle/recipe.h"
+
+#include <map>
+#include <set>
+#include <string_view>
+
+#include "data/hf_model.h"
+#include "upcycle/scale.h"
+
+namespace upmoe {
+namespace {
+
+bool has_shared(const UpcycleConfig& config) {
+  return config.target.shared_expert_intermediate_size > 0;
+}
+
+std::int64_t routed_neurons(const UpcycleConfig& config) {
+  return checked_mul(config.target.num_experts, config.target.moe_intermediate_size);
+}
+
+// The shared expert is cut from the copies behind the routed ones.
+bool shares_pool(const UpcycleConfig& config) {
+  return has_shared(config) && config.experts.method == "shuffle" && config.shared.method == "shuffle";
+}
+
+// What the lines of one layer have in common.
+struct LayerRecipe {
+  const UpcycleConfig& config;
+  const ModelConfig& dense;
+  int layer;
+  FfnNames ffn;
+  double scale;
+
+  UnitMap routed_units(int expert) const;
+  UnitMap shared_units() const;
+  Redraw redraw() const { return {config.experts.reinit_from == "source", dense.initializer_range}; }
+  FreshInit router() const;
+};
+
+UnitMap LayerRecipe::routed_units(int expert) const {
+  const auto& experts = config.experts;
+  UnitMap map;
+  map.source_width = dense.intermediate_size;
+  map.width = config.target.moe_intermediate_size;
+  map.layer = layer;
+  map.name = fmt::format("layers.{}.experts.{}", layer, expert);
+  map.joint = experts.reinit_sets == "joint";
+  map.redrawn = redrawn_units(experts.reinit, map.width);
+  if (experts.method == "copy") {
+    map.rule = UnitMap::Rule::kRange;
+  } else if (experts.method == "split") {
+    map.rule = UnitMap::Rule::kWrap;
+    map.begin = expert * map.width;
+  } else if (experts.method == "shuffle") {
+    map.rule = UnitMap::Rule::kShuffle;
+    map.begin = expert * map.width;
+  } else if (experts.method == "virtual_group") {  // expert G*copy + s holds shard s
+    map.rule = UnitMap::Rule::kRange;
+    map.begin = (expert % shards_per_copy(map.source_width, map.width)) * map.width;
+  } else {
+    map.rule = UnitMap::Rule::kNew;
+    map.redrawn = 0;  // all are new already
+  }
+  return map;
+}
+
+UnitMap LayerRecipe::shared_units() const {
+  UnitMap map = routed_units(config.target.num_experts);
+  map.width = config.target.shared_expert_intermediate_size;
+  map.name = fmt::format("layers.{}.shared", layer);
+  map.redrawn = 0;
+  map.begin = 0;
+  const std::string& method = config.shared.method;
+  if (method == "dense") {
+    map.rule = UnitMap::Rule::kRange;
+  } else if (method ==
+             "shuffle") {  // from the same endless row of copies, behind the routed experts; redrawn likewise
+    map.rule = UnitMap::Rule::kShuffle;
+    map.begin = routed_neurons(config);
+    map.redrawn = redrawn_units(config.experts.reinit, map.width);
+  } else if (method == "zero") {
+    map.rule = UnitMap::Rule::kPadding;
+  } else {
+    map.rule = UnitMap::Rule::kNew;
+  }
+  return map;
+}
+
+FreshInit LayerRecipe::router() const {
+  FreshInit init;
+  init.std = config.router.std;
+  if (config.router.method == "zero") init.kind = FreshInit::Kind::kConstant;
+  if (config.router.method == "uniform") init.kind = FreshInit::Kind::kUniform;
+  if (config.router.method == "virtual_group") {  // one row for each copy, the same for its shards
+    init.rows_per_draw = shards_per_copy(dense.intermediate_size, config.target.moe_intermediate_size);
+  }
+  return init;
+}
+
+// Two matrices of a pair in one parameter: which one this tensor is.
+FfnMatrix pair_of(const Box& part, int dim) {
+  return part.offset[dim] == 0 ? FfnMatrix::kGate : FfnMatrix::kUp;
+}
+
+class RecipeBuilder {
+ public:
+  RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense) : config_(config), dense_(dense) {
+    recipe_.seed = static_cast<std::uint64_t>(config.seed);
+    recipe_.scale = resolve_scale(config, dense.intermediate_size);
+    recipe_.redrawn = config.experts.method == "random"
+                          ? config.target.moe_intermediate_size
+                          : redrawn_units(config.experts.reinit, config.target.moe_intermediate_size);
+    recipe_.layers.resize(static_cast<std::size_t>(dense.num_hidden_layers));
+    for (auto& layer : recipe_.layers)
+      layer.experts.resize(static_cast<std::size_t>(config.target.num_experts));
+    for (const ParamSpec& param : make_param_table(dense)) {
+      for (HfTensor& tensor : hf_tensors_of(param)) sources_.emplace(tensor.name, std::move(tensor.shape));
+    }
+  }
+
+  Recipe build() {
+    for (const ParamSpec& param : make_param_table(make_moe_config(config_, dense_))) {
+      for (const HfTensor& tensor : hf_tensors_of(param)) add(param, tensor);
+    }
+    for (const auto& [name, shape] : sources_) {
+      if (!used_.contains(name)) recipe_.dropped.push_back(name);
+    }
+    return std::move(recipe_);
+  }
+
+ private:
+  void add(const ParamSpec& param, const HfTensor& tensor) {
+    if (!made_.insert(tensor.name).second) fail(ExitCode::kFailure, "tensor {} is made twice", tensor.name);
+    RecipeLine line{tensor.name, tensor.shape, transform_of(param, tensor)};
+    if (const auto* copy = std::get_if<Copy>(&line.transform)) use(copy->from, &tensor.shape);
+    if (const auto* expert = std::get_if<ExpertMatrix>(&line.transform)) {
+      const bool reads = expert->redraw.from_source || expert->map.rule <= UnitMap::Rule::kShuffle;
+      if (reads) use(expert->from, nullptr);
+    }
+    recipe_.lines.push_back(std::move(line));
+  }
+
+  void use(const std::string& name, const std::vector<std::int64_t>* shape) {
+    const auto it = sources_.find(name);
+    if (it == sources_.end()) fail(ExitCode::kFailure, "the dense model has no tensor {}", name);
+    if (shape != nullptr && it->second != *shape) {
+      fail(ExitCode::kFailure, "tensor {} has another shape in the dense model", name);
+    }
+    used_.insert(name);
+  }
+
+  // Also notes where the line stands among its layer's.
+  Transform transform_of(const ParamSpec& param, const HfTensor& tensor) {
+    if (param.layer < 0) return Copy{tensor.name};
+    const std::string prefix = fmt::format("layers.{}.", param.layer);
+    const std::string_view kind = std::string_view(param.name).substr(prefix.size());
+    if (!kind.starts_with("moe.") && !kind.starts_with("shared.")) return Copy{tensor.name};
+
+    const LayerRecipe layer{config_, dense_, param.layer, ffn_names(param.layer), recipe_.scale};
+    Recipe::Layer& index = recipe_.layers[static_cast<std::size_t>(param.layer)];
+    const int line = static_cast<int>(recipe_.lines.size());
+    if (kind == "moe.router_ED") {
+      index.router = line;
+      return layer.router();
+    }
+    if (kind == "shared.gate_1D") {
+      index.shared_gate = line;
+      return FreshInit{FreshInit::Kind::kConstant, 0.0, 0.0, 1};  // sigmoid 1/2, which shared.scale 2 undoes
+    }
+    const bool routed = kind.starts_with("moe.");
+    const bool down = kind == "moe.down_EDF" || kind == "shared.down_DF";
+    if (!down && kind != "moe.gate_up_EF2D" && kind != "shared.gate_up_F2D") {
+      fail(ExitCode::kFailure, "no rule makes parameter {}", param.name);
+    }
+    ExpertMatrix m;
+    m.matrix = down ? FfnMatrix::kDown : pair_of(tensor.part, routed ? 2 : 1);
+    m.from = name_in(layer.ffn, m.matrix);
+    m.redraw = layer.redraw();
+    const int expert = routed ? static_cast<int>(tensor.part.offset[0]) : -1;
+    m.map = routed ? layer.routed_units(expert) : layer.shared_units();
+    if (routed) m.noise = config_.experts.noise;
+    if (down) m.scale = routed ? recipe_.scale : config_.shared.scale;
+    (routed ? index.experts[static_cast<std::size_t>(expert)][static_cast<std::size_t>(m.matrix)]
+            : index.shared[static_cast<std::size_t>(m.matrix)]) = line;
+    return m;
+  }
+
+  const UpcycleConfig& config_;
+  const ModelConfig& dense_;
+  std::map<std::string, std::vector<std::int64_t>> sources_;  // dense tensors and their shapes
+  std::set<std::string> used_, made_;
+  Recipe recipe_;
+};
+
+}  // namespace
+
+std::int64_t RecipeLine::columns() const {
+  std::int64_t n = 1;
+  for (std::size_t i = 1; i < shape.size(); ++i) n = checked_mul(n, shape[i]);
+  return n;
+}
+
+const std::string& name_in(const FfnNames& names, FfnMatrix matrix) {
+  switch (matrix) {
+    case FfnMatrix::kGate:
+      return names.gate;
+    case FfnMatrix::kUp:
+      return names.up;
+    case FfnMatrix::kDown:
+      return names.down;
+  }
+  fail(ExitCode::kFailure, "no such FFN matrix");
+}
+
+FfnNames ffn_names(int layer) {
+  const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
+  return {prefix + "gate_proj.weight", prefix + "up_proj.weight", prefix + "down_proj.weight"};
+}
+
+ModelConfig make_moe_config(const UpcycleConfig& config, const ModelConfig& dense) {
+  ModelConfig moe = dense;
+  moe.model_type = "qwen2_moe";
+  moe.num_experts = config.target.num_experts;
+  moe.num_experts_per_tok = config.target.num_experts_per_tok;
+  moe.moe_intermediate_size = config.target.moe_intermediate_size;
+  moe.shared_expert_intermediate_size = config.target.shared_expert_intermediate_size;
+  moe.norm_topk_prob = config.target.norm_topk_prob;
+  moe.decoder_sparse_step = 1;
+  moe.mlp_only_layers.clear();
+  // No layer is dense any more; the published configuration gives the shared expert's width here.
+  if (has_shared(config)) moe.intermediate_size = config.target.shared_expert_intermediate_size;
+  return moe;
+}
+
+UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense) {
+  UpcycleConfig out = config;
+  const auto& t = config.target;
+  const std::string& method = config.experts.method;
+  out.experts.scale = resolve_scale(config, dense.intermediate_size);
+  if (!out.experts.copies) {
+    if (method == "copy") out.experts.copies = t.num_experts;
+    if (method == "split" || method == "shuffle") {
+      const std::int64_t neurons =
+          routed_neurons(config) + (shares_pool(config) ? t.shared_expert_intermediate_size : 0);
+      out.experts.copies =
+          static_cast<int>((neurons + dense.intermediate_size - 1) / dense.intermediate_size);
+    }
+    if (method == "virtual_group") {
+      out.experts.copies =
+          static_cast<int>(t.num_experts / shards_per_copy(dense.intermediate_size, t.moe_intermediate_size));
+    }
+  }
+  return out;
+}
+
+Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense) {
+  const std::vector<std::string> problems = problems_of(config, dense);
+  if (!problems.empty()) {
+    std::string list;
+    for (const std::string& p : problems) list += "\n  " + p;
+    fail(ExitCode::kUsage, "{}: this recipe does not fit the dense model:{}", config.origin, list);
+  }
+  return RecipeBuilder(config, dense).build();
+}
+
+}  // namespace upmoe

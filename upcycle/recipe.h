@@ -1,0 +1,89 @@
+#pragma once
+// What every tensor of the mixture is made of: one line per tensor on disk, pure data. The value of an
+// element depends only on the line, the seed and the element's place in the tensor (transforms.h).
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "configs/model_config.h"
+#include "configs/upcycle_config.h"
+#include "upcycle/unit_map.h"
+
+namespace upmoe {
+
+// The same tensor of the dense model, bit for bit.
+struct Copy {
+  std::string from;
+};
+
+// How redrawn neurons, and the gate and up rows of padding, are drawn.
+struct Redraw {
+  bool from_source = true;  // normal with mean and deviation of the source matrix; false: N(0, std)
+  double std = 0.02;
+};
+
+// One matrix of one expert, routed or shared: its units from the dense FFN's matrix of the same kind.
+struct ExpertMatrix {
+  std::string from;
+  FfnMatrix matrix = FfnMatrix::kGate;
+  UnitMap map;
+  Redraw redraw;
+  double noise = 0.0;  // deviation of normal noise on kept units
+  double scale = 1.0;  // of the whole matrix; applied in fp32, rounded once
+};
+
+// Numbers of no source. Row r of the tensor takes row r / rows_per_draw of the numbers, so neighbouring rows
+// can agree.
+struct FreshInit {
+  enum class Kind : std::uint8_t { kNormal, kUniform, kConstant } kind = Kind::kNormal;  // uniform: centred
+  double std = 0.02;
+  double constant = 0.0;
+  std::int64_t rows_per_draw = 1;
+};
+
+using Transform = std::variant<Copy, ExpertMatrix, FreshInit>;
+
+struct RecipeLine {
+  std::string target;               // name on disk; also keys the random numbers
+  std::vector<std::int64_t> shape;  // on disk
+  Transform transform;
+  std::int64_t rows() const { return shape.empty() ? 1 : shape[0]; }
+  std::int64_t columns() const;
+};
+
+struct FfnNames {  // tensors on disk
+  std::string gate, up, down;
+};
+FfnNames ffn_names(int layer);
+const std::string& name_in(const FfnNames& names, FfnMatrix matrix);
+
+struct Recipe {
+  std::uint64_t seed = 1;
+  double scale = 1.0;                // of the routed experts' down projections, resolved
+  std::int64_t redrawn = 0;          // neurons of every routed expert
+  std::vector<RecipeLine> lines;     // in the order of the model's tensors
+  std::vector<std::string> dropped;  // dense tensors that no line reads
+  // Index into `lines` of what makes up one MoE layer; -1 = there is none.
+  struct Layer {
+    int router = -1, shared_gate = -1;
+    std::array<int, 3> shared{-1, -1, -1};  // by FfnMatrix
+    std::vector<std::array<int, 3>> experts;
+  };
+  std::vector<Layer> layers;
+};
+
+// The shape of the mixture: the dense model's with the FFN replaced.
+ModelConfig make_moe_config(const UpcycleConfig& config, const ModelConfig& dense);
+// Everything that keeps this recipe from fitting this dense model, one sentence each; empty when it fits.
+std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelConfig& dense);
+// The recipe with every `auto` replaced by what it stands for.
+UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense);
+// Throws Error(kUsage) with problems_of(), Error(kFailure) when a tensor would be made twice or not at all.
+Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense);
+// A table for people: tensors of one kind in one line.
+std::string describe(const Recipe& recipe);
+
+}  // namespace upmoe

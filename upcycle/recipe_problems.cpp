@@ -1,0 +1,148 @@
+// What can be wrong between a recipe and a dense model.
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <string_view>
+
+#include "kernels/core/tensor.h"
+#include "upcycle/recipe.h"
+#include "upcycle/scale.h"
+
+namespace upmoe {
+namespace {
+
+class Problems {
+ public:
+  template <class... Args>
+  void add(fmt::format_string<Args...> format, Args&&... args) {
+    list_.push_back(fmt::format(format, std::forward<Args>(args)...));
+  }
+  void one_of(std::string_view key, std::string_view value, std::initializer_list<std::string_view> known) {
+    if (std::find(known.begin(), known.end(), value) == known.end()) {
+      add("{}: {} is not one of {}", key, value, fmt::join(known, ", "));
+    }
+  }
+  std::vector<std::string> take() { return std::move(list_); }
+
+ private:
+  std::vector<std::string> list_;
+};
+
+void check_values(const UpcycleConfig& c, Problems& problems) {
+  problems.one_of("experts.method", c.experts.method,
+                  {"copy", "split", "shuffle", "virtual_group", "random"});
+  problems.one_of("experts.reinit_from", c.experts.reinit_from, {"source", "config"});
+  problems.one_of("experts.reinit_sets", c.experts.reinit_sets, {"joint", "per_matrix"});
+  problems.one_of("shared.method", c.shared.method, {"dense", "random", "shuffle", "zero", "none"});
+  problems.one_of("router.method", c.router.method, {"normal", "zero", "virtual_group", "uniform"});
+  if (!(c.experts.reinit >= 0 && c.experts.reinit <= 1)) {
+    problems.add("experts.reinit: {} is not a share between 0 and 1", c.experts.reinit);
+  }
+  if (!(c.experts.noise >= 0 && std::isfinite(c.experts.noise))) {
+    problems.add("experts.noise: {} is not a standard deviation", c.experts.noise);
+  }
+  if (!(c.router.std >= 0 && std::isfinite(c.router.std))) {
+    problems.add("router.std: {} is not a standard deviation", c.router.std);
+  }
+  if (c.experts.scale && !std::isfinite(*c.experts.scale))
+    problems.add("experts.scale: {} is not finite", *c.experts.scale);
+  if (!std::isfinite(c.shared.scale)) problems.add("shared.scale: {} is not finite", c.shared.scale);
+}
+
+// False when the rest cannot be judged.
+bool check_target(const UpcycleConfig& c, Problems& problems) {
+  const auto& t = c.target;
+  if (t.num_experts < 1) problems.add("target.num_experts: {}, expected at least 1", t.num_experts);
+  if (t.num_experts_per_tok < 1 || t.num_experts_per_tok > t.num_experts) {
+    problems.add("target.num_experts_per_tok: {}, expected 1 to {} (num_experts)", t.num_experts_per_tok,
+                 t.num_experts);
+  }
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+  const auto width_ok = [&](const char* key, std::int64_t width, std::int64_t least) {
+    if (width < least || width > kMax)
+      problems.add("target.{}: {}, expected {} to {}", key, width, least, kMax);
+    return width >= least && width <= kMax;
+  };
+  const bool routed = width_ok("moe_intermediate_size", t.moe_intermediate_size, 1);
+  const bool shared = width_ok("shared_expert_intermediate_size", t.shared_expert_intermediate_size, 0);
+  return routed && shared && t.num_experts >= 1;
+}
+
+void check_copies(const UpcycleConfig& c, std::int64_t dense_width, Problems& problems) {
+  const auto& t = c.target;
+  const std::string& method = c.experts.method;
+  const std::int64_t shards = shards_per_copy(dense_width, t.moe_intermediate_size);
+  if (method == "copy" && t.moe_intermediate_size != dense_width) {
+    problems.add(
+        "experts.method copy needs target.moe_intermediate_size = {} (the dense width), found {}; to cut "
+        "experts out of copies use split, shuffle or virtual_group",
+        dense_width, t.moe_intermediate_size);
+  }
+  if (method == "virtual_group" && t.num_experts % shards != 0) {
+    problems.add(
+        "experts.method virtual_group: one copy of the dense FFN makes {} shards of {} neurons; "
+        "target.num_experts = {} is not a multiple of that",
+        shards, t.moe_intermediate_size, t.num_experts);
+  }
+  if (!c.experts.copies) return;
+  const std::int64_t given = *c.experts.copies;
+  if (method == "split" || method == "shuffle") {
+    const bool pooled = method == "shuffle" && c.shared.method == "shuffle";
+    const std::int64_t neurons = checked_add(checked_mul(t.num_experts, t.moe_intermediate_size),
+                                             pooled ? t.shared_expert_intermediate_size : 0);
+    const std::int64_t needed = shards_per_copy(neurons, dense_width);
+    if (given < needed) {
+      problems.add(
+          "experts.copies: {} copies of {} neurons are fewer than the {} that the experts take; give at "
+          "least {} or auto",
+          given, dense_width, neurons, needed);
+    }
+    return;
+  }
+  const std::int64_t expected = method == "copy"            ? t.num_experts
+                                : method == "virtual_group" ? t.num_experts / shards
+                                                            : 0;
+  if (given != expected) {
+    problems.add("experts.copies: {}, but experts.method {} makes {}; write auto", given, method, expected);
+  }
+}
+
+void check_shared(const UpcycleConfig& c, std::int64_t dense_width, Problems& problems) {
+  const std::int64_t width = c.target.shared_expert_intermediate_size;
+  if (width > 0 && c.shared.method == "none") {
+    problems.add("shared.method none contradicts target.shared_expert_intermediate_size = {}; make it 0",
+                 width);
+  }
+  if (width > 0 && c.shared.method == "dense" && width < dense_width) {
+    problems.add(
+        "shared.method dense needs target.shared_expert_intermediate_size >= {} (the dense width), found {}",
+        dense_width, width);
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelConfig& dense) {
+  Problems problems;
+  if (dense.num_experts > 0) {
+    problems.add("the source is a mixture of {} experts already; a dense model is needed", dense.num_experts);
+  }
+  if (dense.intermediate_size < 1 || dense.intermediate_size > std::numeric_limits<std::int32_t>::max()) {
+    problems.add("the source's intermediate_size is {}", dense.intermediate_size);
+  }
+  check_values(config, problems);
+  const bool sizes_ok = check_target(config, problems);
+  if (!sizes_ok || dense.intermediate_size < 1) return problems.take();
+  check_copies(config, dense.intermediate_size, problems);
+  check_shared(config, dense.intermediate_size, problems);
+  const std::int64_t shards = shards_per_copy(dense.intermediate_size, config.target.moe_intermediate_size);
+  if (config.router.method == "virtual_group" && config.target.num_experts % shards != 0) {
+    problems.add("router.method virtual_group: groups of {} shards do not divide target.num_experts = {}",
+                 shards, config.target.num_experts);
+  }
+  return problems.take();
+}
+
+}  // namespace upmoe

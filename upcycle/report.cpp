@@ -1,0 +1,59 @@
+#include "upcycle/report.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+namespace upmoe {
+
+CopyCounts count_copies(const Recipe& recipe, int layer, const ModelConfig& dense,
+                        const PermutationCache& permutations) {
+  std::vector<std::int64_t> copies(static_cast<std::size_t>(dense.intermediate_size), 0);
+  for (const auto& lines : recipe.layers[static_cast<std::size_t>(layer)].experts) {
+    const auto& line =
+        recipe.lines[static_cast<std::size_t>(lines[static_cast<std::size_t>(FfnMatrix::kGate)])];
+    const UnitMap& map = std::get<ExpertMatrix>(line.transform).map;
+    for (std::int64_t j = 0; j < map.width; ++j) {
+      const std::int32_t source = map.source_of(j, permutations);
+      if (source >= 0) ++copies[static_cast<std::size_t>(source)];
+    }
+  }
+  const auto [min, max] = std::minmax_element(copies.begin(), copies.end());
+  return {*min, *max};
+}
+
+std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const SourceSurvey& survey,
+                        const std::vector<LayerReport>& layers, int error_tokens) {
+  using Json = nlohmann::ordered_json;
+  Json report;
+  report["format"] = "upmoe-upcycle-report-1";
+  report["recipe"] = to_yaml(config);
+  report["seed"] = config.seed;
+  report["source"] = {{"digest", "crc32c of each whole file"}, {"files", Json::array()}};
+  for (const SourceSurvey::File& file : survey.files) {
+    report["source"]["files"].push_back(
+        {{"name", file.name}, {"bytes", file.bytes}, {"crc32c", fmt::format("{:08x}", file.crc32c)}});
+  }
+  report["source"]["all_zero_matrices"] = survey.all_zero;
+  report["relative_error"] = fmt::format(
+      "||MoE(x) - FFN(x)|| / ||FFN(x)|| of a layer over {} random inputs (unit normal, RMS norm, norm "
+      "weight)",
+      error_tokens);
+  report["layers"] = Json::array();
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const LayerReport& layer = layers[i];
+    report["layers"].push_back({{"layer", i},
+                                // Six digits: the last ones depend on the machine's exponential function.
+                                {"relative_error", std::stod(fmt::format("{:.6g}", layer.relative_error))},
+                                {"copies_min", layer.copies.min},
+                                {"copies_max", layer.copies.max},
+                                {"redrawn_neurons_per_expert", recipe.redrawn},
+                                {"redrawn_neurons", recipe.redrawn * config.target.num_experts},
+                                {"scale", recipe.scale}});
+  }
+  return report.dump(2) + "\n";
+}
+
+}  // namespace upmoe

@@ -1,0 +1,196 @@
+#include "upcycle/transforms.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/core/normal_batch.h"
+#include "kernels/core/philox.h"
+
+// This folder is compiled without contraction into fused multiply-adds, so that the bytes do not depend on
+// the processor.
+
+namespace upmoe {
+namespace {
+
+struct Rows {
+  std::int64_t begin, end;
+};
+
+// Values of one distribution: number -> mean + std * number, scaled.
+struct Drawn {
+  std::uint64_t key;
+  float mean, std, scale;
+};
+
+// The numbers first, first + 1, ... as elements; `numbers` is scratch of the same count.
+template <class T>
+void draw(const Drawn& d, std::int64_t first, std::span<float> numbers, T* out) {
+  const auto count = static_cast<std::int64_t>(numbers.size());
+  normal_batch(d.key, static_cast<std::uint64_t>(first), count, numbers.data());
+  const float* z = numbers.data();
+  for (std::int64_t i = 0; i < count; ++i) out[i] = from_float<T>(d.scale * (d.mean + d.std * z[i]));
+}
+
+Drawn drawn_of(const RecipeLine& line, const ExpertMatrix& m, const FillContext& context) {
+  Drawn d{philox_key(context.seed, line.target), 0.0f, static_cast<float>(m.redraw.std),
+          static_cast<float>(m.scale)};
+  if (m.redraw.from_source) {
+    const Moments& moments = context.survey.moments.at(m.from);
+    d.mean = static_cast<float>(moments.mean);
+    d.std = static_cast<float>(moments.std);
+  }
+  return d;
+}
+
+// What happens to kept values: untouched when neither noise nor scale is asked for.
+struct Kept {
+  std::uint64_t noise_key;
+  float noise, scale;
+  bool bitwise() const { return noise == 0.0f && scale == 1.0f; }
+};
+
+Kept kept_of(const RecipeLine& line, const ExpertMatrix& m, const FillContext& context) {
+  return {philox_key(context.seed, line.target + ".noise"), static_cast<float>(m.noise),
+          static_cast<float>(m.scale)};
+}
+
+// values[i] -> scale * (values[i] + noise * number first + i)
+template <class T>
+void change_kept(const Kept& kept, std::int64_t first, std::span<float> numbers, T* values) {
+  const auto count = static_cast<std::int64_t>(numbers.size());
+  if (kept.noise == 0.0f) {
+    for (std::int64_t i = 0; i < count; ++i) values[i] = from_float<T>(kept.scale * to_float(values[i]));
+    return;
+  }
+  normal_batch(kept.noise_key, static_cast<std::uint64_t>(first), count, numbers.data());
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float noisy = to_float(values[i]) + kept.noise * numbers[static_cast<std::size_t>(i)];
+    values[i] = from_float<T>(kept.scale * noisy);
+  }
+}
+
+// Gate and up: a unit is a row.
+template <class T>
+void fill_unit_rows(const RecipeLine& line, const ExpertMatrix& m, Rows rows, const FillContext& context,
+                    T* out) {
+  const std::vector<std::int32_t> units = m.map.units_of(m.matrix, context.seed, context.permutations);
+  const std::int64_t columns = line.columns();
+  const std::shared_ptr<const DenseFfn> ffn = context.source.ffn(m.map.layer);
+  const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
+  const Drawn drawn = drawn_of(line, m, context);
+  const Kept kept = kept_of(line, m, context);
+  std::vector<float> numbers(static_cast<std::size_t>(columns));
+  for (std::int64_t r = rows.begin; r < rows.end; ++r, out += columns) {
+    const std::int32_t unit = units[static_cast<std::size_t>(r)];
+    if (unit < 0) {  // padding's gate and up rows are as random as a new unit's
+      draw(drawn, r * columns, numbers, out);
+      continue;
+    }
+    std::memcpy(out, source + unit * columns, static_cast<std::size_t>(columns) * sizeof(T));
+    if (!kept.bitwise()) change_kept(kept, r * columns, numbers, out);
+  }
+}
+
+// Down: a unit is a column. New columns take numbers in the order in which they stand in the row: number
+// row * width + k for the k-th new column, so that a row's numbers are one consecutive run.
+template <class T>
+void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows, const FillContext& context,
+                       T* out) {
+  const std::vector<std::int32_t> units = m.map.units_of(m.matrix, context.seed, context.permutations);
+  const std::int64_t width = line.columns();
+  const std::shared_ptr<const DenseFfn> ffn = context.source.ffn(m.map.layer);
+  const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
+  const Drawn drawn = drawn_of(line, m, context);
+  const Kept kept = kept_of(line, m, context);
+
+  std::vector<std::int32_t> gather(
+      units.size());                         // source column; where there is none, any, and overwritten below
+  std::vector<std::int32_t> fresh, padding;  // columns of out
+  for (std::size_t j = 0; j < units.size(); ++j) {
+    gather[j] = std::max(units[j], 0);
+    if (units[j] == kNewUnit) fresh.push_back(static_cast<std::int32_t>(j));
+    if (units[j] == kPaddingUnit) padding.push_back(static_cast<std::int32_t>(j));
+  }
+  const bool any_kept = fresh.size() + padding.size() < units.size();
+  std::vector<float> numbers(units.size());
+  std::vector<T> fresh_values(fresh.size());
+  for (std::int64_t r = rows.begin; r < rows.end; ++r, out += width) {
+    if (any_kept) {
+      const T* row = source + r * ffn->width;
+      for (std::int64_t j = 0; j < width; ++j) out[j] = row[gather[static_cast<std::size_t>(j)]];
+      if (!kept.bitwise()) change_kept(kept, r * width, std::span(numbers), out);
+    }
+    draw(drawn, r * width, std::span(numbers).first(fresh.size()), fresh_values.data());
+    for (std::size_t k = 0; k < fresh.size(); ++k) out[fresh[k]] = fresh_values[k];
+    for (const std::int32_t j : padding) out[j] = T{};
+  }
+}
+
+template <class T>
+void fill_matrix(const RecipeLine& line, const ExpertMatrix& m, Rows rows, const FillContext& context,
+                 T* out) {
+  if (m.matrix == FfnMatrix::kDown) {
+    fill_unit_columns(line, m, rows, context, out);
+  } else {
+    fill_unit_rows(line, m, rows, context, out);
+  }
+}
+
+template <class T>
+void fill_matrix(const RecipeLine& line, const Copy& copy, Rows rows, const FillContext& context, T* out) {
+  const std::int64_t columns = line.columns();
+  const auto bytes = static_cast<std::size_t>((rows.end - rows.begin) * columns) * sizeof(T);
+  context.source.read(copy.from, static_cast<std::uint64_t>(rows.begin * columns) * sizeof(T),
+                      {reinterpret_cast<std::byte*>(out), bytes});
+}
+
+template <class T>
+void fill_matrix(const RecipeLine& line, const FreshInit& init, Rows rows, const FillContext& context,
+                 T* out) {
+  const std::int64_t columns = line.columns();
+  const std::uint64_t key = philox_key(context.seed, line.target);
+  const float half_width =
+      static_cast<float>(init.std * std::sqrt(3.0));  // a uniform's deviation is this / sqrt 3
+  std::vector<float> numbers(static_cast<std::size_t>(columns));
+  for (std::int64_t r = rows.begin; r < rows.end; ++r, out += columns) {
+    const std::int64_t first = r / init.rows_per_draw * columns;
+    switch (init.kind) {
+      case FreshInit::Kind::kConstant:
+        std::fill(out, out + columns, from_float<T>(static_cast<float>(init.constant)));
+        break;
+      case FreshInit::Kind::kNormal:
+        draw({key, 0.0f, static_cast<float>(init.std), 1.0f}, first, numbers, out);
+        break;
+      case FreshInit::Kind::kUniform:
+        for (std::int64_t i = 0; i < columns; ++i) {
+          const float u = uniform_from_bits(philox(key, static_cast<std::uint64_t>(first + i))[0]);
+          out[i] = from_float<T>(half_width * (2.0f * u - 1.0f));
+        }
+        break;
+    }
+  }
+}
+
+}  // namespace
+
+void fill(const RecipeLine& line, std::int64_t begin, std::int64_t end, const FillContext& context,
+          std::span<std::byte> out) {
+  UPMOE_CHECK(0 <= begin && begin <= end && end <= line.rows(), "rows {} to {} of {}", begin, end,
+              line.rows());
+  const std::size_t bytes =
+      static_cast<std::size_t>((end - begin) * line.columns()) * size_of(context.source.dtype());
+  UPMOE_CHECK(out.size() == bytes, "{}: {} bytes for {}", line.target, out.size(), bytes);
+  const Rows rows{begin, end};
+  std::visit(
+      [&](const auto& transform) {
+        if (context.source.dtype() == DType::kBF16) {
+          fill_matrix(line, transform, rows, context, reinterpret_cast<bf16*>(out.data()));
+        } else {
+          fill_matrix(line, transform, rows, context, reinterpret_cast<float*>(out.data()));
+        }
+      },
+      line.transform);
+}
+
+}  // namespace upmoe

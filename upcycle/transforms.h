@@ -1,0 +1,28 @@
+#pragma once
+// From recipe lines to bytes.
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "upcycle/dense_source.h"
+#include "upcycle/recipe.h"
+#include "upcycle/source_survey.h"
+#include "upcycle/unit_map.h"
+
+namespace upmoe {
+
+struct FillContext {
+  const DenseSource& source;
+  const SourceSurvey& survey;  // moments of the source matrices
+  const PermutationCache& permutations;
+  std::uint64_t seed;
+};
+
+// Rows [begin, end) of the line's tensor in the source's element type; out: their bytes. The value of an
+// element depends only on (line, seed, row, column): any split into row ranges gives the same bytes. Safe for
+// several threads.
+void fill(const RecipeLine& line, std::int64_t begin, std::int64_t end, const FillContext& context,
+          std::span<std::byte> out);
+
+}  // namespace upmoe

@@ -1,0 +1,32 @@
+#pragma once
+// Dense Hugging Face directory in, mixture-of-experts directory out, streaming.
+
+#include <filesystem>
+#include <string>
+
+#include "configs/upcycle_config.h"
+#include "parallel/communicator.h"
+#include "upcycle/output_directory.h"
+#include "upcycle/recipe.h"
+
+namespace upmoe {
+
+struct UpcycleOptions {
+  std::filesystem::path from, to;
+  int threads = 0;                                   // computing, per rank; 0 = default_threads()
+  std::uint64_t max_shard_bytes = 4'000'000'000ull;  // of one safetensors file
+  std::uint64_t piece_bytes = 8u << 20;              // computed and written in one go
+  int error_tokens = 8;                              // random inputs for each layer's error in the report
+  FreeSpace free_space = free_space_of;
+  bool progress = true;
+};
+
+// What would be done, as text: the recipe line by line and the files. Reads the source's headers only.
+std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& options);
+
+// Collective over `comm`: the ranks share the work by bytes. The output is byte-identical for any number of
+// ranks and threads; it appears under its name when it is complete and on disk. Errors are agreed on: every
+// rank throws.
+void upcycle(const UpcycleConfig& config, const UpcycleOptions& options, Communicator& comm);
+
+}  // namespace upmoe
