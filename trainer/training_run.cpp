@@ -81,9 +81,12 @@ class Run {
     if (options.fresh && newest)
       fail(ExitCode::kUsage, "--fresh: {} holds {}; choose another run.dir or remove it", dir_.string(),
            newest->string());
-    run_agreed(world_, [&] { source_ = open_model(newest ? *newest : fs::path(run_.model.path)); });
-    run_agreed(world_, [&] { require_possible(source_->config()); });
-    session_ = std::make_unique<Session>(run_, source_->config(), world_);
+    run_agreed(world_, [&] {
+      const ModelConfig config = open_config(newest);
+      require_possible(config);
+      session_config_ = config;
+    });
+    session_ = std::make_unique<Session>(run_, session_config_, world_);
     run_agreed(world_, [&] { load(newest); });
   }
 
@@ -95,6 +98,13 @@ class Run {
     fs::create_directories(checkpoints_);
     lock_ = std::make_unique<RunLock>(dir_);
     fs::create_directories(dir_ / "logs");
+  }
+
+  // Weights to start from are opened only where they are wanted: init: random needs config.json alone.
+  ModelConfig open_config(const std::optional<fs::path>& checkpoint) {
+    if (!checkpoint && run_.model.init == "random") return read_model_config(run_.model.path);
+    source_ = open_model(checkpoint ? *checkpoint : fs::path(run_.model.path));
+    return source_->config();
   }
 
   void require_possible(const ModelConfig& model) const {
@@ -119,6 +129,7 @@ class Run {
   fs::path dir_, checkpoints_;
   std::unique_ptr<RunLock> lock_;
   CheckpointWriter writer_;
+  ModelConfig session_config_;
   std::unique_ptr<ModelSource> source_;
   std::unique_ptr<Session> session_;
   std::unique_ptr<TokenDataset> valid_;

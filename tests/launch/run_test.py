@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Whole runs of the program under faults: kills, signals, hangs, bad data, a full disk.
+
+Needs UPMOE (the program) and MAKE_RUN (writes the tiny model and data) in the environment.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
+ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+LONG = "train.steps=100000"
+
+
+def mpirun(ranks):
+    return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
+
+
+class Run(unittest.TestCase):
+    def setUp(self):
+        self.dir = Path(tempfile.mkdtemp(prefix="upmoe-run-"))
+        subprocess.run([MAKE_RUN, str(self.dir)], check=True)
+        self.started = []
+
+    def tearDown(self):
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdout, process.stderr):
+                stream.close()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def start(self, *overrides, ranks=2, options=()):
+        prefix = mpirun(ranks) if ranks > 1 else []
+        process = subprocess.Popen(
+            prefix + [UPMOE, "train", str(self.dir / "run.yaml"), *options,
+                      *(("parallel.ep=1",) if ranks == 1 else ()), *overrides],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        self.started.append(process)
+        return process
+
+    def finish(self, process, status, timeout=90):
+        _, errors = process.communicate(timeout=timeout)
+        self.assertEqual(process.returncode, status, errors)
+        return errors
+
+    def metrics(self, run="run"):
+        path = self.dir / run / "metrics.jsonl"
+        lines = []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                pass  # the last line may be torn while the job runs
+        return {m["step"]: m["loss"] for m in lines if "loss" in m}
+
+    def wait_for_step(self, step, process, run="run", timeout=60):
+        end = time.monotonic() + timeout
+        while max(self.metrics(run), default=0) < step:
+            self.assertIsNone(process.poll(), "the job ended early")
+            self.assertLess(time.monotonic(), end, f"step {step} was not reached")
+            time.sleep(0.02)
+
+    def checkpoints(self, run="run"):
+        return sorted(p.name for p in (self.dir / run / "checkpoints").glob("step_????????"))
+
+    def rank_pids(self, process):
+        children = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        return [int(line.split()[0]) for line in children.stdout.splitlines() if "upmoe" in line]
+
+    def test_killed_rank_ends_the_job_and_the_run_resumes_bitwise(self):
+        self.finish(self.start(f"run.dir={self.dir}/whole"), 0)
+        process = self.start("train.steps=40")
+        self.wait_for_step(12, process)
+        os.kill(self.rank_pids(process)[1], signal.SIGKILL)
+        process.communicate(timeout=30)
+        self.assertNotEqual(process.returncode, 0)
+        self.assertTrue(self.checkpoints(), "no checkpoint survived")
+        self.finish(self.start("train.steps=40"), 0)
+        self.assertEqual(self.metrics("whole"), self.metrics())
+
+    def test_usr1_saves_and_goes_on_usr2_stops_with_75(self):
+        process = self.start(LONG, "checkpoint.every=0")
+        self.wait_for_step(3, process)
+        process.send_signal(signal.SIGUSR1)
+        end = time.monotonic() + 30
+        while not self.checkpoints():
+            self.assertLess(time.monotonic(), end, "SIGUSR1 made no checkpoint")
+            time.sleep(0.05)
+        self.assertIsNone(process.poll())
+        process.send_signal(signal.SIGUSR2)
+        self.finish(process, 75)
+        last = max(self.metrics())
+        self.assertEqual(self.checkpoints()[-1], f"step_{last:08}")
+        self.finish(self.start(f"train.steps={last + 2}"), 0)
+        self.assertEqual(max(self.metrics()), last + 2)
+
+    def test_terminated_alone_saves_and_returns_75(self):
+        process = self.start(LONG, ranks=1)
+        self.wait_for_step(3, process)
+        process.send_signal(signal.SIGTERM)
+        self.finish(process, 75)
+        self.assertEqual(self.checkpoints()[-1], f"step_{max(self.metrics()):08}")
+
+    def test_a_stopped_rank_is_a_hang(self):
+        process = self.start(LONG, options=("--deadline", "3"))
+        self.wait_for_step(3, process)
+        os.kill(self.rank_pids(process)[1], signal.SIGSTOP)
+        errors = self.finish(process, 70, timeout=30)
+        self.assertRegex(errors, r"(?i)no progress|hang|collective")
+
+    def test_token_beyond_the_vocabulary(self):
+        errors = self.finish(self.start(f"data.train=[{{path: {self.dir}/poisoned.h5}}]", "train.steps=200"), 3)
+        self.assertIn("poisoned.h5", errors)
+        self.assertEqual(errors.count("error:"), 1, errors)
+
+    def test_second_job_in_one_run_directory(self):
+        first = self.start(LONG)
+        self.wait_for_step(2, first)
+        errors = self.finish(self.start(LONG), 2)
+        self.assertIn("another job", errors)
+        self.assertEqual(errors.count("error:"), 1, errors)
+        self.assertIsNone(first.poll())
+
+    def test_non_finite_loss(self):
+        errors = self.finish(self.start("optimizer.lr=1e30", "optimizer.clip=0"), 4)
+        self.assertEqual(errors.count("error:"), 1, errors)
+
+    @unittest.skipUnless(os.geteuid() == 0, "mounting needs root")
+    def test_full_disk_keeps_training_and_the_older_checkpoint(self):
+        disk = self.dir / "disk"
+        disk.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+            self.skipTest("no tmpfs can be mounted here")
+        try:
+            # keep=3 checkpoints of about 1 MB each do not fit: the first ones do, the later ones fail.
+            process = self.start(f"run.dir={disk}/run", "train.steps=30", "checkpoint.keep=9")
+            _, errors = process.communicate(timeout=90)
+            kept = sorted(p.name for p in (disk / "run/checkpoints").glob("step_????????"))
+            self.assertIn("failed, training goes on", errors)
+            self.assertEqual(process.returncode, 3, errors)  # the last checkpoint could not be written
+            self.assertEqual(len(self.metrics("disk/run")), 30)
+            self.assertTrue(kept)
+            verify = subprocess.run([UPMOE, "inspect", "--verify", str(disk / "run/checkpoints" / kept[-1])],
+                                    capture_output=True, text=True, env=ENVIRONMENT)
+            self.assertEqual(verify.returncode, 0, verify.stderr)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

@@ -1,0 +1,192 @@
+// Every layer's backward against finite differences of its forward; a mixture's routing is held fixed, which is
+// checked: a probe that flips a top-k choice would compare two different functions.
+
+#include "tests/support/gradient_check.h"
+#include "trainer/model/block.h"
+#include "trainer/session.h"
+
+namespace upmoe {
+namespace {
+
+using test::Host;
+
+constexpr double kStep = 2e-3, kTolerance = 5e-3;  // fp32 forward: rounding / step + step^2 * curvature
+
+struct Rig {
+  RankMemory memory{Device{}};
+  Host host{7};
+  Exec& ex = memory.exec;
+  Arena& keep = memory.keep;
+};
+
+TokenPlaces places_for(std::vector<std::int32_t>& positions, std::vector<std::int32_t>& documents, std::int64_t T,
+                       std::int64_t S, bool masked) {
+  for (std::int64_t t = 0; t < T; ++t) {
+    positions.push_back(static_cast<std::int32_t>(t % S));
+    documents.push_back(static_cast<std::int32_t>(t % S / 3));
+  }
+  TokenPlaces places;
+  places.seq_len = S;
+  places.positions_T = host_view(positions.data(), {T});
+  if (masked) places.document_T = host_view(documents.data(), {T});
+  return places;
+}
+
+TEST(LayerGradient, RmsNorm) {
+  Rig rig;
+  const std::int64_t T = 6, D = 20;
+  RmsNorm norm{rig.host.param({D}, 1.0), 1e-6f};
+  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0), dx = rig.host.zeros({T, D});
+  RmsNorm::Saved saved;
+  const auto scalar = [&] {
+    const std::size_t mark = rig.keep.mark();
+    const TensorView y = rig.host.zeros({T, D});
+    norm.forward(rig.ex, y, x, rig.keep, saved);
+    rig.keep.rewind(mark);
+    return test::dot(y, probe);
+  };
+  const TensorView y = rig.host.zeros({T, D});
+  norm.forward(rig.ex, y, x, rig.keep, saved);
+  norm.backward(rig.ex, dx, Accumulate::kOverwrite, probe, saved);
+  test::expect_gradient(rig.host, "x", x, dx, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "weight", norm.weight_D.value, norm.weight_D.grad, scalar, kStep, kTolerance);
+}
+
+void check_attention(std::int64_t heads, std::int64_t kv_heads, bool masked) {
+  Rig rig;
+  const std::int64_t S = 9, T = 2 * S, D = 24, d = 6;
+  AttentionLayer layer;
+  layer.shape = {heads, kv_heads, d, 0};
+  layer.rope_theta = 1e4;
+  const std::int64_t H = layer.shape.qkv_width();
+  layer.qkv = {rig.host.param({H, D}, 0.3), rig.host.param({H}, 0.3)};
+  layer.output = {rig.host.param({D, heads * d}, 0.3), std::nullopt};
+  std::vector<std::int32_t> positions, documents;
+  const TokenPlaces places = places_for(positions, documents, T, S, masked);
+  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0), dx = rig.host.zeros({T, D});
+  const auto scalar = [&] {
+    AttentionLayer::Saved s;
+    const std::size_t mark = rig.keep.mark();
+    const TensorView y = rig.host.zeros({T, D});
+    layer.forward(rig.ex, y, x, places, rig.keep, s);
+    rig.keep.rewind(mark);
+    return test::dot(y, probe);
+  };
+  AttentionLayer::Saved saved;
+  const TensorView y = rig.host.zeros({T, D});
+  layer.forward(rig.ex, y, x, places, rig.keep, saved);
+  layer.backward(rig.ex, dx, probe, saved);
+  test::expect_gradient(rig.host, "x", x, dx, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "qkv", layer.qkv.weight_NK.value, layer.qkv.weight_NK.grad, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "qkv bias", layer.qkv.bias_N->value, layer.qkv.bias_N->grad, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "output", layer.output.weight_NK.value, layer.output.weight_NK.grad, scalar, kStep, kTolerance);
+}
+
+TEST(LayerGradient, Attention) { check_attention(4, 4, false); }
+TEST(LayerGradient, AttentionGroupedHeads) { check_attention(4, 2, false); }
+TEST(LayerGradient, AttentionDocuments) { check_attention(3, 1, true); }
+
+void check_ffn(bool gated) {
+  Rig rig;
+  const std::int64_t T = 7, D = 12, F = 10;
+  DenseFfn ffn;
+  ffn.gate_up = {rig.host.param({2 * F, D}, 0.4), std::nullopt};
+  ffn.down = {rig.host.param({D, F}, 0.4), std::nullopt};
+  if (gated) ffn.gate_1D = rig.host.param({1, D}, 0.4);
+  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0), dx = rig.host.zeros({T, D});
+  const auto scalar = [&] {
+    DenseFfn::Saved s;
+    const std::size_t mark = rig.keep.mark();
+    const TensorView y = rig.host.zeros({T, D});
+    ffn.forward(rig.ex, y, x, rig.keep, s);
+    rig.keep.rewind(mark);
+    return test::dot(y, probe);
+  };
+  DenseFfn::Saved saved;
+  const TensorView y = rig.host.zeros({T, D});
+  ffn.forward(rig.ex, y, x, rig.keep, saved);
+  ffn.backward(rig.ex, dx, probe, saved);
+  test::expect_gradient(rig.host, "x", x, dx, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "gate_up", ffn.gate_up.weight_NK.value, ffn.gate_up.weight_NK.grad, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "down", ffn.down.weight_NK.value, ffn.down.weight_NK.grad, scalar, kStep, kTolerance);
+  if (gated) test::expect_gradient(rig.host, "gate", ffn.gate_1D->value, ffn.gate_1D->grad, scalar, kStep, kTolerance);
+}
+
+TEST(LayerGradient, DenseFfn) { check_ffn(false); }
+TEST(LayerGradient, SharedExpert) { check_ffn(true); }
+
+// The scalar includes the balance and z terms, so that their gradients are tested through the router too.
+struct MoeRig : Rig {
+  std::int64_t T = 11, D = 12, F = 6, E = 5, K = 2;
+  std::unique_ptr<Communicator> self = make_self_communicator();
+  MoeLayer moe;
+  TensorView x, probe;
+  BalanceConfig balance;
+  std::vector<std::int32_t> choices;
+
+  explicit MoeRig(bool renormalize, AuxKind kind) {
+    moe.num_experts = E;
+    moe.top_k = K;
+    moe.renormalize_top_k = renormalize;
+    moe.ep = self.get();
+    moe.router_ED = host.param({E, D}, 0.7);  // well apart, so that small steps flip no choice
+    moe.gate_up_eGD = host.param({E, 2 * F, D}, 0.4);
+    moe.down_eDF = host.param({E, D, F}, 0.4);
+    moe.shared.emplace();
+    moe.shared->gate_up = {host.param({2 * F, D}, 0.4), std::nullopt};
+    moe.shared->down = {host.param({D, F}, 0.4), std::nullopt};
+    moe.shared->gate_1D = host.param({1, D}, 0.4);
+    x = host.normal({T, D}, 1.0);
+    probe = host.normal({T, D}, 1.0);
+    balance.kind = kind;
+    balance.aux_coefficient = 3.0;
+    balance.z_coefficient = 0.5;
+  }
+
+  BalanceTerms terms(const MoeLayer::Saved& s) const {
+    const double* stats = s.stats_3E.as<double>();
+    const auto n = static_cast<std::size_t>(E);
+    const LayerLoad load{T, {stats, n}, {stats + n, n}, {stats + 2 * n, n}, *s.z_1.as<double>()};
+    return balance_terms(balance, std::span(&load, 1));
+  }
+
+  double scalar() {
+    MoeLayer::Saved s;
+    const std::size_t mark = keep.mark();
+    const TensorView y = host.zeros({T, D});
+    moe.forward(ex, y, x, keep, s);
+    const std::int32_t* index = s.index_TK.as<std::int32_t>();
+    EXPECT_TRUE(std::equal(choices.begin(), choices.end(), index)) << "a step flipped a routing choice";
+    const BalanceTerms b = terms(s);
+    keep.rewind(mark);
+    return test::dot(y, probe) + balance.aux_coefficient * b.aux + balance.z_coefficient * b.z;
+  }
+};
+
+void check_moe(bool renormalize, AuxKind kind) {
+  MoeRig rig(renormalize, kind);
+  MoeLayer::Saved saved;
+  const TensorView y = rig.host.zeros({rig.T, rig.D}), dx = rig.host.zeros({rig.T, rig.D});
+  rig.moe.forward(rig.ex, y, rig.x, rig.keep, saved);
+  const std::int32_t* index = saved.index_TK.as<std::int32_t>();
+  rig.choices.assign(index, index + saved.index_TK.elements());
+  BalanceTerms terms = rig.terms(saved);
+  saved.aux_E = host_view(terms.aux_gradient[0].data(), {rig.E});
+  saved.z_scale = terms.z_scale[0];
+  rig.moe.backward(rig.ex, dx, rig.probe, saved);
+  const auto scalar = [&] { return rig.scalar(); };
+  const double step = 5e-4;  // smaller than elsewhere: no flips
+  test::expect_gradient(rig.host, "x", rig.x, dx, scalar, step, 1e-2);
+  test::expect_gradient(rig.host, "router", rig.moe.router_ED.value, rig.moe.router_ED.grad, scalar, step, 1e-2);
+  test::expect_gradient(rig.host, "experts in", rig.moe.gate_up_eGD.value, rig.moe.gate_up_eGD.grad, scalar, kStep, 1e-2);
+  test::expect_gradient(rig.host, "experts out", rig.moe.down_eDF.value, rig.moe.down_eDF.grad, scalar, kStep, 1e-2);
+  test::expect_gradient(rig.host, "shared gate", rig.moe.shared->gate_1D->value, rig.moe.shared->gate_1D->grad, scalar,
+                        kStep, 1e-2);
+}
+
+TEST(LayerGradient, MoePooledBalance) { check_moe(false, AuxKind::kHf); }
+TEST(LayerGradient, MoeRenormalised) { check_moe(true, AuxKind::kHf); }
+TEST(LayerGradient, MoeSwitchBalance) { check_moe(false, AuxKind::kSwitch); }
+
+}  // namespace
+}  // namespace upmoe

@@ -1,0 +1,95 @@
+// A mixture gives the same numbers for every expert-parallel degree: tokens are dealt to the ranks in order, experts by
+// balanced shares, and output, input gradient and expert gradients must be bitwise those of one rank. The router's
+// weight gradient is a sum over ranks and may differ by the order of that sum.
+
+#include <gtest/gtest.h>
+
+#include <mutex>
+
+#include "parallel/layout.h"
+#include "tests/support/gradient_check.h"
+#include "trainer/model/moe_layer.h"
+#include "trainer/session.h"
+
+namespace upmoe {
+namespace {
+
+using test::Host;
+
+struct Weights {
+  std::int64_t T = 48, D = 32, F = 12, E = 60, K = 4;
+  Host host{11};
+  TensorView router = host.normal({E, D}, 0.5), gate_up = host.normal({E, 2 * F, D}, 0.2),
+             down = host.normal({E, D, F}, 0.2), x = host.normal({T, D}, 1.0), dy = host.normal({T, D}, 1.0);
+};
+
+struct Results {
+  std::vector<float> y, dx, gate_up, down, router;
+};
+
+std::vector<float> copy(ConstTensorView v) { return {v.as<float>(), v.as<float>() + v.elements()}; }
+
+// Runs one rank's part and puts it where it belongs in the whole.
+void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mutex) {
+  RankMemory memory{Device{}};
+  Host host(1);
+  const Range experts = balanced(w.E, ep.size(), ep.rank()), tokens = balanced(w.T, ep.size(), ep.rank());
+  MoeLayer moe;
+  moe.num_experts = w.E;
+  moe.top_k = w.K;
+  moe.ep = &ep;
+  moe.router_ED = {w.router, host.zeros(w.router.shape)};
+  const TensorView gate_up = w.gate_up.rows(experts.begin, experts.end), down = w.down.rows(experts.begin, experts.end);
+  moe.gate_up_eGD = {gate_up, host.zeros(gate_up.shape)};
+  moe.down_eDF = {down, host.zeros(down.shape)};
+
+  MoeLayer::Saved saved;
+  const TensorView y = host.zeros({tokens.size(), w.D}), dx = host.zeros({tokens.size(), w.D});
+  moe.forward(memory.exec, y, w.x.rows(tokens.begin, tokens.end), memory.keep, saved);
+  saved.aux_E = host.zeros({w.E});
+  moe.backward(memory.exec, dx, w.dy.rows(tokens.begin, tokens.end), saved);
+  ep.all_reduce(moe.router_ED.grad, ReduceOp::kSum);
+
+  const std::lock_guard lock(mutex);
+  const auto place = [](std::vector<float>& whole, ConstTensorView part, std::int64_t first_row, std::int64_t rows) {
+    const std::int64_t row = part.elements() / std::max<std::int64_t>(1, part.rows());
+    whole.resize(static_cast<std::size_t>(rows * row));
+    const std::vector<float> values = copy(part);
+    std::copy(values.begin(), values.end(), whole.begin() + first_row * row);
+  };
+  place(all.y, y, tokens.begin, w.T);
+  place(all.dx, dx, tokens.begin, w.T);
+  place(all.gate_up, moe.gate_up_eGD.grad, experts.begin, w.E);
+  place(all.down, moe.down_eDF.grad, experts.begin, w.E);
+  all.router = copy(moe.router_ED.grad);
+}
+
+Results run(int ranks, const Weights& w) {
+  Results all;
+  std::mutex mutex;
+  run_in_threads(ranks, [&](Communicator& ep) { run_rank(ep, w, all, mutex); });
+  return all;
+}
+
+class MoeLayerRanks : public testing::TestWithParam<int> {};
+
+TEST_P(MoeLayerRanks, BitwiseEqualToOneRank) {
+  const Weights w;
+  const Results one = run(1, w), many = run(GetParam(), w);
+  EXPECT_EQ(one.y, many.y);
+  EXPECT_EQ(one.dx, many.dx);
+  EXPECT_EQ(one.gate_up, many.gate_up);
+  EXPECT_EQ(one.down, many.down);
+  ASSERT_EQ(one.router.size(), many.router.size());
+  double worst = 0, norm = 0;
+  for (std::size_t i = 0; i < one.router.size(); ++i) {
+    worst = std::max(worst, std::abs(double(one.router[i]) - double(many.router[i])));
+    norm = std::max(norm, std::abs(double(one.router[i])));
+  }
+  EXPECT_LT(worst, 2e-6 * norm);
+}
+
+INSTANTIATE_TEST_SUITE_P(ExpertParallel, MoeLayerRanks, testing::Values(2, 3, 4, 7, 8));
+
+}  // namespace
+}  // namespace upmoe
