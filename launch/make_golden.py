@@ -29,7 +29,8 @@ LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 AUX_COEF = 0.02  # large enough that a wrong balance gradient shows in the router's gradient
 MARGIN_FIRST, MARGIN_LATER = 1e-4, 3e-5  # between the last chosen and the first rejected routing probability
 # The plain fp32 model must stay this close to the file, well inside the tests' tolerances: AdamW turns a gradient
-# element that happens to be almost zero into a step of random sign, and a seed with such an element is no use.
+# element that happens to be almost zero into a step of random sign, and a seed with such an element is no use. (The bias
+# of the keys has such elements wherever the rotation is slow, so most cases have a smaller theta than the real model.)
 SPARE = {"logits abs": 2e-5, "gradient rel": 2e-5, "loss rel": 5e-7, "aux rel": 1e-6, "norm rel": 5e-5,
          "weights rel": 2e-5}
 
@@ -41,14 +42,14 @@ MOE = DENSE | {"model_type": "qwen2_moe", "decoder_sparse_step": 1, "mlp_only_la
 # name -> (config, sequence length, rope theta)
 CASES = {
     "dense": (DENSE | dict(hidden_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                           intermediate_size=150, vocab_size=128, tie_word_embeddings=False), 20, 1e6),
+                           intermediate_size=150, vocab_size=128, tie_word_embeddings=False), 20, 1e4),
     "dense_tied_gqa": (DENSE | dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
                                     intermediate_size=100, vocab_size=112, tie_word_embeddings=True), 24, 1e4),
     # 60 experts, top 4, shared = 4 experts wide, width about 0.69 of hidden, MHA: the ratios of Qwen1.5-MoE-A2.7B
     "moe_a27b": (MOE | dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
                             intermediate_size=64, vocab_size=128, tie_word_embeddings=False, num_experts=60,
                             num_experts_per_tok=4, moe_intermediate_size=16, shared_expert_intermediate_size=64),
-                 16, 1e6),
+                 16, 2e4),
     "moe_renorm": (MOE | dict(hidden_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                               head_dim=10, intermediate_size=64, vocab_size=96, tie_word_embeddings=False,
                               num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
@@ -57,11 +58,11 @@ CASES = {
     "moe_mixed": (MOE | dict(hidden_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2,
                              intermediate_size=72, vocab_size=100, tie_word_embeddings=True, num_experts=12,
                              num_experts_per_tok=3, moe_intermediate_size=20, shared_expert_intermediate_size=40,
-                             decoder_sparse_step=2, mlp_only_layers=[3]), 16, 1e6),
+                             decoder_sparse_step=2, mlp_only_layers=[3]), 16, 2e4),
     "moe_odd": (MOE | dict(hidden_size=42, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
                            intermediate_size=50, vocab_size=101, tie_word_embeddings=False, num_experts=13,
                            num_experts_per_tok=3, moe_intermediate_size=28, shared_expert_intermediate_size=51),
-                17, 1e5),
+                17, 1e4),
 }
 
 
@@ -264,13 +265,12 @@ def distance_of_fp32(case, seed, golden):
     plain = train(case, seed, torch.float32, BATCH)
     if plain is None:
         return None
-    counts = lambda name: "k_proj.bias" not in name  # its gradient all but cancels, and AdamW amplifies what is left
-    grads = {n: relative_norm(g, golden["grads"][n]) for n, g in plain["grads"].items() if counts(n)}
+    grads = {n: relative_norm(g, golden["grads"][n]) for n, g in plain["grads"].items()}
     worst = lambda key: max(abs(a - b) / max(abs(b), 1e-300) for a, b in zip(plain[key], golden[key]) if b)
     return {"logits abs": (plain["logits"].double() - golden["logits"]).abs().max().item(),
             "gradient rel": max(grads.values()), "loss rel": worst("losses"),
             "aux rel": worst("auxes") if any(golden["auxes"]) else 0.0, "norm rel": worst("norms"),
-            "weights rel": max(relative_norm(w, golden["final"][n]) for n, w in plain["final"].items() if counts(n))}
+            "weights rel": max(relative_norm(w, golden["final"][n]) for n, w in plain["final"].items())}
 
 
 def find_seed(case):
