@@ -1,0 +1,164 @@
+#include "kernels/ops/activation.h"
+
+#include <cmath>
+
+#include "kernels/cpu/element_type.h"
+#include "kernels/cpu/parallel_for.h"
+#include "kernels/cpu/row_sums.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/cpu/vector_math.h"
+#include "kernels/ops/backend.h"
+
+namespace upmoe::cpu {
+
+namespace {
+
+struct GateUp {
+  f32x16 gate, up;
+};
+
+// Sixteen (gate, up) pairs, taken apart and put together in registers.
+GateUp load_pairs(const float* p) {
+  const f32x16 a = load(p), b = load(p + kLanes);
+  return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+}
+void store_pairs(float* p, const GateUp& v) {
+  store(p, __builtin_shufflevector(v.gate, v.up, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+  store(p + kLanes,
+        __builtin_shufflevector(v.gate, v.up, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+}
+
+// A pair of bf16 is one 32-bit word: the gate below, the up value above (little endian).
+GateUp load_pairs(const bf16* p) {
+  u32x16 words;
+  std::memcpy(&words, p, sizeof words);
+  return {std::bit_cast<f32x16>(words << 16), std::bit_cast<f32x16>(words & 0xffff0000u)};
+}
+void store_pairs(bf16* p, const GateUp& v) {
+  const u32x16 words = (round_to_bf16_bits(v.gate) >> 16) | round_to_bf16_bits(v.up);
+  std::memcpy(static_cast<void*>(p), &words, sizeof words);
+}
+
+template <class T>
+GateUp load_pairs(const T* p, AllLanes) {
+  return load_pairs(p);
+}
+template <class T>
+void store_pairs(T* p, const GateUp& v, AllLanes) {
+  store_pairs(p, v);
+}
+template <class T>
+GateUp load_pairs(const T* p, FirstLanes lanes) {
+  T block[2 * kLanes] = {};
+  for (std::int64_t i = 0; i < 2 * lanes.count; ++i) block[i] = p[i];
+  return load_pairs(block);
+}
+template <class T>
+void store_pairs(T* p, const GateUp& v, FirstLanes lanes) {
+  T block[2 * kLanes];
+  store_pairs(block, v);
+  for (std::int64_t i = 0; i < 2 * lanes.count; ++i) p[i] = block[i];
+}
+
+template <class T>
+void swiglu_row(T* h, const T* gate_up, float weight, std::int64_t width) {
+  for_lanes(width, [&](std::int64_t f, auto lanes) {
+    const GateUp v = load_pairs(gate_up + 2 * f, lanes);
+    store(h + f, v.gate * vector_sigmoid(v.gate) * v.up * weight, lanes);
+  });
+}
+
+// Returns the gradient of the row's weight: sum of dh silu(gate) up. silu' = s (1 + gate (1 - s)), s =
+// sigmoid(gate).
+template <class T>
+float swiglu_row_backward(T* dgate_up, const T* dh, const T* gate_up, float weight, std::int64_t width) {
+  return sum_lanes(width, [&](std::int64_t f, auto lanes) {
+    const GateUp v = load_pairs(gate_up + 2 * f, lanes);
+    const f32x16 dh_f = load(dh + f, lanes), s = vector_sigmoid(v.gate), silu = v.gate * s;
+    const f32x16 da = dh_f * weight;
+    store_pairs(dgate_up + 2 * f, GateUp{da * v.up * (s + silu * (1.0f - s)), da * silu}, lanes);
+    return dh_f * silu * v.up;
+  });
+}
+
+template <class X, class DX>
+void gate_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_1D, const ConstTensorView& dgate_T,
+                   const ConstTensorView& gate_T, const ConstTensorView& x_TD, const ConstTensorView& w_1D) {
+  const std::int64_t rows = x_TD.shape[0], width = x_TD.shape[1];
+  ScratchScope scope(*ex.scratch);
+  float* partials =
+      ex.scratch->take({row_blocks(rows), width}, DType::kF32, "sigmoid_gate_backward dw").as<float>();
+  DX* dx = dx_TD.as<DX>();
+  const X *x = x_TD.as<X>(), *w = w_1D.as<X>();
+  const float *dgate = dgate_T.as<float>(), *gate = gate_T.as<float>();
+  for_row_blocks(partials, rows, width, [&](std::int64_t first, std::int64_t last, float* dw) {
+    for (std::int64_t t = first; t < last; ++t) {
+      const float dlogit = dgate[t] * gate[t] * (1.0f - gate[t]);
+      const std::int64_t row = t * width;
+      for_lanes(width, [&](std::int64_t i, auto lanes) {
+        store(dw + i, load(dw + i, lanes) + dlogit * load(x + row + i, lanes), lanes);
+        store(dx + row + i, load(dx + row + i, lanes) + dlogit * load(w + i, lanes), lanes);
+      });
+    }
+  });
+  add_row_blocks(dw_1D, partials, row_blocks(rows));
+}
+
+}  // namespace
+
+void swiglu_forward(Exec&, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+  const std::int64_t rows = h_RF.shape[0], width = h_RF.shape[1];
+  const float* weight = weight_R != nullptr ? weight_R->as<float>() : nullptr;
+  with_float_type(h_RF.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* h = h_RF.as<T>();
+    const T* gate_up = gate_up_RG.as<T>();
+    parallel_for(rows, 4 * width, [&](std::int64_t r) {
+      swiglu_row(h + r * width, gate_up + 2 * r * width, weight != nullptr ? weight[r] : 1.0f, width);
+    });
+  });
+}
+
+void swiglu_backward(Exec&, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
+                     ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+  const std::int64_t rows = dh_RF.shape[0], width = dh_RF.shape[1];
+  const float* weight = weight_R != nullptr ? weight_R->as<float>() : nullptr;
+  float* dweight = dweight_R != nullptr ? dweight_R->as<float>() : nullptr;
+  with_float_type(dh_RF.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* dgate_up = dgate_up_RG.as<T>();
+    const T *dh = dh_RF.as<T>(), *gate_up = gate_up_RG.as<T>();
+    parallel_for(rows, 4 * width, [&](std::int64_t r) {
+      const float sum = swiglu_row_backward(dgate_up + 2 * r * width, dh + r * width, gate_up + 2 * r * width,
+                                            weight != nullptr ? weight[r] : 1.0f, width);
+      if (dweight != nullptr) dweight[r] = sum;
+    });
+  });
+}
+
+void sigmoid_gate_forward(Exec&, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
+  const std::int64_t rows = x_TD.shape[0], width = x_TD.shape[1];
+  float* gate = gate_T.as<float>();
+  with_float_type(x_TD.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T *x = x_TD.as<T>(), *w = w_1D.as<T>();
+    parallel_for(rows, width, [&](std::int64_t t) {
+      const float logit = sum_lanes(width, [&](std::int64_t i, auto lanes) {
+        return load(x + t * width + i, lanes) * load(w + i, lanes);
+      });
+      gate[t] = 1.0f / (1.0f + std::exp(-logit));
+    });
+  });
+}
+
+void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTensorView dgate_T,
+                           ConstTensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
+  with_float_type(x_TD.dtype, [&](auto x_type) {
+    with_float_type(dx_TD.dtype, [&](auto dx_type) {
+      gate_backward<decltype(x_type), decltype(dx_type)>(ex, dx_TD, dw_1D, dgate_T, gate_T, x_TD, w_1D);
+    });
+  });
+}
+
+}  // namespace upmoe::cpu

@@ -1,0 +1,107 @@
+#pragma once
+// What the forward and the backward of attention share: blocks of queries and keys, packed in fp32, and their
+// masks.
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/cpu/block_matmul.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/ops/attention.h"
+
+namespace upmoe::cpu {
+
+constexpr std::int64_t kBlock = 64;  // queries, and keys, of one block: a 64 x 64 tile of scores is 16 KiB
+constexpr std::int64_t kBlockVectors = kBlock / kLanes;
+
+inline std::int64_t blocks_of(std::int64_t seq_len) {
+  return (seq_len + kBlock - 1) / kBlock;
+}
+
+// dst[r, d] = src[r, d] * scale, in fp32; columns from `width` up to whole vectors are zero.
+template <class T>
+inline void pack_rows(float* dst, std::int64_t ldd, const T* src, std::int64_t lds, std::int64_t rows,
+                      std::int64_t width, float scale) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    for_lanes(width, [&](std::int64_t d, auto lanes) {
+      store(dst + r * ldd + d, load(src + r * lds + d, lanes) * scale);
+    });
+}
+
+// dst[d, r] = src[r, d], in fp32, kBlock columns; columns from `rows` on are zero.
+template <class T>
+inline void pack_columns(float* dst, const T* src, std::int64_t lds, std::int64_t rows, std::int64_t width) {
+  if (rows < kBlock) std::fill_n(dst, width * kBlock, 0.0f);
+  for (std::int64_t r = 0; r < rows; ++r)
+    for_lanes(width, [&](std::int64_t d, auto lanes) {
+      float column[kLanes];
+      store(column, load(src + r * lds + d, lanes));
+      for (std::int64_t j = 0; j < lanes.count; ++j) dst[(d + j) * kBlock + r] = column[j];
+    });
+}
+
+// One block of queries against one block of keys of the same sequence.
+struct BlockPair {
+  std::int64_t queries, keys;          // how many
+  bool diagonal;                       // the same block: query r sees keys up to r
+  const std::int32_t* query_document;  // null without documents
+  const std::int32_t* key_document;
+
+  // Vectors of keys that row r of the scores can see; those behind hold garbage after the product on a
+  // diagonal.
+  std::int64_t vectors(std::int64_t r) const { return diagonal ? r / kLanes + 1 : kBlockVectors; }
+};
+
+inline BlockPair block_pair(std::int64_t query_block, std::int64_t key_block, std::int64_t seq_len,
+                            const std::int32_t* document_S) {
+  const std::int64_t q = query_block * kBlock, k = key_block * kBlock;
+  return {std::min(kBlock, seq_len - q), std::min(kBlock, seq_len - k), query_block == key_block,
+          document_S != nullptr ? document_S + q : nullptr, document_S != nullptr ? document_S + k : nullptr};
+}
+
+enum class Documents { kDisjoint, kSame, kMixed };
+
+// Whether all, none or some pairs of the two blocks share a document, judged by the ranges of their ids.
+inline Documents compare_documents(const BlockPair& pair) {
+  if (pair.query_document == nullptr) return Documents::kSame;
+  const auto [q_low, q_high] = std::minmax_element(pair.query_document, pair.query_document + pair.queries);
+  const auto [k_low, k_high] = std::minmax_element(pair.key_document, pair.key_document + pair.keys);
+  if (*q_high < *k_low || *k_high < *q_low) return Documents::kDisjoint;
+  return *q_low == *q_high && *k_low == *k_high ? Documents::kSame : Documents::kMixed;
+}
+
+// Sets the scores of invisible keys to -inf: keys after the query, and keys of other documents.
+inline void mask_scores(float* scores, const BlockPair& pair, Documents documents) {
+  if (!pair.diagonal && documents == Documents::kSame) return;
+  const f32x16 minus_infinity = splat(-std::numeric_limits<float>::infinity());
+  std::int32_t key_document[kBlock] = {};
+  if (documents == Documents::kMixed) std::copy_n(pair.key_document, pair.keys, key_document);
+  for (std::int64_t r = 0; r < pair.queries; ++r) {
+    const auto visible = static_cast<std::int32_t>(pair.diagonal ? r + 1 : pair.keys);
+    for (std::int64_t v = 0; v < kBlockVectors; ++v) {
+      float* s = scores + r * kBlock + v * kLanes;
+      f32x16 x = load(s);
+      x = lane_index() < splat(visible - static_cast<std::int32_t>(v * kLanes)) ? x : minus_infinity;
+      if (documents == Documents::kMixed) {
+        i32x16 id;
+        std::memcpy(&id, key_document + v * kLanes, sizeof id);
+        x = id == splat(pair.query_document[r]) ? x : minus_infinity;
+      }
+      store(s, x);
+    }
+  }
+}
+
+// scores[r, c] = q_r . k_c, masked. q: [queries, ldq]; keys_DS: [head_dim, kBlock].
+inline void block_scores(float* scores, const BlockPair& pair, Documents documents, const float* q,
+                         std::int64_t ldq, const float* keys_DS, std::int64_t head_dim) {
+  const BlockProduct product{scores, kBlock, q, ldq, keys_DS, kBlock, pair.queries, kBlock, head_dim};
+  if (pair.diagonal) {
+    block_product<false, false, Causal::kKeyColumns>(product);
+  } else {
+    block_product<false, false, Causal::kFull>(product);
+  }
+  mask_scores(scores, pair, documents);
+}
+
+}  // namespace upmoe::cpu

@@ -1,0 +1,88 @@
+#pragma once
+// Products of blocks that lie packed in the cache, in registers: the inner loops of attention. fp32.
+
+#include <algorithm>
+
+#include "kernels/cpu/simd.h"
+
+namespace upmoe::cpu {
+
+// c[m, n] (+)= sum over k of a(m, k) b[k, n]. b and c are row-major with whole vectors of columns; a(m, k) is
+// a[m * lda + k], or a[k * lda + m] when kTransposeA.
+struct BlockProduct {
+  float* c;
+  std::int64_t ldc;
+  const float* a;
+  std::int64_t lda;
+  const float* b;
+  std::int64_t ldb;
+  std::int64_t rows, columns, depth;
+};
+
+// Which part of a product a causal block on the diagonal needs. "Above" means index of the key > index of the
+// query.
+enum class Causal {
+  kFull,        // not on the diagonal
+  kKeyColumns,  // rows are queries, columns keys: columns above the tile's last row are not computed
+  kKeyDepth,    // rows are queries, the sum runs over keys: a(m, k) = 0 for k > m
+  kQueryDepth,  // rows are keys, the sum runs over queries: a(m, k) = 0 for k < m
+};
+
+constexpr std::int64_t round_to_lanes(std::int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
+
+template <int kRows, int kVectors, bool kTransposeA, bool kAdd>
+inline void product_tile(float* c, std::int64_t ldc, const float* a, std::int64_t lda, const float* b,
+                         std::int64_t ldb, std::int64_t depth) {
+  f32x16 sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = kAdd ? load(c + m * ldc + v * kLanes) : f32x16{};
+  for (std::int64_t k = 0; k < depth; ++k) {
+    f32x16 b_k[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) b_k[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      const f32x16 a_mk = splat(kTransposeA ? a[k * lda + m] : a[m * lda + k]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += a_mk * b_k[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) store(c + m * ldc + v * kLanes, sum[m][v]);
+}
+
+// All rows of one panel of kVectors columns. Six rows by four vectors keep 24 sums in the 32 registers of
+// AVX-512.
+template <int kRows, int kVectors, bool kTransposeA, bool kAdd, Causal kCausal>
+inline void product_panel(const BlockProduct& p, std::int64_t first_column, std::int64_t m) {
+  for (; m + kRows <= p.rows; m += kRows) {
+    if (kCausal == Causal::kKeyColumns && first_column >= m + kRows) continue;
+    const std::int64_t begin = kCausal == Causal::kQueryDepth ? std::min(m, p.depth) : 0;
+    const std::int64_t end = kCausal == Causal::kKeyDepth ? std::min(p.depth, m + kRows) : p.depth;
+    product_tile<kRows, kVectors, kTransposeA, kAdd>(
+        p.c + m * p.ldc + first_column, p.ldc,
+        kTransposeA ? p.a + begin * p.lda + m : p.a + m * p.lda + begin, p.lda,
+        p.b + begin * p.ldb + first_column, p.ldb, end - begin);
+  }
+  if constexpr (kRows > 1) {
+    if (m < p.rows) product_panel<kRows - 1, kVectors, kTransposeA, kAdd, kCausal>(p, first_column, m);
+  }
+}
+
+template <bool kTransposeA, bool kAdd, Causal kCausal>
+inline void block_product(const BlockProduct& p) {
+  // On the diagonal narrow panels skip more of what lies above it.
+  constexpr int kPanel = kCausal == Causal::kKeyColumns ? 2 : 4;
+  std::int64_t n = 0;
+  for (; n + kPanel * kLanes <= p.columns; n += kPanel * kLanes)
+    product_panel<6, kPanel, kTransposeA, kAdd, kCausal>(p, n, 0);
+  for (; n < p.columns; n += kLanes) product_panel<6, 1, kTransposeA, kAdd, kCausal>(p, n, 0);
+}
+
+}  // namespace upmoe::cpu

@@ -1,0 +1,105 @@
+#include "kernels/ops/loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/element_type.h"
+#include "kernels/cpu/parallel_for.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/cpu/vector_math.h"
+#include "kernels/ops/backend.h"
+
+namespace upmoe::cpu {
+
+namespace {
+
+// Blocks of a row are summed in fp32 and added up in fp64: 151936 terms in fp32 alone would cost three
+// digits.
+constexpr std::int64_t kSumBlock = 1024;
+
+float row_max(const float* x, std::int64_t n) {
+  f32x16 m = splat(-std::numeric_limits<float>::infinity());
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) m = max(load(x + i), m);
+  float result = reduce_max(m);
+  for (; i < n; ++i) result = std::max(result, x[i]);
+  return result;
+}
+
+double sum_exp(const float* x, std::int64_t n, float offset) {
+  double sum = 0;
+  for (std::int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const std::int64_t count = std::min(kSumBlock, n - begin), whole = count / kLanes * kLanes;
+    const float* block = x + begin;
+    sum += sum_lanes(whole,
+                     [&](std::int64_t i, auto lanes) { return vector_exp(load(block + i, lanes) - offset); });
+    // Lanes past the end hold zeros, and e^0 must not be counted: the rest in one vector, filled up with
+    // -inf.
+    if (whole < count) {
+      float rest[kLanes];
+      std::fill_n(rest, kLanes, -std::numeric_limits<float>::infinity());
+      std::copy_n(block + whole, count - whole, rest);
+      sum += reduce_add(vector_exp(load(rest) - offset));
+    }
+  }
+  return sum;
+}
+
+// The gradient is taken from x - max and 1 / sum, not from x - lse: for logits of 1e4 the rounding of an fp32
+// lse alone would be a relative error of 5e-4.
+template <class T>
+void gradient_row(T* dx, const float* x, std::int64_t n, float max_x, double sum, std::int32_t target,
+                  float scale) {
+  const float factor = static_cast<float>(scale / sum);
+  const float p_target = std::exp(x[target] - max_x) / static_cast<float>(sum);
+  for_lanes(n, [&](std::int64_t i, auto lanes) {
+    store(dx + i, vector_exp(load(x + i, lanes) - max_x) * factor, lanes);
+  });
+  dx[target] = from_float<T>(scale * (p_target - 1.0f));
+}
+
+void check_targets(const std::int32_t* targets, std::int64_t rows, std::int64_t vocab) {
+  for (std::int64_t c = 0; c < rows; ++c)
+    if (targets[c] < -1 || targets[c] >= vocab)
+      fail(ExitCode::kBadInput,
+           "target {} at position {} of the chunk is outside the vocabulary [0, {}) and is not -1 (ignored): "
+           "the data "
+           "was made with another tokenizer; tokenise it with the model's own",
+           targets[c], c, vocab);
+}
+
+template <class T>
+void loss_rows(float* loss, T* dlogits, const float* logits, const std::int32_t* targets, std::int64_t rows,
+               std::int64_t vocab, float scale) {
+  parallel_for(rows, 4 * vocab, [&](std::int64_t c) {
+    const float* x = logits + c * vocab;
+    const std::int32_t target = targets[c];
+    if (target == -1) {
+      loss[c] = 0;
+      if (dlogits != nullptr) std::fill_n(dlogits + c * vocab, vocab, T{});
+      return;
+    }
+    const float max_x = row_max(x, vocab);
+    const double sum = sum_exp(x, vocab, max_x);
+    loss[c] =
+        static_cast<float>(std::log(sum) + (static_cast<double>(max_x) - static_cast<double>(x[target])));
+    if (dlogits != nullptr) gradient_row(dlogits + c * vocab, x, vocab, max_x, sum, target, scale);
+  });
+}
+
+}  // namespace
+
+void cross_entropy(Exec&, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
+                   ConstTensorView targets_C, float scale) {
+  const std::int64_t rows = logits_CV.shape[0], vocab = logits_CV.shape[1];
+  const auto* targets = targets_C.as<std::int32_t>();
+  check_targets(targets, rows, vocab);
+  with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
+    using T = decltype(type);
+    T* dlogits = dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr;
+    loss_rows(loss_C.as<float>(), dlogits, logits_CV.as<float>(), targets, rows, vocab, scale);
+  });
+}
+
+}  // namespace upmoe::cpu

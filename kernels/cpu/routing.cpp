@@ -1,0 +1,252 @@
+#include "kernels/ops/routing.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cpu/element_type.h"
+#include "kernels/cpu/parallel_for.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/cpu/vector_math.h"
+#include "kernels/ops/backend.h"
+
+namespace upmoe::cpu {
+
+namespace {
+
+// The first logit that is not finite, or -1.
+std::int64_t first_non_finite(const float* x, std::int64_t n) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const f32x16 zero_or_nan = load(x + i) * 0.0f;  // inf * 0 is NaN as well
+    if (reduce_add(zero_or_nan) != 0.0f) break;
+  }
+  for (; i < n; ++i)
+    if (!std::isfinite(x[i])) return i;
+  return -1;
+}
+
+void require_finite(const float* logits, std::int64_t tokens, std::int64_t experts) {
+  constexpr std::int64_t kBlock = 64;
+  std::atomic<std::int64_t> first{std::numeric_limits<std::int64_t>::max()};
+  parallel_for((tokens + kBlock - 1) / kBlock, kBlock * experts, [&](std::int64_t b) {
+    const std::int64_t begin = b * kBlock * experts, end = std::min(tokens, (b + 1) * kBlock) * experts;
+    const std::int64_t found = first_non_finite(logits + begin, end - begin);
+    std::int64_t seen = first.load();
+    while (found >= 0 && begin + found < seen && !first.compare_exchange_weak(seen, begin + found)) {
+    }
+  });
+  const std::int64_t at = first.load();
+  if (at != std::numeric_limits<std::int64_t>::max())
+    fail(ExitCode::kNumeric,
+         "router logit of token row {} and expert {} is {}: the training has diverged; lower the "
+         "learning rate or restart from an earlier checkpoint",
+         at / experts, at % experts, logits[at]);
+}
+
+// Softmax of one row; returns its log-sum-exp.
+float softmax_row(float* probs, const float* logits, std::int64_t experts) {
+  const float max_logit = *std::max_element(logits, logits + experts);
+  for_lanes(experts, [&](std::int64_t e, auto lanes) {
+    store(probs + e, vector_exp(load(logits + e, lanes) - max_logit), lanes);
+  });
+  const float sum = sum_lanes(experts, [&](std::int64_t e, auto lanes) { return load(probs + e, lanes); });
+  for_lanes(experts,
+            [&](std::int64_t e, auto lanes) { store(probs + e, load(probs + e, lanes) / sum, lanes); });
+  return max_logit + std::log(sum);
+}
+
+// Insertion into the k largest so far; only a strictly larger value passes an earlier one, so among equals
+// the lowest index stays in front.
+void top_k_row(std::int32_t* index, float* weight, const float* probs, std::int64_t experts, std::int64_t k) {
+  std::int64_t found = 0;
+  for (std::int64_t e = 0; e < experts; ++e) {
+    const float p = probs[e];
+    if (found == k && !(p > weight[k - 1])) continue;
+    std::int64_t at = found < k ? found++ : k - 1;
+    for (; at > 0 && p > weight[at - 1]; --at) {
+      weight[at] = weight[at - 1];
+      index[at] = index[at - 1];
+    }
+    weight[at] = p;
+    index[at] = static_cast<std::int32_t>(e);
+  }
+}
+
+// With p = softmax(logits): dlogit_e = p_e (dp_e - sum_j p_j dp_j) + 2 z_scale lse p_e, where
+// dp_e = aux_e + [e selected as k] dp_k;  dp_k = dweight_k, or with renormalised weights w_k = p_k / s:
+// dp_k = (dweight_k - sum_j dweight_j w_j) / s.  dlogits serves as dp on the way.
+struct RouteRow {
+  const float *dweight, *weight, *probs;
+  const std::int32_t* index;
+  float lse;
+};
+
+void route_row_backward(float* dlogits, const RouteRow& row, const float* aux, float z_scale,
+                        std::int64_t experts, std::int64_t k, bool renormalize) {
+  float selected = 1, shift = 0;
+  if (renormalize) {
+    selected = 0;
+    for (std::int64_t j = 0; j < k; ++j) {
+      selected += row.probs[row.index[j]];
+      shift += row.dweight[j] * row.weight[j];
+    }
+  }
+  std::copy_n(aux, experts, dlogits);
+  for (std::int64_t j = 0; j < k; ++j) dlogits[row.index[j]] += (row.dweight[j] - shift) / selected;
+  const float dot = sum_lanes(experts, [&](std::int64_t e, auto lanes) {
+    return load(row.probs + e, lanes) * load(dlogits + e, lanes);
+  });
+  const float offset = 2.0f * z_scale * row.lse - dot;
+  for_lanes(experts, [&](std::int64_t e, auto lanes) {
+    store(dlogits + e, load(row.probs + e, lanes) * (load(dlogits + e, lanes) + offset), lanes);
+  });
+}
+
+void require_in_range(const std::int32_t* index, std::int64_t n, std::int64_t limit, const char* what) {
+  for (std::int64_t i = 0; i < n; ++i)
+    UPMOE_CHECK(index[i] >= 0 && index[i] < limit, "{} [{}] is {}, expected [0, {})", what, i, index[i],
+                limit);
+}
+
+template <class Y, class X, bool kAdd>
+void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int64_t tokens, std::int64_t width,
+              std::int64_t k) {
+  parallel_for(tokens, k * width, [&](std::int64_t t) {
+    for_lanes(width, [&](std::int64_t i, auto lanes) {
+      f32x16 sum{};
+      for (std::int64_t j = 0; j < k; ++j) sum += load(rows + slot[t * k + j] * width + i, lanes);
+      Y* out = y + t * width + i;
+      if constexpr (kAdd) sum += load(out, lanes);
+      store(out, sum, lanes);
+    });
+  });
+}
+
+}  // namespace
+
+void route_tokens(Exec&, TensorView probs_TE, TensorView index_TK, TensorView weight_TK, TensorView lse_T,
+                  ConstTensorView logits_TE, bool renormalize) {
+  const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1], k = index_TK.shape[1];
+  const float* logits = logits_TE.as<float>();
+  float *probs = probs_TE.as<float>(), *weight = weight_TK.as<float>(), *lse = lse_T.as<float>();
+  auto* index = index_TK.as<std::int32_t>();
+  require_finite(logits, tokens, experts);
+  parallel_for(tokens, 8 * experts, [&](std::int64_t t) {
+    float* w = weight + t * k;
+    lse[t] = softmax_row(probs + t * experts, logits + t * experts, experts);
+    top_k_row(index + t * k, w, probs + t * experts, experts, k);
+    if (!renormalize) return;
+    float selected = 0;
+    for (std::int64_t j = 0; j < k; ++j) selected += w[j];
+    for (std::int64_t j = 0; j < k; ++j) w[j] /= selected;
+  });
+}
+
+void route_tokens_backward(Exec&, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
+                           float z_scale, ConstTensorView probs_TE, ConstTensorView index_TK,
+                           ConstTensorView weight_TK, ConstTensorView lse_T, bool renormalize) {
+  const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1], k = index_TK.shape[1];
+  float* dlogits = dlogits_TE.as<float>();
+  const float *dweight = dweight_TK.as<float>(), *weight = weight_TK.as<float>(),
+              *probs = probs_TE.as<float>();
+  const float *aux = aux_E.as<float>(), *lse = lse_T.as<float>();
+  const auto* index = index_TK.as<std::int32_t>();
+  require_in_range(index, tokens * k, experts, "index_TK");
+  parallel_for(tokens, 4 * experts, [&](std::int64_t t) {
+    const RouteRow row{dweight + t * k, weight + t * k, probs + t * experts, index + t * k, lse[t]};
+    route_row_backward(dlogits + t * experts, row, aux, z_scale, experts, k, renormalize);
+  });
+}
+
+void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE,
+                   ConstTensorView index_TK, ConstTensorView lse_T) {
+  constexpr std::int64_t kBlock = 256;  // tokens summed by one thread; blocks are added in order
+  const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1], k = index_TK.shape[1];
+  const float *probs = probs_TE.as<float>(), *lse = lse_T.as<float>();
+  const auto* index = index_TK.as<std::int32_t>();
+  require_in_range(index, tokens * k, experts, "index_TK");
+  ScratchScope scope(*ex.scratch);
+  const std::int64_t blocks = (tokens + kBlock - 1) / kBlock, width = experts + 1;
+  double* partials = ex.scratch->take({blocks, width}, DType::kF64, "balance_stats").as<double>();
+  parallel_for(blocks, kBlock * experts, [&](std::int64_t b) {
+    double* sum = partials + b * width;
+    std::fill_n(sum, width, 0.0);
+    for (std::int64_t t = b * kBlock; t < std::min(tokens, (b + 1) * kBlock); ++t) {
+      for (std::int64_t e = 0; e < experts; ++e) sum[e] += static_cast<double>(probs[t * experts + e]);
+      sum[experts] += static_cast<double>(lse[t]) * static_cast<double>(lse[t]);
+    }
+  });
+  double *stats = stats_3E.as<double>(), *z = z_1.as<double>();
+  std::fill_n(stats, 3 * experts, 0.0);
+  *z = 0;
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    for (std::int64_t e = 0; e < experts; ++e) stats[2 * experts + e] += partials[b * width + e];
+    *z += partials[b * width + experts];
+  }
+  for (std::int64_t i = 0; i < tokens * k; ++i) stats[index[i]] += 1.0;
+  for (std::int64_t t = 0; t < tokens; ++t) stats[experts + index[t * k]] += 1.0;
+}
+
+void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
+                    ConstTensorView index_TK) {
+  const std::int64_t n = index_TK.elements(), experts = counts_E.shape[0];
+  const auto* index = index_TK.as<std::int32_t>();
+  auto *order = order_N.as<std::int32_t>(), *slot = slot_TK.as<std::int32_t>();
+  auto* counts = counts_E.as<std::int32_t>();
+  require_in_range(index, n, experts, "index_TK");
+  ScratchScope scope(*ex.scratch);
+  auto* next = ex.scratch->take({experts}, DType::kI32, "sort_by_expert").as<std::int32_t>();
+  std::fill_n(counts, experts, 0);
+  for (std::int64_t i = 0; i < n; ++i) ++counts[index[i]];
+  std::int32_t begin = 0;
+  for (std::int64_t e = 0; e < experts; ++e) {
+    next[e] = begin;
+    begin += counts[e];
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int32_t at = next[index[i]]++;
+    order[at] = static_cast<std::int32_t>(i);
+    slot[i] = at;
+  }
+}
+
+void gather_rows(Exec&, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
+                 std::int64_t divisor) {
+  const std::int64_t rows = out_ND.rows();
+  if (out_ND.bytes() == 0) return;
+  const std::size_t row_bytes = out_ND.bytes() / static_cast<std::size_t>(rows);
+  const auto* index = index_N.as<std::int32_t>();
+  require_in_range(index, rows, checked_mul(in_XD.rows(), divisor), "index_N");
+  const auto source = [&](std::int64_t i) { return divisor == 1 ? index[i] : index[i] / divisor; };
+  if (row_bytes ==
+      sizeof(float)) {  // a routing weight per row: a call of memcpy would cost more than the copy
+    return parallel_for(
+        rows, 4, [&](std::int64_t i) { std::memcpy(out_ND.data + i * 4, in_XD.data + source(i) * 4, 4); });
+  }
+  parallel_for(rows, static_cast<std::int64_t>(row_bytes / 4), [&](std::int64_t i) {
+    std::memcpy(out_ND.data + static_cast<std::size_t>(i) * row_bytes,
+                in_XD.data + static_cast<std::size_t>(source(i)) * row_bytes, row_bytes);
+  });
+}
+
+void gather_sum_rows(Exec&, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
+                     Accumulate mode) {
+  const std::int64_t tokens = y_TD.shape[0], width = y_TD.shape[1], k = slot_TK.shape[1];
+  const auto* slot = slot_TK.as<std::int32_t>();
+  require_in_range(slot, tokens * k, rows_ND.shape[0], "slot_TK");
+  with_float_type(y_TD.dtype, [&](auto y_type) {
+    with_float_type(rows_ND.dtype, [&](auto x_type) {
+      using Y = decltype(y_type);
+      using X = decltype(x_type);
+      Y* y = y_TD.as<Y>();
+      const X* rows = rows_ND.as<X>();
+      if (mode == Accumulate::kAdd) return sum_rows<Y, X, true>(y, rows, slot, tokens, width, k);
+      sum_rows<Y, X, false>(y, rows, slot, tokens, width, k);
+    });
+  });
+}
+
+}  // namespace upmoe::cpu

@@ -1,0 +1,142 @@
+#pragma once
+// Sixteen fp32 lanes as one value (GCC and Clang vector extensions): one AVX-512 register where the machine
+// has it, several narrower ones where not. Explicit, because reductions and bf16 conversion do not vectorise
+// reliably from plain loops without -ffast-math, and because a fixed number of lanes fixes the order of every
+// sum.
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/core/bf16.h"
+
+// Without AVX-512 GCC remarks that 64-byte vectors have no stable calling convention; all of these are
+// inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace upmoe::cpu {
+
+constexpr std::int64_t kLanes = 16;
+
+using f32x16 = float __attribute__((vector_size(64)));
+using i32x16 = std::int32_t __attribute__((vector_size(64)));
+using u32x16 = std::uint32_t __attribute__((vector_size(64)));
+using u16x16 = std::uint16_t __attribute__((vector_size(32)));
+
+// Which lanes of a load or store touch memory; two types, so that whole vectors cost no test.
+struct AllLanes {
+  static constexpr std::int64_t count = kLanes;
+};
+struct FirstLanes {
+  std::int64_t count;
+};
+
+inline f32x16 splat(float x) {
+  return x - f32x16{};
+}
+inline i32x16 splat(std::int32_t x) {
+  return x - i32x16{};
+}
+inline i32x16 lane_index() {
+  return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+}
+inline f32x16 max(f32x16 a, f32x16 b) {
+  return a > b ? a : b;
+}
+
+inline f32x16 widen(u16x16 bits) {
+  return std::bit_cast<f32x16>(__builtin_convertvector(bits, u32x16) << 16);
+}
+
+// The upper halves hold bf16, rounded to nearest, ties to even: to_bf16 of kernels/core/bf16.h in every lane.
+inline u32x16 round_to_bf16_bits(f32x16 x) {
+  const u32x16 u = std::bit_cast<u32x16>(x);
+  const u32x16 rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const u32x16 quiet_nan = u | 0x400000u;
+  return ((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded) & 0xffff0000u;
+}
+
+// x as it is after a store in T and a load.
+template <class T>
+inline f32x16 rounded_to(f32x16 x);
+template <>
+inline f32x16 rounded_to<float>(f32x16 x) {
+  return x;
+}
+template <>
+inline f32x16 rounded_to<bf16>(f32x16 x) {
+  return std::bit_cast<f32x16>(round_to_bf16_bits(x));
+}
+
+inline f32x16 load(const float* p, AllLanes = {}) {
+  f32x16 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline f32x16 load(const bf16* p, AllLanes = {}) {
+  u16x16 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return widen(bits);
+}
+inline void store(float* p, f32x16 v, AllLanes = {}) {
+  std::memcpy(p, &v, sizeof v);
+}
+inline void store(bf16* p, f32x16 v, AllLanes = {}) {
+  const u16x16 bits = __builtin_convertvector(round_to_bf16_bits(v) >> 16, u16x16);
+  std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+}
+
+// Lanes past the count read as zero and are not written.
+template <class T>
+inline f32x16 load(const T* p, FirstLanes lanes) {
+  T block[kLanes] = {};
+  for (std::int64_t i = 0; i < lanes.count; ++i) block[i] = p[i];
+  return load(block);
+}
+template <class T>
+inline void store(T* p, f32x16 v, FirstLanes lanes) {
+  T block[kLanes];
+  store(block, v);
+  for (std::int64_t i = 0; i < lanes.count; ++i) p[i] = block[i];
+}
+
+inline float reduce_add(f32x16 v) {  // always the same tree
+  float a[kLanes];
+  store(a, v);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a[i] += a[i + width];
+  return a[0];
+}
+inline float reduce_max(f32x16 v) {
+  float a[kLanes];
+  store(a, v);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
+  return a[0];
+}
+
+// body(i, lanes) for i = 0, 16, 32, ...: AllLanes, then FirstLanes once for what is left of n.
+template <class Body>
+inline void for_lanes(std::int64_t n, Body&& body) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, AllLanes{});
+  if (i < n) body(i, FirstLanes{n - i});
+}
+
+// sum over i < n of term(i, lanes); four running vectors hide the latency of the additions.
+template <class Term>
+inline float sum_lanes(std::int64_t n, Term&& term) {
+  f32x16 a{}, b{}, c{}, d{};
+  std::int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    a += term(i, AllLanes{});
+    b += term(i + kLanes, AllLanes{});
+    c += term(i + 2 * kLanes, AllLanes{});
+    d += term(i + 3 * kLanes, AllLanes{});
+  }
+  for (; i + kLanes <= n; i += kLanes) a += term(i, AllLanes{});
+  if (i < n) b += term(i, FirstLanes{n - i});
+  return reduce_add((a + b) + (c + d));
+}
+
+}  // namespace upmoe::cpu

@@ -1,0 +1,82 @@
+#include "kernels/ops/attention.h"
+
+#include "kernels/ops/backend.h"
+#include "kernels/ops/check_tensor.h"
+#include "kernels/ops/dispatch.h"
+
+namespace upmoe::ops {
+
+namespace {
+
+void check_qkv(const Exec& ex, const ConstTensorView& qkv_TH, const AttentionShape& s,
+               std::source_location where = std::source_location::current()) {
+  check_float(qkv_TH, "qkv_TH", where);
+  const bool sizes = s.heads > 0 && s.kv_heads > 0 && s.head_dim > 0 && s.seq_len > 0;
+  if (!sizes || s.heads % s.kv_heads != 0 || s.head_dim % 2 != 0)
+    fail_check("kv_heads divides heads and head_dim is even", where,
+               fmt::format("heads {}, kv_heads {}, head_dim {}, seq_len {}", s.heads, s.kv_heads, s.head_dim,
+                           s.seq_len));
+  if (qkv_TH.shape.rank != 2 || qkv_TH.shape[0] % s.seq_len != 0)
+    fail_check("T is a multiple of seq_len", where,
+               fmt::format("qkv_TH {}, seq_len {}", qkv_TH.shape.str(), s.seq_len));
+  check_tensor(ex, qkv_TH, {qkv_TH.shape[0], s.qkv_width()}, qkv_TH.dtype, "qkv_TH", where);
+}
+
+void check_attention(const Exec& ex, const ConstTensorView& qkv_TH, const ConstTensorView& out_TQ,
+                     const ConstTensorView& lse_TN, const AttentionShape& s,
+                     const ConstTensorView* document_T,
+                     std::source_location where = std::source_location::current()) {
+  check_qkv(ex, qkv_TH, s, where);
+  check_scratch(ex, where);
+  const std::int64_t tokens = qkv_TH.shape[0];
+  check_tensor(ex, out_TQ, {tokens, s.heads * s.head_dim}, qkv_TH.dtype, "out_TQ", where);
+  check_tensor(ex, lse_TN, {tokens, s.heads}, DType::kF32, "lse_TN", where);
+  if (document_T != nullptr) check_tensor(ex, *document_T, {tokens}, DType::kI32, "document_T", where);
+}
+
+// One product of the causal half of [S, S] with head_dim, over all sequences and heads. Documents are known
+// only when the op runs and are not counted.
+double causal_product_flops(const ConstTensorView& qkv_TH, const AttentionShape& s) {
+  const double pairs_per_token = 0.5 * static_cast<double>(s.seq_len + 1);
+  return 2.0 * static_cast<double>(qkv_TH.shape[0]) * pairs_per_token *
+         static_cast<double>(s.heads * s.head_dim);
+}
+
+}  // namespace
+
+void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionShape shape, double theta,
+          bool inverse) {
+  check_qkv(ex, qkv_TH, shape);
+  check_scratch(ex);
+  check_tensor(ex, positions_T, {qkv_TH.shape[0]}, DType::kI32, "positions_T");
+  UPMOE_CHECK(theta > 0, "theta {}", theta);
+  const double rotated =
+      static_cast<double>(qkv_TH.shape[0] * (shape.heads + shape.kv_heads) * shape.head_dim);
+  const double bytes = rotated * static_cast<double>(size_of(qkv_TH.dtype));
+  ex.book("rope", 3.0 * rotated, bytes + bytes_of(positions_T), bytes);
+  dispatch(ex, cpu::rope, cuda::rope, qkv_TH, positions_T, shape, theta, inverse);
+}
+
+void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
+                       AttentionShape shape, const ConstTensorView* document_T) {
+  check_attention(ex, qkv_TH, out_TQ, lse_TN, shape, document_T);
+  ex.book("attention_forward", 2.0 * causal_product_flops(qkv_TH, shape), bytes_of(qkv_TH),
+          bytes_of(out_TQ) + bytes_of(lse_TN));
+  dispatch(ex, cpu::attention_forward, cuda::attention_forward, out_TQ, lse_TN, qkv_TH, shape, document_T);
+}
+
+void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
+                        ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
+                        const ConstTensorView* document_T) {
+  check_attention(ex, qkv_TH, out_TQ, lse_TN, shape, document_T);
+  check_tensor(ex, dout_TQ, out_TQ.shape, qkv_TH.dtype, "dout_TQ");
+  check_tensor(ex, dqkv_TH, qkv_TH.shape, qkv_TH.dtype, "dqkv_TH");
+  // Four products are the gradients of the forward's two; the fifth, which recomputes the scores, is overhead
+  // of this algorithm and no model FLOP.
+  ex.book("attention_backward", 4.0 * causal_product_flops(qkv_TH, shape),
+          bytes_of(qkv_TH) + 2 * bytes_of(out_TQ) + bytes_of(lse_TN), bytes_of(dqkv_TH));
+  dispatch(ex, cpu::attention_backward, cuda::attention_backward, dqkv_TH, dout_TQ, qkv_TH, out_TQ, lse_TN,
+           shape, document_T);
+}
+
+}  // namespace upmoe::ops

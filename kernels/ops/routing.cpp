@@ -1,0 +1,122 @@
+#include "kernels/ops/routing.h"
+
+#include <limits>
+
+#include "kernels/ops/backend.h"
+#include "kernels/ops/check_tensor.h"
+#include "kernels/ops/dispatch.h"
+
+namespace upmoe::ops {
+
+namespace {
+
+// probs [T, E] fp32; index [T, K] int32 with K <= E; lse [T] fp32.
+void check_routes(const Exec& ex, const ConstTensorView& probs_TE, const ConstTensorView& index_TK,
+                  const ConstTensorView& lse_T,
+                  std::source_location where = std::source_location::current()) {
+  const bool ranks = probs_TE.shape.rank == 2 && index_TK.shape.rank == 2;
+  if (!ranks || index_TK.shape[1] < 1 || index_TK.shape[1] > probs_TE.shape[1])
+    fail_check("1 <= K <= E", where,
+               fmt::format("probs_TE {}, index_TK {}", probs_TE.shape.str(), index_TK.shape.str()));
+  check_tensor(ex, probs_TE, probs_TE.shape, DType::kF32, "probs_TE", where);
+  check_tensor(ex, index_TK, {probs_TE.shape[0], index_TK.shape[1]}, DType::kI32, "index_TK", where);
+  check_tensor(ex, lse_T, {probs_TE.shape[0]}, DType::kF32, "lse_T", where);
+}
+
+// The elements of one row, over all dims but the first.
+std::int64_t row_elements(const ConstTensorView& t) {
+  std::int64_t n = 1;
+  for (int i = 1; i < t.shape.rank; ++i) n = checked_mul(n, t.shape[i]);
+  return n;
+}
+
+}  // namespace
+
+void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView weight_TK, TensorView lse_T,
+                  ConstTensorView logits_TE, bool renormalize) {
+  check_routes(ex, probs_TE, index_TK, lse_T);
+  check_tensor(ex, logits_TE, probs_TE.shape, DType::kF32, "logits_TE");
+  check_tensor(ex, weight_TK, index_TK.shape, DType::kF32, "weight_TK");
+  ex.book("route_tokens", 5.0 * static_cast<double>(probs_TE.elements()), bytes_of(logits_TE),
+          bytes_of(probs_TE) + bytes_of(index_TK) + bytes_of(weight_TK) + bytes_of(lse_T));
+  dispatch(ex, cpu::route_tokens, cuda::route_tokens, probs_TE, index_TK, weight_TK, lse_T, logits_TE,
+           renormalize);
+}
+
+void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
+                           float z_scale, ConstTensorView probs_TE, ConstTensorView index_TK,
+                           ConstTensorView weight_TK, ConstTensorView lse_T, bool renormalize) {
+  check_routes(ex, probs_TE, index_TK, lse_T);
+  check_tensor(ex, dlogits_TE, probs_TE.shape, DType::kF32, "dlogits_TE");
+  check_tensor(ex, dweight_TK, index_TK.shape, DType::kF32, "dweight_TK");
+  check_tensor(ex, weight_TK, index_TK.shape, DType::kF32, "weight_TK");
+  check_tensor(ex, aux_E, {probs_TE.shape[1]}, DType::kF32, "aux_E");
+  ex.book(
+      "route_tokens_backward", 6.0 * static_cast<double>(probs_TE.elements()),
+      bytes_of(probs_TE) + bytes_of(index_TK) + 2 * bytes_of(weight_TK) + bytes_of(aux_E) + bytes_of(lse_T),
+      bytes_of(dlogits_TE));
+  dispatch(ex, cpu::route_tokens_backward, cuda::route_tokens_backward, dlogits_TE, dweight_TK, aux_E,
+           z_scale, probs_TE, index_TK, weight_TK, lse_T, renormalize);
+}
+
+void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE,
+                   ConstTensorView index_TK, ConstTensorView lse_T) {
+  check_scratch(ex);
+  check_routes(ex, probs_TE, index_TK, lse_T);
+  check_tensor(ex, stats_3E, {3, probs_TE.shape[1]}, DType::kF64, "stats_3E");
+  check_tensor(ex, z_1, {1}, DType::kF64, "z_1");
+  ex.book("balance_stats",
+          static_cast<double>(probs_TE.elements() + index_TK.elements() + 2 * lse_T.elements()),
+          bytes_of(probs_TE) + bytes_of(index_TK) + bytes_of(lse_T), bytes_of(stats_3E) + bytes_of(z_1));
+  dispatch(ex, cpu::balance_stats, cuda::balance_stats, stats_3E, z_1, probs_TE, index_TK, lse_T);
+}
+
+void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
+                    ConstTensorView index_TK) {
+  check_scratch(ex);
+  UPMOE_CHECK(index_TK.shape.rank == 2 && counts_E.shape.rank == 1, "index_TK {}, counts_E {}",
+              index_TK.shape.str(), counts_E.shape.str());
+  const std::int64_t n = index_TK.elements();
+  UPMOE_CHECK(n <= std::numeric_limits<std::int32_t>::max(), "{} assignments do not fit in int32", n);
+  check_tensor(ex, index_TK, index_TK.shape, DType::kI32, "index_TK");
+  check_tensor(ex, order_N, {n}, DType::kI32, "order_N");
+  check_tensor(ex, slot_TK, index_TK.shape, DType::kI32, "slot_TK");
+  check_tensor(ex, counts_E, counts_E.shape, DType::kI32, "counts_E");
+  ex.book("sort_by_expert", 0, bytes_of(index_TK),
+          bytes_of(order_N) + bytes_of(slot_TK) + bytes_of(counts_E));
+  dispatch(ex, cpu::sort_by_expert, cuda::sort_by_expert, order_N, slot_TK, counts_E, index_TK);
+}
+
+void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
+                 std::int64_t divisor) {
+  UPMOE_CHECK(out_ND.shape.rank >= 1 && in_XD.shape.rank >= 1 && divisor >= 1,
+              "out_ND {}, in_XD {}, divisor {}", out_ND.shape.str(), in_XD.shape.str(), divisor);
+  UPMOE_CHECK(row_elements(out_ND) == row_elements(in_XD), "rows of out_ND {} and in_XD {} differ",
+              out_ND.shape.str(), in_XD.shape.str());
+  check_tensor(ex, in_XD, in_XD.shape, in_XD.dtype, "in_XD");
+  check_tensor(ex, out_ND, out_ND.shape, in_XD.dtype, "out_ND");
+  check_tensor(ex, index_N, {index_N.elements()}, DType::kI32, "index_N");
+  UPMOE_CHECK(index_N.elements() == out_ND.rows(), "{} indices for {} rows", index_N.elements(),
+              out_ND.rows());
+  ex.book("gather_rows", 0, bytes_of(out_ND) + bytes_of(index_N), bytes_of(out_ND));
+  dispatch(ex, cpu::gather_rows, cuda::gather_rows, out_ND, in_XD, index_N, divisor);
+}
+
+void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
+                     Accumulate mode) {
+  UPMOE_CHECK(y_TD.shape.rank == 2 && rows_ND.shape.rank == 2 && slot_TK.shape.rank == 2,
+              "y_TD {}, rows_ND {}, slot_TK {}", y_TD.shape.str(), rows_ND.shape.str(), slot_TK.shape.str());
+  check_float(rows_ND, "rows_ND");
+  check_tensor(ex, rows_ND, {rows_ND.shape[0], y_TD.shape[1]}, rows_ND.dtype, "rows_ND");
+  check_float_or(y_TD, rows_ND.dtype, "y_TD");
+  check_tensor(ex, y_TD, y_TD.shape, y_TD.dtype, "y_TD");
+  check_tensor(ex, slot_TK, {y_TD.shape[0], slot_TK.shape[1]}, DType::kI32, "slot_TK");
+  const double row_bytes = static_cast<double>(y_TD.shape[1]) * static_cast<double>(size_of(rows_ND.dtype));
+  const double slots = static_cast<double>(slot_TK.elements());
+  ex.book("gather_sum_rows", slots * static_cast<double>(y_TD.shape[1]),
+          slots * row_bytes + bytes_of(slot_TK) + (mode == Accumulate::kAdd ? bytes_of(y_TD) : 0.0),
+          bytes_of(y_TD));
+  dispatch(ex, cpu::gather_sum_rows, cuda::gather_sum_rows, y_TD, rows_ND, slot_TK, mode);
+}
+
+}  // namespace upmoe::ops
