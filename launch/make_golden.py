@@ -27,7 +27,7 @@ STEPS = 10
 BATCH = 4  # sequences of a step
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 AUX_COEF = 0.02  # large enough that a wrong balance gradient shows in the router's gradient
-MARGIN_FIRST, MARGIN_LATER = 1e-4, 3e-5  # between the last chosen and the first rejected routing probability
+MARGIN_FIRST, MARGIN_LATER = 1e-4, 2e-5  # between the last chosen and the first rejected routing probability
 # The plain fp32 model must stay this close to the file, well inside the tests' tolerances: AdamW turns a gradient
 # element that happens to be almost zero into a step of random sign, and a seed with such an element is no use. (The bias
 # of the keys has such elements wherever the rotation is slow, so most cases have a smaller theta than the real model.)
@@ -274,7 +274,7 @@ def distance_of_fp32(case, seed, golden):
 
 
 def find_seed(case):
-    for seed in range(1000, 1400):
+    for seed in range(1000, 3000):
         with in_float64():
             result = train(case, seed, torch.float64, BATCH)
             accumulated = train(case, seed, torch.float64, BATCH // 2) if case == "moe_a27b" and result else None
