@@ -1,0 +1,66 @@
+// upmoe upcycle: a dense Hugging Face directory becomes a mixture-of-experts directory.
+
+#include "upcycle/upcycler.h"
+
+#include "configs/upcycle_config.h"
+#include "launch/commands.h"
+
+namespace upmoe {
+
+namespace {
+
+struct UpcycleArguments {
+  std::string recipe;
+  std::vector<std::string> overrides;
+  UpcycleOptions options;
+  bool plan = false;
+};
+
+int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
+  Communicator& world = runtime.world();
+  UpcycleConfig config;
+  run_agreed(world, [&] {  // rank 0 first: what is wrong is told once
+    if (world.rank() == 0) config = read_upcycle_config(arguments.recipe, arguments.overrides);
+  });
+  run_agreed(world, [&] {
+    if (world.rank() != 0) config = read_upcycle_config(arguments.recipe, arguments.overrides);
+  });
+  std::string plan;
+  run_agreed(world, [&] {
+    if (world.rank() == 0) plan = plan_upcycle(config, arguments.options);
+  });
+  // On standard output where it is what was asked for, beside the progress otherwise.
+  fmt::print(arguments.plan ? stdout : stderr, "{}", plan);
+  if (!arguments.plan) upcycle(config, arguments.options, world);
+  return static_cast<int>(ExitCode::kDone);
+}
+
+}  // namespace
+
+void add_upcycle(CLI::App& app, Handler& handler) {
+  auto arguments = std::make_shared<UpcycleArguments>();
+  CLI::App* command =
+      app.add_subcommand("upcycle", "Make a mixture of experts from a dense model, streaming");
+  command
+      ->add_option("recipe", arguments->recipe, "Recipe (YAML), e.g. configs/upcycle/qwen1.5-moe-a2.7b.yaml")
+      ->required();
+  command->add_option("overrides", arguments->overrides, "section.key=value, e.g. experts.reinit=0.25");
+  command->add_option("--from", arguments->options.from, "Dense Hugging Face directory")->required();
+  command->add_option("--to", arguments->options.to, "Hugging Face directory to be made")->required();
+  command->add_flag("--plan", arguments->plan, "Print what would be done and stop");
+  command
+      ->add_option("--threads", arguments->options.threads,
+                   "Computing threads per rank (0: OMP_NUM_THREADS, else the processors of this process)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--max-shard-bytes", arguments->options.max_shard_bytes,
+                   "Largest safetensors file, bytes of tensors")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->callback([arguments, &handler] {
+    handler = [arguments](Runtime& runtime) { return run_upcycle(*arguments, runtime); };
+  });
+}
+
+}  // namespace upmoe
