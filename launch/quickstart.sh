@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# From nothing to a trained mixture of experts on real text: trains a tokenizer and a small dense model, makes it a
+# mixture of 60 experts, trains that on two ranks, and compares. Everything lies under runs/quickstart; finished stages
+# are not repeated.
+set -euo pipefail
+
+# What the run is; a change needs --fresh. Together about ten minutes on two cores.
+MEGABYTES=10           # of text
+VOCAB=4096
+SEQ_LEN=256
+DENSE_STEPS=300        # of GLOBAL_BATCH x SEQ_LEN tokens each
+MORE_STEPS=200         # of the mixture of experts, and of the dense model that goes on beside it
+GLOBAL_BATCH=16
+DENSE_LR=2.0e-3
+MORE_LR=1.0e-3
+EVAL_SEQUENCES=256     # of the closing comparison
+
+usage() {
+  cat <<'USAGE'
+usage: launch/quickstart.sh [--text DIR] [--fresh] [--check]
+  --text DIR  train on the text files of DIR instead of the sources of Python's standard library
+  --fresh     remove runs/quickstart and start over
+  --check     exit with 1 unless the mixture of experts ends better than both dense models
+USAGE
+}
+
+text='' fresh=0 check=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --text) [[ $# -ge 2 ]] || { usage >&2; exit 2; }; text=$(realpath "$2"); shift 2 ;;
+    --fresh) fresh=1; shift ;;
+    --check) check=(--check); shift ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "quickstart: unknown option '$1'" >&2; usage >&2; exit 2 ;;
+  esac
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+began=$SECONDS
+launch/setup.sh --program-only
+python=.venv/bin/python
+upmoe=build/release/upmoe
+out=runs/quickstart
+
+say() { printf '\n== %s (after %d min %02d s)\n' "$*" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
+alone() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} "$@"; }
+
+settings="text=$text $MEGABYTES MB vocab $VOCAB seq $SEQ_LEN steps $DENSE_STEPS $MORE_STEPS batch $GLOBAL_BATCH"
+settings+=" lr $DENSE_LR $MORE_LR eval $EVAL_SEQUENCES"
+if [[ $fresh -eq 1 ]]; then
+  rm -rf "$out"
+elif [[ -f $out/settings && $(cat "$out/settings") != "$settings" ]]; then
+  echo "quickstart: $out was made with other settings ($(cat "$out/settings")); use --fresh to start over" >&2
+  exit 2
+fi
+mkdir -p "$out"/{text,tokens,models,eval}
+echo "$settings" >"$out/settings"
+
+make_tokens() {
+  local text_option=()
+  [[ -z $text ]] || text_option=(--text "$text")
+  "$python" launch/collect_text.py "${text_option[@]}" --megabytes "$MEGABYTES" --out "$out/text"
+  local train valid
+  mapfile -t train <"$out/text/train.txt"
+  mapfile -t valid <"$out/text/valid.txt"
+  "$python" data/tokenize.py --train-vocab "$VOCAB" --tokenizer "$out/tokens/tokenizer.json" \
+    --out "$out/tokens/train.h5" "${train[@]}"
+  "$python" data/tokenize.py --tokenizer "$out/tokens/tokenizer.json" --out "$out/tokens/valid.h5" "${valid[@]}"
+}
+
+# The shape of the dense model; upmoe draws its weights.
+write_dense_config() {
+  local dir=$1 vocab eos
+  read -r vocab eos < <("$python" -c 'import h5py, sys
+attributes = h5py.File(sys.argv[1], "r").attrs
+print(int(attributes["vocab_size"]), int(attributes["eos_id"]))' "$out/tokens/train.h5")
+  mkdir -p "$dir"
+  cp "$out/tokens/tokenizer.json" "$dir/"
+  cat >"$dir/config.json" <<JSON
+{
+  "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+  "vocab_size": $vocab, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+  "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048,
+  "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "tie_word_embeddings": false, "initializer_range": 0.02,
+  "attention_dropout": 0.0, "use_sliding_window": false, "bos_token_id": $eos, "eos_token_id": $eos,
+  "torch_dtype": "float32"
+}
+JSON
+}
+
+newest_checkpoint() {
+  find "$1/checkpoints" -mindepth 1 -maxdepth 1 -name 'step_*' | sort | tail -n 1
+}
+
+export_model() {  # RUN NAME
+  [[ -f $out/models/$2/config.json ]] || alone "$upmoe" export "$(newest_checkpoint "$out/$1")" \
+    --to "$out/models/$2" --dtype fp32
+}
+
+evaluate() {  # NAME MODEL
+  if [[ ! -s $out/eval/$1.json ]]; then
+    alone "$upmoe" eval "$2" --data "$out/tokens/valid.h5" --seq-len "$SEQ_LEN" --sequences "$EVAL_SEQUENCES" \
+      >"$out/eval/$1.json.part"
+    mv "$out/eval/$1.json.part" "$out/eval/$1.json"
+  fi
+}
+
+shared=(data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH")
+more=("${shared[@]}" train.steps="$MORE_STEPS" optimizer.lr="$MORE_LR")
+
+say "text and tokens"
+[[ -f $out/tokens/train.h5 && -f $out/tokens/valid.h5 ]] || make_tokens
+
+say "a small dense model from random weights"
+[[ -f $out/models/dense_init/config.json ]] || write_dense_config "$out/models/dense_init"
+alone "$upmoe" train configs/quickstart/dense.yaml "${shared[@]}" train.steps="$DENSE_STEPS" optimizer.lr="$DENSE_LR"
+export_model dense dense
+
+say "upcycling: 60 experts out of the dense model's feed-forward layers"
+[[ -f $out/models/moe/config.json ]] || alone "$upmoe" upcycle configs/upcycle/qwen1.5-moe-a2.7b-tiny.yaml \
+  --from "$out/models/dense" --to "$out/models/moe"
+
+say "training the mixture of experts on two ranks, 30 experts on each"
+launch/run_local.sh 2 "$upmoe" train configs/quickstart/moe.yaml "${more[@]}"
+export_model moe moe_trained
+
+say "the dense model goes on for as many tokens"
+alone "$upmoe" train configs/quickstart/dense_continued.yaml "${more[@]}"
+export_model dense_continued dense_continued
+
+say "held-out loss"
+evaluate dense "$out/models/dense"
+evaluate dense_continued "$out/models/dense_continued"
+evaluate moe_step0 "$out/models/moe"
+evaluate moe "$(newest_checkpoint "$out/moe")"
+evaluate moe_exported "$out/models/moe_trained"
+
+page=$(UPMOE_PYTHON=$python "$upmoe" report "$out/dense" "$out/dense_continued" "$out/moe" --continued \
+  --label dense --label 'dense, continued' --label 'mixture of experts' --out "$out/report")
+status=0
+"$python" launch/quickstart_table.py "$out" "${check[@]}" || status=$?
+echo "pictures: $page"
+say "done"
+exit "$status"

@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Loads an exported directory in transformers: no missing or unexpected key, and the same logits as upmoe.
+
+    upmoe eval MODEL_DIR --data TOKENS.h5 --seq-len 128 --sequences 4 --logits LOGITS.safetensors
+    python tests/check_export_in_transformers.py MODEL_DIR LOGITS.safetensors TOKENS.h5
+
+Needs torch, transformers, safetensors and h5py; not part of the test suite. Exit status 0 only if all agrees.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import h5py
+import torch
+import transformers
+from safetensors.torch import load_file
+
+
+def read_sequences(token_file, sequences, seq_len):
+    with h5py.File(token_file, "r") as file:
+        tokens = file["tokens"][:sequences * seq_len]
+    if tokens.size < sequences * seq_len:
+        raise SystemExit(f"{token_file}: {tokens.size} tokens, fewer than the {sequences} x {seq_len} of the logits")
+    return torch.from_numpy(tokens.astype("int64")).view(sequences, seq_len)
+
+
+def largest_differences(model, expected, token_file):
+    sequences, seq_len, _ = expected.shape
+    absolute, disagreeing = 0.0, 0
+    for row, want in zip(read_sequences(token_file, sequences, seq_len), expected):
+        with torch.no_grad():
+            got = model(row[None], use_cache=False).logits[0].float()
+        if got.shape != want.shape:
+            raise SystemExit(f"logits: transformers gives {tuple(got.shape)}, upmoe wrote {tuple(want.shape)}")
+        absolute = max(absolute, (got - want).abs().max().item())
+        disagreeing += (got.argmax(-1) != want.argmax(-1)).sum().item()
+    return absolute, disagreeing, sequences * seq_len
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("logits", type=Path)
+    parser.add_argument("tokens", type=Path)
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)")
+    args = parser.parse_args()
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+        output_loading_info=True)
+    failed = False
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(key) for key in info.get(kind) or [])
+        print(f"{kind}: {len(found)}" + (f", such as {found[:5]}" if found else ""))
+        failed |= bool(found)
+    print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    expected = load_file(args.logits)["logits"]
+    if not torch.isfinite(expected).all():
+        raise SystemExit(f"{args.logits}: not all logits are finite")
+    absolute, disagreeing, tokens = largest_differences(model.eval(), expected, args.tokens)
+    print(f"logits of {tokens} tokens: largest difference {absolute:.3g} (allowed {args.tolerance:g}), "
+          f"{disagreeing} differ in the likeliest token")
+    failed |= not absolute <= args.tolerance
+    print("FAILED" if failed else "same model")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
