@@ -1,0 +1,102 @@
+"""The project's own checks find what they are for: each is run over a small tree with one fault in it."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+LAUNCH = Path(__file__).resolve().parent.parent.parent / "launch"
+
+
+def run_check(script, files):
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(LAUNCH.parent / ".clang-format", folder)
+        for name, text in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        done = subprocess.run([sys.executable, LAUNCH / script, "--root", folder], capture_output=True, text=True,
+                              check=False)
+        return done.returncode, done.stdout + done.stderr
+
+
+class Layers(unittest.TestCase):
+    BASE = {"kernels/core/tensor.h": "#pragma once\n", "kernels/ops/gemm.h": "#pragma once\n",
+            "kernels/cpu/cpu.h": "#pragma once\n", "data/store.h": "#pragma once\n", "trainer/step.h": "#pragma once\n"}
+
+    def check(self, name, text):
+        return run_check("check_layers.py", self.BASE | {name: text})
+
+    def refused(self, name, text, words):
+        code, output = self.check(name, text)
+        self.assertEqual(code, 1, output)
+        self.assertIn(words, output)
+        self.assertIn(f"{name}:1:", output)
+
+    def test_allowed(self):
+        for name, text in (("trainer/loop.cpp", '#include "data/store.h"\n#include <vector>\n#include <fmt/format.h>\n'),
+                           ("kernels/ops/gemm.cpp", '#include "kernels/cpu/cpu.h"\n'),
+                           ("parallel/mpi_comm.cpp", "#include <mpi.h>\n"),
+                           ("tests/data/store_test.cpp", '#include <gtest/gtest.h>\n#include <hdf5.h>\n')):
+            code, output = self.check(name, text)
+            self.assertEqual(code, 0, output)
+
+    def test_upwards(self):
+        self.refused("upcycle/recipe.cpp", '#include "trainer/step.h"\n', "upcycle may include only")
+        self.refused("kernels/core/tensor.cpp", '#include "kernels/ops/gemm.h"\n', "kernels/core may include only")
+        self.refused("trainer/model/block.cpp", '#include "data/store.h"\n', "trainer/model may include only")
+
+    def test_backend_seen_from_a_header(self):
+        self.refused("kernels/ops/norm.h", '#include "kernels/cpu/cpu.h"\n', "only the .cpp files")
+
+    def test_third_party_away_from_home(self):
+        self.refused("trainer/loop.cpp", "#include <mpi.h>\n", "MPI belongs in")
+        self.refused("data/store.cpp", "#include <yaml-cpp/yaml.h>\n", "yaml-cpp belongs in")
+        self.refused("data/reader.h", "#include <hdf5.h>\n", "no header of ours")
+        self.refused("data/store.cpp", "#include <boost/any.hpp>\n", "unknown")
+
+    def test_missing_and_relative(self):
+        self.refused("data/store.cpp", '#include "data/nowhere.h"\n', "does not exist")
+        self.refused("data/store.cpp", '#include "store.h"\n', "from the root of the project")
+
+
+class Style(unittest.TestCase):
+    def refused(self, name, text, words):
+        code, output = run_check("check_style.py", {name: text})
+        self.assertEqual(code, 1, output)
+        self.assertIn(words, output)
+
+    def test_allowed(self):
+        text = "// A {\nnamespace upmoe {\n\nclass A {\n public:\n  int f() const { return 1; }\n};\n\n}  // namespace upmoe\n"
+        code, output = run_check("check_style.py", {"data/a.cpp": text})
+        self.assertEqual(code, 0, output)
+
+    def test_long_function(self):
+        body = "".join(f"  x += {i};\n" for i in range(80))
+        inside = f"namespace a {{\n\nvoid f(int x) {{\n{body}}}\n\n}}  // namespace a\n"
+        self.refused("data/a.cpp", inside, "data/a.cpp:3: a function of 82 lines")
+        self.refused("data/a.py", "def f(x):\n" + body.replace(";", "").replace("  ", "    "), "a function of 81 lines")
+
+    def test_long_class_is_no_function(self):
+        members = "".join(f"  int x{i} = 0;\n" for i in range(80))
+        code, output = run_check("check_style.py", {"data/a.cpp": f"struct A {{\n{members}}};\n"})
+        self.assertEqual(code, 0, output)
+
+    def test_long_file(self):
+        self.refused("data/a.cpp", "int x;\n" * 401, "401 lines")
+
+    def test_names_and_left_overs(self):
+        self.refused("data/string_utils.h", "#pragma once\n", "name it by what it holds")
+        self.refused("data/a.h", "int x;\n", "#pragma once")
+        self.refused("data/a.cpp", "// TO" + "DO: later\n", "finish it")
+
+    def test_formatting(self):
+        if "formatting not checked" in run_check("check_style.py", {"data/a.cpp": "int x;\n"})[1]:
+            self.skipTest("clang-format-14 is not installed")
+        self.refused("data/a.cpp", "int   x ;\n", "not formatted")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,81 @@
+"""launch/report.py over small made-up runs: pictures and page are there, wrong input is told with status 3."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# The interpreter with matplotlib that `upmoe report` would take.
+OWN = ROOT / ".venv" / "bin" / "python"
+PYTHON = os.environ.get("UPMOE_PYTHON") or (str(OWN) if OWN.exists() else sys.executable)
+
+
+def step(i, experts=0):
+    record = {"step": i, "tokens": 100 * i, "loss": 8.0 / i, "aux_loss": 0.0, "grad_norm": 1.0, "seconds": 0.5,
+              "tokens_per_s": 200.0, "mfu": None, "flops": 1e9}
+    if experts:
+        record["expert_load"] = [[1.0 / experts] * experts] * 2
+    return record
+
+
+def held_out(i):
+    return {"kind": "eval", "step": i, "tokens": 100 * i, "eval_loss": 9.0 / i}
+
+
+class Report(unittest.TestCase):
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.folder = Path(self.temporary.name)
+
+    def run_dir(self, name, records):
+        (self.folder / name).mkdir()
+        text = "".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records)
+        (self.folder / name / "metrics.jsonl").write_text(text, encoding="utf-8")
+        return self.folder / name
+
+    def report(self, *arguments):
+        return subprocess.run([PYTHON, ROOT / "launch" / "report.py", *map(str, arguments)], capture_output=True,
+                              text=True, check=False)
+
+    def refused(self, words, *arguments):
+        done = self.report(*arguments)
+        self.assertEqual(done.returncode, 3, done.stderr)
+        self.assertIn(words, done.stderr)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+
+    def test_dense_and_moe(self):
+        dense = self.run_dir("dense", [step(1), held_out(1), step(2), step(3), held_out(3)])
+        nan = step(2, 4) | {"loss": None}
+        moe = self.run_dir("moe", [step(1, 4), nan, step(3, 4), '{"step": 4, "tok'])  # still being written
+        done = self.report(dense, moe, "--out", self.folder / "out", "--continued", "--label", "a<b", "--label", "c")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        page = self.folder / "out" / "report.html"
+        self.assertEqual(done.stdout.strip(), str(page))
+        text = page.read_text(encoding="utf-8")
+        self.assertIn("a&lt;b", text)
+        for name in ("overview", "loss", "heldout_loss", "throughput", "expert_load_0", "expert_load_history_0"):
+            picture = self.folder / "out" / f"{name}.png"
+            self.assertTrue(picture.read_bytes().startswith(b"\x89PNG"), name)
+            self.assertIn(f'alt="{name}.png" src="data:image/png;base64,', text)
+        self.assertNotIn('src="http', text)
+
+    def test_axes(self):
+        run = self.run_dir("run", [step(2) | {"ranks": 2}, step(4) | {"ranks": 2}])
+        for axis in ("tokens", "flops", "seconds", "step"):
+            self.assertEqual(self.report(run, "--against", axis).returncode, 0)
+
+    def test_bad_input(self):
+        self.refused("not found", self.folder / "nowhere")
+        self.refused("metrics.jsonl:2", self.run_dir("broken", [step(1), "nonsense\n", step(3)]))
+        self.refused("no loss", self.run_dir("missing", [{"step": 1, "tokens": 1, "seconds": 1, "tokens_per_s": 1}]))
+        self.refused("holds no training step", self.run_dir("empty", []))
+        self.refused("no flops or no ranks", self.run_dir("flops", [step(1)]), "--against", "flops")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The shell scripts: clean under shellcheck, and with exit status 2 for a wrong command line, nothing done before it.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+failures=0
+
+fail() { echo "FAILED: $*"; failures=$((failures + 1)); }
+
+expect_usage() {  # COMMAND...: status 2 and words on standard error
+  local status=0 message
+  message=$("$@" 2>&1 >/dev/null) || status=$?
+  [[ $status -eq 2 ]] || fail "$* ended with $status instead of 2"
+  [[ -n $message ]] || fail "$* said nothing on standard error"
+}
+
+if command -v shellcheck >/dev/null; then
+  while IFS= read -r script; do
+    shellcheck "$script" || fail "shellcheck $script"
+  done < <(find "$root/launch" "$root/tests" "$root/.ci" -name '*.sh' -o -path "$root/.ci/run")
+else
+  echo "note: shellcheck is not installed"
+fi
+
+expect_usage "$root/launch/setup.sh" --no-such-option
+expect_usage "$root/launch/quickstart.sh" --no-such-option
+expect_usage "$root/launch/quickstart.sh" --text
+expect_usage "$root/launch/run_local.sh"
+expect_usage "$root/launch/run_local.sh" two true
+"$root/launch/setup.sh" --help | grep -q 'usage:' || fail "setup.sh --help"
+
+# Ranks see their number and an even share of the cores; the status of a failing rank comes through.
+# shellcheck disable=SC2016  # for the shell of the ranks
+lines=$(env -u OMP_NUM_THREADS "$root/launch/run_local.sh" 2 sh -c \
+  'echo "rank $OMPI_COMM_WORLD_RANK of $OMPI_COMM_WORLD_SIZE with $OMP_NUM_THREADS"' | sort)
+share=$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1))
+[[ $lines == "rank 0 of 2 with $share"$'\n'"rank 1 of 2 with $share" ]] || fail "run_local.sh gave: $lines"
+status=0
+"$root/launch/run_local.sh" 2 sh -c 'exit 3' >/dev/null 2>&1 || status=$?
+[[ $status -eq 3 ]] || fail "run_local.sh turned a rank's status 3 into $status"
+
+[[ $failures -eq 0 ]] || exit 1
+echo "scripts: ok"
