@@ -1,0 +1,144 @@
+#include "kernels/ops/loss.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/support/op_exec.h"
+#include "tests/support/random_tensor.h"
+#include "tests/support/reference_model.h"
+#include "tests/support/tolerance.h"
+
+namespace upmoe::test {
+namespace {
+
+struct Reference {
+  Values loss, dlogits;
+};
+
+Reference reference_cross_entropy(const Values& logits, const Values& targets, double scale) {
+  const std::size_t rows = targets.size(), vocab = rows == 0 ? 1 : logits.size() / rows;
+  Reference r{Values(rows), reference_softmax(logits, vocab)};
+  for (std::size_t c = 0; c < rows; ++c) {
+    double* d = r.dlogits.data() + c * vocab;
+    if (targets[c] < 0) {
+      std::fill_n(d, vocab, 0.0);
+      continue;
+    }
+    const auto target = static_cast<std::size_t>(targets[c]);
+    r.loss[c] = reference_lse(logits.data() + c * vocab, vocab) - logits[c * vocab + target];
+    d[target] -= 1;
+    for (std::size_t v = 0; v < vocab; ++v) d[v] *= scale;
+  }
+  return r;
+}
+
+HostTensor targets_for(std::int64_t rows, std::int64_t vocab) {
+  HostTensor targets({rows}, DType::kI32);
+  for (std::int64_t c = 0; c < rows; ++c)
+    targets.set(static_cast<std::size_t>(c), c % 4 == 2 ? -1.0 : static_cast<double>(c * 7919 % vocab));
+  return targets;
+}
+
+class CrossEntropy : public testing::TestWithParam<std::pair<std::int64_t, std::int64_t>> {
+ protected:
+  const std::int64_t C = GetParam().first, V = GetParam().second;
+  HostTensor logits{random_tensor({C, V}, DType::kF32, 1, 4.0)}, targets{targets_for(C, V)},
+      loss{{C}, DType::kF32};
+  OpExec ex;
+};
+
+TEST_P(CrossEntropy, LossAndGradient) {
+  const float scale = 0.125f;
+  const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 0.125);
+  ops::cross_entropy(ex, loss, nullptr, logits, targets, scale);
+  expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    HostTensor d({C, V}, dtype);
+    const TensorView d_CV = d;
+    ops::cross_entropy(ex, loss, &d_CV, logits, targets, scale);
+    expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
+    const Tolerance tolerance = dtype == DType::kBF16 ? Tolerance{1.0 / 250, 1e-7} : Tolerance{3e-6, 1e-7};
+    expect_close(d.values(), expected.dlogits, tolerance, "dlogits");
+  }
+  const TensorView in_place = logits;
+  ops::cross_entropy(ex, loss, &in_place, logits, targets, scale);
+  expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
+  expect_close(logits.values(), expected.dlogits, {3e-6, 1e-7}, "dlogits in place of the logits");
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, CrossEntropy,
+                         testing::Values(std::pair{1, 1}, std::pair{5, 13}, std::pair{9, 1000},
+                                         std::pair{3, 4096}, std::pair{2, 4103}, std::pair{2, 151936},
+                                         std::pair{0, 16}),
+                         [](const auto& i) {
+                           return std::to_string(i.param.first) + "x" + std::to_string(i.param.second);
+                         });
+
+TEST(CrossEntropyExtremes, LargeLogits) {
+  OpExec ex;
+  const HostTensor logits =
+      tensor_of({3, 4}, DType::kF32, {1e4, 1e4, -1e4, 0, -1e4, -1e4, -1e4, -1e4, 1e4, 9999, 0, 0});
+  const HostTensor targets = tensor_of({3}, DType::kI32, {0, 3, 1});
+  HostTensor loss({3}, DType::kF32), d({3, 4}, DType::kF32);
+  const TensorView d_CV = d;
+  ops::cross_entropy(ex, loss, &d_CV, logits, targets, 1.0f);
+  const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 1.0);
+  expect_close(loss.values(), {std::log(2.0), std::log(4.0), 1 + std::log(1 + std::exp(-1.0))}, {1e-6, 0},
+               "loss");
+  expect_close(d.values(), expected.dlogits, {3e-6, 1e-7}, "dlogits");
+}
+
+TEST(CrossEntropyExtremes, ManyEqualTerms) {  // a running fp32 sum of 151936 terms would be off by 1e-4
+  OpExec ex;
+  const HostTensor logits = filled({1, 151936}, DType::kF32, 2.5), targets = filled({1}, DType::kI32, 151935);
+  HostTensor loss({1}, DType::kF32);
+  ops::cross_entropy(ex, loss, nullptr, logits, targets, 1.0f);
+  EXPECT_NEAR(loss.get(0), std::log(151936.0), 1e-6);
+}
+
+TEST(CrossEntropyChecks, TargetOutsideTheVocabulary) {
+  OpExec ex;
+  const HostTensor logits = filled({3, 8}, DType::kF32, 0);
+  HostTensor loss({3}, DType::kF32);
+  for (double bad : {8.0, -2.0}) {
+    try {
+      ops::cross_entropy(ex, loss, nullptr, logits, tensor_of({3}, DType::kI32, {1, bad, 0}), 1.0f);
+      ADD_FAILURE() << bad << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kBadInput);
+      EXPECT_NE(std::string(e.what()).find("position 1"), std::string::npos) << e.what();
+    }
+  }
+}
+
+TEST(CrossEntropyChecks, RefusesWrongTensors) {
+  OpExec ex;
+  HostTensor logits = filled({3, 8}, DType::kF32, 0), targets = filled({3}, DType::kI32, 0),
+             loss({3}, DType::kF32);
+  EXPECT_THROW(ops::cross_entropy(ex, loss, nullptr, filled({3, 8}, DType::kBF16, 0), targets, 1.0f), Error);
+  EXPECT_THROW(ops::cross_entropy(ex, loss, nullptr, logits, filled({2}, DType::kI32, 0), 1.0f), Error);
+  TensorView halved = logits;  // bf16 in the place of fp32 logits would overwrite rows not yet read
+  halved.dtype = DType::kBF16;
+  EXPECT_THROW(ops::cross_entropy(ex, loss, &halved, logits, targets, 1.0f), Error);
+}
+
+TEST(CrossEntropyThreads, SameBits) {
+  expect_same_for_any_threads([&] {
+    OpExec ex;
+    const HostTensor logits = random_tensor({37, 1500}, DType::kF32, 5), targets = targets_for(37, 1500);
+    HostTensor loss({37}, DType::kF32), d({37, 1500}, DType::kBF16);
+    const TensorView d_CV = d;
+    ops::cross_entropy(ex, loss, &d_CV, logits, targets, 0.3f);
+    return std::tuple(loss, d);
+  });
+}
+
+TEST(CrossEntropyDry, BooksOnly) {
+  OpExec ex(DeviceType::kDry);
+  const TensorView d = dry_tensor({4, 10}, DType::kBF16);
+  ops::cross_entropy(ex, dry_tensor({4}, DType::kF32), &d, dry_tensor({4, 10}, DType::kF32),
+                     dry_tensor({4}, DType::kI32), 1.0f);
+  expect_booked(ex.ledger(), "cross_entropy", 6 * 40, 160 + 16, 16 + 80);
+}
+
+}  // namespace
+}  // namespace upmoe::test

@@ -1,0 +1,63 @@
+#pragma once
+// An Exec for tests of single ops, with scratch and a ledger; and how many threads an op may use.
+
+#include <gtest/gtest.h>
+
+#include "kernels/core/exec.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace upmoe::test {
+
+class OpExec {
+ public:
+  explicit OpExec(DeviceType type = DeviceType::kCpu)
+      : device_{type, 0}, scratch_(device_, std::size_t{1} << 30, "scratch") {
+    exec_.device = device_;
+    exec_.scratch = &scratch_;
+    exec_.ledger = &ledger_;
+  }
+  operator Exec&() { return exec_; }  // NOLINT(google-explicit-constructor): passed to ops as it is
+  const Ledger& ledger() const { return ledger_; }
+  std::size_t scratch_used() const { return scratch_.used(); }
+
+ private:
+  Device device_;
+  Arena scratch_;
+  Ledger ledger_;
+  Exec exec_;
+};
+
+// Runs `op` with one, two and three threads; the results of `op` (a HostTensor or a tuple of them) must be
+// the same bits. Without OpenMP this is a test of repeatability.
+template <class Op>
+void expect_same_for_any_threads(const Op& op) {
+#ifdef _OPENMP
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(1);
+  const auto one = op();
+  for (int threads : {2, 3}) {
+    omp_set_num_threads(threads);
+    EXPECT_TRUE(op() == one) << threads << " threads";
+  }
+  omp_set_num_threads(before);
+#else
+  const auto one = op();
+  EXPECT_TRUE(op() == one);
+#endif
+}
+
+// Flops, bytes read and written that the ledger holds for one call of `op`.
+inline void expect_booked(const Ledger& ledger, const std::string& op, double flops, double read,
+                          double written) {
+  const auto it = ledger.entries().find(op);
+  ASSERT_NE(it, ledger.entries().end()) << op;
+  EXPECT_EQ(it->second.calls, 1) << op;
+  EXPECT_DOUBLE_EQ(it->second.flops, flops) << op;
+  EXPECT_DOUBLE_EQ(it->second.bytes_read, read) << op;
+  EXPECT_DOUBLE_EQ(it->second.bytes_written, written) << op;
+}
+
+}  // namespace upmoe::test

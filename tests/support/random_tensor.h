@@ -1,0 +1,108 @@
+#pragma once
+// Host tensors of the op tests, with their memory, and their values in double for the references.
+
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/core/tensor.h"
+
+namespace upmoe::test {
+
+class HostTensor {
+ public:
+  HostTensor(Shape shape, DType dtype)
+      : shape_(shape), dtype_(dtype), memory_(static_cast<std::size_t>(shape.elements()) * size_of(dtype)) {}
+
+  operator TensorView() { return view(); }  // NOLINT(google-explicit-constructor): passed to ops as it is
+  operator ConstTensorView() const { return {memory_.data(), shape_, dtype_, Device{}}; }  // NOLINT
+  TensorView view() { return {memory_.data(), shape_, dtype_, Device{}}; }
+  template <class T>
+  T* as() {
+    return view().as<T>();
+  }
+
+  std::size_t size() const { return static_cast<std::size_t>(shape_.elements()); }
+  double get(std::size_t i) const {
+    const ConstTensorView v = *this;
+    switch (dtype_) {
+      case DType::kF32:
+        return static_cast<double>(v.as<float>()[i]);
+      case DType::kBF16:
+        return static_cast<double>(to_float(v.as<bf16>()[i]));
+      case DType::kI32:
+        return v.as<std::int32_t>()[i];
+      case DType::kI64:
+        return static_cast<double>(v.as<std::int64_t>()[i]);
+      case DType::kF64:
+        return v.as<double>()[i];
+    }
+    return 0;
+  }
+  void set(std::size_t i, double x) {
+    const TensorView v = view();
+    switch (dtype_) {
+      case DType::kF32:
+        v.as<float>()[i] = static_cast<float>(x);
+        break;
+      case DType::kBF16:
+        v.as<bf16>()[i] = to_bf16(static_cast<float>(x));
+        break;
+      case DType::kI32:
+        v.as<std::int32_t>()[i] = static_cast<std::int32_t>(x);
+        break;
+      case DType::kI64:
+        v.as<std::int64_t>()[i] = static_cast<std::int64_t>(x);
+        break;
+      case DType::kF64:
+        v.as<double>()[i] = x;
+        break;
+    }
+  }
+  std::vector<double> values() const {
+    std::vector<double> all(size());
+    for (std::size_t i = 0; i < all.size(); ++i) all[i] = get(i);
+    return all;
+  }
+  friend bool operator==(const HostTensor& a, const HostTensor& b) {
+    return a.memory_ == b.memory_;
+  }  // bitwise
+
+ private:
+  Shape shape_;
+  DType dtype_;
+  std::vector<std::byte> memory_;
+};
+
+inline HostTensor tensor_of(Shape shape, DType dtype, const std::vector<double>& values) {
+  HostTensor t(shape, dtype);
+  UPMOE_CHECK(values.size() == t.size(), "{} values for {}", values.size(), shape.str());
+  for (std::size_t i = 0; i < values.size(); ++i) t.set(i, values[i]);
+  return t;
+}
+
+inline HostTensor filled(Shape shape, DType dtype, double value) {
+  HostTensor t(shape, dtype);
+  for (std::size_t i = 0; i < t.size(); ++i) t.set(i, value);
+  return t;
+}
+
+inline HostTensor random_tensor(Shape shape, DType dtype, unsigned seed, double std = 1, double mean = 0) {
+  HostTensor t(shape, dtype);
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal(mean, std);
+  for (std::size_t i = 0; i < t.size(); ++i) t.set(i, normal(random));
+  return t;
+}
+
+// A view without memory, for the dry device.
+inline TensorView dry_tensor(Shape shape, DType dtype) {
+  return {nullptr, shape, dtype, Device{DeviceType::kDry, 0}};
+}
+
+inline std::string dtype_label(DType dtype) {
+  return name_of(dtype);
+}
+
+}  // namespace upmoe::test

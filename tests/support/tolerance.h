@@ -1,0 +1,43 @@
+#pragma once
+// How far an op may stray from its double reference.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "kernels/core/tensor.h"
+
+namespace upmoe::test {
+
+// |actual - expected| <= relative * |expected| + absolute * (largest |expected|).
+struct Tolerance {
+  double relative, absolute;
+};
+
+// One rounding of the result to the dtype, and fp32 sums.
+inline Tolerance rounding_of(DType dtype) {
+  return dtype == DType::kBF16 ? Tolerance{1.0 / 128, 1e-3} : Tolerance{1e-5, 2e-6};
+}
+
+inline void expect_close(const std::vector<double>& actual, const std::vector<double>& expected,
+                         Tolerance tolerance, const std::string& name) {
+  ASSERT_EQ(actual.size(), expected.size()) << name;
+  double largest = 0;
+  for (double e : expected) largest = std::max(largest, std::abs(e));
+  std::size_t worst = 0;
+  double worst_share = -1;  // of what is allowed
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    const double allowed = tolerance.relative * std::abs(expected[i]) + tolerance.absolute * largest + 1e-30;
+    const double error = std::abs(actual[i] - expected[i]);
+    const double share = std::isnan(error) ? INFINITY : error / allowed;
+    if (share > worst_share) worst = i, worst_share = share;
+  }
+  if (actual.empty()) return;
+  EXPECT_LE(worst_share, 1.0) << name << "[" << worst << "] is " << actual[worst] << ", expected "
+                              << expected[worst];
+}
+
+}  // namespace upmoe::test
