@@ -1,0 +1,75 @@
+#pragma once
+// Dense and mixture FFNs in double, by the book, over tensors named as on disk: the judge of what upcycling
+// writes.
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "configs/model_config.h"
+#include "kernels/core/check.h"
+
+namespace upmoe::test {
+
+using NaiveVector = std::vector<double>;
+using NaiveTensors = std::map<std::string, NaiveVector>;  // flat, row-major
+
+inline const NaiveVector& tensor(const NaiveTensors& tensors, const std::string& name) {
+  const auto it = tensors.find(name);
+  UPMOE_CHECK(it != tensors.end(), "no tensor {}", name);
+  return it->second;
+}
+
+// W x, W [rows, x.size()]
+inline NaiveVector product(const NaiveVector& w, const NaiveVector& x) {
+  UPMOE_CHECK(!x.empty() && w.size() % x.size() == 0, "{} weights for {} inputs", w.size(), x.size());
+  NaiveVector y(w.size() / x.size(), 0.0);
+  for (std::size_t r = 0; r < y.size(); ++r) {
+    for (std::size_t c = 0; c < x.size(); ++c) y[r] += w[r * x.size() + c] * x[c];
+  }
+  return y;
+}
+
+// down(silu(gate x) * up x) of the tensors PREFIX{gate,up,down}_proj.weight
+inline NaiveVector naive_ffn(const NaiveTensors& tensors, const std::string& prefix, const NaiveVector& x) {
+  NaiveVector h = product(tensor(tensors, prefix + "gate_proj.weight"), x);
+  const NaiveVector up = product(tensor(tensors, prefix + "up_proj.weight"), x);
+  for (std::size_t j = 0; j < h.size(); ++j) h[j] = h[j] / (1 + std::exp(-h[j])) * up[j];
+  return product(tensor(tensors, prefix + "down_proj.weight"), h);
+}
+
+// Softmax over all experts, the k largest (lowest index first among equals), renormalised if the model says
+// so; plus the shared expert times the sigmoid of its gate.
+inline NaiveVector naive_moe(const NaiveTensors& tensors, const ModelConfig& model, int layer,
+                             const NaiveVector& x) {
+  const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
+  NaiveVector p = product(tensor(tensors, prefix + "gate.weight"), x);
+  const double top = *std::max_element(p.begin(), p.end());
+  double sum = 0;
+  for (double& v : p) sum += v = std::exp(v - top);
+  std::vector<std::size_t> order(p.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return p[a] > p[b]; });
+  order.resize(static_cast<std::size_t>(model.num_experts_per_tok));
+  if (model.norm_topk_prob) {
+    sum = 0;
+    for (const std::size_t e : order) sum += p[e];
+  }
+  NaiveVector y(x.size(), 0.0);
+  for (const std::size_t e : order) {
+    const NaiveVector y_e = naive_ffn(tensors, fmt::format("{}experts.{}.", prefix, e), x);
+    for (std::size_t d = 0; d < y.size(); ++d) y[d] += p[e] / sum * y_e[d];
+  }
+  if (model.shared_expert_intermediate_size > 0) {
+    const double open =
+        1 / (1 + std::exp(-product(tensor(tensors, prefix + "shared_expert_gate.weight"), x)[0]));
+    const NaiveVector y_s = naive_ffn(tensors, prefix + "shared_expert.", x);
+    for (std::size_t d = 0; d < y.size(); ++d) y[d] += open * y_s[d];
+  }
+  return y;
+}
+
+}  // namespace upmoe::test
