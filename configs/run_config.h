@@ -15,49 +15,72 @@ struct DataSource {
 };
 
 struct RunConfig {
-  struct Run { std::string dir; std::int64_t seed = 1; } run;
-  struct Model { std::string path; std::string init = "weights"; } model;  // init: weights | random
+  struct Run {
+    std::string dir;
+    std::int64_t seed = 1;
+  } run;
+  struct Model {
+    std::string path;
+    std::string init = "weights";
+  } model;  // init: weights | random
   struct Router {
     double aux_loss = 0.001;
-    std::string aux_kind = "hf";   // hf | switch
+    std::string aux_kind = "hf";  // hf | switch
     double z_loss = 0, bias_rate = 0, capacity_factor = 0;
   } router;
   struct Data {
     std::vector<DataSource> train;
-    std::string valid;             // empty: no held-out evaluation
+    std::string valid;  // empty: no held-out evaluation
     std::int64_t seq_len = 0;
     bool shuffle = true, mask_documents = false;
     std::int64_t seed = 1;
   } data;
   struct Train {
     std::int64_t steps = 0, global_batch = 0, micro_batch = 0;  // batches in sequences
-    std::string precision = "fp32";   // fp32 | bf16
-    std::string recompute = "none";   // none | ffn | block: what backward computes again instead of keeping
-    std::int64_t eval_every = 0;      // held-out evaluation every n steps; 0 = at the end only
-    std::int64_t eval_sequences = 64; // sequences of data.valid per evaluation; 0 = all
-    std::int64_t nonfinite_patience = 3;  // consecutive non-finite steps skipped before the run stops with status 4
+    std::string precision = "fp32";                             // fp32 | bf16
+    std::string recompute = "none";    // none | ffn | block: what backward computes again instead of keeping
+    std::int64_t eval_every = 0;       // held-out evaluation every n steps; 0 = at the end only
+    std::int64_t eval_sequences = 64;  // sequences of data.valid per evaluation; 0 = all
+    std::int64_t nonfinite_patience =
+        3;  // consecutive non-finite steps skipped before the run stops with status 4
   } train;
   struct Optimizer {
     std::string name = "adamw";
     double lr = 3e-4, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, clip = 1.0;  // clip 0 = none
   } optimizer;
-  struct Schedule { std::string name = "cosine"; std::int64_t warmup = 0; double min_lr_ratio = 0.1; } schedule;
-  struct Parallel { int tp = 1, pp = 1, cp = 1, ep = 1, etp = 1, zero = 1; } parallel;
-  std::vector<std::string> freeze;     // shell-style patterns over parameter names
-  struct Checkpoint { std::int64_t every = 0; int keep = 3; bool async = true; } checkpoint;  // 0 = at the end only
-  struct Log { std::int64_t every = 1; bool tensorboard = true; } log;
-  std::string device = "auto";         // auto | cpu | cuda
+  struct Schedule {
+    std::string name = "cosine";  // cosine | wsd | constant
+    std::int64_t warmup = 0;      // steps
+    double min_lr_ratio = 0.1;    // of the learning rate, at the last step
+    double decay_fraction = 0.1;  // wsd: share of the steps, at the end, that the linear decay takes
+  } schedule;
+  struct Parallel {
+    int tp = 1, pp = 1, cp = 1, ep = 1, etp = 1, zero = 1;
+  } parallel;
+  std::vector<std::string> freeze;  // shell-style patterns over parameter names
+  struct Checkpoint {
+    std::int64_t every = 0;
+    int keep = 3;
+    bool async = true;
+  } checkpoint;  // 0 = at the end only
+  struct Log {
+    std::int64_t every = 1;
+    bool tensorboard = true;
+  } log;
+  std::string device = "auto";  // auto | cpu | cuda
 
-  std::string origin;                  // the file it came from, for messages
+  std::string origin;  // the file it came from, for messages
 };
 
-// Reads YAML strictly, then applies `section.key=value` overrides. Throws Error(kUsage) that lists every problem with
-// file, line and the nearest valid key. Relative paths stay relative to the working directory.
+// Reads YAML strictly, then applies `section.key=value` overrides. Throws Error(kUsage) that lists every
+// problem with file, line and the nearest valid key. Relative paths stay relative to the working directory.
 RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
-RunConfig parse_run_config(const std::string& yaml, const std::string& where, const std::vector<std::string>& overrides);
-// Problems that need the number of ranks or the model: batch against dp, axes not built yet, ep against experts,
-// sequence length against positions. All of them, one sentence each; empty when the run is possible.
+RunConfig parse_run_config(const std::string& yaml, const std::string& where,
+                           const std::vector<std::string>& overrides);
+// Problems that need the number of ranks or the model: batch against dp, axes not built yet, ep against
+// experts, sequence length against positions. All of them, one sentence each; empty when the run is possible.
 std::vector<std::string> problems_of(const RunConfig& run, const struct ModelConfig& model, int world_size);
+std::string run_config_reference();         // every key: type, range, default; one line each
 std::string to_yaml(const RunConfig& run);  // the resolved configuration; reading it gives the same run
 
 }  // namespace upmoe

@@ -16,29 +16,33 @@ struct UpcycleConfig {
     bool norm_topk_prob = false;
   } target;
   struct Experts {
-    std::string method = "shuffle";      // copy | split | shuffle | virtual_group | random
-    std::optional<int> copies;           // empty = auto: ceil(experts * width / dense width)
-    double reinit = 0.0;                 // floor(reinit * width) neurons of every expert are drawn anew
-    std::string reinit_from = "source";  // source: mean and deviation of the source matrix | config: initializer_range
-    std::string reinit_sets = "joint";   // joint: whole neurons | per_matrix: an independent set per matrix
-    double noise = 0.0;                  // standard deviation of normal noise added to kept neurons
-    std::optional<double> scale;         // empty = auto; multiplies the down projections
+    std::string method = "shuffle";  // copy | split | shuffle | virtual_group | random
+    std::optional<int> copies;       // empty = auto: ceil(experts * width / dense width)
+    double reinit = 0.0;             // floor(reinit * width) neurons of every expert are drawn anew
+    std::string reinit_from =
+        "source";  // source: mean and deviation of the source matrix | config: initializer_range
+    std::string reinit_sets = "joint";  // joint: whole neurons | per_matrix: an independent set per matrix
+    double noise = 0.0;                 // standard deviation of normal noise added to kept neurons
+    std::optional<double> scale;        // empty = auto; multiplies the down projections
   } experts;
   struct Shared {
-    std::string method = "dense";        // dense | random | shuffle | zero | none
-    double scale = 2.0;                  // multiplies the shared down projection
+    std::string method = "dense";  // dense | random | shuffle | zero | none
+    double scale = 2.0;            // multiplies the shared down projection
   } shared;
   struct Router {
-    std::string method = "normal";       // normal | zero | virtual_group | uniform
+    std::string method = "normal";  // normal | zero | virtual_group | uniform
     double std = 0.02;
   } router;
+  bool keep_rest = true;  // attention, norms, embedding and head as in the source; false: drawn anew
   std::int64_t seed = 1;
   std::string origin;
 };
 
-UpcycleConfig read_upcycle_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
+UpcycleConfig read_upcycle_config(const std::filesystem::path& file,
+                                  const std::vector<std::string>& overrides);
 UpcycleConfig parse_upcycle_config(const std::string& yaml, const std::string& where,
                                    const std::vector<std::string>& overrides);
+std::string upcycle_config_reference();  // every key: type, range, default; one line each
 std::string to_yaml(const UpcycleConfig& config);
 
 }  // namespace upmoe

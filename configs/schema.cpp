@@ -1,0 +1,315 @@
+#include "configs/schema.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "configs/schema_values.h"
+
+namespace upmoe {
+namespace {
+
+std::string number_type(const std::string& kind, const NumberCheck& check) {
+  std::string words = range_words(check);
+  if (!check.built.empty()) {
+    words += fmt::format("{}built: {}", words.empty() ? "" : "; ", fmt::join(check.built, ", "));
+  }
+  return words.empty() ? kind : fmt::format("{} ({})", kind, words);
+}
+
+std::string text_type(const TextCheck& check) {
+  if (check.names.empty()) return "text";
+  std::string words = fmt::format("{}", fmt::join(check.names, " | "));
+  if (!check.planned.empty()) words += fmt::format(" (not built yet: {})", fmt::join(check.planned, ", "));
+  return words;
+}
+
+bool is_auto(const YamlNode& node) {
+  return node.kind == YamlNode::Kind::kScalar && !node.quoted && node.text == "auto";
+}
+
+// Keys closer than this are worth proposing.
+int closeness_limit(const std::string& name) {
+  return std::max(2, static_cast<int>(name.size()) / 3);
+}
+
+}  // namespace
+
+int edit_distance(const std::string& a, const std::string& b) {
+  std::vector<int> row(b.size() + 1);
+  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = static_cast<int>(j);
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    int diagonal = row[0];
+    row[0] = static_cast<int>(i);
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const int above = row[j];
+      row[j] = std::min({above + 1, row[j - 1] + 1, diagonal + (a[i - 1] == b[j - 1] ? 0 : 1)});
+      diagonal = above;
+    }
+  }
+  return row[b.size()];
+}
+
+Schema& Schema::section(const std::string& name) {
+  section_ = name;
+  return *this;
+}
+
+Schema& Schema::key(const std::string& name, const std::string& type, bool required, Read read, Write write) {
+  fields_.push_back({section_, name, type, required, std::move(read), std::move(write), ""});
+  return *this;
+}
+
+Schema& Schema::key(const std::string& name, std::string& target, TextCheck check) {
+  const bool required = check.required;
+  return key(
+      name, text_type(check), required,
+      [&target, check](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (auto value = text_of(node, full, check, problems)) target = *std::move(value);
+      },
+      [&target] { return yaml_quoted(target); });
+}
+
+Schema& Schema::key(const std::string& name, std::int64_t& target, NumberCheck check) {
+  return key(
+      name, number_type("whole number", check), check.required,
+      [&target, check](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (const auto value = integer_of(node, full, check, problems)) target = *value;
+      },
+      [&target] { return std::to_string(target); });
+}
+
+Schema& Schema::key(const std::string& name, int& target, NumberCheck check) {
+  NumberCheck bounded = check;
+  bounded.least = std::max(check.least, static_cast<double>(std::numeric_limits<int>::min()));
+  bounded.most = std::min(check.most, static_cast<double>(std::numeric_limits<int>::max()));
+  return key(
+      name, number_type("whole number", check), check.required,
+      [&target, bounded](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (const auto value = integer_of(node, full, bounded, problems)) target = static_cast<int>(*value);
+      },
+      [&target] { return std::to_string(target); });
+}
+
+Schema& Schema::key(const std::string& name, double& target, NumberCheck check) {
+  return key(
+      name, number_type("number", check), check.required,
+      [&target, check](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (const auto value = number_of(node, full, check, problems)) target = *value;
+      },
+      [&target] { return fmt::format("{}", target); });
+}
+
+Schema& Schema::key(const std::string& name, bool& target) {
+  return key(
+      name, "true | false", false,
+      [&target](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (const auto value = truth_of(node, full, problems)) target = *value;
+      },
+      [&target] { return std::string(target ? "true" : "false"); });
+}
+
+Schema& Schema::key(const std::string& name, std::optional<int>& target, NumberCheck check) {
+  NumberCheck bounded = check;
+  bounded.most = std::min(check.most, static_cast<double>(std::numeric_limits<int>::max()));
+  bounded.least = std::max(check.least, static_cast<double>(std::numeric_limits<int>::min()));
+  return key(
+      name, "auto | " + number_type("whole number", check), false,
+      [&target, bounded](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (is_auto(node)) {
+          target.reset();
+        } else if (const auto value = integer_of(node, full + " (auto or a number)", bounded, problems)) {
+          target = static_cast<int>(*value);
+        }
+      },
+      [&target] { return target ? std::to_string(*target) : std::string("auto"); });
+}
+
+Schema& Schema::key(const std::string& name, std::optional<double>& target, NumberCheck check) {
+  return key(
+      name, "auto | " + number_type("number", check), false,
+      [&target, check](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (is_auto(node)) {
+          target.reset();
+        } else if (const auto value = number_of(node, full + " (auto or a number)", check, problems)) {
+          target = *value;
+        }
+      },
+      [&target] { return target ? fmt::format("{}", *target) : std::string("auto"); });
+}
+
+Schema& Schema::key(const std::string& name, std::vector<std::string>& target) {
+  return key(
+      name, "list of texts", false,
+      [&target](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (node.kind != YamlNode::Kind::kList) {
+          problems.add(node.where, full + ": expected a list of texts, such as [a, b]");
+          return;
+        }
+        std::vector<std::string> items;
+        for (const YamlNode& item : node.items) {
+          if (auto value = text_of(item, full, {}, problems)) items.push_back(*std::move(value));
+        }
+        target = std::move(items);
+      },
+      [&target] {
+        std::vector<std::string> quoted;
+        for (const std::string& item : target) quoted.push_back(yaml_quoted(item));
+        return fmt::format("[{}]", fmt::join(quoted, ", "));
+      });
+}
+
+Schema::Field* Schema::find(const std::string& section, const std::string& name) {
+  for (Field& field : fields_) {
+    if (field.section == section && field.name == name) return &field;
+  }
+  return nullptr;
+}
+
+bool Schema::has_section(const std::string& name) const {
+  return std::any_of(fields_.begin(), fields_.end(),
+                     [&](const Field& f) { return !f.section.empty() && f.section == name; });
+}
+
+// What the user most likely meant: a key of the same section, one of the same name elsewhere, or, for a name
+// at the top level, a section.
+std::string Schema::nearest(const std::string& section, const std::string& name) const {
+  int best = closeness_limit(name) + 1;
+  std::string choice;
+  const auto offer = [&](const std::string& candidate, int distance) {
+    if (distance < best) {
+      best = distance;
+      choice = candidate;
+    }
+  };
+  for (const Field& f : fields_) {
+    const bool same = f.section == section;
+    offer(f.full(), edit_distance(name, f.name) + (same ? 0 : 1));
+    if (section.empty() && !f.section.empty()) offer(f.section, edit_distance(name, f.section));
+    if (!section.empty()) offer(f.full(), edit_distance(section + "." + name, f.full()));
+  }
+  if (!choice.empty()) return fmt::format("; did you mean {}?", choice);
+  std::vector<std::string> valid;
+  for (const Field& f : fields_) {
+    const std::string& shown = f.section == section ? f.name : section.empty() ? f.section : "";
+    if (!shown.empty() && std::find(valid.begin(), valid.end(), shown) == valid.end()) valid.push_back(shown);
+  }
+  return fmt::format("; valid here: {}", fmt::join(valid, ", "));
+}
+
+void Schema::read_into(Field& field, const YamlNode& node, Problems& problems) {
+  field.where = node.where;
+  if (node.kind == YamlNode::Kind::kNull) {
+    problems.add(node.where, fmt::format("{}: has no value; expected {}", field.full(), field.type));
+    return;
+  }
+  field.read(node, field.full(), problems);
+}
+
+void Schema::read(const YamlNode& root, Problems& problems) {
+  if (root.kind != YamlNode::Kind::kMap) {
+    if (!root.where.empty())
+      problems.add(root.where, "expected sections with keys, such as `train: {steps: 10}`");
+    return;
+  }
+  for (const auto& [key, value] : root.entries) {
+    if (Field* field = find("", key.text)) {
+      read_into(*field, value, problems);
+    } else if (!has_section(key.text)) {
+      problems.add(key.where, fmt::format("unknown key '{}'{}", key.text, nearest("", key.text)));
+    } else if (value.kind != YamlNode::Kind::kMap) {
+      problems.add(value.where, fmt::format("{}: is a section and needs keys, such as `{}: {{key: value}}`",
+                                            key.text, key.text));
+    } else {
+      for (const auto& [inner, inner_value] : value.entries) {
+        if (Field* nested = find(key.text, inner.text)) {
+          read_into(*nested, inner_value, problems);
+        } else {
+          problems.add(inner.where, fmt::format("unknown key '{}.{}'{}", key.text, inner.text,
+                                                nearest(key.text, inner.text)));
+        }
+      }
+    }
+  }
+}
+
+void Schema::apply_override(const std::string& assignment, Problems& problems) {
+  const std::string where = "command line";
+  const std::size_t equals = assignment.find('=');
+  if (equals == std::string::npos || equals == 0) {
+    problems.add(where, fmt::format("'{}' is not section.key=value", assignment));
+    return;
+  }
+  const std::string full = assignment.substr(0, equals), value = assignment.substr(equals + 1);
+  const std::size_t dot = full.find('.');
+  const std::string section = dot == std::string::npos ? "" : full.substr(0, dot);
+  const std::string name = dot == std::string::npos ? full : full.substr(dot + 1);
+  Field* field = find(section, name);
+  if (field == nullptr) {
+    problems.add(where, has_section(full) ? fmt::format("'{}' is a section; write {}.key=value", full, full)
+                                          : fmt::format("unknown key '{}'{}", full, nearest(section, name)));
+    return;
+  }
+  if (!is_valid_utf8(value)) {
+    problems.add(where, full + ": the value is not valid UTF-8");
+    return;
+  }
+  // The shell has already undone one layer of quotes, so plain text is taken as it stands; only what opens
+  // like a YAML list, map or quoted text is parsed.
+  YamlNode node;
+  if (!value.empty() && std::string("[{\"'").find(value[0]) != std::string::npos) {
+    Problems found;
+    node = parse_yaml(value, where, found);
+    for (const std::string& text : found.list()) problems.add(full + ": " + text);
+    if (!found.empty()) return;
+  } else {
+    node.kind = YamlNode::Kind::kScalar;
+    node.text = value;
+    node.where = where;
+  }
+  read_into(*field, node, problems);
+}
+
+void Schema::check_required(const std::string& origin, Problems& problems) const {
+  for (const Field& field : fields_) {
+    if (field.required && field.where.empty()) {
+      problems.add(origin, fmt::format("{} is missing: {}", field.full(), field.type));
+    }
+  }
+}
+
+const Schema::Field& Schema::field_of(const std::string& full_key) const {
+  for (const Field& field : fields_) {
+    if (field.full() == full_key) return field;
+  }
+  fail(ExitCode::kFailure, "'{}' is not a key", full_key);
+}
+
+std::string Schema::place_of(const std::string& full_key) const {
+  const std::string& where = field_of(full_key).where;
+  return where.empty() ? full_key : where + ": " + full_key;
+}
+
+std::string Schema::to_yaml() const {
+  std::string out, section;
+  for (const Field& field : fields_) {
+    if (field.section != section) {
+      section = field.section;
+      if (!section.empty()) out += section + ":\n";
+    }
+    out += fmt::format("{}{}: {}\n", field.section.empty() ? "" : "  ", field.name, field.write());
+  }
+  return out;
+}
+
+std::string Schema::reference() const {
+  std::string out;
+  for (const Field& field : fields_) {
+    out += fmt::format("{} : {} : {}\n", field.full(), field.type,
+                       field.required ? "required" : "default " + field.write());
+  }
+  return out;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,83 @@
+#pragma once
+// The keys of a configuration file, listed once. The same table reads a YAML tree and `section.key=value`
+// overrides into plain structs, finds the nearest valid key of a misspelt one, writes the resolved
+// configuration and prints the reference that tests/configs/frozen_keys.txt freezes.
+
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "configs/yaml_reader.h"
+
+namespace upmoe {
+
+struct NumberCheck {
+  double least = -std::numeric_limits<double>::infinity();
+  double most = std::numeric_limits<double>::infinity();
+  bool above = false;              // strictly above `least`
+  bool below = false;              // strictly below `most`
+  std::vector<double> built = {};  // not empty: other values are known but not built yet
+  bool required = false;
+};
+
+struct TextCheck {
+  std::vector<std::string> names = {};    // not empty: the values that exist ...
+  std::vector<std::string> planned = {};  // ... and those that are known but not built yet
+  bool required = false;
+  bool may_be_empty = false;
+};
+
+// Holds references to the struct it was made for; lives as long as the reading or writing takes.
+class Schema {
+ public:
+  using Read = std::function<void(const YamlNode& node, const std::string& key, Problems& problems)>;
+  using Write = std::function<std::string()>;
+
+  Schema& section(const std::string& name);  // of the keys that follow; "" is the top level
+  Schema& key(const std::string& name, std::string& target, TextCheck check = {});
+  Schema& key(const std::string& name, std::int64_t& target, NumberCheck check = {});
+  Schema& key(const std::string& name, int& target, NumberCheck check = {});
+  Schema& key(const std::string& name, double& target, NumberCheck check = {});
+  Schema& key(const std::string& name, bool& target);
+  Schema& key(const std::string& name, std::optional<int>& target, NumberCheck check = {});     // or `auto`
+  Schema& key(const std::string& name, std::optional<double>& target, NumberCheck check = {});  // or `auto`
+  Schema& key(const std::string& name, std::vector<std::string>& target);
+  Schema& key(const std::string& name, const std::string& type, bool required, Read read, Write write);
+
+  void read(const YamlNode& root, Problems& problems);
+  void apply_override(const std::string& assignment, Problems& problems);  // "section.key=value"
+  void check_required(const std::string& origin, Problems& problems) const;
+
+  bool was_given(const std::string& full_key) const { return !field_of(full_key).where.empty(); }
+  // "file:3:7: train.steps" or "command line: train.steps" for messages about a key that was read; the bare
+  // name when the default holds.
+  std::string place_of(const std::string& full_key) const;
+
+  std::string to_yaml() const;
+  std::string reference() const;  // one line per key: name, type and range, default
+
+ private:
+  struct Field {
+    std::string section, name, type;
+    bool required = false;
+    Read read;
+    Write write;
+    std::string where;  // empty until the key was met
+    std::string full() const { return section.empty() ? name : section + "." + name; }
+  };
+  Field* find(const std::string& section, const std::string& name);
+  const Field& field_of(const std::string& full_key) const;
+  bool has_section(const std::string& name) const;
+  void read_into(Field& field, const YamlNode& node, Problems& problems);
+  std::string nearest(const std::string& section, const std::string& name) const;
+
+  std::string section_;
+  std::vector<Field> fields_;
+};
+
+int edit_distance(const std::string& a, const std::string& b);
+
+}  // namespace upmoe

@@ -1,0 +1,118 @@
+#include "configs/upcycle_config.h"
+
+#include <fmt/format.h>
+
+#include <limits>
+
+#include "configs/schema.h"
+
+namespace upmoe {
+namespace {
+
+constexpr double kMaxExperts = 1 << 16, kMaxWidth = 1 << 20;
+
+Schema schema_of(UpcycleConfig& c) {
+  Schema schema;
+  schema.section("target")
+      .key("num_experts", c.target.num_experts, {.least = 1, .most = kMaxExperts, .required = true})
+      .key("num_experts_per_tok", c.target.num_experts_per_tok,
+           {.least = 1, .most = kMaxExperts, .required = true})
+      .key("moe_intermediate_size", c.target.moe_intermediate_size,
+           {.least = 1, .most = kMaxWidth, .required = true})
+      .key("shared_expert_intermediate_size", c.target.shared_expert_intermediate_size,
+           {.least = 0, .most = kMaxWidth})
+      .key("norm_topk_prob", c.target.norm_topk_prob);
+  schema.section("experts")
+      .key("method", c.experts.method,
+           {.names = {"copy", "split", "shuffle", "virtual_group", "random"}, .planned = {"cluster"}})
+      .key("copies", c.experts.copies, {.least = 1})
+      .key("reinit", c.experts.reinit, {.least = 0, .most = 1})
+      .key("reinit_from", c.experts.reinit_from, {.names = {"source", "config"}})
+      .key("reinit_sets", c.experts.reinit_sets, {.names = {"joint", "per_matrix"}})
+      .key("noise", c.experts.noise, {.least = 0})
+      .key("scale", c.experts.scale, {.least = 0});
+  schema.section("shared")
+      .key("method", c.shared.method, {.names = {"dense", "random", "shuffle", "zero", "none"}})
+      .key("scale", c.shared.scale, {.least = 0});
+  schema.section("router")
+      .key("method", c.router.method, {.names = {"normal", "zero", "virtual_group", "uniform"}})
+      .key("std", c.router.std, {.least = 0});
+  schema.section("").key("keep_rest", c.keep_rest).key("seed", c.seed, {.least = 0});
+  return schema;
+}
+
+// Rules between keys that need no dense model; those that do are the upcycler's.
+void check_together(const UpcycleConfig& c, const Schema& schema, Problems& problems) {
+  const auto& t = c.target;
+  if (t.num_experts_per_tok > t.num_experts) {
+    problems.add(schema.place_of("target.num_experts_per_tok"),
+                 fmt::format("{} of {} experts cannot be chosen", t.num_experts_per_tok, t.num_experts));
+  }
+  const bool shared = t.shared_expert_intermediate_size > 0;
+  if (shared && c.shared.method == "none") {
+    problems.add(schema.place_of("shared.method"),
+                 fmt::format("none contradicts target.shared_expert_intermediate_size = {}; make that 0",
+                             t.shared_expert_intermediate_size));
+  }
+  if (!shared && schema.was_given("shared.method") && c.shared.method != "none") {
+    problems.add(
+        schema.place_of("shared.method"),
+        fmt::format("{} needs target.shared_expert_intermediate_size above 0; use none", c.shared.method));
+  }
+  if (c.router.method == "virtual_group" && c.experts.method != "virtual_group") {
+    problems.add(
+        schema.place_of("router.method"),
+        fmt::format("virtual_group gives the shards of one copy the same row, so experts.method must be "
+                    "virtual_group too, not {}",
+                    c.experts.method));
+  }
+  if (c.experts.method == "random") {
+    const bool given = schema.was_given("experts.copies") && c.experts.copies.has_value();
+    if (given)
+      problems.add(schema.place_of("experts.copies"), "experts.method random makes no copies; use auto");
+    if (c.experts.reinit > 0) {
+      problems.add(schema.place_of("experts.reinit"),
+                   "experts.method random draws every neuron already; use 0");
+    }
+    if (c.experts.noise > 0) {
+      problems.add(schema.place_of("experts.noise"),
+                   "experts.method random keeps no neuron to add noise to; use 0");
+    }
+  }
+}
+
+}  // namespace
+
+UpcycleConfig parse_upcycle_config(const std::string& yaml, const std::string& where,
+                                   const std::vector<std::string>& overrides) {
+  UpcycleConfig config;
+  config.origin = where;
+  Problems problems;
+  Schema schema = schema_of(config);
+  const YamlNode root = parse_yaml(yaml, where, problems);
+  schema.read(root, problems);
+  for (const std::string& assignment : overrides) schema.apply_override(assignment, problems);
+  if (root.kind == YamlNode::Kind::kMap) schema.check_required(where, problems);
+  if (problems.empty()) check_together(config, schema, problems);
+  problems.throw_if_any(ExitCode::kUsage, where);
+  // So that the resolved recipe says what happens: without a shared expert nothing is made for it.
+  if (config.target.shared_expert_intermediate_size == 0) config.shared.method = "none";
+  return config;
+}
+
+UpcycleConfig read_upcycle_config(const std::filesystem::path& file,
+                                  const std::vector<std::string>& overrides) {
+  return parse_upcycle_config(read_text_file(file), file.string(), overrides);
+}
+
+std::string to_yaml(const UpcycleConfig& config) {
+  UpcycleConfig copy = config;  // a schema binds to a struct it could also write
+  return schema_of(copy).to_yaml();
+}
+
+std::string upcycle_config_reference() {
+  UpcycleConfig defaults;
+  return schema_of(defaults).reference();
+}
+
+}  // namespace upmoe
