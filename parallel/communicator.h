@@ -6,6 +6,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "kernels/core/exec.h"
 
@@ -13,8 +14,8 @@ namespace upmoe {
 
 enum class ReduceOp { kSum, kMax, kMin };
 
-// A transfer under way. Buffers handed to the verb stay untouched until wait() returned; wait() once, on the rank's
-// own thread; a Pending that is dropped without wait() waits in its destructor.
+// A transfer under way. Buffers handed to the verb stay untouched until wait() returned; wait() once, on the
+// rank's own thread; a Pending that is dropped without wait() waits in its destructor.
 class Pending {
  public:
   Pending() = default;  // nothing under way
@@ -28,12 +29,12 @@ class Pending {
   std::function<void()> wait_;
 };
 
-// One ordered group of ranks. Every verb is collective over the group: same order, same arguments (row counts and
-// tensor contents aside) on each member. Tensors are contiguous and live on the communicator's device; dtypes fp32,
-// bf16, fp64, int32, int64. bf16 sums are taken in fp32 and rounded once; every sum adds the ranks' values in rank
-// order, so a result does not depend on the transport. Every verb books its sent bytes in the ledger, if one is set.
-// Errors: a dead or throwing peer, or a verb past its deadline, raises Error(kCommunicator) or ends the process with
-// its exit status; nothing hangs.
+// One ordered group of ranks. Every verb is collective over the group: same order, same arguments (row counts
+// and tensor contents aside) on each member. Tensors are contiguous and live on the communicator's device;
+// dtypes fp32, bf16, fp64, int32, int64. bf16 sums are taken in fp32 and rounded once; every sum adds the
+// ranks' values in rank order, so a result does not depend on the transport. Every verb books its sent bytes
+// in the ledger, if one is set. Errors: a dead or throwing peer, or a verb past its deadline, raises
+// Error(kCommunicator) or ends the process with its exit status; nothing hangs.
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -41,6 +42,9 @@ class Communicator {
   virtual int size() const = 0;
   // Members with equal colour form a new group, ordered by (key, rank). Collective.
   virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
+  // The same for a group that every member can compute: `members` are ranks of this group in rising order and
+  // hold the caller. Collective like split; a dry communicator can do this one.
+  virtual std::unique_ptr<Communicator> subgroup(const std::vector<int>& members);
 
   virtual void all_reduce(TensorView inout, ReduceOp op, Stream* stream = nullptr) = 0;
   virtual void broadcast(TensorView inout, int root, Stream* stream = nullptr) = 0;
@@ -50,11 +54,12 @@ class Communicator {
   virtual Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream = nullptr) = 0;
   // out holds size() equal slices; slice r is rank r's in. in may be a piece of out (its own slice).
   virtual Pending all_gather(TensorView out, ConstTensorView in, Stream* stream = nullptr) = 0;
-  // Rows of the first dim: send_rows[p] consecutive rows of `in` go to rank p; `out` receives recv_rows[p] rows from
-  // rank p, in rank order. Counts are on the host and may be 0; send and receive counts must match pairwise.
+  // Rows of the first dim: send_rows[p] consecutive rows of `in` go to rank p; `out` receives recv_rows[p]
+  // rows from rank p, in rank order. Counts are on the host and may be 0; send and receive counts must match
+  // pairwise.
   virtual Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
                                   std::span<const std::int64_t> send_rows, Stream* stream = nullptr) = 0;
-  virtual void send(ConstTensorView in, int to, Stream* stream = nullptr) = 0;   // pipeline, context ring
+  virtual void send(ConstTensorView in, int to, Stream* stream = nullptr) = 0;  // pipeline, context ring
   virtual void recv(TensorView out, int from, Stream* stream = nullptr) = 0;
   // Ends the whole job: unblocks the peers, who fail with `code`. Never returns control to a collective.
   virtual void abort(int code) noexcept = 0;
@@ -71,8 +76,8 @@ class Communicator {
 std::unique_ptr<Communicator> make_self_communicator();
 // Rank `rank` of a world of `size` that does not exist: verbs check and book, and leave outputs as they are.
 std::unique_ptr<Communicator> make_dry_communicator(int rank, int size);
-// Runs body on `ranks` threads of this process, each with its own communicator. The first exception of any rank
-// unblocks the others and is rethrown here.
+// Runs body on `ranks` threads of this process, each with its own communicator. The first exception of any
+// rank unblocks the others and is rethrown here.
 void run_in_threads(int ranks, const std::function<void(Communicator&)>& body);
 
 // Thrown on ranks that are fine because a peer is not; the peer prints.
@@ -81,9 +86,9 @@ class PeerError : public Error {
   PeerError(ExitCode code, const std::string& message) : Error(code, message) {}
 };
 
-// Agreement before the next collective: no rank may fail alone. Each rank gives the error it met (empty = none);
-// if any rank met one, every rank throws it: the rank(s) that met it with their message, the others with one marked
-// as a peer's failure (empty what()), which `main` does not print. Collective.
+// Agreement before the next collective: no rank may fail alone. Each rank gives the error it met (empty =
+// none); if any rank met one, every rank throws it: the rank(s) that met it with their message, the others
+// with one marked as a peer's failure (empty what()), which `main` does not print. Collective.
 void agree(Communicator& comm, ExitCode code, const std::string& local_error);
 // Runs `body` and agrees on its outcome: an Error thrown by body on any rank is thrown on all.
 void run_agreed(Communicator& comm, const std::function<void()>& body);

@@ -1,6 +1,6 @@
 #pragma once
-// Who holds and who owns which elements of a parameter: pure functions over global coordinates. Model, optimizer,
-// checkpoint and upcycling all use these and nothing else.
+// Who holds and who owns which elements of a parameter: pure functions over global coordinates. Model,
+// optimizer, checkpoint and upcycling all use these and nothing else.
 //
 // Invariant (a property test): for every mesh, every element of every parameter is owned by exactly one rank.
 

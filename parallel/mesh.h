@@ -27,7 +27,8 @@ struct MeshSpec {
   std::string str() const;  // "pp 1, dp 2, cp 1, tp 1, edp 1, ep 2, etp 1"
 };
 
-// Owns one communicator for each axis and each product of axes asked for at construction. Collective to build.
+// Owns one communicator for each axis and each product of axes asked for at construction. Collective to
+// build.
 class ProcessMesh {
  public:
   ProcessMesh(MeshSpec spec, Communicator& world);

@@ -9,22 +9,25 @@
 
 namespace upmoe {
 
-// The world of this process for the program's lifetime: MPI when a launcher (mpirun, srun) started several ranks,
-// else one rank alone. Refuses (kUsage) when the launcher says several ranks and MPI says one. One per process.
+// The world of this process for the program's lifetime: MPI when a launcher (mpirun, srun) started several
+// ranks, else one rank alone. Refuses (kUsage) when the launcher says several ranks and MPI says one. One per
+// process.
 class Runtime {
  public:
   Runtime(int* argc, char*** argv);
   ~Runtime();  // finalises MPI, unless an error is under way
   Communicator& world() { return *world_; }
-  // Prints `message` from this rank once and ends the job with `code` on every rank (a signal-safe path on the peers).
+  // Prints `message` from this rank once and ends the job with `code` on every rank (a signal-safe path on
+  // the peers).
   [[noreturn]] void abort(int code, const std::string& message) noexcept;
 
  private:
   std::unique_ptr<Communicator> world_;
 };
 
-// A thread that ends the process with kHang and a message when no collective and no heartbeat has finished for
-// `deadline`: names the collective in flight, its sequence number and the last ones. Communicators report to it.
+// A thread that ends the process with kHang and a message when no collective and no heartbeat has finished
+// for `deadline`: names the collective in flight, its sequence number and the last ones. Communicators report
+// to it.
 namespace watchdog {
 void start(std::chrono::milliseconds deadline, int rank);
 void stop();

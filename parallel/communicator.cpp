@@ -1,0 +1,58 @@
+#include "parallel/communicator.h"
+
+namespace upmoe {
+
+Pending& Pending::operator=(Pending&& o) noexcept {
+  if (this != &o) {
+    if (wait_) wait_();
+    wait_ = std::move(o.wait_);
+    o.wait_ = nullptr;
+  }
+  return *this;
+}
+
+Pending::~Pending() {
+  if (!wait_) return;
+  try {
+    wait_();
+  } catch (const std::exception&) {  // dropped while another error unwinds: that one is reported
+  }
+}
+
+void Pending::wait() {
+  if (!wait_) return;
+  const std::function<void()> wait = std::move(wait_);
+  wait_ = nullptr;
+  wait();
+}
+
+std::unique_ptr<Communicator> Communicator::subgroup(const std::vector<int>& members) {
+  UPMOE_CHECK(!members.empty(), "an empty group");
+  return split(members.front(), rank());  // disjoint groups have different first members
+}
+
+void agree(Communicator& comm, ExitCode code, const std::string& local_error) {
+  std::int32_t worst = local_error.empty() ? 0 : static_cast<std::int32_t>(code);
+  comm.all_reduce(host_view(&worst, {1}), ReduceOp::kMax);
+  if (worst == 0) return;
+  if (!local_error.empty()) throw Error(code, local_error);
+  throw PeerError(static_cast<ExitCode>(worst), "");
+}
+
+void run_agreed(Communicator& comm, const std::function<void()>& body) {
+  std::string message;
+  ExitCode code = ExitCode::kFailure;
+  try {
+    body();
+  } catch (const PeerError&) {
+    throw;  // an inner agreement: every rank has it already
+  } catch (const Error& e) {
+    message = e.what();
+    code = e.code();
+  } catch (const std::exception& e) {
+    message = e.what();
+  }
+  agree(comm, code, message);
+}
+
+}  // namespace upmoe

@@ -1,0 +1,178 @@
+#include "parallel/layout.h"
+
+#include <algorithm>
+
+namespace upmoe {
+
+Box whole(const Shape& shape) {
+  Box box{shape, shape};
+  box.offset.dim.fill(0);
+  return box;
+}
+
+bool contains(const Box& outer, const Box& inner) {
+  if (outer.extent.rank != inner.extent.rank) return false;
+  for (int d = 0; d < outer.extent.rank; ++d)
+    if (inner.offset[d] < outer.offset[d] ||
+        inner.offset[d] + inner.extent[d] > outer.offset[d] + outer.extent[d])
+      return false;
+  return true;
+}
+
+Box intersect(const Box& a, const Box& b) {
+  UPMOE_CHECK(a.extent.rank == b.extent.rank, "boxes of rank {} and {}", a.extent.rank, b.extent.rank);
+  Box r = a;
+  for (int d = 0; d < a.extent.rank; ++d) {
+    const auto i = static_cast<std::size_t>(d);
+    const std::int64_t begin = std::max(a.offset[d], b.offset[d]);
+    const std::int64_t end = std::min(a.offset[d] + a.extent[d], b.offset[d] + b.extent[d]);
+    r.offset.dim[i] = begin;
+    r.extent.dim[i] = std::max<std::int64_t>(0, end - begin);
+  }
+  return r;
+}
+
+Range balanced(std::int64_t n, std::int64_t parts, std::int64_t index) {
+  UPMOE_CHECK(parts > 0 && 0 <= index && index < parts && n >= 0, "part {} of {} of {}", index, parts, n);
+  // In 128 bits: n * index may pass 2^63 for flat buffers on thousands of ranks.
+  const auto at = [&](std::int64_t i) {
+    return static_cast<std::int64_t>(static_cast<__int128>(n) * i / parts);
+  };
+  return {at(index), at(index + 1)};
+}
+
+namespace {
+
+// Key and value heads are held by several ranks along tp where there are fewer heads than ranks.
+Range kv_heads_of(std::int64_t heads, std::int64_t tp, std::int64_t index) {
+  if (tp <= heads) return balanced(heads, tp, index);
+  const std::int64_t head = index * heads / tp;
+  return {head, head + 1};
+}
+
+// How many ranks along tp hold the same key/value heads as `index`, and which of them it is.
+Replica kv_replica(std::int64_t heads, std::int64_t tp, std::int64_t index) {
+  if (tp <= heads) return {0, 1};
+  Replica r{0, 0};
+  for (std::int64_t i = 0; i < tp; ++i) {
+    if (!(kv_heads_of(heads, tp, i) == kv_heads_of(heads, tp, index))) continue;
+    if (i < index) ++r.index;
+    ++r.count;
+  }
+  return r;
+}
+
+Range range_along(Dim dim, std::int64_t n, bool expert, const MeshSpec& mesh, int rank) {
+  const auto part = [&](Axis a) { return balanced(n, mesh.degree(a), mesh.coord(rank, a)); };
+  switch (dim) {
+    case Dim::kExpert:
+      return part(Axis::kEp);
+    case Dim::kFfn:
+      return part(expert ? Axis::kEtp : Axis::kTp);
+    case Dim::kHeads:
+    case Dim::kVocab:
+      return part(Axis::kTp);
+    case Dim::kKvHeads:
+      return kv_heads_of(n, mesh.tp, mesh.coord(rank, Axis::kTp));
+    case Dim::kEmbed:
+    case Dim::kHeadSize:
+    case Dim::kPair:
+    case Dim::kOne:
+      return {0, n};
+  }
+  return {0, n};
+}
+
+int stage_of(const ParamSpec& p, int pp, int num_layers) {
+  if (p.layer < 0) return p.name == "embed_VD" ? 0 : pp - 1;
+  for (int stage = 0; stage < pp; ++stage)
+    if (p.layer < balanced(num_layers, pp, stage).end) return stage;
+  UPMOE_CHECK(false, "layer {} of {}", p.layer, num_layers);
+  return 0;
+}
+
+bool split_along_tp(const ParamSpec& p) {
+  for (int d = 0; d < p.shape.rank; ++d) {
+    const Dim dim = p.dims[static_cast<std::size_t>(d)];
+    if (dim == Dim::kHeads || dim == Dim::kVocab || dim == Dim::kFfn) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, int num_layers) {
+  Box box = whole(p.shape);
+  const bool elsewhere = stage_of(p, mesh.pp, num_layers) != mesh.coord(rank, Axis::kPp);
+  for (int d = 0; d < p.shape.rank; ++d) {
+    const auto i = static_cast<std::size_t>(d);
+    const Range r = range_along(p.dims[i], p.shape[d], p.expert, mesh, rank);
+    box.offset.dim[i] = elsewhere ? 0 : r.begin;
+    box.extent.dim[i] = elsewhere ? 0 : r.size();
+  }
+  return box;
+}
+
+Replica replica_of(const ParamSpec& p, const MeshSpec& mesh, int rank) {
+  if (p.expert) return {mesh.coord(rank, Axis::kEdp), mesh.edp()};
+  const int data = mesh.coord(rank, Axis::kDp) * mesh.cp + mesh.coord(rank, Axis::kCp),
+            copies = mesh.dp * mesh.cp;
+  Replica along_tp{mesh.coord(rank, Axis::kTp),
+                   mesh.tp};  // norms, routers, biases: every tp rank holds them whole
+  if (split_along_tp(p)) along_tp = {0, 1};
+  for (int d = 0; d < p.shape.rank; ++d)
+    if (p.dims[static_cast<std::size_t>(d)] == Dim::kKvHeads)
+      along_tp = kv_replica(p.shape[d], mesh.tp, mesh.coord(rank, Axis::kTp));
+  return {data * along_tp.count + along_tp.index, copies * along_tp.count};
+}
+
+Range owner_slice(std::int64_t elements, Replica r) {
+  return balanced(elements, r.count, r.index);
+}
+
+namespace {
+
+// The box at flat position `at`, `n` elements long, that fills whole inner dims from dim `d` on.
+Box piece(const Box& shard, std::int64_t at, int d, std::int64_t count, std::int64_t inner) {
+  Box b = shard;
+  std::int64_t rest = at / inner;  // position counted in units of dim d
+  for (int i = d; i >= 0; --i) {
+    const auto u = static_cast<std::size_t>(i);
+    b.offset.dim[u] = shard.offset[i] + rest % shard.extent[i];
+    b.extent.dim[u] = i == d ? count : 1;
+    rest /= shard.extent[i];
+  }
+  return b;
+}
+
+}  // namespace
+
+// Climbs from elements to rows to planes and down again: at most one box per dim on each side.
+std::vector<Box> flat_range_to_boxes(const Box& shard, Range r) {
+  UPMOE_CHECK(0 <= r.begin && r.begin <= r.end && r.end <= shard.elements(), "{}..{} of {}", r.begin, r.end,
+              shard.elements());
+  std::vector<Box> boxes;
+  const int rank = shard.extent.rank;
+  if (r.size() == 0) return boxes;
+  if (rank == 0) return {shard};
+  std::array<std::int64_t, 5> inner{};  // elements of one step along dim d
+  inner[static_cast<std::size_t>(rank - 1)] = 1;
+  for (int d = rank - 2; d >= 0; --d)
+    inner[static_cast<std::size_t>(d)] = inner[static_cast<std::size_t>(d + 1)] * shard.extent[d + 1];
+  std::int64_t at = r.begin;
+  while (at < r.end) {
+    // The outermost dim along which `at` begins a step and a whole step still fits.
+    int d = 0;
+    while (d < rank - 1 &&
+           (at % inner[static_cast<std::size_t>(d)] != 0 || at + inner[static_cast<std::size_t>(d)] > r.end))
+      ++d;
+    const std::int64_t step = inner[static_cast<std::size_t>(d)];
+    std::int64_t count = (r.end - at) / step;
+    if (d > 0) count = std::min(count, shard.extent[d] - at / step % shard.extent[d]);
+    boxes.push_back(piece(shard, at, d, count, step));
+    at += count * step;
+  }
+  return boxes;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,131 @@
+#include "parallel/mesh.h"
+
+#include <algorithm>
+
+namespace upmoe {
+
+const char* name_of(Axis axis) {
+  switch (axis) {
+    case Axis::kPp:
+      return "pp";
+    case Axis::kDp:
+      return "dp";
+    case Axis::kCp:
+      return "cp";
+    case Axis::kTp:
+      return "tp";
+    case Axis::kEdp:
+      return "edp";
+    case Axis::kEp:
+      return "ep";
+    case Axis::kEtp:
+      return "etp";
+  }
+  return "unknown";
+}
+
+int MeshSpec::degree(Axis a) const {
+  switch (a) {
+    case Axis::kPp:
+      return pp;
+    case Axis::kDp:
+      return dp;
+    case Axis::kCp:
+      return cp;
+    case Axis::kTp:
+      return tp;
+    case Axis::kEdp:
+      return edp();
+    case Axis::kEp:
+      return ep;
+    case Axis::kEtp:
+      return etp;
+  }
+  return 1;
+}
+
+int MeshSpec::coord(int rank, Axis a) const {
+  const int per_stage = dp * cp * tp, within = rank % per_stage;
+  switch (a) {
+    case Axis::kPp:
+      return rank / per_stage;
+    case Axis::kDp:
+      return within / (cp * tp);
+    case Axis::kCp:
+      return within / tp % cp;
+    case Axis::kTp:
+      return within % tp;
+    case Axis::kEdp:
+      return within / (ep * etp);
+    case Axis::kEp:
+      return within / etp % ep;
+    case Axis::kEtp:
+      return within % etp;
+  }
+  return 0;
+}
+
+std::vector<std::string> MeshSpec::problems(int world_size) const {
+  std::vector<std::string> found;
+  for (const auto& [name, n] :
+       {std::pair{"pp", pp}, {"dp", dp}, {"cp", cp}, {"tp", tp}, {"ep", ep}, {"etp", etp}})
+    if (n < 1) found.push_back(fmt::format("{} is {}, expected at least 1", name, n));
+  if (!found.empty()) return found;
+  const std::int64_t dense = std::int64_t{pp} * dp * cp * tp;
+  if (dense != world_size)
+    found.push_back(fmt::format("pp {} x dp {} x cp {} x tp {} is {} ranks, {} were started", pp, dp, cp, tp,
+                                dense, world_size));
+  const std::int64_t stage = std::int64_t{dp} * cp * tp, experts = std::int64_t{ep} * etp;
+  if (stage % experts != 0)
+    found.push_back(fmt::format("ep {} x etp {} = {} does not divide the {} ranks of dp x cp x tp", ep, etp,
+                                experts, stage));
+  return found;
+}
+
+std::string MeshSpec::str() const {
+  return fmt::format("pp {}, dp {}, cp {}, tp {}, edp {}, ep {}, etp {}", pp, dp, cp, tp, edp(), ep, etp);
+}
+
+namespace {
+
+// The ranks that agree with `rank` on every coordinate of their view except those of `axes`.
+std::vector<int> members_of(const MeshSpec& spec, int rank, const std::vector<Axis>& axes) {
+  const bool sparse = axes.front() == Axis::kEdp || axes.front() == Axis::kEp || axes.front() == Axis::kEtp;
+  const std::vector<Axis> view = sparse ? std::vector<Axis>{Axis::kPp, Axis::kEdp, Axis::kEp, Axis::kEtp}
+                                        : std::vector<Axis>{Axis::kPp, Axis::kDp, Axis::kCp, Axis::kTp};
+  std::vector<int> members;
+  for (int other = 0; other < spec.world(); ++other) {
+    bool same = true;
+    for (const Axis a : view)
+      if (std::find(axes.begin(), axes.end(), a) == axes.end())
+        same = same && spec.coord(rank, a) == spec.coord(other, a);
+    if (same) members.push_back(other);
+  }
+  return members;
+}
+
+}  // namespace
+
+ProcessMesh::ProcessMesh(MeshSpec spec, Communicator& world) : spec_(spec), world_(world) {
+  const std::vector<std::string> problems = spec.problems(world.size());
+  UPMOE_CHECK(problems.empty(), "{}", problems.empty() ? "" : problems.front());
+  // The same order on every rank: splitting is collective.
+  const std::vector<std::vector<Axis>> wanted{{Axis::kPp},  {Axis::kDp},           {Axis::kCp},
+                                              {Axis::kTp},  {Axis::kEdp},          {Axis::kEp},
+                                              {Axis::kEtp}, {Axis::kDp, Axis::kCp}};
+  for (const auto& axes : wanted) {
+    std::int64_t size = 1;
+    for (const Axis a : axes) size *= spec.degree(a);
+    groups_[axes] =
+        size == 1 ? make_self_communicator() : world.subgroup(members_of(spec, world.rank(), axes));
+  }
+}
+
+Communicator& ProcessMesh::along(std::initializer_list<Axis> axes) const {
+  const auto it = groups_.find(std::vector<Axis>(axes));
+  UPMOE_CHECK(it != groups_.end(), "the mesh has no group along {} axes beginning with {}", axes.size(),
+              axes.size() > 0 ? name_of(*axes.begin()) : "none");
+  return *it->second;
+}
+
+}  // namespace upmoe

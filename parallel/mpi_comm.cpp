@@ -1,0 +1,341 @@
+#include "parallel/mpi_comm.h"
+
+#include <mpi.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "parallel/reduce.h"
+#include "parallel/runtime.h"
+
+namespace upmoe {
+
+namespace {
+
+constexpr int kCollectiveTag = 1, kPairTag = 2;
+constexpr std::size_t kSmallReduce = std::size_t{64}
+                                     << 10;  // bytes; below, everybody sends everything at once
+
+void check_mpi(int result, const char* call) {
+  if (result == MPI_SUCCESS) return;
+  char text[MPI_MAX_ERROR_STRING] = {};
+  int length = 0;
+  MPI_Error_string(result, text, &length);
+  fail(ExitCode::kCommunicator, "{}: {}; a peer may have died, see its own message", call, text);
+}
+
+// Staging memory that is kept between calls: fresh pages would cost more than the transfer.
+class Pool {
+ public:
+  using Block = std::vector<std::byte>;
+  std::unique_ptr<Block> take(std::size_t bytes) {
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it)
+      if ((*it)->size() >= bytes && (best == free_.end() || (*it)->size() < (*best)->size())) best = it;
+    if (best == free_.end()) return std::make_unique<Block>(bytes);
+    std::unique_ptr<Block> block = std::move(*best);
+    free_.erase(best);
+    return block;
+  }
+  void give_back(std::unique_ptr<Block> block) {
+    free_.push_back(std::move(block));
+    if (free_.size() > 16) free_.erase(free_.begin());
+  }
+
+ private:
+  std::vector<std::unique_ptr<Block>> free_;
+};
+
+// The non-blocking messages of one verb.
+class Messages {
+ public:
+  Messages(MPI_Comm comm, std::size_t chunk) : comm_(comm), chunk_(chunk) {}
+
+  void send(const std::byte* data, std::size_t bytes, int to, int tag) {
+    for_chunks(bytes, [&](std::size_t at, int n) {
+      check_mpi(MPI_Isend(data + at, n, MPI_BYTE, to, tag, comm_, &add(-1, 0)), "MPI_Isend");
+    });
+  }
+  void receive(std::byte* data, std::size_t bytes, int from, int tag) {
+    for_chunks(bytes, [&](std::size_t at, int n) {
+      check_mpi(MPI_Irecv(data + at, n, MPI_BYTE, from, tag, comm_, &add(from, n)), "MPI_Irecv");
+    });
+  }
+  // Yields the processor between polls: ranks may outnumber cores.
+  void wait() {
+    std::vector<MPI_Status> statuses(requests_.size());
+    for (int done = 0;;) {
+      const int result =
+          MPI_Testall(static_cast<int>(requests_.size()), requests_.data(), &done, statuses.data());
+      if (result == MPI_ERR_IN_STATUS) report(statuses);
+      check_mpi(result, "MPI_Testall");
+      if (done != 0) break;
+      sched_yield();
+    }
+    for (std::size_t i = 0; i < requests_.size(); ++i) check_length(statuses[i], expected_[i]);
+    requests_.clear();
+    expected_.clear();
+  }
+
+ private:
+  struct Expected {
+    int from, bytes;
+  };
+
+  MPI_Request& add(int from, int bytes) {
+    expected_.push_back({from, bytes});
+    requests_.push_back(MPI_REQUEST_NULL);
+    return requests_.back();
+  }
+  template <class F>
+  void for_chunks(std::size_t bytes, const F& f) const {
+    for (std::size_t at = 0; at < bytes; at += chunk_) f(at, static_cast<int>(std::min(chunk_, bytes - at)));
+  }
+  static void report(const std::vector<MPI_Status>& statuses) {
+    for (const MPI_Status& s : statuses)
+      if (s.MPI_ERROR != MPI_SUCCESS && s.MPI_ERROR != MPI_ERR_PENDING) check_mpi(s.MPI_ERROR, "message");
+  }
+  static void check_length(MPI_Status& status, const Expected& e) {
+    if (e.from < 0) return;
+    int found = 0;
+    MPI_Get_count(&status, MPI_BYTE, &found);
+    if (found != e.bytes)
+      fail(ExitCode::kCommunicator,
+           "rank {} of the group sent {} bytes where {} were expected: the ranks disagree", e.from, found,
+           e.bytes);
+  }
+
+  MPI_Comm comm_;
+  std::size_t chunk_;
+  std::vector<MPI_Request> requests_;
+  std::vector<Expected> expected_;
+};
+
+class MpiCommunicator final : public Communicator {
+ public:
+  MpiCommunicator(MPI_Comm comm, std::size_t chunk) : comm_(comm), chunk_(chunk) {
+    check_mpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+    check_mpi(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank");
+    check_mpi(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
+  }
+  ~MpiCommunicator() override {
+    int finalized = 0;
+    MPI_Finalized(&finalized);
+    if (finalized == 0 && std::uncaught_exceptions() == 0) MPI_Comm_free(&comm_);
+  }
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+
+  std::unique_ptr<Communicator> split(int color, int key) override {
+    MPI_Comm child = MPI_COMM_NULL;
+    check_mpi(MPI_Comm_split(comm_, color, key, &child), "MPI_Comm_split");
+    auto comm = std::make_unique<MpiCommunicator>(child, chunk_);
+    comm->set_ledger(ledger_);
+    return comm;
+  }
+
+  void all_reduce(TensorView inout, ReduceOp op, Stream*) override {
+    book_sent("all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size_ - 1) / size_);
+    if (inout.bytes() <= kSmallReduce) {
+      auto work = start_slices(inout.bytes(), [&](int) { return inout.data; });
+      finish_slices(*work, inout.bytes(), inout.data, inout.data, inout.elements(), inout.dtype, op,
+                    "all_reduce");
+      return;
+    }
+    const auto begin = [&](int r) { return inout.elements() * r / size_; };
+    const std::int64_t mine = begin(rank_), n = begin(rank_ + 1) - mine;
+    const std::size_t element = size_of(inout.dtype);
+    std::byte* own = inout.data + static_cast<std::size_t>(mine) * element;
+    reduce_slices(inout, begin, own, n, op);
+    Watched watched("all_reduce");
+    Messages messages(comm_, chunk_);
+    for_peers([&](int p) {
+      const auto bytes = [&](int r) { return static_cast<std::size_t>(begin(r + 1) - begin(r)) * element; };
+      messages.receive(inout.data + static_cast<std::size_t>(begin(p)) * element, bytes(p), p,
+                       kCollectiveTag);
+      messages.send(own, bytes(rank_), p, kCollectiveTag);
+    });
+    messages.wait();
+  }
+
+  void broadcast(TensorView inout, int root, Stream*) override {
+    UPMOE_CHECK(0 <= root && root < size_, "root {} of {}", root, size_);
+    Watched watched("broadcast");
+    Messages messages(comm_, chunk_);
+    if (root == rank_) {
+      book_sent("broadcast", static_cast<double>(inout.bytes()) * (size_ - 1));
+      for_peers([&](int p) { messages.send(inout.data, inout.bytes(), p, kCollectiveTag); });
+    } else {
+      messages.receive(inout.data, inout.bytes(), root, kCollectiveTag);
+    }
+    messages.wait();
+  }
+
+  void barrier() override {
+    std::int32_t nothing = 0;
+    all_reduce(host_view(&nothing, {1}), ReduceOp::kMax, nullptr);
+  }
+
+  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
+    check_reduce_scatter(*this, out, in);
+    book_sent("reduce_scatter", static_cast<double>(out.bytes()) * (size_ - 1));
+    const std::size_t slice = out.bytes();
+    auto work = start_slices(slice, [&](int p) { return in.data + static_cast<std::size_t>(p) * slice; });
+    return Pending([this, work, out, own = in.data + static_cast<std::size_t>(rank_) * slice] {
+      finish_slices(*work, out.bytes(), own, out.data, out.elements(), out.dtype, ReduceOp::kSum,
+                    "reduce_scatter");
+    });
+  }
+
+  Pending all_gather(TensorView out, ConstTensorView in, Stream*) override {
+    check_all_gather(*this, out, in);
+    book_sent("all_gather", static_cast<double>(in.bytes()) * (size_ - 1));
+    auto messages = std::make_shared<Messages>(comm_, chunk_);
+    std::byte* own = out.data + static_cast<std::size_t>(rank_) * in.bytes();
+    if (own != in.data && in.bytes() > 0) std::memmove(own, in.data, in.bytes());
+    for_peers([&](int p) {
+      messages->receive(out.data + static_cast<std::size_t>(p) * in.bytes(), in.bytes(), p, kCollectiveTag);
+      messages->send(own, in.bytes(), p, kCollectiveTag);
+    });
+    return waiting(messages, "all_gather");
+  }
+
+  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                          std::span<const std::int64_t> send_rows, Stream*) override {
+    check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
+    const std::size_t row = row_bytes(in.shape, in.dtype);
+    const std::int64_t leaving = in.rows() - send_rows[static_cast<std::size_t>(rank_)];
+    book_sent("all_to_all_rows", static_cast<double>(leaving) * static_cast<double>(row));
+    std::vector<std::size_t> from{0}, to{0};
+    for (std::size_t p = 0; p < static_cast<std::size_t>(size_); ++p) {
+      from.push_back(from.back() + static_cast<std::size_t>(send_rows[p]) * row);
+      to.push_back(to.back() + static_cast<std::size_t>(recv_rows[p]) * row);
+    }
+    auto messages = std::make_shared<Messages>(comm_, chunk_);
+    for_peers([&](int peer) {
+      const auto p = static_cast<std::size_t>(peer);
+      messages->receive(out.data + to[p], to[p + 1] - to[p], peer, kCollectiveTag);
+      messages->send(in.data + from[p], from[p + 1] - from[p], peer, kCollectiveTag);
+    });
+    const auto me = static_cast<std::size_t>(rank_);
+    UPMOE_CHECK(send_rows[me] == recv_rows[me], "rank {} sends itself {} rows and expects {}", rank_,
+                send_rows[me], recv_rows[me]);
+    if (to[me + 1] > to[me]) std::memcpy(out.data + to[me], in.data + from[me], to[me + 1] - to[me]);
+    return waiting(messages, "all_to_all_rows");
+  }
+
+  void send(ConstTensorView in, int to, Stream*) override {
+    book_sent("send", static_cast<double>(in.bytes()));
+    Watched watched("send");
+    Messages messages(comm_, chunk_);
+    messages.send(in.data, in.bytes(), to, kPairTag);
+    messages.wait();
+  }
+  void recv(TensorView out, int from, Stream*) override {
+    Watched watched("recv");
+    Messages messages(comm_, chunk_);
+    messages.receive(out.data, out.bytes(), from, kPairTag);
+    messages.wait();
+  }
+  void abort(int code) noexcept override { MPI_Abort(MPI_COMM_WORLD, code); }
+
+ private:
+  struct Watched {
+    explicit Watched(const char* verb) : sequence(watchdog::enter(verb)) {}
+    ~Watched() { watchdog::leave(sequence); }
+    Watched(const Watched&) = delete;
+    std::uint64_t sequence;
+  };
+  struct Slices {
+    Messages messages;
+    std::unique_ptr<Pool::Block> staged;  // one slot per rank
+  };
+
+  template <class F>
+  void for_peers(const F& f) const {  // each rank begins with its neighbour, so nobody is everybody's first
+    for (int i = 1; i < size_; ++i) f((rank_ + i) % size_);
+  }
+  Pending waiting(std::shared_ptr<Messages> messages, const char* verb) {
+    return Pending([messages = std::move(messages), verb] {
+      Watched watched(verb);
+      messages->wait();
+    });
+  }
+
+  // Everybody sends slice p (of `slice` bytes here, at data_for(p)) to p and stages what arrives for itself.
+  template <class DataFor>
+  std::shared_ptr<Slices> start_slices(std::size_t slice, const DataFor& data_for) {
+    return start_slices(slice, data_for, [slice](int) { return slice; });
+  }
+  template <class DataFor, class BytesFor>
+  std::shared_ptr<Slices> start_slices(std::size_t mine, const DataFor& data_for, const BytesFor& bytes_for) {
+    auto work = std::make_shared<Slices>(
+        Slices{Messages(comm_, chunk_), pool_.take(mine * static_cast<std::size_t>(size_))});
+    for_peers([&](int p) {
+      work->messages.receive(work->staged->data() + static_cast<std::size_t>(p) * mine, mine, p,
+                             kCollectiveTag);
+      work->messages.send(data_for(p), bytes_for(p), p, kCollectiveTag);
+    });
+    return work;
+  }
+  void finish_slices(Slices& work, std::size_t slice, const std::byte* own, std::byte* out,
+                     std::int64_t elements, DType dtype, ReduceOp op, const char* verb) {
+    {
+      Watched watched(verb);
+      work.messages.wait();
+    }
+    std::vector<const std::byte*> parts;
+    for (int p = 0; p < size_; ++p)
+      parts.push_back(p == rank_ ? own : work.staged->data() + static_cast<std::size_t>(p) * slice);
+    reduce_in_order(dtype, op, out, parts, elements);
+    pool_.give_back(std::move(work.staged));
+  }
+
+  // Slice r of `whole` is [begin(r), begin(r+1)); the sum of slice rank() lands in `own`.
+  template <class Begin>
+  void reduce_slices(const TensorView& whole_tensor, const Begin& begin, std::byte* own,
+                     std::int64_t elements, ReduceOp op) {
+    const std::size_t element = size_of(whole_tensor.dtype),
+                      mine = static_cast<std::size_t>(elements) * element;
+    auto work = start_slices(
+        mine, [&](int p) { return whole_tensor.data + static_cast<std::size_t>(begin(p)) * element; },
+        [&](int p) { return static_cast<std::size_t>(begin(p + 1) - begin(p)) * element; });
+    finish_slices(*work, mine, own, own, elements, whole_tensor.dtype, op, "all_reduce");
+  }
+
+  MPI_Comm comm_;
+  std::size_t chunk_;
+  int rank_ = 0, size_ = 1;
+  Pool pool_;
+};
+
+}  // namespace
+
+std::unique_ptr<Communicator> make_mpi_communicator(std::size_t chunk_bytes) {
+  MPI_Comm own = MPI_COMM_NULL;
+  check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &own), "MPI_Comm_dup");
+  return std::make_unique<MpiCommunicator>(own, chunk_bytes);
+}
+
+MpiWorld start_mpi(int* argc, char*** argv) {
+  int provided = 0;
+  check_mpi(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided), "MPI_Init_thread");
+  MpiWorld world;
+  MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &world.size);
+  return world;
+}
+
+void stop_mpi() {
+  MPI_Finalize();
+}
+
+void abort_mpi(int code) {
+  MPI_Abort(MPI_COMM_WORLD, code);
+  _exit(code);
+}
+
+}  // namespace upmoe

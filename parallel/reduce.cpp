@@ -1,0 +1,109 @@
+#include "parallel/reduce.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace upmoe {
+
+namespace {
+
+template <class T>
+T combine(ReduceOp op, T a, T b) {
+  switch (op) {
+    case ReduceOp::kSum:
+      return a + b;
+    case ReduceOp::kMax:
+      return std::max(a, b);
+    case ReduceOp::kMin:
+      return std::min(a, b);
+  }
+  return a;
+}
+
+// Blocks that stay in cache, so each part is read once.
+constexpr std::int64_t kBlock = 2048;
+
+template <class T, class Wide>
+void reduce_typed(ReduceOp op, std::byte* out, std::span<const std::byte* const> parts,
+                  std::int64_t elements) {
+  Wide sum[kBlock];
+  for (std::int64_t begin = 0; begin < elements; begin += kBlock) {
+    const std::int64_t n = std::min(kBlock, elements - begin);
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+      const T* in = reinterpret_cast<const T*>(parts[p]) + begin;
+      const auto widen = [](T v) {
+        if constexpr (std::is_same_v<T, bf16>) {
+          return to_float(v);
+        } else {
+          return v;
+        }
+      };
+      if (p == 0) {
+        for (std::int64_t i = 0; i < n; ++i) sum[i] = widen(in[i]);
+      } else {
+        for (std::int64_t i = 0; i < n; ++i) sum[i] = combine<Wide>(op, sum[i], widen(in[i]));
+      }
+    }
+    T* to = reinterpret_cast<T*>(out) + begin;
+    for (std::int64_t i = 0; i < n; ++i) {
+      if constexpr (std::is_same_v<T, bf16>) {
+        to[i] = to_bf16(sum[i]);
+      } else {
+        to[i] = sum[i];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void reduce_in_order(DType dtype, ReduceOp op, std::byte* out, std::span<const std::byte* const> parts,
+                     std::int64_t elements) {
+  switch (dtype) {
+    case DType::kF32:
+      return reduce_typed<float, float>(op, out, parts, elements);
+    case DType::kBF16:
+      return reduce_typed<bf16, float>(op, out, parts, elements);
+    case DType::kF64:
+      return reduce_typed<double, double>(op, out, parts, elements);
+    case DType::kI32:
+      return reduce_typed<std::int32_t, std::int32_t>(op, out, parts, elements);
+    case DType::kI64:
+      return reduce_typed<std::int64_t, std::int64_t>(op, out, parts, elements);
+  }
+}
+
+void check_reduce_scatter(const Communicator& comm, const TensorView& out, const ConstTensorView& in) {
+  UPMOE_CHECK(out.dtype == in.dtype && in.elements() == out.elements() * comm.size(),
+              "reduce_scatter of {} {} into {} {} on {} ranks", name_of(in.dtype), in.shape.str(),
+              name_of(out.dtype), out.shape.str(), comm.size());
+}
+
+void check_all_gather(const Communicator& comm, const TensorView& out, const ConstTensorView& in) {
+  UPMOE_CHECK(out.dtype == in.dtype && out.elements() == in.elements() * comm.size(),
+              "all_gather of {} {} into {} {} on {} ranks", name_of(in.dtype), in.shape.str(),
+              name_of(out.dtype), out.shape.str(), comm.size());
+}
+
+std::size_t row_bytes(const Shape& shape, DType dtype) {
+  Shape row = shape;
+  if (row.rank > 0) row.dim[0] = 1;
+  return static_cast<std::size_t>(row.elements()) * size_of(dtype);
+}
+
+void check_all_to_all_rows(const Communicator& comm, const TensorView& out,
+                           std::span<const std::int64_t> recv_rows, const ConstTensorView& in,
+                           std::span<const std::int64_t> send_rows) {
+  const auto ranks = static_cast<std::size_t>(comm.size());
+  UPMOE_CHECK(recv_rows.size() == ranks && send_rows.size() == ranks,
+              "row counts for {} and {} ranks, group of {}", recv_rows.size(), send_rows.size(), ranks);
+  UPMOE_CHECK(in.dtype == out.dtype && row_bytes(in.shape, in.dtype) == row_bytes(out.shape, out.dtype),
+              "rows of {} and of {}", in.shape.str(), out.shape.str());
+  for (std::size_t p = 0; p < ranks; ++p)
+    UPMOE_CHECK(recv_rows[p] >= 0 && send_rows[p] >= 0, "negative row count");
+  UPMOE_CHECK(std::accumulate(send_rows.begin(), send_rows.end(), std::int64_t{0}) == in.rows() &&
+                  std::accumulate(recv_rows.begin(), recv_rows.end(), std::int64_t{0}) == out.rows(),
+              "row counts do not add up to {} and {}", in.shape.str(), out.shape.str());
+}
+
+}  // namespace upmoe

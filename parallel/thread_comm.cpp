@@ -1,0 +1,250 @@
+// Ranks as threads of one process. A verb publishes a copy of what it sends; waiting means waiting for
+// everybody's copy. Nobody waits for its own copy to be read, so any order of waits is free of deadlock.
+
+#include <condition_variable>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "parallel/reduce.h"
+#include "parallel/runtime.h"
+
+namespace upmoe {
+
+namespace {
+
+using Payload = std::shared_ptr<const std::vector<std::byte>>;
+
+// What all groups of one run share: one lock, and the flag that ends everybody.
+struct World {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool aborted = false;
+};
+
+struct Operation {
+  std::vector<Payload> published;
+  std::vector<std::vector<std::int64_t>> rows;  // all_to_all_rows: who sends how many rows to whom
+  int arrived = 0, left = 0;
+};
+
+struct Group {
+  std::shared_ptr<World> world;
+  int size = 0;
+  std::map<std::uint64_t, Operation> operations;                             // by sequence number
+  std::map<std::pair<std::uint64_t, int>, std::shared_ptr<Group>> children;  // by (sequence number, colour)
+  std::map<std::pair<int, int>, std::vector<Payload>> mail;                  // by (from, to), oldest first
+};
+
+Payload copy_of(const ConstTensorView& v) {
+  auto bytes = std::make_shared<std::vector<std::byte>>(v.bytes());
+  if (!bytes->empty()) std::memcpy(bytes->data(), v.data, bytes->size());
+  return bytes;
+}
+
+class ThreadCommunicator final : public Communicator {
+ public:
+  ThreadCommunicator(std::shared_ptr<Group> group, int rank) : group_(std::move(group)), rank_(rank) {}
+  int rank() const override { return rank_; }
+  int size() const override { return group_->size; }
+
+  std::unique_ptr<Communicator> split(int color, int key) override {
+    const std::int32_t mine[2] = {color, key};
+    const std::uint64_t sequence = publish(copy_of(host_view(mine, {2})), {});
+    const Operation all = collect(sequence, "split");
+    int size = 0, rank = 0;
+    for (int r = 0; r < group_->size; ++r) {
+      std::int32_t theirs[2];
+      std::memcpy(theirs, all.published[static_cast<std::size_t>(r)]->data(), sizeof theirs);
+      if (theirs[0] != color) continue;
+      ++size;
+      if (theirs[1] < key || (theirs[1] == key && r < rank_)) ++rank;
+    }
+    const std::lock_guard lock(group_->world->mutex);
+    std::shared_ptr<Group>& child = group_->children[{sequence, color}];
+    if (child == nullptr) {
+      child = std::make_shared<Group>();
+      child->world = group_->world;
+      child->size = size;
+    }
+    auto comm = std::make_unique<ThreadCommunicator>(child, rank);
+    comm->set_ledger(ledger_);
+    return comm;
+  }
+
+  void all_reduce(TensorView inout, ReduceOp op, Stream*) override {
+    book_sent("all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size() - 1) / size());
+    const Operation all = collect(publish(copy_of(inout), {}), "all_reduce");
+    reduce_in_order(inout.dtype, op, inout.data, parts(all, 0, inout.bytes()), inout.elements());
+  }
+  void broadcast(TensorView inout, int root, Stream*) override {
+    UPMOE_CHECK(0 <= root && root < size(), "root {} of {}", root, size());
+    if (root == rank_) book_sent("broadcast", static_cast<double>(inout.bytes()) * (size() - 1));
+    const Operation all = collect(publish(root == rank_ ? copy_of(inout) : empty(), {}), "broadcast");
+    const Payload& from = all.published[static_cast<std::size_t>(root)];
+    UPMOE_CHECK(from->size() == inout.bytes(), "broadcast of {} bytes into {}", from->size(), inout.bytes());
+    if (root != rank_ && inout.bytes() > 0) std::memcpy(inout.data, from->data(), from->size());
+  }
+  void barrier() override { collect(publish(empty(), {}), "barrier"); }
+
+  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
+    check_reduce_scatter(*this, out, in);
+    book_sent("reduce_scatter", static_cast<double>(out.bytes()) * (size() - 1));
+    const std::uint64_t sequence = publish(copy_of(in), {});
+    return Pending([this, sequence, out] {
+      const Operation all = collect(sequence, "reduce_scatter");
+      const std::size_t begin = static_cast<std::size_t>(rank_) * out.bytes();
+      reduce_in_order(out.dtype, ReduceOp::kSum, out.data, parts(all, begin, out.bytes()), out.elements());
+    });
+  }
+  Pending all_gather(TensorView out, ConstTensorView in, Stream*) override {
+    check_all_gather(*this, out, in);
+    book_sent("all_gather", static_cast<double>(in.bytes()) * (size() - 1));
+    const std::uint64_t sequence = publish(copy_of(in), {});
+    return Pending([this, sequence, out, bytes = in.bytes()] {
+      const Operation all = collect(sequence, "all_gather");
+      const auto from = parts(all, 0, bytes);
+      for (std::size_t r = 0; r < from.size() && bytes > 0; ++r)
+        std::memcpy(out.data + r * bytes, from[r], bytes);
+    });
+  }
+  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                          std::span<const std::int64_t> send_rows, Stream*) override {
+    check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
+    const std::size_t row = row_bytes(in.shape, in.dtype);
+    const std::int64_t leaving = in.rows() - send_rows[static_cast<std::size_t>(rank_)];
+    book_sent("all_to_all_rows", static_cast<double>(leaving) * static_cast<double>(row));
+    const std::uint64_t sequence = publish(copy_of(in), {send_rows.begin(), send_rows.end()});
+    return Pending(
+        [this, sequence, out, row, expected = std::vector<std::int64_t>(recv_rows.begin(), recv_rows.end())] {
+          receive_rows(collect(sequence, "all_to_all_rows"), out, row, expected);
+        });
+  }
+  void send(ConstTensorView in, int to, Stream*) override {
+    book_sent("send", static_cast<double>(in.bytes()));
+    Payload copy = copy_of(in);
+    const std::lock_guard lock(group_->world->mutex);
+    group_->mail[{rank_, to}].push_back(std::move(copy));
+    group_->world->changed.notify_all();
+  }
+  void recv(TensorView out, int from, Stream*) override {
+    const std::uint64_t watched = watchdog::enter("recv");
+    std::unique_lock lock(group_->world->mutex);
+    auto& box = group_->mail[{from, rank_}];
+    wait_until(lock, [&] { return !box.empty(); });
+    const Payload letter = box.front();
+    box.erase(box.begin());
+    lock.unlock();
+    watchdog::leave(watched);
+    UPMOE_CHECK(letter->size() == out.bytes(), "rank {} sent {} bytes, {} expected", from, letter->size(),
+                out.bytes());
+    if (out.bytes() > 0) std::memcpy(out.data, letter->data(), letter->size());
+  }
+  void abort(int) noexcept override { end(*group_->world); }
+
+  static void end(World& world) noexcept {
+    const std::lock_guard lock(world.mutex);
+    world.aborted = true;
+    world.changed.notify_all();
+  }
+
+ private:
+  static Payload empty() { return std::make_shared<const std::vector<std::byte>>(); }
+
+  std::uint64_t publish(Payload payload, std::vector<std::int64_t> rows) {
+    const std::uint64_t sequence = next_++;
+    const std::lock_guard lock(group_->world->mutex);
+    Operation& op = group_->operations[sequence];
+    op.published.resize(static_cast<std::size_t>(group_->size));
+    op.rows.resize(static_cast<std::size_t>(group_->size));
+    op.published[static_cast<std::size_t>(rank_)] = std::move(payload);
+    op.rows[static_cast<std::size_t>(rank_)] = std::move(rows);
+    if (++op.arrived == group_->size) group_->world->changed.notify_all();
+    return sequence;
+  }
+
+  template <class Condition>
+  void wait_until(std::unique_lock<std::mutex>& lock, const Condition& condition) {
+    group_->world->changed.wait(lock, [&] { return group_->world->aborted || condition(); });
+    if (!condition()) throw PeerError(ExitCode::kCommunicator, "");
+  }
+
+  // A copy of the operation (shared payloads) once everybody arrived; the last to leave removes it.
+  Operation collect(std::uint64_t sequence, const char* verb) {
+    const std::uint64_t watched = watchdog::enter(verb);
+    std::unique_lock lock(group_->world->mutex);
+    wait_until(lock, [&] { return group_->operations[sequence].arrived == group_->size; });
+    Operation& op = group_->operations[sequence];
+    Operation mine = op;
+    if (++op.left == group_->size) group_->operations.erase(sequence);
+    lock.unlock();
+    watchdog::leave(watched);
+    return mine;
+  }
+
+  static std::vector<const std::byte*> parts(const Operation& op, std::size_t begin, std::size_t bytes) {
+    std::vector<const std::byte*> p;
+    for (std::size_t r = 0; r < op.published.size(); ++r) {
+      UPMOE_CHECK(begin + bytes <= op.published[r]->size(), "rank {} gave {} bytes, {} wanted", r,
+                  op.published[r]->size(), begin + bytes);
+      p.push_back(op.published[r]->data() + begin);
+    }
+    return p;
+  }
+
+  void receive_rows(const Operation& op, TensorView out, std::size_t row,
+                    const std::vector<std::int64_t>& expected) const {
+    std::byte* to = out.data;
+    for (std::size_t p = 0; p < op.rows.size(); ++p) {
+      const std::vector<std::int64_t>& sent = op.rows[p];
+      UPMOE_CHECK(sent.size() == expected.size() && sent[static_cast<std::size_t>(rank_)] == expected[p],
+                  "rank {} sends {} rows to rank {}, which expects {}", p,
+                  sent.empty() ? -1 : sent[static_cast<std::size_t>(rank_)], rank_, expected[p]);
+      std::int64_t before = 0;
+      for (int q = 0; q < rank_; ++q) before += sent[static_cast<std::size_t>(q)];
+      const std::size_t bytes = static_cast<std::size_t>(expected[p]) * row;
+      if (bytes > 0) std::memcpy(to, op.published[p]->data() + static_cast<std::size_t>(before) * row, bytes);
+      to += bytes;
+    }
+  }
+
+  std::shared_ptr<Group> group_;
+  int rank_;
+  std::uint64_t next_ = 0;
+};
+
+}  // namespace
+
+void run_in_threads(int ranks, const std::function<void(Communicator&)>& body) {
+  UPMOE_CHECK(ranks >= 1, "{} ranks", ranks);
+  auto group = std::make_shared<Group>();
+  group->world = std::make_shared<World>();
+  group->size = ranks;
+  std::vector<std::exception_ptr> errors(static_cast<std::size_t>(ranks));
+  std::vector<char> is_peer_error(static_cast<std::size_t>(ranks));
+  std::vector<std::jthread> threads;
+  for (int r = 0; r < ranks; ++r)
+    threads.emplace_back([&, r] {
+      ThreadCommunicator comm(group, r);
+      const auto i = static_cast<std::size_t>(r);
+      try {
+        body(comm);
+      } catch (const PeerError&) {
+        errors[i] = std::current_exception();
+        is_peer_error[i] = 1;
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
+      if (errors[i]) ThreadCommunicator::end(*group->world);
+    });
+  threads.clear();  // joins
+  for (const bool peers : {false, true})
+    for (std::size_t r = 0; r < errors.size(); ++r)
+      if (errors[r] && (is_peer_error[r] != 0) == peers) std::rethrow_exception(errors[r]);
+}
+
+}  // namespace upmoe

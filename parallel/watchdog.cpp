@@ -1,0 +1,118 @@
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "parallel/runtime.h"
+
+namespace upmoe::watchdog {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct State {
+  std::mutex mutex;
+  std::condition_variable stop_asked;
+  bool running = false;
+  int rank = 0;
+  std::chrono::milliseconds deadline{0};
+  Clock::time_point last_progress = Clock::now();
+  std::uint64_t sequence = 0;
+  std::map<std::uint64_t, std::string> in_flight;
+  std::deque<std::string> finished;  // the newest ten
+  std::jthread thread;
+};
+
+State& state() {
+  static State* s = new State;  // never destroyed: a rank's thread may report while the process ends
+  return *s;
+}
+
+[[noreturn]] void end_the_process(const State& s) {
+  const auto silent = std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - s.last_progress);
+  std::string text = fmt::format("upmoe: error: rank {}: no progress for {:.1f} s: ", s.rank,
+                                 static_cast<double>(silent.count()) / 1000.0);
+  if (s.in_flight.empty()) {
+    text +=
+        "no collective was under way, so this rank itself is stuck or slow; raise --deadline if steps take "
+        "that long";
+  } else {
+    text +=
+        fmt::format("the collective {} (number {}) did not finish: a peer is stuck, stopped or unreachable",
+                    s.in_flight.begin()->second, s.in_flight.begin()->first);
+  }
+  if (!s.finished.empty()) {
+    text += "\n  last finished:";
+    for (const std::string& f : s.finished) text += " " + f;
+  }
+  text += "\n";
+  (void)!write(2, text.data(), text.size());
+  _exit(static_cast<int>(ExitCode::kHang));
+}
+
+void watch() {
+  State& s = state();
+  std::unique_lock lock(s.mutex);
+  while (s.running) {
+    s.stop_asked.wait_for(
+        lock, std::max<std::chrono::milliseconds>(s.deadline / 10, std::chrono::milliseconds(10)));
+    if (s.running && Clock::now() - s.last_progress > s.deadline) end_the_process(s);
+  }
+}
+
+}  // namespace
+
+void start(std::chrono::milliseconds deadline, int rank) {
+  State& s = state();
+  stop();
+  const std::lock_guard lock(s.mutex);
+  s.deadline = deadline;
+  s.rank = rank;
+  s.last_progress = Clock::now();
+  s.running = true;
+  s.thread = std::jthread(watch);
+}
+
+void stop() {
+  State& s = state();
+  std::jthread ended;
+  {
+    const std::lock_guard lock(s.mutex);
+    s.running = false;
+    ended = std::move(s.thread);
+    s.stop_asked.notify_all();
+  }
+}
+
+void heartbeat() {
+  State& s = state();
+  const std::lock_guard lock(s.mutex);
+  s.last_progress = Clock::now();
+}
+
+std::uint64_t enter(const char* verb) {
+  State& s = state();
+  const std::lock_guard lock(s.mutex);
+  const std::uint64_t sequence = ++s.sequence;
+  s.in_flight.emplace(sequence, verb);
+  return sequence;
+}
+
+void leave(std::uint64_t sequence) {
+  State& s = state();
+  const std::lock_guard lock(s.mutex);
+  const auto it = s.in_flight.find(sequence);
+  if (it == s.in_flight.end()) return;
+  s.finished.push_back(fmt::format("{}({})", it->second, sequence));
+  if (s.finished.size() > 10) s.finished.pop_front();
+  s.in_flight.erase(it);
+  s.last_progress = Clock::now();
+}
+
+}  // namespace upmoe::watchdog
