@@ -29,8 +29,8 @@ LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 AUX_COEF = 0.02  # large enough that a wrong balance gradient shows in the router's gradient
 MARGIN_FIRST, MARGIN_LATER = 1e-4, 2e-5  # between the last chosen and the first rejected routing probability
 # The plain fp32 model must stay this close to the file, well inside the tests' tolerances: AdamW turns a gradient
-# element that happens to be almost zero into a step of random sign, and a seed with such an element is no use. (The bias
-# of the keys has such elements wherever the rotation is slow, so most cases have a smaller theta than the real model.)
+# element that happens to be almost zero into a step of random sign, and a seed with such an element is no use. (The
+# bias of the keys has such elements wherever the rotation is slow, so theta is smaller here than in the real model.)
 SPARE = {"logits abs": 2e-5, "gradient rel": 2e-5, "loss rel": 5e-7, "aux rel": 1e-6, "norm rel": 5e-5,
          "weights rel": 2e-5}
 
