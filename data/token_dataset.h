@@ -34,31 +34,38 @@ class TokenFile {
   std::vector<std::int64_t> document_ends_;
 };
 
-// Several weighted files as one endless sequence of samples. Sample i is a pure function of (files, weights, seed, i):
-// no hidden cursor, so any layout and any resume sees the same order. Within a file, sequence j is tokens
-// [j*S, (j+1)*S) and its targets are the same shifted by one; shuffle permutes the sequences anew in each epoch
-// (a counter-based bijection, no table); several sources are interleaved so that after any n samples each source has
-// given its share within one.
+// Several weighted files as one endless sequence of samples. Sample i is a pure function of (files, weights,
+// seed, i): no hidden cursor, so any layout and any resume sees the same order. Within a file, sequence j is
+// tokens [j*S, (j+1)*S) and its targets are the same shifted by one; shuffle permutes the sequences anew in
+// each epoch (a counter-based bijection, no table); several sources are interleaved so that after any n
+// samples each source has given its share within one (sample_order.h).
 class TokenDataset {
  public:
-  struct Source { std::filesystem::path path; double weight = 1.0; };
-  // vocab_size: the model's; a file whose vocabulary is larger, or that holds a token >= vocab_size when read, throws.
+  struct Source {
+    std::filesystem::path path;
+    double weight = 1.0;
+  };
+  // vocab_size: the model's; a file whose vocabulary is larger, or that holds a token >= vocab_size when
+  // read, throws.
   TokenDataset(const std::vector<Source>& sources, std::int64_t seq_len, bool shuffle, std::uint64_t seed,
                std::int64_t vocab_size);
   ~TokenDataset();
   std::int64_t num_sequences() const;  // of one epoch over all files
   std::int64_t seq_len() const { return seq_len_; }
-  // tokens, targets: seq_len each. documents, positions (may be empty spans): document number within the sequence and
-  // position since the document's start, both from 0.
+  // tokens, targets: seq_len each. documents, positions (both empty, or both seq_len): document number within
+  // the sequence and position since the document's start or, for the first one, since the sequence's; both
+  // from 0.
   void read(std::int64_t sample, std::span<std::int32_t> tokens, std::span<std::int32_t> targets,
             std::span<std::int32_t> documents, std::span<std::int32_t> positions) const;
-  // A digest of what the order depends on (files' sizes, tokenizer, weights, seed, seq_len), kept in checkpoints.
+  // A digest of what the order depends on (files' sizes, tokenizer, weights, seed, seq_len), kept in
+  // checkpoints.
   std::string fingerprint() const;
 
  private:
   struct Part;
   std::vector<std::unique_ptr<Part>> parts_;
-  std::int64_t seq_len_;
+  std::unique_ptr<class SampleOrder> order_;
+  std::int64_t seq_len_, vocab_size_;
   bool shuffle_;
   std::uint64_t seed_;
 };

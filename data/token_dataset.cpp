@@ -1,0 +1,114 @@
+#include "data/token_dataset.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "data/sample_order.h"
+#include "kernels/core/check.h"
+#include "kernels/core/philox.h"
+#include "kernels/core/tensor.h"
+
+namespace upmoe {
+
+struct TokenDataset::Part {
+  explicit Part(const std::filesystem::path& path) : file(path) {}
+  TokenFile file;
+  std::int64_t sequences = 0;
+};
+
+TokenDataset::TokenDataset(const std::vector<Source>& sources, std::int64_t seq_len, bool shuffle,
+                           std::uint64_t seed, std::int64_t vocab_size)
+    : seq_len_(seq_len), vocab_size_(vocab_size), shuffle_(shuffle), seed_(seed) {
+  UPMOE_CHECK(seq_len > 0 && vocab_size > 0, "seq_len {}, vocab_size {}", seq_len, vocab_size);
+  if (sources.empty()) fail(ExitCode::kUsage, "data.train: no token file is given");
+  std::vector<std::int64_t> sequences;
+  std::vector<double> weights;
+  for (const Source& source : sources) {
+    auto part = std::make_unique<Part>(source.path);
+    const TokenFile& file = part->file;
+    if (file.vocab_size() > vocab_size) {
+      fail(ExitCode::kBadInput,
+           "{}: its vocabulary of {} tokens is larger than the model's {}; was it made with another "
+           "tokenizer?",
+           source.path.string(), file.vocab_size(), vocab_size);
+    }
+    // The targets are the tokens one further, so the last token is nobody's input.
+    part->sequences = (file.num_tokens() - 1) / seq_len;
+    if (part->sequences == 0) {
+      fail(ExitCode::kBadInput, "{}: holds {} tokens; one sequence of {} needs {}", source.path.string(),
+           file.num_tokens(), seq_len, seq_len + 1);
+    }
+    sequences.push_back(part->sequences);
+    weights.push_back(source.weight);
+    parts_.push_back(std::move(part));
+  }
+  order_ = std::make_unique<SampleOrder>(std::move(sequences), weights, shuffle, seed);
+}
+
+TokenDataset::~TokenDataset() = default;
+
+std::int64_t TokenDataset::num_sequences() const {
+  std::int64_t sum = 0;
+  for (const auto& part : parts_) sum = checked_add(sum, part->sequences);
+  return sum;
+}
+
+namespace {
+
+// Numbers documents and positions of tokens [begin, begin + S) of a file.
+void mark_documents(const std::vector<std::int64_t>& ends, std::int64_t begin,
+                    std::span<std::int32_t> documents, std::span<std::int32_t> positions) {
+  auto end = std::upper_bound(ends.begin(), ends.end(), begin);
+  std::int32_t document = 0, position = 0;
+  for (std::size_t i = 0; i < documents.size(); ++i) {
+    if (end != ends.end() && begin + static_cast<std::int64_t>(i) == *end) {
+      ++end;
+      ++document;
+      position = 0;
+    }
+    documents[i] = document;
+    positions[i] = position++;
+  }
+}
+
+}  // namespace
+
+void TokenDataset::read(std::int64_t sample, std::span<std::int32_t> tokens, std::span<std::int32_t> targets,
+                        std::span<std::int32_t> documents, std::span<std::int32_t> positions) const {
+  const auto length = static_cast<std::size_t>(seq_len_);
+  UPMOE_CHECK(tokens.size() == length && targets.size() == length, "{} tokens, {} targets", tokens.size(),
+              targets.size());
+  UPMOE_CHECK(documents.size() == positions.size() && (documents.empty() || documents.size() == length),
+              "{} documents, {} positions", documents.size(), positions.size());
+  const SampleOrder::Place place = order_->at(sample);
+  const TokenFile& file = parts_[static_cast<std::size_t>(place.source)]->file;
+  const std::int64_t begin = place.sequence * seq_len_;
+  const std::span<const std::uint32_t> in =
+      file.tokens().subspan(static_cast<std::size_t>(begin), length + 1);
+  for (std::size_t i = 0; i <= length; ++i) {
+    if (static_cast<std::int64_t>(in[i]) >= vocab_size_) {
+      fail(ExitCode::kBadInput,
+           "{}: token {} is {}, but the model's vocabulary has {}; the file is damaged or of another "
+           "tokenizer",
+           file.path().string(), begin + static_cast<std::int64_t>(i), in[i], vocab_size_);
+    }
+    if (i < length) tokens[i] = static_cast<std::int32_t>(in[i]);
+    if (i > 0) targets[i - 1] = static_cast<std::int32_t>(in[i]);
+  }
+  if (!documents.empty()) mark_documents(file.document_ends(), begin, documents, positions);
+}
+
+std::string TokenDataset::fingerprint() const {
+  std::string all =
+      fmt::format("tokens-1 seq_len {} shuffle {} seed {}", seq_len_, shuffle_, shuffle_ ? seed_ : 0);
+  for (std::size_t k = 0; k < parts_.size(); ++k) {
+    const TokenFile& file = parts_[k]->file;
+    all += fmt::format(" file {} {} {} {} parts {}", file.num_tokens(), file.document_ends().size(),
+                       file.vocab_size(), file.tokenizer_sha256(), order_->parts()[k]);
+  }
+  return fmt::format("{:016x}{:016x}", philox_key(0, all), philox_key(1, all));
+}
+
+}  // namespace upmoe
