@@ -1,0 +1,33 @@
+#pragma once
+// The part of HDF5 that stores need, with every return checked. HDF5 is one lock for the whole process here.
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "data/manifest.h"
+
+namespace upmoe {
+
+class Hdf5Writer {
+ public:
+  explicit Hdf5Writer(const std::filesystem::path& path);  // new file
+  ~Hdf5Writer();
+  Hdf5Writer(const Hdf5Writer&) = delete;
+  // One flat contiguous dataset, allocated at once; returns the byte offset of its data in the file (0 when
+  // empty).
+  std::uint64_t write_flat(const std::string& dataset, ConstTensorView values);
+  // A dataset of the tensor's global shape that maps onto the flat datasets of its pieces; NaN where nothing
+  // is mapped.
+  void write_virtual(const std::string& dataset, const StoredTensor& tensor,
+                     const std::vector<StoredFile>& files);
+  void close();  // throws when the library lost something
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace upmoe

@@ -1,0 +1,38 @@
+#pragma once
+// Files by descriptor: whole reads, fsync, sizes. Every failure names the file and the system's reason.
+
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+
+#include "kernels/core/tensor.h"
+
+namespace upmoe {
+
+class PosixFile {  // move-only; closes itself
+ public:
+  static PosixFile open_read(
+      const std::filesystem::path& path);  // a regular file, not a link to elsewhere refused
+  static PosixFile create(const std::filesystem::path& path);  // new or truncated, for writing
+  ~PosixFile();
+  PosixFile(PosixFile&& o) noexcept;
+  PosixFile& operator=(PosixFile&&) = delete;
+  std::uint64_t size() const;
+  void read(std::uint64_t offset, std::span<std::byte> out) const;  // all of it, or throws
+  void write(std::span<const std::byte> bytes);                     // appends
+  void sync();                                                      // fsync
+
+ private:
+  PosixFile(int fd, std::filesystem::path path) : fd_(fd), path_(std::move(path)) {}
+  int fd_ = -1;
+  std::filesystem::path path_;
+};
+
+void sync_path(const std::filesystem::path& path);  // fsync of an existing file or folder
+std::uint32_t crc32c_of_file(const std::filesystem::path& path);
+std::string read_text(const std::filesystem::path& path,
+                      std::uint64_t limit);  // throws when larger than limit
+void write_text_synced(const std::filesystem::path& path, const std::string& text);
+
+}  // namespace upmoe

@@ -1,0 +1,166 @@
+#include "data/shard_store.h"
+
+#include <algorithm>
+#include <mutex>
+#include <optional>
+
+#include "data/manifest.h"
+#include "data/posix_file.h"
+
+namespace upmoe {
+
+namespace fs = std::filesystem;
+
+struct ShardStore::Impl {
+  fs::path dir;
+  Manifest manifest;
+  mutable std::mutex mutex;
+  mutable std::vector<char> verified;  // by file
+
+  fs::path path(std::size_t file) const { return dir / manifest.files[file].name; }
+
+  // The whole file's checksum, once before its first use.
+  void require_intact(std::size_t file) const {
+    const std::lock_guard lock(mutex);
+    if (verified[file] != 0) return;
+    const std::uint32_t found = crc32c_of_file(path(file)), expected = manifest.files[file].crc;
+    if (found != expected)
+      fail(ExitCode::kBadInput, "{}: damaged: checksum {:08x}, expected {:08x}; use an older checkpoint",
+           path(file).string(), found, expected);
+    verified[file] = 1;
+  }
+};
+
+namespace {
+
+constexpr std::uint64_t kManifestLimit = std::uint64_t{1} << 30;
+
+// How a region that is part of two boxes lies in one of them: flat offset of its element at `index` (relative
+// to the region's corner).
+std::int64_t flat_in(const Box& box, const Box& region, const std::array<std::int64_t, 4>& index) {
+  std::int64_t at = 0;
+  for (int d = 0; d < box.extent.rank; ++d) {
+    const auto i = static_cast<std::size_t>(d);
+    at = at * box.extent[d] + (region.offset[d] - box.offset[d] + index[i]);
+  }
+  return at;
+}
+
+// Calls run(flat offset in a, flat offset in b, elements) for runs of `region` that are contiguous in both
+// boxes.
+template <class Run>
+void for_runs(const Box& a, const Box& b, const Box& region, const Run& run) {
+  const int rank = region.extent.rank;
+  if (region.elements() == 0) return;
+  if (rank == 0) return run(0, 0, 1);
+  int split = rank - 1;  // dims behind `split` are whole in both boxes
+  std::int64_t length = region.extent[split];
+  while (split > 0 && region.extent[split] == a.extent[split] && region.extent[split] == b.extent[split])
+    length *= region.extent[--split];
+  std::int64_t runs = 1;
+  for (int d = 0; d < split; ++d) runs *= region.extent[d];
+  for (std::int64_t r = 0; r < runs; ++r) {
+    std::array<std::int64_t, 4> index{};
+    std::int64_t rest = r;
+    for (int d = split - 1; d >= 0; --d) {
+      index[static_cast<std::size_t>(d)] = rest % region.extent[d];
+      rest /= region.extent[d];
+    }
+    run(flat_in(a, region, index), flat_in(b, region, index), length);
+  }
+}
+
+// Reads `elements` values stored as `from` into values of `out`'s dtype.
+void read_values(const PosixFile& file, std::uint64_t offset, DType from, std::int64_t elements,
+                 TensorView out, std::int64_t at) {
+  const std::size_t bytes = static_cast<std::size_t>(elements) * size_of(from);
+  std::byte* to = out.data + static_cast<std::size_t>(at) * size_of(out.dtype);
+  if (from == out.dtype) return file.read(offset, {to, bytes});
+  std::vector<std::byte> staged(bytes);
+  file.read(offset, staged);
+  for (std::int64_t i = 0; i < elements; ++i) {
+    if (from == DType::kBF16) {
+      reinterpret_cast<float*>(to)[i] = to_float(reinterpret_cast<const bf16*>(staged.data())[i]);
+    } else {
+      reinterpret_cast<bf16*>(to)[i] = to_bf16(reinterpret_cast<const float*>(staged.data())[i]);
+    }
+  }
+}
+
+}  // namespace
+
+ShardStore::ShardStore(const fs::path& dir) : impl_(std::make_unique<Impl>()) {
+  impl_->dir = dir;
+  const fs::path path = dir / "manifest.json";
+  if (!fs::exists(path))
+    fail(ExitCode::kBadInput, "{}: no manifest.json: not a checkpoint, or one that was never completed",
+         dir.string());
+  impl_->manifest = parse_manifest(read_text(path, kManifestLimit), path.string());
+  const Manifest& m = impl_->manifest;
+  for (std::size_t f = 0; f < m.files.size(); ++f) {
+    const std::uint64_t found = PosixFile::open_read(impl_->path(f)).size();
+    if (found != m.files[f].bytes)
+      fail(ExitCode::kBadInput, "{}: {} bytes, expected {}; use an older checkpoint", impl_->path(f).string(),
+           found, m.files[f].bytes);
+  }
+  impl_->verified.assign(m.files.size(), 0);
+  metadata_ = m.run;
+  for (const auto& [key, t] : m.tensors) tensors_[key] = {t.shape, t.dtype};
+}
+
+ShardStore::~ShardStore() = default;
+
+void ShardStore::read(std::string_view tensor, std::string_view kind, const Box& box, TensorView out) const {
+  const auto it = impl_->manifest.tensors.find({std::string(tensor), std::string(kind)});
+  if (it == impl_->manifest.tensors.end())
+    fail(ExitCode::kBadInput, "{}: holds no tensor {} ({})", impl_->dir.string(), tensor, kind);
+  const StoredTensor& t = it->second;
+  UPMOE_CHECK(contains(whole(t.shape), box) && out.elements() == box.elements(), "box {} + {} of {} into {}",
+              box.offset.str(), box.extent.str(), t.shape.str(), out.shape.str());
+  UPMOE_CHECK(out.dtype == DType::kF32 || out.dtype == DType::kBF16, "stores give fp32 and bf16, not {}",
+              name_of(out.dtype));
+  std::int64_t filled = 0;
+  for (const StoredPiece& p : t.pieces) {
+    std::int64_t before = 0;  // elements of the piece's earlier boxes
+    std::optional<PosixFile> file;
+    for (const Box& stored : p.boxes) {
+      const Box region = intersect(stored, box);
+      if (region.elements() > 0 && !file) {
+        impl_->require_intact(p.file);
+        file.emplace(PosixFile::open_read(impl_->path(p.file)));
+      }
+      for_runs(stored, box, region, [&](std::int64_t from, std::int64_t to, std::int64_t n) {
+        const std::uint64_t at = p.offset + static_cast<std::uint64_t>(before + from) * size_of(t.dtype);
+        read_values(*file, at, t.dtype, n, out, to);
+        filled += n;
+      });
+      before += stored.elements();
+    }
+  }
+  if (filled != box.elements())
+    fail(ExitCode::kBadInput, "{}: {} ({}): {} of {} elements are there", impl_->dir.string(), tensor, kind,
+         filled, box.elements());
+}
+
+void ShardStore::verify() const {
+  for (std::size_t f = 0; f < impl_->manifest.files.size(); ++f) impl_->require_intact(f);
+}
+
+std::vector<fs::path> list_checkpoints(const fs::path& checkpoints_dir) {
+  std::vector<std::pair<std::uint64_t, fs::path>> found;
+  std::error_code missing;
+  for (const auto& entry : fs::directory_iterator(checkpoints_dir, missing)) {
+    const std::string name = entry.path().filename().string();
+    const bool digits =
+        name.size() >= 13 && name.size() <= 23 && name.starts_with("step_") &&
+        std::all_of(name.begin() + 5, name.end(), [](char c) { return c >= '0' && c <= '9'; });
+    if (digits && entry.is_directory() && fs::exists(entry.path() / "manifest.json"))
+      found.emplace_back(std::stoull(name.substr(5)), entry.path());
+  }
+  std::sort(found.begin(), found.end());
+  std::vector<fs::path> paths;
+  for (auto& [step, path] : found) paths.push_back(std::move(path));
+  return paths;
+}
+
+}  // namespace upmoe
