@@ -3,6 +3,7 @@
 
 #include <spawn.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstdlib>
@@ -10,8 +11,6 @@
 #include <filesystem>
 
 #include "launch/commands.h"
-
-extern char** environ;
 
 namespace upmoe {
 
