@@ -23,7 +23,10 @@ die() {
 mkdir -p "$work"
 work=$(cd "$work" && pwd)
 dense=$work/qwen1.5-1.8b-random moe=$work/moe zeros=$work/zeros
-cleanup() { rm -rf "$dense" "$moe" "$moe.tmp" "$zeros" "$work/upcycle.txt" && rmdir --ignore-fail-on-non-empty "$work"; }
+cleanup() {
+  rm -rf "$dense" "$moe" "$moe.tmp" "$zeros" "$work/upcycle.txt"
+  rmdir --ignore-fail-on-non-empty "$work"
+}
 trap cleanup EXIT
 free=$(df --output=avail -B1 "$work" | tail -n 1)
 ((free > 34000000000)) || die "$work has $((free / 1000000000)) GB free, 34 are needed"

@@ -149,12 +149,26 @@ class RecipeBuilder {
     used_.insert(name);
   }
 
+  // Attention, norms, embedding and head.
+  Transform rest(const ParamSpec& param, const HfTensor& tensor) const {
+    if (config_.keep_rest) return Copy{tensor.name};
+    switch (param.init.kind) {
+      case Init::Kind::kOnes:
+        return FreshInit{FreshInit::Kind::kConstant, 0.0, 1.0, 1};
+      case Init::Kind::kZeros:
+        return FreshInit{FreshInit::Kind::kConstant, 0.0, 0.0, 1};
+      case Init::Kind::kNormal:
+        return FreshInit{FreshInit::Kind::kNormal, param.init.std, 0.0, 1};
+    }
+    fail(ExitCode::kFailure, "{}: no such initialisation", param.name);
+  }
+
   // Also notes where the line stands among its layer's.
   Transform transform_of(const ParamSpec& param, const HfTensor& tensor) {
-    if (param.layer < 0) return Copy{tensor.name};
+    if (param.layer < 0) return rest(param, tensor);
     const std::string prefix = fmt::format("layers.{}.", param.layer);
     const std::string_view kind = std::string_view(param.name).substr(prefix.size());
-    if (!kind.starts_with("moe.") && !kind.starts_with("shared.")) return Copy{tensor.name};
+    if (!kind.starts_with("moe.") && !kind.starts_with("shared.")) return rest(param, tensor);
 
     const LayerRecipe layer{config_, dense_, param.layer, ffn_names(param.layer), recipe_.scale};
     Recipe::Layer& index = recipe_.layers[static_cast<std::size_t>(param.layer)];

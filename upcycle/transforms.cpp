@@ -114,11 +114,14 @@ void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows,
   }
   const bool any_kept = fresh.size() + padding.size() < units.size();
   std::vector<float> numbers(units.size());
-  std::vector<T> fresh_values(fresh.size());
+  std::vector<T> fresh_values(fresh.size()), row(static_cast<std::size_t>(ffn->width));
   for (std::int64_t r = rows.begin; r < rows.end; ++r, out += width) {
     if (any_kept) {
-      const T* row = source + r * ffn->width;
-      for (std::int64_t j = 0; j < width; ++j) out[j] = row[gather[static_cast<std::size_t>(j)]];
+      // Through a copy: memory gives a row fast from front to back, slowly at random.
+      std::memcpy(row.data(), source + r * ffn->width, row.size() * sizeof(T));
+      for (std::int64_t j = 0; j < width; ++j) {
+        out[j] = row[static_cast<std::size_t>(gather[static_cast<std::size_t>(j)])];
+      }
       if (!kept.bitwise()) change_kept(kept, r * width, std::span(numbers), out);
     }
     draw(drawn, r * width, std::span(numbers).first(fresh.size()), fresh_values.data());

@@ -221,6 +221,28 @@ TEST_P(Transforms, SharedExpertIsThePaddedDenseFfnTimesTwoWithAClosedHalfGate) {
   }
 }
 
+TEST_P(Transforms, FromScratchKeepsNothingButTheShapes) {
+  UpcycleConfig config = tiny_recipe();
+  config.experts.method = "random";
+  config.experts.reinit_from = "config";
+  config.shared.method = "random";
+  config.shared.scale = 1;
+  config.keep_rest = false;
+  const Recipe r = recipe(config);
+  EXPECT_EQ(r.dropped.size(), dense_.size());
+  for (const auto& [name, values] : source_->make(r)) {
+    if (name.ends_with("norm.weight")) {
+      for (const double v : values) ASSERT_EQ(v, 1) << name;
+    } else if (name.ends_with("bias") || name.ends_with("shared_expert_gate.weight")) {
+      for (const double v : values) ASSERT_EQ(v, 0) << name;
+    } else {
+      EXPECT_NEAR(moments_of(values).std, 0.02,
+                  4 * 0.02 / std::sqrt(2.0 * static_cast<double>(values.size())))
+          << name;
+    }
+  }
+}
+
 TEST_P(Transforms, AnySplitIntoRowsGivesTheSameBytes) {
   UpcycleConfig config = tiny_recipe();
   config.experts.reinit = 0.5;
