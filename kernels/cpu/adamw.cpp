@@ -1,0 +1,84 @@
+#include "kernels/ops/adamw.h"
+
+#include <algorithm>
+#include <cmath>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "kernels/cpu/element_type.h"
+#include "kernels/cpu/parallel_for.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/ops/backend.h"
+
+namespace upmoe::cpu {
+
+namespace {
+
+// The constants of a step, taken in fp64 and rounded once, as PyTorch does.
+struct Factors {
+  float keep, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_bias2, eps, grad_scale;
+
+  explicit Factors(const AdamWStep& s) {
+    const double b1 = s.beta1, b2 = s.beta2, count = static_cast<double>(s.step);
+    keep = static_cast<float>(1.0 - static_cast<double>(s.lr) * s.weight_decay);
+    beta1 = s.beta1;
+    one_minus_beta1 = static_cast<float>(1.0 - b1);
+    beta2 = s.beta2;
+    one_minus_beta2 = static_cast<float>(1.0 - b2);
+    step_size = static_cast<float>(s.lr / (1.0 - std::pow(b1, count)));
+    inverse_sqrt_bias2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(b2, count)));
+    eps = s.eps;
+    grad_scale = s.grad_scale;
+  }
+};
+
+f32x16 sqrt_lanes(f32x16 x) {
+#ifdef __AVX512F__  // the loop below stays scalar, because std::sqrt may set errno; maskz: gcc 12 warns in
+                    // the plain one
+  return std::bit_cast<f32x16>(_mm512_maskz_sqrt_ps(0xffff, std::bit_cast<__m512>(x)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
+template <class Weight, class Grad>
+void adamw_block(Weight* weight, float* master, float* m, float* v, const Grad* grad, std::int64_t count,
+                 const Factors& f) {
+  for_lanes(count, [&](std::int64_t i, auto lanes) {
+    const f32x16 g = load(grad + i, lanes) * f.grad_scale;
+    const f32x16 m_i = f.beta1 * load(m + i, lanes) + f.one_minus_beta1 * g;
+    const f32x16 v_i = f.beta2 * load(v + i, lanes) + f.one_minus_beta2 * (g * g);
+    const f32x16 divisor = sqrt_lanes(v_i) * f.inverse_sqrt_bias2 + f.eps;
+    const f32x16 w = load(master + i, lanes) * f.keep - f.step_size * (m_i / divisor);
+    store(m + i, m_i, lanes);
+    store(v + i, v_i, lanes);
+    store(master + i, w, lanes);
+    store(weight + i, w, lanes);
+  });
+}
+
+}  // namespace
+
+void adamw(Exec&, TensorView weight, TensorView master, TensorView m, TensorView v, ConstTensorView grad,
+           const AdamWStep& step) {
+  constexpr std::int64_t kBlock = 4096;
+  const std::int64_t n = grad.elements();
+  const Factors factors(step);
+  auto *master_of = master.as<float>(), *m_of = m.as<float>(), *v_of = v.as<float>();
+  with_float_type(weight.dtype, [&](auto weight_type) {
+    with_float_type(grad.dtype, [&](auto grad_type) {
+      auto* weight_of = weight.as<decltype(weight_type)>();
+      const auto* grad_of = grad.as<decltype(grad_type)>();
+      parallel_for((n + kBlock - 1) / kBlock, kBlock, [&](std::int64_t b) {
+        const std::int64_t at = b * kBlock;
+        adamw_block(weight_of + at, master_of + at, m_of + at, v_of + at, grad_of + at,
+                    std::min(kBlock, n - at), factors);
+      });
+    });
+  });
+}
+
+}  // namespace upmoe::cpu

@@ -1,0 +1,309 @@
+#pragma once
+// Matrix products on packed blocks, in registers: what grouped_gemm runs per expert. fp32, or bf16 with fp32
+// sums.
+//
+// An own loop rather than oneDNN, because the number of rows per expert is another one in every step and a
+// oneDNN primitive is compiled for one number of rows (0.3 to 0.6 ms each). And because here every element of
+// the result is one sum over the depth in ascending order, kept in one register: it depends on its own row
+// and column alone, not on the other rows, on how the work is cut into tasks, or on the number of threads.
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+#include <utility>
+
+#include "kernels/core/tensor.h"
+#include "kernels/cpu/simd.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace upmoe::cpu {
+
+// a(m, k) or b(k, n) with "outer" index m or n: data[outer * stride + k], or data[k * stride + outer] if
+// depth_major.
+template <class T>
+struct Operand {
+  const T* data;
+  std::int64_t stride;
+  bool depth_major;
+};
+
+// c[m, n] (+)= sum over k < depth of a(m, k) b(k, n); rows of c lie one behind the other.
+template <class T, class Out>
+struct PackedProduct {
+  Out* c;
+  Operand<T> a, b;
+  std::int64_t rows, columns, depth;
+  Accumulate mode;
+};
+
+constexpr std::int64_t kTileRows = 6;                         // 6 x 4 vectors of sums fill 24 of 32 registers
+constexpr std::int64_t kPanelColumns = 4 * kLanes;            // columns of a packed panel of b
+constexpr std::int64_t kBlockRows = 8 * kTileRows;            // rows of a that are packed together
+constexpr std::int64_t kPackedBytes = std::int64_t{1} << 19;  // of b at a time: half of a second-level cache
+
+// What is packed: fp32 numbers, or pairs of bf16 neighbours in depth for the instruction that multiplies
+// pairs.
+template <class T>
+struct Packed {
+  using Unit = float;
+  static constexpr std::int64_t kPerUnit = 1;
+};
+#ifdef __AVX512BF16__
+template <>
+struct Packed<bf16> {
+  using Unit = std::uint32_t;
+  static constexpr std::int64_t kPerUnit = 2;
+};
+#endif
+template <class T>
+using UnitOf = typename Packed<T>::Unit;
+
+template <class T>
+constexpr std::int64_t units_of(std::int64_t depth) {
+  return (depth + Packed<T>::kPerUnit - 1) / Packed<T>::kPerUnit;
+}
+
+// From one packed row of a to the next: an odd number of cache lines, or rows would fall on the same few sets
+// of the first-level cache.
+template <class T>
+constexpr std::int64_t packed_row_stride(std::int64_t depth) {
+  const std::int64_t lines = (units_of<T>(depth) + kLanes - 1) / kLanes;
+  return (lines | 1) * kLanes;
+}
+
+// Sizes of the two workspaces of multiply_packed, in units.
+template <class T>
+constexpr std::int64_t packed_rows_size(std::int64_t depth) {
+  return kBlockRows * packed_row_stride<T>(depth);
+}
+template <class T>
+constexpr std::int64_t packed_columns_size(std::int64_t depth, std::int64_t columns) {
+  return units_of<T>(depth) * ((columns + kLanes - 1) / kLanes * kLanes);
+}
+
+// Columns of b whose packed form fits the cache, in whole panels.
+template <class T>
+constexpr std::int64_t columns_in_cache(std::int64_t depth) {
+  const std::int64_t panel_bytes = std::max<std::int64_t>(1, units_of<T>(depth)) * kPanelColumns * 4;
+  return std::max<std::int64_t>(1, kPackedBytes / panel_bytes) * kPanelColumns;
+}
+
+// --- packing ---
+
+// out[u][0, width) = units of outer indices 0, 1, ... at depth u; zero past `count`. For depth-major
+// operands.
+template <class T>
+inline void pack_depth_major(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
+                             std::int64_t count, std::int64_t depth) {
+  const std::int64_t covered = (count + kLanes - 1) / kLanes * kLanes;
+  for (std::int64_t u = 0; u < units_of<T>(depth); ++u, out += width) {
+    const T* first = in + u * Packed<T>::kPerUnit * stride;
+    const bool has_second = Packed<T>::kPerUnit == 2 && 2 * u + 1 < depth;
+    for_lanes(count, [&](std::int64_t i, auto lanes) {
+      if constexpr (Packed<T>::kPerUnit == 1) {
+        store(out + i, load(first + i, lanes));  // lanes past the count are zero
+      } else {
+        const u32x16 low = std::bit_cast<u32x16>(load(first + i, lanes)) >> 16;
+        const u32x16 high = has_second ? std::bit_cast<u32x16>(load(first + stride + i, lanes)) : u32x16{};
+        const u32x16 pair = low | high;
+        std::memcpy(out + i, &pair, sizeof pair);
+      }
+    });
+    std::fill(out + covered, out + width, UnitOf<T>{});
+  }
+}
+
+// out[i][u] for i < count, with row stride `out_stride`. For a whose depth is contiguous.
+template <class T>
+inline void pack_rows(UnitOf<T>* out, std::int64_t out_stride, const T* in, std::int64_t stride,
+                      std::int64_t count, std::int64_t depth) {
+  for (std::int64_t i = 0; i < count; ++i, out += out_stride, in += stride) {
+    if constexpr (Packed<T>::kPerUnit == 1) {
+      for_lanes(depth, [&](std::int64_t k, auto lanes) { store(out + k, load(in + k, lanes), lanes); });
+    } else {
+      if (depth % 2 != 0) out[depth / 2] = 0;
+      if (depth > 0) std::memcpy(out, in, static_cast<std::size_t>(depth) * sizeof(T));
+    }
+  }
+}
+
+// Sixteen units from `in`, which has `left` elements; zeros where they end.
+template <class T>
+inline u32x16 load_units(const T* in, std::int64_t left) {
+  if constexpr (Packed<T>::kPerUnit == 1) {
+    if (left >= kLanes) return std::bit_cast<u32x16>(load(in));
+    return std::bit_cast<u32x16>(load(in, FirstLanes{left}));
+  } else {
+    u32x16 units{};
+    std::memcpy(&units, in, static_cast<std::size_t>(std::min(left, 2 * kLanes)) * sizeof(T));
+    return units;
+  }
+}
+
+// One step of a transposition: blocks of kWidth lanes off the diagonal change places between a and b.
+template <int kWidth, int... kLane>
+inline void swap_blocks(u32x16& a, u32x16& b, std::integer_sequence<int, kLane...>) {
+  const u32x16 upper = __builtin_shufflevector(a, b, ((kLane & kWidth) ? 16 + kLane - kWidth : kLane)...);
+  b = __builtin_shufflevector(a, b, ((kLane & kWidth) ? 16 + kLane : kLane + kWidth)...);
+  a = upper;
+}
+template <int kWidth>
+inline void swap_blocks(u32x16 (&row)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if ((i & kWidth) == 0)
+      swap_blocks<kWidth>(row[i], row[i | kWidth], std::make_integer_sequence<int, kLanes>{});
+}
+
+// out[u][i], as pack_depth_major, of rows whose depth is contiguous: 16 x 16 units are transposed in
+// registers.
+template <class T>
+inline void pack_transposed(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
+                            std::int64_t count, std::int64_t depth) {
+  const std::int64_t units = units_of<T>(depth);
+  for (std::int64_t i = 0; i < width; i += kLanes) {
+    for (std::int64_t u = 0; u < units; u += kLanes) {
+      const std::int64_t k = u * Packed<T>::kPerUnit;
+      u32x16 row[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j)
+        row[j] = i + j < count ? load_units(in + (i + j) * stride + k, depth - k) : u32x16{};
+      swap_blocks<1>(row);
+      swap_blocks<2>(row);
+      swap_blocks<4>(row);
+      swap_blocks<8>(row);
+      const std::int64_t rows = std::min(kLanes, units - u);
+      for (std::int64_t j = 0; j < rows; ++j) std::memcpy(out + (u + j) * width + i, &row[j], sizeof row[j]);
+    }
+  }
+}
+
+// --- the product of one tile ---
+
+inline f32x16 multiply_add(f32x16 sum, float a, const float* b) {
+  return sum + splat(a) * load(b);
+}
+#ifdef __AVX512BF16__
+inline f32x16 multiply_add(f32x16 sum, std::uint32_t a, const std::uint32_t* b) {
+  const __m512i pairs = _mm512_loadu_si512(b);
+  return std::bit_cast<f32x16>(_mm512_dpbf16_ps(
+      std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(_mm512_set1_epi32(std::bit_cast<std::int32_t>(a))),
+      std::bit_cast<__m512bh>(pairs)));
+}
+#endif
+
+// sum[kRows][kVectors * 16] of packed a, whose element (m, u) is a[m * row_stride + u * depth_stride], and a
+// panel of b.
+template <class Unit, int kRows, int kVectors>
+[[gnu::noinline]] void multiply_tile(float* sums, const Unit* a, std::int64_t row_stride,
+                                     std::int64_t depth_stride, const Unit* b, std::int64_t units) {
+  f32x16 sum[kRows][kVectors] = {};
+  for (std::int64_t u = 0; u < units; ++u, a += depth_stride, b += kVectors * kLanes) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v)
+        sum[m][v] = multiply_add(sum[m][v], a[m * row_stride], b + v * kLanes);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) store(sums + (m * kVectors + v) * kLanes, sum[m][v]);
+}
+
+template <class Unit>
+using MultiplyTile = void (*)(float*, const Unit*, std::int64_t, std::int64_t, const Unit*, std::int64_t);
+
+constexpr int kVectorCounts = static_cast<int>(kPanelColumns / kLanes);
+
+template <class Unit, int... kIndex>
+constexpr auto tile_table(std::integer_sequence<int, kIndex...>) {
+  return std::array<MultiplyTile<Unit>, sizeof...(kIndex)>{
+      multiply_tile<Unit, kIndex / kVectorCounts + 1, kIndex % kVectorCounts + 1>...};
+}
+
+// The tile for these rows (1 to 6) and vectors (1 to 4).
+template <class Unit>
+inline MultiplyTile<Unit> tile_for(std::int64_t rows, std::int64_t vectors) {
+  static constexpr auto kTable =
+      tile_table<Unit>(std::make_integer_sequence<int, kTileRows * kVectorCounts>{});
+  return kTable[static_cast<std::size_t>((rows - 1) * kVectorCounts + vectors - 1)];
+}
+
+// Rounds once, after adding what is there.
+template <class Out>
+inline void store_tile(Out* c, std::int64_t c_stride, const float* sums, std::int64_t sums_stride,
+                       std::int64_t rows, std::int64_t columns, Accumulate mode) {
+  for (std::int64_t m = 0; m < rows; ++m, c += c_stride, sums += sums_stride)
+    for_lanes(columns, [&](std::int64_t n, auto lanes) {
+      const f32x16 sum = load(sums + n);
+      store(c + n, mode == Accumulate::kAdd ? load(c + n, lanes) + sum : sum, lanes);
+    });
+}
+
+// --- a rectangle of c ---
+
+struct Range {
+  std::int64_t begin, end;
+  std::int64_t size() const { return end - begin; }
+};
+
+template <class T>
+struct PackWorkspace {
+  UnitOf<T>* rows;     // packed_rows_size(depth)
+  UnitOf<T>* columns;  // packed_columns_size(depth, columns of the rectangle)
+};
+
+template <class T>
+inline const T* outer_begin(const Operand<T>& x, std::int64_t outer) {
+  return x.data + (x.depth_major ? outer : outer * x.stride);
+}
+
+// Panels of b one behind the other; only the last may be narrower.
+template <class T>
+inline void pack_columns(UnitOf<T>* out, const Operand<T>& b, Range columns, std::int64_t depth) {
+  for (std::int64_t n = columns.begin; n < columns.end; n += kPanelColumns) {
+    const std::int64_t count = std::min(kPanelColumns, columns.end - n);
+    const std::int64_t width = (count + kLanes - 1) / kLanes * kLanes;
+    if (b.depth_major)
+      pack_depth_major(out, width, outer_begin(b, n), b.stride, count, depth);
+    else
+      pack_transposed(out, width, outer_begin(b, n), b.stride, count, depth);
+    out += units_of<T>(depth) * width;
+  }
+}
+
+template <class T, class Out>
+inline void multiply_packed(const PackedProduct<T, Out>& p, Range rows, Range columns,
+                            PackWorkspace<T> work) {
+  const std::int64_t units = units_of<T>(p.depth);
+  const std::int64_t row_stride = p.a.depth_major ? 1 : packed_row_stride<T>(p.depth);
+  const std::int64_t depth_stride = p.a.depth_major ? kBlockRows : 1;
+  pack_columns(work.columns, p.b, columns, p.depth);
+  for (std::int64_t block = rows.begin; block < rows.end; block += kBlockRows) {
+    const std::int64_t block_rows = std::min(kBlockRows, rows.end - block);
+    if (p.a.depth_major)
+      pack_depth_major(work.rows, kBlockRows, outer_begin(p.a, block), p.a.stride, block_rows, p.depth);
+    else
+      pack_rows(work.rows, row_stride, outer_begin(p.a, block), p.a.stride, block_rows, p.depth);
+    for (std::int64_t n = columns.begin; n < columns.end; n += kPanelColumns) {
+      const std::int64_t count = std::min(kPanelColumns, columns.end - n);
+      const std::int64_t vectors = (count + kLanes - 1) / kLanes;
+      const UnitOf<T>* panel = work.columns + (n - columns.begin) * units;
+      for (std::int64_t m = 0; m < block_rows; m += kTileRows) {
+        alignas(64) float sums[kTileRows * kPanelColumns];
+        const std::int64_t tile_rows = std::min(kTileRows, block_rows - m);
+        tile_for<UnitOf<T>>(tile_rows, vectors)(sums, work.rows + m * row_stride, row_stride, depth_stride,
+                                                panel, units);
+        store_tile(p.c + (block + m) * p.columns + n, p.columns, sums, vectors * kLanes, tile_rows, count,
+                   p.mode);
+      }
+    }
+  }
+}
+
+}  // namespace upmoe::cpu

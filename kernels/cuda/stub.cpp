@@ -1,0 +1,120 @@
+// The CUDA backend of a build without CUDA: every function fails and says so.
+
+#include "kernels/ops/backend.h"
+
+namespace upmoe::cuda {
+
+namespace {
+
+[[noreturn]] void refuse(const char* op) {
+  fail(ExitCode::kDevice,
+       "{}: device: cuda was asked for, but this program was built without CUDA; use device: cpu", op);
+}
+
+}  // namespace
+
+void gemm(Exec&, TensorView, ConstTensorView, Transpose, ConstTensorView, Transpose, Accumulate,
+          const ConstTensorView*) {
+  refuse("gemm");
+}
+void bias_backward(Exec&, TensorView, ConstTensorView) {
+  refuse("bias_backward");
+}
+void grouped_gemm_forward(Exec&, TensorView, ConstTensorView, ConstTensorView,
+                          std::span<const std::int64_t>) {
+  refuse("grouped_gemm_forward");
+}
+void grouped_gemm_dgrad(Exec&, TensorView, ConstTensorView, ConstTensorView, std::span<const std::int64_t>) {
+  refuse("grouped_gemm_dgrad");
+}
+void grouped_gemm_wgrad(Exec&, TensorView, ConstTensorView, ConstTensorView, std::span<const std::int64_t>,
+                        Accumulate) {
+  refuse("grouped_gemm_wgrad");
+}
+void rms_norm_forward(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView, float) {
+  refuse("rms_norm_forward");
+}
+void add_rms_norm_forward(Exec&, TensorView, TensorView, TensorView, ConstTensorView, ConstTensorView,
+                          ConstTensorView, float) {
+  refuse("add_rms_norm_forward");
+}
+void rms_norm_backward(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView, ConstTensorView,
+                       ConstTensorView, Accumulate) {
+  refuse("rms_norm_backward");
+}
+void rope(Exec&, TensorView, ConstTensorView, AttentionShape, double, bool) {
+  refuse("rope");
+}
+void attention_forward(Exec&, TensorView, TensorView, ConstTensorView, AttentionShape,
+                       const ConstTensorView*) {
+  refuse("attention_forward");
+}
+void attention_backward(Exec&, TensorView, ConstTensorView, ConstTensorView, ConstTensorView, ConstTensorView,
+                        AttentionShape, const ConstTensorView*) {
+  refuse("attention_backward");
+}
+void swiglu_forward(Exec&, TensorView, ConstTensorView, const ConstTensorView*) {
+  refuse("swiglu_forward");
+}
+void swiglu_backward(Exec&, TensorView, const TensorView*, ConstTensorView, ConstTensorView,
+                     const ConstTensorView*) {
+  refuse("swiglu_backward");
+}
+void sigmoid_gate_forward(Exec&, TensorView, ConstTensorView, ConstTensorView) {
+  refuse("sigmoid_gate_forward");
+}
+void sigmoid_gate_backward(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView, ConstTensorView,
+                           ConstTensorView) {
+  refuse("sigmoid_gate_backward");
+}
+void embedding_forward(Exec&, TensorView, ConstTensorView, ConstTensorView) {
+  refuse("embedding_forward");
+}
+void embedding_backward(Exec&, TensorView, ConstTensorView, ConstTensorView) {
+  refuse("embedding_backward");
+}
+void cross_entropy(Exec&, TensorView, const TensorView*, ConstTensorView, ConstTensorView, float) {
+  refuse("cross_entropy");
+}
+void route_tokens(Exec&, TensorView, TensorView, TensorView, TensorView, ConstTensorView, bool) {
+  refuse("route_tokens");
+}
+void route_tokens_backward(Exec&, TensorView, ConstTensorView, ConstTensorView, float, ConstTensorView,
+                           ConstTensorView, ConstTensorView, ConstTensorView, bool) {
+  refuse("route_tokens_backward");
+}
+void balance_stats(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView, ConstTensorView) {
+  refuse("balance_stats");
+}
+void sort_by_expert(Exec&, TensorView, TensorView, TensorView, ConstTensorView) {
+  refuse("sort_by_expert");
+}
+void gather_rows(Exec&, TensorView, ConstTensorView, ConstTensorView, std::int64_t) {
+  refuse("gather_rows");
+}
+void gather_sum_rows(Exec&, TensorView, ConstTensorView, ConstTensorView, Accumulate) {
+  refuse("gather_sum_rows");
+}
+void fill(Exec&, TensorView, float) {
+  refuse("fill");
+}
+void cast(Exec&, TensorView, ConstTensorView) {
+  refuse("cast");
+}
+void add(Exec&, TensorView, ConstTensorView, ConstTensorView) {
+  refuse("add");
+}
+void scale(Exec&, TensorView, float) {
+  refuse("scale");
+}
+void sum_of_squares(Exec&, TensorView, ConstTensorView) {
+  refuse("sum_of_squares");
+}
+void sum(Exec&, TensorView, ConstTensorView) {
+  refuse("sum");
+}
+void adamw(Exec&, TensorView, TensorView, TensorView, TensorView, ConstTensorView, const AdamWStep&) {
+  refuse("adamw");
+}
+
+}  // namespace upmoe::cuda

@@ -1,0 +1,68 @@
+#include "kernels/ops/pointwise.h"
+
+#include "kernels/ops/backend.h"
+#include "kernels/ops/check_tensor.h"
+#include "kernels/ops/dispatch.h"
+
+namespace upmoe::ops {
+
+namespace {
+
+double count_of(const ConstTensorView& t) {
+  return static_cast<double>(t.elements());
+}
+
+}  // namespace
+
+void fill(Exec& ex, TensorView x, float value) {
+  check_float(x, "x");
+  check_tensor(ex, x, x.shape, x.dtype, "x");
+  ex.book("fill", 0, 0, bytes_of(x));
+  dispatch(ex, cpu::fill, cuda::fill, x, value);
+}
+
+void cast(Exec& ex, TensorView out, ConstTensorView in) {
+  if (out.dtype != in.dtype) {
+    check_float(in, "in");
+    check_float(out, "out");
+  }
+  check_tensor(ex, in, in.shape, in.dtype, "in");
+  check_tensor(ex, out, in.shape, out.dtype, "out");
+  ex.book("cast", 0, bytes_of(in), bytes_of(out));
+  dispatch(ex, cpu::cast, cuda::cast, out, in);
+}
+
+void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b) {
+  check_float(a, "a");
+  check_tensor(ex, a, a.shape, a.dtype, "a");
+  check_tensor(ex, b, a.shape, a.dtype, "b");
+  check_tensor(ex, out, a.shape, a.dtype, "out");
+  ex.book("add", count_of(a), bytes_of(a) + bytes_of(b), bytes_of(out));
+  dispatch(ex, cpu::add, cuda::add, out, a, b);
+}
+
+void scale(Exec& ex, TensorView x, float factor) {
+  check_float(x, "x");
+  check_tensor(ex, x, x.shape, x.dtype, "x");
+  ex.book("scale", count_of(x), bytes_of(x), bytes_of(x));
+  dispatch(ex, cpu::scale, cuda::scale, x, factor);
+}
+
+void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x) {
+  check_scratch(ex);
+  check_float(x, "x");
+  check_tensor(ex, x, x.shape, x.dtype, "x");
+  check_tensor(ex, sum_1, {1}, DType::kF64, "sum_1");
+  ex.book("sum_of_squares", 2 * count_of(x), bytes_of(x) + bytes_of(sum_1), bytes_of(sum_1));
+  dispatch(ex, cpu::sum_of_squares, cuda::sum_of_squares, sum_1, x);
+}
+
+void sum(Exec& ex, TensorView sum_1, ConstTensorView x) {
+  check_scratch(ex);
+  check_tensor(ex, x, x.shape, DType::kF32, "x");
+  check_tensor(ex, sum_1, {1}, DType::kF64, "sum_1");
+  ex.book("sum", count_of(x), bytes_of(x) + bytes_of(sum_1), bytes_of(sum_1));
+  dispatch(ex, cpu::sum, cuda::sum, sum_1, x);
+}
+
+}  // namespace upmoe::ops
