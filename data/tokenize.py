@@ -1,0 +1,466 @@
+#!/usr/bin/env python3
+"""Text to a token file.
+
+Each FILE is text (one document) or, when its name ends in .jsonl, one JSON object per line (one document each, its
+text under --key). Every document is followed by the end-of-document token; empty documents are left out. The result
+is the same for any number of processes. With --train-vocab N, first trains a byte-level BPE tokenizer of the Qwen2
+kind on the same files and writes it to --tokenizer.
+
+Exit status: 0 done, 1 unexpected failure, 2 usage, 3 bad input.
+"""
+
+import os
+import sys
+
+# This file has the name of a standard module, which others import: its folder must not be searched.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirname(os.path.realpath(__file__))]
+
+import argparse  # noqa: E402
+import codecs  # noqa: E402
+import collections  # noqa: E402
+import concurrent.futures  # noqa: E402
+import errno  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import multiprocessing  # noqa: E402
+import signal  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+FORMAT = "upmoe-tokens-1"
+END_OF_TEXT = "<|endoftext|>"
+# What a word is, before merging: contractions, letters, single digits, punctuation, line ends, blanks (as in Qwen2).
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+           r"|\s+(?!\S)|\s+")
+TASK_BYTES = 4 << 20     # what one process takes at a time
+MAX_LINE = 64 << 20      # of a .jsonl file
+COPY_TOKENS = 4 << 20
+
+
+class BadInput(Exception):
+    pass
+
+
+def import_libraries():
+    """The packages of launch/requirements.txt, with words for their absence."""
+    global h5py, numpy, tokenizers
+    try:
+        import h5py
+        import numpy
+        import tokenizers
+    except ImportError as e:
+        print(f"tokenize: error: {e}; run launch/setup.sh and start this with .venv/bin/python", file=sys.stderr)
+        sys.exit(1)
+
+
+# ---- reading documents ----------------------------------------------------------------------------------------------
+
+def is_jsonl(path):
+    return path.endswith(".jsonl")
+
+
+def without_mark(path, data):
+    """UTF-8 bytes without the byte order mark; other encodings that announce themselves are refused."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadInput(f"{path}: is UTF-16; convert it to UTF-8")
+    return data[len(codecs.BOM_UTF8):] if data.startswith(codecs.BOM_UTF8) else data
+
+
+def decode(data):
+    """Text, and how many invalid sequences were replaced by U+FFFD."""
+    try:
+        return data.decode("utf-8"), 0
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", errors="replace")
+        return text, text.count("\ufffd") - data.count("\ufffd".encode())
+
+
+def json_text(path, line_number, line, key):
+    if len(line) > MAX_LINE:
+        raise BadInput(f"{path}:{line_number}: a line of {len(line)} bytes, at most {MAX_LINE}")
+    text, replaced = decode(line)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{path}:{line_number}: not valid JSON: {e}") from None
+    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+        raise BadInput(f"{path}:{line_number}: expected an object with a text under '{key}'")
+    document = record[key]
+    surrogates = sum("\ud800" <= c <= "\udfff" for c in document) if not document.isascii() else 0
+    if surrogates:  # an escape such as \ud800 alone: no character
+        document = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        replaced += surrogates
+    return document, replaced
+
+
+def documents_of(task, key):
+    """(text, replaced) of each document of a task: a list of (path, begin, end) byte ranges."""
+    for path, begin, end in task:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            data = file.read(end - begin)
+            if len(data) != end - begin:
+                raise BadInput(f"{path}: became shorter while it was read")
+            if begin == 0:
+                data = without_mark(path, data)
+            if not is_jsonl(path):
+                yield decode(data)
+                continue
+            file.seek(0)
+            first_line = None
+            for i, line in enumerate(data.split(b"\n")):
+                if not line.strip():
+                    continue
+                try:
+                    yield json_text(path, i, line, key)
+                except BadInput:  # the line number costs a pass over what lies before, so only now
+                    first_line = 1 + count_lines(file, begin)
+                    json_text(path, first_line + i, line, key)
+                    raise
+
+
+def count_lines(file, end):
+    lines, left = 0, end
+    while left > 0:
+        block = file.read(min(left, 1 << 20))
+        if not block:
+            break
+        lines += block.count(b"\n")
+        left -= len(block)
+    return lines
+
+
+def next_line_end(file, at, size):
+    """The first offset behind `at` where a line ends, so that lines stay whole."""
+    if at >= size:
+        return size
+    file.seek(at - 1)
+    while block := file.read(1 << 16):
+        found = block.find(b"\n")
+        if found >= 0:
+            return min(size, at + found)
+        at += len(block)
+    return size
+
+
+def plan_tasks(paths):
+    """Byte ranges in order, about TASK_BYTES together; depends on the files alone, not on the processes."""
+    task, filled = [], 0
+    for path in paths:
+        size = os.path.getsize(path)
+        begin = 0
+        while begin < size:
+            end = size
+            if is_jsonl(path) and size - begin > TASK_BYTES:
+                with open(path, "rb") as file:
+                    end = next_line_end(file, begin + TASK_BYTES, size)
+            task.append((path, begin, end))
+            filled += end - begin
+            begin = end
+            if filled >= TASK_BYTES:
+                yield task
+                task, filled = [], 0
+    if task:
+        yield task
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
+
+def train_tokenizer(paths, args):
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=args.train_vocab - 1, initial_alphabet=alphabet, special_tokens=[],
+                                  show_progress=False)
+    progress = Progress(sum(os.path.getsize(p) for p in paths), "reading for the tokenizer")
+
+    def texts():
+        for task in plan_tasks(paths):
+            for text, _ in documents_of(task, args.key):
+                yield text
+            progress.add(sum(end - begin for _, begin, end in task))
+        progress.close()
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True)])  # behind the others, as in Qwen2
+    made = tokenizer.get_vocab_size()
+    if made < args.train_vocab:
+        say(f"the text gives a vocabulary of {made} tokens only, fewer than the {args.train_vocab} asked for")
+    content = tokenizer.to_str(pretty=True) + "\n"
+    if os.path.exists(args.tokenizer) and not args.force:
+        if Path(args.tokenizer).read_bytes() == content.encode():
+            return
+        raise SystemExit(usage_error(f"{args.tokenizer} exists and is another tokenizer; remove it, or replace it "
+                                     "with --force"))
+    write_whole(args.tokenizer, content.encode())
+    say(f"{args.tokenizer}: {made} tokens")
+
+
+def load_tokenizer(content, path):
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as e:  # the library raises plain Exception
+        raise BadInput(f"{path}: not a Hugging Face tokenizer.json: {e}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+class Encoder:
+    """One process's tokenizer."""
+
+    def __init__(self, content, path, key, parse_special):
+        self.tokenizer = load_tokenizer(content, path)
+        # Text that spells a control token is text, unless asked otherwise: data must not be able to end documents.
+        self.tokenizer.encode_special_tokens = not parse_special
+        self.key = key
+
+    def run(self, task, eos):
+        tokens, lengths, replaced, empty = [], [], 0, 0
+        for text, wrong in documents_of(task, self.key):
+            replaced += wrong
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+            if not ids:
+                empty += 1
+                continue
+            ids.append(eos)
+            tokens.append(numpy.asarray(ids, dtype="<u4"))
+            lengths.append(len(ids))
+        joined = numpy.concatenate(tokens) if tokens else numpy.empty(0, dtype="<u4")
+        return joined, lengths, replaced, empty, sum(end - begin for _, begin, end in task)
+
+
+def start_process(*arguments):
+    global encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    encoder = Encoder(*arguments)
+
+
+def run_task(task, eos):
+    return encoder.run(task, eos)
+
+
+def results_in_order(tasks, eos, processes, arguments):
+    """Results of all tasks in their order; a few tasks per process are under way at a time."""
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), start_process,
+                                                  arguments)
+    under_way = collections.deque()
+    try:
+        for task in tasks:
+            under_way.append(pool.submit(run_task, task, eos))
+            if len(under_way) >= 4 * processes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def say(text):
+    print(f"tokenize: {text}", file=sys.stderr)
+
+
+def usage_error(text):
+    print(f"tokenize: error: {text}", file=sys.stderr)
+    return 2
+
+
+class Progress:
+    """A bar with rate and time left on a terminal; nothing elsewhere."""
+
+    def __init__(self, total, what):
+        self.total, self.what, self.done = max(total, 1), what, 0
+        self.start = self.shown = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def add(self, amount):
+        self.done += amount
+        now = time.monotonic()
+        if not self.terminal or (now - self.shown < 0.1 and self.done < self.total):
+            return
+        self.shown = now
+        share, rate = self.done / self.total, self.done / max(now - self.start, 1e-9)
+        left = (self.total - self.done) / max(rate, 1e-9)
+        bar = "#" * int(30 * share) + "." * (30 - int(30 * share))
+        print(f"\r{self.what} [{bar}] {100 * share:3.0f}%  {rate / 1e6:.1f} MB/s  {left:.0f} s left ", end="",
+              file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+def sync_folder(path):
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def commit(temporary, path):
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path)
+
+
+def write_whole(path, content):
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        commit(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_token_file(path, raw, count, document_ends, attributes):
+    """`raw`: the tokens as they came, in a file. A contiguous dataset needs its size first, hence two files."""
+    with h5py.File(path, "w") as out:
+        tokens = out.create_dataset("tokens", shape=(count,), dtype="<u4")
+        for begin in range(0, count, COPY_TOKENS):
+            end = min(count, begin + COPY_TOKENS)
+            tokens[begin:end] = numpy.fromfile(raw, dtype="<u4", count=end - begin, offset=4 * begin)
+        out.create_dataset("document_ends", data=numpy.asarray(document_ends, dtype="<i8"))
+        for name, value in attributes.items():
+            out.attrs[name] = value
+    # A full disk can pass the library without an error.
+    with h5py.File(path, "r") as made:
+        tokens, ends = made["tokens"], made["document_ends"]
+        whole = tokens.id.get_offset() is not None and ends.id.get_offset() is not None and all(
+            d.id.get_offset() + d.size * d.dtype.itemsize <= os.path.getsize(path) for d in (tokens, ends))
+        if not whole or tokens.shape != (count,) or ends[-1] != count:
+            raise OSError(errno.ENOSPC, "was not written whole; is the disk full?", str(path))
+
+
+def encode_files(paths, raw, arguments, eos, processes):
+    """Writes the tokens of all documents to the open file `raw`; returns (ends, replaced, empty)."""
+    ends, count, replaced, empty = [], 0, 0, 0
+    progress = Progress(sum(os.path.getsize(p) for p in paths), "tokenizing")
+    for tokens, lengths, wrong, without_text, consumed in results_in_order(plan_tasks(paths), eos, processes, arguments):
+        raw.write(tokens.tobytes())
+        for length in lengths:
+            count += length
+            ends.append(count)
+        replaced += wrong
+        empty += without_text
+        progress.add(consumed)
+    progress.close()
+    return ends, replaced, empty
+
+
+def tokenize(paths, args):
+    content = Path(args.tokenizer).read_bytes()
+    tokenizer = load_tokenizer(content, args.tokenizer)
+    eos = tokenizer.token_to_id(args.eos)
+    if eos is None:
+        raise BadInput(f"{args.tokenizer}: has no token '{args.eos}'; name the one that ends documents with --eos")
+    vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    raw_path, temporary = f"{args.out}.raw{os.getpid()}", f"{args.out}.tmp{os.getpid()}"
+    try:
+        with open(raw_path, "wb") as raw:
+            arguments = (content, args.tokenizer, args.key, args.parse_special)
+            ends, replaced, empty = encode_files(paths, raw, arguments, eos, args.processes)
+        empty += sum(os.path.getsize(p) == 0 for p in paths)
+        if not ends:
+            raise BadInput(f"no text in {len(paths)} files; {args.out} is not written")
+        write_token_file(temporary, raw_path, ends[-1], ends, {
+            "format": FORMAT, "vocab_size": vocab_size, "eos_id": eos,
+            "tokenizer_sha256": hashlib.sha256(content).hexdigest()})
+        commit(temporary, args.out)
+    finally:
+        for path in (raw_path, temporary):
+            if os.path.exists(path):
+                os.unlink(path)
+    say(f"{args.out}: {ends[-1]} tokens, {len(ends)} documents")
+    if empty:
+        say(f"{empty} empty documents left out")
+    if replaced:
+        say(f"warning: {replaced} invalid UTF-8 sequences replaced by U+FFFD")
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(prog="tokenize.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, metavar="tokenizer.json",
+                        help="Hugging Face tokenizer; written when --train-vocab is given")
+    parser.add_argument("--out", metavar="TOKENS.h5",
+                        help="token file to write, replaced if it exists; may be left out with --train-vocab")
+    parser.add_argument("--eos", default=END_OF_TEXT, metavar="TOKEN",
+                        help=f"token that ends each document (default {END_OF_TEXT})")
+    parser.add_argument("--key", default="text", help="where a line of .jsonl holds its text (default text)")
+    parser.add_argument("--train-vocab", type=int, metavar="N",
+                        help=f"train a byte-level BPE of N tokens, {END_OF_TEXT} included (at least 257)")
+    parser.add_argument("--force", action="store_true", help="replace another tokenizer at --tokenizer")
+    parser.add_argument("--parse-special", action="store_true",
+                        help="read control tokens spelt out in the text as such (default: as plain text)")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="P",
+                        help="how many work in parallel (default: the processors available, %(default)s)")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text, or .jsonl")
+    args = parser.parse_args()
+    if args.train_vocab is not None and args.train_vocab < 257:
+        parser.error(f"--train-vocab {args.train_vocab}: 256 bytes and {END_OF_TEXT} need at least 257")
+    if args.out is None and args.train_vocab is None:
+        parser.error("--out TOKENS.h5 is missing")
+    if args.processes < 1:
+        parser.error("--processes: at least 1")
+    return args
+
+
+def check_paths(args):
+    for path in args.files:
+        if not os.path.isfile(path):
+            raise BadInput(f"{path}: is not a file" if os.path.exists(path) else f"{path}: no such file")
+    for path in filter(None, (args.out, args.tokenizer)):
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise BadInput(f"{path}: its folder does not exist")
+    if args.train_vocab is None and not os.path.isfile(args.tokenizer):
+        raise BadInput(f"{args.tokenizer}: no such file; train one with --train-vocab N")
+
+
+def words_of(error, path):
+    """An operating system's error; HDF5 hands its own text instead of a number."""
+    return f"{error.filename or path}: {error.strerror or error}"
+
+
+def main():
+    args = parse_arguments()
+    import_libraries()
+    # Threads of the library beside our processes would only fight over the processors.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that unfinished files go
+    try:
+        check_paths(args)
+        if args.train_vocab is not None:
+            train_tokenizer(args.files, args)
+        if args.out is not None:
+            tokenize(args.files, args)
+    except BadInput as e:
+        print(f"tokenize: error: {e}", file=sys.stderr)
+        return 3
+    except OSError as e:
+        print(f"tokenize: error: {words_of(e, args.out or args.tokenizer)}", file=sys.stderr)
+        return 3
+    except concurrent.futures.BrokenExecutor:
+        print("tokenize: error: a process ended unexpectedly (out of memory?); try --processes 1", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntokenize: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
