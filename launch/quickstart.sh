@@ -64,7 +64,7 @@ make_tokens() {
   local train valid
   mapfile -t train <"$out/text/train.txt"
   mapfile -t valid <"$out/text/valid.txt"
-  "$python" data/tokenize.py --train-vocab "$VOCAB" --tokenizer "$out/tokens/tokenizer.json" \
+  "$python" data/tokenize.py --train-vocab "$VOCAB" --force --tokenizer "$out/tokens/tokenizer.json" \
     --out "$out/tokens/train.h5" "${train[@]}"
   "$python" data/tokenize.py --tokenizer "$out/tokens/tokenizer.json" --out "$out/tokens/valid.h5" "${valid[@]}"
 }
