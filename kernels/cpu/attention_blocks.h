@@ -31,12 +31,14 @@ inline void pack_rows(float* dst, std::int64_t ldd, const T* src, std::int64_t l
 // dst[d, r] = src[r, d], in fp32, kBlock columns; columns from `rows` on are zero.
 template <class T>
 inline void pack_columns(float* dst, const T* src, std::int64_t lds, std::int64_t rows, std::int64_t width) {
-  if (rows < kBlock) std::fill_n(dst, width * kBlock, 0.0f);
-  for (std::int64_t r = 0; r < rows; ++r)
+  for (std::int64_t r = 0; r < kBlock; r += kLanes)
     for_lanes(width, [&](std::int64_t d, auto lanes) {
-      float column[kLanes];
-      store(column, load(src + r * lds + d, lanes));
-      for (std::int64_t j = 0; j < lanes.count; ++j) dst[(d + j) * kBlock + r] = column[j];
+      f32x16 tile[kLanes];
+#pragma GCC unroll 16
+      for (std::int64_t i = 0; i < kLanes; ++i)
+        tile[i] = r + i < rows ? load(src + (r + i) * lds + d, lanes) : f32x16{};
+      transpose(tile);
+      for (std::int64_t j = 0; j < lanes.count; ++j) store(dst + (d + j) * kBlock + r, tile[j]);
     });
 }
 

@@ -57,28 +57,44 @@ inline void product_tile(float* c, std::int64_t ldc, const float* a, std::int64_
     for (int v = 0; v < kVectors; ++v) store(c + m * ldc + v * kLanes, sum[m][v]);
 }
 
-// All rows of one panel of kVectors columns. Six rows by four vectors keep 24 sums in the 32 registers of
-// AVX-512.
+// The first `vectors` (at most kVectors) vectors of columns of a tile.
+template <int kRows, int kVectors, bool kTransposeA, bool kAdd>
+inline void narrow_tile(std::int64_t vectors, float* c, std::int64_t ldc, const float* a, std::int64_t lda,
+                        const float* b, std::int64_t ldb, std::int64_t depth) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors)
+      return narrow_tile<kRows, kVectors - 1, kTransposeA, kAdd>(vectors, c, ldc, a, lda, b, ldb, depth);
+  }
+  product_tile<kRows, kVectors, kTransposeA, kAdd>(c, ldc, a, lda, b, ldb, depth);
+}
+
+// All rows from m on of one panel of kVectors columns.
 template <int kRows, int kVectors, bool kTransposeA, bool kAdd, Causal kCausal>
 inline void product_panel(const BlockProduct& p, std::int64_t first_column, std::int64_t m) {
   for (; m + kRows <= p.rows; m += kRows) {
-    if (kCausal == Causal::kKeyColumns && first_column >= m + kRows) continue;
     const std::int64_t begin = kCausal == Causal::kQueryDepth ? std::min(m, p.depth) : 0;
     const std::int64_t end = kCausal == Causal::kKeyDepth ? std::min(p.depth, m + kRows) : p.depth;
-    product_tile<kRows, kVectors, kTransposeA, kAdd>(
-        p.c + m * p.ldc + first_column, p.ldc,
-        kTransposeA ? p.a + begin * p.lda + m : p.a + m * p.lda + begin, p.lda,
-        p.b + begin * p.ldb + first_column, p.ldb, end - begin);
+    float* c = p.c + m * p.ldc + first_column;
+    const float* a = kTransposeA ? p.a + begin * p.lda + m : p.a + m * p.lda + begin;
+    const float* b = p.b + begin * p.ldb + first_column;
+    if constexpr (kCausal == Causal::kKeyColumns) {
+      const std::int64_t visible = m + kRows - first_column;  // columns of the panel that its last row sees
+      if (visible <= 0) continue;
+      narrow_tile<kRows, kVectors, kTransposeA, kAdd>((visible + kLanes - 1) / kLanes, c, p.ldc, a, p.lda, b,
+                                                      p.ldb, p.depth);
+    } else {
+      product_tile<kRows, kVectors, kTransposeA, kAdd>(c, p.ldc, a, p.lda, b, p.ldb, end - begin);
+    }
   }
   if constexpr (kRows > 1) {
     if (m < p.rows) product_panel<kRows - 1, kVectors, kTransposeA, kAdd, kCausal>(p, first_column, m);
   }
 }
 
+// Six rows by four vectors keep 24 sums in the 32 registers of AVX-512.
 template <bool kTransposeA, bool kAdd, Causal kCausal>
 inline void block_product(const BlockProduct& p) {
-  // On the diagonal narrow panels skip more of what lies above it.
-  constexpr int kPanel = kCausal == Causal::kKeyColumns ? 2 : 4;
+  constexpr int kPanel = 4;
   std::int64_t n = 0;
   for (; n + kPanel * kLanes <= p.columns; n += kPanel * kLanes)
     product_panel<6, kPanel, kTransposeA, kAdd, kCausal>(p, n, 0);

@@ -7,18 +7,17 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels/core/bf16.h"
-
-// Without AVX-512 GCC remarks that 64-byte vectors have no stable calling convention; all of these are
-// inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace upmoe::cpu {
 
 constexpr std::int64_t kLanes = 16;
 
 using f32x16 = float __attribute__((vector_size(64)));
+using f32x8 = float __attribute__((vector_size(32)));
+using f32x4 = float __attribute__((vector_size(16)));
 using i32x16 = std::int32_t __attribute__((vector_size(64)));
 using u32x16 = std::uint32_t __attribute__((vector_size(64)));
 using u16x16 = std::uint16_t __attribute__((vector_size(32)));
@@ -100,19 +99,42 @@ inline void store(T* p, f32x16 v, FirstLanes lanes) {
   for (std::int64_t i = 0; i < lanes.count; ++i) p[i] = block[i];
 }
 
-inline float reduce_add(f32x16 v) {  // always the same tree
-  float a[kLanes];
-  store(a, v);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] += a[i + width];
-  return a[0];
+// Halves folded onto each other, always in the same order.
+inline float reduce_add(f32x16 v) {
+  const f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  const f32x4 c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1);
+  return c[0] + c[1];
 }
 inline float reduce_max(f32x16 v) {
-  float a[kLanes];
-  store(a, v);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
-  return a[0];
+  const f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const f32x8 b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const f32x8 c = a > b ? a : b;
+  const f32x4 d = __builtin_shufflevector(c, c, 0, 1, 2, 3), e = __builtin_shufflevector(c, c, 4, 5, 6, 7);
+  const f32x4 f = d > e ? d : e;
+  const f32x4 g = __builtin_shufflevector(f, f, 2, 3, 0, 1);
+  const f32x4 h = f > g ? f : g;
+  return h[0] > h[1] ? h[0] : h[1];
+}
+
+// One of four steps of a transposition: exchanges the off-diagonal blocks of kStep lanes between rows a and
+// b.
+template <int kStep, int... kLane>
+inline void exchange_blocks(f32x16& a, f32x16& b, std::integer_sequence<int, kLane...>) {
+  const f32x16 upper = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane : 16 + kLane - kStep)...);
+  const f32x16 lower = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane + kStep : 16 + kLane)...);
+  a = upper;
+  b = lower;
+}
+
+template <int kStep = 8>
+inline void transpose(f32x16 (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if ((i & kStep) == 0)
+      exchange_blocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
 }
 
 // body(i, lanes) for i = 0, 16, 32, ...: AllLanes, then FirstLanes once for what is left of n.
