@@ -41,6 +41,7 @@ class HfModel {
   std::vector<const SafetensorsEntry*> tensors() const;
 
  private:
+  void check_against(const std::map<std::string, std::string>& file_of, const std::vector<std::string>& names) const;
   std::filesystem::path dir_;
   ModelConfig config_;
   std::vector<SafetensorsFile> files_;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -33,6 +34,8 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> bytes, std
 std::string make_safetensors_header(std::vector<SafetensorsEntry>& entries,
                                     const std::map<std::string, std::string>& metadata);
 
+class PosixFile;
+
 // One open file, read by pieces (pread: thread-safe, never the whole file in memory).
 class SafetensorsFile {
  public:
@@ -48,7 +51,7 @@ class SafetensorsFile {
 
  private:
   std::filesystem::path path_;
-  int fd_ = -1;
+  std::unique_ptr<PosixFile> file_;
   SafetensorsHeader header_;
   std::map<std::string, std::size_t> index_;
 };

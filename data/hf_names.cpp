@@ -1,0 +1,100 @@
+// Our parameters under the names that transformers gives them.
+
+#include "data/hf_model.h"
+
+namespace upmoe {
+
+namespace {
+
+std::vector<std::int64_t> dims_of(const Shape& s) { return {s.dim.begin(), s.dim.begin() + s.rank}; }
+
+// One expert's or one matrix' gate (pair 0) or up (pair 1) half of an interleaved [.., F, 2, D].
+Box half(const ParamSpec& p, std::int64_t expert, std::int64_t pair) {
+  Box b = whole(p.shape);
+  const int pair_dim = p.shape.rank - 2;
+  b.offset.dim[static_cast<std::size_t>(pair_dim)] = pair;
+  b.extent.dim[static_cast<std::size_t>(pair_dim)] = 1;
+  if (p.shape.rank == 4) {
+    b.offset.dim[0] = expert;
+    b.extent.dim[0] = 1;
+  }
+  return b;
+}
+
+Box one_expert(const ParamSpec& p, std::int64_t expert) {
+  Box b = whole(p.shape);
+  b.offset.dim[0] = expert;
+  b.extent.dim[0] = 1;
+  return b;
+}
+
+void add_experts(const ParamSpec& p, const std::string& mlp, bool down, std::vector<HfTensor>& out) {
+  const std::int64_t F = down ? p.shape[2] : p.shape[1], D = down ? p.shape[1] : p.shape[3];
+  for (std::int64_t e = 0; e < p.shape[0]; ++e) {
+    const std::string expert = fmt::format("{}experts.{}.", mlp, e);
+    if (down) {
+      out.push_back({expert + "down_proj.weight", {D, F}, one_expert(p, e)});
+    } else {
+      out.push_back({expert + "gate_proj.weight", {F, D}, half(p, e, 0)});
+      out.push_back({expert + "up_proj.weight", {F, D}, half(p, e, 1)});
+    }
+  }
+}
+
+void add_gate_up(const ParamSpec& p, const std::string& mlp, std::vector<HfTensor>& out) {
+  const std::vector<std::int64_t> shape{p.shape[0], p.shape[2]};
+  out.push_back({mlp + "gate_proj.weight", shape, half(p, 0, 0)});
+  out.push_back({mlp + "up_proj.weight", shape, half(p, 0, 1)});
+}
+
+// `part` is the name behind "layers.N.".
+void add_layer_tensor(const ParamSpec& p, const std::string& part, std::vector<HfTensor>& out) {
+  const std::string layer = fmt::format("model.layers.{}.", p.layer), mlp = layer + "mlp.", shared = mlp + "shared_expert.";
+  const auto plain = [&](const std::string& name, std::vector<std::int64_t> shape) { out.push_back({name, std::move(shape), whole(p.shape)}); };
+  const std::string attention = layer + "self_attn.";
+  if (part == "norm1_D") return plain(layer + "input_layernorm.weight", dims_of(p.shape));
+  if (part == "norm2_D") return plain(layer + "post_attention_layernorm.weight", dims_of(p.shape));
+  for (const char* which : {"q", "k", "v"}) {
+    if (part == fmt::format("attn.{}_NHD", which))
+      return plain(fmt::format("{}{}_proj.weight", attention, which), {p.shape[0] * p.shape[1], p.shape[2]});
+    if (part == fmt::format("attn.{}_NH", which)) return plain(fmt::format("{}{}_proj.bias", attention, which), {p.shape.elements()});
+  }
+  if (part == "attn.o_DNH") return plain(attention + "o_proj.weight", {p.shape[0], p.shape[1] * p.shape[2]});
+  if (part == "ffn.gate_up_F2D") return add_gate_up(p, mlp, out);
+  if (part == "ffn.down_DF") return plain(mlp + "down_proj.weight", dims_of(p.shape));
+  if (part == "moe.router_ED") return plain(mlp + "gate.weight", dims_of(p.shape));
+  if (part == "moe.gate_up_EF2D") return add_experts(p, mlp, false, out);
+  if (part == "moe.down_EDF") return add_experts(p, mlp, true, out);
+  if (part == "shared.gate_1D") return plain(mlp + "shared_expert_gate.weight", dims_of(p.shape));
+  if (part == "shared.gate_up_F2D") return add_gate_up(p, shared, out);
+  if (part == "shared.down_DF") return plain(shared + "down_proj.weight", dims_of(p.shape));
+  UPMOE_CHECK(false, "no Hugging Face name for '{}'", p.name);
+}
+
+}  // namespace
+
+std::vector<HfTensor> hf_tensors_of(const ParamSpec& p) {
+  std::vector<HfTensor> out;
+  if (p.layer >= 0) {
+    const std::string prefix = fmt::format("layers.{}.", p.layer);
+    UPMOE_CHECK(p.name.starts_with(prefix), "parameter '{}' of layer {}", p.name, p.layer);
+    add_layer_tensor(p, p.name.substr(prefix.size()), out);
+  } else if (p.name == "embed_VD") {
+    out.push_back({"model.embed_tokens.weight", dims_of(p.shape), whole(p.shape)});
+  } else if (p.name == "norm_D") {
+    out.push_back({"model.norm.weight", dims_of(p.shape), whole(p.shape)});
+  } else {
+    UPMOE_CHECK(p.name == "head_VD", "no Hugging Face name for '{}'", p.name);
+    out.push_back({"lm_head.weight", dims_of(p.shape), whole(p.shape)});
+  }
+  return out;
+}
+
+std::vector<HfTensor> hf_tensors_of(const ModelConfig& config) {
+  std::vector<HfTensor> all;
+  for (const ParamSpec& p : make_param_table(config))
+    for (HfTensor& t : hf_tensors_of(p)) all.push_back(std::move(t));
+  return all;
+}
+
+}  // namespace upmoe
