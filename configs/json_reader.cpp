@@ -100,6 +100,11 @@ bool JsonObject::has(const std::string& key) const {
   return it != impl_->root.end() && !it->is_null();
 }
 
+bool JsonObject::is_null(const std::string& key) const {
+  const auto it = impl_->root.find(key);
+  return it != impl_->root.end() && it->is_null();
+}
+
 void JsonObject::refuse(const std::string& key, const std::string& text) {
   problems_.add(where_, key + ": " + text);
 }

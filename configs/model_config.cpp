@@ -110,10 +110,10 @@ void refuse_features(JsonObject& json) {
 void read_heads(JsonObject& json, ModelConfig& c) {
   Fields f(json);
   f.integer("num_attention_heads", c.num_attention_heads, 1, kMaxHeads);
-  if (json.has("num_key_value_heads")) {
-    f.integer("num_key_value_heads", c.num_key_value_heads, 1, kMaxHeads);
+  if (json.is_null("num_key_value_heads")) {
+    c.num_key_value_heads = c.num_attention_heads;  // what null means in transformers
   } else {
-    c.num_key_value_heads = c.num_attention_heads;  // null means one per attention head in transformers
+    f.integer("num_key_value_heads", c.num_key_value_heads, 1, kMaxHeads);
   }
   const int heads = c.num_attention_heads, kv = c.num_key_value_heads;
   if (heads > 0 && kv > 0 && heads % kv != 0) {
