@@ -1,0 +1,169 @@
+// bf16, Philox, shapes, arenas, the ledger, and the CUDA backend of a build without CUDA.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "kernels/core/exec.h"
+#include "kernels/core/philox.h"
+#include "kernels/ops/backend.h"
+
+namespace upmoe::test {
+namespace {
+
+TEST(Bf16, RoundsEveryFloatToTheNearest) {
+  // All neighbours of bf16 numbers: the middles, just below, just above.
+  for (std::uint32_t upper = 0; upper < 0x7f80u; ++upper) {
+    const auto from_bits = [](std::uint32_t bits) { return to_bf16(std::bit_cast<float>(bits)).bits; };
+    const std::uint32_t low = upper << 16;
+    ASSERT_EQ(from_bits(low), upper);
+    ASSERT_EQ(from_bits(low | 0x7fffu), upper);
+    ASSERT_EQ(from_bits(low | 0x8001u), upper + 1);  // up to infinity above the largest
+    ASSERT_EQ(from_bits(low | 0x8000u), upper + (upper & 1));
+    ASSERT_EQ(from_bits(low | 0x80008001u), (upper + 1) | 0x8000u);
+  }
+}
+
+TEST(Bf16, KeepsNan) {
+  for (const std::uint32_t bits : {0x7f800001u, 0x7fc00000u, 0xffffffffu, 0x7fffffffu})
+    EXPECT_TRUE(std::isnan(to_float(to_bf16(std::bit_cast<float>(bits))))) << bits;
+  EXPECT_EQ(to_float(to_bf16(INFINITY)), INFINITY);
+}
+
+// The known answers of Random123 (kat_vectors, philox4x32 with 10 rounds).
+TEST(Philox, GivesTheKnownAnswers) {
+  EXPECT_EQ(philox(0, 0), (Philox4{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}));
+  const std::uint64_t ones = ~std::uint64_t{0};
+  EXPECT_EQ(philox(ones, ones, ones), (Philox4{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}));
+  EXPECT_EQ(philox(0x299f31d0a4093822u, 0x85a308d3243f6a88u, 0x0370734413198a2eu),
+            (Philox4{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}));
+}
+
+TEST(Philox, KeysDifferByNameAndSeed) {
+  std::set<std::uint64_t> keys;
+  for (std::uint64_t seed : {0, 1, 2})
+    for (const char* name : {"", "a", "b", "ab", "ba"}) keys.insert(philox_key(seed, name));
+  EXPECT_EQ(keys.size(), 15u);
+}
+
+TEST(Philox, UniformsStayInside) {
+  EXPECT_GT(uniform_from_bits(0), 0.0f);
+  EXPECT_LT(uniform_from_bits(0xffffffffu), 1.0f);
+}
+
+TEST(Shape, CountsElementsAndRefusesOverflow) {
+  EXPECT_EQ(Shape{}.elements(), 1);
+  EXPECT_EQ((Shape{3, 0, 5}).elements(), 0);
+  EXPECT_EQ((Shape{60, 1408, 2, 2048}).elements(), 346030080);
+  EXPECT_EQ((Shape{60, 1408, 2, 2048}).str(), "[60, 1408, 2, 2048]");
+  EXPECT_EQ((Shape{3, 4})[-1], 4);
+  const std::int64_t large = std::int64_t{1} << 40;
+  EXPECT_THROW((Shape{large, large}).elements(), Error);
+  EXPECT_THROW((Shape{-1}), Error);
+  EXPECT_THROW((Shape{1, 1, 1, 1, 1}), Error);
+  EXPECT_THROW((Shape{3, 4})[2], Error);
+  EXPECT_THROW(checked_mul(large, large), Error);
+  EXPECT_THROW(checked_add(std::numeric_limits<std::int64_t>::max(), 1), Error);
+}
+
+TEST(TensorViews, CutRowsAndReshape) {
+  float values[12];
+  const TensorView v = host_view(values, {4, 3});
+  EXPECT_EQ(v.rows(1, 3).as<float>(), values + 3);
+  EXPECT_EQ(v.rows(1, 3).shape, (Shape{2, 3}));
+  EXPECT_EQ(v.rows(4, 4).elements(), 0);
+  EXPECT_EQ(v.reshape({2, 6}).shape, (Shape{2, 6}));
+  EXPECT_THROW(v.rows(2, 5), Error);
+  EXPECT_THROW(v.rows(3, 2), Error);
+  EXPECT_THROW(v.reshape({5}), Error);
+  EXPECT_THROW(v.as<bf16>(), Error);
+}
+
+TEST(BufferMemory, IsZeroAndAligned) {
+  const Buffer b = Buffer::allocate({}, 1000);
+  const TensorView v = b.view({250}, DType::kF32);
+  for (int i = 0; i < 250; ++i) EXPECT_EQ(v.as<float>()[i], 0.0f);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(b.data()) % 64, 0u);
+  EXPECT_THROW(b.view({251}, DType::kF32), Error);
+  EXPECT_EQ(Buffer::allocate({DeviceType::kDry, 0}, std::size_t{1} << 60).data(), nullptr);
+}
+
+TEST(ArenaMemory, HandsOutRewindsAndRemembersThePeak) {
+  Arena arena({}, 4096, "test");
+  const TensorView a = arena.take({10}, DType::kF32, "a");
+  const std::size_t mark = arena.mark();
+  {
+    ScratchScope scope(arena);
+    const TensorView b = arena.take({100}, DType::kF64, "b");
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(b.data) % 256, 0u);
+    EXPECT_GE(b.data, a.data + a.bytes());
+  }
+  EXPECT_EQ(arena.used(), mark);
+  EXPECT_GE(arena.peak(), mark + 800);
+  arena.rewind(0);
+  EXPECT_THROW(arena.rewind(1), Error);
+}
+
+TEST(ArenaMemory, NamesItsLargestUsersWhenFull) {
+  Arena arena({}, 4096, "small");
+  arena.take({512}, DType::kF32, "the large one");
+  try {
+    arena.take({1024}, DType::kF32, "one more");
+    FAIL() << "took more than there is";
+  } catch (const Error& e) {
+    EXPECT_THAT(e.what(),
+                testing::AllOf(testing::HasSubstr("'small' is full"), testing::HasSubstr("one more"),
+                               testing::HasSubstr("the large one")));
+  }
+}
+
+TEST(ArenaMemory, OnTheDryDeviceCountsWithoutMemory) {
+  Arena arena({DeviceType::kDry, 0}, 1, "dry");
+  EXPECT_EQ(arena.take({std::int64_t{1} << 40}, DType::kF32, "weights").data, nullptr);
+  EXPECT_EQ(arena.peak(), std::size_t{1} << 42);
+}
+
+TEST(LedgerBook, AddsUpByName) {
+  Ledger ledger;
+  ledger.book("gemm", 10, 20, 30);
+  ledger.book("gemm", 1, 2, 3);
+  ledger.book_sent("all_reduce", 40);
+  EXPECT_EQ(ledger.entries().at("gemm").calls, 2);
+  EXPECT_EQ(ledger.entries().at("gemm").flops, 11);
+  const Cost total = ledger.total();
+  EXPECT_EQ(total.flops, 11);
+  EXPECT_EQ(total.bytes_read, 22);
+  EXPECT_EQ(total.bytes_written, 33);
+  EXPECT_EQ(total.bytes_sent, 40);
+  ledger.clear();
+  EXPECT_TRUE(ledger.entries().empty());
+}
+
+TEST(Errors, NameConditionAndPlace) {
+  try {
+    const int found = 3;
+    UPMOE_CHECK(found == 4, "found {}", found);
+    FAIL() << "the check passed";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kFailure);
+    EXPECT_THAT(e.what(), testing::AllOf(testing::HasSubstr("found == 4"), testing::HasSubstr("found 3"),
+                                         testing::HasSubstr("core_test.cpp")));
+  }
+}
+
+TEST(CudaStub, SaysThatThereIsNoCuda) {
+  Exec ex;
+  try {
+    cuda::fill(ex, {}, 1.0f);
+    FAIL() << "computed on a device that is not there";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kDevice);
+    EXPECT_THAT(e.what(), testing::AllOf(testing::HasSubstr("fill"), testing::HasSubstr("without CUDA")));
+  }
+}
+
+}  // namespace
+}  // namespace upmoe::test
