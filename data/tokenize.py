@@ -12,33 +12,28 @@ Exit status: 0 done, 1 unexpected failure, 2 usage, 3 bad input.
 import os
 import sys
 
-# This file has the name of a standard module, which others import: its folder must not be searched.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirname(os.path.realpath(__file__))]
+# This file has the name of a standard module, which others import: its folder is searched last.
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [FOLDER]
 
 import argparse  # noqa: E402
-import codecs  # noqa: E402
 import collections  # noqa: E402
 import concurrent.futures  # noqa: E402
 import errno  # noqa: E402
 import hashlib  # noqa: E402
-import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
+
+from text_documents import BadInput, documents_of, plan_tasks  # noqa: E402
 
 FORMAT = "upmoe-tokens-1"
 END_OF_TEXT = "<|endoftext|>"
 # What a word is, before merging: contractions, letters, single digits, punctuation, line ends, blanks (as in Qwen2).
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
-TASK_BYTES = 4 << 20     # what one process takes at a time
-MAX_LINE = 64 << 20      # of a .jsonl file
 COPY_TOKENS = 4 << 20
-
-
-class BadInput(Exception):
-    pass
 
 
 def import_libraries():
@@ -51,117 +46,6 @@ def import_libraries():
     except ImportError as e:
         print(f"tokenize: error: {e}; run launch/setup.sh and start this with .venv/bin/python", file=sys.stderr)
         sys.exit(1)
-
-
-# ---- reading documents ----------------------------------------------------------------------------------------------
-
-def is_jsonl(path):
-    return path.endswith(".jsonl")
-
-
-def without_mark(path, data):
-    """UTF-8 bytes without the byte order mark; other encodings that announce themselves are refused."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise BadInput(f"{path}: is UTF-16; convert it to UTF-8")
-    return data[len(codecs.BOM_UTF8):] if data.startswith(codecs.BOM_UTF8) else data
-
-
-def decode(data):
-    """Text, and how many invalid sequences were replaced by U+FFFD."""
-    try:
-        return data.decode("utf-8"), 0
-    except UnicodeDecodeError:
-        text = data.decode("utf-8", errors="replace")
-        return text, text.count("\ufffd") - data.count("\ufffd".encode())
-
-
-def json_text(path, line_number, line, key):
-    if len(line) > MAX_LINE:
-        raise BadInput(f"{path}:{line_number}: a line of {len(line)} bytes, at most {MAX_LINE}")
-    text, replaced = decode(line)
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise BadInput(f"{path}:{line_number}: not valid JSON: {e}") from None
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise BadInput(f"{path}:{line_number}: expected an object with a text under '{key}'")
-    document = record[key]
-    surrogates = sum("\ud800" <= c <= "\udfff" for c in document) if not document.isascii() else 0
-    if surrogates:  # an escape such as \ud800 alone: no character
-        document = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        replaced += surrogates
-    return document, replaced
-
-
-def documents_of(task, key):
-    """(text, replaced) of each document of a task: a list of (path, begin, end) byte ranges."""
-    for path, begin, end in task:
-        with open(path, "rb") as file:
-            file.seek(begin)
-            data = file.read(end - begin)
-            if len(data) != end - begin:
-                raise BadInput(f"{path}: became shorter while it was read")
-            if begin == 0:
-                data = without_mark(path, data)
-            if not is_jsonl(path):
-                yield decode(data)
-                continue
-            file.seek(0)
-            first_line = None
-            for i, line in enumerate(data.split(b"\n")):
-                if not line.strip():
-                    continue
-                try:
-                    yield json_text(path, i, line, key)
-                except BadInput:  # the line number costs a pass over what lies before, so only now
-                    first_line = 1 + count_lines(file, begin)
-                    json_text(path, first_line + i, line, key)
-                    raise
-
-
-def count_lines(file, end):
-    lines, left = 0, end
-    while left > 0:
-        block = file.read(min(left, 1 << 20))
-        if not block:
-            break
-        lines += block.count(b"\n")
-        left -= len(block)
-    return lines
-
-
-def next_line_end(file, at, size):
-    """The first offset behind `at` where a line ends, so that lines stay whole."""
-    if at >= size:
-        return size
-    file.seek(at - 1)
-    while block := file.read(1 << 16):
-        found = block.find(b"\n")
-        if found >= 0:
-            return min(size, at + found)
-        at += len(block)
-    return size
-
-
-def plan_tasks(paths):
-    """Byte ranges in order, about TASK_BYTES together; depends on the files alone, not on the processes."""
-    task, filled = [], 0
-    for path in paths:
-        size = os.path.getsize(path)
-        begin = 0
-        while begin < size:
-            end = size
-            if is_jsonl(path) and size - begin > TASK_BYTES:
-                with open(path, "rb") as file:
-                    end = next_line_end(file, begin + TASK_BYTES, size)
-            task.append((path, begin, end))
-            filled += end - begin
-            begin = end
-            if filled >= TASK_BYTES:
-                yield task
-                task, filled = [], 0
-    if task:
-        yield task
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
@@ -347,7 +231,8 @@ def encode_files(paths, raw, arguments, eos, processes):
     """Writes the tokens of all documents to the open file `raw`; returns (ends, replaced, empty)."""
     ends, count, replaced, empty = [], 0, 0, 0
     progress = Progress(sum(os.path.getsize(p) for p in paths), "tokenizing")
-    for tokens, lengths, wrong, without_text, consumed in results_in_order(plan_tasks(paths), eos, processes, arguments):
+    for result in results_in_order(plan_tasks(paths), eos, processes, arguments):
+        tokens, lengths, wrong, without_text, consumed = result
         raw.write(tokens.tobytes())
         for length in lengths:
             count += length
@@ -360,6 +245,8 @@ def encode_files(paths, raw, arguments, eos, processes):
 
 
 def tokenize(paths, args):
+    # Threads of the library beside our processes would only fight over the processors, and do not survive the fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     content = Path(args.tokenizer).read_bytes()
     tokenizer = load_tokenizer(content, args.tokenizer)
     eos = tokenizer.token_to_id(args.eos)
@@ -438,8 +325,6 @@ def words_of(error, path):
 def main():
     args = parse_arguments()
     import_libraries()
-    # Threads of the library beside our processes would only fight over the processors.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that unfinished files go
     try:
         check_paths(args)

@@ -96,8 +96,8 @@ class TokenizeTest(unittest.TestCase):
         self.assertEqual(self.documents(path), ["x"])
 
     def test_invalid_utf8_and_marks(self):
-        path, log = self.tokenize(self.file("a.txt", b"good \xff\xfe bad \xc3("), self.file("b.txt", b"\xef\xbb\xbfmark"),
-                                  self.file("c.txt", b""), self.file("d.txt", b"\xef\xbb\xbf"))
+        contents = (b"good \xff\xfe bad \xc3(", b"\xef\xbb\xbfmark", b"", b"\xef\xbb\xbf")
+        path, log = self.tokenize(*(self.file(f"{i}.txt", c) for i, c in enumerate(contents)))
         self.assertEqual(self.documents(path), ["good \ufffd\ufffd bad \ufffd(", "mark"])
         self.assertIn("3 invalid UTF-8", log)
         self.assertIn("2 empty documents", log)
