@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
 #include <system_error>
+#include <utility>
+
+#include "data/posix_file.h"
 
 namespace upmoe {
 namespace {
@@ -20,24 +22,6 @@ namespace fs = std::filesystem;
                                                                                : ExitCode::kFailure,
        "{}: cannot {}: {}", path.string(), what, std::strerror(error));
 }
-
-class Fd {
- public:
-  Fd(const fs::path& path, int flags) : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
-    if (fd_ < 0) fail_io("open", path);
-  }
-  ~Fd() { ::close(fd_); }
-  Fd(const Fd&) = delete;
-  Fd& operator=(const Fd&) = delete;
-  int get() const { return fd_; }
-  void sync() const {
-    if (::fsync(fd_) != 0) fail_io("bring to disk", path_);
-  }
-
- private:
-  fs::path path_;
-  int fd_;
-};
 
 void write_all(int fd, const fs::path& path, std::uint64_t offset, std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
@@ -110,9 +94,8 @@ void create_output(const OutputPaths& paths, const HfLayout& layout, std::uint64
   fs::create_directory(paths.tmp);
   for (const HfLayout::File& file : layout.files) {
     const fs::path path = paths.tmp / file.name;
-    const Fd fd(path, O_WRONLY | O_CREAT | O_EXCL);
-    write_all(fd.get(), path, 0, std::as_bytes(std::span(file.header)));
-    if (::ftruncate(fd.get(), static_cast<off_t>(file.bytes)) != 0) fail_io("set the length", path);
+    PosixFile::create(path);
+    fs::resize_file(path, file.bytes);
   }
 }
 
@@ -122,28 +105,41 @@ OutputFiles::OutputFiles(const fs::path& tmp, const HfLayout& layout) {
     const int fd = ::open(path.c_str(), O_WRONLY | O_CLOEXEC);
     if (fd < 0) {
       const int error = errno;
-      for (const File& f : files_) ::close(f.fd);  // a constructor that throws has no destructor
+      close_all();  // a constructor that throws has no destructor
       errno = error;
       fail_io("open", path);
     }
-    files_.push_back({path, fd});
+    files_.push_back({path, fd, ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_DIRECT)});
   }
 }
 
 OutputFiles::~OutputFiles() {
-  for (const File& file : files_) ::close(file.fd);
+  close_all();
+}
+
+void OutputFiles::close_all() noexcept {
+  for (const File& file : files_) {
+    ::close(file.fd);
+    if (file.direct_fd >= 0) ::close(file.direct_fd);
+  }
 }
 
 void OutputFiles::write(std::size_t file, std::uint64_t offset, std::span<const std::byte> bytes) {
-  const File& f = files_.at(file);
-  write_all(f.fd, f.path, offset, bytes);
-  // A hint: the disk starts now instead of when memory is full of unwritten pages; sync() finds what goes
-  // wrong.
-  constexpr std::size_t kWorthAHint = 1u << 20;
-  if (bytes.size() >= kWorthAHint) {
-    (void)::sync_file_range(f.fd, static_cast<off_t>(offset), static_cast<off_t>(bytes.size()),
-                            SYNC_FILE_RANGE_WRITE);
+  File& f = files_.at(file);
+  while (f.direct_fd >= 0 && offset % kDiskBlock == 0 && bytes.size() >= kDiskBlock &&
+         reinterpret_cast<std::uintptr_t>(bytes.data()) % kDiskBlock == 0) {
+    const std::size_t blocks = bytes.size() / kDiskBlock * kDiskBlock;
+    const ssize_t n = ::pwrite(f.direct_fd, bytes.data(), blocks, static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EINVAL) {  // opened, but not to be written like this: the page cache takes it
+      ::close(std::exchange(f.direct_fd, -1));
+      break;
+    }
+    if (n <= 0) fail_io("write", f.path);
+    offset += static_cast<std::uint64_t>(n);
+    bytes = bytes.subspan(static_cast<std::size_t>(n));
   }
+  write_all(f.fd, f.path, offset, bytes);
 }
 
 void OutputFiles::sync() {
@@ -152,17 +148,11 @@ void OutputFiles::sync() {
   }
 }
 
-void write_synced(const fs::path& file, const std::string& text) {
-  const Fd fd(file, O_WRONLY | O_CREAT | O_TRUNC);
-  write_all(fd.get(), file, 0, std::as_bytes(std::span(text)));
-  fd.sync();
-}
-
 void copy_companions(const fs::path& from, const fs::path& tmp) {
   for (const std::string& name : companion_files()) {
     if (!fs::exists(from / name)) continue;
     fs::copy_file(from / name, tmp / name);
-    Fd(tmp / name, O_RDONLY).sync();
+    sync_path(tmp / name);
   }
 }
 
@@ -174,9 +164,9 @@ void commit_output(const OutputPaths& paths, const HfLayout& layout) {
            file.bytes);
     }
   }
-  Fd(paths.tmp, O_RDONLY | O_DIRECTORY).sync();
+  sync_path(paths.tmp);
   fs::rename(paths.tmp, paths.dir);
-  Fd(paths.dir.parent_path(), O_RDONLY | O_DIRECTORY).sync();
+  sync_path(paths.dir.parent_path());
 }
 
 void discard_output(const OutputPaths& paths) noexcept {

@@ -178,6 +178,7 @@ class RecipeBuilder {
       return layer.router();
     }
     if (kind == "shared.gate_1D") {
+      if (!config_.keep_rest) return rest(param, tensor);
       index.shared_gate = line;
       return FreshInit{FreshInit::Kind::kConstant, 0.0, 0.0, 1};  // sigmoid 1/2, which shared.scale 2 undoes
     }

@@ -196,4 +196,28 @@ void fill(const RecipeLine& line, std::int64_t begin, std::int64_t end, const Fi
       line.transform);
 }
 
+void fill_bytes(const RecipeLine& line, std::uint64_t begin, std::uint64_t end, const FillContext& context,
+                std::span<std::byte> out) {
+  UPMOE_CHECK(begin <= end && out.size() == end - begin, "{}: bytes {} to {}", line.target, begin, end);
+  const std::uint64_t row_bytes =
+      static_cast<std::uint64_t>(line.columns()) * size_of(context.source.dtype());
+  std::vector<std::byte> cut_row;
+  while (begin < end) {
+    const std::uint64_t row = begin / row_bytes, skip = begin % row_bytes;
+    const std::uint64_t whole_rows = skip == 0 ? (end - begin) / row_bytes : 0;
+    std::uint64_t bytes = whole_rows * row_bytes;
+    if (whole_rows > 0) {
+      fill(line, static_cast<std::int64_t>(row), static_cast<std::int64_t>(row + whole_rows), context,
+           out.first(bytes));
+    } else {
+      cut_row.resize(row_bytes);
+      fill(line, static_cast<std::int64_t>(row), static_cast<std::int64_t>(row + 1), context, cut_row);
+      bytes = std::min(row_bytes - skip, end - begin);
+      std::memcpy(out.data(), cut_row.data() + skip, bytes);
+    }
+    begin += bytes;
+    out = out.subspan(bytes);
+  }
+}
+
 }  // namespace upmoe

@@ -25,4 +25,9 @@ struct FillContext {
 void fill(const RecipeLine& line, std::int64_t begin, std::int64_t end, const FillContext& context,
           std::span<std::byte> out);
 
+// Bytes [begin, end) of the line's tensor, at element boundaries; cuts through rows cost those rows once
+// more.
+void fill_bytes(const RecipeLine& line, std::uint64_t begin, std::uint64_t end, const FillContext& context,
+                std::span<std::byte> out);
+
 }  // namespace upmoe

@@ -1,10 +1,13 @@
 #include "upcycle/upcycler.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 
+#include "data/posix_file.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/progress.h"
 #include "upcycle/report.h"
@@ -31,79 +34,112 @@ Plan make_plan(const UpcycleConfig& config, const DenseSource& source, std::uint
   return plan;
 }
 
-// A run of rows of one output tensor; with line < 0, the error of one layer instead, which writes nothing.
+// A stretch of one output file, or the error of one layer, which writes nothing.
 struct Piece {
-  int line = -1;
-  std::int64_t begin = 0, end = 0;  // rows
   std::size_t file = 0;
-  std::uint64_t offset = 0, bytes = 0;  // in the file
+  std::uint64_t begin = 0, end = 0;
   int error_of_layer = -1;
 };
 
-std::map<std::string, int> lines_by_name(const Recipe& recipe) {
-  std::map<std::string, int> lines;
-  for (std::size_t i = 0; i < recipe.lines.size(); ++i) lines[recipe.lines[i].target] = static_cast<int>(i);
-  return lines;
-}
+// Where the tensors of the recipe lie in the files.
+class FileMap {
+ public:
+  FileMap(const Recipe& recipe, const HfLayout& layout) : recipe_(recipe), layout_(layout) {
+    std::map<std::string, const RecipeLine*> lines;
+    for (const RecipeLine& line : recipe.lines) lines[line.target] = &line;
+    for (const HfLayout::File& file : layout.files) {
+      auto& in_file = lines_.emplace_back();
+      for (const SafetensorsEntry& entry : file.entries) {
+        const auto found = lines.find(entry.name);
+        UPMOE_CHECK(found != lines.end(), "no recipe line for {}", entry.name);
+        in_file.push_back(found->second);
+        lines.erase(found);
+      }
+    }
+    UPMOE_CHECK(lines.empty(), "{} has no place in the files", lines.begin()->first);
+  }
 
-int layer_of(const Recipe& recipe, int line) {
-  const auto* m = std::get_if<ExpertMatrix>(&recipe.lines[static_cast<std::size_t>(line)].transform);
-  return m == nullptr ? -1 : m->map.layer;
-}
+  // Bytes [piece.begin, piece.end) of a file: of its header and of the tensors that lie there.
+  void fill_piece(const Piece& piece, const FillContext& context, std::span<std::byte> out) const {
+    const HfLayout::File& file = layout_.files[piece.file];
+    const std::uint64_t header = file.header.size();
+    if (piece.begin < header) {
+      const std::uint64_t bytes = std::min(header, piece.end) - piece.begin;
+      std::memcpy(out.data(), file.header.data() + piece.begin, bytes);
+    }
+    for_each_tensor(piece, [&](std::size_t i, std::uint64_t begin, std::uint64_t end) {
+      const std::uint64_t start = header + file.entries[i].begin;
+      fill_bytes(*lines_[piece.file][i], begin - start, end - start, context,
+                 out.subspan(begin - piece.begin, end - begin));
+    });
+  }
+
+  // The layers whose last expert matrix ends in this piece.
+  std::set<int> layers_ending_in(const Piece& piece, std::map<int, std::uint64_t>& bytes_left) const {
+    std::set<int> layers;
+    for_each_tensor(piece, [&](std::size_t i, std::uint64_t begin, std::uint64_t end) {
+      const auto* m = std::get_if<ExpertMatrix>(&lines_[piece.file][i]->transform);
+      if (m != nullptr && (bytes_left[m->map.layer] -= end - begin) == 0) layers.insert(m->map.layer);
+    });
+    return layers;
+  }
+
+  std::map<int, std::uint64_t> expert_bytes_by_layer(DType dtype) const {
+    std::map<int, std::uint64_t> bytes;
+    for (const RecipeLine& line : recipe_.lines) {
+      const auto* m = std::get_if<ExpertMatrix>(&line.transform);
+      if (m == nullptr) continue;
+      bytes[m->map.layer] += static_cast<std::uint64_t>(line.rows() * line.columns()) * size_of(dtype);
+    }
+    return bytes;
+  }
+
+ private:
+  // visit(entry, begin, end) with the part of each tensor inside the piece, in offsets of the file.
+  template <class Visit>
+  void for_each_tensor(const Piece& piece, const Visit& visit) const {
+    const HfLayout::File& file = layout_.files[piece.file];
+    const std::uint64_t header = file.header.size();
+    auto at = std::partition_point(file.entries.begin(), file.entries.end(),
+                                   [&](const SafetensorsEntry& e) { return header + e.end <= piece.begin; });
+    for (; at != file.entries.end() && header + at->begin < piece.end; ++at) {
+      visit(static_cast<std::size_t>(at - file.entries.begin()), std::max(piece.begin, header + at->begin),
+            std::min(piece.end, header + at->end));
+    }
+  }
+
+  const Recipe& recipe_;
+  const HfLayout& layout_;
+  std::vector<std::vector<const RecipeLine*>> lines_;  // by file and entry
+};
 
 // Everything to be done, in the order of the files; the same list on every rank. A layer's error comes right
 // after its last expert matrix, while its dense FFN is still at hand.
-std::vector<Piece> make_pieces(const Plan& plan, DType dtype, std::uint64_t piece_bytes) {
-  std::map<std::string, int> lines = lines_by_name(plan.recipe);
+std::vector<Piece> make_pieces(const FileMap& map, const HfLayout& layout, DType dtype,
+                               std::uint64_t piece_bytes) {
+  std::map<int, std::uint64_t> bytes_left = map.expert_bytes_by_layer(dtype);
   std::vector<Piece> pieces;
-  std::map<int, std::size_t> last_of_layer;
-  for (std::size_t f = 0; f < plan.layout.files.size(); ++f) {
-    const HfLayout::File& file = plan.layout.files[f];
-    for (const SafetensorsEntry& entry : file.entries) {
-      const auto found = lines.find(entry.name);
-      UPMOE_CHECK(found != lines.end(), "no recipe line for {}", entry.name);
-      const int line_index = found->second;
-      lines.erase(found);
-      const RecipeLine& line = plan.recipe.lines[static_cast<std::size_t>(line_index)];
-      const std::uint64_t row_bytes = static_cast<std::uint64_t>(line.columns()) * size_of(dtype);
-      UPMOE_CHECK(entry.end - entry.begin == static_cast<std::uint64_t>(line.rows()) * row_bytes, "{}",
-                  entry.name);
-      const auto rows_at_once = std::max<std::int64_t>(1, static_cast<std::int64_t>(piece_bytes / row_bytes));
-      for (std::int64_t r = 0; r < line.rows(); r += rows_at_once) {
-        const std::int64_t end = std::min(line.rows(), r + rows_at_once);
-        pieces.push_back({line_index, r, end, f,
-                          file.header.size() + entry.begin + static_cast<std::uint64_t>(r) * row_bytes,
-                          static_cast<std::uint64_t>(end - r) * row_bytes, -1});
-      }
-      if (const int layer = layer_of(plan.recipe, line_index); layer >= 0)
-        last_of_layer[layer] = pieces.size();
+  for (std::size_t f = 0; f < layout.files.size(); ++f) {
+    for (std::uint64_t at = 0; at < layout.files[f].bytes; at += piece_bytes) {
+      const Piece piece{f, at, std::min(at + piece_bytes, layout.files[f].bytes), -1};
+      pieces.push_back(piece);
+      for (const int layer : map.layers_ending_in(piece, bytes_left)) pieces.push_back({0, 0, 0, layer});
     }
   }
-  UPMOE_CHECK(lines.empty(), "{} has no place in the files", lines.begin()->first);
-  std::vector<Piece> all;
-  for (std::size_t i = 0; i <= pieces.size(); ++i) {
-    for (const auto& [layer, after] : last_of_layer) {
-      if (after == i) {
-        all.emplace_back();
-        all.back().error_of_layer = layer;
-      }
-    }
-    if (i < pieces.size()) all.push_back(pieces[i]);
-  }
-  return all;
+  return pieces;
 }
 
 // A rank's share: neighbouring pieces, by bytes.
 std::vector<Piece> share_of(const std::vector<Piece>& pieces, int rank, int ranks) {
   std::uint64_t total = 0, before = 0;
-  for (const Piece& p : pieces) total += p.bytes;
+  for (const Piece& p : pieces) total += p.end - p.begin;
   std::vector<Piece> mine;
   for (const Piece& p : pieces) {
     // Where the piece's middle lies decides; sizes stay far below 2^53.
-    const double middle = static_cast<double>(before) + static_cast<double>(p.bytes) / 2;
+    const double middle = static_cast<double>(before) + static_cast<double>(p.end - p.begin) / 2;
     const int owner = std::min(ranks - 1, static_cast<int>(middle * ranks / static_cast<double>(total)));
     if (owner == rank) mine.push_back(p);
-    before += p.bytes;
+    before += p.end - p.begin;
   }
   return mine;
 }
@@ -165,29 +201,32 @@ class Upcycler {
   }
 
   void write_tensors(std::vector<double>& errors) {
+    const FileMap map(plan_->recipe, plan_->layout);
+    const std::uint64_t piece_bytes =
+        std::max<std::uint64_t>(1, options_.piece_bytes / kDiskBlock) * kDiskBlock;
     const std::vector<Piece> pieces =
-        share_of(make_pieces(*plan_, source_->dtype(), options_.piece_bytes), comm_.rank(), comm_.size());
+        share_of(make_pieces(map, plan_->layout, source_->dtype(), piece_bytes), comm_.rank(), comm_.size());
     std::uint64_t bytes = 0;
-    for (const Piece& p : pieces) bytes += p.bytes;
+    for (const Piece& p : pieces) bytes += p.end - p.begin;
     Progress progress("upcycling", bytes, options_.progress && comm_.rank() == 0);
     OutputFiles files(paths_.tmp, plan_->layout);
     const FillContext context = fill_context();
     PipelineStages stages;
-    stages.make = [&](std::size_t i, std::vector<std::byte>& buffer) {
+    stages.make = [&](std::size_t i, std::span<std::byte> buffer) {
       const Piece& p = pieces[i];
-      buffer.resize(p.bytes);
       if (p.error_of_layer >= 0) {
         errors[static_cast<std::size_t>(p.error_of_layer)] =
             layer_error(plan_->recipe, p.error_of_layer, plan_->moe, context, options_.error_tokens);
       } else {
-        fill(plan_->recipe.lines[static_cast<std::size_t>(p.line)], p.begin, p.end, context, buffer);
+        map.fill_piece(p, context, buffer);
       }
+      return p.end - p.begin;
     };
     stages.write = [&](std::size_t i, std::span<const std::byte> data) {
-      files.write(pieces[i].file, pieces[i].offset, data);
+      files.write(pieces[i].file, pieces[i].begin, data);
       progress.add(data.size());
     };
-    run_pipeline(pieces.size(), threads_, stages);
+    run_pipeline(pieces.size(), threads_, piece_bytes, stages);
     files.sync();
     progress.finish();
   }
@@ -198,12 +237,12 @@ class Upcycler {
     for (std::size_t i = 0; i < errors.size(); ++i) {
       layers.push_back({errors[i], count_copies(plan_->recipe, static_cast<int>(i), dense, *permutations_)});
     }
-    write_synced(paths_.tmp / "config.json", to_hf_json(plan_->moe));
+    write_text_synced(paths_.tmp / "config.json", to_hf_json(plan_->moe));
     if (!plan_->layout.index_json.empty()) {
-      write_synced(paths_.tmp / "model.safetensors.index.json", plan_->layout.index_json);
+      write_text_synced(paths_.tmp / "model.safetensors.index.json", plan_->layout.index_json);
     }
-    write_synced(paths_.tmp / "upcycle_report.json",
-                 make_report(plan_->config, plan_->recipe, survey_, layers, options_.error_tokens));
+    write_text_synced(paths_.tmp / "upcycle_report.json",
+                      make_report(plan_->config, plan_->recipe, survey_, layers, options_.error_tokens));
     copy_companions(options_.from, paths_.tmp);
     commit_output(paths_, plan_->layout);
   }

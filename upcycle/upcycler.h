@@ -15,7 +15,7 @@ struct UpcycleOptions {
   std::filesystem::path from, to;
   int threads = 0;                                   // computing, per rank; 0 = default_threads()
   std::uint64_t max_shard_bytes = 4'000'000'000ull;  // of one safetensors file
-  std::uint64_t piece_bytes = 8u << 20;              // computed and written in one go
+  std::uint64_t piece_bytes = 8u << 20;              // computed and written in one go; whole disk blocks
   int error_tokens = 8;                              // random inputs for each layer's error in the report
   FreeSpace free_space = free_space_of;
   bool progress = true;

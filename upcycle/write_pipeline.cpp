@@ -1,25 +1,47 @@
 #include "upcycle/write_pipeline.h"
 
+#include <algorithm>
 #include <condition_variable>
+#include <cstdlib>
 #include <deque>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <utility>
+#include <vector>
 
+#include "kernels/core/check.h"
+#include "upcycle/output_directory.h"
 #include "upcycle/workers.h"
 
 namespace upmoe {
 namespace {
 
+struct Free {
+  void operator()(std::byte* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<std::byte, Free>;
+
+Buffer allocate(std::size_t bytes) {
+  const std::size_t whole_blocks = (bytes + kDiskBlock - 1) / kDiskBlock * kDiskBlock;
+  Buffer buffer(static_cast<std::byte*>(std::aligned_alloc(kDiskBlock, std::max(whole_blocks, kDiskBlock))));
+  if (buffer == nullptr) throw std::bad_alloc();
+  return buffer;
+}
+
 struct Piece {
   std::size_t index = 0;
-  std::vector<std::byte> bytes;
+  Buffer buffer;
+  std::size_t bytes = 0;
 };
 
 // Empty buffers one way, filled ones the other.
 class Exchange {
  public:
-  Exchange(std::size_t buffers, std::size_t pieces) : empty_(buffers), pieces_(pieces) {}
+  Exchange(std::size_t buffers, std::size_t buffer_bytes, std::size_t pieces) : pieces_(pieces) {
+    for (std::size_t i = 0; i < buffers; ++i) empty_.push_back(allocate(buffer_bytes));
+  }
 
   // The next piece to make and a buffer for it; nothing when all are taken or the run is over.
   std::optional<Piece> take_empty() {
@@ -49,7 +71,7 @@ class Exchange {
   void put_empty(Piece piece) {
     const std::lock_guard lock(mutex_);
     ++written_;
-    empty_.push_back(std::move(piece.bytes));
+    empty_.push_back(std::move(piece.buffer));
     changed_.notify_all();
   }
 
@@ -67,7 +89,7 @@ class Exchange {
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<std::vector<std::byte>> empty_;
+  std::vector<Buffer> empty_;
   std::deque<Piece> filled_;
   std::size_t pieces_, taken_ = 0, written_ = 0;
   bool over_ = false, has_writer_ = false;
@@ -75,18 +97,20 @@ class Exchange {
 
 }  // namespace
 
-void run_pipeline(std::size_t count, int threads, const PipelineStages& stages) {
-  Exchange exchange(static_cast<std::size_t>(threads) + 3, count);
+void run_pipeline(std::size_t count, int threads, std::size_t buffer_bytes, const PipelineStages& stages) {
+  Exchange exchange(static_cast<std::size_t>(threads) + 3, buffer_bytes, count);
   run_workers(threads + 1, [&](const std::atomic<bool>&) {
     try {
       if (exchange.become_writer()) {
         while (std::optional<Piece> piece = exchange.take_filled()) {
-          if (!piece->bytes.empty()) stages.write(piece->index, piece->bytes);
+          if (piece->bytes > 0) stages.write(piece->index, {piece->buffer.get(), piece->bytes});
           exchange.put_empty(std::move(*piece));
         }
       } else {
         while (std::optional<Piece> piece = exchange.take_empty()) {
-          stages.make(piece->index, piece->bytes);
+          piece->bytes = stages.make(piece->index, {piece->buffer.get(), buffer_bytes});
+          UPMOE_CHECK(piece->bytes <= buffer_bytes, "{} bytes into a buffer of {}", piece->bytes,
+                      buffer_bytes);
           exchange.put_filled(std::move(*piece));
         }
       }

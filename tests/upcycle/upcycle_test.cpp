@@ -46,7 +46,7 @@ class Upcycle : public ::testing::Test {
     o.to = dir_.path() / name;
     o.threads = 1;
     o.max_shard_bytes = 300'000;
-    o.piece_bytes = 1000;
+    o.piece_bytes = 4096;
     o.error_tokens = 4;
     o.progress = false;
     return o;
@@ -87,7 +87,7 @@ TEST_F(Upcycle, BytesAreTheSameForAnyNumberOfRanksAndThreads) {
     for (const int threads : {1, 3}) {
       o = options(fmt::format("ranks{}_{}", ranks, threads));
       o.threads = threads;
-      o.piece_bytes = 777 * static_cast<std::uint64_t>(ranks);
+      o.piece_bytes = 4096 * static_cast<std::uint64_t>(ranks);
       run(recipe(), o, ranks);
       EXPECT_EQ(files_in(o.to), one) << ranks << " ranks, " << threads << " threads";
     }
@@ -296,25 +296,29 @@ TEST(Pipeline, WritesEveryPieceOnceAndStopsOnErrors) {
   for (const int threads : {1, 4}) {
     std::vector<int> written(100, 0);
     PipelineStages stages;
-    stages.make = [](std::size_t i, std::vector<std::byte>& buffer) { buffer.assign(i % 7, std::byte(i)); };
+    stages.make = [](std::size_t i, std::span<std::byte> buffer) {
+      std::fill_n(buffer.begin(), i % 7, std::byte(i));
+      return i % 7;
+    };
     stages.write = [&](std::size_t i, std::span<const std::byte> bytes) {
       EXPECT_EQ(bytes.size(), i % 7);
       EXPECT_EQ(bytes[0], std::byte(i));
       ++written[i];
     };
-    run_pipeline(written.size(), threads, stages);
+    run_pipeline(written.size(), threads, 7, stages);
     for (std::size_t i = 0; i < written.size(); ++i) EXPECT_EQ(written[i], i % 7 == 0 ? 0 : 1) << i;
 
     PipelineStages bad_make = stages;
-    bad_make.make = [](std::size_t i, std::vector<std::byte>&) {
+    bad_make.make = [](std::size_t i, std::span<std::byte>) {
       if (i == 30) fail(ExitCode::kBadInput, "no piece 30");
+      return std::size_t{0};
     };
-    EXPECT_THROW(run_pipeline(100, threads, bad_make), Error);
+    EXPECT_THROW(run_pipeline(100, threads, 7, bad_make), Error);
     PipelineStages bad_write = stages;
     bad_write.write = [](std::size_t, std::span<const std::byte>) { fail(ExitCode::kBadInput, "disk full"); };
-    EXPECT_THROW(run_pipeline(100, threads, bad_write), Error);
+    EXPECT_THROW(run_pipeline(100, threads, 7, bad_write), Error);
   }
-  run_pipeline(0, 2, {});
+  run_pipeline(0, 2, 7, {});
 }
 
 TEST(SourceSurvey, CombinesChecksums) {
