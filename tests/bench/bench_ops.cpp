@@ -1,0 +1,266 @@
+// Single ops at the shapes of a training step, as a share of the machine's peak measured in the same run: of
+// the best large matrix product for products, of a memory copy for the others.
+//
+//   OMP_NUM_THREADS=2 bench_ops --benchmark_filter=grouped
+//
+// Counters: gflops and gbytes per second, and share_of_peak. Sizes: tiny is 2048 tokens, width 256, 60
+// experts of 176, top-4; mid the same with width 1024 and experts of 704.
+
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/core/exec.h"
+#include "kernels/ops/adamw.h"
+#include "kernels/ops/embedding.h"
+#include "kernels/ops/gemm.h"
+#include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/pointwise.h"
+
+namespace upmoe {
+namespace {
+
+constexpr std::int64_t kTokens = 2048, kTopK = 4, kExperts = 60;
+
+struct Model {
+  const char* name;
+  std::int64_t width, expert_width, vocab;
+};
+constexpr Model kModels[] = {{"tiny", 256, 176, 4096}, {"mid", 1024, 704, 8192}};
+constexpr DType kFloats[] = {DType::kF32, DType::kBF16};
+
+Exec& exec() {
+  static Arena scratch({}, std::size_t{4} << 30, "scratch");
+  static Exec ex = [] {
+    Exec e;
+    e.scratch = &scratch;
+    return e;
+  }();
+  return ex;
+}
+
+// A tensor with its own memory, filled with numbers between -1 and 1.
+struct Tensor {
+  Buffer memory;
+  TensorView view;
+
+  Tensor(Shape shape, DType dtype)
+      : memory(Buffer::allocate({}, static_cast<std::size_t>(shape.elements()) * size_of(dtype))),
+        view(memory.view(shape, dtype)) {
+    std::minstd_rand random(1);
+    std::uniform_real_distribution<float> value(-1, 1);
+    for (std::int64_t i = 0; i < shape.elements(); ++i) {
+      if (dtype == DType::kF32) view.as<float>()[i] = value(random);
+      if (dtype == DType::kBF16) view.as<bf16>()[i] = to_bf16(value(random));
+    }
+  }
+};
+
+double seconds_of(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double best_seconds(const std::function<void()>& work, double budget = 0.5) {
+  work();
+  double best = seconds_of(work);
+  for (double spent = best; spent < budget;) {
+    const double t = seconds_of(work);
+    best = std::min(best, t);
+    spent += t;
+  }
+  return best;
+}
+
+// FLOP/s of the best square product of 1024 and 2048.
+double peak_flops(DType dtype) {
+  static std::map<DType, double> known;
+  if (const auto found = known.find(dtype); found != known.end()) return found->second;
+  double best = 0;
+  for (std::int64_t side : {1024, 2048}) {
+    const Tensor a({side, side}, dtype), b({side, side}, dtype), c({side, side}, dtype);
+    const double seconds = best_seconds([&] {
+      ops::gemm(exec(), c.view, a.view, Transpose::kNo, b.view, Transpose::kYes, Accumulate::kOverwrite);
+    });
+    best = std::max(best, 2.0 * static_cast<double>(side * side * side) / seconds);
+  }
+  return known[dtype] = best;
+}
+
+// Bytes per second of a sum of two arrays into a third, far beyond the caches.
+double peak_bytes() {
+  static const double peak = [] {
+    constexpr std::int64_t kElements = std::int64_t{1} << 25;
+    const Tensor a({kElements}, DType::kF32), b({kElements}, DType::kF32), c({kElements}, DType::kF32);
+    return 12.0 * kElements / best_seconds([&] { ops::add(exec(), c.view, a.view, b.view); }, 1.0);
+  }();
+  return peak;
+}
+
+// Times `op`, whose cost is what it books itself. share_of_peak is of the slower of both limits.
+void measure(benchmark::State& state, DType dtype, const std::function<void(Exec&)>& op) {
+  Ledger ledger;
+  Exec booked = exec();
+  booked.ledger = &ledger;
+  op(booked);
+  const Cost cost = ledger.total();
+  const double bytes = cost.bytes_read + cost.bytes_written;
+  const bool products = ledger.entries().begin()->first.find("gemm") != std::string::npos;
+  const double limit_seconds =
+      std::max(bytes / peak_bytes(), products ? cost.flops / peak_flops(dtype) : 0.0);
+  double best = 1e9;
+  for (auto _ : state) {
+    const double t = seconds_of([&] { op(exec()); });
+    state.SetIterationTime(t);
+    best = std::min(best, t);
+  }
+  state.counters["gflops"] = cost.flops / best * 1e-9;
+  state.counters["gbytes"] = bytes / best * 1e-9;
+  state.counters["share_of_peak"] = limit_seconds / best;
+}
+
+void add(const std::string& name, DType dtype, const std::function<void(benchmark::State&)>& body) {
+  benchmark::RegisterBenchmark((name + "/" + name_of(dtype)).c_str(), body)
+      ->UseManualTime()
+      ->Unit(benchmark::kMicrosecond);
+}
+
+// Rows per expert as an untrained router gives them: every row picks its expert at random.
+std::vector<std::int64_t> random_offsets() {
+  std::minstd_rand random(3);
+  std::vector<std::int64_t> offsets(kExperts + 1);
+  for (std::int64_t r = 0; r < kTokens * kTopK; ++r) ++offsets[random() % kExperts + 1];
+  for (std::size_t i = 0; i < kExperts; ++i) offsets[i + 1] += offsets[i];
+  return offsets;
+}
+
+// One Linear of all experts, [N, K] each.
+void add_grouped(const std::string& name, std::int64_t n, std::int64_t k, DType dtype) {
+  const std::int64_t rows = kTokens * kTopK;
+  add("grouped_gemm_forward/" + name, dtype, [=](benchmark::State& state) {
+    const Tensor x({rows, k}, dtype), w({kExperts, n, k}, dtype), y({rows, n}, dtype);
+    const auto offsets = random_offsets();
+    measure(state, dtype, [&](Exec& ex) { ops::grouped_gemm_forward(ex, y.view, x.view, w.view, offsets); });
+  });
+  add("grouped_gemm_dgrad/" + name, dtype, [=](benchmark::State& state) {
+    const Tensor dx({rows, k}, dtype), w({kExperts, n, k}, dtype), dy({rows, n}, dtype);
+    const auto offsets = random_offsets();
+    measure(state, dtype, [&](Exec& ex) { ops::grouped_gemm_dgrad(ex, dx.view, dy.view, w.view, offsets); });
+  });
+  add("grouped_gemm_wgrad/" + name, dtype, [=](benchmark::State& state) {
+    const Tensor x({rows, k}, dtype), dw({kExperts, n, k}, dtype), dy({rows, n}, dtype);
+    const auto offsets = random_offsets();
+    measure(state, dtype, [&](Exec& ex) {
+      ops::grouped_gemm_wgrad(ex, dw.view, dy.view, x.view, offsets, Accumulate::kAdd);
+    });
+  });
+}
+
+// A Linear weight [N, K] over all tokens: forward, gradient of the input, gradient of the weight.
+void add_linear(const std::string& name, std::int64_t n, std::int64_t k, DType dtype) {
+  const auto no = Transpose::kNo, yes = Transpose::kYes;
+  add("gemm_forward/" + name, dtype, [=](benchmark::State& state) {
+    const Tensor x({kTokens, k}, dtype), w({n, k}, dtype), y({kTokens, n}, dtype);
+    measure(state, dtype,
+            [&](Exec& ex) { ops::gemm(ex, y.view, x.view, no, w.view, yes, Accumulate::kOverwrite); });
+  });
+  add("gemm_dgrad/" + name, dtype, [=](benchmark::State& state) {
+    const Tensor dx({kTokens, k}, dtype), w({n, k}, dtype), dy({kTokens, n}, dtype);
+    measure(state, dtype,
+            [&](Exec& ex) { ops::gemm(ex, dx.view, dy.view, no, w.view, no, Accumulate::kOverwrite); });
+  });
+  add("gemm_wgrad/" + name, dtype, [=](benchmark::State& state) {
+    const Tensor x({kTokens, k}, dtype), dw({n, k}, dtype), dy({kTokens, n}, dtype);
+    measure(state, dtype,
+            [&](Exec& ex) { ops::gemm(ex, dw.view, dy.view, yes, x.view, no, Accumulate::kAdd); });
+  });
+}
+
+void add_rows(const Model& model, DType dtype) {
+  const std::int64_t width = model.width, vocab = model.vocab;
+  const auto random_tokens = [=] {
+    Tensor tokens({kTokens}, DType::kI32);
+    std::minstd_rand random(5);
+    for (std::int64_t t = 0; t < kTokens; ++t)
+      tokens.view.as<std::int32_t>()[t] = static_cast<std::int32_t>(random() % static_cast<unsigned>(vocab));
+    return tokens;
+  };
+  add(std::string("embedding_forward/") + model.name, dtype, [=](benchmark::State& state) {
+    const Tensor tokens = random_tokens(), w({vocab, width}, dtype), x({kTokens, width}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::embedding_forward(ex, x.view, tokens.view, w.view); });
+  });
+  add(std::string("embedding_backward/") + model.name, dtype, [=](benchmark::State& state) {
+    const Tensor tokens = random_tokens(), dw({vocab, width}, dtype), dx({kTokens, width}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::embedding_backward(ex, dw.view, dx.view, tokens.view); });
+  });
+  add(std::string("bias_backward/") + model.name, dtype, [=](benchmark::State& state) {
+    const Tensor db({3 * width}, dtype), dy({kTokens, 3 * width}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::bias_backward(ex, db.view, dy.view); });
+  });
+}
+
+// Over the parameters of one layer's experts.
+void add_elementwise(const Model& model, DType dtype) {
+  const std::int64_t n = kExperts * 3 * model.expert_width * model.width;
+  const std::string name = std::string("/") + model.name;
+  add("adamw" + name, dtype, [=](benchmark::State& state) {
+    const Tensor weight({n}, dtype), grad({n}, dtype), master({n}, DType::kF32), m({n}, DType::kF32);
+    const Tensor v({n}, DType::kF32);
+    ops::fill(exec(), v.view, 0.5f);  // squares are not negative
+    measure(state, dtype, [&](Exec& ex) {
+      ops::adamw(ex, weight.view, master.view, m.view, v.view, grad.view, AdamWStep{.lr = 1e-4f});
+    });
+  });
+  add("add" + name, dtype, [=](benchmark::State& state) {
+    const Tensor a({n}, dtype), b({n}, dtype), out({n}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::add(ex, out.view, a.view, b.view); });
+  });
+  add("cast_from_fp32" + name, dtype, [=](benchmark::State& state) {
+    const Tensor in({n}, DType::kF32), out({n}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::cast(ex, out.view, in.view); });
+  });
+  add("fill" + name, dtype, [=](benchmark::State& state) {
+    const Tensor x({n}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::fill(ex, x.view, 0.0f); });
+  });
+  add("sum_of_squares" + name, dtype, [=](benchmark::State& state) {
+    const Tensor x({n}, dtype), sum({1}, DType::kF64);
+    measure(state, dtype, [&](Exec& ex) { ops::sum_of_squares(ex, sum.view, x.view); });
+  });
+}
+
+void add_all() {
+  for (const Model& model : kModels)
+    for (DType dtype : kFloats) {
+      const std::string name = model.name;
+      add_grouped(name + "/gate_up", 2 * model.expert_width, model.width, dtype);
+      add_grouped(name + "/down", model.width, model.expert_width, dtype);
+      add_linear(name + "/qkv", 3 * model.width, model.width, dtype);
+      add_linear(name + "/shared_gate_up", 2 * kTopK * model.expert_width, model.width, dtype);
+      add_linear(name + "/shared_down", model.width, kTopK * model.expert_width, dtype);
+      add_linear(name + "/head", model.vocab, model.width, dtype);
+      add_rows(model, dtype);
+      add_elementwise(model, dtype);
+    }
+}
+
+}  // namespace
+}  // namespace upmoe
+
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  upmoe::add_all();
+  std::printf("peak: %.0f GFLOP/s fp32, %.0f bf16, %.1f GB/s\n", upmoe::peak_flops(upmoe::DType::kF32) * 1e-9,
+              upmoe::peak_flops(upmoe::DType::kBF16) * 1e-9, upmoe::peak_bytes() * 1e-9);
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+}
