@@ -1,7 +1,7 @@
 #pragma once
-// The subcommands of `upmoe`. Each add_x() declares one on the command line; when it was chosen, it sets `handler`,
-// which main runs on every rank and whose result is the exit status. A handler is a composition root: it reads
-// configuration, builds objects, runs them, and holds no logic of its own.
+// The subcommands of `upmoe`. Each add_x() declares one on the command line; when it was chosen, it sets
+// `handler`, which main runs on every rank and whose result is the exit status. A handler is a composition
+// root: it reads configuration, builds objects, runs them, and holds no logic of its own.
 
 #include <CLI/CLI.hpp>
 #include <functional>

@@ -70,8 +70,13 @@ std::string duration(double seconds) {
 
 }  // namespace
 
-Metrics::Metrics(const fs::path& run_dir, const RunConfig& run, std::int64_t from_step, double peak_flops)
-    : run_(run), path_(run_dir / "metrics.jsonl"), peak_flops_(peak_flops), terminal_(isatty(2) != 0) {
+Metrics::Metrics(const fs::path& run_dir, const RunConfig& run, std::int64_t from_step, int ranks,
+                 double peak_flops)
+    : run_(run),
+      path_(run_dir / "metrics.jsonl"),
+      ranks_(ranks),
+      peak_flops_(peak_flops),
+      terminal_(isatty(2) != 0) {
   cut_after(path_, from_step);
   file_.open(path_, std::ios::app);
   if (!file_)
@@ -105,6 +110,7 @@ void Metrics::step(const StepReport& r) {
          {"tflops_per_rank", tflops},
          {"mfu", peak_flops_ > 0 ? json(tflops * 1e12 / peak_flops_) : json()},
          {"flops", r.flops_per_rank},
+         {"ranks", ranks_},
          {"memory_peak_bytes", peak_memory_bytes()}};
   if (!r.expert_load.empty()) {
     j["expert_load_max"] = load.largest;

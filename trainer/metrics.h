@@ -16,7 +16,7 @@ class Metrics {
  public:
   // Lines beyond `from_step` of an earlier attempt are moved to metrics.jsonl.cut: every step stands there
   // once. peak_flops: of one rank, what MFU is a share of; 0 = unknown, MFU is null.
-  Metrics(const std::filesystem::path& run_dir, const RunConfig& run, std::int64_t from_step,
+  Metrics(const std::filesystem::path& run_dir, const RunConfig& run, std::int64_t from_step, int ranks,
           double peak_flops);
 
   void step(const StepReport& report);
@@ -29,6 +29,7 @@ class Metrics {
   std::filesystem::path path_;
   std::ofstream file_;
   std::optional<EventFile> events_;
+  int ranks_;
   double peak_flops_;
   double slow_seconds_ = 0;  // smoothed seconds per step, for the time left
   bool terminal_;

@@ -21,7 +21,9 @@ double model_flops(const Ledger& ledger) {
 }
 
 MicroBatch micro_batch_of(const Batch& batch, std::int64_t seq_len) {
-  return {batch.tokens_T, batch.targets_T, {batch.positions_T, batch.document_T, seq_len}};
+  MicroBatch micro{batch.tokens_T, batch.targets_T, {batch.positions_T, {}, seq_len}};
+  if (batch.document_T.data != nullptr) micro.places.document_T = batch.document_T;
+  return micro;
 }
 
 }  // namespace

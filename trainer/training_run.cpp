@@ -177,7 +177,7 @@ void Run::start_metrics() {
   const double peak = measure_peak_flops(session_->memory.exec, session_->params.dtype());
   run_agreed(world_, [&] {
     if (world_.rank() != 0) return;
-    metrics_ = std::make_unique<Metrics>(dir_, run_, state_.step, peak);
+    metrics_ = std::make_unique<Metrics>(dir_, run_, state_.step, world_.size(), peak);
     std::ofstream config(dir_ / "config.yaml");
     config << to_yaml(run_);
     if (!config.flush()) fail(ExitCode::kBadInput, "{}: cannot be written", (dir_ / "config.yaml").string());

@@ -1,5 +1,7 @@
-// Writes a tiny model directory, token files and a run configuration into a folder: what run_test.py trains with.
-// usage: make_run FOLDER
+// Writes a tiny model directory, token files and a run configuration into a folder: what run_test.py trains
+// with. usage: make_run FOLDER
+
+#include <fmt/format.h>
 
 #include <fstream>
 

@@ -1,5 +1,5 @@
-// Every layer's backward against finite differences of its forward; a mixture's routing is held fixed, which is
-// checked: a probe that flips a top-k choice would compare two different functions.
+// Every layer's backward against finite differences of its forward; a mixture's routing is held fixed, which
+// is checked: a probe that flips a top-k choice would compare two different functions.
 
 #include "tests/support/gradient_check.h"
 #include "trainer/model/block.h"
@@ -19,8 +19,8 @@ struct Rig {
   Arena& keep = memory.keep;
 };
 
-TokenPlaces places_for(std::vector<std::int32_t>& positions, std::vector<std::int32_t>& documents, std::int64_t T,
-                       std::int64_t S, bool masked) {
+TokenPlaces places_for(std::vector<std::int32_t>& positions, std::vector<std::int32_t>& documents,
+                       std::int64_t T, std::int64_t S, bool masked) {
   for (std::int64_t t = 0; t < T; ++t) {
     positions.push_back(static_cast<std::int32_t>(t % S));
     documents.push_back(static_cast<std::int32_t>(t % S / 3));
@@ -36,7 +36,8 @@ TEST(LayerGradient, RmsNorm) {
   Rig rig;
   const std::int64_t T = 6, D = 20;
   RmsNorm norm{rig.host.param({D}, 1.0), 1e-6f};
-  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0), dx = rig.host.zeros({T, D});
+  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0),
+                   dx = rig.host.zeros({T, D});
   RmsNorm::Saved saved;
   const auto scalar = [&] {
     const std::size_t mark = rig.keep.mark();
@@ -49,7 +50,8 @@ TEST(LayerGradient, RmsNorm) {
   norm.forward(rig.ex, y, x, rig.keep, saved);
   norm.backward(rig.ex, dx, Accumulate::kOverwrite, probe, saved);
   test::expect_gradient(rig.host, "x", x, dx, scalar, kStep, kTolerance);
-  test::expect_gradient(rig.host, "weight", norm.weight_D.value, norm.weight_D.grad, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "weight", norm.weight_D.value, norm.weight_D.grad, scalar, kStep,
+                        kTolerance);
 }
 
 void check_attention(std::int64_t heads, std::int64_t kv_heads, bool masked) {
@@ -63,7 +65,8 @@ void check_attention(std::int64_t heads, std::int64_t kv_heads, bool masked) {
   layer.output = {rig.host.param({D, heads * d}, 0.3), std::nullopt};
   std::vector<std::int32_t> positions, documents;
   const TokenPlaces places = places_for(positions, documents, T, S, masked);
-  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0), dx = rig.host.zeros({T, D});
+  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0),
+                   dx = rig.host.zeros({T, D});
   const auto scalar = [&] {
     AttentionLayer::Saved s;
     const std::size_t mark = rig.keep.mark();
@@ -77,14 +80,23 @@ void check_attention(std::int64_t heads, std::int64_t kv_heads, bool masked) {
   layer.forward(rig.ex, y, x, places, rig.keep, saved);
   layer.backward(rig.ex, dx, probe, saved);
   test::expect_gradient(rig.host, "x", x, dx, scalar, kStep, kTolerance);
-  test::expect_gradient(rig.host, "qkv", layer.qkv.weight_NK.value, layer.qkv.weight_NK.grad, scalar, kStep, kTolerance);
-  test::expect_gradient(rig.host, "qkv bias", layer.qkv.bias_N->value, layer.qkv.bias_N->grad, scalar, kStep, kTolerance);
-  test::expect_gradient(rig.host, "output", layer.output.weight_NK.value, layer.output.weight_NK.grad, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "qkv", layer.qkv.weight_NK.value, layer.qkv.weight_NK.grad, scalar, kStep,
+                        kTolerance);
+  test::expect_gradient(rig.host, "qkv bias", layer.qkv.bias_N->value, layer.qkv.bias_N->grad, scalar, kStep,
+                        kTolerance);
+  test::expect_gradient(rig.host, "output", layer.output.weight_NK.value, layer.output.weight_NK.grad, scalar,
+                        kStep, kTolerance);
 }
 
-TEST(LayerGradient, Attention) { check_attention(4, 4, false); }
-TEST(LayerGradient, AttentionGroupedHeads) { check_attention(4, 2, false); }
-TEST(LayerGradient, AttentionDocuments) { check_attention(3, 1, true); }
+TEST(LayerGradient, Attention) {
+  check_attention(4, 4, false);
+}
+TEST(LayerGradient, AttentionGroupedHeads) {
+  check_attention(4, 2, false);
+}
+TEST(LayerGradient, AttentionDocuments) {
+  check_attention(3, 1, true);
+}
 
 void check_ffn(bool gated) {
   Rig rig;
@@ -93,7 +105,8 @@ void check_ffn(bool gated) {
   ffn.gate_up = {rig.host.param({2 * F, D}, 0.4), std::nullopt};
   ffn.down = {rig.host.param({D, F}, 0.4), std::nullopt};
   if (gated) ffn.gate_1D = rig.host.param({1, D}, 0.4);
-  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0), dx = rig.host.zeros({T, D});
+  const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0),
+                   dx = rig.host.zeros({T, D});
   const auto scalar = [&] {
     DenseFfn::Saved s;
     const std::size_t mark = rig.keep.mark();
@@ -107,13 +120,20 @@ void check_ffn(bool gated) {
   ffn.forward(rig.ex, y, x, rig.keep, saved);
   ffn.backward(rig.ex, dx, probe, saved);
   test::expect_gradient(rig.host, "x", x, dx, scalar, kStep, kTolerance);
-  test::expect_gradient(rig.host, "gate_up", ffn.gate_up.weight_NK.value, ffn.gate_up.weight_NK.grad, scalar, kStep, kTolerance);
-  test::expect_gradient(rig.host, "down", ffn.down.weight_NK.value, ffn.down.weight_NK.grad, scalar, kStep, kTolerance);
-  if (gated) test::expect_gradient(rig.host, "gate", ffn.gate_1D->value, ffn.gate_1D->grad, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "gate_up", ffn.gate_up.weight_NK.value, ffn.gate_up.weight_NK.grad, scalar,
+                        kStep, kTolerance);
+  test::expect_gradient(rig.host, "down", ffn.down.weight_NK.value, ffn.down.weight_NK.grad, scalar, kStep,
+                        kTolerance);
+  if (gated)
+    test::expect_gradient(rig.host, "gate", ffn.gate_1D->value, ffn.gate_1D->grad, scalar, kStep, kTolerance);
 }
 
-TEST(LayerGradient, DenseFfn) { check_ffn(false); }
-TEST(LayerGradient, SharedExpert) { check_ffn(true); }
+TEST(LayerGradient, DenseFfn) {
+  check_ffn(false);
+}
+TEST(LayerGradient, SharedExpert) {
+  check_ffn(true);
+}
 
 // The scalar includes the balance and z terms, so that their gradients are tested through the router too.
 struct MoeRig : Rig {
@@ -177,16 +197,25 @@ void check_moe(bool renormalize, AuxKind kind) {
   const auto scalar = [&] { return rig.scalar(); };
   const double step = 5e-4;  // smaller than elsewhere: no flips
   test::expect_gradient(rig.host, "x", rig.x, dx, scalar, step, 1e-2);
-  test::expect_gradient(rig.host, "router", rig.moe.router_ED.value, rig.moe.router_ED.grad, scalar, step, 1e-2);
-  test::expect_gradient(rig.host, "experts in", rig.moe.gate_up_eGD.value, rig.moe.gate_up_eGD.grad, scalar, kStep, 1e-2);
-  test::expect_gradient(rig.host, "experts out", rig.moe.down_eDF.value, rig.moe.down_eDF.grad, scalar, kStep, 1e-2);
-  test::expect_gradient(rig.host, "shared gate", rig.moe.shared->gate_1D->value, rig.moe.shared->gate_1D->grad, scalar,
+  test::expect_gradient(rig.host, "router", rig.moe.router_ED.value, rig.moe.router_ED.grad, scalar, step,
+                        1e-2);
+  test::expect_gradient(rig.host, "experts in", rig.moe.gate_up_eGD.value, rig.moe.gate_up_eGD.grad, scalar,
                         kStep, 1e-2);
+  test::expect_gradient(rig.host, "experts out", rig.moe.down_eDF.value, rig.moe.down_eDF.grad, scalar, kStep,
+                        1e-2);
+  test::expect_gradient(rig.host, "shared gate", rig.moe.shared->gate_1D->value,
+                        rig.moe.shared->gate_1D->grad, scalar, kStep, 1e-2);
 }
 
-TEST(LayerGradient, MoePooledBalance) { check_moe(false, AuxKind::kHf); }
-TEST(LayerGradient, MoeRenormalised) { check_moe(true, AuxKind::kHf); }
-TEST(LayerGradient, MoeSwitchBalance) { check_moe(false, AuxKind::kSwitch); }
+TEST(LayerGradient, MoePooledBalance) {
+  check_moe(false, AuxKind::kHf);
+}
+TEST(LayerGradient, MoeRenormalised) {
+  check_moe(true, AuxKind::kHf);
+}
+TEST(LayerGradient, MoeSwitchBalance) {
+  check_moe(false, AuxKind::kSwitch);
+}
 
 }  // namespace
 }  // namespace upmoe

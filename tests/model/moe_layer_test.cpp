@@ -1,6 +1,6 @@
-// A mixture gives the same numbers for every expert-parallel degree: tokens are dealt to the ranks in order, experts by
-// balanced shares, and output, input gradient and expert gradients must be bitwise those of one rank. The router's
-// weight gradient is a sum over ranks and may differ by the order of that sum.
+// A mixture gives the same numbers for every expert-parallel degree: tokens are dealt to the ranks in order,
+// experts by balanced shares, and output, input gradient and expert gradients must be bitwise those of one
+// rank. The router's weight gradient is a sum over ranks and may differ by the order of that sum.
 
 #include <gtest/gtest.h>
 
@@ -27,7 +27,9 @@ struct Results {
   std::vector<float> y, dx, gate_up, down, router;
 };
 
-std::vector<float> copy(ConstTensorView v) { return {v.as<float>(), v.as<float>() + v.elements()}; }
+std::vector<float> copy(ConstTensorView v) {
+  return {v.as<float>(), v.as<float>() + v.elements()};
+}
 
 // Runs one rank's part and puts it where it belongs in the whole.
 void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mutex) {
@@ -39,7 +41,8 @@ void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mute
   moe.top_k = w.K;
   moe.ep = &ep;
   moe.router_ED = {w.router, host.zeros(w.router.shape)};
-  const TensorView gate_up = w.gate_up.rows(experts.begin, experts.end), down = w.down.rows(experts.begin, experts.end);
+  const TensorView gate_up = w.gate_up.rows(experts.begin, experts.end),
+                   down = w.down.rows(experts.begin, experts.end);
   moe.gate_up_eGD = {gate_up, host.zeros(gate_up.shape)};
   moe.down_eDF = {down, host.zeros(down.shape)};
 
@@ -51,7 +54,8 @@ void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mute
   ep.all_reduce(moe.router_ED.grad, ReduceOp::kSum);
 
   const std::lock_guard lock(mutex);
-  const auto place = [](std::vector<float>& whole, ConstTensorView part, std::int64_t first_row, std::int64_t rows) {
+  const auto place = [](std::vector<float>& whole, ConstTensorView part, std::int64_t first_row,
+                        std::int64_t rows) {
     const std::int64_t row = part.elements() / std::max<std::int64_t>(1, part.rows());
     whole.resize(static_cast<std::size_t>(rows * row));
     const std::vector<float> values = copy(part);

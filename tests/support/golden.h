@@ -17,7 +17,8 @@ namespace upmoe::test {
 class Golden {
  public:
   explicit Golden(const std::string& name)
-      : file_(folder() / (name + ".safetensors")), config_(read_model_config(folder() / name / "config.json")) {
+      : file_(folder() / (name + ".safetensors")),
+        config_(read_model_config(folder() / name / "config.json")) {
     const std::vector<std::int32_t> rows = values<std::int32_t>("tokens");
     const SafetensorsEntry& e = entry("tokens");
     rows_ = e.shape[0];
@@ -57,7 +58,8 @@ class Golden {
     return [this](const ParamSpec& spec, const Box& box, TensorView out) {
       const std::vector<float> whole = parameter(spec, "");
       std::int64_t i = 0;
-      for_each_index(box, spec.shape, [&](std::int64_t at) { out.as<float>()[i++] = whole[static_cast<std::size_t>(at)]; });
+      for_each_index(box, spec.shape,
+                     [&](std::int64_t at) { out.as<float>()[i++] = whole[static_cast<std::size_t>(at)]; });
     };
   }
 
@@ -105,7 +107,8 @@ class Golden {
     UPMOE_CHECK(e != nullptr, "{}: no tensor '{}'", file_.path().string(), name);
     return *e;
   }
-  static void scatter(const std::vector<float>& part, const Box& box, const Shape& global, std::vector<float>& whole) {
+  static void scatter(const std::vector<float>& part, const Box& box, const Shape& global,
+                      std::vector<float>& whole) {
     std::size_t i = 0;
     for_each_index(box, global, [&](std::int64_t at) { whole[static_cast<std::size_t>(at)] = part[i++]; });
   }

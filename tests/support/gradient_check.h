@@ -1,6 +1,7 @@
 #pragma once
-// Finite differences for a whole layer. The scalar is sum(y * probe) with a fixed random probe, summed in double; a
-// gradient is tested along random directions of one tensor at a time: central difference against <grad, direction>.
+// Finite differences for a whole layer. The scalar is sum(y * probe) with a fixed random probe, summed in
+// double; a gradient is tested along random directions of one tensor at a time: central difference against
+// <grad, direction>.
 
 #include <gtest/gtest.h>
 
@@ -47,8 +48,8 @@ inline double dot(ConstTensorView a, ConstTensorView b) {
   return sum;
 }
 
-// `scalar` evaluates the layer with the present contents of `value`; `grad` is the analytic gradient. `check_frozen`
-// (optional) runs after each evaluation and fails the test when a discrete choice changed.
+// `scalar` evaluates the layer with the present contents of `value`; `grad` is the analytic gradient.
+// `check_frozen` (optional) runs after each evaluation and fails the test when a discrete choice changed.
 inline void expect_gradient(Host& host, const std::string& what, TensorView value, ConstTensorView grad,
                             const std::function<double()>& scalar, double step, double tolerance) {
   const std::vector<float> original(value.as<float>(), value.as<float>() + value.elements());
@@ -60,13 +61,14 @@ inline void expect_gradient(Host& host, const std::string& what, TensorView valu
     for (int s = 0; s < 2; ++s) {
       const double h = s == 0 ? step : -step;
       for (std::int64_t i = 0; i < value.elements(); ++i)
-        value.as<float>()[i] = static_cast<float>(double(original[std::size_t(i)]) + h * double(direction.as<float>()[i]));
+        value.as<float>()[i] =
+            static_cast<float>(double(original[std::size_t(i)]) + h * double(direction.as<float>()[i]));
       side[s] = scalar();
     }
     std::copy(original.begin(), original.end(), value.as<float>());
     const double found = (side[0] - side[1]) / (2 * step);
-    // `scale` is the size of a typical directional derivative: an error relative to it, so that a direction that
-    // happens to be nearly orthogonal to the gradient does not blow up the ratio.
+    // `scale` is the size of a typical directional derivative: an error relative to it, so that a direction
+    // that happens to be nearly orthogonal to the gradient does not blow up the ratio.
     EXPECT_NEAR(found, expected, tolerance * (scale + 1e-6)) << what << ", probe " << probe;
   }
 }

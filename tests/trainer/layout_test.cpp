@@ -1,5 +1,5 @@
-// The same ten steps on any number of ranks with any expert-parallel degree, with and without accumulation, equal those
-// of one rank. Runs as threads here; under mpirun (layout_test_mpiN) the world is MPI's.
+// The same ten steps on any number of ranks with any expert-parallel degree, with and without accumulation,
+// equal those of one rank. Runs as threads here; under mpirun (layout_test_mpiN) the world is MPI's.
 
 #include <gtest/gtest.h>
 
@@ -25,10 +25,12 @@ std::filesystem::path token_path(int rank) {
   return std::filesystem::path(testing::TempDir()) / fmt::format("layout_{}_{}.h5", ::getpid(), rank);
 }
 
-void run_rank(Communicator& world, const Golden& golden, std::int64_t micro_batch, int ep, Recompute recompute,
-              Outcome& outcome, std::mutex& mutex) {
+void run_rank(Communicator& world, const Golden& golden, std::int64_t micro_batch, int ep,
+              Recompute recompute, Outcome& outcome, std::mutex& mutex) {
   RunConfig run = golden.run(token_path(world.rank()), micro_batch, ep);
-  run.train.recompute = recompute == Recompute::kBlock ? "block" : recompute == Recompute::kFfn ? "ffn" : "none";
+  run.train.recompute = recompute == Recompute::kBlock ? "block"
+                        : recompute == Recompute::kFfn ? "ffn"
+                                                       : "none";
   Session session(run, golden.config(), world);
   session.params.load(golden.reader());
   session.optimizer.reset(session.memory.exec);
@@ -47,7 +49,8 @@ void run_rank(Communicator& world, const Golden& golden, std::int64_t micro_batc
     std::vector<float>& whole = outcome.weights[p.spec.name];
     whole.resize(static_cast<std::size_t>(p.spec.shape.elements()));
     const float* values = p.value.as<float>();
-    Golden::for_each_index(p.shard, p.spec.shape, [&](std::int64_t at) { whole[static_cast<std::size_t>(at)] = *values++; });
+    Golden::for_each_index(p.shard, p.spec.shape,
+                           [&](std::int64_t at) { whole[static_cast<std::size_t>(at)] = *values++; });
   }
   std::filesystem::remove(token_path(world.rank()));
 }
@@ -66,7 +69,8 @@ Outcome run_threads(const std::string& name, int ranks, int ep, std::int64_t mic
 const Outcome& one_rank(const std::string& name, std::int64_t micro_batch) {
   static std::map<std::pair<std::string, std::int64_t>, Outcome> done;
   auto it = done.find({name, micro_batch});
-  if (it == done.end()) it = done.emplace(std::pair(name, micro_batch), run_threads(name, 1, 1, micro_batch)).first;
+  if (it == done.end())
+    it = done.emplace(std::pair(name, micro_batch), run_threads(name, 1, 1, micro_batch)).first;
   return it->second;
 }
 
@@ -78,7 +82,8 @@ void expect_equal(const Outcome& one, const Outcome& many) {
     EXPECT_NEAR(many.norms[i], one.norms[i], 1e-5 * one.norms[i]) << "step " << i + 1;
   }
   for (const auto& [name, expected] : one.weights) {
-    if (name.ends_with("attn.k_NH")) continue;  // its gradient is rounding alone, and AdamW makes steps of its sign
+    if (name.ends_with("attn.k_NH"))
+      continue;  // its gradient is rounding alone, and AdamW makes steps of its sign
     const std::vector<float>& found = many.weights.at(name);
     double difference = 0, norm = 0;
     for (std::size_t i = 0; i < expected.size(); ++i) {

@@ -1,5 +1,5 @@
-// The ledger of a step: the dry device books what a real step books, and the products agree with the published count
-// 6 * (weights multiplied per token).
+// The ledger of a step: the dry device books what a real step books, and the products agree with the
+// published count 6 * (weights multiplied per token).
 
 #include <gtest/gtest.h>
 
@@ -35,7 +35,8 @@ Books step(const Golden& golden, Communicator& world, int ep, Device device, std
   if (device.type == DeviceType::kCpu) s.params.load(golden.reader());
   const std::int64_t S = golden.seq_len(), T = sequences * S;
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(T), 1), positions(static_cast<std::size_t>(T));
-  for (std::size_t t = 0; t < positions.size(); ++t) positions[t] = static_cast<std::int32_t>(static_cast<std::int64_t>(t) % S);
+  for (std::size_t t = 0; t < positions.size(); ++t)
+    positions[t] = static_cast<std::int32_t>(static_cast<std::int64_t>(t) % S);
   const auto view = [&](std::vector<std::int32_t>& v) {
     TensorView host = host_view(v.data(), {T});
     if (device.type == DeviceType::kDry) host = {nullptr, {T}, DType::kI32, device};
@@ -61,8 +62,8 @@ TEST(Ledger, DryDeviceBooksWhatARealStepBooks) {
   }
 }
 
-// Weights that a token multiplies: activated parameters without embedding lookup, norms, biases and the shared
-// expert's scalar gate (which is a dot product of its own).
+// Weights that a token multiplies: activated parameters without embedding lookup, norms, biases and the
+// shared expert's scalar gate (which is a dot product of its own).
 double products_per_token(const ModelConfig& c) {
   double n = 0;
   for (const ParamSpec& p : make_param_table(c)) {

@@ -1,5 +1,5 @@
-// A run that is stopped and started again is the run that was not: bitwise in the same layout, equal losses in another.
-// Whole runs through train(): directory, checkpoints, data order, metrics.
+// A run that is stopped and started again is the run that was not: bitwise in the same layout, equal losses
+// in another. Whole runs through train(): directory, checkpoints, data order, metrics.
 
 #include <gtest/gtest.h>
 
@@ -21,11 +21,13 @@ constexpr std::int64_t kSteps = 8, kSeq = 16, kVocab = 64;
 class Resume : public testing::Test {
  protected:
   void SetUp() override {
-    dir_ = fs::path(testing::TempDir()) /
-           fmt::format("resume_{}_{}", getpid(), testing::UnitTest::GetInstance()->current_test_info()->name());
+    dir_ =
+        fs::path(testing::TempDir()) /
+        fmt::format("resume_{}_{}", getpid(), testing::UnitTest::GetInstance()->current_test_info()->name());
     fs::remove_all(dir_);
     fs::create_directories(dir_ / "model");
-    std::ofstream(dir_ / "model/config.json") << R"({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe",
+    std::ofstream(dir_ / "model/config.json")
+        << R"({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe",
       "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
       "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
       "rope_theta": 10000.0, "tie_word_embeddings": false, "hidden_act": "silu", "initializer_range": 0.1,
@@ -42,7 +44,8 @@ class Resume : public testing::Test {
   }
   void TearDown() override { fs::remove_all(dir_); }
 
-  RunConfig config(const std::string& name, std::int64_t steps, int ep, const std::string& precision = "fp32") const {
+  RunConfig config(const std::string& name, std::int64_t steps, int ep,
+                   const std::string& precision = "fp32") const {
     RunConfig run;
     run.run.dir = (dir_ / name).string();
     run.model = {(dir_ / "model").string(), "random"};
@@ -76,7 +79,8 @@ class Resume : public testing::Test {
     return found;
   }
 
-  static std::map<std::pair<std::string, std::string>, std::vector<float>> contents(const fs::path& checkpoint) {
+  static std::map<std::pair<std::string, std::string>, std::vector<float>> contents(
+      const fs::path& checkpoint) {
     const ShardStore store(checkpoint);
     std::map<std::pair<std::string, std::string>, std::vector<float>> all;
     for (const auto& [key, tensor] : store.tensors()) {
@@ -102,10 +106,18 @@ class Resume : public testing::Test {
   fs::path dir_;
 };
 
-TEST_F(Resume, BitwiseOnOneRank) { expect_bitwise(1, 1, "fp32"); }
-TEST_F(Resume, BitwiseOnTwoRanks) { expect_bitwise(2, 2, "fp32"); }
-TEST_F(Resume, BitwiseOnThreeRanks) { expect_bitwise(3, 3, "fp32"); }
-TEST_F(Resume, BitwiseInBf16) { expect_bitwise(2, 1, "bf16"); }
+TEST_F(Resume, BitwiseOnOneRank) {
+  expect_bitwise(1, 1, "fp32");
+}
+TEST_F(Resume, BitwiseOnTwoRanks) {
+  expect_bitwise(2, 2, "fp32");
+}
+TEST_F(Resume, BitwiseOnThreeRanks) {
+  expect_bitwise(3, 3, "fp32");
+}
+TEST_F(Resume, BitwiseInBf16) {
+  expect_bitwise(2, 1, "bf16");
+}
 
 TEST_F(Resume, OtherLayouts) {
   run(config("whole", kSteps, 1), 1);
@@ -144,7 +156,8 @@ TEST_F(Resume, RefusesChangedDataAndModel) {
 
 TEST_F(Resume, FreshRefusesAnExistingRun) {
   run(config("run", 2, 1), 1);
-  EXPECT_THROW(run_in_threads(1, [&](Communicator& world) { train(config("run", 4, 1), world, {true}); }), Error);
+  EXPECT_THROW(run_in_threads(1, [&](Communicator& world) { train(config("run", 4, 1), world, {true}); }),
+               Error);
 }
 
 TEST_F(Resume, KeepsTheNewestCheckpoints) {

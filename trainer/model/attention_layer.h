@@ -7,7 +7,8 @@
 
 namespace upmoe {
 
-// Where the tokens of a micro-batch stand. positions_T: int32; document_T: int32, data null when not masked.
+// Where the tokens of a micro-batch stand. positions_T: int32; document_T: int32, without shape when not
+// masked.
 struct TokenPlaces {
   ConstTensorView positions_T, document_T;
   std::int64_t seq_len = 0;

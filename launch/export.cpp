@@ -1,0 +1,49 @@
+// upmoe export: a checkpoint (or any model) as a Hugging Face directory.
+
+#include "data/hf_model.h"
+#include "data/model_source.h"
+#include "kernels/core/log.h"
+#include "launch/commands.h"
+
+namespace upmoe {
+
+namespace {
+
+struct ExportArguments {
+  std::string model, to, dtype = "bf16";
+};
+
+int run_export(const ExportArguments& a, Runtime& runtime) {
+  Communicator& world = runtime.world();
+  log::start(world.rank(), world.size());
+  run_agreed(world, [&] {
+    if (world.rank() != 0) return;  // one writer
+    const std::unique_ptr<ModelSource> source = open_model(a.model);
+    const auto read = [&](const ParamSpec& param, const Box& part, TensorView out) {
+      source->read(param, part, out);
+    };
+    const std::filesystem::path companions = source->companions();
+    if (companions.empty())
+      log::warning(
+          "{}: the model directory it was trained from is gone; no tokenizer files are carried along",
+          a.model);
+    write_hf_model(a.to, source->config(), a.dtype == "bf16" ? DType::kBF16 : DType::kF32, read, companions);
+    log::info("{} written in {}", a.to, a.dtype);
+  });
+  return 0;
+}
+
+}  // namespace
+
+void add_export(CLI::App& app, Handler& handler) {
+  auto a = std::make_shared<ExportArguments>();
+  CLI::App* command = app.add_subcommand("export", "Checkpoint to Hugging Face directory");
+  command->add_option("model", a->model, "Checkpoint, run directory or model directory")->required();
+  command->add_option("--to", a->to, "Directory to write; must not exist or be empty")->required();
+  command->add_option("--dtype", a->dtype, "bf16 or fp32")
+      ->check(CLI::IsMember({"bf16", "fp32"}))
+      ->capture_default_str();
+  command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_export(*a, runtime); }; });
+}
+
+}  // namespace upmoe

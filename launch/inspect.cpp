@@ -1,0 +1,188 @@
+// upmoe inspect: what a model directory, a checkpoint or a token file holds.
+
+#include <fmt/ranges.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "data/hf_model.h"
+#include "data/model_source.h"
+#include "data/shard_store.h"
+#include "data/token_dataset.h"
+#include "kernels/core/log.h"
+#include "launch/commands.h"
+
+namespace upmoe {
+
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+struct InspectArguments {
+  std::string path, diff;
+  bool verify = false, as_json = false;
+};
+
+json shape_json(const Shape& s) {
+  return std::vector<std::int64_t>(s.dim.begin(), s.dim.begin() + s.rank);
+}
+
+json describe_tokens(const fs::path& path, bool verify) {
+  const TokenFile file(path);
+  json j{{"kind", "token file"},
+         {"tokens", file.num_tokens()},
+         {"documents", file.document_ends().size()},
+         {"vocab_size", file.vocab_size()},
+         {"eos_id", file.eos_id()},
+         {"tokenizer_sha256", file.tokenizer_sha256()}};
+  if (verify) {
+    for (std::int64_t i = 0; i < file.num_tokens(); ++i)
+      if (file.tokens()[static_cast<std::size_t>(i)] >= static_cast<std::uint64_t>(file.vocab_size()))
+        fail(ExitCode::kBadInput, "{}: token {} at position {} is beyond the vocabulary of {}", path.string(),
+             file.tokens()[static_cast<std::size_t>(i)], i, file.vocab_size());
+    j["verified"] = true;
+  }
+  return j;
+}
+
+json describe_checkpoint(const fs::path& path, bool verify) {
+  const ShardStore store(path);
+  const json run = json::parse(store.metadata_json());
+  json j{{"kind", "checkpoint"}, {"tensors", json::array()}};
+  for (const char* key : {"step", "samples", "tokens", "mesh", "source"})
+    if (run.contains(key)) j[key] = run[key];
+  for (const auto& [key, t] : store.tensors())
+    j["tensors"].push_back({{"name", key.first},
+                            {"kind", key.second},
+                            {"dtype", name_of(t.dtype)},
+                            {"shape", shape_json(t.shape)}});
+  if (verify) {
+    store.verify();
+    j["verified"] = true;
+  }
+  return j;
+}
+
+json describe_hf(const fs::path& path, bool verify) {
+  const HfModel model(path);
+  const ParamCounts counts = count_params(model.config());
+  json j{{"kind", "model directory"},   {"model_type", model.config().model_type},
+         {"parameters", counts.total},  {"activated", counts.activated},
+         {"bytes", model.data_bytes()}, {"tensors", json::array()}};
+  for (const SafetensorsEntry* e : model.tensors())
+    j["tensors"].push_back({{"name", e->name}, {"dtype", e->dtype}, {"shape", e->shape}});
+  if (verify) {  // nothing stores a checksum here: every byte is read, and values that are not finite are
+                 // found
+    for (const ParamSpec& p : make_param_table(model.config())) {
+      for (const HfTensor& t : hf_tensors_of(p)) {
+        std::vector<float> values(static_cast<std::size_t>(t.part.elements()));
+        model.read(p, t.part, host_view(values.data(), t.part.extent));
+        const auto bad =
+            std::count_if(values.begin(), values.end(), [](float v) { return !std::isfinite(v); });
+        if (bad > 0)
+          fail(ExitCode::kBadInput, "{}: tensor '{}' holds {} values that are not finite", path.string(),
+               t.name, bad);
+      }
+    }
+    j["verified"] = true;
+  }
+  return j;
+}
+
+fs::path resolve(const fs::path& path) {  // a run directory stands for its newest checkpoint
+  if (!fs::is_directory(path / "checkpoints")) return path;
+  const auto all = list_checkpoints(path / "checkpoints");
+  if (all.empty())
+    fail(ExitCode::kBadInput, "{}: a run directory without a complete checkpoint", path.string());
+  return all.back();
+}
+
+json describe(const fs::path& given, bool verify) {
+  const fs::path path = resolve(given);
+  if (fs::is_regular_file(path)) return describe_tokens(path, verify);
+  if (fs::exists(path / "manifest.json")) return describe_checkpoint(path, verify);
+  if (fs::exists(path / "config.json")) return describe_hf(path, verify);
+  fail(ExitCode::kBadInput, "{}: {}", path.string(),
+       fs::exists(path) ? "neither a model directory, a checkpoint nor a token file" : "does not exist");
+}
+
+// Largest absolute and relative L2 distance, parameter by parameter.
+json difference(const fs::path& a, const fs::path& b) {
+  const auto one = open_model(a), two = open_model(b);
+  json rows = json::array();
+  std::map<std::string, ParamSpec> other;
+  for (const ParamSpec& p : make_param_table(two->config())) other.emplace(p.name, p);
+  for (const ParamSpec& p : make_param_table(one->config())) {
+    const auto it = other.find(p.name);
+    if (it == other.end() || !(it->second.shape == p.shape)) {
+      rows.push_back({{"name", p.name}, {"differs", it == other.end() ? "only in the first" : "shape"}});
+      if (it != other.end()) other.erase(it);
+      continue;
+    }
+    other.erase(it);
+    const auto n = static_cast<std::size_t>(p.shape.elements());
+    std::vector<float> x(n), y(n);
+    one->read(p, whole(p.shape), host_view(x.data(), p.shape));
+    two->read(p, whole(p.shape), host_view(y.data(), p.shape));
+    double largest = 0, squares = 0, norm = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      const double d = double(y[i]) - double(x[i]);
+      largest = std::max(largest, std::abs(d));
+      squares += d * d;
+      norm += double(x[i]) * double(x[i]);
+    }
+    if (largest > 0)
+      rows.push_back({{"name", p.name},
+                      {"max_abs", largest},
+                      {"relative_l2", norm > 0 ? std::sqrt(squares / norm) : 0.0}});
+  }
+  for (const auto& [name, p] : other) rows.push_back({{"name", name}, {"differs", "only in the second"}});
+  return rows;
+}
+
+void print_plain(const json& j) {
+  for (const auto& [key, value] : j.items())
+    if (key != "tensors" && key != "difference")
+      fmt::print("{:18} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
+  if (j.contains("tensors")) {
+    fmt::print("{} tensors\n", j["tensors"].size());
+    for (const json& t : j["tensors"])
+      fmt::print("  {:60} {:7} {:5} {}\n", t["name"].get<std::string>(), t.value("kind", ""),
+                 t["dtype"].get<std::string>(), t["shape"].dump());
+  }
+  if (!j.contains("difference")) return;
+  fmt::print("{} parameters differ\n", j["difference"].size());
+  for (const json& d : j["difference"]) fmt::print("  {}\n", d.dump());
+}
+
+int run_inspect(const InspectArguments& a, Runtime& runtime) {
+  log::start(runtime.world().rank(), runtime.world().size());
+  run_agreed(runtime.world(), [&] {
+    if (runtime.world().rank() != 0) return;
+    json j = describe(a.path, a.verify);
+    if (!a.diff.empty()) j["difference"] = difference(a.path, a.diff);
+    if (a.as_json) {
+      fmt::print("{}\n", j.dump());
+    } else {
+      print_plain(j);
+    }
+  });
+  return 0;
+}
+
+}  // namespace
+
+void add_inspect(CLI::App& app, Handler& handler) {
+  auto a = std::make_shared<InspectArguments>();
+  CLI::App* command = app.add_subcommand("inspect", "What a model directory, checkpoint or token file holds");
+  command->add_option("path", a->path, "Model directory, checkpoint, run directory or token file")
+      ->required();
+  command->add_option("--diff", a->diff, "Compare with another model directory or checkpoint");
+  command->add_flag("--verify", a->verify,
+                    "Read everything: checksums, non-finite values, tokens beyond the vocabulary");
+  command->add_flag("--json", a->as_json, "One JSON object on standard output");
+  command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_inspect(*a, runtime); }; });
+}
+
+}  // namespace upmoe
