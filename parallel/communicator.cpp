@@ -42,15 +42,16 @@ void agree(Communicator& comm, ExitCode code, const std::string& local_error) {
 void run_agreed(Communicator& comm, const std::function<void()>& body) {
   std::string message;
   ExitCode code = ExitCode::kFailure;
+  const auto words = [](const char* what) { return *what == 0 ? "an error without a message" : what; };
   try {
     body();
   } catch (const PeerError&) {
     throw;  // an inner agreement: every rank has it already
   } catch (const Error& e) {
-    message = e.what();
+    message = words(e.what());
     code = e.code();
   } catch (const std::exception& e) {
-    message = e.what();
+    message = words(e.what());
   }
   agree(comm, code, message);
 }

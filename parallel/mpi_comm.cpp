@@ -90,9 +90,11 @@ class Messages {
     requests_.push_back(MPI_REQUEST_NULL);
     return requests_.back();
   }
+  // The last chunk is always a short one, empty if need be: whoever expects more or less notices, instead of
+  // taking the next verb's message for this one's.
   template <class F>
   void for_chunks(std::size_t bytes, const F& f) const {
-    for (std::size_t at = 0; at < bytes; at += chunk_) f(at, static_cast<int>(std::min(chunk_, bytes - at)));
+    for (std::size_t at = 0; at <= bytes; at += chunk_) f(at, static_cast<int>(std::min(chunk_, bytes - at)));
   }
   static void report(const std::vector<MPI_Status>& statuses) {
     for (const MPI_Status& s : statuses)
@@ -175,8 +177,13 @@ class MpiCommunicator final : public Communicator {
   }
 
   void barrier() override {
-    std::int32_t nothing = 0;
-    all_reduce(host_view(&nothing, {1}), ReduceOp::kMax, nullptr);
+    Watched watched("barrier");
+    Messages messages(comm_, chunk_);
+    for_peers([&](int p) {
+      messages.receive(nullptr, 0, p, kCollectiveTag);
+      messages.send(nullptr, 0, p, kCollectiveTag);
+    });
+    messages.wait();
   }
 
   Pending reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
@@ -206,8 +213,11 @@ class MpiCommunicator final : public Communicator {
   Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
                           std::span<const std::int64_t> send_rows, Stream*) override {
     check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
+    const auto me = static_cast<std::size_t>(rank_);
+    UPMOE_CHECK(send_rows[me] == recv_rows[me], "rank {} sends itself {} rows and expects {}", rank_,
+                send_rows[me], recv_rows[me]);
     const std::size_t row = row_bytes(in.shape, in.dtype);
-    const std::int64_t leaving = in.rows() - send_rows[static_cast<std::size_t>(rank_)];
+    const std::int64_t leaving = in.rows() - send_rows[me];
     book_sent("all_to_all_rows", static_cast<double>(leaving) * static_cast<double>(row));
     std::vector<std::size_t> from{0}, to{0};
     for (std::size_t p = 0; p < static_cast<std::size_t>(size_); ++p) {
@@ -220,14 +230,12 @@ class MpiCommunicator final : public Communicator {
       messages->receive(out.data + to[p], to[p + 1] - to[p], peer, kCollectiveTag);
       messages->send(in.data + from[p], from[p + 1] - from[p], peer, kCollectiveTag);
     });
-    const auto me = static_cast<std::size_t>(rank_);
-    UPMOE_CHECK(send_rows[me] == recv_rows[me], "rank {} sends itself {} rows and expects {}", rank_,
-                send_rows[me], recv_rows[me]);
     if (to[me + 1] > to[me]) std::memcpy(out.data + to[me], in.data + from[me], to[me + 1] - to[me]);
     return waiting(messages, "all_to_all_rows");
   }
 
   void send(ConstTensorView in, int to, Stream*) override {
+    check_peer(*this, to);
     book_sent("send", static_cast<double>(in.bytes()));
     Watched watched("send");
     Messages messages(comm_, chunk_);
@@ -235,6 +243,7 @@ class MpiCommunicator final : public Communicator {
     messages.wait();
   }
   void recv(TensorView out, int from, Stream*) override {
+    check_peer(*this, from);
     Watched watched("recv");
     Messages messages(comm_, chunk_);
     messages.receive(out.data, out.bytes(), from, kPairTag);

@@ -85,6 +85,11 @@ void check_all_gather(const Communicator& comm, const TensorView& out, const Con
               name_of(out.dtype), out.shape.str(), comm.size());
 }
 
+void check_peer(const Communicator& comm, int peer) {
+  UPMOE_CHECK(0 <= peer && peer < comm.size() && peer != comm.rank(),
+              "rank {} of {} names rank {} as its peer", comm.rank(), comm.size(), peer);
+}
+
 std::size_t row_bytes(const Shape& shape, DType dtype) {
   Shape row = shape;
   if (row.rank > 0) row.dim[0] = 1;

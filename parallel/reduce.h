@@ -19,6 +19,7 @@ void check_all_gather(const Communicator& comm, const TensorView& out, const Con
 void check_all_to_all_rows(const Communicator& comm, const TensorView& out,
                            std::span<const std::int64_t> recv_rows, const ConstTensorView& in,
                            std::span<const std::int64_t> send_rows);
+void check_peer(const Communicator& comm, int peer);     // of send and recv
 std::size_t row_bytes(const Shape& shape, DType dtype);  // of one row of the first dim
 
 }  // namespace upmoe

@@ -125,6 +125,7 @@ class ThreadCommunicator final : public Communicator {
         });
   }
   void send(ConstTensorView in, int to, Stream*) override {
+    check_peer(*this, to);
     book_sent("send", static_cast<double>(in.bytes()));
     Payload copy = copy_of(in);
     const std::lock_guard lock(group_->world->mutex);
@@ -132,6 +133,7 @@ class ThreadCommunicator final : public Communicator {
     group_->world->changed.notify_all();
   }
   void recv(TensorView out, int from, Stream*) override {
+    check_peer(*this, from);
     const std::uint64_t watched = watchdog::enter("recv");
     std::unique_lock lock(group_->world->mutex);
     auto& box = group_->mail[{from, rank_}];
