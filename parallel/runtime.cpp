@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <exception>
 #include <optional>
+#include <thread>
 
 #include "parallel/mpi_comm.h"
 
@@ -66,6 +67,9 @@ Runtime::~Runtime() {
 
 void Runtime::abort(int code, const std::string& message) noexcept {
   const bool several = world_ != nullptr && world_->size() > 1;
+  // Ranks often meet the same error in the same moment (a loss that is not finite): the lowest one speaks and ends the
+  // job before the others do.
+  if (several && world_->rank() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));
   if (several) {
     std::fprintf(stderr, "upmoe: error: rank %d: %s\n", world_->rank(), message.c_str());
   } else {
