@@ -30,7 +30,7 @@ int run(int argc, char** argv) {
   try {
     return handler(runtime);
   } catch (const upmoe::PeerError& e) {  // the rank that met it prints it
-    return static_cast<int>(e.code());
+    runtime.end_after_peer(static_cast<int>(e.code()));
   } catch (const upmoe::Error& e) {
     runtime.abort(static_cast<int>(e.code()), e.what());
   } catch (const std::bad_alloc&) {

@@ -67,8 +67,8 @@ Runtime::~Runtime() {
 
 void Runtime::abort(int code, const std::string& message) noexcept {
   const bool several = world_ != nullptr && world_->size() > 1;
-  // Ranks often meet the same error in the same moment (a loss that is not finite): the lowest one speaks and ends the
-  // job before the others do.
+  // Ranks often meet the same error in the same moment (a loss that is not finite): the lowest one speaks and
+  // ends the job before the others do.
   if (several && world_->rank() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));
   if (several) {
     std::fprintf(stderr, "upmoe: error: rank %d: %s\n", world_->rank(), message.c_str());
@@ -79,6 +79,13 @@ void Runtime::abort(int code, const std::string& message) noexcept {
   std::fflush(stdout);
   if (several) abort_mpi(code);
   _exit(code);
+}
+
+void Runtime::end_after_peer(int code) noexcept {
+  std::fflush(stdout);
+  if (world_->size() == 1) _exit(code);
+  std::this_thread::sleep_for(std::chrono::seconds(5));  // the peer's abort ends this process long before
+  abort_mpi(code);
 }
 
 }  // namespace upmoe

@@ -20,6 +20,8 @@ class Runtime {
   // Prints `message` from this rank once and ends the job with `code` on every rank (a signal-safe path on
   // the peers).
   [[noreturn]] void abort(int code, const std::string& message) noexcept;
+  // After a PeerError: silent, because the peer prints and ends the job. Finalising MPI meanwhile can hang.
+  [[noreturn]] void end_after_peer(int code) noexcept;
 
  private:
   std::unique_ptr<Communicator> world_;
