@@ -160,6 +160,9 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> bytes, std
     fail(ExitCode::kBadInput, "{}: a header of {} bytes in a file of {} (limit {}): not a safetensors file, or truncated", where, n, file_bytes,
          kHeaderLimit);
   const char* text = reinterpret_cast<const char*>(bytes.data()) + 8;
+  // What the JSON library would let pass: a byte order mark, and anything behind a zero byte.
+  if (n > 0 && (static_cast<unsigned char>(*text) == 0xefu || std::memchr(text, 0, n) != nullptr))
+    fail(ExitCode::kBadInput, "{}: header refused: not JSON", where);
   HeaderParser parser;
   if (!json::sax_parse(text, text + n, &parser))
     fail(ExitCode::kBadInput, "{}: header refused: {}", where, parser.problem.empty() ? "not an object" : parser.problem);
@@ -210,7 +213,7 @@ const SafetensorsEntry* SafetensorsFile::find(const std::string& name) const {
 }
 
 void SafetensorsFile::read(const SafetensorsEntry& entry, std::uint64_t offset, std::span<std::byte> out) const {
-  UPMOE_CHECK(offset + out.size() <= entry.end - entry.begin, "bytes {} to {} of '{}'", offset, offset + out.size(), entry.name);
+  UPMOE_CHECK(offset <= entry.end - entry.begin && out.size() <= entry.end - entry.begin - offset, "{} bytes at {} of '{}'", out.size(), offset, entry.name);
   file_->read(header_.data_begin + entry.begin + offset, out);
 }
 
