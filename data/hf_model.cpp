@@ -39,11 +39,11 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
     fail(ExitCode::kBadInput, "{}: expected an object with 'weight_map'", path.string());
   if (duplicate) fail(ExitCode::kBadInput, "{}: a tensor stands in weight_map twice", path.string());
   for (const auto& [name, file] : j["weight_map"].items()) {
-    const std::string text = file.is_string() ? file.get<std::string>() : file.dump();
+    const std::string text = file.is_string() ? file.get<std::string>() : std::string();
     const bool plain = file.is_string() && !text.empty() && text.find('/') == std::string::npos && text.find('\\') == std::string::npos &&
                        text.find('\0') == std::string::npos && text != "." && text != "..";
     if (!plain)
-      fail(ExitCode::kBadInput, "{}: weight_map['{}'] is {}, expected the plain name of a file in {}", path.string(), name, text,
+      fail(ExitCode::kBadInput, "{}: weight_map['{}'] is {}, expected the plain name of a file in {}", path.string(), name, file.dump(),
            path.parent_path().string());
     map[name] = text;
   }
