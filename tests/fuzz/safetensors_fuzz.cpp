@@ -1,0 +1,6 @@
+#include "tests/fuzz/fuzz_entries.h"
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  upmoe::fuzz::safetensors(data, size);
+  return 0;
+}
