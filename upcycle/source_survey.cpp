@@ -7,6 +7,7 @@
 
 #include "data/shard_store.h"
 #include "parallel/layout.h"
+#include "upcycle/progress.h"
 #include "upcycle/workers.h"
 
 namespace upmoe {
@@ -95,18 +96,23 @@ BlockSums survey_block(const Block& block, DType dtype, std::vector<std::byte>& 
 
 // Every block by one rank, all blocks on every rank.
 std::vector<BlockSums> survey_blocks(const std::vector<Block>& blocks, DType dtype, Communicator& comm,
-                                     int threads) {
+                                     int threads, bool show_progress) {
   std::vector<BlockSums> sums(blocks.size());
   run_agreed(comm, [&] {
     const Range mine = balanced(static_cast<std::int64_t>(blocks.size()), comm.size(), comm.rank());
     std::atomic<std::int64_t> next{mine.begin};
+    std::uint64_t bytes = 0;
+    for (std::int64_t i = mine.begin; i < mine.end; ++i) bytes += blocks[static_cast<std::size_t>(i)].bytes;
+    Progress progress("reading the source", bytes, show_progress);
     run_workers(threads, [&](const std::atomic<bool>& stop) {
       std::vector<std::byte> buffer;
       for (std::int64_t i = next++; i < mine.end && !stop; i = next++) {
         const auto at = static_cast<std::size_t>(i);
         sums[at] = survey_block(blocks[at], dtype, buffer);
+        progress.add(blocks[at].bytes);
       }
     });
+    progress.finish();
   });
   static_assert(sizeof(BlockSums) == kColumns * sizeof(double));
   if (blocks.empty()) return sums;
@@ -149,10 +155,10 @@ void refuse_non_finite(const std::map<std::string, TensorSums>& tensors) {
 
 }  // namespace
 
-SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int threads) {
+SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int threads, bool show_progress) {
   const std::vector<const SafetensorsFile*> files = files_of(source);
   const std::vector<Block> blocks = blocks_of(files);
-  const std::vector<BlockSums> sums = survey_blocks(blocks, source.dtype(), comm, threads);
+  const std::vector<BlockSums> sums = survey_blocks(blocks, source.dtype(), comm, threads, show_progress);
 
   SourceSurvey survey;
   std::map<const SafetensorsFile*, std::size_t> file_index;

@@ -29,7 +29,8 @@ struct SourceSurvey {
 
 // Collective: the ranks share the reading, and the result is the same, to the bit, for any number of them.
 // Throws Error(kBadInput) with a count for each tensor that holds NaN or infinite values.
-SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int threads);
+SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int threads,
+                           bool show_progress = false);
 
 // The CRC-32C of a text from those of its two parts, the second one `second_bytes` long.
 std::uint32_t combine_crc32c(std::uint32_t first, std::uint32_t second, std::uint64_t second_bytes);

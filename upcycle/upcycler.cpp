@@ -162,7 +162,7 @@ class Upcycler {
   }
 
   void run() {
-    survey_ = survey_source(*source_, comm_, threads_);
+    survey_ = survey_source(*source_, comm_, threads_, options_.progress && comm_.rank() == 0);
     if (comm_.rank() == 0) {
       for (const std::string& name : survey_.all_zero) {
         fmt::print(stderr, "upmoe: warning: every value of {} is zero\n", name);
