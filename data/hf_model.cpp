@@ -25,7 +25,8 @@ constexpr std::size_t kListed = 20;  // differences in one message
 std::map<std::string, std::string> read_index(const fs::path& path) {
   std::map<std::string, std::string> map;
   std::set<std::string> seen;
-  // Objects with equal keys silently keep the last one in this library; the callback sees each key as it comes.
+  // Objects with equal keys silently keep the last one in this library; the callback sees each key as it
+  // comes.
   bool duplicate = false, in_map = false;
   const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
     if (event == nlohmann::json::parse_event_t::key) {
@@ -40,18 +41,20 @@ std::map<std::string, std::string> read_index(const fs::path& path) {
   if (duplicate) fail(ExitCode::kBadInput, "{}: a tensor stands in weight_map twice", path.string());
   for (const auto& [name, file] : j["weight_map"].items()) {
     const std::string text = file.is_string() ? file.get<std::string>() : std::string();
-    const bool plain = file.is_string() && !text.empty() && text.find('/') == std::string::npos && text.find('\\') == std::string::npos &&
-                       text.find('\0') == std::string::npos && text != "." && text != "..";
+    const bool plain = file.is_string() && !text.empty() && text.find('/') == std::string::npos &&
+                       text.find('\\') == std::string::npos && text.find('\0') == std::string::npos &&
+                       text != "." && text != "..";
     if (!plain)
-      fail(ExitCode::kBadInput, "{}: weight_map['{}'] is {}, expected the plain name of a file in {}", path.string(), name, file.dump(),
-           path.parent_path().string());
+      fail(ExitCode::kBadInput, "{}: weight_map['{}'] is {}, expected the plain name of a file in {}",
+           path.string(), name, file.dump(), path.parent_path().string());
     map[name] = text;
   }
   return map;
 }
 
 float half_to_float(std::uint16_t h) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu;
+  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 0x1fu,
+                      mantissa = h & 0x3ffu;
   if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);
   if (exponent != 0) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
   const float magnitude = static_cast<float>(mantissa) * (1.0f / 16777216.0f);  // 2^-24: subnormal
@@ -92,7 +95,8 @@ HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir
   std::map<std::string, std::string> file_of;
   std::vector<std::string> names;
   if (fs::exists(index)) {
-    if (fs::exists(single)) log::warning("{}: model.safetensors and an index are both there; the index is used", dir.string());
+    if (fs::exists(single))
+      log::warning("{}: model.safetensors and an index are both there; the index is used", dir.string());
     file_of = read_index(index);
     std::set<std::string> unique;
     for (const auto& [tensor, file] : file_of) unique.insert(file);
@@ -100,7 +104,8 @@ HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir
   } else if (fs::exists(single)) {
     names = {"model.safetensors"};
   } else {
-    fail(ExitCode::kBadInput, "{}: neither model.safetensors nor model.safetensors.index.json is there", dir.string());
+    fail(ExitCode::kBadInput, "{}: neither model.safetensors nor model.safetensors.index.json is there",
+         dir.string());
   }
   for (const std::string& name : names) {
     if (fs::weakly_canonical(dir / name).parent_path() != fs::weakly_canonical(dir))
@@ -109,18 +114,22 @@ HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir
     const auto& entries = files_.back().header().entries;
     for (std::size_t e = 0; e < entries.size(); ++e)
       if (!index_.emplace(entries[e].name, std::pair(files_.size() - 1, e)).second)
-        fail(ExitCode::kBadInput, "{}: tensor '{}' stands in {} and in another file", dir.string(), entries[e].name, name);
+        fail(ExitCode::kBadInput, "{}: tensor '{}' stands in {} and in another file", dir.string(),
+             entries[e].name, name);
   }
   check_against(file_of, names);
 }
 
 // Every difference between the files, the index and the config, in one message.
-void HfModel::check_against(const std::map<std::string, std::string>& file_of, const std::vector<std::string>& names) const {
+void HfModel::check_against(const std::map<std::string, std::string>& file_of,
+                            const std::vector<std::string>& names) const {
   std::vector<std::string> differences;
   for (const auto& [tensor, file] : file_of) {
     const auto it = index_.find(tensor);
     if (it == index_.end() || names[it->second.first] != file)
-      differences.push_back(fmt::format("{}: the index says {}, {}", tensor, file, it == index_.end() ? "no file holds it" : "it is in " + names[it->second.first]));
+      differences.push_back(
+          fmt::format("{}: the index says {}, {}", tensor, file,
+                      it == index_.end() ? "no file holds it" : "it is in " + names[it->second.first]));
   }
   std::set<std::string> expected;
   for (const HfTensor& t : hf_tensors_of(config_)) {
@@ -131,13 +140,17 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of, c
       continue;
     }
     const SafetensorsEntry& e = files_[it->second.first].header().entries[it->second.second];
-    if (e.shape != t.shape) differences.push_back(fmt::format("{}: shape [{}], expected [{}]", t.name, fmt::join(e.shape, ", "), fmt::join(t.shape, ", ")));
+    if (e.shape != t.shape)
+      differences.push_back(fmt::format("{}: shape [{}], expected [{}]", t.name, fmt::join(e.shape, ", "),
+                                        fmt::join(t.shape, ", ")));
     if (e.dtype != "BF16" && e.dtype != "F32" && e.dtype != "F16")
       differences.push_back(fmt::format("{}: dtype {}, expected BF16, F32 or F16", t.name, e.dtype));
-    if (!file_of.empty() && !file_of.contains(t.name)) differences.push_back(t.name + ": in a file but not in the index");
+    if (!file_of.empty() && !file_of.contains(t.name))
+      differences.push_back(t.name + ": in a file but not in the index");
   }
   for (const auto& [name, place] : index_)
-    if (!expected.contains(name) && !is_ignored(name, config_)) differences.push_back(name + ": not part of the model of config.json");
+    if (!expected.contains(name) && !is_ignored(name, config_))
+      differences.push_back(name + ": not part of the model of config.json");
   if (differences.empty()) return;
   std::string text;
   for (std::size_t i = 0; i < std::min(kListed, differences.size()); ++i) text += "\n  " + differences[i];
@@ -153,8 +166,9 @@ std::pair<const SafetensorsFile*, const SafetensorsEntry*> HfModel::locate(const
 }
 
 void HfModel::read(const ParamSpec& param, const Box& box, TensorView out) const {
-  UPMOE_CHECK(contains(whole(param.shape), box) && out.elements() == box.elements(), "box {} + {} of {} {} into {}", box.offset.str(),
-              box.extent.str(), param.name, param.shape.str(), out.shape.str());
+  UPMOE_CHECK(contains(whole(param.shape), box) && out.elements() == box.elements(),
+              "box {} + {} of {} {} into {}", box.offset.str(), box.extent.str(), param.name,
+              param.shape.str(), out.shape.str());
   std::vector<std::byte> staged;
   for (const HfTensor& t : hf_tensors_of(param)) {
     const Box region = intersect(t.part, box);
@@ -162,13 +176,15 @@ void HfModel::read(const ParamSpec& param, const Box& box, TensorView out) const
     const auto [file, entry] = locate(t.name);
     const std::size_t element = entry->dtype == "F32" ? 4 : 2;
     // Whole tensors that lie scattered in `out` (gate and up interleave) are read at once; pieces run by run.
-    const bool at_once = region == t.part && t.part.elements() * static_cast<std::int64_t>(element) <= (std::int64_t{64} << 20);
+    const bool at_once = region == t.part &&
+                         t.part.elements() * static_cast<std::int64_t>(element) <= (std::int64_t{64} << 20);
     if (at_once) {
       staged.resize(static_cast<std::size_t>(entry->end - entry->begin));
       file->read(*entry, 0, staged);
     }
     for_runs(t.part, box, region, [&](std::int64_t from, std::int64_t to, std::int64_t n) {
-      const std::size_t begin = static_cast<std::size_t>(from) * element, bytes = static_cast<std::size_t>(n) * element;
+      const std::size_t begin = static_cast<std::size_t>(from) * element,
+                        bytes = static_cast<std::size_t>(n) * element;
       if (at_once) return convert(staged.data() + begin, entry->dtype, n, out, to);
       staged.resize(bytes);
       file->read(*entry, begin, staged);

@@ -6,7 +6,9 @@ namespace upmoe {
 
 namespace {
 
-std::vector<std::int64_t> dims_of(const Shape& s) { return {s.dim.begin(), s.dim.begin() + s.rank}; }
+std::vector<std::int64_t> dims_of(const Shape& s) {
+  return {s.dim.begin(), s.dim.begin() + s.rank};
+}
 
 // One expert's or one matrix' gate (pair 0) or up (pair 1) half of an interleaved [.., F, 2, D].
 Box half(const ParamSpec& p, std::int64_t expert, std::int64_t pair) {
@@ -49,15 +51,19 @@ void add_gate_up(const ParamSpec& p, const std::string& mlp, std::vector<HfTenso
 
 // `part` is the name behind "layers.N.".
 void add_layer_tensor(const ParamSpec& p, const std::string& part, std::vector<HfTensor>& out) {
-  const std::string layer = fmt::format("model.layers.{}.", p.layer), mlp = layer + "mlp.", shared = mlp + "shared_expert.";
-  const auto plain = [&](const std::string& name, std::vector<std::int64_t> shape) { out.push_back({name, std::move(shape), whole(p.shape)}); };
+  const std::string layer = fmt::format("model.layers.{}.", p.layer), mlp = layer + "mlp.",
+                    shared = mlp + "shared_expert.";
+  const auto plain = [&](const std::string& name, std::vector<std::int64_t> shape) {
+    out.push_back({name, std::move(shape), whole(p.shape)});
+  };
   const std::string attention = layer + "self_attn.";
   if (part == "norm1_D") return plain(layer + "input_layernorm.weight", dims_of(p.shape));
   if (part == "norm2_D") return plain(layer + "post_attention_layernorm.weight", dims_of(p.shape));
   for (const char* which : {"q", "k", "v"}) {
     if (part == fmt::format("attn.{}_NHD", which))
       return plain(fmt::format("{}{}_proj.weight", attention, which), {p.shape[0] * p.shape[1], p.shape[2]});
-    if (part == fmt::format("attn.{}_NH", which)) return plain(fmt::format("{}{}_proj.bias", attention, which), {p.shape.elements()});
+    if (part == fmt::format("attn.{}_NH", which))
+      return plain(fmt::format("{}{}_proj.bias", attention, which), {p.shape.elements()});
   }
   if (part == "attn.o_DNH") return plain(attention + "o_proj.weight", {p.shape[0], p.shape[1] * p.shape[2]});
   if (part == "ffn.gate_up_F2D") return add_gate_up(p, mlp, out);

@@ -13,9 +13,11 @@ namespace upmoe {
 namespace fs = std::filesystem;
 
 const std::vector<std::string>& companion_files() {
-  static const std::vector<std::string> names{"tokenizer.json",          "tokenizer_config.json", "vocab.json",           "merges.txt",
-                                              "special_tokens_map.json", "added_tokens.json",     "chat_template.jinja",  "generation_config.json",
-                                              "LICENSE",                 "LICENSE.txt",           "tokenizer.model",      "qwen.tiktoken"};
+  static const std::vector<std::string> names{
+      "tokenizer.json",      "tokenizer_config.json",   "vocab.json",
+      "merges.txt",          "special_tokens_map.json", "added_tokens.json",
+      "chat_template.jinja", "generation_config.json",  "LICENSE",
+      "LICENSE.txt",         "tokenizer.model",         "qwen.tiktoken"};
   return names;
 }
 
@@ -23,14 +25,17 @@ void require_free_space(const fs::path& dir, std::uint64_t bytes) {
   fs::path existing = fs::absolute(dir);
   while (!fs::exists(existing) && existing.has_relative_path()) existing = existing.parent_path();
   struct statvfs info {};
-  if (statvfs(existing.c_str(), &info) != 0) fail(ExitCode::kBadInput, "{}: {}", existing.string(), std::strerror(errno));
+  if (statvfs(existing.c_str(), &info) != 0)
+    fail(ExitCode::kBadInput, "{}: {}", existing.string(), std::strerror(errno));
   const std::uint64_t available = static_cast<std::uint64_t>(info.f_bavail) * info.f_frsize;
   if (available < bytes)
-    fail(ExitCode::kBadInput, "{}: {} bytes are needed, {} are free; remove something or write elsewhere", existing.string(), bytes, available);
+    fail(ExitCode::kBadInput, "{}: {} bytes are needed, {} are free; remove something or write elsewhere",
+         existing.string(), bytes, available);
 }
 
 HfLayout plan_hf_layout(const ModelConfig& config, DType dtype, std::uint64_t max_shard_bytes) {
-  UPMOE_CHECK(dtype == DType::kBF16 || dtype == DType::kF32, "models are written in bf16 or fp32, not {}", name_of(dtype));
+  UPMOE_CHECK(dtype == DType::kBF16 || dtype == DType::kF32, "models are written in bf16 or fp32, not {}",
+              name_of(dtype));
   const std::string stored = dtype == DType::kBF16 ? "BF16" : "F32";
   HfLayout layout;
   std::uint64_t in_file = 0;
@@ -54,7 +59,10 @@ HfLayout plan_hf_layout(const ModelConfig& config, DType dtype, std::uint64_t ma
     for (const SafetensorsEntry& e : f.entries) weight_map[e.name] = f.name;
   }
   if (count > 1)
-    layout.index_json = nlohmann::json{{"metadata", {{"total_size", layout.total_size}}}, {"weight_map", weight_map}}.dump(2) + "\n";
+    layout.index_json =
+        nlohmann::json{{"metadata", {{"total_size", layout.total_size}}}, {"weight_map", weight_map}}.dump(
+            2) +
+        "\n";
   return layout;
 }
 
@@ -80,15 +88,17 @@ void write_file(const fs::path& path, const HfLayout::File& layout, DType dtype,
   }
   file.sync();
   if (PosixFile::open_read(path).size() != layout.bytes)
-    fail(ExitCode::kBadInput, "{}: not {} bytes after writing; the disk may be full", path.string(), layout.bytes);
+    fail(ExitCode::kBadInput, "{}: not {} bytes after writing; the disk may be full", path.string(),
+         layout.bytes);
 }
 
 }  // namespace
 
-void write_hf_model(const fs::path& dir, const ModelConfig& config, DType dtype, const ReadTensor& read, const fs::path& companions,
-                    std::uint64_t max_shard_bytes) {
+void write_hf_model(const fs::path& dir, const ModelConfig& config, DType dtype, const ReadTensor& read,
+                    const fs::path& companions, std::uint64_t max_shard_bytes) {
   if (fs::exists(dir) && !(fs::is_directory(dir) && fs::is_empty(dir)))
-    fail(ExitCode::kUsage, "{}: exists and is not an empty directory; choose another, or remove it", dir.string());
+    fail(ExitCode::kUsage, "{}: exists and is not an empty directory; choose another, or remove it",
+         dir.string());
   const HfLayout layout = plan_hf_layout(config, dtype, max_shard_bytes);
   require_free_space(dir, layout.total_size + (std::uint64_t{4} << 20));
   fs::path partial = fs::absolute(dir).lexically_normal();
@@ -99,7 +109,8 @@ void write_hf_model(const fs::path& dir, const ModelConfig& config, DType dtype,
   fs::create_directories(partial);
   const auto places = places_of(config);
   for (const HfLayout::File& f : layout.files) write_file(partial / f.name, f, dtype, places, read);
-  if (!layout.index_json.empty()) write_text_synced(partial / "model.safetensors.index.json", layout.index_json);
+  if (!layout.index_json.empty())
+    write_text_synced(partial / "model.safetensors.index.json", layout.index_json);
   ModelConfig written = config;
   written.dtype = dtype == DType::kBF16 ? "bfloat16" : "float32";
   write_text_synced(partial / "config.json", to_hf_json(written));

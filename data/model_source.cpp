@@ -15,7 +15,9 @@ class HfSource final : public ModelSource {
  public:
   explicit HfSource(const fs::path& dir) : model_(dir) {}
   const ModelConfig& config() const override { return model_.config(); }
-  void read(const ParamSpec& param, const Box& box, TensorView out) const override { model_.read(param, box, out); }
+  void read(const ParamSpec& param, const Box& box, TensorView out) const override {
+    model_.read(param, box, out);
+  }
   fs::path companions() const override { return model_.dir(); }
 
  private:
@@ -36,7 +38,9 @@ class CheckpointSource final : public ModelSource {
     if (!fs::is_directory(companions_)) companions_.clear();
   }
   const ModelConfig& config() const override { return config_; }
-  void read(const ParamSpec& param, const Box& box, TensorView out) const override { store_.read(param.name, "weight", box, out); }
+  void read(const ParamSpec& param, const Box& box, TensorView out) const override {
+    store_.read(param.name, "weight", box, out);
+  }
   fs::path companions() const override { return companions_; }
 
  private:
@@ -48,15 +52,20 @@ class CheckpointSource final : public ModelSource {
 }  // namespace
 
 std::unique_ptr<ModelSource> open_model(const fs::path& path) {
-  if (!fs::is_directory(path)) fail(ExitCode::kBadInput, "{}: {}, expected a model directory or a checkpoint", path.string(), fs::exists(path) ? "a file" : "does not exist");
+  if (!fs::is_directory(path))
+    fail(ExitCode::kBadInput, "{}: {}, expected a model directory or a checkpoint", path.string(),
+         fs::exists(path) ? "a file" : "does not exist");
   if (fs::exists(path / "manifest.json")) return std::make_unique<CheckpointSource>(path);
   if (fs::is_directory(path / "checkpoints")) {
     const std::vector<fs::path> all = list_checkpoints(path / "checkpoints");
-    if (all.empty()) fail(ExitCode::kBadInput, "{}: a run directory without a complete checkpoint", path.string());
+    if (all.empty())
+      fail(ExitCode::kBadInput, "{}: a run directory without a complete checkpoint", path.string());
     return std::make_unique<CheckpointSource>(all.back());
   }
   if (fs::exists(path / "config.json")) return std::make_unique<HfSource>(path);
-  fail(ExitCode::kBadInput, "{}: holds no config.json, manifest.json or checkpoints/: neither a model directory nor a checkpoint", path.string());
+  fail(ExitCode::kBadInput,
+       "{}: holds no config.json, manifest.json or checkpoints/: neither a model directory nor a checkpoint",
+       path.string());
 }
 
 }  // namespace upmoe

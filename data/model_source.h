@@ -1,6 +1,6 @@
 #pragma once
-// A model to read from, whatever form it has on disk: a Hugging Face directory, a checkpoint, or a run directory (its
-// newest checkpoint).
+// A model to read from, whatever form it has on disk: a Hugging Face directory, a checkpoint, or a run
+// directory (its newest checkpoint).
 
 #include <filesystem>
 #include <memory>
@@ -17,7 +17,8 @@ class ModelSource {
   virtual const ModelConfig& config() const = 0;
   // Any box of a parameter, converted to out's dtype (fp32 or bf16).
   virtual void read(const ParamSpec& param, const Box& box, TensorView out) const = 0;
-  virtual std::filesystem::path companions() const = 0;  // where tokenizer files lie; empty when that place is gone
+  virtual std::filesystem::path companions()
+      const = 0;  // where tokenizer files lie; empty when that place is gone
 };
 
 // Throws Error(kBadInput) when `path` is none of the three, or damaged.

@@ -19,15 +19,17 @@ constexpr std::uint64_t kUnset = ~std::uint64_t{0};
 
 std::uint64_t bits_of(const std::string& dtype) {
   static const std::map<std::string, std::uint64_t> bits{
-      {"BOOL", 8},    {"U8", 8},   {"I8", 8},   {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8},
-      {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"I16", 16},  {"U16", 16},    {"F16", 16},    {"BF16", 16},       {"I32", 32},
-      {"U32", 32},    {"F32", 32}, {"C64", 64}, {"F64", 64},    {"I64", 64},    {"U64", 64}};
+      {"BOOL", 8},        {"U8", 8},          {"I8", 8},    {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8},
+      {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"F4", 4},    {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"I16", 16},
+      {"U16", 16},        {"F16", 16},        {"BF16", 16}, {"I32", 32},    {"U32", 32},    {"F32", 32},
+      {"C64", 64},        {"F64", 64},        {"I64", 64},  {"U64", 64}};
   const auto it = bits.find(dtype);
   return it == bits.end() ? 0 : it->second;
 }
 
-// Walks the header as it is parsed, so that duplicate names, fractions and deep nesting are seen and nothing is built
-// that the file did not pay for. States by depth: 1 the header, 2 one tensor (or the metadata), 3 a list of numbers.
+// Walks the header as it is parsed, so that duplicate names, fractions and deep nesting are seen and nothing
+// is built that the file did not pay for. States by depth: 1 the header, 2 one tensor (or the metadata), 3 a
+// list of numbers.
 class HeaderParser : public nlohmann::json_sax<json> {
  public:
   SafetensorsHeader header;
@@ -59,14 +61,16 @@ class HeaderParser : public nlohmann::json_sax<json> {
     }
     field_ = key;
     if (name_ == "__metadata__") return true;
-    if (key != "dtype" && key != "shape" && key != "data_offsets") return refuse(fmt::format("unknown field '{}'", key));
+    if (key != "dtype" && key != "shape" && key != "data_offsets")
+      return refuse(fmt::format("unknown field '{}'", key));
     if (!seen_keys_.insert(key).second) return refuse(fmt::format("field '{}' stands there twice", key));
     return true;
   }
   bool start_array(std::size_t) override {
     ++depth_;
     numbers_.clear();
-    if (depth_ != 3 || name_ == "__metadata__" || field_ == "dtype") return refuse("a list where none belongs");
+    if (depth_ != 3 || name_ == "__metadata__" || field_ == "dtype")
+      return refuse("a list where none belongs");
     return true;
   }
   bool end_array() override {
@@ -93,7 +97,8 @@ class HeaderParser : public nlohmann::json_sax<json> {
   bool string(std::string& s) override {
     if (depth_ != 2) return refuse("a text where none belongs");
     if (name_ == "__metadata__") {
-      if (!header.metadata.emplace(field_, s).second) return refuse(fmt::format("metadata '{}' stands there twice", field_));
+      if (!header.metadata.emplace(field_, s).second)
+        return refuse(fmt::format("metadata '{}' stands there twice", field_));
       return true;
     }
     if (field_ != "dtype") return refuse(fmt::format("field '{}' is a text", field_));
@@ -103,7 +108,9 @@ class HeaderParser : public nlohmann::json_sax<json> {
   bool null() override { return refuse("null"); }
   bool boolean(bool) override { return refuse("true or false"); }
   bool number_integer(std::int64_t n) override { return refuse(fmt::format("negative number {}", n)); }
-  bool number_float(double, const std::string& text) override { return refuse(fmt::format("number {} is not a count", text)); }
+  bool number_float(double, const std::string& text) override {
+    return refuse(fmt::format("number {} is not a count", text));
+  }
   bool binary(json::binary_t&) override { return refuse("binary"); }
   bool parse_error(std::size_t at, const std::string&, const nlohmann::detail::exception&) override {
     problem = fmt::format("not JSON at byte {}", at);
@@ -128,50 +135,62 @@ std::uint64_t bytes_of(const SafetensorsEntry& e, const std::string& where) {
   for (const std::int64_t n : e.shape)
     if (__builtin_mul_overflow(bits, static_cast<std::uint64_t>(n), &bits))
       fail(ExitCode::kBadInput, "{}: tensor '{}': its size overflows", where, e.name);
-  if (bits % 8 != 0) fail(ExitCode::kBadInput, "{}: tensor '{}': {} bits are not whole bytes", where, e.name, bits);
+  if (bits % 8 != 0)
+    fail(ExitCode::kBadInput, "{}: tensor '{}': {} bits are not whole bytes", where, e.name, bits);
   return bits / 8;
 }
 
 void check_coverage(SafetensorsHeader& header, std::uint64_t data_bytes, const std::string& where) {
-  std::sort(header.entries.begin(), header.entries.end(), [](const SafetensorsEntry& a, const SafetensorsEntry& b) {
-    return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
-  });
+  std::sort(header.entries.begin(), header.entries.end(),
+            [](const SafetensorsEntry& a, const SafetensorsEntry& b) {
+              return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
+            });
   std::uint64_t at = 0;
   for (const SafetensorsEntry& e : header.entries) {
     const std::uint64_t bytes = bytes_of(e, where);
     if (e.begin != at || e.end < e.begin)
-      fail(ExitCode::kBadInput, "{}: tensor '{}': bytes {} to {}, expected to begin at {} (tensors must follow each other without gap or overlap)",
+      fail(ExitCode::kBadInput,
+           "{}: tensor '{}': bytes {} to {}, expected to begin at {} (tensors must follow each other without "
+           "gap or overlap)",
            where, e.name, e.begin, e.end, at);
     if (e.end - e.begin != bytes)
-      fail(ExitCode::kBadInput, "{}: tensor '{}': {} bytes, its shape and dtype need {}", where, e.name, e.end - e.begin, bytes);
+      fail(ExitCode::kBadInput, "{}: tensor '{}': {} bytes, its shape and dtype need {}", where, e.name,
+           e.end - e.begin, bytes);
     at = e.end;
   }
   if (at != data_bytes)
-    fail(ExitCode::kBadInput, "{}: {} bytes of data, the header speaks of {}; the file may be truncated: fetch it again", where, data_bytes, at);
+    fail(ExitCode::kBadInput,
+         "{}: {} bytes of data, the header speaks of {}; the file may be truncated: fetch it again", where,
+         data_bytes, at);
 }
 
 }  // namespace
 
-SafetensorsHeader parse_safetensors_header(std::span<const std::byte> bytes, std::uint64_t file_bytes, const std::string& where) {
-  if (file_bytes < 8 || bytes.size() < 8) fail(ExitCode::kBadInput, "{}: {} bytes are too few for a safetensors file", where, file_bytes);
+SafetensorsHeader parse_safetensors_header(std::span<const std::byte> bytes, std::uint64_t file_bytes,
+                                           const std::string& where) {
+  if (file_bytes < 8 || bytes.size() < 8)
+    fail(ExitCode::kBadInput, "{}: {} bytes are too few for a safetensors file", where, file_bytes);
   std::uint64_t n = 0;
   std::memcpy(&n, bytes.data(), 8);
   if (n > kHeaderLimit || n > file_bytes - 8 || n > bytes.size() - 8)
-    fail(ExitCode::kBadInput, "{}: a header of {} bytes in a file of {} (limit {}): not a safetensors file, or truncated", where, n, file_bytes,
-         kHeaderLimit);
+    fail(ExitCode::kBadInput,
+         "{}: a header of {} bytes in a file of {} (limit {}): not a safetensors file, or truncated", where,
+         n, file_bytes, kHeaderLimit);
   const char* text = reinterpret_cast<const char*>(bytes.data()) + 8;
   // What the JSON library would let pass: a byte order mark, and anything behind a zero byte.
   if (n > 0 && (static_cast<unsigned char>(*text) == 0xefu || std::memchr(text, 0, n) != nullptr))
     fail(ExitCode::kBadInput, "{}: header refused: not JSON", where);
   HeaderParser parser;
   if (!json::sax_parse(text, text + n, &parser))
-    fail(ExitCode::kBadInput, "{}: header refused: {}", where, parser.problem.empty() ? "not an object" : parser.problem);
+    fail(ExitCode::kBadInput, "{}: header refused: {}", where,
+         parser.problem.empty() ? "not an object" : parser.problem);
   parser.header.data_begin = 8 + n;
   check_coverage(parser.header, file_bytes - 8 - n, where);
   return std::move(parser.header);
 }
 
-std::string make_safetensors_header(std::vector<SafetensorsEntry>& entries, const std::map<std::string, std::string>& metadata) {
+std::string make_safetensors_header(std::vector<SafetensorsEntry>& entries,
+                                    const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json j = nlohmann::ordered_json::object();
   if (!metadata.empty()) j["__metadata__"] = metadata;
   std::uint64_t at = 0;
@@ -189,10 +208,12 @@ std::string make_safetensors_header(std::vector<SafetensorsEntry>& entries, cons
   return out + text;
 }
 
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : path_(path), file_(std::make_unique<PosixFile>(PosixFile::open_read(path))) {
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
+    : path_(path), file_(std::make_unique<PosixFile>(PosixFile::open_read(path))) {
   const std::uint64_t size = file_->size();
   std::vector<std::byte> bytes(8);
-  if (size < 8) fail(ExitCode::kBadInput, "{}: {} bytes are too few for a safetensors file", path.string(), size);
+  if (size < 8)
+    fail(ExitCode::kBadInput, "{}: {} bytes are too few for a safetensors file", path.string(), size);
   file_->read(0, bytes);
   std::uint64_t n = 0;
   std::memcpy(&n, bytes.data(), 8);
@@ -212,18 +233,28 @@ const SafetensorsEntry* SafetensorsFile::find(const std::string& name) const {
   return it == index_.end() ? nullptr : &header_.entries[it->second];
 }
 
-void SafetensorsFile::read(const SafetensorsEntry& entry, std::uint64_t offset, std::span<std::byte> out) const {
-  UPMOE_CHECK(offset <= entry.end - entry.begin && out.size() <= entry.end - entry.begin - offset, "{} bytes at {} of '{}'", out.size(), offset, entry.name);
+void SafetensorsFile::read(const SafetensorsEntry& entry, std::uint64_t offset,
+                           std::span<std::byte> out) const {
+  UPMOE_CHECK(offset <= entry.end - entry.begin && out.size() <= entry.end - entry.begin - offset,
+              "{} bytes at {} of '{}'", out.size(), offset, entry.name);
   file_->read(header_.data_begin + entry.begin + offset, out);
 }
 
-void write_safetensors(const std::filesystem::path& path, const std::map<std::string, ConstTensorView>& tensors,
+void write_safetensors(const std::filesystem::path& path,
+                       const std::map<std::string, ConstTensorView>& tensors,
                        const std::map<std::string, std::string>& metadata) {
-  static const std::map<DType, std::string> names{
-      {DType::kF32, "F32"}, {DType::kBF16, "BF16"}, {DType::kI32, "I32"}, {DType::kI64, "I64"}, {DType::kF64, "F64"}};
+  static const std::map<DType, std::string> names{{DType::kF32, "F32"},
+                                                  {DType::kBF16, "BF16"},
+                                                  {DType::kI32, "I32"},
+                                                  {DType::kI64, "I64"},
+                                                  {DType::kF64, "F64"}};
   std::vector<SafetensorsEntry> entries;
   for (const auto& [name, view] : tensors)
-    entries.push_back({name, names.at(view.dtype), {view.shape.dim.begin(), view.shape.dim.begin() + view.shape.rank}, 0, 0});
+    entries.push_back({name,
+                       names.at(view.dtype),
+                       {view.shape.dim.begin(), view.shape.dim.begin() + view.shape.rank},
+                       0,
+                       0});
   const std::string header = make_safetensors_header(entries, metadata);
   std::filesystem::path partial = path;
   partial += ".tmp";

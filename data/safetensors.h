@@ -1,6 +1,6 @@
 #pragma once
-// The safetensors format: a JSON header, then raw tensors. A header is hostile input: every size is checked before
-// anything is allocated or mapped. Errors: Error(kBadInput) naming file and tensor.
+// The safetensors format: a JSON header, then raw tensors. A header is hostile input: every size is checked
+// before anything is allocated or mapped. Errors: Error(kBadInput) naming file and tensor.
 
 #include <cstdint>
 #include <filesystem>
@@ -16,21 +16,22 @@ namespace upmoe {
 
 struct SafetensorsEntry {
   std::string name;
-  std::string dtype;                        // as in the file: "BF16", "F32", "F16", ...
+  std::string dtype;  // as in the file: "BF16", "F32", "F16", ...
   std::vector<std::int64_t> shape;
-  std::uint64_t begin = 0, end = 0;         // byte offsets from the start of the data section
+  std::uint64_t begin = 0, end = 0;  // byte offsets from the start of the data section
 };
 
 struct SafetensorsHeader {
-  std::vector<SafetensorsEntry> entries;    // in data order
+  std::vector<SafetensorsEntry> entries;  // in data order
   std::map<std::string, std::string> metadata;
-  std::uint64_t data_begin = 0;             // file offset of the data section
+  std::uint64_t data_begin = 0;  // file offset of the data section
 };
 
 // Parses and validates a header given as bytes; `file_bytes` is the length of the whole file.
 SafetensorsHeader parse_safetensors_header(std::span<const std::byte> bytes, std::uint64_t file_bytes,
                                            const std::string& where);
-// The bytes that precede the data: length word and JSON, padded to 8. Entries' offsets are assigned in their order.
+// The bytes that precede the data: length word and JSON, padded to 8. Entries' offsets are assigned in their
+// order.
 std::string make_safetensors_header(std::vector<SafetensorsEntry>& entries,
                                     const std::map<std::string, std::string>& metadata);
 
@@ -56,8 +57,10 @@ class SafetensorsFile {
   std::map<std::string, std::size_t> index_;
 };
 
-// Writes a whole small file at once (fsynced, by temporary name and rename). Values: fp32, bf16, int32 or int64 views.
-void write_safetensors(const std::filesystem::path& path, const std::map<std::string, ConstTensorView>& tensors,
+// Writes a whole small file at once (fsynced, by temporary name and rename). Values: fp32, bf16, int32 or
+// int64 views.
+void write_safetensors(const std::filesystem::path& path,
+                       const std::map<std::string, ConstTensorView>& tensors,
                        const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
 
 }  // namespace upmoe

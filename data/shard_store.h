@@ -1,8 +1,9 @@
 #pragma once
-// A folder of tensors in global coordinates that any layout can open: one HDF5 shard file per rank with flat datasets,
-// index.h5 with one virtual dataset per (tensor, kind) in its global shape for any HDF5 reader, manifest.json with
-// sizes and CRC-32C of every file. Written to DIR.tmp and renamed: complete or invisible. The index is never trusted:
-// opening checks the manifest's files for presence and size, reading checks the bytes' checksums before use.
+// A folder of tensors in global coordinates that any layout can open: one HDF5 shard file per rank with flat
+// datasets, index.h5 with one virtual dataset per (tensor, kind) in its global shape for any HDF5 reader,
+// manifest.json with sizes and CRC-32C of every file. Written to DIR.tmp and renamed: complete or invisible.
+// The index is never trusted: opening checks the manifest's files for presence and size, reading checks the
+// bytes' checksums before use.
 
 #include <cstdint>
 #include <filesystem>
@@ -20,21 +21,23 @@ namespace upmoe {
 
 // What one rank adds: the boxes it owns of one global tensor, and their elements one box behind the other.
 struct StorePiece {
-  std::string tensor;          // e.g. "layers.3.moe.down_EDF"
-  std::string kind;            // weight | master | m | v
+  std::string tensor;  // e.g. "layers.3.moe.down_EDF"
+  std::string kind;    // weight | master | m | v
   Shape global;
-  std::vector<Box> boxes;      // may be empty
-  ConstTensorView values;      // flat, host memory, fp32 or bf16
+  std::vector<Box> boxes;  // may be empty
+  ConstTensorView values;  // flat, host memory, fp32 or bf16
 };
 
 // Writing in three parts, so that the middle one can run on a background thread while training goes on:
-//   StoreWriter w(dir, world);   // collective: lock-step creation of DIR.tmp, replaces a leftover one; refuses an
+//   StoreWriter w(dir, world);   // collective: lock-step creation of DIR.tmp, replaces a leftover one;
+//   refuses an
 //                                // existing dir; checks free space for the sum of `bytes` over the ranks
-//   w.write(pieces);             // local, any thread, no communication: this rank's shard, fsynced, re-read, compared
-//   w.commit(world, metadata);   // collective: agrees that all ranks wrote, index, manifest, fsync, rename, fsync parent
-// Every failure (full disk, short write, a peer's error) is agreed on in the constructor or in commit: all ranks throw
-// and no trace but a .tmp folder remains, which is removed where possible. An error of write() is remembered and thrown
-// by commit. `metadata_json` (an object) is stored in the manifest under "run".
+//   w.write(pieces);             // local, any thread, no communication: this rank's shard, fsynced, re-read,
+//   compared w.commit(world, metadata);   // collective: agrees that all ranks wrote, index, manifest, fsync,
+//   rename, fsync parent
+// Every failure (full disk, short write, a peer's error) is agreed on in the constructor or in commit: all
+// ranks throw and no trace but a .tmp folder remains, which is removed where possible. An error of write() is
+// remembered and thrown by commit. `metadata_json` (an object) is stored in the manifest under "run".
 class StoreWriter {
  public:
   StoreWriter(const std::filesystem::path& dir, Communicator& world, std::uint64_t bytes);
@@ -59,8 +62,13 @@ class ShardStore {
   ~ShardStore();
   ShardStore(const ShardStore&) = delete;
   const std::string& metadata_json() const { return metadata_; }
-  struct Tensor { Shape shape; DType dtype; };
-  const std::map<std::pair<std::string, std::string>, Tensor>& tensors() const { return tensors_; }  // (name, kind)
+  struct Tensor {
+    Shape shape;
+    DType dtype;
+  };
+  const std::map<std::pair<std::string, std::string>, Tensor>& tensors() const {
+    return tensors_;
+  }  // (name, kind)
   // Any box, whatever the layout that wrote it; same dtype as stored, or fp32 from bf16 and back (rounded).
   void read(std::string_view tensor, std::string_view kind, const Box& box, TensorView out) const;
   void verify() const;  // reads every file and compares its checksum

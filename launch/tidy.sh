@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs clang-tidy over the named sources, or those that differ from the last commit, or with --all every one. Version 16,
-# because clang 14 does not know std::source_location. Too slow to be a test: about ten seconds a file.
+# Runs clang-tidy over the named sources, or those that differ from the last commit, or with --all every one.
+# Version 16, because clang 14 does not know std::source_location. Too slow to be a test: about ten seconds a file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=${UPMOE_BUILD:-build/release}

@@ -16,4 +16,11 @@ namespace upmoe {
 // out[k] = number first + k of stream key, k < count. |value| <= 6.66.
 void normal_batch(std::uint64_t key, std::uint64_t first, std::int64_t count, float* out);
 
+// One of them; for many, the batch is far faster.
+inline float normal_at(std::uint64_t key, std::uint64_t i) {
+  float value = 0;
+  normal_batch(key, i, 1, &value);
+  return value;
+}
+
 }  // namespace upmoe

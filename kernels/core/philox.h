@@ -4,7 +4,6 @@
 // alone.
 
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <string_view>
 
@@ -37,14 +36,6 @@ inline std::uint64_t philox_key(std::uint64_t seed, std::string_view name) {
 // Uniform in (0, 1): 24 bits, never 0 or 1.
 inline float uniform_from_bits(std::uint32_t bits) {
   return (static_cast<float>(bits >> 8) + 0.5f) * (1.0f / 16777216.0f);
-}
-
-// Standard normal number i of stream `key` (Box-Muller; numbers 2j and 2j+1 share one pair of uniforms).
-inline float normal_at(std::uint64_t key, std::uint64_t i) {
-  const Philox4 c = philox(key, i >> 1);
-  const float u = uniform_from_bits(c[0]), v = uniform_from_bits(c[1]);
-  const float radius = std::sqrt(-2.0f * std::log(u)), angle = 6.28318530717958648f * v;
-  return (i & 1u) == 0 ? radius * std::cos(angle) : radius * std::sin(angle);
 }
 
 }  // namespace upmoe

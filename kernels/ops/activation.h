@@ -1,16 +1,17 @@
 #pragma once
-// SwiGLU over interleaved gate and up pairs, with an optional weight per row; the scalar sigmoid gate of the shared
-// expert. fp32 or bf16 with fp32 arithmetic; row weights and their gradients are fp32.
+// SwiGLU over interleaved gate and up pairs, with an optional weight per row; the scalar sigmoid gate of the
+// shared expert. fp32 or bf16 with fp32 arithmetic; row weights and their gradients are fp32.
 
 #include "kernels/core/exec.h"
 
 namespace upmoe::ops {
 
-// h_RF = silu(gate) * up * weight. gate_up_RG holds (gate, up) pairs: G = 2F, gate of neuron f at 2f, up at 2f+1.
-// weight_R: fp32 or null (1).
+// h_RF = silu(gate) * up * weight. gate_up_RG holds (gate, up) pairs: G = 2F, gate of neuron f at 2f, up at
+// 2f+1. weight_R: fp32 or null (1).
 void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R);
 
-// dgate_up_RG from dh_RF; dweight_R (fp32, overwritten) exactly when weight_R is given. dgate_up may alias gate_up.
+// dgate_up_RG from dh_RF; dweight_R (fp32, overwritten) exactly when weight_R is given. dgate_up may alias
+// gate_up.
 void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
                      ConstTensorView gate_up_RG, const ConstTensorView* weight_R);
 

@@ -10,9 +10,12 @@ namespace upmoe::ops {
 template <class Cpu, class Cuda, class... Args>
 void dispatch(Exec& ex, Cpu cpu, Cuda cuda, Args&&... args) {
   switch (ex.device.type) {
-    case DeviceType::kCpu: return cpu(ex, std::forward<Args>(args)...);
-    case DeviceType::kCuda: return cuda(ex, std::forward<Args>(args)...);
-    case DeviceType::kDry: return;  // checked and booked, not computed
+    case DeviceType::kCpu:
+      return cpu(ex, std::forward<Args>(args)...);
+    case DeviceType::kCuda:
+      return cuda(ex, std::forward<Args>(args)...);
+    case DeviceType::kDry:
+      return;  // checked and booked, not computed
   }
 }
 

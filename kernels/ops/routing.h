@@ -6,32 +6,36 @@
 
 namespace upmoe::ops {
 
-// probs_TE = softmax of logits_TE over all experts; index_TK, weight_TK: the K largest, in falling order, the lowest
-// index first among equals; weight_TK divided by its row sum when `renormalize`. lse_T: log-sum-exp of the logits.
-// A non-finite logit throws Error(kNumeric).
+// probs_TE = softmax of logits_TE over all experts; index_TK, weight_TK: the K largest, in falling order, the
+// lowest index first among equals; weight_TK divided by its row sum when `renormalize`. lse_T: log-sum-exp of
+// the logits. A non-finite logit throws Error(kNumeric).
 void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView weight_TK, TensorView lse_T,
                   ConstTensorView logits_TE, bool renormalize);
 
-// dlogits_TE (overwritten) from: dweight_TK; aux_E, a gradient added to every probability of expert e (the balance
-// term's, the same for all tokens); z_scale * d(lse^2).
+// dlogits_TE (overwritten) from: dweight_TK; aux_E, a gradient added to every probability of expert e (the
+// balance term's, the same for all tokens); z_scale * d(lse^2).
 void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
                            float z_scale, ConstTensorView probs_TE, ConstTensorView index_TK,
                            ConstTensorView weight_TK, ConstTensorView lse_T, bool renormalize);
 
-// Sums behind every balance term, over this micro-batch: stats_3E (fp64, overwritten) = assignments per expert over
-// all k; over k = 0 alone; sum of probabilities. z_1 (fp64, overwritten) = sum of lse^2.
-void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE, ConstTensorView index_TK,
-                   ConstTensorView lse_T);
+// Sums behind every balance term, over this micro-batch: stats_3E (fp64, overwritten) = assignments per
+// expert over all k; over k = 0 alone; sum of probabilities. z_1 (fp64, overwritten) = sum of lse^2.
+void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE,
+                   ConstTensorView index_TK, ConstTensorView lse_T);
 
-// Stable sort of the N = T*K assignments by expert. order_N: sorted position -> flat t*K + k; slot_TK: its inverse;
-// counts_E (int32): rows of each expert.
-void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E, ConstTensorView index_TK);
+// Stable sort of the N = T*K assignments by expert. order_N: sorted position -> flat t*K + k; slot_TK: its
+// inverse; counts_E (int32): rows of each expert.
+void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
+                    ConstTensorView index_TK);
 
 // out_N*[i] = in_X*[index_N[i] / divisor]: a row gather. Rows of any dtype and width; divisor K turns flat
 // assignments into tokens. An index out of range is a broken contract.
-void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N, std::int64_t divisor);
+void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
+                 std::int64_t divisor);
 
-// y_TD[t] (+)= sum over k of rows_ND[slot_TK[t, k]], in k order, summed in fp32: the backward of a row gather.
-void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK, Accumulate mode);
+// y_TD[t] (+)= sum over k of rows_ND[slot_TK[t, k]], in k order, summed in fp32: the backward of a row
+// gather.
+void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
+                     Accumulate mode);
 
 }  // namespace upmoe::ops

@@ -2,6 +2,7 @@
 // not at all.
 
 #include "data/hf_model.h"
+#include "kernels/core/normal_batch.h"
 
 #include <gtest/gtest.h>
 #include <sys/mount.h>

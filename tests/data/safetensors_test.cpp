@@ -1,6 +1,7 @@
 // The format's own rules, and every known way to break them: each hostile file has a name.
 
 #include "data/safetensors.h"
+#include "kernels/core/normal_batch.h"
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>

@@ -15,7 +15,8 @@ import unittest
 from pathlib import Path
 
 UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
-ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                            "OMP_NUM_THREADS": "1"}
 LONG = "train.steps=100000"
 
 
@@ -73,7 +74,8 @@ class Run(unittest.TestCase):
         return sorted(p.name for p in (self.dir / run / "checkpoints").glob("step_????????"))
 
     def rank_pids(self, process):
-        children = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        children = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(process.pid)],
+                                  capture_output=True, text=True)
         return [int(line.split()[0]) for line in children.stdout.splitlines() if "upmoe" in line]
 
     def test_killed_rank_ends_the_job_and_the_run_resumes_bitwise(self):
@@ -138,7 +140,8 @@ class Run(unittest.TestCase):
     def test_full_disk_keeps_training_and_the_older_checkpoint(self):
         disk = self.dir / "disk"
         disk.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
             self.skipTest("no tmpfs can be mounted here")
         try:
             # keep=3 checkpoints of about 1 MB each do not fit: the first ones do, the later ones fail.

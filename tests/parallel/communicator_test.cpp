@@ -2,6 +2,7 @@
 // messages. Sums must equal the rank-ordered sum computed here to the bit, whatever carries them.
 
 #include "parallel/communicator.h"
+#include "kernels/core/normal_batch.h"
 
 #include <gtest/gtest.h>
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
 #include "kernels/ops/pointwise.h"
 
@@ -116,16 +117,19 @@ void ParamStore::zero_gradients(Exec& ex) const {
 
 namespace {
 
-float initial_value(const Init& init, std::uint64_t key, std::int64_t index) {
+// `count` initial values from global element `first` on.
+void fill_initial(const Init& init, std::uint64_t key, std::int64_t first, std::int64_t count, float* out) {
   switch (init.kind) {
     case Init::Kind::kOnes:
-      return 1.0f;
+      std::fill_n(out, count, 1.0f);
+      return;
     case Init::Kind::kZeros:
-      return 0.0f;
+      std::fill_n(out, count, 0.0f);
+      return;
     case Init::Kind::kNormal:
-      return init.std * normal_at(key, static_cast<std::uint64_t>(index));
+      normal_batch(key, static_cast<std::uint64_t>(first), count, out);
+      for (std::int64_t i = 0; i < count; ++i) out[i] *= init.std;
   }
-  return 0.0f;
 }
 
 }  // namespace
@@ -134,21 +138,25 @@ void initial_values(const ParamSpec& spec, std::int64_t seed, const Box& box, Te
   const std::uint64_t key = philox_key(static_cast<std::uint64_t>(seed), spec.name);
   const int rank = spec.shape.rank;
   const std::int64_t width = box.extent[-1], rows = width == 0 ? 0 : box.elements() / width;
-#pragma omp parallel for schedule(static)
-  for (std::int64_t r = 0; r < rows; ++r) {
-    std::int64_t rest = r, global = 0, stride = spec.shape[-1];
-    for (int d = rank - 2; d >= 0; --d) {  // global flat index of this row's first element
-      global += (box.offset[d] + rest % box.extent[d]) * stride;
-      rest /= box.extent[d];
-      stride *= spec.shape[d];
-    }
-    global += box.offset[-1];
-    for (std::int64_t c = 0; c < width; ++c) {
-      const float v = initial_value(spec.init, key, global + c);
-      if (out.dtype == DType::kF32) {
-        out.as<float>()[r * width + c] = v;
-      } else {
-        out.as<bf16>()[r * width + c] = to_bf16(v);
+#pragma omp parallel
+  {
+    std::vector<float> row(static_cast<std::size_t>(width));
+#pragma omp for schedule(static)
+    for (std::int64_t r = 0; r < rows; ++r) {
+      std::int64_t rest = r, first = 0, stride = spec.shape[-1];
+      for (int d = rank - 2; d >= 0; --d) {  // global flat index of this row's first element
+        first += (box.offset[d] + rest % box.extent[d]) * stride;
+        rest /= box.extent[d];
+        stride *= spec.shape[d];
+      }
+      fill_initial(spec.init, key, first + box.offset[-1], width, row.data());
+      for (std::int64_t c = 0; c < width; ++c) {
+        const float v = row[static_cast<std::size_t>(c)];
+        if (out.dtype == DType::kF32) {
+          out.as<float>()[r * width + c] = v;
+        } else {
+          out.as<bf16>()[r * width + c] = to_bf16(v);
+        }
       }
     }
   }
