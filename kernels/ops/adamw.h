@@ -8,15 +8,15 @@
 namespace upmoe {
 struct AdamWStep {
   float lr = 0, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0;
-  std::int64_t step = 1;     // counts from 1
-  float grad_scale = 1;      // the clip factor
+  std::int64_t step = 1;  // counts from 1
+  float grad_scale = 1;   // the clip factor
 };
 }  // namespace upmoe
 
 namespace upmoe::ops {
 
-// Flat tensors of equal length. master, m, v: fp32; grad: fp32 or bf16; weight (fp32 or bf16) receives the rounded
-// master and may be the master itself.
+// Flat tensors of equal length. master, m, v: fp32; grad: fp32 or bf16; weight (fp32 or bf16) receives the
+// rounded master and may be the master itself.
 void adamw(Exec& ex, TensorView weight, TensorView master, TensorView m, TensorView v, ConstTensorView grad,
            const AdamWStep& step);
 

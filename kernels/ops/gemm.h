@@ -9,9 +9,9 @@ enum class Transpose : std::uint8_t { kNo, kYes };
 
 namespace upmoe::ops {
 
-// c_MN = op(a) op(b) [+ bias_N], or c_MN += op(a) op(b). op(a) is [M, K], so `a` is stored [M, K] or, with kYes,
-// [K, M]; op(b) is [K, N], so a Linear weight [N, K] is passed with kYes. bias_N: dtype of the inputs; only with
-// kOverwrite. M, N or K may be 0 (K = 0 gives zeros or the bias).
+// c_MN = op(a) op(b) [+ bias_N], or c_MN += op(a) op(b). op(a) is [M, K], so `a` is stored [M, K] or, with
+// kYes, [K, M]; op(b) is [K, N], so a Linear weight [N, K] is passed with kYes. bias_N: dtype of the inputs;
+// only with kOverwrite. M, N or K may be 0 (K = 0 gives zeros or the bias).
 void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, ConstTensorView b,
           Transpose transpose_b, Accumulate mode, const ConstTensorView* bias_N = nullptr);
 

@@ -1,7 +1,7 @@
 #pragma once
-// One product per local expert over that expert's rows: rows [offsets[i], offsets[i+1]) of the R rows belong to
-// expert i. `expert_offsets` is on the host and has e+1 entries; experts may have no rows.
-// Inputs fp32 or bf16 (all the same), sums in fp32. Bitwise repeatable for any number of threads.
+// One product per local expert over that expert's rows: rows [offsets[i], offsets[i+1]) of the R rows belong
+// to expert i. `expert_offsets` is on the host and has e+1 entries; experts may have no rows. Inputs fp32 or
+// bf16 (all the same), sums in fp32. Bitwise repeatable for any number of threads.
 
 #include <span>
 

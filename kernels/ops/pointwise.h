@@ -6,8 +6,8 @@
 namespace upmoe::ops {
 
 void fill(Exec& ex, TensorView x, float value);
-void cast(Exec& ex, TensorView out, ConstTensorView in);                      // copies where dtypes agree
-void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b);     // out may alias a or b
+void cast(Exec& ex, TensorView out, ConstTensorView in);                   // copies where dtypes agree
+void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b);  // out may alias a or b
 void scale(Exec& ex, TensorView x, float factor);
 // sum_1 (fp64) += sum of x^2 in fp64, in an order that does not depend on the number of threads.
 void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x);
