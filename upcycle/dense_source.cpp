@@ -32,7 +32,7 @@ DType element_type_of(const HfModel& model) {
 
 }  // namespace
 
-const std::byte* DenseFfn::data(FfnMatrix matrix) const {
+const std::byte* SourceFfn::data(FfnMatrix matrix) const {
   switch (matrix) {
     case FfnMatrix::kGate:
       return gate.data();
@@ -51,7 +51,7 @@ void DenseSource::read(const std::string& tensor, std::uint64_t offset, std::spa
   file->read(*entry, offset, out);
 }
 
-std::shared_ptr<const DenseFfn> DenseSource::ffn(int layer) const {
+std::shared_ptr<const SourceFfn> DenseSource::ffn(int layer) const {
   std::shared_ptr<Slot> slot;
   {
     const std::lock_guard lock(mutex_);
@@ -70,9 +70,9 @@ std::shared_ptr<const DenseFfn> DenseSource::ffn(int layer) const {
   return {slot, &slot->ffn};
 }
 
-DenseFfn DenseSource::load(int layer) const {
+SourceFfn DenseSource::load(int layer) const {
   const ModelConfig& config = model_.config();
-  DenseFfn ffn;
+  SourceFfn ffn;
   ffn.width = config.intermediate_size;
   ffn.model_width = config.hidden_size;
   const auto elements = checked_mul(ffn.width, ffn.model_width);

@@ -16,7 +16,7 @@
 namespace upmoe {
 
 // One layer's FFN in the source's element type: gate and up [F, D], down [D, F].
-struct DenseFfn {
+struct SourceFfn {
   std::int64_t width = 0, model_width = 0;
   std::vector<std::byte> gate, up, down;
   const std::byte* data(FfnMatrix matrix) const;
@@ -32,15 +32,15 @@ class DenseSource {
   void read(const std::string& tensor, std::uint64_t offset, std::span<std::byte> out) const;
   // Kept for the layers asked for last, so that workers on neighbouring tensors share it. Safe for several
   // threads.
-  std::shared_ptr<const DenseFfn> ffn(int layer) const;
+  std::shared_ptr<const SourceFfn> ffn(int layer) const;
 
  private:
   struct Slot {
     int layer;
     std::once_flag once;
-    DenseFfn ffn;
+    SourceFfn ffn;
   };
-  DenseFfn load(int layer) const;
+  SourceFfn load(int layer) const;
 
   HfModel model_;
   DType dtype_;

@@ -57,7 +57,7 @@ ReadRow row_of_line(const RecipeLine& line, const FillContext& context) {
   };
 }
 
-ReadRow row_of_ffn(const DenseFfn& ffn, FfnMatrix matrix, DType dtype) {
+ReadRow row_of_ffn(const SourceFfn& ffn, FfnMatrix matrix, DType dtype) {
   const std::int64_t columns = matrix == FfnMatrix::kDown ? ffn.width : ffn.model_width;
   return [data = ffn.data(matrix), columns, dtype](std::int64_t row, float* out) {
     to_floats(data + static_cast<std::size_t>(row * columns) * size_of(dtype), dtype,
@@ -196,7 +196,7 @@ double layer_error(const Recipe& recipe, int layer, const ModelConfig& moe, cons
                    int tokens) {
   const std::int64_t D = moe.hidden_size;
   const Matrix x = make_inputs(layer, D, tokens, context);
-  const std::shared_ptr<const DenseFfn> ffn = context.source.ffn(layer);
+  const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(layer);
   const DType dtype = context.source.dtype();
   const Matrix expected =
       apply({row_of_ffn(*ffn, FfnMatrix::kGate, dtype), row_of_ffn(*ffn, FfnMatrix::kUp, dtype),

@@ -76,7 +76,7 @@ void fill_unit_rows(const RecipeLine& line, const ExpertMatrix& m, Rows rows, co
                     T* out) {
   const std::vector<std::int32_t> units = m.map.units_of(m.matrix, context.seed, context.permutations);
   const std::int64_t columns = line.columns();
-  const std::shared_ptr<const DenseFfn> ffn = context.source.ffn(m.map.layer);
+  const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(m.map.layer);
   const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
   const Drawn drawn = drawn_of(line, m, context);
   const Kept kept = kept_of(line, m, context);
@@ -99,7 +99,7 @@ void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows,
                        T* out) {
   const std::vector<std::int32_t> units = m.map.units_of(m.matrix, context.seed, context.permutations);
   const std::int64_t width = line.columns();
-  const std::shared_ptr<const DenseFfn> ffn = context.source.ffn(m.map.layer);
+  const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(m.map.layer);
   const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
   const Drawn drawn = drawn_of(line, m, context);
   const Kept kept = kept_of(line, m, context);
