@@ -32,11 +32,14 @@ std::unique_ptr<Communicator> Communicator::subgroup(const std::vector<int>& mem
 }
 
 void agree(Communicator& comm, ExitCode code, const std::string& local_error) {
-  std::int32_t worst = local_error.empty() ? 0 : static_cast<std::int32_t>(code);
-  comm.all_reduce(host_view(&worst, {1}), ReduceOp::kMax);
-  if (worst == 0) return;
-  if (!local_error.empty()) throw Error(code, local_error);
-  throw PeerError(static_cast<ExitCode>(worst), "");
+  // One message for one fault: of the ranks that met an error the lowest one keeps its own.
+  std::int32_t speaker = local_error.empty() ? comm.size() : comm.rank();
+  comm.all_reduce(host_view(&speaker, {1}), ReduceOp::kMin);
+  if (speaker == comm.size()) return;
+  auto agreed = static_cast<std::int32_t>(code);
+  comm.broadcast(host_view(&agreed, {1}), speaker);
+  if (comm.rank() == speaker) throw Error(code, local_error);
+  throw PeerError(static_cast<ExitCode>(agreed), "");
 }
 
 void run_agreed(Communicator& comm, const std::function<void()>& body) {

@@ -76,6 +76,10 @@ class Communicator {
 std::unique_ptr<Communicator> make_self_communicator();
 // Rank `rank` of a world of `size` that does not exist: verbs check and book, and leave outputs as they are.
 std::unique_ptr<Communicator> make_dry_communicator(int rank, int size);
+// The same communicator, comparing verb, shape, dtype and row counts across the ranks before each verb: ranks
+// out of step raise Error(kCommunicator) that names both ranks and verbs. For tests and for finding bugs:
+// each verb then waits for the whole group, so all groups must be used in one order as well.
+std::unique_ptr<Communicator> make_checked_communicator(std::unique_ptr<Communicator> comm);
 // Runs body on `ranks` threads of this process, each with its own communicator. The first exception of any
 // rank unblocks the others and is rethrown here.
 void run_in_threads(int ranks, const std::function<void(Communicator&)>& body);
@@ -87,7 +91,7 @@ class PeerError : public Error {
 };
 
 // Agreement before the next collective: no rank may fail alone. Each rank gives the error it met (empty =
-// none); if any rank met one, every rank throws it: the rank(s) that met it with their message, the others
+// none); if any rank met one, every rank throws it: the lowest that met one with its message, the others
 // with one marked as a peer's failure (empty what()), which `main` does not print. Collective.
 void agree(Communicator& comm, ExitCode code, const std::string& local_error);
 // Runs `body` and agrees on its outcome: an Error thrown by body on any rank is thrown on all.

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -68,8 +69,9 @@ Runtime::~Runtime() {
 void Runtime::abort(int code, const std::string& message) noexcept {
   const bool several = world_ != nullptr && world_->size() > 1;
   // Ranks often meet the same error in the same moment (a loss that is not finite): the lowest one speaks and
-  // ends the job before the others do.
-  if (several && world_->rank() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  // ends the job, by a signal that is no request to save any more, before the others do.
+  std::signal(SIGTERM, SIG_DFL);
+  if (several && world_->rank() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1500));
   if (several) {
     std::fprintf(stderr, "upmoe: error: rank %d: %s\n", world_->rank(), message.c_str());
   } else {

@@ -33,9 +33,9 @@ inline std::uint64_t philox_key(std::uint64_t seed, std::string_view name) {
   return h;
 }
 
-// Uniform in (0, 1): 24 bits, never 0 or 1.
+// Uniform in (0, 1): 23 bits and a half, so that neither 0 nor 1 comes out of the rounding.
 inline float uniform_from_bits(std::uint32_t bits) {
-  return (static_cast<float>(bits >> 8) + 0.5f) * (1.0f / 16777216.0f);
+  return (static_cast<float>(bits >> 9) + 0.5f) * (1.0f / 8388608.0f);
 }
 
 }  // namespace upmoe
