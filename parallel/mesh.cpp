@@ -71,11 +71,13 @@ std::vector<std::string> MeshSpec::problems(int world_size) const {
        {std::pair{"pp", pp}, {"dp", dp}, {"cp", cp}, {"tp", tp}, {"ep", ep}, {"etp", etp}})
     if (n < 1) found.push_back(fmt::format("{} is {}, expected at least 1", name, n));
   if (!found.empty()) return found;
-  const std::int64_t dense = std::int64_t{pp} * dp * cp * tp;
+  // In 128 bits: four degrees of up to 2^31 - 1 each.
+  const auto stage = static_cast<__int128>(dp) * cp * tp;
+  const __int128 dense = stage * pp;
   if (dense != world_size)
     found.push_back(fmt::format("pp {} x dp {} x cp {} x tp {} is {} ranks, {} were started", pp, dp, cp, tp,
                                 dense, world_size));
-  const std::int64_t stage = std::int64_t{dp} * cp * tp, experts = std::int64_t{ep} * etp;
+  const __int128 experts = static_cast<__int128>(ep) * etp;
   if (stage % experts != 0)
     found.push_back(fmt::format("ep {} x etp {} = {} does not divide the {} ranks of dp x cp x tp", ep, etp,
                                 experts, stage));

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "parallel/reduce.h"
@@ -70,7 +71,7 @@ class Messages {
     for (int done = 0;;) {
       const int result =
           MPI_Testall(static_cast<int>(requests_.size()), requests_.data(), &done, statuses.data());
-      if (result == MPI_ERR_IN_STATUS) report(statuses);
+      if (result == MPI_ERR_IN_STATUS) report(statuses);  // throws
       check_mpi(result, "MPI_Testall");
       if (done != 0) break;
       sched_yield();
@@ -96,18 +97,32 @@ class Messages {
   void for_chunks(std::size_t bytes, const F& f) const {
     for (std::size_t at = 0; at <= bytes; at += chunk_) f(at, static_cast<int>(std::min(chunk_, bytes - at)));
   }
-  static void report(const std::vector<MPI_Status>& statuses) {
-    for (const MPI_Status& s : statuses)
-      if (s.MPI_ERROR != MPI_SUCCESS && s.MPI_ERROR != MPI_ERR_PENDING) check_mpi(s.MPI_ERROR, "message");
+  void report(const std::vector<MPI_Status>& statuses) const {
+    for (std::size_t i = 0; i < statuses.size(); ++i) {
+      const int error = statuses[i].MPI_ERROR;
+      if (error == MPI_SUCCESS || error == MPI_ERR_PENDING) continue;
+      int error_class = MPI_SUCCESS;
+      MPI_Error_class(error, &error_class);
+      if (error_class == MPI_ERR_TRUNCATE)
+        fail(ExitCode::kCommunicator,
+             "rank {} of the group sent more than the {} bytes that rank {} expected: the ranks disagree",
+             expected_[i].from, expected_[i].bytes, own_rank());
+      check_mpi(error, expected_[i].from < 0 ? "sending" : "receiving");
+    }
   }
-  static void check_length(MPI_Status& status, const Expected& e) {
+  void check_length(MPI_Status& status, const Expected& e) const {
     if (e.from < 0) return;
     int found = 0;
-    MPI_Get_count(&status, MPI_BYTE, &found);
+    check_mpi(MPI_Get_count(&status, MPI_BYTE, &found), "MPI_Get_count");
     if (found != e.bytes)
       fail(ExitCode::kCommunicator,
-           "rank {} of the group sent {} bytes where {} were expected: the ranks disagree", e.from, found,
-           e.bytes);
+           "rank {} of the group sent {} bytes where rank {} expected {}: the ranks disagree", e.from, found,
+           own_rank(), e.bytes);
+  }
+  int own_rank() const {
+    int rank = 0;
+    MPI_Comm_rank(comm_, &rank);
+    return rank;
   }
 
   MPI_Comm comm_;
@@ -324,6 +339,8 @@ class MpiCommunicator final : public Communicator {
 }  // namespace
 
 std::unique_ptr<Communicator> make_mpi_communicator(std::size_t chunk_bytes) {
+  UPMOE_CHECK(0 < chunk_bytes && chunk_bytes <= static_cast<std::size_t>(std::numeric_limits<int>::max()),
+              "chunks of {} bytes", chunk_bytes);
   MPI_Comm own = MPI_COMM_NULL;
   check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &own), "MPI_Comm_dup");
   return std::make_unique<MpiCommunicator>(own, chunk_bytes);
@@ -332,6 +349,10 @@ std::unique_ptr<Communicator> make_mpi_communicator(std::size_t chunk_bytes) {
 MpiWorld start_mpi(int* argc, char*** argv) {
   int provided = 0;
   check_mpi(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided), "MPI_Init_thread");
+  // Other threads (data, checkpoint, watchdog) run beside the one that speaks MPI.
+  if (provided < MPI_THREAD_FUNNELED)
+    fail(ExitCode::kUsage, "this MPI library allows one thread only (level {}, MPI_THREAD_FUNNELED needed)",
+         provided);
   MpiWorld world;
   MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
   MPI_Comm_size(MPI_COMM_WORLD, &world.size);

@@ -19,11 +19,20 @@ namespace {
 
 using Payload = std::shared_ptr<const std::vector<std::byte>>;
 
-// What all groups of one run share: one lock, and the flag that ends everybody.
+// What all groups of one run share: one lock, and what ends everybody.
 struct World {
   std::mutex mutex;
   std::condition_variable changed;
   bool aborted = false;
+  ExitCode code = ExitCode::kCommunicator;  // of whoever was first
+};
+
+// In flight until the verb is left, by an error or not.
+struct Watched {
+  explicit Watched(const char* verb) : sequence(watchdog::enter(verb)) {}
+  ~Watched() { watchdog::leave(sequence); }
+  Watched(const Watched&) = delete;
+  std::uint64_t sequence;
 };
 
 struct Operation {
@@ -134,22 +143,22 @@ class ThreadCommunicator final : public Communicator {
   }
   void recv(TensorView out, int from, Stream*) override {
     check_peer(*this, from);
-    const std::uint64_t watched = watchdog::enter("recv");
+    const Watched watched("recv");
     std::unique_lock lock(group_->world->mutex);
     auto& box = group_->mail[{from, rank_}];
     wait_until(lock, [&] { return !box.empty(); });
     const Payload letter = box.front();
     box.erase(box.begin());
     lock.unlock();
-    watchdog::leave(watched);
     UPMOE_CHECK(letter->size() == out.bytes(), "rank {} sent {} bytes, {} expected", from, letter->size(),
                 out.bytes());
     if (out.bytes() > 0) std::memcpy(out.data, letter->data(), letter->size());
   }
-  void abort(int) noexcept override { end(*group_->world); }
+  void abort(int code) noexcept override { end(*group_->world, static_cast<ExitCode>(code)); }
 
-  static void end(World& world) noexcept {
+  static void end(World& world, ExitCode code) noexcept {
     const std::lock_guard lock(world.mutex);
+    if (!world.aborted) world.code = code;
     world.aborted = true;
     world.changed.notify_all();
   }
@@ -172,19 +181,17 @@ class ThreadCommunicator final : public Communicator {
   template <class Condition>
   void wait_until(std::unique_lock<std::mutex>& lock, const Condition& condition) {
     group_->world->changed.wait(lock, [&] { return group_->world->aborted || condition(); });
-    if (!condition()) throw PeerError(ExitCode::kCommunicator, "");
+    if (!condition()) throw PeerError(group_->world->code, "");
   }
 
   // A copy of the operation (shared payloads) once everybody arrived; the last to leave removes it.
   Operation collect(std::uint64_t sequence, const char* verb) {
-    const std::uint64_t watched = watchdog::enter(verb);
+    const Watched watched(verb);
     std::unique_lock lock(group_->world->mutex);
     wait_until(lock, [&] { return group_->operations[sequence].arrived == group_->size; });
     Operation& op = group_->operations[sequence];
     Operation mine = op;
     if (++op.left == group_->size) group_->operations.erase(sequence);
-    lock.unlock();
-    watchdog::leave(watched);
     return mine;
   }
 
@@ -241,7 +248,7 @@ void run_in_threads(int ranks, const std::function<void(Communicator&)>& body) {
       } catch (...) {
         errors[i] = std::current_exception();
       }
-      if (errors[i]) ThreadCommunicator::end(*group->world);
+      if (errors[i]) ThreadCommunicator::end(*group->world, ExitCode::kCommunicator);
     });
   threads.clear();  // joins
   for (const bool peers : {false, true})
