@@ -1,0 +1,132 @@
+// Writing model directories: round trips, shards, errors that leave no target, layouts of the full-size
+// models.
+
+#include "tests/data/models.h"
+
+namespace upmoe::test {
+namespace {
+
+ReadTensor reader_of(const HfModel& model) {
+  return [&](const ParamSpec& p, const Box& part, TensorView out) { model.read(p, part, out); };
+}
+
+TEST_F(Models, WriteAndReadBack) {
+  const ModelConfig config = put_sharded();
+  std::ofstream(dir / "tokenizer.json") << "{}";
+  std::ofstream(dir / "LICENSE") << "free";
+  std::ofstream(dir / "secret.txt") << "x";
+  const HfModel source(dir);
+  const Weights weights = random_weights(config);
+  for (const std::uint64_t limit : {std::uint64_t{1}, std::uint64_t{1500}, std::uint64_t{1} << 40}) {
+    const fs::path out = root / "nested" / fmt::format("out{}", limit);
+    fs::create_directories(out.string() + ".tmp/left");  // of an attempt that was cut off
+    write_hf_model(out.string() + "/", source.config(), DType::kF32, reader_of(source), dir, limit);
+    check_boxes(HfModel(out), weights, [](float v) { return v; });
+    EXPECT_FALSE(fs::exists(out.string() + ".tmp"));
+    EXPECT_FALSE(fs::exists(out / "left"));
+    EXPECT_TRUE(fs::exists(out / "tokenizer.json"));
+    EXPECT_TRUE(fs::exists(out / "LICENSE"));
+    EXPECT_FALSE(fs::exists(out / "secret.txt"));
+    EXPECT_EQ(fs::exists(out / "model.safetensors"), limit == std::uint64_t{1} << 40);
+    std::ifstream in(out / "config.json");
+    EXPECT_EQ(json::parse(in)["own_key"], json::parse(R"([1, {"a": null}])"));
+    EXPECT_THROW(write_hf_model(out, source.config(), DType::kF32, reader_of(source), {}, limit),
+                 Error);  // exists
+  }
+  fs::create_directory(root / "empty");
+  write_hf_model(root / "empty", source.config(), DType::kBF16, reader_of(source), {}, 1500);
+  check_boxes(HfModel(root / "empty"), weights, [](float v) { return to_float(to_bf16(v)); });
+  EXPECT_EQ(HfModel(root / "empty").config().dtype, "bfloat16");
+  EXPECT_FALSE(fs::exists(root / "empty" / "tokenizer.json"));
+  std::ofstream(root / "file") << "x";
+  EXPECT_THROW(write_hf_model(root / "file", source.config(), DType::kF32, reader_of(source), {}, 1500),
+               Error);
+}
+
+TEST_F(Models, ShardsKeepTheirLimit) {
+  const ModelConfig config = put_config(true, false);
+  const HfLayout layout = plan_hf_layout(config, DType::kF32, 1500);
+  const json index = json::parse(layout.index_json);
+  std::uint64_t total = 0;
+  for (const HfLayout::File& f : layout.files) {
+    total += f.entries.back().end;
+    EXPECT_TRUE(f.entries.back().end <= 1500 || f.entries.size() == 1) << f.name;
+    EXPECT_EQ(f.bytes, f.header.size() + f.entries.back().end);
+    for (const SafetensorsEntry& e : f.entries) EXPECT_EQ(index["weight_map"][e.name], f.name);
+  }
+  EXPECT_EQ(total, layout.total_size);
+  EXPECT_EQ(index["metadata"]["total_size"], total);
+  EXPECT_EQ(index["weight_map"].size(), hf_tensors_of(config).size());
+  EXPECT_EQ(layout.files.front().name, fmt::format("model-00001-of-{:05}.safetensors", layout.files.size()));
+}
+
+TEST_F(Models, AnErrorWhileWritingLeavesNoTarget) {
+  put_sharded();
+  const HfModel source(dir);
+  int calls = 0;
+  const ReadTensor breaks = [&](const ParamSpec& p, const Box& part, TensorView out) {
+    if (++calls == 20) fail(ExitCode::kBadInput, "the source is gone");
+    source.read(p, part, out);
+  };
+  EXPECT_THROW(write_hf_model(root / "out", source.config(), DType::kF32, breaks, {}, 1500), Error);
+  EXPECT_FALSE(fs::exists(root / "out"));
+  write_hf_model(root / "out", source.config(), DType::kF32, reader_of(source), {}, 1500);
+  EXPECT_NO_THROW(HfModel(root / "out"));
+}
+
+TEST_F(Models, FreeSpaceIsCheckedBeforeTheFirstByte) {
+  EXPECT_NO_THROW(require_free_space(root / "not" / "yet", 1));
+  try {
+    require_free_space(root, std::uint64_t{1} << 62);
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kBadInput);
+    EXPECT_NE(std::string(e.what()).find("4611686018427387904"), std::string::npos) << e.what();
+  }
+  const fs::path full = root / "full";
+  fs::create_directory(full);
+  if (mount("tmpfs", full.c_str(), "tmpfs", 0, "size=2m") == 0) {
+    put_sharded();
+    const HfModel source(dir);
+    int calls = 0;
+    const ReadTensor counted = [&](const ParamSpec&, const Box&, TensorView) { ++calls; };
+    EXPECT_THROW(write_hf_model(full / "out", source.config(), DType::kF32, counted, {}, 1500), Error);
+    EXPECT_EQ(calls, 0);
+    EXPECT_TRUE(fs::is_empty(full));
+    EXPECT_EQ(umount(full.c_str()), 0);
+  }
+}
+
+ModelConfig qwen_shape(bool moe) {
+  ModelConfig c;
+  c.model_type = moe ? "qwen2_moe" : "qwen2";
+  c.vocab_size = 151936;
+  c.hidden_size = 2048;
+  c.intermediate_size = moe ? 5632 : 5504;
+  c.num_hidden_layers = 24;
+  c.num_attention_heads = c.num_key_value_heads = 16;
+  c.head_dim = 128;
+  if (moe) {
+    c.num_experts = 60;
+    c.num_experts_per_tok = 4;
+    c.moe_intermediate_size = 1408;
+    c.shared_expert_intermediate_size = 5632;
+  }
+  return c;
+}
+
+TEST(HfLayout, FullSizeModels) {
+  const HfLayout moe = plan_hf_layout(qwen_shape(true), DType::kBF16, 4'000'000'000);
+  EXPECT_EQ(moe.files.size(), 8u);
+  EXPECT_EQ(moe.total_size, 28'631'568'384u);
+  EXPECT_EQ(hf_tensors_of(qwen_shape(true)).size(), 4659u);
+  EXPECT_EQ(json::parse(moe.index_json)["weight_map"].size(), 4659u);
+  EXPECT_EQ(hf_tensors_of(qwen_shape(false)).size(), 291u);
+  const HfLayout dense = plan_hf_layout(qwen_shape(false), DType::kBF16, 4'000'000'000);
+  EXPECT_EQ(dense.files.size(), 1u);
+  EXPECT_EQ(dense.files.front().name, "model.safetensors");
+  EXPECT_TRUE(dense.index_json.empty());
+}
+
+}  // namespace
+}  // namespace upmoe::test
