@@ -41,6 +41,9 @@ TEST_F(Models, WriteAndReadBack) {
   std::ofstream(root / "file") << "x";
   EXPECT_THROW(write_hf_model(root / "file", source.config(), DType::kF32, reader_of(source), {}, 1500),
                Error);
+  EXPECT_THROW(
+      write_hf_model(root / "file" / "below", source.config(), DType::kF32, reader_of(source), {}, 1500),
+      Error);  // not the file system's own exception
 }
 
 TEST_F(Models, ShardsKeepTheirLimit) {
@@ -115,12 +118,54 @@ ModelConfig qwen_shape(bool moe) {
   return c;
 }
 
+// transformers registers a block's modules in this order, and its files list tensors in it.
+std::vector<std::string> state_dict_names(const ModelConfig& c) {
+  std::vector<std::string> names{"model.embed_tokens.weight"};
+  const auto swiglu = [&](const std::string& prefix) {
+    for (const char* which : {"gate", "up", "down"})
+      names.push_back(fmt::format("{}{}_proj.weight", prefix, which));
+  };
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    const std::string layer = fmt::format("model.layers.{}.", i);
+    for (const char* which : {"q", "k", "v"})
+      for (const char* kind : {"weight", "bias"})
+        names.push_back(fmt::format("{}self_attn.{}_proj.{}", layer, which, kind));
+    names.push_back(layer + "self_attn.o_proj.weight");
+    if (c.num_experts == 0) {
+      swiglu(layer + "mlp.");
+    } else {
+      names.push_back(layer + "mlp.gate.weight");
+      for (int e = 0; e < c.num_experts; ++e) swiglu(fmt::format("{}mlp.experts.{}.", layer, e));
+      swiglu(layer + "mlp.shared_expert.");
+      names.push_back(layer + "mlp.shared_expert_gate.weight");
+    }
+    names.push_back(layer + "input_layernorm.weight");
+    names.push_back(layer + "post_attention_layernorm.weight");
+  }
+  names.push_back("model.norm.weight");
+  if (!c.tie_word_embeddings) names.push_back("lm_head.weight");
+  return names;
+}
+
+// By number, not by name: layer 10 behind layer 2.
+TEST(HfLayout, OrderOfTheStateDict) {
+  for (const bool moe : {false, true})
+    for (const bool tied : {false, true}) {
+      ModelConfig config = qwen_shape(moe);
+      config.tie_word_embeddings = tied;
+      std::vector<std::string> names;
+      for (const HfTensor& t : hf_tensors_of(config)) names.push_back(t.name);
+      EXPECT_EQ(names, state_dict_names(config));
+    }
+}
+
 TEST(HfLayout, FullSizeModels) {
   const HfLayout moe = plan_hf_layout(qwen_shape(true), DType::kBF16, 4'000'000'000);
   EXPECT_EQ(moe.files.size(), 8u);
   EXPECT_EQ(moe.total_size, 28'631'568'384u);
   EXPECT_EQ(hf_tensors_of(qwen_shape(true)).size(), 4659u);
   EXPECT_EQ(json::parse(moe.index_json)["weight_map"].size(), 4659u);
+  EXPECT_EQ(moe.files.front().entries.size(), 578u);  // as in the published Qwen1.5-MoE-A2.7B
   EXPECT_EQ(hf_tensors_of(qwen_shape(false)).size(), 291u);
   const HfLayout dense = plan_hf_layout(qwen_shape(false), DType::kBF16, 4'000'000'000);
   EXPECT_EQ(dense.files.size(), 1u);

@@ -46,7 +46,7 @@ inline Weights random_weights(const ModelConfig& config) {
   return weights;
 }
 
-std::uint16_t to_half(float v) {  // of values that fp16 holds: enough for what the test stores
+inline std::uint16_t to_half(float v) {  // of values that fp16 holds: enough for what the test stores
   const auto bits = std::bit_cast<std::uint32_t>(v);
   const std::int32_t exponent = static_cast<std::int32_t>(bits >> 23 & 0xff) - 112;
   const std::uint32_t sign = bits >> 16 & 0x8000u;
