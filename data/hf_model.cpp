@@ -7,6 +7,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <type_traits>
 
 #include "data/box_runs.h"
 #include "data/posix_file.h"
@@ -61,28 +62,94 @@ float half_to_float(std::uint16_t h) {
   return sign != 0 ? -magnitude : magnitude;
 }
 
-// n elements as stored -> out[at..] in out's dtype.
-void convert(const std::byte* in, const std::string& from, std::int64_t n, TensorView out, std::int64_t at) {
-  std::byte* to = out.data + static_cast<std::size_t>(at) * size_of(out.dtype);
-  if ((from == "F32" && out.dtype == DType::kF32) || (from == "BF16" && out.dtype == DType::kBF16)) {
-    std::memcpy(to, in, static_cast<std::size_t>(n) * size_of(out.dtype));
-    return;
-  }
+struct Half {
+  std::uint16_t bits;
+};
+float value_of(float v) {
+  return v;
+}
+float value_of(bf16 v) {
+  return to_float(v);
+}
+float value_of(Half v) {
+  return half_to_float(v.bits);
+}
+
+template <class From, class To>
+void convert_to(const std::byte* in, std::int64_t n, To* out) {
   for (std::int64_t i = 0; i < n; ++i) {
-    float v = 0;
-    if (from == "F32") std::memcpy(&v, in + 4 * i, 4);
-    if (from != "F32") {
-      std::uint16_t bits = 0;
-      std::memcpy(&bits, in + 2 * i, 2);
-      v = from == "BF16" ? to_float(bf16{bits}) : half_to_float(bits);
-    }
-    if (out.dtype == DType::kF32) {
-      reinterpret_cast<float*>(to)[i] = v;
+    From stored;
+    std::memcpy(&stored, in + static_cast<std::size_t>(i) * sizeof(From), sizeof(From));
+    if constexpr (std::is_same_v<To, float>) {
+      out[i] = value_of(stored);
     } else {
-      reinterpret_cast<bf16*>(to)[i] = to_bf16(v);
+      out[i] = to_bf16(value_of(stored));
     }
   }
 }
+
+template <class From>
+void convert_from(const std::byte* in, std::int64_t n, TensorView out, std::int64_t at) {
+  if (out.dtype == DType::kF32) return convert_to<From>(in, n, out.as<float>() + at);
+  convert_to<From>(in, n, out.as<bf16>() + at);
+}
+
+// n elements as stored -> out[at..] in out's dtype.
+void convert(const std::byte* in, const std::string& from, std::int64_t n, TensorView out, std::int64_t at) {
+  if ((from == "F32" && out.dtype == DType::kF32) || (from == "BF16" && out.dtype == DType::kBF16)) {
+    std::memcpy(out.data + static_cast<std::size_t>(at) * size_of(out.dtype), in,
+                static_cast<std::size_t>(n) * size_of(out.dtype));
+  } else if (from == "F32") {
+    convert_from<float>(in, n, out, at);
+  } else if (from == "BF16") {
+    convert_from<bf16>(in, n, out, at);
+  } else {
+    convert_from<Half>(in, n, out, at);
+  }
+}
+
+// Reads runs of one tensor, given in the order of the file: neighbours there become one read, however they
+// are scattered in `out` (gate and up interleave), and no read needs more than a small buffer.
+class RunReader {
+ public:
+  RunReader(const SafetensorsFile& file, const SafetensorsEntry& entry, TensorView out)
+      : file_(file), entry_(entry), out_(out), element_(entry.dtype == "F32" ? 4 : 2) {}
+  void add(std::int64_t from, std::int64_t to, std::int64_t n) {
+    while (n > 0) {
+      if (!runs_.empty() && (from != end_ || end_ - runs_.front().from == kStaged)) flush();
+      const std::int64_t begin = runs_.empty() ? from : runs_.front().from;
+      const std::int64_t taken = std::min(n, kStaged - (from - begin));
+      runs_.push_back({from, to, taken});
+      end_ = from + taken;
+      from += taken;
+      to += taken;
+      n -= taken;
+    }
+  }
+  void flush() {
+    if (runs_.empty()) return;
+    const std::int64_t begin = runs_.front().from;
+    staged_.resize(static_cast<std::size_t>(end_ - begin) * element_);
+    file_.read(entry_, static_cast<std::uint64_t>(begin) * element_, staged_);
+    for (const Run& r : runs_)
+      convert(staged_.data() + static_cast<std::size_t>(r.from - begin) * element_, entry_.dtype, r.n, out_,
+              r.to);
+    runs_.clear();
+  }
+
+ private:
+  static constexpr std::int64_t kStaged = std::int64_t{4} << 20;  // elements
+  struct Run {
+    std::int64_t from, to, n;
+  };
+  const SafetensorsFile& file_;
+  const SafetensorsEntry& entry_;
+  TensorView out_;
+  std::size_t element_;
+  std::vector<Run> runs_;
+  std::int64_t end_ = 0;
+  std::vector<std::byte> staged_;
+};
 
 bool is_ignored(const std::string& name, const ModelConfig& config) {
   return name.ends_with(".rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight");
@@ -169,27 +236,14 @@ void HfModel::read(const ParamSpec& param, const Box& box, TensorView out) const
   UPMOE_CHECK(contains(whole(param.shape), box) && out.elements() == box.elements(),
               "box {} + {} of {} {} into {}", box.offset.str(), box.extent.str(), param.name,
               param.shape.str(), out.shape.str());
-  std::vector<std::byte> staged;
   for (const HfTensor& t : hf_tensors_of(param)) {
     const Box region = intersect(t.part, box);
     if (region.elements() == 0) continue;
     const auto [file, entry] = locate(t.name);
-    const std::size_t element = entry->dtype == "F32" ? 4 : 2;
-    // Whole tensors that lie scattered in `out` (gate and up interleave) are read at once; pieces run by run.
-    const bool at_once = region == t.part &&
-                         t.part.elements() * static_cast<std::int64_t>(element) <= (std::int64_t{64} << 20);
-    if (at_once) {
-      staged.resize(static_cast<std::size_t>(entry->end - entry->begin));
-      file->read(*entry, 0, staged);
-    }
-    for_runs(t.part, box, region, [&](std::int64_t from, std::int64_t to, std::int64_t n) {
-      const std::size_t begin = static_cast<std::size_t>(from) * element,
-                        bytes = static_cast<std::size_t>(n) * element;
-      if (at_once) return convert(staged.data() + begin, entry->dtype, n, out, to);
-      staged.resize(bytes);
-      file->read(*entry, begin, staged);
-      convert(staged.data(), entry->dtype, n, out, to);
-    });
+    RunReader reader(*file, *entry, out);
+    for_runs(t.part, box, region,
+             [&](std::int64_t from, std::int64_t to, std::int64_t n) { reader.add(from, to, n); });
+    reader.flush();
   }
 }
 

@@ -1,5 +1,10 @@
 // Our parameters under the names that transformers gives them.
 
+#include <algorithm>
+#include <array>
+#include <string_view>
+#include <tuple>
+
 #include "data/hf_model.h"
 
 namespace upmoe {
@@ -96,10 +101,42 @@ std::vector<HfTensor> hf_tensors_of(const ParamSpec& p) {
   return out;
 }
 
+namespace {
+
+// Where a parameter's tensors stand in a block of transformers' state dict. Gate, up and down of one expert
+// are neighbours there, so the experts' two parameters share one place.
+std::size_t place_in_block(std::string_view part) {
+  constexpr std::array<std::string_view, 16> kOrder{
+      "attn.q_NHD",       "attn.q_NH",       "attn.k_NHD",  "attn.k_NH",
+      "attn.v_NHD",       "attn.v_NH",       "attn.o_DNH",  "moe.router_ED",
+      "moe.gate_up_EF2D", "ffn.gate_up_F2D", "ffn.down_DF", "shared.gate_up_F2D",
+      "shared.down_DF",   "shared.gate_1D",  "norm1_D",     "norm2_D"};
+  if (part == "moe.down_EDF") part = "moe.gate_up_EF2D";
+  const auto* const it = std::find(kOrder.begin(), kOrder.end(), part);
+  UPMOE_CHECK(it != kOrder.end(), "no place for '{}'", part);
+  return static_cast<std::size_t>(it - kOrder.begin());
+}
+
+}  // namespace
+
 std::vector<HfTensor> hf_tensors_of(const ModelConfig& config) {
+  struct Placed {
+    std::tuple<int, std::size_t, std::int64_t> place;  // block, place in it, expert
+    HfTensor tensor;
+  };
+  std::vector<Placed> placed;
+  for (const ParamSpec& p : make_param_table(config)) {
+    const bool in_block = p.layer >= 0;
+    const int block = in_block ? p.layer : p.name == "embed_VD" ? -1 : config.num_hidden_layers;
+    const std::size_t place =
+        in_block ? place_in_block(std::string_view(p.name).substr(p.name.find('.', 7) + 1)) : 0;
+    for (HfTensor& t : hf_tensors_of(p))
+      placed.push_back({{block, place, p.expert ? t.part.offset[0] : 0}, std::move(t)});
+  }
+  std::stable_sort(placed.begin(), placed.end(),
+                   [](const Placed& a, const Placed& b) { return a.place < b.place; });
   std::vector<HfTensor> all;
-  for (const ParamSpec& p : make_param_table(config))
-    for (HfTensor& t : hf_tensors_of(p)) all.push_back(std::move(t));
+  for (Placed& p : placed) all.push_back(std::move(p.tensor));
   return all;
 }
 

@@ -92,10 +92,8 @@ void write_file(const fs::path& path, const HfLayout::File& layout, DType dtype,
          layout.bytes);
 }
 
-}  // namespace
-
-void write_hf_model(const fs::path& dir, const ModelConfig& config, DType dtype, const ReadTensor& read,
-                    const fs::path& companions, std::uint64_t max_shard_bytes) {
+void write_directory(const fs::path& dir, const ModelConfig& config, DType dtype, const ReadTensor& read,
+                     const fs::path& companions, std::uint64_t max_shard_bytes) {
   if (fs::exists(dir) && !(fs::is_directory(dir) && fs::is_empty(dir)))
     fail(ExitCode::kUsage, "{}: exists and is not an empty directory; choose another, or remove it",
          dir.string());
@@ -116,11 +114,25 @@ void write_hf_model(const fs::path& dir, const ModelConfig& config, DType dtype,
   write_text_synced(partial / "config.json", to_hf_json(written));
   if (!companions.empty())
     for (const std::string& name : companion_files())
-      if (fs::is_regular_file(companions / name)) fs::copy_file(companions / name, partial / name);
+      if (fs::is_regular_file(companions / name)) {
+        fs::copy_file(companions / name, partial / name);
+        sync_path(partial / name);
+      }
   sync_path(partial);
   if (fs::exists(target)) fs::remove(target);  // an empty directory
   fs::rename(partial, target);
   sync_path(target.parent_path());
+}
+
+}  // namespace
+
+void write_hf_model(const fs::path& dir, const ModelConfig& config, DType dtype, const ReadTensor& read,
+                    const fs::path& companions, std::uint64_t max_shard_bytes) {
+  try {
+    write_directory(dir, config, dtype, read, companions, max_shard_bytes);
+  } catch (const fs::filesystem_error& e) {  // no permission, read-only, a file where a folder should be
+    fail(ExitCode::kBadInput, "{}: cannot be written: {}", dir.string(), e.what());
+  }
 }
 
 }  // namespace upmoe

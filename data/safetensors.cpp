@@ -15,6 +15,7 @@ using nlohmann::json;
 
 constexpr std::uint64_t kHeaderLimit = 100'000'000;  // the format's own
 constexpr std::size_t kNameLimit = 4096;
+constexpr std::size_t kDimLimit = 16;
 constexpr std::uint64_t kUnset = ~std::uint64_t{0};
 
 std::uint64_t bits_of(const std::string& dtype) {
@@ -77,7 +78,7 @@ class HeaderParser : public nlohmann::json_sax<json> {
     --depth_;
     SafetensorsEntry& e = header.entries.back();
     if (field_ == "shape") {
-      if (numbers_.size() > 16) return refuse("more than 16 dims");
+      if (numbers_.size() > kDimLimit) return refuse("more than 16 dims");
       for (const std::uint64_t n : numbers_) {
         if (n > std::uint64_t{1} << 62) return refuse("a dim beyond 2^62");
         e.shape.push_back(static_cast<std::int64_t>(n));
@@ -91,7 +92,7 @@ class HeaderParser : public nlohmann::json_sax<json> {
   }
   bool number_unsigned(std::uint64_t n) override {
     if (depth_ != 3) return refuse("a number where none belongs");
-    numbers_.push_back(n);
+    if (numbers_.size() <= kDimLimit) numbers_.push_back(n);  // one too many shows; more is not kept
     return true;
   }
   bool string(std::string& s) override {
@@ -262,7 +263,10 @@ void write_safetensors(const std::filesystem::path& path,
   file.write(std::as_bytes(std::span(header)));
   for (const auto& [name, view] : tensors) file.write({view.data, view.bytes()});
   file.sync();
-  std::filesystem::rename(partial, path);
+  std::error_code error;
+  std::filesystem::rename(partial, path, error);
+  if (error) fail(ExitCode::kBadInput, "{}: cannot be renamed: {}", partial.string(), error.message());
+  sync_path(std::filesystem::absolute(path).parent_path());  // or a power cut takes the name back
 }
 
 }  // namespace upmoe

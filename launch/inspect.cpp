@@ -2,6 +2,8 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -48,7 +50,9 @@ json describe_tokens(const fs::path& path, bool verify) {
 
 json describe_checkpoint(const fs::path& path, bool verify) {
   const ShardStore store(path);
-  const json run = json::parse(store.metadata_json());
+  const json run = json::parse(store.metadata_json(), nullptr, false);
+  if (!run.is_object())
+    fail(ExitCode::kBadInput, "{}: 'run' is not an object", (path / "manifest.json").string());
   json j{{"kind", "checkpoint"}, {"tensors", json::array()}};
   for (const char* key : {"step", "samples", "tokens", "mesh", "source"})
     if (run.contains(key)) j[key] = run[key];
@@ -107,7 +111,34 @@ json describe(const fs::path& given, bool verify) {
        fs::exists(path) ? "neither a model directory, a checkpoint nor a token file" : "does not exist");
 }
 
-// Largest absolute and relative L2 distance, parameter by parameter.
+// Largest absolute and relative L2 distance of two parameters of one shape; null when they are equal.
+// Elements that are not finite in one of them enter no distance: they are counted, unless the bits agree.
+json distance(const ModelSource& one, const ModelSource& two, const ParamSpec& p) {
+  const auto n = static_cast<std::size_t>(p.shape.elements());
+  std::vector<float> x(n), y(n);
+  one.read(p, whole(p.shape), host_view(x.data(), p.shape));
+  two.read(p, whole(p.shape), host_view(y.data(), p.shape));
+  double largest = 0, squares = 0, norm = 0;
+  std::int64_t not_finite = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    if (!std::isfinite(x[i]) || !std::isfinite(y[i])) {
+      if (std::bit_cast<std::uint32_t>(x[i]) != std::bit_cast<std::uint32_t>(y[i])) ++not_finite;
+      continue;
+    }
+    const double d = double(y[i]) - double(x[i]);
+    largest = std::max(largest, std::abs(d));
+    squares += d * d;
+    norm += double(x[i]) * double(x[i]);
+  }
+  if (largest == 0 && not_finite == 0) return nullptr;
+  json row{{"name", p.name},
+           {"max_abs", largest},
+           {"relative_l2", norm > 0 ? json(std::sqrt(squares / norm)) : json(nullptr)}};
+  if (not_finite > 0) row["not_finite"] = not_finite;
+  return row;
+}
+
+// Parameter by parameter; those that are equal are left out.
 json difference(const fs::path& a, const fs::path& b) {
   const auto one = open_model(a), two = open_model(b);
   json rows = json::array();
@@ -115,27 +146,18 @@ json difference(const fs::path& a, const fs::path& b) {
   for (const ParamSpec& p : make_param_table(two->config())) other.emplace(p.name, p);
   for (const ParamSpec& p : make_param_table(one->config())) {
     const auto it = other.find(p.name);
-    if (it == other.end() || !(it->second.shape == p.shape)) {
-      rows.push_back({{"name", p.name}, {"differs", it == other.end() ? "only in the first" : "shape"}});
-      if (it != other.end()) other.erase(it);
+    if (it == other.end()) {
+      rows.push_back({{"name", p.name}, {"differs", "only in the first"}});
       continue;
     }
-    other.erase(it);
-    const auto n = static_cast<std::size_t>(p.shape.elements());
-    std::vector<float> x(n), y(n);
-    one->read(p, whole(p.shape), host_view(x.data(), p.shape));
-    two->read(p, whole(p.shape), host_view(y.data(), p.shape));
-    double largest = 0, squares = 0, norm = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-      const double d = double(y[i]) - double(x[i]);
-      largest = std::max(largest, std::abs(d));
-      squares += d * d;
-      norm += double(x[i]) * double(x[i]);
-    }
-    if (largest > 0)
+    if (it->second.shape == p.shape) {
+      if (json row = distance(*one, *two, p); !row.is_null()) rows.push_back(std::move(row));
+    } else {
       rows.push_back({{"name", p.name},
-                      {"max_abs", largest},
-                      {"relative_l2", norm > 0 ? std::sqrt(squares / norm) : 0.0}});
+                      {"differs", "shape"},
+                      {"shapes", {shape_json(p.shape), shape_json(it->second.shape)}}});
+    }
+    other.erase(it);
   }
   for (const auto& [name, p] : other) rows.push_back({{"name", name}, {"differs", "only in the second"}});
   return rows;

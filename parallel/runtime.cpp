@@ -67,6 +67,7 @@ Runtime::~Runtime() {
 }
 
 void Runtime::abort(int code, const std::string& message) noexcept {
+  watchdog::stop();  // from here on there is a cause, and no second message
   const bool several = world_ != nullptr && world_->size() > 1;
   // Ranks often meet the same error in the same moment (a loss that is not finite): the lowest one speaks and
   // ends the job, by a signal that is no request to save any more, before the others do.
@@ -84,6 +85,7 @@ void Runtime::abort(int code, const std::string& message) noexcept {
 }
 
 void Runtime::end_after_peer(int code) noexcept {
+  watchdog::stop();
   std::fflush(stdout);
   if (world_->size() == 1) _exit(code);
   std::this_thread::sleep_for(std::chrono::seconds(5));  // the peer's abort ends this process long before

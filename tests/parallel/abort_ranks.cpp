@@ -31,9 +31,11 @@ void run(const std::string& mode, Communicator& world) {
     run_agreed(world, [&] {
       if (bad) fail(ExitCode::kNumeric, "loss is NaN in step 12");
     });
+  if (mode == "leaves" && bad) return;  // and finalises MPI while the others communicate
+  if (mode == "stopped" && bad) raise(SIGSTOP);
   if (mode == "hang" && bad) std::this_thread::sleep_for(std::chrono::hours(1));
   if (mode == "slow")  // longer than the deadline, but with a heartbeat
-    for (int i = 0; i < 25; ++i) {
+    for (int i = 0; i < 40; ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(100));
       watchdog::heartbeat();
     }
@@ -58,7 +60,7 @@ int guarded(const std::string& mode, Runtime& runtime) {
 int main(int argc, char** argv) {
   upmoe::Runtime runtime(&argc, &argv);
   if (argc != 2) return 2;
-  upmoe::watchdog::start(std::chrono::milliseconds(1500), runtime.world().rank());
+  upmoe::watchdog::start(std::chrono::milliseconds(3000), runtime.world().rank());
   const int status = upmoe::guarded(argv[1], runtime);
   upmoe::watchdog::stop();
   if (runtime.world().rank() == 0) std::puts("rank 0 came to its end");

@@ -69,6 +69,14 @@ class OneRankGoesWrong(unittest.TestCase):
             for line in stuck:
                 self.assertIn(f"rank {ranks - 1}:", line)
 
+    def test_ranks_wait_for_one_that_is_stopped_or_left(self):
+        for mode in ("stopped", "leaves"):
+            status, out, error, seconds = job(RANKS[0], mode)
+            self.assertEqual(status, 70, (mode, out, error))
+            self.assertLess(seconds, SECONDS, mode)
+            self.assertIn("the collective all_gather (number 2) did not finish", error)
+            self.assertIn("last finished: all_reduce(1)", error)
+
     def test_one_rank_alone(self):
         status, error = self.ends(1, "throw")
         self.assertEqual(status, 3)

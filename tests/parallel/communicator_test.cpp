@@ -129,22 +129,21 @@ TEST_P(EveryTransport, AllToAllRowsChecksItsArguments) {
     comm.all_to_all_rows(view(out), two, view(in), two).wait();  // the group is still in step
   });
 }
-}  // namespace
 
-void use_mpi(Communicator& world, Communicator& chopped) {
-  mpi_world = &world;
-  mpi_chopped = &chopped;
-}
+}  // namespace
 
 }  // namespace upmoe
 
 int main(int argc, char** argv) {
   upmoe::Runtime runtime(&argc, &argv);
   upmoe::watchdog::start(std::chrono::seconds(60), runtime.world().rank());
-  std::unique_ptr<upmoe::Communicator> chopped;
+  std::unique_ptr<upmoe::Communicator> chopped, checked;
   if (runtime.world().size() > 1) {
     chopped = upmoe::make_mpi_communicator(1000);
-    upmoe::use_mpi(runtime.world(), *chopped);
+    checked = upmoe::make_checked_communicator(upmoe::make_mpi_communicator());
+    upmoe::mpi_world = &runtime.world();
+    upmoe::mpi_chopped = chopped.get();
+    upmoe::mpi_checked = checked.get();
   }
   testing::InitGoogleTest(&argc, argv);
   const int failed = RUN_ALL_TESTS();

@@ -1,6 +1,6 @@
 #pragma once
 // Tests of communicators run on every transport: one rank alone, threads, and under mpirun MPI with whole and
-// with chopped messages.
+// with chopped messages; some of them behind the comparison of the ranks' verbs.
 
 #include <gtest/gtest.h>
 
@@ -18,6 +18,7 @@ namespace upmoe {
 
 inline Communicator* mpi_world = nullptr;    // null outside mpirun
 inline Communicator* mpi_chopped = nullptr;  // messages of at most 1000 bytes
+inline Communicator* mpi_checked = nullptr;
 
 using Body = std::function<void(Communicator&)>;
 
@@ -31,15 +32,22 @@ class EveryTransport : public testing::TestWithParam<std::string> {
       body(*mpi_world);
     } else if (transport == "mpi_chopped") {
       body(*mpi_chopped);
+    } else if (transport == "mpi_checked") {
+      body(*mpi_checked);
+    } else if (is_checked()) {
+      run_in_threads(transport.back() - '0', [&](Communicator& world) {
+        body(*make_checked_communicator(world.split(0, world.rank())));
+      });
     } else {
       run_in_threads(transport.back() - '0', body);
     }
   }
+  static bool is_checked() { return GetParam().find("checked") != std::string::npos; }
 };
 
 inline std::vector<std::string> transports() {
-  if (mpi_world != nullptr) return {"mpi", "mpi_chopped"};
-  return {"self", "threads1", "threads2", "threads3", "threads4"};
+  if (mpi_world != nullptr) return {"mpi", "mpi_chopped", "mpi_checked"};
+  return {"self", "threads1", "threads2", "threads3", "threads4", "checked3"};
 }
 
 template <class T>
