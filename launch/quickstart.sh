@@ -8,11 +8,11 @@ set -euo pipefail
 MEGABYTES=10           # of text
 VOCAB=4096
 SEQ_LEN=256
-DENSE_STEPS=300        # of GLOBAL_BATCH x SEQ_LEN tokens each
-MORE_STEPS=200         # of the mixture of experts, and of the dense model that goes on beside it
-GLOBAL_BATCH=16
+DENSE_STEPS=500        # of GLOBAL_BATCH x SEQ_LEN tokens each
+MORE_STEPS=400         # of the mixture of experts, and of the dense model that goes on beside it
+GLOBAL_BATCH=8
 DENSE_LR=2.0e-3
-MORE_LR=1.0e-3
+MORE_LR=2.0e-3
 EVAL_SEQUENCES=256     # of the closing comparison
 
 usage() {

@@ -52,7 +52,10 @@ def peer_worker(job):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(config.vocab_size, (job["sequences"], job["seq_len"]))
     seconds, loss = [], None
-    for _ in range(job["steps"]):
+    began = time.perf_counter()
+    for i in range(job["steps"]):
+        if i > job["warmup"] and time.perf_counter() - began > job["seconds_limit"]:
+            break
         start = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=job["precision"] == "bf16"):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -65,15 +68,15 @@ def peer_worker(job):
                       "transformers": transformers.__version__}))
 
 
-def run_peer(args, shape, precision, experts):
-    job = {"threads": args.threads, "experts": experts, "precision": precision, "steps": args.steps + args.warmup,
-           **SHAPES[shape]}
+def run_peer(args, shape, precision, experts, steps, warmup, seconds_limit=1e9):
+    job = {"threads": args.threads, "experts": experts, "precision": precision, "steps": steps + warmup,
+           "warmup": warmup, "seconds_limit": seconds_limit, **SHAPES[shape]}
     done = subprocess.run([args.peer_python, __file__, "--peer-job", json.dumps(job)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": str(args.threads)}, check=False)
     if done.returncode != 0:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"}
     result = json.loads(done.stdout.splitlines()[-1])
-    return result | {"step": median(result["seconds"][args.warmup:])}
+    return result | {"step": median(result["seconds"][warmup:])}
 
 
 def write_tokens(path, vocab_size, count):
@@ -117,29 +120,31 @@ log: {{every: 1, tensorboard: false}}
             "flops": records[-1]["flops"]}
 
 
+def faster_peer(args, shape, precision, trials):
+    """A short trial of each experts implementation; the rounds then time the faster one."""
+    for name in EXPERTS:
+        trials[name] = run_peer(args, shape, precision, name, steps=3, warmup=2, seconds_limit=40)
+    ran = [name for name in EXPERTS if "error" not in trials[name]]
+    if not ran:
+        raise SystemExit(f"transformers ran with none of its implementations: {trials}")
+    return min(ran, key=lambda name: trials[name]["step"])
+
+
 def measure(args, folder, shape, precision):
-    ours, peers, experts = [], {name: [] for name in EXPERTS}, list(EXPERTS)
-    errors = {}
+    ours, theirs_all, trials = [], [], {}
+    best = faster_peer(args, shape, precision, trials)
     for _ in range(args.rounds):
         ours.append(run_ours(args, folder, shape, precision))
-        for name in experts:
-            result = run_peer(args, shape, precision, name)
-            if "error" in result:
-                errors[name] = result["error"]
-            else:
-                peers[name].append(result)
-        experts = [name for name in experts if peers[name]]
-        if not experts:
-            raise SystemExit(f"transformers ran with none of its implementations: {errors}")
-        experts = [min(experts, key=lambda name: peers[name][0]["step"])]  # later rounds: the faster one
-    best = experts[0]
+        theirs_all.append(run_peer(args, shape, precision, best, args.steps, args.warmup))
+        if "error" in theirs_all[-1]:
+            raise SystemExit(f"transformers failed after its trial: {theirs_all[-1]['error']}")
     tokens = SHAPES[shape]["sequences"] * SHAPES[shape]["seq_len"]
-    mine, theirs = median(r["step"] for r in ours), median(r["step"] for r in peers[best])
+    mine, theirs = median(r["step"] for r in ours), median(r["step"] for r in theirs_all)
     return {"shape": shape, "precision": precision, "tokens_per_step": tokens, "flops_per_step": ours[-1]["flops"],
             "upmoe_step_s": mine, "transformers_step_s": theirs, "transformers_experts": best,
             "speed_ratio": theirs / mine, "upmoe_rounds": [r["seconds"] for r in ours],
-            "transformers_rounds": {name: [r["seconds"] for r in runs] for name, runs in peers.items()},
-            "transformers_errors": errors, "versions": {k: peers[best][0][k] for k in ("torch", "transformers")}}
+            "transformers_rounds": [r["seconds"] for r in theirs_all], "transformers_trials": trials,
+            "versions": {k: theirs_all[0][k] for k in ("torch", "transformers")}}
 
 
 def machine():
