@@ -13,7 +13,8 @@ class Table {
   }
 
   std::vector<ParamSpec> make() {
-    matrix("embed_VD", {c_.vocab_size, c_.hidden_size}, {Dim::kVocab, Dim::kEmbed});
+    matrix("embed_VD", {c_.vocab_size, c_.hidden_size}, {Dim::kVocab, Dim::kEmbed}).tied =
+        c_.tie_word_embeddings;
     for (layer_ = 0; layer_ < c_.num_hidden_layers; ++layer_) {
       norm("norm1_D");
       attention();

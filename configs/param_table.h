@@ -35,6 +35,7 @@ struct ParamSpec {
   int layer = -1;  // block index; -1 = first or last pipeline stage (embed_VD: first; norm_D, head_VD: last)
   bool expert = false;  // one of the routed experts' tensors: replicated along edp instead of dp x cp
   bool decay = true;    // matrices decay; norms and biases do not
+  bool tied = false;    // embed_VD when it is the head as well: first and last pipeline stage hold it
   Init init;
 };
 

@@ -116,12 +116,13 @@ Schema schema_of(RunConfig& run) {
   add_data(schema, run.data);
   add_training(schema, run);
   schema.section("parallel")
-      .key("tp", run.parallel.tp, {.least = 1, .built = {1}})
-      .key("pp", run.parallel.pp, {.least = 1, .built = {1}})
-      .key("cp", run.parallel.cp, {.least = 1, .built = {1}})
+      .key("tp", run.parallel.tp, {.least = 1})
+      .key("pp", run.parallel.pp, {.least = 1})
+      .key("cp", run.parallel.cp, {.least = 1})
       .key("ep", run.parallel.ep, {.least = 1})
-      .key("etp", run.parallel.etp, {.least = 1, .built = {1}})
-      .key("zero", run.parallel.zero, {.least = 0, .most = 3, .built = {1}});
+      .key("etp", run.parallel.etp, {.least = 1})
+      .key("zero", run.parallel.zero, {.least = 0, .most = 3, .built = {1}})
+      .key("pp_chunks", run.parallel.pp_chunks, {.least = 1});
   schema.section("").key("freeze", run.freeze);
   schema.section("checkpoint")
       .key("every", run.checkpoint.every, {.least = 0})

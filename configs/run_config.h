@@ -56,6 +56,7 @@ struct RunConfig {
   } schedule;
   struct Parallel {
     int tp = 1, pp = 1, cp = 1, ep = 1, etp = 1, zero = 1;
+    int pp_chunks = 1;  // runs of blocks per pipeline stage; above 1 the schedule is interleaved
   } parallel;
   std::vector<std::string> freeze;  // shell-style patterns over parameter names
   struct Checkpoint {

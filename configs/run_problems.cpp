@@ -19,70 +19,160 @@ std::vector<std::int64_t> divisors(std::int64_t n, std::int64_t most) {
   return all;
 }
 
-void check_expert_axis(const RunConfig& run, const ModelConfig& model, int world,
-                       std::vector<std::string>& problems) {
-  const int ep = run.parallel.ep;
-  if (ep > 1 && model.num_moe_layers() == 0) {
-    problems.push_back(
-        fmt::format("parallel.ep: {}, but {} has no expert layers; use ep 1", ep, run.model.path));
-    return;
-  }
-  const std::int64_t most = model.num_moe_layers() > 0 ? model.num_experts : 1;
-  if (ep > most) {
-    problems.push_back(
-        fmt::format("parallel.ep: {} ranks for {} experts leave some without any; use at most {}", ep,
-                    model.num_experts, most));
-  }
-  if (ep < 1 || world % ep != 0) {
-    problems.push_back(fmt::format("parallel.ep: {} does not divide the {} ranks of this run; possible: {}",
-                                   ep, world, fmt::join(divisors(world, most), ", ")));
-  }
-}
+// Collects sentences about one run, one model and a number of ranks.
+class Problems {
+ public:
+  Problems(const RunConfig& run, const ModelConfig& model, int world)
+      : run_(run), p_(run.parallel), model_(model), world_(world) {}
 
-void check_batch(const RunConfig& run, int world, std::vector<std::string>& problems) {
-  const std::int64_t global = run.train.global_batch, micro = run.train.micro_batch;
-  if (micro < 1 || global < 1 || global % micro != 0) {
-    problems.push_back(
-        fmt::format("train.micro_batch: {} does not divide train.global_batch = {}", micro, global));
-    return;
+  std::vector<std::string> find() {
+    if (world_ < 1) add("{} ranks", world_);
+    check_mesh();
+    if (!found_.empty()) return found_;  // dp would be another number
+    check_tensor_axis();
+    check_context_axis();
+    check_stages();
+    check_experts();
+    check_batch();
+    check_model();
+    return found_;
   }
-  const std::int64_t batches = global / micro;
-  if (world <= batches) return;
-  std::string cure = fmt::format("use at most {} ranks", batches);
-  std::vector<std::int64_t> sizes = divisors(global, std::min<std::int64_t>(global / world, 1 << 20));
-  if (!sizes.empty()) cure += fmt::format(", or train.micro_batch {}", fmt::join(sizes, " or "));
-  problems.push_back(
-      fmt::format("{} data-parallel ranks, but train.global_batch {} / train.micro_batch {} makes only {} "
-                  "micro-batches per step, so some ranks would never get one; {}",
-                  world, global, micro, batches, cure));
-}
+
+ private:
+  template <class... Args>
+  void add(fmt::format_string<Args...> text, Args&&... args) {
+    found_.push_back(fmt::format(text, std::forward<Args>(args)...));
+  }
+  std::int64_t per_replica() const { return std::int64_t{p_.pp} * p_.cp * p_.tp; }
+  std::int64_t dp() const { return world_ / per_replica(); }
+
+  void check_mesh() {
+    for (const auto& [name, n] :
+         {std::pair{"tp", p_.tp}, {"pp", p_.pp}, {"cp", p_.cp}, {"ep", p_.ep}, {"etp", p_.etp}})
+      if (n < 1) add("parallel.{}: {}, expected at least 1", name, n);
+    if (!found_.empty() || world_ < 1) return;
+    if (world_ % per_replica() == 0) return;
+    add("parallel: tp {} x pp {} x cp {} = {} does not divide the {} ranks of this run; start a multiple of "
+        "{}, "
+        "or make one of the three smaller",
+        p_.tp, p_.pp, p_.cp, per_replica(), world_, per_replica());
+  }
+
+  void check_tensor_axis() {
+    if (p_.tp == 1) return;
+    const std::int64_t heads = model_.num_attention_heads, kv = model_.num_key_value_heads;
+    const auto fits = [&](std::int64_t tp) { return heads % tp == 0 && (kv % tp == 0 || tp % kv == 0); };
+    if (!fits(p_.tp)) {
+      std::vector<std::int64_t> possible;
+      for (const std::int64_t d : divisors(heads, heads))
+        if (fits(d)) possible.push_back(d);
+      add("parallel.tp: {} does not divide the model's {} attention heads and {} key/value heads among its "
+          "ranks; "
+          "possible: {}",
+          p_.tp, heads, kv, fmt::join(possible, ", "));
+    }
+    if (run_.data.seq_len / p_.cp % p_.tp != 0)
+      add("parallel.tp: {} does not divide the {} tokens of a sequence that a rank of cp {} has; "
+          "data.seq_len must "
+          "be a multiple of {}",
+          p_.tp, run_.data.seq_len / p_.cp, p_.cp, p_.tp * p_.cp * (p_.cp > 1 ? 2 : 1));
+    for (const auto& [what, width] :
+         {std::pair{"vocab_size", model_.vocab_size}, {"intermediate_size", model_.intermediate_size}})
+      if (p_.tp > width) add("parallel.tp: {} ranks for the model's {} of {}", p_.tp, what, width);
+    const std::int64_t shared = model_.shared_expert_intermediate_size;
+    if (shared > 0 && p_.tp > shared)
+      add("parallel.tp: {} ranks for the model's shared_expert_intermediate_size of {}", p_.tp, shared);
+  }
+
+  void check_context_axis() {
+    if (p_.cp > 1 && run_.data.seq_len % (2 * std::int64_t{p_.cp}) != 0)
+      add("parallel.cp: {} ranks cut a sequence into {} chunks, which data.seq_len {} does not give; use a "
+          "multiple "
+          "of {}",
+          p_.cp, 2 * p_.cp, run_.data.seq_len, 2 * p_.cp);
+  }
+
+  void check_stages() {
+    const std::int64_t chunks = std::int64_t{p_.pp} * p_.pp_chunks;
+    if (chunks > model_.num_hidden_layers)
+      add("parallel.pp: {} stages x pp_chunks {} for {} layers; each needs one", p_.pp, p_.pp_chunks,
+          model_.num_hidden_layers);
+    if (p_.pp == 1 && p_.pp_chunks > 1)
+      add("parallel.pp_chunks: {} without a pipeline; use 1, or pp above 1", p_.pp_chunks);
+    const std::int64_t micro = run_.train.micro_batch, global = run_.train.global_batch;
+    if (p_.pp == 1 || p_.pp_chunks == 1 || micro < 1 || global % micro != 0) return;
+    const std::int64_t rounds = (global / micro + dp() - 1) / dp();
+    if (rounds % p_.pp != 0)
+      add("parallel.pp_chunks: interleaved stages take micro-batches in groups of pp = {}, and each "
+          "data-parallel "
+          "rank has {} of them; change train.global_batch or train.micro_batch, or use pp_chunks 1",
+          p_.pp, rounds);
+  }
+
+  void check_experts() {
+    const std::int64_t stage = world_ / p_.pp;
+    if ((p_.ep > 1 || p_.etp > 1) && model_.num_moe_layers() == 0) {
+      add("parallel.ep: {}, parallel.etp: {}, but {} has no expert layers; use 1", p_.ep, p_.etp,
+          run_.model.path);
+      return;
+    }
+    const std::int64_t most = model_.num_moe_layers() > 0 ? model_.num_experts : 1;
+    if (p_.ep > most)
+      add("parallel.ep: {} ranks for {} experts leave some without any; use at most {}", p_.ep,
+          model_.num_experts, most);
+    if (p_.etp > 1 && p_.etp > model_.moe_intermediate_size)
+      add("parallel.etp: {} ranks for the model's moe_intermediate_size of {}", p_.etp,
+          model_.moe_intermediate_size);
+    if (stage % p_.etp != 0) {
+      add("parallel.etp: {} does not divide the {} ranks of {}; possible: {}", p_.etp, stage, whose_ranks(),
+          fmt::join(divisors(stage, stage), ", "));
+    } else if (stage / p_.etp % p_.ep != 0) {
+      add("parallel.ep: {} does not divide the {} ranks of {}{}; possible: {}", p_.ep, stage / p_.etp,
+          whose_ranks(), p_.etp > 1 ? fmt::format(" that etp {} leaves", p_.etp) : "",
+          fmt::join(divisors(stage / p_.etp, most), ", "));
+    }
+  }
+  std::string whose_ranks() const { return p_.pp == 1 ? "this run" : "a pipeline stage"; }
+
+  void check_batch() {
+    const std::int64_t global = run_.train.global_batch, micro = run_.train.micro_batch;
+    if (micro < 1 || global < 1 || global % micro != 0) {
+      add("train.micro_batch: {} does not divide train.global_batch = {}", micro, global);
+      return;
+    }
+    const std::int64_t batches = global / micro;
+    if (dp() <= batches) return;
+    std::string cure = fmt::format("use at most {} ranks", batches * per_replica());
+    const std::vector<std::int64_t> sizes = divisors(global, std::min<std::int64_t>(global / dp(), 1 << 20));
+    if (!sizes.empty()) cure += fmt::format(", or train.micro_batch {}", fmt::join(sizes, " or "));
+    add("{} data-parallel ranks, but train.global_batch {} / train.micro_batch {} makes only {} "
+        "micro-batches per step, so some ranks would never get one; {}",
+        dp(), global, micro, batches, cure);
+  }
+
+  void check_model() {
+    if (run_.data.seq_len > model_.max_position_embeddings)
+      add("data.seq_len: {} is longer than the model's max_position_embeddings = {}", run_.data.seq_len,
+          model_.max_position_embeddings);
+    if (model_.num_moe_layers() > 0 &&
+        (model_.num_experts_per_tok < 1 || model_.num_experts_per_tok > model_.num_experts))
+      add("the model's num_experts_per_tok is {}, expected 1 to {} (num_experts)", model_.num_experts_per_tok,
+          model_.num_experts);
+    if (run_.model.init != "weights" && run_.model.init != "random")
+      add("model.init: {} is not one of weights, random", run_.model.init);
+  }
+
+  const RunConfig& run_;
+  const RunConfig::Parallel& p_;
+  const ModelConfig& model_;
+  int world_;
+  std::vector<std::string> found_;
+};
 
 }  // namespace
 
 std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size) {
-  std::vector<std::string> problems;
-  if (world_size < 1) problems.push_back(fmt::format("{} ranks", world_size));
-  const auto& p = run.parallel;
-  const std::pair<const char*, int> unbuilt[] = {{"tp", p.tp}, {"pp", p.pp}, {"cp", p.cp}, {"etp", p.etp}};
-  for (const auto& [name, size] : unbuilt) {
-    if (size != 1) problems.push_back(fmt::format("parallel.{}: {} is not built yet; use 1", name, size));
-  }
-  if (!problems.empty()) return problems;  // dp would be another number
-  check_expert_axis(run, model, world_size, problems);
-  check_batch(run, world_size, problems);
-  if (run.data.seq_len > model.max_position_embeddings) {
-    problems.push_back(fmt::format("data.seq_len: {} is longer than the model's max_position_embeddings = {}",
-                                   run.data.seq_len, model.max_position_embeddings));
-  }
-  if (model.num_moe_layers() > 0 &&
-      (model.num_experts_per_tok < 1 || model.num_experts_per_tok > model.num_experts)) {
-    problems.push_back(fmt::format("the model's num_experts_per_tok is {}, expected 1 to {} (num_experts)",
-                                   model.num_experts_per_tok, model.num_experts));
-  }
-  if (run.model.init != "weights" && run.model.init != "random") {
-    problems.push_back(fmt::format("model.init: {} is not one of weights, random", run.model.init));
-  }
-  return problems;
+  return Problems(run, model, world_size).find();
 }
 
 }  // namespace upmoe

@@ -46,7 +46,8 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   while (world.size() % spec.ep != 0) --spec.ep;  // the largest that divides: least memory
   const ProcessMesh mesh(spec, world);
   RankMemory memory{Device{}};
-  ParamStore params(config, spec, world.rank(),
+  const StagePlan plan = one_stage(config.num_hidden_layers);
+  ParamStore params(config, spec, plan, world.rank(),
                     {.dtype = a.precision == "bf16" ? DType::kBF16 : DType::kF32,
                      .device = {},
                      .gradients = false,
@@ -57,7 +58,8 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
     data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{a.data, 1.0}}, a.seq_len, false,
                                           0, config.vocab_size);
   });
-  const Transformer model = make_transformer(config, params, mesh, Recompute::kNone);
+  const std::vector<Transformer> chunks = make_chunks(config, params, mesh, plan, Recompute::kNone);
+  Pipeline pipeline(config, mesh, plan, chunks, Device{});
 
   LogitsFile logits;
   const std::int64_t sequences =
@@ -68,7 +70,7 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
         static_cast<std::size_t>(checked_mul(checked_mul(sequences, a.seq_len), config.vocab_size)));
   }
   const EvalResult result =
-      evaluate(memory.exec, memory.keep, model, mesh, *data, {sequences, a.micro_batch, a.mask_documents},
+      evaluate(memory.exec, pipeline, mesh, *data, {sequences, a.micro_batch, a.mask_documents},
                a.logits.empty() ? LmHead::Sink{} : logits.sink());
   if (!a.logits.empty())
     write_safetensors(

@@ -143,11 +143,11 @@ class CheckedCommunicator final : public Communicator {
     return booking().all_to_all_rows(out, recv_rows, in, send_rows, stream);
   }
   // The sender tells the receiver what follows.
-  void send(ConstTensorView in, int to, Stream* stream) override {
+  Pending send(ConstTensorView in, int to, Stream* stream) override {
     check_peer(*this, to);
     Call call(Verb::kSend, in);
-    silent().send(as_words(&call, 1), to);
-    booking().send(in, to, stream);
+    silent().send(as_words(&call, 1), to).wait();
+    return booking().send(in, to, stream);
   }
   void recv(TensorView out, int from, Stream* stream) override {
     check_peer(*this, from);

@@ -1,5 +1,9 @@
 #include "parallel/communicator.h"
 
+#include <fmt/ranges.h>
+
+#include "kernels/core/philox.h"
+
 namespace upmoe {
 
 Pending& Pending::operator=(Pending&& o) noexcept {
@@ -40,6 +44,25 @@ void agree(Communicator& comm, ExitCode code, const std::string& local_error) {
   comm.broadcast(host_view(&agreed, {1}), speaker);
   if (comm.rank() == speaker) throw Error(code, local_error);
   throw PeerError(static_cast<ExitCode>(agreed), "");
+}
+
+void require_equal(Communicator& comm, const std::string& what, const std::string& value) {
+  const auto mine = static_cast<std::int64_t>(philox_key(0, value));
+  std::vector<std::int64_t> all(static_cast<std::size_t>(comm.size()));
+  comm.all_gather(host_view(all.data(), {comm.size()}), host_view(&mine, {1})).wait();
+  std::vector<int> others;
+  for (int r = 0; r < comm.size(); ++r)
+    if (all[static_cast<std::size_t>(r)] != all[0]) others.push_back(r);
+  if (others.empty()) return;
+  constexpr std::size_t kNamed = 16;
+  const bool more = others.size() > kNamed;
+  if (more) others.resize(kNamed);
+  const std::string message = fmt::format(
+      "the ranks were started with different {}: rank 0 differs from rank {}{}; start all of them with the "
+      "same "
+      "program, files and arguments",
+      what, fmt::join(others, ", "), more ? " and others" : "");
+  agree(comm, ExitCode::kUsage, comm.rank() == 0 ? message : "");
 }
 
 void run_agreed(Communicator& comm, const std::function<void()>& body) {

@@ -31,7 +31,8 @@ class Pending {
 
 // One ordered group of ranks. Every verb is collective over the group: same order, same arguments (row counts
 // and tensor contents aside) on each member. Tensors are contiguous and live on the communicator's device;
-// dtypes fp32, bf16, fp64, int32, int64. bf16 sums are taken in fp32 and rounded once; every sum adds the
+// dtypes fp32, bf16, fp64, int32, int64. bf16 sums are taken in fp32, fp32 sums in fp64, and rounded once: a
+// layout that cuts a sum into more parts is no less exact. Every sum adds the
 // ranks' values in rank order, so a result does not depend on the transport. Every verb books its sent bytes
 // in the ledger, if one is set. Errors: a dead or throwing peer, or a verb past its deadline, raises
 // Error(kCommunicator) or ends the process with its exit status; nothing hangs.
@@ -59,7 +60,8 @@ class Communicator {
   // pairwise.
   virtual Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
                                   std::span<const std::int64_t> send_rows, Stream* stream = nullptr) = 0;
-  virtual void send(ConstTensorView in, int to, Stream* stream = nullptr) = 0;  // pipeline, context ring
+  // Between two ranks, in order: the n-th receive from a rank takes its n-th send. For the pipeline.
+  virtual Pending send(ConstTensorView in, int to, Stream* stream = nullptr) = 0;
   virtual void recv(TensorView out, int from, Stream* stream = nullptr) = 0;
   // Ends the whole job: unblocks the peers, who fail with `code`. Never returns control to a collective.
   virtual void abort(int code) noexcept = 0;
@@ -96,5 +98,9 @@ class PeerError : public Error {
 void agree(Communicator& comm, ExitCode code, const std::string& local_error);
 // Runs `body` and agrees on its outcome: an Error thrown by body on any rank is thrown on all.
 void run_agreed(Communicator& comm, const std::function<void()>& body);
+// The ranks must have been given the same: `value` (any length, compared by digest) is that of every rank.
+// When it is not, rank 0 throws Error(kUsage) that names `what` and the ranks that differ from it.
+// Collective.
+void require_equal(Communicator& comm, const std::string& what, const std::string& value);
 
 }  // namespace upmoe

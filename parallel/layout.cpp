@@ -83,27 +83,52 @@ Range range_along(Dim dim, std::int64_t n, bool expert, const MeshSpec& mesh, in
   return {0, n};
 }
 
-int stage_of(const ParamSpec& p, int pp, int num_layers) {
-  if (p.layer < 0) return p.name == "embed_VD" ? 0 : pp - 1;
-  for (int stage = 0; stage < pp; ++stage)
-    if (p.layer < balanced(num_layers, pp, stage).end) return stage;
-  UPMOE_CHECK(false, "layer {} of {}", p.layer, num_layers);
-  return 0;
+bool is_on_stage(const ParamSpec& p, const StagePlan& plan, int stage) {
+  if (p.layer >= 0) return plan.stage_of_block(p.layer) == stage;
+  const bool first = stage == 0, last = stage == plan.stages - 1;
+  if (p.tied) return first || last;
+  return p.name == "embed_VD" ? first : last;
 }
 
-bool split_along_tp(const ParamSpec& p) {
+// How a parameter is spread over the tp ranks of one stage.
+enum class OverTp : std::uint8_t { kCut, kWhole, kKvHeads };
+
+struct Spread {
+  OverTp kind = OverTp::kWhole;
+  std::int64_t kv_heads = 0;
+};
+
+Spread over_tp(const ParamSpec& p) {
   for (int d = 0; d < p.shape.rank; ++d) {
     const Dim dim = p.dims[static_cast<std::size_t>(d)];
-    if (dim == Dim::kHeads || dim == Dim::kVocab || dim == Dim::kFfn) return true;
+    if (dim == Dim::kHeads || dim == Dim::kVocab || dim == Dim::kFfn) return {OverTp::kCut, 0};
+    if (dim == Dim::kKvHeads) return {OverTp::kKvHeads, p.shape[d]};
   }
-  return false;
+  return {};
+}
+
+// Position among the tp ranks of one stage and data coordinate that hold the same shard. Norms, routers and
+// the gate of the shared expert: every tp rank holds them whole.
+Replica along_tp(const ParamSpec& p, const MeshSpec& mesh, int rank) {
+  const int tp = mesh.coord(rank, Axis::kTp);
+  const Spread spread = over_tp(p);
+  switch (spread.kind) {
+    case OverTp::kCut:
+      return {0, 1};
+    case OverTp::kWhole:
+      return {tp, mesh.tp};
+    case OverTp::kKvHeads:
+      return kv_replica(spread.kv_heads, mesh.tp, tp);
+  }
+  return {0, 1};
 }
 
 }  // namespace
 
-Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, int num_layers) {
+Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, const StagePlan& plan) {
+  UPMOE_CHECK(plan.stages == mesh.pp, "a plan of {} stages for pp {}", plan.stages, mesh.pp);
   Box box = whole(p.shape);
-  const bool elsewhere = stage_of(p, mesh.pp, num_layers) != mesh.coord(rank, Axis::kPp);
+  const bool elsewhere = !is_on_stage(p, plan, mesh.coord(rank, Axis::kPp));
   for (int d = 0; d < p.shape.rank; ++d) {
     const auto i = static_cast<std::size_t>(d);
     const Range r = range_along(p.dims[i], p.shape[d], p.expert, mesh, rank);
@@ -115,15 +140,47 @@ Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, int num_layers)
 
 Replica replica_of(const ParamSpec& p, const MeshSpec& mesh, int rank) {
   if (p.expert) return {mesh.coord(rank, Axis::kEdp), mesh.edp()};
-  const int data = mesh.coord(rank, Axis::kDp) * mesh.cp + mesh.coord(rank, Axis::kCp),
-            copies = mesh.dp * mesh.cp;
-  Replica along_tp{mesh.coord(rank, Axis::kTp),
-                   mesh.tp};  // norms, routers, biases: every tp rank holds them whole
-  if (split_along_tp(p)) along_tp = {0, 1};
-  for (int d = 0; d < p.shape.rank; ++d)
-    if (p.dims[static_cast<std::size_t>(d)] == Dim::kKvHeads)
-      along_tp = kv_replica(p.shape[d], mesh.tp, mesh.coord(rank, Axis::kTp));
-  return {data * along_tp.count + along_tp.index, copies * along_tp.count};
+  int data = mesh.coord(rank, Axis::kDp) * mesh.cp + mesh.coord(rank, Axis::kCp), copies = mesh.dp * mesh.cp;
+  if (p.tied && mesh.pp > 1) {  // the first and the last stage
+    if (mesh.coord(rank, Axis::kPp) > 0) data += copies;
+    copies *= 2;
+  }
+  const Replica tp = along_tp(p, mesh, rank);
+  return {data * tp.count + tp.index, copies * tp.count};
+}
+
+std::vector<std::int64_t> holders_key(const ParamSpec& p, const MeshSpec& mesh) {
+  if (p.expert) return {1, 0, 0, 0};
+  const Spread spread = over_tp(p);
+  const bool kv_cut = spread.kind == OverTp::kKvHeads && mesh.tp <= spread.kv_heads;
+  const OverTp kind = mesh.tp == 1 || kv_cut ? OverTp::kCut : spread.kind;
+  return {0, static_cast<std::int64_t>(kind), kind == OverTp::kKvHeads ? spread.kv_heads : 0,
+          p.tied && mesh.pp > 1 ? 1 : 0};
+}
+
+std::vector<int> holders_of(const ParamSpec& p, const MeshSpec& mesh, int rank) {
+  const auto is_end = [&](int r) {
+    const int stage = mesh.coord(r, Axis::kPp);
+    return stage == 0 || stage == mesh.pp - 1;
+  };
+  const auto same_stage = [&](int r) {
+    if (p.tied && is_end(rank)) return is_end(r);
+    return mesh.coord(r, Axis::kPp) == mesh.coord(rank, Axis::kPp);
+  };
+  const Spread spread = over_tp(p);
+  const auto same_shard = [&](int r) {
+    if (p.expert)
+      return mesh.coord(r, Axis::kEp) == mesh.coord(rank, Axis::kEp) &&
+             mesh.coord(r, Axis::kEtp) == mesh.coord(rank, Axis::kEtp);
+    const int mine = mesh.coord(rank, Axis::kTp), theirs = mesh.coord(r, Axis::kTp);
+    if (spread.kind == OverTp::kCut) return mine == theirs;
+    if (spread.kind == OverTp::kWhole) return true;
+    return kv_heads_of(spread.kv_heads, mesh.tp, mine) == kv_heads_of(spread.kv_heads, mesh.tp, theirs);
+  };
+  std::vector<int> holders;
+  for (int r = 0; r < mesh.world(); ++r)
+    if (same_stage(r) && same_shard(r)) holders.push_back(r);
+  return holders;
 }
 
 Range owner_slice(std::int64_t elements, Replica r) {

@@ -5,6 +5,7 @@
 // Invariant (a property test): for every mesh, every element of every parameter is owned by exactly one rank.
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "configs/param_table.h"
@@ -34,9 +35,29 @@ struct Replica {  // position among the ranks that hold the same shard
 // Part `index` of `parts` of n: [n*index/parts, n*(index+1)/parts). 60 experts over 8 ranks: 7 or 8 each.
 Range balanced(std::int64_t n, std::int64_t parts, std::int64_t index);
 
+// Which pipeline stage computes which blocks. The chunks follow each other from the embedding to the head;
+// chunk c belongs to stage c % stages, so a stage with several chunks (an interleaved schedule) holds blocks
+// from several depths. The first chunk has the embedding, the last one the final norm and the head.
+struct StagePlan {
+  int stages = 1;
+  std::vector<Range> chunks;  // of blocks; a multiple of `stages` of them, none empty unless there is one
+  int stage_of_block(std::int64_t block) const;
+};
+// Chunks of equal cost as far as whole blocks allow (the largest chunk is as small as possible; among equals,
+// early chunks are the smaller ones). block_cost: any unit; `first`, `last`: of the embedding and of the
+// head.
+StagePlan one_stage(std::int64_t blocks);
+StagePlan plan_stages(int stages, int chunks_per_stage, std::span<const double> block_cost, double first,
+                      double last);
+
 // The part of p that `rank` computes with. Empty (extent 0) when another pipeline stage holds the parameter.
-Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, int num_layers);
+Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, const StagePlan& plan);
 Replica replica_of(const ParamSpec& p, const MeshSpec& mesh, int rank);
+// The ranks that hold the same shard of p as `rank`, in rising order: replica i is the i-th of them. (On a
+// stage without p: the ranks that would.)
+std::vector<int> holders_of(const ParamSpec& p, const MeshSpec& mesh, int rank);
+// Parameters with equal keys are held by the same ranks, on every rank of a stage that has them.
+std::vector<std::int64_t> holders_key(const ParamSpec& p, const MeshSpec& mesh);
 // ZeRO: the flat part of a shard of `elements` elements that replica r owns.
 Range owner_slice(std::int64_t elements, Replica r);
 // The boxes of the global tensor that a flat range of a shard covers, in flat order; at most 2*rank - 1.

@@ -112,9 +112,9 @@ ProcessMesh::ProcessMesh(MeshSpec spec, Communicator& world) : spec_(spec), worl
   const std::vector<std::string> problems = spec.problems(world.size());
   UPMOE_CHECK(problems.empty(), "{}", problems.empty() ? "" : problems.front());
   // The same order on every rank: splitting is collective.
-  const std::vector<std::vector<Axis>> wanted{{Axis::kPp},  {Axis::kDp},           {Axis::kCp},
-                                              {Axis::kTp},  {Axis::kEdp},          {Axis::kEp},
-                                              {Axis::kEtp}, {Axis::kDp, Axis::kCp}};
+  const std::vector<std::vector<Axis>> wanted{{Axis::kPp},           {Axis::kDp},  {Axis::kCp},
+                                              {Axis::kTp},           {Axis::kEdp}, {Axis::kEp, Axis::kEtp},
+                                              {Axis::kCp, Axis::kTp}};
   for (const auto& axes : wanted) {
     std::int64_t size = 1;
     for (const Axis a : axes) size *= spec.degree(a);

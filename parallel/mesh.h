@@ -34,7 +34,8 @@ class ProcessMesh {
   ProcessMesh(MeshSpec spec, Communicator& world);
   Communicator& world() const { return world_; }
   Communicator& along(Axis a) const { return along({a}); }
-  Communicator& along(std::initializer_list<Axis> axes) const;  // single axes, {dp,cp}; throws for others
+  // pp, dp, cp, tp, edp, {ep,etp}, {cp,tp}; throws for others.
+  Communicator& along(std::initializer_list<Axis> axes) const;
   const MeshSpec& spec() const { return spec_; }
   int rank() const { return world_.rank(); }
   int coord(Axis a) const { return spec_.coord(world_.rank(), a); }

@@ -249,13 +249,12 @@ class MpiCommunicator final : public Communicator {
     return waiting(messages, "all_to_all_rows");
   }
 
-  void send(ConstTensorView in, int to, Stream*) override {
+  Pending send(ConstTensorView in, int to, Stream*) override {
     check_peer(*this, to);
     book_sent("send", static_cast<double>(in.bytes()));
-    Watched watched("send");
-    Messages messages(comm_, chunk_);
-    messages.send(in.data, in.bytes(), to, kPairTag);
-    messages.wait();
+    auto messages = std::make_shared<Messages>(comm_, chunk_);
+    messages->send(in.data, in.bytes(), to, kPairTag);
+    return waiting(messages, "send");
   }
   void recv(TensorView out, int from, Stream*) override {
     check_peer(*this, from);

@@ -40,7 +40,7 @@ void reduce_typed(std::byte* out, std::span<const std::byte* const> parts, std::
       if constexpr (std::is_same_v<T, bf16>) {
         to[i] = to_bf16(sum[i]);
       } else {
-        to[i] = sum[i];
+        to[i] = static_cast<T>(sum[i]);
       }
     }
   }
@@ -64,7 +64,7 @@ void reduce_in_order(DType dtype, ReduceOp op, std::byte* out, std::span<const s
                      std::int64_t elements) {
   switch (dtype) {
     case DType::kF32:
-      return reduce_by<float, float>(op, out, parts, elements);
+      return reduce_by<float, double>(op, out, parts, elements);
     case DType::kBF16:
       return reduce_by<bf16, float>(op, out, parts, elements);
     case DType::kF64:

@@ -133,13 +133,14 @@ class ThreadCommunicator final : public Communicator {
           receive_rows(collect(sequence, "all_to_all_rows"), out, row, expected);
         });
   }
-  void send(ConstTensorView in, int to, Stream*) override {
+  Pending send(ConstTensorView in, int to, Stream*) override {
     check_peer(*this, to);
     book_sent("send", static_cast<double>(in.bytes()));
     Payload copy = copy_of(in);
     const std::lock_guard lock(group_->world->mutex);
     group_->mail[{rank_, to}].push_back(std::move(copy));
     group_->world->changed.notify_all();
+    return {};
   }
   void recv(TensorView out, int from, Stream*) override {
     check_peer(*this, from);

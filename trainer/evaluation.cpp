@@ -19,13 +19,9 @@ struct HostBatch {
                 std::span(targets).subspan(i * S, S), std::span(documents).subspan(i * S, S),
                 std::span(positions).subspan(i * S, S));
   }
-  MicroBatch view(std::int64_t seq_len, bool mask_documents) const {
-    const Shape shape{static_cast<std::int64_t>(tokens.size())};
-    MicroBatch b{host_view(tokens.data(), shape), host_view(targets.data(), shape), {}};
-    b.places.seq_len = seq_len;
-    b.places.positions_T = host_view(positions.data(), shape);
-    if (mask_documents) b.places.document_T = host_view(documents.data(), shape);
-    return b;
+  HostTokens view(std::int64_t sequences, bool mask_documents) const {
+    return {sequences, tokens.data(), targets.data(), positions.data(),
+            mask_documents ? documents.data() : nullptr};
   }
   // Without masking, positions run over the whole sequence.
   void count_positions(std::int64_t seq_len) {
@@ -36,15 +32,15 @@ struct HostBatch {
 
 }  // namespace
 
-EvalResult evaluate(Exec& ex, Arena& keep, const Transformer& model, const ProcessMesh& mesh,
-                    const TokenDataset& data, const EvalOptions& options, const LmHead::Sink& sink) {
+EvalResult evaluate(Exec& ex, Pipeline& pipeline, const ProcessMesh& mesh, const TokenDataset& data,
+                    const EvalOptions& options, const LmHead::Sink& sink) {
   const auto start = std::chrono::steady_clock::now();
   const std::int64_t available = data.num_sequences(), S = data.seq_len();
   const std::int64_t sequences = options.sequences == 0 ? available : std::min(options.sequences, available);
   if (sequences == 0) fail(ExitCode::kBadInput, "the held-out data has no whole sequence of {} tokens", S);
   const std::int64_t M = options.micro_batch, batches = (sequences + M - 1) / M;
   const std::int64_t ranks = mesh.spec().dp, rank = mesh.coord(Axis::kDp);
-  UPMOE_CHECK(!sink || ranks == 1, "logits of one rank");
+  UPMOE_CHECK(!sink || mesh.spec().world() == 1, "logits of one rank");
 
   double sum = 0;
   HostBatch host;
@@ -57,7 +53,7 @@ EvalResult evaluate(Exec& ex, Arena& keep, const Transformer& model, const Proce
       sink(begin * S + row, logits_CV);
     })
                                       : LmHead::Sink{};
-    sum += model.evaluate(ex, host.view(S, options.mask_documents), keep, shifted);
+    sum += pipeline.evaluate(ex, host.view(end - begin, options.mask_documents), S, shifted);
   }
   mesh.world().all_reduce(host_view(&sum, {1}), ReduceOp::kSum);
   EvalResult result;

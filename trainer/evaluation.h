@@ -3,7 +3,7 @@
 
 #include "configs/model_config.h"
 #include "data/token_dataset.h"
-#include "trainer/model/transformer.h"
+#include "trainer/pipeline.h"
 
 namespace upmoe {
 
@@ -21,7 +21,7 @@ struct EvalOptions {
 
 // Sequences 0..n-1 of `data` in file order, dealt to the data-parallel ranks. Collective; the same result on
 // every rank. `sink` sees the logits (row = token index of the whole evaluation); only with one rank.
-EvalResult evaluate(Exec& ex, Arena& keep, const Transformer& model, const ProcessMesh& mesh,
-                    const TokenDataset& data, const EvalOptions& options, const LmHead::Sink& sink = {});
+EvalResult evaluate(Exec& ex, Pipeline& pipeline, const ProcessMesh& mesh, const TokenDataset& data,
+                    const EvalOptions& options, const LmHead::Sink& sink = {});
 
 }  // namespace upmoe

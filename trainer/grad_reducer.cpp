@@ -16,7 +16,7 @@ struct GradReducer::Bucket {
   Buffer packed_memory, own_memory;
   TensorView packed, own;  // [ranks * slice], [slice]
   Pending pending;
-  bool started = false;
+  bool started = false, gathering = false;
 
   // Calls move(flat part of `which` tensor, part of the packed buffer) for every parameter and rank.
   template <class Move>
@@ -47,16 +47,29 @@ std::int64_t largest_slice(const std::vector<const StoredParam*>& params, int ra
 
 }  // namespace
 
+// One group for each way in which parameters are replicated, made in the order of the table, which every rank
+// goes through alike: dp x cp for what tp cuts, with tp as well for what it does not, edp for experts, the
+// ranks around a key/value head that several hold, both ends of the pipeline for a tied embedding.
+void GradReducer::make_groups(const ParamStore& params, const ProcessMesh& mesh) {
+  for (const StoredParam& p : params.all()) {
+    std::unique_ptr<Communicator>& group = groups_[holders_key(p.spec, mesh.spec())];
+    if (group != nullptr) continue;
+    const std::vector<int> holders = holders_of(p.spec, mesh.spec(), mesh.rank());
+    group = mesh.world().subgroup(holders);
+  }
+}
+
 GradReducer::GradReducer(const ParamStore& params, const ProcessMesh& mesh, Device device) {
-  std::map<std::pair<int, bool>, Bucket*> by_key;
+  make_groups(params, mesh);
+  std::map<std::pair<int, Communicator*>, Bucket*> by_key;
   for (const StoredParam& p : params.all()) {
     if (p.frozen || p.value.elements() == 0) continue;
-    Communicator& group = p.spec.expert ? mesh.along(Axis::kEdp) : mesh.along({Axis::kDp, Axis::kCp});
+    Communicator& group = *groups_.at(holders_key(p.spec, mesh.spec()));
     if (group.size() == 1) continue;
     UPMOE_CHECK(p.replica.count == group.size() && p.replica.index == group.rank(),
                 "'{}': replica {} of {}, group {} of {}", p.spec.name, p.replica.index, p.replica.count,
                 group.rank(), group.size());
-    Bucket*& bucket = by_key[{p.spec.layer, p.spec.expert}];
+    Bucket*& bucket = by_key[{p.spec.layer, &group}];
     if (bucket == nullptr) {
       buckets_.push_back(std::make_unique<Bucket>());
       bucket = buckets_.back().get();
@@ -82,6 +95,7 @@ GradReducer::~GradReducer() = default;
 void GradReducer::ready(Exec& ex, int layer) {
   for (auto& b : buckets_) {
     if (b->layer != layer) continue;
+    UPMOE_CHECK(!b->gathering, "layer {} still waits for its weights", layer);  // they share the buffer
     for (int r = 0; r < b->group->size(); ++r)
       b->for_each_slice(r, b->segment(r), &StoredParam::grad,
                         [&](TensorView tensor, TensorView packed) { ops::cast(ex, packed, tensor); });
@@ -105,15 +119,28 @@ void GradReducer::gather_values(Exec& ex) {
     b->for_each_slice(b->group->rank(), b->own, &StoredParam::value,
                       [&](TensorView tensor, TensorView packed) { ops::cast(ex, packed, tensor); });
     b->pending = b->group->all_gather(b->packed, b->own, ex.comm);
+    b->gathering = true;
   }
-  for (auto& b : buckets_) {
-    b->pending.wait();
-    for (int r = 0; r < b->group->size(); ++r) {
-      if (r == b->group->rank()) continue;
-      b->for_each_slice(r, b->segment(r), &StoredParam::value,
-                        [&](TensorView tensor, TensorView packed) { ops::cast(ex, tensor, packed); });
-    }
+}
+
+void GradReducer::receive_values(Exec& ex, Bucket& b) {
+  if (!b.gathering) return;
+  b.pending.wait();
+  b.gathering = false;
+  for (int r = 0; r < b.group->size(); ++r) {
+    if (r == b.group->rank()) continue;
+    b.for_each_slice(r, b.segment(r), &StoredParam::value,
+                     [&](TensorView tensor, TensorView packed) { ops::cast(ex, tensor, packed); });
   }
+}
+
+void GradReducer::await_values(Exec& ex, int layer) {
+  for (auto& b : buckets_)
+    if (b->layer == layer) receive_values(ex, *b);
+}
+
+void GradReducer::await_all_values(Exec& ex) {
+  for (auto& b : buckets_) receive_values(ex, *b);
 }
 
 }  // namespace upmoe

@@ -35,8 +35,7 @@ Optimizer::Config optimizer_of(const RunConfig& run) {
 
 }  // namespace
 
-RankMemory::RankMemory(Device device)
-    : keep(device, kArenaAddressSpace, "activations"), scratch(device, kArenaAddressSpace, "scratch") {
+RankMemory::RankMemory(Device device) : scratch(device, kArenaAddressSpace, "scratch") {
   exec.device = device;
   exec.scratch = &scratch;
   exec.ledger = &ledger;
@@ -48,10 +47,12 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model_config, C
       config(model_config),
       memory(device),
       mesh(mesh_of(run_config, world.size()), world),
+      plan(stages_of(run_config, model_config)),
       params(
-          model_config, mesh.spec(), world.rank(),
+          model_config, mesh.spec(), plan, world.rank(),
           {.dtype = dtype_of(run_config), .device = device, .gradients = true, .freeze = run_config.freeze}),
-      model(make_transformer(model_config, params, mesh, recompute_from(run_config.train.recompute))),
+      chunks(make_chunks(model_config, params, mesh, plan, recompute_from(run_config.train.recompute))),
+      pipeline(model_config, mesh, plan, chunks, device),
       reducer(params, mesh, device),
       optimizer(params, optimizer_of(run_config), device) {}
 

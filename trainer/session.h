@@ -10,16 +10,19 @@
 #include "trainer/grad_reducer.h"
 #include "trainer/model/transformer.h"
 #include "trainer/optimizer.h"
+#include "trainer/pipeline.h"
 
 namespace upmoe {
 
 MeshSpec mesh_of(const RunConfig& run, int world_size);
+// Blocks to stages by the cost that the ledger books for one sequence on the dry device.
+StagePlan stages_of(const RunConfig& run, const ModelConfig& model);
 
-// Device, arenas and ledger of one rank.
+// Device, scratch memory and ledger of one rank.
 struct RankMemory {
   explicit RankMemory(Device device);
   Ledger ledger;
-  Arena keep, scratch;
+  Arena scratch;
   Exec exec;
 };
 
@@ -34,8 +37,10 @@ struct Session {
   ModelConfig config;
   RankMemory memory;
   ProcessMesh mesh;
+  StagePlan plan;
   ParamStore params;
-  Transformer model;
+  std::vector<Transformer> chunks;
+  Pipeline pipeline;
   GradReducer reducer;
   Optimizer optimizer;
   std::unique_ptr<TokenDataset> data;

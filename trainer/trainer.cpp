@@ -20,55 +20,37 @@ double model_flops(const Ledger& ledger) {
   return flops;
 }
 
-MicroBatch micro_batch_of(const Batch& batch, std::int64_t seq_len) {
-  MicroBatch micro{batch.tokens_T, batch.targets_T, {batch.positions_T, {}, seq_len}};
-  if (batch.document_T.data != nullptr) micro.places.document_T = batch.document_T;
-  return micro;
+HostTokens tokens_of(const Batch& batch, std::int64_t seq_len) {
+  HostTokens tokens;
+  tokens.sequences = batch.tokens_T.rows() / seq_len;
+  tokens.tokens = batch.tokens_T.as<std::int32_t>();
+  tokens.targets = batch.targets_T.as<std::int32_t>();
+  tokens.positions = batch.positions_T.as<std::int32_t>();
+  if (batch.document_T.data != nullptr) tokens.documents = batch.document_T.as<std::int32_t>();
+  return tokens;
 }
 
 }  // namespace
 
-// What this rank adds up over its micro-batches.
-struct Trainer::Sums {
-  double loss = 0, aux = 0, z = 0;
-  std::vector<std::vector<double>> assigned;  // per MoE layer and expert
-};
-
-void Trainer::accumulate(Sums& sums) {
+StepSums Trainer::accumulate() {
   Exec& ex = s_.memory.exec;
-  const double micro_batches = static_cast<double>(s_.run.train.global_batch / s_.run.train.micro_batch);
-  const double tokens = static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len);
-  BalanceConfig balance;
-  balance.kind = aux_kind_from(s_.run.router.aux_kind);
-  balance.aux_coefficient = s_.run.router.aux_loss / micro_batches;
-  balance.z_coefficient = s_.run.router.z_loss / micro_batches;
-
-  const std::int64_t rounds = s_.loader->rounds();
-  for (std::int64_t round = 0; round < rounds; ++round) {
-    const Batch batch = s_.loader->next();
-    const std::size_t mark = s_.memory.keep.mark();
-    Transformer::Saved saved;
-    sums.loss += s_.model.forward(ex, micro_batch_of(batch, s_.run.data.seq_len), 1.0 / tokens, balance,
-                                  s_.memory.keep, saved);
-    sums.aux += saved.balance.aux;
-    sums.z += saved.balance.z;
-    std::size_t moe = 0;
-    for (const Block::Saved& b : saved.blocks) {
-      if (b.load_3E.empty()) continue;
-      if (sums.assigned.size() <= moe) sums.assigned.emplace_back(b.load_3E.size() / 3);
-      for (std::size_t e = 0; e < sums.assigned[moe].size(); ++e) sums.assigned[moe][e] += b.load_3E[e];
-      ++moe;
-    }
-    const bool last = round + 1 == rounds;
-    s_.model.backward(ex, s_.memory.keep, saved, [&](int layer) {
-      if (last) s_.reducer.ready(ex, layer);
-    });
-    s_.memory.keep.rewind(mark);
-  }
+  const RunConfig& run = s_.run;
+  const double micro_batches = static_cast<double>(run.train.global_batch / run.train.micro_batch);
+  Pipeline::Step step;
+  step.micro_batches = s_.loader->rounds();
+  step.next = [&] { return tokens_of(s_.loader->next(), run.data.seq_len); };
+  step.seq_len = run.data.seq_len;
+  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);
+  step.balance.kind = aux_kind_from(run.router.aux_kind);
+  step.balance.aux_coefficient = run.router.aux_loss / micro_batches;
+  step.balance.z_coefficient = run.router.z_loss / micro_batches;
+  step.before_block = [&](int block) { s_.reducer.await_values(ex, block); };
+  step.block_done = [&](int block) { s_.reducer.ready(ex, block); };
+  return s_.pipeline.run(ex, step);
 }
 
 // One small all-reduce for everything the ranks tell each other about a step.
-void Trainer::reduce(const Sums& sums, std::int64_t request, StepReport& report) {
+void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& report) {
   std::vector<double> values{sums.loss, sums.aux, sums.z, model_flops(s_.memory.ledger),
                              static_cast<double>(request)};
   const std::size_t head = values.size();
@@ -99,8 +81,7 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
 
   StepReport report;
   report.step = step;
-  Sums sums;
-  accumulate(sums);
+  const StepSums sums = accumulate();
   s_.reducer.finish(ex);
   reduce(sums, request, report);
 

@@ -28,13 +28,14 @@ class Trainer {
   explicit Trainer(Session& session) : s_(session) {}
 
   // One optimizer step over the next global batch. Collective. `request` is summed over the ranks along the
-  // way, so that all ranks learn of a signal at the same step.
+  // way, so that all ranks learn of a signal at the same step. Returns while updated weights still travel:
+  // settle() before anything but the next step reads weights that other ranks own.
   StepReport step(std::int64_t step, std::int64_t request = 0);
+  void settle() { s_.reducer.await_all_values(s_.memory.exec); }
 
  private:
-  struct Sums;
-  void accumulate(Sums& sums);
-  void reduce(const Sums& sums, std::int64_t request, StepReport& report);
+  StepSums accumulate();
+  void reduce(const StepSums& sums, std::int64_t request, StepReport& report);
   Session& s_;
 };
 

@@ -9,6 +9,7 @@
 #include <fstream>
 
 #include "data/model_source.h"
+#include "data/posix_file.h"
 #include "kernels/core/log.h"
 #include "parallel/runtime.h"
 #include "trainer/checkpoint.h"
@@ -68,6 +69,11 @@ class RunLock {
   int fd_ = -1;
 };
 
+// Two builds on two hosts would train, and differ in some later digit.
+std::string program_digest() {
+  return fmt::format("{:08x}", crc32c_of_file("/proc/self/exe"));
+}
+
 class Run {
  public:
   Run(const RunConfig& run, Communicator& world, const RunOptions& options)
@@ -76,6 +82,8 @@ class Run {
         dir_(run.run.dir),
         checkpoints_(dir_ / "checkpoints"),
         writer_(checkpoints_, run.checkpoint.keep) {
+    require_equal(world_, "programs", program_digest());
+    require_equal(world_, "configurations", to_yaml(run));
     run_agreed(world_, [&] { prepare(); });
     const std::optional<fs::path> newest = newest_usable(checkpoints_, world_);
     if (options.fresh && newest)
@@ -88,6 +96,7 @@ class Run {
     });
     session_ = std::make_unique<Session>(run_, session_config_, world_);
     run_agreed(world_, [&] { load(newest); });
+    require_equal(world_, "training data", state_.fingerprint);
   }
 
   int execute();
@@ -193,8 +202,9 @@ void Run::start_metrics() {
 void Run::evaluate_now(std::int64_t step) {
   if (valid_ == nullptr || evaluated_step_ == step) return;
   evaluated_step_ = step;
+  session_->reducer.await_all_values(session_->memory.exec);
   const EvalResult result =
-      evaluate(session_->memory.exec, session_->memory.keep, session_->model, session_->mesh, *valid_,
+      evaluate(session_->memory.exec, session_->pipeline, session_->mesh, *valid_,
                {run_.train.eval_sequences, run_.train.micro_batch, run_.data.mask_documents});
   if (metrics_) metrics_->evaluation(step, result);
 }

@@ -73,13 +73,14 @@ struct Workspace {
 
 // All keys that query block `query_block` can see; w.q_P is scaled.
 void attend(Softmax& state, const Workspace& w, std::int64_t query_block, const AttentionShape& shape,
-            const std::int32_t* document_S) {
+            const Visibility& visible) {
   alignas(64) float scores[kBlock * kBlock];
   std::fill_n(state.out, kBlock * state.padded, 0.0f);
   std::fill_n(state.max, kBlock, -std::numeric_limits<float>::infinity());
   std::fill_n(state.sum, kBlock, 0.0f);
-  for (std::int64_t key_block = 0; key_block <= query_block; ++key_block) {
-    const BlockPair pair = block_pair(query_block, key_block, shape.seq_len, document_S);
+  const std::int64_t last = last_key_block(query_block, shape.seq_len, visible);
+  for (std::int64_t key_block = 0; key_block <= last; ++key_block) {
+    const BlockPair pair = block_pair(query_block, key_block, shape.seq_len, visible);
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
     block_scores(scores, pair, documents, w.q_P, state.padded,
@@ -97,42 +98,43 @@ void attend(Softmax& state, const Workspace& w, std::int64_t query_block, const 
 }
 
 // Tensors of one sequence.
-template <class T>
+template <class T, class Out>
 struct Sequence {
-  T* out;
+  Out* out;
   float* lse;
-  const T* qkv;
-  const std::int32_t* document;  // or null
+  Heads<const T> q, k, v;
+  Visibility visible;
 };
 
-template <class T>
-void pack_keys(const Workspace& w, const Sequence<T>& seq, std::int64_t kv_head, std::int64_t blocks,
+template <class T, class Out>
+void pack_keys(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t kv_head, std::int64_t blocks,
                const AttentionShape& s) {
-  const std::int64_t padded = round_to_lanes(s.head_dim), width = s.qkv_width();
+  const std::int64_t padded = round_to_lanes(s.head_dim), at = kv_head * s.head_dim;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
-    const T* key = seq.qkv + first * width + (s.heads + kv_head) * s.head_dim;
-    pack_columns(w.keys_DS + first * s.head_dim, key, width, rows, s.head_dim);
-    pack_rows(w.values_SP + first * padded, padded, key + s.kv_heads * s.head_dim, width, rows, s.head_dim,
-              1.0f);
+    pack_columns(w.keys_DS + first * s.head_dim, seq.k.base + first * seq.k.width + at, seq.k.width, rows,
+                 s.head_dim);
+    pack_rows(w.values_SP + first * padded, padded, seq.v.base + first * seq.v.width + at, seq.v.width, rows,
+              s.head_dim, 1.0f);
   }
 }
 
-template <class T>
-void forward_query_block(const Workspace& w, const Sequence<T>& seq, std::int64_t head, std::int64_t block,
-                         const AttentionShape& s) {
+// A query that sees no key, which only a pair of different chunks can have, gets 0 and -inf.
+template <class T, class Out>
+void forward_query_block(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t head,
+                         std::int64_t block, const AttentionShape& s) {
   const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
-  const std::int64_t padded = round_to_lanes(s.head_dim), width = s.qkv_width();
+  const std::int64_t padded = round_to_lanes(s.head_dim), width = seq.q.width;
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-  pack_rows(w.q_P, padded, seq.qkv + first * width + head * s.head_dim, width, rows, s.head_dim, scale);
+  pack_rows(w.q_P, padded, seq.q.base + first * width + head * s.head_dim, width, rows, s.head_dim, scale);
   Softmax state;
   state.out = w.out_P;
   state.padded = padded;
-  attend(state, w, block, s, seq.document);
+  attend(state, w, block, s, seq.visible);
   for (std::int64_t r = 0; r < rows; ++r) {
     const std::int64_t at = (first + r) * s.heads + head;
     seq.lse[at] = state.max[r] + std::log(state.sum[r]);
-    const float inverse = 1.0f / state.sum[r];
+    const float inverse = state.sum[r] > 0 ? 1.0f / state.sum[r] : 0.0f;
     for_lanes(s.head_dim, [&](std::int64_t d, auto lanes) {
       store(seq.out + at * s.head_dim + d, load(state.out + r * padded + d) * inverse, lanes);
     });
@@ -148,25 +150,28 @@ std::int64_t parts_of(std::int64_t sequences_and_heads, std::int64_t blocks) {
   return std::min(blocks, (wanted + sequences_and_heads - 1) / sequences_and_heads);
 }
 
-template <class T>
-void forward(Exec& ex, const TensorView& out_TQ, const TensorView& lse_TN, const ConstTensorView& qkv_TH,
-             const AttentionShape& s, const std::int32_t* document) {
-  const std::int64_t sequences = qkv_TH.shape[0] / s.seq_len, blocks = blocks_of(s.seq_len);
+// `all`: the tensors from their first row on; a sequence's stand seq_len rows further each time.
+template <class T, class Out>
+void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
+  const std::int64_t blocks = blocks_of(s.seq_len);
   const std::int64_t padded = round_to_lanes(s.head_dim), floats = Workspace::floats(blocks, padded);
   const std::int64_t group = s.heads / s.kv_heads, parts = parts_of(sequences * s.kv_heads, blocks);
   ScratchScope scope(*ex.scratch);
   float* work = ex.scratch->take({worker_count(), floats}, DType::kF32, "attention_forward").as<float>();
-  T* out = out_TQ.as<T>();
-  const T* qkv = qkv_TH.as<T>();
-  float* lse = lse_TN.as<float>();
   parallel_tasks(sequences * s.kv_heads * parts, [&](std::int64_t i, std::int64_t worker) {
     const std::int64_t part = i % parts, kv_head = i / parts % s.kv_heads;
     const std::int64_t t = i / parts / s.kv_heads * s.seq_len;  // the sequence's first token
-    const Sequence<T> seq{out + t * s.heads * s.head_dim, lse + t * s.heads, qkv + t * s.qkv_width(),
-                          document != nullptr ? document + t : nullptr};
+    const auto from = [&](const Heads<const T>& h) { return Heads<const T>{h.base + t * h.width, h.width}; };
+    const Sequence<T, Out> seq{
+        all.out + t * s.heads * s.head_dim,
+        all.lse + t * s.heads,
+        from(all.q),
+        from(all.k),
+        from(all.v),
+        visibility(all.visible.causal, all.visible.query_document_S, all.visible.key_document_S, t)};
     const Workspace w(work + worker * floats, blocks, padded);
     const std::int64_t last = (blocks - 1 - part) / parts * parts + part;  // this part's last block
-    pack_keys(w, seq, kv_head, last + 1, s);
+    pack_keys(w, seq, kv_head, last_key_block(last, s.seq_len, seq.visible) + 1, s);
     for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
       for (std::int64_t block = part; block < blocks; block += parts)
         forward_query_block(w, seq, head, block, s);
@@ -178,8 +183,55 @@ void forward(Exec& ex, const TensorView& out_TQ, const TensorView& lse_TN, const
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
                        AttentionShape shape, const ConstTensorView* document_T) {
   with_float_type(qkv_TH.dtype, [&](auto type) {
-    forward<decltype(type)>(ex, out_TQ, lse_TN, qkv_TH, shape,
-                            document_T != nullptr ? document_T->as<std::int32_t>() : nullptr);
+    using T = decltype(type);
+    const std::int64_t width = shape.qkv_width(), keys = shape.heads * shape.head_dim;
+    const T* q = qkv_TH.as<T>();
+    const auto* document = document_T != nullptr ? document_T->as<std::int32_t>() : nullptr;
+    forward<T, T>(ex, qkv_TH.shape[0] / shape.seq_len,
+                  {out_TQ.as<T>(),
+                   lse_TN.as<float>(),
+                   {q, width},
+                   {q + keys, width},
+                   {q + keys + shape.kv_heads * shape.head_dim, width},
+                   {true, document, document}},
+                  shape);
+  });
+}
+
+void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
+                            ConstTensorView kv_TK, AttentionShape shape, Visible visible,
+                            const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+  with_float_type(qkv_TH.dtype, [&](auto type) {
+    using T = decltype(type);
+    const std::int64_t width = 2 * shape.kv_heads * shape.head_dim;
+    const T* k = kv_TK.as<T>();
+    forward<T, float>(
+        ex, qkv_TH.shape[0] / shape.seq_len,
+        {out_TQ.as<float>(),
+         lse_TN.as<float>(),
+         {qkv_TH.as<T>(), shape.qkv_width()},
+         {k, width},
+         {k + shape.kv_heads * shape.head_dim, width},
+         {visible == Visible::kCausal, document_T != nullptr ? document_T->as<std::int32_t>() : nullptr,
+          document_T != nullptr ? key_document_T->as<std::int32_t>() : nullptr}},
+        shape);
+  });
+}
+
+void attention_merge(Exec&, TensorView out_TQ, TensorView lse_TN, ConstTensorView part_TQ,
+                     ConstTensorView part_lse_TN) {
+  const std::int64_t heads = lse_TN.shape[1], width = heads == 0 ? 0 : out_TQ.shape[1] / heads;
+  parallel_for(lse_TN.elements(), 4 * width, [&](std::int64_t i) {
+    float& lse = lse_TN.as<float>()[i];
+    const float part = part_lse_TN.as<float>()[i], largest = std::max(lse, part);
+    if (largest == -std::numeric_limits<float>::infinity()) return;  // neither has seen a key
+    const float mine = std::exp(lse - largest), theirs = std::exp(part - largest), sum = mine + theirs;
+    float* out = out_TQ.as<float>() + i * width;
+    const float* from = part_TQ.as<float>() + i * width;
+    for_lanes(width, [&](std::int64_t d, auto lanes) {
+      store(out + d, load(out + d, lanes) * (mine / sum) + load(from + d, lanes) * (theirs / sum), lanes);
+    });
+    lse = largest + std::log(sum);
   });
 }
 

@@ -74,13 +74,14 @@ void block_gradients(const Workspace& w, const BlockPair& pair, std::int64_t key
 
 // The gradients of one block of queries of one head; w.q_P and w.dout_P are packed.
 void backward_block(const Workspace& w, std::int64_t query_block, const float* lse, const float* delta,
-                    const AttentionShape& s, const std::int32_t* document_S) {
+                    const AttentionShape& s, const Visibility& visible) {
   alignas(64) float scores[kBlock * kBlock];
   alignas(64) float dp[kBlock * kBlock];
   const std::int64_t padded = round_to_lanes(s.head_dim);
   std::fill_n(w.dq_P, kBlock * padded, 0.0f);
-  for (std::int64_t key_block = 0; key_block <= query_block; ++key_block) {
-    const BlockPair pair = block_pair(query_block, key_block, s.seq_len, document_S);
+  const std::int64_t last = last_key_block(query_block, s.seq_len, visible);
+  for (std::int64_t key_block = 0; key_block <= last; ++key_block) {
+    const BlockPair pair = block_pair(query_block, key_block, s.seq_len, visible);
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
     block_scores(scores, pair, documents, w.q_P, padded, w.keys_DS + key_block * kBlock * s.head_dim,
@@ -95,33 +96,35 @@ void backward_block(const Workspace& w, std::int64_t query_block, const float* l
   }
 }
 
-template <class T>
+template <bool kAdd, class T>
 void unpack_rows(T* dst, std::int64_t ldd, const float* src, std::int64_t lds, std::int64_t rows,
                  std::int64_t width, float scale) {
   for (std::int64_t r = 0; r < rows; ++r)
     for_lanes(width, [&](std::int64_t d, auto lanes) {
-      store(dst + r * ldd + d, load(src + r * lds + d) * scale, lanes);
+      f32x16 x = load(src + r * lds + d) * scale;
+      if constexpr (kAdd) x += load(dst + r * ldd + d, lanes);
+      store(dst + r * ldd + d, x, lanes);
     });
 }
 
 // Tensors of one sequence.
-template <class T>
+template <class T, class Out>
 struct Sequence {
-  T* dqkv;
-  const T *dout, *qkv, *out;
+  Heads<Out> dq, dk, dv;
+  Heads<const T> q, k, v;
+  const T *dout, *out;
   const float* lse;
-  const std::int32_t* document;  // or null
+  Visibility visible;
 };
 
-template <class T>
-void backward_query_block(const Workspace& w, const Sequence<T>& seq, std::int64_t head, std::int64_t block,
-                          const AttentionShape& s) {
+template <bool kAdd, class T, class Out>
+void backward_query_block(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t head,
+                          std::int64_t block, const AttentionShape& s) {
   const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
-  const std::int64_t padded = round_to_lanes(s.head_dim), width = s.qkv_width(),
-                     out_width = s.heads * s.head_dim;
-  const std::int64_t q_at = first * width + head * s.head_dim, out_at = first * out_width + head * s.head_dim;
+  const std::int64_t padded = round_to_lanes(s.head_dim), out_width = s.heads * s.head_dim;
+  const std::int64_t at = head * s.head_dim, out_at = first * out_width + at;
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-  pack_rows(w.q_P, padded, seq.qkv + q_at, width, rows, s.head_dim, scale);
+  pack_rows(w.q_P, padded, seq.q.base + first * seq.q.width + at, seq.q.width, rows, s.head_dim, scale);
   pack_rows(w.dout_P, padded, seq.dout + out_at, out_width, rows, s.head_dim, 1.0f);
   float lse[kBlock], delta[kBlock];
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -131,30 +134,58 @@ void backward_query_block(const Workspace& w, const Sequence<T>& seq, std::int64
       return load(w.dout_P + r * padded + d) * load(out + d, lanes);
     });
   }
-  backward_block(w, block, lse, delta, s, seq.document);
-  unpack_rows(seq.dqkv + q_at, width, w.dq_P, padded, rows, s.head_dim, scale);
+  backward_block(w, block, lse, delta, s, seq.visible);
+  unpack_rows<kAdd>(seq.dq.base + first * seq.dq.width + at, seq.dq.width, w.dq_P, padded, rows, s.head_dim,
+                    scale);
 }
 
-template <class T>
-void backward_kv_head(const Workspace& w, const Sequence<T>& seq, std::int64_t kv_head,
+template <bool kAdd, class T, class Out>
+void backward_kv_head(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t kv_head,
                       const AttentionShape& s) {
-  const std::int64_t blocks = blocks_of(s.seq_len), padded = round_to_lanes(s.head_dim),
-                     width = s.qkv_width();
-  const std::int64_t key_at = (s.heads + kv_head) * s.head_dim, value_at = key_at + s.kv_heads * s.head_dim;
+  const std::int64_t blocks = blocks_of(s.seq_len), padded = round_to_lanes(s.head_dim);
+  const std::int64_t at = kv_head * s.head_dim;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
-    const T *key = seq.qkv + first * width + key_at, *value = seq.qkv + first * width + value_at;
-    pack_columns(w.keys_DS + first * s.head_dim, key, width, rows, s.head_dim);
-    pack_columns(w.values_DS + first * s.head_dim, value, width, rows, s.head_dim);
-    pack_rows(w.keys_SP + first * padded, padded, key, width, rows, s.head_dim, 1.0f);
+    const T *key = seq.k.base + first * seq.k.width + at, *value = seq.v.base + first * seq.v.width + at;
+    pack_columns(w.keys_DS + first * s.head_dim, key, seq.k.width, rows, s.head_dim);
+    pack_columns(w.values_DS + first * s.head_dim, value, seq.v.width, rows, s.head_dim);
+    pack_rows(w.keys_SP + first * padded, padded, key, seq.k.width, rows, s.head_dim, 1.0f);
   }
   std::fill_n(w.dkeys_SP, blocks * kBlock * padded, 0.0f);
   std::fill_n(w.dvalues_SP, blocks * kBlock * padded, 0.0f);
   const std::int64_t group = s.heads / s.kv_heads;
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (std::int64_t block = 0; block < blocks; ++block) backward_query_block(w, seq, head, block, s);
-  unpack_rows(seq.dqkv + key_at, width, w.dkeys_SP, padded, s.seq_len, s.head_dim, 1.0f);
-  unpack_rows(seq.dqkv + value_at, width, w.dvalues_SP, padded, s.seq_len, s.head_dim, 1.0f);
+    for (std::int64_t block = 0; block < blocks; ++block) backward_query_block<kAdd>(w, seq, head, block, s);
+  unpack_rows<kAdd>(seq.dk.base + at, seq.dk.width, w.dkeys_SP, padded, s.seq_len, s.head_dim, 1.0f);
+  unpack_rows<kAdd>(seq.dv.base + at, seq.dv.width, w.dvalues_SP, padded, s.seq_len, s.head_dim, 1.0f);
+}
+
+// `all`: the tensors from their first row on; a sequence's stand seq_len rows further each time.
+template <bool kAdd, class T, class Out>
+void backward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
+  const std::int64_t blocks = blocks_of(s.seq_len), padded = round_to_lanes(s.head_dim);
+  const std::int64_t floats = Workspace::floats(blocks, padded), out_width = s.heads * s.head_dim;
+  ScratchScope scope(*ex.scratch);
+  float* work = ex.scratch->take({worker_count(), floats}, DType::kF32, "attention_backward").as<float>();
+  parallel_tasks(sequences * s.kv_heads, [&](std::int64_t i, std::int64_t worker) {
+    const std::int64_t t = i / s.kv_heads * s.seq_len;  // the sequence's first token
+    const auto from = [&](auto heads) {
+      heads.base += t * heads.width;
+      return heads;
+    };
+    const Sequence<T, Out> seq{
+        from(all.dq),
+        from(all.dk),
+        from(all.dv),
+        from(all.q),
+        from(all.k),
+        from(all.v),
+        all.dout + t * out_width,
+        all.out + t * out_width,
+        all.lse + t * s.heads,
+        visibility(all.visible.causal, all.visible.query_document_S, all.visible.key_document_S, t)};
+    backward_kv_head<kAdd>(Workspace(work + worker * floats, blocks, padded), seq, i % s.kv_heads, s);
+  });
 }
 
 }  // namespace
@@ -162,24 +193,52 @@ void backward_kv_head(const Workspace& w, const Sequence<T>& seq, std::int64_t k
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
                         ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
                         const ConstTensorView* document_T) {
-  const std::int64_t sequences = qkv_TH.shape[0] / shape.seq_len, out_width = shape.heads * shape.head_dim;
-  const std::int64_t blocks = blocks_of(shape.seq_len), padded = round_to_lanes(shape.head_dim);
-  const std::int64_t floats = Workspace::floats(blocks, padded);
-  ScratchScope scope(*ex.scratch);
-  float* work = ex.scratch->take({worker_count(), floats}, DType::kF32, "attention_backward").as<float>();
+  const std::int64_t width = shape.qkv_width(), key_at = shape.heads * shape.head_dim,
+                     value_at = key_at + shape.kv_heads * shape.head_dim;
   const std::int32_t* document = document_T != nullptr ? document_T->as<std::int32_t>() : nullptr;
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
-    T* dqkv = dqkv_TH.as<T>();
-    const T *dout = dout_TQ.as<T>(), *qkv = qkv_TH.as<T>(), *out = out_TQ.as<T>();
-    const float* lse = lse_TN.as<float>();
-    parallel_tasks(sequences * shape.kv_heads, [&](std::int64_t i, std::int64_t worker) {
-      const std::int64_t t = i / shape.kv_heads * shape.seq_len;  // the sequence's first token
-      const Sequence<T> seq{dqkv + t * shape.qkv_width(), dout + t * out_width,
-                            qkv + t * shape.qkv_width(),  out + t * out_width,
-                            lse + t * shape.heads,        document != nullptr ? document + t : nullptr};
-      backward_kv_head(Workspace(work + worker * floats, blocks, padded), seq, i % shape.kv_heads, shape);
-    });
+    T* dq = dqkv_TH.as<T>();
+    const T* q = qkv_TH.as<T>();
+    backward<false, T, T>(ex, qkv_TH.shape[0] / shape.seq_len,
+                          {{dq, width},
+                           {dq + key_at, width},
+                           {dq + value_at, width},
+                           {q, width},
+                           {q + key_at, width},
+                           {q + value_at, width},
+                           dout_TQ.as<T>(),
+                           out_TQ.as<T>(),
+                           lse_TN.as<float>(),
+                           {true, document, document}},
+                          shape);
+  });
+}
+
+void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
+                             ConstTensorView lse_TN, AttentionShape shape, Visible visible,
+                             const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+  const std::int64_t value_at = shape.kv_heads * shape.head_dim, width = 2 * value_at;
+  const bool documents = document_T != nullptr;
+  with_float_type(qkv_TH.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto *dq = dq_TQ.as<float>(), *dk = dkv_TK.as<float>();
+    const T* k = kv_TK.as<T>();
+    backward<true, T, float>(
+        ex, qkv_TH.shape[0] / shape.seq_len,
+        {{dq, shape.heads * shape.head_dim},
+         {dk, width},
+         {dk + value_at, width},
+         {qkv_TH.as<T>(), shape.qkv_width()},
+         {k, width},
+         {k + value_at, width},
+         dout_TQ.as<T>(),
+         out_TQ.as<T>(),
+         lse_TN.as<float>(),
+         {visible == Visible::kCausal, documents ? document_T->as<std::int32_t>() : nullptr,
+          documents ? key_document_T->as<std::int32_t>() : nullptr}},
+        shape);
   });
 }
 

@@ -42,10 +42,24 @@ inline void pack_columns(float* dst, const T* src, std::int64_t lds, std::int64_
     });
 }
 
-// One block of queries against one block of keys of the same sequence.
+// The heads of one sequence within wider rows: element d of head h in row i is base[i * width + h * head_dim
+// + d].
+template <class T>
+struct Heads {
+  T* base = nullptr;
+  std::int64_t width = 0;
+};
+
+// Which keys stand before which queries, and their documents; null without documents.
+struct Visibility {
+  bool causal = true;  // queries and keys are the same tokens; else all keys come before all queries
+  const std::int32_t *query_document_S = nullptr, *key_document_S = nullptr;
+};
+
+// One block of queries against one block of keys.
 struct BlockPair {
   std::int64_t queries, keys;          // how many
-  bool diagonal;                       // the same block: query r sees keys up to r
+  bool diagonal;                       // the same tokens: query r sees keys up to r
   const std::int32_t* query_document;  // null without documents
   const std::int32_t* key_document;
 
@@ -55,10 +69,24 @@ struct BlockPair {
 };
 
 inline BlockPair block_pair(std::int64_t query_block, std::int64_t key_block, std::int64_t seq_len,
-                            const std::int32_t* document_S) {
+                            const Visibility& visible) {
   const std::int64_t q = query_block * kBlock, k = key_block * kBlock;
-  return {std::min(kBlock, seq_len - q), std::min(kBlock, seq_len - k), query_block == key_block,
-          document_S != nullptr ? document_S + q : nullptr, document_S != nullptr ? document_S + k : nullptr};
+  const bool documents = visible.query_document_S != nullptr;
+  return {std::min(kBlock, seq_len - q), std::min(kBlock, seq_len - k),
+          visible.causal && query_block == key_block, documents ? visible.query_document_S + q : nullptr,
+          documents ? visible.key_document_S + k : nullptr};
+}
+
+// The last block of keys that a block of queries can see.
+inline std::int64_t last_key_block(std::int64_t query_block, std::int64_t seq_len,
+                                   const Visibility& visible) {
+  return visible.causal ? query_block : blocks_of(seq_len) - 1;
+}
+
+inline Visibility visibility(bool causal, const std::int32_t* query_document,
+                             const std::int32_t* key_document, std::int64_t first_token) {
+  if (query_document == nullptr) return {causal, nullptr, nullptr};
+  return {causal, query_document + first_token, key_document + first_token};
 }
 
 enum class Documents { kDisjoint, kSame, kMixed };
@@ -72,9 +100,10 @@ inline Documents compare_documents(const BlockPair& pair) {
   return *q_low == *q_high && *k_low == *k_high ? Documents::kSame : Documents::kMixed;
 }
 
-// Sets the scores of invisible keys to -inf: keys after the query, and keys of other documents.
+// Sets the scores of invisible keys to -inf: keys after the query, keys of other documents, and columns
+// behind the last key.
 inline void mask_scores(float* scores, const BlockPair& pair, Documents documents) {
-  if (!pair.diagonal && documents == Documents::kSame) return;
+  if (!pair.diagonal && pair.keys == kBlock && documents == Documents::kSame) return;
   const f32x16 minus_infinity = splat(-std::numeric_limits<float>::infinity());
   std::int32_t key_document[kBlock] = {};
   if (documents == Documents::kMixed) std::copy_n(pair.key_document, pair.keys, key_document);

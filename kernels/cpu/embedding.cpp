@@ -23,11 +23,19 @@ void check_tokens(const std::int32_t* tokens, std::int64_t count, std::int64_t v
            tokens[t], t, vocab);
 }
 
-// Positions in the order of their tokens, equal tokens in the order of their positions: a radix sort, eight
-// bits at a time, between two arrays of `count`; returns the one that holds the result.
+// The positions whose token lies in [begin, begin + rows), in order; returns how many.
+std::int64_t held_positions(const std::int32_t* tokens, std::int64_t count, std::int64_t begin,
+                            std::int64_t rows, std::int32_t* out) {
+  std::int64_t held = 0;
+  for (std::int64_t t = 0; t < count; ++t)
+    if (tokens[t] >= begin && tokens[t] < begin + rows) out[held++] = static_cast<std::int32_t>(t);
+  return held;
+}
+
+// Sorts `count` positions, held in `from`, by their tokens, equal tokens in the order of their positions: a
+// radix sort, eight bits at a time, between two arrays; returns the one that holds the result.
 const std::int32_t* sort_positions(const std::int32_t* tokens, std::int64_t count, std::int64_t vocab,
                                    std::int32_t* from, std::int32_t* to) {
-  for (std::int64_t t = 0; t < count; ++t) from[t] = static_cast<std::int32_t>(t);
   for (int shift = 0; shift < 32 && ((vocab - 1) >> shift) > 0; shift += 8) {
     std::array<std::int64_t, 257> begin{};
     const auto digit = [&](std::int64_t i) {
@@ -53,27 +61,35 @@ void add_rows(Out* dw, const T* dx, const std::int32_t* positions, std::int64_t 
 
 }  // namespace
 
-void embedding_forward(Exec&, TensorView x_TD, ConstTensorView tokens_T, ConstTensorView w_VD) {
-  const std::int64_t count = tokens_T.shape[0];
+void embedding_forward(Exec&, TensorView x_TD, ConstTensorView tokens_T, ConstTensorView w_VD,
+                       VocabShard shard) {
+  const std::int64_t count = tokens_T.shape[0], rows = w_VD.shape[0];
   const auto* tokens = tokens_T.as<std::int32_t>();
-  check_tokens(tokens, count, w_VD.shape[0]);
+  check_tokens(tokens, count, shard.total);
   const std::int64_t width = w_VD.shape[1];
   const std::size_t row_bytes = static_cast<std::size_t>(width) * size_of(w_VD.dtype);
   if (row_bytes == 0) return;
   parallel_for(count, width, [&](std::int64_t t) {
-    std::memcpy(x_TD.data + static_cast<std::size_t>(t) * row_bytes,
-                w_VD.data + static_cast<std::size_t>(tokens[t]) * row_bytes, row_bytes);
+    std::byte* x = x_TD.data + static_cast<std::size_t>(t) * row_bytes;
+    const std::int64_t row = tokens[t] - shard.begin;
+    if (row < 0 || row >= rows) {
+      std::memset(x, 0, row_bytes);
+    } else {
+      std::memcpy(x, w_VD.data + static_cast<std::size_t>(row) * row_bytes, row_bytes);
+    }
   });
 }
 
-void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T) {
-  const std::int64_t count = tokens_T.shape[0], width = dw_VD.shape[1];
+void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
+                        VocabShard shard) {
+  const std::int64_t all = tokens_T.shape[0], width = dw_VD.shape[1];
   const auto* tokens = tokens_T.as<std::int32_t>();
-  check_tokens(tokens, count, dw_VD.shape[0]);
+  check_tokens(tokens, all, shard.total);
   ScratchScope scope(*ex.scratch);
-  auto* memory = ex.scratch->take({3, count + 1}, DType::kI32, "embedding_backward order").as<std::int32_t>();
-  const std::int32_t* order = sort_positions(tokens, count, dw_VD.shape[0], memory, memory + count + 1);
-  auto* first = memory + 2 * (count + 1);  // of each distinct token, in `order`
+  auto* memory = ex.scratch->take({3, all + 1}, DType::kI32, "embedding_backward order").as<std::int32_t>();
+  const std::int64_t count = held_positions(tokens, all, shard.begin, dw_VD.shape[0], memory);
+  const std::int32_t* order = sort_positions(tokens, count, shard.total, memory, memory + all + 1);
+  auto* first = memory + 2 * (all + 1);  // of each distinct token, in `order`
   std::int64_t distinct = 0;
   for (std::int64_t i = 0; i < count; ++i)
     if (i == 0 || tokens[order[i]] != tokens[order[i - 1]]) first[distinct++] = static_cast<std::int32_t>(i);
@@ -84,8 +100,8 @@ void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, Const
       const T* dx = dx_TD.as<T>();
       const std::int64_t rows_each = distinct > 0 ? (count + distinct - 1) / distinct : 0;
       parallel_for(distinct, rows_each * width, [&](std::int64_t i) {
-        const std::int64_t token = tokens[order[first[i]]];
-        add_rows(dw + token * width, dx, order + first[i], first[i + 1] - first[i], width);
+        const std::int64_t row = tokens[order[first[i]]] - shard.begin;
+        add_rows(dw + row * width, dx, order + first[i], first[i + 1] - first[i], width);
       });
     };
     if (dw_VD.dtype == DType::kF32) return add_all(dw_VD.as<float>());

@@ -48,15 +48,17 @@ double sum_exp(const float* x, std::int64_t n, float offset) {
 
 // The gradient is taken from x - max and 1 / sum, not from x - lse: for logits of 1e4 the rounding of an fp32
 // lse alone would be a relative error of 5e-4.
+// `target` is a column of this shard, or outside [0, n) when another shard holds it.
 template <class T>
-void gradient_row(T* dx, const float* x, std::int64_t n, float max_x, double sum, std::int32_t target,
+void gradient_row(T* dx, const float* x, std::int64_t n, float max_x, double sum, std::int64_t target,
                   float scale) {
   const float factor = static_cast<float>(scale / sum);
-  const float p_target = std::exp(x[target] - max_x) / static_cast<float>(sum);
+  const bool here = 0 <= target && target < n;
+  const float p_target = here ? std::exp(x[target] - max_x) / static_cast<float>(sum) : 0.0f;
   for_lanes(n, [&](std::int64_t i, auto lanes) {
     store(dx + i, vector_exp(load(x + i, lanes) - max_x) * factor, lanes);
   });
-  dx[target] = from_float<T>(scale * (p_target - 1.0f));
+  if (here) dx[target] = from_float<T>(scale * (p_target - 1.0f));
 }
 
 void check_targets(const std::int32_t* targets, std::int64_t rows, std::int64_t vocab) {
@@ -88,7 +90,68 @@ void loss_rows(float* loss, T* dlogits, const float* logits, const std::int32_t*
   });
 }
 
+// What one shard knows of a row.
+struct RowStats {
+  double largest, sum, target;
+};
+
+RowStats merge(const double* stats, std::int64_t shards, std::int64_t stride) {
+  RowStats all{-std::numeric_limits<double>::infinity(), 0, 0};
+  for (std::int64_t p = 0; p < shards; ++p) all.largest = std::max(all.largest, stats[p * stride]);
+  for (std::int64_t p = 0; p < shards; ++p) {
+    all.sum += stats[p * stride + 1] * std::exp(stats[p * stride] - all.largest);
+    all.target += stats[p * stride + 2];
+  }
+  return all;
+}
+
+template <class T>
+void sharded_rows(float* loss, T* dlogits, const float* logits, const std::int32_t* targets,
+                  const double* stats, const Shape& stats_shape, std::int64_t columns, float scale,
+                  std::int64_t begin) {
+  const std::int64_t rows = stats_shape[1];
+  parallel_for(rows, 4 * columns, [&](std::int64_t c) {
+    if (targets[c] == -1) {
+      loss[c] = 0;
+      if (dlogits != nullptr) std::fill_n(dlogits + c * columns, columns, T{});
+      return;
+    }
+    const RowStats all = merge(stats + 3 * c, stats_shape[0], 3 * rows);
+    loss[c] = static_cast<float>(std::log(all.sum) + (all.largest - all.target));
+    if (dlogits != nullptr)
+      gradient_row(dlogits + c * columns, logits + c * columns, columns, static_cast<float>(all.largest),
+                   all.sum, targets[c] - begin, scale);
+  });
+}
+
 }  // namespace
+
+void cross_entropy_stats(Exec&, TensorView stats_C3, ConstTensorView logits_CV, ConstTensorView targets_C,
+                         VocabShard shard) {
+  const std::int64_t rows = logits_CV.shape[0], columns = logits_CV.shape[1];
+  const auto* targets = targets_C.as<std::int32_t>();
+  check_targets(targets, rows, shard.total);
+  parallel_for(rows, 4 * columns, [&](std::int64_t c) {
+    const float* x = logits_CV.as<float>() + c * columns;
+    const float largest = row_max(x, columns);
+    const std::int64_t target = targets[c] - shard.begin;
+    double* stats = stats_C3.as<double>() + 3 * c;
+    stats[0] = static_cast<double>(largest);
+    stats[1] = sum_exp(x, columns, largest);
+    stats[2] = targets[c] >= 0 && 0 <= target && target < columns ? static_cast<double>(x[target]) : 0.0;
+  });
+}
+
+void cross_entropy_sharded(Exec&, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
+                           ConstTensorView targets_C, ConstTensorView stats_PC3, float scale,
+                           VocabShard shard) {
+  with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
+    using T = decltype(type);
+    T* dlogits = dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr;
+    sharded_rows(loss_C.as<float>(), dlogits, logits_CV.as<float>(), targets_C.as<std::int32_t>(),
+                 stats_PC3.as<double>(), stats_PC3.shape, logits_CV.shape[1], scale, shard.begin);
+  });
+}
 
 void cross_entropy(Exec&, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
                    ConstTensorView targets_C, float scale) {

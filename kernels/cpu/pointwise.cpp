@@ -101,6 +101,21 @@ void cast(Exec&, TensorView out, ConstTensorView in) {
   });
 }
 
+void copy_columns(Exec&, TensorView out_TM, std::int64_t out_begin, ConstTensorView in_TN,
+                  std::int64_t in_begin, std::int64_t width) {
+  with_float_type(out_TM.dtype, [&](auto out_type) {
+    with_float_type(in_TN.dtype, [&](auto in_type) {
+      auto* out = out_TM.as<decltype(out_type)>() + out_begin;
+      const auto* in = in_TN.as<decltype(in_type)>() + in_begin;
+      parallel_for(out_TM.shape[0], width, [&](std::int64_t t) {
+        for_lanes(width, [&](std::int64_t i, auto lanes) {
+          store(out + t * out_TM.shape[1] + i, load(in + t * in_TN.shape[1] + i, lanes), lanes);
+        });
+      });
+    });
+  });
+}
+
 void add(Exec&, TensorView out, ConstTensorView a, ConstTensorView b) {
   with_float_type(a.dtype, [&](auto type) {
     using T = decltype(type);

@@ -190,6 +190,15 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
   for (std::int64_t t = 0; t < tokens; ++t) stats[experts + index[t * k]] += 1.0;
 }
 
+void expand_choices(Exec&, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP) {
+  const std::int64_t choices = index_TK.elements(), pieces = piece_EP.shape[1];
+  const auto *index = index_TK.as<std::int32_t>(), *piece = piece_EP.as<std::int32_t>();
+  auto* out = index_TS.as<std::int32_t>();
+  require_in_range(index, choices, piece_EP.shape[0], "index_TK");
+  parallel_for(choices, pieces,
+               [&](std::int64_t i) { std::copy_n(piece + index[i] * pieces, pieces, out + i * pieces); });
+}
+
 void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
                     ConstTensorView index_TK) {
   const std::int64_t n = index_TK.elements(), experts = counts_E.shape[0];

@@ -53,6 +53,21 @@ void attention_backward(Exec&, TensorView, ConstTensorView, ConstTensorView, Con
                         AttentionShape, const ConstTensorView*) {
   refuse("attention_backward");
 }
+void attention_pair_forward(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView, AttentionShape,
+                            Visible, const ConstTensorView*, const ConstTensorView*) {
+  refuse("attention_pair_forward");
+}
+void attention_merge(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView) {
+  refuse("attention_merge");
+}
+void attention_pair_backward(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView, ConstTensorView,
+                             ConstTensorView, ConstTensorView, AttentionShape, Visible,
+                             const ConstTensorView*, const ConstTensorView*) {
+  refuse("attention_pair_backward");
+}
+void copy_columns(Exec&, TensorView, std::int64_t, ConstTensorView, std::int64_t, std::int64_t) {
+  refuse("copy_columns");
+}
 void swiglu_forward(Exec&, TensorView, ConstTensorView, const ConstTensorView*) {
   refuse("swiglu_forward");
 }
@@ -67,14 +82,21 @@ void sigmoid_gate_backward(Exec&, TensorView, TensorView, ConstTensorView, Const
                            ConstTensorView) {
   refuse("sigmoid_gate_backward");
 }
-void embedding_forward(Exec&, TensorView, ConstTensorView, ConstTensorView) {
+void embedding_forward(Exec&, TensorView, ConstTensorView, ConstTensorView, VocabShard) {
   refuse("embedding_forward");
 }
-void embedding_backward(Exec&, TensorView, ConstTensorView, ConstTensorView) {
+void embedding_backward(Exec&, TensorView, ConstTensorView, ConstTensorView, VocabShard) {
   refuse("embedding_backward");
 }
 void cross_entropy(Exec&, TensorView, const TensorView*, ConstTensorView, ConstTensorView, float) {
   refuse("cross_entropy");
+}
+void cross_entropy_stats(Exec&, TensorView, ConstTensorView, ConstTensorView, VocabShard) {
+  refuse("cross_entropy_stats");
+}
+void cross_entropy_sharded(Exec&, TensorView, const TensorView*, ConstTensorView, ConstTensorView,
+                           ConstTensorView, float, VocabShard) {
+  refuse("cross_entropy_sharded");
 }
 void route_tokens(Exec&, TensorView, TensorView, TensorView, TensorView, ConstTensorView, bool) {
   refuse("route_tokens");
@@ -85,6 +107,9 @@ void route_tokens_backward(Exec&, TensorView, ConstTensorView, ConstTensorView, 
 }
 void balance_stats(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView, ConstTensorView) {
   refuse("balance_stats");
+}
+void expand_choices(Exec&, TensorView, ConstTensorView, ConstTensorView) {
+  refuse("expand_choices");
 }
 void sort_by_expert(Exec&, TensorView, TensorView, TensorView, ConstTensorView) {
   refuse("sort_by_expert");

@@ -42,6 +42,28 @@ double causal_product_flops(const ConstTensorView& qkv_TH, const AttentionShape&
          static_cast<double>(s.heads * s.head_dim);
 }
 
+// The same for a pair of chunks.
+double pair_product_flops(const ConstTensorView& qkv_TH, const AttentionShape& s, Visible visible) {
+  return causal_product_flops(qkv_TH, s) *
+         (visible == Visible::kAll ? 2.0 * static_cast<double>(s.seq_len) / static_cast<double>(s.seq_len + 1)
+                                   : 1.0);
+}
+
+void check_pair(const Exec& ex, const ConstTensorView& qkv_TH, const ConstTensorView& kv_TK,
+                const AttentionShape& s, const ConstTensorView* document_T,
+                const ConstTensorView* key_document_T,
+                std::source_location where = std::source_location::current()) {
+  check_qkv(ex, qkv_TH, s, where);
+  check_scratch(ex, where);
+  const std::int64_t tokens = qkv_TH.shape[0];
+  check_tensor(ex, kv_TK, {tokens, s.kv_width()}, qkv_TH.dtype, "kv_TK", where);
+  if ((document_T == nullptr) != (key_document_T == nullptr))
+    fail_check("documents of both chunks or of neither", where, "one is missing");
+  if (document_T == nullptr) return;
+  check_tensor(ex, *document_T, {tokens}, DType::kI32, "document_T", where);
+  check_tensor(ex, *key_document_T, {tokens}, DType::kI32, "key_document_T", where);
+}
+
 }  // namespace
 
 void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionShape shape, double theta,
@@ -77,6 +99,52 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
           bytes_of(qkv_TH) + 2 * bytes_of(out_TQ) + bytes_of(lse_TN), bytes_of(dqkv_TH));
   dispatch(ex, cpu::attention_backward, cuda::attention_backward, dqkv_TH, dout_TQ, qkv_TH, out_TQ, lse_TN,
            shape, document_T);
+}
+
+void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
+                            ConstTensorView kv_TK, AttentionShape shape, Visible visible,
+                            const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+  check_pair(ex, qkv_TH, kv_TK, shape, document_T, key_document_T);
+  const std::int64_t tokens = qkv_TH.shape[0];
+  check_tensor(ex, out_TQ, {tokens, shape.heads * shape.head_dim}, DType::kF32, "out_TQ");
+  check_tensor(ex, lse_TN, {tokens, shape.heads}, DType::kF32, "lse_TN");
+  ex.book("attention_pair_forward", 2.0 * pair_product_flops(qkv_TH, shape, visible),
+          bytes_of(out_TQ) * static_cast<double>(size_of(qkv_TH.dtype)) / 4 + bytes_of(kv_TK),
+          bytes_of(out_TQ) + bytes_of(lse_TN));
+  dispatch(ex, cpu::attention_pair_forward, cuda::attention_pair_forward, out_TQ, lse_TN, qkv_TH, kv_TK,
+           shape, visible, document_T, key_document_T);
+}
+
+void attention_merge(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView part_TQ,
+                     ConstTensorView part_lse_TN) {
+  UPMOE_CHECK(out_TQ.shape.rank == 2 && lse_TN.shape.rank == 2 && lse_TN.shape[1] > 0 &&
+                  out_TQ.shape[1] % lse_TN.shape[1] == 0,
+              "out_TQ {}, lse_TN {}", out_TQ.shape.str(), lse_TN.shape.str());
+  check_tensor(ex, out_TQ, {lse_TN.shape[0], out_TQ.shape[1]}, DType::kF32, "out_TQ");
+  check_tensor(ex, lse_TN, lse_TN.shape, DType::kF32, "lse_TN");
+  check_tensor(ex, part_TQ, out_TQ.shape, DType::kF32, "part_TQ");
+  check_tensor(ex, part_lse_TN, lse_TN.shape, DType::kF32, "part_lse_TN");
+  ex.book("attention_merge", 0, 2 * bytes_of(out_TQ) + 2 * bytes_of(lse_TN),
+          bytes_of(out_TQ) + bytes_of(lse_TN));
+  dispatch(ex, cpu::attention_merge, cuda::attention_merge, out_TQ, lse_TN, part_TQ, part_lse_TN);
+}
+
+void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
+                             ConstTensorView lse_TN, AttentionShape shape, Visible visible,
+                             const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+  check_pair(ex, qkv_TH, kv_TK, shape, document_T, key_document_T);
+  const std::int64_t tokens = qkv_TH.shape[0];
+  check_tensor(ex, out_TQ, {tokens, shape.heads * shape.head_dim}, qkv_TH.dtype, "out_TQ");
+  check_tensor(ex, dout_TQ, out_TQ.shape, qkv_TH.dtype, "dout_TQ");
+  check_tensor(ex, lse_TN, {tokens, shape.heads}, DType::kF32, "lse_TN");
+  check_tensor(ex, dq_TQ, out_TQ.shape, DType::kF32, "dq_TQ");
+  check_tensor(ex, dkv_TK, kv_TK.shape, DType::kF32, "dkv_TK");
+  ex.book("attention_pair_backward", 4.0 * pair_product_flops(qkv_TH, shape, visible),
+          3 * bytes_of(out_TQ) + bytes_of(kv_TK) + bytes_of(lse_TN) + bytes_of(dq_TQ) + bytes_of(dkv_TK),
+          bytes_of(dq_TQ) + bytes_of(dkv_TK));
+  dispatch(ex, cpu::attention_pair_backward, cuda::attention_pair_backward, dq_TQ, dkv_TK, dout_TQ, qkv_TH,
+           kv_TK, out_TQ, lse_TN, shape, visible, document_T, key_document_T);
 }
 
 }  // namespace upmoe::ops

@@ -12,7 +12,11 @@ namespace upmoe {
 struct AttentionShape {
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0, seq_len = 0;
   std::int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+  std::int64_t kv_width() const { return 2 * kv_heads * head_dim; }
 };
+
+// What queries of one chunk of the sequences see of the keys of another.
+enum class Visible : std::uint8_t { kCausal, kAll };  // the same chunk; an earlier one
 }  // namespace upmoe
 
 namespace upmoe::ops {
@@ -33,5 +37,21 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
                         ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
                         const ConstTensorView* document_T);
+
+// Context parallelism: queries of one chunk of every sequence against keys and values of one chunk, a part of
+// the softmax. seq_len is the chunks' length; qkv_TH holds the queries' chunk (its keys are not looked at),
+// kv_TK, K = kv_width(), the keys and values. out_TQ is fp32; a token that sees no key gets 0, and -inf in
+// lse_TN. The documents of both chunks, or neither.
+void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
+                            ConstTensorView kv_TK, AttentionShape shape, Visible visible,
+                            const ConstTensorView* document_T, const ConstTensorView* key_document_T);
+// Joins another part into out_TQ and lse_TN; all fp32.
+void attention_merge(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView part_TQ,
+                     ConstTensorView part_lse_TN);
+// dq_TQ += and dkv_TK += (both fp32) of one pair of chunks; out_TQ and lse_TN are those of the whole softmax.
+void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
+                             ConstTensorView lse_TN, AttentionShape shape, Visible visible,
+                             const ConstTensorView* document_T, const ConstTensorView* key_document_T);
 
 }  // namespace upmoe::ops

@@ -7,6 +7,7 @@
 #include "kernels/ops/adamw.h"
 #include "kernels/ops/attention.h"
 #include "kernels/ops/gemm.h"
+#include "kernels/ops/vocab_shard.h"
 
 namespace upmoe::cpu {
 #include "kernels/ops/backend_functions.inc"

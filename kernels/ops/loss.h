@@ -2,6 +2,7 @@
 // Softmax cross-entropy over one chunk of rows, so that the logits of a whole batch never exist.
 
 #include "kernels/core/exec.h"
+#include "kernels/ops/vocab_shard.h"
 
 namespace upmoe::ops {
 
@@ -10,5 +11,15 @@ namespace upmoe::ops {
 // ignored. targets_C: int32; one outside [-1, V) throws Error(kBadInput).
 void cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
                    ConstTensorView targets_C, float scale);
+
+// The same with the vocabulary divided between P ranks, whose logits_CV hold the tokens of their `shard`.
+// Each rank first takes what the others must know: stats_C3 (fp64), per row the largest logit, the sum of
+// exp(logit - largest), and the target's logit (0 where another shard holds it). The ranks' stats, gathered
+// to stats_PC3 in the order of the shards, then give every rank the whole loss and its part of the gradient.
+void cross_entropy_stats(Exec& ex, TensorView stats_C3, ConstTensorView logits_CV, ConstTensorView targets_C,
+                         VocabShard shard);
+void cross_entropy_sharded(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV,
+                           ConstTensorView logits_CV, ConstTensorView targets_C, ConstTensorView stats_PC3,
+                           float scale, VocabShard shard);
 
 }  // namespace upmoe::ops

@@ -32,6 +32,24 @@ void cast(Exec& ex, TensorView out, ConstTensorView in) {
   dispatch(ex, cpu::cast, cuda::cast, out, in);
 }
 
+void copy_columns(Exec& ex, TensorView out_TM, std::int64_t out_begin, ConstTensorView in_TN,
+                  std::int64_t in_begin, std::int64_t width) {
+  UPMOE_CHECK(out_TM.shape.rank == 2 && in_TN.shape.rank == 2 && out_TM.shape[0] == in_TN.shape[0],
+              "out_TM {}, in_TN {}", out_TM.shape.str(), in_TN.shape.str());
+  UPMOE_CHECK(width >= 0 && 0 <= out_begin && out_begin + width <= out_TM.shape[1] && 0 <= in_begin &&
+                  in_begin + width <= in_TN.shape[1],
+              "columns {} and {}, {} of them, of {} and {}", out_begin, in_begin, width, out_TM.shape.str(),
+              in_TN.shape.str());
+  check_float(out_TM, "out_TM");
+  check_float(in_TN, "in_TN");
+  check_tensor(ex, out_TM, out_TM.shape, out_TM.dtype, "out_TM");
+  check_tensor(ex, in_TN, in_TN.shape, in_TN.dtype, "in_TN");
+  const double elements = static_cast<double>(out_TM.shape[0] * width);
+  ex.book("copy_columns", 0, elements * static_cast<double>(size_of(in_TN.dtype)),
+          elements * static_cast<double>(size_of(out_TM.dtype)));
+  dispatch(ex, cpu::copy_columns, cuda::copy_columns, out_TM, out_begin, in_TN, in_begin, width);
+}
+
 void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b) {
   check_float(a, "a");
   check_tensor(ex, a, a.shape, a.dtype, "a");

@@ -6,7 +6,10 @@
 namespace upmoe::ops {
 
 void fill(Exec& ex, TensorView x, float value);
-void cast(Exec& ex, TensorView out, ConstTensorView in);                   // copies where dtypes agree
+void cast(Exec& ex, TensorView out, ConstTensorView in);  // copies where dtypes agree
+// out_TM[:, out_begin + i] = in_TN[:, in_begin + i] for i < width, converting where the dtypes differ.
+void copy_columns(Exec& ex, TensorView out_TM, std::int64_t out_begin, ConstTensorView in_TN,
+                  std::int64_t in_begin, std::int64_t width);
 void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b);  // out may alias a or b
 void scale(Exec& ex, TensorView x, float factor);
 // sum_1 (fp64) += sum of x^2 in fp64, in an order that does not depend on the number of threads.

@@ -71,6 +71,17 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
   dispatch(ex, cpu::balance_stats, cuda::balance_stats, stats_3E, z_1, probs_TE, index_TK, lse_T);
 }
 
+void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP) {
+  UPMOE_CHECK(index_TK.shape.rank == 2 && piece_EP.shape.rank == 2, "index_TK {}, piece_EP {}",
+              index_TK.shape.str(), piece_EP.shape.str());
+  check_tensor(ex, index_TK, index_TK.shape, DType::kI32, "index_TK");
+  check_tensor(ex, piece_EP, piece_EP.shape, DType::kI32, "piece_EP");
+  check_tensor(ex, index_TS, {index_TK.shape[0], index_TK.shape[1] * piece_EP.shape[1]}, DType::kI32,
+               "index_TS");
+  ex.book("expand_choices", 0, bytes_of(index_TK) + bytes_of(piece_EP), bytes_of(index_TS));
+  dispatch(ex, cpu::expand_choices, cuda::expand_choices, index_TS, index_TK, piece_EP);
+}
+
 void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
                     ConstTensorView index_TK) {
   check_scratch(ex);

@@ -23,6 +23,10 @@ void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dwei
 void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE,
                    ConstTensorView index_TK, ConstTensorView lse_T);
 
+// Choices of experts as choices of their pieces, where an expert's width is cut into P: index_TS[t, k*P + j]
+// = piece_EP[index_TK[t, k], j], S = K*P.
+void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP);
+
 // Stable sort of the N = T*K assignments by expert. order_N: sorted position -> flat t*K + k; slot_TK: its
 // inverse; counts_E (int32): rows of each expert.
 void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,

@@ -186,10 +186,9 @@ TEST(RunConfig, ImpossibleValues) {
 }
 
 TEST(RunConfig, WhatIsNotBuiltSaysSo) {
-  for (const char* planned :
-       {"router.aux_kind=gshard", "router.aux_kind=sequence", "router.aux_kind=global",
-        "router.bias_rate=0.001", "router.capacity_factor=1.25", "optimizer.name=adamw8bit",
-        "parallel.zero=2", "parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "parallel.etp=2"}) {
+  for (const char* planned : {"router.aux_kind=gshard", "router.aux_kind=sequence", "router.aux_kind=global",
+                              "router.bias_rate=0.001", "router.capacity_factor=1.25",
+                              "optimizer.name=adamw8bit", "parallel.zero=2"}) {
     EXPECT_THAT(overridden(planned), HasSubstr("is not built yet")) << planned;
   }
   EXPECT_EQ(overridden("device=cuda"), "");  // the runtime knows whether there is one
@@ -260,12 +259,63 @@ TEST(RunProblems, RanksAndExperts) {
   EXPECT_THAT(problems_of(run, moe, 1), ElementsAre(HasSubstr("max_position_embeddings = 64")));
   run.data.seq_len = 64;
   run.parallel.tp = 2;
-  EXPECT_THAT(problems_of(run, moe, 2), ElementsAre(HasSubstr("parallel.tp: 2 is not built yet")));
+  EXPECT_THAT(problems_of(run, moe, 3),
+              ElementsAre(HasSubstr("tp 2 x pp 1 x cp 1 = 2 does not divide the 3")));
   run.parallel.tp = 1;
   run.parallel.ep = 2;
   ModelConfig dense = moe;
   dense.num_experts = 0;
   EXPECT_THAT(problems_of(run, dense, 2), ElementsAre(HasSubstr("has no expert layers")));
+}
+
+struct Case {
+  std::vector<std::string> overrides;
+  int ranks;
+  std::string problem;  // a part of the only one; empty: possible
+};
+
+TEST(RunProblems, MeshesOfAllAxes) {
+  ModelConfig moe;
+  moe.model_type = "qwen2_moe";
+  moe.vocab_size = 100;
+  moe.intermediate_size = 30;
+  moe.num_hidden_layers = 4;
+  moe.num_attention_heads = 8;
+  moe.num_key_value_heads = 2;
+  moe.num_experts = 6;
+  moe.num_experts_per_tok = 2;
+  moe.moe_intermediate_size = 10;
+  moe.shared_expert_intermediate_size = 20;
+  moe.max_position_embeddings = 64;
+  const std::vector<Case> cases{
+      {{"parallel.tp=2", "parallel.pp=2", "parallel.cp=2"}, 8, ""},
+      {{"parallel.tp=8"}, 8, ""},  // two key/value heads on eight ranks: four hold each
+      {{"parallel.tp=2", "parallel.ep=6", "parallel.pp=2"}, 12, ""},
+      {{"parallel.tp=3", "data.seq_len=63"}, 3, "possible: 1, 2, 4, 8"},
+      {{"parallel.tp=16"}, 16, "possible: 1, 2, 4, 8"},
+      {{"parallel.tp=4", "data.seq_len=30"}, 4, "must be a multiple of 4"},
+      {{"parallel.cp=2", "data.seq_len=30"}, 2, "use a multiple of 4"},
+      {{"parallel.cp=2", "parallel.tp=2", "data.seq_len=36"}, 4, ""},
+      {{"parallel.pp=5"}, 5, "for 4 layers"},
+      {{"parallel.pp=2", "parallel.pp_chunks=3"}, 2, "for 4 layers"},
+      {{"parallel.pp_chunks=2"}, 1, "without a pipeline"},
+      {{"parallel.pp=2", "parallel.pp_chunks=2"}, 2, ""},
+      {{"parallel.pp=2", "parallel.pp_chunks=2"}, 8, "in groups of pp = 2"},
+      {{"parallel.etp=2", "parallel.ep=2"}, 4, ""},
+      {{"parallel.etp=3"}, 4, "possible: 1, 2, 4"},
+      {{"parallel.etp=2", "parallel.ep=4"}, 4, "that etp 2 leaves; possible: 1, 2"},
+      {{"parallel.tp=2", "parallel.ep=4"}, 4, ""},  // ep spans tp ranks
+      {{"parallel.tp=2"}, 16, "use at most 8 ranks"},
+  };
+  for (const Case& c : cases) {
+    const RunConfig run = parse(kMinimal, c.overrides);
+    const std::vector<std::string> found = problems_of(run, moe, c.ranks);
+    if (c.problem.empty()) {
+      EXPECT_THAT(found, IsEmpty()) << c.ranks << " ranks, " << c.overrides.front();
+    } else {
+      EXPECT_THAT(found, ElementsAre(HasSubstr(c.problem))) << c.ranks << " ranks, " << c.overrides.front();
+    }
+  }
 }
 
 }  // namespace

@@ -44,6 +44,34 @@ struct Types {
 constexpr std::array kTypes = {Types{DType::kF32, DType::kF32}, Types{DType::kBF16, DType::kBF16},
                                Types{DType::kBF16, DType::kF32}};
 
+// Shards of the vocabulary: their embeddings add up to the whole one exactly, and each takes the gradient of
+// its own rows.
+TEST(Embedding, DividedVocabulary) {
+  OpExec ex;
+  for (const auto& [count, width, vocab] : kSizes)
+    for (const std::int64_t ranks : {2, 3}) {
+      if (vocab < ranks) continue;
+      const HostTensor w = random_tensor({vocab, width}, DType::kF32, 1),
+                       tokens = random_tokens(count, vocab),
+                       dx = random_tensor({count, width}, DType::kF32, 2);
+      HostTensor whole({count, width}, DType::kF32), dwhole = filled({vocab, width}, DType::kF32, 0.5);
+      ops::embedding_forward(ex, whole, tokens, w);
+      ops::embedding_backward(ex, dwhole, dx, tokens);
+      std::vector<double> sum(whole.size(), 0.0), gradients;
+      for (std::int64_t r = 0; r < ranks; ++r) {
+        const std::int64_t begin = vocab * r / ranks, end = vocab * (r + 1) / ranks;
+        const ConstTensorView rows = ConstTensorView(w).rows(begin, end);
+        HostTensor x({count, width}, DType::kF32), dw = filled({end - begin, width}, DType::kF32, 0.5);
+        ops::embedding_forward(ex, x, tokens, rows, {begin, vocab});
+        ops::embedding_backward(ex, dw, dx, tokens, {begin, vocab});
+        for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += x.get(i);
+        for (std::size_t i = 0; i < dw.size(); ++i) gradients.push_back(dw.get(i));
+      }
+      EXPECT_EQ(sum, whole.values());
+      EXPECT_EQ(gradients, dwhole.values());
+    }
+}
+
 TEST(Embedding, ForwardCopiesRows) {
   OpExec ex;
   for (DType dtype : {DType::kF32, DType::kBF16})

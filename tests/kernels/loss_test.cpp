@@ -65,6 +65,42 @@ TEST_P(CrossEntropy, LossAndGradient) {
   expect_close(logits.values(), expected.dlogits, {3e-6, 1e-7}, "dlogits in place of the logits");
 }
 
+// The vocabulary divided between ranks gives every rank the loss of the whole and its columns of the
+// gradient.
+TEST_P(CrossEntropy, DividedVocabulary) {
+  for (const std::int64_t ranks : {1, 2, 3, 7}) {
+    if (ranks > V) continue;
+    const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 0.125);
+    HostTensor stats({ranks, C, 3}, DType::kF64);
+    std::vector<HostTensor> parts;
+    std::vector<VocabShard> shards;
+    for (std::int64_t r = 0; r < ranks; ++r) {
+      const std::int64_t begin = V * r / ranks, end = V * (r + 1) / ranks;
+      shards.push_back({begin, V});
+      HostTensor part({C, end - begin}, DType::kF32);
+      for (std::int64_t c = 0; c < C; ++c)
+        for (std::int64_t v = begin; v < end; ++v)
+          part.set(static_cast<std::size_t>(c * (end - begin) + v - begin),
+                   logits.get(static_cast<std::size_t>(c * V + v)));
+      const TensorView all = stats;
+      ops::cross_entropy_stats(ex, all.rows(r, r + 1).reshape({C, 3}), part, targets, shards.back());
+      parts.push_back(std::move(part));
+    }
+    for (std::size_t r = 0; r < parts.size(); ++r) {
+      const std::int64_t width = ConstTensorView(parts[r]).shape[1];
+      HostTensor d({C, width}, DType::kF32);
+      const TensorView d_CV = d;
+      ops::cross_entropy_sharded(ex, loss, &d_CV, parts[r], targets, stats, 0.125f, shards[r]);
+      expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
+      std::vector<double> columns;
+      for (std::int64_t c = 0; c < C; ++c)
+        for (std::int64_t v = 0; v < width; ++v)
+          columns.push_back(expected.dlogits[static_cast<std::size_t>(c * V + shards[r].begin + v)]);
+      expect_close(d.values(), columns, {3e-6, 1e-7}, "dlogits of a shard");
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Shapes, CrossEntropy,
                          testing::Values(std::pair{1, 1}, std::pair{5, 13}, std::pair{9, 1000},
                                          std::pair{3, 4096}, std::pair{2, 4103}, std::pair{2, 151936},

@@ -152,6 +152,20 @@ TEST(Balance, SumsAndCounts) {
   EXPECT_NEAR(z.get(0), lse_squares, 1e-10 * lse_squares);
 }
 
+TEST(ExpandChoices, EveryChoiceBecomesItsPieces) {
+  OpExec ex;
+  const std::int64_t T = 50, K = 3, E = 7, P = 4;
+  HostTensor index({T, K}, DType::kI32), pieces({E, P}, DType::kI32), out({T, K * P}, DType::kI32);
+  for (std::size_t i = 0; i < index.size(); ++i) index.set(i, static_cast<double>(i * 5 % 7));
+  for (std::size_t i = 0; i < pieces.size(); ++i) pieces.set(i, static_cast<double>(27 - i));
+  ops::expand_choices(ex, out, index, pieces);
+  for (std::size_t i = 0; i < index.size(); ++i)
+    for (std::size_t j = 0; j < 4; ++j)
+      EXPECT_EQ(out.get(i * 4 + j), pieces.get(static_cast<std::size_t>(index.get(i)) * 4 + j));
+  index.set(3, 7);
+  EXPECT_THROW(ops::expand_choices(ex, out, index, pieces), Error);
+}
+
 struct Sorted {
   HostTensor order, slot, counts;
 };

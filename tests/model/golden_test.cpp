@@ -52,28 +52,27 @@ TEST_P(GoldenModel, LogitsLossAndGradients) {
   Session& s = l.session;
   const std::int64_t S = l.golden.seq_len(), V = l.golden.config().vocab_size;
   const Batch batch = s.loader->next();
-  const MicroBatch micro{batch.tokens_T, batch.targets_T, {batch.positions_T, {}, S}};
+  const HostTokens micro{4, batch.tokens_T.as<std::int32_t>(), batch.targets_T.as<std::int32_t>(),
+                         batch.positions_T.as<std::int32_t>(), nullptr};
 
   const std::vector<float> expected = l.golden.values<float>("logits");
   std::vector<float> logits(expected.size());
-  s.model.evaluate(s.memory.exec, micro, s.memory.keep, [&](std::int64_t row, ConstTensorView chunk_CV) {
+  s.pipeline.evaluate(s.memory.exec, micro, S, [&](std::int64_t row, ConstTensorView chunk_CV) {
     std::copy_n(chunk_CV.as<float>(), chunk_CV.elements(), logits.data() + row * V);
   });
   for (std::size_t i = 0; i < logits.size(); ++i)
     ASSERT_NEAR(logits[i], expected[i], kLogits) << "logit " << i;
 
-  Transformer::Saved saved;
-  BalanceConfig balance;
-  balance.aux_coefficient = s.run.router.aux_loss;
-  s.params.zero_gradients(s.memory.exec);
   const double tokens = static_cast<double>(4 * S);
-  const double sum = s.model.forward(s.memory.exec, micro, 1.0 / tokens, balance, s.memory.keep, saved);
-  s.model.backward(s.memory.exec, s.memory.keep, saved, {});
+  Pipeline::Step step{1, [&] { return micro; }, S, 1.0 / tokens, {}, {}, {}};
+  step.balance.aux_coefficient = s.run.router.aux_loss;
+  s.params.zero_gradients(s.memory.exec);
+  const StepSums sums = s.pipeline.run(s.memory.exec, step);
   const double loss = l.golden.values<double>("loss")[0];
-  EXPECT_NEAR(sum / tokens, loss, kLoss * loss);
+  EXPECT_NEAR(sums.loss / tokens, loss, kLoss * loss);
   if (l.golden.config().num_experts > 0) {
     const double aux = l.golden.values<double>("aux")[0];
-    EXPECT_NEAR(saved.balance.aux, aux, kAux * aux);
+    EXPECT_NEAR(sums.aux, aux, kAux * aux);
   }
   for (const StoredParam& p : s.params.all()) {
     EXPECT_LT(relative_distance(l.golden.parameter(p.spec, "grad."), copy(p.grad)), kGradient) << p.spec.name;

@@ -14,9 +14,10 @@ constexpr double kStep = 2e-3, kTolerance = 5e-3;  // fp32 forward: rounding / s
 
 struct Rig {
   RankMemory memory{Device{}};
+  Arena keep{Device{}, std::size_t{1} << 30, "activations"};
+  std::unique_ptr<Communicator> self = make_self_communicator();
   Host host{7};
   Exec& ex = memory.exec;
-  Arena& keep = memory.keep;
 };
 
 TokenPlaces places_for(std::vector<std::int32_t>& positions, std::vector<std::int32_t>& documents,
@@ -60,6 +61,7 @@ void check_attention(std::int64_t heads, std::int64_t kv_heads, bool masked) {
   AttentionLayer layer;
   layer.shape = {heads, kv_heads, d, 0};
   layer.rope_theta = 1e4;
+  layer.tp = layer.cp = rig.self.get();
   const std::int64_t H = layer.shape.qkv_width();
   layer.qkv = {rig.host.param({H, D}, 0.3), rig.host.param({H}, 0.3)};
   layer.output = {rig.host.param({D, heads * d}, 0.3), std::nullopt};
@@ -102,6 +104,7 @@ void check_ffn(bool gated) {
   Rig rig;
   const std::int64_t T = 7, D = 12, F = 10;
   DenseFfn ffn;
+  ffn.tp = rig.self.get();
   ffn.gate_up = {rig.host.param({2 * F, D}, 0.4), std::nullopt};
   ffn.down = {rig.host.param({D, F}, 0.4), std::nullopt};
   if (gated) ffn.gate_1D = rig.host.param({1, D}, 0.4);
@@ -138,21 +141,21 @@ TEST(LayerGradient, SharedExpert) {
 // The scalar includes the balance and z terms, so that their gradients are tested through the router too.
 struct MoeRig : Rig {
   std::int64_t T = 11, D = 12, F = 6, E = 5, K = 2;
-  std::unique_ptr<Communicator> self = make_self_communicator();
   MoeLayer moe;
   TensorView x, probe;
   BalanceConfig balance;
   std::vector<std::int32_t> choices;
 
   explicit MoeRig(bool renormalize, AuxKind kind) {
-    moe.num_experts = E;
+    moe.shares = {E, 1};
     moe.top_k = K;
     moe.renormalize_top_k = renormalize;
-    moe.ep = self.get();
+    moe.exchange = self.get();
     moe.router_ED = host.param({E, D}, 0.7);  // well apart, so that small steps flip no choice
     moe.gate_up_eGD = host.param({E, 2 * F, D}, 0.4);
     moe.down_eDF = host.param({E, D, F}, 0.4);
     moe.shared.emplace();
+    moe.shared->tp = self.get();
     moe.shared->gate_up = {host.param({2 * F, D}, 0.4), std::nullopt};
     moe.shared->down = {host.param({D, F}, 0.4), std::nullopt};
     moe.shared->gate_1D = host.param({1, D}, 0.4);
@@ -166,8 +169,14 @@ struct MoeRig : Rig {
   BalanceTerms terms(const MoeLayer::Saved& s) const {
     const double* stats = s.stats_3E.as<double>();
     const auto n = static_cast<std::size_t>(E);
-    const LayerLoad load{T, {stats, n}, {stats + n, n}, {stats + 2 * n, n}, *s.z_1.as<double>()};
-    return balance_terms(balance, std::span(&load, 1));
+    const LayerLoad load{T,
+                         {stats, stats + n},
+                         {stats + n, stats + 2 * n},
+                         {stats + 2 * n, stats + 3 * n},
+                         *s.z_1.as<double>()};
+    LoadPool pool;
+    pool.add(load);
+    return balance_terms(balance, std::span(&load, 1), pool, true);
   }
 
   double scalar() {

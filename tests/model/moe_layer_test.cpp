@@ -34,12 +34,13 @@ std::vector<float> copy(ConstTensorView v) {
 // Runs one rank's part and puts it where it belongs in the whole.
 void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mutex) {
   RankMemory memory{Device{}};
+  Arena keep(Device{}, std::size_t{1} << 30, "activations");
   Host host(1);
   const Range experts = balanced(w.E, ep.size(), ep.rank()), tokens = balanced(w.T, ep.size(), ep.rank());
   MoeLayer moe;
-  moe.num_experts = w.E;
+  moe.shares = {w.E, 1};
   moe.top_k = w.K;
-  moe.ep = &ep;
+  moe.exchange = &ep;
   moe.router_ED = {w.router, host.zeros(w.router.shape)};
   const TensorView gate_up = w.gate_up.rows(experts.begin, experts.end),
                    down = w.down.rows(experts.begin, experts.end);
@@ -48,7 +49,7 @@ void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mute
 
   MoeLayer::Saved saved;
   const TensorView y = host.zeros({tokens.size(), w.D}), dx = host.zeros({tokens.size(), w.D});
-  moe.forward(memory.exec, y, w.x.rows(tokens.begin, tokens.end), memory.keep, saved);
+  moe.forward(memory.exec, y, w.x.rows(tokens.begin, tokens.end), keep, saved);
   saved.aux_E = host.zeros({w.E});
   moe.backward(memory.exec, dx, w.dy.rows(tokens.begin, tokens.end), saved);
   ep.all_reduce(moe.router_ED.grad, ReduceOp::kSum);

@@ -253,6 +253,26 @@ TEST_P(EveryTransport, MismatchedRowCountsAreAnError) {
   }
 }
 
+TEST_P(EveryTransport, RanksThatWereGivenDifferentThings) {
+  on_all_ranks([](Communicator& comm) {
+    require_equal(comm, "configurations", "the same");
+    if (comm.size() == 1) return;
+    const bool odd = comm.rank() == comm.size() - 1;
+    try {
+      require_equal(comm, "configurations", odd ? "another" : "the same");
+      ADD_FAILURE() << "rank " << comm.rank();
+    } catch (const PeerError&) {
+      EXPECT_NE(comm.rank(), 0);
+    } catch (const Error& e) {
+      EXPECT_EQ(comm.rank(), 0);
+      EXPECT_EQ(e.code(), ExitCode::kUsage);
+      const std::string expected =
+          fmt::format("different configurations: rank 0 differs from rank {};", comm.size() - 1);
+      EXPECT_NE(std::string(e.what()).find(expected), std::string::npos) << e.what();
+    }
+  });
+}
+
 TEST(Threads, AThrowingRankUnblocksTheOthers) {
   if (mpi_world != nullptr) return;
   const std::vector<Body> stuck_in{

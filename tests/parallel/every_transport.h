@@ -55,6 +55,10 @@ struct WideOf {
   using type = T;
 };
 template <>
+struct WideOf<float> {
+  using type = double;
+};
+template <>
 struct WideOf<bf16> {
   using type = float;
 };
@@ -102,7 +106,7 @@ T ordered_result(ReduceOp op, int ranks, std::int64_t i) {
   if constexpr (std::is_same_v<T, bf16>) {
     return to_bf16(result);
   } else {
-    return result;
+    return static_cast<T>(result);
   }
 }
 

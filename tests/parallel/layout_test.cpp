@@ -70,12 +70,21 @@ std::vector<std::int64_t> flat_indices(const Shape& global, const Box& box) {
   return flat;
 }
 
-void check_ownership(const ModelConfig& config, const MeshSpec& mesh) {
+// Every stage one to three runs of blocks, of random cost.
+StagePlan random_stages(Dice& dice, const ModelConfig& config, MeshSpec& mesh) {
+  mesh.pp = std::min(mesh.pp, config.num_hidden_layers);
+  const int chunks = mesh.pp == 1 ? 1 : dice.roll(1, config.num_hidden_layers / mesh.pp);
+  std::vector<double> costs;
+  for (int i = 0; i < config.num_hidden_layers; ++i) costs.push_back(dice.roll(1, 5));
+  return plan_stages(mesh.pp, chunks, costs, dice.roll(0, 5), dice.roll(0, 5));
+}
+
+void check_ownership(const ModelConfig& config, const MeshSpec& mesh, const StagePlan& plan) {
   for (const ParamSpec& p : make_param_table(config)) {
     std::vector<int> owners(static_cast<std::size_t>(p.shape.elements()));
     std::map<std::vector<std::int64_t>, std::vector<int>> replicas;  // the shard -> replica indices seen
     for (int rank = 0; rank < mesh.world(); ++rank) {
-      const Box shard = shard_of(p, mesh, rank, config.num_hidden_layers);
+      const Box shard = shard_of(p, mesh, rank, plan);
       if (shard.elements() == 0) continue;
       ASSERT_TRUE(contains(whole(p.shape), shard)) << p.name << " " << mesh.str();
       const Replica r = replica_of(p, mesh, rank);
@@ -109,7 +118,9 @@ TEST(Layout, EveryElementHasOneOwnerOnAnyMesh) {
   for (std::uint64_t seed = 0; seed < 2500; ++seed) {
     Dice dice(seed);
     const ModelConfig model = random_model(dice);
-    check_ownership(model, random_mesh(dice));
+    MeshSpec mesh = random_mesh(dice);
+    const StagePlan plan = random_stages(dice, model, mesh);
+    check_ownership(model, mesh, plan);
     if (HasFatalFailure()) FAIL() << "seed " << seed;
   }
 }
@@ -120,19 +131,25 @@ TEST(Layout, ReplicasShareTheirShard) {
   for (std::uint64_t seed = 0; seed < 500; ++seed) {
     Dice dice(seed + 10'000);
     const ModelConfig model = random_model(dice);
-    const MeshSpec mesh = random_mesh(dice);
+    MeshSpec mesh = random_mesh(dice);
+    const StagePlan plan = random_stages(dice, model, mesh);
     for (const ParamSpec& p : make_param_table(model)) {
       std::map<std::vector<std::int64_t>, int> holders;
       const auto key_of = [&](int rank) {
-        const Box b = shard_of(p, mesh, rank, model.num_hidden_layers);
+        const Box b = shard_of(p, mesh, rank, plan);
         std::vector<std::int64_t> key;
         for (int d = 0; d < p.shape.rank; ++d) key.insert(key.end(), {b.offset[d], b.extent[d]});
         return key;
       };
       for (int rank = 0; rank < mesh.world(); ++rank) ++holders[key_of(rank)];
       for (int rank = 0; rank < mesh.world(); ++rank)
-        if (shard_of(p, mesh, rank, model.num_hidden_layers).elements() > 0) {
-          ASSERT_EQ(replica_of(p, mesh, rank).count, holders[key_of(rank)]) << p.name << " " << mesh.str();
+        if (shard_of(p, mesh, rank, plan).elements() > 0) {
+          const Replica r = replica_of(p, mesh, rank);
+          ASSERT_EQ(r.count, holders[key_of(rank)]) << p.name << " " << mesh.str();
+          const std::vector<int> group = holders_of(p, mesh, rank);
+          ASSERT_EQ(static_cast<int>(group.size()), r.count) << p.name << " " << mesh.str();
+          ASSERT_EQ(group[static_cast<std::size_t>(r.index)], rank) << p.name << " " << mesh.str();
+          for (const int other : group) ASSERT_EQ(key_of(other), key_of(rank)) << p.name << " " << mesh.str();
         }
     }
   }
@@ -196,7 +213,7 @@ TEST(Layout, KeyValueHeadsAreReplicatedWhereTheyAreFewerThanRanks) {
   k.layer = 0;
   const MeshSpec mesh{1, 2, 1, 8, 1, 1};
   for (int rank = 0; rank < mesh.world(); ++rank) {
-    const Box shard = shard_of(k, mesh, rank, 1);
+    const Box shard = shard_of(k, mesh, rank, one_stage(1));
     EXPECT_EQ(shard.offset[0], mesh.coord(rank, Axis::kTp) / 4);
     EXPECT_EQ(shard.extent, (Shape{1, 4, 16}));
     EXPECT_EQ(replica_of(k, mesh, rank).count, 8);  // 4 along tp x 2 along dp

@@ -80,7 +80,14 @@ class Golden {
 
   // The run that the file's ten steps are, reading its tokens from `tokens_path` (written here).
   RunConfig run(const std::filesystem::path& tokens_path, std::int64_t micro_batch, int ep) const {
-    write_token_file(tokens_path, stream_, {}, config_.vocab_size);
+    write_tokens(tokens_path);
+    return settings(tokens_path, micro_batch, ep);
+  }
+  void write_tokens(const std::filesystem::path& path) const {
+    write_token_file(path, stream_, {}, config_.vocab_size);
+  }
+  // The same, writing nothing.
+  RunConfig settings(const std::filesystem::path& tokens_path, std::int64_t micro_batch, int ep) const {
     RunConfig run;
     run.run.dir = "unused";
     run.data.train = {{tokens_path.string(), 1.0}};

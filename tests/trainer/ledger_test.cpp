@@ -26,27 +26,22 @@ Books books_of(const Session& s, const Ledger& communication) {
 }
 
 // One micro-batch forward and backward of rank `world.rank()` on `device`.
-Books step(const Golden& golden, Communicator& world, int ep, Device device, std::int64_t sequences) {
+Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel& parallel, Device device,
+           std::int64_t sequences) {
   Ledger communication;
   world.set_ledger(&communication);
   RunConfig run;
-  run.parallel.ep = ep;
+  run.parallel = parallel;
+  run.data.seq_len = golden.seq_len();
   Session s(run, golden.config(), world, device);
   if (device.type == DeviceType::kCpu) s.params.load(golden.reader());
   const std::int64_t S = golden.seq_len(), T = sequences * S;
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(T), 1), positions(static_cast<std::size_t>(T));
   for (std::size_t t = 0; t < positions.size(); ++t)
     positions[t] = static_cast<std::int32_t>(static_cast<std::int64_t>(t) % S);
-  const auto view = [&](std::vector<std::int32_t>& v) {
-    TensorView host = host_view(v.data(), {T});
-    if (device.type == DeviceType::kDry) host = {nullptr, {T}, DType::kI32, device};
-    return host;
-  };
-  const MicroBatch batch{view(tokens), view(tokens), {view(positions), {}, S}};
-  Transformer::Saved saved;
+  const HostTokens batch{sequences, tokens.data(), tokens.data(), positions.data(), nullptr};
   communication.clear();
-  s.model.forward(s.memory.exec, batch, 1.0, {}, s.memory.keep, saved);
-  s.model.backward(s.memory.exec, s.memory.keep, saved, {});
+  s.pipeline.run(s.memory.exec, {1, [&] { return batch; }, S, 1.0, {}, {}, {}});
   return books_of(s, communication);
 }
 
@@ -54,8 +49,8 @@ TEST(Ledger, DryDeviceBooksWhatARealStepBooks) {
   for (const std::string& name : test::golden_cases()) {
     const Golden golden(name);
     const auto self = make_self_communicator();
-    const Books real = step(golden, *self, 1, Device{}, 2);
-    const Books dry = step(golden, *self, 1, Device{DeviceType::kDry, 0}, 2);
+    const Books real = step(golden, *self, {}, Device{}, 2);
+    const Books dry = step(golden, *self, {}, Device{DeviceType::kDry, 0}, 2);
     EXPECT_GT(real.products, 0) << name;
     EXPECT_EQ(real.products, dry.products) << name;
     EXPECT_EQ(real.attention, dry.attention) << name;
@@ -81,7 +76,7 @@ TEST(Ledger, ProductsAreSixPerActivatedWeightAndToken) {
   for (const std::string& name : test::golden_cases()) {
     const Golden golden(name);
     const auto self = make_self_communicator();
-    const Books dry = step(golden, *self, 1, Device{DeviceType::kDry, 0}, 3);
+    const Books dry = step(golden, *self, {}, Device{DeviceType::kDry, 0}, 3);
     const double tokens = static_cast<double>(3 * golden.seq_len());
     EXPECT_NEAR(dry.products, 6 * tokens * products_per_token(golden.config()), 1e-6 * dry.products) << name;
   }
@@ -93,12 +88,65 @@ TEST(Ledger, RehearsesAnyRank) {
   double sent = 0;
   for (int rank = 0; rank < 8; ++rank) {
     const auto world = make_dry_communicator(rank, 8);
-    const Books b = step(golden, *world, 8, Device{DeviceType::kDry, 0}, 2);
+    const Books b = step(golden, *world, {.ep = 8}, Device{DeviceType::kDry, 0}, 2);
     EXPECT_GT(b.products, 0);
     EXPECT_GT(b.sent, 0);
     sent += b.sent;
   }
   EXPECT_GT(sent, 0);
+}
+
+// The table of docs/layouts.md, for one micro-batch of two sequences in fp32.
+struct Sizes {
+  explicit Sizes(const Golden& golden) : c(golden.config()), T(2.0 * static_cast<double>(golden.seq_len())) {}
+  ModelConfig c;
+  double T, b = 4;
+  double D() const { return static_cast<double>(c.hidden_size); }
+  double blocks() const { return c.num_hidden_layers; }
+  // One sum of all loads over the ranks that share the micro-batch.
+  double pool(double ranks) const {
+    return 2 * 8 * (3.0 * c.num_experts + 1) * c.num_moe_layers() * (ranks - 1) / ranks;
+  }
+};
+
+double sent(const Golden& golden, const RunConfig::Parallel& parallel, int ranks, int rank) {
+  const auto world = make_dry_communicator(rank, ranks);
+  return step(golden, *world, parallel, Device{DeviceType::kDry, 0}, 2).sent;
+}
+
+TEST(Ledger, TensorParallelTraffic) {
+  for (const char* model : {"dense_tied_gqa", "moe_a27b", "moe_mixed"}) {
+    const Golden golden(model);
+    const Sizes s(golden);
+    const double n = 2, t = s.T / n;
+    // Ten in every block; four more around embedding and head; the logits' stats, three fp64 a token.
+    const double expected =
+        (10 * s.blocks() + 4) * (n - 1) * t * s.D() * s.b + 24 * s.T * (n - 1) + s.pool(n);
+    for (const int rank : {0, 1}) EXPECT_DOUBLE_EQ(sent(golden, {.tp = 2}, 2, rank), expected) << model;
+  }
+}
+
+TEST(Ledger, PipelineTraffic) {
+  for (const char* model : {"dense_tied_gqa", "moe_a27b"}) {
+    const Golden golden(model);
+    const Sizes s(golden);
+    const double pool = s.c.num_experts > 0 ? 8.0 * (2.0 * s.c.num_experts + 1) : 0.0;
+    for (const int rank : {0, 1})  // one boundary: the first stage sends forward, the last one backward
+      EXPECT_DOUBLE_EQ(sent(golden, {.pp = 2}, 2, rank), s.T * s.D() * s.b + pool) << model;
+  }
+}
+
+TEST(Ledger, ContextParallelTraffic) {
+  for (const char* model : {"dense_tied_gqa", "moe_a27b"}) {
+    const Golden golden(model);
+    const Sizes s(golden);
+    for (const int cp : {2, 4}) {
+      const double n = cp,
+                   keys_values = s.T / n * 2 * static_cast<double>(s.c.num_key_value_heads * s.c.head_dim);
+      const double per_block = 2 * (n - 1) * keys_values * s.b + 4 * n * keys_values;
+      EXPECT_DOUBLE_EQ(sent(golden, {.cp = cp}, cp, cp - 1), s.blocks() * per_block + s.pool(n)) << model;
+    }
+  }
 }
 
 }  // namespace

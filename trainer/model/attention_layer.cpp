@@ -1,13 +1,10 @@
 #include "trainer/model/attention_layer.h"
 
+#include "trainer/model/context_ring.h"
+
 namespace upmoe {
 
 namespace {
-
-AttentionShape shape_for(AttentionShape shape, const TokenPlaces& places) {
-  shape.seq_len = places.seq_len;
-  return shape;
-}
 
 const ConstTensorView* mask_of(const TokenPlaces& places) {
   return places.document_T.shape.rank > 0 ? &places.document_T : nullptr;
@@ -15,31 +12,66 @@ const ConstTensorView* mask_of(const TokenPlaces& places) {
 
 }  // namespace
 
-void AttentionLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places,
-                             Arena& keep, Saved& saved) const {
-  const AttentionShape at = shape_for(shape, places);
-  const std::int64_t T = x_TD.rows();
-  saved.x_TD = x_TD;
-  saved.places = places;
-  saved.qkv_TH = keep.take({T, at.qkv_width()}, x_TD.dtype, "attention qkv");
-  saved.out_TQ = keep.take({T, at.heads * at.head_dim}, x_TD.dtype, "attention output");
-  saved.lse_TN = keep.take({T, at.heads}, DType::kF32, "attention log-sum-exp");
-  qkv.forward(ex, saved.qkv_TH, x_TD);
-  ops::rope(ex, saved.qkv_TH, places.positions_T, at, rope_theta, /*inverse=*/false);
-  ops::attention_forward(ex, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, mask_of(places));
-  output.forward(ex, y_TD, saved.out_TQ);
+// The heads of this rank, and the length of the runs of tokens that a rank along cp has of each sequence.
+AttentionShape AttentionLayer::shape_of(const TokenPlaces& places) const {
+  AttentionShape at = shape;
+  at.seq_len = places.seq_len / cp->size();
+  return at;
 }
 
-void AttentionLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const {
-  const AttentionShape at = shape_for(shape, saved.places);
+void AttentionLayer::attend(Exec& ex, const Saved& saved) const {
+  AttentionShape at = shape;
+  at.seq_len = saved.places.seq_len;
+  const ConstTensorView* mask = mask_of(saved.places);
+  if (cp->size() > 1) {
+    ring_attention_forward(ex, *cp, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, mask);
+  } else {
+    ops::attention_forward(ex, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, mask);
+  }
+}
+
+void AttentionLayer::attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ,
+                                     const Saved& saved) const {
+  AttentionShape at = shape;
+  at.seq_len = saved.places.seq_len;
+  const ConstTensorView* mask = mask_of(saved.places);
+  if (cp->size() > 1) {
+    ring_attention_backward(ex, *cp, dqkv_TH, dout_TQ, saved.qkv_TH, saved.out_TQ, saved.lse_TN, at, mask);
+  } else {
+    ops::attention_backward(ex, dqkv_TH, dout_TQ, saved.qkv_TH, saved.out_TQ, saved.lse_TN, at, mask);
+  }
+}
+
+void AttentionLayer::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, const TokenPlaces& places,
+                             Arena& keep, Saved& saved) const {
+  const AttentionShape at = shape_of(places);
+  const std::int64_t T = x_tD.rows() * tp->size();
+  saved.x_tD = x_tD;
+  saved.places = places;
+  saved.qkv_TH = keep.take({T, at.qkv_width()}, x_tD.dtype, "attention qkv");
+  saved.out_TQ = keep.take({T, at.heads * at.head_dim}, x_tD.dtype, "attention output");
+  saved.lse_TN = keep.take({T, at.heads}, DType::kF32, "attention log-sum-exp");
   ScratchScope scope(*ex.scratch);
+  qkv.forward(ex, saved.qkv_TH, gather_tokens(ex, *tp, x_tD));
+  ops::rope(ex, saved.qkv_TH, places.positions_T, at, rope_theta, /*inverse=*/false);
+  attend(ex, saved);
+  PartialSum y(ex, *tp, y_tD);
+  output.forward(ex, y.partial_TD(), saved.out_TQ);
+  y.reduce(ex);
+}
+
+void AttentionLayer::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {
+  const AttentionShape at = shape_of(saved.places);
+  ScratchScope scope(*ex.scratch);
+  GatheredTokens dy(ex, *tp, dy_tD), x(ex, *tp, saved.x_tD);
   TensorView dout_TQ = ex.scratch->take(saved.out_TQ.shape, saved.out_TQ.dtype, "attention output gradient");
   TensorView dqkv_TH = ex.scratch->take(saved.qkv_TH.shape, saved.qkv_TH.dtype, "attention qkv gradient");
-  output.backward(ex, dout_TQ, Accumulate::kOverwrite, dy_TD, saved.out_TQ);
-  ops::attention_backward(ex, dqkv_TH, dout_TQ, saved.qkv_TH, saved.out_TQ, saved.lse_TN, at,
-                          mask_of(saved.places));
+  output.backward(ex, dout_TQ, Accumulate::kOverwrite, dy.finish(), saved.out_TQ);
+  attend_backward(ex, dqkv_TH, dout_TQ, saved);
   ops::rope(ex, dqkv_TH, saved.places.positions_T, at, rope_theta, /*inverse=*/true);
-  qkv.backward(ex, dx_TD, Accumulate::kOverwrite, dqkv_TH, saved.x_TD);
+  PartialSum dx(ex, *tp, dx_tD);
+  qkv.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dqkv_TH, x.finish());
+  dx.reduce(ex);
 }
 
 }  // namespace upmoe

@@ -1,5 +1,7 @@
 #include "trainer/model/balance.h"
 
+#include <algorithm>
+
 namespace upmoe {
 
 AuxKind aux_kind_from(const std::string& name) {
@@ -8,27 +10,33 @@ AuxKind aux_kind_from(const std::string& name) {
   fail(ExitCode::kUsage, "router.aux_kind: '{}' is not built yet; use hf or switch", name);
 }
 
+void LoadPool::add(const LayerLoad& load) {
+  add(LoadPool{static_cast<double>(load.tokens), load.assigned, load.probability});
+}
+
+void LoadPool::add(const LoadPool& other) {
+  tokens += other.tokens;
+  assigned.resize(std::max(assigned.size(), other.assigned.size()));
+  probability.resize(assigned.size());
+  for (std::size_t e = 0; e < other.assigned.size(); ++e) {
+    assigned[e] += other.assigned[e];
+    probability[e] += other.probability[e];
+  }
+}
+
 namespace {
 
-void add_pooled(const BalanceConfig& config, std::span<const LayerLoad> layers, BalanceTerms& terms) {
-  const std::size_t E = layers[0].assigned.size();
-  std::vector<double> assigned(E), probability(E);
-  double pool = 0;
-  for (const LayerLoad& l : layers) {
-    pool += static_cast<double>(l.tokens);
-    for (std::size_t e = 0; e < E; ++e) {
-      assigned[e] += l.assigned[e];
-      probability[e] += l.probability[e];
-    }
-  }
+void add_pooled(const BalanceConfig& config, std::size_t layers, const LoadPool& all, bool count,
+                BalanceTerms& terms) {
+  const std::size_t E = all.assigned.size();
   const double n = static_cast<double>(E);
   std::vector<float> gradient(E);
   for (std::size_t e = 0; e < E; ++e) {
-    const double f = assigned[e] / pool;
-    terms.aux += n * f * (probability[e] / pool);
-    gradient[e] = static_cast<float>(config.aux_coefficient * n * f / pool);
+    const double f = all.assigned[e] / all.tokens;
+    if (count) terms.aux += n * f * (all.probability[e] / all.tokens);
+    gradient[e] = static_cast<float>(config.aux_coefficient * n * f / all.tokens);
   }
-  terms.aux_gradient.assign(layers.size(), gradient);
+  terms.aux_gradient.assign(layers, gradient);
 }
 
 void add_per_layer(const BalanceConfig& config, std::span<const LayerLoad> layers, BalanceTerms& terms) {
@@ -46,17 +54,17 @@ void add_per_layer(const BalanceConfig& config, std::span<const LayerLoad> layer
 
 }  // namespace
 
-BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoad> layers) {
+BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoad> layers,
+                           const LoadPool& all, bool count_pool) {
   BalanceTerms terms;
-  if (layers.empty()) return terms;
-  if (layers[0].tokens == 0) {  // a rank without a micro-batch in this round: no tokens, no term
+  if (all.tokens == 0) {  // no mixtures, or a rank without a micro-batch in this round: no tokens, no term
     for (const LayerLoad& l : layers) terms.aux_gradient.emplace_back(l.assigned.size(), 0.0f);
     terms.z_scale.assign(layers.size(), 0.0f);
     return terms;
   }
   switch (config.kind) {
     case AuxKind::kHf:
-      add_pooled(config, layers, terms);
+      add_pooled(config, layers.size(), all, count_pool, terms);
       break;
     case AuxKind::kSwitch:
       add_per_layer(config, layers, terms);

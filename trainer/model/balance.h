@@ -1,5 +1,6 @@
 #pragma once
-// Router balance terms of one micro-batch: value and gradient from the sums that ops::balance_stats takes.
+// Router balance terms of one micro-batch, over all ranks that share its tokens and all chunks of a pipeline:
+// value and gradient from the sums that ops::balance_stats takes.
 //
 //   hf      E * sum_e f_e P_e over the pool of all MoE layers' tokens; f_e = assignments of e (all k) / pool,
 //           P_e = mean probability; transformers' load_balancing_loss_func; balanced value k
@@ -26,19 +27,29 @@ struct BalanceConfig {
   double z_coefficient = 0;    // likewise
 };
 
-// What one layer counted over its micro-batch; host memory, fp64, E values each.
+// What one layer counted over its micro-batch, E values each.
 struct LayerLoad {
   std::int64_t tokens = 0;
-  std::span<const double> assigned, first_choice, probability;
+  std::vector<double> assigned, first_choice, probability;
   double z_sum = 0;
 };
 
+// The layers of a micro-batch added up, over all chunks of a pipeline.
+struct LoadPool {
+  double tokens = 0;
+  std::vector<double> assigned, probability;  // empty before the first layer
+  void add(const LayerLoad& load);
+  void add(const LoadPool& other);
+};
+
 struct BalanceTerms {
-  double aux = 0, z = 0;  // before their coefficients
+  double aux = 0, z = 0;  // before their coefficients; summed over the chunks they are the micro-batch's
   std::vector<std::vector<float>>
       aux_gradient;            // per layer: d(coefficient * aux) / d(probability of e), any token
   std::vector<float> z_scale;  // per layer: d(coefficient * z) / d(lse^2) of one token
 };
-BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoad> layers);
+// The terms of one chunk's layers. `all`: the pool of all chunks; its value is counted where `count_pool`.
+BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoad> layers,
+                           const LoadPool& all, bool count_pool);
 
 }  // namespace upmoe

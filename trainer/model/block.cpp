@@ -31,6 +31,7 @@ void Block::ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const
   saved.ffn = MoeLayer::Saved{};
   auto& moe = std::get<MoeLayer::Saved>(saved.ffn);
   std::get<MoeLayer>(ffn).forward(ex, f_TD, saved.normed2_TD, keep, moe);
+  saved.load_3E.assign(static_cast<std::size_t>(moe.stats_3E.elements()), 0.0);
   if (ex.device.type == DeviceType::kCpu) {
     const double* stats = moe.stats_3E.as<double>();
     saved.load_3E.assign(stats, stats + moe.stats_3E.elements());

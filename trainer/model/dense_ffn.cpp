@@ -5,44 +5,58 @@
 
 namespace upmoe {
 
-void DenseFfn::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const {
-  const std::int64_t T = x_TD.rows(), G = gate_up.weight_NK.value.shape[0];
-  saved.x_TD = x_TD;
-  saved.gate_up_TG = keep.take({T, G}, x_TD.dtype, "ffn gate and up");
-  saved.h_TF = keep.take({T, G / 2}, x_TD.dtype, "ffn hidden");
+void DenseFfn::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& keep, Saved& saved) const {
+  const std::int64_t T = x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
+  saved.x_tD = x_tD;
+  saved.gate_up_TG = keep.take({T, G}, x_tD.dtype, "ffn gate and up");
+  saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
+  if (gate_1D) saved.gate_T = keep.take({T}, DType::kF32, "shared expert gate");
+  ScratchScope scope(*ex.scratch);
+  const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
   gate_up.forward(ex, saved.gate_up_TG, x_TD);
   if (gate_1D) {
-    saved.gate_T = keep.take({T}, DType::kF32, "shared expert gate");
     ops::sigmoid_gate_forward(ex, saved.gate_T, x_TD, gate_1D->value);
     const ConstTensorView gate_T = saved.gate_T;
     ops::swiglu_forward(ex, saved.h_TF, saved.gate_up_TG, &gate_T);
   } else {
     ops::swiglu_forward(ex, saved.h_TF, saved.gate_up_TG, nullptr);
   }
-  down.forward(ex, y_TD, saved.h_TF);
+  PartialSum y(ex, *tp, y_tD);
+  down.forward(ex, y.partial_TD(), saved.h_TF);
+  y.reduce(ex);
 }
 
-void DenseFfn::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const {
-  ScratchScope scope(*ex.scratch);
-  TensorView dh_TF = ex.scratch->take(saved.h_TF.shape, saved.h_TF.dtype, "ffn hidden gradient");
-  TensorView dgate_up_TG =
-      ex.scratch->take(saved.gate_up_TG.shape, saved.gate_up_TG.dtype, "ffn gate and up gradient");
-  down.backward(ex, dh_TF, Accumulate::kOverwrite, dy_TD, saved.h_TF);
-  if (!gate_1D) {
-    ops::swiglu_backward(ex, dgate_up_TG, nullptr, dh_TF, saved.gate_up_TG, nullptr);
-    gate_up.backward(ex, dx_TD, Accumulate::kOverwrite, dgate_up_TG, saved.x_TD);
-    return;
-  }
-  TensorView dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");
-  const ConstTensorView gate_T = saved.gate_T;
-  ops::swiglu_backward(ex, dgate_up_TG, &dgate_T, dh_TF, saved.gate_up_TG, &gate_T);
-  gate_up.backward(ex, dx_TD, Accumulate::kOverwrite, dgate_up_TG, saved.x_TD);
+// dx_TD += and the gate's weight gradient += , from dgate_T.
+void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T, ConstTensorView x_TD,
+                             const Saved& saved) const {
   TensorView dw_1D = gate_1D->grad;
   if (!gate_1D->wants_grad()) {
     dw_1D = ex.scratch->take(gate_1D->value.shape, gate_1D->value.dtype, "unwanted gate gradient");
     ops::fill(ex, dw_1D, 0.0f);
   }
-  ops::sigmoid_gate_backward(ex, dx_TD, dw_1D, dgate_T, saved.gate_T, saved.x_TD, gate_1D->value);
+  ops::sigmoid_gate_backward(ex, dx_TD, dw_1D, dgate_T, saved.gate_T, x_TD, gate_1D->value);
+}
+
+void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {
+  ScratchScope scope(*ex.scratch);
+  GatheredTokens dy(ex, *tp, dy_tD), x(ex, *tp, saved.x_tD);
+  TensorView dh_TF = ex.scratch->take(saved.h_TF.shape, saved.h_TF.dtype, "ffn hidden gradient");
+  TensorView dgate_up_TG =
+      ex.scratch->take(saved.gate_up_TG.shape, saved.gate_up_TG.dtype, "ffn gate and up gradient");
+  down.backward(ex, dh_TF, Accumulate::kOverwrite, dy.finish(), saved.h_TF);
+  TensorView dgate_T;
+  if (gate_1D) {
+    dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");
+    const ConstTensorView gate_T = saved.gate_T;
+    ops::swiglu_backward(ex, dgate_up_TG, &dgate_T, dh_TF, saved.gate_up_TG, &gate_T);
+  } else {
+    ops::swiglu_backward(ex, dgate_up_TG, nullptr, dh_TF, saved.gate_up_TG, nullptr);
+  }
+  const ConstTensorView x_TD = x.finish();
+  PartialSum dx(ex, *tp, dx_tD);
+  gate_up.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dgate_up_TG, x_TD);
+  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);
+  dx.reduce(ex);
 }
 
 }  // namespace upmoe

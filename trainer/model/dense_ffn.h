@@ -1,25 +1,33 @@
 #pragma once
 // A SwiGLU feed-forward, and the same with a scalar sigmoid gate per token: the shared expert of a mixture.
+// Under tp each rank computes its share of the width over all tokens. The gate multiplies the hidden row, so
+// every rank's part of its gradient is a summand like those of the other weights that tp does not divide.
 
 #include <optional>
 
 #include "trainer/model/linear.h"
+#include "trainer/model/sequence_shards.h"
 
 namespace upmoe {
 
 struct DenseFfn {
   Linear gate_up;  // [2F, D], gate and up rows of a neuron are neighbours
   Linear down;     // [D, F]
+  Communicator* tp = nullptr;
   std::optional<Param>
       gate_1D;  // the shared expert's gate: multiplies the hidden row, which equals multiplying the output
   struct Saved {
-    ConstTensorView x_TD;
+    ConstTensorView x_tD;
     TensorView gate_up_TG, h_TF, gate_T;
   };
 
-  void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const;
-  void backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD,
+  void forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& keep, Saved& saved) const;
+  void backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD,
                 const Saved& saved) const;  // overwrites dx
+
+ private:
+  void gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T, ConstTensorView x_TD,
+                     const Saved& saved) const;
 };
 
 }  // namespace upmoe

@@ -1,10 +1,12 @@
 #include "trainer/model/lm_head.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/loss.h"
 #include "kernels/ops/pointwise.h"
+#include "trainer/model/sequence_shards.h"
 
 namespace upmoe {
 
@@ -19,9 +21,29 @@ std::int64_t rows_per_chunk(std::int64_t vocab) {
 
 }  // namespace
 
-void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_TD, ConstTensorView targets_T,
-                     const TensorView* dx_TD, float scale, const Sink& sink) const {
-  const std::int64_t T = x_TD.rows(), V = weight_VD.value.shape[0], chunk = rows_per_chunk(V);
+void LmHead::cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV,
+                           ConstTensorView logits_CV, ConstTensorView targets_C, float scale) const {
+  if (tp->size() == 1) {
+    ops::cross_entropy(ex, loss_C, dlogits_CV, logits_CV, targets_C, scale);
+    return;
+  }
+  const std::int64_t C = logits_CV.rows();
+  TensorView stats_PC3 = ex.scratch->take({tp->size(), C, 3}, DType::kF64, "logit stats of all ranks");
+  TensorView stats_C3 = ex.scratch->take({C, 3}, DType::kF64, "logit stats");
+  ops::cross_entropy_stats(ex, stats_C3, logits_CV, targets_C, shard);
+  tp->all_gather(stats_PC3, stats_C3, ex.comm).wait();
+  ops::cross_entropy_sharded(ex, loss_C, dlogits_CV, logits_CV, targets_C, stats_PC3, scale, shard);
+}
+
+void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T,
+                     const TensorView* dx_tD, float scale, const Sink& sink) const {
+  UPMOE_CHECK(!sink || tp->size() == 1, "logits of a tp rank are a part of the vocabulary");
+  ScratchScope outer(*ex.scratch);
+  const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
+  std::optional<PartialSum> dx;
+  if (dx_tD != nullptr) dx.emplace(ex, *tp, *dx_tD);
+  const std::int64_t T = x_TD.rows(), V = weight_VD.value.shape[0], ranks = tp->size();
+  const std::int64_t chunk = rows_per_chunk((shard.total + ranks - 1) / ranks);  // the same on every rank
   for (std::int64_t begin = 0; begin < T; begin += chunk) {
     const std::int64_t end = std::min(T, begin + chunk);
     ScratchScope scope(*ex.scratch);
@@ -30,21 +52,22 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_TD, ConstTen
     ops::gemm(ex, logits_CV, x_TD.rows(begin, end), Transpose::kNo, weight_VD.value, Transpose::kYes,
               Accumulate::kOverwrite);
     if (sink) sink(begin, logits_CV);
-    if (dx_TD == nullptr) {
-      ops::cross_entropy(ex, loss_C, nullptr, logits_CV, targets_T.rows(begin, end), scale);
+    if (dx_tD == nullptr) {
+      cross_entropy(ex, loss_C, nullptr, logits_CV, targets_T.rows(begin, end), scale);
     } else {
       TensorView dlogits_CV = x_TD.dtype == DType::kF32
                                   ? logits_CV
                                   : ex.scratch->take({end - begin, V}, x_TD.dtype, "logit gradient");
-      ops::cross_entropy(ex, loss_C, &dlogits_CV, logits_CV, targets_T.rows(begin, end), scale);
-      ops::gemm(ex, dx_TD->rows(begin, end), dlogits_CV, Transpose::kNo, weight_VD.value, Transpose::kNo,
-                Accumulate::kOverwrite);
+      cross_entropy(ex, loss_C, &dlogits_CV, logits_CV, targets_T.rows(begin, end), scale);
+      ops::gemm(ex, dx->partial_TD().rows(begin, end), dlogits_CV, Transpose::kNo, weight_VD.value,
+                Transpose::kNo, Accumulate::kOverwrite);
       if (weight_VD.wants_grad())
         ops::gemm(ex, weight_VD.grad, dlogits_CV, Transpose::kYes, x_TD.rows(begin, end), Transpose::kNo,
                   Accumulate::kAdd);
     }
-    ops::sum(ex, loss_1, loss_C);
+    if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);
   }
+  if (dx) dx->reduce(ex);
 }
 
 }  // namespace upmoe

@@ -1,23 +1,31 @@
 #pragma once
 // Output projection and cross-entropy in chunks of rows: logits exist for one chunk at a time, and their
-// gradient is spent in the same pass.
+// gradient is spent in the same pass. Under tp each rank has its share of the vocabulary and all tokens.
 
 #include <functional>
 
+#include "kernels/ops/vocab_shard.h"
+#include "parallel/communicator.h"
 #include "trainer/model/layer.h"
 
 namespace upmoe {
 
 struct LmHead {
-  Param weight_VD;
+  Param weight_VD;  // this rank's rows
+  VocabShard shard;
+  Communicator* tp = nullptr;
 
-  // Called with the fp32 logits of rows [begin, begin + logits.rows()).
+  // Called with the fp32 logits of rows [begin, begin + logits.rows()); on one tp rank alone.
   using Sink = std::function<void(std::int64_t begin, ConstTensorView logits_CV)>;
 
-  // Adds the sum of the tokens' cross-entropies to loss_1 (fp64). With dx_TD: scale times the gradient of
-  // that sum overwrites dx_TD and is added to the weight's gradient.
-  void forward(Exec& ex, TensorView loss_1, ConstTensorView x_TD, ConstTensorView targets_T,
-               const TensorView* dx_TD, float scale, const Sink& sink = {}) const;
+  // Adds the sum of the T tokens' cross-entropies to loss_1 (fp64) of tp rank 0. With dx_tD: scale times the
+  // gradient of that sum overwrites dx_tD and is added to the weight's gradient.
+  void forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T,
+               const TensorView* dx_tD, float scale, const Sink& sink = {}) const;
+
+ private:
+  void cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
+                     ConstTensorView targets_C, float scale) const;
 };
 
 }  // namespace upmoe

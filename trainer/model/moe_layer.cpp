@@ -9,7 +9,7 @@
 namespace upmoe {
 
 void MoeLayer::route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) const {
-  const std::int64_t T = x_TD.rows(), E = num_experts, K = top_k;
+  const std::int64_t T = x_TD.rows(), E = shares.num_experts, K = top_k;
   saved.x_TD = x_TD;
   saved.probs_TE = keep.take({T, E}, DType::kF32, "router probabilities");
   saved.index_TK = keep.take({T, K}, DType::kI32, "router choices");
@@ -37,12 +37,12 @@ void MoeLayer::experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& sa
 
 void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const {
   route(ex, x_TD, keep, saved);
-  saved.plan = make_plan(ex, *ep, saved.index_TK, num_experts, keep);
-  const std::int64_t N = saved.plan.sent(), R = saved.plan.received(), D = x_TD.shape[1];
+  saved.plan = make_plan(ex, *exchange, saved.index_TK, shares, keep);
+  const std::int64_t choices = saved.weight_TK.elements(), R = saved.plan.received(), D = x_TD.shape[1];
 
   ScratchScope scope(*ex.scratch);
-  ToExperts rows(ex, *ep, saved.plan, x_TD, top_k);
-  ToExperts weights(ex, *ep, saved.plan, saved.weight_TK.reshape({N, 1}), 1);
+  ToExperts rows(ex, *exchange, saved.plan, x_TD, top_k * shares.etp);
+  ToExperts weights(ex, *exchange, saved.plan, saved.weight_TK.reshape({choices, 1}), shares.etp);
   if (shared) {  // while the rows travel
     shared->forward(ex, y_TD, x_TD, keep, saved.shared);
   } else {
@@ -55,8 +55,8 @@ void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& k
 
   TensorView y_RD = ex.scratch->take({R, D}, x_TD.dtype, "expert output");
   experts_forward(ex, y_RD, keep, saved);
-  FromExperts back(ex, *ep, saved.plan, y_RD);
-  ops::gather_sum_rows(ex, y_TD, back.finish(), saved.plan.slot_TK, Accumulate::kAdd);
+  FromExperts back(ex, *exchange, saved.plan, y_RD);
+  ops::gather_sum_rows(ex, y_TD, back.finish(), saved.plan.slot_TS, Accumulate::kAdd);
 }
 
 void MoeLayer::experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,
@@ -92,7 +92,7 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   const DispatchPlan& plan = saved.plan;
   const std::int64_t R = plan.received(), D = dy_TD.shape[1];
   ScratchScope scope(*ex.scratch);
-  ToExperts dy_rows(ex, *ep, plan, dy_TD, top_k);
+  ToExperts dy_rows(ex, *exchange, plan, dy_TD, top_k * shares.etp);
   if (shared) {  // while the gradients travel
     shared->backward(ex, dx_TD, dy_TD, saved.shared);
   } else {
@@ -106,8 +106,8 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   dy_rows.finish(ex, dy_RD);
   experts_backward(ex, dx_RD, dweight_R1, dgate_up_RG, dy_RD, saved);
 
-  FromExperts dx_rows(ex, *ep, plan, dx_RD);
-  FromExperts dweights(ex, *ep, plan, dweight_R1);
+  FromExperts dx_rows(ex, *exchange, plan, dx_RD);
+  FromExperts dweights(ex, *exchange, plan, dweight_R1);
   // While the input gradients travel back:
   if (down_eDF.wants_grad())
     ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, saved.h_RF, plan.expert_offsets, Accumulate::kAdd);
@@ -115,9 +115,11 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
     ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, saved.x_RD, plan.expert_offsets,
                             Accumulate::kAdd);
 
-  ops::gather_sum_rows(ex, dx_TD, dx_rows.finish(), plan.slot_TK, Accumulate::kAdd);
-  TensorView dweight_TK = ex.scratch->take({plan.sent(), 1}, DType::kF32, "router weight gradient");
-  ops::gather_rows(ex, dweight_TK, dweights.finish(), plan.slot_TK.reshape({plan.sent()}), 1);
+  ops::gather_sum_rows(ex, dx_TD, dx_rows.finish(), plan.slot_TS, Accumulate::kAdd);
+  const std::int64_t choices = plan.tokens * top_k;
+  TensorView dweight_TK = ex.scratch->take({choices, 1}, DType::kF32, "router weight gradient");
+  ops::gather_sum_rows(ex, dweight_TK, dweights.finish(), plan.slot_TS.reshape({choices, shares.etp}),
+                       Accumulate::kOverwrite);
   router_backward(ex, dx_TD, dweight_TK.reshape({plan.tokens, top_k}), saved);
 }
 

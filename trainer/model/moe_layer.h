@@ -1,7 +1,8 @@
 #pragma once
-// Mixture of experts: router, dropless dispatch along ep, grouped SwiGLU experts, ordered combine; the shared
-// expert runs while rows are in flight. The routing weight multiplies the hidden row, before the down
-// projection: the same product, and its gradient needs only what gate_up gives.
+// Mixture of experts: router, dropless dispatch along ep and etp, grouped SwiGLU experts, ordered combine;
+// the shared expert runs while rows are in flight. Each rank's t tokens are its own: the exchange may span tp
+// ranks. The routing weight multiplies the hidden row, before the down projection: the same product, and its
+// gradient needs only what gate_up gives.
 
 #include <optional>
 
@@ -11,10 +12,11 @@
 namespace upmoe {
 
 struct MoeLayer {
-  std::int64_t num_experts = 0, top_k = 0;
+  ExpertShares shares;
+  std::int64_t top_k = 0;
   bool renormalize_top_k = false;
-  Communicator* ep = nullptr;
-  Param router_ED, gate_up_eGD, down_eDF;  // experts of this rank: balanced(num_experts, ep size, ep rank)
+  Communicator* exchange = nullptr;        // the ranks along ep and etp
+  Param router_ED, gate_up_eGD, down_eDF;  // pieces of experts of this rank: shares.pieces_of(rank, size)
   std::optional<DenseFfn> shared;
 
   struct Saved {

@@ -38,7 +38,8 @@ std::vector<bool> frozen_by(const std::vector<std::string>& patterns, const std:
 
 }  // namespace
 
-ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, int rank, const Options& options)
+ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, const StagePlan& plan, int rank,
+                       const Options& options)
     : options_(options) {
   const std::vector<ParamSpec> table = make_param_table(config);
   const std::vector<bool> frozen = frozen_by(options.freeze, table);
@@ -47,7 +48,7 @@ ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, int rank
   for (std::size_t i = 0; i < table.size(); ++i) {
     StoredParam p;
     p.spec = table[i];
-    p.shard = shard_of(p.spec, mesh, rank, config.num_hidden_layers);
+    p.shard = shard_of(p.spec, mesh, rank, plan);
     p.replica = replica_of(p.spec, mesh, rank);
     p.owned = owner_slice(p.shard.elements(), p.replica);
     p.frozen = frozen[i];

@@ -32,7 +32,8 @@ class ParamStore {
     bool gradients = true;
     std::vector<std::string> freeze;  // shell patterns; one that matches nothing is an error (kUsage)
   };
-  ParamStore(const ModelConfig& config, const MeshSpec& mesh, int rank, const Options& options);
+  ParamStore(const ModelConfig& config, const MeshSpec& mesh, const StagePlan& plan, int rank,
+             const Options& options);
 
   const std::vector<StoredParam>& all() const { return params_; }
   const StoredParam& at(const std::string& name) const;

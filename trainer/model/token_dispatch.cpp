@@ -1,9 +1,9 @@
 #include "trainer/model/token_dispatch.h"
 
+#include <cstring>
 #include <numeric>
 
 #include "kernels/ops/routing.h"
-#include "parallel/layout.h"
 
 namespace upmoe {
 
@@ -17,16 +17,17 @@ Shape rows_shape(std::int64_t rows, const Shape& like) {
 
 // counts_PE[p*E + e]: rows that rank p of the group sends to expert e. On the dry device nobody counted; the
 // rehearsal takes a balanced router.
-std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& ep, TensorView counts_E, std::int64_t rows) {
-  const auto P = static_cast<std::int64_t>(ep.size()), E = counts_E.shape[0];
+std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& exchange, TensorView counts_E,
+                                        std::int64_t rows) {
+  const auto P = static_cast<std::int64_t>(exchange.size()), E = counts_E.shape[0];
   std::vector<std::int32_t> counts_PE(static_cast<std::size_t>(P * E));
   if (ex.device.type == DeviceType::kDry) {
-    ep.all_gather(TensorView{nullptr, {P, E}, DType::kI32, ex.device}, counts_E).wait();
+    exchange.all_gather(TensorView{nullptr, {P, E}, DType::kI32, ex.device}, counts_E).wait();
     for (std::int64_t i = 0; i < P * E; ++i)
       counts_PE[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(balanced(rows, E, i % E).size());
     return counts_PE;
   }
-  ep.all_gather(host_view(counts_PE.data(), {P, E}), counts_E).wait();
+  exchange.all_gather(host_view(counts_PE.data(), {P, E}), counts_E).wait();
   return counts_PE;
 }
 
@@ -49,26 +50,31 @@ void fill_regroup(DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE
 
 }  // namespace
 
-DispatchPlan make_plan(Exec& ex, Communicator& ep, ConstTensorView index_TK, std::int64_t num_experts,
-                       Arena& keep) {
-  DispatchPlan plan;
-  plan.tokens = index_TK.shape[0];
-  plan.top_k = index_TK.shape[1];
-  const std::int64_t P = ep.size(), E = num_experts;
-  plan.order_N = keep.take({plan.sent()}, DType::kI32, "dispatch order");
-  plan.slot_TK = keep.take({plan.tokens, plan.top_k}, DType::kI32, "dispatch slots");
-  ScratchScope scope(*ex.scratch);
-  TensorView counts_E = ex.scratch->take({E}, DType::kI32, "rows per expert");
-  ops::sort_by_expert(ex, plan.order_N, plan.slot_TK, counts_E, index_TK);
-  const std::vector<std::int32_t> counts_PE = gather_counts(ex, ep, counts_E, plan.sent());
+namespace {
 
-  const Range local = balanced(E, P, ep.rank());
+// The choices by piece; those of the experts themselves when nothing cuts their width.
+ConstTensorView piece_choices(Exec& ex, const ExpertShares& shares, int ranks, ConstTensorView index_TK) {
+  if (shares.etp == 1) return index_TK;
+  const std::vector<std::int32_t> numbers = shares.numbers(ranks);
+  const Shape shape{shares.num_experts, shares.etp};
+  TensorView piece_EP = ex.scratch->take(shape, DType::kI32, "numbers of the pieces of experts");
+  if (piece_EP.data != nullptr) std::memcpy(piece_EP.data, numbers.data(), piece_EP.bytes());
+  TensorView index_TS =
+      ex.scratch->take({index_TK.shape[0], index_TK.shape[1] * shares.etp}, DType::kI32, "choices of pieces");
+  ops::expand_choices(ex, index_TS, index_TK, piece_EP);
+  return index_TS;
+}
+
+void count_rows(DispatchPlan& plan, const Communicator& exchange, const ExpertShares& shares,
+                const std::vector<std::int32_t>& counts_PE) {
+  const std::int64_t P = exchange.size(), E = shares.pieces();
+  const Range local = shares.pieces_of(exchange.rank(), exchange.size());
   plan.expert_offsets.assign(static_cast<std::size_t>(local.size() + 1), 0);
-  for (std::int64_t p = 0; p < P; ++p) {
-    const Range theirs = balanced(E, P, p);
+  for (int p = 0; p < P; ++p) {
+    const Range theirs = shares.pieces_of(p, exchange.size());
     std::int64_t send = 0, recv = 0;
     for (std::int64_t e = theirs.begin; e < theirs.end; ++e)
-      send += counts_PE[static_cast<std::size_t>(ep.rank() * E + e)];
+      send += counts_PE[static_cast<std::size_t>(exchange.rank() * E + e)];
     for (std::int64_t e = local.begin; e < local.end; ++e) {
       const std::int64_t n = counts_PE[static_cast<std::size_t>(p * E + e)];
       recv += n;
@@ -78,23 +84,43 @@ DispatchPlan make_plan(Exec& ex, Communicator& ep, ConstTensorView index_TK, std
     plan.recv_rows.push_back(recv);
   }
   std::partial_sum(plan.expert_offsets.begin(), plan.expert_offsets.end(), plan.expert_offsets.begin());
-  if (P > 1) {
+}
+
+}  // namespace
+
+DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_TK, const ExpertShares& shares,
+                       Arena& keep) {
+  DispatchPlan plan;
+  plan.tokens = index_TK.shape[0];
+  plan.top_k = index_TK.shape[1];
+  plan.etp = shares.etp;
+  plan.order_N = keep.take({plan.sent()}, DType::kI32, "dispatch order");
+  plan.slot_TS = keep.take({plan.tokens, plan.top_k * plan.etp}, DType::kI32, "dispatch slots");
+  ScratchScope scope(*ex.scratch);
+  TensorView counts_E = ex.scratch->take({shares.pieces()}, DType::kI32, "rows per piece");
+  ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E,
+                      piece_choices(ex, shares, exchange.size(), index_TK));
+  const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, plan.sent());
+  count_rows(plan, exchange, shares, counts_PE);
+  if (exchange.size() > 1) {
     plan.regroup_R = keep.take({plan.received()}, DType::kI32, "regroup");
     plan.ungroup_R = keep.take({plan.received()}, DType::kI32, "ungroup");
-    if (ex.device.type != DeviceType::kDry) fill_regroup(plan, counts_PE, P, E, local);
+    if (ex.device.type != DeviceType::kDry)
+      fill_regroup(plan, counts_PE, exchange.size(), shares.pieces(),
+                   shares.pieces_of(exchange.rank(), exchange.size()));
   }
   return plan;
 }
 
-ToExperts::ToExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, ConstTensorView rows,
+ToExperts::ToExperts(Exec& ex, Communicator& exchange, const DispatchPlan& plan, ConstTensorView rows,
                      std::int64_t divisor)
     : plan_(plan), rows_(rows), divisor_(divisor) {
-  if (ep.size() == 1) return;  // finish() gathers straight into place
+  if (exchange.size() == 1) return;  // finish() gathers straight into place
   TensorView sent_N =
       ex.scratch->take(rows_shape(plan.sent(), rows.shape), rows.dtype, "rows to the experts");
   arrived_R_ = ex.scratch->take(rows_shape(plan.received(), rows.shape), rows.dtype, "rows from all ranks");
   ops::gather_rows(ex, sent_N, rows, plan.order_N, divisor);
-  pending_ = ep.all_to_all_rows(arrived_R_, plan.recv_rows, sent_N, plan.send_rows, ex.comm);
+  pending_ = exchange.all_to_all_rows(arrived_R_, plan.recv_rows, sent_N, plan.send_rows, ex.comm);
 }
 
 void ToExperts::finish(Exec& ex, TensorView out_R) {
@@ -106,8 +132,8 @@ void ToExperts::finish(Exec& ex, TensorView out_R) {
   }
 }
 
-FromExperts::FromExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, ConstTensorView rows_R) {
-  if (ep.size() == 1) {
+FromExperts::FromExperts(Exec& ex, Communicator& exchange, const DispatchPlan& plan, ConstTensorView rows_R) {
+  if (exchange.size() == 1) {
     direct_ = rows_R;
     return;
   }
@@ -115,7 +141,7 @@ FromExperts::FromExperts(Exec& ex, Communicator& ep, const DispatchPlan& plan, C
   arrived_N_ =
       ex.scratch->take(rows_shape(plan.sent(), rows_R.shape), rows_R.dtype, "rows back at their tokens");
   ops::gather_rows(ex, ungrouped_R_, rows_R, plan.ungroup_R, 1);
-  pending_ = ep.all_to_all_rows(arrived_N_, plan.send_rows, ungrouped_R_, plan.recv_rows, ex.comm);
+  pending_ = exchange.all_to_all_rows(arrived_N_, plan.send_rows, ungrouped_R_, plan.recv_rows, ex.comm);
   direct_ = arrived_N_;
 }
 

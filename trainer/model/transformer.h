@@ -1,9 +1,12 @@
 #pragma once
-// The model: embedding, blocks, final norm, head and loss.
+// The model, or one chunk of it where a pipeline cuts it: a run of blocks, with the embedding before the
+// first block and final norm, head and loss after the last one.
 
 #include <functional>
+#include <optional>
 #include <vector>
 
+#include "kernels/ops/vocab_shard.h"
 #include "parallel/mesh.h"
 #include "trainer/model/block.h"
 #include "trainer/model/lm_head.h"
@@ -16,33 +19,71 @@ struct MicroBatch {  // T tokens, a multiple of seq_len; T = 0 is a rank without
   TokenPlaces places;
 };
 
-struct Transformer {
-  Param embed_VD;
-  std::vector<Block> blocks;
-  RmsNorm final_norm;
+struct Embedding {
+  Param weight_VD;  // this rank's rows
+  VocabShard shard;
+};
+
+struct OutputHead {
+  RmsNorm norm;
   LmHead head;
-  DType dtype = DType::kF32;  // of activations
+};
+
+struct Transformer {
+  std::optional<Embedding> embedding;  // of the first chunk
+  std::vector<Block> blocks;
+  std::optional<OutputHead> output;  // of the last chunk
+  std::int64_t hidden_size = 0;
+  int first_block = 0;  // number of blocks[0] in the whole model
+  Communicator* tp = nullptr;
+  Communicator* pool = nullptr;  // the ranks that share a micro-batch's tokens: cp x tp
+  DType dtype = DType::kF32;     // of activations
 
   struct Saved {
     std::vector<Block::Saved> blocks;
+    std::vector<LayerLoad> loads;  // of this chunk's mixtures, over all tokens of the micro-batch
     ConstTensorView tokens_T;
+    ConstTensorView output_tD;  // of the last block
     RmsNorm::Saved final_norm;
-    TensorView dnormed_TD;  // gradient of the final norm's output, made together with the loss
+    TensorView dnormed_tD;  // gradient of the final norm's output, made together with the loss
+    double loss = 0;        // sum of the tokens' cross-entropies; of tp rank 0 of the last chunk
     BalanceTerms balance;
   };
 
-  // Sum of the tokens' cross-entropies. The gradient is that of loss_scale * sum + the balance terms; it is
-  // complete after backward. Memory of `saved` comes from `keep`.
-  double forward(Exec& ex, const MicroBatch& batch, double loss_scale, const BalanceConfig& balance,
-                 Arena& keep, Saved& saved) const;
-  // layer_done(i): the gradients of block i are final for this micro-batch; called last to first, then with
-  // -1 for embedding, final norm and head.
-  void backward(Exec& ex, Arena& keep, Saved& saved, const std::function<void(int)>& layer_done) const;
-  // Sum of the cross-entropies without gradients; keeps nothing. `sink` sees the logits, chunk by chunk.
-  double evaluate(Exec& ex, const MicroBatch& batch, Arena& keep, const LmHead::Sink& sink = {}) const;
+  // input_tD: the previous chunk's output, kept by the caller until backward; not looked at by the first
+  // chunk. Memory of `saved` comes from `keep`. before_block(i), i counted in the whole model: block i is
+  // about to run; -1: the embedding or the head.
+  void forward(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, double loss_scale, Arena& keep,
+               Saved& saved, const std::function<void(int)>& before_block = {}) const;
+  // Between forward and backward: values and gradients of the balance terms, from the loads of all chunks.
+  void set_balance(Exec& ex, const BalanceConfig& config, const LoadPool& all, Arena& keep,
+                   Saved& saved) const;
+  // g_tD: the gradient of the output in (written here by the last chunk), that of the input out. The loss is
+  // loss_scale * sum + the balance terms. block_done(i), i counted in the whole model: the gradients of block
+  // i are final for this micro-batch; called last to first.
+  void backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
+                const std::function<void(int)>& block_done) const;
+  // Forward without gradients: the output, in memory of `keep`, or the sum of the cross-entropies (last
+  // chunk; tp rank 0). `sink` sees the logits, chunk by chunk.
+  struct Evaluated {
+    ConstTensorView output_tD;
+    double loss = 0;
+  };
+  Evaluated evaluate(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
+                     const LmHead::Sink& sink = {}) const;
+
+  std::int64_t own_tokens(const MicroBatch& batch) const { return batch.tokens_T.rows() / tp->size(); }  // t
+
+ private:
+  void embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const;
+  void collect_loads(Exec& ex, std::int64_t tokens, Saved& saved) const;
 };
 
+// Chunk `chunk` of `plan`.
 Transformer make_transformer(const ModelConfig& config, const ParamStore& params, const ProcessMesh& mesh,
-                             Recompute recompute);
+                             const StagePlan& plan, std::size_t chunk, Recompute recompute);
+// All chunks of this rank's stage, first to last.
+std::vector<Transformer> make_chunks(const ModelConfig& config, const ParamStore& params,
+                                     const ProcessMesh& mesh, const StagePlan& plan, Recompute recompute);
 
 }  // namespace upmoe

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Plants one error at a time in the parallel layouts and shows that the tests find it.
+
+By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--build DIR] [NAME ...]
+The tree is copied first, so nothing here changes.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# name: file, what stands there, what is planted, the meshes that must notice (a GoogleTest filter)
+MUTANTS = {
+    "kv_bias_gradient_summed_over_tp_alone": (
+        "parallel/layout.cpp", "return {data * tp.count + tp.index, copies * tp.count};",
+        "return {tp.index, tp.count};", "*"),
+    "no_reduction_of_norm_and_router_over_tp": (
+        "parallel/layout.cpp", "    if (spread.kind == OverTp::kWhole) return true;",
+        "    if (spread.kind == OverTp::kWhole) return mine == theirs;", "*"),
+    "shared_gate_gradient_counted_twice_over_tp": (
+        "trainer/model/dense_ffn.cpp",
+        "  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);",
+        "  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);\n"
+        "  if (gate_1D && tp->size() > 1) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);", "*moe*"),
+    "clip_norm_counts_replicas": (
+        "trainer/optimizer.cpp", "  for (const OwnedSlice& s : slices_) ops::sum_of_squares(ex, sum_1, s.grad);",
+        "  for (const OwnedSlice& s : slices_) ops::sum_of_squares(ex, sum_1, s.param->grad);", "*"),
+    "loss_counted_on_every_tp_rank": (
+        "trainer/model/lm_head.cpp", "    if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);",
+        "    ops::sum(ex, loss_1, loss_C);", "*"),
+    "balance_pool_of_one_rank": (
+        "trainer/model/transformer.cpp", "    load.tokens = tokens * pool->size();",
+        "    load.tokens = tokens;", "*moe*"),
+    "balance_pool_of_one_stage": (
+        "trainer/pipeline.cpp", "    f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);",
+        "    link_->receive(ex, *link_->backward, link_->next(), g_tD);", "*moe*"),
+    "vocabulary_shard_forgets_its_beginning": (
+        "trainer/model/make_transformer.cpp", "  return {p.shard.offset[0], p.spec.shape[0]};",
+        "  return {0, p.spec.shape[0]};", "*"),
+    "divisor_of_this_ranks_tokens": (
+        "trainer/trainer.cpp",
+        "  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);",
+        "  step.loss_scale = 1.0 / static_cast<double>(s_.loader->rounds() * s_.mesh.spec().dp * "
+        "run.train.micro_batch * run.data.seq_len);", "*"),
+    "pieces_of_an_expert_in_the_wrong_order": (
+        "trainer/model/expert_shares.cpp",
+        "      piece_EP[static_cast<std::size_t>(e * etp + rank % etp)] = static_cast<std::int32_t>(piece++);",
+        "      piece_EP[static_cast<std::size_t>(e * etp + (rank + 1) % etp)] = "
+        "static_cast<std::int32_t>(piece++) % (int)pieces();", "*moe*"),
+    "router_weight_of_one_piece_only": (
+        "trainer/model/moe_layer.cpp",
+        "  ops::gather_sum_rows(ex, dweight_TK, dweights.finish(), plan.slot_TS.reshape({choices, shares.etp}),\n"
+        "                       Accumulate::kOverwrite);",
+        "  ops::gather_rows(ex, dweight_TK, dweights.finish(),\n"
+        "                   plan.slot_TS.reshape({choices * shares.etp}).rows(0, choices), 1);", "*moe*"),
+    "gate_and_up_swapped_where_tp_cuts": (
+        "trainer/model/dense_ffn.cpp", "  gate_up.forward(ex, saved.gate_up_TG, x_TD);",
+        "  gate_up.forward(ex, saved.gate_up_TG, x_TD);\n"
+        "  if (tp->size() > 1)\n"
+        "    for (std::int64_t i = 0; i + 1 < saved.gate_up_TG.elements(); i += 2)\n"
+        "      std::swap(saved.gate_up_TG.as<float>()[i], saved.gate_up_TG.as<float>()[i + 1]);", "*"),
+    "context_chunks_in_plain_order": (
+        "trainer/model/context_shards.h", "return half == 0 ? r : 2 * ranks - 1 - r;",
+        "return 2 * r + half;", "*"),
+    "tied_embedding_reduced_on_one_stage": (
+        "parallel/layout.cpp", "    if (p.tied && is_end(rank)) return is_end(r);", "", "*tied*"),
+    "gradients_ready_before_the_last_micro_batch": (
+        "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.micro_batches;",
+        "  const bool last = action.micro_batch == 0;", "*"),
+}
+
+
+def run(command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def build(tree, out):
+    return run(["cmake", "--build", out, "--target", "layout_equivalence_test", "-j2"], cwd=tree)
+
+
+def caught(out, meshes):
+    """The tests fail, or the program stops with an error: both are a catch; a time-out is a hang, and none."""
+    began = time.monotonic()
+    done = run([out / "bin" / "layout_equivalence_test", f"--gtest_filter={meshes}"], timeout=600,
+               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    failed = sum(line.startswith("[  FAILED  ]") and "(" in line for line in done.stdout.splitlines())
+    return done.returncode != 0, failed, time.monotonic() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "mutants")
+    parser.add_argument("names", nargs="*", choices=[*MUTANTS, []], metavar="NAME")
+    args = parser.parse_args()
+    tree, out = args.build / "tree", args.build / "out"
+    shutil.rmtree(tree, ignore_errors=True)
+    files = run(["git", "-C", ROOT, "ls-files", "-z"]).stdout.split("\0")
+    for name in filter(None, files):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name)
+    done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"])
+    if done.returncode == 0:
+        done = build(tree, out)
+    if done.returncode != 0:
+        raise SystemExit(f"the tree without mutants does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    if caught(out, "*")[0]:
+        raise SystemExit("the tests fail without any mutant")
+    survivors = []
+    for name in args.names or MUTANTS:
+        path, old, new, meshes = MUTANTS[name]
+        source = (tree / path).read_text(encoding="utf-8")
+        if source.count(old) != 1:
+            raise SystemExit(f"{name}: {path} has {source.count(old)} times: {old}")
+        (tree / path).write_text(source.replace(old, new), encoding="utf-8")
+        done = build(tree, out)
+        if done.returncode != 0:
+            raise SystemExit(f"{name} does not build:\n{done.stdout[-3000:]}")
+        found, failed, seconds = caught(out, meshes)
+        print(f"{name:50}{'caught' if found else 'SURVIVED':10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
+        if not found:
+            survivors.append(name)
+        (tree / path).write_text(source, encoding="utf-8")
+    if survivors:
+        sys.exit(f"not caught: {', '.join(survivors)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+#pragma once
+// The same few steps of a golden model under any mesh, with everything the ranks hold put together again, so
+// that two meshes can be compared.
+
+#include <unistd.h>
+
+#include <mutex>
+
+#include "kernels/ops/pointwise.h"
+#include "tests/support/golden.h"
+#include "trainer/trainer.h"
+
+namespace upmoe::test {
+
+struct Layout {
+  std::string model;
+  MeshSpec mesh;
+  std::int64_t micro_batch = 1;
+  int pp_chunks = 1;
+  std::string recompute = "none";
+  std::string precision = "fp32";
+  bool mask_documents = false;
+  double z_loss = 0, aux_loss = -1;  // below 0: the golden file's
+  std::string aux_kind = "hf";
+  std::int64_t steps = 5;
+
+  std::string str() const {
+    const MeshSpec& m = mesh;
+    return fmt::format("{}_pp{}x{}_dp{}_cp{}_tp{}_ep{}_etp{}_micro{}", model, m.pp, pp_chunks, m.dp, m.cp,
+                       m.tp, m.ep, m.etp, micro_batch);
+  }
+};
+
+struct Outcome {
+  std::vector<double> losses, auxes, zs, norms;
+  std::vector<std::vector<std::vector<double>>> loads;
+  std::map<std::string, std::vector<float>> gradients, weights;  // global; gradients of the first step
+};
+
+inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesystem::path& tokens) {
+  RunConfig run = golden.settings(tokens, l.micro_batch, l.mesh.ep);
+  run.parallel.tp = l.mesh.tp;
+  run.parallel.pp = l.mesh.pp;
+  run.parallel.cp = l.mesh.cp;
+  run.parallel.etp = l.mesh.etp;
+  run.parallel.pp_chunks = l.pp_chunks;
+  run.train.recompute = l.recompute;
+  run.train.precision = l.precision;
+  run.data.mask_documents = l.mask_documents;
+  run.router.z_loss = l.z_loss;
+  if (l.aux_loss >= 0) run.router.aux_loss = l.aux_loss;
+  run.router.aux_kind = l.aux_kind;
+  return run;
+}
+
+inline bool is_possible(const Layout& l, const Golden& golden) {
+  return problems_of(run_of(l, golden, "unused"), golden.config(), l.mesh.world()).empty();
+}
+
+// Every mesh of `ranks` ranks that the model allows.
+inline std::vector<Layout> meshes(const std::string& model, int ranks) {
+  const Golden golden(model);
+  std::vector<Layout> all;
+  for (int pp = 1; pp <= ranks; ++pp)
+    for (int cp = 1; cp <= ranks; ++cp)
+      for (int tp = 1; tp <= ranks; ++tp) {
+        if (ranks % (pp * cp * tp) != 0) continue;
+        const MeshSpec dense{pp, ranks / (pp * cp * tp), cp, tp, 1, 1};
+        for (int ep = 1; ep <= ranks; ++ep)
+          for (int etp = 1; etp <= ranks; ++etp)
+            for (int chunks : {1, 2}) {
+              Layout l{model, dense, 1, chunks};
+              l.mesh.ep = ep;
+              l.mesh.etp = etp;
+              if (is_possible(l, golden)) all.push_back(l);
+            }
+      }
+  return all;
+}
+
+// Fills a ParamStore of any dtype with a golden file's weights.
+inline ReadParam golden_weights(const Golden& golden) {
+  return [&golden](const ParamSpec& spec, const Box& box, TensorView out) {
+    std::vector<float> values(static_cast<std::size_t>(box.elements()));
+    golden.reader()(spec, box, host_view(values.data(), box.extent));
+    Exec host;
+    ops::cast(host, out, host_view(static_cast<const float*>(values.data()), box.extent));
+  };
+}
+
+// Puts a flat range of a shard where it belongs in the whole tensor.
+inline void place(std::map<std::string, std::vector<float>>& all, const StoredParam& p, ConstTensorView flat,
+                  Range range) {
+  std::vector<float>& whole = all[p.spec.name];
+  whole.resize(static_cast<std::size_t>(p.spec.shape.elements()));
+  std::int64_t i = range.begin;
+  for (const Box& box : flat_range_to_boxes(p.shard, range))
+    Golden::for_each_index(box, p.spec.shape, [&](std::int64_t at) {
+      whole[static_cast<std::size_t>(at)] =
+          flat.dtype == DType::kF32 ? flat.as<float>()[i] : to_float(flat.as<bf16>()[i]);
+      ++i;
+    });
+}
+
+// Runs this rank's part; what it owns goes into `outcome`.
+inline void run_rank(Communicator& world, const Golden& golden, const Layout& layout, Outcome& outcome,
+                     std::mutex& mutex) {
+  const std::filesystem::path tokens =
+      std::filesystem::temp_directory_path() / fmt::format("layout_{}_{}.h5", ::getpid(), world.rank());
+  golden.write_tokens(tokens);
+  const RunConfig run = run_of(layout, golden, tokens);
+  const std::vector<std::string> problems = problems_of(run, golden.config(), world.size());
+  UPMOE_CHECK(problems.empty(), "{}", problems.front());
+  Session s(run, golden.config(), world);
+  s.params.load(golden_weights(golden));
+  s.optimizer.reset(s.memory.exec);
+  s.open_data(0);
+  Trainer trainer(s);
+  for (std::int64_t step = 1; step <= layout.steps; ++step) {
+    const StepReport r = trainer.step(step);
+    const std::lock_guard lock(mutex);
+    if (world.rank() == 0) {
+      outcome.losses.push_back(r.loss);
+      outcome.auxes.push_back(r.aux_loss);
+      outcome.zs.push_back(r.z_loss);
+      outcome.norms.push_back(r.grad_norm);
+      outcome.loads.push_back(r.expert_load);
+    }
+    if (step > 1) continue;
+    for (const StoredParam& p : s.params.all())  // owned slices hold the whole sums after the reduction
+      if (p.owned.size() > 0) place(outcome.gradients, p, p.grad.reshape({p.grad.elements()}), p.owned);
+  }
+  trainer.settle();
+  const std::lock_guard lock(mutex);
+  for (const StoredParam& p : s.params.all())
+    if (p.owned.size() > 0) place(outcome.weights, p, p.value.reshape({p.value.elements()}), p.owned);
+  std::filesystem::remove(tokens);
+}
+
+inline Outcome run_in_layout(const Layout& layout) {
+  const Golden golden(layout.model);
+  Outcome outcome;
+  std::mutex mutex;
+  run_in_threads(layout.mesh.world(),
+                 [&](Communicator& world) { run_rank(world, golden, layout, outcome, mutex); });
+  return outcome;
+}
+
+}  // namespace upmoe::test

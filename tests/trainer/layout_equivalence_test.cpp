@@ -1,0 +1,247 @@
+// Any mesh computes what one rank computes: loss, balance terms, every gradient, clip norm and five optimizer
+// steps. Runs as threads here; under mpirun (layout_test_mpiN) the world is MPI's and must give the threads'
+// results to the bit. UPMOE_LAYOUTS=all runs every mesh of up to 8 ranks instead of a sample.
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+
+#include "kernels/core/philox.h"
+#include "parallel/runtime.h"
+#include "tests/support/layout_run.h"
+
+namespace upmoe {
+namespace {
+
+using test::Golden;
+using test::Layout;
+using test::Outcome;
+
+struct Limits {
+  double loss = 1e-6, gradient = 1e-5, norm = 1e-6, weights = 1e-5;
+};
+
+// Distance over norm; the norm of a gradient that is zero but for rounding (k's bias) is taken as that of the
+// largest gradient around it.
+double distance(const std::vector<float>& a, const std::vector<float>& b, double floor) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    difference += std::pow(double(a[i]) - double(b[i]), 2);
+    norm += std::pow(double(a[i]), 2);
+  }
+  return std::sqrt(difference) / std::max(std::sqrt(norm), floor);
+}
+
+void expect_equal(const Outcome& one, const Outcome& many, const Limits& limits = {}) {
+  ASSERT_EQ(one.losses.size(), many.losses.size());
+  for (std::size_t i = 0; i < one.losses.size(); ++i) {
+    EXPECT_NEAR(many.losses[i], one.losses[i], limits.loss * one.losses[i]) << "loss of step " << i + 1;
+    EXPECT_NEAR(many.auxes[i], one.auxes[i], 10 * limits.loss * std::abs(one.auxes[i])) << "step " << i + 1;
+    EXPECT_NEAR(many.zs[i], one.zs[i], 10 * limits.loss * std::abs(one.zs[i])) << "step " << i + 1;
+    EXPECT_NEAR(many.norms[i], one.norms[i], (i == 0 ? 1 : 10) * limits.norm * one.norms[i])
+        << "gradient norm of step " << i + 1;
+  }
+  EXPECT_EQ(one.loads.front(), many.loads.front()) << "who computed which token";
+  ASSERT_EQ(one.gradients.size(), many.gradients.size());
+  for (const auto& [name, expected] : one.gradients) {
+    EXPECT_LT(distance(expected, many.gradients.at(name), 1e-3 * one.norms[0]), limits.gradient)
+        << "gradient of " << name;
+    if (name.ends_with("attn.k_NH")) continue;  // AdamW makes whole steps of a gradient of rounding alone
+    EXPECT_LT(distance(one.weights.at(name), many.weights.at(name), 0), limits.weights) << name;
+  }
+}
+
+std::vector<Layout> chosen_meshes() {
+  const char* mode = std::getenv("UPMOE_LAYOUTS");
+  const bool every = mode != nullptr && std::string(mode) == "all";
+  std::vector<Layout> all;
+  for (const char* model : {"dense_tied_gqa", "moe_a27b", "moe_odd", "moe_mixed"})
+    for (int ranks = 2; ranks <= 8; ++ranks)
+      for (const Layout& l : test::meshes(model, ranks)) all.push_back(l);
+  if (every) return all;
+  std::vector<Layout> sample;  // a fixed one, the same on every machine
+  for (std::size_t i = 0; i < all.size(); ++i)
+    if (philox(20, i)[0] % all.size() < 90) sample.push_back(all[i]);
+  return sample;
+}
+
+const Outcome& one_rank(const Layout& like) {
+  static std::map<std::string, Outcome> done;
+  Layout one = like;
+  one.mesh = {};
+  one.pp_chunks = 1;
+  const std::string key = one.str() + one.recompute + one.precision + one.aux_kind +
+                          fmt::format("{}{}{}", one.mask_documents, one.z_loss, one.steps);
+  auto it = done.find(key);
+  if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
+  return it->second;
+}
+
+class Meshes : public testing::TestWithParam<Layout> {};
+
+TEST_P(Meshes, EqualsOneRank) {
+  expect_equal(one_rank(GetParam()), run_in_layout(GetParam()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Threads, Meshes, testing::ValuesIn(chosen_meshes()),
+                         [](const auto& l) { return l.param.str(); });
+
+// What else a step may contain, each under a few meshes that use every axis.
+std::vector<MeshSpec> all_axes() {
+  return {{2, 1, 2, 2, 4, 1}, {1, 2, 1, 2, 2, 2}, {2, 2, 1, 1, 2, 1}, {1, 1, 2, 2, 1, 4}};
+}
+
+TEST(Features, DocumentMasks) {
+  for (const MeshSpec& mesh : all_axes()) {
+    Layout l{"moe_mixed", mesh, 2};
+    l.mask_documents = true;
+    expect_equal(one_rank(l), run_in_layout(l));
+  }
+}
+
+TEST(Features, OtherBalanceTerms) {
+  for (const MeshSpec& mesh : all_axes()) {
+    Layout l{"moe_mixed", mesh, 1};
+    l.aux_kind = "switch";
+    l.z_loss = 0.01;
+    expect_equal(one_rank(l), run_in_layout(l));
+  }
+}
+
+TEST(Features, RecomputationIsTheSameToTheBit) {
+  for (const MeshSpec& mesh : all_axes())
+    for (const char* recompute : {"ffn", "block"}) {
+      Layout l{"moe_mixed", mesh, 1};
+      const Outcome kept = run_in_layout(l);
+      l.recompute = recompute;
+      const Outcome again = run_in_layout(l);
+      EXPECT_EQ(kept.losses, again.losses) << mesh.str();
+      EXPECT_EQ(kept.weights, again.weights) << mesh.str();
+    }
+}
+
+// One micro-batch on one rank and the same tokens dealt to the ranks along ep: every expert adds up the same
+// rows in the same order, so its gradient is the same to the bit. (Without the balance term, whose pool is
+// the micro-batch.)
+TEST(Features, ExpertGradientsAreBitwiseUnderEp) {
+  Layout one{"moe_a27b", {}, 4};
+  one.aux_loss = 0;
+  const Outcome expected = run_in_layout(one);
+  for (const int ep : {2, 4}) {
+    Layout l = one;
+    l.mesh.dp = l.mesh.ep = ep;
+    l.micro_batch = 4 / ep;
+    const Outcome many = run_in_layout(l);
+    for (const auto& [name, gradient] : expected.gradients)
+      if (name.find("moe.gate_up") != std::string::npos || name.find("moe.down") != std::string::npos) {
+        EXPECT_EQ(gradient, many.gradients.at(name)) << name << " ep " << ep;
+      }
+  }
+}
+
+// In bf16 a layout moves the loss no further than another order of one sum does: here, another micro-batch.
+TEST(Features, Bf16DoesNotDrift) {
+  for (const char* model : {"moe_a27b", "moe_mixed"})
+    for (const MeshSpec& mesh : {MeshSpec{2, 1, 2, 2, 4, 1}, MeshSpec{1, 2, 1, 2, 2, 2}}) {
+      Layout l{model, mesh, 1};
+      l.precision = "bf16";
+      l.steps = 10;
+      const Outcome one = one_rank(l), many = run_in_layout(l);
+      for (std::size_t i = 0; i < one.losses.size(); ++i)
+        EXPECT_NEAR(many.losses[i], one.losses[i], 1e-2 * one.losses[i]) << model << " step " << i + 1;
+    }
+}
+
+// Sixteen ranks: a seeded sample of a hundred meshes, or three of them.
+TEST(Sixteen, RandomMeshes) {
+  const char* mode = std::getenv("UPMOE_LAYOUTS");
+  const std::size_t count = mode != nullptr && std::string(mode) == "all" ? 100 : 3;
+  std::vector<Layout> all;
+  for (const char* model : {"dense_tied_gqa", "moe_a27b", "moe_odd", "moe_mixed"})
+    for (const Layout& l : test::meshes(model, 16)) all.push_back(l);
+  ASSERT_FALSE(all.empty());
+  for (std::size_t i = 0; i < count; ++i) {
+    const Layout& l = all[philox(16, i)[0] % all.size()];
+    SCOPED_TRACE(l.str());
+    expect_equal(one_rank(l), run_in_layout(l));
+  }
+}
+
+// The files that transformers and PyTorch made in fp64, ten steps, under meshes of every axis.
+std::vector<Layout> golden_layouts(int ranks) {
+  std::vector<Layout> all;
+  for (const char* model : {"dense", "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd"}) {
+    const Golden golden(model);
+    for (Layout l : test::meshes(model, ranks)) {
+      // The pool of the balance term is the micro-batch: the files have four sequences in one, or two
+      // (moe_a27b).
+      l.micro_batch = l.mesh.dp == 1 ? 4 : 2;
+      l.steps = 10;
+      const bool has_file = l.mesh.dp == 1 || (l.mesh.dp == 2 && l.model == "moe_a27b");
+      if (has_file && test::is_possible(l, golden)) all.push_back(l);
+    }
+  }
+  return all;
+}
+
+void expect_golden(const Layout& l, const Outcome& found) {
+  const Golden golden(l.model);
+  const std::string prefix = l.micro_batch == 4 ? "" : "accumulated.";
+  const auto losses = golden.values<double>(prefix + "losses"),
+             norms = golden.values<double>(prefix + "grad_norms");
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    EXPECT_NEAR(found.losses[i], losses[i], 2e-6 * losses[i]) << l.str() << " step " << i + 1;
+    EXPECT_NEAR(found.norms[i], norms[i], 2e-4 * norms[i]) << l.str() << " step " << i + 1;
+    if (golden.config().num_experts == 0) continue;
+    const double aux = golden.values<double>(prefix + "auxes")[i];
+    EXPECT_NEAR(found.auxes[i], aux, 1e-5 * aux) << l.str() << " step " << i + 1;
+  }
+  if (!prefix.empty()) return;
+  for (const ParamSpec& p : make_param_table(golden.config())) {
+    EXPECT_LT(distance(golden.parameter(p, "final."), found.weights.at(p.name), 0), 1e-4)
+        << l.str() << " " << p.name;
+  }
+}
+
+TEST(GoldenFiles, UnderMeshesOfEveryAxis) {
+  for (const int ranks : {2, 4, 6, 8}) {
+    const std::vector<Layout> all = golden_layouts(ranks);
+    for (std::uint64_t i = 0; i < 3; ++i) {
+      const Layout& l = all[philox(5, static_cast<std::uint64_t>(ranks) * 100 + i)[0] % all.size()];
+      expect_golden(l, run_in_layout(l));
+    }
+  }
+}
+
+// Under mpirun: meshes over MPI, to the bit what threads give (and so, by the tests above, what one rank
+// gives); and the golden files.
+void compare_over_mpi(Communicator& world) {
+  const auto run = [&](const Layout& l, const auto& check) {
+    Outcome mine;
+    std::mutex mutex;
+    test::run_rank(world, Golden(l.model), l, mine, mutex);
+    if (world.rank() == 0) check(l, mine);
+  };
+  for (const char* model : {"moe_a27b", "moe_mixed", "dense_tied_gqa", "moe_odd"}) {
+    const std::vector<Layout> all = test::meshes(model, world.size());
+    if (all.empty()) continue;
+    run(all[philox(24, all.size())[0] % all.size()], [](const Layout& l, const Outcome& mine) {
+      const Outcome threads = run_in_layout(l);
+      EXPECT_EQ(mine.losses, threads.losses) << l.str();
+      EXPECT_EQ(mine.norms, threads.norms) << l.str();
+      EXPECT_EQ(mine.auxes, threads.auxes) << l.str();
+      fmt::print("over MPI, bitwise as over threads: {}\n", l.str());
+    });
+  }
+}
+
+}  // namespace
+}  // namespace upmoe
+
+int main(int argc, char** argv) {
+  upmoe::Runtime runtime(&argc, &argv);
+  testing::InitGoogleTest(&argc, argv);
+  if (runtime.world().size() == 1) return RUN_ALL_TESTS();
+  upmoe::compare_over_mpi(runtime.world());
+  return testing::UnitTest::GetInstance()->ad_hoc_test_result().Failed() ? 1 : 0;
+}

@@ -1,0 +1,134 @@
+// Saved under one mesh, loaded under another: weights, masters and moments to the bit, and the run goes on
+// with the losses of a run that never stopped.
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+
+#include "kernels/core/philox.h"
+#include "tests/support/layout_run.h"
+#include "trainer/checkpoint.h"
+
+namespace upmoe {
+namespace {
+
+namespace fs = std::filesystem;
+using test::Golden;
+using test::Layout;
+using test::Outcome;
+
+constexpr std::int64_t kHalf = 2;
+
+using Contents = std::map<std::string, std::vector<float>>;  // "name kind" -> the whole tensor
+
+// What the optimizer of this rank owns.
+void collect(const Session& s, Contents& all, std::mutex& mutex) {
+  const std::lock_guard lock(mutex);
+  const auto put = [&](const StoredParam& p, const char* kind, ConstTensorView flat) {
+    std::vector<float>& whole = all[p.spec.name + " " + kind];
+    whole.resize(static_cast<std::size_t>(p.spec.shape.elements()));
+    std::int64_t i = 0;
+    for (const Box& box : flat_range_to_boxes(p.shard, p.owned))
+      Golden::for_each_index(box, p.spec.shape, [&](std::int64_t at) {
+        whole[static_cast<std::size_t>(at)] =
+            flat.dtype == DType::kF32 ? flat.as<float>()[i] : to_float(flat.as<bf16>()[i]);
+        ++i;
+      });
+  };
+  for (const OwnedSlice& slice : s.optimizer.slices()) {
+    put(*slice.param, "weight", slice.weight);
+    put(*slice.param, "m", slice.m);
+    put(*slice.param, "v", slice.v);
+    if (s.optimizer.has_masters()) put(*slice.param, "master", slice.master);
+  }
+}
+
+// Half the run under `layout`: from the golden weights, or from a checkpoint; saves at its end.
+std::vector<double> half_run(const Layout& layout, const fs::path& checkpoints, bool resume,
+                             Contents& at_start, Contents& at_end) {
+  const Golden golden(layout.model);
+  std::vector<double> losses;
+  std::mutex mutex;
+  run_in_threads(layout.mesh.world(), [&](Communicator& world) {
+    const fs::path tokens = checkpoints / fmt::format("tokens_{}.h5", world.rank());
+    golden.write_tokens(tokens);
+    Session s(test::run_of(layout, golden, tokens), golden.config(), world);
+    TrainState state;
+    if (resume) {
+      state = load_checkpoint(ShardStore(*newest_usable(checkpoints, world)), s);
+    } else {
+      s.params.load(test::golden_weights(golden));
+      s.optimizer.reset(s.memory.exec);
+    }
+    collect(s, at_start, mutex);
+    s.open_data(state.samples);
+    Trainer trainer(s);
+    for (std::int64_t i = 1; i <= kHalf; ++i) {
+      const StepReport r = trainer.step(state.step + i);
+      if (world.rank() == 0) losses.push_back(r.loss);
+    }
+    state.step += kHalf;
+    state.samples = state.step * s.run.train.global_batch;
+    state.source = "golden";
+    state.fingerprint = s.data->fingerprint();
+    CheckpointWriter writer(checkpoints, 3);
+    writer.begin(s, state, world, false);
+    writer.finish(world);
+    collect(s, at_end, mutex);
+  });
+  return losses;
+}
+
+struct Pair {
+  Layout from, to;
+};
+
+std::vector<Pair> random_pairs(std::size_t count) {
+  std::vector<Pair> pairs;
+  std::uint64_t next = 0;
+  const auto roll = [&](std::size_t n) { return philox(77, next++)[0] % n; };
+  const std::vector<std::string> models{"dense_tied_gqa", "moe_a27b", "moe_odd", "moe_mixed"};
+  while (pairs.size() < count) {
+    const std::string& model = models[roll(models.size())];
+    const auto any = [&] {
+      const std::vector<Layout> all = test::meshes(model, 1 + static_cast<int>(roll(8)));
+      return all.empty() ? Layout{model, {}} : all[roll(all.size())];
+    };
+    Pair p{any(), any()};
+    p.from.precision = p.to.precision = roll(4) == 0 ? "bf16" : "fp32";
+    pairs.push_back(p);
+  }
+  return pairs;
+}
+
+class LayoutResume : public testing::TestWithParam<Pair> {};
+
+TEST_P(LayoutResume, GoesOnInAnotherMesh) {
+  const auto& [from, to] = GetParam();
+  const fs::path dir = fs::path(testing::TempDir()) / fmt::format("layout_resume_{}", ::getpid());
+  fs::remove_all(dir);
+  fs::create_directories(dir);
+  Contents start, saved, loaded, end;
+  std::vector<double> losses = half_run(from, dir, false, start, saved);
+  const std::vector<double> rest = half_run(to, dir, true, loaded, end);
+  losses.insert(losses.end(), rest.begin(), rest.end());
+  fs::remove_all(dir);
+  EXPECT_EQ(saved, loaded);
+
+  Layout one = from;
+  one.mesh = {};
+  one.pp_chunks = 1;
+  one.steps = 2 * kHalf;
+  const Outcome whole = test::run_in_layout(one);
+  const double limit = from.precision == "bf16" ? 1e-2 : 1e-6;
+  ASSERT_EQ(losses.size(), whole.losses.size());
+  for (std::size_t i = 0; i < losses.size(); ++i)
+    EXPECT_NEAR(losses[i], whole.losses[i], limit * whole.losses[i]) << "step " << i + 1;
+}
+
+INSTANTIATE_TEST_SUITE_P(RandomPairs, LayoutResume, testing::ValuesIn(random_pairs(60)), [](const auto& p) {
+  return fmt::format("{}_{}_{}_to_{}", p.index, p.param.from.precision, p.param.from.str(), p.param.to.str());
+});
+
+}  // namespace
+}  // namespace upmoe

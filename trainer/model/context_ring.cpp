@@ -1,0 +1,143 @@
+#include "trainer/model/context_ring.h"
+
+#include <utility>
+#include <vector>
+
+#include "kernels/ops/pointwise.h"
+#include "trainer/model/context_shards.h"
+
+namespace upmoe {
+
+namespace {
+
+constexpr int kMostHalves = 2;
+
+// What forward and backward share: the rank's place, its chunks, and who holds which documents.
+class Ring {
+ public:
+  Ring(Exec& ex, Communicator& cp, const AttentionShape& shape, std::int64_t tokens,
+       const ConstTensorView* document_T)
+      : ex_(ex), cp_(cp), chunk_(shape), context_{cp.rank(), cp.size(), shape.seq_len} {
+    UPMOE_CHECK(shape.seq_len > 0 && shape.seq_len % (context_.halves() * cp.size()) == 0 &&
+                    tokens % (shape.seq_len / cp.size()) == 0,
+                "{} tokens of sequences of {} on {} ranks", tokens, shape.seq_len, cp.size());
+    chunk_.seq_len = context_.chunk_len();
+    half_ = tokens / context_.halves();
+    if (document_T == nullptr) return;
+    mine_ = *document_T;
+    documents_PT_ = ex.scratch->take({cp.size(), tokens}, DType::kI32, "documents of all cp ranks");
+    cp.all_gather(documents_PT_, mine_, ex.comm).wait();
+  }
+  const AttentionShape& chunk() const { return chunk_; }
+  template <class View>
+  View half(const View& v, int h) const {
+    return v.rows(h * half_, (h + 1) * half_);
+  }
+  // Who made the keys and values that this rank holds at step s.
+  int owner(int s) const { return (cp_.rank() + cp_.size() - s) % cp_.size(); }
+
+  // work(query half, key half, what it sees, documents of both or null) for each pair of chunks that is seen.
+  template <class Work>
+  void for_pairs(int owner, const Work& work) const {
+    const auto halves = static_cast<int>(context_.halves());  // one, of whole sequences, on one rank
+    for (int q = 0; q < halves; ++q)
+      for (int k = 0; k < halves; ++k) {
+        const int queries = context_.chunk_of(cp_.rank(), q), keys = context_.chunk_of(owner, k);
+        if (keys > queries) continue;
+        const Visible visible = keys == queries ? Visible::kCausal : Visible::kAll;
+        if (documents_PT_.shape.rank == 0) {
+          work(q, k, visible, nullptr, nullptr);
+          continue;
+        }
+        const ConstTensorView whole = documents_PT_.rows(owner, owner + 1).reshape(mine_.shape);
+        const ConstTensorView of_queries = half(mine_, q), of_keys = half(whole, k);
+        work(q, k, visible, &of_queries, &of_keys);
+      }
+  }
+  // Everything on this rank to the next one.
+  Pending pass_on(TensorView out, ConstTensorView in) const {
+    std::vector<std::int64_t> to(static_cast<std::size_t>(cp_.size())), from(to);
+    to[static_cast<std::size_t>((cp_.rank() + 1) % cp_.size())] = in.rows();
+    from[static_cast<std::size_t>((cp_.rank() + cp_.size() - 1) % cp_.size())] = out.rows();
+    return cp_.all_to_all_rows(out, from, in, to, ex_.comm);
+  }
+
+ private:
+  Exec& ex_;
+  Communicator& cp_;
+  AttentionShape chunk_;
+  ContextShards context_;
+  std::int64_t half_ = 0;  // tokens
+  ConstTensorView mine_;
+  TensorView documents_PT_;
+};
+
+// Two buffers of keys and values: one to work on, one to receive into.
+struct KeysValues {
+  KeysValues(Exec& ex, const AttentionShape& shape, ConstTensorView qkv_TH) {
+    for (TensorView& kv : buffer)
+      kv = ex.scratch->take({qkv_TH.shape[0], shape.kv_width()}, qkv_TH.dtype, "keys and values in the ring");
+    ops::copy_columns(ex, buffer[0], 0, qkv_TH, shape.heads * shape.head_dim, shape.kv_width());
+  }
+  TensorView buffer[2];
+};
+
+}  // namespace
+
+void ring_attention_forward(Exec& ex, Communicator& cp, TensorView out_TQ, TensorView lse_TN,
+                            ConstTensorView qkv_TH, AttentionShape shape, const ConstTensorView* document_T) {
+  ScratchScope scope(*ex.scratch);
+  const Ring ring(ex, cp, shape, qkv_TH.shape[0], document_T);
+  KeysValues kv(ex, shape, qkv_TH);
+  TensorView sum_TQ = ex.scratch->take(out_TQ.shape, DType::kF32, "attention output so far");
+  TensorView part_TQ = ex.scratch->take(out_TQ.shape, DType::kF32, "attention output of a pair of chunks");
+  TensorView part_TN = ex.scratch->take(lse_TN.shape, DType::kF32, "log-sum-exp of a pair of chunks");
+  bool begun[kMostHalves] = {};
+  for (int s = 0; s < cp.size(); ++s) {
+    Pending next;
+    if (s + 1 < cp.size()) next = ring.pass_on(kv.buffer[(s + 1) % 2], kv.buffer[s % 2]);
+    ring.for_pairs(ring.owner(s), [&](int q, int k, Visible visible, const ConstTensorView* of_queries,
+                                      const ConstTensorView* of_keys) {
+      TensorView out = ring.half(begun[q] ? part_TQ : sum_TQ, q),
+                 lse = ring.half(begun[q] ? part_TN : lse_TN, q);
+      ops::attention_pair_forward(ex, out, lse, ring.half(qkv_TH, q), ring.half(kv.buffer[s % 2], k),
+                                  ring.chunk(), visible, of_queries, of_keys);
+      if (begun[q]) ops::attention_merge(ex, ring.half(sum_TQ, q), ring.half(lse_TN, q), out, lse);
+      begun[q] = true;
+    });
+    next.wait();
+  }
+  ops::cast(ex, out_TQ, sum_TQ);
+}
+
+void ring_attention_backward(Exec& ex, Communicator& cp, TensorView dqkv_TH, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView out_TQ, ConstTensorView lse_TN,
+                             AttentionShape shape, const ConstTensorView* document_T) {
+  ScratchScope scope(*ex.scratch);
+  const Ring ring(ex, cp, shape, qkv_TH.shape[0], document_T);
+  KeysValues kv(ex, shape, qkv_TH);
+  const Shape keys_values = kv.buffer[0].shape;
+  TensorView dq_TQ = ex.scratch->take(out_TQ.shape, DType::kF32, "query gradient");
+  TensorView own_TK = ex.scratch->take(keys_values, DType::kF32, "key and value gradient of a step");
+  TensorView arrived_TK = ex.scratch->take(keys_values, DType::kF32, "key and value gradient from the ring");
+  ops::fill(ex, dq_TQ, 0.0f);
+  ops::fill(ex, own_TK, 0.0f);
+  for (int s = 0; s < cp.size(); ++s) {
+    Pending next;
+    if (s + 1 < cp.size()) next = ring.pass_on(kv.buffer[(s + 1) % 2], kv.buffer[s % 2]);
+    ring.for_pairs(ring.owner(s), [&](int q, int k, Visible visible, const ConstTensorView* of_queries,
+                                      const ConstTensorView* of_keys) {
+      ops::attention_pair_backward(ex, ring.half(dq_TQ, q), ring.half(own_TK, k), ring.half(dout_TQ, q),
+                                   ring.half(qkv_TH, q), ring.half(kv.buffer[s % 2], k), ring.half(out_TQ, q),
+                                   ring.half(lse_TN, q), ring.chunk(), visible, of_queries, of_keys);
+    });
+    next.wait();
+    ring.pass_on(arrived_TK, own_TK).wait();  // the last time home
+    std::swap(own_TK, arrived_TK);
+  }
+  const std::int64_t queries = shape.heads * shape.head_dim;
+  ops::copy_columns(ex, dqkv_TH, 0, dq_TQ, 0, queries);
+  ops::copy_columns(ex, dqkv_TH, queries, own_TK, 0, shape.kv_width());
+}
+
+}  // namespace upmoe

@@ -1,0 +1,20 @@
+#pragma once
+// Causal attention of sequences that are divided between the cp ranks (context_shards.h): keys and values go
+// round the ring of ranks while each rank adds what its queries see of them to a running softmax; in the
+// backward their gradients travel with them and take one more hop home. Pairs of chunks that no query sees
+// through cost nothing, and every rank has the same number of the others.
+
+#include "kernels/ops/attention.h"
+#include "parallel/communicator.h"
+
+namespace upmoe {
+
+// As ops::attention_forward and _backward, of this rank's tokens; shape.seq_len is the length of the whole
+// sequences. document_T: this rank's. Collective over cp.
+void ring_attention_forward(Exec& ex, Communicator& cp, TensorView out_TQ, TensorView lse_TN,
+                            ConstTensorView qkv_TH, AttentionShape shape, const ConstTensorView* document_T);
+void ring_attention_backward(Exec& ex, Communicator& cp, TensorView dqkv_TH, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView out_TQ, ConstTensorView lse_TN,
+                             AttentionShape shape, const ConstTensorView* document_T);
+
+}  // namespace upmoe

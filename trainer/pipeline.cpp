@@ -1,0 +1,226 @@
+#include "trainer/pipeline.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace upmoe {
+
+namespace {
+
+constexpr std::size_t kArenaAddressSpace = std::size_t{1}
+                                           << 36;  // 64 GiB of addresses; memory is taken on touch
+
+}  // namespace
+
+struct Pipeline::Shard {
+  std::vector<std::int32_t> tokens, targets, positions, documents;
+  MicroBatch batch;
+};
+
+struct Pipeline::Flight {
+  explicit Flight(Device device) : keep(device, kArenaAddressSpace, "activations") {}
+  Arena keep;
+  Transformer::Saved saved;
+  LoadPool pool;  // of the chunks so far, then of all
+  std::vector<double> pool_forward, pool_backward;
+  std::vector<Pending> sends;  // read `keep` and the pools until they are through
+  void reset() {
+    for (Pending& p : sends) p.wait();
+    sends.clear();
+    saved = {};
+    pool = {};
+    keep.rewind(0);
+  }
+};
+
+// Activations and gradients have a group each: between two stages both directions may carry both.
+struct Pipeline::Link {
+  Link(Communicator& stages, std::int64_t experts)
+      : forward(stages.subgroup(everyone(stages))),
+        backward(stages.subgroup(everyone(stages))),
+        pool(experts > 0 ? 2 * experts + 1 : 0) {}
+  static std::vector<int> everyone(const Communicator& group) {
+    std::vector<int> all(static_cast<std::size_t>(group.size()));
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+  }
+  std::unique_ptr<Communicator> forward, backward;
+  std::int64_t pool;  // doubles of a packed pool; 0 without mixtures
+
+  int next() const { return (forward->rank() + 1) % forward->size(); }
+  int previous() const { return (forward->rank() + forward->size() - 1) % forward->size(); }
+
+  void send(Exec& ex, Communicator& to, int rank, ConstTensorView x_tD, const LoadPool& all,
+            std::vector<double>& packed, std::vector<Pending>& sends) const {
+    sends.push_back(to.send(x_tD, rank, ex.comm));
+    if (pool == 0) return;
+    packed.assign(static_cast<std::size_t>(pool), 0.0);
+    packed[0] = all.tokens;
+    std::copy(all.assigned.begin(), all.assigned.end(), packed.begin() + 1);
+    std::copy(all.probability.begin(), all.probability.end(), packed.begin() + 1 + (pool - 1) / 2);
+    sends.push_back(to.send(host_view(static_cast<const double*>(packed.data()), {pool}), rank));
+  }
+  LoadPool receive(Exec& ex, Communicator& from, int rank, TensorView x_tD) const {
+    from.recv(x_tD, rank, ex.comm);
+    LoadPool all;
+    if (pool == 0) return all;
+    std::vector<double> packed(static_cast<std::size_t>(pool));
+    from.recv(host_view(packed.data(), {pool}), rank);
+    all.tokens = packed[0];
+    if (all.tokens == 0) return all;
+    const auto half = packed.begin() + 1 + (pool - 1) / 2;
+    all.assigned.assign(packed.begin() + 1, half);
+    all.probability.assign(half, packed.end());
+    return all;
+  }
+};
+
+Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const StagePlan& plan,
+                   const std::vector<Transformer>& chunks, Device device)
+    : chunks_(chunks),
+      plan_(plan),
+      stage_(mesh.coord(Axis::kPp)),
+      counts_(mesh.coord(Axis::kCp) == 0 && mesh.coord(Axis::kTp) == 0),
+      num_experts_(config.num_moe_layers() > 0 ? config.num_experts : 0),
+      context_{mesh.coord(Axis::kCp), mesh.spec().cp, 0},
+      device_(device) {
+  for (int i = 0; i < config.num_hidden_layers; ++i)
+    moe_of_block_.push_back(config.is_moe_layer(i) ? static_cast<int>(mixtures_++) : -1);
+  if (plan.stages > 1) link_ = std::make_unique<Link>(mesh.along(Axis::kPp), num_experts_);
+}
+
+Pipeline::~Pipeline() = default;
+
+std::unique_ptr<Pipeline::Shard> Pipeline::cut(const HostTokens& whole, std::int64_t seq_len) const {
+  ContextShards context = context_;
+  context.seq_len = seq_len;
+  auto shard = std::make_unique<Shard>();
+  shard->tokens = context.take(whole.tokens, whole.sequences);
+  shard->targets = context.take(whole.targets, whole.sequences);
+  shard->positions = context.take(whole.positions, whole.sequences);
+  if (whole.documents != nullptr) shard->documents = context.take(whole.documents, whole.sequences);
+  const auto view = [](const std::vector<std::int32_t>& v) {
+    return host_view(v.data(), {static_cast<std::int64_t>(v.size())});
+  };
+  shard->batch = {view(shard->tokens), view(shard->targets), {view(shard->positions), {}, seq_len}};
+  if (whole.documents != nullptr) shard->batch.places.document_T = view(shard->documents);
+  for (ConstTensorView* v :
+       {&shard->batch.tokens_T, &shard->batch.targets_T, &shard->batch.places.positions_T})
+    v->device = device_;
+  return shard;
+}
+
+std::unique_ptr<Pipeline::Flight> Pipeline::take_flight() {
+  // The oldest one's sends may still wait for a stage that in turn waits for this one when chunks are
+  // interleaved: it rests until as many others as there are stages have come back.
+  const std::size_t rest = chunks_.size() > 1 ? static_cast<std::size_t>(plan_.stages) : 0;
+  if (idle_.size() <= rest) return std::make_unique<Flight>(device_);
+  std::unique_ptr<Flight> flight = std::move(idle_.front());
+  idle_.erase(idle_.begin());
+  flight->reset();
+  return flight;
+}
+
+void Pipeline::count_loads(const Transformer& chunk, const Transformer::Saved& saved, StepSums& sums) const {
+  if (!counts_) return;
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < chunk.blocks.size(); ++i) {
+    const int mixture = moe_of_block_[static_cast<std::size_t>(chunk.first_block) + i];
+    if (mixture < 0) continue;
+    std::vector<double>& layer = sums.assigned[static_cast<std::size_t>(mixture)];
+    const std::vector<double>& assigned = saved.loads[at++].assigned;
+    for (std::size_t e = 0; e < assigned.size(); ++e) layer[e] += assigned[e];
+  }
+}
+
+void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums) {
+  const std::size_t c = global_chunk(action.chunk);
+  const Transformer& chunk = chunks_[static_cast<std::size_t>(action.chunk)];
+  std::unique_ptr<Shard>& shard = shards_[action.micro_batch];
+  if (shard == nullptr) shard = cut(step.next(), step.seq_len);
+  std::unique_ptr<Flight> f = take_flight();
+  ConstTensorView input_tD;
+  if (c > 0) {
+    TensorView received_tD =
+        f->keep.take({chunk.own_tokens(shard->batch), chunk.hidden_size}, chunk.dtype, "chunk input");
+    f->pool = link_->receive(ex, *link_->forward, link_->previous(), received_tD);
+    input_tD = received_tD;
+  }
+  chunk.forward(ex, shard->batch, input_tD, step.loss_scale, f->keep, f->saved, step.before_block);
+  for (const LayerLoad& load : f->saved.loads) f->pool.add(load);
+  count_loads(chunk, f->saved, sums);
+  sums.loss += f->saved.loss;
+  if (c + 1 < plan_.chunks.size())
+    link_->send(ex, *link_->forward, link_->next(), f->saved.output_tD, f->pool, f->pool_forward, f->sends);
+  under_way_[{action.micro_batch, action.chunk}] = std::move(f);
+}
+
+void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums) {
+  const std::size_t c = global_chunk(action.chunk);
+  const Transformer& chunk = chunks_[static_cast<std::size_t>(action.chunk)];
+  const auto at = under_way_.find({action.micro_batch, action.chunk});
+  std::unique_ptr<Flight> f = std::move(at->second);
+  under_way_.erase(at);
+  TensorView g_tD = f->keep.take(f->saved.output_tD.shape, chunk.dtype, "residual stream gradient");
+  if (c + 1 < plan_.chunks.size()) f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);
+  chunk.set_balance(ex, step.balance, f->pool, f->keep, f->saved);
+  if (counts_) {
+    sums.aux += f->saved.balance.aux;
+    sums.z += f->saved.balance.z;
+  }
+  last_balance_ = f->saved.balance;
+  const bool last = action.micro_batch + 1 == step.micro_batches;
+  chunk.backward(ex, g_tD, f->keep, f->saved, [&](int block) {
+    if (last && step.block_done) step.block_done(block);
+  });
+  if (c > 0) {
+    link_->send(ex, *link_->backward, link_->previous(), g_tD, f->pool, f->pool_backward, f->sends);
+  }
+  if (action.chunk == 0) shards_.erase(action.micro_batch);
+  idle_.push_back(std::move(f));
+}
+
+StepSums Pipeline::run(Exec& ex, const Step& step) {
+  StepSums sums;
+  sums.assigned.assign(mixtures_, std::vector<double>(static_cast<std::size_t>(num_experts_)));
+  const auto micro_batches = static_cast<int>(step.micro_batches);
+  for (const PipelineAction& action :
+       pipeline_schedule(plan_.stages, stage_, static_cast<int>(chunks_.size()), micro_batches))
+    action.forward ? forward(ex, step, action, sums) : backward(ex, step, action, sums);
+  for (const std::unique_ptr<Flight>& f : idle_) f->reset();
+  if (step.block_done) step.block_done(-1);
+  return sums;
+}
+
+double Pipeline::evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_len,
+                          const LmHead::Sink& sink) {
+  const std::unique_ptr<Shard> shard = cut(tokens, seq_len);
+  double loss = 0;
+  for (std::size_t i = 0; i < chunks_.size(); ++i) {
+    const std::size_t c = global_chunk(static_cast<int>(i));
+    const Transformer& chunk = chunks_[i];
+    std::unique_ptr<Flight> f = take_flight();
+    TensorView input_tD;
+    if (c > 0) {
+      input_tD =
+          f->keep.take({chunk.own_tokens(shard->batch), chunk.hidden_size}, chunk.dtype, "chunk input");
+      link_->forward->recv(input_tD, link_->previous(), ex.comm);
+    }
+    const Transformer::Evaluated result = chunk.evaluate(ex, shard->batch, input_tD, f->keep, sink);
+    loss += result.loss;
+    if (c + 1 < plan_.chunks.size())
+      f->sends.push_back(link_->forward->send(result.output_tD, link_->next(), ex.comm));
+    f->reset();
+    idle_.push_back(std::move(f));
+  }
+  return loss;
+}
+
+std::size_t Pipeline::peak_bytes() const {
+  std::size_t bytes = 0;
+  for (const auto& f : idle_) bytes += f->keep.peak();
+  for (const auto& [key, f] : under_way_) bytes += f->keep.peak();
+  return bytes;
+}
+
+}  // namespace upmoe

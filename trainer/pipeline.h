@@ -1,0 +1,91 @@
+#pragma once
+// Runs the micro-batches of one step through this rank's chunks of the model, in the order of
+// pipeline_schedule.h. One stage is the same loop: forward, backward, next. Activations of a micro-batch live
+// from its forward to its backward in an arena of their own, which the next one takes over.
+//
+// Between stages travel, forward: the residual stream and the pool of the balance terms so far; backward: the
+// stream's gradient and the whole pool. Sends do not block; receives wait.
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "trainer/model/context_shards.h"
+#include "trainer/model/transformer.h"
+#include "trainer/pipeline_schedule.h"
+
+namespace upmoe {
+
+// What this rank adds up over the micro-batches of a step; every value is counted on one rank alone.
+struct StepSums {
+  double loss = 0, aux = 0, z = 0;
+  std::vector<std::vector<double>> assigned;  // per MoE layer of the whole model, and expert
+};
+
+// One micro-batch as it is read: whole sequences, host memory, valid until the next one is asked for.
+struct HostTokens {
+  std::int64_t sequences = 0;  // 0: a rank without work that still takes part in the exchange of expert rows
+  const std::int32_t *tokens = nullptr, *targets = nullptr, *positions = nullptr;
+  const std::int32_t* documents = nullptr;  // null when they are not masked
+};
+
+class Pipeline {
+ public:
+  // Collective over the stages: makes the two groups that activations and gradients travel in. The chunks
+  // stay the caller's and outlive the pipeline.
+  Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const StagePlan& plan,
+           const std::vector<Transformer>& chunks, Device device);
+  ~Pipeline();
+
+  struct Step {
+    std::int64_t micro_batches = 0;    // of this data-parallel rank
+    std::function<HostTokens()> next;  // called once for each, in order
+    std::int64_t seq_len = 0;
+    double loss_scale = 1;
+    BalanceConfig balance;
+    std::function<void(int)> before_block;  // this block is about to run; -1: what lies outside the blocks
+    std::function<void(int)>
+        block_done;  // the gradients of this block are final for the step; -1: all others
+  };
+  StepSums run(Exec& ex, const Step& step);
+
+  // Sum of the cross-entropies of one micro-batch over the whole model, forward alone; counted on tp rank 0
+  // of the last stage, 0 elsewhere. Collective over the stages.
+  double evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_len, const LmHead::Sink& sink = {});
+
+  std::size_t peak_bytes() const;  // of activations, all micro-batches under way together
+  const BalanceTerms& last_balance() const { return last_balance_; }
+
+ private:
+  struct Shard;                     // this rank's tokens of one micro-batch
+  struct Flight;                    // one micro-batch in one chunk, between forward and backward
+  struct Link;                      // to the neighbour stages
+  using Key = std::pair<int, int>;  // micro-batch, chunk
+
+  std::unique_ptr<Shard> cut(const HostTokens& tokens, std::int64_t seq_len) const;
+  std::unique_ptr<Flight> take_flight();
+  void forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
+  void backward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
+  void count_loads(const Transformer& chunk, const Transformer::Saved& saved, StepSums& sums) const;
+  std::size_t global_chunk(int chunk) const {
+    return static_cast<std::size_t>(chunk * plan_.stages + stage_);
+  }
+
+  const std::vector<Transformer>& chunks_;
+  StagePlan plan_;
+  int stage_ = 0;
+  bool counts_ = false;            // the one of the ranks that share a micro-batch that books common values
+  std::vector<int> moe_of_block_;  // which mixture a block is, or -1
+  std::int64_t num_experts_ = 0;
+  std::size_t mixtures_ = 0;
+  ContextShards context_;
+  Device device_;
+  std::unique_ptr<Link> link_;
+  std::vector<std::unique_ptr<Flight>> idle_;
+  std::map<Key, std::unique_ptr<Flight>> under_way_;
+  std::map<int, std::unique_ptr<Shard>> shards_;  // by micro-batch
+  BalanceTerms last_balance_;
+};
+
+}  // namespace upmoe
