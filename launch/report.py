@@ -19,6 +19,7 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.transforms import offset_copy
 except ImportError as missing:
     sys.exit(f"upmoe: error: {sys.executable} cannot import {missing.name}, which the pictures need; run "
              "launch/setup.sh, or set UPMOE_PYTHON to a Python that has the packages of launch/requirements.txt")
@@ -138,19 +139,29 @@ def draw_loss(ax, runs, against):
     ax.legend()
 
 
+def label_ends(ax, ends):
+    """The last value of each line beside its end, moved apart where two would cover each other."""
+    step = 0.045 * (ax.get_ylim()[1] - ax.get_ylim()[0])  # a line of text
+    place = -np.inf
+    for x, y, colour in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place + step)
+        ax.annotate(f"{y:.3f}", (x, y), xytext=(x, place), va="center", color=colour, fontsize=9,
+                    xycoords="data", textcoords=offset_copy(ax.transData, ax.figure, x=5, units="points"))
+
+
 def draw_heldout(ax, runs, against):
-    shown = []
+    shown, ends = [], []
     for run in runs:
         if run.evals:
             x, y = run.x(run.evals, against), values(run.evals, "eval_loss")
             ax.plot(x, y, color=run.colour, marker="o", markersize=4, label=run.label)
-            ax.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(5, 0), textcoords="offset points", va="center",
-                        color=run.colour, fontsize=9)
+            ends.append((x[-1], y[-1], run.colour))
             shown.append(y)
     finish_axis(ax, against, "Held-out loss", "cross-entropy, nats per token")
     if shown:
         limit_to_bulk(ax, [y[1:] if len(y) > 2 and y[0] > 1.3 * y[-1] else y for y in shown])
         ax.margins(x=0.1)
+        label_ends(ax, ends)
         ax.legend()
     else:
         ax.text(0.5, 0.5, "no held-out evaluation in these runs", ha="center", va="center", transform=ax.transAxes,
