@@ -122,7 +122,8 @@ Schema schema_of(RunConfig& run) {
       .key("ep", run.parallel.ep, {.least = 1})
       .key("etp", run.parallel.etp, {.least = 1})
       .key("zero", run.parallel.zero, {.least = 0, .most = 3, .built = {1}})
-      .key("pp_chunks", run.parallel.pp_chunks, {.least = 1});
+      .key("pp_chunks", run.parallel.pp_chunks, {.least = 1})
+      .key("node_ranks", run.parallel.node_ranks, {.least = 0});
   schema.section("").key("freeze", run.freeze);
   schema.section("checkpoint")
       .key("every", run.checkpoint.every, {.least = 0})

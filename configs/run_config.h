@@ -56,6 +56,9 @@ struct RunConfig {
   } schedule;
   struct Parallel {
     int tp = 1, pp = 1, cp = 1, ep = 1, etp = 1, zero = 1;
+    // Ranks per node for the exchange of expert rows: a row crosses to another node once. 0: straight to its
+    // rank.
+    int node_ranks = 0;
     int pp_chunks = 1;  // runs of blocks per pipeline stage; above 1 the schedule is interleaved
   } parallel;
   std::vector<std::string> freeze;  // shell-style patterns over parameter names

@@ -116,6 +116,7 @@ class Problems {
           run_.model.path);
       return;
     }
+    check_nodes();
     const std::int64_t most = model_.num_moe_layers() > 0 ? model_.num_experts : 1;
     if (p_.ep > most)
       add("parallel.ep: {} ranks for {} experts leave some without any; use at most {}", p_.ep,
@@ -131,6 +132,16 @@ class Problems {
           whose_ranks(), p_.etp > 1 ? fmt::format(" that etp {} leaves", p_.etp) : "",
           fmt::join(divisors(stage / p_.etp, most), ", "));
     }
+  }
+  void check_nodes() {
+    if (p_.node_ranks == 0) return;
+    if (p_.etp > 1)
+      add("parallel.node_ranks: {} with etp {}: rows of cut experts go straight to their ranks; use etp 1 or "
+          "node_ranks 0",
+          p_.node_ranks, p_.etp);
+    if (p_.ep % p_.node_ranks != 0)
+      add("parallel.node_ranks: {} does not divide parallel.ep = {}; possible: 0, {}", p_.node_ranks, p_.ep,
+          fmt::join(divisors(p_.ep, p_.ep), ", "));
   }
   std::string whose_ranks() const { return p_.pp == 1 ? "this run" : "a pipeline stage"; }
 

@@ -108,7 +108,7 @@ std::vector<int> members_of(const MeshSpec& spec, int rank, const std::vector<Ax
 
 }  // namespace
 
-ProcessMesh::ProcessMesh(MeshSpec spec, Communicator& world) : spec_(spec), world_(world) {
+ProcessMesh::ProcessMesh(MeshSpec spec, Communicator& world, int node_ranks) : spec_(spec), world_(world) {
   const std::vector<std::string> problems = spec.problems(world.size());
   UPMOE_CHECK(problems.empty(), "{}", problems.empty() ? "" : problems.front());
   // The same order on every rank: splitting is collective.
@@ -121,6 +121,19 @@ ProcessMesh::ProcessMesh(MeshSpec spec, Communicator& world) : spec_(spec), worl
     groups_[axes] =
         size == 1 ? make_self_communicator() : world.subgroup(members_of(spec, world.rank(), axes));
   }
+  if (node_ranks == 0) return;
+  const std::vector<int> exchange = members_of(spec, world.rank(), {Axis::kEp, Axis::kEtp});
+  const auto ranks = static_cast<int>(exchange.size());
+  UPMOE_CHECK(node_ranks > 0 && ranks % node_ranks == 0, "nodes of {} ranks in an exchange of {}", node_ranks,
+              ranks);
+  const int place = along({Axis::kEp, Axis::kEtp}).rank();
+  std::vector<int> across, inside;
+  for (int r = 0; r < ranks; ++r) {
+    if (r % node_ranks == place % node_ranks) across.push_back(exchange[static_cast<std::size_t>(r)]);
+    if (r / node_ranks == place / node_ranks) inside.push_back(exchange[static_cast<std::size_t>(r)]);
+  }
+  across_nodes_ = world.subgroup(across);
+  inside_node_ = world.subgroup(inside);
 }
 
 Communicator& ProcessMesh::along(std::initializer_list<Axis> axes) const {

@@ -31,11 +31,16 @@ struct MeshSpec {
 // build.
 class ProcessMesh {
  public:
-  ProcessMesh(MeshSpec spec, Communicator& world);
+  // node_ranks: of the exchange of expert rows (along ep and etp), how many neighbours make a node; 0: no
+  // nodes.
+  ProcessMesh(MeshSpec spec, Communicator& world, int node_ranks = 0);
   Communicator& world() const { return world_; }
   Communicator& along(Axis a) const { return along({a}); }
   // pp, dp, cp, tp, edp, {ep,etp}, {cp,tp}; throws for others.
   Communicator& along(std::initializer_list<Axis> axes) const;
+  // The exchange's ranks with this one's place on every node, and those of its node; null without nodes.
+  Communicator* across_nodes() const { return across_nodes_.get(); }
+  Communicator* inside_node() const { return inside_node_.get(); }
   const MeshSpec& spec() const { return spec_; }
   int rank() const { return world_.rank(); }
   int coord(Axis a) const { return spec_.coord(world_.rank(), a); }
@@ -44,6 +49,7 @@ class ProcessMesh {
   MeshSpec spec_;
   Communicator& world_;
   std::map<std::vector<Axis>, std::unique_ptr<Communicator>> groups_;
+  std::unique_ptr<Communicator> across_nodes_, inside_node_;
 };
 
 }  // namespace upmoe

@@ -46,7 +46,7 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model_config, C
     : run(run_config),
       config(model_config),
       memory(device),
-      mesh(mesh_of(run_config, world.size()), world),
+      mesh(mesh_of(run_config, world.size()), world, run_config.parallel.node_ranks),
       plan(stages_of(run_config, model_config)),
       params(
           model_config, mesh.spec(), plan, world.rank(),

@@ -105,10 +105,11 @@ void route_row_backward(float* dlogits, const RouteRow& row, const float* aux, f
   });
 }
 
-void require_in_range(const std::int32_t* index, std::int64_t n, std::int64_t limit, const char* what) {
+void require_in_range(const std::int32_t* index, std::int64_t n, std::int64_t limit, const char* what,
+                      std::int32_t least = 0) {
   for (std::int64_t i = 0; i < n; ++i)
-    UPMOE_CHECK(index[i] >= 0 && index[i] < limit, "{} [{}] is {}, expected [0, {})", what, i, index[i],
-                limit);
+    UPMOE_CHECK(index[i] >= least && index[i] < limit, "{} [{}] is {}, expected [{}, {})", what, i, index[i],
+                least, limit);
 }
 
 template <class Y, class X, bool kAdd>
@@ -117,7 +118,8 @@ void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int64_t tokens
   parallel_for(tokens, k * width, [&](std::int64_t t) {
     for_lanes(width, [&](std::int64_t i, auto lanes) {
       f32x16 sum{};
-      for (std::int64_t j = 0; j < k; ++j) sum += load(rows + slot[t * k + j] * width + i, lanes);
+      for (std::int64_t j = 0; j < k; ++j)
+        if (slot[t * k + j] >= 0) sum += load(rows + slot[t * k + j] * width + i, lanes);
       Y* out = y + t * width + i;
       if constexpr (kAdd) sum += load(out, lanes);
       store(out, sum, lanes);
@@ -205,21 +207,62 @@ void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView
   const auto* index = index_TK.as<std::int32_t>();
   auto *order = order_N.as<std::int32_t>(), *slot = slot_TK.as<std::int32_t>();
   auto* counts = counts_E.as<std::int32_t>();
-  require_in_range(index, n, experts, "index_TK");
+  require_in_range(index, n, experts, "index_TK", -1);
   ScratchScope scope(*ex.scratch);
   auto* next = ex.scratch->take({experts}, DType::kI32, "sort_by_expert").as<std::int32_t>();
   std::fill_n(counts, experts, 0);
-  for (std::int64_t i = 0; i < n; ++i) ++counts[index[i]];
+  for (std::int64_t i = 0; i < n; ++i)
+    if (index[i] >= 0) ++counts[index[i]];
   std::int32_t begin = 0;
   for (std::int64_t e = 0; e < experts; ++e) {
     next[e] = begin;
     begin += counts[e];
   }
   for (std::int64_t i = 0; i < n; ++i) {
+    slot[i] = -1;
+    if (index[i] < 0) continue;
     const std::int32_t at = next[index[i]]++;
     order[at] = static_cast<std::int32_t>(i);
     slot[i] = at;
   }
+}
+
+void group_by_node(Exec&, TensorView order_X, TensorView slot_TM, TensorView counts_M,
+                   ConstTensorView index_TK, std::span<const std::int64_t> node_begin) {
+  const std::int64_t tokens = index_TK.shape[0], k = index_TK.shape[1],
+                     nodes = static_cast<std::int64_t>(node_begin.size()) - 1;
+  const auto* index = index_TK.as<std::int32_t>();
+  auto *order = order_X.as<std::int32_t>(), *slot = slot_TM.as<std::int32_t>();
+  std::int32_t rows = 0;
+  for (std::int64_t m = 0; m < nodes; ++m) {
+    const std::int32_t before = rows;
+    const std::int64_t first = node_begin[static_cast<std::size_t>(m)],
+                       end = node_begin[static_cast<std::size_t>(m + 1)];
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const bool wanted = std::any_of(index + t * k, index + (t + 1) * k,
+                                      [&](std::int32_t e) { return first <= e && e < end; });
+      slot[t * nodes + m] = wanted ? rows : -1;
+      if (wanted) order[rows++] = static_cast<std::int32_t>(t);
+    }
+    counts_M.as<std::int32_t>()[m] = rows - before;
+  }
+}
+
+void node_choices(Exec&, TensorView index_XK, TensorView weight_XK, ConstTensorView order_X,
+                  std::span<const std::int64_t> counts_M, ConstTensorView index_TK, ConstTensorView weight_TK,
+                  std::span<const std::int64_t> node_begin) {
+  const std::int64_t k = index_TK.shape[1];
+  std::int64_t row = 0;
+  for (std::size_t m = 0; m < counts_M.size(); ++m)
+    for (const std::int64_t end = row + counts_M[m]; row < end; ++row) {
+      const std::int64_t t = order_X.as<std::int32_t>()[row];
+      for (std::int64_t j = 0; j < k; ++j) {
+        const std::int64_t e = index_TK.as<std::int32_t>()[t * k + j];
+        const bool here = node_begin[m] <= e && e < node_begin[m + 1];
+        index_XK.as<std::int32_t>()[row * k + j] = here ? static_cast<std::int32_t>(e - node_begin[m]) : -1;
+        weight_XK.as<float>()[row * k + j] = here ? weight_TK.as<float>()[t * k + j] : 0.0f;
+      }
+    }
 }
 
 void gather_rows(Exec&, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
@@ -245,7 +288,7 @@ void gather_sum_rows(Exec&, TensorView y_TD, ConstTensorView rows_ND, ConstTenso
                      Accumulate mode) {
   const std::int64_t tokens = y_TD.shape[0], width = y_TD.shape[1], k = slot_TK.shape[1];
   const auto* slot = slot_TK.as<std::int32_t>();
-  require_in_range(slot, tokens * k, rows_ND.shape[0], "slot_TK");
+  require_in_range(slot, tokens * k, rows_ND.shape[0], "slot_TK", -1);
   with_float_type(y_TD.dtype, [&](auto y_type) {
     with_float_type(rows_ND.dtype, [&](auto x_type) {
       using Y = decltype(y_type);

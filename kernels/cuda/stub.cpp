@@ -114,6 +114,14 @@ void expand_choices(Exec&, TensorView, ConstTensorView, ConstTensorView) {
 void sort_by_expert(Exec&, TensorView, TensorView, TensorView, ConstTensorView) {
   refuse("sort_by_expert");
 }
+void group_by_node(Exec&, TensorView, TensorView, TensorView, ConstTensorView,
+                   std::span<const std::int64_t>) {
+  refuse("group_by_node");
+}
+void node_choices(Exec&, TensorView, TensorView, ConstTensorView, std::span<const std::int64_t>,
+                  ConstTensorView, ConstTensorView, std::span<const std::int64_t>) {
+  refuse("node_choices");
+}
 void gather_rows(Exec&, TensorView, ConstTensorView, ConstTensorView, std::int64_t) {
   refuse("gather_rows");
 }

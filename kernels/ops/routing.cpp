@@ -1,6 +1,7 @@
 #include "kernels/ops/routing.h"
 
 #include <limits>
+#include <numeric>
 
 #include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
@@ -96,6 +97,37 @@ void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView
   ex.book("sort_by_expert", 0, bytes_of(index_TK),
           bytes_of(order_N) + bytes_of(slot_TK) + bytes_of(counts_E));
   dispatch(ex, cpu::sort_by_expert, cuda::sort_by_expert, order_N, slot_TK, counts_E, index_TK);
+}
+
+void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView counts_M,
+                   ConstTensorView index_TK, std::span<const std::int64_t> node_begin) {
+  UPMOE_CHECK(index_TK.shape.rank == 2 && node_begin.size() > 1, "index_TK {}, {} nodes",
+              index_TK.shape.str(), node_begin.size());
+  const std::int64_t tokens = index_TK.shape[0], nodes = static_cast<std::int64_t>(node_begin.size()) - 1;
+  check_tensor(ex, index_TK, index_TK.shape, DType::kI32, "index_TK");
+  check_tensor(ex, order_X, {tokens * nodes}, DType::kI32, "order_X");
+  check_tensor(ex, slot_TM, {tokens, nodes}, DType::kI32, "slot_TM");
+  check_tensor(ex, counts_M, {nodes}, DType::kI32, "counts_M");
+  ex.book("group_by_node", 0, bytes_of(index_TK), bytes_of(order_X) + bytes_of(slot_TM) + bytes_of(counts_M));
+  dispatch(ex, cpu::group_by_node, cuda::group_by_node, order_X, slot_TM, counts_M, index_TK, node_begin);
+}
+
+void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, ConstTensorView order_X,
+                  std::span<const std::int64_t> counts_M, ConstTensorView index_TK, ConstTensorView weight_TK,
+                  std::span<const std::int64_t> node_begin) {
+  UPMOE_CHECK(index_TK.shape.rank == 2 && counts_M.size() + 1 == node_begin.size(), "index_TK {}, {} nodes",
+              index_TK.shape.str(), counts_M.size());
+  const std::int64_t rows = order_X.elements(), choices = index_TK.shape[1];
+  check_tensor(ex, order_X, {rows}, DType::kI32, "order_X");
+  check_tensor(ex, index_TK, index_TK.shape, DType::kI32, "index_TK");
+  check_tensor(ex, weight_TK, index_TK.shape, DType::kF32, "weight_TK");
+  check_tensor(ex, index_XK, {rows, choices}, DType::kI32, "index_XK");
+  check_tensor(ex, weight_XK, {rows, choices}, DType::kF32, "weight_XK");
+  UPMOE_CHECK(std::accumulate(counts_M.begin(), counts_M.end(), std::int64_t{0}) == rows,
+              "the nodes' rows are not {}", rows);
+  ex.book("node_choices", 0, bytes_of(order_X) + 2 * bytes_of(index_XK), 2 * bytes_of(index_XK));
+  dispatch(ex, cpu::node_choices, cuda::node_choices, index_XK, weight_XK, order_X, counts_M, index_TK,
+           weight_TK, node_begin);
 }
 
 void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,

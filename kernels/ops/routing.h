@@ -2,6 +2,8 @@
 // Which expert computes which token: softmax and top-k, the sorted order, moving rows, and the balance terms.
 // Router values (logits, probabilities, weights) are fp32; indices int32; rows fp32 or bf16.
 
+#include <span>
+
 #include "kernels/core/exec.h"
 
 namespace upmoe::ops {
@@ -28,7 +30,8 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
 void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP);
 
 // Stable sort of the N = T*K assignments by expert. order_N: sorted position -> flat t*K + k; slot_TK: its
-// inverse; counts_E (int32): rows of each expert.
+// inverse; counts_E (int32): rows of each expert. An assignment of -1 is none: its slot is -1, and order_N
+// holds the others only, from its beginning.
 void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
                     ConstTensorView index_TK);
 
@@ -37,9 +40,21 @@ void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView
 void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
                  std::int64_t divisor);
 
-// y_TD[t] (+)= sum over k of rows_ND[slot_TK[t, k]], in k order, summed in fp32: the backward of a row
-// gather.
+// y_TD[t] (+)= sum over k of rows_ND[slot_TK[t, k]], in k order, summed in fp32, slots of -1 left out: the
+// backward of a row gather.
 void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
                      Accumulate mode);
+
+// Which tokens have business on which of M nodes, where node m holds the experts [node_begin[m],
+// node_begin[m+1]): one row for each pair of a token and a node that holds one of its choices, node by node,
+// tokens in order. order_X: row -> token (of capacity T*M); slot_TM: row of token t on node m, or -1;
+// counts_M (int32): rows of each node.
+void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView counts_M,
+                   ConstTensorView index_TK, std::span<const std::int64_t> node_begin);
+// What each of the X rows of the nodes' groups asks for: index_XK, the token's choices counted from the
+// node's first expert, -1 where another node holds them; weight_XK, theirs, 0 there. counts_M: on the host.
+void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, ConstTensorView order_X,
+                  std::span<const std::int64_t> counts_M, ConstTensorView index_TK, ConstTensorView weight_TK,
+                  std::span<const std::int64_t> node_begin);
 
 }  // namespace upmoe::ops

@@ -206,7 +206,38 @@ TEST(Sort, OneExpertTakesAllAndNoTokens) {
 
 TEST(Sort, RefusesAnIndexOutOfRange) {
   EXPECT_THROW(sort(filled({3, 1}, DType::kI32, 5), 3, 1, 5), Error);
-  EXPECT_THROW(sort(filled({3, 1}, DType::kI32, -1), 3, 1, 5), Error);
+  EXPECT_THROW(sort(filled({3, 1}, DType::kI32, -2), 3, 1, 5), Error);
+}
+
+TEST(Sort, ChoicesThatAreNoneTakeNoPlace) {
+  const HostTensor index = tensor_of({3, 2}, DType::kI32, {4, -1, -1, 0, 4, 2});
+  const Sorted s = sort(index, 3, 2, 5);
+  EXPECT_EQ(s.counts.values(), (Values{1, 0, 1, 0, 2}));
+  EXPECT_EQ(s.slot.values(), (Values{2, -1, -1, 0, 3, 1}));
+  for (std::size_t i = 0; i < 4; ++i)
+    EXPECT_EQ(s.slot.get(static_cast<std::size_t>(s.order.get(i))), static_cast<double>(i));
+  OpExec ex;
+  const HostTensor rows = tensor_of({4, 1}, DType::kF32, {1, 10, 100, 1000});
+  HostTensor sum = filled({3, 1}, DType::kF32, 5);
+  ops::gather_sum_rows(ex, sum, rows, s.slot, Accumulate::kOverwrite);
+  EXPECT_EQ(sum.values(), (Values{100, 1, 1010}));
+}
+
+// Experts 0 to 2 on node 0, 3 and 4 on node 1.
+TEST(Nodes, OneRowForEachTokenAndNode) {
+  OpExec ex;
+  const HostTensor index = tensor_of({4, 2}, DType::kI32, {0, 2, 4, 1, 3, 4, 2, 3}),
+                   weight = tensor_of({4, 2}, DType::kF32, {1, 2, 3, 4, 5, 6, 7, 8});
+  HostTensor order({8}, DType::kI32), slot({4, 2}, DType::kI32), counts({2}, DType::kI32);
+  const std::vector<std::int64_t> begin{0, 3, 5}, rows{3, 3};
+  ops::group_by_node(ex, order, slot, counts, index, begin);
+  EXPECT_EQ(counts.values(), (Values{3, 3}));
+  EXPECT_EQ(slot.values(), (Values{0, -1, 1, 3, -1, 4, 2, 5}));
+  HostTensor chosen({6, 2}, DType::kI32), weights({6, 2}, DType::kF32);
+  const ConstTensorView order_X = order;
+  ops::node_choices(ex, chosen, weights, order_X.rows(0, 6), rows, index, weight, begin);
+  EXPECT_EQ(chosen.values(), (Values{0, 2, -1, 1, 2, -1, 1, -1, 0, 1, -1, 0}));
+  EXPECT_EQ(weights.values(), (Values{1, 2, 0, 4, 7, 0, 3, 0, 5, 6, 0, 8}));
 }
 
 TEST(Gather, RowsOfAnyDTypeAndWidth) {

@@ -25,6 +25,7 @@ struct Weights {
 
 struct Results {
   std::vector<float> y, dx, gate_up, down, router;
+  double crossing_bytes = 0;  // between two halves of the ranks
 };
 
 std::vector<float> copy(ConstTensorView v) {
@@ -32,7 +33,7 @@ std::vector<float> copy(ConstTensorView v) {
 }
 
 // Runs one rank's part and puts it where it belongs in the whole.
-void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mutex) {
+void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, std::mutex& mutex) {
   RankMemory memory{Device{}};
   Arena keep(Device{}, std::size_t{1} << 30, "activations");
   Host host(1);
@@ -41,6 +42,14 @@ void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mute
   moe.shares = {w.E, 1};
   moe.top_k = w.K;
   moe.exchange = &ep;
+  // Bytes that leave a node: those of the rows, or of every exchange that the flat one makes across.
+  std::unique_ptr<ProcessMesh> mesh;
+  Ledger crossing;
+  if (node_ranks > 0) {
+    mesh = std::make_unique<ProcessMesh>(MeshSpec{1, ep.size(), 1, 1, ep.size(), 1}, ep, node_ranks);
+    moe.nodes = {mesh->across_nodes(), mesh->inside_node()};
+    moe.nodes.across->set_ledger(&crossing);
+  }
   moe.router_ED = {w.router, host.zeros(w.router.shape)};
   const TensorView gate_up = w.gate_up.rows(experts.begin, experts.end),
                    down = w.down.rows(experts.begin, experts.end);
@@ -67,12 +76,21 @@ void run_rank(Communicator& ep, const Weights& w, Results& all, std::mutex& mute
   place(all.gate_up, moe.gate_up_eGD.grad, experts.begin, w.E);
   place(all.down, moe.down_eDF.grad, experts.begin, w.E);
   all.router = copy(moe.router_ED.grad);
+  all.crossing_bytes += crossing.total().bytes_sent;
+  if (node_ranks > 0) return;
+  for (int p = 0; p < ep.size();
+       ++p)  // two nodes: rows out and back, forward and backward, with their weights
+    if (p / std::max(1, ep.size() / 2) != ep.rank() / std::max(1, ep.size() / 2))
+      all.crossing_bytes += static_cast<double>(2 *
+                                                (saved.plan.send_rows[static_cast<std::size_t>(p)] +
+                                                 saved.plan.recv_rows[static_cast<std::size_t>(p)]) *
+                                                (w.D + 1) * 4);
 }
 
-Results run(int ranks, const Weights& w) {
+Results run(int ranks, const Weights& w, int node_ranks = 0) {
   Results all;
   std::mutex mutex;
-  run_in_threads(ranks, [&](Communicator& ep) { run_rank(ep, w, all, mutex); });
+  run_in_threads(ranks, [&](Communicator& ep) { run_rank(ep, w, node_ranks, all, mutex); });
   return all;
 }
 
@@ -92,6 +110,31 @@ TEST_P(MoeLayerRanks, BitwiseEqualToOneRank) {
     norm = std::max(norm, std::abs(double(one.router[i])));
   }
   EXPECT_LT(worst, 2e-6 * norm);
+}
+
+double distance(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    difference += std::pow(double(a[i]) - double(b[i]), 2);
+    norm += std::pow(double(a[i]), 2);
+  }
+  return std::sqrt(difference / norm);
+}
+
+// Rows that cross to a node once give what rows that go straight to their rank give, and fewer bytes cross.
+TEST(NodeExchange, EqualsTheFlatExchange) {
+  const Weights w;
+  for (const auto& [ranks, node_ranks] : {std::pair{2, 1}, {4, 2}, {8, 4}, {8, 2}, {6, 3}, {4, 4}}) {
+    const Results flat = run(ranks, w), nodes = run(ranks, w, node_ranks);
+    EXPECT_LT(distance(flat.y, nodes.y), 1e-6) << ranks << " ranks, " << node_ranks << " a node";
+    EXPECT_LT(distance(flat.dx, nodes.dx), 1e-6) << ranks << " ranks, " << node_ranks << " a node";
+    EXPECT_LT(distance(flat.gate_up, nodes.gate_up), 1e-6);
+    EXPECT_LT(distance(flat.down, nodes.down), 1e-6);
+    EXPECT_LT(distance(flat.router, nodes.router), 1e-6);
+    if (ranks == 2 * node_ranks && ranks > 2) {  // top 4 of 60 on two nodes: two choices share a crossing
+      EXPECT_LT(nodes.crossing_bytes, 0.8 * flat.crossing_bytes) << ranks << " ranks";
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(ExpertParallel, MoeLayerRanks, testing::Values(2, 3, 4, 7, 8));

@@ -23,6 +23,7 @@ struct Layout {
   double z_loss = 0, aux_loss = -1;  // below 0: the golden file's
   std::string aux_kind = "hf";
   std::int64_t steps = 5;
+  int node_ranks = 0;
 
   std::string str() const {
     const MeshSpec& m = mesh;
@@ -44,6 +45,7 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.parallel.cp = l.mesh.cp;
   run.parallel.etp = l.mesh.etp;
   run.parallel.pp_chunks = l.pp_chunks;
+  run.parallel.node_ranks = l.node_ranks;
   run.train.recompute = l.recompute;
   run.train.precision = l.precision;
   run.data.mask_documents = l.mask_documents;

@@ -70,6 +70,7 @@ const Outcome& one_rank(const Layout& like) {
   Layout one = like;
   one.mesh = {};
   one.pp_chunks = 1;
+  one.node_ranks = 0;
   const std::string key = one.str() + one.recompute + one.precision + one.aux_kind +
                           fmt::format("{}{}{}", one.mask_documents, one.z_loss, one.steps);
   auto it = done.find(key);
@@ -95,6 +96,17 @@ TEST(Features, DocumentMasks) {
   for (const MeshSpec& mesh : all_axes()) {
     Layout l{"moe_mixed", mesh, 2};
     l.mask_documents = true;
+    expect_equal(one_rank(l), run_in_layout(l));
+  }
+}
+
+TEST(Features, ExchangeByNodes) {
+  for (const auto& [mesh, node_ranks] : {std::pair{MeshSpec{1, 4, 1, 1, 4, 1}, 2},
+                                         {MeshSpec{2, 2, 1, 2, 4, 1}, 2},
+                                         {MeshSpec{1, 2, 1, 2, 4, 1}, 4},
+                                         {MeshSpec{1, 4, 1, 2, 8, 1}, 4}}) {
+    Layout l{"moe_mixed", mesh, 1};
+    l.node_ranks = node_ranks;
     expect_equal(one_rank(l), run_in_layout(l));
   }
 }

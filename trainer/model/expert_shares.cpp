@@ -19,4 +19,27 @@ std::vector<std::int32_t> ExpertShares::numbers(int ranks) const {
   return piece_EP;
 }
 
+PieceMap whole_map(const ExpertShares& shares, int ranks) {
+  PieceMap map;
+  for (int r = 0; r < ranks; ++r) map.of_rank.push_back(shares.pieces_of(r, ranks));
+  return map;
+}
+
+PieceMap node_map(const ExpertShares& shares, int ranks, int ranks_per_node, int node) {
+  PieceMap map;
+  const std::int64_t first = shares.pieces_of(node * ranks_per_node, ranks).begin;
+  for (int r = node * ranks_per_node; r < (node + 1) * ranks_per_node; ++r) {
+    const Range pieces = shares.pieces_of(r, ranks);
+    map.of_rank.push_back({pieces.begin - first, pieces.end - first});
+  }
+  return map;
+}
+
+std::vector<std::int64_t> node_begins(const ExpertShares& shares, int ranks, int ranks_per_node) {
+  std::vector<std::int64_t> begins;
+  for (int r = 0; r < ranks; r += ranks_per_node) begins.push_back(shares.pieces_of(r, ranks).begin);
+  begins.push_back(shares.pieces());
+  return begins;
+}
+
 }  // namespace upmoe

@@ -21,4 +21,15 @@ struct ExpertShares {
   std::vector<std::int32_t> numbers(int ranks) const;
 };
 
+// Which rank of a group holds which pieces: of a whole exchange, or of the ranks of one node in it, counted
+// from the node's first piece.
+struct PieceMap {
+  std::vector<Range> of_rank;
+  std::int64_t pieces() const { return of_rank.back().end; }
+};
+PieceMap whole_map(const ExpertShares& shares, int ranks);
+PieceMap node_map(const ExpertShares& shares, int ranks, int ranks_per_node, int node);
+// The first piece of each node, and the number of pieces behind them.
+std::vector<std::int64_t> node_begins(const ExpertShares& shares, int ranks, int ranks_per_node);
+
 }  // namespace upmoe

@@ -22,6 +22,7 @@ MoeLayer bind_moe(const ModelConfig& config, const ParamStore& params, const Pro
   moe.top_k = config.num_experts_per_tok;
   moe.renormalize_top_k = config.norm_topk_prob;
   moe.exchange = &mesh.along({Axis::kEp, Axis::kEtp});
+  moe.nodes = {mesh.across_nodes(), mesh.inside_node()};
   const Shape eF2D = params.at(layer + "moe.gate_up_EF2D").shard.extent;
   moe.router_ED = params.param(layer + "moe.router_ED", {config.num_experts, config.hidden_size});
   moe.gate_up_eGD = params.param(layer + "moe.gate_up_EF2D", {eF2D[0], eF2D[1] * 2, eF2D[3]});

@@ -35,14 +35,52 @@ void MoeLayer::experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& sa
   ops::grouped_gemm_forward(ex, y_RD, saved.h_RF, down_eDF.value, saved.plan.expert_offsets);
 }
 
+PieceMap MoeLayer::pieces() const {
+  if (!nodes) return whole_map(shares, exchange->size());
+  return node_map(shares, exchange->size(), nodes.inside->size(), nodes.across->rank());
+}
+
+void MoeLayer::plan_dispatch(Exec& ex, Arena& keep, Saved& saved) const {
+  ScratchScope scope(*ex.scratch);
+  if (nodes) {
+    saved.nodes = make_node_plan(ex, nodes, saved.index_TK, saved.weight_TK,
+                                 node_begins(shares, exchange->size(), nodes.inside->size()), keep);
+    saved.plan = make_plan(ex, group(), saved.nodes.index_AK, pieces(), keep);
+  } else {
+    saved.plan =
+        make_plan(ex, group(), piece_choices(ex, shares, exchange->size(), saved.index_TK), pieces(), keep);
+  }
+}
+
+// Rows of tokens set out, to other nodes first where there are any; what the caller computes until finish
+// hides the longer way.
+void MoeLayer::start_dispatch(Exec& ex, ConstTensorView x_TD, std::optional<ToNodes>& crossing,
+                              std::optional<ToExperts>& rows, const Saved& saved) const {
+  if (nodes) {
+    crossing.emplace(ex, nodes, saved.nodes, x_TD);
+  } else {
+    rows.emplace(ex, group(), saved.plan, x_TD, saved.plan.choices);
+  }
+}
+
+void MoeLayer::finish_dispatch(Exec& ex, TensorView x_RD, std::optional<ToNodes>& crossing,
+                               std::optional<ToExperts>& rows, const Saved& saved) const {
+  if (nodes) rows.emplace(ex, group(), saved.plan, crossing->finish(), saved.plan.choices);
+  rows->finish(ex, x_RD);
+}
+
 void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const {
   route(ex, x_TD, keep, saved);
-  saved.plan = make_plan(ex, *exchange, saved.index_TK, shares, keep);
-  const std::int64_t choices = saved.weight_TK.elements(), R = saved.plan.received(), D = x_TD.shape[1];
+  plan_dispatch(ex, keep, saved);
+  const std::int64_t R = saved.plan.received(), D = x_TD.shape[1];
+  const ConstTensorView chosen = nodes ? saved.nodes.weight_AK : saved.weight_TK;
 
   ScratchScope scope(*ex.scratch);
-  ToExperts rows(ex, *exchange, saved.plan, x_TD, top_k * shares.etp);
-  ToExperts weights(ex, *exchange, saved.plan, saved.weight_TK.reshape({choices, 1}), shares.etp);
+  std::optional<ToNodes> crossing;
+  std::optional<ToExperts> rows;
+  start_dispatch(ex, x_TD, crossing, rows, saved);
+  ToExperts weights(ex, group(), saved.plan, chosen.reshape({chosen.elements(), 1}),
+                    saved.plan.choices / top_k);
   if (shared) {  // while the rows travel
     shared->forward(ex, y_TD, x_TD, keep, saved.shared);
   } else {
@@ -50,13 +88,39 @@ void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& k
   }
   saved.x_RD = keep.take({R, D}, x_TD.dtype, "expert input");
   saved.weight_R1 = keep.take({R, 1}, DType::kF32, "expert row weights");
-  rows.finish(ex, saved.x_RD);
   weights.finish(ex, saved.weight_R1);
+  finish_dispatch(ex, saved.x_RD, crossing, rows, saved);
 
   TensorView y_RD = ex.scratch->take({R, D}, x_TD.dtype, "expert output");
   experts_forward(ex, y_RD, keep, saved);
-  FromExperts back(ex, *exchange, saved.plan, y_RD);
-  ops::gather_sum_rows(ex, y_TD, back.finish(), saved.plan.slot_TS, Accumulate::kAdd);
+  FromExperts back(ex, group(), saved.plan, y_RD);
+  add_to_tokens(ex, y_TD, back.finish(), saved);
+}
+
+// y_TD += what the experts returned for each token; between nodes their sum, not their rows.
+void MoeLayer::add_to_tokens(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, const Saved& saved) const {
+  if (!nodes) {
+    ops::gather_sum_rows(ex, y_TD, rows_ND, saved.plan.slot_TS, Accumulate::kAdd);
+    return;
+  }
+  TensorView sum_AD =
+      ex.scratch->take({saved.nodes.arrived(), y_TD.shape[1]}, rows_ND.dtype, "sums of a node");
+  ops::gather_sum_rows(ex, sum_AD, rows_ND, saved.plan.slot_TS, Accumulate::kOverwrite);
+  FromNodes home(ex, nodes, saved.nodes, sum_AD);
+  ops::gather_sum_rows(ex, y_TD, home.finish(), saved.nodes.slot_TM, Accumulate::kAdd);
+}
+
+// [T*K, 1] from one value per row.
+TensorView MoeLayer::weight_gradients(Exec& ex, ConstTensorView rows_N1, const Saved& saved) const {
+  const std::int64_t choices = saved.plan.tokens * top_k, parts = saved.plan.choices / top_k;
+  TensorView gradient = ex.scratch->take({choices, 1}, DType::kF32, "router weight gradient");
+  ops::gather_sum_rows(ex, gradient, rows_N1, saved.plan.slot_TS.reshape({choices, parts}),
+                       Accumulate::kOverwrite);
+  if (!nodes) return gradient;
+  FromNodes home(ex, nodes, saved.nodes, gradient.reshape({saved.nodes.arrived(), top_k}));
+  TensorView whole_TK = ex.scratch->take(saved.weight_TK.shape, DType::kF32, "router weight gradient");
+  ops::gather_sum_rows(ex, whole_TK, home.finish(), saved.nodes.slot_TM, Accumulate::kOverwrite);
+  return whole_TK.reshape({whole_TK.elements(), 1});
 }
 
 void MoeLayer::experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,
@@ -92,7 +156,9 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   const DispatchPlan& plan = saved.plan;
   const std::int64_t R = plan.received(), D = dy_TD.shape[1];
   ScratchScope scope(*ex.scratch);
-  ToExperts dy_rows(ex, *exchange, plan, dy_TD, top_k * shares.etp);
+  std::optional<ToNodes> crossing;
+  std::optional<ToExperts> dy_rows;
+  start_dispatch(ex, dy_TD, crossing, dy_rows, saved);
   if (shared) {  // while the gradients travel
     shared->backward(ex, dx_TD, dy_TD, saved.shared);
   } else {
@@ -103,11 +169,11 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   TensorView dweight_R1 = ex.scratch->take({R, 1}, DType::kF32, "expert row weight gradient");
   TensorView dgate_up_RG =
       ex.scratch->take(saved.gate_up_RG.shape, saved.gate_up_RG.dtype, "expert gate and up gradient");
-  dy_rows.finish(ex, dy_RD);
+  finish_dispatch(ex, dy_RD, crossing, dy_rows, saved);
   experts_backward(ex, dx_RD, dweight_R1, dgate_up_RG, dy_RD, saved);
 
-  FromExperts dx_rows(ex, *exchange, plan, dx_RD);
-  FromExperts dweights(ex, *exchange, plan, dweight_R1);
+  FromExperts dx_rows(ex, group(), plan, dx_RD);
+  FromExperts dweights(ex, group(), plan, dweight_R1);
   // While the input gradients travel back:
   if (down_eDF.wants_grad())
     ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, saved.h_RF, plan.expert_offsets, Accumulate::kAdd);
@@ -115,12 +181,9 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
     ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, saved.x_RD, plan.expert_offsets,
                             Accumulate::kAdd);
 
-  ops::gather_sum_rows(ex, dx_TD, dx_rows.finish(), plan.slot_TS, Accumulate::kAdd);
-  const std::int64_t choices = plan.tokens * top_k;
-  TensorView dweight_TK = ex.scratch->take({choices, 1}, DType::kF32, "router weight gradient");
-  ops::gather_sum_rows(ex, dweight_TK, dweights.finish(), plan.slot_TS.reshape({choices, shares.etp}),
-                       Accumulate::kOverwrite);
-  router_backward(ex, dx_TD, dweight_TK.reshape({plan.tokens, top_k}), saved);
+  add_to_tokens(ex, dx_TD, dx_rows.finish(), saved);
+  const TensorView dweight_TK = weight_gradients(ex, dweights.finish(), saved);
+  router_backward(ex, dx_TD, dweight_TK.reshape(saved.weight_TK.shape), saved);
 }
 
 }  // namespace upmoe

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "trainer/model/dense_ffn.h"
+#include "trainer/model/node_exchange.h"
 #include "trainer/model/token_dispatch.h"
 
 namespace upmoe {
@@ -16,6 +17,7 @@ struct MoeLayer {
   std::int64_t top_k = 0;
   bool renormalize_top_k = false;
   Communicator* exchange = nullptr;        // the ranks along ep and etp
+  NodeGroups nodes;                        // of the exchange, where rows go by way of nodes; etp is 1 then
   Param router_ED, gate_up_eGD, down_eDF;  // pieces of experts of this rank: shares.pieces_of(rank, size)
   std::optional<DenseFfn> shared;
 
@@ -23,6 +25,7 @@ struct MoeLayer {
     ConstTensorView x_TD;
     TensorView probs_TE, index_TK, weight_TK, lse_T;
     TensorView stats_3E, z_1;  // fp64, see ops::balance_stats
+    NodePlan nodes;
     DispatchPlan plan;
     TensorView x_RD, weight_R1, gate_up_RG, h_RF;
     DenseFfn::Saved shared;
@@ -35,6 +38,15 @@ struct MoeLayer {
   void backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const;
 
  private:
+  Communicator& group() const { return nodes ? *nodes.inside : *exchange; }  // where rows meet their experts
+  PieceMap pieces() const;
+  void start_dispatch(Exec& ex, ConstTensorView x_TD, std::optional<ToNodes>& crossing,
+                      std::optional<ToExperts>& rows, const Saved& saved) const;
+  void finish_dispatch(Exec& ex, TensorView x_RD, std::optional<ToNodes>& crossing,
+                       std::optional<ToExperts>& rows, const Saved& saved) const;
+  void plan_dispatch(Exec& ex, Arena& keep, Saved& saved) const;
+  void add_to_tokens(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, const Saved& saved) const;
+  TensorView weight_gradients(Exec& ex, ConstTensorView rows_N1, const Saved& saved) const;
   void route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) const;
   void experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& saved) const;
   void experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,

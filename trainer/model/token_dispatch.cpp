@@ -50,9 +50,6 @@ void fill_regroup(DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE
 
 }  // namespace
 
-namespace {
-
-// The choices by piece; those of the experts themselves when nothing cuts their width.
 ConstTensorView piece_choices(Exec& ex, const ExpertShares& shares, int ranks, ConstTensorView index_TK) {
   if (shares.etp == 1) return index_TK;
   const std::vector<std::int32_t> numbers = shares.numbers(ranks);
@@ -65,13 +62,15 @@ ConstTensorView piece_choices(Exec& ex, const ExpertShares& shares, int ranks, C
   return index_TS;
 }
 
-void count_rows(DispatchPlan& plan, const Communicator& exchange, const ExpertShares& shares,
+namespace {
+
+void count_rows(DispatchPlan& plan, const Communicator& exchange, const PieceMap& map,
                 const std::vector<std::int32_t>& counts_PE) {
-  const std::int64_t P = exchange.size(), E = shares.pieces();
-  const Range local = shares.pieces_of(exchange.rank(), exchange.size());
+  const std::int64_t P = exchange.size(), E = map.pieces();
+  const Range local = map.of_rank[static_cast<std::size_t>(exchange.rank())];
   plan.expert_offsets.assign(static_cast<std::size_t>(local.size() + 1), 0);
   for (int p = 0; p < P; ++p) {
-    const Range theirs = shares.pieces_of(p, exchange.size());
+    const Range theirs = map.of_rank[static_cast<std::size_t>(p)];
     std::int64_t send = 0, recv = 0;
     for (std::int64_t e = theirs.begin; e < theirs.end; ++e)
       send += counts_PE[static_cast<std::size_t>(exchange.rank() * E + e)];
@@ -88,26 +87,26 @@ void count_rows(DispatchPlan& plan, const Communicator& exchange, const ExpertSh
 
 }  // namespace
 
-DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_TK, const ExpertShares& shares,
+DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_TS, const PieceMap& map,
                        Arena& keep) {
   DispatchPlan plan;
-  plan.tokens = index_TK.shape[0];
-  plan.top_k = index_TK.shape[1];
-  plan.etp = shares.etp;
-  plan.order_N = keep.take({plan.sent()}, DType::kI32, "dispatch order");
-  plan.slot_TS = keep.take({plan.tokens, plan.top_k * plan.etp}, DType::kI32, "dispatch slots");
+  plan.tokens = index_TS.shape[0];
+  plan.choices = index_TS.shape[1];
+  plan.order_N = keep.take({plan.tokens * plan.choices}, DType::kI32, "dispatch order");
+  plan.slot_TS = keep.take(index_TS.shape, DType::kI32, "dispatch slots");
   ScratchScope scope(*ex.scratch);
-  TensorView counts_E = ex.scratch->take({shares.pieces()}, DType::kI32, "rows per piece");
-  ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E,
-                      piece_choices(ex, shares, exchange.size(), index_TK));
+  TensorView counts_E = ex.scratch->take({map.pieces()}, DType::kI32, "rows per piece");
+  ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E, index_TS);
   const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, plan.sent());
-  count_rows(plan, exchange, shares, counts_PE);
+  count_rows(plan, exchange, map, counts_PE);
+  plan.order_N =
+      plan.order_N.rows(0, std::accumulate(plan.send_rows.begin(), plan.send_rows.end(), std::int64_t{0}));
   if (exchange.size() > 1) {
     plan.regroup_R = keep.take({plan.received()}, DType::kI32, "regroup");
     plan.ungroup_R = keep.take({plan.received()}, DType::kI32, "ungroup");
     if (ex.device.type != DeviceType::kDry)
-      fill_regroup(plan, counts_PE, exchange.size(), shares.pieces(),
-                   shares.pieces_of(exchange.rank(), exchange.size()));
+      fill_regroup(plan, counts_PE, exchange.size(), map.pieces(),
+                   map.of_rank[static_cast<std::size_t>(exchange.rank())]);
   }
   return plan;
 }

@@ -1,0 +1,91 @@
+#include "trainer/model/node_exchange.h"
+
+#include <numeric>
+
+#include "kernels/ops/routing.h"
+
+namespace upmoe {
+
+namespace {
+
+TensorView take_rows(Exec& ex, std::int64_t rows, ConstTensorView like, const char* what) {
+  return ex.scratch->take({rows, like.shape[1]}, like.dtype, what);
+}
+
+std::int64_t sum_of(const std::vector<std::int64_t>& rows) {
+  return std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
+}
+
+// How many rows go to and come from each node. On the dry device nobody counted: every token asks for every
+// node, or for as many as it has choices.
+void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, ConstTensorView index_TK,
+                NodePlan& plan) {
+  const auto M = static_cast<std::int64_t>(groups.across->size());
+  std::vector<std::int32_t> all_MM(static_cast<std::size_t>(M * M));
+  if (ex.device.type == DeviceType::kDry) {
+    groups.across->all_gather(TensorView{nullptr, {M, M}, DType::kI32, ex.device}, counts_M).wait();
+    const std::int64_t tokens = index_TK.shape[0];
+    const std::int64_t each = tokens * std::min(M, index_TK.shape[1]) / M;
+    std::fill(all_MM.begin(), all_MM.end(), static_cast<std::int32_t>(each));
+  } else {
+    groups.across->all_gather(host_view(all_MM.data(), {M, M}), counts_M).wait();
+  }
+  const std::int64_t me = groups.across->rank();
+  for (std::int64_t m = 0; m < M; ++m) {
+    plan.send_rows.push_back(all_MM[static_cast<std::size_t>(me * M + m)]);
+    plan.recv_rows.push_back(all_MM[static_cast<std::size_t>(m * M + me)]);
+  }
+}
+
+}  // namespace
+
+NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, ConstTensorView index_TK,
+                        ConstTensorView weight_TK, const std::vector<std::int64_t>& node_begin, Arena& keep) {
+  const std::int64_t T = index_TK.shape[0], K = index_TK.shape[1], M = groups.across->size();
+  NodePlan plan;
+  plan.order_X = keep.take({T * M}, DType::kI32, "rows to other nodes");
+  plan.slot_TM = keep.take({T, M}, DType::kI32, "rows of tokens on nodes");
+  ScratchScope scope(*ex.scratch);
+  TensorView counts_M = ex.scratch->take({M}, DType::kI32, "rows per node");
+  ops::group_by_node(ex, plan.order_X, plan.slot_TM, counts_M, index_TK, node_begin);
+  count_rows(ex, groups, counts_M, index_TK, plan);
+  plan.order_X = plan.order_X.rows(0, sum_of(plan.send_rows));
+
+  const std::int64_t X = plan.order_X.rows(), A = sum_of(plan.recv_rows);
+  plan.index_AK = keep.take({A, K}, DType::kI32, "choices of arrived rows");
+  plan.weight_AK = keep.take({A, K}, DType::kF32, "weights of arrived rows");
+  TensorView index_XK = ex.scratch->take({X, K}, DType::kI32, "choices of rows to other nodes");
+  TensorView weight_XK = ex.scratch->take({X, K}, DType::kF32, "weights of rows to other nodes");
+  ops::node_choices(ex, index_XK, weight_XK, plan.order_X, plan.send_rows, index_TK, weight_TK, node_begin);
+  Pending indices =
+      groups.across->all_to_all_rows(plan.index_AK, plan.recv_rows, index_XK, plan.send_rows, ex.comm);
+  Pending weights =
+      groups.across->all_to_all_rows(plan.weight_AK, plan.recv_rows, weight_XK, plan.send_rows, ex.comm);
+  indices.wait();
+  weights.wait();
+  return plan;
+}
+
+ToNodes::ToNodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TD) {
+  TensorView sent_XD = take_rows(ex, plan.order_X.rows(), rows_TD, "rows to other nodes");
+  arrived_AD_ = take_rows(ex, plan.arrived(), rows_TD, "rows from other nodes");
+  ops::gather_rows(ex, sent_XD, rows_TD, plan.order_X, 1);
+  pending_ = groups.across->all_to_all_rows(arrived_AD_, plan.recv_rows, sent_XD, plan.send_rows, ex.comm);
+}
+
+ConstTensorView ToNodes::finish() {
+  pending_.wait();
+  return arrived_AD_;
+}
+
+FromNodes::FromNodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AD) {
+  arrived_XD_ = take_rows(ex, plan.order_X.rows(), rows_AD, "rows back from other nodes");
+  pending_ = groups.across->all_to_all_rows(arrived_XD_, plan.send_rows, rows_AD, plan.recv_rows, ex.comm);
+}
+
+ConstTensorView FromNodes::finish() {
+  pending_.wait();
+  return arrived_XD_;
+}
+
+}  // namespace upmoe
