@@ -66,7 +66,9 @@ start_once() {
   ((ranks > 0)) || die "$hostfile names no host"
   most=${per_host:-$(hosts | sed -E 's/.*slots=([0-9]+).*/\1/; t; s/.*/1/' | sort -n | tail -n 1)}
   local each=${threads:-$(($(nproc) / most > 0 ? $(nproc) / most : 1))}
-  local options=(-np "$ranks" --hostfile "$hostfile" --bind-to none -x "OMP_NUM_THREADS=$each")
+  # Keep-alives between the daemons: a host that falls silent would else keep mpirun waiting for many minutes.
+  local options=(-np "$ranks" --hostfile "$hostfile" --bind-to none -x "OMP_NUM_THREADS=$each"
+    --mca oob_tcp_keepalive_time 4 --mca oob_tcp_keepalive_intvl 1 --mca oob_tcp_keepalive_probes 3)
   [[ -z $per_host ]] || options+=(--map-by "ppr:$per_host:node" --oversubscribe)
   if [[ -n $interface ]]; then
     options+=(--mca btl_tcp_if_include "$interface" --mca oob_tcp_if_include "$interface")
