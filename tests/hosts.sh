@@ -101,7 +101,7 @@ cut_at=$SECONDS
 echo "host 3 cut off after step $(losses "$work/cut" | tail -n 1 | cut -d' ' -f1)"
 until grep -q 'starting again' "$work/cut.log" || ! kill -0 "$child" 2>/dev/null; do sleep 0.2; done
 echo "the job ended $((SECONDS - cut_at)) s later:"
-grep -E 'upmoe: error|run_hosts: status' "$work/cut.log" | head -n 6 | sed 's/^/  /'
+grep -E 'upmoe: error|lost communication|run_hosts: status' "$work/cut.log" | head -n 6 | sed 's/^/  /'
 ip link set upmoev3 up
 wait "$child" || { echo "the job did not come back"; tail -n 30 "$work/cut.log"; exit 1; }
 echo "finished $((SECONDS - began)) s after its first start"
