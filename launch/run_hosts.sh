@@ -1,112 +1,225 @@
 #!/usr/bin/env bash
-# Trains over several hosts and starts again after faults:
-#   launch/run_hosts.sh --hostfile hosts build/release/upmoe train run.yaml parallel.ep=16
-# The hostfile has a line per host, "node1 slots=8": names, not addresses. It is read anew at every start, so a host
-# that is lost can be taken out of it. The project folder, the data and run.dir must be on a shared file system.
+# Starts one job over the hosts of a file and, when it is a training run that failed for a passing reason, starts it
+# again; it then resumes from the newest complete checkpoint. What is worth another try: restart_rules.sh.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: launch/run_hosts.sh --hostfile FILE [options] COMMAND [ARGUMENT...]
-  --ranks-per-host N   ranks on each host (default: the slots of its line)
-  --threads N          OMP_NUM_THREADS of each rank (default: this host's cores shared out)
-  --interface IF|CIDR  the network between the hosts, e.g. eth0 or 10.0.0.0/24 (default: Open MPI chooses)
-  --deadline SECONDS   a job without progress for so long ends with status 70 (default: 600)
-  --restarts N         at most N starts after the first (default: 10)
-  --run-dir DIR        where the checkpoints are (default: run.dir of the command)
-  --mpirun ARGUMENT    handed on to mpirun; may be repeated
+usage: launch/run_hosts.sh --hostfile FILE [OPTION...] COMMAND...
+  --hostfile FILE       one host a line, as Open MPI reads it (NAME [slots=N]); read again at every start
+  --ranks-per-host N    default: the slots= of the file, when all hosts have the same
+  --cores-per-host N    physical cores to share out; default: as many as this host has
+  --deadline SECONDS    passed to `upmoe train`: without progress for so long a rank ends the job with 70
+  --restarts N          at most so many (default 3; 0: never)
+  --delay SECONDS       before a restart (default 10), for hosts and file systems to notice what ended
+  --grace SECONDS       for mpirun to end after a rank reported an error, and for a checkpoint after SIGTERM or
+                        SIGINT (default 15 and 120; one value sets both)
+  --interface IF|CIDR   network that MPI uses, such as eth0 or 10.0.0.0/24; default: all that Open MPI finds
+  --rsh AGENT           starts a command on a host (default: ssh); must ask for no password
+  --run-dir DIR         where the checkpoints are, if the command does not tell by run.dir= or its YAML file
+The program, its inputs and the run directory must lie under the same path on all hosts. More options of mpirun: in
+the environment, as OMPI_MCA_name=value. Example:
+  launch/run_hosts.sh --hostfile hosts.txt --ranks-per-host 8 --deadline 120 build/release/upmoe train run.yaml
+SIGUSR1 and SIGUSR2 go to the ranks; SIGTERM and SIGINT save and stop, a second one stops at once.
+The exit status is that of the last start.
 USAGE
 }
-die() {
-  echo "run_hosts: $*" >&2
-  exit 2
+
+say() { echo "run_hosts: $*" >&2; }
+die() { echo "run_hosts: error: $*" >&2; exit 2; }
+
+hostfile='' ranks='' cores='' deadline='' restarts=3 delay=10 abort_grace=15 stop_grace=120 interface='' rsh=''
+run_dir=''
+number() {  # OPTION VALUE SMALLEST
+  if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then die "$1 '$2': expected a whole number from $3 on"; fi
 }
-
-here=$(dirname "${BASH_SOURCE[0]}")
-# shellcheck source=launch/restart_rules.sh
-source "$here/restart_rules.sh"
-
-hostfile='' per_host='' threads='' interface='' deadline=600 restarts=10 run_dir='' extra=()
-while [[ $# -gt 0 && $1 == --* ]]; do
-  [[ $1 == --help ]] && { usage; exit 0; }
-  [[ $# -ge 2 ]] || { usage >&2; exit 2; }
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    -h | --help) usage; exit 0 ;;
+    --) shift; break ;;
+    --*) [[ $# -ge 2 ]] || { usage >&2; die "$1 needs a value"; } ;;
+    *) break ;;
+  esac
   case $1 in
     --hostfile) hostfile=$2 ;;
-    --ranks-per-host) per_host=$2 ;;
-    --threads) threads=$2 ;;
+    --ranks-per-host) number "$1" "$2" 1; ranks=$2 ;;
+    --cores-per-host) number "$1" "$2" 1; cores=$2 ;;
+    --deadline) number "$1" "$2" 1; deadline=$2 ;;
+    --restarts) number "$1" "$2" 0; restarts=$2 ;;
+    --delay) number "$1" "$2" 0; delay=$2 ;;
+    --grace) number "$1" "$2" 1; abort_grace=$2 stop_grace=$2 ;;
     --interface) interface=$2 ;;
-    --deadline) deadline=$2 ;;
-    --restarts) restarts=$2 ;;
+    --rsh) rsh=$2 ;;
     --run-dir) run_dir=$2 ;;
-    --mpirun) extra+=("$2") ;;
     *) usage >&2; die "unknown option '$1'" ;;
   esac
   shift 2
 done
-[[ $# -gt 0 ]] || { usage >&2; exit 2; }
-[[ -r $hostfile ]] || die "--hostfile: '$hostfile' cannot be read"
-[[ $restarts =~ ^[0-9]+$ ]] || die "--restarts: found '$restarts', expected a number"
-[[ $deadline =~ ^[0-9]+$ ]] || die "--deadline: found '$deadline', expected a number of seconds"
+command=("$@")
+[[ -n $hostfile ]] || { usage >&2; die "--hostfile is missing"; }
+[[ ${#command[@]} -gt 0 ]] || { usage >&2; die "no command to start"; }
 command -v mpirun >/dev/null || die "mpirun not found; run launch/setup.sh"
-[[ -n $run_dir ]] || run_dir=$(run_dir_of "$@") || die "no run.dir in the command or its YAML file; give --run-dir"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/restart_rules.sh
+source "$here/restart_rules.sh"
 
-# Lines that count, and their slots (1 where none are named).
-hosts() { sed -E 's/#.*//; /^[[:space:]]*$/d' "$hostfile"; }
-slots() {
-  if [[ -n $per_host ]]; then
-    echo $(($(hosts | wc -l) * per_host))
+if is_train "${command[@]}"; then
+  [[ -n $run_dir ]] || run_dir=$(run_dir_of "${command[@]}") || [[ $restarts -eq 0 ]] ||
+    die "no run directory found in '${command[*]}'; name it by --run-dir, or use --restarts 0"
+else
+  [[ -z $deadline ]] || die "--deadline is for 'upmoe train', which is not in '${command[*]}'"
+  restarts=0
+fi
+if [[ -n $deadline ]]; then
+  with_deadline=() option=(--deadline "$deadline")
+  for word in "${command[@]}"; do
+    [[ $word != --deadline* ]] || die "the deadline is given twice: before the command and in it"
+    with_deadline+=("$word")
+    if [[ $word == train ]]; then with_deadline+=("${option[@]}"); option=(); fi
+  done
+  command=("${with_deadline[@]}")
+fi
+
+hosts=()
+read_hosts() {
+  [[ -r $hostfile ]] || die "--hostfile $hostfile: cannot be read"
+  local line slots found
+  hosts=() slots=''
+  while IFS= read -r line || [[ -n $line ]]; do
+    line=${line%%#*}
+    read -r host _ <<<"$line"
+    [[ -n $host ]] || continue
+    hosts+=("$host")
+    found=1
+    [[ ! $line =~ [[:space:]]slots[[:space:]]*=[[:space:]]*([0-9]+) ]] || found=${BASH_REMATCH[1]}
+    [[ -n $ranks || -z $slots || $slots -eq $found ]] ||
+      die "--hostfile $hostfile: $host has slots=$found, the hosts before it $slots; give --ranks-per-host"
+    slots=$found
+  done <"$hostfile"
+  [[ ${#hosts[@]} -gt 0 ]] || die "--hostfile $hostfile: names no host"
+  per_host=${ranks:-$slots}
+  [[ $per_host -ge 1 ]] || die "--hostfile $hostfile: slots=$per_host; expected at least 1"
+}
+
+physical_cores() {  # that this process may use; hardware threads of one core count once, as Open MPI binds to cores
+  local physical allowed
+  allowed=$(nproc)
+  physical=$(lscpu --parse=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l) || physical=0
+  echo $((physical > 0 && physical < allowed ? physical : allowed))
+}
+[[ -n $cores ]] || cores=$(physical_cores)
+
+threads=${OMP_NUM_THREADS:-}
+make_options() {
+  local share=$((cores / per_host > 0 ? cores / per_host : 1)) total=$((${#hosts[@]} * per_host))
+  # Slots are overruled: what counts is --ranks-per-host.
+  options=(--hostfile "$hostfile" -np "$total" --oversubscribe)
+  if ((per_host <= cores)); then
+    options+=(--map-by "ppr:$per_host:node:PE=$share" --bind-to core)
   else
-    hosts | sed -E 's/.*slots=([0-9]+).*/\1/; t; s/.*/1/' | awk '{ n += $1 } END { print n + 0 }'
+    options+=(--map-by "ppr:$per_host:node" --bind-to none)
+  fi
+  export OMP_NUM_THREADS=${threads:-$share}
+  options+=(-x OMP_NUM_THREADS)
+  # Open MPI's own: 300 + 9 x 20 s until it misses a silent host. These notice one after about 25 s.
+  options+=(--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3)
+  [[ -z $interface ]] || options+=(--mca btl_tcp_if_include "$interface" --mca oob_tcp_if_include "$interface")
+  [[ -z $rsh ]] || options+=(--mca plm_rsh_agent "$rsh")
+}
+if [[ $(id -u) -eq 0 ]]; then
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+
+scratch=$(mktemp -d)
+mpirun_pid=0 stopping=0
+trap 'rm -rf "$scratch"' EXIT
+
+alive() { [[ $mpirun_pid -ne 0 ]] && kill -0 "$mpirun_pid" 2>/dev/null; }
+# mpirun leads its own process group, so that its rsh agents end with it.
+end_mpirun() { kill -TERM -- "-$mpirun_pid" 2>/dev/null || true; }
+pass_on() { if alive; then kill "-$1" "$mpirun_pid" || true; fi; }
+stop_by=0
+ask_to_stop() {
+  if [[ $stopping -eq 0 ]]; then
+    say "stopping: asking the ranks for a checkpoint, at most $stop_grace s; once more to stop at once"
+    stopping=1 stop_by=$((SECONDS + stop_grace))
+    pass_on USR2
+  else
+    stop_by=$SECONDS
   fi
 }
+trap 'pass_on USR1' USR1
+trap 'stopping=1; pass_on USR2' USR2
+trap ask_to_stop TERM INT
 
-start_once() {
-  local ranks most
-  ranks=$(slots)
-  ((ranks > 0)) || die "$hostfile names no host"
-  most=${per_host:-$(hosts | sed -E 's/.*slots=([0-9]+).*/\1/; t; s/.*/1/' | sort -n | tail -n 1)}
-  local each=${threads:-$(($(nproc) / most > 0 ? $(nproc) / most : 1))}
-  # Keep-alives between the daemons: a host that falls silent would else keep mpirun waiting for many minutes.
-  local options=(-np "$ranks" --hostfile "$hostfile" --bind-to none -x "OMP_NUM_THREADS=$each"
-    --mca oob_tcp_keepalive_time 4 --mca oob_tcp_keepalive_intvl 1 --mca oob_tcp_keepalive_probes 3)
-  [[ -z $per_host ]] || options+=(--map-by "ppr:$per_host:node" --oversubscribe)
-  if [[ -n $interface ]]; then
-    options+=(--mca btl_tcp_if_include "$interface" --mca oob_tcp_if_include "$interface")
-  fi
-  if [[ $(id -u) -eq 0 ]]; then
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-  fi
-  local command=("$@")
-  [[ ${2:-} == train ]] && command+=(--deadline "$deadline")
-  echo "run_hosts: $ranks ranks on $(hosts | wc -l) hosts, $each threads each" >&2
-  # In the background, so that signals to this script reach mpirun at once; it hands them to the ranks.
-  mpirun "${options[@]}" "${extra[@]}" "${command[@]}" &
-  child=$!
-  wait_for "$child"
+# Passes mpirun's standard error on and leaves a mark at the first line by which a rank ends the job: from then on
+# mpirun has little time, because it waits without end for the daemon of a host that cannot be reached.
+watch_errors() {
+  local line
+  trap '' TERM INT USR1 USR2
+  while IFS= read -r line; do
+    printf '%s\n' "$line" >&2
+    [[ $line != *'upmoe: error:'* ]] || : >"$scratch/error"
+  done
 }
 
-child=0
-for signal in USR1 USR2 TERM INT; do
-  # shellcheck disable=SC2064  # the name of this signal
-  trap "((child > 0)) && kill -$signal \$child 2>/dev/null || true" "$signal"
-done
-
-futile=0
-for ((start = 0; ; ++start)); do
-  before=$(newest_step "$run_dir")
+start_once() {  # sets status
+  local end_by=0 killed=0 watcher
+  rm -f "$scratch/error" "$scratch/errors"
+  mkfifo "$scratch/errors"
+  watch_errors <"$scratch/errors" &
+  watcher=$!
+  # In a session of its own: Ctrl-C in the terminal must reach this script alone, else mpirun kills before it saves.
+  setsid mpirun "${options[@]}" "${command[@]}" 2>"$scratch/errors" &
+  mpirun_pid=$!
+  while alive; do
+    sleep 0.2 &
+    wait $! || true  # a signal ends this wait at once and runs its trap
+    if [[ $end_by -eq 0 && -e $scratch/error ]]; then end_by=$((SECONDS + abort_grace)); fi
+    if [[ $stop_by -ne 0 && $SECONDS -ge $stop_by ]]; then end_mpirun; stop_by=0 end_by=$((SECONDS + 5)); fi
+    if [[ $end_by -ne 0 && $SECONDS -ge $end_by ]]; then
+      say "mpirun did not end within $abort_grace s of the error above, so it has lost a host; killing it"
+      killed=1
+      end_mpirun
+      sleep 2
+      kill -KILL -- "-$mpirun_pid" 2>/dev/null || true
+    fi
+  done
   status=0
-  start_once "$@" || status=$?
-  after=$(newest_step "$run_dir")
-  verdict=$(restart_verdict "$status" "$before" "$after" "$futile")
-  if ((after > before)); then futile=0; else futile=$((futile + 1)); fi
-  if [[ $verdict != again ]]; then
-    [[ $status -eq 0 ]] || echo "run_hosts: status $status: $verdict" >&2
+  wait "$mpirun_pid" || status=$?
+  # Of a rank that only reported the silence of another host, mpirun never told the status.
+  if [[ $killed -eq 1 ]]; then status=72; fi
+  mpirun_pid=0
+  # The last lines; what is left of mpirun can hold the pipe open, so this does not wait for its end.
+  for _ in {1..20}; do kill -0 "$watcher" 2>/dev/null || return 0; sleep 0.05; done
+  kill "$watcher" 2>/dev/null || true
+}
+
+status=0
+for ((start = 1; ; ++start)); do
+  read_hosts
+  make_options
+  old=-1
+  [[ -z $run_dir ]] || old=$(newest_step "$run_dir")
+  say "start $start: ${#hosts[@]} hosts with $per_host ranks, $OMP_NUM_THREADS threads each" \
+    "$( ((old < 0)) || echo "(newest checkpoint: step $old)")"
+  began=$SECONDS
+  start_once
+  [[ $status -ne 0 ]] || exit 0
+  new=-1
+  [[ -z $run_dir ]] || new=$(newest_step "$run_dir")
+  what="ended after $((SECONDS - began)) s with status $status ($(describe_status "$status"))"
+  if [[ $stopping -eq 1 ]]; then say "$what; it was asked to stop"; exit "$status"; fi
+  if ((restarts == 0)); then say "$what"; exit "$status"; fi
+  if ! why=$(should_restart "$status" "$old" "$new" "$start"); then
+    say "$what; no restart: $why"
+    ((start == 1)) || say "if a host of $hostfile is down, take it out of the file and start again"
     exit "$status"
   fi
-  if ((start >= restarts)); then
-    echo "run_hosts: status $status after $restarts restarts; newest checkpoint: step $after" >&2
-    exit "$status"
-  fi
-  echo "run_hosts: status $status; starting again from step $after (restart $((start + 1)) of $restarts)." \
-    "A host that is lost has to be taken out of $hostfile" >&2
+  if ((start > restarts)); then say "$what; no restart: all $restarts are used up"; exit "$status"; fi
+  say "$what; $why: restart $start of $restarts in $delay s"
+  say "$hostfile is read again then; take out a host that stays down (the number of ranks must suit the run)"
+  waited=$((SECONDS + delay))
+  while [[ $SECONDS -lt $waited && $stopping -eq 0 ]]; do sleep 0.2; done
+  if [[ $stopping -eq 1 ]]; then say "asked to stop before the restart"; exit "$status"; fi
 done

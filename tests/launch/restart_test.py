@@ -1,116 +1,336 @@
-"""When a job is started again, and how the launch scripts do it: with an mpirun, srun and scontrol that only pretend.
-
-usage: restart_test.py SOURCE_DIR
-"""
+#!/usr/bin/env python3
+"""Restarts: the rules as functions, and the launch scripts around them with a false mpirun, srun and scontrol."""
 
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
-ROOT = Path(sys.argv.pop(1))
-# Plays the statuses of $PLAN one by one; "75+" also leaves a new checkpoint, "wait" waits for USR2 and then saves.
-FAKE = """#!/usr/bin/env bash
-cd "$FAKE_DIR"
-echo "$*" >>calls
-n=$(wc -l <calls)
-word=$(cut -d' ' -f"$n" <<<"$PLAN")
-save() { mkdir -p run/checkpoints/step_0000000$n; }
-if [[ $word == wait ]]; then
-  trap 'save; exit 75' USR2
-  touch ready
-  for _ in $(seq 200); do sleep 0.05; done
-  exit 99
-fi
-[[ $word == *+ ]] && save
-exit "${word%+}"
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+
+# Stands for mpirun and srun: the n-th start runs the n-th of the scripts that the test wrote. `save N` makes the
+# checkpoint of step N, `on_usr2 COMMAND` waits for the signal by which the ranks are asked to save and stop.
+LAUNCHER = """#!/usr/bin/env bash
+state={state}
+n=$(($(cat "$state/count" 2>/dev/null || echo 0) + 1))
+echo $n >"$state/count"
+echo "$OMP_NUM_THREADS | $*" >>"$state/calls"
+save() {{ mkdir -p "$state/run/checkpoints/$(printf 'step_%08d' "$1")"; }}
+on_usr2() {{ trap "$1" USR2; : >"$state/ready"; for i in {{1..300}}; do sleep 0.05; done; exit 99; }}
+[[ -e $state/start_$n ]] || exit 98
+source "$state/start_$n"
 """
 
 
-class Restart(unittest.TestCase):
+class Case(unittest.TestCase):
     def setUp(self):
-        self.folder = tempfile.TemporaryDirectory()
-        self.dir = Path(self.folder.name)
+        self.dir = Path(tempfile.mkdtemp(prefix="upmoe-restart-"))
+        self.addCleanup(shutil.rmtree, self.dir, True)
+        (self.dir / "bin").mkdir()
         for name in ("mpirun", "srun"):
-            (self.dir / name).write_text(FAKE, encoding="utf-8")
-            (self.dir / name).chmod(0o755)
-        (self.dir / "scontrol").write_text('#!/bin/sh\necho "$*" >"$FAKE_DIR/requeued"\n', encoding="utf-8")
-        (self.dir / "scontrol").chmod(0o755)
-        (self.dir / "hosts").write_text("# two\nnode1 slots=2\nnode2 slots=3\n", encoding="utf-8")
-        (self.dir / "run.yaml").write_text(f"run: {{dir: {self.dir}/run, seed: 1}}\n", encoding="utf-8")
+            self.program(name, LAUNCHER.format(state=self.dir))
+        self.program("scontrol", f'#!/bin/sh\necho "$*" >>{self.dir}/scontrol\n')
+        (self.dir / "hosts").write_text("# two hosts\nnode1 slots=2\nnode2 slots=2  # the second\n")
+        (self.dir / "run.yaml").write_text(f"run: {{dir: {self.dir}/run, seed: 1}}\n")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP_", "UPMOE"))}
+        self.environment["PATH"] = f"{self.dir}/bin:{os.environ['PATH']}"
+        self.training = ["upmoe", "train", str(self.dir / "run.yaml")]
 
-    def tearDown(self):
-        self.folder.cleanup()
+    def program(self, name, text):
+        path = self.dir / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
 
-    def environment(self, plan):
-        return dict(os.environ, PATH=f"{self.dir}:{os.environ['PATH']}", FAKE_DIR=str(self.dir), PLAN=plan,
-                    SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="3")
+    def starts(self, *scripts):
+        for n, script in enumerate(scripts, 1):
+            (self.dir / f"start_{n}").write_text(script + "\n")
+
+    def save(self, step, suffix=""):
+        (self.dir / f"run/checkpoints/step_{step:08}{suffix}").mkdir(parents=True)
 
     def calls(self):
-        return (self.dir / "calls").read_text(encoding="utf-8").splitlines()
+        path = self.dir / "calls"
+        return path.read_text().splitlines() if path.exists() else []
 
-    def hosts(self, plan, *options):
-        command = [ROOT / "launch/run_hosts.sh", "--hostfile", self.dir / "hosts", *options, "upmoe", "train",
-                   self.dir / "run.yaml"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=self.environment(plan),
-                              check=False)
-        return done.returncode, done.stderr
+    def start(self, command):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env=self.environment, cwd=self.dir)
+        self.addCleanup(lambda: process.poll() is None and process.kill())
+        return process
 
-    def test_starts_all_slots_with_the_deadline(self):
-        status, _ = self.hosts("0", "--deadline", "30", "--interface", "10.0.0.0/24")
-        self.assertEqual(status, 0)
-        self.assertIn("-np 5 ", self.calls()[0])
-        self.assertIn("btl_tcp_if_include 10.0.0.0/24", self.calls()[0])
-        self.assertTrue(self.calls()[0].endswith("--deadline 30"))
+    def finish(self, process, status):
+        _, errors = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, status, errors)
+        return errors
 
-    def test_faults_are_tried_again_and_mistakes_are_not(self):
-        for plan, status, starts in (("70+ 72+ 0", 0, 3), ("1+ 0", 0, 2), ("1", 1, 1), ("2", 2, 1), ("3", 3, 1),
-                                     ("4+", 4, 1), ("75+", 75, 1), ("137+ 0", 0, 2), ("70 70 70 70", 70, 3),
-                                     ("70 70+ 70 70 0", 0, 5)):
-            with self.subTest(plan=plan):
-                self.tearDown()
-                self.setUp()
-                found, error = self.hosts(plan)
-                self.assertEqual((found, len(self.calls())), (status, starts), error)
-                if status != 0:
-                    self.assertIn(f"status {status}", error)
+    def wait_until_ready(self, process):
+        end = time.monotonic() + 20
+        while not (self.dir / "ready").exists():
+            self.assertIsNone(process.poll())
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.02)
 
-    def test_gives_up_after_so_many_restarts(self):
-        status, error = self.hosts("70+ 70+ 70+ 70+", "--restarts", "2")
-        self.assertEqual((status, len(self.calls())), (70, 3))
-        self.assertIn("after 2 restarts", error)
 
-    def test_wrong_arguments(self):
-        for options, words in ((("--restarts", "x"), "--restarts"), (("--hostfile", "/nowhere"), "/nowhere"),
-                               (("--colour", "red"), "--colour")):
-            status, error = self.hosts("0", *options)
-            self.assertEqual(status, 2)
-            self.assertIn(words, error)
+class Rules(Case):
+    def ask(self, *words):
+        run = subprocess.run(["bash", "-euc", 'source "$0"; "$@"', str(LAUNCH / "restart_rules.sh"), *map(str, words)],
+                             capture_output=True, text=True, cwd=self.dir)
+        self.assertEqual(run.stderr, "")
+        return run.returncode, run.stdout.strip()
 
-    def slurm(self, plan):
-        return subprocess.Popen(["bash", ROOT / "launch/run_slurm.sbatch", "upmoe", "train", self.dir / "run.yaml"],
-                                stderr=subprocess.PIPE, text=True, env=self.environment(plan))
+    def test_newest_step_counts_complete_checkpoints_only(self):
+        run = self.dir / "run"
+        self.assertEqual(self.ask("newest_step", run), (0, "-1"))
+        for step in (8, 9, 100):
+            self.save(step)
+        self.save(200, ".tmp")
+        (run / "checkpoints/step_00000300").write_text("a file")
+        (run / "checkpoints/latest").mkdir()
+        self.assertEqual(self.ask("newest_step", run), (0, "100"))
 
-    def test_slurm_restarts_after_a_fault(self):
-        job = self.slurm("70+ 0")
-        error = job.communicate(timeout=60)[1]
-        self.assertEqual((job.returncode, len(self.calls())), (0, 2), error)
-        self.assertIn("--mpi=pmix", self.calls()[0])
+    def test_run_directory_of_a_command(self):
+        self.assertEqual(self.ask("run_dir_of", *self.training), (0, f"{self.dir}/run"))
+        self.assertEqual(self.ask("run_dir_of", *self.training, "run.dir=a", "run.dir=b c"), (0, "b c"))
+        self.assertEqual(self.ask("run_dir_of", "upmoe", "train", "missing.yaml"), (1, ""))
+        self.assertEqual(self.ask("run_dir_of", "upmoe", "train"), (1, ""))
 
-    def test_slurm_saves_before_the_limit_and_goes_back_into_the_queue(self):
-        job = self.slurm("wait")
-        for _ in range(200):
-            if (self.dir / "ready").exists():
-                break
-            time.sleep(0.05)
-        job.send_signal(signal.SIGUSR1)
-        error = job.communicate(timeout=60)[1]
-        self.assertEqual(job.returncode, 0, error)
-        self.assertEqual((self.dir / "requeued").read_text(encoding="utf-8"), "requeue 7\n")
+    def test_run_directory_in_yaml(self):
+        path = self.dir / "some.yaml"
+        for text, expected in {
+            "run:        {dir: runs/tiny, seed: 1}": "runs/tiny",
+            "run: {seed: 1, dir: runs/tiny}  # the place": "runs/tiny",
+            "run: {dir: 'a, b', seed: 1}": "a, b",
+            "model: {dir: no}\nrun:\n  seed: 1\n  dir: runs/block  # the place\nlog: {dir: no}": "runs/block",
+            'run:\n  dir: "runs/a b"': "runs/a b",
+            "run: {seed: 1}\nmodel:\n  dir: no": "",
+            "# run: {dir: no}": "",
+        }.items():
+            path.write_text(text + "\n")
+            self.assertEqual(self.ask("dir_in_yaml", path), (0, expected), text)
+
+    def test_restarts(self):
+        for status in (0, 2, 3, 4, 71, 75, 126, 127):
+            self.assertEqual(self.ask("should_restart", status, 10, 20, 1)[0], 1, status)
+        for status in (70, 72, 134, 137, 139, 143, 205):
+            self.assertEqual(self.ask("should_restart", status, 10, 20, 3), (0, "step 20 is saved"), status)
+            self.assertEqual(self.ask("should_restart", status, -1, -1, 1)[0], 0, status)
+            self.assertEqual(self.ask("should_restart", status, 10, 10, 2)[0], 1, status)
+        self.assertEqual(self.ask("should_restart", 1, 10, 20, 2)[0], 0)
+        self.assertEqual(self.ask("should_restart", 1, -1, -1, 1)[0], 1)
+
+    def test_requeues(self):
+        for status in (75, 70, 137, 1):
+            self.assertEqual(self.ask("should_requeue", status, 10, 20)[0], 0, status)
+            self.assertEqual(self.ask("should_requeue", status, 10, 10)[0], 1, status)
+        for status in (0, 2, 3, 4, 71, 127):
+            self.assertEqual(self.ask("should_requeue", status, 10, 20)[0], 1, status)
+
+    def test_every_status_has_words(self):
+        for status in (0, 1, 2, 3, 4, 70, 71, 72, 75, 127, 205):
+            self.assertNotIn("signal", self.ask("describe_status", status)[1])
+        for number in (1, 6, 9, 11, 15, 31):
+            self.assertEqual(self.ask("describe_status", 128 + number)[1], f"killed by signal {number}")
+
+
+class Hosts(Case):
+    def hosts(self, *options, command=None):
+        options = ["--hostfile", str(self.dir / "hosts"), "--delay", "0", *options]
+        return self.start([str(LAUNCH / "run_hosts.sh"), *options, *(self.training if command is None else command)])
+
+    def refused(self, *command):
+        process = self.start([str(LAUNCH / "run_hosts.sh"), *command])
+        errors = self.finish(process, 2)
+        self.assertIn("run_hosts: error:", errors)
+        self.assertEqual(self.calls(), [])
+        return errors
+
+    def test_wrong_command_lines(self):
+        file = ["--hostfile", str(self.dir / "hosts")]
+        self.refused(*self.training)
+        self.refused(*file)
+        self.refused(*file, "--restarts")
+        self.assertIn("'two'", self.refused(*file, "--ranks-per-host", "two", *self.training))
+        self.assertIn("--ranks-per-host '0'", self.refused(*file, "--ranks-per-host", "0", *self.training))
+        self.assertIn("--fast", self.refused(*file, "--fast", "1", *self.training))
+        self.assertIn("--run-dir", self.refused(*file, "upmoe", "train", "missing.yaml"))
+        self.assertIn("twice", self.refused(*file, "--deadline", "9", *self.training, "--deadline", "8"))
+        self.assertIn("upmoe train", self.refused(*file, "--deadline", "9", "upmoe", "doctor"))
+        self.assertIn("no_such_file", self.refused("--hostfile", "no_such_file", *self.training))
+
+    def test_host_files(self):
+        (self.dir / "hosts").write_text("# nothing\n\n")
+        self.assertIn("no host", self.refused("--hostfile", "hosts", *self.training))
+        (self.dir / "hosts").write_text("node1 slots=2\nnode2\n")
+        self.assertIn("--ranks-per-host", self.refused("--hostfile", "hosts", *self.training))
+
+    def test_what_mpirun_is_asked_for(self):
+        self.starts("exit 0")
+        self.finish(self.hosts("--cores-per-host", "8", "--deadline", "60", "--interface", "10.0.0.0/24", "--rsh",
+                               "/bin/agent"), 0)
+        call = self.calls()[0]
+        self.assertTrue(call.startswith("4 | "), call)
+        for part in ("-np 4 ", "--map-by ppr:2:node:PE=4 --bind-to core", "-x OMP_NUM_THREADS",
+                     "--mca btl_tcp_if_include 10.0.0.0/24", "--mca oob_tcp_if_include 10.0.0.0/24",
+                     "--mca plm_rsh_agent /bin/agent", f"upmoe train --deadline 60 {self.dir}/run.yaml"):
+            self.assertIn(part, call)
+
+    def test_more_ranks_than_cores_are_not_bound(self):
+        self.starts("exit 0")
+        self.finish(self.hosts("--cores-per-host", "8", "--ranks-per-host", "9"), 0)
+        self.assertIn("1 | ", self.calls()[0])
+        self.assertIn("-np 18 --oversubscribe --map-by ppr:9:node --bind-to none", self.calls()[0])
+
+    def test_faults_with_progress_are_started_again(self):
+        self.starts("save 10; exit 137", "save 20; exit 1", "save 30; exit 205", "exit 0")
+        errors = self.finish(self.hosts(), 0)
+        self.assertEqual(len(self.calls()), 4)
+        self.assertIn("status 137 (killed by signal 9); step 10 is saved: restart 1 of 3", errors)
+
+    def test_no_progress_ends_the_restarts(self):
+        self.starts("save 10; exit 70", "exit 70")
+        errors = self.finish(self.hosts(), 70)
+        self.assertEqual(len(self.calls()), 2)
+        self.assertIn("no newer checkpoint", errors)
+        self.assertIn("take it out of the file", errors)
+
+    def test_restarts_are_used_up(self):
+        self.starts("save 10; exit 72", "save 20; exit 72", "save 30; exit 72")
+        self.assertIn("used up", self.finish(self.hosts("--restarts", "1"), 72))
+        self.assertEqual(len(self.calls()), 2)
+
+    def test_statuses_that_are_final(self):
+        for status in (2, 3, 4, 71, 75, 1):
+            with self.subTest(status):
+                for name in ("count", "calls"):
+                    (self.dir / name).unlink(missing_ok=True)
+                self.starts(f"exit {status}", "exit 0")
+                self.finish(self.hosts(), status)
+                self.assertEqual(len(self.calls()), 1)
+
+    def test_another_command_is_started_once(self):
+        self.starts("exit 137", "exit 0")
+        self.finish(self.hosts(command=["upmoe", "upcycle"]), 137)
+        self.assertEqual(len(self.calls()), 1)
+
+    def test_the_host_file_is_read_again(self):
+        self.starts(f"save 10; echo 'node1 slots=2' >{self.dir}/hosts; exit 70", "exit 0")
+        self.finish(self.hosts(), 0)
+        self.assertIn("-np 4 ", self.calls()[0])
+        self.assertIn("-np 2 ", self.calls()[1])
+
+    def test_a_launcher_that_outlives_its_ranks_is_killed(self):
+        stuck = "trap '' TERM; save 10; echo 'upmoe: error: rank 1: no progress for 6.0 s' >&2; sleep 60"
+        self.starts(stuck, "exit 0")
+        began = time.monotonic()
+        errors = self.finish(self.hosts("--grace", "1"), 0)
+        self.assertLess(time.monotonic() - began, 20)
+        self.assertIn("upmoe: error: rank 1", errors)
+        self.assertIn("status 72", errors)
+
+    def test_signals(self):
+        for sent, words in ((signal.SIGTERM, "asked to stop"), (signal.SIGINT, "asked to stop"),
+                            (signal.SIGUSR2, "asked to stop")):
+            with self.subTest(sent):
+                for name in ("count", "calls", "ready"):
+                    (self.dir / name).unlink(missing_ok=True)
+                self.starts("on_usr2 'save 10; exit 75'", "exit 0")
+                process = self.hosts()
+                self.wait_until_ready(process)
+                process.send_signal(sent)
+                self.assertIn(words, self.finish(process, 75))
+                self.assertEqual(len(self.calls()), 1)
+
+    def test_a_second_signal_ends_at_once(self):
+        self.starts("on_usr2 :")
+        process = self.hosts()
+        self.wait_until_ready(process)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.7)
+        self.assertIsNone(process.poll())
+        process.send_signal(signal.SIGTERM)
+        self.finish(process, 143)
+
+
+class Slurm(Case):
+    def setUp(self):
+        super().setUp()
+        self.environment |= {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "5", "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+                             "UPMOE_RESTART_DELAY": "0"}
+
+    def batch(self, *command):
+        return self.start(["bash", str(LAUNCH / "run_slurm.sbatch"), *(command or self.training)])
+
+    def requeued(self):
+        path = self.dir / "scontrol"
+        return path.read_text() if path.exists() else ""
+
+    def test_shellcheck(self):
+        if not shutil.which("shellcheck"):
+            self.skipTest("shellcheck is not installed")
+        run = subprocess.run(["shellcheck", "--severity=warning", str(LAUNCH / "run_slurm.sbatch")],
+                             capture_output=True, text=True)
+        self.assertEqual(run.stdout, "")
+
+    def test_wrong_use(self):
+        self.assertIn("run_slurm: error:", self.finish(self.batch("upmoe", "doctor"), 2))
+        self.assertIn("UPMOE_RUN_DIR", self.finish(self.batch("upmoe", "train", "missing.yaml"), 2))
+        self.environment["SLURM_SUBMIT_DIR"] = str(self.dir)
+        self.assertIn("UPMOE_ROOT", self.finish(self.batch(), 2))
+        del self.environment["SLURM_JOB_ID"]
+        self.assertIn("sbatch", self.finish(self.batch(), 2))
+        self.assertEqual(self.calls(), [])
+
+    def test_a_run_that_ends_well(self):
+        self.starts("exit 0")
+        self.finish(self.batch(), 0)
+        self.assertEqual(self.calls(), ["5 | --mpi=pmix --kill-on-bad-exit=1 --cpus-per-task=5 --cpu-bind=cores "
+                                        + " ".join(self.training)])
+        self.assertEqual(self.requeued(), "")
+
+    def test_restarts_within_the_allocation(self):
+        self.starts("save 10; exit 70", "save 20; exit 137", "exit 137")
+        self.assertIn("no newer checkpoint", self.finish(self.batch(), 137))
+        self.assertEqual(len(self.calls()), 3)
+        self.assertEqual(self.requeued(), "")
+
+    def test_final_statuses(self):
+        self.starts("save 10; exit 4")
+        self.finish(self.batch(), 4)
+        self.assertEqual(len(self.calls()), 1)
+
+    def test_the_time_limit_saves_and_requeues(self):
+        self.save(10)
+        self.starts("on_usr2 'sleep 0.3; save 20; exit 75'")
+        process = self.batch()
+        self.wait_until_ready(process)
+        process.send_signal(signal.SIGUSR1)
+        self.finish(process, 0)
+        self.assertEqual(self.requeued(), "requeue 42\n")
+        self.assertEqual(len(self.calls()), 1)
+
+    def test_no_requeue_without_progress_or_when_done(self):
+        for end, status in (("exit 75", 75), ("save 20; exit 0", 0), ("save 30; exit 4", 4)):
+            with self.subTest(end):
+                for name in ("count", "calls", "ready"):
+                    (self.dir / name).unlink(missing_ok=True)
+                self.starts(f"on_usr2 '{end}'")
+                process = self.batch()
+                self.wait_until_ready(process)
+                process.send_signal(signal.SIGUSR1)
+                self.finish(process, status)
+                self.assertEqual(self.requeued(), "")
+
+    def test_cancelled_saves_and_is_not_requeued(self):
+        self.starts("on_usr2 'save 20; exit 75'")
+        process = self.batch()
+        self.wait_until_ready(process)
+        process.send_signal(signal.SIGTERM)
+        self.finish(process, 75)
+        self.assertEqual(self.requeued(), "")
 
 
 if __name__ == "__main__":
