@@ -121,7 +121,8 @@ Schema schema_of(RunConfig& run) {
       .key("cp", run.parallel.cp, {.least = 1})
       .key("ep", run.parallel.ep, {.least = 1})
       .key("etp", run.parallel.etp, {.least = 1})
-      .key("zero", run.parallel.zero, {.least = 0, .most = 3, .built = {1}})
+      .key("zero", run.parallel.zero, {.least = 0, .most = 3, .built = {1, 2}})
+      .key("reduce", run.parallel.reduce, {.names = {"fp32", "bf16"}})
       .key("pp_chunks", run.parallel.pp_chunks, {.least = 1})
       .key("node_ranks", run.parallel.node_ranks, {.least = 0});
   schema.section("").key("freeze", run.freeze);

@@ -9,6 +9,8 @@
 
 namespace upmoe {
 
+struct ModelConfig;
+
 struct DataSource {
   std::string path;
   double weight = 1.0;
@@ -55,7 +57,11 @@ struct RunConfig {
     double decay_fraction = 0.1;  // wsd: share of the steps, at the end, that the linear decay takes
   } schedule;
   struct Parallel {
-    int tp = 1, pp = 1, cp = 1, ep = 1, etp = 1, zero = 1;
+    int tp = 1, pp = 1, cp = 1, ep = 1, etp = 1;
+    // 1: each rank updates its part of what it holds. 2: and blocks share their gradients' memory, which
+    // every micro-batch leaves reduced.
+    int zero = 1;
+    std::string reduce = "fp32";  // fp32 | bf16: in what gradients are added up, over micro-batches and ranks
     // Ranks per node for the exchange of expert rows: a row crosses to another node once. 0: straight to its
     // rank.
     int node_ranks = 0;
@@ -83,7 +89,11 @@ RunConfig parse_run_config(const std::string& yaml, const std::string& where,
                            const std::vector<std::string>& overrides);
 // Problems that need the number of ranks or the model: batch against dp, axes not built yet, ep against
 // experts, sequence length against positions. All of them, one sentence each; empty when the run is possible.
-std::vector<std::string> problems_of(const RunConfig& run, const struct ModelConfig& model, int world_size);
+std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size);
+// Up to `most` meshes of world_size ranks that this run and model allow, those nearest to the run's first (an
+// axis doubled or halved is one step); empty when no mesh near it helps.
+std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig& model, int world_size,
+                                        std::size_t most = 3);
 std::string run_config_reference();         // every key: type, range, default; one line each
 std::string to_yaml(const RunConfig& run);  // the resolved configuration; reading it gives the same run
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "configs/param_table.h"
@@ -41,6 +42,7 @@ Range balanced(std::int64_t n, std::int64_t parts, std::int64_t index);
 struct StagePlan {
   int stages = 1;
   std::vector<Range> chunks;  // of blocks; a multiple of `stages` of them, none empty unless there is one
+  std::vector<double> share;  // of each chunk in the cost of all; empty with one stage
   int stage_of_block(std::int64_t block) const;
 };
 // Chunks of equal cost as far as whole blocks allow (the largest chunk is as small as possible; among equals,
@@ -49,6 +51,8 @@ struct StagePlan {
 StagePlan one_stage(std::int64_t blocks);
 StagePlan plan_stages(int stages, int chunks_per_stage, std::span<const double> block_cost, double first,
                       double last);
+// For people: "stage 0: blocks 0-2 (57.1 %); stage 1: blocks 3 (42.9 %)".
+std::string describe(const StagePlan& plan);
 
 // The part of p that `rank` computes with. Empty (extent 0) when another pipeline stage holds the parameter.
 Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, const StagePlan& plan);

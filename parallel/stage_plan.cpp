@@ -1,5 +1,7 @@
 // Blocks to pipeline stages by cost.
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <limits>
 
@@ -15,7 +17,7 @@ int StagePlan::stage_of_block(std::int64_t block) const {
 }
 
 StagePlan one_stage(std::int64_t blocks) {
-  return {1, {{0, blocks}}};
+  return {1, {{0, blocks}}, {}};
 }
 
 namespace {
@@ -39,7 +41,7 @@ StagePlan plan_stages(int stages, int chunks_per_stage, std::span<const double> 
   const auto blocks = static_cast<std::int64_t>(block_cost.size());
   const std::int64_t chunks = std::int64_t{stages} * chunks_per_stage;
   if (chunks == 1) return one_stage(blocks);
-  StagePlan plan{stages, {}};
+  StagePlan plan{stages, {}, {}};
   UPMOE_CHECK(1 <= chunks && chunks <= blocks, "{} chunks of {} blocks", chunks, blocks);
   Costs costs{{0.0}, first, last};
   for (const double c : block_cost) costs.before.push_back(costs.before.back() + c);
@@ -62,9 +64,27 @@ StagePlan plan_stages(int stages, int chunks_per_stage, std::span<const double> 
   for (std::int64_t c = chunks; c > 0; --c) {
     const std::int64_t begin = begin_of[static_cast<std::size_t>(c)][static_cast<std::size_t>(end)];
     plan.chunks.insert(plan.chunks.begin(), {begin, end});
+    plan.share.insert(plan.share.begin(), costs.of(begin, end) / costs.of(0, blocks));
     end = begin;
   }
   return plan;
+}
+
+std::string describe(const StagePlan& plan) {
+  const auto stages = static_cast<std::size_t>(plan.stages);
+  std::string text;
+  for (std::size_t stage = 0; stage < stages; ++stage) {
+    double share = plan.share.empty() ? 1 : 0;
+    std::vector<std::string> runs;
+    for (std::size_t c = stage; c < plan.chunks.size(); c += stages) {
+      const Range& r = plan.chunks[c];
+      runs.push_back(r.size() == 1 ? fmt::format("{}", r.begin) : fmt::format("{}-{}", r.begin, r.end - 1));
+      if (!plan.share.empty()) share += plan.share[c];
+    }
+    text += fmt::format("{}stage {}: blocks {} ({:.1f} %)", stage == 0 ? "" : "; ", stage,
+                        fmt::join(runs, ", "), 100 * share);
+  }
+  return text;
 }
 
 }  // namespace upmoe

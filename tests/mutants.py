@@ -7,7 +7,6 @@ The tree is copied first, so nothing here changes.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -38,8 +37,8 @@ MUTANTS = {
         "trainer/model/transformer.cpp", "    load.tokens = tokens * pool->size();",
         "    load.tokens = tokens;", "*moe*"),
     "balance_pool_of_one_stage": (
-        "trainer/pipeline.cpp", "    f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);",
-        "    link_->receive(ex, *link_->backward, link_->next(), g_tD);", "*moe*"),
+        "trainer/pipeline.cpp", "f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);",
+        "link_->receive(ex, *link_->backward, link_->next(), g_tD);", "*moe*"),
     "vocabulary_shard_forgets_its_beginning": (
         "trainer/model/make_transformer.cpp", "  return {p.shard.offset[0], p.spec.shape[0]};",
         "  return {0, p.spec.shape[0]};", "*"),
@@ -48,28 +47,39 @@ MUTANTS = {
         "  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);",
         "  step.loss_scale = 1.0 / static_cast<double>(s_.loader->rounds() * s_.mesh.spec().dp * "
         "run.train.micro_batch * run.data.seq_len);", "*"),
-    "pieces_of_an_expert_in_the_wrong_order": (
+    "one_piece_of_an_expert_computed_twice": (
         "trainer/model/expert_shares.cpp",
         "      piece_EP[static_cast<std::size_t>(e * etp + rank % etp)] = static_cast<std::int32_t>(piece++);",
-        "      piece_EP[static_cast<std::size_t>(e * etp + (rank + 1) % etp)] = "
-        "static_cast<std::int32_t>(piece++) % (int)pieces();", "*moe*"),
+        "      piece_EP[static_cast<std::size_t>(e * etp + rank % etp)] =\n"
+        "          static_cast<std::int32_t>(piece++ - (rank % etp > 0 ? experts.size() : 0));", "*moe*"),
     "router_weight_of_one_piece_only": (
         "trainer/model/moe_layer.cpp",
-        "  ops::gather_sum_rows(ex, dweight_TK, dweights.finish(), plan.slot_TS.reshape({choices, shares.etp}),\n"
+        "  ops::gather_sum_rows(ex, gradient, rows_N1, saved.plan.slot_TS.reshape({choices, parts}),\n"
         "                       Accumulate::kOverwrite);",
-        "  ops::gather_rows(ex, dweight_TK, dweights.finish(),\n"
-        "                   plan.slot_TS.reshape({choices * shares.etp}).rows(0, choices), 1);", "*moe*"),
+        "  ops::gather_rows(ex, gradient, rows_N1,\n"
+        "                   saved.plan.slot_TS.reshape({choices * parts}).rows(0, choices), 1);", "*moe*"),
     "gate_and_up_swapped_where_tp_cuts": (
         "trainer/model/dense_ffn.cpp", "  gate_up.forward(ex, saved.gate_up_TG, x_TD);",
         "  gate_up.forward(ex, saved.gate_up_TG, x_TD);\n"
         "  if (tp->size() > 1)\n"
         "    for (std::int64_t i = 0; i + 1 < saved.gate_up_TG.elements(); i += 2)\n"
         "      std::swap(saved.gate_up_TG.as<float>()[i], saved.gate_up_TG.as<float>()[i + 1]);", "*"),
-    "context_chunks_in_plain_order": (
-        "trainer/model/context_shards.h", "return half == 0 ? r : 2 * ranks - 1 - r;",
-        "return 2 * r + half;", "*"),
+    "keys_of_later_chunks_are_seen": (
+        "trainer/model/context_ring.cpp", "        if (keys > queries) continue;", "", "*"),
+    "key_gradients_of_the_ring_forget_a_hop": (
+        "trainer/model/context_ring.cpp", "    std::swap(own_TK, arrived_TK);",
+        "    if (s > 0) std::swap(own_TK, arrived_TK);", "*"),
+    "partial_attention_outputs_not_weighed": (
+        "trainer/model/context_ring.cpp",
+        "      if (begun[q]) ops::attention_merge(ex, ring.half(sum_TQ, q), ring.half(lse_TN, q), out, lse);",
+        "      if (begun[q]) ops::add(ex, ring.half(sum_TQ, q), ring.half(sum_TQ, q), out);", "*"),
     "tied_embedding_reduced_on_one_stage": (
         "parallel/layout.cpp", "    if (p.tied && is_end(rank)) return is_end(r);", "", "*tied*"),
+    "shared_gradients_not_cleared_between_blocks": (
+        "trainer/grad_reducer.cpp", "  params_.zero_shared_gradients(ex);  // packed", "  // packed", "Features.*"),
+    "shared_gradients_of_the_last_micro_batch_alone": (
+        "trainer/grad_reducer.cpp", "p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum)",
+        "p.shares_grad ? ops::cast(ex, p.owned_grad, sum)", "Features.*"),
     "gradients_ready_before_the_last_micro_batch": (
         "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.micro_batches;",
         "  const bool last = action.micro_batch == 0;", "*"),
@@ -78,6 +88,30 @@ MUTANTS = {
 
 def run(command, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def check_places(names):
+    """Sources move on; a mutant that finds its place no more, or twice, must say so before the hour of builds."""
+    lost = []
+    for name in names:
+        path, old, _, _ = MUTANTS[name]
+        count = (ROOT / path).read_text(encoding="utf-8").count(old)
+        if count != 1:
+            lost.append(f"{name}: {path} has {count} times: {old}")
+    if lost:
+        raise SystemExit("\n".join(lost))
+
+
+def copy_tree(tree):
+    """Touches only what differs: the mutant that an earlier run was cut off in is younger than its source."""
+    files = set(filter(None, run(["git", "-C", ROOT, "ls-files", "-z"]).stdout.split("\0")))
+    for old in [p for p in tree.rglob("*") if p.is_file() and str(p.relative_to(tree)) not in files]:
+        old.unlink()
+    for name in files:
+        content = (ROOT / name).read_bytes()
+        if not (tree / name).exists() or (tree / name).read_bytes() != content:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes(content)
 
 
 def build(tree, out):
@@ -98,12 +132,9 @@ def main():
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "mutants")
     parser.add_argument("names", nargs="*", choices=[*MUTANTS, []], metavar="NAME")
     args = parser.parse_args()
+    check_places(args.names or MUTANTS)
     tree, out = args.build / "tree", args.build / "out"
-    shutil.rmtree(tree, ignore_errors=True)
-    files = run(["git", "-C", ROOT, "ls-files", "-z"]).stdout.split("\0")
-    for name in filter(None, files):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, tree / name)
+    copy_tree(tree)
     done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"])
     if done.returncode == 0:
         done = build(tree, out)
@@ -115,8 +146,6 @@ def main():
     for name in args.names or MUTANTS:
         path, old, new, meshes = MUTANTS[name]
         source = (tree / path).read_text(encoding="utf-8")
-        if source.count(old) != 1:
-            raise SystemExit(f"{name}: {path} has {source.count(old)} times: {old}")
         (tree / path).write_text(source.replace(old, new), encoding="utf-8")
         done = build(tree, out)
         if done.returncode != 0:

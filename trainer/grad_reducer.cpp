@@ -1,39 +1,52 @@
 #include "trainer/grad_reducer.h"
 
 #include <algorithm>
-#include <map>
+#include <tuple>
 
 #include "kernels/ops/pointwise.h"
 
 namespace upmoe {
+
+// Memory through which one bucket at a time travels.
+struct GradReducer::Lane {
+  std::size_t packed_bytes = 0, own_bytes = 0;  // of the largest bucket
+  Buffer packed, own;
+  Bucket* user = nullptr;  // under way
+};
 
 struct GradReducer::Bucket {
   int layer = -1;
   Communicator* group = nullptr;
   std::vector<const StoredParam*> params;
   std::int64_t slice = 0;  // elements of one rank's part, the largest
-  DType dtype = DType::kF32;
-  Buffer packed_memory, own_memory;
-  TensorView packed, own;  // [ranks * slice], [slice]
+  Lane* lane = nullptr;
   Pending pending;
-  bool started = false, gathering = false;
+  bool gathers = false;  // what is under way: weights, or else gradients
+  bool reduced = false;  // this step's gradients, or are under way
 
-  // Calls move(flat part of `which` tensor, part of the packed buffer) for every parameter and rank.
+  TensorView packed(DType dtype) const { return lane->packed.view({slice * group->size()}, dtype); }
+  TensorView own(DType dtype) const { return lane->own.view({slice}, dtype); }
+  TensorView segment(int rank, DType dtype) const {
+    return packed(dtype).rows(rank * slice, (rank + 1) * slice);
+  }
+
+  // Calls move(param, its flat part that `rank` owns, the place of that part in `segment`).
   template <class Move>
-  void for_each_slice(int rank, TensorView segment, TensorView StoredParam::*which, const Move& move) const {
+  void for_each_slice(int rank, TensorView segment, const Move& move) const {
     std::int64_t at = 0;
     for (const StoredParam* p : params) {
-      const TensorView tensor = p->*which;
-      const Range r = owner_slice(tensor.elements(), {rank, group->size()});
-      if (r.size() > 0)
-        move(tensor.reshape({tensor.elements()}).rows(r.begin, r.end), segment.rows(at, at + r.size()));
+      const Range r = owner_slice(p->value.elements(), {rank, group->size()});
+      if (r.size() > 0) move(*p, r, segment.rows(at, at + r.size()));
       at += r.size();
     }
   }
-  TensorView segment(int rank) const { return packed.rows(rank * slice, (rank + 1) * slice); }
 };
 
 namespace {
+
+TensorView part(const TensorView& tensor, Range r) {
+  return tensor.reshape({tensor.elements()}).rows(r.begin, r.end);
+}
 
 std::int64_t largest_slice(const std::vector<const StoredParam*>& params, int ranks) {
   std::int64_t largest = 0;
@@ -47,100 +60,160 @@ std::int64_t largest_slice(const std::vector<const StoredParam*>& params, int ra
 
 }  // namespace
 
-// One group for each way in which parameters are replicated, made in the order of the table, which every rank
-// goes through alike: dp x cp for what tp cuts, with tp as well for what it does not, edp for experts, the
-// ranks around a key/value head that several hold, both ends of the pipeline for a tied embedding.
-void GradReducer::make_groups(const ParamStore& params, const ProcessMesh& mesh) {
-  for (const StoredParam& p : params.all()) {
-    std::unique_ptr<Communicator>& group = groups_[holders_key(p.spec, mesh.spec())];
-    if (group != nullptr) continue;
-    const std::vector<int> holders = holders_of(p.spec, mesh.spec(), mesh.rank());
-    group = mesh.world().subgroup(holders);
-  }
-}
-
-GradReducer::GradReducer(const ParamStore& params, const ProcessMesh& mesh, Device device) {
-  make_groups(params, mesh);
-  std::map<std::pair<int, Communicator*>, Bucket*> by_key;
-  for (const StoredParam& p : params.all()) {
-    if (p.frozen || p.value.elements() == 0) continue;
-    Communicator& group = *groups_.at(holders_key(p.spec, mesh.spec()));
-    if (group.size() == 1) continue;
-    UPMOE_CHECK(p.replica.count == group.size() && p.replica.index == group.rank(),
-                "'{}': replica {} of {}, group {} of {}", p.spec.name, p.replica.index, p.replica.count,
-                group.rank(), group.size());
-    Bucket*& bucket = by_key[{p.spec.layer, &group}];
-    if (bucket == nullptr) {
-      buckets_.push_back(std::make_unique<Bucket>());
-      bucket = buckets_.back().get();
-      bucket->layer = p.spec.layer;
-      bucket->group = &group;
-      bucket->dtype = params.dtype();
-    }
-    bucket->params.push_back(&p);
-  }
-  for (auto& b : buckets_) {
-    const int ranks = b->group->size();
-    b->slice = largest_slice(b->params, ranks);
-    const std::size_t bytes = static_cast<std::size_t>(b->slice) * size_of(b->dtype);
-    b->packed_memory = Buffer::allocate(device, bytes * static_cast<std::size_t>(ranks));
-    b->own_memory = Buffer::allocate(device, bytes);
-    b->packed = b->packed_memory.view({b->slice * ranks}, b->dtype);
-    b->own = b->own_memory.view({b->slice}, b->dtype);
-  }
+GradReducer::GradReducer(const ParamStore& params, const ProcessMesh& mesh, Device device) : params_(params) {
+  make_groups(mesh);
+  make_buckets(mesh);
+  make_lanes(device);
 }
 
 GradReducer::~GradReducer() = default;
 
-void GradReducer::ready(Exec& ex, int layer) {
-  for (auto& b : buckets_) {
-    if (b->layer != layer) continue;
-    UPMOE_CHECK(!b->gathering, "layer {} still waits for its weights", layer);  // they share the buffer
-    for (int r = 0; r < b->group->size(); ++r)
-      b->for_each_slice(r, b->segment(r), &StoredParam::grad,
-                        [&](TensorView tensor, TensorView packed) { ops::cast(ex, packed, tensor); });
-    b->pending = b->group->reduce_scatter(b->own, b->packed, ex.comm);
-    b->started = true;
+// One group for each way in which parameters are replicated, made in the order of the table, which every rank
+// goes through alike: dp x cp for what tp cuts, with tp as well for what it does not, edp for experts, the
+// ranks around a key/value head that several hold, both ends of the pipeline for a tied embedding.
+void GradReducer::make_groups(const ProcessMesh& mesh) {
+  for (const StoredParam& p : params_.all()) {
+    std::unique_ptr<Communicator>& group = groups_[holders_key(p.spec, mesh.spec())];
+    if (group == nullptr) group = mesh.world().subgroup(holders_of(p.spec, mesh.spec(), mesh.rank()));
   }
+}
+
+GradReducer::Bucket& GradReducer::bucket_of(int layer, Communicator& group) {
+  for (auto& b : buckets_)
+    if (b->layer == layer && b->group == &group) return *b;
+  buckets_.push_back(std::make_unique<Bucket>());
+  buckets_.back()->layer = layer;
+  buckets_.back()->group = &group;
+  return *buckets_.back();
+}
+
+void GradReducer::make_buckets(const ProcessMesh& mesh) {
+  for (const StoredParam& p : params_.all()) {
+    if (p.frozen || p.value.elements() == 0) continue;
+    Communicator& group = *groups_.at(holders_key(p.spec, mesh.spec()));
+    UPMOE_CHECK(p.replica.count == group.size() && p.replica.index == group.rank(),
+                "'{}': replica {} of {}, group {} of {}", p.spec.name, p.replica.index, p.replica.count,
+                group.rank(), group.size());
+    if (group.size() > 1) {
+      bucket_of(p.spec.layer, group).params.push_back(&p);
+    } else if (p.shares_grad) {
+      alone_.emplace(p.spec.layer, &p);
+    }
+  }
+}
+
+// A lane for each bucket; or, where blocks share their gradients, two for each way of replication, which the
+// blocks take in turns.
+void GradReducer::make_lanes(Device device) {
+  std::map<std::tuple<Communicator*, bool, std::size_t>, Lane*> lane_of;
+  std::map<Communicator*, std::size_t> blocks;
+  for (auto& b : buckets_) {
+    b->slice = largest_slice(b->params, b->group->size());
+    const bool shares = params_.shares_block_grads() && b->layer >= 0;
+    const std::size_t turn = b->layer >= 0 ? blocks[b->group]++ : 0;
+    Lane*& lane = lane_of[{b->group, b->layer >= 0, shares ? turn % 2 : turn}];
+    if (lane == nullptr) lane = lanes_.emplace_back(std::make_unique<Lane>()).get();
+    b->lane = lane;
+    const std::size_t element = std::max(size_of(params_.dtype()), size_of(params_.grad_dtype())),
+                      own = static_cast<std::size_t>(b->slice) * element;
+    lane->own_bytes = std::max(lane->own_bytes, own);
+    lane->packed_bytes = std::max(lane->packed_bytes, own * static_cast<std::size_t>(b->group->size()));
+  }
+  for (auto& lane : lanes_) {
+    lane->packed = Buffer::allocate(device, lane->packed_bytes);
+    lane->own = Buffer::allocate(device, lane->own_bytes);
+  }
+}
+
+// What travels through the bucket's lane comes to its end first.
+void GradReducer::claim(Exec& ex, Bucket& bucket) {
+  if (bucket.lane->user != nullptr) complete(ex, *bucket.lane->user);
+  bucket.lane->user = &bucket;
+}
+
+void GradReducer::complete(Exec& ex, Bucket& b) {
+  if (b.lane->user != &b) return;
+  b.pending.wait();
+  b.lane->user = nullptr;
+  if (!b.gathers) {
+    b.for_each_slice(b.group->rank(), b.own(b.params.front()->grad.dtype),
+                     [&](const StoredParam& p, Range, TensorView sum) {
+                       p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum)
+                                     : ops::cast(ex, p.owned_grad, sum);
+                     });
+    return;
+  }
+  for (int r = 0; r < b.group->size(); ++r) {
+    if (r == b.group->rank()) continue;
+    b.for_each_slice(r, b.segment(r, b.params.front()->value.dtype),
+                     [&](const StoredParam& p, Range range, TensorView packed) {
+                       ops::cast(ex, part(p.value, range), packed);
+                     });
+  }
+}
+
+void GradReducer::start_reduction(Exec& ex, Bucket& b) {
+  UPMOE_CHECK(b.lane->user != &b || !b.gathers, "layer {} still waits for its weights", b.layer);
+  claim(ex, b);
+  const DType dtype = b.params.front()->grad.dtype;
+  for (int r = 0; r < b.group->size(); ++r)
+    b.for_each_slice(r, b.segment(r, dtype), [&](const StoredParam& p, Range range, TensorView packed) {
+      ops::cast(ex, packed, part(p.grad, range));
+    });
+  b.gathers = false;
+  b.reduced = true;
+  b.pending = b.group->reduce_scatter(b.own(dtype), b.packed(dtype), ex.comm);
+}
+
+void GradReducer::ready(Exec& ex, int layer, bool last) {
+  const bool every = params_.shares_block_grads() && layer >= 0;
+  if (!every && !last) return;
+  for (auto& b : buckets_)
+    if (b->layer == layer) start_reduction(ex, *b);
+  if (!every) return;
+  const auto [begin, end] = alone_.equal_range(layer);
+  for (auto it = begin; it != end; ++it) {
+    const StoredParam& p = *it->second;
+    ops::add(ex, p.owned_grad, p.owned_grad, part(p.grad, p.owned));
+  }
+  params_.zero_shared_gradients(ex);  // packed or added: the next block may have it
 }
 
 void GradReducer::finish(Exec& ex) {
   for (auto& b : buckets_) {
-    UPMOE_CHECK(b->started, "gradients of layer {} were never ready", b->layer);
-    b->pending.wait();
-    b->started = false;
-    b->for_each_slice(b->group->rank(), b->own, &StoredParam::grad,
-                      [&](TensorView tensor, TensorView packed) { ops::cast(ex, tensor, packed); });
+    UPMOE_CHECK(b->reduced, "gradients of layer {} were never ready", b->layer);
+    complete(ex, *b);
+    b->reduced = false;
   }
 }
 
 void GradReducer::gather_values(Exec& ex) {
   for (auto& b : buckets_) {
-    b->for_each_slice(b->group->rank(), b->own, &StoredParam::value,
-                      [&](TensorView tensor, TensorView packed) { ops::cast(ex, packed, tensor); });
-    b->pending = b->group->all_gather(b->packed, b->own, ex.comm);
-    b->gathering = true;
-  }
-}
-
-void GradReducer::receive_values(Exec& ex, Bucket& b) {
-  if (!b.gathering) return;
-  b.pending.wait();
-  b.gathering = false;
-  for (int r = 0; r < b.group->size(); ++r) {
-    if (r == b.group->rank()) continue;
-    b.for_each_slice(r, b.segment(r), &StoredParam::value,
-                     [&](TensorView tensor, TensorView packed) { ops::cast(ex, tensor, packed); });
+    claim(ex, *b);
+    const DType dtype = b->params.front()->value.dtype;
+    b->for_each_slice(b->group->rank(), b->own(dtype),
+                      [&](const StoredParam& p, Range range, TensorView packed) {
+                        ops::cast(ex, packed, part(p.value, range));
+                      });
+    b->gathers = true;
+    b->pending = b->group->all_gather(b->packed(dtype), b->own(dtype), ex.comm);
   }
 }
 
 void GradReducer::await_values(Exec& ex, int layer) {
   for (auto& b : buckets_)
-    if (b->layer == layer) receive_values(ex, *b);
+    if (b->layer == layer && b->gathers) complete(ex, *b);
 }
 
 void GradReducer::await_all_values(Exec& ex) {
-  for (auto& b : buckets_) receive_values(ex, *b);
+  for (auto& b : buckets_)
+    if (b->gathers) complete(ex, *b);
+}
+
+std::size_t GradReducer::bytes() const {
+  std::size_t bytes = 0;
+  for (const auto& lane : lanes_) bytes += lane->packed.bytes() + lane->own.bytes();
+  return bytes;
 }
 
 }  // namespace upmoe

@@ -1,7 +1,12 @@
 #pragma once
-// Sums gradients over the ranks that hold the same shard, and spreads updated weights back: ZeRO-1. Buckets
-// are the parameters of one layer with one replica group; a bucket's slices are packed per owner and padded
-// to equal size, so ownership stays the pure function of layout.h whatever the buckets are.
+// Sums gradients over the ranks that hold the same shard, and spreads updated weights back. Buckets are the
+// parameters of one layer with one replica group; a bucket's slices are packed per owner and padded to equal
+// size, so ownership stays the pure function of layout.h whatever the buckets are.
+//
+// ZeRO-1: every bucket has its own buffer, gradients are reduced once per step, and updated weights travel
+// under the next forward. ZeRO-2 (blocks share their gradient memory): every micro-batch's gradients are
+// reduced as soon as a block is done and added to the owned slices; blocks share two buffers, so a block's
+// reduction ends when the second one after it begins.
 
 #include <map>
 #include <memory>
@@ -17,9 +22,10 @@ class GradReducer {
   GradReducer(const ParamStore& params, const ProcessMesh& mesh, Device device);
   ~GradReducer();
 
-  // The gradients of `layer` (-1: outside the blocks) are complete: starts their reduction. Collective; the
-  // same order on every rank.
-  void ready(Exec& ex, int layer);
+  // The gradients of `layer` (-1: outside the blocks) of one micro-batch are complete; `last`: for the step
+  // as well. Starts their reduction when it is due, and clears what blocks share. Collective; the same order
+  // on every rank.
+  void ready(Exec& ex, int layer, bool last);
   // Waits for all reductions of this step: the owned slices of all gradients are now global sums.
   void finish(Exec& ex);
   // After the optimizer: every rank's owned slices of the values set out to the others. Collective; returns
@@ -29,14 +35,25 @@ class GradReducer {
   // all.
   void await_values(Exec& ex, int layer);
   void await_all_values(Exec& ex);
+  std::size_t bytes() const;
 
  private:
   struct Bucket;
-  static void receive_values(Exec& ex, Bucket& bucket);
-  void make_groups(const ParamStore& params, const ProcessMesh& mesh);
+  struct Lane;
+  void make_groups(const ProcessMesh& mesh);
+  void make_buckets(const ProcessMesh& mesh);
+  void make_lanes(Device device);
+  Bucket& bucket_of(int layer, Communicator& group);
+  static void claim(Exec& ex, Bucket& bucket);
+  static void complete(Exec& ex, Bucket& bucket);
+  static void start_reduction(Exec& ex, Bucket& bucket);
 
+  const ParamStore& params_;
   std::map<std::vector<std::int64_t>, std::unique_ptr<Communicator>> groups_;  // by holders_key
-  std::vector<std::unique_ptr<Bucket>> buckets_;
+  std::vector<std::unique_ptr<Lane>> lanes_;
+  std::vector<std::unique_ptr<Bucket>> buckets_;  // after the lanes: what is under way ends before its memory
+  std::multimap<int, const StoredParam*>
+      alone_;  // by layer: share their gradient memory, reduced with nobody
 };
 
 }  // namespace upmoe

@@ -21,7 +21,7 @@ Optimizer::Optimizer(const ParamStore& params, Config config, Device device)
     OwnedSlice s;
     s.param = &p;
     s.weight = p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end);
-    s.grad = p.grad.reshape({p.grad.elements()}).rows(p.owned.begin, p.owned.end);
+    s.grad = p.owned_grad;
     s.m = all.rows(at, at + n);
     s.v = all.rows(elements + at, elements + at + n);
     s.master = masters_ ? all.rows(2 * elements + at, 2 * elements + at + n) : s.weight;

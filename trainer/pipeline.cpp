@@ -171,7 +171,7 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
   last_balance_ = f->saved.balance;
   const bool last = action.micro_batch + 1 == step.micro_batches;
   chunk.backward(ex, g_tD, f->keep, f->saved, [&](int block) {
-    if (last && step.block_done) step.block_done(block);
+    if (step.block_done) step.block_done(block, last);
   });
   if (c > 0) {
     link_->send(ex, *link_->backward, link_->previous(), g_tD, f->pool, f->pool_backward, f->sends);
@@ -188,7 +188,7 @@ StepSums Pipeline::run(Exec& ex, const Step& step) {
        pipeline_schedule(plan_.stages, stage_, static_cast<int>(chunks_.size()), micro_batches))
     action.forward ? forward(ex, step, action, sums) : backward(ex, step, action, sums);
   for (const std::unique_ptr<Flight>& f : idle_) f->reset();
-  if (step.block_done) step.block_done(-1);
+  if (step.block_done) step.block_done(-1, true);
   return sums;
 }
 

@@ -45,8 +45,9 @@ class Pipeline {
     double loss_scale = 1;
     BalanceConfig balance;
     std::function<void(int)> before_block;  // this block is about to run; -1: what lies outside the blocks
-    std::function<void(int)>
-        block_done;  // the gradients of this block are final for the step; -1: all others
+    // A micro-batch's gradients of this block are added (-1: of what lies outside the blocks, once per step);
+    // `last`: those of the whole step.
+    std::function<void(int block, bool last)> block_done;
   };
   StepSums run(Exec& ex, const Step& step);
 

@@ -16,9 +16,7 @@ class DryModel {
         memory_(Device{DeviceType::kDry, 0}),
         mesh_(MeshSpec{}, *world_),
         plan_(one_stage(config.num_hidden_layers)),
-        params_(
-            config, MeshSpec{}, plan_, 0,
-            {.dtype = DType::kF32, .device = Device{DeviceType::kDry, 0}, .gradients = true, .freeze = {}}),
+        params_(config, MeshSpec{}, plan_, 0, {.device = Device{DeviceType::kDry, 0}, .freeze = {}}),
         model_(make_transformer(config, params_, mesh_, plan_, 0, Recompute::kNone)),
         keep_(Device{DeviceType::kDry, 0}, 0, "activations of the rehearsal") {}
 

@@ -45,7 +45,7 @@ StepSums Trainer::accumulate() {
   step.balance.aux_coefficient = run.router.aux_loss / micro_batches;
   step.balance.z_coefficient = run.router.z_loss / micro_batches;
   step.before_block = [&](int block) { s_.reducer.await_values(ex, block); };
-  step.block_done = [&](int block) { s_.reducer.ready(ex, block); };
+  step.block_done = [&](int block, bool last) { s_.reducer.ready(ex, block, last); };
   return s_.pipeline.run(ex, step);
 }
 

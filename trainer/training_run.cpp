@@ -121,6 +121,9 @@ class Run {
     if (problems.empty()) return;
     std::string all;
     for (const std::string& p : problems) all += "\n  " + p;
+    const std::vector<std::string> near = nearest_meshes(run_, model, world_.size());
+    if (!near.empty()) all += fmt::format("\npossible meshes of {} ranks, the nearest first:", world_.size());
+    for (const std::string& mesh : near) all += "\n  " + mesh;
     fail(ExitCode::kUsage, "{}: this run is not possible:{}", run_.origin, all);
   }
 
@@ -196,6 +199,7 @@ void Run::start_metrics() {
     log::info("{} parameters, {} activated per token; {} ranks: {}; {} tokens per step", counts.total,
               counts.activated, world_.size(), session_->mesh.spec().str(),
               run_.train.global_batch * run_.data.seq_len);
+    if (session_->plan.stages > 1) log::info("pipeline by cost: {}", describe(session_->plan));
   }
 }
 

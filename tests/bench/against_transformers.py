@@ -8,10 +8,8 @@ written to tests/bench/results/.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,21 +17,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from bench_record import SHAPES, parser_of, train, write_record
+
 EXPERTS = ("eager", "grouped_mm")
-COMMON = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
-          "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "initializer_range": 0.02,
-          "num_hidden_layers": 4, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
-          "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "attention_dropout": 0.0,
-          "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "float32"}
-SHAPES = {
-    "tiny": {"sequences": 8, "seq_len": 256, "config": COMMON | {
-        "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 688,
-        "moe_intermediate_size": 176, "shared_expert_intermediate_size": 704, "vocab_size": 4096}},
-    "mid": {"sequences": 4, "seq_len": 512, "config": COMMON | {
-        "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 2752,
-        "moe_intermediate_size": 704, "shared_expert_intermediate_size": 2816, "vocab_size": 8192}},
-}
 
 
 def peer_worker(job):
@@ -79,42 +65,8 @@ def run_peer(args, shape, precision, experts, steps, warmup, seconds_limit=1e9):
     return result | {"step": median(result["seconds"][warmup:])}
 
 
-def write_tokens(path, vocab_size, count):
-    import h5py
-    import numpy as np
-
-    with h5py.File(path, "w") as file:
-        file["tokens"] = np.random.default_rng(1).integers(0, vocab_size, count, dtype=np.uint32)
-        file["document_ends"] = np.array([count], dtype=np.int64)
-        file.attrs.update({"vocab_size": vocab_size, "eos_id": 0, "tokenizer_sha256": "0" * 64,
-                           "format": "upmoe-tokens-1"})
-
-
 def run_ours(args, folder, shape, precision):
-    """`upmoe train` from random weights; a fresh run directory each time."""
-    s = SHAPES[shape]
-    model, tokens = folder / shape, folder / f"{shape}.h5"
-    steps = args.steps + args.warmup
-    if not tokens.exists():
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(s["config"]), encoding="utf-8")
-        write_tokens(tokens, s["config"]["vocab_size"], s["sequences"] * s["seq_len"] * 4 + 1)
-    run_dir = Path(tempfile.mkdtemp(dir=folder))
-    run = folder / "run.yaml"
-    run.write_text(f"""run: {{dir: {run_dir}, seed: 1}}
-model: {{path: {model}, init: random}}
-data: {{train: [{{path: {tokens}, weight: 1.0}}], seq_len: {s["seq_len"]}}}
-train: {{steps: {steps}, global_batch: {s["sequences"]}, micro_batch: {s["sequences"]}, precision: {precision}}}
-log: {{every: 1, tensorboard: false}}
-""", encoding="utf-8")
-    done = subprocess.run([args.binary, "train", run], capture_output=True, text=True, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
-    if done.returncode != 0:
-        raise SystemExit(f"upmoe train failed with {done.returncode}:\n{done.stderr}")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    records = [record for record in records if "kind" not in record]
-    for path in sorted(run_dir.rglob("*"), reverse=True):  # its checkpoint is large
-        path.rmdir() if path.is_dir() else path.unlink()
+    records, _ = train(folder, args.binary, shape, precision, steps=args.steps + args.warmup, threads=args.threads)
     seconds = [record["seconds"] for record in records]
     return {"seconds": seconds, "step": median(seconds[args.warmup:]), "loss": records[-1]["loss"],
             "flops": records[-1]["flops"]}
@@ -147,25 +99,10 @@ def measure(args, folder, shape, precision):
             "versions": {k: theirs_all[0][k] for k in ("torch", "transformers")}}
 
 
-def machine():
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    model = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "?")
-    return {"processor": model, "cores": os.cpu_count(), "memory_bytes":
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "system": platform.platform()}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, list(SHAPES), ["fp32", "bf16"])
     parser.add_argument("--peer-python", help="a Python with torch and transformers")
     parser.add_argument("--peer-job", help=argparse.SUPPRESS)
-    parser.add_argument("--binary", type=Path, default=ROOT / "build" / "release" / "upmoe")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="measured steps a round (default: 5)")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "bench" / "results")
     args = parser.parse_args()
     if args.peer_job:
         return peer_worker(json.loads(args.peer_job))
@@ -182,15 +119,7 @@ def main():
                 peer = f"{r['tokens_per_step'] / r['transformers_step_s']:,.0f} ({r['transformers_experts']})"
                 print(f"{shape:6}{precision:11}{r['tokens_per_step'] / r['upmoe_step_s']:12,.0f}{peer:>26}"
                       f"{r['speed_ratio']:8.2f}x", flush=True)
-    date = datetime.datetime.now(datetime.timezone.utc)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"against_transformers_{date:%Y%m%d_%H%M%S}.json"
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    command = " ".join(["tests/bench/against_transformers.sh", *sys.argv[3:]])
-    record = {"date": date.isoformat(), "command": command, "commit": commit.stdout.strip(), "threads": args.threads,
-              "machine": machine(), "results": results}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    write_record(args.out, "against_transformers.sh", sys.argv[3:], results, threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ TEST(RunConfig, ImpossibleValues) {
 TEST(RunConfig, WhatIsNotBuiltSaysSo) {
   for (const char* planned : {"router.aux_kind=gshard", "router.aux_kind=sequence", "router.aux_kind=global",
                               "router.bias_rate=0.001", "router.capacity_factor=1.25",
-                              "optimizer.name=adamw8bit", "parallel.zero=2"}) {
+                              "optimizer.name=adamw8bit", "parallel.zero=3"}) {
     EXPECT_THAT(overridden(planned), HasSubstr("is not built yet")) << planned;
   }
   EXPECT_EQ(overridden("device=cuda"), "");  // the runtime knows whether there is one
@@ -266,6 +266,26 @@ TEST(RunProblems, RanksAndExperts) {
   ModelConfig dense = moe;
   dense.num_experts = 0;
   EXPECT_THAT(problems_of(run, dense, 2), ElementsAre(HasSubstr("has no expert layers")));
+}
+
+TEST(RunProblems, NearestMeshes) {
+  RunConfig run =
+      parse(kMinimal, {"parallel.ep=8", "parallel.tp=3"});  // 4 micro-batches of 64 tokens per step
+  ModelConfig moe;
+  moe.model_type = "qwen2_moe";
+  moe.num_hidden_layers = 2;
+  moe.num_attention_heads = moe.num_key_value_heads = 4;
+  moe.vocab_size = moe.intermediate_size = moe.shared_expert_intermediate_size = 100;
+  moe.num_experts = 6;
+  moe.num_experts_per_tok = 2;
+  moe.max_position_embeddings = 64;
+  moe.moe_intermediate_size = 10;
+  const std::vector<std::string> near = nearest_meshes(run, moe, 8);
+  ASSERT_THAT(near, testing::SizeIs(3));
+  EXPECT_EQ(near.front(), "tp 4, pp 1, cp 1, ep 4, etp 1 (dp 2)");
+  EXPECT_THAT(near, testing::Contains("tp 2, pp 1, cp 1, ep 4, etp 1 (dp 4)"));
+  run.data.seq_len = 65;  // longer than the model takes, in any mesh
+  EXPECT_THAT(nearest_meshes(run, moe, 8), IsEmpty());
 }
 
 struct Case {

@@ -13,6 +13,7 @@
 #include "data/hf_model.h"
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
+#include "tests/support/temporary_directory.h"
 
 namespace upmoe::test {
 
@@ -83,13 +84,9 @@ inline std::vector<SafetensorsEntry> entries_of(const ModelConfig& config, const
 class Models : public testing::Test {
  protected:
   Models() {
-    std::string name = (fs::path(testing::TempDir()) / "models_XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp");
-    root = name;
     dir = root / "m";
     fs::create_directory(dir);
   }
-  ~Models() override { fs::remove_all(root); }
 
   ModelConfig put_config(bool moe, bool tied) {
     std::ofstream(dir / "config.json") << config_json(moe, tied);
@@ -122,7 +119,8 @@ class Models : public testing::Test {
         EXPECT_NE(std::string(e.what()).find(w), std::string::npos) << name << ": " << e.what();
     }
   }
-  fs::path root, dir;
+  TemporaryDirectory folder;
+  fs::path root = folder.path(), dir;
 };
 
 // The element of a parameter at a global index, from the tensors on disk.

@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "kernels/core/philox.h"
+#include "tests/support/temporary_directory.h"
 
 namespace upmoe {
 namespace {
@@ -206,13 +207,8 @@ TEST(Safetensors, LegalFilesAreAccepted) {
 
 class Directory : public testing::Test {
  protected:
-  Directory() {
-    std::string name = (fs::path(testing::TempDir()) / "safetensors_XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp");
-    dir = name;
-  }
-  ~Directory() override { fs::remove_all(dir); }
-  fs::path dir;
+  test::TemporaryDirectory folder;
+  fs::path dir = folder.path();
 };
 
 TEST_F(Directory, RoundTrip) {

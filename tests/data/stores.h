@@ -10,6 +10,7 @@
 
 #include "data/shard_store.h"
 #include "kernels/core/philox.h"
+#include "tests/support/temporary_directory.h"
 
 namespace upmoe::test {
 
@@ -25,13 +26,8 @@ inline void spill(const fs::path& path, const std::string& bytes) {
 
 class Stores : public testing::Test {
  protected:
-  Stores() {
-    std::string name = (fs::path(testing::TempDir()) / "stores_XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp");
-    root = name;
-  }
-  ~Stores() override { fs::remove_all(root); }
-  fs::path root;
+  TemporaryDirectory folder;
+  fs::path root = folder.path();
 };
 
 inline float weight_at(std::int64_t flat) {

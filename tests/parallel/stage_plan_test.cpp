@@ -72,6 +72,7 @@ TEST(StagePlan, AHeavyHeadLeavesItsStageFewerBlocks) {
 
 TEST(StagePlan, InterleavedChunksTakeTurns) {
   const StagePlan plan = plan_stages(2, 2, std::vector<double>(4, 1.0), 0, 0);
+  EXPECT_EQ(describe(plan), "stage 0: blocks 0, 2 (50.0 %); stage 1: blocks 1, 3 (50.0 %)");
   for (int block = 0; block < 4; ++block) EXPECT_EQ(plan.stage_of_block(block), block % 2);
 }
 

@@ -5,7 +5,9 @@
 #include <unistd.h>
 
 #include <mutex>
+#include <numeric>
 
+#include "kernels/core/philox.h"
 #include "kernels/ops/pointwise.h"
 #include "tests/support/golden.h"
 #include "trainer/trainer.h"
@@ -24,6 +26,9 @@ struct Layout {
   std::string aux_kind = "hf";
   std::int64_t steps = 5;
   int node_ranks = 0;
+  int zero = 1;
+  std::string reduce = "fp32";
+  std::uint64_t order_seed = 0;  // of the neurons
 
   std::string str() const {
     const MeshSpec& m = mesh;
@@ -32,10 +37,12 @@ struct Layout {
   }
 };
 
+using Tensors = std::map<std::string, std::vector<float>>;  // whole ones, by name
+
 struct Outcome {
   std::vector<double> losses, auxes, zs, norms;
   std::vector<std::vector<std::vector<double>>> loads;
-  std::map<std::string, std::vector<float>> gradients, weights;  // global; gradients of the first step
+  Tensors gradients, weights;  // gradients of the first step
 };
 
 inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesystem::path& tokens) {
@@ -46,6 +53,8 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.parallel.etp = l.mesh.etp;
   run.parallel.pp_chunks = l.pp_chunks;
   run.parallel.node_ranks = l.node_ranks;
+  run.parallel.zero = l.zero;
+  run.parallel.reduce = l.reduce;
   run.train.recompute = l.recompute;
   run.train.precision = l.precision;
   run.data.mask_documents = l.mask_documents;
@@ -80,26 +89,46 @@ inline std::vector<Layout> meshes(const std::string& model, int ranks) {
   return all;
 }
 
-// Fills a ParamStore of any dtype with a golden file's weights.
-inline ReadParam golden_weights(const Golden& golden) {
-  return [&golden](const ParamSpec& spec, const Box& box, TensorView out) {
-    std::vector<float> values(static_cast<std::size_t>(box.elements()));
-    golden.reader()(spec, box, host_view(values.data(), box.extent));
+// A shuffled 0..n-1; as it is for seed 0.
+inline std::vector<std::int64_t> permutation(std::int64_t n, std::uint64_t seed) {
+  std::vector<std::int64_t> order(static_cast<std::size_t>(n));
+  std::iota(order.begin(), order.end(), 0);
+  for (std::uint64_t i = order.size(); seed != 0 && i > 1; --i)
+    std::swap(order[i - 1], order[philox(seed, i)[0] % i]);
+  return order;
+}
+
+// Fills a ParamStore of any dtype with a golden file's weights. A seed shuffles the neurons of every
+// feed-forward network: the same function, with its sums in another order.
+inline ReadParam golden_weights(const Golden& golden, std::uint64_t order_seed = 0) {
+  return [&golden, order_seed](const ParamSpec& spec, const Box& box, TensorView out) {
+    std::vector<float> all(static_cast<std::size_t>(spec.shape.elements())), mine;
+    golden.reader()(spec, whole(spec.shape), host_view(all.data(), spec.shape));
+    std::int64_t width = 1, stride = 1;  // of one neuron; without neurons nothing moves
+    for (int d = spec.shape.rank - 1; d >= 0 && width == 1; --d) {
+      if (spec.dims[static_cast<std::size_t>(d)] == Dim::kFfn) width = spec.shape[d];
+      if (width == 1) stride *= spec.shape[d];
+    }
+    const std::vector<std::int64_t> order = permutation(width, order_seed);
+    Golden::for_each_index(box, spec.shape, [&](std::int64_t at) {
+      const std::int64_t neuron = at / stride % width;
+      mine.push_back(
+          all[static_cast<std::size_t>(at + (order[static_cast<std::size_t>(neuron)] - neuron) * stride)]);
+    });
     Exec host;
-    ops::cast(host, out, host_view(static_cast<const float*>(values.data()), box.extent));
+    ops::cast(host, out, host_view(static_cast<const float*>(mine.data()), box.extent));
   };
 }
 
-// Puts a flat range of a shard where it belongs in the whole tensor.
-inline void place(std::map<std::string, std::vector<float>>& all, const StoredParam& p, ConstTensorView flat,
-                  Range range) {
-  std::vector<float>& whole = all[p.spec.name];
+// Puts the slice that this rank owns of a parameter, or of something shaped like it, where it belongs.
+inline void place(Tensors& all, const std::string& name, const StoredParam& p, ConstTensorView owned) {
+  std::vector<float>& whole = all[name];
   whole.resize(static_cast<std::size_t>(p.spec.shape.elements()));
-  std::int64_t i = range.begin;
-  for (const Box& box : flat_range_to_boxes(p.shard, range))
+  std::int64_t i = 0;
+  for (const Box& box : flat_range_to_boxes(p.shard, p.owned))
     Golden::for_each_index(box, p.spec.shape, [&](std::int64_t at) {
       whole[static_cast<std::size_t>(at)] =
-          flat.dtype == DType::kF32 ? flat.as<float>()[i] : to_float(flat.as<bf16>()[i]);
+          owned.dtype == DType::kF32 ? owned.as<float>()[i] : to_float(owned.as<bf16>()[i]);
       ++i;
     });
 }
@@ -114,7 +143,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
   const std::vector<std::string> problems = problems_of(run, golden.config(), world.size());
   UPMOE_CHECK(problems.empty(), "{}", problems.front());
   Session s(run, golden.config(), world);
-  s.params.load(golden_weights(golden));
+  s.params.load(golden_weights(golden, layout.order_seed));
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
   Trainer trainer(s);
@@ -129,13 +158,13 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
       outcome.loads.push_back(r.expert_load);
     }
     if (step > 1) continue;
-    for (const StoredParam& p : s.params.all())  // owned slices hold the whole sums after the reduction
-      if (p.owned.size() > 0) place(outcome.gradients, p, p.grad.reshape({p.grad.elements()}), p.owned);
+    for (const StoredParam& p : s.params.all())
+      if (p.owned.size() > 0) place(outcome.gradients, p.spec.name, p, p.owned_grad);
   }
   trainer.settle();
   const std::lock_guard lock(mutex);
-  for (const StoredParam& p : s.params.all())
-    if (p.owned.size() > 0) place(outcome.weights, p, p.value.reshape({p.value.elements()}), p.owned);
+  for (const OwnedSlice& slice : s.optimizer.slices())
+    place(outcome.weights, slice.param->spec.name, *slice.param, slice.weight);
   std::filesystem::remove(tokens);
 }
 

@@ -13,30 +13,12 @@
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
 #include "tests/support/naive_moe.h"
+#include "tests/support/temporary_directory.h"
 #include "upcycle/recipe.h"
 #include "upcycle/source_survey.h"
 #include "upcycle/transforms.h"
 
 namespace upmoe::test {
-
-class TemporaryDirectory {
- public:
-  TemporaryDirectory() {
-    std::string name = (std::filesystem::temp_directory_path() / "upmoe_test_XXXXXX").string();
-    if (::mkdtemp(name.data()) == nullptr) fail(ExitCode::kFailure, "cannot make {}", name);
-    path_ = name;
-  }
-  ~TemporaryDirectory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
 
 struct TinyShape {
   int hidden = 32, ffn = 86, layers = 2, vocab = 48;  // 86: as 5504 to 1408, no multiple of 22

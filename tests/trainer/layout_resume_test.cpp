@@ -16,36 +16,25 @@ namespace fs = std::filesystem;
 using test::Golden;
 using test::Layout;
 using test::Outcome;
+using test::Tensors;
 
 constexpr std::int64_t kHalf = 2;
 
-using Contents = std::map<std::string, std::vector<float>>;  // "name kind" -> the whole tensor
-
 // What the optimizer of this rank owns.
-void collect(const Session& s, Contents& all, std::mutex& mutex) {
+void collect(const Session& s, Tensors& all, std::mutex& mutex) {
   const std::lock_guard lock(mutex);
-  const auto put = [&](const StoredParam& p, const char* kind, ConstTensorView flat) {
-    std::vector<float>& whole = all[p.spec.name + " " + kind];
-    whole.resize(static_cast<std::size_t>(p.spec.shape.elements()));
-    std::int64_t i = 0;
-    for (const Box& box : flat_range_to_boxes(p.shard, p.owned))
-      Golden::for_each_index(box, p.spec.shape, [&](std::int64_t at) {
-        whole[static_cast<std::size_t>(at)] =
-            flat.dtype == DType::kF32 ? flat.as<float>()[i] : to_float(flat.as<bf16>()[i]);
-        ++i;
-      });
-  };
   for (const OwnedSlice& slice : s.optimizer.slices()) {
-    put(*slice.param, "weight", slice.weight);
-    put(*slice.param, "m", slice.m);
-    put(*slice.param, "v", slice.v);
-    if (s.optimizer.has_masters()) put(*slice.param, "master", slice.master);
+    const StoredParam& p = *slice.param;
+    test::place(all, p.spec.name + " weight", p, slice.weight);
+    test::place(all, p.spec.name + " m", p, slice.m);
+    test::place(all, p.spec.name + " v", p, slice.v);
+    if (s.optimizer.has_masters()) test::place(all, p.spec.name + " master", p, slice.master);
   }
 }
 
 // Half the run under `layout`: from the golden weights, or from a checkpoint; saves at its end.
 std::vector<double> half_run(const Layout& layout, const fs::path& checkpoints, bool resume,
-                             Contents& at_start, Contents& at_end) {
+                             Tensors& at_start, Tensors& at_end) {
   const Golden golden(layout.model);
   std::vector<double> losses;
   std::mutex mutex;
@@ -108,7 +97,7 @@ TEST_P(LayoutResume, GoesOnInAnotherMesh) {
   const fs::path dir = fs::path(testing::TempDir()) / fmt::format("layout_resume_{}", ::getpid());
   fs::remove_all(dir);
   fs::create_directories(dir);
-  Contents start, saved, loaded, end;
+  Tensors start, saved, loaded, end;
   std::vector<double> losses = half_run(from, dir, false, start, saved);
   const std::vector<double> rest = half_run(to, dir, true, loaded, end);
   losses.insert(losses.end(), rest.begin(), rest.end());

@@ -25,9 +25,10 @@ Books books_of(const Session& s, const Ledger& communication) {
   return b;
 }
 
-// One micro-batch forward and backward of rank `world.rank()` on `device`.
+// Micro-batches forward and backward of rank `world.rank()` on `device`; with `reduces`, gradients and
+// weights travel as well.
 Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel& parallel, Device device,
-           std::int64_t sequences) {
+           std::int64_t sequences, std::int64_t micro_batches = 1, bool reduces = false) {
   Ledger communication;
   world.set_ledger(&communication);
   RunConfig run;
@@ -41,7 +42,15 @@ Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel&
     positions[t] = static_cast<std::int32_t>(static_cast<std::int64_t>(t) % S);
   const HostTokens batch{sequences, tokens.data(), tokens.data(), positions.data(), nullptr};
   communication.clear();
-  s.pipeline.run(s.memory.exec, {1, [&] { return batch; }, S, 1.0, {}, {}, {}});
+  Exec& ex = s.memory.exec;
+  Pipeline::Step work{micro_batches, [&] { return batch; }, S, 1.0, {}, {}, {}};
+  if (reduces) work.block_done = [&](int block, bool last) { s.reducer.ready(ex, block, last); };
+  s.pipeline.run(ex, work);
+  if (reduces) {
+    s.reducer.finish(ex);
+    s.reducer.gather_values(ex);
+    s.reducer.await_all_values(ex);
+  }
   return books_of(s, communication);
 }
 
@@ -114,6 +123,12 @@ double sent(const Golden& golden, const RunConfig::Parallel& parallel, int ranks
   return step(golden, *world, parallel, Device{DeviceType::kDry, 0}, 2).sent;
 }
 
+// Of data parallelism alone: what a step of three micro-batches sends.
+double sent_by_reducer(const Golden& golden, int zero, int ranks) {
+  const auto world = make_dry_communicator(0, ranks);
+  return step(golden, *world, {.zero = zero}, Device{DeviceType::kDry, 0}, 2, 3, true).sent;
+}
+
 TEST(Ledger, TensorParallelTraffic) {
   for (const char* model : {"dense_tied_gqa", "moe_a27b", "moe_mixed"}) {
     const Golden golden(model);
@@ -123,6 +138,28 @@ TEST(Ledger, TensorParallelTraffic) {
     const double expected =
         (10 * s.blocks() + 4) * (n - 1) * t * s.D() * s.b + 24 * s.T * (n - 1) + s.pool(n);
     for (const int rank : {0, 1}) EXPECT_DOUBLE_EQ(sent(golden, {.tp = 2}, 2, rank), expected) << model;
+  }
+}
+
+// Slices are padded to the largest of a bucket: by less than one element for each parameter.
+TEST(Ledger, DataParallelTraffic) {
+  for (const char* model : {"dense_tied_gqa", "moe_a27b", "moe_mixed"}) {
+    const Golden golden(model);
+    double weights = 0, in_blocks = 0, tensors = 0;
+    for (const ParamSpec& p : make_param_table(golden.config())) {
+      weights += static_cast<double>(p.shape.elements());
+      if (p.layer >= 0) in_blocks += static_cast<double>(p.shape.elements());
+      tensors += 1;
+    }
+    for (const int n : {2, 3}) {
+      const double once = 4.0 * (n - 1) / n * weights, blocks = 4.0 * (n - 1) / n * in_blocks,
+                   padding = 4.0 * (n - 1) * tensors;
+      const double zero_1 = sent_by_reducer(golden, 1, n), zero_2 = sent_by_reducer(golden, 2, n);
+      EXPECT_GE(zero_1, 2 * once) << model;
+      EXPECT_LE(zero_1, 2 * once + 2 * padding) << model;
+      EXPECT_GE(zero_2, 2 * once + 2 * blocks) << model << ": two micro-batches more";
+      EXPECT_LE(zero_2, 2 * once + 2 * blocks + 4 * padding) << model;
+    }
   }
 }
 

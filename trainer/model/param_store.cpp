@@ -22,6 +22,25 @@ bool continues_previous(
   return false;
 }
 
+// Where parameters begin in a flat buffer, in elements.
+struct Offsets {
+  std::int64_t end = 0;
+  std::int64_t take(const StoredParam& p) {
+    if (!continues_previous(p.spec.name)) end = (end + kAlignElements - 1) / kAlignElements * kAlignElements;
+    const std::int64_t begin = end;
+    end = checked_add(end, p.shard.elements());
+    return begin;
+  }
+};
+
+Buffer allocate(Device device, std::int64_t elements, DType dtype) {
+  return Buffer::allocate(device, static_cast<std::size_t>(elements) * size_of(dtype));
+}
+
+void zero(Exec& ex, const Buffer& buffer, std::int64_t elements, DType dtype) {
+  if (elements > 0) ops::fill(ex, buffer.view({elements}, dtype), 0.0f);
+}
+
 std::vector<bool> frozen_by(const std::vector<std::string>& patterns, const std::vector<ParamSpec>& table) {
   std::vector<bool> frozen(table.size());
   for (const std::string& pattern : patterns) {
@@ -41,10 +60,10 @@ std::vector<bool> frozen_by(const std::vector<std::string>& patterns, const std:
 ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, const StagePlan& plan, int rank,
                        const Options& options)
     : options_(options) {
+  UPMOE_CHECK(options.grad_dtype == options.dtype || options.grad_dtype == DType::kF32,
+              "gradients in {} beside values in {}", name_of(options.grad_dtype), name_of(options.dtype));
   const std::vector<ParamSpec> table = make_param_table(config);
   const std::vector<bool> frozen = frozen_by(options.freeze, table);
-  std::vector<std::int64_t> begin;
-  std::int64_t elements = 0;
   for (std::size_t i = 0; i < table.size(); ++i) {
     StoredParam p;
     p.spec = table[i];
@@ -52,23 +71,68 @@ ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, const St
     p.replica = replica_of(p.spec, mesh, rank);
     p.owned = owner_slice(p.shard.elements(), p.replica);
     p.frozen = frozen[i];
-    if (!continues_previous(p.spec.name))
-      elements = (elements + kAlignElements - 1) / kAlignElements * kAlignElements;
-    begin.push_back(elements);
-    elements = checked_add(elements, p.shard.elements());
     index_[p.spec.name] = params_.size();
     params_.push_back(std::move(p));
   }
-  const std::size_t bytes = static_cast<std::size_t>(elements) * size_of(options.dtype);
-  values_ = Buffer::allocate(options.device, bytes);
-  if (options.gradients) grads_ = Buffer::allocate(options.device, bytes);
-  const TensorView values = values_.view({elements}, options.dtype);
-  const TensorView grads = options.gradients ? grads_.view({elements}, options.dtype) : TensorView{};
+  bind_values();
+  if (!options.gradients) return;
+  choose_sharing();
+  bind_gradients();
+}
+
+void ParamStore::bind_values() {
+  Offsets offsets;
+  std::vector<std::int64_t> begin;
+  for (const StoredParam& p : params_) begin.push_back(offsets.take(p));
+  values_ = allocate(options_.device, offsets.end, options_.dtype);
+  const TensorView values = values_.view({offsets.end}, options_.dtype);
   for (std::size_t i = 0; i < params_.size(); ++i) {
     StoredParam& p = params_[i];
-    const std::int64_t end = begin[i] + p.shard.elements();
-    p.value = values.rows(begin[i], end).reshape(p.shard.extent);
-    if (options.gradients && !p.frozen) p.grad = grads.rows(begin[i], end).reshape(p.shard.extent);
+    p.value = values.rows(begin[i], begin[i] + p.shard.elements()).reshape(p.shard.extent);
+  }
+}
+
+// A gradient that no other rank adds to stays where it is between micro-batches; only what is reduced away
+// can make room. Neighbours that are one product (q, k, v) lie together, so they decide together.
+void ParamStore::choose_sharing() {
+  if (!options_.share_block_grads) return;
+  for (std::size_t begin = 0, end = 0; begin < params_.size(); begin = end) {
+    bool reduced = false;
+    do {
+      reduced |= params_[end].replica.count > 1;
+      ++end;
+    } while (end < params_.size() && continues_previous(params_[end].spec.name));
+    for (std::size_t i = begin; i < end; ++i)
+      params_[i].shares_grad = reduced && params_[i].spec.layer >= 0 && !params_[i].frozen;
+  }
+}
+
+void ParamStore::bind_gradients() {
+  std::map<int, Offsets> blocks;  // each begins anew, in the memory that all of them share
+  std::vector<std::int64_t> begin(params_.size());
+  for (std::size_t i = 0; i < params_.size(); ++i)
+    if (params_[i].shares_grad) begin[i] = blocks[params_[i].spec.layer].take(params_[i]);
+  for (const auto& [layer, offsets] : blocks) shared_grads_ = std::max(shared_grads_, offsets.end);
+  Offsets rest, owned;
+  rest.end = shared_grads_;
+  for (std::size_t i = 0; i < params_.size(); ++i)
+    if (!params_[i].shares_grad) begin[i] = rest.take(params_[i]);
+  for (const StoredParam& p : params_)
+    if (p.shares_grad) owned.end += p.owned.size();
+  grads_ = allocate(options_.device, rest.end, options_.grad_dtype);
+  owned_grads_ = allocate(options_.device, owned.end, options_.grad_dtype);
+
+  const TensorView grads = grads_.view({rest.end}, options_.grad_dtype);
+  const TensorView owned_grads = owned_grads_.view({owned.end}, options_.grad_dtype);
+  std::int64_t at = 0;
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    StoredParam& p = params_[i];
+    if (p.frozen) continue;
+    const TensorView flat = grads.rows(begin[i], begin[i] + p.shard.elements());
+    p.grad = flat.reshape(p.shard.extent);
+    p.owned_grad =
+        p.shares_grad ? owned_grads.rows(at, at + p.owned.size()) : flat.rows(p.owned.begin, p.owned.end);
+    if (p.shares_grad) at += p.owned.size();
   }
 }
 
@@ -111,9 +175,15 @@ void ParamStore::initialise(std::int64_t seed) {
 }
 
 void ParamStore::zero_gradients(Exec& ex) const {
-  if (grads_.bytes() == 0) return;
-  const auto elements = static_cast<std::int64_t>(grads_.bytes() / size_of(options_.dtype));
-  ops::fill(ex, grads_.view({elements}, options_.dtype), 0.0f);
+  const auto all = [&](const Buffer& b) {
+    return static_cast<std::int64_t>(b.bytes() / size_of(options_.grad_dtype));
+  };
+  zero(ex, grads_, all(grads_), options_.grad_dtype);
+  zero(ex, owned_grads_, all(owned_grads_), options_.grad_dtype);
+}
+
+void ParamStore::zero_shared_gradients(Exec& ex) const {
+  zero(ex, grads_, shared_grads_, options_.grad_dtype);
 }
 
 namespace {

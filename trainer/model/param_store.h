@@ -1,6 +1,11 @@
 #pragma once
 // This rank's parameters: one flat buffer of values and one of gradients, in the order of the ParamTable,
 // with the views that layers bind to.
+//
+// Gradients have two faces. `grad` is what backward adds into: the whole shard. `owned_grad` is what the
+// optimizer reads: the slice this rank owns, summed over ranks. With one gradient per parameter the second is
+// a view of the first. With shared block gradients (ZeRO-2) all blocks add into one block's worth of memory,
+// one after the other, and each owned slice has memory of its own, to which every micro-batch's sum is added.
 
 #include <functional>
 #include <map>
@@ -18,7 +23,9 @@ struct StoredParam {
   Replica replica;  // among the ranks that hold the same shard
   Range owned;      // ZeRO: the flat part of the shard this rank updates and saves
   bool frozen = false;
-  TensorView value, grad;  // shape: shard.extent; grad without shape when frozen or not wanted
+  TensorView value, grad;    // shape: shard.extent; grad without shape when frozen or not wanted
+  TensorView owned_grad;     // flat, owned.size() elements; without shape like grad
+  bool shares_grad = false;  // `grad` is the memory of other blocks too
 };
 
 // Fills `out` with a box of a parameter, converting to out's dtype.
@@ -28,6 +35,8 @@ class ParamStore {
  public:
   struct Options {
     DType dtype = DType::kF32;
+    DType grad_dtype = DType::kF32;  // dtype, or fp32 beside bf16 values
+    bool share_block_grads = false;
     Device device;
     bool gradients = true;
     std::vector<std::string> freeze;  // shell patterns; one that matches nothing is an error (kUsage)
@@ -46,12 +55,21 @@ class ParamStore {
   // The ParamTable's initialisation; element values depend on (seed, name, global index) alone.
   void initialise(std::int64_t seed);
   void zero_gradients(Exec& ex) const;
-  std::size_t bytes() const { return values_.bytes() + grads_.bytes(); }
+  // The gradients that the blocks share, for the next block. Only with share_block_grads.
+  void zero_shared_gradients(Exec& ex) const;
+  std::size_t bytes() const { return values_.bytes() + grads_.bytes() + owned_grads_.bytes(); }
   DType dtype() const { return options_.dtype; }
+  DType grad_dtype() const { return options_.grad_dtype; }
+  bool shares_block_grads() const { return options_.share_block_grads; }
 
  private:
+  void bind_values();
+  void choose_sharing();
+  void bind_gradients();
+
   Options options_;
-  Buffer values_, grads_;
+  Buffer values_, grads_, owned_grads_;
+  std::int64_t shared_grads_ = 0;  // elements at the beginning of grads_ that the blocks share
   std::vector<StoredParam> params_;
   std::map<std::string, std::size_t> index_;
 };

@@ -1,0 +1,97 @@
+"""What the benchmark scripts share: their arguments, the files they run on, and the record they leave."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMMON = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
+          "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "initializer_range": 0.02,
+          "num_hidden_layers": 4, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
+          "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "attention_dropout": 0.0,
+          "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "float32"}
+SHAPES = {
+    "tiny": {"sequences": 8, "seq_len": 256, "config": COMMON | {
+        "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 688,
+        "moe_intermediate_size": 176, "shared_expert_intermediate_size": 704, "vocab_size": 4096}},
+    "mid": {"sequences": 4, "seq_len": 512, "config": COMMON | {
+        "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 2752,
+        "moe_intermediate_size": 704, "shared_expert_intermediate_size": 2816, "vocab_size": 8192}},
+}
+
+
+def parser_of(description, shapes, precisions):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--binary", type=Path, default=ROOT / "build" / "release" / "upmoe")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=precisions)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="measured steps a round (default: 5)")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "bench" / "results")
+    return parser
+
+
+def machine():
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    model = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "?")
+    return {"processor": model, "cores": os.cpu_count(), "memory_bytes":
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "system": platform.platform()}
+
+
+def write_record(folder, script, arguments, results, **more):
+    """folder/NAME_DATE.json with what was run, on what, and what came out. Prints its path."""
+    date = datetime.datetime.now(datetime.timezone.utc)
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    record = {"date": date.isoformat(), "command": " ".join([f"tests/bench/{script}", *arguments]),
+              "commit": commit.stdout.strip(), **more, "machine": machine(), "results": results}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(script).stem}_{date:%Y%m%d_%H%M%S}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(path)
+
+
+def write_tokens(path, vocab_size, count):
+    import h5py
+    import numpy as np
+
+    with h5py.File(path, "w") as file:
+        file["tokens"] = np.random.default_rng(1).integers(0, vocab_size, count, dtype=np.uint32)
+        file["document_ends"] = np.array([count], dtype=np.int64)
+        file.attrs.update({"vocab_size": vocab_size, "eos_id": 0, "tokenizer_sha256": "0" * 64,
+                           "format": "upmoe-tokens-1"})
+
+
+def train(folder, binary, shape, precision, *, steps, ranks=1, threads=2, micro_batches=1, global_batch=None,
+          parallel=None, launcher=None):
+    """A run of `steps` steps in a folder of its own; (its metrics, one for each step, and what it said)."""
+    s = SHAPES[shape]
+    model, tokens = folder / shape, folder / f"{shape}.h5"
+    if not tokens.exists():
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(s["config"]), encoding="utf-8")
+        write_tokens(tokens, s["config"]["vocab_size"], s["sequences"] * s["seq_len"] * 4 + 1)
+    batch = global_batch or s["sequences"]
+    with tempfile.TemporaryDirectory(dir=folder) as run_dir:  # with its checkpoint, which is large
+        config = Path(run_dir) / "run.yaml"
+        config.write_text(f"""run: {{dir: {run_dir}/run, seed: 1}}
+model: {{path: {model}, init: random}}
+data: {{train: [{{path: {tokens}, weight: 1.0}}], seq_len: {s["seq_len"]}}}
+train: {{steps: {steps}, global_batch: {batch}, micro_batch: {batch // micro_batches}, precision: {precision}}}
+parallel: {json.dumps(parallel or {})}
+log: {{every: 1, tensorboard: false}}
+""", encoding="utf-8")
+        if launcher is None:
+            launcher = [ROOT / "launch" / "run_local.sh", str(ranks)] if ranks > 1 else []
+        done = subprocess.run([*launcher, binary, "train", config], capture_output=True, text=True, check=False,
+                              env=os.environ | {"OMP_NUM_THREADS": str(threads // ranks or 1)})
+        if done.returncode != 0:
+            raise SystemExit(f"upmoe train failed with {done.returncode}:\n{done.stderr}")
+        lines = (Path(run_dir) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if "kind" not in record], done.stderr
