@@ -13,7 +13,6 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 HOSTS=3 RANKS_PER_HOST=2 DEADLINE=6 GRACE=6 STEPS=60 CUT_AT=25
-NETWORK=10.77.0
 
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 die() { echo "hosts: error: $*" >&2; exit 2; }
@@ -40,48 +39,8 @@ if [[ -z $inside ]]; then
 fi
 work=$inside
 
-make_network() {
-  mount -t tmpfs tmpfs /run
-  mkdir -p /run/netns
-  touch /run/netns/top
-  mount --bind /proc/self/ns/net /run/netns/top  # keeps the bridge alive when no process is left beside it
-  ip link set lo up
-  ip link add bridge0 type bridge
-  ip link set bridge0 up
-  local n name
-  echo "127.0.0.1 localhost" >"$work/hosts"
-  for ((n = 1; n <= HOSTS; ++n)); do
-    name=upmoe-node$n
-    ip netns add "$name"
-    ip link add "port$n" type veth peer name eth0 netns "$name"
-    ip link set "port$n" master bridge0 up
-    ip -n "$name" addr add "$NETWORK.$n/24" dev eth0
-    ip -n "$name" link set lo up
-    ip -n "$name" link set eth0 up
-    echo "$NETWORK.$n $name" >>"$work/hosts"
-    echo "$name slots=$RANKS_PER_HOST" >>"$work/hostfile"
-  done
-  mount --bind "$work/hosts" /etc/hosts
-}
-
-cable() {  # up | down, NUMBER of the host: at the bridge, so that the host itself sees a silent network, not an error
-  ip link set "port$2" "$1"
-}
-
-# In place of ssh; like it, it does not get through to a host that is cut off.
-write_agent() {
-  cat >"$work/agent" <<'AGENT'
-#!/bin/sh
-host=$1
-shift
-if ! ip -n top link show "port${host#upmoe-node}" | grep -q LOWER_UP; then
-  echo "agent: connect to host $host: No route to host" >&2
-  exit 255
-fi
-exec nsenter --net="/run/netns/$host" unshare --uts sh -c 'hostname "$0"; eval "$1"' "$host" "$*"
-AGENT
-  chmod +x "$work/agent"
-}
+# shellcheck source=tests/support/pretended_hosts.sh
+source "$root/tests/support/pretended_hosts.sh"
 
 write_run() {
   mkdir -p "$work/model"
@@ -206,8 +165,6 @@ stays_away() {
   lines_of "$1"
 }
 
-# The hosts share the cores of this machine, which Open MPI cannot know: a waiting rank must let the others work.
-export OMPI_MCA_mpi_yield_when_idle=1
 make_network
 write_agent
 write_run

@@ -68,9 +68,8 @@ def write_tokens(path, vocab_size, count):
                            "format": "upmoe-tokens-1"})
 
 
-def train(folder, binary, shape, precision, *, steps, ranks=1, threads=2, micro_batches=1, global_batch=None,
-          parallel=None, launcher=None):
-    """A run of `steps` steps in a folder of its own; (its metrics, one for each step, and what it said)."""
+def write_run(folder, run_dir, shape, precision, *, steps, micro_batches=1, global_batch=None, parallel=None):
+    """The file of a run in run_dir; model and tokens are made in `folder`, once."""
     s = SHAPES[shape]
     model, tokens = folder / shape, folder / f"{shape}.h5"
     if not tokens.exists():
@@ -78,20 +77,33 @@ def train(folder, binary, shape, precision, *, steps, ranks=1, threads=2, micro_
         (model / "config.json").write_text(json.dumps(s["config"]), encoding="utf-8")
         write_tokens(tokens, s["config"]["vocab_size"], s["sequences"] * s["seq_len"] * 4 + 1)
     batch = global_batch or s["sequences"]
-    with tempfile.TemporaryDirectory(dir=folder) as run_dir:  # with its checkpoint, which is large
-        config = Path(run_dir) / "run.yaml"
-        config.write_text(f"""run: {{dir: {run_dir}/run, seed: 1}}
+    config = Path(run_dir) / "run.yaml"
+    config.write_text(f"""run: {{dir: {run_dir}/run, seed: 1}}
 model: {{path: {model}, init: random}}
 data: {{train: [{{path: {tokens}, weight: 1.0}}], seq_len: {s["seq_len"]}}}
 train: {{steps: {steps}, global_batch: {batch}, micro_batch: {batch // micro_batches}, precision: {precision}}}
 parallel: {json.dumps(parallel or {})}
 log: {{every: 1, tensorboard: false}}
 """, encoding="utf-8")
-        if launcher is None:
-            launcher = [ROOT / "launch" / "run_local.sh", str(ranks)] if ranks > 1 else []
-        done = subprocess.run([*launcher, binary, "train", config], capture_output=True, text=True, check=False,
-                              env=os.environ | {"OMP_NUM_THREADS": str(threads // ranks or 1)})
-        if done.returncode != 0:
-            raise SystemExit(f"upmoe train failed with {done.returncode}:\n{done.stderr}")
+    return config
+
+
+def local_ranks(ranks):
+    return [ROOT / "launch" / "run_local.sh", str(ranks)] if ranks > 1 else []
+
+
+def checked(command, threads):
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))} failed with {done.returncode}:\n{done.stderr}")
+    return done
+
+
+def train(folder, binary, shape, precision, *, ranks=1, threads=2, launcher=None, **run):
+    """A run in a folder of its own; (its metrics, one for each step, and what it said)."""
+    with tempfile.TemporaryDirectory(dir=folder) as run_dir:  # with its checkpoint, which is large
+        config = write_run(folder, run_dir, shape, precision, **run)
+        done = checked([*(launcher or local_ranks(ranks)), binary, "train", config], max(1, threads // ranks))
         lines = (Path(run_dir) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if "kind" not in record], done.stderr
