@@ -67,8 +67,8 @@ MUTANTS = {
     "keys_of_later_chunks_are_seen": (
         "trainer/model/context_ring.cpp", "        if (keys > queries) continue;", "", "*"),
     "key_gradients_of_the_ring_forget_a_hop": (
-        "trainer/model/context_ring.cpp", "    std::swap(own_TK, arrived_TK);",
-        "    if (s > 0) std::swap(own_TK, arrived_TK);", "*"),
+        "trainer/model/context_ring.cpp", "    if (s > 0) ops::add(ex, sum_TK[s % 2], sum_TK[s % 2], own_TK);",
+        "    if (s > 1) ops::add(ex, sum_TK[s % 2], sum_TK[s % 2], own_TK);", "*"),
     "partial_attention_outputs_not_weighed": (
         "trainer/model/context_ring.cpp",
         "      if (begun[q]) ops::attention_merge(ex, ring.half(sum_TQ, q), ring.half(lse_TN, q), out, lse);",

@@ -19,8 +19,8 @@ HOSTS = ("upmoe-node1", "upmoe-node2")
 def limit(rate):
     """What each host sends; the bridge's side is left alone."""
     for host in HOSTS:
-        subprocess.run(["ip", "netns", "exec", host, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate,
-                        "burst", "256kb", "latency", "50ms"], check=True)
+        subprocess.run(["ip", "netns", "exec", host, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf",
+                        "rate", rate, "burst", "256kb", "latency", "50ms"], check=True)
 
 
 def sent():
@@ -56,7 +56,8 @@ def main():
                         before = sent()
                         records, _ = train(args.work, args.binary, shape, precision, ranks=4, threads=4,
                                            steps=args.steps + args.warmup, micro_batches=4,
-                                           parallel={"ep": 4, "node_ranks": nodes}, launcher=launcher(args.work, args.network))
+                                           parallel={"ep": 4, "node_ranks": nodes},
+                                           launcher=launcher(args.work, args.network))
                         rounds.append({"step_s": median(r["seconds"] for r in records[args.warmup:]),
                                        "bytes": sent() - before, "loss": records[-1]["loss"]})
                 flat, nodes = ({key: median(r[key] for r in found[n]) for key in ("step_s", "bytes")} for n in (0, 2))
@@ -66,8 +67,8 @@ def main():
                 print(f"{shape:6}{precision:6}{rate:9}{flat['step_s']:9.3f}{nodes['step_s']:9.3f}"
                       f"{flat['step_s'] / nodes['step_s']:7.2f}x{flat['bytes']:14,.0f}{nodes['bytes']:14,.0f}"
                       f"{nodes['bytes'] / flat['bytes']:7.2f}", flush=True)
-    write_record(args.out, "exchange.sh", [a for a in sys.argv[1:] if a not in ("--work", str(args.work), "--network", args.network)],
-                 results)
+    own = {"--work", str(args.work), "--network", args.network}  # exchange.sh's, no business of whoever repeats this
+    write_record(args.out, "exchange.sh", [a for a in sys.argv[1:] if a not in own], results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 #include "trainer/model/context_ring.h"
 
-#include <utility>
 #include <vector>
 
 #include "kernels/ops/pointwise.h"
@@ -119,25 +118,31 @@ void ring_attention_backward(Exec& ex, Communicator& cp, TensorView dqkv_TH, Con
   const Shape keys_values = kv.buffer[0].shape;
   TensorView dq_TQ = ex.scratch->take(out_TQ.shape, DType::kF32, "query gradient");
   TensorView own_TK = ex.scratch->take(keys_values, DType::kF32, "key and value gradient of a step");
-  TensorView arrived_TK = ex.scratch->take(keys_values, DType::kF32, "key and value gradient from the ring");
+  TensorView sum_TK[2];  // of the ranks so far: one to add to, one on its way
+  for (TensorView& sum : sum_TK)
+    sum = ex.scratch->take(keys_values, DType::kF32, "key and value gradient in the ring");
   ops::fill(ex, dq_TQ, 0.0f);
-  ops::fill(ex, own_TK, 0.0f);
+  Pending hop;
   for (int s = 0; s < cp.size(); ++s) {
     Pending next;
     if (s + 1 < cp.size()) next = ring.pass_on(kv.buffer[(s + 1) % 2], kv.buffer[s % 2]);
+    const TensorView step_TK = s == 0 ? sum_TK[0] : own_TK;
+    ops::fill(ex, step_TK, 0.0f);
     ring.for_pairs(ring.owner(s), [&](int q, int k, Visible visible, const ConstTensorView* of_queries,
                                       const ConstTensorView* of_keys) {
-      ops::attention_pair_backward(ex, ring.half(dq_TQ, q), ring.half(own_TK, k), ring.half(dout_TQ, q),
+      ops::attention_pair_backward(ex, ring.half(dq_TQ, q), ring.half(step_TK, k), ring.half(dout_TQ, q),
                                    ring.half(qkv_TH, q), ring.half(kv.buffer[s % 2], k), ring.half(out_TQ, q),
                                    ring.half(lse_TN, q), ring.chunk(), visible, of_queries, of_keys);
     });
     next.wait();
-    ring.pass_on(arrived_TK, own_TK).wait();  // the last time home
-    std::swap(own_TK, arrived_TK);
+    hop.wait();  // the sum of the ranks before, for the keys and values of this step
+    if (s > 0) ops::add(ex, sum_TK[s % 2], sum_TK[s % 2], own_TK);
+    hop = ring.pass_on(sum_TK[(s + 1) % 2], sum_TK[s % 2]);  // the last time home
   }
+  hop.wait();
   const std::int64_t queries = shape.heads * shape.head_dim;
   ops::copy_columns(ex, dqkv_TH, 0, dq_TQ, 0, queries);
-  ops::copy_columns(ex, dqkv_TH, queries, own_TK, 0, shape.kv_width());
+  ops::copy_columns(ex, dqkv_TH, queries, sum_TK[cp.size() % 2], 0, shape.kv_width());
 }
 
 }  // namespace upmoe
