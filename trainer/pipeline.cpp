@@ -5,13 +5,6 @@
 
 namespace upmoe {
 
-namespace {
-
-constexpr std::size_t kArenaAddressSpace = std::size_t{1}
-                                           << 36;  // 64 GiB of addresses; memory is taken on touch
-
-}  // namespace
-
 struct Pipeline::Shard {
   std::vector<std::int32_t> tokens, targets, positions, documents;
   MicroBatch batch;
@@ -168,7 +161,6 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
     sums.aux += f->saved.balance.aux;
     sums.z += f->saved.balance.z;
   }
-  last_balance_ = f->saved.balance;
   const bool last = action.micro_batch + 1 == step.micro_batches;
   chunk.backward(ex, g_tD, f->keep, f->saved, [&](int block) {
     if (step.block_done) step.block_done(block, last);

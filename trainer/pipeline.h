@@ -17,6 +17,9 @@
 
 namespace upmoe {
 
+// Of addresses, for one arena; memory is taken on touch.
+inline constexpr std::size_t kArenaAddressSpace = std::size_t{64} << 30;
+
 // What this rank adds up over the micro-batches of a step; every value is counted on one rank alone.
 struct StepSums {
   double loss = 0, aux = 0, z = 0;
@@ -56,7 +59,6 @@ class Pipeline {
   double evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_len, const LmHead::Sink& sink = {});
 
   std::size_t peak_bytes() const;  // of activations, all micro-batches under way together
-  const BalanceTerms& last_balance() const { return last_balance_; }
 
  private:
   struct Shard;                     // this rank's tokens of one micro-batch
@@ -86,7 +88,6 @@ class Pipeline {
   std::vector<std::unique_ptr<Flight>> idle_;
   std::map<Key, std::unique_ptr<Flight>> under_way_;
   std::map<int, std::unique_ptr<Shard>> shards_;  // by micro-batch
-  BalanceTerms last_balance_;
 };
 
 }  // namespace upmoe

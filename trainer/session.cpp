@@ -21,9 +21,6 @@ MeshSpec mesh_of(const RunConfig& run, int world_size) {
 
 namespace {
 
-constexpr std::size_t kArenaAddressSpace = std::size_t{1}
-                                           << 36;  // 64 GiB of addresses; memory is taken on touch
-
 DType dtype_of(const RunConfig& run) {
   return run.train.precision == "bf16" ? DType::kBF16 : DType::kF32;
 }

@@ -235,14 +235,22 @@ TEST(RunConfig, ToYamlReadsBack) {
   EXPECT_THAT(again.freeze, ElementsAre("*"));
 }
 
-TEST(RunProblems, RanksAndExperts) {
-  RunConfig run = parse(kMinimal, {"parallel.ep=2"});  // 4 micro-batches per step
+ModelConfig six_experts() {
   ModelConfig moe;
   moe.model_type = "qwen2_moe";
+  moe.vocab_size = moe.intermediate_size = 100;
   moe.num_hidden_layers = 2;
   moe.num_experts = 6;
   moe.num_experts_per_tok = 2;
+  moe.moe_intermediate_size = 10;
+  moe.shared_expert_intermediate_size = 20;
   moe.max_position_embeddings = 64;
+  return moe;
+}
+
+TEST(RunProblems, RanksAndExperts) {
+  RunConfig run = parse(kMinimal, {"parallel.ep=2"});  // 4 micro-batches per step
+  const ModelConfig moe = six_experts();
   EXPECT_THAT(problems_of(run, moe, 2), IsEmpty());
   EXPECT_THAT(problems_of(run, moe, 4), IsEmpty());
   EXPECT_THAT(problems_of(run, moe, 3),
@@ -271,15 +279,8 @@ TEST(RunProblems, RanksAndExperts) {
 TEST(RunProblems, NearestMeshes) {
   RunConfig run =
       parse(kMinimal, {"parallel.ep=8", "parallel.tp=3"});  // 4 micro-batches of 64 tokens per step
-  ModelConfig moe;
-  moe.model_type = "qwen2_moe";
-  moe.num_hidden_layers = 2;
+  ModelConfig moe = six_experts();
   moe.num_attention_heads = moe.num_key_value_heads = 4;
-  moe.vocab_size = moe.intermediate_size = moe.shared_expert_intermediate_size = 100;
-  moe.num_experts = 6;
-  moe.num_experts_per_tok = 2;
-  moe.max_position_embeddings = 64;
-  moe.moe_intermediate_size = 10;
   const std::vector<std::string> near = nearest_meshes(run, moe, 8);
   ASSERT_THAT(near, testing::SizeIs(3));
   EXPECT_EQ(near.front(), "tp 4, pp 1, cp 1, ep 4, etp 1 (dp 2)");
@@ -295,18 +296,11 @@ struct Case {
 };
 
 TEST(RunProblems, MeshesOfAllAxes) {
-  ModelConfig moe;
-  moe.model_type = "qwen2_moe";
-  moe.vocab_size = 100;
+  ModelConfig moe = six_experts();
   moe.intermediate_size = 30;
   moe.num_hidden_layers = 4;
   moe.num_attention_heads = 8;
   moe.num_key_value_heads = 2;
-  moe.num_experts = 6;
-  moe.num_experts_per_tok = 2;
-  moe.moe_intermediate_size = 10;
-  moe.shared_expert_intermediate_size = 20;
-  moe.max_position_embeddings = 64;
   const std::vector<Case> cases{
       {{"parallel.tp=2", "parallel.pp=2", "parallel.cp=2"}, 8, ""},
       {{"parallel.tp=8"}, 8, ""},  // two key/value heads on eight ranks: four hold each

@@ -20,7 +20,7 @@ TEST_F(Stores, AnyBoxFromAnyNumberOfWriters) {
       EXPECT_EQ(store.tensors().at({t.name, t.kind}).shape, t.shape);
       EXPECT_EQ(store.tensors().at({t.name, t.kind}).dtype, t.dtype);
       for (std::uint64_t seed = 0; seed < 200; ++seed) {
-        const Box box = seed == 0 ? whole(t.shape) : random_box(t.shape, seed);
+        const Box box = seed == 0 ? whole(t.shape) : random_box(t.shape, seed, 0);
         std::vector<float> expected = values_of(t.shape, box);
         std::vector<bf16> rounded;
         for (float& v : expected) rounded.push_back(to_bf16(v));

@@ -10,6 +10,7 @@
 
 #include "data/shard_store.h"
 #include "kernels/core/philox.h"
+#include "tests/support/random_box.h"
 #include "tests/support/temporary_directory.h"
 
 namespace upmoe::test {
@@ -98,17 +99,6 @@ std::vector<T> read_box(const ShardStore& store, const TestTensor& t, const Box&
   std::vector<T> out(static_cast<std::size_t>(box.elements()));
   store.read(t.name, t.kind, box, host_view(out.data(), box.extent));
   return out;
-}
-
-inline Box random_box(const Shape& shape, std::uint64_t seed) {
-  Box box = whole(shape);
-  for (int d = 0; d < shape.rank; ++d) {
-    const auto bits = philox(seed, static_cast<std::uint64_t>(d));
-    const auto i = static_cast<std::size_t>(d);
-    box.offset.dim[i] = bits[0] % shape[d];
-    box.extent.dim[i] = bits[1] % (shape[d] - box.offset[d] + 1);
-  }
-  return box;
 }
 
 inline void open_and_verify(const fs::path& dir) {

@@ -5,26 +5,17 @@
 #include <cmath>
 
 #include "tests/support/golden.h"
+#include "tests/support/tolerance.h"
 #include "trainer/trainer.h"
 
 namespace upmoe {
 namespace {
 
 using test::Golden;
+using test::relative_distance;
 
 // Tolerances: several times what transformers' own fp32 run differs by (tests/golden/README.md).
 constexpr double kLogits = 1e-4, kGradient = 1e-4, kLoss = 2e-6, kAux = 1e-5, kNorm = 2e-4, kWeights = 1e-4;
-
-double relative_distance(const std::vector<float>& expected, const std::vector<float>& found) {
-  double difference = 0, norm = 0;
-  EXPECT_EQ(expected.size(), found.size());
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    const double d = double(found[i]) - double(expected[i]);
-    difference += d * d;
-    norm += double(expected[i]) * double(expected[i]);
-  }
-  return std::sqrt(difference / norm);
-}
 
 std::vector<float> copy(ConstTensorView v) {
   return {v.as<float>(), v.as<float>() + v.elements()};

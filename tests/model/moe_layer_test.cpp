@@ -8,6 +8,7 @@
 
 #include "parallel/layout.h"
 #include "tests/support/gradient_check.h"
+#include "tests/support/tolerance.h"
 #include "trainer/model/moe_layer.h"
 #include "trainer/session.h"
 
@@ -112,25 +113,18 @@ TEST_P(MoeLayerRanks, BitwiseEqualToOneRank) {
   EXPECT_LT(worst, 2e-6 * norm);
 }
 
-double distance(const std::vector<float>& a, const std::vector<float>& b) {
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference += std::pow(double(a[i]) - double(b[i]), 2);
-    norm += std::pow(double(a[i]), 2);
-  }
-  return std::sqrt(difference / norm);
-}
-
 // Rows that cross to a node once give what rows that go straight to their rank give, and fewer bytes cross.
 TEST(NodeExchange, EqualsTheFlatExchange) {
   const Weights w;
   for (const auto& [ranks, node_ranks] : {std::pair{2, 1}, {4, 2}, {8, 4}, {8, 2}, {6, 3}, {4, 4}}) {
     const Results flat = run(ranks, w), nodes = run(ranks, w, node_ranks);
-    EXPECT_LT(distance(flat.y, nodes.y), 1e-6) << ranks << " ranks, " << node_ranks << " a node";
-    EXPECT_LT(distance(flat.dx, nodes.dx), 1e-6) << ranks << " ranks, " << node_ranks << " a node";
-    EXPECT_LT(distance(flat.gate_up, nodes.gate_up), 1e-6);
-    EXPECT_LT(distance(flat.down, nodes.down), 1e-6);
-    EXPECT_LT(distance(flat.router, nodes.router), 1e-6);
+    EXPECT_LT(test::relative_distance(flat.y, nodes.y), 1e-6)
+        << ranks << " ranks, " << node_ranks << " a node";
+    EXPECT_LT(test::relative_distance(flat.dx, nodes.dx), 1e-6)
+        << ranks << " ranks, " << node_ranks << " a node";
+    EXPECT_LT(test::relative_distance(flat.gate_up, nodes.gate_up), 1e-6);
+    EXPECT_LT(test::relative_distance(flat.down, nodes.down), 1e-6);
+    EXPECT_LT(test::relative_distance(flat.router, nodes.router), 1e-6);
     if (ranks == 2 * node_ranks && ranks > 2) {  // top 4 of 60 on two nodes: two choices share a crossing
       EXPECT_LT(nodes.crossing_bytes, 0.8 * flat.crossing_bytes) << ranks << " ranks";
     }

@@ -40,4 +40,18 @@ inline void expect_close(const std::vector<double>& actual, const std::vector<do
                               << expected[worst];
 }
 
+// |found - expected| / |expected|, in the norm of the whole; `floor` stands in for the norm of what is zero
+// but for rounding. Infinite where the sizes differ or a value is none.
+inline double relative_distance(const std::vector<float>& expected, const std::vector<float>& found,
+                                double floor = 0) {
+  if (expected.size() != found.size()) return INFINITY;
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    difference += std::pow(double(found[i]) - double(expected[i]), 2);
+    norm += std::pow(double(expected[i]), 2);
+  }
+  const double distance = std::sqrt(difference) / std::max(std::sqrt(norm), floor);
+  return std::isnan(distance) ? INFINITY : distance;
+}
+
 }  // namespace upmoe::test

@@ -9,6 +9,7 @@
 #include "kernels/core/philox.h"
 #include "parallel/runtime.h"
 #include "tests/support/layout_run.h"
+#include "tests/support/tolerance.h"
 
 namespace upmoe {
 namespace {
@@ -16,22 +17,12 @@ namespace {
 using test::Golden;
 using test::Layout;
 using test::Outcome;
+using test::relative_distance;
 using test::Tensors;
 
 struct Limits {
   double loss = 1e-6, gradient = 1e-5, norm = 1e-6, weights = 1e-5;
 };
-
-// Distance over norm; the norm of a gradient that is zero but for rounding (k's bias) is taken as that of the
-// largest gradient around it.
-double distance(const std::vector<float>& a, const std::vector<float>& b, double floor) {
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference += std::pow(double(a[i]) - double(b[i]), 2);
-    norm += std::pow(double(a[i]), 2);
-  }
-  return std::sqrt(difference) / std::max(std::sqrt(norm), floor);
-}
 
 void expect_equal(const Outcome& one, const Outcome& many, const Limits& limits = {}) {
   ASSERT_EQ(one.losses.size(), many.losses.size());
@@ -45,10 +36,11 @@ void expect_equal(const Outcome& one, const Outcome& many, const Limits& limits 
   EXPECT_EQ(one.loads.front(), many.loads.front()) << "who computed which token";
   ASSERT_EQ(one.gradients.size(), many.gradients.size());
   for (const auto& [name, expected] : one.gradients) {
-    EXPECT_LT(distance(expected, many.gradients.at(name), 1e-3 * one.norms[0]), limits.gradient)
+    // The norm of a gradient that is zero but for rounding (k's bias) is taken as that of those around it.
+    EXPECT_LT(relative_distance(expected, many.gradients.at(name), 1e-3 * one.norms[0]), limits.gradient)
         << "gradient of " << name;
     if (name.ends_with("attn.k_NH")) continue;  // AdamW makes whole steps of a gradient of rounding alone
-    EXPECT_LT(distance(one.weights.at(name), many.weights.at(name), 0), limits.weights) << name;
+    EXPECT_LT(relative_distance(one.weights.at(name), many.weights.at(name)), limits.weights) << name;
   }
 }
 
@@ -261,7 +253,7 @@ void expect_golden(const Layout& l, const Outcome& found) {
   }
   if (!prefix.empty()) return;
   for (const ParamSpec& p : make_param_table(golden.config())) {
-    EXPECT_LT(distance(golden.parameter(p, "final."), found.weights.at(p.name), 0), 1e-4)
+    EXPECT_LT(relative_distance(golden.parameter(p, "final."), found.weights.at(p.name)), 1e-4)
         << l.str() << " " << p.name;
   }
 }
