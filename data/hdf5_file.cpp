@@ -101,11 +101,11 @@ Hdf5Writer::~Hdf5Writer() {
   if (impl_->file >= 0) H5Fclose(impl_->file);
 }
 
-std::uint64_t Hdf5Writer::write_flat(const std::string& dataset, ConstTensorView values) {
+std::uint64_t Hdf5Writer::reserve_flat(const std::string& dataset, DType dtype, std::int64_t elements) {
   const std::lock_guard lock(library());
   const std::string what = impl_->path.string() + ": " + dataset;
-  const auto n = static_cast<hsize_t>(values.elements());
-  const Handle type(make_type(values.dtype), H5Tclose, what),
+  const auto n = static_cast<hsize_t>(elements);
+  const Handle type(make_type(dtype), H5Tclose, what),
       space(H5Screate_simple(1, &n, nullptr), H5Sclose, what);
   const Handle how(H5Pcreate(H5P_DATASET_CREATE), H5Pclose, what);
   check(H5Pset_alloc_time(how, H5D_ALLOC_TIME_EARLY), what);
@@ -114,7 +114,6 @@ std::uint64_t Hdf5Writer::write_flat(const std::string& dataset, ConstTensorView
       H5Dcreate2(impl_->file, dataset.c_str(), type, space, impl_->create_groups, how, H5P_DEFAULT), H5Dclose,
       what);
   if (n == 0) return 0;
-  check(H5Dwrite(data, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, values.data), what);
   const haddr_t offset = H5Dget_offset(data);
   if (offset == HADDR_UNDEF) fail(ExitCode::kBadInput, "{}: the data has no place in the file", what);
   return offset;

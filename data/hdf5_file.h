@@ -16,9 +16,9 @@ class Hdf5Writer {
   explicit Hdf5Writer(const std::filesystem::path& path);  // new file
   ~Hdf5Writer();
   Hdf5Writer(const Hdf5Writer&) = delete;
-  // One flat contiguous dataset, allocated at once; returns the byte offset of its data in the file (0 when
-  // empty).
-  std::uint64_t write_flat(const std::string& dataset, ConstTensorView values);
+  // One flat contiguous dataset, given its place in the file and no values: they are written there by other
+  // means once this writer is closed. Returns the byte offset of that place (0 when empty).
+  std::uint64_t reserve_flat(const std::string& dataset, DType dtype, std::int64_t elements);
   // A dataset of the tensor's global shape that maps onto the flat datasets of its pieces; NaN where nothing
   // is mapped.
   void write_virtual(const std::string& dataset, const StoredTensor& tensor,

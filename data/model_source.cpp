@@ -1,5 +1,6 @@
 #include "data/model_source.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "data/hf_model.h"
@@ -24,6 +25,14 @@ class HfSource final : public ModelSource {
   HfModel model_;
 };
 
+// A checkpoint that upcycling made carries tokenizer files itself; those of training runs lie with the model
+// that the run started from.
+bool has_companions(const fs::path& dir) {
+  const auto& names = companion_files();
+  return std::any_of(names.begin(), names.end(),
+                     [&](const std::string& name) { return fs::exists(dir / name); });
+}
+
 class CheckpointSource final : public ModelSource {
  public:
   explicit CheckpointSource(const fs::path& dir) : store_(dir) {
@@ -31,7 +40,7 @@ class CheckpointSource final : public ModelSource {
     try {
       const auto run = nlohmann::json::parse(store_.metadata_json());
       config_ = parse_model_config(run.at("model_config").get<std::string>(), where);
-      companions_ = run.at("source").get<std::string>();
+      companions_ = has_companions(dir) ? dir : fs::path(run.at("source").get<std::string>());
     } catch (const nlohmann::json::exception& e) {
       fail(ExitCode::kBadInput, "{}: not the checkpoint of a training run: {}", where, e.what());
     }

@@ -7,8 +7,10 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -25,16 +27,24 @@ struct StorePiece {
   std::string kind;    // weight | master | m | v
   Shape global;
   std::vector<Box> boxes;  // may be empty
-  ConstTensorView values;  // flat, host memory, fp32 or bf16
+  ConstTensorView values;  // flat, host memory, fp32 or bf16; data null: they are handed over in blocks
 };
 
+struct StoreBlock {
+  std::size_t piece = 0;  // index into the pieces
+  Range range;            // of the piece's flat values
+};
+using PutBlock = std::function<void(const StoreBlock& block, std::span<const std::byte> values)>;
+
 // Writing in three parts, so that the middle one can run on a background thread while training goes on:
-//   StoreWriter w(dir, world);   // collective: lock-step creation of DIR.tmp, replaces a leftover one;
-//   refuses an
-//                                // existing dir; checks free space for the sum of `bytes` over the ranks
-//   w.write(pieces);             // local, any thread, no communication: this rank's shard, fsynced, re-read,
-//   compared w.commit(world, metadata);   // collective: agrees that all ranks wrote, index, manifest, fsync,
-//   rename, fsync parent
+//
+//   StoreWriter w(dir, world, bytes);  // collective: makes DIR.tmp in place of a leftover one, refuses an
+//                                      // existing dir, checks free space for the sum of `bytes` of all ranks
+//   w.write(pieces);                   // local, any thread, no communication: this rank's shard, on disk,
+//                                      // read again and compared
+//   w.commit(world, metadata);         // collective: agrees that all ranks wrote, index, manifest, rename,
+//                                      // all of it fsynced
+//
 // Every failure (full disk, short write, a peer's error) is agreed on in the constructor or in commit: all
 // ranks throw and no trace but a .tmp folder remains, which is removed where possible. An error of write() is
 // remembered and thrown by commit. `metadata_json` (an object) is stored in the manifest under "run".
@@ -44,7 +54,16 @@ class StoreWriter {
   ~StoreWriter();
   StoreWriter(const StoreWriter&) = delete;
   void write(const std::vector<StorePiece>& pieces) noexcept;
-  void commit(Communicator& world, const std::string& metadata_json);
+  // For a share that does not fit into memory: `produce` makes the values of the pieces that have none and
+  // calls `put` with every element of them once, in blocks of any order, on one thread at a time. A block is
+  // written when put returns; its checksum stands in for it when the file is read again. What `produce`
+  // throws is an error of write().
+  void write(const std::vector<StorePiece>& pieces,
+             const std::function<void(const PutBlock& put)>& produce) noexcept;
+  // `add_files`, where given, is called on rank 0 with the folder before it gets its name: files that lie
+  // beside the store's own.
+  using AddFiles = std::function<void(const std::filesystem::path& folder)>;
+  void commit(Communicator& world, const std::string& metadata_json, const AddFiles& add_files = {});
 
  private:
   struct Impl;

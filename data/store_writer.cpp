@@ -7,6 +7,7 @@
 #include "data/manifest.h"
 #include "data/posix_file.h"
 #include "data/shard_store.h"
+#include "data/shard_writer.h"
 
 namespace upmoe {
 
@@ -17,6 +18,7 @@ struct StoreWriter::Impl {
   int rank = 0;
   Manifest shard;     // this rank's file and what is in it
   std::string error;  // of write()
+  ExitCode code = ExitCode::kBadInput;
   bool committed = false;
 };
 
@@ -37,45 +39,6 @@ void require_space(const fs::path& dir, std::uint64_t bytes) {
 void remove_quietly(const fs::path& path) {
   std::error_code ignored;  // a leftover .tmp folder is never opened and the next save replaces it
   fs::remove_all(path, ignored);
-}
-
-// HDF5 may report success after a write that the disk refused: what lies in the file is compared with what
-// was meant.
-void compare_with_file(const fs::path& path, std::uint64_t offset, ConstTensorView values) {
-  const PosixFile file = PosixFile::open_read(path);
-  std::vector<std::byte> block(std::size_t{1} << 20);
-  for (std::size_t at = 0; at < values.bytes(); at += block.size()) {
-    const std::size_t n = std::min(block.size(), values.bytes() - at);
-    file.read(offset + at, std::span(block).first(n));
-    if (std::memcmp(block.data(), values.data + at, n) != 0)
-      fail(ExitCode::kBadInput,
-           "{}: bytes {} and on are not what was written; the disk may be full or failing", path.string(),
-           offset + at);
-  }
-}
-
-Manifest write_shard(const fs::path& folder, int rank, const std::vector<StorePiece>& pieces) {
-  Manifest shard;
-  const std::string name = fmt::format("shard_{:05}.h5", rank);
-  const fs::path path = folder / name;
-  Hdf5Writer hdf5(path);
-  std::vector<std::uint64_t> offsets;
-  for (const StorePiece& p : pieces) {
-    StoredPiece stored;
-    stored.dataset = "/" + p.kind + "/" + p.tensor;
-    stored.boxes = p.boxes;
-    stored.offset = hdf5.write_flat(stored.dataset, p.values);
-    offsets.push_back(stored.offset);
-    const bool fresh =
-        shard.tensors.emplace(std::pair(p.tensor, p.kind), StoredTensor{p.global, p.values.dtype, {stored}})
-            .second;
-    UPMOE_CHECK(fresh, "{} ({}) given twice", p.tensor, p.kind);
-  }
-  hdf5.close();
-  sync_path(path);
-  for (std::size_t i = 0; i < pieces.size(); ++i) compare_with_file(path, offsets[i], pieces[i].values);
-  shard.files.push_back({name, PosixFile::open_read(path).size(), crc32c_of_file(path)});
-  return shard;
 }
 
 // Everybody's text, on every rank.
@@ -131,15 +94,27 @@ StoreWriter::~StoreWriter() {
 }
 
 void StoreWriter::write(const std::vector<StorePiece>& pieces) noexcept {
+  write(pieces, {});
+}
+
+void StoreWriter::write(const std::vector<StorePiece>& pieces,
+                        const std::function<void(const PutBlock& put)>& produce) noexcept {
   try {
-    impl_->shard = write_shard(impl_->partial, impl_->rank, pieces);
+    ShardWriter shard(impl_->partial, impl_->rank, pieces);
+    shard.write_values();
+    if (produce)
+      produce([&](const StoreBlock& block, std::span<const std::byte> values) { shard.put(block, values); });
+    impl_->shard = shard.finish();
+  } catch (const Error& e) {
+    impl_->error = e.what();
+    impl_->code = e.code();
   } catch (const std::exception& e) {
     impl_->error = e.what();
   }
 }
 
-void StoreWriter::commit(Communicator& world, const std::string& metadata_json) {
-  agree(world, ExitCode::kBadInput, impl_->error);
+void StoreWriter::commit(Communicator& world, const std::string& metadata_json, const AddFiles& add_files) {
+  agree(world, impl_->code, impl_->error);
   const std::vector<std::string> shards = gather_text(world, shard_json(impl_->shard));
   run_agreed(world, [&] {
     if (world.rank() != 0) return;
@@ -149,6 +124,7 @@ void StoreWriter::commit(Communicator& world, const std::string& metadata_json) 
     write_index(impl_->partial, manifest);
     const fs::path index = impl_->partial / "index.h5";
     manifest.files.push_back({"index.h5", PosixFile::open_read(index).size(), crc32c_of_file(index)});
+    if (add_files) add_files(impl_->partial);
     write_text_synced(impl_->partial / "manifest.json", manifest_json(manifest));
     sync_path(impl_->partial);
     fs::rename(impl_->partial, impl_->dir);  // the one moment at which the checkpoint comes into being

@@ -1,11 +1,36 @@
 // Stores: any layout in, any layout out, every damaged bit noticed.
 
+#include <atomic>
 #include <cstdlib>
 
 #include "tests/data/stores.h"
 
 namespace upmoe::test {
 namespace {
+
+// Six numbers handed over later.
+StorePiece in_blocks(const std::string& name) {
+  return {name, "weight", {6}, {whole(Shape{6})}, ConstTensorView(nullptr, {6}, DType::kF32, Device{})};
+}
+
+// Takes the values out of every second piece, or of all, and hands them over from the back, `step` elements
+// at a time.
+void write_in_blocks(StoreWriter& writer, const std::vector<StorePiece>& given, bool all, std::int64_t step) {
+  std::vector<StorePiece> pieces = given;
+  for (std::size_t i = 0; i < pieces.size(); ++i)
+    if (all || i % 2 == 0) pieces[i].values.data = nullptr;
+  writer.write(pieces, [&](const PutBlock& put) {
+    for (std::size_t i = pieces.size(); i-- > 0;) {
+      if (pieces[i].values.data != nullptr) continue;
+      const ConstTensorView& values = given[i].values;
+      for (std::int64_t end = values.elements(); end > 0; end -= step) {
+        const Range r{std::max<std::int64_t>(0, end - step), end};
+        const ConstTensorView rows = values.rows(r.begin, r.end);
+        put({i, r}, {rows.data, rows.bytes()});
+      }
+    }
+  });
+}
 
 TEST_F(Stores, AnyBoxFromAnyNumberOfWriters) {
   for (int ranks = 1; ranks <= 4; ++ranks) {
@@ -160,6 +185,94 @@ TEST_F(Stores, APeersErrorEndsEverybodysCommit) {
   EXPECT_EQ(own, 1);
   EXPECT_EQ(peers, 2);
   EXPECT_TRUE(fs::is_empty(root));
+}
+
+// The share of a rank handed over in blocks of any order gives the files of the share given at once.
+TEST_F(Stores, BlocksGiveTheSameFiles) {
+  write_test_store(root / "whole", 3);
+  for (const std::int64_t step : {1, 4, 1000}) {
+    const fs::path dir = root / fmt::format("blocks{}", step);
+    run_in_threads(3, [&](Communicator& world) {
+      const Pieces mine(world.rank(), 3);
+      const bool all_in_blocks = world.rank() != 1;  // the other one mixes both ways
+      StoreWriter writer(dir, world, 0);
+      write_in_blocks(writer, mine.pieces, all_in_blocks, step);
+      writer.commit(world, R"({"step": 7})");
+    });
+    for (const fs::path& file : files_of(root / "whole"))
+      EXPECT_EQ(slurp(dir / file.filename()), slurp(file)) << step << " " << file;
+    EXPECT_NO_THROW(open_and_verify(dir));
+  }
+}
+
+TEST_F(Stores, EveryElementIsHandedOverOnce) {
+  using Blocks = std::vector<Range>;  // of 6 elements
+  const std::vector<std::pair<Blocks, bool>> cases{{{{0, 6}}, true},
+                                                   {{{4, 6}, {0, 4}}, true},
+                                                   {{{0, 0}, {0, 6}, {6, 6}}, true},
+                                                   {{}, false},
+                                                   {{{0, 5}}, false},
+                                                   {{{1, 6}}, false},
+                                                   {{{0, 2}, {3, 6}}, false},
+                                                   {{{0, 4}, {3, 6}}, false},
+                                                   {{{0, 6}, {0, 6}}, false},
+                                                   {{{0, 6}, {2, 3}}, false},
+                                                   {{{0, 7}}, false},
+                                                   {{{-1, 6}}, false}};
+  for (const auto& [blocks, good] : cases) {
+    const auto self = make_self_communicator();
+    StoreWriter writer(root / "s", *self, 0);
+    const std::vector<float> values(8, 1.0f);
+    writer.write({in_blocks("a"), in_blocks("b")}, [&](const PutBlock& put) {
+      put({1, {0, 6}}, std::as_bytes(std::span(values).first(6)));
+      for (const Range& r : blocks)
+        put({0, r}, std::as_bytes(std::span(values).first(static_cast<std::size_t>(r.size()))));
+    });
+    if (good) {
+      writer.commit(*self, "{}");
+      fs::remove_all(root / "s");
+    } else {
+      EXPECT_THROW(writer.commit(*self, "{}"), Error);
+    }
+  }
+}
+
+TEST_F(Stores, WhatTheProducerThrowsIsToldByEveryRank) {
+  std::atomic<int> own{0}, peers{0};
+  run_in_threads(3, [&](Communicator& world) {
+    try {
+      StoreWriter writer(root / "s", world, 0);
+      writer.write({}, [&](const PutBlock&) {
+        if (world.rank() == 2) fail(ExitCode::kUsage, "no values");
+      });
+      writer.commit(world, "{}");
+    } catch (const PeerError& e) {
+      peers += e.code() == ExitCode::kUsage ? 1 : 0;
+    } catch (const Error& e) {
+      own += e.code() == ExitCode::kUsage && std::string(e.what()) == "no values" ? 1 : 0;
+    }
+  });
+  EXPECT_EQ(own, 1);
+  EXPECT_EQ(peers, 2);
+  EXPECT_TRUE(fs::is_empty(root));
+}
+
+// A block that changes between the write and the reading back is noticed by its checksum alone.
+TEST_F(Stores, BlocksAreComparedWithTheFile) {
+  const auto self = make_self_communicator();
+  StoreWriter writer(root / "s", *self, 0);
+  const std::vector<float> values(6, 1.5f);
+  writer.write({in_blocks("a")}, [&](const PutBlock& put) {
+    put({0, {0, 6}}, std::as_bytes(std::span(values)));
+    const fs::path shard = root / "s.tmp" / "shard_00000.h5";
+    std::string bytes = slurp(shard);
+    const std::size_t at = bytes.find(std::string(reinterpret_cast<const char*>(values.data()), 24));
+    ASSERT_NE(at, std::string::npos);
+    std::fstream file(shard, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(static_cast<std::streamoff>(at) + 11).put('!');
+  });
+  EXPECT_THROW(writer.commit(*self, "{}"), Error);
+  EXPECT_FALSE(fs::exists(root / "s"));
 }
 
 TEST_F(Stores, ListCheckpoints) {
