@@ -1,4 +1,5 @@
-// upmoe upcycle: a dense Hugging Face directory becomes a mixture-of-experts directory.
+// upmoe upcycle: a dense Hugging Face directory becomes a mixture of experts, as a Hugging Face directory or
+// as a checkpoint to start training from.
 
 #include "upcycle/upcycler.h"
 
@@ -10,7 +11,7 @@ namespace upmoe {
 namespace {
 
 struct UpcycleArguments {
-  std::string recipe;
+  std::string recipe, form = "huggingface";
   std::vector<std::string> overrides;
   UpcycleOptions options;
   bool plan = false;
@@ -46,7 +47,14 @@ void add_upcycle(CLI::App& app, Handler& handler) {
       ->required();
   command->add_option("overrides", arguments->overrides, "section.key=value, e.g. experts.reinit=0.25");
   command->add_option("--from", arguments->options.from, "Dense Hugging Face directory")->required();
-  command->add_option("--to", arguments->options.to, "Hugging Face directory to be made")->required();
+  command->add_option("--to", arguments->options.to, "Directory to be made")->required();
+  command
+      ->add_option(
+          "--form", arguments->form,
+          "huggingface: a model directory for everybody; checkpoint: one shard per rank with the same "
+          "values, for upmoe alone (train with model.path: DIR, eval, inspect, export)")
+      ->check(CLI::IsMember({"huggingface", "checkpoint"}))
+      ->capture_default_str();
   command->add_flag("--plan", arguments->plan, "Print what would be done and stop");
   command
       ->add_option("--threads", arguments->options.threads,
@@ -55,10 +63,11 @@ void add_upcycle(CLI::App& app, Handler& handler) {
       ->capture_default_str();
   command
       ->add_option("--max-shard-bytes", arguments->options.max_shard_bytes,
-                   "Largest safetensors file, bytes of tensors")
+                   "Largest safetensors file, bytes of tensors (huggingface)")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->callback([arguments, &handler] {
+    if (arguments->form == "checkpoint") arguments->options.form = OutputForm::kCheckpoint;
     handler = [arguments](Runtime& runtime) { return run_upcycle(*arguments, runtime); };
   });
 }

@@ -168,7 +168,8 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   }
   s.open_data(state_.samples);
   const std::string fingerprint = s.data->fingerprint();
-  if (checkpoint && fingerprint != state_.fingerprint)
+  // Empty: an upcycled model put in place as step 0, which has seen no data.
+  if (checkpoint && !state_.fingerprint.empty() && fingerprint != state_.fingerprint)
     fail(ExitCode::kBadInput,
          "the data changed since {}: its order is {}, now {}; restore data.* of {}/config.yaml, or start "
          "another run.dir",

@@ -43,16 +43,20 @@ bool is_within(const fs::path& inner, const fs::path& outer) {
   return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
 }
 
+// A file that an upcycling run makes, in either form of its output.
+bool is_output_file(const std::string& name) {
+  const auto& companions = companion_files();
+  return name.ends_with(".safetensors") || name == "model.safetensors.index.json" || name == "config.json" ||
+         name == "upcycle_report.json" || name == "manifest.json" || name == "index.h5" ||
+         (name.starts_with("shard_") && name.ends_with(".h5")) ||
+         std::find(companions.begin(), companions.end(), name) != companions.end();
+}
+
 // A directory of this name may be someone else's: only what an upcycling run leaves behind is removed.
 void remove_leftover(const fs::path& tmp) {
   if (!fs::exists(fs::symlink_status(tmp))) return;
   for (const auto& entry : fs::directory_iterator(tmp)) {
-    const std::string name = entry.path().filename().string();
-    const auto& known = companion_files();
-    const bool ours = name.ends_with(".safetensors") || name == "model.safetensors.index.json" ||
-                      name == "config.json" || name == "upcycle_report.json" ||
-                      std::find(known.begin(), known.end(), name) != known.end();
-    if (!ours || !entry.is_regular_file()) {
+    if (!is_output_file(entry.path().filename().string()) || !entry.is_regular_file()) {
       fail(ExitCode::kUsage,
            "{}: found where the output is prepared, but no run of this program left it; move it away",
            entry.path().string());
@@ -80,8 +84,7 @@ OutputPaths plan_output(const fs::path& from, const fs::path& to) {
   return paths;
 }
 
-void create_output(const OutputPaths& paths, const HfLayout& layout, std::uint64_t bytes,
-                   const FreeSpace& free_space) {
+void make_room(const OutputPaths& paths, std::uint64_t bytes, const FreeSpace& free_space) {
   remove_leftover(paths.tmp);
   fs::create_directories(paths.tmp.parent_path());
   const std::uint64_t free = free_space(paths.tmp.parent_path());
@@ -91,6 +94,11 @@ void create_output(const OutputPaths& paths, const HfLayout& layout, std::uint64
          "make room or give another --to",
          paths.dir.string(), bytes, static_cast<double>(bytes) / 1e9, free, static_cast<double>(free) / 1e9);
   }
+}
+
+void create_output(const OutputPaths& paths, const HfLayout& layout, std::uint64_t bytes,
+                   const FreeSpace& free_space) {
+  make_room(paths, bytes, free_space);
   fs::create_directory(paths.tmp);
   for (const HfLayout::File& file : layout.files) {
     const fs::path path = paths.tmp / file.name;

@@ -25,8 +25,11 @@ struct OutputPaths {
 };
 OutputPaths plan_output(const std::filesystem::path& from, const std::filesystem::path& to);
 
-// One rank does this: removes what an earlier run left in tmp, checks that `bytes` are free (Error(kBadInput)
-// with both figures), then makes the directory and every tensor file in its full length, empty.
+// One rank does this before the first byte: removes what an earlier run left in tmp, makes the folder that
+// the output will lie in, and checks that `bytes` are free there (Error(kBadInput) with both figures).
+void make_room(const OutputPaths& paths, std::uint64_t bytes, const FreeSpace& free_space);
+
+// make_room, then the directory and every tensor file in its full length, empty.
 void create_output(const OutputPaths& paths, const HfLayout& layout, std::uint64_t bytes,
                    const FreeSpace& free_space);
 

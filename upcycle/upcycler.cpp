@@ -4,20 +4,25 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 
 #include "data/posix_file.h"
+#include "data/shard_store.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/progress.h"
 #include "upcycle/report.h"
 #include "upcycle/source_survey.h"
+#include "upcycle/store_share.h"
 #include "upcycle/transforms.h"
 #include "upcycle/workers.h"
 #include "upcycle/write_pipeline.h"
 
 namespace upmoe {
 namespace {
+
+namespace fs = std::filesystem;
 
 struct Plan {
   UpcycleConfig config;  // as resolved
@@ -168,12 +173,20 @@ class Upcycler {
         fmt::print(stderr, "upmoe: warning: every value of {} is zero\n", name);
       }
     }
+    if (options_.form == OutputForm::kCheckpoint) {
+      write_checkpoint();
+    } else {
+      write_directory();
+    }
+  }
+
+ private:
+  void write_directory() {
     on_rank_0([&] { create_output(paths_, plan_->layout, bytes_needed(), options_.free_space); });
     try {
       std::vector<double> errors(plan_->recipe.layers.size(), 0.0);
       run_agreed(comm_, [&] { write_tensors(errors); });
-      // Each layer's error comes from one rank; the others have zero.
-      comm_.all_reduce(host_view(errors.data(), {static_cast<std::int64_t>(errors.size())}), ReduceOp::kSum);
+      add_up(errors);
       on_rank_0([&] { finish(errors); });
     } catch (...) {
       if (comm_.rank() == 0) discard_output(paths_);
@@ -181,7 +194,20 @@ class Upcycler {
     }
   }
 
- private:
+  void write_checkpoint() {
+    const StoreShare share(plan_->recipe, plan_->moe, source_->dtype(), comm_.rank(), comm_.size(),
+                           piece_bytes());
+    on_rank_0([&] {
+      make_room(paths_, bytes_needed() + bytes_needed() / 20, options_.free_space);  // as a store asks for
+      fs::remove(paths_.dir);  // an empty one, or none: plan_output has seen to that
+    });
+    StoreWriter writer(paths_.dir, comm_, share.bytes());
+    std::vector<double> errors(plan_->recipe.layers.size(), 0.0);
+    writer.write(share.pieces(), [&](const PutBlock& put) { write_share(share, put, errors); });
+    add_up(errors);
+    writer.commit(comm_, checkpoint_metadata(), [&](const fs::path& folder) { add_files(folder, errors); });
+  }
+
   template <class Body>
   void on_rank_0(const Body& body) {
     run_agreed(comm_, [&] {
@@ -194,18 +220,30 @@ class Upcycler {
     for (const HfLayout::File& file : plan_->layout.files) bytes += file.bytes;
     for (const std::string& name : companion_files()) {
       std::error_code absent;
-      const std::uint64_t size = std::filesystem::file_size(options_.from / name, absent);
+      const std::uint64_t size = fs::file_size(options_.from / name, absent);
       if (!absent) bytes += size;
     }
     return bytes;
   }
 
+  // Whole disk blocks.
+  std::uint64_t piece_bytes() const {
+    return std::max<std::uint64_t>(1, options_.piece_bytes / kDiskBlock) * kDiskBlock;
+  }
+
+  // Each layer's error comes from one rank; the others have zero.
+  void add_up(std::vector<double>& errors) {
+    comm_.all_reduce(host_view(errors.data(), {static_cast<std::int64_t>(errors.size())}), ReduceOp::kSum);
+  }
+
+  double error_of(int layer, const FillContext& context) const {
+    return layer_error(plan_->recipe, layer, plan_->moe, context, options_.error_tokens);
+  }
+
   void write_tensors(std::vector<double>& errors) {
     const FileMap map(plan_->recipe, plan_->layout);
-    const std::uint64_t piece_bytes =
-        std::max<std::uint64_t>(1, options_.piece_bytes / kDiskBlock) * kDiskBlock;
-    const std::vector<Piece> pieces =
-        share_of(make_pieces(map, plan_->layout, source_->dtype(), piece_bytes), comm_.rank(), comm_.size());
+    const std::vector<Piece> pieces = share_of(
+        make_pieces(map, plan_->layout, source_->dtype(), piece_bytes()), comm_.rank(), comm_.size());
     std::uint64_t bytes = 0;
     for (const Piece& p : pieces) bytes += p.end - p.begin;
     Progress progress("upcycling", bytes, options_.progress && comm_.rank() == 0);
@@ -215,8 +253,7 @@ class Upcycler {
     stages.make = [&](std::size_t i, std::span<std::byte> buffer) {
       const Piece& p = pieces[i];
       if (p.error_of_layer >= 0) {
-        errors[static_cast<std::size_t>(p.error_of_layer)] =
-            layer_error(plan_->recipe, p.error_of_layer, plan_->moe, context, options_.error_tokens);
+        errors[static_cast<std::size_t>(p.error_of_layer)] = error_of(p.error_of_layer, context);
       } else {
         map.fill_piece(p, context, buffer);
       }
@@ -226,25 +263,64 @@ class Upcycler {
       files.write(pieces[i].file, pieces[i].begin, data);
       progress.add(data.size());
     };
-    run_pipeline(pieces.size(), threads_, piece_bytes, stages);
+    run_pipeline(pieces.size(), threads_, piece_bytes(), stages);
     files.sync();
     progress.finish();
   }
 
-  void finish(const std::vector<double>& errors) {
+  void write_share(const StoreShare& share, const PutBlock& put, std::vector<double>& errors) {
+    const std::vector<StoreShare::Task>& tasks = share.tasks();
+    Progress progress("upcycling", share.bytes(), options_.progress && comm_.rank() == 0);
+    const FillContext context = fill_context();
+    PipelineStages stages;
+    stages.make = [&](std::size_t i, std::span<std::byte> buffer) {
+      const auto& [block, layer] = tasks[i];
+      const auto bytes = static_cast<std::size_t>(block.range.size()) * size_of(source_->dtype());
+      if (layer >= 0) {
+        errors[static_cast<std::size_t>(layer)] = error_of(layer, context);
+      } else {
+        share.fill(block, context, buffer.first(bytes));
+      }
+      return bytes;
+    };
+    stages.write = [&](std::size_t i, std::span<const std::byte> data) {
+      put(tasks[i].block, data);
+      progress.add(data.size());
+    };
+    run_pipeline(tasks.size(), threads_, piece_bytes(), stages);
+    progress.finish();
+  }
+
+  // What lies beside the tensors in both forms.
+  void add_files(const fs::path& folder, const std::vector<double>& errors) {
     const ModelConfig& dense = source_->model().config();
     std::vector<LayerReport> layers;
     for (std::size_t i = 0; i < errors.size(); ++i) {
       layers.push_back({errors[i], count_copies(plan_->recipe, static_cast<int>(i), dense, *permutations_)});
     }
-    write_text_synced(paths_.tmp / "config.json", to_hf_json(plan_->moe));
+    write_text_synced(folder / "config.json", to_hf_json(plan_->moe));
+    write_text_synced(folder / "upcycle_report.json",
+                      make_report(plan_->config, plan_->recipe, survey_, layers, options_.error_tokens));
+    copy_companions(options_.from, folder);
+  }
+
+  void finish(const std::vector<double>& errors) {
     if (!plan_->layout.index_json.empty()) {
       write_text_synced(paths_.tmp / "model.safetensors.index.json", plan_->layout.index_json);
     }
-    write_text_synced(paths_.tmp / "upcycle_report.json",
-                      make_report(plan_->config, plan_->recipe, survey_, layers, options_.error_tokens));
-    copy_companions(options_.from, paths_.tmp);
+    add_files(paths_.tmp, errors);
     commit_output(paths_, plan_->layout);
+  }
+
+  // A training run that finished no step and has seen no data: an order of data is what its next run makes.
+  std::string checkpoint_metadata() const {
+    return nlohmann::json{{"step", 0},
+                          {"samples", 0},
+                          {"tokens", 0},
+                          {"model_config", to_hf_json(plan_->moe)},
+                          {"source", fs::absolute(options_.from).string()},
+                          {"data_fingerprint", ""}}
+        .dump();
   }
 
   FillContext fill_context() {
@@ -273,9 +349,10 @@ std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& opti
   for (const HfLayout::File& file : plan.layout.files) bytes += file.bytes;
   out += fmt::format("routed experts: down projections x {}, {} of {} neurons drawn anew\n",
                      plan.recipe.scale, plan.recipe.redrawn, plan.moe.moe_intermediate_size);
-  out += fmt::format("{} file{}, {} bytes ({:.1f} GB), {}\n", plan.layout.files.size(),
-                     plan.layout.files.size() == 1 ? "" : "s", bytes, static_cast<double>(bytes) / 1e9,
-                     plan.moe.dtype);
+  const std::size_t files = plan.layout.files.size();
+  out += options.form == OutputForm::kCheckpoint ? "a checkpoint of one shard per rank"
+                                                 : fmt::format("{} file{}", files, files == 1 ? "" : "s");
+  out += fmt::format(", {} bytes ({:.1f} GB), {}\n", bytes, static_cast<double>(bytes) / 1e9, plan.moe.dtype);
   return out;
 }
 

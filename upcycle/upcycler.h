@@ -1,6 +1,8 @@
 #pragma once
-// Dense Hugging Face directory in, mixture-of-experts directory out, streaming.
+// Dense Hugging Face directory in, mixture of experts out, streaming: a Hugging Face directory or a
+// checkpoint.
 
+#include <cstdint>
 #include <filesystem>
 #include <string>
 
@@ -11,8 +13,13 @@
 
 namespace upmoe {
 
+// The same values in both. A checkpoint is a shard store of one file per rank: training starts from it with
+// every rank reading its part, and nothing has to be converted in between.
+enum class OutputForm : std::uint8_t { kHuggingFace, kCheckpoint };
+
 struct UpcycleOptions {
   std::filesystem::path from, to;
+  OutputForm form = OutputForm::kHuggingFace;
   int threads = 0;                                   // computing, per rank; 0 = default_threads()
   std::uint64_t max_shard_bytes = 4'000'000'000ull;  // of one safetensors file
   std::uint64_t piece_bytes = 8u << 20;              // computed and written in one go; whole disk blocks
@@ -24,9 +31,9 @@ struct UpcycleOptions {
 // What would be done, as text: the recipe line by line and the files. Reads the source's headers only.
 std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& options);
 
-// Collective over `comm`: the ranks share the work by bytes. The output is byte-identical for any number of
-// ranks and threads; it appears under its name when it is complete and on disk. Errors are agreed on: every
-// rank throws.
+// Collective over `comm`: the ranks share the work by bytes. The values are the same for any number of ranks
+// and threads, a Hugging Face directory to the byte; the output appears under its name when it is complete
+// and on disk. Errors are agreed on: every rank throws.
 void upcycle(const UpcycleConfig& config, const UpcycleOptions& options, Communicator& comm);
 
 }  // namespace upmoe
