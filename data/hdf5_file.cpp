@@ -5,6 +5,8 @@
 #include <limits>
 #include <mutex>
 
+#include "data/direct_file.h"
+
 namespace upmoe {
 
 namespace {
@@ -13,6 +15,9 @@ namespace {
 // full disk), and turns a reported error into a crash. Files are closed here, so nothing is left for it to
 // do.
 [[maybe_unused]] const herr_t no_clean_up_at_exit = H5dont_atexit();
+
+// Datasets from this length on begin at a disk block, so that they can be written past the page cache.
+constexpr hsize_t kAlignedFrom = hsize_t{1} << 20;
 
 std::mutex& library() {
   static std::mutex m;
@@ -90,7 +95,9 @@ Hdf5Writer::Hdf5Writer(const std::filesystem::path& path) : impl_(std::make_uniq
   impl_->path = path;
   impl_->create_groups = H5Pcreate(H5P_LINK_CREATE);
   check(H5Pset_create_intermediate_group(impl_->create_groups, 1), path.string());
-  impl_->file = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+  const Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose, path.string());
+  check(H5Pset_alignment(access, kAlignedFrom, kDiskBlock), path.string());
+  impl_->file = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access);
   if (impl_->file < 0)
     fail(ExitCode::kBadInput, "{}: cannot be created: {}", path.string(), library_message());
 }
@@ -108,6 +115,7 @@ std::uint64_t Hdf5Writer::reserve_flat(const std::string& dataset, DType dtype, 
   const Handle type(make_type(dtype), H5Tclose, what),
       space(H5Screate_simple(1, &n, nullptr), H5Sclose, what);
   const Handle how(H5Pcreate(H5P_DATASET_CREATE), H5Pclose, what);
+  check(H5Pset_obj_track_times(how, false), what);  // the same tensors are the same file at any time
   check(H5Pset_alloc_time(how, H5D_ALLOC_TIME_EARLY), what);
   check(H5Pset_fill_time(how, H5D_FILL_TIME_NEVER), what);
   const Handle data(
@@ -127,6 +135,7 @@ void Hdf5Writer::write_virtual(const std::string& dataset, const StoredTensor& t
   const Handle type(make_type(tensor.dtype), H5Tclose, what);
   const Handle space(H5Screate_simple(tensor.shape.rank, dims.data(), nullptr), H5Sclose, what);
   const Handle how(H5Pcreate(H5P_DATASET_CREATE), H5Pclose, what);
+  check(H5Pset_obj_track_times(how, false), what);
   const float hole = std::numeric_limits<float>::quiet_NaN();  // HDF5 fills silently where a file is missing
   check(H5Pset_fill_value(how, H5T_NATIVE_FLOAT, &hole), what);
   for (const StoredPiece& p : tensor.pieces) {

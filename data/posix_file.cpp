@@ -37,12 +37,6 @@ PosixFile PosixFile::create(const fs::path& path) {
   return {fd, path};
 }
 
-PosixFile PosixFile::open_write(const fs::path& path) {
-  const int fd = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
-  if (fd < 0) fail_errno(path, "opening for writing");
-  return {fd, path};
-}
-
 PosixFile::PosixFile(PosixFile&& o) noexcept : fd_(o.fd_), path_(std::move(o.path_)) {
   o.fd_ = -1;
 }
@@ -75,16 +69,6 @@ void PosixFile::write(std::span<const std::byte> bytes) {
     const ssize_t n = ::write(fd_, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) fail_errno(path_, "writing");
-    bytes = bytes.subspan(static_cast<std::size_t>(n));
-  }
-}
-
-void PosixFile::write_at(std::uint64_t offset, std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    const ssize_t n = pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) fail_errno(path_, "writing");
-    offset += static_cast<std::uint64_t>(n);
     bytes = bytes.subspan(static_cast<std::size_t>(n));
   }
 }

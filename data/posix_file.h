@@ -14,16 +14,14 @@ class PosixFile {  // move-only; closes itself
  public:
   static PosixFile open_read(
       const std::filesystem::path& path);  // a regular file, not a link to elsewhere refused
-  static PosixFile create(const std::filesystem::path& path);      // new or truncated, for writing
-  static PosixFile open_write(const std::filesystem::path& path);  // an existing file, kept as it is
+  static PosixFile create(const std::filesystem::path& path);  // new or truncated, for writing
   ~PosixFile();
   PosixFile(PosixFile&& o) noexcept;
   PosixFile& operator=(PosixFile&&) = delete;
   std::uint64_t size() const;
   void read(std::uint64_t offset, std::span<std::byte> out) const;  // all of it, or throws
   void write(std::span<const std::byte> bytes);                     // appends
-  void write_at(std::uint64_t offset, std::span<const std::byte> bytes);
-  void sync();  // fsync
+  void sync();                                                      // fsync
 
  private:
   PosixFile(int fd, std::filesystem::path path) : fd_(fd), path_(std::move(path)) {}

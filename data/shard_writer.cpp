@@ -10,10 +10,6 @@ namespace upmoe {
 
 namespace fs = std::filesystem;
 
-struct ShardWriter::Open {
-  PosixFile file;
-};
-
 namespace {
 
 constexpr std::size_t kReadBlock = std::size_t{1} << 20;
@@ -53,10 +49,8 @@ class Reader {
 ShardWriter::ShardWriter(const fs::path& folder, int rank, const std::vector<StorePiece>& pieces)
     : pieces_(pieces), name_(fmt::format("shard_{:05}.h5", rank)), path_(folder / name_) {
   lay_out();
-  open_ = std::make_unique<Open>(Open{PosixFile::open_write(path_)});
+  file_.emplace(path_);
 }
-
-ShardWriter::~ShardWriter() = default;
 
 void ShardWriter::lay_out() {
   Hdf5Writer hdf5(path_);
@@ -78,7 +72,7 @@ void ShardWriter::write_values() {
   for (std::size_t i = 0; i < pieces_.size(); ++i) {
     const ConstTensorView& values = pieces_[i].values;
     if (values.data == nullptr || values.bytes() == 0) continue;
-    open_->file.write_at(offsets_[i], {values.data, values.bytes()});
+    file_->write(offsets_[i], {values.data, values.bytes()});
     written_.push_back({offsets_[i], values.bytes(), 0, values.data});
   }
 }
@@ -93,7 +87,7 @@ void ShardWriter::put(const StoreBlock& block, std::span<const std::byte> values
               p.values.elements());
   if (values.empty()) return;
   const std::uint64_t offset = offsets_[block.piece] + static_cast<std::uint64_t>(r.begin) * element;
-  open_->file.write_at(offset, values);
+  file_->write(offset, values);
   written_.push_back({offset, values.size(), crc32c(values.data(), values.size()), nullptr});
 }
 
@@ -101,8 +95,8 @@ Manifest ShardWriter::finish() {
   std::sort(written_.begin(), written_.end(),
             [](const Written& a, const Written& b) { return a.offset < b.offset; });
   require_whole();
-  open_->file.sync();
-  open_.reset();
+  file_->sync();
+  file_.reset();
   shard_.files.push_back(read_back());
   return std::move(shard_);
 }

@@ -3,11 +3,12 @@
 
 #include <cstddef>
 #include <filesystem>
-#include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "data/direct_file.h"
 #include "data/manifest.h"
 #include "data/shard_store.h"
 
@@ -18,9 +19,6 @@ namespace upmoe {
 class ShardWriter {
  public:
   ShardWriter(const std::filesystem::path& folder, int rank, const std::vector<StorePiece>& pieces);
-  ~ShardWriter();
-  ShardWriter(const ShardWriter&) = delete;
-  ShardWriter& operator=(const ShardWriter&) = delete;
 
   void write_values();  // of the pieces that have them
   void put(const StoreBlock& block, std::span<const std::byte> values);
@@ -45,8 +43,7 @@ class ShardWriter {
   Manifest shard_;
   std::vector<std::uint64_t> offsets_;  // by piece
   std::vector<Written> written_;
-  struct Open;
-  std::unique_ptr<Open> open_;
+  std::optional<DirectFile> file_;
 };
 
 }  // namespace upmoe

@@ -1,7 +1,9 @@
 // Stores: any layout in, any layout out, every damaged bit noticed.
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <thread>
 
 #include "tests/data/stores.h"
 
@@ -202,6 +204,51 @@ TEST_F(Stores, BlocksGiveTheSameFiles) {
     for (const fs::path& file : files_of(root / "whole"))
       EXPECT_EQ(slurp(dir / file.filename()), slurp(file)) << step << " " << file;
     EXPECT_NO_THROW(open_and_verify(dir));
+  }
+}
+
+// No time of day and no leftovers of memory: what is the same in the store is the same in its files.
+TEST_F(Stores, TheSameTensorsAreTheSameFilesAtAnyTime) {
+  write_test_store(root / "now", 2);
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));
+  write_test_store(root / "later", 2);
+  for (const fs::path& file : files_of(root / "now"))
+    EXPECT_EQ(slurp(root / "later" / file.filename()), slurp(file)) << file;
+}
+
+// Long enough to be written past the page cache: in aligned blocks, and in such that lie askew in memory or
+// in the file.
+TEST_F(Stores, LongPiecesInAlignedAndOtherBlocks) {
+  const std::int64_t n = (std::int64_t{3} << 20) / 4 + 5;
+  std::vector<float> values(static_cast<std::size_t>(n) + 1024 + 1);
+  std::size_t first = 0;
+  while (reinterpret_cast<std::uintptr_t>(values.data() + first) % 4096 != 0) ++first;
+  for (std::int64_t i = 0; i < n; ++i) values[first + static_cast<std::size_t>(i)] = weight_at(i);
+  for (const std::int64_t step : {std::int64_t{1} << 18, std::int64_t{1} << 10, std::int64_t{3333}, n}) {
+    const auto self = make_self_communicator();
+    StorePiece piece = in_blocks("a");
+    piece.global = {n};
+    piece.boxes = {whole(piece.global)};
+    piece.values = ConstTensorView(nullptr, {n}, DType::kF32, Device{});
+    StorePiece short_one = in_blocks("0");
+    StoreWriter writer(root / "s", *self, 0);
+    writer.write({short_one, piece}, [&](const PutBlock& put) {
+      for (std::int64_t at = 0; at < n; at += step) {
+        const Range r{at, std::min(n, at + step)};
+        put({1, r}, std::as_bytes(std::span(values).subspan(first + static_cast<std::size_t>(at),
+                                                            static_cast<std::size_t>(r.size()))));
+      }
+      put({0, {0, 6}}, std::as_bytes(std::span(values).subspan(first, 6)));
+    });
+    writer.commit(*self, "{}");
+    const ShardStore store(root / "s");
+    store.verify();
+    const TestTensor long_one{"a", "weight", {n}, DType::kF32};
+    EXPECT_EQ(read_box<float>(store, long_one, whole(long_one.shape)),
+              std::vector<float>(values.begin() + static_cast<std::ptrdiff_t>(first),
+                                 values.begin() + static_cast<std::ptrdiff_t>(first) + n))
+        << step;
+    fs::remove_all(root / "s");
   }
 }
 
