@@ -1,13 +1,7 @@
 #include "upcycle/output_directory.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <system_error>
-#include <utility>
 
 #include "data/posix_file.h"
 
@@ -15,23 +9,6 @@ namespace upmoe {
 namespace {
 
 namespace fs = std::filesystem;
-
-[[noreturn]] void fail_io(const char* what, const fs::path& path) {
-  const int error = errno;
-  fail(error == ENOSPC || error == EDQUOT || error == EACCES || error == EROFS ? ExitCode::kBadInput
-                                                                               : ExitCode::kFailure,
-       "{}: cannot {}: {}", path.string(), what, std::strerror(error));
-}
-
-void write_all(int fd, const fs::path& path, std::uint64_t offset, std::span<const std::byte> bytes) {
-  while (!bytes.empty()) {
-    const ssize_t n = ::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) fail_io("write", path);
-    offset += static_cast<std::uint64_t>(n);
-    bytes = bytes.subspan(static_cast<std::size_t>(n));
-  }
-}
 
 // Absolute, without links, dots or trailing slash; the last parts need not exist.
 fs::path resolved(const fs::path& path) {
@@ -108,52 +85,15 @@ void create_output(const OutputPaths& paths, const HfLayout& layout, std::uint64
 }
 
 OutputFiles::OutputFiles(const fs::path& tmp, const HfLayout& layout) {
-  for (const HfLayout::File& file : layout.files) {
-    const fs::path path = tmp / file.name;
-    const int fd = ::open(path.c_str(), O_WRONLY | O_CLOEXEC);
-    if (fd < 0) {
-      const int error = errno;
-      close_all();  // a constructor that throws has no destructor
-      errno = error;
-      fail_io("open", path);
-    }
-    files_.push_back({path, fd, ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_DIRECT)});
-  }
-}
-
-OutputFiles::~OutputFiles() {
-  close_all();
-}
-
-void OutputFiles::close_all() noexcept {
-  for (const File& file : files_) {
-    ::close(file.fd);
-    if (file.direct_fd >= 0) ::close(file.direct_fd);
-  }
+  for (const HfLayout::File& file : layout.files) files_.emplace_back(tmp / file.name);
 }
 
 void OutputFiles::write(std::size_t file, std::uint64_t offset, std::span<const std::byte> bytes) {
-  File& f = files_.at(file);
-  while (f.direct_fd >= 0 && offset % kDiskBlock == 0 && bytes.size() >= kDiskBlock &&
-         reinterpret_cast<std::uintptr_t>(bytes.data()) % kDiskBlock == 0) {
-    const std::size_t blocks = bytes.size() / kDiskBlock * kDiskBlock;
-    const ssize_t n = ::pwrite(f.direct_fd, bytes.data(), blocks, static_cast<off_t>(offset));
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0 && errno == EINVAL) {  // opened, but not to be written like this: the page cache takes it
-      ::close(std::exchange(f.direct_fd, -1));
-      break;
-    }
-    if (n <= 0) fail_io("write", f.path);
-    offset += static_cast<std::uint64_t>(n);
-    bytes = bytes.subspan(static_cast<std::size_t>(n));
-  }
-  write_all(f.fd, f.path, offset, bytes);
+  files_.at(file).write(offset, bytes);
 }
 
 void OutputFiles::sync() {
-  for (const File& f : files_) {
-    if (::fsync(f.fd) != 0) fail_io("bring to disk", f.path);
-  }
+  for (DirectFile& f : files_) f.sync();
 }
 
 void copy_companions(const fs::path& from, const fs::path& tmp) {

@@ -8,12 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "data/direct_file.h"
 #include "data/hf_model.h"
 
 namespace upmoe {
-
-// What direct disk access asks of memory addresses, file offsets and lengths.
-inline constexpr std::size_t kDiskBlock = 4096;
 
 using FreeSpace = std::function<std::uint64_t(const std::filesystem::path&)>;  // bytes free where a path lies
 std::uint64_t free_space_of(const std::filesystem::path& dir);
@@ -34,28 +32,15 @@ void create_output(const OutputPaths& paths, const HfLayout& layout, std::uint64
                    const FreeSpace& free_space);
 
 // The tensor files, opened by every rank. write() is for one thread at a time.
-//
-// Whole disk blocks at block addresses go straight to the disk where the file system can do that: copying
-// tens of gigabytes through the page cache costs more processor time than making them, and throws the source
-// out of memory.
 class OutputFiles {
  public:
   OutputFiles(const std::filesystem::path& tmp, const HfLayout& layout);
-  ~OutputFiles();
-  OutputFiles(const OutputFiles&) = delete;
-  OutputFiles& operator=(const OutputFiles&) = delete;
   void write(std::size_t file, std::uint64_t offset,
              std::span<const std::byte> bytes);  // offset in the whole file
   void sync();                                   // on disk when it returns
 
  private:
-  struct File {
-    std::filesystem::path path;
-    int fd = -1;
-    int direct_fd = -1;  // -1: the file system has no direct access
-  };
-  void close_all() noexcept;
-  std::vector<File> files_;
+  std::vector<DirectFile> files_;
 };
 
 // Tokenizer and generation files of the source, those there are.

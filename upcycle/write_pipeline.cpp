@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "data/direct_file.h"
 #include "kernels/core/check.h"
-#include "upcycle/output_directory.h"
 #include "upcycle/workers.h"
 
 namespace upmoe {

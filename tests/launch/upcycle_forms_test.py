@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Both forms of an upcycled model through the program: made by several ranks, trained from, exported, inspected.
+
+Needs UPMOE (the program) and MAKE_RUN (writes the token file and a run configuration) in the environment.
+"""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
+ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                            "OMP_NUM_THREADS": "1"}
+DENSE = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 64,
+         "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+         "tie_word_embeddings": False, "initializer_range": 0.1, "use_sliding_window": False}
+RECIPE = """target: {num_experts: 10, num_experts_per_tok: 2, moe_intermediate_size: 44,
+          shared_expert_intermediate_size: 176, norm_topk_prob: false}
+experts: {method: shuffle, reinit: 0.5}
+"""
+
+
+def tensors_in(folder):
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        data = path.read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        for name, entry in json.loads(data[8:8 + length]).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[name] = (entry["dtype"], entry["shape"], data[8 + length + begin:8 + length + end])
+    return found
+
+
+class Forms(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.dir = Path(tempfile.mkdtemp(prefix="upmoe-forms-"))
+        subprocess.run([MAKE_RUN, str(cls.dir)], check=True)
+        (cls.dir / "dense.json").write_text(json.dumps(DENSE))
+        (cls.dir / "recipe.yaml").write_text(RECIPE)
+        subprocess.run([sys.executable, ROOT / "launch/make_random_dense.py", cls.dir / "dense", "--config",
+                        cls.dir / "dense.json", "--dtype", "fp32", "--std", "0.1"], check=True, capture_output=True)
+        (cls.dir / "dense/tokenizer.json").write_text("{}")
+        cls.hf, cls.store = cls.dir / "hf", cls.dir / "store"
+        cls.upcycle("hf", ranks=1)
+        cls.upcycle("store", "--form", "checkpoint", ranks=2)
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.dir, ignore_errors=True)
+
+    @classmethod
+    def upmoe(cls, *words, ranks=1, status=0):
+        prefix = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)] if ranks > 1 else []
+        done = subprocess.run([*prefix, UPMOE, *map(str, words)], capture_output=True, text=True, env=ENVIRONMENT,
+                              timeout=120, check=False)
+        if done.returncode != status:
+            raise AssertionError(f"status {done.returncode}, expected {status}: {done.stderr}")
+        return done
+
+    @classmethod
+    def upcycle(cls, to, *words, **how):
+        return cls.upmoe("upcycle", cls.dir / "recipe.yaml", "--from", cls.dir / "dense", "--to", cls.dir / to, *words,
+                         **how)
+
+    def losses(self, run, *overrides, ranks=1):
+        self.upmoe("train", self.dir / "run.yaml", f"run.dir={self.dir}/{run}", "train.steps=4", "checkpoint.every=0",
+                   f"parallel.ep={ranks}", *overrides, ranks=ranks)
+        lines = map(json.loads, (self.dir / run / "metrics.jsonl").read_text().splitlines())
+        return {m["step"]: (m["loss"], m["grad_norm"]) for m in lines if "loss" in m}
+
+    def test_training_starts_from_either_with_the_same_losses(self):
+        for ranks, more in ((1, ()), (2, ()), (2, ("parallel.ep=1", "parallel.tp=2")), (2, ("train.precision=bf16",))):
+            both = [self.losses(f"run_{form}_{ranks}_{len(more)}_{'_'.join(more)}", "model.init=weights",
+                                f"model.path={self.dir}/{form}", *more, ranks=ranks) for form in ("hf", "store")]
+            self.assertEqual(both[0], both[1], (ranks, more))
+            self.assertEqual(sorted(both[0]), [1, 2, 3, 4])
+
+    def test_as_the_first_checkpoint_of_a_run(self):
+        place = self.dir / "placed/checkpoints/step_00000000"
+        shutil.copytree(self.store, place)
+        placed = self.losses("placed", "model.init=weights", f"model.path={self.store}", ranks=2)
+        self.assertEqual(placed, self.losses("unplaced", "model.init=weights", f"model.path={self.hf}", ranks=2))
+
+    def test_configuration_alone(self):
+        self.assertEqual(self.losses("random_hf", f"model.path={self.hf}"),
+                         self.losses("random_store", f"model.path={self.store}"))
+
+    def test_export_gives_the_directory(self):
+        to = self.dir / "exported"
+        self.upmoe("export", self.store, "--to", to, "--dtype", "fp32")
+        self.assertEqual(tensors_in(to), tensors_in(self.hf))
+        for name in ("config.json", "tokenizer.json"):
+            self.assertEqual(json.loads((to / name).read_text()), json.loads((self.hf / name).read_text()))
+
+    def test_export_of_a_run_that_started_from_it(self):
+        self.losses("trained", "model.init=weights", f"model.path={self.store}")
+        done = self.upmoe("export", self.dir / "trained", "--to", self.dir / "trained_hf")
+        self.assertNotIn("tokenizer", done.stderr)
+        self.assertTrue((self.dir / "trained_hf/tokenizer.json").exists())
+
+    def test_inspect(self):
+        found = json.loads(self.upmoe("inspect", "--verify", "--json", "--diff", self.hf, self.store).stdout)
+        self.assertEqual(found["difference"], [])
+        self.assertTrue(found["verified"])
+        self.assertEqual(found["step"], 0)
+        self.assertEqual({t["kind"] for t in found["tensors"]}, {"weight"})
+        damaged = self.dir / "damaged"
+        shutil.copytree(self.store, damaged)
+        shard = bytearray((damaged / "shard_00001.h5").read_bytes())
+        shard[-1] ^= 1
+        (damaged / "shard_00001.h5").write_bytes(shard)
+        self.assertIn("checksum", self.upmoe("inspect", "--verify", damaged, status=3).stderr)
+
+    def test_eval(self):
+        both = [json.loads(self.upmoe("eval", self.dir / form, "--data", self.dir / "tokens.h5", "--seq-len", 32,
+                                      "--sequences", 8, ranks=2).stdout) for form in ("hf", "store")]
+        self.assertEqual(both[0]["loss"], both[1]["loss"])
+
+    def test_report_and_refusals(self):
+        self.assertEqual((self.store / "upcycle_report.json").read_bytes(),
+                         (self.hf / "upcycle_report.json").read_bytes())
+        self.assertEqual(sorted(p.name for p in self.store.glob("shard_*")), ["shard_00000.h5", "shard_00001.h5"])
+        errors = self.upcycle("store", "--form", "checkpoint", ranks=2, status=2).stderr
+        self.assertEqual(errors.count("error:"), 1, errors)
+        self.assertIn("exists", errors)
+        self.upcycle("other", "--form", "both", status=2)
+        plan = self.upcycle("planned", "--form", "checkpoint", "--plan").stdout
+        self.assertIn("one shard per rank", plan)
+        self.assertFalse((self.dir / "planned").exists())
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
