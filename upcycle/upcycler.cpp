@@ -289,6 +289,7 @@ class Upcycler {
     };
     run_pipeline(tasks.size(), threads_, piece_bytes(), stages);
     progress.finish();
+    if (options_.progress && comm_.rank() == 0) fmt::print(stderr, "reading back what was written\n");
   }
 
   // What lies beside the tensors in both forms.
