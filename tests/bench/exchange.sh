@@ -4,6 +4,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$root"
+# shellcheck disable=SC2034  # read by pretended_hosts.sh
 HOSTS=2 RANKS_PER_HOST=2
 [[ $(id -u) -eq 0 ]] || { echo "exchange: error: making network namespaces needs root" >&2; exit 2; }
 if [[ ${1:-} != --inside ]]; then
