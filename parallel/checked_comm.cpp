@@ -159,6 +159,7 @@ class CheckedCommunicator final : public Communicator {
            describe(call), rank(), describe(expected));
     booking().recv(out, from, stream);
   }
+  std::unique_ptr<Stream> make_stream() override { return inner_->make_stream(); }
   void abort(int code) noexcept override { inner_->abort(code); }
 
  private:

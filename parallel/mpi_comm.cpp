@@ -1,7 +1,5 @@
 #include "parallel/mpi_comm.h"
 
-#include <mpi.h>
-#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "parallel/mpi_messages.h"
 #include "parallel/reduce.h"
 #include "parallel/runtime.h"
 
@@ -19,14 +18,6 @@ namespace {
 constexpr int kCollectiveTag = 1, kPairTag = 2;
 constexpr std::size_t kSmallReduce = std::size_t{64}
                                      << 10;  // bytes; below, everybody sends everything at once
-
-void check_mpi(int result, const char* call) {
-  if (result == MPI_SUCCESS) return;
-  char text[MPI_MAX_ERROR_STRING] = {};
-  int length = 0;
-  MPI_Error_string(result, text, &length);
-  fail(ExitCode::kCommunicator, "{}: {}; a peer may have died, see its own message", call, text);
-}
 
 // Staging memory that is kept between calls: fresh pages would cost more than the transfer.
 class Pool {
@@ -50,85 +41,18 @@ class Pool {
   std::vector<std::unique_ptr<Block>> free_;
 };
 
-// The non-blocking messages of one verb.
-class Messages {
+// MPI moves messages while one of its calls runs; a message that is sent in pieces waits for the next call on
+// both sides. So between ops there is one that does nothing else.
+class MpiStream final : public Stream {
  public:
-  Messages(MPI_Comm comm, std::size_t chunk) : comm_(comm), chunk_(chunk) {}
-
-  void send(const std::byte* data, std::size_t bytes, int to, int tag) {
-    for_chunks(bytes, [&](std::size_t at, int n) {
-      check_mpi(MPI_Isend(data + at, n, MPI_BYTE, to, tag, comm_, &add(-1, 0)), "MPI_Isend");
-    });
-  }
-  void receive(std::byte* data, std::size_t bytes, int from, int tag) {
-    for_chunks(bytes, [&](std::size_t at, int n) {
-      check_mpi(MPI_Irecv(data + at, n, MPI_BYTE, from, tag, comm_, &add(from, n)), "MPI_Irecv");
-    });
-  }
-  // Yields the processor between polls: ranks may outnumber cores.
-  void wait() {
-    std::vector<MPI_Status> statuses(requests_.size());
-    for (int done = 0;;) {
-      const int result =
-          MPI_Testall(static_cast<int>(requests_.size()), requests_.data(), &done, statuses.data());
-      if (result == MPI_ERR_IN_STATUS) report(statuses);  // throws
-      check_mpi(result, "MPI_Testall");
-      if (done != 0) break;
-      sched_yield();
-    }
-    for (std::size_t i = 0; i < requests_.size(); ++i) check_length(statuses[i], expected_[i]);
-    requests_.clear();
-    expected_.clear();
+  explicit MpiStream(MPI_Comm comm) : comm_(comm) {}
+  void poll() override {
+    int found = 0;
+    check_mpi(MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm_, &found, MPI_STATUS_IGNORE), "MPI_Iprobe");
   }
 
  private:
-  struct Expected {
-    int from, bytes;
-  };
-
-  MPI_Request& add(int from, int bytes) {
-    expected_.push_back({from, bytes});
-    requests_.push_back(MPI_REQUEST_NULL);
-    return requests_.back();
-  }
-  // The last chunk is always a short one, empty if need be: whoever expects more or less notices, instead of
-  // taking the next verb's message for this one's.
-  template <class F>
-  void for_chunks(std::size_t bytes, const F& f) const {
-    for (std::size_t at = 0; at <= bytes; at += chunk_) f(at, static_cast<int>(std::min(chunk_, bytes - at)));
-  }
-  void report(const std::vector<MPI_Status>& statuses) const {
-    for (std::size_t i = 0; i < statuses.size(); ++i) {
-      const int error = statuses[i].MPI_ERROR;
-      if (error == MPI_SUCCESS || error == MPI_ERR_PENDING) continue;
-      int error_class = MPI_SUCCESS;
-      MPI_Error_class(error, &error_class);
-      if (error_class == MPI_ERR_TRUNCATE)
-        fail(ExitCode::kCommunicator,
-             "rank {} of the group sent more than the {} bytes that rank {} expected: the ranks disagree",
-             expected_[i].from, expected_[i].bytes, own_rank());
-      check_mpi(error, expected_[i].from < 0 ? "sending" : "receiving");
-    }
-  }
-  void check_length(MPI_Status& status, const Expected& e) const {
-    if (e.from < 0) return;
-    int found = 0;
-    check_mpi(MPI_Get_count(&status, MPI_BYTE, &found), "MPI_Get_count");
-    if (found != e.bytes)
-      fail(ExitCode::kCommunicator,
-           "rank {} of the group sent {} bytes where rank {} expected {}: the ranks disagree", e.from, found,
-           own_rank(), e.bytes);
-  }
-  int own_rank() const {
-    int rank = 0;
-    MPI_Comm_rank(comm_, &rank);
-    return rank;
-  }
-
   MPI_Comm comm_;
-  std::size_t chunk_;
-  std::vector<MPI_Request> requests_;
-  std::vector<Expected> expected_;
 };
 
 class MpiCommunicator final : public Communicator {
@@ -167,38 +91,38 @@ class MpiCommunicator final : public Communicator {
     const std::size_t element = size_of(inout.dtype);
     std::byte* own = inout.data + static_cast<std::size_t>(mine) * element;
     reduce_slices(inout, begin, own, n, op);
-    Watched watched("all_reduce");
-    Messages messages(comm_, chunk_);
+    const Watched watched("all_reduce");
+    MpiMessages messages(comm_, chunk_);
     for_peers([&](int p) {
       const auto bytes = [&](int r) { return static_cast<std::size_t>(begin(r + 1) - begin(r)) * element; };
       messages.receive(inout.data + static_cast<std::size_t>(begin(p)) * element, bytes(p), p,
                        kCollectiveTag);
       messages.send(own, bytes(rank_), p, kCollectiveTag);
     });
-    messages.wait();
+    messages.wait(watched.sequence);
   }
 
   void broadcast(TensorView inout, int root, Stream*) override {
     UPMOE_CHECK(0 <= root && root < size_, "root {} of {}", root, size_);
-    Watched watched("broadcast");
-    Messages messages(comm_, chunk_);
+    const Watched watched("broadcast");
+    MpiMessages messages(comm_, chunk_);
     if (root == rank_) {
       book_sent("broadcast", static_cast<double>(inout.bytes()) * (size_ - 1));
       for_peers([&](int p) { messages.send(inout.data, inout.bytes(), p, kCollectiveTag); });
     } else {
       messages.receive(inout.data, inout.bytes(), root, kCollectiveTag);
     }
-    messages.wait();
+    messages.wait(watched.sequence);
   }
 
   void barrier() override {
-    Watched watched("barrier");
-    Messages messages(comm_, chunk_);
+    const Watched watched("barrier");
+    MpiMessages messages(comm_, chunk_);
     for_peers([&](int p) {
       messages.receive(nullptr, 0, p, kCollectiveTag);
       messages.send(nullptr, 0, p, kCollectiveTag);
     });
-    messages.wait();
+    messages.wait(watched.sequence);
   }
 
   Pending reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
@@ -215,7 +139,7 @@ class MpiCommunicator final : public Communicator {
   Pending all_gather(TensorView out, ConstTensorView in, Stream*) override {
     check_all_gather(*this, out, in);
     book_sent("all_gather", static_cast<double>(in.bytes()) * (size_ - 1));
-    auto messages = std::make_shared<Messages>(comm_, chunk_);
+    auto messages = std::make_shared<MpiMessages>(comm_, chunk_);
     std::byte* own = out.data + static_cast<std::size_t>(rank_) * in.bytes();
     if (own != in.data && in.bytes() > 0) std::memmove(own, in.data, in.bytes());
     for_peers([&](int p) {
@@ -239,7 +163,7 @@ class MpiCommunicator final : public Communicator {
       from.push_back(from.back() + static_cast<std::size_t>(send_rows[p]) * row);
       to.push_back(to.back() + static_cast<std::size_t>(recv_rows[p]) * row);
     }
-    auto messages = std::make_shared<Messages>(comm_, chunk_);
+    auto messages = std::make_shared<MpiMessages>(comm_, chunk_);
     for_peers([&](int peer) {
       const auto p = static_cast<std::size_t>(peer);
       messages->receive(out.data + to[p], to[p + 1] - to[p], peer, kCollectiveTag);
@@ -252,17 +176,18 @@ class MpiCommunicator final : public Communicator {
   Pending send(ConstTensorView in, int to, Stream*) override {
     check_peer(*this, to);
     book_sent("send", static_cast<double>(in.bytes()));
-    auto messages = std::make_shared<Messages>(comm_, chunk_);
+    auto messages = std::make_shared<MpiMessages>(comm_, chunk_);
     messages->send(in.data, in.bytes(), to, kPairTag);
     return waiting(messages, "send");
   }
   void recv(TensorView out, int from, Stream*) override {
     check_peer(*this, from);
-    Watched watched("recv");
-    Messages messages(comm_, chunk_);
+    const Watched watched("recv");
+    MpiMessages messages(comm_, chunk_);
     messages.receive(out.data, out.bytes(), from, kPairTag);
-    messages.wait();
+    messages.wait(watched.sequence);
   }
+  std::unique_ptr<Stream> make_stream() override { return std::make_unique<MpiStream>(comm_); }
   void abort(int code) noexcept override { MPI_Abort(MPI_COMM_WORLD, code); }
 
  private:
@@ -273,7 +198,7 @@ class MpiCommunicator final : public Communicator {
     std::uint64_t sequence;
   };
   struct Slices {
-    Messages messages;
+    MpiMessages messages;
     std::unique_ptr<Pool::Block> staged;  // one slot per rank
   };
 
@@ -281,10 +206,10 @@ class MpiCommunicator final : public Communicator {
   void for_peers(const F& f) const {  // each rank begins with its neighbour, so nobody is everybody's first
     for (int i = 1; i < size_; ++i) f((rank_ + i) % size_);
   }
-  Pending waiting(std::shared_ptr<Messages> messages, const char* verb) {
+  Pending waiting(std::shared_ptr<MpiMessages> messages, const char* verb) {
     return Pending([messages = std::move(messages), verb] {
-      Watched watched(verb);
-      messages->wait();
+      const Watched watched(verb);
+      messages->wait(watched.sequence);
     });
   }
 
@@ -296,7 +221,7 @@ class MpiCommunicator final : public Communicator {
   template <class DataFor, class BytesFor>
   std::shared_ptr<Slices> start_slices(std::size_t mine, const DataFor& data_for, const BytesFor& bytes_for) {
     auto work = std::make_shared<Slices>(
-        Slices{Messages(comm_, chunk_), pool_.take(mine * static_cast<std::size_t>(size_))});
+        Slices{MpiMessages(comm_, chunk_), pool_.take(mine * static_cast<std::size_t>(size_))});
     for_peers([&](int p) {
       work->messages.receive(work->staged->data() + static_cast<std::size_t>(p) * mine, mine, p,
                              kCollectiveTag);
@@ -307,8 +232,8 @@ class MpiCommunicator final : public Communicator {
   void finish_slices(Slices& work, std::size_t slice, const std::byte* own, std::byte* out,
                      std::int64_t elements, DType dtype, ReduceOp op, const char* verb) {
     {
-      Watched watched(verb);
-      work.messages.wait();
+      const Watched watched(verb);
+      work.messages.wait(watched.sequence);
     }
     std::vector<const std::byte*> parts;
     for (int p = 0; p < size_; ++p)

@@ -28,14 +28,17 @@ class Runtime {
 };
 
 // A thread that ends the process with kHang and a message when no collective and no heartbeat has finished
-// for `deadline`: names the collective in flight, its sequence number and the last ones. Communicators report
-// to it.
+// for `deadline`: names the collective in flight, its sequence number, the ranks it waits for and the last
+// collectives. Communicators report to it. When several ranks notice, the lowest speaks first and ends the
+// job before the others do.
 namespace watchdog {
 void start(std::chrono::milliseconds deadline, int rank);
 void stop();
 void heartbeat();                       // any progress
 std::uint64_t enter(const char* verb);  // a collective begins; returns its sequence number
-void leave(std::uint64_t sequence);     // it finished
+// For whom it has been waiting for a while, in words for the message; as of the last call.
+void waiting_for(std::uint64_t sequence, std::string whom);
+void leave(std::uint64_t sequence);  // it finished
 }  // namespace watchdog
 
 }  // namespace upmoe

@@ -1,7 +1,9 @@
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <csignal>
 #include <cstdio>
 #include <deque>
 #include <map>
@@ -24,7 +26,10 @@ struct State {
   std::chrono::milliseconds deadline{0};
   Clock::time_point last_progress = Clock::now();
   std::uint64_t sequence = 0;
-  std::map<std::uint64_t, std::string> in_flight;
+  struct Collective {
+    std::string verb, waiting_for;
+  };
+  std::map<std::uint64_t, Collective> in_flight;
   std::deque<std::string> finished;  // the newest ten
   std::jthread thread;
 };
@@ -32,6 +37,13 @@ struct State {
 State& state() {
   static State* s = new State;  // never destroyed: a rank's thread may report while the process ends
   return *s;
+}
+
+// Ranks notice a hang within moments of each other: the lowest one that did speaks, and its end is theirs, by
+// a signal that is no request to save any more. mpirun takes a second from one rank's end to that signal.
+void let_lower_ranks_speak(int rank) {
+  std::signal(SIGTERM, SIG_DFL);
+  std::this_thread::sleep_for(std::chrono::milliseconds(1500) * std::min(rank, 3));
 }
 
 [[noreturn]] void end_the_process(const State& s) {
@@ -43,15 +55,17 @@ State& state() {
         "no collective was under way, so this rank itself is stuck or slow; raise --deadline if steps take "
         "that long";
   } else {
-    text +=
-        fmt::format("the collective {} (number {}) did not finish: a peer is stuck, stopped or unreachable",
-                    s.in_flight.begin()->second, s.in_flight.begin()->first);
+    const auto& [number, collective] = *s.in_flight.begin();
+    text += fmt::format("the collective {} (number {}) did not finish: {}, stuck, stopped or unreachable",
+                        collective.verb, number,
+                        collective.waiting_for.empty() ? "it waits for a peer" : collective.waiting_for);
   }
   if (!s.finished.empty()) {
     text += "\n  last finished:";
     for (const std::string& f : s.finished) text += " " + f;
   }
   text += "\n";
+  let_lower_ranks_speak(s.rank);
   (void)!write(2, text.data(), text.size());
   _exit(static_cast<int>(ExitCode::kHang));
 }
@@ -59,9 +73,13 @@ State& state() {
 void watch() {
   State& s = state();
   std::unique_lock lock(s.mutex);
+  const auto pause = std::max<std::chrono::milliseconds>(s.deadline / 10, std::chrono::milliseconds(10));
   while (s.running) {
-    s.stop_asked.wait_for(
-        lock, std::max<std::chrono::milliseconds>(s.deadline / 10, std::chrono::milliseconds(10)));
+    const auto began = Clock::now();
+    s.stop_asked.wait_for(lock, pause);
+    // Overslept: the whole process was stopped (SIGSTOP, a debugger, a suspended machine). It is not the one
+    // to say what hangs; the others' time did not stand still.
+    if (Clock::now() - began > pause + s.deadline / 2) s.last_progress = Clock::now();
     if (s.running && Clock::now() - s.last_progress > s.deadline) end_the_process(s);
   }
 }
@@ -100,8 +118,15 @@ std::uint64_t enter(const char* verb) {
   State& s = state();
   const std::lock_guard lock(s.mutex);
   const std::uint64_t sequence = ++s.sequence;
-  s.in_flight.emplace(sequence, verb);
+  s.in_flight[sequence].verb = verb;
   return sequence;
+}
+
+void waiting_for(std::uint64_t sequence, std::string whom) {
+  State& s = state();
+  const std::lock_guard lock(s.mutex);
+  const auto it = s.in_flight.find(sequence);
+  if (it != s.in_flight.end()) it->second.waiting_for = std::move(whom);
 }
 
 void leave(std::uint64_t sequence) {
@@ -109,7 +134,7 @@ void leave(std::uint64_t sequence) {
   const std::lock_guard lock(s.mutex);
   const auto it = s.in_flight.find(sequence);
   if (it == s.in_flight.end()) return;
-  s.finished.push_back(fmt::format("{}({})", it->second, sequence));
+  s.finished.push_back(fmt::format("{}({})", it->second.verb, sequence));
   if (s.finished.size() > 10) s.finished.pop_front();
   s.in_flight.erase(it);
   s.last_progress = Clock::now();

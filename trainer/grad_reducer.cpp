@@ -1,6 +1,7 @@
 #include "trainer/grad_reducer.h"
 
 #include <algorithm>
+#include <deque>
 #include <tuple>
 
 #include "kernels/ops/pointwise.h"
@@ -11,7 +12,8 @@ namespace upmoe {
 struct GradReducer::Lane {
   std::size_t packed_bytes = 0, own_bytes = 0;  // of the largest bucket
   Buffer packed, own;
-  Bucket* user = nullptr;  // under way
+  Bucket* user = nullptr;       // under way
+  std::deque<Bucket*> gathers;  // weights that are to follow
 };
 
 struct GradReducer::Bucket {
@@ -102,16 +104,14 @@ void GradReducer::make_buckets(const ProcessMesh& mesh) {
   }
 }
 
-// A lane for each bucket; or, where blocks share their gradients, two for each way of replication, which the
-// blocks take in turns.
 void GradReducer::make_lanes(Device device) {
   std::map<std::tuple<Communicator*, bool, std::size_t>, Lane*> lane_of;
   std::map<Communicator*, std::size_t> blocks;
   for (auto& b : buckets_) {
     b->slice = largest_slice(b->params, b->group->size());
-    const bool shares = params_.shares_block_grads() && b->layer >= 0;
-    const std::size_t turn = b->layer >= 0 ? blocks[b->group]++ : 0;
-    Lane*& lane = lane_of[{b->group, b->layer >= 0, shares ? turn % 2 : turn}];
+    const bool in_block = b->layer >= 0;
+    const std::size_t turn = in_block ? blocks[b->group]++ : 0;
+    Lane*& lane = lane_of[{b->group, in_block, turn % (params_.shares_block_grads() ? 2 : 4)}];
     if (lane == nullptr) lane = lanes_.emplace_back(std::make_unique<Lane>()).get();
     b->lane = lane;
     const std::size_t element = std::max(size_of(params_.dtype()), size_of(params_.grad_dtype())),
@@ -125,16 +125,12 @@ void GradReducer::make_lanes(Device device) {
   }
 }
 
-// What travels through the bucket's lane comes to its end first.
-void GradReducer::claim(Exec& ex, Bucket& bucket) {
-  if (bucket.lane->user != nullptr) complete(ex, *bucket.lane->user);
-  bucket.lane->user = &bucket;
-}
-
-void GradReducer::complete(Exec& ex, Bucket& b) {
-  if (b.lane->user != &b) return;
+// What travels through the lane comes to its end; the next weights set out.
+void GradReducer::complete(Exec& ex, Lane& lane) {
+  if (lane.user == nullptr) return;
+  Bucket& b = *lane.user;
   b.pending.wait();
-  b.lane->user = nullptr;
+  lane.user = nullptr;
   if (!b.gathers) {
     b.for_each_slice(b.group->rank(), b.own(b.params.front()->grad.dtype),
                      [&](const StoredParam& p, Range, TensorView sum) {
@@ -150,19 +146,33 @@ void GradReducer::complete(Exec& ex, Bucket& b) {
                        ops::cast(ex, part(p.value, range), packed);
                      });
   }
+  b.gathers = false;
+  if (lane.gathers.empty()) return;
+  Bucket* next = lane.gathers.front();
+  lane.gathers.pop_front();
+  start_gather(ex, *next);
 }
 
 void GradReducer::start_reduction(Exec& ex, Bucket& b) {
-  UPMOE_CHECK(b.lane->user != &b || !b.gathers, "layer {} still waits for its weights", b.layer);
-  claim(ex, b);
+  UPMOE_CHECK(!b.gathers && b.lane->gathers.empty(), "layer {} still waits for its weights", b.layer);
+  complete(ex, *b.lane);
   const DType dtype = b.params.front()->grad.dtype;
   for (int r = 0; r < b.group->size(); ++r)
     b.for_each_slice(r, b.segment(r, dtype), [&](const StoredParam& p, Range range, TensorView packed) {
       ops::cast(ex, packed, part(p.grad, range));
     });
-  b.gathers = false;
   b.reduced = true;
+  b.lane->user = &b;
   b.pending = b.group->reduce_scatter(b.own(dtype), b.packed(dtype), ex.comm);
+}
+
+void GradReducer::start_gather(Exec& ex, Bucket& b) {
+  const DType dtype = b.params.front()->value.dtype;
+  b.for_each_slice(b.group->rank(), b.own(dtype), [&](const StoredParam& p, Range range, TensorView packed) {
+    ops::cast(ex, packed, part(p.value, range));
+  });
+  b.lane->user = &b;
+  b.pending = b.group->all_gather(b.packed(dtype), b.own(dtype), ex.comm);
 }
 
 void GradReducer::ready(Exec& ex, int layer, bool last) {
@@ -182,32 +192,33 @@ void GradReducer::ready(Exec& ex, int layer, bool last) {
 void GradReducer::finish(Exec& ex) {
   for (auto& b : buckets_) {
     UPMOE_CHECK(b->reduced, "gradients of layer {} were never ready", b->layer);
-    complete(ex, *b);
+    if (b->lane->user == b.get()) complete(ex, *b->lane);
     b->reduced = false;
   }
 }
 
 void GradReducer::gather_values(Exec& ex) {
   for (auto& b : buckets_) {
-    claim(ex, *b);
-    const DType dtype = b->params.front()->value.dtype;
-    b->for_each_slice(b->group->rank(), b->own(dtype),
-                      [&](const StoredParam& p, Range range, TensorView packed) {
-                        ops::cast(ex, packed, part(p.value, range));
-                      });
     b->gathers = true;
-    b->pending = b->group->all_gather(b->packed(dtype), b->own(dtype), ex.comm);
+    if (b->lane->user == nullptr) {
+      start_gather(ex, *b);
+    } else {
+      b->lane->gathers.push_back(b.get());
+    }
   }
+}
+
+void GradReducer::await(Exec& ex, Bucket& b) {
+  while (b.gathers) complete(ex, *b.lane);  // those before it in its lane as well
 }
 
 void GradReducer::await_values(Exec& ex, int layer) {
   for (auto& b : buckets_)
-    if (b->layer == layer && b->gathers) complete(ex, *b);
+    if (b->layer == layer) await(ex, *b);
 }
 
 void GradReducer::await_all_values(Exec& ex) {
-  for (auto& b : buckets_)
-    if (b->gathers) complete(ex, *b);
+  for (auto& b : buckets_) await(ex, *b);
 }
 
 std::size_t GradReducer::bytes() const {

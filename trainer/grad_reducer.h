@@ -3,10 +3,12 @@
 // parameters of one layer with one replica group; a bucket's slices are packed per owner and padded to equal
 // size, so ownership stays the pure function of layout.h whatever the buckets are.
 //
-// ZeRO-1: every bucket has its own buffer, gradients are reduced once per step, and updated weights travel
-// under the next forward. ZeRO-2 (blocks share their gradient memory): every micro-batch's gradients are
-// reduced as soon as a block is done and added to the owned slices; blocks share two buffers, so a block's
-// reduction ends when the second one after it begins.
+// Blocks travel through a few buffers (lanes) that they take in turns, four for each way of replication: a
+// block's reduction ends at the latest when the fourth one after it begins, and updated weights are gathered
+// four blocks ahead of the forward that waits for them.
+//
+// ZeRO-1: gradients are reduced once per step. ZeRO-2 (blocks share their gradient memory): every
+// micro-batch's gradients are reduced as soon as a block is done and added to the owned slices; two lanes.
 
 #include <map>
 #include <memory>
@@ -32,7 +34,7 @@ class GradReducer {
   // while they travel, so the next forward can begin with the blocks that have arrived.
   void gather_values(Exec& ex);
   // Before anybody reads weights that others own: waits for those of `layer` (-1: outside the blocks), or
-  // all.
+  // all. Collective, as it sends the next ones on their way: the same order on every rank, that of the table.
   void await_values(Exec& ex, int layer);
   void await_all_values(Exec& ex);
   std::size_t bytes() const;
@@ -44,9 +46,10 @@ class GradReducer {
   void make_buckets(const ProcessMesh& mesh);
   void make_lanes(Device device);
   Bucket& bucket_of(int layer, Communicator& group);
-  static void claim(Exec& ex, Bucket& bucket);
-  static void complete(Exec& ex, Bucket& bucket);
   static void start_reduction(Exec& ex, Bucket& bucket);
+  static void start_gather(Exec& ex, Bucket& bucket);
+  static void complete(Exec& ex, Lane& lane);
+  static void await(Exec& ex, Bucket& bucket);
 
   const ParamStore& params_;
   std::map<std::vector<std::int64_t>, std::unique_ptr<Communicator>> groups_;  // by holders_key

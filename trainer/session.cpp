@@ -53,13 +53,16 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model_config, C
     : run(run_config),
       config(model_config),
       memory(device),
+      comm_stream(world.make_stream()),
       mesh(mesh_of(run_config, world.size()), world, run_config.parallel.node_ranks),
       plan(stages_of(run_config, model_config)),
       params(model_config, mesh.spec(), plan, world.rank(), storage_of(run_config, device)),
       chunks(make_chunks(model_config, params, mesh, plan, recompute_from(run_config.train.recompute))),
       pipeline(model_config, mesh, plan, chunks, device),
       reducer(params, mesh, device),
-      optimizer(params, optimizer_of(run_config), device) {}
+      optimizer(params, optimizer_of(run_config), device) {
+  memory.exec.comm = comm_stream.get();
+}
 
 void Session::open_data(std::int64_t first_sample) {
   std::vector<TokenDataset::Source> sources;

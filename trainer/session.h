@@ -36,6 +36,7 @@ struct Session {
   RunConfig run;
   ModelConfig config;
   RankMemory memory;
+  std::unique_ptr<Stream> comm_stream;
   ProcessMesh mesh;
   StagePlan plan;
   ParamStore params;

@@ -11,6 +11,8 @@ class Stream {
  public:
   virtual ~Stream() = default;
   virtual void synchronize() {}
+  // Moves on what is under way where that takes the host's help. Cheap: called before every op on the CPU.
+  virtual void poll() {}
 };
 
 struct Exec {

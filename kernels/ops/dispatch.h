@@ -11,6 +11,7 @@ template <class Cpu, class Cuda, class... Args>
 void dispatch(Exec& ex, Cpu cpu, Cuda cuda, Args&&... args) {
   switch (ex.device.type) {
     case DeviceType::kCpu:
+      if (ex.comm != nullptr) ex.comm->poll();
       return cpu(ex, std::forward<Args>(args)...);
     case DeviceType::kCuda:
       return cuda(ex, std::forward<Args>(args)...);

@@ -40,6 +40,21 @@ TEST(Pointwise, FillsAndCasts) {
       }
 }
 
+// Transfers under way move on between ops.
+TEST(Pointwise, PollsTheCommunicationStream) {
+  struct CountingStream final : Stream {
+    void poll() override { ++polls; }
+    int polls = 0;
+  } stream;
+  Exec ex;
+  float x[4] = {};
+  ops::fill(ex, host_view(x, {4}), 1.0f);
+  ex.comm = &stream;
+  ops::fill(ex, host_view(x, {4}), 2.0f);
+  ops::scale(ex, host_view(x, {4}), 2.0f);
+  EXPECT_EQ(stream.polls, 2);
+}
+
 TEST(Pointwise, CastKeepsInfinityAndNanAndRoundsToEven) {
   OpExec ex;
   const double inf = INFINITY;

@@ -18,6 +18,15 @@ void all_reduce_once(Communicator& world) {
   world.all_reduce(host_view(&one, {1}), ReduceOp::kSum);
 }
 
+// Longer than the deadline, but with a heartbeat.
+void stay_busy(std::chrono::seconds time) {
+  const auto end = std::chrono::steady_clock::now() + time;
+  while (std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    watchdog::heartbeat();
+  }
+}
+
 void run(const std::string& mode, Communicator& world) {
   const bool bad = world.rank() == world.size() - 1;
   all_reduce_once(world);
@@ -34,11 +43,15 @@ void run(const std::string& mode, Communicator& world) {
   if (mode == "leaves" && bad) return;  // and finalises MPI while the others communicate
   if (mode == "stopped" && bad) raise(SIGSTOP);
   if (mode == "hang" && bad) std::this_thread::sleep_for(std::chrono::hours(1));
-  if (mode == "slow")  // longer than the deadline, but with a heartbeat
-    for (int i = 0; i < 40; ++i) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
-      watchdog::heartbeat();
-    }
+  if (mode == "slow") stay_busy(std::chrono::seconds(4));
+  if (mode ==
+      "subgroup") {  // the last two ranks of the job, of which the last one stops; the others are busy
+    const bool member = world.rank() >= world.size() - 2;
+    const std::unique_ptr<Communicator> pair = world.split(member ? 1 : 0, world.rank());
+    if (bad) raise(SIGSTOP);
+    if (!member) stay_busy(std::chrono::seconds(20));
+    all_reduce_once(*pair);
+  }
   std::vector<float> whole(static_cast<std::size_t>(world.size())), mine(1);
   world.all_gather(host_view(whole.data(), {world.size()}), host_view(mine.data(), {1})).wait();
 }

@@ -74,8 +74,17 @@ class OneRankGoesWrong(unittest.TestCase):
             status, out, error, seconds = job(RANKS[0], mode)
             self.assertEqual(status, 70, (mode, out, error))
             self.assertLess(seconds, SECONDS, mode)
-            self.assertIn("the collective all_gather (number 2) did not finish", error)
+            self.assertIn(f"the collective all_gather (number 2) did not finish: nothing yet from rank {RANKS[0] - 1}",
+                          error)
             self.assertIn("last finished: all_reduce(1)", error)
+
+    def test_one_message_names_the_rank_of_the_job_that_is_missing(self):
+        for ranks in RANKS:
+            for mode, collective in (("stopped", "all_gather (number 2)"), ("subgroup", "all_reduce (number 2)")):
+                status, error = self.ends(ranks, mode)
+                self.assertEqual(status, 70, error)
+                self.assertEqual(error.count("upmoe: error:"), 1, error)
+                self.assertIn(f"the collective {collective} did not finish: nothing yet from rank {ranks - 1},", error)
 
     def test_one_rank_alone(self):
         status, error = self.ends(1, "throw")

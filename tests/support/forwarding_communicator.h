@@ -39,6 +39,7 @@ class ForwardingCommunicator : public Communicator {
   }
   Pending send(ConstTensorView in, int to, Stream* stream) override { return inner().send(in, to, stream); }
   void recv(TensorView out, int from, Stream* stream) override { inner().recv(out, from, stream); }
+  std::unique_ptr<Stream> make_stream() override { return inner_.make_stream(); }
   void abort(int code) noexcept override { inner_.abort(code); }
 
  protected:

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""A rank dies, or stops, in each phase of a step and of a save: the job ends soon and says why once, the newest
+checkpoint is whole, and the same command goes on from it to the losses of a run that nothing happened to.
+
+Needs UPMOE (the program), MAKE_RUN (writes the tiny model and data) and FAULT_RANKS in the environment.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+UPMOE, MAKE_RUN, FAULT_RANKS = (os.environ[name] for name in ("UPMOE", "MAKE_RUN", "FAULT_RANKS"))
+ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                            "OMP_NUM_THREADS": "1"}
+PHASES = ("forward", "exchange", "backward", "reduce", "optimizer", "save")
+STEP, STEPS = 7, 12
+DEADLINE_S, GRACE_S = 2.0, 6.0  # the grace: for mpirun to end the others
+EVERY_RUN = (f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.async=false")
+
+
+def mpirun(ranks, *command):
+    return subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *map(str, command)],
+                          capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+
+
+class OneRank(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.dir = Path(tempfile.mkdtemp(prefix="upmoe-fault-"))
+        subprocess.run([MAKE_RUN, str(cls.dir)], check=True)
+        cls.undisturbed = {}
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.dir, ignore_errors=True)
+
+    def train(self, ranks, run, *overrides):
+        done = mpirun(ranks, UPMOE, "train", self.dir / "run.yaml", *EVERY_RUN, *overrides, f"run.dir={run}")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return self.losses(run)
+
+    def losses(self, run):
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return {r["step"]: (r["loss"], r["aux_loss"], r["grad_norm"]) for r in records if "loss" in r}
+
+    def whole(self, ranks, overrides):
+        """The losses of a run to which nothing happens, once for each layout."""
+        key = (ranks, *overrides)
+        if key not in self.undisturbed:
+            self.undisturbed[key] = self.train(ranks, self.dir / f"whole{len(self.undisturbed)}", *overrides)
+            self.assertEqual(sorted(self.undisturbed[key]), list(range(1, STEPS + 1)))
+        return self.undisturbed[key]
+
+    def strike(self, ranks, phase, fault, *overrides):
+        """(status, what was said) of a run in which the last rank gets the fault; then it must go on."""
+        whole = self.whole(ranks, overrides)
+        run = Path(tempfile.mkdtemp(dir=self.dir))
+        began = time.monotonic()
+        done = mpirun(ranks, FAULT_RANKS, self.dir / "run.yaml", phase, fault, ranks - 1,
+                      10 if phase == "save" else STEP, int(DEADLINE_S * 1000), *EVERY_RUN, *overrides, f"run.dir={run}")
+        seconds = time.monotonic() - began
+        self.assertNotEqual(done.returncode, 0, "nothing happened")
+        self.assertLess(seconds, DEADLINE_S + GRACE_S + 3, done.stderr)  # 3: the steps before
+        self.assertLessEqual(done.stderr.count("upmoe: error:"), 1, done.stderr)
+        checkpoints = sorted(p.name for p in (run / "checkpoints").glob("step_????????"))
+        self.assertEqual(checkpoints, ["step_00000005"], done.stderr)
+        verified = subprocess.run([UPMOE, "inspect", "--verify", run / "checkpoints" / checkpoints[-1]],
+                                  capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        self.assertEqual(verified.returncode, 0, verified.stderr)
+        reached = max(self.losses(run))
+        self.assertIn(reached, (9, 10) if phase == "save" else (STEP - 1, STEP))
+        self.assertEqual(self.train(ranks, run, *overrides), whole)
+        shutil.rmtree(run)
+        return done.returncode, done.stderr
+
+    def test_dies(self):
+        for ranks, overrides in ((2, ["parallel.ep=2"]), (2, ["parallel.ep=2", "parallel.tp=2"])):
+            for phase in PHASES:
+                if "parallel.tp=2" in overrides and phase not in ("backward", "reduce"):
+                    continue
+                with self.subTest(ranks=ranks, phase=phase, overrides=overrides):
+                    _, said = self.strike(ranks, phase, "kill", *overrides)
+                    self.assertRegex(said, rf"process rank {ranks - 1} .*signal 9 \(Killed\)")
+
+    def test_stops(self):
+        for phase in PHASES:
+            with self.subTest(phase=phase):
+                status, said = self.strike(3, phase, "stop", "parallel.ep=3")
+                self.assertEqual(status, 70, said)
+                found = re.findall(r"upmoe: error: rank 0: no progress for [0-9.]+ s: the collective (\w+) "
+                                   r"\(number \d+\) did not finish: nothing yet from rank (\d)", said)
+                self.assertEqual([rank for _, rank in found], ["2"], said)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
