@@ -37,7 +37,7 @@ BACKEND_HEADERS = {"kernels/cpu/cpu.h", "kernels/cuda/cuda.h"}
 THIRD_PARTY = {
     "CUDA": (r"cuda|cublas|cutlass", ["kernels/cuda/", "parallel/nccl_comm.cpp"]),
     "NCCL": (r"nccl\.h$", ["parallel/nccl_comm.cpp"]),
-    "MPI": (r"mpi\.h$", ["parallel/mpi_comm.cpp", "parallel/runtime.cpp"]),
+    "MPI": (r"^mpi\.h$", ["parallel/mpi_comm.cpp", "parallel/mpi_messages.cpp"]),
     "HDF5": (r"(hdf5|H5\w*)\.h$", ["data/"]),
     "yaml-cpp": (r"yaml-cpp/", ["configs/yaml_reader.cpp"]),
     "oneDNN": (r"(oneapi/|dnnl)", ["kernels/cpu/"]),

@@ -1,5 +1,6 @@
 #include "parallel/mpi_comm.h"
 
+#include <mpi.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -92,7 +93,7 @@ class MpiCommunicator final : public Communicator {
     std::byte* own = inout.data + static_cast<std::size_t>(mine) * element;
     reduce_slices(inout, begin, own, n, op);
     const Watched watched("all_reduce");
-    MpiMessages messages(comm_, chunk_);
+    MpiMessages messages(&comm_, chunk_);
     for_peers([&](int p) {
       const auto bytes = [&](int r) { return static_cast<std::size_t>(begin(r + 1) - begin(r)) * element; };
       messages.receive(inout.data + static_cast<std::size_t>(begin(p)) * element, bytes(p), p,
@@ -105,7 +106,7 @@ class MpiCommunicator final : public Communicator {
   void broadcast(TensorView inout, int root, Stream*) override {
     UPMOE_CHECK(0 <= root && root < size_, "root {} of {}", root, size_);
     const Watched watched("broadcast");
-    MpiMessages messages(comm_, chunk_);
+    MpiMessages messages(&comm_, chunk_);
     if (root == rank_) {
       book_sent("broadcast", static_cast<double>(inout.bytes()) * (size_ - 1));
       for_peers([&](int p) { messages.send(inout.data, inout.bytes(), p, kCollectiveTag); });
@@ -117,7 +118,7 @@ class MpiCommunicator final : public Communicator {
 
   void barrier() override {
     const Watched watched("barrier");
-    MpiMessages messages(comm_, chunk_);
+    MpiMessages messages(&comm_, chunk_);
     for_peers([&](int p) {
       messages.receive(nullptr, 0, p, kCollectiveTag);
       messages.send(nullptr, 0, p, kCollectiveTag);
@@ -139,7 +140,7 @@ class MpiCommunicator final : public Communicator {
   Pending all_gather(TensorView out, ConstTensorView in, Stream*) override {
     check_all_gather(*this, out, in);
     book_sent("all_gather", static_cast<double>(in.bytes()) * (size_ - 1));
-    auto messages = std::make_shared<MpiMessages>(comm_, chunk_);
+    auto messages = std::make_shared<MpiMessages>(&comm_, chunk_);
     std::byte* own = out.data + static_cast<std::size_t>(rank_) * in.bytes();
     if (own != in.data && in.bytes() > 0) std::memmove(own, in.data, in.bytes());
     for_peers([&](int p) {
@@ -163,7 +164,7 @@ class MpiCommunicator final : public Communicator {
       from.push_back(from.back() + static_cast<std::size_t>(send_rows[p]) * row);
       to.push_back(to.back() + static_cast<std::size_t>(recv_rows[p]) * row);
     }
-    auto messages = std::make_shared<MpiMessages>(comm_, chunk_);
+    auto messages = std::make_shared<MpiMessages>(&comm_, chunk_);
     for_peers([&](int peer) {
       const auto p = static_cast<std::size_t>(peer);
       messages->receive(out.data + to[p], to[p + 1] - to[p], peer, kCollectiveTag);
@@ -176,14 +177,14 @@ class MpiCommunicator final : public Communicator {
   Pending send(ConstTensorView in, int to, Stream*) override {
     check_peer(*this, to);
     book_sent("send", static_cast<double>(in.bytes()));
-    auto messages = std::make_shared<MpiMessages>(comm_, chunk_);
+    auto messages = std::make_shared<MpiMessages>(&comm_, chunk_);
     messages->send(in.data, in.bytes(), to, kPairTag);
     return waiting(messages, "send");
   }
   void recv(TensorView out, int from, Stream*) override {
     check_peer(*this, from);
     const Watched watched("recv");
-    MpiMessages messages(comm_, chunk_);
+    MpiMessages messages(&comm_, chunk_);
     messages.receive(out.data, out.bytes(), from, kPairTag);
     messages.wait(watched.sequence);
   }
@@ -221,7 +222,7 @@ class MpiCommunicator final : public Communicator {
   template <class DataFor, class BytesFor>
   std::shared_ptr<Slices> start_slices(std::size_t mine, const DataFor& data_for, const BytesFor& bytes_for) {
     auto work = std::make_shared<Slices>(
-        Slices{MpiMessages(comm_, chunk_), pool_.take(mine * static_cast<std::size_t>(size_))});
+        Slices{MpiMessages(&comm_, chunk_), pool_.take(mine * static_cast<std::size_t>(size_))});
     for_peers([&](int p) {
       work->messages.receive(work->staged->data() + static_cast<std::size_t>(p) * mine, mine, p,
                              kCollectiveTag);

@@ -1,13 +1,9 @@
 #pragma once
-// The non-blocking messages of one MPI verb. For mpi_comm.cpp alone: no other file of the project includes
-// MPI.
-
-#include <mpi.h>
+// The non-blocking messages of one MPI verb. For mpi_comm.cpp alone.
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
-#include <vector>
+#include <memory>
 
 namespace upmoe {
 
@@ -16,8 +12,11 @@ void check_mpi(int result, const char* call);
 
 class MpiMessages {
  public:
-  // chunk: bytes of the largest message; longer transfers are cut.
-  MpiMessages(MPI_Comm comm, std::size_t chunk) : comm_(comm), chunk_(chunk) {}
+  // mpi_comm: the address of an MPI_Comm, so that this header does without MPI's. chunk: bytes of the largest
+  // message; longer transfers are cut.
+  MpiMessages(const void* mpi_comm, std::size_t chunk);
+  MpiMessages(MpiMessages&&) noexcept;
+  ~MpiMessages();
 
   void send(const std::byte* data, std::size_t bytes, int to, int tag);
   void receive(std::byte* data, std::size_t bytes, int from, int tag);
@@ -27,25 +26,8 @@ class MpiMessages {
   void wait(std::uint64_t collective);
 
  private:
-  struct Message {
-    int peer;
-    bool sent;
-    int bytes;
-  };
-
-  MPI_Request& add(const Message& message);
-  template <class F>
-  void for_chunks(std::size_t bytes, const F& f) const;
-  std::string whom_it_waits_for() const;
-  int in_the_job(int rank) const;
-  int own_rank() const;
-  void report(const std::vector<MPI_Status>& statuses) const;
-  void check_length(MPI_Status& status, const Message& message) const;
-
-  MPI_Comm comm_;
-  std::size_t chunk_;
-  std::vector<MPI_Request> requests_;
-  std::vector<Message> messages_;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace upmoe

@@ -1,9 +1,9 @@
 // How long a training step waits for communication, with the transfers under way beside the computation, and
 // with every transfer waited for where it begins. Not a test.
 //
-// usage: mpirun -np N bench_exposed RUN.yaml STEPS [section.key=value ...]; prints one JSON object per mode
-// and round, in turns, from rank 0: means over ranks of the median step. Sends between pipeline stages are
-// left as they are: two stages that both wait for a send would wait for ever.
+// usage: mpirun -np N bench_exposed RUN.yaml STEPS ROUNDS [section.key=value ...]; prints one JSON object per
+// mode and round, in turns, from rank 0: means over ranks of the median step. Sends between pipeline stages
+// are left as they are: two stages that both wait for a send would wait for ever.
 
 #include <fmt/ranges.h>
 
@@ -116,11 +116,11 @@ void round(Trainer& trainer, Waits& waits, Communicator& world, int steps, std::
 }
 
 int run(int argc, char** argv, Communicator& world) {
-  if (argc < 3) {
-    fmt::print(stderr, "usage: bench_exposed RUN.yaml STEPS [section.key=value ...]\n");
+  if (argc < 4) {
+    fmt::print(stderr, "usage: bench_exposed RUN.yaml STEPS ROUNDS [section.key=value ...]\n");
     return static_cast<int>(ExitCode::kUsage);
   }
-  const RunConfig config = read_run_config(argv[1], {argv + 3, argv + argc});
+  const RunConfig config = read_run_config(argv[1], {argv + 4, argv + argc});
   Waits waits;
   TimedCommunicator timed(world, waits);
   Session s(config, read_model_config(config.model.path), timed);
@@ -129,7 +129,7 @@ int run(int argc, char** argv, Communicator& world) {
   s.open_data(0);
   Trainer trainer(s);
   std::int64_t step = 0;
-  for (int i = 0; i < 6; ++i) {
+  for (int i = 0; i < 2 * std::stoi(argv[3]); ++i) {
     waits.at_once = i % 2 == 1;
     round(trainer, waits, world, std::stoi(argv[2]), step);
   }

@@ -19,14 +19,17 @@ LAYOUTS = {"dp 2": {}, "ep 2": {"ep": 2}, "tp 2": {"tp": 2}, "cp 2": {"cp": 2}, 
 
 def run(args, folder, shape, precision, layout):
     with tempfile.TemporaryDirectory(dir=folder) as run_dir:
-        config = write_run(folder, run_dir, shape, precision, steps=1000, micro_batches=4, parallel=LAYOUTS[layout])
-        done = checked([*local_ranks(2), args.binary, config, str(args.steps)], threads=1)
+        config = write_run(folder, run_dir, shape, precision, steps=1000, micro_batches=4,
+                           parallel=LAYOUTS[layout] | {"reduce": args.reduce})
+        done = checked([*local_ranks(2), args.binary, config, str(args.steps),
+                        str(args.rounds)], threads=1)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def main():
     parser = parser_of(__doc__, ["tiny", "mid"], ["fp32"])
     parser.set_defaults(binary=ROOT / "build" / "release" / "bin" / "bench_exposed")
+    parser.add_argument("--reduce", choices=("fp32", "bf16"), default="fp32", help="dtype of gradients")
     args = parser.parse_args()
     results = []
     print("seconds of a step, and of it waiting: each transfer waited for at once; under way beside computation")
