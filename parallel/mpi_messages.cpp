@@ -16,7 +16,9 @@ namespace upmoe {
 
 namespace {
 
-constexpr std::uint64_t kPollsPerLook = 256;  // at the clock
+// Polls between looks at the clock: few, because on a host that runs more than it has cores for each gives
+// its turn away.
+constexpr std::uint64_t kPollsPerLook = 16;
 constexpr auto kPatience = std::chrono::milliseconds(200);
 
 }  // namespace

@@ -53,8 +53,9 @@ def measure(args, folder, shape, precision):
                  "rounds": rounds[layout], "dp_rounds": rounds["dp 2"]}
         results.append(found)
         print(f"{shape:6}{precision:6}{layout:18}in micro-batches on one rank ({work:.3f} s): each costs "
-              f"{found['per_micro_batch']:.2f}, in theory {share:.2f}; fixed {found['fixed']:.2f}, of which filling and "
-              f"draining in theory {found['fill_and_drain_in_theory']:.2f} (dp 2: fixed {found['fixed_of_dp']:.2f})",
+              f"{found['per_micro_batch']:.2f}, in theory {share:.2f}; fixed {found['fixed']:.2f}, of which filling "
+              f"and draining in theory {found['fill_and_drain_in_theory']:.2f} (dp 2: fixed "
+              f"{found['fixed_of_dp']:.2f})",
               flush=True)
     return results
 
