@@ -33,7 +33,7 @@ MAY_INCLUDE = {
 BACKEND_HEADERS = {"kernels/cpu/cpu.h", "kernels/cuda/cuda.h"}
 
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the
-# libraries of IN_HEADERS, so that what includes them compiles without the others.
+# libraries of IN_HEADERS, so that what includes them compiles without the others (a .cuh is included by .cu files alone).
 THIRD_PARTY = {
     "CUDA": (r"cuda|cublas|cutlass", ["kernels/cuda/", "parallel/nccl_comm.cpp"]),
     "NCCL": (r"nccl\.h$", ["parallel/nccl_comm.cpp"]),
@@ -48,6 +48,7 @@ THIRD_PARTY = {
     "fmt": (r"fmt/", [""]),
     "GoogleTest": (r"(gtest|gmock)/", []),
     "Benchmark": (r"benchmark/", []),
+    "Boost": (r"boost/", []),
 }
 IN_HEADERS = {"fmt", "CLI11", "OpenMP"}
 SYSTEM = re.compile(r"^(?:sys/|linux/|arpa/|netinet/)?[a-z0-9_]+(?:\.h)?$")  # <vector>, <sys/mman.h>, <immintrin.h>
@@ -86,7 +87,7 @@ def check_foreign(path, layer, header):
     homes = THIRD_PARTY[library][1]
     if not any(path == home or (home in ("",) or home.endswith("/")) and path.startswith(home) for home in homes):
         return f"<{header}>: {library} belongs in {', '.join(homes) or 'tests/'}"
-    if Path(path).suffix in {".h", ".cuh"} and library not in IN_HEADERS:
+    if Path(path).suffix == ".h" and library not in IN_HEADERS:
         return f"<{header}>: no header of ours may include {library}"
     return None
 

@@ -54,7 +54,8 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
                      .freeze = {}});
   std::unique_ptr<TokenDataset> data;
   run_agreed(world, [&] {
-    params.load([&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
+    params.load(memory.exec,
+                [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
     data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{a.data, 1.0}}, a.seq_len, false,
                                           0, config.vocab_size);
   });

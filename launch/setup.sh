@@ -38,7 +38,7 @@ pinned=(
   'libspdlog-dev=1:1.10.0*' 'python3=3.11.2*' 'python3-venv=3.11.2*'
 )
 pinned_for_tests=(
-  'libgtest-dev=1.12.1*' 'libgmock-dev=1.12.1*' 'libbenchmark-dev=1.7.1*'
+  'libgtest-dev=1.12.1*' 'libgmock-dev=1.12.1*' 'libbenchmark-dev=1.7.1*' 'libboost-context1.74-dev=1.74.0*'
   'clang-format-14=1:14.0.6*' 'shellcheck=0.9.0*' 'strace=6.1*'
 )
 

@@ -17,18 +17,16 @@ struct TrainArguments {
 };
 
 int run_train(const TrainArguments& arguments, Runtime& runtime) {
-  Communicator& world = runtime.world();
-  log::start(world.rank(), world.size());
+  log::start(runtime.world().rank(), runtime.world().size());
   RunConfig run;
-  run_agreed(world, [&] { run = read_run_config(arguments.file, arguments.overrides); });
-  if (run.device == "cuda")
-    fail(ExitCode::kDevice,
-         "device: cuda was asked for, but this program was built without CUDA; use device: cpu or auto");
+  run_agreed(runtime.world(), [&] { run = read_run_config(arguments.file, arguments.overrides); });
+  const Device device = runtime.choose_device(run.device);
+  Communicator& world = runtime.world();
   install_signal_handlers();
   if (arguments.deadline_s > 0)
     watchdog::start(std::chrono::milliseconds(static_cast<std::int64_t>(arguments.deadline_s * 1000)),
                     world.rank());
-  const int status = train(run, world, {arguments.fresh});
+  const int status = train(run, world, {device, arguments.fresh});
   watchdog::stop();
   return status;
 }

@@ -2,14 +2,20 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <fstream>
 #include <optional>
 #include <thread>
+#include <vector>
 
+#include "kernels/core/gpu.h"
+#include "kernels/core/philox.h"
 #include "parallel/mpi_comm.h"
+#include "parallel/nccl_comm.h"
 
 namespace upmoe {
 
@@ -59,6 +65,72 @@ Runtime::Runtime(int* argc, char*** argv) {
          "it is alone; start it with the mpirun of the MPI it was built with",
          announced.variable, announced.ranks, mpi.size);
   world_ = make_mpi_communicator();
+}
+
+namespace {
+
+// A number that the processes of one host share, and no others.
+std::int64_t host_number() {
+  char name[256] = "host";
+  gethostname(name, sizeof name - 1);
+  std::string words = name;
+  std::ifstream boot("/proc/sys/kernel/random/boot_id");  // two hosts may have one name
+  std::string id;
+  if (boot >> id) words += id;
+  return static_cast<std::int64_t>(philox_key(1, words));
+}
+
+std::vector<std::int64_t> gather(Communicator& world, std::int64_t mine) {
+  std::vector<std::int64_t> all(static_cast<std::size_t>(world.size()));
+  world.all_gather(host_view(all.data(), {world.size()}), host_view(&mine, {1})).wait();
+  return all;
+}
+
+// Takes the GPU that has this rank's number among the ranks of its host; a launcher that shows each process
+// its own GPU alone has chosen already.
+int take_gpu(Communicator& world) {
+  const std::vector<std::int64_t> hosts = gather(world, host_number());
+  const auto me = hosts.begin() + world.rank();
+  const auto local = static_cast<int>(std::count(hosts.begin(), me, *me));
+  const int index = gpu::count() == 1 ? 0 : local;
+  std::int64_t hardware = 0;
+  run_agreed(world, [&] {
+    gpu::use(index);
+    hardware = static_cast<std::int64_t>(philox_key(static_cast<std::uint64_t>(*me), gpu::pci_id(index)));
+  });
+  const std::vector<std::int64_t> all = gather(world, hardware);
+  const auto other = std::find(all.begin(), all.end(), hardware);
+  const bool shared = other - all.begin() != world.rank();
+  agree(world, ExitCode::kDevice,
+        shared
+            ? fmt::format(
+                  "ranks {} and {} have the same GPU (PCI {}): start at most as many ranks on a host as it "
+                  "has GPUs",
+                  other - all.begin(), world.rank(), gpu::pci_id(index))
+            : "");
+  return index;
+}
+
+}  // namespace
+
+Device Runtime::choose_device(const std::string& wish) {
+  if (wish == "cpu") return {};
+  const bool have = gpu::count() > 0;
+  const std::vector<std::int64_t> all = gather(*world_, have ? 1 : 0);
+  const auto without = std::find(all.begin(), all.end(), 0);
+  if (without != all.end()) {
+    if (wish == "auto" && std::find(all.begin(), all.end(), 1) == all.end()) return {};
+    const bool speaks = without - all.begin() == world_->rank();
+    const char* advice = wish == "auto"
+                             ? "other ranks have GPUs, and all compute on one kind of device: set device: "
+                               "cpu, or leave this host out"
+                             : "set device: cpu or auto";
+    agree(*world_, ExitCode::kDevice,
+          speaks ? fmt::format("device: {} was asked for, but {}; {}", wish, gpu::why_none(), advice) : "");
+  }
+  const Device device{DeviceType::kCuda, take_gpu(*world_)};
+  if (world_->size() > 1) world_ = make_nccl_communicator(std::move(world_));
+  return device;
 }
 
 Runtime::~Runtime() {

@@ -17,6 +17,11 @@ class Runtime {
   Runtime(int* argc, char*** argv);
   ~Runtime();  // finalises MPI, unless an error is under way
   Communicator& world() { return *world_; }
+  // The device of this rank for `wish`: cpu, cuda, or auto (GPUs where every rank has one, else the CPU).
+  // Each rank of a host gets a GPU of its own; from then on world() also moves tensors on GPUs, over NCCL.
+  // Collective. Throws Error(kDevice) on all ranks when a rank cannot have what was asked for, or when two
+  // would share a GPU.
+  Device choose_device(const std::string& wish);
   // Prints `message` from this rank once and ends the job with `code` on every rank (a signal-safe path on
   // the peers).
   [[noreturn]] void abort(int code, const std::string& message) noexcept;

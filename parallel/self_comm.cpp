@@ -2,15 +2,21 @@
 
 #include <cstring>
 
+#include "kernels/core/gpu.h"
 #include "parallel/reduce.h"
 
 namespace upmoe {
 
 namespace {
 
-void copy_unless_same(const TensorView& out, const ConstTensorView& in) {
-  if (out.data != in.data && in.bytes() > 0 && out.data != nullptr)
+void copy_unless_same(const TensorView& out, const ConstTensorView& in, Stream* stream) {
+  if (out.data == in.data || in.bytes() == 0 || out.data == nullptr) return;
+  if (in.device.type == DeviceType::kCuda) {
+    UPMOE_CHECK(stream != nullptr, "a transfer on a GPU has a stream");
+    gpu::copy(*stream, out.data, in.data, in.bytes());
+  } else {
     std::memmove(out.data, in.data, in.bytes());
+  }
 }
 
 class SelfCommunicator final : public Communicator {
@@ -25,20 +31,20 @@ class SelfCommunicator final : public Communicator {
   void all_reduce(TensorView, ReduceOp, Stream*) override {}
   void broadcast(TensorView, int root, Stream*) override { UPMOE_CHECK(root == 0, "root {} of 1", root); }
   void barrier() override {}
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
+  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
     check_reduce_scatter(*this, out, in);
-    copy_unless_same(out, in);
+    copy_unless_same(out, in, stream);
     return {};
   }
-  Pending all_gather(TensorView out, ConstTensorView in, Stream*) override {
+  Pending all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
     check_all_gather(*this, out, in);
-    copy_unless_same(out, in);
+    copy_unless_same(out, in, stream);
     return {};
   }
   Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream*) override {
+                          std::span<const std::int64_t> send_rows, Stream* stream) override {
     check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
-    copy_unless_same(out, in);
+    copy_unless_same(out, in, stream);
     return {};
   }
   Pending send(ConstTensorView, int to, Stream*) override {

@@ -4,7 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/core/log.h"
-#include "kernels/ops/pointwise.h"
+#include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
@@ -65,7 +65,7 @@ CheckpointWriter::~CheckpointWriter() {
   if (thread_.joinable()) thread_.join();
 }
 
-void CheckpointWriter::begin(const Session& session, const TrainState& state, Communicator& world,
+void CheckpointWriter::begin(Session& session, const TrainState& state, Communicator& world,
                              bool in_background) {
   UPMOE_CHECK(!busy(), "one checkpoint at a time");
   const std::vector<Piece> pieces = owned_pieces(session);
@@ -80,8 +80,7 @@ void CheckpointWriter::begin(const Session& session, const TrainState& state, Co
     out.global = p.param->spec.shape;
     out.boxes = flat_range_to_boxes(p.param->shard, p.param->owned);
     TensorView copy{staged->memory.data() + at, p.values.shape, p.values.dtype, {}};
-    Exec host;
-    ops::cast(host, copy, p.values);
+    ops::download(session.memory.exec, copy, p.values);
     out.values = copy;
     at += aligned(p.values.bytes());
     staged->pieces.push_back(std::move(out));
@@ -153,12 +152,15 @@ void require_same_model(const ShardStore& store, const Session& session) {
          differences);
 }
 
-void read_flat(const ShardStore& store, const OwnedSlice& slice, const char* kind, TensorView out) {
-  std::int64_t at = 0;
-  for (const Box& box : flat_range_to_boxes(slice.param->shard, slice.param->owned)) {
-    store.read(slice.param->spec.name, kind, box, out.rows(at, at + box.elements()));
-    at += box.elements();
-  }
+void read_flat(Exec& ex, const ShardStore& store, const OwnedSlice& slice, const char* kind,
+               TensorView values) {
+  ops::write_through_host(ex, values, [&](TensorView out) {
+    std::int64_t at = 0;
+    for (const Box& box : flat_range_to_boxes(slice.param->shard, slice.param->owned)) {
+      store.read(slice.param->spec.name, kind, box, out.rows(at, at + box.elements()));
+      at += box.elements();
+    }
+  });
 }
 
 }  // namespace
@@ -166,19 +168,19 @@ void read_flat(const ShardStore& store, const OwnedSlice& slice, const char* kin
 TrainState load_checkpoint(const ShardStore& store, Session& session) {
   require_same_model(store, session);
   const auto meta = nlohmann::json::parse(store.metadata_json());
-  session.params.load([&](const ParamSpec& spec, const Box& box, TensorView out) {
+  Exec& ex = session.memory.exec;
+  session.params.load(ex, [&](const ParamSpec& spec, const Box& box, TensorView out) {
     store.read(spec.name, "weight", box, out);
   });
-  Exec& ex = session.memory.exec;
   session.optimizer.reset(ex);  // masters from weights; the stored ones replace them where they exist
   for (const OwnedSlice& slice : session.optimizer.slices()) {
     const std::string& name = slice.param->spec.name;
     if (!store.tensors().contains({name, "m"}))
       continue;  // frozen when it was saved: its moments start at zero
-    read_flat(store, slice, "m", slice.m);
-    read_flat(store, slice, "v", slice.v);
+    read_flat(ex, store, slice, "m", slice.m);
+    read_flat(ex, store, slice, "v", slice.v);
     if (session.optimizer.has_masters() && store.tensors().contains({name, "master"}))
-      read_flat(store, slice, "master", slice.master);
+      read_flat(ex, store, slice, "master", slice.master);
   }
   TrainState state;
   state.step = meta.at("step").get<std::int64_t>();

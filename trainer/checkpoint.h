@@ -31,7 +31,7 @@ class CheckpointWriter {
 
   // Collective. Throws (on all ranks) when the folder cannot be made or lacks space; then nothing is under
   // way.
-  void begin(const Session& session, const TrainState& state, Communicator& world, bool in_background);
+  void begin(Session& session, const TrainState& state, Communicator& world, bool in_background);
   bool busy() const { return writer_ != nullptr; }
   bool written() const;  // this rank's part lies on the disk; local
   // Collective: waits for the writing, commits, removes checkpoints beyond `keep`. Returns the folder.

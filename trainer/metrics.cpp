@@ -170,18 +170,23 @@ void Metrics::evaluation(std::int64_t step, const EvalResult& result) {
 }
 
 double measure_peak_flops(Exec& ex, DType dtype) {
-  constexpr std::int64_t kSide = 1024;
+  const std::int64_t side = ex.device.type == DeviceType::kCuda ? 8192 : 1024;
   ScratchScope scope(*ex.scratch);
-  TensorView a = ex.scratch->take({kSide, kSide}, dtype, "peak a"),
-             b = ex.scratch->take({kSide, kSide}, dtype, "peak b");
-  TensorView c = ex.scratch->take({kSide, kSide}, dtype, "peak c");
+  TensorView a = ex.scratch->take({side, side}, dtype, "peak a"),
+             b = ex.scratch->take({side, side}, dtype, "peak b");
+  TensorView c = ex.scratch->take({side, side}, dtype, "peak c");
   Exec quiet = ex;
   quiet.ledger = nullptr;
   ops::fill(quiet, a, 0.5f);
   ops::fill(quiet, b, 0.25f);
+  const auto wait = [&] {
+    if (quiet.stream != nullptr) quiet.stream->synchronize();
+  };
+  wait();
   const auto once = [&] {
     const auto start = std::chrono::steady_clock::now();
     ops::gemm(quiet, c, a, Transpose::kNo, b, Transpose::kYes, Accumulate::kOverwrite);
+    wait();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };
   once();
@@ -191,7 +196,7 @@ double measure_peak_flops(Exec& ex, DType dtype) {
     best = std::min(best, t);
     spent += t;
   }
-  return 2.0 * kSide * kSide * kSide / best;
+  return 2.0 * static_cast<double>(side * side * side) / best;
 }
 
 }  // namespace upmoe

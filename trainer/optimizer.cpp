@@ -1,8 +1,10 @@
 #include "trainer/optimizer.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
@@ -12,7 +14,8 @@ Optimizer::Optimizer(const ParamStore& params, Config config, Device device)
   for (const StoredParam& p : params.all())
     if (!p.frozen) elements = checked_add(elements, p.owned.size());
   const std::int64_t kinds = masters_ ? 3 : 2;
-  state_ = Buffer::allocate(device, static_cast<std::size_t>(checked_mul(elements, kinds)) * sizeof(float));
+  state_ = Buffer::allocate(device, static_cast<std::size_t>(checked_mul(elements, kinds)) * sizeof(float),
+                            "optimizer state");
   const TensorView all = state_.view({elements * kinds}, DType::kF32);
   std::int64_t at = 0;
   for (const StoredParam& p : params.all()) {
@@ -41,10 +44,12 @@ void Optimizer::reset(Exec& ex) {
 double Optimizer::gradient_norm(Exec& ex, Communicator& world) const {
   ScratchScope scope(*ex.scratch);
   TensorView sum_1 = ex.scratch->take({1}, DType::kF64, "sum of squared gradients");
-  if (sum_1.data != nullptr) *sum_1.as<double>() = 0.0;
+  double sum = 0;
+  ops::upload(ex, sum_1, host_view(&sum, {1}));
   for (const OwnedSlice& s : slices_) ops::sum_of_squares(ex, sum_1, s.grad);
-  world.all_reduce(sum_1, ReduceOp::kSum, ex.comm);
-  return sum_1.data != nullptr ? std::sqrt(*sum_1.as<double>()) : 0.0;
+  world.all_reduce(sum_1, ReduceOp::kSum, ex.stream);
+  ops::download(ex, host_view(&sum, {1}), sum_1);
+  return std::sqrt(sum);
 }
 
 void Optimizer::update(Exec& ex, double lr, double norm, std::int64_t step) {
@@ -61,13 +66,19 @@ void Optimizer::update(Exec& ex, double lr, double norm, std::int64_t step) {
   }
 }
 
-std::string Optimizer::first_nonfinite() const {
-  for (const OwnedSlice& s : slices_) {
-    for (std::int64_t i = 0; i < s.grad.elements(); ++i) {
-      const float g = s.grad.dtype == DType::kF32 ? s.grad.as<float>()[i] : to_float(s.grad.as<bf16>()[i]);
-      if (!std::isfinite(g)) return s.param->spec.name;
+std::string Optimizer::first_nonfinite(Exec& ex) const {
+  constexpr std::int64_t kAtOnce = 1 << 20;
+  const Buffer memory = Buffer::allocate({}, kAtOnce * sizeof(float));
+  for (const OwnedSlice& s : slices_)
+    for (std::int64_t begin = 0; begin < s.grad.elements(); begin += kAtOnce) {
+      const TensorView part = s.grad.rows(begin, std::min(s.grad.elements(), begin + kAtOnce));
+      const TensorView host = memory.view(part.shape, part.dtype);
+      ops::download(ex, host, part);
+      for (std::int64_t i = 0; i < host.elements(); ++i) {
+        const float g = host.dtype == DType::kF32 ? host.as<float>()[i] : to_float(host.as<bf16>()[i]);
+        if (!std::isfinite(g)) return s.param->spec.name;
+      }
     }
-  }
   return {};
 }
 

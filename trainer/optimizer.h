@@ -32,7 +32,7 @@ class Optimizer {
   // Clips by `norm` and updates the owned slices; `step` counts from 1.
   void update(Exec& ex, double lr, double norm, std::int64_t step);
   // Name of the first parameter of which this rank's owned gradient is not finite; empty when all are.
-  std::string first_nonfinite() const;
+  std::string first_nonfinite(Exec& ex) const;
   const std::vector<OwnedSlice>& slices() const { return slices_; }
   bool has_masters() const { return masters_; }
   std::size_t bytes() const { return state_.bytes(); }

@@ -3,15 +3,38 @@
 #include <algorithm>
 #include <numeric>
 
+#include "kernels/ops/transfer.h"
+
 namespace upmoe {
 
 struct Pipeline::Shard {
   std::vector<std::int32_t> tokens, targets, positions, documents;
+  Buffer on_device;  // the same, where the device is not the host
   MicroBatch batch;
+
+  // Makes `batch` of the vectors.
+  void place(Exec& ex, std::int64_t seq_len, bool masked) {
+    const auto T = static_cast<std::int64_t>(tokens.size());
+    const std::vector<std::int32_t>* all[] = {&tokens, &targets, &positions, &documents};
+    ConstTensorView views[4];
+    if (ex.device.type == DeviceType::kCpu) {
+      for (int i = 0; i < 4; ++i) views[i] = host_view(all[i]->data(), {T});
+    } else {
+      const std::size_t bytes = 4 * tokens.size() * sizeof(std::int32_t);
+      if (on_device.bytes() < bytes) on_device = Buffer::allocate(ex.device, bytes, "tokens");
+      for (int i = 0; i < 4; ++i) {
+        const TensorView view = on_device.view({4, T}, DType::kI32).rows(i, i + 1).reshape({T});
+        if (i < 3 || masked) ops::upload(ex, view, host_view(all[i]->data(), {T}));
+        views[i] = view;
+      }
+    }
+    batch = {views[0], views[1], {views[2], {}, seq_len}};
+    if (masked) batch.places.document_T = views[3];
+  }
 };
 
 struct Pipeline::Flight {
-  explicit Flight(Device device) : keep(device, kArenaAddressSpace, "activations") {}
+  explicit Flight(Device device) : keep(device, arena_address_space(device), "activations") {}
   Arena keep;
   Transformer::Saved saved;
   LoadPool pool;  // of the chunks so far, then of all
@@ -45,7 +68,7 @@ struct Pipeline::Link {
 
   void send(Exec& ex, Communicator& to, int rank, ConstTensorView x_tD, const LoadPool& all,
             std::vector<double>& packed, std::vector<Pending>& sends) const {
-    sends.push_back(to.send(x_tD, rank, ex.comm));
+    sends.push_back(to.send(x_tD, rank, ex.stream));
     if (pool == 0) return;
     packed.assign(static_cast<std::size_t>(pool), 0.0);
     packed[0] = all.tokens;
@@ -54,7 +77,7 @@ struct Pipeline::Link {
     sends.push_back(to.send(host_view(static_cast<const double*>(packed.data()), {pool}), rank));
   }
   LoadPool receive(Exec& ex, Communicator& from, int rank, TensorView x_tD) const {
-    from.recv(x_tD, rank, ex.comm);
+    from.recv(x_tD, rank, ex.stream);
     LoadPool all;
     if (pool == 0) return all;
     std::vector<double> packed(static_cast<std::size_t>(pool));
@@ -84,22 +107,22 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
 
 Pipeline::~Pipeline() = default;
 
-std::unique_ptr<Pipeline::Shard> Pipeline::cut(const HostTokens& whole, std::int64_t seq_len) const {
+std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const HostTokens& whole, std::int64_t seq_len) {
   ContextShards context = context_;
   context.seq_len = seq_len;
-  auto shard = std::make_unique<Shard>();
+  std::unique_ptr<Shard> shard;
+  if (idle_shards_.empty()) {
+    shard = std::make_unique<Shard>();
+  } else {
+    shard = std::move(idle_shards_.back());
+    idle_shards_.pop_back();
+  }
   shard->tokens = context.take(whole.tokens, whole.sequences);
   shard->targets = context.take(whole.targets, whole.sequences);
   shard->positions = context.take(whole.positions, whole.sequences);
-  if (whole.documents != nullptr) shard->documents = context.take(whole.documents, whole.sequences);
-  const auto view = [](const std::vector<std::int32_t>& v) {
-    return host_view(v.data(), {static_cast<std::int64_t>(v.size())});
-  };
-  shard->batch = {view(shard->tokens), view(shard->targets), {view(shard->positions), {}, seq_len}};
-  if (whole.documents != nullptr) shard->batch.places.document_T = view(shard->documents);
-  for (ConstTensorView* v :
-       {&shard->batch.tokens_T, &shard->batch.targets_T, &shard->batch.places.positions_T})
-    v->device = device_;
+  const bool masked = whole.documents != nullptr;
+  if (masked) shard->documents = context.take(whole.documents, whole.sequences);
+  shard->place(ex, seq_len, masked);
   return shard;
 }
 
@@ -130,7 +153,7 @@ void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action,
   const std::size_t c = global_chunk(action.chunk);
   const Transformer& chunk = chunks_[static_cast<std::size_t>(action.chunk)];
   std::unique_ptr<Shard>& shard = shards_[action.micro_batch];
-  if (shard == nullptr) shard = cut(step.next(), step.seq_len);
+  if (shard == nullptr) shard = cut(ex, step.next(), step.seq_len);
   std::unique_ptr<Flight> f = take_flight();
   ConstTensorView input_tD;
   if (c > 0) {
@@ -168,7 +191,11 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
   if (c > 0) {
     link_->send(ex, *link_->backward, link_->previous(), g_tD, f->pool, f->pool_backward, f->sends);
   }
-  if (action.chunk == 0) shards_.erase(action.micro_batch);
+  if (action.chunk == 0) {
+    const auto shard = shards_.find(action.micro_batch);
+    idle_shards_.push_back(std::move(shard->second));
+    shards_.erase(shard);
+  }
   idle_.push_back(std::move(f));
 }
 
@@ -186,7 +213,7 @@ StepSums Pipeline::run(Exec& ex, const Step& step) {
 
 double Pipeline::evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_len,
                           const LmHead::Sink& sink) {
-  const std::unique_ptr<Shard> shard = cut(tokens, seq_len);
+  std::unique_ptr<Shard> shard = cut(ex, tokens, seq_len);
   double loss = 0;
   for (std::size_t i = 0; i < chunks_.size(); ++i) {
     const std::size_t c = global_chunk(static_cast<int>(i));
@@ -196,15 +223,16 @@ double Pipeline::evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_l
     if (c > 0) {
       input_tD =
           f->keep.take({chunk.own_tokens(shard->batch), chunk.hidden_size}, chunk.dtype, "chunk input");
-      link_->forward->recv(input_tD, link_->previous(), ex.comm);
+      link_->forward->recv(input_tD, link_->previous(), ex.stream);
     }
     const Transformer::Evaluated result = chunk.evaluate(ex, shard->batch, input_tD, f->keep, sink);
     loss += result.loss;
     if (c + 1 < plan_.chunks.size())
-      f->sends.push_back(link_->forward->send(result.output_tD, link_->next(), ex.comm));
+      f->sends.push_back(link_->forward->send(result.output_tD, link_->next(), ex.stream));
     f->reset();
     idle_.push_back(std::move(f));
   }
+  idle_shards_.push_back(std::move(shard));
   return loss;
 }
 

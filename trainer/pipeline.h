@@ -17,8 +17,10 @@
 
 namespace upmoe {
 
-// Of addresses, for one arena; memory is taken on touch.
-inline constexpr std::size_t kArenaAddressSpace = std::size_t{64} << 30;
+// Of addresses, for one arena; memory is taken as it is used. A GPU has less memory than that.
+constexpr std::size_t arena_address_space(Device device) {
+  return std::size_t{device.type == DeviceType::kCuda ? 256u : 64u} << 30;
+}
 
 // What this rank adds up over the micro-batches of a step; every value is counted on one rank alone.
 struct StepSums {
@@ -66,7 +68,7 @@ class Pipeline {
   struct Link;                      // to the neighbour stages
   using Key = std::pair<int, int>;  // micro-batch, chunk
 
-  std::unique_ptr<Shard> cut(const HostTokens& tokens, std::int64_t seq_len) const;
+  std::unique_ptr<Shard> cut(Exec& ex, const HostTokens& tokens, std::int64_t seq_len);
   std::unique_ptr<Flight> take_flight();
   void forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
   void backward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
@@ -88,6 +90,7 @@ class Pipeline {
   std::vector<std::unique_ptr<Flight>> idle_;
   std::map<Key, std::unique_ptr<Flight>> under_way_;
   std::map<int, std::unique_ptr<Shard>> shards_;  // by micro-batch
+  std::vector<std::unique_ptr<Shard>> idle_shards_;
 };
 
 }  // namespace upmoe

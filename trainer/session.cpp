@@ -1,5 +1,7 @@
 #include "trainer/session.h"
 
+#include "kernels/core/gpu.h"
+
 namespace upmoe {
 
 MeshSpec mesh_of(const RunConfig& run, int world_size) {
@@ -42,8 +44,15 @@ Optimizer::Config optimizer_of(const RunConfig& run) {
 
 }  // namespace
 
-RankMemory::RankMemory(Device device) : scratch(device, kArenaAddressSpace, "scratch") {
+RankMemory::RankMemory(Device device, Communicator* world)
+    : scratch(device, arena_address_space(device), "scratch") {
+  if (device.type == DeviceType::kCuda) {
+    stream = gpu::make_stream();
+  } else if (world != nullptr) {
+    stream = world->make_stream();
+  }
   exec.device = device;
+  exec.stream = stream.get();
   exec.scratch = &scratch;
   exec.ledger = &ledger;
 }
@@ -52,17 +61,14 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model_config, C
                  Device device)
     : run(run_config),
       config(model_config),
-      memory(device),
-      comm_stream(world.make_stream()),
+      memory(device, &world),
       mesh(mesh_of(run_config, world.size()), world, run_config.parallel.node_ranks),
       plan(stages_of(run_config, model_config)),
       params(model_config, mesh.spec(), plan, world.rank(), storage_of(run_config, device)),
       chunks(make_chunks(model_config, params, mesh, plan, recompute_from(run_config.train.recompute))),
       pipeline(model_config, mesh, plan, chunks, device),
       reducer(params, mesh, device),
-      optimizer(params, optimizer_of(run_config), device) {
-  memory.exec.comm = comm_stream.get();
-}
+      optimizer(params, optimizer_of(run_config), device) {}
 
 void Session::open_data(std::int64_t first_sample) {
   std::vector<TokenDataset::Source> sources;

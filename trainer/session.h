@@ -20,9 +20,12 @@ StagePlan stages_of(const RunConfig& run, const ModelConfig& model);
 
 // Device, scratch memory and ledger of one rank.
 struct RankMemory {
-  explicit RankMemory(Device device);
+  // On a GPU: the calling thread's. `world`, if given, outlives this; on the CPU its stream moves transfers
+  // on.
+  explicit RankMemory(Device device, Communicator* world = nullptr);
   Ledger ledger;
   Arena scratch;
+  std::unique_ptr<Stream> stream;
   Exec exec;
 };
 
@@ -36,7 +39,6 @@ struct Session {
   RunConfig run;
   ModelConfig config;
   RankMemory memory;
-  std::unique_ptr<Stream> comm_stream;
   ProcessMesh mesh;
   StagePlan plan;
   ParamStore params;

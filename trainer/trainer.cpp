@@ -91,7 +91,7 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
   report.skipped =
       !std::isfinite(report.loss) || !std::isfinite(report.aux_loss) || !std::isfinite(report.grad_norm);
   if (report.skipped) {
-    report.culprit = s_.optimizer.first_nonfinite();
+    report.culprit = s_.optimizer.first_nonfinite(ex);
   } else {
     s_.optimizer.update(ex, report.lr, report.grad_norm, step);
     s_.reducer.gather_values(ex);

@@ -94,7 +94,7 @@ class Run {
       require_possible(config);
       session_config_ = config;
     });
-    session_ = std::make_unique<Session>(run_, session_config_, world_);
+    session_ = std::make_unique<Session>(run_, session_config_, world_, options.device);
     run_agreed(world_, [&] { load(newest); });
     require_equal(world_, "training data", state_.fingerprint);
   }
@@ -159,10 +159,11 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   } else {
     state_.source = fs::absolute(run_.model.path).string();
     if (run_.model.init == "random") {
-      s.params.initialise(run_.run.seed);
+      s.params.initialise(s.memory.exec, run_.run.seed);
     } else {
-      s.params.load(
-          [&](const ParamSpec& spec, const Box& box, TensorView out) { source_->read(spec, box, out); });
+      s.params.load(s.memory.exec, [&](const ParamSpec& spec, const Box& box, TensorView out) {
+        source_->read(spec, box, out);
+      });
     }
     s.optimizer.reset(s.memory.exec);
   }

@@ -10,6 +10,7 @@
 namespace upmoe {
 
 struct RunOptions {
+  Device device;
   bool fresh = false;  // refuse to start when the run directory holds a checkpoint
 };
 

@@ -11,14 +11,14 @@ struct bf16 {
   friend bool operator==(bf16 a, bf16 b) = default;  // bitwise, so NaN == NaN
 };
 
-inline float to_float(float x) {
+constexpr float to_float(float x) {
   return x;
 }
-inline float to_float(bf16 x) {
+constexpr float to_float(bf16 x) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
 
-inline bf16 to_bf16(float x) {
+constexpr bf16 to_bf16(float x) {
   const auto u = std::bit_cast<std::uint32_t>(x);
   const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const std::uint32_t quiet_nan = (u >> 16) | 0x40u;
@@ -27,13 +27,13 @@ inline bf16 to_bf16(float x) {
 
 // Converts an fp32 result to the element type T (float or bf16), rounding once.
 template <class T>
-inline T from_float(float x);
+constexpr T from_float(float x);
 template <>
-inline float from_float<float>(float x) {
+constexpr float from_float<float>(float x) {
   return x;
 }
 template <>
-inline bf16 from_float<bf16>(float x) {
+constexpr bf16 from_float<bf16>(float x) {
   return to_bf16(x);
 }
 

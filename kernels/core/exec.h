@@ -6,21 +6,32 @@
 
 namespace upmoe {
 
-// An ordered queue of device work. On the CPU a call has finished when it returns, so the queue is empty.
+// An ordered queue of work. On the CPU a call has finished when it returns, so the queue is empty; on a GPU
+// ops return at once, and what the host wants to read it waits for.
 class Stream {
  public:
   virtual ~Stream() = default;
+  // Holds the host until everything given to the stream is done.
   virtual void synchronize() {}
-  // Moves on what is under way where that takes the host's help. Cheap: called before every op on the CPU.
+  // Moves on transfers that take the host's help (MPI's progress happens inside its calls alone). Cheap:
+  // called before every op on the CPU.
   virtual void poll() {}
+};
+
+// Sees what every op is about to touch: for tests of the order of ops and transfers.
+class OpWatcher {
+ public:
+  virtual ~OpWatcher() = default;
+  virtual void reads(const ConstTensorView& t) = 0;
+  virtual void writes(const TensorView& t) = 0;  // and may read
 };
 
 struct Exec {
   Device device;
-  Stream* compute = nullptr;  // may be null on the CPU
-  Stream* comm = nullptr;     // likewise
-  Arena* scratch = nullptr;   // temporary memory of ops and layers, through ScratchScope
-  Ledger* ledger = nullptr;   // may be null: nothing is booked
+  Stream* stream = nullptr;      // may be null on the CPU
+  Arena* scratch = nullptr;      // temporary memory of ops and layers, through ScratchScope
+  Ledger* ledger = nullptr;      // may be null: nothing is booked
+  OpWatcher* watcher = nullptr;  // null outside tests
 
   void book(std::string_view op, double flops, double bytes_read, double bytes_written) const {
     if (ledger != nullptr) ledger->book(op, flops, bytes_read, bytes_written);

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "kernels/core/gpu.h"
+
 namespace upmoe {
 
 namespace {
@@ -15,12 +17,6 @@ constexpr std::size_t kAlign = 256;
 
 std::size_t round_up(std::size_t n) {
   return (n + kAlign - 1) / kAlign * kAlign;
-}
-
-void require_host(Device device) {
-  if (device.type == DeviceType::kCuda)
-    fail(ExitCode::kDevice,
-         "device: cuda was asked for, but this program was built without CUDA; use device: cpu");
 }
 
 // Anonymous pages are zero and are committed by the kernel on first touch.
@@ -36,13 +32,16 @@ std::byte* map_pages(std::size_t bytes, std::string_view what) {
 
 }  // namespace
 
-Buffer Buffer::allocate(Device device, std::size_t bytes) {
-  require_host(device);
+Buffer Buffer::allocate(Device device, std::size_t bytes, std::string_view what) {
   Buffer b;
   b.bytes_ = bytes;
   b.device_ = device;
   if (device.type == DeviceType::kDry || bytes == 0) return b;
-  b.mem_ = {map_pages(bytes, "buffer"), [bytes](std::byte* p) { munmap(p, bytes); }};
+  if (device.type == DeviceType::kCuda) {
+    b.mem_ = {gpu::allocate(bytes, what), gpu::release};
+  } else {
+    b.mem_ = {map_pages(bytes, what), [bytes](std::byte* p) { munmap(p, bytes); }};
+  }
   return b;
 }
 
@@ -54,32 +53,49 @@ TensorView Buffer::view(Shape shape, DType dtype) const {
 
 Arena::Arena(Device device, std::size_t reserve_bytes, std::string name)
     : device_(device), name_(std::move(name)), reserved_(round_up(std::max<std::size_t>(reserve_bytes, 1))) {
-  require_host(device);
-  if (device.type != DeviceType::kDry) base_ = map_pages(reserved_, name_);
+  if (device.type == DeviceType::kCpu) base_ = map_pages(reserved_, name_);
+  if (device.type == DeviceType::kCuda) {
+    on_gpu_ = std::make_unique<gpu::Reservation>(reserved_, name_);
+    base_ = on_gpu_->base();
+  }
 }
 
 Arena::~Arena() {
-  if (base_ != nullptr) munmap(base_, reserved_);
+  if (base_ != nullptr && on_gpu_ == nullptr) munmap(base_, reserved_);
+}
+
+std::string Arena::largest_users() const {
+  std::vector<Use> largest = uses_;
+  std::sort(largest.begin(), largest.end(), [](const Use& a, const Use& b) { return a.bytes > b.bytes; });
+  std::string table;
+  for (std::size_t i = 0; i < std::min<std::size_t>(5, largest.size()); ++i)
+    table += fmt::format("\n  {:>14} bytes  {}", largest[i].bytes, largest[i].what);
+  return table;
 }
 
 TensorView Arena::take(Shape shape, DType dtype, std::string_view what) {
   TensorView v{nullptr, shape, dtype, device_};
   const std::size_t bytes = round_up(v.bytes());
   if (device_.type != DeviceType::kDry && bytes > reserved_ - used_) {
-    std::vector<Use> largest = uses_;
-    std::sort(largest.begin(), largest.end(), [](const Use& a, const Use& b) { return a.bytes > b.bytes; });
-    std::string table;
-    for (std::size_t i = 0; i < std::min<std::size_t>(3, largest.size()); ++i)
-      table += fmt::format("\n  {:>14} bytes  {}", largest[i].bytes, largest[i].what);
     fail(ExitCode::kFailure,
          "arena '{}' is full: {} {} for '{}' needs {} bytes, {} of {} are free; largest users:{}", name_,
-         name_of(dtype), shape.str(), what, bytes, reserved_ - used_, reserved_, table);
+         name_of(dtype), shape.str(), what, bytes, reserved_ - used_, reserved_, largest_users());
   }
+  if (on_gpu_ != nullptr && used_ + bytes > on_gpu_->committed()) commit(used_ + bytes, what);
   if (base_ != nullptr) v.data = base_ + used_;
   uses_.push_back({used_, bytes, std::string(what)});
   used_ += bytes;
   peak_ = std::max(peak_, used_);
   return v;
+}
+
+void Arena::commit(std::size_t bytes, std::string_view what) {
+  try {
+    on_gpu_->commit(bytes);
+  } catch (const Error& e) {
+    fail(e.code(), "{}\nit was for '{}' in arena '{}', whose largest users are:{}", e.what(), what, name_,
+         largest_users());
+  }
 }
 
 void Arena::rewind(std::size_t mark) {

@@ -15,10 +15,16 @@
 
 namespace upmoe {
 
+namespace gpu {
+class Reservation;
+}
+
 class Buffer {  // move-only owner of device or host memory, 64-byte aligned, zero-filled
  public:
   Buffer() = default;
-  static Buffer allocate(Device device, std::size_t bytes);  // dry device: null data, size remembered
+  // `what` names it in a message about memory. Dry device: null data, size remembered. On a GPU: the calling
+  // thread's.
+  static Buffer allocate(Device device, std::size_t bytes, std::string_view what = "buffer");
   std::byte* data() const { return mem_.get(); }
   std::size_t bytes() const { return bytes_; }
   // The buffer's first elements as a tensor; throws when it does not fit.
@@ -52,8 +58,12 @@ class Arena {
     std::size_t begin, bytes;
     std::string what;
   };
+  void commit(std::size_t bytes, std::string_view what);
+  std::string largest_users() const;
+
   Device device_;
   std::string name_;
+  std::unique_ptr<gpu::Reservation> on_gpu_;  // null elsewhere
   std::byte* base_ = nullptr;
   std::size_t reserved_ = 0, used_ = 0, peak_ = 0;
   std::vector<Use> uses_;

@@ -11,7 +11,7 @@ namespace upmoe {
 
 using Philox4 = std::array<std::uint32_t, 4>;
 
-inline Philox4 philox(std::uint64_t key, std::uint64_t counter_lo, std::uint64_t counter_hi = 0) {
+constexpr Philox4 philox(std::uint64_t key, std::uint64_t counter_lo, std::uint64_t counter_hi = 0) {
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   Philox4 c{static_cast<std::uint32_t>(counter_lo), static_cast<std::uint32_t>(counter_lo >> 32),
             static_cast<std::uint32_t>(counter_hi), static_cast<std::uint32_t>(counter_hi >> 32)};
@@ -34,7 +34,7 @@ inline std::uint64_t philox_key(std::uint64_t seed, std::string_view name) {
 }
 
 // Uniform in (0, 1): 23 bits and a half, so that neither 0 nor 1 comes out of the rounding.
-inline float uniform_from_bits(std::uint32_t bits) {
+constexpr float uniform_from_bits(std::uint32_t bits) {
   return (static_cast<float>(bits >> 9) + 0.5f) * (1.0f / 8388608.0f);
 }
 

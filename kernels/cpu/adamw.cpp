@@ -10,29 +10,12 @@
 #include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/ops/adamw_factors.h"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cpu {
 
 namespace {
-
-// The constants of a step, taken in fp64 and rounded once, as PyTorch does.
-struct Factors {
-  float keep, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_sqrt_bias2, eps, grad_scale;
-
-  explicit Factors(const AdamWStep& s) {
-    const double b1 = s.beta1, b2 = s.beta2, count = static_cast<double>(s.step);
-    keep = static_cast<float>(1.0 - static_cast<double>(s.lr) * s.weight_decay);
-    beta1 = s.beta1;
-    one_minus_beta1 = static_cast<float>(1.0 - b1);
-    beta2 = s.beta2;
-    one_minus_beta2 = static_cast<float>(1.0 - b2);
-    step_size = static_cast<float>(s.lr / (1.0 - std::pow(b1, count)));
-    inverse_sqrt_bias2 = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(b2, count)));
-    eps = s.eps;
-    grad_scale = s.grad_scale;
-  }
-};
 
 f32x16 sqrt_lanes(f32x16 x) {
 #ifdef __AVX512F__  // the loop below stays scalar, because std::sqrt may set errno; maskz: gcc 12 warns in
@@ -46,7 +29,7 @@ f32x16 sqrt_lanes(f32x16 x) {
 
 template <class Weight, class Grad>
 void adamw_block(Weight* weight, float* master, float* m, float* v, const Grad* grad, std::int64_t count,
-                 const Factors& f) {
+                 const AdamWFactors& f) {
   for_lanes(count, [&](std::int64_t i, auto lanes) {
     const f32x16 g = load(grad + i, lanes) * f.grad_scale;
     const f32x16 m_i = f.beta1 * load(m + i, lanes) + f.one_minus_beta1 * g;
@@ -66,7 +49,7 @@ void adamw(Exec&, TensorView weight, TensorView master, TensorView m, TensorView
            const AdamWStep& step) {
   constexpr std::int64_t kBlock = 4096;
   const std::int64_t n = grad.elements();
-  const Factors factors(step);
+  const AdamWFactors factors(step);
   auto *master_of = master.as<float>(), *m_of = m.as<float>(), *v_of = v.as<float>();
   with_float_type(weight.dtype, [&](auto weight_type) {
     with_float_type(grad.dtype, [&](auto grad_type) {

@@ -265,6 +265,17 @@ void node_choices(Exec&, TensorView index_XK, TensorView weight_XK, ConstTensorV
     }
 }
 
+void regroup_runs(Exec&, TensorView regroup_R, TensorView ungroup_R,
+                  std::span<const std::int64_t> arrival_begin, std::span<const std::int64_t> grouped_begin) {
+  auto *regroup = regroup_R.as<std::int32_t>(), *ungroup = ungroup_R.as<std::int32_t>();
+  for (std::size_t run = 0; run < grouped_begin.size(); ++run)
+    for (std::int64_t arrival = arrival_begin[run]; arrival < arrival_begin[run + 1]; ++arrival) {
+      const std::int64_t grouped = grouped_begin[run] + arrival - arrival_begin[run];
+      regroup[grouped] = static_cast<std::int32_t>(arrival);
+      ungroup[arrival] = static_cast<std::int32_t>(grouped);
+    }
+}
+
 void gather_rows(Exec&, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
                  std::int64_t divisor) {
   const std::int64_t rows = out_ND.rows();

@@ -1,5 +1,6 @@
 // The CUDA backend of a build without CUDA: every function fails and says so.
 
+#include "kernels/core/gpu.h"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {
@@ -114,6 +115,10 @@ void expand_choices(Exec&, TensorView, ConstTensorView, ConstTensorView) {
 void sort_by_expert(Exec&, TensorView, TensorView, TensorView, ConstTensorView) {
   refuse("sort_by_expert");
 }
+void regroup_runs(Exec&, TensorView, TensorView, std::span<const std::int64_t>,
+                  std::span<const std::int64_t>) {
+  refuse("regroup_runs");
+}
 void group_by_node(Exec&, TensorView, TensorView, TensorView, ConstTensorView,
                    std::span<const std::int64_t>) {
   refuse("group_by_node");
@@ -150,4 +155,59 @@ void adamw(Exec&, TensorView, TensorView, TensorView, TensorView, ConstTensorVie
   refuse("adamw");
 }
 
+void download(Exec&, TensorView, ConstTensorView) {
+  refuse("download");
+}
+void upload(Exec&, TensorView, ConstTensorView) {
+  refuse("upload");
+}
+
 }  // namespace upmoe::cuda
+
+namespace upmoe::gpu {
+
+namespace {
+
+[[noreturn]] void refuse() {
+  fail(ExitCode::kDevice, "device: cuda was asked for, but {}; use device: cpu", why_none());
+}
+
+}  // namespace
+
+bool is_built() {
+  return false;
+}
+int count() {
+  return 0;
+}
+std::string why_none() {
+  return "this program was built without CUDA";
+}
+std::string name_of(int) {
+  refuse();
+}
+std::string pci_id(int) {
+  refuse();
+}
+void use(int) {
+  refuse();
+}
+void copy(Stream&, std::byte*, const std::byte*, std::size_t) {
+  refuse();
+}
+std::unique_ptr<Stream> make_stream() {
+  refuse();
+}
+std::byte* allocate(std::size_t, std::string_view) {
+  refuse();
+}
+void release(std::byte*) noexcept {}
+Reservation::Reservation(std::size_t, std::string_view) {
+  refuse();
+}
+Reservation::~Reservation() = default;
+void Reservation::commit(std::size_t) {
+  refuse();
+}
+
+}  // namespace upmoe::gpu

@@ -130,6 +130,19 @@ void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, ConstTens
            weight_TK, node_begin);
 }
 
+void regroup_runs(Exec& ex, TensorView regroup_R, TensorView ungroup_R,
+                  std::span<const std::int64_t> arrival_begin, std::span<const std::int64_t> grouped_begin) {
+  check_scratch(ex);
+  UPMOE_CHECK(arrival_begin.size() == grouped_begin.size() + 1 && arrival_begin.front() == 0 &&
+                  arrival_begin.back() == regroup_R.elements(),
+              "{} runs begin at {} places, {} rows", grouped_begin.size(), arrival_begin.size(),
+              regroup_R.elements());
+  check_tensor(ex, regroup_R, {regroup_R.elements()}, DType::kI32, "regroup_R");
+  check_tensor(ex, ungroup_R, {regroup_R.elements()}, DType::kI32, "ungroup_R");
+  ex.book("regroup_runs", 0, 0, bytes_of(regroup_R) + bytes_of(ungroup_R));
+  dispatch(ex, cpu::regroup_runs, cuda::regroup_runs, regroup_R, ungroup_R, arrival_begin, grouped_begin);
+}
+
 void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
                  std::int64_t divisor) {
   UPMOE_CHECK(out_ND.shape.rank >= 1 && in_XD.shape.rank >= 1 && divisor >= 1,

@@ -35,6 +35,12 @@ void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, Con
 void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
                     ConstTensorView index_TK);
 
+// Rows that arrive from several ranks, in runs, to be regrouped: run i is the arrivals [arrival_begin[i],
+// arrival_begin[i+1]) and belongs at grouped_begin[i] on. regroup_R: grouped row -> arrival; ungroup_R: its
+// inverse. Both spans are on the host; runs may be empty.
+void regroup_runs(Exec& ex, TensorView regroup_R, TensorView ungroup_R,
+                  std::span<const std::int64_t> arrival_begin, std::span<const std::int64_t> grouped_begin);
+
 // out_N*[i] = in_X*[index_N[i] / divisor]: a row gather. Rows of any dtype and width; divisor K turns flat
 // assignments into tokens. An index out of range is a broken contract.
 void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,

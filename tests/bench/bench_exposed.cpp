@@ -124,7 +124,7 @@ int run(int argc, char** argv, Communicator& world) {
   Waits waits;
   TimedCommunicator timed(world, waits);
   Session s(config, read_model_config(config.model.path), timed);
-  s.params.initialise(config.run.seed);
+  s.params.initialise(s.memory.exec, config.run.seed);
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
   Trainer trainer(s);

@@ -62,6 +62,12 @@ HostTensor keys_values(OpExec& ex, const Case& c, const HostTensor& qkv) {
   return kv;
 }
 
+HostTensor ids_of(const Case& c, int chunk) {
+  const std::vector<std::int32_t> all = documents_of(c);
+  if (all.empty()) return {{c.tokens()}, DType::kI32};
+  return tensor_of({c.tokens()}, DType::kI32, chunk_of(c, Values(all.begin(), all.end()), chunk));
+}
+
 struct Chunk {
   HostTensor qkv, dout, kv, ids;
   ConstTensorView document_T;
@@ -71,14 +77,9 @@ struct Chunk {
       : qkv(tensor_of({c.tokens(), c.shape.qkv_width()}, c.dtype, chunk_of(c, whole.values(), chunk))),
         dout(tensor_of({c.tokens(), c.out_width()}, c.dtype, chunk_of(c, dwhole.values(), chunk))),
         kv(keys_values(ex, c, qkv)),
-        ids({c.tokens()}, DType::kI32),
+        ids(ids_of(c, chunk)),
         document_T(ids),
-        documents(c.packing == Packing::kNone ? nullptr : &document_T) {
-    const std::vector<std::int32_t> all = documents_of(c);
-    if (all.empty()) return;
-    const Values mine = chunk_of(c, Values(all.begin(), all.end()), chunk);
-    for (std::size_t t = 0; t < mine.size(); ++t) ids.set(t, mine[t]);
-  }
+        documents(c.packing == Packing::kNone ? nullptr : &document_T) {}
   Chunk(const Chunk&) = delete;
 };
 

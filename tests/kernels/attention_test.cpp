@@ -52,7 +52,9 @@ Attended attend(const Case& c, const Inputs& in) {
   const std::int64_t T = c.sequences * c.shape.seq_len;
   Attended r{HostTensor({T, c.shape.heads * c.shape.head_dim}, c.dtype),
              HostTensor({T, c.shape.heads}, DType::kF32), HostTensor({T, c.shape.qkv_width()}, c.dtype)};
-  const ConstTensorView ids = host_view(in.document.data(), {T});
+  const HostTensor document = tensor_of({static_cast<std::int64_t>(in.document.size())}, DType::kI32,
+                                        Values(in.document.begin(), in.document.end()));
+  const ConstTensorView ids = document;
   const ConstTensorView* document_T = in.document.empty() ? nullptr : &ids;
   ops::attention_forward(ex, r.out, r.lse, in.qkv, c.shape, document_T);
   ops::attention_backward(ex, r.dqkv, in.dout, in.qkv, r.out, r.lse, c.shape, document_T);
@@ -167,7 +169,7 @@ TEST_P(Rope, AgreesWithDouble) {
       for (std::int32_t t = 0; t < 40; ++t) positions.push_back(t % 20 * static_cast<std::int32_t>(stride));
       const HostTensor qkv = random_tensor({40, s.qkv_width()}, GetParam(), 1);
       HostTensor x = qkv;
-      const ConstTensorView positions_T = host_view(positions.data(), {40});
+      const HostTensor positions_T = tensor_of({40}, DType::kI32, Values(positions.begin(), positions.end()));
       ops::rope(ex, x, positions_T, s, 1e4, false);
       // cos and sin are rounded to the dtype as well.
       const Tolerance tolerance =
@@ -191,7 +193,7 @@ TEST(RopeAngles,
   const AttentionShape s{1, 1, 2, 1};
   for (std::int32_t position : {1, 2, 3, 4, 1000, 32767, 131071, 1000003, -5}) {
     HostTensor x = tensor_of({1, 6}, DType::kF32, {1, 0, 0, 1, 5, 6});
-    ops::rope(ex, x, host_view(&position, {1}), s, 1e6, false);
+    ops::rope(ex, x, tensor_of({1}, DType::kI32, {static_cast<double>(position)}), s, 1e6, false);
     EXPECT_NEAR(x.get(0), std::cos(static_cast<double>(position)), 6e-8) << position;
     EXPECT_NEAR(x.get(1), std::sin(static_cast<double>(position)), 6e-8) << position;
     EXPECT_NEAR(x.get(2), -std::sin(static_cast<double>(position)), 6e-8) << position;

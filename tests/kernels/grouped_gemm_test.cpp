@@ -45,8 +45,8 @@ struct Problem {
     const auto e = static_cast<std::size_t>(i);
     Problem one{{counts[e]}, n, k, in, out};
     const auto copy = [&](HostTensor& to, const HostTensor& from, std::int64_t begin, std::int64_t end) {
-      const ConstTensorView piece = ConstTensorView(from).rows(begin, end);
-      if (piece.bytes() > 0) std::memcpy(to.view().data, piece.data, piece.bytes());
+      const ConstTensorView piece = from.on_host().rows(begin, end);
+      if (piece.bytes() > 0) std::memcpy(to.host_view().data, piece.data, piece.bytes());
     };
     copy(one.x, x, offsets[e], offsets[e + 1]);
     copy(one.dy, dy, offsets[e], offsets[e + 1]);

@@ -49,7 +49,7 @@ TEST(Pointwise, PollsTheCommunicationStream) {
   Exec ex;
   float x[4] = {};
   ops::fill(ex, host_view(x, {4}), 1.0f);
-  ex.comm = &stream;
+  ex.stream = &stream;
   ops::fill(ex, host_view(x, {4}), 2.0f);
   ops::scale(ex, host_view(x, {4}), 2.0f);
   EXPECT_EQ(stream.polls, 2);

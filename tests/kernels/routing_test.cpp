@@ -34,6 +34,7 @@ Routes route(const HostTensor& logits, std::int64_t tokens, std::int64_t experts
   OpExec ex;
   Routes r(tokens, experts, k);
   ops::route_tokens(ex, r.probs, r.index, r.weight, r.lse, logits, renormalize);
+  finish_ops();
   return r;
 }
 
@@ -163,7 +164,7 @@ TEST(ExpandChoices, EveryChoiceBecomesItsPieces) {
     for (std::size_t j = 0; j < 4; ++j)
       EXPECT_EQ(out.get(i * 4 + j), pieces.get(static_cast<std::size_t>(index.get(i)) * 4 + j));
   index.set(3, 7);
-  EXPECT_THROW(ops::expand_choices(ex, out, index, pieces), Error);
+  EXPECT_THROW((ops::expand_choices(ex, out, index, pieces), finish_ops()), Error);
 }
 
 struct Sorted {
@@ -175,7 +176,22 @@ Sorted sort(const HostTensor& index, std::int64_t tokens, std::int64_t k, std::i
   Sorted s{HostTensor({tokens * k}, DType::kI32), HostTensor({tokens, k}, DType::kI32),
            HostTensor({experts}, DType::kI32)};
   ops::sort_by_expert(ex, s.order, s.slot, s.counts, index);
+  finish_ops();
   return s;
+}
+
+TEST(RegroupRuns, RunsGoWhereTheyBelong) {
+  OpExec ex;
+  // Two ranks send for three experts each; the fourth run is empty.
+  HostTensor regroup({10}, DType::kI32), ungroup({10}, DType::kI32);
+  const std::vector<std::int64_t> runs{0, 2, 3, 6, 6, 9, 10}, places{0, 9, 6, 2, 2, 5};
+  ops::regroup_runs(ex, regroup, ungroup, runs, places);
+  EXPECT_EQ(ungroup.values(), (Values{0, 1, 9, 6, 7, 8, 2, 3, 4, 5}));
+  for (std::size_t i = 0; i < 10; ++i)
+    EXPECT_EQ(regroup.get(static_cast<std::size_t>(ungroup.get(i))), static_cast<double>(i));
+  EXPECT_THROW(ops::regroup_runs(ex, regroup, ungroup, runs, std::span(places).first(5)), Error);
+  HostTensor none({0}, DType::kI32);
+  ops::regroup_runs(ex, none, none, std::vector<std::int64_t>{0}, {});
 }
 
 TEST(Sort, StableAndInverse) {
@@ -257,13 +273,13 @@ TEST(Gather, RowsOfAnyDTypeAndWidth) {
       }
     }
   HostTensor flat = tensor_of({4}, DType::kF32, {1, 2, 3, 4}), picked({6}, DType::kF32);
-  EXPECT_THROW(ops::gather_rows(ex, picked, flat, index, 1), Error) << "index 5 of 4 rows";
+  EXPECT_THROW((ops::gather_rows(ex, picked, flat, index, 1), finish_ops()), Error) << "index 5 of 4 rows";
   ops::gather_rows(ex, picked, flat, index, 3);
   EXPECT_EQ(picked.values(), (Values{2, 1, 4, 2, 2, 3}));
   HostTensor nothing({0, 3}, DType::kF32);
   ops::gather_rows(ex, nothing, HostTensor({0, 3}, DType::kF32), HostTensor({0}, DType::kI32), 4);
   HostTensor wide({6, 2}, DType::kF32);
-  EXPECT_THROW(ops::gather_rows(ex, wide, flat, index, 3), Error) << "rows of another width";
+  EXPECT_THROW((ops::gather_rows(ex, wide, flat, index, 3), finish_ops()), Error) << "rows of another width";
 }
 
 class GatherSum : public testing::TestWithParam<std::pair<DType, DType>> {};

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "tests/support/golden.h"
+#include "tests/support/test_device.h"
 #include "tests/support/tolerance.h"
 #include "trainer/trainer.h"
 
@@ -17,16 +18,18 @@ using test::relative_distance;
 // Tolerances: several times what transformers' own fp32 run differs by (tests/golden/README.md).
 constexpr double kLogits = 1e-4, kGradient = 1e-4, kLoss = 2e-6, kAux = 1e-5, kNorm = 2e-4, kWeights = 1e-4;
 
-std::vector<float> copy(ConstTensorView v) {
-  return {v.as<float>(), v.as<float>() + v.elements()};
+std::vector<float> copy(Exec& ex, ConstTensorView v) {
+  std::vector<float> values(static_cast<std::size_t>(v.elements()));
+  ops::download(ex, host_view(values.data(), v.shape), v);
+  return values;
 }
 
 struct Loaded {
   explicit Loaded(const std::string& name, std::int64_t micro_batch = 4)
       : golden(name),
         tokens(std::filesystem::path(testing::TempDir()) / fmt::format("golden_{}_{}.h5", name, micro_batch)),
-        session(golden.run(tokens, micro_batch, 1), golden.config(), *self) {
-    session.params.load(golden.reader());
+        session(golden.run(tokens, micro_batch, 1), golden.config(), *self, test::test_exec().device) {
+    session.params.load(session.memory.exec, golden.reader());
     session.optimizer.reset(session.memory.exec);
     session.open_data(0);
   }
@@ -66,7 +69,8 @@ TEST_P(GoldenModel, LogitsLossAndGradients) {
     EXPECT_NEAR(sums.aux, aux, kAux * aux);
   }
   for (const StoredParam& p : s.params.all()) {
-    EXPECT_LT(relative_distance(l.golden.parameter(p.spec, "grad."), copy(p.grad)), kGradient) << p.spec.name;
+    EXPECT_LT(relative_distance(l.golden.parameter(p.spec, "grad."), copy(s.memory.exec, p.grad)), kGradient)
+        << p.spec.name;
   }
 }
 
@@ -86,7 +90,8 @@ void expect_ten_steps(const std::string& name, std::int64_t micro_batch, const s
   }
   if (!prefix.empty()) return;  // the file holds final weights of the other variant only
   for (const StoredParam& p : l.session.params.all())
-    EXPECT_LT(relative_distance(l.golden.parameter(p.spec, "final."), copy(p.value)), kWeights)
+    EXPECT_LT(relative_distance(l.golden.parameter(p.spec, "final."), copy(l.session.memory.exec, p.value)),
+              kWeights)
         << p.spec.name;
 }
 

@@ -167,13 +167,13 @@ struct MoeRig : Rig {
   }
 
   BalanceTerms terms(const MoeLayer::Saved& s) const {
-    const double* stats = s.stats_3E.as<double>();
+    const double* stats = s.load_L.as<double>();
     const auto n = static_cast<std::size_t>(E);
     const LayerLoad load{T,
                          {stats, stats + n},
                          {stats + n, stats + 2 * n},
                          {stats + 2 * n, stats + 3 * n},
-                         *s.z_1.as<double>()};
+                         s.load_L.as<double>()[3 * E]};
     LoadPool pool;
     pool.add(load);
     return balance_terms(balance, std::span(&load, 1), pool, true);

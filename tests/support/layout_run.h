@@ -9,7 +9,10 @@
 
 #include "kernels/core/philox.h"
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/transfer.h"
+#include "parallel/nccl_comm.h"
 #include "tests/support/golden.h"
+#include "tests/support/test_device.h"
 #include "trainer/trainer.h"
 
 namespace upmoe::test {
@@ -121,7 +124,11 @@ inline ReadParam golden_weights(const Golden& golden, std::uint64_t order_seed =
 }
 
 // Puts the slice that this rank owns of a parameter, or of something shaped like it, where it belongs.
-inline void place(Tensors& all, const std::string& name, const StoredParam& p, ConstTensorView owned) {
+inline void place(Exec& ex, Tensors& all, const std::string& name, const StoredParam& p,
+                  ConstTensorView on_device) {
+  const Buffer memory = Buffer::allocate({}, on_device.bytes());
+  const TensorView owned = memory.view(on_device.shape, on_device.dtype);
+  ops::download(ex, owned, on_device);
   std::vector<float>& whole = all[name];
   whole.resize(static_cast<std::size_t>(p.spec.shape.elements()));
   std::int64_t i = 0;
@@ -134,16 +141,25 @@ inline void place(Tensors& all, const std::string& name, const StoredParam& p, C
 }
 
 // Runs this rank's part; what it owns goes into `outcome`.
+// `prepare` sees the session before it begins.
 inline void run_rank(Communicator& world, const Golden& golden, const Layout& layout, Outcome& outcome,
-                     std::mutex& mutex) {
+                     std::mutex& mutex, const std::function<void(Session&)>& prepare = {}) {
   const std::filesystem::path tokens =
       std::filesystem::temp_directory_path() / fmt::format("layout_{}_{}.h5", ::getpid(), world.rank());
   golden.write_tokens(tokens);
   const RunConfig run = run_of(layout, golden, tokens);
   const std::vector<std::string> problems = problems_of(run, golden.config(), world.size());
   UPMOE_CHECK(problems.empty(), "{}", problems.front());
-  Session s(run, golden.config(), world);
-  s.params.load(golden_weights(golden, layout.order_seed));
+  Device device;
+  std::unique_ptr<Communicator> gpus;
+  if (on_gpu()) {
+    device = {DeviceType::kCuda, world.rank()};
+    gpu::use(world.rank());
+    gpus = make_nccl_communicator(world.split(0, world.rank()));
+  }
+  Session s(run, golden.config(), gpus != nullptr ? *gpus : world, device);
+  if (prepare) prepare(s);
+  s.params.load(s.memory.exec, golden_weights(golden, layout.order_seed));
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
   Trainer trainer(s);
@@ -159,12 +175,12 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
     }
     if (step > 1) continue;
     for (const StoredParam& p : s.params.all())
-      if (p.owned.size() > 0) place(outcome.gradients, p.spec.name, p, p.owned_grad);
+      if (p.owned.size() > 0) place(s.memory.exec, outcome.gradients, p.spec.name, p, p.owned_grad);
   }
   trainer.settle();
   const std::lock_guard lock(mutex);
   for (const OwnedSlice& slice : s.optimizer.slices())
-    place(outcome.weights, slice.param->spec.name, *slice.param, slice.weight);
+    place(s.memory.exec, outcome.weights, slice.param->spec.name, *slice.param, slice.weight);
   std::filesystem::remove(tokens);
 }
 

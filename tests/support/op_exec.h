@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/core/exec.h"
+#include "tests/support/test_device.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -13,8 +13,8 @@ namespace upmoe::test {
 
 class OpExec {
  public:
-  explicit OpExec(DeviceType type = DeviceType::kCpu)
-      : device_{type, 0}, scratch_(device_, std::size_t{1} << 30, "scratch") {
+  explicit OpExec(DeviceType type = test_device())
+      : device_{type, 0}, scratch_(device_, std::size_t{1} << 30, "scratch"), exec_(test_exec()) {
     exec_.device = device_;
     exec_.scratch = &scratch_;
     exec_.ledger = &ledger_;
@@ -30,8 +30,8 @@ class OpExec {
   Exec exec_;
 };
 
-// Runs `op` with one, two and three threads; the results of `op` (a HostTensor or a tuple of them) must be
-// the same bits. Without OpenMP this is a test of repeatability.
+// Runs `op` with one, two and three threads (on a GPU, three times); the results of `op` (a HostTensor or a
+// tuple of them) must be the same bits. Without OpenMP this is a test of repeatability.
 template <class Op>
 void expect_same_for_any_threads(const Op& op) {
 #ifdef _OPENMP

@@ -6,26 +6,42 @@
 #include <string>
 #include <vector>
 
-#include "kernels/core/tensor.h"
+#include "tests/support/test_device.h"
 
 namespace upmoe::test {
 
+// A tensor on the test device with a copy on the host; whichever was written last is carried to the other
+// when that is asked for.
 class HostTensor {
  public:
   HostTensor(Shape shape, DType dtype)
       : shape_(shape), dtype_(dtype), memory_(static_cast<std::size_t>(shape.elements()) * size_of(dtype)) {}
+  HostTensor(const HostTensor& o) : shape_(o.shape_), dtype_(o.dtype_), memory_(o.host().memory_) {}
+  HostTensor(HostTensor&&) = default;
+  HostTensor& operator=(const HostTensor& o) { return *this = HostTensor(o); }
+  HostTensor& operator=(HostTensor&&) = default;
 
   operator TensorView() { return view(); }  // NOLINT(google-explicit-constructor): passed to ops as it is
-  operator ConstTensorView() const { return {memory_.data(), shape_, dtype_, Device{}}; }  // NOLINT
-  TensorView view() { return {memory_.data(), shape_, dtype_, Device{}}; }
+  operator ConstTensorView() const { return on_device(); }  // NOLINT
+  TensorView view() {                                       // for an op to write
+    const TensorView v = on_device();
+    newest_ = on_gpu() ? Newest::kDevice : Newest::kBoth;
+    return v;
+  }
+  TensorView host_view() {  // to read and write
+    host();
+    newest_ = Newest::kHost;
+    return {memory_.data(), shape_, dtype_, Device{}};
+  }
+  ConstTensorView on_host() const { return {host().memory_.data(), shape_, dtype_, Device{}}; }
   template <class T>
-  T* as() {
-    return view().as<T>();
+  T* as() {  // on the host, to read and write
+    return host_view().as<T>();
   }
 
   std::size_t size() const { return static_cast<std::size_t>(shape_.elements()); }
   double get(std::size_t i) const {
-    const ConstTensorView v = *this;
+    const ConstTensorView v = on_host();
     switch (dtype_) {
       case DType::kF32:
         return static_cast<double>(v.as<float>()[i]);
@@ -41,7 +57,7 @@ class HostTensor {
     return 0;
   }
   void set(std::size_t i, double x) {
-    const TensorView v = view();
+    const TensorView v = host_view();
     switch (dtype_) {
       case DType::kF32:
         v.as<float>()[i] = static_cast<float>(x);
@@ -66,13 +82,37 @@ class HostTensor {
     return all;
   }
   friend bool operator==(const HostTensor& a, const HostTensor& b) {
-    return a.memory_ == b.memory_;
+    return a.host().memory_ == b.host().memory_;
   }  // bitwise
 
  private:
+  enum class Newest { kBoth, kHost, kDevice };
+
+  const HostTensor& host() const {
+    if (newest_ == Newest::kDevice) {
+      Exec ex = test_exec();
+      ops::download(ex, TensorView{memory_.data(), shape_, dtype_, Device{}}, device_.view(shape_, dtype_));
+      newest_ = Newest::kBoth;
+    }
+    return *this;
+  }
+  TensorView on_device() const {
+    if (!on_gpu()) return {memory_.data(), shape_, dtype_, Device{}};
+    Exec ex = test_exec();
+    if (device_.bytes() == 0) device_ = Buffer::allocate(ex.device, memory_.size() + 256, "tensor of a test");
+    const TensorView v = device_.view(shape_, dtype_);
+    if (newest_ == Newest::kHost) {
+      ops::upload(ex, v, ConstTensorView{memory_.data(), shape_, dtype_, Device{}});
+      newest_ = Newest::kBoth;
+    }
+    return v;
+  }
+
   Shape shape_;
   DType dtype_;
-  std::vector<std::byte> memory_;
+  mutable std::vector<std::byte> memory_;
+  mutable Buffer device_;
+  mutable Newest newest_ = Newest::kHost;
 };
 
 inline HostTensor tensor_of(Shape shape, DType dtype, const std::vector<double>& values) {

@@ -21,14 +21,14 @@ using test::Tensors;
 constexpr std::int64_t kHalf = 2;
 
 // What the optimizer of this rank owns.
-void collect(const Session& s, Tensors& all, std::mutex& mutex) {
+void collect(Session& s, Tensors& all, std::mutex& mutex) {
   const std::lock_guard lock(mutex);
   for (const OwnedSlice& slice : s.optimizer.slices()) {
     const StoredParam& p = *slice.param;
-    test::place(all, p.spec.name + " weight", p, slice.weight);
-    test::place(all, p.spec.name + " m", p, slice.m);
-    test::place(all, p.spec.name + " v", p, slice.v);
-    if (s.optimizer.has_masters()) test::place(all, p.spec.name + " master", p, slice.master);
+    test::place(s.memory.exec, all, p.spec.name + " weight", p, slice.weight);
+    test::place(s.memory.exec, all, p.spec.name + " m", p, slice.m);
+    test::place(s.memory.exec, all, p.spec.name + " v", p, slice.v);
+    if (s.optimizer.has_masters()) test::place(s.memory.exec, all, p.spec.name + " master", p, slice.master);
   }
 }
 
@@ -46,7 +46,7 @@ std::vector<double> half_run(const Layout& layout, const fs::path& checkpoints, 
     if (resume) {
       state = load_checkpoint(ShardStore(*newest_usable(checkpoints, world)), s);
     } else {
-      s.params.load(test::golden_weights(golden));
+      s.params.load(s.memory.exec, test::golden_weights(golden));
       s.optimizer.reset(s.memory.exec);
     }
     collect(s, at_start, mutex);

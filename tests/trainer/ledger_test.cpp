@@ -35,7 +35,7 @@ Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel&
   run.parallel = parallel;
   run.data.seq_len = golden.seq_len();
   Session s(run, golden.config(), world, device);
-  if (device.type == DeviceType::kCpu) s.params.load(golden.reader());
+  if (device.type == DeviceType::kCpu) s.params.load(s.memory.exec, golden.reader());
   const std::int64_t S = golden.seq_len(), T = sequences * S;
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(T), 1), positions(static_cast<std::size_t>(T));
   for (std::size_t t = 0; t < positions.size(); ++t)

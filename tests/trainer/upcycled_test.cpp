@@ -58,8 +58,9 @@ class Upcycled : public testing::Test {
     run.schedule.name = "constant";
     const auto source = open_model(dir);
     auto session = std::make_unique<Session>(run, source->config(), *self_);
-    session->params.load(
-        [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
+    session->params.load(session->memory.exec, [&](const ParamSpec& p, const Box& box, TensorView out) {
+      source->read(p, box, out);
+    });
     session->optimizer.reset(session->memory.exec);
     session->open_data(0);
     return session;

@@ -30,13 +30,8 @@ void Block::ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const
   }
   saved.ffn = MoeLayer::Saved{};
   auto& moe = std::get<MoeLayer::Saved>(saved.ffn);
+  moe.load_L = saved.load_L;
   std::get<MoeLayer>(ffn).forward(ex, f_TD, saved.normed2_TD, keep, moe);
-  saved.load_3E.assign(static_cast<std::size_t>(moe.stats_3E.elements()), 0.0);
-  if (ex.device.type == DeviceType::kCpu) {
-    const double* stats = moe.stats_3E.as<double>();
-    saved.load_3E.assign(stats, stats + moe.stats_3E.elements());
-    saved.z_sum = *moe.z_1.as<double>();
-  }
 }
 
 void Block::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places, Arena& keep,

@@ -33,9 +33,8 @@ struct Block {
     RmsNorm::Saved norm1, norm2;
     AttentionLayer::Saved attention;
     std::variant<DenseFfn::Saved, MoeLayer::Saved> ffn;
-    std::vector<double> load_3E;  // of a mixture: ops::balance_stats, on the host
-    double z_sum = 0;
-    TensorView aux_E;  // set by the model between forward and backward
+    TensorView load_L;  // set by the model before forward: where a mixture's load goes, see MoeLayer::Saved
+    TensorView aux_E;   // set by the model between forward and backward
     float z_scale = 0;
   };
 

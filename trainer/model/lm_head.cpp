@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/loss.h"
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/transfer.h"
 #include "trainer/model/sequence_shards.h"
 
 namespace upmoe {
@@ -17,6 +19,12 @@ constexpr std::int64_t kChunkElements = std::int64_t{1}
 
 std::int64_t rows_per_chunk(std::int64_t vocab) {
   return std::max<std::int64_t>(64, kChunkElements / vocab);
+}
+
+void show(Exec& ex, const LmHead::Sink& sink, std::int64_t begin, ConstTensorView logits_CV) {
+  std::vector<float> host(static_cast<std::size_t>(logits_CV.elements()));
+  ops::download(ex, host_view(host.data(), logits_CV.shape), logits_CV);
+  sink(begin, host_view(static_cast<const float*>(host.data()), logits_CV.shape));
 }
 
 }  // namespace
@@ -31,7 +39,7 @@ void LmHead::cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogit
   TensorView stats_PC3 = ex.scratch->take({tp->size(), C, 3}, DType::kF64, "logit stats of all ranks");
   TensorView stats_C3 = ex.scratch->take({C, 3}, DType::kF64, "logit stats");
   ops::cross_entropy_stats(ex, stats_C3, logits_CV, targets_C, shard);
-  tp->all_gather(stats_PC3, stats_C3, ex.comm).wait();
+  tp->all_gather(stats_PC3, stats_C3, ex.stream).wait();
   ops::cross_entropy_sharded(ex, loss_C, dlogits_CV, logits_CV, targets_C, stats_PC3, scale, shard);
 }
 
@@ -51,7 +59,7 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTen
     TensorView loss_C = ex.scratch->take({end - begin}, DType::kF32, "token losses");
     ops::gemm(ex, logits_CV, x_TD.rows(begin, end), Transpose::kNo, weight_VD.value, Transpose::kYes,
               Accumulate::kOverwrite);
-    if (sink) sink(begin, logits_CV);
+    if (sink) show(ex, sink, begin, logits_CV);
     if (dx_tD == nullptr) {
       cross_entropy(ex, loss_C, nullptr, logits_CV, targets_T.rows(begin, end), scale);
     } else {

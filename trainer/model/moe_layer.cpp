@@ -15,14 +15,14 @@ void MoeLayer::route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) 
   saved.index_TK = keep.take({T, K}, DType::kI32, "router choices");
   saved.weight_TK = keep.take({T, K}, DType::kF32, "router weights");
   saved.lse_T = keep.take({T}, DType::kF32, "router log-sum-exp");
-  saved.stats_3E = keep.take({3, E}, DType::kF64, "router load");
-  saved.z_1 = keep.take({1}, DType::kF64, "router z");
+  if (saved.load_L.shape.rank == 0) saved.load_L = keep.take({3 * E + 1}, DType::kF64, "router load");
   ScratchScope scope(*ex.scratch);
   TensorView logits_TE = ex.scratch->take({T, E}, DType::kF32, "router logits");
   ops::gemm(ex, logits_TE, x_TD, Transpose::kNo, router_ED.value, Transpose::kYes, Accumulate::kOverwrite);
   ops::route_tokens(ex, saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T, logits_TE,
                     renormalize_top_k);
-  ops::balance_stats(ex, saved.stats_3E, saved.z_1, saved.probs_TE, saved.index_TK, saved.lse_T);
+  ops::balance_stats(ex, saved.load_L.rows(0, 3 * E).reshape({3, E}), saved.load_L.rows(3 * E, 3 * E + 1),
+                     saved.probs_TE, saved.index_TK, saved.lse_T);
 }
 
 void MoeLayer::experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& saved) const {

@@ -24,7 +24,9 @@ struct MoeLayer {
   struct Saved {
     ConstTensorView x_TD;
     TensorView probs_TE, index_TK, weight_TK, lse_T;
-    TensorView stats_3E, z_1;  // fp64, see ops::balance_stats
+    // fp64, [3 E + 1]: stats_3E and z_1 of ops::balance_stats. Set by the caller to have them there; else
+    // kept.
+    TensorView load_L;
     NodePlan nodes;
     DispatchPlan plan;
     TensorView x_RD, weight_R1, gate_up_RG, h_RF;

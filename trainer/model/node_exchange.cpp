@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "kernels/ops/routing.h"
+#include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
@@ -28,7 +29,9 @@ void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, ConstTe
     const std::int64_t each = tokens * std::min(M, index_TK.shape[1]) / M;
     std::fill(all_MM.begin(), all_MM.end(), static_cast<std::int32_t>(each));
   } else {
-    groups.across->all_gather(host_view(all_MM.data(), {M, M}), counts_M).wait();
+    TensorView gathered_MM = ex.scratch->take({M, M}, DType::kI32, "rows per node of all nodes");
+    groups.across->all_gather(gathered_MM, counts_M, ex.stream).wait();
+    ops::download(ex, host_view(all_MM.data(), {M, M}), gathered_MM);
   }
   const std::int64_t me = groups.across->rank();
   for (std::int64_t m = 0; m < M; ++m) {
@@ -58,9 +61,9 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, ConstTensorView inde
   TensorView weight_XK = ex.scratch->take({X, K}, DType::kF32, "weights of rows to other nodes");
   ops::node_choices(ex, index_XK, weight_XK, plan.order_X, plan.send_rows, index_TK, weight_TK, node_begin);
   Pending indices =
-      groups.across->all_to_all_rows(plan.index_AK, plan.recv_rows, index_XK, plan.send_rows, ex.comm);
+      groups.across->all_to_all_rows(plan.index_AK, plan.recv_rows, index_XK, plan.send_rows, ex.stream);
   Pending weights =
-      groups.across->all_to_all_rows(plan.weight_AK, plan.recv_rows, weight_XK, plan.send_rows, ex.comm);
+      groups.across->all_to_all_rows(plan.weight_AK, plan.recv_rows, weight_XK, plan.send_rows, ex.stream);
   indices.wait();
   weights.wait();
   return plan;
@@ -70,7 +73,7 @@ ToNodes::ToNodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, Const
   TensorView sent_XD = take_rows(ex, plan.order_X.rows(), rows_TD, "rows to other nodes");
   arrived_AD_ = take_rows(ex, plan.arrived(), rows_TD, "rows from other nodes");
   ops::gather_rows(ex, sent_XD, rows_TD, plan.order_X, 1);
-  pending_ = groups.across->all_to_all_rows(arrived_AD_, plan.recv_rows, sent_XD, plan.send_rows, ex.comm);
+  pending_ = groups.across->all_to_all_rows(arrived_AD_, plan.recv_rows, sent_XD, plan.send_rows, ex.stream);
 }
 
 ConstTensorView ToNodes::finish() {
@@ -80,7 +83,7 @@ ConstTensorView ToNodes::finish() {
 
 FromNodes::FromNodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AD) {
   arrived_XD_ = take_rows(ex, plan.order_X.rows(), rows_AD, "rows back from other nodes");
-  pending_ = groups.across->all_to_all_rows(arrived_XD_, plan.send_rows, rows_AD, plan.recv_rows, ex.comm);
+  pending_ = groups.across->all_to_all_rows(arrived_XD_, plan.send_rows, rows_AD, plan.recv_rows, ex.stream);
 }
 
 ConstTensorView FromNodes::finish() {

@@ -8,6 +8,7 @@
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
@@ -33,8 +34,8 @@ struct Offsets {
   }
 };
 
-Buffer allocate(Device device, std::int64_t elements, DType dtype) {
-  return Buffer::allocate(device, static_cast<std::size_t>(elements) * size_of(dtype));
+Buffer allocate(Device device, std::int64_t elements, DType dtype, const char* what) {
+  return Buffer::allocate(device, static_cast<std::size_t>(elements) * size_of(dtype), what);
 }
 
 void zero(Exec& ex, const Buffer& buffer, std::int64_t elements, DType dtype) {
@@ -84,7 +85,7 @@ void ParamStore::bind_values() {
   Offsets offsets;
   std::vector<std::int64_t> begin;
   for (const StoredParam& p : params_) begin.push_back(offsets.take(p));
-  values_ = allocate(options_.device, offsets.end, options_.dtype);
+  values_ = allocate(options_.device, offsets.end, options_.dtype, "parameters");
   const TensorView values = values_.view({offsets.end}, options_.dtype);
   for (std::size_t i = 0; i < params_.size(); ++i) {
     StoredParam& p = params_[i];
@@ -119,8 +120,8 @@ void ParamStore::bind_gradients() {
     if (!params_[i].shares_grad) begin[i] = rest.take(params_[i]);
   for (const StoredParam& p : params_)
     if (p.shares_grad) owned.end += p.owned.size();
-  grads_ = allocate(options_.device, rest.end, options_.grad_dtype);
-  owned_grads_ = allocate(options_.device, owned.end, options_.grad_dtype);
+  grads_ = allocate(options_.device, rest.end, options_.grad_dtype, "gradients");
+  owned_grads_ = allocate(options_.device, owned.end, options_.grad_dtype, "gradients, reduced");
 
   const TensorView grads = grads_.view({rest.end}, options_.grad_dtype);
   const TensorView owned_grads = owned_grads_.view({owned.end}, options_.grad_dtype);
@@ -164,14 +165,15 @@ Param ParamStore::joined(const std::vector<std::string>& names, Shape shape) con
   return joined;
 }
 
-void ParamStore::load(const ReadParam& read) {
+void ParamStore::load(Exec& ex, const ReadParam& read) {
   for (const StoredParam& p : params_)
-    if (p.shard.elements() > 0) read(p.spec, p.shard, p.value);
+    if (p.shard.elements() > 0)
+      ops::write_through_host(ex, p.value, [&](TensorView out) { read(p.spec, p.shard, out); });
 }
 
-void ParamStore::initialise(std::int64_t seed) {
-  if (options_.device.type == DeviceType::kDry) return;
-  for (const StoredParam& p : params_) initial_values(p.spec, seed, p.shard, p.value);
+void ParamStore::initialise(Exec& ex, std::int64_t seed) {
+  for (const StoredParam& p : params_)
+    ops::write_through_host(ex, p.value, [&](TensorView out) { initial_values(p.spec, seed, p.shard, out); });
 }
 
 void ParamStore::zero_gradients(Exec& ex) const {

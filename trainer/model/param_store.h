@@ -28,7 +28,7 @@ struct StoredParam {
   bool shares_grad = false;  // `grad` is the memory of other blocks too
 };
 
-// Fills `out` with a box of a parameter, converting to out's dtype.
+// Fills `out`, on the host, with a box of a parameter, converting to out's dtype.
 using ReadParam = std::function<void(const ParamSpec& spec, const Box& box, TensorView out)>;
 
 class ParamStore {
@@ -51,9 +51,9 @@ class ParamStore {
   // Neighbours of the table as one matrix: q, k, v. All frozen or none.
   Param joined(const std::vector<std::string>& names, Shape shape) const;
 
-  void load(const ReadParam& read);
+  void load(Exec& ex, const ReadParam& read);
   // The ParamTable's initialisation; element values depend on (seed, name, global index) alone.
-  void initialise(std::int64_t seed);
+  void initialise(Exec& ex, std::int64_t seed);
   void zero_gradients(Exec& ex) const;
   // The gradients that the blocks share, for the next block. Only with share_block_grads.
   void zero_shared_gradients(Exec& ex) const;
@@ -74,7 +74,7 @@ class ParamStore {
   std::map<std::string, std::size_t> index_;
 };
 
-// The initial value of a box of a parameter: what initialise() writes.
+// The initial value of a box of a parameter, on the host: what initialise() writes.
 void initial_values(const ParamSpec& spec, std::int64_t seed, const Box& box, TensorView out);
 
 }  // namespace upmoe

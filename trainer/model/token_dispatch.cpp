@@ -1,9 +1,9 @@
 #include "trainer/model/token_dispatch.h"
 
-#include <cstring>
 #include <numeric>
 
 #include "kernels/ops/routing.h"
+#include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
@@ -27,25 +27,27 @@ std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& exchange, Tensor
       counts_PE[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(balanced(rows, E, i % E).size());
     return counts_PE;
   }
-  exchange.all_gather(host_view(counts_PE.data(), {P, E}), counts_E).wait();
+  TensorView all_PE = ex.scratch->take({P, E}, DType::kI32, "rows per piece of all ranks");
+  exchange.all_gather(all_PE, counts_E, ex.stream).wait();
+  ops::download(ex, host_view(counts_PE.data(), {P, E}), all_PE);
   return counts_PE;
 }
 
 // Arrival order is rank-major, then expert; the experts want expert-major, then rank, which is global token
 // order.
-void fill_regroup(DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE, std::int64_t P,
-                  std::int64_t E, Range local) {
-  auto* regroup = plan.regroup_R.as<std::int32_t>();
-  auto* ungroup = plan.ungroup_R.as<std::int32_t>();
-  std::int64_t arrival = 0;
+void regroup(Exec& ex, DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE, std::int64_t P,
+             std::int64_t E, Range local) {
+  std::vector<std::int64_t> arrival{0}, grouped;
   std::vector<std::int64_t> next(plan.expert_offsets.begin(), plan.expert_offsets.end() - 1);
   for (std::int64_t p = 0; p < P; ++p)
-    for (std::int64_t e = local.begin; e < local.end; ++e)
-      for (std::int32_t i = 0; i < counts_PE[static_cast<std::size_t>(p * E + e)]; ++i, ++arrival) {
-        const std::int64_t grouped = next[static_cast<std::size_t>(e - local.begin)]++;
-        regroup[grouped] = static_cast<std::int32_t>(arrival);
-        ungroup[arrival] = static_cast<std::int32_t>(grouped);
-      }
+    for (std::int64_t e = local.begin; e < local.end; ++e) {
+      const std::int64_t rows = counts_PE[static_cast<std::size_t>(p * E + e)];
+      std::int64_t& at = next[static_cast<std::size_t>(e - local.begin)];
+      grouped.push_back(at);
+      arrival.push_back(arrival.back() + rows);
+      at += rows;
+    }
+  ops::regroup_runs(ex, plan.regroup_R, plan.ungroup_R, arrival, grouped);
 }
 
 }  // namespace
@@ -55,7 +57,7 @@ ConstTensorView piece_choices(Exec& ex, const ExpertShares& shares, int ranks, C
   const std::vector<std::int32_t> numbers = shares.numbers(ranks);
   const Shape shape{shares.num_experts, shares.etp};
   TensorView piece_EP = ex.scratch->take(shape, DType::kI32, "numbers of the pieces of experts");
-  if (piece_EP.data != nullptr) std::memcpy(piece_EP.data, numbers.data(), piece_EP.bytes());
+  ops::upload(ex, piece_EP, host_view(numbers.data(), shape));
   TensorView index_TS =
       ex.scratch->take({index_TK.shape[0], index_TK.shape[1] * shares.etp}, DType::kI32, "choices of pieces");
   ops::expand_choices(ex, index_TS, index_TK, piece_EP);
@@ -104,9 +106,8 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   if (exchange.size() > 1) {
     plan.regroup_R = keep.take({plan.received()}, DType::kI32, "regroup");
     plan.ungroup_R = keep.take({plan.received()}, DType::kI32, "ungroup");
-    if (ex.device.type != DeviceType::kDry)
-      fill_regroup(plan, counts_PE, exchange.size(), map.pieces(),
-                   map.of_rank[static_cast<std::size_t>(exchange.rank())]);
+    regroup(ex, plan, counts_PE, exchange.size(), map.pieces(),
+            map.of_rank[static_cast<std::size_t>(exchange.rank())]);
   }
   return plan;
 }
@@ -119,7 +120,7 @@ ToExperts::ToExperts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
       ex.scratch->take(rows_shape(plan.sent(), rows.shape), rows.dtype, "rows to the experts");
   arrived_R_ = ex.scratch->take(rows_shape(plan.received(), rows.shape), rows.dtype, "rows from all ranks");
   ops::gather_rows(ex, sent_N, rows, plan.order_N, divisor);
-  pending_ = exchange.all_to_all_rows(arrived_R_, plan.recv_rows, sent_N, plan.send_rows, ex.comm);
+  pending_ = exchange.all_to_all_rows(arrived_R_, plan.recv_rows, sent_N, plan.send_rows, ex.stream);
 }
 
 void ToExperts::finish(Exec& ex, TensorView out_R) {
@@ -140,7 +141,7 @@ FromExperts::FromExperts(Exec& ex, Communicator& exchange, const DispatchPlan& p
   arrived_N_ =
       ex.scratch->take(rows_shape(plan.sent(), rows_R.shape), rows_R.dtype, "rows back at their tokens");
   ops::gather_rows(ex, ungrouped_R_, rows_R, plan.ungroup_R, 1);
-  pending_ = exchange.all_to_all_rows(arrived_N_, plan.send_rows, ungrouped_R_, plan.recv_rows, ex.comm);
+  pending_ = exchange.all_to_all_rows(arrived_N_, plan.send_rows, ungrouped_R_, plan.recv_rows, ex.stream);
   direct_ = arrived_N_;
 }
 

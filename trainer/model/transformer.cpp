@@ -1,8 +1,7 @@
 #include "trainer/model/transformer.h"
 
-#include <cstring>
-
 #include "kernels/ops/embedding.h"
+#include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
@@ -11,12 +10,15 @@ namespace {
 // One fp64 on the device that ops add to.
 TensorView loss_sum(Exec& ex) {
   TensorView sum_1 = ex.scratch->take({1}, DType::kF64, "loss sum");
-  if (sum_1.data != nullptr) *sum_1.as<double>() = 0.0;
+  const double zero = 0;
+  ops::upload(ex, sum_1, host_view(&zero, {1}));
   return sum_1;
 }
 
-double value_of(TensorView sum_1) {
-  return sum_1.data != nullptr ? *sum_1.as<double>() : 0.0;
+double value_of(Exec& ex, TensorView sum_1) {
+  double value = 0;
+  ops::download(ex, host_view(&value, {1}), sum_1);
+  return value;
 }
 
 }  // namespace
@@ -28,28 +30,39 @@ void Transformer::embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) cons
   x.reduce(ex);
 }
 
+// The mixtures' loads lie together, so that the host waits for the device once.
+TensorView Transformer::prepare_loads(Arena& keep, Saved& saved) const {
+  std::int64_t mixtures = 0, width = 0;
+  for (const Block& b : blocks)
+    if (const auto* moe = std::get_if<MoeLayer>(&b.ffn)) {
+      ++mixtures;
+      width = 3 * moe->shares.num_experts + 1;
+    }
+  TensorView loads_ML = keep.take({mixtures, width}, DType::kF64, "router loads");
+  std::int64_t m = 0;
+  for (std::size_t i = 0; i < blocks.size(); ++i)
+    if (blocks[i].is_moe()) {
+      saved.blocks[i].load_L = loads_ML.rows(m, m + 1).reshape({width});
+      ++m;
+    }
+  return loads_ML;
+}
+
 // One sum over the ranks that share the micro-batch for all mixtures together.
-void Transformer::collect_loads(Exec& ex, std::int64_t tokens, Saved& saved) const {
-  std::vector<double> packed;
-  for (const Block::Saved& b : saved.blocks) {
-    if (!std::holds_alternative<MoeLayer::Saved>(b.ffn)) continue;
-    packed.insert(packed.end(), b.load_3E.begin(), b.load_3E.end());
-    packed.push_back(b.z_sum);
-  }
+void Transformer::collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView loads_ML, Saved& saved) const {
+  std::vector<double> packed(static_cast<std::size_t>(loads_ML.elements()));
+  ops::download(ex, host_view(packed.data(), loads_ML.shape), loads_ML);
   if (pool->size() > 1)
     pool->all_reduce(host_view(packed.data(), {static_cast<std::int64_t>(packed.size())}), ReduceOp::kSum,
-                     ex.comm);
-  auto from = packed.begin();
-  for (const Block::Saved& b : saved.blocks) {
-    if (!std::holds_alternative<MoeLayer::Saved>(b.ffn)) continue;
-    const auto E = static_cast<std::ptrdiff_t>(b.load_3E.size() / 3);
+                     ex.stream);
+  const auto E = static_cast<std::ptrdiff_t>(loads_ML.shape[1] / 3);
+  for (auto from = packed.begin(); from != packed.end(); from += 3 * E + 1) {
     LayerLoad load;
     load.tokens = tokens * pool->size();
     load.assigned.assign(from, from + E);
     load.first_choice.assign(from + E, from + 2 * E);
     load.probability.assign(from + 2 * E, from + 3 * E);
     load.z_sum = *(from + 3 * E);
-    from += 3 * E + 1;
     saved.loads.push_back(std::move(load));
   }
 }
@@ -61,13 +74,20 @@ void Transformer::set_balance(Exec& ex, const BalanceConfig& config, const LoadP
     if (std::holds_alternative<MoeLayer::Saved>(b.ffn)) mixtures.push_back(&b);
   const bool dry = ex.device.type == DeviceType::kDry;  // nothing was counted; backward still wants tensors
   if (!dry) saved.balance = balance_terms(config, saved.loads, all, output.has_value());
-  for (std::size_t i = 0; i < mixtures.size(); ++i) {
-    Block::Saved& b = *mixtures[i];
-    const std::int64_t E = std::get<MoeLayer::Saved>(b.ffn).probs_TE.shape[1];
-    b.aux_E = keep.take({E}, DType::kF32, "balance gradient");
-    if (dry) continue;
-    std::memcpy(b.aux_E.data, saved.balance.aux_gradient[i].data(), b.aux_E.bytes());
-    b.z_scale = saved.balance.z_scale[i];
+  if (mixtures.empty()) return;
+  const auto M = static_cast<std::int64_t>(mixtures.size());
+  const std::int64_t E = mixtures.front()->load_L.shape[0] / 3;
+  TensorView aux_ME = keep.take({M, E}, DType::kF32, "balance gradients");
+  std::vector<float> gradients;
+  if (!dry)
+    for (const auto& gradient : saved.balance.aux_gradient)
+      gradients.insert(gradients.end(), gradient.begin(), gradient.end());
+  gradients.resize(static_cast<std::size_t>(M * E));
+  ops::upload(ex, aux_ME, host_view(static_cast<const float*>(gradients.data()), {M, E}));
+  for (std::int64_t m = 0; m < M; ++m) {
+    Block::Saved& b = *mixtures[static_cast<std::size_t>(m)];
+    b.aux_E = aux_ME.rows(m, m + 1).reshape({E});
+    if (!dry) b.z_scale = saved.balance.z_scale[static_cast<std::size_t>(m)];
   }
 }
 
@@ -78,6 +98,7 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
   };
   const Shape shape{own_tokens(batch), hidden_size};
   saved.blocks.assign(blocks.size(), {});
+  const TensorView loads_ML = prepare_loads(keep, saved);
   saved.tokens_T = batch.tokens_T;
   ConstTensorView x_tD = input_tD;
   if (embedding) {
@@ -93,7 +114,7 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
     x_tD = y_tD;
   }
   saved.output_tD = x_tD;
-  collect_loads(ex, shape[0], saved);
+  collect_loads(ex, shape[0], loads_ML, saved);
   if (!output) return;
   before(-1);
   saved.dnormed_tD = keep.take(shape, dtype, "final norm gradient");
@@ -103,7 +124,7 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
   TensorView loss_1 = loss_sum(ex);
   output->head.forward(ex, loss_1, normed_tD, batch.targets_T, &saved.dnormed_tD,
                        static_cast<float>(loss_scale));
-  saved.loss = value_of(loss_1);
+  saved.loss = value_of(ex, loss_1);
 }
 
 void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
@@ -142,7 +163,7 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
   ScratchScope scope(*ex.scratch);
   TensorView loss_1 = loss_sum(ex);
   output->head.forward(ex, loss_1, y_tD, batch.targets_T, nullptr, 0.0f, sink);
-  return {{}, value_of(loss_1)};
+  return {{}, value_of(ex, loss_1)};
 }
 
 }  // namespace upmoe

@@ -76,7 +76,8 @@ struct Transformer {
 
  private:
   void embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const;
-  void collect_loads(Exec& ex, std::int64_t tokens, Saved& saved) const;
+  TensorView prepare_loads(Arena& keep, Saved& saved) const;
+  void collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView loads_ML, Saved& saved) const;
 };
 
 // Chunk `chunk` of `plan`.

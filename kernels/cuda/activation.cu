@@ -1,0 +1,160 @@
+#include "kernels/ops/activation.h"
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/row_sums.cuh"
+#include "kernels/ops/backend.h"
+
+namespace upmoe::cuda {
+
+namespace {
+
+__device__ inline float sigmoid(float x) {
+  return 1.0f / (1.0f + expf(-x));
+}
+
+// Rows along x, pieces of a row along y; N neurons of a thread are 2 N interleaved values of gate and up.
+template <int N, class T>
+__global__ void swiglu_rows(T* h, const T* gate_up, const float* weight, std::int64_t width) {
+  const std::int64_t row = blockIdx.x,
+                     f = (static_cast<std::int64_t>(blockIdx.y) * kThreads + threadIdx.x) * N;
+  if (f >= width) return;
+  const float factor = weight != nullptr ? weight[row] : 1.0f;
+  float in[2 * N], out[N];
+  load_floats(in, gate_up + 2 * (row * width + f));
+#pragma unroll
+  for (int j = 0; j < N; ++j) out[j] = in[2 * j] * sigmoid(in[2 * j]) * in[2 * j + 1] * factor;
+  store_floats(h + row * width + f, out);
+}
+
+// One block, one row, because the gradient of its weight is a sum over it. With s = sigmoid(gate): silu' =
+// s + gate s (1 - s).
+template <int N, class T>
+__global__ void swiglu_row_backward(T* dgate_up, float* dweight, const T* dh, const T* gate_up,
+                                    const float* weight, std::int64_t width) {
+  __shared__ float memory[kThreads / kWarp];
+  const std::int64_t row = blockIdx.x;
+  const float factor = weight != nullptr ? weight[row] : 1.0f;
+  float sum = 0;
+  for (std::int64_t f = threadIdx.x * N; f < width; f += kThreads * N) {
+    float in[2 * N], out[2 * N], d[N];
+    load_floats(in, gate_up + 2 * (row * width + f));
+    load_floats(d, dh + row * width + f);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float gate = in[2 * j], up = in[2 * j + 1], s = sigmoid(gate), silu = gate * s,
+                  da = d[j] * factor;
+      out[2 * j] = da * up * (s + silu * (1.0f - s));
+      out[2 * j + 1] = da * silu;
+      sum += d[j] * silu * up;
+    }
+    store_floats(dgate_up + 2 * (row * width + f), out);
+  }
+  if (dweight == nullptr) return;
+  sum = block_sum(sum, memory);
+  if (threadIdx.x == 0) dweight[row] = sum;
+}
+
+// One warp, one token.
+template <int N, class T>
+__global__ void gate_rows(float* gate, const T* x, const T* w, std::int64_t tokens, std::int64_t width) {
+  const std::int64_t t = global_thread() / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (t >= tokens) return;
+  float sum = 0;
+  for (std::int64_t i = lane * N; i < width; i += kWarp * N) {
+    float a[N], b[N];
+    load_floats(a, x + t * width + i);
+    load_floats(b, w + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum += a[j] * b[j];
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) gate[t] = sigmoid(sum);
+}
+
+__device__ inline float logit_gradient(const float* dgate, const float* gate, std::int64_t t) {
+  return dgate[t] * gate[t] * (1.0f - gate[t]);
+}
+
+template <int N, class DX, class X>
+__global__ void gate_dx(DX* dx, const float* dgate, const float* gate, const X* w, std::int64_t width) {
+  const std::int64_t t = blockIdx.x;
+  const float dlogit = logit_gradient(dgate, gate, t);
+  for (std::int64_t i = threadIdx.x * N; i < width; i += kThreads * N) {
+    float d[N], weight[N];
+    load_floats(d, dx + t * width + i);
+    load_floats(weight, w + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) d[j] += dlogit * weight[j];
+    store_floats(dx + t * width + i, d);
+  }
+}
+
+template <class X>
+struct GateWeightGradient {
+  const float *dgate, *gate;
+  const X* x;
+  std::int64_t width;
+  __device__ float operator()(std::int64_t t, std::int64_t c) const {
+    return logit_gradient(dgate, gate, t) * to_float(x[t * width + c]);
+  }
+};
+
+}  // namespace
+
+void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+  const std::int64_t rows = h_RF.shape[0], width = h_RF.shape[1];
+  const float* weight = weight_R != nullptr ? weight_R->as<float>() : nullptr;
+  with_float_type(h_RF.dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = kPack<T> / 2;
+    const bool wide = packs<N>(width, h_RF.as<T>()) && packs<2 * N>(2 * width, gate_up_RG.as<T>());
+    launch(ex, dim3(static_cast<unsigned>(rows), blocks_for(width, kThreads * (wide ? N : 1))), kThreads,
+           wide ? swiglu_rows<N, T> : swiglu_rows<1, T>, h_RF.as<T>(), gate_up_RG.as<T>(), weight, width);
+  });
+}
+
+void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
+                     ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+  const std::int64_t rows = dh_RF.shape[0], width = dh_RF.shape[1];
+  const float* weight = weight_R != nullptr ? weight_R->as<float>() : nullptr;
+  float* dweight = dweight_R != nullptr ? dweight_R->as<float>() : nullptr;
+  with_float_type(dh_RF.dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = kPack<T> / 2;
+    const bool wide =
+        packs<N>(width, dh_RF.as<T>()) && packs<2 * N>(2 * width, dgate_up_RG.as<T>(), gate_up_RG.as<T>());
+    launch(ex, static_cast<unsigned>(rows), kThreads,
+           wide ? swiglu_row_backward<N, T> : swiglu_row_backward<1, T>, dgate_up_RG.as<T>(), dweight,
+           dh_RF.as<T>(), gate_up_RG.as<T>(), weight, width);
+  });
+}
+
+void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
+  const std::int64_t tokens = x_TD.shape[0], width = x_TD.shape[1];
+  with_float_type(x_TD.dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int N = kPack<T>;
+    const bool wide = packs<N>(width, x_TD.as<T>(), w_1D.as<T>());
+    launch(ex, blocks_for(tokens, kThreads / kWarp), kThreads, wide ? gate_rows<N, T> : gate_rows<1, T>,
+           gate_T.as<float>(), x_TD.as<T>(), w_1D.as<T>(), tokens, width);
+  });
+}
+
+void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTensorView dgate_T,
+                           ConstTensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
+  const std::int64_t tokens = x_TD.shape[0], width = x_TD.shape[1];
+  const float *dgate = dgate_T.as<float>(), *gate = gate_T.as<float>();
+  with_float_type(x_TD.dtype, [&](auto x_type) {
+    using X = decltype(x_type);
+    sum_columns(ex, dw_1D, GateWeightGradient<X>{dgate, gate, x_TD.as<X>(), width}, tokens);
+    with_float_type(dx_TD.dtype, [&](auto dx_type) {
+      using DX = decltype(dx_type);
+      const bool wide = packs<4>(width, dx_TD.as<DX>(), w_1D.as<X>());
+      launch(ex, static_cast<unsigned>(tokens), kThreads, wide ? gate_dx<4, DX, X> : gate_dx<1, DX, X>,
+             dx_TD.as<DX>(), dgate, gate, w_1D.as<X>(), width);
+    });
+  });
+}
+
+}  // namespace upmoe::cuda

@@ -1,0 +1,64 @@
+#pragma once
+// cuBLASLt as this project uses it: row-major products on a stream, with the algorithm of each shape chosen
+// once.
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+
+#include "kernels/cuda/runtime.cuh"
+#include "kernels/ops/gemm.h"
+
+struct cublasLtContext;
+
+namespace upmoe::cuda {
+
+// c [M, N] (+)= op(a) op(b) [+ bias], everything contiguous; see ops::gemm. M, N and K are at least 1.
+struct Product {
+  std::int64_t m = 0, n = 0, k = 0;
+  Transpose transpose_a = Transpose::kNo, transpose_b = Transpose::kNo;
+  DType in = DType::kF32, out = DType::kF32;
+  Accumulate mode = Accumulate::kOverwrite;
+  const void *a = nullptr, *b = nullptr;
+  void* c = nullptr;
+  const void* bias = nullptr;  // of the dtype `out`
+};
+
+class GemmLibrary {
+ public:
+  GemmLibrary();  // for the calling thread's GPU
+  ~GemmLibrary();
+  GemmLibrary(const GemmLibrary&) = delete;
+
+  // On the stream that owns this library.
+  void multiply(const Product& p, cudaStream_t stream) { multiply(p, stream, 0); }
+
+  // Products of experts: they set out together behind the work that `stream` has been given, side by side on
+  // several streams, and what `stream` is given after join() comes behind all of them.
+  static constexpr int kSideStreams = 6;
+  void fork(cudaStream_t stream);
+  void multiply_beside(const Product& p);
+  void join(cudaStream_t stream);
+
+ private:
+  struct Plan;
+  struct Side {
+    cudaStream_t stream = nullptr;
+    cudaEvent_t done = nullptr;
+    bool used = false;
+  };
+  const Plan& plan_of(const Product& p);
+  void multiply(const Product& p, cudaStream_t stream, int workspace);
+  void* workspace(int index);
+
+  using Key = std::array<std::int64_t, 12>;
+  cublasLtContext* handle_ = nullptr;
+  std::map<Key, std::unique_ptr<Plan>> plans_;
+  std::array<void*, kSideStreams + 1> workspaces_{};  // the owner's stream first
+  std::array<Side, kSideStreams> sides_;
+  cudaEvent_t forked_ = nullptr;
+  int next_ = 0;
+};
+
+}  // namespace upmoe::cuda

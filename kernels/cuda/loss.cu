@@ -1,0 +1,161 @@
+#include "kernels/ops/loss.h"
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/ops/backend.h"
+
+namespace upmoe::cuda {
+
+namespace {
+
+constexpr int kRowThreads = 1024;  // one block, one row of logits
+
+struct RowMemory {
+  float largest[kRowThreads / kWarp];
+  double sum[kRowThreads / kWarp];
+};
+
+struct RowStats {
+  float largest;
+  double sum;  // of exp(x - largest)
+};
+
+// One pass: every thread carries the largest of its logits and the sum relative to it; the threads' sums, of
+// a few hundred terms each, are added in fp64.
+__device__ inline RowStats row_stats(const float* x, std::int64_t n, RowMemory& memory) {
+  float largest = -INFINITY, sum = 0;
+  for (std::int64_t i = threadIdx.x; i < n; i += kRowThreads) {
+    const float v = x[i];
+    if (v > largest) {
+      sum = sum * expf(largest - v) + 1.0f;
+      largest = v;
+    } else {
+      sum += expf(v - largest);
+    }
+  }
+  RowStats all{};
+  all.largest = block_max(largest, memory.largest);
+  const double scaled =
+      sum == 0 ? 0.0 : static_cast<double>(sum) * static_cast<double>(expf(largest - all.largest));
+  all.sum = block_sum(scaled, memory.sum);
+  return all;
+}
+
+// The gradient is taken from x - largest and 1 / sum, not from x - lse: for logits of 1e4 the rounding of an
+// fp32 lse alone would be a relative error of 5e-4. `target` outside [0, n) is another shard's. dx may be x.
+template <class T>
+__device__ void gradient_row(T* dx, const float* x, std::int64_t n, float largest, double sum,
+                             std::int64_t target, float scale) {
+  const float factor = static_cast<float>(scale / sum);
+  for (std::int64_t i = threadIdx.x; i < n; i += kRowThreads) {
+    const float e = expf(x[i] - largest);
+    dx[i] = from_float<T>(i == target ? scale * (e / static_cast<float>(sum) - 1.0f) : e * factor);
+  }
+}
+
+template <class T>
+__device__ void ignored_row(float* loss, T* dx, std::int64_t n) {
+  if (threadIdx.x == 0) *loss = 0;
+  if (dx == nullptr) return;
+  for (std::int64_t i = threadIdx.x; i < n; i += kRowThreads) dx[i] = from_float<T>(0.0f);
+}
+
+// A target that the vocabulary does not have is reported and counts as ignored.
+__device__ inline std::int32_t checked_target(const std::int32_t* targets, std::int64_t vocab,
+                                              FindingWords findings) {
+  const std::int32_t target = targets[blockIdx.x];
+  if (target >= -1 && target < vocab) return target;
+  if (threadIdx.x == 0) find(findings, Finding::kTarget, blockIdx.x, static_cast<std::uint32_t>(target));
+  return -1;
+}
+
+template <class T>
+__global__ void loss_row(float* loss, T* dlogits, const float* logits, const std::int32_t* targets,
+                         std::int64_t vocab, float scale, FindingWords findings) {
+  __shared__ RowMemory memory;
+  const std::int64_t row = blockIdx.x;
+  const float* x = logits + row * vocab;
+  T* dx = dlogits != nullptr ? dlogits + row * vocab : nullptr;
+  const std::int32_t target = checked_target(targets, vocab, findings);
+  if (target < 0) return ignored_row(loss + row, dx, vocab);
+  const RowStats all = row_stats(x, vocab, memory);
+  if (threadIdx.x == 0)
+    loss[row] = static_cast<float>(log(all.sum) +
+                                   (static_cast<double>(all.largest) - static_cast<double>(x[target])));
+  __syncthreads();  // the gradient may be written over the target's logit
+  if (dx != nullptr) gradient_row(dx, x, vocab, all.largest, all.sum, target, scale);
+}
+
+__global__ void stats_row(double* stats, const float* logits, const std::int32_t* targets,
+                          std::int64_t columns, std::int64_t begin, std::int64_t vocab,
+                          FindingWords findings) {
+  __shared__ RowMemory memory;
+  const float* x = logits + static_cast<std::int64_t>(blockIdx.x) * columns;
+  const std::int32_t target = checked_target(targets, vocab, findings);
+  const RowStats all = row_stats(x, columns, memory);
+  if (threadIdx.x != 0) return;
+  const std::int64_t column = target - begin;
+  double* out = stats + 3 * static_cast<std::int64_t>(blockIdx.x);
+  out[0] = static_cast<double>(all.largest);
+  out[1] = all.sum;
+  out[2] = target >= 0 && 0 <= column && column < columns ? static_cast<double>(x[column]) : 0.0;
+}
+
+template <class T>
+__global__ void sharded_row(float* loss, T* dlogits, const float* logits, const std::int32_t* targets,
+                            const double* stats, std::int64_t shards, std::int64_t columns, float scale,
+                            std::int64_t begin, std::int64_t vocab, FindingWords findings) {
+  const std::int64_t row = blockIdx.x, rows = gridDim.x;
+  T* dx = dlogits != nullptr ? dlogits + row * columns : nullptr;
+  const std::int32_t target = checked_target(targets, vocab, findings);
+  if (target < 0) return ignored_row(loss + row, dx, columns);
+  double largest = -INFINITY, sum = 0, at_target = 0;
+  for (std::int64_t p = 0; p < shards; ++p) largest = fmax(largest, stats[3 * (p * rows + row)]);
+  for (std::int64_t p = 0; p < shards; ++p) {
+    const double* s = stats + 3 * (p * rows + row);
+    sum += s[1] * exp(s[0] - largest);
+    at_target += s[2];
+  }
+  if (threadIdx.x == 0) loss[row] = static_cast<float>(log(sum) + (largest - at_target));
+  if (dx != nullptr)
+    gradient_row(dx, logits + row * columns, columns, static_cast<float>(largest), sum, target - begin,
+                 scale);
+}
+
+}  // namespace
+
+void cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
+                   ConstTensorView targets_C, float scale) {
+  const std::int64_t vocab = logits_CV.shape[1];
+  CudaStream& stream = stream_of(ex);
+  stream.limit(Finding::kTarget, vocab);
+  with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
+    using T = decltype(type);
+    launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads, loss_row<T>, loss_C.as<float>(),
+           dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr, logits_CV.as<float>(),
+           targets_C.as<std::int32_t>(), vocab, scale, stream.findings());
+  });
+}
+
+void cross_entropy_stats(Exec& ex, TensorView stats_C3, ConstTensorView logits_CV, ConstTensorView targets_C,
+                         VocabShard shard) {
+  CudaStream& stream = stream_of(ex);
+  stream.limit(Finding::kTarget, shard.total);
+  launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads, stats_row, stats_C3.as<double>(),
+         logits_CV.as<float>(), targets_C.as<std::int32_t>(), logits_CV.shape[1], shard.begin, shard.total,
+         stream.findings());
+}
+
+void cross_entropy_sharded(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV,
+                           ConstTensorView logits_CV, ConstTensorView targets_C, ConstTensorView stats_PC3,
+                           float scale, VocabShard shard) {
+  CudaStream& stream = stream_of(ex);
+  with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
+    using T = decltype(type);
+    launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads, sharded_row<T>, loss_C.as<float>(),
+           dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr, logits_CV.as<float>(),
+           targets_C.as<std::int32_t>(), stats_PC3.as<double>(), stats_PC3.shape[0], logits_CV.shape[1],
+           scale, shard.begin, shard.total, stream.findings());
+  });
+}
+
+}  // namespace upmoe::cuda

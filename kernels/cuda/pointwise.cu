@@ -1,0 +1,202 @@
+#include "kernels/ops/pointwise.h"
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/ops/backend.h"
+
+namespace upmoe::cuda {
+
+namespace {
+
+// f.run<N>(i) works on the N elements from i on: packs of N while they last, then single ones.
+template <int N, class F>
+__global__ void for_elements(F f, std::int64_t n) {
+  const std::int64_t i = global_thread() * N;
+  if (i + N <= n) {
+    f.template run<N>(i);
+  } else {
+    for (std::int64_t j = i; j < n; ++j) f.template run<1>(j);
+  }
+}
+
+template <int N, class F>
+void launch_elements(const Exec& ex, const F& f, std::int64_t n) {
+  launch(ex, blocks_for(n, std::int64_t{kThreads} * N), kThreads, for_elements<N, F>, f, n);
+}
+
+// In packs where the addresses allow it.
+template <int N, class F, class... T>
+void for_aligned(const Exec& ex, const F& f, std::int64_t n, const T*... addresses) {
+  if (packs<N>(N, addresses...)) return launch_elements<N>(ex, f, n);
+  launch_elements<1>(ex, f, n);
+}
+
+template <class T>
+struct Fill {
+  T* x;
+  float value;
+  template <int N>
+  __device__ void run(std::int64_t i) const {
+    float v[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = value;
+    store_floats(x + i, v);
+  }
+};
+
+template <class Out, class In>
+struct Cast {
+  Out* out;
+  const In* in;
+  template <int N>
+  __device__ void run(std::int64_t i) const {
+    float v[N];
+    load_floats(v, in + i);
+    store_floats(out + i, v);
+  }
+};
+
+template <class T>
+struct Add {
+  T* out;
+  const T *a, *b;
+  template <int N>
+  __device__ void run(std::int64_t i) const {
+    float left[N], right[N];
+    load_floats(left, a + i);
+    load_floats(right, b + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) left[j] += right[j];
+    store_floats(out + i, left);
+  }
+};
+
+template <class T>
+struct Scale {
+  T* x;
+  float factor;
+  template <int N>
+  __device__ void run(std::int64_t i) const {
+    float v[N];
+    load_floats(v, x + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] *= factor;
+    store_floats(x + i, v);
+  }
+};
+
+template <class Out, class In>
+struct CopyColumns {
+  Out* out;
+  const In* in;
+  std::int64_t out_width, in_width, width;
+  template <int N>  // columns of one row: the launch sees to it that N divides the width
+  __device__ void run(std::int64_t i) const {
+    const std::int64_t t = i / width, c = i % width;
+    float v[N];
+    load_floats(v, in + t * in_width + c);
+    store_floats(out + t * out_width + c, v);
+  }
+};
+
+// Elements whose sum is one partial; the order of a sum depends on this and on kThreads alone.
+constexpr std::int64_t kSumBlock = 65536;
+
+template <bool kSquare, class T>
+__global__ void partial_sums(double* partial, const T* x, std::int64_t n) {
+  __shared__ double memory[kThreads / kWarp];
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kSumBlock;
+  const std::int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
+  double sum = 0;
+  for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    const double v = to_float(x[i]);
+    sum += kSquare ? v * v : v;
+  }
+  sum = block_sum(sum, memory);
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+__global__ void add_partials(double* sum_1, const double* partial, std::int64_t count) {
+  __shared__ double memory[kThreads / kWarp];
+  double sum = 0;
+  for (std::int64_t i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
+  sum = block_sum(sum, memory);
+  if (threadIdx.x == 0) *sum_1 += sum;
+}
+
+template <bool kSquare>
+void ordered_sum(const Exec& ex, const TensorView& sum_1, const ConstTensorView& x) {
+  const std::int64_t n = x.elements(), blocks = blocks_for(n, kSumBlock);
+  ScratchScope scope(*ex.scratch);
+  auto* partial = ex.scratch->take({blocks}, DType::kF64, "partial sums").as<double>();
+  with_float_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(ex, static_cast<unsigned>(blocks), kThreads, partial_sums<kSquare, T>, partial, x.as<T>(), n);
+  });
+  launch(ex, 1, kThreads, add_partials, sum_1.as<double>(), partial, blocks);
+}
+
+}  // namespace
+
+void fill(Exec& ex, TensorView x, float value) {
+  with_float_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    for_aligned<kPack<T>>(ex, Fill<T>{x.as<T>(), value}, x.elements(), x.as<T>());
+  });
+}
+
+void cast(Exec& ex, TensorView out, ConstTensorView in) {
+  if (out.dtype == in.dtype) {
+    if (out.data != in.data && in.bytes() > 0)
+      check(cudaMemcpyAsync(out.data, in.data, in.bytes(), cudaMemcpyDefault, stream_of(ex).raw()));
+    return;
+  }
+  with_float_type(in.dtype, [&](auto in_type) {
+    with_float_type(out.dtype, [&](auto out_type) {
+      using In = decltype(in_type);
+      using Out = decltype(out_type);
+      for_aligned<4>(ex, Cast<Out, In>{out.as<Out>(), in.as<In>()}, in.elements(), out.as<Out>(),
+                     in.as<In>());
+    });
+  });
+}
+
+void copy_columns(Exec& ex, TensorView out_TM, std::int64_t out_begin, ConstTensorView in_TN,
+                  std::int64_t in_begin, std::int64_t width) {
+  with_float_type(out_TM.dtype, [&](auto out_type) {
+    with_float_type(in_TN.dtype, [&](auto in_type) {
+      using Out = decltype(out_type);
+      using In = decltype(in_type);
+      const CopyColumns<Out, In> copy{out_TM.as<Out>() + out_begin, in_TN.as<In>() + in_begin,
+                                      out_TM.shape[1], in_TN.shape[1], width};
+      const std::int64_t n = out_TM.shape[0] * width;
+      const bool whole_packs = out_TM.shape[1] % 4 == 0 && in_TN.shape[1] % 4 == 0;
+      if (whole_packs && packs<4>(width, copy.out, copy.in)) return launch_elements<4>(ex, copy, n);
+      launch_elements<1>(ex, copy, n);
+    });
+  });
+}
+
+void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b) {
+  with_float_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Add<T> sum{out.as<T>(), a.as<T>(), b.as<T>()};
+    for_aligned<kPack<T>>(ex, sum, a.elements(), sum.out, sum.a, sum.b);
+  });
+}
+
+void scale(Exec& ex, TensorView x, float factor) {
+  with_float_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    for_aligned<kPack<T>>(ex, Scale<T>{x.as<T>(), factor}, x.elements(), x.as<T>());
+  });
+}
+
+void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x) {
+  ordered_sum<true>(ex, sum_1, x);
+}
+
+void sum(Exec& ex, TensorView sum_1, ConstTensorView x) {
+  ordered_sum<false>(ex, sum_1, x);
+}
+
+}  // namespace upmoe::cuda

@@ -1,0 +1,238 @@
+// The sorted order of the routed rows, and moving rows in it.
+
+#include "kernels/cuda/counting_sort.cuh"
+#include "kernels/ops/backend.h"
+#include "kernels/ops/routing.h"
+
+namespace upmoe::cuda {
+
+namespace {
+
+constexpr std::int64_t kMostNodes = 64;
+
+// By value in the launch.
+struct Begins {
+  std::int64_t at[kMostNodes + 1];
+};
+
+Begins begins_of(std::span<const std::int64_t> values) {
+  UPMOE_CHECK(values.size() <= kMostNodes + 1, "{} nodes, at most {} on a GPU", values.size() - 1,
+              kMostNodes);
+  Begins b{};
+  std::copy(values.begin(), values.end(), b.at);
+  return b;
+}
+
+__global__ void expand(std::int32_t* out, const std::int32_t* index, const std::int32_t* piece,
+                       std::int64_t choices, std::int64_t pieces, std::int64_t experts,
+                       FindingWords findings) {
+  const std::int64_t i = global_thread();
+  if (i >= choices * pieces) return;
+  const std::int32_t e = index[i / pieces];
+  const bool valid = e >= 0 && e < experts;
+  if (!valid) find(findings, Finding::kIndex, i / pieces, static_cast<std::uint32_t>(e));
+  out[i] = valid ? piece[e * pieces + i % pieces] : 0;
+}
+
+struct ExpertKey {
+  const std::int32_t* index;
+  std::int64_t experts;
+  FindingWords findings;
+  __device__ std::int32_t operator()(std::int64_t i) const {
+    const std::int32_t e = index[i];
+    if (e >= -1 && e < experts) return e;
+    find(findings, Finding::kIndex, i, static_cast<std::uint32_t>(e));
+    return -1;
+  }
+};
+struct OrderAndSlot {
+  std::int32_t *order, *slot;
+  std::int64_t divisor;  // what order holds of item i: i / divisor
+  __device__ void operator()(std::int64_t i, std::int32_t place) const {
+    slot[i] = place;
+    if (place >= 0) order[place] = static_cast<std::int32_t>(i / divisor);
+  }
+};
+
+// Item t * nodes + m: has token t business on node m?
+struct NodeKey {
+  const std::int32_t* index;
+  std::int64_t k, nodes;
+  Begins begin;
+  __device__ std::int32_t operator()(std::int64_t i) const {
+    const std::int64_t t = i / nodes, m = i % nodes;
+    for (std::int64_t j = 0; j < k; ++j) {
+      const std::int64_t e = index[t * k + j];
+      if (begin.at[m] <= e && e < begin.at[m + 1]) return static_cast<std::int32_t>(m);
+    }
+    return -1;
+  }
+};
+
+struct Choices {
+  std::int32_t* index_XK;
+  float* weight_XK;
+  const std::int32_t *order, *index;
+  const float* weight;
+};
+__global__ void choices_of_nodes(Choices c, Begins expert, Begins row_of_node, int nodes, std::int64_t rows,
+                                 std::int64_t k) {
+  const std::int64_t i = global_thread();
+  if (i >= rows * k) return;
+  const std::int64_t row = i / k, t = c.order[row];
+  int m = 0;
+  while (m + 1 < nodes && row >= row_of_node.at[m + 1]) ++m;
+  const std::int64_t e = c.index[t * k + i % k];
+  const bool here = expert.at[m] <= e && e < expert.at[m + 1];
+  c.index_XK[i] = here ? static_cast<std::int32_t>(e - expert.at[m]) : -1;
+  c.weight_XK[i] = here ? c.weight[t * k + i % k] : 0.0f;
+}
+
+__global__ void regroup(std::int32_t* regrouped, std::int32_t* ungrouped, const std::int64_t* arrival_begin,
+                        const std::int64_t* grouped_begin, std::int64_t runs, std::int64_t rows) {
+  const std::int64_t arrival = global_thread();
+  if (arrival >= rows) return;
+  std::int64_t low = 0, high = runs;  // the last run that begins at or before it, of those that begin there
+  while (high - low > 1) {
+    const std::int64_t middle = (low + high) / 2;
+    (arrival_begin[middle] <= arrival ? low : high) = middle;
+  }
+  const std::int64_t grouped = grouped_begin[low] + arrival - arrival_begin[low];
+  regrouped[grouped] = static_cast<std::int32_t>(arrival);
+  ungrouped[arrival] = static_cast<std::int32_t>(grouped);
+}
+
+// Rows are bytes here, moved in words of W.
+template <class W>
+__global__ void gather(W* out, const W* in, const std::int32_t* index, std::int64_t rows, std::int64_t words,
+                       std::int64_t divisor, std::int64_t limit, FindingWords findings) {
+  const std::int64_t i = global_thread();
+  if (i >= rows * words) return;
+  const std::int64_t row = i / words, from = index[row];
+  const bool valid = from >= 0 && from < limit;
+  if (!valid && i % words == 0) find(findings, Finding::kIndex, row, static_cast<std::uint32_t>(from));
+  out[i] = valid ? in[from / divisor * words + i % words] : W{};
+}
+
+template <class W>
+void launch_gather(const Exec& ex, const TensorView& out_ND, const ConstTensorView& in_XD,
+                   const ConstTensorView& index_N, std::int64_t divisor) {
+  const std::int64_t rows = out_ND.rows();
+  const auto words = static_cast<std::int64_t>(out_ND.bytes() / sizeof(W)) / rows;
+  launch(ex, blocks_for(rows * words, kThreads), kThreads, gather<W>, reinterpret_cast<W*>(out_ND.data),
+         reinterpret_cast<const W*>(in_XD.data), index_N.as<std::int32_t>(), rows, words, divisor,
+         checked_mul(in_XD.rows(), divisor), stream_of(ex).findings());
+}
+
+// y[t] (+)= the sum of its rows, in k order; a thread has N columns of a token.
+template <int N, bool kAdd, class Y, class X>
+__global__ void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int64_t tokens,
+                         std::int64_t width, int k, std::int64_t limit, FindingWords findings) {
+  const std::int64_t packs_of_row = width / N, i = global_thread();
+  if (i >= tokens * packs_of_row) return;
+  const std::int64_t t = i / packs_of_row, c = i % packs_of_row * N;
+  float sum[N] = {};
+  for (int j = 0; j < k; ++j) {
+    const std::int64_t from = slot[t * k + j];
+    if (from < -1 || from >= limit) find(findings, Finding::kIndex, t, static_cast<std::uint32_t>(from));
+    if (from < 0 || from >= limit) continue;
+    float v[N];
+    load_floats(v, rows + from * width + c);
+#pragma unroll
+    for (int n = 0; n < N; ++n) sum[n] += v[n];
+  }
+  if constexpr (kAdd) {
+    float before[N];
+    load_floats(before, y + t * width + c);
+#pragma unroll
+    for (int n = 0; n < N; ++n) sum[n] += before[n];
+  }
+  store_floats(y + t * width + c, sum);
+}
+
+}  // namespace
+
+void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP) {
+  const std::int64_t choices = index_TK.elements(), pieces = piece_EP.shape[1];
+  stream_of(ex).limit(Finding::kIndex, piece_EP.shape[0]);
+  launch(ex, blocks_for(choices * pieces, kThreads), kThreads, expand, index_TS.as<std::int32_t>(),
+         index_TK.as<std::int32_t>(), piece_EP.as<std::int32_t>(), choices, pieces, piece_EP.shape[0],
+         stream_of(ex).findings());
+}
+
+void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
+                    ConstTensorView index_TK) {
+  const std::int64_t experts = counts_E.shape[0];
+  stream_of(ex).limit(Finding::kIndex, experts);
+  counting_sort(ex, index_TK.elements(), experts,
+                ExpertKey{index_TK.as<std::int32_t>(), experts, stream_of(ex).findings()},
+                OrderAndSlot{order_N.as<std::int32_t>(), slot_TK.as<std::int32_t>(), 1},
+                counts_E.as<std::int32_t>());
+}
+
+void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView counts_M,
+                   ConstTensorView index_TK, std::span<const std::int64_t> node_begin) {
+  const std::int64_t tokens = index_TK.shape[0], nodes = static_cast<std::int64_t>(node_begin.size()) - 1;
+  counting_sort(ex, tokens * nodes, nodes,
+                NodeKey{index_TK.as<std::int32_t>(), index_TK.shape[1], nodes, begins_of(node_begin)},
+                OrderAndSlot{order_X.as<std::int32_t>(), slot_TM.as<std::int32_t>(), nodes},
+                counts_M.as<std::int32_t>());
+}
+
+void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, ConstTensorView order_X,
+                  std::span<const std::int64_t> counts_M, ConstTensorView index_TK, ConstTensorView weight_TK,
+                  std::span<const std::int64_t> node_begin) {
+  const std::int64_t k = index_TK.shape[1], rows = index_XK.shape[0];
+  std::vector<std::int64_t> first{0};
+  for (std::int64_t n : counts_M) first.push_back(first.back() + n);
+  const Choices c{index_XK.as<std::int32_t>(), weight_XK.as<float>(), order_X.as<std::int32_t>(),
+                  index_TK.as<std::int32_t>(), weight_TK.as<float>()};
+  launch(ex, blocks_for(rows * k, kThreads), kThreads, choices_of_nodes, c, begins_of(node_begin),
+         begins_of(first), static_cast<int>(counts_M.size()), rows, k);
+}
+
+void regroup_runs(Exec& ex, TensorView regroup_R, TensorView ungroup_R,
+                  std::span<const std::int64_t> arrival_begin, std::span<const std::int64_t> grouped_begin) {
+  const auto runs = static_cast<std::int64_t>(grouped_begin.size());
+  std::vector<std::int64_t> begins(arrival_begin.begin(), arrival_begin.end());
+  begins.insert(begins.end(), grouped_begin.begin(), grouped_begin.end());
+  ScratchScope scope(*ex.scratch);
+  auto* on_device = ex.scratch->take({2 * runs + 1}, DType::kI64, "runs of arrived rows").as<std::int64_t>();
+  check(cudaMemcpyAsync(on_device, begins.data(), begins.size() * sizeof begins[0], cudaMemcpyDefault,
+                        stream_of(ex).raw()));
+  launch(ex, blocks_for(regroup_R.elements(), kThreads), kThreads, regroup, regroup_R.as<std::int32_t>(),
+         ungroup_R.as<std::int32_t>(), on_device, on_device + runs + 1, runs, regroup_R.elements());
+}
+
+void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
+                 std::int64_t divisor) {
+  if (out_ND.bytes() == 0) return;
+  stream_of(ex).limit(Finding::kIndex, checked_mul(in_XD.rows(), divisor));
+  const auto row_bytes = static_cast<std::int64_t>(out_ND.bytes()) / out_ND.rows();
+  if (packs<16>(row_bytes, out_ND.data, in_XD.data))
+    return launch_gather<Pack<std::uint32_t, 4>>(ex, out_ND, in_XD, index_N, divisor);
+  if (packs<4>(row_bytes, out_ND.data, in_XD.data))
+    return launch_gather<std::uint32_t>(ex, out_ND, in_XD, index_N, divisor);
+  launch_gather<std::uint16_t>(ex, out_ND, in_XD, index_N, divisor);
+}
+
+void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
+                     Accumulate mode) {
+  const std::int64_t tokens = y_TD.shape[0], width = y_TD.shape[1], limit = rows_ND.shape[0];
+  stream_of(ex).limit(Finding::kIndex, limit);
+  with_float_type(y_TD.dtype, [&](auto y_type) {
+    with_float_type(rows_ND.dtype, [&](auto x_type) {
+      using Y = decltype(y_type);
+      using X = decltype(x_type);
+      constexpr int N = kPack<X>;
+      const bool wide = packs<N>(width, y_TD.as<Y>(), rows_ND.as<X>()), add = mode == Accumulate::kAdd;
+      const auto kernel = wide ? (add ? sum_rows<N, true, Y, X> : sum_rows<N, false, Y, X>)
+                               : (add ? sum_rows<1, true, Y, X> : sum_rows<1, false, Y, X>);
+      launch(ex, blocks_for(tokens * (wide ? width / N : width), kThreads), kThreads, kernel, y_TD.as<Y>(),
+             rows_ND.as<X>(), slot_TK.as<std::int32_t>(), tokens, width, static_cast<int>(slot_TK.shape[1]),
+             limit, stream_of(ex).findings());
+    });
+  });
+}
+
+}  // namespace upmoe::cuda

@@ -1,0 +1,46 @@
+#include "kernels/ops/transfer.h"
+
+#include "kernels/ops/backend.h"
+#include "kernels/ops/check_tensor.h"
+#include "kernels/ops/dispatch.h"
+
+namespace upmoe::ops {
+
+namespace {
+
+void check_host(const ConstTensorView& host) {
+  UPMOE_CHECK(host.device.type == DeviceType::kCpu && (host.data != nullptr || host.elements() == 0),
+              "a host tensor lies on the host");
+}
+
+}  // namespace
+
+void download(Exec& ex, TensorView host, ConstTensorView device) {
+  check_host(host);
+  check_tensor(ex, device, host.shape, host.dtype, "device");
+  ex.book("download", 0, bytes_of(device), bytes_of(host));
+  dispatch(ex, cpu::download, cuda::download, host, device);
+}
+
+void upload(Exec& ex, TensorView device, ConstTensorView host) {
+  check_host(host);
+  check_tensor(ex, device, host.shape, host.dtype, "device");
+  ex.book("upload", 0, bytes_of(host), bytes_of(device));
+  dispatch(ex, cpu::upload, cuda::upload, device, host);
+}
+
+void write_through_host(Exec& ex, TensorView device, const std::function<void(TensorView)>& fill) {
+  switch (ex.device.type) {
+    case DeviceType::kCpu:
+      return fill(device);
+    case DeviceType::kDry:
+      return;
+    case DeviceType::kCuda:
+      const Buffer staging = Buffer::allocate({}, device.bytes(), "staging on the host");
+      const TensorView host = staging.view(device.shape, device.dtype);
+      fill(host);
+      upload(ex, device, host);
+  }
+}
+
+}  // namespace upmoe::ops

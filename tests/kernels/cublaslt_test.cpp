@@ -1,0 +1,84 @@
+// How cuBLASLt is called, through the pretended one that records: results are in gemm_test and
+// grouped_gemm_test.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <map>
+#include <set>
+
+#include "kernels/ops/gemm.h"
+#include "kernels/ops/grouped_gemm.h"
+#include "tests/support/fake_cuda/fake_cuda.h"
+#include "tests/support/op_exec.h"
+#include "tests/support/random_tensor.h"
+
+namespace upmoe::test {
+namespace {
+
+TEST(CublasLt, RowMajorProductsAreTransposedOnes) {
+  OpExec ex;
+  const HostTensor x = random_tensor({3, 5}, DType::kBF16, 1), w = random_tensor({7, 5}, DType::kBF16, 2);
+  HostTensor y({3, 7}, DType::kF32);
+  fake_cuda::take_matmuls();
+  ops::gemm(ex, y, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite);
+  finish_ops();
+  const auto calls = fake_cuda::take_matmuls();
+  ASSERT_EQ(calls.size(), 1u);
+  EXPECT_EQ(calls[0].m, 7);  // columns of ours
+  EXPECT_EQ(calls[0].n, 3);
+  EXPECT_EQ(calls[0].k, 5);
+}
+
+TEST(CublasLt, ChoosesAnAlgorithmOncePerShape) {
+  OpExec ex;
+  const HostTensor x = random_tensor({24, 40}, DType::kBF16, 1), w = random_tensor({56, 40}, DType::kBF16, 2);
+  HostTensor y({24, 56}, DType::kBF16), z({24, 56}, DType::kF32);
+  const int before = fake_cuda::heuristic_calls();
+  for (int i = 0; i < 5; ++i) {
+    ops::gemm(ex, y, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite);
+    ops::gemm(ex, z, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite);
+    ops::gemm(ex, z, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kAdd);
+  }
+  finish_ops();
+  EXPECT_EQ(fake_cuda::heuristic_calls() - before, 3);
+}
+
+TEST(CublasLt, ExpertsRunSideBySideWithWorkspacesOfTheirOwn) {
+  OpExec ex;
+  const std::vector<std::int64_t> offsets{0, 2, 2, 7, 8, 12, 12, 20, 21, 30, 33};  // two experts without rows
+  const std::int64_t experts = 10;
+  const HostTensor x = random_tensor({33, 8}, DType::kF32, 1),
+                   w = random_tensor({experts, 6, 8}, DType::kF32, 2);
+  HostTensor y({33, 6}, DType::kF32);
+  fake_cuda::take_matmuls();
+  ops::grouped_gemm_forward(ex, y, x, w, offsets);
+  finish_ops();
+  const auto calls = fake_cuda::take_matmuls();
+  ASSERT_EQ(calls.size(), 8u);
+  std::map<const void*, std::set<const void*>> workspaces_of_stream, streams_of_workspace;
+  for (const auto& call : calls) {
+    workspaces_of_stream[call.stream].insert(call.workspace);
+    streams_of_workspace[call.workspace].insert(call.stream);
+  }
+  EXPECT_GE(workspaces_of_stream.size(), 4u) << "streams";
+  EXPECT_LE(workspaces_of_stream.size(), 8u);
+  for (const auto& [workspace, streams] : streams_of_workspace) EXPECT_EQ(streams.size(), 1u);
+}
+
+TEST(CublasLt, NoAlgorithmIsAnErrorWithTheShape) {
+  OpExec ex;
+  const HostTensor x = random_tensor({31, 9}, DType::kF32, 1), w = random_tensor({11, 9}, DType::kF32, 2);
+  HostTensor y({31, 11}, DType::kF32);
+  fake_cuda::fail_next("cublasLtMatmulAlgoGetHeuristic", 1);
+  try {
+    ops::gemm(ex, y, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite);
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kDevice);
+    EXPECT_THAT(e.what(), testing::HasSubstr("31 x 11 x 9, fp32 to fp32"));
+  }
+}
+
+}  // namespace
+}  // namespace upmoe::test

@@ -1,0 +1,28 @@
+#pragma once
+// What the tests set and ask of the pretended GPUs.
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace fake_cuda {
+
+void set_devices(int count, int major = 9,
+                 int minor = 0);     // 8 of compute capability 9.0 at first; -1: no driver
+void set_memory(std::size_t bytes);  // of each device; allocations fail beyond it
+std::size_t allocated();             // bytes, of all devices
+// Pieces of work wait a random while before they begin, so that work which nothing orders comes in another
+// order. 0: no delays. The environment variable UPMOE_FAKE_DELAYS sets the beginning.
+void set_delays(std::uint64_t seed);
+// The next call of this name (say "cudaMemcpyAsync") fails with `error`.
+void fail_next(const char* call, int error);
+
+// A product as cuBLASLt was asked for it, column-major.
+struct Matmul {
+  std::int64_t m, n, k;
+  const void *stream, *workspace;
+};
+std::vector<Matmul> take_matmuls();  // since the last call
+int heuristic_calls();               // so far
+
+}  // namespace fake_cuda
