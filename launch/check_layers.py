@@ -33,7 +33,7 @@ MAY_INCLUDE = {
 BACKEND_HEADERS = {"kernels/cpu/cpu.h", "kernels/cuda/cuda.h"}
 
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the
-# libraries of IN_HEADERS, so that what includes them compiles without the others (a .cuh is included by .cu files alone).
+# libraries of IN_HEADERS, so that what includes them compiles without the others; a .cuh is for .cu files alone.
 THIRD_PARTY = {
     "CUDA": (r"cuda|cublas|cutlass", ["kernels/cuda/", "parallel/nccl_comm.cpp"]),
     "NCCL": (r"nccl\.h$", ["parallel/nccl_comm.cpp"]),
