@@ -1,4 +1,4 @@
-# Sets UPMOE_WITH_CUDA when nvcc, cuBLASLt and the runtime are there. nvcc's own flags stand here.
+# Sets UPMOE_WITH_CUDA when nvcc, cuBLASLt and the runtime are there, and UPMOE_WITH_NCCL when NCCL is too. nvcc's own flags stand here.
 find_program(UPMOE_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin /usr/local/cuda/bin)
 if(NOT UPMOE_NVCC)
   message(STATUS "CUDA: no nvcc found (PATH, CUDA_HOME, /usr/local/cuda); building for the CPU alone")
@@ -16,6 +16,13 @@ if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
 endif()
 find_package(CUDAToolkit REQUIRED)
 set(UPMOE_WITH_CUDA ON)
+find_path(UPMOE_NCCL_INCLUDE nccl.h HINTS $ENV{NCCL_HOME}/include ${CUDAToolkit_INCLUDE_DIRS})
+find_library(UPMOE_NCCL_LIBRARY nccl HINTS $ENV{NCCL_HOME}/lib ${CUDAToolkit_LIBRARY_DIR})
+if(UPMOE_NCCL_INCLUDE AND UPMOE_NCCL_LIBRARY)
+  set(UPMOE_WITH_NCCL ON)
+else()
+  message(STATUS "CUDA: no NCCL found (NCCL_HOME, the CUDA toolkit, the system); one GPU per run alone")
+endif()
 # nvcc cannot evaluate fmt's checks of format strings at compile time; the C++ files see to those.
 add_compile_definitions("$<$<COMPILE_LANGUAGE:CUDA>:FMT_CONSTEVAL=;FMT_USE_CONSTEXPR=1>")
 set(flags --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra --Werror=all-warnings -lineinfo -Xptxas=-v)

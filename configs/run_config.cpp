@@ -86,7 +86,7 @@ void add_training(Schema& schema, RunConfig& run) {
       .key("eval_sequences", run.train.eval_sequences, {.least = 0})
       .key("nonfinite_patience", run.train.nonfinite_patience, {.least = 1});
   schema.section("optimizer")
-      .key("name", run.optimizer.name, {.names = {"adamw"}, .planned = {"adamw8bit"}})
+      .key("name", run.optimizer.name, {.names = {"adamw", "adamw8bit"}})
       .key("lr", run.optimizer.lr, {.least = 0})
       .key("beta1", run.optimizer.beta1, {.least = 0, .most = 1, .below = true})
       .key("beta2", run.optimizer.beta2, {.least = 0, .most = 1, .below = true})

@@ -35,8 +35,8 @@ BACKEND_HEADERS = {"kernels/cpu/cpu.h", "kernels/cuda/cuda.h"}
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the
 # libraries of IN_HEADERS, so that what includes them compiles without the others; a .cuh is for .cu files alone.
 THIRD_PARTY = {
-    "CUDA": (r"cuda|cublas|cutlass", ["kernels/cuda/", "parallel/nccl_comm.cpp"]),
-    "NCCL": (r"nccl\.h$", ["parallel/nccl_comm.cpp"]),
+    "CUDA": (r"cuda|cublas|cutlass", ["kernels/cuda/"]),
+    "NCCL": (r"nccl\.h$", ["parallel/nccl_channel.cpp"]),
     "MPI": (r"^mpi\.h$", ["parallel/mpi_comm.cpp", "parallel/mpi_messages.cpp"]),
     "HDF5": (r"(hdf5|H5\w*)\.h$", ["data/"]),
     "yaml-cpp": (r"yaml-cpp/", ["configs/yaml_reader.cpp"]),

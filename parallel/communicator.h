@@ -9,10 +9,9 @@
 #include <vector>
 
 #include "kernels/core/exec.h"
+#include "kernels/core/reduce_op.h"
 
 namespace upmoe {
-
-enum class ReduceOp { kSum, kMax, kMin };
 
 // A transfer under way. Buffers handed to the verb stay untouched until wait() returned; wait() once, on the
 // rank's own thread; a Pending that is dropped without wait() waits in its destructor.
@@ -63,7 +62,7 @@ class Communicator {
   // Between two ranks, in order: the n-th receive from a rank takes its n-th send. For the pipeline.
   virtual Pending send(ConstTensorView in, int to, Stream* stream = nullptr) = 0;
   virtual void recv(TensorView out, int from, Stream* stream = nullptr) = 0;
-  // A stream to compute beside, for Exec::comm: its poll() moves on transfers that need the host's help
+  // A stream to compute on, for Exec::stream: its poll() moves on transfers that need the host's help
   // (MPI's progress happens inside its calls alone). Null where none do. Outlived by the communicator.
   virtual std::unique_ptr<Stream> make_stream() { return nullptr; }
   // Ends the whole job: unblocks the peers, who fail with `code`. Never returns control to a collective.

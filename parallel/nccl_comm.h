@@ -5,8 +5,15 @@
 
 namespace upmoe {
 
-// Tensors on the host go through `host`, tensors on a GPU over NCCL between the ranks' current GPUs.
-// Collective over `host`. A build without NCCL throws Error(kDevice).
+// Tensors on the host go through `host`, tensors on a GPU over NCCL between the ranks' current GPUs: verbs
+// take the stream that the tensors are computed on (never null), return at once, and Pending::wait() holds
+// that stream, not the host. Each group has a stream of its own; a rank's sends to and receives from another
+// rank have one for each direction, made at the first of them. An error of NCCL that no call returns ends
+// the process with kCommunicator; a verb past the watchdog's deadline does too. Collective over `host`. A
+// build without NCCL throws Error(kDevice).
 std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> host);
+
+// For tests: called in place of ending the process, with the message, from another thread.
+void set_nccl_error_handler(std::function<void(const std::string&)> handler);
 
 }  // namespace upmoe

@@ -73,6 +73,8 @@ void reduce_in_order(DType dtype, ReduceOp op, std::byte* out, std::span<const s
       return reduce_by<std::int32_t, std::int32_t>(op, out, parts, elements);
     case DType::kI64:
       return reduce_by<std::int64_t, std::int64_t>(op, out, parts, elements);
+    case DType::kU8:
+      UPMOE_CHECK(false, "bytes are moved, not summed");
   }
 }
 

@@ -28,6 +28,7 @@ struct State {
   std::uint64_t sequence = 0;
   struct Collective {
     std::string verb, waiting_for;
+    ExitCode code = ExitCode::kHang;
   };
   std::map<std::uint64_t, Collective> in_flight;
   std::deque<std::string> finished;  // the newest ten
@@ -67,7 +68,7 @@ void let_lower_ranks_speak(int rank) {
   text += "\n";
   let_lower_ranks_speak(s.rank);
   (void)!write(2, text.data(), text.size());
-  _exit(static_cast<int>(ExitCode::kHang));
+  _exit(static_cast<int>(s.in_flight.empty() ? ExitCode::kHang : s.in_flight.begin()->second.code));
 }
 
 void watch() {
@@ -114,11 +115,11 @@ void heartbeat() {
   s.last_progress = Clock::now();
 }
 
-std::uint64_t enter(const char* verb) {
+std::uint64_t enter(const char* verb, ExitCode code) {
   State& s = state();
   const std::lock_guard lock(s.mutex);
   const std::uint64_t sequence = ++s.sequence;
-  s.in_flight[sequence].verb = verb;
+  s.in_flight[sequence] = {verb, {}, code};
   return sequence;
 }
 

@@ -32,28 +32,22 @@ std::string metadata_of(const Session& s, const TrainState& state) {
       .dump();
 }
 
-struct Piece {
-  const StoredParam* param;
-  const char* kind;
-  TensorView values;
-};
-
-std::vector<Piece> owned_pieces(const Session& s) {
-  std::vector<Piece> pieces;
-  for (const StoredParam& p : s.params.all())
-    if (p.owned.size() > 0)
-      pieces.push_back(
-          {&p, "weight", p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end)});
-  for (const OwnedSlice& slice : s.optimizer.slices()) {
-    if (s.optimizer.has_masters()) pieces.push_back({slice.param, "master", slice.master});
-    pieces.push_back({slice.param, "m", slice.m});
-    pieces.push_back({slice.param, "v", slice.v});
-  }
-  return pieces;
-}
-
 std::size_t aligned(std::size_t bytes) {
   return (bytes + 63) / 64 * 64;
+}
+
+TensorView owned_weight(const StoredParam& p) {
+  return p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end);
+}
+
+std::size_t bytes_to_stage(const Session& s) {
+  std::size_t bytes = 0;
+  for (const StoredParam& p : s.params.all())
+    if (p.owned.size() > 0) bytes += aligned(owned_weight(p).bytes());
+  for (const OwnedSlice& slice : s.optimizer.slices())
+    bytes += (slice.has_master() ? 3 : 2) *
+             aligned(static_cast<std::size_t>(slice.weight.elements()) * sizeof(float));
+  return bytes;
 }
 
 }  // namespace
@@ -68,22 +62,29 @@ CheckpointWriter::~CheckpointWriter() {
 void CheckpointWriter::begin(Session& session, const TrainState& state, Communicator& world,
                              bool in_background) {
   UPMOE_CHECK(!busy(), "one checkpoint at a time");
-  const std::vector<Piece> pieces = owned_pieces(session);
+  Exec& ex = session.memory.exec;
   auto staged = std::make_unique<Staged>();
-  for (const Piece& p : pieces) staged->bytes += aligned(p.values.bytes());
+  staged->bytes = bytes_to_stage(session);
   staged->memory = Buffer::allocate({}, staged->bytes);
   std::size_t at = 0;
-  for (const Piece& p : pieces) {
-    StorePiece out;
-    out.tensor = p.param->spec.name;
-    out.kind = p.kind;
-    out.global = p.param->spec.shape;
-    out.boxes = flat_range_to_boxes(p.param->shard, p.param->owned);
-    TensorView copy{staged->memory.data() + at, p.values.shape, p.values.dtype, {}};
-    ops::download(session.memory.exec, copy, p.values);
-    out.values = copy;
-    at += aligned(p.values.bytes());
-    staged->pieces.push_back(std::move(out));
+  const auto stage = [&](const StoredParam& p, const char* kind, DType dtype) {
+    StorePiece piece;
+    piece.tensor = p.spec.name;
+    piece.kind = kind;
+    piece.global = p.spec.shape;
+    piece.boxes = flat_range_to_boxes(p.shard, p.owned);
+    const TensorView room{staged->memory.data() + at, {p.owned.size()}, dtype, {}};
+    piece.values = room;
+    at += aligned(room.bytes());
+    staged->pieces.push_back(std::move(piece));
+    return room;
+  };
+  for (const StoredParam& p : session.params.all())
+    if (p.owned.size() > 0) ops::download(ex, stage(p, "weight", p.value.dtype), owned_weight(p));
+  for (const OwnedSlice& slice : session.optimizer.slices()) {
+    if (slice.has_master()) ops::download(ex, stage(*slice.param, "master", DType::kF32), slice.master);
+    const TensorView m = stage(*slice.param, "m", DType::kF32), v = stage(*slice.param, "v", DType::kF32);
+    save_moments(ex, slice, m, v);
   }
   target_ = dir_ / fmt::format("step_{:08}", state.step);
   metadata_ = metadata_of(session, state);
@@ -152,15 +153,23 @@ void require_same_model(const ShardStore& store, const Session& session) {
          differences);
 }
 
-void read_flat(Exec& ex, const ShardStore& store, const OwnedSlice& slice, const char* kind,
-               TensorView values) {
-  ops::write_through_host(ex, values, [&](TensorView out) {
-    std::int64_t at = 0;
-    for (const Box& box : flat_range_to_boxes(slice.param->shard, slice.param->owned)) {
-      store.read(slice.param->spec.name, kind, box, out.rows(at, at + box.elements()));
-      at += box.elements();
-    }
-  });
+// What the slice owns, read into `out` on the host.
+void read_flat(const ShardStore& store, const OwnedSlice& slice, const char* kind, TensorView out) {
+  std::int64_t at = 0;
+  for (const Box& box : flat_range_to_boxes(slice.param->shard, slice.param->owned)) {
+    store.read(slice.param->spec.name, kind, box, out.rows(at, at + box.elements()));
+    at += box.elements();
+  }
+}
+
+void read_moments(Exec& ex, const ShardStore& store, const OwnedSlice& slice) {
+  const Shape shape{slice.weight.elements()};
+  const Buffer memory = Buffer::allocate({}, 2 * static_cast<std::size_t>(shape.elements()) * sizeof(float));
+  const TensorView both = memory.view({2 * shape[0]}, DType::kF32), m = both.rows(0, shape[0]),
+                   v = both.rows(shape[0], 2 * shape[0]);
+  read_flat(store, slice, "m", m);
+  read_flat(store, slice, "v", v);
+  load_moments(ex, slice, m, v);
 }
 
 }  // namespace
@@ -177,10 +186,10 @@ TrainState load_checkpoint(const ShardStore& store, Session& session) {
     const std::string& name = slice.param->spec.name;
     if (!store.tensors().contains({name, "m"}))
       continue;  // frozen when it was saved: its moments start at zero
-    read_flat(ex, store, slice, "m", slice.m);
-    read_flat(ex, store, slice, "v", slice.v);
-    if (session.optimizer.has_masters() && store.tensors().contains({name, "master"}))
-      read_flat(ex, store, slice, "master", slice.master);
+    read_moments(ex, store, slice);
+    if (slice.has_master() && store.tensors().contains({name, "master"}))
+      ops::write_through_host(ex, slice.master,
+                              [&](TensorView out) { read_flat(store, slice, "master", out); });
   }
   TrainState state;
   state.step = meta.at("step").get<std::int64_t>();

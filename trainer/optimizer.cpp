@@ -3,42 +3,83 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/core/philox.h"
+#include "kernels/ops/moment_codes.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
-Optimizer::Optimizer(const ParamStore& params, Config config, Device device)
-    : config_(config), masters_(params.dtype() != DType::kF32) {
-  std::int64_t elements = 0;
-  for (const StoredParam& p : params.all())
-    if (!p.frozen) elements = checked_add(elements, p.owned.size());
-  const std::int64_t kinds = masters_ ? 3 : 2;
-  state_ = Buffer::allocate(device, static_cast<std::size_t>(checked_mul(elements, kinds)) * sizeof(float),
-                            "optimizer state");
-  const TensorView all = state_.view({elements * kinds}, DType::kF32);
-  std::int64_t at = 0;
-  for (const StoredParam& p : params.all()) {
-    if (p.frozen || p.owned.size() == 0) continue;
+namespace {
+
+constexpr std::int64_t kSmall = 4096;  // elements of a parameter; below, coding saves nothing
+constexpr std::int64_t kAtOnce = std::int64_t{1} << 22;  // of moments that are decoded beside the others
+
+// What a slice takes of the optimizer's memory.
+struct Need {
+  bool coded;
+  std::int64_t floats, codes;  // elements
+  Need(const StoredParam& p, bool coding, bool masters) : coded(coding && p.spec.shape.elements() >= kSmall) {
     const std::int64_t n = p.owned.size();
+    floats = coded ? 2 * moment_blocks(p.owned.begin, n) : checked_mul(n, masters ? 3 : 2);
+    codes = coded ? checked_mul(n, 2) : 0;
+  }
+};
+
+bool is_updated(const StoredParam& p) {
+  return !p.frozen && p.owned.size() > 0;
+}
+
+}  // namespace
+
+Optimizer::Optimizer(const ParamStore& params, Config config, Device device) : config_(config) {
+  const bool masters = params.dtype() != DType::kF32;
+  std::int64_t floats = 0, codes = 0;
+  for (const StoredParam& p : params.all()) {
+    if (!is_updated(p)) continue;
+    const Need need(p, config_.coded, masters);
+    floats = checked_add(floats, need.floats);
+    codes = checked_add(codes, need.codes);
+  }
+  state_ = Buffer::allocate(device, static_cast<std::size_t>(checked_mul(floats, 4)), "optimizer state");
+  codes_ = Buffer::allocate(device, static_cast<std::size_t>(codes), "optimizer state, 8 bits");
+  TensorView float_memory = state_.view({floats}, DType::kF32),
+             code_memory = codes_.view({codes}, DType::kU8);
+  for (const StoredParam& p : params.all()) {
+    if (!is_updated(p)) continue;
+    const Need need(p, config_.coded, masters);
     OwnedSlice s;
-    s.param = &p;
-    s.weight = p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end);
-    s.grad = p.owned_grad;
-    s.m = all.rows(at, at + n);
-    s.v = all.rows(elements + at, elements + at + n);
-    s.master = masters_ ? all.rows(2 * elements + at, 2 * elements + at + n) : s.weight;
-    at += n;
+    s.coded = need.coded;
+    bind(s, p, float_memory.rows(0, need.floats), code_memory.rows(0, need.codes));
+    float_memory = float_memory.rows(need.floats, float_memory.elements());
+    code_memory = code_memory.rows(need.codes, code_memory.elements());
     slices_.push_back(s);
   }
 }
 
-void Optimizer::reset(Exec& ex) {
-  for (OwnedSlice& s : slices_) {
-    ops::fill(ex, s.m, 0.0f);
-    ops::fill(ex, s.v, 0.0f);
-    if (masters_) ops::cast(ex, s.master, s.weight);
+void Optimizer::bind(OwnedSlice& s, const StoredParam& p, TensorView floats, TensorView codes) {
+  const std::int64_t n = p.owned.size();
+  s.param = &p;
+  s.weight = p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end);
+  s.grad = p.owned_grad;
+  if (s.coded) {
+    const std::int64_t blocks = floats.elements() / 2;
+    s.moments = {codes.rows(0, n), codes.rows(n, 2 * n), floats.rows(0, blocks),
+                 floats.rows(blocks, 2 * blocks), p.owned.begin};
+    s.chance = {philox_key(config_.seed, p.spec.name + " rounding"),
+                FlatIndex(p.shard.offset, p.shard.extent, p.spec.shape)};
+  } else {
+    s.m = floats.rows(0, n);
+    s.v = floats.rows(n, 2 * n);
+    s.master = s.has_master() ? floats.rows(2 * n, 3 * n) : s.weight;
   }
+}
+
+void Optimizer::reset(Exec& ex) {
+  if (state_.bytes() > 0)
+    ops::fill(ex, state_.view({static_cast<std::int64_t>(state_.bytes() / 4)}, DType::kF32), 0.0f);
+  for (OwnedSlice& s : slices_)
+    if (s.has_master()) ops::cast(ex, s.master, s.weight);
 }
 
 double Optimizer::gradient_norm(Exec& ex, Communicator& world) const {
@@ -62,12 +103,15 @@ void Optimizer::update(Exec& ex, double lr, double norm, std::int64_t step) {
   if (config_.clip > 0) hyper.grad_scale = static_cast<float>(std::min(1.0, config_.clip / (norm + 1e-6)));
   for (OwnedSlice& s : slices_) {
     hyper.weight_decay = s.param->spec.decay ? static_cast<float>(config_.weight_decay) : 0.0f;
-    ops::adamw(ex, s.weight, s.master, s.m, s.v, s.grad, hyper);
+    if (s.coded) {
+      ops::adamw8bit(ex, s.weight, s.moments, s.grad, hyper, s.chance);
+    } else {
+      ops::adamw(ex, s.weight, s.master, s.m, s.v, s.grad, hyper);
+    }
   }
 }
 
 std::string Optimizer::first_nonfinite(Exec& ex) const {
-  constexpr std::int64_t kAtOnce = 1 << 20;
   const Buffer memory = Buffer::allocate({}, kAtOnce * sizeof(float));
   for (const OwnedSlice& s : slices_)
     for (std::int64_t begin = 0; begin < s.grad.elements(); begin += kAtOnce) {
@@ -80,6 +124,57 @@ std::string Optimizer::first_nonfinite(Exec& ex) const {
       }
     }
   return {};
+}
+
+namespace {
+
+// body(part of the slice's moments, first element, last) for parts that begin and end with blocks.
+template <class Body>
+void for_parts(const OwnedSlice& s, const Body& body) {
+  const CodedMoments& all = s.moments;
+  const std::int64_t n = all.m_n.elements(), phase = all.first % kMomentBlock;
+  for (std::int64_t begin = 0; begin < n;) {
+    const std::int64_t end = std::min(n, (begin + phase) / kAtOnce * kAtOnce + kAtOnce - phase);
+    const std::int64_t block = (begin + phase) / kMomentBlock,
+                       blocks = moment_blocks(all.first + begin, end - begin);
+    body(CodedMoments{all.m_n.rows(begin, end), all.v_n.rows(begin, end),
+                      all.m_scale_b.rows(block, block + blocks), all.v_scale_b.rows(block, block + blocks),
+                      all.first + begin},
+         begin, end);
+    begin = end;
+  }
+}
+
+}  // namespace
+
+void save_moments(Exec& ex, const OwnedSlice& s, TensorView m, TensorView v) {
+  if (!s.coded) {
+    ops::download(ex, m, s.m);
+    return ops::download(ex, v, s.v);
+  }
+  for_parts(s, [&](const CodedMoments& part, std::int64_t begin, std::int64_t end) {
+    ScratchScope scope(*ex.scratch);
+    TensorView m_n = ex.scratch->take({end - begin}, DType::kF32, "decoded moments"),
+               v_n = ex.scratch->take({end - begin}, DType::kF32, "decoded moments");
+    ops::decode_moments(ex, m_n, v_n, part);
+    ops::download(ex, m.rows(begin, end), m_n);
+    ops::download(ex, v.rows(begin, end), v_n);
+  });
+}
+
+void load_moments(Exec& ex, const OwnedSlice& s, ConstTensorView m, ConstTensorView v) {
+  if (!s.coded) {
+    ops::upload(ex, s.m, m);
+    return ops::upload(ex, s.v, v);
+  }
+  for_parts(s, [&](const CodedMoments& part, std::int64_t begin, std::int64_t end) {
+    ScratchScope scope(*ex.scratch);
+    TensorView m_n = ex.scratch->take({end - begin}, DType::kF32, "moments to be coded"),
+               v_n = ex.scratch->take({end - begin}, DType::kF32, "moments to be coded");
+    ops::upload(ex, m_n, m.rows(begin, end));
+    ops::upload(ex, v_n, v.rows(begin, end));
+    ops::encode_moments(ex, part, m_n, v_n);
+  });
 }
 
 }  // namespace upmoe

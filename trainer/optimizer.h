@@ -1,11 +1,13 @@
 #pragma once
-// AdamW over the slices this rank owns: fp32 moments, and fp32 masters beside bf16 weights (with fp32 weights
-// the weight is its own master).
+// AdamW over the slices this rank owns. `adamw` keeps fp32 moments, and fp32 masters beside bf16 weights
+// (with fp32 weights the weight is its own master). `adamw8bit` codes the moments of large parameters in 8
+// bits and keeps no masters for them (kernels/ops/adamw8bit.h); small ones (norms, biases: fewer than 4096
+// elements) are as with adamw.
 
 #include <string>
 #include <vector>
 
-#include "kernels/ops/adamw.h"
+#include "kernels/ops/adamw8bit.h"
 #include "parallel/mesh.h"
 #include "trainer/model/param_store.h"
 
@@ -14,14 +16,20 @@ namespace upmoe {
 struct OwnedSlice {  // flat views of length param->owned.size()
   const StoredParam* param = nullptr;
   TensorView weight, grad;  // into the ParamStore
+  bool coded = false;       // which of the next two lines holds
   TensorView master, m, v;  // fp32; master is `weight` itself when that is fp32
+  CodedMoments moments;
+  Chance chance;
+  bool has_master() const { return !coded && weight.dtype != DType::kF32; }
 };
 
 class Optimizer {
  public:
   struct Config {
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
-    double clip = 1.0;  // 0 = none
+    double clip = 1.0;   // 0 = none
+    bool coded = false;  // adamw8bit
+    std::uint64_t seed = 0;
   };
   Optimizer(const ParamStore& params, Config config, Device device);
 
@@ -34,14 +42,18 @@ class Optimizer {
   // Name of the first parameter of which this rank's owned gradient is not finite; empty when all are.
   std::string first_nonfinite(Exec& ex) const;
   const std::vector<OwnedSlice>& slices() const { return slices_; }
-  bool has_masters() const { return masters_; }
-  std::size_t bytes() const { return state_.bytes(); }
+  std::size_t bytes() const { return state_.bytes() + codes_.bytes(); }
 
  private:
+  void bind(OwnedSlice& slice, const StoredParam& p, TensorView floats, TensorView codes);
+
   Config config_;
-  bool masters_ = false;
-  Buffer state_;
+  Buffer state_, codes_;
   std::vector<OwnedSlice> slices_;
 };
+
+// The moments of a slice to and from fp32 on the host, whatever they are kept in.
+void save_moments(Exec& ex, const OwnedSlice& slice, TensorView m, TensorView v);
+void load_moments(Exec& ex, const OwnedSlice& slice, ConstTensorView m, ConstTensorView v);
 
 }  // namespace upmoe

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/core/exec.h"
+#include "kernels/core/reduce_op.h"
 
 namespace upmoe::gpu {
 
@@ -22,6 +23,7 @@ std::string pci_id(int index);  // which piece of hardware of this host it is
 // Makes GPU `index` the calling thread's. Throws Error(kDevice) when there is none of that number, when its
 // compute capability is not one that this program was compiled for, or when the driver refuses.
 void use(int index);
+int current();  // the calling thread's
 
 // A stream of the calling thread's GPU. synchronize() waits for the host's sake and throws what the device
 // found wrong meanwhile: a token out of range (kBadInput), a router logit that is not finite (kNumeric), a
@@ -30,6 +32,29 @@ std::unique_ptr<Stream> make_stream();
 
 // Between memory of the device, behind the stream's work so far.
 void copy(Stream& stream, std::byte* to, const std::byte* from, std::size_t bytes);
+
+// The CUDA stream itself (a cudaStream_t), for libraries that take one.
+void* raw(Stream& stream);
+
+// A point in a stream's work.
+class Event {
+ public:
+  Event();  // on the calling thread's GPU
+  ~Event();
+  Event(const Event&) = delete;
+  void record(Stream& stream);      // the point is now behind what the stream has been given
+  void hold(Stream& stream) const;  // the stream's later work waits for the point; the host does not
+  bool has_passed() const;          // true too before the first record(); throws Error(kDevice)
+
+ private:
+  void* event_ = nullptr;
+};
+
+// Behind the stream's work so far: out[i] = slice 0 [i] op slice 1 [i] op ..., in that order and rounded once
+// (bf16 in fp32, fp32 in fp64), as the ranks' values are summed on the host. Slice `rank` lies at `own`, the
+// other r at `staged` + r * elements. out may be own.
+void fold_slices(Stream& stream, ReduceOp op, DType dtype, std::byte* out, const std::byte* staged,
+                 const std::byte* own, int rank, int ranks, std::int64_t elements);
 
 // Zero-filled, 256-byte aligned. Throws Error(kFailure) with request, free and total memory, and the largest
 // of what this process holds, by name.

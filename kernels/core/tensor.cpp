@@ -4,6 +4,8 @@ namespace upmoe {
 
 std::size_t size_of(DType dtype) {
   switch (dtype) {
+    case DType::kU8:
+      return 1;
     case DType::kBF16:
       return 2;
     case DType::kF32:
@@ -29,6 +31,8 @@ const char* name_of(DType dtype) {
       return "int64";
     case DType::kF64:
       return "fp64";
+    case DType::kU8:
+      return "uint8";
   }
   return "unknown";
 }

@@ -17,7 +17,7 @@
 
 namespace upmoe {
 
-enum class DType : std::uint8_t { kF32, kBF16, kI32, kI64, kF64 };
+enum class DType : std::uint8_t { kF32, kBF16, kI32, kI64, kF64, kU8 };
 enum class DeviceType : std::uint8_t { kCpu, kCuda, kDry };  // kDry: checks and books, computes nothing
 enum class Accumulate : std::uint8_t {
   kOverwrite,
@@ -31,7 +31,7 @@ struct Device {
 };
 
 std::size_t size_of(DType dtype);  // bytes of one element
-const char* name_of(DType dtype);  // "fp32", "bf16", "int32", "int64", "fp64"
+const char* name_of(DType dtype);  // "fp32", "bf16", "int32", "int64", "fp64", "uint8"
 
 template <class T>
 struct DTypeOf;
@@ -54,6 +54,10 @@ struct DTypeOf<std::int64_t> {
 template <>
 struct DTypeOf<double> {
   static constexpr DType value = DType::kF64;
+};
+template <>
+struct DTypeOf<std::uint8_t> {
+  static constexpr DType value = DType::kU8;
 };
 
 struct Shape {  // rank at most 4

@@ -137,7 +137,7 @@ std::byte* allocate(std::size_t bytes, std::string_view what) {
   cuda::check(status);
   hold(memory, bytes, what);
   cuda::check(cudaMemset(memory, 0, bytes));
-  cuda::check(cudaDeviceSynchronize());  // streams do not wait for the fill by themselves
+  cuda::check(cudaStreamSynchronize(nullptr));  // streams do not wait for the fill by themselves
   return static_cast<std::byte*>(memory);
 }
 

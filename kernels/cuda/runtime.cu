@@ -146,6 +146,43 @@ void use(int index) {
   cuda::check(cudaSetDevice(index));
 }
 
+int current() {
+  int index = 0;
+  cuda::check(cudaGetDevice(&index));
+  return index;
+}
+
+void* raw(Stream& stream) {
+  return static_cast<cuda::CudaStream&>(stream).raw();
+}
+
+Event::Event() {
+  cudaEvent_t event = nullptr;
+  cuda::check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  event_ = event;
+}
+
+Event::~Event() {
+  cudaEventDestroy(static_cast<cudaEvent_t>(event_));
+}
+
+void Event::record(Stream& stream) {
+  cuda::check(
+      cudaEventRecord(static_cast<cudaEvent_t>(event_), static_cast<cuda::CudaStream&>(stream).raw()));
+}
+
+void Event::hold(Stream& stream) const {
+  cuda::check(
+      cudaStreamWaitEvent(static_cast<cuda::CudaStream&>(stream).raw(), static_cast<cudaEvent_t>(event_), 0));
+}
+
+bool Event::has_passed() const {
+  const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event_));
+  if (status == cudaErrorNotReady) return false;
+  cuda::check(status);
+  return true;
+}
+
 void copy(Stream& stream, std::byte* to, const std::byte* from, std::size_t bytes) {
   cuda::check(
       cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cuda::CudaStream&>(stream).raw()));

@@ -154,6 +154,15 @@ void sum(Exec&, TensorView, ConstTensorView) {
 void adamw(Exec&, TensorView, TensorView, TensorView, TensorView, ConstTensorView, const AdamWStep&) {
   refuse("adamw");
 }
+void adamw8bit(Exec&, TensorView, const CodedMoments&, ConstTensorView, const AdamWStep&, const Chance&) {
+  refuse("adamw8bit");
+}
+void encode_moments(Exec&, const CodedMoments&, ConstTensorView, ConstTensorView) {
+  refuse("encode_moments");
+}
+void decode_moments(Exec&, TensorView, TensorView, const CodedMoments&) {
+  refuse("decode_moments");
+}
 
 void download(Exec&, TensorView, ConstTensorView) {
   refuse("download");
@@ -192,7 +201,30 @@ std::string pci_id(int) {
 void use(int) {
   refuse();
 }
+int current() {
+  refuse();
+}
 void copy(Stream&, std::byte*, const std::byte*, std::size_t) {
+  refuse();
+}
+void* raw(Stream&) {
+  refuse();
+}
+Event::Event() {
+  refuse();
+}
+Event::~Event() = default;
+void Event::record(Stream&) {
+  refuse();
+}
+void Event::hold(Stream&) const {
+  refuse();
+}
+bool Event::has_passed() const {
+  refuse();
+}
+void fold_slices(Stream&, ReduceOp, DType, std::byte*, const std::byte*, const std::byte*, int, int,
+                 std::int64_t) {
   refuse();
 }
 std::unique_ptr<Stream> make_stream() {

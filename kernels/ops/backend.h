@@ -5,6 +5,7 @@
 
 #include "kernels/core/exec.h"
 #include "kernels/ops/adamw.h"
+#include "kernels/ops/adamw8bit.h"
 #include "kernels/ops/attention.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/vocab_shard.h"

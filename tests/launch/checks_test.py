@@ -55,7 +55,8 @@ class Layers(unittest.TestCase):
         self.refused("trainer/loop.cpp", "#include <mpi.h>\n", "MPI belongs in")
         self.refused("data/store.cpp", "#include <yaml-cpp/yaml.h>\n", "yaml-cpp belongs in")
         self.refused("data/reader.h", "#include <hdf5.h>\n", "no header of ours")
-        self.refused("data/store.cpp", "#include <boost/any.hpp>\n", "unknown")
+        self.refused("data/store.cpp", "#include <boost/any.hpp>\n", "Boost belongs in tests/")
+        self.refused("data/store.cpp", "#include <abseil/any.h>\n", "unknown")
 
     def test_missing_and_relative(self):
         self.refused("data/store.cpp", '#include "data/nowhere.h"\n', "does not exist")

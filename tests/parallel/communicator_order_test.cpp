@@ -213,6 +213,8 @@ TEST_P(EveryTransport, BooksWhatTheDryOneBooks) {
 
 // Rank 0 sends one row more than rank 1 expects, in each way in which counts can disagree.
 TEST_P(EveryTransport, MismatchedRowCountsAreAnError) {
+  if (test::on_gpu() && !is_checked())
+    GTEST_SKIP() << "NCCL does not know: both sides wait until the deadline";
   for (const auto& [sent, expected] : {std::pair<std::int64_t, std::int64_t>{3, 2}, {2, 3}, {0, 1}, {1, 0}}) {
     const auto body = [sent = sent, expected = expected](Communicator& world) {
       if (world.size() < 2) return;

@@ -1,6 +1,6 @@
 #pragma once
-// Tests of communicators run on every transport: one rank alone, threads, and under mpirun MPI with whole and
-// with chopped messages; some of them behind the comparison of the ranks' verbs.
+// Tests of communicators run on every transport: one rank alone, threads, under mpirun MPI with whole and
+// with chopped messages, and NCCL between GPUs; some of them behind the comparison of the ranks' verbs.
 
 #include <gtest/gtest.h>
 
@@ -13,6 +13,8 @@
 #include "parallel/communicator.h"
 #include "parallel/mpi_comm.h"
 #include "parallel/runtime.h"
+#include "tests/parallel/on_gpu.h"
+#include "tests/support/test_device.h"
 
 namespace upmoe {
 
@@ -34,6 +36,12 @@ class EveryTransport : public testing::TestWithParam<std::string> {
       body(*mpi_chopped);
     } else if (transport == "mpi_checked") {
       body(*mpi_checked);
+    } else if (test::on_gpu()) {
+      run_in_threads(transport.back() - '0', [&](Communicator& world) {
+        gpu::use(world.rank());
+        auto on_gpu = std::make_unique<OnGpu>(make_nccl_communicator(world.split(0, world.rank())));
+        body(is_checked() ? *make_checked_communicator(std::move(on_gpu)) : *on_gpu);
+      });
     } else if (is_checked()) {
       run_in_threads(transport.back() - '0', [&](Communicator& world) {
         body(*make_checked_communicator(world.split(0, world.rank())));
@@ -47,6 +55,12 @@ class EveryTransport : public testing::TestWithParam<std::string> {
 
 inline std::vector<std::string> transports() {
   if (mpi_world != nullptr) return {"mpi", "mpi_chopped", "mpi_checked"};
+  if (test::on_gpu()) {
+    std::vector<std::string> all;
+    for (const char* transport : {"nccl1", "nccl2", "nccl3", "nccl4", "checked_nccl3"})
+      if (transport[std::strlen(transport) - 1] - '0' <= gpu::count()) all.emplace_back(transport);
+    return all;
+  }
   return {"self", "threads1", "threads2", "threads3", "threads4", "checked3"};
 }
 

@@ -30,7 +30,7 @@ struct Layout {
   std::int64_t steps = 5;
   int node_ranks = 0;
   int zero = 1;
-  std::string reduce = "fp32";
+  std::string reduce = "fp32", optimizer = "adamw";
   std::uint64_t order_seed = 0;  // of the neurons
 
   std::string str() const {
@@ -58,6 +58,7 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.parallel.node_ranks = l.node_ranks;
   run.parallel.zero = l.zero;
   run.parallel.reduce = l.reduce;
+  run.optimizer.name = l.optimizer;
   run.train.recompute = l.recompute;
   run.train.precision = l.precision;
   run.data.mask_documents = l.mask_documents;
@@ -178,6 +179,8 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
       if (p.owned.size() > 0) place(s.memory.exec, outcome.gradients, p.spec.name, p, p.owned_grad);
   }
   trainer.settle();
+  // On a GPU this rank may be far ahead of the others, whose part its own work waits for: not with the lock.
+  if (s.memory.stream != nullptr) s.memory.stream->synchronize();
   const std::lock_guard lock(mutex);
   for (const OwnedSlice& slice : s.optimizer.slices())
     place(s.memory.exec, outcome.weights, slice.param->spec.name, *slice.param, slice.weight);

@@ -53,6 +53,8 @@ class HostTensor {
         return static_cast<double>(v.as<std::int64_t>()[i]);
       case DType::kF64:
         return v.as<double>()[i];
+      case DType::kU8:
+        return v.as<std::uint8_t>()[i];
     }
     return 0;
   }
@@ -73,6 +75,9 @@ class HostTensor {
         break;
       case DType::kF64:
         v.as<double>()[i] = x;
+        break;
+      case DType::kU8:
+        v.as<std::uint8_t>()[i] = static_cast<std::uint8_t>(x);
         break;
     }
   }

@@ -156,7 +156,10 @@ TEST_F(Resume, RefusesChangedDataAndModel) {
 
 TEST_F(Resume, FreshRefusesAnExistingRun) {
   run(config("run", 2, 1), 1);
-  EXPECT_THROW(run_in_threads(1, [&](Communicator& world) { train(config("run", 4, 1), world, {true}); }),
+  EXPECT_THROW(run_in_threads(1,
+                              [&](Communicator& world) {
+                                train(config("run", 4, 1), world, {{}, true});
+                              }),
                Error);
 }
 

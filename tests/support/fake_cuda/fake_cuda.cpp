@@ -53,7 +53,7 @@ std::set<FakeStream*> streams;
 }  // namespace
 
 struct FakeStream {
-  FakeStream() : thread([this] { work(); }) {
+  FakeStream() : device(current_device), thread([this] { work(); }) {
     const std::lock_guard lock(streams_mutex);
     streams.insert(this);
   }
@@ -80,6 +80,7 @@ struct FakeStream {
     const std::uint64_t until = given;
     changed.wait(lock, [&] { return done >= until; });
   }
+  const int device;
   bool idle() {
     const std::lock_guard lock(mutex);
     return done == given;
@@ -128,9 +129,9 @@ std::size_t allocated() {
 void set_delays(std::uint64_t seed) {
   world().delays = seed;
 }
-void fail_next(const char* call, int error) {
+void fail_next(const char* call, int error, int times) {
   const std::lock_guard lock(world().mutex);
-  world().failures[call] = error;
+  world().failures[call] = {error, times};
 }
 void enqueue(cudaStream_t stream, std::function<void()> work) {
   if (stream == nullptr) return work();
@@ -214,10 +215,14 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     fake_cuda::enqueue(stream, [moment] { moment->wait(); });
   return cudaSuccess;
 }
-// All devices' streams: the pretended GPUs do not know which one a stream is on.
 cudaError_t cudaDeviceSynchronize() {
-  const std::lock_guard lock(streams_mutex);
-  for (FakeStream* s : streams) s->wait();
+  std::vector<FakeStream*> mine;
+  {
+    const std::lock_guard lock(streams_mutex);
+    for (FakeStream* s : streams)
+      if (s->device == current_device) mine.push_back(s);
+  }
+  for (FakeStream* s : mine) s->wait();
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace fake_cuda {
@@ -14,8 +15,8 @@ std::size_t allocated();             // bytes, of all devices
 // Pieces of work wait a random while before they begin, so that work which nothing orders comes in another
 // order. 0: no delays. The environment variable UPMOE_FAKE_DELAYS sets the beginning.
 void set_delays(std::uint64_t seed);
-// The next call of this name (say "cudaMemcpyAsync") fails with `error`.
-void fail_next(const char* call, int error);
+// The next `times` calls of this name (say "cudaMemcpyAsync") fail with `error`.
+void fail_next(const char* call, int error, int times = 1);
 
 // A product as cuBLASLt was asked for it, column-major.
 struct Matmul {
@@ -24,5 +25,13 @@ struct Matmul {
 };
 std::vector<Matmul> take_matmuls();  // since the last call
 int heuristic_calls();               // so far
+
+// A call of NCCL that moves bytes: on which rank of how many, and to, from or with which.
+struct NcclCall {
+  std::string name;
+  int ranks, rank, peer;
+  std::size_t bytes;
+};
+std::vector<NcclCall> take_nccl_calls();  // since the last call
 
 }  // namespace fake_cuda

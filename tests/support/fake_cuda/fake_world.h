@@ -24,7 +24,7 @@ struct World {
   std::map<CUmemGenericAllocationHandle, std::size_t> handles;
   std::map<CUdeviceptr, CUmemGenericAllocationHandle> mapped;
   CUmemGenericAllocationHandle next_handle = 1;
-  std::map<std::string, int> failures;
+  std::map<std::string, std::pair<int, int>> failures;  // the error and how often
   std::atomic<std::uint64_t> delays{seed_of_environment()};
 };
 inline World& world() {
@@ -32,14 +32,14 @@ inline World& world() {
   return w;
 }
 
-// The error that a test has planted for this call, once.
+// The error that a test has planted for this call.
 inline cudaError_t planted(const char* call) {
   World& w = world();
   const std::lock_guard lock(w.mutex);
   const auto it = w.failures.find(call);
   if (it == w.failures.end()) return cudaSuccess;
-  const auto error = static_cast<cudaError_t>(it->second);
-  w.failures.erase(it);
+  const auto error = static_cast<cudaError_t>(it->second.first);
+  if (--it->second.second == 0) w.failures.erase(it);
   return error;
 }
 

@@ -30,6 +30,7 @@ constexpr int warpSize = 32;
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // the blocks of a thread run one after the other
 #define __restrict__ __restrict

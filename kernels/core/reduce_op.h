@@ -1,0 +1,7 @@
+#pragma once
+
+namespace upmoe {
+
+enum class ReduceOp { kSum, kMax, kMin };
+
+}  // namespace upmoe

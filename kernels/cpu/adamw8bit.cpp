@@ -1,0 +1,135 @@
+#include "kernels/ops/adamw8bit.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/core/philox.h"
+#include "kernels/cpu/element_type.h"
+#include "kernels/cpu/parallel_for.h"
+#include "kernels/ops/adamw_factors.h"
+#include "kernels/ops/backend.h"
+#include "kernels/ops/moment_codes.h"
+
+namespace upmoe::cpu {
+
+namespace {
+
+// One block's part of the slice: elements [begin, begin + count) of it.
+struct Block {
+  std::int64_t number, begin, count;
+};
+
+Block block_of(const CodedMoments& moments, std::int64_t number) {
+  const std::int64_t at = (moments.first / kMomentBlock + number) * kMomentBlock - moments.first;
+  const std::int64_t begin = std::max<std::int64_t>(at, 0);
+  return {number, begin, std::min(at + kMomentBlock, moments.m_n.elements()) - begin};
+}
+
+template <class Body>
+void for_blocks(const CodedMoments& moments, const Body& body) {
+  parallel_for(moments.m_scale_b.elements(), kMomentBlock,
+               [&](std::int64_t number) { body(block_of(moments, number)); });
+}
+
+// The random bits of each element: a counter for every four neighbours in the whole tensor.
+void draw(std::uint32_t* bits, const Block& block, std::int64_t first, const Chance& chance,
+          std::uint64_t step) {
+  Philox4 four{};
+  std::int64_t counter = -1;
+  for (std::int64_t i = 0; i < block.count; ++i) {
+    const std::int64_t place = chance.index.at(first + block.begin + i);
+    if (place / 4 != counter) {
+      counter = place / 4;
+      four = philox(chance.key, static_cast<std::uint64_t>(counter), step);
+    }
+    bits[i] = four[static_cast<std::size_t>(place % 4)];
+  }
+}
+
+float largest(const float* x, std::int64_t count) {
+  float most = 0;
+  for (std::int64_t i = 0; i < count; ++i) most = std::max(most, std::abs(x[i]));
+  return most;
+}
+
+// bits: of each element, or null to round to nearest.
+void encode(const CodedMoments& moments, const Block& block, const float* m, const float* v,
+            const std::uint32_t* bits) {
+  const float m_scale = largest(m, block.count), v_scale = largest(v, block.count);
+  const float m_inverse = inverse_of_scale(m_scale), v_inverse = inverse_of_scale(v_scale);
+  moments.m_scale_b.as<float>()[block.number] = m_scale;
+  moments.v_scale_b.as<float>()[block.number] = v_scale;
+  auto *m_codes = moments.m_n.as<std::uint8_t>() + block.begin,
+       *v_codes = moments.v_n.as<std::uint8_t>() + block.begin;
+  for (std::int64_t i = 0; i < block.count; ++i) {
+    m_codes[i] = encode_first(m[i] * m_inverse, bits == nullptr ? kNearest : bits[i] >> 16 & 0xffu);
+    v_codes[i] = encode_second(v[i] * v_inverse, bits == nullptr ? kNearest : bits[i] >> 24);
+  }
+}
+
+void decode(const CodedMoments& moments, const Block& block, float* m, float* v) {
+  const float m_scale = moments.m_scale_b.as<float>()[block.number],
+              v_scale = moments.v_scale_b.as<float>()[block.number];
+  const auto *m_codes = moments.m_n.as<std::uint8_t>() + block.begin,
+             *v_codes = moments.v_n.as<std::uint8_t>() + block.begin;
+  for (std::int64_t i = 0; i < block.count; ++i) {
+    m[i] = decode_first(m_codes[i]) * m_scale;
+    v[i] = decode_second(v_codes[i]) * v_scale;
+  }
+}
+
+void round_weight(float& to, float x, std::uint32_t) {
+  to = x;
+}
+void round_weight(bf16& to, float x, std::uint32_t random) {
+  to = round_by_chance(x, random);
+}
+
+// Explicit fused multiply-adds: the GPU's result has the same bits.
+template <class Weight, class Grad>
+void update(const CodedMoments& moments, const Block& block, Weight* weight, const Grad* grad,
+            const std::uint32_t* bits, const AdamWFactors& f) {
+  float m[kMomentBlock], v[kMomentBlock];
+  decode(moments, block, m, v);
+  for (std::int64_t i = 0; i < block.count; ++i) {
+    const float g = to_float(grad[i]) * f.grad_scale;
+    m[i] = std::fma(f.one_minus_beta1, g, f.beta1 * m[i]);
+    v[i] = std::fma(f.one_minus_beta2 * g, g, f.beta2 * v[i]);
+    const float divisor = std::fma(std::sqrt(v[i]), f.inverse_sqrt_bias2, f.eps);
+    const float w = std::fma(-f.step_size, m[i] / divisor, to_float(weight[i]) * f.keep);
+    round_weight(weight[i], w, bits[i] & 0xffffu);
+  }
+  encode(moments, block, m, v, bits);
+}
+
+}  // namespace
+
+void adamw8bit(Exec&, TensorView weight, const CodedMoments& moments, ConstTensorView grad,
+               const AdamWStep& step, const Chance& chance) {
+  const AdamWFactors factors(step);
+  with_float_type(weight.dtype, [&](auto weight_type) {
+    with_float_type(grad.dtype, [&](auto grad_type) {
+      auto* weight_of = weight.as<decltype(weight_type)>();
+      const auto* grad_of = grad.as<decltype(grad_type)>();
+      for_blocks(moments, [&](const Block& block) {
+        std::uint32_t bits[kMomentBlock];
+        draw(bits, block, moments.first, chance, static_cast<std::uint64_t>(step.step));
+        update(moments, block, weight_of + block.begin, grad_of + block.begin, bits, factors);
+      });
+    });
+  });
+}
+
+void encode_moments(Exec&, const CodedMoments& moments, ConstTensorView m_n, ConstTensorView v_n) {
+  for_blocks(moments, [&](const Block& block) {
+    encode(moments, block, m_n.as<float>() + block.begin, v_n.as<float>() + block.begin, nullptr);
+  });
+}
+
+void decode_moments(Exec&, TensorView m_n, TensorView v_n, const CodedMoments& moments) {
+  for_blocks(moments, [&](const Block& block) {
+    decode(moments, block, m_n.as<float>() + block.begin, v_n.as<float>() + block.begin);
+  });
+}
+
+}  // namespace upmoe::cpu

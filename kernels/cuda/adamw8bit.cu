@@ -1,0 +1,230 @@
+#include "kernels/ops/adamw8bit.h"
+
+#include "kernels/core/philox.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/ops/adamw_factors.h"
+#include "kernels/ops/backend.h"
+#include "kernels/ops/moment_codes.h"
+
+namespace upmoe::cuda {
+
+namespace {
+
+// A warp has one block of the moments, a lane eight neighbours in it.
+constexpr int kEach = static_cast<int>(kMomentBlock) / kWarp;
+constexpr int kWarps = kThreads / kWarp;
+
+struct Moments {
+  std::uint8_t *m, *v;
+  float *m_scale, *v_scale;
+  std::int64_t first, n, blocks;
+
+  explicit Moments(const CodedMoments& c)
+      : m(c.m_n.as<std::uint8_t>()),
+        v(c.v_n.as<std::uint8_t>()),
+        m_scale(c.m_scale_b.as<float>()),
+        v_scale(c.v_scale_b.as<float>()),
+        first(c.first),
+        n(c.m_n.elements()),
+        blocks(c.m_scale_b.elements()) {}
+};
+
+// The lane's elements are [begin, begin + kEach) of the slice; those outside [0, n) are not its own.
+struct Lane {
+  std::int64_t block, begin;
+  bool whole;
+
+  __device__ explicit Lane(const Moments& s) {
+    block = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    begin = (s.first / kMomentBlock + block) * kMomentBlock - s.first + threadIdx.x % kWarp * kEach;
+    whole = begin >= 0 && begin + kEach <= s.n;
+  }
+  __device__ bool has(const Moments& s, int j) const { return begin + j >= 0 && begin + j < s.n; }
+};
+
+// `wide`: the lanes' elements may move as one.
+template <int N, class T>
+__device__ void load_lane(float (&out)[N], const T* x, const Lane& lane, const Moments& s, bool wide) {
+  if (wide && lane.whole) {
+    constexpr int kPart = sizeof(T) == 2 ? 8 : 4;
+#pragma unroll
+    for (int p = 0; p < N; p += kPart) {
+      float part[kPart];
+      load_floats(part, x + lane.begin + p);
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) out[p + j] = part[j];
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) out[j] = lane.has(s, j) ? to_float(x[lane.begin + j]) : 0.0f;
+}
+template <int N, class T>
+__device__ void store_lane(T* x, const Pack<T, N>& in, const Lane& lane, const Moments& s, bool wide) {
+  if (wide && lane.whole) {
+    constexpr int kPart = 16 / static_cast<int>(sizeof(T)) < N ? 16 / static_cast<int>(sizeof(T)) : N;
+#pragma unroll
+    for (int p = 0; p < N; p += kPart)
+      *reinterpret_cast<Pack<T, kPart>*>(x + lane.begin + p) =
+          *reinterpret_cast<const Pack<T, kPart>*>(in.at + p);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+    if (lane.has(s, j)) x[lane.begin + j] = in.at[j];
+}
+__device__ void load_codes(Pack<std::uint8_t, kEach>& out, const std::uint8_t* x, const Lane& lane,
+                           const Moments& s, bool wide) {
+  if (wide && lane.whole) {
+    out = *reinterpret_cast<const Pack<std::uint8_t, kEach>*>(x + lane.begin);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) out.at[j] = lane.has(s, j) ? x[lane.begin + j] : std::uint8_t{0};
+}
+
+__device__ void decode(float (&m)[kEach], float (&v)[kEach], const Lane& lane, const Moments& s, bool wide) {
+  Pack<std::uint8_t, kEach> m_codes, v_codes;
+  load_codes(m_codes, s.m, lane, s, wide);
+  load_codes(v_codes, s.v, lane, s, wide);
+  const float m_scale = s.m_scale[lane.block], v_scale = s.v_scale[lane.block];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    m[j] = decode_first(m_codes.at[j]) * m_scale;
+    v[j] = decode_second(v_codes.at[j]) * v_scale;
+  }
+}
+
+__device__ float largest(const float (&x)[kEach]) {
+  float most = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) most = fmaxf(most, fabsf(x[j]));
+  return warp_max(most);
+}
+
+__device__ void encode(const Moments& s, const Lane& lane, const float (&m)[kEach], const float (&v)[kEach],
+                       const std::uint32_t (&m_random)[kEach], const std::uint32_t (&v_random)[kEach],
+                       bool wide) {
+  const float m_scale = largest(m), v_scale = largest(v);
+  const float m_inverse = inverse_of_scale(m_scale), v_inverse = inverse_of_scale(v_scale);
+  Pack<std::uint8_t, kEach> m_codes, v_codes;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    m_codes.at[j] = encode_first(m[j] * m_inverse, m_random[j]);
+    v_codes.at[j] = encode_second(v[j] * v_inverse, v_random[j]);
+  }
+  store_lane(s.m, m_codes, lane, s, wide);
+  store_lane(s.v, v_codes, lane, s, wide);
+  if (threadIdx.x % kWarp == 0) {
+    s.m_scale[lane.block] = m_scale;
+    s.v_scale[lane.block] = v_scale;
+  }
+}
+
+__device__ float round_weight(float, float x, std::uint32_t) {
+  return x;
+}
+__device__ bf16 round_weight(bf16, float x, std::uint32_t random) {
+  return round_by_chance(x, random);
+}
+
+// The random bits of the lane's elements: a counter for every four neighbours in the whole tensor.
+__device__ void draw(std::uint32_t (&bits)[kEach], const Lane& lane, const Moments& s, const Chance& chance,
+                     std::uint64_t step) {
+  Philox4 four{};
+  std::int64_t counter = -1;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (!lane.has(s, j)) continue;
+    const std::int64_t place = chance.index.at(s.first + lane.begin + j);
+    if (place / 4 != counter) {
+      counter = place / 4;
+      four = philox(chance.key, static_cast<std::uint64_t>(counter), step);
+    }
+    const int of_four = static_cast<int>(place % 4);  // chosen, not indexed: registers have no addresses
+    bits[j] = of_four == 0 ? four[0] : of_four == 1 ? four[1] : of_four == 2 ? four[2] : four[3];
+  }
+}
+
+template <class Weight, class Grad>
+__global__ void adamw8bit_kernel(Weight* weight, Moments s, const Grad* grad, AdamWFactors f,
+                                 const __grid_constant__ Chance chance, std::uint64_t step, bool wide) {
+  const Lane lane(s);
+  if (lane.block >= s.blocks) return;  // a whole warp
+  float g[kEach], m[kEach], v[kEach], w[kEach];
+  load_lane(g, grad, lane, s, wide);
+  load_lane(w, weight, lane, s, wide);
+  decode(m, v, lane, s, wide);
+  std::uint32_t bits[kEach] = {}, m_random[kEach], v_random[kEach];
+  draw(bits, lane, s, chance, step);
+  Pack<Weight, kEach> updated;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    g[j] *= f.grad_scale;
+    m[j] = fmaf(f.one_minus_beta1, g[j], f.beta1 * m[j]);
+    v[j] = fmaf(f.one_minus_beta2 * g[j], g[j], f.beta2 * v[j]);
+    const float divisor = fmaf(sqrtf(v[j]), f.inverse_sqrt_bias2, f.eps);
+    updated.at[j] =
+        round_weight(Weight{}, fmaf(-f.step_size, m[j] / divisor, w[j] * f.keep), bits[j] & 0xffffu);
+    m_random[j] = bits[j] >> 16 & 0xffu;
+    v_random[j] = bits[j] >> 24;
+  }
+  store_lane(weight, updated, lane, s, wide);
+  encode(s, lane, m, v, m_random, v_random, wide);
+}
+
+__global__ void encode_kernel(Moments s, const float* m_n, const float* v_n) {
+  const Lane lane(s);
+  if (lane.block >= s.blocks) return;
+  float m[kEach], v[kEach];
+  load_lane(m, m_n, lane, s, false);
+  load_lane(v, v_n, lane, s, false);
+  std::uint32_t nearest[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) nearest[j] = kNearest;
+  encode(s, lane, m, v, nearest, nearest, false);
+}
+
+__global__ void decode_kernel(float* m_n, float* v_n, Moments s) {
+  const Lane lane(s);
+  if (lane.block >= s.blocks) return;
+  float m[kEach], v[kEach];
+  decode(m, v, lane, s, false);
+#pragma unroll
+  for (int j = 0; j < kEach; ++j)
+    if (lane.has(s, j)) {
+      m_n[lane.begin + j] = m[j];
+      v_n[lane.begin + j] = v[j];
+    }
+}
+
+}  // namespace
+
+void adamw8bit(Exec& ex, TensorView weight, const CodedMoments& moments, ConstTensorView grad,
+               const AdamWStep& step, const Chance& chance) {
+  const AdamWFactors factors(step);
+  const Moments s(moments);
+  with_float_type(weight.dtype, [&](auto weight_type) {
+    with_float_type(grad.dtype, [&](auto grad_type) {
+      auto* weight_of = weight.as<decltype(weight_type)>();
+      const auto* grad_of = grad.as<decltype(grad_type)>();
+      const bool wide = moments.first % kEach == 0 && packs<kPack<decltype(weight_type)>>(kEach, weight_of) &&
+                        packs<kPack<decltype(grad_type)>>(kEach, grad_of) && packs<kEach>(kEach, s.m, s.v);
+      launch(ex, blocks_for(s.blocks, kWarps), kThreads,
+             adamw8bit_kernel<decltype(weight_type), decltype(grad_type)>, weight_of, s, grad_of, factors,
+             chance, static_cast<std::uint64_t>(step.step), wide);
+    });
+  });
+}
+
+void encode_moments(Exec& ex, const CodedMoments& moments, ConstTensorView m_n, ConstTensorView v_n) {
+  const Moments s(moments);
+  launch(ex, blocks_for(s.blocks, kWarps), kThreads, encode_kernel, s, m_n.as<float>(), v_n.as<float>());
+}
+
+void decode_moments(Exec& ex, TensorView m_n, TensorView v_n, const CodedMoments& moments) {
+  const Moments s(moments);
+  launch(ex, blocks_for(s.blocks, kWarps), kThreads, decode_kernel, m_n.as<float>(), v_n.as<float>(), s);
+}
+
+}  // namespace upmoe::cuda

@@ -1,0 +1,278 @@
+#include "parallel/nccl_comm.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+
+#include "parallel/nccl_channel.h"
+#include "parallel/reduce.h"
+
+namespace upmoe {
+
+namespace {
+
+constexpr std::size_t kSmallReduce = std::size_t{64} << 10;  // bytes; below, everybody sends everything
+constexpr std::size_t kStaging = std::size_t{1} << 38;       // of address space; memory comes as it is used
+
+std::string in_words(const std::vector<std::int64_t>& ranks) {
+  std::string words;
+  for (const std::int64_t r : ranks) words += fmt::format("{}{}", words.empty() ? "" : ", ", r);
+  return words;
+}
+
+// The ranks of `comm` by their numbers in the world, of which this one is `mine`. Nobody's traffic to book.
+std::vector<std::int64_t> world_ranks(Communicator& comm, std::int64_t mine) {
+  comm.set_ledger(nullptr);
+  std::vector<std::int64_t> all(static_cast<std::size_t>(comm.size()));
+  comm.all_gather(host_view(all.data(), {comm.size()}), host_view(&mine, {1})).wait();
+  return all;
+}
+
+TensorView view_of(nccl::Id& id) {
+  return host_view(reinterpret_cast<std::int32_t*>(id.data()), {sizeof id / sizeof(std::int32_t)});
+}
+
+class NcclCommunicator final : public Communicator {
+ public:
+  NcclCommunicator(std::unique_ptr<Communicator> host, std::shared_ptr<nccl::Progress> progress,
+                   std::unique_ptr<nccl::Channel> channel, std::vector<std::int64_t> ranks)
+      : host_(std::move(host)),
+        progress_(std::move(progress)),
+        channel_(std::move(channel)),
+        self_(make_self_communicator()),
+        ranks_(std::move(ranks)) {}
+  int rank() const override { return host_->rank(); }
+  int size() const override { return host_->size(); }
+
+  std::unique_ptr<Communicator> split(int color, int key) override {
+    std::unique_ptr<Communicator> child = host_->split(color, key);
+    std::vector<std::int64_t> ranks = world_ranks(*child, ranks_[static_cast<std::size_t>(rank())]);
+    std::unique_ptr<nccl::Channel> channel;
+    if (channel_ != nullptr) {
+      channel_->stream().synchronize();  // nothing of the parent's is under way while NCCL splits it
+      const nccl::Comm comm = nccl::split(channel_->comm(), child->size() == 1, color, key);
+      if (comm != nullptr) channel = std::make_unique<nccl::Channel>(progress_, comm, in_words(ranks));
+    }
+    auto comm =
+        std::make_unique<NcclCommunicator>(std::move(child), progress_, std::move(channel), std::move(ranks));
+    comm->set_ledger(ledger_);
+    return comm;
+  }
+
+  void all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
+    if (elsewhere(inout.device)) return elsewhere(inout.device)->all_reduce(inout, op, stream);
+    book_sent("all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size() - 1) / size());
+    if (inout.bytes() == 0) return;
+    channel_
+        ->run("all_reduce", stream,
+              [&](nccl::Comm comm, Stream& s) {
+                if (inout.bytes() <= kSmallReduce) {
+                  reduce_whole(comm, s, inout, op);
+                } else {
+                  reduce_in_slices(comm, s, inout, op);
+                }
+              })
+        .wait();
+  }
+
+  void broadcast(TensorView inout, int root, Stream* stream) override {
+    if (elsewhere(inout.device)) return elsewhere(inout.device)->broadcast(inout, root, stream);
+    UPMOE_CHECK(0 <= root && root < size(), "root {} of {}", root, size());
+    if (root == rank()) book_sent("broadcast", static_cast<double>(inout.bytes()) * (size() - 1));
+    if (inout.bytes() == 0) return;
+    channel_
+        ->run("broadcast", stream,
+              [&](nccl::Comm comm, Stream& s) { nccl::broadcast(comm, s, inout.data, inout.bytes(), root); })
+        .wait();
+  }
+
+  void barrier() override { host().barrier(); }
+
+  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
+    if (elsewhere(in.device)) return elsewhere(in.device)->reduce_scatter(out, in, stream);
+    check_reduce_scatter(*this, out, in);
+    book_sent("reduce_scatter", static_cast<double>(out.bytes()) * (size() - 1));
+    if (out.bytes() == 0) return {};
+    return channel_->run("reduce_scatter", stream, [&](nccl::Comm comm, Stream& s) {
+      const std::size_t slice = out.bytes();
+      const auto at = [&](int r) { return in.data + static_cast<std::size_t>(r) * slice; };
+      exchange_slices(comm, s, slice, at, [&](int) { return slice; });
+      gpu::fold_slices(s, ReduceOp::kSum, out.dtype, out.data, staging_->base(), at(rank()), rank(), size(),
+                       out.elements());
+    });
+  }
+
+  Pending all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
+    if (elsewhere(in.device)) return elsewhere(in.device)->all_gather(out, in, stream);
+    check_all_gather(*this, out, in);
+    book_sent("all_gather", static_cast<double>(in.bytes()) * (size() - 1));
+    if (in.bytes() == 0) return {};
+    return channel_->run("all_gather", stream, [&](nccl::Comm comm, Stream& s) {
+      nccl::gather(comm, s, out.data, in.data, in.bytes());
+    });
+  }
+
+  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                          std::span<const std::int64_t> send_rows, Stream* stream) override {
+    if (elsewhere(in.device))
+      return elsewhere(in.device)->all_to_all_rows(out, recv_rows, in, send_rows, stream);
+    check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
+    const auto me = static_cast<std::size_t>(rank());
+    UPMOE_CHECK(send_rows[me] == recv_rows[me], "rank {} sends itself {} rows and expects {}", rank(),
+                send_rows[me], recv_rows[me]);
+    const std::size_t row = row_bytes(in.shape, in.dtype);
+    book_sent("all_to_all_rows", static_cast<double>(in.rows() - send_rows[me]) * static_cast<double>(row));
+    return channel_->run("all_to_all_rows", stream, [&](nccl::Comm comm, Stream& s) {
+      const std::byte* from = in.data;
+      std::byte* to = out.data;
+      nccl::Group group;
+      for (std::size_t p = 0; p < send_rows.size(); ++p) {
+        const std::size_t leaving = static_cast<std::size_t>(send_rows[p]) * row,
+                          arriving = static_cast<std::size_t>(recv_rows[p]) * row;
+        if (p != me) {
+          nccl::send(comm, s, from, leaving, static_cast<int>(p));
+          nccl::receive(comm, s, to, arriving, static_cast<int>(p));
+        } else if (leaving > 0) {
+          gpu::copy(s, to, from, leaving);
+        }
+        from += leaving;
+        to += arriving;
+      }
+      group.end();
+    });
+  }
+
+  Pending send(ConstTensorView in, int to, Stream* stream) override {
+    check_peer(*this, to);
+    if (elsewhere(in.device)) return elsewhere(in.device)->send(in, to, stream);
+    book_sent("send", static_cast<double>(in.bytes()));
+    if (in.bytes() == 0) return {};
+    return pair_to(to).run("send", stream,
+                           [in](nccl::Comm comm, Stream& s) { nccl::send(comm, s, in.data, in.bytes(), 1); });
+  }
+
+  void recv(TensorView out, int from, Stream* stream) override {
+    check_peer(*this, from);
+    if (elsewhere(out.device)) return elsewhere(out.device)->recv(out, from, stream);
+    if (out.bytes() == 0) return;
+    pair_from(from)
+        .run("recv", stream,
+             [out](nccl::Comm comm, Stream& s) { nccl::receive(comm, s, out.data, out.bytes(), 0); })
+        .wait();
+  }
+
+  void abort(int code) noexcept override {
+    progress_->abort_all();
+    host_->abort(code);
+  }
+
+ private:
+  Communicator& host() {
+    host_->set_ledger(ledger_);
+    return *host_;
+  }
+  // Who moves tensors of this device, if not NCCL.
+  Communicator* elsewhere(Device device) {
+    if (device.type != DeviceType::kCuda) return &host();
+    return size() == 1 ? self_.get() : nullptr;
+  }
+
+  // Rank r's part of what rank r' holds at data_for(r), bytes_for(r) long, for all pairs; what arrives for
+  // this rank is staged in rank order. Staged memory belongs to the stream: the next verb on it waits for
+  // this one.
+  template <class DataFor, class BytesFor>
+  void exchange_slices(nccl::Comm comm, Stream& s, std::size_t mine, const DataFor& data_for,
+                       const BytesFor& bytes_for) {
+    std::byte* staged = stage(mine * static_cast<std::size_t>(size()));
+    nccl::Group group;
+    for (int p = 0; p < size(); ++p) {
+      if (p == rank()) continue;
+      nccl::send(comm, s, data_for(p), bytes_for(p), p);
+      nccl::receive(comm, s, staged + static_cast<std::size_t>(p) * mine, mine, p);
+    }
+    group.end();
+  }
+
+  void reduce_whole(nccl::Comm comm, Stream& s, const TensorView& t, ReduceOp op) {
+    std::byte* staged = stage(t.bytes() * static_cast<std::size_t>(size()));
+    nccl::gather(comm, s, staged, t.data, t.bytes());
+    gpu::fold_slices(s, op, t.dtype, t.data, staged, t.data, rank(), size(), t.elements());
+  }
+
+  // Each rank sums a slice, and tells the others.
+  void reduce_in_slices(nccl::Comm comm, Stream& s, const TensorView& t, ReduceOp op) {
+    const auto begin = [&](int r) { return t.elements() * r / size(); };
+    const std::size_t element = size_of(t.dtype);
+    const auto at = [&](int r) { return t.data + static_cast<std::size_t>(begin(r)) * element; };
+    const auto bytes = [&](int r) { return static_cast<std::size_t>(begin(r + 1) - begin(r)) * element; };
+    exchange_slices(comm, s, bytes(rank()), at, bytes);
+    gpu::fold_slices(s, op, t.dtype, at(rank()), staging_->base(), at(rank()), rank(), size(),
+                     begin(rank() + 1) - begin(rank()));
+    nccl::Group group;
+    for (int p = 0; p < size(); ++p) {
+      if (p == rank()) continue;
+      nccl::send(comm, s, at(rank()), bytes(rank()), p);
+      nccl::receive(comm, s, at(p), bytes(p), p);
+    }
+    group.end();
+  }
+
+  std::byte* stage(std::size_t bytes) {
+    if (staging_ == nullptr)
+      staging_ = std::make_unique<gpu::Reservation>(kStaging, "sums of ranks " + channel_->ranks());
+    if (bytes > staging_->committed()) staging_->commit(bytes);
+    return staging_->base();
+  }
+
+  // The sender names the channel, the receiver learns its name over the host.
+  nccl::Pair& pair_to(int to) {
+    std::unique_ptr<nccl::Pair>& pair = to_[to];
+    if (pair != nullptr) return *pair;
+    ids_.push_back(nccl::new_id());
+    id_sends_.push_back(host_->send(view_of(ids_.back()), to));
+    pair = std::make_unique<nccl::Pair>(progress_, ids_.back(), 0, words_for(rank(), to));
+    return *pair;
+  }
+  nccl::Pair& pair_from(int from) {
+    std::unique_ptr<nccl::Pair>& pair = from_[from];
+    if (pair != nullptr) return *pair;
+    nccl::Id id{};
+    host_->recv(view_of(id), from);
+    pair = std::make_unique<nccl::Pair>(progress_, id, 1, words_for(from, rank()));
+    return *pair;
+  }
+  std::string words_for(int from, int to) const {
+    return in_words({ranks_[static_cast<std::size_t>(from)], ranks_[static_cast<std::size_t>(to)]});
+  }
+
+  std::unique_ptr<Communicator> host_;
+  std::shared_ptr<nccl::Progress> progress_;
+  std::unique_ptr<gpu::Reservation> staging_;  // outlives the channel, whose stream uses it
+  std::unique_ptr<nccl::Channel> channel_;     // null in a group of one
+  std::unique_ptr<Communicator> self_;
+  std::vector<std::int64_t> ranks_;  // by their numbers in the world
+  std::list<nccl::Id> ids_;          // on their way to receivers
+  std::vector<Pending> id_sends_;
+  std::map<int, std::unique_ptr<nccl::Pair>> to_, from_;
+};
+
+}  // namespace
+
+std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> host) {
+  std::vector<std::int64_t> ranks = world_ranks(*host, host->rank());
+  auto progress = std::make_shared<nccl::Progress>();
+  std::unique_ptr<nccl::Channel> channel;
+  if (host->size() > 1) {
+    nccl::Id id{};
+    run_agreed(*host, [&] {
+      if (host->rank() == 0) id = nccl::new_id();
+    });
+    host->broadcast(view_of(id), 0);
+    channel = std::make_unique<nccl::Channel>(progress, nccl::join(id, host->size(), host->rank()),
+                                              in_words(ranks));
+  }
+  return std::make_unique<NcclCommunicator>(std::move(host), std::move(progress), std::move(channel),
+                                            std::move(ranks));
+}
+
+}  // namespace upmoe

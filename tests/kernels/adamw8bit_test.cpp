@@ -1,0 +1,285 @@
+#include "kernels/ops/adamw8bit.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <set>
+
+#include "kernels/core/philox.h"
+#include "kernels/ops/moment_codes.h"
+#include "tests/support/op_exec.h"
+#include "tests/support/random_tensor.h"
+#include "tests/support/reference_linear.h"
+#include "tests/support/tolerance.h"
+
+namespace upmoe::test {
+namespace {
+
+template <class Decode>
+std::vector<double> values_of_codes(int codes, const Decode& decode) {
+  std::vector<double> all;
+  for (int c = 0; c < codes; ++c) all.push_back(static_cast<double>(decode(static_cast<std::uint8_t>(c))));
+  return all;
+}
+
+TEST(MomentCodes, RiseToOne) {
+  const std::vector<double> first = values_of_codes(121, decode_first),
+                            second = values_of_codes(249, decode_second);
+  for (const auto& all : {first, second}) {
+    EXPECT_EQ(all.front(), 0);
+    EXPECT_EQ(all.back(), 1);
+    for (std::size_t i = 1; i < all.size(); ++i) EXPECT_LT(all[i - 1], all[i]) << i;
+  }
+  EXPECT_EQ(first[1], std::ldexp(1.0, -17));
+  EXPECT_EQ(second[1], std::ldexp(1.0, -33));
+  EXPECT_EQ(decode_first(0x80 | 120), -1.0f);
+}
+
+// Every code, a little above and below too, comes back; whatever the chance, nothing moves by more than a
+// step.
+TEST(MomentCodes, ComeBack) {
+  for (std::uint32_t random : {0u, 77u, kNearest, 255u}) {
+    for (int c = 0; c <= 120; ++c)
+      for (float nudge : {1.0f, 1.0f + 0x1p-23f, 1.0f - 0x1p-23f}) {
+        const auto code = static_cast<std::uint8_t>(c);
+        const float x = decode_first(code) * nudge;
+        if (random == kNearest || (c > 8 && x <= 1)) {
+          EXPECT_EQ(encode_first(x, random), code) << x;
+          EXPECT_EQ(encode_first(-x, random), c == 0 ? 0x80 : code | 0x80) << x;
+        }
+      }
+    for (int c = 0; c <= 248; ++c) {
+      const float x = decode_second(static_cast<std::uint8_t>(c));
+      EXPECT_EQ(encode_second(x, random), c);
+    }
+  }
+  EXPECT_EQ(encode_second(1e-30f, 0), 1) << "not nothing";
+  EXPECT_EQ(encode_second(0.0f, 255), 0);
+  EXPECT_EQ(encode_first(1.0000002f, 255), 120);
+}
+
+// Over all chances, the mean of the codes is the value; nearest is within half a step.
+TEST(MomentCodes, MeanWhatTheyRound) {
+  for (std::uint64_t i = 0; i < 500; ++i) {
+    const auto bits = philox(3, i);
+    const float x = uniform_from_bits(bits[0]) * std::ldexp(1.0f, -static_cast<int>(bits[1] % 16));
+    double first = 0, second = 0;
+    for (std::uint32_t random = 0; random < 256; ++random) {
+      first += static_cast<double>(decode_first(encode_first(x, random))) / 256;
+      second += static_cast<double>(decode_second(encode_second(x, random))) / 256;
+    }
+    const double step = std::max(static_cast<double>(x) / 8, std::ldexp(1.0, -17));
+    EXPECT_NEAR(first, static_cast<double>(x), step / 200) << x;
+    EXPECT_NEAR(second, static_cast<double>(x), static_cast<double>(x) / 8 / 200) << x;
+    EXPECT_LE(std::abs(decode_first(encode_first(x, kNearest)) - x), step / 2 * 1.001);
+  }
+}
+
+TEST(MomentCodes, WeightsAreRoundedByChance) {
+  for (const float x : {1.0f, -1.0f, 0.0f, 3.140625f, 1e-40f}) {
+    const float exact = to_float(to_bf16(x));
+    for (std::uint32_t random : {0u, 1u, 65535u})
+      EXPECT_EQ(to_float(round_by_chance(exact, random)), exact) << "what needs no rounding";
+  }
+  const float x = 1.0f + 0.3f / 128;  // three tenths of the way to the next one
+  double sum = 0;
+  for (std::uint32_t random = 0; random < 65536; ++random)
+    sum += static_cast<double>(to_float(round_by_chance(-x, random)));
+  EXPECT_NEAR(sum / 65536, static_cast<double>(-x), 1e-6);
+  EXPECT_TRUE(std::isnan(to_float(round_by_chance(std::nanf(""), 65535))));
+  EXPECT_TRUE(std::isinf(to_float(round_by_chance(INFINITY, 65535))));
+}
+
+TEST(FlatIndex, OfShards) {
+  // Rows 2 to 4 of a matrix: they lie together.
+  const FlatIndex rows({2, 0}, {3, 7}, {9, 7});
+  EXPECT_EQ(rows.dims, 1);
+  EXPECT_EQ(rows.at(0), 14);
+  EXPECT_EQ(rows.at(20), 34);
+  for (const auto& [offset, extent, whole] :
+       std::vector<std::array<Shape, 3>>{{{{0, 3}, {9, 4}, {9, 7}}},
+                                         {{{1, 2, 0}, {2, 3, 5}, {4, 6, 5}}},
+                                         {{{1, 0, 2, 0}, {2, 2, 3, 5}, {4, 2, 6, 5}}},
+                                         {{{1, 0, 2, 1}, {1, 2, 1, 3}, {4, 2, 6, 5}}},
+                                         {{{3}, {4}, {9}}},
+                                         {{{}, {}, {}}}}) {
+    const FlatIndex index(offset, extent, whole);
+    for (std::int64_t at = 0; at < extent.elements(); ++at) {
+      std::int64_t rest = at, expected = 0, pitch = 1;
+      for (int d = whole.rank - 1; d >= 0; --d) {
+        expected += (offset[d] + rest % extent[d]) * pitch;
+        rest /= extent[d];
+        pitch *= whole[d];
+      }
+      ASSERT_EQ(index.at(at), expected) << whole.str() << " " << at;
+    }
+  }
+}
+
+AdamWStep step_number(std::int64_t step) {
+  return {.lr = 3e-3f, .weight_decay = 0.1f, .step = step, .grad_scale = 0.5f};
+}
+
+struct State {
+  HostTensor m_n, v_n, m_scale, v_scale;
+  std::int64_t first;
+  State(std::int64_t n, std::int64_t at)
+      : m_n(filled({n}, DType::kU8, 0)),
+        v_n(filled({n}, DType::kU8, 0)),
+        m_scale(filled({moment_blocks(at, n)}, DType::kF32, 0)),
+        v_scale(filled({moment_blocks(at, n)}, DType::kF32, 0)),
+        first(at) {}
+  CodedMoments coded() { return {m_n, v_n, m_scale, v_scale, first}; }
+};
+
+struct Case {
+  DType weight, grad;
+  std::int64_t n, first;
+};
+
+class AdamW8bit : public testing::TestWithParam<Case> {
+ protected:
+  OpExec ex;
+};
+
+// What the CPU does, spelled out once more in plain steps, to the bit: on every device.
+TEST_P(AdamW8bit, EveryDeviceHasTheseBits) {
+  const Case& c = GetParam();
+  State s(c.n, c.first);
+  HostTensor weight = random_tensor({c.n}, c.weight, 1);
+  std::vector<double> plain = weight.values();
+  std::vector<float> m(plain.size()), v(plain.size());
+  const Chance chance{99, FlatIndex({0, 5}, {100, 300}, {100, 1000})};
+  for (std::int64_t step = 1; step <= 4; ++step) {
+    const HostTensor grad = random_tensor({c.n}, c.grad, static_cast<unsigned>(10 + step));
+    ops::adamw8bit(ex, weight, s.coded(), grad, step_number(step), chance);
+    const AdamWStep h = step_number(step);
+    const double b1 = h.beta1, b2 = h.beta2;
+    const auto keep = static_cast<float>(1.0 - static_cast<double>(h.lr) * h.weight_decay);
+    const auto size = static_cast<float>(h.lr / (1.0 - std::pow(b1, static_cast<double>(step))));
+    const auto bias = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(b2, static_cast<double>(step))));
+    std::vector<std::uint32_t> bits;
+    for (std::size_t i = 0; i < plain.size(); ++i) {
+      const std::int64_t at = c.first + static_cast<std::int64_t>(i), place = at / 300 * 1000 + 5 + at % 300;
+      bits.push_back(philox(99, static_cast<std::uint64_t>(place / 4),
+                            static_cast<std::uint64_t>(step))[static_cast<std::size_t>(place % 4)]);
+      const float g = static_cast<float>(grad.get(i)) * h.grad_scale;
+      m[i] = std::fma(static_cast<float>(1 - b1), g, h.beta1 * m[i]);
+      v[i] = std::fma(static_cast<float>(1 - b2) * g, g, h.beta2 * v[i]);
+      const float w =
+          std::fma(-size, m[i] / std::fma(std::sqrt(v[i]), bias, h.eps), static_cast<float>(plain[i]) * keep);
+      plain[i] = static_cast<double>(
+          c.weight == DType::kF32 ? w : to_float(round_by_chance(w, bits.back() & 0xffffu)));
+    }
+    for (std::size_t i = 0; i < plain.size();) {  // a block
+      const std::int64_t block = (c.first + static_cast<std::int64_t>(i)) / 256;
+      const auto end =
+          std::min<std::size_t>(plain.size(), static_cast<std::size_t>((block + 1) * 256 - c.first));
+      float most_m = 0, most_v = 0;
+      for (std::size_t j = i; j < end; ++j) {
+        most_m = std::max(most_m, std::abs(m[j]));
+        most_v = std::max(most_v, v[j]);
+      }
+      for (; i < end; ++i) {
+        m[i] = decode_first(encode_first(m[i] * (1 / most_m), bits[i] >> 16 & 255)) * most_m;
+        v[i] = decode_second(encode_second(v[i] * (1 / most_v), bits[i] >> 24)) * most_v;
+      }
+    }
+    ASSERT_EQ(weight.values(), plain) << "step " << step;
+  }
+  HostTensor got_m({c.n}, DType::kF32), got_v({c.n}, DType::kF32);
+  ops::decode_moments(ex, got_m, got_v, s.coded());
+  EXPECT_EQ(got_m.values(), std::vector<double>(m.begin(), m.end()));
+  EXPECT_EQ(got_v.values(), std::vector<double>(v.begin(), v.end()));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, AdamW8bit,
+    testing::Values(Case{DType::kBF16, DType::kBF16, 4096, 0}, Case{DType::kBF16, DType::kF32, 10'000, 256},
+                    Case{DType::kF32, DType::kF32, 1000, 0}, Case{DType::kF32, DType::kBF16, 777, 1024},
+                    Case{DType::kBF16, DType::kBF16, 1000, 3}, Case{DType::kBF16, DType::kF32, 5, 254},
+                    Case{DType::kBF16, DType::kBF16, 600, 200}, Case{DType::kBF16, DType::kBF16, 1, 0},
+                    Case{DType::kBF16, DType::kBF16, 0, 0}));
+
+TEST(AdamW8bitState, DecodedIsEncodedToTheSameBits) {
+  OpExec ex;
+  State s(3000, 100), again(3000, 100);
+  HostTensor weight = random_tensor({3000}, DType::kBF16, 1);
+  for (std::int64_t step = 1; step <= 3; ++step)
+    ops::adamw8bit(ex, weight, s.coded(), random_tensor({3000}, DType::kBF16, static_cast<unsigned>(step)),
+                   step_number(step), {5, FlatIndex({0}, {4000}, {4000})});
+  HostTensor m({3000}, DType::kF32), v({3000}, DType::kF32);
+  ops::decode_moments(ex, m, v, s.coded());
+  ops::encode_moments(ex, again.coded(), m, v);
+  EXPECT_TRUE(again.m_n == s.m_n);
+  EXPECT_TRUE(again.v_n == s.v_n);
+  EXPECT_TRUE(again.m_scale == s.m_scale);
+  EXPECT_TRUE(again.v_scale == s.v_scale);
+}
+
+// A slice of a shard that begins at a block has the whole shard's bits: cutting it moves nothing.
+TEST(AdamW8bitState, AShardMayBeCutAtBlocks) {
+  OpExec ex;
+  State whole(1024, 0), tail(512, 512);
+  HostTensor all = random_tensor({1024}, DType::kBF16, 1), part({512}, DType::kBF16);
+  for (std::size_t i = 0; i < 512; ++i) part.set(i, all.get(512 + i));
+  const Chance chance{7, FlatIndex({0}, {1024}, {1024})};
+  for (std::int64_t step = 1; step <= 3; ++step) {
+    const HostTensor grad = random_tensor({1024}, DType::kF32, static_cast<unsigned>(20 + step));
+    HostTensor part_grad({512}, DType::kF32);
+    for (std::size_t i = 0; i < 512; ++i) part_grad.set(i, grad.get(512 + i));
+    ops::adamw8bit(ex, all, whole.coded(), grad, step_number(step), chance);
+    ops::adamw8bit(ex, part, tail.coded(), part_grad, step_number(step), chance);
+  }
+  for (std::size_t i = 0; i < 512; ++i) ASSERT_EQ(part.get(i), all.get(512 + i)) << i;
+}
+
+// A quadratic bowl, its sides of very different steepness: it comes as near to the bottom as AdamW in fp32
+// does.
+TEST(AdamW8bitState, DescendsAsAdamWDoes) {
+  OpExec ex;
+  constexpr std::int64_t kN = 2048;
+  State s(kN, 0);
+  HostTensor coded = random_tensor({kN}, DType::kBF16, 1), grad({kN}, DType::kF32);
+  std::vector<double> plain = coded.values(), m(plain.size()), v(plain.size());
+  const auto steepness = [](std::size_t i) { return std::pow(10.0, -static_cast<double>(i % 5)); };
+  double coded_loss = 0, plain_loss = 0, start = 0;
+  for (std::size_t i = 0; i < plain.size(); ++i) start += steepness(i) * plain[i] * plain[i];
+  for (std::int64_t step = 1; step <= 400; ++step) {
+    AdamWStep h{.lr = 1e-2f * static_cast<float>(401 - step) / 400, .step = step};
+    coded_loss = plain_loss = 0;
+    for (std::size_t i = 0; i < plain.size(); ++i) {
+      const double noise =
+          0.05 * steepness(i) *
+          static_cast<double>(uniform_from_bits(philox(4, i, static_cast<std::uint64_t>(step))[0]) - 0.5f);
+      reference_adamw(plain[i], m[i], v[i], steepness(i) * plain[i] + noise, h);
+      grad.set(i, steepness(i) * coded.get(i) + noise);
+      plain_loss += steepness(i) * plain[i] * plain[i];
+      coded_loss += steepness(i) * coded.get(i) * coded.get(i);
+    }
+    ops::adamw8bit(ex, coded, s.coded(), grad, h, {11, FlatIndex({0}, {kN}, {kN})});
+  }
+  EXPECT_LT(plain_loss, start / 50);
+  EXPECT_NEAR(coded_loss, plain_loss, plain_loss / 20);
+}
+
+TEST(AdamW8bitArguments, AreChecked) {
+  OpExec ex;
+  State s(600, 0);
+  HostTensor weight = random_tensor({600}, DType::kBF16, 1), grad = random_tensor({600}, DType::kF32, 2),
+             longer = random_tensor({601}, DType::kF32, 3);
+  const Chance chance;
+  EXPECT_NO_THROW(ops::adamw8bit(ex, weight, s.coded(), grad, step_number(1), chance));
+  EXPECT_THROW(ops::adamw8bit(ex, weight, s.coded(), longer, step_number(1), chance), Error);
+  EXPECT_THROW(ops::adamw8bit(ex, weight, s.coded(), grad, step_number(0), chance), Error);
+  CodedMoments shifted = s.coded();
+  shifted.first = 255;  // one block more
+  EXPECT_THROW(ops::adamw8bit(ex, weight, shifted, grad, step_number(1), chance), Error);
+  shifted.first = -1;
+  EXPECT_THROW(ops::adamw8bit(ex, weight, shifted, grad, step_number(1), chance), Error);
+  EXPECT_THROW(ops::encode_moments(ex, s.coded(), grad, weight), Error);
+  EXPECT_THROW(ops::decode_moments(ex, grad, longer, s.coded()), Error);
+}
+
+}  // namespace
+}  // namespace upmoe::test
