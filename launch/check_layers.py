@@ -41,7 +41,7 @@ THIRD_PARTY = {
     "HDF5": (r"(hdf5|H5\w*)\.h$", ["data/"]),
     "yaml-cpp": (r"yaml-cpp/", ["configs/yaml_reader.cpp"]),
     "oneDNN": (r"(oneapi/|dnnl)", ["kernels/cpu/"]),
-    "CLI11": (r"CLI/", ["launch/"]),
+    "CLI11": (r"CLI/", ["launch/", "tests/bench/"]),
     "nlohmann": (r"nlohmann/", ["configs/", "data/", "launch/", "trainer/", "upcycle/"]),
     "spdlog": (r"spdlog/", ["kernels/core/log.cpp"]),
     "OpenMP": (r"omp\.h$", ["kernels/", "data/", "trainer/", "upcycle/", "launch/"]),

@@ -1,0 +1,135 @@
+// Training steps of Qwen1.5-MoE-A2.7B's shape, or of fewer of its layers, from random weights on random
+// tokens: one line of JSON for each step, and one for the memory. Writes no checkpoint. One rank; mpirun is
+// for `upmoe train`.
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <filesystem>
+#include <random>
+
+#include "data/token_file_writer.h"
+#include "kernels/core/gpu.h"
+#include "parallel/runtime.h"
+#include "trainer/trainer.h"
+
+namespace {
+
+using namespace upmoe;
+
+struct Options {
+  int layers = 24, experts = 60, steps = 5;
+  std::int64_t tokens = 16384, seq_len = 2048, width = 2048, heads = 16, expert_width = 1408,
+               shared_width = 5632, vocab = 151936;
+  std::string optimizer = "adamw8bit", precision = "bf16", recompute = "none", device = "auto";
+};
+
+Options parse(int argc, char** argv) {
+  Options o;
+  CLI::App app("Training steps of Qwen1.5-MoE-A2.7B's shape");
+  app.option_defaults()->always_capture_default();
+  app.add_option("--layers", o.layers);
+  app.add_option("--experts", o.experts);
+  app.add_option("--steps", o.steps, "the first one or two also choose algorithms and take memory");
+  app.add_option("--tokens", o.tokens, "of a step, one micro-batch");
+  app.add_option("--seq-len", o.seq_len);
+  app.add_option("--width", o.width);
+  app.add_option("--heads", o.heads);
+  app.add_option("--expert-width", o.expert_width);
+  app.add_option("--shared-width", o.shared_width);
+  app.add_option("--vocab", o.vocab);
+  app.add_option("--optimizer", o.optimizer);
+  app.add_option("--precision", o.precision);
+  app.add_option("--recompute", o.recompute);
+  app.add_option("--device", o.device);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    std::exit(app.exit(e));
+  }
+  return o;
+}
+
+ModelConfig model_of(const Options& o) {
+  ModelConfig c;
+  c.model_type = "qwen2_moe";
+  c.vocab_size = o.vocab;
+  c.hidden_size = o.width;
+  c.intermediate_size = c.shared_expert_intermediate_size = o.shared_width;
+  c.num_hidden_layers = o.layers;
+  c.num_attention_heads = c.num_key_value_heads = static_cast<int>(o.heads);
+  c.head_dim = o.width / o.heads;
+  c.max_position_embeddings = o.seq_len;
+  c.num_experts = o.experts;
+  c.num_experts_per_tok = 4;
+  c.moe_intermediate_size = o.expert_width;
+  return c;
+}
+
+RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
+  RunConfig r;
+  r.model.init = "random";
+  r.data.train = {{tokens.string(), 1.0}};
+  r.data.seq_len = o.seq_len;
+  r.train.steps = o.steps;
+  r.train.global_batch = r.train.micro_batch = o.tokens / o.seq_len;
+  r.train.precision = o.precision;
+  r.train.recompute = o.recompute;
+  r.parallel.reduce = o.precision;
+  r.optimizer.name = o.optimizer;
+  r.optimizer.lr = 1e-4;
+  r.schedule.name = "constant";
+  return r;
+}
+
+std::filesystem::path random_tokens(const Options& o) {
+  std::vector<std::uint32_t> tokens(static_cast<std::size_t>(o.tokens * o.steps + 1));
+  std::minstd_rand random(1);
+  for (std::uint32_t& t : tokens)
+    t = static_cast<std::uint32_t>(random() % static_cast<std::uint64_t>(o.vocab));
+  const auto path = std::filesystem::temp_directory_path() / fmt::format("bench_step_{}.h5", ::getpid());
+  write_token_file(path, tokens, {}, o.vocab);
+  return path;
+}
+
+void run(const Options& o, Runtime& runtime) {
+  UPMOE_CHECK(o.seq_len > 0 && o.tokens % o.seq_len == 0, "{} tokens in sequences of {}", o.tokens,
+              o.seq_len);
+  const Device device = runtime.choose_device(o.device);
+  const std::filesystem::path tokens = random_tokens(o);
+  const RunConfig config = run_of(o, tokens);
+  const ModelConfig model = model_of(o);
+  if (const auto problems = problems_of(config, model, 1); !problems.empty())
+    fail(ExitCode::kUsage, "{}", problems.front());
+  Session s(config, model, runtime.world(), device);
+  s.params.initialise(s.memory.exec, 1);
+  s.optimizer.reset(s.memory.exec);
+  s.open_data(0);
+  Trainer trainer(s);
+  for (std::int64_t step = 1; step <= o.steps; ++step) {
+    const StepReport r = trainer.step(step);
+    fmt::print(
+        R"({{"step": {}, "loss": {:.6f}, "grad_norm": {:.4f}, "seconds": {:.6f}, "tokens_per_s": {:.1f}, "tflops": {:.3f}}})"
+        "\n",
+        step, r.loss, r.grad_norm, r.seconds, static_cast<double>(o.tokens) / r.seconds,
+        r.flops_per_rank / r.seconds * 1e-12);
+    std::fflush(stdout);
+  }
+  fmt::print(R"({{"device": "{}", "parameters_bytes": {}, "optimizer_bytes": {}, "scratch_peak_bytes": {}}})"
+             "\n",
+             device.type == DeviceType::kCuda ? gpu::name_of(device.index) : "cpu", s.params.bytes(),
+             s.optimizer.bytes(), s.memory.scratch.peak());
+  std::filesystem::remove(tokens);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options options = parse(argc, argv);
+  try {
+    Runtime runtime(&argc, &argv);
+    run(options, runtime);
+  } catch (const Error& e) {
+    std::fprintf(stderr, "bench_step: error: %s\n", e.what());
+    return static_cast<int>(e.code());
+  }
+}

@@ -1,0 +1,230 @@
+// Single ops at the shapes of one layer and of the whole model's ends, bf16.
+
+#include <algorithm>
+#include <random>
+
+#include "kernels/core/philox.h"
+#include "kernels/ops/activation.h"
+#include "kernels/ops/adamw8bit.h"
+#include "kernels/ops/attention.h"
+#include "kernels/ops/embedding.h"
+#include "kernels/ops/gemm.h"
+#include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/loss.h"
+#include "kernels/ops/moment_codes.h"
+#include "kernels/ops/norm.h"
+#include "kernels/ops/pointwise.h"
+#include "kernels/ops/routing.h"
+#include "kernels/ops/transfer.h"
+#include "tests/bench/gpu_bench.h"
+
+namespace upmoe::bench {
+
+namespace {
+
+constexpr DType kFloat = DType::kBF16;
+using Held = std::shared_ptr<Tensor>;
+
+Held make(Shape s, DType dtype = kFloat, std::int64_t limit = 0) {
+  return std::make_shared<Tensor>(s, dtype, limit);
+}
+// Every position of a permutation of [0, n).
+Held shuffled(Shape s) {
+  std::vector<std::int32_t> order(static_cast<std::size_t>(s.elements()));
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
+  std::shuffle(order.begin(), order.end(), std::minstd_rand(4));
+  const Held t = make(s, DType::kI32, 1);
+  ops::upload(exec(), t->view.reshape({s.elements()}),
+              host_view(static_cast<const std::int32_t*>(order.data()), {s.elements()}));
+  return t;
+}
+
+// Rows per expert as an untrained router gives them.
+std::vector<std::int64_t> random_offsets(std::int64_t rows) {
+  std::minstd_rand random(3);
+  const auto experts = static_cast<std::size_t>(shape().experts);
+  std::vector<std::int64_t> offsets(experts + 1);
+  for (std::int64_t r = 0; r < rows; ++r) ++offsets[random() % experts + 1];
+  for (std::size_t i = 0; i < experts; ++i) offsets[i + 1] += offsets[i];
+  return offsets;
+}
+
+// A Linear weight [n, k] over all tokens.
+void add_linear(const std::string& name, std::int64_t t, std::int64_t n, std::int64_t k) {
+  add("gemm_forward/" + name, [=] {
+    const Held y = make({t, n}), x = make({t, k}), w = make({n, k});
+    return [=](Exec& ex) {
+      ops::gemm(ex, y->view, x->view, Transpose::kNo, w->view, Transpose::kYes, Accumulate::kOverwrite);
+    };
+  });
+  add("gemm_dgrad/" + name, [=] {
+    const Held dx = make({t, k}), dy = make({t, n}), w = make({n, k});
+    return [=](Exec& ex) {
+      ops::gemm(ex, dx->view, dy->view, Transpose::kNo, w->view, Transpose::kNo, Accumulate::kOverwrite);
+    };
+  });
+  add("gemm_wgrad/" + name, [=] {
+    const Held dw = make({n, k}), dy = make({t, n}), x = make({t, k});
+    return [=](Exec& ex) {
+      ops::gemm(ex, dw->view, dy->view, Transpose::kYes, x->view, Transpose::kNo, Accumulate::kAdd);
+    };
+  });
+}
+
+void add_grouped(const std::string& name, std::int64_t rows, std::int64_t n, std::int64_t k) {
+  const std::int64_t e = shape().experts;
+  add("grouped_gemm_forward/" + name, [=] {
+    const Held y = make({rows, n}), x = make({rows, k}), w = make({e, n, k});
+    return [=, offsets = random_offsets(rows)](Exec& ex) {
+      ops::grouped_gemm_forward(ex, y->view, x->view, w->view, offsets);
+    };
+  });
+  add("grouped_gemm_dgrad/" + name, [=] {
+    const Held dx = make({rows, k}), dy = make({rows, n}), w = make({e, n, k});
+    return [=, offsets = random_offsets(rows)](Exec& ex) {
+      ops::grouped_gemm_dgrad(ex, dx->view, dy->view, w->view, offsets);
+    };
+  });
+  add("grouped_gemm_wgrad/" + name, [=] {
+    const Held dw = make({e, n, k}), dy = make({rows, n}), x = make({rows, k});
+    return [=, offsets = random_offsets(rows)](Exec& ex) {
+      ops::grouped_gemm_wgrad(ex, dw->view, dy->view, x->view, offsets, Accumulate::kAdd);
+    };
+  });
+}
+
+void add_attention(const std::string& name, std::int64_t t) {
+  const ModelShape& m = shape();
+  const AttentionShape a{m.heads, m.heads, m.head_dim, std::min(m.seq_len, t)};
+  const std::int64_t q = m.heads * m.head_dim;
+  add("attention_forward/" + name, [=] {
+    const Held out = make({t, q}), lse = make({t, a.heads}, DType::kF32), qkv = make({t, a.qkv_width()});
+    return [=](Exec& ex) { ops::attention_forward(ex, out->view, lse->view, qkv->view, a, nullptr); };
+  });
+  add("attention_backward/" + name, [=] {
+    const Held out = make({t, q}), lse = make({t, a.heads}, DType::kF32), qkv = make({t, a.qkv_width()}),
+               dqkv = make({t, a.qkv_width()}), dout = make({t, q});
+    ops::attention_forward(exec(), out->view, lse->view, qkv->view, a, nullptr);
+    return [=](Exec& ex) {
+      ops::attention_backward(ex, dqkv->view, dout->view, qkv->view, out->view, lse->view, a, nullptr);
+    };
+  });
+  add("rope/" + name, [=] {
+    const Held qkv = make({t, a.qkv_width()}), positions = make({t}, DType::kI32, a.seq_len);
+    return [=](Exec& ex) { ops::rope(ex, qkv->view, positions->view, a, 1e6, false); };
+  });
+}
+
+void add_rows(const std::string& name, std::int64_t t) {
+  const ModelShape& m = shape();
+  const std::int64_t d = m.width, rows = t * m.top_k, f = m.expert_width, k = m.top_k;
+  add("add_rms_norm_forward/" + name, [=] {
+    const Held y = make({t, d}), sum = make({t, d}), rstd = make({t}, DType::kF32), x = make({t, d}),
+               residual = make({t, d}), w = make({d});
+    return [=](Exec& ex) {
+      ops::add_rms_norm_forward(ex, y->view, sum->view, rstd->view, x->view, residual->view, w->view, 1e-6f);
+    };
+  });
+  add("rms_norm_backward/" + name, [=] {
+    const Held dx = make({t, d}), dw = make({d}), dy = make({t, d}), x = make({t, d}), w = make({d}),
+               rstd = make({t}, DType::kF32);
+    return [=](Exec& ex) {
+      ops::rms_norm_backward(ex, dx->view, dw->view, dy->view, x->view, w->view, rstd->view,
+                             Accumulate::kAdd);
+    };
+  });
+  add("swiglu_forward/" + name, [=] {
+    const Held h = make({rows, f}), g = make({rows, 2 * f}), w = make({rows}, DType::kF32);
+    return [=](Exec& ex) {
+      const ConstTensorView weight = w->view;
+      ops::swiglu_forward(ex, h->view, g->view, &weight);
+    };
+  });
+  add("swiglu_backward/" + name, [=] {
+    const Held dg = make({rows, 2 * f}), dw = make({rows}, DType::kF32), dh = make({rows, f}),
+               g = make({rows, 2 * f}), w = make({rows}, DType::kF32);
+    return [=](Exec& ex) {
+      const ConstTensorView weight = w->view;
+      ops::swiglu_backward(ex, dg->view, &dw->view, dh->view, g->view, &weight);
+    };
+  });
+  add("gather_rows/" + name, [=] {
+    const Held out = make({rows, d}), in = make({t, d}), index = shuffled({rows});
+    return [=](Exec& ex) { ops::gather_rows(ex, out->view, in->view, index->view, k); };
+  });
+  add("gather_sum_rows/" + name, [=] {
+    const Held y = make({t, d}), in = make({rows, d}), slot = shuffled({t, k});
+    return [=](Exec& ex) { ops::gather_sum_rows(ex, y->view, in->view, slot->view, Accumulate::kAdd); };
+  });
+  add("sort_by_expert/" + name, [=] {
+    const Held order = make({rows}, DType::kI32, 1), slot = make({t, k}, DType::kI32, 1),
+               counts = make({m.experts}, DType::kI32, 1), index = make({t, k}, DType::kI32, m.experts);
+    return [=](Exec& ex) { ops::sort_by_expert(ex, order->view, slot->view, counts->view, index->view); };
+  });
+}
+
+void add_ends(const std::string& name, std::int64_t t) {
+  const ModelShape& m = shape();
+  const std::int64_t chunk = std::min<std::int64_t>(t, 4096);
+  add("embedding_backward/" + name, [=] {
+    const Held dw = make({m.vocab, m.width}), dx = make({t, m.width}),
+               tokens = make({t}, DType::kI32, m.vocab);
+    return [=](Exec& ex) { ops::embedding_backward(ex, dw->view, dx->view, tokens->view); };
+  });
+  add(fmt::format("cross_entropy/{}", chunk), [=] {
+    const Held loss = make({chunk}, DType::kF32), logits = make({chunk, m.vocab}, DType::kF32),
+               targets = make({chunk}, DType::kI32, m.vocab);
+    return [=](Exec& ex) {
+      ops::cross_entropy(ex, loss->view, &logits->view, logits->view, targets->view, 1.0f);
+    };
+  });
+}
+
+// Over the parameters of one layer's experts.
+void add_optimizers() {
+  const ModelShape& m = shape();
+  const std::int64_t n = m.experts * 3 * m.expert_width * m.width;
+  add("adamw", [=] {
+    const Held w = make({n}), g = make({n}), master = make({n}, DType::kF32), mean = make({n}, DType::kF32),
+               v = make({n}, DType::kF32);
+    ops::fill(exec(), v->view, 0.5f);
+    return [=](Exec& ex) {
+      ops::adamw(ex, w->view, master->view, mean->view, v->view, g->view, AdamWStep{.lr = 1e-4f});
+    };
+  });
+  add("adamw8bit", [=] {
+    const std::int64_t blocks = moment_blocks(0, n);
+    const Held w = make({n}), g = make({n}), m_code = make({n}, DType::kU8), v_code = make({n}, DType::kU8),
+               m_scale = make({blocks}, DType::kF32), v_scale = make({blocks}, DType::kF32);
+    ops::fill(exec(), m_scale->view, 0.0f);
+    ops::fill(exec(), v_scale->view, 0.0f);
+    return [=](Exec& ex) {
+      ops::adamw8bit(ex, w->view, {m_code->view, v_code->view, m_scale->view, v_scale->view, 0}, g->view,
+                     AdamWStep{.lr = 1e-4f}, {1, FlatIndex({0}, {n}, {n})});
+    };
+  });
+  add("sum_of_squares", [=] {
+    const Held x = make({n}), sum = make({1}, DType::kF64);
+    return [=](Exec& ex) { ops::sum_of_squares(ex, sum->view, x->view); };
+  });
+}
+
+}  // namespace
+
+void add_ops(std::int64_t t) {
+  const ModelShape& m = shape();
+  const std::string name = fmt::format("{}", t);
+  static bool first = true;
+  if (first) add_optimizers();
+  first = false;
+  add_linear("qkv/" + name, t, 3 * m.width, m.width);
+  add_linear("shared_gate_up/" + name, t, 2 * m.shared_width, m.width);
+  add_linear("shared_down/" + name, t, m.width, m.shared_width);
+  add_grouped("gate_up/" + name, t * m.top_k, 2 * m.expert_width, m.width);
+  add_grouped("down/" + name, t * m.top_k, m.width, m.expert_width);
+  add_attention(name, t);
+  add_rows(name, t);
+  add_ends(name, t);
+}
+
+}  // namespace upmoe::bench

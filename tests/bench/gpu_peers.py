@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""What PyTorch and transformers do on this GPU at the shapes of bench_gpu and bench_step, bf16, random data.
+
+usage: gpu_peers.py [--tokens 8192 16384 32768] [--layers 4] [--out FILE]
+
+Prints one line for each measurement and writes all as JSON: a product of two 8192 x 8192 matrices, causal attention (SDPA),
+grouped products (torch._grouped_mm), transformers' Qwen2Moe decoder layer forward and backward with each of its experts
+implementations, and training steps (forward, backward, fused AdamW) of a model of that many layers. Times are medians
+between device events. What does not run here says why.
+"""
+
+import argparse
+import json
+from statistics import median
+
+WIDTH, HEADS, HEAD, EXPERTS, TOP_K, EXPERT_WIDTH, SHARED_WIDTH, VOCAB, SEQ = 2048, 16, 128, 60, 4, 1408, 5632, 151936, 2048
+results = []
+
+
+def milliseconds(work, goes=15, warmup=3):
+    import torch
+
+    for _ in range(warmup):
+        work()
+    times = []
+    for _ in range(goes):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times)
+
+
+def record(name, work, flops=0.0, **more):
+    """Runs and reports; an error is a result too, and the memory is free again for the next one."""
+    import torch
+
+    try:
+        ms = milliseconds(work())
+        entry = {"name": name, "milliseconds": ms, "tflops": flops / ms * 1e-9, **more}
+    except (RuntimeError, AttributeError, ValueError, ImportError, TypeError) as e:
+        entry = {"name": name, "error": str(e).splitlines()[0][:300], **more}
+    torch.cuda.empty_cache()
+    results.append(entry)
+    print(json.dumps(entry), flush=True)
+
+
+def random(*shape, grad=False):
+    import torch
+
+    return torch.rand(*shape, device="cuda", dtype=torch.bfloat16).mul_(2).sub_(1).requires_grad_(grad)
+
+
+def gemm():
+    a, b = random(8192, 8192), random(8192, 8192)
+    return lambda: a @ b
+
+
+def attention(tokens, backward):
+    import torch.nn.functional as F
+
+    q, k, v = (random(tokens // SEQ, HEADS, SEQ, HEAD, grad=backward) for _ in range(3))
+    dout = random(tokens // SEQ, HEADS, SEQ, HEAD)
+
+    def run():
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if backward:
+            out.backward(dout)
+
+    return run
+
+
+def grouped(tokens):
+    import torch
+
+    rows = tokens * TOP_K
+    x, w = random(rows, WIDTH), random(EXPERTS, WIDTH, 2 * EXPERT_WIDTH)
+    choice = torch.randint(EXPERTS, (rows,), device="cuda")
+    ends = torch.bincount(choice, minlength=EXPERTS).cumsum(0).to(torch.int32)
+    return lambda: torch._grouped_mm(x, w, offs=ends)
+
+
+def config_of(layers, experts_implementation):
+    from transformers import Qwen2MoeConfig
+
+    config = Qwen2MoeConfig(
+        hidden_size=WIDTH, num_attention_heads=HEADS, num_key_value_heads=HEADS, intermediate_size=SHARED_WIDTH,
+        num_hidden_layers=layers, num_experts=EXPERTS, num_experts_per_tok=TOP_K, moe_intermediate_size=EXPERT_WIDTH,
+        shared_expert_intermediate_size=SHARED_WIDTH, vocab_size=VOCAB, max_position_embeddings=SEQ,
+        norm_topk_prob=False, use_cache=False)
+    config._attn_implementation = "sdpa"
+    config._experts_implementation = experts_implementation
+    return config
+
+
+def layer(tokens, implementation):
+    import torch
+    from transformers.models.qwen2_moe import modeling_qwen2_moe as source
+
+    config = config_of(1, implementation)
+    block = source.Qwen2MoeDecoderLayer(config, 0).to("cuda", torch.bfloat16)
+    rotary = source.Qwen2MoeRotaryEmbedding(config).to("cuda")
+    x, g = random(tokens // SEQ, SEQ, WIDTH, grad=True), random(tokens // SEQ, SEQ, WIDTH)
+    places = torch.arange(SEQ, device="cuda")[None]
+    embeddings = rotary(x, places)
+
+    def run():
+        y = block(x, position_embeddings=embeddings, position_ids=places)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(g)
+        block.zero_grad(set_to_none=True)
+
+    return run
+
+
+def step(tokens, layers, implementation):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config_of(layers, implementation), dtype=torch.bfloat16)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = torch.randint(VOCAB, (tokens // SEQ, SEQ), device="cuda")
+
+    def run():
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 16384, 32768])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    import torch
+    import transformers
+
+    record("gemm 8192^3", gemm, 2.0 * 8192**3)
+    for tokens in args.tokens:
+        seen = tokens * SEQ / 2 * HEADS * HEAD * 4  # causal: half of the pairs
+        record(f"attention_forward/{tokens}", lambda t=tokens: attention(t, False), seen)
+        record(f"attention_forward_backward/{tokens}", lambda t=tokens: attention(t, True), 3.5 * seen)
+        record(f"grouped_mm gate_up/{tokens}", lambda t=tokens: grouped(t), 4.0 * tokens * TOP_K * WIDTH * EXPERT_WIDTH)
+        for name in ("grouped_mm", "batched_mm", "eager"):
+            record(f"layer_forward_backward/{tokens}", lambda t=tokens, n=name: layer(t, n), experts=name)
+    for name in ("grouped_mm", "eager"):
+        record(f"step of {args.layers} layers/{args.tokens[0]}", lambda n=name: step(args.tokens[0], args.layers, n),
+               experts=name)
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                       "transformers": transformers.__version__, "results": results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
