@@ -1,4 +1,5 @@
-# Sets UPMOE_WITH_CUDA when nvcc, cuBLASLt and the runtime are there, and UPMOE_WITH_NCCL when NCCL is too. nvcc's own flags stand here.
+# Sets UPMOE_WITH_CUDA when nvcc, cuBLASLt and the runtime are there, and UPMOE_WITH_NCCL and UPMOE_WITH_CUDNN where
+# those libraries are too. nvcc's own flags stand here.
 find_program(UPMOE_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin /usr/local/cuda/bin)
 if(NOT UPMOE_NVCC)
   message(STATUS "CUDA: no nvcc found (PATH, CUDA_HOME, /usr/local/cuda); building for the CPU alone")
@@ -22,6 +23,16 @@ if(UPMOE_NCCL_INCLUDE AND UPMOE_NCCL_LIBRARY)
   set(UPMOE_WITH_NCCL ON)
 else()
   message(STATUS "CUDA: no NCCL found (NCCL_HOME, the CUDA toolkit, the system); one GPU per run alone")
+endif()
+# cuDNN's graphs are written through its frontend, headers alone, which launch/setup.sh puts into .venv.
+file(GLOB frontend_folders ${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/include)
+find_path(UPMOE_CUDNN_FRONTEND cudnn_frontend.h HINTS $ENV{CUDNN_FRONTEND_HOME}/include ${frontend_folders})
+find_path(UPMOE_CUDNN_INCLUDE cudnn.h HINTS $ENV{CUDNN_HOME}/include ${CUDAToolkit_INCLUDE_DIRS})
+find_library(UPMOE_CUDNN_LIBRARY cudnn HINTS $ENV{CUDNN_HOME}/lib ${CUDAToolkit_LIBRARY_DIR})
+if(UPMOE_CUDNN_FRONTEND AND UPMOE_CUDNN_INCLUDE AND UPMOE_CUDNN_LIBRARY AND TARGET CUDA::nvrtc)
+  set(UPMOE_WITH_CUDNN ON)
+else()
+  message(STATUS "CUDA: no cuDNN or no cudnn_frontend found (CUDNN_HOME, CUDNN_FRONTEND_HOME); attention by the portable kernel")
 endif()
 # nvcc cannot evaluate fmt's checks of format strings at compile time; the C++ files see to those.
 add_compile_definitions("$<$<COMPILE_LANGUAGE:CUDA>:FMT_CONSTEVAL=;FMT_USE_CONSTEXPR=1>")

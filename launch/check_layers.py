@@ -35,7 +35,7 @@ BACKEND_HEADERS = {"kernels/cpu/cpu.h", "kernels/cuda/cuda.h"}
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the
 # libraries of IN_HEADERS, so that what includes them compiles without the others; a .cuh is for .cu files alone.
 THIRD_PARTY = {
-    "CUDA": (r"cuda|cublas|cutlass", ["kernels/cuda/"]),
+    "CUDA": (r"cuda|cublas|cudnn|cutlass", ["kernels/cuda/"]),
     "NCCL": (r"nccl\.h$", ["parallel/nccl_channel.cpp"]),
     "MPI": (r"^mpi\.h$", ["parallel/mpi_comm.cpp", "parallel/mpi_messages.cpp"]),
     "HDF5": (r"(hdf5|H5\w*)\.h$", ["data/"]),

@@ -107,16 +107,25 @@ install_packages() {
     { tail -n 20 "$root/build/apt.log" >&2; die "apt-get install failed; the whole log is build/apt.log"; }
 }
 
+has_nvcc() { command -v nvcc >/dev/null || [[ -x ${CUDA_HOME:-${CUDA_PATH:-/usr/local/cuda}}/bin/nvcc ]]; }
+
 install_python() {
   local python=/usr/bin/python3 stamp=$venv/.requirements wanted
   [[ -x $python ]] || python=$(command -v python3) || die "python3 not found"
-  wanted=$("$python" -V && cat "$root/launch/requirements.txt")
+  local files=("$root/launch/requirements.txt")
+  ! has_nvcc || files+=("$root/launch/requirements-cuda.txt")
+  wanted=$("$python" -V && cat "${files[@]}")
   [[ -x $venv/bin/python && -f $stamp && $(cat "$stamp") == "$wanted" ]] && return 0
-  say "installing Python packages into .venv: $(grep -v '^#' "$root/launch/requirements.txt" | tr '\n' ' ')"
+  say "installing Python packages into .venv: $(grep -hv '^#' "${files[@]}" | tr '\n' ' ')"
   rm -rf "$venv"
   "$python" -m venv "$venv" || die "cannot make the Python environment $venv"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$root/launch/requirements.txt" ||
-    die "pip could not install launch/requirements.txt; see the message above"
+  local file options=()
+  for file in "${files[@]}"; do
+    # Of the second file the headers alone are wanted, not the gigabytes beside them.
+    "$venv/bin/pip" install --quiet --disable-pip-version-check "${options[@]}" -r "$file" ||
+      die "pip could not install $file; see the message above"
+    options=(--no-deps)
+  done
   echo "$wanted" >"$stamp"
 }
 

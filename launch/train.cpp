@@ -1,6 +1,7 @@
 // upmoe train: reads the run's configuration and trains.
 
 #include "configs/run_config.h"
+#include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
 #include "launch/commands.h"
 #include "trainer/training_run.h"
@@ -22,6 +23,9 @@ int run_train(const TrainArguments& arguments, Runtime& runtime) {
   run_agreed(runtime.world(), [&] { run = read_run_config(arguments.file, arguments.overrides); });
   const Device device = runtime.choose_device(run.device);
   Communicator& world = runtime.world();
+  if (device.type == DeviceType::kCuda && world.rank() == 0)
+    log::info("computing on {} GPU{}: {}", world.size(), world.size() == 1 ? "" : "s",
+              gpu::name_of(device.index));
   install_signal_handlers();
   if (arguments.deadline_s > 0)
     watchdog::start(std::chrono::milliseconds(static_cast<std::int64_t>(arguments.deadline_s * 1000)),

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Everything that needs a real GPU, for a machine that has one but neither this project's packages nor a network.
 #
-#   tests/gpu_suite.sh bundle           here: builds the programs and packs them with their libraries into build/gpu_suite
-#   tests/gpu_suite.sh run OUT PART...  there: runs parts (all of them unless named), each under 8 minutes, and leaves one
-#                                       folder of results for each in OUT; a part that has finished there is passed over
+#   tests/gpu_suite.sh bundle           here: builds the programs, packs them with their libraries into build/gpu_suite
+#   tests/gpu_suite.sh run OUT PART...  there: runs parts (all of them unless named), each under 8 minutes, and leaves
+#                                       one folder of results for each in OUT; what has finished there is passed over
 #
 # Parts: ops (each op's tests on the GPU), models (golden files, meshes of as many ranks as there are GPUs, the same run
-# twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops and a layer as
-# shares of what the GPU gives), step (whole steps), full (the 14.3 billion parameters with adamw8bit), peers (PyTorch and
-# transformers, where python3 has them).
+# twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops and a layer
+# as shares of what the GPU gives), step (whole steps), full (the 14.3 billion parameters with adamw8bit), peers
+# (PyTorch and transformers, where python3 has them).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bundle=$root/build/gpu_suite
-op_tests=(pointwise norm activation loss embedding routing transfer gemm grouped_gemm attention attention_pair adamw adamw8bit)
+op_tests=(pointwise norm activation loss embedding routing transfer gemm grouped_gemm attention attention_pair adamw
+  adamw8bit)
 
 die() {
   echo "gpu_suite: error: $*" >&2
@@ -35,7 +36,7 @@ make_bundle() {
   strip "$bundle"/stage/bin/*
   # What the programs need beside the C library, the compiler's own libraries and CUDA's: those are there.
   ldd "$bundle"/stage/bin/* | awk '/=> \// {print $3}' | sort -u |
-    grep -vE '/(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|libcublas|libcublasLt|libnccl|libcudart)\.so' |
+    grep -vE '/lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s|cublas|cublasLt|nccl|cudart|cudnn|nvrtc)\.so' |
     xargs -I{} cp -L {} "$bundle/stage/lib/"
   strip --strip-unneeded "$bundle"/stage/lib/* 2>/dev/null || true
   cp -r "$root/tests/golden" "$bundle/stage/golden"
@@ -62,10 +63,12 @@ unpack() {
     mkdir -p "$built_at/tests"
     ln -s "$suite/golden" "$built_at/tests/golden"
   fi
-  # cuBLASLt and NCCL: of the toolkit, or of PyTorch's packages.
-  local folders
-  folders=$(find / -xdev \( -name 'libcublasLt.so.13*' -o -name 'libnccl.so.2*' -o -name 'libcublas.so.13*' \) -not -path '/proc/*' \
-    -printf '%h\n' 2>/dev/null | sort -u | paste -sd:)
+  # CUDA's libraries: of the toolkit, or of PyTorch's packages.
+  local folders names=() name
+  for name in libcublasLt.so.13 libcublas.so.13 libnccl.so.2 libcudnn.so.9 libnvrtc.so.13; do
+    names+=(-o -name "$name*")
+  done
+  folders=$(find / -xdev \( "${names[@]:1}" \) -not -path '/proc/*' -printf '%h\n' 2>/dev/null | sort -u | paste -sd:)
   export LD_LIBRARY_PATH=$suite/lib:$folders${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} UPMOE_TEST_DEVICE=cuda
 }
 
@@ -126,7 +129,10 @@ part_models() {
 
 part_sanitizer() {
   local tool name
-  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here" | tee "$part_out/summary.txt" && return; }
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "no compute-sanitizer here" | tee "$part_out/summary.txt"
+    return
+  fi
   for tool in memcheck racecheck initcheck synccheck; do
     for name in routing norm adamw8bit embedding loss attention; do
       say "${tool}_$name" timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 \
@@ -203,5 +209,5 @@ case ${1:-} in
     [ $# -ge 1 ] || die "run OUT PART..."
     run_parts "$@"
     ;;
-  *) sed -n '2,12p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' && exit 2 ;;
+  *) sed -n '2,11p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' && exit 2 ;;
 esac

@@ -8,8 +8,10 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/core/log.h"
+#include "kernels/core/philox.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
@@ -169,34 +171,60 @@ void Metrics::evaluation(std::int64_t step, const EvalResult& result) {
             result.tokens);
 }
 
-double measure_peak_flops(Exec& ex, DType dtype) {
-  const std::int64_t side = ex.device.type == DeviceType::kCuda ? 8192 : 1024;
+namespace {
+
+// Random numbers, a block of them repeated: products of equal numbers can run faster than real ones.
+void fill_random(Exec& ex, TensorView t) {
+  constexpr std::int64_t kBlock = 1 << 18;
+  const Buffer memory = Buffer::allocate({}, kBlock * sizeof(float));
+  const TensorView block = memory.view({std::min(kBlock, t.elements())}, t.dtype);
+  for (std::int64_t i = 0; i < block.elements(); ++i) {
+    const float x = uniform_from_bits(philox(1, static_cast<std::uint64_t>(i))[0]) - 0.5f;
+    if (t.dtype == DType::kF32) block.as<float>()[i] = x;
+    if (t.dtype == DType::kBF16) block.as<bf16>()[i] = to_bf16(x);
+  }
+  const TensorView flat = t.reshape({t.elements()});
+  for (std::int64_t at = 0; at < flat.elements(); at += block.elements())
+    ops::upload(ex, flat.rows(at, at + block.elements()), block);
+}
+
+// Seconds of the best of some products of two square matrices, `budget` seconds of them.
+double best_product(Exec& ex, DType dtype, std::int64_t side, double budget) {
   ScratchScope scope(*ex.scratch);
   TensorView a = ex.scratch->take({side, side}, dtype, "peak a"),
              b = ex.scratch->take({side, side}, dtype, "peak b");
   TensorView c = ex.scratch->take({side, side}, dtype, "peak c");
-  Exec quiet = ex;
-  quiet.ledger = nullptr;
-  ops::fill(quiet, a, 0.5f);
-  ops::fill(quiet, b, 0.25f);
+  fill_random(ex, a);
+  fill_random(ex, b);
   const auto wait = [&] {
-    if (quiet.stream != nullptr) quiet.stream->synchronize();
+    if (ex.stream != nullptr) ex.stream->synchronize();
   };
   wait();
   const auto once = [&] {
     const auto start = std::chrono::steady_clock::now();
-    ops::gemm(quiet, c, a, Transpose::kNo, b, Transpose::kYes, Accumulate::kOverwrite);
+    ops::gemm(ex, c, a, Transpose::kNo, b, Transpose::kYes, Accumulate::kOverwrite);
     wait();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };
   once();
-  double best = once(), spent = best;
-  while (spent < 0.2) {
+  double best = once();
+  for (double spent = best; spent < budget;) {
     const double t = once();
     best = std::min(best, t);
     spent += t;
   }
-  return 2.0 * static_cast<double>(side * side * side) / best;
+  return best;
+}
+
+}  // namespace
+
+double measure_peak_flops(Exec& ex, DType dtype) {
+  const std::int64_t largest = ex.device.type == DeviceType::kCuda ? 8192 : 1024;
+  Exec quiet = ex;
+  quiet.ledger = nullptr;
+  std::int64_t side = 256;  // powers of two: whole blocks of random numbers
+  while (side < largest && best_product(quiet, dtype, side, 0) < 0.03) side *= 2;
+  return 2.0 * static_cast<double>(side * side * side) / best_product(quiet, dtype, side, 0.2);
 }
 
 }  // namespace upmoe

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/attention_tiles.cuh"
+#include "kernels/cuda/cudnn_sdpa.h"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {
@@ -65,10 +66,41 @@ __global__ void merge_rows(float* out, float* lse, const float* part, const floa
   if (threadIdx.x % kWarp == 0) lse[row] = largest + logf(sum);
 }
 
+// cuDNN keeps the rows' log-sum-exp by head, the layers by token: one from the other.
+template <bool kToTokens>
+__global__ void reorder_lse(float* out, const float* in, std::int64_t n, std::int64_t heads,
+                            std::int64_t seq_len) {
+  const std::int64_t i = global_thread();
+  if (i >= n) return;
+  const std::int64_t token = i / heads, head = i % heads;
+  const std::int64_t by_head = (token / seq_len * heads + head) * seq_len + token % seq_len;
+  if (kToTokens) {
+    out[i] = in[by_head];
+  } else {
+    out[by_head] = in[i];
+  }
+}
+
+template <bool kToTokens>
+void reorder(Exec& ex, TensorView out, ConstTensorView in, const AttentionShape& shape) {
+  launch(ex, blocks_for(in.elements(), kThreads), kThreads, reorder_lse<kToTokens>, out.as<float>(),
+         in.as<float>(), in.elements(), shape.heads, shape.seq_len);
+}
+
+TensorView take_stats(Exec& ex, const ConstTensorView& lse_TN) {
+  return ex.scratch->take(lse_TN.shape, DType::kF32, "log-sum-exp by head");
+}
+
 }  // namespace
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
                        AttentionShape shape, const ConstTensorView* document_T) {
+  if (document_T == nullptr && sdpa_takes(ex, shape, qkv_TH.shape[0], qkv_TH.dtype)) {
+    ScratchScope scope(*ex.scratch);
+    const TensorView stats = take_stats(ex, lse_TN);
+    sdpa_forward(ex, out_TQ, stats, qkv_TH, shape);
+    return reorder<true>(ex, lse_TN, stats, shape);
+  }
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     attend(ex, out_TQ.as<T>(), lse_TN.as<float>(), self_inputs<T>(qkv_TH, shape, document_T),
@@ -79,6 +111,12 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
                         ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
                         const ConstTensorView* document_T) {
+  if (document_T == nullptr && sdpa_takes(ex, shape, qkv_TH.shape[0], qkv_TH.dtype)) {
+    ScratchScope scope(*ex.scratch);
+    const TensorView stats = take_stats(ex, lse_TN);
+    reorder<false>(ex, stats, lse_TN, shape);
+    return sdpa_backward(ex, dqkv_TH, dout_TQ, qkv_TH, out_TQ, stats, shape);
+  }
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     T* dq = dqkv_TH.as<T>();

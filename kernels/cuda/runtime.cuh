@@ -24,6 +24,7 @@ using FindingWords = unsigned long long*;
 void check(cudaError_t status, std::source_location where = std::source_location::current());
 
 class GemmLibrary;  // cublaslt.cu
+class SdpaLibrary;  // cudnn_sdpa.cpp
 
 class CudaStream final : public Stream {
  public:
@@ -36,6 +37,7 @@ class CudaStream final : public Stream {
   // The vocabulary and the number of experts of the last op that may report, for the words of the report.
   void limit(Finding kind, std::int64_t value) { limits_[static_cast<int>(kind)] = value; }
   GemmLibrary& gemm();
+  SdpaLibrary& sdpa();  // in a build with cuDNN
 
  private:
   void report();
@@ -44,6 +46,7 @@ class CudaStream final : public Stream {
   FindingWords findings_ = nullptr, seen_ = nullptr;  // on the device; on the host, pinned
   std::int64_t limits_[kFindings] = {};
   std::shared_ptr<GemmLibrary> gemm_;
+  std::shared_ptr<SdpaLibrary> sdpa_;
 };
 
 // The stream of an op. An Exec for a GPU always has one.

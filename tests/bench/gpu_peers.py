@@ -3,17 +3,18 @@
 
 usage: gpu_peers.py [--tokens 8192 16384 32768] [--layers 4] [--out FILE]
 
-Prints one line for each measurement and writes all as JSON: a product of two 8192 x 8192 matrices, causal attention (SDPA),
-grouped products (torch._grouped_mm), transformers' Qwen2Moe decoder layer forward and backward with each of its experts
-implementations, and training steps (forward, backward, fused AdamW) of a model of that many layers. Times are medians
-between device events. What does not run here says why.
+Prints one line for each measurement and writes all as JSON: a product of two 8192 x 8192 matrices, causal attention
+(SDPA), grouped products (torch._grouped_mm), transformers' Qwen2Moe decoder layer forward and backward with each of its
+experts implementations, and training steps (forward, backward, fused AdamW) of a model of that many layers. Times are
+medians between device events. What does not run here says why.
 """
 
 import argparse
 import json
 from statistics import median
 
-WIDTH, HEADS, HEAD, EXPERTS, TOP_K, EXPERT_WIDTH, SHARED_WIDTH, VOCAB, SEQ = 2048, 16, 128, 60, 4, 1408, 5632, 151936, 2048
+WIDTH, HEADS, HEAD, VOCAB, SEQ = 2048, 16, 128, 151936, 2048
+EXPERTS, TOP_K, EXPERT_WIDTH, SHARED_WIDTH = 60, 4, 1408, 5632
 results = []
 
 

@@ -6,6 +6,7 @@ namespace upmoe {
 
 Recompute recompute_from(const std::string& name) {
   if (name == "none") return Recompute::kNone;
+  if (name == "swiglu") return Recompute::kSwiglu;
   if (name == "ffn") return Recompute::kFfn;
   if (name == "block") return Recompute::kBlock;
   fail(ExitCode::kUsage, "train.recompute: found '{}', expected none, ffn or block", name);
@@ -64,7 +65,7 @@ void Block::backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const
   const std::size_t top = keep.mark();
   ScratchScope scope(*ex.scratch);
   TensorView dbranch_TD = ex.scratch->take(g_TD.shape, g_TD.dtype, "residual branch gradient");
-  if (recompute != Recompute::kNone) {
+  if (recompute == Recompute::kFfn || recompute == Recompute::kBlock) {
     Exec again = ex;
     again.ledger = nullptr;  // work done twice is not model work
     if (recompute == Recompute::kBlock) attention_half(again, dbranch_TD, keep, saved);

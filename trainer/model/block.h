@@ -15,9 +15,11 @@ namespace upmoe {
 
 enum class Recompute {
   kNone,
+  kSwiglu,
   kFfn,
   kBlock
-};  // kFfn: the feed-forward half; kBlock: everything but the block's input
+};  // kSwiglu: what lies between the two products of a feed-forward network, an elementwise op; kFfn: the
+    // feed-forward half; kBlock: everything but the block's input
 Recompute recompute_from(const std::string& name);
 
 struct Block {

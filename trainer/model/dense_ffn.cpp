@@ -9,21 +9,22 @@ void DenseFfn::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& k
   const std::int64_t T = x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   saved.x_tD = x_tD;
   saved.gate_up_TG = keep.take({T, G}, x_tD.dtype, "ffn gate and up");
-  saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
+  if (keep_hidden) saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
   if (gate_1D) saved.gate_T = keep.take({T}, DType::kF32, "shared expert gate");
   ScratchScope scope(*ex.scratch);
   const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
   gate_up.forward(ex, saved.gate_up_TG, x_TD);
-  if (gate_1D) {
-    ops::sigmoid_gate_forward(ex, saved.gate_T, x_TD, gate_1D->value);
-    const ConstTensorView gate_T = saved.gate_T;
-    ops::swiglu_forward(ex, saved.h_TF, saved.gate_up_TG, &gate_T);
-  } else {
-    ops::swiglu_forward(ex, saved.h_TF, saved.gate_up_TG, nullptr);
-  }
+  if (gate_1D) ops::sigmoid_gate_forward(ex, saved.gate_T, x_TD, gate_1D->value);
+  const TensorView h_TF = keep_hidden ? saved.h_TF : ex.scratch->take({T, G / 2}, x_tD.dtype, "ffn hidden");
+  hidden(ex, h_TF, saved);
   PartialSum y(ex, *tp, y_tD);
-  down.forward(ex, y.partial_TD(), saved.h_TF);
+  down.forward(ex, y.partial_TD(), h_TF);
   y.reduce(ex);
+}
+
+void DenseFfn::hidden(Exec& ex, TensorView h_TF, const Saved& saved) const {
+  const ConstTensorView gate_T = saved.gate_T;
+  ops::swiglu_forward(ex, h_TF, saved.gate_up_TG, gate_1D ? &gate_T : nullptr);
 }
 
 // dx_TD += and the gate's weight gradient += , from dgate_T.
@@ -40,10 +41,17 @@ void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T
 void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {
   ScratchScope scope(*ex.scratch);
   GatheredTokens dy(ex, *tp, dy_tD), x(ex, *tp, saved.x_tD);
-  TensorView dh_TF = ex.scratch->take(saved.h_TF.shape, saved.h_TF.dtype, "ffn hidden gradient");
+  const Shape hidden_shape{saved.gate_up_TG.shape[0], saved.gate_up_TG.shape[1] / 2};
+  TensorView dh_TF = ex.scratch->take(hidden_shape, dy_tD.dtype, "ffn hidden gradient"), h_TF = saved.h_TF;
+  if (!keep_hidden) {
+    h_TF = ex.scratch->take(hidden_shape, dy_tD.dtype, "ffn hidden, again");
+    Exec again = ex;
+    again.ledger = nullptr;  // work done twice is not model work
+    hidden(again, h_TF, saved);
+  }
   TensorView dgate_up_TG =
       ex.scratch->take(saved.gate_up_TG.shape, saved.gate_up_TG.dtype, "ffn gate and up gradient");
-  down.backward(ex, dh_TF, Accumulate::kOverwrite, dy.finish(), saved.h_TF);
+  down.backward(ex, dh_TF, Accumulate::kOverwrite, dy.finish(), h_TF);
   TensorView dgate_T;
   if (gate_1D) {
     dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");

@@ -55,15 +55,21 @@ Block bind_block(const ModelConfig& config, const ParamStore& params, const Proc
                  Recompute recompute) {
   const auto eps = static_cast<float>(config.rms_norm_eps);
   const std::string layer = fmt::format("layers.{}.", i);
+  const bool keep_hidden = recompute != Recompute::kSwiglu;
   Block block;
   block.recompute = recompute;
   block.norm1 = {params.param(layer + "norm1_D", {config.hidden_size}), eps};
   block.norm2 = {params.param(layer + "norm2_D", {config.hidden_size}), eps};
   block.attention = bind_attention(config, params, mesh, layer);
   if (config.is_moe_layer(i)) {
-    block.ffn = bind_moe(config, params, mesh, layer);
+    MoeLayer moe = bind_moe(config, params, mesh, layer);
+    moe.keep_hidden = keep_hidden;
+    if (moe.shared) moe.shared->keep_hidden = keep_hidden;
+    block.ffn = std::move(moe);
   } else {
-    block.ffn = bind_ffn(params, mesh, layer + "ffn.");
+    DenseFfn ffn = bind_ffn(params, mesh, layer + "ffn.");
+    ffn.keep_hidden = keep_hidden;
+    block.ffn = std::move(ffn);
   }
   return block;
 }

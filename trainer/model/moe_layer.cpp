@@ -28,11 +28,14 @@ void MoeLayer::route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) 
 void MoeLayer::experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& saved) const {
   const std::int64_t R = saved.plan.received(), G = gate_up_eGD.value.shape[1];
   saved.gate_up_RG = keep.take({R, G}, saved.x_RD.dtype, "expert gate and up");
-  saved.h_RF = keep.take({R, G / 2}, saved.x_RD.dtype, "expert hidden");
+  if (keep_hidden) saved.h_RF = keep.take({R, G / 2}, saved.x_RD.dtype, "expert hidden");
+  ScratchScope scope(*ex.scratch);
+  const TensorView h_RF =
+      keep_hidden ? saved.h_RF : ex.scratch->take({R, G / 2}, saved.x_RD.dtype, "expert hidden");
   ops::grouped_gemm_forward(ex, saved.gate_up_RG, saved.x_RD, gate_up_eGD.value, saved.plan.expert_offsets);
   const ConstTensorView weight_R = saved.weight_R1.reshape({R});
-  ops::swiglu_forward(ex, saved.h_RF, saved.gate_up_RG, &weight_R);
-  ops::grouped_gemm_forward(ex, y_RD, saved.h_RF, down_eDF.value, saved.plan.expert_offsets);
+  ops::swiglu_forward(ex, h_RF, saved.gate_up_RG, &weight_R);
+  ops::grouped_gemm_forward(ex, y_RD, h_RF, down_eDF.value, saved.plan.expert_offsets);
 }
 
 PieceMap MoeLayer::pieces() const {
@@ -128,12 +131,24 @@ void MoeLayer::experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R
   const std::int64_t R = saved.plan.received();
   const auto& offsets = saved.plan.expert_offsets;
   ScratchScope scope(*ex.scratch);
-  TensorView dh_RF = ex.scratch->take(saved.h_RF.shape, saved.h_RF.dtype, "expert hidden gradient");
+  TensorView dh_RF =
+      ex.scratch->take({R, saved.gate_up_RG.shape[1] / 2}, saved.gate_up_RG.dtype, "expert hidden gradient");
   ops::grouped_gemm_dgrad(ex, dh_RF, dy_RD, down_eDF.value, offsets);
   const TensorView dweight_R = dweight_R1.reshape({R});
   const ConstTensorView weight_R = saved.weight_R1.reshape({R});
   ops::swiglu_backward(ex, dgate_up_RG, &dweight_R, dh_RF, saved.gate_up_RG, &weight_R);
   ops::grouped_gemm_dgrad(ex, dx_RD, dgate_up_RG, gate_up_eGD.value, offsets);
+}
+
+TensorView MoeLayer::hidden_again(Exec& ex, const Saved& saved) const {
+  const std::int64_t R = saved.plan.received();
+  TensorView h_RF =
+      ex.scratch->take({R, saved.gate_up_RG.shape[1] / 2}, saved.gate_up_RG.dtype, "expert hidden, again");
+  const ConstTensorView weight_R = saved.weight_R1.reshape({R});
+  Exec again = ex;
+  again.ledger = nullptr;  // work done twice is not model work
+  ops::swiglu_forward(again, h_RF, saved.gate_up_RG, &weight_R);
+  return h_RF;
 }
 
 void MoeLayer::router_backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK,
@@ -176,7 +191,8 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   FromExperts dweights(ex, group(), plan, dweight_R1);
   // While the input gradients travel back:
   if (down_eDF.wants_grad())
-    ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, saved.h_RF, plan.expert_offsets, Accumulate::kAdd);
+    ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, keep_hidden ? saved.h_RF : hidden_again(ex, saved),
+                            plan.expert_offsets, Accumulate::kAdd);
   if (gate_up_eGD.wants_grad())
     ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, saved.x_RD, plan.expert_offsets,
                             Accumulate::kAdd);

@@ -20,6 +20,7 @@ struct MoeLayer {
   NodeGroups nodes;                        // of the exchange, where rows go by way of nodes; etp is 1 then
   Param router_ED, gate_up_eGD, down_eDF;  // pieces of experts of this rank: shares.pieces_of(rank, size)
   std::optional<DenseFfn> shared;
+  bool keep_hidden = true;  // false: backward computes the experts' hidden rows again
 
   struct Saved {
     ConstTensorView x_TD;
@@ -53,6 +54,7 @@ struct MoeLayer {
   void experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& saved) const;
   void experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,
                         ConstTensorView dy_RD, const Saved& saved) const;
+  TensorView hidden_again(Exec& ex, const Saved& saved) const;
   void router_backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const Saved& saved) const;
 };
 

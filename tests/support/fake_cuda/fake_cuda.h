@@ -25,6 +25,8 @@ struct Matmul {
 };
 std::vector<Matmul> take_matmuls();  // since the last call
 int heuristic_calls();               // so far
+int cudnn_builds();                  // graphs that were built, or refused, so far
+int cudnn_executions();
 
 // A call of NCCL that moves bytes: on which rank of how many, and to, from or with which.
 struct NcclCall {

@@ -1,0 +1,206 @@
+#include "kernels/cuda/cudnn_sdpa.h"
+
+#include <cudnn_frontend.h>
+
+#include <cmath>
+#include <map>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <unordered_map>
+
+#include "kernels/core/log.h"
+#include "kernels/cuda/runtime.cuh"
+
+namespace upmoe::cuda {
+
+namespace {
+
+namespace fe = cudnn_frontend;
+using fe::graph::Tensor_attributes;
+
+void check_cudnn(cudnnStatus_t status, const char* call) {
+  if (status != CUDNN_STATUS_SUCCESS)
+    fail(ExitCode::kDevice, "cuDNN: {} (in {})", cudnnGetErrorString(status), call);
+}
+
+// Which memory is which, for the plan.
+enum Uid : std::int64_t { kQ = 1, kK, kV, kO, kStats, kDO, kDQ, kDK, kDV };
+
+struct Plan {
+  fe::graph::Graph graph;
+  std::int64_t workspace = 0;
+};
+
+struct Key {
+  std::int64_t heads, kv_heads, head_dim, seq_len, sequences;
+  bool backward;
+  friend auto operator<=>(const Key&, const Key&) = default;
+};
+
+}  // namespace
+
+class SdpaLibrary {
+ public:
+  explicit SdpaLibrary(cudaStream_t stream) {
+    check_cudnn(cudnnCreate(&handle_), "cudnnCreate");
+    check_cudnn(cudnnSetStream(handle_, stream), "cudnnSetStream");
+  }
+  ~SdpaLibrary() { cudnnDestroy(handle_); }
+  SdpaLibrary(const SdpaLibrary&) = delete;
+
+  // Null where cuDNN refuses; the reason has then been told.
+  Plan* plan(const Key& key) {
+    const auto known = plans_.find(key);
+    if (known != plans_.end()) return known->second.get();
+    auto plan = std::make_unique<Plan>();
+    describe(plan->graph, key);
+    fe::error_t built = plan->graph.build(handle_, {fe::HeurMode_t::A});
+    if (built.is_good()) built = plan->graph.get_workspace_size(plan->workspace);
+    if (!built.is_good()) {
+      log::warning(
+          "attention of {} heads of {} over {} sequences of {}: the portable kernel computes it; cuDNN: {}",
+          key.heads, key.head_dim, key.sequences, key.seq_len, built.get_message());
+      plan = nullptr;
+    }
+    return plans_.emplace(key, std::move(plan)).first->second.get();
+  }
+
+  static std::string refusal(const Key& key, int sm) {
+    fe::graph::Graph graph;
+    graph.set_sm_version(sm);
+    describe(graph, key);
+    fe::error_t validated = graph.validate();
+    return validated.is_good() ? "" : validated.get_message();
+  }
+
+  void run(Exec& ex, const Key& key, std::unordered_map<std::int64_t, void*> memory) {
+    Plan* p = plan(key);
+    UPMOE_CHECK(p != nullptr, "cuDNN refused this attention before");
+    ScratchScope scope(*ex.scratch);
+    constexpr std::int64_t kAlignment = 256;  // as cudaMalloc's; the arena's own is less
+    const TensorView room = ex.scratch->take({p->workspace + kAlignment}, DType::kU8, "cuDNN's attention");
+    std::byte* workspace =
+        room.data + (kAlignment - reinterpret_cast<std::uintptr_t>(room.data) % kAlignment);
+    fe::error_t done = p->graph.execute(handle_, memory, workspace);
+    if (!done.is_good()) fail(ExitCode::kDevice, "cuDNN: attention: {}", done.get_message());
+  }
+
+ private:
+  // A row of qkv_TH holds all query heads, then the key heads, then the value heads.
+  static Tensor_attributes rows(const char* name, Uid uid, const Key& key, std::int64_t heads,
+                                std::int64_t row) {
+    return Tensor_attributes()
+        .set_name(name)
+        .set_uid(uid)
+        .set_data_type(fe::DataType_t::BFLOAT16)
+        .set_dim({key.sequences, heads, key.seq_len, key.head_dim})
+        .set_stride({key.seq_len * row, key.head_dim, row, 1});
+  }
+  static void set_rows(const std::shared_ptr<Tensor_attributes>& t, Uid uid, const Key& key,
+                       std::int64_t heads, std::int64_t row) {
+    t->set_output(true)
+        .set_uid(uid)
+        .set_data_type(fe::DataType_t::BFLOAT16)
+        .set_dim({key.sequences, heads, key.seq_len, key.head_dim})
+        .set_stride({key.seq_len * row, key.head_dim, row, 1});
+  }
+  static Tensor_attributes stats(const Key& key) {
+    return Tensor_attributes()
+        .set_name("stats")
+        .set_uid(kStats)
+        .set_data_type(fe::DataType_t::FLOAT)
+        .set_dim({key.sequences, key.heads, key.seq_len, 1})
+        .set_stride({key.heads * key.seq_len, key.seq_len, 1, 1});
+  }
+
+  static void describe(fe::graph::Graph& graph, const Key& key) {
+    const std::int64_t qkv_row = (key.heads + 2 * key.kv_heads) * key.head_dim,
+                       out_row = key.heads * key.head_dim;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(key.head_dim));
+    graph.set_io_data_type(fe::DataType_t::BFLOAT16)
+        .set_intermediate_data_type(fe::DataType_t::FLOAT)
+        .set_compute_data_type(fe::DataType_t::FLOAT);
+    const auto q = graph.tensor(rows("q", kQ, key, key.heads, qkv_row)),
+               k = graph.tensor(rows("k", kK, key, key.kv_heads, qkv_row)),
+               v = graph.tensor(rows("v", kV, key, key.kv_heads, qkv_row));
+    if (!key.backward) {
+      auto options = fe::graph::SDPA_attributes().set_name("attention");
+      options.set_generate_stats(true).set_causal_mask(true).set_attn_scale(scale);
+      const auto [out, row_stats] = graph.sdpa(q, k, v, options);
+      set_rows(out, kO, key, key.heads, out_row);
+      row_stats->set_output(true).set_uid(kStats).set_data_type(fe::DataType_t::FLOAT);
+      return;
+    }
+    const auto out = graph.tensor(rows("out", kO, key, key.heads, out_row)),
+               dout = graph.tensor(rows("dout", kDO, key, key.heads, out_row)),
+               row_stats = graph.tensor(stats(key));
+    auto options = fe::graph::SDPA_backward_attributes().set_name("attention_backward");
+    options.set_causal_mask(true).set_attn_scale(scale).set_deterministic_algorithm(true);
+    const auto [dq, dk, dv] = graph.sdpa_backward(q, k, v, out, dout, row_stats, options);
+    set_rows(dq, kDQ, key, key.heads, qkv_row);
+    set_rows(dk, kDK, key, key.kv_heads, qkv_row);
+    set_rows(dv, kDV, key, key.kv_heads, qkv_row);
+  }
+
+  cudnnHandle_t handle_ = nullptr;
+  std::map<Key, std::unique_ptr<Plan>> plans_;
+};
+
+SdpaLibrary& CudaStream::sdpa() {
+  if (sdpa_ == nullptr) sdpa_ = std::make_shared<SdpaLibrary>(raw_);
+  return *sdpa_;
+}
+
+namespace {
+
+Key key_of(const AttentionShape& s, std::int64_t tokens, bool backward) {
+  return {s.heads, s.kv_heads, s.head_dim, s.seq_len, tokens / s.seq_len, backward};
+}
+
+// The three parts of a matrix in qkv's layout.
+void add_parts(std::unordered_map<std::int64_t, void*>& memory, std::array<Uid, 3> uids, const void* qkv,
+               const AttentionShape& s) {
+  auto* at =
+      static_cast<std::byte*>(const_cast<void*>(qkv));  // cuDNN takes no const; inputs stay as they are
+  const auto head = static_cast<std::size_t>(s.head_dim) * sizeof(bf16);
+  memory[uids[0]] = at;
+  memory[uids[1]] = at + static_cast<std::size_t>(s.heads) * head;
+  memory[uids[2]] = at + static_cast<std::size_t>(s.heads + s.kv_heads) * head;
+}
+
+void* memory_of(const ConstTensorView& t) {
+  return const_cast<std::byte*>(t.data);
+}
+
+}  // namespace
+
+bool sdpa_takes(const Exec& ex, const AttentionShape& shape, std::int64_t tokens, DType dtype) {
+  if (dtype != DType::kBF16 || tokens == 0 || ex.scratch == nullptr) return false;
+  if (shape.head_dim % 8 != 0 || shape.head_dim > 128) return false;
+  SdpaLibrary& library = stream_of(ex).sdpa();
+  return library.plan(key_of(shape, tokens, false)) != nullptr &&
+         library.plan(key_of(shape, tokens, true)) != nullptr;
+}
+
+std::string sdpa_refusal(const AttentionShape& shape, std::int64_t tokens, bool backward, int sm) {
+  return SdpaLibrary::refusal(key_of(shape, tokens, backward), sm);
+}
+
+void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensorView qkv_TH,
+                  const AttentionShape& shape) {
+  std::unordered_map<std::int64_t, void*> memory{{kO, out_TQ.data}, {kStats, stats_BHS.data}};
+  add_parts(memory, {kQ, kK, kV}, qkv_TH.data, shape);
+  stream_of(ex).sdpa().run(ex, key_of(shape, qkv_TH.shape[0], false), memory);
+}
+
+void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
+                   ConstTensorView out_TQ, ConstTensorView stats_BHS, const AttentionShape& shape) {
+  std::unordered_map<std::int64_t, void*> memory{
+      {kO, memory_of(out_TQ)}, {kDO, memory_of(dout_TQ)}, {kStats, memory_of(stats_BHS)}};
+  add_parts(memory, {kQ, kK, kV}, qkv_TH.data, shape);
+  add_parts(memory, {kDQ, kDK, kDV}, dqkv_TH.data, shape);
+  stream_of(ex).sdpa().run(ex, key_of(shape, qkv_TH.shape[0], true), memory);
+}
+
+}  // namespace upmoe::cuda

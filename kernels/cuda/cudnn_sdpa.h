@@ -1,0 +1,27 @@
+#pragma once
+// Attention by cuDNN, where the build has it: bf16, whole causal sequences without documents, one or several
+// heads to a key head.
+
+#include <string>
+
+#include "kernels/core/exec.h"
+#include "kernels/ops/attention.h"
+
+namespace upmoe::cuda {
+
+// Whether cuDNN takes attention of this shape here; the first time that it does not, and the portable kernel
+// computes instead, a warning says why. Plans are made at a shape's first use and kept with the stream.
+bool sdpa_takes(const Exec& ex, const AttentionShape& shape, std::int64_t tokens, DType dtype);
+
+// Why cuDNN's frontend would not take the graph of this shape on a GPU of compute capability `sm` (90); empty
+// when it would. Needs no GPU: the library's own word comes when a plan is made.
+std::string sdpa_refusal(const AttentionShape& shape, std::int64_t tokens, bool backward, int sm);
+
+// stats_BHS: the log-sum-exp of each row as cuDNN keeps it, [sequences, heads, seq_len], fp32. Temporary
+// memory comes from ex.scratch.
+void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensorView qkv_TH,
+                  const AttentionShape& shape);
+void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
+                   ConstTensorView out_TQ, ConstTensorView stats_BHS, const AttentionShape& shape);
+
+}  // namespace upmoe::cuda

@@ -1,0 +1,26 @@
+// The graphs that attention asks cuDNN for, shown to cuDNN's own frontend: it can tell without a GPU whether
+// their tensors, strides and options are in order.
+
+#include <gtest/gtest.h>
+
+#include "kernels/cuda/cudnn_sdpa.h"
+
+namespace upmoe::cuda {
+namespace {
+
+TEST(CudnnGraphs, AreInOrderOnEveryTarget) {
+  for (const int sm : {80, 90, 100})
+    for (const AttentionShape& s :
+         {AttentionShape{16, 16, 128, 2048}, AttentionShape{8, 2, 64, 512}, AttentionShape{4, 4, 64, 33}})
+      for (const bool backward : {false, true})
+        EXPECT_EQ(sdpa_refusal(s, 4 * s.seq_len, backward, sm), "")
+            << sm << ": " << s.heads << " heads of " << s.head_dim << ", backward " << backward;
+}
+
+TEST(CudnnGraphs, AreRefusedForGoodReason) {
+  EXPECT_NE(sdpa_refusal({16, 16, 129, 2048}, 2048, false, 90), "");
+  EXPECT_NE(sdpa_refusal({3, 2, 64, 128}, 128, false, 90), "");
+}
+
+}  // namespace
+}  // namespace upmoe::cuda

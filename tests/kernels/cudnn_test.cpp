@@ -1,0 +1,121 @@
+// Attention through (pretended) cuDNN: layouts, plans, and what happens when it refuses.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "kernels/ops/attention.h"
+#include "tests/support/fake_cuda/fake_cuda.h"
+#include "tests/support/op_exec.h"
+#include "tests/support/random_tensor.h"
+#include "tests/support/tolerance.h"
+
+namespace upmoe::test {
+namespace {
+
+struct Result {
+  HostTensor out, lse, dqkv;
+};
+
+// `portable`: by the kernel that knows documents, all tokens being of one.
+Result attend(OpExec& ex, const AttentionShape& s, std::int64_t sequences, bool portable) {
+  const std::int64_t t = sequences * s.seq_len, q = s.heads * s.head_dim;
+  const HostTensor qkv = random_tensor({t, s.qkv_width()}, DType::kBF16, 1),
+                   dout = random_tensor({t, q}, DType::kBF16, 2), ids = filled({t}, DType::kI32, 3);
+  Result r{HostTensor({t, q}, DType::kBF16), HostTensor({t, s.heads}, DType::kF32),
+           HostTensor({t, s.qkv_width()}, DType::kBF16)};
+  const ConstTensorView documents = ids;
+  ops::attention_forward(ex, r.out, r.lse, qkv, s, portable ? &documents : nullptr);
+  ops::attention_backward(ex, r.dqkv, dout, qkv, r.out, r.lse, s, portable ? &documents : nullptr);
+  return r;
+}
+
+std::vector<float> floats(const HostTensor& t) {
+  const std::vector<double> values = t.values();
+  return {values.begin(), values.end()};
+}
+
+void expect_same(const Result& a, const Result& b) {
+  EXPECT_LT(relative_distance(floats(a.out), floats(b.out)), 1e-2);
+  EXPECT_LT(relative_distance(floats(a.lse), floats(b.lse)), 1e-5);
+  EXPECT_LT(relative_distance(floats(a.dqkv), floats(b.dqkv)), 1e-2);
+}
+
+class Cudnn : public testing::TestWithParam<AttentionShape> {
+ protected:
+  OpExec ex;
+};
+
+TEST_P(Cudnn, ComputesWhatThePortableKernelDoes) {
+  const int before = fake_cuda::cudnn_executions();
+  const Result portable = attend(ex, GetParam(), 3, true);
+  finish_ops();
+  EXPECT_EQ(fake_cuda::cudnn_executions(), before) << "it knows no documents";
+  const Result library = attend(ex, GetParam(), 3, false);
+  finish_ops();
+  EXPECT_EQ(fake_cuda::cudnn_executions(), before + 2);
+  expect_same(library, portable);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, Cudnn,
+                         testing::Values(AttentionShape{1, 1, 8, 1}, AttentionShape{4, 4, 16, 33},
+                                         AttentionShape{4, 2, 64, 20}, AttentionShape{6, 1, 24, 17},
+                                         AttentionShape{2, 2, 128, 65}));
+
+TEST(CudnnPlans, AreMadeOncePerShape) {
+  OpExec ex;
+  const AttentionShape s{2, 1, 32, 12};
+  attend(ex, s, 2, false);
+  const int before = fake_cuda::cudnn_builds();
+  attend(ex, s, 2, false);
+  EXPECT_EQ(fake_cuda::cudnn_builds(), before);
+  attend(ex, s, 3, false);  // other sizes, other plans: forward and backward
+  EXPECT_EQ(fake_cuda::cudnn_builds(), before + 2);
+  finish_ops();
+}
+
+TEST(CudnnPlans, RefusedOnesAreComputedByThePortableKernelAndTold) {
+  OpExec ex;
+  const AttentionShape s{2, 2, 40, 21};
+  const Result portable = attend(ex, s, 2, true);
+  const int before = fake_cuda::cudnn_executions();
+  fake_cuda::fail_next("cudnn graph", 1);
+  testing::internal::CaptureStderr();
+  const Result fallback = attend(ex, s, 2, false);
+  attend(ex, s, 2, false);
+  finish_ops();
+  const std::string told = testing::internal::GetCapturedStderr();
+  EXPECT_EQ(fake_cuda::cudnn_executions(), before);
+  EXPECT_EQ(fallback.out.values(), portable.out.values());
+  EXPECT_THAT(told,
+              testing::HasSubstr("attention of 2 heads of 40 over 2 sequences of 21: the portable kernel"));
+  EXPECT_THAT(told, testing::HasSubstr("no engine supports this graph"));
+  EXPECT_EQ(told.find("portable kernel"), told.rfind("portable kernel")) << "once";
+}
+
+TEST(CudnnPlans, AFailureIsAnError) {
+  OpExec ex;
+  const AttentionShape s{2, 2, 48, 5};
+  attend(ex, s, 1, false);
+  fake_cuda::fail_next("cudnn execute", 1);
+  try {
+    attend(ex, s, 1, false);
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kDevice);
+    EXPECT_THAT(e.what(), testing::HasSubstr("cuDNN: attention: CUDNN_STATUS_EXECUTION_FAILED"));
+  }
+  finish_ops();
+}
+
+// Heads that cuDNN does not take, and fp32, are not even asked for.
+TEST(CudnnPlans, OnlyWhatFits) {
+  OpExec ex;
+  const int before = fake_cuda::cudnn_builds();
+  attend(ex, {2, 2, 12, 5}, 1, false);
+  attend(ex, {1, 1, 136, 5}, 1, false);
+  finish_ops();
+  EXPECT_EQ(fake_cuda::cudnn_builds(), before);
+}
+
+}  // namespace
+}  // namespace upmoe::test

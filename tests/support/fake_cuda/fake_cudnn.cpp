@@ -1,0 +1,220 @@
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/core/bf16.h"
+#include "tests/support/fake_cuda/cudnn_frontend.h"
+#include "tests/support/fake_cuda/fake_cuda.h"
+#include "tests/support/fake_cuda/fake_world.h"
+
+struct FakeCudnn {
+  cudaStream_t stream = nullptr;
+};
+
+namespace {
+
+constexpr std::int64_t kWorkspace = 4096;
+std::atomic<int> builds{0}, executions{0};
+
+using cudnn_frontend::DataType_t;
+using cudnn_frontend::graph::Tensor;
+
+// A tensor of four dims in some memory.
+struct Strided {
+  Tensor t;
+  void* data;
+  std::int64_t at(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d) const {
+    return b * t->stride[0] + h * t->stride[1] + s * t->stride[2] + d * t->stride[3];
+  }
+  double get(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d) const {
+    const std::int64_t i = at(b, h, s, d);
+    return t->type == DataType_t::FLOAT
+               ? static_cast<double>(static_cast<const float*>(data)[i])
+               : static_cast<double>(upmoe::to_float(static_cast<const upmoe::bf16*>(data)[i]));
+  }
+  void set(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d, double x) const {
+    const std::int64_t i = at(b, h, s, d);
+    if (t->type == DataType_t::FLOAT)
+      static_cast<float*>(data)[i] = static_cast<float>(x);
+    else
+      static_cast<upmoe::bf16*>(data)[i] = upmoe::to_bf16(static_cast<float>(x));
+  }
+};
+
+struct Attention {
+  Strided q, k, v, o, stats, d_o, dq, dk, dv;
+  double scale;
+  std::int64_t batch, heads, kv_heads, length, width;
+
+  double dot(const Strided& a, std::int64_t b, std::int64_t ha, std::int64_t i, const Strided& c,
+             std::int64_t hc, std::int64_t j) const {
+    double sum = 0;
+    for (std::int64_t d = 0; d < width; ++d) sum += a.get(b, ha, i, d) * c.get(b, hc, j, d);
+    return sum;
+  }
+
+  void forward_row(std::int64_t b, std::int64_t h, std::int64_t i) const {
+    const std::int64_t hk = h / (heads / kv_heads);
+    std::vector<double> score(static_cast<std::size_t>(i + 1)), out(static_cast<std::size_t>(width));
+    double most = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (std::int64_t j = 0; j <= i; ++j)
+      most = std::max(most, score[static_cast<std::size_t>(j)] = scale * dot(q, b, h, i, k, hk, j));
+    for (std::int64_t j = 0; j <= i; ++j) {
+      const double p = std::exp(score[static_cast<std::size_t>(j)] - most);
+      sum += p;
+      for (std::int64_t d = 0; d < width; ++d) out[static_cast<std::size_t>(d)] += p * v.get(b, hk, j, d);
+    }
+    for (std::int64_t d = 0; d < width; ++d) o.set(b, h, i, d, out[static_cast<std::size_t>(d)] / sum);
+    stats.set(b, h, i, 0, most + std::log(sum));
+  }
+
+  // All heads of one key head, so that their sums are whole before they are rounded.
+  void backward_group(std::int64_t b, std::int64_t hk) const {
+    const auto size = static_cast<std::size_t>(length * width);
+    std::vector<double> key(size), value(size);
+    for (std::int64_t h = hk * (heads / kv_heads); h < (hk + 1) * (heads / kv_heads); ++h)
+      for (std::int64_t i = 0; i < length; ++i) {
+        const double delta = dot(d_o, b, h, i, o, h, i);
+        std::vector<double> query(static_cast<std::size_t>(width));
+        for (std::int64_t j = 0; j <= i; ++j) {
+          const double p = std::exp(scale * dot(q, b, h, i, k, hk, j) - stats.get(b, h, i, 0));
+          const double ds = scale * p * (dot(d_o, b, h, i, v, hk, j) - delta);
+          for (std::int64_t d = 0; d < width; ++d) {
+            const auto jd = static_cast<std::size_t>(j * width + d);
+            query[static_cast<std::size_t>(d)] += ds * k.get(b, hk, j, d);
+            key[jd] += ds * q.get(b, h, i, d);
+            value[jd] += p * d_o.get(b, h, i, d);
+          }
+        }
+        for (std::int64_t d = 0; d < width; ++d) dq.set(b, h, i, d, query[static_cast<std::size_t>(d)]);
+      }
+    for (std::int64_t j = 0; j < length; ++j)
+      for (std::int64_t d = 0; d < width; ++d) {
+        dk.set(b, hk, j, d, key[static_cast<std::size_t>(j * width + d)]);
+        dv.set(b, hk, j, d, value[static_cast<std::size_t>(j * width + d)]);
+      }
+  }
+};
+
+}  // namespace
+
+namespace fake_cuda {
+int cudnn_builds() {
+  return builds;
+}
+int cudnn_executions() {
+  return executions;
+}
+}  // namespace fake_cuda
+
+const char* cudnnGetErrorString(cudnnStatus_t status) {
+  return status == CUDNN_STATUS_SUCCESS ? "CUDNN_STATUS_SUCCESS" : "CUDNN_STATUS_NOT_INITIALIZED";
+}
+cudnnStatus_t cudnnCreate(cudnnHandle_t* handle) {
+  *handle = new FakeCudnn;
+  return static_cast<cudnnStatus_t>(fake_cuda::planted("cudnnCreate"));
+}
+cudnnStatus_t cudnnDestroy(cudnnHandle_t handle) {
+  delete handle;
+  return CUDNN_STATUS_SUCCESS;
+}
+cudnnStatus_t cudnnSetStream(cudnnHandle_t handle, cudaStream_t stream) {
+  handle->stream = stream;
+  return CUDNN_STATUS_SUCCESS;
+}
+
+namespace cudnn_frontend::graph {
+
+std::array<Tensor, 2> Graph::sdpa(Tensor q, Tensor k, Tensor v, SDPA_attributes options) {
+  causal_ = options.causal && options.stats;
+  scale_ = options.scale;
+  const auto out = std::make_shared<Tensor_attributes>(), stats = std::make_shared<Tensor_attributes>();
+  stats->dim = {q->dim[0], q->dim[1], q->dim[2], 1};
+  stats->stride = {q->dim[1] * q->dim[2], q->dim[2], 1, 1};
+  tensors_ = {{"q", q}, {"k", k}, {"v", v}, {"o", out}, {"stats", stats}};
+  return {out, stats};
+}
+
+std::array<Tensor, 3> Graph::sdpa_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor d_o, Tensor stats,
+                                           SDPA_backward_attributes options) {
+  backward_ = true;
+  causal_ = options.causal;
+  deterministic_ = options.deterministic;
+  scale_ = options.scale;
+  const auto make = [] { return std::make_shared<Tensor_attributes>(); };
+  const Tensor dq = make(), dk = make(), dv = make();
+  tensors_ = {{"q", q},         {"k", k},   {"v", v},   {"o", o},  {"d_o", d_o},
+              {"stats", stats}, {"dq", dq}, {"dk", dk}, {"dv", dv}};
+  return {dq, dk, dv};
+}
+
+// What the library itself demands, of what attention here relies on.
+error_t Graph::validate() {
+  if (!causal_ || (backward_ && !deterministic_)) return {false, "not what is wanted"};
+  const auto& q = tensors_["q"]->dim;
+  if (q[3] % 8 != 0 || q[3] > 128) return {false, "head dim"};
+  for (const auto& [name, t] : tensors_) {
+    if (t->dim.size() != 4 || t->stride.size() != 4 || t->stride[3] != 1 || t->uid == 0)
+      return {false, name + ": dims, strides or uid"};
+    if (t->dim[0] != q[0] || t->dim[2] != q[2] || q[1] % t->dim[1] != 0) return {false, name + ": dims"};
+    if ((t->type == DataType_t::FLOAT) != (name == "stats")) return {false, name + ": type"};
+  }
+  const Tensor& stats = tensors_["stats"];
+  if (stats->stride[1] != q[2] || stats->stride[0] != q[1] * q[2] || stats->stride[2] != 1)
+    return {false, "stats are packed"};
+  return {};
+}
+
+error_t Graph::build(cudnnHandle_t, const std::vector<HeurMode_t>& modes) {
+  ++builds;
+  if (fake_cuda::planted("cudnn graph") != cudaSuccess) return {false, "no engine supports this graph"};
+  if (modes.empty()) return {false, "no heuristics"};
+  const error_t valid = validate();
+  built_ = valid.is_good();
+  return valid;
+}
+
+error_t Graph::get_workspace_size(std::int64_t& bytes) {
+  bytes = kWorkspace;
+  return {};
+}
+
+error_t Graph::execute(cudnnHandle_t handle, std::unordered_map<std::int64_t, void*>& memory,
+                       void* workspace) {
+  if (!built_) return {false, "not built"};
+  if (fake_cuda::planted("cudnn execute") != cudaSuccess) return {false, "CUDNN_STATUS_EXECUTION_FAILED"};
+  if (workspace == nullptr || reinterpret_cast<std::uintptr_t>(workspace) % 256 != 0)
+    return {false, "workspace"};
+  ++executions;
+  Attention a{};
+  const std::map<std::string, Strided*> parts{{"q", &a.q},   {"k", &a.k},     {"v", &a.v},
+                                              {"o", &a.o},   {"d_o", &a.d_o}, {"stats", &a.stats},
+                                              {"dq", &a.dq}, {"dk", &a.dk},   {"dv", &a.dv}};
+  for (const auto& [name, t] : tensors_) {
+    const auto it = memory.find(t->uid);
+    if (it == memory.end() || it->second == nullptr) return {false, "no memory for " + name};
+    *parts.at(name) = {t, it->second};
+  }
+  const auto& q = a.q.t->dim;
+  a.scale = static_cast<double>(scale_);
+  a.batch = q[0];
+  a.heads = q[1];
+  a.kv_heads = a.k.t->dim[1];
+  a.length = q[2];
+  a.width = q[3];
+  fake_cuda::enqueue(handle->stream, [a, workspace, backward = backward_] {
+    std::memset(workspace, 0xff, kWorkspace);
+    for (std::int64_t b = 0; b < a.batch; ++b) {
+      if (backward) {
+        for (std::int64_t h = 0; h < a.kv_heads; ++h) a.backward_group(b, h);
+      } else {
+        for (std::int64_t h = 0; h < a.heads; ++h)
+          for (std::int64_t i = 0; i < a.length; ++i) a.forward_row(b, h, i);
+      }
+    }
+  });
+  return {};
+}
+
+}  // namespace cudnn_frontend::graph
