@@ -15,7 +15,7 @@ namespace upmoe {
 namespace {
 
 struct EvalArguments {
-  std::string model, data, logits, precision = "fp32";
+  std::string model, data, logits, precision = "fp32", device = "auto";
   std::int64_t seq_len = 0, sequences = 0, micro_batch = 4;
   bool mask_documents = false;
 };
@@ -32,8 +32,9 @@ struct LogitsFile {
 };
 
 int run_eval(const EvalArguments& a, Runtime& runtime) {
+  log::start(runtime.world().rank(), runtime.world().size());
+  const Device device = runtime.choose_device(a.device);
   Communicator& world = runtime.world();
-  log::start(world.rank(), world.size());
   if (!a.logits.empty() && world.size() > 1)
     fail(ExitCode::kUsage, "--logits needs one rank; start upmoe eval alone");
   std::unique_ptr<ModelSource> source;
@@ -45,11 +46,11 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   spec.ep = config.num_experts > 0 ? std::min(world.size(), config.num_experts) : 1;
   while (world.size() % spec.ep != 0) --spec.ep;  // the largest that divides: least memory
   const ProcessMesh mesh(spec, world);
-  RankMemory memory{Device{}};
+  RankMemory memory(device, &world);
   const StagePlan plan = one_stage(config.num_hidden_layers);
   ParamStore params(config, spec, plan, world.rank(),
                     {.dtype = a.precision == "bf16" ? DType::kBF16 : DType::kF32,
-                     .device = {},
+                     .device = device,
                      .gradients = false,
                      .freeze = {}});
   std::unique_ptr<TokenDataset> data;
@@ -60,7 +61,7 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
                                           0, config.vocab_size);
   });
   const std::vector<Transformer> chunks = make_chunks(config, params, mesh, plan, Recompute::kNone);
-  Pipeline pipeline(config, mesh, plan, chunks, Device{});
+  Pipeline pipeline(config, mesh, plan, chunks, device);
 
   LogitsFile logits;
   const std::int64_t sequences =
@@ -103,6 +104,9 @@ void add_eval(CLI::App& app, Handler& handler) {
       ->capture_default_str();
   command->add_option("--precision", a->precision, "fp32 or bf16")
       ->check(CLI::IsMember({"fp32", "bf16"}))
+      ->capture_default_str();
+  command->add_option("--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
   command->add_flag("--mask-documents", a->mask_documents,
                     "Attention and positions restart at each document");

@@ -7,6 +7,7 @@ Needs UPMOE_ON_GPU (the program on pretended GPUs), UPMOE (the program itself) a
 import json
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import unittest
@@ -73,6 +74,23 @@ class GpuTrain(unittest.TestCase):
     def test_it_says_what_it_computes_on(self):
         done = self.train("said", "device=cuda", "train.steps=1")
         self.assertIn("computing on 1 GPU: pretended GPU, compute capability 9.0", done.stderr)
+
+    def test_eval_and_its_logits(self):
+        """Of the first run's checkpoint, on both devices."""
+        found = {}
+        for device in ("cpu", "cuda"):
+            done = subprocess.run([PRETENDED, "eval", str(self.dir / "first"), "--data", str(self.dir / "tokens.h5"),
+                                   "--seq-len", "32", "--sequences", "4", "--device", device, "--logits",
+                                   str(self.dir / f"{device}.safetensors")], check=False, capture_output=True,
+                                  text=True, timeout=250)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            found[device] = json.loads(done.stdout)
+        self.assertAlmostEqual(found["cuda"]["loss"] / found["cpu"]["loss"], 1, delta=1e-5)
+        cpu, cuda = ((self.dir / f"{device}.safetensors").read_bytes() for device in ("cpu", "cuda"))
+        self.assertEqual(len(cpu), len(cuda))
+        at = len(cpu) - 4 * 32 * 64 * 4  # the numbers follow the header
+        a, b = (struct.unpack(f"<{4 * 32 * 64}f", data[at:]) for data in (cpu, cuda))
+        self.assertLess(max(abs(x - y) for x, y in zip(a, b, strict=True)), 1e-4)
 
     def test_the_program_itself_says_why_it_has_no_gpu(self):
         if shutil.which("nvidia-smi"):
