@@ -92,7 +92,8 @@ void add_training(Schema& schema, RunConfig& run) {
       .key("beta2", run.optimizer.beta2, {.least = 0, .most = 1, .below = true})
       .key("eps", run.optimizer.eps, {.least = 0, .above = true})
       .key("weight_decay", run.optimizer.weight_decay, {.least = 0})
-      .key("clip", run.optimizer.clip, {.least = 0});
+      .key("clip", run.optimizer.clip, {.least = 0})
+      .key("offload", run.optimizer.offload);
   schema.section("schedule")
       .key("name", run.schedule.name, {.names = {"cosine", "wsd", "constant"}})
       .key("warmup", run.schedule.warmup, {.least = 0})

@@ -50,6 +50,7 @@ struct RunConfig {
   struct Optimizer {
     std::string name = "adamw";
     double lr = 3e-4, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, clip = 1.0;  // clip 0 = none
+    bool offload = false;  // on GPUs: masters and moments in the host's memory
   } optimizer;
   struct Schedule {
     std::string name = "cosine";  // cosine | wsd | constant

@@ -41,8 +41,9 @@ Optimizer::Optimizer(const ParamStore& params, Config config, Device device) : c
     floats = checked_add(floats, need.floats);
     codes = checked_add(codes, need.codes);
   }
-  state_ = Buffer::allocate(device, static_cast<std::size_t>(checked_mul(floats, 4)), "optimizer state");
-  codes_ = Buffer::allocate(device, static_cast<std::size_t>(codes), "optimizer state, 8 bits");
+  const auto allocate = config_.offload ? Buffer::allocate_on_host : Buffer::allocate;
+  state_ = allocate(device, static_cast<std::size_t>(checked_mul(floats, 4)), "optimizer state");
+  codes_ = allocate(device, static_cast<std::size_t>(codes), "optimizer state, 8 bits");
   TensorView float_memory = state_.view({floats}, DType::kF32),
              code_memory = codes_.view({codes}, DType::kU8);
   for (const StoredParam& p : params.all()) {

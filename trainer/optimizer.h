@@ -27,8 +27,9 @@ class Optimizer {
  public:
   struct Config {
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
-    double clip = 1.0;   // 0 = none
-    bool coded = false;  // adamw8bit
+    double clip = 1.0;     // 0 = none
+    bool coded = false;    // adamw8bit
+    bool offload = false;  // the state of a GPU's rank lies in pinned memory of the host
     std::uint64_t seed = 0;
   };
   Optimizer(const ParamStore& params, Config config, Device device);

@@ -38,13 +38,10 @@ ParamStore::Options storage_of(const RunConfig& run, Device device) {
 }
 
 Optimizer::Config optimizer_of(const RunConfig& run) {
-  return {run.optimizer.beta1,
-          run.optimizer.beta2,
-          run.optimizer.eps,
-          run.optimizer.weight_decay,
-          run.optimizer.clip,
-          run.optimizer.name == "adamw8bit",
-          static_cast<std::uint64_t>(run.run.seed)};
+  return {run.optimizer.beta1,   run.optimizer.beta2,
+          run.optimizer.eps,     run.optimizer.weight_decay,
+          run.optimizer.clip,    run.optimizer.name == "adamw8bit",
+          run.optimizer.offload, static_cast<std::uint64_t>(run.run.seed)};
 }
 
 }  // namespace

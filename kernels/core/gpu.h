@@ -60,6 +60,9 @@ void fold_slices(Stream& stream, ReduceOp op, DType dtype, std::byte* out, const
 // of what this process holds, by name.
 std::byte* allocate(std::size_t bytes, std::string_view what);
 void release(std::byte* memory) noexcept;
+// Pinned memory of the host, zero-filled, that kernels read and write over the bus. Throws Error(kFailure).
+std::byte* allocate_on_host(std::size_t bytes, std::string_view what);
+void release_on_host(std::byte* memory) noexcept;
 
 // Address space that receives memory as it grows and never moves. bytes is rounded up to the device's
 // granularity.

@@ -45,6 +45,15 @@ Buffer Buffer::allocate(Device device, std::size_t bytes, std::string_view what)
   return b;
 }
 
+Buffer Buffer::allocate_on_host(Device device, std::size_t bytes, std::string_view what) {
+  if (device.type != DeviceType::kCuda || bytes == 0) return allocate(device, bytes, what);
+  Buffer b;
+  b.bytes_ = bytes;
+  b.device_ = device;
+  b.mem_ = {gpu::allocate_on_host(bytes, what), gpu::release_on_host};
+  return b;
+}
+
 TensorView Buffer::view(Shape shape, DType dtype) const {
   TensorView v{data(), shape, dtype, device_};
   UPMOE_CHECK(v.bytes() <= bytes_, "{} {} does not fit in {} bytes", name_of(dtype), shape.str(), bytes_);

@@ -25,6 +25,8 @@ class Buffer {  // move-only owner of device or host memory, 64-byte aligned, ze
   // `what` names it in a message about memory. Dry device: null data, size remembered. On a GPU: the calling
   // thread's.
   static Buffer allocate(Device device, std::size_t bytes, std::string_view what = "buffer");
+  // For a GPU, in pinned memory of the host; elsewhere as allocate(), whose memory is the host's anyway.
+  static Buffer allocate_on_host(Device device, std::size_t bytes, std::string_view what);
   std::byte* data() const { return mem_.get(); }
   std::size_t bytes() const { return bytes_; }
   // The buffer's first elements as a tensor; throws when it does not fit.

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -144,6 +145,26 @@ std::byte* allocate(std::size_t bytes, std::string_view what) {
 void release(std::byte* memory) noexcept {
   drop(memory);
   cudaFree(memory);  // an error here is an earlier one's, reported where it came up
+}
+
+std::byte* allocate_on_host(std::size_t bytes, std::string_view what) {
+  void* memory = nullptr;
+  const cudaError_t status = cudaHostAlloc(&memory, bytes, cudaHostAllocDefault);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    fail(ExitCode::kFailure,
+         "out of memory of the host: '{}' asks for {} bytes that stay in place (pinned); keep it on the GPU "
+         "(optimizer.offload: false), use more ranks, or raise the limit on locked memory",
+         what, bytes);
+  }
+  cuda::check(status);
+  std::memset(memory, 0, bytes);
+  return static_cast<std::byte*>(memory);
+}
+
+void release_on_host(std::byte* memory) noexcept {
+  cudaDeviceSynchronize();  // nothing may still be at work in it
+  cudaFreeHost(memory);
 }
 
 Reservation::Reservation(std::size_t bytes, std::string_view what) : what_(what) {

@@ -234,6 +234,10 @@ std::byte* allocate(std::size_t, std::string_view) {
   refuse();
 }
 void release(std::byte*) noexcept {}
+std::byte* allocate_on_host(std::size_t, std::string_view) {
+  refuse();
+}
+void release_on_host(std::byte*) noexcept {}
 Reservation::Reservation(std::size_t, std::string_view) {
   refuse();
 }

@@ -21,6 +21,7 @@ struct Options {
   std::int64_t tokens = 16384, seq_len = 2048, width = 2048, heads = 16, expert_width = 1408,
                shared_width = 5632, vocab = 151936;
   std::string optimizer = "adamw8bit", precision = "bf16", recompute = "none", device = "auto";
+  bool offload = false;
 };
 
 Options parse(int argc, char** argv) {
@@ -40,6 +41,7 @@ Options parse(int argc, char** argv) {
   app.add_option("--optimizer", o.optimizer);
   app.add_option("--precision", o.precision);
   app.add_option("--recompute", o.recompute);
+  app.add_flag("--offload", o.offload, "optimizer state in the host's memory");
   app.add_option("--device", o.device);
   try {
     app.parse(argc, argv);
@@ -77,6 +79,7 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   r.parallel.reduce = o.precision;
   r.optimizer.name = o.optimizer;
   r.optimizer.lr = 1e-4;
+  r.optimizer.offload = o.offload;
   r.schedule.name = "constant";
   return r;
 }

@@ -105,7 +105,7 @@ TEST(RunConfig, Sources) {
 TEST(RunConfig, UnknownKeysNameTheNearest) {
   EXPECT_EQ(added("optimizer: {learning_rate: 1}"),
             "r.yaml:5:13: unknown key 'optimizer.learning_rate'; valid here: name, lr, beta1, beta2, eps, "
-            "weight_decay, clip");
+            "weight_decay, clip, offload");
   EXPECT_THAT(added("optimizer: {wieght_decay: 1}"), HasSubstr("did you mean optimizer.weight_decay?"));
   EXPECT_THAT(added("optimiser: {lr: 1}"),
               AllOf(HasSubstr("r.yaml:5:1"), HasSubstr("did you mean optimizer?")));

@@ -83,6 +83,19 @@ TEST_F(Gpu, OutOfMemoryNamesRequestFreeAndTheLargest) {
   EXPECT_THAT(message, HasSubstr("train.recompute"));
 }
 
+TEST_F(Gpu, MemoryOfTheHostTakesNoneOfTheGpus) {
+  const std::size_t before = fake_cuda::allocated();
+  const Device device{DeviceType::kCuda, 0};
+  const Buffer state = Buffer::allocate_on_host(device, 1000, "optimizer state");
+  EXPECT_EQ(fake_cuda::allocated(), before);
+  EXPECT_EQ(state.view({250}, DType::kF32).device, device) << "kernels take it as their own";
+  EXPECT_EQ(state.view({250}, DType::kF32).as<float>()[249], 0.0f);
+  fake_cuda::fail_next("cudaHostAlloc", 2);  // out of memory
+  const std::string message =
+      error_of([&] { Buffer::allocate_on_host(device, 1000, "optimizer state"); }, ExitCode::kFailure);
+  EXPECT_THAT(message, HasSubstr("'optimizer state' asks for 1000 bytes that stay in place (pinned)"));
+}
+
 TEST_F(Gpu, AnArenaGrowsInPlace) {
   const std::size_t before = fake_cuda::allocated();
   {

@@ -53,6 +53,9 @@ class GpuTrain(unittest.TestCase):
     def test_auto_takes_the_gpu_and_repeats_itself(self):
         self.assertEqual(self.losses("second", "device=auto"), self.first)
 
+    def test_state_in_the_hosts_memory(self):
+        self.assertEqual(self.losses("offloaded", "device=cuda", "optimizer.offload=true"), self.first)
+
     def test_resumed_in_the_middle(self):
         self.losses("cut", "device=cuda")
         shutil.rmtree(self.dir / "cut" / "checkpoints" / f"step_{STEPS:08}")
