@@ -3,6 +3,7 @@
 #include <nccl.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstring>
 
 #include "parallel/nccl_comm.h"
@@ -41,9 +42,13 @@ std::string words_of(ncclResult_t result) {
   return text;
 }
 
-// The message of an error that no call returned.
+// The message of an error that no call returned. Mostly a peer ended because of an error of its own: it is
+// the one to speak, and its end is everybody's within a second or two, by a signal that is no request to save
+// any more.
 void tell(const std::string& message) {
   if (error_handler()) return error_handler()(message);
+  std::signal(SIGTERM, SIG_DFL);
+  std::this_thread::sleep_for(std::chrono::seconds(3));
   const std::string text = fmt::format("upmoe: error: {}\n", message);
   (void)!write(2, text.data(), text.size());
   _exit(static_cast<int>(ExitCode::kCommunicator));

@@ -36,7 +36,7 @@ make_bundle() {
   strip "$bundle"/stage/bin/*
   # What the programs need beside the C library, the compiler's own libraries and CUDA's: those are there.
   ldd "$bundle"/stage/bin/* | awk '/=> \// {print $3}' | sort -u |
-    grep -vE '/lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s|cublas|cublasLt|nccl|cudart|cudnn|nvrtc)\.so' |
+    grep -vE '/lib(c|m|dl|rt|pthread|resolv|stdc\+\+|gcc_s|cublas|cublasLt|nccl|cudart|cudnn|nvrtc)\.so' |
     xargs -I{} cp -L {} "$bundle/stage/lib/"
   strip --strip-unneeded "$bundle"/stage/lib/* 2>/dev/null || true
   cp -r "$root/tests/golden" "$bundle/stage/golden"
