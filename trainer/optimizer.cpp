@@ -15,14 +15,19 @@ namespace {
 constexpr std::int64_t kSmall = 4096;  // elements of a parameter; below, coding saves nothing
 constexpr std::int64_t kAtOnce = std::int64_t{1} << 22;  // of moments that are decoded beside the others
 
+// Every part of the state begins at a multiple of this many elements, so that kernels move it in wide loads.
+std::int64_t padded(std::int64_t elements) {
+  return checked_add(elements, 63) / 64 * 64;
+}
+
 // What a slice takes of the optimizer's memory.
 struct Need {
   bool coded;
   std::int64_t floats, codes;  // elements
   Need(const StoredParam& p, bool coding, bool masters) : coded(coding && p.spec.shape.elements() >= kSmall) {
     const std::int64_t n = p.owned.size();
-    floats = coded ? 2 * moment_blocks(p.owned.begin, n) : checked_mul(n, masters ? 3 : 2);
-    codes = coded ? checked_mul(n, 2) : 0;
+    floats = coded ? 2 * padded(moment_blocks(p.owned.begin, n)) : checked_mul(padded(n), masters ? 3 : 2);
+    codes = coded ? checked_mul(padded(n), 2) : 0;
   }
 };
 
@@ -64,15 +69,16 @@ void Optimizer::bind(OwnedSlice& s, const StoredParam& p, TensorView floats, Ten
   s.weight = p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end);
   s.grad = p.owned_grad;
   if (s.coded) {
-    const std::int64_t blocks = floats.elements() / 2;
-    s.moments = {codes.rows(0, n), codes.rows(n, 2 * n), floats.rows(0, blocks),
-                 floats.rows(blocks, 2 * blocks), p.owned.begin};
+    const std::int64_t blocks = moment_blocks(p.owned.begin, n), v = padded(n), v_scale = padded(blocks);
+    s.moments = {codes.rows(0, n), codes.rows(v, v + n), floats.rows(0, blocks),
+                 floats.rows(v_scale, v_scale + blocks), p.owned.begin};
     s.chance = {philox_key(config_.seed, p.spec.name + " rounding"),
                 FlatIndex(p.shard.offset, p.shard.extent, p.spec.shape)};
   } else {
     s.m = floats.rows(0, n);
-    s.v = floats.rows(n, 2 * n);
-    s.master = s.has_master() ? floats.rows(2 * n, 3 * n) : s.weight;
+    const std::int64_t v = padded(n);
+    s.v = floats.rows(v, v + n);
+    s.master = s.has_master() ? floats.rows(2 * v, 2 * v + n) : s.weight;
   }
 }
 

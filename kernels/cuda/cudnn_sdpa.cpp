@@ -2,11 +2,10 @@
 
 #include <cudnn_frontend.h>
 
+#include <array>
 #include <cmath>
 #include <map>
 #include <memory>
-#include <optional>
-#include <tuple>
 #include <unordered_map>
 
 #include "kernels/core/log.h"
@@ -78,11 +77,8 @@ class SdpaLibrary {
     Plan* p = plan(key);
     UPMOE_CHECK(p != nullptr, "cuDNN refused this attention before");
     ScratchScope scope(*ex.scratch);
-    constexpr std::int64_t kAlignment = 256;  // as cudaMalloc's; the arena's own is less
-    const TensorView room = ex.scratch->take({p->workspace + kAlignment}, DType::kU8, "cuDNN's attention");
-    std::byte* workspace =
-        room.data + (kAlignment - reinterpret_cast<std::uintptr_t>(room.data) % kAlignment);
-    fe::error_t done = p->graph.execute(handle_, memory, workspace);
+    const TensorView workspace = ex.scratch->take({p->workspace}, DType::kU8, "cuDNN's attention");
+    fe::error_t done = p->graph.execute(handle_, memory, workspace.data);
     if (!done.is_good()) fail(ExitCode::kDevice, "cuDNN: attention: {}", done.get_message());
   }
 
