@@ -42,8 +42,8 @@ pinned_for_tests=(
   'clang-format-14=1:14.0.6*' 'shellcheck=0.9.0*' 'strace=6.1*'
 )
 
-installed_version() {  # empty when not installed
-  dpkg-query -W -f '${db:Status-Status} ${Version}\n' "$1" 2>/dev/null | sed -n 's/^installed //p'
+installed_version() {  # empty when not installed; of a package that it has never met, dpkg-query fails
+  { dpkg-query -W -f '${db:Status-Status} ${Version}\n' "$1" 2>/dev/null || true; } | sed -n 's/^installed //p'
 }
 
 fits() {  # VERSION PATTERN
