@@ -81,7 +81,8 @@ void add_training(Schema& schema, RunConfig& run) {
       .key("global_batch", run.train.global_batch, {.least = 1, .most = kMaxSequences, .required = true})
       .key("micro_batch", run.train.micro_batch, {.least = 1, .most = kMaxSequences, .required = true})
       .key("precision", run.train.precision, {.names = {"fp32", "bf16"}})
-      .key("recompute", run.train.recompute, {.names = {"none", "swiglu", "ffn", "block"}})
+      .key("recompute", run.train.recompute, {.names = {"none", "swiglu", "routed_up", "up", "ffn", "block"}})
+      .key("deterministic", run.train.deterministic)
       .key("eval_every", run.train.eval_every, {.least = 0})
       .key("eval_sequences", run.train.eval_sequences, {.least = 0})
       .key("nonfinite_patience", run.train.nonfinite_patience, {.least = 1});

@@ -40,8 +40,10 @@ struct RunConfig {
   struct Train {
     std::int64_t steps = 0, global_batch = 0, micro_batch = 0;  // batches in sequences
     std::string precision = "fp32";                             // fp32 | bf16
-    std::string recompute =
-        "none";  // none | swiglu | ffn | block: what backward computes again instead of keeping
+    // none | swiglu | routed_up | up | ffn | block: what backward computes again instead of keeping
+    std::string recompute = "none";
+    // Two runs of one layout have the same bits. false: on GPUs, attention may sum its gradient in any order.
+    bool deterministic = true;
     std::int64_t eval_every = 0;       // held-out evaluation every n steps; 0 = at the end only
     std::int64_t eval_sequences = 64;  // sequences of data.valid per evaluation; 0 = all
     std::int64_t nonfinite_patience =

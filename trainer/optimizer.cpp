@@ -94,7 +94,9 @@ double Optimizer::gradient_norm(Exec& ex, Communicator& world) const {
   TensorView sum_1 = ex.scratch->take({1}, DType::kF64, "sum of squared gradients");
   double sum = 0;
   ops::upload(ex, sum_1, host_view(&sum, {1}));
-  for (const OwnedSlice& s : slices_) ops::sum_of_squares(ex, sum_1, s.grad);
+  std::vector<ConstTensorView> gradients;
+  for (const OwnedSlice& s : slices_) gradients.push_back(s.grad);
+  ops::sum_of_squares(ex, sum_1, gradients);
   world.all_reduce(sum_1, ReduceOp::kSum, ex.stream);
   ops::download(ex, host_view(&sum, {1}), sum_1);
   return std::sqrt(sum);

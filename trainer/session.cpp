@@ -70,7 +70,9 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model_config, C
       chunks(make_chunks(model_config, params, mesh, plan, recompute_from(run_config.train.recompute))),
       pipeline(model_config, mesh, plan, chunks, device),
       reducer(params, mesh, device),
-      optimizer(params, optimizer_of(run_config), device) {}
+      optimizer(params, optimizer_of(run_config), device) {
+  memory.exec.deterministic = run_config.train.deterministic;
+}
 
 void Session::open_data(std::int64_t first_sample) {
   std::vector<TokenDataset::Source> sources;

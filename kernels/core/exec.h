@@ -32,6 +32,9 @@ struct Exec {
   Arena* scratch = nullptr;      // temporary memory of ops and layers, through ScratchScope
   Ledger* ledger = nullptr;      // may be null: nothing is booked
   OpWatcher* watcher = nullptr;  // null outside tests
+  // Two runs have the same bits. Without it a GPU's attention may sum its gradient in any order; all else
+  // stays as it is.
+  bool deterministic = true;
 
   void book(std::string_view op, double flops, double bytes_read, double bytes_written) const {
     if (ledger != nullptr) ledger->book(op, flops, bytes_read, bytes_written);

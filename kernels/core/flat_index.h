@@ -33,6 +33,13 @@ struct FlatIndex {
     if (dims == 0) dims = 1;  // a scalar
   }
 
+  // Eight neighbours from a position on that eight divides lie together, beginning at a multiple of four.
+  bool in_eights() const {
+    bool all = (dims == 1 || extent[3] % 8 == 0) && offset % 4 == 0;
+    for (int i = 4 - dims; i < 3; ++i) all = all && stride[i] % 4 == 0;
+    return all;
+  }
+
   constexpr std::int64_t at(std::int64_t position) const {
     std::int64_t result = offset;
     for (int i = 3; i > 4 - dims; --i) {

@@ -39,12 +39,14 @@ void* raw(Stream& stream);
 // A point in a stream's work.
 class Event {
  public:
-  Event();  // on the calling thread's GPU
+  explicit Event(bool timed = false);  // on the calling thread's GPU
   ~Event();
   Event(const Event&) = delete;
   void record(Stream& stream);      // the point is now behind what the stream has been given
   void hold(Stream& stream) const;  // the stream's later work waits for the point; the host does not
   bool has_passed() const;          // true too before the first record(); throws Error(kDevice)
+  // By the device's clock; both are timed and have passed.
+  double seconds_since(const Event& earlier) const;
 
  private:
   void* event_ = nullptr;

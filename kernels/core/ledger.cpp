@@ -19,6 +19,7 @@ Cost& entry(std::map<std::string, Cost, std::less<>>& entries, std::string_view 
 }  // namespace
 
 void Ledger::book(std::string_view op, double flops, double bytes_read, double bytes_written) {
+  if (listener_) listener_(op);
   entry(entries_, op) += Cost{1, flops, bytes_read, bytes_written, 0};
 }
 

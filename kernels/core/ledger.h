@@ -4,6 +4,7 @@
 // this one count.
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -27,9 +28,13 @@ class Ledger {
   const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
   Cost total() const;
   void clear() { entries_.clear(); }
+  // Called with the name of each op that is booked from now on, before it is given to the device: for timing
+  // ops where they run.
+  void listen(std::function<void(std::string_view)> listener) { listener_ = std::move(listener); }
 
  private:
   std::map<std::string, Cost, std::less<>> entries_;
+  std::function<void(std::string_view)> listener_;
 };
 
 }  // namespace upmoe

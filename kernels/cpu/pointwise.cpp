@@ -140,8 +140,8 @@ void scale(Exec&, TensorView x, float factor) {
   });
 }
 
-void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x) {
-  ordered_sum(ex, sum_1, x, [](f64x8 v) { return v * v; });
+void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts) {
+  for (const ConstTensorView& x : parts) ordered_sum(ex, sum_1, x, [](f64x8 v) { return v * v; });
 }
 
 void sum(Exec& ex, TensorView sum_1, ConstTensorView x) {

@@ -8,40 +8,53 @@ namespace upmoe::cuda {
 
 namespace {
 
-__device__ inline float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
+// The sigmoid for results of type T: those of bf16 keep 8 bits of it.
+template <class T>
+__device__ float sigmoid(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return __fdividef(1.0f, 1.0f + __expf(-x));
+  } else {
+    return 1.0f / (1.0f + expf(-x));
+  }
+}
+
+// Threads for pieces of `items`, so that few of them have nothing to do: whole warps, at most kMostThreads.
+constexpr std::int64_t kMostThreads = 512;
+unsigned threads_for(std::int64_t items) {
+  const std::int64_t pieces = (items + kMostThreads - 1) / kMostThreads, each = (items + pieces - 1) / pieces;
+  return static_cast<unsigned>((each + kWarp - 1) / kWarp * kWarp);
 }
 
 // Rows along x, pieces of a row along y; N neurons of a thread are 2 N interleaved values of gate and up.
 template <int N, class T>
 __global__ void swiglu_rows(T* h, const T* gate_up, const float* weight, std::int64_t width) {
   const std::int64_t row = blockIdx.x,
-                     f = (static_cast<std::int64_t>(blockIdx.y) * kThreads + threadIdx.x) * N;
+                     f = (static_cast<std::int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
   if (f >= width) return;
   const float factor = weight != nullptr ? weight[row] : 1.0f;
   float in[2 * N], out[N];
   load_floats(in, gate_up + 2 * (row * width + f));
 #pragma unroll
-  for (int j = 0; j < N; ++j) out[j] = in[2 * j] * sigmoid(in[2 * j]) * in[2 * j + 1] * factor;
+  for (int j = 0; j < N; ++j) out[j] = in[2 * j] * sigmoid<T>(in[2 * j]) * in[2 * j + 1] * factor;
   store_floats(h + row * width + f, out);
 }
 
-// One block, one row, because the gradient of its weight is a sum over it. With s = sigmoid(gate): silu' =
+// One block, one row, because the gradient of its weight is a sum over it. With s = sigmoid<T>(gate): silu' =
 // s + gate s (1 - s).
 template <int N, class T>
 __global__ void swiglu_row_backward(T* dgate_up, float* dweight, const T* dh, const T* gate_up,
                                     const float* weight, std::int64_t width) {
-  __shared__ float memory[kThreads / kWarp];
+  __shared__ float memory[kMostThreads / kWarp];
   const std::int64_t row = blockIdx.x;
   const float factor = weight != nullptr ? weight[row] : 1.0f;
   float sum = 0;
-  for (std::int64_t f = threadIdx.x * N; f < width; f += kThreads * N) {
+  for (std::int64_t f = threadIdx.x * N; f < width; f += blockDim.x * N) {
     float in[2 * N], out[2 * N], d[N];
     load_floats(in, gate_up + 2 * (row * width + f));
     load_floats(d, dh + row * width + f);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float gate = in[2 * j], up = in[2 * j + 1], s = sigmoid(gate), silu = gate * s,
+      const float gate = in[2 * j], up = in[2 * j + 1], s = sigmoid<T>(gate), silu = gate * s,
                   da = d[j] * factor;
       out[2 * j] = da * up * (s + silu * (1.0f - s));
       out[2 * j + 1] = da * silu;
@@ -69,7 +82,7 @@ __global__ void gate_rows(float* gate, const T* x, const T* w, std::int64_t toke
     for (int j = 0; j < N; ++j) sum += a[j] * b[j];
   }
   sum = warp_sum(sum);
-  if (lane == 0) gate[t] = sigmoid(sum);
+  if (lane == 0) gate[t] = sigmoid<float>(sum);
 }
 
 __device__ inline float logit_gradient(const float* dgate, const float* gate, std::int64_t t) {
@@ -95,8 +108,12 @@ struct GateWeightGradient {
   const float *dgate, *gate;
   const X* x;
   std::int64_t width;
-  __device__ float operator()(std::int64_t t, std::int64_t c) const {
-    return logit_gradient(dgate, gate, t) * to_float(x[t * width + c]);
+  template <int N>
+  __device__ void at(float (&out)[N], std::int64_t t, std::int64_t c) const {
+    load_floats(out, x + t * width + c);
+    const float dlogit = logit_gradient(dgate, gate, t);
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] *= dlogit;
   }
 };
 
@@ -109,7 +126,9 @@ void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const
     using T = decltype(type);
     constexpr int N = kPack<T> / 2;
     const bool wide = packs<N>(width, h_RF.as<T>()) && packs<2 * N>(2 * width, gate_up_RG.as<T>());
-    launch(ex, dim3(static_cast<unsigned>(rows), blocks_for(width, kThreads * (wide ? N : 1))), kThreads,
+    const std::int64_t items = wide ? width / N : width;
+    const unsigned threads = threads_for(items);
+    launch(ex, dim3(static_cast<unsigned>(rows), blocks_for(items, threads)), threads,
            wide ? swiglu_rows<N, T> : swiglu_rows<1, T>, h_RF.as<T>(), gate_up_RG.as<T>(), weight, width);
   });
 }
@@ -124,7 +143,7 @@ void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight
     constexpr int N = kPack<T> / 2;
     const bool wide =
         packs<N>(width, dh_RF.as<T>()) && packs<2 * N>(2 * width, dgate_up_RG.as<T>(), gate_up_RG.as<T>());
-    launch(ex, static_cast<unsigned>(rows), kThreads,
+    launch(ex, static_cast<unsigned>(rows), threads_for(wide ? width / N : width),
            wide ? swiglu_row_backward<N, T> : swiglu_row_backward<1, T>, dgate_up_RG.as<T>(), dweight,
            dh_RF.as<T>(), gate_up_RG.as<T>(), weight, width);
   });
@@ -147,7 +166,8 @@ void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTe
   const float *dgate = dgate_T.as<float>(), *gate = gate_T.as<float>();
   with_float_type(x_TD.dtype, [&](auto x_type) {
     using X = decltype(x_type);
-    sum_columns(ex, dw_1D, GateWeightGradient<X>{dgate, gate, x_TD.as<X>(), width}, tokens);
+    sum_wide_columns(ex, dw_1D, GateWeightGradient<X>{dgate, gate, x_TD.as<X>(), width}, tokens,
+                     x_TD.as<X>());
     with_float_type(dx_TD.dtype, [&](auto dx_type) {
       using DX = decltype(dx_type);
       const bool wide = packs<4>(width, dx_TD.as<DX>(), w_1D.as<X>());

@@ -1,5 +1,7 @@
 #include "kernels/ops/adamw8bit.h"
 
+#include <algorithm>
+
 #include "kernels/core/philox.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/ops/adamw_factors.h"
@@ -29,23 +31,26 @@ struct Moments {
         blocks(c.m_scale_b.elements()) {}
 };
 
+// The moments' blocks that a launch is for.
+struct Blocks {
+  std::int64_t begin, end;
+};
+
 // The lane's elements are [begin, begin + kEach) of the slice; those outside [0, n) are not its own.
 struct Lane {
   std::int64_t block, begin;
-  bool whole;
 
-  __device__ explicit Lane(const Moments& s) {
-    block = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  __device__ Lane(const Moments& s, const Blocks& blocks) {
+    block = blocks.begin + static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
     begin = (s.first / kMomentBlock + block) * kMomentBlock - s.first + threadIdx.x % kWarp * kEach;
-    whole = begin >= 0 && begin + kEach <= s.n;
   }
   __device__ bool has(const Moments& s, int j) const { return begin + j >= 0 && begin + j < s.n; }
 };
 
-// `wide`: the lanes' elements may move as one.
-template <int N, class T>
-__device__ void load_lane(float (&out)[N], const T* x, const Lane& lane, const Moments& s, bool wide) {
-  if (wide && lane.whole) {
+// kWhole, here and below: the block has all its elements, and a lane's move as one.
+template <bool kWhole, int N, class T>
+__device__ void load_lane(float (&out)[N], const T* x, const Lane& lane, const Moments& s) {
+  if constexpr (kWhole) {
     constexpr int kPart = sizeof(T) == 2 ? 8 : 4;
 #pragma unroll
     for (int p = 0; p < N; p += kPart) {
@@ -54,44 +59,46 @@ __device__ void load_lane(float (&out)[N], const T* x, const Lane& lane, const M
 #pragma unroll
       for (int j = 0; j < kPart; ++j) out[p + j] = part[j];
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < N; ++j) out[j] = lane.has(s, j) ? to_float(x[lane.begin + j]) : 0.0f;
+    for (int j = 0; j < N; ++j) out[j] = lane.has(s, j) ? to_float(x[lane.begin + j]) : 0.0f;
+  }
 }
-template <int N, class T>
-__device__ void store_lane(T* x, const Pack<T, N>& in, const Lane& lane, const Moments& s, bool wide) {
-  if (wide && lane.whole) {
+template <bool kWhole, int N, class T>
+__device__ void store_lane(T* x, const Pack<T, N>& in, const Lane& lane, const Moments& s) {
+  if constexpr (kWhole) {
     constexpr int kPart = 16 / static_cast<int>(sizeof(T)) < N ? 16 / static_cast<int>(sizeof(T)) : N;
 #pragma unroll
     for (int p = 0; p < N; p += kPart)
       *reinterpret_cast<Pack<T, kPart>*>(x + lane.begin + p) =
           *reinterpret_cast<const Pack<T, kPart>*>(in.at + p);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < N; ++j)
-    if (lane.has(s, j)) x[lane.begin + j] = in.at[j];
+    for (int j = 0; j < N; ++j)
+      if (lane.has(s, j)) x[lane.begin + j] = in.at[j];
+  }
 }
+template <bool kWhole>
 __device__ void load_codes(Pack<std::uint8_t, kEach>& out, const std::uint8_t* x, const Lane& lane,
-                           const Moments& s, bool wide) {
-  if (wide && lane.whole) {
+                           const Moments& s) {
+  if constexpr (kWhole) {
     out = *reinterpret_cast<const Pack<std::uint8_t, kEach>*>(x + lane.begin);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) out.at[j] = lane.has(s, j) ? x[lane.begin + j] : std::uint8_t{0};
+    for (int j = 0; j < kEach; ++j) out.at[j] = lane.has(s, j) ? x[lane.begin + j] : std::uint8_t{0};
+  }
 }
 
-__device__ void decode(float (&m)[kEach], float (&v)[kEach], const Lane& lane, const Moments& s, bool wide) {
+template <bool kWhole>
+__device__ void decode(float (&m)[kEach], float (&v)[kEach], const Lane& lane, const Moments& s) {
   Pack<std::uint8_t, kEach> m_codes, v_codes;
-  load_codes(m_codes, s.m, lane, s, wide);
-  load_codes(v_codes, s.v, lane, s, wide);
+  load_codes<kWhole>(m_codes, s.m, lane, s);
+  load_codes<kWhole>(v_codes, s.v, lane, s);
   const float m_scale = s.m_scale[lane.block], v_scale = s.v_scale[lane.block];
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    m[j] = decode_first(m_codes.at[j]) * m_scale;
-    v[j] = decode_second(v_codes.at[j]) * v_scale;
+    m[j] = decode_first<true>(m_codes.at[j]) * m_scale;
+    v[j] = decode_second<true>(v_codes.at[j]) * v_scale;
   }
 }
 
@@ -102,19 +109,19 @@ __device__ float largest(const float (&x)[kEach]) {
   return warp_max(most);
 }
 
+template <bool kWhole>
 __device__ void encode(const Moments& s, const Lane& lane, const float (&m)[kEach], const float (&v)[kEach],
-                       const std::uint32_t (&m_random)[kEach], const std::uint32_t (&v_random)[kEach],
-                       bool wide) {
+                       const std::uint32_t (&m_random)[kEach], const std::uint32_t (&v_random)[kEach]) {
   const float m_scale = largest(m), v_scale = largest(v);
   const float m_inverse = inverse_of_scale(m_scale), v_inverse = inverse_of_scale(v_scale);
   Pack<std::uint8_t, kEach> m_codes, v_codes;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    m_codes.at[j] = encode_first(m[j] * m_inverse, m_random[j]);
-    v_codes.at[j] = encode_second(v[j] * v_inverse, v_random[j]);
+    m_codes.at[j] = encode_first<true>(m[j] * m_inverse, m_random[j]);
+    v_codes.at[j] = encode_second<true>(v[j] * v_inverse, v_random[j]);
   }
-  store_lane(s.m, m_codes, lane, s, wide);
-  store_lane(s.v, v_codes, lane, s, wide);
+  store_lane<kWhole>(s.m, m_codes, lane, s);
+  store_lane<kWhole>(s.v, v_codes, lane, s);
   if (threadIdx.x % kWarp == 0) {
     s.m_scale[lane.block] = m_scale;
     s.v_scale[lane.block] = v_scale;
@@ -129,34 +136,45 @@ __device__ bf16 round_weight(bf16, float x, std::uint32_t random) {
 }
 
 // The random bits of the lane's elements: a counter for every four neighbours in the whole tensor.
+template <bool kWhole>
 __device__ void draw(std::uint32_t (&bits)[kEach], const Lane& lane, const Moments& s, const Chance& chance,
                      std::uint64_t step) {
-  Philox4 four{};
-  std::int64_t counter = -1;
+  if constexpr (kWhole) {
+    const auto counter = static_cast<std::uint64_t>(chance.index.at(s.first + lane.begin) / 4);
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    if (!lane.has(s, j)) continue;
-    const std::int64_t place = chance.index.at(s.first + lane.begin + j);
-    if (place / 4 != counter) {
-      counter = place / 4;
-      four = philox(chance.key, static_cast<std::uint64_t>(counter), step);
+    for (int j = 0; j < kEach; j += 4) {
+      const Philox4 four = philox(chance.key, counter + static_cast<std::uint64_t>(j / 4), step);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) bits[j + k] = four[k];
     }
-    const int of_four = static_cast<int>(place % 4);  // chosen, not indexed: registers have no addresses
-    bits[j] = of_four == 0 ? four[0] : of_four == 1 ? four[1] : of_four == 2 ? four[2] : four[3];
+  } else {
+    Philox4 four{};
+    std::int64_t counter = -1;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      if (!lane.has(s, j)) continue;
+      const std::int64_t place = chance.index.at(s.first + lane.begin + j);
+      if (place / 4 != counter) {
+        counter = place / 4;
+        four = philox(chance.key, static_cast<std::uint64_t>(counter), step);
+      }
+      const int of_four = static_cast<int>(place % 4);  // chosen, not indexed: registers have no addresses
+      bits[j] = of_four == 0 ? four[0] : of_four == 1 ? four[1] : of_four == 2 ? four[2] : four[3];
+    }
   }
 }
 
-template <class Weight, class Grad>
-__global__ void adamw8bit_kernel(Weight* weight, Moments s, const Grad* grad, AdamWFactors f,
-                                 const __grid_constant__ Chance chance, std::uint64_t step, bool wide) {
-  const Lane lane(s);
-  if (lane.block >= s.blocks) return;  // a whole warp
+template <bool kWhole, class Weight, class Grad>
+__global__ void adamw8bit_kernel(Weight* weight, Moments s, Blocks blocks, const Grad* grad, AdamWFactors f,
+                                 const __grid_constant__ Chance chance, std::uint64_t step) {
+  const Lane lane(s, blocks);
+  if (lane.block >= blocks.end) return;  // a whole warp
   float g[kEach], m[kEach], v[kEach], w[kEach];
-  load_lane(g, grad, lane, s, wide);
-  load_lane(w, weight, lane, s, wide);
-  decode(m, v, lane, s, wide);
+  load_lane<kWhole>(g, grad, lane, s);
+  load_lane<kWhole>(w, weight, lane, s);
+  decode<kWhole>(m, v, lane, s);
   std::uint32_t bits[kEach] = {}, m_random[kEach], v_random[kEach];
-  draw(bits, lane, s, chance, step);
+  draw<kWhole>(bits, lane, s, chance, step);
   Pack<Weight, kEach> updated;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
@@ -169,27 +187,27 @@ __global__ void adamw8bit_kernel(Weight* weight, Moments s, const Grad* grad, Ad
     m_random[j] = bits[j] >> 16 & 0xffu;
     v_random[j] = bits[j] >> 24;
   }
-  store_lane(weight, updated, lane, s, wide);
-  encode(s, lane, m, v, m_random, v_random, wide);
+  store_lane<kWhole>(weight, updated, lane, s);
+  encode<kWhole>(s, lane, m, v, m_random, v_random);
 }
 
-__global__ void encode_kernel(Moments s, const float* m_n, const float* v_n) {
-  const Lane lane(s);
-  if (lane.block >= s.blocks) return;
+__global__ void encode_kernel(Moments s, Blocks blocks, const float* m_n, const float* v_n) {
+  const Lane lane(s, blocks);
+  if (lane.block >= blocks.end) return;
   float m[kEach], v[kEach];
-  load_lane(m, m_n, lane, s, false);
-  load_lane(v, v_n, lane, s, false);
+  load_lane<false>(m, m_n, lane, s);
+  load_lane<false>(v, v_n, lane, s);
   std::uint32_t nearest[kEach];
 #pragma unroll
   for (int j = 0; j < kEach; ++j) nearest[j] = kNearest;
-  encode(s, lane, m, v, nearest, nearest, false);
+  encode<false>(s, lane, m, v, nearest, nearest);
 }
 
-__global__ void decode_kernel(float* m_n, float* v_n, Moments s) {
-  const Lane lane(s);
-  if (lane.block >= s.blocks) return;
+__global__ void decode_kernel(float* m_n, float* v_n, Moments s, Blocks blocks) {
+  const Lane lane(s, blocks);
+  if (lane.block >= blocks.end) return;
   float m[kEach], v[kEach];
-  decode(m, v, lane, s, false);
+  decode<false>(m, v, lane, s);
 #pragma unroll
   for (int j = 0; j < kEach; ++j)
     if (lane.has(s, j)) {
@@ -198,33 +216,54 @@ __global__ void decode_kernel(float* m_n, float* v_n, Moments s) {
     }
 }
 
+unsigned grid_of(const Blocks& blocks) {
+  return blocks_for(blocks.end - blocks.begin, kWarps);
+}
+
+// The blocks that have all their elements: all but the first and the last one, at most.
+Blocks whole_blocks(const Moments& s) {
+  const std::int64_t begin = s.first % kMomentBlock == 0 ? 0 : 1,
+                     end = (s.first + s.n) / kMomentBlock - s.first / kMomentBlock;
+  return {std::min(begin, s.blocks), std::max(std::min(begin, s.blocks), end)};
+}
+
+template <class Weight, class Grad>
+void update(const Exec& ex, Weight* weight, const Moments& s, const Grad* grad, const AdamWStep& step,
+            const Chance& chance) {
+  const AdamWFactors factors(step);
+  const bool wide = s.first % kEach == 0 && chance.index.in_eights() && packs<kPack<Weight>>(kEach, weight) &&
+                    packs<kPack<Grad>>(kEach, grad) && packs<kEach>(kEach, s.m, s.v);
+  const Blocks whole = wide ? whole_blocks(s) : Blocks{0, 0};
+  const auto number = static_cast<std::uint64_t>(step.step);
+  launch(ex, grid_of(whole), kThreads, adamw8bit_kernel<true, Weight, Grad>, weight, s, whole, grad, factors,
+         chance, number);
+  for (const Blocks& rest : {Blocks{0, whole.begin}, Blocks{whole.end, s.blocks}})
+    launch(ex, grid_of(rest), kThreads, adamw8bit_kernel<false, Weight, Grad>, weight, s, rest, grad, factors,
+           chance, number);
+}
+
 }  // namespace
 
 void adamw8bit(Exec& ex, TensorView weight, const CodedMoments& moments, ConstTensorView grad,
                const AdamWStep& step, const Chance& chance) {
-  const AdamWFactors factors(step);
-  const Moments s(moments);
   with_float_type(weight.dtype, [&](auto weight_type) {
     with_float_type(grad.dtype, [&](auto grad_type) {
-      auto* weight_of = weight.as<decltype(weight_type)>();
-      const auto* grad_of = grad.as<decltype(grad_type)>();
-      const bool wide = moments.first % kEach == 0 && packs<kPack<decltype(weight_type)>>(kEach, weight_of) &&
-                        packs<kPack<decltype(grad_type)>>(kEach, grad_of) && packs<kEach>(kEach, s.m, s.v);
-      launch(ex, blocks_for(s.blocks, kWarps), kThreads,
-             adamw8bit_kernel<decltype(weight_type), decltype(grad_type)>, weight_of, s, grad_of, factors,
-             chance, static_cast<std::uint64_t>(step.step), wide);
+      update(ex, weight.as<decltype(weight_type)>(), Moments(moments), grad.as<decltype(grad_type)>(), step,
+             chance);
     });
   });
 }
 
 void encode_moments(Exec& ex, const CodedMoments& moments, ConstTensorView m_n, ConstTensorView v_n) {
   const Moments s(moments);
-  launch(ex, blocks_for(s.blocks, kWarps), kThreads, encode_kernel, s, m_n.as<float>(), v_n.as<float>());
+  const Blocks all{0, s.blocks};
+  launch(ex, grid_of(all), kThreads, encode_kernel, s, all, m_n.as<float>(), v_n.as<float>());
 }
 
 void decode_moments(Exec& ex, TensorView m_n, TensorView v_n, const CodedMoments& moments) {
   const Moments s(moments);
-  launch(ex, blocks_for(s.blocks, kWarps), kThreads, decode_kernel, m_n.as<float>(), v_n.as<float>(), s);
+  const Blocks all{0, s.blocks};
+  launch(ex, grid_of(all), kThreads, decode_kernel, m_n.as<float>(), v_n.as<float>(), s, all);
 }
 
 }  // namespace upmoe::cuda

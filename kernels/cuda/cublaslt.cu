@@ -3,6 +3,8 @@
 #include <cublasLt.h>
 
 #include <algorithm>
+#include <bit>
+#include <utility>
 
 #include "kernels/core/gpu.h"
 
@@ -28,16 +30,20 @@ std::uint32_t alignment_of(const void* p) {
   return static_cast<std::uint32_t>(address & (~address + 1));
 }
 
-struct Layout {
+}  // namespace
+
+struct GemmLibrary::Layout {
   cublasLtMatrixLayout_t raw = nullptr;
-  Layout(DType dtype, std::int64_t rows, std::int64_t columns) {
-    check_lt(cublasLtMatrixLayoutCreate(&raw, type_of(dtype), static_cast<std::uint64_t>(rows),
-                                        static_cast<std::uint64_t>(columns), rows),
+  Layout(DType dtype, const std::int64_t (&size)[2]) {
+    check_lt(cublasLtMatrixLayoutCreate(&raw, type_of(dtype), static_cast<std::uint64_t>(size[0]),
+                                        static_cast<std::uint64_t>(size[1]), size[0]),
              "cublasLtMatrixLayoutCreate");
   }
   ~Layout() { cublasLtMatrixLayoutDestroy(raw); }
   Layout(const Layout&) = delete;
 };
+
+namespace {
 
 struct Preference {
   cublasLtMatmulPreference_t raw = nullptr;
@@ -57,13 +63,9 @@ struct Preference {
 // the transposed product, c^T = op(b)^T op(a)^T, with the roles of a and b exchanged.
 struct GemmLibrary::Plan {
   cublasLtMatmulDesc_t description = nullptr;
-  Layout left, right, result;
   cublasLtMatmulAlgo_t algorithm{};
 
-  explicit Plan(const Product& p)
-      : left(p.in, p.transpose_b == Transpose::kNo ? p.n : p.k, p.transpose_b == Transpose::kNo ? p.k : p.n),
-        right(p.in, p.transpose_a == Transpose::kNo ? p.k : p.m, p.transpose_a == Transpose::kNo ? p.m : p.k),
-        result(p.out, p.n, p.m) {
+  explicit Plan(const Product& p) {
     check_lt(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F),
              "cublasLtMatmulDescCreate");
     const auto operation = [](Transpose t) { return t == Transpose::kNo ? CUBLAS_OP_N : CUBLAS_OP_T; };
@@ -79,6 +81,30 @@ struct GemmLibrary::Plan {
              "cublasLtMatmulDescSetAttribute");
   }
 };
+
+namespace {
+
+struct Sizes {
+  std::int64_t left[2], right[2], result[2];  // rows and columns, as cuBLASLt sees them
+  explicit Sizes(const Product& p) : left{p.n, p.k}, right{p.k, p.m}, result{p.n, p.m} {
+    if (p.transpose_b == Transpose::kYes) std::swap(left[0], left[1]);
+    if (p.transpose_a == Transpose::kYes) std::swap(right[0], right[1]);
+  }
+};
+
+// For how many rows an expert's algorithm is chosen: powers of two, then whole pairs of a tile's 128 rows.
+std::int64_t rounded_rows(std::int64_t rows) {
+  if (rows <= 256) return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(rows)));
+  return (rows + 255) / 256 * 256;
+}
+
+Product for_rounded_rows(Product p) {
+  std::int64_t& rows = p.transpose_a == Transpose::kYes ? p.k : p.m;
+  rows = rounded_rows(rows);
+  return p;
+}
+
+}  // namespace
 
 GemmLibrary::GemmLibrary() {
   check_lt(cublasLtCreate(&handle_), "cublasLtCreate");
@@ -126,6 +152,14 @@ const GemmLibrary::Plan& GemmLibrary::plan_of(const Product& p) {
   std::unique_ptr<Plan>& plan = plans_[key];
   if (plan != nullptr) return *plan;
   auto made = std::make_unique<Plan>(p);
+  choose(*made, p);
+  plan = std::move(made);
+  return *plan;
+}
+
+void GemmLibrary::choose(Plan& plan, const Product& p) {
+  const Sizes sizes(p);
+  const Layout left(p.in, sizes.left), right(p.in, sizes.right), result(p.out, sizes.result);
   Preference preference;
   preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
   preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
@@ -137,27 +171,29 @@ const GemmLibrary::Plan& GemmLibrary::plan_of(const Product& p) {
   cublasLtMatmulHeuristicResult_t found{};
   int count = 0;
   const cublasStatus_t status =
-      cublasLtMatmulAlgoGetHeuristic(handle_, made->description, made->left.raw, made->right.raw,
-                                     made->result.raw, made->result.raw, preference.raw, 1, &found, &count);
+      cublasLtMatmulAlgoGetHeuristic(handle_, plan.description, left.raw, right.raw, result.raw, result.raw,
+                                     preference.raw, 1, &found, &count);
   if (status != CUBLAS_STATUS_SUCCESS || count == 0)
     fail(ExitCode::kDevice, "cuBLASLt has no algorithm for a product of {} x {} x {}, {} to {}: {}", p.m, p.n,
          p.k, name_of(p.in), name_of(p.out), cublasLtGetStatusString(status));
-  made->algorithm = found.algo;
-  plan = std::move(made);
-  return *plan;
+  plan.algorithm = found.algo;
 }
 
-void GemmLibrary::multiply(const Product& p, cudaStream_t stream, int workspace_index) {
-  const Plan& plan = plan_of(p);
+int GemmLibrary::run(const Plan& plan, const Product& p, cudaStream_t stream, int workspace_index) {
+  const Sizes sizes(p);
+  const Layout left(p.in, sizes.left), right(p.in, sizes.right), result(p.out, sizes.result);
   if (p.bias != nullptr)
     check_lt(cublasLtMatmulDescSetAttribute(plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias,
                                             sizeof p.bias),
              "cublasLtMatmulDescSetAttribute");
   const float alpha = 1, beta = p.mode == Accumulate::kAdd ? 1.0f : 0.0f;
-  check_lt(cublasLtMatmul(handle_, plan.description, &alpha, p.b, plan.left.raw, p.a, plan.right.raw, &beta,
-                          p.c, plan.result.raw, p.c, plan.result.raw, &plan.algorithm,
-                          workspace(workspace_index), kWorkspaceBytes, stream),
-           "cublasLtMatmul");
+  return cublasLtMatmul(handle_, plan.description, &alpha, p.b, left.raw, p.a, right.raw, &beta, p.c,
+                        result.raw, p.c, result.raw, &plan.algorithm, workspace(workspace_index),
+                        kWorkspaceBytes, stream);
+}
+
+void GemmLibrary::multiply(const Product& p, cudaStream_t stream, int workspace_index) {
+  check_lt(static_cast<cublasStatus_t>(run(plan_of(p), p, stream, workspace_index)), "cublasLtMatmul");
 }
 
 void GemmLibrary::fork(cudaStream_t stream) {
@@ -170,7 +206,13 @@ void GemmLibrary::multiply_beside(const Product& p) {
   Side& side = sides_[static_cast<std::size_t>(next_)];
   if (!side.used) check(cudaStreamWaitEvent(side.stream, forked_, 0));
   side.used = true;
-  multiply(p, side.stream, next_ + 1);
+  const Product rounded = for_rounded_rows(p);
+  const auto status = static_cast<cublasStatus_t>(run(plan_of(rounded), p, side.stream, next_ + 1));
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) {  // not for these rows: theirs is chosen too
+    multiply(p, side.stream, next_ + 1);
+  } else {
+    check_lt(status, "cublasLtMatmul");
+  }
   next_ = (next_ + 1) % kSideStreams;
 }
 

@@ -35,7 +35,9 @@ class GemmLibrary {
   void multiply(const Product& p, cudaStream_t stream) { multiply(p, stream, 0); }
 
   // Products of experts: they set out together behind the work that `stream` has been given, side by side on
-  // several streams, and what `stream` is given after join() comes behind all of them.
+  // several streams, and what `stream` is given after join() comes behind all of them. Their rows (m, or k
+  // where a is transposed) are other ones at every step; an algorithm is chosen for rounded numbers of rows,
+  // so that choosing ends, and a product's bits depend on its shape alone.
   static constexpr int kSideStreams = 6;
   void fork(cudaStream_t stream);
   void multiply_beside(const Product& p);
@@ -43,13 +45,16 @@ class GemmLibrary {
 
  private:
   struct Plan;
+  struct Layout;
   struct Side {
     cudaStream_t stream = nullptr;
     cudaEvent_t done = nullptr;
     bool used = false;
   };
   const Plan& plan_of(const Product& p);
+  void choose(Plan& plan, const Product& p);
   void multiply(const Product& p, cudaStream_t stream, int workspace);
+  int run(const Plan& plan, const Product& p, cudaStream_t stream, int workspace);
   void* workspace(int index);
 
   using Key = std::array<std::int64_t, 12>;

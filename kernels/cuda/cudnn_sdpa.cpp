@@ -33,7 +33,7 @@ struct Plan {
 
 struct Key {
   std::int64_t heads, kv_heads, head_dim, seq_len, sequences;
-  bool backward;
+  bool backward, deterministic;
   friend auto operator<=>(const Key&, const Key&) = default;
 };
 
@@ -132,7 +132,7 @@ class SdpaLibrary {
                dout = graph.tensor(rows("dout", kDO, key, key.heads, out_row)),
                row_stats = graph.tensor(stats(key));
     auto options = fe::graph::SDPA_backward_attributes().set_name("attention_backward");
-    options.set_causal_mask(true).set_attn_scale(scale).set_deterministic_algorithm(true);
+    options.set_causal_mask(true).set_attn_scale(scale).set_deterministic_algorithm(key.deterministic);
     const auto [dq, dk, dv] = graph.sdpa_backward(q, k, v, out, dout, row_stats, options);
     set_rows(dq, kDQ, key, key.heads, qkv_row);
     set_rows(dk, kDK, key, key.kv_heads, qkv_row);
@@ -150,8 +150,9 @@ SdpaLibrary& CudaStream::sdpa() {
 
 namespace {
 
-Key key_of(const AttentionShape& s, std::int64_t tokens, bool backward) {
-  return {s.heads, s.kv_heads, s.head_dim, s.seq_len, tokens / s.seq_len, backward};
+Key key_of(const AttentionShape& s, std::int64_t tokens, bool backward, bool deterministic) {
+  return {
+      s.heads, s.kv_heads, s.head_dim, s.seq_len, tokens / s.seq_len, backward, backward && deterministic};
 }
 
 // The three parts of a matrix in qkv's layout.
@@ -175,19 +176,19 @@ bool sdpa_takes(const Exec& ex, const AttentionShape& shape, std::int64_t tokens
   if (dtype != DType::kBF16 || tokens == 0 || ex.scratch == nullptr) return false;
   if (shape.head_dim % 8 != 0 || shape.head_dim > 128) return false;
   SdpaLibrary& library = stream_of(ex).sdpa();
-  return library.plan(key_of(shape, tokens, false)) != nullptr &&
-         library.plan(key_of(shape, tokens, true)) != nullptr;
+  return library.plan(key_of(shape, tokens, false, true)) != nullptr &&
+         library.plan(key_of(shape, tokens, true, ex.deterministic)) != nullptr;
 }
 
 std::string sdpa_refusal(const AttentionShape& shape, std::int64_t tokens, bool backward, int sm) {
-  return SdpaLibrary::refusal(key_of(shape, tokens, backward), sm);
+  return SdpaLibrary::refusal(key_of(shape, tokens, backward, true), sm);
 }
 
 void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensorView qkv_TH,
                   const AttentionShape& shape) {
   std::unordered_map<std::int64_t, void*> memory{{kO, out_TQ.data}, {kStats, stats_BHS.data}};
   add_parts(memory, {kQ, kK, kV}, qkv_TH.data, shape);
-  stream_of(ex).sdpa().run(ex, key_of(shape, qkv_TH.shape[0], false), memory);
+  stream_of(ex).sdpa().run(ex, key_of(shape, qkv_TH.shape[0], false, true), memory);
 }
 
 void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
@@ -196,7 +197,7 @@ void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstT
       {kO, memory_of(out_TQ)}, {kDO, memory_of(dout_TQ)}, {kStats, memory_of(stats_BHS)}};
   add_parts(memory, {kQ, kK, kV}, qkv_TH.data, shape);
   add_parts(memory, {kDQ, kDK, kDV}, dqkv_TH.data, shape);
-  stream_of(ex).sdpa().run(ex, key_of(shape, qkv_TH.shape[0], true), memory);
+  stream_of(ex).sdpa().run(ex, key_of(shape, qkv_TH.shape[0], true, ex.deterministic), memory);
 }
 
 }  // namespace upmoe::cuda

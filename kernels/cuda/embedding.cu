@@ -51,20 +51,34 @@ struct MovePosition {
 };
 
 // One block for each sorted position; the first of a token works, for all of that token in the order of
-// positions.
-template <class T, class Out>
+// positions, whose rows it loads a few at a time.
+template <int N, class T, class Out>
 __global__ void add_token_rows(Out* dw, const T* dx, const std::int32_t* tokens, const std::int32_t* order,
                                std::int64_t positions, std::int64_t begin, std::int64_t width) {
+  constexpr int kAtOnce = 4;
   const std::int64_t first = blockIdx.x;
   if (order[first] < 0) return;
   const std::int32_t token = tokens[order[first]];
   if (first > 0 && tokens[order[first - 1]] == token) return;
   Out* row = dw + (token - begin) * width;
-  for (std::int64_t c = threadIdx.x; c < width; c += kThreads) {
-    float sum = to_float(row[c]);
-    for (std::int64_t i = first; i < positions && order[i] >= 0 && tokens[order[i]] == token; ++i)
-      sum += to_float(dx[order[i] * width + c]);
-    row[c] = from_float<Out>(sum);
+  for (std::int64_t c = threadIdx.x * N; c < width; c += kThreads * N) {
+    float sum[N];
+    load_floats(sum, row + c);
+    bool more = true;
+    for (std::int64_t i = first; more; i += kAtOnce) {
+      float v[kAtOnce][N] = {};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const std::int32_t t = i + j < positions ? order[i + j] : -1;
+        more = more && t >= 0 && tokens[t] == token;
+        if (more) load_floats(v[j], dx + t * width + c);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+        for (int n = 0; n < N; ++n) sum[n] += v[j][n];
+    }
+    store_floats(row + c, sum);
   }
 }
 
@@ -120,8 +134,11 @@ void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, Const
     with_float_type(dw_VD.dtype, [&](auto out_type) {
       using T = decltype(in_type);
       using Out = decltype(out_type);
-      launch(ex, static_cast<unsigned>(count), kThreads, add_token_rows<T, Out>, dw_VD.as<Out>(),
-             dx_TD.as<T>(), tokens, order, count, shard.begin, width);
+      constexpr int N = kPack<T>;
+      const bool wide = packs<N>(width, dw_VD.as<Out>(), dx_TD.as<T>());
+      launch(ex, static_cast<unsigned>(count), kThreads,
+             wide ? add_token_rows<N, T, Out> : add_token_rows<1, T, Out>, dw_VD.as<Out>(), dx_TD.as<T>(),
+             tokens, order, count, shard.begin, width);
     });
   });
 }

@@ -8,6 +8,7 @@ namespace upmoe::cuda {
 namespace {
 
 constexpr int kRowThreads = 1024;  // one block, one row of logits
+constexpr int kWide = 4;           // logits of a pack
 
 struct RowMemory {
   float largest[kRowThreads / kWarp];
@@ -19,18 +20,30 @@ struct RowStats {
   double sum;  // of exp(x - largest)
 };
 
+// kFast: for gradients in bf16, which keep 8 bits of it.
+template <bool kFast>
+__device__ inline float exponential(float x) {
+  return kFast ? __expf(x) : expf(x);
+}
+
 // One pass: every thread carries the largest of its logits and the sum relative to it; the threads' sums, of
-// a few hundred terms each, are added in fp64.
+// a few hundred terms each, are added in fp64. Rows are taken in packs of N logits.
+template <int N, bool kFast>
 __device__ inline RowStats row_stats(const float* x, std::int64_t n, RowMemory& memory) {
   float largest = -INFINITY, sum = 0;
-  for (std::int64_t i = threadIdx.x; i < n; i += kRowThreads) {
-    const float v = x[i];
-    if (v > largest) {
-      sum = sum * expf(largest - v) + 1.0f;
-      largest = v;
-    } else {
-      sum += expf(v - largest);
+#pragma unroll 4
+  for (std::int64_t i = threadIdx.x * N; i < n; i += kRowThreads * N) {
+    float v[N];
+    load_floats(v, x + i);
+    float most = v[0];
+#pragma unroll
+    for (int j = 1; j < N; ++j) most = fmaxf(most, v[j]);
+    if (most > largest) {
+      sum *= expf(largest - most);
+      largest = most;
     }
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum += exponential<kFast>(v[j] - largest);
   }
   RowStats all{};
   all.largest = block_max(largest, memory.largest);
@@ -42,14 +55,24 @@ __device__ inline RowStats row_stats(const float* x, std::int64_t n, RowMemory& 
 
 // The gradient is taken from x - largest and 1 / sum, not from x - lse: for logits of 1e4 the rounding of an
 // fp32 lse alone would be a relative error of 5e-4. `target` outside [0, n) is another shard's. dx may be x.
-template <class T>
+template <int N, class T>
 __device__ void gradient_row(T* dx, const float* x, std::int64_t n, float largest, double sum,
                              std::int64_t target, float scale) {
+  constexpr bool kFast = sizeof(T) == 2;
   const float factor = static_cast<float>(scale / sum);
-  for (std::int64_t i = threadIdx.x; i < n; i += kRowThreads) {
-    const float e = expf(x[i] - largest);
-    dx[i] = from_float<T>(i == target ? scale * (e / static_cast<float>(sum) - 1.0f) : e * factor);
+  // The target's element is put right behind the loop, by the thread that writes it there.
+  const bool has_target = target >= 0 && target < n && target / N % kRowThreads == threadIdx.x;
+  float at_target = 0;
+  if (has_target) at_target = scale * (expf(x[target] - largest) / static_cast<float>(sum) - 1.0f);
+#pragma unroll 4
+  for (std::int64_t i = threadIdx.x * N; i < n; i += kRowThreads * N) {
+    float v[N];
+    load_floats(v, x + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = exponential<kFast>(v[j] - largest) * factor;
+    store_floats(dx + i, v);
   }
+  if (has_target) dx[target] = from_float<T>(at_target);
 }
 
 template <class T>
@@ -68,7 +91,7 @@ __device__ inline std::int32_t checked_target(const std::int32_t* targets, std::
   return -1;
 }
 
-template <class T>
+template <int N, class T>
 __global__ void loss_row(float* loss, T* dlogits, const float* logits, const std::int32_t* targets,
                          std::int64_t vocab, float scale, FindingWords findings) {
   __shared__ RowMemory memory;
@@ -77,21 +100,22 @@ __global__ void loss_row(float* loss, T* dlogits, const float* logits, const std
   T* dx = dlogits != nullptr ? dlogits + row * vocab : nullptr;
   const std::int32_t target = checked_target(targets, vocab, findings);
   if (target < 0) return ignored_row(loss + row, dx, vocab);
-  const RowStats all = row_stats(x, vocab, memory);
+  const RowStats all = row_stats<N, sizeof(T) == 2>(x, vocab, memory);
   if (threadIdx.x == 0)
     loss[row] = static_cast<float>(log(all.sum) +
                                    (static_cast<double>(all.largest) - static_cast<double>(x[target])));
   __syncthreads();  // the gradient may be written over the target's logit
-  if (dx != nullptr) gradient_row(dx, x, vocab, all.largest, all.sum, target, scale);
+  if (dx != nullptr) gradient_row<N>(dx, x, vocab, all.largest, all.sum, target, scale);
 }
 
+template <int N>
 __global__ void stats_row(double* stats, const float* logits, const std::int32_t* targets,
                           std::int64_t columns, std::int64_t begin, std::int64_t vocab,
                           FindingWords findings) {
   __shared__ RowMemory memory;
   const float* x = logits + static_cast<std::int64_t>(blockIdx.x) * columns;
   const std::int32_t target = checked_target(targets, vocab, findings);
-  const RowStats all = row_stats(x, columns, memory);
+  const RowStats all = row_stats<N, false>(x, columns, memory);
   if (threadIdx.x != 0) return;
   const std::int64_t column = target - begin;
   double* out = stats + 3 * static_cast<std::int64_t>(blockIdx.x);
@@ -100,7 +124,7 @@ __global__ void stats_row(double* stats, const float* logits, const std::int32_t
   out[2] = target >= 0 && 0 <= column && column < columns ? static_cast<double>(x[column]) : 0.0;
 }
 
-template <class T>
+template <int N, class T>
 __global__ void sharded_row(float* loss, T* dlogits, const float* logits, const std::int32_t* targets,
                             const double* stats, std::int64_t shards, std::int64_t columns, float scale,
                             std::int64_t begin, std::int64_t vocab, FindingWords findings) {
@@ -117,8 +141,8 @@ __global__ void sharded_row(float* loss, T* dlogits, const float* logits, const 
   }
   if (threadIdx.x == 0) loss[row] = static_cast<float>(log(sum) + (largest - at_target));
   if (dx != nullptr)
-    gradient_row(dx, logits + row * columns, columns, static_cast<float>(largest), sum, target - begin,
-                 scale);
+    gradient_row<N>(dx, logits + row * columns, columns, static_cast<float>(largest), sum, target - begin,
+                    scale);
 }
 
 }  // namespace
@@ -130,8 +154,10 @@ void cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV, Co
   stream.limit(Finding::kTarget, vocab);
   with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
     using T = decltype(type);
-    launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads, loss_row<T>, loss_C.as<float>(),
-           dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr, logits_CV.as<float>(),
+    T* dlogits = dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr;
+    const bool wide = packs<kWide>(vocab, logits_CV.as<float>(), dlogits);
+    launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads,
+           wide ? loss_row<kWide, T> : loss_row<1, T>, loss_C.as<float>(), dlogits, logits_CV.as<float>(),
            targets_C.as<std::int32_t>(), vocab, scale, stream.findings());
   });
 }
@@ -140,9 +166,10 @@ void cross_entropy_stats(Exec& ex, TensorView stats_C3, ConstTensorView logits_C
                          VocabShard shard) {
   CudaStream& stream = stream_of(ex);
   stream.limit(Finding::kTarget, shard.total);
-  launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads, stats_row, stats_C3.as<double>(),
-         logits_CV.as<float>(), targets_C.as<std::int32_t>(), logits_CV.shape[1], shard.begin, shard.total,
-         stream.findings());
+  const bool wide = packs<kWide>(logits_CV.shape[1], logits_CV.as<float>());
+  launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads, wide ? stats_row<kWide> : stats_row<1>,
+         stats_C3.as<double>(), logits_CV.as<float>(), targets_C.as<std::int32_t>(), logits_CV.shape[1],
+         shard.begin, shard.total, stream.findings());
 }
 
 void cross_entropy_sharded(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV,
@@ -151,10 +178,12 @@ void cross_entropy_sharded(Exec& ex, TensorView loss_C, const TensorView* dlogit
   CudaStream& stream = stream_of(ex);
   with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
     using T = decltype(type);
-    launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads, sharded_row<T>, loss_C.as<float>(),
-           dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr, logits_CV.as<float>(),
-           targets_C.as<std::int32_t>(), stats_PC3.as<double>(), stats_PC3.shape[0], logits_CV.shape[1],
-           scale, shard.begin, shard.total, stream.findings());
+    T* dlogits = dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr;
+    const bool wide = packs<kWide>(logits_CV.shape[1], logits_CV.as<float>(), dlogits);
+    launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads,
+           wide ? sharded_row<kWide, T> : sharded_row<1, T>, loss_C.as<float>(), dlogits,
+           logits_CV.as<float>(), targets_C.as<std::int32_t>(), stats_PC3.as<double>(), stats_PC3.shape[0],
+           logits_CV.shape[1], scale, shard.begin, shard.total, stream.findings());
   });
 }
 

@@ -98,18 +98,31 @@ struct CopyColumns {
   }
 };
 
-// Elements whose sum is one partial; the order of a sum depends on this and on kThreads alone.
+// Elements whose sum is one partial; the order of a sum depends on this, on kThreads and on the dtype alone,
+// not on where the elements lie.
 constexpr std::int64_t kSumBlock = 65536;
 
-template <bool kSquare, class T>
+template <bool kSquare, bool kWide, class T>
 __global__ void partial_sums(double* partial, const T* x, std::int64_t n) {
   __shared__ double memory[kThreads / kWarp];
+  constexpr int N = kPack<T>;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kSumBlock;
   const std::int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
   double sum = 0;
-  for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const double v = to_float(x[i]);
-    sum += kSquare ? v * v : v;
+#pragma unroll 4
+  for (std::int64_t i = begin + threadIdx.x * N; i < end; i += kThreads * N) {
+    float v[N] = {};
+    if (kWide && i + N <= end) {
+      load_floats(v, x + i);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) v[j] = i + j < end ? to_float(x[i + j]) : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const double d = v[j];
+      sum += kSquare ? d * d : d;
+    }
   }
   sum = block_sum(sum, memory);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
@@ -124,14 +137,22 @@ __global__ void add_partials(double* sum_1, const double* partial, std::int64_t 
 }
 
 template <bool kSquare>
-void ordered_sum(const Exec& ex, const TensorView& sum_1, const ConstTensorView& x) {
-  const std::int64_t n = x.elements(), blocks = blocks_for(n, kSumBlock);
+void ordered_sum(const Exec& ex, const TensorView& sum_1, std::span<const ConstTensorView> parts) {
+  std::int64_t blocks = 0;
+  for (const ConstTensorView& x : parts) blocks += blocks_for(x.elements(), kSumBlock);
   ScratchScope scope(*ex.scratch);
   auto* partial = ex.scratch->take({blocks}, DType::kF64, "partial sums").as<double>();
-  with_float_type(x.dtype, [&](auto type) {
-    using T = decltype(type);
-    launch(ex, static_cast<unsigned>(blocks), kThreads, partial_sums<kSquare, T>, partial, x.as<T>(), n);
-  });
+  std::int64_t first = 0;
+  for (const ConstTensorView& x : parts) {
+    const unsigned own = blocks_for(x.elements(), kSumBlock);
+    with_float_type(x.dtype, [&](auto type) {
+      using T = decltype(type);
+      const bool wide = packs<kPack<T>>(kSumBlock, x.as<T>());
+      launch(ex, own, kThreads, wide ? partial_sums<kSquare, true, T> : partial_sums<kSquare, false, T>,
+             partial + first, x.as<T>(), x.elements());
+    });
+    first += own;
+  }
   launch(ex, 1, kThreads, add_partials, sum_1.as<double>(), partial, blocks);
 }
 
@@ -191,12 +212,12 @@ void scale(Exec& ex, TensorView x, float factor) {
   });
 }
 
-void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x) {
-  ordered_sum<true>(ex, sum_1, x);
+void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts) {
+  ordered_sum<true>(ex, sum_1, parts);
 }
 
 void sum(Exec& ex, TensorView sum_1, ConstTensorView x) {
-  ordered_sum<false>(ex, sum_1, x);
+  ordered_sum<false>(ex, sum_1, std::span(&x, 1));
 }
 
 }  // namespace upmoe::cuda

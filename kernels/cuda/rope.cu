@@ -15,7 +15,7 @@ struct Frequencies {
 
 // One block, one token. The angle is rounded to fp32, as transformers does; its sine and cosine are taken in
 // fp64, because an angle may have lost its fraction to a reduction in fp32.
-template <class T>
+template <int N, class T>
 __global__ void rotate(T* qkv, const std::int32_t* positions, Frequencies frequency, std::int64_t width,
                        int heads, int half, float sign) {
   __shared__ float cosine[kMostPairs], sine[kMostPairs];
@@ -26,12 +26,21 @@ __global__ void rotate(T* qkv, const std::int32_t* positions, Frequencies freque
     sine[i] = to_float(from_float<T>(static_cast<float>(sin(static_cast<double>(angle))))) * sign;
   }
   __syncthreads();
-  for (int at = static_cast<int>(threadIdx.x); at < heads * half; at += kThreads) {
-    const int head = at / half, i = at % half;
+  const int packs_of_half = half / N;
+  for (int at = static_cast<int>(threadIdx.x); at < heads * packs_of_half; at += kThreads) {
+    const int head = at / packs_of_half, i = at % packs_of_half * N;
     T* x = qkv + t * width + static_cast<std::int64_t>(head) * 2 * half + i;
-    const float a = to_float(x[0]), b = to_float(x[half]);
-    x[0] = from_float<T>(a * cosine[i] - b * sine[i]);
-    x[half] = from_float<T>(b * cosine[i] + a * sine[i]);
+    float a[N], b[N];
+    load_floats(a, x);
+    load_floats(b, x + half);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float c = cosine[i + j], s = sine[i + j], left = a[j];
+      a[j] = left * c - b[j] * s;
+      b[j] = b[j] * c + left * s;
+    }
+    store_floats(x, a);
+    store_floats(x + half, b);
   }
 }
 
@@ -48,8 +57,10 @@ void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionSha
   }
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(ex, static_cast<unsigned>(qkv_TH.shape[0]), kThreads, rotate<T>, qkv_TH.as<T>(),
-           positions_T.as<std::int32_t>(), frequency, shape.qkv_width(),
+    constexpr int N = kPack<T>;
+    const bool wide = half % N == 0 && packs<N>(shape.qkv_width(), qkv_TH.as<T>());
+    launch(ex, static_cast<unsigned>(qkv_TH.shape[0]), kThreads, wide ? rotate<N, T> : rotate<1, T>,
+           qkv_TH.as<T>(), positions_T.as<std::int32_t>(), frequency, shape.qkv_width(),
            static_cast<int>(shape.heads + shape.kv_heads), half, inverse ? -1.0f : 1.0f);
   });
 }

@@ -1,5 +1,8 @@
 // The sorted order of the routed rows, and moving rows in it.
 
+#include <algorithm>
+#include <bit>
+
 #include "kernels/cuda/counting_sort.cuh"
 #include "kernels/ops/backend.h"
 #include "kernels/ops/routing.h"
@@ -102,16 +105,30 @@ __global__ void regroup(std::int32_t* regrouped, std::int32_t* ungrouped, const 
   ungrouped[arrival] = static_cast<std::int32_t>(grouped);
 }
 
+// A block of kThreads is some rows by some lanes, each with up to kEach words of its row.
+constexpr std::int64_t kEach = 4;
+dim3 lanes_by_rows(std::int64_t words) {
+  const auto wanted = static_cast<std::uint64_t>(std::clamp<std::int64_t>(words / kEach, 1, kThreads));
+  const auto lanes = static_cast<unsigned>(std::bit_ceil(wanted));
+  return {lanes, kThreads / lanes};
+}
+__device__ inline std::int64_t row_of_thread() {
+  return static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+}
+
 // Rows are bytes here, moved in words of W.
 template <class W>
 __global__ void gather(W* out, const W* in, const std::int32_t* index, std::int64_t rows, std::int64_t words,
                        std::int64_t divisor, std::int64_t limit, FindingWords findings) {
-  const std::int64_t i = global_thread();
-  if (i >= rows * words) return;
-  const std::int64_t row = i / words, from = index[row];
+  const std::int64_t row = row_of_thread();
+  if (row >= rows) return;
+  const std::int32_t from = index[row];
   const bool valid = from >= 0 && from < limit;
-  if (!valid && i % words == 0) find(findings, Finding::kIndex, row, static_cast<std::uint32_t>(from));
-  out[i] = valid ? in[from / divisor * words + i % words] : W{};
+  if (!valid && threadIdx.x == 0) find(findings, Finding::kIndex, row, static_cast<std::uint32_t>(from));
+  const W* source = valid ? in + from / divisor * words : nullptr;
+#pragma unroll 4
+  for (std::int64_t i = threadIdx.x; i < words; i += blockDim.x)
+    out[row * words + i] = valid ? source[i] : W{};
 }
 
 template <class W>
@@ -119,35 +136,40 @@ void launch_gather(const Exec& ex, const TensorView& out_ND, const ConstTensorVi
                    const ConstTensorView& index_N, std::int64_t divisor) {
   const std::int64_t rows = out_ND.rows();
   const auto words = static_cast<std::int64_t>(out_ND.bytes() / sizeof(W)) / rows;
-  launch(ex, blocks_for(rows * words, kThreads), kThreads, gather<W>, reinterpret_cast<W*>(out_ND.data),
+  const dim3 block = lanes_by_rows(words);
+  launch(ex, blocks_for(rows, block.y), block, gather<W>, reinterpret_cast<W*>(out_ND.data),
          reinterpret_cast<const W*>(in_XD.data), index_N.as<std::int32_t>(), rows, words, divisor,
          checked_mul(in_XD.rows(), divisor), stream_of(ex).findings());
 }
 
-// y[t] (+)= the sum of its rows, in k order; a thread has N columns of a token.
+// y[t] (+)= the sum of its rows, in k order; a thread has N columns of a token at a time. Rows are loaded
+// kEach at a time, whether they are there or not, so that their loads do not wait for each other.
 template <int N, bool kAdd, class Y, class X>
 __global__ void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int64_t tokens,
                          std::int64_t width, int k, std::int64_t limit, FindingWords findings) {
-  const std::int64_t packs_of_row = width / N, i = global_thread();
-  if (i >= tokens * packs_of_row) return;
-  const std::int64_t t = i / packs_of_row, c = i % packs_of_row * N;
-  float sum[N] = {};
-  for (int j = 0; j < k; ++j) {
-    const std::int64_t from = slot[t * k + j];
-    if (from < -1 || from >= limit) find(findings, Finding::kIndex, t, static_cast<std::uint32_t>(from));
-    if (from < 0 || from >= limit) continue;
-    float v[N];
-    load_floats(v, rows + from * width + c);
+  const std::int64_t t = row_of_thread();
+  if (t >= tokens) return;
+  for (std::int64_t c = static_cast<std::int64_t>(threadIdx.x) * N; c < width; c += blockDim.x * N) {
+    float sum[N] = {}, before[N] = {};
+    if constexpr (kAdd) load_floats(before, y + t * width + c);
+    for (int first = 0; first < k; first += kEach) {
+      float v[kEach][N] = {};
 #pragma unroll
-    for (int n = 0; n < N; ++n) sum[n] += v[n];
-  }
-  if constexpr (kAdd) {
-    float before[N];
-    load_floats(before, y + t * width + c);
+      for (int j = 0; j < kEach; ++j) {
+        if (first + j >= k) continue;
+        const std::int32_t from = slot[t * k + first + j];
+        if (from < -1 || from >= limit) find(findings, Finding::kIndex, t, static_cast<std::uint32_t>(from));
+        if (from >= 0 && from < limit) load_floats(v[j], rows + from * width + c);
+      }
+#pragma unroll
+      for (int j = 0; j < kEach; ++j)
+#pragma unroll
+        for (int n = 0; n < N; ++n) sum[n] += v[j][n];
+    }
 #pragma unroll
     for (int n = 0; n < N; ++n) sum[n] += before[n];
+    store_floats(y + t * width + c, sum);
   }
-  store_floats(y + t * width + c, sum);
 }
 
 }  // namespace
@@ -228,9 +250,10 @@ void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTe
       const bool wide = packs<N>(width, y_TD.as<Y>(), rows_ND.as<X>()), add = mode == Accumulate::kAdd;
       const auto kernel = wide ? (add ? sum_rows<N, true, Y, X> : sum_rows<N, false, Y, X>)
                                : (add ? sum_rows<1, true, Y, X> : sum_rows<1, false, Y, X>);
-      launch(ex, blocks_for(tokens * (wide ? width / N : width), kThreads), kThreads, kernel, y_TD.as<Y>(),
-             rows_ND.as<X>(), slot_TK.as<std::int32_t>(), tokens, width, static_cast<int>(slot_TK.shape[1]),
-             limit, stream_of(ex).findings());
+      const dim3 block = lanes_by_rows(wide ? width / N * kEach : width);
+      launch(ex, blocks_for(tokens, block.y), block, kernel, y_TD.as<Y>(), rows_ND.as<X>(),
+             slot_TK.as<std::int32_t>(), tokens, width, static_cast<int>(slot_TK.shape[1]), limit,
+             stream_of(ex).findings());
     });
   });
 }

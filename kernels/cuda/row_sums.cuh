@@ -9,21 +9,33 @@ namespace upmoe::cuda {
 constexpr int kSumRows = 512;   // of one block
 constexpr int kRowsAtOnce = 8;  // a block of threads is 8 rows by a warp of columns
 
-template <class Value>
+// A lane has N columns, whose values in row t are value.at(out, t, first column).
+template <int N, class Value>
 __global__ void sum_row_block(float* partial, Value value, std::int64_t rows, std::int64_t width) {
-  __shared__ float memory[kRowsAtOnce][kWarp];
+  __shared__ float memory[kRowsAtOnce][N][kWarp];
   const int lane = static_cast<int>(threadIdx.x), group = static_cast<int>(threadIdx.y);
-  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kWarp + lane;
+  const std::int64_t column = (static_cast<std::int64_t>(blockIdx.x) * kWarp + lane) * N;
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.y) * kSumRows;
   const std::int64_t last = first + kSumRows < rows ? first + kSumRows : rows;
-  float sum = 0;
-  if (column < width)
-    for (std::int64_t t = first + group; t < last; t += kRowsAtOnce) sum += value(t, column);
-  memory[group][lane] = sum;
+  float sum[N] = {};
+  if (column < width) {
+#pragma unroll 4
+    for (std::int64_t t = first + group; t < last; t += kRowsAtOnce) {
+      float v[N];
+      value.at(v, t, column);
+#pragma unroll
+      for (int j = 0; j < N; ++j) sum[j] += v[j];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) memory[group][j][lane] = sum[j];
   __syncthreads();
   if (group != 0 || column >= width) return;
-  for (int g = 1; g < kRowsAtOnce; ++g) sum += memory[g][lane];
-  partial[blockIdx.y * width + column] = sum;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    for (int g = 1; g < kRowsAtOnce; ++g) sum[j] += memory[g][j][lane];
+    partial[blockIdx.y * width + column + j] = sum[j];
+  }
 }
 
 template <class T>
@@ -35,20 +47,38 @@ __global__ void add_row_blocks(T* total, const float* partial, std::int64_t bloc
   total[column] = from_float<T>(to_float(total[column]) + sum);
 }
 
-// total[c] += sum over t < rows of value(t, c), in fp32. `value` is a functor for the device.
-template <class Value>
+// Rows of fp32, for sum_columns.
+struct FloatRows {
+  const float* x;
+  std::int64_t width;
+  template <int N>
+  __device__ void at(float (&out)[N], std::int64_t t, std::int64_t c) const {
+    load_floats(out, x + t * width + c);
+  }
+};
+
+// total[c] += sum over t < rows of what value.at(out, t, c) says of N columns, in fp32. `value` is a functor
+// for the device; N divides the width.
+template <int N, class Value>
 void sum_columns(const Exec& ex, const TensorView& total, const Value& value, std::int64_t rows) {
   const std::int64_t width = total.elements(), blocks = blocks_for(rows, kSumRows);
   if (rows == 0 || width == 0) return;
   ScratchScope scope(*ex.scratch);
   auto* partial = ex.scratch->take({blocks, width}, DType::kF32, "sums of rows").as<float>();
-  launch(ex, dim3(blocks_for(width, kWarp), static_cast<unsigned>(blocks)), dim3(kWarp, kRowsAtOnce),
-         sum_row_block<Value>, partial, value, rows, width);
+  launch(ex, dim3(blocks_for(width, kWarp * N), static_cast<unsigned>(blocks)), dim3(kWarp, kRowsAtOnce),
+         sum_row_block<N, Value>, partial, value, rows, width);
   with_float_type(total.dtype, [&](auto type) {
     using T = decltype(type);
     launch(ex, blocks_for(width, kThreads), kThreads, add_row_blocks<T>, total.as<T>(), partial, blocks,
            width);
   });
+}
+// In packs of 16 bytes where the rows of these tensors allow it.
+template <class Value, class T, class... Rows>
+void sum_wide_columns(const Exec& ex, const TensorView& total, const Value& value, std::int64_t rows,
+                      const T* first, const Rows*... more) {
+  if (packs<kPack<T>>(total.elements(), first, more...)) return sum_columns<kPack<T>>(ex, total, value, rows);
+  sum_columns<1>(ex, total, value, rows);
 }
 
 }  // namespace upmoe::cuda

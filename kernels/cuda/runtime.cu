@@ -156,9 +156,9 @@ void* raw(Stream& stream) {
   return static_cast<cuda::CudaStream&>(stream).raw();
 }
 
-Event::Event() {
+Event::Event(bool timed) {
   cudaEvent_t event = nullptr;
-  cuda::check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  cuda::check(cudaEventCreateWithFlags(&event, timed ? cudaEventDefault : cudaEventDisableTiming));
   event_ = event;
 }
 
@@ -181,6 +181,13 @@ bool Event::has_passed() const {
   if (status == cudaErrorNotReady) return false;
   cuda::check(status);
   return true;
+}
+
+double Event::seconds_since(const Event& earlier) const {
+  float milliseconds = 0;
+  cuda::check(cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(earlier.event_),
+                                   static_cast<cudaEvent_t>(event_)));
+  return static_cast<double>(milliseconds) * 1e-3;
 }
 
 void copy(Stream& stream, std::byte* to, const std::byte* from, std::size_t bytes) {

@@ -1,6 +1,7 @@
 #pragma once
 // The one switch from a checked op entry to a backend.
 
+#include <span>
 #include <utility>
 
 #include "kernels/core/exec.h"
@@ -18,6 +19,9 @@ inline void show(OpWatcher& w, const TensorView* t) {
 }
 inline void show(OpWatcher& w, const ConstTensorView* t) {
   if (t != nullptr) w.reads(*t);
+}
+inline void show(OpWatcher& w, const std::span<const ConstTensorView>& parts) {
+  for (const ConstTensorView& t : parts) w.reads(t);
 }
 template <class T>
 void show(OpWatcher&, const T&) {}  // no tensor

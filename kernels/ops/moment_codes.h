@@ -16,43 +16,66 @@ namespace upmoe {
 constexpr std::int64_t kMomentBlock = 256;  // elements that share a scale
 constexpr std::uint32_t kNearest = 128;
 
-// Top: the exponent field of 1; values below 2^(1-Top) are multiples of 2^(-2-Top).
-template <int Top>
-constexpr std::uint32_t encode_unit(float x, std::uint32_t random) {
+// Top: the exponent field of 1; values below 2^(1-Top) are multiples of 2^(-2-Top). With 20 bits more, a code
+// is the upper part of an fp32 of another exponent range, in which those small values are denormal numbers:
+// one multiplication leads there, and back. A GPU takes that way; on processors, where denormal numbers are
+// slow, small values are rounded to the same integers (nearest, ties to even) by the addition of 2^23.
+template <int Top, bool kDenormals>
+constexpr std::uint32_t fine_code(float x) {
   constexpr std::uint32_t kBias = 127 - Top;  // from a code's exponent to an fp32's
-  constexpr float kParts = static_cast<float>(std::uint64_t{1} << (Top + 2 + 8));
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  if (bits >> 23 <= kBias) return (static_cast<std::uint32_t>(x * kParts) + random) >> 8;
-  const std::uint32_t code = ((bits + (random << 12 | 0x800u)) >> 20) - (kBias << 3);
+  if constexpr (kDenormals) {
+    constexpr float kDown = std::bit_cast<float>((127 - kBias) << 23);
+    return std::bit_cast<std::uint32_t>(x * kDown);
+  } else {
+    constexpr float kParts = static_cast<float>(std::uint64_t{1} << (Top + 2 + 20));
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    if (bits >> 23 <= kBias) return std::bit_cast<std::uint32_t>(x * kParts + 8388608.0f) - 0x4b000000u;
+    return bits - (kBias << 23);
+  }
+}
+
+template <int Top, bool kDenormals>
+constexpr std::uint32_t encode_unit(float x, std::uint32_t random) {
+  const std::uint32_t code = (fine_code<Top, kDenormals>(x) + (random << 12 | 0x800u)) >> 20;
   return code < (Top << 3) ? code : Top << 3;
 }
 
-template <int Top>
+template <int Top, bool kDenormals>
 constexpr float decode_unit(std::uint32_t code) {
   constexpr std::uint32_t kBias = 127 - Top;
-  constexpr float kPart = 1.0f / static_cast<float>(std::uint64_t{1} << (Top + 2));
-  if (code < 8) return static_cast<float>(code) * kPart;
-  return std::bit_cast<float>((code + (kBias << 3)) << 20);
+  if constexpr (kDenormals) {
+    constexpr float kUp = std::bit_cast<float>((127 + kBias) << 23);
+    return std::bit_cast<float>(code << 20) * kUp;
+  } else {
+    constexpr float kPart = 1.0f / static_cast<float>(std::uint64_t{1} << (Top + 2));
+    if (code < 8) return static_cast<float>(code) * kPart;
+    return std::bit_cast<float>((code + (kBias << 3)) << 20);
+  }
 }
 
 // First moment: a sign and 7 bits, down to 2^-17 of the block's largest. x in [-1, 1].
+template <bool kDenormals = false>
 constexpr std::uint8_t encode_first(float x, std::uint32_t random) {
-  const std::uint32_t sign = std::bit_cast<std::uint32_t>(x) >> 31;
-  return static_cast<std::uint8_t>(sign << 7 | encode_unit<15>(sign != 0 ? -x : x, random));
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  const float size = std::bit_cast<float>(bits & 0x7fffffffu);
+  return static_cast<std::uint8_t>(bits >> 31 << 7 | encode_unit<15, kDenormals>(size, random));
 }
+template <bool kDenormals = false>
 constexpr float decode_first(std::uint8_t code) {
-  const float size = decode_unit<15>(code & 0x7fu);
-  return (code & 0x80u) != 0 ? -size : size;
+  const float size = decode_unit<15, kDenormals>(code & 0x7fu);
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(size) | (code & 0x80u) << 24);
 }
 
 // Second moment: 8 bits, down to 2^-33 of the block's largest. What is not zero stays so: an element that is
 // divided by the root of nothing would leap. x in [0, 1].
+template <bool kDenormals = false>
 constexpr std::uint8_t encode_second(float x, std::uint32_t random) {
-  const std::uint32_t code = encode_unit<31>(x, random);
+  const std::uint32_t code = encode_unit<31, kDenormals>(x, random);
   return static_cast<std::uint8_t>(code == 0 && x > 0 ? 1 : code);
 }
+template <bool kDenormals = false>
 constexpr float decode_second(std::uint8_t code) {
-  return decode_unit<31>(code);
+  return decode_unit<31, kDenormals>(code);
 }
 
 // What a block is divided by to lie in [0, 1]; 0 for a block of nothing (or of numbers below fp32's normal
@@ -61,11 +84,14 @@ constexpr float inverse_of_scale(float scale) {
   return scale < 1.1754944e-38f ? 0.0f : 1.0f / scale;
 }
 
-// To bf16, up or down by chance (16 bits), so that the mean of many roundings is x.
+// To bf16, up or down by chance (16 bits), so that the mean of many roundings is x. Infinity stays, NaN is
+// quiet.
 constexpr bf16 round_by_chance(float x, std::uint32_t random) {
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return to_bf16(x);  // not finite
-  return bf16{static_cast<std::uint16_t>((bits + random) >> 16)};
+  auto bits = std::bit_cast<std::uint32_t>(x);
+  const std::uint32_t size = bits & 0x7fffffffu;
+  bits += size < 0x7f800000u ? random : 0;
+  bits |= size > 0x7f800000u ? 0x00400000u : 0;
+  return bf16{static_cast<std::uint16_t>(bits >> 16)};
 }
 
 }  // namespace upmoe

@@ -66,13 +66,18 @@ void scale(Exec& ex, TensorView x, float factor) {
   dispatch(ex, cpu::scale, cuda::scale, x, factor);
 }
 
-void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x) {
+void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts) {
   check_scratch(ex);
-  check_float(x, "x");
-  check_tensor(ex, x, x.shape, x.dtype, "x");
   check_tensor(ex, sum_1, {1}, DType::kF64, "sum_1");
-  ex.book("sum_of_squares", 2 * count_of(x), bytes_of(x) + bytes_of(sum_1), bytes_of(sum_1));
-  dispatch(ex, cpu::sum_of_squares, cuda::sum_of_squares, sum_1, x);
+  double elements = 0, bytes = 0;
+  for (const ConstTensorView& x : parts) {
+    check_float(x, "x");
+    check_tensor(ex, x, x.shape, x.dtype, "x");
+    elements += count_of(x);
+    bytes += bytes_of(x);
+  }
+  ex.book("sum_of_squares", 2 * elements, bytes + bytes_of(sum_1), bytes_of(sum_1));
+  dispatch(ex, cpu::sum_of_squares, cuda::sum_of_squares, sum_1, parts);
 }
 
 void sum(Exec& ex, TensorView sum_1, ConstTensorView x) {

@@ -1,6 +1,8 @@
 #pragma once
 // Elementwise work over whole tensors. fp32 and bf16.
 
+#include <span>
+
 #include "kernels/core/exec.h"
 
 namespace upmoe::ops {
@@ -12,8 +14,12 @@ void copy_columns(Exec& ex, TensorView out_TM, std::int64_t out_begin, ConstTens
                   std::int64_t in_begin, std::int64_t width);
 void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b);  // out may alias a or b
 void scale(Exec& ex, TensorView x, float factor);
-// sum_1 (fp64) += sum of x^2 in fp64, in an order that does not depend on the number of threads.
-void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x);
+// sum_1 (fp64) += sum of x^2 over all parts in fp64, in an order that does not depend on the number of
+// threads. Parts may differ in dtype.
+void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts);
+inline void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x) {
+  sum_of_squares(ex, sum_1, std::span<const ConstTensorView>(&x, 1));
+}
 // sum_1 (fp64) += sum of x (fp32) in fp64, likewise ordered.
 void sum(Exec& ex, TensorView sum_1, ConstTensorView x);
 

@@ -1,10 +1,11 @@
 // Training steps of Qwen1.5-MoE-A2.7B's shape, or of fewer of its layers, from random weights on random
 // tokens: one line of JSON for each step, and one for the memory. Writes no checkpoint. One rank; mpirun is
-// for `upmoe train`.
+// for `upmoe train`. --profile: the last step is run once more, and its time is shared out among its ops.
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <filesystem>
+#include <map>
 #include <random>
 
 #include "data/token_file_writer.h"
@@ -21,7 +22,7 @@ struct Options {
   std::int64_t tokens = 16384, seq_len = 2048, width = 2048, heads = 16, expert_width = 1408,
                shared_width = 5632, vocab = 151936;
   std::string optimizer = "adamw8bit", precision = "bf16", recompute = "none", device = "auto";
-  bool offload = false;
+  bool offload = false, profile = false, any_order = false;
 };
 
 Options parse(int argc, char** argv) {
@@ -42,6 +43,8 @@ Options parse(int argc, char** argv) {
   app.add_option("--precision", o.precision);
   app.add_option("--recompute", o.recompute);
   app.add_flag("--offload", o.offload, "optimizer state in the host's memory");
+  app.add_flag("--any-order", o.any_order, "train.deterministic: false");
+  app.add_flag("--profile", o.profile, "on a GPU: milliseconds of each op");
   app.add_option("--device", o.device);
   try {
     app.parse(argc, argv);
@@ -76,6 +79,7 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   r.train.global_batch = r.train.micro_batch = o.tokens / o.seq_len;
   r.train.precision = o.precision;
   r.train.recompute = o.recompute;
+  r.train.deterministic = !o.any_order;
   r.parallel.reduce = o.precision;
   r.optimizer.name = o.optimizer;
   r.optimizer.lr = 1e-4;
@@ -85,7 +89,7 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
 }
 
 std::filesystem::path random_tokens(const Options& o) {
-  std::vector<std::uint32_t> tokens(static_cast<std::size_t>(o.tokens * o.steps + 1));
+  std::vector<std::uint32_t> tokens(static_cast<std::size_t>(o.tokens * (o.steps + 1) + 1));
   std::minstd_rand random(1);
   for (std::uint32_t& t : tokens)
     t = static_cast<std::uint32_t>(random() % static_cast<std::uint64_t>(o.vocab));
@@ -94,10 +98,47 @@ std::filesystem::path random_tokens(const Options& o) {
   return path;
 }
 
+// From the place in the stream where an op is booked to the next such place: what it takes there, with what
+// the host kept the stream waiting. (Copies that no op books, and work done twice, count with the op before.)
+void profile(Session& s, Trainer& trainer, std::int64_t step) {
+  std::vector<std::pair<std::string, std::unique_ptr<gpu::Event>>> points;
+  const auto point = [&](std::string_view op) {
+    points.emplace_back(op, std::make_unique<gpu::Event>(true));
+    points.back().second->record(*s.memory.stream);
+  };
+  point("before the first");
+  s.memory.ledger.listen(point);
+  trainer.step(step);
+  point("end");
+  s.memory.ledger.listen({});
+  s.memory.stream->synchronize();
+  struct Sum {
+    double seconds = 0;
+    int calls = 0;
+  };
+  std::map<std::string, Sum> by_op;
+  for (std::size_t i = 0; i + 1 < points.size(); ++i) {
+    Sum& sum = by_op[points[i].first];
+    sum.seconds += points[i + 1].second->seconds_since(*points[i].second);
+    ++sum.calls;
+  }
+  for (const auto& [op, sum] : by_op) {
+    const auto cost = s.memory.ledger.entries().find(op);
+    const double flops = cost == s.memory.ledger.entries().end() ? 0 : cost->second.flops;
+    const double bytes =
+        cost == s.memory.ledger.entries().end() ? 0 : cost->second.bytes_read + cost->second.bytes_written;
+    fmt::print(
+        R"({{"op": "{}", "calls": {}, "milliseconds": {:.3f}, "tflops": {:.1f}, "gbytes_per_s": {:.0f}}})"
+        "\n",
+        op, sum.calls, sum.seconds * 1e3, flops / sum.seconds * 1e-12, bytes / sum.seconds * 1e-9);
+  }
+}
+
 void run(const Options& o, Runtime& runtime) {
   UPMOE_CHECK(o.seq_len > 0 && o.tokens % o.seq_len == 0, "{} tokens in sequences of {}", o.tokens,
               o.seq_len);
   const Device device = runtime.choose_device(o.device);
+  if (o.profile && device.type != DeviceType::kCuda) fail(ExitCode::kUsage, "--profile: times a GPU's ops");
   const std::filesystem::path tokens = random_tokens(o);
   const RunConfig config = run_of(o, tokens);
   const ModelConfig model = model_of(o);
@@ -121,6 +162,7 @@ void run(const Options& o, Runtime& runtime) {
              "\n",
              device.type == DeviceType::kCuda ? gpu::name_of(device.index) : "cpu", s.params.bytes(),
              s.optimizer.bytes(), s.memory.scratch.peak());
+  if (o.profile) profile(s, trainer, o.steps + 1);
   std::filesystem::remove(tokens);
 }
 

@@ -1,6 +1,7 @@
 #include "tests/bench/gpu_bench.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <random>
@@ -93,12 +94,14 @@ Tensor::Tensor(Shape s, DType dtype, std::int64_t limit)
 
 double seconds_of(const std::function<void()>& work) {
   const int times = repetitions(work);
-  double best = 1e9;
-  for (int go = 0; go < 5; ++go)
-    best = std::min(best, one_go([&] {
-                            for (int i = 0; i < times; ++i) work();
-                          }) / times);
-  return best;
+  std::array<double, 5> seconds{};
+  for (double& s : seconds)
+    s = one_go([&] {
+          for (int i = 0; i < times; ++i) work();
+        }) /
+        times;
+  std::sort(seconds.begin(), seconds.end());
+  return seconds[seconds.size() / 2];
 }
 
 double peak_flops() {

@@ -29,7 +29,7 @@ struct Tensor {
   Tensor(Shape shape, DType dtype, std::int64_t limit = 0);
 };
 
-double seconds_of(const std::function<void()>& work);  // the shortest of a few goes
+double seconds_of(const std::function<void()>& work);  // the median of five goes of many calls each
 double peak_flops();  // per second: the product of two 8192 x 8192 bf16 matrices (512 when small)
 double peak_bytes();  // per second: a sum of two arrays into a third
 

@@ -101,14 +101,17 @@ void add_attention(const std::string& name, std::int64_t t) {
     const Held out = make({t, q}), lse = make({t, a.heads}, DType::kF32), qkv = make({t, a.qkv_width()});
     return [=](Exec& ex) { ops::attention_forward(ex, out->view, lse->view, qkv->view, a, nullptr); };
   });
-  add("attention_backward/" + name, [=] {
-    const Held out = make({t, q}), lse = make({t, a.heads}, DType::kF32), qkv = make({t, a.qkv_width()}),
-               dqkv = make({t, a.qkv_width()}), dout = make({t, q});
-    ops::attention_forward(exec(), out->view, lse->view, qkv->view, a, nullptr);
-    return [=](Exec& ex) {
-      ops::attention_backward(ex, dqkv->view, dout->view, qkv->view, out->view, lse->view, a, nullptr);
-    };
-  });
+  for (const bool deterministic : {true, false})
+    add((deterministic ? "attention_backward/" : "attention_backward_any_order/") + name, [=] {
+      const Held out = make({t, q}), lse = make({t, a.heads}, DType::kF32), qkv = make({t, a.qkv_width()}),
+                 dqkv = make({t, a.qkv_width()}), dout = make({t, q});
+      ops::attention_forward(exec(), out->view, lse->view, qkv->view, a, nullptr);
+      return [=](Exec& ex) {
+        Exec one = ex;
+        one.deterministic = deterministic;
+        ops::attention_backward(one, dqkv->view, dout->view, qkv->view, out->view, lse->view, a, nullptr);
+      };
+    });
   add("rope/" + name, [=] {
     const Held qkv = make({t, a.qkv_width()}), positions = make({t}, DType::kI32, a.seq_len);
     return [=](Exec& ex) { ops::rope(ex, qkv->view, positions->view, a, 1e6, false); };
@@ -163,6 +166,47 @@ void add_rows(const std::string& name, std::int64_t t) {
   });
 }
 
+void add_router(const std::string& name, std::int64_t t) {
+  const ModelShape& m = shape();
+  const std::int64_t e = m.experts, k = m.top_k;
+  add("route_tokens/" + name, [=] {
+    const Held probs = make({t, e}, DType::kF32), index = make({t, k}, DType::kI32, e),
+               weight = make({t, k}, DType::kF32), lse = make({t}, DType::kF32),
+               logits = make({t, e}, DType::kF32);
+    return [=](Exec& ex) {
+      ops::route_tokens(ex, probs->view, index->view, weight->view, lse->view, logits->view, false);
+    };
+  });
+  add("route_tokens_backward/" + name, [=] {
+    const Held dlogits = make({t, e}, DType::kF32), dweight = make({t, k}, DType::kF32),
+               aux = make({e}, DType::kF32), probs = make({t, e}, DType::kF32),
+               index = make({t, k}, DType::kI32, e), weight = make({t, k}, DType::kF32),
+               lse = make({t}, DType::kF32);
+    return [=](Exec& ex) {
+      ops::route_tokens_backward(ex, dlogits->view, dweight->view, aux->view, 0.0f, probs->view, index->view,
+                                 weight->view, lse->view, false);
+    };
+  });
+  add("balance_stats/" + name, [=] {
+    const Held stats = make({3, e}, DType::kF64), z = make({1}, DType::kF64),
+               probs = make({t, e}, DType::kF32), index = make({t, k}, DType::kI32, e),
+               lse = make({t}, DType::kF32);
+    return
+        [=](Exec& ex) { ops::balance_stats(ex, stats->view, z->view, probs->view, index->view, lse->view); };
+  });
+  add("sigmoid_gate_backward/" + name, [=] {
+    const Held dx = make({t, m.width}), dw = make({1, m.width}), dgate = make({t}, DType::kF32),
+               gate = make({t}, DType::kF32), x = make({t, m.width}), w = make({1, m.width});
+    return [=](Exec& ex) {
+      ops::sigmoid_gate_backward(ex, dx->view, dw->view, dgate->view, gate->view, x->view, w->view);
+    };
+  });
+  add("bias_backward/" + name, [=] {
+    const Held db = make({3 * m.width}), dy = make({t, 3 * m.width});
+    return [=](Exec& ex) { ops::bias_backward(ex, db->view, dy->view); };
+  });
+}
+
 void add_ends(const std::string& name, std::int64_t t) {
   const ModelShape& m = shape();
   const std::int64_t chunk = std::min<std::int64_t>(t, 4096);
@@ -173,9 +217,16 @@ void add_ends(const std::string& name, std::int64_t t) {
   });
   add(fmt::format("cross_entropy/{}", chunk), [=] {
     const Held loss = make({chunk}, DType::kF32), logits = make({chunk, m.vocab}, DType::kF32),
-               targets = make({chunk}, DType::kI32, m.vocab);
+               targets = make({chunk}, DType::kI32, m.vocab), dlogits = make({chunk, m.vocab});
     return [=](Exec& ex) {
-      ops::cross_entropy(ex, loss->view, &logits->view, logits->view, targets->view, 1.0f);
+      ops::cross_entropy(ex, loss->view, &dlogits->view, logits->view, targets->view, 1.0f);
+    };
+  });
+  add(fmt::format("gemm_logits/{}", chunk), [=] {
+    const Held logits = make({chunk, m.vocab}, DType::kF32), x = make({chunk, m.width}),
+               w = make({m.vocab, m.width});
+    return [=](Exec& ex) {
+      ops::gemm(ex, logits->view, x->view, Transpose::kNo, w->view, Transpose::kYes, Accumulate::kOverwrite);
     };
   });
 }
@@ -217,6 +268,7 @@ void add_ops(std::int64_t t) {
   static bool first = true;
   if (first) add_optimizers();
   first = false;
+  add_linear("output/" + name, t, m.width, m.width);
   add_linear("qkv/" + name, t, 3 * m.width, m.width);
   add_linear("shared_gate_up/" + name, t, 2 * m.shared_width, m.width);
   add_linear("shared_down/" + name, t, m.width, m.shared_width);
@@ -224,6 +276,7 @@ void add_ops(std::int64_t t) {
   add_grouped("down/" + name, t * m.top_k, m.width, m.expert_width);
   add_attention(name, t);
   add_rows(name, t);
+  add_router(name, t);
   add_ends(name, t);
 }
 

@@ -18,20 +18,23 @@ EXPERTS, TOP_K, EXPERT_WIDTH, SHARED_WIDTH = 60, 4, 1408, 5632
 results = []
 
 
-def milliseconds(work, goes=15, warmup=3):
+def milliseconds(work, goes=5, warmup=3):
+    """Of one call: the median of a few goes of many calls each, as bench_gpu has it."""
     import torch
 
-    for _ in range(warmup):
-        work()
-    times = []
-    for _ in range(goes):
+    def go(calls):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        work()
+        for _ in range(calls):
+            work()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times)
+        return start.elapsed_time(end) / calls
+
+    for _ in range(warmup):
+        once = go(1)
+    calls = max(1, min(200, int(50 / once)))
+    return median(go(calls) for _ in range(goes))
 
 
 def record(name, work, flops=0.0, **more):
@@ -150,11 +153,11 @@ def main():
         record(f"attention_forward/{tokens}", lambda t=tokens: attention(t, False), seen)
         record(f"attention_forward_backward/{tokens}", lambda t=tokens: attention(t, True), 3.5 * seen)
         record(f"grouped_mm gate_up/{tokens}", lambda t=tokens: grouped(t), 4.0 * tokens * TOP_K * WIDTH * EXPERT_WIDTH)
-        for name in ("grouped_mm", "batched_mm", "eager"):
+        for name in ("grouped_mm", "eager"):
             record(f"layer_forward_backward/{tokens}", lambda t=tokens, n=name: layer(t, n), experts=name)
-    for name in ("grouped_mm", "eager"):
-        record(f"step of {args.layers} layers/{args.tokens[0]}", lambda n=name: step(args.tokens[0], args.layers, n),
-               experts=name)
+        for name in ("grouped_mm", "eager"):
+            record(f"step of {args.layers} layers/{tokens}", lambda t=tokens, n=name: step(t, args.layers, n),
+                   experts=name)
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

@@ -66,6 +66,43 @@ TEST(CublasLt, ExpertsRunSideBySideWithWorkspacesOfTheirOwn) {
   for (const auto& [workspace, streams] : streams_of_workspace) EXPECT_EQ(streams.size(), 1u);
 }
 
+// Routing gives every expert other numbers of rows at every step.
+TEST(CublasLt, ChoosesNothingNewForOtherNumbersOfRows) {
+  OpExec ex;
+  const std::int64_t k = 128, n = 128;  // rows of 256 bytes: all begin aligned alike
+  const HostTensor x = random_tensor({700, k}, DType::kBF16, 1),
+                   w = random_tensor({3, n, k}, DType::kBF16, 2),
+                   dy = random_tensor({700, n}, DType::kBF16, 3);
+  const auto run = [&](std::int64_t first, std::int64_t second) {
+    const std::vector<std::int64_t> offsets{0, first, first + second, 700};
+    HostTensor y({700, n}, DType::kBF16), dx({700, k}, DType::kBF16), dw({3, n, k}, DType::kBF16);
+    ops::grouped_gemm_forward(ex, y, x, w, offsets);
+    ops::grouped_gemm_dgrad(ex, dx, dy, w, offsets);
+    ops::grouped_gemm_wgrad(ex, dw, dy, x, offsets, Accumulate::kOverwrite);
+    finish_ops();
+  };
+  run(129, 270);  // and 301: chosen for 256, 512, 512
+  const int before = fake_cuda::heuristic_calls();
+  run(161, 304);
+  run(255, 257);
+  EXPECT_EQ(fake_cuda::heuristic_calls(), before);
+}
+
+TEST(CublasLt, AnAlgorithmThatRefusesTheRowsIsReplacedByOneForThem) {
+  OpExec ex;
+  const std::vector<std::int64_t> offsets{0, 5, 12};
+  const HostTensor x = random_tensor({12, 8}, DType::kF32, 1), w = random_tensor({2, 6, 8}, DType::kF32, 2);
+  HostTensor y({12, 6}, DType::kF32), again({12, 6}, DType::kF32);
+  ops::grouped_gemm_forward(ex, y, x, w, offsets);
+  finish_ops();
+  fake_cuda::fail_next("cublasLtMatmul", 1);
+  const int before = fake_cuda::heuristic_calls();
+  ops::grouped_gemm_forward(ex, again, x, w, offsets);
+  finish_ops();
+  EXPECT_EQ(fake_cuda::heuristic_calls() - before, 1);
+  EXPECT_EQ(y.values(), again.values());
+}
+
 TEST(CublasLt, NoAlgorithmIsAnErrorWithTheShape) {
   OpExec ex;
   const HostTensor x = random_tensor({31, 9}, DType::kF32, 1), w = random_tensor({11, 9}, DType::kF32, 2);

@@ -73,6 +73,24 @@ TEST(CudnnPlans, AreMadeOncePerShape) {
   finish_ops();
 }
 
+TEST(CudnnPlans, AreInOrderUnlessAskedOtherwise) {
+  OpExec ex;
+  Exec& exec = ex;
+  const AttentionShape s{2, 1, 32, 14};
+  const int before = fake_cuda::cudnn_any_order_builds();
+  const Result ordered = attend(ex, s, 2, false);
+  EXPECT_EQ(fake_cuda::cudnn_any_order_builds(), before);
+  exec.deterministic = false;
+  const Result any_order = attend(ex, s, 2, false);
+  attend(ex, s, 2, false);
+  EXPECT_EQ(fake_cuda::cudnn_any_order_builds(), before + 1) << "backward's plan alone, once";
+  exec.deterministic = true;
+  attend(ex, s, 2, false);
+  EXPECT_EQ(fake_cuda::cudnn_any_order_builds(), before + 1);
+  finish_ops();
+  expect_same(any_order, ordered);
+}
+
 TEST(CudnnPlans, RefusedOnesAreComputedByThePortableKernelAndTold) {
   OpExec ex;
   const AttentionShape s{2, 2, 40, 21};

@@ -3,8 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <array>
-#include <optional>
+#include <memory>
 #include <thread>
+#include <vector>
 
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
@@ -111,21 +112,35 @@ TEST(GemmRounding, AddsToBf16WithOneRounding) {
   EXPECT_EQ(c.get(0), 258);
 }
 
+// Each rank with a stream of its own, as ranks have them; the tests' tensors come and go on another one.
 TEST(GemmThreads, RanksAsThreadsShareNothing) {
-  const auto product = [](DType dtype) {
-    Case test({33, 47, 65, Transpose::kNo, Transpose::kYes}, {dtype, DType::kF32});
+  struct Rank {
+    Case test;
     OpExec ex;
-    for (int i = 0; i < 20; ++i) test.run(ex, Accumulate::kAdd);
-    return test.c;
+    std::unique_ptr<Stream> stream;
+    explicit Rank(DType dtype) : test({33, 47, 65, Transpose::kNo, Transpose::kYes}, {dtype, DType::kF32}) {
+      if (on_gpu()) stream = gpu::make_stream();
+      static_cast<Exec&>(ex).stream = stream.get();
+      test.c.view(), static_cast<void>(ConstTensorView(test.a)), static_cast<void>(ConstTensorView(test.b));
+    }
+    void work() {
+      if (on_gpu()) gpu::use(0);
+      for (int i = 0; i < 20; ++i) test.run(ex, Accumulate::kAdd);
+      if (stream != nullptr) stream->synchronize();
+    }
   };
-  const HostTensor expected_f32 = product(DType::kF32), expected_bf16 = product(DType::kBF16);
-  std::array<std::optional<HostTensor>, 4> results;
-  std::vector<std::thread> ranks;
-  for (std::size_t r = 0; r < results.size(); ++r)
-    ranks.emplace_back([&, r] { results[r] = product(r % 2 == 0 ? DType::kF32 : DType::kBF16); });
-  for (std::thread& rank : ranks) rank.join();
-  for (std::size_t r = 0; r < results.size(); ++r)
-    EXPECT_TRUE(*results[r] == (r % 2 == 0 ? expected_f32 : expected_bf16)) << "rank " << r;
+  Rank expected_f32(DType::kF32), expected_bf16(DType::kBF16);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int r = 0; r < 4; ++r)
+    ranks.push_back(std::make_unique<Rank>(r % 2 == 0 ? DType::kF32 : DType::kBF16));
+  finish_ops();
+  expected_f32.work();
+  expected_bf16.work();
+  std::vector<std::thread> threads;
+  for (const auto& rank : ranks) threads.emplace_back([&rank] { rank->work(); });
+  for (std::thread& t : threads) t.join();
+  for (std::size_t r = 0; r < ranks.size(); ++r)
+    EXPECT_TRUE(ranks[r]->test.c == (r % 2 == 0 ? expected_f32 : expected_bf16).test.c) << "rank " << r;
 }
 
 TEST(GemmChecks, RejectWhatDoesNotFit) {

@@ -7,6 +7,7 @@
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_linear.h"
+#include "tests/support/tolerance.h"
 
 namespace upmoe::test {
 namespace {
@@ -140,6 +141,7 @@ TEST_P(GroupedGemm, AnExpertDoesNotDependOnTheOthers) {
   }
 }
 
+// To the bit on the CPU; on a GPU other numbers of rows may have another algorithm.
 TEST_P(GroupedGemm, ARowDoesNotDependOnTheOtherRows) {
   Problem p = problem({101}, 70, 45);
   p.run(ex, Accumulate::kOverwrite);
@@ -147,7 +149,8 @@ TEST_P(GroupedGemm, ARowDoesNotDependOnTheOtherRows) {
     HostTensor y({rows, p.n}, p.out);
     const Offsets offsets{0, rows};
     ops::grouped_gemm_forward(ex, y, ConstTensorView(p.x).rows(0, rows), p.w, offsets);
-    EXPECT_EQ(y.values(), part(p.y.values(), 0, rows * p.n)) << rows;
+    const Tolerance same = on_gpu() ? rounding_of(p.out) : Tolerance{0, 0};
+    expect_close(y.values(), part(p.y.values(), 0, rows * p.n), same, fmt::format("{} rows", rows));
   }
 }
 

@@ -136,13 +136,26 @@ TEST(Pointwise, SumsInDouble) {
 
 TEST(Pointwise, SumsAreTheSameForAnyNumberOfThreads) {
   const HostTensor x = random_tensor({100003}, DType::kF32, 1);
-  for (const auto op : {ops::sum_of_squares, ops::sum})
+  for (const bool squares : {true, false})
     expect_same_for_any_threads([&] {
       OpExec ex;
       HostTensor out = filled({1}, DType::kF64, 0);
-      op(ex, out, x);
+      squares ? ops::sum_of_squares(ex, out, x) : ops::sum(ex, out, x);
       return out;
     });
+}
+
+TEST(Pointwise, SquaresOfSeveralTensors) {
+  OpExec ex;
+  const HostTensor one = random_tensor({70001}, DType::kF32, 1), two = random_tensor({3, 5}, DType::kBF16, 2),
+                   none({0}, DType::kF32);
+  const std::vector<ConstTensorView> parts{one, none, two};
+  HostTensor together = filled({1}, DType::kF64, 7), apart = filled({1}, DType::kF64, 7);
+  ops::sum_of_squares(ex, together, parts);
+  for (const ConstTensorView& x : parts) ops::sum_of_squares(ex, apart, x);
+  EXPECT_NEAR(together.get(0), apart.get(0), 1e-9 * apart.get(0));
+  ops::sum_of_squares(ex, apart, std::span<const ConstTensorView>());
+  EXPECT_NEAR(together.get(0), apart.get(0), 1e-9 * apart.get(0));
 }
 
 TEST(Pointwise, SumOfSquaresDoesNotOverflow) {

@@ -171,7 +171,7 @@ TEST(Features, CodedMoments) {
 
 TEST(Features, RecomputationIsTheSameToTheBit) {
   for (const MeshSpec& mesh : all_axes())
-    for (const char* recompute : {"swiglu", "ffn", "block"}) {
+    for (const char* recompute : {"swiglu", "routed_up", "up", "ffn", "block"}) {
       Layout l{"moe_mixed", mesh, 1};
       const Outcome kept = run_in_layout(l);
       l.recompute = recompute;

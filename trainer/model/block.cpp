@@ -7,9 +7,12 @@ namespace upmoe {
 Recompute recompute_from(const std::string& name) {
   if (name == "none") return Recompute::kNone;
   if (name == "swiglu") return Recompute::kSwiglu;
+  if (name == "routed_up") return Recompute::kRoutedUp;
+  if (name == "up") return Recompute::kUp;
   if (name == "ffn") return Recompute::kFfn;
   if (name == "block") return Recompute::kBlock;
-  fail(ExitCode::kUsage, "train.recompute: found '{}', expected none, ffn or block", name);
+  fail(ExitCode::kUsage, "train.recompute: found '{}', expected none, swiglu, routed_up, up, ffn or block",
+       name);
 }
 
 // norm1, attention, residual, norm2: fills saved up to normed2_TD.

@@ -13,13 +13,11 @@
 
 namespace upmoe {
 
-enum class Recompute {
-  kNone,
-  kSwiglu,
-  kFfn,
-  kBlock
-};  // kSwiglu: what lies between the two products of a feed-forward network, an elementwise op; kFfn: the
-    // feed-forward half; kBlock: everything but the block's input
+// What backward makes again instead of keeping it, each with what stands before it: kSwiglu, what lies
+// between the two products of a feed-forward network (an elementwise op) and the rows that experts are given
+// (copies, where one rank has all experts); kRoutedUp, the experts' first product; kUp, that of dense
+// networks and of the shared expert; kFfn, the feed-forward half; kBlock, everything but the block's input.
+enum class Recompute { kNone, kSwiglu, kRoutedUp, kUp, kFfn, kBlock };
 Recompute recompute_from(const std::string& name);
 
 struct Block {

@@ -8,23 +8,25 @@ namespace upmoe {
 void DenseFfn::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& keep, Saved& saved) const {
   const std::int64_t T = x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   saved.x_tD = x_tD;
-  saved.gate_up_TG = keep.take({T, G}, x_tD.dtype, "ffn gate and up");
   if (keep_hidden) saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
   if (gate_1D) saved.gate_T = keep.take({T}, DType::kF32, "shared expert gate");
+  if (keep_gate_up) saved.gate_up_TG = keep.take({T, G}, x_tD.dtype, "ffn gate and up");
   ScratchScope scope(*ex.scratch);
+  const TensorView gate_up_TG =
+      keep_gate_up ? saved.gate_up_TG : ex.scratch->take({T, G}, x_tD.dtype, "ffn gate and up");
   const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
-  gate_up.forward(ex, saved.gate_up_TG, x_TD);
+  gate_up.forward(ex, gate_up_TG, x_TD);
   if (gate_1D) ops::sigmoid_gate_forward(ex, saved.gate_T, x_TD, gate_1D->value);
   const TensorView h_TF = keep_hidden ? saved.h_TF : ex.scratch->take({T, G / 2}, x_tD.dtype, "ffn hidden");
-  hidden(ex, h_TF, saved);
+  hidden(ex, h_TF, gate_up_TG, saved);
   PartialSum y(ex, *tp, y_tD);
   down.forward(ex, y.partial_TD(), h_TF);
   y.reduce(ex);
 }
 
-void DenseFfn::hidden(Exec& ex, TensorView h_TF, const Saved& saved) const {
+void DenseFfn::hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, const Saved& saved) const {
   const ConstTensorView gate_T = saved.gate_T;
-  ops::swiglu_forward(ex, h_TF, saved.gate_up_TG, gate_1D ? &gate_T : nullptr);
+  ops::swiglu_forward(ex, h_TF, gate_up_TG, gate_1D ? &gate_T : nullptr);
 }
 
 // dx_TD += and the gate's weight gradient += , from dgate_T.
@@ -41,26 +43,32 @@ void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T
 void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {
   ScratchScope scope(*ex.scratch);
   GatheredTokens dy(ex, *tp, dy_tD), x(ex, *tp, saved.x_tD);
-  const Shape hidden_shape{saved.gate_up_TG.shape[0], saved.gate_up_TG.shape[1] / 2};
-  TensorView dh_TF = ex.scratch->take(hidden_shape, dy_tD.dtype, "ffn hidden gradient"), h_TF = saved.h_TF;
-  if (!keep_hidden) {
-    h_TF = ex.scratch->take(hidden_shape, dy_tD.dtype, "ffn hidden, again");
-    Exec again = ex;
-    again.ledger = nullptr;  // work done twice is not model work
-    hidden(again, h_TF, saved);
+  Exec again = ex;
+  again.ledger = nullptr;  // work done twice is not model work
+  const std::int64_t T = saved.x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
+  ConstTensorView x_TD;
+  TensorView gate_up_TG = saved.gate_up_TG, h_TF = saved.h_TF;
+  if (!keep_gate_up) {
+    gate_up_TG = ex.scratch->take({T, G}, dy_tD.dtype, "ffn gate and up, again");
+    x_TD = x.finish();
+    gate_up.forward(again, gate_up_TG, x_TD);
   }
-  TensorView dgate_up_TG =
-      ex.scratch->take(saved.gate_up_TG.shape, saved.gate_up_TG.dtype, "ffn gate and up gradient");
+  TensorView dh_TF = ex.scratch->take({T, G / 2}, dy_tD.dtype, "ffn hidden gradient");
+  if (!keep_hidden) {
+    h_TF = ex.scratch->take({T, G / 2}, dy_tD.dtype, "ffn hidden, again");
+    hidden(again, h_TF, gate_up_TG, saved);
+  }
+  TensorView dgate_up_TG = ex.scratch->take({T, G}, dy_tD.dtype, "ffn gate and up gradient");
   down.backward(ex, dh_TF, Accumulate::kOverwrite, dy.finish(), h_TF);
   TensorView dgate_T;
   if (gate_1D) {
     dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");
     const ConstTensorView gate_T = saved.gate_T;
-    ops::swiglu_backward(ex, dgate_up_TG, &dgate_T, dh_TF, saved.gate_up_TG, &gate_T);
+    ops::swiglu_backward(ex, dgate_up_TG, &dgate_T, dh_TF, gate_up_TG, &gate_T);
   } else {
-    ops::swiglu_backward(ex, dgate_up_TG, nullptr, dh_TF, saved.gate_up_TG, nullptr);
+    ops::swiglu_backward(ex, dgate_up_TG, nullptr, dh_TF, gate_up_TG, nullptr);
   }
-  const ConstTensorView x_TD = x.finish();
+  if (keep_gate_up) x_TD = x.finish();
   PartialSum dx(ex, *tp, dx_tD);
   gate_up.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dgate_up_TG, x_TD);
   if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);

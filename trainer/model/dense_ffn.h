@@ -16,7 +16,7 @@ struct DenseFfn {
   Communicator* tp = nullptr;
   std::optional<Param>
       gate_1D;  // the shared expert's gate: multiplies the hidden row, which equals multiplying the output
-  bool keep_hidden = true;  // false: backward computes the hidden rows again
+  bool keep_hidden = true, keep_gate_up = true;  // false: backward computes those rows again
   struct Saved {
     ConstTensorView x_tD;
     TensorView gate_up_TG, h_TF, gate_T;
@@ -27,7 +27,7 @@ struct DenseFfn {
                 const Saved& saved) const;  // overwrites dx
 
  private:
-  void hidden(Exec& ex, TensorView h_TF, const Saved& saved) const;
+  void hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, const Saved& saved) const;
   void gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T, ConstTensorView x_TD,
                      const Saved& saved) const;
 };

@@ -1,6 +1,7 @@
 #include "trainer/model/lm_head.h"
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <vector>
 
@@ -14,11 +15,15 @@ namespace upmoe {
 
 namespace {
 
-constexpr std::int64_t kChunkElements = std::int64_t{1}
-                                        << 22;  // 16 MiB of fp32 logits: half of a last-level cache
+// On a CPU 16 MiB of fp32 logits, half of a last-level cache. On a GPU as many rows as keep a product busy
+// and make the weight's gradient, which every chunk reads and writes, a small part of it: up to 4 GiB of
+// logits.
+constexpr std::int64_t kChunkElements = std::int64_t{1} << 22, kGpuChunkElements = std::int64_t{1} << 30;
 
-std::int64_t rows_per_chunk(std::int64_t vocab) {
-  return std::max<std::int64_t>(64, kChunkElements / vocab);
+std::int64_t rows_per_chunk(DeviceType device, std::int64_t vocab) {
+  if (device == DeviceType::kCpu) return std::max<std::int64_t>(64, kChunkElements / vocab);
+  const auto rows = static_cast<std::uint64_t>(std::max<std::int64_t>(64, kGpuChunkElements / vocab));
+  return static_cast<std::int64_t>(std::bit_floor(rows));  // whole tiles
 }
 
 void show(Exec& ex, const LmHead::Sink& sink, std::int64_t begin, ConstTensorView logits_CV) {
@@ -51,7 +56,8 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTen
   std::optional<PartialSum> dx;
   if (dx_tD != nullptr) dx.emplace(ex, *tp, *dx_tD);
   const std::int64_t T = x_TD.rows(), V = weight_VD.value.shape[0], ranks = tp->size();
-  const std::int64_t chunk = rows_per_chunk((shard.total + ranks - 1) / ranks);  // the same on every rank
+  const std::int64_t chunk =
+      rows_per_chunk(ex.device.type, (shard.total + ranks - 1) / ranks);  // the same on every rank
   for (std::int64_t begin = 0; begin < T; begin += chunk) {
     const std::int64_t end = std::min(T, begin + chunk);
     ScratchScope scope(*ex.scratch);

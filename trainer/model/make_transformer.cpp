@@ -55,7 +55,9 @@ Block bind_block(const ModelConfig& config, const ParamStore& params, const Proc
                  Recompute recompute) {
   const auto eps = static_cast<float>(config.rms_norm_eps);
   const std::string layer = fmt::format("layers.{}.", i);
-  const bool keep_hidden = recompute != Recompute::kSwiglu;
+  // The last two make whole halves again, from what those keep meanwhile.
+  const bool some =
+      recompute == Recompute::kSwiglu || recompute == Recompute::kRoutedUp || recompute == Recompute::kUp;
   Block block;
   block.recompute = recompute;
   block.norm1 = {params.param(layer + "norm1_D", {config.hidden_size}), eps};
@@ -63,12 +65,15 @@ Block bind_block(const ModelConfig& config, const ParamStore& params, const Proc
   block.attention = bind_attention(config, params, mesh, layer);
   if (config.is_moe_layer(i)) {
     MoeLayer moe = bind_moe(config, params, mesh, layer);
-    moe.keep_hidden = keep_hidden;
-    if (moe.shared) moe.shared->keep_hidden = keep_hidden;
+    moe.keep_hidden = moe.keep_rows = !some;
+    moe.keep_gate_up = !some || recompute == Recompute::kSwiglu;
+    if (moe.shared) moe.shared->keep_hidden = !some;
+    if (moe.shared) moe.shared->keep_gate_up = recompute != Recompute::kUp;
     block.ffn = std::move(moe);
   } else {
     DenseFfn ffn = bind_ffn(params, mesh, layer + "ffn.");
-    ffn.keep_hidden = keep_hidden;
+    ffn.keep_hidden = !some;
+    ffn.keep_gate_up = recompute != Recompute::kUp;
     block.ffn = std::move(ffn);
   }
   return block;

@@ -25,16 +25,21 @@ void MoeLayer::route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) 
                      saved.probs_TE, saved.index_TK, saved.lse_T);
 }
 
-void MoeLayer::experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& saved) const {
+void MoeLayer::experts_forward(Exec& ex, TensorView y_RD, ConstTensorView x_RD, Arena& keep,
+                               Saved& saved) const {
   const std::int64_t R = saved.plan.received(), G = gate_up_eGD.value.shape[1];
-  saved.gate_up_RG = keep.take({R, G}, saved.x_RD.dtype, "expert gate and up");
-  if (keep_hidden) saved.h_RF = keep.take({R, G / 2}, saved.x_RD.dtype, "expert hidden");
+  const DType dtype = y_RD.dtype;
   ScratchScope scope(*ex.scratch);
-  const TensorView h_RF =
-      keep_hidden ? saved.h_RF : ex.scratch->take({R, G / 2}, saved.x_RD.dtype, "expert hidden");
-  ops::grouped_gemm_forward(ex, saved.gate_up_RG, saved.x_RD, gate_up_eGD.value, saved.plan.expert_offsets);
+  const auto memory = [&](bool kept, Shape shape, const char* what) {
+    return (kept ? keep : *ex.scratch).take(shape, dtype, what);
+  };
+  const TensorView gate_up_RG = memory(keep_gate_up, {R, G}, "expert gate and up"),
+                   h_RF = memory(keep_hidden, {R, G / 2}, "expert hidden");
+  if (keep_gate_up) saved.gate_up_RG = gate_up_RG;
+  if (keep_hidden) saved.h_RF = h_RF;
+  ops::grouped_gemm_forward(ex, gate_up_RG, x_RD, gate_up_eGD.value, saved.plan.expert_offsets);
   const ConstTensorView weight_R = saved.weight_R1.reshape({R});
-  ops::swiglu_forward(ex, h_RF, saved.gate_up_RG, &weight_R);
+  ops::swiglu_forward(ex, h_RF, gate_up_RG, &weight_R);
   ops::grouped_gemm_forward(ex, y_RD, h_RF, down_eDF.value, saved.plan.expert_offsets);
 }
 
@@ -89,13 +94,14 @@ void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& k
   } else {
     ops::fill(ex, y_TD, 0.0f);
   }
-  saved.x_RD = keep.take({R, D}, x_TD.dtype, "expert input");
+  const TensorView x_RD = (keeps_rows() ? keep : *ex.scratch).take({R, D}, x_TD.dtype, "expert input");
+  if (keeps_rows()) saved.x_RD = x_RD;
   saved.weight_R1 = keep.take({R, 1}, DType::kF32, "expert row weights");
   weights.finish(ex, saved.weight_R1);
-  finish_dispatch(ex, saved.x_RD, crossing, rows, saved);
+  finish_dispatch(ex, x_RD, crossing, rows, saved);
 
   TensorView y_RD = ex.scratch->take({R, D}, x_TD.dtype, "expert output");
-  experts_forward(ex, y_RD, keep, saved);
+  experts_forward(ex, y_RD, x_RD, keep, saved);
   FromExperts back(ex, group(), saved.plan, y_RD);
   add_to_tokens(ex, y_TD, back.finish(), saved);
 }
@@ -127,27 +133,54 @@ TensorView MoeLayer::weight_gradients(Exec& ex, ConstTensorView rows_N1, const S
 }
 
 void MoeLayer::experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,
-                                ConstTensorView dy_RD, const Saved& saved) const {
+                                ConstTensorView dy_RD, ConstTensorView gate_up_RG, const Saved& saved) const {
   const std::int64_t R = saved.plan.received();
   const auto& offsets = saved.plan.expert_offsets;
   ScratchScope scope(*ex.scratch);
-  TensorView dh_RF =
-      ex.scratch->take({R, saved.gate_up_RG.shape[1] / 2}, saved.gate_up_RG.dtype, "expert hidden gradient");
+  TensorView dh_RF = ex.scratch->take({R, gate_up_RG.shape[1] / 2}, dy_RD.dtype, "expert hidden gradient");
   ops::grouped_gemm_dgrad(ex, dh_RF, dy_RD, down_eDF.value, offsets);
   const TensorView dweight_R = dweight_R1.reshape({R});
   const ConstTensorView weight_R = saved.weight_R1.reshape({R});
-  ops::swiglu_backward(ex, dgate_up_RG, &dweight_R, dh_RF, saved.gate_up_RG, &weight_R);
+  ops::swiglu_backward(ex, dgate_up_RG, &dweight_R, dh_RF, gate_up_RG, &weight_R);
   ops::grouped_gemm_dgrad(ex, dx_RD, dgate_up_RG, gate_up_eGD.value, offsets);
 }
 
-TensorView MoeLayer::hidden_again(Exec& ex, const Saved& saved) const {
-  const std::int64_t R = saved.plan.received();
-  TensorView h_RF =
-      ex.scratch->take({R, saved.gate_up_RG.shape[1] / 2}, saved.gate_up_RG.dtype, "expert hidden, again");
-  const ConstTensorView weight_R = saved.weight_R1.reshape({R});
+namespace {
+
+Exec not_booked(const Exec& ex) {
   Exec again = ex;
   again.ledger = nullptr;  // work done twice is not model work
-  ops::swiglu_forward(again, h_RF, saved.gate_up_RG, &weight_R);
+  return again;
+}
+
+}  // namespace
+
+// Of backward: kept, or made again in scratch memory.
+TensorView MoeLayer::rows(Exec& ex, const Saved& saved) const {
+  if (keeps_rows()) return saved.x_RD;
+  TensorView x_RD =
+      ex.scratch->take({saved.plan.received(), saved.x_TD.shape[1]}, saved.x_TD.dtype, "expert input, again");
+  Exec again = not_booked(ex);
+  ops::gather_rows(again, x_RD, saved.x_TD, saved.plan.order_N, saved.plan.choices);
+  return x_RD;
+}
+
+TensorView MoeLayer::gate_up(Exec& ex, ConstTensorView x_RD, const Saved& saved) const {
+  if (keep_gate_up) return saved.gate_up_RG;
+  TensorView gate_up_RG =
+      ex.scratch->take({x_RD.rows(), gate_up_eGD.value.shape[1]}, x_RD.dtype, "expert gate and up, again");
+  Exec again = not_booked(ex);
+  ops::grouped_gemm_forward(again, gate_up_RG, x_RD, gate_up_eGD.value, saved.plan.expert_offsets);
+  return gate_up_RG;
+}
+
+TensorView MoeLayer::hidden(Exec& ex, ConstTensorView gate_up_RG, const Saved& saved) const {
+  if (keep_hidden) return saved.h_RF;
+  const std::int64_t R = gate_up_RG.rows();
+  TensorView h_RF = ex.scratch->take({R, gate_up_RG.shape[1] / 2}, gate_up_RG.dtype, "expert hidden, again");
+  const ConstTensorView weight_R = saved.weight_R1.reshape({R});
+  Exec again = not_booked(ex);
+  ops::swiglu_forward(again, h_RF, gate_up_RG, &weight_R);
   return h_RF;
 }
 
@@ -183,19 +216,19 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   TensorView dx_RD = ex.scratch->take({R, D}, dy_TD.dtype, "expert input gradient");
   TensorView dweight_R1 = ex.scratch->take({R, 1}, DType::kF32, "expert row weight gradient");
   TensorView dgate_up_RG =
-      ex.scratch->take(saved.gate_up_RG.shape, saved.gate_up_RG.dtype, "expert gate and up gradient");
+      ex.scratch->take({R, gate_up_eGD.value.shape[1]}, dy_TD.dtype, "expert gate and up gradient");
+  const TensorView x_RD = rows(ex, saved), gate_up_RG = gate_up(ex, x_RD, saved);
   finish_dispatch(ex, dy_RD, crossing, dy_rows, saved);
-  experts_backward(ex, dx_RD, dweight_R1, dgate_up_RG, dy_RD, saved);
+  experts_backward(ex, dx_RD, dweight_R1, dgate_up_RG, dy_RD, gate_up_RG, saved);
 
   FromExperts dx_rows(ex, group(), plan, dx_RD);
   FromExperts dweights(ex, group(), plan, dweight_R1);
   // While the input gradients travel back:
   if (down_eDF.wants_grad())
-    ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, keep_hidden ? saved.h_RF : hidden_again(ex, saved),
-                            plan.expert_offsets, Accumulate::kAdd);
-  if (gate_up_eGD.wants_grad())
-    ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, saved.x_RD, plan.expert_offsets,
+    ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, hidden(ex, gate_up_RG, saved), plan.expert_offsets,
                             Accumulate::kAdd);
+  if (gate_up_eGD.wants_grad())
+    ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, x_RD, plan.expert_offsets, Accumulate::kAdd);
 
   add_to_tokens(ex, dx_TD, dx_rows.finish(), saved);
   const TensorView dweight_TK = weight_gradients(ex, dweights.finish(), saved);

@@ -20,7 +20,8 @@ struct MoeLayer {
   NodeGroups nodes;                        // of the exchange, where rows go by way of nodes; etp is 1 then
   Param router_ED, gate_up_eGD, down_eDF;  // pieces of experts of this rank: shares.pieces_of(rank, size)
   std::optional<DenseFfn> shared;
-  bool keep_hidden = true;  // false: backward computes the experts' hidden rows again
+  // false: backward makes those rows of the experts again; their input where no rank is asked for it.
+  bool keep_rows = true, keep_gate_up = true, keep_hidden = true;
 
   struct Saved {
     ConstTensorView x_TD;
@@ -51,10 +52,13 @@ struct MoeLayer {
   void add_to_tokens(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, const Saved& saved) const;
   TensorView weight_gradients(Exec& ex, ConstTensorView rows_N1, const Saved& saved) const;
   void route(Exec& ex, ConstTensorView x_TD, Arena& keep, Saved& saved) const;
-  void experts_forward(Exec& ex, TensorView y_RD, Arena& keep, Saved& saved) const;
+  void experts_forward(Exec& ex, TensorView y_RD, ConstTensorView x_RD, Arena& keep, Saved& saved) const;
   void experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,
-                        ConstTensorView dy_RD, const Saved& saved) const;
-  TensorView hidden_again(Exec& ex, const Saved& saved) const;
+                        ConstTensorView dy_RD, ConstTensorView gate_up_RG, const Saved& saved) const;
+  bool keeps_rows() const { return keep_rows || exchange->size() > 1; }
+  TensorView rows(Exec& ex, const Saved& saved) const;
+  TensorView gate_up(Exec& ex, ConstTensorView x_RD, const Saved& saved) const;
+  TensorView hidden(Exec& ex, ConstTensorView gate_up_RG, const Saved& saved) const;
   void router_backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const Saved& saved) const;
 };
 

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "tests/support/fake_cuda/simt_host.h"
+#include "tests/support/fake_cuda/stream_order.h"
 
 // The toolkit's own names.
 enum cudaError_t {
@@ -28,7 +29,8 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
 };
-constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0;
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2,
+                   cudaHostAllocDefault = 0;
 
 using cudaStream_t = struct FakeStream*;
 using cudaEvent_t = struct FakeEvent*;
@@ -70,6 +72,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventQuery(cudaEvent_t event);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to);
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -82,6 +85,13 @@ struct cudaLaunchConfig_t {
 namespace fake_cuda {
 // Gives the stream one piece of work.
 void enqueue(cudaStream_t stream, std::function<void()> work);
+
+// Of a kernel's argument that is a pointer: its first byte.
+template <class T>
+void add_pointer(const T& argument, Ranges& reads, Ranges& writes) {
+  if constexpr (std::is_pointer_v<T>)
+    (std::is_const_v<std::remove_pointer_t<T>> ? reads : writes).push_back({argument, 1});
+}
 }  // namespace fake_cuda
 
 template <class... Parameters, class... Arguments>
@@ -91,6 +101,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       problem != nullptr)
     return cudaErrorInvalidValue;
   const cudaLaunchConfig_t c = *config;
+  if (fake_cuda::is_watched()) {
+    fake_cuda::Ranges reads, writes;
+    (fake_cuda::add_pointer(static_cast<Parameters>(arguments), reads, writes), ...);
+    fake_cuda::touched(c.stream, "a kernel", reads, writes);
+  }
   // By value, as a launch takes its arguments.
   fake_cuda::enqueue(c.stream, [c, kernel, ... values = Parameters(std::forward<Arguments>(arguments))] {
     simt::run(c.gridDim, c.blockDim, c.dynamicSmemBytes, [&] { kernel(values...); });

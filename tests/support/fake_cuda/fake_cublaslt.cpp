@@ -170,6 +170,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t description
                               cublasLtMatrixLayout_t c_layout, void* d, cublasLtMatrixLayout_t d_layout,
                               const cublasLtMatmulAlgo_t* algorithm, void* workspace,
                               std::size_t workspace_bytes, cudaStream_t stream) {
+  if (fake_cuda::planted("cublasLtMatmul") != cudaSuccess) return CUBLAS_STATUS_NOT_SUPPORTED;
   const Operand left{a, *a_layout, description->transpose_a == CUBLAS_OP_T},
       right{b, *b_layout, description->transpose_b == CUBLAS_OP_T};
   if (left.columns() != right.rows() || left.rows() != d_layout->rows ||
@@ -187,6 +188,14 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t description
     const std::lock_guard lock(mutex);
     matmuls.push_back({left.rows(), right.columns(), left.columns(), stream, workspace});
   }
+  const auto all_of = [](const void* data, const FakeLayout& l) {
+    return fake_cuda::Range{
+        data, static_cast<std::size_t>(l.leading * l.columns) * (l.type == CUDA_R_16BF ? 2 : 4)};
+  };
+  const std::size_t bias_bytes =
+      static_cast<std::size_t>(d_layout->rows) * (d_layout->type == CUDA_R_16BF ? 2 : 4);
+  fake_cuda::touched(stream, "a product", {all_of(a, *a_layout), all_of(b, *b_layout), {bias, bias_bytes}},
+                     {all_of(d, *d_layout), {workspace, 64}});
   fake_cuda::enqueue(stream, [=, layout = *d_layout] {
     multiply(left, right, layout, d, alpha_value, beta_value, bias);
     std::memset(workspace, 0xff, 64);  // as if it were used: two streams must not share one

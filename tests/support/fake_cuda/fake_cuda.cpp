@@ -21,9 +21,11 @@ struct Moment {  // an event as it was recorded
   std::mutex mutex;
   std::condition_variable changed;
   bool passed = false;
+  std::chrono::steady_clock::time_point time;
   void pass() {
     const std::lock_guard lock(mutex);
     passed = true;
+    time = std::chrono::steady_clock::now();
     changed.notify_all();
   }
   void wait() {
@@ -34,11 +36,16 @@ struct Moment {  // an event as it was recorded
     const std::lock_guard lock(mutex);
     return passed;
   }
+  std::chrono::steady_clock::time_point when() {
+    const std::lock_guard lock(mutex);
+    return time;
+  }
 };
 
 }  // namespace
 
 struct FakeEvent {
+  bool timed = false;
   std::mutex mutex;
   std::shared_ptr<Moment> moment;  // null: never recorded
   std::shared_ptr<Moment> last() {
@@ -204,13 +211,18 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (stream != nullptr) stream->wait();
+  fake_cuda::host_waited_for_stream(stream);
   return planted("cudaStreamSynchronize");
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   if (const cudaError_t e = planted("cudaStreamQuery"); e != cudaSuccess) return e;
-  return stream == nullptr || stream->idle() ? cudaSuccess : cudaErrorNotReady;
+  if (stream != nullptr && !stream->idle()) return cudaErrorNotReady;
+  fake_cuda::host_waited_for_stream(stream);
+  return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (planted("forget a wait") != cudaSuccess) return cudaSuccess;  // a mistake, for the tests of the watch
+  fake_cuda::held(stream, event);
   if (const std::shared_ptr<Moment> moment = event->last(); moment != nullptr)
     fake_cuda::enqueue(stream, [moment] { moment->wait(); });
   return cudaSuccess;
@@ -222,11 +234,15 @@ cudaError_t cudaDeviceSynchronize() {
     for (FakeStream* s : streams)
       if (s->device == current_device) mine.push_back(s);
   }
-  for (FakeStream* s : mine) s->wait();
+  for (FakeStream* s : mine) {
+    s->wait();
+    fake_cuda::host_waited_for_stream(s);
+  }
   return cudaSuccess;
 }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   *event = new FakeEvent;
+  (*event)->timed = flags == cudaEventDefault;
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
@@ -239,14 +255,25 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     const std::lock_guard lock(event->mutex);
     event->moment = moment;
   }
+  fake_cuda::recorded(event, stream);
   fake_cuda::enqueue(stream, [moment] { moment->pass(); });
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   const std::shared_ptr<Moment> moment = event->last();
-  return moment == nullptr || moment->has_passed() ? cudaSuccess : cudaErrorNotReady;
+  if (moment != nullptr && !moment->has_passed()) return cudaErrorNotReady;
+  fake_cuda::host_waited_for_event(event);
+  return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
+  const std::shared_ptr<Moment> begin = from->last(), end = to->last();
+  if (!from->timed || !to->timed || begin == nullptr || end == nullptr) return cudaErrorInvalidValue;
+  if (!begin->has_passed() || !end->has_passed()) return cudaErrorNotReady;
+  *milliseconds = std::chrono::duration<float, std::milli>(end->when() - begin->when()).count();
+  return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   if (const std::shared_ptr<Moment> moment = event->last(); moment != nullptr) moment->wait();
+  fake_cuda::host_waited_for_event(event);
   return cudaSuccess;
 }

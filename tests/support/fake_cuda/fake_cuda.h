@@ -26,6 +26,7 @@ struct Matmul {
 std::vector<Matmul> take_matmuls();  // since the last call
 int heuristic_calls();               // so far
 int cudnn_builds();                  // graphs that were built, or refused, so far
+int cudnn_any_order_builds();        // of those, the ones whose sums have no order
 int cudnn_executions();
 
 // A call of NCCL that moves bytes: on which rank of how many, and to, from or with which.

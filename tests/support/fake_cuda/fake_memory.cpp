@@ -42,6 +42,7 @@ cudaError_t cudaFree(void* memory) {
   const auto it = world().allocations.find(memory);
   if (it == world().allocations.end()) return cudaErrorInvalidValue;
   world().used -= it->second;
+  fake_cuda::forgotten({memory, it->second});
   world().allocations.erase(it);
   std::free(memory);
   return cudaSuccess;
@@ -52,6 +53,7 @@ cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
   return *memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFreeHost(void* memory) {
+  fake_cuda::forgotten({memory, 1});
   std::free(memory);
   return cudaSuccess;
 }
@@ -66,6 +68,7 @@ cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
+  fake_cuda::touched(stream, "a fill", {}, {{memory, bytes}});
   fake_cuda::enqueue(stream, [=] { std::memset(memory, value, bytes); });
   return planted("cudaMemsetAsync");
 }
@@ -89,7 +92,11 @@ bool is_device(const void* p) {
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
   if (const cudaError_t e = planted("cudaMemcpyAsync"); e != cudaSuccess) return e;
-  if (is_device(from)) {
+  // Memory of the host is the host's business: what it waits for before it reads or writes it.
+  const bool from_device = is_device(from);
+  fake_cuda::touched(stream, "a copy", from_device ? fake_cuda::Ranges{{from, bytes}} : fake_cuda::Ranges{},
+                     is_device(to) ? fake_cuda::Ranges{{to, bytes}} : fake_cuda::Ranges{});
+  if (from_device) {
     fake_cuda::enqueue(stream, [=] { std::memcpy(to, from, bytes); });
     return cudaSuccess;
   }
@@ -161,6 +168,7 @@ CUresult cuMemUnmap(CUdeviceptr address, std::size_t bytes) {
     it = world().mapped.erase(it);
   }
   world().used -= unmapped;
+  fake_cuda::forgotten({reinterpret_cast<void*>(address), bytes});
   if (unmapped != bytes) return CUDA_ERROR_INVALID_VALUE;
   madvise(reinterpret_cast<void*>(address), bytes, MADV_DONTNEED);
   mprotect(reinterpret_cast<void*>(address), bytes, PROT_NONE);

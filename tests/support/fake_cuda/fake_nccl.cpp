@@ -126,6 +126,10 @@ ncclResult_t start(const Call& call) {
   // The communicator's operations have one order because they have one stream.
   if (c->stream != nullptr && c->stream != call.stream) return ncclInvalidUsage;
   c->stream = call.stream;
+  fake_cuda::Ranges reads, writes;
+  for (const Message& m : call.messages)
+    m.to != nullptr ? writes.push_back({m.to, m.bytes}) : reads.push_back({m.from, m.bytes});
+  fake_cuda::touched(call.stream, "NCCL", reads, writes);
   fake_cuda::enqueue(call.stream, [messages = call.messages, clique = c->clique, error = c->error,
                                    aborted = c->aborted] { exchange(messages, clique, *error, *aborted); });
   return ncclSuccess;
@@ -297,6 +301,7 @@ ncclResult_t ncclAllGather(const void* data, void* out, std::size_t count, ncclD
   Call call{comm, stream, {}};
   const auto* from = static_cast<const std::byte*>(data);
   std::byte* own = static_cast<std::byte*>(out) + number(comm->rank) * count;
+  fake_cuda::touched(stream, "NCCL", {{from, count}}, {{own, count}});
   fake_cuda::enqueue(stream, [own, from, count] {
     if (own != from) std::memcpy(own, from, count);
   });

@@ -147,6 +147,9 @@ T __ldg(const T* x) {
 inline float __expf(float x) {
   return std::exp(x);
 }
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
 inline float rsqrtf(float x) {
   return 1.0f / std::sqrt(x);
 }

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""The folder that `tests/gpu_suite.sh run` left, as one result file, and its figures side by side.
+
+usage: gpu_record.py FOLDER [--out tests/bench/results] [--print-only]
+
+Ratios to PyTorch and transformers are of the same run on the same GPU. Nothing is computed here but ratios and tables.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FIRST_STEP = 3  # the first steps choose algorithms and take memory
+HEADROOM = 989.0  # TFLOP/s, the data sheet's dense bf16 of an H100 or H200 SXM
+
+
+def lines_of(path):
+    """JSON lines of a file that holds other lines too."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
+def machine_of(folder):
+    date, commit, gpu, system, *libraries = (folder / "machine.txt").read_text(encoding="utf-8").splitlines()
+    name, driver, memory = (part.strip() for part in gpu.split(","))
+    return {"date": date, "commit": commit, "gpu": name, "driver": driver, "gpu_memory": memory, "system": system,
+            "libraries": libraries}
+
+
+def checks_of(folder):
+    """part -> name -> {status, seconds}."""
+    found = {}
+    for path in sorted(folder.glob("*/summary.txt")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if match := re.fullmatch(r"(\S+): status (\d+), (\d+) s", line):
+                found.setdefault(path.parent.name, {})[match[1]] = {"status": int(match[2]), "seconds": int(match[3])}
+    return found
+
+
+def ops_of(folder):
+    path = folder / "bench" / "bench_gpu.json"
+    if not path.exists():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    ops = {b["name"].removesuffix("/iterations:1/manual_time"): {
+        "microseconds": round(b["real_time"], 1), "tflops": round(b["tflops"], 1),
+        "gbytes_per_s": round(b["gbytes"]), "share_of_limit": round(b["share"], 3)}
+        for b in data["benchmarks"] if "real_time" in b and "share" in b}
+    return {"gemm_8192_tflops": float(data["context"]["gemm_tflops"]),
+            "add_gbytes_per_s": float(data["context"]["gbytes_per_second"]), "ops": ops}
+
+
+def step_of(path):
+    """Of a file of bench_step: what the steps after the first ones took, and the shares of one step."""
+    all_lines = list(lines_of(path))
+    steps = [x for x in all_lines if "tokens_per_s" in x and x["step"] >= FIRST_STEP]
+    if not steps:
+        return None
+    seconds = sorted(x["seconds"] for x in steps)
+    median = seconds[len(seconds) // 2]
+    chosen = next(x for x in steps if x["seconds"] == median)
+    result = {"steps": len(steps), "seconds": median, "seconds_of_all": [x["seconds"] for x in steps],
+              "tokens_per_s": chosen["tokens_per_s"], "model_tflops": chosen["tflops"],
+              "share_of_989": round(chosen["tflops"] / HEADROOM, 3),
+              "losses": [x["loss"] for x in all_lines if "tokens_per_s" in x]}
+    for x in all_lines:
+        if "gpu_memory_used_mib_peak" in x:
+            result["gpu_memory_used_mib_peak"] = x["gpu_memory_used_mib_peak"]
+        if "parameters_bytes" in x:
+            result["memory"] = x
+    result["milliseconds_by_op"] = {x["op"]: x["milliseconds"] for x in all_lines if "op" in x}
+    return result
+
+
+def steps_of(folder):
+    found = {}
+    for path in sorted([*folder.glob("step/*.txt"), *folder.glob("full/*.txt")]):
+        if path.name != "summary.txt" and (step := step_of(path)) is not None:
+            found[path.stem] = step
+    return found
+
+
+def peers_of(folder):
+    path = folder / "peers" / "gpu_peers.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def best_peer(peers, name):
+    times = [(r["milliseconds"], r.get("experts", "")) for r in peers.get("results", [])
+             if r["name"] == name and "milliseconds" in r]
+    return min(times, default=None)
+
+
+def ratios_of(ops, steps, peers):
+    """Ours and the fastest of theirs, in milliseconds, where both were measured."""
+    ratios = {}
+
+    def compare(name, ours, peer):
+        if ours is not None and peer is not None:
+            ratios[name] = {"upmoe_ms": round(ours, 3), "peer_ms": round(peer[0], 3), "peer": peer[1],
+                            "times_as_fast": round(peer[0] / ours, 2)}
+
+    def microseconds(*names):
+        found = [ops.get("ops", {}).get(name) for name in names]
+        return None if None in found else sum(op["microseconds"] for op in found) / 1000
+
+    for tokens in (8192, 16384, 32768):
+        compare(f"attention forward and backward, {tokens} tokens",
+                microseconds(f"attention_forward/{tokens}", f"attention_backward/{tokens}"),
+                best_peer(peers, f"attention_forward_backward/{tokens}"))
+        compare(f"experts' first product, {tokens} tokens", microseconds(f"grouped_gemm_forward/gate_up/{tokens}"),
+                best_peer(peers, f"grouped_mm gate_up/{tokens}"))
+        compare(f"layer forward and backward, {tokens} tokens", microseconds(f"layer_forward_backward/{tokens}"),
+                best_peer(peers, f"layer_forward_backward/{tokens}"))
+        step = steps.get(f"four_layers_{tokens}")
+        compare(f"step of 4 layers, {tokens} tokens", step and step["seconds"] * 1000,
+                best_peer(peers, f"step of 4 layers/{tokens}"))
+    return ratios
+
+
+def show(record):
+    print(f"{record['machine']['gpu']}, driver {record['machine']['driver']}, {record['machine']['date']}")
+    for part, checks in record["checks"].items():
+        bad = [name for name, c in checks.items() if c["status"] != 0]
+        print(f"  {part}: {len(checks) - len(bad)} of {len(checks)} with status 0"
+              + (f"; not: {', '.join(bad)}" if bad else ""))
+    for name, op in record["ops"].get("ops", {}).items():
+        print(f"  {name:44} {op['microseconds']:10.1f} us {op['tflops']:7.1f} TFLOP/s {op['gbytes_per_s']:6} GB/s"
+              f"  {op['share_of_limit']:6.1%} of the limit")
+    for name, step in record["steps"].items():
+        print(f"  {name}: {step['tokens_per_s']:,.0f} tokens/s, {step['model_tflops']:.0f} TFLOP/s,"
+              f" {step['share_of_989']:.1%} of 989, {step.get('gpu_memory_used_mib_peak', 0):,} MiB")
+    for name, r in record["ratios"].items():
+        print(f"  {name}: {r['upmoe_ms']} ms, theirs {r['peer_ms']} ({r['peer'] or 'PyTorch'}):"
+              f" {r['times_as_fast']} times as fast")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "bench" / "results")
+    parser.add_argument("--print-only", action="store_true")
+    args = parser.parse_args()
+    machine, ops, steps = machine_of(args.folder), ops_of(args.folder), steps_of(args.folder)
+    peers = peers_of(args.folder)
+    record = {"command": "tests/gpu_suite.sh run", "machine": machine, "checks": checks_of(args.folder), "ops": ops,
+              "steps": steps, "peers": peers, "ratios": ratios_of(ops, steps, peers)}
+    for path in sorted(args.folder.glob("quickstart/same_as_on_cpu.txt")):
+        record["quickstart"] = path.read_text(encoding="utf-8").splitlines()
+    show(record)
+    if args.print_only:
+        return
+    day, time = machine["date"].split("T")
+    stamp = f"{day.replace('-', '')}_{time[:8].replace(':', '')}"
+    name = machine["gpu"].lower().replace("nvidia ", "").replace(" ", "_")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"gpu_suite_{name}_{stamp}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

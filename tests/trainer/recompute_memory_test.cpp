@@ -1,0 +1,71 @@
+// What a layer of Qwen1.5-MoE-A2.7B keeps for backward under each train.recompute, on the dry device: the
+// column of docs/gpu.md.
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <fstream>
+#include <regex>
+
+#include "trainer/session.h"
+
+namespace upmoe {
+namespace {
+
+ModelConfig one_layer() {
+  ModelConfig c;
+  c.model_type = "qwen2_moe";
+  c.vocab_size = 256;  // the ends of the model are not run
+  c.hidden_size = 2048;
+  c.intermediate_size = c.shared_expert_intermediate_size = 5632;
+  c.num_hidden_layers = 1;
+  c.num_attention_heads = c.num_key_value_heads = 16;
+  c.head_dim = 128;
+  c.max_position_embeddings = 2048;
+  c.num_experts = 60;
+  c.num_experts_per_tok = 4;
+  c.moe_intermediate_size = 1408;
+  return c;
+}
+
+// Bytes of a token, with those of the block's input.
+double kept(const std::string& recompute) {
+  const std::int64_t tokens = 4096;
+  const Device dry{DeviceType::kDry, 0};
+  const ModelConfig config = one_layer();
+  const std::unique_ptr<Communicator> world = make_self_communicator();
+  const ProcessMesh mesh(MeshSpec{}, *world);
+  const StagePlan plan = one_stage(1);
+  const ParamStore params(config, MeshSpec{}, plan, 0,
+                          {.dtype = DType::kBF16, .grad_dtype = DType::kBF16, .device = dry, .freeze = {}});
+  const Transformer model = make_transformer(config, params, mesh, plan, 0, recompute_from(recompute));
+  Arena keep(dry, std::size_t{1} << 40, "activations"), scratch(dry, std::size_t{1} << 40, "scratch");
+  Exec ex;
+  ex.device = dry;
+  ex.scratch = &scratch;
+  const auto view = [&](Shape shape, DType dtype) { return TensorView{nullptr, shape, dtype, dry}; };
+  const TensorView x = view({tokens, 2048}, DType::kBF16), y = x, g = x;
+  Block::Saved saved;
+  model.blocks[0].forward(ex, y, x, {view({tokens}, DType::kI32), {}, 2048}, keep, saved);
+  const std::size_t used = keep.used();
+  saved.aux_E = view({60}, DType::kF32);
+  model.blocks[0].backward(ex, g, keep, saved);
+  EXPECT_EQ(keep.used(), used);
+  EXPECT_EQ(scratch.used(), 0u);
+  return static_cast<double>(used + x.bytes()) / static_cast<double>(tokens);
+}
+
+TEST(RecomputeMemory, IsWhatTheDocumentSays) {
+  std::ifstream file(UPMOE_SOURCE_DIR "/docs/gpu.md");
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  for (const std::string recompute : {"none", "swiglu", "routed_up", "up", "ffn", "block"}) {
+    std::smatch row;
+    ASSERT_TRUE(
+        std::regex_search(text, row, std::regex("\\| `" + recompute + "` \\|[^|]*\\| ([0-9]+) kB \\|")))
+        << recompute;
+    EXPECT_EQ(std::lround(kept(recompute) / 1000), std::stol(row[1])) << recompute;
+  }
+}
+
+}  // namespace
+}  // namespace upmoe
