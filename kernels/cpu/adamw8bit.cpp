@@ -40,7 +40,7 @@ void draw(std::uint32_t* bits, const Block& block, std::int64_t first, const Cha
     const std::int64_t place = chance.index.at(first + block.begin + i);
     if (place / 4 != counter) {
       counter = place / 4;
-      four = philox(chance.key, static_cast<std::uint64_t>(counter), step);
+      four = philox<kRoundingRounds>(chance.key, static_cast<std::uint64_t>(counter), step);
     }
     bits[i] = four[static_cast<std::size_t>(place % 4)];
   }

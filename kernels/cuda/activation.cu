@@ -39,16 +39,18 @@ __global__ void swiglu_rows(T* h, const T* gate_up, const float* weight, std::in
   store_floats(h + row * width + f, out);
 }
 
-// One block, one row, because the gradient of its weight is a sum over it. With s = sigmoid<T>(gate): silu' =
+// One warp, one row, because the gradient of its weight is a sum over it. With s = sigmoid(gate): silu' =
 // s + gate s (1 - s).
 template <int N, class T>
 __global__ void swiglu_row_backward(T* dgate_up, float* dweight, const T* dh, const T* gate_up,
-                                    const float* weight, std::int64_t width) {
-  __shared__ float memory[kMostThreads / kWarp];
-  const std::int64_t row = blockIdx.x;
+                                    const float* weight, std::int64_t rows, std::int64_t width) {
+  const std::int64_t row = global_thread() / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (row >= rows) return;
   const float factor = weight != nullptr ? weight[row] : 1.0f;
   float sum = 0;
-  for (std::int64_t f = threadIdx.x * N; f < width; f += blockDim.x * N) {
+#pragma unroll 4
+  for (std::int64_t f = lane * N; f < width; f += kWarp * N) {
     float in[2 * N], out[2 * N], d[N];
     load_floats(in, gate_up + 2 * (row * width + f));
     load_floats(d, dh + row * width + f);
@@ -63,8 +65,8 @@ __global__ void swiglu_row_backward(T* dgate_up, float* dweight, const T* dh, co
     store_floats(dgate_up + 2 * (row * width + f), out);
   }
   if (dweight == nullptr) return;
-  sum = block_sum(sum, memory);
-  if (threadIdx.x == 0) dweight[row] = sum;
+  sum = warp_sum(sum);
+  if (lane == 0) dweight[row] = sum;
 }
 
 // One warp, one token.
@@ -143,9 +145,9 @@ void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight
     constexpr int N = kPack<T> / 2;
     const bool wide =
         packs<N>(width, dh_RF.as<T>()) && packs<2 * N>(2 * width, dgate_up_RG.as<T>(), gate_up_RG.as<T>());
-    launch(ex, static_cast<unsigned>(rows), threads_for(wide ? width / N : width),
+    launch(ex, blocks_for(rows, kThreads / kWarp), kThreads,
            wide ? swiglu_row_backward<N, T> : swiglu_row_backward<1, T>, dgate_up_RG.as<T>(), dweight,
-           dh_RF.as<T>(), gate_up_RG.as<T>(), weight, width);
+           dh_RF.as<T>(), gate_up_RG.as<T>(), weight, rows, width);
   });
 }
 

@@ -78,27 +78,35 @@ __device__ void store_lane(T* x, const Pack<T, N>& in, const Lane& lane, const M
       if (lane.has(s, j)) x[lane.begin + j] = in.at[j];
   }
 }
-template <bool kWhole>
-__device__ void load_codes(Pack<std::uint8_t, kEach>& out, const std::uint8_t* x, const Lane& lane,
-                           const Moments& s) {
-  if constexpr (kWhole) {
-    out = *reinterpret_cast<const Pack<std::uint8_t, kEach>*>(x + lane.begin);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) out.at[j] = lane.has(s, j) ? x[lane.begin + j] : std::uint8_t{0};
-  }
+// Four codes in a word, the first one lowest. The first moment's have a sign in the uppermost bit.
+template <int Top, bool kSigned>
+__device__ float decode_byte(std::uint32_t word, int byte) {
+  const std::uint32_t fine =
+      (byte < 3 ? word << (20 - 8 * byte) : word >> 4) & (kSigned ? 0x07f00000u : 0x0ff00000u);
+  const float size = decode_fine<Top>(fine);
+  if constexpr (!kSigned) return size;
+  const std::uint32_t sign = word << (24 - 8 * byte) & 0x80000000u;
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(size) | sign);
 }
 
 template <bool kWhole>
 __device__ void decode(float (&m)[kEach], float (&v)[kEach], const Lane& lane, const Moments& s) {
-  Pack<std::uint8_t, kEach> m_codes, v_codes;
-  load_codes<kWhole>(m_codes, s.m, lane, s);
-  load_codes<kWhole>(v_codes, s.v, lane, s);
   const float m_scale = s.m_scale[lane.block], v_scale = s.v_scale[lane.block];
+  if constexpr (kWhole) {
+    using Words = Pack<std::uint32_t, kEach / 4>;
+    const Words m_words = *reinterpret_cast<const Words*>(s.m + lane.begin),
+                v_words = *reinterpret_cast<const Words*>(s.v + lane.begin);
 #pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    m[j] = decode_first<true>(m_codes.at[j]) * m_scale;
-    v[j] = decode_second<true>(v_codes.at[j]) * v_scale;
+    for (int j = 0; j < kEach; ++j) {
+      m[j] = decode_byte<15, true>(m_words.at[j / 4], j % 4) * m_scale;
+      v[j] = decode_byte<31, false>(v_words.at[j / 4], j % 4) * v_scale;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      m[j] = lane.has(s, j) ? decode_first<true>(s.m[lane.begin + j]) * m_scale : 0.0f;
+      v[j] = lane.has(s, j) ? decode_second<true>(s.v[lane.begin + j]) * v_scale : 0.0f;
+    }
   }
 }
 
@@ -143,7 +151,8 @@ __device__ void draw(std::uint32_t (&bits)[kEach], const Lane& lane, const Momen
     const auto counter = static_cast<std::uint64_t>(chance.index.at(s.first + lane.begin) / 4);
 #pragma unroll
     for (int j = 0; j < kEach; j += 4) {
-      const Philox4 four = philox(chance.key, counter + static_cast<std::uint64_t>(j / 4), step);
+      const Philox4 four =
+          philox<kRoundingRounds>(chance.key, counter + static_cast<std::uint64_t>(j / 4), step);
 #pragma unroll
       for (int k = 0; k < 4; ++k) bits[j + k] = four[k];
     }
@@ -156,7 +165,7 @@ __device__ void draw(std::uint32_t (&bits)[kEach], const Lane& lane, const Momen
       const std::int64_t place = chance.index.at(s.first + lane.begin + j);
       if (place / 4 != counter) {
         counter = place / 4;
-        four = philox(chance.key, static_cast<std::uint64_t>(counter), step);
+        four = philox<kRoundingRounds>(chance.key, static_cast<std::uint64_t>(counter), step);
       }
       const int of_four = static_cast<int>(place % 4);  // chosen, not indexed: registers have no addresses
       bits[j] = of_four == 0 ? four[0] : of_four == 1 ? four[1] : of_four == 2 ? four[2] : four[3];

@@ -153,18 +153,18 @@ __global__ void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int
     float sum[N] = {}, before[N] = {};
     if constexpr (kAdd) load_floats(before, y + t * width + c);
     for (int first = 0; first < k; first += kEach) {
-      float v[kEach][N] = {};
+      Pack<X, N> v[kEach] = {};
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         if (first + j >= k) continue;
         const std::int32_t from = slot[t * k + first + j];
         if (from < -1 || from >= limit) find(findings, Finding::kIndex, t, static_cast<std::uint32_t>(from));
-        if (from >= 0 && from < limit) load_floats(v[j], rows + from * width + c);
+        if (from >= 0 && from < limit) v[j] = *reinterpret_cast<const Pack<X, N>*>(rows + from * width + c);
       }
 #pragma unroll
       for (int j = 0; j < kEach; ++j)
 #pragma unroll
-        for (int n = 0; n < N; ++n) sum[n] += v[j][n];
+        for (int n = 0; n < N; ++n) sum[n] += to_float(v[j].at[n]);
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) sum[n] += before[n];

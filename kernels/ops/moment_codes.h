@@ -15,6 +15,7 @@ namespace upmoe {
 
 constexpr std::int64_t kMomentBlock = 256;  // elements that share a scale
 constexpr std::uint32_t kNearest = 128;
+constexpr int kRoundingRounds = 7;  // of philox, for the bits that rounding draws
 
 // Top: the exponent field of 1; values below 2^(1-Top) are multiples of 2^(-2-Top). With 20 bits more, a code
 // is the upper part of an fp32 of another exponent range, in which those small values are denormal numbers:
@@ -40,12 +41,18 @@ constexpr std::uint32_t encode_unit(float x, std::uint32_t random) {
   return code < (Top << 3) ? code : Top << 3;
 }
 
+// fine: a code with 20 bits of nothing behind it.
+template <int Top>
+constexpr float decode_fine(std::uint32_t fine) {
+  constexpr float kUp = std::bit_cast<float>((254u - Top) << 23);
+  return std::bit_cast<float>(fine) * kUp;
+}
+
 template <int Top, bool kDenormals>
 constexpr float decode_unit(std::uint32_t code) {
   constexpr std::uint32_t kBias = 127 - Top;
   if constexpr (kDenormals) {
-    constexpr float kUp = std::bit_cast<float>((127 + kBias) << 23);
-    return std::bit_cast<float>(code << 20) * kUp;
+    return decode_fine<Top>(code << 20);
   } else {
     constexpr float kPart = 1.0f / static_cast<float>(std::uint64_t{1} << (Top + 2));
     if (code < 8) return static_cast<float>(code) * kPart;
@@ -70,8 +77,9 @@ constexpr float decode_first(std::uint8_t code) {
 // divided by the root of nothing would leap. x in [0, 1].
 template <bool kDenormals = false>
 constexpr std::uint8_t encode_second(float x, std::uint32_t random) {
-  const std::uint32_t code = encode_unit<31, kDenormals>(x, random);
-  return static_cast<std::uint8_t>(code == 0 && x > 0 ? 1 : code);
+  const std::uint32_t code = encode_unit<31, kDenormals>(x, random), bits = std::bit_cast<std::uint32_t>(x);
+  const std::uint32_t least = bits < 1 ? bits : 1;
+  return static_cast<std::uint8_t>(code > least ? code : least);
 }
 template <bool kDenormals = false>
 constexpr float decode_second(std::uint8_t code) {
@@ -84,14 +92,12 @@ constexpr float inverse_of_scale(float scale) {
   return scale < 1.1754944e-38f ? 0.0f : 1.0f / scale;
 }
 
-// To bf16, up or down by chance (16 bits), so that the mean of many roundings is x. Infinity stays, NaN is
-// quiet.
+// To bf16, up or down by chance (16 bits), so that the mean of many roundings is x. Infinity and NaN stay
+// (x is a result of arithmetic, so a NaN is a quiet one, whose upper half is a NaN too).
 constexpr bf16 round_by_chance(float x, std::uint32_t random) {
-  auto bits = std::bit_cast<std::uint32_t>(x);
-  const std::uint32_t size = bits & 0x7fffffffu;
-  bits += size < 0x7f800000u ? random : 0;
-  bits |= size > 0x7f800000u ? 0x00400000u : 0;
-  return bf16{static_cast<std::uint16_t>(bits >> 16)};
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  const bool finite = (bits & 0x7fffffffu) < 0x7f800000u;
+  return bf16{static_cast<std::uint16_t>((bits + (finite ? random : 0)) >> 16)};
 }
 
 }  // namespace upmoe

@@ -161,8 +161,9 @@ TEST_P(AdamW8bit, EveryDeviceHasTheseBits) {
     std::vector<std::uint32_t> bits;
     for (std::size_t i = 0; i < plain.size(); ++i) {
       const std::int64_t at = c.first + static_cast<std::int64_t>(i), place = at / 300 * 1000 + 5 + at % 300;
-      bits.push_back(philox(99, static_cast<std::uint64_t>(place / 4),
-                            static_cast<std::uint64_t>(step))[static_cast<std::size_t>(place % 4)]);
+      bits.push_back(
+          philox<kRoundingRounds>(99, static_cast<std::uint64_t>(place / 4),
+                                  static_cast<std::uint64_t>(step))[static_cast<std::size_t>(place % 4)]);
       const float g = static_cast<float>(grad.get(i)) * h.grad_scale;
       m[i] = std::fma(static_cast<float>(1 - b1), g, h.beta1 * m[i]);
       v[i] = std::fma(static_cast<float>(1 - b2) * g, g, h.beta2 * v[i]);
