@@ -7,11 +7,11 @@
 #
 # Parts: ops (each op's tests on the GPU), models (golden files, meshes of as many ranks as there are GPUs, the same run
 # twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops and a layer
-# as shares of what the GPU gives), step (whole steps), full (the 14.3 billion parameters with adamw8bit), peers
-# (PyTorch and transformers, where python3 has them), quickstart (its dense model, upcycling and mixture of experts on
-# the GPU, to the losses of the CPU: in a bundle that was made after launch/quickstart.sh). The first three run their
-# programs beside each other; what is timed runs alone. UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and
-# peers; UPMOE_SUITE_LIMIT: the most seconds of one program.
+# as shares of what the GPU gives), step (whole steps of 4 layers), full (the 14.3 billion parameters with adamw8bit),
+# largest (as many layers as fit), peers (PyTorch and transformers, where python3 has them), quickstart (its dense
+# model, upcycling and mixture of experts on the GPU, to the losses of the CPU: in a bundle that was made after
+# launch/quickstart.sh). The first three run their programs beside each other; what is timed runs alone.
+# UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and peers; UPMOE_SUITE_LIMIT: the most seconds of a program.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bundle=$root/build/gpu_suite
@@ -150,6 +150,7 @@ resumed() {
 }
 
 part_models() {
+  local how
   work=$(mktemp -d)
   say_beside golden timeout "$(at_most 400)" "$suite/bin/golden_test" --gtest_brief=1
   say_beside meshes timeout "$(at_most 200)" "$suite/bin/layout_equivalence_test" '--gtest_filter=Threads/*' \
@@ -158,9 +159,22 @@ part_models() {
   say_beside first train_run first device=cuda train.steps=10
   say_beside second train_run second device=cuda train.steps=10
   say_beside on_cpu train_run on_cpu device=cpu train.steps=10
+  say_beside offloaded train_run offloaded device=cuda train.steps=10 optimizer.offload=true
+  for how in swiglu routed_up up ffn block; do
+    say_beside "recompute_$how" train_run "recompute_$how" device=cuda train.steps=10 "train.recompute=$how"
+  done
+  for how in one two; do
+    say_beside "bf16_$how" train_run "bf16_$how" device=cuda train.steps=10 train.precision=bf16 parallel.reduce=bf16 \
+      optimizer.name=adamw8bit
+  done
   wait
   say twice_the_same same_losses first second
+  say bf16_twice_the_same same_losses bf16_one bf16_two
   say beside_the_cpu close_losses first on_cpu
+  say offloaded_the_same same_losses first offloaded
+  for how in swiglu routed_up up ffn block; do
+    say "recompute_${how}_the_same" same_losses first "recompute_$how"
+  done
   say resume resumed
   rm -rf "$work"
 }
@@ -223,8 +237,14 @@ part_step() {
   grep -H tokens_per_s "$part_out"/four_layers_*.txt | sed 's|.*/||'
 }
 
+memory_mib() { nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1; }
+
 part_full() {
   local recompute tokens
+  if [ "$(memory_mib)" -lt 140000 ]; then
+    echo "needs a GPU of 140 GiB" | tee "$part_out/summary.txt"
+    return
+  fi
   # The most tokens of a step that each policy leaves memory for, on 140 GiB.
   for recompute in none:16384 swiglu:24576 routed_up:32768; do
     tokens=${recompute#*:} recompute=${recompute%:*}
@@ -232,6 +252,23 @@ part_full() {
       "$suite/bin/bench_step" --layers 24 --tokens "$tokens" --steps 5 --recompute "$recompute" --profile
   done
   grep -H -E 'tokens_per_s|peak' "$part_out"/full_*.txt | sed 's|.*/||'
+}
+
+# As many of its layers as the GPU holds at 8,192 tokens of a step.
+part_largest() {
+  local mib layers
+  mib=$(memory_mib)
+  # In millions of bytes: 3,880 for a layer's state and what it keeps, 8,000 for all else; one more is tried first.
+  layers=$(((mib * 1049 / 1000 - 8000) / 3880 + 1))
+  layers=$((layers < 24 ? layers : 24))
+  while [ $layers -gt 0 ]; do
+    rm -f "$part_out/failed"
+    say "largest_${layers}_layers" watch_memory "$part_out/largest" timeout "$(at_most 200)" "$suite/bin/bench_step" \
+      --layers $layers --tokens 8192 --steps 6 --recompute routed_up --profile
+    grep -q 'out of memory' "$part_out/largest_${layers}_layers.txt" || break
+    layers=$((layers - 1))
+  done
+  grep -H -E 'tokens_per_s|peak' "$part_out/largest_${layers}_layers.txt" | sed 's|.*/||'
 }
 
 part_peers() {
@@ -292,7 +329,7 @@ run_parts() {
   local out part
   out=$(realpath -m "$1")
   shift
-  [ $# -gt 0 ] || set -- ops models sanitizer bench step full peers quickstart
+  [ $# -gt 0 ] || set -- ops models sanitizer bench step full largest peers quickstart
   unpack
   mkdir -p "$out"
   { date -u +%Y-%m-%dT%H:%M:%SZ && cat "$suite/commit" &&

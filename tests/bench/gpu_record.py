@@ -77,7 +77,7 @@ def step_of(path):
 
 def steps_of(folder):
     found = {}
-    for path in sorted([*folder.glob("step/*.txt"), *folder.glob("full/*.txt")]):
+    for path in sorted(path for part in ("step", "full", "largest") for path in folder.glob(f"{part}/*.txt")):
         if path.name != "summary.txt" and (step := step_of(path)) is not None:
             found[path.stem] = step
     return found
