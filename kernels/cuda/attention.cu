@@ -1,7 +1,9 @@
 #include "kernels/ops/attention.h"
 
+#include <atomic>
 #include <cmath>
 
+#include "kernels/core/log.h"
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/cudnn_sdpa.h"
 #include "kernels/ops/backend.h"
@@ -87,6 +89,16 @@ void reorder(Exec& ex, TensorView out, ConstTensorView in, const AttentionShape&
          in.as<float>(), in.elements(), shape.heads, shape.seq_len);
 }
 
+// In bf16 the portable kernel is the slow way; why it is taken is told once.
+enum class Slow { kDocuments, kContext };
+void tell(Slow why, DType dtype) {
+  static std::atomic<bool> told[2];
+  if (dtype != DType::kBF16 || told[static_cast<int>(why)].exchange(true)) return;
+  log::warning("attention in bf16 {}: the portable kernel computes it, which is slow on GPUs",
+               why == Slow::kDocuments ? "with documents masked (data.mask_documents)"
+                                       : "under context parallelism (parallel.cp)");
+}
+
 TensorView take_stats(Exec& ex, const ConstTensorView& lse_TN) {
   return ex.scratch->take(lse_TN.shape, DType::kF32, "log-sum-exp by head");
 }
@@ -101,6 +113,7 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
     sdpa_forward(ex, out_TQ, stats, qkv_TH, shape);
     return reorder<true>(ex, lse_TN, stats, shape);
   }
+  if (document_T != nullptr) tell(Slow::kDocuments, qkv_TH.dtype);
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     attend(ex, out_TQ.as<T>(), lse_TN.as<float>(), self_inputs<T>(qkv_TH, shape, document_T),
@@ -131,6 +144,7 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
 void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
                             ConstTensorView kv_TK, AttentionShape shape, Visible visible,
                             const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+  tell(Slow::kContext, qkv_TH.dtype);
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     attend(ex, out_TQ.as<float>(), lse_TN.as<float>(),

@@ -3,6 +3,7 @@
 #include <cudnn_frontend.h>
 
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -174,7 +175,16 @@ void* memory_of(const ConstTensorView& t) {
 
 bool sdpa_takes(const Exec& ex, const AttentionShape& shape, std::int64_t tokens, DType dtype) {
   if (dtype != DType::kBF16 || tokens == 0 || ex.scratch == nullptr) return false;
-  if (shape.head_dim % 8 != 0 || shape.head_dim > 128) return false;
+  if (shape.head_dim % 8 != 0 || shape.head_dim > 128) {
+    static std::atomic<bool> told{false};
+    if (!told.exchange(true))
+      log::warning(
+          "attention in bf16 of heads of {}: the portable kernel computes it, which is slow; cuDNN takes "
+          "multiples "
+          "of 8 up to 128",
+          shape.head_dim);
+    return false;
+  }
   SdpaLibrary& library = stream_of(ex).sdpa();
   return library.plan(key_of(shape, tokens, false, true)) != nullptr &&
          library.plan(key_of(shape, tokens, true, ex.deterministic)) != nullptr;

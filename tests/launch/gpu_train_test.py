@@ -78,6 +78,18 @@ class GpuTrain(unittest.TestCase):
         done = self.train("said", "device=cuda", "train.steps=1")
         self.assertIn("computing on 1 GPU: pretended GPU, compute capability 9.0", done.stderr)
 
+    def test_the_slow_way_of_attention_is_told_once(self):
+        bf16 = ("device=cuda", "train.precision=bf16", "train.steps=2")
+        self.assertNotIn("portable kernel", self.train("fast", *bf16).stderr)
+        done = self.train("slow", *bf16, "data.mask_documents=true")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stderr.count("with documents masked (data.mask_documents): the portable kernel"), 1,
+                         done.stderr)
+
+    def test_memory_for_work_leaves_the_losses(self):
+        for recompute in ("routed_up", "block"):  # all of them under every mesh: layout_equivalence_test
+            self.assertEqual(self.losses(recompute, "device=cuda", f"train.recompute={recompute}"), self.first)
+
     def test_eval_and_its_logits(self):
         """Of the first run's checkpoint, on both devices."""
         found = {}
