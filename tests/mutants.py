@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plants one error at a time in the parallel layouts and shows that the tests find it.
 
-By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--build DIR] [NAME ...]
+By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--places] [--build DIR] [NAME ...]
 The tree is copied first, so nothing here changes.
 """
 
@@ -28,8 +28,8 @@ MUTANTS = {
         "  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);\n"
         "  if (gate_1D && tp->size() > 1) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);", "*moe*"),
     "clip_norm_counts_replicas": (
-        "trainer/optimizer.cpp", "  for (const OwnedSlice& s : slices_) ops::sum_of_squares(ex, sum_1, s.grad);",
-        "  for (const OwnedSlice& s : slices_) ops::sum_of_squares(ex, sum_1, s.param->grad);", "*"),
+        "trainer/optimizer.cpp", "  for (const OwnedSlice& s : slices_) gradients.push_back(s.grad);",
+        "  for (const OwnedSlice& s : slices_) gradients.push_back(s.param->grad);", "*"),
     "loss_counted_on_every_tp_rank": (
         "trainer/model/lm_head.cpp", "    if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);",
         "    ops::sum(ex, loss_1, loss_C);", "*"),
@@ -59,11 +59,12 @@ MUTANTS = {
         "  ops::gather_rows(ex, gradient, rows_N1,\n"
         "                   saved.plan.slot_TS.reshape({choices * parts}).rows(0, choices), 1);", "*moe*"),
     "gate_and_up_swapped_where_tp_cuts": (
-        "trainer/model/dense_ffn.cpp", "  gate_up.forward(ex, saved.gate_up_TG, x_TD);",
-        "  gate_up.forward(ex, saved.gate_up_TG, x_TD);\n"
+        "trainer/model/dense_ffn.cpp", "  gate_up.forward(ex, gate_up_TG, x_TD);\n  if (gate_1D)",
+        "  gate_up.forward(ex, gate_up_TG, x_TD);\n"
         "  if (tp->size() > 1)\n"
-        "    for (std::int64_t i = 0; i + 1 < saved.gate_up_TG.elements(); i += 2)\n"
-        "      std::swap(saved.gate_up_TG.as<float>()[i], saved.gate_up_TG.as<float>()[i + 1]);", "*"),
+        "    for (std::int64_t i = 0; i + 1 < gate_up_TG.elements(); i += 2)\n"
+        "      std::swap(gate_up_TG.as<float>()[i], gate_up_TG.as<float>()[i + 1]);\n"
+        "  if (gate_1D)", "*"),
     "keys_of_later_chunks_are_seen": (
         "trainer/model/context_ring.cpp", "        if (keys > queries) continue;", "", "*"),
     "key_gradients_of_the_ring_forget_a_hop": (
@@ -131,8 +132,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "mutants")
     parser.add_argument("names", nargs="*", choices=[*MUTANTS, []], metavar="NAME")
+    parser.add_argument("--places", action="store_true", help="only look for the places; a test does this")
     args = parser.parse_args()
     check_places(args.names or MUTANTS)
+    if args.places:
+        return
     tree, out = args.build / "tree", args.build / "out"
     copy_tree(tree)
     done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"])

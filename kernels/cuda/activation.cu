@@ -21,6 +21,7 @@ __device__ float sigmoid(float x) {
 // Threads for pieces of `items`, so that few of them have nothing to do: whole warps, at most kMostThreads.
 constexpr std::int64_t kMostThreads = 512;
 unsigned threads_for(std::int64_t items) {
+  if (items == 0) return kWarp;
   const std::int64_t pieces = (items + kMostThreads - 1) / kMostThreads, each = (items + pieces - 1) / pieces;
   return static_cast<unsigned>((each + kWarp - 1) / kWarp * kWarp);
 }

@@ -98,7 +98,18 @@ std::int64_t rounded_rows(std::int64_t rows) {
   return (rows + 255) / 256 * 256;
 }
 
+// An address that is aligned as every row of these many bytes is, from `p` on: where an expert's rows begin
+// depends on how many the others have.
+const void* aligned_as_rows(const void* p, std::int64_t elements, DType dtype) {
+  const auto row = static_cast<std::uintptr_t>(elements) * size_of(dtype);
+  return reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) | row);
+}
+
+// What the algorithm of an expert's product is chosen for; its addresses are for their alignment alone.
 Product for_rounded_rows(Product p) {
+  p.a = aligned_as_rows(p.a, p.transpose_a == Transpose::kYes ? p.m : p.k, p.in);
+  p.b = aligned_as_rows(p.b, p.transpose_b == Transpose::kYes ? p.k : p.n, p.in);
+  p.c = const_cast<void*>(aligned_as_rows(p.c, p.n, p.out));
   std::int64_t& rows = p.transpose_a == Transpose::kYes ? p.k : p.m;
   rows = rounded_rows(rows);
   return p;
@@ -208,7 +219,8 @@ void GemmLibrary::multiply_beside(const Product& p) {
   side.used = true;
   const Product rounded = for_rounded_rows(p);
   const auto status = static_cast<cublasStatus_t>(run(plan_of(rounded), p, side.stream, next_ + 1));
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED) {  // not for these rows: theirs is chosen too
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {
+    // Not for these rows: theirs is chosen too, and what is wrong with the product itself shows there.
     multiply(p, side.stream, next_ + 1);
   } else {
     check_lt(status, "cublasLtMatmul");

@@ -37,7 +37,7 @@ class GemmLibrary {
   // Products of experts: they set out together behind the work that `stream` has been given, side by side on
   // several streams, and what `stream` is given after join() comes behind all of them. Their rows (m, or k
   // where a is transposed) are other ones at every step; an algorithm is chosen for rounded numbers of rows,
-  // so that choosing ends, and a product's bits depend on its shape alone.
+  // so that choosing ends, and a product's bits depend on its shape and on where its tensors begin.
   static constexpr int kSideStreams = 6;
   void fork(cudaStream_t stream);
   void multiply_beside(const Product& p);

@@ -28,16 +28,6 @@ void start_from_bias(const Exec& ex, const TensorView& c_MN, const ConstTensorVi
   });
 }
 
-template <class T>
-struct Elements {
-  const T* x;
-  std::int64_t width;
-  template <int N>
-  __device__ void at(float (&out)[N], std::int64_t t, std::int64_t c) const {
-    load_floats(out, x + t * width + c);
-  }
-};
-
 }  // namespace
 
 void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, ConstTensorView b,
@@ -72,7 +62,7 @@ void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, C
 void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN) {
   with_float_type(dy_TN.dtype, [&](auto type) {
     using T = decltype(type);
-    sum_wide_columns(ex, db_N, Elements<T>{dy_TN.as<T>(), dy_TN.shape[1]}, dy_TN.shape[0], dy_TN.as<T>());
+    sum_wide_columns(ex, db_N, Rows<T>{dy_TN.as<T>(), dy_TN.shape[1]}, dy_TN.shape[0], dy_TN.as<T>());
   });
 }
 

@@ -173,7 +173,7 @@ void one_pass(const Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, c
   launch(ex, static_cast<unsigned>(blocks), kThreads,
          add ? norm_rows_backward<N, true, T> : norm_rows_backward<N, false, T>, dx_TD.as<T>(), partial, dy,
          x, w, rstd, rows, width, rows_each);
-  sum_wide_columns(ex, dw_D, FloatRows{partial, width}, blocks, partial);
+  sum_wide_columns(ex, dw_D, Rows<float>{partial, width}, blocks, partial);
 }
 
 }  // namespace

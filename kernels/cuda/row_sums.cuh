@@ -47,9 +47,10 @@ __global__ void add_row_blocks(T* total, const float* partial, std::int64_t bloc
   total[column] = from_float<T>(to_float(total[column]) + sum);
 }
 
-// Rows of fp32, for sum_columns.
-struct FloatRows {
-  const float* x;
+// Rows as they are, for sum_columns.
+template <class T>
+struct Rows {
+  const T* x;
   std::int64_t width;
   template <int N>
   __device__ void at(float (&out)[N], std::int64_t t, std::int64_t c) const {

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The folder that `tests/gpu_suite.sh run` left, as one result file, and its figures side by side.
 
-usage: gpu_record.py FOLDER [--out tests/bench/results] [--print-only]
+usage: gpu_record.py FOLDER [--out tests/bench/results]    writes the file, and prints
+       gpu_record.py RESULT.json                           prints
 
 Ratios to PyTorch and transformers are of the same run on the same GPU. Nothing is computed here but ratios and tables.
 """
@@ -24,10 +25,13 @@ def lines_of(path):
 
 
 def machine_of(folder):
-    date, commit, gpu, system, *libraries = (folder / "machine.txt").read_text(encoding="utf-8").splitlines()
-    name, driver, memory = (part.strip() for part in gpu.split(","))
-    return {"date": date, "commit": commit, "gpu": name, "driver": driver, "gpu_memory": memory, "system": system,
-            "libraries": libraries}
+    lines = (folder / "machine.txt").read_text(encoding="utf-8").splitlines()
+    date, commit = lines[:2]
+    gpus = [line for line in lines[2:] if line.count(",") == 2]  # one line each
+    system, *libraries = lines[2 + len(gpus):]
+    name, driver, memory = (part.strip() for part in gpus[0].split(","))
+    return {"date": date, "commit": commit, "gpu": name, "gpus": len(gpus), "driver": driver, "gpu_memory": memory,
+            "system": system, "libraries": libraries}
 
 
 def checks_of(folder):
@@ -108,9 +112,11 @@ def ratios_of(ops, steps, peers):
         return None if None in found else sum(op["microseconds"] for op in found) / 1000
 
     for tokens in (8192, 16384, 32768):
-        compare(f"attention forward and backward, {tokens} tokens",
+        compare(f"attention forward, {tokens} tokens", microseconds(f"attention_forward/{tokens}"),
+                best_peer(peers, f"attention_forward/{tokens}"))
+        compare(f"attention forward and gradient, {tokens} tokens",
                 microseconds(f"attention_forward/{tokens}", f"attention_backward/{tokens}"),
-                best_peer(peers, f"attention_forward_backward/{tokens}"))
+                best_peer(peers, f"attention_forward_and_gradient/{tokens}"))
         compare(f"experts' first product, {tokens} tokens", microseconds(f"grouped_gemm_forward/gate_up/{tokens}"),
                 best_peer(peers, f"grouped_mm gate_up/{tokens}"))
         compare(f"layer forward and backward, {tokens} tokens", microseconds(f"layer_forward_backward/{tokens}"),
@@ -133,31 +139,39 @@ def show(record):
     for name, step in record["steps"].items():
         print(f"  {name}: {step['tokens_per_s']:,.0f} tokens/s, {step['model_tflops']:.0f} TFLOP/s,"
               f" {step['share_of_989']:.1%} of 989, {step.get('gpu_memory_used_mib_peak', 0):,} MiB")
+    for name in ("models/beside_the_cpu", "quickstart/same_as_on_cpu"):
+        for line in record.get(name, []):
+            print(f"  {name}: {line}")
     for name, r in record["ratios"].items():
         print(f"  {name}: {r['upmoe_ms']} ms, theirs {r['peer_ms']} ({r['peer'] or 'PyTorch'}):"
               f" {r['times_as_fast']} times as fast")
 
 
+def record_of(folder):
+    ops, steps, peers = ops_of(folder), steps_of(folder), peers_of(folder)
+    record = {"command": "tests/gpu_suite.sh run", "machine": machine_of(folder), "checks": checks_of(folder),
+              "ops": ops, "steps": steps, "peers": peers, "ratios": ratios_of(ops, steps, peers)}
+    for name in ("quickstart/same_as_on_cpu", "models/beside_the_cpu"):
+        path = folder / f"{name}.txt"
+        if path.exists():
+            record[name] = path.read_text(encoding="utf-8").splitlines()
+    return record
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("source", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "bench" / "results")
-    parser.add_argument("--print-only", action="store_true")
     args = parser.parse_args()
-    machine, ops, steps = machine_of(args.folder), ops_of(args.folder), steps_of(args.folder)
-    peers = peers_of(args.folder)
-    record = {"command": "tests/gpu_suite.sh run", "machine": machine, "checks": checks_of(args.folder), "ops": ops,
-              "steps": steps, "peers": peers, "ratios": ratios_of(ops, steps, peers)}
-    for path in sorted(args.folder.glob("quickstart/same_as_on_cpu.txt")):
-        record["quickstart"] = path.read_text(encoding="utf-8").splitlines()
-    show(record)
-    if args.print_only:
+    if args.source.is_file():
+        show(json.loads(args.source.read_text(encoding="utf-8")))
         return
-    day, time = machine["date"].split("T")
-    stamp = f"{day.replace('-', '')}_{time[:8].replace(':', '')}"
-    name = machine["gpu"].lower().replace("nvidia ", "").replace(" ", "_")
+    record = record_of(args.source)
+    show(record)
+    day, time = record["machine"]["date"].split("T")
+    name = record["machine"]["gpu"].lower().replace("nvidia ", "").replace(" ", "_")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"gpu_suite_{name}_{stamp}.json"
+    path = args.out / f"gpu_suite_{name}_{day.replace('-', '')}_{time[:8].replace(':', '')}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(path)
 

@@ -73,6 +73,50 @@ TEST_P(Swiglu, Backward) {
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Swiglu, testing::ValuesIn(cases()), label);
 
+// Rows that a GPU cuts into pieces, against the derivative in closed form.
+TEST(SwigluWide, AgreesWithTheClosedForm) {
+  for (const DType dtype : {DType::kF32, DType::kBF16})
+    for (const std::int64_t F : {1027, 2056, 5632}) {
+      OpExec ex;
+      const HostTensor gate_up = random_tensor({2, 2 * F}, dtype, 1, 2.0),
+                       dh = random_tensor({2, F}, dtype, 2),
+                       weight = random_tensor({2}, DType::kF32, 3, 0.3, 0.5);
+      const ConstTensorView weight_R = weight;
+      HostTensor h({2, F}, dtype), d({2, 2 * F}, dtype), dweight({2}, DType::kF32);
+      const TensorView dweight_R = dweight;
+      ops::swiglu_forward(ex, h, gate_up, &weight_R);
+      ops::swiglu_backward(ex, d, &dweight_R, dh, gate_up, &weight_R);
+      Values expected(d.size()), expected_dweight(2), magnitude(2);
+      for (std::size_t i = 0; i < dh.size(); ++i) {
+        const std::size_t row = i / static_cast<std::size_t>(F);
+        const double g = gate_up.get(2 * i), u = gate_up.get(2 * i + 1), s = 1 / (1 + std::exp(-g)),
+                     a = dh.get(i);
+        expected[2 * i] = a * weight.get(row) * u * (s + g * s * (1 - s));
+        expected[2 * i + 1] = a * weight.get(row) * g * s;
+        expected_dweight[row] += a * g * s * u;
+        magnitude[row] += std::abs(a * g * s * u);
+      }
+      expect_close(h.values(), reference_swiglu(gate_up.values(), weight.values(), 2), rounding_of(dtype),
+                   "h");
+      expect_close(d.values(), expected, rounding_of(dtype), "dgate_up");
+      for (std::size_t row = 0; row < 2; ++row)
+        EXPECT_NEAR(dweight.get(row), expected_dweight[row], 1e-5 * magnitude[row]);
+    }
+}
+
+TEST(SwigluEmpty, RowsWithoutNeurons) {
+  OpExec ex;
+  const HostTensor gate_up({3, 0}, DType::kBF16), dh({3, 0}, DType::kBF16),
+      weight = filled({3}, DType::kF32, 1);
+  HostTensor h({3, 0}, DType::kBF16), d({3, 0}, DType::kBF16), dweight = filled({3}, DType::kF32, 7);
+  const ConstTensorView weight_R = weight;
+  const TensorView dweight_R = dweight;
+  ops::swiglu_forward(ex, h, gate_up, nullptr);
+  ops::swiglu_backward(ex, d, &dweight_R, dh, gate_up, &weight_R);
+  finish_ops();
+  EXPECT_EQ(dweight.values(), Values(3, 0.0));
+}
+
 TEST(SwigluExtremes, StaysFinite) {
   OpExec ex;
   const HostTensor gate_up = tensor_of({1, 8}, DType::kF32, {1e4, 2, -1e4, 3, 100, 1, -100, 1});

@@ -70,7 +70,17 @@ TEST_P(Norm, Backward) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (DType dtype : {DType::kF32, DType::kBF16})
-    for (auto [rows, width] : {std::pair{1, 3}, {3, 14}, {33, 16}, {5, 83}, {70, 28}, {2, 256}, {0, 32}})
+    for (auto [rows, width] : {std::pair{1, 3},
+                               {3, 14},
+                               {33, 16},
+                               {5, 83},
+                               {70, 28},
+                               {2, 256},
+                               {0, 32},
+                               {1030, 8},
+                               {3, 1032},
+                               {1, 2064},
+                               {2, 1031}})
       all.push_back({rows, width, dtype});
   return all;
 }

@@ -87,7 +87,7 @@ class GpuTrain(unittest.TestCase):
                          done.stderr)
 
     def test_memory_for_work_leaves_the_losses(self):
-        for recompute in ("routed_up", "block"):  # all of them under every mesh: layout_equivalence_test
+        for recompute in ("routed_up", "block"):  # all of them: layout_equivalence_test, on the CPU
             self.assertEqual(self.losses(recompute, "device=cuda", f"train.recompute={recompute}"), self.first)
 
     def test_eval_and_its_logits(self):

@@ -170,7 +170,10 @@ TEST(Features, CodedMoments) {
 }
 
 TEST(Features, RecomputationIsTheSameToTheBit) {
-  for (const MeshSpec& mesh : all_axes())
+  std::vector<MeshSpec> meshes = all_axes();
+  meshes.push_back({});                  // one rank has all experts: their rows are gathered again
+  meshes.push_back({1, 1, 1, 2, 1, 1});  // tp alone
+  for (const MeshSpec& mesh : meshes)
     for (const char* recompute : {"swiglu", "routed_up", "up", "ffn", "block"}) {
       Layout l{"moe_mixed", mesh, 1};
       const Outcome kept = run_in_layout(l);
