@@ -7,6 +7,7 @@ The tree is copied first, so nothing here changes.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -113,6 +114,7 @@ def copy_tree(tree):
         if not (tree / name).exists() or (tree / name).read_bytes() != content:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes(content)
+        shutil.copymode(ROOT / name, tree / name)
 
 
 def build(tree, out):

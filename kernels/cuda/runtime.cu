@@ -80,12 +80,23 @@ namespace upmoe::gpu {
 
 namespace {
 
-// What this program's kernels were compiled for; PTX is not embedded.
-constexpr int kMajors[] = {UPMOE_CUDA_MAJORS};
+// The major compute capabilities that this program's kernels were compiled for ("8_9_10": nvcc would take a
+// definition with commas for several); PTX is not embedded.
+std::vector<int> compiled_majors() {
+  std::vector<int> majors{0};
+  for (const char c : std::string_view(UPMOE_CUDA_MAJORS)) {
+    if (c == '_') {
+      majors.push_back(0);
+    } else {
+      majors.back() = majors.back() * 10 + (c - '0');
+    }
+  }
+  return majors;
+}
 
 std::string capability_words() {
   std::string all;
-  for (int major : kMajors) all += fmt::format("{}{}.x", all.empty() ? "" : ", ", major);
+  for (int major : compiled_majors()) all += fmt::format("{}{}.x", all.empty() ? "" : ", ", major);
   return all;
 }
 
@@ -136,7 +147,7 @@ void use(int index) {
   int major = 0;
   cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
   bool fits = false;
-  for (int m : kMajors) fits = fits || m == major;
+  for (int m : compiled_majors()) fits = fits || m == major;
   if (!fits)
     fail(ExitCode::kDevice,
          "GPU {} is {}; this program was compiled for compute capability {}: build it with "
