@@ -182,8 +182,8 @@ part_models() {
   rm -rf "$work"
 }
 
-# Which tests, of those that need no other's time: cuDNN's and cuBLAS's own kernels are not this project's to judge
-# (synccheck and initcheck find things in cuDNN's), and memcheck alone looks at how they are called.
+# Which tests a tool runs: cuDNN's and cuBLAS's own kernels are not this project's to judge (synccheck and initcheck
+# find things in cuDNN's), and memcheck alone looks at how they are called.
 sanitized() { # TOOL TEST
   case $2 in
     gemm | grouped_gemm | adversarial_routing) [ "$1" = memcheck ] && echo '*' ;;
@@ -289,7 +289,7 @@ for name in ('dense', 'moe_step0', 'moe'):
     here, there = (json.load(open(f'{folder}/{name}.json'))['loss'] for folder in ('eval', 'cpu'))
     worst = max(worst, abs(here - there))
     print(f'{name}: {here:.4f} on the GPU, {there:.4f} on the CPU')
-sys.exit(not worst < 0.02)"; }
+sys.exit(not worst < 0.01)  # twice the largest seen, 0.0051"; }
 
 quickstart_run() { # NAME OVERRIDES...: one of its runs, on the GPU
   local name=$1
@@ -329,15 +329,17 @@ part_quickstart() {
 }
 
 run_parts() {
-  local out part
+  local out part gpus versions
   out=$(realpath -m "$1")
   shift
   [ $# -gt 0 ] || set -- ops models sanitizer bench step full largest peers quickstart
   unpack
   mkdir -p "$out"
-  { date -u +%Y-%m-%dT%H:%M:%SZ && cat "$suite/commit" &&
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader &&
-    uname -sr && libraries; } >"$out/machine.txt" || die "nvidia-smi finds no GPU"
+  gpus=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader) ||
+    die "nvidia-smi finds no GPU"
+  versions=$(libraries) || die "cuBLASLt 13, cuDNN 9 or NCCL 2 cannot be loaded (above): set LD_LIBRARY_PATH"
+  { date -u +%Y-%m-%dT%H:%M:%SZ && cat "$suite/commit" && echo "$gpus" && uname -sr && echo "$versions"; } \
+    >"$out/machine.txt" || die "cannot write $out/machine.txt"
   for part in "$@"; do
     declare -F "part_$part" >/dev/null || die "no part '$part'"
     part_out=$out/$part

@@ -30,9 +30,7 @@ std::uint32_t alignment_of(const void* p) {
   return static_cast<std::uint32_t>(address & (~address + 1));
 }
 
-}  // namespace
-
-struct GemmLibrary::Layout {
+struct Layout {
   cublasLtMatrixLayout_t raw = nullptr;
   Layout(DType dtype, const std::int64_t (&size)[2]) {
     check_lt(cublasLtMatrixLayoutCreate(&raw, type_of(dtype), static_cast<std::uint64_t>(size[0]),
@@ -42,8 +40,6 @@ struct GemmLibrary::Layout {
   ~Layout() { cublasLtMatrixLayoutDestroy(raw); }
   Layout(const Layout&) = delete;
 };
-
-namespace {
 
 struct Preference {
   cublasLtMatmulPreference_t raw = nullptr;

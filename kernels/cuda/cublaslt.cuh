@@ -45,7 +45,6 @@ class GemmLibrary {
 
  private:
   struct Plan;
-  struct Layout;
   struct Side {
     cudaStream_t stream = nullptr;
     cudaEvent_t done = nullptr;

@@ -180,8 +180,7 @@ bool sdpa_takes(const Exec& ex, const AttentionShape& shape, std::int64_t tokens
     if (!told.exchange(true))
       log::warning(
           "attention in bf16 of heads of {}: the portable kernel computes it, which is slow; cuDNN takes "
-          "multiples "
-          "of 8 up to 128",
+          "multiples of 8 up to 128",
           shape.head_dim);
     return false;
   }

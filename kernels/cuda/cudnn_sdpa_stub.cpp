@@ -13,8 +13,7 @@ bool sdpa_takes(const Exec&, const AttentionShape&, std::int64_t, DType dtype) {
   if (dtype == DType::kBF16 && !told.exchange(true))
     log::warning(
         "attention in bf16: the portable kernel computes it, which is slow: this program was built without "
-        "cuDNN or its "
-        "frontend's headers (launch/setup.sh puts those into .venv)");
+        "cuDNN or its frontend's headers (launch/setup.sh puts those into .venv)");
   return false;
 }
 std::string sdpa_refusal(const AttentionShape&, std::int64_t, bool, int) {

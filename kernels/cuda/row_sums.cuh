@@ -75,9 +75,9 @@ void sum_columns(const Exec& ex, const TensorView& total, const Value& value, st
   });
 }
 // In packs of 16 bytes where the rows of these tensors allow it.
-template <class Value, class T, class... Rows>
+template <class Value, class T, class... More>
 void sum_wide_columns(const Exec& ex, const TensorView& total, const Value& value, std::int64_t rows,
-                      const T* first, const Rows*... more) {
+                      const T* first, const More*... more) {
   if (packs<kPack<T>>(total.elements(), first, more...)) return sum_columns<kPack<T>>(ex, total, value, rows);
   sum_columns<1>(ex, total, value, rows);
 }

@@ -22,7 +22,7 @@ struct Options {
   std::int64_t tokens = 16384, seq_len = 2048, width = 2048, heads = 16, expert_width = 1408,
                shared_width = 5632, vocab = 151936;
   std::string optimizer = "adamw8bit", precision = "bf16", recompute = "none", device = "auto";
-  bool offload = false, profile = false, any_order = false;
+  bool offload = false, profile = false;
 };
 
 Options parse(int argc, char** argv) {
@@ -43,7 +43,6 @@ Options parse(int argc, char** argv) {
   app.add_option("--precision", o.precision);
   app.add_option("--recompute", o.recompute);
   app.add_flag("--offload", o.offload, "optimizer state in the host's memory");
-  app.add_flag("--any-order", o.any_order, "train.deterministic: false");
   app.add_flag("--profile", o.profile, "on a GPU: milliseconds of each op");
   app.add_option("--device", o.device);
   try {
@@ -79,7 +78,6 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   r.train.global_batch = r.train.micro_batch = o.tokens / o.seq_len;
   r.train.precision = o.precision;
   r.train.recompute = o.recompute;
-  r.train.deterministic = !o.any_order;
   r.parallel.reduce = o.precision;
   r.optimizer.name = o.optimizer;
   r.optimizer.lr = 1e-4;
@@ -124,9 +122,9 @@ void profile(Session& s, Trainer& trainer, std::int64_t step) {
   }
   for (const auto& [op, sum] : by_op) {
     const auto cost = s.memory.ledger.entries().find(op);
-    const double flops = cost == s.memory.ledger.entries().end() ? 0 : cost->second.flops;
-    const double bytes =
-        cost == s.memory.ledger.entries().end() ? 0 : cost->second.bytes_read + cost->second.bytes_written;
+    const bool booked = cost != s.memory.ledger.entries().end();
+    const double flops = booked ? cost->second.flops : 0;
+    const double bytes = booked ? cost->second.bytes_read + cost->second.bytes_written : 0;
     fmt::print(
         R"({{"op": "{}", "calls": {}, "milliseconds": {:.3f}, "tflops": {:.1f}, "gbytes_per_s": {:.0f}}})"
         "\n",

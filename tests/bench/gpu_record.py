@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FIRST_STEP = 3  # the first steps choose algorithms and take memory
-HEADROOM = 989.0  # TFLOP/s, the data sheet's dense bf16 of an H100 or H200 SXM
+PEAK_TFLOPS = 989.0  # TFLOP/s, the data sheet's dense bf16 of an H100 or H200 SXM
 
 
 def lines_of(path):
@@ -68,7 +68,7 @@ def step_of(path):
     chosen = next(x for x in steps if x["seconds"] == median)
     result = {"steps": len(steps), "seconds": median, "seconds_of_all": [x["seconds"] for x in steps],
               "tokens_per_s": chosen["tokens_per_s"], "model_tflops": chosen["tflops"],
-              "share_of_989": round(chosen["tflops"] / HEADROOM, 3),
+              "share_of_989": round(chosen["tflops"] / PEAK_TFLOPS, 3),
               "losses": [x["loss"] for x in all_lines if "tokens_per_s" in x]}
     for x in all_lines:
         if "gpu_memory_used_mib_peak" in x:
@@ -166,6 +166,9 @@ def main():
     if args.source.is_file():
         show(json.loads(args.source.read_text(encoding="utf-8")))
         return
+    if not (args.source / "machine.txt").is_file():
+        parser.error(f"{args.source} is neither a result file nor a folder that `tests/gpu_suite.sh run` left"
+                     " (no machine.txt)")
     record = record_of(args.source)
     show(record)
     day, time = record["machine"]["date"].split("T")

@@ -67,9 +67,10 @@ void expect_reference(const Case& c, const Inputs& in, double looser = 1) {
   const AttentionReference expected = reference_attention(
       in.qkv.values(), c.shape, c.sequences * c.shape.seq_len, in.document, in.dout.values());
   const bool rounds = c.dtype == DType::kBF16;
-  // cuDNN rounds the probabilities to bf16 before they meet the values.
-  const Tolerance out =
-      rounds ? Tolerance{1.0 / 250, on_gpu() ? 1e-3 : 1e-6} : Tolerance{1e-5, 2e-6 * looser};
+  // cuDNN rounds the probabilities to bf16 before they meet the values, which is 2^-9 sum p |v| at the most.
+  // That is beside the relative part, since an output may be much smaller than its terms.
+  const bool cudnn = on_gpu() && c.packing == Packing::kNone && c.shape.head_dim % 8 == 0;
+  const Tolerance out = rounds ? Tolerance{1.0 / 250, cudnn ? 1e-3 : 1e-6} : Tolerance{1e-5, 2e-6 * looser};
   // In bf16 the backward starts from the rounded output, so delta carries its rounding.
   const Tolerance gradient = rounds ? Tolerance{1.0 / 128, 4e-3} : Tolerance{1e-5, 4e-6 * looser};
   expect_close(r.out.values(), expected.out, out, "out");

@@ -93,6 +93,22 @@ inline std::vector<Layout> meshes(const std::string& model, int ranks) {
   return all;
 }
 
+// One of every kind of layout: each axis alone, some together, chunks, nodes, ZeRO-2 and recomputation.
+inline std::vector<Layout> layouts_of_every_kind() {
+  const auto of = [](MeshSpec mesh) { return Layout{"moe_a27b", mesh, 1}; };
+  std::vector<Layout> all{of({1, 2, 1, 1, 1, 1}), of({1, 2, 1, 1, 2, 1}), of({1, 1, 1, 2, 1, 1}),
+                          of({1, 1, 2, 1, 1, 1}), of({2, 1, 1, 1, 1, 1}), of({1, 2, 1, 1, 1, 2}),
+                          of({1, 4, 1, 1, 4, 1}), of({2, 1, 2, 2, 2, 1}), of({1, 2, 2, 2, 4, 1})};
+  all[4].model = "moe_mixed";
+  all[4].pp_chunks = 2;
+  all[6].node_ranks = 2;
+  all.push_back(of({1, 2, 1, 1, 2, 1}));
+  all.back().zero = 2;
+  all.push_back(of({1, 2, 1, 2, 2, 1}));
+  all.back().recompute = "block";
+  return all;
+}
+
 // A shuffled 0..n-1; as it is for seed 0.
 inline std::vector<std::int64_t> permutation(std::int64_t n, std::uint64_t seed) {
   std::vector<std::int64_t> order(static_cast<std::size_t>(n));

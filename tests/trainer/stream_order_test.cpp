@@ -34,30 +34,17 @@ class OpsOfStream final : public OpWatcher {
   void* stream_;
 };
 
+// On GPUs a rank alone has several streams too.
 std::vector<Layout> layouts() {
-  const auto layout_of = [](MeshSpec mesh, const std::string& model = "moe_a27b") {
-    return Layout{model, mesh, 1};
-  };
-  std::vector<Layout> all{
-      layout_of({1, 1, 1, 1, 1, 1}), layout_of({1, 2, 1, 1, 1, 1}), layout_of({1, 2, 1, 1, 2, 1}),
-      layout_of({1, 1, 1, 2, 1, 1}), layout_of({1, 1, 2, 1, 1, 1}), layout_of({2, 1, 1, 1, 1, 1}),
-      layout_of({1, 2, 1, 1, 1, 2}), layout_of({1, 4, 1, 1, 4, 1}), layout_of({2, 1, 2, 2, 2, 1})};
-  all[5].model = "moe_mixed";
-  all[5].pp_chunks = 2;
-  all[7].node_ranks = 2;
-  Layout bf16 = layout_of({1, 2, 1, 1, 2, 1});
-  bf16.precision = "bf16";
-  bf16.reduce = "bf16";
-  bf16.optimizer = "adamw8bit";
-  all.push_back(bf16);
-  Layout zero = layout_of({1, 2, 1, 1, 2, 1});
-  zero.zero = 2;
-  all.push_back(zero);
-  for (const char* recompute : {"up", "block"}) {
-    Layout again = layout_of({1, 2, 1, 1, 2, 1});
-    again.recompute = recompute;
-    all.push_back(again);
-  }
+  std::vector<Layout> all = layouts_of_every_kind();
+  all.push_back({"moe_a27b", {1, 1, 1, 1, 1, 1}, 1});
+  Layout layout{"moe_a27b", {1, 2, 1, 1, 2, 1}, 1};
+  layout.recompute = "up";
+  all.push_back(layout);
+  layout.recompute = "none";
+  layout.precision = layout.reduce = "bf16";
+  layout.optimizer = "adamw8bit";
+  all.push_back(layout);
   return all;
 }
 

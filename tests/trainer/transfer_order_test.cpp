@@ -11,27 +11,6 @@ namespace {
 
 using testing::HasSubstr;
 
-Layout layout_of(MeshSpec mesh, const std::string& model = "moe_a27b") {
-  return {model, mesh, 1};
-}
-
-std::vector<Layout> layouts() {
-  std::vector<Layout> all{
-      layout_of({1, 2, 1, 1, 1, 1}), layout_of({1, 2, 1, 1, 2, 1}), layout_of({1, 1, 1, 2, 1, 1}),
-      layout_of({1, 1, 2, 1, 1, 1}), layout_of({2, 1, 1, 1, 1, 1}), layout_of({1, 2, 1, 1, 1, 2}),
-      layout_of({1, 4, 1, 1, 4, 1}), layout_of({2, 1, 2, 2, 2, 1}), layout_of({1, 2, 2, 2, 4, 1})};
-  all[4].model = "moe_mixed";
-  all[4].pp_chunks = 2;
-  all[6].node_ranks = 2;
-  Layout zero = layout_of({1, 2, 1, 1, 2, 1});
-  zero.zero = 2;
-  all.push_back(zero);
-  Layout recomputed = layout_of({1, 2, 1, 2, 2, 1});
-  recomputed.recompute = "block";
-  all.push_back(recomputed);
-  return all;
-}
-
 class TransferOrder : public testing::TestWithParam<Layout> {};
 
 TEST_P(TransferOrder, NothingUnderWayIsTouched) {
@@ -53,10 +32,12 @@ TEST_P(TransferOrder, NothingUnderWayIsTouched) {
   EXPECT_GT(most, 1u) << "transfers overlap";
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, TransferOrder, testing::ValuesIn(layouts()), [](const auto& i) {
-  return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") + (i.param.node_ranks > 0 ? "_nodes" : "") +
-         (i.param.recompute != "none" ? "_recomputed" : "");
-});
+INSTANTIATE_TEST_SUITE_P(Layouts, TransferOrder, testing::ValuesIn(layouts_of_every_kind()),
+                         [](const auto& i) {
+                           return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") +
+                                  (i.param.node_ranks > 0 ? "_nodes" : "") +
+                                  (i.param.recompute != "none" ? "_recomputed" : "");
+                         });
 
 TEST(TransferWatchItself, SeesWhatIsTouchedTooEarly) {
   TransferWatch watch;

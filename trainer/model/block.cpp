@@ -69,8 +69,7 @@ void Block::backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const
   ScratchScope scope(*ex.scratch);
   TensorView dbranch_TD = ex.scratch->take(g_TD.shape, g_TD.dtype, "residual branch gradient");
   if (recompute == Recompute::kFfn || recompute == Recompute::kBlock) {
-    Exec again = ex;
-    again.ledger = nullptr;  // work done twice is not model work
+    Exec again = not_booked(ex);
     if (recompute == Recompute::kBlock) attention_half(again, dbranch_TD, keep, saved);
     ffn_half(again, dbranch_TD, keep, saved);
   }

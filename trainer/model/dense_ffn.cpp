@@ -43,8 +43,7 @@ void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T
 void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {
   ScratchScope scope(*ex.scratch);
   GatheredTokens dy(ex, *tp, dy_tD), x(ex, *tp, saved.x_tD);
-  Exec again = ex;
-  again.ledger = nullptr;  // work done twice is not model work
+  Exec again = not_booked(ex);
   const std::int64_t T = saved.x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   ConstTensorView x_TD;
   TensorView gate_up_TG = saved.gate_up_TG, h_TF = saved.h_TF;

@@ -19,4 +19,12 @@ struct Param {
   Param as(Shape shape) const;  // the same elements under another shape
 };
 
+// To compute again in backward what forward did not keep: work done twice is not model work, no ledger sees
+// it.
+inline Exec not_booked(const Exec& ex) {
+  Exec again = ex;
+  again.ledger = nullptr;
+  return again;
+}
+
 }  // namespace upmoe

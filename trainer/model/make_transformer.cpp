@@ -58,6 +58,10 @@ Block bind_block(const ModelConfig& config, const ParamStore& params, const Proc
   // The last two make whole halves again, from what those keep meanwhile.
   const bool some =
       recompute == Recompute::kSwiglu || recompute == Recompute::kRoutedUp || recompute == Recompute::kUp;
+  const auto keep_of = [&](DenseFfn& ffn) {
+    ffn.keep_hidden = !some;
+    ffn.keep_gate_up = recompute != Recompute::kUp;
+  };
   Block block;
   block.recompute = recompute;
   block.norm1 = {params.param(layer + "norm1_D", {config.hidden_size}), eps};
@@ -67,13 +71,11 @@ Block bind_block(const ModelConfig& config, const ParamStore& params, const Proc
     MoeLayer moe = bind_moe(config, params, mesh, layer);
     moe.keep_hidden = moe.keep_rows = !some;
     moe.keep_gate_up = !some || recompute == Recompute::kSwiglu;
-    if (moe.shared) moe.shared->keep_hidden = !some;
-    if (moe.shared) moe.shared->keep_gate_up = recompute != Recompute::kUp;
+    if (moe.shared) keep_of(*moe.shared);
     block.ffn = std::move(moe);
   } else {
     DenseFfn ffn = bind_ffn(params, mesh, layer + "ffn.");
-    ffn.keep_hidden = !some;
-    ffn.keep_gate_up = recompute != Recompute::kUp;
+    keep_of(ffn);
     block.ffn = std::move(ffn);
   }
   return block;

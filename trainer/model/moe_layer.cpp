@@ -145,16 +145,6 @@ void MoeLayer::experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R
   ops::grouped_gemm_dgrad(ex, dx_RD, dgate_up_RG, gate_up_eGD.value, offsets);
 }
 
-namespace {
-
-Exec not_booked(const Exec& ex) {
-  Exec again = ex;
-  again.ledger = nullptr;  // work done twice is not model work
-  return again;
-}
-
-}  // namespace
-
 // Of backward: kept, or made again in scratch memory.
 TensorView MoeLayer::rows(Exec& ex, const Saved& saved) const {
   if (keeps_rows()) return saved.x_RD;
