@@ -4,6 +4,8 @@
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
 #include "launch/commands.h"
+#include "parallel/watchdog.h"
+#include "trainer/stop_requests.h"
 #include "trainer/training_run.h"
 
 namespace upmoe {

@@ -10,7 +10,7 @@
 
 #include "parallel/mpi_messages.h"
 #include "parallel/reduce.h"
-#include "parallel/runtime.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 

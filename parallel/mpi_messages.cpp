@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "parallel/runtime.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "parallel/nccl_comm.h"
-#include "parallel/runtime.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 

@@ -16,6 +16,7 @@
 #include "kernels/core/philox.h"
 #include "parallel/mpi_comm.h"
 #include "parallel/nccl_comm.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "parallel/reduce.h"
-#include "parallel/runtime.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 

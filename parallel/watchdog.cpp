@@ -1,3 +1,5 @@
+#include "parallel/watchdog.h"
+
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,8 +11,6 @@
 #include <map>
 #include <mutex>
 #include <thread>
-
-#include "parallel/runtime.h"
 
 namespace upmoe::watchdog {
 

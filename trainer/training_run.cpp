@@ -4,16 +4,16 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-#include <csignal>
 #include <cstring>
 #include <fstream>
 
 #include "data/model_source.h"
 #include "data/posix_file.h"
 #include "kernels/core/log.h"
-#include "parallel/runtime.h"
+#include "parallel/watchdog.h"
 #include "trainer/checkpoint.h"
 #include "trainer/metrics.h"
+#include "trainer/stop_requests.h"
 #include "trainer/trainer.h"
 
 namespace upmoe {
@@ -21,25 +21,6 @@ namespace upmoe {
 namespace fs = std::filesystem;
 
 namespace {
-
-// Requests that signals left behind; read once per step and summed over the ranks.
-constexpr std::int64_t kSave = 1, kStop = 1 << 16;  // sums of up to 65,535 ranks stay apart
-volatile std::sig_atomic_t g_save = 0, g_stop = 0;
-
-void on_signal(int signal) {
-  if (signal == SIGUSR1) {
-    g_save = 1;
-  } else {
-    if (g_stop != 0 && signal != SIGUSR2) _exit(128 + signal);
-    g_stop = 1;
-  }
-}
-
-std::int64_t take_requests() {
-  const std::int64_t requests = (g_save != 0 ? kSave : 0) + (g_stop != 0 ? kStop : 0);
-  g_save = 0;
-  return requests;
-}
 
 // One job per run directory: an advisory lock held by rank 0 for the life of the process.
 class RunLock {
@@ -289,7 +270,7 @@ int Run::execute() {
     count_nonfinite(report);
     if (due(run_.train.eval_every, step)) evaluate_now(step);
     poll_checkpoint();
-    if (report.requests >= kStop) {
+    if (report.requests >= kStopRequest) {
       save_at_end(step);
       if (world_.rank() == 0)
         log::info("stopped on request after step {}; start the same command again to go on", step);
@@ -309,13 +290,6 @@ int Run::execute() {
 int train(const RunConfig& run, Communicator& world, const RunOptions& options) {
   Run job(run, world, options);
   return job.execute();
-}
-
-void install_signal_handlers() {
-  struct sigaction action {};
-  action.sa_handler = on_signal;
-  action.sa_flags = SA_RESTART;
-  for (int signal : {SIGUSR1, SIGUSR2, SIGTERM, SIGINT}) sigaction(signal, &action, nullptr);
 }
 
 }  // namespace upmoe

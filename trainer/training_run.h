@@ -1,6 +1,5 @@
 #pragma once
-// A whole run: its directory, resuming, the loop over steps with evaluation, checkpoints, metrics and
-// signals.
+// A whole run: its directory, resuming, the loop over steps with evaluation, checkpoints and metrics.
 
 #include <filesystem>
 
@@ -17,9 +16,5 @@ struct RunOptions {
 // Trains to the end or to a request to stop. Collective; returns the exit status. Layout of run.dir: face.md
 // "Files".
 int train(const RunConfig& run, Communicator& world, const RunOptions& options);
-
-// Signals for this process: SIGUSR1 checkpoint and go on; SIGUSR2, SIGTERM, SIGINT checkpoint and stop (a
-// second one of the latter two ends at once). Installed once, before training.
-void install_signal_handlers();
 
 }  // namespace upmoe

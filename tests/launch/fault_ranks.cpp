@@ -13,7 +13,9 @@
 
 #include "kernels/core/log.h"
 #include "parallel/runtime.h"
+#include "parallel/watchdog.h"
 #include "tests/support/forwarding_communicator.h"
+#include "trainer/stop_requests.h"
 #include "trainer/training_run.h"
 
 namespace upmoe {

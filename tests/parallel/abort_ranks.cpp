@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "parallel/runtime.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 namespace {

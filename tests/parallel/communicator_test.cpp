@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "parallel/watchdog.h"
 #include "tests/parallel/every_transport.h"
 
 namespace upmoe {
