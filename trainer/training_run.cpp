@@ -1,18 +1,16 @@
 #include "trainer/training_run.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 
-#include <cstring>
 #include <fstream>
 
 #include "data/model_source.h"
 #include "data/posix_file.h"
 #include "kernels/core/log.h"
 #include "parallel/watchdog.h"
-#include "trainer/checkpoint.h"
 #include "trainer/metrics.h"
+#include "trainer/run_checkpoints.h"
+#include "trainer/run_lock.h"
 #include "trainer/stop_requests.h"
 #include "trainer/trainer.h"
 
@@ -22,34 +20,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// One job per run directory: an advisory lock held by rank 0 for the life of the process.
-class RunLock {
- public:
-  explicit RunLock(const fs::path& dir) {
-    const fs::path path = dir / "lock";
-    fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
-    if (fd_ < 0) fail(ExitCode::kBadInput, "{}: cannot be opened: {}", path.string(), std::strerror(errno));
-    if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
-      char owner[256] = {};
-      const ssize_t n = pread(fd_, owner, sizeof owner - 1, 0);
-      close(fd_);
-      fail(ExitCode::kUsage,
-           "{}: another job is training in this directory ({}); stop it or choose another run.dir",
-           dir.string(), n > 0 ? owner : "unknown");
-    }
-    char host[128] = "host";
-    gethostname(host, sizeof host - 1);
-    const std::string me = fmt::format("host {}, pid {}", host, getpid());
-    if (ftruncate(fd_, 0) != 0 || pwrite(fd_, me.data(), me.size(), 0) < 0)
-      log::warning("{}: cannot be written: {}", path.string(), std::strerror(errno));
-  }
-  ~RunLock() { close(fd_); }
-  RunLock(const RunLock&) = delete;
-
- private:
-  int fd_ = -1;
-};
-
 // Two builds on two hosts would train, and differ in some later digit.
 std::string program_digest() {
   return fmt::format("{:08x}", crc32c_of_file("/proc/self/exe"));
@@ -58,15 +28,11 @@ std::string program_digest() {
 class Run {
  public:
   Run(const RunConfig& run, Communicator& world, const RunOptions& options)
-      : run_(run),
-        world_(world),
-        dir_(run.run.dir),
-        checkpoints_(dir_ / "checkpoints"),
-        writer_(checkpoints_, run.checkpoint.keep) {
+      : run_(run), world_(world), dir_(run.run.dir), checkpoints_(dir_, run.checkpoint.keep, world) {
     require_equal(world_, "programs", program_digest());
     require_equal(world_, "configurations", to_yaml(run));
     run_agreed(world_, [&] { prepare(); });
-    const std::optional<fs::path> newest = newest_usable(checkpoints_, world_);
+    const std::optional<fs::path> newest = newest_usable(checkpoints_.dir(), world_);
     if (options.fresh && newest)
       fail(ExitCode::kUsage, "--fresh: {} holds {}; choose another run.dir or remove it", dir_.string(),
            newest->string());
@@ -85,7 +51,7 @@ class Run {
  private:
   void prepare() {
     if (world_.rank() != 0) return;
-    fs::create_directories(checkpoints_);
+    fs::create_directories(checkpoints_.dir());
     lock_ = std::make_unique<RunLock>(dir_);
     fs::create_directories(dir_ / "logs");
   }
@@ -111,31 +77,28 @@ class Run {
   void load(const std::optional<fs::path>& checkpoint);
   void start_metrics();
   void evaluate_now(std::int64_t step);
-  void begin_checkpoint(std::int64_t step, bool in_background);
-  void finish_checkpoint();
-  void poll_checkpoint();
+  const TrainState& state_after(std::int64_t step);
   void count_nonfinite(const StepReport& report);
-  void save_at_end(std::int64_t step);
 
   const RunConfig& run_;
   Communicator& world_;
-  fs::path dir_, checkpoints_;
+  fs::path dir_;
   std::unique_ptr<RunLock> lock_;
-  CheckpointWriter writer_;
+  RunCheckpoints checkpoints_;
   ModelConfig session_config_;
   std::unique_ptr<ModelSource> source_;
   std::unique_ptr<Session> session_;
   std::unique_ptr<TokenDataset> valid_;
   std::unique_ptr<Metrics> metrics_;  // rank 0
   TrainState state_;
-  std::int64_t saved_step_ = -1, evaluated_step_ = -1, nonfinite_ = 0;
+  std::int64_t evaluated_step_ = -1, nonfinite_ = 0;
 };
 
 void Run::load(const std::optional<fs::path>& checkpoint) {
   Session& s = *session_;
   if (checkpoint) {
     state_ = load_checkpoint(ShardStore(*checkpoint), s);
-    saved_step_ = state_.step;
+    checkpoints_.resumed_from(state_.step);
     if (world_.rank() == 0) log::info("resuming from {} (step {})", checkpoint->string(), state_.step);
   } else {
     state_.source = fs::absolute(run_.model.path).string();
@@ -196,38 +159,10 @@ void Run::evaluate_now(std::int64_t step) {
   if (metrics_) metrics_->evaluation(step, result);
 }
 
-// A failing disk does not stop training: the older checkpoints are intact, and the next interval tries again.
-void Run::begin_checkpoint(std::int64_t step, bool in_background) {
-  if (writer_.busy()) finish_checkpoint();
-  if (saved_step_ == step) return;
+const TrainState& Run::state_after(std::int64_t step) {
   state_.step = step;
   state_.samples = step * run_.train.global_batch;
-  try {
-    writer_.begin(*session_, state_, world_, in_background);
-    saved_step_ = step;
-  } catch (const Error& e) {
-    if (world_.rank() == 0)
-      log::warning("checkpoint of step {} failed, training goes on: {}", step, e.what());
-  }
-}
-
-void Run::finish_checkpoint() {
-  try {
-    const fs::path path = writer_.finish(world_);
-    if (world_.rank() == 0) log::info("checkpoint {}", path.string());
-  } catch (const Error& e) {
-    if (*e.what() != 0)
-      log::warning("checkpoint of step {} failed, training goes on: {}", saved_step_, e.what());
-    saved_step_ = -1;
-  }
-}
-
-// Commits a background checkpoint once every rank's part lies on the disk.
-void Run::poll_checkpoint() {
-  if (!writer_.busy()) return;
-  std::int64_t written = writer_.written() ? 1 : 0;
-  world_.all_reduce(host_view(&written, {1}), ReduceOp::kMin);
-  if (written == 1) finish_checkpoint();
+  return state_;
 }
 
 void Run::count_nonfinite(const StepReport& report) {
@@ -236,21 +171,13 @@ void Run::count_nonfinite(const StepReport& report) {
   if (!report.culprit.empty())
     log::warning("step {}: the gradient of {} is not finite; no update", report.step, report.culprit);
   if (nonfinite_ < run_.train.nonfinite_patience) return;
-  if (writer_.busy()) finish_checkpoint();
+  if (checkpoints_.busy()) checkpoints_.finish();
   fail(ExitCode::kNumeric,
        "loss {} and gradient norm {} were not finite for {} steps in a row, the last one {}; the newest "
        "checkpoint in {} is "
        "from before. Lower optimizer.lr, or look at the data of samples {} to {}",
-       report.loss, report.grad_norm, nonfinite_, report.step, checkpoints_.string(),
+       report.loss, report.grad_norm, nonfinite_, report.step, checkpoints_.dir().string(),
        (report.step - nonfinite_) * run_.train.global_batch, report.step * run_.train.global_batch - 1);
-}
-
-void Run::save_at_end(std::int64_t step) {
-  begin_checkpoint(step, false);
-  if (writer_.busy()) finish_checkpoint();
-  if (saved_step_ != step)
-    fail(ExitCode::kBadInput, "the checkpoint of step {} could not be written to {}; see the warning above",
-         step, checkpoints_.string());
 }
 
 int Run::execute() {
@@ -269,19 +196,19 @@ int Run::execute() {
     if (metrics_) metrics_->step(report);
     count_nonfinite(report);
     if (due(run_.train.eval_every, step)) evaluate_now(step);
-    poll_checkpoint();
+    checkpoints_.poll();
     if (report.requests >= kStopRequest) {
-      save_at_end(step);
+      checkpoints_.save_last(*session_, state_after(step));
       if (world_.rank() == 0)
         log::info("stopped on request after step {}; start the same command again to go on", step);
       return static_cast<int>(ExitCode::kStopped);
     }
     if (due(run_.checkpoint.every, step) || report.requests > 0)
-      begin_checkpoint(step, run_.checkpoint.async);
-    if (writer_.busy() && !run_.checkpoint.async) finish_checkpoint();
+      checkpoints_.begin(*session_, state_after(step), run_.checkpoint.async);
+    if (checkpoints_.busy() && !run_.checkpoint.async) checkpoints_.finish();
   }
   evaluate_now(run_.train.steps);
-  save_at_end(run_.train.steps);
+  checkpoints_.save_last(*session_, state_after(run_.train.steps));
   return static_cast<int>(ExitCode::kDone);
 }
 
