@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the launch scripts know about statuses, checkpoints and restarts; sourced by run_hosts.sh and run_slurm.sbatch.
+# What the launch scripts know about statuses, checkpoints and restarts; sourced by run_local.sh, run_hosts.sh
+# and run_slurm.sbatch.
 # Functions only: they print their answer and change nothing, so tests/launch/restart_test.py can ask each of them.
 
 # newest_step RUN_DIR: the step of the newest complete checkpoint, -1 when there is none. A folder under its final name
@@ -70,6 +71,7 @@ describe_status() {  # STATUS: in words
     72) echo "communicator" ;;
     75) echo "stopped on request, checkpoint complete" ;;
     126 | 127) echo "the command cannot be started" ;;
+    137) echo "killed by signal 9: out of memory?" ;;
     129 | 1[3-5]? | 16[0-4]) echo "killed by signal $(($1 - 128))" ;;
     *) echo "the launcher gave up, as it does when it loses a host" ;;
   esac

@@ -12,20 +12,20 @@ usage: launch/run_hosts.sh --hostfile FILE [OPTION...] COMMAND...
   --deadline SECONDS    passed to `upmoe train`: without progress for so long a rank ends the job with 70
   --restarts N          at most so many (default 3; 0: never)
   --delay SECONDS       before a restart (default 10), for hosts and file systems to notice what ended
-  --grace SECONDS       for mpirun to end after a rank reported an error, and for a checkpoint after SIGTERM or
-                        SIGINT (default 15 and 120; one value sets both)
+  --grace SECONDS       for mpirun to end after a rank reported an error, and for a checkpoint after SIGTERM,
+                        SIGINT or SIGHUP (default 15 and 120; one value sets both)
   --interface IF|CIDR   network that MPI uses, such as eth0 or 10.0.0.0/24; default: all that Open MPI finds
   --rsh AGENT           starts a command on a host (default: ssh); must ask for no password
   --run-dir DIR         where the checkpoints are, if the command does not tell by run.dir= or its YAML file
 The program, its inputs and the run directory must lie under the same path on all hosts. More options of mpirun: in
 the environment, as OMPI_MCA_name=value. Example:
   launch/run_hosts.sh --hostfile hosts.txt --ranks-per-host 8 --deadline 120 build/release/upmoe train run.yaml
-SIGUSR1 and SIGUSR2 go to the ranks; SIGTERM and SIGINT save and stop, a second one stops at once.
+SIGUSR1 and SIGUSR2 go to the ranks; SIGTERM, SIGINT and SIGHUP save and stop, a second one stops at once.
 The exit status is that of the last start.
 USAGE
 }
 
-say() { echo "run_hosts: $*" >&2; }
+say() { echo "run_hosts: $*" >&2 || true; }
 die() { echo "run_hosts: error: $*" >&2; exit 2; }
 
 hostfile='' ranks='' cores='' deadline='' restarts=3 delay=10 abort_grace=15 stop_grace=120 interface='' rsh=''
@@ -62,11 +62,14 @@ command -v mpirun >/dev/null || die "mpirun not found; run launch/setup.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/restart_rules.sh
 source "$here/restart_rules.sh"
+# shellcheck source=launch/supervise.sh
+source "$here/supervise.sh"
 
 if is_train "${command[@]}"; then
   [[ -n $run_dir ]] || run_dir=$(run_dir_of "${command[@]}") || [[ $restarts -eq 0 ]] ||
     die "no run directory found in '${command[*]}'; name it by --run-dir, or use --restarts 0"
 else
+  stop_grace=0  # it saves nothing when asked to stop
   [[ -z $deadline ]] || die "--deadline is for 'upmoe train', which is not in '${command[*]}'"
   restarts=0
 fi
@@ -131,58 +134,38 @@ if [[ $(id -u) -eq 0 ]]; then
 fi
 
 scratch=$(mktemp -d)
-mpirun_pid=0 stopping=0
 trap 'rm -rf "$scratch"' EXIT
-
-alive() { [[ $mpirun_pid -ne 0 ]] && kill -0 "$mpirun_pid" 2>/dev/null; }
-# mpirun leads its own process group, so that its rsh agents end with it.
-end_mpirun() { kill -TERM -- "-$mpirun_pid" 2>/dev/null || true; }
-pass_on() { if alive; then kill "-$1" "$mpirun_pid" || true; fi; }
-stop_by=0
-ask_to_stop() {
-  if [[ $stopping -eq 0 ]]; then
-    say "stopping: asking the ranks for a checkpoint, at most $stop_grace s; once more to stop at once"
-    stopping=1 stop_by=$((SECONDS + stop_grace))
-    pass_on USR2
-  else
-    stop_by=$SECONDS
-  fi
-}
-trap 'pass_on USR1' USR1
-trap 'stopping=1; pass_on USR2' USR2
-trap ask_to_stop TERM INT
 
 # Passes mpirun's standard error on and leaves a mark at the first line by which a rank ends the job: from then on
 # mpirun has little time, because it waits without end for the daemon of a host that cannot be reached.
 watch_errors() {
   local line
-  trap '' TERM INT USR1 USR2
+  trap '' TERM INT HUP USR1 USR2
   while IFS= read -r line; do
-    printf '%s\n' "$line" >&2
+    printf '%s\n' "$line" >&2 || true
     [[ $line != *'upmoe: error:'* ]] || : >"$scratch/error"
   done
 }
 
 start_once() {  # sets status
-  local end_by=0 killed=0 watcher
+  local error_by=0 killed=0 watcher
   rm -f "$scratch/error" "$scratch/errors"
   mkfifo "$scratch/errors"
   watch_errors <"$scratch/errors" &
   watcher=$!
-  # In a session of its own: Ctrl-C in the terminal must reach this script alone, else mpirun kills before it saves.
-  setsid mpirun "${options[@]}" "${command[@]}" 2>"$scratch/errors" &
-  mpirun_pid=$!
+  kill_by=-1
+  start_mpirun "${options[@]}" "${command[@]}" 2>"$scratch/errors"
   while alive; do
     sleep 0.2 &
     wait $! || true  # a signal ends this wait at once and runs its trap
-    if [[ $end_by -eq 0 && -e $scratch/error ]]; then end_by=$((SECONDS + abort_grace)); fi
-    if [[ $stop_by -ne 0 && $SECONDS -ge $stop_by ]]; then end_mpirun; stop_by=0 end_by=$((SECONDS + 5)); fi
-    if [[ $end_by -ne 0 && $SECONDS -ge $end_by ]]; then
+    if ((kill_by >= 0 && SECONDS >= kill_by)); then killed=1; fi
+    end_when_due
+    if [[ $error_by -eq 0 && $killed -eq 0 && -e $scratch/error ]]; then error_by=$((SECONDS + abort_grace)); fi
+    if [[ $error_by -ne 0 && $SECONDS -ge $error_by ]]; then
       say "mpirun did not end within $abort_grace s of the error above, so it has lost a host; killing it"
-      killed=1
-      end_mpirun
-      sleep 2
-      kill -KILL -- "-$mpirun_pid" 2>/dev/null || true
+      killed=1 error_by=0
+      end_mpirun TERM
+      kill_by=$((SECONDS + 2))
     fi
   done
   status=0

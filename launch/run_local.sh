@@ -1,15 +1,29 @@
 #!/usr/bin/env bash
 # Runs a command as N ranks on this machine: launch/run_local.sh 2 build/release/upmoe train configs/quickstart/moe.yaml
-# The cores are shared out evenly (OMP_NUM_THREADS overrides); more ranks than cores are allowed, and slow.
+# The cores are shared out evenly (OMP_NUM_THREADS overrides); more ranks than cores are allowed, and
+# slow. To a training run SIGTERM, Ctrl-C and a closed terminal mean: save and end with status 75, within --grace SECONDS
+# (120); a second one ends it at once. SIGUSR1 (save) and SIGUSR2 (save and stop) go to the ranks.
 set -euo pipefail
 
-if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/run_local.sh RANKS COMMAND [ARGUMENT...]" >&2
-  exit 2
+usage() { echo "usage: launch/run_local.sh [--grace SECONDS] RANKS COMMAND [ARGUMENT...]" >&2; exit 2; }
+say() { echo "run_local: $*" >&2 || true; }
+
+stop_grace=120
+if [[ ${1:-} == --grace ]]; then
+  [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || usage
+  stop_grace=$2
+  shift 2
 fi
+[[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || usage
 ranks=$1
 shift
-command -v mpirun >/dev/null || { echo "run_local: mpirun not found; run launch/setup.sh" >&2; exit 2; }
+command -v mpirun >/dev/null || { say "mpirun not found; run launch/setup.sh"; exit 2; }
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/restart_rules.sh
+source "$here/restart_rules.sh"
+# shellcheck source=launch/supervise.sh
+source "$here/supervise.sh"
+is_train "$@" || stop_grace=0
 
 cores=$(nproc)
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
@@ -27,4 +41,18 @@ if [[ -e /.dockerenv || -e /run/.containerenv ]]; then
   # Containers usually forbid reading another process's memory; without this Open MPI fails on large messages.
   export OMPI_MCA_btl_vader_single_copy_mechanism=none
 fi
-exec mpirun "${options[@]}" "$@"
+
+start_mpirun "${options[@]}" "$@"
+while alive; do
+  if ((stopping == 0)); then
+    wait "$mpirun_pid" || true  # a signal ends this wait at once and runs its trap
+    continue
+  fi
+  sleep 0.2 &
+  wait $! || true
+  end_when_due
+done
+status=0
+wait "$mpirun_pid" || status=$?
+if ((status > 128)); then say "ended with status $status: $(describe_status "$status")"; fi
+exit "$status"

@@ -4,21 +4,33 @@
 
 #include <atomic>
 #include <csignal>
+#include <ctime>
 
 namespace upmoe {
 
 namespace {
 
 // A signal may be handled on any thread, and between any two instructions of the one that takes the requests.
-std::atomic<bool> save_asked = false, stop_asked = false;
-static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler may use these");
+std::atomic<bool> save_asked = false;
+std::atomic<std::int64_t> stop_asked_at = 0;  // nanoseconds of the first; 0: not asked
+static_assert(std::atomic<std::int64_t>::is_always_lock_free, "a signal handler may use these");
+
+constexpr std::int64_t kSameRequest = 500'000'000;  // nanoseconds
+
+std::int64_t now() {
+  timespec t{};
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1'000'000'000 + t.tv_nsec + 1;
+}
 
 void on_signal(int signal) {
   if (signal == SIGUSR1) {
     save_asked = true;
-  } else if (stop_asked.exchange(true) && signal != SIGUSR2) {
-    _exit(128 + signal);
+    return;
   }
+  std::int64_t first = 0;
+  if (stop_asked_at.compare_exchange_strong(first, now()) || signal == SIGUSR2) return;
+  if (now() - first >= kSameRequest) _exit(128 + signal);
 }
 
 }  // namespace
@@ -34,7 +46,7 @@ void install_signal_handlers() {
 }
 
 std::int64_t take_requests() {
-  return (save_asked.exchange(false) ? kSaveRequest : 0) + (stop_asked ? kStopRequest : 0);
+  return (save_asked.exchange(false) ? kSaveRequest : 0) + (stop_asked_at != 0 ? kStopRequest : 0);
 }
 
 }  // namespace upmoe
