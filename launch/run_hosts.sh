@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Starts one job over the hosts of a file and, when it is a training run that failed for a passing reason, starts it
 # again; it then resumes from the newest complete checkpoint. What is worth another try: restart_rules.sh.
+# shellcheck disable=SC2034,SC2154  # variables shared with supervise.sh
 set -euo pipefail
 
 usage() {

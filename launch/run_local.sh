@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs a command as N ranks on this machine: launch/run_local.sh 2 build/release/upmoe train configs/quickstart/moe.yaml
-# The cores are shared out evenly (OMP_NUM_THREADS overrides); more ranks than cores are allowed, and
-# slow. To a training run SIGTERM, Ctrl-C and a closed terminal mean: save and end with status 75, within --grace SECONDS
+# The cores are shared out evenly (OMP_NUM_THREADS overrides); more ranks than cores are allowed, and slow.
+# To a training run SIGTERM, Ctrl-C and a closed terminal mean: save and end with status 75, within --grace SECONDS
 # (120); a second one ends it at once. SIGUSR1 (save) and SIGUSR2 (save and stop) go to the ranks.
+# shellcheck disable=SC2034,SC2154  # variables shared with supervise.sh
 set -euo pipefail
 
 usage() { echo "usage: launch/run_local.sh [--grace SECONDS] RANKS COMMAND [ARGUMENT...]" >&2; exit 2; }

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""What run_local.sh does with signals, around a false mpirun (see restart_test.py)."""
+
+import signal
+import subprocess
+import time
+import unittest
+from pathlib import Path
+
+from restart_test import LAUNCH, Case
+
+
+class Local(Case):
+    """A grace that another layer would cut short: mpirun alone kills the ranks a second after SIGTERM."""
+
+    def local(self, *command, grace="120"):
+        process = self.start([str(LAUNCH / "run_local.sh"), "--grace", grace, "2", *(command or self.training)])
+        self.wait_until_ready(process)
+        return process
+
+    def test_a_request_to_stop_reaches_the_ranks_as_one_to_save(self):
+        for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+            with self.subTest(sent):
+                for name in ("count", "calls", "ready"):
+                    (self.dir / name).unlink(missing_ok=True)
+                self.starts("on_usr2 'sleep 2; save 10; exit 75'")
+                process = self.local()
+                process.send_signal(sent)
+                self.finish(process, 75)
+                self.assertTrue((self.dir / "run/checkpoints/step_00000010").exists())
+
+    def test_the_same_signal_twice_in_a_moment_is_one_request(self):
+        self.starts("on_usr2 'sleep 1; exit 75'")
+        process = self.local()
+        for _ in range(3):
+            process.send_signal(signal.SIGTERM)
+        self.finish(process, 75)
+
+    def test_a_second_request_ends_at_once_and_so_does_the_end_of_the_grace(self):
+        for grace, again in (("120", True), ("1", False)):
+            with self.subTest(grace):
+                for name in ("count", "calls", "ready"):
+                    (self.dir / name).unlink(missing_ok=True)
+                self.starts("on_usr2 :")
+                process = self.local(grace=grace)
+                process.send_signal(signal.SIGTERM)
+                if again:
+                    time.sleep(0.7)
+                    process.send_signal(signal.SIGTERM)
+                self.assertIn("status 143", self.finish(process, 143))
+
+    def test_what_saves_nothing_is_ended_at_once(self):
+        self.starts("on_usr2 'exit 75'")
+        process = self.local("upmoe", "upcycle")
+        process.send_signal(signal.SIGTERM)
+        self.finish(process, 143)
+
+    def test_a_request_to_save_is_passed_on(self):
+        self.starts("trap 'save 3; exit 0' USR1; on_usr2 'exit 99'")
+        process = self.local()
+        process.send_signal(signal.SIGUSR1)
+        self.finish(process, 0)
+        self.assertTrue((self.dir / "run/checkpoints/step_00000003").exists())
+
+    def test_the_launcher_ends_with_a_script_that_was_killed(self):
+        self.starts(f"echo $$ >{self.dir}/pid; on_usr2 :")
+        process = self.local()
+        process.kill()
+        process.communicate(timeout=60)
+        pid, end = int((self.dir / "pid").read_text()), time.monotonic() + 20
+        while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+            self.assertLess(time.monotonic(), end, "mpirun was left alone")
+            time.sleep(0.05)
+
+    def test_the_input_is_the_command_s(self):
+        self.starts("cat; exit 5")
+        process = subprocess.run([str(LAUNCH / "run_local.sh"), "2", "cat"], input="words", capture_output=True,
+                                 text=True, env=self.environment, cwd=self.dir, check=False, timeout=60)
+        self.assertEqual((process.returncode, process.stdout), (5, "words"))
+
+
+if __name__ == "__main__":
+    unittest.main()
