@@ -14,20 +14,30 @@ GLOBAL_BATCH=8
 DENSE_LR=2.0e-3
 MORE_LR=2.0e-3
 EVAL_SEQUENCES=256     # of the closing comparison
+EVERY=()               # more keys of all runs
+
+# With --brief: the same stages in about a minute of computing, to see that all of them work here.
+brief_knobs() {
+  MEGABYTES=1 DENSE_STEPS=24 MORE_STEPS=12 EVAL_SEQUENCES=16
+  EVERY=(schedule.warmup=4 train.eval_every=8 train.eval_sequences=8 checkpoint.every=8)
+}
 
 usage() {
   cat <<'USAGE'
-usage: launch/quickstart.sh [--text DIR] [--fresh] [--check]
+usage: launch/quickstart.sh [--brief] [--text DIR] [--fresh] [--check]
+  --brief     a few dozen steps under runs/quickstart_brief: shows that every stage works here; its losses mean nothing
   --text DIR  train on the text files of DIR instead of the sources of Python's standard library
-  --fresh     remove runs/quickstart and start over
-  --check     exit with 1 unless the mixture of experts ends better than both dense models
+  --fresh     remove what an earlier run left and start over
+  --check     exit with 1 unless the mixture of experts ends better than both dense models (with --brief: unless every
+              stage left its result); whether the exported model is the checkpoint is always checked
 USAGE
 }
 
-text='' fresh=0 check=()
+text='' fresh=0 check=() brief=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     --text) [[ $# -ge 2 ]] || { usage >&2; exit 2; }; text=$(realpath "$2"); shift 2 ;;
+    --brief) brief=(--brief); brief_knobs; shift ;;
     --fresh) fresh=1; shift ;;
     --check) check=(--check); shift ;;
     -h | --help) usage; exit 0 ;;
@@ -41,7 +51,7 @@ began=$SECONDS
 launch/setup.sh --program-only
 python=.venv/bin/python
 upmoe=build/release/upmoe
-out=runs/quickstart
+out=runs/quickstart${brief:+_brief}
 
 say() { printf '\n== %s (after %d min %02d s)\n' "$*" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
 alone() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} "$@"; }
@@ -55,7 +65,8 @@ elif [[ -f $out/settings && $(cat "$out/settings") != "$settings" ]]; then
   exit 2
 fi
 mkdir -p "$out"/{text,tokens,models,eval}
-echo "$settings" >"$out/settings"
+echo "$settings" >"$out/settings.part"  # under its name when it is whole, as all that a later start takes for finished
+mv "$out/settings.part" "$out/settings"
 
 make_tokens() {
   local text_option=()
@@ -77,7 +88,7 @@ attributes = h5py.File(sys.argv[1], "r").attrs
 print(int(attributes["vocab_size"]), int(attributes["eos_id"]))' "$out/tokens/train.h5")
   mkdir -p "$dir"
   cp "$out/tokens/tokenizer.json" "$dir/"
-  cat >"$dir/config.json" <<JSON
+  cat >"$dir/config.json.part" <<JSON
 {
   "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
   "vocab_size": $vocab, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
@@ -87,6 +98,7 @@ print(int(attributes["vocab_size"]), int(attributes["eos_id"]))' "$out/tokens/tr
   "torch_dtype": "float32"
 }
 JSON
+  mv "$dir/config.json.part" "$dir/config.json"
 }
 
 newest_checkpoint() {
@@ -106,15 +118,22 @@ evaluate() {  # NAME MODEL
   fi
 }
 
-shared=(data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH")
-more=("${shared[@]}" train.steps="$MORE_STEPS" optimizer.lr="$MORE_LR")
+[[ ${#brief[@]} -eq 0 ]] || say "a brief run: every stage, but too few steps to learn anything; its losses mean nothing"
+
+# NAME MODEL: the keys that put a run into $out; the files of configs/quickstart name runs/quickstart.
+places() {
+  keys=(run.dir="$out/$1" model.path="$out/models/$2" data.train="[{path: $out/tokens/train.h5, weight: 1.0}]"
+    data.valid="$out/tokens/valid.h5" data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH" "${EVERY[@]}")
+}
+more=(train.steps="$MORE_STEPS" optimizer.lr="$MORE_LR")
 
 say "text and tokens"
 [[ -f $out/tokens/train.h5 && -f $out/tokens/valid.h5 ]] || make_tokens
 
 say "a small dense model from random weights"
 [[ -f $out/models/dense_init/config.json ]] || write_dense_config "$out/models/dense_init"
-alone "$upmoe" train configs/quickstart/dense.yaml "${shared[@]}" train.steps="$DENSE_STEPS" optimizer.lr="$DENSE_LR"
+places dense dense_init
+alone "$upmoe" train configs/quickstart/dense.yaml "${keys[@]}" train.steps="$DENSE_STEPS" optimizer.lr="$DENSE_LR"
 export_model dense dense
 
 say "upcycling: 60 experts out of the dense model's feed-forward layers"
@@ -122,11 +141,13 @@ say "upcycling: 60 experts out of the dense model's feed-forward layers"
   --from "$out/models/dense" --to "$out/models/moe"
 
 say "training the mixture of experts on two ranks, 30 experts on each"
-launch/run_local.sh 2 "$upmoe" train configs/quickstart/moe.yaml "${more[@]}"
+places moe moe
+launch/run_local.sh 2 "$upmoe" train configs/quickstart/moe.yaml "${keys[@]}" "${more[@]}"
 export_model moe moe_trained
 
 say "the dense model goes on for as many tokens"
-alone "$upmoe" train configs/quickstart/dense_continued.yaml "${more[@]}"
+places dense_continued dense
+alone "$upmoe" train configs/quickstart/dense_continued.yaml "${keys[@]}" "${more[@]}"
 export_model dense_continued dense_continued
 
 say "held-out loss"
@@ -139,7 +160,7 @@ evaluate moe_exported "$out/models/moe_trained"
 page=$(UPMOE_PYTHON=$python "$upmoe" report "$out/dense" "$out/dense_continued" "$out/moe" --continued \
   --label dense --label 'dense, continued' --label 'mixture of experts' --out "$out/report")
 status=0
-"$python" launch/quickstart_table.py "$out" "${check[@]}" || status=$?
+"$python" launch/quickstart_table.py "$out" "${check[@]}" "${brief[@]}" || status=$?
 echo "pictures: $page"
 say "done"
 exit "$status"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The closing table of launch/quickstart.sh, from what its stages left in runs/quickstart."""
+"""The closing table of launch/quickstart.sh, from what its stages left in runs/quickstart or runs/quickstart_brief."""
 
 import argparse
 import json
@@ -43,10 +43,19 @@ def records(run):
         return [record for record in map(json.loads, file) if "kind" not in record]
 
 
+def stages_are_whole(folder, losses):
+    """Each run trained to its last step, each evaluation is a number that even an untrained model reaches, and there
+    are pictures."""
+    complete = all(records(folder / run)[-1]["step"] == len(records(folder / run)) for _, _, _, run in ROWS if run)
+    return complete and all(0 < loss < 20 for loss in losses.values()) and (folder / "report/report.html").is_file()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--check", action="store_true", help="fail unless the MoE beats both dense models")
+    parser.add_argument("--check", action="store_true", help="fail unless the MoE beats both dense models, or, of a "
+                        "brief run, unless every stage left its result")
+    parser.add_argument("--brief", action="store_true", help="a run too short for its losses to mean anything")
     args = parser.parse_args()
     folder, results = args.folder, {}
     losses = {path.stem: json.loads(path.read_text(encoding="utf-8"))["loss"]
@@ -66,6 +75,11 @@ def main():
     same = abs(checkpoint - exported) < EXPORT_TOLERANCE
     print(f"exported directory: held-out loss {exported:.6f}, checkpoint {checkpoint:.6f}: "
           f"{'the same' if same else 'NOT THE SAME'}")
+    if args.brief:
+        whole = stages_are_whole(folder, losses)
+        print(f"a brief run: every stage {'left its result' if whole else 'DID NOT LEAVE ITS RESULT'}; the losses "
+              "above mean nothing (launch/quickstart.sh without --brief compares)")
+        return 0 if same and (whole or not args.check) else 1
     better = losses["moe"] < min(losses["dense"], losses["dense_continued"])
     print(f"MoE against dense {losses['moe'] - losses['dense']:+.4f}, against dense continued for as many tokens "
           f"{losses['moe'] - losses['dense_continued']:+.4f} nats per token: "

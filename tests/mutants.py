@@ -141,7 +141,8 @@ def main():
         return
     tree, out = args.build / "tree", args.build / "out"
     copy_tree(tree)
-    done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"])
+    done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+                f"-DUPMOE_PYTHON={sys.executable}"])
     if done.returncode == 0:
         done = build(tree, out)
     if done.returncode != 0:

@@ -1,0 +1,28 @@
+# upmoe_find(NAME [COMPONENTS ...]): find_package that says, when it fails, which packages of launch/packages.txt bring
+# what is missing, and the command that installs them.
+macro(upmoe_find name)
+  find_package(${name} ${ARGN} QUIET)
+  if(NOT ${name}_FOUND)
+    upmoe_missing(${name})
+  endif()
+endmacro()
+
+function(upmoe_missing name)
+  file(STRINGS ${CMAKE_SOURCE_DIR}/launch/packages.txt lines REGEX "^[^#]")
+  set(packages "")
+  set(option "")
+  foreach(line ${lines})
+    string(REGEX REPLACE " +" ";" fields "${line}")
+    list(SUBLIST fields 4 -1 names)
+    if(${name} IN_LIST names)
+      list(GET fields 0 package)
+      string(APPEND packages " ${package}")
+      list(GET fields 2 use)
+      if(use STREQUAL tests)
+        set(option "; without the tests (-DUPMOE_TESTS=OFF) it is not needed")
+      endif()
+    endif()
+  endforeach()
+  message(FATAL_ERROR "${name} is missing. ./launch/setup.sh installs all that upmoe needs; by hand, on Debian: "
+                      "apt-get install${packages}${option}. Elsewhere name its folder in CMAKE_PREFIX_PATH.")
+endfunction()
