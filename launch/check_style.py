@@ -89,7 +89,7 @@ def check_file(root, path):
 
 def check_format(root, paths):
     if not shutil.which(CLANG_FORMAT):
-        print(f"check_style: note: {CLANG_FORMAT} is not installed; formatting not checked")
+        yield f"{CLANG_FORMAT} is missing, so that formatting cannot be checked: apt-get install {CLANG_FORMAT}"
         return
     for begin in range(0, len(paths), 50):
         run = subprocess.run([CLANG_FORMAT, "--dry-run", "--Werror", *paths[begin:begin + 50]], cwd=root, text=True,

@@ -13,13 +13,9 @@ expect_usage() {  # COMMAND...: status 2 and words on standard error
   [[ -n $message ]] || fail "$* said nothing on standard error"
 }
 
-if command -v shellcheck >/dev/null; then
-  while IFS= read -r script; do
-    shellcheck --severity=warning "$script" || fail "shellcheck $script"
-  done < <(find "$root/launch" "$root/tests" "$root/.ci" -name '*.sh' -o -path "$root/.ci/run")
-else
-  echo "note: shellcheck is not installed"
-fi
+while IFS= read -r script; do
+  shellcheck --severity=warning --external-sources --source-path="$root" "$script" || fail "shellcheck $script"
+done < <(find "$root/launch" "$root/tests" "$root/.ci" -name '*.sh' -o -path "$root/.ci/run")
 
 expect_usage "$root/launch/setup.sh" --no-such-option
 expect_usage "$root/launch/quickstart.sh" --no-such-option
