@@ -34,6 +34,7 @@ struct LogitsFile {
 int run_eval(const EvalArguments& a, Runtime& runtime) {
   log::start(runtime.world().rank(), runtime.world().size());
   const Device device = runtime.choose_device(a.device);
+  remark_on_precision(a.precision, device);
   Communicator& world = runtime.world();
   if (!a.logits.empty() && world.size() > 1)
     fail(ExitCode::kUsage, "--logits needs one rank; start upmoe eval alone");

@@ -6,6 +6,7 @@
 #include "launch/commands.h"
 #include "parallel/watchdog.h"
 #include "trainer/stop_requests.h"
+#include "trainer/session.h"
 #include "trainer/training_run.h"
 
 namespace upmoe {
@@ -28,6 +29,7 @@ int run_train(const TrainArguments& arguments, Runtime& runtime) {
   if (device.type == DeviceType::kCuda && world.rank() == 0)
     log::info("computing on {} GPU{}: {}", world.size(), world.size() == 1 ? "" : "s",
               gpu::name_of(device.index));
+  remark_on_precision(run.train.precision, device);
   install_signal_handlers();
   if (arguments.deadline_s > 0)
     watchdog::start(std::chrono::milliseconds(static_cast<std::int64_t>(arguments.deadline_s * 1000)),

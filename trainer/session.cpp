@@ -1,6 +1,8 @@
 #include "trainer/session.h"
 
 #include "kernels/core/gpu.h"
+#include "kernels/core/log.h"
+#include "kernels/ops/precision.h"
 
 namespace upmoe {
 
@@ -45,6 +47,16 @@ Optimizer::Config optimizer_of(const RunConfig& run) {
 }
 
 }  // namespace
+
+void remark_on_precision(const std::string& precision, Device device) {
+  if (precision != "bf16" || device.type != DeviceType::kCpu) return;
+  const std::string reason = ops::why_bf16_is_slow();
+  if (!reason.empty())
+    log::info(
+        "bf16 is slower than fp32 on this processor: {}. It takes half the memory for weights and "
+        "activations",
+        reason);
+}
 
 RankMemory::RankMemory(Device device, Communicator* world)
     : scratch(device, arena_address_space(device), "scratch") {

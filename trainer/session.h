@@ -18,6 +18,9 @@ MeshSpec mesh_of(const RunConfig& run, int world_size);
 // Blocks to stages by the cost that the ledger books for one sequence on the dry device.
 StagePlan stages_of(const RunConfig& run, const ModelConfig& model);
 
+// A line for the start of a run whose precision takes longer than fp32 on this device; nothing otherwise.
+void remark_on_precision(const std::string& precision, Device device);
+
 // Device, scratch memory and ledger of one rank.
 struct RankMemory {
   // On a GPU: the calling thread's. `world`, if given, outlives this; on the CPU its stream moves transfers

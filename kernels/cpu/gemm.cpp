@@ -1,118 +1,15 @@
 #include "kernels/ops/gemm.h"
 
-#include <oneapi/dnnl/dnnl.hpp>
-
-#include <map>
-#include <tuple>
-#include <unordered_map>
-
+#include "kernels/cpu/dense_product.h"
 #include "kernels/cpu/element_type.h"
-#include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/row_sums.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/precision.h"
 
 namespace upmoe::cpu {
 
 namespace {
-
-// What a oneDNN primitive is compiled for. The number of threads belongs to it: it decides the blocking.
-struct GemmKey {
-  std::int64_t m, n, k, threads;
-  bool transpose_a, transpose_b, add, bias;
-  DType in, out;
-  auto tied() const { return std::tie(m, n, k, threads, transpose_a, transpose_b, add, bias, in, out); }
-  friend bool operator<(const GemmKey& x, const GemmKey& y) { return x.tied() < y.tied(); }
-};
-
-// A compiled product and its arguments, whose addresses change from call to call.
-struct CompiledGemm {
-  dnnl::matmul primitive;
-  dnnl::memory a, b, c, bias, scratch;
-  std::int64_t scratch_bytes = 0;
-  std::unordered_map<int, dnnl::memory> arguments;
-};
-
-dnnl::memory::data_type data_type_of(DType dtype) {
-  return dtype == DType::kBF16 ? dnnl::memory::data_type::bf16 : dnnl::memory::data_type::f32;
-}
-
-// A row-major [rows, columns], or its transpose stored as [columns, rows].
-dnnl::memory::desc matrix(std::int64_t rows, std::int64_t columns, DType dtype, bool transposed) {
-  const dnnl::memory::dims strides =
-      transposed ? dnnl::memory::dims{1, rows} : dnnl::memory::dims{columns, 1};
-  return {{rows, columns}, data_type_of(dtype), strides};
-}
-
-CompiledGemm compile(const GemmKey& key, const dnnl::engine& engine) {
-  const auto a = matrix(key.m, key.k, key.in, key.transpose_a);
-  const auto b = matrix(key.k, key.n, key.in, key.transpose_b);
-  const auto c = matrix(key.m, key.n, key.out, false);
-  const auto bias = matrix(1, key.n, key.in, false);
-  dnnl::primitive_attr attributes;
-  attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);  // ops do not allocate
-  if (key.add) {
-    dnnl::post_ops sum;
-    sum.append_sum(1.0f);
-    attributes.set_post_ops(sum);
-  }
-  const auto operation = key.bias ? dnnl::matmul::desc(a, b, bias, c) : dnnl::matmul::desc(a, b, c);
-  const dnnl::matmul::primitive_desc description(operation, attributes, engine);
-  CompiledGemm gemm{dnnl::matmul(description),
-                    dnnl::memory(a, engine, nullptr),
-                    dnnl::memory(b, engine, nullptr),
-                    dnnl::memory(c, engine, nullptr),
-                    dnnl::memory(bias, engine, nullptr),
-                    dnnl::memory(description.scratchpad_desc(), engine, nullptr),
-                    static_cast<std::int64_t>(description.scratchpad_desc().get_size()),
-                    {}};
-  gemm.arguments = {{DNNL_ARG_SRC, gemm.a},
-                    {DNNL_ARG_WEIGHTS, gemm.b},
-                    {DNNL_ARG_DST, gemm.c},
-                    {DNNL_ARG_SCRATCHPAD, gemm.scratch}};
-  if (key.bias) gemm.arguments[DNNL_ARG_BIAS] = gemm.bias;
-  return gemm;
-}
-
-// One per thread that calls ops, so that ranks as threads share nothing.
-struct GemmCache {
-  // A model has some dozens of shapes. More means a shape that varies without end; then start over rather
-  // than grow.
-  static constexpr std::size_t kMostShapes = 1024;
-  dnnl::engine engine{dnnl::engine::kind::cpu, 0};
-  dnnl::stream stream{engine};
-  std::map<GemmKey, CompiledGemm> gemms;
-
-  CompiledGemm& get(const GemmKey& key) {
-    const auto found = gemms.find(key);
-    if (found != gemms.end()) return found->second;
-    if (gemms.size() >= kMostShapes) gemms.clear();
-    return gemms.emplace(key, compile(key, engine)).first->second;
-  }
-};
-
-void* address(ConstTensorView t) {
-  return const_cast<std::byte*>(t.data);  // oneDNN's interface knows no const; inputs are only read
-}
-
-void multiply(Exec& ex, const GemmKey& key, const TensorView& c_MN, const ConstTensorView& a,
-              const ConstTensorView& b, const ConstTensorView* bias_N) {
-  try {
-    thread_local GemmCache cache;
-    CompiledGemm& gemm = cache.get(key);
-    ScratchScope scope(*ex.scratch);
-    gemm.a.set_data_handle(address(a));
-    gemm.b.set_data_handle(address(b));
-    gemm.c.set_data_handle(c_MN.data);
-    if (bias_N != nullptr) gemm.bias.set_data_handle(address(*bias_N));
-    gemm.scratch.set_data_handle(ex.scratch->take({(gemm.scratch_bytes + 3) / 4}, DType::kF32, "gemm").data);
-    gemm.primitive.execute(cache.stream, gemm.arguments);
-    cache.stream.wait();
-  } catch (const dnnl::error& e) {
-    fail(ExitCode::kFailure, "gemm: oneDNN refused {} x {} x {} of {}: {} (status {})", key.m, key.n, key.k,
-         name_of(key.in), e.what(), static_cast<int>(e.status));
-  }
-}
 
 // The product over nothing: zeros or the bias.
 void store_empty_product(const TensorView& c_MN, const ConstTensorView* bias_N) {
@@ -128,28 +25,30 @@ void store_empty_product(const TensorView& c_MN, const ConstTensorView* bias_N) 
   });
 }
 
+ComputeProduct choose_product(DType in, DType out) {
+  return onednn_computes(in, out) ? multiply_by_onednn : multiply_packed_blocks;
+}
+
 }  // namespace
+
+ComputeProduct product_for(DType in, DType out) {
+  static const ComputeProduct of_f32 = choose_product(DType::kF32, DType::kF32);
+  static const ComputeProduct of_bf16 = choose_product(DType::kBF16, DType::kBF16);
+  static const ComputeProduct of_bf16_to_f32 = choose_product(DType::kBF16, DType::kF32);
+  if (in == DType::kF32) return of_f32;
+  return out == DType::kF32 ? of_bf16_to_f32 : of_bf16;
+}
 
 void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, ConstTensorView b,
           Transpose transpose_b, Accumulate mode, const ConstTensorView* bias_N) {
-  const bool transposed_a = transpose_a == Transpose::kYes;
-  const std::int64_t depth = a.shape[transposed_a ? 0 : 1];
+  const DenseProduct product{c_MN, a,     transpose_a == Transpose::kYes, b, transpose_b == Transpose::kYes,
+                             mode, bias_N};
   if (c_MN.elements() == 0) return;
-  if (depth == 0) {  // oneDNN leaves the output alone then
+  if (product.depth() == 0) {  // oneDNN leaves the output alone then
     if (mode == Accumulate::kOverwrite) store_empty_product(c_MN, bias_N);
     return;
   }
-  const GemmKey key{c_MN.shape[0],
-                    c_MN.shape[1],
-                    depth,
-                    worker_count(),
-                    transposed_a,
-                    transpose_b == Transpose::kYes,
-                    mode == Accumulate::kAdd,
-                    bias_N != nullptr,
-                    a.dtype,
-                    c_MN.dtype};
-  multiply(ex, key, c_MN, a, b, bias_N);
+  product_for(a.dtype, c_MN.dtype)(ex, product);
 }
 
 void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN) {
@@ -171,3 +70,21 @@ void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN) {
 }
 
 }  // namespace upmoe::cpu
+
+namespace upmoe {
+
+std::string ops::why_bf16_is_slow() {
+  const bool experts = cpu::packed_blocks_have_bf16_instruction();
+  const bool dense = cpu::product_for(DType::kBF16, DType::kBF16) == cpu::multiply_by_onednn
+                         ? cpu::onednn_has_bf16_instruction()
+                         : experts;
+  if (dense && experts) return {};
+  return fmt::format(
+      "no instruction for products of bf16 (AVX512-BF16) is used for {} here: operands are widened to "
+      "fp32 first",
+      dense     ? "experts"
+      : experts ? "dense layers"
+                : "any layer");
+}
+
+}  // namespace upmoe

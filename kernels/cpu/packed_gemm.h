@@ -1,12 +1,12 @@
 #pragma once
-// Matrix products on packed blocks, in registers: what grouped_gemm runs per expert. fp32, or bf16 with fp32
-// sums.
+// Matrix products on packed blocks, in registers: what grouped_gemm runs per expert, and gemm where oneDNN
+// has no code for the processor. fp32, or bf16 with fp32 sums, whatever instructions there are.
 //
-// An own loop rather than oneDNN, because the number of rows per expert is another one in every step, and a
-// oneDNN primitive is compiled for one number of rows, in 0.2 to 0.6 ms: as long as the product itself. And
-// because here every element of the result is one sum over the depth in ascending order, kept in one
-// register: it depends on its own row and column alone, not on the other rows, on how the work is cut into
-// tasks, or on the number of threads.
+// For experts an own loop rather than oneDNN, because the number of rows per expert is another one in every
+// step, and a oneDNN primitive is compiled for one number of rows, in 0.2 to 0.6 ms: as long as the product
+// itself. And because here every element of the result is one sum over the depth in ascending order, kept in
+// one register: it depends on its own row and column alone, not on the other rows, on how the work is cut
+// into tasks, or on the number of threads.
 
 #include <algorithm>
 #include <array>
@@ -32,13 +32,14 @@ struct Operand {
   bool depth_major;
 };
 
-// c[m, n] (+)= sum over k < depth of a(m, k) b(k, n); rows of c lie one behind the other.
+// c[m, n] (+)= sum over k < depth of a(m, k) b(k, n) [+ bias[n]]; rows of c lie one behind the other.
 template <class T, class Out>
 struct PackedProduct {
   Out* c;
   Operand<T> a, b;
   std::int64_t rows, columns, depth;
   Accumulate mode;
+  const T* bias = nullptr;  // [columns], or none
 };
 
 constexpr std::int64_t kTileRows = 6;                         // 6 x 4 vectors of sums fill 24 of 32 registers
@@ -243,6 +244,15 @@ inline void prefetch_tile(const Out* c, std::int64_t c_stride, std::int64_t rows
     for (std::int64_t n = 0; n < columns; n += kLine) __builtin_prefetch(c + n, 1);
 }
 
+// To every row of a tile.
+template <class T>
+inline void add_bias(float* sums, std::int64_t sums_stride, const T* bias, std::int64_t rows,
+                     std::int64_t columns) {
+  for (std::int64_t m = 0; m < rows; ++m, sums += sums_stride)
+    for_lanes(columns,
+              [&](std::int64_t n, auto lanes) { store(sums + n, load(sums + n) + load(bias + n, lanes)); });
+}
+
 // Rounds once, after adding what is there.
 template <class Out>
 inline void store_tile(Out* c, std::int64_t c_stride, const float* sums, std::int64_t sums_stride,
@@ -295,6 +305,8 @@ inline void multiply_panel(const PackedProduct<T, Out>& p, Range rows, Range col
     prefetch_tile(c, p.columns, tile_rows, columns.size());
     tile_for<UnitOf<T>>(tile_rows, vectors)(sums, packed_rows + m * row_stride, row_stride, depth_stride,
                                             panel, units_of<T>(p.depth));
+    if (p.bias != nullptr)
+      add_bias(sums, vectors * kLanes, p.bias + columns.begin, tile_rows, columns.size());
     store_tile(c, p.columns, sums, vectors * kLanes, tile_rows, columns.size(), p.mode);
   }
 }

@@ -1,0 +1,44 @@
+#pragma once
+// One dense product, and who can compute it: oneDNN where it has code for the processor, packed blocks
+// everywhere.
+
+#include "kernels/core/exec.h"
+#include "kernels/ops/gemm.h"
+
+namespace upmoe::cpu {
+
+// c = op(a) op(b) [+ bias], or c += op(a) op(b), as ops::gemm says; none of the three sizes is 0.
+struct DenseProduct {
+  TensorView c_MN;
+  ConstTensorView a;
+  bool transpose_a;
+  ConstTensorView b;
+  bool transpose_b;
+  Accumulate mode;
+  const ConstTensorView* bias_N;  // null: none
+  std::int64_t rows() const { return c_MN.shape[0]; }
+  std::int64_t columns() const { return c_MN.shape[1]; }
+  std::int64_t depth() const { return a.shape[transpose_a ? 0 : 1]; }
+};
+
+using ComputeProduct = void (*)(Exec&, const DenseProduct&);
+
+// Fails where oneDNN has no code for these dtypes on this processor.
+void multiply_by_onednn(Exec& ex, const DenseProduct& product);
+
+// Every dtype on every processor.
+void multiply_packed_blocks(Exec& ex, const DenseProduct& product);
+
+// Whether oneDNN has code for products of these dtypes here. What counts is what it makes of the processor:
+// ONEDNN_MAX_CPU_ISA may hide instructions from it.
+bool onednn_computes(DType in, DType out);
+
+// Whether products of bf16 use an instruction for pairs of bf16, without which each costs what one of fp32
+// costs, and the widening of its operands on top.
+bool onednn_has_bf16_instruction();
+bool packed_blocks_have_bf16_instruction();
+
+// The one of the two that computes products of these dtypes; chosen once for the process.
+ComputeProduct product_for(DType in, DType out);
+
+}  // namespace upmoe::cpu

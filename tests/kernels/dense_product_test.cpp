@@ -1,0 +1,143 @@
+// Both of those who compute dense products, each alone: whoever is chosen on a processor, the other is tested
+// as well.
+
+#include "kernels/cpu/dense_product.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+
+#include "tests/support/op_exec.h"
+#include "tests/support/random_tensor.h"
+#include "tests/support/reference_linear.h"
+
+namespace upmoe::test {
+namespace {
+
+struct Kind {
+  DType in, out;
+  Transpose transpose_a, transpose_b;
+  Accumulate mode;
+  bool bias;
+};
+
+std::vector<Kind> kinds() {
+  std::vector<Kind> all;
+  const DType types[][2] = {
+      {DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kBF16, DType::kF32}};
+  for (const auto& [in, out] : types)
+    for (const Transpose ta : {Transpose::kNo, Transpose::kYes})
+      for (const Transpose tb : {Transpose::kNo, Transpose::kYes}) {
+        all.push_back({in, out, ta, tb, Accumulate::kOverwrite, false});
+        all.push_back({in, out, ta, tb, Accumulate::kOverwrite, true});
+        all.push_back({in, out, ta, tb, Accumulate::kAdd, false});
+      }
+  return all;
+}
+
+struct Case {
+  MatrixProduct p;
+  Kind kind;
+  HostTensor a, b, c, bias;
+
+  Case(std::array<std::int64_t, 3> mnk, Kind k)
+      : p{mnk[0], mnk[1], mnk[2], k.transpose_a, k.transpose_b},
+        kind(k),
+        a(random_tensor(p.transpose_a == Transpose::kNo ? Shape{p.m, p.k} : Shape{p.k, p.m}, k.in, 1)),
+        b(random_tensor(p.transpose_b == Transpose::kNo ? Shape{p.k, p.n} : Shape{p.n, p.k}, k.in, 2)),
+        c(random_tensor({p.m, p.n}, k.out, 3)),
+        bias(random_tensor({p.n}, k.in, 4)) {}
+
+  std::string name() const {
+    return fmt::format("{}x{}x{} {} -> {} transpose {} {} add {} bias {}", p.m, p.n, p.k, name_of(kind.in),
+                       name_of(kind.out), p.transpose_a == Transpose::kYes, p.transpose_b == Transpose::kYes,
+                       kind.mode == Accumulate::kAdd, kind.bias);
+  }
+  std::vector<double> added() const {
+    if (kind.mode == Accumulate::kAdd) return c.values();
+    std::vector<double> rows;
+    for (std::int64_t i = 0; kind.bias && i < p.m; ++i)
+      for (double x : bias.values()) rows.push_back(x);
+    return rows;
+  }
+  void run(Exec& ex, cpu::ComputeProduct compute) {
+    const ConstTensorView bias_N = bias;
+    compute(ex, {c, a, p.transpose_a == Transpose::kYes, b, p.transpose_b == Transpose::kYes, kind.mode,
+                 kind.bias ? &bias_N : nullptr});
+  }
+};
+
+constexpr std::array<std::int64_t, 3> kShapes[] = {{1, 1, 1},   {1, 1, 500},  {1, 70, 1},   {3, 5, 2},
+                                                   {7, 17, 33}, {64, 64, 64}, {50, 130, 1}, {97, 65, 129}};
+
+void expect_right(cpu::ComputeProduct compute, const Kind& kind) {
+  for (const auto& shape : kShapes) {
+    OpExec ex;
+    Case test(shape, kind);
+    const auto a = test.a.values(), b = test.b.values(), added = test.added();
+    test.run(ex, compute);
+    expect_sums(test.c.values(), reference_gemm(test.p, a.data(), b.data(), added), kind.out, test.name());
+    EXPECT_EQ(ex.scratch_used(), 0u);
+  }
+}
+
+TEST(DenseProduct, PackedBlocksComputeEveryKind) {
+  for (const Kind& kind : kinds()) expect_right(cpu::multiply_packed_blocks, kind);
+}
+
+TEST(DenseProduct, OneDnnComputesWhatItSaysItDoes) {
+  EXPECT_TRUE(cpu::onednn_computes(DType::kF32, DType::kF32));
+  for (const Kind& kind : kinds()) {
+    if (cpu::onednn_computes(kind.in, kind.out)) {
+      expect_right(cpu::multiply_by_onednn, kind);
+    } else {
+      OpExec ex;
+      Case test({4, 5, 6}, kind);
+      EXPECT_THROW(test.run(ex, cpu::multiply_by_onednn), Error) << test.name();
+    }
+  }
+}
+
+TEST(DenseProduct, TheChosenOneComputesEveryKind) {
+  for (const Kind& kind : kinds()) {
+    const cpu::ComputeProduct chosen = cpu::product_for(kind.in, kind.out);
+    EXPECT_EQ(chosen == cpu::multiply_by_onednn, cpu::onednn_computes(kind.in, kind.out));
+    OpExec ex;
+    Case test({9, 10, 11}, kind);
+    EXPECT_NO_THROW(test.run(ex, chosen)) << test.name();
+  }
+}
+
+// Larger than one task, so that threads share it.
+TEST(DenseProduct, PackedBlocksAreTheSameForAnyNumberOfThreads) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const Case test({1000, 300, 70},
+                    {dtype, dtype, Transpose::kNo, Transpose::kYes, Accumulate::kOverwrite, true});
+    expect_same_for_any_threads([&] {
+      OpExec ex;
+      Case again = test;
+      again.run(ex, cpu::multiply_packed_blocks);
+      return again.c;
+    });
+  }
+}
+
+// 256 + (1 + 2^-9) lies above the middle of the bf16 neighbours 256 and 258: rounding the product first gives
+// 256.
+TEST(DenseProduct, PackedBlocksRoundOnce) {
+  OpExec ex;
+  Case test({1, 1, 2}, {DType::kBF16, DType::kBF16, Transpose::kNo, Transpose::kNo, Accumulate::kAdd, false});
+  test.a = tensor_of({1, 2}, DType::kBF16, {1, std::ldexp(1.0, -9)});
+  test.b = filled({2, 1}, DType::kBF16, 1);
+  test.c = test.bias = filled({1, 1}, DType::kBF16, 256);
+  test.run(ex, cpu::multiply_packed_blocks);
+  EXPECT_EQ(test.c.get(0), 258);
+  test.kind.mode = Accumulate::kOverwrite;
+  test.kind.bias = true;
+  test.bias = filled({1}, DType::kBF16, 256);
+  test.run(ex, cpu::multiply_packed_blocks);
+  EXPECT_EQ(test.c.get(0), 258);
+}
+
+}  // namespace
+}  // namespace upmoe::test
