@@ -50,7 +50,6 @@ void LmHead::cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogit
 
 void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T,
                      const TensorView* dx_tD, float scale, const Sink& sink) const {
-  UPMOE_CHECK(!sink || tp->size() == 1, "logits of a tp rank are a part of the vocabulary");
   ScratchScope outer(*ex.scratch);
   const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
   std::optional<PartialSum> dx;

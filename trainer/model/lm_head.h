@@ -15,7 +15,7 @@ struct LmHead {
   VocabShard shard;
   Communicator* tp = nullptr;
 
-  // Called with the fp32 logits of rows [begin, begin + logits.rows()); on one tp rank alone.
+  // Called with the fp32 logits of rows [begin, begin + logits.rows()): this rank's share of the vocabulary.
   using Sink = std::function<void(std::int64_t begin, ConstTensorView logits_CV)>;
 
   // Adds the sum of the T tokens' cross-entropies to loss_1 (fp64) of tp rank 0. With dx_tD: scale times the

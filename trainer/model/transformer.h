@@ -64,7 +64,7 @@ struct Transformer {
   void backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
                 const std::function<void(int)>& block_done) const;
   // Forward without gradients: the output, in memory of `keep`, or the sum of the cross-entropies (last
-  // chunk; tp rank 0). `sink` sees the logits, chunk by chunk.
+  // chunk; tp rank 0). `sink` sees this rank's logits, chunk by chunk.
   struct Evaluated {
     ConstTensorView output_tD;
     double loss = 0;
