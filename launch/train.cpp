@@ -5,8 +5,8 @@
 #include "kernels/core/log.h"
 #include "launch/commands.h"
 #include "parallel/watchdog.h"
-#include "trainer/stop_requests.h"
 #include "trainer/session.h"
+#include "trainer/stop_requests.h"
 #include "trainer/training_run.h"
 
 namespace upmoe {

@@ -142,10 +142,11 @@ extern "C" void upmoe_check_processor() {
   }
   char names[512];
   write_feature_names(missing, names, sizeof names);
-  fprintf(stderr,
-          "%s: error: compiled for another processor (UPMOE_ARCH=%s): this one lacks %s; build the program "
-          "anew on this machine: ./launch/setup.sh\n",
-          program_invocation_short_name, UPMOE_ARCH_NAME, names);
+  fprintf(
+      stderr,
+      "%s: error: compiled for another processor (UPMOE_ARCH=%s): this one lacks %s; build the program "
+      "anew on this machine with ./launch/setup.sh, or with --arch x86-64-v3 for machines of several kinds\n",
+      program_invocation_short_name, UPMOE_ARCH_NAME, names);
   _exit(kDevice);
 }
 

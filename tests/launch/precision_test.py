@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""bf16 on processors whose instructions it lacks: it trains and evaluates, and a line says that it is slower.
+
+ONEDNN_MAX_CPU_ISA hides instructions from the library that computes dense products.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
+SLOWER = "bf16 is slower than fp32 on this processor"
+
+
+class Precision(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.path = Path(cls.folder.name)
+        subprocess.run([MAKE_RUN, cls.folder.name], check=True)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.folder.cleanup()
+
+    def upmoe(self, isa, *arguments):
+        environment = dict(os.environ, ONEDNN_MAX_CPU_ISA=isa, OMP_NUM_THREADS="1")
+        done = subprocess.run([UPMOE, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done
+
+    def train(self, isa, precision):
+        run = self.path / f"{isa}_{precision}"
+        done = self.upmoe(isa, "train", self.path / "run.yaml", "parallel.ep=1", "train.steps=2", "checkpoint.every=2",
+                          f"train.precision={precision}", f"run.dir={run}")
+        losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return run, losses, done.stderr
+
+    def test_bf16_trains_and_evaluates_whatever_the_library_can(self):
+        _, exact, text = self.train("SSE41", "fp32")
+        self.assertNotIn(SLOWER, text)
+        for isa in ("SSE41", "AVX2"):
+            run, losses, _ = self.train(isa, "bf16")
+            self.assertEqual(len(losses), 2)
+            for found, expected in zip(losses, exact):
+                self.assertAlmostEqual(found, expected, delta=0.01)
+            done = self.upmoe(isa, "eval", run, "--data", self.path / "tokens.h5", "--seq-len", 32, "--sequences", 4,
+                              "--precision", "bf16")
+            self.assertAlmostEqual(json.loads(done.stdout)["loss"], exact[-1], delta=0.3)
+
+    # With AVX512_CORE the library widens bf16, and so does whoever stands in where there is no AVX-512 at all.
+    def test_a_line_says_where_bf16_is_slower_than_fp32(self):
+        run, _, text = self.train("AVX512_CORE", "bf16")
+        self.assertEqual(text.count(SLOWER), 1, text)
+        arguments = ["eval", run, "--data", self.path / "tokens.h5", "--seq-len", 32, "--sequences", 1]
+        self.assertEqual(self.upmoe("AVX512_CORE", *arguments, "--precision", "bf16").stderr.count(SLOWER), 1)
+        self.assertNotIn(SLOWER, self.upmoe("AVX512_CORE", *arguments).stderr)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
