@@ -28,7 +28,8 @@ class Precision(unittest.TestCase):
 
     def upmoe(self, isa, *arguments):
         environment = dict(os.environ, ONEDNN_MAX_CPU_ISA=isa, OMP_NUM_THREADS="1")
-        done = subprocess.run([UPMOE, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240)
+        command = [UPMOE, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         self.assertEqual(done.returncode, 0, done.stderr)
         return done
 
