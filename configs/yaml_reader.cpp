@@ -13,6 +13,13 @@
 #include <system_error>
 
 namespace upmoe {
+
+YamlNode::YamlNode() = default;
+YamlNode::YamlNode(const YamlNode& other) = default;
+YamlNode::YamlNode(YamlNode&& other) noexcept = default;
+YamlNode& YamlNode::operator=(const YamlNode& other) = default;
+YamlNode& YamlNode::operator=(YamlNode&& other) noexcept = default;
+YamlNode::~YamlNode() = default;
 namespace {
 
 // Thrown inside the parse when a limit is passed: going on would only produce follow-up problems.

@@ -29,6 +29,14 @@ class Problems {
 };
 
 struct YamlNode {
+  // Its own type stands in its members: what copies and destroys them is defined where the type is complete.
+  YamlNode();
+  YamlNode(const YamlNode& other);
+  YamlNode(YamlNode&& other) noexcept;
+  YamlNode& operator=(const YamlNode& other);
+  YamlNode& operator=(YamlNode&& other) noexcept;
+  ~YamlNode();
+
   enum class Kind { kNull, kScalar, kList, kMap };
   Kind kind = Kind::kNull;
   std::string where;                                   // "file:line:column"
