@@ -51,6 +51,13 @@ std::uint64_t PosixFile::size() const {
   return static_cast<std::uint64_t>(info.st_size);
 }
 
+PosixFile::Stamp PosixFile::stamp() const {
+  struct stat info {};
+  if (fstat(fd_, &info) != 0) fail_errno(path_, "fstat");
+  return {static_cast<std::uint64_t>(info.st_size),
+          static_cast<std::int64_t>(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec};
+}
+
 void PosixFile::read(std::uint64_t offset, std::span<std::byte> out) const {
   while (!out.empty()) {
     const ssize_t n = pread(fd_, out.data(), out.size(), static_cast<off_t>(offset));

@@ -19,6 +19,14 @@ class PosixFile {  // move-only; closes itself
   PosixFile(PosixFile&& o) noexcept;
   PosixFile& operator=(PosixFile&&) = delete;
   std::uint64_t size() const;
+  // What changes when the file's bytes do.
+  struct Stamp {
+    std::uint64_t bytes = 0;
+    std::int64_t modified_ns = 0;
+    bool operator==(const Stamp&) const = default;
+  };
+  Stamp stamp() const;
+  const std::filesystem::path& path() const { return path_; }
   void read(std::uint64_t offset, std::span<std::byte> out) const;  // all of it, or throws
   void write(std::span<const std::byte> bytes);                     // appends
   void sync();                                                      // fsync

@@ -1,89 +1,149 @@
-"""Documents out of text files and .jsonl files, by byte ranges that several processes can share."""
+"""Documents out of text, JSON lines and JSON files, packed or not, in pieces that several processes can share."""
 
 import codecs
 import json
 import os
+from dataclasses import dataclass
+
+from command_line import BadInput
+from text_kinds import Opened, kind_of, require_small, whole_of
 
 TASK_BYTES = 4 << 20     # what one process takes at a time
-MAX_LINE = 64 << 20      # of a .jsonl file
+MAX_LINE = 64 << 20      # of JSON lines
 
 
-class BadInput(Exception):
-    pass
+@dataclass
+class Piece:
+    """Bytes [begin, end) of a file that is read as `kind`; of a packed file they come along as `data`."""
+    path: str
+    kind: str
+    begin: int
+    end: int
+    data: bytes | None = None
+    first_line: int = 0   # where `data` is given: lines before it
+    consumed: int = 0     # bytes of the file on disk, for the progress bar
 
 
-def is_jsonl(path):
-    return path.endswith(".jsonl")
+@dataclass
+class Choices:
+    """How the caller wants text to be read."""
+    key: str = "text"
+    kind: str = "auto"
+    replace_invalid: bool = False
 
 
-def without_mark(path, data):
-    """UTF-8 bytes without the byte order mark; other encodings that announce themselves are refused."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise BadInput(f"{path}: is UTF-16; convert it to UTF-8")
-    return data[len(codecs.BOM_UTF8):] if data.startswith(codecs.BOM_UTF8) else data
-
-
-def decode(data):
-    """Text, and how many invalid sequences were replaced by U+FFFD."""
+def decode(data, path, place, choices):
+    """Text, and how many invalid sequences were replaced by U+FFFD (only where that was asked for)."""
     try:
         return data.decode("utf-8"), 0
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as e:
+        if not choices.replace_invalid:
+            raise BadInput(f"{path}{place(e.start)}: not UTF-8 (byte {data[e.start]:#04x}); convert it, for example: "
+                           "iconv -f LATIN1 -t UTF-8, or replace such bytes by U+FFFD with --replace-invalid") from None
         text = data.decode("utf-8", errors="replace")
         return text, text.count("\ufffd") - data.count("\ufffd".encode())
 
 
-def json_text(path, line_number, line, key):
-    if len(line) > MAX_LINE:
-        raise BadInput(f"{path}:{line_number}: a line of {len(line)} bytes, at most {MAX_LINE}")
-    text, replaced = decode(line)
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise BadInput(f"{path}:{line_number}: not valid JSON: {e}") from None
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise BadInput(f"{path}:{line_number}: expected an object with a text under '{key}'")
-    document = record[key]
+def plain_text(piece, data, choices):
+    zero = data.find(0)
+    if zero >= 0:
+        raise BadInput(f"{piece.path}: is not text: byte {zero} is zero; if it is text all the same, remove those: "
+                       "tr -d '\\000'")
+    return decode(data.removeprefix(codecs.BOM_UTF8), piece.path, lambda at: f", byte {at}", choices)
+
+
+def text_of(record, path, place, choices):
+    """The document in a JSON record."""
+    instead = f"to take {path} as plain text use --as text"
+    if not isinstance(record, dict):
+        raise BadInput(f"{path}{place}: expected an object with a text under '{choices.key}'; {instead}")
+    if choices.key not in record:
+        keys = ", ".join(map(str, list(record)[:8])) or "none"
+        raise BadInput(f"{path}{place}: expected an object with a text under '{choices.key}', its keys are: {keys}; "
+                       f"name the right one with --key, or {instead}")
+    document = record[choices.key]
+    if not isinstance(document, str):
+        raise BadInput(f"{path}{place}: '{choices.key}' holds {json.dumps(document)[:40]}, expected a text")
     surrogates = sum("\ud800" <= c <= "\udfff" for c in document) if not document.isascii() else 0
     if surrogates:  # an escape such as \ud800 alone: no character
+        if not choices.replace_invalid:
+            raise BadInput(f"{path}{place}: '{choices.key}' holds half a character (an escape such as \\ud800 alone); "
+                           "replace such by U+FFFD with --replace-invalid")
         document = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        replaced += surrogates
-    return document, replaced
+    return document, surrogates
 
 
-def documents_of(task, key):
-    """(text, replaced) of each document of a task: a list of (path, begin, end) byte ranges."""
-    for path, begin, end in task:
-        with open(path, "rb") as file:
-            file.seek(begin)
-            data = file.read(end - begin)
-            if len(data) != end - begin:
-                raise BadInput(f"{path}: became shorter while it was read")
-            if begin == 0:
-                data = without_mark(path, data)
-            if not is_jsonl(path):
-                yield decode(data)
-                continue
-            file.seek(0)
-            first_line = None
+def json_value(text, path, place):
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise BadInput(f"{path}{place}: not valid JSON: nested too deeply") from None
+    except ValueError as e:
+        raise BadInput(f"{path}{place}: not valid JSON: {e}; JSON lines have one record a line, as of jq -c; to take "
+                       "the file as plain text use --as text") from None
+
+
+def json_line(piece, number, line, choices):
+    place = f":{number}"
+    if len(line) > MAX_LINE:
+        raise BadInput(f"{piece.path}{place}: a line of {len(line)} bytes, at most {MAX_LINE}")
+    text, replaced = decode(line, piece.path, lambda at: f"{place}, byte {at} of the line", choices)
+    document, surrogates = text_of(json_value(text, piece.path, place), piece.path, place, choices)
+    return document, replaced + surrogates
+
+
+def json_records(piece, data, choices):
+    """A JSON file that is one value: a list of records, or one record."""
+    text, replaced = decode(data.removeprefix(codecs.BOM_UTF8), piece.path, lambda at: f", byte {at}", choices)
+    value = json_value(text, piece.path, "")
+    for i, record in enumerate(value if isinstance(value, list) else [value]):
+        document, wrong = text_of(record, piece.path, f", record {i}" if isinstance(value, list) else "", choices)
+        yield document, wrong + replaced
+        replaced = 0
+
+
+def data_of(piece):
+    if piece.data is not None:
+        return piece.data
+    with open(piece.path, "rb") as file:
+        file.seek(piece.begin)
+        data = file.read(piece.end - piece.begin)
+    if len(data) != piece.end - piece.begin:
+        raise BadInput(f"{piece.path}: became shorter while it was read")
+    return data
+
+
+def documents_of(task, choices):
+    """(text, replaced) of each document of a task, which is a list of pieces."""
+    for piece in task:
+        data = data_of(piece)
+        if piece.kind == "text":
+            yield plain_text(piece, data, choices)
+        elif piece.kind == "json":
+            yield from json_records(piece, data, choices)
+        else:
+            if piece.begin == 0:
+                data = data.removeprefix(codecs.BOM_UTF8)
+            first = None
             for i, line in enumerate(data.split(b"\n")):
                 if not line.strip():
                     continue
                 try:
-                    yield json_text(path, i, line, key)
-                except BadInput:  # the line number costs a pass over what lies before, so only now
-                    first_line = 1 + count_lines(file, begin)
-                    json_text(path, first_line + i, line, key)
+                    yield json_line(piece, i, line, choices)
+                except BadInput:  # the line's number costs a pass over what lies before, so only now
+                    first = 1 + lines_before(piece)
+                    json_line(piece, first + i, line, choices)
                     raise
 
 
-def count_lines(file, end):
-    lines, left = 0, end
-    while left > 0:
-        block = file.read(min(left, 1 << 20))
-        if not block:
-            break
-        lines += block.count(b"\n")
-        left -= len(block)
+def lines_before(piece):
+    if piece.data is not None:
+        return piece.first_line
+    lines, left = 0, piece.begin
+    with open(piece.path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            lines += block.count(b"\n")
+            left -= len(block)
     return lines
 
 
@@ -100,20 +160,61 @@ def next_line_end(file, at, size):
     return size
 
 
-def plan_tasks(paths):
-    """Byte ranges in order, about TASK_BYTES together; depends on the files alone, not on the processes."""
+def pieces_on_disk(path, kind, size):
+    begin = 0
+    while begin < size:
+        end = size
+        if kind == "jsonl" and size - begin > TASK_BYTES:
+            with open(path, "rb") as file:
+                end = next_line_end(file, begin + TASK_BYTES, size)
+        yield Piece(path, kind, begin, end, consumed=end - begin)
+        begin = end
+
+
+def pieces_unpacked(path, kind, opened):
+    """The content of a packed file, JSON lines a few whole lines at a time."""
+    begin, lines, told, rest = 0, 0, 0, b""
+
+    def piece(data):
+        nonlocal begin, lines, told
+        made = Piece(path, kind, begin, begin + len(data), data, lines, opened.raw.tell() - told)
+        begin, lines, told = made.end, lines + data.count(b"\n"), opened.raw.tell()
+        return made
+
+    if kind != "jsonl":
+        data = opened.read() if kind == "text" else whole_of(path, opened)
+        yield piece(data)
+        return
+    while block := opened.read(TASK_BYTES):
+        rest += block
+        if len(rest) > MAX_LINE + TASK_BYTES:
+            raise BadInput(f"{path}:{lines + 1}: a line of more than {MAX_LINE} bytes")
+        end = rest.rfind(b"\n") + 1
+        if end > 0:
+            yield piece(rest[:end])
+            rest = rest[end:]
+    if rest:
+        yield piece(rest)
+
+
+def pieces_of(path, choices):
+    with Opened(path) as opened:
+        kind = kind_of(path, opened, choices.kind)
+        if opened.compressed:
+            yield from pieces_unpacked(path, kind, opened)
+        else:
+            if kind == "json":
+                require_small(path, os.path.getsize(path))
+            yield from pieces_on_disk(path, kind, os.path.getsize(path))
+
+
+def plan_tasks(paths, choices):
+    """Pieces in order, about TASK_BYTES together; depends on the files alone, not on the processes."""
     task, filled = [], 0
     for path in paths:
-        size = os.path.getsize(path)
-        begin = 0
-        while begin < size:
-            end = size
-            if is_jsonl(path) and size - begin > TASK_BYTES:
-                with open(path, "rb") as file:
-                    end = next_line_end(file, begin + TASK_BYTES, size)
-            task.append((path, begin, end))
-            filled += end - begin
-            begin = end
+        for piece in pieces_of(path, choices):
+            task.append(piece)
+            filled += piece.end - piece.begin
             if filled >= TASK_BYTES:
                 yield task
                 task, filled = [], 0

@@ -55,6 +55,12 @@ std::int64_t TokenDataset::num_sequences() const {
   return sum;
 }
 
+std::vector<const TokenFile*> TokenDataset::files() const {
+  std::vector<const TokenFile*> all;
+  for (const auto& part : parts_) all.push_back(&part->file);
+  return all;
+}
+
 namespace {
 
 // Numbers documents and positions of tokens [begin, begin + S) of a file.
@@ -85,8 +91,8 @@ void TokenDataset::read(std::int64_t sample, std::span<std::int32_t> tokens, std
   const SampleOrder::Place place = order_->at(sample);
   const TokenFile& file = parts_[static_cast<std::size_t>(place.source)]->file;
   const std::int64_t begin = place.sequence * seq_len_;
-  const std::span<const std::uint32_t> in =
-      file.tokens().subspan(static_cast<std::size_t>(begin), length + 1);
+  std::vector<std::uint32_t> in(length + 1);
+  file.read(begin, in);
   for (std::size_t i = 0; i <= length; ++i) {
     if (static_cast<std::int64_t>(in[i]) >= vocab_size_) {
       fail(ExitCode::kBadInput,
@@ -108,7 +114,22 @@ std::string TokenDataset::fingerprint() const {
     all += fmt::format(" file {} {} {} {} parts {}", file.num_tokens(), file.document_ends().size(),
                        file.vocab_size(), file.tokenizer_sha256(), order_->parts()[k]);
   }
-  return fmt::format("{:016x}{:016x}", philox_key(0, all), philox_key(1, all));
+  const auto digest = [](const std::string& text) {
+    return fmt::format("{:016x}{:016x}", philox_key(0, text), philox_key(1, text));
+  };
+  std::string contents;
+  for (const auto& part : parts_) {
+    if (!part->file.checksummed()) return digest(all);
+    contents += fmt::format(" {}", part->file.checksum());
+  }
+  return digest(all) + "-" + digest(contents);
+}
+
+bool TokenDataset::continues(const std::string& earlier) const {
+  const std::string now = fingerprint();
+  const std::size_t order = now.find('-'), earlier_order = earlier.find('-');
+  const bool both = order != std::string::npos && earlier_order != std::string::npos;
+  return both ? now == earlier : now.substr(0, order) == earlier.substr(0, earlier_order);
 }
 
 }  // namespace upmoe

@@ -4,34 +4,51 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "data/posix_file.h"
+
 namespace upmoe {
 
-// One token file, mapped. Errors: Error(kBadInput) naming file, found and expected.
+// One token file, read by position: thread-safe. Damage that the file's checksums find, and a file that
+// changes while it is open, are errors of the read that meets them. Errors: Error(kBadInput) naming file,
+// found and expected.
 class TokenFile {
  public:
   explicit TokenFile(const std::filesystem::path& path);
-  ~TokenFile();
   TokenFile(const TokenFile&) = delete;
   std::int64_t num_tokens() const { return num_tokens_; }
   std::int64_t vocab_size() const { return vocab_size_; }
   std::int64_t eos_id() const { return eos_id_; }
   const std::string& tokenizer_sha256() const { return tokenizer_sha256_; }
   const std::vector<std::int64_t>& document_ends() const { return document_ends_; }  // exclusive, rising
-  std::span<const std::uint32_t> tokens() const { return {tokens_, static_cast<std::size_t>(num_tokens_)}; }
-  const std::filesystem::path& path() const { return path_; }
+  const std::filesystem::path& path() const { return file_.path(); }
+  // Files of other programs have no checksums (token_file_format.h).
+  bool checksummed() const { return !chunk_checksums_.empty(); }
+  std::int64_t checksum() const { return checksum_; }  // of the whole content; 0 without checksums
+  // Tokens [first, first + tokens.size()).
+  void read(std::int64_t first, std::span<std::uint32_t> tokens) const;
+  void verify() const;  // reads all tokens; also refuses those beyond vocab_size
 
  private:
-  std::filesystem::path path_;
-  void* map_ = nullptr;
-  std::size_t map_bytes_ = 0;
-  const std::uint32_t* tokens_ = nullptr;
-  std::int64_t num_tokens_ = 0, vocab_size_ = 0, eos_id_ = -1;
+  [[noreturn]] void bad(const std::string& what) const;
+  void check_description();
+  void check_document_ends() const;
+  void check_unchanged() const;
+  void check_chunk(std::size_t chunk) const;
+
+  PosixFile file_;
+  std::uint64_t tokens_at_ = 0;  // byte offset
+  std::int64_t num_tokens_ = 0, vocab_size_ = 0, eos_id_ = -1, checksum_ = 0;
   std::string tokenizer_sha256_;
   std::vector<std::int64_t> document_ends_;
+  std::vector<std::uint32_t> chunk_checksums_;
+  mutable std::mutex mutex_;  // of the two below
+  mutable PosixFile::Stamp opened_;
+  mutable std::vector<char> verified_;  // by chunk
 };
 
 // Several weighted files as one endless sequence of samples. Sample i is a pure function of (files, weights,
@@ -50,7 +67,8 @@ class TokenDataset {
   TokenDataset(const std::vector<Source>& sources, std::int64_t seq_len, bool shuffle, std::uint64_t seed,
                std::int64_t vocab_size);
   ~TokenDataset();
-  std::int64_t num_sequences() const;  // of one epoch over all files
+  std::int64_t num_sequences() const;           // of one epoch over all files
+  std::vector<const TokenFile*> files() const;  // of the sources, in their order
   std::int64_t seq_len() const { return seq_len_; }
   // tokens, targets: seq_len each. documents, positions (both empty, or both seq_len): document number within
   // the sequence and position since the document's start or, for the first one, since the sequence's; both
@@ -58,8 +76,11 @@ class TokenDataset {
   void read(std::int64_t sample, std::span<std::int32_t> tokens, std::span<std::int32_t> targets,
             std::span<std::int32_t> documents, std::span<std::int32_t> positions) const;
   // A digest of what the order depends on (files' sizes, tokenizer, weights, seed, seq_len), kept in
-  // checkpoints.
+  // checkpoints; where all files have checksums, followed by "-" and a digest of their content.
   std::string fingerprint() const;
+  // Whether a run that kept `earlier` goes on with the same data. Contents count where both know them: a file
+  // without checksums may be replaced by the same one with checksums.
+  bool continues(const std::string& earlier) const;
 
  private:
   struct Part;

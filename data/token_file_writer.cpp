@@ -4,6 +4,7 @@
 #include <hdf5.h>
 #include <unistd.h>
 
+#include "data/token_file_format.h"
 #include "kernels/core/check.h"
 
 namespace upmoe {
@@ -82,10 +83,15 @@ void write_token_file(const std::filesystem::path& path, std::span<const std::ui
   Writer out(temporary);
   out.dataset("tokens", H5T_STD_U32LE, tokens.size(), tokens.data());
   out.dataset("document_ends", H5T_STD_I64LE, document_ends.size(), document_ends.data());
-  out.text("format", "upmoe-tokens-1");
+  out.text("format", kTokenFileFormat);
   out.integer("vocab_size", vocab_size);
   out.integer("eos_id", eos_id);
   out.text("tokenizer_sha256", tokenizer_sha256);
+  const std::vector<std::uint32_t> chunks = checksums_of_chunks(tokens);
+  out.dataset("checksums", H5T_STD_U32LE, chunks.size(), chunks.data());
+  const TokenFileFacts facts{vocab_size, eos_id, tokenizer_sha256, static_cast<std::int64_t>(tokens.size()),
+                             static_cast<std::int64_t>(document_ends.size())};
+  out.integer("checksum", token_file_checksum(facts, document_ends, chunks));
   out.close();
   sync_file(temporary);
   std::filesystem::rename(temporary, path);

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Text to a token file.
 
-Each FILE is text (one document) or, when its name ends in .jsonl, one JSON object per line (one document each, its
-text under --key). Every document is followed by the end-of-document token; empty documents are left out. The result
-is the same for any number of processes. With --train-vocab N, first trains a byte-level BPE tokenizer of the Qwen2
-kind on the same files and writes it to --tokenizer.
+Each FILE is UTF-8 text (one document), JSON lines or a JSON array (one document each record, its text under --key),
+plain or packed with gzip, bzip2 or xz; its bytes tell which. What is no text is refused. Every document is followed by
+the end-of-document token; empty documents are left out. The result is the same for any number of processes. With
+--train-vocab N, first trains a byte-level BPE tokenizer of the Qwen2 kind on the same files and writes it to
+--tokenizer.
 
-Exit status: 0 done, 1 unexpected failure, 2 usage, 3 bad input.
+Exit status: 0 done, 1 unexpected failure, 2 usage, 3 bad input, 130 stopped.
 """
 
 import os
@@ -14,7 +15,10 @@ import sys
 
 # This file has the name of a standard module, which others import: its folder is searched last.
 FOLDER = os.path.dirname(os.path.realpath(__file__))
-sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [FOLDER]
+sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
+    os.path.join(os.path.dirname(FOLDER), "launch"), FOLDER]
+
+from command_line import BadInput, run_tool  # noqa: E402  first: a key pressed while libraries load is heard
 
 import argparse  # noqa: E402
 import collections  # noqa: E402
@@ -24,9 +28,10 @@ import hashlib  # noqa: E402
 import multiprocessing  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
+import zlib  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from text_documents import BadInput, documents_of, plan_tasks  # noqa: E402
+from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
 
 FORMAT = "upmoe-tokens-1"
 END_OF_TEXT = "<|endoftext|>"
@@ -34,6 +39,7 @@ END_OF_TEXT = "<|endoftext|>"
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
 COPY_TOKENS = 4 << 20
+CHUNK_TOKENS = 16384  # one checksum each (data/token_file_format.h); divides COPY_TOKENS
 
 
 def import_libraries():
@@ -44,8 +50,7 @@ def import_libraries():
         import numpy
         import tokenizers
     except ImportError as e:
-        print(f"tokenize: error: {e}; run launch/setup.sh and start this with .venv/bin/python", file=sys.stderr)
-        sys.exit(1)
+        raise SystemExit(f"tokenize: error: {e}; run launch/setup.sh and start this with .venv/bin/python") from None
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
@@ -64,10 +69,10 @@ def train_tokenizer(paths, args):
     progress = Progress(sum(os.path.getsize(p) for p in paths), "reading for the tokenizer")
 
     def texts():
-        for task in plan_tasks(paths):
-            for text, _ in documents_of(task, args.key):
+        for task in plan_tasks(paths, args.choices):
+            for text, _ in documents_of(task, args.choices):
                 yield text
-            progress.add(sum(end - begin for _, begin, end in task))
+            progress.add(sum(piece.consumed for piece in task))
         progress.close()
 
     tokenizer.train_from_iterator(texts(), trainer)
@@ -98,15 +103,15 @@ def load_tokenizer(content, path):
 class Encoder:
     """One process's tokenizer."""
 
-    def __init__(self, content, path, key, parse_special):
+    def __init__(self, content, path, choices, parse_special):
         self.tokenizer = load_tokenizer(content, path)
         # Text that spells a control token is text, unless asked otherwise: data must not be able to end documents.
         self.tokenizer.encode_special_tokens = not parse_special
-        self.key = key
+        self.choices = choices
 
     def run(self, task, eos):
         tokens, lengths, replaced, empty = [], [], 0, 0
-        for text, wrong in documents_of(task, self.key):
+        for text, wrong in documents_of(task, self.choices):
             replaced += wrong
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
             if not ids:
@@ -116,7 +121,7 @@ class Encoder:
             tokens.append(numpy.asarray(ids, dtype="<u4"))
             lengths.append(len(ids))
         joined = numpy.concatenate(tokens) if tokens else numpy.empty(0, dtype="<u4")
-        return joined, lengths, replaced, empty, sum(end - begin for _, begin, end in task)
+        return joined, lengths, replaced, empty, sum(piece.consumed for piece in task)
 
 
 def start_process(*arguments):
@@ -208,16 +213,30 @@ def write_whole(path, content):
             os.unlink(temporary)
 
 
+def checksum_of(attributes, count, ends, chunks):
+    """Of what a token file says, as in data/token_file_format.h."""
+    summary = (f"{attributes['format']} vocab_size {attributes['vocab_size']} eos_id {attributes['eos_id']} "
+               f"tokenizer_sha256 {attributes['tokenizer_sha256']} tokens {count} documents {len(ends)}\n")
+    return zlib.crc32(chunks.tobytes(), zlib.crc32(ends.tobytes(), zlib.crc32(summary.encode())))
+
+
 def write_token_file(path, raw, count, document_ends, attributes):
     """`raw`: the tokens as they came, in a file. A contiguous dataset needs its size first, hence two files."""
+    ends, chunks = numpy.asarray(document_ends, dtype="<i8"), []
     with h5py.File(path, "w") as out:
         tokens = out.create_dataset("tokens", shape=(count,), dtype="<u4")
         for begin in range(0, count, COPY_TOKENS):
             end = min(count, begin + COPY_TOKENS)
-            tokens[begin:end] = numpy.fromfile(raw, dtype="<u4", count=end - begin, offset=4 * begin)
-        out.create_dataset("document_ends", data=numpy.asarray(document_ends, dtype="<i8"))
+            block = numpy.fromfile(raw, dtype="<u4", count=end - begin, offset=4 * begin)
+            tokens[begin:end] = block
+            chunks += [zlib.crc32(block[i:i + CHUNK_TOKENS].tobytes()) for i in range(0, len(block), CHUNK_TOKENS)]
+        out.create_dataset("document_ends", data=ends)
+        chunks = numpy.asarray(chunks, dtype="<u4")
+        out.create_dataset("checksums", data=chunks)
         for name, value in attributes.items():
-            out.attrs[name] = value
+            # Texts of fixed length: others lie in a heap of the file that the HDF5 library reads without checking.
+            out.attrs[name] = numpy.bytes_(value.encode()) if isinstance(value, str) else value
+        out.attrs["checksum"] = checksum_of(attributes, count, ends, chunks)
     # A full disk can pass the library without an error.
     with h5py.File(path, "r") as made:
         tokens, ends = made["tokens"], made["document_ends"]
@@ -231,7 +250,7 @@ def encode_files(paths, raw, arguments, eos, processes):
     """Writes the tokens of all documents to the open file `raw`; returns (ends, replaced, empty)."""
     ends, count, replaced, empty = [], 0, 0, 0
     progress = Progress(sum(os.path.getsize(p) for p in paths), "tokenizing")
-    for result in results_in_order(plan_tasks(paths), eos, processes, arguments):
+    for result in results_in_order(plan_tasks(paths, arguments[2]), eos, processes, arguments):
         tokens, lengths, wrong, without_text, consumed = result
         raw.write(tokens.tobytes())
         for length in lengths:
@@ -256,7 +275,7 @@ def tokenize(paths, args):
     raw_path, temporary = f"{args.out}.raw{os.getpid()}", f"{args.out}.tmp{os.getpid()}"
     try:
         with open(raw_path, "wb") as raw:
-            arguments = (content, args.tokenizer, args.key, args.parse_special)
+            arguments = (content, args.tokenizer, args.choices, args.parse_special)
             ends, replaced, empty = encode_files(paths, raw, arguments, eos, args.processes)
         empty += sum(os.path.getsize(p) == 0 for p in paths)
         if not ends:
@@ -282,12 +301,16 @@ def parse_arguments():
     parser = argparse.ArgumentParser(prog="tokenize.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, metavar="tokenizer.json",
-                        help="Hugging Face tokenizer; written when --train-vocab is given")
+                        help="Hugging Face tokenizer, or a folder with one; written when --train-vocab is given")
     parser.add_argument("--out", metavar="TOKENS.h5",
                         help="token file to write, replaced if it exists; may be left out with --train-vocab")
     parser.add_argument("--eos", default=END_OF_TEXT, metavar="TOKEN",
                         help=f"token that ends each document (default {END_OF_TEXT})")
-    parser.add_argument("--key", default="text", help="where a line of .jsonl holds its text (default text)")
+    parser.add_argument("--key", default="text", help="where a JSON record holds its text (default text)")
+    parser.add_argument("--as", dest="kind", choices=("auto", "text", "jsonl", "json"), default="auto",
+                        help="what every FILE is: text, JSON lines, or one JSON value (default: as its bytes look)")
+    parser.add_argument("--replace-invalid", action="store_true",
+                        help="replace what is not UTF-8 by U+FFFD (default: such a file is refused)")
     parser.add_argument("--train-vocab", type=int, metavar="N",
                         help=f"train a byte-level BPE of N tokens, {END_OF_TEXT} included (at least 257)")
     parser.add_argument("--force", action="store_true", help="replace another tokenizer at --tokenizer")
@@ -295,7 +318,7 @@ def parse_arguments():
                         help="read control tokens spelt out in the text as such (default: as plain text)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="P",
                         help="how many work in parallel (default: the processors available, %(default)s)")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="text, or .jsonl")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines or JSON, also packed")
     args = parser.parse_args()
     if args.train_vocab is not None and args.train_vocab < 257:
         parser.error(f"--train-vocab {args.train_vocab}: 256 bytes and {END_OF_TEXT} need at least 257")
@@ -303,49 +326,54 @@ def parse_arguments():
         parser.error("--out TOKENS.h5 is missing")
     if args.processes < 1:
         parser.error("--processes: at least 1")
+    if os.path.isdir(args.tokenizer):  # a model's folder
+        args.tokenizer = os.path.join(args.tokenizer, "tokenizer.json")
+    outputs = [args.out] if args.train_vocab is None else [args.out, args.tokenizer]
+    for out in filter(None, outputs):
+        taken = [*args.files, args.tokenizer] if out == args.out else args.files
+        if any(os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path) for path in taken):
+            parser.error(f"{out} is read and would be overwritten; choose another name for the output")
+    args.choices = Choices(args.key, args.kind, args.replace_invalid)
     return args
 
 
 def check_paths(args):
     for path in args.files:
+        if os.path.isdir(path):
+            raise BadInput(f"{path}: is a folder; give the files in it, for example {os.path.join(path, '*')}")
         if not os.path.isfile(path):
             raise BadInput(f"{path}: is not a file" if os.path.exists(path) else f"{path}: no such file")
     for path in filter(None, (args.out, args.tokenizer)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise BadInput(f"{path}: its folder does not exist")
+    if args.out is not None and os.path.isdir(args.out):
+        raise BadInput(f"{args.out}: is a folder; name the file to write")
     if args.train_vocab is None and not os.path.isfile(args.tokenizer):
-        raise BadInput(f"{args.tokenizer}: no such file; train one with --train-vocab N")
-
-
-def words_of(error, path):
-    """An operating system's error; HDF5 hands its own text instead of a number."""
-    return f"{error.filename or path}: {error.strerror or error}"
+        others = sorted({"tokenizer.model", "vocab.json", "qwen.tiktoken"} & set(
+            os.listdir(os.path.dirname(os.path.abspath(args.tokenizer)))))
+        beside = (f"{' and '.join(others)} beside it {'is' if len(others) == 1 else 'are'} of another form: save it "
+                  "anew with transformers' AutoTokenizer; or ") if others else ""
+        raise BadInput(f"{args.tokenizer}: no such file; {beside}train one with --train-vocab N")
 
 
 def main():
     args = parse_arguments()
     import_libraries()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that unfinished files go
+    check_paths(args)
     try:
-        check_paths(args)
         if args.train_vocab is not None:
             train_tokenizer(args.files, args)
         if args.out is not None:
             tokenize(args.files, args)
-    except BadInput as e:
-        print(f"tokenize: error: {e}", file=sys.stderr)
-        return 3
-    except OSError as e:
-        print(f"tokenize: error: {words_of(e, args.out or args.tokenizer)}", file=sys.stderr)
-        return 3
+    except OSError as e:  # HDF5 hands its own text instead of a number and a name
+        e.filename = e.filename or args.out or args.tokenizer
+        raise
     except concurrent.futures.BrokenExecutor:
         print("tokenize: error: a process ended unexpectedly (out of memory?); try --processes 1", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ntokenize: stopped", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("tokenize", main))

@@ -5,6 +5,7 @@
 
 #include "data/model_source.h"
 #include "data/safetensors.h"
+#include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "launch/commands.h"
 #include "trainer/evaluation.h"
@@ -60,6 +61,9 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
                 [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
     data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{a.data, 1.0}}, a.seq_len, false,
                                           0, config.vocab_size);
+    if (world.rank() != 0) return;
+    for (const std::string& words : tokenizer_differences(source->companions(), data->files()))
+      log::warning("{}", words);
   });
   const std::vector<Transformer> chunks = make_chunks(config, params, mesh, plan, Recompute::kNone);
   Pipeline pipeline(config, mesh, plan, chunks, device);

@@ -4,15 +4,22 @@
 Reads RUN_DIR/metrics.jsonl. Several runs are laid over each other. Usually started as `upmoe report`.
 """
 
-import argparse
-import base64
-import html
-import json
-import math
+import os
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import median
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+
+from command_line import BadInput, display, run_tool  # noqa: E402  first: a key pressed while libraries load is heard
+
+import argparse  # noqa: E402
+import base64  # noqa: E402
+import html  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import warnings  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
+from statistics import median  # noqa: E402
 
 try:
     import matplotlib
@@ -32,10 +39,6 @@ STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axe
          "legend.frameon": False, "figure.facecolor": "white", "savefig.dpi": 150, "lines.linewidth": 1.8}
 
 
-class BadInput(Exception):
-    """Wrong or missing files: exit status 3."""
-
-
 @dataclass
 class Run:
     path: Path
@@ -52,6 +55,10 @@ class Run:
         spent = np.cumsum([cost_of(self, r, against) * gap for r, gap in zip(self.steps, np.diff(ends, prepend=0.0))])
         return np.interp([r["step"] for r in records], np.insert(ends, 0, 0.0), np.insert(spent, 0, 0.0)) + self.offset
 
+    @property
+    def title(self):
+        return title_of(self.label)
+
     def loads(self):
         return [(r["step"], np.array(r["expert_load"], dtype=float)) for r in self.steps if r.get("expert_load")]
 
@@ -61,31 +68,88 @@ def cost_of(run, record, against):
     if against == "seconds":
         return record["seconds"]
     if "flops" not in record or "ranks" not in record:
-        raise BadInput(f"{run.path}: its metrics carry no flops or no ranks; use --against tokens, seconds or step")
+        raise BadInput(f"{display(run.path)}: its metrics carry no flops or no ranks; use --against tokens, seconds or "
+                       "step")
     return record["flops"] * record["ranks"]
+
+
+LARGEST = 1e100  # what a count or a time may be, so that sums and axes stay finite
+
+
+def number(record, key, required=False, gap=False):
+    """A finite number that is not negative; with `gap` also null, NaN and infinity, as of a step that went wrong."""
+    if key not in record and not required:
+        return
+    value = record[key]
+    if gap and (value is None or isinstance(value, float) and not math.isfinite(value)):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        raise ValueError(f"{key} is {json.dumps(value)[:40]}, expected a number")
+    if value < 0 and not gap:
+        raise ValueError(f"{key} is {value}, expected no negative number")
+
+
+def check_load(load):
+    """Layers by experts, each row of one length."""
+    rows = load if isinstance(load, list) else [None]
+    if not rows or not all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows):
+        raise ValueError("expert_load is not a table of layers by experts")
+    for row in rows:
+        for value in row:
+            number({"expert_load": value}, "expert_load")
+
+
+def checked(record):
+    """A record of metrics.jsonl whose values are what the pictures take them for."""
+    if not isinstance(record, dict):
+        raise ValueError("expected an object")
+    held_out = record.get("kind") == "eval"
+    needed = ("step", "tokens") + (("eval_loss",) if held_out else ("loss", "seconds", "tokens_per_s"))
+    missing = [key for key in needed if key not in record]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    for key in ("step", "tokens", "seconds", "tokens_per_s"):
+        number(record, key, required=key in needed)
+    for key in ("flops", "ranks"):
+        number(record, key)
+    for key in ("loss", "eval_loss", "grad_norm", "mfu"):
+        number(record, key, gap=True)
+    if record.get("expert_load"):
+        check_load(record["expert_load"])
+    return record
 
 
 def read_run(path, label, colour):
     run, file = Run(path, label, colour), path / "metrics.jsonl"
     if not file.is_file():
-        raise BadInput(f"{file}: not found; give a run directory of `upmoe train`")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+        raise BadInput(f"{display(file)}: not found; give a run directory of `upmoe train`")
+    lines = file.read_bytes().split(b"\n")
+    shape = None
+    for place, line in enumerate(lines, 1):
+        if place == len(lines) and not line:
+            break
         try:
-            record = json.loads(line)
-            is_eval = record.get("kind") == "eval"
-            needed = ("step", "tokens") + (("eval_loss",) if is_eval else ("loss", "seconds", "tokens_per_s"))
-            missing = [key for key in needed if key not in record]
-            if missing:
-                raise ValueError(f"no {', '.join(missing)}")
-        except (ValueError, AttributeError) as problem:
-            if number == len(lines) and not line.endswith("}"):
+            record = checked(json.loads(line))
+            load = record.get("expert_load")
+            if load and shape not in (None, (len(load), len(load[0]))):
+                raise ValueError("expert_load has another shape than before")
+            shape = (len(load), len(load[0])) if load else shape
+        except (ValueError, RecursionError) as problem:
+            if place == len(lines) and not line.endswith(b"}"):
                 continue  # the run is still writing it
-            raise BadInput(f"{file}:{number}: not a metrics record ({problem})") from None
-        (run.evals if is_eval else run.steps).append(record)
+            words = " ".join(str(problem).split())
+            raise BadInput(f"{display(file)}:{place}: not a metrics record ({words})") from None
+        (run.evals if record.get("kind") == "eval" else run.steps).append(record)
     if not run.steps:
-        raise BadInput(f"{file}: holds no training step yet")
+        raise BadInput(f"{display(file)}: holds no training step yet")
     return run
+
+
+def title_of(name):
+    """A name as matplotlib draws it: no formulas, no lines of its own, and in the legend also after an underscore."""
+    text = " ".join(display(name).split())
+    text = text if len(text) <= 60 else text[:59] + "\u2026"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def values(records, key):
@@ -132,7 +196,7 @@ def draw_loss(ax, runs, against):
         x, y = run.x(run.steps, against), values(run.steps, "loss")
         line = smooth(y, len(y) // 40)
         ax.plot(x, y, color=run.colour, alpha=0.22, linewidth=0.8)
-        ax.plot(x, line, color=run.colour, label=run.label)
+        ax.plot(x, line, color=run.colour, label=run.title)
         shown.append(line)
     limit_to_bulk(ax, shown)
     finish_axis(ax, against, "Training loss", "cross-entropy, nats per token")
@@ -154,8 +218,9 @@ def draw_heldout(ax, runs, against):
     for run in runs:
         if run.evals:
             x, y = run.x(run.evals, against), values(run.evals, "eval_loss")
-            ax.plot(x, y, color=run.colour, marker="o", markersize=4, label=run.label)
-            ends.append((x[-1], y[-1], run.colour))
+            ax.plot(x, y, color=run.colour, marker="o", markersize=4, label=run.title)
+            if math.isfinite(y[-1]):
+                ends.append((x[-1], y[-1], run.colour))
             shown.append(y)
     finish_axis(ax, against, "Held-out loss", "cross-entropy, nats per token")
     if shown:
@@ -173,7 +238,7 @@ def draw_throughput(ax, runs, against):
         y = values(run.steps, "tokens_per_s")
         ax.plot(run.x(run.steps, against), y, color=run.colour, alpha=0.22, linewidth=0.8)
         ax.plot(run.x(run.steps, against), smooth(y, len(y) // 40), color=run.colour,
-                label=f"{run.label}: median {short(np.nanmedian(y))}")
+                label=f"{run.title}: median {short(np.nanmedian(y))}")
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(lambda value, _: short(value))
     finish_axis(ax, against, "Throughput", "tokens per second, all ranks")
@@ -191,7 +256,7 @@ def draw_load_map(ax, run):
     bar.set_label("load, 1 = fair share")
     bar.outline.set_visible(False)
     ax.grid(False)
-    ax.set_title(f"Expert load at the end: {run.label}")
+    ax.set_title(f"Expert load at the end: {run.title}")
     ax.set_xlabel("expert")
     ax.set_ylabel("MoE layer")
     ax.set_yticks(range(relative.shape[0]))
@@ -207,7 +272,7 @@ def draw_load_history(ax, run, against):
                     color=run.colour, alpha=0.35, linewidth=0, label="middle 80 %")
     ax.axhline(1.0, color="#444444", linewidth=1, linestyle="--", label="fair share")
     ax.set_ylim(bottom=0)
-    finish_axis(ax, against, f"Spread of the expert load: {run.label}", "load, 1 = fair share")
+    finish_axis(ax, against, f"Spread of the expert load: {run.title}", "load, 1 = fair share")
     ax.legend()
 
 
@@ -242,7 +307,7 @@ def draw_all(folder, runs, against):
     for name, draw in (("loss", draw_loss), ("heldout_loss", draw_heldout), ("throughput", draw_throughput)):
         names.append(save(folder, f"{name}.png", (9, 4.8), lambda ax, draw=draw: draw(ax, runs, against)))
     for i, run in enumerate(run for run in runs if run.loads()):
-        height = 1.6 + 0.35 * run.loads()[-1][1].shape[0]
+        height = min(40.0, 1.6 + 0.35 * run.loads()[-1][1].shape[0])
         names.append(save(folder, f"expert_load_{i}.png", (11, height), lambda ax, run=run: draw_load_map(ax, run)))
         names.append(save(folder, f"expert_load_history_{i}.png", (9, 4),
                           lambda ax, run=run: draw_load_history(ax, run, against)))
@@ -256,7 +321,7 @@ def summary_rows(runs):
         gaps = np.diff([r["step"] for r in run.steps], prepend=0)
         yield [run.label, f"{last['step']:,}", short(last["tokens"]),
                f"{smooth(values(run.steps, 'loss'), len(run.steps) // 40)[-1]:.4f}",
-               f"{run.evals[-1]['eval_loss']:.4f}" if run.evals else "-",
+               f"{values(run.evals, 'eval_loss')[-1]:.4f}" if run.evals else "-",
                short(median(r["tokens_per_s"] for r in run.steps)), f"{100 * median(mfu):.1f} %" if mfu else "-",
                f"{sum(r['seconds'] * gap for r, gap in zip(run.steps, gaps)):,.0f} s"]
 
@@ -269,8 +334,8 @@ def write_page(folder, runs, pictures):
         f'<img alt="{html.escape(name)}" src="data:image/png;base64,'
         f'{base64.b64encode((folder / name).read_bytes()).decode()}">' for name in pictures)
     configs = "".join(
-        f"<details><summary>{html.escape(str(run.path / 'config.yaml'))}</summary><pre>"
-        f"{html.escape((run.path / 'config.yaml').read_text(encoding='utf-8'))}</pre></details>"
+        f"<details><summary>{html.escape(display(run.path / 'config.yaml'))}</summary><pre>"
+        f"{html.escape((run.path / 'config.yaml').read_text(encoding='utf-8', errors='replace'))}</pre></details>"
         for run in runs if (run.path / "config.yaml").is_file())
     title = "upmoe: " + ", ".join(run.label for run in runs)
     page = folder / "report.html"
@@ -296,8 +361,9 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
 
 def read_runs(paths, labels, continued, against):
     if labels and len(labels) != len(paths):
-        raise SystemExit(f"report: {len(labels)} labels for {len(paths)} runs")
-    names = labels or [path.resolve().name for path in paths]
+        print(f"upmoe: error: {len(labels)} labels for {len(paths)} runs; give --label once per run", file=sys.stderr)
+        raise SystemExit(2)
+    names = [display(name) for name in labels or [path.resolve().name for path in paths]]
     runs = [read_run(path, name, COLOURS[i % len(COLOURS)]) for i, (path, name) in enumerate(zip(paths, names))]
     if continued:
         end = runs[0].x(runs[0].steps, against)[-1]
@@ -316,18 +382,16 @@ def main():
     parser.add_argument("--continued", action="store_true",
                         help="the first run is where the others started: draw them from its end on")
     args = parser.parse_args()
-    try:
-        runs = read_runs(args.runs, args.label, args.continued, args.against)
-        folder = args.out or args.runs[0] / "report"
-        folder.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context(STYLE):
-            pictures = draw_all(folder, runs, args.against)
-        print(write_page(folder, runs, pictures))
-    except (BadInput, OSError, UnicodeDecodeError) as problem:
-        print(f"upmoe: error: {problem}", file=sys.stderr)
-        return 3
-    return 0
+    runs = read_runs(args.runs, args.label, args.continued, args.against)
+    folder = args.out or args.runs[0] / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE), np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # characters that the font lacks, windows without a finite value
+        pictures = draw_all(folder, runs, args.against)
+    page = write_page(folder, runs, pictures)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(page) + b"\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("upmoe", main))

@@ -6,6 +6,7 @@
 
 #include "data/model_source.h"
 #include "data/posix_file.h"
+#include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "parallel/watchdog.h"
 #include "trainer/metrics.h"
@@ -114,7 +115,7 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   s.open_data(state_.samples);
   const std::string fingerprint = s.data->fingerprint();
   // Empty: an upcycled model put in place as step 0, which has seen no data.
-  if (checkpoint && !state_.fingerprint.empty() && fingerprint != state_.fingerprint)
+  if (checkpoint && !state_.fingerprint.empty() && !s.data->continues(state_.fingerprint))
     fail(ExitCode::kBadInput,
          "the data changed since {}: its order is {}, now {}; restore data.* of {}/config.yaml, or start "
          "another run.dir",
@@ -128,6 +129,12 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   if (!run_.data.valid.empty())
     valid_ = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{run_.data.valid, 1.0}},
                                             run_.data.seq_len, false, 0, s.config.vocab_size);
+  if (world_.rank() != 0) return;
+  std::vector<const TokenFile*> files = s.data->files();
+  if (valid_ != nullptr) files.push_back(valid_->files().front());
+  for (const std::string& words :
+       tokenizer_differences(source_ == nullptr ? fs::path(run_.model.path) : source_->companions(), files))
+    log::warning("{}", words);
 }
 
 void Run::start_metrics() {

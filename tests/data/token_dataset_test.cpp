@@ -1,5 +1,4 @@
-// Token files: what is read, what is refused. The order of samples: each sequence once per epoch, shares
-// within one.
+// Token files: what is read, what is refused, what damage does.
 
 #include "data/token_dataset.h"
 
@@ -8,12 +7,14 @@
 #include <hdf5.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <fstream>
 #include <numeric>
-#include <set>
 
-#include "data/sample_order.h"
+#include "data/crc32.h"
+#include "data/sha256.h"
 #include "data/token_file_writer.h"
+#include "data/tokenizer_match.h"
 #include "kernels/core/check.h"
 
 namespace upmoe {
@@ -58,6 +59,12 @@ class TokenFiles : public testing::Test {
     return message_of([&] { TokenFile file(path); });
   }
 
+  static std::vector<std::uint32_t> all_tokens(const TokenFile& file) {
+    std::vector<std::uint32_t> tokens(static_cast<std::size_t>(file.num_tokens()));
+    file.read(0, tokens);
+    return tokens;
+  }
+
   fs::path dir_;
 };
 
@@ -68,17 +75,21 @@ TEST_F(TokenFiles, ReadsWhatWasWritten) {
   EXPECT_EQ(file.eos_id(), 7);
   EXPECT_EQ(file.tokenizer_sha256(), "abc");
   EXPECT_EQ(file.document_ends(), (std::vector<std::int64_t>{10, 11, 1000}));
-  for (std::uint32_t i = 0; i < 1000; ++i) ASSERT_EQ(file.tokens()[i], i);
+  EXPECT_TRUE(file.checksummed());
+  const std::vector<std::uint32_t> tokens = all_tokens(file);
+  for (std::uint32_t i = 0; i < 1000; ++i) ASSERT_EQ(tokens[i], i);
 }
 
 // Written by data/tokenize.py: h5py stores texts with variable length.
 TEST_F(TokenFiles, ReadsAFileOfTheTokenizerScript) {
   const TokenFile file(fs::path(UPMOE_SOURCE_DIR) / "tests/data/from_tokenize.h5");
+  EXPECT_FALSE(file.checksummed());  // of an earlier version, with texts of variable length
   ASSERT_FALSE(file.document_ends().empty());
+  const std::vector<std::uint32_t> tokens = all_tokens(file);
   EXPECT_EQ(file.document_ends().back(), file.num_tokens());
   EXPECT_EQ(file.tokenizer_sha256().size(), 64u);
   for (const std::int64_t end : file.document_ends()) {
-    EXPECT_EQ(file.tokens()[static_cast<std::size_t>(end - 1)], static_cast<std::uint32_t>(file.eos_id()));
+    EXPECT_EQ(tokens[static_cast<std::size_t>(end - 1)], static_cast<std::uint32_t>(file.eos_id()));
   }
 }
 
@@ -108,7 +119,7 @@ TEST_F(TokenFiles, RefusesWrongNumbers) {
   EXPECT_THAT(opening(write("e.h5", 100, {}, 0)), HasSubstr("vocab_size is 0"));
   EXPECT_THAT(opening(write("f.h5", 100, {}, std::int64_t{1} << 40)), HasSubstr("vocab_size"));
   EXPECT_THAT(opening(write("g.h5", 100, {}, 7)), HasSubstr("eos_id is 7"));
-  EXPECT_THAT(opening(write("h.h5", 0, {})), HasSubstr("is empty"));
+  EXPECT_THAT(opening(write("h.h5", 0)), HasSubstr("is empty"));
 }
 
 // Rebuilds one part of a good file in another way.
@@ -166,6 +177,171 @@ TEST_F(TokenFiles, RefusesOtherLayoutsTypesAndLinks) {
   EXPECT_THAT(after([](const Reshaped& f) { f.remove("tokenizer_sha256"); }), HasSubstr("tokenizer_sha256"));
 }
 
+// One open file whose bytes are changed and put back.
+class Flipped {
+ public:
+  explicit Flipped(const fs::path& path) : file_(path, std::ios::in | std::ios::out | std::ios::binary) {
+    good_.assign(std::istreambuf_iterator<char>(file_), {});
+    file_.clear();
+  }
+  std::size_t size() const { return good_.size(); }
+  void flip(std::size_t byte, unsigned bit) { put(byte, static_cast<char>(good_[byte] ^ (1 << bit))); }
+  void restore(std::size_t byte) { put(byte, good_[byte]); }
+
+ private:
+  void put(std::size_t byte, char value) {
+    file_.seekp(static_cast<std::streamoff>(byte));
+    file_.put(value).flush();
+  }
+  std::fstream file_;
+  std::string good_;
+};
+
+// With checksums a flipped bit is found, or lies where nothing is read.
+TEST_F(TokenFiles, DamageIsFoundOrHarmless) {
+  const fs::path path = write("a.h5", 300, {100, 300});
+  const std::vector<std::uint32_t> tokens = all_tokens(TokenFile(path));
+  Flipped bytes(path);
+  int found = 0;
+  for (std::size_t byte = 0; byte < bytes.size(); ++byte) {
+    const auto bit = static_cast<unsigned>(byte * 5 % 8);  // one of each: the fuzzer has the others
+    bytes.flip(byte, bit);
+    try {
+      const TokenFile file(path);
+      const bool same = all_tokens(file) == tokens && file.vocab_size() == 100000 && file.eos_id() == 7 &&
+                        file.tokenizer_sha256() == "abc" &&
+                        file.document_ends() == std::vector<std::int64_t>{100, 300};
+      EXPECT_TRUE(same) << "byte " << byte << ", bit " << bit;
+    } catch (const Error& e) {
+      found += e.code() == ExitCode::kBadInput ? 1 : 0;
+    }
+    bytes.restore(byte);
+  }
+  EXPECT_GT(found, 1220);  // tokens, ends and checksums alone
+}
+
+// Without checksums not all damage can be found, but none may crash or fill the memory.
+TEST_F(TokenFiles, DamageOfAFileWithoutChecksumsIsRefusedOrRead) {
+  const fs::path path = dir_ / "old.h5";
+  fs::copy_file(fs::path(UPMOE_SOURCE_DIR) / "tests/data/from_tokenize.h5", path);
+  Flipped bytes(path);
+  for (std::size_t byte = 0; byte < bytes.size(); ++byte)
+    for (const unsigned bit : {0u, 4u, 7u}) {
+      bytes.flip(byte, bit);
+      try {
+        TokenFile(path).verify();
+      } catch (const Error& e) {
+        EXPECT_EQ(e.code(), ExitCode::kBadInput) << e.what();
+      }
+      bytes.restore(byte);
+    }
+}
+
+TEST_F(TokenFiles, AChangeWhileAFileIsInUseIsAnErrorThatNamesIt) {
+  const fs::path path = write("a.h5", 40000);
+  const TokenDataset data({{path, 1.0}}, 8, false, 1, 100000);
+  std::vector<std::int32_t> tokens(8), targets(8);
+  data.read(0, tokens, targets, {}, {});
+  const auto later = fs::last_write_time(path) + std::chrono::seconds(5);
+  fs::last_write_time(path, later);
+  EXPECT_NO_THROW(data.read(0, tokens, targets, {}, {}));  // touched: the checksums say that nothing changed
+  {
+    std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(static_cast<std::streamoff>(fs::file_size(path)) / 2);
+    file << "other";
+  }
+  fs::last_write_time(path, later + std::chrono::seconds(5));
+  EXPECT_THAT(message_of([&] {
+                for (std::int64_t i = 0; i < data.num_sequences(); ++i) data.read(i, tokens, targets, {}, {});
+              }),
+              HasSubstr("are damaged"));
+  fs::resize_file(path, 3000);
+  EXPECT_THAT(message_of([&] { data.read(0, tokens, targets, {}, {}); }),
+              testing::AllOf(HasSubstr(path.string()), HasSubstr("changed while it was in use")));
+}
+
+TEST_F(TokenFiles, AChangeOfAFileWithoutChecksumsIsAnError) {
+  const fs::path path = dir_ / "old.h5";
+  fs::copy_file(fs::path(UPMOE_SOURCE_DIR) / "tests/data/from_tokenize.h5", path);
+  const TokenFile file(path);
+  file.verify();
+  fs::last_write_time(path, fs::last_write_time(path) + std::chrono::seconds(5));
+  EXPECT_THAT(message_of([&] { file.verify(); }), HasSubstr("changed while it was in use"));
+}
+
+// As the library writes it, and a block of the user's before it.
+TEST_F(TokenFiles, ReadsEveryVersionOfTheFormat) {
+  for (const H5F_libver_t low : {H5F_LIBVER_EARLIEST, H5F_LIBVER_V18, H5F_LIBVER_LATEST})
+    for (const hsize_t user_block : {hsize_t{0}, hsize_t{1024}}) {
+      const fs::path path = dir_ / "versions.h5";
+      const hid_t access = H5Pcreate(H5P_FILE_ACCESS), create = H5Pcreate(H5P_FILE_CREATE);
+      H5Pset_libver_bounds(access, low, H5F_LIBVER_LATEST);
+      H5Pset_userblock(create, user_block);
+      const hid_t made = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, create, access);
+      const hid_t good = H5Fopen(write("good.h5", 20000).c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
+      for (const char* name : {"tokens", "document_ends", "checksums"})
+        H5Ocopy(good, name, made, name, H5P_DEFAULT, H5P_DEFAULT);
+      for (const char* name : {"format", "vocab_size", "eos_id", "tokenizer_sha256", "checksum"}) {
+        const hid_t from = H5Aopen(good, name, H5P_DEFAULT), type = H5Aget_type(from),
+                    space = H5Aget_space(from);
+        const hid_t to = H5Acreate2(made, name, type, space, H5P_DEFAULT, H5P_DEFAULT);
+        std::string value(H5Tget_size(type), '\0');
+        H5Aread(from, type, value.data());
+        H5Awrite(to, type, value.data());
+        for (const hid_t id : {from, to}) H5Aclose(id);
+        H5Tclose(type);
+        H5Sclose(space);
+      }
+      for (const hid_t id : {good, made}) H5Fclose(id);
+      H5Pclose(access), H5Pclose(create);
+      const TokenFile file(path);  // moved tokens keep their checksums
+      EXPECT_TRUE(file.checksummed());
+      EXPECT_EQ(all_tokens(file).back(), 19999u);
+    }
+}
+
+TEST(Crc32, IsThatOfZlib) {
+  EXPECT_EQ(crc32("123456789", 9), 0xcbf43926u);
+  EXPECT_EQ(crc32("6789", 4, crc32("12345", 5)), 0xcbf43926u);
+}
+
+TEST(Sha256, IsThatOfTheStandard) {
+  EXPECT_EQ(sha256(""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  EXPECT_EQ(sha256("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq"),
+            "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+}
+
+TEST_F(TokenFiles, ATokenizerOtherThanTheModelsIsTold) {
+  const std::string content = R"({"version": "1.0"})";
+  const auto file = [&](const std::string& name, const std::string& digest, std::int64_t eos) {
+    write_token_file(dir_ / name, std::vector<std::uint32_t>(10), {}, 100, eos, digest);
+    return std::make_unique<TokenFile>(dir_ / name);
+  };
+  const auto right = file("right.h5", sha256(content), 7), other = file("other.h5", sha256("other"), 7),
+             unknown = file("unknown.h5", std::string(64, '0'), -1), odd = file("odd.h5", sha256(content), 9);
+  std::ofstream(dir_ / "tokenizer.json") << content;
+  std::ofstream(dir_ / "config.json") << R"({"eos_token_id": 3})";
+  std::ofstream(dir_ / "generation_config.json") << R"({"eos_token_id": [7, 8]})";
+  EXPECT_TRUE(tokenizer_differences(dir_, {right.get(), unknown.get()}).empty());
+  EXPECT_THAT(tokenizer_differences(dir_, {other.get()}),
+              testing::ElementsAre(testing::AllOf(HasSubstr("other.h5 was made with another tokenizer"),
+                                                  HasSubstr((dir_ / "tokenizer.json").string()))));
+  EXPECT_THAT(tokenizer_differences({}, {right.get(), other.get()}),
+              testing::ElementsAre(HasSubstr("different tokenizers")));
+  EXPECT_THAT(tokenizer_differences(dir_, {odd.get()}), testing::ElementsAre(HasSubstr("end with token 9")));
+}
+
+TEST_F(TokenFiles, AResumeKnowsOtherContentOfTheSameLength) {
+  const fs::path path = write("a.h5", 1000);
+  const auto open = [&] { return TokenDataset({{path, 1.0}}, 8, false, 1, 200000); };
+  const std::string before = open().fingerprint();
+  EXPECT_TRUE(open().continues(before));
+  // A checkpoint of before there were checksums knows the order alone.
+  EXPECT_TRUE(open().continues(before.substr(0, before.find('-'))));
+  write("a.h5", 1000, {}, 100000, 1);
+  EXPECT_FALSE(open().continues(before));
+}
+
 TEST_F(TokenFiles, InOrderWithoutShuffle) {
   const TokenDataset data({{write("a.h5", 33), 1.0}}, 8, false, 1, 100000);
   ASSERT_EQ(data.num_sequences(), 4);  // 33 tokens: the last one is only a target
@@ -218,104 +394,6 @@ TEST_F(TokenFiles, FingerprintFollowsWhatTheOrderDependsOn) {
   EXPECT_NE(base, print({{a, 1}, {b, 1}}, 8, false, 1));
   EXPECT_NE(base, print({{a, 1}, {b, 1}}, 8, true, 2));
   EXPECT_EQ(print({{a, 1}}, 8, false, 1), print({{a, 1}}, 8, false, 2));  // the seed orders nothing then
-}
-
-TEST(SampleOrder, PermutedIsABijection) {
-  for (const std::int64_t n : {1, 2, 3, 5, 16, 17, 100, 1000, 4096, 4097}) {
-    std::set<std::int64_t> seen;
-    for (std::int64_t i = 0; i < n; ++i) {
-      const std::int64_t p = permuted(i, n, 42);
-      ASSERT_TRUE(p >= 0 && p < n);
-      seen.insert(p);
-    }
-    EXPECT_EQ(static_cast<std::int64_t>(seen.size()), n);
-  }
-  const std::int64_t large = std::int64_t{1} << 50;  // no table: as quick as a small one
-  for (std::int64_t i : {std::int64_t{0}, large / 3, large - 1}) {
-    const std::int64_t p = permuted(i, large, 42);
-    EXPECT_TRUE(p >= 0 && p < large);
-  }
-}
-
-// Each place equally often, and neighbours not kept together.
-TEST(SampleOrder, PermutedMixes) {
-  constexpr std::int64_t kN = 50, kKeys = 4000;
-  std::vector<int> first(kN, 0);
-  int neighbours = 0;
-  for (std::uint64_t key = 0; key < kKeys; ++key) {
-    const std::int64_t a = permuted(0, kN, key), b = permuted(1, kN, key);
-    ++first[static_cast<std::size_t>(a)];
-    neighbours += b == a + 1 ? 1 : 0;
-  }
-  double chi_square = 0;
-  for (int count : first) chi_square += (count - 80.0) * (count - 80.0) / 80.0;
-  EXPECT_LT(chi_square, 100.0);            // 49 degrees of freedom: 1 in 40,000 exceeds 100
-  EXPECT_NEAR(neighbours, 80 * 0.98, 45);  // 49 of 50 * 49 pairs; 5 standard deviations
-}
-
-TEST(SampleOrder, EverySequenceOncePerEpochAndAnewInEach) {
-  const SampleOrder order({100, 37}, {3.0, 1.0}, true, 9);
-  std::vector<std::vector<std::vector<std::int64_t>>> seen(2);  // source, epoch
-  for (std::int64_t i = 0; i < 800; ++i) {
-    const SampleOrder::Place p = order.at(i);
-    auto& epochs = seen[static_cast<std::size_t>(p.source)];
-    if (static_cast<std::size_t>(p.epoch) >= epochs.size()) epochs.emplace_back();
-    epochs[static_cast<std::size_t>(p.epoch)].push_back(p.sequence);
-  }
-  ASSERT_EQ(seen[0].size(), 6u);
-  EXPECT_NE(seen[0][0], seen[0][1]);
-  for (std::size_t source = 0; source < 2; ++source) {
-    const std::size_t n = source == 0 ? 100 : 37;
-    for (std::size_t epoch = 0; epoch + 1 < seen[source].size(); ++epoch) {
-      std::vector<std::int64_t> sorted = seen[source][epoch];
-      std::sort(sorted.begin(), sorted.end());
-      ASSERT_EQ(sorted.size(), n);
-      for (std::size_t i = 0; i < n; ++i) ASSERT_EQ(sorted[i], static_cast<std::int64_t>(i));
-    }
-  }
-}
-
-TEST(SampleOrder, SharesWithinOne) {
-  const std::vector<std::vector<double>> mixes = {{1},
-                                                  {1, 1},
-                                                  {0.7, 0.3},
-                                                  {1, 2, 3},
-                                                  {5, 1, 1},
-                                                  {1, 1, 1, 1, 1},
-                                                  {0.01, 0.33, 0.66},
-                                                  {97, 1, 1, 1},
-                                                  {8, 5, 3, 2, 1, 1},
-                                                  {0.123, 0.456, 0.421}};
-  for (const auto& weights : mixes) {
-    const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
-    const SampleOrder order(std::vector<std::int64_t>(weights.size(), 1000), weights, false, 1);
-    std::vector<std::int64_t> count(weights.size(), 0);
-    for (std::int64_t i = 0; i < 20000; ++i) {
-      const SampleOrder::Place p = order.at(i);
-      auto& turn = count[static_cast<std::size_t>(p.source)];
-      ASSERT_EQ(p.epoch * 1000 + p.sequence, turn);  // no gap: the next of that source
-      ++turn;
-      for (std::size_t k = 0; k < weights.size(); ++k) {
-        const double share = static_cast<double>(i + 1) * weights[k] / sum;
-        ASSERT_LT(std::abs(static_cast<double>(count[k]) - share), 1.0)
-            << "source " << k << " after " << i + 1;
-      }
-    }
-  }
-}
-
-// Weights without a short period are rounded to 1/65536 of all.
-TEST(SampleOrder, OddWeights) {
-  const std::vector<double> weights = {3.14159265358979, 2.71828182845905, 1.41421356237310};
-  const SampleOrder order({10, 10, 10}, weights, false, 1);
-  const double sum = weights[0] + weights[1] + weights[2];
-  ASSERT_EQ(std::accumulate(order.parts().begin(), order.parts().end(), std::int64_t{0}), 65536);
-  for (std::size_t k = 0; k < 3; ++k) {
-    EXPECT_NEAR(static_cast<double>(order.parts()[k]), weights[k] / sum * 65536, 1.0);
-  }
-  EXPECT_THROW(SampleOrder({10, 10}, {1.0, 1e-7}, false, 1), Error);
-  EXPECT_THROW(SampleOrder({10, 10}, {1.0, 0.0}, false, 1), Error);
-  EXPECT_THROW(SampleOrder({10, 10}, {1.0, std::nan("")}, false, 1), Error);
 }
 
 }  // namespace

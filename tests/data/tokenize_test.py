@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
 """data/tokenize.py from the outside: what it writes, what it refuses, what it leaves behind."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import resource
 import subprocess
 import sys
@@ -14,6 +17,9 @@ import h5py
 import tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path += [str(ROOT / "launch"), str(ROOT / "data")]  # data/tokenize.py itself is started, not imported
+from text_documents import BadInput, Choices, documents_of, plan_tasks  # noqa: E402
+
 TEXT = "def f(x):\n    return x + 1  # one more\n\nfor i in range(10):\r\n    print(f(i), 'done')\n" * 40
 
 
@@ -49,6 +55,20 @@ class TokenizeTest(unittest.TestCase):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
 
+    @staticmethod
+    def texts(path, **choices):
+        """The documents of one file, without a tokenizer."""
+        chosen = Choices(**choices)
+        return [text for task in plan_tasks([str(path)], chosen) for text, _ in documents_of(task, chosen)]
+
+    def told(self, path, **choices):
+        """The words with which a file is refused."""
+        with self.assertRaises(BadInput) as refused:
+            self.texts(path, **choices)
+        self.assertIn(str(path), str(refused.exception))
+        self.assertNotIn("\n", str(refused.exception))
+        return str(refused.exception)
+
     def documents(self, path):
         """The texts of a token file, the end-of-document tokens checked and removed."""
         tokenizer = tokenizers.Tokenizer.from_file(str(self.tokenizer))
@@ -70,15 +90,17 @@ class TokenizeTest(unittest.TestCase):
         return done.stderr
 
     def test_texts_come_back(self):
-        texts = ["plain\n", "carriage\r\nreturns\r\n", "NUL \0 inside", "naïve 日本語 🙂\n", " \n\t\n"]
+        texts = ["plain\n", "carriage\r\nreturns\r\n", "naïve 日本語 🙂\n", " \n\t\n"]
         path, _ = self.tokenize(*(self.file(f"{i}.txt", t) for i, t in enumerate(texts)))
         self.assertEqual(self.documents(path), texts)
 
     def test_attributes(self):
         path, _ = self.tokenize(self.file("a.txt", "hello"))
         with h5py.File(path) as f:
-            self.assertEqual(f.attrs["format"], "upmoe-tokens-1")
-            self.assertEqual(f.attrs["tokenizer_sha256"], hashlib.sha256(self.tokenizer.read_bytes()).hexdigest())
+            # Of fixed length: what lies in the file's heap is read by the HDF5 library without checking.
+            self.assertEqual(f.attrs["format"], b"upmoe-tokens-1")
+            self.assertEqual(f.attrs["tokenizer_sha256"],
+                             hashlib.sha256(self.tokenizer.read_bytes()).hexdigest().encode())
             size = tokenizers.Tokenizer.from_file(str(self.tokenizer)).get_vocab_size()
             self.assertEqual((f.attrs["vocab_size"], f.attrs["eos_id"]), (size, size - 1))
             for name, dtype in (("tokens", "<u4"), ("document_ends", "<i8")):
@@ -87,8 +109,9 @@ class TokenizeTest(unittest.TestCase):
 
     def test_jsonl(self):
         lines = [{"text": "one"}, {"text": "two\nlines", "id": 3}, {"text": ""}, {"text": "\u0000 and \ud800 alone"}]
+        replacing = ("--replace-invalid",)
         content = "\ufeff" + "\r\n".join(map(json.dumps, lines)) + "\r\n\r\n"
-        path, log = self.tokenize(self.file("a.jsonl", content))
+        path, log = self.tokenize(self.file("a.jsonl", content), options=replacing)
         self.assertEqual(self.documents(path), ["one", "two\nlines", "\0 and \ufffd alone"])
         self.assertIn("1 empty documents", log)
         self.assertIn("1 invalid UTF-8", log)
@@ -97,10 +120,90 @@ class TokenizeTest(unittest.TestCase):
 
     def test_invalid_utf8_and_marks(self):
         contents = (b"good \xff\xfe bad \xc3(", b"\xef\xbb\xbfmark", b"", b"\xef\xbb\xbf")
-        path, log = self.tokenize(*(self.file(f"{i}.txt", c) for i, c in enumerate(contents)))
+        files = [self.file(f"{i}.txt", c) for i, c in enumerate(contents)]
+        path, log = self.tokenize(*files, options=("--replace-invalid",))
         self.assertEqual(self.documents(path), ["good \ufffd\ufffd bad \ufffd(", "mark"])
         self.assertIn("3 invalid UTF-8", log)
         self.assertIn("2 empty documents", log)
+
+    def test_what_is_not_utf8_is_refused_with_its_place(self):
+        self.assertIn("byte 5: not UTF-8", self.told(self.file("a.txt", b"good \xff bad")))
+        self.assertIn(":2, byte 9 of the line", self.told(self.file(
+            "a.jsonl", b'{"text": "x"}\n{"text":"\xff"}\n')))
+        self.assertIn("half a character", self.told(self.file("b.jsonl", rb'{"text": "\ud800"}')))
+        self.assertIn("byte 1 is zero", self.told(self.file("c.txt", b"a\0b")))
+        late = b"text " * 20000 + b"\0"  # behind what is looked at first
+        self.assertIn("byte 100000 is zero", self.told(self.file("d.txt", late)))
+
+    RECORDS = [{"text": "one"}, {"text": "two\nlines"}]
+    LINES = "".join(json.dumps(r) + "\n" for r in RECORDS).encode()
+
+    # Whatever the name says.
+    def test_a_files_kind_is_read_from_its_bytes(self):
+        lines = self.LINES
+        same = {"a.jsonl": lines, "a.json": lines, "a.txt": lines, "a": lines, "marked.json": b"\xef\xbb\xbf" + lines,
+                "crlf.jsonl": lines.replace(b"\n", b"\r\n"), "array.json": json.dumps(self.RECORDS).encode(),
+                "array.txt": json.dumps(self.RECORDS, indent=2).encode(),
+                "a.jsonl.gz": gzip.compress(lines), "a.bin": gzip.compress(lines), "a.jsonl.bz2": bz2.compress(lines),
+                "a.json.xz": lzma.compress(lines), "twice.gz": gzip.compress(bz2.compress(lines)),
+                "members.gz": gzip.compress(lines[:20]) + gzip.compress(lines[20:])}
+        for name, content in same.items():
+            self.assertEqual(self.texts(self.file(name, content)), [r["text"] for r in self.RECORDS], name)
+        plain = {"a.txt.gz": (gzip.compress(b"plain"), "plain"), "b.txt": (b"[a list] of words", "[a list] of words"),
+                 "c.txt": (b"{braces} first", "{braces} first"), "d.txt": (b"PARENT", "PARENT"), "e": (b"GIF8", "GIF8"),
+                 "f.txt": (b"BZhello", "BZhello"), "g.txt": (b"ORCHID", "ORCHID")}
+        for name, (content, text) in plain.items():
+            self.assertEqual(self.texts(self.file(name, content)), [text], name)
+        self.assertEqual(self.texts(self.file("h.jsonl", lines), kind="text"), [lines.decode()])
+        path, _ = self.tokenize(self.file("i.gz", gzip.compress(lines)), options=("--as", "text"))
+        self.assertEqual(self.documents(path), [lines.decode()])
+
+    def test_what_is_no_text_is_refused_with_its_cure(self):
+        packed = gzip.compress(self.LINES * 50)
+        files = {"zstd": b"\x28\xb5\x2f\xfd\0\0", "Parquet": b"PAR1\x15\0\x15", "zip": b"PK\x03\x04\x14\0",
+                 "PDF": b"%PDF-1.7\n", "HDF5": b"\x89HDF\r\n\x1a\n\0", "safetensors": b"\x40" + b"\0" * 7 + b'{"a"',
+                 "UTF-16": "text".encode("utf-16"),
+                 "UTF-16LE": "text".encode("utf-16-le"), "UTF-16BE": "text".encode("utf-16-be"),
+                 "UTF-32": "text".encode("utf-32"), "tar archive": b"name" + b"\0" * 253 + b"ustar\0" + b"00",
+                 "not text": bytes(range(256)), "damaged or cut short": packed[:-20],
+                 "is damaged": packed[:14] + b"\xff\xff\xff" + packed[17:]}
+        for words, content in files.items():
+            for name in ("a.txt", "a.jsonl"):
+                self.assertIn(words, self.told(self.file(name, content)))
+        self.refused(3, "--tokenizer", self.tokenizer, "--out", self.dir / "out.h5", self.dir / "a.txt")
+
+    def test_records_without_their_text_name_what_they_have(self):
+        told = self.told(self.file("a.jsonl", b'{"body": "x", "id": 1}'))
+        self.assertIn("its keys are: body, id", told)
+        self.assertIn("--key", told)
+        self.assertIn("record 1", self.told(self.file("a.json", b'[{"text": "x"}, {"body": "y"}]')))
+        self.assertIn("--as text", self.told(self.file("package.json", b'{\n "name": "x"\n}')))
+
+    def test_packed_files_give_the_same_bytes(self):
+        lines = (json.dumps({"text": TEXT}) + "\n").encode() * 1500
+        digests = set()
+        for name, content in (("a.jsonl", lines), ("b.jsonl.gz", gzip.compress(lines, 1))):
+            path, _ = self.tokenize(self.file(name, content), options=("--processes", 2))
+            digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
+        self.assertEqual(len(digests), 1)
+        broken = self.file("c.jsonl.gz", gzip.compress(lines + b"wrong\n", 1))  # in the second task
+        self.assertIn(f"{broken}:1501:", self.told(broken))
+
+    def test_a_folder_stands_for_its_tokenizer(self):
+        (self.dir / "model").mkdir()
+        text = self.file("a.txt", "x")
+        told = self.refused(3, "--tokenizer", self.dir / "model", "--out", self.dir / "out.h5", text)
+        self.assertIn("model/tokenizer.json: no such file", told)
+        (self.dir / "model/tokenizer.json").write_bytes(self.tokenizer.read_bytes())
+        done = self.run_script("--tokenizer", self.dir / "model", "--out", self.dir / "out.h5", text)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_inputs_are_not_overwritten(self):
+        text = self.file("a.txt", "precious")
+        self.assertIn("overwritten", self.refused(2, "--tokenizer", self.tokenizer, "--out", text, text))
+        self.assertEqual(text.read_text(), "precious")
+        self.refused(2, "--tokenizer", self.tokenizer, "--out", self.tokenizer, text)
+        self.assertTrue(self.tokenizer.read_text().startswith("{"))
 
     def test_control_tokens_in_text_are_text(self):
         text = self.file("a.txt", "a<|endoftext|>b")
@@ -153,7 +256,7 @@ class TokenizeTest(unittest.TestCase):
 
     def test_bad_lines_are_named(self):
         good = ("--tokenizer", self.tokenizer, "--out", self.dir / "out.h5")
-        for line in (b"{", b'{"text": 3}', b'{"body": "x"}', b"[1]", b'{"text": "a\0b"}', b"[" * 100000):
+        for line in (b"{", b'{"text": 3}', b'{"body": "x"}', b"[1]", b"[" * 100000):
             path = self.file("a.jsonl", b'{"text": "x"}\n\n' + line + b'\n{"text": "y"}\n')
             self.assertIn(f"{path}:3:", self.refused(3, *good, path))
         row = json.dumps({"text": TEXT}).encode() + b"\n"

@@ -1,0 +1,82 @@
+#include "data/tokenizer_match.h"
+
+#include <fmt/ranges.h>
+
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "data/sha256.h"
+
+namespace upmoe {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr std::uint64_t kTokenizerLimit = std::uint64_t{1} << 28, kConfigLimit = std::uint64_t{1} << 24;
+
+bool says_which(const TokenFile& file) {
+  return file.tokenizer_sha256().find_first_not_of('0') != std::string::npos;
+}
+
+// A short form of a digest that is still enough to compare by eye.
+std::string brief(const std::string& digest) {
+  return digest.substr(0, 12);
+}
+
+// The tokens that end text for the model: eos_token_id, a number or several, of both files.
+std::set<std::int64_t> model_ends(const fs::path& dir) {
+  std::set<std::int64_t> ends;
+  for (const char* name : {"config.json", "generation_config.json"}) {
+    if (!fs::is_regular_file(dir / name)) continue;
+    const auto config = nlohmann::json::parse(read_text(dir / name, kConfigLimit), nullptr, false);
+    if (!config.is_object() || !config.contains("eos_token_id")) continue;
+    const auto& id = config["eos_token_id"];
+    for (const auto& one : id.is_array() ? id : nlohmann::json::array({id}))
+      if (one.is_number_integer()) ends.insert(one.get<std::int64_t>());
+  }
+  return ends;
+}
+
+void compare_with_model(const fs::path& dir, const std::vector<const TokenFile*>& files,
+                        std::vector<std::string>& differences) {
+  const fs::path tokenizer = dir / "tokenizer.json";
+  const std::string digest =
+      fs::is_regular_file(tokenizer) ? sha256(read_text(tokenizer, kTokenizerLimit)) : std::string();
+  const std::set<std::int64_t> ends = model_ends(dir);
+  for (const TokenFile* file : files) {
+    if (!digest.empty() && says_which(*file) && file->tokenizer_sha256() != digest)
+      differences.push_back(
+          fmt::format("{} was made with another tokenizer (sha256 {}...) than {} ({}...). If that is not the "
+                      "same one written anew, its tokens mean other text to the model: make it anew with "
+                      "data/tokenize.py --tokenizer {}",
+                      file->path().string(), brief(file->tokenizer_sha256()), tokenizer.string(),
+                      brief(digest), dir.string()));
+    if (!ends.empty() && file->eos_id() >= 0 && !ends.contains(file->eos_id()))
+      differences.push_back(
+          fmt::format("documents of {} end with token {}, but eos_token_id of {} is {}: the model would not "
+                      "learn where to stop",
+                      file->path().string(), file->eos_id(), dir.string(), fmt::join(ends, ", ")));
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> tokenizer_differences(const fs::path& model_dir,
+                                               const std::vector<const TokenFile*>& files) {
+  std::vector<std::string> differences;
+  if (!model_dir.empty()) compare_with_model(model_dir, files, differences);
+  const TokenFile* first = nullptr;
+  for (const TokenFile* file : files) {
+    if (!says_which(*file)) continue;
+    if (first == nullptr) first = file;
+    if (file->tokenizer_sha256() != first->tokenizer_sha256())
+      differences.push_back(fmt::format(
+          "{} and {} were made with different tokenizers (sha256 {}... and {}...): make one of them anew",
+          first->path().string(), file->path().string(), brief(first->tokenizer_sha256()),
+          brief(file->tokenizer_sha256())));
+  }
+  return differences;
+}
+
+}  // namespace upmoe

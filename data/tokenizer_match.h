@@ -1,0 +1,19 @@
+#pragma once
+// Token files say which tokenizer made them and which token ends documents; a model directory holds its own.
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "data/token_dataset.h"
+
+namespace upmoe {
+
+// One sentence for each token file that was made with another tokenizer than `model_dir`/tokenizer.json or
+// than the other files, or whose documents end with a token that does not end text for the model. Differences
+// may be harmless (a tokenizer.json written anew has another digest), hence words and no refusal. What does
+// not say (no tokenizer.json, a digest of zeros, eos_id -1) is passed over. `model_dir` may be empty.
+std::vector<std::string> tokenizer_differences(const std::filesystem::path& model_dir,
+                                               const std::vector<const TokenFile*>& files);
+
+}  // namespace upmoe
