@@ -143,6 +143,10 @@ build_release() {
 }
 
 # One set-up at a time. What it starts holds the lock too: compilers that outlive a killed set-up still write objects.
+for folder in "$root" "$root/build"; do
+  [[ ! -e $folder || -w $folder ]] ||
+    die "$(id -un) may not write to $folder, which belongs to $(stat -c %U "$folder"); change its owner (chown -R)"
+done
 mkdir -p "$root/build"
 exec 9>"$root/build/setup.lock"
 flock -n 9 || { say "waiting for another set-up of this folder, or for what a killed one left running"; flock 9; }

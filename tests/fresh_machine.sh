@@ -132,8 +132,13 @@ one_pass() {  # BARE USER COMMAND...
   shift 2
   work=$(mktemp -d "$cache/run-XXXXXX")
   say "as $user: $*"
-  # Its first process ends with this one, and all others with the first.
-  unshare --mount --pid --fork --kill-child "${BASH_SOURCE[0]}" --inside "$bare" "$work" "$user" "$@" || status=$?
+  # unshare ends with this process, its first process with it, and all others with the first. Beside this shell, so that
+  # the shell hears signals meanwhile; such commands would ignore Ctrl-C.
+  setpriv --pdeathsig KILL env --default-signal=INT,QUIT unshare --mount --pid --fork --kill-child \
+    "${BASH_SOURCE[0]}" --inside "$bare" "$work" "$user" "$@" &
+  pass=$!
+  wait "$pass" || status=$?
+  pass=''
   rm -rf --one-file-system "$work"
   work=''
   say "as $user: status $status after $((SECONDS - began)) s"
@@ -167,9 +172,17 @@ mkdir -p "$cache"
 # One at a time: the bare system and apt's archives are shared.
 exec 8>"$cache/lock"
 flock -n 8 || { say "another one is running; waiting for it"; flock 8; }
-work=''
-trap '[[ -z $work ]] || rm -rf --one-file-system "$work"' EXIT
-trap 'exit 130' INT TERM
+work='' pass=''
+end() {
+  if [[ -n $pass ]]; then
+    kill -KILL "$pass" 2>/dev/null || true
+    wait "$pass" || true
+  fi
+  [[ -z $work ]] || rm -rf --one-file-system "$work"
+}
+trap end EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 rm -rf --one-file-system "$cache"/run-*  # of runs that were killed
 bare=$cache/$SUITE
 make_bare_system "$bare"
