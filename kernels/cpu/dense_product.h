@@ -32,11 +32,17 @@ void multiply_packed_blocks(Exec& ex, const DenseProduct& product);
 // Whether oneDNN has code for products of these dtypes here. What counts is what it makes of the processor:
 // ONEDNN_MAX_CPU_ISA may hide instructions from it.
 bool onednn_computes(DType in, DType out);
+bool onednn_has_avx512();
 
 // Whether products of bf16 use an instruction for pairs of bf16, without which each costs what one of fp32
 // costs, and the widening of its operands on top.
 bool onednn_has_bf16_instruction();
 bool packed_blocks_have_bf16_instruction();
+
+// Whether a row of these products is the same to the bit wherever it stands and however many are computed
+// with it. Below AVX-512, oneDNN sums fp32 products in another order for the last rows and for other numbers
+// of rows.
+bool rows_are_independent(DType in, DType out);
 
 // The one of the two that computes products of these dtypes; chosen once for the process.
 ComputeProduct product_for(DType in, DType out);

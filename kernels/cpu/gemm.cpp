@@ -39,6 +39,10 @@ ComputeProduct product_for(DType in, DType out) {
   return out == DType::kF32 ? of_bf16_to_f32 : of_bf16;
 }
 
+bool rows_are_independent(DType in, DType out) {
+  return product_for(in, out) == multiply_packed_blocks || onednn_has_avx512();
+}
+
 void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, ConstTensorView b,
           Transpose transpose_b, Accumulate mode, const ConstTensorView* bias_N) {
   const DenseProduct product{c_MN, a,     transpose_a == Transpose::kYes, b, transpose_b == Transpose::kYes,

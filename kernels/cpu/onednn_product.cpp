@@ -105,6 +105,10 @@ GemmKey key_of(const DenseProduct& p) {
           p.c_MN.dtype};
 }
 
+bool has_instructions(unsigned wanted) {
+  return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & wanted) == wanted;
+}
+
 }  // namespace
 
 void multiply_by_onednn(Exec& ex, const DenseProduct& p) {
@@ -138,8 +142,11 @@ bool onednn_computes(DType in, DType out) {
 }
 
 bool onednn_has_bf16_instruction() {
-  constexpr unsigned kWanted = dnnl_cpu_isa_avx512_core_bf16;
-  return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & kWanted) == kWanted;
+  return has_instructions(dnnl_cpu_isa_avx512_core_bf16);
+}
+
+bool onednn_has_avx512() {
+  return has_instructions(dnnl_cpu_isa_avx512_core);
 }
 
 }  // namespace upmoe::cpu

@@ -122,6 +122,25 @@ TEST(DenseProduct, PackedBlocksAreTheSameForAnyNumberOfThreads) {
   }
 }
 
+TEST(DenseProduct, RowsAreIndependentWhereThatIsSaid) {
+  for (const auto& [in, out] : {std::pair{DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}})
+    for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{64, 60}, {60, 1100}}) {
+      if (!cpu::rows_are_independent(in, out)) continue;
+      Case all({300, n, k}, {in, out, Transpose::kNo, Transpose::kYes, Accumulate::kOverwrite, false});
+      OpExec ex;
+      all.run(ex, cpu::product_for(in, out));
+      for (const std::int64_t rows : {1, 3, 8, 16, 50, 128}) {
+        Case few({rows, n, k}, all.kind);
+        const ConstTensorView first = all.a.on_host().rows(0, rows);
+        std::memcpy(few.a.host_view().data, first.data, first.bytes());
+        few.run(ex, cpu::product_for(in, out));
+        const ConstTensorView found = few.c.on_host();
+        EXPECT_EQ(std::memcmp(found.data, all.c.on_host().data, found.bytes()), 0)
+            << few.name() << ", the first of " << all.name();
+      }
+    }
+}
+
 // 256 + (1 + 2^-9) lies above the middle of the bf16 neighbours 256 and 258: rounding the product first gives
 // 256.
 TEST(DenseProduct, PackedBlocksRoundOnce) {
