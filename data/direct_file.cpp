@@ -4,10 +4,9 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #include <utility>
 
-#include "kernels/core/check.h"
+#include "data/folder.h"
 
 namespace upmoe {
 namespace {
@@ -15,18 +14,14 @@ namespace {
 namespace fs = std::filesystem;
 
 [[noreturn]] void fail_io(const char* what, const fs::path& path) {
-  const int error = errno;
-  const bool of_the_disk = error == ENOSPC || error == EDQUOT || error == EFBIG || error == EIO;
-  const bool of_the_folder = error == EACCES || error == EROFS;
-  fail(of_the_disk || of_the_folder ? ExitCode::kBadInput : ExitCode::kFailure, "{}: cannot {}: {}",
-       path.string(), what, std::strerror(error));
+  throw SystemError(path, what, errno);
 }
 
 }  // namespace
 
 DirectFile::DirectFile(const fs::path& path) : path_(path) {
   fd_ = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
-  if (fd_ < 0) fail_io("open", path);
+  if (fd_ < 0) fail_io("opening", path);
   direct_fd_ = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_DIRECT);
 }
 
@@ -50,14 +45,14 @@ void DirectFile::write(std::uint64_t offset, std::span<const std::byte> bytes) {
       ::close(std::exchange(direct_fd_, -1));
       continue;
     }
-    if (n <= 0) fail_io("write", path_);
+    if (n <= 0) fail_io("writing", path_);
     offset += static_cast<std::uint64_t>(n);
     bytes = bytes.subspan(static_cast<std::size_t>(n));
   }
 }
 
 void DirectFile::sync() {
-  if (::fsync(fd_) != 0) fail_io("bring to disk", path_);
+  if (::fsync(fd_) != 0) fail_io("fsync", path_);
 }
 
 }  // namespace upmoe

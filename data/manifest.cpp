@@ -86,7 +86,9 @@ StoredPiece piece_from(const json& j, const StoredTensor& tensor, const Manifest
 
 Manifest from_body(const json& j) {
   if (j.at("format") != kFormat)
-    fail(ExitCode::kBadInput, "format {}, this program reads {}", j.at("format").dump(), kFormat);
+    throw FormatError(
+        fmt::format("its format is {}, this program reads {}; use the program that wrote it, or a newer one",
+                    j.at("format").dump(), kFormat));
   Manifest m;
   m.run = j.at("run").dump();
   for (const json& f : j.at("files")) {
@@ -144,6 +146,8 @@ Manifest parse_manifest(const std::string& text, const std::string& where) {
     return m;
   } catch (const json::exception& e) {
     fail(ExitCode::kBadInput, "{}: damaged manifest: {}; use an older checkpoint", where, e.what());
+  } catch (const FormatError& e) {  // its checksum is right: no damage
+    throw FormatError(fmt::format("{}: {}", where, e.what()));
   } catch (const Error& e) {
     fail(ExitCode::kBadInput, "{}: damaged manifest: {}; use an older checkpoint", where, e.what());
   }

@@ -35,9 +35,15 @@ struct Manifest {
   std::map<std::pair<std::string, std::string>, StoredTensor> tensors;  // by (name, kind)
 };
 
+// Undamaged, and of a format that this program does not read.
+class FormatError : public Error {
+ public:
+  explicit FormatError(const std::string& message) : Error(ExitCode::kBadInput, message) {}
+};
+
 std::string manifest_json(const Manifest& manifest);
 // Checks format, own checksum, names, and that every tensor's boxes lie inside it and cover it exactly once
-// by count.
+// by count. Throws Error(kBadInput), of another format FormatError.
 Manifest parse_manifest(const std::string& text, const std::string& where);
 
 // What one rank wrote, as text for the other ranks: a manifest with its one file.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "data/checkpoint_folder.h"
 #include "data/hf_model.h"
 #include "data/shard_store.h"
 
@@ -48,7 +49,7 @@ class CheckpointSource final : public ModelSource {
   }
   const ModelConfig& config() const override { return config_; }
   void read(const ParamSpec& param, const Box& box, TensorView out) const override {
-    store_.read(param.name, "weight", box, out);
+    store_.read_best(param.name, box, out);
   }
   fs::path companions() const override { return companions_; }
 
@@ -65,12 +66,8 @@ std::unique_ptr<ModelSource> open_model(const fs::path& path) {
     fail(ExitCode::kBadInput, "{}: {}, expected a model directory or a checkpoint", path.string(),
          fs::exists(path) ? "a file" : "does not exist");
   if (fs::exists(path / "manifest.json")) return std::make_unique<CheckpointSource>(path);
-  if (fs::is_directory(path / "checkpoints")) {
-    const std::vector<fs::path> all = list_checkpoints(path / "checkpoints");
-    if (all.empty())
-      fail(ExitCode::kBadInput, "{}: a run directory without a complete checkpoint", path.string());
-    return std::make_unique<CheckpointSource>(all.back());
-  }
+  if (fs::is_directory(path / "checkpoints"))
+    return std::make_unique<CheckpointSource>(newest_checkpoint(path));
   if (fs::exists(path / "config.json")) return std::make_unique<HfSource>(path);
   fail(ExitCode::kBadInput,
        "{}: holds no config.json, manifest.json or checkpoints/: neither a model directory nor a checkpoint",

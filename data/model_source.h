@@ -15,7 +15,8 @@ class ModelSource {
  public:
   virtual ~ModelSource() = default;
   virtual const ModelConfig& config() const = 0;
-  // Any box of a parameter, converted to out's dtype (fp32 or bf16).
+  // Any box of a parameter, converted to out's dtype (fp32 or bf16): its best value where a checkpoint keeps
+  // several.
   virtual void read(const ParamSpec& param, const Box& box, TensorView out) const = 0;
   virtual std::filesystem::path companions()
       const = 0;  // where tokenizer files lie; empty when that place is gone

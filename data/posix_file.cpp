@@ -4,11 +4,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
-#include <cstring>
-#include <vector>
+#include <cstdio>
 
 #include "data/shard_store.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 
@@ -16,7 +17,7 @@ namespace fs = std::filesystem;
 
 namespace {
 [[noreturn]] void fail_errno(const fs::path& path, const char* what) {
-  fail(ExitCode::kBadInput, "{}: {} failed: {}", path.string(), what, std::strerror(errno));
+  throw SystemError(path, what, errno);
 }
 }  // namespace
 
@@ -94,17 +95,25 @@ void sync_path(const fs::path& path) {
   if (result != 0) fail_errno(path, "fsync");
 }
 
+FileChecksum::FileChecksum(const fs::path& path)
+    : file_(PosixFile::open_read(path)), size_(file_.size()), block_(std::size_t{1} << 20) {}
+
+bool FileChecksum::advance() {
+  if (at_ == size_) return false;
+  const std::span<std::byte> block =
+      std::span(block_).first(static_cast<std::size_t>(std::min<std::uint64_t>(block_.size(), size_ - at_)));
+  file_.read(at_, block);
+  crc_ = crc32c(block.data(), block.size(), crc_);
+  at_ += block.size();
+  watchdog::heartbeat();
+  return true;
+}
+
 std::uint32_t crc32c_of_file(const fs::path& path) {
-  const PosixFile file = PosixFile::open_read(path);
-  std::vector<std::byte> block(std::size_t{1} << 20);
-  const std::uint64_t size = file.size();
-  std::uint32_t crc = 0;
-  for (std::uint64_t at = 0; at < size; at += block.size()) {
-    const std::size_t n = static_cast<std::size_t>(std::min<std::uint64_t>(block.size(), size - at));
-    file.read(at, std::span(block).first(n));
-    crc = crc32c(block.data(), n, crc);
+  FileChecksum checksum(path);
+  while (checksum.advance()) {
   }
-  return crc;
+  return checksum.value();
 }
 
 std::string read_text(const fs::path& path, std::uint64_t limit) {
@@ -121,6 +130,18 @@ void write_text_synced(const fs::path& path, const std::string& text) {
   PosixFile file = PosixFile::create(path);
   file.write(std::as_bytes(std::span(text)));
   file.sync();
+}
+
+void replace_text(const fs::path& path, const std::string& text) {
+  fs::path fresh = path;
+  fresh += ".tmp";
+  try {
+    write_text_synced(fresh, text);
+    if (rename(fresh.c_str(), path.c_str()) != 0) fail_errno(path, "replacing");
+  } catch (const Error&) {
+    ::unlink(fresh.c_str());
+    throw;
+  }
 }
 
 }  // namespace upmoe

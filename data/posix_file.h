@@ -1,11 +1,13 @@
 #pragma once
-// Files by descriptor: whole reads, fsync, sizes. Every failure names the file and the system's reason.
+// Files by descriptor: whole reads, fsync, sizes. What the system refuses is a SystemError.
 
 #include <cstdint>
 #include <filesystem>
 #include <span>
 #include <string>
+#include <vector>
 
+#include "data/folder.h"
 #include "kernels/core/tensor.h"
 
 namespace upmoe {
@@ -39,8 +41,25 @@ class PosixFile {  // move-only; closes itself
 
 void sync_path(const std::filesystem::path& path);  // fsync of an existing file or folder
 std::uint32_t crc32c_of_file(const std::filesystem::path& path);
+
+// The checksum of a file, read block by block; each block is a sign of life for the watchdog.
+class FileChecksum {
+ public:
+  explicit FileChecksum(const std::filesystem::path& path);
+  bool advance();  // one more block; false once the end is reached
+  std::uint32_t value() const { return crc_; }
+
+ private:
+  PosixFile file_;
+  std::uint64_t size_, at_ = 0;
+  std::uint32_t crc_ = 0;
+  std::vector<std::byte> block_;
+};
+
 std::string read_text(const std::filesystem::path& path,
                       std::uint64_t limit);  // throws when larger than limit
 void write_text_synced(const std::filesystem::path& path, const std::string& text);
+// The same in place of what is there: the old text stays until the new one is on the disk.
+void replace_text(const std::filesystem::path& path, const std::string& text);
 
 }  // namespace upmoe

@@ -1,12 +1,13 @@
 #include "data/shard_store.h"
 
-#include <algorithm>
 #include <mutex>
 #include <optional>
 
 #include "data/box_runs.h"
+#include "data/folder.h"
 #include "data/manifest.h"
 #include "data/posix_file.h"
+#include "data/store_check.h"
 
 namespace upmoe {
 
@@ -24,10 +25,7 @@ struct ShardStore::Impl {
   void require_intact(std::size_t file) const {
     const std::lock_guard lock(mutex);
     if (verified[file] != 0) return;
-    const std::uint32_t found = crc32c_of_file(path(file)), expected = manifest.files[file].crc;
-    if (found != expected)
-      fail(ExitCode::kBadInput, "{}: damaged: checksum {:08x}, expected {:08x}; use an older checkpoint",
-           path(file).string(), found, expected);
+    require_checksum(path(file), crc32c_of_file(path(file)), manifest.files[file].crc);
     verified[file] = 1;
   }
 };
@@ -58,7 +56,7 @@ void read_values(const PosixFile& file, std::uint64_t offset, DType from, std::i
 ShardStore::ShardStore(const fs::path& dir) : impl_(std::make_unique<Impl>()) {
   impl_->dir = dir;
   const fs::path path = dir / "manifest.json";
-  if (!fs::exists(path))
+  if (!path_exists(path))
     fail(ExitCode::kBadInput, "{}: no manifest.json: not a checkpoint, or one that was never completed",
          dir.string());
   impl_->manifest = parse_manifest(read_text(path, kManifestLimit), path.string());
@@ -108,25 +106,20 @@ void ShardStore::read(std::string_view tensor, std::string_view kind, const Box&
          filled, box.elements());
 }
 
-void ShardStore::verify() const {
-  for (std::size_t f = 0; f < impl_->manifest.files.size(); ++f) impl_->require_intact(f);
+void ShardStore::read_best(std::string_view tensor, const Box& box, TensorView out) const {
+  const bool master = out.dtype == DType::kF32 && tensors_.contains({std::string(tensor), "master"});
+  read(tensor, master ? "master" : "weight", box, out);
 }
 
-std::vector<fs::path> list_checkpoints(const fs::path& checkpoints_dir) {
-  std::vector<std::pair<std::uint64_t, fs::path>> found;
-  std::error_code missing;
-  for (const auto& entry : fs::directory_iterator(checkpoints_dir, missing)) {
-    const std::string name = entry.path().filename().string();
-    const bool digits =
-        name.size() >= 13 && name.size() <= 23 && name.starts_with("step_") &&
-        std::all_of(name.begin() + 5, name.end(), [](char c) { return c >= '0' && c <= '9'; });
-    if (digits && entry.is_directory() && fs::exists(entry.path() / "manifest.json"))
-      found.emplace_back(std::stoull(name.substr(5)), entry.path());
-  }
-  std::sort(found.begin(), found.end());
-  std::vector<fs::path> paths;
-  for (auto& [step, path] : found) paths.push_back(std::move(path));
-  return paths;
+const fs::path& ShardStore::dir() const {
+  return impl_->dir;
+}
+const Manifest& ShardStore::manifest() const {
+  return impl_->manifest;
+}
+
+void ShardStore::verify() const {
+  for (std::size_t f = 0; f < impl_->manifest.files.size(); ++f) impl_->require_intact(f);
 }
 
 }  // namespace upmoe

@@ -21,6 +21,8 @@
 
 namespace upmoe {
 
+struct Manifest;
+
 // What one rank adds: the boxes it owns of one global tensor, and their elements one box behind the other.
 struct StorePiece {
   std::string tensor;  // e.g. "layers.3.moe.down_EDF"
@@ -38,8 +40,9 @@ using PutBlock = std::function<void(const StoreBlock& block, std::span<const std
 
 // Writing in three parts, so that the middle one can run on a background thread while training goes on:
 //
-//   StoreWriter w(dir, world, bytes);  // collective: makes DIR.tmp in place of a leftover one, refuses an
-//                                      // existing dir, checks free space for the sum of `bytes` of all ranks
+//   StoreWriter w(dir, world, bytes);  // collective: makes DIR.tmp in place of a leftover one (of other
+//                                      // content: that is set aside), refuses an existing dir, checks free
+//                                      // space for the sum of `bytes` of all ranks
 //   w.write(pieces);                   // local, any thread, no communication: this rank's shard, on disk,
 //                                      // read again and compared
 //   w.commit(world, metadata);         // collective: agrees that all ranks wrote, index, manifest, rename,
@@ -63,9 +66,14 @@ class StoreWriter {
   // `add_files`, where given, is called on rank 0 with the folder before it gets its name: files that lie
   // beside the store's own.
   using AddFiles = std::function<void(const std::filesystem::path& folder)>;
-  void commit(Communicator& world, const std::string& metadata_json, const AddFiles& add_files = {});
+  // False when the store is complete under its name but the disk did not confirm the name (a warning tells
+  // why): the one state in between, no reason to write it again.
+  bool commit(Communicator& world, const std::string& metadata_json, const AddFiles& add_files = {});
+  bool lacked_space() const;  // after a failure: whether this rank met a full disk, a quota or a limit
+  static std::uint64_t space_for(std::uint64_t bytes);  // bytes of disk that a store of so many values needs
 
  private:
+  void complete(Manifest manifest, const AddFiles& add_files);
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
@@ -90,7 +98,12 @@ class ShardStore {
   }  // (name, kind)
   // Any box, whatever the layout that wrote it; same dtype as stored, or fp32 from bf16 and back (rounded).
   void read(std::string_view tensor, std::string_view kind, const Box& box, TensorView out) const;
+  // The best value there is of a parameter: as fp32 its master where one is stored, else its weight. As bf16
+  // the weight, which is the master rounded.
+  void read_best(std::string_view tensor, const Box& box, TensorView out) const;
   void verify() const;  // reads every file and compares its checksum
+  const std::filesystem::path& dir() const;
+  const Manifest& manifest() const;
 
  private:
   struct Impl;
@@ -99,7 +112,8 @@ class ShardStore {
   std::map<std::pair<std::string, std::string>, Tensor> tensors_;
 };
 
-// Checkpoint folders `step_00000100` of a run: complete ones, newest last. Damaged ones are not judged here.
+// Checkpoint folders `step_00000100` of a run that hold a manifest, newest last. Damaged ones are not judged
+// here.
 std::vector<std::filesystem::path> list_checkpoints(const std::filesystem::path& checkpoints_dir);
 
 std::uint32_t crc32c(const void* data, std::size_t bytes, std::uint32_t seed = 0);  // Castagnoli

@@ -5,6 +5,7 @@
 
 #include "data/hdf5_file.h"
 #include "data/posix_file.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 
@@ -12,7 +13,18 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr std::size_t kReadBlock = std::size_t{1} << 20;
+constexpr std::size_t kReadBlock = std::size_t{1} << 20, kWriteBlock = std::size_t{64} << 20;
+
+// Each block is a sign of life: a slow disk is not a hang.
+void write_in_blocks(DirectFile& file, std::uint64_t offset, std::span<const std::byte> values) {
+  while (!values.empty()) {
+    const std::span<const std::byte> block = values.first(std::min(values.size(), kWriteBlock));
+    file.write(offset, block);
+    watchdog::heartbeat();
+    offset += block.size();
+    values = values.subspan(block.size());
+  }
+}
 
 // Reads a file from front to back: the checksum of all of it and, on the way, of stretches.
 class Reader {
@@ -28,6 +40,7 @@ class Reader {
       file_.read(at_, bytes);
       whole_ = crc32c(bytes.data(), bytes.size(), whole_);
       visit(std::span<const std::byte>(bytes));
+      watchdog::heartbeat();
       at_ += bytes.size();
     }
   }
@@ -72,7 +85,7 @@ void ShardWriter::write_values() {
   for (std::size_t i = 0; i < pieces_.size(); ++i) {
     const ConstTensorView& values = pieces_[i].values;
     if (values.data == nullptr || values.bytes() == 0) continue;
-    file_->write(offsets_[i], {values.data, values.bytes()});
+    write_in_blocks(*file_, offsets_[i], {values.data, values.bytes()});
     written_.push_back({offsets_[i], values.bytes(), 0, values.data});
   }
 }
@@ -87,7 +100,7 @@ void ShardWriter::put(const StoreBlock& block, std::span<const std::byte> values
               p.values.elements());
   if (values.empty()) return;
   const std::uint64_t offset = offsets_[block.piece] + static_cast<std::uint64_t>(r.begin) * element;
-  file_->write(offset, values);
+  write_in_blocks(*file_, offset, values);
   written_.push_back({offset, values.size(), crc32c(values.data(), values.size()), nullptr});
 }
 
@@ -95,7 +108,9 @@ Manifest ShardWriter::finish() {
   std::sort(written_.begin(), written_.end(),
             [](const Written& a, const Written& b) { return a.offset < b.offset; });
   require_whole();
+  watchdog::heartbeat();
   file_->sync();
+  watchdog::heartbeat();
   file_.reset();
   shard_.files.push_back(read_back());
   return std::move(shard_);

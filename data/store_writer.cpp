@@ -1,13 +1,14 @@
-#include <sys/statvfs.h>
-
 #include <algorithm>
 #include <cstring>
 
+#include "data/checkpoint_folder.h"
+#include "data/folder.h"
 #include "data/hdf5_file.h"
 #include "data/manifest.h"
 #include "data/posix_file.h"
 #include "data/shard_store.h"
 #include "data/shard_writer.h"
+#include "kernels/core/log.h"
 
 namespace upmoe {
 
@@ -19,26 +20,33 @@ struct StoreWriter::Impl {
   Manifest shard;     // this rank's file and what is in it
   std::string error;  // of write()
   ExitCode code = ExitCode::kBadInput;
+  bool made = false;      // the partial folder, by rank 0
+  bool no_space = false;  // why write() or commit() failed, on this rank
   bool committed = false;
 };
 
 namespace {
 
 void require_space(const fs::path& dir, std::uint64_t bytes) {
-  struct statvfs info {};
-  if (statvfs(dir.c_str(), &info) != 0)
-    fail(ExitCode::kBadInput, "{}: {}", dir.string(), std::strerror(errno));
-  const std::uint64_t available = static_cast<std::uint64_t>(info.f_bavail) * info.f_frsize,
-                      needed = bytes + bytes / 20;
+  const std::uint64_t available = free_bytes_at(dir), needed = StoreWriter::space_for(bytes);
   if (available < needed)
-    fail(ExitCode::kBadInput,
-         "{}: the checkpoint needs {} bytes, {} are free; remove something, or keep fewer checkpoints",
+    fail(ExitCode::kBadInput, "{}: the checkpoint needs {} bytes, {} are free; remove something",
          dir.string(), needed, available);
 }
 
-void remove_quietly(const fs::path& path) {
-  std::error_code ignored;  // a leftover .tmp folder is never opened and the next save replaces it
-  fs::remove_all(path, ignored);
+// The name says where a store is prepared, not whose folder it is: what no writer left is kept.
+void clear_partial(const fs::path& partial) {
+  if (!path_exists(partial) || (is_leftover(partial) && remove_store(partial))) return;
+  const fs::path to = set_aside(partial);
+  log::warning("{} stands where a checkpoint is prepared, and holds what no run left: set aside as {}",
+               partial.string(), to.filename().string());
+}
+
+void remove_quietly(const fs::path& partial) {
+  try {
+    remove_store(partial);
+  } catch (const Error&) {  // a leftover .tmp folder is never opened and the next save replaces it
+  }
 }
 
 // Everybody's text, on every rank.
@@ -69,6 +77,32 @@ void write_index(const fs::path& folder, const Manifest& manifest) {
   sync_path(path);
 }
 
+Manifest merged(const std::vector<std::string>& shards, const std::string& metadata_json) {
+  Manifest manifest;
+  manifest.run = metadata_json;
+  for (const std::string& s : shards) merge(manifest, parse_shard(s));
+  return manifest;
+}
+
+bool is_no_space(const Error& e) {
+  const auto* system = dynamic_cast<const SystemError*>(&e);
+  return system != nullptr && system->is_no_space();
+}
+
+// The store is complete under its name; whether a power cut now would take the name away again is all that is
+// open when this fails.
+bool confirm_name(const fs::path& dir) {
+  try {
+    sync_path(fs::absolute(dir).parent_path());
+    return true;
+  } catch (const Error& e) {
+    log::warning(
+        "{} is complete, but the disk did not confirm its name, and a power cut may still lose it: {}",
+        dir.string(), e.what());
+    return false;
+  }
+}
+
 }  // namespace
 
 StoreWriter::StoreWriter(const fs::path& dir, Communicator& world, std::uint64_t bytes)
@@ -81,16 +115,18 @@ StoreWriter::StoreWriter(const fs::path& dir, Communicator& world, std::uint64_t
   world.all_reduce(host_view(&total, {1}), ReduceOp::kSum);
   run_agreed(world, [&] {
     if (world.rank() != 0) return;
-    if (fs::exists(dir)) fail(ExitCode::kBadInput, "{}: exists already", dir.string());
-    fs::create_directories(dir.parent_path());
-    fs::remove_all(impl_->partial);  // of an attempt that was cut off
-    require_space(dir.parent_path(), static_cast<std::uint64_t>(total));
-    fs::create_directory(impl_->partial);
+    if (path_exists(dir)) fail(ExitCode::kBadInput, "{}: exists already", dir.string());
+    const fs::path parent = fs::absolute(dir).parent_path();
+    make_folders(parent);
+    clear_partial(impl_->partial);
+    require_space(parent, static_cast<std::uint64_t>(total));
+    make_folder(impl_->partial);
+    impl_->made = true;
   });
 }
 
 StoreWriter::~StoreWriter() {
-  if (!impl_->committed && impl_->rank == 0) remove_quietly(impl_->partial);
+  if (impl_->made && !impl_->committed) remove_quietly(impl_->partial);
 }
 
 void StoreWriter::write(const std::vector<StorePiece>& pieces) noexcept {
@@ -108,29 +144,48 @@ void StoreWriter::write(const std::vector<StorePiece>& pieces,
   } catch (const Error& e) {
     impl_->error = e.what();
     impl_->code = e.code();
+    impl_->no_space = is_no_space(e);
   } catch (const std::exception& e) {
     impl_->error = e.what();
   }
 }
 
-void StoreWriter::commit(Communicator& world, const std::string& metadata_json, const AddFiles& add_files) {
+// On rank 0: all that is beside the shards, then the name.
+void StoreWriter::complete(Manifest manifest, const AddFiles& add_files) {
+  write_index(impl_->partial, manifest);
+  const fs::path index = impl_->partial / "index.h5";
+  manifest.files.push_back({"index.h5", PosixFile::open_read(index).size(), crc32c_of_file(index)});
+  if (add_files) add_files(impl_->partial);
+  write_text_synced(impl_->partial / "manifest.json", manifest_json(manifest));
+  sync_path(impl_->partial);
+  move_path(impl_->partial, impl_->dir);  // the one moment at which the checkpoint comes into being
+}
+
+bool StoreWriter::lacked_space() const {
+  return impl_->no_space;
+}
+
+std::uint64_t StoreWriter::space_for(std::uint64_t bytes) {
+  return bytes + bytes / 20;
+}
+
+bool StoreWriter::commit(Communicator& world, const std::string& metadata_json, const AddFiles& add_files) {
   agree(world, impl_->code, impl_->error);
   const std::vector<std::string> shards = gather_text(world, shard_json(impl_->shard));
+  std::int64_t durable = 1;
   run_agreed(world, [&] {
     if (world.rank() != 0) return;
-    Manifest manifest;
-    manifest.run = metadata_json;
-    for (const std::string& s : shards) merge(manifest, parse_shard(s));
-    write_index(impl_->partial, manifest);
-    const fs::path index = impl_->partial / "index.h5";
-    manifest.files.push_back({"index.h5", PosixFile::open_read(index).size(), crc32c_of_file(index)});
-    if (add_files) add_files(impl_->partial);
-    write_text_synced(impl_->partial / "manifest.json", manifest_json(manifest));
-    sync_path(impl_->partial);
-    fs::rename(impl_->partial, impl_->dir);  // the one moment at which the checkpoint comes into being
-    sync_path(impl_->dir.parent_path());
+    try {
+      complete(merged(shards, metadata_json), add_files);
+    } catch (const Error& e) {
+      impl_->no_space = is_no_space(e);
+      throw;
+    }
+    durable = confirm_name(impl_->dir) ? 1 : 0;
   });
   impl_->committed = true;
+  world.broadcast(host_view(&durable, {1}), 0);
+  return durable == 1;
 }
 
 void write_store(const fs::path& dir, Communicator& world, const std::vector<StorePiece>& pieces,

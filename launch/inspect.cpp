@@ -7,6 +7,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "data/checkpoint_folder.h"
 #include "data/hf_model.h"
 #include "data/model_source.h"
 #include "data/shard_store.h"
@@ -93,11 +94,7 @@ json describe_hf(const fs::path& path, bool verify) {
 }
 
 fs::path resolve(const fs::path& path) {  // a run directory stands for its newest checkpoint
-  if (!fs::is_directory(path / "checkpoints")) return path;
-  const auto all = list_checkpoints(path / "checkpoints");
-  if (all.empty())
-    fail(ExitCode::kBadInput, "{}: a run directory without a complete checkpoint", path.string());
-  return all.back();
+  return fs::is_directory(path / "checkpoints") ? newest_checkpoint(path) : path;
 }
 
 json describe(const fs::path& given, bool verify) {

@@ -9,7 +9,7 @@ newest_step() {
   local newest=-1 path name
   for path in "$1"/checkpoints/step_*; do
     name=${path##*/}
-    [[ -d $path && $name =~ ^step_([0-9]+)$ ]] || continue
+    [[ -d $path && $name =~ ^step_([0-9]{8}|[1-9][0-9]{8,})$ ]] || continue
     ((10#${BASH_REMATCH[1]} > newest)) && newest=$((10#${BASH_REMATCH[1]}))
   done
   echo "$newest"

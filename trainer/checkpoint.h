@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <optional>
 #include <string>
 #include <thread>
 
+#include "data/model_source.h"
 #include "data/shard_store.h"
 #include "trainer/session.h"
 
@@ -26,7 +26,7 @@ struct TrainState {
 // visible.
 class CheckpointWriter {
  public:
-  explicit CheckpointWriter(std::filesystem::path checkpoints_dir, int keep);
+  explicit CheckpointWriter(std::filesystem::path checkpoints_dir);
   ~CheckpointWriter();
 
   // Collective. Throws (on all ranks) when the folder cannot be made or lacks space; then nothing is under
@@ -34,28 +34,32 @@ class CheckpointWriter {
   void begin(Session& session, const TrainState& state, Communicator& world, bool in_background);
   bool busy() const { return writer_ != nullptr; }
   bool written() const;  // this rank's part lies on the disk; local
-  // Collective: waits for the writing, commits, removes checkpoints beyond `keep`. Returns the folder.
-  std::filesystem::path finish(Communicator& world);
+  struct Committed {
+    std::filesystem::path folder;
+    bool durable = false;  // false: complete, but a power cut may still take its name away
+  };
+  // Collective: waits for the writing, commits.
+  Committed finish(Communicator& world);
+  bool lacked_space() const { return lacked_space_; }  // why the last finish() failed, on this rank
+
+  static std::uint64_t bytes_of(const Session& session);  // of this rank's part
 
  private:
-  void retire_old(Communicator& world) const;
   std::filesystem::path dir_, target_;
-  int keep_;
   struct Staged;
   std::unique_ptr<Staged> staged_;
   std::unique_ptr<StoreWriter> writer_;
   std::string metadata_;
   std::jthread thread_;
   std::atomic<bool> written_{false};
+  bool lacked_space_ = false;
 };
 
-// Fills weights, masters and moments from a store, whatever layout wrote it. Throws Error(kBadInput) that
-// lists every difference between the store's model and the session's.
+// Fills weights, masters and moments from a store, whatever layout and precision wrote it. Throws
+// Error(kBadInput) that lists every difference between the store's model and the session's.
 TrainState load_checkpoint(const ShardStore& store, Session& session);
 
-// The newest usable checkpoint of a run: damaged ones are skipped with a warning that names the damage.
-// Collective: every rank returns the same. Empty when there is none.
-std::optional<std::filesystem::path> newest_usable(const std::filesystem::path& checkpoints_dir,
-                                                   Communicator& world);
+// The beginning of a run: weights from a model and masters as precise as it has them, moments at zero.
+void load_model(const ModelSource& model, Session& session);
 
 }  // namespace upmoe

@@ -50,7 +50,8 @@ std::uint32_t masked_crc(const void* data, std::size_t bytes) {
 }  // namespace
 
 EventFile::EventFile(const std::filesystem::path& dir) {
-  std::filesystem::create_directories(dir);
+  std::error_code failed;  // told by the first record, which then finds no file
+  std::filesystem::create_directories(dir, failed);
   char host[256] = "host";
   gethostname(host, sizeof host - 1);
   path_ = dir / fmt::format("events.out.tfevents.{:010}.{}.{}.0", static_cast<std::int64_t>(now_seconds()),

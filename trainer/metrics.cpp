@@ -4,9 +4,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <nlohmann/json.hpp>
 
+#include "data/posix_file.h"
 #include "kernels/core/log.h"
 #include "kernels/core/philox.h"
 #include "kernels/ops/gemm.h"
@@ -30,12 +32,14 @@ void cut_after(const fs::path& path, std::int64_t from_step) {
     const bool good = j.is_object() && j.contains("step") && j["step"].is_number_integer();
     (good && j["step"].get<std::int64_t>() <= from_step ? keep : cut) += text + "\n";
   }
+  if (in.bad()) throw SystemError(path, "reading", errno != 0 ? errno : EIO);
   in.close();
   if (cut.empty()) return;
-  std::ofstream(path.string() + ".cut", std::ios::app) << cut;
-  const fs::path fresh = path.string() + ".tmp";
-  std::ofstream(fresh) << keep;
-  fs::rename(fresh, path);
+  const std::string aside = path.string() + ".cut";
+  errno = 0;
+  if (!(std::ofstream(aside, std::ios::app) << cut << std::flush))
+    throw SystemError(aside, "writing", errno != 0 ? errno : EIO);
+  replace_text(path, keep);
 }
 
 std::uint64_t peak_memory_bytes() {
@@ -80,9 +84,9 @@ Metrics::Metrics(const fs::path& run_dir, const RunConfig& run, std::int64_t fro
       peak_flops_(peak_flops),
       terminal_(isatty(2) != 0) {
   cut_after(path_, from_step);
+  errno = 0;
   file_.open(path_, std::ios::app);
-  if (!file_)
-    fail(ExitCode::kBadInput, "{}: cannot be opened for writing; check the run directory", path_.string());
+  if (!file_) throw SystemError(path_, "opening for writing", errno != 0 ? errno : EIO);
   if (run.log.tensorboard) events_.emplace(run_dir / "tensorboard");
 }
 

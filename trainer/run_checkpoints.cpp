@@ -5,29 +5,79 @@
 namespace upmoe {
 
 RunCheckpoints::RunCheckpoints(const std::filesystem::path& run_dir, int keep, Communicator& world)
-    : dir_(run_dir / "checkpoints"), world_(world), writer_(dir_, keep) {}
+    : dir_(run_dir / "checkpoints"), world_(world), writer_(dir_), keeper_(dir_, keep) {}
+
+void RunCheckpoints::take_over(RunLock* lock) {
+  lock_ = lock;
+  if (world_.rank() == 0) keeper_.clear_leftovers();
+}
+
+std::optional<std::filesystem::path> RunCheckpoints::choose() {
+  const CheckpointChoice choice = choose_checkpoint(dir_, world_);
+  if (world_.rank() == 0) keeper_.remember(choice);
+  if (choice.newest) saved_step_ = *step_of(choice.newest->filename().string());
+  return choice.newest;
+}
+
+void RunCheckpoints::require_folder() {
+  run_agreed(world_, [&] {
+    if (lock_ != nullptr) lock_->require_held();
+  });
+}
 
 void RunCheckpoints::begin(Session& session, const TrainState& state, bool in_background) {
+  start(session, state, in_background, false);
+}
+
+void RunCheckpoints::start(Session& session, const TrainState& state, bool in_background, bool last) {
   if (busy()) finish();
   if (saved_step_ == state.step) return;
+  require_folder();
+  auto bytes = static_cast<std::int64_t>(CheckpointWriter::bytes_of(session));
+  world_.all_reduce(host_view(&bytes, {1}), ReduceOp::kSum);
   try {
+    run_agreed(world_, [&] {
+      if (world_.rank() != 0) return;
+      keeper_.make_way(state.step);
+      keeper_.make_room(static_cast<std::uint64_t>(bytes), last);
+    });
     writer_.begin(session, state, world_, in_background);
     saved_step_ = state.step;
   } catch (const Error& e) {
     if (world_.rank() == 0)
-      log::warning("checkpoint of step {} failed, training goes on: {}", state.step, e.what());
+      log::warning("checkpoint of step {} failed{}: {}", state.step, last ? "" : ", training goes on",
+                   e.what());
   }
 }
 
 void RunCheckpoints::finish() {
+  conclude(false);
+}
+
+void RunCheckpoints::conclude(bool last) {
+  require_folder();
   try {
-    const std::filesystem::path path = writer_.finish(world_);
-    if (world_.rank() == 0) log::info("checkpoint {}", path.string());
+    const CheckpointWriter::Committed done = writer_.finish(world_);
+    if (world_.rank() != 0) return;
+    log::info("checkpoint {}", done.folder.string());
+    keeper_.wrote(saved_step_, done.durable);
   } catch (const Error& e) {
     if (*e.what() != 0)
-      log::warning("checkpoint of step {} failed, training goes on: {}", saved_step_, e.what());
+      log::warning("checkpoint of step {} failed{}: {}", saved_step_, last ? "" : ", training goes on",
+                   e.what());
     saved_step_ = -1;
+    if (!last) retire_after_full_disk(false);
   }
+}
+
+// A quota, or a disk that others fill meanwhile: what the free space promised did not hold.
+bool RunCheckpoints::retire_after_full_disk(bool last) {
+  std::int64_t lacked = writer_.lacked_space() ? 1 : 0;
+  world_.all_reduce(host_view(&lacked, {1}), ReduceOp::kMax);
+  if (lacked == 0) return false;
+  std::int64_t retired = world_.rank() == 0 && keeper_.retire_oldest(last) ? 1 : 0;
+  world_.broadcast(host_view(&retired, {1}), 0);
+  return retired == 1;
 }
 
 void RunCheckpoints::poll() {
@@ -38,11 +88,13 @@ void RunCheckpoints::poll() {
 }
 
 void RunCheckpoints::save_last(Session& session, const TrainState& state) {
-  begin(session, state, false);
-  if (busy()) finish();
-  if (saved_step_ != state.step)
-    fail(ExitCode::kBadInput, "the checkpoint of step {} could not be written to {}; see the warning above",
-         state.step, dir_.string());
+  do {
+    start(session, state, false, true);
+    if (busy()) conclude(true);
+    if (saved_step_ == state.step) return;
+  } while (retire_after_full_disk(true));
+  fail(ExitCode::kBadInput, "the checkpoint of step {} could not be written to {}; see the warning above",
+       state.step, dir_.string());
 }
 
 }  // namespace upmoe

@@ -2,36 +2,91 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstring>
 
-#include "kernels/core/check.h"
+#include "data/folder.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {
 
-RunLock::RunLock(const std::filesystem::path& dir) {
-  const std::filesystem::path path = dir / "lock";
-  fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
-  if (fd_ < 0) fail(ExitCode::kBadInput, "{}: cannot be opened: {}", path.string(), std::strerror(errno));
+namespace {
+
+constexpr mode_t kMode = 0666;  // less what umask takes: a group may share its runs
+
+int open_lock(const std::filesystem::path& path, int flags) {
+  return open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | flags, kMode);
+}
+
+}  // namespace
+
+RunLock::RunLock(const std::filesystem::path& dir)
+    : dir_(std::filesystem::absolute(dir)), path_(dir_ / "lock") {
+  fd_ = open_lock(path_, 0);
+  if (fd_ < 0) throw SystemError(path_, "opening", errno);
   if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+    const int error = errno;
     char owner[256] = {};
     const ssize_t n = pread(fd_, owner, sizeof owner - 1, 0);
     close(fd_);
+    if (error != EWOULDBLOCK) throw SystemError(path_, "locking", error);
     fail(ExitCode::kUsage,
          "{}: another job is training in this directory ({}); stop it or choose another run.dir",
          dir.string(), n > 0 ? owner : "unknown");
   }
-  char host[128] = "host";
-  gethostname(host, sizeof host - 1);
-  const std::string me = fmt::format("host {}, pid {}", host, getpid());
-  if (ftruncate(fd_, 0) != 0 || pwrite(fd_, me.data(), me.size(), 0) < 0)
-    log::warning("{}: cannot be written: {}", path.string(), std::strerror(errno));
+  if (!identify(dir_, folder_) || !identify(path_, file_))
+    fail(ExitCode::kBadInput, "{}: vanished while it was opened; look whether another job moves it",
+         path_.string());
+  sign();
 }
 
 RunLock::~RunLock() {
   close(fd_);
+}
+
+bool RunLock::identify(const std::filesystem::path& path, Identity& found) {
+  struct stat info {};
+  if (stat(path.c_str(), &info) == 0) {
+    found = {info.st_dev, info.st_ino};
+    return true;
+  }
+  if (errno != ENOENT && errno != ENOTDIR) throw SystemError(path, "looking it up", errno);
+  return false;
+}
+
+// For people and for the message of the next job.
+void RunLock::sign() const {
+  char host[128] = "host";
+  gethostname(host, sizeof host - 1);
+  const std::string me = fmt::format("host {}, pid {}", host, getpid());
+  if (ftruncate(fd_, 0) != 0 || pwrite(fd_, me.data(), me.size(), 0) < 0)
+    log::warning("{}: cannot be written: {}", path_.string(), std::strerror(errno));
+}
+
+void RunLock::require_held() {
+  Identity now;
+  const bool there = identify(path_, now);
+  if (there && now == file_) return;
+  Identity folder;
+  if (!there && identify(dir_, folder) && folder == folder_) {
+    const int fresh = open_lock(path_, O_EXCL);
+    if (fresh >= 0 && flock(fresh, LOCK_EX | LOCK_NB) == 0 && identify(path_, file_)) {
+      close(fd_);
+      fd_ = fresh;
+      sign();
+      log::warning("{}: was removed while this run holds it; made again", path_.string());
+      return;
+    }
+    if (fresh >= 0) close(fresh);
+  }
+  fail(ExitCode::kBadInput,
+       "{}: is no longer the folder that this run began in: it was moved, removed, or taken over by another "
+       "job. Nothing more is written there; what this run saved lies where its folder went. Start again with "
+       "a run.dir that stays",
+       dir_.string());
 }
 
 }  // namespace upmoe

@@ -1,6 +1,8 @@
 #pragma once
 // One job per run directory.
 
+#include <sys/types.h>
+
 #include <filesystem>
 
 namespace upmoe {
@@ -13,8 +15,22 @@ class RunLock {
   ~RunLock();
   RunLock(const RunLock&) = delete;
 
+  // Before something is written by the directory's name: throws Error(kBadInput) when that name now leads to
+  // another folder, or to a lock that another job holds. A lock file that was merely removed is made again.
+  void require_held();
+
  private:
+  struct Identity {  // of a file, whatever its name is now
+    dev_t device = 0;
+    ino_t inode = 0;
+    bool operator==(const Identity&) const = default;
+  };
+  static bool identify(const std::filesystem::path& path, Identity& found);  // false when it is not there
+  void sign() const;
+
+  std::filesystem::path dir_, path_;
   int fd_ = -1;
+  Identity folder_, file_;
 };
 
 }  // namespace upmoe

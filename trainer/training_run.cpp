@@ -2,8 +2,6 @@
 
 #include <unistd.h>
 
-#include <fstream>
-
 #include "data/model_source.h"
 #include "data/posix_file.h"
 #include "data/tokenizer_match.h"
@@ -11,6 +9,7 @@
 #include "parallel/watchdog.h"
 #include "trainer/metrics.h"
 #include "trainer/run_checkpoints.h"
+#include "trainer/run_directory.h"
 #include "trainer/run_lock.h"
 #include "trainer/stop_requests.h"
 #include "trainer/trainer.h"
@@ -32,11 +31,9 @@ class Run {
       : run_(run), world_(world), dir_(run.run.dir), checkpoints_(dir_, run.checkpoint.keep, world) {
     require_equal(world_, "programs", program_digest());
     require_equal(world_, "configurations", to_yaml(run));
-    run_agreed(world_, [&] { prepare(); });
-    const std::optional<fs::path> newest = newest_usable(checkpoints_.dir(), world_);
-    if (options.fresh && newest)
-      fail(ExitCode::kUsage, "--fresh: {} holds {}; choose another run.dir or remove it", dir_.string(),
-           newest->string());
+    run_agreed(world_, [&] { prepare(options.fresh); });
+    checkpoints_.take_over(lock_.get());
+    const std::optional<fs::path> newest = checkpoints_.choose();
     run_agreed(world_, [&] {
       const ModelConfig config = open_config(newest);
       require_possible(config);
@@ -50,11 +47,14 @@ class Run {
   int execute();
 
  private:
-  void prepare() {
+  void prepare(bool fresh) {
     if (world_.rank() != 0) return;
-    fs::create_directories(checkpoints_.dir());
+    make_run_directory(dir_);
     lock_ = std::make_unique<RunLock>(dir_);
-    fs::create_directories(dir_ / "logs");
+    const std::vector<fs::path> there = checkpoint_folders(checkpoints_.dir());
+    if (fresh && !there.empty())
+      fail(ExitCode::kUsage, "--fresh: {} holds {}; choose another run.dir or remove it", dir_.string(),
+           there.back().string());
   }
 
   // Weights to start from are opened only where they are wanted: init: random needs config.json alone.
@@ -99,18 +99,15 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   Session& s = *session_;
   if (checkpoint) {
     state_ = load_checkpoint(ShardStore(*checkpoint), s);
-    checkpoints_.resumed_from(state_.step);
     if (world_.rank() == 0) log::info("resuming from {} (step {})", checkpoint->string(), state_.step);
   } else {
     state_.source = fs::absolute(run_.model.path).string();
     if (run_.model.init == "random") {
       s.params.initialise(s.memory.exec, run_.run.seed);
+      s.optimizer.reset(s.memory.exec);
     } else {
-      s.params.load(s.memory.exec, [&](const ParamSpec& spec, const Box& box, TensorView out) {
-        source_->read(spec, box, out);
-      });
+      load_model(*source_, s);
     }
-    s.optimizer.reset(s.memory.exec);
   }
   s.open_data(state_.samples);
   const std::string fingerprint = s.data->fingerprint();
@@ -143,9 +140,7 @@ void Run::start_metrics() {
   run_agreed(world_, [&] {
     if (world_.rank() != 0) return;
     metrics_ = std::make_unique<Metrics>(dir_, run_, state_.step, world_.size(), peak);
-    std::ofstream config(dir_ / "config.yaml");
-    config << to_yaml(run_);
-    if (!config.flush()) fail(ExitCode::kBadInput, "{}: cannot be written", (dir_ / "config.yaml").string());
+    replace_text(dir_ / "config.yaml", to_yaml(run_));
   });
   if (world_.rank() == 0) {
     const ParamCounts counts = count_params(session_->config);

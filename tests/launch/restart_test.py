@@ -89,7 +89,8 @@ class Rules(Case):
             self.save(step)
         self.save(200, ".tmp")
         (run / "checkpoints/step_00000300").write_text("a file")
-        (run / "checkpoints/latest").mkdir()
+        for name in ("latest", "step_400", "step_000000500", "step_00000600.aside"):
+            (run / "checkpoints" / name).mkdir()
         self.assertEqual(self.ask("newest_step", run), (0, "100"))
 
     def test_run_directory_of_a_command(self):

@@ -1,0 +1,13 @@
+#pragma once
+// Where a run may put its files.
+
+#include <filesystem>
+
+namespace upmoe {
+
+// Throws Error(kUsage) for a place that is not meant for runs: no name, the root of the file system, a file,
+// a model directory, a checkpoint, the checkpoints/ of a run. Then makes the folders of a run,
+// Error(kBadInput) when they cannot be made. Local.
+void make_run_directory(const std::filesystem::path& dir);
+
+}  // namespace upmoe
