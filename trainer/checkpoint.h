@@ -11,6 +11,7 @@
 
 #include "data/model_source.h"
 #include "data/shard_store.h"
+#include "trainer/checkpoint_choice.h"
 #include "trainer/session.h"
 
 namespace upmoe {

@@ -110,4 +110,8 @@ CheckpointChoice choose_checkpoint(const fs::path& checkpoints_dir, Communicator
   return choice;
 }
 
+std::optional<fs::path> newest_usable(const fs::path& checkpoints_dir, Communicator& world) {
+  return choose_checkpoint(checkpoints_dir, world).newest;
+}
+
 }  // namespace upmoe
