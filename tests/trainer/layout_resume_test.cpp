@@ -64,7 +64,7 @@ std::vector<double> half_run(const Layout& layout, const fs::path& checkpoints, 
     state.samples = state.step * s.run.train.global_batch;
     state.source = "golden";
     state.fingerprint = s.data->fingerprint();
-    CheckpointWriter writer(checkpoints, 3);
+    CheckpointWriter writer(checkpoints);
     writer.begin(s, state, world, false);
     writer.finish(world);
     collect(s, at_end, mutex);
