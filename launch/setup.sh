@@ -142,6 +142,8 @@ build_release() {
   fi
 }
 
+# Ctrl-C ends set-up even where the command that it reached makes an ordinary failure of it, which some steps forgive.
+trap 'exit 130' INT
 # One set-up at a time. What it starts holds the lock too: compilers that outlive a killed set-up still write objects.
 for folder in "$root" "$root/build"; do
   [[ ! -e $folder || -w $folder ]] ||

@@ -234,6 +234,12 @@ class Interrupted(Machine):
                 self.assertEqual(packages, "all packages", last)
                 self.assertEqual((self.project / "build" / "release" / "upmoe").stat().st_mode & 0o111, 0o111, last)
 
+    def test_ctrl_c_is_no_failure_that_a_step_forgives(self):
+        self.script("dpkg", 'kill -INT $PPID; exit 1')  # as apt and ninja, which end in their own way
+        status, words = self.setup()
+        self.assertEqual(status, 130, words)
+        self.assertEqual(self.calls("apt-get"), [])
+
     def test_a_half_removed_environment_is_made_anew(self):
         self.install_all()
         self.succeeds()
