@@ -7,6 +7,7 @@
 #include "data/hf_model.h"
 #include "data/posix_file.h"
 #include "kernels/core/log.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 
@@ -81,6 +82,7 @@ void write_file(const fs::path& path, const HfLayout::File& layout, DType dtype,
   file.write(std::as_bytes(std::span(layout.header)));
   std::vector<std::byte> buffer;
   for (const SafetensorsEntry& e : layout.entries) {
+    watchdog::heartbeat();
     const auto& [param, part] = places.at(e.name);
     buffer.resize(static_cast<std::size_t>(e.end - e.begin));
     read(param, part, TensorView{buffer.data(), part.extent, dtype, {}});

@@ -4,6 +4,7 @@
 #include <csignal>
 #include <cstdio>
 
+#include "kernels/core/log.h"
 #include "launch/commands.h"
 
 namespace {
@@ -20,14 +21,27 @@ int run(int argc, char** argv) {
   upmoe::add_export(app, handler);
   upmoe::add_inspect(app, handler);
   upmoe::add_report(app, handler);
+  double deadline_s = 600;
+  for (const char* command : {"upcycle", "train", "eval", "export"})
+    app.get_subcommand(command)
+        ->add_option("--deadline", deadline_s,
+                     "Seconds without progress after which the job ends with status 70 (0: never)")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : static_cast<int>(upmoe::ExitCode::kUsage);
   }
 
-  upmoe::Runtime runtime(&argc, &argv);
+  const bool works = app.get_subcommands().front()->get_option_no_throw("--deadline") != nullptr;
+  upmoe::Runtime runtime(&argc, &argv,
+                         std::chrono::milliseconds(works ? static_cast<std::int64_t>(deadline_s * 1000) : 0));
   try {
+    if (works) upmoe::log::start(runtime.world().rank(), runtime.world().size());
+    if (const std::string wrong = complaint(runtime.cores());
+        works && runtime.cores().speaks && !wrong.empty())
+      upmoe::log::warning("{}", wrong);
     return handler(runtime);
   } catch (const upmoe::PeerError& e) {  // the rank that met it prints it
     runtime.end_after_peer(static_cast<int>(e.code()));

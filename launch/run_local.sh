@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a command as N ranks on this machine: launch/run_local.sh 2 build/release/upmoe train configs/quickstart/moe.yaml
-# The cores are shared out evenly (OMP_NUM_THREADS overrides); more ranks than cores are allowed, and slow.
+# The program shares the cores out among its ranks (OMP_NUM_THREADS overrides); more ranks than cores are slow.
 # To a training run SIGTERM, Ctrl-C and a closed terminal mean: save and end with status 75, within --grace SECONDS
 # (120); a second one ends it at once. SIGUSR1 (save) and SIGUSR2 (save and stop) go to the ranks.
 # shellcheck disable=SC2034,SC2154  # variables shared with supervise.sh
@@ -25,12 +25,6 @@ source "$here/restart_rules.sh"
 # shellcheck source=launch/supervise.sh
 source "$here/supervise.sh"
 is_train "$@" || stop_grace=0
-
-cores=$(nproc)
-if [[ -z ${OMP_NUM_THREADS:-} ]]; then
-  OMP_NUM_THREADS=$((cores / ranks > 0 ? cores / ranks : 1))
-fi
-export OMP_NUM_THREADS
 
 # Unbound: Open MPI would pin both ranks of two to one core each and their threads with them. Oversubscribed is allowed
 # always, because what Open MPI counts as a slot and what a container grants differ.

@@ -58,7 +58,7 @@ void add_upcycle(CLI::App& app, Handler& handler) {
   command->add_flag("--plan", arguments->plan, "Print what would be done and stop");
   command
       ->add_option("--threads", arguments->options.threads,
-                   "Computing threads per rank (0: OMP_NUM_THREADS, else the processors of this process)")
+                   "Computing threads per rank (0: OMP_NUM_THREADS, else this rank's share of the cores)")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command

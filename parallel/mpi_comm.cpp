@@ -4,11 +4,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "parallel/mpi_messages.h"
+#include "parallel/mpi_signs.h"
 #include "parallel/reduce.h"
 #include "parallel/watchdog.h"
 
@@ -43,11 +45,12 @@ class Pool {
 };
 
 // MPI moves messages while one of its calls runs; a message that is sent in pieces waits for the next call on
-// both sides. So between ops there is one that does nothing else.
+// both sides. So between ops there is one that does nothing else. An op is progress as well.
 class MpiStream final : public Stream {
  public:
   explicit MpiStream(MPI_Comm comm) : comm_(comm) {}
   void poll() override {
+    watchdog::heartbeat();
     int found = 0;
     check_mpi(MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm_, &found, MPI_STATUS_IGNORE), "MPI_Iprobe");
   }
@@ -72,6 +75,7 @@ class MpiCommunicator final : public Communicator {
   int size() const override { return size_; }
 
   std::unique_ptr<Communicator> split(int color, int key) override {
+    const watchdog::Phase phase("making of a group");
     MPI_Comm child = MPI_COMM_NULL;
     check_mpi(MPI_Comm_split(comm_, color, key, &child), "MPI_Comm_split");
     auto comm = std::make_unique<MpiCommunicator>(child, chunk_);
@@ -92,7 +96,7 @@ class MpiCommunicator final : public Communicator {
     const std::size_t element = size_of(inout.dtype);
     std::byte* own = inout.data + static_cast<std::size_t>(mine) * element;
     reduce_slices(inout, begin, own, n, op);
-    const Watched watched("all_reduce");
+    const watchdog::Watched watched("all_reduce");
     MpiMessages messages(&comm_, chunk_);
     for_peers([&](int p) {
       const auto bytes = [&](int r) { return static_cast<std::size_t>(begin(r + 1) - begin(r)) * element; };
@@ -105,7 +109,7 @@ class MpiCommunicator final : public Communicator {
 
   void broadcast(TensorView inout, int root, Stream*) override {
     UPMOE_CHECK(0 <= root && root < size_, "root {} of {}", root, size_);
-    const Watched watched("broadcast");
+    const watchdog::Watched watched("broadcast");
     MpiMessages messages(&comm_, chunk_);
     if (root == rank_) {
       book_sent("broadcast", static_cast<double>(inout.bytes()) * (size_ - 1));
@@ -117,7 +121,7 @@ class MpiCommunicator final : public Communicator {
   }
 
   void barrier() override {
-    const Watched watched("barrier");
+    const watchdog::Watched watched("barrier");
     MpiMessages messages(&comm_, chunk_);
     for_peers([&](int p) {
       messages.receive(nullptr, 0, p, kCollectiveTag);
@@ -183,7 +187,7 @@ class MpiCommunicator final : public Communicator {
   }
   void recv(TensorView out, int from, Stream*) override {
     check_peer(*this, from);
-    const Watched watched("recv");
+    const watchdog::Watched watched("recv");
     MpiMessages messages(&comm_, chunk_);
     messages.receive(out.data, out.bytes(), from, kPairTag);
     messages.wait(watched.sequence);
@@ -192,12 +196,6 @@ class MpiCommunicator final : public Communicator {
   void abort(int code) noexcept override { MPI_Abort(MPI_COMM_WORLD, code); }
 
  private:
-  struct Watched {
-    explicit Watched(const char* verb) : sequence(watchdog::enter(verb)) {}
-    ~Watched() { watchdog::leave(sequence); }
-    Watched(const Watched&) = delete;
-    std::uint64_t sequence;
-  };
   struct Slices {
     MpiMessages messages;
     std::unique_ptr<Pool::Block> staged;  // one slot per rank
@@ -209,7 +207,7 @@ class MpiCommunicator final : public Communicator {
   }
   Pending waiting(std::shared_ptr<MpiMessages> messages, const char* verb) {
     return Pending([messages = std::move(messages), verb] {
-      const Watched watched(verb);
+      const watchdog::Watched watched(verb);
       messages->wait(watched.sequence);
     });
   }
@@ -233,7 +231,7 @@ class MpiCommunicator final : public Communicator {
   void finish_slices(Slices& work, std::size_t slice, const std::byte* own, std::byte* out,
                      std::int64_t elements, DType dtype, ReduceOp op, const char* verb) {
     {
-      const Watched watched(verb);
+      const watchdog::Watched watched(verb);
       work.messages.wait(watched.sequence);
     }
     std::vector<const std::byte*> parts;
@@ -271,7 +269,18 @@ std::unique_ptr<Communicator> make_mpi_communicator(std::size_t chunk_bytes) {
   return std::make_unique<MpiCommunicator>(own, chunk_bytes);
 }
 
+namespace {
+std::unique_ptr<SignsOfLife> signs;
+}
+
+SignsOfLife* signs_of_life() {
+  return signs.get();
+}
+
 MpiWorld start_mpi(int* argc, char*** argv) {
+  const watchdog::Phase phase("start of MPI");
+  // Its own waits give the processor away too: peers may need it. What the environment says comes first.
+  setenv("OMPI_MCA_mpi_yield_when_idle", "1", 0);
   int provided = 0;
   check_mpi(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided), "MPI_Init_thread");
   // Other threads (data, checkpoint, watchdog) run beside the one that speaks MPI.
@@ -281,10 +290,15 @@ MpiWorld start_mpi(int* argc, char*** argv) {
   MpiWorld world;
   MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
   MPI_Comm_size(MPI_COMM_WORLD, &world.size);
+  signs = std::make_unique<SignsOfLife>();
+  watchdog::tell_peers_by([] { signs->tell(); });
   return world;
 }
 
 void stop_mpi() {
+  const watchdog::Phase phase("end of MPI");
+  watchdog::tell_peers_by({});
+  signs.reset();
   MPI_Finalize();
 }
 

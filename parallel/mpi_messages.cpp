@@ -6,20 +6,32 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <set>
-#include <string>
+#include <thread>
 #include <vector>
 
+#include "parallel/mpi_signs.h"
 #include "parallel/watchdog.h"
 
 namespace upmoe {
 
 namespace {
 
-// Polls between looks at the clock: few, because on a host that runs more than it has cores for each gives
-// its turn away.
-constexpr std::uint64_t kPollsPerLook = 16;
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+// Between polls a rank gives its turn away; when it has waited for kBrief, it sleeps as well, for at most a
+// sixteenth of the time it has waited already. A poll that computed for longer than kIdlePoll moved data:
+// then the next ones follow at once.
+constexpr auto kBrief = microseconds(500), kLongestSleep = microseconds(1000), kIdlePoll = microseconds(5);
 constexpr auto kPatience = std::chrono::milliseconds(200);
+
+Clock::duration computed() {  // by this thread
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+}
 
 }  // namespace
 
@@ -41,7 +53,7 @@ struct MpiMessages::Impl {
   MPI_Request& add(const Message& message);
   template <class F>
   void for_chunks(std::size_t bytes, const F& f) const;
-  std::string whom_it_waits_for() const;
+  void look_at_peers(std::uint64_t collective, Clock::time_point began) const;
   int in_the_job(int rank) const;
   int own_rank() const;
   void report(const std::vector<MPI_Status>& statuses) const;
@@ -87,20 +99,25 @@ void MpiMessages::receive(std::byte* data, std::size_t bytes, int from, int tag)
 
 void MpiMessages::wait(std::uint64_t collective) {
   std::vector<MPI_Status> statuses(impl_->requests.size());
-  auto looked = std::chrono::steady_clock::now();
-  std::uint64_t polls = 0;
+  const auto began = Clock::now();
+  auto looked = began, quiet_since = began;
   for (int done = 0;;) {
+    const auto before = computed();
     const int result =
         MPI_Testall(static_cast<int>(impl_->requests.size()), impl_->requests.data(), &done, statuses.data());
     if (result == MPI_ERR_IN_STATUS) impl_->report(statuses);  // throws
     check_mpi(result, "MPI_Testall");
     if (done != 0) break;
-    sched_yield();
-    if (++polls % kPollsPerLook != 0) continue;
-    const auto now = std::chrono::steady_clock::now();
+    const auto now = Clock::now();
+    if (computed() - before > kIdlePoll) quiet_since = now;
+    if (now - quiet_since > kBrief) {
+      std::this_thread::sleep_for(std::min<Clock::duration>((now - quiet_since) / 16, kLongestSleep));
+    } else {
+      sched_yield();
+    }
     if (now - looked < kPatience) continue;
     looked = now;
-    watchdog::waiting_for(collective, impl_->whom_it_waits_for());
+    impl_->look_at_peers(collective, began);
   }
   for (std::size_t i = 0; i < impl_->requests.size(); ++i)
     impl_->check_length(statuses[i], impl_->messages[i]);
@@ -108,17 +125,23 @@ void MpiMessages::wait(std::uint64_t collective) {
   impl_->messages.clear();
 }
 
-// In ranks of the job, whatever group this is.
-std::string MpiMessages::Impl::whom_it_waits_for() const {
-  std::set<int> silent, busy;
+void MpiMessages::Impl::look_at_peers(std::uint64_t collective, Clock::time_point began) const {
+  std::set<int> silent, busy;  // in ranks of the job, whatever group this is
   for (std::size_t i = 0; i < requests.size(); ++i) {
     int done = 0;
     check_mpi(MPI_Request_get_status(requests[i], &done, MPI_STATUS_IGNORE), "MPI_Request_get_status");
     if (done == 0) (messages[i].sent ? busy : silent).insert(in_the_job(messages[i].peer));
   }
-  if (!silent.empty()) return fmt::format("nothing yet from rank {}", fmt::join(silent, ", "));
-  if (!busy.empty()) return fmt::format("not yet taken by rank {}", fmt::join(busy, ", "));
-  return {};
+  if (!silent.empty()) {
+    watchdog::waiting_for(collective, fmt::format("nothing yet from rank {}", fmt::join(silent, ", ")));
+  } else if (!busy.empty()) {
+    watchdog::waiting_for(collective, fmt::format("not yet taken by rank {}", fmt::join(busy, ", ")));
+  }
+  SignsOfLife* signs = signs_of_life();
+  if (signs == nullptr) return;
+  signs->take_in();
+  silent.merge(busy);
+  watchdog::peers_progressed(signs->oldest_sign(silent, began));
 }
 
 int MpiMessages::Impl::in_the_job(int rank) const {

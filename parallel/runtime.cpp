@@ -7,13 +7,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
-#include <fstream>
 #include <optional>
 #include <thread>
 #include <vector>
 
 #include "kernels/core/gpu.h"
 #include "kernels/core/philox.h"
+#include "parallel/host.h"
 #include "parallel/mpi_comm.h"
 #include "parallel/nccl_comm.h"
 #include "parallel/watchdog.h"
@@ -49,14 +49,14 @@ Announced announced_ranks() {
 
 bool mpi_started = false;
 
-}  // namespace
+// Of this process, for messages before the ranks are up.
+int announced_rank() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"})
+    if (const char* text = std::getenv(name)) return std::atoi(text);
+  return 0;
+}
 
-Runtime::Runtime(int* argc, char*** argv) {
-  const Announced announced = announced_ranks();
-  if (announced.ranks == 1) {
-    world_ = make_self_communicator();
-    return;
-  }
+std::unique_ptr<Communicator> join_ranks(const Announced& announced, int* argc, char*** argv) {
   const MpiWorld mpi = start_mpi(argc, argv);
   mpi_started = true;
   if (mpi.size != announced.ranks)
@@ -65,32 +65,26 @@ Runtime::Runtime(int* argc, char*** argv) {
          "process believes "
          "it is alone; start it with the mpirun of the MPI it was built with",
          announced.variable, announced.ranks, mpi.size);
-  world_ = make_mpi_communicator();
+  return make_mpi_communicator();
+}
+
+}  // namespace
+
+Runtime::Runtime(int* argc, char*** argv, std::chrono::milliseconds deadline) {
+  bound_spinning();
+  const Announced announced = announced_ranks();
+  const bool alone = announced.ranks == 1;
+  if (deadline.count() > 0) watchdog::start(deadline, alone ? 0 : announced_rank());
+  world_ = alone ? make_self_communicator() : join_ranks(announced, argc, argv);
+  cores_ = share_cores(*world_);
 }
 
 namespace {
 
-// A number that the processes of one host share, and no others.
-std::int64_t host_number() {
-  char name[256] = "host";
-  gethostname(name, sizeof name - 1);
-  std::string words = name;
-  std::ifstream boot("/proc/sys/kernel/random/boot_id");  // two hosts may have one name
-  std::string id;
-  if (boot >> id) words += id;
-  return static_cast<std::int64_t>(philox_key(1, words));
-}
-
-std::vector<std::int64_t> gather(Communicator& world, std::int64_t mine) {
-  std::vector<std::int64_t> all(static_cast<std::size_t>(world.size()));
-  world.all_gather(host_view(all.data(), {world.size()}), host_view(&mine, {1})).wait();
-  return all;
-}
-
 // Takes the GPU that has this rank's number among the ranks of its host; a launcher that shows each process
 // its own GPU alone has chosen already.
 int take_gpu(Communicator& world) {
-  const std::vector<std::int64_t> hosts = gather(world, host_number());
+  const std::vector<std::int64_t> hosts = hosts_of(world);
   const auto me = hosts.begin() + world.rank();
   const auto local = static_cast<int>(std::count(hosts.begin(), me, *me));
   const int index = gpu::count() == 1 ? 0 : local;
@@ -137,6 +131,7 @@ Device Runtime::choose_device(const std::string& wish) {
 Runtime::~Runtime() {
   world_.reset();
   if (mpi_started && std::uncaught_exceptions() == 0) stop_mpi();
+  watchdog::stop();
 }
 
 void Runtime::abort(int code, const std::string& message) noexcept {

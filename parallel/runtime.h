@@ -1,10 +1,12 @@
 #pragma once
 // Starting and stopping the ranks of this job.
 
+#include <chrono>
 #include <memory>
 #include <string>
 
 #include "parallel/communicator.h"
+#include "parallel/threads.h"
 
 namespace upmoe {
 
@@ -13,9 +15,13 @@ namespace upmoe {
 // process.
 class Runtime {
  public:
-  Runtime(int* argc, char*** argv);
+  // May start the program anew in the same process (threads.h), so this comes before all else that lasts.
+  // With a deadline the watchdog runs from here to the end of MPI. The cores of a host are shared among its
+  // ranks.
+  Runtime(int* argc, char*** argv, std::chrono::milliseconds deadline = std::chrono::milliseconds(0));
   ~Runtime();  // finalises MPI, unless an error is under way
   Communicator& world() { return *world_; }
+  const CoreShare& cores() const { return cores_; }
   // The device of this rank for `wish`: cpu, cuda, or auto (GPUs where every rank has one, else the CPU).
   // Each rank of a host gets a GPU of its own; from then on world() also moves tensors on GPUs, over NCCL.
   // Collective. Throws Error(kDevice) on all ranks when a rank cannot have what was asked for, or when two
@@ -29,6 +35,7 @@ class Runtime {
 
  private:
   std::unique_ptr<Communicator> world_;
+  CoreShare cores_;
 };
 
 }  // namespace upmoe

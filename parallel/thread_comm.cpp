@@ -27,14 +27,6 @@ struct World {
   ExitCode code = ExitCode::kCommunicator;  // of whoever was first
 };
 
-// In flight until the verb is left, by an error or not.
-struct Watched {
-  explicit Watched(const char* verb) : sequence(watchdog::enter(verb)) {}
-  ~Watched() { watchdog::leave(sequence); }
-  Watched(const Watched&) = delete;
-  std::uint64_t sequence;
-};
-
 struct Operation {
   std::vector<Payload> published;
   std::vector<std::vector<std::int64_t>> rows;  // all_to_all_rows: who sends how many rows to whom
@@ -144,7 +136,7 @@ class ThreadCommunicator final : public Communicator {
   }
   void recv(TensorView out, int from, Stream*) override {
     check_peer(*this, from);
-    const Watched watched("recv");
+    const watchdog::Watched watched("recv");
     std::unique_lock lock(group_->world->mutex);
     auto& box = group_->mail[{from, rank_}];
     wait_until(lock, [&] { return !box.empty(); });
@@ -187,7 +179,7 @@ class ThreadCommunicator final : public Communicator {
 
   // A copy of the operation (shared payloads) once everybody arrived; the last to leave removes it.
   Operation collect(std::uint64_t sequence, const char* verb) {
-    const Watched watched(verb);
+    const watchdog::Watched watched(verb);
     std::unique_lock lock(group_->world->mutex);
     wait_until(lock, [&] { return group_->operations[sequence].arrived == group_->size; });
     Operation& op = group_->operations[sequence];

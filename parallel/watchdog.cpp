@@ -16,7 +16,22 @@ namespace upmoe::watchdog {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
+// The newest of the moments it was told of, by any thread.
+class Moment {
+ public:
+  void reached(Clock::time_point t) {
+    const Clock::rep count = t.time_since_epoch().count();
+    Clock::rep old = at_.load(std::memory_order_relaxed);
+    while (old < count && !at_.compare_exchange_weak(old, count, std::memory_order_relaxed)) {
+    }
+  }
+  Clock::time_point at() const {
+    return Clock::time_point(Clock::duration(at_.load(std::memory_order_relaxed)));
+  }
+
+ private:
+  std::atomic<Clock::rep> at_ = 0;
+};
 
 struct State {
   std::mutex mutex;
@@ -24,7 +39,9 @@ struct State {
   bool running = false;
   int rank = 0;
   std::chrono::milliseconds deadline{0};
-  Clock::time_point last_progress = Clock::now();
+  std::atomic<std::thread::id> rank_thread;
+  Moment progress,
+      beside;  // of the rank's own thread; of others, which counts while that one waits for no peer
   std::uint64_t sequence = 0;
   struct Collective {
     std::string verb, waiting_for;
@@ -32,7 +49,16 @@ struct State {
   };
   std::map<std::uint64_t, Collective> in_flight;
   std::deque<std::string> finished;  // the newest ten
+  std::string phase;                 // empty: none
   std::jthread thread;
+  // Of the thread that gave `tell` alone.
+  std::thread::id tells;
+  std::function<void()> tell;
+  Clock::time_point told;
+
+  Clock::time_point last_progress() const {
+    return in_flight.empty() && phase.empty() ? std::max(progress.at(), beside.at()) : progress.at();
+  }
 };
 
 State& state() {
@@ -48,13 +74,16 @@ void let_lower_ranks_speak(int rank) {
 }
 
 [[noreturn]] void end_the_process(const State& s) {
-  const auto silent = std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - s.last_progress);
+  const auto silent = std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - s.last_progress());
   std::string text = fmt::format("upmoe: error: rank {}: no progress for {:.1f} s: ", s.rank,
                                  static_cast<double>(silent.count()) / 1000.0);
-  if (s.in_flight.empty()) {
+  if (s.in_flight.empty() && !s.phase.empty()) {
+    text += fmt::format("the {} did not finish: it waits for a peer, stuck, stopped or unreachable", s.phase);
+  } else if (s.in_flight.empty()) {
     text +=
-        "no collective was under way, so this rank itself is stuck or slow; raise --deadline if steps take "
-        "that long";
+        "no collective was under way, so this rank itself is stuck or slow; raise --deadline if one "
+        "operation "
+        "takes that long";
   } else {
     const auto& [number, collective] = *s.in_flight.begin();
     text += fmt::format("the collective {} (number {}) did not finish: {}, stuck, stopped or unreachable",
@@ -80,9 +109,17 @@ void watch() {
     s.stop_asked.wait_for(lock, pause);
     // Overslept: the whole process was stopped (SIGSTOP, a debugger, a suspended machine). It is not the one
     // to say what hangs; the others' time did not stand still.
-    if (Clock::now() - began > pause + s.deadline / 2) s.last_progress = Clock::now();
-    if (s.running && Clock::now() - s.last_progress > s.deadline) end_the_process(s);
+    if (Clock::now() - began > pause + s.deadline / 2) s.progress.reached(Clock::now());
+    if (s.running && Clock::now() - s.last_progress() > s.deadline) end_the_process(s);
   }
+}
+
+void tell_if_due(State& s, Clock::time_point now) {
+  if (s.tells != std::this_thread::get_id() || !s.tell) return;
+  constexpr auto kOften = std::chrono::milliseconds(50);
+  if (now - s.told < std::max<std::chrono::milliseconds>(s.deadline / 8, kOften)) return;
+  s.told = now;
+  s.tell();
 }
 
 }  // namespace
@@ -93,7 +130,10 @@ void start(std::chrono::milliseconds deadline, int rank) {
   const std::lock_guard lock(s.mutex);
   s.deadline = deadline;
   s.rank = rank;
-  s.last_progress = Clock::now();
+  s.rank_thread = std::this_thread::get_id();
+  s.sequence = 0;
+  s.finished.clear();
+  s.progress.reached(Clock::now());
   s.running = true;
   s.thread = std::jthread(watch);
 }
@@ -111,16 +151,46 @@ void stop() {
 
 void heartbeat() {
   State& s = state();
-  const std::lock_guard lock(s.mutex);
-  s.last_progress = Clock::now();
+  const auto now = Clock::now();
+  if (std::this_thread::get_id() == s.rank_thread) {
+    s.progress.reached(now);
+    tell_if_due(s, now);
+  } else {
+    s.beside.reached(now);
+  }
+}
+
+void wait_until(const std::function<bool()>& done) {
+  State& s = state();
+  for (auto seen = s.beside.at(); !done();) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    if (s.beside.at() == seen) continue;
+    seen = s.beside.at();
+    tell_if_due(s, Clock::now());
+  }
 }
 
 std::uint64_t enter(const char* verb, ExitCode code) {
   State& s = state();
+  s.progress.reached(Clock::now());
   const std::lock_guard lock(s.mutex);
   const std::uint64_t sequence = ++s.sequence;
   s.in_flight[sequence] = {verb, {}, code};
   return sequence;
+}
+
+Phase::Phase(const char* what) {
+  State& s = state();
+  s.progress.reached(Clock::now());
+  const std::lock_guard lock(s.mutex);
+  s.phase = what;
+}
+
+Phase::~Phase() {
+  State& s = state();
+  s.progress.reached(Clock::now());
+  const std::lock_guard lock(s.mutex);
+  s.phase.clear();
 }
 
 void waiting_for(std::uint64_t sequence, std::string whom) {
@@ -138,7 +208,17 @@ void leave(std::uint64_t sequence) {
   s.finished.push_back(fmt::format("{}({})", it->second.verb, sequence));
   if (s.finished.size() > 10) s.finished.pop_front();
   s.in_flight.erase(it);
-  s.last_progress = Clock::now();
+  s.progress.reached(Clock::now());
+}
+
+void tell_peers_by(std::function<void()> tell) {
+  State& s = state();
+  s.tells = std::this_thread::get_id();
+  s.tell = std::move(tell);
+}
+
+void peers_progressed(Clock::time_point when) {
+  state().progress.reached(when);
 }
 
 }  // namespace upmoe::watchdog

@@ -5,6 +5,7 @@
 
 #include "data/checkpoint_folder.h"
 #include "kernels/ops/transfer.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 
@@ -108,6 +109,7 @@ bool CheckpointWriter::written() const {
 
 CheckpointWriter::Committed CheckpointWriter::finish(Communicator& world) {
   UPMOE_CHECK(busy(), "no checkpoint under way");
+  watchdog::wait_until([this] { return written(); });
   if (thread_.joinable()) thread_.join();
   const std::unique_ptr<StoreWriter> writer = std::move(writer_);
   const std::unique_ptr<Staged> staged = std::move(staged_);

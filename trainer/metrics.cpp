@@ -5,15 +5,10 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <nlohmann/json.hpp>
 
 #include "data/posix_file.h"
 #include "kernels/core/log.h"
-#include "kernels/core/philox.h"
-#include "kernels/ops/gemm.h"
-#include "kernels/ops/pointwise.h"
-#include "kernels/ops/transfer.h"
 
 namespace upmoe {
 
@@ -77,12 +72,8 @@ std::string duration(double seconds) {
 }  // namespace
 
 Metrics::Metrics(const fs::path& run_dir, const RunConfig& run, std::int64_t from_step, int ranks,
-                 double peak_flops)
-    : run_(run),
-      path_(run_dir / "metrics.jsonl"),
-      ranks_(ranks),
-      peak_flops_(peak_flops),
-      terminal_(isatty(2) != 0) {
+                 PeakRate peak)
+    : run_(run), path_(run_dir / "metrics.jsonl"), ranks_(ranks), peak_(peak), terminal_(isatty(2) != 0) {
   cut_after(path_, from_step);
   errno = 0;
   file_.open(path_, std::ios::app);
@@ -103,6 +94,7 @@ void Metrics::step(const StepReport& r) {
   if (r.step % run_.log.every != 0 && r.step != run_.train.steps && r.step != 1 && !r.skipped) return;
   const double per_step = static_cast<double>(run_.train.global_batch * run_.data.seq_len);
   const double tokens_per_s = per_step / r.seconds, tflops = r.flops_per_rank / r.seconds * 1e-12;
+  const double mfu = peak_.share(r.flops_per_rank, r.seconds);
   const LoadSummary load = summarise(r.expert_load);
   json j{{"step", r.step},
          {"tokens", r.step * run_.train.global_batch * run_.data.seq_len},
@@ -114,7 +106,7 @@ void Metrics::step(const StepReport& r) {
          {"seconds", r.seconds},
          {"tokens_per_s", tokens_per_s},
          {"tflops_per_rank", tflops},
-         {"mfu", peak_flops_ > 0 ? json(tflops * 1e12 / peak_flops_) : json()},
+         {"mfu", mfu},
          {"flops", r.flops_per_rank},
          {"ranks", ranks_},
          {"memory_peak_bytes", peak_memory_bytes()}};
@@ -154,8 +146,9 @@ void Metrics::console(const StepReport& r, double tokens_per_s) {
   if (terminal_) {
     constexpr std::int64_t kWidth = 24;
     const std::int64_t done = kWidth * r.step / std::max<std::int64_t>(1, run_.train.steps);
-    fmt::print(stderr, "\r\x1b[K[{:=<{}}{: <{}}] {}{}", "", done, "", kWidth - done, text, last ? "\n" : "");
-    std::fflush(stderr);
+    const std::string bar =
+        fmt::format("\r\x1b[K[{:=<{}}{: <{}}] {}{}", "", done, "", kWidth - done, text, last ? "\n" : "");
+    (void)!write(2, bar.data(), bar.size());  // a terminal that was closed is no reason to stop
   } else if (last || r.step <= 3 || r.step % std::max<std::int64_t>(1, run_.train.steps / 20) == 0 ||
              r.skipped) {
     log::info("{}", text);
@@ -173,62 +166,6 @@ void Metrics::evaluation(std::int64_t step, const EvalResult& result) {
   if (events_) events_->scalars(step, {{"eval/loss", result.loss}});
   log::info("{}step {}  held-out loss {:.4f} over {} tokens", terminal_ ? "\n" : "", step, result.loss,
             result.tokens);
-}
-
-namespace {
-
-// Random numbers, a block of them repeated: products of equal numbers can run faster than real ones.
-void fill_random(Exec& ex, TensorView t) {
-  constexpr std::int64_t kBlock = 1 << 18;
-  const Buffer memory = Buffer::allocate({}, kBlock * sizeof(float));
-  const TensorView block = memory.view({std::min(kBlock, t.elements())}, t.dtype);
-  for (std::int64_t i = 0; i < block.elements(); ++i) {
-    const float x = uniform_from_bits(philox(1, static_cast<std::uint64_t>(i))[0]) - 0.5f;
-    if (t.dtype == DType::kF32) block.as<float>()[i] = x;
-    if (t.dtype == DType::kBF16) block.as<bf16>()[i] = to_bf16(x);
-  }
-  const TensorView flat = t.reshape({t.elements()});
-  for (std::int64_t at = 0; at < flat.elements(); at += block.elements())
-    ops::upload(ex, flat.rows(at, at + block.elements()), block);
-}
-
-// Seconds of the best of some products of two square matrices, `budget` seconds of them.
-double best_product(Exec& ex, DType dtype, std::int64_t side, double budget) {
-  ScratchScope scope(*ex.scratch);
-  TensorView a = ex.scratch->take({side, side}, dtype, "peak a"),
-             b = ex.scratch->take({side, side}, dtype, "peak b");
-  TensorView c = ex.scratch->take({side, side}, dtype, "peak c");
-  fill_random(ex, a);
-  fill_random(ex, b);
-  const auto wait = [&] {
-    if (ex.stream != nullptr) ex.stream->synchronize();
-  };
-  wait();
-  const auto once = [&] {
-    const auto start = std::chrono::steady_clock::now();
-    ops::gemm(ex, c, a, Transpose::kNo, b, Transpose::kYes, Accumulate::kOverwrite);
-    wait();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  };
-  once();
-  double best = once();
-  for (double spent = best; spent < budget;) {
-    const double t = once();
-    best = std::min(best, t);
-    spent += t;
-  }
-  return best;
-}
-
-}  // namespace
-
-double measure_peak_flops(Exec& ex, DType dtype) {
-  const std::int64_t largest = ex.device.type == DeviceType::kCuda ? 8192 : 1024;
-  Exec quiet = ex;
-  quiet.ledger = nullptr;
-  std::int64_t side = 256;  // powers of two: whole blocks of random numbers
-  while (side < largest && best_product(quiet, dtype, side, 0) < 0.03) side *= 2;
-  return 2.0 * static_cast<double>(side * side * side) / best_product(quiet, dtype, side, 0.2);
 }
 
 }  // namespace upmoe

@@ -8,6 +8,7 @@
 
 #include "trainer/evaluation.h"
 #include "trainer/event_file.h"
+#include "trainer/peak.h"
 #include "trainer/trainer.h"
 
 namespace upmoe {
@@ -15,9 +16,9 @@ namespace upmoe {
 class Metrics {
  public:
   // Lines beyond `from_step` of an earlier attempt are moved to metrics.jsonl.cut: every step stands there
-  // once. peak_flops: of one rank, what MFU is a share of; 0 = unknown, MFU is null.
+  // once. `peak` is rank 0's.
   Metrics(const std::filesystem::path& run_dir, const RunConfig& run, std::int64_t from_step, int ranks,
-          double peak_flops);
+          PeakRate peak);
 
   void step(const StepReport& report);
   void evaluation(std::int64_t step, const EvalResult& result);
@@ -30,14 +31,10 @@ class Metrics {
   std::ofstream file_;
   std::optional<EventFile> events_;
   int ranks_;
-  double peak_flops_;
+  PeakRate peak_;
   double slow_seconds_ = 0;  // smoothed seconds per step, for the time left
   bool terminal_;
   bool warned_ = false;
 };
-
-// The rate of a large matrix product in `dtype` on this rank with its threads, measured for about 0.2 s while
-// every rank measures: FLOP/s. What MFU is a share of on a CPU.
-double measure_peak_flops(Exec& ex, DType dtype);
 
 }  // namespace upmoe

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "kernels/ops/transfer.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 
@@ -204,8 +205,10 @@ StepSums Pipeline::run(Exec& ex, const Step& step) {
   sums.assigned.assign(mixtures_, std::vector<double>(static_cast<std::size_t>(num_experts_)));
   const auto micro_batches = static_cast<int>(step.micro_batches);
   for (const PipelineAction& action :
-       pipeline_schedule(plan_.stages, stage_, static_cast<int>(chunks_.size()), micro_batches))
+       pipeline_schedule(plan_.stages, stage_, static_cast<int>(chunks_.size()), micro_batches)) {
+    watchdog::heartbeat();
     action.forward ? forward(ex, step, action, sums) : backward(ex, step, action, sums);
+  }
   for (const std::unique_ptr<Flight>& f : idle_) f->reset();
   if (step.block_done) step.block_done(-1, true);
   return sums;
@@ -213,6 +216,7 @@ StepSums Pipeline::run(Exec& ex, const Step& step) {
 
 double Pipeline::evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_len,
                           const LmHead::Sink& sink) {
+  watchdog::heartbeat();
   std::unique_ptr<Shard> shard = cut(ex, tokens, seq_len);
   double loss = 0;
   for (std::size_t i = 0; i < chunks_.size(); ++i) {

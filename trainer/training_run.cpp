@@ -7,6 +7,7 @@
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "parallel/watchdog.h"
+#include "trainer/memory_estimate.h"
 #include "trainer/metrics.h"
 #include "trainer/run_checkpoints.h"
 #include "trainer/run_directory.h"
@@ -40,6 +41,7 @@ class Run {
       session_config_ = config;
     });
     session_ = std::make_unique<Session>(run_, session_config_, world_, options.device);
+    warn_of_memory(*session_, world_);
     run_agreed(world_, [&] { load(newest); });
     require_equal(world_, "training data", state_.fingerprint);
   }
@@ -136,7 +138,7 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
 
 void Run::start_metrics() {
   world_.barrier();
-  const double peak = measure_peak_flops(session_->memory.exec, session_->params.dtype());
+  const PeakRate peak(session_->memory.exec, session_->params.dtype());
   run_agreed(world_, [&] {
     if (world_.rank() != 0) return;
     metrics_ = std::make_unique<Metrics>(dir_, run_, state_.step, world_.size(), peak);

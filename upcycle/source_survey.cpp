@@ -7,6 +7,7 @@
 
 #include "data/shard_store.h"
 #include "parallel/layout.h"
+#include "parallel/watchdog.h"
 #include "upcycle/progress.h"
 #include "upcycle/workers.h"
 
@@ -110,6 +111,7 @@ std::vector<BlockSums> survey_blocks(const std::vector<Block>& blocks, DType dty
         const auto at = static_cast<std::size_t>(i);
         sums[at] = survey_block(blocks[at], dtype, buffer);
         progress.add(blocks[at].bytes);
+        watchdog::heartbeat();
       }
     });
     progress.finish();

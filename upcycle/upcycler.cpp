@@ -10,6 +10,7 @@
 
 #include "data/posix_file.h"
 #include "data/shard_store.h"
+#include "parallel/threads.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/progress.h"
 #include "upcycle/report.h"
@@ -152,7 +153,7 @@ std::vector<Piece> share_of(const std::vector<Piece>& pieces, int rank, int rank
 class Upcycler {
  public:
   Upcycler(const UpcycleConfig& config, const UpcycleOptions& options, Communicator& comm)
-      : options_(options), comm_(comm), threads_(options.threads > 0 ? options.threads : default_threads()) {
+      : options_(options), comm_(comm), threads_(options.threads > 0 ? options.threads : rank_threads()) {
     on_rank_0([&] { paths_ = plan_output(options.from, options.to); });
     // Rank 0 first, so that what is wrong with the source is told once.
     on_rank_0([&] { source_.emplace(options.from); });

@@ -1,24 +1,13 @@
 #include "upcycle/workers.h"
 
-#include <sched.h>
-
-#include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
 
-namespace upmoe {
+#include "parallel/watchdog.h"
 
-int default_threads() {
-  if (const char* set = std::getenv("OMP_NUM_THREADS")) {
-    const int n = std::atoi(set);
-    if (n > 0) return n;
-  }
-  cpu_set_t cpus;
-  if (sched_getaffinity(0, sizeof cpus, &cpus) == 0) return CPU_COUNT(&cpus);
-  return 1;
-}
+namespace upmoe {
 
 void run_workers(int threads, const std::function<void(const std::atomic<bool>& stop)>& body) {
   std::atomic<bool> stop{false};
@@ -33,10 +22,15 @@ void run_workers(int threads, const std::function<void(const std::atomic<bool>& 
       stop = true;
     }
   };
+  std::atomic<int> left = threads;
   {
-    std::vector<std::jthread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(guarded);
-    guarded();
+    std::vector<std::jthread> workers;
+    for (int i = 0; i < threads; ++i)
+      workers.emplace_back([&] {
+        guarded();
+        --left;
+      });
+    watchdog::wait_until([&] { return left == 0; });
   }
   if (first != nullptr) std::rethrow_exception(first);
 }

@@ -13,6 +13,7 @@
 
 #include "data/direct_file.h"
 #include "kernels/core/check.h"
+#include "parallel/watchdog.h"
 #include "upcycle/workers.h"
 
 namespace upmoe {
@@ -105,6 +106,7 @@ void run_pipeline(std::size_t count, int threads, std::size_t buffer_bytes, cons
         while (std::optional<Piece> piece = exchange.take_filled()) {
           if (piece->bytes > 0) stages.write(piece->index, {piece->buffer.get(), piece->bytes});
           exchange.put_empty(std::move(*piece));
+          watchdog::heartbeat();
         }
       } else {
         while (std::optional<Piece> piece = exchange.take_empty()) {
@@ -112,6 +114,7 @@ void run_pipeline(std::size_t count, int threads, std::size_t buffer_bytes, cons
           UPMOE_CHECK(piece->bytes <= buffer_bytes, "{} bytes into a buffer of {}", piece->bytes,
                       buffer_bytes);
           exchange.put_filled(std::move(*piece));
+          watchdog::heartbeat();
         }
       }
     } catch (...) {

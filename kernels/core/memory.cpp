@@ -1,11 +1,13 @@
 #include "kernels/core/memory.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 
 #include "kernels/core/gpu.h"
 
@@ -19,13 +21,55 @@ std::size_t round_up(std::size_t n) {
   return (n + kAlign - 1) / kAlign * kAlign;
 }
 
+constexpr std::size_t kUnlimited = ~std::size_t{0};
+
+// The number behind `key` in a file of /proc, in kB there.
+std::size_t kilobytes(const char* file, std::string_view key) {
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);)
+    if (line.starts_with(key)) return std::strtoull(line.c_str() + key.size(), nullptr, 10) << 10;
+  return 0;
+}
+
+// Address space that this process may still take: `ulimit -v`, and where the kernel promises no more memory
+// than there is (vm.overcommit_memory = 2) what it may still promise.
+std::size_t address_space_left() {
+  const auto minus = [](std::size_t all, std::size_t used) { return all - std::min(all, used); };
+  std::size_t left = kUnlimited;
+  rlimit limit{};
+  if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+    left = minus(limit.rlim_cur, kilobytes("/proc/self/status", "VmSize:"));
+  int policy = 0;
+  if (std::ifstream("/proc/sys/vm/overcommit_memory") >> policy && policy == 2)
+    left = std::min(
+        left, minus(kilobytes("/proc/meminfo", "CommitLimit:"), kilobytes("/proc/meminfo", "Committed_AS:")));
+#ifdef __SANITIZE_THREAD__
+  left = std::min(left, std::size_t{64} << 30);  // it keeps several bytes beside each
+#endif
+  return left;
+}
+
+const char* advice() {
+  return address_space_left() == kUnlimited
+             ? "lower train.micro_batch or use more ranks"
+             : "the address space of this process is limited: start it with `ulimit -v unlimited` (and "
+               "without "
+               "vm.overcommit_memory = 2), or lower train.micro_batch or use more ranks";
+}
+
+// An arena of its full length where nothing limits address space, else an eighth of what is left: parameters
+// and other arenas want some as well.
+std::size_t reserve_of(std::size_t wish) {
+  const std::size_t left = address_space_left();
+  return left == kUnlimited ? wish : std::min(wish, round_up(left / 8));
+}
+
 // Anonymous pages are zero and are committed by the kernel on first touch.
 std::byte* map_pages(std::size_t bytes, std::string_view what) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED)
-    fail(ExitCode::kFailure,
-         "out of memory: {} asked for {} bytes of address space: {}; lower the batch or raise the limit",
-         what, bytes, std::strerror(errno));
+    fail(ExitCode::kFailure, "out of memory: {} asked for {} bytes of address space: {}; {}", what, bytes,
+         std::strerror(errno), advice());
   madvise(p, bytes, MADV_HUGEPAGE);  // advice only: its failure changes nothing but speed
   return static_cast<std::byte*>(p);
 }
@@ -62,7 +106,10 @@ TensorView Buffer::view(Shape shape, DType dtype) const {
 
 Arena::Arena(Device device, std::size_t reserve_bytes, std::string name)
     : device_(device), name_(std::move(name)), reserved_(round_up(std::max<std::size_t>(reserve_bytes, 1))) {
-  if (device.type == DeviceType::kCpu) base_ = map_pages(reserved_, name_);
+  if (device.type == DeviceType::kCpu) {
+    reserved_ = reserve_of(reserved_);
+    base_ = map_pages(reserved_, name_);
+  }
   if (device.type == DeviceType::kCuda) {
     on_gpu_ = std::make_unique<gpu::Reservation>(reserved_, name_);
     base_ = on_gpu_->base();
@@ -87,8 +134,8 @@ TensorView Arena::take(Shape shape, DType dtype, std::string_view what) {
   const std::size_t bytes = round_up(v.bytes());
   if (device_.type != DeviceType::kDry && bytes > reserved_ - used_) {
     fail(ExitCode::kFailure,
-         "arena '{}' is full: {} {} for '{}' needs {} bytes, {} of {} are free; largest users:{}", name_,
-         name_of(dtype), shape.str(), what, bytes, reserved_ - used_, reserved_, largest_users());
+         "arena '{}' is full: {} {} for '{}' needs {} bytes, {} of {} are free; {}; largest users:{}", name_,
+         name_of(dtype), shape.str(), what, bytes, reserved_ - used_, reserved_, advice(), largest_users());
   }
   if (on_gpu_ != nullptr && used_ + bytes > on_gpu_->committed()) commit(used_ + bytes, what);
   if (base_ != nullptr) v.data = base_ + used_;

@@ -3,6 +3,7 @@
 #include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
+#include "kernels/ops/product_rate.h"
 
 namespace upmoe::ops {
 
@@ -24,8 +25,9 @@ void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, C
   }
   const double read_c = mode == Accumulate::kAdd ? bytes_of(c_MN) : 0.0;
   const double read_bias = bias_N != nullptr ? bytes_of(*bias_N) : 0.0;
-  ex.book("gemm", 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k),
-          bytes_of(a) + bytes_of(b) + read_c + read_bias, bytes_of(c_MN));
+  const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  ex.book("gemm", flops, bytes_of(a) + bytes_of(b) + read_c + read_bias, bytes_of(c_MN));
+  const TimedProduct timed(ex, a.dtype, flops);
   dispatch(ex, cpu::gemm, cuda::gemm, c_MN, a, transpose_a, b, transpose_b, mode, bias_N);
 }
 

@@ -2,6 +2,9 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <limits>
@@ -119,6 +122,34 @@ TEST(ArenaMemory, NamesItsLargestUsersWhenFull) {
                 testing::AllOf(testing::HasSubstr("'small' is full"), testing::HasSubstr("one more"),
                                testing::HasSubstr("the large one")));
   }
+}
+
+// A limit of address space (ulimit -v) is met by asking for less of it, not by an error.
+TEST(ArenaMemory, ReservesWhatALimitOfAddressSpaceLeaves) {
+  const pid_t child = fork();
+  if (child == 0) {
+    const rlimit limit{std::size_t{8} << 30, RLIM_INFINITY};
+    int status = setrlimit(RLIMIT_AS, &limit) == 0 ? 0 : 1;
+    try {
+      Arena scratch({}, std::size_t{64} << 30, "scratch"), keep({}, std::size_t{64} << 30, "activations");
+      const TensorView taken = keep.take({1 << 20}, DType::kF32, "some");
+      taken.as<float>()[taken.elements() - 1] = 1;
+      const Buffer parameters = Buffer::allocate({}, std::size_t{4} << 30, "parameters");
+      try {
+        scratch.take({std::int64_t{1} << 31}, DType::kF32, "too much");
+        status = 2;
+      } catch (const Error& e) {
+        if (std::string(e.what()).find("ulimit -v unlimited") == std::string::npos) status = 3;
+      }
+    } catch (const std::exception&) {
+      status = 4;
+    }
+    _exit(status);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 0);
 }
 
 TEST(ArenaMemory, OnTheDryDeviceCountsWithoutMemory) {

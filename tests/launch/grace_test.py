@@ -1,8 +1,13 @@
 #!/usr/bin/env python3
-"""What run_local.sh does with signals, around a false mpirun (see restart_test.py)."""
+"""What run_local.sh does with signals, around a false mpirun (see restart_test.py), and around a real one where UPMOE
+(the program) and MAKE_RUN (writes the tiny model and data) are in the environment."""
 
+import json
+import os
 import signal
+import shutil
 import subprocess
+import tempfile
 import time
 import unittest
 from pathlib import Path
@@ -77,6 +82,29 @@ class Local(Case):
         process = subprocess.run([str(LAUNCH / "run_local.sh"), "2", "cat"], input="words", capture_output=True,
                                  text=True, env=self.environment, cwd=self.dir, check=False, timeout=60)
         self.assertEqual((process.returncode, process.stdout), (5, "words"))
+
+
+@unittest.skipUnless("UPMOE" in os.environ, "UPMOE is not set: the program was not built")
+class Ranks(unittest.TestCase):
+    def test_a_step_longer_than_the_launcher_s_patience_is_finished_and_saved(self):
+        directory = tempfile.mkdtemp(prefix="upmoe-grace-")
+        self.addCleanup(shutil.rmtree, directory, True)
+        subprocess.run([os.environ["MAKE_RUN"], directory], check=True)
+        metrics = Path(directory, "run/metrics.jsonl")
+        process = subprocess.Popen(
+            [LAUNCH / "run_local.sh", "2", os.environ["UPMOE"], "train", f"{directory}/run.yaml", "parallel.ep=1",
+             "train.steps=1000", "train.global_batch=2048", "train.micro_batch=1", "checkpoint.every=0"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.addCleanup(lambda: process.poll() is None and process.kill())
+        while not metrics.exists() or not metrics.read_text():
+            self.assertIsNone(process.poll())
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=240)
+        self.assertEqual(process.returncode, 75, errors)
+        steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+        self.assertGreater(steps[-1]["seconds"], 1, "mpirun would have waited for so short a step")
+        self.assertTrue(Path(directory, f"run/checkpoints/step_{steps[-1]['step']:08}").exists(), errors)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,18 @@ void run(const std::string& mode, Communicator& world) {
   if (mode == "stopped" && bad) raise(SIGSTOP);
   if (mode == "hang" && bad) std::this_thread::sleep_for(std::chrono::hours(1));
   if (mode == "slow") stay_busy(std::chrono::seconds(4));
+  if (mode == "works") {  // the last rank, the one before waits for it, and the others for that one
+    const bool member = world.rank() >= world.size() - 2;
+    const std::unique_ptr<Communicator> pair = world.split(member ? 1 : 0, world.rank());
+    if (bad) stay_busy(std::chrono::seconds(5));
+    if (member) all_reduce_once(*pair);
+    all_reduce_once(world);
+  }
+  if (mode == "ring" && world.rank() < 2) {  // two ranks that wait for each other, after a while of work
+    stay_busy(std::chrono::seconds(2));
+    std::int32_t word = 0;
+    world.recv(host_view(&word, {1}), 1 - world.rank());
+  }
   if (mode ==
       "subgroup") {  // the last two ranks of the job, of which the last one stops; the others are busy
     const bool member = world.rank() >= world.size() - 2;

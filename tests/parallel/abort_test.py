@@ -86,6 +86,16 @@ class OneRankGoesWrong(unittest.TestCase):
                 self.assertEqual(error.count("upmoe: error:"), 1, error)
                 self.assertIn(f"the collective {collective} did not finish: nothing yet from rank {ranks - 1},", error)
 
+    def test_a_peer_that_works_for_long_is_no_hang(self):
+        for ranks in RANKS:
+            status, out, error, _ = job(ranks, "works")
+            self.assertEqual((status, out), (0, "rank 0 came to its end\n"), (ranks, error))
+
+    def test_signs_of_life_do_not_keep_a_deadlock_alive(self):
+        for ranks in RANKS:
+            status, error = self.ends(ranks, "ring")
+            self.assertEqual(status, 70, error)
+
     def test_one_rank_alone(self):
         status, error = self.ends(1, "throw")
         self.assertEqual(status, 3)

@@ -9,6 +9,7 @@
 #include "kernels/core/philox.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/transfer.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 
@@ -166,14 +167,18 @@ Param ParamStore::joined(const std::vector<std::string>& names, Shape shape) con
 }
 
 void ParamStore::load(Exec& ex, const ReadParam& read) {
-  for (const StoredParam& p : params_)
+  for (const StoredParam& p : params_) {
+    watchdog::heartbeat();
     if (p.shard.elements() > 0)
       ops::write_through_host(ex, p.value, [&](TensorView out) { read(p.spec, p.shard, out); });
+  }
 }
 
 void ParamStore::initialise(Exec& ex, std::int64_t seed) {
-  for (const StoredParam& p : params_)
+  for (const StoredParam& p : params_) {
+    watchdog::heartbeat();
     ops::write_through_host(ex, p.value, [&](TensorView out) { initial_values(p.spec, seed, p.shard, out); });
+  }
 }
 
 void ParamStore::zero_gradients(Exec& ex) const {

@@ -1,0 +1,92 @@
+// What a run says of its machine: the peak that MFU is a share of, and the memory it will take.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "kernels/ops/gemm.h"
+#include "kernels/ops/product_rate.h"
+#include "tests/support/temporary_directory.h"
+#include "trainer/memory_estimate.h"
+#include "trainer/peak.h"
+
+namespace upmoe {
+namespace {
+
+TEST(Peak, IsTheBestRateSeenSoNoShareIsAboveOne) {
+  PeakRate peak(DType::kBF16);
+  EXPECT_EQ(peak.share(0, 1), 0);
+  EXPECT_EQ(peak.share(1e9, 1), 1);
+  EXPECT_EQ(peak.share(5e8, 1), 0.5);
+  EXPECT_EQ(peak.share(2e9, 1), 1);  // faster than what was measured while the machine was busy
+  EXPECT_EQ(peak.share(1e9, 1), 0.5);
+  EXPECT_EQ(peak.flops_per_s(), 2e9);
+}
+
+TEST(Peak, AFasterProductRaisesIt) {
+  RankMemory memory(Device{});
+  const Buffer data = Buffer::allocate({}, 3 * 256 * 256 * sizeof(float));
+  const TensorView all = data.view({3 * 256, 256}, DType::kF32);
+  ops::gemm(memory.exec, all.rows(0, 256), all.rows(256, 512), Transpose::kNo, all.rows(512, 768),
+            Transpose::kYes, Accumulate::kOverwrite);
+  PeakRate peak(DType::kF32);
+  peak.saw(1, 1);  // one FLOP a second
+  EXPECT_LT(peak.share(1, 1), 1e-3);
+  EXPECT_GE(peak.flops_per_s(), ops::fastest_product(DType::kF32));
+}
+
+TEST(Memory, LeftIsTheLessOfTheHostAndTheContainer) {
+  const test::TemporaryDirectory dir;
+  const auto write = [&](const std::string& path, const std::string& text) {
+    std::filesystem::create_directories((dir.path() / path).parent_path());
+    std::ofstream(dir.path() / path) << text << "\n";
+  };
+  const std::string meminfo = "MemTotal:       100 kB\nMemAvailable:       80 kB\n";
+  const auto left = [&] { return memory_left(dir.path(), "0::/job\n", meminfo); };
+  EXPECT_EQ(left(), 80 * 1024);
+  write("job/memory.max", "max");
+  EXPECT_EQ(left(), 80 * 1024);
+  write("memory.max", "60000");
+  write("memory.current", "50000");
+  EXPECT_EQ(left(), 10000);
+  write("memory.stat", "anon 20000\ninactive_file 5000\nactive_file 1000");
+  EXPECT_EQ(left(), 16000);
+}
+
+TEST(Memory, AnEstimateCountsWhatARankHolds) {
+  ModelConfig config;
+  config.model_type = "qwen2_moe";
+  config.vocab_size = 64;
+  config.hidden_size = 64;
+  config.num_hidden_layers = 2;
+  config.num_attention_heads = config.num_key_value_heads = 4;
+  config.head_dim = 16;
+  config.intermediate_size = 48;
+  config.num_experts = 4;
+  config.num_experts_per_tok = 2;
+  config.moe_intermediate_size = 16;
+  config.shared_expert_intermediate_size = 16;
+  config.max_position_embeddings = 64;
+  RunConfig run;
+  run.data.seq_len = 32;
+  run.train.micro_batch = 1;
+  run.train.global_batch = 2;
+  const auto estimate = [&] {
+    const std::unique_ptr<Communicator> world = make_self_communicator();
+    return estimate_memory(Session(run, config, *world));
+  };
+  const MemoryEstimate one = estimate();
+  run.train.micro_batch = 2;
+  const MemoryEstimate two = estimate();
+  EXPECT_EQ(two.weights_and_gradients, one.weights_and_gradients);
+  EXPECT_GT(one.weights_and_gradients, 0);
+  // fp32: weights and gradients are 8 bytes a parameter, moments 8, the copy 12; rounded up to whole lines.
+  EXPECT_NEAR(one.optimizer / one.weights_and_gradients, 1.0, 0.05);
+  EXPECT_NEAR(one.checkpoint / one.weights_and_gradients, 1.5, 0.05);
+  EXPECT_NEAR(two.activations / one.activations, 2.0, 0.2);
+  EXPECT_THAT(describe(one), testing::HasSubstr("activations"));
+}
+
+}  // namespace
+}  // namespace upmoe

@@ -1,0 +1,30 @@
+#pragma once
+// Whether a run fits into the memory of its host, before it takes it.
+
+#include <string>
+
+#include "parallel/communicator.h"
+#include "trainer/session.h"
+
+namespace upmoe {
+
+// Bytes of one rank. What is allocated by size is exact; activations are those of a rehearsal with a balanced
+// router, divided evenly among the ranks that share a micro-batch.
+struct MemoryEstimate {
+  double weights_and_gradients = 0, optimizer = 0, activations = 0;
+  double checkpoint = 0;  // the copy that is written in the background
+  double total() const { return weights_and_gradients + optimizer + activations + checkpoint; }
+};
+MemoryEstimate estimate_memory(const Session& session);
+std::string describe(const MemoryEstimate& estimate);  // "3.2 GiB (weights and gradients 1.1, ...)"
+
+// Bytes that processes of this host may still take: what the kernel calls available, or what is left of the
+// limit of a container, whatever is less. `root` and `own` as in quota_of_container(), `meminfo` the text of
+// /proc/meminfo.
+double memory_left(const std::string& root, const std::string& own, const std::string& meminfo);
+
+// Warns, once per host, when its ranks together will need more than is left. Before weights are loaded.
+// Collective.
+void warn_of_memory(const Session& session, Communicator& world);
+
+}  // namespace upmoe
