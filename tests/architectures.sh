@@ -20,8 +20,8 @@ case ${1:-} in
 esac
 architectures=("$@")
 [[ $# -gt 0 ]] || architectures=(x86-64-v3 x86-64-v4)
-tests=(core gemm grouped_gemm pointwise adamw adamw8bit embedding vector_math norm attention attention_pair activation
-  loss routing adversarial_routing transfer golden unit_map transforms normal_batch resume)
+tests=(core processor gemm dense_product grouped_gemm pointwise adamw adamw8bit embedding vector_math norm attention attention_pair activation
+  loss routing adversarial_routing transfer golden batch_mates unit_map transforms normal_batch resume)
 not_run=()
 for architecture in "${architectures[@]}"; do
   build=build/$architecture
@@ -33,7 +33,7 @@ for architecture in "${architectures[@]}"; do
     instructions=AVX2
     [[ $architecture != x86-64-v4 ]] || instructions=AVX512_CORE
     ONEDNN_MAX_CPU_ISA=$instructions ctest --test-dir "$build" --output-on-failure \
-      -R "^($(IFS='|'; echo "${tests[*]}")|cli|run)_test\$"
+      -R "^($(IFS='|'; echo "${tests[*]}")|cli|run|precision)_test\$"
   else
     not_run+=("$architecture")
   fi

@@ -32,29 +32,41 @@ constexpr std::int64_t round_to_lanes(std::int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
 }
 
-template <int kRows, int kVectors, bool kTransposeA, bool kAdd>
-inline void product_tile(float* c, std::int64_t ldc, const float* a, std::int64_t lda, const float* b,
-                         std::int64_t ldb, std::int64_t depth) {
-  f32x16 sum[kRows][kVectors];
+template <int kRows, int kRegisters, bool kTransposeA, bool kAdd>
+[[gnu::always_inline]] inline void product_columns(float* c, std::int64_t ldc, const float* a,
+                                                   std::int64_t lda, const float* b, std::int64_t ldb,
+                                                   std::int64_t depth) {
+  Register sum[kRows][kRegisters];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[m][v] = kAdd ? load(c + m * ldc + v * kLanes) : f32x16{};
+    for (int r = 0; r < kRegisters; ++r)
+      sum[m][r] = kAdd ? load_register(c + m * ldc + r * kRegisterLanes) : Register{};
   for (std::int64_t k = 0; k < depth; ++k) {
-    f32x16 b_k[kVectors];
+    Register b_k[kRegisters];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) b_k[v] = load(b + k * ldb + v * kLanes);
+    for (int r = 0; r < kRegisters; ++r) b_k[r] = load_register(b + k * ldb + r * kRegisterLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const f32x16 a_mk = splat(kTransposeA ? a[k * lda + m] : a[m * lda + k]);
+      const Register a_mk = splat_register(kTransposeA ? a[k * lda + m] : a[m * lda + k]);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[m][v] += a_mk * b_k[v];
+      for (int r = 0; r < kRegisters; ++r) sum[m][r] += a_mk * b_k[r];
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(c + m * ldc + v * kLanes, sum[m][v]);
+    for (int r = 0; r < kRegisters; ++r) store_register(c + m * ldc + r * kRegisterLanes, sum[m][r]);
+}
+
+template <int kRows, int kVectors, bool kTransposeA, bool kAdd>
+inline void product_tile(float* c, std::int64_t ldc, const float* a, std::int64_t lda, const float* b,
+                         std::int64_t ldb, std::int64_t depth) {
+  constexpr int kAtOnce = std::min(kVectors, kVectorsAtOnce);
+  static_assert(kVectors % kAtOnce == 0);
+  for (int v = 0; v < kVectors; v += kAtOnce)
+    product_columns<kRows, kAtOnce * kLanes / kRegisterLanes, kTransposeA, kAdd>(c + v * kLanes, ldc, a, lda,
+                                                                                 b + v * kLanes, ldb, depth);
 }
 
 // The first `vectors` (at most kVectors) vectors of columns of a tile.
@@ -91,7 +103,6 @@ inline void product_panel(const BlockProduct& p, std::int64_t first_column, std:
   }
 }
 
-// Six rows by four vectors keep 24 sums in the 32 registers of AVX-512.
 template <bool kTransposeA, bool kAdd, Causal kCausal>
 inline void block_product(const BlockProduct& p) {
   constexpr int kPanel = 4;

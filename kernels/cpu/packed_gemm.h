@@ -186,8 +186,8 @@ inline void pack_transposed(UnitOf<T>* out, std::int64_t width, const T* in, std
 
 // --- the product of one tile ---
 
-inline f32x16 multiply_add(f32x16 sum, float a, const float* b) {
-  return sum + splat(a) * load(b);
+inline Register multiply_add(Register sum, float a, const float* b) {
+  return sum + splat_register(a) * load_register(b);
 }
 #ifdef __AVX512BF16__
 inline f32x16 multiply_add(f32x16 sum, std::uint32_t a, const std::uint32_t* b) {
@@ -198,23 +198,36 @@ inline f32x16 multiply_add(f32x16 sum, std::uint32_t a, const std::uint32_t* b) 
 }
 #endif
 
+// kRegisters registers of columns, of panels and sums that are kVectors vectors wide.
+template <class Unit, int kRows, int kRegisters, int kVectors>
+[[gnu::always_inline]] inline void multiply_columns(float* sums, const Unit* a, std::int64_t row_stride,
+                                                    std::int64_t depth_stride, const Unit* b,
+                                                    std::int64_t units) {
+  Register sum[kRows][kRegisters] = {};
+  for (std::int64_t u = 0; u < units; ++u, a += depth_stride, b += kVectors * kLanes) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+      for (int r = 0; r < kRegisters; ++r)
+        sum[m][r] = multiply_add(sum[m][r], a[m * row_stride], b + r * kRegisterLanes);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 16
+    for (int r = 0; r < kRegisters; ++r)
+      store_register(sums + m * kVectors * kLanes + r * kRegisterLanes, sum[m][r]);
+}
+
 // sum[kRows][kVectors * 16] of packed a, whose element (m, u) is a[m * row_stride + u * depth_stride], and a
 // panel of b.
 template <class Unit, int kRows, int kVectors>
 [[gnu::noinline]] void multiply_tile(float* sums, const Unit* a, std::int64_t row_stride,
                                      std::int64_t depth_stride, const Unit* b, std::int64_t units) {
-  f32x16 sum[kRows][kVectors] = {};
-  for (std::int64_t u = 0; u < units; ++u, a += depth_stride, b += kVectors * kLanes) {
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v)
-        sum[m][v] = multiply_add(sum[m][v], a[m * row_stride], b + v * kLanes);
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(sums + (m * kVectors + v) * kLanes, sum[m][v]);
+  constexpr int kAtOnce = std::min(kVectors, kVectorsAtOnce);
+  static_assert(kVectors % kAtOnce == 0);
+  for (int v = 0; v < kVectors; v += kAtOnce)
+    multiply_columns<Unit, kRows, kAtOnce * kLanes / kRegisterLanes, kVectors>(
+        sums + v * kLanes, a, row_stride, depth_stride, b + v * kLanes, units);
 }
 
 template <class Unit>
