@@ -65,6 +65,10 @@ constexpr Place kPlaces[] = {
 };
 static_assert(sizeof kPlaces / sizeof kPlaces[0] == static_cast<std::size_t>(ProcessorFeature::kCount));
 
+// What x86-64-v3 stands for: all that comes before the features of single makers.
+constexpr ProcessorFeatures kX86_64_v3 =
+    (ProcessorFeatures{1} << static_cast<unsigned>(ProcessorFeature::kFma4)) - 1;
+
 #ifdef __x86_64__
 
 // Which registers the operating system saves; none where it does not say.
@@ -133,7 +137,7 @@ void write_feature_names(ProcessorFeatures features, char* out, std::size_t size
 }
 
 extern "C" void upmoe_check_processor() {
-  const ProcessorFeatures missing = missing_features(kCompiledFeatures, processor_features());
+  const ProcessorFeatures have = processor_features(), missing = missing_features(kCompiledFeatures, have);
   if (missing == 0) return;
   constexpr int kDevice = 71;  // ExitCode::kDevice
   if (another_rank_speaks()) {
@@ -142,11 +146,12 @@ extern "C" void upmoe_check_processor() {
   }
   char names[512];
   write_feature_names(missing, names, sizeof names);
-  fprintf(
-      stderr,
-      "%s: error: compiled for another processor (UPMOE_ARCH=%s): this one lacks %s; build the program "
-      "anew on this machine with ./launch/setup.sh, or with --arch x86-64-v3 for machines of several kinds\n",
-      program_invocation_short_name, UPMOE_ARCH_NAME, names);
+  const bool runs_v3 = missing_features(kX86_64_v3, have) == 0;
+  fprintf(stderr,
+          "%s: error: compiled for another processor (UPMOE_ARCH=%s): this one lacks %s; build the program "
+          "anew on this machine with ./launch/setup.sh%s\n",
+          program_invocation_short_name, UPMOE_ARCH_NAME, names,
+          runs_v3 ? ", or with --arch x86-64-v3 for machines of several kinds" : "");
   _exit(kDevice);
 }
 

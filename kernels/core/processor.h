@@ -25,7 +25,7 @@ enum class ProcessorFeature : std::uint8_t {
   kBmi,
   kBmi2,
   kLzcnt,
-  kMovbe,
+  kMovbe,  // so far x86-64-v3
   kFma4,
   kXop,
   kTbm,
