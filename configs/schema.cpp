@@ -36,7 +36,9 @@ int closeness_limit(const std::string& name) {
 
 }  // namespace
 
-int edit_distance(const std::string& a, const std::string& b) {
+int edit_distance(const std::string& a, const std::string& b, int limit) {
+  if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > static_cast<std::size_t>(limit))
+    return limit + 1;
   std::vector<int> row(b.size() + 1);
   for (std::size_t j = 0; j <= b.size(); ++j) row[j] = static_cast<int>(j);
   for (std::size_t i = 1; i <= a.size(); ++i) {
@@ -185,9 +187,9 @@ std::string Schema::nearest(const std::string& section, const std::string& name)
   };
   for (const Field& f : fields_) {
     const bool same = f.section == section;
-    offer(f.full(), edit_distance(name, f.name) + (same ? 0 : 1));
-    if (section.empty() && !f.section.empty()) offer(f.section, edit_distance(name, f.section));
-    if (!section.empty()) offer(f.full(), edit_distance(section + "." + name, f.full()));
+    offer(f.full(), edit_distance(name, f.name, best) + (same ? 0 : 1));
+    if (section.empty() && !f.section.empty()) offer(f.section, edit_distance(name, f.section, best));
+    if (!section.empty()) offer(f.full(), edit_distance(section + "." + name, f.full(), best));
   }
   if (!choice.empty()) return fmt::format("; did you mean {}?", choice);
   std::vector<std::string> valid;

@@ -78,6 +78,7 @@ class Schema {
   std::vector<Field> fields_;
 };
 
-int edit_distance(const std::string& a, const std::string& b);
+// Anything above `limit` where that is passed: words of very different lengths are not compared at all.
+int edit_distance(const std::string& a, const std::string& b, int limit = 1 << 20);
 
 }  // namespace upmoe

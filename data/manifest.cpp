@@ -157,7 +157,11 @@ std::string shard_json(const Manifest& shard) {
   return body_of(shard).dump();
 }
 Manifest parse_shard(const std::string& text) {
-  return from_body(json::parse(text));
+  try {
+    return from_body(json::parse(text));
+  } catch (const json::exception& e) {
+    fail(ExitCode::kBadInput, "a rank's table of its shard is broken: {}", e.what());
+  }
 }
 
 void merge(Manifest& whole_store, const Manifest& shard) {

@@ -93,8 +93,10 @@ def train_tokenizer(paths, args):
 def load_tokenizer(content, path):
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as e:  # the library raises plain Exception
-        raise BadInput(f"{path}: not a Hugging Face tokenizer.json: {e}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises plain Exception, and a panic of its own that is none
+        raise BadInput(f"{path}: not a Hugging Face tokenizer.json: {' '.join(str(e).split())}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -8,9 +8,15 @@ reached, and every 20th is held out.
 
 import argparse
 import hashlib
+import os
 import sys
 import sysconfig
 from pathlib import Path
+
+from command_line import BadInput, display, run_tool
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
+from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
 
 HELD_OUT_EVERY = 20
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
@@ -23,13 +29,15 @@ def candidates(folder, suffixes):
         if suffixes is not None and (path.suffix not in suffixes or SKIPPED_FOLDERS & set(below.parts[:-1])):
             continue
         if path.is_file() and not path.is_symlink() and 0 < path.stat().st_size <= LARGEST_FILE:
-            yield hashlib.sha256(below.as_posix().encode()).digest(), path
+            yield hashlib.sha256(os.fsencode(below.as_posix())).digest(), path
 
 
 def is_text(path):
+    """What data/tokenize.py takes without being told anything about it."""
     try:
-        return "\0" not in path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, PermissionError):
+        tasks = plan_tasks([str(path)], Choices())
+        return any(text for task in tasks for text, _ in documents_of(task, Choices()))
+    except (BadInput, OSError):
         return False
 
 
@@ -41,7 +49,7 @@ def main():
     args = parser.parse_args()
     folder = (args.text or Path(sysconfig.get_paths()["stdlib"])).resolve()
     if not folder.is_dir():
-        sys.exit(f"collect_text: {folder} is not a folder")
+        raise BadInput(f"{display(folder)}: is not a folder")
     chosen, size = [], 0
     for _, path in sorted(candidates(folder, None if args.text else {".py"})):
         if size >= args.megabytes * 1e6:
@@ -52,13 +60,14 @@ def main():
     lists = {"valid.txt": chosen[HELD_OUT_EVERY - 1::HELD_OUT_EVERY],
              "train.txt": [path for i, path in enumerate(chosen, 1) if i % HELD_OUT_EVERY]}
     if not lists["valid.txt"] or size < 500_000:
-        sys.exit(f"collect_text: {folder} holds {len(chosen)} usable text files of {size / 1e6:.1f} MB together; "
-                 f"the quickstart wants at least {HELD_OUT_EVERY} files and 0.5 MB. Give another folder with --text")
+        raise BadInput(f"{display(folder)}: holds {len(chosen)} usable text files of {size / 1e6:.1f} MB together; the "
+                       f"quickstart wants at least {HELD_OUT_EVERY} files and 0.5 MB. Give another folder with --text")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, paths in lists.items():
-        (args.out / name).write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
-    print(f"text: {len(chosen)} files, {size / 1e6:.1f} MB from {folder}; {len(lists['valid.txt'])} of them held out")
+        (args.out / name).write_bytes(b"".join(os.fsencode(path) + b"\n" for path in paths))
+    print(f"text: {len(chosen)} files, {size / 1e6:.1f} MB from {display(folder)}; {len(lists['valid.txt'])} of them "
+          "held out")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("collect_text", main))

@@ -61,7 +61,9 @@ def run_tool(name, main):
         status, text = 130, "stopped"
     except MemoryError:
         status, text = 1, "out of memory"
-    except Exception as e:  # noqa: BLE001  the one place that turns the rest into a line
+    except SystemExit:
+        raise
+    except BaseException as e:  # noqa: BLE001  the one place that turns the rest into a line; panics of tokenizers too
         status, text = 1, unexpected(e)
     print(f"{name}: error: {text}" if status != 130 else f"\n{name}: {text}", file=sys.stderr)
     return status

@@ -10,8 +10,11 @@ import argparse
 import json
 import random
 import struct
+import sys
 from array import array
 from pathlib import Path
+
+from command_line import BadInput, run_tool
 
 QWEN15_1_8B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -39,6 +42,8 @@ QWEN15_1_8B = {
 }
 PRESETS = {"qwen1.5-1.8b": QWEN15_1_8B}
 TABLE = 1 << 22
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+         "vocab_size")
 DTYPES = {"bf16": ("BF16", "H", "bfloat16"), "fp32": ("F32", "f", "float32")}
 
 
@@ -129,6 +134,19 @@ def write_model(out, config, dtype, std, seed):
     print(f"{out}: {len(tensors)} tensors, {total:,} parameters")
 
 
+def read_config(path):
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise BadInput(f"{path}: not valid JSON: {problem}") from None
+    if not isinstance(config, dict) or config.get("model_type") != "qwen2":
+        raise BadInput(f"{path}: not the config.json of a model with model_type 'qwen2'")
+    for key in SIZES:
+        if not isinstance(config.get(key), int) or not 0 < config[key] < 1 << 31:
+            raise BadInput(f"{path}: {key} is {config.get(key)!r}, expected a size")
+    return config
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to be made")
@@ -137,13 +155,11 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(default %(default)s)")
     args = parser.parse_args()
-    config = PRESETS.get(args.config) or json.loads(Path(args.config).read_text())
-    if config.get("model_type") != "qwen2":
-        parser.error(f"{args.config}: model_type is {config.get('model_type')!r}, expected 'qwen2'")
+    config = PRESETS.get(args.config) or read_config(args.config)
     if (args.out / "model.safetensors").exists():
         parser.error(f"{args.out} holds a model already")
     write_model(args.out, config, args.dtype, args.std, args.seed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("make_random_dense", main))

@@ -13,7 +13,7 @@ MORE_STEPS=400         # of the mixture of experts, and of the dense model that 
 GLOBAL_BATCH=8
 DENSE_LR=2.0e-3
 MORE_LR=2.0e-3
-EVAL_SEQUENCES=256     # of the closing comparison
+EVAL_SEQUENCES=128     # of every held-out loss, during training and in the table
 EVERY=()               # more keys of all runs
 
 # With --brief: the same stages in about a minute of computing, to see that all of them work here.
@@ -123,7 +123,8 @@ evaluate() {  # NAME MODEL
 # NAME MODEL: the keys that put a run into $out; the files of configs/quickstart name runs/quickstart.
 places() {
   keys=(run.dir="$out/$1" model.path="$out/models/$2" data.train="[{path: $out/tokens/train.h5, weight: 1.0}]"
-    data.valid="$out/tokens/valid.h5" data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH" "${EVERY[@]}")
+    data.valid="$out/tokens/valid.h5" data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH"
+    train.eval_sequences="$EVAL_SEQUENCES" "${EVERY[@]}")
 }
 more=(train.steps="$MORE_STEPS" optimizer.lr="$MORE_LR")
 

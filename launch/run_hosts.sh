@@ -86,23 +86,29 @@ fi
 
 hosts=()
 read_hosts() {
-  [[ -r $hostfile ]] || die "--hostfile $hostfile: cannot be read"
-  local line slots found
+  [[ -f $hostfile && -r $hostfile ]] || die "--hostfile $hostfile: cannot be read"
+  local line slots found host
   hosts=() slots=''
   while IFS= read -r line || [[ -n $line ]]; do
-    line=${line%%#*}
+    line=${line%%#*} line=${line%$'\r'}
     read -r host _ <<<"$line"
     [[ -n $host ]] || continue
+    [[ $host =~ ^[][A-Za-z0-9._:%@+-]+$ && $host != -* ]] ||
+      die "--hostfile $hostfile: $(printf %q "$host") is no name or address of a host"
     hosts+=("$host")
     found=1
-    [[ ! $line =~ [[:space:]]slots[[:space:]]*=[[:space:]]*([0-9]+) ]] || found=${BASH_REMATCH[1]}
+    if [[ $line =~ [[:space:]]slots[[:space:]]*=[[:space:]]*([^[:space:]]*) ]]; then
+      found=${BASH_REMATCH[1]}
+      [[ $found =~ ^0*[1-9][0-9]{0,4}$ ]] ||
+        die "--hostfile $hostfile: $host has slots=$(printf %q "$found"), expected a number from 1 to 99999"
+      found=$((10#$found))
+    fi
     [[ -n $ranks || -z $slots || $slots -eq $found ]] ||
       die "--hostfile $hostfile: $host has slots=$found, the hosts before it $slots; give --ranks-per-host"
     slots=$found
-  done <"$hostfile"
+  done < <(LC_ALL=C tr -d '\0' <"$hostfile")
   [[ ${#hosts[@]} -gt 0 ]] || die "--hostfile $hostfile: names no host"
   per_host=${ranks:-$slots}
-  [[ $per_host -ge 1 ]] || die "--hostfile $hostfile: slots=$per_host; expected at least 1"
 }
 
 physical_cores() {  # that this process may use; hardware threads of one core count once, as Open MPI binds to cores

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from bench_record import SHAPES, parser_of, train, write_record
+from bench_record import SHAPES, parser_of, run_tool, train, write_record
 
 EXPERTS = ("eager", "grouped_mm")
 
@@ -123,4 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("against_transformers", main))

@@ -6,10 +6,14 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "launch"))
+from command_line import run_tool  # noqa: E402, F401  of the scripts that import this
+
 COMMON = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
           "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "initializer_range": 0.02,
           "num_hidden_layers": 4, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,

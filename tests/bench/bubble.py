@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from statistics import linear_regression, median
 
-from bench_record import SHAPES, parser_of, train, write_record
+from bench_record import SHAPES, parser_of, run_tool, train, write_record
 
 MICRO_BATCHES = (2, 4, 8, 16)
 LAYOUTS = {"dp 2": {}, "pp 2": {"pp": 2}, "pp 2 x 2 chunks": {"pp": 2, "pp_chunks": 2}}
@@ -74,4 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("bubble", main))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from bench_record import ROOT, parser_of, train, write_record
+from bench_record import ROOT, parser_of, run_tool, train, write_record
 
 HOSTS = ("upmoe-node1", "upmoe-node2")
 
@@ -72,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("exchange", main))

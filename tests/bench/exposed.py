@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from bench_record import ROOT, checked, local_ranks, parser_of, write_record, write_run
+from bench_record import ROOT, checked, local_ranks, parser_of, run_tool, write_record, write_run
 
 LAYOUTS = {"dp 2": {}, "ep 2": {"ep": 2}, "tp 2": {"tp": 2}, "cp 2": {"cp": 2}, "pp 2": {"pp": 2}}
 
@@ -50,4 +50,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("exposed", main))

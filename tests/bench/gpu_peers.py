@@ -11,7 +11,10 @@ medians between device events. What does not run here says why.
 
 import argparse
 import json
+import sys
 from statistics import median
+
+from bench_record import run_tool
 
 WIDTH, HEADS, HEAD, VOCAB, SEQ = 2048, 16, 128, 151936, 2048
 EXPERTS, TOP_K, EXPERT_WIDTH, SHARED_WIDTH = 60, 4, 1408, 5632
@@ -166,4 +169,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("gpu_peers", main))

@@ -10,7 +10,10 @@ Ratios to PyTorch and transformers are of the same run on the same GPU. Nothing 
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
+
+from bench_record import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FIRST_STEP = 3  # the first steps choose algorithms and take memory
@@ -180,4 +183,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("gpu_record", main))

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from bench_record import parser_of, train, write_record
+from bench_record import parser_of, run_tool, train, write_record
 
 LAYOUTS = {"one rank": {}, "dp 2": {}, "ep 2": {"ep": 2}, "tp 2": {"tp": 2}, "cp 2": {"cp": 2}, "pp 2": {"pp": 2},
            "pp 2 x 2 chunks": {"pp": 2, "pp_chunks": 2}, "etp 2": {"etp": 2}}
@@ -45,4 +45,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("layouts", main))

@@ -15,7 +15,7 @@ void require(bool condition, const char* what) {
 }
 }  // namespace
 
-void safetensors(const std::uint8_t* data, std::size_t size) {
+bool safetensors(const std::uint8_t* data, std::size_t size) {
   try {
     const SafetensorsHeader header =
         parse_safetensors_header(std::as_bytes(std::span(data, size)), size, "fuzz");
@@ -26,8 +26,10 @@ void safetensors(const std::uint8_t* data, std::size_t size) {
     }
     require(header.data_begin <= size && at == size - header.data_begin,
             "tensors outside the file were accepted");
+    return true;
   } catch (const Error& e) {
     require(e.code() == ExitCode::kBadInput, e.what());
+    return false;
   }
 }
 

@@ -1,6 +1,7 @@
 // The fuzzers' entries over seeded random mutations of good inputs: runs everywhere, the same every time.
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <array>
 #include <filesystem>
@@ -9,7 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "data/manifest.h"
 #include "data/safetensors.h"
+#include "data/token_file_writer.h"
 #include "kernels/core/philox.h"
 #include "tests/fuzz/fuzz_entries.h"
 
@@ -124,12 +127,7 @@ TEST(Mutations, Safetensors) {
       bytes.assign(reinterpret_cast<const char*>(&n), 8);
       bytes += header + std::string(mutator.below(24), '\0');
     }
-    fuzz::safetensors(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size());
-    try {
-      parse_safetensors_header(std::as_bytes(std::span(bytes)), bytes.size(), "mutation");
-      ++accepted;
-    } catch (const Error&) {
-    }
+    accepted += fuzz::safetensors(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()) ? 1 : 0;
   }
   EXPECT_GT(accepted, 10);  // the mutations are not all hopeless
   EXPECT_LT(accepted, 15'000);
@@ -147,6 +145,62 @@ TEST(Mutations, Configurations) {
     const std::string text = mutator.mutate(corpus[mutator.below(corpus.size())], corpus);
     fuzz::configurations(reinterpret_cast<const std::uint8_t*>(text.data()), text.size());
   }
+}
+
+// How many of `count` mutations an entry accepts.
+int accepted_of(int count, std::uint64_t seed, const std::vector<std::string>& corpus,
+                bool (*entry)(const std::uint8_t*, std::size_t)) {
+  int accepted = 0;
+  for (int i = 0; i < count; ++i) {
+    Mutator mutator(seed + static_cast<std::uint64_t>(i));
+    const std::string text = mutator.mutate(corpus[mutator.below(corpus.size())], corpus);
+    accepted += entry(reinterpret_cast<const std::uint8_t*>(text.data()), text.size()) ? 1 : 0;
+  }
+  return accepted;
+}
+
+TEST(Mutations, TokenFiles) {
+  const fs::path path = fs::path(testing::TempDir()) / fmt::format("mutation_{}.h5", ::getpid());
+  std::vector<std::uint32_t> tokens(500);
+  for (std::uint32_t i = 0; i < 500; ++i) tokens[i] = i % 64;
+  write_token_file(path, tokens, {100, 250, 500}, 64);
+  const std::vector<std::string> corpus{slurp(path), slurp(UPMOE_SOURCE_DIR "/tests/data/from_tokenize.h5")};
+  fs::remove(path);
+  EXPECT_GT(accepted_of(4'000, 2'000'000, corpus, fuzz::token_file), 10);
+}
+
+std::vector<Manifest> manifests() {
+  std::vector<Manifest> made;
+  for (std::int64_t n = 1; n < 4; ++n) {
+    Manifest m;
+    m.run = R"({"step": 10, "samples": 80})";
+    m.files = {{"shard_00000.h5", 1000, 1}, {"shard_00001.h5", 1000, 2}};
+    for (std::size_t half = 0; half < 2; ++half) {
+      const Box box{Shape{static_cast<std::int64_t>(half) * n, 0}, Shape{n, 3}};
+      StoredTensor& t = m.tensors[{"layers.0.w", "weight"}];
+      t.shape = Shape{2 * n, 3};
+      t.pieces.push_back({half, "/weight/layers.0.w", 100, {box}});
+    }
+    made.push_back(std::move(m));
+  }
+  return made;
+}
+
+TEST(Mutations, ManifestsAndShardTables) {
+  std::vector<std::string> whole, shards;
+  for (const Manifest& m : manifests()) {
+    whole.push_back(manifest_json(m));
+    shards.push_back(shard_json(m));
+  }
+  EXPECT_GT(accepted_of(5'000, 3'000'000, whole, fuzz::manifest), 10);
+  EXPECT_GT(accepted_of(5'000, 4'000'000, shards, fuzz::shard_table), 10);
+}
+
+TEST(Mutations, Indices) {
+  const std::vector<std::string> corpus{
+      R"({"metadata": {"total_size": 8}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})",
+      R"({"weight_map": {"a": "x", "b": "y"}})"};
+  EXPECT_EQ(accepted_of(2'000, 5'000'000, corpus, fuzz::index), 0);  // the files are not there
 }
 
 }  // namespace

@@ -200,6 +200,18 @@ class BadFiles(CliTest):
         self.tokens = self.write_tokens("wild.h5", [101] * 200)
         self.eval_refused("wild.h5", "101")
 
+    # A warning: the same tokenizer written anew has another digest, too.
+    def test_another_tokenizer_than_the_models_is_told(self):
+        (self.model / "tokenizer.json").write_text("{}", encoding="utf-8")
+        with h5py.File(self.tokens, "r+") as file:
+            file.attrs["tokenizer_sha256"] = "ab" * 32
+        for arguments in (("eval", self.model, "--data", self.tokens, "--seq-len", 16, "--sequences", 4),
+                          ("train", self.write_run())):
+            done = upmoe(*arguments)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            for words in (self.tokens, "was made with another tokenizer", self.model / "tokenizer.json"):
+                self.assertIn(str(words), done.stderr)
+
     def test_not_a_token_file(self):
         self.tokens.write_bytes(b"no HDF5 at all")
         self.eval_refused("tokens.h5")

@@ -9,6 +9,9 @@ import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "launch"))
+import report  # noqa: E402
+
 # The interpreter with matplotlib that `upmoe report` would take.
 OWN = ROOT / ".venv" / "bin" / "python"
 PYTHON = os.environ.get("UPMOE_PYTHON") or (str(OWN) if OWN.exists() else sys.executable)
@@ -40,7 +43,7 @@ class Report(unittest.TestCase):
 
     def report(self, *arguments):
         return subprocess.run([PYTHON, ROOT / "launch" / "report.py", *map(str, arguments)], capture_output=True,
-                              text=True, check=False)
+                              text=True, errors="replace", check=False)
 
     def refused(self, words, *arguments):
         done = self.report(*arguments)
@@ -68,6 +71,41 @@ class Report(unittest.TestCase):
         run = self.run_dir("run", [step(2) | {"ranks": 2}, step(4) | {"ranks": 2}])
         for axis in ("tokens", "flops", "seconds", "step"):
             self.assertEqual(self.report(run, "--against", axis).returncode, 0)
+
+    # A folder's name is bytes, and a formula to matplotlib.
+    def test_any_name_of_a_run_is_drawn(self):
+        odd = self.run_dir(os.fsdecode(b"run_$x^$ \xff"), [step(1), step(2)])
+        hidden = self.run_dir("_hidden", [step(1), held_out(1), step(2)])
+        done = self.report(odd, hidden)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        self.assertIn("run_$x^$ \ufffd", (odd / "report" / "report.html").read_text(encoding="utf-8"))
+        self.assertFalse(report.title_of("_hidden").startswith("_"))  # or matplotlib leaves it out of the legend
+
+    def test_labels_that_do_not_match_are_usage(self):
+        done = self.report(self.run_dir("run", [step(1)]), "--label", "a", "--label", "b")
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("2 labels for 1 runs", done.stderr)
+
+    # In this process, to be quick: what read_run refuses comes out as in test_bad_input.
+    def test_metrics_are_not_taken_at_their_word(self):
+        wrong = [{"loss": "low"}, {"step": "one"}, {"step": True}, {"step": -1}, {"seconds": [1]}, {"tokens": None},
+                 {"tokens_per_s": float("nan")}, {"seconds": 10**400}, {"flops": "many"}, {"grad_norm": {}},
+                 {"expert_load": [[1, 2], [3]]}, {"expert_load": [[[[1]]]]}, {"expert_load": [[]]}, {"expert_load": 3},
+                 {"expert_load": [["a"]]}]
+        for i, change in enumerate(wrong):
+            run = self.run_dir(f"wrong_{i}", [step(1), step(2) | change])
+            with self.assertRaisesRegex(report.BadInput, "metrics.jsonl:2: not a metrics record", msg=str(change)):
+                report.read_run(run, "x", "#000000")
+        for i, line in enumerate(["[1]", "[" * 100000, '"text"', "\x00", "null", ""]):
+            run = self.run_dir(f"line_{i}", [step(1), line + "\n", step(2)])
+            with self.assertRaisesRegex(report.BadInput, "metrics.jsonl:2", msg=line[:20]):
+                report.read_run(run, "x", "#000000")
+        changed = self.run_dir("changed", [step(1, 4), step(2, 8)])
+        with self.assertRaisesRegex(report.BadInput, "another shape"):
+            report.read_run(changed, "x", "#000000")
+        odd = self.run_dir("odd", [step(1), step(2) | {"loss": float("nan"), "mfu": float("inf")}, '{"step": 3, "lo'])
+        self.assertEqual(len(report.read_run(odd, "x", "#000000").steps), 2)
 
     def test_bad_input(self):
         self.refused("not found", self.folder / "nowhere")

@@ -1,0 +1,127 @@
+"""How the Python tools end, and that the quickstart's table and pictures speak of the same sequences."""
+
+import contextlib
+import io
+import json
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "launch"))
+import collect_text  # noqa: E402
+import quickstart_table  # noqa: E402
+from command_line import BadInput, run_tool  # noqa: E402
+
+
+def status_and_words(main):
+    words = io.StringIO()
+    with contextlib.redirect_stderr(words):
+        status = run_tool("tool", main)
+    return status, words.getvalue()
+
+
+def throw(error):
+    raise error
+
+
+class Endings(unittest.TestCase):
+    def test_every_error_is_one_line_with_its_status(self):
+        for error, status, words in ((BadInput("no good"), 3, "no good"), (KeyError("k"), 1, "unexpected KeyError"),
+                                     (PermissionError(13, "Permission denied", b"f\xff"), 3, "f\ufffd: Perm"),
+                                     (KeyboardInterrupt(), 130, "stopped"), (MemoryError(), 1, "out of memory"),
+                                     (ValueError("two\nlines"), 1, "two lines")):
+            found, told = status_and_words(lambda error=error: throw(error))
+            self.assertEqual(found, status)
+            self.assertIn(words, told)
+            self.assertEqual(told.strip().count("\n"), 0, told)
+        self.assertEqual(status_and_words(lambda: None), (0, ""))
+
+    PROGRAM = "import sys, time; sys.path.append('launch'); from command_line import run_tool; "
+
+    def start(self, body):
+        return subprocess.Popen([sys.executable, "-c", self.PROGRAM + body], cwd=ROOT, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+
+    def test_a_closed_pipe_is_no_error(self):
+        tool = self.start("sys.exit(run_tool('tool', lambda: [print('x' * 1000) for _ in range(1000)] and 0))")
+        tool.stdout.close()
+        self.assertEqual((tool.wait(timeout=60), tool.stderr.read()), (0, b""))
+        tool.stderr.close()
+
+    def test_ctrl_c_while_libraries_load_ends_without_a_traceback(self):
+        tool = self.start("print('loading', flush=True); time.sleep(60)")
+        tool.stdout.readline()
+        tool.send_signal(signal.SIGINT)
+        _, told = tool.communicate(timeout=60)
+        self.assertEqual((tool.returncode, told), (-signal.SIGINT, b""))
+
+    def test_every_tool_ends_this_way(self):
+        for folder in ("launch", "data", "tests/bench"):
+            for path in sorted((ROOT / folder).glob("*.py")):
+                text = path.read_text(encoding="utf-8")
+                if "__main__" in text and not path.name.startswith(("check_", "make_golden")):
+                    self.assertIn("sys.exit(run_tool(", text, str(path))
+
+
+class CollectText(unittest.TestCase):
+    # Otherwise the next stage of the quickstart would stop at it.
+    def test_only_what_can_be_tokenized_is_chosen(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content, good in (("a.py", b"x = 1\n", True), ("b.json", b'{"name": "x"}', False),
+                                        ("c.jsonl", b'{"text": "x"}\n', True), ("d.txt", b"\xff", False),
+                                        ("e.txt", b"a\0", False), ("f.zip", b"PK\x03\x04", False)):
+                path = Path(folder) / name
+                path.write_bytes(content)
+                self.assertEqual(collect_text.is_text(path), good, name)
+
+
+class QuickstartTable(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+        header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+        for model in ("dense", "dense_continued", "moe", "moe_trained"):
+            (self.folder / "models" / model).mkdir(parents=True)
+            (self.folder / "models" / model / "config.json").write_text("{}")
+            (self.folder / "models" / model / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        (self.folder / "eval").mkdir()
+        for name in ("dense", "dense_continued", "moe_step0", "moe", "moe_exported"):
+            self.evaluated(name, 4.0 if name.startswith("moe") else 4.5, 1000)
+        for run in ("dense", "dense_continued", "moe"):
+            self.run_ended(run, 4.0 if run == "moe" else 4.5, 1000)
+
+    def evaluated(self, name, loss, tokens):
+        (self.folder / "eval" / f"{name}.json").write_text(json.dumps({"loss": loss, "tokens": tokens}))
+
+    def run_ended(self, run, loss, tokens):
+        (self.folder / run).mkdir(exist_ok=True)
+        lines = [{"step": 1, "tokens": 10, "tokens_per_s": 5.0},
+                 {"kind": "eval", "step": 1, "tokens": 10, "eval_loss": loss, "eval_tokens": tokens}]
+        (self.folder / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def status(self):
+        with contextlib.redirect_stdout(io.StringIO()):
+            return quickstart_table.table(self.folder, check=True)
+
+    def test_one_set_of_sequences_one_number(self):
+        self.assertEqual(self.status(), 0)
+        self.run_ended("dense", 4.5, 250)
+        with self.assertRaisesRegex(BadInput, "250 tokens, the table's over 1000"):
+            self.status()
+        self.run_ended("dense", 3.96, 1000)
+        with self.assertRaisesRegex(BadInput, "3.96"):
+            self.status()
+        self.run_ended("dense", 4.5, 1000)
+        self.evaluated("moe_step0", 4.0, 500)
+        with self.assertRaisesRegex(BadInput, "different numbers of tokens"):
+            self.status()
+
+
+if __name__ == "__main__":
+    unittest.main()
