@@ -19,7 +19,7 @@ EVERY=()               # more keys of all runs
 # With --brief: the same stages in about a minute of computing, to see that all of them work here.
 brief_knobs() {
   MEGABYTES=1 DENSE_STEPS=24 MORE_STEPS=12 EVAL_SEQUENCES=16
-  EVERY=(schedule.warmup=4 train.eval_every=8 train.eval_sequences=8 checkpoint.every=8)
+  EVERY=(schedule.warmup=4 train.eval_every=8 checkpoint.every=8)
 }
 
 usage() {
