@@ -139,9 +139,10 @@ std::string complaint(const CoreShare& share) {
 
 void bound_spinning() {
 #ifdef _OPENMP
-  // How long: longer than the pauses between two ops, far shorter than a turn of the scheduler
-  // (milliseconds).
-  constexpr const char* kTurns = "10000";
+  // How long: tens of microseconds, longer than the pauses between most ops, far shorter than a turn of the
+  // scheduler. What a step takes longer for on a busy machine grows with it: tests/bench/busy_machine.py
+  // --spins tries others.
+  constexpr const char* kTurns = "1000";
   if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
   std::ifstream file("/proc/self/cmdline");
   const std::string line{std::istreambuf_iterator<char>(file), {}};

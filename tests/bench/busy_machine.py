@@ -49,7 +49,9 @@ def main():
     parser = parser_of(__doc__, ["tiny", "mid"], ["fp32"])
     parser.add_argument("--hogs", type=int, default=os.cpu_count(), help="other processes of the busy half")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--spins", type=int, nargs="*", default=[], help="other numbers of turns to try beside")
     args = parser.parse_args()
+    WAYS.update({f"{n} turns": {"GOMP_SPINCOUNT": str(n)} for n in args.spins})
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
