@@ -2,6 +2,8 @@
 
 #include <fmt/ranges.h>
 
+#include <filesystem>
+
 #include "kernels/core/philox.h"
 
 namespace upmoe {
@@ -76,6 +78,10 @@ void run_agreed(Communicator& comm, const std::function<void()>& body) {
   } catch (const Error& e) {
     message = words(e.what());
     code = e.code();
+  } catch (const std::filesystem::filesystem_error& e) {  // what the system refuses is no fault of ours
+    message =
+        fmt::format("{}: {}; check the path and its permissions", e.path1().string(), e.code().message());
+    code = ExitCode::kBadInput;
   } catch (const std::exception& e) {
     message = words(e.what());
   }

@@ -15,8 +15,11 @@ void RunCheckpoints::take_over(RunLock* lock) {
 std::optional<std::filesystem::path> RunCheckpoints::choose() {
   const CheckpointChoice choice = choose_checkpoint(dir_, world_);
   if (world_.rank() == 0) keeper_.remember(choice);
-  if (choice.newest) saved_step_ = *step_of(choice.newest->filename().string());
   return choice.newest;
+}
+
+void RunCheckpoints::resumed(const std::filesystem::path& from, std::int64_t step) {
+  if (from.filename() == checkpoint_name(step)) saved_step_ = step;  // else it was renamed
 }
 
 void RunCheckpoints::require_folder() {

@@ -101,6 +101,7 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   Session& s = *session_;
   if (checkpoint) {
     state_ = load_checkpoint(ShardStore(*checkpoint), s);
+    checkpoints_.resumed(*checkpoint, state_.step);
     if (world_.rank() == 0) log::info("resuming from {} (step {})", checkpoint->string(), state_.step);
   } else {
     state_.source = fs::absolute(run_.model.path).string();

@@ -170,6 +170,16 @@ class Recovery(unittest.TestCase):
         self.assertIn("/proc/nothing", self.train("run.dir=/proc/nothing/run", status=3))
         self.assertEqual(sorted(p.name for p in (self.dir / "model").iterdir()), ["config.json"])
 
+    def test_what_the_system_refuses_is_bad_input(self):
+        loop = self.dir / "loop"
+        loop.symlink_to("loop")
+        for words in (("inspect", loop), ("export", loop, "--to", self.dir / "x"),
+                      ("eval", loop, "--data", self.dir / "tokens.h5", "--seq-len", "16")):
+            said = self.upmoe(*words, status=3).stderr
+            self.assertIn("symbolic links", said)
+            self.assertIn(str(loop), said)
+        self.train(f"model.path={loop}", "model.init=weights", status=3)
+
     def test_an_export_holds_the_masters(self):
         self.train("train.steps=5", "train.precision=bf16", "optimizer.lr=3e-3")
         exported = self.dir / "exported"

@@ -94,6 +94,15 @@ TEST_F(Recovery, ARunNeverStartsOverByItself) {
   EXPECT_EQ(set_aside("run"), 0u);  // nothing better is there: left as it is
 }
 
+// What counts is the step that a checkpoint holds, not the one in its name.
+TEST_F(Recovery, ARenamedCheckpointIsNoSaveOfItsNewName) {
+  run(config("run", 4, 1), 1);
+  fs::rename(checkpoint("run", 4), checkpoint("run", 6));
+  run(config("run", 6, 1), 1);
+  EXPECT_EQ(losses("run").size(), 6u);
+  EXPECT_EQ(nlohmann::json::parse(ShardStore(checkpoint("run", 6)).metadata_json()).at("step"), 6);
+}
+
 TEST_F(Recovery, FreshRefusesUnusableOnesToo) {
   run(config("run", 2, 1), 1);
   flip(checkpoint("run", 2));
