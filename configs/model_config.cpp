@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "configs/json_reader.h"
+#include "configs/model_folder.h"
 
 namespace upmoe {
 namespace {
@@ -219,8 +220,9 @@ ModelConfig read_model_config(const std::filesystem::path& path) {
   try {
     text = read_text_file(file);
   } catch (const Error& e) {
-    throw Error(ExitCode::kBadInput,
-                std::string(e.what()) + "; expected the config.json of a Hugging Face model");
+    throw Error(ExitCode::kBadInput, std::string(e.what()) +
+                                         "; expected the config.json of a Hugging Face model" +
+                                         model_folder_hint(path));
   }
   return parse_model_config(text, file.string());
 }

@@ -71,7 +71,7 @@ struct RunConfig {
     int node_ranks = 0;
     int pp_chunks = 1;  // runs of blocks per pipeline stage; above 1 the schedule is interleaved
   } parallel;
-  std::vector<std::string> freeze;  // shell-style patterns over parameter names
+  std::vector<std::string> freeze;  // shell-style patterns over parameter names, ours or Hugging Face's
   struct Checkpoint {
     std::int64_t every = 0;
     int keep = 3;
@@ -83,11 +83,13 @@ struct RunConfig {
   } log;
   std::string device = "auto";  // auto | cpu | cuda
 
-  std::string origin;  // the file it came from, for messages
+  std::string origin;              // the file it came from, for messages
+  std::vector<std::string> notes;  // for the start of the run: what was asked for in vain, one sentence each
 };
 
 // Reads YAML strictly, then applies `section.key=value` overrides. Throws Error(kUsage) that lists every
-// problem with file, line and the nearest valid key. Relative paths stay relative to the working directory.
+// problem with file, line and the nearest valid key. Relative paths stay relative to the working directory;
+// in all paths ~ and ${NAME} are filled in (path_text.h).
 RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
 RunConfig parse_run_config(const std::string& yaml, const std::string& where,
                            const std::vector<std::string>& overrides);
@@ -98,7 +100,12 @@ std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& mo
 // axis doubled or halved is one step); empty when no mesh near it helps.
 std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig& model, int world_size,
                                         std::size_t most = 3);
+// Keys that were changed from their defaults and have no effect beside the others, one sentence each; with
+// the model, those that depend on it alone.
+std::vector<std::string> without_effect(const RunConfig& run);
+std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig& model);
 std::string run_config_reference();         // every key: type, range, default; one line each
+std::string run_config_help();              // every key with its meaning, for people
 std::string to_yaml(const RunConfig& run);  // the resolved configuration; reading it gives the same run
 
 }  // namespace upmoe

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "configs/nearest_name.h"
+#include "configs/path_text.h"
 #include "configs/schema_values.h"
 
 namespace upmoe {
@@ -19,6 +21,7 @@ std::string number_type(const std::string& kind, const NumberCheck& check) {
 }
 
 std::string text_type(const TextCheck& check) {
+  if (check.path) return check.may_be_empty ? "path or nothing" : "path";
   if (check.names.empty()) return "text";
   std::string words = fmt::format("{}", fmt::join(check.names, " | "));
   if (!check.planned.empty()) words += fmt::format(" (not built yet: {})", fmt::join(check.planned, ", "));
@@ -29,29 +32,7 @@ bool is_auto(const YamlNode& node) {
   return node.kind == YamlNode::Kind::kScalar && !node.quoted && node.text == "auto";
 }
 
-// Keys closer than this are worth proposing.
-int closeness_limit(const std::string& name) {
-  return std::max(2, static_cast<int>(name.size()) / 3);
-}
-
 }  // namespace
-
-int edit_distance(const std::string& a, const std::string& b, int limit) {
-  if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > static_cast<std::size_t>(limit))
-    return limit + 1;
-  std::vector<int> row(b.size() + 1);
-  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = static_cast<int>(j);
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    int diagonal = row[0];
-    row[0] = static_cast<int>(i);
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const int above = row[j];
-      row[j] = std::min({above + 1, row[j - 1] + 1, diagonal + (a[i - 1] == b[j - 1] ? 0 : 1)});
-      diagonal = above;
-    }
-  }
-  return row[b.size()];
-}
 
 Schema& Schema::section(const std::string& name) {
   section_ = name;
@@ -59,7 +40,12 @@ Schema& Schema::section(const std::string& name) {
 }
 
 Schema& Schema::key(const std::string& name, const std::string& type, bool required, Read read, Write write) {
-  fields_.push_back({section_, name, type, required, std::move(read), std::move(write), ""});
+  fields_.push_back({section_, name, type, "", required, std::move(read), std::move(write), "", ""});
+  return *this;
+}
+
+Schema& Schema::says(const std::string& meaning) {
+  fields_.back().meaning = meaning;
   return *this;
 }
 
@@ -70,7 +56,7 @@ Schema& Schema::key(const std::string& name, std::string& target, TextCheck chec
       [&target, check](const YamlNode& node, const std::string& full, Problems& problems) {
         if (auto value = text_of(node, full, check, problems)) target = *std::move(value);
       },
-      [&target] { return yaml_quoted(target); });
+      [&target, check] { return yaml_quoted(check.path ? path_as_text(target) : target); });
 }
 
 Schema& Schema::key(const std::string& name, std::int64_t& target, NumberCheck check) {
@@ -270,6 +256,11 @@ void Schema::apply_override(const std::string& assignment, Problems& problems) {
     node.text = value;
     node.where = where;
   }
+  if (field->where == where && field->override != value) {
+    notes_.push_back(fmt::format("{} is given twice on the command line; {} counts, not {}", full, value,
+                                 field->override));
+  }
+  field->override = value;
   read_into(*field, node, problems);
 }
 
@@ -301,6 +292,33 @@ std::string Schema::to_yaml() const {
       if (!section.empty()) out += section + ":\n";
     }
     out += fmt::format("{}{}: {}\n", field.section.empty() ? "" : "  ", field.name, field.write());
+  }
+  return out;
+}
+
+std::vector<std::pair<std::string, std::string>> Schema::values() const {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (const Field& field : fields_) all.emplace_back(field.full(), field.write());
+  return all;
+}
+
+std::vector<std::string> Schema::keys() const {
+  std::vector<std::string> all;
+  for (const Field& field : fields_) all.push_back(field.full());
+  return all;
+}
+
+std::string Schema::nearest(const std::string& full_key) const {
+  const std::size_t dot = full_key.find('.');
+  if (dot == std::string::npos) return nearest("", full_key);
+  return nearest(full_key.substr(0, dot), full_key.substr(dot + 1));
+}
+
+std::string Schema::help() const {
+  std::string out;
+  for (const Field& field : fields_) {
+    out += fmt::format("  {} = {}   [{}]\n      {}\n", field.full(),
+                       field.required ? "(required)" : field.write(), field.type, field.meaning);
   }
   return out;
 }

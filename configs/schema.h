@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "configs/yaml_reader.h"
@@ -28,6 +29,7 @@ struct TextCheck {
   std::vector<std::string> planned = {};  // ... and those that are known but not built yet
   bool required = false;
   bool may_be_empty = false;
+  bool path = false;  // a place on the disk: ~ and ${NAME} are filled in (path_text.h)
 };
 
 // Holds references to the struct it was made for; lives as long as the reading or writing takes.
@@ -46,6 +48,7 @@ class Schema {
   Schema& key(const std::string& name, std::optional<double>& target, NumberCheck check = {});  // or `auto`
   Schema& key(const std::string& name, std::vector<std::string>& target);
   Schema& key(const std::string& name, const std::string& type, bool required, Read read, Write write);
+  Schema& says(const std::string& meaning);  // of the key just added: what it does and in which unit
 
   void read(const YamlNode& root, Problems& problems);
   void apply_override(const std::string& assignment, Problems& problems);  // "section.key=value"
@@ -56,16 +59,25 @@ class Schema {
   // name when the default holds.
   std::string place_of(const std::string& full_key) const;
 
+  // "optimizer.lr is given twice on the command line; 0.002 counts, not 0.001", one sentence each.
+  const std::vector<std::string>& notes() const { return notes_; }
+
   std::string to_yaml() const;
+  std::vector<std::pair<std::string, std::string>> values() const;  // key and value as to_yaml writes them
   std::string reference() const;  // one line per key: name, type and range, default
+  std::string help() const;       // for people: the keys by section, with defaults and meanings
+  std::vector<std::string> keys() const;
+  // A key or section that `full_key` may have meant, such as "; did you mean train.steps?".
+  std::string nearest(const std::string& full_key) const;
 
  private:
   struct Field {
-    std::string section, name, type;
+    std::string section, name, type, meaning;
     bool required = false;
     Read read;
     Write write;
-    std::string where;  // empty until the key was met
+    std::string where;     // empty until the key was met
+    std::string override;  // what the command line last gave it
     std::string full() const { return section.empty() ? name : section + "." + name; }
   };
   Field* find(const std::string& section, const std::string& name);
@@ -76,9 +88,7 @@ class Schema {
 
   std::string section_;
   std::vector<Field> fields_;
+  std::vector<std::string> notes_;
 };
-
-// Anything above `limit` where that is passed: words of very different lengths are not compared at all.
-int edit_distance(const std::string& a, const std::string& b, int limit = 1 << 20);
 
 }  // namespace upmoe

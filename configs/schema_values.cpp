@@ -5,6 +5,9 @@
 #include <charconv>
 #include <cmath>
 #include <string_view>
+#include <utility>
+
+#include "configs/path_text.h"
 
 namespace upmoe {
 namespace {
@@ -156,6 +159,12 @@ std::optional<std::string> text_of(const YamlNode& node, const std::string& key,
   }
   if (node.text.find('\0') != std::string::npos) {
     problems.add(node.where, key + ": holds a NUL character");
+    return std::nullopt;
+  }
+  if (check.path && !node.text.empty()) {
+    PathText expanded = expand_path(node.text);
+    if (expanded.problem.empty()) return std::move(expanded.path);
+    problems.add(node.where, fmt::format("{}: {}", key, expanded.problem));
     return std::nullopt;
   }
   if (check.names.empty()) return node.text;

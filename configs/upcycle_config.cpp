@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <limits>
+#include <utility>
 
 #include "configs/schema.h"
 
@@ -15,30 +16,71 @@ Schema schema_of(UpcycleConfig& c) {
   Schema schema;
   schema.section("target")
       .key("num_experts", c.target.num_experts, {.least = 1, .most = kMaxExperts, .required = true})
+      .says("Routed experts per layer.")
       .key("num_experts_per_tok", c.target.num_experts_per_tok,
            {.least = 1, .most = kMaxExperts, .required = true})
+      .says("Experts that compute a token.")
       .key("moe_intermediate_size", c.target.moe_intermediate_size,
            {.least = 1, .most = kMaxWidth, .required = true})
+      .says("Width of one expert.")
       .key("shared_expert_intermediate_size", c.target.shared_expert_intermediate_size,
            {.least = 0, .most = kMaxWidth})
-      .key("norm_topk_prob", c.target.norm_topk_prob);
+      .says("Width of the shared expert; 0: none.")
+      .key("norm_topk_prob", c.target.norm_topk_prob)
+      .says("The chosen experts' weights are scaled to sum to one.");
   schema.section("experts")
       .key("method", c.experts.method,
            {.names = {"copy", "split", "shuffle", "virtual_group", "random"}, .planned = {"cluster"}})
+      .says("Which neurons of the dense feed-forward an expert is made of.")
       .key("copies", c.experts.copies, {.least = 1})
+      .says("Of the dense feed-forward; auto: as many as the experts need.")
       .key("reinit", c.experts.reinit, {.least = 0, .most = 1})
+      .says("Share of every expert's neurons that is drawn anew.")
       .key("reinit_from", c.experts.reinit_from, {.names = {"source", "config"}})
+      .says("Deviation of what is drawn: the source matrix's, or initializer_range.")
       .key("reinit_sets", c.experts.reinit_sets, {.names = {"joint", "per_matrix"}})
+      .says("joint: whole neurons; per_matrix: a set of its own for gate, up and down.")
       .key("noise", c.experts.noise, {.least = 0})
-      .key("scale", c.experts.scale, {.least = 0});
+      .says("Standard deviation of the noise on kept neurons.")
+      .key("scale", c.experts.scale, {.least = 0})
+      .says("Factor of the down projections; auto: what preserves the function.");
   schema.section("shared")
       .key("method", c.shared.method, {.names = {"dense", "random", "shuffle", "zero", "none"}})
-      .key("scale", c.shared.scale, {.least = 0});
+      .says("What the shared expert is made of.")
+      .key("scale", c.shared.scale, {.least = 0})
+      .says("Factor of the shared down projection.");
   schema.section("router")
       .key("method", c.router.method, {.names = {"normal", "zero", "virtual_group", "uniform"}})
-      .key("std", c.router.std, {.least = 0});
-  schema.section("").key("keep_rest", c.keep_rest).key("seed", c.seed, {.least = 0});
+      .says("How the router's rows are drawn.")
+      .key("std", c.router.std, {.least = 0})
+      .says("Standard deviation of the router's weights.");
+  schema.section("")
+      .key("keep_rest", c.keep_rest)
+      .says("Attention, norms, embedding and head as in the source; false: drawn anew.")
+      .key("seed", c.seed, {.least = 0})
+      .says("Of everything that is drawn.");
   return schema;
+}
+
+// Keys that were changed and do nothing beside the others.
+std::vector<std::string> without_effect(const UpcycleConfig& c) {
+  const UpcycleConfig defaults;
+  std::vector<std::string> notes;
+  const auto unless = [&](bool effective, bool changed, const char* key, const std::string& why) {
+    if (!effective && changed) notes.push_back(fmt::format("{} has no effect: {}", key, why));
+  };
+  const bool drawn = c.experts.reinit > 0, random = c.experts.method == "random";
+  unless(drawn, c.experts.reinit_sets != defaults.experts.reinit_sets, "experts.reinit_sets",
+         random ? "experts.method random draws whole experts" : "experts.reinit is 0");
+  unless(drawn || random || !c.keep_rest, c.experts.reinit_from != defaults.experts.reinit_from,
+         "experts.reinit_from", "experts.reinit is 0");
+  unless(c.router.method != "zero", c.router.std != defaults.router.std, "router.std",
+         "router.method is zero");
+  const bool shared = c.target.shared_expert_intermediate_size > 0;
+  unless(shared, c.shared.scale != defaults.shared.scale, "shared.scale", "there is no shared expert");
+  unless(c.shared.method != "zero" || !shared, c.shared.scale != defaults.shared.scale, "shared.scale",
+         "shared.method zero makes a down projection of zeros");
+  return notes;
 }
 
 // Rules between keys that need no dense model; those that do are the upcycler's.
@@ -95,6 +137,8 @@ UpcycleConfig parse_upcycle_config(const std::string& yaml, const std::string& w
   if (root.kind == YamlNode::Kind::kMap) schema.check_required(where, problems);
   if (problems.empty()) check_together(config, schema, problems);
   problems.throw_if_any(ExitCode::kUsage, where);
+  config.notes = schema.notes();
+  for (std::string& note : without_effect(config)) config.notes.push_back(std::move(note));
   // So that the resolved recipe says what happens: without a shared expert nothing is made for it.
   if (config.target.shared_expert_intermediate_size == 0) config.shared.method = "none";
   return config;
@@ -113,6 +157,11 @@ std::string to_yaml(const UpcycleConfig& config) {
 std::string upcycle_config_reference() {
   UpcycleConfig defaults;
   return schema_of(defaults).reference();
+}
+
+std::string upcycle_config_help() {
+  UpcycleConfig defaults;
+  return schema_of(defaults).help();
 }
 
 }  // namespace upmoe

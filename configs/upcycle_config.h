@@ -36,6 +36,7 @@ struct UpcycleConfig {
   bool keep_rest = true;  // attention, norms, embedding and head as in the source; false: drawn anew
   std::int64_t seed = 1;
   std::string origin;
+  std::vector<std::string> notes;  // for the start: what was asked for in vain, one sentence each
 };
 
 UpcycleConfig read_upcycle_config(const std::filesystem::path& file,
@@ -43,6 +44,7 @@ UpcycleConfig read_upcycle_config(const std::filesystem::path& file,
 UpcycleConfig parse_upcycle_config(const std::string& yaml, const std::string& where,
                                    const std::vector<std::string>& overrides);
 std::string upcycle_config_reference();  // every key: type, range, default; one line each
+std::string upcycle_config_help();       // every key with its meaning, for people
 std::string to_yaml(const UpcycleConfig& config);
 
 }  // namespace upmoe

@@ -82,7 +82,8 @@ class TreeBuilder : public YAML::EventHandler {
     return fmt::format("{}:{}:{}", where_, mark.line + 1, mark.column + 1);
   }
   void refuse_tag(const std::string& where, const std::string& tag) {
-    problems_.add(where, fmt::format("the tag {} is not accepted; write the plain value", tag));
+    problems_.add(where,
+                  fmt::format("the tag {} is not accepted; a text that begins with ! needs quotes", tag));
   }
   void book(std::size_t nodes, const YAML::Mark& mark) {
     booked_ += nodes;
@@ -185,6 +186,33 @@ bool check_encoding(std::string_view text, const std::string& where, Problems& p
   return true;
 }
 
+// The library's words for what the text at the mark usually is.
+std::string words_for(const YAML::Exception& e, std::string_view text) {
+  std::istringstream in{std::string(text)};
+  std::string line;
+  for (int number = 0; std::getline(in, line); ++number) {
+    const std::size_t first = line.find_first_not_of(" \t");
+    const bool tab = line.substr(0, std::min(first, line.size())).find('\t') != std::string::npos;
+    if (tab && first != std::string::npos && line[first] != '#')
+      return fmt::format("line {} is indented with a tab; YAML takes spaces alone", number + 1);
+    if (number < e.mark.line) continue;
+    const std::size_t column = static_cast<std::size_t>(std::max(e.mark.column, 0));
+    const char at = column < line.size() ? line[column] : ' ';
+    if (e.msg.find("anchor") != std::string::npos || e.msg.find("alias") != std::string::npos ||
+        std::string_view("*&!%@`").find(at) != std::string_view::npos) {
+      const std::string example = at == ' ' ? "'*'" : fmt::format("'{}...'", at);
+      return fmt::format(
+          "not valid YAML: {}; a text that begins with one of * & ! % @ ` needs quotes, such as {}", e.msg,
+          example);
+    }
+    if (e.msg.find("illegal map value") != std::string::npos)
+      return fmt::format("not valid YAML: {}; one key a line, and a text with ': ' in it needs quotes",
+                         e.msg);
+    break;
+  }
+  return "not valid YAML: " + e.msg;
+}
+
 }  // namespace
 
 void Problems::throw_if_any(ExitCode code, const std::string& what) const {
@@ -221,7 +249,7 @@ YamlNode parse_yaml(std::string_view text, const std::string& where, Problems& p
   } catch (const YAML::Exception& e) {
     const std::string at =
         e.mark.is_null() ? where : fmt::format("{}:{}:{}", where, e.mark.line + 1, e.mark.column + 1);
-    problems.add(at, "not valid YAML: " + e.msg);
+    problems.add(at, words_for(e, text));
     return {};
   }
 }

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "configs/model_folder.h"
 #include "data/checkpoint_folder.h"
 #include "data/hf_model.h"
 #include "data/shard_store.h"
+#include "kernels/core/philox.h"
 
 namespace upmoe {
 
@@ -59,19 +61,54 @@ class CheckpointSource final : public ModelSource {
   fs::path companions_;
 };
 
+// Elements of each tensor that the digest reads: enough to tell two models apart, little beside all of them.
+constexpr std::int64_t kSampled = 1024;
+
 }  // namespace
+
+std::string function_of(const ModelConfig& config) {
+  ModelConfig bare = config;
+  bare.raw_json = "{}";
+  bare.dtype = "float32";
+  return to_hf_json(bare);
+}
+
+std::string digest_of(const ModelSource& source) {
+  std::string all = function_of(source.config());
+  std::vector<float> values;
+  for (const ParamSpec& p : make_param_table(source.config())) {
+    // Of an expert parameter each expert's first neuron; of others the first rows.
+    const std::int64_t parts = p.expert ? p.shape[0] : 1;
+    for (std::int64_t part = 0; part < parts; ++part) {
+      Box box = whole(p.shape);
+      if (p.expert) {
+        box.offset.dim[0] = part;
+        box.extent.dim[0] = 1;
+      }
+      for (std::size_t d = p.expert ? 1 : 0; d < static_cast<std::size_t>(p.shape.rank); ++d) {
+        const std::int64_t row = box.extent.elements() / box.extent.dim[d];
+        box.extent.dim[d] = std::min(box.extent.dim[d], std::max<std::int64_t>(1, kSampled / row));
+      }
+      values.resize(static_cast<std::size_t>(box.extent.elements()));
+      source.read(p, box, host_view(values.data(), box.extent));
+      all += fmt::format(" {} {:08x}", p.name, crc32c(values.data(), values.size() * sizeof(float)));
+    }
+  }
+  return fmt::format("{:016x}{:016x}", philox_key(2, all), philox_key(3, all));
+}
 
 std::unique_ptr<ModelSource> open_model(const fs::path& path) {
   if (!fs::is_directory(path))
-    fail(ExitCode::kBadInput, "{}: {}, expected a model directory or a checkpoint", path.string(),
-         fs::exists(path) ? "a file" : "does not exist");
+    fail(ExitCode::kBadInput, "{}: {}, expected a model directory or a checkpoint{}", path.string(),
+         fs::exists(path) ? "a file" : "does not exist", model_folder_hint(path));
   if (fs::exists(path / "manifest.json")) return std::make_unique<CheckpointSource>(path);
   if (fs::is_directory(path / "checkpoints"))
     return std::make_unique<CheckpointSource>(newest_checkpoint(path));
   if (fs::exists(path / "config.json")) return std::make_unique<HfSource>(path);
-  fail(ExitCode::kBadInput,
-       "{}: holds no config.json, manifest.json or checkpoints/: neither a model directory nor a checkpoint",
-       path.string());
+  fail(
+      ExitCode::kBadInput,
+      "{}: holds no config.json, manifest.json or checkpoints/: neither a model directory nor a checkpoint{}",
+      path.string(), model_folder_hint(path));
 }
 
 }  // namespace upmoe

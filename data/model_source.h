@@ -4,6 +4,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <string>
 
 #include "configs/model_config.h"
 #include "configs/param_table.h"
@@ -24,5 +25,12 @@ class ModelSource {
 
 // Throws Error(kBadInput) when `path` is none of the three, or damaged.
 std::unique_ptr<ModelSource> open_model(const std::filesystem::path& path);
+
+// What a configuration says about the function, as JSON: without notes of other programs and the files'
+// dtype.
+std::string function_of(const ModelConfig& config);
+// Tells whether two sources are one model, wherever it lies and however its files are cut: of the
+// configuration and some values of every tensor and expert, read in fp32.
+std::string digest_of(const ModelSource& source);
 
 }  // namespace upmoe

@@ -61,6 +61,12 @@ std::vector<const TokenFile*> TokenDataset::files() const {
   return all;
 }
 
+std::vector<std::int64_t> TokenDataset::sequences_of_source() const {
+  std::vector<std::int64_t> all;
+  for (const auto& part : parts_) all.push_back(part->sequences);
+  return all;
+}
+
 namespace {
 
 // Numbers documents and positions of tokens [begin, begin + S) of a file.

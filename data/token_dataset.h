@@ -67,8 +67,9 @@ class TokenDataset {
   TokenDataset(const std::vector<Source>& sources, std::int64_t seq_len, bool shuffle, std::uint64_t seed,
                std::int64_t vocab_size);
   ~TokenDataset();
-  std::int64_t num_sequences() const;           // of one epoch over all files
-  std::vector<const TokenFile*> files() const;  // of the sources, in their order
+  std::int64_t num_sequences() const;                     // of one epoch over all files
+  std::vector<std::int64_t> sequences_of_source() const;  // of one epoch, file by file
+  std::vector<const TokenFile*> files() const;            // of the sources, in their order
   std::int64_t seq_len() const { return seq_len_; }
   // tokens, targets: seq_len each. documents, positions (both empty, or both seq_len): document number within
   // the sequence and position since the document's start or, for the first one, since the sequence's; both

@@ -1,19 +1,25 @@
 // upmoe eval: held-out loss of a model directory or checkpoint, and its logits.
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "data/model_source.h"
 #include "data/safetensors.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
+#include "launch/command_line.h"
 #include "launch/commands.h"
+#include "launch/output.h"
 #include "trainer/evaluation.h"
 #include "trainer/session.h"
 
 namespace upmoe {
 
 namespace {
+
+constexpr double kLargest = std::numeric_limits<double>::max();  // JSON has no infinity
 
 struct EvalArguments {
   std::string model, data, logits, precision = "fp32", device = "auto";
@@ -32,6 +38,21 @@ struct LogitsFile {
   }
 };
 
+MeshSpec spread(const ModelConfig& config, int ranks) {
+  MeshSpec spec;
+  spec.dp = ranks;
+  spec.ep = config.num_experts > 0 ? std::min(ranks, config.num_experts) : 1;
+  while (ranks % spec.ep != 0) --spec.ep;  // the largest that divides: least memory
+  return spec;
+}
+
+[[noreturn]] void refuse_not_finite(const EvalArguments& a, const std::string& what) {
+  fail(ExitCode::kNumeric,
+       "{}: {} over {} in {}: either weights are not finite, or what they compute; "
+       "`upmoe inspect --verify {}` reads every weight",
+       a.model, what, a.data, a.precision, a.model);
+}
+
 int run_eval(const EvalArguments& a, Runtime& runtime) {
   log::start(runtime.world().rank(), runtime.world().size());
   const Device device = runtime.choose_device(a.device);
@@ -42,11 +63,11 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   std::unique_ptr<ModelSource> source;
   run_agreed(world, [&] { source = open_model(a.model); });
   const ModelConfig& config = source->config();
+  if (a.seq_len > config.max_position_embeddings && world.rank() == 0)
+    log::warning("--seq-len {}: the model was made for {} positions", a.seq_len,
+                 config.max_position_embeddings);
 
-  MeshSpec spec;
-  spec.dp = world.size();
-  spec.ep = config.num_experts > 0 ? std::min(world.size(), config.num_experts) : 1;
-  while (world.size() % spec.ep != 0) --spec.ep;  // the largest that divides: least memory
+  const MeshSpec spec = spread(config, world.size());
   const ProcessMesh mesh(spec, world);
   RankMemory memory(device, &world);
   const StagePlan plan = one_stage(config.num_hidden_layers);
@@ -71,24 +92,35 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   LogitsFile logits;
   const std::int64_t sequences =
       a.sequences == 0 ? data->num_sequences() : std::min(a.sequences, data->num_sequences());
+  if (a.sequences > sequences && world.rank() == 0)
+    log::warning("--sequences {}: {} holds {} of {} tokens; all of them are used", a.sequences, a.data,
+                 sequences, a.seq_len);
   if (!a.logits.empty()) {
     logits.vocab = config.vocab_size;
     logits.values.resize(
         static_cast<std::size_t>(checked_mul(checked_mul(sequences, a.seq_len), config.vocab_size)));
   }
-  const EvalResult result =
-      evaluate(memory.exec, pipeline, mesh, *data, {sequences, a.micro_batch, a.mask_documents},
-               a.logits.empty() ? LmHead::Sink{} : logits.sink());
+  EvalResult result;
+  try {
+    result = evaluate(memory.exec, pipeline, mesh, *data, {sequences, a.micro_batch, a.mask_documents},
+                      a.logits.empty() ? LmHead::Sink{} : logits.sink());
+  } catch (const Error& e) {  // an operation met the value first, and speaks of training
+    if (e.code() == ExitCode::kNumeric && dynamic_cast<const PeerError*>(&e) == nullptr)
+      refuse_not_finite(a, "values on the way to the loss are not finite");
+    throw;
+  }
   if (!a.logits.empty())
     write_safetensors(
         a.logits, {{"logits", host_view(logits.values.data(), {sequences, a.seq_len, config.vocab_size})}});
+  if (!std::isfinite(result.loss)) refuse_not_finite(a, fmt::format("the loss is {}", result.loss));
   if (world.rank() == 0)
-    fmt::print("{}\n", nlohmann::json{{"loss", result.loss},
-                                      {"perplexity", std::exp(result.loss)},
-                                      {"tokens", result.tokens},
-                                      {"sequences", sequences},
-                                      {"seconds", result.seconds}}
-                           .dump());
+    print_result(nlohmann::json{{"loss", result.loss},
+                                {"perplexity", std::min(std::exp(result.loss), kLargest)},
+                                {"tokens", result.tokens},
+                                {"sequences", sequences},
+                                {"seconds", result.seconds}}
+                     .dump() +
+                 "\n");
   return 0;
 }
 
@@ -98,8 +130,9 @@ void add_eval(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<EvalArguments>();
   CLI::App* command =
       app.add_subcommand("eval", "Held-out loss and perplexity of a model, as one JSON object");
-  command->add_option("model", a->model, "Hugging Face directory, checkpoint or run directory")->required();
-  command->add_option("--data", a->data, "Token file")->required();
+  as_path(command->add_option("model", a->model, "Hugging Face directory, checkpoint or run directory")
+              ->required());
+  as_path(command->add_option("--data", a->data, "Token file")->required());
   command->add_option("--seq-len", a->seq_len, "Tokens per sequence")->required()->check(CLI::PositiveNumber);
   command->add_option("--sequences", a->sequences, "Only the first N sequences (0: all)")
       ->check(CLI::NonNegativeNumber)
@@ -115,8 +148,8 @@ void add_eval(CLI::App& app, Handler& handler) {
       ->capture_default_str();
   command->add_flag("--mask-documents", a->mask_documents,
                     "Attention and positions restart at each document");
-  command->add_option("--logits", a->logits,
-                      "Also write the logits (tensor `logits`, fp32) to this safetensors file");
+  as_path(command->add_option("--logits", a->logits,
+                              "Also write the logits (tensor `logits`, fp32) to this safetensors file"));
   command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_eval(*a, runtime); }; });
 }
 

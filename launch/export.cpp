@@ -3,6 +3,7 @@
 #include "data/hf_model.h"
 #include "data/model_source.h"
 #include "kernels/core/log.h"
+#include "launch/command_line.h"
 #include "launch/commands.h"
 
 namespace upmoe {
@@ -38,8 +39,8 @@ int run_export(const ExportArguments& a, Runtime& runtime) {
 void add_export(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<ExportArguments>();
   CLI::App* command = app.add_subcommand("export", "Checkpoint to Hugging Face directory");
-  command->add_option("model", a->model, "Checkpoint, run directory or model directory")->required();
-  command->add_option("--to", a->to, "Directory to write; must not exist or be empty")->required();
+  as_path(command->add_option("model", a->model, "Checkpoint, run directory or model directory")->required());
+  as_path(command->add_option("--to", a->to, "Directory to write; must not exist or be empty")->required());
   command->add_option("--dtype", a->dtype, "bf16 or fp32")
       ->check(CLI::IsMember({"bf16", "fp32"}))
       ->capture_default_str();

@@ -5,15 +5,19 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <nlohmann/json.hpp>
 
+#include "configs/model_folder.h"
 #include "data/checkpoint_folder.h"
 #include "data/hf_model.h"
 #include "data/model_source.h"
 #include "data/shard_store.h"
 #include "data/token_dataset.h"
 #include "kernels/core/log.h"
+#include "launch/command_line.h"
 #include "launch/commands.h"
+#include "launch/output.h"
 
 namespace upmoe {
 
@@ -47,6 +51,25 @@ json describe_tokens(const fs::path& path, bool verify) {
   return j;
 }
 
+// Slice by slice of the first dimension: an expert parameter does not fit into memory twice.
+void require_finite(const fs::path& path, const std::string& name, const Shape& shape,
+                    const std::function<void(const Box&, TensorView)>& read) {
+  std::int64_t bad = 0;
+  Box slice = whole(shape);
+  slice.extent.dim[0] =
+      std::max<std::int64_t>(1, (1 << 22) / std::max<std::int64_t>(1, shape.elements() / shape[0]));
+  std::vector<float> values;
+  for (; slice.offset.dim[0] < shape[0]; slice.offset.dim[0] += slice.extent.dim[0]) {
+    slice.extent.dim[0] = std::min(slice.extent.dim[0], shape[0] - slice.offset.dim[0]);
+    values.resize(static_cast<std::size_t>(slice.extent.elements()));
+    read(slice, host_view(values.data(), slice.extent));
+    bad += std::count_if(values.begin(), values.end(), [](float v) { return !std::isfinite(v); });
+  }
+  if (bad > 0)
+    fail(ExitCode::kBadInput, "{}: tensor '{}' holds {} values that are not finite", path.string(), name,
+         bad);
+}
+
 json describe_checkpoint(const fs::path& path, bool verify) {
   const ShardStore store(path);
   const json run = json::parse(store.metadata_json(), nullptr, false);
@@ -62,6 +85,10 @@ json describe_checkpoint(const fs::path& path, bool verify) {
                             {"shape", shape_json(t.shape)}});
   if (verify) {
     store.verify();
+    for (const auto& [key, t] : store.tensors())
+      if (key.second == "weight")
+        require_finite(path, key.first, t.shape,
+                       [&](const Box& box, TensorView out) { store.read(key.first, key.second, box, out); });
     j["verified"] = true;
   }
   return j;
@@ -102,8 +129,9 @@ json describe(const fs::path& given, bool verify) {
   if (fs::is_regular_file(path)) return describe_tokens(path, verify);
   if (fs::exists(path / "manifest.json")) return describe_checkpoint(path, verify);
   if (fs::exists(path / "config.json")) return describe_hf(path, verify);
-  fail(ExitCode::kBadInput, "{}: {}", path.string(),
-       fs::exists(path) ? "neither a model directory, a checkpoint nor a token file" : "does not exist");
+  fail(ExitCode::kBadInput, "{}: {}{}", path.string(),
+       fs::exists(path) ? "neither a model directory, a checkpoint nor a token file" : "does not exist",
+       model_folder_hint(path));
 }
 
 // Largest absolute and relative L2 distance of two parameters of one shape; null when they are equal.
@@ -158,19 +186,21 @@ json difference(const fs::path& a, const fs::path& b) {
   return rows;
 }
 
-void print_plain(const json& j) {
+std::string plain(const json& j) {
+  std::string out;
   for (const auto& [key, value] : j.items())
     if (key != "tensors" && key != "difference")
-      fmt::print("{:18} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
+      out += fmt::format("{:18} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
   if (j.contains("tensors")) {
-    fmt::print("{} tensors\n", j["tensors"].size());
+    out += fmt::format("{} tensors\n", j["tensors"].size());
     for (const json& t : j["tensors"])
-      fmt::print("  {:60} {:7} {:5} {}\n", t["name"].get<std::string>(), t.value("kind", ""),
-                 t["dtype"].get<std::string>(), t["shape"].dump());
+      out += fmt::format("  {:60} {:7} {:5} {}\n", t["name"].get<std::string>(), t.value("kind", ""),
+                         t["dtype"].get<std::string>(), t["shape"].dump());
   }
-  if (!j.contains("difference")) return;
-  fmt::print("{} parameters differ\n", j["difference"].size());
-  for (const json& d : j["difference"]) fmt::print("  {}\n", d.dump());
+  if (!j.contains("difference")) return out;
+  out += fmt::format("{} parameters differ\n", j["difference"].size());
+  for (const json& d : j["difference"]) out += fmt::format("  {}\n", d.dump());
+  return out;
 }
 
 int run_inspect(const InspectArguments& a, Runtime& runtime) {
@@ -179,11 +209,7 @@ int run_inspect(const InspectArguments& a, Runtime& runtime) {
     if (runtime.world().rank() != 0) return;
     json j = describe(a.path, a.verify);
     if (!a.diff.empty()) j["difference"] = difference(a.path, a.diff);
-    if (a.as_json) {
-      fmt::print("{}\n", j.dump());
-    } else {
-      print_plain(j);
-    }
+    print_result(a.as_json ? j.dump() + "\n" : plain(j));
   });
   return 0;
 }
@@ -193,9 +219,9 @@ int run_inspect(const InspectArguments& a, Runtime& runtime) {
 void add_inspect(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<InspectArguments>();
   CLI::App* command = app.add_subcommand("inspect", "What a model directory, checkpoint or token file holds");
-  command->add_option("path", a->path, "Model directory, checkpoint, run directory or token file")
-      ->required();
-  command->add_option("--diff", a->diff, "Compare with another model directory or checkpoint");
+  as_path(command->add_option("path", a->path, "Model directory, checkpoint, run directory or token file")
+              ->required());
+  as_path(command->add_option("--diff", a->diff, "Compare with another model directory or checkpoint"));
   command->add_flag("--verify", a->verify,
                     "Read everything: checksums, non-finite values, tokens beyond the vocabulary");
   command->add_flag("--json", a->as_json, "One JSON object on standard output");

@@ -3,9 +3,12 @@
 
 #include <csignal>
 #include <cstdio>
+#include <sstream>
 
 #include "kernels/core/log.h"
+#include "launch/command_line.h"
 #include "launch/commands.h"
+#include "launch/output.h"
 
 namespace {
 
@@ -13,6 +16,10 @@ int run(int argc, char** argv) {
   CLI::App app{
       "upmoe: turns a dense language model into a fine-grained mixture of experts and pretrains it."};
   app.require_subcommand(1);
+  app.footer(
+      "Every key of a run configuration: upmoe train --help. Every key of a recipe: upmoe upcycle --help.\n"
+      "Exit status: 0 done, 1 unexpected failure, 2 usage or configuration, 3 bad input, 4 not finite,\n"
+      "70 hang, 71 device, 72 a rank died, 75 stopped on request with a complete checkpoint.");
   app.set_version_flag("--version", std::string("upmoe ") + UPMOE_VERSION);
   upmoe::Handler handler;
   upmoe::add_upcycle(app, handler);
@@ -31,7 +38,12 @@ int run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : static_cast<int>(upmoe::ExitCode::kUsage);
+    if (e.get_exit_code() != 0)
+      upmoe::fail(upmoe::ExitCode::kUsage, "{}", upmoe::explain(app, argc, argv, e));
+    std::ostringstream help;
+    app.exit(e, help, help);
+    upmoe::print_result(help.str());
+    return 0;
   }
 
   const bool works = app.get_subcommands().front()->get_option_no_throw("--deadline") != nullptr;
@@ -57,11 +69,13 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  upmoe::hold_standard_streams();
   std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of the write, not the end of a training run
   try {
     return run(argc, argv);
   } catch (const upmoe::Error& e) {  // before the ranks were up
-    std::fprintf(stderr, "upmoe: error: %s\n", e.what());
+    if (upmoe::speaks_for_all())
+      std::fprintf(stderr, "%supmoe: error: %s\n", upmoe::log::timestamp().c_str(), e.what());
     return static_cast<int>(e.code());
   }
 }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "launch/command_line.h"
 #include "launch/commands.h"
 
 namespace upmoe {
@@ -66,9 +67,10 @@ int run_report(const ReportArguments& a, Runtime& runtime) {
 void add_report(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<ReportArguments>();
   CLI::App* command = app.add_subcommand("report", "Pictures of runs: PNG and one self-contained HTML page");
-  command->add_option("runs", a->runs, "Run directories; several are laid over each other")->required();
-  command->add_option("--out", a->out,
-                      "Folder for the results (default: report/ in the first run directory)");
+  as_path(
+      command->add_option("runs", a->runs, "Run directories; several are laid over each other")->required());
+  as_path(command->add_option("--out", a->out,
+                              "Folder for the results (default: report/ in the first run directory)"));
   command->add_option("--against", a->against, "Horizontal axis: tokens, flops, seconds or step")
       ->check(CLI::IsMember({"tokens", "flops", "seconds", "step"}))
       ->capture_default_str();

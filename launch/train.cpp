@@ -3,6 +3,7 @@
 #include "configs/run_config.h"
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
+#include "launch/command_line.h"
 #include "launch/commands.h"
 #include "trainer/session.h"
 #include "trainer/stop_requests.h"
@@ -37,8 +38,15 @@ void add_train(CLI::App& app, Handler& handler) {
   auto arguments = std::make_shared<TrainArguments>();
   CLI::App* command =
       app.add_subcommand("train", "Train; resumes from the newest complete checkpoint of the run directory");
-  command->add_option("run", arguments->file, "Run configuration (YAML)")->required();
-  command->add_option("overrides", arguments->overrides, "section.key=value, e.g. train.steps=100");
+  as_path(command->add_option("run", arguments->file, "Run configuration (YAML)")->required());
+  command->add_option("overrides", arguments->overrides,
+                      "section.key=value, e.g. train.steps=100; the last of two counts");
+  command->footer([] {
+    return "Keys of the run configuration, section.key = default [type], each also as section.key=value on "
+           "the "
+           "command line.\nIn paths ~ is the home folder and ${NAME} a variable of the environment.\n\n" +
+           run_config_help();
+  });
   command->add_flag("--fresh", arguments->fresh, "Refuse to start when the run directory holds a checkpoint");
   command->callback([arguments, &handler] {
     install_signal_handlers();  // before the ranks are up: a request that comes early must not kill

@@ -3,8 +3,13 @@
 
 #include "upcycle/upcycler.h"
 
+#include <cstdio>
+
 #include "configs/upcycle_config.h"
+#include "kernels/core/log.h"
+#include "launch/command_line.h"
 #include "launch/commands.h"
+#include "launch/output.h"
 
 namespace upmoe {
 
@@ -19,6 +24,7 @@ struct UpcycleArguments {
 
 int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
   Communicator& world = runtime.world();
+  log::start(world.rank(), world.size());
   UpcycleConfig config;
   run_agreed(world, [&] {  // rank 0 first: what is wrong is told once
     if (world.rank() == 0) config = read_upcycle_config(arguments.recipe, arguments.overrides);
@@ -30,8 +36,15 @@ int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
   run_agreed(world, [&] {
     if (world.rank() == 0) plan = plan_upcycle(config, arguments.options);
   });
-  // On standard output where it is what was asked for, beside the progress otherwise.
-  fmt::print(arguments.plan ? stdout : stderr, "{}", plan);
+  if (world.rank() == 0) {
+    for (const std::string& note : config.notes) log::warning("{}", note);
+    // On standard output where it is what was asked for, beside the progress otherwise.
+    if (arguments.plan) {
+      print_result(plan);
+    } else {
+      std::fputs(plan.c_str(), stderr);
+    }
+  }
   if (!arguments.plan) upcycle(config, arguments.options, world);
   return static_cast<int>(ExitCode::kDone);
 }
@@ -42,12 +55,18 @@ void add_upcycle(CLI::App& app, Handler& handler) {
   auto arguments = std::make_shared<UpcycleArguments>();
   CLI::App* command =
       app.add_subcommand("upcycle", "Make a mixture of experts from a dense model, streaming");
-  command
-      ->add_option("recipe", arguments->recipe, "Recipe (YAML), e.g. configs/upcycle/qwen1.5-moe-a2.7b.yaml")
-      ->required();
+  as_path(command
+              ->add_option("recipe", arguments->recipe,
+                           "Recipe (YAML), e.g. configs/upcycle/qwen1.5-moe-a2.7b.yaml")
+              ->required());
   command->add_option("overrides", arguments->overrides, "section.key=value, e.g. experts.reinit=0.25");
-  command->add_option("--from", arguments->options.from, "Dense Hugging Face directory")->required();
-  command->add_option("--to", arguments->options.to, "Directory to be made")->required();
+  as_path(command->add_option("--from", arguments->options.from, "Dense Hugging Face directory")->required());
+  as_path(command->add_option("--to", arguments->options.to, "Directory to be made")->required());
+  command->footer([] {
+    return "Keys of the recipe, section.key = default [type], each also as section.key=value on the command "
+           "line.\n\n" +
+           upcycle_config_help();
+  });
   command
       ->add_option(
           "--form", arguments->form,
@@ -66,8 +85,10 @@ void add_upcycle(CLI::App& app, Handler& handler) {
                    "Largest safetensors file, bytes of tensors (huggingface)")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->callback([arguments, &handler] {
+  command->callback([arguments, command, &handler] {
     if (arguments->form == "checkpoint") arguments->options.form = OutputForm::kCheckpoint;
+    if (arguments->form == "checkpoint" && command->count("--max-shard-bytes") > 0)
+      throw CLI::ValidationError("--max-shard-bytes", "a checkpoint has one shard per rank; leave it out");
     handler = [arguments](Runtime& runtime) { return run_upcycle(*arguments, runtime); };
   });
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/core/gpu.h"
+#include "kernels/core/log.h"
 #include "kernels/core/philox.h"
 #include "parallel/host.h"
 #include "parallel/mpi_comm.h"
@@ -142,9 +143,10 @@ void Runtime::abort(int code, const std::string& message) noexcept {
   std::signal(SIGTERM, SIG_DFL);
   if (several && world_->rank() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1500));
   if (several) {
-    std::fprintf(stderr, "upmoe: error: rank %d: %s\n", world_->rank(), message.c_str());
+    std::fprintf(stderr, "%supmoe: error: rank %d: %s\n", log::timestamp().c_str(), world_->rank(),
+                 message.c_str());
   } else {
-    std::fprintf(stderr, "upmoe: error: %s\n", message.c_str());
+    std::fprintf(stderr, "%supmoe: error: %s\n", log::timestamp().c_str(), message.c_str());
   }
   std::fflush(stderr);
   std::fflush(stdout);

@@ -28,6 +28,7 @@ std::string metadata_of(const Session& s, const TrainState& state) {
                         {"config", to_yaml(s.run)},
                         {"model_config", to_hf_json(s.config)},
                         {"source", state.source},
+                        {"source_digest", state.source_digest},
                         {"mesh", s.mesh.spec().str()},
                         {"data_fingerprint", state.fingerprint}}
       .dump();
@@ -203,6 +204,7 @@ TrainState load_checkpoint(const ShardStore& store, Session& session) {
   state.step = meta.at("step").get<std::int64_t>();
   state.samples = meta.at("samples").get<std::int64_t>();
   state.source = meta.at("source").get<std::string>();
+  state.source_digest = meta.value("source_digest", "");
   state.fingerprint = meta.at("data_fingerprint").get<std::string>();
   return state;
 }

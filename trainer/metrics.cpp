@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "data/posix_file.h"
@@ -164,6 +165,7 @@ void Metrics::evaluation(std::int64_t step, const EvalResult& result) {
             {"seconds", result.seconds}}
            .dump());
   if (events_) events_->scalars(step, {{"eval/loss", result.loss}});
+  if (!std::isfinite(result.loss)) log::warning("step {}: the held-out loss is not finite", step);
   log::info("{}step {}  held-out loss {:.4f} over {} tokens", terminal_ ? "\n" : "", step, result.loss,
             result.tokens);
 }

@@ -10,7 +10,8 @@
 namespace upmoe {
 
 // cosine: half a cosine from lr to lr * min_lr_ratio at the last step. constant: lr. wsd: lr, then linear to
-// lr * min_lr_ratio over the last decay_fraction of the steps.
+// lr * min_lr_ratio over the last decay_fraction of the steps, or over what the warm-up leaves of them. A run
+// that ends within its warm-up is the beginning of a longer one. No schedule jumps.
 inline double learning_rate(const RunConfig& run, std::int64_t step) {
   const double lr = run.optimizer.lr, floor = lr * run.schedule.min_lr_ratio;
   const double s = static_cast<double>(step), warmup = static_cast<double>(run.schedule.warmup);
@@ -18,8 +19,9 @@ inline double learning_rate(const RunConfig& run, std::int64_t step) {
   if (s <= warmup) return lr * s / warmup;
   if (run.schedule.name == "constant") return lr;
   if (run.schedule.name == "wsd") {
-    const double decay = std::max(1.0, std::round(run.schedule.decay_fraction * last));
-    const double left = last - s;
+    const double wished = std::max(1.0, std::round(run.schedule.decay_fraction * last));
+    const double decay = std::max(1.0, std::min(wished, last - warmup));
+    const double left = std::max(0.0, last - s);
     return left >= decay ? lr : floor + (lr - floor) * left / decay;
   }
   const double progress = last > warmup ? std::min(1.0, (s - warmup) / (last - warmup)) : 1.0;

@@ -3,6 +3,7 @@
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
 #include "kernels/ops/precision.h"
+#include "trainer/freeze.h"
 
 namespace upmoe {
 
@@ -29,13 +30,13 @@ DType dtype_of(const RunConfig& run) {
   return run.train.precision == "bf16" ? DType::kBF16 : DType::kF32;
 }
 
-ParamStore::Options storage_of(const RunConfig& run, Device device) {
+ParamStore::Options storage_of(const RunConfig& run, const ModelConfig& model, Device device) {
   ParamStore::Options options;
   options.dtype = dtype_of(run);
   options.grad_dtype = run.parallel.reduce == "bf16" ? options.dtype : DType::kF32;
   options.share_block_grads = run.parallel.zero == 2;
   options.device = device;
-  options.freeze = run.freeze;
+  options.freeze = frozen_names(run.freeze, model);
   return options;
 }
 
@@ -78,7 +79,7 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model_config, C
       memory(device, &world),
       mesh(mesh_of(run_config, world.size()), world, run_config.parallel.node_ranks),
       plan(stages_of(run_config, model_config)),
-      params(model_config, mesh.spec(), plan, world.rank(), storage_of(run_config, device)),
+      params(model_config, mesh.spec(), plan, world.rank(), storage_of(run_config, model_config, device)),
       chunks(make_chunks(model_config, params, mesh, plan, recompute_from(run_config.train.recompute))),
       pipeline(model_config, mesh, plan, chunks, device),
       reducer(params, mesh, device),

@@ -9,9 +9,11 @@
 #include "parallel/watchdog.h"
 #include "trainer/memory_estimate.h"
 #include "trainer/metrics.h"
+#include "trainer/resumption.h"
 #include "trainer/run_checkpoints.h"
 #include "trainer/run_directory.h"
 #include "trainer/run_lock.h"
+#include "trainer/run_summary.h"
 #include "trainer/stop_requests.h"
 #include "trainer/trainer.h"
 
@@ -35,6 +37,9 @@ class Run {
     run_agreed(world_, [&] { prepare(options.fresh); });
     checkpoints_.take_over(lock_.get());
     const std::optional<fs::path> newest = checkpoints_.choose();
+    run_agreed(world_, [&] {
+      if (world_.rank() == 0 && newest) resumption_ = std::make_unique<Resumption>(*newest, run_);
+    });
     run_agreed(world_, [&] {
       const ModelConfig config = open_config(newest);
       require_possible(config);
@@ -78,6 +83,7 @@ class Run {
   }
 
   void load(const std::optional<fs::path>& checkpoint);
+  std::string data_changes() const;
   void start_metrics();
   void evaluate_now(std::int64_t step);
   const TrainState& state_after(std::int64_t step);
@@ -89,6 +95,7 @@ class Run {
   std::unique_ptr<RunLock> lock_;
   RunCheckpoints checkpoints_;
   ModelConfig session_config_;
+  std::unique_ptr<Resumption> resumption_;  // rank 0, of a run that goes on
   std::unique_ptr<ModelSource> source_;
   std::unique_ptr<Session> session_;
   std::unique_ptr<TokenDataset> valid_;
@@ -102,9 +109,14 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   if (checkpoint) {
     state_ = load_checkpoint(ShardStore(*checkpoint), s);
     checkpoints_.resumed(*checkpoint, state_.step);
-    if (world_.rank() == 0) log::info("resuming from {} (step {})", checkpoint->string(), state_.step);
+    if (world_.rank() == 0) {
+      log::info("resuming from {} (step {})", checkpoint->string(), state_.step);
+      for (const std::string& line : resumption_->lines()) log::info("  {}", line);
+      state_.source = resumption_->source();
+    }
   } else {
     state_.source = fs::absolute(run_.model.path).string();
+    if (world_.rank() == 0) state_.source_digest = model_digest(session_config_, source_.get());
     if (run_.model.init == "random") {
       s.params.initialise(s.memory.exec, run_.run.seed);
       s.optimizer.reset(s.memory.exec);
@@ -117,14 +129,14 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   // Empty: an upcycled model put in place as step 0, which has seen no data.
   if (checkpoint && !state_.fingerprint.empty() && !s.data->continues(state_.fingerprint))
     fail(ExitCode::kBadInput,
-         "the data changed since {}: its order is {}, now {}; restore data.* of {}/config.yaml, or start "
-         "another run.dir",
-         checkpoint->string(), state_.fingerprint, fingerprint, dir_.string());
+         "the data changed since {}: {}; restore data.* of {}/config.yaml, or start another run.dir",
+         checkpoint->string(), data_changes(), dir_.string());
   if (checkpoint && state_.samples != state_.step * run_.train.global_batch)
-    fail(
-        ExitCode::kUsage,
-        "train.global_batch: the checkpoint consumed {} samples in {} steps, which {} per step does not give",
-        state_.samples, state_.step, run_.train.global_batch);
+    fail(ExitCode::kUsage,
+         "train.global_batch: the checkpoint consumed {} samples in {} steps, which {} per step does not "
+         "give; "
+         "restore it, or start another run.dir",
+         state_.samples, state_.step, run_.train.global_batch);
   state_.fingerprint = fingerprint;
   if (!run_.data.valid.empty())
     valid_ = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{run_.data.valid, 1.0}},
@@ -137,21 +149,22 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
     log::warning("{}", words);
 }
 
+// What the other order of the data comes from, where this rank knows it.
+std::string Run::data_changes() const {
+  const std::string keys = resumption_ ? resumption_->changes_of("data") : "";
+  return keys.empty() ? "the token files are others, or have other contents" : keys;
+}
+
 void Run::start_metrics() {
   world_.barrier();
   const PeakRate peak(session_->memory.exec, session_->params.dtype());
   run_agreed(world_, [&] {
     if (world_.rank() != 0) return;
     metrics_ = std::make_unique<Metrics>(dir_, run_, state_.step, world_.size(), peak);
-    replace_text(dir_ / "config.yaml", to_yaml(run_));
+    write_run_config(dir_, run_, state_.step + 1,
+                     resumption_ ? resumption_->changes() : std::vector<ConfigChange>{});
+    log_run_summary(*session_, state_, valid_.get());
   });
-  if (world_.rank() == 0) {
-    const ParamCounts counts = count_params(session_->config);
-    log::info("{} parameters, {} activated per token; {} ranks: {}; {} tokens per step", counts.total,
-              counts.activated, world_.size(), session_->mesh.spec().str(),
-              run_.train.global_batch * run_.data.seq_len);
-    if (session_->plan.stages > 1) log::info("pipeline by cost: {}", describe(session_->plan));
-  }
 }
 
 void Run::evaluate_now(std::int64_t step) {

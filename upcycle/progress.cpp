@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "kernels/core/log.h"
+
 namespace upmoe {
 
 Progress::Progress(std::string label, std::uint64_t total_bytes, bool shown)
@@ -41,10 +43,11 @@ void Progress::print(Clock::time_point now, bool last) {
   if (terminal_) {
     constexpr int kWidth = 24;
     const auto full = static_cast<int>(share * kWidth);
-    fmt::print(stderr, "\r[{:#<{}}{:.<{}}] {}\033[K{}", "", full, "", kWidth - full, line, last ? "\n" : "");
+    line = fmt::format("\r[{:#<{}}{:.<{}}] {}\033[K{}", "", full, "", kWidth - full, line, last ? "\n" : "");
   } else {
-    fmt::print(stderr, "{}\n", line);
+    line = log::timestamp() + line + "\n";
   }
+  std::fputs(line.c_str(), stderr);  // nobody who looks is no error
   std::fflush(stderr);
 }
 

@@ -10,6 +10,7 @@
 
 #include "data/posix_file.h"
 #include "data/shard_store.h"
+#include "kernels/core/log.h"
 #include "parallel/threads.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/progress.h"
@@ -171,7 +172,7 @@ class Upcycler {
     survey_ = survey_source(*source_, comm_, threads_, options_.progress && comm_.rank() == 0);
     if (comm_.rank() == 0) {
       for (const std::string& name : survey_.all_zero) {
-        fmt::print(stderr, "upmoe: warning: every value of {} is zero\n", name);
+        log::warning("every value of {} is zero", name);
       }
     }
     if (options_.form == OutputForm::kCheckpoint) {
@@ -290,7 +291,7 @@ class Upcycler {
     };
     run_pipeline(tasks.size(), threads_, piece_bytes(), stages);
     progress.finish();
-    if (options_.progress && comm_.rank() == 0) fmt::print(stderr, "reading back what was written\n");
+    if (options_.progress && comm_.rank() == 0) log::info("reading back what was written");
   }
 
   // What lies beside the tensors in both forms.

@@ -3,7 +3,9 @@
 #include <spdlog/sinks/basic_file_sink.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
+#include <unistd.h>
 
+#include <ctime>
 #include <memory>
 #include <mutex>
 
@@ -11,11 +13,16 @@ namespace upmoe::log {
 
 namespace {
 
+// Somebody who watches a terminal has a clock; who reads a file later has not.
+bool lines_need_time() {
+  return isatty(STDERR_FILENO) != 1;
+}
+
 std::shared_ptr<spdlog::logger> make_logger(int rank, int ranks, const std::filesystem::path& folder) {
   auto console = std::make_shared<spdlog::sinks::stderr_color_sink_mt>();
   console->set_level(rank == 0 ? spdlog::level::info : spdlog::level::warn);
-  console->set_pattern(ranks > 1 ? fmt::format("%^%v%$ [rank {}]", rank) : "%^%v%$");
-  if (rank == 0) console->set_pattern("%^%v%$");
+  const std::string who = ranks > 1 && rank > 0 ? fmt::format(" [rank {}]", rank) : "";
+  console->set_pattern((lines_need_time() ? "%Y-%m-%dT%H:%M:%S%z %v" : "%^%v%$") + who);
   auto logger = std::make_shared<spdlog::logger>("upmoe", console);
   if (!folder.empty()) {
     auto file = std::make_shared<spdlog::sinks::basic_file_sink_mt>(
@@ -48,6 +55,17 @@ void write(Level level, const std::string& line) {
     now = logger();
   }
   now->log(level == Level::kInfo ? spdlog::level::info : spdlog::level::warn, line);
+}
+
+std::string timestamp() {
+  if (!lines_need_time()) return "";
+  const std::time_t now = std::time(nullptr);
+  std::tm local{};
+  localtime_r(&now, &local);
+  char moment[40] = {}, zone[8] = {};
+  std::strftime(moment, sizeof moment, "%Y-%m-%dT%H:%M:%S", &local);
+  std::strftime(zone, sizeof zone, "%z", &local);  // +hhmm; spdlog writes it with a colon
+  return fmt::format("{}{:.3}:{} ", moment, zone, zone + 3);
 }
 
 }  // namespace upmoe::log

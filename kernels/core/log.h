@@ -15,6 +15,9 @@ enum class Level { kInfo, kWarning };
 // Before the first line; again to add the folder. rank 0 of 1 is the default.
 void start(int rank, int ranks, const std::filesystem::path& folder = {});
 void write(Level level, const std::string& line);
+// "2026-01-31T23:59:59+01:00 " where standard error is no terminal, as at the beginning of every line there;
+// else empty. For lines that are written past this file.
+std::string timestamp();
 
 template <class... Args>
 void info(fmt::format_string<Args...> format, Args&&... args) {

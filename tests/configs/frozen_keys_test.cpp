@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
+#include <utility>
 
 #include "configs/run_config.h"
 #include "configs/upcycle_config.h"
@@ -22,6 +23,23 @@ TEST(FrozenKeys, AreThoseOfTheFile) {
   std::stringstream expected;
   expected << in.rdbuf();
   EXPECT_EQ(found, expected.str()) << "If the change is meant, put this into " << path << ":\n" << found;
+}
+
+// `upmoe train --help` and `upmoe upcycle --help` print these: every key, each with a meaning.
+TEST(FrozenKeys, HelpNamesEveryKeyWithItsMeaning) {
+  for (const auto& [reference, help] : {std::pair{run_config_reference(), run_config_help()},
+                                        {upcycle_config_reference(), upcycle_config_help()}}) {
+    std::stringstream lines(reference);
+    std::string line;
+    while (std::getline(lines, line)) {
+      const std::string key = line.substr(0, line.find(" : "));
+      const std::size_t at = ("\n" + help).find("\n  " + key + " = ");
+      ASSERT_NE(at, std::string::npos) << key;
+      const std::size_t meaning = help.find("\n      ", at);
+      ASSERT_NE(meaning, std::string::npos) << key;
+      EXPECT_GT(help.find('\n', meaning + 1) - meaning, 12u) << key << " has no meaning";
+    }
+  }
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <fstream>
 
+#include "configs/nearest_name.h"
 #include "configs/schema.h"
 
 namespace upmoe {
@@ -47,6 +48,11 @@ TEST(YamlReader, RefusesWhatWouldPassInSilence) {
   EXPECT_THAT(problems_in("a: &d {x: 1}\nb: {<<: *d}\n"), ElementsAre(HasSubstr("merge keys")));
   EXPECT_THAT(problems_in("a: !!str 5\n"), ElementsAre(HasSubstr("tag")));
   EXPECT_THAT(problems_in("a: !x [1]\n"), ElementsAre(HasSubstr("tag")));
+  EXPECT_THAT(problems_in("a:\n\tb: 1\n"), ElementsAre(HasSubstr("line 2 is indented with a tab")));
+  EXPECT_THAT(problems_in("a: {b: 1,\n\t c: [}\n"), ElementsAre(HasSubstr("line 2 is indented with a tab")));
+  EXPECT_THAT(problems_in("a: [*x*]\n"), ElementsAre(HasSubstr("needs quotes")));
+  EXPECT_THAT(problems_in("a: [@x]\n"), ElementsAre(HasSubstr("needs quotes")));
+  EXPECT_THAT(problems_in("a: b: 1\n"), ElementsAre(HasSubstr("one key a line")));
   EXPECT_THAT(problems_in("? [1, 2]\n: 3\n"), ElementsAre(HasSubstr("plain word")));
   EXPECT_THAT(problems_in("a: 1\n---\nb: 2\n"), ElementsAre(HasSubstr("more than one")));
   EXPECT_THAT(problems_in(""), ElementsAre("f: the file is empty"));

@@ -1,7 +1,6 @@
 #include "trainer/model/param_store.h"
 
 #include <fmt/ranges.h>
-#include <fnmatch.h>
 
 #include <algorithm>
 
@@ -43,20 +42,6 @@ void zero(Exec& ex, const Buffer& buffer, std::int64_t elements, DType dtype) {
   if (elements > 0) ops::fill(ex, buffer.view({elements}, dtype), 0.0f);
 }
 
-std::vector<bool> frozen_by(const std::vector<std::string>& patterns, const std::vector<ParamSpec>& table) {
-  std::vector<bool> frozen(table.size());
-  for (const std::string& pattern : patterns) {
-    bool hit = false;
-    for (std::size_t i = 0; i < table.size(); ++i)
-      if (fnmatch(pattern.c_str(), table[i].name.c_str(), 0) == 0) hit = frozen[i] = true;
-    if (!hit)
-      fail(ExitCode::kUsage,
-           "freeze: pattern '{}' matches no parameter; `upmoe inspect` lists the names, e.g. '{}'", pattern,
-           table.front().name);
-  }
-  return frozen;
-}
-
 }  // namespace
 
 ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, const StagePlan& plan, int rank,
@@ -65,17 +50,20 @@ ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, const St
   UPMOE_CHECK(options.grad_dtype == options.dtype || options.grad_dtype == DType::kF32,
               "gradients in {} beside values in {}", name_of(options.grad_dtype), name_of(options.dtype));
   const std::vector<ParamSpec> table = make_param_table(config);
-  const std::vector<bool> frozen = frozen_by(options.freeze, table);
+  std::size_t frozen = 0;
   for (std::size_t i = 0; i < table.size(); ++i) {
     StoredParam p;
     p.spec = table[i];
     p.shard = shard_of(p.spec, mesh, rank, plan);
     p.replica = replica_of(p.spec, mesh, rank);
     p.owned = owner_slice(p.shard.elements(), p.replica);
-    p.frozen = frozen[i];
+    p.frozen = std::find(options.freeze.begin(), options.freeze.end(), p.spec.name) != options.freeze.end();
+    frozen += p.frozen ? 1 : 0;
     index_[p.spec.name] = params_.size();
     params_.push_back(std::move(p));
   }
+  UPMOE_CHECK(frozen == options.freeze.size(), "{} names to freeze, {} parameters of these names",
+              options.freeze.size(), frozen);
   bind_values();
   if (!options.gradients) return;
   choose_sharing();

@@ -39,7 +39,7 @@ class ParamStore {
     bool share_block_grads = false;
     Device device;
     bool gradients = true;
-    std::vector<std::string> freeze;  // shell patterns; one that matches nothing is an error (kUsage)
+    std::vector<std::string> freeze;  // names of parameters that do not train
   };
   ParamStore(const ModelConfig& config, const MeshSpec& mesh, const StagePlan& plan, int rank,
              const Options& options);

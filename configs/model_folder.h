@@ -1,0 +1,14 @@
+#pragma once
+// Where a model directory lies when a folder near it was given.
+
+#include <filesystem>
+#include <string>
+
+namespace upmoe {
+
+// For messages about a place without config.json: "; DIR/snapshots/5f0b... holds one: give that folder" when
+// `given` is a root of the Hugging Face cache, or its parent, or the parent or a file of a model directory;
+// else empty. Never throws.
+std::string model_folder_hint(const std::filesystem::path& given);
+
+}  // namespace upmoe

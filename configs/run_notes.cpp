@@ -1,0 +1,79 @@
+// What a run configuration asks for in vain: said, not refused, because a key may wait for another value of
+// its neighbour.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+
+#include "configs/model_config.h"
+#include "configs/run_schema.h"
+
+namespace upmoe {
+namespace {
+
+// Sentences about keys that were changed from their defaults.
+class Notes {
+ public:
+  explicit Notes(const RunConfig& run) {
+    RunConfig copy = run, defaults;
+    for (auto& [key, value] : run_schema(copy).values()) values_[key] = std::move(value);
+    for (auto& [key, value] : run_schema(defaults).values()) defaults_[key] = std::move(value);
+  }
+  void unless(bool effective, const std::string& key, const std::string& why) {
+    const std::string& value = values_.at(key);
+    if (!effective && value != defaults_.at(key))
+      list.push_back(fmt::format("{}: {} has no effect: {}", key, value, why));
+  }
+  std::vector<std::string> list;
+
+ private:
+  std::map<std::string, std::string> values_, defaults_;
+};
+
+void add_schedule_words(const RunConfig& run, std::vector<std::string>& notes) {
+  const std::int64_t steps = run.train.steps, warmup = run.schedule.warmup;
+  if (warmup > steps) {
+    notes.push_back(fmt::format(
+        "schedule.warmup: {} steps are more than the {} of the run: the learning rate only rises, to "
+        "{:.3g} at the last step",
+        warmup, steps, run.optimizer.lr * static_cast<double>(steps) / static_cast<double>(warmup)));
+    return;
+  }
+  const double decay = run.schedule.decay_fraction * static_cast<double>(steps);
+  if (run.schedule.name == "wsd" && decay > static_cast<double>(steps - warmup))
+    notes.push_back(fmt::format(
+        "schedule.decay_fraction: {} of {} steps reaches into the warm-up of {}: the decay takes the "
+        "{} steps that are left",
+        run.schedule.decay_fraction, steps, warmup, steps - warmup));
+}
+
+}  // namespace
+
+std::vector<std::string> without_effect(const RunConfig& run) {
+  Notes notes(run);
+  const bool cosine = run.schedule.name == "cosine", wsd = run.schedule.name == "wsd";
+  notes.unless(wsd, "schedule.decay_fraction", fmt::format("schedule.name is {}", run.schedule.name));
+  notes.unless(cosine || wsd, "schedule.min_lr_ratio", "schedule.name is constant");
+  const bool evaluates = !run.data.valid.empty();
+  notes.unless(evaluates, "train.eval_every", "data.valid is not given");
+  notes.unless(evaluates, "train.eval_sequences", "data.valid is not given");
+  notes.unless(run.data.shuffle, "data.seed", "data.shuffle is false");
+  notes.unless(run.model.init == "random" || run.optimizer.name == "adamw8bit", "run.seed",
+               "the weights come from model.path, and the order of the data has data.seed");
+  notes.unless(run.device != "cpu", "optimizer.offload", "device is cpu");
+  notes.unless(run.device != "cpu", "train.deterministic", "the CPU always sums in one order");
+  add_schedule_words(run, notes.list);
+  return notes.list;
+}
+
+std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig& model) {
+  Notes notes(run);
+  const bool routed = model.num_moe_layers() > 0;
+  for (const char* key : {"router.aux_loss", "router.aux_kind", "router.z_loss"})
+    notes.unless(routed, key, "the model has no experts");
+  notes.unless(run.router.aux_loss > 0, "router.aux_kind", "router.aux_loss is 0");
+  return notes.list;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,210 @@
+#include "configs/run_schema.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "configs/path_text.h"
+#include "configs/schema_values.h"
+
+namespace upmoe {
+namespace {
+
+constexpr double kMaxSteps = 1e9, kMaxSequences = 1e9, kMaxSeqLen = 1 << 24;
+
+const TextCheck kPath{.path = true};
+
+void read_source(const YamlNode& node, const std::string& key, std::vector<DataSource>& out,
+                 Problems& problems) {
+  if (node.kind != YamlNode::Kind::kMap) {
+    if (auto path = text_of(node, key, kPath, problems)) out.push_back({*std::move(path), 1.0});
+    return;
+  }
+  DataSource source;
+  for (const auto& [name, value] : node.entries) {
+    if (name.text == "path") {
+      if (auto path = text_of(value, key + ".path", kPath, problems)) source.path = *std::move(path);
+    } else if (name.text == "weight") {
+      const NumberCheck positive{.least = 0, .above = true};
+      if (const auto weight = number_of(value, key + ".weight", positive, problems)) source.weight = *weight;
+    } else {
+      problems.add(name.where, fmt::format("unknown key '{}.{}'; valid here: path, weight", key, name.text));
+    }
+  }
+  const bool has_path = std::any_of(node.entries.begin(), node.entries.end(),
+                                    [](const auto& entry) { return entry.first.text == "path"; });
+  if (!has_path) problems.add(node.where, key + ": path is missing");
+  out.push_back(std::move(source));
+}
+
+// A path, or a list of paths and {path, weight} maps.
+void read_sources(const YamlNode& node, const std::string& key, std::vector<DataSource>& out,
+                  Problems& problems) {
+  std::vector<DataSource> sources;
+  if (node.kind == YamlNode::Kind::kList) {
+    if (node.items.empty()) problems.add(node.where, key + ": the list is empty");
+    for (std::size_t i = 0; i < node.items.size(); ++i) {
+      read_source(node.items[i], fmt::format("{}[{}]", key, i), sources, problems);
+    }
+  } else {
+    read_source(node, key, sources, problems);
+  }
+  out = std::move(sources);
+}
+
+std::string write_sources(const std::vector<DataSource>& sources) {
+  std::vector<std::string> items;
+  for (const DataSource& s : sources) {
+    items.push_back(fmt::format("{{path: {}, weight: {}}}", yaml_quoted(path_as_text(s.path)), s.weight));
+  }
+  return fmt::format("[{}]", fmt::join(items, ", "));
+}
+
+void add_data(Schema& schema, RunConfig::Data& data) {
+  schema.section("data")
+      .key(
+          "train", "path | list of {path, weight}", true,
+          [&data](const YamlNode& node, const std::string& key, Problems& problems) {
+            read_sources(node, key, data.train, problems);
+          },
+          [&data] { return write_sources(data.train); })
+      .says("Token files to train on; each gives its weight's share of the sequences.")
+      .key("valid", data.valid, {.may_be_empty = true, .path = true})
+      .says("Held-out token file; without it nothing is evaluated.")
+      .key("seq_len", data.seq_len, {.least = 1, .most = kMaxSeqLen, .required = true})
+      .says("Tokens per sequence.")
+      .key("shuffle", data.shuffle)
+      .says("Each epoch in an order of its own; false: as the files stand.")
+      .key("mask_documents", data.mask_documents)
+      .says("Attention and positions restart at each document of a sequence.")
+      .key("seed", data.seed, {.least = 0})
+      .says("Of the order of the sequences.");
+}
+
+void add_train(Schema& schema, RunConfig::Train& train) {
+  schema.section("train")
+      .key("steps", train.steps, {.least = 1, .most = kMaxSteps, .required = true})
+      .says("Optimizer steps of the whole run, those of earlier starts included.")
+      .key("global_batch", train.global_batch, {.least = 1, .most = kMaxSequences, .required = true})
+      .says("Sequences per step, over all ranks.")
+      .key("micro_batch", train.micro_batch, {.least = 1, .most = kMaxSequences, .required = true})
+      .says("Sequences that a data-parallel rank computes at once; less takes less memory.")
+      .key("precision", train.precision, {.names = {"fp32", "bf16"}})
+      .says("bf16: weights and activations in bf16 beside fp32 masters and moments.")
+      .key("recompute", train.recompute, {.names = {"none", "swiglu", "routed_up", "up", "ffn", "block"}})
+      .says("What backward computes again instead of keeping: less memory, more work.")
+      .key("deterministic", train.deterministic)
+      .says("Two runs of one layout have the same bits. false: faster attention backward on GPUs.")
+      .key("eval_every", train.eval_every, {.least = 0})
+      .says("Steps between held-out evaluations; 0: before the first step and after the last.")
+      .key("eval_sequences", train.eval_sequences, {.least = 0})
+      .says("Sequences of data.valid per evaluation; 0: all.")
+      .key("nonfinite_patience", train.nonfinite_patience, {.least = 1})
+      .says("Non-finite steps in a row, each skipped, before the run stops with status 4.");
+}
+
+void add_optimization(Schema& schema, RunConfig& run) {
+  schema.section("optimizer")
+      .key("name", run.optimizer.name, {.names = {"adamw", "adamw8bit"}})
+      .says("adamw8bit: moments in 8 bits and no masters.")
+      .key("lr", run.optimizer.lr, {.least = 0})
+      .says("Learning rate at the schedule's peak.")
+      .key("beta1", run.optimizer.beta1, {.least = 0, .most = 1, .below = true})
+      .says("Decay of the first moment.")
+      .key("beta2", run.optimizer.beta2, {.least = 0, .most = 1, .below = true})
+      .says("Decay of the second moment.")
+      .key("eps", run.optimizer.eps, {.least = 0, .above = true})
+      .says("Added to the root of the second moment.")
+      .key("weight_decay", run.optimizer.weight_decay, {.least = 0})
+      .says("Decoupled; of matrices, not of norms and biases.")
+      .key("clip", run.optimizer.clip, {.least = 0})
+      .says("Largest global norm of the gradient; 0: no clipping.")
+      .key("offload", run.optimizer.offload)
+      .says("On GPUs: masters and moments in the host's memory.");
+  schema.section("schedule")
+      .key("name", run.schedule.name, {.names = {"cosine", "wsd", "constant"}})
+      .says("Of the learning rate after the warm-up; wsd: constant, then a linear decay.")
+      .key("warmup", run.schedule.warmup, {.least = 0})
+      .says("Steps of linear rise to optimizer.lr.")
+      .key("min_lr_ratio", run.schedule.min_lr_ratio, {.least = 0, .most = 1})
+      .says("Of optimizer.lr, at the last step (cosine, wsd).")
+      .key("decay_fraction", run.schedule.decay_fraction, {.least = 0, .most = 1, .above = true})
+      .says("wsd: share of the steps, at the end, that the decay takes; it begins after the warm-up.");
+}
+
+void add_layout(Schema& schema, RunConfig::Parallel& parallel) {
+  schema.section("parallel")
+      .key("tp", parallel.tp, {.least = 1})
+      .says("Tensor-parallel ranks; what is left of all ranks is data-parallel.")
+      .key("pp", parallel.pp, {.least = 1})
+      .says("Pipeline stages.")
+      .key("cp", parallel.cp, {.least = 1})
+      .says("Context-parallel ranks: each has a part of every sequence.")
+      .key("ep", parallel.ep, {.least = 1})
+      .says("Ranks that the experts are divided over.")
+      .key("etp", parallel.etp, {.least = 1})
+      .says("Ranks that each expert's width is divided over.")
+      .key("zero", parallel.zero, {.least = 0, .most = 3, .built = {1, 2}})
+      .says("1: optimizer state divided over the ranks. 2: blocks share their gradients' memory as well.")
+      .key("reduce", parallel.reduce, {.names = {"fp32", "bf16"}})
+      .says("In what gradients are added up, over micro-batches and ranks.")
+      .key("pp_chunks", parallel.pp_chunks, {.least = 1})
+      .says("Runs of blocks per pipeline stage; above 1 the schedule is interleaved.")
+      .key("node_ranks", parallel.node_ranks, {.least = 0})
+      .says("Ranks per node: expert rows cross to another node once. 0: straight to their rank.");
+}
+
+}  // namespace
+
+Schema run_schema(RunConfig& run) {
+  Schema schema;
+  schema.section("run")
+      .key("dir", run.run.dir, {.required = true, .path = true})
+      .says("Folder of the run; when checkpoints lie there, the run goes on from the newest.")
+      .key("seed", run.run.seed, {.least = 0})
+      .says("Of random weights (model.init random) and of adamw8bit's rounding.");
+  schema.section("model")
+      .key("path", run.model.path, {.required = true, .path = true})
+      .says("Hugging Face directory, checkpoint or run directory to start from.")
+      .key("init", run.model.init, {.names = {"weights", "random"}})
+      .says("random: of model.path only config.json counts.");
+  schema.section("router")
+      .key("aux_loss", run.router.aux_loss, {.least = 0})
+      .says("Coefficient of the load-balancing loss.")
+      .key("aux_kind", run.router.aux_kind,
+           {.names = {"hf", "switch"}, .planned = {"gshard", "sequence", "global"}})
+      .says("hf: over all layers at once, as in transformers; switch: layer by layer.")
+      .key("z_loss", run.router.z_loss, {.least = 0})
+      .says("Coefficient of the router's z-loss.")
+      .key("bias_rate", run.router.bias_rate, {.least = 0, .built = {0}})
+      .says("Rate of balancing by expert biases.")
+      .key("capacity_factor", run.router.capacity_factor, {.least = 0, .built = {0}})
+      .says("0: no token is dropped.");
+  add_data(schema, run.data);
+  add_train(schema, run.train);
+  add_optimization(schema, run);
+  add_layout(schema, run.parallel);
+  schema.section("")
+      .key("freeze", run.freeze)
+      .says(
+          "Patterns of parameters that do not train, in our names or Hugging Face's; quote them: "
+          "['*mlp.gate.weight'].");
+  schema.section("checkpoint")
+      .key("every", run.checkpoint.every, {.least = 0})
+      .says("Steps between checkpoints; 0: at the end alone.")
+      .key("keep", run.checkpoint.keep, {.least = 2})
+      .says("Newest checkpoints that stay; the disk needs room for one more.")
+      .key("async", run.checkpoint.async)
+      .says("Write while training goes on.");
+  schema.section("log")
+      .key("every", run.log.every, {.least = 1})
+      .says("Steps between lines of metrics.jsonl.")
+      .key("tensorboard", run.log.tensorboard)
+      .says("Write TensorBoard events as well.");
+  schema.section("")
+      .key("device", run.device, {.names = {"auto", "cpu", "cuda"}})
+      .says("auto: GPUs where every rank has one.");
+  return schema;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,223 @@
+"""What the program tells a user: near names, what differs at a resume, the start of a run, lines with a time, closed
+pipes. Needs UPMOE_BINARY and, for token files, h5py.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import unittest
+
+import cli_test
+import numpy as np
+from cli_test import BINARY, COMMANDS, ROOT, safetensors_bytes, upmoe
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d "
+
+
+def shell(command, **environment):
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "UPMOE": BINARY} | environment)
+
+
+class CommandLine(unittest.TestCase):
+    def refused(self, words, *arguments):
+        done = upmoe(*arguments)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertEqual(done.stderr.count("error:"), 1, done.stderr)
+        for word in words:
+            self.assertIn(word, done.stderr)
+
+    def test_an_unknown_name_brings_the_nearest(self):
+        self.refused(["unknown command 'trian'", "did you mean 'train'?"], "trian", "run.yaml")
+        self.refused(["unknown command 'xyzzy'", *COMMANDS], "xyzzy")
+        self.refused(["a command is missing", *COMMANDS])
+        self.refused(["unknown option '--frsh'", "did you mean '--fresh'?"], "train", "run.yaml", "--frsh")
+        self.refused(["unknown option '--seqlen'", "did you mean '--seq-len'?"], "eval", "m", "--seqlen", "4")
+        self.refused(["unknown option '--form'"], "eval", "m", "--data", "d", "--form=x")
+        self.refused(["without dashes", "train.steps=VALUE"], "train", "run.yaml", "--train.steps=5")
+        self.refused(["options stand behind the command"], "--fresh", "train", "run.yaml")
+
+    def test_help_leads_to_every_configuration_key(self):
+        frozen = (ROOT / "tests" / "configs" / "frozen_keys.txt").read_text(encoding="utf-8")
+        train, upcycle = frozen.split("# upmoe upcycle\n")
+        for command, keys in (("train", train), ("upcycle", upcycle)):
+            shown = upmoe(command, "--help").stdout
+            for key in re.findall(r"^([\w.]+) : ", keys, re.MULTILINE):
+                self.assertRegex(shown, rf"(?m)^  {re.escape(key)} = ")
+            self.assertIn(f"upmoe {command} --help", upmoe("--help").stdout)
+
+
+class Requests(cli_test.CliTest):
+    def train(self, *overrides, status=0, run=None):
+        done = upmoe("train", run or self.write_run(), *overrides)
+        self.assertEqual(done.returncode, status, done.stderr)
+        return done.stderr
+
+    def other_model(self, name, change):
+        other = self.folder / name
+        shutil.copytree(self.model, other)
+        tensors = dict(self.tensors)
+        change(other, tensors)
+        (other / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+        return other
+
+    def test_a_resume_says_each_changed_key_and_what_jumps(self):
+        self.assertNotIn(" -> ", self.train("train.steps=2"))
+        said = self.train("train.steps=4", "optimizer.lr=1e-3", "optimizer.clip=0.5", "schedule.name=wsd",
+                          "router.aux_loss=0.5", "data.mask_documents=true", "freeze=['*mlp.gate.weight']",
+                          "checkpoint.keep=2", "log.tensorboard=false")
+        for line in ("train.steps: 2 -> 4", "optimizer.lr: 0.0003 -> 0.001", "optimizer.clip: 1 -> 0.5",
+                     "schedule.name: cosine -> wsd", "router.aux_loss: 0.001 -> 0.5",
+                     "data.mask_documents: false -> true", "checkpoint.keep: 3 -> 2", "log.tensorboard: true -> false"):
+            self.assertRegex(said, rf"(?m)^{STAMP}  {re.escape(line)}$")
+        self.assertIn("freeze: [] -> ", said)
+        self.assertRegex(said, r"the learning rate goes from 3e-05 at step 2 to 0.001 at step 3")
+        self.assertEqual(len(re.findall(" -> ", said)), 9, said)
+        kept = (self.folder / "run" / "config.yaml").read_text(encoding="utf-8")
+        self.assertIn("# from step 3 on: optimizer.lr: 0.0003 -> 0.001\n", kept)
+        self.assertIn("lr: 0.001\n", kept)
+        again = self.train("train.steps=5", run=self.folder / "run" / "config.yaml")
+        self.assertEqual(re.findall(r"(\S+): \S+ -> ", again), ["train.steps"], again)
+
+    def test_another_data_order_names_its_keys(self):
+        self.train()
+        self.assertIn("data.seed: 1 -> 2", self.train("train.steps=3", "data.seed=2", status=3))
+
+    def test_another_model_at_a_resume_is_refused(self):
+        self.train()
+        kept = (self.folder / "run" / "config.yaml").read_text(encoding="utf-8")
+
+        def other_weights(_, tensors):
+            name = "model.layers.1.mlp.experts.7.up_proj.weight"
+            dtype, shape, data = tensors[name]
+            tensors[name] = (dtype, shape, bytes(len(data)))
+
+        def other_config(folder, _):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}), encoding="utf-8")
+
+        for name, change, words in (("weights", other_weights, "the weights differ"),
+                                    ("config", other_config, "rope_theta")):
+            other = self.other_model(name, change)
+            said = self.train("train.steps=3", f"model.path={other}", status=2)
+            for word in (words, str(other), f"model.path={self.model}", "run.dir"):
+                self.assertIn(word, said)
+        said = self.train("train.steps=3", f"model.path={self.folder}/nowhere", status=2)
+        self.assertIn("does not exist", said)
+        self.assertIn("model.init", self.train("train.steps=3", "model.init=random", status=2))
+        # The folder has other contents now.
+        other_weights(None, self.tensors)
+        good = (self.model / "model.safetensors").read_bytes()
+        self.write_weights(safetensors_bytes(self.tensors))
+        self.assertIn("the weights differ", self.train("train.steps=3", status=2))
+        self.write_weights(good)
+        self.assertEqual((self.folder / "run" / "config.yaml").read_text(encoding="utf-8"), kept)
+
+    def test_the_same_model_elsewhere_or_gone_goes_on(self):
+        self.train()
+        moved = self.folder / "moved"
+        self.model.rename(moved)
+        self.assertIn("cannot be read any more", self.train("train.steps=3"))
+        said = self.train("train.steps=4", f"model.path={self.folder}/./moved")
+        self.assertIn("(the same model)", said)
+        self.assertIn("moved", (self.folder / "run" / "config.yaml").read_text(encoding="utf-8"))
+
+    def test_the_start_says_what_is_going_to_happen(self):
+        valid = self.write_tokens("valid.h5", np.arange(200) % 101)
+        said = self.train("freeze=['*mlp.gate.weight']", f"data.valid={valid}", "train.steps=3", "checkpoint.every=2")
+        for pattern in (rf"model: {self.model} \(its weights\), qwen2_moe: .* parameters, .* activated",
+                        r"frozen: \d+ of \d+ parameters \(.*\): layers\.\*\.moe\.router_ED",
+                        r"data: 124 sequences of 16 tokens in 1 file; steps 1 to 3 take 12, 0\.0968 epochs",
+                        r"held out: 12 of the 12 sequences", r"ranks: 1 ",
+                        rf"output: {self.folder}/run: checkpoints every 2 steps"):
+            self.assertRegex(said, pattern)
+        self.assertIn("held-out loss", said)
+        said = self.train("train.steps=4", "schedule.warmup=50", "schedule.decay_fraction=0.3", "train.steps=5")
+        for words in ("going on after step 3", "the learning rate only rises", "schedule.decay_fraction: 0.3 has no",
+                      "given twice", "steps 4 to 5 take 8"):
+            self.assertIn(words, said)
+
+    def test_paths_are_expanded_or_refused(self):
+        home = self.folder / "home"
+        home.mkdir()
+        shutil.copy(self.tokens, home / "t.h5")
+        run = self.write_run(run="{dir: ~/r}", data="{train: $HOME/t.h5, seq_len: 16}")
+        done = shell(f"cd {home} && $UPMOE train {run} && $UPMOE inspect --json ~/t.h5 && $UPMOE export '~/r' --to=~/e",
+                     HOME=str(home))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(sorted(p.name for p in home.iterdir()), ["e", "r", "t.h5"])
+        self.refused(2, ["NO_SUCH_PLACE", "unset"], "train", run, "run.dir=$NO_SUCH_PLACE/x")
+        self.refused(2, ["NO_SUCH_PLACE"], "export", self.model, "--to", "${NO_SUCH_PLACE}/x")
+
+    def test_lines_in_a_file_carry_a_time(self):
+        for line in self.train().splitlines():
+            self.assertRegex(line, rf"^{STAMP}")
+        self.assertRegex(upmoe("eval", self.folder / "no", "--data", "d", "--seq-len", 4).stderr, rf"^{STAMP}")
+        if not shutil.which("script"):
+            self.skipTest("no terminal can be made here")
+        run = self.write_run(run=f"{{dir: {self.folder}/second}}")
+        watched = shell(f"script -qec '{BINARY} train {run}' /dev/null").stdout
+        self.assertIn("step 2/2", watched)
+        self.assertNotRegex(watched, STAMP)
+
+    def test_weights_that_are_not_finite(self):
+        name = "model.layers.0.self_attn.q_proj.weight"
+        dtype, shape, data = self.tensors[name]
+        self.tensors[name] = (dtype, shape, b"\xff" * len(data))
+        self.write_weights(safetensors_bytes(self.tensors))
+        done = upmoe("eval", self.model, "--data", self.tokens, "--seq-len", 16, "--sequences", 2)
+        self.assertEqual((done.returncode, done.stdout), (4, ""), done.stderr)
+        self.assertIn("not finite", done.stderr)
+
+    def test_near_model_folders_are_named(self):
+        cache = self.folder / "hub" / "models--who--what"
+        snapshot = cache / "snapshots" / "0123abcd"
+        snapshot.parent.mkdir(parents=True)
+        shutil.copytree(self.model, snapshot)
+        data = ("--data", self.tokens, "--seq-len", 16)
+        for given in (cache, f"{cache}/", cache.parent, snapshot.parent):
+            self.refused(3, [snapshot], "eval", given, *data)
+        self.refused(3, [snapshot, "snapshots/"], "train", self.write_run(), f"model.path={cache}")
+        self.refused(3, [snapshot], "train", self.write_run(), f"model.path={cache}", "model.init=random")
+        self.refused(3, [snapshot], "inspect", cache)
+        self.refused(3, [f"give its folder, {self.model}"], "eval", self.model / "model.safetensors", *data)
+
+    def test_an_option_without_effect_is_refused(self):
+        recipe = ROOT / "configs" / "upcycle" / "qwen1.5-moe-a2.7b-tiny.yaml"
+        self.refused(2, ["--max-shard-bytes", "one shard per rank"], "upcycle", recipe, "--from", self.model, "--to",
+                     self.folder / "x", "--form", "checkpoint", "--max-shard-bytes", 1000)
+
+
+class ClosedPipes(cli_test.CliTest):
+    def test_a_reader_that_has_had_enough_is_no_error(self):
+        for command in ("--help", "train --help", f"inspect {self.model}", f"inspect --json {self.model}",
+                        f"eval {self.model} --data {self.tokens} --seq-len 16 --sequences 1"):
+            done = shell(f"set -o pipefail; $UPMOE {command} | true")
+            self.assertEqual((done.returncode, done.stderr), (0, ""), command)
+
+    def test_other_failures_of_standard_output_are_errors(self):
+        for command in ("--help", f"inspect {self.model}"):
+            done = shell(f"$UPMOE {command} > /dev/full")
+            self.assertEqual(done.returncode, 3, command)
+            self.assertIn("standard output cannot be written", done.stderr)
+
+    def test_training_goes_on_without_a_reader(self):
+        run = self.write_run(train="{steps: 30, global_batch: 4, micro_batch: 1}")
+        done = shell(f"$UPMOE train {run} 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        last = json.loads((self.folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        self.assertEqual(last["step"], 30)
+
+    def test_closed_streams_are_no_files_of_ours(self):
+        done = shell(f"$UPMOE train {self.write_run()} <&- >&- 2>&-")
+        self.assertEqual(done.returncode, 0)
+        verify = upmoe("inspect", "--verify", self.folder / "run")
+        self.assertEqual(verify.returncode, 0, verify.stderr)
+        for path in (self.folder / "run").rglob("*"):
+            self.assertFalse(path.is_file() and b"loss" in path.read_bytes() and path.suffix == ".h5", path)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,112 @@
+// Freezing by the names of both worlds, and what the start of a run says about it.
+
+#include "trainer/freeze.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "kernels/core/check.h"
+#include "trainer/run_summary.h"
+
+namespace upmoe {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+ModelConfig tiny() {
+  ModelConfig c;
+  c.model_type = "qwen2_moe";
+  c.vocab_size = 32;
+  c.hidden_size = 16;
+  c.intermediate_size = 24;
+  c.num_hidden_layers = 2;
+  c.num_attention_heads = c.num_key_value_heads = 2;
+  c.head_dim = 8;
+  c.num_experts = 4;
+  c.num_experts_per_tok = 2;
+  c.moe_intermediate_size = 8;
+  c.shared_expert_intermediate_size = 8;
+  c.max_position_embeddings = 64;
+  return c;
+}
+
+std::vector<std::string> frozen(const std::vector<std::string>& patterns) {
+  return frozen_names(patterns, tiny());
+}
+
+std::string refusal(const std::vector<std::string>& patterns) {
+  try {
+    frozen(patterns);
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kUsage);
+    return e.what();
+  }
+  return "";
+}
+
+TEST(Freeze, NamesOfBothWorldsMean) {
+  const auto routers = ElementsAre("layers.0.moe.router_ED", "layers.1.moe.router_ED");
+  EXPECT_THAT(frozen({"*moe.router_ED"}), routers);
+  EXPECT_THAT(frozen({"*mlp.gate.weight"}), routers);
+  EXPECT_THAT(frozen({"model.layers.?.mlp.gate.*"}), routers);
+  EXPECT_THAT(frozen({"embed_VD"}), ElementsAre("embed_VD"));
+  EXPECT_THAT(frozen({"model.embed_tokens.weight", "lm_head.weight"}), ElementsAre("embed_VD", "head_VD"));
+  EXPECT_THAT(frozen({}), IsEmpty());
+  // All experts by Hugging Face's names are two parameters a layer here.
+  EXPECT_THAT(frozen({"model.layers.0.mlp.experts.*"}),
+              ElementsAre("layers.0.moe.gate_up_EF2D", "layers.0.moe.down_EDF"));
+  EXPECT_THAT(frozen({"*.0.mlp.shared_expert.gate_proj*", "*.0.mlp.shared_expert.up_proj*"}),
+              ElementsAre("layers.0.shared.gate_up_F2D"));
+}
+
+TEST(Freeze, WhatMatchesNothingNamesTheNearest) {
+  EXPECT_THAT(refusal({"embed_DV"}), HasSubstr("'embed_VD'"));
+  EXPECT_THAT(refusal({"*mlp.gat.weight"}), HasSubstr("mlp.gate.weight"));
+  EXPECT_THAT(refusal({"*router_DE"}), HasSubstr("moe.router_ED"));
+  EXPECT_THAT(refusal({"embed_VD", "zzzzzzzzzzzz"}), HasSubstr("'zzzzzzzzzzzz' matches no parameter"));
+}
+
+TEST(Freeze, PartsAndEverythingAreRefused) {
+  EXPECT_THAT(refusal({"*mlp.experts.1.*"}), HasSubstr("only a part of layers.0.moe.gate_up_EF2D"));
+  EXPECT_THAT(refusal({"*experts.*.gate_proj.weight"}), HasSubstr("up_proj"));
+  EXPECT_THAT(refusal({"*"}), HasSubstr("nothing would train"));
+}
+
+TEST(Freeze, TheStartSaysWhatAPatternCaught) {
+  const ModelConfig config = tiny();
+  const auto said = [&](const std::vector<std::string>& patterns) {
+    const ParamStore params(config, MeshSpec{}, one_stage(config.num_hidden_layers), 0,
+                            {.device = {}, .gradients = false, .freeze = frozen_names(patterns, config)});
+    return describe_frozen(params);
+  };
+  EXPECT_EQ(said({}), "");
+  EXPECT_EQ(said({"*mlp.gate.weight"}),
+            "2 of 33 parameters (128 of 7,088 values): layers.*.moe.router_ED x 2");
+  // Meant the routers, caught the experts as well: visible.
+  EXPECT_THAT(said({"*gate*"}), HasSubstr("layers.*.moe.gate_up_EF2D x 2"));
+}
+
+RunConfig some_run(std::int64_t steps, std::int64_t batch, std::vector<DataSource> sources) {
+  RunConfig run;
+  run.train.steps = steps;
+  run.train.global_batch = batch;
+  run.data.train = std::move(sources);
+  run.data.seq_len = 16;
+  return run;
+}
+
+TEST(StartOfARun, SequencesAndEpochs) {
+  const RunConfig run = some_run(20, 4, {{"t.h5", 1.0}});
+  EXPECT_EQ(describe_data(run, {249}, 6),
+            "249 sequences of 16 tokens in 1 file; steps 6 to 20 take 60, 0.241 epochs; 64 tokens per step");
+  EXPECT_THAT(repeated_data(run, {249}), IsEmpty());
+  EXPECT_THAT(repeated_data(run, {8}), ElementsAre(HasSubstr("10 times through t.h5 (8 sequences)")));
+  const RunConfig two = some_run(20, 4, {{"a.h5", 3.0}, {"b.h5", 1.0}});
+  EXPECT_THAT(describe_data(two, {60, 10}, 1), HasSubstr("1 epochs of a.h5 and 2 epochs of b.h5"));
+  EXPECT_THAT(repeated_data(two, {60, 4}), ElementsAre(HasSubstr("b.h5")));
+}
+
+}  // namespace
+}  // namespace upmoe

@@ -1,0 +1,95 @@
+#include "trainer/freeze.h"
+
+#include <fmt/ranges.h>
+#include <fnmatch.h>
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "configs/nearest_name.h"
+#include "data/hf_model.h"
+#include "kernels/core/check.h"
+
+namespace upmoe {
+
+namespace {
+
+bool matches(const std::string& pattern, const std::string& name) {
+  return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
+}
+
+// Names to propose for a pattern: compared without its wildcards, and without the numbers of layers and
+// experts, of which one each is enough.
+std::vector<std::string> names_near(const std::string& pattern, const std::vector<std::string>& names) {
+  std::string bare;
+  std::copy_if(pattern.begin(), pattern.end(), std::back_inserter(bare),
+               [](char c) { return c != '*' && c != '?'; });
+  std::vector<std::string> near = nearest_names(bare, names, 3);
+  if (!near.empty() || bare.empty()) return near;
+  // A part of a name: the names in which some stretch comes nearest to it.
+  std::vector<std::pair<int, std::string>> ranked;
+  for (const std::string& name : names) {
+    int best = closeness_limit(bare) + 1;
+    for (std::size_t at = 0; at < name.size(); ++at)
+      best = std::min(best, edit_distance(bare, name.substr(at, bare.size())));
+    if (best <= closeness_limit(bare)) ranked.emplace_back(best, name);
+  }
+  std::stable_sort(ranked.begin(), ranked.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  for (std::size_t i = 0; i < std::min<std::size_t>(3, ranked.size()); ++i) near.push_back(ranked[i].second);
+  return near;
+}
+
+[[noreturn]] void refuse_unmatched(const std::string& pattern, const std::vector<std::string>& names) {
+  const std::vector<std::string> near = names_near(pattern, names);
+  fail(ExitCode::kUsage,
+       "freeze: pattern '{}' matches no parameter, neither by our names nor by Hugging Face's{}; `upmoe "
+       "inspect` "
+       "of the model or of a checkpoint lists the names",
+       pattern,
+       near.empty() ? fmt::format(", such as '{}' or '{}'", names.front(), names.back())
+                    : fmt::format("; near it: '{}'", fmt::join(near, "', '")));
+}
+
+}  // namespace
+
+std::vector<std::string> frozen_names(const std::vector<std::string>& patterns, const ModelConfig& config) {
+  std::vector<std::string> frozen, partly, names;
+  std::vector<bool> used(patterns.size());
+  const auto any_matches = [&](const std::string& name) {
+    bool any = false;
+    for (std::size_t i = 0; i < patterns.size(); ++i)
+      if (matches(patterns[i], name)) any = used[i] = true;
+    return any;
+  };
+  std::size_t parameters = 0;
+  for (const ParamSpec& p : make_param_table(config)) {
+    ++parameters;
+    const std::vector<HfTensor> tensors = hf_tensors_of(p);
+    std::string left, hit;
+    for (const HfTensor& t : tensors) {
+      std::string& example = any_matches(t.name) ? hit : left;
+      if (example.empty()) example = t.name;
+    }
+    const bool whole = any_matches(p.name) || left.empty();
+    if (whole) frozen.push_back(p.name);
+    if (!whole && !hit.empty())
+      partly.push_back(fmt::format("{}, which '{}' is a part of, beside '{}'", p.name, hit, left));
+    if (p.layer <= 0) names.push_back(p.name);
+    if (p.layer <= 0 && tensors.front().name != p.name) names.push_back(tensors.front().name);
+  }
+  for (std::size_t i = 0; i < patterns.size(); ++i)
+    if (!used[i]) refuse_unmatched(patterns[i], names);
+  if (!partly.empty())
+    fail(ExitCode::kUsage,
+         "freeze: a parameter freezes as a whole, and these patterns match only a part of {}{}; add a "
+         "pattern for "
+         "the rest, or take these out",
+         partly.front(), partly.size() > 1 ? fmt::format(" (and of {} more)", partly.size() - 1) : "");
+  if (frozen.size() == parameters)
+    fail(ExitCode::kUsage, "freeze: all {} parameters would be frozen, and nothing would train", parameters);
+  return frozen;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,139 @@
+#include "trainer/resumption.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "data/shard_store.h"
+#include "kernels/core/philox.h"
+#include "trainer/schedule.h"
+
+namespace upmoe {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+// "num_experts: 8 -> 4, ...": keys of two configurations that differ; a few are enough.
+std::string config_differences(const ModelConfig& one, const ModelConfig& two) {
+  const json before = json::parse(function_of(one)), after = json::parse(function_of(two));
+  std::string words;
+  int count = 0;
+  for (const auto& [key, value] : before.items()) {
+    const json other = after.contains(key) ? after[key] : json();
+    if (other != value && ++count <= 5)
+      words += fmt::format("{}{}: {} -> {}", count > 1 ? ", " : "", key, value.dump(), other.dump());
+  }
+  for (const auto& [key, value] : after.items())
+    if (!before.contains(key) && ++count <= 5)
+      words += fmt::format("{}{}: none -> {}", count > 1 ? ", " : "", key, value.dump());
+  return words;
+}
+
+bool same_place(const std::string& one, const std::string& two) {
+  std::error_code error;
+  return fs::weakly_canonical(one, error) == fs::weakly_canonical(two, error);
+}
+
+}  // namespace
+
+std::string model_digest(const ModelConfig& config, const ModelSource* weights) {
+  if (weights != nullptr) return digest_of(*weights);
+  return fmt::format("{:016x}", philox_key(2, function_of(config)));
+}
+
+Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
+    : now_(now), checkpoint_(checkpoint) {
+  const json record = json::parse(ShardStore(checkpoint).metadata_json());
+  step_ = record.at("step").get<std::int64_t>();
+  source_ = record.at("source").get<std::string>();
+  recorded_ = record.contains("config");
+  if (!recorded_) {
+    remarks_.push_back(
+        fmt::format("model.path is not read: the weights are those of {}", checkpoint.string()));
+    return;
+  }
+  before_ = recorded_run_config(record["config"].get<std::string>());
+  changes_ = changes_between(before_, now);
+  if (before_.model.init != now.model.init)
+    fail(
+        ExitCode::kUsage,
+        "model.init: {}, but the run in {} started with {} and goes on from {}; restore it, or start another "
+        "run.dir",
+        now.model.init, now.run.dir, before_.model.init, checkpoint.string());
+  require_same_model(record.value("source_digest", ""), record.at("model_config").get<std::string>());
+}
+
+void Resumption::require_same_model(const std::string& source_digest, const std::string& model_config) {
+  const std::string asked = fs::absolute(now_.model.path).string();
+  const bool same = same_place(asked, source_);
+  const std::string advice = fmt::format(
+      "{} goes on from {} and reads no other weights; set model.path={}{}, or train this model in "
+      "another run.dir",
+      now_.run.dir, checkpoint_.string(), source_, same ? " as it was" : "");
+  std::string differs;
+  try {
+    const ModelConfig started = parse_model_config(model_config, checkpoint_.string());
+    std::unique_ptr<ModelSource> weights;
+    ModelConfig config;
+    if (now_.model.init == "random") {
+      config = read_model_config(asked);
+    } else {
+      weights = open_model(asked);
+      config = weights->config();
+    }
+    differs = config_differences(started, config);
+    // Checkpoints of earlier programs have no digest: then the configuration decides.
+    if (differs.empty() && !source_digest.empty() && model_digest(config, weights.get()) != source_digest)
+      differs = "the weights differ";
+  } catch (const Error& e) {
+    if (!same) fail(ExitCode::kUsage, "model.path: {}; {}", e.what(), advice);
+    remarks_.push_back(fmt::format(
+        "the model that the run started from cannot be read any more ({}); the run does not need it, "
+        "an export will lack its tokenizer files",
+        e.what()));
+    return;
+  }
+  // A run that this one started from may have gone on: its newest checkpoint is another one now.
+  const bool moves_on = same && fs::is_directory(fs::path(asked) / "checkpoints");
+  if (!differs.empty() && moves_on)
+    remarks_.push_back(
+        fmt::format("{} holds another checkpoint than this run started from", now_.model.path));
+  if (!differs.empty() && !moves_on)
+    fail(ExitCode::kUsage, "model.path: {} is not the model that this run started from ({}): {}; {}",
+         now_.model.path, source_, differs, advice);
+  source_ = asked;
+}
+
+std::string Resumption::what_changes(const ConfigChange& change) const {
+  if (change.key == "run.seed") return " (the weights stay those of the checkpoint)";
+  if (change.key == "freeze") return " (moments of what did not train so far begin at zero)";
+  if (change.key == "model.path") return " (the same model)";
+  return "";
+}
+
+std::vector<std::string> Resumption::lines() const {
+  std::vector<std::string> all;
+  for (const ConfigChange& change : changes_) all.push_back(change.str() + what_changes(change));
+  if (recorded_) {
+    // The step that comes next, as it would have been and as it is.
+    const double expected = learning_rate(before_, step_ + 1), next = learning_rate(now_, step_ + 1);
+    if (std::abs(next - expected) > 1e-6 * std::max(next, expected))
+      all.push_back(fmt::format("the learning rate goes from {:.3g} at step {} to {:.3g} at step {}",
+                                learning_rate(before_, step_), step_, next, step_ + 1));
+  }
+  all.insert(all.end(), remarks_.begin(), remarks_.end());
+  return all;
+}
+
+std::string Resumption::changes_of(const std::string& section) const {
+  std::string words;
+  for (const ConfigChange& change : changes_)
+    if (change.key.starts_with(section + ".")) words += (words.empty() ? "" : ", ") + change.str();
+  return words;
+}
+
+}  // namespace upmoe

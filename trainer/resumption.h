@@ -1,0 +1,49 @@
+#pragma once
+// A run that goes on from a checkpoint, beside what is asked for now: what changed, and whether the model of
+// the request is the one that is being trained. Rank 0's work.
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "configs/config_diff.h"
+#include "configs/model_config.h"
+#include "data/model_source.h"
+
+namespace upmoe {
+
+// What a new run keeps in its checkpoints about the model it starts from. `weights`: null for random ones, of
+// which the configuration is all there is.
+std::string model_digest(const ModelConfig& config, const ModelSource* weights);
+
+class Resumption {
+ public:
+  // Reads the checkpoint's record. Throws Error(kUsage) when model.path or model.init ask for another model
+  // than the one that the run started from; a model that is gone is only told, nothing but its tokenizer
+  // files is needed any more.
+  Resumption(const std::filesystem::path& checkpoint, const RunConfig& now);
+
+  // One line per key that changed, and what jumps because of it; empty when nothing did. The checkpoint of an
+  // upcycled model that was put in place has no configuration to compare.
+  std::vector<std::string> lines() const;
+  // "data.seq_len: 16 -> 32, ...": the changes of a section; empty when there are none.
+  std::string changes_of(const std::string& section) const;
+  const std::vector<ConfigChange>& changes() const { return changes_; }
+  std::int64_t step() const { return step_; }
+  const std::string& source() const { return source_; }  // where the model lies now
+
+ private:
+  void require_same_model(const std::string& source_digest, const std::string& model_config);
+  std::string what_changes(const ConfigChange& change) const;
+
+  const RunConfig& now_;
+  std::filesystem::path checkpoint_;
+  bool recorded_ = false;  // there is a configuration to compare
+  RunConfig before_;
+  std::int64_t step_ = 0;
+  std::string source_;
+  std::vector<ConfigChange> changes_;
+  std::vector<std::string> remarks_;
+};
+
+}  // namespace upmoe

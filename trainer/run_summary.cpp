@@ -1,0 +1,159 @@
+#include "trainer/run_summary.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <fstream>
+#include <numeric>
+#include <utility>
+
+#include "data/posix_file.h"
+#include "kernels/core/log.h"
+
+namespace upmoe {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr double kManyEpochs = 4;  // beyond, repeated tokens are worth less and less
+
+std::string grouped(std::int64_t n) {  // 1,234,567
+  const std::string digits = std::to_string(n);
+  std::string out;
+  for (std::size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && (digits.size() - i) % 3 == 0) out += ',';
+    out += digits[i];
+  }
+  return out;
+}
+
+// The name without its layer, so that the same parameter of all layers is one entry.
+std::string group_of(const ParamSpec& p) {
+  if (p.layer < 0) return p.name;
+  return "layers.*" + p.name.substr(p.name.find('.', 7));
+}
+
+double share_of(const RunConfig& run, std::size_t source) {
+  double sum = 0;
+  for (const DataSource& s : run.data.train) sum += s.weight;
+  return run.data.train[source].weight / sum;
+}
+
+std::string start_of(const RunConfig& run, const TrainState& state) {
+  if (state.step > 0) return fmt::format("going on after step {}", state.step);
+  return run.model.init == "random" ? fmt::format("random weights of seed {}", run.run.seed) : "its weights";
+}
+
+void log_model(const Session& s, const TrainState& state) {
+  const ModelConfig& c = s.config;
+  const ParamCounts counts = count_params(c);
+  const std::string experts = c.num_moe_layers() > 0 ? fmt::format(", {} experts of which {} compute a token",
+                                                                   c.num_experts, c.num_experts_per_tok)
+                                                     : "";
+  log::info("model: {} ({}), {}: {} layers{}; {} parameters, {} activated per token", state.source,
+            start_of(s.run, state), c.model_type, c.num_hidden_layers, experts, grouped(counts.total),
+            grouped(counts.activated));
+  if (const std::string frozen = describe_frozen(s.params); !frozen.empty()) log::info("frozen: {}", frozen);
+}
+
+void log_data(const Session& s, const TrainState& state, const TokenDataset* valid) {
+  const std::vector<std::int64_t> sequences = s.data->sequences_of_source();
+  log::info("data: {}", describe_data(s.run, sequences, state.step + 1));
+  for (const std::string& line : repeated_data(s.run, sequences)) log::warning("data: {}", line);
+  if (valid == nullptr) return;
+  const std::int64_t all = valid->num_sequences(), wanted = s.run.train.eval_sequences;
+  log::info("held out: {} of the {} sequences of {}, {}", wanted == 0 ? all : std::min(all, wanted), all,
+            s.run.data.valid,
+            s.run.train.eval_every > 0 ? fmt::format("every {} steps", s.run.train.eval_every)
+                                       : "before the first step and after the last");
+}
+
+}  // namespace
+
+std::string describe_frozen(const ParamStore& params) {
+  std::size_t frozen = 0;
+  std::int64_t values = 0, all = 0;
+  std::vector<std::pair<std::string, int>> groups;
+  for (const StoredParam& p : params.all()) {
+    all += p.spec.shape.elements();
+    if (!p.frozen) continue;
+    ++frozen;
+    values += p.spec.shape.elements();
+    const std::string name = group_of(p.spec);
+    const auto it =
+        std::find_if(groups.begin(), groups.end(), [&](const auto& group) { return group.first == name; });
+    if (it == groups.end()) {
+      groups.emplace_back(name, 1);
+    } else {
+      ++it->second;
+    }
+  }
+  if (frozen == 0) return "";
+  std::string words = fmt::format("{} of {} parameters ({} of {} values):", frozen, params.all().size(),
+                                  grouped(values), grouped(all));
+  for (std::size_t i = 0; i < groups.size(); ++i)
+    words += fmt::format("{} {}{}", i == 0 ? "" : ",", groups[i].first,
+                         groups[i].second > 1 ? fmt::format(" x {}", groups[i].second) : "");
+  return words;
+}
+
+std::string describe_data(const RunConfig& run, const std::vector<std::int64_t>& sequences_of_source,
+                          std::int64_t first_step) {
+  const std::int64_t sequences =
+      std::accumulate(sequences_of_source.begin(), sequences_of_source.end(), std::int64_t{0});
+  const std::int64_t taken = (run.train.steps - first_step + 1) * run.train.global_batch;
+  std::string words =
+      fmt::format("{} sequences of {} tokens in {} file{}; steps {} to {} take {}", grouped(sequences),
+                  run.data.seq_len, sequences_of_source.size(), sequences_of_source.size() == 1 ? "" : "s",
+                  first_step, run.train.steps, grouped(taken));
+  for (std::size_t i = 0; i < sequences_of_source.size(); ++i) {
+    const double epochs =
+        static_cast<double>(taken) * share_of(run, i) / static_cast<double>(sequences_of_source[i]);
+    words +=
+        fmt::format("{} {:.3g} epochs{}", i == 0 ? "," : " and", epochs,
+                    sequences_of_source.size() == 1 ? "" : fmt::format(" of {}", run.data.train[i].path));
+  }
+  return words + fmt::format("; {} tokens per step", grouped(run.train.global_batch * run.data.seq_len));
+}
+
+std::vector<std::string> repeated_data(const RunConfig& run,
+                                       const std::vector<std::int64_t>& sequences_of_source) {
+  std::vector<std::string> lines;
+  for (std::size_t i = 0; i < sequences_of_source.size(); ++i) {
+    const double epochs = static_cast<double>(run.train.steps * run.train.global_batch) * share_of(run, i) /
+                          static_cast<double>(sequences_of_source[i]);
+    if (epochs > kManyEpochs)
+      lines.push_back(fmt::format("the whole run goes {:.3g} times through {} ({} sequences)", epochs,
+                                  run.data.train[i].path, sequences_of_source[i]));
+  }
+  return lines;
+}
+
+void log_run_summary(const Session& s, const TrainState& state, const TokenDataset* valid) {
+  const RunConfig& run = s.run;
+  log_model(s, state);
+  log_data(s, state, valid);
+  log::info("ranks: {} as {}; {}", s.mesh.world().size(), s.mesh.spec().str(), run.train.precision);
+  if (s.plan.stages > 1) log::info("pipeline by cost: {}", describe(s.plan));
+  const std::string checkpoints = run.checkpoint.every > 0
+                                      ? fmt::format("checkpoints every {} steps, the newest {} kept",
+                                                    run.checkpoint.every, run.checkpoint.keep)
+                                      : "one checkpoint, at the end";
+  log::info("output: {}: {}", fs::absolute(run.run.dir).lexically_normal().string(), checkpoints);
+  for (const std::string& note : run.notes) log::warning("{}", note);
+  for (const std::string& note : without_effect(run, s.config)) log::warning("{}", note);
+}
+
+void write_run_config(const fs::path& run_dir, const RunConfig& run, std::int64_t first_step,
+                      const std::vector<ConfigChange>& changes) {
+  const fs::path path = run_dir / "config.yaml";
+  std::string history, line;
+  if (first_step > 1)  // else an earlier run left the file
+    for (std::ifstream old(path); std::getline(old, line) && line.starts_with("#");) history += line + "\n";
+  for (const ConfigChange& change : changes)
+    history += fmt::format("# from step {} on: {}\n", first_step, change.str());
+  replace_text(path, history + to_yaml(run));
+}
+
+}  // namespace upmoe
