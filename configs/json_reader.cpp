@@ -176,4 +176,8 @@ std::optional<std::string> JsonObject::object(const std::string& key) {
   return std::nullopt;
 }
 
+std::string JsonObject::as_text(const std::string& key) const {
+  return has(key) ? impl_->root.find(key)->dump() : std::string();
+}
+
 }  // namespace upmoe

@@ -31,6 +31,8 @@ class JsonObject {
                                                     std::int64_t most);
   // A nested object as text of its own; nothing when missing or null.
   std::optional<std::string> object(const std::string& key);
+  // Any value as compact JSON, for comparing with fixed texts; empty when missing or null.
+  std::string as_text(const std::string& key) const;
   void refuse(const std::string& key, const std::string& text);  // "WHERE: key: text"
 
  private:

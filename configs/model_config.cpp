@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "configs/json_reader.h"
+#include "configs/model_features.h"
 #include "configs/model_folder.h"
 
 namespace upmoe {
@@ -57,26 +58,36 @@ std::optional<double> rope_of(const std::string& text, const std::string& where,
   }
   const auto factor = rope.number("factor", false);
   if (factor && *factor != 1.0) rope.refuse("factor", fmt::format("found {}, only 1 is supported", *factor));
+  for (const char* layers : {"full_attention", "sliding_attention"}) {
+    if (rope.has(layers)) rope.refuse(layers, "positions by kind of layer are not supported");
+  }
+  if (rope.has("mrope_section")) rope.refuse("mrope_section", "positions of images are not supported");
   return rope.number("rope_theta", false);
 }
 
-// The v4 form (rope_theta) and the v5 form (rope_parameters) say the same thing, or the file is wrong.
+// The form of transformers v4 (rope_theta beside rope_scaling) and that of v5 (rope_parameters) say the same
+// thing, or the file is wrong: each version would take another one of two values.
 void read_rope(JsonObject& json, const std::string& where, ModelConfig& c, Problems& problems) {
-  const auto top = json.number("rope_theta", false);
-  std::optional<double> nested;
-  if (const auto text = json.object("rope_parameters")) {
-    nested = rope_of(*text, where + ": rope_parameters", problems);
+  std::optional<double> theta = json.number("rope_theta", false);
+  std::string found_in = "rope_theta";
+  for (const char* key : {"rope_parameters", "rope_scaling"}) {
+    const auto text = json.object(key);
+    if (!text) continue;
+    const auto nested = rope_of(*text, where + ": " + key, problems);
+    if (theta && nested && *theta != *nested) {
+      json.refuse(found_in,
+                  fmt::format("found {}, but {}.rope_theta is {}; they must agree", *theta, key, *nested));
+    }
+    if (theta || !nested) continue;
+    theta = nested;
+    found_in = fmt::format("{}.rope_theta", key);
   }
-  if (const auto text = json.object("rope_scaling")) rope_of(*text, where + ": rope_scaling", problems);
-  if (top && nested && *top != *nested) {
-    json.refuse("rope_theta", fmt::format("found {}, but rope_parameters.rope_theta is {}; they must agree",
-                                          *top, *nested));
-  }
-  if (!top && !nested) {
-    json.refuse("rope_theta", "is missing, and rope_parameters.rope_theta too");
+  if (!theta) {
+    json.refuse("rope_theta",
+                "is missing, and rope_parameters.rope_theta too; transformers takes 10000 then");
     return;
   }
-  c.rope_theta = top ? *top : *nested;
+  c.rope_theta = *theta;
   if (!(c.rope_theta > 0))
     json.refuse("rope_theta", fmt::format("found {}, expected more than 0", c.rope_theta));
 }
@@ -89,22 +100,6 @@ void read_dtype(JsonObject& json, ModelConfig& c) {
   if (v4 || v5) c.dtype = v5 ? *v5 : *v4;
   if (c.dtype != "bfloat16" && c.dtype != "float32" && c.dtype != "float16") {
     json.refuse("dtype", fmt::format("found '{}', expected bfloat16, float32 or float16", c.dtype));
-  }
-}
-
-// Features that would change what the model computes and that we do not have.
-void refuse_features(JsonObject& json) {
-  const auto act = json.text("hidden_act", true);
-  if (act && *act != "silu")
-    json.refuse("hidden_act", fmt::format("found '{}', only silu is supported", *act));
-  if (json.truth("use_sliding_window", false).value_or(false)) {
-    json.refuse("use_sliding_window", "found true; sliding-window attention is not supported");
-  }
-  if (json.number("attention_dropout", false).value_or(0) != 0) {
-    json.refuse("attention_dropout", "dropout is not supported, expected 0");
-  }
-  if (json.has("quantization_config")) {
-    json.refuse("quantization_config", "quantised weights are not supported; use the original model");
   }
 }
 
@@ -186,7 +181,7 @@ void read_fields(JsonObject& json, const std::string& where, ModelConfig& c, Pro
   read_heads(json, c);
   read_rope(json, where, c, problems);
   read_dtype(json, c);
-  refuse_features(json);
+  refuse_features(json, c);
   if (c.model_type == "qwen2_moe") read_experts(json, c);
 }
 

@@ -76,6 +76,7 @@ std::string to_hf_json(const ModelConfig& config) {
   out["initializer_range"] = config.initializer_range;
   out["tie_word_embeddings"] = config.tie_word_embeddings;
   if (!out.contains("use_cache")) out["use_cache"] = true;
+  out.erase("transformers_weights");  // of the directory that it was read from
   set_attention(config, out);
   set_rope(config, out);
   out["torch_dtype"] = config.dtype;

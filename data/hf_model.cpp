@@ -5,12 +5,11 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <type_traits>
 
 #include "data/box_runs.h"
-#include "data/posix_file.h"
+#include "data/hf_files.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {
@@ -19,38 +18,10 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr std::uint64_t kIndexLimit = std::uint64_t{64} << 20;
 constexpr std::size_t kListed = 20;  // differences in one message
 
-// name -> file, from model.safetensors.index.json. Values must be plain names of files beside the index.
-std::map<std::string, std::string> read_index(const fs::path& path) {
-  std::map<std::string, std::string> map;
-  std::set<std::string> seen;
-  // Objects with equal keys silently keep the last one in this library; the callback sees each key as it
-  // comes.
-  bool duplicate = false, in_map = false;
-  const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    if (event == nlohmann::json::parse_event_t::key) {
-      if (depth == 1) in_map = value == "weight_map";
-      if (depth == 2 && in_map) duplicate = duplicate || !seen.insert(value.get<std::string>()).second;
-    }
-    return depth < 8;
-  };
-  const nlohmann::json j = nlohmann::json::parse(read_text(path, kIndexLimit), watch, false);
-  if (!j.is_object() || !j.contains("weight_map") || !j["weight_map"].is_object())
-    fail(ExitCode::kBadInput, "{}: expected an object with 'weight_map'", path.string());
-  if (duplicate) fail(ExitCode::kBadInput, "{}: a tensor stands in weight_map twice", path.string());
-  for (const auto& [name, file] : j["weight_map"].items()) {
-    const std::string text = file.is_string() ? file.get<std::string>() : std::string();
-    const bool plain = file.is_string() && !text.empty() && text.find('/') == std::string::npos &&
-                       text.find('\\') == std::string::npos && text.find('\0') == std::string::npos &&
-                       text != "." && text != "..";
-    if (!plain)
-      fail(ExitCode::kBadInput, "{}: weight_map['{}'] is {}, expected the plain name of a file in {}",
-           path.string(), name, file.dump(), path.parent_path().string());
-    map[name] = text;
-  }
-  return map;
+bool is_float(const std::string& dtype) {  // that convert() reads
+  return dtype == "BF16" || dtype == "F32" || dtype == "F16";
 }
 
 float half_to_float(std::uint16_t h) {
@@ -151,29 +122,17 @@ class RunReader {
   std::vector<std::byte> staged_;
 };
 
-bool is_ignored(const std::string& name, const ModelConfig& config) {
-  return name.ends_with(".rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight");
+// Old versions of transformers saved what follows from the configuration.
+bool is_derived(const std::string& name) {
+  return name.ends_with(".rotary_emb.inv_freq");
 }
+
+constexpr const char *kEmbedding = "model.embed_tokens.weight", *kHead = "lm_head.weight";
 
 }  // namespace
 
 HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir)) {
-  const fs::path index = dir / "model.safetensors.index.json", single = dir / "model.safetensors";
-  std::map<std::string, std::string> file_of;
-  std::vector<std::string> names;
-  if (fs::exists(index)) {
-    if (fs::exists(single))
-      log::warning("{}: model.safetensors and an index are both there; the index is used", dir.string());
-    file_of = read_index(index);
-    std::set<std::string> unique;
-    for (const auto& [tensor, file] : file_of) unique.insert(file);
-    names.assign(unique.begin(), unique.end());
-  } else if (fs::exists(single)) {
-    names = {"model.safetensors"};
-  } else {
-    fail(ExitCode::kBadInput, "{}: neither model.safetensors nor model.safetensors.index.json is there",
-         dir.string());
-  }
+  const auto [names, file_of] = find_weight_files(dir);
   for (const std::string& name : names) {
     if (fs::weakly_canonical(dir / name).parent_path() != fs::weakly_canonical(dir))
       log::warning("{}: a link to {}", (dir / name).string(), fs::weakly_canonical(dir / name).string());
@@ -181,10 +140,46 @@ HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir
     const auto& entries = files_.back().header().entries;
     for (std::size_t e = 0; e < entries.size(); ++e)
       if (!index_.emplace(entries[e].name, std::pair(files_.size() - 1, e)).second)
-        fail(ExitCode::kBadInput, "{}: tensor '{}' stands in {} and in another file", dir.string(),
-             entries[e].name, name);
+        fail(ExitCode::kBadInput,
+             "{}: tensor '{}' stands in {} and in another file; files of two models seem to be mixed, fetch "
+             "it "
+             "again",
+             dir.string(), entries[e].name, name);
   }
+  for (const HfTensor& t : hf_tensors_of(config_))
+    if (!t.placeholder) used_.insert(t.name);
   check_against(file_of, names);
+  if (config_.tie_word_embeddings && index_.contains(kHead)) check_tied_head();
+}
+
+// Which of two different matrices is meant nobody can know: transformers 4 takes the embeddings, 5 the head.
+void HfModel::check_tied_head() const {
+  const auto [head_file, head] = locate(kHead);
+  const auto [embedding_file, embedding] = locate(kEmbedding);
+  const auto values = [](const SafetensorsFile& file, const SafetensorsEntry& entry, std::int64_t from,
+                         std::vector<float>& out) {
+    const std::size_t element = entry.dtype == "F32" ? 4 : 2;
+    std::vector<std::byte> stored(out.size() * element);
+    file.read(entry, static_cast<std::uint64_t>(from) * element, stored);
+    const auto n = static_cast<std::int64_t>(out.size());
+    convert(stored.data(), entry.dtype, n, host_view(out.data(), {n}), 0);
+  };
+  constexpr std::int64_t kBlock = std::int64_t{1} << 20;
+  const std::int64_t elements = checked_mul(config_.vocab_size, config_.hidden_size);
+  bool equal = head->shape == embedding->shape && is_float(head->dtype);
+  std::vector<float> a, b;
+  for (std::int64_t at = 0; equal && at < elements; at += kBlock) {
+    a.resize(static_cast<std::size_t>(std::min(kBlock, elements - at)));
+    b.resize(a.size());
+    values(*head_file, *head, at, a);
+    values(*embedding_file, *embedding, at, b);
+    equal = std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  }
+  if (!equal)
+    fail(ExitCode::kBadInput,
+         "{}: config.json says tie_word_embeddings, but {} differs from {}; write \"tie_word_embeddings\": "
+         "false to use it (as transformers 5 does), or remove it from the file (transformers 4 ignores it)",
+         dir_.string(), kHead, kEmbedding);
 }
 
 // Every difference between the files, the index and the config, in one message.
@@ -203,26 +198,29 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
     expected.insert(t.name);
     const auto it = index_.find(t.name);
     if (it == index_.end()) {
-      differences.push_back(t.name + ": missing");
+      if (!t.placeholder) differences.push_back(t.name + ": missing");
       continue;
     }
     const SafetensorsEntry& e = files_[it->second.first].header().entries[it->second.second];
     if (e.shape != t.shape)
       differences.push_back(fmt::format("{}: shape [{}], expected [{}]", t.name, fmt::join(e.shape, ", "),
                                         fmt::join(t.shape, ", ")));
-    if (e.dtype != "BF16" && e.dtype != "F32" && e.dtype != "F16")
-      differences.push_back(fmt::format("{}: dtype {}, expected BF16, F32 or F16", t.name, e.dtype));
+    if (!is_float(e.dtype))
+      differences.push_back(fmt::format(
+          "{}: dtype {}, expected BF16, F32 or F16; save the model in one of them", t.name, e.dtype));
     if (!file_of.empty() && !file_of.contains(t.name))
       differences.push_back(t.name + ": in a file but not in the index");
   }
   for (const auto& [name, place] : index_)
-    if (!expected.contains(name) && !is_ignored(name, config_))
+    if (!expected.contains(name) && !is_derived(name) && !(config_.tie_word_embeddings && name == kHead))
       differences.push_back(name + ": not part of the model of config.json");
   if (differences.empty()) return;
   std::string text;
   for (std::size_t i = 0; i < std::min(kListed, differences.size()); ++i) text += "\n  " + differences[i];
   if (differences.size() > kListed) text += fmt::format("\n  and {} more", differences.size() - kListed);
-  fail(ExitCode::kBadInput, "{}: the files are not the model of config.json:{}", dir_.string(), text);
+  fail(ExitCode::kBadInput,
+       "{}: the files are not the model of config.json; both must be of one model as it was saved:{}",
+       dir_.string(), text);
 }
 
 std::pair<const SafetensorsFile*, const SafetensorsEntry*> HfModel::locate(const std::string& tensor) const {

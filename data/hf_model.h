@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -22,15 +23,20 @@ struct HfTensor {
   std::string name;
   std::vector<std::int64_t> shape;  // on disk
   Box part;
+  // Part of no parameter: what transformers keeps for a shared expert of width 0. Written as zeros; a file
+  // need not hold it, and its values change nothing.
+  bool placeholder = false;
+  std::int64_t elements() const;
 };
 std::vector<HfTensor> hf_tensors_of(const ParamSpec& param);  // names as transformers writes them
 // Every tensor of a model in the order in which transformers' state dict lists them (embedding, layers, norm,
 // head).
 std::vector<HfTensor> hf_tensors_of(const ModelConfig& config);
 
-// Opened for reading. Opening checks the index (plain file names inside the directory), every header, and
-// every tensor against the config: missing, extra, wrong shape or dtype are listed all at once in one
-// Error(kBadInput).
+// Opened for reading. The weights are found as transformers finds them: model.safetensors, else the files of
+// model.safetensors.index.json. Opening checks the index (plain file names inside the directory), every
+// header, and every tensor against the config: missing, extra, wrong shape or dtype are listed all at once in
+// one Error(kBadInput). A head beside tied embeddings must be a copy of them.
 class HfModel {
  public:
   explicit HfModel(const std::filesystem::path& dir);
@@ -43,14 +49,19 @@ class HfModel {
   std::pair<const SafetensorsFile*, const SafetensorsEntry*> locate(const std::string& tensor) const;
   std::uint64_t data_bytes() const;  // sum over tensors
   std::vector<const SafetensorsEntry*> tensors() const;
+  // False: the file holds it, and the model has it from elsewhere or not at all (rotary frequencies, the copy
+  // of tied embeddings, a shared expert of width 0).
+  bool uses(const std::string& tensor) const { return used_.contains(tensor); }
 
  private:
+  void check_tied_head() const;
   void check_against(const std::map<std::string, std::string>& file_of,
                      const std::vector<std::string>& names) const;
   std::filesystem::path dir_;
   ModelConfig config_;
   std::vector<SafetensorsFile> files_;
   std::map<std::string, std::pair<std::size_t, std::size_t>> index_;  // name -> file, entry
+  std::set<std::string> used_;
 };
 
 // Where each tensor of a directory to be written goes. Shards hold at most max_shard_bytes of tensor data (a
@@ -63,22 +74,23 @@ struct HfLayout {
     std::uint64_t bytes = 0;                // whole file
   };
   std::vector<File> files;
-  std::string index_json;        // empty for one file
-  std::uint64_t total_size = 0;  // tensor bytes
+  std::set<std::string> placeholders;  // tensors that hold zeros (HfTensor::placeholder)
+  std::string index_json;              // empty for one file
+  std::uint64_t total_size = 0;        // tensor bytes
 };
 HfLayout plan_hf_layout(const ModelConfig& config, DType dtype, std::uint64_t max_shard_bytes);
 
-// Writes a whole model directory: config.json, shards, index, and the tokenizer and generation files found in
-// `companions` (empty = none). Streams: `read` fills one tensor at a time (its HfTensor and the parameter it
-// belongs to). Goes to DIR.tmp first, fsynced, checked for free disk before the first byte, then renamed;
-// refuses an existing non-empty target.
+// Writes a whole model directory: config.json, shards, index, and what `companions` holds of
+// data/companions.h (empty = none). Streams: `read` fills one tensor at a time (its HfTensor and the
+// parameter it belongs to). Appears under its name when it is complete (data/staged_directory.h), after a
+// check for free disk before the first byte. `inputs`: folders that are read; `dir` may lie in none of them.
 using ReadTensor = std::function<void(const ParamSpec& param, const Box& part, TensorView out)>;
-void write_hf_model(const std::filesystem::path& dir, const ModelConfig& config, DType dtype,
-                    const ReadTensor& read, const std::filesystem::path& companions,
-                    std::uint64_t max_shard_bytes = 4'000'000'000ull);
-// Names of the tokenizer, generation and licence files carried along with a model.
-const std::vector<std::string>& companion_files();
-void require_free_space(const std::filesystem::path& dir,
-                        std::uint64_t bytes);  // Error(kBadInput) with both figures
+struct HfOutput {
+  std::filesystem::path dir, companions;
+  std::vector<std::filesystem::path> inputs;
+  DType dtype = DType::kBF16;
+  std::uint64_t max_shard_bytes = 4'000'000'000ull;
+};
+void write_hf_model(const HfOutput& output, const ModelConfig& config, const ReadTensor& read);
 
 }  // namespace upmoe

@@ -84,6 +84,12 @@ void add_layer_tensor(const ParamSpec& p, const std::string& part, std::vector<H
 
 }  // namespace
 
+std::int64_t HfTensor::elements() const {
+  std::int64_t n = 1;
+  for (const std::int64_t d : shape) n = checked_mul(n, d);
+  return n;
+}
+
 std::vector<HfTensor> hf_tensors_of(const ParamSpec& p) {
   std::vector<HfTensor> out;
   if (p.layer >= 0) {
@@ -117,13 +123,34 @@ std::size_t place_in_block(std::string_view part) {
   return static_cast<std::size_t>(it - kOrder.begin());
 }
 
+// transformers makes the modules of a shared expert whatever its width.
+std::vector<HfTensor> absent_shared_expert(const ModelConfig& config, int layer) {
+  const std::string mlp = fmt::format("model.layers.{}.mlp.", layer), shared = mlp + "shared_expert.";
+  const std::int64_t D = config.hidden_size;
+  return {{shared + "gate_proj.weight", {0, D}, {}, true},
+          {shared + "up_proj.weight", {0, D}, {}, true},
+          {shared + "down_proj.weight", {D, 0}, {}, true},
+          {mlp + "shared_expert_gate.weight", {1, D}, {}, true}};
+}
+
+struct Placed {
+  std::tuple<int, std::size_t, std::int64_t> place;  // block, place in it, expert
+  HfTensor tensor;
+};
+
+void add_placeholders(const ModelConfig& config, std::vector<Placed>& placed) {
+  if (config.shared_expert_intermediate_size > 0) return;
+  const std::size_t first = place_in_block("shared.gate_up_F2D");
+  for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
+    if (!config.is_moe_layer(layer)) continue;
+    for (HfTensor& t : absent_shared_expert(config, layer))
+      placed.push_back({{layer, first, 0}, std::move(t)});
+  }
+}
+
 }  // namespace
 
 std::vector<HfTensor> hf_tensors_of(const ModelConfig& config) {
-  struct Placed {
-    std::tuple<int, std::size_t, std::int64_t> place;  // block, place in it, expert
-    HfTensor tensor;
-  };
   std::vector<Placed> placed;
   for (const ParamSpec& p : make_param_table(config)) {
     const bool in_block = p.layer >= 0;
@@ -133,6 +160,7 @@ std::vector<HfTensor> hf_tensors_of(const ModelConfig& config) {
     for (HfTensor& t : hf_tensors_of(p))
       placed.push_back({{block, place, p.expert ? t.part.offset[0] : 0}, std::move(t)});
   }
+  add_placeholders(config, placed);
   std::stable_sort(placed.begin(), placed.end(),
                    [](const Placed& a, const Placed& b) { return a.place < b.place; });
   std::vector<HfTensor> all;

@@ -1,10 +1,10 @@
 #include "data/model_source.h"
 
-#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "configs/model_folder.h"
 #include "data/checkpoint_folder.h"
+#include "data/companions.h"
 #include "data/hf_model.h"
 #include "data/shard_store.h"
 #include "kernels/core/philox.h"
@@ -22,6 +22,7 @@ class HfSource final : public ModelSource {
   void read(const ParamSpec& param, const Box& box, TensorView out) const override {
     model_.read(param, box, out);
   }
+  fs::path directory() const override { return model_.dir(); }
   fs::path companions() const override { return model_.dir(); }
 
  private:
@@ -30,20 +31,14 @@ class HfSource final : public ModelSource {
 
 // A checkpoint that upcycling made carries tokenizer files itself; those of training runs lie with the model
 // that the run started from.
-bool has_companions(const fs::path& dir) {
-  const auto& names = companion_files();
-  return std::any_of(names.begin(), names.end(),
-                     [&](const std::string& name) { return fs::exists(dir / name); });
-}
-
 class CheckpointSource final : public ModelSource {
  public:
-  explicit CheckpointSource(const fs::path& dir) : store_(dir) {
+  explicit CheckpointSource(const fs::path& dir) : dir_(dir), store_(dir) {
     const std::string where = (dir / "manifest.json").string();
     try {
       const auto run = nlohmann::json::parse(store_.metadata_json());
       config_ = parse_model_config(run.at("model_config").get<std::string>(), where);
-      companions_ = has_companions(dir) ? dir : fs::path(run.at("source").get<std::string>());
+      companions_ = !companions_in(dir).empty() ? dir : fs::path(run.at("source").get<std::string>());
     } catch (const nlohmann::json::exception& e) {
       fail(ExitCode::kBadInput, "{}: not the checkpoint of a training run: {}", where, e.what());
     }
@@ -53,9 +48,11 @@ class CheckpointSource final : public ModelSource {
   void read(const ParamSpec& param, const Box& box, TensorView out) const override {
     store_.read_best(param.name, box, out);
   }
+  fs::path directory() const override { return dir_; }
   fs::path companions() const override { return companions_; }
 
  private:
+  fs::path dir_;
   ShardStore store_;
   ModelConfig config_;
   fs::path companions_;
@@ -97,7 +94,9 @@ std::string digest_of(const ModelSource& source) {
   return fmt::format("{:016x}{:016x}", philox_key(2, all), philox_key(3, all));
 }
 
-std::unique_ptr<ModelSource> open_model(const fs::path& path) {
+namespace {
+
+std::unique_ptr<ModelSource> open_directory(const fs::path& path) {
   if (!fs::is_directory(path))
     fail(ExitCode::kBadInput, "{}: {}, expected a model directory or a checkpoint{}", path.string(),
          fs::exists(path) ? "a file" : "does not exist", model_folder_hint(path));
@@ -109,6 +108,16 @@ std::unique_ptr<ModelSource> open_model(const fs::path& path) {
       ExitCode::kBadInput,
       "{}: holds no config.json, manifest.json or checkpoints/: neither a model directory nor a checkpoint{}",
       path.string(), model_folder_hint(path));
+}
+
+}  // namespace
+
+std::unique_ptr<ModelSource> open_model(const fs::path& path) {
+  try {
+    return open_directory(path);
+  } catch (const fs::filesystem_error& e) {  // no permission, an error of the disk
+    fail(ExitCode::kBadInput, "{}: {}", e.path1().string(), e.code().message());
+  }
 }
 
 }  // namespace upmoe

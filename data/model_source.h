@@ -19,8 +19,10 @@ class ModelSource {
   // Any box of a parameter, converted to out's dtype (fp32 or bf16): its best value where a checkpoint keeps
   // several.
   virtual void read(const ParamSpec& param, const Box& box, TensorView out) const = 0;
-  virtual std::filesystem::path companions()
-      const = 0;  // where tokenizer files lie; empty when that place is gone
+  // The folder that is read: the model directory, or the checkpoint of a run directory.
+  virtual std::filesystem::path directory() const = 0;
+  // Where tokenizer files lie; empty when that place is gone.
+  virtual std::filesystem::path companions() const = 0;
 };
 
 // Throws Error(kBadInput) when `path` is none of the three, or damaged.

@@ -81,6 +81,10 @@ void PosixFile::write(std::span<const std::byte> bytes) {
   }
 }
 
+void PosixFile::resize(std::uint64_t bytes) {
+  if (ftruncate(fd_, static_cast<off_t>(bytes)) != 0) fail_errno(path_, "setting the length");
+}
+
 void PosixFile::sync() {
   if (fsync(fd_) != 0) fail_errno(path_, "fsync");
 }

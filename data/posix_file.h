@@ -14,9 +14,9 @@ namespace upmoe {
 
 class PosixFile {  // move-only; closes itself
  public:
-  static PosixFile open_read(
-      const std::filesystem::path& path);  // a regular file, not a link to elsewhere refused
-  static PosixFile create(const std::filesystem::path& path);  // new or truncated, for writing
+  static PosixFile open_read(const std::filesystem::path& path);  // a regular file, or a link to one
+  static PosixFile create(const std::filesystem::path& path);     // new or truncated, for writing
+  static PosixFile adopt(int fd, const std::filesystem::path& path) { return {fd, path}; }  // closes it
   ~PosixFile();
   PosixFile(PosixFile&& o) noexcept;
   PosixFile& operator=(PosixFile&&) = delete;
@@ -31,7 +31,8 @@ class PosixFile {  // move-only; closes itself
   const std::filesystem::path& path() const { return path_; }
   void read(std::uint64_t offset, std::span<std::byte> out) const;  // all of it, or throws
   void write(std::span<const std::byte> bytes);                     // appends
-  void sync();                                                      // fsync
+  void resize(std::uint64_t bytes);
+  void sync();  // fsync
 
  private:
   PosixFile(int fd, std::filesystem::path path) : fd_(fd), path_(std::move(path)) {}

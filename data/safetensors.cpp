@@ -6,6 +6,7 @@
 #include <set>
 
 #include "data/posix_file.h"
+#include "data/staged_directory.h"
 
 namespace upmoe {
 
@@ -216,6 +217,10 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
   if (size < 8)
     fail(ExitCode::kBadInput, "{}: {} bytes are too few for a safetensors file", path.string(), size);
   file_->read(0, bytes);
+  if (std::memcmp(bytes.data(), "version ", 8) == 0)  // no header is that long
+    fail(ExitCode::kBadInput,
+         "{}: {} bytes of text, a pointer of Git LFS in place of the file; run `git lfs pull` in {}",
+         path.string(), size, path.parent_path().string());
   std::uint64_t n = 0;
   std::memcpy(&n, bytes.data(), 8);
   if (n <= kHeaderLimit && n <= size - 8) {  // else the parser says what is wrong
@@ -241,8 +246,7 @@ void SafetensorsFile::read(const SafetensorsEntry& entry, std::uint64_t offset,
   file_->read(header_.data_begin + entry.begin + offset, out);
 }
 
-void write_safetensors(const std::filesystem::path& path,
-                       const std::map<std::string, ConstTensorView>& tensors,
+void write_safetensors(StagedFile& file, const std::map<std::string, ConstTensorView>& tensors,
                        const std::map<std::string, std::string>& metadata) {
   static const std::map<DType, std::string> names{{DType::kF32, "F32"},
                                                   {DType::kBF16, "BF16"},
@@ -257,16 +261,16 @@ void write_safetensors(const std::filesystem::path& path,
                        0,
                        0});
   const std::string header = make_safetensors_header(entries, metadata);
-  std::filesystem::path partial = path;
-  partial += ".tmp";
-  PosixFile file = PosixFile::create(partial);
   file.write(std::as_bytes(std::span(header)));
   for (const auto& [name, view] : tensors) file.write({view.data, view.bytes()});
-  file.sync();
-  std::error_code error;
-  std::filesystem::rename(partial, path, error);
-  if (error) fail(ExitCode::kBadInput, "{}: cannot be renamed: {}", partial.string(), error.message());
-  sync_path(std::filesystem::absolute(path).parent_path());  // or a power cut takes the name back
+  file.commit();
+}
+
+void write_safetensors(const std::filesystem::path& path,
+                       const std::map<std::string, ConstTensorView>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
+  StagedFile file(path);
+  write_safetensors(file, tensors, metadata);
 }
 
 }  // namespace upmoe

@@ -57,10 +57,14 @@ class SafetensorsFile {
   std::map<std::string, std::size_t> index_;
 };
 
-// Writes a whole small file at once (fsynced, by temporary name and rename). Values: fp32, bf16, int32 or
-// int64 views.
+// Writes a whole small file at once, which appears when it is complete (data/staged_directory.h). Values:
+// fp32, bf16, fp64, int32 or int64 views.
 void write_safetensors(const std::filesystem::path& path,
                        const std::map<std::string, ConstTensorView>& tensors,
                        const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+class StagedFile;
+void write_safetensors(StagedFile& file, const std::map<std::string, ConstTensorView>& tensors,
+                       const std::map<std::string, std::string>& metadata = {
+                           {"format", "pt"}});  // and commits
 
 }  // namespace upmoe

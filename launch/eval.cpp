@@ -4,9 +4,11 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "data/model_source.h"
 #include "data/safetensors.h"
+#include "data/staged_directory.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
@@ -27,15 +29,25 @@ struct EvalArguments {
   bool mask_documents = false;
 };
 
-// Logits [sequences, seq_len, vocab] in fp32, filled chunk by chunk.
-struct LogitsFile {
-  std::vector<float> values;
-  std::int64_t vocab = 0;
+// Logits [sequences, seq_len, vocab] in fp32, filled chunk by chunk. What keeps the file from being written
+// is found before the model is evaluated.
+class LogitsFile {
+ public:
+  LogitsFile(const EvalArguments& a, const std::filesystem::path& model, const Shape& shape)
+      : file_(a.logits, {model, a.data}), shape_(shape), values_(static_cast<std::size_t>(shape.elements())) {
+    require_free_space(file_.target(), values_.size() * sizeof(float) + (std::uint64_t{1} << 20));
+  }
   LmHead::Sink sink() {
     return [this](std::int64_t row, ConstTensorView logits_CV) {
-      std::copy_n(logits_CV.as<float>(), logits_CV.elements(), values.data() + row * vocab);
+      std::copy_n(logits_CV.as<float>(), logits_CV.elements(), values_.data() + row * shape_[2]);
     };
   }
+  void write() { write_safetensors(file_, {{"logits", host_view(std::as_const(values_).data(), shape_)}}); }
+
+ private:
+  StagedFile file_;
+  Shape shape_;
+  std::vector<float> values_;
 };
 
 MeshSpec spread(const ModelConfig& config, int ranks) {
@@ -89,29 +101,24 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   const std::vector<Transformer> chunks = make_chunks(config, params, mesh, plan, Recompute::kNone);
   Pipeline pipeline(config, mesh, plan, chunks, device);
 
-  LogitsFile logits;
+  std::optional<LogitsFile> logits;
   const std::int64_t sequences =
       a.sequences == 0 ? data->num_sequences() : std::min(a.sequences, data->num_sequences());
   if (a.sequences > sequences && world.rank() == 0)
     log::warning("--sequences {}: {} holds {} of {} tokens; all of them are used", a.sequences, a.data,
                  sequences, a.seq_len);
-  if (!a.logits.empty()) {
-    logits.vocab = config.vocab_size;
-    logits.values.resize(
-        static_cast<std::size_t>(checked_mul(checked_mul(sequences, a.seq_len), config.vocab_size)));
-  }
+  if (!a.logits.empty())
+    logits.emplace(a, source->directory(), Shape{sequences, a.seq_len, config.vocab_size});
   EvalResult result;
   try {
     result = evaluate(memory.exec, pipeline, mesh, *data, {sequences, a.micro_batch, a.mask_documents},
-                      a.logits.empty() ? LmHead::Sink{} : logits.sink());
+                      logits ? logits->sink() : LmHead::Sink{});
   } catch (const Error& e) {  // an operation met the value first, and speaks of training
     if (e.code() == ExitCode::kNumeric && dynamic_cast<const PeerError*>(&e) == nullptr)
       refuse_not_finite(a, "values on the way to the loss are not finite");
     throw;
   }
-  if (!a.logits.empty())
-    write_safetensors(
-        a.logits, {{"logits", host_view(logits.values.data(), {sequences, a.seq_len, config.vocab_size})}});
+  if (logits) logits->write();
   if (!std::isfinite(result.loss)) refuse_not_finite(a, fmt::format("the loss is {}", result.loss));
   if (world.rank() == 0)
     print_result(nlohmann::json{{"loss", result.loss},

@@ -28,7 +28,11 @@ int run_export(const ExportArguments& a, Runtime& runtime) {
       log::warning(
           "{}: the model directory it was trained from is gone; no tokenizer files are carried along",
           a.model);
-    write_hf_model(a.to, source->config(), a.dtype == "bf16" ? DType::kBF16 : DType::kF32, read, companions);
+    write_hf_model({.dir = a.to,
+                    .companions = companions,
+                    .inputs = {source->directory()},
+                    .dtype = a.dtype == "bf16" ? DType::kBF16 : DType::kF32},
+                   source->config(), read);
     log::info("{} written in {}", a.to, a.dtype);
   });
   return 0;

@@ -1,11 +1,33 @@
 #include "upcycle/dense_source.h"
 
+#include <map>
+#include <utility>
+
+#include "configs/model_folder.h"
+#include "data/model_source.h"
+
 namespace upmoe {
 namespace {
 
 constexpr std::size_t kLayersKept = 2;  // neighbouring tensors belong to at most two layers
 
-// The one element type of all tensors; checks as well that the model is dense.
+const std::filesystem::path& checked_directory(const std::filesystem::path& dir) {
+  namespace fs = std::filesystem;
+  if (fs::exists(dir / "manifest.json") || fs::is_directory(dir / "checkpoints")) {
+    fail(
+        ExitCode::kBadInput,
+        "{}: a checkpoint; upcycling reads model directories, and `upmoe export {} --to DIR` makes one of it",
+        dir.string(), dir.string());
+  }
+  if (!fs::exists(dir / "config.json")) {
+    fail(ExitCode::kBadInput, "{}: {}{}", dir.string(),
+         fs::exists(dir) ? "no model directory, it holds no config.json" : "does not exist",
+         model_folder_hint(dir));
+  }
+  return dir;
+}
+
+// The one element type of the tensors that are used; checks as well that the model is dense.
 DType element_type_of(const HfModel& model) {
   const std::string dir = model.dir().string();
   if (model.config().num_experts > 0) {
@@ -13,21 +35,24 @@ DType element_type_of(const HfModel& model) {
          "{}: the model is a mixture of {} experts already; upcycling starts from a dense model", dir,
          model.config().num_experts);
   }
-  const SafetensorsEntry* first = nullptr;
+  std::map<std::string, std::pair<int, std::string>> kinds;  // dtype -> how many, one of them
   for (const SafetensorsEntry* entry : model.tensors()) {
-    if (first == nullptr) first = entry;
-    if (entry->dtype != first->dtype) {
-      fail(ExitCode::kBadInput,
-           "{}: tensor {} is {}, tensor {} is {}; all tensors must have one element type", dir, first->name,
-           first->dtype, entry->name, entry->dtype);
-    }
+    if (!model.uses(entry->name)) continue;
+    auto& [count, example] = kinds[entry->dtype];
+    if (count++ == 0) example = entry->name;
   }
-  if (first == nullptr) fail(ExitCode::kBadInput, "{}: the model has no tensors", dir);
-  if (first->dtype == "BF16") return DType::kBF16;
-  if (first->dtype == "F32") return DType::kF32;
+  if (kinds.size() == 1 && kinds.contains("BF16")) return DType::kBF16;
+  if (kinds.size() == 1 && kinds.contains("F32")) return DType::kF32;
+  std::string found;
+  for (const auto& [dtype, kind] : kinds)
+    found += fmt::format("{}{} {} ({}{})", found.empty() ? "" : ", ", kind.first, dtype, kind.second,
+                         kind.first > 1 ? ", ..." : "");
   fail(ExitCode::kBadInput,
-       "{}: tensors are {}; upcycling copies bit for bit and reads BF16 and F32, convert first", dir,
-       first->dtype);
+       "{}: the tensors are {}; upcycling copies bit for bit and needs all of them in BF16, or all in F32. "
+       "Convert first: `upmoe export {} --to CONVERTED --dtype fp32` keeps every value, --dtype bf16 rounds "
+       "to "
+       "half the size; then upcycle --from CONVERTED",
+       dir, found, dir);
 }
 
 }  // namespace
@@ -44,7 +69,8 @@ const std::byte* SourceFfn::data(FfnMatrix matrix) const {
   fail(ExitCode::kFailure, "no such FFN matrix");
 }
 
-DenseSource::DenseSource(const std::filesystem::path& dir) : model_(dir), dtype_(element_type_of(model_)) {}
+DenseSource::DenseSource(const std::filesystem::path& dir)
+    : model_(checked_directory(dir)), dtype_(element_type_of(model_)) {}
 
 void DenseSource::read(const std::string& tensor, std::uint64_t offset, std::span<std::byte> out) const {
   const auto [file, entry] = model_.locate(tensor);

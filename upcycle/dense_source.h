@@ -24,7 +24,7 @@ struct SourceFfn {
 
 class DenseSource {
  public:
-  // Throws Error(kBadInput) when the directory is no dense model of one element type, bf16 or fp32.
+  // Throws Error(kBadInput) when the directory is no dense model whose tensors are all bf16, or all fp32.
   explicit DenseSource(const std::filesystem::path& dir);
   const HfModel& model() const { return model_; }
   DType dtype() const { return dtype_; }

@@ -20,6 +20,7 @@ struct Block {  // part of one tensor
   const SafetensorsFile* file;
   const SafetensorsEntry* entry;
   std::uint64_t offset, bytes;
+  bool used;  // false: only its checksum counts
 };
 
 // Sums of one block: also what the ranks exchange, as columns of one fp64 matrix (whole numbers stay exact).
@@ -38,13 +39,13 @@ std::vector<const SafetensorsFile*> files_of(const DenseSource& source) {
   return files;
 }
 
-std::vector<Block> blocks_of(const std::vector<const SafetensorsFile*>& files) {
+std::vector<Block> blocks_of(const HfModel& model, const std::vector<const SafetensorsFile*>& files) {
   std::vector<Block> blocks;
   for (const SafetensorsFile* file : files) {
     for (const SafetensorsEntry& entry : file->header().entries) {
       const std::uint64_t size = entry.end - entry.begin;
       for (std::uint64_t at = 0; at < size; at += kBlockBytes) {
-        blocks.push_back({file, &entry, at, std::min(kBlockBytes, size - at)});
+        blocks.push_back({file, &entry, at, std::min(kBlockBytes, size - at), model.uses(entry.name)});
       }
     }
   }
@@ -89,8 +90,9 @@ BlockSums survey_block(const Block& block, DType dtype, std::vector<std::byte>& 
   buffer.resize(block.bytes);
   block.file->read(*block.entry, block.offset, buffer);
   const std::size_t count = buffer.size() / size_of(dtype);
-  BlockSums sums =
-      dtype == DType::kBF16 ? sums_of<bf16>(buffer.data(), count) : sums_of<float>(buffer.data(), count);
+  BlockSums sums;
+  if (block.used)
+    sums = dtype == DType::kBF16 ? sums_of<bf16>(buffer.data(), count) : sums_of<float>(buffer.data(), count);
   sums.crc = crc32c(buffer.data(), buffer.size());
   return sums;
 }
@@ -159,7 +161,7 @@ void refuse_non_finite(const std::map<std::string, TensorSums>& tensors) {
 
 SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int threads, bool show_progress) {
   const std::vector<const SafetensorsFile*> files = files_of(source);
-  const std::vector<Block> blocks = blocks_of(files);
+  const std::vector<Block> blocks = blocks_of(source.model(), files);
   const std::vector<BlockSums> sums = survey_blocks(blocks, source.dtype(), comm, threads, show_progress);
 
   SourceSurvey survey;
@@ -174,6 +176,10 @@ SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int th
   std::map<std::string, TensorSums> tensors;
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     const Block& block = blocks[i];
+    SourceSurvey::File& file = survey.files[file_index[block.file]];
+    file.crc32c = combine_crc32c(file.crc32c, static_cast<std::uint32_t>(sums[i].crc), block.bytes);
+    file.bytes += block.bytes;
+    if (!block.used) continue;
     TensorSums& t = tensors[block.entry->name];
     t.file = block.file;
     t.elements += static_cast<std::int64_t>(block.bytes / size_of(source.dtype()));
@@ -181,9 +187,6 @@ SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int th
     t.sums.sum += sums[i].sum;
     t.sums.sum_of_squares += sums[i].sum_of_squares;
     t.sums.non_finite += sums[i].non_finite;
-    SourceSurvey::File& file = survey.files[file_index[block.file]];
-    file.crc32c = combine_crc32c(file.crc32c, static_cast<std::uint32_t>(sums[i].crc), block.bytes);
-    file.bytes += block.bytes;
   }
   run_agreed(comm, [&] {
     if (comm.rank() == 0) refuse_non_finite(tensors);  // all ranks know; one tells

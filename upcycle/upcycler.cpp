@@ -8,11 +8,13 @@
 #include <optional>
 #include <set>
 
+#include "data/companions.h"
 #include "data/posix_file.h"
 #include "data/shard_store.h"
 #include "kernels/core/log.h"
 #include "parallel/threads.h"
 #include "upcycle/layer_error.h"
+#include "upcycle/output_files.h"
 #include "upcycle/progress.h"
 #include "upcycle/report.h"
 #include "upcycle/source_survey.h"
@@ -57,6 +59,10 @@ class FileMap {
     for (const HfLayout::File& file : layout.files) {
       auto& in_file = lines_.emplace_back();
       for (const SafetensorsEntry& entry : file.entries) {
+        if (layout.placeholders.contains(entry.name)) {
+          in_file.push_back(nullptr);
+          continue;
+        }
         const auto found = lines.find(entry.name);
         UPMOE_CHECK(found != lines.end(), "no recipe line for {}", entry.name);
         in_file.push_back(found->second);
@@ -76,8 +82,12 @@ class FileMap {
     }
     for_each_tensor(piece, [&](std::size_t i, std::uint64_t begin, std::uint64_t end) {
       const std::uint64_t start = header + file.entries[i].begin;
-      fill_bytes(*lines_[piece.file][i], begin - start, end - start, context,
-                 out.subspan(begin - piece.begin, end - begin));
+      const std::span<std::byte> part = out.subspan(begin - piece.begin, end - begin);
+      if (const RecipeLine* line = lines_[piece.file][i]) {
+        fill_bytes(*line, begin - start, end - start, context, part);
+      } else {
+        std::fill(part.begin(), part.end(), std::byte{0});
+      }
     });
   }
 
@@ -85,7 +95,8 @@ class FileMap {
   std::set<int> layers_ending_in(const Piece& piece, std::map<int, std::uint64_t>& bytes_left) const {
     std::set<int> layers;
     for_each_tensor(piece, [&](std::size_t i, std::uint64_t begin, std::uint64_t end) {
-      const auto* m = std::get_if<ExpertMatrix>(&lines_[piece.file][i]->transform);
+      const RecipeLine* line = lines_[piece.file][i];
+      const auto* m = line == nullptr ? nullptr : std::get_if<ExpertMatrix>(&line->transform);
       if (m != nullptr && (bytes_left[m->map.layer] -= end - begin) == 0) layers.insert(m->map.layer);
     });
     return layers;
@@ -117,7 +128,7 @@ class FileMap {
 
   const Recipe& recipe_;
   const HfLayout& layout_;
-  std::vector<std::vector<const RecipeLine*>> lines_;  // by file and entry
+  std::vector<std::vector<const RecipeLine*>> lines_;  // by file and entry; null: zeros
 };
 
 // Everything to be done, in the order of the files; the same list on every rank. A layer's error comes right
@@ -155,7 +166,7 @@ class Upcycler {
  public:
   Upcycler(const UpcycleConfig& config, const UpcycleOptions& options, Communicator& comm)
       : options_(options), comm_(comm), threads_(options.threads > 0 ? options.threads : rank_threads()) {
-    on_rank_0([&] { paths_ = plan_output(options.from, options.to); });
+    on_rank_0([&] { check_new_directory(options.to, {options.from}); });
     // Rank 0 first, so that what is wrong with the source is told once.
     on_rank_0([&] { source_.emplace(options.from); });
     run_agreed(comm_, [&] {
@@ -164,8 +175,9 @@ class Upcycler {
     on_rank_0([&] { plan_.emplace(make_plan(config, *source_, options.max_shard_bytes)); });
     run_agreed(comm_, [&] {
       if (!plan_) plan_.emplace(make_plan(config, *source_, options.max_shard_bytes));
-      if (comm_.rank() != 0) paths_ = plan_output(options.from, options.to);
     });
+    on_rank_0([&] { stage_.emplace(options.to, std::vector<fs::path>{options.from}); });
+    find_folder();
   }
 
   void run() {
@@ -183,31 +195,49 @@ class Upcycler {
   }
 
  private:
+  // Where rank 0 prepares the output, known and seen by every rank.
+  void find_folder() {
+    std::string name = stage_ ? stage_->path().string() : "";
+    auto length = static_cast<std::int64_t>(name.size());
+    comm_.broadcast(host_view(&length, {1}), 0);
+    std::vector<std::int32_t> letters(name.begin(), name.end());
+    letters.resize(static_cast<std::size_t>(length));
+    comm_.broadcast(host_view(letters.data(), {length}), 0);
+    folder_ = std::string(letters.begin(), letters.end());
+    run_agreed(comm_, [&] {
+      if (!fs::is_directory(folder_.parent_path()))
+        fail(ExitCode::kBadInput,
+             "{}: rank {} does not see this folder, which rank 0 made; --to must lie on a file system that "
+             "all "
+             "hosts share",
+             folder_.parent_path().string(), comm_.rank());
+    });
+  }
+
   void write_directory() {
-    on_rank_0([&] { create_output(paths_, plan_->layout, bytes_needed(), options_.free_space); });
-    try {
-      std::vector<double> errors(plan_->recipe.layers.size(), 0.0);
-      run_agreed(comm_, [&] { write_tensors(errors); });
-      add_up(errors);
-      on_rank_0([&] { finish(errors); });
-    } catch (...) {
-      if (comm_.rank() == 0) discard_output(paths_);
-      throw;
-    }
+    on_rank_0([&] {
+      require_free_space(stage_->target(), bytes_needed(), options_.free_space);
+      stage_->create();
+      make_output_files(folder_, plan_->layout);
+    });
+    std::vector<double> errors(plan_->recipe.layers.size(), 0.0);
+    run_agreed(comm_, [&] { write_tensors(errors); });
+    add_up(errors);
+    on_rank_0([&] { finish(errors); });
   }
 
   void write_checkpoint() {
     const StoreShare share(plan_->recipe, plan_->moe, source_->dtype(), comm_.rank(), comm_.size(),
                            piece_bytes());
-    on_rank_0([&] {
-      make_room(paths_, bytes_needed() + bytes_needed() / 20, options_.free_space);  // as a store asks for
-      fs::remove(paths_.dir);  // an empty one, or none: plan_output has seen to that
+    on_rank_0([&] {  // as a store asks for
+      require_free_space(stage_->target(), bytes_needed() + bytes_needed() / 20, options_.free_space);
     });
-    StoreWriter writer(paths_.dir, comm_, share.bytes());
+    StoreWriter writer(folder_, comm_, share.bytes());
     std::vector<double> errors(plan_->recipe.layers.size(), 0.0);
     writer.write(share.pieces(), [&](const PutBlock& put) { write_share(share, put, errors); });
     add_up(errors);
     writer.commit(comm_, checkpoint_metadata(), [&](const fs::path& folder) { add_files(folder, errors); });
+    on_rank_0([&] { stage_->commit(); });
   }
 
   template <class Body>
@@ -220,11 +250,7 @@ class Upcycler {
   std::uint64_t bytes_needed() const {
     std::uint64_t bytes = (4u << 20) + plan_->layout.index_json.size();  // configuration, report, directory
     for (const HfLayout::File& file : plan_->layout.files) bytes += file.bytes;
-    for (const std::string& name : companion_files()) {
-      std::error_code absent;
-      const std::uint64_t size = fs::file_size(options_.from / name, absent);
-      if (!absent) bytes += size;
-    }
+    bytes += companion_bytes(options_.from);
     return bytes;
   }
 
@@ -249,7 +275,7 @@ class Upcycler {
     std::uint64_t bytes = 0;
     for (const Piece& p : pieces) bytes += p.end - p.begin;
     Progress progress("upcycling", bytes, options_.progress && comm_.rank() == 0);
-    OutputFiles files(paths_.tmp, plan_->layout);
+    OutputFiles files(folder_, plan_->layout);
     const FillContext context = fill_context();
     PipelineStages stages;
     stages.make = [&](std::size_t i, std::span<std::byte> buffer) {
@@ -309,10 +335,11 @@ class Upcycler {
 
   void finish(const std::vector<double>& errors) {
     if (!plan_->layout.index_json.empty()) {
-      write_text_synced(paths_.tmp / "model.safetensors.index.json", plan_->layout.index_json);
+      write_text_synced(folder_ / "model.safetensors.index.json", plan_->layout.index_json);
     }
-    add_files(paths_.tmp, errors);
-    commit_output(paths_, plan_->layout);
+    add_files(folder_, errors);
+    check_output_files(folder_, plan_->layout);
+    stage_->commit();
   }
 
   // A training run that finished no step and has seen no data: an order of data is what its next run makes.
@@ -335,7 +362,8 @@ class Upcycler {
   const UpcycleOptions& options_;
   Communicator& comm_;
   int threads_;
-  OutputPaths paths_;
+  std::optional<StagedDirectory> stage_;  // of rank 0
+  fs::path folder_;                       // its path(), on every rank
   std::optional<DenseSource> source_;
   std::optional<Plan> plan_;
   SourceSurvey survey_;

@@ -7,8 +7,8 @@
 #include <string>
 
 #include "configs/upcycle_config.h"
+#include "data/staged_directory.h"
 #include "parallel/communicator.h"
-#include "upcycle/output_directory.h"
 #include "upcycle/recipe.h"
 
 namespace upmoe {

@@ -140,6 +140,69 @@ TEST(ModelConfig, RefusesWhatItDoesNotCompute) {
   EXPECT_THAT(refusal(with(moe(), "num_local_experts", 61)), HasSubstr("num_experts is 60"));
 }
 
+// Every key of a file is read, or refused, or without effect on what the model computes.
+TEST(ModelConfig, WhatWouldChangeTheFunctionIsRefused) {
+  const std::vector<std::tuple<const char*, json, json>> cases{
+      // key, refused, without effect
+      {"is_causal", false, true},
+      {"use_bidirectional_attention", true, false},
+      {"partial_rotary_factor", 0.5, 1.0},
+      {"rotary_pct", 0.25, 1},
+      {"attn_logit_softcapping", 50.0, nullptr},
+      {"final_logit_softcapping", 30.0, nullptr},
+      {"logit_scale", 0.0625, 1.0},
+      {"embedding_multiplier", 12, 1},
+      {"clip_qkv", 8, nullptr},
+      {"use_qk_norm", true, false},
+      {"use_dynamic_ntk", true, false},
+      {"routed_scaling_factor", 2.5, 1.0},
+      {"scoring_func", "sigmoid", "softmax"},
+      {"topk_method", "noaux_tc", "greedy"},
+      {"n_group", 8, 1},
+      {"first_k_dense_replace", 1, 0},
+      {"compression_config", {{"bits", 8}}, nullptr},
+      {"quantization_config", {{"bits", 8}}, nullptr},
+      {"attention_dropout", 0.1, 0},
+      {"pruned_heads", {{"0", {1}}}, json::object()},
+      {"transformers_weights", "other.safetensors", "model.safetensors"},
+      {"layer_types", {"full_attention", "sliding_attention"}, {"full_attention", "full_attention"}},
+      {"hidden_act", "gelu", "swish"},
+  };
+  for (const auto& [key, refused, neutral] : cases) {
+    for (const json& base : {dense(), moe()}) {
+      EXPECT_THAT(refusal(with(base, key, refused)), HasSubstr(std::string("config.json: ") + key + ": "))
+          << key;
+      EXPECT_EQ(refusal(with(base, key, neutral)), "") << key;
+    }
+  }
+}
+
+TEST(ModelConfig, AWindowIsRefusedWhereALayerHasOne) {
+  json j = with(dense(), "use_sliding_window", true);
+  EXPECT_THAT(refusal(j), HasSubstr("sliding-window"));  // from layer 21 of 24
+  EXPECT_THAT(refusal(without(with(j, "num_hidden_layers", 29), "max_window_layers")),
+              HasSubstr("sliding-window"));  // from layer 28
+  EXPECT_EQ(refusal(without(j, "max_window_layers")), "");
+  EXPECT_EQ(refusal(with(j, "max_window_layers", 24)), "");
+  EXPECT_EQ(refusal(with(j, "sliding_window", nullptr)), "");
+  EXPECT_THAT(refusal(with(with(moe(), "use_sliding_window", true), "max_window_layers", 24)),
+              HasSubstr("sliding-window"));  // counted otherwise there
+}
+
+TEST(ModelConfig, RotaryBasesOfAllFormsAgree) {
+  const json base = without(dense(), "rope_theta");
+  const json theta = {{"rope_type", "default"}, {"rope_theta", 5000.0}};
+  EXPECT_EQ(parse(with(base, "rope_parameters", theta)).rope_theta, 5000);
+  EXPECT_EQ(parse(with(base, "rope_scaling", theta)).rope_theta, 5000);
+  EXPECT_THAT(refusal(with(dense(), "rope_scaling", theta)), HasSubstr("must agree"));
+  EXPECT_THAT(refusal(with(with(base, "rope_parameters", theta), "rope_scaling", {{"rope_theta", 1e4}})),
+              HasSubstr("must agree"));
+  EXPECT_THAT(refusal(with(base, "rope_parameters", {{"full_attention", theta}})),
+              HasSubstr("kind of layer"));
+  EXPECT_THAT(refusal(with(dense(), "rope_parameters", {{"mrope_section", {16, 24, 24}}})),
+              HasSubstr("mrope_section"));
+}
+
 TEST(ModelConfig, RefusesImpossibleShapes) {
   EXPECT_THAT(refusal(with(dense(), "num_attention_heads", 15)), HasSubstr("does not divide hidden_size"));
   EXPECT_THAT(refusal(with(dense(), "num_key_value_heads", 3)),

@@ -94,9 +94,9 @@ class CheckpointForm : public ::testing::Test {
     const auto made = open_model(o.to);
     const fs::path exported = dir_.path() / (name + "_exported");
     write_hf_model(
-        exported, made->config(), shape_.dtype,
-        [&](const ParamSpec& p, const Box& part, TensorView out) { made->read(p, part, out); },
-        made->companions());
+        {.dir = exported, .companions = made->companions(), .inputs = {o.to}, .dtype = shape_.dtype},
+        made->config(),
+        [&](const ParamSpec& p, const Box& part, TensorView out) { made->read(p, part, out); });
     EXPECT_EQ(tensor_bytes(exported), tensor_bytes(plain.to)) << name;
     for (const char* file : {"config.json", "upcycle_report.json", "tokenizer.json"})
       EXPECT_EQ(read_file(o.to / file), read_file(plain.to / file)) << name << " " << file;
@@ -189,21 +189,20 @@ TEST_F(CheckpointForm, RefusesAnOutputThatExists) {
   run(recipe(), o, 2);  // empty: fine
   EXPECT_EQ(refusals(o, 2, ExitCode::kUsage), 2);
   ShardStore(o.to).verify();
-  EXPECT_FALSE(fs::exists(o.to.string() + ".tmp"));
+  EXPECT_FALSE(fs::exists(o.to.string() + ".upmoe-partial"));
 }
 
-TEST_F(CheckpointForm, ReplacesItsOwnLeftoverButNobodyElses) {
+TEST_F(CheckpointForm, NobodyElsesFolderIsTouched) {
   const UpcycleOptions o = options("moe");
-  const fs::path tmp = o.to.string() + ".tmp";
-  fs::create_directory(tmp);
-  std::ofstream(tmp / "shard_00007.h5") << "cut short";
+  for (const char* suffix : {".tmp", ".upmoe-partial"}) {
+    fs::create_directory(o.to.string() + suffix);
+    std::ofstream(fs::path(o.to.string() + suffix) / "shard_00007.h5") << "mine";
+  }
+  EXPECT_EQ(refusals(o, 2, ExitCode::kUsage), 2);  // no run of ours left it
+  EXPECT_EQ(read_file(fs::path(o.to.string() + ".upmoe-partial") / "shard_00007.h5"), "mine");
+  fs::remove_all(o.to.string() + ".upmoe-partial");
   run(recipe(), o, 2);
-  EXPECT_FALSE(fs::exists(o.to / "shard_00007.h5"));
-  fs::remove_all(o.to);
-  fs::create_directory(tmp);
-  std::ofstream(tmp / "thesis.tex") << "x";
-  EXPECT_EQ(refusals(o, 2, ExitCode::kUsage), 2);
-  EXPECT_TRUE(fs::exists(tmp / "thesis.tex"));
+  EXPECT_EQ(read_file(fs::path(o.to.string() + ".tmp") / "shard_00007.h5"), "mine");
 }
 
 TEST_F(CheckpointForm, TellsOfTooLittleDiskBeforeTheFirstByte) {
@@ -213,7 +212,7 @@ TEST_F(CheckpointForm, TellsOfTooLittleDiskBeforeTheFirstByte) {
   EXPECT_EQ(refusals(o, 2, ExitCode::kBadInput, &message), 2);
   EXPECT_NE(message.find("123456 bytes"), std::string::npos) << message;
   EXPECT_FALSE(fs::exists(o.to));
-  EXPECT_FALSE(fs::exists(o.to.string() + ".tmp"));
+  EXPECT_FALSE(fs::exists(o.to.string() + ".upmoe-partial"));
 }
 
 // One rank fails after another has begun to write: its random inputs for a layer's error are minus one.
@@ -232,7 +231,7 @@ TEST_F(CheckpointForm, ARankThatFailsLeavesNothing) {
     });
     EXPECT_EQ(failed, 3) << failing;
     EXPECT_FALSE(fs::exists(good.to));
-    EXPECT_FALSE(fs::exists(good.to.string() + ".tmp"));
+    EXPECT_FALSE(fs::exists(good.to.string() + ".upmoe-partial"));
   }
   run(recipe(), good, 3);
 }
@@ -245,7 +244,7 @@ TEST_F(CheckpointForm, AWriteThatFailsLeavesNothing) {
     signal(SIGXFSZ, SIG_IGN);
     const rlimit limit{100'000, 100'000};
     const bool clean = setrlimit(RLIMIT_FSIZE, &limit) == 0 && refusals(o, 3, ExitCode::kBadInput) == 3 &&
-                       !fs::exists(o.to) && !fs::exists(o.to.string() + ".tmp");
+                       !fs::exists(o.to) && !fs::exists(o.to.string() + ".upmoe-partial");
     _exit(clean ? 0 : 1);
   }
   int status = 0;
@@ -265,7 +264,7 @@ TEST_F(CheckpointForm, AFullDiskLeavesNothing) {
   o.free_space = [](const fs::path&) { return ~std::uint64_t{0}; };
   EXPECT_EQ(refusals(o, 3, ExitCode::kBadInput), 3);
   EXPECT_FALSE(fs::exists(o.to));
-  EXPECT_FALSE(fs::exists(o.to.string() + ".tmp"));
+  EXPECT_FALSE(fs::exists(o.to.string() + ".upmoe-partial"));
   EXPECT_EQ(umount(disk.c_str()), 0);
 }
 

@@ -10,7 +10,6 @@
 #include "data/shard_store.h"
 #include "tests/support/tiny_dense.h"
 #include "upcycle/upcycler.h"
-#include "upcycle/write_pipeline.h"
 
 namespace upmoe {
 namespace {
@@ -67,7 +66,7 @@ class Upcycle : public ::testing::Test {
     } catch (const Error& e) {
       found = {e.code(), e.what()};
     }
-    EXPECT_FALSE(fs::exists(o.to.string() + ".tmp"));
+    EXPECT_FALSE(fs::exists(o.to.string() + ".upmoe-partial"));
     return found;
   }
 
@@ -187,7 +186,7 @@ TEST_F(Upcycle, RefusesOutputThatOverlapsTheSourceOrExists) {
     EXPECT_EQ(r.code, ExitCode::kUsage) << to;
   }
   o = options();
-  o.from = dir_.path() / "moe.tmp";  // where the output would be prepared
+  o.from = dir_.path() / "moe.upmoe-partial";  // where the output would be prepared
   fs::rename(dense_, o.from);
   try {
     run(recipe(), o);
@@ -208,20 +207,96 @@ TEST_F(Upcycle, RefusesOutputThatOverlapsTheSourceOrExists) {
   EXPECT_TRUE(fs::exists(o.to / "config.json"));
 }
 
-TEST_F(Upcycle, ReplacesItsOwnLeftoverButNobodyElses) {
+TEST_F(Upcycle, NobodyElsesFolderIsTouched) {
   const UpcycleOptions o = options();
   const fs::path tmp = o.to.string() + ".tmp";
   fs::create_directory(tmp);
-  std::ofstream(tmp / "model-00001-of-00009.safetensors") << "cut short";
+  std::ofstream(tmp / "model-00001-of-00009.safetensors") << "mine";
   run(recipe(), o);
-  EXPECT_FALSE(fs::exists(tmp));
-  EXPECT_FALSE(fs::exists(o.to / "model-00001-of-00009.safetensors"));
-  fs::remove_all(o.to);
+  EXPECT_EQ(read_file(tmp / "model-00001-of-00009.safetensors"), "mine");
+}
 
-  fs::create_directory(tmp);
-  std::ofstream(tmp / "thesis.tex") << "x";
-  EXPECT_THROW(run(recipe(), o), Error);
-  EXPECT_TRUE(fs::exists(tmp / "thesis.tex"));
+struct RawTensor {
+  SafetensorsEntry entry;
+  std::string data;
+};
+
+// model.safetensors again, after `change`.
+void rewrite(const fs::path& dir, const std::function<void(std::vector<RawTensor>&)>& change) {
+  std::vector<RawTensor> tensors;
+  {
+    const SafetensorsFile file(dir / "model.safetensors");
+    for (const SafetensorsEntry& e : file.header().entries) {
+      tensors.push_back({e, std::string(e.end - e.begin, 0)});
+      file.read(e, 0, std::as_writable_bytes(std::span(tensors.back().data)));
+    }
+  }
+  change(tensors);
+  std::vector<SafetensorsEntry> entries;
+  for (const RawTensor& t : tensors) entries.push_back(t.entry);
+  std::ofstream out(dir / "model.safetensors", std::ios::binary);
+  out << make_safetensors_header(entries, {{"format", "pt"}});
+  for (const RawTensor& t : tensors) out << t.data;
+}
+
+TEST_F(Upcycle, OnlyTensorsThatAreUsedAreChecked) {
+  shape_.dtype = DType::kBF16;
+  fs::remove_all(dense_);
+  write_tiny_dense(dense_, shape_);
+  run(recipe(), options("plain"));
+  rewrite(dense_, [](std::vector<RawTensor>& tensors) {
+    const std::string nan("\0\0\xc0\x7f", 4);
+    tensors.push_back({{"model.layers.0.self_attn.rotary_emb.inv_freq", "F32", {1}, 0, 0}, nan});
+    tensors.push_back({{"model.layers.1.self_attn.rotary_emb.inv_freq", "I64", {1}, 0, 0}, nan + nan});
+  });
+  run(recipe(), options("with_frequencies"), 2);
+  const auto plain = files_in(dir_.path() / "plain"), with = files_in(dir_.path() / "with_frequencies");
+  for (const auto& [name, bytes] : plain) {
+    if (name == "upcycle_report.json") continue;  // it has the checksum of the source
+    EXPECT_EQ(bytes, with.at(name)) << name;
+  }
+}
+
+TEST_F(Upcycle, ARefusalOfElementTypesNamesTheCure) {
+  shape_.dtype = DType::kBF16;
+  fs::remove_all(dense_);
+  write_tiny_dense(dense_, shape_);
+  rewrite(dense_, [](std::vector<RawTensor>& tensors) {
+    for (RawTensor& t : tensors)
+      if (t.entry.name == "model.norm.weight") {
+        t.entry.dtype = "F32";
+        t.data.resize(2 * t.data.size());
+      }
+  });
+  Refusal r = refusal(recipe(), options());
+  EXPECT_EQ(r.code, ExitCode::kBadInput);
+  for (const char* part : {"BF16", "1 F32 (model.norm.weight)", "upmoe export", "--dtype fp32"})
+    EXPECT_NE(r.message.find(part), std::string::npos) << r.message;
+  write_tiny_dense(dense_, shape_);
+  rewrite(dense_, [](std::vector<RawTensor>& tensors) {
+    for (RawTensor& t : tensors) t.entry.dtype = "F16";
+  });
+  r = refusal(recipe(), options());
+  EXPECT_NE(r.message.find("F16"), std::string::npos) << r.message;
+  EXPECT_NE(r.message.find("upmoe export"), std::string::npos) << r.message;
+}
+
+TEST_F(Upcycle, WithoutASharedExpertTheDirectoryIsWhatTransformersWrites) {
+  UpcycleConfig c = recipe();
+  c.target.shared_expert_intermediate_size = 0;
+  c.shared.method = "none";
+  run(c, options("one"), 1);
+  run(c, options("three"), 3);
+  EXPECT_EQ(files_in(dir_.path() / "one"), files_in(dir_.path() / "three"));
+  const HfModel model(dir_.path() / "one");
+  const std::string shared = "model.layers.1.mlp.shared_expert";
+  using Dims = std::vector<std::int64_t>;
+  EXPECT_EQ(model.locate(shared + ".up_proj.weight").second->shape, (Dims{0, model.config().hidden_size}));
+  const auto [file, gate] = model.locate(shared + "_gate.weight");
+  EXPECT_EQ(gate->shape, (Dims{1, model.config().hidden_size}));
+  std::vector<std::byte> values(gate->end - gate->begin, std::byte{1});
+  file->read(*gate, 0, values);
+  EXPECT_EQ(values, std::vector<std::byte>(values.size()));
 }
 
 TEST_F(Upcycle, RefusesAMixtureAsSource) {
@@ -290,44 +365,6 @@ TEST_F(Upcycle, ListsEverythingWrongBetweenRecipeAndModel) {
   EXPECT_EQ(refusal(c, options()).code, ExitCode::kUsage);
   c.experts.copies = 16;
   run(c, options());
-}
-
-TEST(Pipeline, WritesEveryPieceOnceAndStopsOnErrors) {
-  for (const int threads : {1, 4}) {
-    std::vector<int> written(100, 0);
-    PipelineStages stages;
-    stages.make = [](std::size_t i, std::span<std::byte> buffer) {
-      std::fill_n(buffer.begin(), i % 7, std::byte(i));
-      return i % 7;
-    };
-    stages.write = [&](std::size_t i, std::span<const std::byte> bytes) {
-      EXPECT_EQ(bytes.size(), i % 7);
-      EXPECT_EQ(bytes[0], std::byte(i));
-      ++written[i];
-    };
-    run_pipeline(written.size(), threads, 7, stages);
-    for (std::size_t i = 0; i < written.size(); ++i) EXPECT_EQ(written[i], i % 7 == 0 ? 0 : 1) << i;
-
-    PipelineStages bad_make = stages;
-    bad_make.make = [](std::size_t i, std::span<std::byte>) {
-      if (i == 30) fail(ExitCode::kBadInput, "no piece 30");
-      return std::size_t{0};
-    };
-    EXPECT_THROW(run_pipeline(100, threads, 7, bad_make), Error);
-    PipelineStages bad_write = stages;
-    bad_write.write = [](std::size_t, std::span<const std::byte>) { fail(ExitCode::kBadInput, "disk full"); };
-    EXPECT_THROW(run_pipeline(100, threads, 7, bad_write), Error);
-  }
-  run_pipeline(0, 2, 7, {});
-}
-
-TEST(SourceSurvey, CombinesChecksums) {
-  const std::string text = "the quick brown fox jumps over the lazy dog";
-  for (std::size_t cut = 0; cut <= text.size(); ++cut) {
-    const std::uint32_t first = crc32c(text.data(), cut),
-                        second = crc32c(text.data() + cut, text.size() - cut);
-    EXPECT_EQ(combine_crc32c(first, second, text.size() - cut), crc32c(text.data(), text.size())) << cut;
-  }
 }
 
 }  // namespace

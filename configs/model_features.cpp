@@ -1,0 +1,101 @@
+#include "configs/model_features.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <string_view>
+
+namespace upmoe {
+namespace {
+
+// A key and the values (as JSON) with which it changes nothing. Most belong to other architectures:
+// transformers leaves them aside under our model types, but a file that gives them was made for code that
+// does not.
+struct Feature {
+  const char* key;
+  std::initializer_list<std::string_view> neutral;
+  const char* what;
+};
+
+const Feature kFeatures[] = {
+    {"attention_dropout", {"0", "0.0"}, "dropout is not supported"},
+    {"quantization_config", {}, "quantised weights are not supported; use the original model"},
+    {"compression_config", {}, "compressed weights are not supported; use the original model"},
+    {"is_causal", {"true"}, "attention in both directions is not supported"},
+    {"use_bidirectional_attention", {"false"}, "attention in both directions is not supported"},
+    {"is_encoder_decoder", {"false"}, "encoders are not supported"},
+    {"add_cross_attention", {"false"}, "cross-attention is not supported"},
+    {"partial_rotary_factor", {"1", "1.0"}, "rotary positions on a part of a head are not supported"},
+    {"rotary_pct", {"1", "1.0"}, "rotary positions on a part of a head are not supported"},
+    {"rope_local_base_freq", {}, "a second rotary base is not supported"},
+    {"use_dynamic_ntk", {"false"}, "position scaling is not supported"},
+    {"use_logn_attn", {"false"}, "scaling of attention by length is not supported"},
+    {"alibi", {"false"}, "ALiBi is not supported"},
+    {"use_alibi", {"false"}, "ALiBi is not supported"},
+    {"attn_logit_softcapping", {}, "soft caps are not supported"},
+    {"final_logit_softcapping", {}, "soft caps are not supported"},
+    {"clip_qkv", {}, "clipping of q, k, v is not supported"},
+    {"use_qk_norm", {"false"}, "norms of q and k are not supported"},
+    {"qk_norm", {"false"}, "norms of q and k are not supported"},
+    {"qk_layernorm", {"false"}, "norms of q and k are not supported"},
+    {"query_pre_attn_scalar", {}, "another scale of attention is not supported"},
+    {"attention_multiplier", {}, "another scale of attention is not supported"},
+    {"embedding_multiplier", {"1", "1.0"}, "scaled embeddings are not supported"},
+    {"scale_emb", {"1", "1.0"}, "scaled embeddings are not supported"},
+    {"residual_multiplier", {"1", "1.0"}, "scaled residuals are not supported"},
+    {"logit_scale", {"1", "1.0"}, "scaled logits are not supported"},
+    {"logits_scaling", {"1", "1.0"}, "scaled logits are not supported"},
+    {"parallel_attn", {"false"}, "attention beside the FFN is not supported"},
+    {"use_parallel_residual", {"false"}, "attention beside the FFN is not supported"},
+    {"pruned_heads", {"{}"}, "pruned heads are not supported"},
+    {"scoring_func", {"\"softmax\""}, "only the softmax router is supported"},
+    {"topk_method", {"\"greedy\""}, "only plain top-k is supported"},
+    {"routed_scaling_factor", {"1", "1.0"}, "scaled routed experts are not supported"},
+    {"n_group", {"0", "1"}, "groups of experts are not supported"},
+    {"topk_group", {"0", "1"}, "groups of experts are not supported"},
+    {"n_shared_experts", {"0"}, "several shared experts are not supported"},
+    {"first_k_dense_replace", {"0"}, "not known here; name the dense layers in mlp_only_layers"},
+    {"moe_layer_freq", {"1"}, "not known here; give decoder_sparse_step"},
+};
+
+// Which layers attend within a window; a dense model says it by number, as transformers reads it.
+bool window_reaches_a_layer(JsonObject& json, const ModelConfig& c) {
+  constexpr std::int64_t kDefaultMaxWindowLayers = 28;
+  if (!json.truth("use_sliding_window", false).value_or(false)) return false;
+  if (c.model_type != "qwen2") return true;
+  if (json.is_null("sliding_window")) return false;
+  const std::int64_t first =
+      json.integer("max_window_layers", 0, std::int64_t{1} << 31, false).value_or(kDefaultMaxWindowLayers);
+  return first < c.num_hidden_layers;
+}
+
+void refuse_windows(JsonObject& json, const ModelConfig& c) {
+  if (window_reaches_a_layer(json, c))
+    json.refuse("use_sliding_window", "found true; sliding-window attention is not supported");
+  const std::string types = json.as_text("layer_types");
+  std::string rest = types;
+  for (std::size_t at; (at = rest.find("\"full_attention\"")) != std::string::npos;) rest.erase(at, 16);
+  if (rest.find_first_not_of("[],") != std::string::npos)
+    json.refuse("layer_types", fmt::format("found {}, only full_attention is supported", types));
+}
+
+}  // namespace
+
+void refuse_features(JsonObject& json, const ModelConfig& config) {
+  const auto act = json.text("hidden_act", true);
+  if (act && *act != "silu" && *act != "swish")  // two names of one function
+    json.refuse("hidden_act", fmt::format("found '{}', only silu is supported", *act));
+  refuse_windows(json, config);
+  for (const Feature& f : kFeatures) {
+    const std::string value = json.as_text(f.key);
+    if (value.empty() || std::find(f.neutral.begin(), f.neutral.end(), value) != f.neutral.end()) continue;
+    json.refuse(f.key, fmt::format("found {}; {}", value, f.what));
+  }
+  const auto weights = json.text("transformers_weights", false);
+  if (weights && *weights != "model.safetensors")
+    json.refuse("transformers_weights",
+                fmt::format("names the file {}; rename it model.safetensors and remove this key", *weights));
+}
+
+}  // namespace upmoe

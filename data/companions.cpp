@@ -1,0 +1,120 @@
+#include "data/companions.h"
+
+#include <algorithm>
+#include <string_view>
+#include <system_error>
+
+#include "data/posix_file.h"
+#include "kernels/core/check.h"
+#include "kernels/core/log.h"
+
+namespace upmoe {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view kFiles[] = {"tokenizer.json",
+                                       "tokenizer_config.json",
+                                       "vocab.json",
+                                       "merges.txt",
+                                       "special_tokens_map.json",
+                                       "added_tokens.json",
+                                       "chat_template.jinja",
+                                       "chat_template.json",
+                                       "generation_config.json",
+                                       "tokenizer.model",
+                                       "spiece.model",
+                                       "qwen.tiktoken",
+                                       "LICENSE",
+                                       "LICENSE.txt",
+                                       "LICENSE.md",
+                                       "NOTICE",
+                                       "NOTICE.txt"};
+constexpr std::string_view kTemplates = "additional_chat_templates";  // a folder of .jinja files
+
+bool lies_in(const fs::path& file, const fs::path& folder) {
+  return std::mismatch(folder.begin(), folder.end(), file.begin(), file.end()).first == folder.end();
+}
+
+// MODEL/snapshots/REVISION holds links to MODEL/blobs.
+bool is_blob_of(const fs::path& file, const fs::path& dir) {
+  const fs::path snapshots = dir.parent_path();
+  return snapshots.filename() == "snapshots" && file.parent_path() == snapshots.parent_path() / "blobs";
+}
+
+bool is_carried(const fs::path& dir, const fs::path& name, bool say) {
+  const fs::path path = dir / name;
+  if (!fs::is_regular_file(path)) return false;  // links are followed
+  const fs::path real = fs::canonical(path);
+  if (lies_in(real, dir) || is_blob_of(real, dir)) return true;
+  if (say)
+    log::warning(
+        "{}: leads to {}, outside the model's folder; it is not carried along. Copy it yourself if it "
+        "belongs to the model",
+        path.string(), real.string());
+  return false;
+}
+
+std::vector<fs::path> find_in(const fs::path& given, bool say) {
+  std::vector<fs::path> found;
+  if (!fs::is_directory(given)) return found;
+  const fs::path dir = fs::canonical(given);
+  for (const std::string_view name : kFiles)
+    if (is_carried(dir, name, say)) found.emplace_back(name);
+  if (!fs::is_directory(dir / kTemplates)) return found;
+  std::vector<fs::path> templates;
+  for (const auto& entry : fs::directory_iterator(dir / kTemplates)) {
+    const fs::path name = fs::path(kTemplates) / entry.path().filename();
+    if (name.extension() == ".jinja" && is_carried(dir, name, say)) templates.push_back(name);
+  }
+  std::sort(templates.begin(), templates.end());
+  found.insert(found.end(), templates.begin(), templates.end());
+  return found;
+}
+
+std::vector<fs::path> companions_of(const fs::path& dir, bool say) {
+  try {
+    return find_in(dir, say);
+  } catch (const fs::filesystem_error& e) {
+    fail(ExitCode::kBadInput, "{}: {}", e.path1().string(), e.code().message());
+  }
+}
+
+void copy_whole(const fs::path& from, const fs::path& to) {
+  const PosixFile in = PosixFile::open_read(from);
+  PosixFile out = PosixFile::create(to);
+  std::vector<std::byte> block(std::size_t{1} << 20);
+  const std::uint64_t size = in.size();
+  for (std::uint64_t at = 0; at < size; at += block.size()) {
+    const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(block.size(), size - at));
+    in.read(at, std::span(block).first(n));
+    out.write(std::span(block).first(n));
+  }
+  out.sync();
+}
+
+}  // namespace
+
+std::vector<fs::path> companions_in(const fs::path& dir) {
+  return companions_of(dir, false);
+}
+
+std::uint64_t companion_bytes(const fs::path& dir) {
+  std::uint64_t bytes = 0;
+  for (const fs::path& name : companions_in(dir)) bytes += PosixFile::open_read(dir / name).size();
+  return bytes;
+}
+
+void copy_companions(const fs::path& from, const fs::path& to) {
+  for (const fs::path& name : companions_of(from, true)) {
+    if (name.has_parent_path()) {
+      std::error_code error;
+      fs::create_directory(to / name.parent_path(), error);
+      if (error) fail(ExitCode::kBadInput, "{}: {}", (to / name.parent_path()).string(), error.message());
+    }
+    copy_whole(from / name, to / name);
+    if (name.has_parent_path()) sync_path((to / name).parent_path());
+  }
+}
+
+}  // namespace upmoe

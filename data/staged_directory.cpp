@@ -1,0 +1,310 @@
+#include "data/staged_directory.h"
+
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <random>
+#include <system_error>
+#include <utility>
+
+#include "data/file_lock.h"
+#include "kernels/core/log.h"
+
+namespace upmoe {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kSuffix = ".upmoe-partial";
+constexpr const char* kLockName = "upmoe.lock";
+constexpr const char* kPartPrefix = "part-";
+
+fs::path with_suffix(fs::path path, const char* suffix) {
+  path += suffix;
+  return path;
+}
+
+// Runs `body`; an error of the standard library's file system becomes one of ours.
+template <class Body>
+void with_our_errors(const Body& body) {
+  try {
+    body();
+  } catch (const fs::filesystem_error& e) {
+    fail(ExitCode::kBadInput, "{}: {}", e.path1().string(), e.code().message());
+  }
+}
+
+fs::path nearest_existing(fs::path path) {
+  std::error_code ignored;
+  while (!fs::exists(path, ignored) && path.has_relative_path()) path = path.parent_path();
+  return path;
+}
+
+// By identity, not by name: a second mount or another spelling is the same folder.
+bool lies_within(fs::path inner, const fs::path& outer) {
+  std::error_code ignored;
+  for (;; inner = inner.parent_path()) {
+    if (inner == outer || fs::equivalent(inner, outer, ignored)) return true;
+    if (!inner.has_relative_path()) return false;
+  }
+}
+
+void refuse_overlap(const fs::path& output, const std::vector<fs::path>& inputs) {
+  for (const fs::path& given : inputs) {
+    const fs::path input = resolved(given);
+    if (lies_within(output, input) || lies_within(input, output))
+      fail(ExitCode::kUsage, "output {} and input {} overlap; write to a place of its own", output.string(),
+           input.string());
+  }
+}
+
+bool is_mount_point(const fs::path& dir) {
+  struct stat own {
+  }, above{};
+  return stat(dir.c_str(), &own) == 0 && stat(dir.parent_path().c_str(), &above) == 0 &&
+         own.st_dev != above.st_dev;
+}
+
+// An empty name, and a link that leads nowhere: what stands at its end cannot be replaced.
+void refuse_no_place(const fs::path& to) {
+  if (to.empty()) fail(ExitCode::kUsage, "the output has an empty name");
+  const fs::path plain = to.has_filename() ? to : to.parent_path();
+  std::error_code ignored;
+  if (fs::is_symlink(fs::symlink_status(plain, ignored)) && !fs::exists(plain, ignored))
+    fail(ExitCode::kUsage,
+         "output {} is a link to {}, which does not exist; make that folder or remove the link",
+         plain.string(), fs::read_symlink(plain).string());
+}
+
+void refuse_file_above(const fs::path& output) {
+  const fs::path above = nearest_existing(output.parent_path());
+  if (!fs::is_directory(above))
+    fail(ExitCode::kUsage, "output {}: {} is a file, a folder is needed there", output.string(),
+         above.string());
+}
+
+void refuse_existing(const fs::path& dir) {
+  if (!fs::exists(dir)) return;
+  std::error_code ignored;
+  if (fs::equivalent(dir, fs::current_path(ignored), ignored))
+    fail(ExitCode::kUsage, "output {} is the working directory of this command; give a folder inside it",
+         dir.string());
+  if (!fs::is_directory(dir))
+    fail(ExitCode::kUsage, "output {} exists and is no folder; remove it or write elsewhere", dir.string());
+  if (is_mount_point(dir))
+    fail(ExitCode::kUsage, "output {} is a mount point, which cannot be replaced; give a folder inside it",
+         dir.string());
+  if (!fs::is_empty(dir))
+    fail(ExitCode::kUsage, "output {} exists and is not empty; remove it or write elsewhere", dir.string());
+}
+
+std::string owner_in(const fs::path& lock) {
+  try {
+    const std::string text = read_text(lock, 512);
+    return text.empty() ? "unknown" : text;
+  } catch (const Error&) {  // it has just ended
+    return "unknown";
+  }
+}
+
+void write_owner(int fd) {
+  char host[128] = "host";
+  ::gethostname(host, sizeof host - 1);
+  const std::string owner = fmt::format("process {} on {}", ::getpid(), host);
+  // For people; who reads nothing there is told "unknown".
+  if (::ftruncate(fd, 0) == 0 && ::pwrite(fd, owner.data(), owner.size(), 0) < 0) return;
+}
+
+// The folder may be somebody else's: one without our lock file must be empty.
+void refuse_foreign(const fs::path& container) {
+  std::error_code ignored;
+  const fs::file_status status = fs::symlink_status(container, ignored);
+  const bool ours =
+      fs::is_directory(status) &&
+      (fs::exists(fs::symlink_status(container / kLockName, ignored)) || fs::is_empty(container, ignored));
+  if (fs::exists(status) && !ours)
+    fail(ExitCode::kUsage,
+         "{}: found where the output is prepared, but no run of this program left it; move it away",
+         container.string());
+}
+
+// The lock on a container, made where there is none.
+LockedFile take_container(const fs::path& container, const fs::path& target) {
+  while (true) {
+    refuse_foreign(container);
+    fs::create_directory(container);
+    const std::optional<LockedFile> lock = lock_file(container / kLockName);
+    if (!lock) continue;  // its holder has just ended and removed it
+    if (lock->busy)
+      fail(ExitCode::kUsage, "output {} is being written by another job ({}); wait for it or write elsewhere",
+           target.string(), owner_in(container / kLockName));
+    return *lock;
+  }
+}
+
+void clear_leftovers(const fs::path& container, const fs::path& target) {
+  std::vector<fs::path> parts;
+  for (const auto& entry : fs::directory_iterator(container))
+    if (entry.path().filename().string().starts_with(kPartPrefix)) parts.push_back(entry.path());
+  for (const fs::path& part : parts) fs::remove_all(part);
+  if (!parts.empty()) log::info("{}: removed what an interrupted job had left", target.string());
+}
+
+// After the rename: the output is there, whatever happens now.
+void sync_name(const fs::path& target) {
+  try {
+    sync_path(target.parent_path());
+  } catch (const Error& e) {
+    log::warning(
+        "{} is complete and has its name, but the system did not confirm that the name would outlast a power "
+        "cut: {}",
+        target.string(), e.what());
+  }
+}
+
+void rename_to(const fs::path& partial, const fs::path& target) {
+  if (::rename(partial.c_str(), target.c_str()) == 0) return;
+  const int error = errno;
+  if (error == ENOTEMPTY || error == EEXIST || error == ENOTDIR || error == EISDIR)
+    fail(ExitCode::kBadInput, "{}: came into being while the output was prepared; it is left as it is",
+         target.string());
+  fail(ExitCode::kBadInput, "{}: cannot be given its name: {}", target.string(), std::strerror(error));
+}
+
+void remove_quietly(const fs::path& path) noexcept {
+  std::error_code ignored;  // the error that led here is the one to tell
+  fs::remove_all(path, ignored);
+}
+
+}  // namespace
+
+fs::path resolved(const fs::path& path) {
+  const fs::path full = fs::weakly_canonical(fs::absolute(path)).lexically_normal();
+  return full.has_filename() ? full : full.parent_path();
+}
+
+std::uint64_t free_space_of(const fs::path& path) {
+  const fs::path existing = nearest_existing(fs::absolute(path));
+  struct statvfs info {};
+  if (statvfs(existing.c_str(), &info) != 0)
+    fail(ExitCode::kBadInput, "{}: {}", existing.string(), std::strerror(errno));
+  return static_cast<std::uint64_t>(info.f_bavail) * info.f_frsize;
+}
+
+void require_free_space(const fs::path& path, std::uint64_t bytes, const FreeSpace& free_space) {
+  const std::uint64_t free = free_space(path);
+  if (free < bytes)
+    fail(ExitCode::kBadInput,
+         "{}: not enough disk: {} bytes ({:.1f} GB) are needed, {} bytes ({:.1f} GB) are free; make room or "
+         "write elsewhere",
+         path.string(), bytes, static_cast<double>(bytes) / 1e9, free, static_cast<double>(free) / 1e9);
+}
+
+fs::path check_new_directory(const fs::path& to, const std::vector<fs::path>& inputs) {
+  fs::path target;
+  with_our_errors([&] {
+    refuse_no_place(to);
+    target = resolved(to);
+    refuse_overlap(target, inputs);
+    refuse_file_above(target);
+    refuse_existing(target);
+    refuse_foreign(with_suffix(target, kSuffix));
+  });
+  return target;
+}
+
+// Delegating: where preparing fails, the destructor takes back what was made so far.
+StagedDirectory::StagedDirectory(const fs::path& to, const std::vector<fs::path>& inputs)
+    : StagedDirectory(check_new_directory(to, inputs)) {
+  with_our_errors([&] { prepare(inputs); });
+}
+
+StagedDirectory::StagedDirectory(fs::path target)
+    : target_(std::move(target)), container_(with_suffix(target_, kSuffix)) {}
+
+void StagedDirectory::prepare(const std::vector<fs::path>& inputs) {
+  refuse_overlap(container_, inputs);
+  std::vector<fs::path> missing;
+  for (fs::path p = target_.parent_path(); !fs::exists(p); p = p.parent_path()) missing.push_back(p);
+  for (; !missing.empty(); missing.pop_back()) {
+    if (fs::create_directory(missing.back())) parents_.push_back(missing.back());
+  }
+  const LockedFile lock = take_container(container_, target_);
+  lock_ = lock.fd;
+  write_owner(lock_);
+  if (lock.held) {
+    clear_leftovers(container_, target_);
+  } else {
+    log::warning("{}: this file system has no locks; do not start two jobs with one output",
+                 target_.string());
+  }
+  path_ = container_ / fmt::format("{}{:08x}", kPartPrefix, std::random_device{}());
+}
+
+StagedDirectory::~StagedDirectory() {
+  std::error_code ignored;
+  if (!committed_ && !path_.empty()) {
+    remove_quietly(path_);
+    remove_quietly(with_suffix(path_, ".tmp"));  // of a store
+  }
+  if (lock_ >= 0) {
+    fs::remove(container_ / kLockName, ignored);  // while the lock is held: nobody else's can stand there
+    ::close(lock_);
+    fs::remove(container_, ignored);  // stays where there is something of somebody else in it
+  }
+  if (committed_) return;
+  for (auto it = parents_.rbegin(); it != parents_.rend(); ++it) fs::remove(*it, ignored);
+}
+
+void StagedDirectory::create() {
+  with_our_errors([&] { fs::create_directory(path_); });
+}
+
+void StagedDirectory::commit() {
+  sync_path(path_);
+  rename_to(path_, target_);
+  committed_ = true;
+  sync_name(target_);
+}
+
+StagedFile::StagedFile(const fs::path& to, const std::vector<fs::path>& inputs) {
+  with_our_errors([&] {
+    refuse_no_place(to);
+    target_ = resolved(to);
+    partial_ = with_suffix(target_, kSuffix);
+    if (fs::exists(target_)) refuse_overlap(target_, inputs);
+    refuse_file_above(target_);
+    if (fs::exists(target_) && !fs::is_regular_file(target_))
+      fail(ExitCode::kUsage, "output {} exists and is no regular file; write elsewhere", target_.string());
+  });
+  const std::optional<LockedFile> lock = lock_file(partial_);
+  if (!lock)
+    fail(ExitCode::kBadInput, "{}: the folder {} does not exist; make it first", target_.string(),
+         target_.parent_path().string());
+  if (lock->busy)
+    fail(ExitCode::kUsage, "output {} is being written by another job; wait for it or write elsewhere",
+         target_.string());
+  file_ = std::make_unique<PosixFile>(PosixFile::adopt(lock->fd, partial_));
+  file_->resize(0);  // of a job that was killed
+}
+
+StagedFile::~StagedFile() {
+  std::error_code ignored;
+  if (file_ != nullptr && !committed_) fs::remove(partial_, ignored);
+}
+
+void StagedFile::write(std::span<const std::byte> bytes) {
+  file_->write(bytes);
+}
+
+void StagedFile::commit() {
+  file_->sync();
+  rename_to(partial_, target_);
+  committed_ = true;
+  sync_name(target_);
+}
+
+}  // namespace upmoe
