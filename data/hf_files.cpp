@@ -106,8 +106,8 @@ WeightFiles find_in(const fs::path& dir) {
          "{}: adapter_config.json is there, but adapters are not applied; merge the adapter into the weights "
          "(merge_and_unload of peft), or remove that file if they are merged already",
          dir.string());
-  const bool index = fs::exists(dir / kIndex);
-  if (fs::exists(dir / kSingle)) {
+  const bool index = fs::is_regular_file(dir / kIndex);
+  if (fs::is_regular_file(dir / kSingle)) {
     if (index)
       log::info("{}: {} is used, as in transformers; the index beside it is left over", dir.string(),
                 kSingle);

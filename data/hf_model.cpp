@@ -185,6 +185,12 @@ void HfModel::check_tied_head() const {
 // Every difference between the files, the index and the config, in one message.
 void HfModel::check_against(const std::map<std::string, std::string>& file_of,
                             const std::vector<std::string>& names) const {
+  if (index_.contains("embed_tokens.weight"))
+    fail(ExitCode::kBadInput,
+         "{}: the names of the tensors lack 'model.': they were saved from the model without its head; load "
+         "them with "
+         "AutoModelForCausalLM of transformers and save that",
+         dir_.string());
   std::vector<std::string> differences;
   for (const auto& [tensor, file] : file_of) {
     const auto it = index_.find(tensor);

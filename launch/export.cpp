@@ -2,6 +2,7 @@
 
 #include "data/hf_model.h"
 #include "data/model_source.h"
+#include "data/staged_directory.h"
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
@@ -13,6 +14,12 @@ namespace {
 struct ExportArguments {
   std::string model, to, dtype = "bf16";
 };
+
+// What the output may not lie in: a run's checkpoints are one folder.
+std::filesystem::path folder_of(const std::filesystem::path& model) {
+  const std::filesystem::path above = resolved(model).parent_path();
+  return above.filename() == "checkpoints" ? above : model;
+}
 
 int run_export(const ExportArguments& a, Runtime& runtime) {
   Communicator& world = runtime.world();
@@ -30,7 +37,7 @@ int run_export(const ExportArguments& a, Runtime& runtime) {
           a.model);
     write_hf_model({.dir = a.to,
                     .companions = companions,
-                    .inputs = {source->directory()},
+                    .inputs = {folder_of(source->directory())},
                     .dtype = a.dtype == "bf16" ? DType::kBF16 : DType::kF32},
                    source->config(), read);
     log::info("{} written in {}", a.to, a.dtype);

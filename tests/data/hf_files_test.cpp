@@ -61,6 +61,14 @@ TEST_F(Models, EveryRefusalOfFilesNamesItsCure) {
   }
 }
 
+TEST_F(Models, NamesWithoutTheirPrefixAreExplained) {
+  const ModelConfig config = put_config(false, true);
+  auto entries = entries_of(config, "F32");
+  for (SafetensorsEntry& e : entries) e.name = e.name.substr(std::string("model.").size());
+  write_file(dir / "model.safetensors", entries, {});
+  expect_refused({"lack 'model.'", "AutoModelForCausalLM"}, "bare_model");
+}
+
 TEST_F(Models, AHeadBesideTiedEmbeddingsMustBeTheirCopy) {
   const ModelConfig config = put_config(false, true);
   auto entries = entries_of(config, "BF16");
