@@ -6,8 +6,8 @@
 #include <cerrno>
 #include <charconv>
 
+#include "data/companions.h"
 #include "data/folder.h"
-#include "data/hf_model.h"
 #include "data/manifest.h"
 #include "data/shard_store.h"
 #include "kernels/core/log.h"
@@ -28,10 +28,8 @@ bool is_digits(std::string_view text) {
 bool is_store_file(const std::string& name) {
   const std::string_view text = name;
   if (text.starts_with("shard_") && text.ends_with(".h5")) return is_digits(text.substr(6, text.size() - 9));
-  const auto& companions = companion_files();
   return name == "manifest.json" || name == "index.h5" || name == "config.json" ||
-         name == "upcycle_report.json" ||
-         std::find(companions.begin(), companions.end(), name) != companions.end();
+         name == "upcycle_report.json" || is_companion(name);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "data/companions.h"
 
 #include <algorithm>
+#include <iterator>
 #include <string_view>
 #include <system_error>
 
@@ -94,6 +95,10 @@ void copy_whole(const fs::path& from, const fs::path& to) {
 }
 
 }  // namespace
+
+bool is_companion(const std::string& name) {
+  return std::find(std::begin(kFiles), std::end(kFiles), name) != std::end(kFiles);
+}
 
 std::vector<fs::path> companions_in(const fs::path& dir) {
   return companions_of(dir, false);

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <string>
 #include <vector>
 
 namespace upmoe {
 
+bool is_companion(const std::string& name);  // a file of this name right in the folder
 // Relative paths of those there are. Regular files inside the folder alone, and links to the blobs of the
 // Hugging Face cache that the folder belongs to; of a link to anywhere else a warning says that it is not
 // carried along: what somebody else's folder points to is not ours to publish.

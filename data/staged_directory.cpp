@@ -1,7 +1,6 @@
 #include "data/staged_directory.h"
 
 #include <sys/stat.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -11,6 +10,7 @@
 #include <utility>
 
 #include "data/file_lock.h"
+#include "data/folder.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {
@@ -187,11 +187,7 @@ fs::path resolved(const fs::path& path) {
 }
 
 std::uint64_t free_space_of(const fs::path& path) {
-  const fs::path existing = nearest_existing(fs::absolute(path));
-  struct statvfs info {};
-  if (statvfs(existing.c_str(), &info) != 0)
-    fail(ExitCode::kBadInput, "{}: {}", existing.string(), std::strerror(errno));
-  return static_cast<std::uint64_t>(info.f_bavail) * info.f_frsize;
+  return free_bytes_at(nearest_existing(fs::absolute(path)));
 }
 
 void require_free_space(const fs::path& path, std::uint64_t bytes, const FreeSpace& free_space) {
