@@ -20,7 +20,7 @@ enum class OutputForm : std::uint8_t { kHuggingFace, kCheckpoint };
 struct UpcycleOptions {
   std::filesystem::path from, to;
   OutputForm form = OutputForm::kHuggingFace;
-  int threads = 0;                                   // computing, per rank; 0 = default_threads()
+  int threads = 0;                                   // computing, per rank; 0 = rank_threads()
   std::uint64_t max_shard_bytes = 4'000'000'000ull;  // of one safetensors file
   std::uint64_t piece_bytes = 8u << 20;              // computed and written in one go; whole disk blocks
   int error_tokens = 8;                              // random inputs for each layer's error in the report
