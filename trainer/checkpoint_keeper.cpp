@@ -149,8 +149,12 @@ void CheckpointKeeper::remove(const Usable& checkpoint) {
 void CheckpointKeeper::make_room(std::uint64_t bytes, bool last) {
   const std::uint64_t free = free_bytes_at(dir_);
   std::uint64_t needed = StoreWriter::space_for(bytes), gained = 0;
-  if (const auto all = usable(); !all.empty())  // index and manifest are not in `bytes`
-    needed = std::max(needed, bytes + StoreWriter::space_for(known_.at(all.back().step).overhead));
+  try {
+    if (const auto all = usable(); !all.empty())  // index and manifest are not in `bytes`
+      needed = std::max(needed, bytes + StoreWriter::space_for(known_.at(all.back().step).overhead));
+  } catch (const SystemError& e) {
+    log::warning("older checkpoints cannot be looked at: {}", e.what());
+  }
   if (free >= needed) return;
   const std::vector<Usable> doomed = that_may_go(last);
   std::vector<std::uint64_t> sizes;

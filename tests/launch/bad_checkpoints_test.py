@@ -144,6 +144,25 @@ class Recovery(unittest.TestCase):
         self.assertIn("older checkpoints are not removed", said)
         self.verified(self.step(25))
 
+    def test_a_listing_that_fails_after_the_start_only_warns(self):
+        self.train("train.steps=5")
+        folder, calls = self.run_dir / "checkpoints", self.dir / "calls"
+        traced = self.fault("-P", folder, "-e", "trace=getdents64")
+        traced[traced.index("/dev/null")] = str(calls)
+        self.train("train.steps=5", before=traced)  # nothing to do: what a start lists
+        start = calls.read_text().count("getdents64")
+        said = self.train("train.steps=7", before=self.fault("-P", folder, "-e",
+                                                             f"inject=getdents64:error=EIO:when={start + 1}+"))
+        self.assertIn("older checkpoints are not removed", said)
+        self.verified(self.step(7))
+
+    def test_a_slow_disk_is_no_hang_at_a_resume(self):
+        self.train("train.steps=5")
+        slow = self.fault("-e", "trace=pread64", "-e", "inject=pread64:delay_enter=50000")
+        said = self.upmoe("train", "--deadline", "2", self.dir / "run.yaml", "parallel.ep=1", "train.steps=6",
+                          before=slow)
+        self.assertIn("step_00000006", said.stderr)
+
     def test_a_run_whose_folder_was_moved_ends_with_words(self):
         first = subprocess.Popen([UPMOE, "train", str(self.dir / "run.yaml"), "parallel.ep=1", "train.steps=1000000",
                                   "checkpoint.every=20"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
