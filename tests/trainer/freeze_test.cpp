@@ -83,7 +83,7 @@ TEST(Freeze, TheStartSaysWhatAPatternCaught) {
   };
   EXPECT_EQ(said({}), "");
   EXPECT_EQ(said({"*mlp.gate.weight"}),
-            "2 of 33 parameters (128 of 7,088 values): layers.*.moe.router_ED x 2");
+            "2 of 33 parameters (128 of 7,248 values): layers.*.moe.router_ED x 2");
   // Meant the routers, caught the experts as well: visible.
   EXPECT_THAT(said({"*gate*"}), HasSubstr("layers.*.moe.gate_up_EF2D x 2"));
 }
