@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 namespace simt {
@@ -39,7 +40,7 @@ struct Lane {
 };
 
 // The block that this operating-system thread runs. Its lanes are made once and used for every block.
-class Block {
+class Block : public Runner {
  public:
   void run(unsigned threads, const std::function<void()>& body) {
     body_ = &body;
@@ -71,8 +72,10 @@ class Block {
     std::memset(dynamic_, 0xff, bytes);  // NaNs: nothing is there before somebody writes it
     return dynamic_;
   }
-  std::byte* dynamic() const { return dynamic_; }
-  std::uint64_t* exchange() { return exchange_[flat(*current_) / 32]; }
+  void block_barrier() override { wait(Lane::Waits::kBlock, 0); }
+  void warp_barrier(unsigned mask) override { wait(Lane::Waits::kWarp, mask); }
+  std::byte* dynamic_shared() override { return dynamic_; }
+  std::uint64_t* exchange() override { return exchange_[flat(*current_) / 32]; }
 
  private:
   static unsigned flat(const Lane& lane) {
@@ -159,6 +162,7 @@ class Block {
 };
 
 thread_local Block block;
+thread_local Runner* runner = &block;
 
 }  // namespace
 
@@ -186,17 +190,20 @@ void run(dim3 grid, dim3 threads, std::size_t shared_bytes, const std::function<
 void set_order(std::uint64_t seed) {
   order_seed = seed;
 }
+Runner* set_runner(Runner* to) {
+  return std::exchange(runner, to);
+}
 void block_barrier() {
-  block.wait(Lane::Waits::kBlock, 0);
+  runner->block_barrier();
 }
 void warp_barrier(unsigned mask) {
-  block.wait(Lane::Waits::kWarp, mask);
+  runner->warp_barrier(mask);
 }
 std::byte* dynamic_shared() {
-  return block.dynamic();
+  return runner->dynamic_shared();
 }
 std::uint64_t* exchange() {
-  return block.exchange();
+  return runner->exchange();
 }
 unsigned match(unsigned mask, std::uint64_t word) {
   exchange()[lane()] = word;

@@ -16,6 +16,12 @@
 struct uint3 {
   unsigned x = 0, y = 0, z = 0;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
@@ -45,10 +51,22 @@ void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<vo
 // at every barrier. The environment variable UPMOE_SIMT_ORDER sets the beginning.
 void set_order(std::uint64_t seed);
 
+// What the threads of a block ask of whoever runs them: run() above, or the clusters of sm90_machine.h.
+class Runner {
+ public:
+  virtual ~Runner() = default;
+  virtual void block_barrier() = 0;
+  virtual void warp_barrier(unsigned mask) = 0;
+  virtual std::byte* dynamic_shared() = 0;
+  // The places through which the lanes of this fiber's warp exchange values, 8 bytes each.
+  virtual std::uint64_t* exchange() = 0;
+};
+// Of this operating-system thread, from now on; returns the one before.
+Runner* set_runner(Runner* runner);
+
 void block_barrier();
 void warp_barrier(unsigned mask);
 std::byte* dynamic_shared();
-// The places through which the lanes of this fiber's warp exchange values, 8 bytes each.
 std::uint64_t* exchange();
 inline int lane() {
   return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32);
@@ -149,6 +167,9 @@ inline float __expf(float x) {
 }
 inline float __fdividef(float a, float b) {
   return a / b;
+}
+inline float __uint_as_float(unsigned x) {
+  return std::bit_cast<float>(x);
 }
 inline float rsqrtf(float x) {
   return 1.0f / std::sqrt(x);

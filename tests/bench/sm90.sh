@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The experts' Hopper kernels on a GPU: each instruction, each kernel under awkward routings and at full width, times.
+# usage: tests/bench/sm90.sh FOLDER [SM90_BENCH]    FOLDER then goes to tests/bench/sm90_record.py
+# Every part runs under a limit of its own, so that a kernel that hangs ends alone.
+set -u
+out=${1:?usage: tests/bench/sm90.sh FOLDER [SM90_BENCH]}
+bench=${2:-build/release/tests/bench/sm90_bench}
+mkdir -p "$out"
+{
+  date -u +%Y-%m-%dT%H:%M:%SZ
+  cat "$(dirname "$bench")/sources.txt" 2>/dev/null || git rev-parse HEAD:kernels/cuda/sm90
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+} >"$out/machine.txt"
+status=0
+part() {  # NAME SECONDS ARGUMENTS...
+  local name=$1 seconds=$2
+  shift 2
+  timeout "$seconds" "$bench" "$@" >"$out/$name.txt" || { echo "$name: status $?"; status=1; }
+  grep -v '^[{]' "$out/$name.txt" | grep -v '^ok'
+}
+part check_instructions 30 instructions
+for kernels in up rows dhidden dweights; do
+  part "check_$kernels" 60 kernels $kernels
+done
+for tokens in 8192 16384 32768; do
+  for kernels in up rows dhidden dweights; do
+    part "times_${tokens}_$kernels" 60 time $tokens $kernels
+  done
+done
+exit $status

@@ -1,0 +1,15 @@
+// usage: sm90_bench instructions | kernels WHICH | time TOKENS WHICH    WHICH: all, up, rows, dhidden,
+// dweights
+
+#include <cstring>
+
+#include "tests/bench/sm90/gpu.cuh"
+
+int main(int argc, char** argv) {
+  using namespace sm90_bench;
+  if (argc == 2 && std::strcmp(argv[1], "instructions") == 0) return check_instructions();
+  if (argc == 3 && std::strcmp(argv[1], "kernels") == 0) return check_kernels(argv[2]);
+  if (argc == 4 && std::strcmp(argv[1], "time") == 0) return time_kernels(std::atoi(argv[2]), argv[3]);
+  std::fprintf(stderr, "usage: sm90_bench instructions | kernels WHICH | time TOKENS WHICH\n");
+  return 2;
+}

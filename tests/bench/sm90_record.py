@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""What `sm90_bench` printed on a GPU, as one result file, and its figures side by side.
+
+usage: sm90_record.py FOLDER [--out tests/bench/results]    writes the file, and prints
+       sm90_record.py RESULT.json                           prints
+
+FOLDER holds machine.txt (date, the tree id of kernels/cuda/sm90, then what nvidia-smi says: name, driver, memory),
+check*.txt and times*.txt. Ratios are to 8192^3 of the same process, the mean of before and after.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def lines_of(paths):
+    for path in sorted(paths):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("{"):
+                yield json.loads(line)
+
+
+def machine_of(folder):
+    date, sources, gpu = (folder / "machine.txt").read_text(encoding="utf-8").splitlines()[:3]
+    name, driver, memory = (part.strip() for part in gpu.split(","))
+    return {"date": date, "sources": sources, "gpu": name, "driver": driver, "gpu_memory": memory}
+
+
+def times_of(folder):
+    """tokens -> kernel -> figures."""
+    found, waiting, before = {}, [], None
+    for line in lines_of(folder.glob("times*.txt")):
+        if line.get("square") == "before":
+            before, waiting = line["tflops"], []
+        elif line.get("square") == "after":
+            square = (before + line["tflops"]) / 2
+            for t in waiting:
+                found.setdefault(str(t["tokens"]), {})[t["kernel"]] = {
+                    "ms": t["ms"], "tflops": t["tflops"], "gemm_8192_tflops": round(square, 1),
+                    "share_of_gemm_8192": round(t["tflops"] / square, 3)}
+        else:
+            waiting.append(line)
+    return found
+
+
+def record_of(folder):
+    checks = list(lines_of(folder.glob("check*.txt")))
+    return {"command": "tests/bench/sm90.sh", "machine": machine_of(folder),
+            "checks": {"right": sum(c["right"] for c in checks), "of": len(checks),
+                       "wrong": [c for c in checks if not c["right"]]},
+            "instructions": [c["instruction"] for c in checks if "instruction" in c],
+            "kernels": [{k: c[k] for k in ("routing", "kernel", "errors")} for c in checks if "kernel" in c],
+            "times": times_of(folder)}
+
+
+def show(record):
+    print(f"{record['machine']['gpu']}: {record['checks']['right']} of {record['checks']['of']} checks right")
+    for tokens, kernels in record["times"].items():
+        for kernel, t in kernels.items():
+            print(f"{tokens:>6} {kernel:28} {t['ms']:8.3f} ms {t['tflops']:7.1f} TFLOP/s {t['share_of_gemm_8192']:.3f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "tests/bench/results")
+    arguments = parser.parse_args()
+    if arguments.path.is_file():
+        show(json.loads(arguments.path.read_text(encoding="utf-8")))
+        return
+    record = record_of(arguments.path)
+    gpu = record["machine"]["gpu"].removeprefix("NVIDIA ").lower().replace(" ", "_")
+    day = "".join(c for c in record["machine"]["date"] if c.isdigit())
+    path = arguments.out / f"sm90_kernels_{gpu}_{day[:8]}_{day[8:14]}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    show(record)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+#include "tests/support/fake_cuda/sm90_emulation.h"
+
+#include <algorithm>
+#include <cstring>
+#include <set>
+
+#include "kernels/core/bf16.h"
+#include "kernels/cuda/sm90/tensor_map.cuh"
+#include "tests/support/fake_cuda/sm90_machine.h"
+
+namespace upmoe::cuda::sm90 {
+
+using namespace sm90_twin;
+
+namespace {
+
+constexpr int kM = 64, kK = 16;  // of a product
+
+// Under the 128-byte swizzle bits 4-6 of the address are exchanged with bits 7-9.
+std::size_t swizzle(std::size_t address) {
+  return address ^ (address >> 7 & 7) << 4;
+}
+
+// An operand as the hardware finds it from its descriptor.
+class Operand {
+ public:
+  Operand(u64 descriptor, Major major)
+      : start_((descriptor & 0x3fff) << 4),
+        leading_((descriptor >> 16 & 0x3fff) << 4),
+        stride_((descriptor >> 32 & 0x3fff) << 4),
+        major_(major) {
+    if (descriptor >> 62 != 1) fail("a descriptor without the 128-byte swizzle");
+    if ((descriptor >> 49 & 7) != 0) fail("a descriptor with a base offset");
+  }
+  // The place in shared memory of an element; `row` is of M or N.
+  std::size_t at(int row, int k) const {
+    const auto r = static_cast<std::size_t>(row), c = static_cast<std::size_t>(k);
+    const std::size_t address = major_ == Major::kK
+                                    ? start_ + r / 8 * stride_ + r % 8 * 128 + c * 2
+                                    : start_ + r / 64 * leading_ + c / 8 * stride_ + c % 8 * 128 + r % 64 * 2;
+    return swizzle(address) - kLowestAddress;
+  }
+
+ private:
+  std::size_t start_, leading_, stride_;
+  Major major_;
+};
+
+bf16 element(const Block& block, std::size_t at) {
+  bf16 value;
+  std::memcpy(&value, block.base + at, sizeof value);
+  return value;
+}
+
+}  // namespace
+
+TensorMap make_tensor_map(const void* base, std::initializer_list<std::int64_t> sizes,
+                          std::initializer_list<std::int64_t> strides, std::initializer_list<int> box) {
+  TensorMap map;
+  map.base = static_cast<const unsigned char*>(base);
+  map.rank = static_cast<int>(sizes.size());
+  if (reinterpret_cast<std::uintptr_t>(base) % 16 != 0) fail("tensor map: the address is no multiple of 16");
+  if (sizes.size() > 5 || strides.size() + 1 != sizes.size() || box.size() != sizes.size())
+    fail("tensor map: sizes, strides and box do not fit");
+  if (*box.begin() * 2 > 128) fail("tensor map: a box wider than the swizzle");
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    map.size[i] = sizes.begin()[i];
+    map.stride[i] = i == 0 ? 2 : strides.begin()[i - 1];
+    map.box[i] = box.begin()[i];
+    if (map.size[i] < 1 || map.size[i] > std::int64_t{1} << 32) fail("tensor map: a size that is none");
+    if (i > 0 && (map.stride[i] % 16 != 0 || map.stride[i] >= std::int64_t{1} << 40))
+      fail("tensor map: a stride that is no multiple of 16, or too long");
+    if (map.box[i] < 1 || map.box[i] > 256) fail("tensor map: a box of more than 256");
+  }
+  return map;
+}
+
+u32 shared_address(const void* p) {
+  return static_cast<u32>(cluster().block().place(p, 0, "an address") + kLowestAddress);
+}
+
+void mbarrier_init(u64* bar, u32 count) {
+  Block& block = cluster().block();
+  block.barriers[block.place(bar, 8, "mbarrier.init")] = {count, count, 0, 0};
+}
+void fence_mbarrier_init() {}
+void mbarrier_arrive(u64* bar) {
+  Block& block = cluster().block();
+  block.barrier(block.place(bar, 8, "mbarrier.arrive"), "mbarrier.arrive").arrive("mbarrier.arrive");
+}
+void mbarrier_arrive_expect_tx(u64* bar, u32 bytes) {
+  Block& block = cluster().block();
+  Barrier& barrier = block.barrier(block.place(bar, 8, "expect_tx"), "expect_tx");
+  barrier.bytes += bytes;
+  barrier.arrive("expect_tx");
+}
+void mbarrier_arrive_remote(u64* bar, u32 rank) {
+  const std::size_t at = cluster().block().place(bar, 8, "mbarrier.arrive");
+  if (rank >= cluster().blocks.size()) fail("mbarrier.arrive: no such block in the cluster");
+  Block& there = *cluster().blocks[rank];
+  if (there.alive == 0) fail("mbarrier.arrive at a block of the cluster that has left");
+  there.barrier(at, "mbarrier.arrive at another block").arrive("mbarrier.arrive at another block");
+}
+void mbarrier_wait(u64* bar, u32 parity) {
+  Block& block = cluster().block();
+  const std::size_t at = block.place(bar, 8, "mbarrier.try_wait");
+  Barrier& barrier = block.barrier(at, "mbarrier.try_wait");
+  cluster().wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; },
+                       [&barrier, parity, at] {
+                         return "wait for the phase of parity " + std::to_string(parity) +
+                                " of the barrier at byte " + std::to_string(at) + ", which lacks " +
+                                std::to_string(barrier.pending) + " arrivals and " +
+                                std::to_string(barrier.bytes) + " bytes";
+                       });
+}
+
+namespace {
+
+// Elements [begin, end) of the box, in its order, zeros outside of the tensor.
+void copy_box(Block& block, std::size_t at, const TensorMap& map, const std::vector<int>& start,
+              std::size_t begin, std::size_t end) {
+  for (std::size_t e = begin; e < end; ++e) {
+    std::size_t rest = e;
+    std::int64_t from = 0;
+    bool inside = true;
+    for (int i = 0; i < map.rank; ++i) {
+      const auto box = static_cast<std::size_t>(map.box[i]);
+      const std::int64_t x = start[static_cast<std::size_t>(i)] + static_cast<std::int64_t>(rest % box);
+      rest /= box;
+      inside = inside && x >= 0 && x < map.size[i];
+      from += x * map.stride[i];
+    }
+    bf16 value;
+    if (inside) std::memcpy(&value, map.base + from, sizeof value);
+    std::memcpy(block.base + swizzle(at + kLowestAddress + e * 2) - kLowestAddress, &value, sizeof value);
+  }
+}
+
+}  // namespace
+
+void load_box(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, const int (&at)[5]) {
+  std::size_t elements = 1;
+  for (int i = 0; i < map.rank; ++i) elements *= static_cast<std::size_t>(map.box[i]);
+  const std::string who = "a tensor load";
+  const std::size_t place = cluster().block().place(to, 2 * elements, who);
+  const std::size_t bar_place = cluster().block().place(bar, 8, who);
+  if (place % 128 != 0) fail(who + ": the place in shared memory is no multiple of 128");
+  const std::vector<int> start(at, at + 5);
+  for (const auto& there : cluster().blocks) {
+    if ((blocks >> there->rank & 1) == 0) continue;
+    Block* block = there.get();
+    Barrier* barrier = &block->barrier(bar_place, who);
+    block->begin_write(place, 2 * elements, who);
+    for (std::size_t half = 0; half < 2; ++half)  // at moments of their own
+      cluster().begin(make_operation(who, [=] {
+        copy_box(*block, place, map, start, half * elements / 2, (half + 1) * elements / 2);
+        block->end_write(place + half * elements, elements, -1);
+        barrier->bytes -= static_cast<std::int64_t>(elements);
+        barrier->settle();
+      }));
+  }
+}
+void load_box_here(void* to, const TensorMap& map, u64* bar, const int (&at)[5]) {
+  load_box(static_cast<std::uint16_t>(1u << cluster().block().rank), to, map, bar, at);
+}
+
+void cp_async_16(void* to, const void* from, bool valid) {
+  Lane* lane = &cluster().lane();
+  Block* block = lane->block;
+  const std::size_t at = block->place(to, 16, "cp.async");
+  if (at % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0)
+    fail("cp.async: an address is no multiple of 16");
+  block->begin_write(at, 16, "cp.async");
+  lane->open_copies.push_back(make_operation("cp.async", [=] {
+    if (valid)
+      std::memcpy(block->base + at, from, 16);
+    else
+      std::memset(block->base + at, 0, 16);
+    block->end_write(at, 16, static_cast<int>(lane->index));
+    lane->written.push_back(at / kGrain);
+  }));
+  lane->open_copies.back()->quiet = true;
+  cluster().begin(lane->open_copies.back());
+  lane->recent_copies.push_back(lane->open_copies.back());
+}
+void cp_async_arrive(u64* bar) {
+  Lane& lane = cluster().lane();
+  Block* block = lane.block;
+  const std::size_t at = block->place(bar, 8, "cp.async.mbarrier.arrive");
+  block->barrier(at, "cp.async.mbarrier.arrive");
+  const OperationPtr arrival = make_operation("an arrival of copies", [block, at] {
+    block->barrier(at, "cp.async.mbarrier.arrive").arrive("cp.async.mbarrier.arrive");
+  });
+  std::erase_if(lane.recent_copies, [](const OperationPtr& copy) { return copy->done; });
+  arrival->after = lane.recent_copies;
+  cluster().begin(arrival);
+}
+void cp_async_commit() {
+  Lane& lane = cluster().lane();
+  lane.copies.push_back(std::move(lane.open_copies));
+  lane.open_copies.clear();
+}
+void wait_copies(std::size_t groups) {
+  wait_groups(cluster().lane().copies, groups, "wait for copies (cp.async.wait_group)");
+}
+void fence_proxy_async() {
+  Lane& lane = cluster().lane();
+  for (std::size_t grain : lane.written) lane.block->show_to_engines(grain, static_cast<int>(lane.index));
+  lane.written.clear();
+  lane.fenced_at = now();
+}
+
+u32 cluster_rank() {
+  return cluster().block().rank;
+}
+void cluster_sync() {
+  cluster().meet_cluster();
+}
+
+namespace {
+
+template <class Move>  // (register, half of it, where)
+void move_matrices(const void* row, const Move& move) {
+  Lane& lane = cluster().lane();
+  if (lane.block->place(row, 16, "a matrix") % 16 != 0)
+    fail("a matrix: a row's address is no multiple of 16");
+  Warp& warp = lane.block->warps[lane.index / 32];
+  warp.rows[lane.index % 32] = static_cast<unsigned char*>(const_cast<void*>(row));
+  cluster().warp_barrier(0xffffffffu);
+  for (u32 m = 0; m < 4; ++m)
+    for (u32 i = 0; i < 2; ++i)
+      move(m, i, warp.rows[8 * m + lane.index % 32 / 4] + 2 * (lane.index % 4 * 2 + i));
+  cluster().warp_barrier(0xffffffffu);
+}
+
+}  // namespace
+
+void stmatrix_x4(void* row, u32 a, u32 b, u32 c, u32 d) {
+  const u32 r[4] = {a, b, c, d};
+  move_matrices(row, [&](u32 m, u32 i, unsigned char* at) {
+    const auto value = static_cast<std::uint16_t>(r[m] >> 16 * i);
+    std::memcpy(at, &value, sizeof value);
+  });
+}
+void ldmatrix_x4(const void* row, u32& a, u32& b, u32& c, u32& d) {
+  u32 r[4] = {};
+  move_matrices(row, [&](u32 m, u32 i, const unsigned char* at) {
+    std::uint16_t value;
+    std::memcpy(&value, at, sizeof value);
+    r[m] |= static_cast<u32>(value) << 16 * i;
+  });
+  a = r[0], b = r[1], c = r[2], d = r[3];
+}
+u32 pack_bf16(float low, float high) {
+  return to_bf16(low).bits | static_cast<u32>(to_bf16(high).bits) << 16;
+}
+
+namespace {
+
+// Reads the operands now, which is as late as the model lets it.
+void compute(const Product& product, const Block& block) {
+  const Operand a(product.a, product.major_a), b(product.b, product.major_b);
+  static thread_local float fa[kM][kK], fb[256][kK];
+  for (int k = 0; k < kK; ++k) {
+    for (int r = 0; r < kM; ++r) fa[r][k] = to_float(element(block, a.at(r, k)));
+    for (int c = 0; c < product.n; ++c) fb[c][k] = to_float(element(block, b.at(c, k)));
+  }
+  for (int t = 0; t < kGroup; ++t)
+    for (int i = 0; i < product.n / 2; ++i) {
+      const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int k = 0; k < kK; ++k) sum += fa[row][k] * fb[column][k];
+      product.d[t][i] = (product.add ? product.d[t][i] : 0.0f) + sum;
+    }
+}
+std::vector<std::size_t> grains_of(const Product& product) {
+  const Operand a(product.a, product.major_a), b(product.b, product.major_b);
+  std::set<std::size_t> grains;
+  for (int k = 0; k < kK; ++k) {
+    for (int r = 0; r < kM; ++r) grains.insert(a.at(r, k) / kGrain);
+    for (int c = 0; c < product.n; ++c) grains.insert(b.at(c, k) / kGrain);
+  }
+  return {grains.begin(), grains.end()};
+}
+
+}  // namespace
+
+void wgmma_fence() {
+  cluster().lane().fenced = true;
+}
+void multiply(float* d, int n, u64 a, u64 b, bool add, Major major_a, Major major_b) {
+  Lane& lane = cluster().lane();
+  Block* block = lane.block;
+  if (!lane.fenced) fail("wgmma without wgmma.fence behind the last use of its registers");
+  Warpgroup& group = block->groups[lane.index / kGroup];
+  if (lane.joined_products == group.products.size()) {
+    auto made = std::make_shared<Product>(Product{a, b, n, add, major_a, major_b, 0, {}, nullptr, {}, ~0ull});
+    made->operation = make_operation("a product", [p = made.get(), block] {
+      compute(*p, *block);
+      block->end_read(p->grains);
+    });
+    group.products.push_back(std::move(made));
+  }
+  Product& product = *group.products[lane.joined_products++];
+  if (product.a != a || product.b != b || product.n != n || product.add != add)
+    fail("wgmma: the threads of a warpgroup differ in an operand");
+  auto& sums = lane.accumulators[d];
+  if (sums.empty()) {  // the registers are not to be looked at before a wait
+    sums.assign(d, d + n / 2);
+    std::fill(d, d + n / 2, std::nanf(""));
+  }
+  product.d[lane.index % kGroup] = sums.data();
+  product.fenced_at = std::min(product.fenced_at, lane.fenced_at);
+  lane.open_products.push_back(product.operation);
+  if (++product.joined < kGroup) return;
+  product.grains = grains_of(product);
+  block->begin_read(product.grains, product.fenced_at);
+  if (group.last != nullptr)
+    product.operation->after = {group.last};  // a warpgroup's products happen in order
+  group.last = product.operation;
+  cluster().begin(product.operation);
+}
+void wgmma_commit() {
+  Lane& lane = cluster().lane();
+  lane.products.push_back(std::move(lane.open_products));
+  lane.open_products.clear();
+}
+void wait_products(std::size_t groups) {
+  Lane& lane = cluster().lane();
+  wait_groups(lane.products, groups, "wait for products (wgmma.wait_group)");
+  if (lane.products.empty() && lane.open_products.empty()) {  // the registers hold results again
+    for (auto& [d, sums] : lane.accumulators) std::memcpy(d, sums.data(), sums.size() * sizeof(float));
+    lane.accumulators.clear();
+  }
+  lane.fenced = false;
+}
+
+void move_registers(int to, bool up) {
+  Lane& lane = cluster().lane();
+  Block* block = lane.block;
+  if (to % 8 != 0 || to < 24 || to > 256) fail("setmaxnreg: " + std::to_string(to));
+  const int more = to - lane.registers;
+  if (up != (more >= 0)) fail("setmaxnreg: the wrong direction");
+  if (more > 0)
+    cluster().wait_until([block, more] { return block->free_registers >= more; },
+                         [] { return std::string("wait for registers (setmaxnreg.inc)"); });
+  block->free_registers -= more;
+  lane.registers = to;
+}
+
+}  // namespace upmoe::cuda::sm90
