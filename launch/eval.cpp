@@ -66,7 +66,6 @@ MeshSpec spread(const ModelConfig& config, int ranks) {
 }
 
 int run_eval(const EvalArguments& a, Runtime& runtime) {
-  log::start(runtime.world().rank(), runtime.world().size());
   const Device device = runtime.choose_device(a.device);
   remark_on_precision(a.precision, device);
   Communicator& world = runtime.world();

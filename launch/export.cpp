@@ -23,7 +23,6 @@ std::filesystem::path folder_of(const std::filesystem::path& model) {
 
 int run_export(const ExportArguments& a, Runtime& runtime) {
   Communicator& world = runtime.world();
-  log::start(world.rank(), world.size());
   run_agreed(world, [&] {
     if (world.rank() != 0) return;  // one writer
     const std::unique_ptr<ModelSource> source = open_model(a.model);

@@ -204,7 +204,6 @@ std::string plain(const json& j) {
 }
 
 int run_inspect(const InspectArguments& a, Runtime& runtime) {
-  log::start(runtime.world().rank(), runtime.world().size());
   run_agreed(runtime.world(), [&] {
     if (runtime.world().rank() != 0) return;
     json j = describe(a.path, a.verify);

@@ -3,9 +3,11 @@
 
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <sstream>
 
 #include "kernels/core/log.h"
+#include "kernels/core/refused.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
@@ -50,7 +52,7 @@ int run(int argc, char** argv) {
   upmoe::Runtime runtime(&argc, &argv,
                          std::chrono::milliseconds(works ? static_cast<std::int64_t>(deadline_s * 1000) : 0));
   try {
-    if (works) upmoe::log::start(runtime.world().rank(), runtime.world().size());
+    upmoe::log::start(runtime.world().rank(), runtime.world().size());
     if (const std::string wrong = complaint(runtime.cores());
         works && runtime.cores().speaks && !wrong.empty())
       upmoe::log::warning("{}", wrong);
@@ -59,6 +61,8 @@ int run(int argc, char** argv) {
     runtime.end_after_peer(static_cast<int>(e.code()));
   } catch (const upmoe::Error& e) {
     runtime.abort(static_cast<int>(e.code()), e.what());
+  } catch (const std::filesystem::filesystem_error& e) {  // what the system refuses is no fault of ours
+    runtime.abort(static_cast<int>(upmoe::ExitCode::kBadInput), upmoe::refused_by_system(e));
   } catch (const std::bad_alloc&) {
     runtime.abort(1, "out of memory; lower train.micro_batch or use more ranks");
   } catch (const std::exception& e) {

@@ -20,7 +20,6 @@ struct TrainArguments {
 };
 
 int run_train(const TrainArguments& arguments, Runtime& runtime) {
-  log::start(runtime.world().rank(), runtime.world().size());
   RunConfig run;
   run_agreed(runtime.world(), [&] { run = read_run_config(arguments.file, arguments.overrides); });
   const Device device = runtime.choose_device(run.device);
@@ -29,7 +28,7 @@ int run_train(const TrainArguments& arguments, Runtime& runtime) {
     log::info("computing on {} GPU{}: {}", world.size(), world.size() == 1 ? "" : "s",
               gpu::name_of(device.index));
   remark_on_precision(run.train.precision, device);
-  return train(run, world, {device, arguments.fresh});
+  return train(run, world, {device, arguments.fresh, describe(runtime.cores())});
 }
 
 }  // namespace
@@ -42,9 +41,9 @@ void add_train(CLI::App& app, Handler& handler) {
   command->add_option("overrides", arguments->overrides,
                       "section.key=value, e.g. train.steps=100; the last of two counts");
   command->footer([] {
-    return "Keys of the run configuration, section.key = default [type], each also as section.key=value on "
-           "the "
-           "command line.\nIn paths ~ is the home folder and ${NAME} a variable of the environment.\n\n" +
+    return "Keys of the run configuration, section.key = default [type], each also as section.key=value "
+           "on the command line.\nIn paths ~ is the home folder and ${NAME} a variable of the "
+           "environment.\n\n" +
            run_config_help();
   });
   command->add_flag("--fresh", arguments->fresh, "Refuse to start when the run directory holds a checkpoint");

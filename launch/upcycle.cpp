@@ -24,7 +24,6 @@ struct UpcycleArguments {
 
 int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
   Communicator& world = runtime.world();
-  log::start(world.rank(), world.size());
   UpcycleConfig config;
   run_agreed(world, [&] {  // rank 0 first: what is wrong is told once
     if (world.rank() == 0) config = read_upcycle_config(arguments.recipe, arguments.overrides);

@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "kernels/core/philox.h"
+#include "kernels/core/refused.h"
 
 namespace upmoe {
 
@@ -60,9 +61,8 @@ void require_equal(Communicator& comm, const std::string& what, const std::strin
   const bool more = others.size() > kNamed;
   if (more) others.resize(kNamed);
   const std::string message = fmt::format(
-      "the ranks were started with different {}: rank 0 differs from rank {}{}; start all of them with the "
-      "same "
-      "program, files and arguments",
+      "the ranks were started with different {}: rank 0 differs from rank {}{}; start all of them with "
+      "the same program, files and arguments",
       what, fmt::join(others, ", "), more ? " and others" : "");
   agree(comm, ExitCode::kUsage, comm.rank() == 0 ? message : "");
 }
@@ -79,8 +79,7 @@ void run_agreed(Communicator& comm, const std::function<void()>& body) {
     message = words(e.what());
     code = e.code();
   } catch (const std::filesystem::filesystem_error& e) {  // what the system refuses is no fault of ours
-    message =
-        fmt::format("{}: {}; check the path and its permissions", e.path1().string(), e.code().message());
+    message = refused_by_system(e);
     code = ExitCode::kBadInput;
   } catch (const std::exception& e) {
     message = words(e.what());

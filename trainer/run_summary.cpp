@@ -130,11 +130,13 @@ std::vector<std::string> repeated_data(const RunConfig& run,
   return lines;
 }
 
-void log_run_summary(const Session& s, const TrainState& state, const TokenDataset* valid) {
+void log_run_summary(const Session& s, const TrainState& state, const TokenDataset* valid,
+                     const std::string& cores) {
   const RunConfig& run = s.run;
   log_model(s, state);
   log_data(s, state, valid);
-  log::info("ranks: {} as {}; {}", s.mesh.world().size(), s.mesh.spec().str(), run.train.precision);
+  log::info("ranks: {} as {}; {}{}", s.mesh.world().size(), s.mesh.spec().str(), run.train.precision,
+            cores.empty() ? "" : "; " + cores);
   if (s.plan.stages > 1) log::info("pipeline by cost: {}", describe(s.plan));
   const std::string checkpoints = run.checkpoint.every > 0
                                       ? fmt::format("checkpoints every {} steps, the newest {} kept",

@@ -18,7 +18,9 @@ std::string describe_data(const RunConfig& run, const std::vector<std::int64_t>&
 // Sources that the whole run repeats more often than pays, a sentence each.
 std::vector<std::string> repeated_data(const RunConfig& run,
                                        const std::vector<std::int64_t>& sequences_of_source);
-void log_run_summary(const Session& session, const TrainState& state, const TokenDataset* valid);
+// `cores`: what the ranks compute on, in words; empty: not said.
+void log_run_summary(const Session& session, const TrainState& state, const TokenDataset* valid,
+                     const std::string& cores);
 
 // Writes the resolved configuration as FOLDER/config.yaml. What changed at this start and at earlier ones
 // stands above it as comments, because it is true only from that step on.

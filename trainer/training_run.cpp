@@ -31,10 +31,14 @@ std::string program_digest() {
 class Run {
  public:
   Run(const RunConfig& run, Communicator& world, const RunOptions& options)
-      : run_(run), world_(world), dir_(run.run.dir), checkpoints_(dir_, run.checkpoint.keep, world) {
+      : run_(run),
+        options_(options),
+        world_(world),
+        dir_(run.run.dir),
+        checkpoints_(dir_, run.checkpoint.keep, world) {
     require_equal(world_, "programs", program_digest());
     require_equal(world_, "configurations", to_yaml(run));
-    run_agreed(world_, [&] { prepare(options.fresh); });
+    run_agreed(world_, [&] { prepare(options_.fresh); });
     checkpoints_.take_over(lock_.get());
     const std::optional<fs::path> newest = checkpoints_.choose();
     run_agreed(world_, [&] {
@@ -45,7 +49,7 @@ class Run {
       require_possible(config);
       session_config_ = config;
     });
-    session_ = std::make_unique<Session>(run_, session_config_, world_, options.device);
+    session_ = std::make_unique<Session>(run_, session_config_, world_, options_.device);
     warn_of_memory(*session_, world_);
     run_agreed(world_, [&] { load(newest); });
     require_equal(world_, "training data", state_.fingerprint);
@@ -90,6 +94,7 @@ class Run {
   void count_nonfinite(const StepReport& report);
 
   const RunConfig& run_;
+  const RunOptions options_;
   Communicator& world_;
   fs::path dir_;
   std::unique_ptr<RunLock> lock_;
@@ -163,7 +168,7 @@ void Run::start_metrics() {
     metrics_ = std::make_unique<Metrics>(dir_, run_, state_.step, world_.size(), peak);
     write_run_config(dir_, run_, state_.step + 1,
                      resumption_ ? resumption_->changes() : std::vector<ConfigChange>{});
-    log_run_summary(*session_, state_, valid_.get());
+    log_run_summary(*session_, state_, valid_.get(), options_.cores);
   });
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 // A whole run: its directory, resuming, the loop over steps with evaluation, checkpoints and metrics.
 
-#include <filesystem>
+#include <string>
 
 #include "configs/run_config.h"
 #include "parallel/communicator.h"
@@ -11,6 +11,7 @@ namespace upmoe {
 struct RunOptions {
   Device device;
   bool fresh = false;  // refuse to start when the run directory holds a checkpoint
+  std::string cores;   // what the ranks of this host compute on, in words for the start of the run
 };
 
 // Trains to the end or to a request to stop. Collective; returns the exit status. Layout of run.dir: face.md
