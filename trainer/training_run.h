@@ -10,8 +10,8 @@ namespace upmoe {
 
 struct RunOptions {
   Device device;
-  bool fresh = false;  // refuse to start when the run directory holds a checkpoint
-  std::string cores;   // what the ranks of this host compute on, in words for the start of the run
+  bool fresh = false;      // refuse to start when the run directory holds a checkpoint
+  std::string cores = {};  // what the ranks of this host compute on, in words for the start of the run
 };
 
 // Trains to the end or to a request to stop. Collective; returns the exit status. Layout of run.dir: face.md
