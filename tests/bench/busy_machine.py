@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from bench_record import parser_of, train, write_record
+from bench_record import parser_of, run_tool, train, write_record
 
 WAYS = {"default": {}, "library": {"GOMP_SPINCOUNT": "300000"}, "passive": {"OMP_WAIT_POLICY": "passive"}}
 
@@ -75,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("busy_machine", main))

@@ -10,7 +10,10 @@ check*.txt and times*.txt. Ratios are to 8192^3 of the same process, the mean of
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+from bench_record import run_tool
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -80,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("sm90_record", main))
