@@ -139,10 +139,10 @@ std::string complaint(const CoreShare& share) {
 
 void bound_spinning() {
 #ifdef _OPENMP
-  // How long: tens of microseconds, longer than the pauses between most ops, far shorter than a turn of the
-  // scheduler. What a step takes longer for on a busy machine grows with it: tests/bench/busy_machine.py
-  // --spins tries others.
-  constexpr const char* kTurns = "1000";
+  // How long: some hundred microseconds, longer than nearly every pause between two ops and far shorter than
+  // a turn of the scheduler. Fewer turns cost an idle machine more, more cost a
+  // busy one more: tests/bench/busy_machine.py --spins tries others.
+  constexpr const char* kTurns = "10000";
   if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
   std::ifstream file("/proc/self/cmdline");
   const std::string line{std::istreambuf_iterator<char>(file), {}};
