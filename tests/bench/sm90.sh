@@ -4,7 +4,7 @@
 # Every part runs under a limit of its own, so that a kernel that hangs ends alone.
 set -u
 out=${1:?usage: tests/bench/sm90.sh FOLDER [SM90_BENCH]}
-bench=${2:-build/release/tests/bench/sm90_bench}
+bench=${2:-build/release/bin/sm90_bench}
 mkdir -p "$out"
 {
   date -u +%Y-%m-%dT%H:%M:%SZ
