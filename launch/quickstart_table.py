@@ -62,7 +62,15 @@ def require_same_set(run, evaluations, evaluated):
                        f"{evaluated['loss']} over the same tokens")
 
 
-def table(folder, check):
+def stages_are_whole(folder, losses):
+    """Each run trained to its last step, each evaluation is a number that even an untrained model reaches, and there
+    are pictures."""
+    steps = [records(folder / run)[0] for _, _, _, run in ROWS if run]
+    complete = all(s and s[-1]["step"] == len(s) for s in steps)
+    return complete and all(0 < loss < 20 for loss in losses.values()) and (folder / "report/report.html").is_file()
+
+
+def table(folder, check, brief):
     results = {}
     evaluated = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "eval").glob("*.json")}
     losses = {name: e["loss"] for name, e in evaluated.items()}
@@ -86,6 +94,11 @@ def table(folder, check):
     same = abs(checkpoint - exported) < EXPORT_TOLERANCE
     print(f"exported directory: held-out loss {exported:.6f}, checkpoint {checkpoint:.6f}: "
           f"{'the same' if same else 'NOT THE SAME'}")
+    if brief:
+        whole = stages_are_whole(folder, losses)
+        print(f"a brief run: every stage {'left its result' if whole else 'DID NOT LEAVE ITS RESULT'}; the losses "
+              "above mean nothing (launch/quickstart.sh without --brief compares)")
+        return 0 if same and (whole or not check) else 1
     better = losses["moe"] < min(losses["dense"], losses["dense_continued"])
     print(f"MoE against dense {losses['moe'] - losses['dense']:+.4f}, against dense continued for as many tokens "
           f"{losses['moe'] - losses['dense_continued']:+.4f} nats per token: "
@@ -98,10 +111,12 @@ def table(folder, check):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--check", action="store_true", help="fail unless the MoE beats both dense models")
+    parser.add_argument("--check", action="store_true", help="fail unless the MoE beats both dense models, or, of a "
+                        "brief run, unless every stage left its result")
+    parser.add_argument("--brief", action="store_true", help="a run too short for its losses to mean anything")
     args = parser.parse_args()
     try:
-        return table(args.folder, args.check)
+        return table(args.folder, args.check, args.brief)
     except KeyError as missing:
         raise BadInput(f"{args.folder}: {missing} is missing in what its stages left; use --fresh") from None
     except (ValueError, TypeError, AttributeError, struct.error) as problem:

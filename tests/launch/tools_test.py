@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -105,9 +106,10 @@ class QuickstartTable(unittest.TestCase):
                  {"kind": "eval", "step": 1, "tokens": 10, "eval_loss": loss, "eval_tokens": tokens}]
         (self.folder / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def status(self):
-        with contextlib.redirect_stdout(io.StringIO()):
-            return quickstart_table.table(self.folder, check=True)
+    def status(self, *options):
+        arguments = ["quickstart_table.py", str(self.folder), "--check", *options]
+        with contextlib.redirect_stdout(io.StringIO()), unittest.mock.patch.object(sys, "argv", arguments):
+            return quickstart_table.main()
 
     def test_one_set_of_sequences_one_number(self):
         self.assertEqual(self.status(), 0)
@@ -121,6 +123,18 @@ class QuickstartTable(unittest.TestCase):
         self.evaluated("moe_step0", 4.0, 500)
         with self.assertRaisesRegex(BadInput, "different numbers of tokens"):
             self.status()
+
+    def test_a_brief_run_is_judged_by_its_stages_alone(self):
+        self.evaluated("moe", 9.0, 1000)
+        self.evaluated("moe_exported", 9.0, 1000)
+        self.run_ended("moe", 9.0, 1000)
+        self.assertEqual(self.status(), 1)  # the mixture is worse
+        self.assertEqual(self.status("--brief"), 1)  # no pictures
+        (self.folder / "report").mkdir()
+        (self.folder / "report/report.html").write_text("")
+        self.assertEqual(self.status("--brief"), 0)
+        self.evaluated("moe_exported", 8.9, 1000)
+        self.assertEqual(self.status("--brief"), 1)  # the export is another model
 
 
 if __name__ == "__main__":
