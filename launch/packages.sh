@@ -72,6 +72,8 @@ declare -A offered_version=()  # what apt's package lists have that fits the lis
 read_offered() {  # NAME...
   local name version
   while read -r name version; do
+    # Where apt knows sources too, it names those of a package as well: googletest beside libgtest-dev.
+    [[ -n ${pattern_of[$name]:-} ]] || continue
     if fits "$version" "${pattern_of[$name]}"; then offered_version[$name]=${offered_version[$name]:-$version}; fi
   done < <(apt-cache madison "$@" 2>/dev/null | tr -d ' ' | tr '|' ' ' | cut -d ' ' -f 1,2)
 }

@@ -99,6 +99,7 @@ def dpkg_query(_):
 def apt_cache(_):
     for name in ARGUMENTS[1:]:
         print(f"{name:>25} | {listed_version(name)}-1 | somewhere bookworm/main amd64 Packages")
+        print(f"{'source-of-' + name:>25} | {listed_version(name)}-1 | somewhere bookworm/main Sources")
 
 
 def cmake(half):
