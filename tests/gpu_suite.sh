@@ -42,7 +42,8 @@ make_bundle() {
     xargs -I{} cp -L {} "$bundle/stage/lib/"
   strip --strip-unneeded "$bundle"/stage/lib/* 2>/dev/null || true
   cp -r "$root/tests/golden" "$bundle/stage/golden"
-  cp "$root/tests/bench/gpu_peers.py" "$bundle/stage/"
+  (cd "$root" && cp --parents tests/bench/{gpu_peers,bench_record}.py launch/command_line.py "$bundle/stage/")
+  python3 "$bundle/stage/tests/bench/gpu_peers.py" --help >/dev/null || die "gpu_peers.py needs more than is packed"
   if [ -s "$root/runs/quickstart/eval/moe.json" ]; then
     mkdir -p "$bundle/stage/quickstart/configs" "$bundle/stage/quickstart/cpu"
     (cd "$root" && cp --parents -r runs/quickstart/tokens/{train,valid}.h5 runs/quickstart/models/dense_init \
@@ -275,7 +276,7 @@ part_largest() {
 
 part_peers() {
   # shellcheck disable=SC2046  # one argument each
-  say peers timeout "$(at_most 460)" python3 "$suite/gpu_peers.py" --out "$part_out/gpu_peers.json" \
+  say peers timeout "$(at_most 460)" python3 "$suite/tests/bench/gpu_peers.py" --out "$part_out/gpu_peers.json" \
     --tokens $(tokens_or 8192 16384 32768)
   cat "$part_out/peers.txt"
 }

@@ -5,6 +5,7 @@
 set -u
 out=${1:?usage: tests/bench/sm90.sh FOLDER [SM90_BENCH]}
 bench=${2:-build/release/bin/sm90_bench}
+[[ -x $bench ]] || { echo "sm90: no $bench; with a CUDA toolkit: ninja -C build/release sm90_bench" >&2; exit 2; }
 mkdir -p "$out"
 {
   date -u +%Y-%m-%dT%H:%M:%SZ
