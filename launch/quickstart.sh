@@ -36,7 +36,10 @@ USAGE
 text='' fresh=0 check=() brief=()
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --text) [[ $# -ge 2 ]] || { usage >&2; exit 2; }; text=$(realpath "$2"); shift 2 ;;
+    --text)
+      [[ -d ${2:-} ]] || { echo "quickstart: --text '${2:-}': expected a folder" >&2; usage >&2; exit 2; }
+      text=$(realpath "$2")
+      shift 2 ;;
     --brief) brief=(--brief); brief_knobs; shift ;;
     --fresh) fresh=1; shift ;;
     --check) check=(--check); shift ;;

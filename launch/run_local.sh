@@ -2,23 +2,33 @@
 # Runs a command as N ranks on this machine: launch/run_local.sh 2 build/release/upmoe train configs/quickstart/moe.yaml
 # The program shares the cores out among its ranks (OMP_NUM_THREADS overrides); more ranks than cores are slow.
 # To a training run SIGTERM, Ctrl-C and a closed terminal mean: save and end with status 75, within --grace SECONDS
-# (120); a second one ends it at once. SIGUSR1 (save) and SIGUSR2 (save and stop) go to the ranks.
+# (120); a second one ends it at once. SIGUSR1 (save) and SIGUSR2 (save and stop) go to the ranks. It ends with the
+# status of the ranks, and with 2 where it could not start them.
 # shellcheck disable=SC2034,SC2154  # variables shared with supervise.sh
 set -euo pipefail
 
-usage() { echo "usage: launch/run_local.sh [--grace SECONDS] RANKS COMMAND [ARGUMENT...]" >&2; exit 2; }
+usage() {
+  echo "usage: launch/run_local.sh [--grace SECONDS] RANKS COMMAND [ARGUMENT...]"
+  sed -n '2,/^# shellcheck/{/^# shellcheck/d; s/^# //; p}' "${BASH_SOURCE[0]}"
+}
 say() { echo "run_local: $*" >&2 || true; }
 
+wrong() { say "$1"; usage >&2; exit 2; }
+
 stop_grace=120
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then usage; exit 0; fi
 if [[ ${1:-} == --grace ]]; then
-  [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || usage
+  [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || wrong "--grace '${2:-}': expected a number of seconds"
   stop_grace=$2
   shift 2
 fi
-[[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || usage
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || wrong "'${1:-}': expected the number of ranks"
+[[ $# -ge 2 ]] || wrong "the command is missing"
 ranks=$1
 shift
 command -v mpirun >/dev/null || { say "mpirun not found; run launch/setup.sh"; exit 2; }
+# Of a command that is not there mpirun's status looks like a signal.
+command -v "$1" >/dev/null || { say "$1: no such program; launch/setup.sh makes build/release/upmoe"; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/restart_rules.sh
 source "$here/restart_rules.sh"

@@ -11,15 +11,17 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
+say() { echo "setup_interrupted: $*"; }
 times=10 seed=1 within=180 inside=0
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --times) times=${2:?}; shift 2 ;;
-    --seed) seed=${2:?}; shift 2 ;;
-    --within) within=${2:?}; shift 2 ;;
+    --times | --seed | --within)
+      [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { say "$1 '${2:-}': expected a number, at least 1" >&2; usage >&2; exit 2; }
+      declare "${1#--}=$2"
+      shift 2 ;;
     --inside) inside=1; shift ;;
     -h | --help) usage; exit 0 ;;
-    *) usage >&2; exit 2 ;;
+    *) say "unknown option '$1'" >&2; usage >&2; exit 2 ;;
   esac
 done
 if [[ $inside -eq 0 ]]; then
@@ -27,7 +29,6 @@ if [[ $inside -eq 0 ]]; then
     --within "$within"
 fi
 
-say() { echo "setup_interrupted: $*"; }
 failed() { say "FAILED: $*"; tail -n 20 "$root"/build/apt.log "$root"/build/release/*.log 2>/dev/null; exit 1; }
 stage() {  # what set-up was at
   tail -n 1 "$1" | cut -c 1-60
@@ -46,7 +47,8 @@ while [[ $cut -lt $times ]]; do
   status=0
   timeout "$moment" tail --pid="$group" -f /dev/null || status=$?
   if [[ $status -eq 0 ]]; then
-    wait "$group" || { cat "$log"; failed "set-up after $cut cuts ended with $?"; }
+    wait "$group" || status=$?
+    [[ $status -eq 0 ]] || { cat "$log"; failed "set-up after $cut cuts ended with $status"; }
     say "set-up was over before its cut; started from the program on"
     rm -rf build/release
     continue

@@ -33,6 +33,7 @@ class Case(unittest.TestCase):
         (self.dir / "bin").mkdir()
         for name in ("mpirun", "srun"):
             self.program(name, LAUNCHER.format(state=self.dir))
+        self.program("upmoe", "#!/bin/sh\nexit 1\n")  # mpirun and srun do not start it
         self.program("scontrol", f'#!/bin/sh\necho "$*" >>{self.dir}/scontrol\n')
         (self.dir / "hosts").write_text("# two hosts\nnode1 slots=2\nnode2 slots=2  # the second\n")
         (self.dir / "run.yaml").write_text(f"run: {{dir: {self.dir}/run, seed: 1}}\n")

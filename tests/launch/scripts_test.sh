@@ -20,9 +20,15 @@ done < <(find "$root/launch" "$root/tests" "$root/.ci" -name '*.sh' -o -path "$r
 expect_usage "$root/launch/setup.sh" --no-such-option
 expect_usage "$root/launch/quickstart.sh" --no-such-option
 expect_usage "$root/launch/quickstart.sh" --text
+expect_usage "$root/launch/quickstart.sh" --text "$root/no_such_folder"
 expect_usage "$root/launch/run_local.sh"
 expect_usage "$root/launch/run_local.sh" two true
-"$root/launch/setup.sh" --help | grep -q 'usage:' || fail "setup.sh --help"
+expect_usage "$root/launch/run_local.sh" 2 "$root/no_such_program" train run.yaml
+expect_usage "$root/tests/setup_interrupted.sh" --times
+expect_usage "$root/tests/setup_interrupted.sh" --within soon
+for script in setup quickstart run_local run_hosts; do
+  "$root/launch/$script.sh" --help | grep -q 'usage:' || fail "$script.sh --help"
+done
 
 # Ranks see their number, and OMP_NUM_THREADS as it was: the program shares the cores out. A failing rank's status comes
 # through.
