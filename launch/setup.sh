@@ -6,28 +6,30 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: launch/setup.sh [--program-only] [--no-packages] [--arch NAME]
+usage: launch/setup.sh [--program-only] [--no-packages] [--no-build] [--arch NAME]
   --program-only  build the upmoe program alone, not its tests
   --no-packages   install no Debian packages (for machines that bring their own libraries)
+  --no-build      stop before the compiler: packages, Python environment, and build/release configured
   --arch NAME     processor to compile for: native (this one; the default), x86-64-v3 (AVX2), x86-64-v4 (AVX-512)
 What is needed: launch/packages.txt. What is missing is named with the command that installs it before anything is
 built. CUDA is built where a usable toolkit is found; ccache is used where it is installed.
 USAGE
 }
 
-program_only=0 packages=1 arch=native
+program_only=0 packages=1 build_it=1 arch=native
 while [[ $# -gt 0 ]]; do
   case $1 in
     --program-only) program_only=1 ;;
     --no-packages) packages=0 ;;
-    --arch) arch=${2:-}; shift ;;
+    --no-build) build_it=0 ;;
+    --arch) arch=${2:-}; [[ $# -lt 2 ]] || shift ;;
     -h | --help) usage; exit 0 ;;
     *) echo "setup: unknown option '$1'" >&2; usage >&2; exit 2 ;;
   esac
-  shift || { usage >&2; exit 2; }
+  shift
 done
 [[ $arch =~ ^(native|x86-64-v[34])$ ]] ||
-  { echo "setup: --arch '$arch': native, x86-64-v3 or x86-64-v4" >&2; usage >&2; exit 2; }
+  { echo "setup: --arch '$arch': expected native, x86-64-v3 or x86-64-v4" >&2; usage >&2; exit 2; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 build=$root/build/release
@@ -128,7 +130,6 @@ configure() {  # TESTS
 build_release() {
   local target=all
   [[ $program_only -eq 0 ]] || target=upmoe
-  configure "$(tests_wanted)"
   if ! ninja -C "$build" -n "$target" | grep -q 'no work to do'; then
     say "building $target (the first time takes some minutes)"
   fi
@@ -154,6 +155,11 @@ exec 9>"$root/build/setup.lock"
 flock -n 9 || { say "waiting for another set-up of this folder, or for what a killed one left running"; flock 9; }
 provide_packages
 install_python
+configure "$(tests_wanted)"
+if [[ $build_it -eq 0 ]]; then
+  say "ready to build: ninja -C build/release upmoe"
+  exit 0
+fi
 build_release
 [[ -x $build/upmoe ]] || die "the build made no $build/upmoe"
 say "ready: build/release/upmoe"

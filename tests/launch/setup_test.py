@@ -99,6 +99,15 @@ class OneList(Machine):
         self.assertEqual(sorted(self.state("installed")), sorted(packages_for("program")))
         self.assertIn("-DUPMOE_TESTS=OFF", self.calls("cmake")[0])
 
+    def test_no_build_stops_before_the_compiler(self):
+        self.assertIn("ready to build", self.succeeds("--program-only", "--no-build"))
+        self.assertEqual(sorted(self.state("installed")), sorted(packages_for("program")))
+        self.assertEqual(len(self.calls("cmake")), 1)
+        self.assertEqual(self.calls("ninja"), [])
+        self.succeeds("--program-only")
+        self.assertEqual(self.calls("cmake"), [], "configured already")
+        self.assertTrue((self.project / "build" / "release" / "upmoe").exists())
+
     def test_program_only_then_whole_then_program_only(self):
         self.succeeds("--program-only")
         self.succeeds()
