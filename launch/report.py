@@ -4,22 +4,19 @@
 Reads RUN_DIR/metrics.jsonl. Several runs are laid over each other. Usually started as `upmoe report`.
 """
 
+from command_line import BadInput, display, run_tool  # first: a key pressed while libraries load is heard
+
+import argparse
+import base64
+import html
+import json
+import math
 import os
 import sys
-
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
-
-from command_line import BadInput, display, run_tool  # noqa: E402  first: a key pressed while libraries load is heard
-
-import argparse  # noqa: E402
-import base64  # noqa: E402
-import html  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import warnings  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-from pathlib import Path  # noqa: E402
-from statistics import median  # noqa: E402
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
 
 try:
     import matplotlib

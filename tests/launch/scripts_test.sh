@@ -27,7 +27,8 @@ expect_usage "$root/launch/run_local.sh" 2 "$root/no_such_program" train run.yam
 expect_usage "$root/tests/setup_interrupted.sh" --times
 expect_usage "$root/tests/setup_interrupted.sh" --within soon
 for script in setup quickstart run_local run_hosts; do
-  "$root/launch/$script.sh" --help | grep -q 'usage:' || fail "$script.sh --help"
+  help=$("$root/launch/$script.sh" --help) || fail "$script.sh --help ended with $?"
+  [[ $help == *usage:* ]] || fail "$script.sh --help tells no usage"
 done
 
 # Ranks see their number, and OMP_NUM_THREADS as it was: the program shares the cores out. A failing rank's status comes
