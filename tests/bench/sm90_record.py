@@ -4,7 +4,7 @@
 usage: sm90_record.py FOLDER [--out tests/bench/results]    writes the file, and prints
        sm90_record.py RESULT.json                           prints
 
-FOLDER holds machine.txt (date, the tree id of kernels/cuda/sm90, then what nvidia-smi says: name, driver, memory),
+FOLDER holds machine.txt (date, a digest of kernels/cuda/sm90, then what nvidia-smi says: name, driver, memory),
 check*.txt and times*.txt. Ratios are to 8192^3 of the same process, the mean of before and after.
 """
 
