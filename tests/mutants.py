@@ -92,11 +92,23 @@ def run(command, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-def check_places(names):
+def parse_arguments(description, mutants, *options):
+    """What both scripts of mutants are asked; `options` are those of one alone, as (name, words for argparse)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*mutants, []], metavar="NAME")
+    parser.add_argument("--places", action="store_true", help="only look for the places; a test does this")
+    for option, words in options:
+        parser.add_argument(option, **words)
+    args = parser.parse_args()
+    args.names = args.names or list(mutants)
+    return args
+
+
+def check_places(mutants, names):
     """Sources move on; a mutant that finds its place no more, or twice, must say so before the hour of builds."""
     lost = []
     for name in names:
-        path, old, _, _ = MUTANTS[name]
+        path, old = mutants[name][:2]
         count = (ROOT / path).read_text(encoding="utf-8").count(old)
         if count != 1:
             lost.append(f"{name}: {path} has {count} times: {old}")
@@ -131,12 +143,8 @@ def caught(out, meshes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, default=ROOT / "build" / "mutants")
-    parser.add_argument("names", nargs="*", choices=[*MUTANTS, []], metavar="NAME")
-    parser.add_argument("--places", action="store_true", help="only look for the places; a test does this")
-    args = parser.parse_args()
-    check_places(args.names or MUTANTS)
+    args = parse_arguments(__doc__, MUTANTS, ("--build", {"type": Path, "default": ROOT / "build" / "mutants"}))
+    check_places(MUTANTS, args.names)
     if args.places:
         return
     tree, out = args.build / "tree", args.build / "out"
@@ -150,7 +158,7 @@ def main():
     if caught(out, "*")[0]:
         raise SystemExit("the tests fail without any mutant")
     survivors = []
-    for name in args.names or MUTANTS:
+    for name in args.names:
         path, old, new, meshes = MUTANTS[name]
         source = (tree / path).read_text(encoding="utf-8")
         (tree / path).write_text(source.replace(old, new), encoding="utf-8")

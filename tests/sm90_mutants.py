@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plants one classic mistake at a time in the Hopper kernels and shows that the model of the hardware finds it.
 
-By hand, not in ctest: every mutant is compiled. usage: tests/sm90_mutants.py [NAME ...]
+By hand, not in ctest: every mutant is compiled. usage: tests/sm90_mutants.py [--places] [NAME ...]
 The sources are copied first, so nothing here changes.
 """
 
@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from mutants import ROOT, check_places, parse_arguments
+
 FOLDER = "kernels/cuda/sm90/"
 TEST = "tests/kernels/sm90_experts_test.cpp"
 TWIN = [f"tests/support/fake_cuda/{name}.cpp" for name in ("sm90_emulation", "sm90_machine", "simt_host")]
@@ -21,122 +22,122 @@ FLAGS = ["-std=c++20", "-O1", "-march=native", "-w", "-Itests/support/fake_cuda"
 # name: file, what stands there, what is planted, the tests that must notice, words of the finding (empty: any)
 MUTANTS = {
     "no_empty_wait": (
-        "experts_down.cuh",
+        FOLDER + "experts_down.cuh",
         "      mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);\n",
         "",
-        "*.Down/*", "writes"),
+        "*.Down/*", "more arrivals"),
     "no_full_wait": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "  mbarrier_wait(full, parity);\n",
         "",
         "*.Down/*", "a wait is missing"),
     "wrong_parity": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "      mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);",
         "      mbarrier_wait(&s.empty[at.stage], at.parity);",
         "*.Up/*", "nobody can go on"),
     "wrong_bytes": (
-        "experts_up.cuh",
+        FOLDER + "experts_up.cuh",
         "mbarrier_arrive_expect_tx(full, UpShared<C>::kBBytes)",
         "mbarrier_arrive_expect_tx(full, UpShared<C>::kBBytes / 2)",
         "*.Up/*", ""),
     "no_swizzle": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "operand + swizzled(t / 8, t % 8)",
         "operand + t * 16",
         "*.Up/*", ""),
     "wrong_sbo": (
-        "sm90.cuh",
+        FOLDER + "sm90.cuh",
         "descriptor(operand + row * kRowBytes + k * 2, 16, 8 * kRowBytes)",
         "descriptor(operand + row * kRowBytes + k * 2, 16, 4 * kRowBytes)",
         "*.Down/*", ""),
     "wrong_lbo": (
-        "sm90.cuh",
+        FOLDER + "sm90.cuh",
         "k * kRowBytes, kPanelBytes, 8",
         "k * kRowBytes, kPanelBytes / 2, 8",
         "*.DRows/*", ""),
     "swapped_lbo_sbo": (
-        "sm90.cuh",
+        FOLDER + "sm90.cuh",
         "kPanelBytes, 8 * kRowBytes)",
         "8 * kRowBytes, kPanelBytes)",
         "*.DRows/*", ""),
     "arrival_before_copies": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "      gathered.copy(s.a[at.stage]);\n      cp_async_arrive(&s.full[at.stage]);",
         "      cp_async_arrive(&s.full[at.stage]);\n      gathered.copy(s.a[at.stage]);",
         "*.Up/*", "a wait is missing"),
     "no_copy_wait": (
-        "experts_dhidden.cuh",
+        FOLDER + "experts_dhidden.cuh",
         "      cp_async_wait<kFetched - 1>();\n",
         "",
         "*.DHidden/*", ""),
     "no_proxy_fence": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "  if constexpr (kCopied) fence_proxy_async();\n",
         "",
         "*.Up/*", "without fence.proxy.async"),
     "no_wgmma_fence": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "    wgmma_fence();\n",
         "",
         "*.Down/*", "without wgmma.fence"),
     "no_wgmma_wait": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "  wgmma_wait<0>();",
         "  ",
         "*.Down/*", ""),
     "stage_released_early": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "      release<kBlocks>(&s.empty[before]);\n    }\n    before",
         "      release<kBlocks>(&s.empty[at.stage]);\n    }\n    before",
         "*.Down/*", ""),
     "stage_never_released": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "  if (steps > 0) release<kBlocks>(&s.empty[before]);",
         "",
         "*.Down/*", "nobody can go on"),
     "wrong_arrival_count": (
-        "experts_up.cuh",
+        FOLDER + "experts_up.cuh",
         "s.init(1 + kGroupThreads, kConsumers * 4 * C::kBlocks)",
         "s.init(1 + kGroupThreads, kConsumers * 4)",
         "*.Up/*", ""),
     "no_tail_predicate": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "    if (row < rows) *reinterpret_cast<uint4*>(first",
         "    *reinterpret_cast<uint4*>(first",
         "*.Down/*", ""),
     "release_to_own_block_only": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "mbarrier_arrive_remote(empty, lane)",
         "mbarrier_arrive_remote(empty, cluster_rank())",
         "*.Up/*", ""),
     "no_cluster_sync_at_the_start": (
-        "experts_up.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "  cluster_sync();  // the other block's barriers are there\n",
         "",
         "*.Up/*", "no barrier was made here"),
     "no_cluster_sync_at_the_end": (
-        "experts_up.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "  cluster_sync();  // nobody writes",
         "  // nobody writes",
         "*.Up/*", "has left"),
     "no_turn": (
-        "experts_dhidden.cuh",
+        FOLDER + "experts_dhidden.cuh",
         "    mbarrier_wait(&s.tiles.turn[group], turns++ & 1);\n",
         "",
-        "*.DHidden/*", "more arrivals"),
+        "*.DHidden/*", "nobody can go on"),
     "staging_rewritten_early": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "    store_lines<4>(staging, first + part * kRowBytes, row_bytes, rows);\n    __syncwarp();",
         "    store_lines<4>(staging, first + part * kRowBytes, row_bytes, rows);",
         "*.Down/*", ""),
     "rows_of_another_expert": (
-        "experts_dweights.cuh",
+        FOLDER + "experts_dweights.cuh",
         "lane < 16 && row < tile.rows ?",
         "lane < 16 ?",
         "*.DGateUpWeights/*", ""),
     "dead_lock_of_lags": (
-        "expert_pipeline.cuh",
+        FOLDER + "expert_pipeline.cuh",
         "    if (step > 0) {\n      wgmma_wait<1>();",
         "    if (step > 0) {\n      wgmma_wait<2>();",
         "*.Down/*", "still reads"),
@@ -149,8 +150,11 @@ def compile_objects(folder, sources):
 
 
 def main():
-    names = sys.argv[1:] or list(MUTANTS)
-    missed = []
+    args = parse_arguments(__doc__, MUTANTS)
+    names, missed = args.names, []
+    check_places(MUTANTS, names)
+    if args.places:
+        return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for part in ("kernels", "tests/support", "tests/kernels"):
@@ -158,10 +162,8 @@ def main():
         compile_objects(folder, TWIN)
         for name in names:
             file, old, new, tests, words = MUTANTS[name]
-            path = folder / FOLDER / file
+            path = folder / file
             right = path.read_text(encoding="utf-8")
-            if old not in right:
-                sys.exit(f"{name}: its place is not in {file} any more")
             path.write_text(right.replace(old, new), encoding="utf-8")
             begin = time.monotonic()
             compile_objects(folder, [TEST])

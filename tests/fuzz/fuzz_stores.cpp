@@ -1,7 +1,5 @@
 #include <unistd.h>
 
-#include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -18,18 +16,6 @@ namespace upmoe::fuzz {
 namespace fs = std::filesystem;
 
 namespace {
-
-template <class Read>
-bool accepts(const Read& read) {
-  try {
-    read();
-    return true;
-  } catch (const Error& e) {
-    if (e.code() == ExitCode::kUsage || e.code() == ExitCode::kBadInput) return false;
-    std::fprintf(stderr, "fuzz: refused with status %d: %s\n", static_cast<int>(e.code()), e.what());
-    std::abort();
-  }
-}
 
 // A folder of this process in memory, removed at its end.
 const fs::path& folder() {
@@ -79,8 +65,7 @@ bool shard_table(const std::uint8_t* data, std::size_t size) {
   return accepts([&] { parse_shard(std::string(reinterpret_cast<const char*>(data), size)); });
 }
 
-// The model's configuration is good and its files are missing: an index that is accepted is refused after
-// that.
+// The model's configuration is good and its files are missing: an index that is accepted is refused later.
 bool index(const std::uint8_t* data, std::size_t size) {
   static const fs::path dir = [] {
     const fs::path made = folder() / "model";

@@ -19,13 +19,15 @@ namespace {
 using namespace cuda::sm90;
 using sm90_twin::When;
 
-constexpr double kTolerance = 1e-2;  // relative, of Frobenius norms: bf16
+// Relative, of Frobenius norms. Each result is rounded once to bf16, which moves none by more than 2^-9 of
+// itself and so not the norm either; sums in fp32 and the exponential add less than 1e-5.
+constexpr double kTolerance = 1.0 / 512 + 1e-5;
 
 // Memory that a kernel writes, between guards; NaNs where it has not written.
 template <class T>
 class Guarded {
  public:
-  explicit Guarded(std::size_t n) : size_(n), memory_(n + 2 * kGuard) {
+  explicit Guarded(std::size_t n) : memory_(n + 2 * kGuard) {
     std::fill(memory_.begin(), memory_.end(), poison());
   }
   T* data() { return memory_.data() + kGuard; }
@@ -34,9 +36,6 @@ class Guarded {
     const auto bad = [](const T& x) { return std::memcmp(&x, &kPoison, sizeof x) != 0; };
     return std::none_of(memory_.begin(), memory_.begin() + kGuard, bad) &&
            std::none_of(memory_.end() - kGuard, memory_.end(), bad);
-  }
-  bool operator==(const Guarded& other) const {
-    return std::memcmp(memory_.data(), other.memory_.data(), memory_.size() * sizeof(T)) == 0;
   }
 
  private:
@@ -47,7 +46,6 @@ class Guarded {
     std::memcpy(static_cast<void*>(&value), &kPoison, sizeof value);
     return value;
   }
-  std::size_t size_;
   std::vector<T> memory_;
 };
 
@@ -156,18 +154,16 @@ void Sm90Experts::check_rows() {
   const auto& in = kForward ? p.hidden_RF : p.dgate_up_RG;
   const auto& weights = kForward ? p.down_ED_F : p.gate_up_EG_D;
   Guarded<bf16> y(index(p.rows, columns));
-  if (p.rows > 0) {
-    const TensorMap x = rows_map(in.data(), p.rows, inner);
-    const TensorMap w = rows_weights_map<C>(weights.data(), p.experts, columns, inner);
-    const RowsProduct product{y.data(), p.offsets_e1.data(), p.experts, inner, columns};
-    run<RowsShared<C>>(kBlocks, [&] { experts_rows_kernel<C>(x, w, product); });
-  }
+  const TensorMap x = rows_map(in.data(), p.rows, inner);
+  const TensorMap w = rows_weights_map<C>(weights.data(), p.experts, columns, inner);
+  const RowsProduct product{y.data(), p.offsets_e1.data(), p.experts, inner, columns};
+  run<RowsShared<C>>(kBlocks, [&] { experts_rows_kernel<C>(x, w, product); });
   Error of_y;
   for (int r = 0; r < p.rows; ++r)
     for (int c = 0; c < columns; ++c) {
       const std::size_t e = index(p.expert(r), inner * columns);
-      const bf16* w = weights.data() + e + (kForward ? index(c, inner) : index(0, columns, c));
-      of_y.add(y[index(r, columns, c)], dot(in.data() + index(r, inner), 1, w,
+      const bf16* of_column = weights.data() + e + (kForward ? index(c, inner) : index(0, columns, c));
+      of_y.add(y[index(r, columns, c)], dot(in.data() + index(r, inner), 1, of_column,
                                             kForward ? 1 : static_cast<std::size_t>(columns), inner));
     }
   EXPECT_LE(of_y.relative(), kTolerance);
@@ -239,13 +235,9 @@ void Sm90Experts::check_dweights() {
   const auto old = random_values(random, index(p.experts * Y, X));
   Guarded<bf16> dw(old.size());
   std::copy(old.begin(), old.end(), dw.data());
-  if (p.rows > 0) {
-    const TensorMap map = gradient_rows_map(y.data(), p.rows, Y);
-    const WeightsGradient product{x.data(), dw.data(), p.ranking_E.data(), routing(), Y, X};
-    run<DWeightsShared<C>>(kBlocks, [&] { experts_dweights_kernel<C>(map, product); });
-  } else {
-    return;
-  }
+  const TensorMap map = gradient_rows_map(y.data(), p.rows, Y);
+  const WeightsGradient product{x.data(), dw.data(), p.ranking_E.data(), routing(), Y, X};
+  run<DWeightsShared<C>>(kBlocks, [&] { experts_dweights_kernel<C>(map, product); });
   Error of_dw;
   for (int e = 0; e < p.experts; ++e)
     for (int i = 0; i < Y; ++i)

@@ -1,9 +1,8 @@
 #pragma once
-// Rows routed to experts, and what the experts' kernels must make of them, in double: for the tests of
-// kernels that are fused more than an op is.
+// Rows routed to experts, with operands of every product of theirs: for the tests of kernels that are fused
+// more than an op is.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <random>
 #include <vector>
@@ -13,8 +12,8 @@
 namespace upmoe {
 
 struct RoutedRows {
-  int experts, width, neurons, tokens, rows;  // E, D, F, T, R
-  std::vector<int> token_R, offsets_e1, ranking_E;
+  int experts = 0, width = 0, neurons = 0, tokens = 0, rows = 0;  // E, D, F, T, R
+  std::vector<int> token_R, offsets_e1{0}, ranking_E;
   std::vector<float> weight_R;
   std::vector<bf16> x_TD, dout_TD, gate_up_EG_D, down_ED_F, gate_up_RG, hidden_RF, dgate_up_RG;
 
@@ -36,22 +35,10 @@ inline std::vector<bf16> random_values(std::mt19937_64& random, std::size_t n) {
 // Experts with so many rows each, drawn from tokens at random.
 inline RoutedRows make_routed_rows(std::mt19937_64& random, const std::vector<int>& rows_of_expert, int width,
                                    int neurons) {
-  RoutedRows p{static_cast<int>(rows_of_expert.size()),
-               width,
-               neurons,
-               0,
-               0,
-               {},
-               {0},
-               {},
-               {},
-               {},
-               {},
-               {},
-               {},
-               {},
-               {},
-               {}};
+  RoutedRows p;
+  p.experts = static_cast<int>(rows_of_expert.size());
+  p.width = width;
+  p.neurons = neurons;
   for (int rows : rows_of_expert) {
     p.offsets_e1.push_back(p.offsets_e1.back() + rows);
     p.ranking_E.push_back(static_cast<int>(p.ranking_E.size()));

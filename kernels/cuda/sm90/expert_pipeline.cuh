@@ -53,6 +53,21 @@ __device__ inline int warp_of_group() {
   return static_cast<int>(threadIdx.x) / 32 % 4;
 }
 
+// Once a block's barriers and tiles are there: the third warpgroup brings operands, the others multiply, with
+// kBringing and kMultiplying registers a thread.
+template <int kBringing, int kMultiplying, class Bring, class Multiply>
+__device__ inline void take_roles(const Bring& bring, const Multiply& multiply) {
+  cluster_sync();  // the other block's barriers are there
+  if (group_of_thread() == kConsumers) {
+    setmaxnreg_dec<kBringing>();
+    bring();
+  } else {
+    setmaxnreg_inc<kMultiplying>();
+    multiply();
+  }
+  cluster_sync();  // nobody writes any more to a block that leaves
+}
+
 // 128 gathered rows, 64 elements of each a stage. A thread copies one chunk of every 16th row; which rows
 // those are its warp's lanes found a tile ahead, one each.
 class GatheredRows {

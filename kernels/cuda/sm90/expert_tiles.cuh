@@ -32,8 +32,7 @@ __host__ __device__ constexpr int units_of_expert(int rows, int columns, int blo
   return blocks == 1 ? tiles * columns : tiles / 2 * columns + tiles % 2 * ((columns + 1) / 2);
 }
 
-// The expert whose units hold unit `unit`, and the unit's number among them; first_unit has experts + 1
-// entries.
+// The expert whose units hold unit `unit`; first_unit has experts + 1 entries.
 __host__ __device__ constexpr int expert_of_unit(int unit, const int* first_unit, int experts) {
   int low = 0, high = experts;
   while (high - low > 1) {

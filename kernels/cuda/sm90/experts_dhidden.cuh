@@ -218,17 +218,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     for (int warp = 0; warp < 4; ++warp) mbarrier_arrive(&s.tiles.turn[0]);  // the first group begins
   }
   s.tiles.fill(p.routing.offsets, p.routing.experts, p.neurons / C::kNeurons, C::kBlocks);
-  cluster_sync();  // the other block's barriers are there
-  if (group_of_thread() == kConsumers) {
-    setmaxnreg_dec<56>();
-    bring_gathered<C::kBlocks>(
-        s, s.tiles, p.dout_TD, p.width, p.routing,
-        [&](const RowTile& tile, u32 stage, int k) { load_dhidden_weights<C>(s, stage, w, tile, k); });
-  } else {
-    setmaxnreg_inc<224>();
-    multiply_dhidden<C>(s, p);
-  }
-  cluster_sync();  // nobody writes any more to a block that leaves
+  take_roles<56, 224>(
+      [&] {
+        bring_gathered<C::kBlocks>(
+            s, s.tiles, p.dout_TD, p.width, p.routing,
+            [&](const RowTile& tile, u32 stage, int k) { load_dhidden_weights<C>(s, stage, w, tile, k); });
+      },
+      [&] { multiply_dhidden<C>(s, p); });
 }
 
 }  // namespace upmoe::cuda::sm90

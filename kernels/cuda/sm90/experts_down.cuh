@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     fence_mbarrier_init();
   }
   s.tiles.fill(p.offsets, p.experts, p.columns / C::kColumns, C::kBlocks);
+  // take_roles() in words of its own: where one thread brings all, ptxas makes other code of that.
   cluster_sync();  // the other block's barriers are there
   if (group_of_thread() == kConsumers) {
     setmaxnreg_dec<40>();

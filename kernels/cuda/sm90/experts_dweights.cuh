@@ -217,15 +217,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   s.tiles.fill(p.routing, p.ranking, p.columns_y / C::kRowsY, p.columns_x / C::kColumnsX);
   __syncthreads();
-  cluster_sync();  // the other block's barriers are there
-  if (group_of_thread() == kConsumers) {
-    setmaxnreg_dec<56>();
-    bring_gradient_operands<C>(s, y, p);
-  } else {
-    setmaxnreg_inc<224>();
-    multiply_gradients<C>(s, p);
-  }
-  cluster_sync();  // nobody writes any more to a block that leaves
+  take_roles<56, 224>([&] { bring_gradient_operands<C>(s, y, p); }, [&] { multiply_gradients<C>(s, p); });
 }
 
 }  // namespace upmoe::cuda::sm90

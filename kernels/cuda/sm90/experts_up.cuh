@@ -134,17 +134,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     fence_mbarrier_init();
   }
   s.tiles.fill(p.routing.offsets, p.routing.experts, p.neurons / C::kNeurons, C::kBlocks);
-  cluster_sync();  // the other block's barriers are there
-  if (group_of_thread() == kConsumers) {
-    setmaxnreg_dec<56>();
-    bring_gathered<C::kBlocks>(
-        s, s.tiles, p.x_TD, p.width, p.routing,
-        [&](const RowTile& tile, u32 stage, int k) { load_up_weights<C>(s, stage, w, tile, k); });
-  } else {
-    setmaxnreg_inc<224>();
-    multiply_up<C>(s, p);
-  }
-  cluster_sync();  // nobody writes any more to a block that leaves
+  take_roles<56, 224>(
+      [&] {
+        bring_gathered<C::kBlocks>(
+            s, s.tiles, p.x_TD, p.width, p.routing,
+            [&](const RowTile& tile, u32 stage, int k) { load_up_weights<C>(s, stage, w, tile, k); });
+      },
+      [&] { multiply_up<C>(s, p); });
 }
 
 }  // namespace upmoe::cuda::sm90

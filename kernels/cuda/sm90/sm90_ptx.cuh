@@ -99,9 +99,6 @@ __device__ inline void tma_load_multicast(std::uint16_t blocks, void* to, const 
       "l"(&map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z), "r"(v), "r"(w), "h"(blocks)
       : "memory");
 }
-__device__ inline void prefetch_tensor_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 
 // --- copies by threads, 16 bytes each; zeros where not `valid` ---
 __device__ inline void cp_async_16(void* to, const void* from, bool valid) {

@@ -9,8 +9,8 @@
 namespace upmoe::cuda::sm90 {
 
 // `sizes` in elements, the fastest dimension first; `strides` in bytes, of all dimensions but that one; `box`
-// in elements, at most 64 of the fastest. Addresses and strides are multiples of 16. Throws Error where the
-// driver refuses.
+// in elements, at most 64 of the fastest. Addresses and strides are multiples of 16. Throws where the driver
+// refuses.
 TensorMap make_tensor_map(const void* base, std::initializer_list<std::int64_t> sizes,
                           std::initializer_list<std::int64_t> strides, std::initializer_list<int> box);
 

@@ -68,7 +68,6 @@ template <class... Coordinates>
 void tma_load_multicast(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, Coordinates... at) {
   load_box(blocks, to, map, bar, {at...});
 }
-inline void prefetch_tensor_map(const TensorMap&) {}
 
 void cp_async_16(void* to, const void* from, bool valid);
 void cp_async_commit();

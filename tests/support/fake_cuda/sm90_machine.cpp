@@ -9,7 +9,7 @@ namespace sm90_twin {
 namespace {
 
 constexpr std::size_t kStack = 128 << 10, kMostShared = 227 << 10;
-constexpr int kRegistersOfSm = 65536, kRegistersAtEntry = 168;
+constexpr int kRegistersOfSm = 65536;
 
 thread_local Cluster the_cluster;
 
@@ -191,9 +191,9 @@ void Cluster::run_lane(Lane& lane) {
 }
 
 bool Cluster::progress(bool ran) {
-  bool happened = false, quietly = false;
+  bool happened = false, loudly = false;
   for (auto it = operations_.begin(); it != operations_.end();) {
-    const bool must = !ran && !happened;
+    const bool must = !ran && !loudly;
     const bool now =
         launch_.when == When::kEarliest || must || (launch_.when == When::kAnytime && (*random_)() % 8 == 0);
     const bool held =
@@ -206,10 +206,10 @@ bool Cluster::progress(bool ran) {
     it = operations_.erase(it);
     operation->happen();
     operation->done = true;
-    happened = happened || !operation->quiet;
-    quietly = true;
+    happened = true;
+    loudly = loudly || !operation->quiet;
   }
-  return happened || quietly;
+  return happened;
 }
 
 void Cluster::check_end() const {

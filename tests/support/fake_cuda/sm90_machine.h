@@ -27,6 +27,7 @@ namespace sm90_twin {
 constexpr std::size_t kGrain = 16;
 constexpr std::size_t kLowestAddress = 1024;  // shared addresses do not begin at 0 on a GPU
 constexpr int kGroup = 128;                   // threads of a warpgroup
+constexpr int kRegistersAtEntry = 168;        // of a thread, as ptxas gives them to 384
 
 [[noreturn]] void fail(const std::string& words);  // throws Mistake
 
@@ -120,9 +121,9 @@ struct Lane {  // a thread
   std::uint64_t fenced_at = 0;
   std::size_t joined_products = 0;
   bool fenced = false;  // for products, since the last wait
-  std::map<float*, std::vector<float>>
-      accumulators;  // of products under way; the registers hold NaNs meanwhile
-  int registers = 168;
+  // The sums of products under way; the registers hold NaNs meanwhile.
+  std::map<float*, std::vector<float>> accumulators;
+  int registers = kRegistersAtEntry;
 };
 
 class Cluster : public simt::Runner {
