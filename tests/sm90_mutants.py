@@ -127,10 +127,10 @@ MUTANTS = {
         "",
         "*.DHidden/*", "nobody can go on"),
     "staging_rewritten_early": (
-        FOLDER + "expert_pipeline.cuh",
-        "    store_lines<4>(staging, first + part * kRowBytes, row_bytes, rows);\n    __syncwarp();",
-        "    store_lines<4>(staging, first + part * kRowBytes, row_bytes, rows);",
-        "*.Down/*", ""),
+        FOLDER + "experts_up.cuh",
+        "    store_lines<8>(staging, first + part * kRowBytes, row_bytes, rows);\n    __syncwarp();",
+        "    store_lines<8>(staging, first + part * kRowBytes, row_bytes, rows);",
+        "*.Up/*", ""),
     "rows_of_another_expert": (
         FOLDER + "experts_dweights.cuh",
         "lane < 16 && row < tile.rows ?",

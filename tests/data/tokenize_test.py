@@ -260,8 +260,9 @@ class TokenizeTest(unittest.TestCase):
             path = self.file("a.jsonl", b'{"text": "x"}\n\n' + line + b'\n{"text": "y"}\n')
             self.assertIn(f"{path}:3:", self.refused(3, *good, path))
         row = json.dumps({"text": TEXT}).encode() + b"\n"
-        path = self.file("b.jsonl", row * 1200 + b"wrong\n")  # in the second task
-        self.assertIn(f"{path}:1201:", self.refused(3, *good, path))
+        for line in (b"wrong", b'{"text": "a\0b"}'):
+            path = self.file("b.jsonl", row * 1200 + line + b"\n")  # in the second task
+            self.assertIn(f"{path}:1201:", self.refused(3, *good, path))
 
     def test_a_full_disk_leaves_the_old_file(self):
         path, _ = self.tokenize(self.file("a.txt", "old"))

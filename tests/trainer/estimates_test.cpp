@@ -8,6 +8,7 @@
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/product_rate.h"
 #include "tests/support/temporary_directory.h"
+#include "tests/support/tiny_moe.h"
 #include "trainer/memory_estimate.h"
 #include "trainer/peak.h"
 
@@ -55,19 +56,7 @@ TEST(Memory, LeftIsTheLessOfTheHostAndTheContainer) {
 }
 
 TEST(Memory, AnEstimateCountsWhatARankHolds) {
-  ModelConfig config;
-  config.model_type = "qwen2_moe";
-  config.vocab_size = 64;
-  config.hidden_size = 64;
-  config.num_hidden_layers = 2;
-  config.num_attention_heads = config.num_key_value_heads = 4;
-  config.head_dim = 16;
-  config.intermediate_size = 48;
-  config.num_experts = 4;
-  config.num_experts_per_tok = 2;
-  config.moe_intermediate_size = 16;
-  config.shared_expert_intermediate_size = 16;
-  config.max_position_embeddings = 64;
+  const ModelConfig config = test::tiny_moe_config();
   RunConfig run;
   run.data.seq_len = 32;
   run.train.micro_batch = 1;

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/core/check.h"
+#include "tests/support/tiny_moe.h"
 #include "trainer/run_summary.h"
 
 namespace upmoe {
@@ -15,25 +16,8 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-ModelConfig tiny() {
-  ModelConfig c;
-  c.model_type = "qwen2_moe";
-  c.vocab_size = 32;
-  c.hidden_size = 16;
-  c.intermediate_size = 24;
-  c.num_hidden_layers = 2;
-  c.num_attention_heads = c.num_key_value_heads = 2;
-  c.head_dim = 8;
-  c.num_experts = 4;
-  c.num_experts_per_tok = 2;
-  c.moe_intermediate_size = 8;
-  c.shared_expert_intermediate_size = 8;
-  c.max_position_embeddings = 64;
-  return c;
-}
-
 std::vector<std::string> frozen(const std::vector<std::string>& patterns) {
-  return frozen_names(patterns, tiny());
+  return frozen_names(patterns, test::tiny_moe_config());
 }
 
 std::string refusal(const std::vector<std::string>& patterns) {
@@ -75,7 +59,7 @@ TEST(Freeze, PartsAndEverythingAreRefused) {
 }
 
 TEST(Freeze, TheStartSaysWhatAPatternCaught) {
-  const ModelConfig config = tiny();
+  const ModelConfig config = test::tiny_moe_config();
   const auto said = [&](const std::vector<std::string>& patterns) {
     const ParamStore params(config, MeshSpec{}, one_stage(config.num_hidden_layers), 0,
                             {.device = {}, .gradients = false, .freeze = frozen_names(patterns, config)});
@@ -83,7 +67,7 @@ TEST(Freeze, TheStartSaysWhatAPatternCaught) {
   };
   EXPECT_EQ(said({}), "");
   EXPECT_EQ(said({"*mlp.gate.weight"}),
-            "2 of 33 parameters (128 of 7,248 values): layers.*.moe.router_ED x 2");
+            "2 of 33 parameters (512 of 73,024 values): layers.*.moe.router_ED x 2");
   // Meant the routers, caught the experts as well: visible.
   EXPECT_THAT(said({"*gate*"}), HasSubstr("layers.*.moe.gate_up_EF2D x 2"));
 }

@@ -4,6 +4,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
 namespace upmoe {
 namespace {
 
@@ -62,7 +66,7 @@ TEST(Schedule, NoneJumps) {
                 std::max(1.0, std::min(rest, std::round(decay * static_cast<double>(steps))));
             const double steepest =
                 std::max(warmup > 0 ? lr / static_cast<double>(warmup) : 0.0,
-                         run.schedule.name == "cosine" ? fall * 1.5708 / rest : fall / taken);
+                         run.schedule.name == "cosine" ? fall * std::numbers::pi / 2 / rest : fall / taken);
             for (std::int64_t step = warmup > 0 ? 0 : 1; step < steps; ++step)
               EXPECT_LE(std::abs(learning_rate(run, step + 1) - learning_rate(run, step)), steepest + 1e-9)
                   << name << " steps " << steps << " warmup " << warmup << " decay " << decay << " at "
