@@ -290,8 +290,7 @@ TEST_F(TokenFiles, ReadsEveryVersionOfTheFormat) {
         H5Aread(from, type, value.data());
         H5Awrite(to, type, value.data());
         for (const hid_t id : {from, to}) H5Aclose(id);
-        H5Tclose(type);
-        H5Sclose(space);
+        H5Tclose(type), H5Sclose(space);
       }
       for (const hid_t id : {good, made}) H5Fclose(id);
       H5Pclose(access), H5Pclose(create);
