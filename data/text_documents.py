@@ -124,7 +124,6 @@ def documents_of(task, choices):
         else:
             if piece.begin == 0:
                 data = data.removeprefix(codecs.BOM_UTF8)
-            first = None
             for i, line in enumerate(data.split(b"\n")):
                 if not line.strip():
                     continue
@@ -167,6 +166,9 @@ def pieces_on_disk(path, kind, size):
         if kind == "jsonl" and size - begin > TASK_BYTES:
             with open(path, "rb") as file:
                 end = next_line_end(file, begin + TASK_BYTES, size)
+            if end - begin > MAX_LINE + TASK_BYTES:  # would be read whole
+                number = 1 + lines_before(Piece(path, kind, begin + TASK_BYTES, end))
+                raise BadInput(f"{path}:{number}: a line of more than {MAX_LINE} bytes")
         yield Piece(path, kind, begin, end, consumed=end - begin)
         begin = end
 

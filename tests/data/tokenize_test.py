@@ -12,12 +12,14 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path += [str(ROOT / "launch"), str(ROOT / "data")]  # data/tokenize.py itself is started, not imported
+import text_documents  # noqa: E402
 from text_documents import BadInput, Choices, documents_of, plan_tasks  # noqa: E402
 
 TEXT = "def f(x):\n    return x + 1  # one more\n\nfor i in range(10):\r\n    print(f(i), 'done')\n" * 40
@@ -263,6 +265,15 @@ class TokenizeTest(unittest.TestCase):
         for line in (b"wrong", b'{"text": "a\0b"}'):
             path = self.file("b.jsonl", row * 1200 + line + b"\n")  # in the second task
             self.assertIn(f"{path}:1201:", self.refused(3, *good, path))
+
+    def test_a_line_that_is_too_long_is_not_read_whole(self):
+        line = b'{"text": "x"}\n'
+        path = self.file("long.jsonl", line * 3 + b'{"text": "' + b"y" * 500 + b'"}\n' + line)
+        packed = self.file("long.jsonl.gz", gzip.compress(path.read_bytes()))
+        with mock.patch.multiple(text_documents, TASK_BYTES=50, MAX_LINE=200):
+            for file in (path, packed):
+                with self.assertRaisesRegex(BadInput, ":4: a line of more than 200 bytes"):
+                    list(plan_tasks([str(file)], Choices()))
 
     def test_a_full_disk_leaves_the_old_file(self):
         path, _ = self.tokenize(self.file("a.txt", "old"))
