@@ -3,6 +3,7 @@
 
 #include "data/hdf5_structure.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/core/check.h"
@@ -15,7 +16,7 @@ constexpr std::uint64_t kUndefined = ~std::uint64_t{0};
 constexpr std::uint64_t kLongestText = 4096;
 constexpr std::uint64_t kLargestBlock = std::uint64_t{1} << 20;  // of headers, names and messages
 constexpr int kMostNodes = 1024, kMostHeapObjects = 1 << 16;
-constexpr std::size_t kMostMessages = 4096, kMostContinuations = 64;
+constexpr std::size_t kMostLinks = 4096, kMostMessages = 4096, kMostContinuations = 64;
 constexpr const char* kElsewhere =
     " must be stored contiguously in this file (it is chunked, virtual, compact or external)";
 
@@ -220,7 +221,12 @@ void Hdf5Structure::read_symbols(std::uint64_t tree, const std::string& names, i
       const bool hard = symbol.number(4) != 2;  // 2: a symbolic link
       symbol.skip(20);
       if (name >= names.size()) damaged("a dataset has no name");
-      links_.insert({std::string(names.c_str() + name), {hard, header}});
+      const std::size_t length = std::min<std::size_t>(names.find('\0', name), names.size()) - name;
+      // Pointers may share bytes, so that the bounds of the single parts do not bound what is kept.
+      if (length > kLongestText) damaged("a dataset's name is too long");
+      if (links_.size() >= kMostLinks) damaged("its root group holds too many datasets for a token file");
+      if (!links_.insert({names.substr(name, length), {hard, header}}).second)
+        damaged("two datasets have one name");
     }
   }
 }

@@ -177,6 +177,22 @@ TEST_F(TokenFiles, RefusesOtherLayoutsTypesAndLinks) {
   EXPECT_THAT(after([](const Reshaped& f) { f.remove("tokenizer_sha256"); }), HasSubstr("tokenizer_sha256"));
 }
 
+TEST_F(TokenFiles, RefusesNamesThatTakeMoreThanTheFile) {
+  const fs::path long_name = write("long.h5", 100);
+  const hid_t file = H5Fopen(long_name.c_str(), H5F_ACC_RDWR, H5P_DEFAULT);
+  EXPECT_GE(H5Lcreate_soft("tokens", file, std::string(5000, 'x').c_str(), H5P_DEFAULT, H5P_DEFAULT), 0);
+  H5Fclose(file);
+  EXPECT_THAT(opening(long_name), HasSubstr("name is too long"));
+
+  const fs::path one_name = write("one.h5", 100);
+  std::fstream bytes(one_name, std::ios::in | std::ios::out | std::ios::binary);
+  const std::string all(std::istreambuf_iterator<char>(bytes), {});
+  const std::size_t first = all.find("SNOD") + 8, entry = 40;  // the symbols of the root group
+  bytes.clear();
+  bytes.seekp(static_cast<std::streamoff>(first + entry)).write(all.data() + first, 8).flush();
+  EXPECT_THAT(opening(one_name), HasSubstr("one name"));
+}
+
 // One open file whose bytes are changed and put back.
 class Flipped {
  public:
