@@ -89,18 +89,6 @@ std::vector<fs::path> aside_folders(const fs::path& checkpoints_dir) {
   return found;
 }
 
-std::vector<fs::path> list_checkpoints(const fs::path& checkpoints_dir) {
-  std::vector<fs::path> all = checkpoint_folders(checkpoints_dir);
-  std::erase_if(all, [](const fs::path& folder) {
-    try {
-      return !path_exists(folder / "manifest.json");
-    } catch (const SystemError&) {  // it cannot be seen: that is no reason to think that it is not there
-      return false;
-    }
-  });
-  return all;
-}
-
 std::optional<StoreFault> fault_of(const std::function<void()>& look) {
   try {
     look();

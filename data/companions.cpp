@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <iterator>
 #include <string_view>
-#include <system_error>
 
+#include "data/folder.h"
 #include "data/posix_file.h"
-#include "kernels/core/check.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {
@@ -56,7 +55,7 @@ bool is_carried(const fs::path& dir, const fs::path& name, bool say) {
   return false;
 }
 
-std::vector<fs::path> find_in(const fs::path& given, bool say) {
+std::vector<fs::path> companions_of(const fs::path& given, bool say) {
   std::vector<fs::path> found;
   if (!fs::is_directory(given)) return found;
   const fs::path dir = fs::canonical(given);
@@ -71,14 +70,6 @@ std::vector<fs::path> find_in(const fs::path& given, bool say) {
   std::sort(templates.begin(), templates.end());
   found.insert(found.end(), templates.begin(), templates.end());
   return found;
-}
-
-std::vector<fs::path> companions_of(const fs::path& dir, bool say) {
-  try {
-    return find_in(dir, say);
-  } catch (const fs::filesystem_error& e) {
-    fail(ExitCode::kBadInput, "{}: {}", e.path1().string(), e.code().message());
-  }
 }
 
 void copy_whole(const fs::path& from, const fs::path& to) {
@@ -101,7 +92,7 @@ bool is_companion(const std::string& name) {
 }
 
 std::vector<fs::path> companions_in(const fs::path& dir) {
-  return companions_of(dir, false);
+  return with_system_errors([&] { return companions_of(dir, false); });
 }
 
 std::uint64_t companion_bytes(const fs::path& dir) {
@@ -111,12 +102,8 @@ std::uint64_t companion_bytes(const fs::path& dir) {
 }
 
 void copy_companions(const fs::path& from, const fs::path& to) {
-  for (const fs::path& name : companions_of(from, true)) {
-    if (name.has_parent_path()) {
-      std::error_code error;
-      fs::create_directory(to / name.parent_path(), error);
-      if (error) fail(ExitCode::kBadInput, "{}: {}", (to / name.parent_path()).string(), error.message());
-    }
+  for (const fs::path& name : with_system_errors([&] { return companions_of(from, true); })) {
+    if (name.has_parent_path()) make_folders((to / name).parent_path());
     copy_whole(from / name, to / name);
     if (name.has_parent_path()) sync_path((to / name).parent_path());
   }

@@ -6,7 +6,7 @@
 #include <cerrno>
 #include <utility>
 
-#include "data/folder.h"
+#include "kernels/core/system_error.h"
 
 namespace upmoe {
 namespace {

@@ -6,9 +6,8 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 
-#include "kernels/core/check.h"
+#include "kernels/core/system_error.h"
 
 namespace upmoe {
 namespace {
@@ -32,7 +31,7 @@ std::optional<LockedFile> lock_file(const std::filesystem::path& path) {
   while (true) {
     const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
     if (fd < 0 && errno == ENOENT) return std::nullopt;
-    if (fd < 0) fail(ExitCode::kBadInput, "{}: creating failed: {}", path.string(), std::strerror(errno));
+    if (fd < 0) throw SystemError(path, "creating", errno);
     if (!is_regular(fd)) {
       ::close(fd);
       fail(ExitCode::kBadInput, "{}: not a regular file; move it away", path.string());

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <memory>
 
 namespace upmoe {
@@ -18,57 +17,11 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const char* cure_of(int number) {
-  switch (number) {
-    case EACCES:
-    case EPERM:
-      return "; check the owner and the permissions, of the folders above it too";
-    case EROFS:
-      return "; the file system is mounted for reading only";
-    case ENOSPC:
-      return "; remove something, or choose another disk";
-    case EDQUOT:
-      return "; the quota is used up: remove something, or ask for more";
-    case EFBIG:
-      return "; beyond the limit of file sizes (ulimit -f, or the file system's own)";
-    case EMFILE:
-    case ENFILE:
-      return "; raise the limit of open files (ulimit -n)";
-    case ELOOP:
-      return "; its links lead in a circle, or it is a link where none is followed";
-    case EIO:
-      return "; the disk, or the connection to it, is failing";
-    case ESTALE:
-      return "; the server of this file system has lost it: mount it again";
-    case ENOTDIR:
-      return "; something on this path is no folder";
-    default:
-      return "";
-  }
-}
-
 [[noreturn]] void fail_system(const fs::path& path, const char* what) {
   throw SystemError(path, what, errno);
 }
 
 }  // namespace
-
-SystemError::SystemError(const fs::path& path, const std::string& what, int number)
-    : Error(ExitCode::kBadInput,
-            fmt::format("{}: {} failed: {}{}", path.string(), what, std::strerror(number), cure_of(number))),
-      number_(number) {}
-
-bool SystemError::is_missing() const {
-  return number_ == ENOENT || number_ == ENOTDIR;
-}
-
-bool SystemError::is_no_space() const {
-  return number_ == ENOSPC || number_ == EDQUOT || number_ == EFBIG;
-}
-
-bool SystemError::is_of_process() const {
-  return number_ == EMFILE || number_ == ENFILE || number_ == ENOMEM || number_ == EAGAIN;
-}
 
 bool path_exists(const fs::path& path) {
   struct stat info {};
@@ -129,10 +82,26 @@ std::vector<fs::path> entries_of(const fs::path& folder) {
   return entries;
 }
 
+fs::path nearest_existing(fs::path path) {
+  std::error_code ignored;
+  while (!fs::exists(path, ignored) && path.has_relative_path()) path = path.parent_path();
+  return path;
+}
+
 std::uint64_t free_bytes_at(const fs::path& path) {
+  const fs::path there = nearest_existing(fs::absolute(path));
   struct statvfs info {};
-  if (statvfs(path.c_str(), &info) != 0) fail_system(path, "asking for its free space");
+  if (statvfs(there.c_str(), &info) != 0) fail_system(there, "asking for its free space");
   return static_cast<std::uint64_t>(info.f_bavail) * info.f_frsize;
+}
+
+void require_free_space(const fs::path& path, std::uint64_t bytes, const FreeSpace& free_space) {
+  const std::uint64_t free = free_space(path);
+  if (free < bytes)
+    fail(ExitCode::kBadInput,
+         "{}: not enough disk: {} bytes ({:.1f} GB) are needed, {} bytes ({:.1f} GB) are free; make room or "
+         "write elsewhere",
+         path.string(), bytes, static_cast<double>(bytes) / 1e9, free, static_cast<double>(free) / 1e9);
 }
 
 std::uint64_t bytes_in(const fs::path& folder) {

@@ -127,11 +127,7 @@ WeightFiles find_in(const fs::path& dir) {
 }  // namespace
 
 WeightFiles find_weight_files(const fs::path& dir) {
-  try {
-    return find_in(dir);
-  } catch (const fs::filesystem_error& e) {
-    fail(ExitCode::kBadInput, "{}: {}", e.path1().string(), e.code().message());
-  }
+  return with_system_errors([&] { return find_in(dir); });
 }
 
 }  // namespace upmoe

@@ -141,13 +141,12 @@ HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir
     for (std::size_t e = 0; e < entries.size(); ++e)
       if (!index_.emplace(entries[e].name, std::pair(files_.size() - 1, e)).second)
         fail(ExitCode::kBadInput,
-             "{}: tensor '{}' stands in {} and in another file; files of two models seem to be mixed, fetch "
-             "it "
-             "again",
+             "{}: tensor '{}' stands in {} and in another file; files of two models seem to be mixed, "
+             "fetch it again",
              dir.string(), entries[e].name, name);
   }
   for (const HfTensor& t : hf_tensors_of(config_))
-    if (!t.placeholder) used_.insert(t.name);
+    if (!t.zeros) used_.insert(t.name);
   check_against(file_of, names);
   if (config_.tie_word_embeddings && index_.contains(kHead)) check_tied_head();
 }
@@ -187,9 +186,8 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
                             const std::vector<std::string>& names) const {
   if (index_.contains("embed_tokens.weight"))
     fail(ExitCode::kBadInput,
-         "{}: the names of the tensors lack 'model.': they were saved from the model without its head; load "
-         "them with "
-         "AutoModelForCausalLM of transformers and save that",
+         "{}: the names of the tensors lack 'model.': they were saved from the model without its head; "
+         "load them with AutoModelForCausalLM of transformers and save that",
          dir_.string());
   std::vector<std::string> differences;
   for (const auto& [tensor, file] : file_of) {
@@ -204,7 +202,7 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
     expected.insert(t.name);
     const auto it = index_.find(t.name);
     if (it == index_.end()) {
-      if (!t.placeholder) differences.push_back(t.name + ": missing");
+      if (!t.zeros) differences.push_back(t.name + ": missing");
       continue;
     }
     const SafetensorsEntry& e = files_[it->second.first].header().entries[it->second.second];

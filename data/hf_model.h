@@ -23,9 +23,9 @@ struct HfTensor {
   std::string name;
   std::vector<std::int64_t> shape;  // on disk
   Box part;
-  // Part of no parameter: what transformers keeps for a shared expert of width 0. Written as zeros; a file
-  // need not hold it, and its values change nothing.
-  bool placeholder = false;
+  // Part of no parameter: transformers makes the modules of a shared expert of width 0, too, a gate included.
+  // Written as zeros; a file need not hold it, and its values change nothing.
+  bool zeros = false;
   std::int64_t elements() const;
 };
 std::vector<HfTensor> hf_tensors_of(const ParamSpec& param);  // names as transformers writes them
@@ -74,9 +74,9 @@ struct HfLayout {
     std::uint64_t bytes = 0;                // whole file
   };
   std::vector<File> files;
-  std::set<std::string> placeholders;  // tensors that hold zeros (HfTensor::placeholder)
-  std::string index_json;              // empty for one file
-  std::uint64_t total_size = 0;        // tensor bytes
+  std::set<std::string> zeros;   // names of tensors (HfTensor::zeros)
+  std::string index_json;        // empty for one file
+  std::uint64_t total_size = 0;  // tensor bytes
 };
 HfLayout plan_hf_layout(const ModelConfig& config, DType dtype, std::uint64_t max_shard_bytes);
 

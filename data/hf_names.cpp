@@ -124,7 +124,7 @@ std::size_t place_in_block(std::string_view part) {
 }
 
 // transformers makes the modules of a shared expert whatever its width.
-std::vector<HfTensor> absent_shared_expert(const ModelConfig& config, int layer) {
+std::vector<HfTensor> empty_shared_expert(const ModelConfig& config, int layer) {
   const std::string mlp = fmt::format("model.layers.{}.mlp.", layer), shared = mlp + "shared_expert.";
   const std::int64_t D = config.hidden_size;
   return {{shared + "gate_proj.weight", {0, D}, {}, true},
@@ -138,12 +138,12 @@ struct Placed {
   HfTensor tensor;
 };
 
-void add_placeholders(const ModelConfig& config, std::vector<Placed>& placed) {
+void add_empty_shared_experts(const ModelConfig& config, std::vector<Placed>& placed) {
   if (config.shared_expert_intermediate_size > 0) return;
   const std::size_t first = place_in_block("shared.gate_up_F2D");
   for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
     if (!config.is_moe_layer(layer)) continue;
-    for (HfTensor& t : absent_shared_expert(config, layer))
+    for (HfTensor& t : empty_shared_expert(config, layer))
       placed.push_back({{layer, first, 0}, std::move(t)});
   }
 }
@@ -160,7 +160,7 @@ std::vector<HfTensor> hf_tensors_of(const ModelConfig& config) {
     for (HfTensor& t : hf_tensors_of(p))
       placed.push_back({{block, place, p.expert ? t.part.offset[0] : 0}, std::move(t)});
   }
-  add_placeholders(config, placed);
+  add_empty_shared_experts(config, placed);
   std::stable_sort(placed.begin(), placed.end(),
                    [](const Placed& a, const Placed& b) { return a.place < b.place; });
   std::vector<HfTensor> all;

@@ -1,6 +1,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/companions.h"
+#include "data/folder.h"
 #include "data/hf_model.h"
 #include "data/posix_file.h"
 #include "data/staged_directory.h"
@@ -23,7 +24,7 @@ HfLayout plan_hf_layout(const ModelConfig& config, DType dtype, std::uint64_t ma
       in_file = 0;
     }
     layout.files.back().entries.push_back({t.name, stored, t.shape, 0, 0});
-    if (t.placeholder) layout.placeholders.insert(t.name);
+    if (t.zeros) layout.zeros.insert(t.name);
     in_file += bytes;
     layout.total_size += bytes;
   }
@@ -56,7 +57,7 @@ std::map<std::string, std::pair<ParamSpec, Box>> places_of(const ModelConfig& co
 }
 
 struct Source {
-  std::map<std::string, std::pair<ParamSpec, Box>> places;  // of all but placeholders
+  std::map<std::string, std::pair<ParamSpec, Box>> places;  // of all that are not zeros
   const ReadTensor& read;
 };
 

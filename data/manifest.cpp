@@ -2,7 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "data/shard_store.h"
+#include "data/crc.h"
 
 namespace upmoe {
 

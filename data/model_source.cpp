@@ -5,9 +5,11 @@
 #include "configs/model_folder.h"
 #include "data/checkpoint_folder.h"
 #include "data/companions.h"
+#include "data/crc.h"
 #include "data/hf_model.h"
 #include "data/shard_store.h"
 #include "kernels/core/philox.h"
+#include "kernels/core/system_error.h"
 
 namespace upmoe {
 
@@ -113,11 +115,7 @@ std::unique_ptr<ModelSource> open_directory(const fs::path& path) {
 }  // namespace
 
 std::unique_ptr<ModelSource> open_model(const fs::path& path) {
-  try {
-    return open_directory(path);
-  } catch (const fs::filesystem_error& e) {  // no permission, an error of the disk
-    fail(ExitCode::kBadInput, "{}: {}", e.path1().string(), e.code().message());
-  }
+  return with_system_errors([&] { return open_directory(path); });
 }
 
 }  // namespace upmoe

@@ -6,9 +6,8 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
 
-#include "data/shard_store.h"
+#include "data/crc.h"
 #include "parallel/watchdog.h"
 
 namespace upmoe {
@@ -134,18 +133,6 @@ void write_text_synced(const fs::path& path, const std::string& text) {
   PosixFile file = PosixFile::create(path);
   file.write(std::as_bytes(std::span(text)));
   file.sync();
-}
-
-void replace_text(const fs::path& path, const std::string& text) {
-  fs::path fresh = path;
-  fresh += ".tmp";
-  try {
-    write_text_synced(fresh, text);
-    if (rename(fresh.c_str(), path.c_str()) != 0) fail_errno(path, "replacing");
-  } catch (const Error&) {
-    ::unlink(fresh.c_str());
-    throw;
-  }
 }
 
 }  // namespace upmoe

@@ -7,8 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "data/folder.h"
-#include "kernels/core/tensor.h"
+#include "kernels/core/system_error.h"
 
 namespace upmoe {
 
@@ -60,7 +59,5 @@ class FileChecksum {
 std::string read_text(const std::filesystem::path& path,
                       std::uint64_t limit);  // throws when larger than limit
 void write_text_synced(const std::filesystem::path& path, const std::string& text);
-// The same in place of what is there: the old text stays until the new one is on the disk.
-void replace_text(const std::filesystem::path& path, const std::string& text);
 
 }  // namespace upmoe

@@ -112,10 +112,4 @@ class ShardStore {
   std::map<std::pair<std::string, std::string>, Tensor> tensors_;
 };
 
-// Checkpoint folders `step_00000100` of a run that hold a manifest, newest last. Damaged ones are not judged
-// here.
-std::vector<std::filesystem::path> list_checkpoints(const std::filesystem::path& checkpoints_dir);
-
-std::uint32_t crc32c(const void* data, std::size_t bytes, std::uint32_t seed = 0);  // Castagnoli
-
 }  // namespace upmoe

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "data/crc.h"
 #include "data/hdf5_file.h"
 #include "data/posix_file.h"
 #include "parallel/watchdog.h"

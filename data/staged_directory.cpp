@@ -4,9 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #include <random>
-#include <system_error>
 #include <utility>
 
 #include "data/file_lock.h"
@@ -24,22 +22,6 @@ constexpr const char* kPartPrefix = "part-";
 
 fs::path with_suffix(fs::path path, const char* suffix) {
   path += suffix;
-  return path;
-}
-
-// Runs `body`; an error of the standard library's file system becomes one of ours.
-template <class Body>
-void with_our_errors(const Body& body) {
-  try {
-    body();
-  } catch (const fs::filesystem_error& e) {
-    fail(ExitCode::kBadInput, "{}: {}", e.path1().string(), e.code().message());
-  }
-}
-
-fs::path nearest_existing(fs::path path) {
-  std::error_code ignored;
-  while (!fs::exists(path, ignored) && path.has_relative_path()) path = path.parent_path();
   return path;
 }
 
@@ -153,25 +135,13 @@ void clear_leftovers(const fs::path& container, const fs::path& target) {
   if (!parts.empty()) log::info("{}: removed what an interrupted job had left", target.string());
 }
 
-// After the rename: the output is there, whatever happens now.
-void sync_name(const fs::path& target) {
-  try {
-    sync_path(target.parent_path());
-  } catch (const Error& e) {
-    log::warning(
-        "{} is complete and has its name, but the system did not confirm that the name would outlast a power "
-        "cut: {}",
-        target.string(), e.what());
-  }
-}
-
 void rename_to(const fs::path& partial, const fs::path& target) {
   if (::rename(partial.c_str(), target.c_str()) == 0) return;
   const int error = errno;
   if (error == ENOTEMPTY || error == EEXIST || error == ENOTDIR || error == EISDIR)
     fail(ExitCode::kBadInput, "{}: came into being while the output was prepared; it is left as it is",
          target.string());
-  fail(ExitCode::kBadInput, "{}: cannot be given its name: {}", target.string(), std::strerror(error));
+  throw SystemError(target, "giving it its name", error);
 }
 
 void remove_quietly(const fs::path& path) noexcept {
@@ -181,27 +151,26 @@ void remove_quietly(const fs::path& path) noexcept {
 
 }  // namespace
 
+bool confirm_name(const fs::path& path) {
+  try {
+    sync_path(fs::absolute(path).parent_path());
+    return true;
+  } catch (const Error& e) {
+    log::warning(
+        "{} is complete, but the disk did not confirm its name, and a power cut may still lose it: {}",
+        path.string(), e.what());
+    return false;
+  }
+}
+
 fs::path resolved(const fs::path& path) {
   const fs::path full = fs::weakly_canonical(fs::absolute(path)).lexically_normal();
   return full.has_filename() ? full : full.parent_path();
 }
 
-std::uint64_t free_space_of(const fs::path& path) {
-  return free_bytes_at(nearest_existing(fs::absolute(path)));
-}
-
-void require_free_space(const fs::path& path, std::uint64_t bytes, const FreeSpace& free_space) {
-  const std::uint64_t free = free_space(path);
-  if (free < bytes)
-    fail(ExitCode::kBadInput,
-         "{}: not enough disk: {} bytes ({:.1f} GB) are needed, {} bytes ({:.1f} GB) are free; make room or "
-         "write elsewhere",
-         path.string(), bytes, static_cast<double>(bytes) / 1e9, free, static_cast<double>(free) / 1e9);
-}
-
 fs::path check_new_directory(const fs::path& to, const std::vector<fs::path>& inputs) {
   fs::path target;
-  with_our_errors([&] {
+  with_system_errors([&] {
     refuse_no_place(to);
     target = resolved(to);
     refuse_overlap(target, inputs);
@@ -215,7 +184,7 @@ fs::path check_new_directory(const fs::path& to, const std::vector<fs::path>& in
 // Delegating: where preparing fails, the destructor takes back what was made so far.
 StagedDirectory::StagedDirectory(const fs::path& to, const std::vector<fs::path>& inputs)
     : StagedDirectory(check_new_directory(to, inputs)) {
-  with_our_errors([&] { prepare(inputs); });
+  with_system_errors([&] { prepare(inputs); });
 }
 
 StagedDirectory::StagedDirectory(fs::path target)
@@ -256,18 +225,18 @@ StagedDirectory::~StagedDirectory() {
 }
 
 void StagedDirectory::create() {
-  with_our_errors([&] { fs::create_directory(path_); });
+  with_system_errors([&] { fs::create_directory(path_); });
 }
 
 void StagedDirectory::commit() {
   sync_path(path_);
   rename_to(path_, target_);
   committed_ = true;
-  sync_name(target_);
+  confirm_name(target_);
 }
 
 StagedFile::StagedFile(const fs::path& to, const std::vector<fs::path>& inputs) {
-  with_our_errors([&] {
+  with_system_errors([&] {
     refuse_no_place(to);
     target_ = resolved(to);
     partial_ = with_suffix(target_, kSuffix);
@@ -300,7 +269,13 @@ void StagedFile::commit() {
   file_->sync();
   rename_to(partial_, target_);
   committed_ = true;
-  sync_name(target_);
+  confirm_name(target_);
+}
+
+void replace_text(const fs::path& path, const std::string& text) {
+  StagedFile file(path);
+  file.write(std::as_bytes(std::span(text)));
+  file.commit();
 }
 
 }  // namespace upmoe

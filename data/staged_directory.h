@@ -9,23 +9,21 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "data/posix_file.h"
 
 namespace upmoe {
 
-using FreeSpace = std::function<std::uint64_t(const std::filesystem::path&)>;  // bytes free where a path lies
-std::uint64_t free_space_of(const std::filesystem::path& path);                // which need not exist yet
-// Throws Error(kBadInput) with both figures.
-void require_free_space(const std::filesystem::path& path, std::uint64_t bytes,
-                        const FreeSpace& free_space = free_space_of);
-
 // Absolute, without links, dots or trailing slash; the last parts need not exist.
 std::filesystem::path resolved(const std::filesystem::path& path);
+
+// After a rename: what has got its name `path` is there, whatever happens now. False, and a warning, when
+// only a power cut could still take the name away.
+bool confirm_name(const std::filesystem::path& path);
 
 // Where a new folder would lie, after every check that needs no writing. `inputs`: folders that are read; the
 // output may lie in none of them and contain none. Throws Error(kUsage): overlaps an input, exists and is no
@@ -73,5 +71,8 @@ class StagedFile {
   std::unique_ptr<PosixFile> file_;
   bool committed_ = false;
 };
+
+// A whole small file in place of what is there.
+void replace_text(const std::filesystem::path& path, const std::string& text);
 
 }  // namespace upmoe

@@ -1,6 +1,3 @@
-#include <algorithm>
-#include <cstring>
-
 #include "data/checkpoint_folder.h"
 #include "data/folder.h"
 #include "data/hdf5_file.h"
@@ -8,7 +5,9 @@
 #include "data/posix_file.h"
 #include "data/shard_store.h"
 #include "data/shard_writer.h"
+#include "data/staged_directory.h"
 #include "kernels/core/log.h"
+#include "parallel/texts.h"
 
 namespace upmoe {
 
@@ -27,13 +26,6 @@ struct StoreWriter::Impl {
 
 namespace {
 
-void require_space(const fs::path& dir, std::uint64_t bytes) {
-  const std::uint64_t available = free_bytes_at(dir), needed = StoreWriter::space_for(bytes);
-  if (available < needed)
-    fail(ExitCode::kBadInput, "{}: the checkpoint needs {} bytes, {} are free; remove something",
-         dir.string(), needed, available);
-}
-
 // The name says where a store is prepared, not whose folder it is: what no writer left is kept.
 void clear_partial(const fs::path& partial) {
   if (!path_exists(partial) || (is_leftover(partial) && remove_store(partial))) return;
@@ -47,25 +39,6 @@ void remove_quietly(const fs::path& partial) {
     remove_store(partial);
   } catch (const Error&) {  // a leftover .tmp folder is never opened and the next save replaces it
   }
-}
-
-// Everybody's text, on every rank.
-std::vector<std::string> gather_text(Communicator& world, const std::string& mine) {
-  const auto n = static_cast<std::size_t>(world.size());
-  std::vector<std::int64_t> lengths(n);
-  const auto length = static_cast<std::int64_t>(mine.size());
-  world.all_gather(host_view(lengths.data(), {world.size()}), host_view(&length, {1})).wait();
-  const auto words = static_cast<std::size_t>((*std::max_element(lengths.begin(), lengths.end()) + 3) / 4);
-  std::vector<std::int32_t> own(words), all(words * n);
-  std::memcpy(own.data(), mine.data(), mine.size());
-  const auto w = static_cast<std::int64_t>(words);
-  world.all_gather(host_view(all.data(), {world.size(), w}), host_view(std::as_const(own).data(), {w}))
-      .wait();
-  std::vector<std::string> texts;
-  for (std::size_t r = 0; r < n; ++r)
-    texts.emplace_back(reinterpret_cast<const char*>(all.data() + r * words),
-                       static_cast<std::size_t>(lengths[r]));
-  return texts;
 }
 
 void write_index(const fs::path& folder, const Manifest& manifest) {
@@ -89,20 +62,6 @@ bool is_no_space(const Error& e) {
   return system != nullptr && system->is_no_space();
 }
 
-// The store is complete under its name; whether a power cut now would take the name away again is all that is
-// open when this fails.
-bool confirm_name(const fs::path& dir) {
-  try {
-    sync_path(fs::absolute(dir).parent_path());
-    return true;
-  } catch (const Error& e) {
-    log::warning(
-        "{} is complete, but the disk did not confirm its name, and a power cut may still lose it: {}",
-        dir.string(), e.what());
-    return false;
-  }
-}
-
 }  // namespace
 
 StoreWriter::StoreWriter(const fs::path& dir, Communicator& world, std::uint64_t bytes)
@@ -119,7 +78,7 @@ StoreWriter::StoreWriter(const fs::path& dir, Communicator& world, std::uint64_t
     const fs::path parent = fs::absolute(dir).parent_path();
     make_folders(parent);
     clear_partial(impl_->partial);
-    require_space(parent, static_cast<std::uint64_t>(total));
+    require_free_space(parent, StoreWriter::space_for(static_cast<std::uint64_t>(total)));
     make_folder(impl_->partial);
     impl_->made = true;
   });

@@ -9,7 +9,7 @@
 #include <limits>
 #include <utility>
 
-#include "data/crc32.h"
+#include "data/crc.h"
 #include "data/hdf5_structure.h"
 #include "data/token_dataset.h"
 #include "data/token_file_format.h"

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "data/folder.h"
 #include "data/model_source.h"
 #include "data/safetensors.h"
 #include "data/staged_directory.h"

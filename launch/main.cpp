@@ -7,7 +7,7 @@
 #include <sstream>
 
 #include "kernels/core/log.h"
-#include "kernels/core/refused.h"
+#include "kernels/core/system_error.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
@@ -56,13 +56,11 @@ int run(int argc, char** argv) {
     if (const std::string wrong = complaint(runtime.cores());
         works && runtime.cores().speaks && !wrong.empty())
       upmoe::log::warning("{}", wrong);
-    return handler(runtime);
+    return upmoe::with_system_errors([&] { return handler(runtime); });
   } catch (const upmoe::PeerError& e) {  // the rank that met it prints it
     runtime.end_after_peer(static_cast<int>(e.code()));
   } catch (const upmoe::Error& e) {
     runtime.abort(static_cast<int>(e.code()), e.what());
-  } catch (const std::filesystem::filesystem_error& e) {  // what the system refuses is no fault of ours
-    runtime.abort(static_cast<int>(upmoe::ExitCode::kBadInput), upmoe::refused_by_system(e));
   } catch (const std::bad_alloc&) {
     runtime.abort(1, "out of memory; lower train.micro_batch or use more ranks");
   } catch (const std::exception& e) {

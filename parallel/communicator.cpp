@@ -2,10 +2,8 @@
 
 #include <fmt/ranges.h>
 
-#include <filesystem>
-
 #include "kernels/core/philox.h"
-#include "kernels/core/refused.h"
+#include "kernels/core/system_error.h"
 
 namespace upmoe {
 
@@ -72,15 +70,12 @@ void run_agreed(Communicator& comm, const std::function<void()>& body) {
   ExitCode code = ExitCode::kFailure;
   const auto words = [](const char* what) { return *what == 0 ? "an error without a message" : what; };
   try {
-    body();
+    with_system_errors(body);
   } catch (const PeerError&) {
     throw;  // an inner agreement: every rank has it already
   } catch (const Error& e) {
     message = words(e.what());
     code = e.code();
-  } catch (const std::filesystem::filesystem_error& e) {  // what the system refuses is no fault of ours
-    message = refused_by_system(e);
-    code = ExitCode::kBadInput;
   } catch (const std::exception& e) {
     message = words(e.what());
   }

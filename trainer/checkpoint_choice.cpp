@@ -2,11 +2,11 @@
 
 #include <unistd.h>
 
-#include <cstring>
 #include <memory>
 
 #include "data/folder.h"
 #include "data/store_check.h"
+#include "parallel/texts.h"
 
 namespace upmoe {
 
@@ -16,16 +16,6 @@ namespace {
 
 // Between two turns the ranks meet, so that one with a slow disk is not taken for one that hangs.
 constexpr std::chrono::milliseconds kTurn{250};
-
-// Root's text, on every rank.
-std::string broadcast_text(Communicator& world, const std::string& text, int root) {
-  auto length = static_cast<std::int64_t>(text.size());
-  world.broadcast(host_view(&length, {1}), root);
-  std::vector<std::int32_t> words(static_cast<std::size_t>((length + 3) / 4 + 1));
-  if (world.rank() == root) std::memcpy(words.data(), text.data(), text.size());
-  world.broadcast(host_view(words.data(), {static_cast<std::int64_t>(words.size())}), root);
-  return {reinterpret_cast<const char*>(words.data()), static_cast<std::size_t>(length)};
-}
 
 // The fault of the lowest rank that met one, on every rank.
 std::optional<StoreFault> agreed_fault(Communicator& world, const std::optional<StoreFault>& mine) {

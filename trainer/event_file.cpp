@@ -6,7 +6,7 @@
 #include <chrono>
 #include <cstring>
 
-#include "data/shard_store.h"
+#include "data/crc.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {

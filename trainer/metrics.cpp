@@ -8,8 +8,9 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "data/posix_file.h"
+#include "data/staged_directory.h"
 #include "kernels/core/log.h"
+#include "kernels/core/system_error.h"
 
 namespace upmoe {
 

@@ -8,8 +8,8 @@
 #include <cerrno>
 #include <cstring>
 
-#include "data/folder.h"
 #include "kernels/core/log.h"
+#include "kernels/core/system_error.h"
 
 namespace upmoe {
 

@@ -7,7 +7,7 @@
 #include <numeric>
 #include <utility>
 
-#include "data/posix_file.h"
+#include "data/staged_directory.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {

@@ -49,9 +49,8 @@ DType element_type_of(const HfModel& model) {
                          kind.first > 1 ? ", ..." : "");
   fail(ExitCode::kBadInput,
        "{}: the tensors are {}; upcycling copies bit for bit and needs all of them in BF16, or all in F32. "
-       "Convert first: `upmoe export {} --to CONVERTED --dtype fp32` keeps every value, --dtype bf16 rounds "
-       "to "
-       "half the size; then upcycle --from CONVERTED",
+       "Convert first: `upmoe export {} --to CONVERTED --dtype fp32` keeps every value, --dtype bf16 "
+       "rounds to half the size; then upcycle --from CONVERTED",
        dir, found, dir);
 }
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <fstream>
 
-#include "data/shard_store.h"
+#include "data/crc.h"
 #include "parallel/layout.h"
 #include "parallel/watchdog.h"
 #include "upcycle/progress.h"

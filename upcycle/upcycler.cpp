@@ -11,7 +11,9 @@
 #include "data/companions.h"
 #include "data/posix_file.h"
 #include "data/shard_store.h"
+#include "data/staged_directory.h"
 #include "kernels/core/log.h"
+#include "parallel/texts.h"
 #include "parallel/threads.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/output_files.h"
@@ -59,7 +61,7 @@ class FileMap {
     for (const HfLayout::File& file : layout.files) {
       auto& in_file = lines_.emplace_back();
       for (const SafetensorsEntry& entry : file.entries) {
-        if (layout.placeholders.contains(entry.name)) {
+        if (layout.zeros.contains(entry.name)) {
           in_file.push_back(nullptr);
           continue;
         }
@@ -197,19 +199,12 @@ class Upcycler {
  private:
   // Where rank 0 prepares the output, known and seen by every rank.
   void find_folder() {
-    std::string name = stage_ ? stage_->path().string() : "";
-    auto length = static_cast<std::int64_t>(name.size());
-    comm_.broadcast(host_view(&length, {1}), 0);
-    std::vector<std::int32_t> letters(name.begin(), name.end());
-    letters.resize(static_cast<std::size_t>(length));
-    comm_.broadcast(host_view(letters.data(), {length}), 0);
-    folder_ = std::string(letters.begin(), letters.end());
+    folder_ = broadcast_text(comm_, stage_ ? stage_->path().string() : "", 0);
     run_agreed(comm_, [&] {
       if (!fs::is_directory(folder_.parent_path()))
         fail(ExitCode::kBadInput,
-             "{}: rank {} does not see this folder, which rank 0 made; --to must lie on a file system that "
-             "all "
-             "hosts share",
+             "{}: rank {} does not see this folder, which rank 0 made; --to must lie on a file system "
+             "that all hosts share",
              folder_.parent_path().string(), comm_.rank());
     });
   }
@@ -229,8 +224,8 @@ class Upcycler {
   void write_checkpoint() {
     const StoreShare share(plan_->recipe, plan_->moe, source_->dtype(), comm_.rank(), comm_.size(),
                            piece_bytes());
-    on_rank_0([&] {  // as a store asks for
-      require_free_space(stage_->target(), bytes_needed() + bytes_needed() / 20, options_.free_space);
+    on_rank_0([&] {
+      require_free_space(stage_->target(), StoreWriter::space_for(bytes_needed()), options_.free_space);
     });
     StoreWriter writer(folder_, comm_, share.bytes());
     std::vector<double> errors(plan_->recipe.layers.size(), 0.0);

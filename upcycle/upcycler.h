@@ -7,7 +7,7 @@
 #include <string>
 
 #include "configs/upcycle_config.h"
-#include "data/staged_directory.h"
+#include "data/folder.h"
 #include "parallel/communicator.h"
 #include "upcycle/recipe.h"
 
@@ -24,7 +24,7 @@ struct UpcycleOptions {
   std::uint64_t max_shard_bytes = 4'000'000'000ull;  // of one safetensors file
   std::uint64_t piece_bytes = 8u << 20;              // computed and written in one go; whole disk blocks
   int error_tokens = 8;                              // random inputs for each layer's error in the report
-  FreeSpace free_space = free_space_of;
+  FreeSpace free_space = free_bytes_at;
   bool progress = true;
 };
 

@@ -2,6 +2,7 @@
 // models.
 
 #include "data/staged_directory.h"
+#include "data/folder.h"
 #include "tests/data/models.h"
 
 namespace upmoe::test {

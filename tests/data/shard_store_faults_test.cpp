@@ -8,6 +8,7 @@
 #include <csignal>
 #include <thread>
 
+#include "data/checkpoint_folder.h"
 #include "tests/data/stores.h"
 
 #ifdef __SANITIZE_THREAD__
@@ -88,7 +89,7 @@ TEST_F(Stores, KilledWhileWriting) {
     }
   }
   EXPECT_GT(absent, 0);
-  EXPECT_EQ(list_checkpoints(root).size(), 40u);
+  EXPECT_EQ(checkpoint_folders(root).size(), 40u);
 }
 
 }  // namespace

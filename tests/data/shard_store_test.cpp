@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <thread>
 
+#include "data/checkpoint_folder.h"
+#include "data/crc.h"
 #include "tests/data/stores.h"
 
 namespace upmoe::test {
@@ -322,19 +324,19 @@ TEST_F(Stores, BlocksAreComparedWithTheFile) {
   EXPECT_FALSE(fs::exists(root / "s"));
 }
 
-TEST_F(Stores, ListCheckpoints) {
-  EXPECT_TRUE(list_checkpoints(root / "nowhere").empty());
+TEST_F(Stores, CheckpointFolders) {
+  EXPECT_TRUE(checkpoint_folders(root / "nowhere").empty());
   for (const char* name :
        {"step_00000100", "step_00000020", "step_123456789", "step_00000300.tmp", "step_1", "stepp_00000001",
         "step_0000000x", "step_-0000001", "step_999999999999999999999999"}) {
     fs::create_directory(root / name);
     spill(root / name / "manifest.json", "{}");
   }
-  fs::create_directory(root / "step_00000400");  // no manifest
+  fs::create_directory(root / "step_00000400");  // whatever it holds
   spill(root / "step_00000500", "a file");
-  const std::vector<fs::path> expected{root / "step_00000020", root / "step_00000100",
+  const std::vector<fs::path> expected{root / "step_00000020", root / "step_00000100", root / "step_00000400",
                                        root / "step_123456789"};
-  EXPECT_EQ(list_checkpoints(root), expected);
+  EXPECT_EQ(checkpoint_folders(root), expected);
 }
 
 // The index maps every element to its place: what h5py sees through it equals what was written.

@@ -15,6 +15,7 @@
 #include <functional>
 #include <set>
 
+#include "data/folder.h"
 #include "tests/support/temporary_directory.h"
 
 namespace upmoe::test {

@@ -11,7 +11,7 @@
 #include <fstream>
 #include <numeric>
 
-#include "data/crc32.h"
+#include "data/crc.h"
 #include "data/sha256.h"
 #include "data/token_file_writer.h"
 #include "data/tokenizer_match.h"

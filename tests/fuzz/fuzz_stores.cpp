@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "data/crc.h"
 #include "data/hf_model.h"
 #include "data/manifest.h"
 #include "data/shard_store.h"

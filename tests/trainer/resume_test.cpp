@@ -1,6 +1,7 @@
 // A run that is stopped and started again is the run that was not: bitwise in the same layout, equal losses
 // in another. Whole runs through train(): directory, checkpoints, data order, metrics.
 
+#include "data/checkpoint_folder.h"
 #include "tests/trainer/whole_run.h"
 
 namespace upmoe {
@@ -83,7 +84,7 @@ TEST_F(Resume, KeepsTheNewestCheckpoints) {
   RunConfig c = config("run", kSteps, 1);
   c.checkpoint.keep = 2;
   run(c, 1);
-  const auto left = list_checkpoints(dir_ / "run/checkpoints");
+  const auto left = checkpoint_folders(dir_ / "run/checkpoints");
   ASSERT_EQ(left.size(), 2u);
   EXPECT_EQ(left.back(), checkpoint("run", kSteps));
 }

@@ -7,7 +7,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "data/shard_store.h"
+#include "data/crc.h"
 #include "tests/support/tiny_dense.h"
 #include "upcycle/upcycler.h"
 

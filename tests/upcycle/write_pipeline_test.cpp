@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "data/shard_store.h"
+#include "data/crc.h"
 #include "kernels/core/check.h"
 #include "upcycle/source_survey.h"
 
