@@ -3,8 +3,6 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
 #include <vector>
 
 #include "configs/nearest_name.h"
@@ -99,12 +97,6 @@ std::string explain(const CLI::App& app, int argc, char** argv, const CLI::Parse
     return fmt::format("unknown option '{}' of upmoe {}{} {}", option, first, meant(option, known), help);
   }
   return fmt::format("upmoe {}: {}; {}", first, error.what(), help);
-}
-
-bool speaks_for_all() {
-  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"})
-    if (const char* rank = std::getenv(name); rank != nullptr) return std::string_view(rank) == "0";
-  return true;
 }
 
 }  // namespace upmoe

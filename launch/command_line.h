@@ -10,7 +10,5 @@ namespace upmoe {
 CLI::Option* as_path(CLI::Option* option);
 // One sentence about a command line that CLI11 refused: an unknown command or option names the nearest.
 std::string explain(const CLI::App& app, int argc, char** argv, const CLI::ParseError& error);
-// Under a launcher every rank reads the same command line; one of them speaks.
-bool speaks_for_all();
 
 }  // namespace upmoe

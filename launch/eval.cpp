@@ -113,9 +113,10 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   try {
     result = evaluate(memory.exec, pipeline, mesh, *data, {sequences, a.micro_batch, a.mask_documents},
                       logits ? logits->sink() : LmHead::Sink{});
+  } catch (const PeerError&) {
+    throw;
   } catch (const Error& e) {  // an operation met the value first, and speaks of training
-    if (e.code() == ExitCode::kNumeric && dynamic_cast<const PeerError*>(&e) == nullptr)
-      refuse_not_finite(a, "values on the way to the loss are not finite");
+    if (e.code() == ExitCode::kNumeric) refuse_not_finite(a, "values on the way to the loss are not finite");
     throw;
   }
   if (logits) logits->write();

@@ -1,10 +1,12 @@
 // The `upmoe` program: picks the subcommand, starts the ranks, prints an error once and turns it into an exit
 // status.
 
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <sstream>
+#include <thread>
 
 #include "kernels/core/log.h"
 #include "kernels/core/system_error.h"
@@ -52,7 +54,7 @@ int run(int argc, char** argv) {
   upmoe::Runtime runtime(&argc, &argv,
                          std::chrono::milliseconds(works ? static_cast<std::int64_t>(deadline_s * 1000) : 0));
   try {
-    upmoe::log::start(runtime.world().rank(), runtime.world().size());
+    upmoe::log::start(runtime.world().rank());
     if (const std::string wrong = complaint(runtime.cores());
         works && runtime.cores().speaks && !wrong.empty())
       upmoe::log::warning("{}", wrong);
@@ -75,9 +77,12 @@ int main(int argc, char** argv) {
   std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of the write, not the end of a training run
   try {
     return run(argc, argv);
-  } catch (const upmoe::Error& e) {  // before the ranks were up
-    if (upmoe::speaks_for_all())
+  } catch (const upmoe::Error& e) {  // before the ranks were up: each finds the same, and one speaks
+    if (upmoe::announced_rank() == 0) {
       std::fprintf(stderr, "%supmoe: error: %s\n", upmoe::log::timestamp().c_str(), e.what());
+    } else {  // a launcher ends the whole job with the first rank; let the one that speaks be that
+      std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+    }
     return static_cast<int>(e.code());
   }
 }

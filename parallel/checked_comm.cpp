@@ -188,8 +188,7 @@ class CheckedCommunicator final : public Communicator {
     if (other == all.end()) return;
     fail(ExitCode::kCommunicator,
          "the ranks of a group of {} disagree on what comes next: rank 0 calls {} (number {}), rank {} calls "
-         "{} "
-         "(number {}); every rank must call the same verbs in the same order",
+         "{} (number {}); every rank must call the same verbs in the same order",
          size(), describe(all[0]), all[0].sequence, other - all.begin(), describe(*other), other->sequence);
   }
 

@@ -46,8 +46,11 @@ SignsOfLife::SignsOfLife() : impl_(new Impl) {
 }
 
 SignsOfLife::~SignsOfLife() {
-  for (const auto& letter : impl_->under_way)
-    if (letter->request != MPI_REQUEST_NULL) MPI_Request_free(&letter->request);
+  impl_->forget_sent();
+  for (auto& letter : impl_->under_way) {  // nobody takes them in any more
+    MPI_Request_free(&letter->request);
+    (void)letter.release();  // MPI may read it until the end
+  }
 }
 
 void SignsOfLife::Impl::forget_sent() {

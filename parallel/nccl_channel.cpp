@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstring>
 
+#include "kernels/core/log.h"
 #include "parallel/nccl_comm.h"
 #include "parallel/watchdog.h"
 
@@ -49,7 +50,7 @@ void tell(const std::string& message) {
   if (error_handler()) return error_handler()(message);
   std::signal(SIGTERM, SIG_DFL);
   std::this_thread::sleep_for(std::chrono::seconds(3));
-  const std::string text = fmt::format("upmoe: error: {}\n", message);
+  const std::string text = fmt::format("{}upmoe: error: {}\n", log::timestamp(), message);
   (void)!write(2, text.data(), text.size());
   _exit(static_cast<int>(ExitCode::kCommunicator));
 }

@@ -50,26 +50,24 @@ Announced announced_ranks() {
 
 bool mpi_started = false;
 
-// Of this process, for messages before the ranks are up.
-int announced_rank() {
-  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"})
-    if (const char* text = std::getenv(name)) return std::atoi(text);
-  return 0;
-}
-
 std::unique_ptr<Communicator> join_ranks(const Announced& announced, int* argc, char*** argv) {
   const MpiWorld mpi = start_mpi(argc, argv);
   mpi_started = true;
   if (mpi.size != announced.ranks)
     fail(ExitCode::kUsage,
          "{} says {} ranks, but MPI says {}: the launcher belongs to another MPI than this program, so each "
-         "process believes "
-         "it is alone; start it with the mpirun of the MPI it was built with",
+         "process believes it is alone; start it with the mpirun of the MPI it was built with",
          announced.variable, announced.ranks, mpi.size);
   return make_mpi_communicator();
 }
 
 }  // namespace
+
+int announced_rank() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"})
+    if (const char* text = std::getenv(name)) return std::atoi(text);
+  return 0;
+}
 
 Runtime::Runtime(int* argc, char*** argv, std::chrono::milliseconds deadline) {
   bound_spinning();

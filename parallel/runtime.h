@@ -38,4 +38,7 @@ class Runtime {
   CoreShare cores_;
 };
 
+// The rank that a launcher gave this process, 0 without one: for messages before the ranks are up.
+int announced_rank();
+
 }  // namespace upmoe

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -140,15 +139,13 @@ std::string complaint(const CoreShare& share) {
 void bound_spinning() {
 #ifdef _OPENMP
   // How long: some hundred microseconds, longer than nearly every pause between two ops and far shorter than
-  // a turn of the scheduler. Fewer turns cost an idle machine more, more cost a
-  // busy one more: tests/bench/busy_machine.py --spins tries others.
+  // a turn of the scheduler. Fewer turns cost an idle machine more, more cost a busy one more:
+  // tests/bench/busy_machine.py --spins tries others.
   constexpr const char* kTurns = "10000";
   if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
   std::ifstream file("/proc/self/cmdline");
-  const std::string line{std::istreambuf_iterator<char>(file), {}};
   std::vector<std::string> words;
-  for (std::size_t at = 0; at < line.size(); at = line.find('\0', at) + 1)
-    words.emplace_back(line.c_str() + at);
+  for (std::string word; std::getline(file, word, '\0');) words.push_back(word);
   std::vector<char*> arguments;
   for (std::string& word : words) arguments.push_back(word.data());
   arguments.push_back(nullptr);

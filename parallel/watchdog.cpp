@@ -12,6 +12,8 @@
 #include <mutex>
 #include <thread>
 
+#include "kernels/core/log.h"
+
 namespace upmoe::watchdog {
 
 namespace {
@@ -40,8 +42,8 @@ struct State {
   int rank = 0;
   std::chrono::milliseconds deadline{0};
   std::atomic<std::thread::id> rank_thread;
-  Moment progress,
-      beside;  // of the rank's own thread; of others, which counts while that one waits for no peer
+  Moment progress;  // of the rank's own thread
+  Moment beside;    // of others, which counts while that one waits for no peer
   std::uint64_t sequence = 0;
   struct Collective {
     std::string verb, waiting_for;
@@ -75,15 +77,14 @@ void let_lower_ranks_speak(int rank) {
 
 [[noreturn]] void end_the_process(const State& s) {
   const auto silent = std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - s.last_progress());
-  std::string text = fmt::format("upmoe: error: rank {}: no progress for {:.1f} s: ", s.rank,
-                                 static_cast<double>(silent.count()) / 1000.0);
+  std::string text = fmt::format("{}upmoe: error: rank {}: no progress for {:.1f} s: ", log::timestamp(),
+                                 s.rank, static_cast<double>(silent.count()) / 1000.0);
   if (s.in_flight.empty() && !s.phase.empty()) {
     text += fmt::format("the {} did not finish: it waits for a peer, stuck, stopped or unreachable", s.phase);
   } else if (s.in_flight.empty()) {
     text +=
         "no collective was under way, so this rank itself is stuck or slow; raise --deadline if one "
-        "operation "
-        "takes that long";
+        "operation takes that long";
   } else {
     const auto& [number, collective] = *s.in_flight.begin();
     text += fmt::format("the collective {} (number {}) did not finish: {}, stuck, stopped or unreachable",

@@ -1,6 +1,5 @@
 #include "kernels/core/log.h"
 
-#include <spdlog/sinks/basic_file_sink.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <unistd.h>
@@ -18,34 +17,26 @@ bool lines_need_time() {
   return isatty(STDERR_FILENO) != 1;
 }
 
-std::shared_ptr<spdlog::logger> make_logger(int rank, int ranks, const std::filesystem::path& folder) {
+std::shared_ptr<spdlog::logger> make_logger(int rank) {
   auto console = std::make_shared<spdlog::sinks::stderr_color_sink_mt>();
   console->set_level(rank == 0 ? spdlog::level::info : spdlog::level::warn);
-  const std::string who = ranks > 1 && rank > 0 ? fmt::format(" [rank {}]", rank) : "";
+  const std::string who = rank > 0 ? fmt::format(" [rank {}]", rank) : "";
   console->set_pattern((lines_need_time() ? "%Y-%m-%dT%H:%M:%S%z %v" : "%^%v%$") + who);
-  auto logger = std::make_shared<spdlog::logger>("upmoe", console);
-  if (!folder.empty()) {
-    auto file = std::make_shared<spdlog::sinks::basic_file_sink_mt>(
-        (folder / fmt::format("rank_{}.log", rank)).string());
-    file->set_pattern("%Y-%m-%d %H:%M:%S.%e %l %v");
-    logger->sinks().push_back(file);
-    logger->flush_on(spdlog::level::info);
-  }
-  return logger;
+  return std::make_shared<spdlog::logger>("upmoe", console);
 }
 
 // Ranks that are threads of one process share one logger; rank 0's setting stands.
 std::mutex mutex;
 std::shared_ptr<spdlog::logger>& logger() {
-  static std::shared_ptr<spdlog::logger> instance = make_logger(0, 1, {});
+  static std::shared_ptr<spdlog::logger> instance = make_logger(0);
   return instance;
 }
 
 }  // namespace
 
-void start(int rank, int ranks, const std::filesystem::path& folder) {
+void start(int rank) {
   const std::lock_guard lock(mutex);
-  logger() = make_logger(rank, ranks, folder);
+  logger() = make_logger(rank);
 }
 
 void write(Level level, const std::string& line) {

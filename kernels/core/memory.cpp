@@ -53,8 +53,7 @@ const char* advice() {
   return address_space_left() == kUnlimited
              ? "lower train.micro_batch or use more ranks"
              : "the address space of this process is limited: start it with `ulimit -v unlimited` (and "
-               "without "
-               "vm.overcommit_memory = 2), or lower train.micro_batch or use more ranks";
+               "without vm.overcommit_memory = 2), or lower train.micro_batch or use more ranks";
 }
 
 // An arena of its full length where nothing limits address space, else an eighth of what is left: parameters

@@ -66,8 +66,7 @@ void check_targets(const std::int32_t* targets, std::int64_t rows, std::int64_t 
     if (targets[c] < -1 || targets[c] >= vocab)
       fail(ExitCode::kBadInput,
            "target {} at position {} of the chunk is outside the vocabulary [0, {}) and is not -1 (ignored): "
-           "the data "
-           "was made with another tokenizer; tokenise it with the model's own",
+           "the data was made with another tokenizer; tokenise it with the model's own",
            targets[c], c, vocab);
 }
 

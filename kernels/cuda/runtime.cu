@@ -47,20 +47,17 @@ void CudaStream::report() {
       case Finding::kToken:
         fail(ExitCode::kBadInput,
              "token {} at position {} of the batch is outside the vocabulary [0, {}): the data was made with "
-             "another "
-             "tokenizer; tokenise it with the model's own",
+             "another tokenizer; tokenise it with the model's own",
              static_cast<std::int32_t>(value), row, limit);
       case Finding::kTarget:
         fail(ExitCode::kBadInput,
              "target {} at position {} of the chunk is outside the vocabulary [0, {}) and is not -1 "
-             "(ignored): the "
-             "data was made with another tokenizer; tokenise it with the model's own",
+             "(ignored): the data was made with another tokenizer; tokenise it with the model's own",
              static_cast<std::int32_t>(value), row, limit);
       case Finding::kLogit:
         fail(ExitCode::kNumeric,
              "router logit of token row {} and expert {} is not finite: the training has diverged; lower the "
-             "learning "
-             "rate or restart from an earlier checkpoint",
+             "learning rate or restart from an earlier checkpoint",
              row, value);
       case Finding::kIndex:
         fail(ExitCode::kFailure, "an index of row {} is {}, expected less than {}; this is a bug", row,

@@ -87,7 +87,7 @@ std::jthread watch_for_saving(const RunConfig& run, const Fault& fault, int rank
 int run(int argc, char** argv, Communicator& world) {
   if (argc < 7)
     fail(ExitCode::kUsage, "RUN.yaml PHASE kill|stop RANK STEP DEADLINE_MS [section.key=value ...]");
-  log::start(world.rank(), world.size());
+  log::start(world.rank());
   const RunConfig config = read_run_config(argv[1], {argv + 7, argv + argc});
   Fault fault;
   fault.phase = argv[2];
