@@ -6,9 +6,9 @@
 
 namespace upmoe {
 
-// For messages about a place without config.json: "; DIR/snapshots/5f0b... holds one: give that folder" when
-// `given` is a root of the Hugging Face cache, or its parent, or the parent or a file of a model directory;
-// else empty. Never throws.
+// For messages about a place without config.json, where to look: "; a model lies in a folder of it: give DIR"
+// when `given` is a root of the Hugging Face cache, or its parent, or the parent or a file of a model
+// directory; else empty. Never throws.
 std::string model_folder_hint(const std::filesystem::path& given);
 
 }  // namespace upmoe

@@ -22,16 +22,24 @@ int edit_distance(const std::string& a, const std::string& b, int limit) {
   return row[b.size()];
 }
 
+int distance_within(const std::string& a, const std::string& b, int limit) {
+  int best = limit + 1;
+  for (std::size_t at = 0; at < b.size(); ++at)
+    best = std::min(best, edit_distance(a, b.substr(at, a.size()), limit));
+  return best;
+}
+
 int closeness_limit(const std::string& name) {
   return std::max(2, static_cast<int>(name.size()) / 3);
 }
 
 std::vector<std::string> nearest_names(const std::string& name, const std::vector<std::string>& candidates,
-                                       std::size_t most) {
+                                       std::size_t most, NameDistance* distance) {
+  const int limit = closeness_limit(name);
   std::vector<std::pair<int, std::string>> near;
   for (const std::string& candidate : candidates) {
-    const int distance = edit_distance(name, candidate, closeness_limit(name));
-    if (distance <= closeness_limit(name)) near.emplace_back(distance, candidate);
+    const int found = distance(name, candidate, limit);
+    if (found <= limit) near.emplace_back(found, candidate);
   }
   std::stable_sort(near.begin(), near.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   std::vector<std::string> names;

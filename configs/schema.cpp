@@ -302,18 +302,6 @@ std::vector<std::pair<std::string, std::string>> Schema::values() const {
   return all;
 }
 
-std::vector<std::string> Schema::keys() const {
-  std::vector<std::string> all;
-  for (const Field& field : fields_) all.push_back(field.full());
-  return all;
-}
-
-std::string Schema::nearest(const std::string& full_key) const {
-  const std::size_t dot = full_key.find('.');
-  if (dot == std::string::npos) return nearest("", full_key);
-  return nearest(full_key.substr(0, dot), full_key.substr(dot + 1));
-}
-
 std::string Schema::help() const {
   std::string out;
   for (const Field& field : fields_) {

@@ -66,9 +66,6 @@ class Schema {
   std::vector<std::pair<std::string, std::string>> values() const;  // key and value as to_yaml writes them
   std::string reference() const;  // one line per key: name, type and range, default
   std::string help() const;       // for people: the keys by section, with defaults and meanings
-  std::vector<std::string> keys() const;
-  // A key or section that `full_key` may have meant, such as "; did you mean train.steps?".
-  std::string nearest(const std::string& full_key) const;
 
  private:
   struct Field {

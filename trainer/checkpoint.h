@@ -11,7 +11,6 @@
 
 #include "data/model_source.h"
 #include "data/shard_store.h"
-#include "trainer/checkpoint_choice.h"
 #include "trainer/session.h"
 
 namespace upmoe {

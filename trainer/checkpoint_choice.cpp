@@ -33,8 +33,8 @@ void require_visible(const fs::path& folder, const Communicator& world) {
   char host[256] = "?";
   gethostname(host, sizeof host - 1);
   fail(ExitCode::kBadInput,
-       "{}: rank 0 has it, rank {} on host {} does not; run.dir must lie on a file system that all hosts "
-       "share",
+       "{}: rank 0 has it, rank {} on host {} does not; "
+       "run.dir must lie on a file system that all hosts share",
        folder.string(), world.rank(), host);
 }
 
@@ -98,10 +98,6 @@ CheckpointChoice choose_checkpoint(const fs::path& checkpoints_dir, Communicator
            checkpoints_dir.string(), all);
   });
   return choice;
-}
-
-std::optional<fs::path> newest_usable(const fs::path& checkpoints_dir, Communicator& world) {
-  return choose_checkpoint(checkpoints_dir, world).newest;
 }
 
 }  // namespace upmoe

@@ -24,8 +24,4 @@ struct CheckpointChoice {
 // that lists them when there are checkpoints but none is usable: a run never starts over by itself.
 CheckpointChoice choose_checkpoint(const std::filesystem::path& checkpoints_dir, Communicator& world);
 
-// The same for whoever wants that one alone.
-std::optional<std::filesystem::path> newest_usable(const std::filesystem::path& checkpoints_dir,
-                                                   Communicator& world);
-
 }  // namespace upmoe

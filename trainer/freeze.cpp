@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <iterator>
-#include <utility>
 
 #include "configs/nearest_name.h"
 #include "data/hf_model.h"
@@ -19,34 +18,23 @@ bool matches(const std::string& pattern, const std::string& name) {
   return fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
 }
 
-// Names to propose for a pattern: compared without its wildcards, and without the numbers of layers and
-// experts, of which one each is enough.
+constexpr std::size_t kProposed = 3;
+
+// Names to propose for a pattern, which is compared without its wildcards.
 std::vector<std::string> names_near(const std::string& pattern, const std::vector<std::string>& names) {
   std::string bare;
   std::copy_if(pattern.begin(), pattern.end(), std::back_inserter(bare),
                [](char c) { return c != '*' && c != '?'; });
-  std::vector<std::string> near = nearest_names(bare, names, 3);
+  std::vector<std::string> near = nearest_names(bare, names, kProposed);
   if (!near.empty() || bare.empty()) return near;
-  // A part of a name: the names in which some stretch comes nearest to it.
-  std::vector<std::pair<int, std::string>> ranked;
-  for (const std::string& name : names) {
-    int best = closeness_limit(bare) + 1;
-    for (std::size_t at = 0; at < name.size(); ++at)
-      best = std::min(best, edit_distance(bare, name.substr(at, bare.size())));
-    if (best <= closeness_limit(bare)) ranked.emplace_back(best, name);
-  }
-  std::stable_sort(ranked.begin(), ranked.end(),
-                   [](const auto& a, const auto& b) { return a.first < b.first; });
-  for (std::size_t i = 0; i < std::min<std::size_t>(3, ranked.size()); ++i) near.push_back(ranked[i].second);
-  return near;
+  return nearest_names(bare, names, kProposed, distance_within);  // a part of a name
 }
 
 [[noreturn]] void refuse_unmatched(const std::string& pattern, const std::vector<std::string>& names) {
   const std::vector<std::string> near = names_near(pattern, names);
   fail(ExitCode::kUsage,
-       "freeze: pattern '{}' matches no parameter, neither by our names nor by Hugging Face's{}; `upmoe "
-       "inspect` "
-       "of the model or of a checkpoint lists the names",
+       "freeze: pattern '{}' matches no parameter, neither by our names nor by Hugging Face's{}; "
+       "`upmoe inspect` of the model or of a checkpoint lists the names",
        pattern,
        near.empty() ? fmt::format(", such as '{}' or '{}'", names.front(), names.back())
                     : fmt::format("; near it: '{}'", fmt::join(near, "', '")));
@@ -83,9 +71,8 @@ std::vector<std::string> frozen_names(const std::vector<std::string>& patterns, 
     if (!used[i]) refuse_unmatched(patterns[i], names);
   if (!partly.empty())
     fail(ExitCode::kUsage,
-         "freeze: a parameter freezes as a whole, and these patterns match only a part of {}{}; add a "
-         "pattern for "
-         "the rest, or take these out",
+         "freeze: a parameter freezes as a whole, and these patterns match only a part of {}{}; "
+         "add a pattern for the rest, or take these out",
          partly.front(), partly.size() > 1 ? fmt::format(" (and of {} more)", partly.size() - 1) : "");
   if (frozen.size() == parameters)
     fail(ExitCode::kUsage, "freeze: all {} parameters would be frozen, and nothing would train", parameters);

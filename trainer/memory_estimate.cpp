@@ -9,6 +9,7 @@
 #include "kernels/core/log.h"
 #include "parallel/control_group.h"
 #include "parallel/host.h"
+#include "trainer/checkpoint.h"
 #include "trainer/dry_model.h"
 
 namespace upmoe {
@@ -49,10 +50,7 @@ MemoryEstimate estimate_memory(const Session& s) {
   MemoryEstimate e;
   e.weights_and_gradients = static_cast<double>(s.params.bytes());
   e.optimizer = static_cast<double>(s.optimizer.bytes());
-  for (const StoredParam& p : s.params.all())
-    e.checkpoint += static_cast<double>(p.owned.size()) * static_cast<double>(size_of(p.value.dtype));
-  for (const OwnedSlice& slice : s.optimizer.slices())
-    e.checkpoint += (slice.has_master() ? 12.0 : 8.0) * static_cast<double>(slice.weight.elements());
+  e.checkpoint = static_cast<double>(CheckpointWriter::bytes_of(s));
   e.activations = activations_of(s);
   return e;
 }
@@ -106,10 +104,8 @@ void warn_of_memory(const Session& session, Communicator& world) {
   if (left == 0 || need <= left) return;
   log::warning(
       "this host has {:.2f} GiB of memory left, and its {} rank{} will need about {:.2f}, of which this one "
-      "{}: it "
-      "may be killed (status 137). Lower train.micro_batch, set train.recompute: block, optimizer.name: "
-      "adamw8bit or "
-      "parallel.zero: 2, or use more hosts",
+      "{}: it may be killed (status 137). Lower train.micro_batch, set train.recompute: block, "
+      "optimizer.name: adamw8bit or parallel.zero: 2, or use more hosts",
       left / kGiB, ranks, ranks == 1 ? "" : "s", need / kGiB, describe(mine));
 }
 

@@ -28,8 +28,9 @@ void fill_random(Exec& ex, TensorView t) {
     ops::upload(ex, flat.rows(at, at + block.elements()), block);
 }
 
-// Seconds of the best of some products of two square matrices, `budget` seconds of them.
-double best_product(Exec& ex, DType dtype, std::int64_t side, double budget) {
+// Seconds of the best of some products of two square matrices: bursts of `budget` seconds, a moment apart, as
+// other work on the machine comes and goes.
+double best_product(Exec& ex, DType dtype, std::int64_t side, int bursts, double budget) {
   ScratchScope scope(*ex.scratch);
   TensorView a = ex.scratch->take({side, side}, dtype, "peak a"),
              b = ex.scratch->take({side, side}, dtype, "peak b");
@@ -48,28 +49,26 @@ double best_product(Exec& ex, DType dtype, std::int64_t side, double budget) {
   };
   once();
   double best = once();
-  for (double spent = best; spent < budget;) {
-    const double t = once();
-    best = std::min(best, t);
-    spent += t;
+  for (int burst = 0; burst < bursts; ++burst) {
+    if (burst > 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    for (double spent = 0; spent < budget;) {
+      const double t = once();
+      best = std::min(best, t);
+      spent += t;
+    }
   }
   return best;
 }
 
 }  // namespace
 
-// Other work on the machine comes and goes: the best of several bursts, a moment apart.
 PeakRate::PeakRate(Exec& ex, DType dtype) : dtype_(dtype) {
-  constexpr int kBursts = 4;
   const std::int64_t largest = ex.device.type == DeviceType::kCuda ? 8192 : 1024;
   Exec quiet = ex;
   quiet.ledger = nullptr;
   std::int64_t side = 256;  // powers of two: whole blocks of random numbers
-  while (side < largest && best_product(quiet, dtype, side, 0) < 0.03) side *= 2;
-  for (int burst = 0; burst < kBursts; ++burst) {
-    if (burst > 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    saw(2.0 * static_cast<double>(side * side * side), best_product(quiet, dtype, side, 0.05));
-  }
+  while (side < largest && best_product(quiet, dtype, side, 0, 0) < 0.03) side *= 2;
+  saw(2.0 * static_cast<double>(side * side * side), best_product(quiet, dtype, side, 4, 0.05));
 }
 
 void PeakRate::saw(double flops, double seconds) {

@@ -34,8 +34,12 @@ std::string config_differences(const ModelConfig& one, const ModelConfig& two) {
 }
 
 bool same_place(const std::string& one, const std::string& two) {
+  if (one == two) return true;
   std::error_code error;
-  return fs::weakly_canonical(one, error) == fs::weakly_canonical(two, error);
+  const fs::path first = fs::weakly_canonical(one, error);
+  if (error) return false;  // what cannot be followed leads nowhere, not to the same place
+  const fs::path second = fs::weakly_canonical(two, error);
+  return !error && first == second;
 }
 
 }  // namespace

@@ -29,7 +29,6 @@ class Resumption {
   // "data.seq_len: 16 -> 32, ...": the changes of a section; empty when there are none.
   std::string changes_of(const std::string& section) const;
   const std::vector<ConfigChange>& changes() const { return changes_; }
-  std::int64_t step() const { return step_; }
   const std::string& source() const { return source_; }  // where the model lies now
 
  private:

@@ -4,6 +4,16 @@
 
 namespace upmoe {
 
+namespace {
+
+// The rank that met it tells.
+void warn_of_failure(std::int64_t step, bool last, const Error& e) {
+  if (*e.what() == 0) return;
+  log::warning("checkpoint of step {} failed{}: {}", step, last ? "" : ", training goes on", e.what());
+}
+
+}  // namespace
+
 RunCheckpoints::RunCheckpoints(const std::filesystem::path& run_dir, int keep, Communicator& world)
     : dir_(run_dir / "checkpoints"), world_(world), writer_(dir_), keeper_(dir_, keep) {}
 
@@ -47,9 +57,7 @@ void RunCheckpoints::start(Session& session, const TrainState& state, bool in_ba
     writer_.begin(session, state, world_, in_background);
     saved_step_ = state.step;
   } catch (const Error& e) {
-    if (world_.rank() == 0)
-      log::warning("checkpoint of step {} failed{}: {}", state.step, last ? "" : ", training goes on",
-                   e.what());
+    warn_of_failure(state.step, last, e);
   }
 }
 
@@ -65,9 +73,7 @@ void RunCheckpoints::conclude(bool last) {
     log::info("checkpoint {}", done.folder.string());
     keeper_.wrote(saved_step_, done.durable);
   } catch (const Error& e) {
-    if (*e.what() != 0)
-      log::warning("checkpoint of step {} failed{}: {}", saved_step_, last ? "" : ", training goes on",
-                   e.what());
+    warn_of_failure(saved_step_, last, e);
     saved_step_ = -1;
     if (!last) retire_after_full_disk(false);
   }
@@ -91,13 +97,14 @@ void RunCheckpoints::poll() {
 }
 
 void RunCheckpoints::save_last(Session& session, const TrainState& state) {
-  do {
-    start(session, state, false, true);
-    if (busy()) conclude(true);
-    if (saved_step_ == state.step) return;
-  } while (retire_after_full_disk(true));
-  fail(ExitCode::kBadInput, "the checkpoint of step {} could not be written to {}; see the warning above",
-       state.step, dir_.string());
+  start(session, state, false, true);
+  while (busy()) {
+    conclude(true);
+    if (saved_step_ != state.step && retire_after_full_disk(true)) start(session, state, false, true);
+  }
+  if (saved_step_ != state.step)
+    fail(ExitCode::kBadInput, "the checkpoint of step {} could not be written to {}; see the warning above",
+         state.step, dir_.string());
 }
 
 }  // namespace upmoe

@@ -41,7 +41,6 @@ void make_run_directory(const fs::path& dir) {
     fail(ExitCode::kUsage, "run.dir: '{}' is no place for a run: {}; name a folder of its own", dir.string(),
          reason);
   make_folders(dir / "checkpoints");
-  make_folders(dir / "logs");
 }
 
 }  // namespace upmoe

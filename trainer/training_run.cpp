@@ -138,9 +138,8 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
          checkpoint->string(), data_changes(), dir_.string());
   if (checkpoint && state_.samples != state_.step * run_.train.global_batch)
     fail(ExitCode::kUsage,
-         "train.global_batch: the checkpoint consumed {} samples in {} steps, which {} per step does not "
-         "give; "
-         "restore it, or start another run.dir",
+         "train.global_batch: the checkpoint consumed {} samples in {} steps, which {} per step does "
+         "not give; restore it, or start another run.dir",
          state_.samples, state_.step, run_.train.global_batch);
   state_.fingerprint = fingerprint;
   if (!run_.data.valid.empty())
@@ -196,9 +195,8 @@ void Run::count_nonfinite(const StepReport& report) {
   if (nonfinite_ < run_.train.nonfinite_patience) return;
   if (checkpoints_.busy()) checkpoints_.finish();
   fail(ExitCode::kNumeric,
-       "loss {} and gradient norm {} were not finite for {} steps in a row, the last one {}; the newest "
-       "checkpoint in {} is "
-       "from before. Lower optimizer.lr, or look at the data of samples {} to {}",
+       "loss {} and gradient norm {} were not finite for {} steps in a row, the last one {}; the "
+       "newest checkpoint in {} is from before. Lower optimizer.lr, or look at the data of samples {} to {}",
        report.loss, report.grad_norm, nonfinite_, report.step, checkpoints_.dir().string(),
        (report.step - nonfinite_) * run_.train.global_batch, report.step * run_.train.global_batch - 1);
 }

@@ -8,6 +8,7 @@
 #include "kernels/core/philox.h"
 #include "tests/support/layout_run.h"
 #include "trainer/checkpoint.h"
+#include "trainer/checkpoint_choice.h"
 
 namespace upmoe {
 namespace {
@@ -48,7 +49,7 @@ std::vector<double> half_run(const Layout& layout, const fs::path& checkpoints, 
     Session s(test::run_of(layout, golden, tokens), golden.config(), world);
     TrainState state;
     if (resume) {
-      state = load_checkpoint(ShardStore(*newest_usable(checkpoints, world)), s);
+      state = load_checkpoint(ShardStore(*choose_checkpoint(checkpoints, world).newest), s);
     } else {
       s.params.load(s.memory.exec, test::golden_weights(golden));
       s.optimizer.reset(s.memory.exec);
