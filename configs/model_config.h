@@ -32,8 +32,7 @@ struct ModelConfig {
   int num_moe_layers() const;
 };
 
-// Reads `path` (config.json, or a directory that holds one). Throws Error(kBadInput) that lists every
-// problem.
+// Reads `path` (config.json, or a directory that holds one). Throws Error(kBadInput) that lists every problem.
 ModelConfig read_model_config(const std::filesystem::path& path);
 ModelConfig parse_model_config(const std::string& json, const std::string& where);
 // The config.json that transformers v4, v5 and vLLM read: rope_theta and rope_parameters, torch_dtype and

@@ -9,9 +9,8 @@
 namespace upmoe {
 namespace {
 
-// A key and the values (as JSON) with which it changes nothing. Most belong to other architectures:
-// transformers leaves them aside under our model types, but a file that gives them was made for code that
-// does not.
+// A key and the values (as JSON) with which it changes nothing. Most belong to other architectures: transformers
+// leaves them aside under our model types, but a file that gives them was made for code that does not.
 struct Feature {
   const char* key;
   std::initializer_list<std::string_view> neutral;

@@ -3,11 +3,13 @@
 // binding, optimizer groups, checkpoint, upcycling and documentation all read this list.
 //
 // Names (stable for ever, they are on disk; i = layer):
-//   embed_VD [V,D] · layers.i.norm1_D · layers.i.attn.{q,k,v}_NHD [heads,head,D] · layers.i.attn.{q,k,v}_NH
-//   (biases) layers.i.attn.o_DNH [D,heads,head] · layers.i.norm2_D · layers.i.ffn.gate_up_F2D [F,2,D] ·
-//   layers.i.ffn.down_DF layers.i.moe.router_ED · layers.i.moe.gate_up_EF2D [E,F,2,D] · layers.i.moe.down_EDF
-//   [E,D,F] layers.i.shared.gate_1D · layers.i.shared.gate_up_F2D · layers.i.shared.down_DF · norm_D ·
-//   head_VD (untied only)
+//   embed_VD [V,D]
+//   layers.i.norm1_D · layers.i.attn.{q,k,v}_NHD [heads,head,D] · layers.i.attn.{q,k,v}_NH (biases)
+//   layers.i.attn.o_DNH [D,heads,head] · layers.i.norm2_D
+//   layers.i.ffn.gate_up_F2D [F,2,D] · layers.i.ffn.down_DF                                   dense blocks
+//   layers.i.moe.router_ED · layers.i.moe.gate_up_EF2D [E,F,2,D] · layers.i.moe.down_EDF [E,D,F]   mixtures
+//   layers.i.shared.gate_1D · layers.i.shared.gate_up_F2D · layers.i.shared.down_DF
+//   norm_D · head_VD (untied only)
 // In the table q, k, v weights are neighbours in this order, then the three biases: a flat buffer in table
 // order holds one contiguous [qkv, D] matrix.
 

@@ -1,6 +1,6 @@
 #pragma once
-// What a training run is: the YAML file of `upmoe train`, as plain data. Keys and defaults are a contract
-// (tests/configs/frozen_keys_test).
+// What a training run is: the YAML file of `upmoe train`, as plain data. Keys and defaults are a
+// contract, held by tests/configs/frozen_keys_test.
 
 #include <cstdint>
 #include <filesystem>
@@ -46,8 +46,8 @@ struct RunConfig {
     bool deterministic = true;
     std::int64_t eval_every = 0;       // held-out evaluation every n steps; 0 = at the end only
     std::int64_t eval_sequences = 64;  // sequences of data.valid per evaluation; 0 = all
-    std::int64_t nonfinite_patience =
-        3;  // consecutive non-finite steps skipped before the run stops with status 4
+    // Consecutive non-finite steps skipped before the run stops with status 4.
+    std::int64_t nonfinite_patience = 3;
   } train;
   struct Optimizer {
     std::string name = "adamw";
@@ -66,8 +66,7 @@ struct RunConfig {
     // every micro-batch leaves reduced.
     int zero = 1;
     std::string reduce = "fp32";  // fp32 | bf16: in what gradients are added up, over micro-batches and ranks
-    // Ranks per node for the exchange of expert rows: a row crosses to another node once. 0: straight to its
-    // rank.
+    // Ranks per node for the exchange of expert rows: a row crosses to another node once. 0: straight to its rank.
     int node_ranks = 0;
     int pp_chunks = 1;  // runs of blocks per pipeline stage; above 1 the schedule is interleaved
   } parallel;

@@ -1,5 +1,5 @@
-// What a run configuration asks for in vain: said, not refused, because a key may wait for another value of
-// its neighbour.
+// What a run configuration asks for in vain: said, not refused, because a key may wait for another
+// value of its neighbour.
 
 #include <fmt/format.h>
 

@@ -10,8 +10,8 @@
 
 namespace upmoe {
 
-// One micro-batch on the host; views into the loader's memory, valid until the next next(). T = micro_batch *
-// seq_len.
+// One micro-batch on the host; views into the loader's memory, valid until the next next(). T =
+// micro_batch * seq_len.
 struct Batch {
   ConstTensorView tokens_T, targets_T, positions_T;  // int32
   ConstTensorView document_T;                        // int32; data null when documents are not masked

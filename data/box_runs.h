@@ -18,8 +18,7 @@ inline std::int64_t flat_in(const Box& box, const Box& region, const std::array<
   return at;
 }
 
-// Calls run(flat offset in a, flat offset in b, elements) for runs of `region` that are contiguous in both
-// boxes.
+// Calls run(flat offset in a, flat offset in b, elements) for runs of `region` that are contiguous in both boxes.
 template <class Run>
 void for_runs(const Box& a, const Box& b, const Box& region, const Run& run) {
   const int rank = region.extent.rank;

@@ -11,9 +11,8 @@ namespace upmoe {
 
 namespace {
 
-// The library's own clean-up at exit() follows dangling pointers after a file that could not be closed (a
-// full disk), and turns a reported error into a crash. Files are closed here, so nothing is left for it to
-// do.
+// The library's own clean-up at exit() follows dangling pointers after a file that could not be closed (a full
+// disk), and turns a reported error into a crash. Files are closed here, so nothing is left for it to do.
 [[maybe_unused]] const herr_t no_clean_up_at_exit = H5dont_atexit();
 
 // Datasets from this length on begin at a disk block, so that they can be written past the page cache.

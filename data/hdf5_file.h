@@ -19,8 +19,8 @@ class Hdf5Writer {
   // One flat contiguous dataset, given its place in the file and no values: they are written there by other
   // means once this writer is closed. Returns the byte offset of that place (0 when empty).
   std::uint64_t reserve_flat(const std::string& dataset, DType dtype, std::int64_t elements);
-  // A dataset of the tensor's global shape that maps onto the flat datasets of its pieces; NaN where nothing
-  // is mapped.
+  // A dataset of the tensor's global shape that maps onto the flat datasets of its pieces; NaN
+  // where nothing is mapped.
   void write_virtual(const std::string& dataset, const StoredTensor& tensor,
                      const std::vector<StoredFile>& files);
   void close();  // throws when the library lost something

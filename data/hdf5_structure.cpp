@@ -150,8 +150,7 @@ std::string Hdf5Structure::heap_of_names(std::uint64_t address) const {
   return bytes(at.number(8), size);
 }
 
-// III.A.1 and III.C: a tree whose leaves list names and addresses. `level` is -1 at the root; `left` bounds
-// the walk.
+// III.A.1 and III.C: a tree whose leaves list names and addresses. `level` is -1 at the root; `left` bounds the walk.
 void Hdf5Structure::read_symbols(std::uint64_t tree, const std::string& names, int level, int& left) {
   if (--left < 0) damaged("its root group has no end");
   const std::string start = bytes(tree, 24);

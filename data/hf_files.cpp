@@ -23,8 +23,7 @@ constexpr const char *kSingle = "model.safetensors", *kIndex = "model.safetensor
 std::map<std::string, std::string> read_index(const fs::path& path) {
   std::map<std::string, std::string> map;
   std::set<std::string> seen;
-  // Objects with equal keys silently keep the last one in this library; the callback sees each key as it
-  // comes.
+  // Objects with equal keys silently keep the last one in this library; the callback sees each key as it comes.
   bool duplicate = false, in_map = false;
   const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
     if (event == nlohmann::json::parse_event_t::key) {

@@ -1,6 +1,5 @@
 #pragma once
-// A Hugging Face model directory: config.json, one model.safetensors or shards with an index, tokenizer
-// files.
+// A Hugging Face model directory: config.json, one model.safetensors or shards with an index, tokenizer files.
 
 #include <filesystem>
 #include <functional>
@@ -29,8 +28,7 @@ struct HfTensor {
   std::int64_t elements() const;
 };
 std::vector<HfTensor> hf_tensors_of(const ParamSpec& param);  // names as transformers writes them
-// Every tensor of a model in the order in which transformers' state dict lists them (embedding, layers, norm,
-// head).
+// Every tensor of a model in the order in which transformers' state dict lists them (embedding, layers, norm, head).
 std::vector<HfTensor> hf_tensors_of(const ModelConfig& config);
 
 // Opened for reading. The weights are found as transformers finds them: model.safetensors, else the files of
@@ -42,8 +40,7 @@ class HfModel {
   explicit HfModel(const std::filesystem::path& dir);
   const ModelConfig& config() const { return config_; }
   const std::filesystem::path& dir() const { return dir_; }
-  // Any box of a parameter, converted to out's dtype (fp32 or bf16; from F32, BF16 or F16). out: box.extent
-  // elements.
+  // Any box of a parameter, converted to out's dtype (fp32 or bf16; from F32, BF16 or F16). out: box.extent elements.
   void read(const ParamSpec& param, const Box& box, TensorView out) const;
   // Raw access for streaming: the file and entry that hold a tensor; throws when absent.
   std::pair<const SafetensorsFile*, const SafetensorsEntry*> locate(const std::string& tensor) const;

@@ -16,8 +16,7 @@ class ModelSource {
  public:
   virtual ~ModelSource() = default;
   virtual const ModelConfig& config() const = 0;
-  // Any box of a parameter, converted to out's dtype (fp32 or bf16): its best value where a checkpoint keeps
-  // several.
+  // Any box of a parameter, converted to out's dtype (fp32 or bf16): its best value where a checkpoint keeps several.
   virtual void read(const ParamSpec& param, const Box& box, TensorView out) const = 0;
   // The folder that is read: the model directory, or the checkpoint of a run directory.
   virtual std::filesystem::path directory() const = 0;
@@ -28,8 +27,7 @@ class ModelSource {
 // Throws Error(kBadInput) when `path` is none of the three, or damaged.
 std::unique_ptr<ModelSource> open_model(const std::filesystem::path& path);
 
-// What a configuration says about the function, as JSON: without notes of other programs and the files'
-// dtype.
+// What a configuration says about the function, as JSON: without notes of other programs and the files' dtype.
 std::string function_of(const ModelConfig& config);
 // Tells whether two sources are one model, wherever it lies and however its files are cut: of the
 // configuration and some values of every tensor and expert, read in fp32.

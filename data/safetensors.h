@@ -30,8 +30,7 @@ struct SafetensorsHeader {
 // Parses and validates a header given as bytes; `file_bytes` is the length of the whole file.
 SafetensorsHeader parse_safetensors_header(std::span<const std::byte> bytes, std::uint64_t file_bytes,
                                            const std::string& where);
-// The bytes that precede the data: length word and JSON, padded to 8. Entries' offsets are assigned in their
-// order.
+// The bytes that precede the data: length word and JSON, padded to 8. Entries' offsets are assigned in their order.
 std::string make_safetensors_header(std::vector<SafetensorsEntry>& entries,
                                     const std::map<std::string, std::string>& metadata);
 

@@ -2,10 +2,9 @@
 // Output that appears under its name complete or not at all.
 //
 // While it is made, a folder NAME lies in NAME.upmoe-partial/ beside its final place, under a name of its own
-// there, and a file NAME is NAME.upmoe-partial. A lock tells two jobs with one target apart, and a job that
-// was killed from one that still works: what a killed one left is cleared by the next that has the lock.
-// Nothing else is ever removed. Where a file system has no locks, names of their own keep jobs apart, and
-// left-overs stay.
+// there, and a file NAME is NAME.upmoe-partial. A lock tells two jobs with one target apart, and a job that was
+// killed from one that still works: what a killed one left is cleared by the next that has the lock. Nothing else
+// is ever removed. Where a file system has no locks, names of their own keep jobs apart, and left-overs stay.
 
 #include <cstdint>
 #include <filesystem>

@@ -16,8 +16,8 @@ void require_checksum(const std::filesystem::path& file, std::uint32_t found, st
 class StoreCheck {
  public:
   StoreCheck(const ShardStore& store, int part, int parts);  // `store` outlives this
-  // Reads on for about `at_most`, and at least one block. False once everything was read. Throws like
-  // ShardStore::verify.
+  // Reads on for about `at_most`, and at least one block. False once everything was read.
+  // Throws like ShardStore::verify.
   bool advance(std::chrono::milliseconds at_most);
 
  private:

@@ -62,8 +62,8 @@ class TokenDataset {
     std::filesystem::path path;
     double weight = 1.0;
   };
-  // vocab_size: the model's; a file whose vocabulary is larger, or that holds a token >= vocab_size when
-  // read, throws.
+  // vocab_size: the model's; a file whose vocabulary is larger, or that holds a token >= vocab_size
+  // when read, throws.
   TokenDataset(const std::vector<Source>& sources, std::int64_t seq_len, bool shuffle, std::uint64_t seed,
                std::int64_t vocab_size);
   ~TokenDataset();
@@ -71,9 +71,8 @@ class TokenDataset {
   std::vector<std::int64_t> sequences_of_source() const;  // of one epoch, file by file
   std::vector<const TokenFile*> files() const;            // of the sources, in their order
   std::int64_t seq_len() const { return seq_len_; }
-  // tokens, targets: seq_len each. documents, positions (both empty, or both seq_len): document number within
-  // the sequence and position since the document's start or, for the first one, since the sequence's; both
-  // from 0.
+  // tokens, targets: seq_len each. documents, positions (both empty, or both seq_len): document number within the
+  // sequence and position since the document's start or, for the first one, since the sequence's; both from 0.
   void read(std::int64_t sample, std::span<std::int32_t> tokens, std::span<std::int32_t> targets,
             std::span<std::int32_t> documents, std::span<std::int32_t> positions) const;
   // A digest of what the order depends on (files' sizes, tokenizer, weights, seed, seq_len), kept in

@@ -77,7 +77,8 @@ def check_file(root, path):
     for number, line in enumerate(lines, 1):
         if LEFT_OVERS.search(line):
             yield f"{path}:{number}: finish it or leave it out: {line.strip()}"
-        if suffix in SCRIPTS and len(line) > MAX_COLUMN:  # clang-format sees to the others
+        # clang-format sees to code and leaves comments alone: it would break their tables.
+        if len(line) > MAX_COLUMN and (suffix in SCRIPTS or line.lstrip().startswith("//")):
             yield f"{path}:{number}: {len(line)} columns, at most {MAX_COLUMN}"
         if line != line.rstrip() or "\t" in line:
             yield f"{path}:{number}: trailing blank or tab"

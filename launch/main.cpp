@@ -1,5 +1,4 @@
-// The `upmoe` program: picks the subcommand, starts the ranks, prints an error once and turns it into an exit
-// status.
+// The `upmoe` program: picks the subcommand, starts the ranks, prints an error once and turns it into an exit status.
 
 #include <chrono>
 #include <csignal>

@@ -54,9 +54,8 @@ class Communicator {
   virtual Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream = nullptr) = 0;
   // out holds size() equal slices; slice r is rank r's in. in may be a piece of out (its own slice).
   virtual Pending all_gather(TensorView out, ConstTensorView in, Stream* stream = nullptr) = 0;
-  // Rows of the first dim: send_rows[p] consecutive rows of `in` go to rank p; `out` receives recv_rows[p]
-  // rows from rank p, in rank order. Counts are on the host and may be 0; send and receive counts must match
-  // pairwise.
+  // Rows of the first dim: send_rows[p] consecutive rows of `in` go to rank p; `out` receives recv_rows[p] rows
+  // from rank p, in rank order. Counts are on the host and may be 0; send and receive counts must match pairwise.
   virtual Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
                                   std::span<const std::int64_t> send_rows, Stream* stream = nullptr) = 0;
   // Between two ranks, in order: the n-th receive from a rank takes its n-th send. For the pipeline.
@@ -101,8 +100,7 @@ void agree(Communicator& comm, ExitCode code, const std::string& local_error);
 // Runs `body` and agrees on its outcome: an Error thrown by body on any rank is thrown on all.
 void run_agreed(Communicator& comm, const std::function<void()>& body);
 // The ranks must have been given the same: `value` (any length, compared by digest) is that of every rank.
-// When it is not, rank 0 throws Error(kUsage) that names `what` and the ranks that differ from it.
-// Collective.
+// When it is not, rank 0 throws Error(kUsage) that names `what` and the ranks that differ from it. Collective.
 void require_equal(Communicator& comm, const std::string& what, const std::string& value);
 
 }  // namespace upmoe

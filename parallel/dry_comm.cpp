@@ -1,5 +1,4 @@
-// Rank r of a world that does not exist: verbs check and book what a real transport would send, and move
-// nothing.
+// Rank r of a world that does not exist: verbs check and book what a real transport would send, and move nothing.
 
 #include <algorithm>
 

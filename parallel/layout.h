@@ -46,8 +46,7 @@ struct StagePlan {
   int stage_of_block(std::int64_t block) const;
 };
 // Chunks of equal cost as far as whole blocks allow (the largest chunk is as small as possible; among equals,
-// early chunks are the smaller ones). block_cost: any unit; `first`, `last`: of the embedding and of the
-// head.
+// early chunks are the smaller ones). block_cost: any unit; `first`, `last`: of the embedding and of the head.
 StagePlan one_stage(std::int64_t blocks);
 StagePlan plan_stages(int stages, int chunks_per_stage, std::span<const double> block_cost, double first,
                       double last);

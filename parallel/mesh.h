@@ -27,12 +27,10 @@ struct MeshSpec {
   std::string str() const;  // "pp 1, dp 2, cp 1, tp 1, edp 1, ep 2, etp 1"
 };
 
-// Owns one communicator for each axis and each product of axes asked for at construction. Collective to
-// build.
+// Owns one communicator for each axis and each product of axes asked for at construction. Collective to build.
 class ProcessMesh {
  public:
-  // node_ranks: of the exchange of expert rows (along ep and etp), how many neighbours make a node; 0: no
-  // nodes.
+  // node_ranks: of the exchange of expert rows (along ep and etp), how many neighbours make a node; 0: no nodes.
   ProcessMesh(MeshSpec spec, Communicator& world, int node_ranks = 0);
   Communicator& world() const { return world_; }
   Communicator& along(Axis a) const { return along({a}); }

@@ -201,8 +201,9 @@ class MpiCommunicator final : public Communicator {
     std::unique_ptr<Pool::Block> staged;  // one slot per rank
   };
 
+  // Each rank begins with its neighbour, so nobody is everybody's first.
   template <class F>
-  void for_peers(const F& f) const {  // each rank begins with its neighbour, so nobody is everybody's first
+  void for_peers(const F& f) const {
     for (int i = 1; i < size_; ++i) f((rank_ + i) % size_);
   }
   Pending waiting(std::shared_ptr<MpiMessages> messages, const char* verb) {

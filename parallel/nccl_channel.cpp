@@ -43,9 +43,8 @@ std::string words_of(ncclResult_t result) {
   return text;
 }
 
-// The message of an error that no call returned. Mostly a peer ended because of an error of its own: it is
-// the one to speak, and its end is everybody's within a second or two, by a signal that is no request to save
-// any more.
+// The message of an error that no call returned. Mostly a peer ended because of an error of its own: it is the one
+// to speak, and its end is everybody's within a second or two, by a signal that is no request to save any more.
 void tell(const std::string& message) {
   if (error_handler()) return error_handler()(message);
   std::signal(SIGTERM, SIG_DFL);

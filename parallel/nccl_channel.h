@@ -86,16 +86,14 @@ class Progress {
 // What a channel does on its stream.
 using Calls = std::function<void(Comm comm, Stream& stream)>;
 
-// An NCCL communicator with a stream of its own. Made and used by the rank's thread; destroyed on all its
-// ranks.
+// An NCCL communicator with a stream of its own. Made and used by the rank's thread; destroyed on all its ranks.
 class Channel {
  public:
   // Takes over `comm`; `ranks`: in words, for messages.
   Channel(std::shared_ptr<Progress> progress, Comm comm, std::string ranks);
   ~Channel();
   Channel(const Channel&) = delete;
-  // Does `calls` behind what `compute` has been given so far; the Pending's wait() holds `compute`, not the
-  // host.
+  // Does `calls` behind what `compute` has been given so far; the Pending's wait() holds `compute`, not the host.
   Pending run(const char* verb, Stream* compute, const Calls& calls);
   Comm comm() const { return comm_; }
   Stream& stream() { return *stream_; }

@@ -177,9 +177,8 @@ class NcclCommunicator final : public Communicator {
     return size() == 1 ? self_.get() : nullptr;
   }
 
-  // Rank r's part of what rank r' holds at data_for(r), bytes_for(r) long, for all pairs; what arrives for
-  // this rank is staged in rank order. Staged memory belongs to the stream: the next verb on it waits for
-  // this one.
+  // Rank r's part of what rank r' holds at data_for(r), bytes_for(r) long, for all pairs; what arrives for this
+  // rank is staged in rank order. Staged memory belongs to the stream: the next verb on it waits for this one.
   template <class DataFor, class BytesFor>
   void exchange_slices(nccl::Comm comm, Stream& s, std::size_t mine, const DataFor& data_for,
                        const BytesFor& bytes_for) {

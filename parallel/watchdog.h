@@ -11,9 +11,8 @@
 namespace upmoe {
 
 // A thread that ends the process with kHang (between GPUs kCommunicator) and a message when this rank made no
-// progress for `deadline`: names the collective in flight, its sequence number, the ranks it waits for and
-// the last collectives. When several ranks notice, the lowest speaks first and ends the job before the others
-// do.
+// progress for `deadline`: names the collective in flight, its sequence number, the ranks it waits for and the
+// last collectives. When several ranks notice, the lowest speaks first and ends the job before the others do.
 //
 // Progress is whatever takes a rank further: an op, a collective begun or ended, a tensor read, a block
 // written, on any thread. While the rank's own thread waits in a collective only two things are: the ranks it
@@ -31,8 +30,7 @@ void heartbeat();
 // Holds the rank's own thread until `done`, which other threads bring about, and lets their heartbeats count.
 void wait_until(const std::function<bool()>& done);
 
-// A collective begins; returns its sequence number. `code` is what the process ends with if it does not
-// finish.
+// A collective begins; returns its sequence number. `code` is what the process ends with if it does not finish.
 std::uint64_t enter(const char* verb, ExitCode code = ExitCode::kHang);
 // For whom it has been waiting for a while, in words for the message; as of the last call.
 void waiting_for(std::uint64_t sequence, std::string whom);

@@ -1,6 +1,5 @@
 #pragma once
-// Saving and loading of a session through the shard store, in any layout; the slow part runs on a thread of
-// its own.
+// Saving and loading of a session through the shard store, in any layout; the slow part runs on a thread of its own.
 
 #include <atomic>
 #include <cstdint>
@@ -23,15 +22,13 @@ struct TrainState {
   std::string fingerprint;    // of the data order
 };
 
-// One save at a time: begin() copies what this rank owns and returns; a thread writes; finish() makes it
-// visible.
+// One save at a time: begin() copies what this rank owns and returns; a thread writes; finish() makes it visible.
 class CheckpointWriter {
  public:
   explicit CheckpointWriter(std::filesystem::path checkpoints_dir);
   ~CheckpointWriter();
 
-  // Collective. Throws (on all ranks) when the folder cannot be made or lacks space; then nothing is under
-  // way.
+  // Collective. Throws (on all ranks) when the folder cannot be made or lacks space; then nothing is under way.
   void begin(Session& session, const TrainState& state, Communicator& world, bool in_background);
   bool busy() const { return writer_ != nullptr; }
   bool written() const;  // this rank's part lies on the disk; local

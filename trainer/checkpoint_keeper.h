@@ -1,6 +1,5 @@
 #pragma once
-// Which checkpoints of a run stay on the disk, by what they are worth. For rank 0, which holds the run's
-// lock.
+// Which checkpoints of a run stay on the disk, by what they are worth. For rank 0, which holds the run's lock.
 
 #include <cstdint>
 #include <filesystem>

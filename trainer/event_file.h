@@ -1,6 +1,5 @@
 #pragma once
-// TensorBoard event files: TFRecord framing with masked CRC-32C, and the few protobuf fields that scalars
-// need.
+// TensorBoard event files: TFRecord framing with masked CRC-32C, and the few protobuf fields that scalars need.
 
 #include <cstdint>
 #include <filesystem>
@@ -13,8 +12,7 @@ namespace upmoe {
 
 class EventFile {
  public:
-  // Opens a new file in `dir` (after a crash or a resume always a new one: nothing may stand behind a torn
-  // record).
+  // Opens a new file in `dir` (after a crash or a resume always a new one: nothing may stand behind a torn record).
   explicit EventFile(const std::filesystem::path& dir);
   // One event; flushed. A failing disk is reported once by a warning and does not stop training.
   void scalars(std::int64_t step, const std::vector<std::pair<std::string, double>>& values);

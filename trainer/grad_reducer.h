@@ -55,8 +55,8 @@ class GradReducer {
   std::map<std::vector<std::int64_t>, std::unique_ptr<Communicator>> groups_;  // by holders_key
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<std::unique_ptr<Bucket>> buckets_;  // after the lanes: what is under way ends before its memory
-  std::multimap<int, const StoredParam*>
-      alone_;  // by layer: share their gradient memory, reduced with nobody
+  // By layer: share their gradient memory, reduced with nobody.
+  std::multimap<int, const StoredParam*> alone_;
 };
 
 }  // namespace upmoe

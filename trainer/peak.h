@@ -9,8 +9,7 @@ namespace upmoe {
 // start in several bursts, of every large one later (on a CPU), and of a whole step. So MFU is 1 at most.
 class PeakRate {
  public:
-  // Measures for about a quarter of a second, in `dtype`, with this rank's threads; all ranks at the same
-  // time.
+  // Measures for about a quarter of a second, in `dtype`, with this rank's threads; all ranks at the same time.
   PeakRate(Exec& ex, DType dtype);
   // One that knows nothing yet.
   explicit PeakRate(DType dtype) : dtype_(dtype) {}

@@ -20,8 +20,7 @@ class RunCheckpoints {
   // Rank 0's, which outlives this; null on the others. From now on the folder is this run's: what killed
   // saves left is cleared.
   void take_over(RunLock* lock);
-  // The one to go on from; empty: none is there. Throws Error(kBadInput) when there are some, but none is
-  // usable.
+  // The one to go on from; empty: none is there. Throws Error(kBadInput) when there are some, but none is usable.
   std::optional<std::filesystem::path> choose();
   // It was of `step`, which need not be saved again.
   void resumed(const std::filesystem::path& from, std::int64_t step);

@@ -23,8 +23,7 @@ void remark_on_precision(const std::string& precision, Device device);
 
 // Device, scratch memory and ledger of one rank.
 struct RankMemory {
-  // On a GPU: the calling thread's. `world`, if given, outlives this; on the CPU its stream moves transfers
-  // on.
+  // On a GPU: the calling thread's. `world`, if given, outlives this; on the CPU its stream moves transfers on.
   explicit RankMemory(Device device, Communicator* world = nullptr);
   Ledger ledger;
   Arena scratch;

@@ -18,8 +18,8 @@ struct StepReport {
   double flops_per_rank = 0;  // of the model (products and attention), mean over ranks, from the ledger
   bool skipped = false;       // a non-finite loss or gradient: no update was made
   std::string culprit;        // then: the first parameter with a non-finite gradient on this rank
-  std::vector<std::vector<double>>
-      expert_load;            // per MoE layer and expert: share of all assignments of the step
+  // Per MoE layer and expert: share of all assignments of the step.
+  std::vector<std::vector<double>> expert_load;
   std::int64_t requests = 0;  // sum over ranks of the `request` argument of step()
 };
 

@@ -30,8 +30,7 @@ class DenseSource {
   DType dtype() const { return dtype_; }
   // Bytes [offset, offset + out.size()) of a tensor.
   void read(const std::string& tensor, std::uint64_t offset, std::span<std::byte> out) const;
-  // Kept for the layers asked for last, so that workers on neighbouring tensors share it. Safe for several
-  // threads.
+  // Kept for the layers asked for last, so that workers on neighbouring tensors share it. Safe for several threads.
   std::shared_ptr<const SourceFfn> ffn(int layer) const;
 
  private:

@@ -1,6 +1,5 @@
 #pragma once
-// How far a long job is, on standard error: one line rewritten in place on a terminal, a line now and then
-// elsewhere.
+// How far a long job is, on standard error: one line rewritten in place on a terminal, a line now and then elsewhere.
 
 #include <chrono>
 #include <cstdint>

@@ -35,8 +35,8 @@ struct ExpertMatrix {
   double scale = 1.0;  // of the whole matrix; applied in fp32, rounded once
 };
 
-// Numbers of no source. Row r of the tensor takes row r / rows_per_draw of the numbers, so neighbouring rows
-// can agree.
+// Numbers of no source. Row r of the tensor takes row r / rows_per_draw of the numbers, so
+// neighbouring rows can agree.
 struct FreshInit {
   enum class Kind : std::uint8_t { kNormal, kUniform, kConstant } kind = Kind::kNormal;  // uniform: centred
   double std = 0.02;

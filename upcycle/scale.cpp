@@ -11,22 +11,19 @@ std::int64_t shards_per_copy(std::int64_t dense_width, std::int64_t width) {
 // The algebra. F(x) = sum over the I dense neurons of d_j a_j(x), a_j = silu(g_j x)(u_j x). The mixture gives
 //   M(x) = sum over the T chosen experts of p_e * c * sum over the expert's w neurons of d_j a_j(x).
 //
-// Shards (virtual groups; I padded to G*w with neurons of zero down column). G experts, one of each shard,
-// sum to F.
-//   Renormalised weights, equal within a group: T/G groups are chosen, the weights of all T add up to 1, so
-//   those of one expert of each group add up to 1/G:            M = c F / G                ->  c = G. Weights
-//   not renormalised, uniform p = 1/N:         M = c (1/N) (T/G) F        ->  c = N G / T. (N = E*G experts:
-//   the E*G^2/T of the virtual-group paper; N when T = G.)
+// Shards (virtual groups; I padded to G*w with neurons of zero down column): G experts, one of each shard, sum to F.
+//   Renormalised weights, equal within a group: T/G groups are chosen and the weights of all T add up to 1,
+//   so those of one expert of each group add up to 1/G:   M = c F / G           ->  c = G
+//   Weights not renormalised, uniform p = 1/N:            M = c (1/N) (T/G) F   ->  c = N G / T
+//   (N = E*G experts: the E*G^2/T of the virtual-group paper; N when T = G.)
 //
 // Neurons taken at random or in overlapping stretches, of which the part 1 - r is kept. A chosen expert holds
 // a neuron w (1-r) / I times on average, so with weights P in all (P = 1 renormalised, T/N uniform):
-//                                                     E[M] = c P w (1-r) / I F   ->  c = I / (w (1-r) P).
-//   60 of 1408 out of 5504, top-4, not renormalised: 58.6 for r = 0 and 117.3 for r = 1/2. Unbiased, not
-//   exact.
+//                                                E[M] = c P w (1-r) / I F   ->  c = I / (w (1-r) P)
+//   60 of 1408 out of 5504, top-4, not renormalised: 58.6 for r = 0 and 117.3 for r = 1/2. Unbiased, not exact.
 //
-// Whole copies are the case I = w of the second line and G = 1 of the first: c = 1 renormalised, N / T
-// otherwise. A redraw in shards keeps the part 1 - r as well. 1 - r is what is really kept: whole units of
-// every expert.
+// Whole copies are the case I = w of the second line and G = 1 of the first: c = 1 renormalised, N / T otherwise.
+// A redraw in shards keeps the part 1 - r as well. 1 - r is what is really kept: whole units of every expert.
 double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width) {
   const auto& experts = config.experts;
   if (experts.scale) return *experts.scale;

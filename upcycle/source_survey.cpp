@@ -52,8 +52,7 @@ std::vector<Block> blocks_of(const HfModel& model, const std::vector<const Safet
   return blocks;
 }
 
-// Eight running sums in a fixed pattern: the order of additions is part of the result, and eight can go side
-// by side.
+// Eight running sums in a fixed pattern: the order of additions is part of the result, and eight can go side by side.
 template <class T>
 BlockSums sums_of(const std::byte* bytes, std::size_t count) {
   constexpr std::size_t kLanes = 8;
@@ -200,9 +199,8 @@ SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int th
   return survey;
 }
 
-// Appending n zero bytes multiplies a CRC's remainder by x^(8n) modulo the polynomial; CRC(AB) is then the
-// remainder of A so shifted plus that of B. Polynomials over GF(2) with x^0 in the upper bit, as in the
-// reflected CRC.
+// Appending n zero bytes multiplies a CRC's remainder by x^(8n) modulo the polynomial; CRC(AB) is then the remainder
+// of A so shifted plus that of B. Polynomials over GF(2) with x^0 in the upper bit, as in the reflected CRC.
 std::uint32_t combine_crc32c(std::uint32_t first, std::uint32_t second, std::uint64_t second_bytes) {
   constexpr std::uint32_t kPolynomial = 0x82F63B78u;
   const auto multiply = [](std::uint32_t a, std::uint32_t b) {

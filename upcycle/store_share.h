@@ -13,9 +13,8 @@
 
 namespace upmoe {
 
-// All parameters one behind the other in the order of the table, divided into stretches of equal length: a
-// rank holds whole parameters and flat ranges of the first and the last one. Where the cuts lie changes no
-// value.
+// All parameters one behind the other in the order of the table, divided into stretches of equal length: a rank
+// holds whole parameters and flat ranges of the first and the last one. Where the cuts lie changes no value.
 class StoreShare {
  public:
   StoreShare(const Recipe& recipe, const ModelConfig& moe, DType dtype, int rank, int ranks,

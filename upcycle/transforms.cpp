@@ -7,8 +7,8 @@
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
 
-// This folder is compiled without contraction into fused multiply-adds, so that the bytes do not depend on
-// the processor.
+// This folder is compiled without contraction into fused multiply-adds, so that the bytes do not
+// depend on the processor.
 
 namespace upmoe {
 namespace {
@@ -104,8 +104,8 @@ void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows,
   const Drawn drawn = drawn_of(line, m, context);
   const Kept kept = kept_of(line, m, context);
 
-  std::vector<std::int32_t> gather(
-      units.size());                         // source column; where there is none, any, and overwritten below
+  // Source column; where there is none, any, and overwritten below.
+  std::vector<std::int32_t> gather(units.size());
   std::vector<std::int32_t> fresh, padding;  // columns of out
   for (std::size_t j = 0; j < units.size(); ++j) {
     gather[j] = std::max(units[j], 0);
@@ -153,8 +153,8 @@ void fill_matrix(const RecipeLine& line, const FreshInit& init, Rows rows, const
                  T* out) {
   const std::int64_t columns = line.columns();
   const std::uint64_t key = philox_key(context.seed, line.target);
-  const float half_width =
-      static_cast<float>(init.std * std::sqrt(3.0));  // a uniform's deviation is this / sqrt 3
+  // A uniform's deviation is this / sqrt 3.
+  const float half_width = static_cast<float>(init.std * std::sqrt(3.0));
   std::vector<float> numbers(static_cast<std::size_t>(columns));
   for (std::int64_t r = rows.begin; r < rows.end; ++r, out += columns) {
     const std::int64_t first = r / init.rows_per_draw * columns;

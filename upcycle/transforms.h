@@ -19,14 +19,13 @@ struct FillContext {
   std::uint64_t seed;
 };
 
-// Rows [begin, end) of the line's tensor in the source's element type; out: their bytes. The value of an
-// element depends only on (line, seed, row, column): any split into row ranges gives the same bytes. Safe for
-// several threads.
+// Rows [begin, end) of the line's tensor in the source's element type; out: their bytes. The value
+// of an element depends only on (line, seed, row, column): any split into row ranges gives the same
+// bytes. Safe for several threads.
 void fill(const RecipeLine& line, std::int64_t begin, std::int64_t end, const FillContext& context,
           std::span<std::byte> out);
 
-// Bytes [begin, end) of the line's tensor, at element boundaries; cuts through rows cost those rows once
-// more.
+// Bytes [begin, end) of the line's tensor, at element boundaries; cuts through rows cost those rows once more.
 void fill_bytes(const RecipeLine& line, std::uint64_t begin, std::uint64_t end, const FillContext& context,
                 std::span<std::byte> out);
 

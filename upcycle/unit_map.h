@@ -17,8 +17,8 @@ const char* name_of(FfnMatrix matrix);  // "gate", "up", "down"
 
 // In place of a source neuron:
 inline constexpr std::int32_t kNewUnit = -1;  // drawn anew in gate, up and down
-inline constexpr std::int32_t kPaddingUnit =
-    -2;  // random gate and up rows, zero down column: adds nothing, can learn
+// Random gate and up rows, zero down column: adds nothing, can learn.
+inline constexpr std::int32_t kPaddingUnit = -2;
 
 // A permutation of 0..n-1 as a pure function of its arguments.
 std::vector<std::int32_t> make_permutation(std::uint64_t seed, int layer, std::int64_t round, std::int32_t n);
@@ -61,8 +61,7 @@ struct UnitMap {
                                      const PermutationCache& permutations) const;
 };
 
-// floor(fraction * width), where a product that misses a whole number by rounding alone counts as that
-// number.
+// floor(fraction * width), where a product that misses a whole number by rounding alone counts as that number.
 std::int64_t redrawn_units(double fraction, std::int64_t width);
 
 }  // namespace upmoe

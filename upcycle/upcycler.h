@@ -1,6 +1,5 @@
 #pragma once
-// Dense Hugging Face directory in, mixture of experts out, streaming: a Hugging Face directory or a
-// checkpoint.
+// Dense Hugging Face directory in, mixture of experts out, streaming: a Hugging Face directory or a checkpoint.
 
 #include <cstdint>
 #include <filesystem>

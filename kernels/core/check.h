@@ -44,8 +44,7 @@ template <class... Args>
 
 }  // namespace upmoe
 
-// A contract between pieces of this program (shapes, sizes, states). Not for user input: use fail() with
-// words there.
+// A contract between pieces of this program (shapes, sizes, states). Not for user input: use fail() with words there.
 #define UPMOE_CHECK(condition, ...)                                                                    \
   do {                                                                                                 \
     if (!(condition)) [[unlikely]]                                                                     \

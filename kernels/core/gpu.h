@@ -25,9 +25,8 @@ std::string pci_id(int index);  // which piece of hardware of this host it is
 void use(int index);
 int current();  // the calling thread's
 
-// A stream of the calling thread's GPU. synchronize() waits for the host's sake and throws what the device
-// found wrong meanwhile: a token out of range (kBadInput), a router logit that is not finite (kNumeric), a
-// fault (kDevice).
+// A stream of the calling thread's GPU. synchronize() waits for the host's sake and throws what the device found
+// wrong meanwhile: a token out of range (kBadInput), a router logit that is not finite (kNumeric), a fault (kDevice).
 std::unique_ptr<Stream> make_stream();
 
 // Between memory of the device, behind the stream's work so far.
@@ -66,8 +65,7 @@ void release(std::byte* memory) noexcept;
 std::byte* allocate_on_host(std::size_t bytes, std::string_view what);
 void release_on_host(std::byte* memory) noexcept;
 
-// Address space that receives memory as it grows and never moves. bytes is rounded up to the device's
-// granularity.
+// Address space that receives memory as it grows and never moves. bytes is rounded up to the device's granularity.
 class Reservation {
  public:
   explicit Reservation(std::size_t bytes, std::string_view what);

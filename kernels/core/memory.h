@@ -22,8 +22,8 @@ class Reservation;
 class Buffer {  // move-only owner of device or host memory, 64-byte aligned, zero-filled
  public:
   Buffer() = default;
-  // `what` names it in a message about memory. Dry device: null data, size remembered. On a GPU: the calling
-  // thread's.
+  // `what` names it in a message about memory. Dry device: null data, size remembered. On a GPU:
+  // the calling thread's.
   static Buffer allocate(Device device, std::size_t bytes, std::string_view what = "buffer");
   // For a GPU, in pinned memory of the host; elsewhere as allocate(), whose memory is the host's anyway.
   static Buffer allocate_on_host(Device device, std::size_t bytes, std::string_view what);

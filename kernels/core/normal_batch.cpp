@@ -60,8 +60,8 @@ inline std::uint32_t high_product(std::uint32_t a, std::uint32_t b) {
 }
 
 inline void philox_lanes(std::uint64_t key, std::uint64_t group, Words& c0, Words& c1, Words& c2, Words& c3) {
-  const std::uint64_t first =
-      group * kLanes;  // a multiple of 16, so adding l never carries into the upper word
+  // A multiple of 16, so adding l never carries into the upper word.
+  const std::uint64_t first = group * kLanes;
   for (int l = 0; l < kLanes; ++l) {
     c0[l] = static_cast<std::uint32_t>(first) + static_cast<std::uint32_t>(l);
     c1[l] = static_cast<std::uint32_t>(first >> 32);
@@ -84,9 +84,8 @@ inline void philox_lanes(std::uint64_t key, std::uint64_t group, Words& c0, Word
 }
 #endif
 
-// sqrt(-2 log u), u = (bits/2 + 1/2) 2^-31 in (0, 1]. log by exponent and atanh series: with s = (m-1)/(m+1),
-// log m = 2 (s + s^3/3 + s^5/5 + ...), |s| <= 0.172 for m in [sqrt(1/2), sqrt 2): the first term left out is
-// 2e-10.
+// sqrt(-2 log u), u = (bits/2 + 1/2) 2^-31 in (0, 1]. log by exponent and atanh series: with s = (m-1)/(m+1), log
+// m = 2 (s + s^3/3 + s^5/5 + ...), |s| <= 0.172 for m in [sqrt(1/2), sqrt 2): the first term left out is 2e-10.
 inline float radius_of(std::uint32_t bits) {
   const float u = (static_cast<float>(static_cast<std::int32_t>(bits >> 1)) + 0.5f) * 0x1p-31f;
   const auto word = static_cast<std::int32_t>(std::bit_cast<std::uint32_t>(u));
@@ -101,8 +100,7 @@ inline float radius_of(std::uint32_t bits) {
   return std::sqrt(square > 0.0f ? square : 0.0f);
 }
 
-// cos and sin of the angle 2 pi bits / 2^32: the quadrant from the two upper bits after rounding, Taylor
-// series on
+// cos and sin of the angle 2 pi bits / 2^32: the quadrant from the two upper bits after rounding, Taylor series on
 // [-pi/4, pi/4] (first terms left out 2e-9 and 1e-10).
 inline void cos_sin_of(std::uint32_t bits, float& cosine, float& sine) {
   const std::uint32_t quadrant = (bits + 0x20000000u) >> 30;

@@ -1,6 +1,5 @@
 #pragma once
-// Standard normal numbers in bulk: THE definition of "random normal number i of stream `key`" for
-// initialisation.
+// Standard normal numbers in bulk: THE definition of "random normal number i of stream `key`" for initialisation.
 //
 // Number i = 64 g + 16 w + l comes from the Philox block of counter 16 g + l, word w: Box-Muller over the
 // word pairs 0,1 and 2,3, where the first word of a pair becomes the fp32 number (bits/2 + 1/2) 2^-31 under

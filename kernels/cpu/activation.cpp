@@ -69,8 +69,7 @@ void swiglu_row(T* h, const T* gate_up, float weight, std::int64_t width) {
   });
 }
 
-// Returns the gradient of the row's weight: sum of dh silu(gate) up. silu' = s (1 + gate (1 - s)), s =
-// sigmoid(gate).
+// Returns the gradient of the row's weight: sum of dh silu(gate) up. silu' = s (1 + gate (1 - s)), s = sigmoid(gate).
 template <class T>
 float swiglu_row_backward(T* dgate_up, const T* dh, const T* gate_up, float weight, std::int64_t width) {
   return sum_lanes(width, [&](std::int64_t f, auto lanes) {

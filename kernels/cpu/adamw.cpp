@@ -18,8 +18,8 @@ namespace upmoe::cpu {
 namespace {
 
 f32x16 sqrt_lanes(f32x16 x) {
-#ifdef __AVX512F__  // the loop below stays scalar, because std::sqrt may set errno; maskz: gcc 12 warns in
-                    // the plain one
+// The loop stays scalar, because std::sqrt may set errno; maskz because gcc 12 warns in the plain one.
+#ifdef __AVX512F__
   return std::bit_cast<f32x16>(_mm512_maskz_sqrt_ps(0xffff, std::bit_cast<__m512>(x)));
 #else
   for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);

@@ -1,5 +1,4 @@
-// Forward of causal attention: for each block of queries a running maximum and a running sum over the blocks
-// of keys
+// Forward of causal attention: for each block of queries a running maximum and a running sum over the blocks of keys
 // ("online softmax"), so that no more than one 64 x 64 tile of scores exists per thread.
 
 #include "kernels/ops/attention.h"

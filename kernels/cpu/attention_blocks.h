@@ -1,6 +1,5 @@
 #pragma once
-// What the forward and the backward of attention share: blocks of queries and keys, packed in fp32, and their
-// masks.
+// What the forward and the backward of attention share: blocks of queries and keys, packed in fp32, and their masks.
 
 #include <algorithm>
 #include <limits>
@@ -42,8 +41,7 @@ inline void pack_columns(float* dst, const T* src, std::int64_t lds, std::int64_
     });
 }
 
-// The heads of one sequence within wider rows: element d of head h in row i is base[i * width + h * head_dim
-// + d].
+// The heads of one sequence within wider rows: element d of head h in row i is base[i * width + h * head_dim + d].
 template <class T>
 struct Heads {
   T* base = nullptr;
@@ -63,8 +61,7 @@ struct BlockPair {
   const std::int32_t* query_document;  // null without documents
   const std::int32_t* key_document;
 
-  // Vectors of keys that row r of the scores can see; those behind hold garbage after the product on a
-  // diagonal.
+  // Vectors of keys that row r of the scores can see; those behind hold garbage after the product on a diagonal.
   std::int64_t vectors(std::int64_t r) const { return diagonal ? r / kLanes + 1 : kBlockVectors; }
 };
 

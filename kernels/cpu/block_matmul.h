@@ -19,8 +19,7 @@ struct BlockProduct {
   std::int64_t rows, columns, depth;
 };
 
-// Which part of a product a causal block on the diagonal needs. "Above" means index of the key > index of the
-// query.
+// Which part of a product a causal block on the diagonal needs. "Above" means index of the key > index of the query.
 enum class Causal {
   kFull,        // not on the diagonal
   kKeyColumns,  // rows are queries, columns keys: columns above the tile's last row are not computed

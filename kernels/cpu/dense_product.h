@@ -1,6 +1,5 @@
 #pragma once
-// One dense product, and who can compute it: oneDNN where it has code for the processor, packed blocks
-// everywhere.
+// One dense product, and who can compute it: oneDNN where it has code for the processor, packed blocks everywhere.
 
 #include "kernels/core/exec.h"
 #include "kernels/ops/gemm.h"
@@ -39,9 +38,8 @@ bool onednn_has_avx512();
 bool onednn_has_bf16_instruction();
 bool packed_blocks_have_bf16_instruction();
 
-// Whether a row of these products is the same to the bit wherever it stands and however many are computed
-// with it. Below AVX-512, oneDNN sums fp32 products in another order for the last rows and for other numbers
-// of rows.
+// Whether a row of these products is the same to the bit wherever it stands and however many are computed with
+// it. Below AVX-512, oneDNN sums fp32 products in another order for the last rows and for other numbers of rows.
 bool rows_are_independent(DType in, DType out);
 
 // The one of the two that computes products of these dtypes; chosen once for the process.

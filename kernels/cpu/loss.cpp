@@ -14,8 +14,7 @@ namespace upmoe::cpu {
 
 namespace {
 
-// Blocks of a row are summed in fp32 and added up in fp64: 151936 terms in fp32 alone would cost three
-// digits.
+// Blocks of a row are summed in fp32 and added up in fp64: 151936 terms in fp32 alone would cost three digits.
 constexpr std::int64_t kSumBlock = 1024;
 
 float row_max(const float* x, std::int64_t n) {
@@ -34,8 +33,7 @@ double sum_exp(const float* x, std::int64_t n, float offset) {
     const float* block = x + begin;
     sum += sum_lanes(whole,
                      [&](std::int64_t i, auto lanes) { return vector_exp(load(block + i, lanes) - offset); });
-    // Lanes past the end hold zeros, and e^0 must not be counted: the rest in one vector, filled up with
-    // -inf.
+    // Lanes past the end hold zeros, and e^0 must not be counted: the rest in one vector, filled up with -inf.
     if (whole < count) {
       float rest[kLanes];
       std::fill_n(rest, kLanes, -std::numeric_limits<float>::infinity());

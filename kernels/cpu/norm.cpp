@@ -28,16 +28,15 @@ float norm_row(T* y, const T* x, const T* w, std::int64_t width, float eps) {
 }
 
 // One row of the backward; adds the row's share of the weight gradient to dw.
-// With n = x rstd and g = dy w:  dx = rstd (g - n mean(g n)),  dw += dy n, where n is rounded as in the
-// forward.
+// With n = x rstd and g = dy w:  dx = rstd (g - n mean(g n)),  dw += dy n, where n is rounded as in the forward.
 template <class T, bool kAdd>
 void norm_row_backward(T* dx, float* dw, const T* dy, const T* x, const T* w, float rstd,
                        std::int64_t width) {
   const float dot = sum_lanes(width, [&](std::int64_t i, auto lanes) {
     return load(dy + i, lanes) * load(w + i, lanes) * load(x + i, lanes);
   });
-  const float n_scale =
-      dot * rstd * rstd / static_cast<float>(width);  // mean(g n) rstd, to be multiplied by x
+  // mean(g n) rstd, to be multiplied by x.
+  const float n_scale = dot * rstd * rstd / static_cast<float>(width);
   for_lanes(width, [&](std::int64_t i, auto lanes) {
     const f32x16 dy_i = load(dy + i, lanes), x_i = load(x + i, lanes);
     store(dw + i, load(dw + i, lanes) + dy_i * rounded_to<T>(x_i * rstd), lanes);

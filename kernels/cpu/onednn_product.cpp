@@ -73,8 +73,7 @@ CompiledGemm compile(const GemmKey& key, const dnnl::engine& engine) {
 
 // One per thread that calls ops, so that ranks as threads share nothing.
 struct GemmCache {
-  // A model has some dozens of shapes. More means a shape that varies without end; then start over rather
-  // than grow.
+  // A model has some dozens of shapes. More means a shape that varies without end; then start over rather than grow.
   static constexpr std::size_t kMostShapes = 1024;
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
   dnnl::stream stream{engine};

@@ -23,8 +23,7 @@
 
 namespace upmoe::cpu {
 
-// a(m, k) or b(k, n) with "outer" index m or n: data[outer * stride + k], or data[k * stride + outer] if
-// depth_major.
+// a(m, k) or b(k, n) with "outer" index m or n: data[outer * stride + k], or data[k * stride + outer] if depth_major.
 template <class T>
 struct Operand {
   const T* data;
@@ -47,8 +46,7 @@ constexpr std::int64_t kPanelColumns = 4 * kLanes;            // columns of a pa
 constexpr std::int64_t kBlockRows = 8 * kTileRows;            // rows of a that are packed together
 constexpr std::int64_t kPackedBytes = std::int64_t{1} << 19;  // of b at a time: half of a second-level cache
 
-// What is packed: fp32 numbers, or pairs of bf16 neighbours in depth for the instruction that multiplies
-// pairs.
+// What is packed: fp32 numbers, or pairs of bf16 neighbours in depth for the instruction that multiplies pairs.
 template <class T>
 struct Packed {
   using Unit = float;
@@ -96,8 +94,7 @@ constexpr std::int64_t columns_in_cache(std::int64_t depth) {
 
 // --- packing ---
 
-// out[u][0, width) = units of outer indices 0, 1, ... at depth u; zero past `count`. For depth-major
-// operands.
+// out[u][0, width) = units of outer indices 0, 1, ... at depth u; zero past `count`. For depth-major operands.
 template <class T>
 inline void pack_depth_major(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
                              std::int64_t count, std::int64_t depth) {
@@ -161,8 +158,7 @@ inline void swap_blocks(u32x16 (&row)[kLanes]) {
       swap_blocks<kWidth>(row[i], row[i | kWidth], std::make_integer_sequence<int, kLanes>{});
 }
 
-// out[u][i], as pack_depth_major, of rows whose depth is contiguous: 16 x 16 units are transposed in
-// registers.
+// out[u][i], as pack_depth_major, of rows whose depth is contiguous: 16 x 16 units are transposed in registers.
 template <class T>
 inline void pack_transposed(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
                             std::int64_t count, std::int64_t depth) {

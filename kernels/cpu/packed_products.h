@@ -32,8 +32,7 @@ ProductCut cut_product(const PackedProduct<T, Out>& p, std::int64_t most_columns
   return {columns, parts_of_size(p.rows, kTaskRows), parts_of_size(p.columns, columns)};
 }
 
-// So that few products still keep every thread busy: at least four tasks for each where there are columns
-// enough.
+// So that few products still keep every thread busy: at least four tasks for each where there are columns enough.
 template <class ProductOf>
 std::int64_t most_task_columns(std::int64_t products, const ProductOf& product_of) {
   std::int64_t columns = 0;

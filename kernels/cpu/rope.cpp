@@ -54,8 +54,8 @@ void fill_row(float* cos_row, float* sin_row, std::int32_t position, const float
   for (std::int64_t i = 0; i < padded; i += kWide) {
     f64x8 angle;
     for (std::int64_t j = 0; j < kWide; ++j) {
-      const float angle_f32 =
-          static_cast<float>(position) * frequency[i + j];  // rounded, as transformers does
+      // Rounded, as transformers does.
+      const float angle_f32 = static_cast<float>(position) * frequency[i + j];
       angle[j] = static_cast<double>(angle_f32);
     }
     const SinCos v = sin_cos(angle);

@@ -284,8 +284,8 @@ void gather_rows(Exec&, TensorView out_ND, ConstTensorView in_XD, ConstTensorVie
   const auto* index = index_N.as<std::int32_t>();
   require_in_range(index, rows, checked_mul(in_XD.rows(), divisor), "index_N");
   const auto source = [&](std::int64_t i) { return divisor == 1 ? index[i] : index[i] / divisor; };
-  if (row_bytes ==
-      sizeof(float)) {  // a routing weight per row: a call of memcpy would cost more than the copy
+  // A routing weight per row: a call of memcpy would cost more than the copy.
+  if (row_bytes == sizeof(float)) {
     return parallel_for(
         rows, 4, [&](std::int64_t i) { std::memcpy(out_ND.data + i * 4, in_XD.data + source(i) * 4, 4); });
   }

@@ -1,8 +1,7 @@
 #pragma once
-// Sixteen fp32 lanes as one value (GCC and Clang vector extensions): one AVX-512 register where the machine
-// has it, several narrower ones where not. Explicit, because reductions and bf16 conversion do not vectorise
-// reliably from plain loops without -ffast-math, and because a fixed number of lanes fixes the order of every
-// sum.
+// Sixteen fp32 lanes as one value (GCC and Clang vector extensions): one AVX-512 register where the machine has
+// it, several narrower ones where not. Explicit, because reductions and bf16 conversion do not vectorise reliably
+// from plain loops without -ffast-math, and because a fixed number of lanes fixes the order of every sum.
 
 #include <bit>
 #include <cstdint>
@@ -145,8 +144,7 @@ inline float reduce_max(f32x16 v) {
   return h[0] > h[1] ? h[0] : h[1];
 }
 
-// One of four steps of a transposition: exchanges the off-diagonal blocks of kStep lanes between rows a and
-// b.
+// One of four steps of a transposition: exchanges the off-diagonal blocks of kStep lanes between rows a and b.
 template <int kStep, int... kLane>
 inline void exchange_blocks(f32x16& a, f32x16& b, std::integer_sequence<int, kLane...>) {
   const f32x16 upper = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane : 16 + kLane - kStep)...);

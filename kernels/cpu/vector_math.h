@@ -9,14 +9,13 @@ namespace upmoe::cpu {
 // e^-inf = 0; NaN stays NaN; overflows to infinity above 88.73 as it should; flushes to zero below -86.98,
 // where a correct result would still be a normal number near 1e-38: sums of probabilities cannot tell.
 //
-// x = n ln2 + r with |r| <= ln2/2; e^r = 1 + r + r^2 q(r), q minimax of degree 4 (relative error of
-// e^r 3.1e-9).
+// x = n ln2 + r with |r| <= ln2/2; e^r = 1 + r + r^2 q(r), q minimax of degree 4 (relative error of e^r 3.1e-9).
 inline f32x16 vector_exp(f32x16 x) {
   const f32x16 low = splat(-87.5f), high = splat(89.0f);
   x = x < low ? low : x;  // comparisons are false for NaN, which therefore passes
   x = x > high ? high : x;
-  const float round_to_integer =
-      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits.
+  const float round_to_integer = 12582912.0f;
   const f32x16 shifted = x * 1.44269504088896341f + round_to_integer;
   const f32x16 n = shifted - round_to_integer;
   f32x16 r = x - n * 0.693145751953125f;  // ln2 in two parts; the product with the first is exact

@@ -20,8 +20,9 @@ __global__ void row_deltas(float* delta, const T* dout, const T* out, std::int64
   if (threadIdx.x % kWarp == 0) delta[row] = sum;
 }
 
+// What it left behind, and the gradient that comes in.
 template <class T>
-struct Forward {  // what it left behind, and the gradient that comes in
+struct Forward {
   const T* dout;
   const float *lse, *delta;
 };

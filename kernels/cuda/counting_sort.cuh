@@ -36,8 +36,7 @@ __global__ void count_keys(std::int32_t* counts, Key key, std::int64_t items, in
     counts[static_cast<std::int64_t>(blockIdx.x) * keys + k] = count[k];
 }
 
-// Counts become places, in one block: keys in order, within a key the blocks in order. totals[key]: items of
-// the key.
+// Counts become places, in one block: keys in order, within a key the blocks in order. totals[key]: items of the key.
 inline __global__ void place_keys(std::int32_t* counts, std::int32_t* totals, std::int64_t blocks, int keys) {
   int* first = dynamic_shared<int>();
   for (int k = static_cast<int>(threadIdx.x); k < keys; k += kThreads) {

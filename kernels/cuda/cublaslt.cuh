@@ -1,6 +1,5 @@
 #pragma once
-// cuBLASLt as this project uses it: row-major products on a stream, with the algorithm of each shape chosen
-// once.
+// cuBLASLt as this project uses it: row-major products on a stream, with the algorithm of each shape chosen once.
 
 #include <array>
 #include <cstdint>

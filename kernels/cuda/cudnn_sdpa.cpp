@@ -159,8 +159,8 @@ Key key_of(const AttentionShape& s, std::int64_t tokens, bool backward, bool det
 // The three parts of a matrix in qkv's layout.
 void add_parts(std::unordered_map<std::int64_t, void*>& memory, std::array<Uid, 3> uids, const void* qkv,
                const AttentionShape& s) {
-  auto* at =
-      static_cast<std::byte*>(const_cast<void*>(qkv));  // cuDNN takes no const; inputs stay as they are
+  // cuDNN takes no const; inputs stay as they are.
+  auto* at = static_cast<std::byte*>(const_cast<void*>(qkv));
   const auto head = static_cast<std::size_t>(s.head_dim) * sizeof(bf16);
   memory[uids[0]] = at;
   memory[uids[1]] = at + static_cast<std::size_t>(s.heads) * head;

@@ -23,8 +23,7 @@ __global__ void copy_rows(W* x, const std::int32_t* tokens, const W* w, std::int
     x[t * words + i] = held ? w[row * words + i] : W{};
 }
 
-// One digit of the tokens of the positions in `from`; -1 where there is no position or another shard holds
-// its token.
+// One digit of the tokens of the positions in `from`; -1 where there is no position or another shard holds its token.
 struct TokenDigit {
   const std::int32_t *tokens, *from;  // from: null means position i is i
   std::int64_t begin, rows, vocab;

@@ -8,8 +8,7 @@ namespace upmoe::cuda {
 
 namespace {
 
-// c_MN = bias_N in every row, or zeros: what a product over nothing gives, and what one of another dtype adds
-// to.
+// c_MN = bias_N in every row, or zeros: what a product over nothing gives, and what one of another dtype adds to.
 template <class C, class B>
 __global__ void fill_rows(C* c, const B* bias, std::int64_t elements, std::int64_t width) {
   const std::int64_t i = global_thread();

@@ -8,8 +8,7 @@ namespace upmoe::cuda {
 
 namespace {
 
-// The elements [i, i + N) of a row, after x is replaced by x + residual when there is one; the sum of
-// squares.
+// The elements [i, i + N) of a row, after x is replaced by x + residual when there is one; the sum of squares.
 template <int N, bool kResidual, class T>
 __device__ float load_row(float (&v)[N], T* sum, const T* x, const T* residual, std::int64_t i) {
   load_floats(v, x + i);

@@ -16,8 +16,7 @@ namespace upmoe::cuda {
 enum class Finding : int { kToken, kTarget, kLogit, kIndex };
 constexpr int kFindings = 4;
 
-// On the device, one word for each kind: row << 32 | value of the lowest row with one; all ones while there
-// is none.
+// On the device, one word for each kind: row << 32 | value of the lowest row with one; all ones while there is none.
 using FindingWords = unsigned long long*;
 
 // Throws Error(kDevice) with the runtime's words and the call's place.

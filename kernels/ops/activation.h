@@ -10,8 +10,7 @@ namespace upmoe::ops {
 // 2f+1. weight_R: fp32 or null (1).
 void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R);
 
-// dgate_up_RG from dh_RF; dweight_R (fp32, overwritten) exactly when weight_R is given. dgate_up may alias
-// gate_up.
+// dgate_up_RG from dh_RF; dweight_R (fp32, overwritten) exactly when weight_R is given. dgate_up may alias gate_up.
 void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
                      ConstTensorView gate_up_RG, const ConstTensorView* weight_R);
 

@@ -1,7 +1,7 @@
 #pragma once
-// Rotary positions and causal attention over packed sequences. fp32 or bf16; softmax in fp32; the score
-// matrix never exists whole (blocked, online softmax). Grouped queries: query head h reads key/value head h /
-// (heads / kv_heads).
+// Rotary positions and causal attention over packed sequences. fp32 or bf16; softmax in fp32; the score matrix
+// never exists whole (blocked, online softmax). Grouped queries: query head h reads key/value head
+// h / (heads / kv_heads).
 //
 // qkv_TH holds, per token, [heads | kv_heads | kv_heads] times head_dim: H = (heads + 2 kv_heads) head_dim.
 // T is a multiple of seq_len: sequences stand one behind the other and never see each other.
@@ -27,9 +27,8 @@ namespace upmoe::ops {
 void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionShape shape, double theta,
           bool inverse);
 
-// out_TQ (Q = heads*head_dim) and lse_TN (fp32, [T, heads]: log-sum-exp of the scaled scores).
-// document_T: int32 ids, equal = same document; a token sees earlier tokens of its own document only. May be
-// null.
+// out_TQ (Q = heads*head_dim) and lse_TN (fp32, [T, heads]: log-sum-exp of the scaled scores). document_T:
+// int32 ids, equal = same document; a token sees earlier tokens of its own document only. May be null.
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
                        AttentionShape shape, const ConstTensorView* document_T);
 

@@ -2,9 +2,8 @@
 // Numbers of [0, 1] in 7 or 8 bits: floating point with 3 bits of fraction, in which 1 is the largest and has
 // a code of its own. In integers alone, so that every processor has the same codes.
 //
-// Rounding is up or down by chance (`random`: 8 bits), so that a running mean of codes has the mean of what
-// was rounded: a change smaller than half a step would otherwise never happen. random = kNearest rounds to
-// the nearest.
+// Rounding is up or down by chance (`random`: 8 bits), so that a running mean of codes has the mean of what was
+// rounded: a change smaller than half a step would otherwise never happen. random = kNearest rounds to the nearest.
 
 #include <bit>
 #include <cstdint>

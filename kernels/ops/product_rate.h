@@ -1,6 +1,5 @@
 #pragma once
-// How fast the large matrix products of this process ran, on the CPU, where a call has finished when it
-// returns.
+// How fast the large matrix products of this process ran, on the CPU, where a call has finished when it returns.
 
 #include <chrono>
 

@@ -10,8 +10,7 @@ namespace upmoe::ops {
 // host = device, once the stream's work so far is done; holds the host until it is there. Throws what that
 // work found wrong on the device. Equal shapes and dtypes, here and below; the dry device copies nothing.
 void download(Exec& ex, TensorView host, ConstTensorView device);
-// device = host, behind the stream's work so far. The host's memory may be written again when the call
-// returns.
+// device = host, behind the stream's work so far. The host's memory may be written again when the call returns.
 void upload(Exec& ex, TensorView device, ConstTensorView host);
 
 // `fill` writes the contents of `device` on the host: in place where that is the same memory. The dry device

@@ -1,5 +1,4 @@
-// The list of parameters: order, shapes and meaning; and the counts that the literature gives for known
-// models.
+// The list of parameters: order, shapes and meaning; and the counts that the literature gives for known models.
 
 #include "configs/param_table.h"
 

@@ -1,8 +1,7 @@
-// Writing model directories: round trips, shards, errors that leave no target, layouts of the full-size
-// models.
+// Writing model directories: round trips, shards, errors that leave no target, layouts of the full-size models.
 
-#include "data/staged_directory.h"
 #include "data/folder.h"
+#include "data/staged_directory.h"
 #include "tests/data/models.h"
 
 namespace upmoe::test {

@@ -20,8 +20,7 @@ extern "C" const char* __tsan_default_options() {  // NOLINT(bugprone-reserved-i
 namespace upmoe::test {
 namespace {
 
-// 4 MiB on each of two ranks, into a folder that holds 2 MiB. `announced` as the caller of StoreWriter
-// estimates it.
+// 4 MiB on each of two ranks, into a folder that holds 2 MiB. `announced` as the caller of StoreWriter estimates it.
 int ranks_that_failed_cleanly(const fs::path& dir, std::uint64_t announced) {
   std::atomic<int> failed{0};
   run_in_threads(2, [&](Communicator& world) {

@@ -1,6 +1,5 @@
 #pragma once
-// What the tests of shard stores share: a folder that goes away, tensors of known values, stores by several
-// ranks.
+// What the tests of shard stores share: a folder that goes away, tensors of known values, stores by several ranks.
 
 #include <gtest/gtest.h>
 #include <unistd.h>

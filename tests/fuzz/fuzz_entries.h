@@ -1,7 +1,6 @@
 #pragma once
-// What the fuzzers call with arbitrary bytes. Accepting or refusing with Error(kBadInput or kUsage) is fine;
-// anything else (another exception, a crash, a sanitizer's complaint) ends the process. Each says whether it
-// accepted.
+// What the fuzzers call with arbitrary bytes. Accepting or refusing with Error(kBadInput or kUsage) is fine; anything
+// else (another exception, a crash, a sanitizer's complaint) ends the process. Each says whether it accepted.
 
 #include <cstddef>
 #include <cstdint>

@@ -35,8 +35,7 @@ TEST(MomentCodes, RiseToOne) {
   EXPECT_EQ(decode_first(0x80 | 120), -1.0f);
 }
 
-// Every code, a little above and below too, comes back; whatever the chance, nothing moves by more than a
-// step.
+// Every code, a little above and below too, comes back; whatever the chance, nothing moves by more than a step.
 TEST(MomentCodes, ComeBack) {
   for (std::uint32_t random : {0u, 77u, kNearest, 255u}) {
     for (int c = 0; c <= 120; ++c)
@@ -284,8 +283,7 @@ TEST(AdamW8bitState, AShardMayBeCutAtBlocks) {
   for (std::size_t i = 0; i < 512; ++i) ASSERT_EQ(part.get(i), all.get(512 + i)) << i;
 }
 
-// A quadratic bowl, its sides of very different steepness: it comes as near to the bottom as AdamW in fp32
-// does.
+// A quadratic bowl, its sides of very different steepness: it comes as near to the bottom as AdamW in fp32 does.
 TEST(AdamW8bitState, DescendsAsAdamWDoes) {
   OpExec ex;
   constexpr std::int64_t kN = 2048;

@@ -1,5 +1,4 @@
-// How cuBLASLt is called, through the pretended one that records: results are in gemm_test and
-// grouped_gemm_test.
+// How cuBLASLt is called, through the pretended one that records: results are in gemm_test and grouped_gemm_test.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -1,5 +1,5 @@
-// Both of those who compute dense products, each alone: whoever is chosen on a processor, the other is tested
-// as well.
+// Both of those who compute dense products, each alone: whoever is chosen on a processor, the other
+// is tested as well.
 
 #include "kernels/cpu/dense_product.h"
 
@@ -141,8 +141,7 @@ TEST(DenseProduct, RowsAreIndependentWhereThatIsSaid) {
     }
 }
 
-// 256 + (1 + 2^-9) lies above the middle of the bf16 neighbours 256 and 258: rounding the product first gives
-// 256.
+// 256 + (1 + 2^-9) lies above the middle of the bf16 neighbours 256 and 258: rounding the product first gives 256.
 TEST(DenseProduct, PackedBlocksRoundOnce) {
   OpExec ex;
   Case test({1, 1, 2}, {DType::kBF16, DType::kBF16, Transpose::kNo, Transpose::kNo, Accumulate::kAdd, false});

@@ -1,5 +1,5 @@
-// A program for a processor that does not exist (tests/kernels/CMakeLists.txt): its first own code is an
-// illegal instruction.
+// A program for a processor that does not exist (tests/kernels/CMakeLists.txt): its first own code
+// is an illegal instruction.
 
 namespace {
 

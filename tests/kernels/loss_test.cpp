@@ -65,8 +65,7 @@ TEST_P(CrossEntropy, LossAndGradient) {
   expect_close(logits.values(), expected.dlogits, {3e-6, 1e-7}, "dlogits in place of the logits");
 }
 
-// The vocabulary divided between ranks gives every rank the loss of the whole and its columns of the
-// gradient.
+// The vocabulary divided between ranks gives every rank the loss of the whole and its columns of the gradient.
 TEST_P(CrossEntropy, DividedVocabulary) {
   for (const std::int64_t ranks : {1, 2, 3, 7}) {
     if (ranks > V) continue;

@@ -1,6 +1,5 @@
-// The experts' Hopper kernels as they are, on the model of the hardware, against double: random and awkward
-// routings, operations that happen as early, as late and as oddly as the hardware may let them, nothing
-// written outside.
+// The experts' Hopper kernels as they are, on the model of the hardware, against double: random and awkward routings,
+// operations that happen as early, as late and as oddly as the hardware may let them, nothing written outside.
 
 #include <gtest/gtest.h>
 

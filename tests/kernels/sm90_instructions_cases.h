@@ -1,7 +1,7 @@
 #pragma once
-// The cases of sm90_instructions.cuh, for a machine that runs kernels: the model of the hardware, or a GPU.
-// `Machine` gives Buffer<T> (size or values; data(), host()) and run(kernel, blocks, threads, shared bytes,
-// cluster, arguments...).
+// The cases of sm90_instructions.cuh, for a machine that runs kernels: the model of the hardware,
+// or a GPU. `Machine` gives Buffer<T> (size or values; data(), host()) and run(kernel, blocks,
+// threads, shared bytes, cluster, arguments...).
 
 #include <random>
 #include <string>

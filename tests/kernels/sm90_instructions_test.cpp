@@ -1,5 +1,4 @@
-// Each wrapper of an instruction on the model of the hardware. The same cases run on a GPU by
-// tests/bench/sm90.
+// Each wrapper of an instruction on the model of the hardware. The same cases run on a GPU by tests/bench/sm90.
 
 #include <gtest/gtest.h>
 

@@ -75,6 +75,9 @@ class Style(unittest.TestCase):
         code, output = run_check("check_style.py", {"data/a.cpp": text})
         self.assertEqual(code, 0, output)
 
+    def test_long_comment(self):
+        self.refused("data/a.cpp", "// " + "word " * 24 + "end\n", "columns, at most 120")
+
     def test_long_function(self):
         body = "".join(f"  x += {i};\n" for i in range(80))
         inside = f"namespace a {{\n\nvoid f(int x) {{\n{body}}}\n\n}}  // namespace a\n"

@@ -7,8 +7,7 @@
 namespace upmoe {
 namespace {
 
-// Every piece of every expert has one rank: the one along ep that has the expert, along etp that has the
-// part.
+// Every piece of every expert has one rank: the one along ep that has the expert, along etp that has the part.
 TEST(ExpertShares, PiecesAreNumberedByTheirRank) {
   for (const std::int64_t experts : {1, 5, 13, 60})
     for (int ep = 1; ep <= 8 && ep <= experts; ++ep)

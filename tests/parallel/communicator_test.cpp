@@ -1,5 +1,5 @@
-// Every verb on every transport. Sums must equal the rank-ordered sum computed here to the bit, whatever
-// carries them.
+// Every verb on every transport. Sums must equal the rank-ordered sum computed here to the bit,
+// whatever carries them.
 
 #include <algorithm>
 

@@ -164,8 +164,7 @@ TEST_F(Nccl, WhatACallReturnsIsThrown) {
   }
 }
 
-// A rank throws while the others wait for it on their GPUs: NCCL tells them, they say so and go on no
-// further.
+// A rank throws while the others wait for it on their GPUs: NCCL tells them, they say so and go on no further.
 TEST_F(Nccl, ADeadPeerIsToldOf) {
   std::mutex mutex;
   std::vector<std::string> told;

@@ -1,7 +1,6 @@
 #pragma once
-// Finite differences for a whole layer. The scalar is sum(y * probe) with a fixed random probe, summed in
-// double; a gradient is tested along random directions of one tensor at a time: central difference against
-// <grad, direction>.
+// Finite differences for a whole layer. The scalar is sum(y * probe) with a fixed random probe, summed in double; a
+// gradient is tested along random directions of one tensor at a time: central difference against <grad, direction>.
 
 #include <gtest/gtest.h>
 

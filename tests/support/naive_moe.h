@@ -1,6 +1,5 @@
 #pragma once
-// Dense and mixture FFNs in double, by the book, over tensors named as on disk: the judge of what upcycling
-// writes.
+// Dense and mixture FFNs in double, by the book, over tensors named as on disk: the judge of what upcycling writes.
 
 #include <algorithm>
 #include <cmath>

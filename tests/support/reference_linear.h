@@ -1,6 +1,5 @@
 #pragma once
-// Matrix products, sums, embedding and AdamW once more, naive and in double, with what their rounding may
-// cost.
+// Matrix products, sums, embedding and AdamW once more, naive and in double, with what their rounding may cost.
 
 #include <gtest/gtest.h>
 

@@ -184,9 +184,8 @@ TEST(Features, RecomputationIsTheSameToTheBit) {
     }
 }
 
-// One micro-batch on one rank and the same tokens dealt to the ranks along ep: every expert adds up the same
-// rows in the same order, so its gradient is the same to the bit. (Without the balance term, whose pool is
-// the micro-batch.)
+// One micro-batch on one rank and the same tokens dealt to the ranks along ep: every expert adds up the same rows in
+// the same order, so its gradient is the same to the bit. (Without the balance term, whose pool is the micro-batch.)
 TEST(Features, ExpertGradientsAreBitwiseUnderEp) {
   Layout one{"moe_a27b", {}, 4};
   one.aux_loss = 0;
@@ -274,8 +273,7 @@ std::vector<Layout> golden_layouts(int ranks) {
   for (const char* model : {"dense", "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd"}) {
     const Golden golden(model);
     for (Layout l : test::meshes(model, ranks)) {
-      // The pool of the balance term is the micro-batch: the files have four sequences in one, or two
-      // (moe_a27b).
+      // The pool of the balance term is the micro-batch: the files have four sequences in one, or two (moe_a27b).
       l.micro_batch = l.mesh.dp == 1 ? 4 : 2;
       l.steps = 10;
       const bool has_file = l.mesh.dp == 1 || (l.mesh.dp == 2 && l.model == "moe_a27b");

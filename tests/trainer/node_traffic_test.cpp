@@ -84,8 +84,7 @@ TEST(NodeTraffic, ARowCrossesOnce) {
   EXPECT_EQ(flat, std::floor(flat));
   EXPECT_EQ(by_nodes, std::floor(by_nodes));
   EXPECT_LE(by_nodes, tokens) << "one other node";
-  // Top 4 of 60 experts, half of them elsewhere: 2 choices of a token on average, and for 15 of 16 tokens
-  // any.
+  // Top 4 of 60 experts, half of them elsewhere: 2 choices of a token on average, and for 15 of 16 tokens any.
   EXPECT_NEAR(flat / tokens, 2.0, 0.4);
   EXPECT_NEAR(by_nodes / tokens, 15.0 / 16, 0.1);
 }

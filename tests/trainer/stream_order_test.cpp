@@ -1,6 +1,5 @@
 // On (pretended) GPUs every access of a training step is ordered behind those before it: by its stream, by
-// events, or by what the host waits for. The watch sees a missing wait even where the order happened to be
-// right.
+// events, or by what the host waits for. The watch sees a missing wait even where the order happened to be right.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -1,5 +1,4 @@
-// Which recipes leave the function of the dense FFN as it was, and which do not: the rows of the scale
-// algebra.
+// Which recipes leave the function of the dense FFN as it was, and which do not: the rows of the scale algebra.
 
 #include <gtest/gtest.h>
 

@@ -4,8 +4,7 @@
 //
 //   hf      E * sum_e f_e P_e over the pool of all MoE layers' tokens; f_e = assignments of e (all k) / pool,
 //           P_e = mean probability; transformers' load_balancing_loss_func; balanced value k
-//   switch  per layer E * sum_e f_e P_e with f_e = share of tokens whose first choice is e; summed over
-//   layers
+//   switch  per layer E * sum_e f_e P_e with f_e = share of tokens whose first choice is e; summed over layers
 //           (Fedus et al. 2021); balanced value = number of MoE layers
 //   z       per layer mean of logsumexp(logits)^2, summed over layers (Zoph et al. 2022)
 // f is a constant for the gradient.
@@ -44,8 +43,8 @@ struct LoadPool {
 
 struct BalanceTerms {
   double aux = 0, z = 0;  // before their coefficients; summed over the chunks they are the micro-batch's
-  std::vector<std::vector<float>>
-      aux_gradient;            // per layer: d(coefficient * aux) / d(probability of e), any token
+  // Per layer: d(coefficient * aux) / d(probability of e), any token.
+  std::vector<std::vector<float>> aux_gradient;
   std::vector<float> z_scale;  // per layer: d(coefficient * z) / d(lse^2) of one token
 };
 // The terms of one chunk's layers. `all`: the pool of all chunks; its value is counted where `count_pool`.

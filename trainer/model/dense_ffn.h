@@ -14,8 +14,8 @@ struct DenseFfn {
   Linear gate_up;  // [2F, D], gate and up rows of a neuron are neighbours
   Linear down;     // [D, F]
   Communicator* tp = nullptr;
-  std::optional<Param>
-      gate_1D;  // the shared expert's gate: multiplies the hidden row, which equals multiplying the output
+  // The shared expert's gate: multiplies the hidden row, which equals multiplying the output.
+  std::optional<Param> gate_1D;
   bool keep_hidden = true, keep_gate_up = true;  // false: backward computes those rows again
   struct Saved {
     ConstTensorView x_tD;

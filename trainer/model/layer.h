@@ -1,7 +1,7 @@
 #pragma once
 // What every layer is: a plain struct of parameters with
-//   forward(ex, y, x, keep, saved)   writes y; what backward needs goes into `saved`, its memory comes from
-//   `keep` backward(ex, dx, dy, saved)      overwrites dx, ADDS into the parameters' gradients
+//   forward(ex, y, x, keep, saved)   writes y; what backward needs goes into `saved`, its memory comes from `keep`
+//   backward(ex, dx, dy, saved)      overwrites dx, ADDS into the parameters' gradients
 // Saved activations are values, one per micro-batch, so several micro-batches can be in flight and
 // recomputation is calling forward again. Layers are const in both directions: gradients are views into
 // memory the ParamStore owns.
@@ -11,16 +11,15 @@
 
 namespace upmoe {
 
-// A parameter as this rank computes with it: views of its shard. grad.data is null when gradients are not
-// wanted (evaluation) or the parameter is frozen; layers then skip its gradient.
+// A parameter as this rank computes with it: views of its shard. `grad` has no shape (rank 0) when gradients
+// are not wanted (evaluation) or the parameter is frozen; layers then skip its gradient.
 struct Param {
   TensorView value, grad;
   bool wants_grad() const { return grad.shape.rank > 0; }
   Param as(Shape shape) const;  // the same elements under another shape
 };
 
-// To compute again in backward what forward did not keep: work done twice is not model work, no ledger sees
-// it.
+// To compute again in backward what forward did not keep: work done twice is not model work, no ledger sees it.
 inline Exec not_booked(const Exec& ex) {
   Exec again = ex;
   again.ledger = nullptr;

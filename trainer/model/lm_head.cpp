@@ -15,9 +15,8 @@ namespace upmoe {
 
 namespace {
 
-// On a CPU 16 MiB of fp32 logits, half of a last-level cache. On a GPU as many rows as keep a product busy
-// and make the weight's gradient, which every chunk reads and writes, a small part of it: up to 4 GiB of
-// logits.
+// On a CPU 16 MiB of fp32 logits, half of a last-level cache. On a GPU as many rows as keep a product busy and
+// make the weight's gradient, which every chunk reads and writes, a small part of it: up to 4 GiB of logits.
 constexpr std::int64_t kChunkElements = std::int64_t{1} << 22, kGpuChunkElements = std::int64_t{1} << 30;
 
 std::int64_t rows_per_chunk(DeviceType device, std::int64_t vocab) {
@@ -55,8 +54,8 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTen
   std::optional<PartialSum> dx;
   if (dx_tD != nullptr) dx.emplace(ex, *tp, *dx_tD);
   const std::int64_t T = x_TD.rows(), V = weight_VD.value.shape[0], ranks = tp->size();
-  const std::int64_t chunk =
-      rows_per_chunk(ex.device.type, (shard.total + ranks - 1) / ranks);  // the same on every rank
+  // The same on every rank.
+  const std::int64_t chunk = rows_per_chunk(ex.device.type, (shard.total + ranks - 1) / ranks);
   for (std::int64_t begin = 0; begin < T; begin += chunk) {
     const std::int64_t end = std::min(T, begin + chunk);
     ScratchScope scope(*ex.scratch);

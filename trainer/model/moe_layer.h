@@ -26,8 +26,7 @@ struct MoeLayer {
   struct Saved {
     ConstTensorView x_TD;
     TensorView probs_TE, index_TK, weight_TK, lse_T;
-    // fp64, [3 E + 1]: stats_3E and z_1 of ops::balance_stats. Set by the caller to have them there; else
-    // kept.
+    // fp64, [3 E + 1]: stats_3E and z_1 of ops::balance_stats. Set by the caller to have them there; else kept.
     TensorView load_L;
     NodePlan nodes;
     DispatchPlan plan;

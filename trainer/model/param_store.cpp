@@ -16,8 +16,8 @@ namespace {
 
 constexpr std::int64_t kAlignElements = 64;  // 128 bytes of bf16: whole cache lines
 
-bool continues_previous(
-    const std::string& name) {  // k and v follow q without a gap: one matrix for one product
+// Weights of k and v follow those of q without a gap: one matrix for one product.
+bool continues_previous(const std::string& name) {
   for (const char* end : {".attn.k_NHD", ".attn.v_NHD", ".attn.k_NH", ".attn.v_NH"})
     if (name.ends_with(end)) return true;
   return false;

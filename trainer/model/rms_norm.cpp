@@ -22,8 +22,8 @@ void RmsNorm::backward(Exec& ex, TensorView dx_TD, Accumulate mode, ConstTensorV
                        const Saved& saved) const {
   ScratchScope scope(*ex.scratch);
   TensorView dw_D = weight_D.grad;
-  if (!weight_D
-           .wants_grad()) {  // frozen: the op computes both gradients in one pass, so this one goes nowhere
+  // Frozen: the op computes both gradients in one pass, so this one goes nowhere.
+  if (!weight_D.wants_grad()) {
     dw_D = ex.scratch->take(weight_D.value.shape, weight_D.value.dtype, "unwanted norm gradient");
     ops::fill(ex, dw_D, 0.0f);
   }

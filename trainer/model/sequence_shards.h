@@ -1,9 +1,8 @@
 #pragma once
-// Tensor parallelism with the sequence divided. Between layers each tp rank holds t of a micro-batch's T
-// tokens, in rank order (t = T / tp); attention, feed-forward and head work on all T with their share of the
-// weights, so a layer begins by gathering tokens and ends by adding up the ranks' partial results, each rank
-// keeping its own tokens. The backward of one is the other. A group of one rank moves nothing and copies
-// nothing.
+// Tensor parallelism with the sequence divided. Between layers each tp rank holds t of a micro-batch's T tokens,
+// in rank order (t = T / tp); attention, feed-forward and head work on all T with their share of the weights, so
+// a layer begins by gathering tokens and ends by adding up the ranks' partial results, each rank keeping its own
+// tokens. The backward of one is the other. A group of one rank moves nothing and copies nothing.
 
 #include "parallel/communicator.h"
 #include "trainer/model/layer.h"

@@ -33,8 +33,7 @@ std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& exchange, Tensor
   return counts_PE;
 }
 
-// Arrival order is rank-major, then expert; the experts want expert-major, then rank, which is global token
-// order.
+// Arrival order is rank-major, then expert; the experts want expert-major, then rank, which is global token order.
 void regroup(Exec& ex, DispatchPlan& plan, const std::vector<std::int32_t>& counts_PE, std::int64_t P,
              std::int64_t E, Range local) {
   std::vector<std::int64_t> arrival{0}, grouped;

@@ -141,8 +141,7 @@ __device__ inline void release(u64* empty) {
   }
 }
 
-// A stage's operands, where copies of threads brought one of them: what they wrote the tensor cores must be
-// shown.
+// A stage's operands, where copies of threads brought one of them: what they wrote the tensor cores must be shown.
 template <bool kCopied>
 __device__ inline void wait_full(u64* full, u32 parity) {
   mbarrier_wait(full, parity);
@@ -246,8 +245,7 @@ __device__ inline unsigned char* fragment_row(unsigned char* staging, u32 chunk)
   return staging + staged<4>(lane % 16, chunk + lane / 16);
 }
 
-// Rows of 128 bytes from shared to global memory, those below `rows`; `first` is the address of the first
-// one.
+// Rows of 128 bytes from shared to global memory, those below `rows`; `first` is the address of the first one.
 template <int kLaneBytes>
 __device__ inline void store_lines(const unsigned char* staging, unsigned char* first, std::int64_t row_bytes,
                                    int rows) {

@@ -1,6 +1,5 @@
 #pragma once
-// Which tile of which expert a block computes: pure functions of the experts' offsets, for device and host
-// alike.
+// Which tile of which expert a block computes: pure functions of the experts' offsets, for device and host alike.
 //
 // Rows are cut into tiles of 128. A cluster of two blocks takes two neighbouring row tiles of one column
 // tile, so that both need the same weights; where an expert has an odd number of row tiles, its last one is
@@ -65,8 +64,7 @@ __host__ __device__ constexpr RowTile tile_of_unit(int within, int expert, int b
   return tile;
 }
 
-// Offsets and units of all experts in shared memory, where every thread finds its next tile without going to
-// memory.
+// Offsets and units of all experts in shared memory, where every thread finds its next tile without going to memory.
 struct RowTileTable {
   int experts, columns;
   int offsets[kMostExperts + 1], first_unit[kMostExperts + 1];

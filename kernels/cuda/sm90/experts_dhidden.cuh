@@ -1,8 +1,7 @@
 #pragma once
 // Backward of the second product and of SwiGLU: dhidden = dout[tokens] w_down stays in registers; written are
 // dgate_up, weight * hidden (the operand of w_down's gradient), and of every row the part of the weight's
-// gradient that these 128 neurons give: <dhidden, SwiGLU(gate_up)>, to be summed over the column tiles in
-// order.
+// gradient that these 128 neurons give: <dhidden, SwiGLU(gate_up)>, to be summed over the column tiles in order.
 //
 // So much stands behind the product that two warpgroups take turns, each with tiles of its own of 128 rows x
 // 128 neurons: one multiplies while the other one finishes.
@@ -67,9 +66,8 @@ struct SwigluBackward {
   }
 };
 
-// 32 neurons of a warp's 16 rows: gate_up stands in `gates` and gives way to its gradient; hidden's chunks
-// come into `hidden` from `chunk` on. All is read before any of it is written: the compiler cannot know that
-// places differ.
+// 32 neurons of a warp's 16 rows: gate_up stands in `gates` and gives way to its gradient; hidden's chunks come into
+// `hidden` from `chunk` on. All is read before any of it is written: the compiler cannot know that places differ.
 __device__ inline void finish_neurons(const float* d, unsigned char* gates, unsigned char* hidden, u32 chunk,
                                       const float (&weight)[2], float (&dweight)[2]) {
   const u32 lane = threadIdx.x % 32;
@@ -97,9 +95,8 @@ __device__ inline void finish_neurons(const float* d, unsigned char* gates, unsi
   }
 }
 
-// What stands behind a tile's product, for one warp: 16 rows of its upper half, then 16 of the lower one,
-// each in four parts of 32 neurons. Parts' gate_up is fetched three ahead, the first ones during the product
-// already.
+// What stands behind a tile's product, for one warp: 16 rows of its upper half, then 16 of the lower one, each
+// in four parts of 32 neurons. Parts' gate_up is fetched three ahead, the first ones during the product already.
 template <class C>
 class Finish {
  public:

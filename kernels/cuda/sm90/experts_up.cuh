@@ -1,11 +1,9 @@
 #pragma once
 // The experts' first product with what stands before and behind it: rows gathered, gates and ups multiplied,
-// SwiGLU. Writes gate_up (for backward) and hidden = weight * SwiGLU(gate_up), the operand of the second
-// product.
+// SwiGLU. Writes gate_up (for backward) and hidden = weight * SwiGLU(gate_up), the operand of the second product.
 //
-// Tiles of 128 rows x 256 columns, 128 neurons' gates and ups. Weights [E, F, 2, D] come in blocks of eight
-// gates and eight ups through a map of five dimensions, so that a thread's sums hold both of two neighbouring
-// neurons.
+// Tiles of 128 rows x 256 columns, 128 neurons' gates and ups. Weights [E, F, 2, D] come in blocks of eight gates
+// and eight ups through a map of five dimensions, so that a thread's sums hold both of two neighbouring neurons.
 
 #include "kernels/cuda/sm90/expert_pipeline.cuh"
 

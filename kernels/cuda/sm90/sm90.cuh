@@ -19,16 +19,14 @@ __device__ constexpr u32 swizzled(u32 row, u32 chunk) {
 }
 
 // An operand of wgmma under that swizzle. K-major: a row is one of M or N, 64 elements of K wide; every eight
-// rows are `stride` bytes after the eight before, `leading` counts for nothing. MN-major: a row is one of K,
-// 64 elements of M or N wide; the next 64 of them are `leading` bytes further, the next eight of K `stride`
-// bytes.
+// rows are `stride` bytes after the eight before, `leading` counts for nothing. MN-major: a row is one of K, 64
+// elements of M or N wide; the next 64 of them are `leading` bytes further, the next eight of K `stride` bytes.
 __device__ inline u64 descriptor(const void* operand, u32 leading, u32 stride) {
   constexpr u64 kSwizzle128 = u64{1} << 62;
   const auto field = [](u32 bytes) { return static_cast<u64>((bytes & 0x3ffffu) >> 4); };
   return field(shared_address(operand)) | field(leading) << 16 | field(stride) << 32 | kSwizzle128;
 }
-// Rows `row` on (a multiple of 8) and 16 elements of K from `k` on, of an operand that was loaded as rows of
-// K.
+// Rows `row` on (a multiple of 8) and 16 elements of K from `k` on, of an operand that was loaded as rows of K.
 __device__ inline u64 k_major(const unsigned char* operand, u32 row, u32 k) {
   return descriptor(operand + row * kRowBytes + k * 2, 16, 8 * kRowBytes);
 }

@@ -1,5 +1,4 @@
-// The experts' kernels against products in fp32 by one thread an element, under awkward routings and at full
-// width.
+// The experts' kernels against products in fp32 by one thread an element, under awkward routings and at full width.
 
 #include <cstring>
 #include <string>

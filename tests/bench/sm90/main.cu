@@ -1,5 +1,5 @@
-// usage: sm90_bench instructions | kernels WHICH | time TOKENS WHICH    WHICH: all, up, rows, dhidden,
-// dweights
+// usage: sm90_bench instructions | kernels WHICH | time TOKENS WHICH
+// WHICH: all, up, rows, dhidden, dweights
 
 #include <cstring>
 

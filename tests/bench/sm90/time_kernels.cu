@@ -158,8 +158,7 @@ struct Figures {
   }
 };
 
-// All kernels at one number of tokens, and what cuBLASLt takes for the same products without what stands
-// around them.
+// All kernels at one number of tokens, and what cuBLASLt takes for the same products without what stands around them.
 class Timings {
  public:
   explicit Timings(int tokens)

@@ -1,6 +1,6 @@
 #pragma once
-// As much of cuBLASLt as kernels/cuda uses, computed plainly on the host; every product is recorded. See
-// cuda_runtime.h.
+// As much of cuBLASLt as kernels/cuda uses, computed plainly on the host; every product is
+// recorded. See cuda_runtime.h.
 
 #include <cstddef>
 #include <cstdint>

@@ -1,7 +1,6 @@
 // NCCL between threads of one process. An operation is one piece of work on its stream: it shows the peers
-// what it sends, takes what they show, and ends when all that it showed has been taken. As with NCCL itself
-// an operation whose peer is gone never ends by itself: the communicator has an error, and its owner aborts
-// it.
+// what it sends, takes what they show, and ends when all that it showed has been taken. As with NCCL itself an
+// operation whose peer is gone never ends by itself: the communicator has an error, and its owner aborts it.
 
 #include <algorithm>
 #include <array>

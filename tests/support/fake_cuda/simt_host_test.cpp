@@ -1,5 +1,4 @@
-// The pretended GPU itself: it must compute what a GPU does, and show the mistakes that a GPU only sometimes
-// shows.
+// The pretended GPU itself: it must compute what a GPU does, and show the mistakes that a GPU only sometimes shows.
 
 #include <gtest/gtest.h>
 
@@ -112,8 +111,7 @@ TEST(Launches, WhatAGpuRefuses) {
   EXPECT_EQ(simt::problem_of(dim3(1 << 20, 65535), 1024, 227 << 10), nullptr);
 }
 
-// Two streams, one writing what the other reads: right with an event between them, wrong without under some
-// delay.
+// Two streams, one writing what the other reads: right with an event between them, wrong without under some delay.
 bool reads_what_was_written(bool waits) {
   cudaStream_t writer, reader;
   cudaEvent_t written;

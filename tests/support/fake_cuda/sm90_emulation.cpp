@@ -315,8 +315,8 @@ void multiply(float* d, int n, u64 a, u64 b, bool add, Major major_a, Major majo
   if (++product.joined < kGroup) return;
   product.grains = grains_of(product);
   block->begin_read(product.grains, product.fenced_at);
-  if (group.last != nullptr)
-    product.operation->after = {group.last};  // a warpgroup's products happen in order
+  // A warpgroup's products happen in order.
+  if (group.last != nullptr) product.operation->after = {group.last};
   group.last = product.operation;
   cluster().begin(product.operation);
 }

@@ -1,14 +1,12 @@
 #pragma once
-// Hopper's asynchronous instructions on the CPU, under the names of kernels/cuda/sm90/sm90_ptx.cuh: a model
-// that computes what the hardware computes, and ends with words where a kernel relies on what the hardware
-// does not promise.
+// Hopper's asynchronous instructions on the CPU, under the names of kernels/cuda/sm90/sm90_ptx.cuh: a model that
+// computes what the hardware computes, and ends with words where a kernel relies on what it does not promise.
 //
 // Copies and products are operations that happen at a moment between the earliest and the latest one allowed
 // (sm90_machine.h). The model knows of barriers (phases, arrivals, bytes), copies by threads and by the copy
 // engine, multicast, products that read shared memory late, the state of every 16 bytes of shared memory, and
-// registers that move between warpgroups. It does not know: the order of ordinary memory accesses beyond
-// barriers, the scopes in the PTX words, what a driver thinks of a tensor map, the order of sums inside a
-// product, time.
+// registers that move between warpgroups. It does not know: the order of ordinary memory accesses beyond barriers,
+// the scopes in the PTX words, what a driver thinks of a tensor map, the order of sums inside a product, time.
 
 #include <cmath>
 #include <cstddef>

@@ -3,9 +3,8 @@
 // as vector clocks. Two who touch the same bytes, one of them writing, are a mistake when nothing orders
 // them, whatever happened this time.
 //
-// Seen are copies, products, attention and NCCL's messages in full; of a kernel the first byte behind every
-// pointer among its arguments (what it writes unless it is to const); and what a test says itself, say of
-// ops (OpWatcher).
+// Seen are copies, products, attention and NCCL's messages in full; of a kernel the first byte behind every pointer
+// among its arguments (what it writes unless it is to const); and what a test says itself, say of ops (OpWatcher).
 
 #include <cstddef>
 #include <cstdint>
