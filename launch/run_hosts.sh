@@ -66,6 +66,7 @@ source "$here/restart_rules.sh"
 # shellcheck source=launch/supervise.sh
 source "$here/supervise.sh"
 
+require_program "${command[0]}"
 if is_train "${command[@]}"; then
   [[ -n $run_dir ]] || run_dir=$(run_dir_of "${command[@]}") || [[ $restarts -eq 0 ]] ||
     die "no run directory found in '${command[*]}'; name it by --run-dir, or use --restarts 0"

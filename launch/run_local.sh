@@ -27,13 +27,12 @@ fi
 ranks=$1
 shift
 command -v mpirun >/dev/null || { say "mpirun not found; run launch/setup.sh"; exit 2; }
-# Of a command that is not there mpirun's status looks like a signal.
-command -v "$1" >/dev/null || { say "$1: no such program; launch/setup.sh makes build/release/upmoe"; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/restart_rules.sh
 source "$here/restart_rules.sh"
 # shellcheck source=launch/supervise.sh
 source "$here/supervise.sh"
+require_program "$1"
 is_train "$@" || stop_grace=0
 
 # Unbound: Open MPI would pin both ranks of two to one core each and their threads with them. Oversubscribed is allowed

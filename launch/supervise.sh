@@ -10,6 +10,10 @@ stop_by=-1  # when mpirun is ended, in bash's SECONDS; -1: not yet
 kill_by=-1  # when it is ended by force
 asked_at=0  # time of the first request, microseconds
 
+# Of a command that is not there mpirun's status looks like a signal.
+require_program() {
+  command -v "$1" >/dev/null || { say "error: $1: no such program; launch/setup.sh makes build/release/upmoe"; exit 2; }
+}
 alive() { [[ $mpirun_pid -ne 0 ]] && kill -0 "$mpirun_pid" 2>/dev/null; }
 # mpirun leads its own process group, so that its rsh agents end with it.
 end_mpirun() { kill "-$1" -- "-$mpirun_pid" 2>/dev/null || true; }

@@ -162,6 +162,7 @@ class Hosts(Case):
         self.assertIn("--run-dir", self.refused(*file, "upmoe", "train", "missing.yaml"))
         self.assertIn("twice", self.refused(*file, "--deadline", "9", *self.training, "--deadline", "8"))
         self.assertIn("upmoe train", self.refused(*file, "--deadline", "9", "upmoe", "doctor"))
+        self.assertIn("no such program", self.refused(*file, "no_such_program", "train", "run.yaml"))
         self.assertIn("no_such_file", self.refused("--hostfile", "no_such_file", *self.training))
 
     def test_host_files(self):
