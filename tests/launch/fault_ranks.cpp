@@ -1,6 +1,8 @@
 // Trains like `upmoe train`, but one rank dies or stops in a chosen phase of a chosen step; fault_test.py
 // starts it and looks at what is left.
 //
+// When it does, the run directory gets a file `struck`: the moment from which the others' time counts.
+//
 // usage: fault_ranks RUN.yaml PHASE kill|stop RANK STEP DEADLINE_MS [section.key=value ...]
 // PHASE: forward | exchange | backward | reduce | optimizer | save (of the checkpoint of STEP)
 
@@ -9,6 +11,7 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <thread>
 
 #include "kernels/core/log.h"
@@ -26,12 +29,17 @@ struct Fault {
   int signal = SIGKILL;
   bool mine = false;  // this rank has it
   std::int64_t step = 0;
+  std::filesystem::path run_dir;
   // Where this rank is, by the verbs it has called. A step ends with the sum of squared gradients: one fp64.
   std::int64_t current_step = 1;
   bool exchanged = false, reduced = false;  // in this step: rows of experts, gradients
 
+  void strike() const {
+    std::ofstream(run_dir / "struck").close();
+    kill(getpid(), signal);
+  }
   void strike(const char* here) const {
-    if (mine && phase == here && current_step == step) raise(signal);
+    if (mine && phase == here && current_step == step) strike();
   }
 };
 
@@ -72,13 +80,13 @@ class FaultyCommunicator final : public test::ForwardingCommunicator {
 };
 
 // Strikes while this rank's part of the step's checkpoint is being written.
-std::jthread watch_for_saving(const RunConfig& run, const Fault& fault, int rank) {
-  const std::filesystem::path shard = std::filesystem::path(run.run.dir) / "checkpoints" /
+std::jthread watch_for_saving(const Fault& fault, int rank) {
+  const std::filesystem::path shard = fault.run_dir / "checkpoints" /
                                       fmt::format("step_{:08}.tmp", fault.step) /
                                       fmt::format("shard_{:05}.h5", rank);
-  return std::jthread([shard, signal = fault.signal](const std::stop_token& stop) {
+  return std::jthread([shard, &fault](const std::stop_token& stop) {
     while (!stop.stop_requested()) {
-      if (std::filesystem::exists(shard)) kill(getpid(), signal);
+      if (std::filesystem::exists(shard)) fault.strike();
       std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
   });
@@ -94,10 +102,11 @@ int run(int argc, char** argv, Communicator& world) {
   fault.signal = argv[3] == std::string("stop") ? SIGSTOP : SIGKILL;
   fault.mine = world.rank() == std::stoi(argv[4]);
   fault.step = std::stoll(argv[5]);
+  fault.run_dir = config.run.dir;
   install_signal_handlers();
   watchdog::start(std::chrono::milliseconds(std::stoi(argv[6])), world.rank());
   std::jthread saving;
-  if (fault.mine && fault.phase == "save") saving = watch_for_saving(config, fault, world.rank());
+  if (fault.mine && fault.phase == "save") saving = watch_for_saving(fault, world.rank());
   FaultyCommunicator faulty(world, fault);
   const int status = train(config, faulty, {});
   watchdog::stop();
