@@ -1,7 +1,7 @@
 #include "kernels/ops/gemm.h"
 
-#include "kernels/cuda/cublaslt.cuh"
-#include "kernels/cuda/row_sums.cuh"
+#include "kernels/cuda/library/cublaslt.cuh"
+#include "kernels/cuda/portable/row_sums.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {

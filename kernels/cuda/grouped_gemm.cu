@@ -3,7 +3,7 @@
 
 #include "kernels/ops/grouped_gemm.h"
 
-#include "kernels/cuda/cublaslt.cuh"
+#include "kernels/cuda/library/cublaslt.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {

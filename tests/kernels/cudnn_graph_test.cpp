@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/cuda/cudnn_sdpa.h"
+#include "kernels/cuda/library/cudnn_sdpa.h"
 
 namespace upmoe::cuda {
 namespace {

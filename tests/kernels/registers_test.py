@@ -39,6 +39,8 @@ def short(name):
 def kernels_of(folder):
     found = []
     for report in sorted(folder.rglob("*.cu.o.ptxas")):
+        if not report.with_suffix("").exists():  # of a source that has moved
+            continue
         entry = frame = None
         for line in report.read_text().splitlines():
             if match := ENTRY.search(line):

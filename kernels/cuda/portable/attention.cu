@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "kernels/core/log.h"
-#include "kernels/cuda/attention_tiles.cuh"
-#include "kernels/cuda/cudnn_sdpa.h"
+#include "kernels/cuda/library/cudnn_sdpa.h"
+#include "kernels/cuda/portable/attention_tiles.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {

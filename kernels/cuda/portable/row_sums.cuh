@@ -2,7 +2,7 @@
 // Sums over the rows of a tensor, for weight gradients: fixed blocks of rows, then block after block. The
 // order depends on the number of rows alone.
 
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 
 namespace upmoe::cuda {
 

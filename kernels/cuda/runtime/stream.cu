@@ -1,4 +1,4 @@
-#include "kernels/cuda/runtime.cuh"
+#include "kernels/cuda/runtime/stream.cuh"
 
 #include <cstring>
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "kernels/core/philox.h"
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/adamw_factors.h"
 #include "kernels/ops/backend.h"
 #include "kernels/ops/moment_codes.h"

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "kernels/cuda/counting_sort.cuh"
+#include "kernels/cuda/portable/counting_sort.cuh"
 #include "kernels/ops/backend.h"
 #include "kernels/ops/routing.h"
 

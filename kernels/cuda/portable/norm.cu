@@ -1,7 +1,7 @@
 #include "kernels/ops/norm.h"
 
-#include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/row_sums.cuh"
+#include "kernels/cuda/portable/row_sums.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {

@@ -1,6 +1,6 @@
 #include "kernels/ops/transfer.h"
 
-#include "kernels/cuda/runtime.cuh"
+#include "kernels/cuda/runtime/stream.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {

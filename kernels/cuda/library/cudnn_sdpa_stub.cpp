@@ -1,6 +1,6 @@
 // A build without cuDNN: the portable kernel computes all attention.
 
-#include "kernels/cuda/cudnn_sdpa.h"
+#include "kernels/cuda/library/cudnn_sdpa.h"
 
 #include <atomic>
 

@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "kernels/core/gpu.h"
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 
 namespace upmoe::cuda {
 

@@ -6,7 +6,7 @@
 #include <map>
 #include <memory>
 
-#include "kernels/cuda/runtime.cuh"
+#include "kernels/cuda/runtime/stream.cuh"
 #include "kernels/ops/gemm.h"
 
 struct cublasLtContext;

@@ -3,7 +3,7 @@
 
 #include "kernels/ops/routing.h"
 
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {

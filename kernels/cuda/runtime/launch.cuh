@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "kernels/core/bf16.h"
-#include "kernels/cuda/runtime.cuh"
+#include "kernels/cuda/runtime/stream.cuh"
 
 namespace upmoe::cuda {
 

@@ -1,6 +1,6 @@
 #include "kernels/ops/pointwise.h"
 
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {

@@ -3,7 +3,7 @@
 // every block of items has; where each block's items of each key begin; every item behind those before it.
 // Sums are of integers, so the result does not depend on who comes first.
 
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 
 namespace upmoe::cuda {
 

@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "kernels/cuda/counting_sort.cuh"
+#include "kernels/cuda/portable/counting_sort.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {

@@ -1,4 +1,4 @@
-#include "kernels/cuda/cudnn_sdpa.h"
+#include "kernels/cuda/library/cudnn_sdpa.h"
 
 #include <cudnn_frontend.h>
 
@@ -10,7 +10,7 @@
 #include <unordered_map>
 
 #include "kernels/core/log.h"
-#include "kernels/cuda/runtime.cuh"
+#include "kernels/cuda/runtime/stream.cuh"
 
 namespace upmoe::cuda {
 

@@ -1,6 +1,6 @@
 // Attention with an online softmax: scores exist a tile at a time.
 
-#include "kernels/cuda/attention_tiles.cuh"
+#include "kernels/cuda/portable/attention_tiles.cuh"
 
 namespace upmoe::cuda {
 

@@ -1,6 +1,6 @@
 #include "kernels/ops/adamw.h"
 
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/adamw_factors.h"
 #include "kernels/ops/backend.h"
 

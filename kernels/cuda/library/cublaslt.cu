@@ -1,4 +1,4 @@
-#include "kernels/cuda/cublaslt.cuh"
+#include "kernels/cuda/library/cublaslt.cuh"
 
 #include <cublasLt.h>
 

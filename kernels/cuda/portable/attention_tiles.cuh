@@ -3,7 +3,7 @@
 // by 16 threads, each with B / 16 queries and as many keys of a tile of scores, or C columns of a head. Tiles
 // lie transposed in shared memory, [head_dim][B + 4], so that a product reads four values at once.
 
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/attention.h"
 
 namespace upmoe::cuda {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/core/gpu.h"
-#include "kernels/cuda/runtime.cuh"
+#include "kernels/cuda/runtime/stream.cuh"
 
 namespace upmoe::gpu {
 

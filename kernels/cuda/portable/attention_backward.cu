@@ -2,7 +2,7 @@
 // and dv. With delta = rowsum(dout out) and p = exp(s - lse): dv = p^T dout, dp = dout v^T, ds = p (dp -
 // delta), dq = scale ds k, dk = ds^T (scale q).
 
-#include "kernels/cuda/attention_tiles.cuh"
+#include "kernels/cuda/portable/attention_tiles.cuh"
 
 namespace upmoe::cuda {
 
