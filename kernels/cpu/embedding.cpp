@@ -9,6 +9,7 @@
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/findings.h"
 
 namespace upmoe::cpu {
 
@@ -16,11 +17,7 @@ namespace {
 
 void check_tokens(const std::int32_t* tokens, std::int64_t count, std::int64_t vocab) {
   for (std::int64_t t = 0; t < count; ++t)
-    if (tokens[t] < 0 || tokens[t] >= vocab)
-      fail(ExitCode::kBadInput,
-           "token {} at position {} of the batch is outside the vocabulary [0, {}): the data was made with "
-           "another tokenizer; tokenise it with the model's own",
-           tokens[t], t, vocab);
+    if (tokens[t] < 0 || tokens[t] >= vocab) fail_token(tokens[t], t, vocab);
 }
 
 // The positions whose token lies in [begin, begin + rows), in order; returns how many.

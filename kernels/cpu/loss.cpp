@@ -9,6 +9,7 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/findings.h"
 
 namespace upmoe::cpu {
 
@@ -61,11 +62,7 @@ void gradient_row(T* dx, const float* x, std::int64_t n, float max_x, double sum
 
 void check_targets(const std::int32_t* targets, std::int64_t rows, std::int64_t vocab) {
   for (std::int64_t c = 0; c < rows; ++c)
-    if (targets[c] < -1 || targets[c] >= vocab)
-      fail(ExitCode::kBadInput,
-           "target {} at position {} of the chunk is outside the vocabulary [0, {}) and is not -1 (ignored): "
-           "the data was made with another tokenizer; tokenise it with the model's own",
-           targets[c], c, vocab);
+    if (targets[c] < -1 || targets[c] >= vocab) fail_target(targets[c], c, vocab);
 }
 
 template <class T>

@@ -11,6 +11,7 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/findings.h"
 
 namespace upmoe::cpu {
 
@@ -40,10 +41,7 @@ void require_finite(const float* logits, std::int64_t tokens, std::int64_t exper
   });
   const std::int64_t at = first.load();
   if (at != std::numeric_limits<std::int64_t>::max())
-    fail(ExitCode::kNumeric,
-         "router logit of token row {} and expert {} is {}: the training has diverged; lower the "
-         "learning rate or restart from an earlier checkpoint",
-         at / experts, at % experts, logits[at]);
+    fail_logit(at / experts, at % experts, fmt::format("{}", logits[at]));
 }
 
 // Softmax of one row; returns its log-sum-exp.

@@ -54,8 +54,7 @@ void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, C
     start_from_bias(ex, c_MN, bias_N);
     p.mode = Accumulate::kAdd;
   }
-  CudaStream& stream = stream_of(ex);
-  stream.gemm().multiply(p, stream.raw());
+  stream_of(ex).kept<GemmLibrary>().multiply(p);
 }
 
 void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN) {

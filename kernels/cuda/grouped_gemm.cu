@@ -17,16 +17,15 @@ struct Expert {
 // body(expert) gives each expert's product, in order; those without rows are left out.
 template <class Body>
 void beside_each_other(const Exec& ex, std::span<const std::int64_t> offsets, const Body& body) {
-  CudaStream& stream = stream_of(ex);
-  GemmLibrary& library = stream.gemm();
-  library.fork(stream.raw());
+  auto& library = stream_of(ex).kept<GemmLibrary>();
+  library.fork();
   for (std::size_t e = 0; e + 1 < offsets.size(); ++e) {
     const Expert expert{static_cast<std::int64_t>(e), offsets[e], offsets[e + 1] - offsets[e]};
     if (expert.rows == 0) continue;
     const Product p = body(expert);
     if (p.m > 0 && p.n > 0 && p.k > 0) library.multiply_beside(p);
   }
-  library.join(stream.raw());
+  library.join();
 }
 
 template <class View>

@@ -113,7 +113,7 @@ Product for_rounded_rows(Product p) {
 
 }  // namespace
 
-GemmLibrary::GemmLibrary() {
+GemmLibrary::GemmLibrary(const CudaStream& owner) : owner_(owner.raw()) {
   check_lt(cublasLtCreate(&handle_), "cublasLtCreate");
   check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming));
   for (Side& side : sides_) {
@@ -203,8 +203,8 @@ void GemmLibrary::multiply(const Product& p, cudaStream_t stream, int workspace_
   check_lt(static_cast<cublasStatus_t>(run(plan_of(p), p, stream, workspace_index)), "cublasLtMatmul");
 }
 
-void GemmLibrary::fork(cudaStream_t stream) {
-  check(cudaEventRecord(forked_, stream));
+void GemmLibrary::fork() {
+  check(cudaEventRecord(forked_, owner_));
   for (Side& side : sides_) side.used = false;
   next_ = 0;
 }
@@ -224,17 +224,12 @@ void GemmLibrary::multiply_beside(const Product& p) {
   next_ = (next_ + 1) % kSideStreams;
 }
 
-void GemmLibrary::join(cudaStream_t stream) {
+void GemmLibrary::join() {
   for (Side& side : sides_) {
     if (!side.used) continue;
     check(cudaEventRecord(side.done, side.stream));
-    check(cudaStreamWaitEvent(stream, side.done, 0));
+    check(cudaStreamWaitEvent(owner_, side.done, 0));
   }
-}
-
-GemmLibrary& CudaStream::gemm() {
-  if (gemm_ == nullptr) gemm_ = std::make_shared<GemmLibrary>();
-  return *gemm_;
 }
 
 }  // namespace upmoe::cuda

@@ -24,23 +24,23 @@ struct Product {
   const void* bias = nullptr;  // of the dtype `out`
 };
 
+// Kept by a stream, its owner (CudaStream::kept).
 class GemmLibrary {
  public:
-  GemmLibrary();  // for the calling thread's GPU
+  explicit GemmLibrary(const CudaStream& owner);
   ~GemmLibrary();
   GemmLibrary(const GemmLibrary&) = delete;
 
-  // On the stream that owns this library.
-  void multiply(const Product& p, cudaStream_t stream) { multiply(p, stream, 0); }
+  void multiply(const Product& p) { multiply(p, owner_, 0); }
 
-  // Products of experts: they set out together behind the work that `stream` has been given, side by side on
-  // several streams, and what `stream` is given after join() comes behind all of them. Their rows (m, or k
+  // Products of experts: they set out together behind the work that the owner has been given, side by side on
+  // several streams, and what the owner is given after join() comes behind all of them. Their rows (m, or k
   // where a is transposed) are other ones at every step; an algorithm is chosen for rounded numbers of rows,
   // so that choosing ends, and a product's bits depend on its shape and on where its tensors begin.
   static constexpr int kSideStreams = 6;
-  void fork(cudaStream_t stream);
+  void fork();
   void multiply_beside(const Product& p);
-  void join(cudaStream_t stream);
+  void join();
 
  private:
   struct Plan;
@@ -56,9 +56,10 @@ class GemmLibrary {
   void* workspace(int index);
 
   using Key = std::array<std::int64_t, 12>;
+  cudaStream_t owner_;
   cublasLtContext* handle_ = nullptr;
   std::map<Key, std::unique_ptr<Plan>> plans_;
-  std::array<void*, kSideStreams + 1> workspaces_{};  // the owner's stream first
+  std::array<void*, kSideStreams + 1> workspaces_{};  // the owner's first
   std::array<Side, kSideStreams> sides_;
   cudaEvent_t forked_ = nullptr;
   int next_ = 0;

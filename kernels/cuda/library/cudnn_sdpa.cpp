@@ -38,13 +38,12 @@ struct Key {
   friend auto operator<=>(const Key&, const Key&) = default;
 };
 
-}  // namespace
-
+// Kept by a stream (CudaStream::kept).
 class SdpaLibrary {
  public:
-  explicit SdpaLibrary(cudaStream_t stream) {
+  explicit SdpaLibrary(const CudaStream& stream) {
     check_cudnn(cudnnCreate(&handle_), "cudnnCreate");
-    check_cudnn(cudnnSetStream(handle_, stream), "cudnnSetStream");
+    check_cudnn(cudnnSetStream(handle_, stream.raw()), "cudnnSetStream");
   }
   ~SdpaLibrary() { cudnnDestroy(handle_); }
   SdpaLibrary(const SdpaLibrary&) = delete;
@@ -144,13 +143,6 @@ class SdpaLibrary {
   std::map<Key, std::unique_ptr<Plan>> plans_;
 };
 
-SdpaLibrary& CudaStream::sdpa() {
-  if (sdpa_ == nullptr) sdpa_ = std::make_shared<SdpaLibrary>(raw_);
-  return *sdpa_;
-}
-
-namespace {
-
 Key key_of(const AttentionShape& s, std::int64_t tokens, bool backward, bool deterministic) {
   return {
       s.heads, s.kv_heads, s.head_dim, s.seq_len, tokens / s.seq_len, backward, backward && deterministic};
@@ -184,7 +176,7 @@ bool sdpa_takes(const Exec& ex, const AttentionShape& shape, std::int64_t tokens
           shape.head_dim);
     return false;
   }
-  SdpaLibrary& library = stream_of(ex).sdpa();
+  SdpaLibrary& library = stream_of(ex).kept<SdpaLibrary>();
   return library.plan(key_of(shape, tokens, false, true)) != nullptr &&
          library.plan(key_of(shape, tokens, true, ex.deterministic)) != nullptr;
 }
@@ -197,7 +189,7 @@ void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensor
                   const AttentionShape& shape) {
   std::unordered_map<std::int64_t, void*> memory{{kO, out_TQ.data}, {kStats, stats_BHS.data}};
   add_parts(memory, {kQ, kK, kV}, qkv_TH.data, shape);
-  stream_of(ex).sdpa().run(ex, key_of(shape, qkv_TH.shape[0], false, true), memory);
+  stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, qkv_TH.shape[0], false, true), memory);
 }
 
 void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
@@ -206,7 +198,7 @@ void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstT
       {kO, memory_of(out_TQ)}, {kDO, memory_of(dout_TQ)}, {kStats, memory_of(stats_BHS)}};
   add_parts(memory, {kQ, kK, kV}, qkv_TH.data, shape);
   add_parts(memory, {kDQ, kDK, kDV}, dqkv_TH.data, shape);
-  stream_of(ex).sdpa().run(ex, key_of(shape, qkv_TH.shape[0], true, ex.deterministic), memory);
+  stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, qkv_TH.shape[0], true, ex.deterministic), memory);
 }
 
 }  // namespace upmoe::cuda

@@ -1,7 +1,8 @@
 #pragma once
 // How kernels are launched, and the pieces that their bodies share: vectors of elements, sums over warps and
-// blocks. Bodies compile for the GPU and, against tests/support/fake_cuda, for the CPU; so no inline
-// assembly, no <<<>>>, and dynamic shared memory through dynamic_shared().
+// blocks. What includes this compiles for every GPU and, against tests/support/fake_cuda, for the CPU: no <<<>>>,
+// dynamic shared memory through dynamic_shared(), and no inline assembly, which has a file of its own for each
+// architecture (kernels/cuda/sm90/sm90_ptx.cuh).
 
 #include <cuda_runtime.h>
 

@@ -31,14 +31,8 @@ Book& book() {
   return *b;
 }
 
-int current_device() {
-  int device = 0;
-  cuda::check(cudaGetDevice(&device));
-  return device;
-}
-
 void hold(const void* key, std::size_t bytes, std::string_view what) {
-  const int device = current_device();
+  const int device = current();
   const std::lock_guard lock(book().mutex);
   book().holdings[key] = {device, bytes, std::string(what)};
 }
@@ -49,7 +43,7 @@ void drop(const void* key) {
 }
 
 [[noreturn]] void fail_out_of_memory(std::size_t bytes, std::string_view what) {
-  const int device = current_device();
+  const int device = current();
   std::map<std::string, std::size_t> by_name;
   {
     const std::lock_guard lock(book().mutex);
@@ -111,7 +105,7 @@ CUmemAllocationProp properties_of(int device) {
 }
 
 std::size_t granularity() {
-  const CUmemAllocationProp p = properties_of(current_device());
+  const CUmemAllocationProp p = properties_of(current());
   std::size_t bytes = 0;
   check_driver(driver().granularity(&bytes, &p, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
                "cuMemGetAllocationGranularity");
@@ -194,7 +188,7 @@ void Reservation::commit(std::size_t bytes) {
   const std::size_t wanted = round_up(bytes - committed_, unit);
   const std::size_t generous =
       std::min(round_up(std::max(wanted, committed_ / 8), unit), reserved_ - committed_);
-  const int device = current_device();
+  const int device = current();
   const CUmemAllocationProp p = properties_of(device);
   CUmemGenericAllocationHandle handle{};
   std::size_t grown = generous;

@@ -1,29 +1,21 @@
 #pragma once
-// What the .cu files share on the host: the stream behind an Exec, errors of the CUDA runtime, and the
-// findings through which kernels report bad input.
+// What kernels/cuda shares on the host: the stream behind an Exec, and errors of the CUDA runtime.
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <memory>
+#include <optional>
 #include <source_location>
-#include <vector>
+#include <typeindex>
 
 #include "kernels/core/exec.h"
+#include "kernels/cuda/runtime/findings.cuh"
 
 namespace upmoe::cuda {
 
-// What a kernel may find wrong in its input.
-enum class Finding : int { kToken, kTarget, kLogit, kIndex };
-constexpr int kFindings = 4;
-
-// On the device, one word for each kind: row << 32 | value of the lowest row with one; all ones while there is none.
-using FindingWords = unsigned long long*;
-
 // Throws Error(kDevice) with the runtime's words and the call's place.
 void check(cudaError_t status, std::source_location where = std::source_location::current());
-
-class GemmLibrary;  // cublaslt.cu
-class SdpaLibrary;  // cudnn_sdpa.cpp
 
 class CudaStream final : public Stream {
  public:
@@ -32,20 +24,23 @@ class CudaStream final : public Stream {
   void synchronize() override;
 
   cudaStream_t raw() const { return raw_; }
-  FindingWords findings() const { return findings_; }
-  // The vocabulary and the number of experts of the last op that may report, for the words of the report.
-  void limit(Finding kind, std::int64_t value) { limits_[static_cast<int>(kind)] = value; }
-  GemmLibrary& gemm();
-  SdpaLibrary& sdpa();  // in a build with cuDNN
+  int sm() const { return sm_; }  // the GPU's compute capability: 90 is 9.0
+  FindingWords findings() const { return findings_->words(); }
+  void limit(Finding kind, std::int64_t value) { findings_->limit(kind, value); }
+
+  // The T that belongs to this stream, made of it at first use and gone with it: where a library keeps its plans.
+  template <class T>
+  T& kept() {
+    std::shared_ptr<void>& one = kept_[typeid(T)];
+    if (one == nullptr) one = std::make_shared<T>(*this);
+    return *static_cast<T*>(one.get());
+  }
 
  private:
-  void report();
-
   cudaStream_t raw_ = nullptr;
-  FindingWords findings_ = nullptr, seen_ = nullptr;  // on the device; on the host, pinned
-  std::int64_t limits_[kFindings] = {};
-  std::shared_ptr<GemmLibrary> gemm_;
-  std::shared_ptr<SdpaLibrary> sdpa_;
+  int sm_ = 0;
+  std::optional<Findings> findings_;  // always there
+  std::map<std::type_index, std::shared_ptr<void>> kept_;
 };
 
 // The stream of an op. An Exec for a GPU always has one.
