@@ -7,6 +7,7 @@
 #include <ctime>
 #include <memory>
 #include <mutex>
+#include <set>
 
 namespace upmoe::log {
 
@@ -46,6 +47,15 @@ void write(Level level, const std::string& line) {
     now = logger();
   }
   now->log(level == Level::kInfo ? spdlog::level::info : spdlog::level::warn, line);
+}
+
+void write_once(Level level, const std::string& line) {
+  static std::set<std::string> written;
+  {
+    const std::lock_guard lock(mutex);
+    if (!written.insert(line).second) return;
+  }
+  write(level, line);
 }
 
 std::string timestamp() {

@@ -3,13 +3,11 @@
 #include <cudnn_frontend.h>
 
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <map>
 #include <memory>
 #include <unordered_map>
 
-#include "kernels/core/log.h"
 #include "kernels/cuda/runtime/stream.cuh"
 
 namespace upmoe::cuda {
@@ -30,6 +28,7 @@ enum Uid : std::int64_t { kQ = 1, kK, kV, kO, kStats, kDO, kDQ, kDK, kDV };
 struct Plan {
   fe::graph::Graph graph;
   std::int64_t workspace = 0;
+  std::string refusal;  // in cuDNN's words; empty: it computes
 };
 
 struct Key {
@@ -48,21 +47,16 @@ class SdpaLibrary {
   ~SdpaLibrary() { cudnnDestroy(handle_); }
   SdpaLibrary(const SdpaLibrary&) = delete;
 
-  // Null where cuDNN refuses; the reason has then been told.
-  Plan* plan(const Key& key) {
-    const auto known = plans_.find(key);
-    if (known != plans_.end()) return known->second.get();
+  Plan& plan(const Key& key) {
+    std::unique_ptr<Plan>& known = plans_[key];
+    if (known != nullptr) return *known;
     auto plan = std::make_unique<Plan>();
     describe(plan->graph, key);
     fe::error_t built = plan->graph.build(handle_, {fe::HeurMode_t::A});
     if (built.is_good()) built = plan->graph.get_workspace_size(plan->workspace);
-    if (!built.is_good()) {
-      log::warning(
-          "attention of {} heads of {} over {} sequences of {}: the portable kernel computes it; cuDNN: {}",
-          key.heads, key.head_dim, key.sequences, key.seq_len, built.get_message());
-      plan = nullptr;
-    }
-    return plans_.emplace(key, std::move(plan)).first->second.get();
+    if (!built.is_good()) plan->refusal = built.get_message();
+    known = std::move(plan);
+    return *known;
   }
 
   static std::string refusal(const Key& key, int sm) {
@@ -74,11 +68,11 @@ class SdpaLibrary {
   }
 
   void run(Exec& ex, const Key& key, std::unordered_map<std::int64_t, void*> memory) {
-    Plan* p = plan(key);
-    UPMOE_CHECK(p != nullptr, "cuDNN refused this attention before");
+    Plan& p = plan(key);
+    UPMOE_CHECK(p.refusal.empty(), "cuDNN refused this attention before: {}", p.refusal);
     ScratchScope scope(*ex.scratch);
-    const TensorView workspace = ex.scratch->take({p->workspace}, DType::kU8, "cuDNN's attention");
-    fe::error_t done = p->graph.execute(handle_, memory, workspace.data);
+    const TensorView workspace = ex.scratch->take({p.workspace}, DType::kU8, "cuDNN's attention");
+    fe::error_t done = p.graph.execute(handle_, memory, workspace.data);
     if (!done.is_good()) fail(ExitCode::kDevice, "cuDNN: attention: {}", done.get_message());
   }
 
@@ -165,20 +159,14 @@ void* memory_of(const ConstTensorView& t) {
 
 }  // namespace
 
-bool sdpa_takes(const Exec& ex, const AttentionShape& shape, std::int64_t tokens, DType dtype) {
-  if (dtype != DType::kBF16 || tokens == 0 || ex.scratch == nullptr) return false;
-  if (shape.head_dim % 8 != 0 || shape.head_dim > 128) {
-    static std::atomic<bool> told{false};
-    if (!told.exchange(true))
-      log::warning(
-          "attention in bf16 of heads of {}: the portable kernel computes it, which is slow; cuDNN takes "
-          "multiples of 8 up to 128",
-          shape.head_dim);
-    return false;
-  }
-  SdpaLibrary& library = stream_of(ex).kept<SdpaLibrary>();
-  return library.plan(key_of(shape, tokens, false, true)) != nullptr &&
-         library.plan(key_of(shape, tokens, true, ex.deterministic)) != nullptr;
+bool has_cudnn() {
+  return true;
+}
+
+std::string sdpa_refusal(const Exec& ex, const AttentionShape& shape, std::int64_t tokens) {
+  auto& library = stream_of(ex).kept<SdpaLibrary>();
+  const std::string& forward = library.plan(key_of(shape, tokens, false, true)).refusal;
+  return forward.empty() ? library.plan(key_of(shape, tokens, true, ex.deterministic)).refusal : forward;
 }
 
 std::string sdpa_refusal(const AttentionShape& shape, std::int64_t tokens, bool backward, int sm) {

@@ -9,9 +9,11 @@
 
 namespace upmoe::cuda {
 
-// Whether cuDNN takes attention of this shape here; the first time that it does not, and the portable kernel
-// computes instead, a warning says why. Plans are made at a shape's first use and kept with the stream.
-bool sdpa_takes(const Exec& ex, const AttentionShape& shape, std::int64_t tokens, DType dtype);
+bool has_cudnn();  // this program was built with it
+
+// Why cuDNN does not take attention of this shape here; empty when it does. Plans are made at a shape's first use
+// and kept with the stream.
+std::string sdpa_refusal(const Exec& ex, const AttentionShape& shape, std::int64_t tokens);
 
 // Why cuDNN's frontend would not take the graph of this shape on a GPU of compute capability `sm` (90); empty
 // when it would. Needs no GPU: the library's own word comes when a plan is made.

@@ -1,10 +1,7 @@
-#include "kernels/ops/attention.h"
+#include "kernels/cuda/portable/attention.h"
 
-#include <atomic>
 #include <cmath>
 
-#include "kernels/core/log.h"
-#include "kernels/cuda/library/cudnn_sdpa.h"
 #include "kernels/cuda/portable/attention_tiles.cuh"
 #include "kernels/ops/backend.h"
 
@@ -21,21 +18,19 @@ template <class T>
 AttentionInputs<T> inputs(const T* query, const T* key, std::int64_t key_stride, const AttentionShape& shape,
                           Visible visible, const ConstTensorView* document_T,
                           const ConstTensorView* key_document_T) {
-  AttentionInputs<T> in{};
-  in.q = query;
-  in.k = key;
-  in.v = key + shape.kv_heads * shape.head_dim;
-  in.q_stride = shape.qkv_width();
-  in.kv_stride = key_stride;
-  in.query_document = ids(document_T);
-  in.key_document = ids(key_document_T);
-  in.seq_len = static_cast<int>(shape.seq_len);
-  in.heads = static_cast<int>(shape.heads);
-  in.kv_heads = static_cast<int>(shape.kv_heads);
-  in.head_dim = static_cast<int>(shape.head_dim);
-  in.causal = visible == Visible::kCausal;
-  in.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
-  return in;
+  return {.q = query,
+          .k = key,
+          .v = key + shape.kv_heads * shape.head_dim,
+          .q_stride = shape.qkv_width(),
+          .kv_stride = key_stride,
+          .query_document = ids(document_T),
+          .key_document = ids(key_document_T),
+          .seq_len = static_cast<int>(shape.seq_len),
+          .heads = static_cast<int>(shape.heads),
+          .kv_heads = static_cast<int>(shape.kv_heads),
+          .head_dim = static_cast<int>(shape.head_dim),
+          .causal = visible == Visible::kCausal,
+          .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim))};
 }
 
 template <class T>
@@ -68,7 +63,7 @@ __global__ void merge_rows(float* out, float* lse, const float* part, const floa
   if (threadIdx.x % kWarp == 0) lse[row] = largest + logf(sum);
 }
 
-// cuDNN keeps the rows' log-sum-exp by head, the layers by token: one from the other.
+// Token by token from head by head, or the other way.
 template <bool kToTokens>
 __global__ void reorder_lse(float* out, const float* in, std::int64_t n, std::int64_t heads,
                             std::int64_t seq_len) {
@@ -84,36 +79,17 @@ __global__ void reorder_lse(float* out, const float* in, std::int64_t n, std::in
 }
 
 template <bool kToTokens>
-void reorder(Exec& ex, TensorView out, ConstTensorView in, const AttentionShape& shape) {
+void reorder(const Exec& ex, const TensorView& out, const ConstTensorView& in, const AttentionShape& shape) {
   launch(ex, blocks_for(in.elements(), kThreads), kThreads, reorder_lse<kToTokens>, out.as<float>(),
          in.as<float>(), in.elements(), shape.heads, shape.seq_len);
 }
 
-// In bf16 the portable kernel is the slow way; why it is taken is told once.
-enum class Slow { kDocuments, kContext };
-void tell(Slow why, DType dtype) {
-  static std::atomic<bool> told[2];
-  if (dtype != DType::kBF16 || told[static_cast<int>(why)].exchange(true)) return;
-  log::warning("attention in bf16 {}: the portable kernel computes it, which is slow on GPUs",
-               why == Slow::kDocuments ? "with documents masked (data.mask_documents)"
-                                       : "under context parallelism (parallel.cp)");
-}
-
-TensorView take_stats(Exec& ex, const ConstTensorView& lse_TN) {
-  return ex.scratch->take(lse_TN.shape, DType::kF32, "log-sum-exp by head");
-}
-
 }  // namespace
 
+namespace portable {
+
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                       AttentionShape shape, const ConstTensorView* document_T) {
-  if (document_T == nullptr && sdpa_takes(ex, shape, qkv_TH.shape[0], qkv_TH.dtype)) {
-    ScratchScope scope(*ex.scratch);
-    const TensorView stats = take_stats(ex, lse_TN);
-    sdpa_forward(ex, out_TQ, stats, qkv_TH, shape);
-    return reorder<true>(ex, lse_TN, stats, shape);
-  }
-  if (document_T != nullptr) tell(Slow::kDocuments, qkv_TH.dtype);
+                       const AttentionShape& shape, const ConstTensorView* document_T) {
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     attend(ex, out_TQ.as<T>(), lse_TN.as<float>(), self_inputs<T>(qkv_TH, shape, document_T),
@@ -122,14 +98,8 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
 }
 
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
-                        ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
+                        ConstTensorView out_TQ, ConstTensorView lse_TN, const AttentionShape& shape,
                         const ConstTensorView* document_T) {
-  if (document_T == nullptr && sdpa_takes(ex, shape, qkv_TH.shape[0], qkv_TH.dtype)) {
-    ScratchScope scope(*ex.scratch);
-    const TensorView stats = take_stats(ex, lse_TN);
-    reorder<false>(ex, stats, lse_TN, shape);
-    return sdpa_backward(ex, dqkv_TH, dout_TQ, qkv_TH, out_TQ, stats, shape);
-  }
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     T* dq = dqkv_TH.as<T>();
@@ -142,9 +112,8 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
 }
 
 void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                            ConstTensorView kv_TK, AttentionShape shape, Visible visible,
+                            ConstTensorView kv_TK, const AttentionShape& shape, Visible visible,
                             const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
-  tell(Slow::kContext, qkv_TH.dtype);
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     attend(ex, out_TQ.as<float>(), lse_TN.as<float>(),
@@ -152,17 +121,9 @@ void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, Cons
   });
 }
 
-void attention_merge(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView part_TQ,
-                     ConstTensorView part_lse_TN) {
-  const std::int64_t rows = lse_TN.elements();
-  if (rows == 0) return;
-  launch(ex, blocks_for(rows, kThreads / kWarp), kThreads, merge_rows, out_TQ.as<float>(), lse_TN.as<float>(),
-         part_TQ.as<float>(), part_lse_TN.as<float>(), rows, out_TQ.shape[1] / lse_TN.shape[1]);
-}
-
 void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
                              ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
-                             ConstTensorView lse_TN, AttentionShape shape, Visible visible,
+                             ConstTensorView lse_TN, const AttentionShape& shape, Visible visible,
                              const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
@@ -173,6 +134,24 @@ void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, Cons
                           pair_inputs<T>(qkv_TH, kv_TK, shape, visible, document_T, key_document_T),
                           qkv_TH.shape[0]);
   });
+}
+
+void order_by_token(Exec& ex, TensorView lse_TN, ConstTensorView stats_BHS, const AttentionShape& shape) {
+  reorder<true>(ex, lse_TN, stats_BHS, shape);
+}
+
+void order_by_head(Exec& ex, TensorView stats_BHS, ConstTensorView lse_TN, const AttentionShape& shape) {
+  reorder<false>(ex, stats_BHS, lse_TN, shape);
+}
+
+}  // namespace portable
+
+void attention_merge(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView part_TQ,
+                     ConstTensorView part_lse_TN) {
+  const std::int64_t rows = lse_TN.elements();
+  if (rows == 0) return;
+  launch(ex, blocks_for(rows, kThreads / kWarp), kThreads, merge_rows, out_TQ.as<float>(), lse_TN.as<float>(),
+         part_TQ.as<float>(), part_lse_TN.as<float>(), rows, out_TQ.shape[1] / lse_TN.shape[1]);
 }
 
 }  // namespace upmoe::cuda

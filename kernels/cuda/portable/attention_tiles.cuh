@@ -160,7 +160,7 @@ void launch_tiles(const Exec& ex, int floats, std::int64_t blocks, void (*kernel
 }
 
 // The whole of attention on these tensors: self-attention's, and a pair of chunks'. Defined in
-// attention_forward.cu and attention_backward.cu for what attention.cu and attention_pair.cu ask for.
+// attention_forward.cu and attention_backward.cu for what attention.cu asks for.
 template <class T, class Out>
 void attend(const Exec& ex, Out* out, float* lse, const AttentionInputs<T>& in, std::int64_t tokens);
 

@@ -1,0 +1,11 @@
+#pragma once
+// What a choice of kernels knows of the GPU.
+
+namespace upmoe::cuda {
+
+struct Gpu {
+  int sm = 0;          // compute capability: 90 is 9.0
+  bool cudnn = false;  // this program was built with cuDNN
+};
+
+}  // namespace upmoe::cuda

@@ -1,0 +1,133 @@
+// Which kernel computes what: the choices themselves, without a GPU. That the ops follow them: cublaslt_test and
+// cudnn_test.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "kernels/cuda/choose/attention.h"
+#include "kernels/cuda/choose/chosen.h"
+#include "kernels/cuda/choose/dense_product.h"
+#include "kernels/cuda/choose/expert_products.h"
+
+namespace upmoe::cuda {
+namespace {
+
+using testing::HasSubstr;
+
+const bool kShown = setenv("UPMOE_SHOW_KERNELS", "1", 1) == 0;  // before the first choice
+
+constexpr Gpu kHopper{.sm = 90, .cudnn = true}, kHopperWithoutCudnn{.sm = 90, .cudnn = false};
+
+AttentionDescription attention(DType dtype) {
+  return {.shape = {.heads = 16, .kv_heads = 8, .head_dim = 128, .seq_len = 512},
+          .tokens = 2048,
+          .dtype = dtype,
+          .refusal = {}};
+}
+
+void expect_portable(const AttentionDescription& d, const Gpu& gpu, const std::string& words) {
+  const AttentionChoice choice = choose(d, gpu);
+  EXPECT_EQ(choice.kernel, AttentionKernel::kPortable) << words_of(d);
+  EXPECT_EQ(choice.warning.empty(), words.empty()) << choice.warning;
+  EXPECT_THAT(choice.warning, HasSubstr(words));
+}
+
+TEST(ChooseAttention, CudnnInBf16) {
+  const AttentionChoice choice = choose(attention(DType::kBF16), kHopper);
+  EXPECT_EQ(choice.kernel, AttentionKernel::kCudnn);
+  EXPECT_EQ(choice.warning, "");
+}
+
+TEST(ChooseAttention, ThePortableKernelWhereNothingIsLost) {
+  AttentionDescription none = attention(DType::kBF16), documents = attention(DType::kF32);
+  none.tokens = 0;
+  documents.documents = true;
+  expect_portable(none, kHopper, "");
+  expect_portable(documents, kHopper, "");
+  expect_portable(attention(DType::kF32), kHopperWithoutCudnn, "");
+}
+
+TEST(ChooseAttention, ThePortableKernelWithTheReasonWhereItIsSlow) {
+  AttentionDescription d = attention(DType::kBF16);
+  expect_portable(d, kHopperWithoutCudnn, "built without cuDNN");
+  d.refusal = "no engine";
+  expect_portable(d, kHopper,
+                  "attention of 16 heads of 128 over 4 sequences of 512: the portable kernel computes it; "
+                  "cuDNN: no engine");
+  for (const std::int64_t head_dim : {12, 136}) {
+    d.shape.head_dim = head_dim;
+    expect_portable(d, kHopper, "heads of " + std::to_string(head_dim));
+  }
+  d.documents = true;
+  expect_portable(d, kHopper, "data.mask_documents");
+  d.pair = true;
+  expect_portable(d, kHopperWithoutCudnn, "parallel.cp");
+}
+
+TEST(ChooseDense, ByWhatThereIsToSum) {
+  const auto kernel = [](std::int64_t m, std::int64_t n, std::int64_t k, Accumulate mode) {
+    return choose(DenseDescription{.m = m, .n = n, .k = k, .mode = mode, .bias = {}}, kHopper);
+  };
+  EXPECT_EQ(kernel(3, 4, 5, Accumulate::kOverwrite), DenseKernel::kCublasLt);
+  EXPECT_EQ(kernel(0, 4, 5, Accumulate::kOverwrite), DenseKernel::kNone);
+  EXPECT_EQ(kernel(3, 0, 0, Accumulate::kOverwrite), DenseKernel::kNone);
+  EXPECT_EQ(kernel(3, 4, 0, Accumulate::kOverwrite), DenseKernel::kFill);
+  EXPECT_EQ(kernel(3, 4, 0, Accumulate::kAdd), DenseKernel::kNone);
+}
+
+TEST(ChooseDense, ABiasOfAnotherDtypeComesBeforeTheProduct) {
+  DenseDescription d{.m = 3, .n = 4, .k = 5, .in = DType::kBF16, .out = DType::kBF16, .bias = DType::kBF16};
+  EXPECT_EQ(choose(d, kHopper), DenseKernel::kCublasLt);
+  d.out = DType::kF32;
+  EXPECT_EQ(choose(d, kHopper), DenseKernel::kFillThenCublasLt);
+  d.k = 0;
+  EXPECT_EQ(choose(d, kHopper), DenseKernel::kFill);
+}
+
+TEST(ChooseExperts, ByWhatThereIsToSum) {
+  const auto kernel = [](ExpertsProduct product, std::int64_t rows, std::int64_t n, std::int64_t k,
+                         Accumulate mode = Accumulate::kOverwrite) {
+    return choose(
+        ExpertsDescription{.product = product, .experts = 2, .rows = rows, .n = n, .k = k, .mode = mode},
+        kHopper);
+  };
+  for (const auto product :
+       {ExpertsProduct::kForward, ExpertsProduct::kInputGradient, ExpertsProduct::kWeightGradient})
+    EXPECT_EQ(kernel(product, 9, 4, 5), ExpertsKernel::kCublasLt);
+  EXPECT_EQ(kernel(ExpertsProduct::kForward, 0, 4, 5), ExpertsKernel::kNone);
+  EXPECT_EQ(kernel(ExpertsProduct::kForward, 9, 0, 5), ExpertsKernel::kNone);
+  EXPECT_EQ(kernel(ExpertsProduct::kForward, 9, 4, 0), ExpertsKernel::kZeros);
+  EXPECT_EQ(kernel(ExpertsProduct::kInputGradient, 9, 4, 0), ExpertsKernel::kNone);
+  EXPECT_EQ(kernel(ExpertsProduct::kInputGradient, 9, 0, 5), ExpertsKernel::kZeros);
+  EXPECT_EQ(kernel(ExpertsProduct::kWeightGradient, 9, 4, 0), ExpertsKernel::kNone);
+  EXPECT_EQ(kernel(ExpertsProduct::kWeightGradient, 0, 4, 5), ExpertsKernel::kZeros);
+  EXPECT_EQ(kernel(ExpertsProduct::kWeightGradient, 0, 4, 5, Accumulate::kAdd), ExpertsKernel::kNone);
+}
+
+TEST(Chosen, IsShownOnceForEachDescription) {
+  ASSERT_TRUE(kShown);
+  testing::internal::CaptureStderr();
+  for (int i = 0; i < 2; ++i) {
+    chosen(attention(DType::kBF16), kHopper);
+    chosen(DenseDescription{.m = 3, .n = 4, .k = 5, .bias = DType::kBF16}, kHopper);
+    for (const std::int64_t rows : {7, 9})
+      chosen(ExpertsDescription{.experts = 2, .rows = rows, .n = 4, .k = 5}, kHopper);
+  }
+  const std::string shown = testing::internal::GetCapturedStderr();
+  EXPECT_EQ(std::count(shown.begin(), shown.end(), '\n'), 3) << shown;
+  EXPECT_THAT(
+      shown,
+      HasSubstr("sm_90: attention of 16 heads (8 of keys) of 128 over 4 sequences of 512, bf16: cuDNN\n"));
+  EXPECT_THAT(shown,
+              HasSubstr("sm_90: product of 3 x 4 x 5, fp32 to fp32, bias in bf16: a fill, then cuBLASLt\n"));
+  EXPECT_THAT(
+      shown,
+      HasSubstr("sm_90: products of 2 experts of 4 x 5, forward, fp32 to fp32: cuBLASLt, a call for each "
+                "expert\n"));
+}
+
+}  // namespace
+}  // namespace upmoe::cuda
