@@ -18,7 +18,14 @@ MAY_INCLUDE = {
     "kernels/core": set(),
     "kernels/ops": {"kernels/core"},
     "kernels/cpu": {"kernels/core", "kernels/ops"},   # the op headers it implements
-    "kernels/cuda": {"kernels/core", "kernels/ops"},
+    # Its own files choose among the rooms, which do not know each other.
+    "kernels/cuda": {"kernels/core", "kernels/ops", "kernels/cuda/choose", "kernels/cuda/runtime",
+                     "kernels/cuda/portable", "kernels/cuda/library", "kernels/cuda/sm90"},
+    "kernels/cuda/choose": {"kernels/core", "kernels/ops"},
+    "kernels/cuda/runtime": {"kernels/core", "kernels/ops"},
+    "kernels/cuda/portable": {"kernels/core", "kernels/ops", "kernels/cuda/runtime"},
+    "kernels/cuda/library": {"kernels/core", "kernels/ops", "kernels/cuda/runtime"},
+    "kernels/cuda/sm90": {"kernels/core"},
     "configs": {"kernels/core"},
     "parallel": {"kernels/core", "configs"},
     "data": {"kernels/core", "configs", "parallel"},
@@ -26,16 +33,19 @@ MAY_INCLUDE = {
     "upcycle": {"kernels/core", "configs", "parallel", "data"},
     "trainer": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer/model"},
     "launch": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer", "trainer/model", "upcycle"},
-    "tests": {"kernels/core", "kernels/ops", "kernels/cpu", "kernels/cuda", "configs", "parallel", "data", "trainer",
-              "trainer/model", "upcycle", "launch"},
 }
-# What lies below an op surface is reached by its .cpp files through these headers alone.
-BACKEND_HEADERS = {"kernels/cpu/cpu.h", "kernels/cuda/cuda.h"}
+MAY_INCLUDE["tests"] = set(MAY_INCLUDE)
+# What stands between an op and its backends: for the sources of kernels/ and for tests.
+BETWEEN_OPS_AND_BACKENDS = {"kernels/ops/backend.h", "kernels/ops/backend_functions.inc", "kernels/ops/dispatch.h"}
+# The files of kernels/cuda with inline assembly. The pretended GPU finds another file first by the path of each.
+INLINE_ASSEMBLY = {"kernels/cuda/sm90/sm90_ptx.cuh"}
+TWINS = "tests/support/fake_cuda/"
 
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the
-# libraries of IN_HEADERS, so that what includes them compiles without the others; a .cuh is for .cu files alone.
+# libraries of IN_HEADERS, so that what includes them compiles without the others; a .cuh is for kernels/cuda alone.
 THIRD_PARTY = {
-    "CUDA": (r"cuda|cublas|cudnn|cutlass", ["kernels/cuda/"]),
+    "CUDA": (r"cuda", [f"kernels/cuda/{room}/" for room in ("runtime", "portable", "library", "sm90")]),
+    "cuBLASLt and cuDNN": (r"cublas|cudnn|cutlass", ["kernels/cuda/library/"]),
     "NCCL": (r"nccl\.h$", ["parallel/nccl_channel.cpp"]),
     "MPI": (r"^mpi\.h$", ["parallel/mpi_comm.cpp", "parallel/mpi_messages.cpp", "parallel/mpi_signs.cpp"]),
     "HDF5": (r"(hdf5|H5\w*)\.h$", ["data/"]),
@@ -53,6 +63,7 @@ THIRD_PARTY = {
 IN_HEADERS = {"fmt", "CLI11", "OpenMP"}
 SYSTEM = re.compile(r"^(?:sys/|linux/|arpa/|netinet/)?[a-z0-9_]+(?:\.h)?$")  # <vector>, <sys/mman.h>, <immintrin.h>
 
+ASSEMBLY = re.compile(r"\b(asm|__asm__)\b\s*(volatile|__volatile__)?\s*\(")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 
 
@@ -71,8 +82,11 @@ def check_own(path, layer, header, root):
         return f'"{header}" is not in one of our folders; write the path from the root of the project'
     if not (root / header).is_file():
         return f'"{header}" does not exist'
-    if layer == "kernels/ops" and header in BACKEND_HEADERS:
-        return None if path.endswith(".cpp") else f'"{header}": only the .cpp files of the op surface see a backend'
+    if header in BETWEEN_OPS_AND_BACKENDS and header != path and layer != "tests":
+        if not layer.startswith("kernels/"):
+            return f'"{header}": a backend is seen by kernels/ and tests alone; call the op'
+        if path not in BETWEEN_OPS_AND_BACKENDS and Path(path).suffix not in {".cpp", ".cu"}:
+            return f'"{header}": only sources see a backend, no header does'
     if target != layer and target not in MAY_INCLUDE[layer]:
         return f'"{header}": {layer} may include only {", ".join(sorted(MAY_INCLUDE[layer])) or "itself"}'
     return None
@@ -97,7 +111,11 @@ def check_file(root, path):
     if layer is None:
         yield f"{path}: belongs to no layer; add its folder to launch/check_layers.py"
         return
+    if path in INLINE_ASSEMBLY and not (root / (TWINS + path)).is_file():
+        yield f"{path}: no {TWINS + path}, which the pretended GPU must find in its place"
     for number, line in enumerate((root / path).read_text(encoding="utf-8").splitlines(), 1):
+        if layer.startswith("kernels/cuda") and ASSEMBLY.search(line) and path not in INLINE_ASSEMBLY:
+            yield f"{path}:{number}: inline assembly belongs in {', '.join(sorted(INLINE_ASSEMBLY))}"
         match = INCLUDE.match(line)
         if not match:
             continue

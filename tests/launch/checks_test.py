@@ -24,7 +24,10 @@ def run_check(script, files):
 
 class Layers(unittest.TestCase):
     BASE = {"kernels/core/tensor.h": "#pragma once\n", "kernels/ops/gemm.h": "#pragma once\n",
-            "kernels/cpu/cpu.h": "#pragma once\n", "data/store.h": "#pragma once\n", "trainer/step.h": "#pragma once\n"}
+            "kernels/ops/backend.h": "#pragma once\n", "kernels/cpu/simd.h": "#pragma once\n",
+            "kernels/cuda/choose/gpu.h": "#pragma once\n", "kernels/cuda/portable/bias.h": "#pragma once\n",
+            "kernels/cuda/library/sdpa.h": "#pragma once\n", "data/store.h": "#pragma once\n",
+            "trainer/step.h": "#pragma once\n"}
 
     def check(self, name, text):
         return run_check("check_layers.py", self.BASE | {name: text})
@@ -37,7 +40,9 @@ class Layers(unittest.TestCase):
 
     def test_allowed(self):
         for name, text in (("trainer/loop.cpp", '#include "data/store.h"\n#include <vector>\n#include <fmt/core.h>\n'),
-                           ("kernels/ops/gemm.cpp", '#include "kernels/cpu/cpu.h"\n'),
+                           ("kernels/ops/gemm.cpp", '#include "kernels/ops/backend.h"\n'),
+                           ("kernels/cuda/attention.cpp", '#include "kernels/cuda/library/sdpa.h"\n'),
+                           ("tests/kernels/gemm_test.cpp", '#include "kernels/ops/backend.h"\n'),
                            ("parallel/mpi_comm.cpp", "#include <mpi.h>\n"),
                            ("tests/data/store_test.cpp", "#include <gtest/gtest.h>\n#include <hdf5.h>\n")):
             code, output = self.check(name, text)
@@ -48,8 +53,28 @@ class Layers(unittest.TestCase):
         self.refused("kernels/core/tensor.cpp", '#include "kernels/ops/gemm.h"\n', "kernels/core may include only")
         self.refused("trainer/model/block.cpp", '#include "data/store.h"\n', "trainer/model may include only")
 
-    def test_backend_seen_from_a_header(self):
-        self.refused("kernels/ops/norm.h", '#include "kernels/cpu/cpu.h"\n', "only the .cpp files")
+    def test_backends_seen_from_elsewhere(self):
+        for header in ("kernels/cpu/simd.h", "kernels/cuda/choose/gpu.h"):
+            self.refused("trainer/model/block.cpp", f'#include "{header}"\n', "trainer/model may include only")
+            self.refused("launch/train.cpp", f'#include "{header}"\n', "launch may include only")
+            self.refused("kernels/ops/gemm.cpp", f'#include "{header}"\n', "kernels/ops may include only")
+        for name in ("trainer/model/block.cpp", "trainer/step.cpp", "launch/train.cpp"):
+            self.refused(name, '#include "kernels/ops/backend.h"\n', "seen by kernels/ and tests alone")
+        self.refused("kernels/ops/norm.h", '#include "kernels/ops/backend.h"\n', "only sources see a backend")
+
+    def test_rooms_of_kernels_cuda(self):
+        other = {"portable": "library/sdpa.h", "library": "choose/gpu.h", "choose": "portable/bias.h"}
+        for room, header in other.items():
+            self.refused(f"kernels/cuda/{room}/x.cpp", f'#include "kernels/cuda/{header}"\n', "may include only")
+        self.refused("kernels/cuda/choose/gemm.cpp", "#include <cuda_runtime.h>\n", "CUDA belongs in")
+        self.refused("kernels/cuda/portable/norm.cu", "#include <cudnn.h>\n", "cuDNN belongs in kernels/cuda/library/")
+
+    def test_inline_assembly(self):
+        self.refused("kernels/cuda/portable/norm.cu", 'asm volatile("trap;");\n', "inline assembly belongs in")
+        ptx = "kernels/cuda/sm90/sm90_ptx.cuh"
+        code, output = self.check(ptx, 'asm("trap;");\n')
+        self.assertEqual(code, 1, output)
+        self.assertIn(f"{ptx}: no tests/support/fake_cuda/{ptx}", output)
 
     def test_third_party_away_from_home(self):
         self.refused("trainer/loop.cpp", "#include <mpi.h>\n", "MPI belongs in")
