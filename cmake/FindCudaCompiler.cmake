@@ -18,17 +18,19 @@ if(NOT UPMOE_NVCC)
   return()
 endif()
 
-set(target_flags "")
+# Every target with .cu files says which of the two it takes.
+set(UPMOE_GPU_FLAGS "")
 foreach(target ${UPMOE_CUDA_TARGETS})
-  list(APPEND target_flags -gencode=arch=compute_${target},code=sm_${target})
+  list(APPEND UPMOE_GPU_FLAGS -gencode=arch=compute_${target},code=sm_${target})
 endforeach()
+set(UPMOE_SM90_FLAGS -gencode=arch=compute_90a,code=sm_90a)
 # One empty kernel by this nvcc, with this host compiler, for these targets: an nvcc that is too old for C++20, for a
 # target or for the host compiler, or that does not run at all, says so here.
 set(trial "${UPMOE_NVCC} ${CMAKE_CXX_COMPILER} ${UPMOE_CUDA_TARGETS}")
 if(NOT UPMOE_CUDA_TRIED STREQUAL trial)
   set(trial_source ${CMAKE_BINARY_DIR}/CMakeFiles/cuda_trial.cu)
   file(WRITE ${trial_source} "#include <compare>\n#include <cublasLt.h>\n#include <cuda_bf16.h>\n__global__ void nothing() {}\n")
-  execute_process(COMMAND ${UPMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++20 ${target_flags} -c ${trial_source}
+  execute_process(COMMAND ${UPMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++20 ${UPMOE_GPU_FLAGS} -c ${trial_source}
                           -o ${CMAKE_BINARY_DIR}/CMakeFiles/cuda_trial.o
                   RESULT_VARIABLE trial_status OUTPUT_VARIABLE trial_said ERROR_VARIABLE trial_said)
   if(NOT trial_status EQUAL 0)
@@ -43,7 +45,7 @@ endif()
 if(NOT CMAKE_CUDA_COMPILER)
   set(CMAKE_CUDA_COMPILER ${UPMOE_NVCC})
 endif()
-set(CMAKE_CUDA_ARCHITECTURES OFF)  # CMake 3.25 does not know 90a; the targets stand below
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # CMake 3.25 does not know 90a; the targets name their GPUs
 enable_language(CUDA)
 # CMake 3.25.1 does not know either that nvcc 12 and later speak C++20.
 if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
@@ -77,7 +79,7 @@ else()
 endif()
 # nvcc cannot evaluate fmt's checks of format strings at compile time; the C++ files see to those.
 add_compile_definitions("$<$<COMPILE_LANGUAGE:CUDA>:FMT_CONSTEVAL=;FMT_USE_CONSTEXPR=1>")
-set(flags --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra --Werror=all-warnings -lineinfo -Xptxas=-v ${target_flags})
+set(flags --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra --Werror=all-warnings -lineinfo -Xptxas=-v)
 # ptxas reports beside the objects: tests/kernels/registers_test.py reads them.
 set(CMAKE_CUDA_COMPILER_LAUNCHER ${CMAKE_SOURCE_DIR}/cmake/nvcc_report.sh ${CMAKE_CXX_COMPILER_LAUNCHER})
 add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:${flags}>")
