@@ -7,6 +7,18 @@
 // itself. And because here every element of the result is one sum over the depth in ascending order, kept in
 // one register: it depends on its own row and column alone, not on the other rows, on how the work is cut
 // into tasks, or on the number of threads.
+//
+// A task computes a rectangle of c, a block of 48 rows at a time:
+//
+//                        b, packed once for the rectangle: panels of 64 columns, with all of the depth, as many
+//                        of them as fill half of the second-level cache
+//                       +-----------+-----------+---
+//                       |   panel   |   panel   |        The innermost loop goes along the depth: one element of
+//                       |           |           |        each of 6 rows of a, 64 of the panel, 6 x 64 sums in
+//                       +===========+===========+===     registers, which are a tile of c when it ends.
+//   a: 48 rows,    6    | 6 x 64    |           |
+//   packed, with   6    | of c      |           |
+//   all the depth  ...  |           |           |
 
 #include <algorithm>
 #include <array>

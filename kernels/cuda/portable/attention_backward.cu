@@ -87,6 +87,8 @@ __device__ void clear(float (&acc)[Tile<C>::kEach][C]) {
     for (int c = 0; c < C; ++c) acc[i][c] = 0;
 }
 
+// One block: one tile of queries of one head, along its row of tiles of keys as in the forward; dq stays in
+// registers and is written once.
 template <int C, bool kAdd, class T, class Out>
 __global__ void __launch_bounds__(kThreads)
     query_gradient(AttentionGradients<T, Out> g, Forward<T> f, AttentionInputs<T> in) {
@@ -125,7 +127,15 @@ __global__ void __launch_bounds__(kThreads)
   store_gradient<C, kAdd>(g.dq + query * g.dq_stride + column, g.dq_stride, dq, rows, in.head_dim, in.scale);
 }
 
-// One block: one tile of keys of one key/value head, against the queries of all heads of its group, in order.
+// One block: one tile of keys of one key/value head, against the queries of all heads of its group, in order. dk
+// and dv stay in registers. Scores are made a second time here: the price of one writer for every gradient.
+//
+//   tiles of     keys
+//   queries    0 1 2 3      A block goes down its column of tiles from the diagonal on, once for each head of the
+//         0    d            group, and reads p and ds of a pair of tiles transposed from shared memory.
+//         1    # d
+//         2    # # d
+//         3    # # v d
 template <int C, bool kAdd, class T, class Out>
 __global__ void __launch_bounds__(kThreads)
     key_gradients(AttentionGradients<T, Out> g, Forward<T> f, AttentionInputs<T> in) {

@@ -73,6 +73,13 @@ __device__ void store_rows(Out* out, float* lse, const Softmax<C>& soft, const A
 }
 
 // One block: one tile of queries of one head, against all tiles of keys that it sees.
+//
+//   tiles of     keys
+//   queries    0 1 2 3      The queries stay in shared memory, their softmax and output in registers: a thread has
+//         0    d            B / 16 queries and every 16th column of the output. A tile of keys comes, gives scores,
+//         1    # d          B / 16 by B / 16 a thread, and makes room for its values in the same memory.
+//         2    #>#>d        d: the diagonal, where a query sees keys up to itself; without `causal` all are #.
+//         3    # # # d
 template <int C, class T, class Out>
 __global__ void __launch_bounds__(kThreads) attend_tile(Out* out, float* lse, AttentionInputs<T> in) {
   using L = Tile<C>;

@@ -66,6 +66,12 @@ inline __global__ void place_keys(std::int32_t* counts, std::int32_t* totals, st
 }
 
 // place(i, p) for each item, p being its place; items that are left out have the place -1.
+//
+// A block has kSortItems items, each of its warps kSortSegment of them, one behind the other, and a row of next:
+//   next[w][k] = begins[block][k]           items of key k in all blocks before
+//              + count of k in warps < w    of this block, counted first
+// Then a warp takes 32 items at a time. Lanes with one key find each other: the p-th of them has the place
+// next[w][k] + p, and the first of them moves next[w][k] on by how many they are. Items of a key keep their order.
 template <class Key, class Place>
 __global__ void place_items(const std::int32_t* begins, Key key, Place place, std::int64_t items, int keys) {
   int* next = dynamic_shared<int>();  // [warp][key]

@@ -122,8 +122,14 @@ struct WeightGradient {
   }
 };
 
-// Both gradients in one pass, for rows that fit into a block's registers. Block b has the rows from
-// b * rows_each on, and leaves its part of dw in row b of `partial`.
+// Both gradients in one pass, for rows that fit into a block's registers: thread t has the same N columns of every
+// row, and their weights and sums of dw stay with it.
+//
+//              thread 0  thread 1  ...  thread 255
+//   row 0     |    N   |    N    | ... |          |  -> the dot product of all threads, then dx of the row
+//   row 1     |        |         |     |          |     (two barriers a row; dx may lie where dy does)
+//   ...                                                block b: rows [b * rows_each, (b + 1) * rows_each)
+//               total     total          total      -> row b of `partial`, summed over b by another launch
 template <int N, bool kAdd, class T>
 __global__ void norm_rows_backward(T* dx, float* partial, const T* dy, const T* x, const T* w,
                                    const float* rstd, std::int64_t rows, std::int64_t width,
