@@ -93,7 +93,7 @@ class Documents(unittest.TestCase):
     def test_environment_variables(self):
         sources = "\n".join(path.read_text(encoding="utf-8") for path in listed(
             "launch/*.*", "tests/*.sh", "tests/**/*.cpp", "tests/**/*.h", "tests/**/*.py", "tests/**/*.sh", "*/*.cpp",
-            "*/*/*.cpp", "**/CMakeLists.txt", "cmake/*.cmake", "kernels/**/*.cu", "data/*.py")
+            "*/*/*.cpp", "**/CMakeLists.txt", "cmake/*.cmake", "kernels/**/*.cu", "kernels/**/*.cpp", "data/*.py")
             if "build" not in path.parts and path != Path(__file__))
         uses = {name for name in re.findall(r"\bUPMOE_[A-Z_]+\b", sources)}
         code = re.sub(r"(?m)^\s*(#|//).*$", "", sources)
