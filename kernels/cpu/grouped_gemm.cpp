@@ -6,14 +6,14 @@
 namespace upmoe::cpu {
 
 void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, ConstTensorView w_eNK,
-                          std::span<const std::int64_t> expert_offsets) {
+                          const ExpertRows& rows) {
   const std::int64_t n = w_eNK.shape[1], k = w_eNK.shape[2];
+  const auto* offset = rows.offset_e1.as<std::int32_t>();
   with_product_types(x_RK.dtype, y_RN.dtype, [&]<class T, class Out>(T, Out) {
     const T *x = x_RK.as<T>(), *w = w_eNK.as<T>();
     Out* y = y_RN.as<Out>();
     multiply_products<T>(ex, w_eNK.shape[0], [=](std::int64_t i) {
-      const auto expert = static_cast<std::size_t>(i);
-      const std::int64_t begin = expert_offsets[expert], end = expert_offsets[expert + 1];
+      const std::int64_t begin = offset[i], end = offset[i + 1];
       return PackedProduct<T, Out>{
           y + begin * n,         {x + begin * k, k, false}, {w + i * n * k, k, false}, end - begin, n, k,
           Accumulate::kOverwrite};
@@ -22,14 +22,14 @@ void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, Const
 }
 
 void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, ConstTensorView w_eNK,
-                        std::span<const std::int64_t> expert_offsets) {
+                        const ExpertRows& rows) {
   const std::int64_t n = w_eNK.shape[1], k = w_eNK.shape[2];
+  const auto* offset = rows.offset_e1.as<std::int32_t>();
   with_product_types(dy_RN.dtype, dx_RK.dtype, [&]<class T, class Out>(T, Out) {
     const T *dy = dy_RN.as<T>(), *w = w_eNK.as<T>();
     Out* dx = dx_RK.as<Out>();
     multiply_products<T>(ex, w_eNK.shape[0], [=](std::int64_t i) {
-      const auto expert = static_cast<std::size_t>(i);
-      const std::int64_t begin = expert_offsets[expert], end = expert_offsets[expert + 1];
+      const std::int64_t begin = offset[i], end = offset[i + 1];
       return PackedProduct<T, Out>{
           dx + begin * k,        {dy + begin * n, n, false}, {w + i * n * k, k, true}, end - begin, k, n,
           Accumulate::kOverwrite};
@@ -38,14 +38,14 @@ void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, Const
 }
 
 void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, ConstTensorView x_RK,
-                        std::span<const std::int64_t> expert_offsets, Accumulate mode) {
+                        const ExpertRows& rows, Accumulate mode) {
   const std::int64_t n = dw_eNK.shape[1], k = dw_eNK.shape[2];
+  const auto* offset = rows.offset_e1.as<std::int32_t>();
   with_product_types(x_RK.dtype, dw_eNK.dtype, [&]<class T, class Out>(T, Out) {
     const T *dy = dy_RN.as<T>(), *x = x_RK.as<T>();
     Out* dw = dw_eNK.as<Out>();
     multiply_products<T>(ex, dw_eNK.shape[0], [=](std::int64_t i) {
-      const auto expert = static_cast<std::size_t>(i);
-      const std::int64_t begin = expert_offsets[expert], end = expert_offsets[expert + 1];
+      const std::int64_t begin = offset[i], end = offset[i + 1];
       return PackedProduct<T, Out>{
           dw + i * n * k, {dy + begin * n, n, true}, {x + begin * k, k, true}, n, k, end - begin, mode};
     });

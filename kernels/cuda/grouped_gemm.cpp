@@ -3,6 +3,8 @@
 
 #include "kernels/ops/grouped_gemm.h"
 
+#include <vector>
+
 #include "kernels/cuda/choose/chosen.h"
 #include "kernels/cuda/choose/expert_products.h"
 #include "kernels/cuda/gpu_of.cuh"
@@ -17,13 +19,22 @@ void set_zero(const Exec& ex, const TensorView& t) {
   check(cudaMemsetAsync(t.data, 0, t.bytes(), stream_of(ex).raw()));
 }
 
+// A call of cuBLASLt takes its rows as numbers of the host.
+std::vector<std::int64_t> offsets_on_host(Exec& ex, const ExpertRows& rows, std::int64_t total) {
+  if (!rows.on_host.empty()) return {rows.on_host.begin(), rows.on_host.end()};
+  std::vector<std::int32_t> fetched(static_cast<std::size_t>(rows.experts() + 1));
+  download(ex, host_view(fetched.data(), rows.offset_e1.shape), rows.offset_e1);
+  ops::check_offsets(std::span<const std::int32_t>(fetched), total);
+  return {fetched.begin(), fetched.end()};
+}
+
 struct Expert {
   std::int64_t index, first, rows;
 };
 
 // product_of(expert) for each expert that has rows, in order.
 template <class ProductOf>
-void multiply_beside(const Exec& ex, std::span<const std::int64_t> offsets, const ProductOf& product_of) {
+void multiply_beside(const Exec& ex, const std::vector<std::int64_t>& offsets, const ProductOf& product_of) {
   auto& library = stream_of(ex).kept<GemmLibrary>();
   library.fork();
   for (std::size_t e = 0; e + 1 < offsets.size(); ++e) {
@@ -34,8 +45,8 @@ void multiply_beside(const Exec& ex, std::span<const std::int64_t> offsets, cons
 }
 
 // rows_of(out) = rows_of(in) op(w_i).
-void multiply_rows(const Exec& ex, ExpertsProduct product, const TensorView& out, const ConstTensorView& in,
-                   const ConstTensorView& w_eNK, std::span<const std::int64_t> offsets) {
+void multiply_rows(Exec& ex, ExpertsProduct product, const TensorView& out, const ConstTensorView& in,
+                   const ConstTensorView& w_eNK, const ExpertRows& rows) {
   const ExpertsDescription d{.product = product,
                              .experts = w_eNK.shape[0],
                              .rows = in.shape[0],
@@ -46,7 +57,7 @@ void multiply_rows(const Exec& ex, ExpertsProduct product, const TensorView& out
   const ExpertsKernel kernel = chosen(d, gpu_of(ex));
   if (kernel == ExpertsKernel::kZeros) set_zero(ex, out);
   if (kernel != ExpertsKernel::kCublasLt) return;
-  multiply_beside(ex, offsets, [&](const Expert& e) {
+  multiply_beside(ex, offsets_on_host(ex, rows, d.rows), [&](const Expert& e) {
     return Product{.m = e.rows,
                    .n = out.shape[1],
                    .k = in.shape[1],
@@ -62,17 +73,17 @@ void multiply_rows(const Exec& ex, ExpertsProduct product, const TensorView& out
 }  // namespace
 
 void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, ConstTensorView w_eNK,
-                          std::span<const std::int64_t> expert_offsets) {
-  multiply_rows(ex, ExpertsProduct::kForward, y_RN, x_RK, w_eNK, expert_offsets);
+                          const ExpertRows& rows) {
+  multiply_rows(ex, ExpertsProduct::kForward, y_RN, x_RK, w_eNK, rows);
 }
 
 void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, ConstTensorView w_eNK,
-                        std::span<const std::int64_t> expert_offsets) {
-  multiply_rows(ex, ExpertsProduct::kInputGradient, dx_RK, dy_RN, w_eNK, expert_offsets);
+                        const ExpertRows& rows) {
+  multiply_rows(ex, ExpertsProduct::kInputGradient, dx_RK, dy_RN, w_eNK, rows);
 }
 
 void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, ConstTensorView x_RK,
-                        std::span<const std::int64_t> expert_offsets, Accumulate mode) {
+                        const ExpertRows& rows, Accumulate mode) {
   const ExpertsDescription d{.product = ExpertsProduct::kWeightGradient,
                              .experts = dw_eNK.shape[0],
                              .rows = x_RK.shape[0],
@@ -84,11 +95,12 @@ void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, Cons
   const ExpertsKernel kernel = chosen(d, gpu_of(ex));
   if (kernel == ExpertsKernel::kZeros) set_zero(ex, dw_eNK);
   if (kernel != ExpertsKernel::kCublasLt) return;
+  const std::vector<std::int64_t> offsets = offsets_on_host(ex, rows, d.rows);
   if (mode == Accumulate::kOverwrite)
-    for (std::size_t e = 0; e + 1 < expert_offsets.size(); ++e)
-      if (expert_offsets[e] == expert_offsets[e + 1])
+    for (std::size_t e = 0; e + 1 < offsets.size(); ++e)
+      if (offsets[e] == offsets[e + 1])
         set_zero(ex, dw_eNK.rows(static_cast<std::int64_t>(e), static_cast<std::int64_t>(e) + 1));
-  multiply_beside(ex, expert_offsets, [&](const Expert& e) {
+  multiply_beside(ex, offsets, [&](const Expert& e) {
     return Product{.m = d.n,
                    .n = d.k,
                    .k = e.rows,

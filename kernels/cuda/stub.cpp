@@ -21,15 +21,13 @@ void gemm(Exec&, TensorView, ConstTensorView, Transpose, ConstTensorView, Transp
 void bias_backward(Exec&, TensorView, ConstTensorView) {
   refuse("bias_backward");
 }
-void grouped_gemm_forward(Exec&, TensorView, ConstTensorView, ConstTensorView,
-                          std::span<const std::int64_t>) {
+void grouped_gemm_forward(Exec&, TensorView, ConstTensorView, ConstTensorView, const ExpertRows&) {
   refuse("grouped_gemm_forward");
 }
-void grouped_gemm_dgrad(Exec&, TensorView, ConstTensorView, ConstTensorView, std::span<const std::int64_t>) {
+void grouped_gemm_dgrad(Exec&, TensorView, ConstTensorView, ConstTensorView, const ExpertRows&) {
   refuse("grouped_gemm_dgrad");
 }
-void grouped_gemm_wgrad(Exec&, TensorView, ConstTensorView, ConstTensorView, std::span<const std::int64_t>,
-                        Accumulate) {
+void grouped_gemm_wgrad(Exec&, TensorView, ConstTensorView, ConstTensorView, const ExpertRows&, Accumulate) {
   refuse("grouped_gemm_wgrad");
 }
 void rms_norm_forward(Exec&, TensorView, TensorView, ConstTensorView, ConstTensorView, float) {

@@ -7,6 +7,7 @@
 #include "kernels/ops/adamw.h"
 #include "kernels/ops/adamw8bit.h"
 #include "kernels/ops/attention.h"
+#include "kernels/ops/expert_rows.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/vocab_shard.h"
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/core/exec.h"
+#include "kernels/ops/expert_rows.h"
 
 namespace upmoe::ops {
 
@@ -22,6 +23,9 @@ inline void show(OpWatcher& w, const ConstTensorView* t) {
 }
 inline void show(OpWatcher& w, const std::span<const ConstTensorView>& parts) {
   for (const ConstTensorView& t : parts) w.reads(t);
+}
+inline void show(OpWatcher& w, const ExpertRows& rows) {
+  w.reads(rows.offset_e1);
 }
 template <class T>
 void show(OpWatcher&, const T&) {}  // no tensor

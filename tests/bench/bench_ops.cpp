@@ -134,9 +134,9 @@ void add(const std::string& name, DType dtype, const std::function<void(benchmar
 }
 
 // Rows per expert as an untrained router gives them: every row picks its expert at random.
-std::vector<std::int64_t> random_offsets() {
+std::vector<std::int32_t> random_offsets() {
   std::minstd_rand random(3);
-  std::vector<std::int64_t> offsets(kExperts + 1);
+  std::vector<std::int32_t> offsets(kExperts + 1);
   for (std::int64_t r = 0; r < kTokens * kTopK; ++r) ++offsets[random() % kExperts + 1];
   for (std::size_t i = 0; i < kExperts; ++i) offsets[i + 1] += offsets[i];
   return offsets;
@@ -148,18 +148,21 @@ void add_grouped(const std::string& name, std::int64_t n, std::int64_t k, DType 
   add("grouped_gemm_forward/" + name, dtype, [=](benchmark::State& state) {
     const Tensor x({rows, k}, dtype), w({kExperts, n, k}, dtype), y({rows, n}, dtype);
     const auto offsets = random_offsets();
-    measure(state, dtype, [&](Exec& ex) { ops::grouped_gemm_forward(ex, y.view, x.view, w.view, offsets); });
+    const ExpertRows rows_e{host_view(offsets.data(), {kExperts + 1}), {}};
+    measure(state, dtype, [&](Exec& ex) { ops::grouped_gemm_forward(ex, y.view, x.view, w.view, rows_e); });
   });
   add("grouped_gemm_dgrad/" + name, dtype, [=](benchmark::State& state) {
     const Tensor dx({rows, k}, dtype), w({kExperts, n, k}, dtype), dy({rows, n}, dtype);
     const auto offsets = random_offsets();
-    measure(state, dtype, [&](Exec& ex) { ops::grouped_gemm_dgrad(ex, dx.view, dy.view, w.view, offsets); });
+    const ExpertRows rows_e{host_view(offsets.data(), {kExperts + 1}), {}};
+    measure(state, dtype, [&](Exec& ex) { ops::grouped_gemm_dgrad(ex, dx.view, dy.view, w.view, rows_e); });
   });
   add("grouped_gemm_wgrad/" + name, dtype, [=](benchmark::State& state) {
     const Tensor x({rows, k}, dtype), dw({kExperts, n, k}, dtype), dy({rows, n}, dtype);
     const auto offsets = random_offsets();
+    const ExpertRows rows_e{host_view(offsets.data(), {kExperts + 1}), {}};
     measure(state, dtype, [&](Exec& ex) {
-      ops::grouped_gemm_wgrad(ex, dw.view, dy.view, x.view, offsets, Accumulate::kAdd);
+      ops::grouped_gemm_wgrad(ex, dw.view, dy.view, x.view, rows_e, Accumulate::kAdd);
     });
   });
 }

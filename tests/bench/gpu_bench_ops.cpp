@@ -40,13 +40,23 @@ Held shuffled(Shape s) {
 }
 
 // Rows per expert as an untrained router gives them.
-std::vector<std::int64_t> random_offsets(std::int64_t rows) {
+struct Offsets {
+  std::vector<std::int64_t> on_host;
+  Held on_device;
+  operator ExpertRows() const {
+    return {on_device->view, on_host};
+  }  // NOLINT(google-explicit-constructor): as it is
+};
+Offsets random_offsets(std::int64_t rows) {
   std::minstd_rand random(3);
   const auto experts = static_cast<std::size_t>(shape().experts);
-  std::vector<std::int64_t> offsets(experts + 1);
+  std::vector<std::int32_t> offsets(experts + 1);
   for (std::int64_t r = 0; r < rows; ++r) ++offsets[random() % experts + 1];
   for (std::size_t i = 0; i < experts; ++i) offsets[i + 1] += offsets[i];
-  return offsets;
+  const Held on_device = make({shape().experts + 1}, DType::kI32, 1);
+  ops::upload(exec(), on_device->view,
+              host_view(static_cast<const std::int32_t*>(offsets.data()), on_device->view.shape));
+  return {{offsets.begin(), offsets.end()}, on_device};
 }
 
 // A Linear weight [n, k] over all tokens.

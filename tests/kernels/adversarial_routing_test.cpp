@@ -8,6 +8,7 @@
 
 #include "kernels/ops/grouped_gemm.h"
 #include "kernels/ops/routing.h"
+#include "tests/support/offsets.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_linear.h"
@@ -71,8 +72,8 @@ TEST_P(AdversarialRouting, RowsGoToTheirExpertsAndBack) {
                    w = random_tensor({E, kOut, kWidth}, dtype(), 3);
   HostTensor order({N}, DType::kI32), slot({T, K}, DType::kI32), counts({E}, DType::kI32);
   ops::sort_by_expert(ex, order, slot, counts, index);
-  std::vector<std::int64_t> offsets{0};
-  for (double n : counts.values()) offsets.push_back(offsets.back() + static_cast<std::int64_t>(n));
+  const auto values = counts.values();
+  const Offsets offsets = offsets_of({values.begin(), values.end()});
   ASSERT_EQ(offsets.back(), N);
 
   HostTensor rows({N, kWidth}, dtype()), y({N, kOut}, dtype()), out({T, kOut}, dtype());

@@ -9,6 +9,7 @@
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
 #include "tests/support/fake_cuda/fake_cuda.h"
+#include "tests/support/offsets.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 
@@ -45,7 +46,7 @@ TEST(CublasLt, ChoosesAnAlgorithmOncePerShape) {
 
 TEST(CublasLt, ExpertsRunSideBySideWithWorkspacesOfTheirOwn) {
   OpExec ex;
-  const std::vector<std::int64_t> offsets{0, 2, 2, 7, 8, 12, 12, 20, 21, 30, 33};  // two experts without rows
+  const Offsets offsets{0, 2, 2, 7, 8, 12, 12, 20, 21, 30, 33};  // two experts without rows
   const std::int64_t experts = 10;
   const HostTensor x = random_tensor({33, 8}, DType::kF32, 1),
                    w = random_tensor({experts, 6, 8}, DType::kF32, 2);
@@ -73,7 +74,7 @@ TEST(CublasLt, ChoosesNothingNewForOtherNumbersOfRows) {
                    w = random_tensor({3, n, k}, DType::kBF16, 2),
                    dy = random_tensor({700, n}, DType::kBF16, 3);
   const auto run = [&](std::int64_t first, std::int64_t second) {
-    const std::vector<std::int64_t> offsets{0, first, first + second, 700};
+    const Offsets offsets{0, first, first + second, 700};
     HostTensor y({700, n}, DType::kBF16), dx({700, k}, DType::kBF16), dw({3, n, k}, DType::kBF16);
     ops::grouped_gemm_forward(ex, y, x, w, offsets);
     ops::grouped_gemm_dgrad(ex, dx, dy, w, offsets);
@@ -89,7 +90,7 @@ TEST(CublasLt, ChoosesNothingNewForOtherNumbersOfRows) {
 
 TEST(CublasLt, AnAlgorithmThatRefusesTheRowsIsReplacedByOneForThem) {
   OpExec ex;
-  const std::vector<std::int64_t> offsets{0, 5, 12};
+  const Offsets offsets{0, 5, 12};
   const HostTensor x = random_tensor({12, 8}, DType::kF32, 1), w = random_tensor({2, 6, 8}, DType::kF32, 2);
   HostTensor y({12, 6}, DType::kF32), again({12, 6}, DType::kF32);
   ops::grouped_gemm_forward(ex, y, x, w, offsets);

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "tests/support/offsets.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_linear.h"
@@ -11,14 +12,6 @@
 
 namespace upmoe::test {
 namespace {
-
-using Offsets = std::vector<std::int64_t>;
-
-Offsets offsets_of(const std::vector<std::int64_t>& counts) {
-  Offsets offsets{0};
-  for (std::int64_t n : counts) offsets.push_back(offsets.back() + n);
-  return offsets;
-}
 
 struct Problem {
   std::vector<std::int64_t> counts;
@@ -206,18 +199,46 @@ TEST(GroupedGemmChecks, RejectWhatDoesNotFit) {
   EXPECT_THROW(ops::grouped_gemm_wgrad(ex, dw, p.x, p.dy, p.offsets, Accumulate::kAdd), Error);
 }
 
+// Without the host's copy the CPU reads the tensor, and a GPU's is fetched: the same results.
+TEST_P(GroupedGemm, TheOffsetsOnTheDeviceAreEnough) {
+  Problem p = problem({3, 0, 7, 1}, 5, 3), device = p;
+  p.run(ex, Accumulate::kOverwrite);
+  const ExpertRows rows = device.offsets.on_device();
+  ops::grouped_gemm_forward(ex, device.y, device.x, device.w, rows);
+  ops::grouped_gemm_dgrad(ex, device.dx, device.dy, device.w, rows);
+  ops::grouped_gemm_wgrad(ex, device.dw, device.dy, device.x, rows, Accumulate::kOverwrite);
+  EXPECT_EQ(std::tuple(device.y, device.dx, device.dw), std::tuple(p.y, p.dx, p.dw));
+}
+
+TEST(GroupedGemmChecks, RejectOffsetsOnTheDeviceThatDoNotFit) {
+  OpExec ex;
+  const Problem p{{2, 3}, 4, 6, DType::kF32, DType::kF32};
+  HostTensor y = p.y;
+  const auto forward = [&](const ExpertRows& rows) { ops::grouped_gemm_forward(ex, y, p.x, p.w, rows); };
+  for (const Offsets& wrong : {Offsets{0, 2, 4}, Offsets{1, 2, 5}, Offsets{0, 6, 5}})
+    EXPECT_THROW(forward(wrong.on_device()), Error);
+  EXPECT_THROW(forward(Offsets{0, 5}.on_device()), Error);
+  if (on_gpu()) return;  // nobody compares there
+  const Offsets other{0, 1, 5};
+  EXPECT_THROW(forward({ExpertRows(other).offset_e1, ExpertRows(p.offsets).on_host}), Error);
+}
+
 TEST(GroupedGemmLedger, BooksOnTheDryDevice) {
   OpExec dry(DeviceType::kDry);
   const TensorView x = dry_tensor({5, 6}, DType::kBF16), y = dry_tensor({5, 4}, DType::kBF16);
   const TensorView w = dry_tensor({3, 4, 6}, DType::kBF16), dw = dry_tensor({3, 4, 6}, DType::kF32);
-  const Offsets offsets{0, 2, 2, 5};  // the expert in the middle is not touched
-  ops::grouped_gemm_forward(dry, y, x, w, offsets);
-  ops::grouped_gemm_dgrad(dry, x, y, w, offsets);
-  ops::grouped_gemm_wgrad(dry, dw, y, x, offsets, Accumulate::kAdd);
+  const std::vector<std::int64_t> offsets{0, 2, 2, 5};  // the expert in the middle is not touched
+  const ExpertRows rows{dry_tensor({4}, DType::kI32), offsets};
+  ops::grouped_gemm_forward(dry, y, x, w, rows);
+  ops::grouped_gemm_dgrad(dry, x, y, w, rows);
+  ops::grouped_gemm_wgrad(dry, dw, y, x, rows, Accumulate::kAdd);
   const double flops = 2.0 * 5 * 4 * 6;
   expect_booked(dry.ledger(), "grouped_gemm_forward", flops, 30 * 2 + 48 * 2, 20 * 2);
   expect_booked(dry.ledger(), "grouped_gemm_dgrad", flops, 20 * 2 + 48 * 2, 30 * 2);
   expect_booked(dry.ledger(), "grouped_gemm_wgrad", flops, 20 * 2 + 30 * 2 + 48 * 4, 48 * 4);
+  OpExec unknown(DeviceType::kDry);  // all experts may have rows
+  ops::grouped_gemm_forward(unknown, y, x, w, {rows.offset_e1, {}});
+  expect_booked(unknown.ledger(), "grouped_gemm_forward", flops, 30 * 2 + 72 * 2, 20 * 2);
 }
 
 }  // namespace

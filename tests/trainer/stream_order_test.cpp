@@ -8,6 +8,7 @@
 #include "tests/support/fake_cuda/fake_cuda.h"
 #include "tests/support/fake_cuda/stream_order.h"
 #include "tests/support/layout_run.h"
+#include "tests/support/offsets.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 
@@ -80,10 +81,11 @@ INSTANTIATE_TEST_SUITE_P(Layouts, StreamOrderOf, testing::ValuesIn(layouts()), [
 struct Experts {
   HostTensor x = random_tensor({12, 8}, DType::kF32, 1), w = random_tensor({3, 6, 8}, DType::kF32, 2),
              y{{12, 6}, DType::kF32}, sum{{12, 6}, DType::kF32};
+  Offsets rows{0, 4, 8, 12};
   void run(Exec& ex, int left_out) {
     ops::fill(ex, x, 1.0f);
     if (left_out > 0) fake_cuda::fail_next("forget a wait", 1, left_out);
-    ops::grouped_gemm_forward(ex, y, x, w, std::vector<std::int64_t>{0, 4, 8, 12});
+    ops::grouped_gemm_forward(ex, y, x, w, rows);
     ops::add(ex, sum, y, y);
     finish_ops();
   }

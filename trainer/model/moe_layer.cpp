@@ -37,10 +37,10 @@ void MoeLayer::experts_forward(Exec& ex, TensorView y_RD, ConstTensorView x_RD, 
                    h_RF = memory(keep_hidden, {R, G / 2}, "expert hidden");
   if (keep_gate_up) saved.gate_up_RG = gate_up_RG;
   if (keep_hidden) saved.h_RF = h_RF;
-  ops::grouped_gemm_forward(ex, gate_up_RG, x_RD, gate_up_eGD.value, saved.plan.expert_offsets);
+  ops::grouped_gemm_forward(ex, gate_up_RG, x_RD, gate_up_eGD.value, saved.plan.expert_rows());
   const ConstTensorView weight_R = saved.weight_R1.reshape({R});
   ops::swiglu_forward(ex, h_RF, gate_up_RG, &weight_R);
-  ops::grouped_gemm_forward(ex, y_RD, h_RF, down_eDF.value, saved.plan.expert_offsets);
+  ops::grouped_gemm_forward(ex, y_RD, h_RF, down_eDF.value, saved.plan.expert_rows());
 }
 
 PieceMap MoeLayer::pieces() const {
@@ -135,14 +135,14 @@ TensorView MoeLayer::weight_gradients(Exec& ex, ConstTensorView rows_N1, const S
 void MoeLayer::experts_backward(Exec& ex, TensorView dx_RD, TensorView dweight_R1, TensorView dgate_up_RG,
                                 ConstTensorView dy_RD, ConstTensorView gate_up_RG, const Saved& saved) const {
   const std::int64_t R = saved.plan.received();
-  const auto& offsets = saved.plan.expert_offsets;
+  const ExpertRows expert_rows = saved.plan.expert_rows();
   ScratchScope scope(*ex.scratch);
   TensorView dh_RF = ex.scratch->take({R, gate_up_RG.shape[1] / 2}, dy_RD.dtype, "expert hidden gradient");
-  ops::grouped_gemm_dgrad(ex, dh_RF, dy_RD, down_eDF.value, offsets);
+  ops::grouped_gemm_dgrad(ex, dh_RF, dy_RD, down_eDF.value, expert_rows);
   const TensorView dweight_R = dweight_R1.reshape({R});
   const ConstTensorView weight_R = saved.weight_R1.reshape({R});
   ops::swiglu_backward(ex, dgate_up_RG, &dweight_R, dh_RF, gate_up_RG, &weight_R);
-  ops::grouped_gemm_dgrad(ex, dx_RD, dgate_up_RG, gate_up_eGD.value, offsets);
+  ops::grouped_gemm_dgrad(ex, dx_RD, dgate_up_RG, gate_up_eGD.value, expert_rows);
 }
 
 // Of backward: kept, or made again in scratch memory.
@@ -160,7 +160,7 @@ TensorView MoeLayer::gate_up(Exec& ex, ConstTensorView x_RD, const Saved& saved)
   TensorView gate_up_RG =
       ex.scratch->take({x_RD.rows(), gate_up_eGD.value.shape[1]}, x_RD.dtype, "expert gate and up, again");
   Exec again = not_booked(ex);
-  ops::grouped_gemm_forward(again, gate_up_RG, x_RD, gate_up_eGD.value, saved.plan.expert_offsets);
+  ops::grouped_gemm_forward(again, gate_up_RG, x_RD, gate_up_eGD.value, saved.plan.expert_rows());
   return gate_up_RG;
 }
 
@@ -215,10 +215,10 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   FromExperts dweights(ex, group(), plan, dweight_R1);
   // While the input gradients travel back:
   if (down_eDF.wants_grad())
-    ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, hidden(ex, gate_up_RG, saved), plan.expert_offsets,
+    ops::grouped_gemm_wgrad(ex, down_eDF.grad, dy_RD, hidden(ex, gate_up_RG, saved), plan.expert_rows(),
                             Accumulate::kAdd);
   if (gate_up_eGD.wants_grad())
-    ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, x_RD, plan.expert_offsets, Accumulate::kAdd);
+    ops::grouped_gemm_wgrad(ex, gate_up_eGD.grad, dgate_up_RG, x_RD, plan.expert_rows(), Accumulate::kAdd);
 
   add_to_tokens(ex, dx_TD, dx_rows.finish(), saved);
   const TensorView dweight_TK = weight_gradients(ex, dweights.finish(), saved);

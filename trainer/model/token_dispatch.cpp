@@ -100,6 +100,10 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E, index_TS);
   const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, plan.sent());
   count_rows(plan, exchange, map, counts_PE);
+  const std::vector<std::int32_t> offsets(plan.expert_offsets.begin(), plan.expert_offsets.end());
+  const Shape one_more{static_cast<std::int64_t>(offsets.size())};
+  plan.offset_e1 = keep.take(one_more, DType::kI32, "where the experts' rows begin");
+  ops::upload(ex, plan.offset_e1, host_view(offsets.data(), one_more));
   plan.order_N =
       plan.order_N.rows(0, std::accumulate(plan.send_rows.begin(), plan.send_rows.end(), std::int64_t{0}));
   if (exchange.size() > 1) {

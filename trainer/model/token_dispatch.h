@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "kernels/ops/expert_rows.h"
 #include "parallel/communicator.h"
 #include "trainer/model/expert_shares.h"
 #include "trainer/model/layer.h"
@@ -19,8 +20,10 @@ struct DispatchPlan {
   TensorView regroup_R, ungroup_R;       // i32: expert-major row -> arrival row, and back; empty when ep is 1
   std::vector<std::int64_t> send_rows, recv_rows;                  // per rank of the exchange
   std::vector<std::int64_t> expert_offsets;                        // of the local experts, e+1
+  TensorView offset_e1;                                            // i32: the same on the device
   std::int64_t sent() const { return order_N.rows(); }             // N
   std::int64_t received() const { return expert_offsets.back(); }  // R
+  ExpertRows expert_rows() const { return {offset_e1, expert_offsets}; }
 };
 
 // The choices by piece, in scratch memory; those of the experts themselves when nothing cuts their width.
