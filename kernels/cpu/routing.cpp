@@ -194,9 +194,14 @@ void expand_choices(Exec&, TensorView index_TS, ConstTensorView index_TK, ConstT
   const std::int64_t choices = index_TK.elements(), pieces = piece_EP.shape[1];
   const auto *index = index_TK.as<std::int32_t>(), *piece = piece_EP.as<std::int32_t>();
   auto* out = index_TS.as<std::int32_t>();
-  require_in_range(index, choices, piece_EP.shape[0], "index_TK");
-  parallel_for(choices, pieces,
-               [&](std::int64_t i) { std::copy_n(piece + index[i] * pieces, pieces, out + i * pieces); });
+  require_in_range(index, choices, piece_EP.shape[0], "index_TK", -1);
+  parallel_for(choices, pieces, [&](std::int64_t i) {
+    if (index[i] < 0) {
+      std::fill_n(out + i * pieces, pieces, -1);
+    } else {
+      std::copy_n(piece + index[i] * pieces, pieces, out + i * pieces);
+    }
+  });
 }
 
 void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,

@@ -26,7 +26,7 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
                    ConstTensorView index_TK, ConstTensorView lse_T);
 
 // Choices of experts as choices of their pieces, where an expert's width is cut into P: index_TS[t, k*P + j]
-// = piece_EP[index_TK[t, k], j], S = K*P.
+// = piece_EP[index_TK[t, k], j], S = K*P; -1, for none, stays -1.
 void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP);
 
 // Stable sort of the N = T*K assignments by expert. order_N: sorted position -> flat t*K + k; slot_TK: its

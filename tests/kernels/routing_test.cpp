@@ -163,8 +163,14 @@ TEST(ExpandChoices, EveryChoiceBecomesItsPieces) {
   for (std::size_t i = 0; i < index.size(); ++i)
     for (std::size_t j = 0; j < 4; ++j)
       EXPECT_EQ(out.get(i * 4 + j), pieces.get(static_cast<std::size_t>(index.get(i)) * 4 + j));
-  index.set(3, 7);
-  EXPECT_THROW((ops::expand_choices(ex, out, index, pieces), finish_ops()), Error);
+  index.set(3, -1);
+  ops::expand_choices(ex, out, index, pieces);
+  for (std::size_t j = 0; j < 4; ++j) EXPECT_EQ(out.get(3 * 4 + j), -1);
+  EXPECT_EQ(out.get(4 * 4), pieces.get(6 * 4));
+  for (const double wrong : {7, -2}) {
+    index.set(3, wrong);
+    EXPECT_THROW((ops::expand_choices(ex, out, index, pieces), finish_ops()), Error);
+  }
 }
 
 struct Sorted {

@@ -32,9 +32,8 @@ __global__ void expand(std::int32_t* out, const std::int32_t* index, const std::
   const std::int64_t i = global_thread();
   if (i >= choices * pieces) return;
   const std::int32_t e = index[i / pieces];
-  const bool valid = e >= 0 && e < experts;
-  if (!valid) find(findings, Finding::kIndex, i / pieces, static_cast<std::uint32_t>(e));
-  out[i] = valid ? piece[e * pieces + i % pieces] : 0;
+  if (e < -1 || e >= experts) find(findings, Finding::kIndex, i / pieces, static_cast<std::uint32_t>(e));
+  out[i] = e >= 0 && e < experts ? piece[e * pieces + i % pieces] : -1;
 }
 
 struct ExpertKey {
