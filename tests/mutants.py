@@ -35,8 +35,8 @@ MUTANTS = {
         "trainer/model/lm_head.cpp", "    if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);",
         "    ops::sum(ex, loss_1, loss_C);", "*"),
     "balance_pool_of_one_rank": (
-        "trainer/model/transformer.cpp", "    load.tokens = tokens * pool->size();",
-        "    load.tokens = tokens;", "*moe*"),
+        "trainer/model/transformer.cpp", "LayerLoad::unpack(tokens * pool->size(), ",
+        "LayerLoad::unpack(tokens, ", "*moe*"),
     "balance_pool_of_one_stage": (
         "trainer/pipeline.cpp", "f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);",
         "link_->receive(ex, *link_->backward, link_->next(), g_tD);", "*moe*"),
@@ -54,11 +54,11 @@ MUTANTS = {
         "      piece_EP[static_cast<std::size_t>(e * etp + rank % etp)] =\n"
         "          static_cast<std::int32_t>(piece++ - (rank % etp > 0 ? experts.size() : 0));", "*moe*"),
     "router_weight_of_one_piece_only": (
-        "trainer/model/moe_layer.cpp",
-        "  ops::gather_sum_rows(ex, gradient, rows_N1, saved.plan.slot_TS.reshape({choices, parts}),\n"
+        "trainer/model/exchange.cpp",
+        "  ops::gather_sum_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1, plan.slot_TS.reshape({T * K, plan.pieces}),\n"
         "                       Accumulate::kOverwrite);",
-        "  ops::gather_rows(ex, gradient, rows_N1,\n"
-        "                   saved.plan.slot_TS.reshape({choices * parts}).rows(0, choices), 1);", "*moe*"),
+        "  ops::gather_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1,\n"
+        "                   plan.slot_TS.reshape({T * K * plan.pieces}).rows(0, T * K), 1);", "*moe*"),
     "gate_and_up_swapped_where_tp_cuts": (
         "trainer/model/dense_ffn.cpp", "  gate_up.forward(ex, gate_up_TG, x_TD);\n  if (gate_1D)",
         "  gate_up.forward(ex, gate_up_TG, x_TD);\n"

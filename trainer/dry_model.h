@@ -37,9 +37,12 @@ class DryModel {
     return cost([&] {
       Block::Saved saved;
       const std::size_t before = keep_.used();
+      const std::int64_t experts = std::max(1, config_.num_experts);
+      if (model_.blocks[i].is_moe())
+        saved.balance.load = {keep_.take({RouterLoad::size(experts)}, DType::kF64, "router load")};
       model_.blocks[i].forward(memory_.exec, stream(), stream(), places(), keep_, saved);
       kept_bytes = stream().bytes() + keep_.used() - before;
-      saved.aux_E = dry({std::max(1, config_.num_experts)}, DType::kF32);
+      saved.balance.aux_E = dry({experts}, DType::kF32);
       model_.blocks[i].backward(memory_.exec, stream(), keep_, saved);
     });
   }

@@ -52,17 +52,17 @@ struct Pipeline::Flight {
 
 // Activations and gradients have a group each: between two stages both directions may carry both.
 struct Pipeline::Link {
-  Link(Communicator& stages, std::int64_t experts)
+  Link(Communicator& stages, std::int64_t experts_)
       : forward(stages.subgroup(everyone(stages))),
         backward(stages.subgroup(everyone(stages))),
-        pool(experts > 0 ? 2 * experts + 1 : 0) {}
+        experts(static_cast<std::size_t>(experts_)) {}
   static std::vector<int> everyone(const Communicator& group) {
     std::vector<int> all(static_cast<std::size_t>(group.size()));
     std::iota(all.begin(), all.end(), 0);
     return all;
   }
   std::unique_ptr<Communicator> forward, backward;
-  std::int64_t pool;  // doubles of a packed pool; 0 without mixtures
+  std::size_t experts;  // of a mixture, whose pool travels too; 0 without mixtures
 
   int next() const { return (forward->rank() + 1) % forward->size(); }
   int previous() const { return (forward->rank() + forward->size() - 1) % forward->size(); }
@@ -70,25 +70,17 @@ struct Pipeline::Link {
   void send(Exec& ex, Communicator& to, int rank, ConstTensorView x_tD, const LoadPool& all,
             std::vector<double>& packed, std::vector<Pending>& sends) const {
     sends.push_back(to.send(x_tD, rank, ex.stream));
-    if (pool == 0) return;
-    packed.assign(static_cast<std::size_t>(pool), 0.0);
-    packed[0] = all.tokens;
-    std::copy(all.assigned.begin(), all.assigned.end(), packed.begin() + 1);
-    std::copy(all.probability.begin(), all.probability.end(), packed.begin() + 1 + (pool - 1) / 2);
-    sends.push_back(to.send(host_view(static_cast<const double*>(packed.data()), {pool}), rank));
+    if (experts == 0) return;
+    packed = all.pack(experts);
+    const auto size = static_cast<std::int64_t>(packed.size());
+    sends.push_back(to.send(host_view(static_cast<const double*>(packed.data()), {size}), rank));
   }
   LoadPool receive(Exec& ex, Communicator& from, int rank, TensorView x_tD) const {
     from.recv(x_tD, rank, ex.stream);
-    LoadPool all;
-    if (pool == 0) return all;
-    std::vector<double> packed(static_cast<std::size_t>(pool));
-    from.recv(host_view(packed.data(), {pool}), rank);
-    all.tokens = packed[0];
-    if (all.tokens == 0) return all;
-    const auto half = packed.begin() + 1 + (pool - 1) / 2;
-    all.assigned.assign(packed.begin() + 1, half);
-    all.probability.assign(half, packed.end());
-    return all;
+    if (experts == 0) return {};
+    std::vector<double> packed(LoadPool::packed_size(experts));
+    from.recv(host_view(packed.data(), {static_cast<std::int64_t>(packed.size())}), rank);
+    return LoadPool::unpack(packed);
   }
 };
 

@@ -40,6 +40,7 @@ class Layer {
         y_({tokens, config_.hidden_size}, DType::kBF16),
         g_({tokens, config_.hidden_size}, DType::kBF16),
         aux_({config_.num_experts}, DType::kF32),
+        load_({RouterLoad::size(config_.num_experts)}, DType::kF64),
         positions_({tokens}, DType::kI32, 1) {
     params_.initialise(exec(), 1);
     std::vector<std::int32_t> positions(static_cast<std::size_t>(tokens));
@@ -56,8 +57,8 @@ class Layer {
   void run(Exec& ex, bool backward) {
     ScratchScope scope(keep_);
     Block::Saved saved;
+    saved.balance = {{load_.view}, aux_.view, 0};
     forward(ex, saved);
-    saved.aux_E = aux_.view;
     if (backward) model_.blocks[0].backward(ex, g_.view, keep_, saved);
   }
 
@@ -69,7 +70,7 @@ class Layer {
   ParamStore params_;
   Transformer model_;
   Arena keep_;
-  Tensor x_, y_, g_, aux_, positions_;
+  Tensor x_, y_, g_, aux_, load_, positions_;
   TokenPlaces places_;
 };
 

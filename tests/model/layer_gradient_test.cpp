@@ -141,19 +141,18 @@ TEST(LayerGradient, SharedExpert) {
 // The scalar includes the balance and z terms, so that their gradients are tested through the router too.
 struct MoeRig : Rig {
   std::int64_t T = 11, D = 12, F = 6, E = 5, K = 2;
+  Param router = host.param({E, D}, 0.7);  // well apart, so that small steps flip no choice
   MoeLayer moe;
-  TensorView x, probe;
+  TensorView x, probe, sums = keep.take({RouterLoad::size(E)}, DType::kF64, "router load");
   BalanceConfig balance;
   std::vector<std::int32_t> choices;
 
   explicit MoeRig(bool renormalize, AuxKind kind) {
-    moe.shares = {E, 1};
-    moe.top_k = K;
-    moe.renormalize_top_k = renormalize;
-    moe.exchange = self.get();
-    moe.router_ED = host.param({E, D}, 0.7);  // well apart, so that small steps flip no choice
-    moe.gate_up_eGD = host.param({E, 2 * F, D}, 0.4);
-    moe.down_eDF = host.param({E, D, F}, 0.4);
+    moe.num_experts = E;
+    moe.router = make_softmax_router(router, K, renormalize);
+    moe.exchange = make_exchange({E, 1}, *self, {});
+    moe.experts.gate_up_eGD = host.param({E, 2 * F, D}, 0.4);
+    moe.experts.down_eDF = host.param({E, D, F}, 0.4);
     moe.shared.emplace();
     moe.shared->tp = self.get();
     moe.shared->gate_up = {host.param({2 * F, D}, 0.4), std::nullopt};
@@ -166,14 +165,9 @@ struct MoeRig : Rig {
     balance.z_coefficient = 0.5;
   }
 
-  BalanceTerms terms(const MoeLayer::Saved& s) const {
-    const double* stats = s.load_L.as<double>();
-    const auto n = static_cast<std::size_t>(E);
-    const LayerLoad load{T,
-                         {stats, stats + n},
-                         {stats + n, stats + 2 * n},
-                         {stats + 2 * n, stats + 3 * n},
-                         s.load_L.as<double>()[3 * E]};
+  BalanceTerms terms() const {
+    const LayerLoad load =
+        LayerLoad::unpack(T, {sums.as<double>(), static_cast<std::size_t>(sums.elements())});
     LoadPool pool;
     pool.add(load);
     return balance_terms(balance, std::span(&load, 1), pool, true);
@@ -183,10 +177,12 @@ struct MoeRig : Rig {
     MoeLayer::Saved s;
     const std::size_t mark = keep.mark();
     const TensorView y = host.zeros({T, D});
-    moe.forward(ex, y, x, keep, s);
-    const std::int32_t* index = s.index_TK.as<std::int32_t>();
+    RouterBalance counted;
+    counted.load = {sums};
+    moe.forward(ex, y, x, counted, keep, s);
+    const std::int32_t* index = s.router.index_TK.as<std::int32_t>();
     EXPECT_TRUE(std::equal(choices.begin(), choices.end(), index)) << "a step flipped a routing choice";
-    const BalanceTerms b = terms(s);
+    const BalanceTerms b = terms();
     keep.rewind(mark);
     return test::dot(y, probe) + balance.aux_coefficient * b.aux + balance.z_coefficient * b.z;
   }
@@ -196,22 +192,23 @@ void check_moe(bool renormalize, AuxKind kind) {
   MoeRig rig(renormalize, kind);
   MoeLayer::Saved saved;
   const TensorView y = rig.host.zeros({rig.T, rig.D}), dx = rig.host.zeros({rig.T, rig.D});
-  rig.moe.forward(rig.ex, y, rig.x, rig.keep, saved);
-  const std::int32_t* index = saved.index_TK.as<std::int32_t>();
-  rig.choices.assign(index, index + saved.index_TK.elements());
-  BalanceTerms terms = rig.terms(saved);
-  saved.aux_E = host_view(terms.aux_gradient[0].data(), {rig.E});
-  saved.z_scale = terms.z_scale[0];
-  rig.moe.backward(rig.ex, dx, rig.probe, saved);
+  RouterBalance balance;
+  balance.load = {rig.sums};
+  rig.moe.forward(rig.ex, y, rig.x, balance, rig.keep, saved);
+  const TensorView& chosen = saved.router.index_TK;
+  rig.choices.assign(chosen.as<std::int32_t>(), chosen.as<std::int32_t>() + chosen.elements());
+  BalanceTerms terms = rig.terms();
+  balance.aux_E = host_view(terms.aux_gradient[0].data(), {rig.E});
+  balance.z_scale = terms.z_scale[0];
+  rig.moe.backward(rig.ex, dx, rig.probe, balance, saved);
   const auto scalar = [&] { return rig.scalar(); };
   const double step = 5e-4;  // smaller than elsewhere: no flips
   test::expect_gradient(rig.host, "x", rig.x, dx, scalar, step, 1e-2);
-  test::expect_gradient(rig.host, "router", rig.moe.router_ED.value, rig.moe.router_ED.grad, scalar, step,
-                        1e-2);
-  test::expect_gradient(rig.host, "experts in", rig.moe.gate_up_eGD.value, rig.moe.gate_up_eGD.grad, scalar,
-                        kStep, 1e-2);
-  test::expect_gradient(rig.host, "experts out", rig.moe.down_eDF.value, rig.moe.down_eDF.grad, scalar, kStep,
-                        1e-2);
+  test::expect_gradient(rig.host, "router", rig.router.value, rig.router.grad, scalar, step, 1e-2);
+  test::expect_gradient(rig.host, "experts in", rig.moe.experts.gate_up_eGD.value,
+                        rig.moe.experts.gate_up_eGD.grad, scalar, kStep, 1e-2);
+  test::expect_gradient(rig.host, "experts out", rig.moe.experts.down_eDF.value,
+                        rig.moe.experts.down_eDF.grad, scalar, kStep, 1e-2);
   test::expect_gradient(rig.host, "shared gate", rig.moe.shared->gate_1D->value,
                         rig.moe.shared->gate_1D->grad, scalar, kStep, 1e-2);
 }

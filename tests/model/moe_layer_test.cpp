@@ -39,30 +39,32 @@ void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, 
   Arena keep(Device{}, std::size_t{1} << 30, "activations");
   Host host(1);
   const Range experts = balanced(w.E, ep.size(), ep.rank()), tokens = balanced(w.T, ep.size(), ep.rank());
-  MoeLayer moe;
-  moe.shares = {w.E, 1};
-  moe.top_k = w.K;
-  moe.exchange = &ep;
   // Bytes that leave a node: those of the rows, or of every exchange that the flat one makes across.
   std::unique_ptr<ProcessMesh> mesh;
+  NodeGroups nodes;
   Ledger crossing;
   if (node_ranks > 0) {
     mesh = std::make_unique<ProcessMesh>(MeshSpec{1, ep.size(), 1, 1, ep.size(), 1}, ep, node_ranks);
-    moe.nodes = {mesh->across_nodes(), mesh->inside_node()};
-    moe.nodes.across->set_ledger(&crossing);
+    nodes = {mesh->across_nodes(), mesh->inside_node()};
+    nodes.across->set_ledger(&crossing);
   }
-  moe.router_ED = {w.router, host.zeros(w.router.shape)};
+  MoeLayer moe;
+  moe.num_experts = w.E;
+  const Param router{w.router, host.zeros(w.router.shape)};
+  moe.router = make_softmax_router(router, w.K, false);
+  moe.exchange = make_exchange({w.E, 1}, ep, nodes);
   const TensorView gate_up = w.gate_up.rows(experts.begin, experts.end),
                    down = w.down.rows(experts.begin, experts.end);
-  moe.gate_up_eGD = {gate_up, host.zeros(gate_up.shape)};
-  moe.down_eDF = {down, host.zeros(down.shape)};
+  moe.experts.gate_up_eGD = {gate_up, host.zeros(gate_up.shape)};
+  moe.experts.down_eDF = {down, host.zeros(down.shape)};
 
   MoeLayer::Saved saved;
+  RouterBalance balance;
   const TensorView y = host.zeros({tokens.size(), w.D}), dx = host.zeros({tokens.size(), w.D});
-  moe.forward(memory.exec, y, w.x.rows(tokens.begin, tokens.end), keep, saved);
-  saved.aux_E = host.zeros({w.E});
-  moe.backward(memory.exec, dx, w.dy.rows(tokens.begin, tokens.end), saved);
-  ep.all_reduce(moe.router_ED.grad, ReduceOp::kSum);
+  moe.forward(memory.exec, y, w.x.rows(tokens.begin, tokens.end), balance, keep, saved);
+  balance.aux_E = host.zeros({w.E});
+  moe.backward(memory.exec, dx, w.dy.rows(tokens.begin, tokens.end), balance, saved);
+  ep.all_reduce(router.grad, ReduceOp::kSum);
 
   const std::lock_guard lock(mutex);
   const auto place = [](std::vector<float>& whole, ConstTensorView part, std::int64_t first_row,
@@ -74,17 +76,17 @@ void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, 
   };
   place(all.y, y, tokens.begin, w.T);
   place(all.dx, dx, tokens.begin, w.T);
-  place(all.gate_up, moe.gate_up_eGD.grad, experts.begin, w.E);
-  place(all.down, moe.down_eDF.grad, experts.begin, w.E);
-  all.router = copy(moe.router_ED.grad);
+  place(all.gate_up, moe.experts.gate_up_eGD.grad, experts.begin, w.E);
+  place(all.down, moe.experts.down_eDF.grad, experts.begin, w.E);
+  all.router = copy(router.grad);
   all.crossing_bytes += crossing.total().bytes_sent;
   if (node_ranks > 0) return;
   for (int p = 0; p < ep.size();
        ++p)  // two nodes: rows out and back, forward and backward, with their weights
     if (p / std::max(1, ep.size() / 2) != ep.rank() / std::max(1, ep.size() / 2))
       all.crossing_bytes += static_cast<double>(2 *
-                                                (saved.plan.send_rows[static_cast<std::size_t>(p)] +
-                                                 saved.plan.recv_rows[static_cast<std::size_t>(p)]) *
+                                                (saved.plan.dispatch.send_rows[static_cast<std::size_t>(p)] +
+                                                 saved.plan.dispatch.recv_rows[static_cast<std::size_t>(p)]) *
                                                 (w.D + 1) * 4);
 }
 

@@ -48,7 +48,7 @@ double kept(const std::string& recompute) {
   Block::Saved saved;
   model.blocks[0].forward(ex, y, x, {view({tokens}, DType::kI32), {}, 2048}, keep, saved);
   const std::size_t used = keep.used();
-  saved.aux_E = view({60}, DType::kF32);
+  saved.balance.aux_E = view({60}, DType::kF32);
   model.blocks[0].backward(ex, g, keep, saved);
   EXPECT_EQ(keep.used(), used);
   EXPECT_EQ(scratch.used(), 0u);

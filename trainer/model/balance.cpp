@@ -10,6 +10,34 @@ AuxKind aux_kind_from(const std::string& name) {
   fail(ExitCode::kUsage, "router.aux_kind: '{}' is not built yet; use hf or switch", name);
 }
 
+LayerLoad LayerLoad::unpack(std::int64_t tokens, std::span<const double> sums_L) {
+  const std::size_t E = sums_L.size() / 3;
+  const auto part = [&](std::size_t i) {
+    const auto values = sums_L.subspan(i * E, E);
+    return std::vector<double>(values.begin(), values.end());
+  };
+  return {tokens, part(0), part(1), part(2), sums_L.back()};
+}
+
+// tokens, then the experts' assignments, then their probabilities: zeros before the first layer.
+std::vector<double> LoadPool::pack(std::size_t experts) const {
+  std::vector<double> packed(packed_size(experts));
+  packed[0] = tokens;
+  std::copy(assigned.begin(), assigned.end(), packed.begin() + 1);
+  std::copy(probability.begin(), probability.end(), packed.end() - static_cast<std::ptrdiff_t>(experts));
+  return packed;
+}
+
+LoadPool LoadPool::unpack(std::span<const double> packed) {
+  LoadPool pool;
+  if (packed.empty() || packed[0] == 0) return pool;
+  const std::size_t E = packed.size() / 2;
+  pool.tokens = packed[0];
+  pool.assigned.assign(packed.begin() + 1, packed.end() - static_cast<std::ptrdiff_t>(E));
+  pool.probability.assign(packed.end() - static_cast<std::ptrdiff_t>(E), packed.end());
+  return pool;
+}
+
 void LoadPool::add(const LayerLoad& load) {
   add(LoadPool{static_cast<double>(load.tokens), load.assigned, load.probability});
 }

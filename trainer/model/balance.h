@@ -26,11 +26,30 @@ struct BalanceConfig {
   double z_coefficient = 0;    // likewise
 };
 
-// What one layer counted over its micro-batch, E values each.
+// What one mixture's router counts over a micro-batch, on the device: the sums of ops::balance_stats, together.
+struct RouterLoad {
+  TensorView sums_L;                                                          // fp64
+  static std::int64_t size(std::int64_t experts) { return 3 * experts + 1; }  // L
+  explicit operator bool() const { return sums_L.shape.rank > 0; }
+  std::int64_t experts() const { return sums_L.elements() / 3; }
+  TensorView stats_3E() const { return sums_L.rows(0, 3 * experts()).reshape({3, experts()}); }
+  TensorView z_1() const { return sums_L.rows(3 * experts(), sums_L.elements()); }
+};
+
+// One mixture's part in the balance terms of a micro-batch. The model sets `load` before forward (without one nothing
+// is counted), the gradients between forward and backward.
+struct RouterBalance {
+  RouterLoad load;
+  ConstTensorView aux_E;  // added to the gradient of every probability of expert e
+  float z_scale = 0;      // that of lse^2 of every token
+};
+
+// What one layer counted over its micro-batch, E values each, on the host.
 struct LayerLoad {
   std::int64_t tokens = 0;
   std::vector<double> assigned, first_choice, probability;
   double z_sum = 0;
+  static LayerLoad unpack(std::int64_t tokens, std::span<const double> sums_L);  // of a RouterLoad
 };
 
 // The layers of a micro-batch added up, over all chunks of a pipeline.
@@ -39,6 +58,11 @@ struct LoadPool {
   std::vector<double> assigned, probability;  // empty before the first layer
   void add(const LayerLoad& load);
   void add(const LoadPool& other);
+
+  // As it goes from stage to stage.
+  static std::size_t packed_size(std::size_t experts) { return experts > 0 ? 2 * experts + 1 : 0; }
+  std::vector<double> pack(std::size_t experts) const;
+  static LoadPool unpack(std::span<const double> packed);
 };
 
 struct BalanceTerms {

@@ -4,17 +4,6 @@
 
 namespace upmoe {
 
-Recompute recompute_from(const std::string& name) {
-  if (name == "none") return Recompute::kNone;
-  if (name == "swiglu") return Recompute::kSwiglu;
-  if (name == "routed_up") return Recompute::kRoutedUp;
-  if (name == "up") return Recompute::kUp;
-  if (name == "ffn") return Recompute::kFfn;
-  if (name == "block") return Recompute::kBlock;
-  fail(ExitCode::kUsage, "train.recompute: found '{}', expected none, swiglu, routed_up, up, ffn or block",
-       name);
-}
-
 // norm1, attention, residual, norm2: fills saved up to normed2_TD.
 void Block::attention_half(Exec& ex, TensorView attended_TD, Arena& keep, Saved& saved) const {
   const ConstTensorView x_TD = saved.x_TD;
@@ -33,9 +22,8 @@ void Block::ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const
     return;
   }
   saved.ffn = MoeLayer::Saved{};
-  auto& moe = std::get<MoeLayer::Saved>(saved.ffn);
-  moe.load_L = saved.load_L;
-  std::get<MoeLayer>(ffn).forward(ex, f_TD, saved.normed2_TD, keep, moe);
+  std::get<MoeLayer>(ffn).forward(ex, f_TD, saved.normed2_TD, saved.balance, keep,
+                                  std::get<MoeLayer::Saved>(saved.ffn));
 }
 
 void Block::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places, Arena& keep,
@@ -53,15 +41,12 @@ void Block::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const Token
   if (recompute == Recompute::kBlock) keep.rewind(before);
 }
 
-void Block::ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, Saved& saved) const {
+void Block::ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const {
   if (const auto* dense = std::get_if<DenseFfn>(&ffn)) {
     dense->backward(ex, dx_TD, dy_TD, std::get<DenseFfn::Saved>(saved.ffn));
     return;
   }
-  auto& moe = std::get<MoeLayer::Saved>(saved.ffn);
-  moe.aux_E = saved.aux_E;
-  moe.z_scale = saved.z_scale;
-  std::get<MoeLayer>(ffn).backward(ex, dx_TD, dy_TD, moe);
+  std::get<MoeLayer>(ffn).backward(ex, dx_TD, dy_TD, saved.balance, std::get<MoeLayer::Saved>(saved.ffn));
 }
 
 void Block::backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const {

@@ -1,24 +1,16 @@
 #pragma once
 // One transformer block: h = x + attention(norm1(x)); y = h + ffn(norm2(h)), ffn dense or a mixture of
-// experts. What is kept for backward and what is computed again is decided here and nowhere else.
+// experts. What is kept for backward and what is computed again: recompute.h.
 
-#include <string>
 #include <variant>
 #include <vector>
 
 #include "trainer/model/attention_layer.h"
-#include "trainer/model/balance.h"
 #include "trainer/model/moe_layer.h"
+#include "trainer/model/recompute.h"
 #include "trainer/model/rms_norm.h"
 
 namespace upmoe {
-
-// What backward makes again instead of keeping it, each with what stands before it: kSwiglu, what lies
-// between the two products of a feed-forward network (an elementwise op) and the rows that experts are given
-// (copies, where one rank has all experts); kRoutedUp, the experts' first product; kUp, that of dense
-// networks and of the shared expert; kFfn, the feed-forward half; kBlock, everything but the block's input.
-enum class Recompute { kNone, kSwiglu, kRoutedUp, kUp, kFfn, kBlock };
-Recompute recompute_from(const std::string& name);
 
 struct Block {
   RmsNorm norm1, norm2;
@@ -33,9 +25,7 @@ struct Block {
     RmsNorm::Saved norm1, norm2;
     AttentionLayer::Saved attention;
     std::variant<DenseFfn::Saved, MoeLayer::Saved> ffn;
-    TensorView load_L;  // set by the model before forward: where a mixture's load goes, see MoeLayer::Saved
-    TensorView aux_E;   // set by the model between forward and backward
-    float z_scale = 0;
+    RouterBalance balance;  // of its router, if it is a mixture; set by the model
   };
 
   bool is_moe() const { return std::holds_alternative<MoeLayer>(ffn); }
@@ -48,7 +38,7 @@ struct Block {
  private:
   void attention_half(Exec& ex, TensorView attended_TD, Arena& keep, Saved& saved) const;
   void ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const;
-  void ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, Saved& saved) const;
+  void ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const;
 };
 
 }  // namespace upmoe

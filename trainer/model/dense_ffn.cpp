@@ -8,16 +8,16 @@ namespace upmoe {
 void DenseFfn::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& keep, Saved& saved) const {
   const std::int64_t T = x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   saved.x_tD = x_tD;
-  if (keep_hidden) saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
+  if (keeps.hidden) saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
   if (gate_1D) saved.gate_T = keep.take({T}, DType::kF32, "shared expert gate");
-  if (keep_gate_up) saved.gate_up_TG = keep.take({T, G}, x_tD.dtype, "ffn gate and up");
+  if (keeps.gate_up) saved.gate_up_TG = keep.take({T, G}, x_tD.dtype, "ffn gate and up");
   ScratchScope scope(*ex.scratch);
   const TensorView gate_up_TG =
-      keep_gate_up ? saved.gate_up_TG : ex.scratch->take({T, G}, x_tD.dtype, "ffn gate and up");
+      keeps.gate_up ? saved.gate_up_TG : ex.scratch->take({T, G}, x_tD.dtype, "ffn gate and up");
   const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
   gate_up.forward(ex, gate_up_TG, x_TD);
   if (gate_1D) ops::sigmoid_gate_forward(ex, saved.gate_T, x_TD, gate_1D->value);
-  const TensorView h_TF = keep_hidden ? saved.h_TF : ex.scratch->take({T, G / 2}, x_tD.dtype, "ffn hidden");
+  const TensorView h_TF = keeps.hidden ? saved.h_TF : ex.scratch->take({T, G / 2}, x_tD.dtype, "ffn hidden");
   hidden(ex, h_TF, gate_up_TG, saved);
   PartialSum y(ex, *tp, y_tD);
   down.forward(ex, y.partial_TD(), h_TF);
@@ -47,13 +47,13 @@ void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const
   const std::int64_t T = saved.x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   ConstTensorView x_TD;
   TensorView gate_up_TG = saved.gate_up_TG, h_TF = saved.h_TF;
-  if (!keep_gate_up) {
+  if (!keeps.gate_up) {
     gate_up_TG = ex.scratch->take({T, G}, dy_tD.dtype, "ffn gate and up, again");
     x_TD = x.finish();
     gate_up.forward(again, gate_up_TG, x_TD);
   }
   TensorView dh_TF = ex.scratch->take({T, G / 2}, dy_tD.dtype, "ffn hidden gradient");
-  if (!keep_hidden) {
+  if (!keeps.hidden) {
     h_TF = ex.scratch->take({T, G / 2}, dy_tD.dtype, "ffn hidden, again");
     hidden(again, h_TF, gate_up_TG, saved);
   }
@@ -67,7 +67,7 @@ void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const
   } else {
     ops::swiglu_backward(ex, dgate_up_TG, nullptr, dh_TF, gate_up_TG, nullptr);
   }
-  if (keep_gate_up) x_TD = x.finish();
+  if (keeps.gate_up) x_TD = x.finish();
   PartialSum dx(ex, *tp, dx_tD);
   gate_up.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dgate_up_TG, x_TD);
   if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);

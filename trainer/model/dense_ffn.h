@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "trainer/model/linear.h"
+#include "trainer/model/recompute.h"
 #include "trainer/model/sequence_shards.h"
 
 namespace upmoe {
@@ -16,7 +17,7 @@ struct DenseFfn {
   Communicator* tp = nullptr;
   // The shared expert's gate: multiplies the hidden row, which equals multiplying the output.
   std::optional<Param> gate_1D;
-  bool keep_hidden = true, keep_gate_up = true;  // false: backward computes those rows again
+  Keep keeps;
   struct Saved {
     ConstTensorView x_tD;
     TensorView gate_up_TG, h_TF, gate_T;

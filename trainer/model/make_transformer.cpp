@@ -6,29 +6,30 @@ namespace upmoe {
 
 namespace {
 
-DenseFfn bind_ffn(const ParamStore& params, const ProcessMesh& mesh, const std::string& prefix) {
+DenseFfn bind_ffn(const ParamStore& params, const ProcessMesh& mesh, const std::string& prefix, Keep keeps) {
   const Shape gate_up = params.at(prefix + "gate_up_F2D").shard.extent;
   DenseFfn ffn;
   ffn.tp = &mesh.along(Axis::kTp);
   ffn.gate_up.weight_NK = params.param(prefix + "gate_up_F2D", {gate_up[0] * 2, gate_up[2]});
   ffn.down.weight_NK = params.param(prefix + "down_DF", {gate_up[2], gate_up[0]});
+  ffn.keeps = keeps;
   return ffn;
 }
 
 MoeLayer bind_moe(const ModelConfig& config, const ParamStore& params, const ProcessMesh& mesh,
-                  const std::string& layer) {
+                  const std::string& layer, const KeepOfKinds& keeps) {
   MoeLayer moe;
-  moe.shares = {config.num_experts, mesh.spec().etp};
-  moe.top_k = config.num_experts_per_tok;
-  moe.renormalize_top_k = config.norm_topk_prob;
-  moe.exchange = &mesh.along({Axis::kEp, Axis::kEtp});
-  moe.nodes = {mesh.across_nodes(), mesh.inside_node()};
+  moe.num_experts = config.num_experts;
+  moe.router =
+      make_softmax_router(params.param(layer + "moe.router_ED", {config.num_experts, config.hidden_size}),
+                          config.num_experts_per_tok, config.norm_topk_prob);
+  moe.exchange = make_exchange({config.num_experts, mesh.spec().etp}, mesh.along({Axis::kEp, Axis::kEtp}),
+                               {mesh.across_nodes(), mesh.inside_node()});
   const Shape eF2D = params.at(layer + "moe.gate_up_EF2D").shard.extent;
-  moe.router_ED = params.param(layer + "moe.router_ED", {config.num_experts, config.hidden_size});
-  moe.gate_up_eGD = params.param(layer + "moe.gate_up_EF2D", {eF2D[0], eF2D[1] * 2, eF2D[3]});
-  moe.down_eDF = params.param(layer + "moe.down_EDF", {eF2D[0], eF2D[3], eF2D[1]});
+  moe.experts = {params.param(layer + "moe.gate_up_EF2D", {eF2D[0], eF2D[1] * 2, eF2D[3]}),
+                 params.param(layer + "moe.down_EDF", {eF2D[0], eF2D[3], eF2D[1]}), keeps.routed};
   if (params.has(layer + "shared.gate_up_F2D")) {
-    moe.shared = bind_ffn(params, mesh, layer + "shared.");
+    moe.shared = bind_ffn(params, mesh, layer + "shared.", keeps.dense);
     moe.shared->gate_1D = params.param(layer + "shared.gate_1D", {1, config.hidden_size});
   }
   return moe;
@@ -55,28 +56,16 @@ Block bind_block(const ModelConfig& config, const ParamStore& params, const Proc
                  Recompute recompute) {
   const auto eps = static_cast<float>(config.rms_norm_eps);
   const std::string layer = fmt::format("layers.{}.", i);
-  // The last two make whole halves again, from what those keep meanwhile.
-  const bool some =
-      recompute == Recompute::kSwiglu || recompute == Recompute::kRoutedUp || recompute == Recompute::kUp;
-  const auto keep_of = [&](DenseFfn& ffn) {
-    ffn.keep_hidden = !some;
-    ffn.keep_gate_up = recompute != Recompute::kUp;
-  };
+  const KeepOfKinds keeps = keep_of(recompute);
   Block block;
   block.recompute = recompute;
   block.norm1 = {params.param(layer + "norm1_D", {config.hidden_size}), eps};
   block.norm2 = {params.param(layer + "norm2_D", {config.hidden_size}), eps};
   block.attention = bind_attention(config, params, mesh, layer);
   if (config.is_moe_layer(i)) {
-    MoeLayer moe = bind_moe(config, params, mesh, layer);
-    moe.keep_hidden = moe.keep_rows = !some;
-    moe.keep_gate_up = !some || recompute == Recompute::kSwiglu;
-    if (moe.shared) keep_of(*moe.shared);
-    block.ffn = std::move(moe);
+    block.ffn = bind_moe(config, params, mesh, layer, keeps);
   } else {
-    DenseFfn ffn = bind_ffn(params, mesh, layer + "ffn.");
-    keep_of(ffn);
-    block.ffn = std::move(ffn);
+    block.ffn = bind_ffn(params, mesh, layer + "ffn.", keeps.dense);
   }
   return block;
 }

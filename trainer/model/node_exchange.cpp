@@ -42,8 +42,9 @@ void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, ConstTe
 
 }  // namespace
 
-NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, ConstTensorView index_TK,
-                        ConstTensorView weight_TK, const std::vector<std::int64_t>& node_begin, Arena& keep) {
+NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choices,
+                        const std::vector<std::int64_t>& node_begin, Arena& keep) {
+  const auto& [index_TK, weight_TK] = choices;
   const std::int64_t T = index_TK.shape[0], K = index_TK.shape[1], M = groups.across->size();
   NodePlan plan;
   plan.order_X = keep.take({T * M}, DType::kI32, "rows to other nodes");
@@ -69,26 +70,18 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, ConstTensorView inde
   return plan;
 }
 
-ToNodes::ToNodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TD) {
-  TensorView sent_XD = take_rows(ex, plan.order_X.rows(), rows_TD, "rows to other nodes");
-  arrived_AD_ = take_rows(ex, plan.arrived(), rows_TD, "rows from other nodes");
-  ops::gather_rows(ex, sent_XD, rows_TD, plan.order_X, 1);
-  pending_ = groups.across->all_to_all_rows(arrived_AD_, plan.recv_rows, sent_XD, plan.send_rows, ex.stream);
+RowsUnderWay to_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TX) {
+  TensorView sent_X = take_rows(ex, plan.order_X.rows(), rows_TX, "rows to other nodes");
+  TensorView arrived_A = take_rows(ex, plan.arrived(), rows_TX, "rows from other nodes");
+  ops::gather_rows(ex, sent_X, rows_TX, plan.order_X, 1);
+  return {groups.across->all_to_all_rows(arrived_A, plan.recv_rows, sent_X, plan.send_rows, ex.stream),
+          {arrived_A, {}, 1}};
 }
 
-ConstTensorView ToNodes::finish() {
-  pending_.wait();
-  return arrived_AD_;
-}
-
-FromNodes::FromNodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AD) {
-  arrived_XD_ = take_rows(ex, plan.order_X.rows(), rows_AD, "rows back from other nodes");
-  pending_ = groups.across->all_to_all_rows(arrived_XD_, plan.send_rows, rows_AD, plan.recv_rows, ex.stream);
-}
-
-ConstTensorView FromNodes::finish() {
-  pending_.wait();
-  return arrived_XD_;
+RowsUnderWay from_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AX) {
+  TensorView arrived_X = take_rows(ex, plan.order_X.rows(), rows_AX, "rows back from other nodes");
+  return {groups.across->all_to_all_rows(arrived_X, plan.send_rows, rows_AX, plan.recv_rows, ex.stream),
+          {arrived_X, {}, 1}};
 }
 
 }  // namespace upmoe

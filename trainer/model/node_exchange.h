@@ -9,8 +9,9 @@
 
 #include <vector>
 
-#include "parallel/communicator.h"
+#include "trainer/model/choices.h"
 #include "trainer/model/layer.h"
+#include "trainer/model/rows_under_way.h"
 
 namespace upmoe {
 
@@ -29,29 +30,12 @@ struct NodePlan {
 };
 
 // node_begin: the first expert of each node and their number behind. Collective over groups.across.
-NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, ConstTensorView index_TK,
-                        ConstTensorView weight_TK, const std::vector<std::int64_t>& node_begin, Arena& keep);
+NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choices,
+                        const std::vector<std::int64_t>& node_begin, Arena& keep);
 
-// Rows of tokens under way to the nodes of their experts; start and finish in one ScratchScope.
-class ToNodes {
- public:
-  ToNodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TD);
-  ConstTensorView finish();  // rows_AD
-
- private:
-  TensorView arrived_AD_;
-  Pending pending_;
-};
-
-// Rows under way back to their token's rank.
-class FromNodes {
- public:
-  FromNodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AD);
-  ConstTensorView finish();  // rows_XD; read with slot_TM
-
- private:
-  TensorView arrived_XD_;
-  Pending pending_;
-};
+// Rows of tokens at the nodes of their experts, [A, X], once waited for.
+RowsUnderWay to_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TX);
+// Rows back at their tokens' rank, [rows to other nodes, X], once waited for; read with slot_TM.
+RowsUnderWay from_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AX);
 
 }  // namespace upmoe

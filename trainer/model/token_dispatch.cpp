@@ -88,12 +88,12 @@ void count_rows(DispatchPlan& plan, const Communicator& exchange, const PieceMap
 
 }  // namespace
 
-DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_TS, const PieceMap& map,
-                       Arena& keep) {
+DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_TS, std::int64_t pieces,
+                       const PieceMap& map, Arena& keep) {
   DispatchPlan plan;
-  plan.tokens = index_TS.shape[0];
-  plan.choices = index_TS.shape[1];
-  plan.order_N = keep.take({plan.tokens * plan.choices}, DType::kI32, "dispatch order");
+  plan.choices = index_TS.shape[1] / pieces;
+  plan.pieces = pieces;
+  plan.order_N = keep.take({index_TS.elements()}, DType::kI32, "dispatch order");
   plan.slot_TS = keep.take(index_TS.shape, DType::kI32, "dispatch slots");
   ScratchScope scope(*ex.scratch);
   TensorView counts_E = ex.scratch->take({map.pieces()}, DType::kI32, "rows per piece");
@@ -115,42 +115,28 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   return plan;
 }
 
-ToExperts::ToExperts(Exec& ex, Communicator& exchange, const DispatchPlan& plan, ConstTensorView rows,
-                     std::int64_t divisor)
-    : plan_(plan), rows_(rows), divisor_(divisor) {
-  if (exchange.size() == 1) return;  // finish() gathers straight into place
+RowsUnderWay to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
+                        const ops::PickedRows& rows) {
+  if (!plan.moves()) return {{}, rows};  // sorted order is expert-major already
+  const ConstTensorView& from = rows.from_XD;
   TensorView sent_N =
-      ex.scratch->take(rows_shape(plan.sent(), rows.shape), rows.dtype, "rows to the experts");
-  arrived_R_ = ex.scratch->take(rows_shape(plan.received(), rows.shape), rows.dtype, "rows from all ranks");
-  ops::gather_rows(ex, sent_N, rows, plan.order_N, divisor);
-  pending_ = exchange.all_to_all_rows(arrived_R_, plan.recv_rows, sent_N, plan.send_rows, ex.stream);
+      ex.scratch->take(rows_shape(plan.sent(), from.shape), from.dtype, "rows to the experts");
+  TensorView arrived_R =
+      ex.scratch->take(rows_shape(plan.received(), from.shape), from.dtype, "rows from all ranks");
+  ops::gather_rows(ex, sent_N, from, rows.index_R, rows.divisor);
+  return {exchange.all_to_all_rows(arrived_R, plan.recv_rows, sent_N, plan.send_rows, ex.stream),
+          {arrived_R, plan.regroup_R, 1}};
 }
 
-void ToExperts::finish(Exec& ex, TensorView out_R) {
-  pending_.wait();
-  if (arrived_R_.shape.rank > 0) {
-    ops::gather_rows(ex, out_R, arrived_R_, plan_.regroup_R, 1);
-  } else {  // one rank: sorted order is expert-major already
-    ops::gather_rows(ex, out_R, rows_, plan_.order_N, divisor_);
-  }
-}
-
-FromExperts::FromExperts(Exec& ex, Communicator& exchange, const DispatchPlan& plan, ConstTensorView rows_R) {
-  if (exchange.size() == 1) {
-    direct_ = rows_R;
-    return;
-  }
-  ungrouped_R_ = ex.scratch->take(rows_R.shape, rows_R.dtype, "rows leaving the experts");
-  arrived_N_ =
+RowsUnderWay from_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
+                          ConstTensorView rows_R) {
+  if (!plan.moves()) return {{}, {rows_R, {}, 1}};
+  TensorView ungrouped_R = ex.scratch->take(rows_R.shape, rows_R.dtype, "rows leaving the experts");
+  TensorView arrived_N =
       ex.scratch->take(rows_shape(plan.sent(), rows_R.shape), rows_R.dtype, "rows back at their tokens");
-  ops::gather_rows(ex, ungrouped_R_, rows_R, plan.ungroup_R, 1);
-  pending_ = exchange.all_to_all_rows(arrived_N_, plan.send_rows, ungrouped_R_, plan.recv_rows, ex.stream);
-  direct_ = arrived_N_;
-}
-
-ConstTensorView FromExperts::finish() {
-  pending_.wait();
-  return direct_;
+  ops::gather_rows(ex, ungrouped_R, rows_R, plan.ungroup_R, 1);
+  return {exchange.all_to_all_rows(arrived_N, plan.send_rows, ungrouped_R, plan.recv_rows, ex.stream),
+          {arrived_N, {}, 1}};
 }
 
 }  // namespace upmoe

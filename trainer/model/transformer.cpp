@@ -36,13 +36,13 @@ TensorView Transformer::prepare_loads(Arena& keep, Saved& saved) const {
   for (const Block& b : blocks)
     if (const auto* moe = std::get_if<MoeLayer>(&b.ffn)) {
       ++mixtures;
-      width = 3 * moe->shares.num_experts + 1;
+      width = RouterLoad::size(moe->num_experts);
     }
   TensorView loads_ML = keep.take({mixtures, width}, DType::kF64, "router loads");
   std::int64_t m = 0;
   for (std::size_t i = 0; i < blocks.size(); ++i)
     if (blocks[i].is_moe()) {
-      saved.blocks[i].load_L = loads_ML.rows(m, m + 1).reshape({width});
+      saved.blocks[i].balance.load = {loads_ML.rows(m, m + 1).reshape({width})};
       ++m;
     }
   return loads_ML;
@@ -55,28 +55,21 @@ void Transformer::collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView l
   if (pool->size() > 1)
     pool->all_reduce(host_view(packed.data(), {static_cast<std::int64_t>(packed.size())}), ReduceOp::kSum,
                      ex.stream);
-  const auto E = static_cast<std::ptrdiff_t>(loads_ML.shape[1] / 3);
-  for (auto from = packed.begin(); from != packed.end(); from += 3 * E + 1) {
-    LayerLoad load;
-    load.tokens = tokens * pool->size();
-    load.assigned.assign(from, from + E);
-    load.first_choice.assign(from + E, from + 2 * E);
-    load.probability.assign(from + 2 * E, from + 3 * E);
-    load.z_sum = *(from + 3 * E);
-    saved.loads.push_back(std::move(load));
-  }
+  const auto L = static_cast<std::size_t>(loads_ML.shape[1]);
+  for (std::size_t at = 0; at < packed.size(); at += L)
+    saved.loads.push_back(LayerLoad::unpack(tokens * pool->size(), std::span(packed).subspan(at, L)));
 }
 
 void Transformer::set_balance(Exec& ex, const BalanceConfig& config, const LoadPool& all, Arena& keep,
                               Saved& saved) const {
-  std::vector<Block::Saved*> mixtures;
+  std::vector<RouterBalance*> mixtures;
   for (Block::Saved& b : saved.blocks)
-    if (std::holds_alternative<MoeLayer::Saved>(b.ffn)) mixtures.push_back(&b);
+    if (b.balance.load) mixtures.push_back(&b.balance);
   const bool dry = ex.device.type == DeviceType::kDry;  // nothing was counted; backward still wants tensors
   if (!dry) saved.balance = balance_terms(config, saved.loads, all, output.has_value());
   if (mixtures.empty()) return;
   const auto M = static_cast<std::int64_t>(mixtures.size());
-  const std::int64_t E = mixtures.front()->load_L.shape[0] / 3;
+  const std::int64_t E = mixtures.front()->load.experts();
   TensorView aux_ME = keep.take({M, E}, DType::kF32, "balance gradients");
   std::vector<float> gradients;
   if (!dry)
@@ -85,7 +78,7 @@ void Transformer::set_balance(Exec& ex, const BalanceConfig& config, const LoadP
   gradients.resize(static_cast<std::size_t>(M * E));
   ops::upload(ex, aux_ME, host_view(static_cast<const float*>(gradients.data()), {M, E}));
   for (std::int64_t m = 0; m < M; ++m) {
-    Block::Saved& b = *mixtures[static_cast<std::size_t>(m)];
+    RouterBalance& b = *mixtures[static_cast<std::size_t>(m)];
     b.aux_E = aux_ME.rows(m, m + 1).reshape({E});
     if (!dry) b.z_scale = saved.balance.z_scale[static_cast<std::size_t>(m)];
   }

@@ -1,0 +1,116 @@
+#include "trainer/model/exchange.h"
+
+#include "kernels/ops/routing.h"
+
+namespace upmoe {
+
+RowsUnderWay Exchange::send_weights(Exec& ex, const ExchangePlan& plan) const {
+  const ConstTensorView weight_N1 = plan.weight_TK.reshape({plan.weight_TK.elements(), 1});
+  return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_choices(weight_N1));
+}
+
+void Exchange::receive_weights(Exec& ex, TensorView weight_R1, RowsUnderWay& weights) const {
+  const ops::PickedRows& arrived = weights.wait();
+  ops::gather_rows(ex, weight_R1, arrived.from_XD, arrived.index_R, arrived.divisor);
+}
+
+RowsUnderWay Exchange::send_back(Exec& ex, const ExchangePlan& plan, ConstTensorView rows_R) const {
+  return from_experts(ex, meeting_, plan.dispatch, rows_R);
+}
+
+namespace {
+
+// [T, K] from one value for each of the rows that were sent: those of a choice's pieces are added up.
+TensorView sum_of_choices(Exec& ex, const DispatchPlan& plan, ConstTensorView rows_N1) {
+  const std::int64_t T = plan.tokens(), K = plan.choices;
+  TensorView sum_TK = ex.scratch->take({T, K}, DType::kF32, "router weight gradient");
+  ops::gather_sum_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1, plan.slot_TS.reshape({T * K, plan.pieces}),
+                       Accumulate::kOverwrite);
+  return sum_TK;
+}
+
+class FlatExchange final : public Exchange {
+ public:
+  FlatExchange(const ExpertShares& shares, Communicator& ranks) : Exchange(ranks), shares_(shares) {}
+
+  ExchangePlan plan(Exec& ex, const Choices& choices, Arena& keep) const override {
+    ScratchScope scope(*ex.scratch);
+    const int ranks = meeting_.size();
+    ExchangePlan plan;
+    plan.dispatch = make_plan(ex, meeting_, piece_choices(ex, shares_, ranks, choices.index_TK), shares_.etp,
+                              whole_map(shares_, ranks), keep);
+    plan.weight_TK = choices.weight_TK;
+    plan.in_place = !plan.dispatch.moves();
+    return plan;
+  }
+  RowsUnderWay send(Exec& ex, const ExchangePlan& plan, ConstTensorView x_TD) const override {
+    return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_tokens(x_TD));
+  }
+  ops::PickedRows receive(Exec&, const ExchangePlan&, RowsUnderWay& rows) const override {
+    return rows.wait();
+  }
+  void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows) const override {
+    ops::gather_sum_rows(ex, y_TD, rows.wait().from_XD, plan.dispatch.slot_TS, Accumulate::kAdd);
+  }
+  TensorView weights_back(Exec& ex, const ExchangePlan& plan, RowsUnderWay& rows) const override {
+    return sum_of_choices(ex, plan.dispatch, rows.wait().from_XD);
+  }
+
+ private:
+  ExpertShares shares_;
+};
+
+// The node's ranks see the tokens that arrived there, with their choices among the node's experts.
+class NodeExchange final : public Exchange {
+ public:
+  NodeExchange(const ExpertShares& shares, int ranks, const NodeGroups& nodes)
+      : Exchange(*nodes.inside), shares_(shares), ranks_(ranks), nodes_(nodes) {}
+
+  ExchangePlan plan(Exec& ex, const Choices& choices, Arena& keep) const override {
+    const int node_ranks = meeting_.size();
+    ExchangePlan plan;
+    plan.nodes = make_node_plan(ex, nodes_, choices, node_begins(shares_, ranks_, node_ranks), keep);
+    plan.dispatch = make_plan(ex, meeting_, plan.nodes.index_AK, 1,
+                              node_map(shares_, ranks_, node_ranks, nodes_.across->rank()), keep);
+    plan.weight_TK = plan.nodes.weight_AK;
+    return plan;
+  }
+  RowsUnderWay send(Exec& ex, const ExchangePlan& plan, ConstTensorView x_TD) const override {
+    return to_nodes(ex, nodes_, plan.nodes, x_TD);
+  }
+  ops::PickedRows receive(Exec& ex, const ExchangePlan& plan, RowsUnderWay& rows) const override {
+    return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_tokens(rows.wait().from_XD)).wait();
+  }
+  // Their sum crosses, not the rows.
+  void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows) const override {
+    const ConstTensorView rows_ND = rows.wait().from_XD;
+    TensorView sum_AD =
+        ex.scratch->take({plan.nodes.arrived(), y_TD.shape[1]}, rows_ND.dtype, "sums of a node");
+    ops::gather_sum_rows(ex, sum_AD, rows_ND, plan.dispatch.slot_TS, Accumulate::kOverwrite);
+    RowsUnderWay home = from_nodes(ex, nodes_, plan.nodes, sum_AD);
+    ops::gather_sum_rows(ex, y_TD, home.wait().from_XD, plan.nodes.slot_TM, Accumulate::kAdd);
+  }
+  TensorView weights_back(Exec& ex, const ExchangePlan& plan, RowsUnderWay& rows) const override {
+    const TensorView here_AK = sum_of_choices(ex, plan.dispatch, rows.wait().from_XD);
+    RowsUnderWay home = from_nodes(ex, nodes_, plan.nodes, here_AK);
+    TensorView whole_TK = ex.scratch->take({plan.nodes.slot_TM.shape[0], plan.dispatch.choices}, DType::kF32,
+                                           "router weight gradient");
+    ops::gather_sum_rows(ex, whole_TK, home.wait().from_XD, plan.nodes.slot_TM, Accumulate::kOverwrite);
+    return whole_TK;
+  }
+
+ private:
+  ExpertShares shares_;
+  int ranks_;
+  NodeGroups nodes_;
+};
+
+}  // namespace
+
+std::unique_ptr<const Exchange> make_exchange(const ExpertShares& shares, Communicator& ranks,
+                                              const NodeGroups& nodes) {
+  if (nodes) return std::make_unique<NodeExchange>(shares, ranks.size(), nodes);
+  return std::make_unique<FlatExchange>(shares, ranks);
+}
+
+}  // namespace upmoe

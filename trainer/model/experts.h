@@ -1,0 +1,51 @@
+#pragma once
+// The routed experts of one rank: pieces of experts in the order of their numbers (expert_shares.h), over the rows
+// that chose them.
+
+#include <vector>
+
+#include "kernels/ops/expert_ffn.h"
+#include "trainer/model/layer.h"
+#include "trainer/model/recompute.h"
+
+namespace upmoe {
+
+struct Experts {
+  Param gate_up_eGD, down_eDF;
+  Keep keeps;
+
+  // What they are to compute, expert by expert.
+  struct Rows {
+    ops::PickedRows x;
+    bool lasting = false;  // what x is picked out of is there in backward too: x can be picked again
+    ConstTensorView weight_R1;
+    ExpertRows experts;  // which of them are whose
+  };
+  struct Saved {
+    ops::PickedRows x;  // where kept has no rows
+    ConstTensorView weight_R1;
+    ConstTensorView offset_e1;
+    std::vector<std::int64_t> offsets;  // the same on the host
+    ExpertRows experts() const { return {offset_e1, offsets}; }
+    ops::ExpertActivations kept;
+  };
+  // In temporary memory, of the caller's ScratchScope.
+  struct Backward {
+    ops::ExpertActivations activations;  // kept or made again; the hidden rows only where they were kept
+    ops::ExpertGradients gradients;
+    TensorView dx_RD() const { return gradients.dx_RD; }
+    TensorView dweight_R1() const { return gradients.dweight_R.reshape({gradients.dweight_R.elements(), 1}); }
+  };
+
+  void forward(Exec& ex, TensorView y_RD, const Rows& rows, Arena& keep, Saved& saved) const;
+  // Backward in three parts, because rows travel meanwhile: before their gradients have arrived; what is sent
+  // back; the weights' gradients.
+  Backward begin_backward(Exec& ex, const Saved& saved) const;
+  void backward_rows(Exec& ex, const Backward& b, const ops::PickedRows& dy, const Saved& saved) const;
+  void backward_weights(Exec& ex, const Backward& b, const Saved& saved) const;
+
+ private:
+  ops::ExpertFfn ffn(const Saved& saved) const;
+};
+
+}  // namespace upmoe

@@ -1,0 +1,65 @@
+#include "trainer/model/router.h"
+
+#include "kernels/ops/gemm.h"
+#include "kernels/ops/pointwise.h"
+#include "kernels/ops/routing.h"
+
+namespace upmoe {
+
+namespace {
+
+class SoftmaxRouter final : public Router {
+ public:
+  SoftmaxRouter(const Param& weight_ED, std::int64_t top_k, bool renormalize)
+      : weight_ED_(weight_ED), top_k_(top_k), renormalize_(renormalize) {}
+
+  Choices forward(Exec& ex, ConstTensorView x_TD, const RouterBalance& balance, Arena& keep,
+                  Saved& saved) const override {
+    const std::int64_t T = x_TD.rows(), E = weight_ED_.value.shape[0], K = top_k_;
+    saved.x_TD = x_TD;
+    saved.probs_TE = keep.take({T, E}, DType::kF32, "router probabilities");
+    saved.index_TK = keep.take({T, K}, DType::kI32, "router choices");
+    saved.weight_TK = keep.take({T, K}, DType::kF32, "router weights");
+    saved.lse_T = keep.take({T}, DType::kF32, "router log-sum-exp");
+    ScratchScope scope(*ex.scratch);
+    TensorView logits_TE = ex.scratch->take({T, E}, DType::kF32, "router logits");
+    ops::gemm(ex, logits_TE, x_TD, Transpose::kNo, weight_ED_.value, Transpose::kYes, Accumulate::kOverwrite);
+    ops::route_tokens(ex, saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T, logits_TE,
+                      renormalize_);
+    if (balance.load)
+      ops::balance_stats(ex, balance.load.stats_3E(), balance.load.z_1(), saved.probs_TE, saved.index_TK,
+                         saved.lse_T);
+    return {saved.index_TK, saved.weight_TK};
+  }
+
+  void backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const RouterBalance& balance,
+                const Saved& saved) const override {
+    ScratchScope scope(*ex.scratch);
+    TensorView dlogits_TE = ex.scratch->take(saved.probs_TE.shape, DType::kF32, "router logit gradient");
+    ops::route_tokens_backward(ex, dlogits_TE, dweight_TK, balance.aux_E, balance.z_scale, saved.probs_TE,
+                               saved.index_TK, saved.weight_TK, saved.lse_T, renormalize_);
+    TensorView narrow_TE = dlogits_TE;
+    if (dx_TD.dtype != DType::kF32) {  // products take one dtype
+      narrow_TE = ex.scratch->take(dlogits_TE.shape, dx_TD.dtype, "router logit gradient, rounded");
+      ops::cast(ex, narrow_TE, dlogits_TE);
+    }
+    ops::gemm(ex, dx_TD, narrow_TE, Transpose::kNo, weight_ED_.value, Transpose::kNo, Accumulate::kAdd);
+    if (weight_ED_.wants_grad())
+      ops::gemm(ex, weight_ED_.grad, narrow_TE, Transpose::kYes, saved.x_TD, Transpose::kNo,
+                Accumulate::kAdd);
+  }
+
+ private:
+  Param weight_ED_;
+  std::int64_t top_k_;
+  bool renormalize_;
+};
+
+}  // namespace
+
+std::unique_ptr<const Router> make_softmax_router(const Param& weight_ED, std::int64_t top_k,
+                                                  bool renormalize) {
+  return std::make_unique<SoftmaxRouter>(weight_ED, top_k, renormalize);
+}
+
+}  // namespace upmoe
