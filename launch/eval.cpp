@@ -15,6 +15,7 @@
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
+#include "parallel/stage_plan.h"
 #include "trainer/evaluation.h"
 #include "trainer/session.h"
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "parallel/stage_plan.h"
+
 namespace upmoe {
 
 Box whole(const Shape& shape) {

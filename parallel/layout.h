@@ -5,14 +5,14 @@
 // Invariant (a property test): for every mesh, every element of every parameter is owned by exactly one rank.
 
 #include <cstdint>
-#include <span>
-#include <string>
 #include <vector>
 
 #include "configs/param_table.h"
 #include "parallel/mesh.h"
 
 namespace upmoe {
+
+struct StagePlan;  // stage_plan.h
 
 struct Range {
   std::int64_t begin = 0, end = 0;
@@ -35,23 +35,6 @@ struct Replica {  // position among the ranks that hold the same shard
 
 // Part `index` of `parts` of n: [n*index/parts, n*(index+1)/parts). 60 experts over 8 ranks: 7 or 8 each.
 Range balanced(std::int64_t n, std::int64_t parts, std::int64_t index);
-
-// Which pipeline stage computes which blocks. The chunks follow each other from the embedding to the head;
-// chunk c belongs to stage c % stages, so a stage with several chunks (an interleaved schedule) holds blocks
-// from several depths. The first chunk has the embedding, the last one the final norm and the head.
-struct StagePlan {
-  int stages = 1;
-  std::vector<Range> chunks;  // of blocks; a multiple of `stages` of them, none empty unless there is one
-  std::vector<double> share;  // of each chunk in the cost of all; empty with one stage
-  int stage_of_block(std::int64_t block) const;
-};
-// Chunks of equal cost as far as whole blocks allow (the largest chunk is as small as possible; among equals,
-// early chunks are the smaller ones). block_cost: any unit; `first`, `last`: of the embedding and of the head.
-StagePlan one_stage(std::int64_t blocks);
-StagePlan plan_stages(int stages, int chunks_per_stage, std::span<const double> block_cost, double first,
-                      double last);
-// For people: "stage 0: blocks 0-2 (57.1 %); stage 1: blocks 3 (42.9 %)".
-std::string describe(const StagePlan& plan);
 
 // The part of p that `rank` computes with. Empty (extent 0) when another pipeline stage holds the parameter.
 Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, const StagePlan& plan);

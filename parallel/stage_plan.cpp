@@ -1,11 +1,9 @@
-// Blocks to pipeline stages by cost.
+#include "parallel/stage_plan.h"
 
 #include <fmt/ranges.h>
 
 #include <algorithm>
 #include <limits>
-
-#include "parallel/layout.h"
 
 namespace upmoe {
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "parallel/stage_plan.h"
 #include "trainer/session.h"
 
 namespace upmoe {

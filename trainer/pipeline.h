@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "parallel/stage_plan.h"
 #include "trainer/model/context_shards.h"
 #include "trainer/model/transformer.h"
 #include "trainer/pipeline_schedule.h"

@@ -7,6 +7,7 @@
 #include "configs/run_config.h"
 #include "data/batch_loader.h"
 #include "parallel/mesh.h"
+#include "parallel/stage_plan.h"
 #include "trainer/grad_reducer.h"
 #include "trainer/model/transformer.h"
 #include "trainer/optimizer.h"

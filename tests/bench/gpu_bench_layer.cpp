@@ -1,6 +1,7 @@
 // One layer of the model, forward and backward, as the trainer runs it.
 
 #include "kernels/ops/transfer.h"
+#include "parallel/stage_plan.h"
 #include "tests/bench/gpu_bench.h"
 #include "trainer/session.h"
 

@@ -8,6 +8,7 @@
 #include <map>
 
 #include "kernels/core/philox.h"
+#include "parallel/stage_plan.h"
 
 namespace upmoe {
 namespace {

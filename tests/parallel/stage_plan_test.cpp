@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "kernels/core/philox.h"
-#include "parallel/layout.h"
+#include "parallel/stage_plan.h"
 
 namespace upmoe {
 namespace {

@@ -1,6 +1,7 @@
 // Freezing by the names of both worlds, and what the start of a run says about it.
 
 #include "trainer/freeze.h"
+#include "parallel/stage_plan.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <string>
 
+#include "parallel/stage_plan.h"
 #include "trainer/session.h"
 
 namespace upmoe {

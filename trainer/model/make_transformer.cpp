@@ -1,5 +1,6 @@
 // From named parameters and groups of ranks to layers.
 
+#include "parallel/stage_plan.h"
 #include "trainer/model/transformer.h"
 
 namespace upmoe {

@@ -8,6 +8,7 @@
 #include "kernels/core/philox.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/transfer.h"
+#include "parallel/stage_plan.h"
 #include "parallel/watchdog.h"
 
 namespace upmoe {
