@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "parallel/reduce.h"
+#include "parallel/communicator.h"
 
 namespace upmoe {
 
@@ -99,83 +99,62 @@ std::string describe(const Call& c) {
 
 class CheckedCommunicator final : public Communicator {
  public:
-  explicit CheckedCommunicator(std::unique_ptr<Communicator> inner) : inner_(std::move(inner)) {}
-  int rank() const override { return inner_->rank(); }
-  int size() const override { return inner_->size(); }
-
-  std::unique_ptr<Communicator> split(int color, int key) override {
-    compare(Call(Verb::kSplit));
-    return checked(booking().split(color, key));
-  }
-  std::unique_ptr<Communicator> subgroup(const std::vector<int>& members) override {
-    compare(Call(Verb::kSubgroup));
-    return checked(booking().subgroup(members));
-  }
-  void all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
-    compare(Call(Verb::kAllReduce, inout, static_cast<std::int64_t>(op)));
-    booking().all_reduce(inout, op, stream);
-  }
-  void broadcast(TensorView inout, int root, Stream* stream) override {
-    compare(Call(Verb::kBroadcast, inout, root));
-    booking().broadcast(inout, root, stream);
-  }
-  void barrier() override {
-    compare(Call(Verb::kBarrier));
-    booking().barrier();
-  }
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
-    check_reduce_scatter(*this, out, in);
-    compare(Call(Verb::kReduceScatter, in));
-    return booking().reduce_scatter(out, in, stream);
-  }
-  Pending all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
-    check_all_gather(*this, out, in);
-    compare(Call(Verb::kAllGather, in));
-    return booking().all_gather(out, in, stream);
-  }
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream* stream) override {
-    check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
-    Call call(Verb::kAllToAllRows, in);
-    if (call.shape_rank > 0) call.dim[0] = 1;  // the number of rows is each rank's own
-    compare(call);
-    compare_rows(recv_rows, send_rows);
-    return booking().all_to_all_rows(out, recv_rows, in, send_rows, stream);
-  }
-  // The sender tells the receiver what follows.
-  Pending send(ConstTensorView in, int to, Stream* stream) override {
-    check_peer(*this, to);
-    Call call(Verb::kSend, in);
-    silent().send(as_words(&call, 1), to).wait();
-    return booking().send(in, to, stream);
-  }
-  void recv(TensorView out, int from, Stream* stream) override {
-    check_peer(*this, from);
-    const Call expected(Verb::kSend, out);
-    Call call = expected;
-    silent().recv(as_words(&call, 1), from);
-    if (!(call == expected))
-      fail(ExitCode::kCommunicator, "the ranks disagree: rank {} calls {}, rank {} expects a {}", from,
-           describe(call), rank(), describe(expected));
-    booking().recv(out, from, stream);
-  }
+  explicit CheckedCommunicator(std::unique_ptr<Communicator> inner)
+      : Communicator(inner->rank(), inner->size()), inner_(std::move(inner)) {}
   std::unique_ptr<Stream> make_stream() override { return inner_->make_stream(); }
   void abort(int code) noexcept override { inner_->abort(code); }
 
  private:
-  // The transport, booking what it sends; and the same for what only the comparison sends.
-  Communicator& booking() {
-    inner_->set_ledger(ledger_);
-    return *inner_;
+  std::unique_ptr<Communicator> do_split(int color, int key) override {
+    compare(Call(Verb::kSplit));
+    return make_checked_communicator(inner_->split(color, key));
   }
-  Communicator& silent() {
-    inner_->set_ledger(nullptr);
-    return *inner_;
+  std::unique_ptr<Communicator> do_subgroup(const std::vector<int>& members) override {
+    compare(Call(Verb::kSubgroup));
+    return make_checked_communicator(inner_->subgroup(members));
   }
-  std::unique_ptr<Communicator> checked(std::unique_ptr<Communicator> group) const {
-    auto comm = make_checked_communicator(std::move(group));
-    comm->set_ledger(ledger_);
-    return comm;
+  void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
+    compare(Call(Verb::kAllReduce, inout, static_cast<std::int64_t>(op)));
+    inner_->all_reduce(inout, op, stream);
+  }
+  void do_broadcast(TensorView inout, int root, Stream* stream) override {
+    compare(Call(Verb::kBroadcast, inout, root));
+    inner_->broadcast(inout, root, stream);
+  }
+  void do_barrier() override {
+    compare(Call(Verb::kBarrier));
+    inner_->barrier();
+  }
+  Pending do_reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
+    compare(Call(Verb::kReduceScatter, in));
+    return inner_->reduce_scatter(out, in, stream);
+  }
+  Pending do_all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
+    compare(Call(Verb::kAllGather, in));
+    return inner_->all_gather(out, in, stream);
+  }
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream* stream) override {
+    Call call(Verb::kAllToAllRows, in);
+    if (call.shape_rank > 0) call.dim[0] = 1;  // the number of rows is each rank's own
+    compare(call);
+    compare_rows(recv_rows, send_rows);
+    return inner_->all_to_all_rows(out, recv_rows, in, send_rows, stream);
+  }
+  // The sender tells the receiver what follows.
+  Pending do_send(ConstTensorView in, int to, Stream* stream) override {
+    Call call(Verb::kSend, in);
+    inner_->send(as_words(&call, 1), to).wait();
+    return inner_->send(in, to, stream);
+  }
+  void do_recv(TensorView out, int from, Stream* stream) override {
+    const Call expected(Verb::kSend, out);
+    Call call = expected;
+    inner_->recv(as_words(&call, 1), from);
+    if (!(call == expected))
+      fail(ExitCode::kCommunicator, "the ranks disagree: rank {} calls {}, rank {} expects a {}", from,
+           describe(call), rank(), describe(expected));
+    inner_->recv(out, from, stream);
   }
 
   // Every rank sees the same calls, so all raise the same error.
@@ -183,7 +162,7 @@ class CheckedCommunicator final : public Communicator {
     mine.sequence = ++sequence_;
     // Begins as if all agreed, for a dry transport, which has no peers to ask and writes nothing.
     std::vector<Call> all(static_cast<std::size_t>(size()), mine);
-    silent().all_gather(as_words(all.data(), size()), as_words(&mine, 1)).wait();
+    inner_->all_gather(as_words(all.data(), size()), as_words(&mine, 1)).wait();
     const auto other = std::find_if(all.begin(), all.end(), [&](const Call& c) { return !(c == all[0]); });
     if (other == all.end()) return;
     fail(ExitCode::kCommunicator,
@@ -198,7 +177,7 @@ class CheckedCommunicator final : public Communicator {
     mine.insert(mine.end(), recv_rows.begin(), recv_rows.end());
     std::vector<std::int64_t> all(mine.size() * n);
     const auto words = static_cast<std::int64_t>(mine.size());
-    silent().all_gather(host_view(all.data(), {size() * words}), host_view(mine.data(), {words})).wait();
+    inner_->all_gather(host_view(all.data(), {size() * words}), host_view(mine.data(), {words})).wait();
     for (std::size_t from = 0; from < n; ++from)
       for (std::size_t to = 0; to < n; ++to) {
         const std::int64_t sent = all[from * 2 * n + to], expected = all[to * 2 * n + n + from];

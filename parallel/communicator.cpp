@@ -2,6 +2,9 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <numeric>
+
 #include "kernels/core/philox.h"
 #include "kernels/core/system_error.h"
 
@@ -31,9 +34,132 @@ void Pending::wait() {
   wait();
 }
 
+std::size_t row_bytes(const ConstTensorView& t) {
+  Shape row = t.shape;
+  if (row.rank > 0) row.dim[0] = 1;
+  return static_cast<std::size_t>(row.elements()) * size_of(t.dtype);
+}
+
+namespace {
+
+void check_stream(const char* verb, Device device, const On& on) {
+  UPMOE_CHECK(device.type != DeviceType::kCuda || on.stream != nullptr, "{} between GPUs has a stream", verb);
+}
+
+void check_peer(const Communicator& comm, int peer) {
+  UPMOE_CHECK(0 <= peer && peer < comm.size() && peer != comm.rank(),
+              "rank {} of {} names rank {} as its peer", comm.rank(), comm.size(), peer);
+}
+
+void check_rows(const Communicator& comm, const TensorView& out, std::span<const std::int64_t> recv_rows,
+                const ConstTensorView& in, std::span<const std::int64_t> send_rows) {
+  const auto ranks = static_cast<std::size_t>(comm.size()), me = static_cast<std::size_t>(comm.rank());
+  UPMOE_CHECK(recv_rows.size() == ranks && send_rows.size() == ranks,
+              "row counts for {} and {} ranks, group of {}", recv_rows.size(), send_rows.size(), ranks);
+  UPMOE_CHECK(in.dtype == out.dtype && row_bytes(in) == row_bytes(out), "rows of {} and of {}",
+              in.shape.str(), out.shape.str());
+  for (std::size_t p = 0; p < ranks; ++p)
+    UPMOE_CHECK(recv_rows[p] >= 0 && send_rows[p] >= 0, "negative row count");
+  UPMOE_CHECK(std::accumulate(send_rows.begin(), send_rows.end(), std::int64_t{0}) == in.rows() &&
+                  std::accumulate(recv_rows.begin(), recv_rows.end(), std::int64_t{0}) == out.rows(),
+              "row counts do not add up to {} and {}", in.shape.str(), out.shape.str());
+  UPMOE_CHECK(send_rows[me] == recv_rows[me], "rank {} sends itself {} rows and expects {}", me,
+              send_rows[me], recv_rows[me]);
+}
+
+void book(const On& on, const char* verb, double bytes) {
+  if (on.ledger != nullptr) on.ledger->book_sent(verb, bytes);
+}
+
+// A verb that has finished when it returns is to the watcher what an op is.
+void show(const On& on, const TensorView& written) {
+  if (on.watcher != nullptr) on.watcher->writes(written);
+}
+
+// One that goes on is under way until it was waited for.
+Pending shown(const On& on, const char* verb, const ConstTensorView& in, const TensorView& out,
+              Pending transfer) {
+  if (on.watcher == nullptr) return transfer;
+  const auto under_way = std::make_shared<Pending>(std::move(transfer));
+  return Pending([under_way, over = on.watcher->transfers(verb, in, out)] {
+    under_way->wait();
+    over();
+  });
+}
+
+}  // namespace
+
+Communicator::Communicator(int rank, int size) : rank_(rank), size_(size) {
+  UPMOE_CHECK(0 <= rank && rank < size, "rank {} of {}", rank, size);
+}
+
 std::unique_ptr<Communicator> Communicator::subgroup(const std::vector<int>& members) {
   UPMOE_CHECK(!members.empty(), "an empty group");
-  return split(members.front(), rank());  // disjoint groups have different first members
+  UPMOE_CHECK(std::find(members.begin(), members.end(), rank_) != members.end(),
+              "rank {} is not in its own group", rank_);
+  return do_subgroup(members);
+}
+
+std::unique_ptr<Communicator> Communicator::do_subgroup(const std::vector<int>& members) {
+  return do_split(members.front(), rank_);  // disjoint groups have different first members
+}
+
+// Every rank sums a slice of its own: all others' parts of it arrive, its sum goes to all others.
+void Communicator::all_reduce(TensorView inout, ReduceOp op, const On& on) {
+  check_stream("all_reduce", inout.device, on);
+  book(on, "all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size_ - 1) / size_);
+  show(on, inout);
+  do_all_reduce(inout, op, on.stream);
+}
+
+void Communicator::broadcast(TensorView inout, int root, const On& on) {
+  UPMOE_CHECK(0 <= root && root < size_, "root {} of {}", root, size_);
+  check_stream("broadcast", inout.device, on);
+  if (root == rank_) book(on, "broadcast", static_cast<double>(inout.bytes()) * (size_ - 1));
+  show(on, inout);
+  do_broadcast(inout, root, on.stream);
+}
+
+Pending Communicator::reduce_scatter(TensorView out, ConstTensorView in, const On& on) {
+  UPMOE_CHECK(out.dtype == in.dtype && in.elements() == out.elements() * size_,
+              "reduce_scatter of {} {} into {} {} on {} ranks", name_of(in.dtype), in.shape.str(),
+              name_of(out.dtype), out.shape.str(), size_);
+  check_stream("reduce_scatter", in.device, on);
+  book(on, "reduce_scatter", static_cast<double>(out.bytes()) * (size_ - 1));
+  return shown(on, "reduce_scatter", in, out, do_reduce_scatter(out, in, on.stream));
+}
+
+Pending Communicator::all_gather(TensorView out, ConstTensorView in, const On& on) {
+  UPMOE_CHECK(out.dtype == in.dtype && out.elements() == in.elements() * size_,
+              "all_gather of {} {} into {} {} on {} ranks", name_of(in.dtype), in.shape.str(),
+              name_of(out.dtype), out.shape.str(), size_);
+  check_stream("all_gather", in.device, on);
+  book(on, "all_gather", static_cast<double>(in.bytes()) * (size_ - 1));
+  return shown(on, "all_gather", in, out, do_all_gather(out, in, on.stream));
+}
+
+Pending Communicator::all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows,
+                                      ConstTensorView in, std::span<const std::int64_t> send_rows,
+                                      const On& on) {
+  check_rows(*this, out, recv_rows, in, send_rows);
+  check_stream("all_to_all_rows", in.device, on);
+  const std::int64_t leaving = in.rows() - send_rows[static_cast<std::size_t>(rank_)];
+  book(on, "all_to_all_rows", static_cast<double>(leaving) * static_cast<double>(row_bytes(in)));
+  return shown(on, "all_to_all_rows", in, out, do_all_to_all_rows(out, recv_rows, in, send_rows, on.stream));
+}
+
+Pending Communicator::send(ConstTensorView in, int to, const On& on) {
+  check_peer(*this, to);
+  check_stream("send", in.device, on);
+  book(on, "send", static_cast<double>(in.bytes()));
+  return shown(on, "send", in, {}, do_send(in, to, on.stream));
+}
+
+void Communicator::recv(TensorView out, int from, const On& on) {
+  check_peer(*this, from);
+  check_stream("recv", out.device, on);
+  show(on, out);
+  do_recv(out, from, on.stream);
 }
 
 void agree(Communicator& comm, ExitCode code, const std::string& local_error) {

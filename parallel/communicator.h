@@ -28,56 +28,89 @@ class Pending {
   std::function<void()> wait_;
 };
 
+// The stream that the tensors of a verb are computed on, and who is told of it. An Exec says all three; a verb that
+// is given no ledger (agreements outside of steps) is not booked.
+struct On {
+  On() = default;
+  On(Stream* of_tensors, Ledger* books = nullptr) : stream(of_tensors), ledger(books) {}
+  On(const Exec& ex) : stream(ex.stream), ledger(ex.ledger), watcher(ex.watcher) {}
+  Stream* stream = nullptr;      // never null for tensors on a GPU
+  Ledger* ledger = nullptr;      // null: what is sent is not booked
+  OpWatcher* watcher = nullptr;  // null outside tests
+};
+
 // One ordered group of ranks. Every verb is collective over the group: same order, same arguments (row counts
 // and tensor contents aside) on each member. Tensors are contiguous and live on the communicator's device;
 // dtypes fp32, bf16, fp64, int32, int64. bf16 sums are taken in fp32, fp32 sums in fp64, and rounded once: a
-// layout that cuts a sum into more parts is no less exact. Every sum adds the
-// ranks' values in rank order, so a result does not depend on the transport. Every verb books its sent bytes
-// in the ledger, if one is set. Errors: a dead or throwing peer, or a verb past its deadline, raises
+// layout that cuts a sum into more parts is no less exact. Every sum adds the ranks' values in rank order, so a
+// result does not depend on the transport. Errors: a dead or throwing peer, or a verb past its deadline, raises
 // Error(kCommunicator) or ends the process with its exit status; nothing hangs.
+//
+// Who checks what. The public verbs (communicator.cpp), once and in the same words for every transport: what a
+// rank can know of its own arguments (shapes, dtypes, row counts, roots, peers, a stream for tensors on a GPU).
+// What they refuse was neither sent nor booked. They book the bytes that leave this rank and show the tensors to
+// the watcher. Transports, behind them: what takes two ranks to know (a message of another length, row counts
+// that do not match), as far as they see both sides: threads and MPI do, NCCL waits until the deadline. A checked
+// communicator finds it beforehand on all of them. Transports tell the watchdog of their waits: they alone know
+// when and for whom they wait.
 class Communicator {
  public:
   virtual ~Communicator() = default;
-  virtual int rank() const = 0;
-  virtual int size() const = 0;
+  Communicator(const Communicator&) = delete;
+  int rank() const { return rank_; }
+  int size() const { return size_; }
   // Members with equal colour form a new group, ordered by (key, rank). Collective.
-  virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
+  std::unique_ptr<Communicator> split(int color, int key) { return do_split(color, key); }
   // The same for a group that every member can compute: `members` are ranks of this group in rising order and
   // hold the caller. Collective like split; a dry communicator can do this one.
-  virtual std::unique_ptr<Communicator> subgroup(const std::vector<int>& members);
+  std::unique_ptr<Communicator> subgroup(const std::vector<int>& members);
 
-  virtual void all_reduce(TensorView inout, ReduceOp op, Stream* stream = nullptr) = 0;
-  virtual void broadcast(TensorView inout, int root, Stream* stream = nullptr) = 0;
-  virtual void barrier() = 0;  // host
+  void all_reduce(TensorView inout, ReduceOp op, const On& on = {});
+  void broadcast(TensorView inout, int root, const On& on = {});
+  void barrier() { do_barrier(); }  // host
   // Verbs that overlap with computation: they return at once, Pending::wait completes them.
   // in holds size() equal slices; out is the sum of everybody's slice rank().
-  virtual Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream = nullptr) = 0;
+  Pending reduce_scatter(TensorView out, ConstTensorView in, const On& on = {});
   // out holds size() equal slices; slice r is rank r's in. in may be a piece of out (its own slice).
-  virtual Pending all_gather(TensorView out, ConstTensorView in, Stream* stream = nullptr) = 0;
+  Pending all_gather(TensorView out, ConstTensorView in, const On& on = {});
   // Rows of the first dim: send_rows[p] consecutive rows of `in` go to rank p; `out` receives recv_rows[p] rows
   // from rank p, in rank order. Counts are on the host and may be 0; send and receive counts must match pairwise.
-  virtual Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                                  std::span<const std::int64_t> send_rows, Stream* stream = nullptr) = 0;
+  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                          std::span<const std::int64_t> send_rows, const On& on = {});
   // Between two ranks, in order: the n-th receive from a rank takes its n-th send. For the pipeline.
-  virtual Pending send(ConstTensorView in, int to, Stream* stream = nullptr) = 0;
-  virtual void recv(TensorView out, int from, Stream* stream = nullptr) = 0;
+  Pending send(ConstTensorView in, int to, const On& on = {});
+  void recv(TensorView out, int from, const On& on = {});
   // A stream to compute on, for Exec::stream: its poll() moves on transfers that need the host's help
   // (MPI's progress happens inside its calls alone). Null where none do. Outlived by the communicator.
   virtual std::unique_ptr<Stream> make_stream() { return nullptr; }
   // Ends the whole job: unblocks the peers, who fail with `code`. Never returns control to a collective.
   virtual void abort(int code) noexcept = 0;
 
-  void set_ledger(Ledger* ledger) { ledger_ = ledger; }  // split() hands it on
-
  protected:
-  void book_sent(std::string_view verb, double bytes) const {
-    if (ledger_ != nullptr) ledger_->book_sent(verb, bytes);
-  }
-  Ledger* ledger_ = nullptr;
+  Communicator(int rank, int size);
+
+  // What a transport is: groups of its kind, and eight functions of pure movement, behind the checks.
+  virtual std::unique_ptr<Communicator> do_split(int color, int key) = 0;
+  virtual std::unique_ptr<Communicator> do_subgroup(const std::vector<int>& members);  // by do_split
+  virtual void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) = 0;
+  virtual void do_broadcast(TensorView inout, int root, Stream* stream) = 0;
+  virtual void do_barrier() = 0;
+  virtual Pending do_reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) = 0;
+  virtual Pending do_all_gather(TensorView out, ConstTensorView in, Stream* stream) = 0;
+  virtual Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows,
+                                     ConstTensorView in, std::span<const std::int64_t> send_rows,
+                                     Stream* stream) = 0;
+  virtual Pending do_send(ConstTensorView in, int to, Stream* stream) = 0;
+  virtual void do_recv(TensorView out, int from, Stream* stream) = 0;
+
+ private:
+  int rank_, size_;
 };
 
+std::size_t row_bytes(const ConstTensorView& t);  // of one row of the first dim
+
 std::unique_ptr<Communicator> make_self_communicator();
-// Rank `rank` of a world of `size` that does not exist: verbs check and book, and leave outputs as they are.
+// Rank `rank` of a world of `size` that does not exist: nothing moves, outputs stay as they are.
 std::unique_ptr<Communicator> make_dry_communicator(int rank, int size);
 // The same communicator, comparing verb, shape, dtype and row counts across the ranks before each verb: ranks
 // out of step raise Error(kCommunicator) that names both ranks and verbs. For tests and for finding bugs:

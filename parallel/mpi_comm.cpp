@@ -59,93 +59,93 @@ class MpiStream final : public Stream {
   MPI_Comm comm_;
 };
 
+int rank_in(MPI_Comm comm) {
+  int rank = 0;
+  check_mpi(MPI_Comm_rank(comm, &rank), "MPI_Comm_rank");
+  return rank;
+}
+
+int ranks_of(MPI_Comm comm) {
+  int size = 1;
+  check_mpi(MPI_Comm_size(comm, &size), "MPI_Comm_size");
+  return size;
+}
+
 class MpiCommunicator final : public Communicator {
  public:
-  MpiCommunicator(MPI_Comm comm, std::size_t chunk) : comm_(comm), chunk_(chunk) {
+  MpiCommunicator(MPI_Comm comm, std::size_t chunk)
+      : Communicator(rank_in(comm), ranks_of(comm)), comm_(comm), chunk_(chunk) {
     check_mpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
-    check_mpi(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank");
-    check_mpi(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
   }
   ~MpiCommunicator() override {
     int finalized = 0;
     MPI_Finalized(&finalized);
     if (finalized == 0 && std::uncaught_exceptions() == 0) MPI_Comm_free(&comm_);
   }
-  int rank() const override { return rank_; }
-  int size() const override { return size_; }
+  std::unique_ptr<Stream> make_stream() override { return std::make_unique<MpiStream>(comm_); }
+  void abort(int code) noexcept override { MPI_Abort(MPI_COMM_WORLD, code); }
 
-  std::unique_ptr<Communicator> split(int color, int key) override {
+ private:
+  std::unique_ptr<Communicator> do_split(int color, int key) override {
     const watchdog::Phase phase("making of a group");
     MPI_Comm child = MPI_COMM_NULL;
     check_mpi(MPI_Comm_split(comm_, color, key, &child), "MPI_Comm_split");
-    auto comm = std::make_unique<MpiCommunicator>(child, chunk_);
-    comm->set_ledger(ledger_);
-    return comm;
+    return std::make_unique<MpiCommunicator>(child, chunk_);
   }
 
-  void all_reduce(TensorView inout, ReduceOp op, Stream*) override {
-    book_sent("all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size_ - 1) / size_);
+  void do_all_reduce(TensorView inout, ReduceOp op, Stream*) override {
     if (inout.bytes() <= kSmallReduce) {
       auto work = start_slices(inout.bytes(), [&](int) { return inout.data; });
       finish_slices(*work, inout.bytes(), inout.data, inout.data, inout.elements(), inout.dtype, op,
                     "all_reduce");
       return;
     }
-    const auto begin = [&](int r) { return inout.elements() * r / size_; };
-    const std::int64_t mine = begin(rank_), n = begin(rank_ + 1) - mine;
+    const auto begin = [&](int r) { return inout.elements() * r / size(); };
+    const std::int64_t mine = begin(rank()), n = begin(rank() + 1) - mine;
     const std::size_t element = size_of(inout.dtype);
     std::byte* own = inout.data + static_cast<std::size_t>(mine) * element;
     reduce_slices(inout, begin, own, n, op);
-    const watchdog::Watched watched("all_reduce");
     MpiMessages messages(&comm_, chunk_);
     for_peers([&](int p) {
       const auto bytes = [&](int r) { return static_cast<std::size_t>(begin(r + 1) - begin(r)) * element; };
       messages.receive(inout.data + static_cast<std::size_t>(begin(p)) * element, bytes(p), p,
                        kCollectiveTag);
-      messages.send(own, bytes(rank_), p, kCollectiveTag);
+      messages.send(own, bytes(rank()), p, kCollectiveTag);
     });
-    messages.wait(watched.sequence);
+    messages.wait("all_reduce");
   }
 
-  void broadcast(TensorView inout, int root, Stream*) override {
-    UPMOE_CHECK(0 <= root && root < size_, "root {} of {}", root, size_);
-    const watchdog::Watched watched("broadcast");
+  void do_broadcast(TensorView inout, int root, Stream*) override {
     MpiMessages messages(&comm_, chunk_);
-    if (root == rank_) {
-      book_sent("broadcast", static_cast<double>(inout.bytes()) * (size_ - 1));
+    if (root == rank()) {
       for_peers([&](int p) { messages.send(inout.data, inout.bytes(), p, kCollectiveTag); });
     } else {
       messages.receive(inout.data, inout.bytes(), root, kCollectiveTag);
     }
-    messages.wait(watched.sequence);
+    messages.wait("broadcast");
   }
 
-  void barrier() override {
-    const watchdog::Watched watched("barrier");
+  void do_barrier() override {
     MpiMessages messages(&comm_, chunk_);
     for_peers([&](int p) {
       messages.receive(nullptr, 0, p, kCollectiveTag);
       messages.send(nullptr, 0, p, kCollectiveTag);
     });
-    messages.wait(watched.sequence);
+    messages.wait("barrier");
   }
 
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
-    check_reduce_scatter(*this, out, in);
-    book_sent("reduce_scatter", static_cast<double>(out.bytes()) * (size_ - 1));
+  Pending do_reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
     const std::size_t slice = out.bytes();
     auto work = start_slices(slice, [&](int p) { return in.data + static_cast<std::size_t>(p) * slice; });
-    return Pending([this, work, out, own = in.data + static_cast<std::size_t>(rank_) * slice] {
+    return Pending([this, work, out, own = in.data + static_cast<std::size_t>(rank()) * slice] {
       finish_slices(*work, out.bytes(), own, out.data, out.elements(), out.dtype, ReduceOp::kSum,
                     "reduce_scatter");
     });
   }
 
-  Pending all_gather(TensorView out, ConstTensorView in, Stream*) override {
-    check_all_gather(*this, out, in);
-    book_sent("all_gather", static_cast<double>(in.bytes()) * (size_ - 1));
+  Pending do_all_gather(TensorView out, ConstTensorView in, Stream*) override {
     auto messages = std::make_shared<MpiMessages>(&comm_, chunk_);
-    std::byte* own = out.data + static_cast<std::size_t>(rank_) * in.bytes();
+    std::byte* own = out.data + static_cast<std::size_t>(rank()) * in.bytes();
     if (own != in.data && in.bytes() > 0) std::memmove(own, in.data, in.bytes());
     for_peers([&](int p) {
       messages->receive(out.data + static_cast<std::size_t>(p) * in.bytes(), in.bytes(), p, kCollectiveTag);
@@ -154,17 +154,12 @@ class MpiCommunicator final : public Communicator {
     return waiting(messages, "all_gather");
   }
 
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream*) override {
-    check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
-    const auto me = static_cast<std::size_t>(rank_);
-    UPMOE_CHECK(send_rows[me] == recv_rows[me], "rank {} sends itself {} rows and expects {}", rank_,
-                send_rows[me], recv_rows[me]);
-    const std::size_t row = row_bytes(in.shape, in.dtype);
-    const std::int64_t leaving = in.rows() - send_rows[me];
-    book_sent("all_to_all_rows", static_cast<double>(leaving) * static_cast<double>(row));
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream*) override {
+    const auto me = static_cast<std::size_t>(rank());
+    const std::size_t row = row_bytes(in);
     std::vector<std::size_t> from{0}, to{0};
-    for (std::size_t p = 0; p < static_cast<std::size_t>(size_); ++p) {
+    for (std::size_t p = 0; p < static_cast<std::size_t>(size()); ++p) {
       from.push_back(from.back() + static_cast<std::size_t>(send_rows[p]) * row);
       to.push_back(to.back() + static_cast<std::size_t>(recv_rows[p]) * row);
     }
@@ -178,24 +173,17 @@ class MpiCommunicator final : public Communicator {
     return waiting(messages, "all_to_all_rows");
   }
 
-  Pending send(ConstTensorView in, int to, Stream*) override {
-    check_peer(*this, to);
-    book_sent("send", static_cast<double>(in.bytes()));
+  Pending do_send(ConstTensorView in, int to, Stream*) override {
     auto messages = std::make_shared<MpiMessages>(&comm_, chunk_);
     messages->send(in.data, in.bytes(), to, kPairTag);
     return waiting(messages, "send");
   }
-  void recv(TensorView out, int from, Stream*) override {
-    check_peer(*this, from);
-    const watchdog::Watched watched("recv");
+  void do_recv(TensorView out, int from, Stream*) override {
     MpiMessages messages(&comm_, chunk_);
     messages.receive(out.data, out.bytes(), from, kPairTag);
-    messages.wait(watched.sequence);
+    messages.wait("recv");
   }
-  std::unique_ptr<Stream> make_stream() override { return std::make_unique<MpiStream>(comm_); }
-  void abort(int code) noexcept override { MPI_Abort(MPI_COMM_WORLD, code); }
 
- private:
   struct Slices {
     MpiMessages messages;
     std::unique_ptr<Pool::Block> staged;  // one slot per rank
@@ -204,13 +192,10 @@ class MpiCommunicator final : public Communicator {
   // Each rank begins with its neighbour, so nobody is everybody's first.
   template <class F>
   void for_peers(const F& f) const {
-    for (int i = 1; i < size_; ++i) f((rank_ + i) % size_);
+    for (int i = 1; i < size(); ++i) f((rank() + i) % size());
   }
-  Pending waiting(std::shared_ptr<MpiMessages> messages, const char* verb) {
-    return Pending([messages = std::move(messages), verb] {
-      const watchdog::Watched watched(verb);
-      messages->wait(watched.sequence);
-    });
+  static Pending waiting(std::shared_ptr<MpiMessages> messages, const char* verb) {
+    return Pending([messages = std::move(messages), verb] { messages->wait(verb); });
   }
 
   // Everybody sends slice p (of `slice` bytes here, at data_for(p)) to p and stages what arrives for itself.
@@ -221,7 +206,7 @@ class MpiCommunicator final : public Communicator {
   template <class DataFor, class BytesFor>
   std::shared_ptr<Slices> start_slices(std::size_t mine, const DataFor& data_for, const BytesFor& bytes_for) {
     auto work = std::make_shared<Slices>(
-        Slices{MpiMessages(&comm_, chunk_), pool_.take(mine * static_cast<std::size_t>(size_))});
+        Slices{MpiMessages(&comm_, chunk_), pool_.take(mine * static_cast<std::size_t>(size()))});
     for_peers([&](int p) {
       work->messages.receive(work->staged->data() + static_cast<std::size_t>(p) * mine, mine, p,
                              kCollectiveTag);
@@ -231,13 +216,10 @@ class MpiCommunicator final : public Communicator {
   }
   void finish_slices(Slices& work, std::size_t slice, const std::byte* own, std::byte* out,
                      std::int64_t elements, DType dtype, ReduceOp op, const char* verb) {
-    {
-      const watchdog::Watched watched(verb);
-      work.messages.wait(watched.sequence);
-    }
+    work.messages.wait(verb);
     std::vector<const std::byte*> parts;
-    for (int p = 0; p < size_; ++p)
-      parts.push_back(p == rank_ ? own : work.staged->data() + static_cast<std::size_t>(p) * slice);
+    for (int p = 0; p < size(); ++p)
+      parts.push_back(p == rank() ? own : work.staged->data() + static_cast<std::size_t>(p) * slice);
     reduce_in_order(dtype, op, out, parts, elements);
     pool_.give_back(std::move(work.staged));
   }
@@ -256,7 +238,6 @@ class MpiCommunicator final : public Communicator {
 
   MPI_Comm comm_;
   std::size_t chunk_;
-  int rank_ = 0, size_ = 1;
   Pool pool_;
 };
 

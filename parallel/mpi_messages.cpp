@@ -97,7 +97,8 @@ void MpiMessages::receive(std::byte* data, std::size_t bytes, int from, int tag)
   });
 }
 
-void MpiMessages::wait(std::uint64_t collective) {
+void MpiMessages::wait(const char* verb) {
+  const watchdog::Watched watched(verb);
   std::vector<MPI_Status> statuses(impl_->requests.size());
   const auto began = Clock::now();
   auto looked = began, quiet_since = began;
@@ -117,7 +118,7 @@ void MpiMessages::wait(std::uint64_t collective) {
     }
     if (now - looked < kPatience) continue;
     looked = now;
-    impl_->look_at_peers(collective, began);
+    impl_->look_at_peers(watched.sequence, began);
   }
   for (std::size_t i = 0; i < impl_->requests.size(); ++i)
     impl_->check_length(statuses[i], impl_->messages[i]);

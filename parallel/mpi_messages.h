@@ -21,9 +21,9 @@ class MpiMessages {
   void send(const std::byte* data, std::size_t bytes, int to, int tag);
   void receive(std::byte* data, std::size_t bytes, int from, int tag);
   // Until all are through. Gives the processor away between polls, and after a moment sleeps between them:
-  // the peers may need it. After a while tells the watchdog which ranks `collective` (its number there) still
-  // waits for and what signs of life they gave. Throws when a peer sent another amount than was expected.
-  void wait(std::uint64_t collective);
+  // the peers may need it. The watchdog watches it as `verb`, and after a while is told which ranks it still waits
+  // for and what signs of life they gave. Throws when a peer sent another amount than was expected.
+  void wait(const char* verb);
 
  private:
   struct Impl;

@@ -221,7 +221,6 @@ Channel::~Channel() {
 }
 
 Pending Channel::run(const char* verb, Stream* compute, const Calls& calls) {
-  UPMOE_CHECK(compute != nullptr, "{} between GPUs has a stream", verb);
   progress_->require_sound();
   const std::uint64_t sequence = watchdog::enter(verb, ExitCode::kCommunicator);
   watchdog::waiting_for(sequence, "ranks " + ranks_);
@@ -278,7 +277,6 @@ Pair::~Pair() {
 }
 
 Pending Pair::run(const char* verb, Stream* compute, Calls calls) {
-  UPMOE_CHECK(compute != nullptr, "{} between GPUs has a stream", verb);
   state_->progress->require_sound();
   State::Operation o;
   o.sequence = watchdog::enter(verb, ExitCode::kCommunicator);

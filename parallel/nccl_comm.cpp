@@ -5,7 +5,6 @@
 #include <map>
 
 #include "parallel/nccl_channel.h"
-#include "parallel/reduce.h"
 
 namespace upmoe {
 
@@ -20,9 +19,8 @@ std::string in_words(const std::vector<std::int64_t>& ranks) {
   return words;
 }
 
-// The ranks of `comm` by their numbers in the world, of which this one is `mine`. Nobody's traffic to book.
+// The ranks of `comm` by their numbers in the world, of which this one is `mine`.
 std::vector<std::int64_t> world_ranks(Communicator& comm, std::int64_t mine) {
-  comm.set_ledger(nullptr);
   std::vector<std::int64_t> all(static_cast<std::size_t>(comm.size()));
   comm.all_gather(host_view(all.data(), {comm.size()}), host_view(&mine, {1})).wait();
   return all;
@@ -36,15 +34,20 @@ class NcclCommunicator final : public Communicator {
  public:
   NcclCommunicator(std::unique_ptr<Communicator> host, std::shared_ptr<nccl::Progress> progress,
                    std::unique_ptr<nccl::Channel> channel, std::vector<std::int64_t> ranks)
-      : host_(std::move(host)),
+      : Communicator(host->rank(), host->size()),
+        host_(std::move(host)),
         progress_(std::move(progress)),
         channel_(std::move(channel)),
         self_(make_self_communicator()),
         ranks_(std::move(ranks)) {}
-  int rank() const override { return host_->rank(); }
-  int size() const override { return host_->size(); }
 
-  std::unique_ptr<Communicator> split(int color, int key) override {
+  void abort(int code) noexcept override {
+    progress_->abort_all();
+    host_->abort(code);
+  }
+
+ private:
+  std::unique_ptr<Communicator> do_split(int color, int key) override {
     std::unique_ptr<Communicator> child = host_->split(color, key);
     std::vector<std::int64_t> ranks = world_ranks(*child, ranks_[static_cast<std::size_t>(rank())]);
     std::unique_ptr<nccl::Channel> channel;
@@ -53,15 +56,12 @@ class NcclCommunicator final : public Communicator {
       const nccl::Comm comm = nccl::split(channel_->comm(), child->size() == 1, color, key);
       if (comm != nullptr) channel = std::make_unique<nccl::Channel>(progress_, comm, in_words(ranks));
     }
-    auto comm =
-        std::make_unique<NcclCommunicator>(std::move(child), progress_, std::move(channel), std::move(ranks));
-    comm->set_ledger(ledger_);
-    return comm;
+    return std::make_unique<NcclCommunicator>(std::move(child), progress_, std::move(channel),
+                                              std::move(ranks));
   }
 
-  void all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
+  void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
     if (elsewhere(inout.device)) return elsewhere(inout.device)->all_reduce(inout, op, stream);
-    book_sent("all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size() - 1) / size());
     if (inout.bytes() == 0) return;
     channel_
         ->run("all_reduce", stream,
@@ -75,10 +75,8 @@ class NcclCommunicator final : public Communicator {
         .wait();
   }
 
-  void broadcast(TensorView inout, int root, Stream* stream) override {
+  void do_broadcast(TensorView inout, int root, Stream* stream) override {
     if (elsewhere(inout.device)) return elsewhere(inout.device)->broadcast(inout, root, stream);
-    UPMOE_CHECK(0 <= root && root < size(), "root {} of {}", root, size());
-    if (root == rank()) book_sent("broadcast", static_cast<double>(inout.bytes()) * (size() - 1));
     if (inout.bytes() == 0) return;
     channel_
         ->run("broadcast", stream,
@@ -86,12 +84,10 @@ class NcclCommunicator final : public Communicator {
         .wait();
   }
 
-  void barrier() override { host().barrier(); }
+  void do_barrier() override { host_->barrier(); }
 
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
+  Pending do_reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
     if (elsewhere(in.device)) return elsewhere(in.device)->reduce_scatter(out, in, stream);
-    check_reduce_scatter(*this, out, in);
-    book_sent("reduce_scatter", static_cast<double>(out.bytes()) * (size() - 1));
     if (out.bytes() == 0) return {};
     return channel_->run("reduce_scatter", stream, [&](nccl::Comm comm, Stream& s) {
       const std::size_t slice = out.bytes();
@@ -102,26 +98,20 @@ class NcclCommunicator final : public Communicator {
     });
   }
 
-  Pending all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
+  Pending do_all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
     if (elsewhere(in.device)) return elsewhere(in.device)->all_gather(out, in, stream);
-    check_all_gather(*this, out, in);
-    book_sent("all_gather", static_cast<double>(in.bytes()) * (size() - 1));
     if (in.bytes() == 0) return {};
     return channel_->run("all_gather", stream, [&](nccl::Comm comm, Stream& s) {
       nccl::gather(comm, s, out.data, in.data, in.bytes());
     });
   }
 
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream* stream) override {
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream* stream) override {
     if (elsewhere(in.device))
       return elsewhere(in.device)->all_to_all_rows(out, recv_rows, in, send_rows, stream);
-    check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
     const auto me = static_cast<std::size_t>(rank());
-    UPMOE_CHECK(send_rows[me] == recv_rows[me], "rank {} sends itself {} rows and expects {}", rank(),
-                send_rows[me], recv_rows[me]);
-    const std::size_t row = row_bytes(in.shape, in.dtype);
-    book_sent("all_to_all_rows", static_cast<double>(in.rows() - send_rows[me]) * static_cast<double>(row));
+    const std::size_t row = row_bytes(in);
     return channel_->run("all_to_all_rows", stream, [&](nccl::Comm comm, Stream& s) {
       const std::byte* from = in.data;
       std::byte* to = out.data;
@@ -142,17 +132,14 @@ class NcclCommunicator final : public Communicator {
     });
   }
 
-  Pending send(ConstTensorView in, int to, Stream* stream) override {
-    check_peer(*this, to);
+  Pending do_send(ConstTensorView in, int to, Stream* stream) override {
     if (elsewhere(in.device)) return elsewhere(in.device)->send(in, to, stream);
-    book_sent("send", static_cast<double>(in.bytes()));
     if (in.bytes() == 0) return {};
     return pair_to(to).run("send", stream,
                            [in](nccl::Comm comm, Stream& s) { nccl::send(comm, s, in.data, in.bytes(), 1); });
   }
 
-  void recv(TensorView out, int from, Stream* stream) override {
-    check_peer(*this, from);
+  void do_recv(TensorView out, int from, Stream* stream) override {
     if (elsewhere(out.device)) return elsewhere(out.device)->recv(out, from, stream);
     if (out.bytes() == 0) return;
     pair_from(from)
@@ -161,19 +148,9 @@ class NcclCommunicator final : public Communicator {
         .wait();
   }
 
-  void abort(int code) noexcept override {
-    progress_->abort_all();
-    host_->abort(code);
-  }
-
- private:
-  Communicator& host() {
-    host_->set_ledger(ledger_);
-    return *host_;
-  }
   // Who moves tensors of this device, if not NCCL.
   Communicator* elsewhere(Device device) {
-    if (device.type != DeviceType::kCuda) return &host();
+    if (device.type != DeviceType::kCuda) return host_.get();
     return size() == 1 ? self_.get() : nullptr;
   }
 

@@ -1,7 +1,6 @@
 #include "parallel/reduce.h"
 
 #include <algorithm>
-#include <numeric>
 #include <type_traits>
 
 namespace upmoe {
@@ -76,44 +75,6 @@ void reduce_in_order(DType dtype, ReduceOp op, std::byte* out, std::span<const s
     case DType::kU8:
       UPMOE_CHECK(false, "bytes are moved, not summed");
   }
-}
-
-void check_reduce_scatter(const Communicator& comm, const TensorView& out, const ConstTensorView& in) {
-  UPMOE_CHECK(out.dtype == in.dtype && in.elements() == out.elements() * comm.size(),
-              "reduce_scatter of {} {} into {} {} on {} ranks", name_of(in.dtype), in.shape.str(),
-              name_of(out.dtype), out.shape.str(), comm.size());
-}
-
-void check_all_gather(const Communicator& comm, const TensorView& out, const ConstTensorView& in) {
-  UPMOE_CHECK(out.dtype == in.dtype && out.elements() == in.elements() * comm.size(),
-              "all_gather of {} {} into {} {} on {} ranks", name_of(in.dtype), in.shape.str(),
-              name_of(out.dtype), out.shape.str(), comm.size());
-}
-
-void check_peer(const Communicator& comm, int peer) {
-  UPMOE_CHECK(0 <= peer && peer < comm.size() && peer != comm.rank(),
-              "rank {} of {} names rank {} as its peer", comm.rank(), comm.size(), peer);
-}
-
-std::size_t row_bytes(const Shape& shape, DType dtype) {
-  Shape row = shape;
-  if (row.rank > 0) row.dim[0] = 1;
-  return static_cast<std::size_t>(row.elements()) * size_of(dtype);
-}
-
-void check_all_to_all_rows(const Communicator& comm, const TensorView& out,
-                           std::span<const std::int64_t> recv_rows, const ConstTensorView& in,
-                           std::span<const std::int64_t> send_rows) {
-  const auto ranks = static_cast<std::size_t>(comm.size());
-  UPMOE_CHECK(recv_rows.size() == ranks && send_rows.size() == ranks,
-              "row counts for {} and {} ranks, group of {}", recv_rows.size(), send_rows.size(), ranks);
-  UPMOE_CHECK(in.dtype == out.dtype && row_bytes(in.shape, in.dtype) == row_bytes(out.shape, out.dtype),
-              "rows of {} and of {}", in.shape.str(), out.shape.str());
-  for (std::size_t p = 0; p < ranks; ++p)
-    UPMOE_CHECK(recv_rows[p] >= 0 && send_rows[p] >= 0, "negative row count");
-  UPMOE_CHECK(std::accumulate(send_rows.begin(), send_rows.end(), std::int64_t{0}) == in.rows() &&
-                  std::accumulate(recv_rows.begin(), recv_rows.end(), std::int64_t{0}) == out.rows(),
-              "row counts do not add up to {} and {}", in.shape.str(), out.shape.str());
 }
 
 }  // namespace upmoe

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "parallel/communicator.h"
 #include "parallel/reduce.h"
 #include "parallel/watchdog.h"
 
@@ -49,106 +50,9 @@ Payload copy_of(const ConstTensorView& v) {
 
 class ThreadCommunicator final : public Communicator {
  public:
-  ThreadCommunicator(std::shared_ptr<Group> group, int rank) : group_(std::move(group)), rank_(rank) {}
-  int rank() const override { return rank_; }
-  int size() const override { return group_->size; }
-
-  std::unique_ptr<Communicator> split(int color, int key) override {
-    const std::int32_t mine[2] = {color, key};
-    const std::uint64_t sequence = publish(copy_of(host_view(mine, {2})), {});
-    const Operation all = collect(sequence, "split");
-    int size = 0, rank = 0;
-    for (int r = 0; r < group_->size; ++r) {
-      std::int32_t theirs[2];
-      std::memcpy(theirs, all.published[static_cast<std::size_t>(r)]->data(), sizeof theirs);
-      if (theirs[0] != color) continue;
-      ++size;
-      if (theirs[1] < key || (theirs[1] == key && r < rank_)) ++rank;
-    }
-    const std::lock_guard lock(group_->world->mutex);
-    std::shared_ptr<Group>& child = group_->children[{sequence, color}];
-    if (child == nullptr) {
-      child = std::make_shared<Group>();
-      child->world = group_->world;
-      child->size = size;
-    }
-    auto comm = std::make_unique<ThreadCommunicator>(child, rank);
-    comm->set_ledger(ledger_);
-    return comm;
-  }
-
-  void all_reduce(TensorView inout, ReduceOp op, Stream*) override {
-    book_sent("all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size() - 1) / size());
-    const Operation all = collect(publish(copy_of(inout), {}), "all_reduce");
-    reduce_in_order(inout.dtype, op, inout.data, parts(all, 0, inout.bytes()), inout.elements());
-  }
-  void broadcast(TensorView inout, int root, Stream*) override {
-    UPMOE_CHECK(0 <= root && root < size(), "root {} of {}", root, size());
-    if (root == rank_) book_sent("broadcast", static_cast<double>(inout.bytes()) * (size() - 1));
-    const Operation all = collect(publish(root == rank_ ? copy_of(inout) : empty(), {}), "broadcast");
-    const Payload& from = all.published[static_cast<std::size_t>(root)];
-    UPMOE_CHECK(from->size() == inout.bytes(), "broadcast of {} bytes into {}", from->size(), inout.bytes());
-    if (root != rank_ && inout.bytes() > 0) std::memcpy(inout.data, from->data(), from->size());
-  }
-  void barrier() override { collect(publish(empty(), {}), "barrier"); }
-
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
-    check_reduce_scatter(*this, out, in);
-    book_sent("reduce_scatter", static_cast<double>(out.bytes()) * (size() - 1));
-    const std::uint64_t sequence = publish(copy_of(in), {});
-    return Pending([this, sequence, out] {
-      const Operation all = collect(sequence, "reduce_scatter");
-      const std::size_t begin = static_cast<std::size_t>(rank_) * out.bytes();
-      reduce_in_order(out.dtype, ReduceOp::kSum, out.data, parts(all, begin, out.bytes()), out.elements());
-    });
-  }
-  Pending all_gather(TensorView out, ConstTensorView in, Stream*) override {
-    check_all_gather(*this, out, in);
-    book_sent("all_gather", static_cast<double>(in.bytes()) * (size() - 1));
-    const std::uint64_t sequence = publish(copy_of(in), {});
-    return Pending([this, sequence, out, bytes = in.bytes()] {
-      const Operation all = collect(sequence, "all_gather");
-      const auto from = parts(all, 0, bytes);
-      for (std::size_t r = 0; r < from.size() && bytes > 0; ++r)
-        std::memcpy(out.data + r * bytes, from[r], bytes);
-    });
-  }
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream*) override {
-    check_all_to_all_rows(*this, out, recv_rows, in, send_rows);
-    const std::size_t row = row_bytes(in.shape, in.dtype);
-    const std::int64_t leaving = in.rows() - send_rows[static_cast<std::size_t>(rank_)];
-    book_sent("all_to_all_rows", static_cast<double>(leaving) * static_cast<double>(row));
-    const std::uint64_t sequence = publish(copy_of(in), {send_rows.begin(), send_rows.end()});
-    return Pending(
-        [this, sequence, out, row, expected = std::vector<std::int64_t>(recv_rows.begin(), recv_rows.end())] {
-          receive_rows(collect(sequence, "all_to_all_rows"), out, row, expected);
-        });
-  }
-  Pending send(ConstTensorView in, int to, Stream*) override {
-    check_peer(*this, to);
-    book_sent("send", static_cast<double>(in.bytes()));
-    Payload copy = copy_of(in);
-    const std::lock_guard lock(group_->world->mutex);
-    group_->mail[{rank_, to}].push_back(std::move(copy));
-    group_->world->changed.notify_all();
-    return {};
-  }
-  void recv(TensorView out, int from, Stream*) override {
-    check_peer(*this, from);
-    const watchdog::Watched watched("recv");
-    std::unique_lock lock(group_->world->mutex);
-    auto& box = group_->mail[{from, rank_}];
-    wait_until(lock, [&] { return !box.empty(); });
-    const Payload letter = box.front();
-    box.erase(box.begin());
-    lock.unlock();
-    UPMOE_CHECK(letter->size() == out.bytes(), "rank {} sent {} bytes, {} expected", from, letter->size(),
-                out.bytes());
-    if (out.bytes() > 0) std::memcpy(out.data, letter->data(), letter->size());
-  }
+  ThreadCommunicator(std::shared_ptr<Group> group, int rank)
+      : Communicator(rank, group->size), group_(std::move(group)) {}
   void abort(int code) noexcept override { end(*group_->world, static_cast<ExitCode>(code)); }
-
   static void end(World& world, ExitCode code) noexcept {
     const std::lock_guard lock(world.mutex);
     if (!world.aborted) world.code = code;
@@ -157,6 +61,86 @@ class ThreadCommunicator final : public Communicator {
   }
 
  private:
+  std::unique_ptr<Communicator> do_split(int color, int key) override {
+    const std::int32_t mine[2] = {color, key};
+    const std::uint64_t sequence = publish(copy_of(host_view(mine, {2})), {});
+    const Operation all = collect(sequence, "split");
+    int members = 0, before_me = 0;
+    for (int r = 0; r < size(); ++r) {
+      std::int32_t theirs[2];
+      std::memcpy(theirs, all.published[static_cast<std::size_t>(r)]->data(), sizeof theirs);
+      if (theirs[0] != color) continue;
+      ++members;
+      if (theirs[1] < key || (theirs[1] == key && r < rank())) ++before_me;
+    }
+    const std::lock_guard lock(group_->world->mutex);
+    std::shared_ptr<Group>& child = group_->children[{sequence, color}];
+    if (child == nullptr) {
+      child = std::make_shared<Group>();
+      child->world = group_->world;
+      child->size = members;
+    }
+    return std::make_unique<ThreadCommunicator>(child, before_me);
+  }
+
+  void do_all_reduce(TensorView inout, ReduceOp op, Stream*) override {
+    const Operation all = collect(publish(copy_of(inout), {}), "all_reduce");
+    reduce_in_order(inout.dtype, op, inout.data, parts(all, 0, inout.bytes()), inout.elements());
+  }
+  void do_broadcast(TensorView inout, int root, Stream*) override {
+    const Operation all = collect(publish(root == rank() ? copy_of(inout) : empty(), {}), "broadcast");
+    const Payload& from = all.published[static_cast<std::size_t>(root)];
+    UPMOE_CHECK(from->size() == inout.bytes(), "broadcast of {} bytes into {}", from->size(), inout.bytes());
+    if (root != rank() && inout.bytes() > 0) std::memcpy(inout.data, from->data(), from->size());
+  }
+  void do_barrier() override { collect(publish(empty(), {}), "barrier"); }
+
+  Pending do_reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
+    const std::uint64_t sequence = publish(copy_of(in), {});
+    return Pending([this, sequence, out] {
+      const Operation all = collect(sequence, "reduce_scatter");
+      const std::size_t begin = static_cast<std::size_t>(rank()) * out.bytes();
+      reduce_in_order(out.dtype, ReduceOp::kSum, out.data, parts(all, begin, out.bytes()), out.elements());
+    });
+  }
+  Pending do_all_gather(TensorView out, ConstTensorView in, Stream*) override {
+    const std::uint64_t sequence = publish(copy_of(in), {});
+    return Pending([this, sequence, out, bytes = in.bytes()] {
+      const Operation all = collect(sequence, "all_gather");
+      const auto from = parts(all, 0, bytes);
+      for (std::size_t r = 0; r < from.size() && bytes > 0; ++r)
+        std::memcpy(out.data + r * bytes, from[r], bytes);
+    });
+  }
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream*) override {
+    const std::size_t row = row_bytes(in);
+    const std::uint64_t sequence = publish(copy_of(in), {send_rows.begin(), send_rows.end()});
+    return Pending(
+        [this, sequence, out, row, expected = std::vector<std::int64_t>(recv_rows.begin(), recv_rows.end())] {
+          receive_rows(collect(sequence, "all_to_all_rows"), out, row, expected);
+        });
+  }
+  Pending do_send(ConstTensorView in, int to, Stream*) override {
+    Payload copy = copy_of(in);
+    const std::lock_guard lock(group_->world->mutex);
+    group_->mail[{rank(), to}].push_back(std::move(copy));
+    group_->world->changed.notify_all();
+    return {};
+  }
+  void do_recv(TensorView out, int from, Stream*) override {
+    const watchdog::Watched watched("recv");
+    std::unique_lock lock(group_->world->mutex);
+    auto& box = group_->mail[{from, rank()}];
+    wait_until(lock, [&] { return !box.empty(); });
+    const Payload letter = box.front();
+    box.erase(box.begin());
+    lock.unlock();
+    UPMOE_CHECK(letter->size() == out.bytes(), "rank {} sent {} bytes, {} expected", from, letter->size(),
+                out.bytes());
+    if (out.bytes() > 0) std::memcpy(out.data, letter->data(), letter->size());
+  }
+
   static Payload empty() { return std::make_shared<const std::vector<std::byte>>(); }
 
   std::uint64_t publish(Payload payload, std::vector<std::int64_t> rows) {
@@ -165,8 +149,8 @@ class ThreadCommunicator final : public Communicator {
     Operation& op = group_->operations[sequence];
     op.published.resize(static_cast<std::size_t>(group_->size));
     op.rows.resize(static_cast<std::size_t>(group_->size));
-    op.published[static_cast<std::size_t>(rank_)] = std::move(payload);
-    op.rows[static_cast<std::size_t>(rank_)] = std::move(rows);
+    op.published[static_cast<std::size_t>(rank())] = std::move(payload);
+    op.rows[static_cast<std::size_t>(rank())] = std::move(rows);
     if (++op.arrived == group_->size) group_->world->changed.notify_all();
     return sequence;
   }
@@ -203,11 +187,11 @@ class ThreadCommunicator final : public Communicator {
     std::byte* to = out.data;
     for (std::size_t p = 0; p < op.rows.size(); ++p) {
       const std::vector<std::int64_t>& sent = op.rows[p];
-      UPMOE_CHECK(sent.size() == expected.size() && sent[static_cast<std::size_t>(rank_)] == expected[p],
+      UPMOE_CHECK(sent.size() == expected.size() && sent[static_cast<std::size_t>(rank())] == expected[p],
                   "rank {} sends {} rows to rank {}, which expects {}", p,
-                  sent.empty() ? -1 : sent[static_cast<std::size_t>(rank_)], rank_, expected[p]);
+                  sent.empty() ? -1 : sent[static_cast<std::size_t>(rank())], rank(), expected[p]);
       std::int64_t before = 0;
-      for (int q = 0; q < rank_; ++q) before += sent[static_cast<std::size_t>(q)];
+      for (int q = 0; q < rank(); ++q) before += sent[static_cast<std::size_t>(q)];
       const std::size_t bytes = static_cast<std::size_t>(expected[p]) * row;
       if (bytes > 0) std::memcpy(to, op.published[p]->data() + static_cast<std::size_t>(before) * row, bytes);
       to += bytes;
@@ -215,7 +199,6 @@ class ThreadCommunicator final : public Communicator {
   }
 
   std::shared_ptr<Group> group_;
-  int rank_;
   std::uint64_t next_ = 0;
 };
 

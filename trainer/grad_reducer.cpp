@@ -163,7 +163,7 @@ void GradReducer::start_reduction(Exec& ex, Bucket& b) {
     });
   b.reduced = true;
   b.lane->user = &b;
-  b.pending = b.group->reduce_scatter(b.own(dtype), b.packed(dtype), ex.stream);
+  b.pending = b.group->reduce_scatter(b.own(dtype), b.packed(dtype), ex);
 }
 
 void GradReducer::start_gather(Exec& ex, Bucket& b) {
@@ -172,7 +172,7 @@ void GradReducer::start_gather(Exec& ex, Bucket& b) {
     ops::cast(ex, packed, part(p.value, range));
   });
   b.lane->user = &b;
-  b.pending = b.group->all_gather(b.packed(dtype), b.own(dtype), ex.stream);
+  b.pending = b.group->all_gather(b.packed(dtype), b.own(dtype), ex);
 }
 
 void GradReducer::ready(Exec& ex, int layer, bool last) {

@@ -97,7 +97,7 @@ double Optimizer::gradient_norm(Exec& ex, Communicator& world) const {
   std::vector<ConstTensorView> gradients;
   for (const OwnedSlice& s : slices_) gradients.push_back(s.grad);
   ops::sum_of_squares(ex, sum_1, gradients);
-  world.all_reduce(sum_1, ReduceOp::kSum, ex.stream);
+  world.all_reduce(sum_1, ReduceOp::kSum, ex);
   ops::download(ex, host_view(&sum, {1}), sum_1);
   return std::sqrt(sum);
 }

@@ -69,17 +69,17 @@ struct Pipeline::Link {
 
   void send(Exec& ex, Communicator& to, int rank, ConstTensorView x_tD, const LoadPool& all,
             std::vector<double>& packed, std::vector<Pending>& sends) const {
-    sends.push_back(to.send(x_tD, rank, ex.stream));
+    sends.push_back(to.send(x_tD, rank, ex));
     if (experts == 0) return;
     packed = all.pack(experts);
     const auto size = static_cast<std::int64_t>(packed.size());
-    sends.push_back(to.send(host_view(static_cast<const double*>(packed.data()), {size}), rank));
+    sends.push_back(to.send(host_view(static_cast<const double*>(packed.data()), {size}), rank, ex));
   }
   LoadPool receive(Exec& ex, Communicator& from, int rank, TensorView x_tD) const {
-    from.recv(x_tD, rank, ex.stream);
+    from.recv(x_tD, rank, ex);
     if (experts == 0) return {};
     std::vector<double> packed(LoadPool::packed_size(experts));
-    from.recv(host_view(packed.data(), {static_cast<std::int64_t>(packed.size())}), rank);
+    from.recv(host_view(packed.data(), {static_cast<std::int64_t>(packed.size())}), rank, ex);
     return LoadPool::unpack(packed);
   }
 };
@@ -219,12 +219,12 @@ double Pipeline::evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_l
     if (c > 0) {
       input_tD =
           f->keep.take({chunk.own_tokens(shard->batch), chunk.hidden_size}, chunk.dtype, "chunk input");
-      link_->forward->recv(input_tD, link_->previous(), ex.stream);
+      link_->forward->recv(input_tD, link_->previous(), ex);
     }
     const Transformer::Evaluated result = chunk.evaluate(ex, shard->batch, input_tD, f->keep, sink);
     loss += result.loss;
     if (c + 1 < plan_.chunks.size())
-      f->sends.push_back(link_->forward->send(result.output_tD, link_->next(), ex.stream));
+      f->sends.push_back(link_->forward->send(result.output_tD, link_->next(), ex));
     f->reset();
     idle_.push_back(std::move(f));
   }

@@ -18,12 +18,16 @@ class Stream {
   virtual void poll() {}
 };
 
-// Sees what every op is about to touch: for tests of the order of ops and transfers.
+// Sees what every op, and every verb between ranks, is about to touch: for tests of their order.
 class OpWatcher {
  public:
   virtual ~OpWatcher() = default;
   virtual void reads(const ConstTensorView& t) = 0;
   virtual void writes(const TensorView& t) = 0;  // and may read
+  // A transfer began that reads `in` and writes `out`, until what this returns is called.
+  virtual std::function<void()> transfers(std::string_view, const ConstTensorView&, const TensorView&) {
+    return [] {};
+  }
 };
 
 struct Exec {
@@ -31,13 +35,14 @@ struct Exec {
   Stream* stream = nullptr;      // may be null on the CPU
   Arena* scratch = nullptr;      // temporary memory of ops and layers, through ScratchScope
   Ledger* ledger = nullptr;      // may be null: nothing is booked
+  bool books_ops = true;         // false: only what is sent between ranks
   OpWatcher* watcher = nullptr;  // null outside tests
   // Two runs have the same bits. Without it a GPU's attention may sum its gradient in any order; all else
   // stays as it is.
   bool deterministic = true;
 
   void book(std::string_view op, double flops, double bytes_read, double bytes_written) const {
-    if (ledger != nullptr) ledger->book(op, flops, bytes_read, bytes_written);
+    if (ledger != nullptr && books_ops) ledger->book(op, flops, bytes_read, bytes_written);
   }
 };
 

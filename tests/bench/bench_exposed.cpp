@@ -33,31 +33,30 @@ class TimedCommunicator final : public test::ForwardingCommunicator {
   TimedCommunicator(std::unique_ptr<Communicator> inner, Waits& waits)
       : ForwardingCommunicator(std::move(inner)), waits_(waits) {}
 
-  void all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
+ private:
+  void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
     timed("all_reduce", [&] { inner().all_reduce(inout, op, stream); });
   }
-  void broadcast(TensorView inout, int root, Stream* stream) override {
+  void do_broadcast(TensorView inout, int root, Stream* stream) override {
     timed("broadcast", [&] { inner().broadcast(inout, root, stream); });
   }
-  void barrier() override {
+  void do_barrier() override {
     timed("barrier", [&] { inner().barrier(); });
   }
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
+  Pending do_reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
     return begun("reduce_scatter", [&] { return inner().reduce_scatter(out, in, stream); });
   }
-  Pending all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
+  Pending do_all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
     return begun("all_gather", [&] { return inner().all_gather(out, in, stream); });
   }
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream* stream) override {
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream* stream) override {
     return begun("all_to_all_rows",
                  [&] { return inner().all_to_all_rows(out, recv_rows, in, send_rows, stream); });
   }
-  void recv(TensorView out, int from, Stream* stream) override {
+  void do_recv(TensorView out, int from, Stream* stream) override {
     timed("recv", [&] { inner().recv(out, from, stream); });
   }
-
- private:
   std::unique_ptr<Communicator> wrap(std::unique_ptr<Communicator> group) override {
     return std::make_unique<TimedCommunicator>(std::move(group), waits_);
   }

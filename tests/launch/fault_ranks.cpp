@@ -49,30 +49,29 @@ class FaultyCommunicator final : public test::ForwardingCommunicator {
   FaultyCommunicator(std::unique_ptr<Communicator> inner, Fault& fault)
       : ForwardingCommunicator(std::move(inner)), fault_(fault) {}
 
-  void all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
-    ForwardingCommunicator::all_reduce(inout, op, stream);
+ private:
+  void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
+    ForwardingCommunicator::do_all_reduce(inout, op, stream);
     if (!fault_.reduced || inout.dtype != DType::kF64 || inout.elements() != 1) return;
     fault_.strike("optimizer");
     ++fault_.current_step;
     fault_.exchanged = fault_.reduced = false;
   }
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
-    Pending under_way = ForwardingCommunicator::reduce_scatter(out, in, stream);
+  Pending do_reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
+    Pending under_way = ForwardingCommunicator::do_reduce_scatter(out, in, stream);
     fault_.reduced = true;
     fault_.strike("reduce");
     return under_way;
   }
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream* stream) override {
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream* stream) override {
     if (!fault_.exchanged) fault_.strike("forward");
     if (fault_.reduced) fault_.strike("backward");  // the last block's gradients are on their way already
-    Pending under_way = ForwardingCommunicator::all_to_all_rows(out, recv_rows, in, send_rows, stream);
+    Pending under_way = ForwardingCommunicator::do_all_to_all_rows(out, recv_rows, in, send_rows, stream);
     if (!fault_.exchanged) fault_.strike("exchange");
     fault_.exchanged = true;
     return under_way;
   }
-
- private:
   std::unique_ptr<Communicator> wrap(std::unique_ptr<Communicator> group) override {
     return std::make_unique<FaultyCommunicator>(std::move(group), fault_);
   }

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "parallel/layout.h"
+#include "tests/support/forwarding_communicator.h"
 #include "tests/support/gradient_check.h"
 #include "tests/support/tolerance.h"
 #include "trainer/model/moe_layer.h"
@@ -33,6 +34,23 @@ std::vector<float> copy(ConstTensorView v) {
   return {v.as<float>(), v.as<float>() + v.elements()};
 }
 
+// Books what crosses between nodes.
+class Crossing final : public test::ForwardingCommunicator {
+ public:
+  Crossing(Communicator& across, Ledger& ledger) : ForwardingCommunicator(across), ledger_(ledger) {}
+
+ private:
+  Pending do_all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
+    return inner().all_gather(out, in, On(stream, &ledger_));
+  }
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream* stream) override {
+    return inner().all_to_all_rows(out, recv_rows, in, send_rows, On(stream, &ledger_));
+  }
+  std::unique_ptr<Communicator> wrap(std::unique_ptr<Communicator> group) override { return group; }
+  Ledger& ledger_;
+};
+
 // Runs one rank's part and puts it where it belongs in the whole.
 void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, std::mutex& mutex) {
   RankMemory memory{Device{}};
@@ -42,11 +60,12 @@ void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, 
   // Bytes that leave a node: those of the rows, or of every exchange that the flat one makes across.
   std::unique_ptr<ProcessMesh> mesh;
   NodeGroups nodes;
+  std::unique_ptr<Communicator> across;
   Ledger crossing;
   if (node_ranks > 0) {
     mesh = std::make_unique<ProcessMesh>(MeshSpec{1, ep.size(), 1, 1, ep.size(), 1}, ep, node_ranks);
-    nodes = {mesh->across_nodes(), mesh->inside_node()};
-    nodes.across->set_ledger(&crossing);
+    across = std::make_unique<Crossing>(*mesh->across_nodes(), crossing);
+    nodes = {across.get(), mesh->inside_node()};
   }
   MoeLayer moe;
   moe.num_experts = w.E;

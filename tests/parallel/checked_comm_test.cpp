@@ -159,19 +159,18 @@ TEST(CheckedCommunicator, RanksInStepDoNotNoticeIt) {
   on_checked_threads(3, [](Communicator& comm) {
     const int me = comm.rank();
     Ledger ledger;
-    comm.set_ledger(&ledger);
+    const On on(nullptr, &ledger);
     std::vector<std::int64_t> send(3), recv(3, me);
     for (std::size_t p = 0; p < 3; ++p) send[p] = static_cast<std::int64_t>(p);  // p rows go to rank p
     std::vector<float> in(3, static_cast<float>(me)), out(3 * static_cast<std::size_t>(me));
-    comm.all_to_all_rows(host_view(out.data(), {3 * me}), recv, host_view(in.data(), {3}), send).wait();
+    comm.all_to_all_rows(host_view(out.data(), {3 * me}), recv, host_view(in.data(), {3}), send, on).wait();
     for (std::size_t i = 0; i < out.size(); ++i)
       EXPECT_EQ(out[i], static_cast<float>(i / static_cast<std::size_t>(me)));
     float sum = static_cast<float>(me);
     const auto same = comm.split(0, -me);
-    same->all_reduce(host_view(&sum, {1}), ReduceOp::kSum);
+    same->all_reduce(host_view(&sum, {1}), ReduceOp::kSum, on);
     EXPECT_EQ(sum, 3.0f);
     EXPECT_EQ(same->rank(), 2 - me);
-    comm.set_ledger(nullptr);
     ASSERT_EQ(ledger.entries().size(), 2u);
     EXPECT_EQ(ledger.entries().at("all_to_all_rows").bytes_sent, 4.0 * (3 - me));
     EXPECT_EQ(ledger.entries().at("all_to_all_rows").calls, 1);

@@ -295,6 +295,8 @@ TEST_F(Nccl, AVerbTakesAStream) {
     const auto comm = make_nccl_communicator(world.split(0, world.rank()));
     const Buffer memory = Buffer::allocate({DeviceType::kCuda, world.rank()}, 64);
     EXPECT_THROW(comm->all_reduce(memory.view({4}, DType::kF32), ReduceOp::kSum), Error);
+    const auto alone = comm->split(world.rank(), 0);
+    EXPECT_THROW(alone->all_reduce(memory.view({4}, DType::kF32), ReduceOp::kSum), Error);
     // Tensors on the host stay there.
     std::int64_t sum = world.rank() + 1;
     comm->all_reduce(host_view(&sum, {1}), ReduceOp::kSum);

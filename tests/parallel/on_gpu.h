@@ -12,59 +12,59 @@ namespace upmoe {
 class OnGpu final : public Communicator {
  public:
   explicit OnGpu(std::unique_ptr<Communicator> inner)
-      : inner_(std::move(inner)), device_{DeviceType::kCuda, gpu::current()}, stream_(gpu::make_stream()) {}
+      : Communicator(inner->rank(), inner->size()),
+        inner_(std::move(inner)),
+        device_{DeviceType::kCuda, gpu::current()},
+        stream_(gpu::make_stream()) {}
   ~OnGpu() override { stream_->synchronize(); }
-  int rank() const override { return inner_->rank(); }
-  int size() const override { return inner_->size(); }
-  std::unique_ptr<Communicator> split(int color, int key) override {
-    auto child = std::make_unique<OnGpu>(inner_->split(color, key));
-    child->set_ledger(ledger_);
-    return child;
+  void abort(int code) noexcept override { inner_->abort(code); }
+
+ private:
+  std::unique_ptr<Communicator> do_split(int color, int key) override {
+    return std::make_unique<OnGpu>(inner_->split(color, key));
   }
-  void all_reduce(TensorView inout, ReduceOp op, Stream*) override {
+  void do_all_reduce(TensorView inout, ReduceOp op, Stream*) override {
     const Copy copy(*this, inout, inout);
-    inner().all_reduce(copy.view(inout), op, stream_.get());
+    inner_->all_reduce(copy.view(inout), op, stream_.get());
     copy.back(inout);
   }
-  void broadcast(TensorView inout, int root, Stream*) override {
+  void do_broadcast(TensorView inout, int root, Stream*) override {
     const Copy copy(*this, inout, inout);
-    inner().broadcast(copy.view(inout), root, stream_.get());
+    inner_->broadcast(copy.view(inout), root, stream_.get());
     copy.back(inout);
   }
-  void barrier() override { inner().barrier(); }
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
+  void do_barrier() override { inner_->barrier(); }
+  Pending do_reduce_scatter(TensorView out, ConstTensorView in, Stream*) override {
     return two(out, in,
-               [&](TensorView o, ConstTensorView i) { return inner().reduce_scatter(o, i, stream_.get()); });
+               [&](TensorView o, ConstTensorView i) { return inner_->reduce_scatter(o, i, stream_.get()); });
   }
-  Pending all_gather(TensorView out, ConstTensorView in, Stream*) override {
+  Pending do_all_gather(TensorView out, ConstTensorView in, Stream*) override {
     if (out.data <= in.data && in.data + in.bytes() <= out.data + out.bytes()) {  // in place
       const auto copy = std::make_shared<Copy>(*this, out, out);
       ConstTensorView piece = copy->view(out);
       piece.data += in.data - out.data;
       piece.shape = in.shape;
-      return finish(inner().all_gather(copy->view(out), piece, stream_.get()), copy, out);
+      return finish(inner_->all_gather(copy->view(out), piece, stream_.get()), copy, out);
     }
     return two(out, in,
-               [&](TensorView o, ConstTensorView i) { return inner().all_gather(o, i, stream_.get()); });
+               [&](TensorView o, ConstTensorView i) { return inner_->all_gather(o, i, stream_.get()); });
   }
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream*) override {
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream*) override {
     return two(out, in, [&](TensorView o, ConstTensorView i) {
-      return inner().all_to_all_rows(o, recv_rows, i, send_rows, stream_.get());
+      return inner_->all_to_all_rows(o, recv_rows, i, send_rows, stream_.get());
     });
   }
-  Pending send(ConstTensorView in, int to, Stream*) override {
+  Pending do_send(ConstTensorView in, int to, Stream*) override {
     const auto copy = std::make_shared<Copy>(*this, in, in);
-    return finish(inner().send(copy->view(in), to, stream_.get()), copy, {});
+    return finish(inner_->send(copy->view(in), to, stream_.get()), copy, {});
   }
-  void recv(TensorView out, int from, Stream*) override {
+  void do_recv(TensorView out, int from, Stream*) override {
     const Copy copy(*this, out, out);
-    inner().recv(copy.view(out), from, stream_.get());
+    inner_->recv(copy.view(out), from, stream_.get());
     copy.back(out);
   }
-  void abort(int code) noexcept override { inner_->abort(code); }
 
- private:
   // Memory on the GPU that holds what a tensor on the host holds.
   class Copy {
    public:
@@ -86,10 +86,6 @@ class OnGpu final : public Communicator {
     Buffer memory_;
   };
 
-  Communicator& inner() {
-    inner_->set_ledger(ledger_);
-    return *inner_;
-  }
   template <class Verb>
   Pending two(const TensorView& out, const ConstTensorView& in, const Verb& verb) {
     const auto from = std::make_shared<Copy>(*this, in, in), to = std::make_shared<Copy>(*this, out, out);

@@ -6,8 +6,10 @@
 #include <fmt/format.h>
 
 #include <list>
+#include <string>
+#include <vector>
 
-#include "tests/support/forwarding_communicator.h"
+#include "kernels/core/exec.h"
 
 namespace upmoe::test {
 
@@ -18,22 +20,23 @@ class TransferWatch final : public OpWatcher {
     ConstTensorView in;
     TensorView out;
   };
-  using Handle = std::list<Transfer>::iterator;
 
   void reads(const ConstTensorView& t) override { check(t, false, "an op"); }
   void writes(const TensorView& t) override { check(t, true, "an op"); }
-  // A transfer begins: it reads and writes like an op, and goes on.
-  Handle begin(const std::string& verb, ConstTensorView in, TensorView out) {
-    check(in, false, verb);
-    check(out, true, verb);
-    ++transfers_;
+  // Reads and writes like an op, and goes on.
+  std::function<void()> transfers(std::string_view verb, const ConstTensorView& in,
+                                  const TensorView& out) override {
+    check(in, false, std::string(verb));
+    check(out, true, std::string(verb));
+    ++begun_;
     most_ = std::max(most_, under_way_.size() + 1);
-    return under_way_.insert(under_way_.end(), {verb, in, out});
+    return [this, at = under_way_.insert(under_way_.end(), {std::string(verb), in, out})] {
+      under_way_.erase(at);
+    };
   }
-  void end(Handle handle) { under_way_.erase(handle); }
 
   const std::vector<std::string>& mistakes() const { return mistakes_; }
-  std::size_t transfers() const { return transfers_; }
+  std::size_t begun() const { return begun_; }
   std::size_t most_under_way() const { return most_; }
 
  private:
@@ -52,58 +55,7 @@ class TransferWatch final : public OpWatcher {
   }
   std::list<Transfer> under_way_;
   std::vector<std::string> mistakes_;
-  std::size_t transfers_ = 0, most_ = 0;
-};
-
-class WatchedCommunicator final : public ForwardingCommunicator {
- public:
-  WatchedCommunicator(Communicator& inner, TransferWatch& watch)
-      : ForwardingCommunicator(inner), watch_(watch) {}
-  WatchedCommunicator(std::unique_ptr<Communicator> inner, TransferWatch& watch)
-      : ForwardingCommunicator(std::move(inner)), watch_(watch) {}
-
-  void all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
-    watch_.writes(inout);
-    inner().all_reduce(inout, op, stream);
-  }
-  void broadcast(TensorView inout, int root, Stream* stream) override {
-    watch_.writes(inout);
-    inner().broadcast(inout, root, stream);
-  }
-  void recv(TensorView out, int from, Stream* stream) override {
-    watch_.writes(out);
-    inner().recv(out, from, stream);
-  }
-  Pending reduce_scatter(TensorView out, ConstTensorView in, Stream* stream) override {
-    return watched("reduce_scatter", in, out, inner().reduce_scatter(out, in, stream));
-  }
-  Pending all_gather(TensorView out, ConstTensorView in, Stream* stream) override {
-    return watched("all_gather", in, out, inner().all_gather(out, in, stream));
-  }
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream* stream) override {
-    return watched("all_to_all_rows", in, out,
-                   inner().all_to_all_rows(out, recv_rows, in, send_rows, stream));
-  }
-  Pending send(ConstTensorView in, int to, Stream* stream) override {
-    return watched("send", in, {}, inner().send(in, to, stream));
-  }
-
- protected:
-  std::unique_ptr<Communicator> wrap(std::unique_ptr<Communicator> group) override {
-    return std::make_unique<WatchedCommunicator>(std::move(group), watch_);
-  }
-
- private:
-  Pending watched(const std::string& verb, ConstTensorView in, TensorView out, Pending pending) {
-    const auto handle = watch_.begin(verb, in, out);
-    auto inner = std::make_shared<Pending>(std::move(pending));
-    return Pending([this, handle, inner] {
-      inner->wait();
-      watch_.end(handle);
-    });
-  }
-  TransferWatch& watch_;
+  std::size_t begun_ = 0, most_ = 0;
 };
 
 }  // namespace upmoe::test

@@ -15,24 +15,24 @@ struct Books {
   double products = 0, attention = 0, sent = 0;
 };
 
-Books books_of(const Session& s, const Ledger& communication) {
+Books books_of(const Session& s) {
   Books b;
   for (const auto& [name, cost] : s.memory.ledger.entries()) {
     if (name.starts_with("gemm") || name.starts_with("grouped_gemm")) b.products += cost.flops;
     if (name.starts_with("attention")) b.attention += cost.flops;
   }
-  b.sent = communication.total().bytes_sent;
+  b.sent = s.memory.ledger.total().bytes_sent;
   return b;
 }
 
 // Micro-batches forward and backward of rank `world.rank()` on `device`; with `reduces`, gradients and
 // weights travel as well.
 Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel& parallel, Device device,
-           std::int64_t sequences, std::int64_t micro_batches = 1, bool reduces = false) {
-  Ledger communication;
-  world.set_ledger(&communication);
+           std::int64_t sequences, std::int64_t micro_batches = 1, bool reduces = false,
+           const std::string& recompute = "none") {
   RunConfig run;
   run.parallel = parallel;
+  run.train.recompute = recompute;
   run.data.seq_len = golden.seq_len();
   Session s(run, golden.config(), world, device);
   if (device.type == DeviceType::kCpu) s.params.load(s.memory.exec, golden.reader());
@@ -41,7 +41,7 @@ Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel&
   for (std::size_t t = 0; t < positions.size(); ++t)
     positions[t] = static_cast<std::int32_t>(static_cast<std::int64_t>(t) % S);
   const HostTokens batch{sequences, tokens.data(), tokens.data(), positions.data(), nullptr};
-  communication.clear();
+  s.memory.ledger.clear();
   Exec& ex = s.memory.exec;
   Pipeline::Step work{micro_batches, [&] { return batch; }, S, 1.0, {}, {}, {}};
   if (reduces) work.block_done = [&](int block, bool last) { s.reducer.ready(ex, block, last); };
@@ -51,7 +51,7 @@ Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel&
     s.reducer.gather_values(ex);
     s.reducer.await_all_values(ex);
   }
-  return books_of(s, communication);
+  return books_of(s);
 }
 
 TEST(Ledger, DryDeviceBooksWhatARealStepBooks) {
@@ -138,6 +138,22 @@ TEST(Ledger, TensorParallelTraffic) {
     const double expected =
         (10 * s.blocks() + 4) * (n - 1) * t * s.D() * s.b + 24 * s.T * (n - 1) + s.pool(n);
     for (const int rank : {0, 1}) EXPECT_DOUBLE_EQ(sent(golden, {.tp = 2}, 2, rank), expected) << model;
+  }
+}
+
+// What backward computes again is no work of the model's, but it travels again: gather and scatter-add around
+// attention and feed-forward.
+TEST(Ledger, WhatIsComputedAgainIsSentAgain) {
+  for (const char* model : {"dense_tied_gqa", "moe_a27b"}) {
+    const Golden golden(model);
+    const Sizes s(golden);
+    const auto world = make_dry_communicator(1, 2);
+    const Device dry{DeviceType::kDry, 0};
+    const Books kept = step(golden, *world, {.tp = 2}, dry, 2),
+                again = step(golden, *world, {.tp = 2}, dry, 2, 1, false, "block");
+    EXPECT_EQ(again.products, kept.products) << model;
+    EXPECT_EQ(again.attention, kept.attention) << model;
+    EXPECT_DOUBLE_EQ(again.sent - kept.sent, 4 * s.blocks() * s.T / 2 * s.D() * s.b) << model;
   }
 }
 

@@ -26,22 +26,21 @@ class CrossingCommunicator final : public test::ForwardingCommunicator {
   CrossingCommunicator(std::unique_ptr<Communicator> group, std::vector<int> members, Ledger& crossing)
       : ForwardingCommunicator(std::move(group)), members_(std::move(members)), crossing_(crossing) {}
 
-  std::unique_ptr<Communicator> subgroup(const std::vector<int>& members) override {
+ private:
+  std::unique_ptr<Communicator> do_subgroup(const std::vector<int>& members) override {
     std::vector<int> in_world;
     for (const int m : members) in_world.push_back(members_[static_cast<std::size_t>(m)]);
     return std::make_unique<CrossingCommunicator>(inner().subgroup(members), in_world, crossing_);
   }
-  Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
-                          std::span<const std::int64_t> send_rows, Stream* stream) override {
+  Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
+                             std::span<const std::int64_t> send_rows, Stream* stream) override {
     const int here = members_[static_cast<std::size_t>(rank())] / kNodeRanks;
     const double row = in.rows() > 0 ? double(in.bytes()) / double(in.rows()) : 0.0;
     for (std::size_t p = 0; p < send_rows.size(); ++p)
       if (members_[p] / kNodeRanks != here)
         crossing_.book_sent(fmt::format("rows of {} bytes", row), double(send_rows[p]) * row);
-    return ForwardingCommunicator::all_to_all_rows(out, recv_rows, in, send_rows, stream);
+    return ForwardingCommunicator::do_all_to_all_rows(out, recv_rows, in, send_rows, stream);
   }
-
- private:
   std::unique_ptr<Communicator> wrap(std::unique_ptr<Communicator>) override {
     fail(ExitCode::kFailure, "a group whose members are not told");
   }

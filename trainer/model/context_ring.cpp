@@ -25,7 +25,7 @@ class Ring {
     if (document_T == nullptr) return;
     mine_ = *document_T;
     documents_PT_ = ex.scratch->take({cp.size(), tokens}, DType::kI32, "documents of all cp ranks");
-    cp.all_gather(documents_PT_, mine_, ex.stream).wait();
+    cp.all_gather(documents_PT_, mine_, ex).wait();
   }
   const AttentionShape& chunk() const { return chunk_; }
   template <class View>
@@ -58,7 +58,7 @@ class Ring {
     std::vector<std::int64_t> to(static_cast<std::size_t>(cp_.size())), from(to);
     to[static_cast<std::size_t>((cp_.rank() + 1) % cp_.size())] = in.rows();
     from[static_cast<std::size_t>((cp_.rank() + cp_.size() - 1) % cp_.size())] = out.rows();
-    return cp_.all_to_all_rows(out, from, in, to, ex_.stream);
+    return cp_.all_to_all_rows(out, from, in, to, ex_);
   }
 
  private:

@@ -19,10 +19,11 @@ struct Param {
   Param as(Shape shape) const;  // the same elements under another shape
 };
 
-// To compute again in backward what forward did not keep: work done twice is not model work, no ledger sees it.
+// To compute again in backward what forward did not keep: work done twice is not model work, so its ops are not
+// booked. What it sends is: that goes over the wire a second time.
 inline Exec not_booked(const Exec& ex) {
   Exec again = ex;
-  again.ledger = nullptr;
+  again.books_ops = false;
   return again;
 }
 

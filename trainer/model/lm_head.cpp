@@ -43,7 +43,7 @@ void LmHead::cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogit
   TensorView stats_PC3 = ex.scratch->take({tp->size(), C, 3}, DType::kF64, "logit stats of all ranks");
   TensorView stats_C3 = ex.scratch->take({C, 3}, DType::kF64, "logit stats");
   ops::cross_entropy_stats(ex, stats_C3, logits_CV, targets_C, shard);
-  tp->all_gather(stats_PC3, stats_C3, ex.stream).wait();
+  tp->all_gather(stats_PC3, stats_C3, ex).wait();
   ops::cross_entropy_sharded(ex, loss_C, dlogits_CV, logits_CV, targets_C, stats_PC3, scale, shard);
 }
 

@@ -24,13 +24,13 @@ void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, ConstTe
   const auto M = static_cast<std::int64_t>(groups.across->size());
   std::vector<std::int32_t> all_MM(static_cast<std::size_t>(M * M));
   if (ex.device.type == DeviceType::kDry) {
-    groups.across->all_gather(TensorView{nullptr, {M, M}, DType::kI32, ex.device}, counts_M).wait();
+    groups.across->all_gather(TensorView{nullptr, {M, M}, DType::kI32, ex.device}, counts_M, ex).wait();
     const std::int64_t tokens = index_TK.shape[0];
     const std::int64_t each = tokens * std::min(M, index_TK.shape[1]) / M;
     std::fill(all_MM.begin(), all_MM.end(), static_cast<std::int32_t>(each));
   } else {
     TensorView gathered_MM = ex.scratch->take({M, M}, DType::kI32, "rows per node of all nodes");
-    groups.across->all_gather(gathered_MM, counts_M, ex.stream).wait();
+    groups.across->all_gather(gathered_MM, counts_M, ex).wait();
     ops::download(ex, host_view(all_MM.data(), {M, M}), gathered_MM);
   }
   const std::int64_t me = groups.across->rank();
@@ -62,9 +62,9 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
   TensorView weight_XK = ex.scratch->take({X, K}, DType::kF32, "weights of rows to other nodes");
   ops::node_choices(ex, index_XK, weight_XK, plan.order_X, plan.send_rows, index_TK, weight_TK, node_begin);
   Pending indices =
-      groups.across->all_to_all_rows(plan.index_AK, plan.recv_rows, index_XK, plan.send_rows, ex.stream);
+      groups.across->all_to_all_rows(plan.index_AK, plan.recv_rows, index_XK, plan.send_rows, ex);
   Pending weights =
-      groups.across->all_to_all_rows(plan.weight_AK, plan.recv_rows, weight_XK, plan.send_rows, ex.stream);
+      groups.across->all_to_all_rows(plan.weight_AK, plan.recv_rows, weight_XK, plan.send_rows, ex);
   indices.wait();
   weights.wait();
   return plan;
@@ -74,13 +74,13 @@ RowsUnderWay to_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, 
   TensorView sent_X = take_rows(ex, plan.order_X.rows(), rows_TX, "rows to other nodes");
   TensorView arrived_A = take_rows(ex, plan.arrived(), rows_TX, "rows from other nodes");
   ops::gather_rows(ex, sent_X, rows_TX, plan.order_X, 1);
-  return {groups.across->all_to_all_rows(arrived_A, plan.recv_rows, sent_X, plan.send_rows, ex.stream),
+  return {groups.across->all_to_all_rows(arrived_A, plan.recv_rows, sent_X, plan.send_rows, ex),
           {arrived_A, {}, 1}};
 }
 
 RowsUnderWay from_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AX) {
   TensorView arrived_X = take_rows(ex, plan.order_X.rows(), rows_AX, "rows back from other nodes");
-  return {groups.across->all_to_all_rows(arrived_X, plan.send_rows, rows_AX, plan.recv_rows, ex.stream),
+  return {groups.across->all_to_all_rows(arrived_X, plan.send_rows, rows_AX, plan.recv_rows, ex),
           {arrived_X, {}, 1}};
 }
 

@@ -14,7 +14,7 @@ Shape whole_sequence(const Communicator& tp, Shape shape) {
 GatheredTokens::GatheredTokens(Exec& ex, Communicator& tp, ConstTensorView x_tD) : x_TD_(x_tD) {
   if (tp.size() == 1) return;
   TensorView x_TD = ex.scratch->take(whole_sequence(tp, x_tD.shape), x_tD.dtype, "tokens of all tp ranks");
-  pending_ = tp.all_gather(x_TD, x_tD, ex.stream);
+  pending_ = tp.all_gather(x_TD, x_tD, ex);
   x_TD_ = x_TD;
 }
 
@@ -34,7 +34,7 @@ PartialSum::PartialSum(Exec& ex, Communicator& tp, TensorView y_tD)
 }
 
 void PartialSum::reduce(Exec& ex) {
-  if (tp_.size() > 1) tp_.reduce_scatter(y_tD_, partial_TD_, ex.stream).wait();
+  if (tp_.size() > 1) tp_.reduce_scatter(y_tD_, partial_TD_, ex).wait();
 }
 
 }  // namespace upmoe

@@ -22,13 +22,13 @@ std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& exchange, Tensor
   const auto P = static_cast<std::int64_t>(exchange.size()), E = counts_E.shape[0];
   std::vector<std::int32_t> counts_PE(static_cast<std::size_t>(P * E));
   if (ex.device.type == DeviceType::kDry) {
-    exchange.all_gather(TensorView{nullptr, {P, E}, DType::kI32, ex.device}, counts_E).wait();
+    exchange.all_gather(TensorView{nullptr, {P, E}, DType::kI32, ex.device}, counts_E, ex).wait();
     for (std::int64_t i = 0; i < P * E; ++i)
       counts_PE[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(balanced(rows, E, i % E).size());
     return counts_PE;
   }
   TensorView all_PE = ex.scratch->take({P, E}, DType::kI32, "rows per piece of all ranks");
-  exchange.all_gather(all_PE, counts_E, ex.stream).wait();
+  exchange.all_gather(all_PE, counts_E, ex).wait();
   ops::download(ex, host_view(counts_PE.data(), {P, E}), all_PE);
   return counts_PE;
 }
@@ -124,7 +124,7 @@ RowsUnderWay to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& pl
   TensorView arrived_R =
       ex.scratch->take(rows_shape(plan.received(), from.shape), from.dtype, "rows from all ranks");
   ops::gather_rows(ex, sent_N, from, rows.index_R, rows.divisor);
-  return {exchange.all_to_all_rows(arrived_R, plan.recv_rows, sent_N, plan.send_rows, ex.stream),
+  return {exchange.all_to_all_rows(arrived_R, plan.recv_rows, sent_N, plan.send_rows, ex),
           {arrived_R, plan.regroup_R, 1}};
 }
 
@@ -135,7 +135,7 @@ RowsUnderWay from_experts(Exec& ex, Communicator& exchange, const DispatchPlan& 
   TensorView arrived_N =
       ex.scratch->take(rows_shape(plan.sent(), rows_R.shape), rows_R.dtype, "rows back at their tokens");
   ops::gather_rows(ex, ungrouped_R, rows_R, plan.ungroup_R, 1);
-  return {exchange.all_to_all_rows(arrived_N, plan.send_rows, ungrouped_R, plan.recv_rows, ex.stream),
+  return {exchange.all_to_all_rows(arrived_N, plan.send_rows, ungrouped_R, plan.recv_rows, ex),
           {arrived_N, {}, 1}};
 }
 

@@ -54,7 +54,7 @@ void Transformer::collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView l
   ops::download(ex, host_view(packed.data(), loads_ML.shape), loads_ML);
   if (pool->size() > 1)
     pool->all_reduce(host_view(packed.data(), {static_cast<std::int64_t>(packed.size())}), ReduceOp::kSum,
-                     ex.stream);
+                     ex);
   const auto L = static_cast<std::size_t>(loads_ML.shape[1]);
   for (std::size_t at = 0; at < packed.size(); at += L)
     saved.loads.push_back(LayerLoad::unpack(tokens * pool->size(), std::span(packed).subspan(at, L)));
