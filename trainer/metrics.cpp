@@ -110,6 +110,7 @@ void Metrics::step(const StepReport& r) {
          {"tflops_per_rank", tflops},
          {"mfu", mfu},
          {"flops", r.flops_per_rank},
+         {"bytes_sent", r.bytes_sent},
          {"ranks", ranks_},
          {"memory_peak_bytes", peak_memory_bytes()}};
   if (!r.expert_load.empty()) {

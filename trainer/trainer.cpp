@@ -56,7 +56,7 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
   const std::size_t head = values.size();
   for (const auto& layer : sums.assigned) values.insert(values.end(), layer.begin(), layer.end());
   s_.mesh.world().all_reduce(host_view(values.data(), {static_cast<std::int64_t>(values.size())}),
-                             ReduceOp::kSum);
+                             ReduceOp::kSum, s_.memory.exec);
 
   const double micro_batches = static_cast<double>(s_.run.train.global_batch / s_.run.train.micro_batch);
   report.loss = values[0] / static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len);
@@ -96,6 +96,7 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
     s_.optimizer.update(ex, report.lr, report.grad_norm, step);
     s_.reducer.gather_values(ex);
   }
+  report.bytes_sent = s_.memory.ledger.total().bytes_sent;
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;
 }
