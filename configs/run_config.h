@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "configs/run_choices.h"
+
 namespace upmoe {
 
 struct ModelConfig;
@@ -23,11 +25,11 @@ struct RunConfig {
   } run;
   struct Model {
     std::string path;
-    std::string init = "weights";
-  } model;  // init: weights | random
+    ModelInit init = ModelInit::kWeights;
+  } model;
   struct Router {
     double aux_loss = 0.001;
-    std::string aux_kind = "hf";  // hf | switch
+    AuxKind aux_kind = AuxKind::kHf;
     double z_loss = 0, bias_rate = 0, capacity_factor = 0;
   } router;
   struct Data {
@@ -39,9 +41,8 @@ struct RunConfig {
   } data;
   struct Train {
     std::int64_t steps = 0, global_batch = 0, micro_batch = 0;  // batches in sequences
-    std::string precision = "fp32";                             // fp32 | bf16
-    // none | swiglu | routed_up | up | ffn | block: what backward computes again instead of keeping
-    std::string recompute = "none";
+    Precision precision = Precision::kFp32;
+    Recompute recompute = Recompute::kNone;
     // Two runs of one layout have the same bits. false: on GPUs, attention may sum its gradient in any order.
     bool deterministic = true;
     std::int64_t eval_every = 0;       // held-out evaluation every n steps; 0 = at the end only
@@ -50,12 +51,12 @@ struct RunConfig {
     std::int64_t nonfinite_patience = 3;
   } train;
   struct Optimizer {
-    std::string name = "adamw";
+    OptimizerKind name = OptimizerKind::kAdamW;
     double lr = 3e-4, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, clip = 1.0;  // clip 0 = none
     bool offload = false;  // on GPUs: masters and moments in the host's memory
   } optimizer;
   struct Schedule {
-    std::string name = "cosine";  // cosine | wsd | constant
+    ScheduleKind name = ScheduleKind::kCosine;
     std::int64_t warmup = 0;      // steps
     double min_lr_ratio = 0.1;    // of the learning rate, at the last step
     double decay_fraction = 0.1;  // wsd: share of the steps, at the end, that the linear decay takes
@@ -65,7 +66,7 @@ struct RunConfig {
     // 1: each rank updates its part of what it holds. 2: and blocks share their gradients' memory, which
     // every micro-batch leaves reduced.
     int zero = 1;
-    std::string reduce = "fp32";  // fp32 | bf16: in what gradients are added up, over micro-batches and ranks
+    Precision reduce = Precision::kFp32;  // in what gradients are added up, over micro-batches and ranks
     // Ranks per node for the exchange of expert rows: a row crosses to another node once. 0: straight to its rank.
     int node_ranks = 0;
     int pp_chunks = 1;  // runs of blocks per pipeline stage; above 1 the schedule is interleaved
@@ -80,7 +81,7 @@ struct RunConfig {
     std::int64_t every = 1;
     bool tensorboard = true;
   } log;
-  std::string device = "auto";  // auto | cpu | cuda
+  DeviceChoice device = DeviceChoice::kAuto;
 
   std::string origin;              // the file it came from, for messages
   std::vector<std::string> notes;  // for the start of the run: what was asked for in vain, one sentence each

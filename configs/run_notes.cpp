@@ -41,7 +41,7 @@ void add_schedule_words(const RunConfig& run, std::vector<std::string>& notes) {
     return;
   }
   const double decay = run.schedule.decay_fraction * static_cast<double>(steps);
-  if (run.schedule.name == "wsd" && decay > static_cast<double>(steps - warmup))
+  if (run.schedule.name == ScheduleKind::kWsd && decay > static_cast<double>(steps - warmup))
     notes.push_back(fmt::format(
         "schedule.decay_fraction: {} of {} steps reaches into the warm-up of {}: the decay takes the "
         "{} steps that are left",
@@ -52,17 +52,18 @@ void add_schedule_words(const RunConfig& run, std::vector<std::string>& notes) {
 
 std::vector<std::string> without_effect(const RunConfig& run) {
   Notes notes(run);
-  const bool cosine = run.schedule.name == "cosine", wsd = run.schedule.name == "wsd";
-  notes.unless(wsd, "schedule.decay_fraction", fmt::format("schedule.name is {}", run.schedule.name));
-  notes.unless(cosine || wsd, "schedule.min_lr_ratio", "schedule.name is constant");
+  const ScheduleKind schedule = run.schedule.name;
+  notes.unless(schedule == ScheduleKind::kWsd, "schedule.decay_fraction",
+               fmt::format("schedule.name is {}", name_of(schedule)));
+  notes.unless(schedule != ScheduleKind::kConstant, "schedule.min_lr_ratio", "schedule.name is constant");
   const bool evaluates = !run.data.valid.empty();
   notes.unless(evaluates, "train.eval_every", "data.valid is not given");
   notes.unless(evaluates, "train.eval_sequences", "data.valid is not given");
   notes.unless(run.data.shuffle, "data.seed", "data.shuffle is false");
-  notes.unless(run.model.init == "random" || run.optimizer.name == "adamw8bit", "run.seed",
-               "the weights come from model.path, and the order of the data has data.seed");
-  notes.unless(run.device != "cpu", "optimizer.offload", "device is cpu");
-  notes.unless(run.device != "cpu", "train.deterministic", "the CPU always sums in one order");
+  notes.unless(run.model.init == ModelInit::kRandom || run.optimizer.name == OptimizerKind::kAdamW8bit,
+               "run.seed", "the weights come from model.path, and the order of the data has data.seed");
+  notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");
+  notes.unless(run.device != DeviceChoice::kCpu, "train.deterministic", "the CPU always sums in one order");
   add_schedule_words(run, notes.list);
   return notes.list;
 }

@@ -165,14 +165,12 @@ class Problems {
     if (run_.data.seq_len > model_.max_position_embeddings)
       add("data.seq_len: {} is longer than the model's max_position_embeddings = {}", run_.data.seq_len,
           model_.max_position_embeddings);
-    if (run_.train.precision == "fp32" && p_.reduce == "bf16")
+    if (run_.train.precision == Precision::kFp32 && p_.reduce == Precision::kBf16)
       add("parallel.reduce: bf16 would round gradients that train.precision fp32 keeps; use fp32");
     if (model_.num_moe_layers() > 0 &&
         (model_.num_experts_per_tok < 1 || model_.num_experts_per_tok > model_.num_experts))
       add("the model's num_experts_per_tok is {}, expected 1 to {} (num_experts)", model_.num_experts_per_tok,
           model_.num_experts);
-    if (run_.model.init != "weights" && run_.model.init != "random")
-      add("model.init: {} is not one of weights, random", run_.model.init);
   }
 
   const RunConfig& run_;

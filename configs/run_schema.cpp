@@ -89,9 +89,9 @@ void add_train(Schema& schema, RunConfig::Train& train) {
       .says("Sequences per step, over all ranks.")
       .key("micro_batch", train.micro_batch, {.least = 1, .most = kMaxSequences, .required = true})
       .says("Sequences that a data-parallel rank computes at once; less takes less memory.")
-      .key("precision", train.precision, {.names = {"fp32", "bf16"}})
+      .key("precision", train.precision)
       .says("bf16: weights and activations in bf16 beside fp32 masters and moments.")
-      .key("recompute", train.recompute, {.names = {"none", "swiglu", "routed_up", "up", "ffn", "block"}})
+      .key("recompute", train.recompute)
       .says("What backward computes again instead of keeping: less memory, more work.")
       .key("deterministic", train.deterministic)
       .says("Two runs of one layout have the same bits. false: faster attention backward on GPUs.")
@@ -105,7 +105,7 @@ void add_train(Schema& schema, RunConfig::Train& train) {
 
 void add_optimization(Schema& schema, RunConfig& run) {
   schema.section("optimizer")
-      .key("name", run.optimizer.name, {.names = {"adamw", "adamw8bit"}})
+      .key("name", run.optimizer.name)
       .says("adamw8bit: moments in 8 bits and no masters.")
       .key("lr", run.optimizer.lr, {.least = 0})
       .says("Learning rate at the schedule's peak.")
@@ -122,7 +122,7 @@ void add_optimization(Schema& schema, RunConfig& run) {
       .key("offload", run.optimizer.offload)
       .says("On GPUs: masters and moments in the host's memory.");
   schema.section("schedule")
-      .key("name", run.schedule.name, {.names = {"cosine", "wsd", "constant"}})
+      .key("name", run.schedule.name)
       .says("Of the learning rate after the warm-up; wsd: constant, then a linear decay.")
       .key("warmup", run.schedule.warmup, {.least = 0})
       .says("Steps of linear rise to optimizer.lr.")
@@ -146,7 +146,7 @@ void add_layout(Schema& schema, RunConfig::Parallel& parallel) {
       .says("Ranks that each expert's width is divided over.")
       .key("zero", parallel.zero, {.least = 0, .most = 3, .built = {1, 2}})
       .says("1: optimizer state divided over the ranks. 2: blocks share their gradients' memory as well.")
-      .key("reduce", parallel.reduce, {.names = {"fp32", "bf16"}})
+      .key("reduce", parallel.reduce)
       .says("In what gradients are added up, over micro-batches and ranks.")
       .key("pp_chunks", parallel.pp_chunks, {.least = 1})
       .says("Runs of blocks per pipeline stage; above 1 the schedule is interleaved.")
@@ -166,13 +166,12 @@ Schema run_schema(RunConfig& run) {
   schema.section("model")
       .key("path", run.model.path, {.required = true, .path = true})
       .says("Hugging Face directory, checkpoint or run directory to start from.")
-      .key("init", run.model.init, {.names = {"weights", "random"}})
+      .key("init", run.model.init)
       .says("random: of model.path only config.json counts.");
   schema.section("router")
       .key("aux_loss", run.router.aux_loss, {.least = 0})
       .says("Coefficient of the load-balancing loss.")
-      .key("aux_kind", run.router.aux_kind,
-           {.names = {"hf", "switch"}, .planned = {"gshard", "sequence", "global"}})
+      .key("aux_kind", run.router.aux_kind)
       .says("hf: over all layers at once, as in transformers; switch: layer by layer.")
       .key("z_loss", run.router.z_loss, {.least = 0})
       .says("Coefficient of the router's z-loss.")
@@ -201,9 +200,7 @@ Schema run_schema(RunConfig& run) {
       .says("Steps between lines of metrics.jsonl.")
       .key("tensorboard", run.log.tensorboard)
       .says("Write TensorBoard events as well.");
-  schema.section("")
-      .key("device", run.device, {.names = {"auto", "cpu", "cuda"}})
-      .says("auto: GPUs where every rank has one.");
+  schema.section("").key("device", run.device).says("auto: GPUs where every rank has one.");
   return schema;
 }
 

@@ -21,10 +21,13 @@ std::string number_type(const std::string& kind, const NumberCheck& check) {
 }
 
 std::string text_type(const TextCheck& check) {
-  if (check.path) return check.may_be_empty ? "path or nothing" : "path";
-  if (check.names.empty()) return "text";
-  std::string words = fmt::format("{}", fmt::join(check.names, " | "));
-  if (!check.planned.empty()) words += fmt::format(" (not built yet: {})", fmt::join(check.planned, ", "));
+  if (!check.path) return "text";
+  return check.may_be_empty ? "path or nothing" : "path";
+}
+
+std::string choice_type(const NameList& names) {
+  std::string words = fmt::format("{}", fmt::join(names.built, " | "));
+  if (!names.planned.empty()) words += fmt::format(" (not built yet: {})", fmt::join(names.planned, ", "));
   return words;
 }
 
@@ -146,6 +149,16 @@ Schema& Schema::key(const std::string& name, std::vector<std::string>& target) {
         for (const std::string& item : target) quoted.push_back(yaml_quoted(item));
         return fmt::format("[{}]", fmt::join(quoted, ", "));
       });
+}
+
+Schema& Schema::choice(const std::string& name, const NameList& names, std::function<void(std::size_t)> set,
+                       std::function<std::string()> get) {
+  return key(
+      name, choice_type(names), false,
+      [names, set = std::move(set)](const YamlNode& node, const std::string& full, Problems& problems) {
+        if (const auto place = choice_of(node, full, names, problems)) set(*place);
+      },
+      std::move(get));
 }
 
 Schema::Field* Schema::find(const std::string& section, const std::string& name) {

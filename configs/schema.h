@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "configs/names.h"
 #include "configs/yaml_reader.h"
 
 namespace upmoe {
@@ -25,8 +26,6 @@ struct NumberCheck {
 };
 
 struct TextCheck {
-  std::vector<std::string> names = {};    // not empty: the values that exist ...
-  std::vector<std::string> planned = {};  // ... and those that are known but not built yet
   bool required = false;
   bool may_be_empty = false;
   bool path = false;  // a place on the disk: ~ and ${NAME} are filled in (path_text.h)
@@ -47,6 +46,8 @@ class Schema {
   Schema& key(const std::string& name, std::optional<int>& target, NumberCheck check = {});     // or `auto`
   Schema& key(const std::string& name, std::optional<double>& target, NumberCheck check = {});  // or `auto`
   Schema& key(const std::string& name, std::vector<std::string>& target);
+  template <HasNames Enum>
+  Schema& key(const std::string& name, Enum& target);  // one of its names
   Schema& key(const std::string& name, const std::string& type, bool required, Read read, Write write);
   Schema& says(const std::string& meaning);  // of the key just added: what it does and in which unit
 
@@ -68,6 +69,9 @@ class Schema {
   std::string help() const;       // for people: the keys by section, with defaults and meanings
 
  private:
+  // A key whose value is one of the names: `set` and `get` speak of its place among the built ones.
+  Schema& choice(const std::string& name, const NameList& names, std::function<void(std::size_t)> set,
+                 std::function<std::string()> get);
   struct Field {
     std::string section, name, type, meaning;
     bool required = false;
@@ -87,5 +91,12 @@ class Schema {
   std::vector<Field> fields_;
   std::vector<std::string> notes_;
 };
+
+template <HasNames Enum>
+Schema& Schema::key(const std::string& name, Enum& target) {
+  return choice(
+      name, name_list<Enum>(), [&target](std::size_t i) { target = kNames<Enum>.built.begin()[i].value; },
+      [&target] { return std::string(name_of(target)); });
+}
 
 }  // namespace upmoe

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <string_view>
@@ -145,39 +146,49 @@ std::optional<bool> truth_of(const YamlNode& node, const std::string& key, Probl
   return std::nullopt;
 }
 
-std::optional<std::string> text_of(const YamlNode& node, const std::string& key, const TextCheck& check,
-                                   Problems& problems) {
-  if (node.kind != YamlNode::Kind::kScalar) {
-    expected(node, key,
-             check.names.empty() ? "a text" : fmt::format("one of {}", fmt::join(check.names, ", ")),
-             problems);
-    return std::nullopt;
-  }
-  if (node.text.empty() && !check.may_be_empty) {
+namespace {
+
+// False for a scalar that is no text at all, and says so.
+bool has_text(const YamlNode& node, const std::string& key, bool may_be_empty, Problems& problems) {
+  if (node.text.empty() && !may_be_empty) {
     problems.add(node.where, key + ": is empty");
-    return std::nullopt;
+    return false;
   }
   if (node.text.find('\0') != std::string::npos) {
     problems.add(node.where, key + ": holds a NUL character");
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+std::optional<std::string> text_of(const YamlNode& node, const std::string& key, const TextCheck& check,
+                                   Problems& problems) {
+  if (node.kind != YamlNode::Kind::kScalar) {
+    expected(node, key, "a text", problems);
     return std::nullopt;
   }
-  if (check.path && !node.text.empty()) {
-    PathText expanded = expand_path(node.text);
-    if (expanded.problem.empty()) return std::move(expanded.path);
-    problems.add(node.where, fmt::format("{}: {}", key, expanded.problem));
-    return std::nullopt;
+  if (!has_text(node, key, check.may_be_empty, problems)) return std::nullopt;
+  if (!check.path || node.text.empty()) return node.text;
+  PathText expanded = expand_path(node.text);
+  if (expanded.problem.empty()) return std::move(expanded.path);
+  problems.add(node.where, fmt::format("{}: {}", key, expanded.problem));
+  return std::nullopt;
+}
+
+std::optional<std::size_t> choice_of(const YamlNode& node, const std::string& key, const NameList& names,
+                                     Problems& problems) {
+  const bool scalar = node.kind == YamlNode::Kind::kScalar;
+  if (scalar && !has_text(node, key, false, problems)) return std::nullopt;
+  const auto found = std::find(names.built.begin(), names.built.end(), node.text);
+  if (scalar && found != names.built.end()) return static_cast<std::size_t>(found - names.built.begin());
+  if (scalar && std::find(names.planned.begin(), names.planned.end(), node.text) != names.planned.end()) {
+    problems.add(node.where, fmt::format("{}: {} is not built yet; use {}", key, node.text,
+                                         fmt::join(names.built, " or ")));
+  } else {
+    expected(node, key, fmt::format("one of {}", fmt::join(names.built, ", ")), problems);
   }
-  if (check.names.empty()) return node.text;
-  for (const std::string& name : check.names) {
-    if (name == node.text) return node.text;
-  }
-  for (const std::string& name : check.planned) {
-    if (name != node.text) continue;
-    problems.add(node.where,
-                 fmt::format("{}: {} is not built yet; use {}", key, name, fmt::join(check.names, " or ")));
-    return std::nullopt;
-  }
-  expected(node, key, fmt::format("one of {}", fmt::join(check.names, ", ")), problems);
   return std::nullopt;
 }
 

@@ -16,6 +16,9 @@ std::optional<double> number_of(const YamlNode& node, const std::string& key, co
 std::optional<bool> truth_of(const YamlNode& node, const std::string& key, Problems& problems);
 std::optional<std::string> text_of(const YamlNode& node, const std::string& key, const TextCheck& check,
                                    Problems& problems);
+// The place of a name among those that are built.
+std::optional<std::size_t> choice_of(const YamlNode& node, const std::string& key, const NameList& names,
+                                     Problems& problems);
 std::string range_words(const NumberCheck& check);  // "at least 1", "0 to 1", empty without limits
 
 }  // namespace upmoe

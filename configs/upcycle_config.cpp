@@ -29,28 +29,27 @@ Schema schema_of(UpcycleConfig& c) {
       .key("norm_topk_prob", c.target.norm_topk_prob)
       .says("The chosen experts' weights are scaled to sum to one.");
   schema.section("experts")
-      .key("method", c.experts.method,
-           {.names = {"copy", "split", "shuffle", "virtual_group", "random"}, .planned = {"cluster"}})
+      .key("method", c.experts.method)
       .says("Which neurons of the dense feed-forward an expert is made of.")
       .key("copies", c.experts.copies, {.least = 1})
       .says("Of the dense feed-forward; auto: as many as the experts need.")
       .key("reinit", c.experts.reinit, {.least = 0, .most = 1})
       .says("Share of every expert's neurons that is drawn anew.")
-      .key("reinit_from", c.experts.reinit_from, {.names = {"source", "config"}})
+      .key("reinit_from", c.experts.reinit_from)
       .says("Deviation of what is drawn: the source matrix's, or initializer_range.")
-      .key("reinit_sets", c.experts.reinit_sets, {.names = {"joint", "per_matrix"}})
+      .key("reinit_sets", c.experts.reinit_sets)
       .says("joint: whole neurons; per_matrix: a set of its own for gate, up and down.")
       .key("noise", c.experts.noise, {.least = 0})
       .says("Standard deviation of the noise on kept neurons.")
       .key("scale", c.experts.scale, {.least = 0})
       .says("Factor of the down projections; auto: what preserves the function.");
   schema.section("shared")
-      .key("method", c.shared.method, {.names = {"dense", "random", "shuffle", "zero", "none"}})
+      .key("method", c.shared.method)
       .says("What the shared expert is made of.")
       .key("scale", c.shared.scale, {.least = 0})
       .says("Factor of the shared down projection.");
   schema.section("router")
-      .key("method", c.router.method, {.names = {"normal", "zero", "virtual_group", "uniform"}})
+      .key("method", c.router.method)
       .says("How the router's rows are drawn.")
       .key("std", c.router.std, {.least = 0})
       .says("Standard deviation of the router's weights.");
@@ -69,17 +68,17 @@ std::vector<std::string> without_effect(const UpcycleConfig& c) {
   const auto unless = [&](bool effective, bool changed, const char* key, const std::string& why) {
     if (!effective && changed) notes.push_back(fmt::format("{} has no effect: {}", key, why));
   };
-  const bool drawn = c.experts.reinit > 0, random = c.experts.method == "random";
+  const bool drawn = c.experts.reinit > 0, random = c.experts.method == ExpertMethod::kRandom;
   unless(drawn, c.experts.reinit_sets != defaults.experts.reinit_sets, "experts.reinit_sets",
          random ? "experts.method random draws whole experts" : "experts.reinit is 0");
   unless(drawn || random || !c.keep_rest, c.experts.reinit_from != defaults.experts.reinit_from,
          "experts.reinit_from", "experts.reinit is 0");
-  unless(c.router.method != "zero", c.router.std != defaults.router.std, "router.std",
+  unless(c.router.method != RouterMethod::kZero, c.router.std != defaults.router.std, "router.std",
          "router.method is zero");
   const bool shared = c.target.shared_expert_intermediate_size > 0;
   unless(shared, c.shared.scale != defaults.shared.scale, "shared.scale", "there is no shared expert");
-  unless(c.shared.method != "zero" || !shared, c.shared.scale != defaults.shared.scale, "shared.scale",
-         "shared.method zero makes a down projection of zeros");
+  unless(c.shared.method != SharedMethod::kZero || !shared, c.shared.scale != defaults.shared.scale,
+         "shared.scale", "shared.method zero makes a down projection of zeros");
   return notes;
 }
 
@@ -91,24 +90,24 @@ void check_together(const UpcycleConfig& c, const Schema& schema, Problems& prob
                  fmt::format("{} of {} experts cannot be chosen", t.num_experts_per_tok, t.num_experts));
   }
   const bool shared = t.shared_expert_intermediate_size > 0;
-  if (shared && c.shared.method == "none") {
+  if (shared && c.shared.method == SharedMethod::kNone) {
     problems.add(schema.place_of("shared.method"),
                  fmt::format("none contradicts target.shared_expert_intermediate_size = {}; make that 0",
                              t.shared_expert_intermediate_size));
   }
-  if (!shared && schema.was_given("shared.method") && c.shared.method != "none") {
-    problems.add(
-        schema.place_of("shared.method"),
-        fmt::format("{} needs target.shared_expert_intermediate_size above 0; use none", c.shared.method));
+  if (!shared && schema.was_given("shared.method") && c.shared.method != SharedMethod::kNone) {
+    problems.add(schema.place_of("shared.method"),
+                 fmt::format("{} needs target.shared_expert_intermediate_size above 0; use none",
+                             name_of(c.shared.method)));
   }
-  if (c.router.method == "virtual_group" && c.experts.method != "virtual_group") {
+  if (c.router.method == RouterMethod::kVirtualGroup && c.experts.method != ExpertMethod::kVirtualGroup) {
     problems.add(
         schema.place_of("router.method"),
         fmt::format("virtual_group gives the shards of one copy the same row, so experts.method must be "
                     "virtual_group too, not {}",
-                    c.experts.method));
+                    name_of(c.experts.method)));
   }
-  if (c.experts.method == "random") {
+  if (c.experts.method == ExpertMethod::kRandom) {
     const bool given = schema.was_given("experts.copies") && c.experts.copies.has_value();
     if (given)
       problems.add(schema.place_of("experts.copies"), "experts.method random makes no copies; use auto");
@@ -140,7 +139,7 @@ UpcycleConfig parse_upcycle_config(const std::string& yaml, const std::string& w
   config.notes = schema.notes();
   for (std::string& note : without_effect(config)) config.notes.push_back(std::move(note));
   // So that the resolved recipe says what happens: without a shared expert nothing is made for it.
-  if (config.target.shared_expert_intermediate_size == 0) config.shared.method = "none";
+  if (config.target.shared_expert_intermediate_size == 0) config.shared.method = SharedMethod::kNone;
   return config;
 }
 

@@ -7,7 +7,48 @@
 #include <string>
 #include <vector>
 
+#include "configs/names.h"
+
 namespace upmoe {
+
+// Which neurons of the dense feed-forward an expert is made of.
+enum class ExpertMethod : std::uint8_t { kCopy, kSplit, kShuffle, kVirtualGroup, kRandom };
+template <>
+inline constexpr Names<ExpertMethod> kNames<ExpertMethod>{
+    .built = {{ExpertMethod::kCopy, "copy"},
+              {ExpertMethod::kSplit, "split"},
+              {ExpertMethod::kShuffle, "shuffle"},
+              {ExpertMethod::kVirtualGroup, "virtual_group"},
+              {ExpertMethod::kRandom, "random"}},
+    .planned = {"cluster"}};
+
+// Of what is drawn anew: mean and deviation of the source matrix, or initializer_range.
+enum class ReinitFrom : std::uint8_t { kSource, kConfig };
+template <>
+inline constexpr Names<ReinitFrom> kNames<ReinitFrom>{
+    .built = {{ReinitFrom::kSource, "source"}, {ReinitFrom::kConfig, "config"}}};
+
+// Whole neurons, or an independent set for each matrix.
+enum class ReinitSets : std::uint8_t { kJoint, kPerMatrix };
+template <>
+inline constexpr Names<ReinitSets> kNames<ReinitSets>{
+    .built = {{ReinitSets::kJoint, "joint"}, {ReinitSets::kPerMatrix, "per_matrix"}}};
+
+enum class SharedMethod : std::uint8_t { kDense, kRandom, kShuffle, kZero, kNone };
+template <>
+inline constexpr Names<SharedMethod> kNames<SharedMethod>{.built = {{SharedMethod::kDense, "dense"},
+                                                                    {SharedMethod::kRandom, "random"},
+                                                                    {SharedMethod::kShuffle, "shuffle"},
+                                                                    {SharedMethod::kZero, "zero"},
+                                                                    {SharedMethod::kNone, "none"}}};
+
+enum class RouterMethod : std::uint8_t { kNormal, kZero, kVirtualGroup, kUniform };
+template <>
+inline constexpr Names<RouterMethod> kNames<RouterMethod>{
+    .built = {{RouterMethod::kNormal, "normal"},
+              {RouterMethod::kZero, "zero"},
+              {RouterMethod::kVirtualGroup, "virtual_group"},
+              {RouterMethod::kUniform, "uniform"}}};
 
 struct UpcycleConfig {
   struct Target {
@@ -16,21 +57,20 @@ struct UpcycleConfig {
     bool norm_topk_prob = false;
   } target;
   struct Experts {
-    std::string method = "shuffle";  // copy | split | shuffle | virtual_group | random
-    std::optional<int> copies;       // empty = auto: ceil(experts * width / dense width)
-    double reinit = 0.0;             // floor(reinit * width) neurons of every expert are drawn anew
-    std::string reinit_from =
-        "source";  // source: mean and deviation of the source matrix | config: initializer_range
-    std::string reinit_sets = "joint";  // joint: whole neurons | per_matrix: an independent set per matrix
-    double noise = 0.0;                 // standard deviation of normal noise added to kept neurons
-    std::optional<double> scale;        // empty = auto; multiplies the down projections
+    ExpertMethod method = ExpertMethod::kShuffle;
+    std::optional<int> copies;  // empty = auto: ceil(experts * width / dense width)
+    double reinit = 0.0;        // floor(reinit * width) neurons of every expert are drawn anew
+    ReinitFrom reinit_from = ReinitFrom::kSource;
+    ReinitSets reinit_sets = ReinitSets::kJoint;
+    double noise = 0.0;           // standard deviation of normal noise added to kept neurons
+    std::optional<double> scale;  // empty = auto; multiplies the down projections
   } experts;
   struct Shared {
-    std::string method = "dense";  // dense | random | shuffle | zero | none
-    double scale = 2.0;            // multiplies the shared down projection
+    SharedMethod method = SharedMethod::kDense;
+    double scale = 2.0;  // multiplies the shared down projection
   } shared;
   struct Router {
-    std::string method = "normal";  // normal | zero | virtual_group | uniform
+    RouterMethod method = RouterMethod::kNormal;
     double std = 0.02;
   } router;
   bool keep_rest = true;  // attention, norms, embedding and head as in the source; false: drawn anew

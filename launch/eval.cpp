@@ -26,7 +26,9 @@ namespace {
 constexpr double kLargest = std::numeric_limits<double>::max();  // JSON has no infinity
 
 struct EvalArguments {
-  std::string model, data, logits, precision = "fp32", device = "auto";
+  std::string model, data, logits;
+  Precision precision = Precision::kFp32;
+  DeviceChoice device = DeviceChoice::kAuto;
   std::int64_t seq_len = 0, sequences = 0, micro_batch = 4;
   bool mask_documents = false;
 };
@@ -64,7 +66,7 @@ MeshSpec spread(const ModelConfig& config, int ranks) {
   fail(ExitCode::kNumeric,
        "{}: {} over {} in {}: either weights are not finite, or what they compute; "
        "`upmoe inspect --verify {}` reads every weight",
-       a.model, what, a.data, a.precision, a.model);
+       a.model, what, a.data, name_of(a.precision), a.model);
 }
 
 int run_eval(const EvalArguments& a, Runtime& runtime) {
@@ -85,10 +87,7 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   RankMemory memory(device, &world);
   const StagePlan plan = one_stage(config.num_hidden_layers);
   ParamStore params(config, spec, plan, world.rank(),
-                    {.dtype = a.precision == "bf16" ? DType::kBF16 : DType::kF32,
-                     .device = device,
-                     .gradients = false,
-                     .freeze = {}});
+                    {.dtype = dtype_of(a.precision), .device = device, .gradients = false, .freeze = {}});
   std::unique_ptr<TokenDataset> data;
   run_agreed(world, [&] {
     params.load(memory.exec,
@@ -149,12 +148,8 @@ void add_eval(CLI::App& app, Handler& handler) {
   command->add_option("--micro-batch", a->micro_batch, "Sequences at once per rank")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->add_option("--precision", a->precision, "fp32 or bf16")
-      ->check(CLI::IsMember({"fp32", "bf16"}))
-      ->capture_default_str();
-  command->add_option("--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one")
-      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
-      ->capture_default_str();
+  add_choice(*command, "--precision", a->precision, "fp32 or bf16");
+  add_choice(*command, "--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one");
   command->add_flag("--mask-documents", a->mask_documents,
                     "Attention and positions restart at each document");
   as_path(command->add_option("--logits", a->logits,

@@ -1,5 +1,6 @@
 // upmoe export: a checkpoint (or any model) as a Hugging Face directory.
 
+#include "configs/run_choices.h"
 #include "data/hf_model.h"
 #include "data/model_source.h"
 #include "data/staged_directory.h"
@@ -12,7 +13,8 @@ namespace upmoe {
 namespace {
 
 struct ExportArguments {
-  std::string model, to, dtype = "bf16";
+  std::string model, to;
+  Precision dtype = Precision::kBf16;
 };
 
 // What the output may not lie in: a run's checkpoints are one folder.
@@ -37,9 +39,9 @@ int run_export(const ExportArguments& a, Runtime& runtime) {
     write_hf_model({.dir = a.to,
                     .companions = companions,
                     .inputs = {folder_of(source->directory())},
-                    .dtype = a.dtype == "bf16" ? DType::kBF16 : DType::kF32},
+                    .dtype = dtype_of(a.dtype)},
                    source->config(), read);
-    log::info("{} written in {}", a.to, a.dtype);
+    log::info("{} written in {}", a.to, name_of(a.dtype));
   });
   return 0;
 }
@@ -51,9 +53,7 @@ void add_export(CLI::App& app, Handler& handler) {
   CLI::App* command = app.add_subcommand("export", "Checkpoint to Hugging Face directory");
   as_path(command->add_option("model", a->model, "Checkpoint, run directory or model directory")->required());
   as_path(command->add_option("--to", a->to, "Directory to write; must not exist or be empty")->required());
-  command->add_option("--dtype", a->dtype, "bf16 or fp32")
-      ->check(CLI::IsMember({"bf16", "fp32"}))
-      ->capture_default_str();
+  add_choice(*command, "--dtype", a->dtype, "bf16 or fp32");
   command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_export(*a, runtime); }; });
 }
 

@@ -16,7 +16,7 @@ namespace upmoe {
 namespace {
 
 struct UpcycleArguments {
-  std::string recipe, form = "huggingface";
+  std::string recipe;
   std::vector<std::string> overrides;
   UpcycleOptions options;
   bool plan = false;
@@ -66,13 +66,9 @@ void add_upcycle(CLI::App& app, Handler& handler) {
            "line.\n\n" +
            upcycle_config_help();
   });
-  command
-      ->add_option(
-          "--form", arguments->form,
-          "huggingface: a model directory for everybody; checkpoint: one shard per rank with the same "
-          "values, for upmoe alone (train with model.path: DIR, eval, inspect, export)")
-      ->check(CLI::IsMember({"huggingface", "checkpoint"}))
-      ->capture_default_str();
+  add_choice(*command, "--form", arguments->options.form,
+             "huggingface: a model directory for everybody; checkpoint: one shard per rank with the same "
+             "values, for upmoe alone (train with model.path: DIR, eval, inspect, export)");
   command->add_flag("--plan", arguments->plan, "Print what would be done and stop");
   command
       ->add_option("--threads", arguments->options.threads,
@@ -85,8 +81,7 @@ void add_upcycle(CLI::App& app, Handler& handler) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->callback([arguments, command, &handler] {
-    if (arguments->form == "checkpoint") arguments->options.form = OutputForm::kCheckpoint;
-    if (arguments->form == "checkpoint" && command->count("--max-shard-bytes") > 0)
+    if (arguments->options.form == OutputForm::kCheckpoint && command->count("--max-shard-bytes") > 0)
       throw CLI::ValidationError("--max-shard-bytes", "a checkpoint has one shard per rank; leave it out");
     handler = [arguments](Runtime& runtime) { return run_upcycle(*arguments, runtime); };
   });

@@ -107,20 +107,21 @@ int take_gpu(Communicator& world) {
 
 }  // namespace
 
-Device Runtime::choose_device(const std::string& wish) {
-  if (wish == "cpu") return {};
+Device Runtime::choose_device(DeviceChoice wish) {
+  if (wish == DeviceChoice::kCpu) return {};
   const bool have = gpu::count() > 0;
   const std::vector<std::int64_t> all = gather(*world_, have ? 1 : 0);
   const auto without = std::find(all.begin(), all.end(), 0);
   if (without != all.end()) {
-    if (wish == "auto" && std::find(all.begin(), all.end(), 1) == all.end()) return {};
+    if (wish == DeviceChoice::kAuto && std::find(all.begin(), all.end(), 1) == all.end()) return {};
     const bool speaks = without - all.begin() == world_->rank();
-    const char* advice = wish == "auto"
+    const char* advice = wish == DeviceChoice::kAuto
                              ? "other ranks have GPUs, and all compute on one kind of device: set device: "
                                "cpu, or leave this host out"
                              : "set device: cpu or auto";
     agree(*world_, ExitCode::kDevice,
-          speaks ? fmt::format("device: {} was asked for, but {}; {}", wish, gpu::why_none(), advice) : "");
+          speaks ? fmt::format("device: {} was asked for, but {}; {}", name_of(wish), gpu::why_none(), advice)
+                 : "");
   }
   const Device device{DeviceType::kCuda, take_gpu(*world_)};
   if (world_->size() > 1) world_ = make_nccl_communicator(std::move(world_));

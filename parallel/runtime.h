@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "configs/run_choices.h"
 #include "parallel/communicator.h"
 #include "parallel/threads.h"
 
@@ -20,11 +21,11 @@ class Runtime {
   ~Runtime();  // finalises MPI, unless an error is under way
   Communicator& world() { return *world_; }
   const CoreShare& cores() const { return cores_; }
-  // The device of this rank for `wish`: cpu, cuda, or auto (GPUs where every rank has one, else the CPU).
+  // The device of this rank for `wish`; kAuto: a GPU where every rank has one, else the CPU.
   // Each rank of a host gets a GPU of its own; from then on world() also moves tensors on GPUs, over NCCL.
   // Collective. Throws Error(kDevice) on all ranks when a rank cannot have what was asked for, or when two
   // would share a GPU.
-  Device choose_device(const std::string& wish);
+  Device choose_device(DeviceChoice wish);
   // Prints `message` from this rank once and ends the job with `code` on every rank (a signal-safe
   // path on the peers).
   [[noreturn]] void abort(int code, const std::string& message) noexcept;

@@ -67,7 +67,7 @@ Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
         ExitCode::kUsage,
         "model.init: {}, but the run in {} started with {} and goes on from {}; restore it, or start another "
         "run.dir",
-        now.model.init, now.run.dir, before_.model.init, checkpoint.string());
+        name_of(now.model.init), now.run.dir, name_of(before_.model.init), checkpoint.string());
   require_same_model(record.value("source_digest", ""), record.at("model_config").get<std::string>());
 }
 
@@ -83,7 +83,7 @@ void Resumption::require_same_model(const std::string& source_digest, const std:
     const ModelConfig started = parse_model_config(model_config, checkpoint_.string());
     std::unique_ptr<ModelSource> weights;
     ModelConfig config;
-    if (now_.model.init == "random") {
+    if (now_.model.init == ModelInit::kRandom) {
       config = read_model_config(asked);
     } else {
       weights = open_model(asked);

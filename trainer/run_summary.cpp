@@ -42,7 +42,8 @@ double share_of(const RunConfig& run, std::size_t source) {
 
 std::string start_of(const RunConfig& run, const TrainState& state) {
   if (state.step > 0) return fmt::format("going on after step {}", state.step);
-  return run.model.init == "random" ? fmt::format("random weights of seed {}", run.run.seed) : "its weights";
+  return run.model.init == ModelInit::kRandom ? fmt::format("random weights of seed {}", run.run.seed)
+                                              : "its weights";
 }
 
 void log_model(const Session& s, const TrainState& state) {
@@ -135,7 +136,7 @@ void log_run_summary(const Session& s, const TrainState& state, const TokenDatas
   const RunConfig& run = s.run;
   log_model(s, state);
   log_data(s, state, valid);
-  log::info("ranks: {} as {}; {}{}", s.mesh.world().size(), s.mesh.spec().str(), run.train.precision,
+  log::info("ranks: {} as {}; {}{}", s.mesh.world().size(), s.mesh.spec().str(), name_of(run.train.precision),
             cores.empty() ? "" : "; " + cores);
   if (s.plan.stages > 1) log::info("pipeline by cost: {}", describe(s.plan));
   const std::string checkpoints = run.checkpoint.every > 0

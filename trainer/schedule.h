@@ -17,8 +17,8 @@ inline double learning_rate(const RunConfig& run, std::int64_t step) {
   const double s = static_cast<double>(step), warmup = static_cast<double>(run.schedule.warmup);
   const double last = static_cast<double>(run.train.steps);
   if (s <= warmup) return lr * s / warmup;
-  if (run.schedule.name == "constant") return lr;
-  if (run.schedule.name == "wsd") {
+  if (run.schedule.name == ScheduleKind::kConstant) return lr;
+  if (run.schedule.name == ScheduleKind::kWsd) {
     const double wished = std::max(1.0, std::round(run.schedule.decay_fraction * last));
     const double decay = std::max(1.0, std::min(wished, last - warmup));
     const double left = std::max(0.0, last - s);

@@ -26,14 +26,10 @@ MeshSpec mesh_of(const RunConfig& run, int world_size) {
 
 namespace {
 
-DType dtype_of(const RunConfig& run) {
-  return run.train.precision == "bf16" ? DType::kBF16 : DType::kF32;
-}
-
 ParamStore::Options storage_of(const RunConfig& run, const ModelConfig& model, Device device) {
   ParamStore::Options options;
-  options.dtype = dtype_of(run);
-  options.grad_dtype = run.parallel.reduce == "bf16" ? options.dtype : DType::kF32;
+  options.dtype = dtype_of(run.train.precision);
+  options.grad_dtype = run.parallel.reduce == Precision::kBf16 ? options.dtype : DType::kF32;
   options.share_block_grads = run.parallel.zero == 2;
   options.device = device;
   options.freeze = frozen_names(run.freeze, model);
@@ -43,14 +39,14 @@ ParamStore::Options storage_of(const RunConfig& run, const ModelConfig& model, D
 Optimizer::Config optimizer_of(const RunConfig& run) {
   return {run.optimizer.beta1,   run.optimizer.beta2,
           run.optimizer.eps,     run.optimizer.weight_decay,
-          run.optimizer.clip,    run.optimizer.name == "adamw8bit",
+          run.optimizer.clip,    run.optimizer.name == OptimizerKind::kAdamW8bit,
           run.optimizer.offload, static_cast<std::uint64_t>(run.run.seed)};
 }
 
 }  // namespace
 
-void remark_on_precision(const std::string& precision, Device device) {
-  if (precision != "bf16" || device.type != DeviceType::kCpu) return;
+void remark_on_precision(Precision precision, Device device) {
+  if (precision != Precision::kBf16 || device.type != DeviceType::kCpu) return;
   const std::string reason = ops::why_bf16_is_slow();
   if (!reason.empty())
     log::info(
@@ -80,7 +76,7 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model_config, C
       mesh(mesh_of(run_config, world.size()), world, run_config.parallel.node_ranks),
       plan(stages_of(run_config, model_config)),
       params(model_config, mesh.spec(), plan, world.rank(), storage_of(run_config, model_config, device)),
-      chunks(make_chunks(model_config, params, mesh, plan, recompute_from(run_config.train.recompute))),
+      chunks(make_chunks(model_config, params, mesh, plan, run_config.train.recompute)),
       pipeline(model_config, mesh, plan, chunks, device),
       reducer(params, mesh, device),
       optimizer(params, optimizer_of(run_config), device) {

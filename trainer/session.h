@@ -20,7 +20,7 @@ MeshSpec mesh_of(const RunConfig& run, int world_size);
 StagePlan stages_of(const RunConfig& run, const ModelConfig& model);
 
 // A line for the start of a run whose precision takes longer than fp32 on this device; nothing otherwise.
-void remark_on_precision(const std::string& precision, Device device);
+void remark_on_precision(Precision precision, Device device);
 
 // Device, scratch memory and ledger of one rank.
 struct RankMemory {

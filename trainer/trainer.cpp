@@ -41,7 +41,7 @@ StepSums Trainer::accumulate() {
   step.next = [&] { return tokens_of(s_.loader->next(), run.data.seq_len); };
   step.seq_len = run.data.seq_len;
   step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);
-  step.balance.kind = aux_kind_from(run.router.aux_kind);
+  step.balance.kind = run.router.aux_kind;
   step.balance.aux_coefficient = run.router.aux_loss / micro_batches;
   step.balance.z_coefficient = run.router.z_loss / micro_batches;
   step.before_block = [&](int block) { s_.reducer.await_values(ex, block); };

@@ -70,7 +70,7 @@ class Run {
 
   // Weights to start from are opened only where they are wanted: init: random needs config.json alone.
   ModelConfig open_config(const std::optional<fs::path>& checkpoint) {
-    if (!checkpoint && run_.model.init == "random") return read_model_config(run_.model.path);
+    if (!checkpoint && run_.model.init == ModelInit::kRandom) return read_model_config(run_.model.path);
     source_ = open_model(checkpoint ? *checkpoint : fs::path(run_.model.path));
     return source_->config();
   }
@@ -122,7 +122,7 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   } else {
     state_.source = fs::absolute(run_.model.path).string();
     if (world_.rank() == 0) state_.source_digest = model_digest(session_config_, source_.get());
-    if (run_.model.init == "random") {
+    if (run_.model.init == ModelInit::kRandom) {
       s.params.initialise(s.memory.exec, run_.run.seed);
       s.optimizer.reset(s.memory.exec);
     } else {

@@ -20,7 +20,8 @@ std::int64_t routed_neurons(const UpcycleConfig& config) {
 
 // The shared expert is cut from the copies behind the routed ones.
 bool shares_pool(const UpcycleConfig& config) {
-  return has_shared(config) && config.experts.method == "shuffle" && config.shared.method == "shuffle";
+  return has_shared(config) && config.experts.method == ExpertMethod::kShuffle &&
+         config.shared.method == SharedMethod::kShuffle;
 }
 
 // What the lines of one layer have in common.
@@ -33,7 +34,9 @@ struct LayerRecipe {
 
   UnitMap routed_units(int expert) const;
   UnitMap shared_units() const;
-  Redraw redraw() const { return {config.experts.reinit_from == "source", dense.initializer_range}; }
+  Redraw redraw() const {
+    return {config.experts.reinit_from == ReinitFrom::kSource, dense.initializer_range};
+  }
   FreshInit router() const;
 };
 
@@ -44,22 +47,28 @@ UnitMap LayerRecipe::routed_units(int expert) const {
   map.width = config.target.moe_intermediate_size;
   map.layer = layer;
   map.name = fmt::format("layers.{}.experts.{}", layer, expert);
-  map.joint = experts.reinit_sets == "joint";
+  map.joint = experts.reinit_sets == ReinitSets::kJoint;
   map.redrawn = redrawn_units(experts.reinit, map.width);
-  if (experts.method == "copy") {
-    map.rule = UnitMap::Rule::kRange;
-  } else if (experts.method == "split") {
-    map.rule = UnitMap::Rule::kWrap;
-    map.begin = expert * map.width;
-  } else if (experts.method == "shuffle") {
-    map.rule = UnitMap::Rule::kShuffle;
-    map.begin = expert * map.width;
-  } else if (experts.method == "virtual_group") {  // expert G*copy + s holds shard s
-    map.rule = UnitMap::Rule::kRange;
-    map.begin = (expert % shards_per_copy(map.source_width, map.width)) * map.width;
-  } else {
-    map.rule = UnitMap::Rule::kNew;
-    map.redrawn = 0;  // all are new already
+  switch (experts.method) {
+    case ExpertMethod::kCopy:
+      map.rule = UnitMap::Rule::kRange;
+      break;
+    case ExpertMethod::kSplit:
+      map.rule = UnitMap::Rule::kWrap;
+      map.begin = expert * map.width;
+      break;
+    case ExpertMethod::kShuffle:
+      map.rule = UnitMap::Rule::kShuffle;
+      map.begin = expert * map.width;
+      break;
+    case ExpertMethod::kVirtualGroup:  // expert G*copy + s holds shard s
+      map.rule = UnitMap::Rule::kRange;
+      map.begin = (expert % shards_per_copy(map.source_width, map.width)) * map.width;
+      break;
+    case ExpertMethod::kRandom:
+      map.rule = UnitMap::Rule::kNew;
+      map.redrawn = 0;  // all are new already
+      break;
   }
   return map;
 }
@@ -70,18 +79,23 @@ UnitMap LayerRecipe::shared_units() const {
   map.name = fmt::format("layers.{}.shared", layer);
   map.redrawn = 0;
   map.begin = 0;
-  const std::string& method = config.shared.method;
-  if (method == "dense") {
-    map.rule = UnitMap::Rule::kRange;
-  } else if (method ==
-             "shuffle") {  // from the same endless row of copies, behind the routed experts; redrawn likewise
-    map.rule = UnitMap::Rule::kShuffle;
-    map.begin = routed_neurons(config);
-    map.redrawn = redrawn_units(config.experts.reinit, map.width);
-  } else if (method == "zero") {
-    map.rule = UnitMap::Rule::kPadding;
-  } else {
-    map.rule = UnitMap::Rule::kNew;
+  switch (config.shared.method) {
+    case SharedMethod::kDense:
+      map.rule = UnitMap::Rule::kRange;
+      break;
+    case SharedMethod::
+        kShuffle:  // from the same endless row of copies, behind the routed experts; redrawn likewise
+      map.rule = UnitMap::Rule::kShuffle;
+      map.begin = routed_neurons(config);
+      map.redrawn = redrawn_units(config.experts.reinit, map.width);
+      break;
+    case SharedMethod::kZero:
+      map.rule = UnitMap::Rule::kPadding;
+      break;
+    case SharedMethod::kRandom:
+    case SharedMethod::kNone:
+      map.rule = UnitMap::Rule::kNew;
+      break;
   }
   return map;
 }
@@ -89,10 +103,18 @@ UnitMap LayerRecipe::shared_units() const {
 FreshInit LayerRecipe::router() const {
   FreshInit init;
   init.std = config.router.std;
-  if (config.router.method == "zero") init.kind = FreshInit::Kind::kConstant;
-  if (config.router.method == "uniform") init.kind = FreshInit::Kind::kUniform;
-  if (config.router.method == "virtual_group") {  // one row for each copy, the same for its shards
-    init.rows_per_draw = shards_per_copy(dense.intermediate_size, config.target.moe_intermediate_size);
+  switch (config.router.method) {
+    case RouterMethod::kNormal:
+      break;
+    case RouterMethod::kZero:
+      init.kind = FreshInit::Kind::kConstant;
+      break;
+    case RouterMethod::kUniform:
+      init.kind = FreshInit::Kind::kUniform;
+      break;
+    case RouterMethod::kVirtualGroup:  // one row for each copy, the same for its shards
+      init.rows_per_draw = shards_per_copy(dense.intermediate_size, config.target.moe_intermediate_size);
+      break;
   }
   return init;
 }
@@ -107,7 +129,7 @@ class RecipeBuilder {
   RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense) : config_(config), dense_(dense) {
     recipe_.seed = static_cast<std::uint64_t>(config.seed);
     recipe_.scale = resolve_scale(config, dense.intermediate_size);
-    recipe_.redrawn = config.experts.method == "random"
+    recipe_.redrawn = config.experts.method == ExpertMethod::kRandom
                           ? config.target.moe_intermediate_size
                           : redrawn_units(config.experts.reinit, config.target.moe_intermediate_size);
     recipe_.layers.resize(static_cast<std::size_t>(dense.num_hidden_layers));
@@ -250,20 +272,25 @@ ModelConfig make_moe_config(const UpcycleConfig& config, const ModelConfig& dens
 UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense) {
   UpcycleConfig out = config;
   const auto& t = config.target;
-  const std::string& method = config.experts.method;
   out.experts.scale = resolve_scale(config, dense.intermediate_size);
-  if (!out.experts.copies) {
-    if (method == "copy") out.experts.copies = t.num_experts;
-    if (method == "split" || method == "shuffle") {
+  if (out.experts.copies) return out;
+  switch (config.experts.method) {
+    case ExpertMethod::kCopy:
+      out.experts.copies = t.num_experts;
+      break;
+    case ExpertMethod::kSplit:
+    case ExpertMethod::kShuffle: {
       const std::int64_t neurons =
           routed_neurons(config) + (shares_pool(config) ? t.shared_expert_intermediate_size : 0);
-      out.experts.copies =
-          static_cast<int>((neurons + dense.intermediate_size - 1) / dense.intermediate_size);
+      out.experts.copies = static_cast<int>(shards_per_copy(neurons, dense.intermediate_size));
+      break;
     }
-    if (method == "virtual_group") {
+    case ExpertMethod::kVirtualGroup:
       out.experts.copies =
           static_cast<int>(t.num_experts / shards_per_copy(dense.intermediate_size, t.moe_intermediate_size));
-    }
+      break;
+    case ExpertMethod::kRandom:
+      break;
   }
   return out;
 }

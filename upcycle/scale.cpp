@@ -28,13 +28,13 @@ double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width) {
   const auto& experts = config.experts;
   if (experts.scale) return *experts.scale;
   const bool shared_carries =
-      config.shared.method == "dense" && config.target.shared_expert_intermediate_size > 0;
+      config.shared.method == SharedMethod::kDense && config.target.shared_expert_intermediate_size > 0;
   const auto width = static_cast<double>(config.target.moe_intermediate_size);
   const std::int64_t redrawn = redrawn_units(experts.reinit, config.target.moe_intermediate_size);
   const double kept = width - static_cast<double>(redrawn);
-  if (shared_carries || experts.method == "random" || kept == 0) return 1.0;
+  if (shared_carries || experts.method == ExpertMethod::kRandom || kept == 0) return 1.0;
 
-  const bool shards = experts.method == "virtual_group";
+  const bool shards = experts.method == ExpertMethod::kVirtualGroup;
   const double neurons =
       shards ? static_cast<double>(shards_per_copy(dense_width, config.target.moe_intermediate_size)) * width
              : static_cast<double>(dense_width);

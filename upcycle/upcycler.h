@@ -15,6 +15,9 @@ namespace upmoe {
 // The same values in both. A checkpoint is a shard store of one file per rank: training starts from it with
 // every rank reading its part, and nothing has to be converted in between.
 enum class OutputForm : std::uint8_t { kHuggingFace, kCheckpoint };
+template <>
+inline constexpr Names<OutputForm> kNames<OutputForm>{
+    .built = {{OutputForm::kHuggingFace, "huggingface"}, {OutputForm::kCheckpoint, "checkpoint"}}};
 
 struct UpcycleOptions {
   std::filesystem::path from, to;

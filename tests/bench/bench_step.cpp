@@ -10,6 +10,7 @@
 
 #include "data/token_file_writer.h"
 #include "kernels/core/gpu.h"
+#include "launch/command_line.h"
 #include "parallel/runtime.h"
 #include "trainer/trainer.h"
 
@@ -21,7 +22,10 @@ struct Options {
   int layers = 24, experts = 60, steps = 5;
   std::int64_t tokens = 16384, seq_len = 2048, width = 2048, heads = 16, expert_width = 1408,
                shared_width = 5632, vocab = 151936;
-  std::string optimizer = "adamw8bit", precision = "bf16", recompute = "none", device = "auto";
+  OptimizerKind optimizer = OptimizerKind::kAdamW8bit;
+  Precision precision = Precision::kBf16;
+  Recompute recompute = Recompute::kNone;
+  DeviceChoice device = DeviceChoice::kAuto;
   bool offload = false, profile = false;
 };
 
@@ -39,12 +43,12 @@ Options parse(int argc, char** argv) {
   app.add_option("--expert-width", o.expert_width);
   app.add_option("--shared-width", o.shared_width);
   app.add_option("--vocab", o.vocab);
-  app.add_option("--optimizer", o.optimizer);
-  app.add_option("--precision", o.precision);
-  app.add_option("--recompute", o.recompute);
+  add_choice(app, "--optimizer", o.optimizer, "");
+  add_choice(app, "--precision", o.precision, "");
+  add_choice(app, "--recompute", o.recompute, "");
   app.add_flag("--offload", o.offload, "optimizer state in the host's memory");
   app.add_flag("--profile", o.profile, "on a GPU: milliseconds of each op");
-  app.add_option("--device", o.device);
+  add_choice(app, "--device", o.device, "");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
@@ -71,7 +75,7 @@ ModelConfig model_of(const Options& o) {
 
 RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   RunConfig r;
-  r.model.init = "random";
+  r.model.init = ModelInit::kRandom;
   r.data.train = {{tokens.string(), 1.0}};
   r.data.seq_len = o.seq_len;
   r.train.steps = o.steps;
@@ -82,7 +86,7 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   r.optimizer.name = o.optimizer;
   r.optimizer.lr = 1e-4;
   r.optimizer.offload = o.offload;
-  r.schedule.name = "constant";
+  r.schedule.name = ScheduleKind::kConstant;
   return r;
 }
 

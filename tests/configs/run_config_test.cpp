@@ -50,10 +50,10 @@ TEST(RunConfig, DefaultsHold) {
   ASSERT_EQ(run.data.train.size(), 1u);
   EXPECT_EQ(run.data.train[0].path, "a.h5");
   EXPECT_EQ(run.data.train[0].weight, 1.0);
-  EXPECT_EQ(run.model.init, "weights");
+  EXPECT_EQ(run.model.init, ModelInit::kWeights);
   EXPECT_EQ(run.optimizer.lr, 3e-4);
   EXPECT_EQ(run.parallel.zero, 1);
-  EXPECT_EQ(run.device, "auto");
+  EXPECT_EQ(run.device, DeviceChoice::kAuto);
 }
 
 TEST(RunConfig, TheExampleOfTheDocumentationIsRead) {

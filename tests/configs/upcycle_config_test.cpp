@@ -72,20 +72,20 @@ TEST(UpcycleConfig, TheProjectsDefault) {
   EXPECT_EQ(c.target.num_experts, 60);
   EXPECT_EQ(c.target.moe_intermediate_size, 1408);
   EXPECT_EQ(c.target.shared_expert_intermediate_size, 5632);
-  EXPECT_EQ(c.experts.method, "shuffle");
+  EXPECT_EQ(c.experts.method, ExpertMethod::kShuffle);
   EXPECT_FALSE(c.experts.copies.has_value());
   EXPECT_FALSE(c.experts.scale.has_value());
   EXPECT_EQ(c.experts.reinit, 0.5);
-  EXPECT_EQ(c.shared.method, "dense");
+  EXPECT_EQ(c.shared.method, SharedMethod::kDense);
   EXPECT_EQ(c.shared.scale, 2.0);
   EXPECT_TRUE(c.keep_rest);
   EXPECT_EQ(c.seed, 7);
 }
 
 TEST(UpcycleConfig, WithoutASharedWidthThereIsNoSharedExpert) {
-  EXPECT_EQ(parse_upcycle_config(kMinimal, "u", {}).shared.method, "none");
+  EXPECT_EQ(parse_upcycle_config(kMinimal, "u", {}).shared.method, SharedMethod::kNone);
   EXPECT_EQ(parse_upcycle_config(kMinimal, "u", {"target.shared_expert_intermediate_size=64"}).shared.method,
-            "dense");
+            SharedMethod::kDense);
 }
 
 TEST(UpcycleConfig, NumbersOrAuto) {

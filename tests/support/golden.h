@@ -103,7 +103,7 @@ class Golden {
     run.optimizer.eps = number("eps");
     run.optimizer.weight_decay = number("weight_decay");
     run.optimizer.clip = number("clip");
-    run.schedule.name = "constant";
+    run.schedule.name = ScheduleKind::kConstant;
     run.parallel.ep = ep;
     return run;
   }

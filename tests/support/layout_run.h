@@ -22,15 +22,16 @@ struct Layout {
   MeshSpec mesh;
   std::int64_t micro_batch = 1;
   int pp_chunks = 1;
-  std::string recompute = "none";
-  std::string precision = "fp32";
+  Recompute recompute = Recompute::kNone;
+  Precision precision = Precision::kFp32;
   bool mask_documents = false;
   double z_loss = 0, aux_loss = -1;  // below 0: the golden file's
-  std::string aux_kind = "hf";
+  AuxKind aux_kind = AuxKind::kHf;
   std::int64_t steps = 5;
   int node_ranks = 0;
   int zero = 1;
-  std::string reduce = "fp32", optimizer = "adamw";
+  Precision reduce = Precision::kFp32;
+  OptimizerKind optimizer = OptimizerKind::kAdamW;
   std::uint64_t order_seed = 0;  // of the neurons
 
   std::string str() const {
@@ -105,7 +106,7 @@ inline std::vector<Layout> layouts_of_every_kind() {
   all.push_back(of({1, 2, 1, 1, 2, 1}));
   all.back().zero = 2;
   all.push_back(of({1, 2, 1, 2, 2, 1}));
-  all.back().recompute = "block";
+  all.back().recompute = Recompute::kBlock;
   return all;
 }
 

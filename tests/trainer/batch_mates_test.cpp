@@ -107,14 +107,14 @@ TEST_P(BatchMates, OtherSequencesGiveTheSameLogits) {
 }
 
 TEST_P(BatchMates, AnotherPlaceOrSizeGivesTheSameLogits) {
-  const DType dtype = GetParam().precision == "bf16" ? DType::kBF16 : DType::kF32;
+  const DType dtype = dtype_of(GetParam().precision);
   if (!cpu::rows_are_independent(dtype, dtype)) GTEST_SKIP() << "not said of fp32 without AVX-512";
   expect_same_logits(GetParam(), companies_of_any_size());
 }
 
 std::vector<Layout> layouts() {
   std::vector<Layout> all;
-  for (const char* precision : {"fp32", "bf16"})
+  for (const Precision precision : {Precision::kFp32, Precision::kBf16})
     for (const MeshSpec& mesh :
          {MeshSpec{}, MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{1, 3, 1, 1, 3, 1}, MeshSpec{1, 4, 1, 1, 4, 1},
           MeshSpec{1, 2, 1, 1, 1, 1}, MeshSpec{1, 2, 1, 1, 1, 2}, MeshSpec{1, 1, 1, 2, 1, 1},
@@ -128,7 +128,7 @@ std::vector<Layout> layouts() {
 }
 
 INSTANTIATE_TEST_SUITE_P(Meshes, BatchMates, testing::ValuesIn(layouts()),
-                         [](const auto& l) { return l.param.str() + "_" + l.param.precision; });
+                         [](const auto& l) { return l.param.str() + "_" + name_of(l.param.precision); });
 
 }  // namespace
 }  // namespace upmoe

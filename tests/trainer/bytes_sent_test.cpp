@@ -81,7 +81,7 @@ TEST_P(BytesSent, ARealRunSendsWhatTheDryWorldForetells) {
 
 INSTANTIATE_TEST_SUITE_P(Layouts, BytesSent, testing::ValuesIn(layouts_of_every_kind()), [](const auto& i) {
   return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") + (i.param.node_ranks > 0 ? "_nodes" : "") +
-         (i.param.recompute != "none" ? "_recomputed" : "");
+         (i.param.recompute != Recompute::kNone ? "_recomputed" : "");
 });
 
 class WholeRunSent : public WholeRun {

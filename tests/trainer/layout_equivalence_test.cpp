@@ -84,8 +84,9 @@ const Outcome& one_rank(const Layout& like) {
   one.pp_chunks = 1;
   one.node_ranks = 0;
   one.zero = 1;
-  const std::string key = one.str() + one.recompute + one.precision + one.reduce + one.aux_kind +
-                          one.optimizer + fmt::format("{}{}{}", one.mask_documents, one.z_loss, one.steps);
+  const std::string key = one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) +
+                          name_of(one.aux_kind) + name_of(one.optimizer) +
+                          fmt::format("{}{}{}", one.mask_documents, one.z_loss, one.steps);
   auto it = done.find(key);
   if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
   return it->second;
@@ -139,7 +140,7 @@ TEST(Features, SharedBlockGradients) {
 TEST(Features, OtherBalanceTerms) {
   for (const MeshSpec& mesh : all_axes()) {
     Layout l{"moe_mixed", mesh, 1};
-    l.aux_kind = "switch";
+    l.aux_kind = AuxKind::kSwitch;
     l.z_loss = 0.01;
     expect_equal(one_rank(l), run_in_layout(l));
   }
@@ -150,14 +151,14 @@ TEST(Features, OtherBalanceTerms) {
 TEST(Features, CodedMoments) {
   for (const MeshSpec& mesh :
        {MeshSpec{1, 3, 1, 1, 1, 1}, MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{2, 1, 1, 2, 2, 1}})
-    for (const char* precision : {"fp32", "bf16"}) {
+    for (const Precision precision : {Precision::kFp32, Precision::kBf16}) {
       Layout l{"moe_mixed", mesh, 1};
-      SCOPED_TRACE(l.str() + " " + precision);
+      SCOPED_TRACE(l.str() + " " + name_of(precision));
       l.precision = precision;
       const Outcome plain = one_rank(l);
-      l.optimizer = "adamw8bit";
+      l.optimizer = OptimizerKind::kAdamW8bit;
       const Outcome &one = one_rank(l), many = run_in_layout(l);
-      const bool fp32 = l.precision == "fp32";
+      const bool fp32 = l.precision == Precision::kFp32;
       for (std::size_t i = 0; i < plain.losses.size(); ++i) {
         EXPECT_NEAR(one.losses[i], plain.losses[i], (fp32 ? 3e-4 : 3e-3) * plain.losses[i]) << i;
         EXPECT_NEAR(many.losses[i], one.losses[i], (fp32 ? 1e-6 : 2e-3) * one.losses[i]) << i;
@@ -174,7 +175,8 @@ TEST(Features, RecomputationIsTheSameToTheBit) {
   meshes.push_back({});                  // one rank has all experts: their rows are gathered again
   meshes.push_back({1, 1, 1, 2, 1, 1});  // tp alone
   for (const MeshSpec& mesh : meshes)
-    for (const char* recompute : {"swiglu", "routed_up", "up", "ffn", "block"}) {
+    for (const Recompute recompute :
+         {Recompute::kSwiglu, Recompute::kRoutedUp, Recompute::kUp, Recompute::kFfn, Recompute::kBlock}) {
       Layout l{"moe_mixed", mesh, 1};
       const Outcome kept = run_in_layout(l);
       l.recompute = recompute;
@@ -226,14 +228,14 @@ double largest_drift_of_orders(const Layout& one, const Outcome& exact) {
 // does: on average over meshes not at all, and none by half as much again. (Without the balance term, whose
 // pool is the micro-batch.)
 TEST(Features, Bf16DriftsNoFurtherThanAnotherOrderOfSums) {
-  for (const char* reduce : {"fp32", "bf16"})
+  for (const Precision reduce : {Precision::kFp32, Precision::kBf16})
     for (const char* model : {"dense_tied_gqa", "moe_a27b", "moe_mixed"}) {
-      SCOPED_TRACE(fmt::format("{}, gradients reduced in {}", model, reduce));
+      SCOPED_TRACE(fmt::format("{}, gradients reduced in {}", model, name_of(reduce)));
       Layout one{model, {}, 1};
       one.steps = 10;
       one.aux_loss = 0;
       const Outcome exact = run_in_layout(one);
-      one.precision = "bf16";
+      one.precision = Precision::kBf16;
       one.reduce = reduce;
       const double of_orders = largest_drift_of_orders(one, exact);
       const MeshSpec meshes[] = {

@@ -89,7 +89,7 @@ std::vector<Pair> random_pairs(std::size_t count) {
       return all.empty() ? Layout{model, {}} : all[roll(all.size())];
     };
     Pair p{any(), any()};
-    p.from.precision = p.to.precision = roll(4) == 0 ? "bf16" : "fp32";
+    p.from.precision = p.to.precision = roll(4) == 0 ? Precision::kBf16 : Precision::kFp32;
     pairs.push_back(p);
   }
   return pairs;
@@ -114,7 +114,7 @@ TEST_P(LayoutResume, GoesOnInAnotherMesh) {
   one.pp_chunks = 1;
   one.steps = 2 * kHalf;
   const Outcome whole = test::run_in_layout(one);
-  const double limit = from.precision == "bf16" ? 1e-2 : 1e-6;
+  const double limit = from.precision == Precision::kBf16 ? 1e-2 : 1e-6;
   ASSERT_EQ(losses.size(), whole.losses.size());
   for (std::size_t i = 0; i < losses.size(); ++i)
     EXPECT_NEAR(losses[i], whole.losses[i], limit * whole.losses[i]) << "step " << i + 1;
@@ -124,8 +124,8 @@ TEST_P(LayoutResume, GoesOnInAnotherMesh) {
 TEST(CodedMoments, ResumeToTheBit) {
   for (const MeshSpec& mesh : {MeshSpec{}, MeshSpec{1, 3, 1, 1, 1, 1}, MeshSpec{1, 2, 1, 2, 4, 1}}) {
     Layout l{"moe_mixed", mesh};
-    l.precision = "bf16";
-    l.optimizer = "adamw8bit";
+    l.precision = Precision::kBf16;
+    l.optimizer = OptimizerKind::kAdamW8bit;
     SCOPED_TRACE(l.str());
     const fs::path dir = fs::path(testing::TempDir()) / fmt::format("coded_resume_{}", ::getpid());
     fs::remove_all(dir);
@@ -144,7 +144,8 @@ TEST(CodedMoments, ResumeToTheBit) {
 }
 
 INSTANTIATE_TEST_SUITE_P(RandomPairs, LayoutResume, testing::ValuesIn(random_pairs(60)), [](const auto& p) {
-  return fmt::format("{}_{}_{}_to_{}", p.index, p.param.from.precision, p.param.from.str(), p.param.to.str());
+  return fmt::format("{}_{}_{}_to_{}", p.index, name_of(p.param.from.precision), p.param.from.str(),
+                     p.param.to.str());
 });
 
 }  // namespace

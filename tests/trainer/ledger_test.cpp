@@ -29,7 +29,7 @@ Books books_of(const Session& s) {
 // weights travel as well.
 Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel& parallel, Device device,
            std::int64_t sequences, std::int64_t micro_batches = 1, bool reduces = false,
-           const std::string& recompute = "none") {
+           Recompute recompute = Recompute::kNone) {
   RunConfig run;
   run.parallel = parallel;
   run.train.recompute = recompute;
@@ -150,7 +150,7 @@ TEST(Ledger, WhatIsComputedAgainIsSentAgain) {
     const auto world = make_dry_communicator(1, 2);
     const Device dry{DeviceType::kDry, 0};
     const Books kept = step(golden, *world, {.tp = 2}, dry, 2),
-                again = step(golden, *world, {.tp = 2}, dry, 2, 1, false, "block");
+                again = step(golden, *world, {.tp = 2}, dry, 2, 1, false, Recompute::kBlock);
     EXPECT_EQ(again.products, kept.products) << model;
     EXPECT_EQ(again.attention, kept.attention) << model;
     EXPECT_DOUBLE_EQ(again.sent - kept.sent, 4 * s.blocks() * s.T / 2 * s.D() * s.b) << model;

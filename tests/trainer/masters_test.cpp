@@ -19,7 +19,7 @@ class Masters : public WholeRun {
     return values;
   }
   // Every master that a session of `precision` has after `fill`, by name.
-  std::map<std::string, std::vector<float>> masters_after(const std::string& precision,
+  std::map<std::string, std::vector<float>> masters_after(Precision precision,
                                                           const std::function<void(Session&)>& fill) const {
     std::map<std::string, std::vector<float>> masters;
     run_in_threads(1, [&](Communicator& world) {
@@ -32,12 +32,10 @@ class Masters : public WholeRun {
     });
     return masters;
   }
-  std::map<std::string, std::vector<float>> resumed(const fs::path& from,
-                                                    const std::string& precision) const {
+  std::map<std::string, std::vector<float>> resumed(const fs::path& from, Precision precision) const {
     return masters_after(precision, [&](Session& s) { load_checkpoint(ShardStore(from), s); });
   }
-  std::map<std::string, std::vector<float>> started(const fs::path& from,
-                                                    const std::string& precision) const {
+  std::map<std::string, std::vector<float>> started(const fs::path& from, Precision precision) const {
     return masters_after(precision, [&](Session& s) { load_model(*open_model(from), s); });
   }
   static std::int64_t rounded_bits(const std::vector<float>& values) {
@@ -47,7 +45,7 @@ class Masters : public WholeRun {
 };
 
 TEST_F(Masters, AReaderGetsThemBitForBit) {
-  run(config("run", 2, 2, "bf16"), 2);
+  run(config("run", 2, 2, Precision::kBf16), 2);
   const ShardStore store(checkpoint("run", 2));
   const auto model = open_model(dir_ / "run");
   std::int64_t more_than_bf16 = 0;
@@ -69,34 +67,34 @@ TEST_F(Masters, AReaderGetsThemBitForBit) {
 }
 
 TEST_F(Masters, AResumeInEitherPrecisionBeginsWithThem) {
-  run(config("bf16", 2, 1, "bf16"), 1);
-  run(config("fp32", 2, 1, "fp32"), 1);
+  run(config("bf16", 2, 1, Precision::kBf16), 1);
+  run(config("fp32", 2, 1, Precision::kFp32), 1);
   for (const auto& [name, kind] : {std::pair{"bf16", "master"}, std::pair{"fp32", "weight"}}) {
     const ShardStore store(checkpoint(name, 2));
-    for (const char* precision : {"bf16", "fp32"}) {
+    for (const Precision precision : {Precision::kBf16, Precision::kFp32}) {
       const auto masters = resumed(checkpoint(name, 2), precision);
       ASSERT_FALSE(masters.empty());
       for (const auto& [param, values] : masters)
-        EXPECT_EQ(values, stored(store, param, kind)) << param << ' ' << name << " as " << precision;
+        EXPECT_EQ(values, stored(store, param, kind)) << param << ' ' << name << " as " << name_of(precision);
     }
   }
 }
 
 TEST_F(Masters, ANewRunBeginsWithTheBestThereIs) {
-  run(config("bf16", 2, 1, "bf16"), 1);
+  run(config("bf16", 2, 1, Precision::kBf16), 1);
   const ShardStore store(checkpoint("bf16", 2));
-  for (const char* precision : {"bf16", "fp32"})
+  for (const Precision precision : {Precision::kBf16, Precision::kFp32})
     for (const auto& [param, values] : started(dir_ / "bf16", precision))
-      EXPECT_EQ(values, stored(store, param, "master")) << param << " as " << precision;
+      EXPECT_EQ(values, stored(store, param, "master")) << param << " as " << name_of(precision);
 }
 
 // Trained on with other parameters frozen, which have neither masters nor moments in the checkpoint.
 TEST_F(Masters, WhatWasFrozenHasItsWeight) {
-  RunConfig c = config("run", 2, 1, "fp32");
+  RunConfig c = config("run", 2, 1, Precision::kFp32);
   c.freeze = {"*embed*"};
   run(c, 1);
   const ShardStore store(checkpoint("run", 2));
-  for (const auto& [param, values] : resumed(checkpoint("run", 2), "bf16"))
+  for (const auto& [param, values] : resumed(checkpoint("run", 2), Precision::kBf16))
     EXPECT_EQ(values, stored(store, param, "weight")) << param;
 }
 

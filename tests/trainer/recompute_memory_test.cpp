@@ -30,7 +30,7 @@ ModelConfig one_layer() {
 }
 
 // Bytes of a token, with those of the block's input.
-double kept(const std::string& recompute) {
+double kept(Recompute recompute) {
   const std::int64_t tokens = 4096;
   const Device dry{DeviceType::kDry, 0};
   const ModelConfig config = one_layer();
@@ -39,7 +39,7 @@ double kept(const std::string& recompute) {
   const StagePlan plan = one_stage(1);
   const ParamStore params(config, MeshSpec{}, plan, 0,
                           {.dtype = DType::kBF16, .grad_dtype = DType::kBF16, .device = dry, .freeze = {}});
-  const Transformer model = make_transformer(config, params, mesh, plan, 0, recompute_from(recompute));
+  const Transformer model = make_transformer(config, params, mesh, plan, 0, recompute);
   Arena keep(dry, std::size_t{1} << 40, "activations"), scratch(dry, std::size_t{1} << 40, "scratch");
   Exec ex;
   ex.device = dry;
@@ -66,8 +66,8 @@ long documented(const std::string& text, const std::string& recompute) {
 TEST(RecomputeMemory, IsWhatTheDocumentSays) {
   std::ifstream file(UPMOE_SOURCE_DIR "/docs/gpu.md");
   const std::string text{std::istreambuf_iterator<char>(file), {}};
-  for (const std::string recompute : {"none", "swiglu", "routed_up", "up", "ffn", "block"})
-    EXPECT_EQ(std::lround(kept(recompute) / 1000), documented(text, recompute)) << recompute;
+  for (const auto& [recompute, name] : kNames<Recompute>.built)
+    EXPECT_EQ(std::lround(kept(recompute) / 1000), documented(text, name)) << name;
 }
 
 }  // namespace

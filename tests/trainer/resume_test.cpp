@@ -13,7 +13,7 @@ constexpr std::int64_t kSteps = 8;
 
 class Resume : public test::WholeRun {
  protected:
-  void expect_bitwise(int ranks, int ep, const std::string& precision) {
+  void expect_bitwise(int ranks, int ep, Precision precision) {
     run(config("whole", kSteps, ep, precision), ranks);
     run(config("parts", kSteps / 2, ep, precision), ranks);
     run(config("parts", kSteps, ep, precision), ranks);
@@ -24,16 +24,16 @@ class Resume : public test::WholeRun {
 };
 
 TEST_F(Resume, BitwiseOnOneRank) {
-  expect_bitwise(1, 1, "fp32");
+  expect_bitwise(1, 1, Precision::kFp32);
 }
 TEST_F(Resume, BitwiseOnTwoRanks) {
-  expect_bitwise(2, 2, "fp32");
+  expect_bitwise(2, 2, Precision::kFp32);
 }
 TEST_F(Resume, BitwiseOnThreeRanks) {
-  expect_bitwise(3, 3, "fp32");
+  expect_bitwise(3, 3, Precision::kFp32);
 }
 TEST_F(Resume, BitwiseInBf16) {
-  expect_bitwise(2, 1, "bf16");
+  expect_bitwise(2, 1, Precision::kBf16);
 }
 
 TEST_F(Resume, OtherLayouts) {

@@ -39,11 +39,11 @@ std::vector<Layout> layouts() {
   std::vector<Layout> all = layouts_of_every_kind();
   all.push_back({"moe_a27b", {1, 1, 1, 1, 1, 1}, 1});
   Layout layout{"moe_a27b", {1, 2, 1, 1, 2, 1}, 1};
-  layout.recompute = "up";
+  layout.recompute = Recompute::kUp;
   all.push_back(layout);
-  layout.recompute = "none";
-  layout.precision = layout.reduce = "bf16";
-  layout.optimizer = "adamw8bit";
+  layout.recompute = Recompute::kNone;
+  layout.precision = layout.reduce = Precision::kBf16;
+  layout.optimizer = OptimizerKind::kAdamW8bit;
   all.push_back(layout);
   return all;
 }
@@ -71,9 +71,9 @@ TEST_P(StreamOrderOf, ATrainingStepIsWhole) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Layouts, StreamOrderOf, testing::ValuesIn(layouts()), [](const auto& i) {
-  return i.param.str() + "_" + i.param.precision + (i.param.zero == 2 ? "_zero2" : "") +
+  return i.param.str() + "_" + name_of(i.param.precision) + (i.param.zero == 2 ? "_zero2" : "") +
          (i.param.node_ranks > 0 ? "_nodes" : "") +
-         (i.param.recompute != "none" ? "_" + i.param.recompute : "");
+         (i.param.recompute != Recompute::kNone ? std::string("_") + name_of(i.param.recompute) : "");
 });
 
 // --- the watch itself, by waits that are left out

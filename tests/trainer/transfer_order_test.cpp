@@ -35,7 +35,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, TransferOrder, testing::ValuesIn(layouts_of_ev
                          [](const auto& i) {
                            return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") +
                                   (i.param.node_ranks > 0 ? "_nodes" : "") +
-                                  (i.param.recompute != "none" ? "_recomputed" : "");
+                                  (i.param.recompute != Recompute::kNone ? "_recomputed" : "");
                          });
 
 TEST(TransferWatchItself, SeesWhatIsTouchedTooEarly) {

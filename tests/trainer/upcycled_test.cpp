@@ -55,7 +55,7 @@ class Upcycled : public testing::Test {
     run.train.micro_batch = 8;
     run.router.aux_loss = 0;
     run.optimizer.lr = 1e-3;
-    run.schedule.name = "constant";
+    run.schedule.name = ScheduleKind::kConstant;
     const auto source = open_model(dir);
     auto session = std::make_unique<Session>(run, source->config(), *self_);
     session->params.load(session->memory.exec, [&](const ParamSpec& p, const Box& box, TensorView out) {

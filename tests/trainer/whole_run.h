@@ -45,10 +45,10 @@ class WholeRun : public testing::Test {
   void TearDown() override { fs::remove_all(dir_); }
 
   RunConfig config(const std::string& name, std::int64_t steps, int ep,
-                   const std::string& precision = "fp32") const {
+                   Precision precision = Precision::kFp32) const {
     RunConfig run;
     run.run.dir = (dir_ / name).string();
-    run.model = {(dir_ / "model").string(), "random"};
+    run.model = {(dir_ / "model").string(), ModelInit::kRandom};
     run.data.train = {{(dir_ / "tokens.h5").string(), 1.0}};
     run.data.seq_len = kSeq;
     run.train.steps = steps;
@@ -56,7 +56,7 @@ class WholeRun : public testing::Test {
     run.train.micro_batch = 1;
     run.train.precision = precision;
     run.optimizer.lr = 1e-2;
-    run.schedule.name = "constant";  // so that a shorter run is the beginning of a longer one
+    run.schedule.name = ScheduleKind::kConstant;  // so that a shorter run is the beginning of a longer one
     run.parallel.ep = ep;
     run.checkpoint.every = 2;
     run.log.tensorboard = false;

@@ -119,19 +119,19 @@ TEST_F(CheckpointForm, HoldsTheTensorsOfTheDirectoryForAnyNumberOfRanks) {
 TEST_F(CheckpointForm, OtherRecipes) {
   UpcycleConfig c = recipe();
   c.seed = 7;
-  c.experts.reinit_from = "config";
-  c.experts.reinit_sets = "per_matrix";
-  c.router.method = "uniform";
+  c.experts.reinit_from = ReinitFrom::kConfig;
+  c.experts.reinit_sets = ReinitSets::kPerMatrix;
+  c.router.method = RouterMethod::kUniform;
   compare_forms(c, 2, 4096);
   c = tiny_recipe();  // no shared expert, nothing redrawn, the rest drawn anew
   c.target.shared_expert_intermediate_size = 0;
-  c.shared.method = "none";
+  c.shared.method = SharedMethod::kNone;
   c.experts.noise = 0.01;
   c.keep_rest = false;
   compare_forms(c, 3, 4096);
   c = tiny_recipe();
-  c.experts.method = "random";
-  c.shared.method = "shuffle";
+  c.experts.method = ExpertMethod::kRandom;
+  c.shared.method = SharedMethod::kShuffle;
   compare_forms(c, 2, 4096);
   c = tiny_recipe();  // halves of whole copies, routed in groups
   c.target = {.num_experts = 8,
@@ -139,9 +139,9 @@ TEST_F(CheckpointForm, OtherRecipes) {
               .moe_intermediate_size = 43,
               .shared_expert_intermediate_size = 0,
               .norm_topk_prob = false};
-  c.experts.method = "virtual_group";
-  c.shared.method = "none";
-  c.router.method = "virtual_group";
+  c.experts.method = ExpertMethod::kVirtualGroup;
+  c.shared.method = SharedMethod::kNone;
+  c.router.method = RouterMethod::kVirtualGroup;
   compare_forms(c, 3, 4096);
 }
 

@@ -22,12 +22,12 @@ class Preservation : public ::testing::Test {
   }
 
   // Virtual groups of 60 experts, nothing shared.
-  static UpcycleConfig groups(const char* router, bool renormalised) {
+  static UpcycleConfig groups(RouterMethod router, bool renormalised) {
     UpcycleConfig c = tiny_recipe();
-    c.experts.method = "virtual_group";
+    c.experts.method = ExpertMethod::kVirtualGroup;
     c.target.norm_topk_prob = renormalised;
     c.target.shared_expert_intermediate_size = 0;
-    c.shared.method = "none";
+    c.shared.method = SharedMethod::kNone;
     c.router.method = router;
     c.router.std = 0.3;
     return c;
@@ -64,13 +64,13 @@ class Preservation : public ::testing::Test {
 };
 
 TEST_F(Preservation, A_ZeroRouterScaleN) {
-  const UpcycleConfig c = groups("zero", false);
+  const UpcycleConfig c = groups(RouterMethod::kZero, false);
   EXPECT_NEAR(make_recipe(c, source_->config()).scale, 60, 1e-12);
   EXPECT_LT(error(c), kExact);
 }
 
 TEST_F(Preservation, A2_ScaleSplitOverUpAndDown) {
-  const UpcycleConfig c = groups("zero", false);
+  const UpcycleConfig c = groups(RouterMethod::kZero, false);
   Recipe r = make_recipe(c, source_->config());
   for (RecipeLine& line : r.lines) {
     if (auto* m = std::get_if<ExpertMatrix>(&line.transform); m != nullptr && m->matrix != FfnMatrix::kGate) {
@@ -81,7 +81,7 @@ TEST_F(Preservation, A2_ScaleSplitOverUpAndDown) {
 }
 
 TEST_F(Preservation, A3_CubeRootOnAllThreeIsNotExact) {
-  const UpcycleConfig c = groups("zero", false);
+  const UpcycleConfig c = groups(RouterMethod::kZero, false);
   Recipe r = make_recipe(c, source_->config());
   for (RecipeLine& line : r.lines) {
     if (auto* m = std::get_if<ExpertMatrix>(&line.transform)) m->scale = std::cbrt(60.0);
@@ -90,19 +90,19 @@ TEST_F(Preservation, A3_CubeRootOnAllThreeIsNotExact) {
 }
 
 TEST_F(Preservation, B_VirtualGroupsRenormalised) {
-  const UpcycleConfig c = groups("virtual_group", true);
+  const UpcycleConfig c = groups(RouterMethod::kVirtualGroup, true);
   EXPECT_NEAR(make_recipe(c, source_->config()).scale, 4, 1e-12);
   EXPECT_LT(error(c), kExact);
 }
 
 TEST_F(Preservation, C_VirtualGroupsNotRenormalisedAreNot) {
-  UpcycleConfig c = groups("virtual_group", false);
+  UpcycleConfig c = groups(RouterMethod::kVirtualGroup, false);
   c.experts.scale = 60;
   EXPECT_GT(error(c), 0.1);
 }
 
 TEST_F(Preservation, D_IndependentRouterRowsAreNot) {
-  UpcycleConfig c = groups("normal", true);
+  UpcycleConfig c = groups(RouterMethod::kNormal, true);
   c.experts.scale = 4;
   EXPECT_GT(error(c), 0.1);
 }
@@ -118,25 +118,25 @@ TEST_F(Preservation, E_SharedExpertCarriesTheFunction) {
 
 TEST_F(Preservation, F_SharedAndRoutedTakeAPartEach) {
   for (const double a : {0.0, 0.3, 1.0}) {
-    UpcycleConfig c = groups("virtual_group", true);
+    UpcycleConfig c = groups(RouterMethod::kVirtualGroup, true);
     c.target.shared_expert_intermediate_size = 88;
-    c.shared.method = "dense";
+    c.shared.method = SharedMethod::kDense;
     c.shared.scale = 2 * a;
     c.experts.scale = (1 - a) * 4;
     EXPECT_LT(error(c), kExact) << a;
     c.target.norm_topk_prob = false;
-    c.router.method = "zero";
+    c.router.method = RouterMethod::kZero;
     c.experts.scale = (1 - a) * 60;
     EXPECT_LT(error(c), kExact) << a;
   }
 }
 
 TEST_F(Preservation, WholeCopiesRenormalised) {
-  UpcycleConfig c = groups("normal", true);
+  UpcycleConfig c = groups(RouterMethod::kNormal, true);
   c.target.num_experts = 8;
   c.target.num_experts_per_tok = 2;
   c.target.moe_intermediate_size = 86;
-  c.experts.method = "copy";
+  c.experts.method = ExpertMethod::kCopy;
   EXPECT_LT(error(c), kExact);
 }
 
@@ -150,7 +150,7 @@ TEST_F(Preservation, TheDefaultRecipeStartsNearItsSource) {
 }
 
 TEST_F(Preservation, TheReportsErrorAgrees) {
-  UpcycleConfig c = groups("virtual_group", true);
+  UpcycleConfig c = groups(RouterMethod::kVirtualGroup, true);
   const auto reported = [&] {
     const Recipe r = make_recipe(c, source_->config());
     const PermutationCache permutations(r.seed, shape_.ffn);

@@ -113,8 +113,8 @@ TEST_P(Transforms, RedrawChangesExactlyTheChosenNeuronsAndHasTheSourcesMoments) 
 
 TEST_P(Transforms, RedrawFromConfigUsesTheInitializerRange) {
   UpcycleConfig config = tiny_recipe();
-  config.experts.method = "random";
-  config.experts.reinit_from = "config";
+  config.experts.method = ExpertMethod::kRandom;
+  config.experts.reinit_from = ReinitFrom::kConfig;
   const Recipe r = recipe(config);
   const NaiveTensors made = source_->make(r);
   NaiveVector all;
@@ -130,7 +130,7 @@ TEST_P(Transforms, RedrawFromConfigUsesTheInitializerRange) {
 
 TEST_P(Transforms, PaddingHasRandomGateAndUpAndZeroDown) {
   UpcycleConfig config = tiny_recipe();
-  config.experts.method = "virtual_group";
+  config.experts.method = ExpertMethod::kVirtualGroup;
   const Recipe r = recipe(config);
   const NaiveTensors made = source_->make(r);
   const std::size_t D = static_cast<std::size_t>(shape_.hidden);
@@ -184,19 +184,19 @@ TEST_P(Transforms, RouterInitialisers) {
   UpcycleConfig config = tiny_recipe();
   config.router.std = 0.1;
   const std::size_t D = static_cast<std::size_t>(shape_.hidden);
-  const auto router = [&](const char* method) {
+  const auto router = [&](RouterMethod method) {
     config.router.method = method;
     return tensor(source_->make(recipe(config)), "model.layers.0.mlp.gate.weight");
   };
-  for (const char* method : {"normal", "uniform"}) {
+  for (const RouterMethod method : {RouterMethod::kNormal, RouterMethod::kUniform}) {
     const NaiveVector w = router(method);
     const auto n = static_cast<double>(w.size());
-    EXPECT_NEAR(moments_of(w).mean, 0, 3 * 0.1 / std::sqrt(n)) << method;
-    EXPECT_NEAR(moments_of(w).std, 0.1, 3 * 0.1 / std::sqrt(2 * n)) << method;
+    EXPECT_NEAR(moments_of(w).mean, 0, 3 * 0.1 / std::sqrt(n)) << name_of(method);
+    EXPECT_NEAR(moments_of(w).std, 0.1, 3 * 0.1 / std::sqrt(2 * n)) << name_of(method);
   }
-  for (const double v : router("uniform")) ASSERT_LE(std::abs(v), 0.1 * std::sqrt(3.0) * 1.01);
-  for (const double v : router("zero")) ASSERT_EQ(v, 0);
-  const NaiveVector grouped = router("virtual_group");
+  for (const double v : router(RouterMethod::kUniform)) ASSERT_LE(std::abs(v), 0.1 * std::sqrt(3.0) * 1.01);
+  for (const double v : router(RouterMethod::kZero)) ASSERT_EQ(v, 0);
+  const NaiveVector grouped = router(RouterMethod::kVirtualGroup);
   for (std::size_t e = 0; e < 60; ++e) {
     for (std::size_t d = 0; d < D; ++d) ASSERT_EQ(grouped[e * D + d], grouped[e / 4 * 4 * D + d]);
     if (e >= 4) {
@@ -223,9 +223,9 @@ TEST_P(Transforms, SharedExpertIsThePaddedDenseFfnTimesTwoWithAClosedHalfGate) {
 
 TEST_P(Transforms, FromScratchKeepsNothingButTheShapes) {
   UpcycleConfig config = tiny_recipe();
-  config.experts.method = "random";
-  config.experts.reinit_from = "config";
-  config.shared.method = "random";
+  config.experts.method = ExpertMethod::kRandom;
+  config.experts.reinit_from = ReinitFrom::kConfig;
+  config.shared.method = SharedMethod::kRandom;
   config.shared.scale = 1;
   config.keep_rest = false;
   const Recipe r = recipe(config);

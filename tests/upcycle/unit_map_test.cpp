@@ -147,7 +147,7 @@ TEST(UnitMap, RangesPadAndWrapRound) {
   EXPECT_EQ(map.source_of(0, permutations), kNewUnit);
 }
 
-UpcycleConfig recipe(const std::string& method, double reinit, bool renormalised) {
+UpcycleConfig recipe(ExpertMethod method, double reinit, bool renormalised) {
   UpcycleConfig c;
   c.target = {.num_experts = kExperts,
               .num_experts_per_tok = 4,
@@ -156,38 +156,38 @@ UpcycleConfig recipe(const std::string& method, double reinit, bool renormalised
               .norm_topk_prob = renormalised};
   c.experts.method = method;
   c.experts.reinit = reinit;
-  c.shared.method = "zero";
+  c.shared.method = SharedMethod::kZero;
   return c;
 }
 
 TEST(Scale, PreservesTheDenseFunction) {
-  EXPECT_NEAR(resolve_scale(recipe("virtual_group", 0, false), kDense), 60, 1e-12);
-  EXPECT_NEAR(resolve_scale(recipe("virtual_group", 0, true), kDense), 4, 1e-12);
-  EXPECT_NEAR(resolve_scale(recipe("shuffle", 0, false), kDense), 58.6, 0.05);
-  EXPECT_NEAR(resolve_scale(recipe("shuffle", 0.5, false), kDense), 117.3, 0.05);
-  UpcycleConfig e8g8t8 = recipe("virtual_group", 0, false);
+  EXPECT_NEAR(resolve_scale(recipe(ExpertMethod::kVirtualGroup, 0, false), kDense), 60, 1e-12);
+  EXPECT_NEAR(resolve_scale(recipe(ExpertMethod::kVirtualGroup, 0, true), kDense), 4, 1e-12);
+  EXPECT_NEAR(resolve_scale(recipe(ExpertMethod::kShuffle, 0, false), kDense), 58.6, 0.05);
+  EXPECT_NEAR(resolve_scale(recipe(ExpertMethod::kShuffle, 0.5, false), kDense), 117.3, 0.05);
+  UpcycleConfig e8g8t8 = recipe(ExpertMethod::kVirtualGroup, 0, false);
   e8g8t8.target.num_experts = 64;
   e8g8t8.target.num_experts_per_tok = 8;
   e8g8t8.target.moe_intermediate_size = 1024;
   EXPECT_NEAR(resolve_scale(e8g8t8, 8192), 64,
               1e-12);  // E G^2 / T = 8 * 64 / 8; its cube root is the paper's 4
-  UpcycleConfig whole = recipe("copy", 0, true);
+  UpcycleConfig whole = recipe(ExpertMethod::kCopy, 0, true);
   EXPECT_NEAR(resolve_scale(whole, kWidth), 1, 1e-12);
   whole.target.norm_topk_prob = false;
   EXPECT_NEAR(resolve_scale(whole, kWidth), 15, 1e-12);
 }
 
 TEST(Scale, IsOneWhereTheSharedExpertCarriesTheFunctionAndAsGivenOtherwise) {
-  UpcycleConfig c = recipe("shuffle", 0.5, false);
-  c.shared.method = "dense";
+  UpcycleConfig c = recipe(ExpertMethod::kShuffle, 0.5, false);
+  c.shared.method = SharedMethod::kDense;
   EXPECT_EQ(resolve_scale(c, kDense), 1.0);
   c.experts.scale = 2.5;
   EXPECT_EQ(resolve_scale(c, kDense), 2.5);
-  EXPECT_EQ(resolve_scale(recipe("shuffle", 1.0, false), kDense),
+  EXPECT_EQ(resolve_scale(recipe(ExpertMethod::kShuffle, 1.0, false), kDense),
             1.0);  // nothing is kept, so nothing to preserve
-  EXPECT_EQ(resolve_scale(recipe("random", 0, false), kDense), 1.0);
-  c = recipe("virtual_group", 0, true);
-  c.shared.method = "dense";
+  EXPECT_EQ(resolve_scale(recipe(ExpertMethod::kRandom, 0, false), kDense), 1.0);
+  c = recipe(ExpertMethod::kVirtualGroup, 0, true);
+  c.shared.method = SharedMethod::kDense;
   c.target.shared_expert_intermediate_size = 0;  // there is no shared expert, whatever its method
   EXPECT_NEAR(resolve_scale(c, kDense), 4, 1e-12);
 }

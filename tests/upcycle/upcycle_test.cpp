@@ -284,7 +284,7 @@ TEST_F(Upcycle, ARefusalOfElementTypesNamesTheCure) {
 TEST_F(Upcycle, WithoutASharedExpertTheDirectoryIsWhatTransformersWrites) {
   UpcycleConfig c = recipe();
   c.target.shared_expert_intermediate_size = 0;
-  c.shared.method = "none";
+  c.shared.method = SharedMethod::kNone;
   run(c, options("one"), 1);
   run(c, options("three"), 3);
   EXPECT_EQ(files_in(dir_.path() / "one"), files_in(dir_.path() / "three"));
@@ -348,7 +348,7 @@ TEST_F(Upcycle, TellsOfTooLittleDiskBeforeTheFirstByte) {
 
 TEST_F(Upcycle, ListsEverythingWrongBetweenRecipeAndModel) {
   UpcycleConfig c = recipe();
-  c.experts.method = "virtual_group";
+  c.experts.method = ExpertMethod::kVirtualGroup;
   c.target.num_experts = 61;
   c.target.shared_expert_intermediate_size = 85;
   c.experts.copies = 3;
@@ -358,7 +358,7 @@ TEST_F(Upcycle, ListsEverythingWrongBetweenRecipeAndModel) {
     EXPECT_NE(r.message.find(part), std::string::npos) << r.message;
 
   c = recipe();
-  c.experts.method = "copy";  // 22 of 86
+  c.experts.method = ExpertMethod::kCopy;  // 22 of 86
   EXPECT_EQ(refusal(c, options()).code, ExitCode::kUsage);
   c = recipe();
   c.experts.copies = 15;  // 15 * 86 < 60 * 22

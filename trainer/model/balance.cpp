@@ -4,12 +4,6 @@
 
 namespace upmoe {
 
-AuxKind aux_kind_from(const std::string& name) {
-  if (name == "hf") return AuxKind::kHf;
-  if (name == "switch") return AuxKind::kSwitch;
-  fail(ExitCode::kUsage, "router.aux_kind: '{}' is not built yet; use hf or switch", name);
-}
-
 LayerLoad LayerLoad::unpack(std::int64_t tokens, std::span<const double> sums_L) {
   const std::size_t E = sums_L.size() / 3;
   const auto part = [&](std::size_t i) {

@@ -2,23 +2,20 @@
 // Router balance terms of one micro-batch, over all ranks that share its tokens and all chunks of a pipeline:
 // value and gradient from the sums that ops::balance_stats takes.
 //
-//   hf      E * sum_e f_e P_e over the pool of all MoE layers' tokens; f_e = assignments of e (all k) / pool,
+//   kHf     E * sum_e f_e P_e over the pool of all MoE layers' tokens; f_e = assignments of e (all k) / pool,
 //           P_e = mean probability; transformers' load_balancing_loss_func; balanced value k
-//   switch  per layer E * sum_e f_e P_e with f_e = share of tokens whose first choice is e; summed over layers
+//   kSwitch per layer E * sum_e f_e P_e with f_e = share of tokens whose first choice is e; summed over layers
 //           (Fedus et al. 2021); balanced value = number of MoE layers
 //   z       per layer mean of logsumexp(logits)^2, summed over layers (Zoph et al. 2022)
 // f is a constant for the gradient.
 
 #include <span>
-#include <string>
 #include <vector>
 
+#include "configs/run_choices.h"
 #include "kernels/core/exec.h"
 
 namespace upmoe {
-
-enum class AuxKind { kHf, kSwitch };
-AuxKind aux_kind_from(const std::string& name);
 
 struct BalanceConfig {
   AuxKind kind = AuxKind::kHf;

@@ -5,9 +5,10 @@
 #include <variant>
 #include <vector>
 
+#include "configs/run_choices.h"
 #include "trainer/model/attention_layer.h"
+#include "trainer/model/keep.h"
 #include "trainer/model/moe_layer.h"
-#include "trainer/model/recompute.h"
 #include "trainer/model/rms_norm.h"
 
 namespace upmoe {

@@ -5,8 +5,8 @@
 
 #include <optional>
 
+#include "trainer/model/keep.h"
 #include "trainer/model/linear.h"
-#include "trainer/model/recompute.h"
 #include "trainer/model/sequence_shards.h"
 
 namespace upmoe {

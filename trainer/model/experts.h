@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "kernels/ops/expert_ffn.h"
+#include "trainer/model/keep.h"
 #include "trainer/model/layer.h"
-#include "trainer/model/recompute.h"
 
 namespace upmoe {
 

@@ -1,19 +1,6 @@
-#include "trainer/model/recompute.h"
-
-#include "kernels/core/check.h"
+#include "trainer/model/keep.h"
 
 namespace upmoe {
-
-Recompute recompute_from(const std::string& name) {
-  if (name == "none") return Recompute::kNone;
-  if (name == "swiglu") return Recompute::kSwiglu;
-  if (name == "routed_up") return Recompute::kRoutedUp;
-  if (name == "up") return Recompute::kUp;
-  if (name == "ffn") return Recompute::kFfn;
-  if (name == "block") return Recompute::kBlock;
-  fail(ExitCode::kUsage, "train.recompute: found '{}', expected none, swiglu, routed_up, up, ffn or block",
-       name);
-}
 
 KeepOfKinds keep_of(Recompute recompute) {
   const Keep nothing{.rows = false, .gate_up = false, .hidden = false};
