@@ -168,12 +168,12 @@ std::optional<std::vector<std::int64_t>> JsonObject::integers(const std::string&
   return std::nullopt;
 }
 
-std::optional<std::string> JsonObject::object(const std::string& key) {
+std::unique_ptr<JsonObject> JsonObject::object(const std::string& key) {
   const auto* value = static_cast<const json*>(find(key, false));
-  if (value == nullptr) return std::nullopt;
-  if (value->is_object()) return value->dump();
+  if (value == nullptr) return nullptr;
+  if (value->is_object()) return std::make_unique<JsonObject>(value->dump(), where_ + ": " + key, problems_);
   refuse(key, fmt::format("found {}, expected an object", shown(*value)));
-  return std::nullopt;
+  return nullptr;
 }
 
 std::string JsonObject::as_text(const std::string& key) const {

@@ -29,8 +29,8 @@ class JsonObject {
   std::optional<std::string> text(const std::string& key, bool required);
   std::optional<std::vector<std::int64_t>> integers(const std::string& key, std::int64_t least,
                                                     std::int64_t most);
-  // A nested object as text of its own; nothing when missing or null.
-  std::optional<std::string> object(const std::string& key);
+  // A nested object; null when missing or null. Its problems are told as "WHERE: KEY: ...".
+  std::unique_ptr<JsonObject> object(const std::string& key);
   // Any value as compact JSON, for comparing with fixed texts; empty when missing or null.
   std::string as_text(const std::string& key) const;
   void refuse(const std::string& key, const std::string& text);  // "WHERE: key: text"

@@ -1,5 +1,5 @@
 #pragma once
-// The shape of a model, from a Hugging Face config.json of type qwen2 or qwen2_moe.
+// The shape of a model, in words of no family, from a Hugging Face config.json (configs/families).
 
 #include <cstdint>
 #include <filesystem>
@@ -9,7 +9,7 @@
 namespace upmoe {
 
 struct ModelConfig {
-  std::string model_type = "qwen2";  // qwen2 | qwen2_moe
+  std::string model_type = "qwen2";  // of the family that wrote it and will read it
   std::int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0;
   int num_hidden_layers = 0, num_attention_heads = 0, num_key_value_heads = 0;
   std::int64_t head_dim = 0;  // hidden_size / heads unless the file says otherwise
@@ -19,9 +19,10 @@ struct ModelConfig {
   bool qkv_bias = true;
   std::string dtype = "bfloat16";  // of the files: bfloat16 | float32 | float16
 
-  // qwen2_moe only; num_experts 0 = dense
+  // Mixtures; num_experts 0 = dense
   int num_experts = 0, num_experts_per_tok = 0, decoder_sparse_step = 1;
   std::int64_t moe_intermediate_size = 0, shared_expert_intermediate_size = 0;  // shared 0 = none
+  bool shared_expert_gate = true;  // a sigmoid for each token, on the shared expert's output
   bool norm_topk_prob = false;
   double router_aux_loss_coef = 0.001;
   std::vector<int> mlp_only_layers;

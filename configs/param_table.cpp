@@ -5,98 +5,126 @@
 namespace upmoe {
 namespace {
 
-// Adds the parameters of one model in the order of the table.
-class Table {
- public:
-  explicit Table(const ModelConfig& config) : c_(config) {
-    UPMOE_CHECK(c_.num_hidden_layers > 0 && c_.head_dim > 0, "the model config is not filled in");
-  }
-
-  std::vector<ParamSpec> make() {
-    matrix("embed_VD", {c_.vocab_size, c_.hidden_size}, {Dim::kVocab, Dim::kEmbed}).tied =
-        c_.tie_word_embeddings;
-    for (layer_ = 0; layer_ < c_.num_hidden_layers; ++layer_) {
-      norm("norm1_D");
-      attention();
-      norm("norm2_D");
-      if (c_.is_moe_layer(layer_)) {
-        mixture();
-      } else {
-        ffn("ffn", c_.intermediate_size);
-      }
-    }
-    layer_ = -1;
-    norm("norm_D");
-    if (!c_.tie_word_embeddings) {
-      matrix("head_VD", {c_.vocab_size, c_.hidden_size}, {Dim::kVocab, Dim::kEmbed});
-    }
-    return std::move(params_);
-  }
-
- private:
-  ParamSpec& add(const std::string& name, const Shape& shape, const std::array<Dim, 4>& dims, bool decay,
-                 Init::Kind kind) {
-    ParamSpec spec;
-    spec.name = layer_ < 0 ? name : fmt::format("layers.{}.{}", layer_, name);
-    spec.shape = shape;
-    spec.dims = dims;
-    spec.layer = layer_;
-    spec.decay = decay;
-    spec.init = {kind, static_cast<float>(c_.initializer_range)};
-    return params_.emplace_back(std::move(spec));
-  }
-  ParamSpec& matrix(const std::string& name, const Shape& shape, const std::array<Dim, 4>& dims) {
-    return add(name, shape, dims, true, Init::Kind::kNormal);
-  }
-  void bias(const std::string& name, const Shape& shape, const std::array<Dim, 4>& dims) {
-    add(name, shape, dims, false, Init::Kind::kZeros);
-  }
-  void norm(const std::string& name) { add(name, {c_.hidden_size}, {Dim::kEmbed}, false, Init::Kind::kOnes); }
-
-  void attention() {
-    const std::int64_t heads = c_.num_attention_heads, kv = c_.num_key_value_heads;
-    const std::array<Dim, 4> q_dims{Dim::kHeads, Dim::kHeadSize, Dim::kEmbed};
-    const std::array<Dim, 4> kv_dims{Dim::kKvHeads, Dim::kHeadSize, Dim::kEmbed};
-    matrix("attn.q_NHD", {heads, c_.head_dim, c_.hidden_size}, q_dims);
-    matrix("attn.k_NHD", {kv, c_.head_dim, c_.hidden_size}, kv_dims);
-    matrix("attn.v_NHD", {kv, c_.head_dim, c_.hidden_size}, kv_dims);
-    if (c_.qkv_bias) {
-      bias("attn.q_NH", {heads, c_.head_dim}, {Dim::kHeads, Dim::kHeadSize});
-      bias("attn.k_NH", {kv, c_.head_dim}, {Dim::kKvHeads, Dim::kHeadSize});
-      bias("attn.v_NH", {kv, c_.head_dim}, {Dim::kKvHeads, Dim::kHeadSize});
-    }
-    matrix("attn.o_DNH", {c_.hidden_size, heads, c_.head_dim}, {Dim::kEmbed, Dim::kHeads, Dim::kHeadSize});
-  }
-
-  // A SwiGLU: gate and up rows of a neuron are neighbours.
-  void ffn(const std::string& prefix, std::int64_t width) {
-    matrix(prefix + ".gate_up_F2D", {width, 2, c_.hidden_size}, {Dim::kFfn, Dim::kPair, Dim::kEmbed});
-    matrix(prefix + ".down_DF", {c_.hidden_size, width}, {Dim::kEmbed, Dim::kFfn});
-  }
-
-  void mixture() {
-    const std::int64_t experts = c_.num_experts, width = c_.moe_intermediate_size;
-    // Every rank scores every expert, so the router's expert dim is not one that the expert axis cuts.
-    matrix("moe.router_ED", {experts, c_.hidden_size}, {Dim::kOne, Dim::kEmbed});
-    matrix("moe.gate_up_EF2D", {experts, width, 2, c_.hidden_size},
-           {Dim::kExpert, Dim::kFfn, Dim::kPair, Dim::kEmbed})
-        .expert = true;
-    matrix("moe.down_EDF", {experts, c_.hidden_size, width}, {Dim::kExpert, Dim::kEmbed, Dim::kFfn}).expert =
-        true;
-    if (c_.shared_expert_intermediate_size == 0) return;
-    matrix("shared.gate_1D", {1, c_.hidden_size}, {Dim::kOne, Dim::kEmbed});
-    ffn("shared", c_.shared_expert_intermediate_size);
-  }
-
-  const ModelConfig& c_;
-  int layer_ = -1;
-  std::vector<ParamSpec> params_;
+struct Form {
+  Shape shape;
+  std::array<Dim, 4> dims;
 };
+
+// A SwiGLU: gate and up rows of a neuron are neighbours.
+Form gate_up(const ModelConfig& c, std::int64_t width) {
+  return {{width, 2, c.hidden_size}, {Dim::kFfn, Dim::kPair, Dim::kEmbed}};
+}
+Form down(const ModelConfig& c, std::int64_t width) {
+  return {{c.hidden_size, width}, {Dim::kEmbed, Dim::kFfn}};
+}
+
+Form form_of(const ModelConfig& c, Role role) {
+  const std::int64_t D = c.hidden_size, heads = c.num_attention_heads, kv = c.num_key_value_heads,
+                     size = c.head_dim, E = c.num_experts, F = c.moe_intermediate_size;
+  switch (role) {
+    case Role::kEmbedding:
+    case Role::kHead:
+      return {{c.vocab_size, D}, {Dim::kVocab, Dim::kEmbed}};
+    case Role::kNorm1:
+    case Role::kNorm2:
+    case Role::kFinalNorm:
+      return {{D}, {Dim::kEmbed}};
+    case Role::kQuery:
+      return {{heads, size, D}, {Dim::kHeads, Dim::kHeadSize, Dim::kEmbed}};
+    case Role::kKey:
+    case Role::kValue:
+      return {{kv, size, D}, {Dim::kKvHeads, Dim::kHeadSize, Dim::kEmbed}};
+    case Role::kQueryBias:
+      return {{heads, size}, {Dim::kHeads, Dim::kHeadSize}};
+    case Role::kKeyBias:
+    case Role::kValueBias:
+      return {{kv, size}, {Dim::kKvHeads, Dim::kHeadSize}};
+    case Role::kAttentionOutput:
+      return {{D, heads, size}, {Dim::kEmbed, Dim::kHeads, Dim::kHeadSize}};
+    case Role::kFfnGateUp:
+      return gate_up(c, c.intermediate_size);
+    case Role::kFfnDown:
+      return down(c, c.intermediate_size);
+    case Role::
+        kRouter:  // every rank scores every expert, so its expert dim is not one that the expert axis cuts
+      return {{E, D}, {Dim::kOne, Dim::kEmbed}};
+    case Role::kExpertGateUp:
+      return {{E, F, 2, D}, {Dim::kExpert, Dim::kFfn, Dim::kPair, Dim::kEmbed}};
+    case Role::kExpertDown:
+      return {{E, D, F}, {Dim::kExpert, Dim::kEmbed, Dim::kFfn}};
+    case Role::kSharedGate:
+      return {{1, D}, {Dim::kOne, Dim::kEmbed}};
+    case Role::kSharedGateUp:
+      return gate_up(c, c.shared_expert_intermediate_size);
+    case Role::kSharedDown:
+      return down(c, c.shared_expert_intermediate_size);
+  }
+  fail(ExitCode::kFailure, "no such role");
+}
+
+Init::Kind init_of(Role role) {
+  switch (role) {
+    case Role::kNorm1:
+    case Role::kNorm2:
+    case Role::kFinalNorm:
+      return Init::Kind::kOnes;
+    case Role::kQueryBias:
+    case Role::kKeyBias:
+    case Role::kValueBias:
+      return Init::Kind::kZeros;
+    default:
+      return Init::Kind::kNormal;
+  }
+}
+
+// In the order of the table.
+std::vector<Role> roles_of_block(const ModelConfig& c, int layer) {
+  std::vector<Role> roles{Role::kNorm1, Role::kQuery, Role::kKey, Role::kValue};
+  const auto add = [&](std::initializer_list<Role> more) { roles.insert(roles.end(), more); };
+  if (c.qkv_bias) add({Role::kQueryBias, Role::kKeyBias, Role::kValueBias});
+  add({Role::kAttentionOutput, Role::kNorm2});
+  if (!c.is_moe_layer(layer)) {
+    add({Role::kFfnGateUp, Role::kFfnDown});
+    return roles;
+  }
+  add({Role::kRouter, Role::kExpertGateUp, Role::kExpertDown});
+  if (c.shared_expert_intermediate_size == 0) return roles;
+  if (c.shared_expert_gate) add({Role::kSharedGate});
+  add({Role::kSharedGateUp, Role::kSharedDown});
+  return roles;
+}
 
 }  // namespace
 
+std::string param_name(Role role, int layer) {
+  return layer == kOutsideBlocks ? name_of(role) : fmt::format("layers.{}.{}", layer, name_of(role));
+}
+
+ParamSpec make_param(const ModelConfig& config, Role role, int layer) {
+  ParamSpec spec;
+  spec.name = param_name(role, layer);
+  spec.role = role;
+  const Form form = form_of(config, role);
+  spec.shape = form.shape;
+  spec.dims = form.dims;
+  spec.layer = layer;
+  spec.expert = role == Role::kExpertGateUp || role == Role::kExpertDown;
+  spec.init = {init_of(role), static_cast<float>(config.initializer_range)};
+  spec.decay = spec.init.kind == Init::Kind::kNormal;
+  spec.tied = role == Role::kEmbedding && config.tie_word_embeddings;
+  spec.joins_previous =
+      role == Role::kKey || role == Role::kValue || role == Role::kKeyBias || role == Role::kValueBias;
+  return spec;
+}
+
 std::vector<ParamSpec> make_param_table(const ModelConfig& config) {
-  return Table(config).make();
+  UPMOE_CHECK(config.num_hidden_layers > 0 && config.head_dim > 0, "the model config is not filled in");
+  std::vector<ParamSpec> params{make_param(config, Role::kEmbedding)};
+  for (int layer = 0; layer < config.num_hidden_layers; ++layer)
+    for (const Role role : roles_of_block(config, layer)) params.push_back(make_param(config, role, layer));
+  params.push_back(make_param(config, Role::kFinalNorm));
+  if (!config.tie_word_embeddings) params.push_back(make_param(config, Role::kHead));
+  return params;
 }
 
 ParamCounts count_params(const ModelConfig& config) {

@@ -1,8 +1,8 @@
 #pragma once
-// The one list of every parameter: name, global shape, what each dim means, how it is initialised. Memory,
+// The one list of every parameter: role, name, global shape, what each dim means, how it is initialised. Memory,
 // binding, optimizer groups, checkpoint, upcycling and documentation all read this list.
 //
-// Names (stable for ever, they are on disk; i = layer):
+// Names (stable for ever, they are on disk; i = layer) follow from the block and the role:
 //   embed_VD [V,D]
 //   layers.i.norm1_D · layers.i.attn.{q,k,v}_NHD [heads,head,D] · layers.i.attn.{q,k,v}_NH (biases)
 //   layers.i.attn.o_DNH [D,heads,head] · layers.i.norm2_D
@@ -19,9 +19,57 @@
 #include <vector>
 
 #include "configs/model_config.h"
+#include "configs/names.h"
 #include "kernels/core/tensor.h"
 
 namespace upmoe {
+
+// What a parameter is in its block, or in front of and behind the blocks.
+enum class Role : std::uint8_t {
+  kEmbedding,
+  kNorm1,
+  kQuery,
+  kKey,
+  kValue,
+  kQueryBias,
+  kKeyBias,
+  kValueBias,
+  kAttentionOutput,
+  kNorm2,
+  kFfnGateUp,
+  kFfnDown,
+  kRouter,
+  kExpertGateUp,
+  kExpertDown,
+  kSharedGate,
+  kSharedGateUp,
+  kSharedDown,
+  kFinalNorm,
+  kHead
+};
+template <>
+inline constexpr Names<Role> kNames<Role>{.built = {{Role::kEmbedding, "embed_VD"},
+                                                    {Role::kNorm1, "norm1_D"},
+                                                    {Role::kQuery, "attn.q_NHD"},
+                                                    {Role::kKey, "attn.k_NHD"},
+                                                    {Role::kValue, "attn.v_NHD"},
+                                                    {Role::kQueryBias, "attn.q_NH"},
+                                                    {Role::kKeyBias, "attn.k_NH"},
+                                                    {Role::kValueBias, "attn.v_NH"},
+                                                    {Role::kAttentionOutput, "attn.o_DNH"},
+                                                    {Role::kNorm2, "norm2_D"},
+                                                    {Role::kFfnGateUp, "ffn.gate_up_F2D"},
+                                                    {Role::kFfnDown, "ffn.down_DF"},
+                                                    {Role::kRouter, "moe.router_ED"},
+                                                    {Role::kExpertGateUp, "moe.gate_up_EF2D"},
+                                                    {Role::kExpertDown, "moe.down_EDF"},
+                                                    {Role::kSharedGate, "shared.gate_1D"},
+                                                    {Role::kSharedGateUp, "shared.gate_up_F2D"},
+                                                    {Role::kSharedDown, "shared.down_DF"},
+                                                    {Role::kFinalNorm, "norm_D"},
+                                                    {Role::kHead, "head_VD"}}};
+
+inline constexpr int kOutsideBlocks = -1;
 
 enum class Dim : std::uint8_t { kEmbed, kHeads, kKvHeads, kHeadSize, kFfn, kVocab, kExpert, kPair, kOne };
 
@@ -32,16 +80,22 @@ struct Init {
 
 struct ParamSpec {
   std::string name;
+  Role role = Role::kEmbedding;
   Shape shape;  // GLOBAL
   std::array<Dim, 4> dims{};
-  int layer = -1;  // block index; -1 = first or last pipeline stage (embed_VD: first; norm_D, head_VD: last)
-  bool expert = false;  // one of the routed experts' tensors: replicated along edp instead of dp x cp
-  bool decay = true;    // matrices decay; norms and biases do not
-  bool tied = false;    // embed_VD when it is the head as well: first and last pipeline stage hold it
+  int layer = kOutsideBlocks;  // block index; outside: first or last pipeline stage
+  bool expert = false;         // one of the routed experts' tensors: replicated along edp instead of dp x cp
+  bool decay = true;           // matrices decay; norms and biases do not
+  bool tied = false;           // embed_VD when it is the head as well: first and last pipeline stage hold it
+  bool joins_previous =
+      false;  // one product with its neighbour in the table: it follows it in memory without a gap
   Init init;
 };
 
 std::vector<ParamSpec> make_param_table(const ModelConfig& config);  // pure; dense and MoE alike
+// One parameter as the table would have it, whether or not this model has it.
+ParamSpec make_param(const ModelConfig& config, Role role, int layer = kOutsideBlocks);
+std::string param_name(Role role, int layer = kOutsideBlocks);
 
 struct ParamCounts {
   std::int64_t total = 0;                    // every parameter once

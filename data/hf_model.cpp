@@ -127,8 +127,6 @@ bool is_derived(const std::string& name) {
   return name.ends_with(".rotary_emb.inv_freq");
 }
 
-constexpr const char *kEmbedding = "model.embed_tokens.weight", *kHead = "lm_head.weight";
-
 }  // namespace
 
 HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir)) {
@@ -148,13 +146,15 @@ HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir
   for (const HfTensor& t : hf_tensors_of(config_))
     if (!t.zeros) used_.insert(t.name);
   check_against(file_of, names);
-  if (config_.tie_word_embeddings && index_.contains(kHead)) check_tied_head();
+  if (config_.tie_word_embeddings && index_.contains(tensor_name(config_, Role::kHead))) check_tied_head();
 }
 
 // Which of two different matrices is meant nobody can know: transformers 4 takes the embeddings, 5 the head.
 void HfModel::check_tied_head() const {
-  const auto [head_file, head] = locate(kHead);
-  const auto [embedding_file, embedding] = locate(kEmbedding);
+  const std::string head_name = tensor_name(config_, Role::kHead),
+                    embedding_name = tensor_name(config_, Role::kEmbedding);
+  const auto [head_file, head] = locate(head_name);
+  const auto [embedding_file, embedding] = locate(embedding_name);
   const auto values = [](const SafetensorsFile& file, const SafetensorsEntry& entry, std::int64_t from,
                          std::vector<float>& out) {
     const std::size_t element = entry.dtype == "F32" ? 4 : 2;
@@ -178,13 +178,16 @@ void HfModel::check_tied_head() const {
     fail(ExitCode::kBadInput,
          "{}: config.json says tie_word_embeddings, but {} differs from {}; write \"tie_word_embeddings\": "
          "false to use it (as transformers 5 does), or remove it from the file (transformers 4 ignores it)",
-         dir_.string(), kHead, kEmbedding);
+         dir_.string(), head_name, embedding_name);
 }
 
 // Every difference between the files, the index and the config, in one message.
 void HfModel::check_against(const std::map<std::string, std::string>& file_of,
                             const std::vector<std::string>& names) const {
-  if (index_.contains("embed_tokens.weight"))
+  constexpr std::string_view kModel = "model.";
+  const std::string embedding = tensor_name(config_, Role::kEmbedding),
+                    head = tensor_name(config_, Role::kHead);
+  if (embedding.starts_with(kModel) && index_.contains(embedding.substr(kModel.size())))
     fail(ExitCode::kBadInput,
          "{}: the names of the tensors lack 'model.': they were saved from the model without its head; "
          "load them with AutoModelForCausalLM of transformers and save that",
@@ -216,7 +219,7 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
       differences.push_back(t.name + ": in a file but not in the index");
   }
   for (const auto& [name, place] : index_)
-    if (!expected.contains(name) && !is_derived(name) && !(config_.tie_word_embeddings && name == kHead))
+    if (!expected.contains(name) && !is_derived(name) && !(config_.tie_word_embeddings && name == head))
       differences.push_back(name + ": not part of the model of config.json");
   if (differences.empty()) return;
   std::string text;
@@ -238,7 +241,7 @@ void HfModel::read(const ParamSpec& param, const Box& box, TensorView out) const
   UPMOE_CHECK(contains(whole(param.shape), box) && out.elements() == box.elements(),
               "box {} + {} of {} {} into {}", box.offset.str(), box.extent.str(), param.name,
               param.shape.str(), out.shape.str());
-  for (const HfTensor& t : hf_tensors_of(param)) {
+  for (const HfTensor& t : hf_tensors_of(config_, param)) {
     const Box region = intersect(t.part, box);
     if (region.elements() == 0) continue;
     const auto [file, entry] = locate(t.name);

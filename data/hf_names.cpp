@@ -1,86 +1,94 @@
-// Our parameters under the names that transformers gives them.
+// Our parameters as the tensors that transformers writes: the family names them (configs/families), their shapes and
+// parts follow from the parameter's dims.
 
 #include <algorithm>
-#include <array>
-#include <string_view>
-#include <tuple>
+#include <map>
+#include <span>
+#include <utility>
 
+#include "configs/families/family.h"
 #include "data/hf_model.h"
 
 namespace upmoe {
 
 namespace {
 
-std::vector<std::int64_t> dims_of(const Shape& s) {
-  return {s.dim.begin(), s.dim.begin() + s.rank};
-}
-
-// One expert's or one matrix' gate (pair 0) or up (pair 1) half of an interleaved [.., F, 2, D].
-Box half(const ParamSpec& p, std::int64_t expert, std::int64_t pair) {
-  Box b = whole(p.shape);
-  const int pair_dim = p.shape.rank - 2;
-  b.offset.dim[static_cast<std::size_t>(pair_dim)] = pair;
-  b.extent.dim[static_cast<std::size_t>(pair_dim)] = 1;
-  if (p.shape.rank == 4) {
-    b.offset.dim[0] = expert;
-    b.extent.dim[0] = 1;
-  }
-  return b;
-}
-
-Box one_expert(const ParamSpec& p, std::int64_t expert) {
-  Box b = whole(p.shape);
-  b.offset.dim[0] = expert;
-  b.extent.dim[0] = 1;
-  return b;
-}
-
-void add_experts(const ParamSpec& p, const std::string& mlp, bool down, std::vector<HfTensor>& out) {
-  const std::int64_t F = down ? p.shape[2] : p.shape[1], D = down ? p.shape[1] : p.shape[3];
-  for (std::int64_t e = 0; e < p.shape[0]; ++e) {
-    const std::string expert = fmt::format("{}experts.{}.", mlp, e);
-    if (down) {
-      out.push_back({expert + "down_proj.weight", {D, F}, one_expert(p, e)});
+// Of the dims on disk, those of heads and of their size are one.
+HfTensor tensor_of(const TensorName& name, const ParamSpec& p, std::int64_t expert) {
+  HfTensor tensor;
+  tensor.name = name.of(p.layer, expert);
+  tensor.half = name.half;
+  tensor.expert = name.by_expert() ? expert : -1;
+  tensor.part = whole(p.shape);
+  for (int d = 0; d < p.shape.rank; ++d) {
+    const auto i = static_cast<std::size_t>(d);
+    const bool one_expert = p.dims[i] == Dim::kExpert && name.by_expert(),
+               one_half = p.dims[i] == Dim::kPair && name.half != Half::kWhole;
+    if (one_expert || one_half) {
+      tensor.part.offset.dim[i] = one_expert ? expert : name.half == Half::kUp ? 1 : 0;
+      tensor.part.extent.dim[i] = 1;
+    } else if (p.dims[i] == Dim::kHeadSize) {
+      tensor.shape.back() = checked_mul(tensor.shape.back(), p.shape[d]);
     } else {
-      out.push_back({expert + "gate_proj.weight", {F, D}, half(p, e, 0)});
-      out.push_back({expert + "up_proj.weight", {F, D}, half(p, e, 1)});
+      tensor.shape.push_back(p.shape[d]);
     }
   }
+  return tensor;
 }
 
-void add_gate_up(const ParamSpec& p, const std::string& mlp, std::vector<HfTensor>& out) {
-  const std::vector<std::int64_t> shape{p.shape[0], p.shape[2]};
-  out.push_back({mlp + "gate_proj.weight", shape, half(p, 0, 0)});
-  out.push_back({mlp + "up_proj.weight", shape, half(p, 0, 1)});
-}
-
-// `part` is the name behind "layers.N.".
-void add_layer_tensor(const ParamSpec& p, const std::string& part, std::vector<HfTensor>& out) {
-  const std::string layer = fmt::format("model.layers.{}.", p.layer), mlp = layer + "mlp.",
-                    shared = mlp + "shared_expert.";
-  const auto plain = [&](const std::string& name, std::vector<std::int64_t> shape) {
-    out.push_back({name, std::move(shape), whole(p.shape)});
-  };
-  const std::string attention = layer + "self_attn.";
-  if (part == "norm1_D") return plain(layer + "input_layernorm.weight", dims_of(p.shape));
-  if (part == "norm2_D") return plain(layer + "post_attention_layernorm.weight", dims_of(p.shape));
-  for (const char* which : {"q", "k", "v"}) {
-    if (part == fmt::format("attn.{}_NHD", which))
-      return plain(fmt::format("{}{}_proj.weight", attention, which), {p.shape[0] * p.shape[1], p.shape[2]});
-    if (part == fmt::format("attn.{}_NH", which))
-      return plain(fmt::format("{}{}_proj.bias", attention, which), {p.shape.elements()});
+// visit(name, expert) in the order on disk: neighbours by expert come expert by expert.
+template <class Visit>
+void for_each_tensor(std::span<const TensorName> names, std::int64_t experts, const Visit& visit) {
+  for (auto begin = names.begin(); begin != names.end();) {
+    const bool by_expert = begin->by_expert();
+    const auto end =
+        by_expert ? std::find_if_not(begin, names.end(), std::mem_fn(&TensorName::by_expert)) : begin + 1;
+    for (std::int64_t e = 0; e < (by_expert ? experts : 1); ++e)
+      for (auto at = begin; at != end; ++at) visit(*at, e);
+    begin = end;
   }
-  if (part == "attn.o_DNH") return plain(attention + "o_proj.weight", {p.shape[0], p.shape[1] * p.shape[2]});
-  if (part == "ffn.gate_up_F2D") return add_gate_up(p, mlp, out);
-  if (part == "ffn.down_DF") return plain(mlp + "down_proj.weight", dims_of(p.shape));
-  if (part == "moe.router_ED") return plain(mlp + "gate.weight", dims_of(p.shape));
-  if (part == "moe.gate_up_EF2D") return add_experts(p, mlp, false, out);
-  if (part == "moe.down_EDF") return add_experts(p, mlp, true, out);
-  if (part == "shared.gate_1D") return plain(mlp + "shared_expert_gate.weight", dims_of(p.shape));
-  if (part == "shared.gate_up_F2D") return add_gate_up(p, shared, out);
-  if (part == "shared.down_DF") return plain(shared + "down_proj.weight", dims_of(p.shape));
-  UPMOE_CHECK(false, "no Hugging Face name for '{}'", p.name);
 }
+
+// All tensors of a model.
+class Listing {
+ public:
+  explicit Listing(const ModelConfig& config) : config_(config), family_(family_of(config)) {
+    for (ParamSpec& p : make_param_table(config)) params_.emplace(std::pair(p.layer, p.role), std::move(p));
+  }
+  std::vector<HfTensor> make() {
+    const auto names = family_.tensors;
+    const auto by_block = std::mem_fn(&TensorName::by_block);
+    const auto first = std::find_if(names.begin(), names.end(), by_block),
+               last = std::find_if_not(first, names.end(), by_block);
+    add({names.begin(), first}, kOutsideBlocks);
+    for (int layer = 0; layer < config_.num_hidden_layers; ++layer) add({first, last}, layer);
+    add({last, names.end()}, kOutsideBlocks);
+    return std::move(all_);
+  }
+
+ private:
+  void add(std::span<const TensorName> names, int layer) {
+    const std::int64_t experts = layer >= 0 && config_.is_moe_layer(layer) ? config_.num_experts : 0;
+    for_each_tensor(names, experts, [&](const TensorName& name, std::int64_t expert) {
+      if (const auto it = params_.find({layer, name.role}); it != params_.end()) {
+        all_.push_back(tensor_of(name, it->second, expert));
+      } else if (experts > 0 && is_empty(name.role)) {
+        all_.push_back(tensor_of(name, make_param(config_, name.role, layer), expert));
+        all_.back().part = {};
+        all_.back().zeros = true;
+      }
+    });
+  }
+  bool is_empty(Role role) const {
+    return family_.empty_shared_expert && config_.shared_expert_intermediate_size == 0 &&
+           (role == Role::kSharedGateUp || role == Role::kSharedDown || role == Role::kSharedGate);
+  }
+
+  const ModelConfig& config_;
+  const Family& family_;
+  std::map<std::pair<int, Role>, ParamSpec> params_;
+  std::vector<HfTensor> all_;
+};
 
 }  // namespace
 
@@ -90,82 +98,20 @@ std::int64_t HfTensor::elements() const {
   return n;
 }
 
-std::vector<HfTensor> hf_tensors_of(const ParamSpec& p) {
-  std::vector<HfTensor> out;
-  if (p.layer >= 0) {
-    const std::string prefix = fmt::format("layers.{}.", p.layer);
-    UPMOE_CHECK(p.name.starts_with(prefix), "parameter '{}' of layer {}", p.name, p.layer);
-    add_layer_tensor(p, p.name.substr(prefix.size()), out);
-  } else if (p.name == "embed_VD") {
-    out.push_back({"model.embed_tokens.weight", dims_of(p.shape), whole(p.shape)});
-  } else if (p.name == "norm_D") {
-    out.push_back({"model.norm.weight", dims_of(p.shape), whole(p.shape)});
-  } else {
-    UPMOE_CHECK(p.name == "head_VD", "no Hugging Face name for '{}'", p.name);
-    out.push_back({"lm_head.weight", dims_of(p.shape), whole(p.shape)});
-  }
-  return out;
+std::vector<HfTensor> hf_tensors_of(const ModelConfig& config, const ParamSpec& p) {
+  std::vector<TensorName> names;
+  for (const TensorName& name : family_of(config).tensors)
+    if (name.role == p.role) names.push_back(name);
+  UPMOE_CHECK(!names.empty(), "{} has no tensor for '{}'", config.model_type, p.name);
+  std::vector<HfTensor> tensors;
+  for_each_tensor(names, p.shape[0], [&](const TensorName& name, std::int64_t expert) {
+    tensors.push_back(tensor_of(name, p, expert));
+  });
+  return tensors;
 }
-
-namespace {
-
-// Where a parameter's tensors stand in a block of transformers' state dict. Gate, up and down of one expert
-// are neighbours there, so the experts' two parameters share one place.
-std::size_t place_in_block(std::string_view part) {
-  constexpr std::array<std::string_view, 16> kOrder{
-      "attn.q_NHD",       "attn.q_NH",       "attn.k_NHD",  "attn.k_NH",
-      "attn.v_NHD",       "attn.v_NH",       "attn.o_DNH",  "moe.router_ED",
-      "moe.gate_up_EF2D", "ffn.gate_up_F2D", "ffn.down_DF", "shared.gate_up_F2D",
-      "shared.down_DF",   "shared.gate_1D",  "norm1_D",     "norm2_D"};
-  if (part == "moe.down_EDF") part = "moe.gate_up_EF2D";
-  const auto* const it = std::find(kOrder.begin(), kOrder.end(), part);
-  UPMOE_CHECK(it != kOrder.end(), "no place for '{}'", part);
-  return static_cast<std::size_t>(it - kOrder.begin());
-}
-
-// transformers makes the modules of a shared expert whatever its width.
-std::vector<HfTensor> empty_shared_expert(const ModelConfig& config, int layer) {
-  const std::string mlp = fmt::format("model.layers.{}.mlp.", layer), shared = mlp + "shared_expert.";
-  const std::int64_t D = config.hidden_size;
-  return {{shared + "gate_proj.weight", {0, D}, {}, true},
-          {shared + "up_proj.weight", {0, D}, {}, true},
-          {shared + "down_proj.weight", {D, 0}, {}, true},
-          {mlp + "shared_expert_gate.weight", {1, D}, {}, true}};
-}
-
-struct Placed {
-  std::tuple<int, std::size_t, std::int64_t> place;  // block, place in it, expert
-  HfTensor tensor;
-};
-
-void add_empty_shared_experts(const ModelConfig& config, std::vector<Placed>& placed) {
-  if (config.shared_expert_intermediate_size > 0) return;
-  const std::size_t first = place_in_block("shared.gate_up_F2D");
-  for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
-    if (!config.is_moe_layer(layer)) continue;
-    for (HfTensor& t : empty_shared_expert(config, layer))
-      placed.push_back({{layer, first, 0}, std::move(t)});
-  }
-}
-
-}  // namespace
 
 std::vector<HfTensor> hf_tensors_of(const ModelConfig& config) {
-  std::vector<Placed> placed;
-  for (const ParamSpec& p : make_param_table(config)) {
-    const bool in_block = p.layer >= 0;
-    const int block = in_block ? p.layer : p.name == "embed_VD" ? -1 : config.num_hidden_layers;
-    const std::size_t place =
-        in_block ? place_in_block(std::string_view(p.name).substr(p.name.find('.', 7) + 1)) : 0;
-    for (HfTensor& t : hf_tensors_of(p))
-      placed.push_back({{block, place, p.expert ? t.part.offset[0] : 0}, std::move(t)});
-  }
-  add_empty_shared_experts(config, placed);
-  std::stable_sort(placed.begin(), placed.end(),
-                   [](const Placed& a, const Placed& b) { return a.place < b.place; });
-  std::vector<HfTensor> all;
-  for (Placed& p : placed) all.push_back(std::move(p.tensor));
-  return all;
+  return Listing(config).make();
 }
 
 }  // namespace upmoe

@@ -52,7 +52,7 @@ constexpr std::uint64_t kSmallFiles = std::uint64_t{4} << 20;  // headers, index
 std::map<std::string, std::pair<ParamSpec, Box>> places_of(const ModelConfig& config) {
   std::map<std::string, std::pair<ParamSpec, Box>> places;
   for (const ParamSpec& p : make_param_table(config))
-    for (const HfTensor& t : hf_tensors_of(p)) places.emplace(t.name, std::pair(p, t.part));
+    for (const HfTensor& t : hf_tensors_of(config, p)) places.emplace(t.name, std::pair(p, t.part));
   return places;
 }
 

@@ -106,7 +106,7 @@ json describe_hf(const fs::path& path, bool verify) {
     j["tensors"].push_back({{"name", e->name}, {"dtype", e->dtype}, {"shape", e->shape}});
   if (verify) {  // nothing stores a checksum here, but every byte is read
     for (const ParamSpec& p : make_param_table(model.config()))
-      for (const HfTensor& t : hf_tensors_of(p))
+      for (const HfTensor& t : hf_tensors_of(model.config(), p))
         require_finite(path, t.name, t.part,
                        [&](const Box& box, TensorView out) { model.read(p, box, out); });
     j["verified"] = true;

@@ -89,7 +89,7 @@ bool is_on_stage(const ParamSpec& p, const StagePlan& plan, int stage) {
   if (p.layer >= 0) return plan.stage_of_block(p.layer) == stage;
   const bool first = stage == 0, last = stage == plan.stages - 1;
   if (p.tied) return first || last;
-  return p.name == "embed_VD" ? first : last;
+  return p.role == Role::kEmbedding ? first : last;
 }
 
 // How a parameter is spread over the tp ranks of one stage.

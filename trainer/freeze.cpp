@@ -54,7 +54,7 @@ std::vector<std::string> frozen_names(const std::vector<std::string>& patterns, 
   std::size_t parameters = 0;
   for (const ParamSpec& p : make_param_table(config)) {
     ++parameters;
-    const std::vector<HfTensor> tensors = hf_tensors_of(p);
+    const std::vector<HfTensor> tensors = hf_tensors_of(config, p);
     std::string left, hit;
     for (const HfTensor& t : tensors) {
       std::string& example = any_matches(t.name) ? hit : left;

@@ -30,8 +30,7 @@ std::string grouped(std::int64_t n) {  // 1,234,567
 
 // The name without its layer, so that the same parameter of all layers is one entry.
 std::string group_of(const ParamSpec& p) {
-  if (p.layer < 0) return p.name;
-  return "layers.*" + p.name.substr(p.name.find('.', 7));
+  return p.layer == kOutsideBlocks ? p.name : fmt::format("layers.*.{}", name_of(p.role));
 }
 
 double share_of(const RunConfig& run, std::size_t source) {

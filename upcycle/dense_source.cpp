@@ -103,11 +103,10 @@ SourceFfn DenseSource::load(int layer) const {
   const auto elements = checked_mul(ffn.width, ffn.model_width);
   const auto bytes =
       static_cast<std::size_t>(checked_mul(elements, static_cast<std::int64_t>(size_of(dtype_))));
-  const FfnNames names = ffn_names(layer);
-  for (const auto& [name, data] : {std::pair{&names.gate, &ffn.gate}, std::pair{&names.up, &ffn.up},
-                                   std::pair{&names.down, &ffn.down}}) {
+  for (const auto& [matrix, data] :
+       {std::pair{FfnMatrix::kGate, &ffn.gate}, {FfnMatrix::kUp, &ffn.up}, {FfnMatrix::kDown, &ffn.down}}) {
     data->resize(bytes);
-    read(*name, 0, *data);
+    read(ffn_name(config, layer, matrix), 0, *data);
   }
   return ffn;
 }

@@ -110,7 +110,7 @@ Matrix make_inputs(int layer, std::int64_t model_width, int tokens, const FillCo
   normal_batch(philox_key(context.seed, fmt::format("layers.{}.layer_error", layer)), 0,
                static_cast<std::int64_t>(x.size()), x.data());
   std::vector<std::byte> bytes(static_cast<std::size_t>(model_width) * size_of(context.source.dtype()));
-  context.source.read(fmt::format("model.layers.{}.post_attention_layernorm.weight", layer), 0, bytes);
+  context.source.read(tensor_name(context.source.model().config(), Role::kNorm2, layer), 0, bytes);
   std::vector<float> weight(static_cast<std::size_t>(model_width));
   to_floats(bytes.data(), context.source.dtype(), weight.size(), weight.data());
   for (int t = 0; t < tokens; ++t) {

@@ -2,7 +2,6 @@
 
 #include <map>
 #include <set>
-#include <string_view>
 
 #include "data/hf_model.h"
 #include "upcycle/scale.h"
@@ -29,7 +28,6 @@ struct LayerRecipe {
   const UpcycleConfig& config;
   const ModelConfig& dense;
   int layer;
-  FfnNames ffn;
   double scale;
 
   UnitMap routed_units(int expert) const;
@@ -119,9 +117,17 @@ FreshInit LayerRecipe::router() const {
   return init;
 }
 
-// Two matrices of a pair in one parameter: which one this tensor is.
-FfnMatrix pair_of(const Box& part, int dim) {
-  return part.offset[dim] == 0 ? FfnMatrix::kGate : FfnMatrix::kUp;
+// Of a feed-forward network, routed, shared or dense: which of its matrices this tensor is.
+FfnMatrix matrix_of(const HfTensor& tensor) {
+  switch (tensor.half) {
+    case Half::kGate:
+      return FfnMatrix::kGate;
+    case Half::kUp:
+      return FfnMatrix::kUp;
+    case Half::kWhole:
+      return FfnMatrix::kDown;
+  }
+  fail(ExitCode::kFailure, "{}: no such part", tensor.name);
 }
 
 class RecipeBuilder {
@@ -136,13 +142,15 @@ class RecipeBuilder {
     for (auto& layer : recipe_.layers)
       layer.experts.resize(static_cast<std::size_t>(config.target.num_experts));
     for (const ParamSpec& param : make_param_table(dense)) {
-      for (HfTensor& tensor : hf_tensors_of(param)) sources_.emplace(tensor.name, std::move(tensor.shape));
+      for (HfTensor& tensor : hf_tensors_of(dense, param))
+        sources_.emplace(tensor.name, std::move(tensor.shape));
     }
   }
 
   Recipe build() {
-    for (const ParamSpec& param : make_param_table(make_moe_config(config_, dense_))) {
-      for (const HfTensor& tensor : hf_tensors_of(param)) add(param, tensor);
+    const ModelConfig moe = make_moe_config(config_, dense_);
+    for (const ParamSpec& param : make_param_table(moe)) {
+      for (const HfTensor& tensor : hf_tensors_of(moe, param)) add(param, tensor);
     }
     for (const auto& [name, shape] : sources_) {
       if (!used_.contains(name)) recipe_.dropped.push_back(name);
@@ -173,7 +181,7 @@ class RecipeBuilder {
 
   // Attention, norms, embedding and head.
   Transform rest(const ParamSpec& param, const HfTensor& tensor) const {
-    if (config_.keep_rest) return Copy{tensor.name};
+    if (config_.keep_rest) return Copy{tensor_name(dense_, param.role, param.layer, tensor.half)};
     switch (param.init.kind) {
       case Init::Kind::kOnes:
         return FreshInit{FreshInit::Kind::kConstant, 0.0, 1.0, 1};
@@ -187,39 +195,48 @@ class RecipeBuilder {
 
   // Also notes where the line stands among its layer's.
   Transform transform_of(const ParamSpec& param, const HfTensor& tensor) {
-    if (param.layer < 0) return rest(param, tensor);
-    const std::string prefix = fmt::format("layers.{}.", param.layer);
-    const std::string_view kind = std::string_view(param.name).substr(prefix.size());
-    if (!kind.starts_with("moe.") && !kind.starts_with("shared.")) return rest(param, tensor);
-
-    const LayerRecipe layer{config_, dense_, param.layer, ffn_names(param.layer), recipe_.scale};
-    Recipe::Layer& index = recipe_.layers[static_cast<std::size_t>(param.layer)];
     const int line = static_cast<int>(recipe_.lines.size());
-    if (kind == "moe.router_ED") {
-      index.router = line;
-      return layer.router();
+    switch (param.role) {
+      case Role::kRouter:
+        layer_of(param).router = line;
+        return layer_recipe(param).router();
+      case Role::kSharedGate:
+        if (!config_.keep_rest) return rest(param, tensor);
+        layer_of(param).shared_gate = line;
+        return FreshInit{FreshInit::Kind::kConstant, 0.0, 0.0,
+                         1};  // sigmoid 1/2, which shared.scale 2 undoes
+      case Role::kExpertGateUp:
+      case Role::kExpertDown:
+      case Role::kSharedGateUp:
+      case Role::kSharedDown:
+        return expert_matrix(param, tensor, line);
+      default:
+        return rest(param, tensor);
     }
-    if (kind == "shared.gate_1D") {
-      if (!config_.keep_rest) return rest(param, tensor);
-      index.shared_gate = line;
-      return FreshInit{FreshInit::Kind::kConstant, 0.0, 0.0, 1};  // sigmoid 1/2, which shared.scale 2 undoes
-    }
-    const bool routed = kind.starts_with("moe.");
-    const bool down = kind == "moe.down_EDF" || kind == "shared.down_DF";
-    if (!down && kind != "moe.gate_up_EF2D" && kind != "shared.gate_up_F2D") {
-      fail(ExitCode::kFailure, "no rule makes parameter {}", param.name);
-    }
+  }
+
+  ExpertMatrix expert_matrix(const ParamSpec& param, const HfTensor& tensor, int line) {
+    const LayerRecipe layer = layer_recipe(param);
     ExpertMatrix m;
-    m.matrix = down ? FfnMatrix::kDown : pair_of(tensor.part, routed ? 2 : 1);
-    m.from = name_in(layer.ffn, m.matrix);
+    m.matrix = matrix_of(tensor);
+    m.from = ffn_name(dense_, param.layer, m.matrix);
     m.redraw = layer.redraw();
-    const int expert = routed ? static_cast<int>(tensor.part.offset[0]) : -1;
+    const bool routed = param.expert;
+    const int expert = static_cast<int>(tensor.expert);
     m.map = routed ? layer.routed_units(expert) : layer.shared_units();
     if (routed) m.noise = config_.experts.noise;
-    if (down) m.scale = routed ? recipe_.scale : config_.shared.scale;
-    (routed ? index.experts[static_cast<std::size_t>(expert)][static_cast<std::size_t>(m.matrix)]
-            : index.shared[static_cast<std::size_t>(m.matrix)]) = line;
+    if (m.matrix == FfnMatrix::kDown) m.scale = routed ? recipe_.scale : config_.shared.scale;
+    Recipe::Layer& index = layer_of(param);
+    (routed ? index.experts[static_cast<std::size_t>(expert)]
+            : index.shared)[static_cast<std::size_t>(m.matrix)] = line;
     return m;
+  }
+
+  LayerRecipe layer_recipe(const ParamSpec& param) const {
+    return {config_, dense_, param.layer, recipe_.scale};
+  }
+  Recipe::Layer& layer_of(const ParamSpec& param) {
+    return recipe_.layers[static_cast<std::size_t>(param.layer)];
   }
 
   const UpcycleConfig& config_;
@@ -237,26 +254,22 @@ std::int64_t RecipeLine::columns() const {
   return n;
 }
 
-const std::string& name_in(const FfnNames& names, FfnMatrix matrix) {
+std::string ffn_name(const ModelConfig& dense, int layer, FfnMatrix matrix) {
   switch (matrix) {
     case FfnMatrix::kGate:
-      return names.gate;
+      return tensor_name(dense, Role::kFfnGateUp, layer, Half::kGate);
     case FfnMatrix::kUp:
-      return names.up;
+      return tensor_name(dense, Role::kFfnGateUp, layer, Half::kUp);
     case FfnMatrix::kDown:
-      return names.down;
+      return tensor_name(dense, Role::kFfnDown, layer);
   }
   fail(ExitCode::kFailure, "no such FFN matrix");
 }
 
-FfnNames ffn_names(int layer) {
-  const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
-  return {prefix + "gate_proj.weight", prefix + "up_proj.weight", prefix + "down_proj.weight"};
-}
-
 ModelConfig make_moe_config(const UpcycleConfig& config, const ModelConfig& dense) {
+  const Family& family = mixture_of(family_of(dense));
   ModelConfig moe = dense;
-  moe.model_type = "qwen2_moe";
+  moe.model_type = family.model_type;
   moe.num_experts = config.target.num_experts;
   moe.num_experts_per_tok = config.target.num_experts_per_tok;
   moe.moe_intermediate_size = config.target.moe_intermediate_size;
@@ -264,8 +277,7 @@ ModelConfig make_moe_config(const UpcycleConfig& config, const ModelConfig& dens
   moe.norm_topk_prob = config.target.norm_topk_prob;
   moe.decoder_sparse_step = 1;
   moe.mlp_only_layers.clear();
-  // No layer is dense any more; the published configuration gives the shared expert's width here.
-  if (has_shared(config)) moe.intermediate_size = config.target.shared_expert_intermediate_size;
+  family.from_dense(moe);
   return moe;
 }
 

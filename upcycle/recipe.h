@@ -54,11 +54,8 @@ struct RecipeLine {
   std::int64_t columns() const;
 };
 
-struct FfnNames {  // tensors on disk
-  std::string gate, up, down;
-};
-FfnNames ffn_names(int layer);
-const std::string& name_in(const FfnNames& names, FfnMatrix matrix);
+// The tensor on disk of a dense layer's FFN.
+std::string ffn_name(const ModelConfig& dense, int layer, FfnMatrix matrix);
 
 struct Recipe {
   std::uint64_t seed = 1;

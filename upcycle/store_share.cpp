@@ -39,7 +39,7 @@ StoreShare::StoreShare(const Recipe& recipe, const ModelConfig& moe, DType dtype
   const Range mine = balanced(total, ranks, rank);
   for (const ParamSpec& p : table) {
     std::vector<Tensor> tensors;
-    for (HfTensor& t : hf_tensors_of(p)) {
+    for (HfTensor& t : hf_tensors_of(moe, p)) {
       const auto found = lines.find(t.name);
       UPMOE_CHECK(found != lines.end(), "no recipe line for {}", t.name);
       tensors.push_back({found->second, t.part});

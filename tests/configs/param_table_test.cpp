@@ -10,7 +10,10 @@
 namespace upmoe {
 namespace {
 
+using ::testing::AllOf;
+using ::testing::Contains;
 using ::testing::ElementsAre;
+using ::testing::Not;
 
 struct Dense {
   int layers;
@@ -69,15 +72,12 @@ TEST(ParamCounts, OfKnownModels) {
             "131.5965 36.4697 35.2366");  // DBRX
 }
 
-// DeepSeekMoE-16B has no gate at its shared experts; the table's is taken off.
+// DeepSeekMoE-16B has no gate at its shared experts, and a dense first layer.
 TEST(ParamCounts, OfDeepSeekMoe) {
   ModelConfig c = mixture({28, 2048, 16, 16, 10944, 102400}, 64, 6, 1408, 2816);
   c.mlp_only_layers = {0};
-  const ParamCounts n = count_params(c);
-  const std::int64_t gates = 27 * 2048;
-  EXPECT_EQ(fmt::format("{:.4f}", static_cast<double>(n.total - gates) * 1e-9), "16.3757");
-  EXPECT_EQ(fmt::format("{:.4f}", static_cast<double>(n.activated - gates) * 1e-9), "2.8287");
-  EXPECT_EQ(fmt::format("{:.4f}", static_cast<double>(n.activated_non_embedding - gates) * 1e-9), "2.4092");
+  c.shared_expert_gate = false;
+  EXPECT_EQ(billions(c), "16.3757 2.8287 2.4092");
 }
 
 TEST(ParamCounts, Exact) {
@@ -111,6 +111,9 @@ TEST(ParamTable, OrderOfNames) {
   for (const std::string& name : names(c)) {
     EXPECT_TRUE(name.find("shared") == std::string::npos && !name.ends_with("_NH")) << name;
   }
+  c.shared_expert_intermediate_size = 10;
+  c.shared_expert_gate = false;
+  EXPECT_THAT(names(c), AllOf(Contains("layers.1.shared.down_DF"), Not(Contains("layers.1.shared.gate_1D"))));
 }
 
 TEST(ParamTable, ShapesDimsAndKinds) {
@@ -127,7 +130,11 @@ TEST(ParamTable, ShapesDimsAndKinds) {
         << p.name;
     EXPECT_EQ(p.init.std, 0.25f);
     EXPECT_EQ(p.expert, p.name == "layers.0.moe.gate_up_EF2D" || p.name == "layers.0.moe.down_EDF") << p.name;
-    EXPECT_EQ(p.layer, p.name.starts_with("layers.") ? 0 : -1) << p.name;
+    EXPECT_EQ(p.layer, p.name.starts_with("layers.") ? 0 : kOutsideBlocks) << p.name;
+    EXPECT_EQ(p.name, param_name(p.role, p.layer));
+    EXPECT_EQ(p.joins_previous,
+              p.name.find(".k_N") != std::string::npos || p.name.find(".v_N") != std::string::npos)
+        << p.name;
     const auto is = [&](const Shape& shape, std::vector<Dim> dims) {
       EXPECT_EQ(p.shape, shape) << p.name << " " << p.shape.str();
       EXPECT_TRUE(std::equal(dims.begin(), dims.end(), p.dims.begin())) << p.name;

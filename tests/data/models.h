@@ -125,9 +125,9 @@ class Models : public testing::Test {
 };
 
 // The element of a parameter at a global index, from the tensors on disk.
-inline float expected_at(const ParamSpec& p, const Weights& weights,
+inline float expected_at(const ModelConfig& config, const ParamSpec& p, const Weights& weights,
                          const std::array<std::int64_t, 4>& index) {
-  for (const HfTensor& t : hf_tensors_of(p)) {
+  for (const HfTensor& t : hf_tensors_of(config, p)) {
     std::int64_t flat = 0;
     bool inside = true;
     for (int d = 0; d < p.shape.rank; ++d) {
@@ -157,7 +157,7 @@ inline void check_boxes(const HfModel& model, const Weights& weights,
           index[static_cast<std::size_t>(d)] = box.offset[d] + rest % box.extent[d];
           rest /= box.extent[d];
         }
-        const float expected = stored(expected_at(p, weights, index));
+        const float expected = stored(expected_at(model.config(), p, weights, index));
         ASSERT_EQ(out[static_cast<std::size_t>(i)], expected)
             << p.name << " element " << i << " of " << box.extent.str();
         ASSERT_EQ(rounded[static_cast<std::size_t>(i)], to_bf16(expected)) << p.name;

@@ -47,7 +47,7 @@ class Golden {
   // A parameter in its global shape, from the tensors `prefix` + Hugging Face name.
   std::vector<float> parameter(const ParamSpec& spec, const std::string& prefix) const {
     std::vector<float> whole(static_cast<std::size_t>(spec.shape.elements()));
-    for (const HfTensor& t : hf_tensors_of(spec)) {
+    for (const HfTensor& t : hf_tensors_of(config_, spec)) {
       const std::vector<float> part = values<float>(prefix + t.name);
       scatter(part, t.part, spec.shape, whole);
     }

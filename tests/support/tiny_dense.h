@@ -40,7 +40,7 @@ inline std::string tiny_config_json(const TinyShape& s) {
 inline std::map<std::string, std::vector<float>> tiny_weights(const ModelConfig& config) {
   std::map<std::string, std::vector<float>> weights;
   for (const ParamSpec& param : make_param_table(config)) {
-    for (const HfTensor& t : hf_tensors_of(param)) {
+    for (const HfTensor& t : hf_tensors_of(config, param)) {
       std::int64_t n = 1;
       for (const std::int64_t d : t.shape) n *= d;
       std::vector<float>& w = weights[t.name];
@@ -61,7 +61,7 @@ inline void write_tiny_dense(const std::filesystem::path& dir, const TinyShape& 
   std::map<std::string, std::vector<bf16>> rounded;
   std::map<std::string, ConstTensorView> views;
   for (const ParamSpec& param : make_param_table(config)) {
-    for (const HfTensor& t : hf_tensors_of(param)) {
+    for (const HfTensor& t : hf_tensors_of(config, param)) {
       const auto it = weights.find(t.name);
       if (it == weights.end()) continue;  // a test left it out
       Shape on_disk;

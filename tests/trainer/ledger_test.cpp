@@ -71,10 +71,10 @@ TEST(Ledger, DryDeviceBooksWhatARealStepBooks) {
 double products_per_token(const ModelConfig& c) {
   double n = 0;
   for (const ParamSpec& p : make_param_table(c)) {
-    if (p.name.ends_with("shared.gate_1D")) continue;
+    if (p.role == Role::kSharedGate) continue;
     double weights = static_cast<double>(p.shape.elements());
-    if (p.name == "embed_VD") weights = c.tie_word_embeddings ? weights : 0;
-    if (p.shape.rank < 2 || p.name.ends_with("_NH")) weights = 0;
+    if (p.role == Role::kEmbedding) weights = c.tie_word_embeddings ? weights : 0;
+    if (!p.decay) weights = 0;
     if (p.expert) weights *= static_cast<double>(c.num_experts_per_tok) / c.num_experts;
     n += weights;
   }

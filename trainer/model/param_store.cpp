@@ -17,18 +17,11 @@ namespace {
 
 constexpr std::int64_t kAlignElements = 64;  // 128 bytes of bf16: whole cache lines
 
-// Weights of k and v follow those of q without a gap: one matrix for one product.
-bool continues_previous(const std::string& name) {
-  for (const char* end : {".attn.k_NHD", ".attn.v_NHD", ".attn.k_NH", ".attn.v_NH"})
-    if (name.ends_with(end)) return true;
-  return false;
-}
-
 // Where parameters begin in a flat buffer, in elements.
 struct Offsets {
   std::int64_t end = 0;
   std::int64_t take(const StoredParam& p) {
-    if (!continues_previous(p.spec.name)) end = (end + kAlignElements - 1) / kAlignElements * kAlignElements;
+    if (!p.spec.joins_previous) end = (end + kAlignElements - 1) / kAlignElements * kAlignElements;
     const std::int64_t begin = end;
     end = checked_add(end, p.shard.elements());
     return begin;
@@ -92,7 +85,7 @@ void ParamStore::choose_sharing() {
     do {
       reduced |= params_[end].replica.count > 1;
       ++end;
-    } while (end < params_.size() && continues_previous(params_[end].spec.name));
+    } while (end < params_.size() && params_[end].spec.joins_previous);
     for (std::size_t i = begin; i < end; ++i)
       params_[i].shares_grad = reduced && params_[i].spec.layer >= 0 && !params_[i].frozen;
   }

@@ -1,4 +1,4 @@
-#include "configs/model_features.h"
+#include "configs/families/features.h"
 
 #include <fmt/format.h>
 
@@ -58,37 +58,15 @@ const Feature kFeatures[] = {
     {"moe_layer_freq", {"1"}, "not known here; give decoder_sparse_step"},
 };
 
-// Which layers attend within a window; a dense model says it by number, as transformers reads it.
-bool window_reaches_a_layer(JsonObject& json, const ModelConfig& c) {
-  constexpr std::int64_t kDefaultMaxWindowLayers = 28;
-  if (!json.truth("use_sliding_window", false).value_or(false)) return false;
-  if (c.model_type != "qwen2") return true;
-  if (json.is_null("sliding_window")) return false;
-  const std::int64_t first =
-      json.integer("max_window_layers", 0, std::int64_t{1} << 31, false).value_or(kDefaultMaxWindowLayers);
-  return first < c.num_hidden_layers;
-}
-
-void refuse_windows(JsonObject& json, const ModelConfig& c) {
-  if (window_reaches_a_layer(json, c))
-    json.refuse("use_sliding_window", "found true; sliding-window attention is not supported");
-  const std::string types = json.as_text("layer_types");
-  std::string rest = types;
-  for (std::size_t at; (at = rest.find("\"full_attention\"")) != std::string::npos;) rest.erase(at, 16);
-  if (rest.find_first_not_of("[],") != std::string::npos)
-    json.refuse("layer_types", fmt::format("found {}, only full_attention is supported", types));
-}
-
 }  // namespace
 
-void refuse_features(JsonObject& json, const ModelConfig& config) {
-  const auto act = json.text("hidden_act", true);
-  if (act && *act != "silu" && *act != "swish")  // two names of one function
-    json.refuse("hidden_act", fmt::format("found '{}', only silu is supported", *act));
-  refuse_windows(json, config);
+void refuse_features(JsonObject& json, const Family& family) {
   for (const Feature& f : kFeatures) {
+    const bool known =
+        std::find(family.keys.begin(), family.keys.end(), std::string_view(f.key)) != family.keys.end();
     const std::string value = json.as_text(f.key);
-    if (value.empty() || std::find(f.neutral.begin(), f.neutral.end(), value) != f.neutral.end()) continue;
+    if (known || value.empty() || std::find(f.neutral.begin(), f.neutral.end(), value) != f.neutral.end())
+      continue;
     json.refuse(f.key, fmt::format("found {}; {}", value, f.what));
   }
   const auto weights = json.text("transformers_weights", false);

@@ -1,0 +1,47 @@
+#pragma once
+// What the config.json of every decoder says alike, in pieces: a family reads and writes those that it has.
+
+#include <cstdint>
+#include <string>
+
+#include "configs/json_reader.h"
+#include "configs/json_writer.h"
+#include "configs/model_config.h"
+
+namespace upmoe {
+
+// Far beyond every model that exists, and small enough that products of three cannot overflow 64 bits.
+inline constexpr std::int64_t kMaxWidth = 1 << 20, kMaxLayers = 10'000, kMaxExperts = 1 << 16;
+
+// Reads into `target` when the key is there and right; problems are in the list otherwise.
+class ConfigKeys {
+ public:
+  explicit ConfigKeys(JsonObject& json) : json_(json) {}
+  template <class T>
+  void integer(const std::string& key, T& target, std::int64_t least, std::int64_t most,
+               bool required = true) {
+    if (const auto v = json_.integer(key, least, most, required)) target = static_cast<T>(*v);
+  }
+  void number(const std::string& key, double& target, bool required, bool may_be_zero);
+  void truth(const std::string& key, bool& target, bool required) {
+    if (const auto v = json_.truth(key, required)) target = *v;
+  }
+
+ private:
+  JsonObject& json_;
+};
+
+void read_sizes(JsonObject& json, ModelConfig& c);  // with the norms' epsilon, and whether the head is tied
+void read_heads(JsonObject& json, ModelConfig& c);
+void read_rope(JsonObject& json, ModelConfig& c);
+void read_dtype(JsonObject& json, ModelConfig& c);
+void require_silu(JsonObject& json);
+void require_full_attention(JsonObject& json);  // layer_types
+
+void write_sizes(const ModelConfig& c, JsonWriter& json);
+void write_heads(const ModelConfig& c, JsonWriter& json);
+void write_attention(const ModelConfig& c, JsonWriter& json);  // dropout, kinds of layers
+void write_rope(const ModelConfig& c, JsonWriter& json);
+void write_dtype(const ModelConfig& c, JsonWriter& json);
+
+}  // namespace upmoe
