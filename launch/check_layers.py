@@ -30,7 +30,7 @@ MAY_INCLUDE = {
     "parallel": {"kernels/core", "configs"},
     "data": {"kernels/core", "configs", "parallel"},
     "trainer/model": {"kernels/core", "kernels/ops", "configs", "parallel"},
-    "upcycle": {"kernels/core", "configs", "parallel", "data"},
+    "upcycle": {"kernels/core", "kernels/ops", "configs", "parallel", "data"},
     "trainer": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer/model"},
     "launch": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer", "trainer/model", "upcycle"},
 }

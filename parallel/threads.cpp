@@ -136,6 +136,18 @@ std::string complaint(const CoreShare& share) {
                      describe(share), advice);
 }
 
+#ifdef _OPENMP
+ComputesAlone::ComputesAlone() : before_(omp_get_max_threads()) {
+  omp_set_num_threads(1);
+}
+ComputesAlone::~ComputesAlone() {
+  omp_set_num_threads(before_);
+}
+#else
+ComputesAlone::ComputesAlone() : before_(1) {}
+ComputesAlone::~ComputesAlone() = default;
+#endif
+
 void bound_spinning() {
 #ifdef _OPENMP
   // How long: some hundred microseconds, longer than nearly every pause between two ops and far shorter than

@@ -23,6 +23,16 @@ struct CoreShare {
 CoreShare share_cores(Communicator& world);
 // What share_cores() gave this process, for what makes threads of its own; before it, OMP_NUM_THREADS or one.
 int rank_threads();
+// While it lives, what the calling thread computes is computed by it alone.
+class ComputesAlone {
+ public:
+  ComputesAlone();
+  ~ComputesAlone();
+  ComputesAlone(const ComputesAlone&) = delete;
+
+ private:
+  int before_;
+};
 // "2 ranks x 4 threads on 8 cores, each rank bound to 4"
 std::string describe(const CoreShare& share);
 // What is wrong with it, and what to do; empty when all threads have a core.

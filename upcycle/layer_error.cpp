@@ -2,17 +2,26 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
+#include "kernels/ops/activation.h"
+#include "kernels/ops/gemm.h"
+#include "kernels/ops/norm.h"
+#include "kernels/ops/pointwise.h"
+#include "kernels/ops/routing.h"
+#include "parallel/threads.h"
 
 namespace upmoe {
 namespace {
 
-using Matrix = std::vector<float>;  // [tokens, model width] unless said otherwise
+constexpr std::int64_t kRows = 256;  // of a matrix, made at a time
+constexpr std::size_t kAddressSpace = std::size_t{1} << 34;
 
-void to_floats(const std::byte* in, DType dtype, std::size_t count, float* out) {
+// Rows [begin, end) of a matrix as fp32, the first at `out`, each `stride` behind the one before.
+using ReadRows = std::function<void(std::int64_t begin, std::int64_t end, std::int64_t stride, float* out)>;
+
+void to_floats(const std::byte* in, DType dtype, std::int64_t count, float* out) {
   if (dtype == DType::kBF16) {
     std::transform(reinterpret_cast<const bf16*>(in), reinterpret_cast<const bf16*>(in) + count, out,
                    [](bf16 v) { return to_float(v); });
@@ -21,197 +30,170 @@ void to_floats(const std::byte* in, DType dtype, std::size_t count, float* out) 
   }
 }
 
-// Sixteen partial sums: the order is fixed, and vector units can take them side by side.
-float dot(const float* a, const float* b, std::int64_t n) {
-  constexpr int kLanes = 16;
-  float sum[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) sum[l] += a[i + l] * b[i + l];
-  }
-  for (; i < n; ++i) sum[0] += a[i] * b[i];
-  return std::accumulate(sum, sum + kLanes, 0.0f);
-}
-
-// Rows of a matrix, as floats, a block at a time.
-using ReadRow = std::function<void(std::int64_t row, float* out)>;
-
-ReadRow row_of_line(const RecipeLine& line, const FillContext& context) {
-  // Filling by blocks spares working out the line's units for each row.
-  constexpr std::int64_t kBlock = 256;
-  struct Cache {
-    std::int64_t begin = -1, end = -1;
-    std::vector<std::byte> bytes;
-  };
-  auto cache = std::make_shared<Cache>();
-  return [&line, &context, cache](std::int64_t row, float* out) {
-    const std::size_t row_bytes = static_cast<std::size_t>(line.columns()) * size_of(context.source.dtype());
-    if (row < cache->begin || row >= cache->end) {
-      cache->begin = row;
-      cache->end = std::min(row + kBlock, line.rows());
-      cache->bytes.resize(static_cast<std::size_t>(cache->end - cache->begin) * row_bytes);
-      fill(line, cache->begin, cache->end, context, cache->bytes);
-    }
-    to_floats(cache->bytes.data() + static_cast<std::size_t>(row - cache->begin) * row_bytes,
-              context.source.dtype(), static_cast<std::size_t>(line.columns()), out);
+ReadRows rows_of(const RecipeLine& line, const FillContext& context) {
+  return [&](std::int64_t begin, std::int64_t end, std::int64_t stride, float* out) {
+    const DType dtype = context.source.dtype();
+    const std::size_t row = static_cast<std::size_t>(line.columns()) * size_of(dtype);
+    std::vector<std::byte> bytes(static_cast<std::size_t>(end - begin) * row);
+    fill(line, begin, end, context, bytes);
+    for (std::int64_t r = 0; r < end - begin; ++r)
+      to_floats(bytes.data() + static_cast<std::size_t>(r) * row, dtype, line.columns(), out + r * stride);
   };
 }
 
-ReadRow row_of_ffn(const SourceFfn& ffn, FfnMatrix matrix, DType dtype) {
+ReadRows rows_of(const SourceFfn& ffn, FfnMatrix matrix, DType dtype) {
   const std::int64_t columns = matrix == FfnMatrix::kDown ? ffn.width : ffn.model_width;
-  return [data = ffn.data(matrix), columns, dtype](std::int64_t row, float* out) {
-    to_floats(data + static_cast<std::size_t>(row * columns) * size_of(dtype), dtype,
-              static_cast<std::size_t>(columns), out);
+  return [data = ffn.data(matrix), columns, dtype](std::int64_t begin, std::int64_t end, std::int64_t stride,
+                                                   float* out) {
+    for (std::int64_t r = begin; r < end; ++r)
+      to_floats(data + static_cast<std::size_t>(r * columns) * size_of(dtype), dtype, columns,
+                out + (r - begin) * stride);
   };
 }
 
-struct SwiGlu {
-  ReadRow gate, up, down;
+TensorView take(Exec& ex, Shape shape, DType dtype = DType::kF32) {
+  return ex.scratch->take(shape, dtype, "layer error");
+}
+
+// y_TN = x_TK w_NK^T.
+void product(Exec& ex, TensorView y_TN, ConstTensorView x_TK, const ReadRows& w_NK) {
+  const std::int64_t T = x_TK.shape[0], K = x_TK.shape[1], N = y_TN.shape[1];
+  for (std::int64_t begin = 0; begin < N; begin += kRows) {
+    ScratchScope scope(*ex.scratch);
+    const std::int64_t n = std::min(kRows, N - begin);
+    const TensorView w_nK = take(ex, {n, K}), y_Tn = take(ex, {T, n});
+    w_NK(begin, begin + n, K, w_nK.as<float>());
+    ops::gemm(ex, y_Tn, x_TK, Transpose::kNo, w_nK, Transpose::kYes, Accumulate::kOverwrite);
+    ops::copy_columns(ex, y_TN, begin, y_Tn, 0, n);
+  }
+}
+
+struct Ffn {
+  ReadRows gate, up, down;
   std::int64_t width;
 };
 
-// y = down(silu(gate x) * up x) for tokens x [count, D].
-Matrix apply(const SwiGlu& ffn, const Matrix& x, std::int64_t model_width) {
-  const std::int64_t count = static_cast<std::int64_t>(x.size()) / model_width;
-  std::vector<float> gate(static_cast<std::size_t>(model_width)), up(gate),
-      down(static_cast<std::size_t>(ffn.width));
-  Matrix h(static_cast<std::size_t>(count * ffn.width)), y(x.size());
-  for (std::int64_t j = 0; j < ffn.width; ++j) {
-    ffn.gate(j, gate.data());
-    ffn.up(j, up.data());
-    for (std::int64_t t = 0; t < count; ++t) {
-      const float* x_t = x.data() + t * model_width;
-      const float g = dot(gate.data(), x_t, model_width);
-      h[static_cast<std::size_t>(t * ffn.width + j)] =
-          g / (1.0f + std::exp(-g)) * dot(up.data(), x_t, model_width);
-    }
+// y = down(silu(gate x) * up x * weight): the weight of a routed expert or of the shared expert's gate.
+void ffn_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const Ffn& ffn,
+                 const ConstTensorView* weight_T) {
+  const std::int64_t T = x_TD.shape[0], D = x_TD.shape[1];
+  ScratchScope scope(*ex.scratch);
+  const TensorView h_TF = take(ex, {T, ffn.width});
+  for (std::int64_t begin = 0; begin < ffn.width; begin += kRows) {
+    ScratchScope block(*ex.scratch);
+    const std::int64_t n = std::min(kRows, ffn.width - begin);
+    const TensorView w_GD = take(ex, {2 * n, D}), gate_up_TG = take(ex, {T, 2 * n}), h_Tn = take(ex, {T, n});
+    ffn.gate(begin, begin + n, 2 * D, w_GD.as<float>());
+    ffn.up(begin, begin + n, 2 * D, w_GD.as<float>() + D);
+    ops::gemm(ex, gate_up_TG, x_TD, Transpose::kNo, w_GD, Transpose::kYes, Accumulate::kOverwrite);
+    ops::swiglu_forward(ex, h_Tn, gate_up_TG, weight_T);
+    ops::copy_columns(ex, h_TF, begin, h_Tn, 0, n);
   }
-  for (std::int64_t d = 0; d < model_width; ++d) {
-    ffn.down(d, down.data());
-    for (std::int64_t t = 0; t < count; ++t) {
-      y[static_cast<std::size_t>(t * model_width + d)] =
-          dot(down.data(), h.data() + t * ffn.width, ffn.width);
-    }
-  }
-  return y;
+  product(ex, y_TD, h_TF, ffn.down);
 }
 
-SwiGlu swiglu_of(const Recipe& recipe, const std::array<int, 3>& lines, const FillContext& context) {
-  const auto at = [&](FfnMatrix m) -> const RecipeLine& {
-    return recipe.lines[static_cast<std::size_t>(lines[static_cast<std::size_t>(m)])];
-  };
-  return {row_of_line(at(FfnMatrix::kGate), context), row_of_line(at(FfnMatrix::kUp), context),
-          row_of_line(at(FfnMatrix::kDown), context), at(FfnMatrix::kGate).rows()};
+// One layer as the recipe makes it.
+struct Layer {
+  const Recipe& recipe;
+  const Recipe::Layer& lines;
+  const ModelConfig& moe;
+  const FillContext& context;
+
+  const RecipeLine& line(int index) const { return recipe.lines[static_cast<std::size_t>(index)]; }
+  Ffn ffn(const std::array<int, 3>& of) const {
+    const auto at = [&](FfnMatrix m) -> const RecipeLine& { return line(of[static_cast<std::size_t>(m)]); };
+    return {rows_of(at(FfnMatrix::kGate), context), rows_of(at(FfnMatrix::kUp), context),
+            rows_of(at(FfnMatrix::kDown), context), at(FfnMatrix::kGate).rows()};
+  }
+  void routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const;
+  void add_shared(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const;
+};
+
+// Only the experts that the router picks are made.
+void Layer::routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const {
+  const std::int64_t T = x_TD.shape[0], D = x_TD.shape[1], E = moe.num_experts, K = moe.num_experts_per_tok,
+                     N = T * K;
+  const TensorView logits_TE = take(ex, {T, E}), probs_TE = take(ex, {T, E}), lse_T = take(ex, {T}),
+                   weight_TK = take(ex, {T, K}), index_TK = take(ex, {T, K}, DType::kI32);
+  product(ex, logits_TE, x_TD, rows_of(line(lines.router), context));
+  ops::route_tokens(ex, probs_TE, index_TK, weight_TK, lse_T, logits_TE, moe.norm_topk_prob);
+
+  const TensorView order_N = take(ex, {N}, DType::kI32), slot_TK = take(ex, {T, K}, DType::kI32),
+                   counts_E = take(ex, {E}, DType::kI32), x_ND = take(ex, {N, D}), y_ND = take(ex, {N, D}),
+                   weight_N1 = take(ex, {N, 1});
+  ops::sort_by_expert(ex, order_N, slot_TK, counts_E, index_TK);
+  ops::gather_rows(ex, x_ND, x_TD, order_N, K);
+  ops::gather_rows(ex, weight_N1, weight_TK.reshape({N, 1}), order_N, 1);
+  std::int64_t begin = 0;
+  for (std::int64_t e = 0; e < E; ++e) {
+    const std::int64_t n = counts_E.as<std::int32_t>()[e];
+    if (n == 0) continue;
+    const ConstTensorView weight_n = weight_N1.rows(begin, begin + n).reshape({n});
+    ffn_forward(ex, y_ND.rows(begin, begin + n), x_ND.rows(begin, begin + n),
+                ffn(lines.experts[static_cast<std::size_t>(e)]), &weight_n);
+    begin += n;
+  }
+  ops::gather_sum_rows(ex, y_TD, y_ND, slot_TK, Accumulate::kOverwrite);
+}
+
+void Layer::add_shared(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const {
+  const std::int64_t T = x_TD.shape[0], D = x_TD.shape[1];
+  if (lines.shared[0] < 0 || (moe.shared_expert_gate && lines.shared_gate < 0)) return;
+  const TensorView shared_TD = take(ex, {T, D}), gate_T = take(ex, {T}), w_1D = take(ex, {1, D});
+  const ConstTensorView weight_T = gate_T;
+  if (moe.shared_expert_gate) {
+    rows_of(line(lines.shared_gate), context)(0, 1, D, w_1D.as<float>());
+    ops::sigmoid_gate_forward(ex, gate_T, x_TD, w_1D);
+  }
+  ffn_forward(ex, shared_TD, x_TD, ffn(lines.shared), moe.shared_expert_gate ? &weight_T : nullptr);
+  ops::add(ex, y_TD, y_TD, shared_TD);
 }
 
 // Inputs as the layer's FFN meets them.
-Matrix make_inputs(int layer, std::int64_t model_width, int tokens, const FillContext& context) {
-  Matrix x(static_cast<std::size_t>(tokens * model_width));
-  normal_batch(philox_key(context.seed, fmt::format("layers.{}.layer_error", layer)), 0,
-               static_cast<std::int64_t>(x.size()), x.data());
-  std::vector<std::byte> bytes(static_cast<std::size_t>(model_width) * size_of(context.source.dtype()));
-  context.source.read(tensor_name(context.source.model().config(), Role::kNorm2, layer), 0, bytes);
-  std::vector<float> weight(static_cast<std::size_t>(model_width));
-  to_floats(bytes.data(), context.source.dtype(), weight.size(), weight.data());
-  for (int t = 0; t < tokens; ++t) {
-    float* row = x.data() + t * model_width;
-    const float rms = std::sqrt(dot(row, row, model_width) / static_cast<float>(model_width));
-    for (std::int64_t d = 0; d < model_width; ++d) row[d] *= weight[static_cast<std::size_t>(d)] / rms;
-  }
-  return x;
+TensorView make_inputs(Exec& ex, int layer, std::int64_t tokens, const FillContext& context) {
+  const ModelConfig& dense = context.source.model().config();
+  const std::int64_t D = dense.hidden_size;
+  const TensorView z_TD = take(ex, {tokens, D}), x_TD = take(ex, {tokens, D}), rstd_T = take(ex, {tokens}),
+                   w_D = take(ex, {D});
+  normal_batch(philox_key(context.seed, fmt::format("layers.{}.layer_error", layer)), 0, z_TD.elements(),
+               z_TD.as<float>());
+  std::vector<std::byte> bytes(static_cast<std::size_t>(D) * size_of(context.source.dtype()));
+  context.source.read(tensor_name(dense, Role::kNorm2, layer), 0, bytes);
+  to_floats(bytes.data(), context.source.dtype(), D, w_D.as<float>());
+  ops::rms_norm_forward(ex, x_TD, rstd_T, z_TD, w_D, 0.0f);
+  return x_TD;
 }
 
-struct Choice {
-  int token;
-  float weight;
-};
-
-// Softmax over all experts, top-k with the lowest index winning ties; chosen tokens by expert.
-std::vector<std::vector<Choice>> route(const RecipeLine& router, const Matrix& x, const ModelConfig& moe,
-                                       const FillContext& context) {
-  const std::int64_t D = moe.hidden_size;
-  const auto experts = static_cast<std::size_t>(moe.num_experts),
-             k = static_cast<std::size_t>(moe.num_experts_per_tok);
-  const ReadRow read = row_of_line(router, context);
-  std::vector<float> row(static_cast<std::size_t>(D));
-  const std::size_t tokens = x.size() / row.size();
-  std::vector<float> p_TE(tokens * experts);
-  for (std::size_t e = 0; e < experts; ++e) {
-    read(static_cast<std::int64_t>(e), row.data());
-    for (std::size_t t = 0; t < tokens; ++t)
-      p_TE[t * experts + e] = dot(row.data(), x.data() + t * row.size(), D);
+double relative_distance(const TensorView& found, const TensorView& expected) {
+  double difference = 0, norm = 0;
+  for (std::int64_t i = 0; i < found.elements(); ++i) {
+    const double f = found.as<float>()[i], e = expected.as<float>()[i];
+    difference += (f - e) * (f - e);
+    norm += e * e;
   }
-  std::vector<std::vector<Choice>> chosen(experts);
-  std::vector<std::size_t> order(experts);
-  for (std::size_t t = 0; t < tokens; ++t) {
-    float* p = p_TE.data() + t * experts;
-    const float top = *std::max_element(p, p + experts);
-    std::transform(p, p + experts, p, [top](float l) { return std::exp(l - top); });
-    const float sum = std::accumulate(p, p + experts, 0.0f);
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(), [p](std::size_t a, std::size_t b) { return p[a] > p[b]; });
-    float norm = 0;
-    for (std::size_t i = 0; i < k; ++i) norm += p[order[i]];
-    if (!moe.norm_topk_prob) norm = sum;
-    for (std::size_t i = 0; i < k; ++i) chosen[order[i]].push_back({static_cast<int>(t), p[order[i]] / norm});
-  }
-  return chosen;
-}
-
-void add_routed(const Recipe& recipe, const Recipe::Layer& lines, const Matrix& x, const ModelConfig& moe,
-                const FillContext& context, Matrix& y) {
-  const std::int64_t D = moe.hidden_size;
-  const auto chosen = route(recipe.lines[static_cast<std::size_t>(lines.router)], x, moe, context);
-  for (std::size_t e = 0; e < chosen.size(); ++e) {
-    if (chosen[e].empty()) continue;
-    Matrix x_e;
-    for (const Choice& c : chosen[e])
-      x_e.insert(x_e.end(), x.begin() + c.token * D, x.begin() + (c.token + 1) * D);
-    const Matrix y_e = apply(swiglu_of(recipe, lines.experts[e], context), x_e, D);
-    for (std::size_t i = 0; i < chosen[e].size(); ++i) {
-      for (std::int64_t d = 0; d < D; ++d) {
-        y[static_cast<std::size_t>(chosen[e][i].token * D + d)] +=
-            chosen[e][i].weight * y_e[i * static_cast<std::size_t>(D) + static_cast<std::size_t>(d)];
-      }
-    }
-  }
-}
-
-void add_shared(const Recipe& recipe, const Recipe::Layer& lines, const Matrix& x, std::int64_t D,
-                const FillContext& context, Matrix& y) {
-  if (lines.shared_gate < 0) return;
-  std::vector<float> gate(static_cast<std::size_t>(D));
-  row_of_line(recipe.lines[static_cast<std::size_t>(lines.shared_gate)], context)(0, gate.data());
-  const Matrix y_shared = apply(swiglu_of(recipe, lines.shared, context), x, D);
-  for (std::size_t t = 0; t * gate.size() < x.size(); ++t) {
-    const float open = 1.0f / (1.0f + std::exp(-dot(gate.data(), x.data() + t * gate.size(), D)));
-    for (std::size_t d = 0; d < gate.size(); ++d)
-      y[t * gate.size() + d] += open * y_shared[t * gate.size() + d];
-  }
+  return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
 }
 
 }  // namespace
 
 double layer_error(const Recipe& recipe, int layer, const ModelConfig& moe, const FillContext& context,
                    int tokens) {
-  const std::int64_t D = moe.hidden_size;
-  const Matrix x = make_inputs(layer, D, tokens, context);
+  const ComputesAlone alone;  // layers are shared out among threads, and their number must not change a sum
+  Arena scratch(Device{}, kAddressSpace, "layer error");
+  Exec ex;
+  ex.scratch = &scratch;
   const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(layer);
   const DType dtype = context.source.dtype();
-  const Matrix expected =
-      apply({row_of_ffn(*ffn, FfnMatrix::kGate, dtype), row_of_ffn(*ffn, FfnMatrix::kUp, dtype),
-             row_of_ffn(*ffn, FfnMatrix::kDown, dtype), ffn->width},
-            x, D);
-  Matrix y(x.size(), 0.0f);
-  const Recipe::Layer& lines = recipe.layers[static_cast<std::size_t>(layer)];
-  add_routed(recipe, lines, x, moe, context, y);
-  add_shared(recipe, lines, x, D, context, y);
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < y.size(); ++i) {
-    difference += (double{y[i]} - expected[i]) * (double{y[i]} - expected[i]);
-    norm += double{expected[i]} * expected[i];
-  }
-  return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
+  const TensorView x_TD = make_inputs(ex, layer, tokens, context);
+  const TensorView expected_TD = take(ex, x_TD.shape), y_TD = take(ex, x_TD.shape);
+  ffn_forward(ex, expected_TD, x_TD,
+              {rows_of(*ffn, FfnMatrix::kGate, dtype), rows_of(*ffn, FfnMatrix::kUp, dtype),
+               rows_of(*ffn, FfnMatrix::kDown, dtype), ffn->width},
+              nullptr);
+  const Layer mixture{recipe, recipe.layers[static_cast<std::size_t>(layer)], moe, context};
+  mixture.routed_forward(ex, y_TD, x_TD);
+  mixture.add_shared(ex, y_TD, x_TD);
+  return relative_distance(y_TD, expected_TD);
 }
 
 }  // namespace upmoe

@@ -45,7 +45,7 @@ std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const LayerReport& layer = layers[i];
     report["layers"].push_back({{"layer", i},
-                                // Six digits: the last ones depend on the machine's exponential function.
+                                // Six digits: the last ones depend on the processor's vectors.
                                 {"relative_error", std::stod(fmt::format("{:.6g}", layer.relative_error))},
                                 {"copies_min", layer.copies.min},
                                 {"copies_max", layer.copies.max},
