@@ -11,13 +11,16 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+from tiny_run import ENVIRONMENT, strace, why_no_strace  # noqa: E402
+
 UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 NOBODY = 65534
 
 
@@ -42,12 +45,9 @@ class Recovery(unittest.TestCase):
 
     def fault(self, *filters):
         """The words before a command that make the kernel refuse some of its calls."""
-        if not shutil.which("strace"):
-            self.skipTest("strace is not installed")
-        probe = subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True, check=False)
-        if probe.returncode:
-            self.skipTest("strace may not trace here")
-        return ["strace", "-f", "-qq", "-o", "/dev/null", *map(str, filters)]
+        if reason := why_no_strace():
+            self.skipTest(reason)
+        return strace(*filters)
 
     def step(self, number):
         return self.run_dir / f"checkpoints/step_{number:08}"

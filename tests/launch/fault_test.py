@@ -5,28 +5,29 @@ checkpoint is whole, and the same command goes on from it to the losses of a run
 Needs UPMOE (the program), MAKE_RUN (writes the tiny model and data) and FAULT_RANKS in the environment.
 """
 
-import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+from tiny_run import ENVIRONMENT, losses_of, mpirun  # noqa: E402
+
 UPMOE, MAKE_RUN, FAULT_RANKS = (os.environ[name] for name in ("UPMOE", "MAKE_RUN", "FAULT_RANKS"))
-ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                            "OMP_NUM_THREADS": "1"}
 PHASES = ("forward", "exchange", "backward", "reduce", "optimizer", "save")
 STEP, STEPS = 7, 12
 DEADLINE_S, GRACE_S = 2.0, 6.0  # the grace: for mpirun to end the others
 EVERY_RUN = (f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.async=false")
 
 
-def mpirun(ranks, *command):
-    return subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *map(str, command)],
-                          capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+def run_ranks(ranks, *command):
+    return subprocess.run([*mpirun(ranks), *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT,
+                          timeout=120, check=False)
 
 
 class OneRank(unittest.TestCase):
@@ -41,13 +42,9 @@ class OneRank(unittest.TestCase):
         shutil.rmtree(cls.dir, ignore_errors=True)
 
     def train(self, ranks, run, *overrides):
-        done = mpirun(ranks, UPMOE, "train", self.dir / "run.yaml", *EVERY_RUN, *overrides, f"run.dir={run}")
+        done = run_ranks(ranks, UPMOE, "train", self.dir / "run.yaml", *EVERY_RUN, *overrides, f"run.dir={run}")
         self.assertEqual(done.returncode, 0, done.stderr)
-        return self.losses(run)
-
-    def losses(self, run):
-        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        return {r["step"]: (r["loss"], r["aux_loss"], r["grad_norm"]) for r in records if "loss" in r}
+        return losses_of(run)
 
     def whole(self, ranks, overrides):
         """The losses of a run to which nothing happens, once for each layout."""
@@ -61,8 +58,9 @@ class OneRank(unittest.TestCase):
         """(status, what was said) of a run in which the last rank gets the fault; then it must go on."""
         whole = self.whole(ranks, overrides)
         run = Path(tempfile.mkdtemp(dir=self.dir))
-        done = mpirun(ranks, FAULT_RANKS, self.dir / "run.yaml", phase, fault, ranks - 1,
-                      10 if phase == "save" else STEP, int(DEADLINE_S * 1000), *EVERY_RUN, *overrides, f"run.dir={run}")
+        done = run_ranks(ranks, FAULT_RANKS, self.dir / "run.yaml", phase, fault, ranks - 1,
+                         10 if phase == "save" else STEP, int(DEADLINE_S * 1000), *EVERY_RUN, *overrides,
+                         f"run.dir={run}")
         ended = time.time()
         self.assertNotEqual(done.returncode, 0, "nothing happened")
         self.assertLess(ended - (run / "struck").stat().st_mtime, DEADLINE_S + GRACE_S + 3, done.stderr)
@@ -72,7 +70,7 @@ class OneRank(unittest.TestCase):
         verified = subprocess.run([UPMOE, "inspect", "--verify", run / "checkpoints" / checkpoints[-1]],
                                   capture_output=True, text=True, env=ENVIRONMENT, check=False)
         self.assertEqual(verified.returncode, 0, verified.stderr)
-        reached = max(self.losses(run))
+        reached = max(losses_of(run))
         self.assertIn(reached, (9, 10) if phase == "save" else (STEP - 1, STEP))
         self.assertEqual(self.train(ranks, run, *overrides), whole)
         shutil.rmtree(run)

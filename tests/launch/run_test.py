@@ -9,19 +9,17 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+from tiny_run import ENVIRONMENT, mpirun  # noqa: E402
+
 UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
-ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                            "OMP_NUM_THREADS": "1"}
 LONG = "train.steps=100000"
-
-
-def mpirun(ranks):
-    return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
 
 
 class Run(unittest.TestCase):
@@ -40,9 +38,8 @@ class Run(unittest.TestCase):
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def start(self, *overrides, ranks=2, options=()):
-        prefix = mpirun(ranks) if ranks > 1 else []
         process = subprocess.Popen(
-            prefix + [UPMOE, "train", str(self.dir / "run.yaml"), *options,
+            [*mpirun(ranks), UPMOE, "train", str(self.dir / "run.yaml"), *options,
                       *(("parallel.ep=1",) if ranks == 1 else ()), *overrides],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
         self.started.append(process)

@@ -14,18 +14,10 @@ import tempfile
 import unittest
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+from tiny_run import ENVIRONMENT, RECIPE, losses_of, mpirun, write_dense  # noqa: E402
+
 UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
-ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                            "OMP_NUM_THREADS": "1"}
-DENSE = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 64,
-         "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-         "tie_word_embeddings": False, "initializer_range": 0.1, "use_sliding_window": False}
-RECIPE = """target: {num_experts: 10, num_experts_per_tok: 2, moe_intermediate_size: 44,
-          shared_expert_intermediate_size: 176, norm_topk_prob: false}
-experts: {method: shuffle, reinit: 0.5}
-"""
 
 
 def tensors_in(folder):
@@ -45,11 +37,8 @@ class Forms(unittest.TestCase):
     def setUpClass(cls):
         cls.dir = Path(tempfile.mkdtemp(prefix="upmoe-forms-"))
         subprocess.run([MAKE_RUN, str(cls.dir)], check=True)
-        (cls.dir / "dense.json").write_text(json.dumps(DENSE))
+        write_dense(cls.dir / "dense")
         (cls.dir / "recipe.yaml").write_text(RECIPE)
-        subprocess.run([sys.executable, ROOT / "launch/make_random_dense.py", cls.dir / "dense", "--config",
-                        cls.dir / "dense.json", "--dtype", "fp32", "--std", "0.1"], check=True, capture_output=True)
-        (cls.dir / "dense/tokenizer.json").write_text("{}")
         cls.hf, cls.store = cls.dir / "hf", cls.dir / "store"
         cls.upcycle("hf", ranks=1)
         cls.upcycle("store", "--form", "checkpoint", ranks=2)
@@ -60,9 +49,8 @@ class Forms(unittest.TestCase):
 
     @classmethod
     def upmoe(cls, *words, ranks=1, status=0):
-        prefix = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)] if ranks > 1 else []
-        done = subprocess.run([*prefix, UPMOE, *map(str, words)], capture_output=True, text=True, env=ENVIRONMENT,
-                              timeout=120, check=False)
+        done = subprocess.run([*mpirun(ranks), UPMOE, *map(str, words)], capture_output=True, text=True,
+                              env=ENVIRONMENT, timeout=120, check=False)
         if done.returncode != status:
             raise AssertionError(f"status {done.returncode}, expected {status}: {done.stderr}")
         return done
@@ -75,8 +63,7 @@ class Forms(unittest.TestCase):
     def losses(self, run, *overrides, ranks=1):
         self.upmoe("train", self.dir / "run.yaml", f"run.dir={self.dir}/{run}", "train.steps=4", "checkpoint.every=0",
                    f"parallel.ep={ranks}", *overrides, ranks=ranks)
-        lines = map(json.loads, (self.dir / run / "metrics.jsonl").read_text().splitlines())
-        return {m["step"]: (m["loss"], m["grad_norm"]) for m in lines if "loss" in m}
+        return losses_of(self.dir / run)
 
     def test_training_starts_from_either_with_the_same_losses(self):
         for ranks, more in ((1, ()), (2, ()), (2, ("parallel.ep=1", "parallel.tp=2")), (2, ("train.precision=bf16",))):
