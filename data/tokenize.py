@@ -23,6 +23,7 @@ from command_line import BadInput, run_tool  # noqa: E402  first: a key pressed 
 import argparse  # noqa: E402
 import collections  # noqa: E402
 import concurrent.futures  # noqa: E402
+import ctypes  # noqa: E402
 import errno  # noqa: E402
 import hashlib  # noqa: E402
 import multiprocessing  # noqa: E402
@@ -31,6 +32,7 @@ import time  # noqa: E402
 import zlib  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from staged_file import StagedFile, Taken  # noqa: E402
 from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
 
 FORMAT = "upmoe-tokens-1"
@@ -39,6 +41,7 @@ END_OF_TEXT = "<|endoftext|>"
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
 COPY_TOKENS = 4 << 20
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CHUNK_TOKENS = 16384  # one checksum each (data/token_file_format.h); divides COPY_TOKENS
 
 
@@ -86,7 +89,9 @@ def train_tokenizer(paths, args):
             return
         raise SystemExit(usage_error(f"{args.tokenizer} exists and is another tokenizer; remove it, or replace it "
                                      "with --force"))
-    write_whole(args.tokenizer, content.encode())
+    with StagedFile(args.tokenizer, warn) as staged:
+        Path(staged.part("tokenizer.json")).write_bytes(content.encode())
+        staged.commit("tokenizer.json")
     say(f"{args.tokenizer}: {made} tokens")
 
 
@@ -126,8 +131,12 @@ class Encoder:
         return joined, lengths, replaced, empty, sum(piece.consumed for piece in task)
 
 
-def start_process(*arguments):
+def start_process(parent, *arguments):
     global encoder
+    # A parent that is killed alone would leave its processes waiting for ever.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     encoder = Encoder(*arguments)
@@ -140,7 +149,7 @@ def run_task(task, eos):
 def results_in_order(tasks, eos, processes, arguments):
     """Results of all tasks in their order; a few tasks per process are under way at a time."""
     pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), start_process,
-                                                  arguments)
+                                                  (os.getpid(), *arguments))
     under_way = collections.deque()
     try:
         for task in tasks:
@@ -157,6 +166,10 @@ def results_in_order(tasks, eos, processes, arguments):
 
 def say(text):
     print(f"tokenize: {text}", file=sys.stderr)
+
+
+def warn(text):
+    say(f"warning: {text}")
 
 
 def usage_error(text):
@@ -187,32 +200,6 @@ class Progress:
     def close(self):
         if self.terminal:
             print(file=sys.stderr)
-
-
-def sync_folder(path):
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def commit(temporary, path):
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path)
-
-
-def write_whole(path, content):
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-        commit(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def checksum_of(attributes, count, ends, chunks):
@@ -274,27 +261,22 @@ def tokenize(paths, args):
     if eos is None:
         raise BadInput(f"{args.tokenizer}: has no token '{args.eos}'; name the one that ends documents with --eos")
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-    raw_path, temporary = f"{args.out}.raw{os.getpid()}", f"{args.out}.tmp{os.getpid()}"
-    try:
-        with open(raw_path, "wb") as raw:
+    with StagedFile(args.out, warn) as staged:
+        with open(staged.part("tokens"), "wb") as raw:
             arguments = (content, args.tokenizer, args.choices, args.parse_special)
             ends, replaced, empty = encode_files(paths, raw, arguments, eos, args.processes)
         empty += sum(os.path.getsize(p) == 0 for p in paths)
         if not ends:
             raise BadInput(f"no text in {len(paths)} files; {args.out} is not written")
-        write_token_file(temporary, raw_path, ends[-1], ends, {
+        write_token_file(staged.part("tokens.h5"), staged.part("tokens"), ends[-1], ends, {
             "format": FORMAT, "vocab_size": vocab_size, "eos_id": eos,
             "tokenizer_sha256": hashlib.sha256(content).hexdigest()})
-        commit(temporary, args.out)
-    finally:
-        for path in (raw_path, temporary):
-            if os.path.exists(path):
-                os.unlink(path)
+        staged.commit("tokens.h5")
     say(f"{args.out}: {ends[-1]} tokens, {len(ends)} documents")
     if empty:
         say(f"{empty} empty documents left out")
     if replaced:
-        say(f"warning: {replaced} invalid UTF-8 sequences replaced by U+FFFD")
+        warn(f"{replaced} invalid UTF-8 sequences replaced by U+FFFD")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -371,6 +353,8 @@ def main():
     except OSError as e:  # HDF5 hands its own text instead of a number and a name
         e.filename = e.filename or args.out or args.tokenizer
         raise
+    except Taken as e:
+        return usage_error(str(e))
     except concurrent.futures.BrokenExecutor:
         print("tokenize: error: a process ended unexpectedly (out of memory?); try --processes 1", file=sys.stderr)
         return 1

@@ -7,9 +7,11 @@ import hashlib
 import json
 import lzma
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -18,9 +20,11 @@ import h5py
 import tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path += [str(ROOT / "launch"), str(ROOT / "data")]  # data/tokenize.py itself is started, not imported
+# data/tokenize.py itself is started, not imported
+sys.path += [str(ROOT / folder) for folder in ("launch", "data", "tests/support")]
 import text_documents  # noqa: E402
 from text_documents import BadInput, Choices, documents_of, plan_tasks  # noqa: E402
+from tiny_run import strace, why_no_strace  # noqa: E402
 
 TEXT = "def f(x):\n    return x + 1  # one more\n\nfor i in range(10):\r\n    print(f(i), 'done')\n" * 40
 
@@ -43,9 +47,9 @@ class TokenizeTest(unittest.TestCase):
         self.dir = Path(tempfile.mkdtemp(dir=self.base))
 
     @staticmethod
-    def run_script(*arguments, **options):
-        return subprocess.run([sys.executable, str(ROOT / "data/tokenize.py"), *map(str, arguments)], text=True,
-                              capture_output=True, timeout=120, check=False, **options)
+    def run_script(*arguments, before=(), **options):
+        return subprocess.run([*before, sys.executable, str(ROOT / "data/tokenize.py"), *map(str, arguments)],
+                              text=True, capture_output=True, timeout=120, check=False, **options)
 
     def tokenize(self, *files, out="out.h5", options=()):
         done = self.run_script("--tokenizer", self.tokenizer, "--out", self.dir / out, *options, *files)
@@ -283,6 +287,45 @@ class TokenizeTest(unittest.TestCase):
         self.assertEqual(done.returncode, 3, done.stderr)
         self.assertEqual(path.read_bytes(), before)
         self.assertEqual(sorted(p.name for p in self.dir.iterdir()), ["a.txt", "b.txt", "out.h5"])
+
+    def test_what_a_killed_job_left_is_cleared_by_the_next(self):
+        text, partial = self.file("a.txt", TEXT * 3000), self.dir / "out.h5.upmoe-partial"
+        job = subprocess.Popen([sys.executable, ROOT / "data/tokenize.py", "--tokenizer", self.tokenizer, "--out",
+                                self.dir / "out.h5", "--processes", "2", text], stderr=subprocess.DEVNULL)
+        processes = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+        end = time.monotonic() + 60
+        while not (partial.exists() and len(started := processes.read_text().split()) == 2):
+            self.assertIsNone(job.poll())
+            self.assertLess(time.monotonic(), end)
+        job.send_signal(signal.SIGSTOP)
+        self.assertIn("another job", self.ends_with(2, self.file("b.txt", "b")))
+        job.kill()
+        job.wait()
+        while any(Path(f"/proc/{pid}").exists() for pid in started):  # they end with it
+            self.assertLess(time.monotonic(), end)
+        self.assertTrue(partial.exists())
+        self.tokenize(self.file("b.txt", "b"))
+        self.assertEqual(sorted(p.name for p in self.dir.iterdir()), ["a.txt", "b.txt", "out.h5"])
+
+    def ends_with(self, status, *arguments, before=()):
+        done = self.run_script("--tokenizer", self.tokenizer, "--out", self.dir / "out.h5", *arguments, before=before)
+        self.assertEqual(done.returncode, status, done.stderr)
+        return done.stderr
+
+    def test_a_folder_of_somebody_else_stays(self):
+        partial = self.dir / "out.h5.upmoe-partial"
+        partial.mkdir()
+        (partial / "mine").write_text("thesis")
+        self.assertIn("move it away", self.ends_with(2, self.file("a.txt", "a")))
+        self.assertEqual((partial / "mine").read_text(), "thesis")
+
+    def test_a_whole_file_is_no_failure_because_its_name_is_not_confirmed(self):
+        if reason := why_no_strace():
+            self.skipTest(reason)
+        said = self.ends_with(0, self.file("a.txt", TEXT),
+                              before=strace("-P", self.dir, "-e", "inject=fsync:error=EIO"))
+        self.assertIn("did not confirm its name", said)
+        self.assertEqual(sorted(p.name for p in self.dir.iterdir()), ["a.txt", "out.h5"])
 
 
 if __name__ == "__main__":
