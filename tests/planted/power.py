@@ -63,14 +63,15 @@ class Power(Part):
             RecordedDisk(program.dir, self.empty, OPTIONS[0]).unmount()  # tried before anything counts
         except CannotRecord as e:
             raise NotMeasured(str(e)) from None
-        self.training, self.outputs = Training(program), outputs_of(program)
+        trainings = [Training(program, ranks) for ranks in (1, 2)]
+        self.jobs = [job for pair in zip(trainings * 2, outputs_of(program)) for job in pair]
 
     def trial(self, number, draw):
         which = number // CUTS_OF_A_RECORDING
-        output = self.outputs[which // 2 % len(self.outputs)] if which % 2 else None
+        job = self.jobs[which % len(self.jobs)]
         if self.last[0] != which:
-            words = output.words if output else self.training.words
-            self.last = (which, Recording(self.program.dir, self.empty, OPTIONS[which % len(OPTIONS)], words))
+            options = OPTIONS[which % len(OPTIONS)]
+            self.last = (which, Recording(self.program.dir, self.empty, options, job.words))
         recording = self.last[1]
         count, kept = draw.randint(1, len(recording.requests)), draw.choice(KEPT)
         self.image.write_bytes(after_cut(recording.empty, recording.requests, count, draw, kept))
@@ -79,7 +80,7 @@ class Power(Part):
         except CannotRecord as e:
             raise Violation(f"after {count} requests the file system cannot be mounted again: {e}") from e
         try:
-            found = self.look(recording, count, output)
+            found = self.look(recording, count, job)
         except Violation as e:
             raise Violation(f"after {count} of {len(recording.requests)} requests, {kept} of the last kept, "
                             f"{recording.options}: {e}") from e
@@ -87,17 +88,17 @@ class Power(Part):
             command("umount", self.mount_point)
         return found | {"cuts": 1}
 
-    def look(self, recording, count, output):
+    def look(self, recording, count, job):
         out = self.mount_point / "out"
-        if output:
-            there = output.is_there(out)
+        if not isinstance(job, Training):
+            there = job.is_there(out)
             require(there or count < recording.done, "the output of a command that had ended is lost")
-            output.finish(out)
+            job.finish(out)
             return {"outputs_whole": int(there), "outputs_absent": int(not there)}
         found = checkpoints_in(out)
         for checkpoint in found:
             self.program.verify(checkpoint)
         known, newest = recording.newest_known(count), max(map(step_of, found), default=0)
         require(newest >= known, f"step {known} was announced, the newest there is of step {newest}")
-        self.training.finish(out, every_loss=False)
+        job.finish(out, every_loss=False)
         return {"checkpoints": len(found)}
