@@ -144,6 +144,14 @@ void rename_to(const fs::path& partial, const fs::path& target) {
   throw SystemError(target, "giving it its name", error);
 }
 
+// Also when that cannot be seen.
+bool may_hold_parts(const fs::path& container) noexcept {
+  std::error_code error;
+  for (fs::directory_iterator entry(container, error), end; !error && entry != end; entry.increment(error))
+    if (entry->path().filename().string().starts_with(kPartPrefix)) return true;
+  return static_cast<bool>(error);
+}
+
 void remove_quietly(const fs::path& path) noexcept {
   std::error_code ignored;  // the error that led here is the one to tell
   fs::remove_all(path, ignored);
@@ -216,7 +224,8 @@ StagedDirectory::~StagedDirectory() {
     remove_quietly(with_suffix(path_, ".tmp"));  // of a store
   }
   if (lock_ >= 0) {
-    fs::remove(container_ / kLockName, ignored);  // while the lock is held: nobody else's can stand there
+    // While the lock is held: nobody else's can stand there. A part that could not be removed is ours by it alone.
+    if (!may_hold_parts(container_)) fs::remove(container_ / kLockName, ignored);
     ::close(lock_);
     fs::remove(container_, ignored);  // stays where there is something of somebody else in it
   }

@@ -42,7 +42,9 @@ class StagedFile:
         if self.lock is None:
             return
         try:
-            os.unlink(os.path.join(self.folder, LOCK))  # while it is held: nobody else's can stand there
+            # While it is held: nobody else's can stand there. A part that could not be removed is ours by it alone.
+            if not any(name.startswith(PART) for name in os.listdir(self.folder)):
+                os.unlink(os.path.join(self.folder, LOCK))
             os.rmdir(self.folder)  # stays where there is something of somebody else in it
         except OSError:
             pass

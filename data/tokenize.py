@@ -23,10 +23,12 @@ from command_line import BadInput, run_tool  # noqa: E402  first: a key pressed 
 import argparse  # noqa: E402
 import collections  # noqa: E402
 import concurrent.futures  # noqa: E402
+import contextlib  # noqa: E402
 import ctypes  # noqa: E402
 import errno  # noqa: E402
 import hashlib  # noqa: E402
 import multiprocessing  # noqa: E402
+import re  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 import zlib  # noqa: E402
@@ -209,10 +211,20 @@ def checksum_of(attributes, count, ends, chunks):
     return zlib.crc32(chunks.tobytes(), zlib.crc32(ends.tobytes(), zlib.crc32(summary.encode())))
 
 
+@contextlib.contextmanager
+def hdf5_file(path, mode):
+    try:
+        with h5py.File(path, mode) as file:
+            yield file
+    except RuntimeError as e:  # of a file that cannot be closed; the number stands in the text
+        number = re.search(r"errno = (\d+)", str(e))
+        raise OSError(int(number[1]) if number else errno.EIO, " ".join(str(e).split()), str(path)) from None
+
+
 def write_token_file(path, raw, count, document_ends, attributes):
     """`raw`: the tokens as they came, in a file. A contiguous dataset needs its size first, hence two files."""
     ends, chunks = numpy.asarray(document_ends, dtype="<i8"), []
-    with h5py.File(path, "w") as out:
+    with hdf5_file(path, "w") as out:
         tokens = out.create_dataset("tokens", shape=(count,), dtype="<u4")
         for begin in range(0, count, COPY_TOKENS):
             end = min(count, begin + COPY_TOKENS)
@@ -227,7 +239,7 @@ def write_token_file(path, raw, count, document_ends, attributes):
             out.attrs[name] = numpy.bytes_(value.encode()) if isinstance(value, str) else value
         out.attrs["checksum"] = checksum_of(attributes, count, ends, chunks)
     # A full disk can pass the library without an error.
-    with h5py.File(path, "r") as made:
+    with hdf5_file(path, "r") as made:
         tokens, ends = made["tokens"], made["document_ends"]
         whole = tokens.id.get_offset() is not None and ends.id.get_offset() is not None and all(
             d.id.get_offset() + d.size * d.dtype.itemsize <= os.path.getsize(path) for d in (tokens, ends))

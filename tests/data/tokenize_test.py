@@ -4,6 +4,7 @@
 import bz2
 import gzip
 import hashlib
+import importlib.util
 import json
 import lzma
 import resource
@@ -326,6 +327,24 @@ class TokenizeTest(unittest.TestCase):
                               before=strace("-P", self.dir, "-e", "inject=fsync:error=EIO"))
         self.assertIn("did not confirm its name", said)
         self.assertEqual(sorted(p.name for p in self.dir.iterdir()), ["a.txt", "out.h5"])
+
+    def test_what_could_not_be_removed_is_cleared_by_the_next(self):
+        if reason := why_no_strace():
+            self.skipTest(reason)
+        text = self.file("a.txt", TEXT)
+        self.ends_with(0, text, before=strace("-e", "inject=unlinkat,rmdir:error=EIO"))
+        self.assertTrue((self.dir / "out.h5.upmoe-partial").exists())
+        self.ends_with(0, text)
+        self.assertEqual(sorted(p.name for p in self.dir.iterdir()), ["a.txt", "out.h5"])
+
+    def test_a_file_that_cannot_be_closed_is_no_unexpected_failure(self):
+        spec = importlib.util.spec_from_file_location("tokenize_script", ROOT / "data/tokenize.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        script.import_libraries()
+        with self.assertRaisesRegex(OSError, "unable to close") as caught, script.hdf5_file(self.dir / "x.h5", "w"):
+            raise RuntimeError("Can't decrement id ref count (unable to close file, errno = 28, ...)")  # as h5py does
+        self.assertEqual((caught.exception.errno, caught.exception.filename), (28, str(self.dir / "x.h5")))
 
 
 if __name__ == "__main__":
