@@ -6,6 +6,7 @@
 
 #include "data/checkpoint_folder.h"
 #include "data/folder.h"
+#include "data/posix_file.h"
 #include "data/shard_store.h"
 #include "kernels/core/log.h"
 
@@ -136,12 +137,14 @@ std::vector<CheckpointKeeper::Usable> CheckpointKeeper::that_may_go(bool last) {
   return all;
 }
 
-// Renamed first, so that a folder that is being deleted is never taken for a checkpoint.
+// Renamed first, so that a folder that is being deleted is never taken for a checkpoint. Nor after a power cut:
+// some file systems give the blocks of a deleted file away before they have written down a rename.
 void CheckpointKeeper::remove(const Usable& checkpoint) {
   fs::path doomed = checkpoint.folder;
   doomed += ".old";
   move_path(checkpoint.folder, doomed);
   known_.erase(checkpoint.step);
+  sync_path(dir_);
   if (!remove_store(doomed))
     log::warning("{}: retired; it holds files that are not of this program, which stay", doomed.string());
 }

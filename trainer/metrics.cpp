@@ -8,6 +8,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "data/posix_file.h"
 #include "data/staged_directory.h"
 #include "kernels/core/log.h"
 #include "kernels/core/system_error.h"
@@ -87,6 +88,15 @@ void Metrics::line(const std::string& text) {
   file_ << text << '\n' << std::flush;
   if (!file_ && !warned_) {
     log::warning("{}: cannot be written; training goes on, metrics are lost", path_.string());
+    warned_ = true;
+  }
+}
+
+void Metrics::sync() {
+  try {
+    sync_path(path_);
+  } catch (const Error& e) {
+    if (!warned_) log::warning("{}; training goes on, a power cut may lose metrics", e.what());
     warned_ = true;
   }
 }

@@ -22,6 +22,7 @@ class Metrics {
 
   void step(const StepReport& report);
   void evaluation(std::int64_t step, const EvalResult& result);
+  void sync();  // what was said so far is on the disk, or a warning
 
  private:
   void line(const std::string& json);

@@ -90,7 +90,7 @@ class Run {
   std::string data_changes() const;
   void start_metrics();
   void evaluate_now(std::int64_t step);
-  const TrainState& state_after(std::int64_t step);
+  const TrainState& state_to_save(std::int64_t step);
   void count_nonfinite(const StepReport& report);
 
   const RunConfig& run_;
@@ -181,7 +181,9 @@ void Run::evaluate_now(std::int64_t step) {
   if (metrics_) metrics_->evaluation(step, result);
 }
 
-const TrainState& Run::state_after(std::int64_t step) {
+// A power cut must not leave a checkpoint whose steps have no lines.
+const TrainState& Run::state_to_save(std::int64_t step) {
+  if (metrics_) metrics_->sync();
   state_.step = step;
   state_.samples = step * run_.train.global_batch;
   return state_;
@@ -219,17 +221,17 @@ int Run::execute() {
     if (due(run_.train.eval_every, step)) evaluate_now(step);
     checkpoints_.poll();
     if (report.requests >= kStopRequest) {
-      checkpoints_.save_last(*session_, state_after(step));
+      checkpoints_.save_last(*session_, state_to_save(step));
       if (world_.rank() == 0)
         log::info("stopped on request after step {}; start the same command again to go on", step);
       return static_cast<int>(ExitCode::kStopped);
     }
     if (due(run_.checkpoint.every, step) || report.requests > 0)
-      checkpoints_.begin(*session_, state_after(step), run_.checkpoint.async);
+      checkpoints_.begin(*session_, state_to_save(step), run_.checkpoint.async);
     if (checkpoints_.busy() && !run_.checkpoint.async) checkpoints_.finish();
   }
   evaluate_now(run_.train.steps);
-  checkpoints_.save_last(*session_, state_after(run_.train.steps));
+  checkpoints_.save_last(*session_, state_to_save(run_.train.steps));
   return static_cast<int>(ExitCode::kDone);
 }
 

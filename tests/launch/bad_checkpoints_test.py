@@ -144,6 +144,34 @@ class Recovery(unittest.TestCase):
         self.assertIn("older checkpoints are not removed", said)
         self.verified(self.step(25))
 
+    def test_the_other_name_of_what_is_removed_is_made_durable_first(self):
+        # Two saves sync the folder once each, the third twice: for its own name, then for the one that is retired.
+        said = self.train("train.steps=15", "checkpoint.keep=2",
+                          before=self.fault("-P", self.run_dir / "checkpoints", "-e", "inject=fsync:error=EIO:when=4"))
+        self.assertIn("older checkpoints are not removed", said)
+        self.assertEqual(len(list((self.run_dir / "checkpoints/step_00000005.old").iterdir())), 3)
+
+    def test_the_metrics_of_its_steps_are_on_the_disk_before_a_checkpoint(self):
+        calls = self.dir / "calls"
+        traced = self.fault("-y", "-e", "trace=fsync,renameat2")
+        traced[traced.index("/dev/null")] = str(calls)
+        self.train("train.steps=10", "checkpoint.async=false", before=traced)
+        seen = [("save" if "step_" in line else "metrics") for line in calls.read_text().splitlines()
+                if "metrics.jsonl>" in line or ("renameat2" in line and ".tmp" in line)]
+        self.assertEqual(seen[:4], ["metrics", "save"] * 2)
+        said = self.train("train.steps=15", before=self.fault("-P", self.run_dir / "metrics.jsonl", "-e",
+                                                              "inject=fsync:error=EIO"))
+        self.assertEqual(said.count("a power cut may lose metrics"), 1)
+        self.verified(self.step(15))
+
+    def test_what_a_failed_output_could_not_remove_is_cleared_by_the_next(self):
+        self.train("train.steps=5")
+        words = ("export", self.run_dir, "--to", self.dir / "out")
+        self.upmoe(*words, status=3, before=self.fault("-e", "inject=rename,unlinkat:error=EIO"))
+        self.assertTrue((self.dir / "out.upmoe-partial").exists())
+        self.upmoe(*words)
+        self.assertEqual(list(self.dir.glob("out.*")), [])
+
     def test_a_listing_that_fails_after_the_start_only_warns(self):
         self.train("train.steps=5")
         folder, calls = self.run_dir / "checkpoints", self.dir / "calls"
