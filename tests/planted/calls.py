@@ -20,8 +20,10 @@ ERRORS = {
     "fstat": ("EIO",), "statx": ("EIO", "EACCES"), "access": ("EACCES",), "statfs": ("EIO",), "fstatfs": ("EIO",),
     "copy_file_range": ("EIO", "ENOSPC"), "sendfile": ("EIO", "ENOSPC")}
 CALL = re.compile(r"^(\w+)\(")
-# What a removal calls: refused, it may leave what it should remove. (A name that is not confirmed retires none either.)
+# What a removal calls: refused, it may leave what it should remove. Nor does a save retire another checkpoint when its
+# own name is not confirmed or it cannot be read.
 REMOVAL = ("unlink", "unlinkat", "rmdir", "getdents64", "openat", "newfstatat", "fstat", "renameat2", "rename", "close")
+UNSURE = ("fsync", "read", "pread64")
 
 
 class TrainingCase:
@@ -52,7 +54,7 @@ class TrainingCase:
                 program.verify(checkpoint)
         require(len(found) + len(aside) >= len(self.old), f"left: {found}, {aside}")
         if done.returncode == 0:
-            self.training.require_finished(self.run_dir, every_loss=False, tidy=call not in (*REMOVAL, "fsync"))
+            self.training.require_finished(self.run_dir, every_loss=False, tidy=call not in (*REMOVAL, *UNSURE))
         else:
             self.training.finish(self.run_dir, every_loss=False)
 

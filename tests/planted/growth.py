@@ -47,8 +47,8 @@ class Growth(Part):
         files = [max(s[2] for s in half) for half in (early, late)]
         require(kb <= MOST_KB_A_STEP, f"memory grows by {kb:.3f} KB a step")
         require(files[1] <= files[0], f"open files grow from {files[0]} to {files[1]}")
-        return {"steps": steps, "samples": len(steady), "kb_a_step": round(kb, 4), "open_files": files[1],
-                "memory_kb": steady[-1][1]}
+        return {"steps": steps, "samples": len(steady), "kb_a_step": round(kb, 4), "open_files": float(files[1]),
+                "memory_kb": float(steady[-1][1])}
 
     def sample(self, process, metrics):
         """(step, KB of memory, open files) until the process ends."""

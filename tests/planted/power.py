@@ -100,5 +100,5 @@ class Power(Part):
             self.program.verify(checkpoint)
         known, newest = recording.newest_known(count), max(map(step_of, found), default=0)
         require(newest >= known, f"step {known} was announced, the newest there is of step {newest}")
-        job.finish(out, every_loss=False)
+        job.finish(out)
         return {"checkpoints": len(found)}

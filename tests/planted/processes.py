@@ -1,5 +1,6 @@
 """Processes of a trial, whoever started them: what is killed, and what may not be left behind."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -8,14 +9,42 @@ from pathlib import Path
 
 from subjects import ENVIRONMENT, require
 
-MARK = "UPMOE_PLANTED"
+MARK = f"UPMOE_PLANTED={os.getpid()}."
+
+
+def marked(mark):
+    """Processes that have an environment variable which begins so."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and b"\0" + mark.encode() in b"\0" + (entry / "environ").read_bytes():
+                yield int(entry.name)
+        except OSError:  # another user's, or gone
+            continue
+
+
+def program_of(pid):
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return ""
+
+
+def kill(pids):
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+atexit.register(lambda: kill(marked(MARK)))  # of a measurement that was broken off
 
 
 class Started:
     """A command under way, its output in a file; every process of it bears a mark in its environment."""
 
     def __init__(self, words, log):
-        self.log, self.mark = Path(log), f"{MARK}={os.getpid()}.{time.monotonic_ns()}"
+        self.log, self.mark = Path(log), f"{MARK}{time.monotonic_ns()}"
         with open(log, "w") as said:
             self.process = subprocess.Popen([*map(str, words)], stdout=said, stderr=said, start_new_session=True,
                                             env=ENVIRONMENT | dict([self.mark.split("=")]))
@@ -25,23 +54,11 @@ class Started:
 
     def pids(self, program=None):
         """Of those that live, or of those that run one program."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes().split(b"\0") and \
-                        (program is None or os.readlink(entry / "exe") == str(program.resolve())):
-                    found.append(int(entry.name))
-            except OSError:  # another user's, or gone
-                continue
-        return found
+        return [pid for pid in marked(self.mark) if program is None or program_of(pid) == str(program.resolve())]
 
     def end(self, pids=None):
         """kill -9."""
-        for pid in self.pids() if pids is None else pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        kill(self.pids() if pids is None else pids)
 
     def require_gone(self, within_s):
         """No process of it is left soon after the one that was started has ended."""

@@ -126,7 +126,7 @@ class Training:
         """Starts it again, with nothing in its way; what it said."""
         done = self.program.run(*self.words(run_dir))
         require(done.returncode == 0, f"cannot go on: {done.returncode}: {done.stderr}")
-        self.require_finished(run_dir, every_loss)
+        self.require_finished(run_dir, every_loss, tidy="nothing to do" not in done.stderr)
         self.program.verify(run_dir)
         return done.stderr
 
