@@ -4,6 +4,7 @@ While NAME is made, its parts lie in NAME.upmoe-partial/, in a folder of their o
 output apart, and a job that was killed from one that still works: what a killed one left is cleared by the next.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -37,18 +38,19 @@ class StagedFile:
         return self
 
     def __exit__(self, *_):
-        if self.own is not None:
-            shutil.rmtree(self.own, ignore_errors=True)
+        """No error of its own: either the output is complete, or another error is the one to tell."""
+        with contextlib.suppress(OSError):  # even ignore_errors lets some through
+            if self.own is not None:
+                shutil.rmtree(self.own, ignore_errors=True)
         if self.lock is None:
             return
-        try:
+        with contextlib.suppress(OSError):
             # While it is held: nobody else's can stand there. A part that could not be removed is ours by it alone.
             if not any(name.startswith(PART) for name in os.listdir(self.folder)):
                 os.unlink(os.path.join(self.folder, LOCK))
             os.rmdir(self.folder)  # stays where there is something of somebody else in it
-        except OSError:
-            pass
-        os.close(self.lock)
+        with contextlib.suppress(OSError):
+            os.close(self.lock)
 
     def take_lock(self):
         """Whether the lock is held: not where the file system has none."""

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import lzma
+import os
 import resource
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import tokenizers
 ROOT = Path(__file__).resolve().parent.parent.parent
 # data/tokenize.py itself is started, not imported
 sys.path += [str(ROOT / folder) for folder in ("launch", "data", "tests/support")]
+import staged_file  # noqa: E402
 import text_documents  # noqa: E402
 from text_documents import BadInput, Choices, documents_of, plan_tasks  # noqa: E402
 from tiny_run import strace, why_no_strace  # noqa: E402
@@ -336,6 +338,16 @@ class TokenizeTest(unittest.TestCase):
         self.assertTrue((self.dir / "out.h5.upmoe-partial").exists())
         self.ends_with(0, text)
         self.assertEqual(sorted(p.name for p in self.dir.iterdir()), ["a.txt", "out.h5"])
+
+    def test_a_clean_up_that_fails_is_no_failure(self):
+        refused = PermissionError(13, "refused")
+        with mock.patch.object(staged_file.shutil, "rmtree", side_effect=refused), \
+                mock.patch.object(staged_file.os, "rmdir", side_effect=refused):
+            with staged_file.StagedFile(str(self.dir / "out"), self.fail) as staged:
+                Path(staged.part("whole")).write_text("content")
+                staged.commit("whole")
+                os.close(staged.lock)  # so that closing it is refused too
+        self.assertEqual((self.dir / "out").read_text(), "content")
 
     def test_a_file_that_cannot_be_closed_is_no_unexpected_failure(self):
         spec = importlib.util.spec_from_file_location("tokenize_script", ROOT / "data/tokenize.py")
