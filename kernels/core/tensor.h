@@ -72,6 +72,8 @@ struct Shape {  // rank at most 4
   friend bool operator==(const Shape& a, const Shape& b) = default;
 };
 
+// Where a tensor may be absent, an absent one is a view without a shape, `TensorView{}`; given() asks. (On the dry
+// device no tensor has memory, so memory says nothing.)
 struct TensorView {
   std::byte* data = nullptr;
   Shape shape;
@@ -83,6 +85,7 @@ struct TensorView {
     UPMOE_CHECK(dtype == DTypeOf<T>::value, "tensor holds {}", name_of(dtype));
     return reinterpret_cast<T*>(data);
   }
+  bool given() const { return shape.rank != 0; }
   std::int64_t elements() const { return shape.elements(); }
   std::size_t bytes() const { return static_cast<std::size_t>(elements()) * size_of(dtype); }
   std::int64_t rows() const { return shape.rank == 0 ? 1 : shape.dim[0]; }
@@ -107,6 +110,7 @@ struct ConstTensorView {
     UPMOE_CHECK(dtype == DTypeOf<T>::value, "tensor holds {}", name_of(dtype));
     return reinterpret_cast<const T*>(data);
   }
+  bool given() const { return shape.rank != 0; }
   std::int64_t elements() const { return shape.elements(); }
   std::size_t bytes() const { return static_cast<std::size_t>(elements()) * size_of(dtype); }
   std::int64_t rows() const { return shape.rank == 0 ? 1 : shape.dim[0]; }
