@@ -36,7 +36,7 @@ MAY_INCLUDE = {
 }
 MAY_INCLUDE["tests"] = set(MAY_INCLUDE)
 # What stands between an op and its backends: for the sources of kernels/ and for tests.
-BETWEEN_OPS_AND_BACKENDS = {"kernels/ops/backend.h", "kernels/ops/backend_functions.inc", "kernels/ops/dispatch.h"}
+BETWEEN_OPS_AND_BACKENDS = {"kernels/ops/backend.h", "kernels/ops/op_names.inc", "kernels/ops/dispatch.h"}
 # The files of kernels/cuda with inline assembly. The pretended GPU finds another file first by the path of each.
 INLINE_ASSEMBLY = {"kernels/cuda/sm90/sm90_ptx.cuh"}
 TWINS = "tests/support/fake_cuda/"

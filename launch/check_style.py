@@ -16,8 +16,9 @@ from pathlib import Path
 FOLDERS = ["kernels", "configs", "parallel", "data", "trainer", "upcycle", "launch", "tests"]
 CPP = {".h", ".cpp", ".cu", ".cuh"}
 SCRIPTS = {".py", ".sh"}
-MAX_FILE, MAX_FUNCTION, MAX_COLUMN = 400, 70, 120
+MAX_FILE, MAX_FUNCTION, MAX_COLUMN, MAX_OP_PARAMETERS = 400, 70, 120, 7
 BAD_NAMES = re.compile(r"(^|_)(utils?|helpers?|common|misc)(_|\.|$)")
+OP = re.compile(r"^void (\w+)\(([^;]*)\);", re.MULTILINE)  # the contracts of kernels/ops
 LEFT_OVERS = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "BOOT" + "STRAP")) + r")\b")
 CLANG_FORMAT = "clang-format-14"
 SCOPE = re.compile(r"\b(namespace|class|struct|union|enum|extern)\b")
@@ -65,6 +66,15 @@ def python_functions(source):
             yield node.lineno, node.end_lineno - node.lineno + 1
 
 
+def wide_ops(source):
+    """(line, name, number of parameters) of each op that takes too many to tell apart by their places."""
+    text = blank_text(source)
+    for op in OP.finditer(text):
+        parameters = re.sub(r"<[^<>]*>|\{[^{}]*\}", "", op[2]).count(",") + 1
+        if parameters > MAX_OP_PARAMETERS:
+            yield text.count("\n", 0, op.start()) + 1, op[1], parameters
+
+
 def check_file(root, path):
     text = (root / path).read_text(encoding="utf-8")
     lines, suffix = text.splitlines(), Path(path).suffix
@@ -82,6 +92,9 @@ def check_file(root, path):
             yield f"{path}:{number}: {len(line)} columns, at most {MAX_COLUMN}"
         if line != line.rstrip() or "\t" in line:
             yield f"{path}:{number}: trailing blank or tab"
+    for number, name, parameters in wide_ops(text) if path.startswith("kernels/ops/") and suffix == ".h" else ():
+        yield (f"{path}:{number}: {name} takes {parameters} parameters, at most {MAX_OP_PARAMETERS}; join those that "
+               "belong together in a struct")
     functions = cpp_functions(text) if suffix in CPP else python_functions(text) if suffix == ".py" else ()
     for first, length in functions:
         if length > MAX_FUNCTION:

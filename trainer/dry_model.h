@@ -51,7 +51,7 @@ class DryModel {
     return cost([&] {
       const TensorView gradient = stream();
       model_.output->head.forward(memory_.exec, dry({1}, DType::kF64), stream(), dry({tokens_}, DType::kI32),
-                                  &gradient, 1.0f);
+                                  gradient, 1.0f);
     });
   }
 

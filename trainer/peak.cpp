@@ -43,7 +43,7 @@ double best_product(Exec& ex, DType dtype, std::int64_t side, int bursts, double
   wait();
   const auto once = [&] {
     const auto start = std::chrono::steady_clock::now();
-    ops::gemm(ex, c, a, Transpose::kNo, b, Transpose::kYes, Accumulate::kOverwrite);
+    ops::gemm(ex, c, {a}, {b, Transpose::kYes}, Accumulate::kOverwrite);
     wait();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };

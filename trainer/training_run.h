@@ -14,7 +14,7 @@ struct RunOptions {
   std::string cores = {};  // what the ranks of this host compute on, in words for the start of the run
 };
 
-// Trains to the end or to a request to stop. Collective; returns the exit status. Layout of run.dir: face.md "Files".
+// Trains to the end or to a request to stop. Collective; returns the exit status.
 int train(const RunConfig& run, Communicator& world, const RunOptions& options);
 
 }  // namespace upmoe

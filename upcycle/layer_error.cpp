@@ -63,7 +63,7 @@ void product(Exec& ex, TensorView y_TN, ConstTensorView x_TK, const ReadRows& w_
     const std::int64_t n = std::min(kRows, N - begin);
     const TensorView w_nK = take(ex, {n, K}), y_Tn = take(ex, {T, n});
     w_NK(begin, begin + n, K, w_nK.as<float>());
-    ops::gemm(ex, y_Tn, x_TK, Transpose::kNo, w_nK, Transpose::kYes, Accumulate::kOverwrite);
+    ops::gemm(ex, y_Tn, {x_TK}, {w_nK, Transpose::kYes}, Accumulate::kOverwrite);
     ops::copy_columns(ex, y_TN, begin, y_Tn, 0, n);
   }
 }
@@ -74,8 +74,7 @@ struct Ffn {
 };
 
 // y = down(silu(gate x) * up x * weight): the weight of a routed expert or of the shared expert's gate.
-void ffn_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const Ffn& ffn,
-                 const ConstTensorView* weight_T) {
+void ffn_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const Ffn& ffn, ConstTensorView weight_T) {
   const std::int64_t T = x_TD.shape[0], D = x_TD.shape[1];
   ScratchScope scope(*ex.scratch);
   const TensorView h_TF = take(ex, {T, ffn.width});
@@ -85,7 +84,7 @@ void ffn_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const Ffn& ffn
     const TensorView w_GD = take(ex, {2 * n, D}), gate_up_TG = take(ex, {T, 2 * n}), h_Tn = take(ex, {T, n});
     ffn.gate(begin, begin + n, 2 * D, w_GD.as<float>());
     ffn.up(begin, begin + n, 2 * D, w_GD.as<float>() + D);
-    ops::gemm(ex, gate_up_TG, x_TD, Transpose::kNo, w_GD, Transpose::kYes, Accumulate::kOverwrite);
+    ops::gemm(ex, gate_up_TG, {x_TD}, {w_GD, Transpose::kYes}, Accumulate::kOverwrite);
     ops::swiglu_forward(ex, h_Tn, gate_up_TG, weight_T);
     ops::copy_columns(ex, h_TF, begin, h_Tn, 0, n);
   }
@@ -130,7 +129,7 @@ void Layer::routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) cons
     if (n == 0) continue;
     const ConstTensorView weight_n = weight_N1.rows(begin, begin + n).reshape({n});
     ffn_forward(ex, y_ND.rows(begin, begin + n), x_ND.rows(begin, begin + n),
-                ffn(lines.experts[static_cast<std::size_t>(e)]), &weight_n);
+                ffn(lines.experts[static_cast<std::size_t>(e)]), weight_n);
     begin += n;
   }
   ops::gather_sum_rows(ex, y_TD, y_ND, slot_TK, Accumulate::kOverwrite);
@@ -140,12 +139,13 @@ void Layer::add_shared(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const {
   const std::int64_t T = x_TD.shape[0], D = x_TD.shape[1];
   if (lines.shared[0] < 0 || (moe.shared_expert_gate && lines.shared_gate < 0)) return;
   const TensorView shared_TD = take(ex, {T, D}), gate_T = take(ex, {T}), w_1D = take(ex, {1, D});
-  const ConstTensorView weight_T = gate_T;
+  ConstTensorView weight_T;
   if (moe.shared_expert_gate) {
     rows_of(line(lines.shared_gate), context)(0, 1, D, w_1D.as<float>());
     ops::sigmoid_gate_forward(ex, gate_T, x_TD, w_1D);
+    weight_T = gate_T;
   }
-  ffn_forward(ex, shared_TD, x_TD, ffn(lines.shared), moe.shared_expert_gate ? &weight_T : nullptr);
+  ffn_forward(ex, shared_TD, x_TD, ffn(lines.shared), weight_T);
   ops::add(ex, y_TD, y_TD, shared_TD);
 }
 
@@ -160,7 +160,7 @@ TensorView make_inputs(Exec& ex, int layer, std::int64_t tokens, const FillConte
   std::vector<std::byte> bytes(static_cast<std::size_t>(D) * size_of(context.source.dtype()));
   context.source.read(tensor_name(dense, Role::kNorm2, layer), 0, bytes);
   to_floats(bytes.data(), context.source.dtype(), D, w_D.as<float>());
-  ops::rms_norm_forward(ex, x_TD, rstd_T, z_TD, w_D, 0.0f);
+  ops::rms_norm_forward(ex, x_TD, rstd_T, z_TD, {w_D, 0.0f});
   return x_TD;
 }
 
@@ -189,7 +189,7 @@ double layer_error(const Recipe& recipe, int layer, const ModelConfig& moe, cons
   ffn_forward(ex, expected_TD, x_TD,
               {rows_of(*ffn, FfnMatrix::kGate, dtype), rows_of(*ffn, FfnMatrix::kUp, dtype),
                rows_of(*ffn, FfnMatrix::kDown, dtype), ffn->width},
-              nullptr);
+              {});
   const Layer mixture{recipe, recipe.layers[static_cast<std::size_t>(layer)], moe, context};
   mixture.routed_forward(ex, y_TD, x_TD);
   mixture.add_shared(ex, y_TD, x_TD);

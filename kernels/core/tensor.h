@@ -85,6 +85,10 @@ struct TensorView {
     UPMOE_CHECK(dtype == DTypeOf<T>::value, "tensor holds {}", name_of(dtype));
     return reinterpret_cast<T*>(data);
   }
+  template <class T>
+  T* if_given() const {  // null when it is absent
+    return given() ? as<T>() : nullptr;
+  }
   bool given() const { return shape.rank != 0; }
   std::int64_t elements() const { return shape.elements(); }
   std::size_t bytes() const { return static_cast<std::size_t>(elements()) * size_of(dtype); }
@@ -110,6 +114,10 @@ struct ConstTensorView {
     UPMOE_CHECK(dtype == DTypeOf<T>::value, "tensor holds {}", name_of(dtype));
     return reinterpret_cast<const T*>(data);
   }
+  template <class T>
+  const T* if_given() const {
+    return given() ? as<T>() : nullptr;
+  }
   bool given() const { return shape.rank != 0; }
   std::int64_t elements() const { return shape.elements(); }
   std::size_t bytes() const { return static_cast<std::size_t>(elements()) * size_of(dtype); }
@@ -126,6 +134,14 @@ TensorView host_view(T* data, Shape shape) {
 template <class T>
 ConstTensorView host_view(const T* data, Shape shape) {
   return ConstTensorView{reinterpret_cast<const std::byte*>(data), shape, DTypeOf<T>::value, Device{}};
+}
+
+// body(T{}) with T = float or bf16: from the dtype of a tensor to a template parameter.
+template <class Body>
+void with_float_type(DType dtype, Body&& body) {
+  if (dtype == DType::kBF16) return body(bf16{});
+  UPMOE_CHECK(dtype == DType::kF32, "expected fp32 or bf16, found {}", name_of(dtype));
+  body(float{});
 }
 
 // Products and sums of sizes that come from files: throw instead of wrapping round.

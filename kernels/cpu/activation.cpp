@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/row_sums.h"
 #include "kernels/cpu/simd.h"
@@ -106,9 +105,9 @@ void gate_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_1D, c
 
 }  // namespace
 
-void swiglu_forward(Exec&, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+void swiglu_forward(Exec&, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
   const std::int64_t rows = h_RF.shape[0], width = h_RF.shape[1];
-  const float* weight = weight_R != nullptr ? weight_R->as<float>() : nullptr;
+  const float* weight = weight_R.if_given<float>();
   with_float_type(h_RF.dtype, [&](auto type) {
     using T = decltype(type);
     T* h = h_RF.as<T>();
@@ -119,11 +118,11 @@ void swiglu_forward(Exec&, TensorView h_RF, ConstTensorView gate_up_RG, const Co
   });
 }
 
-void swiglu_backward(Exec&, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
-                     ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+void swiglu_backward(Exec&, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
+                     ConstTensorView gate_up_RG, ConstTensorView weight_R) {
   const std::int64_t rows = dh_RF.shape[0], width = dh_RF.shape[1];
-  const float* weight = weight_R != nullptr ? weight_R->as<float>() : nullptr;
-  float* dweight = dweight_R != nullptr ? dweight_R->as<float>() : nullptr;
+  const float* weight = weight_R.if_given<float>();
+  float* dweight = dweight_R.if_given<float>();
   with_float_type(dh_RF.dtype, [&](auto type) {
     using T = decltype(type);
     T* dgate_up = dgate_up_RG.as<T>();

@@ -7,7 +7,6 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/adamw_factors.h"

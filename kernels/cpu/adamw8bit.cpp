@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "kernels/core/philox.h"
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/ops/adamw_factors.h"
 #include "kernels/ops/backend.h"

@@ -7,7 +7,6 @@
 #include <limits>
 
 #include "kernels/cpu/attention_blocks.h"
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
@@ -180,12 +179,12 @@ void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, cons
 }  // namespace
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                       AttentionShape shape, const ConstTensorView* document_T) {
+                       AttentionShape shape, ConstTensorView document_T) {
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     const std::int64_t width = shape.qkv_width(), keys = shape.heads * shape.head_dim;
     const T* q = qkv_TH.as<T>();
-    const auto* document = document_T != nullptr ? document_T->as<std::int32_t>() : nullptr;
+    const auto* document = document_T.if_given<std::int32_t>();
     forward<T, T>(ex, qkv_TH.shape[0] / shape.seq_len,
                   {out_TQ.as<T>(),
                    lse_TN.as<float>(),
@@ -198,22 +197,21 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
 }
 
 void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                            ConstTensorView kv_TK, AttentionShape shape, Visible visible,
-                            const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+                            ConstTensorView kv_TK, const ChunkPair& pair) {
+  const AttentionShape& shape = pair.shape;
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     const std::int64_t width = 2 * shape.kv_heads * shape.head_dim;
     const T* k = kv_TK.as<T>();
-    forward<T, float>(
-        ex, qkv_TH.shape[0] / shape.seq_len,
-        {out_TQ.as<float>(),
-         lse_TN.as<float>(),
-         {qkv_TH.as<T>(), shape.qkv_width()},
-         {k, width},
-         {k + shape.kv_heads * shape.head_dim, width},
-         {visible == Visible::kCausal, document_T != nullptr ? document_T->as<std::int32_t>() : nullptr,
-          document_T != nullptr ? key_document_T->as<std::int32_t>() : nullptr}},
-        shape);
+    forward<T, float>(ex, qkv_TH.shape[0] / shape.seq_len,
+                      {out_TQ.as<float>(),
+                       lse_TN.as<float>(),
+                       {qkv_TH.as<T>(), shape.qkv_width()},
+                       {k, width},
+                       {k + shape.kv_heads * shape.head_dim, width},
+                       {pair.visible == Visible::kCausal, pair.document_T.if_given<std::int32_t>(),
+                        pair.key_document_T.if_given<std::int32_t>()}},
+                      shape);
   });
 }
 

@@ -7,7 +7,6 @@
 #include <cmath>
 
 #include "kernels/cpu/attention_blocks.h"
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
@@ -191,11 +190,11 @@ void backward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, con
 }  // namespace
 
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
-                        ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
-                        const ConstTensorView* document_T) {
+                        const Attended& saved, AttentionShape shape, ConstTensorView document_T) {
+  const auto& [out_TQ, lse_TN] = saved;
   const std::int64_t width = shape.qkv_width(), key_at = shape.heads * shape.head_dim,
                      value_at = key_at + shape.kv_heads * shape.head_dim;
-  const std::int32_t* document = document_T != nullptr ? document_T->as<std::int32_t>() : nullptr;
+  const std::int32_t* document = document_T.if_given<std::int32_t>();
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     T* dq = dqkv_TH.as<T>();
@@ -215,30 +214,28 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
   });
 }
 
-void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
-                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
-                             ConstTensorView lse_TN, AttentionShape shape, Visible visible,
-                             const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, const Attended& whole,
+                             const ChunkPair& pair) {
+  const AttentionShape& shape = pair.shape;
   const std::int64_t value_at = shape.kv_heads * shape.head_dim, width = 2 * value_at;
-  const bool documents = document_T != nullptr;
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
-    auto *dq = dq_TQ.as<float>(), *dk = dkv_TK.as<float>();
+    auto *dq = g.dq_TQ.as<float>(), *dk = g.dkv_TK.as<float>();
     const T* k = kv_TK.as<T>();
-    backward<true, T, float>(
-        ex, qkv_TH.shape[0] / shape.seq_len,
-        {{dq, shape.heads * shape.head_dim},
-         {dk, width},
-         {dk + value_at, width},
-         {qkv_TH.as<T>(), shape.qkv_width()},
-         {k, width},
-         {k + value_at, width},
-         dout_TQ.as<T>(),
-         out_TQ.as<T>(),
-         lse_TN.as<float>(),
-         {visible == Visible::kCausal, documents ? document_T->as<std::int32_t>() : nullptr,
-          documents ? key_document_T->as<std::int32_t>() : nullptr}},
-        shape);
+    backward<true, T, float>(ex, qkv_TH.shape[0] / shape.seq_len,
+                             {{dq, shape.heads * shape.head_dim},
+                              {dk, width},
+                              {dk + value_at, width},
+                              {qkv_TH.as<T>(), shape.qkv_width()},
+                              {k, width},
+                              {k + value_at, width},
+                              dout_TQ.as<T>(),
+                              whole.out_TQ.as<T>(),
+                              whole.lse_TN.as<float>(),
+                              {pair.visible == Visible::kCausal, pair.document_T.if_given<std::int32_t>(),
+                               pair.key_document_T.if_given<std::int32_t>()}},
+                             shape);
   });
 }
 

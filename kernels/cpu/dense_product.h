@@ -6,18 +6,15 @@
 
 namespace upmoe::cpu {
 
-// c = op(a) op(b) [+ bias], or c += op(a) op(b), as ops::gemm says; none of the three sizes is 0.
+// What ops::gemm takes; none of the three sizes is 0.
 struct DenseProduct {
   TensorView c_MN;
-  ConstTensorView a;
-  bool transpose_a;
-  ConstTensorView b;
-  bool transpose_b;
+  Factor a_MK, b_KN;
   Accumulate mode;
-  const ConstTensorView* bias_N;  // null: none
+  ConstTensorView bias_N;
   std::int64_t rows() const { return c_MN.shape[0]; }
   std::int64_t columns() const { return c_MN.shape[1]; }
-  std::int64_t depth() const { return a.shape[transpose_a ? 0 : 1]; }
+  std::int64_t depth() const { return a_MK.columns(); }
 };
 
 using ComputeProduct = void (*)(Exec&, const DenseProduct&);

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/backend.h"

@@ -1,7 +1,6 @@
 #include "kernels/ops/gemm.h"
 
 #include "kernels/cpu/dense_product.h"
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/row_sums.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/backend.h"
@@ -12,15 +11,14 @@ namespace upmoe::cpu {
 namespace {
 
 // The product over nothing: zeros or the bias.
-void store_empty_product(const TensorView& c_MN, const ConstTensorView* bias_N) {
+void store_empty_product(const TensorView& c_MN, const ConstTensorView& bias_N) {
   const std::int64_t columns = c_MN.shape[1];
   with_float_type(c_MN.dtype, [&](auto out) {
     using Out = decltype(out);
-    with_float_type(bias_N != nullptr ? bias_N->dtype : DType::kF32, [&](auto in) {
-      using T = decltype(in);
+    with_float_type(bias_N.dtype, [&](auto in) {
+      const auto* bias = bias_N.if_given<decltype(in)>();
       for (std::int64_t i = 0; i < c_MN.elements(); ++i)
-        c_MN.as<Out>()[i] =
-            from_float<Out>(bias_N != nullptr ? to_float(bias_N->as<T>()[i % columns]) : 0.0f);
+        c_MN.as<Out>()[i] = from_float<Out>(bias != nullptr ? to_float(bias[i % columns]) : 0.0f);
     });
   });
 }
@@ -43,16 +41,15 @@ bool rows_are_independent(DType in, DType out) {
   return product_for(in, out) == multiply_packed_blocks || onednn_has_avx512();
 }
 
-void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, ConstTensorView b,
-          Transpose transpose_b, Accumulate mode, const ConstTensorView* bias_N) {
-  const DenseProduct product{c_MN, a,     transpose_a == Transpose::kYes, b, transpose_b == Transpose::kYes,
-                             mode, bias_N};
+void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Accumulate mode,
+          ConstTensorView bias_N) {
+  const DenseProduct product{c_MN, a_MK, b_KN, mode, bias_N};
   if (c_MN.elements() == 0) return;
   if (product.depth() == 0) {  // oneDNN leaves the output alone then
     if (mode == Accumulate::kOverwrite) store_empty_product(c_MN, bias_N);
     return;
   }
-  product_for(a.dtype, c_MN.dtype)(ex, product);
+  product_for(a_MK.stored.dtype, c_MN.dtype)(ex, product);
 }
 
 void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN) {

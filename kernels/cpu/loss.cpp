@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/vector_math.h"
@@ -136,26 +135,24 @@ void cross_entropy_stats(Exec&, TensorView stats_C3, ConstTensorView logits_CV, 
   });
 }
 
-void cross_entropy_sharded(Exec&, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
-                           ConstTensorView targets_C, ConstTensorView stats_PC3, float scale,
-                           VocabShard shard) {
-  with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
+void cross_entropy_sharded(Exec&, const TokenLosses& out, ConstTensorView logits_CV,
+                           ConstTensorView targets_C, ConstTensorView stats_PC3, VocabShard shard) {
+  with_float_type(out.dlogits_CV.dtype, [&](auto type) {
     using T = decltype(type);
-    T* dlogits = dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr;
-    sharded_rows(loss_C.as<float>(), dlogits, logits_CV.as<float>(), targets_C.as<std::int32_t>(),
-                 stats_PC3.as<double>(), stats_PC3.shape, logits_CV.shape[1], scale, shard.begin);
+    T* dlogits = out.dlogits_CV.if_given<T>();
+    sharded_rows(out.loss_C.as<float>(), dlogits, logits_CV.as<float>(), targets_C.as<std::int32_t>(),
+                 stats_PC3.as<double>(), stats_PC3.shape, logits_CV.shape[1], out.scale, shard.begin);
   });
 }
 
-void cross_entropy(Exec&, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
-                   ConstTensorView targets_C, float scale) {
+void cross_entropy(Exec&, const TokenLosses& out, ConstTensorView logits_CV, ConstTensorView targets_C) {
   const std::int64_t rows = logits_CV.shape[0], vocab = logits_CV.shape[1];
   const auto* targets = targets_C.as<std::int32_t>();
   check_targets(targets, rows, vocab);
-  with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
+  with_float_type(out.dlogits_CV.dtype, [&](auto type) {
     using T = decltype(type);
-    T* dlogits = dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr;
-    loss_rows(loss_C.as<float>(), dlogits, logits_CV.as<float>(), targets, rows, vocab, scale);
+    T* dlogits = out.dlogits_CV.if_given<T>();
+    loss_rows(out.loss_C.as<float>(), dlogits, logits_CV.as<float>(), targets, rows, vocab, out.scale);
   });
 }
 

@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/row_sums.h"
 #include "kernels/cpu/simd.h"
@@ -48,7 +47,8 @@ void norm_row_backward(T* dx, float* dw, const T* dy, const T* x, const T* w, fl
 
 template <class T, bool kAdd>
 void norm_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, const ConstTensorView& dy_TD,
-                   const ConstTensorView& x_TD, const ConstTensorView& w_D, const ConstTensorView& rstd_T) {
+                   const NormedRows& normed, const ConstTensorView& w_D) {
+  const auto& [x_TD, rstd_T] = normed;
   const std::int64_t rows = x_TD.shape[0], width = x_TD.shape[1];
   ScratchScope scope(*ex.scratch);
   float* partials =
@@ -65,43 +65,44 @@ void norm_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, co
 
 }  // namespace
 
-void rms_norm_forward(Exec&, TensorView y_TD, TensorView rstd_T, ConstTensorView x_TD, ConstTensorView w_D,
-                      float eps) {
+void rms_norm_forward(Exec&, TensorView y_TD, TensorView rstd_T, ConstTensorView x_TD,
+                      const NormWeight& weight) {
   const std::int64_t rows = x_TD.shape[0], width = x_TD.shape[1];
   float* rstd = rstd_T.as<float>();
   with_float_type(x_TD.dtype, [&](auto type) {
     using T = decltype(type);
     T* y = y_TD.as<T>();
-    const T *x = x_TD.as<T>(), *w = w_D.as<T>();
-    parallel_for(rows, width,
-                 [&](std::int64_t t) { rstd[t] = norm_row(y + t * width, x + t * width, w, width, eps); });
+    const T *x = x_TD.as<T>(), *w = weight.w_D.as<T>();
+    parallel_for(rows, width, [&](std::int64_t t) {
+      rstd[t] = norm_row(y + t * width, x + t * width, w, width, weight.eps);
+    });
   });
 }
 
 void add_rms_norm_forward(Exec&, TensorView y_TD, TensorView sum_TD, TensorView rstd_T, ConstTensorView x_TD,
-                          ConstTensorView residual_TD, ConstTensorView w_D, float eps) {
+                          ConstTensorView residual_TD, const NormWeight& weight) {
   const std::int64_t rows = x_TD.shape[0], width = x_TD.shape[1];
   float* rstd = rstd_T.as<float>();
   with_float_type(x_TD.dtype, [&](auto type) {
     using T = decltype(type);
     T *y = y_TD.as<T>(), *sum = sum_TD.as<T>();
-    const T *x = x_TD.as<T>(), *residual = residual_TD.as<T>(), *w = w_D.as<T>();
+    const T *x = x_TD.as<T>(), *residual = residual_TD.as<T>(), *w = weight.w_D.as<T>();
     parallel_for(rows, width, [&](std::int64_t t) {
       const std::int64_t row = t * width;
       for_lanes(width, [&](std::int64_t i, auto lanes) {
         store(sum + row + i, load(x + row + i, lanes) + load(residual + row + i, lanes), lanes);
       });
-      rstd[t] = norm_row(y + row, sum + row, w, width, eps);  // of the sum as stored
+      rstd[t] = norm_row(y + row, sum + row, w, width, weight.eps);  // of the sum as stored
     });
   });
 }
 
 void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
-                       ConstTensorView x_TD, ConstTensorView w_D, ConstTensorView rstd_T, Accumulate mode) {
-  with_float_type(x_TD.dtype, [&](auto type) {
+                       const NormedRows& rows, ConstTensorView w_D, Accumulate mode) {
+  with_float_type(rows.x_TD.dtype, [&](auto type) {
     using T = decltype(type);
-    if (mode == Accumulate::kAdd) return norm_backward<T, true>(ex, dx_TD, dw_D, dy_TD, x_TD, w_D, rstd_T);
-    norm_backward<T, false>(ex, dx_TD, dw_D, dy_TD, x_TD, w_D, rstd_T);
+    if (mode == Accumulate::kAdd) return norm_backward<T, true>(ex, dx_TD, dw_D, dy_TD, rows, w_D);
+    norm_backward<T, false>(ex, dx_TD, dw_D, dy_TD, rows, w_D);
   });
 }
 

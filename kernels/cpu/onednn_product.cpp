@@ -96,11 +96,11 @@ GemmKey key_of(const DenseProduct& p) {
           p.columns(),
           p.depth(),
           worker_count(),
-          p.transpose_a,
-          p.transpose_b,
+          p.a_MK.transposed(),
+          p.b_KN.transposed(),
           p.mode == Accumulate::kAdd,
-          p.bias_N != nullptr,
-          p.a.dtype,
+          p.bias_N.given(),
+          p.a_MK.stored.dtype,
           p.c_MN.dtype};
 }
 
@@ -115,16 +115,16 @@ void multiply_by_onednn(Exec& ex, const DenseProduct& p) {
     thread_local GemmCache cache;
     CompiledGemm& gemm = cache.get(key_of(p));
     ScratchScope scope(*ex.scratch);
-    gemm.a.set_data_handle(address(p.a));
-    gemm.b.set_data_handle(address(p.b));
+    gemm.a.set_data_handle(address(p.a_MK.stored));
+    gemm.b.set_data_handle(address(p.b_KN.stored));
     gemm.c.set_data_handle(p.c_MN.data);
-    if (p.bias_N != nullptr) gemm.bias.set_data_handle(address(*p.bias_N));
+    if (p.bias_N.given()) gemm.bias.set_data_handle(address(p.bias_N));
     gemm.scratch.set_data_handle(ex.scratch->take({(gemm.scratch_bytes + 3) / 4}, DType::kF32, "gemm").data);
     gemm.primitive.execute(cache.stream, gemm.arguments);
     cache.stream.wait();
   } catch (const dnnl::error& e) {
     fail(ExitCode::kFailure, "gemm: oneDNN refused {} x {} x {} of {}: {} (status {})", p.rows(), p.columns(),
-         p.depth(), name_of(p.a.dtype), e.what(), static_cast<int>(e.status));
+         p.depth(), name_of(p.a_MK.stored.dtype), e.what(), static_cast<int>(e.status));
   }
 }
 

@@ -4,15 +4,15 @@
 namespace upmoe::cpu {
 
 void multiply_packed_blocks(Exec& ex, const DenseProduct& p) {
-  with_product_types(p.a.dtype, p.c_MN.dtype, [&]<class T, class Out>(T, Out) {
+  with_product_types(p.a_MK.stored.dtype, p.c_MN.dtype, [&]<class T, class Out>(T, Out) {
     const PackedProduct<T, Out> packed{p.c_MN.as<Out>(),
-                                       {p.a.as<T>(), p.a.shape[1], p.transpose_a},
-                                       {p.b.as<T>(), p.b.shape[1], !p.transpose_b},
+                                       {p.a_MK.stored.as<T>(), p.a_MK.stored.shape[1], p.a_MK.transposed()},
+                                       {p.b_KN.stored.as<T>(), p.b_KN.stored.shape[1], !p.b_KN.transposed()},
                                        p.rows(),
                                        p.columns(),
                                        p.depth(),
                                        p.mode,
-                                       p.bias_N != nullptr ? p.bias_N->as<T>() : nullptr};
+                                       p.bias_N.if_given<T>()};
     multiply_products<T>(ex, 1, [&](std::int64_t) { return packed; });
   });
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/backend.h"

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <limits>
 
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/vector_math.h"
@@ -146,8 +145,8 @@ void route_tokens(Exec&, TensorView probs_TE, TensorView index_TK, TensorView we
 }
 
 void route_tokens_backward(Exec&, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
-                           float z_scale, ConstTensorView probs_TE, ConstTensorView index_TK,
-                           ConstTensorView weight_TK, ConstTensorView lse_T, bool renormalize) {
+                           float z_scale, const Routes& routes, bool renormalize) {
+  const auto& [probs_TE, index_TK, weight_TK, lse_T] = routes;
   const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1], k = index_TK.shape[1];
   float* dlogits = dlogits_TE.as<float>();
   const float *dweight = dweight_TK.as<float>(), *weight = weight_TK.as<float>(),
@@ -251,9 +250,9 @@ void group_by_node(Exec&, TensorView order_X, TensorView slot_TM, TensorView cou
   }
 }
 
-void node_choices(Exec&, TensorView index_XK, TensorView weight_XK, ConstTensorView order_X,
-                  std::span<const std::int64_t> counts_M, ConstTensorView index_TK, ConstTensorView weight_TK,
-                  std::span<const std::int64_t> node_begin) {
+void node_choices(Exec&, TensorView index_XK, TensorView weight_XK, const NodeRows& nodes,
+                  ConstTensorView index_TK, ConstTensorView weight_TK) {
+  const auto& [order_X, counts_M, node_begin] = nodes;
   const std::int64_t k = index_TK.shape[1];
   std::int64_t row = 0;
   for (std::size_t m = 0; m < counts_M.size(); ++m)

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "kernels/core/exec.h"
-#include "kernels/cpu/element_type.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
 

@@ -19,11 +19,11 @@ AttentionKernel kernel_for(const Exec& ex, AttentionDescription d) {
 }
 
 AttentionDescription describe(const ConstTensorView& qkv_TH, const AttentionShape& shape,
-                              const ConstTensorView* document_T, bool pair) {
+                              const ConstTensorView& document_T, bool pair) {
   return {.shape = shape,
           .tokens = qkv_TH.shape[0],
           .dtype = qkv_TH.dtype,
-          .documents = document_T != nullptr,
+          .documents = document_T.given(),
           .pair = pair,
           .refusal = {}};
 }
@@ -35,7 +35,7 @@ TensorView take_stats(Exec& ex, const ConstTensorView& lse_TN) {
 }  // namespace
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                       AttentionShape shape, const ConstTensorView* document_T) {
+                       AttentionShape shape, ConstTensorView document_T) {
   if (kernel_for(ex, describe(qkv_TH, shape, document_T, false)) == AttentionKernel::kPortable)
     return portable::attention_forward(ex, out_TQ, lse_TN, qkv_TH, shape, document_T);
   ScratchScope scope(*ex.scratch);
@@ -45,14 +45,13 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
 }
 
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
-                        ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
-                        const ConstTensorView* document_T) {
+                        const Attended& saved, AttentionShape shape, ConstTensorView document_T) {
   if (kernel_for(ex, describe(qkv_TH, shape, document_T, false)) == AttentionKernel::kPortable)
-    return portable::attention_backward(ex, dqkv_TH, dout_TQ, qkv_TH, out_TQ, lse_TN, shape, document_T);
+    return portable::attention_backward(ex, dqkv_TH, dout_TQ, qkv_TH, saved, shape, document_T);
   ScratchScope scope(*ex.scratch);
-  const TensorView stats_BHS = take_stats(ex, lse_TN);
-  portable::order_by_head(ex, stats_BHS, lse_TN, shape);
-  sdpa_backward(ex, dqkv_TH, dout_TQ, qkv_TH, out_TQ, stats_BHS, shape);
+  const TensorView stats_BHS = take_stats(ex, saved.lse_TN);
+  portable::order_by_head(ex, stats_BHS, saved.lse_TN, shape);
+  sdpa_backward(ex, dqkv_TH, dout_TQ, qkv_TH, saved.out_TQ, stats_BHS, shape);
 }
 
 namespace {
@@ -65,20 +64,16 @@ void choose_for_pair(const Exec& ex, const AttentionDescription& d) {
 }  // namespace
 
 void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                            ConstTensorView kv_TK, AttentionShape shape, Visible visible,
-                            const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
-  choose_for_pair(ex, describe(qkv_TH, shape, document_T, true));
-  portable::attention_pair_forward(ex, out_TQ, lse_TN, qkv_TH, kv_TK, shape, visible, document_T,
-                                   key_document_T);
+                            ConstTensorView kv_TK, const ChunkPair& pair) {
+  choose_for_pair(ex, describe(qkv_TH, pair.shape, pair.document_T, true));
+  portable::attention_pair_forward(ex, out_TQ, lse_TN, qkv_TH, kv_TK, pair);
 }
 
-void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
-                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
-                             ConstTensorView lse_TN, AttentionShape shape, Visible visible,
-                             const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
-  choose_for_pair(ex, describe(qkv_TH, shape, document_T, true));
-  portable::attention_pair_backward(ex, dq_TQ, dkv_TK, dout_TQ, qkv_TH, kv_TK, out_TQ, lse_TN, shape, visible,
-                                    document_T, key_document_T);
+void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, const Attended& whole,
+                             const ChunkPair& pair) {
+  choose_for_pair(ex, describe(qkv_TH, pair.shape, pair.document_T, true));
+  portable::attention_pair_backward(ex, g, dout_TQ, qkv_TH, kv_TK, whole, pair);
 }
 
 }  // namespace upmoe::cuda

@@ -9,32 +9,31 @@
 
 namespace upmoe::cuda {
 
-void gemm(Exec& ex, TensorView c_MN, ConstTensorView a, Transpose transpose_a, ConstTensorView b,
-          Transpose transpose_b, Accumulate mode, const ConstTensorView* bias_N) {
+void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Accumulate mode,
+          ConstTensorView bias_N) {
   const DenseDescription d{.m = c_MN.shape[0],
                            .n = c_MN.shape[1],
-                           .k = a.shape[transpose_a == Transpose::kNo ? 1 : 0],
-                           .in = a.dtype,
+                           .k = a_MK.columns(),
+                           .in = a_MK.stored.dtype,
                            .out = c_MN.dtype,
                            .mode = mode,
-                           .bias = bias_N != nullptr ? std::optional(bias_N->dtype) : std::nullopt};
+                           .bias = bias_N.given() ? std::optional(bias_N.dtype) : std::nullopt};
   const DenseKernel kernel = chosen(d, gpu_of(ex));
   const bool fills_first = kernel == DenseKernel::kFillThenCublasLt;
   if (kernel == DenseKernel::kFill || fills_first) start_from_bias(ex, c_MN, bias_N);
   if (kernel == DenseKernel::kNone || kernel == DenseKernel::kFill) return;
-  stream_of(ex).kept<GemmLibrary>().multiply(
-      {.m = d.m,
-       .n = d.n,
-       .k = d.k,
-       .transpose_a = transpose_a,
-       .transpose_b = transpose_b,
-       .in = d.in,
-       .out = d.out,
-       .mode = fills_first ? Accumulate::kAdd : mode,
-       .a = a.data,
-       .b = b.data,
-       .c = c_MN.data,
-       .bias = bias_N != nullptr && !fills_first ? bias_N->data : nullptr});
+  stream_of(ex).kept<GemmLibrary>().multiply({.m = d.m,
+                                              .n = d.n,
+                                              .k = d.k,
+                                              .transpose_a = a_MK.transpose,
+                                              .transpose_b = b_KN.transpose,
+                                              .in = d.in,
+                                              .out = d.out,
+                                              .mode = fills_first ? Accumulate::kAdd : mode,
+                                              .a = a_MK.stored.data,
+                                              .b = b_KN.stored.data,
+                                              .c = c_MN.data,
+                                              .bias = fills_first ? nullptr : bias_N.data});
 }
 
 }  // namespace upmoe::cuda

@@ -1,6 +1,5 @@
 #include "kernels/ops/activation.h"
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -10,13 +9,13 @@ namespace {
 
 // h (or dh) is [R, F], gate_up (or its gradient) [R, 2F] of the same dtype; the weight, if any, fp32 [R].
 void check_swiglu(const Exec& ex, const ConstTensorView& h_RF, const ConstTensorView& gate_up_RG,
-                  const ConstTensorView* weight_R,
+                  const ConstTensorView& weight_R,
                   std::source_location where = std::source_location::current()) {
   check_float(h_RF, "h_RF", where);
   if (h_RF.shape.rank != 2) fail_check("h is [R, F]", where, "h_RF is " + h_RF.shape.str());
   check_tensor(ex, h_RF, h_RF.shape, h_RF.dtype, "h_RF", where);
   check_tensor(ex, gate_up_RG, {h_RF.shape[0], 2 * h_RF.shape[1]}, h_RF.dtype, "gate_up_RG", where);
-  if (weight_R != nullptr) check_tensor(ex, *weight_R, {h_RF.shape[0]}, DType::kF32, "weight_R", where);
+  if (weight_R.given()) check_tensor(ex, weight_R, {h_RF.shape[0]}, DType::kF32, "weight_R", where);
 }
 
 void check_gate(const Exec& ex, const ConstTensorView& gate_T, const ConstTensorView& x_TD,
@@ -30,32 +29,31 @@ void check_gate(const Exec& ex, const ConstTensorView& gate_T, const ConstTensor
 
 }  // namespace
 
-void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
   check_swiglu(ex, h_RF, gate_up_RG, weight_R);
-  const double weight_bytes = weight_R != nullptr ? bytes_of(*weight_R) : 0.0;
+  const double weight_bytes = weight_R.given() ? bytes_of(weight_R) : 0.0;
   ex.book("swiglu_forward", 6.0 * static_cast<double>(h_RF.elements()), bytes_of(gate_up_RG) + weight_bytes,
           bytes_of(h_RF));
-  dispatch(ex, cpu::swiglu_forward, cuda::swiglu_forward, h_RF, gate_up_RG, weight_R);
+  dispatch(ex, &Backend::swiglu_forward, h_RF, gate_up_RG, weight_R);
 }
 
-void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
-                     ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+void swiglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
+                     ConstTensorView gate_up_RG, ConstTensorView weight_R) {
   check_swiglu(ex, dh_RF, gate_up_RG, weight_R);
   check_tensor(ex, dgate_up_RG, gate_up_RG.shape, gate_up_RG.dtype, "dgate_up_RG");
-  UPMOE_CHECK((weight_R != nullptr) == (dweight_R != nullptr), "weight_R and dweight_R come together");
-  if (dweight_R != nullptr) check_tensor(ex, *dweight_R, weight_R->shape, DType::kF32, "dweight_R");
-  const double weight_bytes = weight_R != nullptr ? bytes_of(*weight_R) : 0.0;
+  UPMOE_CHECK(weight_R.given() == dweight_R.given(), "weight_R and dweight_R come together");
+  if (dweight_R.given()) check_tensor(ex, dweight_R, weight_R.shape, DType::kF32, "dweight_R");
+  const double weight_bytes = weight_R.given() ? bytes_of(weight_R) : 0.0;
   ex.book("swiglu_backward", 15.0 * static_cast<double>(dh_RF.elements()),
           bytes_of(dh_RF) + bytes_of(gate_up_RG) + weight_bytes, bytes_of(dgate_up_RG) + weight_bytes);
-  dispatch(ex, cpu::swiglu_backward, cuda::swiglu_backward, dgate_up_RG, dweight_R, dh_RF, gate_up_RG,
-           weight_R);
+  dispatch(ex, &Backend::swiglu_backward, dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
 }
 
 void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
   check_gate(ex, gate_T, x_TD, w_1D);
   ex.book("sigmoid_gate_forward", 2.0 * static_cast<double>(x_TD.elements()), bytes_of(x_TD) + bytes_of(w_1D),
           bytes_of(gate_T));
-  dispatch(ex, cpu::sigmoid_gate_forward, cuda::sigmoid_gate_forward, gate_T, x_TD, w_1D);
+  dispatch(ex, &Backend::sigmoid_gate_forward, gate_T, x_TD, w_1D);
 }
 
 void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTensorView dgate_T,
@@ -70,8 +68,7 @@ void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTe
   ex.book("sigmoid_gate_backward", 4.0 * static_cast<double>(x_TD.elements()),
           bytes_of(x_TD) + bytes_of(w_1D) + 2 * bytes_of(gate_T) + bytes_of(dx_TD) + bytes_of(dw_1D),
           bytes_of(dx_TD) + bytes_of(dw_1D));
-  dispatch(ex, cpu::sigmoid_gate_backward, cuda::sigmoid_gate_backward, dx_TD, dw_1D, dgate_T, gate_T, x_TD,
-           w_1D);
+  dispatch(ex, &Backend::sigmoid_gate_backward, dx_TD, dw_1D, dgate_T, gate_T, x_TD, w_1D);
 }
 
 }  // namespace upmoe::ops

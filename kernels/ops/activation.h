@@ -7,12 +7,12 @@
 namespace upmoe::ops {
 
 // h_RF = silu(gate) * up * weight. gate_up_RG holds (gate, up) pairs: G = 2F, gate of neuron f at 2f, up at
-// 2f+1. weight_R: fp32 or null (1).
-void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R);
+// 2f+1. weight_R: fp32; absent: 1.
+void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R = {});
 
 // dgate_up_RG from dh_RF; dweight_R (fp32, overwritten) exactly when weight_R is given. dgate_up may alias gate_up.
-void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
-                     ConstTensorView gate_up_RG, const ConstTensorView* weight_R);
+void swiglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
+                     ConstTensorView gate_up_RG, ConstTensorView weight_R = {});
 
 // gate_T = sigmoid(x_TD w_1D^T), fp32.
 void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D);

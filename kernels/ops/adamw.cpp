@@ -1,6 +1,5 @@
 #include "kernels/ops/adamw.h"
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -23,7 +22,7 @@ void adamw(Exec& ex, TensorView weight, TensorView master, TensorView m, TensorV
   const double state_bytes = bytes_of(master) + bytes_of(m) + bytes_of(v);
   ex.book("adamw", 14.0 * static_cast<double>(grad.elements()), state_bytes + bytes_of(grad),
           state_bytes + (separate ? bytes_of(weight) : 0.0));
-  dispatch(ex, cpu::adamw, cuda::adamw, weight, master, m, v, grad, step);
+  dispatch(ex, &Backend::adamw, weight, master, m, v, grad, step);
 }
 
 }  // namespace upmoe::ops

@@ -1,6 +1,5 @@
 #include "kernels/ops/adamw8bit.h"
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 #include "kernels/ops/moment_codes.h"
@@ -40,7 +39,7 @@ void adamw8bit(Exec& ex, TensorView weight, const CodedMoments& moments, ConstTe
   check_tensor(ex, weight, grad.shape, weight.dtype, "weight");
   ex.book("adamw8bit", 14.0 * static_cast<double>(grad.elements()), state + bytes_of(weight) + bytes_of(grad),
           state + bytes_of(weight));
-  dispatch(ex, cpu::adamw8bit, cuda::adamw8bit, weight, moments, grad, step, chance);
+  dispatch(ex, &Backend::adamw8bit, weight, moments, grad, step, chance);
 }
 
 void encode_moments(Exec& ex, const CodedMoments& moments, ConstTensorView m_n, ConstTensorView v_n) {
@@ -48,7 +47,7 @@ void encode_moments(Exec& ex, const CodedMoments& moments, ConstTensorView m_n, 
   check_tensor(ex, m_n, m_n.shape, DType::kF32, "m_n");
   check_tensor(ex, v_n, m_n.shape, DType::kF32, "v_n");
   ex.book("encode_moments", 0, 2 * bytes_of(m_n), state);
-  dispatch(ex, cpu::encode_moments, cuda::encode_moments, moments, m_n, v_n);
+  dispatch(ex, &Backend::encode_moments, moments, m_n, v_n);
 }
 
 void decode_moments(Exec& ex, TensorView m_n, TensorView v_n, const CodedMoments& moments) {
@@ -56,7 +55,7 @@ void decode_moments(Exec& ex, TensorView m_n, TensorView v_n, const CodedMoments
   check_tensor(ex, m_n, m_n.shape, DType::kF32, "m_n");
   check_tensor(ex, v_n, m_n.shape, DType::kF32, "v_n");
   ex.book("decode_moments", 0, state, 2 * bytes_of(m_n));
-  dispatch(ex, cpu::decode_moments, cuda::decode_moments, m_n, v_n, moments);
+  dispatch(ex, &Backend::decode_moments, m_n, v_n, moments);
 }
 
 }  // namespace upmoe::ops

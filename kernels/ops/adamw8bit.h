@@ -20,11 +20,6 @@ struct CodedMoments {
 };
 std::int64_t moment_blocks(std::int64_t first, std::int64_t n);
 
-inline void show(OpWatcher& watcher, const CodedMoments& moments) {
-  for (const TensorView* t : {&moments.m_n, &moments.v_n, &moments.m_scale_b, &moments.v_scale_b})
-    watcher.writes(*t);
-}
-
 struct Chance {
   std::uint64_t key = 0;  // of the tensor: philox_key(seed, name)
   FlatIndex index;        // of the shard in the whole tensor

@@ -1,6 +1,5 @@
 #include "kernels/ops/attention.h"
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -24,14 +23,14 @@ void check_qkv(const Exec& ex, const ConstTensorView& qkv_TH, const AttentionSha
 
 void check_attention(const Exec& ex, const ConstTensorView& qkv_TH, const ConstTensorView& out_TQ,
                      const ConstTensorView& lse_TN, const AttentionShape& s,
-                     const ConstTensorView* document_T,
+                     const ConstTensorView& document_T,
                      std::source_location where = std::source_location::current()) {
   check_qkv(ex, qkv_TH, s, where);
   check_scratch(ex, where);
   const std::int64_t tokens = qkv_TH.shape[0];
   check_tensor(ex, out_TQ, {tokens, s.heads * s.head_dim}, qkv_TH.dtype, "out_TQ", where);
   check_tensor(ex, lse_TN, {tokens, s.heads}, DType::kF32, "lse_TN", where);
-  if (document_T != nullptr) check_tensor(ex, *document_T, {tokens}, DType::kI32, "document_T", where);
+  if (document_T.given()) check_tensor(ex, document_T, {tokens}, DType::kI32, "document_T", where);
 }
 
 // One product of the causal half of [S, S] with head_dim, over all sequences and heads. Documents are known
@@ -43,25 +42,23 @@ double causal_product_flops(const ConstTensorView& qkv_TH, const AttentionShape&
 }
 
 // The same for a pair of chunks.
-double pair_product_flops(const ConstTensorView& qkv_TH, const AttentionShape& s, Visible visible) {
-  return causal_product_flops(qkv_TH, s) *
-         (visible == Visible::kAll ? 2.0 * static_cast<double>(s.seq_len) / static_cast<double>(s.seq_len + 1)
-                                   : 1.0);
+double pair_product_flops(const ConstTensorView& qkv_TH, const ChunkPair& pair) {
+  const double length = static_cast<double>(pair.shape.seq_len);
+  return causal_product_flops(qkv_TH, pair.shape) *
+         (pair.visible == Visible::kAll ? 2.0 * length / (length + 1) : 1.0);
 }
 
 void check_pair(const Exec& ex, const ConstTensorView& qkv_TH, const ConstTensorView& kv_TK,
-                const AttentionShape& s, const ConstTensorView* document_T,
-                const ConstTensorView* key_document_T,
-                std::source_location where = std::source_location::current()) {
-  check_qkv(ex, qkv_TH, s, where);
+                const ChunkPair& pair, std::source_location where = std::source_location::current()) {
+  check_qkv(ex, qkv_TH, pair.shape, where);
   check_scratch(ex, where);
   const std::int64_t tokens = qkv_TH.shape[0];
-  check_tensor(ex, kv_TK, {tokens, s.kv_width()}, qkv_TH.dtype, "kv_TK", where);
-  if ((document_T == nullptr) != (key_document_T == nullptr))
+  check_tensor(ex, kv_TK, {tokens, pair.shape.kv_width()}, qkv_TH.dtype, "kv_TK", where);
+  if (pair.document_T.given() != pair.key_document_T.given())
     fail_check("documents of both chunks or of neither", where, "one is missing");
-  if (document_T == nullptr) return;
-  check_tensor(ex, *document_T, {tokens}, DType::kI32, "document_T", where);
-  check_tensor(ex, *key_document_T, {tokens}, DType::kI32, "key_document_T", where);
+  if (!pair.document_T.given()) return;
+  check_tensor(ex, pair.document_T, {tokens}, DType::kI32, "document_T", where);
+  check_tensor(ex, pair.key_document_T, {tokens}, DType::kI32, "key_document_T", where);
 }
 
 }  // namespace
@@ -76,20 +73,20 @@ void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionSha
       static_cast<double>(qkv_TH.shape[0] * (shape.heads + shape.kv_heads) * shape.head_dim);
   const double bytes = rotated * static_cast<double>(size_of(qkv_TH.dtype));
   ex.book("rope", 3.0 * rotated, bytes + bytes_of(positions_T), bytes);
-  dispatch(ex, cpu::rope, cuda::rope, qkv_TH, positions_T, shape, theta, inverse);
+  dispatch(ex, &Backend::rope, qkv_TH, positions_T, shape, theta, inverse);
 }
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                       AttentionShape shape, const ConstTensorView* document_T) {
+                       AttentionShape shape, ConstTensorView document_T) {
   check_attention(ex, qkv_TH, out_TQ, lse_TN, shape, document_T);
   ex.book("attention_forward", 2.0 * causal_product_flops(qkv_TH, shape), bytes_of(qkv_TH),
           bytes_of(out_TQ) + bytes_of(lse_TN));
-  dispatch(ex, cpu::attention_forward, cuda::attention_forward, out_TQ, lse_TN, qkv_TH, shape, document_T);
+  dispatch(ex, &Backend::attention_forward, out_TQ, lse_TN, qkv_TH, shape, document_T);
 }
 
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
-                        ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
-                        const ConstTensorView* document_T) {
+                        const Attended& saved, AttentionShape shape, ConstTensorView document_T) {
+  const auto& [out_TQ, lse_TN] = saved;
   check_attention(ex, qkv_TH, out_TQ, lse_TN, shape, document_T);
   check_tensor(ex, dout_TQ, out_TQ.shape, qkv_TH.dtype, "dout_TQ");
   check_tensor(ex, dqkv_TH, qkv_TH.shape, qkv_TH.dtype, "dqkv_TH");
@@ -97,22 +94,20 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
   // of this algorithm and no model FLOP.
   ex.book("attention_backward", 4.0 * causal_product_flops(qkv_TH, shape),
           bytes_of(qkv_TH) + 2 * bytes_of(out_TQ) + bytes_of(lse_TN), bytes_of(dqkv_TH));
-  dispatch(ex, cpu::attention_backward, cuda::attention_backward, dqkv_TH, dout_TQ, qkv_TH, out_TQ, lse_TN,
-           shape, document_T);
+  dispatch(ex, &Backend::attention_backward, dqkv_TH, dout_TQ, qkv_TH, saved, shape, document_T);
 }
 
 void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                            ConstTensorView kv_TK, AttentionShape shape, Visible visible,
-                            const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
-  check_pair(ex, qkv_TH, kv_TK, shape, document_T, key_document_T);
+                            ConstTensorView kv_TK, const ChunkPair& pair) {
+  check_pair(ex, qkv_TH, kv_TK, pair);
+  const AttentionShape& shape = pair.shape;
   const std::int64_t tokens = qkv_TH.shape[0];
   check_tensor(ex, out_TQ, {tokens, shape.heads * shape.head_dim}, DType::kF32, "out_TQ");
   check_tensor(ex, lse_TN, {tokens, shape.heads}, DType::kF32, "lse_TN");
-  ex.book("attention_pair_forward", 2.0 * pair_product_flops(qkv_TH, shape, visible),
+  ex.book("attention_pair_forward", 2.0 * pair_product_flops(qkv_TH, pair),
           bytes_of(out_TQ) * static_cast<double>(size_of(qkv_TH.dtype)) / 4 + bytes_of(kv_TK),
           bytes_of(out_TQ) + bytes_of(lse_TN));
-  dispatch(ex, cpu::attention_pair_forward, cuda::attention_pair_forward, out_TQ, lse_TN, qkv_TH, kv_TK,
-           shape, visible, document_T, key_document_T);
+  dispatch(ex, &Backend::attention_pair_forward, out_TQ, lse_TN, qkv_TH, kv_TK, pair);
 }
 
 void attention_merge(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView part_TQ,
@@ -126,25 +121,26 @@ void attention_merge(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensor
   check_tensor(ex, part_lse_TN, lse_TN.shape, DType::kF32, "part_lse_TN");
   ex.book("attention_merge", 0, 2 * bytes_of(out_TQ) + 2 * bytes_of(lse_TN),
           bytes_of(out_TQ) + bytes_of(lse_TN));
-  dispatch(ex, cpu::attention_merge, cuda::attention_merge, out_TQ, lse_TN, part_TQ, part_lse_TN);
+  dispatch(ex, &Backend::attention_merge, out_TQ, lse_TN, part_TQ, part_lse_TN);
 }
 
-void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
-                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
-                             ConstTensorView lse_TN, AttentionShape shape, Visible visible,
-                             const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
-  check_pair(ex, qkv_TH, kv_TK, shape, document_T, key_document_T);
+void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, const Attended& whole,
+                             const ChunkPair& pair) {
+  check_pair(ex, qkv_TH, kv_TK, pair);
+  const AttentionShape& shape = pair.shape;
+  const auto& [dq_TQ, dkv_TK] = g;
+  const auto& [out_TQ, lse_TN] = whole;
   const std::int64_t tokens = qkv_TH.shape[0];
   check_tensor(ex, out_TQ, {tokens, shape.heads * shape.head_dim}, qkv_TH.dtype, "out_TQ");
   check_tensor(ex, dout_TQ, out_TQ.shape, qkv_TH.dtype, "dout_TQ");
   check_tensor(ex, lse_TN, {tokens, shape.heads}, DType::kF32, "lse_TN");
   check_tensor(ex, dq_TQ, out_TQ.shape, DType::kF32, "dq_TQ");
   check_tensor(ex, dkv_TK, kv_TK.shape, DType::kF32, "dkv_TK");
-  ex.book("attention_pair_backward", 4.0 * pair_product_flops(qkv_TH, shape, visible),
+  ex.book("attention_pair_backward", 4.0 * pair_product_flops(qkv_TH, pair),
           3 * bytes_of(out_TQ) + bytes_of(kv_TK) + bytes_of(lse_TN) + bytes_of(dq_TQ) + bytes_of(dkv_TK),
           bytes_of(dq_TQ) + bytes_of(dkv_TK));
-  dispatch(ex, cpu::attention_pair_backward, cuda::attention_pair_backward, dq_TQ, dkv_TK, dout_TQ, qkv_TH,
-           kv_TK, out_TQ, lse_TN, shape, visible, document_T, key_document_T);
+  dispatch(ex, &Backend::attention_pair_backward, g, dout_TQ, qkv_TH, kv_TK, whole, pair);
 }
 
 }  // namespace upmoe::ops

@@ -17,6 +17,23 @@ struct AttentionShape {
 
 // What queries of one chunk of the sequences see of the keys of another.
 enum class Visible : std::uint8_t { kCausal, kAll };  // the same chunk; an earlier one
+
+// Queries of one chunk of every sequence and keys of one chunk. shape.seq_len: the chunks' length. The documents of
+// both chunks, or neither.
+struct ChunkPair {
+  AttentionShape shape;
+  Visible visible = Visible::kCausal;
+  ConstTensorView document_T = {}, key_document_T = {};  // int32; may be absent
+};
+
+// What attention gave, for its backward: out_TQ (Q = heads*head_dim) and lse_TN (fp32, [T, heads]: log-sum-exp of the
+// scaled scores).
+struct Attended {
+  ConstTensorView out_TQ, lse_TN;
+};
+struct ChunkPairGradients {
+  TensorView dq_TQ, dkv_TK;  // fp32
+};
 }  // namespace upmoe
 
 namespace upmoe::ops {
@@ -27,30 +44,26 @@ namespace upmoe::ops {
 void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionShape shape, double theta,
           bool inverse);
 
-// out_TQ (Q = heads*head_dim) and lse_TN (fp32, [T, heads]: log-sum-exp of the scaled scores). document_T:
-// int32 ids, equal = same document; a token sees earlier tokens of its own document only. May be null.
+// Writes out_TQ and lse_TN, as `Attended` says. document_T: int32 ids, equal = same document; a token sees earlier
+// tokens of its own document only. May be absent.
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                       AttentionShape shape, const ConstTensorView* document_T);
+                       AttentionShape shape, ConstTensorView document_T = {});
 
 // Writes dqkv_TH (all of it) from dout_TQ and the saved tensors of the forward.
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
-                        ConstTensorView out_TQ, ConstTensorView lse_TN, AttentionShape shape,
-                        const ConstTensorView* document_T);
+                        const Attended& saved, AttentionShape shape, ConstTensorView document_T = {});
 
 // Context parallelism: queries of one chunk of every sequence against keys and values of one chunk, a part of
-// the softmax. seq_len is the chunks' length; qkv_TH holds the queries' chunk (its keys are not looked at),
-// kv_TK, K = kv_width(), the keys and values. out_TQ is fp32; a token that sees no key gets 0, and -inf in
-// lse_TN. The documents of both chunks, or neither.
+// the softmax. qkv_TH holds the queries' chunk (its keys are not looked at), kv_TK, K = kv_width(), the keys and
+// values. out_TQ is fp32; a token that sees no key gets 0, and -inf in lse_TN.
 void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                            ConstTensorView kv_TK, AttentionShape shape, Visible visible,
-                            const ConstTensorView* document_T, const ConstTensorView* key_document_T);
+                            ConstTensorView kv_TK, const ChunkPair& pair);
 // Joins another part into out_TQ and lse_TN; all fp32.
 void attention_merge(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView part_TQ,
                      ConstTensorView part_lse_TN);
-// dq_TQ += and dkv_TK += (both fp32) of one pair of chunks; out_TQ and lse_TN are those of the whole softmax.
-void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
-                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
-                             ConstTensorView lse_TN, AttentionShape shape, Visible visible,
-                             const ConstTensorView* document_T, const ConstTensorView* key_document_T);
+// g += the gradients of one pair of chunks; `whole` is that of the whole softmax.
+void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, const Attended& whole,
+                             const ChunkPair& pair);
 
 }  // namespace upmoe::ops

@@ -1,45 +1,80 @@
 #pragma once
 // The one switch from a checked op entry to a backend.
 
+#include <concepts>
 #include <span>
-#include <utility>
+#include <type_traits>
 
-#include "kernels/core/exec.h"
-#include "kernels/ops/expert_rows.h"
+#include "kernels/ops/backend.h"
 
-namespace upmoe::ops {
+namespace upmoe {
 
+// What an op reads and writes, argument by argument, for who watches it. An argument of another kind does not compile:
+// it says here what it holds.
 inline void show(OpWatcher& w, const TensorView& t) {
-  w.writes(t);
+  if (t.given()) w.writes(t);
 }
 inline void show(OpWatcher& w, const ConstTensorView& t) {
-  w.reads(t);
+  if (t.given()) w.reads(t);
 }
-inline void show(OpWatcher& w, const TensorView* t) {
-  if (t != nullptr) w.writes(*t);
-}
-inline void show(OpWatcher& w, const ConstTensorView* t) {
-  if (t != nullptr) w.reads(*t);
-}
-inline void show(OpWatcher& w, const std::span<const ConstTensorView>& parts) {
+inline void show(OpWatcher& w, std::span<const ConstTensorView> parts) {
   for (const ConstTensorView& t : parts) w.reads(t);
 }
 inline void show(OpWatcher& w, const ExpertRows& rows) {
   w.reads(rows.offset_e1);
 }
+inline void show(OpWatcher& w, const Factor& factor) {
+  w.reads(factor.stored);
+}
+inline void show(OpWatcher& w, const NormWeight& weight) {
+  w.reads(weight.w_D);
+}
+inline void show(OpWatcher& w, const NormedRows& rows) {
+  for (const ConstTensorView& t : {rows.x_TD, rows.rstd_T}) w.reads(t);
+}
+inline void show(OpWatcher& w, const Attended& saved) {
+  for (const ConstTensorView& t : {saved.out_TQ, saved.lse_TN}) w.reads(t);
+}
+inline void show(OpWatcher& w, const ChunkPair& pair) {
+  for (const ConstTensorView& t : {pair.document_T, pair.key_document_T}) show(w, t);
+}
+inline void show(OpWatcher& w, const ChunkPairGradients& g) {
+  for (const TensorView& t : {g.dq_TQ, g.dkv_TK}) w.writes(t);
+}
+inline void show(OpWatcher& w, const TokenLosses& out) {
+  for (const TensorView& t : {out.loss_C, out.dlogits_CV}) show(w, t);
+}
+inline void show(OpWatcher& w, const Routes& r) {
+  for (const ConstTensorView& t : {r.probs_TE, r.index_TK, r.weight_TK, r.lse_T}) w.reads(t);
+}
+inline void show(OpWatcher& w, const NodeRows& rows) {
+  w.reads(rows.order_X);
+}
+inline void show(OpWatcher& w, const CodedMoments& moments) {
+  for (const TensorView& t : {moments.m_n, moments.v_n, moments.m_scale_b, moments.v_scale_b}) w.writes(t);
+}
 template <class T>
-void show(OpWatcher&, const T&) {}  // no tensor
+concept HoldsNoTensor = std::is_arithmetic_v<T> || std::is_enum_v<T> || std::same_as<T, AttentionShape> ||
+    std::same_as<T, VocabShard> || std::same_as<T, AdamWStep> || std::same_as<T, Chance> ||
+    std::same_as<T, std::span<const std::int64_t>>;  // on the host
+template <HoldsNoTensor T>
+void show(OpWatcher&, const T&) {}
 
-template <class Cpu, class Cuda, class... Args>
-void dispatch(Exec& ex, Cpu cpu, Cuda cuda, Args&&... args) {
+}  // namespace upmoe
+
+namespace upmoe::ops {
+
+// `op` of the backend of ex's device: dispatch(ex, &Backend::add, out, a, b).
+template <class Op, class... Args>
+void dispatch(Exec& ex, Op Backend::*op, const Args&... args) {
   if (ex.watcher != nullptr) [[unlikely]]
     (show(*ex.watcher, args), ...);
   switch (ex.device.type) {
     case DeviceType::kCpu:
       if (ex.stream != nullptr) ex.stream->poll();
-      return cpu(ex, std::forward<Args>(args)...);
+      return (cpu::backend().*op)(ex, args...);
     case DeviceType::kCuda:
-      return cuda(ex, std::forward<Args>(args)...);
+      return (cuda::backend().*op)(ex, args...);
     case DeviceType::kDry:
       return;  // checked and booked, not computed
   }

@@ -2,7 +2,6 @@
 
 #include <limits>
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -34,7 +33,7 @@ void embedding_forward(Exec& ex, TensorView x_TD, ConstTensorView tokens_T, Cons
   UPMOE_CHECK(x_TD.dtype == w_VD.dtype, "x_TD is {}, w_VD {}", name_of(x_TD.dtype), name_of(w_VD.dtype));
   check_embedding(ex, x_TD, tokens_T, w_VD, shard);
   ex.book("embedding_forward", 0, bytes_of(x_TD) + bytes_of(tokens_T), bytes_of(x_TD));
-  dispatch(ex, cpu::embedding_forward, cuda::embedding_forward, x_TD, tokens_T, w_VD, shard);
+  dispatch(ex, &Backend::embedding_forward, x_TD, tokens_T, w_VD, shard);
 }
 
 void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
@@ -48,7 +47,7 @@ void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, Const
   const double rows = static_cast<double>(dx_TD.elements()) * static_cast<double>(size_of(dw_VD.dtype));
   ex.book("embedding_backward", static_cast<double>(dx_TD.elements()),
           bytes_of(dx_TD) + bytes_of(tokens_T) + rows, rows);
-  dispatch(ex, cpu::embedding_backward, cuda::embedding_backward, dw_VD, dx_TD, tokens_T, shard);
+  dispatch(ex, &Backend::embedding_backward, dw_VD, dx_TD, tokens_T, shard);
 }
 
 }  // namespace upmoe::ops

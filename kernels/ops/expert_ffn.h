@@ -27,7 +27,7 @@ struct ExpertFfn {
 struct ExpertActivations {
   TensorView x_RD, gate_up_RG, h_RF;
 };
-// Writes y_RD, and of `kept` what has a shape: the rest is not asked for.
+// Writes y_RD, and of `kept` what is given.
 void expert_ffn_forward(Exec& ex, TensorView y_RD, const ExpertActivations& kept, const PickedRows& x,
                         const ExpertFfn& f);
 
@@ -38,7 +38,7 @@ struct ExpertGradients {
 // Overwrites all of `g`.
 void expert_ffn_backward(Exec& ex, const ExpertGradients& g, const PickedRows& dy, ConstTensorView gate_up_RG,
                          const ExpertFfn& f);
-// += , each where it has a shape. h_RF without one is made again, from gate_up_RG; no ledger sees that.
+// += , each where it is given. An absent h_RF is made again, from gate_up_RG; no ledger sees that.
 void expert_ffn_wgrad(Exec& ex, TensorView dgate_up_eGD, TensorView ddown_eDF, const ExpertActivations& a,
                       const ExpertGradients& g, const ExpertFfn& f);
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -67,7 +66,7 @@ void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, Const
   check_grouped(ex, y, x_RK, w_eNK, y, x_RK, rows);
   ex.book("grouped_gemm_forward", flops_of(x_RK, w_eNK), bytes_of(x_RK) + weight_bytes(w_eNK, rows),
           bytes_of(y_RN));
-  dispatch(ex, cpu::grouped_gemm_forward, cuda::grouped_gemm_forward, y_RN, x_RK, w_eNK, rows);
+  dispatch(ex, &Backend::grouped_gemm_forward, y_RN, x_RK, w_eNK, rows);
 }
 
 void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, ConstTensorView w_eNK,
@@ -76,7 +75,7 @@ void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, Const
   check_grouped(ex, dy_RN, dx, w_eNK, dx, dy_RN, rows);
   ex.book("grouped_gemm_dgrad", flops_of(dx, w_eNK), bytes_of(dy_RN) + weight_bytes(w_eNK, rows),
           bytes_of(dx_RK));
-  dispatch(ex, cpu::grouped_gemm_dgrad, cuda::grouped_gemm_dgrad, dx_RK, dy_RN, w_eNK, rows);
+  dispatch(ex, &Backend::grouped_gemm_dgrad, dx_RK, dy_RN, w_eNK, rows);
 }
 
 void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, ConstTensorView x_RK,
@@ -87,7 +86,7 @@ void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, Cons
   const double touched = weight_bytes(dw, rows);
   ex.book("grouped_gemm_wgrad", flops_of(x_RK, dw), bytes_of(dy_RN) + bytes_of(x_RK) + (add ? touched : 0.0),
           add ? touched : bytes_of(dw));
-  dispatch(ex, cpu::grouped_gemm_wgrad, cuda::grouped_gemm_wgrad, dw_eNK, dy_RN, x_RK, rows, mode);
+  dispatch(ex, &Backend::grouped_gemm_wgrad, dw_eNK, dy_RN, x_RK, rows, mode);
 }
 
 }  // namespace upmoe::ops

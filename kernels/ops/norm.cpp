@@ -1,6 +1,5 @@
 #include "kernels/ops/norm.h"
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -21,29 +20,29 @@ void check_norm(const Exec& ex, const ConstTensorView& x_TD, const ConstTensorVi
 
 }  // namespace
 
-void rms_norm_forward(Exec& ex, TensorView y_TD, TensorView rstd_T, ConstTensorView x_TD, ConstTensorView w_D,
-                      float eps) {
-  check_norm(ex, x_TD, w_D, rstd_T);
+void rms_norm_forward(Exec& ex, TensorView y_TD, TensorView rstd_T, ConstTensorView x_TD,
+                      const NormWeight& weight) {
+  check_norm(ex, x_TD, weight.w_D, rstd_T);
   check_tensor(ex, y_TD, x_TD.shape, x_TD.dtype, "y_TD");
-  ex.book("rms_norm_forward", 4.0 * static_cast<double>(x_TD.elements()), bytes_of(x_TD) + bytes_of(w_D),
-          bytes_of(y_TD) + bytes_of(rstd_T));
-  dispatch(ex, cpu::rms_norm_forward, cuda::rms_norm_forward, y_TD, rstd_T, x_TD, w_D, eps);
+  ex.book("rms_norm_forward", 4.0 * static_cast<double>(x_TD.elements()),
+          bytes_of(x_TD) + bytes_of(weight.w_D), bytes_of(y_TD) + bytes_of(rstd_T));
+  dispatch(ex, &Backend::rms_norm_forward, y_TD, rstd_T, x_TD, weight);
 }
 
 void add_rms_norm_forward(Exec& ex, TensorView y_TD, TensorView sum_TD, TensorView rstd_T,
-                          ConstTensorView x_TD, ConstTensorView residual_TD, ConstTensorView w_D, float eps) {
-  check_norm(ex, x_TD, w_D, rstd_T);
+                          ConstTensorView x_TD, ConstTensorView residual_TD, const NormWeight& weight) {
+  check_norm(ex, x_TD, weight.w_D, rstd_T);
   check_tensor(ex, y_TD, x_TD.shape, x_TD.dtype, "y_TD");
   check_tensor(ex, sum_TD, x_TD.shape, x_TD.dtype, "sum_TD");
   check_tensor(ex, residual_TD, x_TD.shape, x_TD.dtype, "residual_TD");
   ex.book("add_rms_norm_forward", 5.0 * static_cast<double>(x_TD.elements()),
-          2 * bytes_of(x_TD) + bytes_of(w_D), 2 * bytes_of(y_TD) + bytes_of(rstd_T));
-  dispatch(ex, cpu::add_rms_norm_forward, cuda::add_rms_norm_forward, y_TD, sum_TD, rstd_T, x_TD, residual_TD,
-           w_D, eps);
+          2 * bytes_of(x_TD) + bytes_of(weight.w_D), 2 * bytes_of(y_TD) + bytes_of(rstd_T));
+  dispatch(ex, &Backend::add_rms_norm_forward, y_TD, sum_TD, rstd_T, x_TD, residual_TD, weight);
 }
 
 void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
-                       ConstTensorView x_TD, ConstTensorView w_D, ConstTensorView rstd_T, Accumulate mode) {
+                       const NormedRows& rows, ConstTensorView w_D, Accumulate mode) {
+  const auto& [x_TD, rstd_T] = rows;
   check_scratch(ex);
   check_norm(ex, x_TD, w_D, rstd_T);
   check_tensor(ex, dy_TD, x_TD.shape, x_TD.dtype, "dy_TD");
@@ -54,7 +53,7 @@ void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorV
   ex.book("rms_norm_backward", 11.0 * static_cast<double>(x_TD.elements()),
           bytes_of(dy_TD) + bytes_of(x_TD) + bytes_of(w_D) + bytes_of(rstd_T) + bytes_of(dw_D) + dx_read,
           bytes_of(dx_TD) + bytes_of(dw_D));
-  dispatch(ex, cpu::rms_norm_backward, cuda::rms_norm_backward, dx_TD, dw_D, dy_TD, x_TD, w_D, rstd_T, mode);
+  dispatch(ex, &Backend::rms_norm_backward, dx_TD, dw_D, dy_TD, rows, w_D, mode);
 }
 
 }  // namespace upmoe::ops

@@ -1,6 +1,5 @@
 #include "kernels/ops/pointwise.h"
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -18,7 +17,7 @@ void fill(Exec& ex, TensorView x, float value) {
   check_float(x, "x");
   check_tensor(ex, x, x.shape, x.dtype, "x");
   ex.book("fill", 0, 0, bytes_of(x));
-  dispatch(ex, cpu::fill, cuda::fill, x, value);
+  dispatch(ex, &Backend::fill, x, value);
 }
 
 void cast(Exec& ex, TensorView out, ConstTensorView in) {
@@ -29,7 +28,7 @@ void cast(Exec& ex, TensorView out, ConstTensorView in) {
   check_tensor(ex, in, in.shape, in.dtype, "in");
   check_tensor(ex, out, in.shape, out.dtype, "out");
   ex.book("cast", 0, bytes_of(in), bytes_of(out));
-  dispatch(ex, cpu::cast, cuda::cast, out, in);
+  dispatch(ex, &Backend::cast, out, in);
 }
 
 void copy_columns(Exec& ex, TensorView out_TM, std::int64_t out_begin, ConstTensorView in_TN,
@@ -47,7 +46,7 @@ void copy_columns(Exec& ex, TensorView out_TM, std::int64_t out_begin, ConstTens
   const double elements = static_cast<double>(out_TM.shape[0] * width);
   ex.book("copy_columns", 0, elements * static_cast<double>(size_of(in_TN.dtype)),
           elements * static_cast<double>(size_of(out_TM.dtype)));
-  dispatch(ex, cpu::copy_columns, cuda::copy_columns, out_TM, out_begin, in_TN, in_begin, width);
+  dispatch(ex, &Backend::copy_columns, out_TM, out_begin, in_TN, in_begin, width);
 }
 
 void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b) {
@@ -56,14 +55,14 @@ void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b) {
   check_tensor(ex, b, a.shape, a.dtype, "b");
   check_tensor(ex, out, a.shape, a.dtype, "out");
   ex.book("add", count_of(a), bytes_of(a) + bytes_of(b), bytes_of(out));
-  dispatch(ex, cpu::add, cuda::add, out, a, b);
+  dispatch(ex, &Backend::add, out, a, b);
 }
 
 void scale(Exec& ex, TensorView x, float factor) {
   check_float(x, "x");
   check_tensor(ex, x, x.shape, x.dtype, "x");
   ex.book("scale", count_of(x), bytes_of(x), bytes_of(x));
-  dispatch(ex, cpu::scale, cuda::scale, x, factor);
+  dispatch(ex, &Backend::scale, x, factor);
 }
 
 void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts) {
@@ -77,7 +76,7 @@ void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView>
     bytes += bytes_of(x);
   }
   ex.book("sum_of_squares", 2 * elements, bytes + bytes_of(sum_1), bytes_of(sum_1));
-  dispatch(ex, cpu::sum_of_squares, cuda::sum_of_squares, sum_1, parts);
+  dispatch(ex, &Backend::sum_of_squares, sum_1, parts);
 }
 
 void sum(Exec& ex, TensorView sum_1, ConstTensorView x) {
@@ -85,7 +84,7 @@ void sum(Exec& ex, TensorView sum_1, ConstTensorView x) {
   check_tensor(ex, x, x.shape, DType::kF32, "x");
   check_tensor(ex, sum_1, {1}, DType::kF64, "sum_1");
   ex.book("sum", count_of(x), bytes_of(x) + bytes_of(sum_1), bytes_of(sum_1));
-  dispatch(ex, cpu::sum, cuda::sum, sum_1, x);
+  dispatch(ex, &Backend::sum, sum_1, x);
 }
 
 }  // namespace upmoe::ops

@@ -17,8 +17,9 @@ void scale(Exec& ex, TensorView x, float factor);
 // sum_1 (fp64) += sum of x^2 over all parts in fp64, in an order that does not depend on the number of
 // threads. Parts may differ in dtype.
 void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts);
-inline void sum_of_squares(Exec& ex, TensorView sum_1, ConstTensorView x) {
-  sum_of_squares(ex, sum_1, std::span<const ConstTensorView>(&x, 1));
+// Parts that are one tensor, in the call of an op.
+inline std::span<const ConstTensorView> only(const ConstTensorView& x) {
+  return {&x, 1};
 }
 // sum_1 (fp64) += sum of x (fp32) in fp64, likewise ordered.
 void sum(Exec& ex, TensorView sum_1, ConstTensorView x);

@@ -3,7 +3,6 @@
 #include <limits>
 #include <numeric>
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -40,13 +39,12 @@ void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView
   check_tensor(ex, weight_TK, index_TK.shape, DType::kF32, "weight_TK");
   ex.book("route_tokens", 5.0 * static_cast<double>(probs_TE.elements()), bytes_of(logits_TE),
           bytes_of(probs_TE) + bytes_of(index_TK) + bytes_of(weight_TK) + bytes_of(lse_T));
-  dispatch(ex, cpu::route_tokens, cuda::route_tokens, probs_TE, index_TK, weight_TK, lse_T, logits_TE,
-           renormalize);
+  dispatch(ex, &Backend::route_tokens, probs_TE, index_TK, weight_TK, lse_T, logits_TE, renormalize);
 }
 
 void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
-                           float z_scale, ConstTensorView probs_TE, ConstTensorView index_TK,
-                           ConstTensorView weight_TK, ConstTensorView lse_T, bool renormalize) {
+                           float z_scale, const Routes& routes, bool renormalize) {
+  const auto& [probs_TE, index_TK, weight_TK, lse_T] = routes;
   check_routes(ex, probs_TE, index_TK, lse_T);
   check_tensor(ex, dlogits_TE, probs_TE.shape, DType::kF32, "dlogits_TE");
   check_tensor(ex, dweight_TK, index_TK.shape, DType::kF32, "dweight_TK");
@@ -56,8 +54,7 @@ void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dwei
       "route_tokens_backward", 6.0 * static_cast<double>(probs_TE.elements()),
       bytes_of(probs_TE) + bytes_of(index_TK) + 2 * bytes_of(weight_TK) + bytes_of(aux_E) + bytes_of(lse_T),
       bytes_of(dlogits_TE));
-  dispatch(ex, cpu::route_tokens_backward, cuda::route_tokens_backward, dlogits_TE, dweight_TK, aux_E,
-           z_scale, probs_TE, index_TK, weight_TK, lse_T, renormalize);
+  dispatch(ex, &Backend::route_tokens_backward, dlogits_TE, dweight_TK, aux_E, z_scale, routes, renormalize);
 }
 
 void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE,
@@ -69,7 +66,7 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
   ex.book("balance_stats",
           static_cast<double>(probs_TE.elements() + index_TK.elements() + 2 * lse_T.elements()),
           bytes_of(probs_TE) + bytes_of(index_TK) + bytes_of(lse_T), bytes_of(stats_3E) + bytes_of(z_1));
-  dispatch(ex, cpu::balance_stats, cuda::balance_stats, stats_3E, z_1, probs_TE, index_TK, lse_T);
+  dispatch(ex, &Backend::balance_stats, stats_3E, z_1, probs_TE, index_TK, lse_T);
 }
 
 void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP) {
@@ -80,7 +77,7 @@ void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, Con
   check_tensor(ex, index_TS, {index_TK.shape[0], index_TK.shape[1] * piece_EP.shape[1]}, DType::kI32,
                "index_TS");
   ex.book("expand_choices", 0, bytes_of(index_TK) + bytes_of(piece_EP), bytes_of(index_TS));
-  dispatch(ex, cpu::expand_choices, cuda::expand_choices, index_TS, index_TK, piece_EP);
+  dispatch(ex, &Backend::expand_choices, index_TS, index_TK, piece_EP);
 }
 
 void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
@@ -96,7 +93,7 @@ void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView
   check_tensor(ex, counts_E, counts_E.shape, DType::kI32, "counts_E");
   ex.book("sort_by_expert", 0, bytes_of(index_TK),
           bytes_of(order_N) + bytes_of(slot_TK) + bytes_of(counts_E));
-  dispatch(ex, cpu::sort_by_expert, cuda::sort_by_expert, order_N, slot_TK, counts_E, index_TK);
+  dispatch(ex, &Backend::sort_by_expert, order_N, slot_TK, counts_E, index_TK);
 }
 
 void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView counts_M,
@@ -109,12 +106,12 @@ void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView 
   check_tensor(ex, slot_TM, {tokens, nodes}, DType::kI32, "slot_TM");
   check_tensor(ex, counts_M, {nodes}, DType::kI32, "counts_M");
   ex.book("group_by_node", 0, bytes_of(index_TK), bytes_of(order_X) + bytes_of(slot_TM) + bytes_of(counts_M));
-  dispatch(ex, cpu::group_by_node, cuda::group_by_node, order_X, slot_TM, counts_M, index_TK, node_begin);
+  dispatch(ex, &Backend::group_by_node, order_X, slot_TM, counts_M, index_TK, node_begin);
 }
 
-void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, ConstTensorView order_X,
-                  std::span<const std::int64_t> counts_M, ConstTensorView index_TK, ConstTensorView weight_TK,
-                  std::span<const std::int64_t> node_begin) {
+void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, const NodeRows& nodes,
+                  ConstTensorView index_TK, ConstTensorView weight_TK) {
+  const auto& [order_X, counts_M, node_begin] = nodes;
   UPMOE_CHECK(index_TK.shape.rank == 2 && counts_M.size() + 1 == node_begin.size(), "index_TK {}, {} nodes",
               index_TK.shape.str(), counts_M.size());
   const std::int64_t rows = order_X.elements(), choices = index_TK.shape[1];
@@ -126,8 +123,7 @@ void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, ConstTens
   UPMOE_CHECK(std::accumulate(counts_M.begin(), counts_M.end(), std::int64_t{0}) == rows,
               "the nodes' rows are not {}", rows);
   ex.book("node_choices", 0, bytes_of(order_X) + 2 * bytes_of(index_XK), 2 * bytes_of(index_XK));
-  dispatch(ex, cpu::node_choices, cuda::node_choices, index_XK, weight_XK, order_X, counts_M, index_TK,
-           weight_TK, node_begin);
+  dispatch(ex, &Backend::node_choices, index_XK, weight_XK, nodes, index_TK, weight_TK);
 }
 
 void regroup_runs(Exec& ex, TensorView regroup_R, TensorView ungroup_R,
@@ -140,7 +136,7 @@ void regroup_runs(Exec& ex, TensorView regroup_R, TensorView ungroup_R,
   check_tensor(ex, regroup_R, {regroup_R.elements()}, DType::kI32, "regroup_R");
   check_tensor(ex, ungroup_R, {regroup_R.elements()}, DType::kI32, "ungroup_R");
   ex.book("regroup_runs", 0, 0, bytes_of(regroup_R) + bytes_of(ungroup_R));
-  dispatch(ex, cpu::regroup_runs, cuda::regroup_runs, regroup_R, ungroup_R, arrival_begin, grouped_begin);
+  dispatch(ex, &Backend::regroup_runs, regroup_R, ungroup_R, arrival_begin, grouped_begin);
 }
 
 void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
@@ -155,7 +151,7 @@ void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensor
   UPMOE_CHECK(index_N.elements() == out_ND.rows(), "{} indices for {} rows", index_N.elements(),
               out_ND.rows());
   ex.book("gather_rows", 0, bytes_of(out_ND) + bytes_of(index_N), bytes_of(out_ND));
-  dispatch(ex, cpu::gather_rows, cuda::gather_rows, out_ND, in_XD, index_N, divisor);
+  dispatch(ex, &Backend::gather_rows, out_ND, in_XD, index_N, divisor);
 }
 
 void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
@@ -172,7 +168,7 @@ void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTe
   ex.book("gather_sum_rows", slots * static_cast<double>(y_TD.shape[1]),
           slots * row_bytes + bytes_of(slot_TK) + (mode == Accumulate::kAdd ? bytes_of(y_TD) : 0.0),
           bytes_of(y_TD));
-  dispatch(ex, cpu::gather_sum_rows, cuda::gather_sum_rows, y_TD, rows_ND, slot_TK, mode);
+  dispatch(ex, &Backend::gather_sum_rows, y_TD, rows_ND, slot_TK, mode);
 }
 
 }  // namespace upmoe::ops

@@ -6,6 +6,19 @@
 
 #include "kernels/core/exec.h"
 
+namespace upmoe {
+// What route_tokens gave, for its backward.
+struct Routes {
+  ConstTensorView probs_TE, index_TK, weight_TK, lse_T;
+};
+// One row for each pair of a token and a node that holds one of its choices, node by node: the row's token, how many
+// rows each node has, and where its experts begin (both on the host).
+struct NodeRows {
+  ConstTensorView order_X;
+  std::span<const std::int64_t> counts_M, node_begin;
+};
+}  // namespace upmoe
+
 namespace upmoe::ops {
 
 // probs_TE = softmax of logits_TE over all experts; index_TK, weight_TK: the K largest, in falling order, the
@@ -17,8 +30,7 @@ void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView
 // dlogits_TE (overwritten) from: dweight_TK; aux_E, a gradient added to every probability of expert e (the
 // balance term's, the same for all tokens); z_scale * d(lse^2).
 void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
-                           float z_scale, ConstTensorView probs_TE, ConstTensorView index_TK,
-                           ConstTensorView weight_TK, ConstTensorView lse_T, bool renormalize);
+                           float z_scale, const Routes& routes, bool renormalize);
 
 // Sums behind every balance term, over this micro-batch: stats_3E (fp64, overwritten) = assignments per
 // expert over all k; over k = 0 alone; sum of probabilities. z_1 (fp64, overwritten) = sum of lse^2.
@@ -58,9 +70,8 @@ void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTe
 void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView counts_M,
                    ConstTensorView index_TK, std::span<const std::int64_t> node_begin);
 // What each of the X rows of the nodes' groups asks for: index_XK, the token's choices counted from the
-// node's first expert, -1 where another node holds them; weight_XK, theirs, 0 there. counts_M: on the host.
-void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, ConstTensorView order_X,
-                  std::span<const std::int64_t> counts_M, ConstTensorView index_TK, ConstTensorView weight_TK,
-                  std::span<const std::int64_t> node_begin);
+// node's first expert, -1 where another node holds them; weight_XK, theirs, 0 there.
+void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, const NodeRows& rows,
+                  ConstTensorView index_TK, ConstTensorView weight_TK);
 
 }  // namespace upmoe::ops

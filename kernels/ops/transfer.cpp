@@ -1,6 +1,5 @@
 #include "kernels/ops/transfer.h"
 
-#include "kernels/ops/backend.h"
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -19,14 +18,14 @@ void download(Exec& ex, TensorView host, ConstTensorView device) {
   check_host(host);
   check_tensor(ex, device, host.shape, host.dtype, "device");
   ex.book("download", 0, bytes_of(device), bytes_of(host));
-  dispatch(ex, cpu::download, cuda::download, host, device);
+  dispatch(ex, &Backend::download, host, device);
 }
 
 void upload(Exec& ex, TensorView device, ConstTensorView host) {
   check_host(host);
   check_tensor(ex, device, host.shape, host.dtype, "device");
   ex.book("upload", 0, bytes_of(host), bytes_of(device));
-  dispatch(ex, cpu::upload, cuda::upload, device, host);
+  dispatch(ex, &Backend::upload, device, host);
 }
 
 void write_through_host(Exec& ex, TensorView device, const std::function<void(TensorView)>& fill) {

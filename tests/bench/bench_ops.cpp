@@ -88,7 +88,7 @@ double peak_flops(DType dtype) {
   for (std::int64_t side : {1024, 2048}) {
     const Tensor a({side, side}, dtype), b({side, side}, dtype), c({side, side}, dtype);
     const double seconds = best_seconds([&] {
-      ops::gemm(exec(), c.view, a.view, Transpose::kNo, b.view, Transpose::kYes, Accumulate::kOverwrite);
+      ops::gemm(exec(), c.view, {a.view}, {b.view, Transpose::kYes}, Accumulate::kOverwrite);
     });
     best = std::max(best, 2.0 * static_cast<double>(side * side * side) / seconds);
   }
@@ -172,18 +172,21 @@ void add_linear(const std::string& name, std::int64_t n, std::int64_t k, DType d
   const auto no = Transpose::kNo, yes = Transpose::kYes;
   add("gemm_forward/" + name, dtype, [=](benchmark::State& state) {
     const Tensor x({kTokens, k}, dtype), w({n, k}, dtype), y({kTokens, n}, dtype);
-    measure(state, dtype,
-            [&](Exec& ex) { ops::gemm(ex, y.view, x.view, no, w.view, yes, Accumulate::kOverwrite); });
+    measure(state, dtype, [&](Exec& ex) {
+      ops::gemm(ex, y.view, {x.view, no}, {w.view, yes}, Accumulate::kOverwrite);
+    });
   });
   add("gemm_dgrad/" + name, dtype, [=](benchmark::State& state) {
     const Tensor dx({kTokens, k}, dtype), w({n, k}, dtype), dy({kTokens, n}, dtype);
-    measure(state, dtype,
-            [&](Exec& ex) { ops::gemm(ex, dx.view, dy.view, no, w.view, no, Accumulate::kOverwrite); });
+    measure(state, dtype, [&](Exec& ex) {
+      ops::gemm(ex, dx.view, {dy.view, no}, {w.view, no}, Accumulate::kOverwrite);
+    });
   });
   add("gemm_wgrad/" + name, dtype, [=](benchmark::State& state) {
     const Tensor x({kTokens, k}, dtype), dw({n, k}, dtype), dy({kTokens, n}, dtype);
-    measure(state, dtype,
-            [&](Exec& ex) { ops::gemm(ex, dw.view, dy.view, yes, x.view, no, Accumulate::kAdd); });
+    measure(state, dtype, [&](Exec& ex) {
+      ops::gemm(ex, dw.view, {dy.view, yes}, {x.view, no}, Accumulate::kAdd);
+    });
   });
 }
 
@@ -236,7 +239,7 @@ void add_elementwise(const Model& model, DType dtype) {
   });
   add("sum_of_squares" + name, dtype, [=](benchmark::State& state) {
     const Tensor x({n}, dtype), sum({1}, DType::kF64);
-    measure(state, dtype, [&](Exec& ex) { ops::sum_of_squares(ex, sum.view, x.view); });
+    measure(state, dtype, [&](Exec& ex) { ops::sum_of_squares(ex, sum.view, ops::only(x.view)); });
   });
 }
 

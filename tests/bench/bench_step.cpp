@@ -8,10 +8,10 @@
 #include <map>
 #include <random>
 
-#include "data/token_file_writer.h"
 #include "kernels/core/gpu.h"
 #include "launch/command_line.h"
 #include "parallel/runtime.h"
+#include "tests/support/token_file_writer.h"
 #include "trainer/trainer.h"
 
 namespace {

@@ -109,8 +109,7 @@ double peak_flops() {
     const std::int64_t n = is_small() ? 64 : 8192;
     const Tensor a({n, n}, DType::kBF16), b({n, n}, DType::kBF16), c({n, n}, DType::kBF16);
     return 2.0 * static_cast<double>(n * n * n) / seconds_of([&] {
-             ops::gemm(exec(), c.view, a.view, Transpose::kNo, b.view, Transpose::kYes,
-                       Accumulate::kOverwrite);
+             ops::gemm(exec(), c.view, {a.view}, {b.view, Transpose::kYes}, Accumulate::kOverwrite);
            });
   }();
   return peak;

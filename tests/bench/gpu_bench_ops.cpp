@@ -64,19 +64,17 @@ void add_linear(const std::string& name, std::int64_t t, std::int64_t n, std::in
   add("gemm_forward/" + name, [=] {
     const Held y = make({t, n}), x = make({t, k}), w = make({n, k});
     return [=](Exec& ex) {
-      ops::gemm(ex, y->view, x->view, Transpose::kNo, w->view, Transpose::kYes, Accumulate::kOverwrite);
+      ops::gemm(ex, y->view, {x->view}, {w->view, Transpose::kYes}, Accumulate::kOverwrite);
     };
   });
   add("gemm_dgrad/" + name, [=] {
     const Held dx = make({t, k}), dy = make({t, n}), w = make({n, k});
-    return [=](Exec& ex) {
-      ops::gemm(ex, dx->view, dy->view, Transpose::kNo, w->view, Transpose::kNo, Accumulate::kOverwrite);
-    };
+    return [=](Exec& ex) { ops::gemm(ex, dx->view, {dy->view}, {w->view}, Accumulate::kOverwrite); };
   });
   add("gemm_wgrad/" + name, [=] {
     const Held dw = make({n, k}), dy = make({t, n}), x = make({t, k});
     return [=](Exec& ex) {
-      ops::gemm(ex, dw->view, dy->view, Transpose::kYes, x->view, Transpose::kNo, Accumulate::kAdd);
+      ops::gemm(ex, dw->view, {dy->view, Transpose::kYes}, {x->view}, Accumulate::kAdd);
     };
   });
 }
@@ -109,17 +107,17 @@ void add_attention(const std::string& name, std::int64_t t) {
   const std::int64_t q = m.heads * m.head_dim;
   add("attention_forward/" + name, [=] {
     const Held out = make({t, q}), lse = make({t, a.heads}, DType::kF32), qkv = make({t, a.qkv_width()});
-    return [=](Exec& ex) { ops::attention_forward(ex, out->view, lse->view, qkv->view, a, nullptr); };
+    return [=](Exec& ex) { ops::attention_forward(ex, out->view, lse->view, qkv->view, a); };
   });
   for (const bool deterministic : {true, false})
     add((deterministic ? "attention_backward/" : "attention_backward_any_order/") + name, [=] {
       const Held out = make({t, q}), lse = make({t, a.heads}, DType::kF32), qkv = make({t, a.qkv_width()}),
                  dqkv = make({t, a.qkv_width()}), dout = make({t, q});
-      ops::attention_forward(exec(), out->view, lse->view, qkv->view, a, nullptr);
+      ops::attention_forward(exec(), out->view, lse->view, qkv->view, a);
       return [=](Exec& ex) {
         Exec one = ex;
         one.deterministic = deterministic;
-        ops::attention_backward(one, dqkv->view, dout->view, qkv->view, out->view, lse->view, a, nullptr);
+        ops::attention_backward(one, dqkv->view, dout->view, qkv->view, {out->view, lse->view}, a);
       };
     });
   add("rope/" + name, [=] {
@@ -135,14 +133,15 @@ void add_rows(const std::string& name, std::int64_t t) {
     const Held y = make({t, d}), sum = make({t, d}), rstd = make({t}, DType::kF32), x = make({t, d}),
                residual = make({t, d}), w = make({d});
     return [=](Exec& ex) {
-      ops::add_rms_norm_forward(ex, y->view, sum->view, rstd->view, x->view, residual->view, w->view, 1e-6f);
+      ops::add_rms_norm_forward(ex, y->view, sum->view, rstd->view, x->view, residual->view,
+                                {w->view, 1e-6f});
     };
   });
   add("rms_norm_backward/" + name, [=] {
     const Held dx = make({t, d}), dw = make({d}), dy = make({t, d}), x = make({t, d}), w = make({d}),
                rstd = make({t}, DType::kF32);
     return [=](Exec& ex) {
-      ops::rms_norm_backward(ex, dx->view, dw->view, dy->view, x->view, w->view, rstd->view,
+      ops::rms_norm_backward(ex, dx->view, dw->view, dy->view, {x->view, rstd->view}, w->view,
                              Accumulate::kAdd);
     };
   });
@@ -150,7 +149,7 @@ void add_rows(const std::string& name, std::int64_t t) {
     const Held h = make({rows, f}), g = make({rows, 2 * f}), w = make({rows}, DType::kF32);
     return [=](Exec& ex) {
       const ConstTensorView weight = w->view;
-      ops::swiglu_forward(ex, h->view, g->view, &weight);
+      ops::swiglu_forward(ex, h->view, g->view, weight);
     };
   });
   add("swiglu_backward/" + name, [=] {
@@ -158,7 +157,7 @@ void add_rows(const std::string& name, std::int64_t t) {
                g = make({rows, 2 * f}), w = make({rows}, DType::kF32);
     return [=](Exec& ex) {
       const ConstTensorView weight = w->view;
-      ops::swiglu_backward(ex, dg->view, &dw->view, dh->view, g->view, &weight);
+      ops::swiglu_backward(ex, dg->view, dw->view, dh->view, g->view, weight);
     };
   });
   add("gather_rows/" + name, [=] {
@@ -193,8 +192,8 @@ void add_router(const std::string& name, std::int64_t t) {
                index = make({t, k}, DType::kI32, e), weight = make({t, k}, DType::kF32),
                lse = make({t}, DType::kF32);
     return [=](Exec& ex) {
-      ops::route_tokens_backward(ex, dlogits->view, dweight->view, aux->view, 0.0f, probs->view, index->view,
-                                 weight->view, lse->view, false);
+      ops::route_tokens_backward(ex, dlogits->view, dweight->view, aux->view, 0.0f,
+                                 {probs->view, index->view, weight->view, lse->view}, false);
     };
   });
   add("balance_stats/" + name, [=] {
@@ -229,14 +228,14 @@ void add_ends(const std::string& name, std::int64_t t) {
     const Held loss = make({chunk}, DType::kF32), logits = make({chunk, m.vocab}, DType::kF32),
                targets = make({chunk}, DType::kI32, m.vocab), dlogits = make({chunk, m.vocab});
     return [=](Exec& ex) {
-      ops::cross_entropy(ex, loss->view, &dlogits->view, logits->view, targets->view, 1.0f);
+      ops::cross_entropy(ex, {loss->view, dlogits->view, 1.0f}, logits->view, targets->view);
     };
   });
   add(fmt::format("gemm_logits/{}", chunk), [=] {
     const Held logits = make({chunk, m.vocab}, DType::kF32), x = make({chunk, m.width}),
                w = make({m.vocab, m.width});
     return [=](Exec& ex) {
-      ops::gemm(ex, logits->view, x->view, Transpose::kNo, w->view, Transpose::kYes, Accumulate::kOverwrite);
+      ops::gemm(ex, logits->view, {x->view}, {w->view, Transpose::kYes}, Accumulate::kOverwrite);
     };
   });
 }
@@ -266,7 +265,7 @@ void add_optimizers() {
   });
   add("sum_of_squares", [=] {
     const Held x = make({n}), sum = make({1}, DType::kF64);
-    return [=](Exec& ex) { ops::sum_of_squares(ex, sum->view, x->view); };
+    return [=](Exec& ex) { ops::sum_of_squares(ex, sum->view, ops::only(x->view)); };
   });
 }
 

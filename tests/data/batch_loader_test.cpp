@@ -9,8 +9,8 @@
 #include <map>
 #include <memory>
 
-#include "data/token_file_writer.h"
 #include "kernels/core/check.h"
+#include "tests/support/token_file_writer.h"
 
 namespace upmoe {
 namespace {

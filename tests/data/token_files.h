@@ -8,8 +8,8 @@
 #include <filesystem>
 #include <numeric>
 
-#include "data/token_file_writer.h"
 #include "kernels/core/check.h"
+#include "tests/support/token_file_writer.h"
 
 namespace upmoe {
 

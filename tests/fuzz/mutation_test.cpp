@@ -12,9 +12,9 @@
 
 #include "data/manifest.h"
 #include "data/safetensors.h"
-#include "data/token_file_writer.h"
 #include "kernels/core/philox.h"
 #include "tests/fuzz/fuzz_entries.h"
+#include "tests/support/token_file_writer.h"
 
 namespace upmoe {
 namespace {

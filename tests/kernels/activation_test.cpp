@@ -39,11 +39,11 @@ class Swiglu : public testing::TestWithParam<Case> {
 
 TEST_P(Swiglu, Forward) {
   HostTensor h({R, F}, dtype);
-  ops::swiglu_forward(ex, h, gate_up, nullptr);
+  ops::swiglu_forward(ex, h, gate_up);
   expect_close(h.values(), reference_swiglu(gate_up.values(), {}, static_cast<std::size_t>(R)),
                rounding_of(dtype), "h");
   const ConstTensorView weight_R = weight;
-  ops::swiglu_forward(ex, h, gate_up, &weight_R);
+  ops::swiglu_forward(ex, h, gate_up, weight_R);
   expect_close(h.values(), reference_swiglu(gate_up.values(), weight.values(), static_cast<std::size_t>(R)),
                rounding_of(dtype), "weighted h");
 }
@@ -58,15 +58,15 @@ TEST_P(Swiglu, Backward) {
   HostTensor d({R, 2 * F}, dtype), dweight({R}, DType::kF32);
   const ConstTensorView weight_R = weight;
   const TensorView dweight_R = dweight;
-  ops::swiglu_backward(ex, d, &dweight_R, dh, gate_up, &weight_R);
+  ops::swiglu_backward(ex, d, dweight_R, dh, gate_up, weight_R);
   expect_close(d.values(), d_expected, rounding_of(dtype), "dgate_up");
   expect_close(dweight.values(), dw_expected, {1e-5, 1e-5}, "dweight");
 
   HostTensor aliased = gate_up;
-  ops::swiglu_backward(ex, aliased, &dweight_R, dh, aliased, &weight_R);
+  ops::swiglu_backward(ex, aliased, dweight_R, dh, aliased, weight_R);
   EXPECT_TRUE(aliased == d) << "dgate_up may alias gate_up";
 
-  ops::swiglu_backward(ex, d, nullptr, dh, gate_up, nullptr);
+  ops::swiglu_backward(ex, d, {}, dh, gate_up);
   expect_close(d.values(), numeric_gradient([&](const Values& v) { return loss(v, {}); }, pairs),
                rounding_of(dtype), "unweighted dgate_up");
 }
@@ -84,8 +84,8 @@ TEST(SwigluWide, AgreesWithTheClosedForm) {
       const ConstTensorView weight_R = weight;
       HostTensor h({2, F}, dtype), d({2, 2 * F}, dtype), dweight({2}, DType::kF32);
       const TensorView dweight_R = dweight;
-      ops::swiglu_forward(ex, h, gate_up, &weight_R);
-      ops::swiglu_backward(ex, d, &dweight_R, dh, gate_up, &weight_R);
+      ops::swiglu_forward(ex, h, gate_up, weight_R);
+      ops::swiglu_backward(ex, d, dweight_R, dh, gate_up, weight_R);
       Values expected(d.size()), expected_dweight(2), magnitude(2);
       for (std::size_t i = 0; i < dh.size(); ++i) {
         const std::size_t row = i / static_cast<std::size_t>(F);
@@ -111,8 +111,8 @@ TEST(SwigluEmpty, RowsWithoutNeurons) {
   HostTensor h({3, 0}, DType::kBF16), d({3, 0}, DType::kBF16), dweight = filled({3}, DType::kF32, 7);
   const ConstTensorView weight_R = weight;
   const TensorView dweight_R = dweight;
-  ops::swiglu_forward(ex, h, gate_up, nullptr);
-  ops::swiglu_backward(ex, d, &dweight_R, dh, gate_up, &weight_R);
+  ops::swiglu_forward(ex, h, gate_up);
+  ops::swiglu_backward(ex, d, dweight_R, dh, gate_up, weight_R);
   finish_ops();
   EXPECT_EQ(dweight.values(), Values(3, 0.0));
 }
@@ -121,9 +121,9 @@ TEST(SwigluExtremes, StaysFinite) {
   OpExec ex;
   const HostTensor gate_up = tensor_of({1, 8}, DType::kF32, {1e4, 2, -1e4, 3, 100, 1, -100, 1});
   HostTensor h({1, 4}, DType::kF32), d({1, 8}, DType::kF32);
-  ops::swiglu_forward(ex, h, gate_up, nullptr);
+  ops::swiglu_forward(ex, h, gate_up);
   expect_close(h.values(), {2e4, 0, 100, 0}, {1e-6, 1e-9}, "h");
-  ops::swiglu_backward(ex, d, nullptr, filled({1, 4}, DType::kF32, 1), gate_up, nullptr);
+  ops::swiglu_backward(ex, d, {}, filled({1, 4}, DType::kF32, 1), gate_up);
   expect_close(d.values(), {2, 1e4, 0, 0, 1, 100, 0, 0}, {1e-6, 1e-9}, "dgate_up");
 }
 
@@ -166,7 +166,7 @@ TEST(ActivationThreads, SameBits) {
     ops::sigmoid_gate_backward(ex, dx, dw, dgate, gate, x, w);
     const ConstTensorView weight_R = gate;
     const TensorView dweight_R = dweight;
-    ops::swiglu_backward(ex, d, &dweight_R, dh, x, &weight_R);
+    ops::swiglu_backward(ex, d, dweight_R, dh, x, weight_R);
     return std::tuple(gate, dx, dw, d, dweight);
   });
 }
@@ -176,12 +176,11 @@ TEST(ActivationChecks, RefusesWrongTensors) {
   HostTensor h({4, 8}, DType::kF32), gate_up = filled({4, 16}, DType::kF32, 1),
                                      odd = filled({4, 15}, DType::kF32, 1);
   HostTensor weight = filled({4}, DType::kBF16, 1), dweight({4}, DType::kF32);
-  EXPECT_THROW(ops::swiglu_forward(ex, h, odd, nullptr), Error);
+  EXPECT_THROW(ops::swiglu_forward(ex, h, odd), Error);
   const ConstTensorView weight_R = weight;
-  EXPECT_THROW(ops::swiglu_forward(ex, h, gate_up, &weight_R), Error) << "weights are fp32";
+  EXPECT_THROW(ops::swiglu_forward(ex, h, gate_up, weight_R), Error) << "weights are fp32";
   const TensorView dweight_R = dweight;
-  EXPECT_THROW(ops::swiglu_backward(ex, gate_up, &dweight_R, h, gate_up, nullptr), Error)
-      << "no weight to derive by";
+  EXPECT_THROW(ops::swiglu_backward(ex, gate_up, dweight_R, h, gate_up), Error) << "no weight to derive by";
   HostTensor w_D = filled({8}, DType::kF32, 1);
   EXPECT_THROW(ops::sigmoid_gate_forward(ex, dweight, h, w_D), Error) << "w is [1, D]";
 }
@@ -189,8 +188,8 @@ TEST(ActivationChecks, RefusesWrongTensors) {
 TEST(ActivationDry, BooksOnly) {
   OpExec ex(DeviceType::kDry);
   const TensorView h = dry_tensor({5, 8}, DType::kBF16), gate_up = dry_tensor({5, 16}, DType::kBF16);
-  ops::swiglu_forward(ex, h, gate_up, nullptr);
-  ops::swiglu_backward(ex, gate_up, nullptr, h, gate_up, nullptr);
+  ops::swiglu_forward(ex, h, gate_up);
+  ops::swiglu_backward(ex, gate_up, {}, h, gate_up);
   expect_booked(ex.ledger(), "swiglu_forward", 6 * 40, 160, 80);
   expect_booked(ex.ledger(), "swiglu_backward", 15 * 40, 240, 160);
 }

@@ -70,16 +70,14 @@ HostTensor ids_of(const Case& c, int chunk) {
 
 struct Chunk {
   HostTensor qkv, dout, kv, ids;
-  ConstTensorView document_T;
-  const ConstTensorView* documents;  // null without
+  ConstTensorView documents;  // absent without
 
   Chunk(OpExec& ex, const Case& c, int chunk, const HostTensor& whole, const HostTensor& dwhole)
       : qkv(tensor_of({c.tokens(), c.shape.qkv_width()}, c.dtype, chunk_of(c, whole.values(), chunk))),
         dout(tensor_of({c.tokens(), c.out_width()}, c.dtype, chunk_of(c, dwhole.values(), chunk))),
         kv(keys_values(ex, c, qkv)),
         ids(ids_of(c, chunk)),
-        document_T(ids),
-        documents(c.packing == Packing::kNone ? nullptr : &document_T) {}
+        documents(c.packing == Packing::kNone ? ConstTensorView{} : ids) {}
   Chunk(const Chunk&) = delete;
 };
 
@@ -105,8 +103,8 @@ struct Part {
 
 Part forward(Inputs& in, const Case& c, const Chunk& queries, const Chunk& keys, Visible visible) {
   Part part(c);
-  ops::attention_pair_forward(in.ex, part.out, part.lse, queries.qkv, keys.kv, c.shape, visible,
-                              queries.documents, keys.documents);
+  ops::attention_pair_forward(in.ex, part.out, part.lse, queries.qkv, keys.kv,
+                              {c.shape, visible, queries.documents, keys.documents});
   EXPECT_EQ(in.ex.scratch_used(), 0u);
   return part;
 }
@@ -123,8 +121,8 @@ void backward(Inputs& in, const Case& c, Gradients& of_queries, Gradients& of_ke
               const Chunk& keys, const Part& whole, Visible visible) {
   HostTensor out({c.tokens(), c.out_width()}, c.dtype);
   ops::cast(in.ex, out, whole.out);
-  ops::attention_pair_backward(in.ex, of_queries.dq, of_keys.dkv, queries.dout, queries.qkv, keys.kv, out,
-                               whole.lse, c.shape, visible, queries.documents, keys.documents);
+  ops::attention_pair_backward(in.ex, {of_queries.dq, of_keys.dkv}, queries.dout, queries.qkv, keys.kv,
+                               {out, whole.lse}, {c.shape, visible, queries.documents, keys.documents});
   EXPECT_EQ(in.ex.scratch_used(), 0u);
 }
 
@@ -200,7 +198,7 @@ TEST(AttentionPairSame, CausalIsThePlainOp) {
   Gradients gradients(c);
   backward(in, c, gradients, gradients, in.first, in.first, plain, Visible::kCausal);
   HostTensor dqkv({c.tokens(), c.shape.qkv_width()}, DType::kF32);
-  ops::attention_backward(in.ex, dqkv, in.first.dout, in.first.qkv, plain.out, plain.lse, c.shape,
+  ops::attention_backward(in.ex, dqkv, in.first.dout, in.first.qkv, {plain.out, plain.lse}, c.shape,
                           in.first.documents);
   EXPECT_EQ(joined(in, c, gradients), dqkv.values());
 }
@@ -283,8 +281,9 @@ TEST(AttentionPairChecks, RefusesWrongTensors) {
   Inputs in(c);
   Part part(c);
   const auto run = [&](HostTensor& out, HostTensor& lse, const HostTensor& kv, const AttentionShape& s,
-                       const ConstTensorView* ids) {
-    ops::attention_pair_forward(in.ex, out, lse, in.first.qkv, kv, s, Visible::kAll, in.first.documents, ids);
+                       ConstTensorView ids) {
+    ops::attention_pair_forward(in.ex, out, lse, in.first.qkv, kv,
+                                {s, Visible::kAll, in.first.documents, ids});
   };
   run(part.out, part.lse, in.first.kv, c.shape, in.first.documents);
   HostTensor rounded({8, 16}, DType::kBF16), wide({8, 32}, DType::kBF16);
@@ -292,11 +291,11 @@ TEST(AttentionPairChecks, RefusesWrongTensors) {
   EXPECT_THROW(run(part.out, part.out, in.first.kv, c.shape, in.first.documents), Error);
   EXPECT_THROW(run(part.out, part.lse, wide, c.shape, in.first.documents), Error) << "keys and values alone";
   EXPECT_THROW(run(part.out, part.lse, in.first.kv, {2, 1, 8, 3}, in.first.documents), Error);
-  EXPECT_THROW(run(part.out, part.lse, in.first.kv, c.shape, nullptr), Error) << "documents of one chunk";
+  EXPECT_THROW(run(part.out, part.lse, in.first.kv, c.shape, {}), Error) << "documents of one chunk";
   EXPECT_THROW(ops::attention_merge(in.ex, part.out, part.lse, part.lse, part.lse), Error);
   HostTensor dq({8, 16}, DType::kBF16), dkv({8, 16}, DType::kF32);
-  EXPECT_THROW(ops::attention_pair_backward(in.ex, dq, dkv, rounded, in.first.qkv, in.first.kv, rounded,
-                                            part.lse, c.shape, Visible::kAll, nullptr, nullptr),
+  EXPECT_THROW(ops::attention_pair_backward(in.ex, {dq, dkv}, rounded, in.first.qkv, in.first.kv,
+                                            {rounded, part.lse}, {c.shape, Visible::kAll, {}, {}}),
                Error)
       << "fp32 gradients";
 }
@@ -308,9 +307,9 @@ TEST(AttentionPairDry, BooksVisiblePairs) {
   const TensorView part = dry_tensor({32, 32}, DType::kF32);  // and both gradients
   for (const Visible visible : {Visible::kCausal, Visible::kAll}) {
     OpExec ex(DeviceType::kDry);
-    ops::attention_pair_forward(ex, part, lse, qkv, kv, s, visible, nullptr, nullptr);
+    ops::attention_pair_forward(ex, part, lse, qkv, kv, {s, visible, {}, {}});
     ops::attention_merge(ex, part, lse, part, lse);
-    ops::attention_pair_backward(ex, part, part, out, qkv, kv, out, lse, s, visible, nullptr, nullptr);
+    ops::attention_pair_backward(ex, {part, part}, out, qkv, kv, {out, lse}, {s, visible, {}, {}});
     const double pairs = 2 * (visible == Visible::kAll ? 16 * 16 : 16 * 17 / 2), product = 2 * pairs * 4 * 8;
     expect_booked(ex.ledger(), "attention_pair_forward", 2 * product, 2048 + 2048, 4096 + 512);
     expect_booked(ex.ledger(), "attention_merge", 0, 2 * (4096 + 512), 4096 + 512);

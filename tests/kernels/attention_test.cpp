@@ -54,10 +54,9 @@ Attended attend(const Case& c, const Inputs& in) {
              HostTensor({T, c.shape.heads}, DType::kF32), HostTensor({T, c.shape.qkv_width()}, c.dtype)};
   const HostTensor document = tensor_of({static_cast<std::int64_t>(in.document.size())}, DType::kI32,
                                         Values(in.document.begin(), in.document.end()));
-  const ConstTensorView ids = document;
-  const ConstTensorView* document_T = in.document.empty() ? nullptr : &ids;
+  const ConstTensorView document_T = in.document.empty() ? ConstTensorView{} : document;
   ops::attention_forward(ex, r.out, r.lse, in.qkv, c.shape, document_T);
-  ops::attention_backward(ex, r.dqkv, in.dout, in.qkv, r.out, r.lse, c.shape, document_T);
+  ops::attention_backward(ex, r.dqkv, in.dout, in.qkv, {r.out, r.lse}, c.shape, document_T);
   EXPECT_EQ(ex.scratch_used(), 0u);
   return r;
 }
@@ -223,18 +222,16 @@ TEST(RopeThreads, SameBits) {
 TEST(AttentionChecks, RefusesWrongShapes) {
   OpExec ex;
   HostTensor qkv = filled({8, 32}, DType::kF32, 1), out({8, 16}, DType::kF32), lse({8, 2}, DType::kF32);
-  ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4}, nullptr);
-  EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 3}, nullptr), Error)
-      << "8 tokens, seq_len 3";
-  EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {3, 2, 8, 4}, nullptr), Error)
-      << "3 heads, 2 kv heads";
-  EXPECT_THROW(ops::attention_forward(ex, lse, lse, qkv, {2, 1, 8, 4}, nullptr), Error);
+  ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4});
+  EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 3}), Error) << "8 tokens, seq_len 3";
+  EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {3, 2, 8, 4}), Error) << "3 heads, 2 kv heads";
+  EXPECT_THROW(ops::attention_forward(ex, lse, lse, qkv, {2, 1, 8, 4}), Error);
   const ConstTensorView short_ids = lse;
-  EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4}, &short_ids), Error);
+  EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4}, short_ids), Error);
   EXPECT_THROW(ops::rope(ex, qkv, filled({8}, DType::kF32, 0), {2, 1, 8, 4}, 1e4, false), Error)
       << "int32 positions";
   static_cast<Exec&>(ex).scratch = nullptr;
-  EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4}, nullptr), Error) << "no scratch";
+  EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4}), Error) << "no scratch";
 }
 
 TEST(AttentionDry, BooksOnly) {
@@ -243,8 +240,8 @@ TEST(AttentionDry, BooksOnly) {
   const TensorView qkv = dry_tensor({32, 64}, DType::kBF16), out = dry_tensor({32, 32}, DType::kBF16);
   const TensorView lse = dry_tensor({32, 4}, DType::kF32);
   ops::rope(ex, qkv, dry_tensor({32}, DType::kI32), s, 1e4, false);
-  ops::attention_forward(ex, out, lse, qkv, s, nullptr);
-  ops::attention_backward(ex, qkv, out, qkv, out, lse, s, nullptr);
+  ops::attention_forward(ex, out, lse, qkv, s);
+  ops::attention_backward(ex, qkv, out, qkv, {out, lse}, s);
   const double pairs = 2 * 16 * 17 / 2, product = 2 * pairs * 4 * 8;
   expect_booked(ex.ledger(), "rope", 3 * 32 * 48, 32 * 48 * 2 + 128, 32 * 48 * 2);
   expect_booked(ex.ledger(), "attention_forward", 2 * product, 4096, 2048 + 512);

@@ -21,7 +21,7 @@ TEST(CublasLt, RowMajorProductsAreTransposedOnes) {
   const HostTensor x = random_tensor({3, 5}, DType::kBF16, 1), w = random_tensor({7, 5}, DType::kBF16, 2);
   HostTensor y({3, 7}, DType::kF32);
   fake_cuda::take_matmuls();
-  ops::gemm(ex, y, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite);
+  ops::gemm(ex, y, {x}, {w, Transpose::kYes}, Accumulate::kOverwrite);
   finish_ops();
   const auto calls = fake_cuda::take_matmuls();
   ASSERT_EQ(calls.size(), 1u);
@@ -36,9 +36,9 @@ TEST(CublasLt, ChoosesAnAlgorithmOncePerShape) {
   HostTensor y({24, 56}, DType::kBF16), z({24, 56}, DType::kF32);
   const int before = fake_cuda::heuristic_calls();
   for (int i = 0; i < 5; ++i) {
-    ops::gemm(ex, y, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite);
-    ops::gemm(ex, z, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite);
-    ops::gemm(ex, z, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kAdd);
+    ops::gemm(ex, y, {x}, {w, Transpose::kYes}, Accumulate::kOverwrite);
+    ops::gemm(ex, z, {x}, {w, Transpose::kYes}, Accumulate::kOverwrite);
+    ops::gemm(ex, z, {x}, {w, Transpose::kYes}, Accumulate::kAdd);
   }
   finish_ops();
   EXPECT_EQ(fake_cuda::heuristic_calls() - before, 3);
@@ -109,7 +109,7 @@ TEST(CublasLt, NoAlgorithmIsAnErrorWithTheShape) {
   HostTensor y({31, 11}, DType::kF32);
   fake_cuda::fail_next("cublasLtMatmulAlgoGetHeuristic", 1);
   try {
-    ops::gemm(ex, y, x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite);
+    ops::gemm(ex, y, {x}, {w, Transpose::kYes}, Accumulate::kOverwrite);
     ADD_FAILURE();
   } catch (const Error& e) {
     EXPECT_EQ(e.code(), ExitCode::kDevice);

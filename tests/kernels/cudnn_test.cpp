@@ -23,9 +23,9 @@ Result attend(OpExec& ex, const AttentionShape& s, std::int64_t sequences, bool 
                    dout = random_tensor({t, q}, DType::kBF16, 2), ids = filled({t}, DType::kI32, 3);
   Result r{HostTensor({t, q}, DType::kBF16), HostTensor({t, s.heads}, DType::kF32),
            HostTensor({t, s.qkv_width()}, DType::kBF16)};
-  const ConstTensorView documents = ids;
-  ops::attention_forward(ex, r.out, r.lse, qkv, s, portable ? &documents : nullptr);
-  ops::attention_backward(ex, r.dqkv, dout, qkv, r.out, r.lse, s, portable ? &documents : nullptr);
+  const ConstTensorView documents = portable ? ids : ConstTensorView{};
+  ops::attention_forward(ex, r.out, r.lse, qkv, s, documents);
+  ops::attention_backward(ex, r.dqkv, dout, qkv, {r.out, r.lse}, s, documents);
   return r;
 }
 

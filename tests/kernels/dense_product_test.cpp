@@ -61,9 +61,7 @@ struct Case {
     return rows;
   }
   void run(Exec& ex, cpu::ComputeProduct compute) {
-    const ConstTensorView bias_N = bias;
-    compute(ex, {c, a, p.transpose_a == Transpose::kYes, b, p.transpose_b == Transpose::kYes, kind.mode,
-                 kind.bias ? &bias_N : nullptr});
+    compute(ex, {c, {a, p.transpose_a}, {b, p.transpose_b}, kind.mode, kind.bias ? bias : ConstTensorView{}});
   }
 };
 

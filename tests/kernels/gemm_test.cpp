@@ -39,8 +39,8 @@ struct Case {
                        name_of(types.out), p.transpose_a == Transpose::kYes,
                        p.transpose_b == Transpose::kYes);
   }
-  void run(Exec& ex, Accumulate mode, const ConstTensorView* bias = nullptr) {
-    ops::gemm(ex, c, a, p.transpose_a, b, p.transpose_b, mode, bias);
+  void run(Exec& ex, Accumulate mode, ConstTensorView bias = {}) {
+    ops::gemm(ex, c, {a, p.transpose_a}, {b, p.transpose_b}, mode, bias);
   }
 };
 
@@ -78,7 +78,7 @@ TEST_P(Gemm, AddsTheBias) {
     for (std::int64_t i = 0; i < test.p.m; ++i)
       for (double x : bias.values()) rows.push_back(x);
     const ConstTensorView bias_N = bias;
-    test.run(ex, Accumulate::kOverwrite, &bias_N);
+    test.run(ex, Accumulate::kOverwrite, bias_N);
     const auto a = test.a.values(), b = test.b.values();
     expect_sums(test.c.values(), reference_gemm(test.p, a.data(), b.data(), rows), test.types.out,
                 test.name());
@@ -108,7 +108,7 @@ TEST(GemmRounding, AddsToBf16WithOneRounding) {
   OpExec ex;
   HostTensor a = tensor_of({1, 2}, DType::kBF16, {1, std::ldexp(1.0, -9)});
   HostTensor b = filled({2, 1}, DType::kBF16, 1), c = filled({1, 1}, DType::kBF16, 256);
-  ops::gemm(ex, c, a, Transpose::kNo, b, Transpose::kNo, Accumulate::kAdd);
+  ops::gemm(ex, c, {a}, {b}, Accumulate::kAdd);
   EXPECT_EQ(c.get(0), 258);
 }
 
@@ -150,28 +150,29 @@ TEST(GemmChecks, RejectWhatDoesNotFit) {
   HostTensor bias({5}, DType::kF32), wrong_bias({4}, DType::kF32);
   const ConstTensorView bias_N = bias, wrong_N = wrong_bias;
   const auto run = [&](TensorView out, const HostTensor& x, Transpose tx, const HostTensor& y, Transpose ty,
-                       Accumulate mode,
-                       const ConstTensorView* n) { ops::gemm(ex, out, x, tx, y, ty, mode, n); };
+                       Accumulate mode, ConstTensorView n) {
+    ops::gemm(ex, out, {x, tx}, {y, ty}, mode, n);
+  };
   const auto no = Transpose::kNo, yes = Transpose::kYes;
   const auto overwrite = Accumulate::kOverwrite, add = Accumulate::kAdd;
-  EXPECT_NO_THROW(run(c, a, no, b, no, overwrite, &bias_N));
-  EXPECT_THROW(run(c, a, yes, b, no, overwrite, nullptr), Error);
-  EXPECT_THROW(run(c, a, no, b, yes, overwrite, nullptr), Error);
-  EXPECT_THROW(run(wrong_c, a, no, b, no, overwrite, nullptr), Error);
-  EXPECT_THROW(run(c, a, no, narrow_b, no, overwrite, nullptr), Error);
-  EXPECT_THROW(run(narrow_c, a, no, b, no, overwrite, nullptr), Error);
-  EXPECT_THROW(run(c, a, no, b, no, overwrite, &wrong_N), Error);
-  EXPECT_THROW(run(c, a, no, b, no, add, &bias_N), Error);
+  EXPECT_NO_THROW(run(c, a, no, b, no, overwrite, bias_N));
+  EXPECT_THROW(run(c, a, yes, b, no, overwrite, {}), Error);
+  EXPECT_THROW(run(c, a, no, b, yes, overwrite, {}), Error);
+  EXPECT_THROW(run(wrong_c, a, no, b, no, overwrite, {}), Error);
+  EXPECT_THROW(run(c, a, no, narrow_b, no, overwrite, {}), Error);
+  EXPECT_THROW(run(narrow_c, a, no, b, no, overwrite, {}), Error);
+  EXPECT_THROW(run(c, a, no, b, no, overwrite, wrong_N), Error);
+  EXPECT_THROW(run(c, a, no, b, no, add, bias_N), Error);
   HostTensor rank3({4, 6, 1}, DType::kF32), integers({4, 6}, DType::kI32);
-  EXPECT_THROW(run(c, rank3, no, b, no, overwrite, nullptr), Error);
-  EXPECT_THROW(run(c, integers, no, b, no, overwrite, nullptr), Error);
-  EXPECT_THROW(ops::gemm(ex, dry_tensor({4, 5}, DType::kF32), a, no, b, no, overwrite), Error);
+  EXPECT_THROW(run(c, rank3, no, b, no, overwrite, {}), Error);
+  EXPECT_THROW(run(c, integers, no, b, no, overwrite, {}), Error);
+  EXPECT_THROW(ops::gemm(ex, dry_tensor({4, 5}, DType::kF32), {a, no}, {b, no}, overwrite), Error);
 }
 
 TEST(GemmLedger, BooksOnTheDryDeviceAsOnTheCpu) {
   OpExec dry(DeviceType::kDry);
-  ops::gemm(dry, dry_tensor({4, 5}, DType::kF32), dry_tensor({4, 6}, DType::kBF16), Transpose::kNo,
-            dry_tensor({5, 6}, DType::kBF16), Transpose::kYes, Accumulate::kAdd);
+  ops::gemm(dry, dry_tensor({4, 5}, DType::kF32), {dry_tensor({4, 6}, DType::kBF16)},
+            {dry_tensor({5, 6}, DType::kBF16), Transpose::kYes}, Accumulate::kAdd);
   expect_booked(dry.ledger(), "gemm", 2.0 * 4 * 5 * 6, 24 * 2 + 30 * 2 + 20 * 4, 20 * 4);
   ops::bias_backward(dry, dry_tensor({6}, DType::kF32), dry_tensor({4, 6}, DType::kBF16));
   expect_booked(dry.ledger(), "bias_backward", 24, 24 * 2 + 6 * 4, 6 * 4);

@@ -49,18 +49,18 @@ class CrossEntropy : public testing::TestWithParam<std::pair<std::int64_t, std::
 TEST_P(CrossEntropy, LossAndGradient) {
   const float scale = 0.125f;
   const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 0.125);
-  ops::cross_entropy(ex, loss, nullptr, logits, targets, scale);
+  ops::cross_entropy(ex, {loss, {}, scale}, logits, targets);
   expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
   for (DType dtype : {DType::kF32, DType::kBF16}) {
     HostTensor d({C, V}, dtype);
     const TensorView d_CV = d;
-    ops::cross_entropy(ex, loss, &d_CV, logits, targets, scale);
+    ops::cross_entropy(ex, {loss, d_CV, scale}, logits, targets);
     expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
     const Tolerance tolerance = dtype == DType::kBF16 ? Tolerance{1.0 / 250, 1e-7} : Tolerance{3e-6, 1e-7};
     expect_close(d.values(), expected.dlogits, tolerance, "dlogits");
   }
   const TensorView in_place = logits;
-  ops::cross_entropy(ex, loss, &in_place, logits, targets, scale);
+  ops::cross_entropy(ex, {loss, in_place, scale}, logits, targets);
   expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
   expect_close(logits.values(), expected.dlogits, {3e-6, 1e-7}, "dlogits in place of the logits");
 }
@@ -89,7 +89,7 @@ TEST_P(CrossEntropy, DividedVocabulary) {
       const std::int64_t width = ConstTensorView(parts[r]).shape[1];
       HostTensor d({C, width}, DType::kF32);
       const TensorView d_CV = d;
-      ops::cross_entropy_sharded(ex, loss, &d_CV, parts[r], targets, stats, 0.125f, shards[r]);
+      ops::cross_entropy_sharded(ex, {loss, d_CV, 0.125f}, parts[r], targets, stats, shards[r]);
       expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
       std::vector<double> columns;
       for (std::int64_t c = 0; c < C; ++c)
@@ -115,7 +115,7 @@ TEST(CrossEntropyExtremes, LargeLogits) {
   const HostTensor targets = tensor_of({3}, DType::kI32, {0, 3, 1});
   HostTensor loss({3}, DType::kF32), d({3, 4}, DType::kF32);
   const TensorView d_CV = d;
-  ops::cross_entropy(ex, loss, &d_CV, logits, targets, 1.0f);
+  ops::cross_entropy(ex, {loss, d_CV, 1.0f}, logits, targets);
   const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 1.0);
   expect_close(loss.values(), {std::log(2.0), std::log(4.0), 1 + std::log(1 + std::exp(-1.0))}, {1e-6, 0},
                "loss");
@@ -126,7 +126,7 @@ TEST(CrossEntropyExtremes, ManyEqualTerms) {  // a running fp32 sum of 151936 te
   OpExec ex;
   const HostTensor logits = filled({1, 151936}, DType::kF32, 2.5), targets = filled({1}, DType::kI32, 151935);
   HostTensor loss({1}, DType::kF32);
-  ops::cross_entropy(ex, loss, nullptr, logits, targets, 1.0f);
+  ops::cross_entropy(ex, {loss, {}, 1.0f}, logits, targets);
   EXPECT_NEAR(loss.get(0), std::log(151936.0), 1e-6);
 }
 
@@ -136,7 +136,7 @@ TEST(CrossEntropyChecks, TargetOutsideTheVocabulary) {
   HostTensor loss({3}, DType::kF32);
   for (double bad : {8.0, -2.0}) {
     try {
-      ops::cross_entropy(ex, loss, nullptr, logits, tensor_of({3}, DType::kI32, {1, bad, 0}), 1.0f);
+      ops::cross_entropy(ex, {loss, {}, 1.0f}, logits, tensor_of({3}, DType::kI32, {1, bad, 0}));
       finish_ops();
       ADD_FAILURE() << bad << " was accepted";
     } catch (const Error& e) {
@@ -150,11 +150,11 @@ TEST(CrossEntropyChecks, RefusesWrongTensors) {
   OpExec ex;
   HostTensor logits = filled({3, 8}, DType::kF32, 0), targets = filled({3}, DType::kI32, 0),
              loss({3}, DType::kF32);
-  EXPECT_THROW(ops::cross_entropy(ex, loss, nullptr, filled({3, 8}, DType::kBF16, 0), targets, 1.0f), Error);
-  EXPECT_THROW(ops::cross_entropy(ex, loss, nullptr, logits, filled({2}, DType::kI32, 0), 1.0f), Error);
+  EXPECT_THROW(ops::cross_entropy(ex, {loss, {}, 1.0f}, filled({3, 8}, DType::kBF16, 0), targets), Error);
+  EXPECT_THROW(ops::cross_entropy(ex, {loss, {}, 1.0f}, logits, filled({2}, DType::kI32, 0)), Error);
   TensorView halved = logits;  // bf16 in the place of fp32 logits would overwrite rows not yet read
   halved.dtype = DType::kBF16;
-  EXPECT_THROW(ops::cross_entropy(ex, loss, &halved, logits, targets, 1.0f), Error);
+  EXPECT_THROW(ops::cross_entropy(ex, {loss, halved, 1.0f}, logits, targets), Error);
 }
 
 TEST(CrossEntropyThreads, SameBits) {
@@ -163,7 +163,7 @@ TEST(CrossEntropyThreads, SameBits) {
     const HostTensor logits = random_tensor({37, 1500}, DType::kF32, 5), targets = targets_for(37, 1500);
     HostTensor loss({37}, DType::kF32), d({37, 1500}, DType::kBF16);
     const TensorView d_CV = d;
-    ops::cross_entropy(ex, loss, &d_CV, logits, targets, 0.3f);
+    ops::cross_entropy(ex, {loss, d_CV, 0.3f}, logits, targets);
     return std::tuple(loss, d);
   });
 }
@@ -171,8 +171,8 @@ TEST(CrossEntropyThreads, SameBits) {
 TEST(CrossEntropyDry, BooksOnly) {
   OpExec ex(DeviceType::kDry);
   const TensorView d = dry_tensor({4, 10}, DType::kBF16);
-  ops::cross_entropy(ex, dry_tensor({4}, DType::kF32), &d, dry_tensor({4, 10}, DType::kF32),
-                     dry_tensor({4}, DType::kI32), 1.0f);
+  ops::cross_entropy(ex, {dry_tensor({4}, DType::kF32), d, 1.0f}, dry_tensor({4, 10}, DType::kF32),
+                     dry_tensor({4}, DType::kI32));
   expect_booked(ex.ledger(), "cross_entropy", 6 * 40, 160 + 16, 16 + 80);
 }
 

@@ -124,7 +124,7 @@ TEST(Pointwise, SumsInDouble) {
       const double allowed =
           static_cast<double>(n + 1) * std::ldexp(1.0, -53) * (squares + static_cast<double>(n));
       HostTensor out = filled({1}, DType::kF64, 3);
-      ops::sum_of_squares(ex, out, x);
+      ops::sum_of_squares(ex, out, ops::only(x));
       EXPECT_NEAR(out.get(0), squares, allowed);
       if (dtype == DType::kBF16) continue;
       out.set(0, 3);
@@ -140,7 +140,7 @@ TEST(Pointwise, SumsAreTheSameForAnyNumberOfThreads) {
     expect_same_for_any_threads([&] {
       OpExec ex;
       HostTensor out = filled({1}, DType::kF64, 0);
-      squares ? ops::sum_of_squares(ex, out, x) : ops::sum(ex, out, x);
+      squares ? ops::sum_of_squares(ex, out, ops::only(x)) : ops::sum(ex, out, x);
       return out;
     });
 }
@@ -152,7 +152,7 @@ TEST(Pointwise, SquaresOfSeveralTensors) {
   const std::vector<ConstTensorView> parts{one, none, two};
   HostTensor together = filled({1}, DType::kF64, 7), apart = filled({1}, DType::kF64, 7);
   ops::sum_of_squares(ex, together, parts);
-  for (const ConstTensorView& x : parts) ops::sum_of_squares(ex, apart, x);
+  for (const ConstTensorView& x : parts) ops::sum_of_squares(ex, apart, ops::only(x));
   EXPECT_NEAR(together.get(0), apart.get(0), 1e-9 * apart.get(0));
   ops::sum_of_squares(ex, apart, std::span<const ConstTensorView>());
   EXPECT_NEAR(together.get(0), apart.get(0), 1e-9 * apart.get(0));
@@ -162,7 +162,7 @@ TEST(Pointwise, SumOfSquaresDoesNotOverflow) {
   OpExec ex;
   const HostTensor x = filled({4}, DType::kF32, 1e30);
   HostTensor out = filled({1}, DType::kF64, 0);
-  ops::sum_of_squares(ex, out, x);
+  ops::sum_of_squares(ex, out, ops::only(x));
   EXPECT_NEAR(out.get(0), 4e60, 1e54);
 }
 
@@ -178,9 +178,9 @@ TEST(Pointwise, RejectsWhatDoesNotFit) {
   EXPECT_THROW(ops::add(ex, x, x, longer), Error);
   EXPECT_THROW(ops::add(ex, x, x, narrow), Error);
   EXPECT_THROW(ops::add(ex, longer, x, x), Error);
-  EXPECT_THROW(ops::sum_of_squares(ex, wrong_sum, x), Error);
-  EXPECT_THROW(ops::sum_of_squares(ex, two, x), Error);
-  EXPECT_THROW(ops::sum_of_squares(ex, sum, integers), Error);
+  EXPECT_THROW(ops::sum_of_squares(ex, wrong_sum, ops::only(x)), Error);
+  EXPECT_THROW(ops::sum_of_squares(ex, two, ops::only(x)), Error);
+  EXPECT_THROW(ops::sum_of_squares(ex, sum, ops::only(integers)), Error);
   EXPECT_THROW(ops::sum(ex, sum, narrow), Error);
   EXPECT_THROW(ops::fill(ex, dry_tensor({4}, DType::kF32), 0), Error);
 }
@@ -193,7 +193,7 @@ TEST(Pointwise, BooksOnTheDryDevice) {
   ops::cast(dry, narrow, x);
   ops::add(dry, x, x, x);
   ops::scale(dry, x, 2);
-  ops::sum_of_squares(dry, sum, narrow);
+  ops::sum_of_squares(dry, sum, ops::only(narrow));
   ops::sum(dry, sum, x);
   expect_booked(dry.ledger(), "fill", 0, 0, 32);
   expect_booked(dry.ledger(), "cast", 0, 32, 16);

@@ -70,7 +70,7 @@ TEST_P(Route, BackwardIsTheDerivative) {
   const HostTensor dweight = random_tensor({T, K}, DType::kF32, 2),
                    aux = random_tensor({E}, DType::kF32, 3, 0.3);
   HostTensor dlogits({T, E}, DType::kF32);
-  ops::route_tokens_backward(ex, dlogits, dweight, aux, 0.05f, r.probs, r.index, r.weight, r.lse,
+  ops::route_tokens_backward(ex, dlogits, dweight, aux, 0.05f, {r.probs, r.index, r.weight, r.lse},
                              renormalize);
   const auto width = static_cast<std::size_t>(E), k = static_cast<std::size_t>(K);
   // The choice of experts is frozen.
@@ -257,7 +257,7 @@ TEST(Nodes, OneRowForEachTokenAndNode) {
   EXPECT_EQ(slot.values(), (Values{0, -1, 1, 3, -1, 4, 2, 5}));
   HostTensor chosen({6, 2}, DType::kI32), weights({6, 2}, DType::kF32);
   const ConstTensorView order_X = order;
-  ops::node_choices(ex, chosen, weights, order_X.rows(0, 6), rows, index, weight, begin);
+  ops::node_choices(ex, chosen, weights, {order_X.rows(0, 6), rows, begin}, index, weight);
   EXPECT_EQ(chosen.values(), (Values{0, 2, -1, 1, 2, -1, 1, -1, 0, 1, -1, 0}));
   EXPECT_EQ(weights.values(), (Values{1, 2, 0, 4, 7, 0, 3, 0, 5, 6, 0, 8}));
 }
@@ -328,8 +328,8 @@ TEST(RoutingThreads, SameBits) {
     HostTensor stats({3, E}, DType::kF64), z({1}, DType::kF64), dlogits({T, E}, DType::kF32),
         y({T, E}, DType::kF32);
     ops::balance_stats(ex, stats, z, r.probs, r.index, r.lse);
-    ops::route_tokens_backward(ex, dlogits, r.weight, random_tensor({E}, DType::kF32, 2), 0.1f, r.probs,
-                               r.index, r.weight, r.lse, true);
+    ops::route_tokens_backward(ex, dlogits, r.weight, random_tensor({E}, DType::kF32, 2), 0.1f,
+                               {r.probs, r.index, r.weight, r.lse}, true);
     const Sorted s = sort(r.index, T, K, E);
     ops::gather_sum_rows(ex, y, random_tensor({T * K, E}, DType::kF32, 3), s.slot, Accumulate::kOverwrite);
     return std::tuple(r, stats, z, dlogits, y);

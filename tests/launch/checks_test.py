@@ -117,6 +117,12 @@ class Style(unittest.TestCase):
     def test_long_file(self):
         self.refused("data/a.cpp", "int x;\n" * 401, "401 lines")
 
+    def test_wide_op(self):
+        header = "#pragma once\nvoid add(Exec& ex, Pair<int, int> a, B b = {1, 2}, C c, D d, E e, F f);\n"
+        code, output = run_check("check_style.py", {"kernels/ops/add.h": header})
+        self.assertEqual(code, 0, output)
+        self.refused("kernels/ops/add.h", header.replace("F f", "F f, G g"), "add.h:2: add takes 8 parameters")
+
     def test_names_and_left_overs(self):
         self.refused("data/string_utils.h", "#pragma once\n", "name it by what it holds")
         self.refused("data/a.h", "int x;\n", "#pragma once")

@@ -69,10 +69,9 @@ HostTensor rows_of(const HostTensor& like, const HostTensor& from, const std::ve
 }
 
 void attend_whole(const Case& c, Tensors& t, OpExec& ex) {
-  const ConstTensorView ids = t.ids;
-  const ConstTensorView* documents = c.packing == Packing::kNone ? nullptr : &ids;
+  const ConstTensorView documents = c.packing == Packing::kNone ? ConstTensorView{} : t.ids;
   ops::attention_forward(ex, t.out, t.lse, t.qkv, c.shape(), documents);
-  ops::attention_backward(ex, t.dqkv, t.dout, t.qkv, t.out, t.lse, c.shape(), documents);
+  ops::attention_backward(ex, t.dqkv, t.dout, t.qkv, {t.out, t.lse}, c.shape(), documents);
 }
 
 struct Rank {
@@ -89,10 +88,9 @@ double booked_flops(const OpExec& ex, const char* op) {
 void attend_ring(const Case& c, Communicator& cp, Rank& mine) {
   OpExec ex;
   Tensors& t = mine.tensors;
-  const ConstTensorView ids = t.ids;
-  const ConstTensorView* documents = c.packing == Packing::kNone ? nullptr : &ids;
+  const ConstTensorView documents = c.packing == Packing::kNone ? ConstTensorView{} : t.ids;
   ring_attention_forward(ex, cp, t.out, t.lse, t.qkv, c.shape(), documents);
-  ring_attention_backward(ex, cp, t.dqkv, t.dout, t.qkv, t.out, t.lse, c.shape(), documents);
+  ring_attention_backward(ex, cp, t.dqkv, t.dout, t.qkv, {t.out, t.lse}, c.shape(), documents);
   EXPECT_EQ(ex.scratch_used(), 0u);
   mine.forward_flops = booked_flops(ex, "attention_pair_forward");
   mine.backward_flops = booked_flops(ex, "attention_pair_backward");
@@ -173,8 +171,8 @@ TEST(ContextRingSingle, OneSequenceOfOddLength) {  // one rank cuts nothing
   Tensors plain(s, 7, DType::kF32);
   plain.qkv = random_tensor({7, s.qkv_width()}, DType::kF32, 1);
   Tensors ring = plain;
-  ops::attention_forward(ex, plain.out, plain.lse, plain.qkv, s, nullptr);
-  ring_attention_forward(ex, *self, ring.out, ring.lse, ring.qkv, s, nullptr);
+  ops::attention_forward(ex, plain.out, plain.lse, plain.qkv, s);
+  ring_attention_forward(ex, *self, ring.out, ring.lse, ring.qkv, s, {});
   EXPECT_TRUE(ring.out == plain.out && ring.lse == plain.lse);
 }
 
@@ -185,7 +183,7 @@ TEST(ContextRingChecks, RefusesSequencesThatDoNotDivide) {
     const AttentionShape s{2, 1, 8, seq_len};
     ring_attention_forward(ex, *dry, dry_tensor({tokens, 16}, DType::kF32),
                            dry_tensor({tokens, 2}, DType::kF32),
-                           dry_tensor({tokens, s.qkv_width()}, DType::kF32), s, nullptr);
+                           dry_tensor({tokens, s.qkv_width()}, DType::kF32), s, {});
   };
   run(8, 12);
   EXPECT_THROW(run(8, 9), Error) << "chunks of one and a half tokens";

@@ -1,4 +1,4 @@
 #pragma once
 // Small token files for tests.
 
-#include "data/token_file_writer.h"
+#include "tests/support/token_file_writer.h"

@@ -29,8 +29,8 @@ TEST(Peak, AFasterProductRaisesIt) {
   RankMemory memory(Device{});
   const Buffer data = Buffer::allocate({}, 3 * 256 * 256 * sizeof(float));
   const TensorView all = data.view({3 * 256, 256}, DType::kF32);
-  ops::gemm(memory.exec, all.rows(0, 256), all.rows(256, 512), Transpose::kNo, all.rows(512, 768),
-            Transpose::kYes, Accumulate::kOverwrite);
+  ops::gemm(memory.exec, all.rows(0, 256), {all.rows(256, 512)}, {all.rows(512, 768), Transpose::kYes},
+            Accumulate::kOverwrite);
   PeakRate peak(DType::kF32);
   peak.saw(1, 1);  // one FLOP a second
   EXPECT_LT(peak.share(1, 1), 1e-3);

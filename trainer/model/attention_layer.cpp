@@ -4,14 +4,6 @@
 
 namespace upmoe {
 
-namespace {
-
-const ConstTensorView* mask_of(const TokenPlaces& places) {
-  return places.document_T.shape.rank > 0 ? &places.document_T : nullptr;
-}
-
-}  // namespace
-
 // The heads of this rank, and the length of the runs of tokens that a rank along cp has of each sequence.
 AttentionShape AttentionLayer::shape_of(const TokenPlaces& places) const {
   AttentionShape at = shape;
@@ -22,11 +14,10 @@ AttentionShape AttentionLayer::shape_of(const TokenPlaces& places) const {
 void AttentionLayer::attend(Exec& ex, const Saved& saved) const {
   AttentionShape at = shape;
   at.seq_len = saved.places.seq_len;
-  const ConstTensorView* mask = mask_of(saved.places);
   if (cp->size() > 1) {
-    ring_attention_forward(ex, *cp, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, mask);
+    ring_attention_forward(ex, *cp, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, saved.places.document_T);
   } else {
-    ops::attention_forward(ex, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, mask);
+    ops::attention_forward(ex, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, saved.places.document_T);
   }
 }
 
@@ -34,11 +25,12 @@ void AttentionLayer::attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorVi
                                      const Saved& saved) const {
   AttentionShape at = shape;
   at.seq_len = saved.places.seq_len;
-  const ConstTensorView* mask = mask_of(saved.places);
   if (cp->size() > 1) {
-    ring_attention_backward(ex, *cp, dqkv_TH, dout_TQ, saved.qkv_TH, saved.out_TQ, saved.lse_TN, at, mask);
+    ring_attention_backward(ex, *cp, dqkv_TH, dout_TQ, saved.qkv_TH, {saved.out_TQ, saved.lse_TN}, at,
+                            saved.places.document_T);
   } else {
-    ops::attention_backward(ex, dqkv_TH, dout_TQ, saved.qkv_TH, saved.out_TQ, saved.lse_TN, at, mask);
+    ops::attention_backward(ex, dqkv_TH, dout_TQ, saved.qkv_TH, {saved.out_TQ, saved.lse_TN}, at,
+                            saved.places.document_T);
   }
 }
 

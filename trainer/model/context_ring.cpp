@@ -15,19 +15,17 @@ constexpr int kMostHalves = 2;
 class Ring {
  public:
   Ring(Exec& ex, Communicator& cp, const AttentionShape& shape, std::int64_t tokens,
-       const ConstTensorView* document_T)
-      : ex_(ex), cp_(cp), chunk_(shape), context_{cp.rank(), cp.size(), shape.seq_len} {
+       ConstTensorView document_T)
+      : ex_(ex), cp_(cp), chunk_(shape), context_{cp.rank(), cp.size(), shape.seq_len}, mine_(document_T) {
     UPMOE_CHECK(shape.seq_len > 0 && shape.seq_len % (context_.halves() * cp.size()) == 0 &&
                     tokens % (shape.seq_len / cp.size()) == 0,
                 "{} tokens of sequences of {} on {} ranks", tokens, shape.seq_len, cp.size());
     chunk_.seq_len = context_.chunk_len();
     half_ = tokens / context_.halves();
-    if (document_T == nullptr) return;
-    mine_ = *document_T;
+    if (!mine_.given()) return;
     documents_PT_ = ex.scratch->take({cp.size(), tokens}, DType::kI32, "documents of all cp ranks");
     cp.all_gather(documents_PT_, mine_, ex).wait();
   }
-  const AttentionShape& chunk() const { return chunk_; }
   template <class View>
   View half(const View& v, int h) const {
     return v.rows(h * half_, (h + 1) * half_);
@@ -35,7 +33,7 @@ class Ring {
   // Who made the keys and values that this rank holds at step s.
   int owner(int s) const { return (cp_.rank() + cp_.size() - s) % cp_.size(); }
 
-  // work(query half, key half, what it sees, documents of both or null) for each pair of chunks that is seen.
+  // work(query half, key half, the two) for each pair of chunks that is seen.
   template <class Work>
   void for_pairs(int owner, const Work& work) const {
     const auto halves = static_cast<int>(context_.halves());  // one, of whole sequences, on one rank
@@ -43,14 +41,12 @@ class Ring {
       for (int k = 0; k < halves; ++k) {
         const int queries = context_.chunk_of(cp_.rank(), q), keys = context_.chunk_of(owner, k);
         if (keys > queries) continue;
-        const Visible visible = keys == queries ? Visible::kCausal : Visible::kAll;
-        if (documents_PT_.shape.rank == 0) {
-          work(q, k, visible, nullptr, nullptr);
-          continue;
+        ChunkPair pair{.shape = chunk_, .visible = keys == queries ? Visible::kCausal : Visible::kAll};
+        if (mine_.given()) {
+          pair.document_T = half(mine_, q);
+          pair.key_document_T = half(documents_PT_.rows(owner, owner + 1).reshape(mine_.shape), k);
         }
-        const ConstTensorView whole = documents_PT_.rows(owner, owner + 1).reshape(mine_.shape);
-        const ConstTensorView of_queries = half(mine_, q), of_keys = half(whole, k);
-        work(q, k, visible, &of_queries, &of_keys);
+        work(q, k, pair);
       }
   }
   // Everything on this rank to the next one.
@@ -67,7 +63,7 @@ class Ring {
   AttentionShape chunk_;
   ContextShards context_;
   std::int64_t half_ = 0;  // tokens
-  ConstTensorView mine_;
+  ConstTensorView mine_;   // documents
   TensorView documents_PT_;
 };
 
@@ -84,7 +80,7 @@ struct KeysValues {
 }  // namespace
 
 void ring_attention_forward(Exec& ex, Communicator& cp, TensorView out_TQ, TensorView lse_TN,
-                            ConstTensorView qkv_TH, AttentionShape shape, const ConstTensorView* document_T) {
+                            ConstTensorView qkv_TH, AttentionShape shape, ConstTensorView document_T) {
   ScratchScope scope(*ex.scratch);
   const Ring ring(ex, cp, shape, qkv_TH.shape[0], document_T);
   KeysValues kv(ex, shape, qkv_TH);
@@ -95,12 +91,10 @@ void ring_attention_forward(Exec& ex, Communicator& cp, TensorView out_TQ, Tenso
   for (int s = 0; s < cp.size(); ++s) {
     Pending next;
     if (s + 1 < cp.size()) next = ring.pass_on(kv.buffer[(s + 1) % 2], kv.buffer[s % 2]);
-    ring.for_pairs(ring.owner(s), [&](int q, int k, Visible visible, const ConstTensorView* of_queries,
-                                      const ConstTensorView* of_keys) {
+    ring.for_pairs(ring.owner(s), [&](int q, int k, const ChunkPair& pair) {
       TensorView out = ring.half(begun[q] ? part_TQ : sum_TQ, q),
                  lse = ring.half(begun[q] ? part_TN : lse_TN, q);
-      ops::attention_pair_forward(ex, out, lse, ring.half(qkv_TH, q), ring.half(kv.buffer[s % 2], k),
-                                  ring.chunk(), visible, of_queries, of_keys);
+      ops::attention_pair_forward(ex, out, lse, ring.half(qkv_TH, q), ring.half(kv.buffer[s % 2], k), pair);
       if (begun[q]) ops::attention_merge(ex, ring.half(sum_TQ, q), ring.half(lse_TN, q), out, lse);
       begun[q] = true;
     });
@@ -110,13 +104,13 @@ void ring_attention_forward(Exec& ex, Communicator& cp, TensorView out_TQ, Tenso
 }
 
 void ring_attention_backward(Exec& ex, Communicator& cp, TensorView dqkv_TH, ConstTensorView dout_TQ,
-                             ConstTensorView qkv_TH, ConstTensorView out_TQ, ConstTensorView lse_TN,
-                             AttentionShape shape, const ConstTensorView* document_T) {
+                             ConstTensorView qkv_TH, const Attended& saved, AttentionShape shape,
+                             ConstTensorView document_T) {
   ScratchScope scope(*ex.scratch);
   const Ring ring(ex, cp, shape, qkv_TH.shape[0], document_T);
   KeysValues kv(ex, shape, qkv_TH);
   const Shape keys_values = kv.buffer[0].shape;
-  TensorView dq_TQ = ex.scratch->take(out_TQ.shape, DType::kF32, "query gradient");
+  TensorView dq_TQ = ex.scratch->take(dout_TQ.shape, DType::kF32, "query gradient");
   TensorView own_TK = ex.scratch->take(keys_values, DType::kF32, "key and value gradient of a step");
   TensorView sum_TK[2];  // of the ranks so far: one to add to, one on its way
   for (TensorView& sum : sum_TK)
@@ -128,11 +122,10 @@ void ring_attention_backward(Exec& ex, Communicator& cp, TensorView dqkv_TH, Con
     if (s + 1 < cp.size()) next = ring.pass_on(kv.buffer[(s + 1) % 2], kv.buffer[s % 2]);
     const TensorView step_TK = s == 0 ? sum_TK[0] : own_TK;
     ops::fill(ex, step_TK, 0.0f);
-    ring.for_pairs(ring.owner(s), [&](int q, int k, Visible visible, const ConstTensorView* of_queries,
-                                      const ConstTensorView* of_keys) {
-      ops::attention_pair_backward(ex, ring.half(dq_TQ, q), ring.half(step_TK, k), ring.half(dout_TQ, q),
-                                   ring.half(qkv_TH, q), ring.half(kv.buffer[s % 2], k), ring.half(out_TQ, q),
-                                   ring.half(lse_TN, q), ring.chunk(), visible, of_queries, of_keys);
+    ring.for_pairs(ring.owner(s), [&](int q, int k, const ChunkPair& pair) {
+      ops::attention_pair_backward(ex, {ring.half(dq_TQ, q), ring.half(step_TK, k)}, ring.half(dout_TQ, q),
+                                   ring.half(qkv_TH, q), ring.half(kv.buffer[s % 2], k),
+                                   {ring.half(saved.out_TQ, q), ring.half(saved.lse_TN, q)}, pair);
     });
     next.wait();
     hop.wait();  // the sum of the ranks before, for the keys and values of this step

@@ -10,11 +10,11 @@
 namespace upmoe {
 
 // As ops::attention_forward and _backward, of this rank's tokens; shape.seq_len is the length of the whole
-// sequences. document_T: this rank's. Collective over cp.
+// sequences. document_T: this rank's, or absent. Collective over cp.
 void ring_attention_forward(Exec& ex, Communicator& cp, TensorView out_TQ, TensorView lse_TN,
-                            ConstTensorView qkv_TH, AttentionShape shape, const ConstTensorView* document_T);
+                            ConstTensorView qkv_TH, AttentionShape shape, ConstTensorView document_T);
 void ring_attention_backward(Exec& ex, Communicator& cp, TensorView dqkv_TH, ConstTensorView dout_TQ,
-                             ConstTensorView qkv_TH, ConstTensorView out_TQ, ConstTensorView lse_TN,
-                             AttentionShape shape, const ConstTensorView* document_T);
+                             ConstTensorView qkv_TH, const Attended& saved, AttentionShape shape,
+                             ConstTensorView document_T);
 
 }  // namespace upmoe

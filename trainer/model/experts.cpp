@@ -40,11 +40,11 @@ Experts::Backward Experts::begin_backward(Exec& ex, const Saved& saved) const {
                            .dy_RD = take({R, D}, dtype, "expert output gradient"),
                            .dgate_up_RG = take({R, G}, dtype, "expert gate and up gradient")}};
   Exec again = not_booked(ex);
-  if (b.activations.x_RD.shape.rank == 0) {
+  if (!b.activations.x_RD.given()) {
     b.activations.x_RD = take({R, D}, dtype, "expert input, again");
     ops::gather_rows(again, b.activations.x_RD, saved.x.from_XD, saved.x.index_R, saved.x.divisor);
   }
-  if (b.activations.gate_up_RG.shape.rank == 0) {
+  if (!b.activations.gate_up_RG.given()) {
     b.activations.gate_up_RG = take({R, G}, dtype, "expert gate and up, again");
     ops::grouped_gemm_forward(again, b.activations.gate_up_RG, b.activations.x_RD, gate_up_eGD.value,
                               saved.experts());

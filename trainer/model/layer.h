@@ -11,11 +11,11 @@
 
 namespace upmoe {
 
-// A parameter as this rank computes with it: views of its shard. `grad` has no shape (rank 0) when gradients
+// A parameter as this rank computes with it: views of its shard. `grad` is absent when gradients
 // are not wanted (evaluation) or the parameter is frozen; layers then skip its gradient.
 struct Param {
   TensorView value, grad;
-  bool wants_grad() const { return grad.shape.rank > 0; }
+  bool wants_grad() const { return grad.given(); }
   Param as(Shape shape) const;  // the same elements under another shape
 };
 

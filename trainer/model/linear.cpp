@@ -9,24 +9,19 @@ Param Param::as(Shape shape) const {
 }
 
 void Linear::forward(Exec& ex, TensorView y_TN, ConstTensorView x_TK) const {
-  if (bias_N) {
-    const ConstTensorView bias = bias_N->value;
-    ops::gemm(ex, y_TN, x_TK, Transpose::kNo, weight_NK.value, Transpose::kYes, Accumulate::kOverwrite,
-              &bias);
-  } else {
-    ops::gemm(ex, y_TN, x_TK, Transpose::kNo, weight_NK.value, Transpose::kYes, Accumulate::kOverwrite);
-  }
+  ops::gemm(ex, y_TN, {x_TK}, {weight_NK.value, Transpose::kYes}, Accumulate::kOverwrite,
+            bias_N ? bias_N->value : TensorView{});
 }
 
 void Linear::backward_weights(Exec& ex, ConstTensorView dy_TN, ConstTensorView x_TK) const {
   if (weight_NK.wants_grad())
-    ops::gemm(ex, weight_NK.grad, dy_TN, Transpose::kYes, x_TK, Transpose::kNo, Accumulate::kAdd);
+    ops::gemm(ex, weight_NK.grad, {dy_TN, Transpose::kYes}, {x_TK}, Accumulate::kAdd);
   if (bias_N && bias_N->wants_grad()) ops::bias_backward(ex, bias_N->grad, dy_TN);
 }
 
 void Linear::backward(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN,
                       ConstTensorView x_TK) const {
-  ops::gemm(ex, dx_TK, dy_TN, Transpose::kNo, weight_NK.value, Transpose::kNo, mode);
+  ops::gemm(ex, dx_TK, {dy_TN}, {weight_NK.value}, mode);
   backward_weights(ex, dy_TN, x_TK);
 }
 

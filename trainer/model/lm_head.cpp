@@ -33,10 +33,10 @@ void show(Exec& ex, const LmHead::Sink& sink, std::int64_t begin, ConstTensorVie
 
 }  // namespace
 
-void LmHead::cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV,
-                           ConstTensorView logits_CV, ConstTensorView targets_C, float scale) const {
+void LmHead::cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView logits_CV,
+                           ConstTensorView targets_C) const {
   if (tp->size() == 1) {
-    ops::cross_entropy(ex, loss_C, dlogits_CV, logits_CV, targets_C, scale);
+    ops::cross_entropy(ex, out, logits_CV, targets_C);
     return;
   }
   const std::int64_t C = logits_CV.rows();
@@ -44,15 +44,15 @@ void LmHead::cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogit
   TensorView stats_C3 = ex.scratch->take({C, 3}, DType::kF64, "logit stats");
   ops::cross_entropy_stats(ex, stats_C3, logits_CV, targets_C, shard);
   tp->all_gather(stats_PC3, stats_C3, ex).wait();
-  ops::cross_entropy_sharded(ex, loss_C, dlogits_CV, logits_CV, targets_C, stats_PC3, scale, shard);
+  ops::cross_entropy_sharded(ex, out, logits_CV, targets_C, stats_PC3, shard);
 }
 
 void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T,
-                     const TensorView* dx_tD, float scale, const Sink& sink) const {
+                     TensorView dx_tD, float scale, const Sink& sink) const {
   ScratchScope outer(*ex.scratch);
   const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
   std::optional<PartialSum> dx;
-  if (dx_tD != nullptr) dx.emplace(ex, *tp, *dx_tD);
+  if (dx_tD.given()) dx.emplace(ex, *tp, dx_tD);
   const std::int64_t T = x_TD.rows(), V = weight_VD.value.shape[0], ranks = tp->size();
   // The same on every rank.
   const std::int64_t chunk = rows_per_chunk(ex.device.type, (shard.total + ranks - 1) / ranks);
@@ -61,20 +61,20 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTen
     ScratchScope scope(*ex.scratch);
     TensorView logits_CV = ex.scratch->take({end - begin, V}, DType::kF32, "logits");
     TensorView loss_C = ex.scratch->take({end - begin}, DType::kF32, "token losses");
-    ops::gemm(ex, logits_CV, x_TD.rows(begin, end), Transpose::kNo, weight_VD.value, Transpose::kYes,
+    ops::gemm(ex, logits_CV, {x_TD.rows(begin, end)}, {weight_VD.value, Transpose::kYes},
               Accumulate::kOverwrite);
     if (sink) show(ex, sink, begin, logits_CV);
-    if (dx_tD == nullptr) {
-      cross_entropy(ex, loss_C, nullptr, logits_CV, targets_T.rows(begin, end), scale);
-    } else {
-      TensorView dlogits_CV = x_TD.dtype == DType::kF32
-                                  ? logits_CV
-                                  : ex.scratch->take({end - begin, V}, x_TD.dtype, "logit gradient");
-      cross_entropy(ex, loss_C, &dlogits_CV, logits_CV, targets_T.rows(begin, end), scale);
-      ops::gemm(ex, dx->partial_TD().rows(begin, end), dlogits_CV, Transpose::kNo, weight_VD.value,
-                Transpose::kNo, Accumulate::kOverwrite);
+    TensorView dlogits_CV;
+    if (dx)
+      dlogits_CV = x_TD.dtype == DType::kF32
+                       ? logits_CV
+                       : ex.scratch->take({end - begin, V}, x_TD.dtype, "logit gradient");
+    cross_entropy(ex, {loss_C, dlogits_CV, scale}, logits_CV, targets_T.rows(begin, end));
+    if (dx) {
+      ops::gemm(ex, dx->partial_TD().rows(begin, end), {dlogits_CV}, {weight_VD.value},
+                Accumulate::kOverwrite);
       if (weight_VD.wants_grad())
-        ops::gemm(ex, weight_VD.grad, dlogits_CV, Transpose::kYes, x_TD.rows(begin, end), Transpose::kNo,
+        ops::gemm(ex, weight_VD.grad, {dlogits_CV, Transpose::kYes}, {x_TD.rows(begin, end)},
                   Accumulate::kAdd);
     }
     if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);

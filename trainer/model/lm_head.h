@@ -4,7 +4,7 @@
 
 #include <functional>
 
-#include "kernels/ops/vocab_shard.h"
+#include "kernels/ops/loss.h"
 #include "parallel/communicator.h"
 #include "trainer/model/layer.h"
 
@@ -18,14 +18,14 @@ struct LmHead {
   // Called with the fp32 logits of rows [begin, begin + logits.rows()): this rank's share of the vocabulary.
   using Sink = std::function<void(std::int64_t begin, ConstTensorView logits_CV)>;
 
-  // Adds the sum of the T tokens' cross-entropies to loss_1 (fp64) of tp rank 0. With dx_tD: scale times the
-  // gradient of that sum overwrites dx_tD and is added to the weight's gradient.
-  void forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T,
-               const TensorView* dx_tD, float scale, const Sink& sink = {}) const;
+  // Adds the sum of the T tokens' cross-entropies to loss_1 (fp64) of tp rank 0. With dx_tD, which
+  // may be absent: scale times the gradient of that sum overwrites it and is added to the weight's gradient.
+  void forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T, TensorView dx_tD,
+               float scale, const Sink& sink = {}) const;
 
  private:
-  void cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
-                     ConstTensorView targets_C, float scale) const;
+  void cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView logits_CV,
+                     ConstTensorView targets_C) const;
 };
 
 }  // namespace upmoe

@@ -3,7 +3,7 @@
 #include <numeric>
 
 #include "kernels/ops/routing.h"
-#include "kernels/ops/transfer.h"
+#include "trainer/model/row_counts.h"
 
 namespace upmoe {
 
@@ -22,16 +22,10 @@ std::int64_t sum_of(const std::vector<std::int64_t>& rows) {
 void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, ConstTensorView index_TK,
                 NodePlan& plan) {
   const auto M = static_cast<std::int64_t>(groups.across->size());
-  std::vector<std::int32_t> all_MM(static_cast<std::size_t>(M * M));
+  std::vector<std::int32_t> all_MM = counts_of_all(ex, *groups.across, counts_M);
   if (ex.device.type == DeviceType::kDry) {
-    groups.across->all_gather(TensorView{nullptr, {M, M}, DType::kI32, ex.device}, counts_M, ex).wait();
-    const std::int64_t tokens = index_TK.shape[0];
-    const std::int64_t each = tokens * std::min(M, index_TK.shape[1]) / M;
-    std::fill(all_MM.begin(), all_MM.end(), static_cast<std::int32_t>(each));
-  } else {
-    TensorView gathered_MM = ex.scratch->take({M, M}, DType::kI32, "rows per node of all nodes");
-    groups.across->all_gather(gathered_MM, counts_M, ex).wait();
-    ops::download(ex, host_view(all_MM.data(), {M, M}), gathered_MM);
+    const std::int64_t each = index_TK.shape[0] * std::min(M, index_TK.shape[1]) / M;
+    all_MM.assign(static_cast<std::size_t>(M * M), static_cast<std::int32_t>(each));
   }
   const std::int64_t me = groups.across->rank();
   for (std::int64_t m = 0; m < M; ++m) {
@@ -60,7 +54,7 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
   plan.weight_AK = keep.take({A, K}, DType::kF32, "weights of arrived rows");
   TensorView index_XK = ex.scratch->take({X, K}, DType::kI32, "choices of rows to other nodes");
   TensorView weight_XK = ex.scratch->take({X, K}, DType::kF32, "weights of rows to other nodes");
-  ops::node_choices(ex, index_XK, weight_XK, plan.order_X, plan.send_rows, index_TK, weight_TK, node_begin);
+  ops::node_choices(ex, index_XK, weight_XK, {plan.order_X, plan.send_rows, node_begin}, index_TK, weight_TK);
   Pending indices =
       groups.across->all_to_all_rows(plan.index_AK, plan.recv_rows, index_XK, plan.send_rows, ex);
   Pending weights =

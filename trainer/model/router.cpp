@@ -23,7 +23,7 @@ class SoftmaxRouter final : public Router {
     saved.lse_T = keep.take({T}, DType::kF32, "router log-sum-exp");
     ScratchScope scope(*ex.scratch);
     TensorView logits_TE = ex.scratch->take({T, E}, DType::kF32, "router logits");
-    ops::gemm(ex, logits_TE, x_TD, Transpose::kNo, weight_ED_.value, Transpose::kYes, Accumulate::kOverwrite);
+    ops::gemm(ex, logits_TE, {x_TD}, {weight_ED_.value, Transpose::kYes}, Accumulate::kOverwrite);
     ops::route_tokens(ex, saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T, logits_TE,
                       renormalize_);
     if (balance.load)
@@ -36,17 +36,16 @@ class SoftmaxRouter final : public Router {
                 const Saved& saved) const override {
     ScratchScope scope(*ex.scratch);
     TensorView dlogits_TE = ex.scratch->take(saved.probs_TE.shape, DType::kF32, "router logit gradient");
-    ops::route_tokens_backward(ex, dlogits_TE, dweight_TK, balance.aux_E, balance.z_scale, saved.probs_TE,
-                               saved.index_TK, saved.weight_TK, saved.lse_T, renormalize_);
+    ops::route_tokens_backward(ex, dlogits_TE, dweight_TK, balance.aux_E, balance.z_scale,
+                               {saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T}, renormalize_);
     TensorView narrow_TE = dlogits_TE;
     if (dx_TD.dtype != DType::kF32) {  // products take one dtype
       narrow_TE = ex.scratch->take(dlogits_TE.shape, dx_TD.dtype, "router logit gradient, rounded");
       ops::cast(ex, narrow_TE, dlogits_TE);
     }
-    ops::gemm(ex, dx_TD, narrow_TE, Transpose::kNo, weight_ED_.value, Transpose::kNo, Accumulate::kAdd);
+    ops::gemm(ex, dx_TD, {narrow_TE}, {weight_ED_.value}, Accumulate::kAdd);
     if (weight_ED_.wants_grad())
-      ops::gemm(ex, weight_ED_.grad, narrow_TE, Transpose::kYes, saved.x_TD, Transpose::kNo,
-                Accumulate::kAdd);
+      ops::gemm(ex, weight_ED_.grad, {narrow_TE, Transpose::kYes}, {saved.x_TD}, Accumulate::kAdd);
   }
 
  private:

@@ -4,6 +4,7 @@
 
 #include "kernels/ops/routing.h"
 #include "kernels/ops/transfer.h"
+#include "trainer/model/row_counts.h"
 
 namespace upmoe {
 
@@ -19,17 +20,11 @@ Shape rows_shape(std::int64_t rows, const Shape& like) {
 // rehearsal takes a balanced router.
 std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& exchange, TensorView counts_E,
                                         std::int64_t rows) {
-  const auto P = static_cast<std::int64_t>(exchange.size()), E = counts_E.shape[0];
-  std::vector<std::int32_t> counts_PE(static_cast<std::size_t>(P * E));
-  if (ex.device.type == DeviceType::kDry) {
-    exchange.all_gather(TensorView{nullptr, {P, E}, DType::kI32, ex.device}, counts_E, ex).wait();
-    for (std::int64_t i = 0; i < P * E; ++i)
-      counts_PE[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(balanced(rows, E, i % E).size());
-    return counts_PE;
-  }
-  TensorView all_PE = ex.scratch->take({P, E}, DType::kI32, "rows per piece of all ranks");
-  exchange.all_gather(all_PE, counts_E, ex).wait();
-  ops::download(ex, host_view(counts_PE.data(), {P, E}), all_PE);
+  std::vector<std::int32_t> counts_PE = counts_of_all(ex, exchange, counts_E);
+  if (ex.device.type != DeviceType::kDry) return counts_PE;
+  const std::int64_t E = counts_E.shape[0];
+  for (std::int64_t i = 0; i < exchange.size() * E; ++i)
+    counts_PE.push_back(static_cast<std::int32_t>(balanced(rows, E, i % E).size()));
   return counts_PE;
 }
 

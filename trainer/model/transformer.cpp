@@ -115,7 +115,7 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
   TensorView normed_tD = ex.scratch->take(shape, dtype, "final norm output");
   output->norm.forward(ex, normed_tD, x_tD, keep, saved.final_norm);
   TensorView loss_1 = loss_sum(ex);
-  output->head.forward(ex, loss_1, normed_tD, batch.targets_T, &saved.dnormed_tD,
+  output->head.forward(ex, loss_1, normed_tD, batch.targets_T, saved.dnormed_tD,
                        static_cast<float>(loss_scale));
   saved.loss = value_of(ex, loss_1);
 }
@@ -155,7 +155,7 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
   output->norm.forward(ex, y_tD, input, keep, saved);
   ScratchScope scope(*ex.scratch);
   TensorView loss_1 = loss_sum(ex);
-  output->head.forward(ex, loss_1, y_tD, batch.targets_T, nullptr, 0.0f, sink);
+  output->head.forward(ex, loss_1, y_tD, batch.targets_T, {}, 0.0f, sink);
   return {{}, value_of(ex, loss_1)};
 }
 

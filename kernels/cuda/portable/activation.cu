@@ -122,9 +122,9 @@ struct GateWeightGradient {
 
 }  // namespace
 
-void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
   const std::int64_t rows = h_RF.shape[0], width = h_RF.shape[1];
-  const float* weight = weight_R != nullptr ? weight_R->as<float>() : nullptr;
+  const float* weight = weight_R.if_given<float>();
   with_float_type(h_RF.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int N = kPack<T> / 2;
@@ -136,11 +136,11 @@ void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, const
   });
 }
 
-void swiglu_backward(Exec& ex, TensorView dgate_up_RG, const TensorView* dweight_R, ConstTensorView dh_RF,
-                     ConstTensorView gate_up_RG, const ConstTensorView* weight_R) {
+void swiglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
+                     ConstTensorView gate_up_RG, ConstTensorView weight_R) {
   const std::int64_t rows = dh_RF.shape[0], width = dh_RF.shape[1];
-  const float* weight = weight_R != nullptr ? weight_R->as<float>() : nullptr;
-  float* dweight = dweight_R != nullptr ? dweight_R->as<float>() : nullptr;
+  const float* weight = weight_R.if_given<float>();
+  float* dweight = dweight_R.if_given<float>();
   with_float_type(dh_RF.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int N = kPack<T> / 2;

@@ -9,22 +9,18 @@ namespace upmoe::cuda {
 
 namespace {
 
-const std::int32_t* ids(const ConstTensorView* document_T) {
-  return document_T != nullptr ? document_T->as<std::int32_t>() : nullptr;
-}
-
 // `key` is the first key of the first key/value head; its values lie kv_heads heads behind it.
 template <class T>
 AttentionInputs<T> inputs(const T* query, const T* key, std::int64_t key_stride, const AttentionShape& shape,
-                          Visible visible, const ConstTensorView* document_T,
-                          const ConstTensorView* key_document_T) {
+                          Visible visible, const ConstTensorView& document_T,
+                          const ConstTensorView& key_document_T) {
   return {.q = query,
           .k = key,
           .v = key + shape.kv_heads * shape.head_dim,
           .q_stride = shape.qkv_width(),
           .kv_stride = key_stride,
-          .query_document = ids(document_T),
-          .key_document = ids(key_document_T),
+          .query_document = document_T.if_given<std::int32_t>(),
+          .key_document = key_document_T.if_given<std::int32_t>(),
           .seq_len = static_cast<int>(shape.seq_len),
           .heads = static_cast<int>(shape.heads),
           .kv_heads = static_cast<int>(shape.kv_heads),
@@ -35,7 +31,7 @@ AttentionInputs<T> inputs(const T* query, const T* key, std::int64_t key_stride,
 
 template <class T>
 AttentionInputs<T> self_inputs(const ConstTensorView& qkv_TH, const AttentionShape& shape,
-                               const ConstTensorView* document_T) {
+                               const ConstTensorView& document_T) {
   const T* qkv = qkv_TH.as<T>();
   return inputs<T>(qkv, qkv + shape.heads * shape.head_dim, shape.qkv_width(), shape, Visible::kCausal,
                    document_T, document_T);
@@ -43,10 +39,9 @@ AttentionInputs<T> self_inputs(const ConstTensorView& qkv_TH, const AttentionSha
 
 template <class T>
 AttentionInputs<T> pair_inputs(const ConstTensorView& qkv_TH, const ConstTensorView& kv_TK,
-                               const AttentionShape& shape, Visible visible,
-                               const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
-  return inputs<T>(qkv_TH.as<T>(), kv_TK.as<T>(), shape.kv_width(), shape, visible, document_T,
-                   key_document_T);
+                               const ChunkPair& pair) {
+  return inputs<T>(qkv_TH.as<T>(), kv_TK.as<T>(), pair.shape.kv_width(), pair.shape, pair.visible,
+                   pair.document_T, pair.key_document_T);
 }
 
 // One warp, one row of a head; out and lse are of two parts of one softmax, then of both.
@@ -89,7 +84,7 @@ void reorder(const Exec& ex, const TensorView& out, const ConstTensorView& in, c
 namespace portable {
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                       const AttentionShape& shape, const ConstTensorView* document_T) {
+                       const AttentionShape& shape, const ConstTensorView& document_T) {
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     attend(ex, out_TQ.as<T>(), lse_TN.as<float>(), self_inputs<T>(qkv_TH, shape, document_T),
@@ -98,41 +93,39 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
 }
 
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
-                        ConstTensorView out_TQ, ConstTensorView lse_TN, const AttentionShape& shape,
-                        const ConstTensorView* document_T) {
+                        const Attended& saved, const AttentionShape& shape,
+                        const ConstTensorView& document_T) {
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     T* dq = dqkv_TH.as<T>();
     T* dk = dq + shape.heads * shape.head_dim;
     const AttentionGradients<T, T> gradients{dq, dk, dk + shape.kv_heads * shape.head_dim, shape.qkv_width(),
                                              shape.qkv_width()};
-    attend_backward<false>(ex, gradients, dout_TQ.as<T>(), out_TQ.as<T>(), lse_TN.as<float>(),
+    attend_backward<false>(ex, gradients, dout_TQ.as<T>(), saved.out_TQ.as<T>(), saved.lse_TN.as<float>(),
                            self_inputs<T>(qkv_TH, shape, document_T), qkv_TH.shape[0]);
   });
 }
 
 void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                            ConstTensorView kv_TK, const AttentionShape& shape, Visible visible,
-                            const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+                            ConstTensorView kv_TK, const ChunkPair& pair) {
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
-    attend(ex, out_TQ.as<float>(), lse_TN.as<float>(),
-           pair_inputs<T>(qkv_TH, kv_TK, shape, visible, document_T, key_document_T), qkv_TH.shape[0]);
+    attend(ex, out_TQ.as<float>(), lse_TN.as<float>(), pair_inputs<T>(qkv_TH, kv_TK, pair), qkv_TH.shape[0]);
   });
 }
 
-void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
-                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
-                             ConstTensorView lse_TN, const AttentionShape& shape, Visible visible,
-                             const ConstTensorView* document_T, const ConstTensorView* key_document_T) {
+void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, const Attended& whole,
+                             const ChunkPair& pair) {
+  const AttentionShape& shape = pair.shape;
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
-    float* dk = dkv_TK.as<float>();
-    const AttentionGradients<T, float> gradients{dq_TQ.as<float>(), dk, dk + shape.kv_heads * shape.head_dim,
+    float* dk = g.dkv_TK.as<float>();
+    const AttentionGradients<T, float> gradients{g.dq_TQ.as<float>(), dk,
+                                                 dk + shape.kv_heads * shape.head_dim,
                                                  shape.heads * shape.head_dim, shape.kv_width()};
-    attend_backward<true>(ex, gradients, dout_TQ.as<T>(), out_TQ.as<T>(), lse_TN.as<float>(),
-                          pair_inputs<T>(qkv_TH, kv_TK, shape, visible, document_T, key_document_T),
-                          qkv_TH.shape[0]);
+    attend_backward<true>(ex, gradients, dout_TQ.as<T>(), whole.out_TQ.as<T>(), whole.lse_TN.as<float>(),
+                          pair_inputs<T>(qkv_TH, kv_TK, pair), qkv_TH.shape[0]);
   });
 }
 

@@ -7,17 +7,15 @@
 namespace upmoe::cuda::portable {
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                       const AttentionShape& shape, const ConstTensorView* document_T);
+                       const AttentionShape& shape, const ConstTensorView& document_T);
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
-                        ConstTensorView out_TQ, ConstTensorView lse_TN, const AttentionShape& shape,
-                        const ConstTensorView* document_T);
+                        const Attended& saved, const AttentionShape& shape,
+                        const ConstTensorView& document_T);
 void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
-                            ConstTensorView kv_TK, const AttentionShape& shape, Visible visible,
-                            const ConstTensorView* document_T, const ConstTensorView* key_document_T);
-void attention_pair_backward(Exec& ex, TensorView dq_TQ, TensorView dkv_TK, ConstTensorView dout_TQ,
-                             ConstTensorView qkv_TH, ConstTensorView kv_TK, ConstTensorView out_TQ,
-                             ConstTensorView lse_TN, const AttentionShape& shape, Visible visible,
-                             const ConstTensorView* document_T, const ConstTensorView* key_document_T);
+                            ConstTensorView kv_TK, const ChunkPair& pair);
+void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorView dout_TQ,
+                             ConstTensorView qkv_TH, ConstTensorView kv_TK, const Attended& whole,
+                             const ChunkPair& pair);
 
 // cuDNN keeps the rows' log-sum-exp by head, the layers by token: one from the other.
 void order_by_token(Exec& ex, TensorView lse_TN, ConstTensorView stats_BHS, const AttentionShape& shape);

@@ -15,12 +15,12 @@ __global__ void fill_rows(C* c, const B* bias, std::int64_t elements, std::int64
 
 }  // namespace
 
-void start_from_bias(const Exec& ex, const TensorView& c_MN, const ConstTensorView* bias_N) {
+void start_from_bias(const Exec& ex, const TensorView& c_MN, const ConstTensorView& bias_N) {
   with_float_type(c_MN.dtype, [&](auto c_type) {
-    with_float_type(bias_N != nullptr ? bias_N->dtype : DType::kF32, [&](auto b_type) {
+    with_float_type(bias_N.dtype, [&](auto b_type) {
       using C = decltype(c_type);
       using B = decltype(b_type);
-      const B* bias = bias_N != nullptr ? bias_N->as<B>() : nullptr;
+      const B* bias = bias_N.if_given<B>();
       launch(ex, blocks_for(c_MN.elements(), kThreads), kThreads, fill_rows<C, B>, c_MN.as<C>(), bias,
              c_MN.elements(), c_MN.shape[1]);
     });

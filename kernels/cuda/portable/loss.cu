@@ -147,18 +147,17 @@ __global__ void sharded_row(float* loss, T* dlogits, const float* logits, const 
 
 }  // namespace
 
-void cross_entropy(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV, ConstTensorView logits_CV,
-                   ConstTensorView targets_C, float scale) {
+void cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView logits_CV, ConstTensorView targets_C) {
   const std::int64_t vocab = logits_CV.shape[1];
   CudaStream& stream = stream_of(ex);
   stream.limit(Finding::kTarget, vocab);
-  with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
+  with_float_type(out.dlogits_CV.dtype, [&](auto type) {
     using T = decltype(type);
-    T* dlogits = dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr;
+    T* dlogits = out.dlogits_CV.if_given<T>();
     const bool wide = packs<kWide>(vocab, logits_CV.as<float>(), dlogits);
     launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads,
-           wide ? loss_row<kWide, T> : loss_row<1, T>, loss_C.as<float>(), dlogits, logits_CV.as<float>(),
-           targets_C.as<std::int32_t>(), vocab, scale, stream.findings());
+           wide ? loss_row<kWide, T> : loss_row<1, T>, out.loss_C.as<float>(), dlogits, logits_CV.as<float>(),
+           targets_C.as<std::int32_t>(), vocab, out.scale, stream.findings());
   });
 }
 
@@ -172,18 +171,17 @@ void cross_entropy_stats(Exec& ex, TensorView stats_C3, ConstTensorView logits_C
          shard.begin, shard.total, stream.findings());
 }
 
-void cross_entropy_sharded(Exec& ex, TensorView loss_C, const TensorView* dlogits_CV,
-                           ConstTensorView logits_CV, ConstTensorView targets_C, ConstTensorView stats_PC3,
-                           float scale, VocabShard shard) {
+void cross_entropy_sharded(Exec& ex, const TokenLosses& out, ConstTensorView logits_CV,
+                           ConstTensorView targets_C, ConstTensorView stats_PC3, VocabShard shard) {
   CudaStream& stream = stream_of(ex);
-  with_float_type(dlogits_CV != nullptr ? dlogits_CV->dtype : DType::kF32, [&](auto type) {
+  with_float_type(out.dlogits_CV.dtype, [&](auto type) {
     using T = decltype(type);
-    T* dlogits = dlogits_CV != nullptr ? dlogits_CV->as<T>() : nullptr;
+    T* dlogits = out.dlogits_CV.if_given<T>();
     const bool wide = packs<kWide>(logits_CV.shape[1], logits_CV.as<float>(), dlogits);
     launch(ex, static_cast<unsigned>(logits_CV.shape[0]), kRowThreads,
-           wide ? sharded_row<kWide, T> : sharded_row<1, T>, loss_C.as<float>(), dlogits,
+           wide ? sharded_row<kWide, T> : sharded_row<1, T>, out.loss_C.as<float>(), dlogits,
            logits_CV.as<float>(), targets_C.as<std::int32_t>(), stats_PC3.as<double>(), stats_PC3.shape[0],
-           logits_CV.shape[1], scale, shard.begin, shard.total, stream.findings());
+           logits_CV.shape[1], out.scale, shard.begin, shard.total, stream.findings());
   });
 }
 

@@ -58,17 +58,16 @@ __global__ void norm_row(T* y, T* sum, float* rstd, const T* x, const T* residua
 
 template <bool kResidual>
 void norm_forward(const Exec& ex, const TensorView& y_TD, const TensorView& sum_TD, const TensorView& rstd_T,
-                  const ConstTensorView& x_TD, const ConstTensorView& residual_TD, const ConstTensorView& w_D,
-                  float eps) {
+                  const ConstTensorView& x_TD, const ConstTensorView& residual_TD, const NormWeight& weight) {
   const std::int64_t width = x_TD.shape[1];
   with_float_type(x_TD.dtype, [&](auto type) {
     using T = decltype(type);
     T* sum = kResidual ? sum_TD.as<T>() : nullptr;
     const T* residual = kResidual ? residual_TD.as<T>() : nullptr;
-    const bool wide = packs<kPack<T>>(width, y_TD.as<T>(), sum, x_TD.as<T>(), residual, w_D.as<T>());
+    const bool wide = packs<kPack<T>>(width, y_TD.as<T>(), sum, x_TD.as<T>(), residual, weight.w_D.as<T>());
     launch(ex, static_cast<unsigned>(x_TD.shape[0]), kThreads,
            wide ? norm_row<kPack<T>, kResidual, T> : norm_row<1, kResidual, T>, y_TD.as<T>(), sum,
-           rstd_T.as<float>(), x_TD.as<T>(), residual, w_D.as<T>(), width, eps);
+           rstd_T.as<float>(), x_TD.as<T>(), residual, weight.w_D.as<T>(), width, weight.eps);
   });
 }
 
@@ -183,18 +182,19 @@ void one_pass(const Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, c
 
 }  // namespace
 
-void rms_norm_forward(Exec& ex, TensorView y_TD, TensorView rstd_T, ConstTensorView x_TD, ConstTensorView w_D,
-                      float eps) {
-  norm_forward<false>(ex, y_TD, {}, rstd_T, x_TD, {}, w_D, eps);
+void rms_norm_forward(Exec& ex, TensorView y_TD, TensorView rstd_T, ConstTensorView x_TD,
+                      const NormWeight& weight) {
+  norm_forward<false>(ex, y_TD, {}, rstd_T, x_TD, {}, weight);
 }
 
 void add_rms_norm_forward(Exec& ex, TensorView y_TD, TensorView sum_TD, TensorView rstd_T,
-                          ConstTensorView x_TD, ConstTensorView residual_TD, ConstTensorView w_D, float eps) {
-  norm_forward<true>(ex, y_TD, sum_TD, rstd_T, x_TD, residual_TD, w_D, eps);
+                          ConstTensorView x_TD, ConstTensorView residual_TD, const NormWeight& weight) {
+  norm_forward<true>(ex, y_TD, sum_TD, rstd_T, x_TD, residual_TD, weight);
 }
 
 void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
-                       ConstTensorView x_TD, ConstTensorView w_D, ConstTensorView rstd_T, Accumulate mode) {
+                       const NormedRows& normed, ConstTensorView w_D, Accumulate mode) {
+  const auto& [x_TD, rstd_T] = normed;
   const std::int64_t rows = x_TD.shape[0], width = x_TD.shape[1];
   const bool add = mode == Accumulate::kAdd;
   with_float_type(x_TD.dtype, [&](auto type) {

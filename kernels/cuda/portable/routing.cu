@@ -192,8 +192,8 @@ void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView
 }
 
 void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
-                           float z_scale, ConstTensorView probs_TE, ConstTensorView index_TK,
-                           ConstTensorView weight_TK, ConstTensorView lse_T, bool renormalize) {
+                           float z_scale, const Routes& routes, bool renormalize) {
+  const auto& [probs_TE, index_TK, weight_TK, lse_T] = routes;
   const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1];
   const RouteGradient g{
       dlogits_TE.as<float>(), dweight_TK.as<float>(), aux_E.as<float>(),           probs_TE.as<float>(),

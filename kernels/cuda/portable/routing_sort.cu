@@ -200,9 +200,9 @@ void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView 
                 counts_M.as<std::int32_t>());
 }
 
-void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, ConstTensorView order_X,
-                  std::span<const std::int64_t> counts_M, ConstTensorView index_TK, ConstTensorView weight_TK,
-                  std::span<const std::int64_t> node_begin) {
+void node_choices(Exec& ex, TensorView index_XK, TensorView weight_XK, const NodeRows& nodes,
+                  ConstTensorView index_TK, ConstTensorView weight_TK) {
+  const auto& [order_X, counts_M, node_begin] = nodes;
   const std::int64_t k = index_TK.shape[1], rows = index_XK.shape[0];
   std::vector<std::int64_t> first{0};
   for (std::int64_t n : counts_M) first.push_back(first.back() + n);

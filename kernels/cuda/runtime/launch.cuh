@@ -39,14 +39,6 @@ void launch(const Exec& ex, dim3 grid, dim3 block, void (*kernel)(Parameters...)
   launch_shared(ex, 0, grid, block, kernel, std::forward<Arguments>(arguments)...);
 }
 
-// body(T{}) with T = float or bf16.
-template <class Body>
-void with_float_type(DType dtype, Body&& body) {
-  if (dtype == DType::kBF16) return body(bf16{});
-  UPMOE_CHECK(dtype == DType::kF32, "expected fp32 or bf16, found {}", name_of(dtype));
-  body(float{});
-}
-
 #ifdef __CUDACC__
 template <class T>
 __device__ T* dynamic_shared() {

@@ -1,4 +1,4 @@
-#include "data/token_file_writer.h"
+#include "tests/support/token_file_writer.h"
 
 #include <fcntl.h>
 #include <hdf5.h>
