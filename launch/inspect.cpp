@@ -12,6 +12,7 @@
 #include "data/checkpoint_folder.h"
 #include "data/hf_model.h"
 #include "data/model_source.h"
+#include "data/run_metadata.h"
 #include "data/shard_store.h"
 #include "data/token_dataset.h"
 #include "kernels/core/log.h"
@@ -74,12 +75,10 @@ void require_finite(const fs::path& path, const std::string& name, const Box& bo
 
 json describe_checkpoint(const fs::path& path, bool verify) {
   const ShardStore store(path);
-  const json run = json::parse(store.metadata_json(), nullptr, false);
-  if (!run.is_object())
-    fail(ExitCode::kBadInput, "{}: 'run' is not an object", (path / "manifest.json").string());
-  json j{{"kind", "checkpoint"}, {"tensors", json::array()}};
-  for (const char* key : {"step", "samples", "tokens", "mesh", "source"})
-    if (run.contains(key)) j[key] = run[key];
+  const RunMetadata run = run_metadata_of(store);
+  json j{{"kind", "checkpoint"}, {"step", run.step},     {"samples", run.samples},
+         {"tokens", run.tokens}, {"source", run.source}, {"tensors", json::array()}};
+  if (run.mesh) j["mesh"] = *run.mesh;
   for (const auto& [key, t] : store.tensors())
     j["tensors"].push_back({{"name", key.first},
                             {"kind", key.second},

@@ -4,12 +4,12 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 
 #include "data/companions.h"
 #include "data/posix_file.h"
+#include "data/run_metadata.h"
 #include "data/shard_store.h"
 #include "data/staged_directory.h"
 #include "kernels/core/log.h"
@@ -339,13 +339,10 @@ class Upcycler {
 
   // A training run that finished no step and has seen no data: an order of data is what its next run makes.
   std::string checkpoint_metadata() const {
-    return nlohmann::json{{"step", 0},
-                          {"samples", 0},
-                          {"tokens", 0},
-                          {"model_config", to_hf_json(plan_->moe)},
-                          {"source", fs::absolute(options_.from).string()},
-                          {"data_fingerprint", ""}}
-        .dump();
+    RunMetadata run;
+    run.model_config = to_hf_json(plan_->moe);
+    run.source = fs::absolute(options_.from).string();
+    return run_metadata_json(run);
   }
 
   FillContext fill_context() {
