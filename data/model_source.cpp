@@ -89,13 +89,12 @@ std::string digest_of(const ModelSource& source) {
 
 namespace {
 
-std::unique_ptr<ModelSource> open_directory(const fs::path& path) {
+std::unique_ptr<ModelSource> open_directory(const fs::path& given) {
+  const fs::path path = newest_if_run(given);
   if (!fs::is_directory(path))
     fail(ExitCode::kBadInput, "{}: {}, expected a model directory or a checkpoint{}", path.string(),
          fs::exists(path) ? "a file" : "does not exist", model_folder_hint(path));
   if (fs::exists(path / "manifest.json")) return std::make_unique<CheckpointSource>(path);
-  if (fs::is_directory(path / "checkpoints"))
-    return std::make_unique<CheckpointSource>(newest_checkpoint(path));
   if (fs::exists(path / "config.json")) return std::make_unique<HfSource>(path);
   fail(
       ExitCode::kBadInput,

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "data/checkpoint_folder.h"
 #include "data/run_metadata.h"
 #include "data/shard_store.h"
 #include "kernels/core/philox.h"
@@ -103,7 +104,7 @@ void Resumption::require_same_model(const std::string& source_digest, const std:
     return;
   }
   // A run that this one started from may have gone on: its newest checkpoint is another one now.
-  const bool moves_on = same && fs::is_directory(fs::path(asked) / "checkpoints");
+  const bool moves_on = same && is_run_directory(asked);
   if (!differs.empty() && moves_on)
     remarks_.push_back(
         fmt::format("{} holds another checkpoint than this run started from", now_.model.path));
