@@ -10,8 +10,8 @@
 #include "data/companions.h"
 #include "data/posix_file.h"
 #include "data/run_metadata.h"
-#include "data/shard_store.h"
 #include "data/staged_directory.h"
+#include "data/store_writer.h"
 #include "kernels/core/log.h"
 #include "parallel/texts.h"
 #include "parallel/threads.h"
@@ -226,8 +226,9 @@ class Upcycler {
                            piece_bytes());
     on_rank_0([&] {
       require_free_space(stage_->target(), StoreWriter::space_for(bytes_needed()), options_.free_space);
+      stage_->create();
     });
-    StoreWriter writer(folder_, comm_, share.bytes());
+    StoreWriter writer = StoreWriter::in(folder_, comm_);
     std::vector<double> errors(plan_->recipe.layers.size(), 0.0);
     writer.write(share.pieces(), [&](const PutBlock& put) { write_share(share, put, errors); });
     add_up(errors);
