@@ -8,6 +8,7 @@
 #include <set>
 
 #include "data/companions.h"
+#include "data/hf_writer.h"
 #include "data/posix_file.h"
 #include "data/run_metadata.h"
 #include "data/staged_directory.h"
@@ -18,6 +19,7 @@
 #include "upcycle/layer_error.h"
 #include "upcycle/output_files.h"
 #include "upcycle/progress.h"
+#include "upcycle/recipe_table.h"
 #include "upcycle/report.h"
 #include "upcycle/source_survey.h"
 #include "upcycle/store_share.h"

@@ -8,6 +8,7 @@
 #include <map>
 #include <random>
 
+#include "configs/run_problems.h"
 #include "data/token_file_writer.h"
 #include "kernels/core/gpu.h"
 #include "launch/command_line.h"

@@ -10,6 +10,7 @@
 #include "data/shard_store.h"
 #include "data/store_writer.h"
 #include "kernels/core/philox.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/random_box.h"
 #include "tests/support/temporary_directory.h"
 

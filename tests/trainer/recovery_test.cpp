@@ -5,6 +5,7 @@
 #include "data/manifest.h"
 #include "data/posix_file.h"
 #include "data/run_metadata.h"
+#include "parallel/thread_comm.h"
 #include "tests/trainer/whole_run.h"
 
 namespace upmoe::test {

@@ -4,10 +4,6 @@
 
 namespace upmoe {
 
-Param Param::as(Shape shape) const {
-  return Param{value.reshape(shape), wants_grad() ? grad.reshape(shape) : TensorView{}};
-}
-
 void Linear::forward(Exec& ex, TensorView y_TN, ConstTensorView x_TK) const {
   if (bias_N) {
     const ConstTensorView bias = bias_N->value;
