@@ -1,4 +1,4 @@
-// What a run that is not possible could be instead.
+#include "configs/nearest_meshes.h"
 
 #include <fmt/format.h>
 
@@ -6,7 +6,7 @@
 #include <array>
 #include <cmath>
 
-#include "configs/run_config.h"
+#include "configs/run_problems.h"
 
 namespace upmoe {
 namespace {

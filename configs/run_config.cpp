@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "configs/run_notes.h"
 #include "configs/run_schema.h"
 #include "kernels/core/tensor.h"
 

@@ -93,17 +93,6 @@ struct RunConfig {
 RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
 RunConfig parse_run_config(const std::string& yaml, const std::string& where,
                            const std::vector<std::string>& overrides);
-// Problems that need the number of ranks or the model: batch against dp, axes not built yet, ep against
-// experts, sequence length against positions. All of them, one sentence each; empty when the run is possible.
-std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size);
-// Up to `most` meshes of world_size ranks that this run and model allow, those nearest to the run's first (an
-// axis doubled or halved is one step); empty when no mesh near it helps.
-std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig& model, int world_size,
-                                        std::size_t most = 3);
-// Keys that were changed from their defaults and have no effect beside the others, one sentence each; with
-// the model, those that depend on it alone.
-std::vector<std::string> without_effect(const RunConfig& run);
-std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig& model);
 std::string run_config_reference();         // every key: type, range, default; one line each
 std::string run_config_help();              // every key with its meaning, for people
 std::string to_yaml(const RunConfig& run);  // the resolved configuration; reading it gives the same run

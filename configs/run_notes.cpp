@@ -1,12 +1,10 @@
-// What a run configuration asks for in vain: said, not refused, because a key may wait for another
-// value of its neighbour.
+#include "configs/run_notes.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <map>
 
-#include "configs/model_config.h"
 #include "configs/run_schema.h"
 
 namespace upmoe {

@@ -1,12 +1,9 @@
-// What can be wrong between a run, its model and the number of ranks.
+#include "configs/run_problems.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <utility>
-
-#include "configs/model_config.h"
-#include "configs/run_config.h"
 
 namespace upmoe {
 namespace {

@@ -18,7 +18,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr std::string_view kPrefix = "step_", kAside = ".aside";
+constexpr std::string_view kPrefix = "step_", kAside = ".aside", kCheckpoints = "checkpoints";
 
 bool is_digits(std::string_view text) {
   return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
@@ -108,17 +108,22 @@ std::optional<StoreFault> structural_fault(const fs::path& store) {
   return fault_of([&] { const ShardStore opened(store); });
 }
 
-fs::path newest_checkpoint(const fs::path& run_dir) {
-  const std::vector<fs::path> all = checkpoint_folders(run_dir / "checkpoints");
+bool is_run_directory(const fs::path& path) {
+  return !fs::exists(path / "manifest.json") && fs::is_directory(path / kCheckpoints);
+}
+
+fs::path newest_if_run(const fs::path& path) {
+  if (!is_run_directory(path)) return path;
+  const std::vector<fs::path> all = checkpoint_folders(path / kCheckpoints);
   for (auto it = all.rbegin(); it != all.rend(); ++it) {
     const std::optional<StoreFault> fault = structural_fault(*it);
     if (!fault) return *it;
     log::warning("checkpoint {} is not usable and is passed over: {}", it->string(), fault->reason);
   }
   if (all.empty())
-    fail(ExitCode::kBadInput, "{}: a run directory without a complete checkpoint", run_dir.string());
+    fail(ExitCode::kBadInput, "{}: a run directory without a complete checkpoint", path.string());
   fail(ExitCode::kBadInput, "{}: none of its {} checkpoints can be used; see the warnings above",
-       run_dir.string(), all.size());
+       path.string(), all.size());
 }
 
 bool remove_store(const fs::path& folder) {

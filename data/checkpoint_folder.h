@@ -37,9 +37,10 @@ std::optional<StoreFault> fault_of(const std::function<void()>& look);
 // The same for opening it: manifest, presence and sizes of its files; no contents are read.
 std::optional<StoreFault> structural_fault(const std::filesystem::path& store);
 
-// The newest checkpoint of a run directory, for reading: those that cannot be opened are passed over with a
-// warning. Throws Error(kBadInput) when there is none.
-std::filesystem::path newest_checkpoint(const std::filesystem::path& run_dir);
+bool is_run_directory(const std::filesystem::path& path);
+// For reading, a run directory stands for its newest checkpoint: those that cannot be opened are passed over with
+// a warning. Throws Error(kBadInput) when there is none. Any other path stands for itself.
+std::filesystem::path newest_if_run(const std::filesystem::path& path);
 
 // Removes a folder that a store lies in, or part of one: files of the names that a store writer gives, then
 // the folder. False when something else lies there, which stays.

@@ -1,13 +1,9 @@
-// Our parameters as the tensors that transformers writes: the family names them (configs/families), their shapes and
-// parts follow from the parameter's dims.
+#include "data/hf_names.h"
 
 #include <algorithm>
 #include <map>
 #include <span>
 #include <utility>
-
-#include "configs/families/family.h"
-#include "data/hf_model.h"
 
 namespace upmoe {
 

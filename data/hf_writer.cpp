@@ -1,8 +1,10 @@
+#include "data/hf_writer.h"
+
 #include <nlohmann/json.hpp>
 
 #include "data/companions.h"
 #include "data/folder.h"
-#include "data/hf_model.h"
+#include "data/hf_names.h"
 #include "data/posix_file.h"
 #include "data/staged_directory.h"
 #include "parallel/watchdog.h"

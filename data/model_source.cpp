@@ -1,12 +1,11 @@
 #include "data/model_source.h"
 
-#include <nlohmann/json.hpp>
-
 #include "configs/model_folder.h"
 #include "data/checkpoint_folder.h"
 #include "data/companions.h"
 #include "data/crc.h"
 #include "data/hf_model.h"
+#include "data/run_metadata.h"
 #include "data/shard_store.h"
 #include "kernels/core/philox.h"
 #include "kernels/core/system_error.h"
@@ -36,14 +35,9 @@ class HfSource final : public ModelSource {
 class CheckpointSource final : public ModelSource {
  public:
   explicit CheckpointSource(const fs::path& dir) : dir_(dir), store_(dir) {
-    const std::string where = (dir / "manifest.json").string();
-    try {
-      const auto run = nlohmann::json::parse(store_.metadata_json());
-      config_ = parse_model_config(run.at("model_config").get<std::string>(), where);
-      companions_ = !companions_in(dir).empty() ? dir : fs::path(run.at("source").get<std::string>());
-    } catch (const nlohmann::json::exception& e) {
-      fail(ExitCode::kBadInput, "{}: not the checkpoint of a training run: {}", where, e.what());
-    }
+    const RunMetadata run = run_metadata_of(store_);
+    config_ = parse_model_config(run.model_config, (dir / "manifest.json").string());
+    companions_ = !companions_in(dir).empty() ? dir : fs::path(run.source);
     if (!fs::is_directory(companions_)) companions_.clear();
   }
   const ModelConfig& config() const override { return config_; }
@@ -95,13 +89,12 @@ std::string digest_of(const ModelSource& source) {
 
 namespace {
 
-std::unique_ptr<ModelSource> open_directory(const fs::path& path) {
+std::unique_ptr<ModelSource> open_directory(const fs::path& given) {
+  const fs::path path = newest_if_run(given);
   if (!fs::is_directory(path))
     fail(ExitCode::kBadInput, "{}: {}, expected a model directory or a checkpoint{}", path.string(),
          fs::exists(path) ? "a file" : "does not exist", model_folder_hint(path));
   if (fs::exists(path / "manifest.json")) return std::make_unique<CheckpointSource>(path);
-  if (fs::is_directory(path / "checkpoints"))
-    return std::make_unique<CheckpointSource>(newest_checkpoint(path));
   if (fs::exists(path / "config.json")) return std::make_unique<HfSource>(path);
   fail(
       ExitCode::kBadInput,

@@ -10,7 +10,7 @@
 
 #include "data/direct_file.h"
 #include "data/manifest.h"
-#include "data/shard_store.h"
+#include "data/store_writer.h"
 
 namespace upmoe {
 

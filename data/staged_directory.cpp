@@ -135,15 +135,6 @@ void clear_leftovers(const fs::path& container, const fs::path& target) {
   if (!parts.empty()) log::info("{}: removed what an interrupted job had left", target.string());
 }
 
-void rename_to(const fs::path& partial, const fs::path& target) {
-  if (::rename(partial.c_str(), target.c_str()) == 0) return;
-  const int error = errno;
-  if (error == ENOTEMPTY || error == EEXIST || error == ENOTDIR || error == EISDIR)
-    fail(ExitCode::kBadInput, "{}: came into being while the output was prepared; it is left as it is",
-         target.string());
-  throw SystemError(target, "giving it its name", error);
-}
-
 // Also when that cannot be seen.
 bool may_hold_parts(const fs::path& container) noexcept {
   std::error_code error;
@@ -158,18 +149,6 @@ void remove_quietly(const fs::path& path) noexcept {
 }
 
 }  // namespace
-
-bool confirm_name(const fs::path& path) {
-  try {
-    sync_path(fs::absolute(path).parent_path());
-    return true;
-  } catch (const Error& e) {
-    log::warning(
-        "{} is complete, but the disk did not confirm its name, and a power cut may still lose it: {}",
-        path.string(), e.what());
-    return false;
-  }
-}
 
 fs::path resolved(const fs::path& path) {
   const fs::path full = fs::weakly_canonical(fs::absolute(path)).lexically_normal();
@@ -214,34 +193,22 @@ void StagedDirectory::prepare(const std::vector<fs::path>& inputs) {
     log::warning("{}: this file system has no locks; do not start two jobs with one output",
                  target_.string());
   }
-  path_ = container_ / fmt::format("{}{:08x}", kPartPrefix, std::random_device{}());
+  part_.emplace(container_ / fmt::format("{}{:08x}", kPartPrefix, std::random_device{}()), target_,
+                Existing::kReplaced, remove_quietly);
 }
 
 StagedDirectory::~StagedDirectory() {
   std::error_code ignored;
-  if (!committed_ && !path_.empty()) {
-    remove_quietly(path_);
-    remove_quietly(with_suffix(path_, ".tmp"));  // of a store
-  }
+  const bool committed = part_ && part_->committed();
+  part_.reset();
   if (lock_ >= 0) {
     // While the lock is held: nobody else's can stand there. A part that could not be removed is ours by it alone.
     if (!may_hold_parts(container_)) fs::remove(container_ / kLockName, ignored);
     ::close(lock_);
     fs::remove(container_, ignored);  // stays where there is something of somebody else in it
   }
-  if (committed_) return;
+  if (committed) return;
   for (auto it = parents_.rbegin(); it != parents_.rend(); ++it) fs::remove(*it, ignored);
-}
-
-void StagedDirectory::create() {
-  with_system_errors([&] { fs::create_directory(path_); });
-}
-
-void StagedDirectory::commit() {
-  sync_path(path_);
-  rename_to(path_, target_);
-  committed_ = true;
-  confirm_name(target_);
 }
 
 StagedFile::StagedFile(const fs::path& to, const std::vector<fs::path>& inputs) {
@@ -275,10 +242,8 @@ void StagedFile::write(std::span<const std::byte> bytes) {
 }
 
 void StagedFile::commit() {
-  file_->sync();
-  rename_to(partial_, target_);
+  give_name(partial_, target_, Existing::kReplaced);
   committed_ = true;
-  confirm_name(target_);
 }
 
 void replace_text(const fs::path& path, const std::string& text) {

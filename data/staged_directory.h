@@ -9,20 +9,18 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "data/partial_folder.h"
 #include "data/posix_file.h"
 
 namespace upmoe {
 
 // Absolute, without links, dots or trailing slash; the last parts need not exist.
 std::filesystem::path resolved(const std::filesystem::path& path);
-
-// After a rename: what has got its name `path` is there, whatever happens now. False, and a warning, when
-// only a power cut could still take the name away.
-bool confirm_name(const std::filesystem::path& path);
 
 // Where a new folder would lie, after every check that needs no writing. `inputs`: folders that are read; the
 // output may lie in none of them and contain none. Throws Error(kUsage): overlaps an input, exists and is no
@@ -39,19 +37,17 @@ class StagedDirectory {
   ~StagedDirectory();  // removes everything again, unless commit() returned
   StagedDirectory(const StagedDirectory&) = delete;
   const std::filesystem::path& target() const { return target_; }
-  const std::filesystem::path& path() const { return path_; }  // the folder to fill; not made yet
-  void create();                                               // makes path()
-  // Gives the folder its name, all of it fsynced but for the contents of its files. An error after that
-  // moment is a warning: the output is complete, only a power cut could still take its name away.
-  void commit();
+  const std::filesystem::path& path() const { return part_->path(); }  // the folder to fill; not made yet
+  void create() { part_->create(); }
+  void commit() { part_->commit(); }  // give_name: fsync the files first
 
  private:
   explicit StagedDirectory(std::filesystem::path target);  // nothing made yet
   void prepare(const std::vector<std::filesystem::path>& inputs);
-  std::filesystem::path target_, container_, path_;
+  std::filesystem::path target_, container_;
+  std::optional<PartialFolder> part_;           // in the container
   std::vector<std::filesystem::path> parents_;  // made here, outermost first
   int lock_ = -1;
-  bool committed_ = false;
 };
 
 // The same for one file, which replaces an older one of its name.

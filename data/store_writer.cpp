@@ -1,11 +1,14 @@
+#include "data/store_writer.h"
+
+#include <optional>
+
 #include "data/checkpoint_folder.h"
 #include "data/folder.h"
 #include "data/hdf5_file.h"
 #include "data/manifest.h"
+#include "data/partial_folder.h"
 #include "data/posix_file.h"
-#include "data/shard_store.h"
 #include "data/shard_writer.h"
-#include "data/staged_directory.h"
 #include "kernels/core/log.h"
 #include "parallel/texts.h"
 
@@ -14,14 +17,13 @@ namespace upmoe {
 namespace fs = std::filesystem;
 
 struct StoreWriter::Impl {
-  fs::path dir, partial;  // DIR and DIR.tmp
+  fs::path folder;  // to be filled
   int rank = 0;
-  Manifest shard;     // this rank's file and what is in it
-  std::string error;  // of write()
+  std::optional<PartialFolder> stage;  // of rank 0, unless the caller stages
+  Manifest shard;                      // this rank's file and what is in it
+  std::string error;                   // of write()
   ExitCode code = ExitCode::kBadInput;
-  bool made = false;      // the partial folder, by rank 0
   bool no_space = false;  // why write() or commit() failed, on this rank
-  bool committed = false;
 };
 
 namespace {
@@ -32,13 +34,6 @@ void clear_partial(const fs::path& partial) {
   const fs::path to = set_aside(partial);
   log::warning("{} stands where a checkpoint is prepared, and holds what no run left: set aside as {}",
                partial.string(), to.filename().string());
-}
-
-void remove_quietly(const fs::path& partial) {
-  try {
-    remove_store(partial);
-  } catch (const Error&) {  // a leftover .tmp folder is never opened and the next save replaces it
-  }
 }
 
 void write_index(const fs::path& folder, const Manifest& manifest) {
@@ -64,11 +59,21 @@ bool is_no_space(const Error& e) {
 
 }  // namespace
 
+StoreWriter::StoreWriter(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+StoreWriter::~StoreWriter() = default;
+
+StoreWriter StoreWriter::in(const fs::path& folder, const Communicator& world) {
+  auto impl = std::make_unique<Impl>();
+  impl->folder = folder;
+  impl->rank = world.rank();
+  return StoreWriter(std::move(impl));
+}
+
 StoreWriter::StoreWriter(const fs::path& dir, Communicator& world, std::uint64_t bytes)
     : impl_(std::make_unique<Impl>()) {
-  impl_->dir = dir;
-  impl_->partial = dir;
-  impl_->partial += ".tmp";
+  impl_->folder = dir;
+  impl_->folder += ".tmp";
   impl_->rank = world.rank();
   auto total = static_cast<std::int64_t>(bytes);
   world.all_reduce(host_view(&total, {1}), ReduceOp::kSum);
@@ -77,15 +82,11 @@ StoreWriter::StoreWriter(const fs::path& dir, Communicator& world, std::uint64_t
     if (path_exists(dir)) fail(ExitCode::kBadInput, "{}: exists already", dir.string());
     const fs::path parent = fs::absolute(dir).parent_path();
     make_folders(parent);
-    clear_partial(impl_->partial);
+    clear_partial(impl_->folder);
     require_free_space(parent, StoreWriter::space_for(static_cast<std::uint64_t>(total)));
-    make_folder(impl_->partial);
-    impl_->made = true;
+    impl_->stage.emplace(impl_->folder, dir, Existing::kStays, remove_store);
+    impl_->stage->create();
   });
-}
-
-StoreWriter::~StoreWriter() {
-  if (impl_->made && !impl_->committed) remove_quietly(impl_->partial);
 }
 
 void StoreWriter::write(const std::vector<StorePiece>& pieces) noexcept {
@@ -95,7 +96,7 @@ void StoreWriter::write(const std::vector<StorePiece>& pieces) noexcept {
 void StoreWriter::write(const std::vector<StorePiece>& pieces,
                         const std::function<void(const PutBlock& put)>& produce) noexcept {
   try {
-    ShardWriter shard(impl_->partial, impl_->rank, pieces);
+    ShardWriter shard(impl_->folder, impl_->rank, pieces);
     shard.write_values();
     if (produce)
       produce([&](const StoreBlock& block, std::span<const std::byte> values) { shard.put(block, values); });
@@ -110,14 +111,14 @@ void StoreWriter::write(const std::vector<StorePiece>& pieces,
 }
 
 // On rank 0: all that is beside the shards, then the name.
-void StoreWriter::complete(Manifest manifest, const AddFiles& add_files) {
-  write_index(impl_->partial, manifest);
-  const fs::path index = impl_->partial / "index.h5";
+bool StoreWriter::complete(Manifest manifest, const AddFiles& add_files) {
+  const fs::path& folder = impl_->folder;
+  write_index(folder, manifest);
+  const fs::path index = folder / "index.h5";
   manifest.files.push_back({"index.h5", PosixFile::open_read(index).size(), crc32c_of_file(index)});
-  if (add_files) add_files(impl_->partial);
-  write_text_synced(impl_->partial / "manifest.json", manifest_json(manifest));
-  sync_path(impl_->partial);
-  move_path(impl_->partial, impl_->dir);  // the one moment at which the checkpoint comes into being
+  if (add_files) add_files(folder);
+  write_text_synced(folder / "manifest.json", manifest_json(manifest));
+  return !impl_->stage || impl_->stage->commit();
 }
 
 bool StoreWriter::lacked_space() const {
@@ -135,14 +136,12 @@ bool StoreWriter::commit(Communicator& world, const std::string& metadata_json, 
   run_agreed(world, [&] {
     if (world.rank() != 0) return;
     try {
-      complete(merged(shards, metadata_json), add_files);
+      durable = complete(merged(shards, metadata_json), add_files) ? 1 : 0;
     } catch (const Error& e) {
       impl_->no_space = is_no_space(e);
       throw;
     }
-    durable = confirm_name(impl_->dir) ? 1 : 0;
   });
-  impl_->committed = true;
   world.broadcast(host_view(&durable, {1}), 0);
   return durable == 1;
 }

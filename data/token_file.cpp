@@ -1,6 +1,4 @@
-// Opening and reading a token file. Its structure is read without the HDF5 library, which trusts what it
-// reads (hdf5_structure.h); every size is compared with the file. Tokens are read by position, not mapped: a
-// file that becomes shorter is an error with a name, not a signal.
+#include "data/token_file.h"
 
 #include <fmt/format.h>
 
@@ -11,7 +9,6 @@
 
 #include "data/crc.h"
 #include "data/hdf5_structure.h"
-#include "data/token_dataset.h"
 #include "data/token_file_format.h"
 #include "kernels/core/check.h"
 
@@ -31,29 +28,6 @@ std::vector<T> read_numbers(const PosixFile& file, const Hdf5Structure::Extent& 
 }
 
 }  // namespace
-
-std::string token_file_summary(const TokenFileFacts& f) {
-  return fmt::format("{} vocab_size {} eos_id {} tokenizer_sha256 {} tokens {} documents {}\n",
-                     kTokenFileFormat, f.vocab_size, f.eos_id, f.tokenizer_sha256, f.num_tokens,
-                     f.num_documents);
-}
-
-std::uint32_t token_file_checksum(const TokenFileFacts& facts, std::span<const std::int64_t> document_ends,
-                                  std::span<const std::uint32_t> chunks) {
-  const std::string summary = token_file_summary(facts);
-  const std::uint32_t first = crc32(summary.data(), summary.size());
-  return crc32(chunks.data(), chunks.size_bytes(),
-               crc32(document_ends.data(), document_ends.size_bytes(), first));
-}
-
-std::vector<std::uint32_t> checksums_of_chunks(std::span<const std::uint32_t> tokens) {
-  std::vector<std::uint32_t> sums;
-  for (; !tokens.empty(); tokens = tokens.subspan(std::min(tokens.size(), kTokenFileChunk))) {
-    const auto chunk = tokens.first(std::min(tokens.size(), kTokenFileChunk));
-    sums.push_back(crc32(chunk.data(), chunk.size_bytes()));
-  }
-  return sums;
-}
 
 TokenFile::TokenFile(const std::filesystem::path& path)
     : file_(PosixFile::open_read(path)), opened_(file_.stamp()) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The layering rule as a test: who may include whom, and where each third-party library lives.
+"""The layering rule as a test: who may include whom, which header declares what, where third-party libraries live.
 
-Reads every #include of the C++ sources under the folders below. Two tables decide; changing the architecture means
+Reads every #include of the C++ sources under the folders below. Three tables decide; changing the architecture means
 changing them here, in the open.
 """
 
@@ -40,6 +40,37 @@ BETWEEN_OPS_AND_BACKENDS = {"kernels/ops/backend.h", "kernels/ops/op_names.inc",
 # The files of kernels/cuda with inline assembly. The pretended GPU finds another file first by the path of each.
 INLINE_ASSEMBLY = {"kernels/cuda/sm90/sm90_ptx.cuh"}
 TWINS = "tests/support/fake_cuda/"
+
+# A source's functions are declared in the header of its name, which it includes: beside it or, of an op's backends,
+# in kernels/ops. The exceptions, each with the header that has them:
+DECLARED_IN = {
+    # a constant in a file with compiler options of its own
+    "kernels/core/compiled_features.cpp": "kernels/core/processor.h",
+    # several files of one family of ops
+    "kernels/cpu/attention_backward.cpp": "kernels/ops/backend.h",
+    "kernels/cpu/rope.cpp": "kernels/ops/attention.h",
+    "kernels/cuda/portable/attention_backward.cu": "kernels/cuda/portable/attention_tiles.cuh",
+    "kernels/cuda/portable/attention_forward.cu": "kernels/cuda/portable/attention_tiles.cuh",
+    "kernels/cuda/portable/rope.cu": "kernels/ops/attention.h",
+    "kernels/cuda/portable/routing_sort.cu": "kernels/ops/routing.h",
+    # two ways to compute what one header describes
+    "kernels/cpu/onednn_product.cpp": "kernels/cpu/dense_product.h",
+    "kernels/cpu/packed_product.cpp": "kernels/cpu/dense_product.h",
+    # what kernels/core may call of a GPU, without knowing CUDA
+    "kernels/cuda/portable/slice_sums.cu": "kernels/core/gpu.h",
+    "kernels/cuda/runtime/device.cu": "kernels/core/gpu.h",
+    "kernels/cuda/runtime/memory.cu": "kernels/core/gpu.h",
+    # what stands in for a library that a build does without
+    "kernels/cuda/library/cudnn_sdpa_stub.cpp": "kernels/cuda/library/cudnn_sdpa.h",
+    "kernels/cuda/stub.cpp": "kernels/core/gpu.h",
+    "parallel/mpi_stub.cpp": "parallel/mpi_comm.h",
+    "parallel/nccl_stub.cpp": "parallel/nccl_comm.h",
+    # the second half of a class
+    "data/hdf5_values.cpp": "data/hdf5_cursor.h",
+    # one table of commands
+    **{f"launch/{command}.cpp": "launch/commands.h"
+       for command in ("eval", "export", "inspect", "main", "report", "train", "upcycle")},
+}
 
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the
 # libraries of IN_HEADERS, so that what includes them compiles without the others; a .cuh is for kernels/cuda alone.
@@ -106,6 +137,19 @@ def check_foreign(path, layer, header):
     return None
 
 
+def check_header(root, path, text):
+    """Whether a source of the product includes the header that declares what it defines."""
+    stem = Path(path).with_suffix("")
+    homes = [str(stem) + suffix for suffix in (".h", ".cuh")]
+    if path.startswith(("kernels/cpu/", "kernels/cuda/")):
+        homes.append(f"kernels/ops/{stem.name}.h")
+    if path in DECLARED_IN:
+        homes = [DECLARED_IN[path]]
+    if not any((root / home).is_file() and f'#include "{home}"' in text for home in homes):
+        return f"{path}: includes no header of its name ({homes[0]}); declare there what it defines"
+    return None
+
+
 def check_file(root, path):
     layer = layer_of(path)
     if layer is None:
@@ -113,7 +157,10 @@ def check_file(root, path):
         return
     if path in INLINE_ASSEMBLY and not (root / (TWINS + path)).is_file():
         yield f"{path}: no {TWINS + path}, which the pretended GPU must find in its place"
-    for number, line in enumerate((root / path).read_text(encoding="utf-8").splitlines(), 1):
+    text = (root / path).read_text(encoding="utf-8")
+    if layer != "tests" and Path(path).suffix in {".cpp", ".cu"} and (problem := check_header(root, path, text)):
+        yield problem
+    for number, line in enumerate(text.splitlines(), 1):
         if layer.startswith("kernels/cuda") and ASSEMBLY.search(line) and path not in INLINE_ASSEMBLY:
             yield f"{path}:{number}: inline assembly belongs in {', '.join(sorted(INLINE_ASSEMBLY))}"
         match = INCLUDE.match(line)

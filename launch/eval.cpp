@@ -17,6 +17,7 @@
 #include "launch/output.h"
 #include "parallel/stage_plan.h"
 #include "trainer/evaluation.h"
+#include "trainer/model/make_transformer.h"
 #include "trainer/session.h"
 
 namespace upmoe {

@@ -2,6 +2,7 @@
 
 #include "configs/run_choices.h"
 #include "data/hf_model.h"
+#include "data/hf_writer.h"
 #include "data/model_source.h"
 #include "data/staged_directory.h"
 #include "kernels/core/log.h"

@@ -1,12 +1,7 @@
-// A communicator that compares what the ranks are about to do before they do it: ranks that have lost step
-// get a message with both ranks and both verbs, where a bare transport would hang or mix up two messages.
-// Every verb waits for the whole group first, which costs a round trip and hides no transfer: for tests and
-// for finding a bug, not for training.
+#include "parallel/checked_comm.h"
 
 #include <algorithm>
 #include <type_traits>
-
-#include "parallel/communicator.h"
 
 namespace upmoe {
 

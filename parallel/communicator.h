@@ -109,17 +109,6 @@ class Communicator {
 
 std::size_t row_bytes(const ConstTensorView& t);  // of one row of the first dim
 
-std::unique_ptr<Communicator> make_self_communicator();
-// Rank `rank` of a world of `size` that does not exist: nothing moves, outputs stay as they are.
-std::unique_ptr<Communicator> make_dry_communicator(int rank, int size);
-// The same communicator, comparing verb, shape, dtype and row counts across the ranks before each verb: ranks
-// out of step raise Error(kCommunicator) that names both ranks and verbs. For tests and for finding bugs:
-// each verb then waits for the whole group, so all groups must be used in one order as well.
-std::unique_ptr<Communicator> make_checked_communicator(std::unique_ptr<Communicator> comm);
-// Runs body on `ranks` threads of this process, each with its own communicator. The first exception of any
-// rank unblocks the others and is rethrown here.
-void run_in_threads(int ranks, const std::function<void(Communicator&)>& body);
-
 // Thrown on ranks that are fine because a peer is not; the peer prints.
 class PeerError : public Error {
  public:

@@ -1,8 +1,6 @@
-// Rank r of a world that does not exist: the verbs check and book what a real transport would send, and nothing moves.
+#include "parallel/dry_comm.h"
 
 #include <algorithm>
-
-#include "parallel/communicator.h"
 
 namespace upmoe {
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "parallel/self_comm.h"
+
 namespace upmoe {
 
 const char* name_of(Axis axis) {

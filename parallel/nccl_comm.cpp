@@ -5,6 +5,7 @@
 #include <map>
 
 #include "parallel/nccl_channel.h"
+#include "parallel/self_comm.h"
 
 namespace upmoe {
 

@@ -17,6 +17,7 @@
 #include "parallel/host.h"
 #include "parallel/mpi_comm.h"
 #include "parallel/nccl_comm.h"
+#include "parallel/self_comm.h"
 #include "parallel/watchdog.h"
 
 namespace upmoe {

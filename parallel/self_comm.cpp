@@ -1,9 +1,8 @@
-// One rank alone: every verb is a copy to itself.
+#include "parallel/self_comm.h"
 
 #include <cstring>
 
 #include "kernels/core/gpu.h"
-#include "parallel/communicator.h"
 #include "parallel/watchdog.h"
 
 namespace upmoe {

@@ -1,5 +1,4 @@
-// Ranks as threads of one process. A verb publishes a copy of what it sends; waiting means waiting for
-// everybody's copy. Nobody waits for its own copy to be read, so any order of waits is free of deadlock.
+#include "parallel/thread_comm.h"
 
 #include <condition_variable>
 #include <cstring>
@@ -10,7 +9,6 @@
 #include <thread>
 #include <vector>
 
-#include "parallel/communicator.h"
 #include "parallel/reduce.h"
 #include "parallel/watchdog.h"
 

@@ -1,9 +1,9 @@
 #include "trainer/checkpoint.h"
 
 #include <atomic>
-#include <nlohmann/json.hpp>
 
 #include "data/checkpoint_folder.h"
+#include "data/run_metadata.h"
 #include "kernels/ops/transfer.h"
 #include "parallel/watchdog.h"
 
@@ -21,17 +21,15 @@ struct CheckpointWriter::Staged {
 namespace {
 
 std::string metadata_of(const Session& s, const TrainState& state) {
-  const std::int64_t tokens = state.samples * s.run.data.seq_len;
-  return nlohmann::json{{"step", state.step},
-                        {"samples", state.samples},
-                        {"tokens", tokens},
-                        {"config", to_yaml(s.run)},
-                        {"model_config", to_hf_json(s.config)},
-                        {"source", state.source},
-                        {"source_digest", state.source_digest},
-                        {"mesh", s.mesh.spec().str()},
-                        {"data_fingerprint", state.fingerprint}}
-      .dump();
+  return run_metadata_json({.step = state.step,
+                            .samples = state.samples,
+                            .tokens = state.samples * s.run.data.seq_len,
+                            .model_config = to_hf_json(s.config),
+                            .source = state.source,
+                            .data_fingerprint = state.fingerprint,
+                            .config = to_yaml(s.run),
+                            .mesh = s.mesh.spec().str(),
+                            .source_digest = state.source_digest});
 }
 
 std::size_t aligned(std::size_t bytes) {
@@ -192,7 +190,7 @@ void load_model(const ModelSource& model, Session& session) {
 
 TrainState load_checkpoint(const ShardStore& store, Session& session) {
   require_same_model(store, session);
-  const auto meta = nlohmann::json::parse(store.metadata_json());
+  const RunMetadata run = run_metadata_of(store);
   Exec& ex = session.memory.exec;
   load_values(session, [&](const ParamSpec& spec, const Box& box, TensorView out) {
     store.read_best(spec.name, box, out);
@@ -200,13 +198,7 @@ TrainState load_checkpoint(const ShardStore& store, Session& session) {
   for (const OwnedSlice& slice : session.optimizer.slices())
     if (store.tensors().contains({slice.param->spec.name, "m"}))  // else frozen when it was saved: zero
       read_moments(ex, store, slice);
-  TrainState state;
-  state.step = meta.at("step").get<std::int64_t>();
-  state.samples = meta.at("samples").get<std::int64_t>();
-  state.source = meta.at("source").get<std::string>();
-  state.source_digest = meta.value("source_digest", "");
-  state.fingerprint = meta.at("data_fingerprint").get<std::string>();
-  return state;
+  return {run.step, run.samples, run.source, run.source_digest.value_or(""), run.data_fingerprint};
 }
 
 }  // namespace upmoe

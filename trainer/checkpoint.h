@@ -10,6 +10,7 @@
 
 #include "data/model_source.h"
 #include "data/shard_store.h"
+#include "data/store_writer.h"
 #include "trainer/session.h"
 
 namespace upmoe {

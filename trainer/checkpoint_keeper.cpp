@@ -8,6 +8,7 @@
 #include "data/folder.h"
 #include "data/posix_file.h"
 #include "data/shard_store.h"
+#include "data/store_writer.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <memory>
 
+#include "parallel/dry_comm.h"
 #include "parallel/stage_plan.h"
+#include "trainer/model/make_transformer.h"
 #include "trainer/session.h"
 
 namespace upmoe {

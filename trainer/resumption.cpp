@@ -6,6 +6,8 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "data/checkpoint_folder.h"
+#include "data/run_metadata.h"
 #include "data/shard_store.h"
 #include "kernels/core/philox.h"
 #include "trainer/schedule.h"
@@ -51,16 +53,16 @@ std::string model_digest(const ModelConfig& config, const ModelSource* weights) 
 
 Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
     : now_(now), checkpoint_(checkpoint) {
-  const json record = json::parse(ShardStore(checkpoint).metadata_json());
-  step_ = record.at("step").get<std::int64_t>();
-  source_ = record.at("source").get<std::string>();
-  recorded_ = record.contains("config");
+  const RunMetadata record = run_metadata_of(ShardStore(checkpoint));
+  step_ = record.step;
+  source_ = record.source;
+  recorded_ = record.config.has_value();
   if (!recorded_) {
     remarks_.push_back(
         fmt::format("model.path is not read: the weights are those of {}", checkpoint.string()));
     return;
   }
-  before_ = recorded_run_config(record["config"].get<std::string>());
+  before_ = recorded_run_config(*record.config);
   changes_ = changes_between(before_, now);
   if (before_.model.init != now.model.init)
     fail(
@@ -68,7 +70,7 @@ Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
         "model.init: {}, but the run in {} started with {} and goes on from {}; restore it, or start another "
         "run.dir",
         name_of(now.model.init), now.run.dir, name_of(before_.model.init), checkpoint.string());
-  require_same_model(record.value("source_digest", ""), record.at("model_config").get<std::string>());
+  require_same_model(record.source_digest.value_or(""), record.model_config);
 }
 
 void Resumption::require_same_model(const std::string& source_digest, const std::string& model_config) {
@@ -102,7 +104,7 @@ void Resumption::require_same_model(const std::string& source_digest, const std:
     return;
   }
   // A run that this one started from may have gone on: its newest checkpoint is another one now.
-  const bool moves_on = same && fs::is_directory(fs::path(asked) / "checkpoints");
+  const bool moves_on = same && is_run_directory(asked);
   if (!differs.empty() && moves_on)
     remarks_.push_back(
         fmt::format("{} holds another checkpoint than this run started from", now_.model.path));

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <utility>
 
+#include "configs/run_notes.h"
 #include "data/staged_directory.h"
 #include "kernels/core/log.h"
 

@@ -4,6 +4,8 @@
 #include "kernels/core/log.h"
 #include "kernels/ops/precision.h"
 #include "trainer/freeze.h"
+#include "trainer/model/make_transformer.h"
+#include "trainer/stage_cost.h"
 
 namespace upmoe {
 

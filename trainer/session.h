@@ -16,8 +16,6 @@
 namespace upmoe {
 
 MeshSpec mesh_of(const RunConfig& run, int world_size);
-// Blocks to stages by the cost that the ledger books for one sequence on the dry device.
-StagePlan stages_of(const RunConfig& run, const ModelConfig& model);
 
 // A line for the start of a run whose precision takes longer than fp32 on this device; nothing otherwise.
 void remark_on_precision(Precision precision, Device device);

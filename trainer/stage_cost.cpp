@@ -1,7 +1,5 @@
-// What the parts of a model cost, from the ledger: each kind of block, the embedding and the head run once,
-// forward and backward, on the dry device.
+#include "trainer/stage_cost.h"
 
-#include "parallel/stage_plan.h"
 #include "trainer/dry_model.h"
 
 namespace upmoe {

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include "configs/nearest_meshes.h"
+#include "configs/run_problems.h"
 #include "data/model_source.h"
 #include "data/posix_file.h"
 #include "data/tokenizer_match.h"

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "configs/model_folder.h"
+#include "data/checkpoint_folder.h"
 #include "data/model_source.h"
 
 namespace upmoe {
@@ -13,7 +14,7 @@ constexpr std::size_t kLayersKept = 2;  // neighbouring tensors belong to at mos
 
 const std::filesystem::path& checked_directory(const std::filesystem::path& dir) {
   namespace fs = std::filesystem;
-  if (fs::exists(dir / "manifest.json") || fs::is_directory(dir / "checkpoints")) {
+  if (fs::exists(dir / "manifest.json") || is_run_directory(dir)) {
     fail(
         ExitCode::kBadInput,
         "{}: a checkpoint; upcycling reads model directories, and `upmoe export {} --to DIR` makes one of it",

@@ -1,5 +1,6 @@
 #include "upcycle/output_files.h"
 
+#include "data/hf_writer.h"
 #include "data/posix_file.h"
 
 namespace upmoe {

@@ -8,6 +8,7 @@
 
 #include "data/direct_file.h"
 #include "data/hf_model.h"
+#include "data/hf_writer.h"
 
 namespace upmoe {
 

@@ -4,6 +4,7 @@
 #include <set>
 
 #include "data/hf_model.h"
+#include "upcycle/recipe_problems.h"
 #include "upcycle/scale.h"
 
 namespace upmoe {

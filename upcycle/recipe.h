@@ -74,13 +74,9 @@ struct Recipe {
 
 // The shape of the mixture: the dense model's with the FFN replaced.
 ModelConfig make_moe_config(const UpcycleConfig& config, const ModelConfig& dense);
-// Everything that keeps this recipe from fitting this dense model, one sentence each; empty when it fits.
-std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelConfig& dense);
 // The recipe with every `auto` replaced by what it stands for.
 UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense);
 // Throws Error(kUsage) with problems_of(), Error(kFailure) when a tensor would be made twice or not at all.
 Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense);
-// A table for people: tensors of one kind in one line.
-std::string describe(const Recipe& recipe);
 
 }  // namespace upmoe

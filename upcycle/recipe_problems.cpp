@@ -1,4 +1,4 @@
-// What can be wrong between a recipe and a dense model.
+#include "upcycle/recipe_problems.h"
 
 #include <cmath>
 #include <limits>

@@ -1,11 +1,10 @@
-// A recipe as a table for people.
+#include "upcycle/recipe_table.h"
 
 #include <algorithm>
 #include <cctype>
 #include <map>
 
 #include "kernels/core/check.h"
-#include "upcycle/recipe.h"
 
 namespace upmoe {
 namespace {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "data/hf_model.h"
-#include "data/shard_store.h"
+#include "data/store_writer.h"
 #include "upcycle/recipe.h"
 #include "upcycle/transforms.h"
 

@@ -4,20 +4,22 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 
 #include "data/companions.h"
+#include "data/hf_writer.h"
 #include "data/posix_file.h"
-#include "data/shard_store.h"
+#include "data/run_metadata.h"
 #include "data/staged_directory.h"
+#include "data/store_writer.h"
 #include "kernels/core/log.h"
 #include "parallel/texts.h"
 #include "parallel/threads.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/output_files.h"
 #include "upcycle/progress.h"
+#include "upcycle/recipe_table.h"
 #include "upcycle/report.h"
 #include "upcycle/source_survey.h"
 #include "upcycle/store_share.h"
@@ -226,8 +228,9 @@ class Upcycler {
                            piece_bytes());
     on_rank_0([&] {
       require_free_space(stage_->target(), StoreWriter::space_for(bytes_needed()), options_.free_space);
+      stage_->create();
     });
-    StoreWriter writer(folder_, comm_, share.bytes());
+    StoreWriter writer = StoreWriter::in(folder_, comm_);
     std::vector<double> errors(plan_->recipe.layers.size(), 0.0);
     writer.write(share.pieces(), [&](const PutBlock& put) { write_share(share, put, errors); });
     add_up(errors);
@@ -339,13 +342,10 @@ class Upcycler {
 
   // A training run that finished no step and has seen no data: an order of data is what its next run makes.
   std::string checkpoint_metadata() const {
-    return nlohmann::json{{"step", 0},
-                          {"samples", 0},
-                          {"tokens", 0},
-                          {"model_config", to_hf_json(plan_->moe)},
-                          {"source", fs::absolute(options_.from).string()},
-                          {"data_fingerprint", ""}}
-        .dump();
+    RunMetadata run;
+    run.model_config = to_hf_json(plan_->moe);
+    run.source = fs::absolute(options_.from).string();
+    return run_metadata_json(run);
   }
 
   FillContext fill_context() {

@@ -8,6 +8,7 @@
 #include <map>
 #include <random>
 
+#include "configs/run_problems.h"
 #include "kernels/core/gpu.h"
 #include "launch/command_line.h"
 #include "parallel/runtime.h"

@@ -1,8 +1,10 @@
 // One layer of the model, forward and backward, as the trainer runs it.
 
 #include "kernels/ops/transfer.h"
+#include "parallel/self_comm.h"
 #include "parallel/stage_plan.h"
 #include "tests/bench/gpu_bench.h"
+#include "trainer/model/make_transformer.h"
 #include "trainer/session.h"
 
 namespace upmoe::bench {

@@ -7,6 +7,7 @@
 #include "configs/model_config.h"
 #include "configs/nearest_name.h"
 #include "configs/run_config.h"
+#include "configs/run_notes.h"
 #include "configs/upcycle_config.h"
 
 namespace upmoe {

@@ -6,6 +6,8 @@
 #include <gtest/gtest.h>
 
 #include "configs/model_config.h"
+#include "configs/nearest_meshes.h"
+#include "configs/run_problems.h"
 #include "kernels/core/check.h"
 
 namespace upmoe {

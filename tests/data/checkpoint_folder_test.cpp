@@ -72,6 +72,22 @@ TEST_F(Stores, AFolderWhereAStoreIsPreparedMayBeSomeoneElses) {
   EXPECT_EQ(files_of(root), std::vector<fs::path>{root / "s"});
 }
 
+TEST_F(Stores, ARunStandsForItsNewestCheckpoint) {
+  write_test_store(root / "run/checkpoints/step_00000001", 1);
+  write_test_store(root / "run/checkpoints/step_00000002", 1);
+  EXPECT_EQ(newest_if_run(root / "run"), root / "run/checkpoints/step_00000002");
+  fs::remove(root / "run/checkpoints/step_00000002/manifest.json");
+  EXPECT_EQ(newest_if_run(root / "run"), root / "run/checkpoints/step_00000001");
+  EXPECT_EQ(newest_if_run(root / "run/checkpoints/step_00000001"), root / "run/checkpoints/step_00000001");
+  EXPECT_EQ(newest_if_run(root / "nowhere"), root / "nowhere");
+  fs::remove_all(root / "run/checkpoints/step_00000001");
+  EXPECT_THROW(newest_if_run(root / "run"), Error);
+  // A checkpoint that a run was told to write beside is still a checkpoint.
+  write_test_store(root / "both", 1);
+  fs::create_directory(root / "both/checkpoints");
+  EXPECT_EQ(newest_if_run(root / "both"), root / "both");
+}
+
 TEST_F(Stores, WhatTheSystemRefusesIsNoDamage) {
   const fs::path dir = root / "s";
   write_test_store(dir, 2);

@@ -5,6 +5,7 @@
 
 #include <sys/stat.h>
 
+#include "data/hf_writer.h"
 #include "tests/data/models.h"
 
 namespace upmoe::test {

@@ -1,5 +1,6 @@
 // Writing model directories: round trips, shards, errors that leave no target, layouts of the full-size models.
 
+#include "data/hf_writer.h"
 #include "data/folder.h"
 #include "data/staged_directory.h"
 #include "tests/data/models.h"

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "data/checkpoint_folder.h"
+#include "parallel/thread_comm.h"
 #include "tests/data/stores.h"
 
 #ifdef __SANITIZE_THREAD__

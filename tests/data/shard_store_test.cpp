@@ -7,6 +7,8 @@
 
 #include "data/checkpoint_folder.h"
 #include "data/crc.h"
+#include "parallel/self_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/data/stores.h"
 
 namespace upmoe::test {

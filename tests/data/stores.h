@@ -8,7 +8,9 @@
 #include <fstream>
 
 #include "data/shard_store.h"
+#include "data/store_writer.h"
 #include "kernels/core/philox.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/random_box.h"
 #include "tests/support/temporary_directory.h"
 

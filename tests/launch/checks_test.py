@@ -27,7 +27,7 @@ class Layers(unittest.TestCase):
             "kernels/ops/backend.h": "#pragma once\n", "kernels/cpu/simd.h": "#pragma once\n",
             "kernels/cuda/choose/gpu.h": "#pragma once\n", "kernels/cuda/portable/bias.h": "#pragma once\n",
             "kernels/cuda/library/sdpa.h": "#pragma once\n", "data/store.h": "#pragma once\n",
-            "trainer/step.h": "#pragma once\n"}
+            "trainer/step.h": "#pragma once\n", "parallel/mpi_comm.h": "#pragma once\n"}
 
     def check(self, name, text):
         return run_check("check_layers.py", self.BASE | {name: text})
@@ -39,14 +39,26 @@ class Layers(unittest.TestCase):
         self.assertIn(f"{name}:1:", output)
 
     def test_allowed(self):
-        for name, text in (("trainer/loop.cpp", '#include "data/store.h"\n#include <vector>\n#include <fmt/core.h>\n'),
-                           ("kernels/ops/gemm.cpp", '#include "kernels/ops/backend.h"\n'),
-                           ("kernels/cuda/attention.cpp", '#include "kernels/cuda/library/sdpa.h"\n'),
+        gemm = '#include "kernels/ops/gemm.h"\n'
+        for name, text in (("trainer/step.cpp", '#include "trainer/step.h"\n#include "data/store.h"\n'
+                                                "#include <vector>\n#include <fmt/core.h>\n"),
+                           ("kernels/ops/gemm.cpp", gemm + '#include "kernels/ops/backend.h"\n'),
+                           ("kernels/cpu/gemm.cpp", gemm),
+                           ("kernels/cuda/gemm.cpp", gemm + '#include "kernels/cuda/library/sdpa.h"\n'),
                            ("tests/kernels/gemm_test.cpp", '#include "kernels/ops/backend.h"\n'),
-                           ("parallel/mpi_comm.cpp", "#include <mpi.h>\n"),
+                           ("parallel/mpi_comm.cpp", '#include "parallel/mpi_comm.h"\n#include <mpi.h>\n'),
                            ("tests/data/store_test.cpp", "#include <gtest/gtest.h>\n#include <hdf5.h>\n")):
             code, output = self.check(name, text)
             self.assertEqual(code, 0, output)
+
+    def test_sources_without_a_header_of_their_own(self):
+        for name, text in (("data/other.cpp", '#include "data/store.h"\n'), ("trainer/step.cpp", ""),
+                           ("kernels/cpu/norm.cpp", '#include "kernels/ops/gemm.h"\n'),
+                           ("kernels/cpu/rope.cpp", '#include "kernels/ops/gemm.h"\n'),
+                           ("launch/train.cpp", '#include "trainer/step.h"\n')):
+            code, output = self.check(name, text)
+            self.assertEqual(code, 1, output)
+            self.assertIn(f"{name}: includes no header of its name", output)
 
     def test_upwards(self):
         self.refused("upcycle/recipe.cpp", '#include "trainer/step.h"\n', "upcycle may include only")

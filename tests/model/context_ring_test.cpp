@@ -6,6 +6,10 @@
 
 #include <numeric>
 
+#include "parallel/checked_comm.h"
+#include "parallel/dry_comm.h"
+#include "parallel/self_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/tolerance.h"

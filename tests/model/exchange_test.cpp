@@ -9,6 +9,7 @@
 
 #include "kernels/ops/routing.h"
 #include "parallel/mesh.h"
+#include "parallel/thread_comm.h"
 #include "trainer/session.h"
 
 namespace upmoe {

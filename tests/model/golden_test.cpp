@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "parallel/self_comm.h"
 #include "tests/support/golden.h"
 #include "tests/support/test_device.h"
 #include "tests/support/tolerance.h"

@@ -1,6 +1,7 @@
 // Every layer's backward against finite differences of its forward; a mixture's routing is held fixed, which
 // is checked: a probe that flips a top-k choice would compare two different functions.
 
+#include "parallel/self_comm.h"
 #include "tests/support/gradient_check.h"
 #include "trainer/model/block.h"
 #include "trainer/session.h"

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "parallel/layout.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/forwarding_communicator.h"
 #include "tests/support/gradient_check.h"
 #include "tests/support/tolerance.h"

@@ -5,7 +5,11 @@
 
 #include <numeric>
 
+#include "parallel/checked_comm.h"
 #include "parallel/communicator.h"
+#include "parallel/dry_comm.h"
+#include "parallel/self_comm.h"
+#include "parallel/thread_comm.h"
 
 namespace upmoe {
 namespace {

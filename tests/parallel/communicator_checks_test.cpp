@@ -1,5 +1,8 @@
 // What the verbs refuse: the same on every transport, in the same words, before anything was sent or booked.
 
+#include "parallel/checked_comm.h"
+#include "parallel/dry_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/parallel/every_transport.h"
 
 namespace upmoe {

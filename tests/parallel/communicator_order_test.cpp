@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "parallel/dry_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/parallel/every_transport.h"
 
 namespace upmoe {

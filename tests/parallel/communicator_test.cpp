@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "parallel/checked_comm.h"
 #include "parallel/watchdog.h"
 #include "tests/parallel/every_transport.h"
 

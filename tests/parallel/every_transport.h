@@ -10,9 +10,12 @@
 
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
+#include "parallel/checked_comm.h"
 #include "parallel/communicator.h"
 #include "parallel/mpi_comm.h"
 #include "parallel/runtime.h"
+#include "parallel/self_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/parallel/on_gpu.h"
 #include "tests/support/test_device.h"
 

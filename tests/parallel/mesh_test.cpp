@@ -4,6 +4,10 @@
 
 #include <set>
 
+#include "parallel/dry_comm.h"
+#include "parallel/self_comm.h"
+#include "parallel/thread_comm.h"
+
 namespace upmoe {
 namespace {
 

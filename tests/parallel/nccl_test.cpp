@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "parallel/runtime.h"
+#include "parallel/thread_comm.h"
 #include "parallel/watchdog.h"
 #include "tests/parallel/on_gpu.h"
 #include "tests/support/fake_cuda/fake_cuda.h"

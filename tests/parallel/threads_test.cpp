@@ -8,6 +8,7 @@
 
 #include <fstream>
 
+#include "parallel/thread_comm.h"
 #include "tests/support/temporary_directory.h"
 
 namespace upmoe {

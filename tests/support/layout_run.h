@@ -7,10 +7,12 @@
 #include <mutex>
 #include <numeric>
 
+#include "configs/run_problems.h"
 #include "kernels/core/philox.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/transfer.h"
 #include "parallel/nccl_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/golden.h"
 #include "tests/support/test_device.h"
 #include "trainer/trainer.h"

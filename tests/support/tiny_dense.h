@@ -12,6 +12,7 @@
 #include "data/hf_model.h"
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
+#include "parallel/self_comm.h"
 #include "tests/support/naive_moe.h"
 #include "tests/support/temporary_directory.h"
 #include "upcycle/recipe.h"

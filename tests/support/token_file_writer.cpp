@@ -1,9 +1,8 @@
 #include "tests/support/token_file_writer.h"
 
-#include <fcntl.h>
 #include <hdf5.h>
-#include <unistd.h>
 
+#include "data/partial_folder.h"
 #include "data/token_file_format.h"
 #include "kernels/core/check.h"
 
@@ -66,13 +65,6 @@ class Writer {
   hid_t file_ = -1;
 };
 
-void sync_file(const std::filesystem::path& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  const bool synced = fd >= 0 && ::fsync(fd) == 0;
-  if (fd >= 0) ::close(fd);
-  if (!synced) fail(ExitCode::kBadInput, "{}: cannot be brought to disk", path.string());
-}
-
 }  // namespace
 
 void write_token_file(const std::filesystem::path& path, std::span<const std::uint32_t> tokens,
@@ -93,8 +85,7 @@ void write_token_file(const std::filesystem::path& path, std::span<const std::ui
                              static_cast<std::int64_t>(document_ends.size())};
   out.integer("checksum", token_file_checksum(facts, document_ends, chunks));
   out.close();
-  sync_file(temporary);
-  std::filesystem::rename(temporary, path);
+  give_name(temporary, path, Existing::kReplaced);
 }
 
 }  // namespace upmoe

@@ -4,7 +4,9 @@
 
 #include <gtest/gtest.h>
 
+#include "configs/run_problems.h"
 #include "kernels/cpu/dense_product.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/layout_run.h"
 
 namespace upmoe {

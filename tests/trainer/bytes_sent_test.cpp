@@ -1,6 +1,8 @@
 // What the ranks of a real run send in a step is what a rehearsal of each of them on the dry device foretells,
 // to the byte and verb by verb; and it is what the run writes down.
 
+#include "parallel/dry_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/layout_run.h"
 #include "tests/trainer/whole_run.h"
 

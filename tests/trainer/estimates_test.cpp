@@ -7,6 +7,7 @@
 
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/product_rate.h"
+#include "parallel/self_comm.h"
 #include "tests/support/temporary_directory.h"
 #include "tests/support/tiny_moe.h"
 #include "trainer/memory_estimate.h"

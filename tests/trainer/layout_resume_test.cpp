@@ -6,6 +6,7 @@
 #include <filesystem>
 
 #include "kernels/core/philox.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/layout_run.h"
 #include "trainer/checkpoint.h"
 #include "trainer/checkpoint_choice.h"

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "parallel/dry_comm.h"
+#include "parallel/self_comm.h"
 #include "tests/support/golden.h"
 #include "trainer/session.h"
 

@@ -4,6 +4,7 @@
 
 #include "configs/param_table.h"
 #include "data/model_source.h"
+#include "parallel/thread_comm.h"
 #include "tests/trainer/whole_run.h"
 #include "trainer/checkpoint.h"
 

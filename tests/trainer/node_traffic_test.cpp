@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "parallel/thread_comm.h"
 #include "tests/support/forwarding_communicator.h"
 #include "tests/support/layout_run.h"
 

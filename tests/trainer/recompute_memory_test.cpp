@@ -7,7 +7,9 @@
 #include <fstream>
 #include <string>
 
+#include "parallel/self_comm.h"
 #include "parallel/stage_plan.h"
+#include "trainer/model/make_transformer.h"
 #include "trainer/session.h"
 
 namespace upmoe {

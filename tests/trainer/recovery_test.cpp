@@ -2,6 +2,10 @@
 // over by themselves.
 
 #include "data/checkpoint_folder.h"
+#include "data/manifest.h"
+#include "data/posix_file.h"
+#include "data/run_metadata.h"
+#include "parallel/thread_comm.h"
 #include "tests/trainer/whole_run.h"
 
 namespace upmoe::test {
@@ -100,7 +104,27 @@ TEST_F(Recovery, ARenamedCheckpointIsNoSaveOfItsNewName) {
   fs::rename(checkpoint("run", 4), checkpoint("run", 6));
   run(config("run", 6, 1), 1);
   EXPECT_EQ(losses("run").size(), 6u);
-  EXPECT_EQ(nlohmann::json::parse(ShardStore(checkpoint("run", 6)).metadata_json()).at("step"), 6);
+  EXPECT_EQ(run_metadata_of(ShardStore(checkpoint("run", 6))).step, 6);
+}
+
+// Its checksums are right: a program wrote it so, and the run ends with the file and the key.
+TEST_F(Recovery, ABrokenRecordIsBadInput) {
+  run(config("run", 2, 1), 1);
+  const fs::path path = checkpoint("run", 2) / "manifest.json";
+  Manifest manifest = parse_manifest(read_text(path, 1 << 20), path.string());
+  nlohmann::json record = nlohmann::json::parse(manifest.run);
+  record["samples"] = "twelve";
+  manifest.run = record.dump();
+  write_text_synced(path, manifest_json(manifest));
+  run_in_threads(1, [&](Communicator& world) {
+    try {
+      train(config("run", 4, 1), world, {});
+      FAIL() << "went on";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kBadInput) << e.what();
+      EXPECT_EQ(std::string(e.what()), path.string() + ": run.samples is of type string, expected a count");
+    }
+  });
 }
 
 TEST_F(Recovery, FreshRefusesUnusableOnesToo) {

@@ -2,6 +2,7 @@
 // in another. Whole runs through train(): directory, checkpoints, data order, metrics.
 
 #include "data/checkpoint_folder.h"
+#include "parallel/thread_comm.h"
 #include "tests/trainer/whole_run.h"
 
 namespace upmoe {

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include "data/folder.h"
+#include "parallel/self_comm.h"
 #include "tests/data/stores.h"
 #include "trainer/checkpoint_keeper.h"
 #include "trainer/run_directory.h"

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/ops/grouped_gemm.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/fake_cuda/fake_cuda.h"
 #include "tests/support/fake_cuda/stream_order.h"
 #include "tests/support/layout_run.h"

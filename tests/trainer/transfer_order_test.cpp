@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "parallel/self_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/layout_run.h"
 #include "tests/support/transfer_watch.h"
 

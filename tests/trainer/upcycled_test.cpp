@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "data/model_source.h"
+#include "parallel/self_comm.h"
 #include "tests/support/tiny_dense.h"
 #include "tests/support/token_file.h"
 #include "trainer/session.h"

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/shard_store.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/token_file.h"
 #include "trainer/training_run.h"
 

@@ -10,8 +10,10 @@
 #include <csignal>
 #include <fstream>
 
+#include "data/hf_writer.h"
 #include "data/model_source.h"
 #include "data/shard_store.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/tiny_dense.h"
 #include "upcycle/upcycler.h"
 

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "data/crc.h"
+#include "parallel/thread_comm.h"
 #include "tests/support/tiny_dense.h"
 #include "upcycle/upcycler.h"
 

@@ -6,18 +6,10 @@
 // recomputation is calling forward again. Layers are const in both directions: gradients are views into
 // memory the ParamStore owns.
 
-#include "configs/param_table.h"
 #include "kernels/core/exec.h"
+#include "trainer/model/param.h"
 
 namespace upmoe {
-
-// A parameter as this rank computes with it: views of its shard. `grad` is absent when gradients
-// are not wanted (evaluation) or the parameter is frozen; layers then skip its gradient.
-struct Param {
-  TensorView value, grad;
-  bool wants_grad() const { return grad.given(); }
-  Param as(Shape shape) const;  // the same elements under another shape
-};
 
 // To compute again in backward what forward did not keep: work done twice is not model work, so its ops are not
 // booked. What it sends is: that goes over the wire a second time.

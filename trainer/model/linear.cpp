@@ -4,10 +4,6 @@
 
 namespace upmoe {
 
-Param Param::as(Shape shape) const {
-  return Param{value.reshape(shape), wants_grad() ? grad.reshape(shape) : TensorView{}};
-}
-
 void Linear::forward(Exec& ex, TensorView y_TN, ConstTensorView x_TK) const {
   ops::gemm(ex, y_TN, {x_TK}, {weight_NK.value, Transpose::kYes}, Accumulate::kOverwrite,
             bias_N ? bias_N->value : TensorView{});

@@ -1,7 +1,4 @@
-// From named parameters and groups of ranks to layers.
-
-#include "parallel/stage_plan.h"
-#include "trainer/model/transformer.h"
+#include "trainer/model/make_transformer.h"
 
 namespace upmoe {
 

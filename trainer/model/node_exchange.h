@@ -9,8 +9,8 @@
 
 #include <vector>
 
+#include "kernels/core/exec.h"
 #include "trainer/model/choices.h"
-#include "trainer/model/layer.h"
 #include "trainer/model/rows_under_way.h"
 
 namespace upmoe {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "parallel/layout.h"
-#include "trainer/model/layer.h"
+#include "trainer/model/param.h"
 
 namespace upmoe {
 

@@ -4,8 +4,8 @@
 // a layer begins by gathering tokens and ends by adding up the ranks' partial results, each rank keeping its own
 // tokens. The backward of one is the other. A group of one rank moves nothing and copies nothing.
 
+#include "kernels/core/exec.h"
 #include "parallel/communicator.h"
-#include "trainer/model/layer.h"
 
 namespace upmoe {
 

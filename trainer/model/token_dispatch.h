@@ -4,9 +4,9 @@
 
 #include <vector>
 
+#include "kernels/core/exec.h"
 #include "kernels/ops/expert_rows.h"
 #include "trainer/model/expert_shares.h"
-#include "trainer/model/layer.h"
 #include "trainer/model/rows_under_way.h"
 
 namespace upmoe {

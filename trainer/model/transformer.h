@@ -80,11 +80,4 @@ struct Transformer {
   void collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView loads_ML, Saved& saved) const;
 };
 
-// Chunk `chunk` of `plan`.
-Transformer make_transformer(const ModelConfig& config, const ParamStore& params, const ProcessMesh& mesh,
-                             const StagePlan& plan, std::size_t chunk, Recompute recompute);
-// All chunks of this rank's stage, first to last.
-std::vector<Transformer> make_chunks(const ModelConfig& config, const ParamStore& params,
-                                     const ProcessMesh& mesh, const StagePlan& plan, Recompute recompute);
-
 }  // namespace upmoe

@@ -1,3 +1,5 @@
+#include "configs/families/family.h"
+
 // All families that are known, and where what one of them says is looked up.
 
 #include <fmt/format.h>
@@ -6,7 +8,6 @@
 #include <array>
 #include <string_view>
 
-#include "configs/families/family.h"
 #include "configs/families/qwen2.h"
 #include "configs/families/qwen2_moe.h"
 

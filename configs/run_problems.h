@@ -1,0 +1,16 @@
+#pragma once
+// What can be wrong between a run, its model and the number of ranks.
+
+#include <string>
+#include <vector>
+
+#include "configs/model_config.h"
+#include "configs/run_config.h"
+
+namespace upmoe {
+
+// Problems that need the number of ranks or the model: batch against dp, axes not built yet, ep against
+// experts, sequence length against positions. All of them, one sentence each; empty when the run is possible.
+std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size);
+
+}  // namespace upmoe

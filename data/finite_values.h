@@ -1,0 +1,16 @@
+#pragma once
+// Values that are not finite, found before a program computes with them.
+
+#include <filesystem>
+
+#include "data/hf_model.h"
+#include "data/shard_store.h"
+
+namespace upmoe {
+
+// Read every value of a model, a slice at a time. Throw Error(kBadInput) that names the folder, the tensor and
+// how many of its values are not finite.
+void require_finite(const HfModel& model);
+void require_finite(const ShardStore& store);  // its weights
+
+}  // namespace upmoe

@@ -1,0 +1,33 @@
+#pragma once
+// Our parameters as the tensors that transformers writes: the family names them (configs/families), their shapes and
+// parts follow from the parameter's dims.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "configs/families/family.h"
+#include "parallel/layout.h"
+
+namespace upmoe {
+
+// One tensor on disk and the part of one of our parameters it holds: in Qwen2's mixtures, for
+// layers.3.moe.gate_up_EF2D, expert 7, the gates, model.layers.3.mlp.experts.7.gate_proj.weight. `part` is that
+// part as a box of the global parameter; its row-major order is the order of the elements on disk.
+struct HfTensor {
+  std::string name;
+  std::vector<std::int64_t> shape;  // on disk
+  Box part;
+  Half half = Half::kWhole;
+  std::int64_t expert = -1;  // -1: not of one routed expert
+  // Part of no parameter: transformers makes the modules of a shared expert of width 0, too, a gate included.
+  // Written as zeros; a file need not hold it, and its values change nothing.
+  bool zeros = false;
+  std::int64_t elements() const;
+};
+// Those of one parameter, named as transformers writes them.
+std::vector<HfTensor> hf_tensors_of(const ModelConfig& config, const ParamSpec& param);
+// Every tensor of a model in the order in which transformers' state dict lists them (embedding, layers, norm, head).
+std::vector<HfTensor> hf_tensors_of(const ModelConfig& config);
+
+}  // namespace upmoe

@@ -1,0 +1,34 @@
+#include "data/token_file_format.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "data/crc.h"
+
+namespace upmoe {
+
+std::string token_file_summary(const TokenFileFacts& f) {
+  return fmt::format("{} vocab_size {} eos_id {} tokenizer_sha256 {} tokens {} documents {}\n",
+                     kTokenFileFormat, f.vocab_size, f.eos_id, f.tokenizer_sha256, f.num_tokens,
+                     f.num_documents);
+}
+
+std::uint32_t token_file_checksum(const TokenFileFacts& facts, std::span<const std::int64_t> document_ends,
+                                  std::span<const std::uint32_t> chunks) {
+  const std::string summary = token_file_summary(facts);
+  const std::uint32_t first = crc32(summary.data(), summary.size());
+  return crc32(chunks.data(), chunks.size_bytes(),
+               crc32(document_ends.data(), document_ends.size_bytes(), first));
+}
+
+std::vector<std::uint32_t> checksums_of_chunks(std::span<const std::uint32_t> tokens) {
+  std::vector<std::uint32_t> sums;
+  for (; !tokens.empty(); tokens = tokens.subspan(std::min(tokens.size(), kTokenFileChunk))) {
+    const auto chunk = tokens.first(std::min(tokens.size(), kTokenFileChunk));
+    sums.push_back(crc32(chunk.data(), chunk.size_bytes()));
+  }
+  return sums;
+}
+
+}  // namespace upmoe
