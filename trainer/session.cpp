@@ -94,7 +94,7 @@ void Session::open_data(std::int64_t first_sample) {
   options.dp_rank = mesh.coord(Axis::kDp);
   options.dp_size = mesh.spec().dp;
   options.mask_documents = run.data.mask_documents;
-  loader = std::make_unique<BatchLoader>(*data, options, first_sample);
+  batches = std::make_unique<BatchLoader>(*data, options, first_sample);
 }
 
 }  // namespace upmoe

@@ -50,7 +50,7 @@ struct Session {
   GradReducer reducer;
   Optimizer optimizer;
   std::unique_ptr<TokenDataset> data;
-  std::unique_ptr<BatchLoader> loader;
+  std::unique_ptr<BatchSource> batches;
 };
 
 }  // namespace upmoe
