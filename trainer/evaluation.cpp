@@ -60,16 +60,24 @@ class HeldOut final : public BatchSource {
 
 }  // namespace
 
-EvalResult evaluate(Exec& ex, Pipeline& pipeline, const ProcessMesh& mesh, const TokenDataset& data,
-                    const EvalOptions& options, const LmHead::Sink& sink) {
+MeshSpec evaluation_mesh(const ModelConfig& config, int ranks) {
+  MeshSpec spec;
+  spec.dp = ranks;
+  spec.ep = config.num_experts > 0 ? std::min(ranks, config.num_experts) : 1;
+  while (ranks % spec.ep != 0) --spec.ep;
+  return spec;
+}
+
+EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
+                    const LmHead::Sink& sink) {
   const auto start = std::chrono::steady_clock::now();
   const std::int64_t available = data.num_sequences(), S = data.seq_len();
   const std::int64_t sequences = options.sequences == 0 ? available : std::min(options.sequences, available);
   if (sequences == 0) fail(ExitCode::kBadInput, "the held-out data has no whole sequence of {} tokens", S);
-  UPMOE_CHECK(!sink || mesh.spec().world() == 1, "logits of one rank");
+  UPMOE_CHECK(!sink || model.mesh.spec().world() == 1, "logits of one rank");
 
   double sum = 0;
-  HeldOut batches(data, sequences, options, mesh);
+  HeldOut batches(data, sequences, options, model.mesh);
   for (std::int64_t round = 0; round < batches.rounds(); ++round) {
     const Batch batch = batches.next();
     LmHead::Sink shifted;
@@ -77,9 +85,9 @@ EvalResult evaluate(Exec& ex, Pipeline& pipeline, const ProcessMesh& mesh, const
       shifted = [&](std::int64_t row, ConstTensorView logits_CV) {
         sink(batch.index * options.micro_batch * S + row, logits_CV);
       };
-    sum += pipeline.evaluate(ex, batch, shifted);
+    sum += model.pipeline.evaluate(model.memory.exec, batch, shifted);
   }
-  mesh.world().all_reduce(host_view(&sum, {1}), ReduceOp::kSum);
+  model.mesh.world().all_reduce(host_view(&sum, {1}), ReduceOp::kSum);
   EvalResult result;
   result.tokens = sequences * S;
   result.loss = sum / static_cast<double>(result.tokens);

@@ -47,7 +47,7 @@ std::string read(const char* path) {
 
 MemoryEstimate estimate_memory(const Session& s) {
   MemoryEstimate e;
-  e.weights_and_gradients = static_cast<double>(s.params.bytes());
+  e.weights_and_gradients = static_cast<double>(s.params.value_bytes() + s.params.gradient_bytes());
   e.optimizer = static_cast<double>(s.optimizer.bytes());
   e.checkpoint = static_cast<double>(CheckpointWriter::bytes_of(s));
   e.activations = activations_of(s);

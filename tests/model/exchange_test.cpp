@@ -9,7 +9,7 @@
 
 #include "kernels/ops/routing.h"
 #include "parallel/mesh.h"
-#include "trainer/session.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
 namespace {

@@ -3,7 +3,7 @@
 
 #include "tests/support/gradient_check.h"
 #include "trainer/model/block.h"
-#include "trainer/session.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
 namespace {
