@@ -13,14 +13,14 @@ bool is_model_work(std::string_view op) {
   return op.starts_with("gemm") || op.starts_with("grouped_gemm") || op.starts_with("attention");
 }
 
+}  // namespace
+
 double model_flops(const Ledger& ledger) {
   double flops = 0;
   for (const auto& [op, cost] : ledger.entries())
     if (is_model_work(op)) flops += cost.flops;
   return flops;
 }
-
-}  // namespace
 
 StepSums Trainer::accumulate() {
   Exec& ex = s_.memory.exec;

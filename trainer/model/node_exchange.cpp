@@ -23,15 +23,13 @@ void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, ConstTe
                 NodePlan& plan) {
   const auto M = static_cast<std::int64_t>(groups.across->size());
   std::vector<std::int32_t> all_MM(static_cast<std::size_t>(M * M));
+  TensorView gathered_MM = ex.scratch->take({M, M}, DType::kI32, "rows per node of all nodes");
+  groups.across->all_gather(gathered_MM, counts_M, ex).wait();
+  ops::download(ex, host_view(all_MM.data(), {M, M}), gathered_MM);
   if (ex.device.type == DeviceType::kDry) {
-    groups.across->all_gather(TensorView{nullptr, {M, M}, DType::kI32, ex.device}, counts_M, ex).wait();
     const std::int64_t tokens = index_TK.shape[0];
     const std::int64_t each = tokens * std::min(M, index_TK.shape[1]) / M;
     std::fill(all_MM.begin(), all_MM.end(), static_cast<std::int32_t>(each));
-  } else {
-    TensorView gathered_MM = ex.scratch->take({M, M}, DType::kI32, "rows per node of all nodes");
-    groups.across->all_gather(gathered_MM, counts_M, ex).wait();
-    ops::download(ex, host_view(all_MM.data(), {M, M}), gathered_MM);
   }
   const std::int64_t me = groups.across->rank();
   for (std::int64_t m = 0; m < M; ++m) {
