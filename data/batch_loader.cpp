@@ -13,12 +13,8 @@
 namespace upmoe {
 namespace {
 
-std::int64_t micro_batches_of(const BatchLoader::Options& options) {
-  return options.global_batch / options.micro_batch;
-}
-
-std::int64_t rounds_of(const BatchLoader::Options& options) {
-  return (micro_batches_of(options) + options.dp_size - 1) / options.dp_size;
+Deal deal_of(const BatchLoader::Options& options) {
+  return {options.global_batch / options.micro_batch, options.dp_rank, options.dp_size};
 }
 
 // One micro-batch's memory. Positions without documents are the same for every batch and filled once.
@@ -33,7 +29,7 @@ struct Slot {
 // this rank since the start; batch n lies in slot n mod 3.
 struct BatchLoader::Impl {
   Impl(const TokenDataset& dataset, const Options& o, std::int64_t first)
-      : data(dataset), options(o), first_sample(first) {
+      : data(dataset), options(o), deal(deal_of(o)), first_sample(first) {
     const auto rows = static_cast<std::size_t>(options.micro_batch * data.seq_len());
     for (Slot& slot : slots) {
       slot.tokens.resize(rows);
@@ -68,14 +64,10 @@ struct BatchLoader::Impl {
   }
 
   void fill(std::int64_t turn, Slot& slot) const {
-    const std::int64_t rounds = rounds_of(options), step = turn / rounds, round = turn % rounds;
-    const std::int64_t batch = round * options.dp_size + options.dp_rank;
-    if (batch >= micro_batches_of(options)) {
-      slot.index = -1;
-      return;
-    }
-    slot.index = batch;
-    const std::int64_t sample = first_sample + step * options.global_batch + batch * options.micro_batch;
+    const std::int64_t rounds = deal.rounds(), step = turn / rounds;
+    slot.index = deal.index(turn % rounds);
+    if (slot.index < 0) return;
+    const std::int64_t sample = first_sample + step * options.global_batch + slot.index * options.micro_batch;
     const auto length = static_cast<std::size_t>(data.seq_len());
     for (std::int64_t i = 0; i < options.micro_batch; ++i) {
       const std::size_t at = static_cast<std::size_t>(i) * length;
@@ -107,6 +99,7 @@ struct BatchLoader::Impl {
                                 kAhead = 3;  // the one in the caller's hands counts as not taken yet
   const TokenDataset& data;
   const Options options;
+  const Deal deal;
   const std::int64_t first_sample;
   std::array<Slot, kSlots> slots;
   std::mutex mutex;
@@ -132,17 +125,22 @@ BatchLoader::BatchLoader(const TokenDataset& data, Options options, std::int64_t
 BatchLoader::~BatchLoader() = default;
 
 std::int64_t BatchLoader::rounds() const {
-  return rounds_of(impl_->options);
+  return impl_->deal.rounds();
 }
 
 Batch BatchLoader::next() {
   const Slot& slot = impl_->take();
   ++impl_->turns;
   const auto rows = slot.index < 0 ? 0 : static_cast<std::int64_t>(slot.tokens.size());
-  const auto view = [&](const std::vector<std::int32_t>& all) {
-    return host_view<std::int32_t>(all.empty() ? nullptr : all.data(), Shape{rows});
-  };
-  return {view(slot.tokens), view(slot.targets), view(slot.positions), view(slot.documents), slot.index};
+  const auto view = [&](const std::vector<std::int32_t>& all) { return host_view(all.data(), Shape{rows}); };
+  Batch batch;
+  batch.tokens_T = view(slot.tokens);
+  batch.targets_T = view(slot.targets);
+  batch.positions_T = view(slot.positions);
+  if (impl_->options.mask_documents) batch.document_T = view(slot.documents);
+  batch.seq_len = impl_->data.seq_len();
+  batch.index = slot.index;
+  return batch;
 }
 
 std::int64_t BatchLoader::position() const {

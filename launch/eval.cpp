@@ -6,19 +6,14 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
-#include "data/folder.h"
 #include "data/model_source.h"
-#include "data/safetensors.h"
-#include "data/staged_directory.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
-#include "parallel/stage_plan.h"
 #include "trainer/evaluation.h"
-#include "trainer/model/make_transformer.h"
-#include "trainer/session.h"
+#include "trainer/logits_file.h"
 
 namespace upmoe {
 
@@ -33,35 +28,6 @@ struct EvalArguments {
   std::int64_t seq_len = 0, sequences = 0, micro_batch = 4;
   bool mask_documents = false;
 };
-
-// Logits [sequences, seq_len, vocab] in fp32, filled chunk by chunk. What keeps the file from being written
-// is found before the model is evaluated.
-class LogitsFile {
- public:
-  LogitsFile(const EvalArguments& a, const std::filesystem::path& model, const Shape& shape)
-      : file_(a.logits, {model, a.data}), shape_(shape), values_(static_cast<std::size_t>(shape.elements())) {
-    require_free_space(file_.target(), values_.size() * sizeof(float) + (std::uint64_t{1} << 20));
-  }
-  LmHead::Sink sink() {
-    return [this](std::int64_t row, ConstTensorView logits_CV) {
-      std::copy_n(logits_CV.as<float>(), logits_CV.elements(), values_.data() + row * shape_[2]);
-    };
-  }
-  void write() { write_safetensors(file_, {{"logits", host_view(std::as_const(values_).data(), shape_)}}); }
-
- private:
-  StagedFile file_;
-  Shape shape_;
-  std::vector<float> values_;
-};
-
-MeshSpec spread(const ModelConfig& config, int ranks) {
-  MeshSpec spec;
-  spec.dp = ranks;
-  spec.ep = config.num_experts > 0 ? std::min(ranks, config.num_experts) : 1;
-  while (ranks % spec.ep != 0) --spec.ep;  // the largest that divides: least memory
-  return spec;
-}
 
 [[noreturn]] void refuse_not_finite(const EvalArguments& a, const std::string& what) {
   fail(ExitCode::kNumeric,
@@ -83,24 +49,18 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
     log::warning("--seq-len {}: the model was made for {} positions", a.seq_len,
                  config.max_position_embeddings);
 
-  const MeshSpec spec = spread(config, world.size());
-  const ProcessMesh mesh(spec, world);
-  RankMemory memory(device, &world);
-  const StagePlan plan = one_stage(config.num_hidden_layers);
-  ParamStore params(config, spec, plan, world.rank(),
-                    {.dtype = dtype_of(a.precision), .device = device, .gradients = false, .freeze = {}});
+  RankModel model(config, evaluation_mesh(config, world.size()), world, device,
+                  {.dtype = dtype_of(a.precision), .gradients = false});
   std::unique_ptr<TokenDataset> data;
   run_agreed(world, [&] {
-    params.load(memory.exec,
-                [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
+    model.params.load(model.memory.exec,
+                      [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
     data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{a.data, 1.0}}, a.seq_len, false,
                                           0, config.vocab_size);
     if (world.rank() != 0) return;
     for (const std::string& words : tokenizer_differences(source->companions(), data->files()))
       log::warning("{}", words);
   });
-  const std::vector<Transformer> chunks = make_chunks(config, params, mesh, plan, Recompute::kNone);
-  Pipeline pipeline(config, mesh, plan, chunks, device);
 
   std::optional<LogitsFile> logits;
   const std::int64_t sequences =
@@ -109,10 +69,11 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
     log::warning("--sequences {}: {} holds {} of {} tokens; all of them are used", a.sequences, a.data,
                  sequences, a.seq_len);
   if (!a.logits.empty())
-    logits.emplace(a, source->directory(), Shape{sequences, a.seq_len, config.vocab_size});
+    logits.emplace(a.logits, std::vector<std::filesystem::path>{source->directory(), a.data},
+                   Shape{sequences, a.seq_len, config.vocab_size});
   EvalResult result;
   try {
-    result = evaluate(memory.exec, pipeline, mesh, *data, {sequences, a.micro_batch, a.mask_documents},
+    result = evaluate(model, *data, {sequences, a.micro_batch, a.mask_documents},
                       logits ? logits->sink() : LmHead::Sink{});
   } catch (const PeerError&) {
     throw;

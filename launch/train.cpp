@@ -5,7 +5,7 @@
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
-#include "trainer/session.h"
+#include "trainer/rank_model.h"
 #include "trainer/stop_requests.h"
 #include "trainer/training_run.h"
 

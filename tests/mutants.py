@@ -46,7 +46,7 @@ MUTANTS = {
     "divisor_of_this_ranks_tokens": (
         "trainer/trainer.cpp",
         "  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);",
-        "  step.loss_scale = 1.0 / static_cast<double>(s_.loader->rounds() * s_.mesh.spec().dp * "
+        "  step.loss_scale = 1.0 / static_cast<double>(s_.batches->rounds() * s_.mesh.spec().dp * "
         "run.train.micro_batch * run.data.seq_len);", "*"),
     "one_piece_of_an_expert_computed_twice": (
         "trainer/model/expert_shares.cpp",
@@ -83,7 +83,7 @@ MUTANTS = {
         "trainer/grad_reducer.cpp", "p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum)",
         "p.shares_grad ? ops::cast(ex, p.owned_grad, sum)", "Features.*"),
     "gradients_ready_before_the_last_micro_batch": (
-        "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.micro_batches;",
+        "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.batches.rounds();",
         "  const bool last = action.micro_batch == 0;", "*"),
 }
 

@@ -7,55 +7,87 @@ namespace upmoe {
 
 namespace {
 
-// Host storage of one micro-batch of consecutive sequences.
-struct HostBatch {
-  std::vector<std::int32_t> tokens, targets, documents, positions;
-  void read(const TokenDataset& data, std::int64_t first, std::int64_t sequences) {
-    const auto S = static_cast<std::size_t>(data.seq_len());
-    const std::size_t T = S * static_cast<std::size_t>(sequences);
-    for (auto* v : {&tokens, &targets, &documents, &positions}) v->assign(T, 0);
-    for (std::size_t i = 0; i < static_cast<std::size_t>(sequences); ++i)
-      data.read(first + static_cast<std::int64_t>(i), std::span(tokens).subspan(i * S, S),
-                std::span(targets).subspan(i * S, S), std::span(documents).subspan(i * S, S),
-                std::span(positions).subspan(i * S, S));
+// Micro-batches of consecutive sequences in file order; the last one may be smaller.
+class HeldOut final : public BatchSource {
+ public:
+  HeldOut(const TokenDataset& data, std::int64_t sequences, const EvalOptions& options,
+          const ProcessMesh& mesh)
+      : data_(data),
+        sequences_(sequences),
+        micro_batch_(options.micro_batch),
+        masked_(options.mask_documents),
+        deal_{(sequences + micro_batch_ - 1) / micro_batch_, mesh.coord(Axis::kDp), mesh.spec().dp} {
+    const auto S = static_cast<std::size_t>(data.seq_len()), T = static_cast<std::size_t>(micro_batch_) * S;
+    for (auto* values : {&tokens_, &targets_, &documents_, &positions_}) values->resize(T);
+    for (std::size_t t = 0; t < T; ++t) positions_[t] = static_cast<std::int32_t>(t % S);
   }
-  HostTokens view(std::int64_t sequences, bool mask_documents) const {
-    return {sequences, tokens.data(), targets.data(), positions.data(),
-            mask_documents ? documents.data() : nullptr};
+
+  std::int64_t rounds() const override { return deal_.rounds(); }
+  Batch next() override {
+    Batch batch;
+    batch.index = deal_.index(round_++);
+    const std::int64_t begin = batch.index < 0 ? sequences_ : batch.index * micro_batch_,
+                       end = std::min(sequences_, begin + micro_batch_), T = (end - begin) * data_.seq_len();
+    for (std::int64_t i = begin; i < end; ++i) read(i, static_cast<std::size_t>(i - begin));
+    const auto view = [&](const std::vector<std::int32_t>& values) { return host_view(values.data(), {T}); };
+    batch.tokens_T = view(tokens_);
+    batch.targets_T = view(targets_);
+    batch.positions_T = view(positions_);
+    if (masked_) batch.document_T = view(documents_);
+    batch.seq_len = data_.seq_len();
+    return batch;
   }
-  // Without masking, positions run over the whole sequence.
-  void count_positions(std::int64_t seq_len) {
-    for (std::size_t t = 0; t < positions.size(); ++t)
-      positions[t] = static_cast<std::int32_t>(static_cast<std::int64_t>(t) % seq_len);
+
+ private:
+  void read(std::int64_t sequence, std::size_t place) {
+    const auto S = static_cast<std::size_t>(data_.seq_len());
+    const auto part = [&](std::vector<std::int32_t>& values) {
+      return std::span(values).subspan(place * S, S);
+    };
+    if (masked_) {
+      data_.read(sequence, part(tokens_), part(targets_), part(documents_), part(positions_));
+    } else {
+      data_.read(sequence, part(tokens_), part(targets_), {}, {});
+    }
   }
+
+  const TokenDataset& data_;
+  std::int64_t sequences_, micro_batch_, round_ = 0;
+  bool masked_;
+  Deal deal_;
+  std::vector<std::int32_t> tokens_, targets_, documents_, positions_;
 };
 
 }  // namespace
 
-EvalResult evaluate(Exec& ex, Pipeline& pipeline, const ProcessMesh& mesh, const TokenDataset& data,
-                    const EvalOptions& options, const LmHead::Sink& sink) {
+MeshSpec evaluation_mesh(const ModelConfig& config, int ranks) {
+  MeshSpec spec;
+  spec.dp = ranks;
+  spec.ep = config.num_experts > 0 ? std::min(ranks, config.num_experts) : 1;
+  while (ranks % spec.ep != 0) --spec.ep;
+  return spec;
+}
+
+EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
+                    const LmHead::Sink& sink) {
   const auto start = std::chrono::steady_clock::now();
   const std::int64_t available = data.num_sequences(), S = data.seq_len();
   const std::int64_t sequences = options.sequences == 0 ? available : std::min(options.sequences, available);
   if (sequences == 0) fail(ExitCode::kBadInput, "the held-out data has no whole sequence of {} tokens", S);
-  const std::int64_t M = options.micro_batch, batches = (sequences + M - 1) / M;
-  const std::int64_t ranks = mesh.spec().dp, rank = mesh.coord(Axis::kDp);
-  UPMOE_CHECK(!sink || mesh.spec().world() == 1, "logits of one rank");
+  UPMOE_CHECK(!sink || model.mesh.spec().world() == 1, "logits of one rank");
 
   double sum = 0;
-  HostBatch host;
-  for (std::int64_t first = 0; first < batches; first += ranks) {
-    const std::int64_t b = first + rank;  // past the end: no tokens, but the expert exchange wants everybody
-    const std::int64_t begin = std::min(sequences, b * M), end = std::min(sequences, begin + M);
-    host.read(data, begin, end - begin);
-    if (!options.mask_documents) host.count_positions(S);
-    const LmHead::Sink shifted = sink ? LmHead::Sink([&](std::int64_t row, ConstTensorView logits_CV) {
-      sink(begin * S + row, logits_CV);
-    })
-                                      : LmHead::Sink{};
-    sum += pipeline.evaluate(ex, host.view(end - begin, options.mask_documents), S, shifted);
+  HeldOut batches(data, sequences, options, model.mesh);
+  for (std::int64_t round = 0; round < batches.rounds(); ++round) {
+    const Batch batch = batches.next();
+    LmHead::Sink shifted;
+    if (sink)
+      shifted = [&](std::int64_t row, ConstTensorView logits_CV) {
+        sink(batch.index * options.micro_batch * S + row, logits_CV);
+      };
+    sum += model.pipeline.evaluate(model.memory.exec, batch, shifted);
   }
-  mesh.world().all_reduce(host_view(&sum, {1}), ReduceOp::kSum);
+  model.mesh.world().all_reduce(host_view(&sum, {1}), ReduceOp::kSum);
   EvalResult result;
   result.tokens = sequences * S;
   result.loss = sum / static_cast<double>(result.tokens);

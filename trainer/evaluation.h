@@ -1,9 +1,8 @@
 #pragma once
 // Held-out loss.
 
-#include "configs/model_config.h"
 #include "data/token_dataset.h"
-#include "trainer/pipeline.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
 
@@ -19,9 +18,12 @@ struct EvalOptions {
   bool mask_documents = false;
 };
 
+// For evaluation alone: experts over as many of the ranks as divide them, which takes the least memory.
+MeshSpec evaluation_mesh(const ModelConfig& config, int ranks);
+
 // Sequences 0..n-1 of `data` in file order, dealt to the data-parallel ranks. Collective; the same result on
 // every rank. `sink` sees the logits (row = token index of the whole evaluation); only with one rank.
-EvalResult evaluate(Exec& ex, Pipeline& pipeline, const ProcessMesh& mesh, const TokenDataset& data,
-                    const EvalOptions& options, const LmHead::Sink& sink = {});
+EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
+                    const LmHead::Sink& sink = {});
 
 }  // namespace upmoe

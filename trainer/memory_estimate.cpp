@@ -4,13 +4,12 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <map>
 
 #include "kernels/core/log.h"
 #include "parallel/control_group.h"
 #include "parallel/host.h"
 #include "trainer/checkpoint.h"
-#include "trainer/dry_model.h"
+#include "trainer/rehearsal.h"
 
 namespace upmoe {
 
@@ -18,24 +17,14 @@ namespace {
 
 constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 
-// All micro-batches that a stage has under way at once.
-double activations_of(const Session& s) {
-  const MeshSpec& mesh = s.mesh.spec();
-  DryModel dry(s.run, s.config, {s.run.train.micro_batch, s.params.dtype(), s.run.train.recompute});
-  std::map<bool, double> kept;  // by whether it is a mixture: blocks of a kind are alike
-  double own = 0;
-  for (const Transformer& chunk : s.chunks)
-    for (std::size_t i = 0; i < chunk.blocks.size(); ++i) {
-      const int block = chunk.first_block + static_cast<int>(i);
-      double& bytes = kept[s.config.is_moe_layer(block)];
-      if (bytes == 0) {
-        dry.block(static_cast<std::size_t>(block));
-        bytes = static_cast<double>(dry.kept_bytes);
-      }
-      own += bytes;
-    }
-  dry.head();
-  return (own * mesh.pp + static_cast<double>(dry.scratch_bytes())) / (mesh.tp * mesh.cp);
+// With as many micro-batches as it takes to have all under way that ever are; where chunks are interleaved, until the
+// arenas of micro-batches, fewer than this multiple of the stages, have gone round to the chunk that takes the most.
+RunConfig shortened(RunConfig run, int ranks) {
+  const std::int64_t pp = run.parallel.pp, chunks = run.parallel.pp_chunks;
+  const std::int64_t rounds = chunks == 1 ? pp : pp * (chunks + 2) * pp;
+  const std::int64_t enough = checked_mul(rounds * mesh_of(run, ranks).dp, run.train.micro_batch);
+  run.train.global_batch = std::min(run.train.global_batch, enough);
+  return run;
 }
 
 std::string read(const char* path) {
@@ -45,21 +34,19 @@ std::string read(const char* path) {
 
 }  // namespace
 
-MemoryEstimate estimate_memory(const Session& s) {
-  MemoryEstimate e;
-  e.weights_and_gradients = static_cast<double>(s.params.bytes());
-  e.optimizer = static_cast<double>(s.optimizer.bytes());
-  e.checkpoint = static_cast<double>(CheckpointWriter::bytes_of(s));
-  e.activations = activations_of(s);
-  return e;
+MemoryEstimate estimate_memory(const RunConfig& run, const ModelConfig& model, int rank, int ranks) {
+  Rehearsal rehearsal(shortened(run, ranks), model, rank, ranks);
+  rehearsal.step();
+  return {rehearsal.memory_use(), CheckpointWriter::bytes_of(rehearsal.session())};
 }
 
 std::string describe(const MemoryEstimate& e) {
+  const auto gib = [](std::size_t bytes) { return static_cast<double>(bytes) / kGiB; };
   return fmt::format(
-      "{:.2f} GiB (weights and gradients {:.2f}, optimizer {:.2f}, activations {:.2f}, copy for a checkpoint "
-      "{:.2f})",
-      e.total() / kGiB, e.weights_and_gradients / kGiB, e.optimizer / kGiB, e.activations / kGiB,
-      e.checkpoint / kGiB);
+      "{:.2f} GiB (weights and gradients {:.2f}, optimizer {:.2f}, activations {:.2f}, buckets {:.2f}, copy "
+      "for a checkpoint {:.2f})",
+      gib(e.total()), gib(e.step.parameters + e.step.gradients), gib(e.step.optimizer),
+      gib(e.step.activations + e.step.scratch), gib(e.step.buckets), gib(e.checkpoint));
 }
 
 double memory_left(const std::string& root, const std::string& own, const std::string& meminfo) {
@@ -87,7 +74,7 @@ double memory_left(const std::string& root, const std::string& own, const std::s
 
 void warn_of_memory(const Session& session, Communicator& world) {
   if (session.memory.exec.device.type != DeviceType::kCpu) return;  // a GPU's memory tells by itself
-  const MemoryEstimate mine = estimate_memory(session);
+  const MemoryEstimate mine = estimate_memory(session.run, session.config, world.rank(), world.size());
   const std::vector<std::int64_t> hosts = hosts_of(world);
   const std::vector<std::int64_t> needs = gather(world, static_cast<std::int64_t>(mine.total()));
   const std::int64_t here = hosts[static_cast<std::size_t>(world.rank())];

@@ -8,14 +8,13 @@
 
 namespace upmoe {
 
-// Bytes of one rank. What is allocated by size is exact; activations are those of a rehearsal with a balanced
-// router, divided evenly among the ranks that share a micro-batch.
+// Bytes of one rank, by a rehearsal: a balanced router, and without what the backend of a device takes inside ops.
 struct MemoryEstimate {
-  double weights_and_gradients = 0, optimizer = 0, activations = 0;
-  double checkpoint = 0;  // the copy that is written in the background
-  double total() const { return weights_and_gradients + optimizer + activations + checkpoint; }
+  MemoryUse step;
+  std::size_t checkpoint = 0;  // the copy that is written in the background
+  std::size_t total() const { return step.total() + checkpoint; }
 };
-MemoryEstimate estimate_memory(const Session& session);
+MemoryEstimate estimate_memory(const RunConfig& run, const ModelConfig& model, int rank, int ranks);
 std::string describe(const MemoryEstimate& estimate);  // "3.2 GiB (weights and gradients 1.1, ...)"
 
 // Bytes that processes of this host may still take: what the kernel calls available, or what is left of the limit of

@@ -13,6 +13,16 @@ struct Pipeline::Shard {
   Buffer on_device;  // the same, where the device is not the host
   MicroBatch batch;
 
+  // This rank's part of every sequence.
+  void cut(const ContextShards& context, const Batch& whole) {
+    const auto part = [&](const ConstTensorView& values_T) {
+      return context.take(values_T.as<std::int32_t>(), whole.sequences());
+    };
+    tokens = part(whole.tokens_T);
+    targets = part(whole.targets_T);
+    positions = part(whole.positions_T);
+    if (whole.document_T.given()) documents = part(whole.document_T);
+  }
   // Makes `batch` of the vectors.
   void place(Exec& ex, std::int64_t seq_len, bool masked) {
     const auto T = static_cast<std::int64_t>(tokens.size());
@@ -100,9 +110,9 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
 
 Pipeline::~Pipeline() = default;
 
-std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const HostTokens& whole, std::int64_t seq_len) {
+std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const Batch& batch) {
   ContextShards context = context_;
-  context.seq_len = seq_len;
+  context.seq_len = batch.seq_len;
   std::unique_ptr<Shard> shard;
   if (idle_shards_.empty()) {
     shard = std::make_unique<Shard>();
@@ -110,12 +120,8 @@ std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const HostTokens& whole
     shard = std::move(idle_shards_.back());
     idle_shards_.pop_back();
   }
-  shard->tokens = context.take(whole.tokens, whole.sequences);
-  shard->targets = context.take(whole.targets, whole.sequences);
-  shard->positions = context.take(whole.positions, whole.sequences);
-  const bool masked = whole.documents != nullptr;
-  if (masked) shard->documents = context.take(whole.documents, whole.sequences);
-  shard->place(ex, seq_len, masked);
+  shard->cut(context, batch);
+  shard->place(ex, batch.seq_len, batch.document_T.given());
   return shard;
 }
 
@@ -146,7 +152,7 @@ void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action,
   const std::size_t c = global_chunk(action.chunk);
   const Transformer& chunk = chunks_[static_cast<std::size_t>(action.chunk)];
   std::unique_ptr<Shard>& shard = shards_[action.micro_batch];
-  if (shard == nullptr) shard = cut(ex, step.next(), step.seq_len);
+  if (shard == nullptr) shard = cut(ex, step.batches.next());
   std::unique_ptr<Flight> f = take_flight();
   ConstTensorView input_tD;
   if (c > 0) {
@@ -177,7 +183,7 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
     sums.aux += f->saved.balance.aux;
     sums.z += f->saved.balance.z;
   }
-  const bool last = action.micro_batch + 1 == step.micro_batches;
+  const bool last = action.micro_batch + 1 == step.batches.rounds();
   chunk.backward(ex, g_tD, f->keep, f->saved, [&](int block) {
     if (step.block_done) step.block_done(block, last);
   });
@@ -195,7 +201,7 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
 StepSums Pipeline::run(Exec& ex, const Step& step) {
   StepSums sums;
   sums.assigned.assign(mixtures_, std::vector<double>(static_cast<std::size_t>(num_experts_)));
-  const auto micro_batches = static_cast<int>(step.micro_batches);
+  const auto micro_batches = static_cast<int>(step.batches.rounds());
   for (const PipelineAction& action :
        pipeline_schedule(plan_.stages, stage_, static_cast<int>(chunks_.size()), micro_batches)) {
     watchdog::heartbeat();
@@ -206,10 +212,9 @@ StepSums Pipeline::run(Exec& ex, const Step& step) {
   return sums;
 }
 
-double Pipeline::evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_len,
-                          const LmHead::Sink& sink) {
+double Pipeline::evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink) {
   watchdog::heartbeat();
-  std::unique_ptr<Shard> shard = cut(ex, tokens, seq_len);
+  std::unique_ptr<Shard> shard = cut(ex, batch);
   double loss = 0;
   for (std::size_t i = 0; i < chunks_.size(); ++i) {
     const std::size_t c = global_chunk(static_cast<int>(i));

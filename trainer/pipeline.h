@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "data/batch_source.h"
 #include "parallel/stage_plan.h"
 #include "trainer/model/context_shards.h"
 #include "trainer/model/transformer.h"
@@ -29,13 +30,6 @@ struct StepSums {
   std::vector<std::vector<double>> assigned;  // per MoE layer of the whole model, and expert
 };
 
-// One micro-batch as it is read: whole sequences, host memory, valid until the next one is asked for.
-struct HostTokens {
-  std::int64_t sequences = 0;  // 0: a rank without work that still takes part in the exchange of expert rows
-  const std::int32_t *tokens = nullptr, *targets = nullptr, *positions = nullptr;
-  const std::int32_t* documents = nullptr;  // null when they are not masked
-};
-
 class Pipeline {
  public:
   // Collective over the stages: makes the two groups that activations and gradients travel in. The chunks
@@ -45,21 +39,20 @@ class Pipeline {
   ~Pipeline();
 
   struct Step {
-    std::int64_t micro_batches = 0;    // of this data-parallel rank
-    std::function<HostTokens()> next;  // called once for each, in order
-    std::int64_t seq_len = 0;
+    BatchSource& batches;  // of this data-parallel rank; rounds() of them are taken
     double loss_scale = 1;
-    BalanceConfig balance;
-    std::function<void(int)> before_block;  // this block is about to run; -1: what lies outside the blocks
+    BalanceConfig balance = {};
+    std::function<void(int)> before_block =
+        {};  // this block is about to run; -1: what lies outside the blocks
     // A micro-batch's gradients of this block are added (-1: of what lies outside the blocks, once per step);
     // `last`: those of the whole step.
-    std::function<void(int block, bool last)> block_done;
+    std::function<void(int block, bool last)> block_done = {};
   };
   StepSums run(Exec& ex, const Step& step);
 
   // Sum of the cross-entropies of one micro-batch over the whole model, forward alone; counted on tp rank 0
   // of the last stage, 0 elsewhere. Collective over the stages.
-  double evaluate(Exec& ex, const HostTokens& tokens, std::int64_t seq_len, const LmHead::Sink& sink = {});
+  double evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink = {});
 
   std::size_t peak_bytes() const;  // of activations, all micro-batches under way together
 
@@ -69,7 +62,7 @@ class Pipeline {
   struct Link;                      // to the neighbour stages
   using Key = std::pair<int, int>;  // micro-batch, chunk
 
-  std::unique_ptr<Shard> cut(Exec& ex, const HostTokens& tokens, std::int64_t seq_len);
+  std::unique_ptr<Shard> cut(Exec& ex, const Batch& batch);
   std::unique_ptr<Flight> take_flight();
   void forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
   void backward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);

@@ -1,10 +1,6 @@
 #include "trainer/session.h"
 
-#include "kernels/core/gpu.h"
-#include "kernels/core/log.h"
-#include "kernels/ops/precision.h"
 #include "trainer/freeze.h"
-#include "trainer/model/make_transformer.h"
 #include "trainer/stage_cost.h"
 
 namespace upmoe {
@@ -28,13 +24,15 @@ MeshSpec mesh_of(const RunConfig& run, int world_size) {
 
 namespace {
 
-ParamStore::Options storage_of(const RunConfig& run, const ModelConfig& model, Device device) {
-  ParamStore::Options options;
+RankModel::Options model_options(const RunConfig& run, const ModelConfig& model) {
+  RankModel::Options options;
   options.dtype = dtype_of(run.train.precision);
   options.grad_dtype = run.parallel.reduce == Precision::kBf16 ? options.dtype : DType::kF32;
   options.share_block_grads = run.parallel.zero == 2;
-  options.device = device;
+  options.recompute = run.train.recompute;
   options.freeze = frozen_names(run.freeze, model);
+  options.plan = stages_of(run, model);
+  options.node_ranks = run.parallel.node_ranks;
   return options;
 }
 
@@ -47,39 +45,9 @@ Optimizer::Config optimizer_of(const RunConfig& run) {
 
 }  // namespace
 
-void remark_on_precision(Precision precision, Device device) {
-  if (precision != Precision::kBf16 || device.type != DeviceType::kCpu) return;
-  const std::string reason = ops::why_bf16_is_slow();
-  if (!reason.empty())
-    log::info(
-        "bf16 is slower than fp32 on this processor: {}. It takes half the memory for weights and "
-        "activations",
-        reason);
-}
-
-RankMemory::RankMemory(Device device, Communicator* world)
-    : scratch(device, arena_address_space(device), "scratch") {
-  if (device.type == DeviceType::kCuda) {
-    stream = gpu::make_stream();
-  } else if (world != nullptr) {
-    stream = world->make_stream();
-  }
-  exec.device = device;
-  exec.stream = stream.get();
-  exec.scratch = &scratch;
-  exec.ledger = &ledger;
-}
-
-Session::Session(const RunConfig& run_config, const ModelConfig& model_config, Communicator& world,
-                 Device device)
-    : run(run_config),
-      config(model_config),
-      memory(device, &world),
-      mesh(mesh_of(run_config, world.size()), world, run_config.parallel.node_ranks),
-      plan(stages_of(run_config, model_config)),
-      params(model_config, mesh.spec(), plan, world.rank(), storage_of(run_config, model_config, device)),
-      chunks(make_chunks(model_config, params, mesh, plan, run_config.train.recompute)),
-      pipeline(model_config, mesh, plan, chunks, device),
+Session::Session(const RunConfig& run_config, const ModelConfig& model, Communicator& world, Device device)
+    : RankModel(model, mesh_of(run_config, world.size()), world, device, model_options(run_config, model)),
+      run(run_config),
       reducer(params, mesh, device),
       optimizer(params, optimizer_of(run_config), device) {
   memory.exec.deterministic = run_config.train.deterministic;
@@ -96,7 +64,16 @@ void Session::open_data(std::int64_t first_sample) {
   options.dp_rank = mesh.coord(Axis::kDp);
   options.dp_size = mesh.spec().dp;
   options.mask_documents = run.data.mask_documents;
-  loader = std::make_unique<BatchLoader>(*data, options, first_sample);
+  batches = std::make_unique<BatchLoader>(*data, options, first_sample);
+}
+
+MemoryUse Session::memory_use() const {
+  return {.parameters = params.value_bytes(),
+          .gradients = params.gradient_bytes(),
+          .optimizer = optimizer.bytes(),
+          .activations = pipeline.peak_bytes(),
+          .scratch = memory.scratch.peak(),
+          .buckets = reducer.bytes()};
 }
 
 }  // namespace upmoe

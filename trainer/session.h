@@ -1,54 +1,41 @@
 #pragma once
-// Everything one rank needs to train, built from a configuration: memory, mesh, parameters, model, data. Owns
-// all of it; the parts refer to each other, so a session stays where it was made.
+// Everything one rank needs to train, built from a configuration: a model, and what updates it.
 
 #include <memory>
 
 #include "configs/run_config.h"
 #include "data/batch_loader.h"
-#include "parallel/mesh.h"
-#include "parallel/stage_plan.h"
 #include "trainer/grad_reducer.h"
-#include "trainer/model/transformer.h"
 #include "trainer/optimizer.h"
-#include "trainer/pipeline.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
 
 MeshSpec mesh_of(const RunConfig& run, int world_size);
 
-// A line for the start of a run whose precision takes longer than fp32 on this device; nothing otherwise.
-void remark_on_precision(Precision precision, Device device);
-
-// Device, scratch memory and ledger of one rank.
-struct RankMemory {
-  // On a GPU: the calling thread's. `world`, if given, outlives this; on the CPU its stream moves transfers on.
-  explicit RankMemory(Device device, Communicator* world = nullptr);
-  Ledger ledger;
-  Arena scratch;
-  std::unique_ptr<Stream> stream;
-  Exec exec;
+// Bytes of one rank, each kind at its peak so far.
+struct MemoryUse {
+  std::size_t parameters = 0, gradients = 0;
+  std::size_t optimizer = 0;    // moments and masters
+  std::size_t activations = 0;  // of all micro-batches under way
+  std::size_t scratch = 0;      // temporary memory of ops and layers
+  std::size_t buckets = 0;      // through which gradients and weights travel
+  std::size_t total() const { return parameters + gradients + optimizer + activations + scratch + buckets; }
+  friend bool operator==(const MemoryUse&, const MemoryUse&) = default;
 };
 
-struct Session {
-  // Collective. Weights are neither loaded nor initialised yet. `first_sample`: where the data order goes on.
+struct Session : RankModel {
+  // Collective. Weights are neither loaded nor initialised yet.
   Session(const RunConfig& run, const ModelConfig& model, Communicator& world, Device device = {});
-  Session(const Session&) = delete;
 
-  void open_data(std::int64_t first_sample);
+  void open_data(std::int64_t first_sample);  // where the data order goes on
+  MemoryUse memory_use() const;
 
   RunConfig run;
-  ModelConfig config;
-  RankMemory memory;
-  ProcessMesh mesh;
-  StagePlan plan;
-  ParamStore params;
-  std::vector<Transformer> chunks;
-  Pipeline pipeline;
   GradReducer reducer;
   Optimizer optimizer;
   std::unique_ptr<TokenDataset> data;
-  std::unique_ptr<BatchLoader> loader;
+  std::unique_ptr<BatchSource> batches;
 };
 
 }  // namespace upmoe

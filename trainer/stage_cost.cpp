@@ -1,21 +1,73 @@
 #include "trainer/stage_cost.h"
 
-#include "trainer/dry_model.h"
+#include <algorithm>
+
+#include "parallel/dry_comm.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
+
+namespace {
+
+constexpr Device kDry{DeviceType::kDry, 0};
+
+TensorView dry(Shape shape, DType dtype) {
+  return {nullptr, shape, dtype, kDry};
+}
+
+// The whole model on one dry rank, with one sequence.
+class Parts {
+ public:
+  Parts(const ModelConfig& config, std::int64_t seq_len)
+      : seq_len_(seq_len), model_(config, MeshSpec{}, *world_, kDry, {}) {}
+
+  double block(std::size_t i) {
+    const Block& block = model_.chunks.front().blocks[i];
+    const std::int64_t experts = std::max(1, model_.config.num_experts);
+    return flops_of([&](Exec& ex) {
+      Arena keep(kDry, 0, "activations of one block");
+      Block::Saved saved;
+      if (block.is_moe()) saved.balance.load = {dry({RouterLoad::size(experts)}, DType::kF64)};
+      block.forward(ex, stream(), stream(), {dry({seq_len_}, DType::kI32), {}, seq_len_}, keep, saved);
+      saved.balance.aux_E = dry({experts}, DType::kF32);
+      block.backward(ex, stream(), keep, saved);
+    });
+  }
+  double head() {
+    return flops_of([&](Exec& ex) {
+      model_.chunks.front().output->head.forward(ex, dry({1}, DType::kF64), stream(),
+                                                 dry({seq_len_}, DType::kI32), stream(), 1.0f);
+    });
+  }
+
+ private:
+  TensorView stream() const { return dry({seq_len_, model_.config.hidden_size}, model_.params.dtype()); }
+  template <class Work>
+  double flops_of(const Work& work) {
+    model_.memory.ledger.clear();
+    work(model_.memory.exec);
+    return model_.memory.ledger.total().flops;
+  }
+
+  std::int64_t seq_len_;
+  std::unique_ptr<Communicator> world_ = make_dry_communicator(0, 1);
+  RankModel model_;
+};
+
+}  // namespace
 
 StagePlan stages_of(const RunConfig& run, const ModelConfig& model) {
   const int stages = run.parallel.pp, chunks = run.parallel.pp_chunks;
   if (stages * chunks == 1) return one_stage(model.num_hidden_layers);
   std::vector<double> costs(static_cast<std::size_t>(model.num_hidden_layers));
-  DryModel dry(run, model, {});
+  Parts parts(model, run.data.seq_len);
   double dense = -1, mixture = -1;  // blocks of a kind are alike
   for (int i = 0; i < model.num_hidden_layers; ++i) {
     double& kind = model.is_moe_layer(i) ? mixture : dense;
-    if (kind < 0) kind = dry.block(static_cast<std::size_t>(i));
+    if (kind < 0) kind = parts.block(static_cast<std::size_t>(i));
     costs[static_cast<std::size_t>(i)] = kind;
   }
-  return plan_stages(stages, chunks, costs, 0, dry.head());  // the embedding is a copy: no product
+  return plan_stages(stages, chunks, costs, 0, parts.head());  // the embedding is a copy: no product
 }
 
 }  // namespace upmoe

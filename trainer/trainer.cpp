@@ -13,6 +13,8 @@ bool is_model_work(std::string_view op) {
   return op.starts_with("gemm") || op.starts_with("grouped_gemm") || op.starts_with("attention");
 }
 
+}  // namespace
+
 double model_flops(const Ledger& ledger) {
   double flops = 0;
   for (const auto& [op, cost] : ledger.entries())
@@ -20,26 +22,11 @@ double model_flops(const Ledger& ledger) {
   return flops;
 }
 
-HostTokens tokens_of(const Batch& batch, std::int64_t seq_len) {
-  HostTokens tokens;
-  tokens.sequences = batch.tokens_T.rows() / seq_len;
-  tokens.tokens = batch.tokens_T.as<std::int32_t>();
-  tokens.targets = batch.targets_T.as<std::int32_t>();
-  tokens.positions = batch.positions_T.as<std::int32_t>();
-  if (batch.document_T.data != nullptr) tokens.documents = batch.document_T.as<std::int32_t>();
-  return tokens;
-}
-
-}  // namespace
-
 StepSums Trainer::accumulate() {
   Exec& ex = s_.memory.exec;
   const RunConfig& run = s_.run;
   const double micro_batches = static_cast<double>(run.train.global_batch / run.train.micro_batch);
-  Pipeline::Step step;
-  step.micro_batches = s_.loader->rounds();
-  step.next = [&] { return tokens_of(s_.loader->next(), run.data.seq_len); };
-  step.seq_len = run.data.seq_len;
+  Pipeline::Step step{.batches = *s_.batches};
   step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);
   step.balance.kind = run.router.aux_kind;
   step.balance.aux_coefficient = run.router.aux_loss / micro_batches;

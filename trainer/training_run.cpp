@@ -177,9 +177,8 @@ void Run::evaluate_now(std::int64_t step) {
   if (valid_ == nullptr || evaluated_step_ == step) return;
   evaluated_step_ = step;
   session_->reducer.await_all_values(session_->memory.exec);
-  const EvalResult result =
-      evaluate(session_->memory.exec, session_->pipeline, session_->mesh, *valid_,
-               {run_.train.eval_sequences, run_.train.micro_batch, run_.data.mask_documents});
+  const EvalResult result = evaluate(
+      *session_, *valid_, {run_.train.eval_sequences, run_.train.micro_batch, run_.data.mask_documents});
   if (metrics_) metrics_->evaluation(step, result);
 }
 

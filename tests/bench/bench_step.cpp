@@ -161,10 +161,11 @@ void run(const Options& o, Runtime& runtime) {
         r.flops_per_rank / r.seconds * 1e-12);
     std::fflush(stdout);
   }
+  const MemoryUse use = s.memory_use();
   fmt::print(R"({{"device": "{}", "parameters_bytes": {}, "optimizer_bytes": {}, "scratch_peak_bytes": {}}})"
              "\n",
-             device.type == DeviceType::kCuda ? gpu::name_of(device.index) : "cpu", s.params.bytes(),
-             s.optimizer.bytes(), s.memory.scratch.peak());
+             device.type == DeviceType::kCuda ? gpu::name_of(device.index) : "cpu",
+             use.parameters + use.gradients, use.optimizer, use.scratch);
   if (o.profile) profile(s, trainer, o.steps + 1);
   std::filesystem::remove(tokens);
 }

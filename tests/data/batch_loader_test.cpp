@@ -62,10 +62,13 @@ TEST_F(Loader, TheSameMicroBatchesForAnyNumberOfRanks) {
           const Batch b = loader.next();
           if (b.index < 0) {
             EXPECT_EQ(b.tokens_T.shape, Shape{0});
+            EXPECT_EQ(b.sequences(), 0);
+            EXPECT_TRUE(b.document_T.given());
             EXPECT_GE(round * ranks + rank, 6);
             continue;
           }
           EXPECT_EQ(b.index, round * ranks + rank);
+          EXPECT_EQ(b.sequences(), 2);
           const bool fresh =
               dealt
                   .try_emplace({step, b.index}, std::vector{values(b.tokens_T), values(b.targets_T),
@@ -111,7 +114,7 @@ TEST_F(Loader, WithoutDocumentsPositionsRunOverTheSequence) {
   BatchLoader loader(data, {2, 2, 0, 1, false}, 0);
   const Batch b = loader.next();
   EXPECT_EQ(values(b.positions_T), (std::vector<std::int32_t>{0, 1, 2, 3, 0, 1, 2, 3}));
-  EXPECT_EQ(b.document_T.data, nullptr);
+  EXPECT_FALSE(b.document_T.given());
 }
 
 // The views of a batch must outlive the reading ahead, until the next call.

@@ -10,7 +10,7 @@
 #include "kernels/ops/routing.h"
 #include "parallel/mesh.h"
 #include "parallel/thread_comm.h"
-#include "trainer/session.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
 namespace {

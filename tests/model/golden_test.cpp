@@ -6,6 +6,7 @@
 
 #include "parallel/self_comm.h"
 #include "tests/support/golden.h"
+#include "tests/support/same_batch.h"
 #include "tests/support/test_device.h"
 #include "tests/support/tolerance.h"
 #include "trainer/trainer.h"
@@ -46,20 +47,19 @@ TEST_P(GoldenModel, LogitsLossAndGradients) {
   Loaded l(GetParam());
   Session& s = l.session;
   const std::int64_t S = l.golden.seq_len(), V = l.golden.config().vocab_size;
-  const Batch batch = s.loader->next();
-  const HostTokens micro{4, batch.tokens_T.as<std::int32_t>(), batch.targets_T.as<std::int32_t>(),
-                         batch.positions_T.as<std::int32_t>(), nullptr};
+  const Batch batch = s.batches->next();
 
   const std::vector<float> expected = l.golden.values<float>("logits");
   std::vector<float> logits(expected.size());
-  s.pipeline.evaluate(s.memory.exec, micro, S, [&](std::int64_t row, ConstTensorView chunk_CV) {
+  s.pipeline.evaluate(s.memory.exec, batch, [&](std::int64_t row, ConstTensorView chunk_CV) {
     std::copy_n(chunk_CV.as<float>(), chunk_CV.elements(), logits.data() + row * V);
   });
   for (std::size_t i = 0; i < logits.size(); ++i)
     ASSERT_NEAR(logits[i], expected[i], kLogits) << "logit " << i;
 
   const double tokens = static_cast<double>(4 * S);
-  Pipeline::Step step{1, [&] { return micro; }, S, 1.0 / tokens, {}, {}, {}};
+  test::SameBatch batches(batch, 1);
+  Pipeline::Step step{.batches = batches, .loss_scale = 1.0 / tokens};
   step.balance.aux_coefficient = s.run.router.aux_loss;
   s.params.zero_gradients(s.memory.exec);
   const StepSums sums = s.pipeline.run(s.memory.exec, step);

@@ -4,7 +4,7 @@
 #include "parallel/self_comm.h"
 #include "tests/support/gradient_check.h"
 #include "trainer/model/block.h"
-#include "trainer/session.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
 namespace {

@@ -12,7 +12,7 @@
 #include "tests/support/gradient_check.h"
 #include "tests/support/tolerance.h"
 #include "trainer/model/moe_layer.h"
-#include "trainer/session.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
 namespace {

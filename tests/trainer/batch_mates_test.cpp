@@ -8,6 +8,7 @@
 #include "kernels/cpu/dense_product.h"
 #include "parallel/thread_comm.h"
 #include "tests/support/layout_run.h"
+#include "tests/support/same_batch.h"
 
 namespace upmoe {
 namespace {
@@ -59,7 +60,7 @@ std::vector<float> logits_of_probe(Session& s, const ContextShards& context, con
       tokens.push_back(t);
     }
   std::vector<float> all;  // [this rank's tokens, its share of the vocabulary]
-  s.pipeline.evaluate(s.memory.exec, {n, tokens.data(), tokens.data(), positions.data(), nullptr}, S,
+  s.pipeline.evaluate(s.memory.exec, test::batch_of(tokens, tokens, positions, S),
                       [&](std::int64_t, ConstTensorView logits_CV) {
                         all.insert(all.end(), logits_CV.as<float>(),
                                    logits_CV.as<float>() + logits_CV.elements());

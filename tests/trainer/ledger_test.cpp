@@ -6,6 +6,7 @@
 #include "parallel/dry_comm.h"
 #include "parallel/self_comm.h"
 #include "tests/support/golden.h"
+#include "tests/support/same_batch.h"
 #include "trainer/session.h"
 
 namespace upmoe {
@@ -42,10 +43,10 @@ Books step(const Golden& golden, Communicator& world, const RunConfig::Parallel&
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(T), 1), positions(static_cast<std::size_t>(T));
   for (std::size_t t = 0; t < positions.size(); ++t)
     positions[t] = static_cast<std::int32_t>(static_cast<std::int64_t>(t) % S);
-  const HostTokens batch{sequences, tokens.data(), tokens.data(), positions.data(), nullptr};
+  test::SameBatch batches(test::batch_of(tokens, tokens, positions, S), micro_batches);
   s.memory.ledger.clear();
   Exec& ex = s.memory.exec;
-  Pipeline::Step work{micro_batches, [&] { return batch; }, S, 1.0, {}, {}, {}};
+  Pipeline::Step work{.batches = batches};
   if (reduces) work.block_done = [&](int block, bool last) { s.reducer.ready(ex, block, last); };
   s.pipeline.run(ex, work);
   if (reduces) {

@@ -8,9 +8,7 @@
 #include <string>
 
 #include "parallel/self_comm.h"
-#include "parallel/stage_plan.h"
-#include "trainer/model/make_transformer.h"
-#include "trainer/session.h"
+#include "trainer/rank_model.h"
 
 namespace upmoe {
 namespace {
@@ -35,26 +33,21 @@ ModelConfig one_layer() {
 double kept(Recompute recompute) {
   const std::int64_t tokens = 4096;
   const Device dry{DeviceType::kDry, 0};
-  const ModelConfig config = one_layer();
   const std::unique_ptr<Communicator> world = make_self_communicator();
-  const ProcessMesh mesh(MeshSpec{}, *world);
-  const StagePlan plan = one_stage(1);
-  const ParamStore params(config, MeshSpec{}, plan, 0,
-                          {.dtype = DType::kBF16, .grad_dtype = DType::kBF16, .device = dry, .freeze = {}});
-  const Transformer model = make_transformer(config, params, mesh, plan, 0, recompute);
-  Arena keep(dry, std::size_t{1} << 40, "activations"), scratch(dry, std::size_t{1} << 40, "scratch");
-  Exec ex;
-  ex.device = dry;
-  ex.scratch = &scratch;
+  RankModel model(one_layer(), MeshSpec{}, *world, dry,
+                  {.dtype = DType::kBF16, .grad_dtype = DType::kBF16, .recompute = recompute});
+  const Block& block = model.chunks.front().blocks.front();
+  Arena keep(dry, std::size_t{1} << 40, "activations");
+  Exec& ex = model.memory.exec;
   const auto view = [&](Shape shape, DType dtype) { return TensorView{nullptr, shape, dtype, dry}; };
   const TensorView x = view({tokens, 2048}, DType::kBF16), y = x, g = x;
   Block::Saved saved;
-  model.blocks[0].forward(ex, y, x, {view({tokens}, DType::kI32), {}, 2048}, keep, saved);
+  block.forward(ex, y, x, {view({tokens}, DType::kI32), {}, 2048}, keep, saved);
   const std::size_t used = keep.used();
   saved.balance.aux_E = view({60}, DType::kF32);
-  model.blocks[0].backward(ex, g, keep, saved);
+  block.backward(ex, g, keep, saved);
   EXPECT_EQ(keep.used(), used);
-  EXPECT_EQ(scratch.used(), 0u);
+  EXPECT_EQ(model.memory.scratch.used(), 0u);
   return static_cast<double>(used + x.bytes()) / static_cast<double>(tokens);
 }
 

@@ -27,6 +27,7 @@ PieceMap whole_map(const ExpertShares& shares, int ranks) {
 
 PieceMap node_map(const ExpertShares& shares, int ranks, int ranks_per_node, int node) {
   PieceMap map;
+  map.nodes = ranks / ranks_per_node;
   const std::int64_t first = shares.pieces_of(node * ranks_per_node, ranks).begin;
   for (int r = node * ranks_per_node; r < (node + 1) * ranks_per_node; ++r) {
     const Range pieces = shares.pieces_of(r, ranks);

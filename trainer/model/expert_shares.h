@@ -25,6 +25,7 @@ struct ExpertShares {
 // from the node's first piece.
 struct PieceMap {
   std::vector<Range> of_rank;
+  std::int64_t nodes = 1;  // of this kind, that share all pieces
   std::int64_t pieces() const { return of_rank.back().end; }
 };
 PieceMap whole_map(const ExpertShares& shares, int ranks);

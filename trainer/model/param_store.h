@@ -57,7 +57,8 @@ class ParamStore {
   void zero_gradients(Exec& ex) const;
   // The gradients that the blocks share, for the next block. Only with share_block_grads.
   void zero_shared_gradients(Exec& ex) const;
-  std::size_t bytes() const { return values_.bytes() + grads_.bytes() + owned_grads_.bytes(); }
+  std::size_t value_bytes() const { return values_.bytes(); }
+  std::size_t gradient_bytes() const { return grads_.bytes() + owned_grads_.bytes(); }
   DType dtype() const { return options_.dtype; }
   DType grad_dtype() const { return options_.grad_dtype; }
   bool shares_block_grads() const { return options_.share_block_grads; }

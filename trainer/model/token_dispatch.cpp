@@ -1,5 +1,6 @@
 #include "trainer/model/token_dispatch.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "kernels/ops/routing.h"
@@ -17,14 +18,14 @@ Shape rows_shape(std::int64_t rows, const Shape& like) {
 }
 
 // counts_PE[p*E + e]: rows that rank p of the group sends to expert e. On the dry device nobody counted; the
-// rehearsal takes a balanced router.
+// rehearsal takes a balanced router, of which these are `rows`.
 std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& exchange, TensorView counts_E,
                                         std::int64_t rows) {
   std::vector<std::int32_t> counts_PE = counts_of_all(ex, exchange, counts_E);
   if (ex.device.type != DeviceType::kDry) return counts_PE;
   const std::int64_t E = counts_E.shape[0];
   for (std::int64_t i = 0; i < exchange.size() * E; ++i)
-    counts_PE.push_back(static_cast<std::int32_t>(balanced(rows, E, i % E).size()));
+    counts_PE[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(balanced(rows, E, i % E).size());
   return counts_PE;
 }
 
@@ -93,7 +94,9 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   ScratchScope scope(*ex.scratch);
   TensorView counts_E = ex.scratch->take({map.pieces()}, DType::kI32, "rows per piece");
   ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E, index_TS);
-  const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, plan.sent());
+  // A row that came to this node has its share of the choices here.
+  const std::int64_t balanced_rows = plan.sent() / std::min(map.nodes, plan.choices);
+  const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, balanced_rows);
   count_rows(plan, exchange, map, counts_PE);
   const std::vector<std::int32_t> offsets(plan.expert_offsets.begin(), plan.expert_offsets.end());
   const Shape one_more{static_cast<std::int64_t>(offsets.size())};

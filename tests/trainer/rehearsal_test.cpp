@@ -1,0 +1,255 @@
+// A rehearsal of any rank books what that rank of a real run books, entry by entry, and holds what it holds; and what
+// it says of bytes sent is what the run writes down.
+
+#include "trainer/rehearsal.h"
+
+#include "tests/support/layout_run.h"
+#include "tests/trainer/whole_run.h"
+#include "trainer/memory_estimate.h"
+
+namespace upmoe::test {
+namespace {
+
+constexpr std::int64_t kSteps = 2;
+
+using Books = std::map<std::string, Cost, std::less<>>;  // of one step
+
+struct Seen {
+  std::vector<Books> steps;
+  MemoryUse memory;
+  std::size_t scratch_at_ops = 0;      // the most that layers held when an op began
+  std::vector<double> flops_per_rank;  // as the steps report it
+};
+
+// Every token asks for every expert: the one routing that needs no luck to be balanced.
+ModelConfig config_of(const Golden& golden) {
+  ModelConfig config = golden.config();
+  config.num_experts_per_tok = config.num_experts;
+  return config;
+}
+
+Seen run_really(const Golden& golden, const RunConfig& run, Communicator& world) {
+  Session s(run, config_of(golden), world);
+  s.params.load(s.memory.exec, golden_weights(golden));
+  s.optimizer.reset(s.memory.exec);
+  s.open_data(0);
+  Trainer trainer(s);
+  Seen seen;
+  s.memory.ledger.listen([&](std::string_view) {
+    seen.scratch_at_ops = std::max(seen.scratch_at_ops, s.memory.scratch.used());
+  });
+  for (std::int64_t step = 1; step <= kSteps; ++step) {
+    const StepReport report = trainer.step(step);
+    EXPECT_FALSE(report.skipped);
+    seen.steps.push_back(s.memory.ledger.entries());
+    seen.flops_per_rank.push_back(report.flops_per_rank);
+    EXPECT_EQ(report.bytes_sent, s.memory.ledger.total().bytes_sent);
+  }
+  trainer.settle();
+  s.memory.ledger.listen({});
+  seen.memory = s.memory_use();
+  return seen;
+}
+
+// What the host's memory is to a run on the CPU, the dry device, like a GPU, is given: tokens, targets, positions and
+// documents of this rank's part of each micro-batch.
+Cost uploads_of_tokens(const RunConfig& run, const ProcessMesh& mesh) {
+  const Deal deal{run.train.global_batch / run.train.micro_batch, mesh.coord(Axis::kDp), mesh.spec().dp};
+  const double rows = run.data.mask_documents ? 4 : 3,
+               tokens = static_cast<double>(run.train.micro_batch * run.data.seq_len / mesh.spec().cp);
+  Cost cost;
+  for (std::int64_t round = 0; round < deal.rounds(); ++round) {
+    cost.calls += static_cast<std::int64_t>(rows);
+    if (deal.index(round) >= 0) cost.bytes_read += rows * tokens * sizeof(std::int32_t);
+  }
+  cost.bytes_written = cost.bytes_read;
+  return cost;
+}
+
+void expect_same_books(const Books& real, const Books& dry, const std::string& where) {
+  for (const auto& [name, cost] : real) EXPECT_TRUE(dry.contains(name)) << name << " of " << where;
+  for (const auto& [name, cost] : dry) {
+    const auto it = real.find(name);
+    ASSERT_NE(it, real.end()) << name << " of " << where;
+    EXPECT_EQ(it->second.calls, cost.calls) << name << " of " << where;
+    EXPECT_EQ(it->second.flops, cost.flops) << name << " of " << where;
+    EXPECT_EQ(it->second.bytes_read, cost.bytes_read) << name << " of " << where;
+    EXPECT_EQ(it->second.bytes_written, cost.bytes_written) << name << " of " << where;
+    EXPECT_EQ(it->second.bytes_sent, cost.bytes_sent) << name << " of " << where;
+  }
+}
+
+// Of scratch memory the run takes more by what the backend of one op takes inside of it.
+void expect_same_memory(const Seen& seen, const MemoryUse& dry, const std::string& where) {
+  const MemoryUse& real = seen.memory;
+  EXPECT_EQ(real.parameters, dry.parameters) << where;
+  EXPECT_EQ(real.gradients, dry.gradients) << where;
+  EXPECT_EQ(real.optimizer, dry.optimizer) << where;
+  EXPECT_EQ(real.activations, dry.activations) << where;
+  EXPECT_EQ(real.buckets, dry.buckets) << where;
+  EXPECT_GE(real.scratch, dry.scratch) << where;
+  EXPECT_EQ(seen.scratch_at_ops, dry.scratch) << where;
+}
+
+class Rehearsed : public testing::TestWithParam<Layout> {};
+
+TEST_P(Rehearsed, IsWhatARealRunDoes) {
+  const Layout& layout = GetParam();
+  const Golden golden(layout.model);
+  const int ranks = layout.mesh.world();
+  const fs::path tokens = fs::path(testing::TempDir()) / fmt::format("rehearsal_{}.h5", ::getpid());
+  const RunConfig run = run_of(layout, golden, tokens);
+  golden.write_tokens(tokens);
+  std::vector<Seen> real(static_cast<std::size_t>(ranks));
+  run_in_threads(ranks, [&](Communicator& world) {
+    real[static_cast<std::size_t>(world.rank())] = run_really(golden, run, world);
+  });
+  fs::remove(tokens);  // a rehearsal does not look for it
+  std::vector<double> flops(kSteps);
+  for (int rank = 0; rank < ranks; ++rank) {
+    const Seen& seen = real[static_cast<std::size_t>(rank)];
+    Rehearsal rehearsal(run, config_of(golden), rank, ranks);
+    for (std::size_t step = 0; step < kSteps; ++step) {
+      const Ledger& ledger = rehearsal.step();
+      flops[step] += model_flops(ledger);
+      Books expected = seen.steps[step];
+      expected["upload"] += uploads_of_tokens(run, rehearsal.session().mesh);
+      expect_same_books(expected, ledger.entries(), fmt::format("rank {}, step {}", rank, step + 1));
+    }
+    expect_same_memory(seen, rehearsal.memory_use(), fmt::format("rank {}", rank));
+  }
+  for (std::size_t step = 0; step < kSteps; ++step)
+    EXPECT_DOUBLE_EQ(real.front().flops_per_rank[step], flops[step] / ranks);
+}
+
+// Besides: documents, everything narrow, a tied embedding at both ends of a pipeline, and fewer micro-batches in the
+// last round than ranks.
+std::vector<Layout> layouts() {
+  std::vector<Layout> all = layouts_of_every_kind();
+  all.push_back({"moe_mixed", {1, 2, 1, 1, 2, 1}, 1});
+  all.back().mask_documents = true;
+  all.back().precision = all.back().reduce = Precision::kBf16;
+  all.back().optimizer = OptimizerKind::kAdamW8bit;
+  all.back().z_loss = 1e-3;
+  all.push_back({"dense_tied_gqa", {2, 1, 1, 1, 1, 1}, 1});
+  all.push_back({"dense", {1, 3, 1, 1, 1, 1}, 1});
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, Rehearsed, testing::ValuesIn(layouts()), [](const auto& i) {
+  return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") + (i.param.node_ranks > 0 ? "_nodes" : "") +
+         (i.param.recompute != Recompute::kNone ? "_recomputed" : "") +
+         (i.param.precision == Precision::kBf16 ? "_bf16" : "");
+});
+
+// Qwen1.5-MoE-A2.7B, of which no rank's part would fit into this machine's memory.
+ModelConfig full_size() {
+  ModelConfig c;
+  c.model_type = "qwen2_moe";
+  c.vocab_size = 151936;
+  c.hidden_size = 2048;
+  c.intermediate_size = c.shared_expert_intermediate_size = 5632;
+  c.num_hidden_layers = 24;
+  c.num_attention_heads = c.num_key_value_heads = 16;
+  c.head_dim = 128;
+  c.max_position_embeddings = 8192;
+  c.num_experts = 60;
+  c.num_experts_per_tok = 4;
+  c.moe_intermediate_size = 1408;
+  return c;
+}
+
+RunConfig full_size_run() {
+  RunConfig run;
+  run.data.seq_len = 2048;
+  run.train.global_batch = 16;
+  run.train.micro_batch = 1;
+  run.train.precision = Precision::kBf16;
+  return run;
+}
+
+// A layout divides the products and attention of a step; it adds none.
+TEST(Rehearsal, AMeshDividesTheModelsWork) {
+  RunConfig run = full_size_run();
+  const double alone = model_flops(Rehearsal(run, full_size(), 0, 1).step());
+  EXPECT_GT(alone, 0);
+  run.parallel = {.tp = 2, .pp = 2, .cp = 2, .ep = 4};
+  double together = 0;
+  std::set<std::size_t> parameters;
+  for (int rank = 0; rank < 16; ++rank) {
+    Rehearsal rehearsal(run, full_size(), rank, 16);
+    together += model_flops(rehearsal.step());
+    parameters.insert(rehearsal.memory_use().parameters);
+  }
+  EXPECT_NEAR(together / alone, 1.0, 1e-9);
+  EXPECT_EQ(parameters.size(), 2u) << "two stages, of one embedding each";
+}
+
+TEST(Rehearsal, StepsAfterTheFirstAreAlike) {
+  RunConfig run = full_size_run();
+  run.parallel = {.ep = 4, .zero = 2};
+  Rehearsal rehearsal(run, full_size(), 1, 4);
+  const Books first = rehearsal.step().entries(), second = rehearsal.step().entries();
+  expect_same_books(second, rehearsal.step().entries(), "step 3");
+  EXPECT_GT(second.at("cast").calls, first.at("cast").calls) << "weights of the step before arrive";
+}
+
+TEST(Rehearsal, RefusesAnImpossibleMesh) {
+  RunConfig run = full_size_run();
+  run.parallel.tp = 3;
+  EXPECT_THROW(Rehearsal(run, full_size(), 0, 4), Error);
+}
+
+// The estimate rehearses a shorter step, in which everything is under way that ever is.
+TEST(Rehearsal, AnEstimateIsTheMemoryOfALongStep) {
+  RunConfig run = full_size_run();
+  run.train.global_batch = 128;
+  for (const auto& [parallel, ranks] : {std::pair{RunConfig::Parallel{.ep = 2}, 2},
+                                        {RunConfig::Parallel{.pp = 4}, 4},
+                                        {RunConfig::Parallel{.pp = 4, .pp_chunks = 2}, 4},
+                                        {RunConfig::Parallel{.pp = 4, .pp_chunks = 3}, 4},
+                                        {RunConfig::Parallel{.pp = 2, .cp = 2, .pp_chunks = 2}, 8}}) {
+    run.parallel = parallel;
+    for (int rank = 0; rank < ranks; ++rank) {
+      Rehearsal rehearsal(run, full_size(), rank, ranks);
+      rehearsal.step();
+      EXPECT_EQ(estimate_memory(run, full_size(), rank, ranks).step, rehearsal.memory_use())
+          << "rank " << rank << " of " << ranks << ", pp " << parallel.pp << ", chunks "
+          << parallel.pp_chunks;
+    }
+  }
+}
+
+class WholeRunSent : public WholeRun {
+ protected:
+  // Of rank 0, by step, as metrics.jsonl has it.
+  std::vector<double> written(const std::string& name) const {
+    std::vector<double> bytes;
+    std::ifstream in(dir_ / name / "metrics.jsonl");
+    for (std::string line; std::getline(in, line);) {
+      const auto j = nlohmann::json::parse(line);
+      if (j.contains("loss")) bytes.push_back(j.at("bytes_sent").get<double>());
+    }
+    return bytes;
+  }
+};
+
+// Two ranks that share no experts: whatever the router does, they send gradients, weights and sums.
+TEST_F(WholeRunSent, StandsInTheMetrics) {
+  const RunConfig run = config("run", 3, 1);
+  WholeRun::run(run, 2);
+  Rehearsal rehearsal(run, read_model_config(run.model.path), 0, 2);
+  std::vector<double> foretold;
+  for (std::int64_t step = 1; step <= run.train.steps; ++step)
+    foretold.push_back(rehearsal.step().total().bytes_sent);
+  EXPECT_GT(foretold.front(), 0);
+  EXPECT_EQ(written("run"), foretold);
+}
+
+TEST_F(WholeRunSent, OneRankSendsNothing) {
+  WholeRun::run(config("run", 2, 1), 1);
+  EXPECT_EQ(written("run"), std::vector<double>(2, 0.0));
+}
+
+}  // namespace
+}  // namespace upmoe::test

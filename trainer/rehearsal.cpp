@@ -1,0 +1,51 @@
+#include "trainer/rehearsal.h"
+#include "parallel/dry_comm.h"
+
+namespace upmoe {
+
+namespace {
+
+// Micro-batches of a run's size, dealt as it deals them; their values are never looked at.
+class DryBatches final : public BatchSource {
+ public:
+  DryBatches(const RunConfig& run, const ProcessMesh& mesh)
+      : deal_{run.train.global_batch / run.train.micro_batch, mesh.coord(Axis::kDp), mesh.spec().dp},
+        seq_len_(run.data.seq_len),
+        masked_(run.data.mask_documents),
+        values_(static_cast<std::size_t>(run.train.micro_batch * seq_len_)) {}
+
+  std::int64_t rounds() const override { return deal_.rounds(); }
+  Batch next() override {
+    Batch batch;
+    batch.index = deal_.index(round_);
+    round_ = (round_ + 1) % rounds();
+    const std::int64_t T = batch.index < 0 ? 0 : static_cast<std::int64_t>(values_.size());
+    batch.tokens_T = host_view(std::as_const(values_).data(), {T});
+    batch.targets_T = batch.positions_T = batch.tokens_T;
+    if (masked_) batch.document_T = batch.tokens_T;
+    batch.seq_len = seq_len_;
+    return batch;
+  }
+
+ private:
+  Deal deal_;
+  std::int64_t seq_len_, round_ = 0;
+  bool masked_;
+  std::vector<std::int32_t> values_;
+};
+
+}  // namespace
+
+Rehearsal::Rehearsal(const RunConfig& run, const ModelConfig& model, int rank, int ranks)
+    : world_(make_dry_communicator(rank, ranks)),
+      session_(run, model, *world_, {DeviceType::kDry, 0}),
+      trainer_(session_) {
+  session_.batches = std::make_unique<DryBatches>(run, session_.mesh);
+}
+
+const Ledger& Rehearsal::step() {
+  trainer_.step(++steps_);
+  return session_.memory.ledger;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,31 @@
+#pragma once
+// What a run will cost, before it starts: the real Trainer on the dry device, as one rank of a world that does not
+// exist, over micro-batches that nobody reads. No file is opened and nothing is computed; everything is booked.
+
+#include <memory>
+
+#include "trainer/trainer.h"
+
+namespace upmoe {
+
+// Routers are taken to be balanced: every expert gets the same rows from every rank. Where that is so, a step books
+// what the same rank of a real run books, entry by entry; and a rank holds as much, but for the scratch memory that a
+// backend takes inside an op. (A rank without a micro-batch in a round sends no rows and is taken to get none.)
+class Rehearsal {
+ public:
+  // Of `run`, neither its data and model files nor its directory are looked at.
+  Rehearsal(const RunConfig& run, const ModelConfig& model, int rank, int ranks);
+
+  // Step 1, 2, ...: what it books. In the first one no updated weights are under way yet; the others are alike.
+  const Ledger& step();
+  MemoryUse memory_use() const { return session_.memory_use(); }  // of the steps so far
+  const Session& session() const { return session_; }
+
+ private:
+  std::unique_ptr<Communicator> world_;
+  Session session_;
+  Trainer trainer_;
+  std::int64_t steps_ = 0;
+};
+
+}  // namespace upmoe
