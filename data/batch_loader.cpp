@@ -52,9 +52,11 @@ struct BatchLoader::Impl {
         std::int64_t turn = 0;
         {
           std::unique_lock lock(mutex);
+          // False: asked to stop, by the jthread's destructor.
           if (!changed.wait(lock, stop, [&] { return made - taken < kAhead; })) return;
           turn = made;
         }
+        // Without the lock: until `made` says so, nobody else looks at this slot.
         fill(turn, slots[static_cast<std::size_t>(turn % kSlots)]);
         const std::scoped_lock lock(mutex);
         ++made;
@@ -68,6 +70,11 @@ struct BatchLoader::Impl {
   }
 
   void fill(std::int64_t turn, Slot& slot) const {
+    // Micro-batches of a step are dealt to the ranks in turns. 7 of them for 3 ranks are 3 rounds:
+    //
+    //   round 0    0 1 2        a rank's turn t is round t % 3 of step t / 3
+    //   round 1    3 4 5
+    //   round 2    6 - -        no micro-batch: the rank takes part in the step's exchanges with no tokens
     const std::int64_t rounds = rounds_of(options), step = turn / rounds, round = turn % rounds;
     const std::int64_t batch = round * options.dp_size + options.dp_rank;
     if (batch >= micro_batches_of(options)) {

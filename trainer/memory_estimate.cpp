@@ -35,6 +35,7 @@ double activations_of(const Session& s) {
       own += bytes;
     }
   dry.head();
+  // The first stage keeps as many micro-batches as there are stages; the others fewer, and are counted alike.
   return (own * mesh.pp + static_cast<double>(dry.scratch_bytes())) / (mesh.tp * mesh.cp);
 }
 
@@ -91,6 +92,7 @@ void warn_of_memory(const Session& session, Communicator& world) {
   const std::vector<std::int64_t> hosts = hosts_of(world);
   const std::vector<std::int64_t> needs = gather(world, static_cast<std::int64_t>(mine.total()));
   const std::int64_t here = hosts[static_cast<std::size_t>(world.rank())];
+  // The first rank of a host speaks for all of them.
   if (std::find(hosts.begin(), hosts.end(), here) - hosts.begin() != world.rank()) return;
   double need = 0;
   int ranks = 0;

@@ -98,6 +98,7 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   ScratchScope scope(*ex.scratch);
   TensorView counts_E = ex.scratch->take({map.pieces()}, DType::kI32, "rows per piece");
   ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E, index_TS);
+  // Here the host waits for the device: it has to know how many rows come, and for which experts.
   const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, plan.sent());
   count_rows(plan, exchange, map, counts_PE);
   const std::vector<std::int32_t> offsets(plan.expert_offsets.begin(), plan.expert_offsets.end());
@@ -115,6 +116,10 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   return plan;
 }
 
+// The way of the rows, and back. gather and regroup are both permutations, each applied while rows are copied anyway:
+//
+//   x_TD --order_N--> by expert --all_to_all--> by rank, expert --regroup_R--> by expert --> experts
+//   y_TD <--slot_TS-- by expert <--all_to_all-- by rank, expert <--ungroup_R-- by expert <-- experts
 RowsUnderWay to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
                         const ops::PickedRows& rows) {
   if (!plan.moves()) return {{}, rows};  // sorted order is expert-major already
