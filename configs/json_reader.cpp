@@ -26,6 +26,7 @@ class StructureCheck : public nlohmann::json_sax<json> {
   bool start_array(std::size_t) override { return enter(); }
   bool end_array() override { return leave(); }
   bool key(string_t& name) override {
+    // Keys of each open object on the way down; a list has an empty set, which no key reaches.
     if (keys_.back().insert(name).second) return true;
     problem = fmt::format("the key '{}' is given twice", name);
     return false;

@@ -32,6 +32,8 @@ double distance(const RunConfig::Parallel& a, const RunConfig::Parallel& b) {
   return sum;
 }
 
+// Each axis takes what those before it leave of the ranks. ep and etp divide a stage's ranks, pp, cp and tp all of
+// them; what remains is dp.
 template <class Visit>
 void for_each_mesh(int world, const RunConfig::Parallel& asked, const Visit& visit) {
   for (const int pp : divisors_near(world, asked.pp))
@@ -60,6 +62,7 @@ std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig&
   std::vector<Found> found;
   for_each_mesh(std::max(1, world_size), asked, [&](const RunConfig::Parallel& mesh) {
     const double d = distance(mesh, asked);
+    // First by distance, which is cheap, then by whether the run would be possible.
     if (found.size() == most && d >= found.back().distance) return;
     RunConfig other = run;
     other.parallel = mesh;

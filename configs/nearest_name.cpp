@@ -8,6 +8,7 @@ namespace upmoe {
 int edit_distance(const std::string& a, const std::string& b, int limit) {
   if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) > static_cast<std::size_t>(limit))
     return limit + 1;
+  // Levenshtein's table, a row at a time: row[j] is the distance of the first i letters of a and the first j of b.
   std::vector<int> row(b.size() + 1);
   for (std::size_t j = 0; j <= b.size(); ++j) row[j] = static_cast<int>(j);
   for (std::size_t i = 1; i <= a.size(); ++i) {

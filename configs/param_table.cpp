@@ -110,8 +110,10 @@ ParamSpec make_param(const ModelConfig& config, Role role, int layer) {
   spec.layer = layer;
   spec.expert = role == Role::kExpertGateUp || role == Role::kExpertDown;
   spec.init = {init_of(role), static_cast<float>(config.initializer_range)};
+  // Weight decay for matrices, none for norms and biases.
   spec.decay = spec.init.kind == Init::Kind::kNormal;
   spec.tied = role == Role::kEmbedding && config.tie_word_embeddings;
+  // q, k and v lie behind each other in memory and are one product; so do their biases.
   spec.joins_previous =
       role == Role::kKey || role == Role::kValue || role == Role::kKeyBias || role == Role::kValueBias;
   return spec;

@@ -58,6 +58,8 @@ class Problems {
   void check_tensor_axis() {
     if (p_.tp == 1) return;
     const std::int64_t heads = model_.num_attention_heads, kv = model_.num_key_value_heads;
+    // Query heads are cut evenly. Key/value heads too, or each is held by equally many ranks: then a rank's query heads
+    // always have their key/value head with them.
     const auto fits = [&](std::int64_t tp) { return heads % tp == 0 && (kv % tp == 0 || tp % kv == 0); };
     if (!fits(p_.tp)) {
       std::vector<std::int64_t> possible;
@@ -82,6 +84,7 @@ class Problems {
   }
 
   void check_context_axis() {
+    // Two chunks for each rank, an early and a late one, so that causal attention is the same work for all.
     if (p_.cp > 1 && run_.data.seq_len % (2 * std::int64_t{p_.cp}) != 0)
       add("parallel.cp: {} ranks cut a sequence into {} chunks, which data.seq_len {} does not give; use a "
           "multiple "
@@ -98,6 +101,7 @@ class Problems {
       add("parallel.pp_chunks: {} without a pipeline; use 1, or pp above 1", p_.pp_chunks);
     const std::int64_t micro = run_.train.micro_batch, global = run_.train.global_batch;
     if (p_.pp == 1 || p_.pp_chunks == 1 || micro < 1 || global % micro != 0) return;
+    // Of the rank that gets the most; the others go through the same rounds, some of them without tokens.
     const std::int64_t rounds = (global / micro + dp() - 1) / dp();
     if (rounds % p_.pp != 0)
       add("parallel.pp_chunks: interleaved stages take micro-batches in groups of pp = {}, and each "

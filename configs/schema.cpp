@@ -42,6 +42,8 @@ Schema& Schema::section(const std::string& name) {
   return *this;
 }
 
+// A key binds a name to a variable by two functions: read checks a node and sets the variable, write gives its text
+// back. All else (help, to_yaml, comparing two configurations) goes through them.
 Schema& Schema::key(const std::string& name, const std::string& type, bool required, Read read, Write write) {
   fields_.push_back({section_, name, type, "", required, std::move(read), std::move(write), "", ""});
   return *this;
@@ -176,6 +178,7 @@ bool Schema::has_section(const std::string& name) const {
 // What the user most likely meant: a key of the same section, one of the same name elsewhere, or, for a name
 // at the top level, a section.
 std::string Schema::nearest(const std::string& section, const std::string& name) const {
+  // Each offer is measured up to the best so far: distances beyond it need not be known.
   int best = closeness_limit(name) + 1;
   std::string choice;
   const auto offer = [&](const std::string& candidate, int distance) {
@@ -269,6 +272,7 @@ void Schema::apply_override(const std::string& assignment, Problems& problems) {
     node.text = value;
     node.where = where;
   }
+  // A key of the file may be overridden without a word; two overrides of one key are more likely a slip.
   if (field->where == where && field->override != value) {
     notes_.push_back(fmt::format("{} is given twice on the command line; {} counts, not {}", full, value,
                                  field->override));

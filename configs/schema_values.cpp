@@ -63,6 +63,7 @@ std::optional<std::int64_t> parse_integer(std::string_view text) {
   std::int64_t value = 0;
   const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
   if (error == std::errc{} && end == digits.data() + digits.size()) return value;
+  // Not digits alone: 1e4 may still be a whole number, read as a double where that is exact.
   if (text.find_first_of("eE") == std::string_view::npos) return std::nullopt;
   const std::optional<double> real = parse_double(text);
   if (!real || *real != std::floor(*real) || std::abs(*real) > kExactIntegers) return std::nullopt;

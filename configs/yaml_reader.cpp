@@ -25,7 +25,8 @@ namespace {
 // Thrown inside the parse when a limit is passed: going on would only produce follow-up problems.
 struct LimitPassed {};
 
-// Builds the tree from the parser's events, one finished node at a time.
+// Builds the tree from the parser's events, one finished node at a time. yaml-cpp's own tree would not do: it has no
+// limits, and aliases in it cost nothing.
 class TreeBuilder : public YAML::EventHandler {
  public:
   TreeBuilder(std::string where, Problems& problems, const YamlLimits& limits)
@@ -50,6 +51,7 @@ class TreeBuilder : public YAML::EventHandler {
       problems_.add(at(mark), "an alias inside the value it stands for");
       throw LimitPassed{};
     }
+    // An alias costs as much as what it stands for: ten lines of aliases to aliases would be a billion values.
     book(it->second.nodes, mark);
     add_to_parent(it->second.node, it->second.nodes);
   }
@@ -240,6 +242,7 @@ YamlNode parse_yaml(std::string_view text, const std::string& where, Problems& p
       problems.add(where, "the file is empty");
       return {};
     }
+    // A second document would be ignored in silence.
     YamlNode root = builder.take();
     TreeBuilder second(where, problems, limits);
     if (parser.HandleNextDocument(second)) problems.add(where, "holds more than one YAML document");

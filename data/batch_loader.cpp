@@ -48,9 +48,11 @@ struct BatchLoader::Impl {
         std::int64_t turn = 0;
         {
           std::unique_lock lock(mutex);
+          // False: asked to stop, by the jthread's destructor.
           if (!changed.wait(lock, stop, [&] { return made - taken < kAhead; })) return;
           turn = made;
         }
+        // Without the lock: until `made` says so, nobody else looks at this slot.
         fill(turn, slots[static_cast<std::size_t>(turn % kSlots)]);
         const std::scoped_lock lock(mutex);
         ++made;

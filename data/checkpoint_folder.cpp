@@ -44,6 +44,7 @@ std::optional<std::int64_t> step_of(std::string_view name) {
   std::int64_t step = 0;
   if (!is_digits(digits) ||
       std::from_chars(digits.data(), digits.data() + digits.size(), step).ec != std::errc{} ||
+      // Written back it has to be the same name: step_000000020 would be a second name of step 20.
       checkpoint_name(step) != name)
     return std::nullopt;
   return step;
@@ -126,6 +127,7 @@ fs::path newest_if_run(const fs::path& path) {
        path.string(), all.size());
 }
 
+// Names decide, not contents: a folder may hold a user's notes, or a link to something large, and keeps them.
 bool remove_store(const fs::path& folder) {
   bool only_ours = true;
   for (const fs::path& entry : entries_of(folder)) {

@@ -45,6 +45,7 @@ bool is_blob_of(const fs::path& file, const fs::path& dir) {
 bool is_carried(const fs::path& dir, const fs::path& name, bool say) {
   const fs::path path = dir / name;
   if (!fs::is_regular_file(path)) return false;  // links are followed
+  // A link that leads out of the folder could name any file of the machine, which an export would then publish.
   const fs::path real = fs::canonical(path);
   if (lies_in(real, dir) || is_blob_of(real, dir)) return true;
   if (say)

@@ -29,6 +29,8 @@ template <std::uint32_t kPolynomial>
 struct ByTable {
   static constexpr auto kTables = make_tables(kPolynomial);
   static std::uint32_t word(std::uint32_t crc, std::uint64_t word) {
+    // The checksum so far is xored into the first four bytes; then each byte's effect is looked up by how far it is
+    // from the end of the word, and all eight are xored together: CRCs are linear.
     word ^= crc;
     crc = 0;
     for (std::size_t k = 0; k < 8; ++k) crc ^= kTables[7 - k][(word >> (8 * k)) & 0xffu];

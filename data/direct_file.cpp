@@ -35,6 +35,8 @@ DirectFile::DirectFile(DirectFile&& o) noexcept
 
 void DirectFile::write(std::uint64_t offset, std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
+    // Past the page cache where place, memory and length are whole disk blocks, which is what O_DIRECT asks for; the
+    // rest of a block, and everything on file systems without it, through the cache.
     const bool direct = direct_fd_ >= 0 && offset % kDiskBlock == 0 && bytes.size() >= kDiskBlock &&
                         reinterpret_cast<std::uintptr_t>(bytes.data()) % kDiskBlock == 0;
     const ssize_t n =

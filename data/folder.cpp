@@ -23,6 +23,8 @@ namespace {
 
 }  // namespace
 
+// The answers of std::filesystem::exists do not do: it follows links, and a link that leads nowhere would be no
+// obstacle to a rename but is one.
 bool path_exists(const fs::path& path) {
   struct stat info {};
   if (lstat(path.c_str(), &info) == 0) return true;

@@ -115,6 +115,7 @@ std::uint64_t Hdf5Writer::reserve_flat(const std::string& dataset, DType dtype, 
       space(H5Screate_simple(1, &n, nullptr), H5Sclose, what);
   const Handle how(H5Pcreate(H5P_DATASET_CREATE), H5Pclose, what);
   check(H5Pset_obj_track_times(how, false), what);  // the same tensors are the same file at any time
+  // Early and unfilled: the dataset has its place at once, and not a byte of it is written twice.
   check(H5Pset_alloc_time(how, H5D_ALLOC_TIME_EARLY), what);
   check(H5Pset_fill_time(how, H5D_FILL_TIME_NEVER), what);
   const Handle data(
@@ -143,6 +144,12 @@ void Hdf5Writer::write_virtual(const std::string& dataset, const StoredTensor& t
     if (total == 0) continue;
     const auto source_size = static_cast<hsize_t>(total);
     hsize_t at = 0;
+    // The piece's flat dataset holds its boxes one behind the other; each maps onto its place in the whole tensor:
+    //
+    //   shard, flat    | box 0: 4 | box 1: 6 |
+    //   index, [3, 4]    . . a a
+    //                    a a b b          a row-major selection on each side, of the same number of elements
+    //                    b b b b
     for (const Box& b : p.boxes) {
       const auto n = static_cast<hsize_t>(b.elements());
       if (n == 0) continue;

@@ -37,6 +37,15 @@ std::string Hdf5Structure::bytes(std::uint64_t address, std::uint64_t count) con
   return read;
 }
 
+// What is walked, from the only fixed place on. Everything else is an address that the file itself gives:
+//
+//   superblock -> root group's header -> messages -> attribute: its type, shape and value
+//                                     |              link: name -> a dataset's header
+//                                     |              continuation -> more messages
+//                                     -> (older files) symbol table -> tree -> leaves: headers, names in a heap
+//
+// A damaged file may lead in a circle or claim a billion of anything. So each step is bounded: addresses by the file,
+// blocks by kLargestBlock, walks and lists by the numbers above.
 Hdf5Structure::Hdf5Structure(const PosixFile& file) : file_(file), file_bytes_(file.size()) {
   read_group(find_root());
 }
@@ -74,6 +83,8 @@ std::vector<Hdf5Structure::Message> Hdf5Structure::messages_of(std::uint64_t hea
   if (second_version) {
     const auto flags = static_cast<unsigned char>(start[5]);
     with_order = (flags & 4u) != 0;
+    // Signature, version and flags; four times of access and change; limits of attribute storage. The last two are
+    // optional.
     const std::uint64_t skipped = 6 + ((flags & 0x20u) != 0 ? 16 : 0) + ((flags & 0x10u) != 0 ? 4 : 0);
     const std::size_t width = std::size_t{1} << (flags & 3u);
     const std::string size = bytes(header + skipped, width);

@@ -104,6 +104,7 @@ std::int64_t Hdf5Structure::integer(const std::string& name) const {
   const std::uint64_t value = Cursor(*this, a.data).number(n);
   const bool top = (value >> (n * 8 - 1)) != 0;
   if (n == 8 && top && !a.type.is_signed) refuse("attribute", name, fmt::format(" is {}", value));
+  // Negative numbers of fewer than 8 bytes get their sign in the bytes above.
   const std::uint64_t sign = n < 8 && top && a.type.is_signed ? ~std::uint64_t{0} << (n * 8) : 0;
   return static_cast<std::int64_t>(value | sign);
 }

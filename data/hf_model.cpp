@@ -28,6 +28,7 @@ float half_to_float(std::uint16_t h) {
   const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 0x1fu,
                       mantissa = h & 0x3ffu;
   if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);
+  // 112 = 127 - 15, the difference of the exponents' biases; 13 = 23 - 10 bits more of fraction.
   if (exponent != 0) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
   const float magnitude = static_cast<float>(mantissa) * (1.0f / 16777216.0f);  // 2^-24: subnormal
   return sign != 0 ? -magnitude : magnitude;
@@ -87,6 +88,7 @@ class RunReader {
       : file_(file), entry_(entry), out_(out), element_(entry.dtype == "F32" ? 4 : 2) {}
   void add(std::int64_t from, std::int64_t to, std::int64_t n) {
     while (n > 0) {
+      // A gap in the file, or a full buffer, ends the read that is being collected.
       if (!runs_.empty() && (from != end_ || end_ - runs_.front().from == kStaged)) flush();
       const std::int64_t begin = runs_.empty() ? from : runs_.front().from;
       const std::int64_t taken = std::min(n, kStaged - (from - begin));

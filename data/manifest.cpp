@@ -116,6 +116,8 @@ void require_covered(const Manifest& m) {
     std::int64_t covered = 0;
     for (const StoredPiece& p : t.pieces)
       for (const Box& b : p.boxes) covered = checked_add(covered, b.elements());
+    // Every box lies inside the tensor (piece_from). Counted like this, boxes that overlap could hide a hole of the
+    // same size; a writer's boxes cannot, as each rank's are a flat range of its own.
     if (covered != t.shape.elements())
       fail(ExitCode::kBadInput, "{} ({}): {} of {} elements were written", key.first, key.second, covered,
            t.shape.elements());
@@ -136,6 +138,8 @@ Manifest parse_manifest(const std::string& text, const std::string& where) {
   try {
     json j = json::parse(text);
     const std::uint64_t expected = count_from(j, "checksum");
+    // The checksum is of the object without itself, dumped again: keys are sorted, so the same object has the same
+    // text.
     j.erase("checksum");
     const std::string body = j.dump();
     const std::uint32_t found = crc32c(body.data(), body.size());
@@ -174,6 +178,7 @@ void merge(Manifest& whole_store, const Manifest& shard) {
       fail(ExitCode::kFailure, "the ranks disagree about {} ({}): {} {} and {} {}", key.first, key.second,
            name_of(tensor.dtype), tensor.shape.str(), name_of(t.dtype), t.shape.str());
     for (StoredPiece p : t.pieces) {
+      // A shard numbers its one file 0; here it stands behind the files of the ranks before.
       p.file += first;
       tensor.pieces.push_back(std::move(p));
     }

@@ -21,6 +21,7 @@ namespace {
 }  // namespace
 
 PosixFile PosixFile::open_read(const fs::path& path) {
+  // O_NONBLOCK: a pipe in place of a file would wait for a writer; it is opened, and refused as no regular file.
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) fail_errno(path, "opening");
   struct stat info {};
@@ -93,6 +94,7 @@ void sync_path(const fs::path& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) fail_errno(path, "opening");
   const int result = fsync(fd);
+  // close() may set errno; the error to tell is that of fsync.
   const int error = errno;
   ::close(fd);
   errno = error;

@@ -142,6 +142,8 @@ std::uint64_t bytes_of(const SafetensorsEntry& e, const std::string& where) {
   return bits / 8;
 }
 
+// By place in the file, so that each tensor has to begin where the one before it ended. Two ranges of one byte in
+// common, a gap, and bytes behind the last one all show as one comparison.
 void check_coverage(SafetensorsHeader& header, std::uint64_t data_bytes, const std::string& where) {
   std::sort(header.entries.begin(), header.entries.end(),
             [](const SafetensorsEntry& a, const SafetensorsEntry& b) {
@@ -203,6 +205,7 @@ std::string make_safetensors_header(std::vector<SafetensorsEntry>& entries,
     j[e.name] = {{"dtype", e.dtype}, {"shape", e.shape}, {"data_offsets", {e.begin, e.end}}};
   }
   std::string text = j.dump();
+  // Blanks, so that the tensors behind the header are aligned to 8 bytes in the file.
   text.append((8 - text.size() % 8) % 8, ' ');
   const std::uint64_t n = text.size();
   std::string out(8, '\0');

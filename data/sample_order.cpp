@@ -59,6 +59,7 @@ std::vector<std::int64_t> parts_of(const std::vector<double>& weights) {
   }
   std::vector<double> share;
   for (double w : weights) share.push_back(w / sum);
+  // The shortest period wins: weights of 0.5 and 0.5 make a table of two slots, not of 65536.
   for (std::int64_t period = 1; period <= SampleOrder::kMaxPeriod; ++period) {
     std::vector<std::int64_t> parts = exact_parts(share, period);
     if (!parts.empty() && std::accumulate(parts.begin(), parts.end(), std::int64_t{0}) == period)
@@ -80,9 +81,12 @@ std::vector<int> deal(const std::vector<std::int64_t>& parts) {
     int best = -1;
     std::int64_t best_slack = 0;
     for (std::size_t k = 0; k < parts.size(); ++k) {
+      // owed is what source k lacks at slot n of its share. It may go once it lacks 1 / unit of a sample (sooner it
+      // would be too far ahead), and has to by the time that it lacks 1 - 1 / unit (later it would be too far behind).
       const std::int64_t owed = (parts[k] * n - period * count[k]) * unit;  // in 1 / (period * unit)
       if (owed < period) continue;
       const std::int64_t slack = period * (unit - 1) - owed;  // over parts[k]: steps until the deadline
+      // slack_k / parts_k < slack_best / parts_best, without a division; among equals the first source goes.
       const bool nearer = best < 0 || slack * parts[static_cast<std::size_t>(best)] < best_slack * parts[k];
       if (!nearer) continue;
       best = static_cast<int>(k);
@@ -99,6 +103,12 @@ std::vector<int> deal(const std::vector<std::int64_t>& parts) {
 
 std::int64_t permuted(std::int64_t index, std::int64_t n, std::uint64_t key) {
   UPMOE_CHECK(index >= 0 && index < n, "index {} of {}", index, n);
+  // A Feistel network turns numbers of 2 half bits into each other, one to one:
+  //
+  //   left, right  ->  right, left ^ f(right)      whatever f is, a round can be taken back: nothing is lost
+  //
+  // It may lead out of [0, n). Then it is applied again, until it leads back in: on a cycle through [0, n) the next
+  // member that lies inside, which is still one to one.
   const auto bits = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(n - 1)));
   const int half = std::max(2, (bits + 1) / 2);
   const std::uint64_t mask = (std::uint64_t{1} << half) - 1;
@@ -136,6 +146,7 @@ SampleOrder::Place SampleOrder::at(std::int64_t sample) const {
     const auto period = static_cast<std::int64_t>(slots_.size());
     const Slot& slot = slots_[static_cast<std::size_t>(sample % period)];
     place.source = slot.source;
+    // Whole periods before, each with this source's parts, and its samples earlier in this period.
     turn = sample / period * parts_[static_cast<std::size_t>(slot.source)] + slot.earlier;
   }
   const std::int64_t n = sequences_[static_cast<std::size_t>(place.source)];

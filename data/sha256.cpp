@@ -59,6 +59,7 @@ std::string sha256(std::string_view bytes) {
   const auto* data = reinterpret_cast<const unsigned char*>(bytes.data());
   for (std::size_t at = 0; at < whole; at += 64) take_block(state, data + at);
   std::string tail(bytes.substr(whole));
+  // Padding: a one bit, zeros up to 56 bytes of a block, and the length in bits in the last eight.
   tail += '\x80';
   tail.append((64 + 56 - tail.size() % 64) % 64, '\0');
   const std::uint64_t bits = std::uint64_t{bytes.size()} * 8;

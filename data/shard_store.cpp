@@ -88,6 +88,8 @@ void ShardStore::read(std::string_view tensor, std::string_view kind, const Box&
     std::int64_t before = 0;  // elements of the piece's earlier boxes
     std::optional<PosixFile> file;
     for (const Box& stored : p.boxes) {
+      // What was written under one layout is read under another: of each stored box the part that is wanted, run by
+      // run.
       const Box region = intersect(stored, box);
       if (region.elements() > 0 && !file) {
         impl_->require_intact(p.file);

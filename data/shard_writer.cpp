@@ -131,6 +131,8 @@ void ShardWriter::require_whole() const {
   }
 }
 
+// What the disk holds is compared with what was meant, in one pass over the file. Values that are still in memory are
+// compared byte by byte, blocks that are not by their checksums; what HDF5 wrote around them only counts in the file's.
 StoredFile ShardWriter::read_back() const {
   Reader reader(path_);
   for (const Written& w : written_) {

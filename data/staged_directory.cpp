@@ -197,6 +197,12 @@ void StagedDirectory::prepare(const std::vector<fs::path>& inputs) {
                 Existing::kReplaced, remove_quietly);
 }
 
+// The order of the end, for a job that comes in between:
+//
+//   1. the part goes (or has its name)     while the lock is held: no other job clears it meanwhile
+//   2. the lock file goes                  unless a part is left: by the lock the next job knows it for ours
+//   3. the lock is given back
+//   4. the container goes                  if it is empty; else another job has begun, or there is something foreign
 StagedDirectory::~StagedDirectory() {
   std::error_code ignored;
   const bool committed = part_ && part_->committed();

@@ -117,6 +117,7 @@ bool StoreWriter::complete(Manifest manifest, const AddFiles& add_files) {
   const fs::path index = folder / "index.h5";
   manifest.files.push_back({"index.h5", PosixFile::open_read(index).size(), crc32c_of_file(index)});
   if (add_files) add_files(folder);
+  // Last of all files, and the only one without which nothing opens: what a power cut leaves of the folder is no store.
   write_text_synced(folder / "manifest.json", manifest_json(manifest));
   return !impl_->stage || impl_->stage->commit();
 }
@@ -130,6 +131,8 @@ std::uint64_t StoreWriter::space_for(std::uint64_t bytes) {
 }
 
 bool StoreWriter::commit(Communicator& world, const std::string& metadata_json, const AddFiles& add_files) {
+  // Here the ranks meet for the first time since the constructor: before it no rank knows whether the others have
+  // written.
   agree(world, impl_->code, impl_->error);
   const std::vector<std::string> shards = gather_text(world, shard_json(impl_->shard));
   std::int64_t durable = 1;

@@ -69,9 +69,14 @@ std::vector<std::int64_t> TokenDataset::sequences_of_source() const {
 
 namespace {
 
+//   ends 3, 8; begin 1, S 6      token      1 2 | 3 4 5 6
+//                                document   0 0 | 1 1 1 1
+//                                position   0 1 | 0 1 2 3
+//
 // Numbers documents and positions of tokens [begin, begin + S) of a file.
 void mark_documents(const std::vector<std::int64_t>& ends, std::int64_t begin,
                     std::span<std::int32_t> documents, std::span<std::int32_t> positions) {
+  // The first document that ends behind the sequence's first token, that is, the one the token is in.
   auto end = std::upper_bound(ends.begin(), ends.end(), begin);
   std::int32_t document = 0, position = 0;
   for (std::size_t i = 0; i < documents.size(); ++i) {

@@ -121,6 +121,7 @@ void TokenFile::read(std::int64_t first, std::span<std::uint32_t> tokens) const 
               first, count, num_tokens_);
   if (tokens.empty()) return;
   {
+    // One thread at a time checks chunks; the reading below needs no lock.
     const std::lock_guard lock(mutex_);
     check_unchanged();
     if (checksummed()) {

@@ -138,6 +138,7 @@ class CheckedCommunicator final : public Communicator {
   }
   // The sender tells the receiver what follows.
   Pending do_send(ConstTensorView in, int to, Stream* stream) override {
+    // Between two ranks alone, as the others do not know of it: no comparison over the group, and no number.
     Call call(Verb::kSend, in);
     inner_->send(as_words(&call, 1), to).wait();
     return inner_->send(in, to, stream);
@@ -175,6 +176,7 @@ class CheckedCommunicator final : public Communicator {
     inner_->all_gather(host_view(all.data(), {size() * words}), host_view(mine.data(), {words})).wait();
     for (std::size_t from = 0; from < n; ++from)
       for (std::size_t to = 0; to < n; ++to) {
+        // A rank's row of `all`: what it sends to each rank, then what it expects from each.
         const std::int64_t sent = all[from * 2 * n + to], expected = all[to * 2 * n + n + from];
         if (sent != expected)
           fail(ExitCode::kCommunicator,

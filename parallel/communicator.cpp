@@ -107,6 +107,8 @@ std::unique_ptr<Communicator> Communicator::do_subgroup(const std::vector<int>& 
 // Every rank sums a slice of its own: all others' parts of it arrive, its sum goes to all others.
 void Communicator::all_reduce(TensorView inout, ReduceOp op, const On& on) {
   check_stream("all_reduce", inout.device, on);
+  // What a rank sends: its part of every other slice, and its own slice's sum to all others. Booked by the formula, not
+  // by the transport: small tensors go another way, and the books of two transports are to agree.
   book(on, "all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size_ - 1) / size_);
   show(on, inout);
   do_all_reduce(inout, op, on.stream);

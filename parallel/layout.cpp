@@ -47,6 +47,7 @@ namespace {
 
 // Key and value heads are held by several ranks along tp where there are fewer heads than ranks.
 Range kv_heads_of(std::int64_t heads, std::int64_t tp, std::int64_t index) {
+  //   2 heads, tp 4:   rank  0 1 2 3    holds head  0 0 1 1     and the gradients of a head are summed over its two
   if (tp <= heads) return balanced(heads, tp, index);
   const std::int64_t head = index * heads / tp;
   return {head, head + 1};
@@ -142,12 +143,15 @@ Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, const StagePlan
 
 Replica replica_of(const ParamSpec& p, const MeshSpec& mesh, int rank) {
   if (p.expert) return {mesh.coord(rank, Axis::kEdp), mesh.edp()};
+  // Dense parameters are the same along dp and cp. Experts lie along another cut of the same ranks (ep, etp), of which
+  // edp is what is left.
   int data = mesh.coord(rank, Axis::kDp) * mesh.cp + mesh.coord(rank, Axis::kCp), copies = mesh.dp * mesh.cp;
   if (p.tied && mesh.pp > 1) {  // the first and the last stage
     if (mesh.coord(rank, Axis::kPp) > 0) data += copies;
     copies *= 2;
   }
   const Replica tp = along_tp(p, mesh, rank);
+  // tp runs fastest: the holders of one data coordinate are neighbours, so the slices they own are as well.
   return {data * tp.count + tp.index, copies * tp.count};
 }
 
@@ -166,6 +170,7 @@ std::vector<int> holders_of(const ParamSpec& p, const MeshSpec& mesh, int rank) 
     return stage == 0 || stage == mesh.pp - 1;
   };
   const auto same_stage = [&](int r) {
+    // The first stage's embedding and the last one's head are one parameter: both ends hold and sum it.
     if (p.tied && is_end(rank)) return is_end(r);
     return mesh.coord(r, Axis::kPp) == mesh.coord(rank, Axis::kPp);
   };
@@ -210,6 +215,9 @@ Box piece(const Box& shard, std::int64_t at, int d, std::int64_t count, std::int
 std::vector<Box> flat_range_to_boxes(const Box& shard, Range r) {
   UPMOE_CHECK(0 <= r.begin && r.begin <= r.end && r.end <= shard.elements(), "{}..{} of {}", r.begin, r.end,
               shard.elements());
+  //   of a shard [3, 4], the flat range [2, 11):     . . x x     one row's end      1 x 2
+  //                                                  x x x x     whole rows         1 x 4
+  //                                                  x x x .     one row's beginning 1 x 3
   std::vector<Box> boxes;
   const int rank = shard.extent.rank;
   if (r.size() == 0) return boxes;

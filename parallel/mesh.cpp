@@ -46,6 +46,12 @@ int MeshSpec::degree(Axis a) const {
   return 1;
 }
 
+// The ranks of a stage, counted twice: as dp x cp x tp for dense parameters, as edp x ep x etp for experts. The last
+// axis runs fastest. dp 2, cp 1, tp 2 and edp 1, ep 4, etp 1 on one stage:
+//
+//   rank        0       1       2       3
+//   (dp, tp)   (0, 0)  (0, 1)  (1, 0)  (1, 1)
+//   ep          0       1       2       3        an expert's ranks span dp and tp
 int MeshSpec::coord(int rank, Axis a) const {
   const int per_stage = dp * cp * tp, within = rank % per_stage;
   switch (a) {
@@ -131,6 +137,7 @@ ProcessMesh::ProcessMesh(MeshSpec spec, Communicator& world, int node_ranks) : s
   const int place = along({Axis::kEp, Axis::kEtp}).rank();
   std::vector<int> across, inside;
   for (int r = 0; r < ranks; ++r) {
+    // Nodes of 2 in an exchange of 4: across | 0 2 |, | 1 3 |; inside | 0 1 |, | 2 3 |.
     if (r % node_ranks == place % node_ranks) across.push_back(exchange[static_cast<std::size_t>(r)]);
     if (r / node_ranks == place / node_ranks) inside.push_back(exchange[static_cast<std::size_t>(r)]);
   }

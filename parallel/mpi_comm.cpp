@@ -80,6 +80,7 @@ class MpiCommunicator final : public Communicator {
   ~MpiCommunicator() override {
     int finalized = 0;
     MPI_Finalized(&finalized);
+    // Freeing is collective: behind an error the peers may not come to it any more.
     if (finalized == 0 && std::uncaught_exceptions() == 0) MPI_Comm_free(&comm_);
   }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<MpiStream>(comm_); }
@@ -93,6 +94,15 @@ class MpiCommunicator final : public Communicator {
     return std::make_unique<MpiCommunicator>(child, chunk_);
   }
 
+  // Small: everybody sends all of it to everybody, one message each, and sums for itself. Large: in slices,
+  //
+  //             slice 0   slice 1   slice 2
+  //   rank 0    a0        b0        c0           1. slice r goes to rank r, which sums it in rank order
+  //   rank 1    a1        b1        c1           2. rank r sends its sum to all others
+  //   rank 2    a2        b2        c2
+  //
+  // which sends 2 (n - 1) / n of the tensor per rank instead of n - 1 times it, in two turns instead of one. Either way
+  // every element is summed once in rank order, by one rank or by all alike: the same bits everywhere.
   void do_all_reduce(TensorView inout, ReduceOp op, Stream*) override {
     if (inout.bytes() <= kSmallReduce) {
       auto work = start_slices(inout.bytes(), [&](int) { return inout.data; });
@@ -104,6 +114,7 @@ class MpiCommunicator final : public Communicator {
     const std::int64_t mine = begin(rank()), n = begin(rank() + 1) - mine;
     const std::size_t element = size_of(inout.dtype);
     std::byte* own = inout.data + static_cast<std::size_t>(mine) * element;
+    // In place: this waits until the other slices were sent, so the sums of the others may now come to lie there.
     reduce_slices(inout, begin, own, n, op);
     MpiMessages messages(&comm_, chunk_);
     for_peers([&](int p) {
@@ -146,6 +157,7 @@ class MpiCommunicator final : public Communicator {
   Pending do_all_gather(TensorView out, ConstTensorView in, Stream*) override {
     auto messages = std::make_shared<MpiMessages>(&comm_, chunk_);
     std::byte* own = out.data + static_cast<std::size_t>(rank()) * in.bytes();
+    // The own part may stand in `out` already.
     if (own != in.data && in.bytes() > 0) std::memmove(own, in.data, in.bytes());
     for_peers([&](int p) {
       messages->receive(out.data + static_cast<std::size_t>(p) * in.bytes(), in.bytes(), p, kCollectiveTag);
@@ -246,6 +258,7 @@ class MpiCommunicator final : public Communicator {
 std::unique_ptr<Communicator> make_mpi_communicator(std::size_t chunk_bytes) {
   UPMOE_CHECK(0 < chunk_bytes && chunk_bytes <= static_cast<std::size_t>(std::numeric_limits<int>::max()),
               "chunks of {} bytes", chunk_bytes);
+  // A duplicate: nobody else's message can have this communicator's tags.
   MPI_Comm own = MPI_COMM_NULL;
   check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &own), "MPI_Comm_dup");
   return std::make_unique<MpiCommunicator>(own, chunk_bytes);

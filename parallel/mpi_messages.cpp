@@ -102,10 +102,15 @@ void MpiMessages::wait(const char* verb) {
   std::vector<MPI_Status> statuses(impl_->requests.size());
   const auto began = Clock::now();
   auto looked = began, quiet_since = began;
+  // A poll is also what moves the data of long messages: while there is something to move, polls follow each other.
+  //
+  //   polls   ||||||||||||||||| |  |  |   |    |      |         |            (time ->)
+  //           data moves        nothing for kBrief: sleeps grow with the wait, to kLongestSleep
   for (int done = 0;;) {
     const auto before = computed();
     const int result =
         MPI_Testall(static_cast<int>(impl_->requests.size()), impl_->requests.data(), &done, statuses.data());
+    // More bytes than were expected are an error of MPI's own; fewer are found by check_length below.
     if (result == MPI_ERR_IN_STATUS) impl_->report(statuses);  // throws
     check_mpi(result, "MPI_Testall");
     if (done != 0) break;
@@ -117,6 +122,7 @@ void MpiMessages::wait(const char* verb) {
       sched_yield();
     }
     if (now - looked < kPatience) continue;
+    // Five times a second: who is waited for, and when each of them was last known to be alive.
     looked = now;
     impl_->look_at_peers(watched.sequence, began);
   }
@@ -130,6 +136,7 @@ void MpiMessages::Impl::look_at_peers(std::uint64_t collective, Clock::time_poin
   std::set<int> silent, busy;  // in ranks of the job, whatever group this is
   for (std::size_t i = 0; i < requests.size(); ++i) {
     int done = 0;
+    // Asks without completing the request: that is left to MPI_Testall, which wants them all.
     check_mpi(MPI_Request_get_status(requests[i], &done, MPI_STATUS_IGNORE), "MPI_Request_get_status");
     if (done == 0) (messages[i].sent ? busy : silent).insert(in_the_job(messages[i].peer));
   }

@@ -78,6 +78,13 @@ void SignsOfLife::tell() {
   impl_->send_to_all({impl_->rank, ++impl_->count});
 }
 
+// Rank 2 computes for long, rank 1 waits for it, rank 0 waits for rank 1:
+//
+//   2 --(2, n)--> 1        rank 1 hears it from 2, for which it waits,
+//   1 --(2, n)--> 0        and passes it on: waiting for 1 is not in vain either
+//
+// Each (origin, count) is believed once from each sender. So when ranks wait for each other in a ring, and nobody
+// computes, no new sign is made, the old ones die out, and the deadline comes.
 void SignsOfLife::take_in() {
   for (;;) {
     int found = 0;
@@ -101,6 +108,7 @@ SignsOfLife::Clock::time_point SignsOfLife::oldest_sign(const std::set<int>& ran
   for (const int r : ranks) {
     const Impl::Heard& heard = impl_->heard[static_cast<std::size_t>(r)];
     const auto when = std::max(heard.when, since);
+    // The slowest of those that are waited for decides: all of them have to come for the verb to end.
     if (when < oldest) {
       oldest = when;
       sign = heard.sign;

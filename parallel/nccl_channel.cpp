@@ -167,8 +167,10 @@ void Progress::watch() {
   try {
     gpu::use(device_);
     while (!stop_) {
+      // Events are polled: a callback on the stream may not call CUDA, and would be one more launch for every verb.
       changed_.wait_for(lock, under_way_.empty() ? milliseconds(50) : milliseconds(2));
       retire();
+      // It was told once, by a handler that let the process live; finished verbs are retired still.
       if (!failure_.empty()) continue;
       failure_ = find_error();
       if (failure_.empty()) continue;
@@ -197,6 +199,7 @@ std::string Progress::find_error() {
   for (const auto& [comm, ranks] : comms_) {
     ncclResult_t found = ncclSuccess;
     const ncclResult_t asked = ncclCommGetAsyncError(comm, &found);
+    // The first is an error of asking, the second what NCCL's own threads met since the last call.
     const ncclResult_t error = asked != ncclSuccess ? asked : found;
     if (error != ncclSuccess && error != ncclInProgress)
       return fmt::format("{}, between ranks {}: one of them has ended or cannot be reached", words_of(error),
@@ -220,6 +223,12 @@ Channel::~Channel() {
   }
 }
 
+// Two streams and two events; the host waits for nothing:
+//
+//   compute   ... in is made  --ready-->                          (goes on)  ... wait(): held here --> out is used
+//   channel                             held - the verb's calls --done-->
+//
+// The verb is under way until `done` has passed, which the thread of Progress sees and tells the watchdog.
 Pending Channel::run(const char* verb, Stream* compute, const Calls& calls) {
   progress_->require_sound();
   const std::uint64_t sequence = watchdog::enter(verb, ExitCode::kCommunicator);
@@ -285,6 +294,8 @@ Pending Pair::run(const char* verb, Stream* compute, Calls calls) {
   o.done = std::make_shared<gpu::Event>();
   o.ready->record(*compute);
   o.calls = std::move(calls);
+  // The host waits only until the pair's thread has put the operation on its stream: before that there is no event to
+  // hold `compute` by. The first operation of a pair waits here for the peer, which has to make the channel too.
   Pending pending([done = o.done, compute, over = o.handed_over.get_future().share()] {
     over.get();
     done->hold(*compute);
@@ -303,6 +314,7 @@ void Pair::work(const std::shared_ptr<State>& state) {
     {
       std::unique_lock lock(s.mutex);
       s.changed.wait(lock, [&] { return s.stop || !s.queue.empty(); });
+      // remove() says whether it is still there: of two that abort a communicator the second would find it freed.
       if (s.abandoned && channel != nullptr && s.progress->remove(channel->comm()))
         ncclCommAbort(channel->comm());
       if (s.abandoned || s.queue.empty()) return;
@@ -321,6 +333,7 @@ void Pair::work(const std::shared_ptr<State>& state) {
       o.handed_over.set_value();
     } catch (...) {
       watchdog::leave(o.sequence);
+      // Thrown by the Pending's wait(), on the rank's own thread.
       o.handed_over.set_exception(std::current_exception());
     }
   }

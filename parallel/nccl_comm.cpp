@@ -67,6 +67,8 @@ class NcclCommunicator final : public Communicator {
     channel_
         ->run("all_reduce", stream,
               [&](nccl::Comm comm, Stream& s) {
+                // Sums are not left to NCCL, whose order depends on the ring it chose: it moves bytes, and fold_slices
+                // sums them in rank order.
                 if (inout.bytes() <= kSmallReduce) {
                   reduce_whole(comm, s, inout, op);
                 } else {
@@ -182,6 +184,7 @@ class NcclCommunicator final : public Communicator {
     const std::size_t element = size_of(t.dtype);
     const auto at = [&](int r) { return t.data + static_cast<std::size_t>(begin(r)) * element; };
     const auto bytes = [&](int r) { return static_cast<std::size_t>(begin(r + 1) - begin(r)) * element; };
+    // As over MPI: slice r to rank r, summed there, and the sum to all. The stream keeps the three steps in order.
     exchange_slices(comm, s, bytes(rank()), at, bytes);
     gpu::fold_slices(s, op, t.dtype, at(rank()), staging_->base(), at(rank()), rank(), size(),
                      begin(rank() + 1) - begin(rank()));
@@ -197,6 +200,7 @@ class NcclCommunicator final : public Communicator {
   std::byte* stage(std::size_t bytes) {
     if (staging_ == nullptr)
       staging_ = std::make_unique<gpu::Reservation>(kStaging, "sums of ranks " + channel_->ranks());
+    // Grows in place: what is under way on the stream keeps its addresses.
     if (bytes > staging_->committed()) staging_->commit(bytes);
     return staging_->base();
   }
@@ -205,6 +209,7 @@ class NcclCommunicator final : public Communicator {
   nccl::Pair& pair_to(int to) {
     std::unique_ptr<nccl::Pair>& pair = to_[to];
     if (pair != nullptr) return *pair;
+    // The list keeps the name where the host's message reads it, until the message is through (id_sends_).
     ids_.push_back(nccl::new_id());
     id_sends_.push_back(host_->send(view_of(ids_.back()), to));
     pair = std::make_unique<nccl::Pair>(progress_, ids_.back(), 0, words_for(rank(), to));

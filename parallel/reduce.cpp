@@ -23,6 +23,7 @@ Wide widen(T v) {
 template <class T, class Wide, class Combine>
 void reduce_typed(std::byte* out, std::span<const std::byte* const> parts, std::int64_t elements,
                   const Combine& combine) {
+  // Part by part, as whoever reduces has them in memory: rank 0's values first, then rank 1's added to each, and so on.
   Wide sum[kBlock];
   for (std::int64_t begin = 0; begin < elements; begin += kBlock) {
     const std::int64_t n = std::min(kBlock, elements - begin);

@@ -72,6 +72,8 @@ int announced_rank() {
 
 Runtime::Runtime(int* argc, char*** argv, std::chrono::milliseconds deadline) {
   bound_spinning();
+  // A program started alone never calls MPI: it would want its library's set-up, and a single rank has nobody to talk
+  // to.
   const Announced announced = announced_ranks();
   const bool alone = announced.ranks == 1;
   if (deadline.count() > 0) watchdog::start(deadline, alone ? 0 : announced_rank());
@@ -83,6 +85,8 @@ namespace {
 
 // Takes the GPU that has this rank's number among the ranks of its host; a launcher that shows each process
 // its own GPU alone has chosen already.
+// Two ranks that were shown one GPU each, both number 0, may have been shown the same one: the PCI address tells,
+// together with the host's number, as addresses repeat from host to host.
 int take_gpu(Communicator& world) {
   const std::vector<std::int64_t> hosts = hosts_of(world);
   const auto me = hosts.begin() + world.rank();

@@ -52,12 +52,15 @@ StagePlan plan_stages(int stages, int chunks_per_stage, std::span<const double> 
     for (std::int64_t end = c; end <= blocks - (chunks - c); ++end)
       for (std::int64_t begin = c - 1; begin < end; ++begin) {
         const auto i = static_cast<std::size_t>(c), e = static_cast<std::size_t>(end);
+        // The last of c chunks takes blocks [begin, end), the c - 1 before it share the rest as well as they can. Every
+        // chunk has at least one block, which is what the bounds of the loops leave room for.
         const double worst = std::max(best[i - 1][static_cast<std::size_t>(begin)], costs.of(begin, end));
         if (worst < best[i][e]) {
           best[i][e] = worst;
           begin_of[i][e] = begin;
         }
       }
+  // Back from the last chunk, along the cuts that made the best.
   std::int64_t end = blocks;
   for (std::int64_t c = chunks; c > 0; --c) {
     const std::int64_t begin = begin_of[static_cast<std::size_t>(c)][static_cast<std::size_t>(end)];

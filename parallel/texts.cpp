@@ -18,6 +18,7 @@ std::size_t words_of(std::int64_t bytes) {  // what is exchanged are numbers of 
 
 std::vector<std::string> gather_text(Communicator& comm, const std::string& mine) {
   const std::vector<std::int64_t> lengths = gather(comm, static_cast<std::int64_t>(mine.size()));
+  // all_gather takes parts of one size: each text in as many words as the longest has.
   const std::size_t words = words_of(*std::max_element(lengths.begin(), lengths.end()));
   std::vector<std::int32_t> own(words), all(words * lengths.size());
   std::memcpy(own.data(), mine.data(), mine.size());

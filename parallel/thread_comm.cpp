@@ -26,6 +26,13 @@ struct World {
   ExitCode code = ExitCode::kCommunicator;  // of whoever was first
 };
 
+// A verb of a group, from the first rank that gives something to the last that has taken what it wants:
+//
+//   rank 0   publish ........ collect (waits until arrived = size) - leaves
+//   rank 1          publish ........ collect - leaves, the last one: the operation is erased
+//
+// A rank may publish the next verbs meanwhile: they have other numbers. The number is the rank's own count of verbs, so
+// it means the same verb everywhere as long as all ranks call the same ones, which Communicator demands.
 struct Operation {
   std::vector<Payload> published;
   std::vector<std::vector<std::int64_t>> rows;  // all_to_all_rows: who sends how many rows to whom
@@ -40,6 +47,7 @@ struct Group {
   std::map<std::pair<int, int>, std::vector<Payload>> mail;                  // by (from, to), oldest first
 };
 
+// Receivers share this one copy; the last to drop it frees it.
 Payload copy_of(const ConstTensorView& v) {
   auto bytes = std::make_shared<std::vector<std::byte>>(v.bytes());
   if (!bytes->empty()) std::memcpy(bytes->data(), v.data, bytes->size());
@@ -72,6 +80,7 @@ class ThreadCommunicator final : public Communicator {
       if (theirs[1] < key || (theirs[1] == key && r < rank())) ++before_me;
     }
     const std::lock_guard lock(group_->world->mutex);
+    // The first of a colour to come makes the child, the others find it: (number of the split, colour) is its name.
     std::shared_ptr<Group>& child = group_->children[{sequence, color}];
     if (child == nullptr) {
       child = std::make_shared<Group>();
@@ -130,6 +139,7 @@ class ThreadCommunicator final : public Communicator {
     const watchdog::Watched watched("recv");
     std::unique_lock lock(group_->world->mutex);
     auto& box = group_->mail[{from, rank()}];
+    // A map's elements stay where they are while others are added: the reference survives the waiting.
     wait_until(lock, [&] { return !box.empty(); });
     const Payload letter = box.front();
     box.erase(box.begin());
@@ -156,6 +166,7 @@ class ThreadCommunicator final : public Communicator {
   template <class Condition>
   void wait_until(std::unique_lock<std::mutex>& lock, const Condition& condition) {
     group_->world->changed.wait(lock, [&] { return group_->world->aborted || condition(); });
+    // What had arrived before the end still counts: then the rank meets the end at its next verb.
     if (!condition()) throw PeerError(group_->world->code, "");
   }
 
@@ -188,6 +199,7 @@ class ThreadCommunicator final : public Communicator {
       UPMOE_CHECK(sent.size() == expected.size() && sent[static_cast<std::size_t>(rank())] == expected[p],
                   "rank {} sends {} rows to rank {}, which expects {}", p,
                   sent.empty() ? -1 : sent[static_cast<std::size_t>(rank())], rank(), expected[p]);
+      // Rank p's rows lie by receiver: those for the ranks before this one come first.
       std::int64_t before = 0;
       for (int q = 0; q < rank(); ++q) before += sent[static_cast<std::size_t>(q)];
       const std::size_t bytes = static_cast<std::size_t>(expected[p]) * row;
@@ -225,6 +237,7 @@ void run_in_threads(int ranks, const std::function<void(Communicator&)>& body) {
       if (errors[i]) ThreadCommunicator::end(*group->world, ExitCode::kCommunicator);
     });
   threads.clear();  // joins
+  // Who met an error of its own is told of before those that ended because of it.
   for (const bool peers : {false, true})
     for (std::size_t r = 0; r < errors.size(); ++r)
       if (errors[r] && (is_peer_error[r] != 0) == peers) std::rethrow_exception(errors[r]);

@@ -92,6 +92,10 @@ CoreShare share_cores(Communicator& world) {
     share.cores += sharing > 0;
     if (!has(mine, cpu)) continue;
     ++share.bound_to;
+    // A core that several ranks of this host may use counts as an equal part for each of them:
+    //
+    //   4 cores, 2 ranks unbound    each 4 x 1/2 = 2 threads
+    //   4 cores, 2 ranks on 2 each  each 2 x 1   = 2 threads
     part += 1.0 / sharing;
   }
   share.is_bound = share.bound_to < share.cores;
@@ -161,6 +165,7 @@ void bound_spinning() {
   std::vector<char*> arguments;
   for (std::string& word : words) arguments.push_back(word.data());
   arguments.push_back(nullptr);
+  // libgomp reads its variables before main(), so the program starts itself anew with them.
   if (words.empty() || setenv("GOMP_SPINCOUNT", kTurns, 1) != 0) return;
   // By its name where that still is this program, so that tools show it.
   std::error_code error;

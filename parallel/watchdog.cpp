@@ -58,6 +58,8 @@ struct State {
   std::function<void()> tell;
   Clock::time_point told;
 
+  // While the rank waits for peers, its other threads (reading data, writing a checkpoint) go on whether the peers live
+  // or not: their progress must not hide a hang.
   Clock::time_point last_progress() const {
     return in_flight.empty() && phase.empty() ? std::max(progress.at(), beside.at()) : progress.at();
   }
@@ -98,12 +100,14 @@ void let_lower_ranks_speak(int rank) {
   text += "\n";
   let_lower_ranks_speak(s.rank);
   (void)!write(2, text.data(), text.size());
+  // _exit: destructors and MPI_Finalize would wait for the very peers that do not answer.
   _exit(static_cast<int>(s.in_flight.empty() ? ExitCode::kHang : s.in_flight.begin()->second.code));
 }
 
 void watch() {
   State& s = state();
   std::unique_lock lock(s.mutex);
+  // Ten looks per deadline: a hang is noticed at most a tenth of it late.
   const auto pause = std::max<std::chrono::milliseconds>(s.deadline / 10, std::chrono::milliseconds(10));
   while (s.running) {
     const auto began = Clock::now();
@@ -118,6 +122,7 @@ void watch() {
 void tell_if_due(State& s, Clock::time_point now) {
   if (s.tells != std::this_thread::get_id() || !s.tell) return;
   constexpr auto kOften = std::chrono::milliseconds(50);
+  // Eight signs per deadline: one or two may come late without a peer being taken for dead.
   if (now - s.told < std::max<std::chrono::milliseconds>(s.deadline / 8, kOften)) return;
   s.told = now;
   s.tell();
@@ -145,6 +150,7 @@ void stop() {
   {
     const std::lock_guard lock(s.mutex);
     s.running = false;
+    // Joined when `ended` goes, behind the lock: the thread needs the lock once more to see that it is to stop.
     ended = std::move(s.thread);
     s.stop_asked.notify_all();
   }
@@ -163,6 +169,7 @@ void heartbeat() {
 
 void wait_until(const std::function<bool()>& done) {
   State& s = state();
+  // The rank's own thread makes no progress here, but the thread that it waits for does: then peers are told so.
   for (auto seen = s.beside.at(); !done();) {
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
     if (s.beside.at() == seen) continue;

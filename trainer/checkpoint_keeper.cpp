@@ -121,6 +121,10 @@ bool CheckpointKeeper::is_one_of_last_good(std::int64_t step, std::size_t count)
   return std::find(good_.begin() + static_cast<std::ptrdiff_t>(first), good_.end(), step) != good_.end();
 }
 
+// Of five usable ones, the newest on the right, with keep 3 and one more about to be written:
+//
+//   10   20   30   40   50      5 + 1 - keep: the oldest three may go, as long as two are left
+//                  good good    and the two that are known to be good may not, wherever they stand
 std::vector<CheckpointKeeper::Usable> CheckpointKeeper::that_may_go(bool last) {
   std::vector<Usable> all = usable();
   std::erase_if(good_, [&](std::int64_t step) {  // gone by another's hand, or cut short
@@ -204,10 +208,12 @@ bool CheckpointKeeper::retire_oldest(bool last) {
 }
 
 void CheckpointKeeper::wrote(std::int64_t step, bool durable) {
+  // What had this name before was set aside: whatever was known of it is no longer true.
   passed_over_.erase(step);
   known_.erase(step);
   std::erase(good_, step);
   good_.push_back(step);
+  // A power cut may still take the new one's name away: the older ones are what is left then.
   if (!durable) return;
   try {
     std::vector<Usable> all = usable();

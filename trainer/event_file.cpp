@@ -63,6 +63,8 @@ EventFile::EventFile(const std::filesystem::path& dir) {
 }
 
 void EventFile::record(const std::string& payload) {
+  // TFRecord: length, its checksum, the payload, its checksum. Checksums are masked, as they may be part of what is
+  // summed.
   std::string r;
   put_fixed(r, static_cast<std::uint64_t>(payload.size()));
   put_fixed(r, masked_crc(r.data(), 8));

@@ -56,6 +56,8 @@ std::vector<std::string> frozen_names(const std::vector<std::string>& patterns, 
     ++parameters;
     const std::vector<HfTensor> tensors = hf_tensors_of(config, p);
     std::string left, hit;
+    // Our parameter may be several tensors on disk (the gates, the ups of all experts): a pattern must match all or
+    // none.
     for (const HfTensor& t : tensors) {
       std::string& example = any_matches(t.name) ? hit : left;
       if (example.empty()) example = t.name;

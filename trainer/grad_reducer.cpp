@@ -8,6 +8,15 @@
 
 namespace upmoe {
 
+// How a bucket of two parameters, a and b, lies in a lane with a group of three ranks. Each parameter is owned in three
+// flat slices; a rank's slices of all of them stand together, padded to the largest rank's, so that one reduce_scatter
+// serves them all and rank r gets what it owns:
+//
+//   packed   | a/0 b/0 .. | a/1 b/1 .. | a/2 b/2 |        own   | a/r b/r .. |
+//              segment 0    segment 1    segment 2
+//
+// Gathering weights goes the other way through the same memory: own -> packed -> the parameters' slices.
+//
 // Memory through which one bucket at a time travels.
 struct GradReducer::Lane {
   std::size_t packed_bytes = 0, own_bytes = 0;  // of the largest bucket
@@ -110,6 +119,8 @@ void GradReducer::make_lanes(Device device) {
   for (auto& b : buckets_) {
     b->slice = largest_slice(b->params, b->group->size());
     const bool in_block = b->layer >= 0;
+    // Blocks take the lanes in turns; what is outside the blocks has one of its own, as it is ready last of all and its
+    // weights are wanted first.
     const std::size_t turn = in_block ? blocks[b->group]++ : 0;
     Lane*& lane = lane_of[{b->group, in_block, turn % (params_.shares_block_grads() ? 2 : 4)}];
     if (lane == nullptr) lane = lanes_.emplace_back(std::make_unique<Lane>()).get();
@@ -154,7 +165,10 @@ void GradReducer::complete(Exec& ex, Lane& lane) {
 }
 
 void GradReducer::start_reduction(Exec& ex, Bucket& b) {
+  // A lane never carries weights and gradients at once: every forward has waited for its weights before a backward
+  // begins.
   UPMOE_CHECK(!b.gathers && b.lane->gathers.empty(), "layer {} still waits for its weights", b.layer);
+  // The block that had this lane before ends now, at the latest.
   complete(ex, *b.lane);
   const DType dtype = b.params.front()->grad.dtype;
   for (int r = 0; r < b.group->size(); ++r)
@@ -192,6 +206,7 @@ void GradReducer::ready(Exec& ex, int layer, bool last) {
 void GradReducer::finish(Exec& ex) {
   for (auto& b : buckets_) {
     UPMOE_CHECK(b->reduced, "gradients of layer {} were never ready", b->layer);
+    // Otherwise a later block of its lane has completed it already.
     if (b->lane->user == b.get()) complete(ex, *b->lane);
     b->reduced = false;
   }
@@ -203,6 +218,7 @@ void GradReducer::gather_values(Exec& ex) {
     if (b->lane->user == nullptr) {
       start_gather(ex, *b);
     } else {
+      // Buckets come in the order of the table, which is that of the forward: the first blocks' weights set out first.
       b->lane->gathers.push_back(b.get());
     }
   }

@@ -78,6 +78,7 @@ void warn_of_memory(const Session& session, Communicator& world) {
   const std::vector<std::int64_t> hosts = hosts_of(world);
   const std::vector<std::int64_t> needs = gather(world, static_cast<std::int64_t>(mine.total()));
   const std::int64_t here = hosts[static_cast<std::size_t>(world.rank())];
+  // The first rank of a host speaks for all of them.
   if (std::find(hosts.begin(), hosts.end(), here) - hosts.begin() != world.rank()) return;
   double need = 0;
   int ranks = 0;

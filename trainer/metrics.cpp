@@ -22,6 +22,8 @@ namespace {
 
 // Keeps the lines up to `from_step`; the rest, a torn last line included, goes to PATH.cut.
 void cut_after(const fs::path& path, std::int64_t from_step) {
+  // A run that was killed has written steps behind its last checkpoint; it computes them again, and each step stands
+  // once.
   std::ifstream in(path);
   if (!in) return;
   std::string keep, cut, text;

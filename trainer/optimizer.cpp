@@ -109,6 +109,7 @@ void Optimizer::update(Exec& ex, double lr, double norm, std::int64_t step) {
   hyper.beta2 = static_cast<float>(config_.beta2);
   hyper.eps = static_cast<float>(config_.eps);
   hyper.step = step;
+  // The same formula as torch's clip_grad_norm_, its 1e-6 too.
   if (config_.clip > 0) hyper.grad_scale = static_cast<float>(std::min(1.0, config_.clip / (norm + 1e-6)));
   for (OwnedSlice& s : slices_) {
     hyper.weight_decay = s.param->spec.decay ? static_cast<float>(config_.weight_decay) : 0.0f;
@@ -143,6 +144,7 @@ void for_parts(const OwnedSlice& s, const Body& body) {
   const CodedMoments& all = s.moments;
   const std::int64_t n = all.m_n.elements(), phase = all.first % kMomentBlock;
   for (std::int64_t begin = 0; begin < n;) {
+    // `phase` elements of the first block are another rank's: a part ends where a block does, counted from the shard.
     const std::int64_t end = std::min(n, (begin + phase) / kAtOnce * kAtOnce + kAtOnce - phase);
     const std::int64_t block = (begin + phase) / kMomentBlock,
                        blocks = moment_blocks(all.first + begin, end - begin);

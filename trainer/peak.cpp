@@ -67,6 +67,7 @@ PeakRate::PeakRate(Exec& ex, DType dtype) : dtype_(dtype) {
   Exec quiet = ex;
   quiet.ledger = nullptr;
   std::int64_t side = 256;  // powers of two: whole blocks of random numbers
+  // The largest product that is quick to measure: small ones do not reach the peak, large ones would delay the start.
   while (side < largest && best_product(quiet, dtype, side, 0, 0) < 0.03) side *= 2;
   saw(2.0 * static_cast<double>(side * side * side), best_product(quiet, dtype, side, 4, 0.05));
 }
@@ -77,6 +78,7 @@ void PeakRate::saw(double flops, double seconds) {
 
 double PeakRate::share(double flops, double seconds) {
   saw(flops, seconds);
+  // A product of the run itself may have been faster than the measured one; a share above 1 would mean nothing.
   best_ = std::max(best_, ops::fastest_product(dtype_));
   return best_ > 0 && seconds > 0 ? flops / seconds / best_ : 0;
 }

@@ -158,6 +158,8 @@ void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action,
   if (c > 0) {
     TensorView received_tD =
         f->keep.take({chunk.own_tokens(shard->batch), chunk.hidden_size}, chunk.dtype, "chunk input");
+    // The router loads of the chunks so far come with the activations; this chunk's are added, and the last chunk has
+    // all.
     f->pool = link_->receive(ex, *link_->forward, link_->previous(), received_tD);
     input_tD = received_tD;
   }
@@ -178,6 +180,7 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
   under_way_.erase(at);
   TensorView g_tD = f->keep.take(f->saved.output_tD.shape, chunk.dtype, "residual stream gradient");
   if (c + 1 < plan_.chunks.size()) f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);
+  // The balance terms' gradients need the loads of all chunks, which come back with the gradient from the last one.
   chunk.set_balance(ex, step.balance, f->pool, f->keep, f->saved);
   if (counts_) {
     sums.aux += f->saved.balance.aux;

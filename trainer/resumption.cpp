@@ -75,6 +75,7 @@ Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
 
 void Resumption::require_same_model(const std::string& source_digest, const std::string& model_config) {
   const std::string asked = fs::absolute(now_.model.path).string();
+  // A model directory may have been moved: the path differs, the digest decides.
   const bool same = same_place(asked, source_);
   const std::string advice = fmt::format(
       "{} goes on from {} and reads no other weights; set model.path={}{}, or train this model in "

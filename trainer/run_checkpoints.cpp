@@ -44,6 +44,7 @@ void RunCheckpoints::begin(Session& session, const TrainState& state, bool in_ba
 
 void RunCheckpoints::start(Session& session, const TrainState& state, bool in_background, bool last) {
   if (busy()) finish();
+  // A save that was asked for and due at one step is made once.
   if (saved_step_ == state.step) return;
   require_folder();
   auto bytes = static_cast<std::int64_t>(CheckpointWriter::bytes_of(session));
@@ -98,6 +99,7 @@ void RunCheckpoints::poll() {
 
 void RunCheckpoints::save_last(Session& session, const TrainState& state) {
   start(session, state, false, true);
+  // Tried again as long as an older checkpoint can make room: without this one the run's last steps would be lost.
   while (busy()) {
     conclude(true);
     if (saved_step_ != state.step && retire_after_full_disk(true)) start(session, state, false, true);

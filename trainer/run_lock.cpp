@@ -66,6 +66,12 @@ void RunLock::sign() const {
     log::warning("{}: cannot be written: {}", path_.string(), std::strerror(errno));
 }
 
+// Asked before each save. The lock is on the open file, so it outlives its name; whether the folder is still this run's
+// is told by identity (device and inode) of the folder and of the file in it:
+//
+//   same file there          held
+//   no file, same folder     somebody cleaned up: made again, under the same lock
+//   another file, or folder  another job may be at work there: nothing more is written
 void RunLock::require_held() {
   Identity now;
   const bool there = identify(path_, now);

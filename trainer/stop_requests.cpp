@@ -29,6 +29,8 @@ void on_signal(int signal) {
     return;
   }
   std::int64_t first = 0;
+  // The first Ctrl-C asks for a stop. A terminal and mpirun both pass it on, so what comes within half a second is the
+  // same one; a later one is a user who does not want to wait for the save.
   if (stop_asked_at.compare_exchange_strong(first, now()) || signal == SIGUSR2) return;
   if (now() - first >= kSameRequest) _exit(128 + signal);
 }

@@ -41,6 +41,7 @@ class Run {
     require_equal(world_, "programs", program_digest());
     require_equal(world_, "configurations", to_yaml(run));
     run_agreed(world_, [&] { prepare(options_.fresh); });
+    // Under the lock of the run directory: left-overs may be cleared and damaged checkpoints set aside.
     checkpoints_.take_over(lock_.get());
     const std::optional<fs::path> newest = checkpoints_.choose();
     run_agreed(world_, [&] {
@@ -51,6 +52,8 @@ class Run {
       require_possible(config);
       session_config_ = config;
     });
+    // What is wrong with the configuration, the mesh or the model was found before this: from here on memory is taken
+    // and groups are made.
     session_ = std::make_unique<Session>(run_, session_config_, world_, options_.device);
     warn_of_memory(*session_, world_);
     run_agreed(world_, [&] { load(newest); });
@@ -220,6 +223,8 @@ int Run::execute() {
     if (metrics_) metrics_->step(report);
     count_nonfinite(report);
     if (due(run_.train.eval_every, step)) evaluate_now(step);
+    // A save in the background is committed once all ranks have written; asked after every step, at the same step by
+    // all.
     checkpoints_.poll();
     if (report.requests >= kStopRequest) {
       checkpoints_.save_last(*session_, state_to_save(step));

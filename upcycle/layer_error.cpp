@@ -83,6 +83,7 @@ void ffn_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const Ffn& ffn
     const std::int64_t n = std::min(kRows, ffn.width - begin);
     const TensorView w_GD = take(ex, {2 * n, D}), gate_up_TG = take(ex, {T, 2 * n}), h_Tn = take(ex, {T, n});
     ffn.gate(begin, begin + n, 2 * D, w_GD.as<float>());
+    // Gate and up row in turns, as swiglu_forward wants them: stride 2 D, the up rows one row further.
     ffn.up(begin, begin + n, 2 * D, w_GD.as<float>() + D);
     ops::gemm(ex, gate_up_TG, {x_TD}, {w_GD, Transpose::kYes}, Accumulate::kOverwrite);
     ops::swiglu_forward(ex, h_Tn, gate_up_TG, weight_T);
@@ -123,6 +124,7 @@ void Layer::routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) cons
   ops::sort_by_expert(ex, order_N, slot_TK, counts_E, index_TK);
   ops::gather_rows(ex, x_ND, x_TD, order_N, K);
   ops::gather_rows(ex, weight_N1, weight_TK.reshape({N, 1}), order_N, 1);
+  // Expert by expert, made as they are needed: the layer's experts never are in memory together.
   std::int64_t begin = 0;
   for (std::int64_t e = 0; e < E; ++e) {
     const std::int64_t n = counts_E.as<std::int32_t>()[e];

@@ -131,6 +131,12 @@ FfnMatrix matrix_of(const HfTensor& tensor) {
   fail(ExitCode::kFailure, "{}: no such part", tensor.name);
 }
 
+// One pass over the mixture's parameters and their tensors on disk, a line for each; the role says which kind it is:
+//
+//   router            FreshInit                    shared gate   FreshInit (a constant 0)
+//   expert, shared    ExpertMatrix of dense FFN    the rest      Copy, or FreshInit where the rest is not kept
+//
+// Whatever a line reads is noted, so that in the end every dense tensor is used or listed as dropped.
 class RecipeBuilder {
  public:
   RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense) : config_(config), dense_(dense) {
@@ -165,6 +171,8 @@ class RecipeBuilder {
     RecipeLine line{tensor.name, tensor.shape, transform_of(param, tensor)};
     if (const auto* copy = std::get_if<Copy>(&line.transform)) use(copy->from, &tensor.shape);
     if (const auto* expert = std::get_if<ExpertMatrix>(&line.transform)) {
+      // Rules behind kShuffle (kNew, kPadding) take no neuron of the source; redrawing after its statistics still reads
+      // it.
       const bool reads = expert->redraw.from_source || expert->map.rule <= UnitMap::Rule::kShuffle;
       if (reads) use(expert->from, nullptr);
     }
@@ -226,6 +234,7 @@ class RecipeBuilder {
     const int expert = static_cast<int>(tensor.expert);
     m.map = routed ? layer.routed_units(expert) : layer.shared_units();
     if (routed) m.noise = config_.experts.noise;
+    // The down projection is linear, so scaling it scales the expert's output; gate and up are not.
     if (m.matrix == FfnMatrix::kDown) m.scale = routed ? recipe_.scale : config_.shared.scale;
     Recipe::Layer& index = layer_of(param);
     (routed ? index.experts[static_cast<std::size_t>(expert)]
@@ -293,6 +302,7 @@ UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense) {
       break;
     case ExpertMethod::kSplit:
     case ExpertMethod::kShuffle: {
+      // How many times the dense neurons have to be gone through to fill all experts, the last time perhaps in part.
       const std::int64_t neurons =
           routed_neurons(config) + (shares_pool(config) ? t.shared_expert_intermediate_size : 0);
       out.experts.copies = static_cast<int>(shards_per_copy(neurons, dense.intermediate_size));

@@ -96,6 +96,8 @@ BlockSums survey_block(const Block& block, DType dtype, std::vector<std::byte>& 
   return sums;
 }
 
+// The survey is cut into blocks of one size, whatever the ranks and threads: moments are sums of blocks in the order of
+// the files, and the same to the bit however many took part.
 // Every block by one rank, all blocks on every rank.
 std::vector<BlockSums> survey_blocks(const std::vector<Block>& blocks, DType dtype, Communicator& comm,
                                      int threads, bool show_progress) {
@@ -192,6 +194,8 @@ SourceSurvey survey_source(const DenseSource& source, Communicator& comm, int th
   });
   for (const auto& [name, t] : tensors) {
     const auto n = static_cast<double>(t.elements);
+    // The deviation is E[x^2] - mean^2, in fp64: weights have means near 0, so nothing is lost by the difference;
+    // rounding may leave it just below 0, which the max takes away.
     const double mean = t.sums.sum / n;
     survey.moments[name] = {mean, std::sqrt(std::max(0.0, t.sums.sum_of_squares / n - mean * mean))};
     if (t.matrix && t.sums.sum_of_squares == 0) survey.all_zero.push_back(name);

@@ -36,6 +36,11 @@ StoreShare::StoreShare(const Recipe& recipe, const ModelConfig& moe, DType dtype
   const std::map<int, std::string> last = last_expert_parameters(table);
   std::int64_t total = 0, before = 0;
   for (const ParamSpec& p : table) total += p.shape.elements();
+  // All parameters one behind the other are cut into equal shares; a rank has the end of one, some whole ones, and the
+  // beginning of another:
+  //
+  //   table     | embed_VD      | layers.0 ... |  ...            |
+  //   ranks     |     0      |      1      |      2      |
   const Range mine = balanced(total, ranks, rank);
   for (const ParamSpec& p : table) {
     std::vector<Tensor> tensors;
@@ -49,6 +54,8 @@ StoreShare::StoreShare(const Recipe& recipe, const ModelConfig& moe, DType dtype
     before += p.shape.elements();
     if (owned.size() == 0) continue;
     add(p, owned, std::move(tensors));
+    // Whoever has the end of a layer's experts computes that layer's error: one rank for each layer, spread as the
+    // layers are.
     const bool ends = p.expert && last.at(p.layer) == p.name && owned.end == p.shape.elements();
     last_of_layer_.push_back(ends ? p.layer : -1);
   }
@@ -74,6 +81,8 @@ void StoreShare::add_tasks(std::uint64_t block_bytes) {
   for (std::size_t i = 0; i < pieces_.size(); ++i) {
     const std::int64_t n = pieces_[i].values.elements();
     for (std::int64_t at = 0; at < n; at += step) tasks_.push_back({{i, {at, std::min(at + step, n)}}, -1});
+    // An empty block that only says: now. The layer's dense FFN has just been read for the experts and is still at
+    // hand.
     if (last_of_layer_[i] >= 0) tasks_.push_back({{i, {n, n}}, last_of_layer_[i]});
   }
 }

@@ -23,6 +23,11 @@ struct Drawn {
   float mean, std, scale;
 };
 
+// Everything random here is numbered by where it stands in the tensor, never by when it was drawn:
+//
+//   row r of a tensor of C columns    numbers r C, r C + 1, ...
+//
+// so a row has the same values whichever rank and thread makes it, and in whatever pieces.
 // The numbers first, first + 1, ... as elements; `numbers` is scratch of the same count.
 template <class T>
 void draw(const Drawn& d, std::int64_t first, std::span<float> numbers, T* out) {
@@ -82,6 +87,7 @@ void fill_unit_rows(const RecipeLine& line, const ExpertMatrix& m, Rows rows, co
   const Kept kept = kept_of(line, m, context);
   std::vector<float> numbers(static_cast<std::size_t>(columns));
   for (std::int64_t r = rows.begin; r < rows.end; ++r, out += columns) {
+    // Rows without a source take their numbers at their own place, so a redraw does not move the numbers of other rows.
     const std::int32_t unit = units[static_cast<std::size_t>(r)];
     if (unit < 0) {  // padding's gate and up rows are as random as a new unit's
       draw(drawn, r * columns, numbers, out);
@@ -112,6 +118,11 @@ void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows,
     if (units[j] == kNewUnit) fresh.push_back(static_cast<std::int32_t>(j));
     if (units[j] == kPaddingUnit) padding.push_back(static_cast<std::int32_t>(j));
   }
+  // What one row of `down` is made of, for units 4, new, 0, padding:
+  //
+  //   source row   | s0 s1 s2 s3 s4 |    gather  4 0 0 0    out  | s4  s0  s0  s0 |
+  //                                      fresh   1               | s4  n0  s0  s0 |    n0: number r * width + 0
+  //                                      padding       3         | s4  n0  s0  0  |
   const bool any_kept = fresh.size() + padding.size() < units.size();
   std::vector<float> numbers(units.size());
   std::vector<T> fresh_values(fresh.size()), row(static_cast<std::size_t>(ffn->width));
@@ -124,6 +135,7 @@ void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows,
       }
       if (!kept.bitwise()) change_kept(kept, r * width, std::span(numbers), out);
     }
+    // Drawn together and scattered: normal_batch makes a run of numbers much faster than single ones.
     draw(drawn, r * width, std::span(numbers).first(fresh.size()), fresh_values.data());
     for (std::size_t k = 0; k < fresh.size(); ++k) out[fresh[k]] = fresh_values[k];
     for (const std::int32_t j : padding) out[j] = T{};
@@ -203,6 +215,8 @@ void fill_bytes(const RecipeLine& line, std::uint64_t begin, std::uint64_t end, 
       static_cast<std::uint64_t>(line.columns()) * size_of(context.source.dtype());
   std::vector<std::byte> cut_row;
   while (begin < end) {
+    // A stretch of bytes is whole rows with a part of one before and behind them. fill() makes whole rows, so a cut one
+    // is made aside and copied in part; the other part is in the next stretch, which makes it again.
     const std::uint64_t row = begin / row_bytes, skip = begin % row_bytes;
     const std::uint64_t whole_rows = skip == 0 ? (end - begin) / row_bytes : 0;
     std::uint64_t bytes = whole_rows * row_bytes;

@@ -65,6 +65,11 @@ const std::vector<std::int32_t>& PermutationCache::get(int layer, std::int64_t r
   return *slot;
 }
 
+// Three experts of width 4 from a dense FFN of 5 neurons (begin = 0, 4, 8):
+//
+//   kRange     0 1 2 3 | 4 - - - | - - - -      -: padding
+//   kWrap      0 1 2 3 | 4 0 1 2 | 3 4 0 1
+//   kShuffle   p q r s | t p'q'r'| s't'p"q"     p..t, p'..t': the first, the second permutation of 0..4
 std::int32_t UnitMap::source_of(std::int64_t unit, const PermutationCache& permutations) const {
   UPMOE_CHECK(unit >= 0 && unit < width, "unit {} of {}", unit, width);
   const std::int64_t position = begin + unit;
@@ -91,6 +96,8 @@ std::vector<std::int32_t> UnitMap::units_of(FfnMatrix matrix, std::uint64_t seed
     units[static_cast<std::size_t>(j)] = source_of(j, permutations);
   }
   if (redrawn == 0) return units;
+  // The set's name is its key. Joint, all three matrices have one name and so one set: whole neurons are new. Apart, a
+  // neuron may get a new gate row and keep its up row.
   const std::string set = joint ? name + ".redrawn" : fmt::format("{}.redrawn.{}", name, name_of(matrix));
   const std::vector<bool> chosen = choose(philox_key(seed, set), redrawn, width);
   for (std::size_t j = 0; j < units.size(); ++j) {

@@ -37,6 +37,13 @@ struct Piece {
   std::size_t bytes = 0;
 };
 
+//           empty_ <----------------- put_empty ------------------ the writer
+//             |  take_empty                                        ^  take_filled
+//             v                                                    |
+//           makers (threads of them) --- put_filled --> filled_ ---+
+//
+// Every piece is made and written once; pieces may be written in another order than they are numbered, as each knows
+// its place. With three buffers more than makers one can be written and the next wait while all makers are busy.
 // Empty buffers one way, filled ones the other.
 class Exchange {
  public:
@@ -118,6 +125,7 @@ void run_pipeline(std::size_t count, int threads, std::size_t buffer_bytes, cons
         }
       }
     } catch (...) {
+      // The others stop at their next exchange instead of waiting for a piece that never comes.
       exchange.end();
       throw;
     }

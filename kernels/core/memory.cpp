@@ -63,7 +63,8 @@ std::size_t reserve_of(std::size_t wish) {
   return left == kUnlimited ? wish : std::min(wish, round_up(left / 8));
 }
 
-// Anonymous pages are zero and are committed by the kernel on first touch.
+// Anonymous pages are zero and are committed by the kernel on first touch. So an arena reserves far more addresses
+// than it will use, like a GPU's (kernels/cuda/runtime/memory.cu): only what is touched costs.
 std::byte* map_pages(std::size_t bytes, std::string_view what) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED)
@@ -128,6 +129,13 @@ std::string Arena::largest_users() const {
   return table;
 }
 
+// A stack: what is taken last is given back first, by rewinding to a mark.
+//
+//   base_   | x_TD | qkv | ... |               free               |
+//           0      mark        used_         peak_                reserved_
+//
+// On the dry device there is no memory, but used_ and peak_ are counted the same: so a rehearsal knows what a step
+// needs.
 TensorView Arena::take(Shape shape, DType dtype, std::string_view what) {
   TensorView v{nullptr, shape, dtype, device_};
   const std::size_t bytes = round_up(v.bytes());

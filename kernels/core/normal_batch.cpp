@@ -127,6 +127,11 @@ inline void box_muller(const Words& u, const Words& v, float* __restrict first, 
   }
 }
 
+// 64 numbers of 16 counters. A counter gives four words, two of them a pair (u, v) for Box-Muller, and a pair two
+// numbers:
+//
+//   c0, c1 of 16 counters  ->  out[0..16) = radius cos, out[16..32) = radius sin
+//   c2, c3                 ->  out[32..48),             out[48..64)
 inline void normal_group(std::uint64_t key, std::uint64_t group, float* out) {
   alignas(64) Words c0, c1, c2, c3;
   philox_lanes(key, group, c0, c1, c2, c3);
@@ -139,6 +144,8 @@ inline void normal_group(std::uint64_t key, std::uint64_t group, float* out) {
 void normal_batch(std::uint64_t key, std::uint64_t first, std::int64_t count, float* out) {
   alignas(64) float group_values[kGroup];
   while (count > 0) {
+    // Number i is always made in group i / 64, so a run has the same values wherever it begins; only ends of it are
+    // made in vain.
     const std::uint64_t group = first / kGroup;
     const auto skip = static_cast<std::int64_t>(first % kGroup);
     if (skip == 0 && count >= kGroup) {

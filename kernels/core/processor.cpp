@@ -17,7 +17,8 @@ namespace {
 
 enum Register : std::uint8_t { kEax, kEbx, kEcx, kEdx };
 
-// What the operating system has to save for a feature's registers, as bits of XCR0.
+// What the operating system has to save for a feature's registers, as bits of XCR0. A processor may have AVX-512 and
+// the system not save its registers between two processes: then using it is a fault.
 enum State : std::uint32_t { kAlways = 0, kYmm = 0x6, kZmm = 0xe6, kApxState = 0x80000 };
 
 struct Place {

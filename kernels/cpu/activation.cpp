@@ -90,6 +90,7 @@ void gate_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_1D, c
   DX* dx = dx_TD.as<DX>();
   const X *x = x_TD.as<X>(), *w = w_1D.as<X>();
   const float *dgate = dgate_T.as<float>(), *gate = gate_T.as<float>();
+  // dw is a sum over all rows: a partial one for each block of rows, then the blocks in order. dx is of one row alone.
   for_row_blocks(partials, rows, width, [&](std::int64_t first, std::int64_t last, float* dw) {
     for (std::int64_t t = first; t < last; ++t) {
       const float dlogit = dgate[t] * gate[t] * (1.0f - gate[t]);

@@ -15,6 +15,13 @@ namespace upmoe::cpu {
 
 namespace {
 
+// What a row keeps, for the keys seen so far, with s their scores:
+//
+//   max = max s      sum = sum of exp(s - max)      out = sum of exp(s - max) v
+//
+// A new maximum multiplies what is there by exp(old max - new max); in the end out / sum is the attention and max +
+// log(sum) the log-sum-exp that the backward starts from.
+//
 // The state of one block of queries while it walks over the keys.
 struct Softmax {
   float* out;  // [kBlock, padded head_dim], not yet divided by `sum`
@@ -46,6 +53,7 @@ void online_softmax(Softmax& state, float* scores, std::int64_t queries) {
     }
     state.sum[r] = state.sum[r] * rescale[r] + reduce_add(sum);
     if (state.sum[r] > 0) state.max[r] = reference[r];
+    // Most blocks bring no new maximum: their row of `out` is left alone.
     if (rescale[r] != 1.0f)
       for (std::int64_t d = 0; d < state.padded; d += kLanes)
         store(state.out + r * state.padded + d, load(state.out + r * state.padded + d) * rescale[r]);
@@ -88,6 +96,7 @@ void attend(Softmax& state, const Workspace& w, std::int64_t query_block, const 
     const BlockProduct product{state.out,    state.padded, scores,       kBlock,   values_SP,
                                state.padded, pair.queries, state.padded, pair.keys};
     if (pair.diagonal) {
+      // Behind the diagonal the probabilities are exp(-inf) = 0: products with them are left out, not masked.
       block_product<false, true, Causal::kKeyDepth>(product);
     } else {
       block_product<false, true, Causal::kFull>(product);
@@ -156,6 +165,10 @@ void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, cons
   const std::int64_t group = s.heads / s.kv_heads, parts = parts_of(sequences * s.kv_heads, blocks);
   ScratchScope scope(*ex.scratch);
   float* work = ex.scratch->take({worker_count(), floats}, DType::kF32, "attention_forward").as<float>();
+  // One key/value head serves a group of query heads, so a task packs its keys once for all of them. Parts take every
+  // parts-th block of queries: late blocks see more keys than early ones, and each part gets of both.
+  //
+  //   blocks of queries, parts = 3    0 1 2 0 1 2 0 ...
   parallel_tasks(sequences * s.kv_heads * parts, [&](std::int64_t i, std::int64_t worker) {
     const std::int64_t part = i % parts, kv_head = i / parts % s.kv_heads;
     const std::int64_t t = i / parts / s.kv_heads * s.seq_len;  // the sequence's first token
@@ -169,6 +182,7 @@ void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, cons
         visibility(all.visible.causal, all.visible.query_document_S, all.visible.key_document_S, t)};
     const Workspace w(work + worker * floats, blocks, padded);
     const std::int64_t last = (blocks - 1 - part) / parts * parts + part;  // this part's last block
+    // No further than the last block of this part can see.
     pack_keys(w, seq, kv_head, last_key_block(last, s.seq_len, seq.visible) + 1, s);
     for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
       for (std::int64_t block = part; block < blocks; block += parts)

@@ -15,7 +15,9 @@ namespace upmoe::cpu {
 
 namespace {
 
-// One thread's memory. Blocks are kBlock rows; S is the sequence rounded up to blocks, P the padded head_dim.
+// One thread's memory. Blocks are kBlock rows; S is the sequence rounded up to blocks, P the padded head_dim. Keys
+// stand here twice, because the two products with them sum over different indices: q k^T over head_dim, which takes
+// keys_DS, and ds k over keys, which takes keys_SP. Values are in a product of the first kind only.
 struct Workspace {
   float *keys_DS, *values_DS;  // [blocks, head_dim, kBlock]
   float *keys_SP, *dkeys_SP, *dvalues_SP;
@@ -49,11 +51,14 @@ void probability_gradient(float* scores, float* dp, const BlockPair& pair, const
       store(p_r + v * kLanes, p);
       store(ds_r + v * kLanes, p * (load(ds_r + v * kLanes) - delta[r]));
     }
+    // The rest of a diagonal row was not computed; the products read parts of it, as tiles do not end on the diagonal.
     std::fill_n(p_r + computed * kLanes, kBlock - computed * kLanes, 0.0f);
     std::fill_n(ds_r + computed * kLanes, kBlock - computed * kLanes, 0.0f);
   }
 }
 
+// Five products of 64 x 64 tiles, scores among them (block_scores). On the diagonal each leaves out the half that is
+// zero, and which half it is depends on what its rows and its sum run over; so there are three parameters.
 template <Causal kColumns, Causal kKeys, Causal kQueries>
 void block_gradients(const Workspace& w, const BlockPair& pair, std::int64_t key_block, float* scores,
                      float* dp, const float* lse, const float* delta, std::int64_t head_dim,
@@ -129,6 +134,7 @@ void backward_query_block(const Workspace& w, const Sequence<T, Out>& seq, std::
   for (std::int64_t r = 0; r < rows; ++r) {
     lse[r] = seq.lse[(first + r) * s.heads + head];
     const T* out = seq.out + out_at + r * out_width;
+    // sum_k p_k dp_k = sum_k p_k (dout . v_k) = dout . out: no pass over the keys.
     delta[r] = sum_lanes(s.head_dim, [&](std::int64_t d, auto lanes) {
       return load(w.dout_P + r * padded + d) * load(out + d, lanes);
     });
@@ -150,6 +156,7 @@ void backward_kv_head(const Workspace& w, const Sequence<T, Out>& seq, std::int6
     pack_columns(w.values_DS + first * s.head_dim, value, seq.v.width, rows, s.head_dim);
     pack_rows(w.keys_SP + first * padded, padded, key, seq.k.width, rows, s.head_dim, 1.0f);
   }
+  // The sums of all query heads of the group, rounded once when the last of them is done.
   std::fill_n(w.dkeys_SP, blocks * kBlock * padded, 0.0f);
   std::fill_n(w.dvalues_SP, blocks * kBlock * padded, 0.0f);
   const std::int64_t group = s.heads / s.kv_heads;

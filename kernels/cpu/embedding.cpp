@@ -37,6 +37,7 @@ const std::int32_t* sort_positions(const std::int32_t* tokens, std::int64_t coun
     const auto digit = [&](std::int64_t i) {
       return static_cast<std::size_t>((tokens[from[i]] >> shift) & 255);
     };
+    // begin[d + 1] counts digit d; summed up, begin[d] is where its first position goes, then where its next one goes.
     for (std::int64_t i = 0; i < count; ++i) ++begin[digit(i) + 1];
     for (std::size_t d = 0; d < 256; ++d) begin[d + 1] += begin[d];
     for (std::int64_t i = 0; i < count; ++i) to[begin[digit(i)]++] = from[i];
@@ -94,6 +95,7 @@ void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, Const
     using T = decltype(in_type);
     const auto add_all = [&](auto* dw) {
       const T* dx = dx_TD.as<T>();
+      // One task per distinct token: one writer per row, and its sum in the order of positions.
       const std::int64_t rows_each = distinct > 0 ? (count + distinct - 1) / distinct : 0;
       parallel_for(distinct, rows_each * width, [&](std::int64_t i) {
         const std::int64_t row = tokens[order[first[i]]] - shard.begin;

@@ -7,6 +7,7 @@ namespace upmoe::cpu {
 
 void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, ConstTensorView w_eNK,
                           const ExpertRows& rows) {
+  // y = x w^T: the depth is contiguous in both operands.
   const std::int64_t n = w_eNK.shape[1], k = w_eNK.shape[2];
   const auto* offset = rows.offset_e1.as<std::int32_t>();
   with_product_types(x_RK.dtype, y_RN.dtype, [&]<class T, class Out>(T, Out) {
@@ -23,6 +24,7 @@ void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, Const
 
 void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, ConstTensorView w_eNK,
                         const ExpertRows& rows) {
+  // dx = dy w: w's rows are the depth now, one behind the other.
   const std::int64_t n = w_eNK.shape[1], k = w_eNK.shape[2];
   const auto* offset = rows.offset_e1.as<std::int32_t>();
   with_product_types(dy_RN.dtype, dx_RK.dtype, [&]<class T, class Out>(T, Out) {
@@ -39,6 +41,7 @@ void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, Const
 
 void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, ConstTensorView x_RK,
                         const ExpertRows& rows, Accumulate mode) {
+  // The sum runs over the expert's rows, so both operands are depth-major; an expert without rows has a depth of 0.
   const std::int64_t n = dw_eNK.shape[1], k = dw_eNK.shape[2];
   const auto* offset = rows.offset_e1.as<std::int32_t>();
   with_product_types(x_RK.dtype, dw_eNK.dtype, [&]<class T, class Out>(T, Out) {

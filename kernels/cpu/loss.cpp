@@ -50,6 +50,7 @@ double sum_exp(const float* x, std::int64_t n, float offset) {
 template <class T>
 void gradient_row(T* dx, const float* x, std::int64_t n, float max_x, double sum, std::int64_t target,
                   float scale) {
+  // dx = scale (softmax(x) - [the target]); the target's element comes last, over what the loop wrote there.
   const float factor = static_cast<float>(scale / sum);
   const bool here = 0 <= target && target < n;
   const float p_target = here ? std::exp(x[target] - max_x) / static_cast<float>(sum) : 0.0f;
@@ -92,6 +93,7 @@ RowStats merge(const double* stats, std::int64_t shards, std::int64_t stride) {
   RowStats all{-std::numeric_limits<double>::infinity(), 0, 0};
   for (std::int64_t p = 0; p < shards; ++p) all.largest = std::max(all.largest, stats[p * stride]);
   for (std::int64_t p = 0; p < shards; ++p) {
+    // A shard's sum is relative to its own largest logit. The target's logit is in one shard, and 0 in the others.
     all.sum += stats[p * stride + 1] * std::exp(stats[p * stride] - all.largest);
     all.target += stats[p * stride + 2];
   }

@@ -112,6 +112,8 @@ bool has_instructions(unsigned wanted) {
 
 void multiply_by_onednn(Exec& ex, const DenseProduct& p) {
   try {
+    // Compiling takes up to a millisecond, as long as a small product; a run meets each of its shapes in the first
+    // step.
     thread_local GemmCache cache;
     CompiledGemm& gemm = cache.get(key_of(p));
     ScratchScope scope(*ex.scratch);

@@ -34,6 +34,7 @@ void require_finite(const float* logits, std::int64_t tokens, std::int64_t exper
   parallel_for((tokens + kBlock - 1) / kBlock, kBlock * experts, [&](std::int64_t b) {
     const std::int64_t begin = b * kBlock * experts, end = std::min(tokens, (b + 1) * kBlock) * experts;
     const std::int64_t found = first_non_finite(logits + begin, end - begin);
+    // The lowest of all threads' findings wins, so that the message does not depend on who came first.
     std::int64_t seen = first.load();
     while (found >= 0 && begin + found < seen && !first.compare_exchange_weak(seen, begin + found)) {
     }
@@ -45,6 +46,7 @@ void require_finite(const float* logits, std::int64_t tokens, std::int64_t exper
 
 // Softmax of one row; returns its log-sum-exp.
 float softmax_row(float* probs, const float* logits, std::int64_t experts) {
+  // exp of the difference to the largest is at most 1: no logit is too large for it.
   const float max_logit = *std::max_element(logits, logits + experts);
   for_lanes(experts, [&](std::int64_t e, auto lanes) {
     store(probs + e, vector_exp(load(logits + e, lanes) - max_logit), lanes);
@@ -61,6 +63,7 @@ void top_k_row(std::int32_t* index, float* weight, const float* probs, std::int6
   std::int64_t found = 0;
   for (std::int64_t e = 0; e < experts; ++e) {
     const float p = probs[e];
+    // weight[0, found) is sorted, the largest first; what falls off its end is no longer one of the k.
     if (found == k && !(p > weight[k - 1])) continue;
     std::int64_t at = found < k ? found++ : k - 1;
     for (; at > 0 && p > weight[at - 1]; --at) {
@@ -84,6 +87,7 @@ struct RouteRow {
 void route_row_backward(float* dlogits, const RouteRow& row, const float* aux, float z_scale,
                         std::int64_t experts, std::int64_t k, bool renormalize) {
   float selected = 1, shift = 0;
+  // w_j = p_j / s with s the sum over the selected: raising one raises s and lowers the others, hence the shift.
   if (renormalize) {
     selected = 0;
     for (std::int64_t j = 0; j < k; ++j) {
@@ -181,6 +185,7 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
   double *stats = stats_3E.as<double>(), *z = z_1.as<double>();
   std::fill_n(stats, 3 * experts, 0.0);
   *z = 0;
+  // Blocks have a fixed size, not a thread's share, and are added in order: the same sum for any number of threads.
   for (std::int64_t b = 0; b < blocks; ++b) {
     for (std::int64_t e = 0; e < experts; ++e) stats[2 * experts + e] += partials[b * width + e];
     *z += partials[b * width + experts];
@@ -212,6 +217,9 @@ void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView
   require_in_range(index, n, experts, "index_TK", -1);
   ScratchScope scope(*ex.scratch);
   auto* next = ex.scratch->take({experts}, DType::kI32, "sort_by_expert").as<std::int32_t>();
+  // A counting sort: how many rows each expert has, where its first one lies, then each row behind those before it.
+  //
+  //   index   1 0 1 2 0      counts   2 2 1      next   0 2 4      order   1 4 | 0 2 | 3      slot   2 0 3 4 1
   std::fill_n(counts, experts, 0);
   for (std::int64_t i = 0; i < n; ++i)
     if (index[i] >= 0) ++counts[index[i]];
@@ -240,6 +248,7 @@ void group_by_node(Exec&, TensorView order_X, TensorView slot_TM, TensorView cou
     const std::int32_t before = rows;
     const std::int64_t first = node_begin[static_cast<std::size_t>(m)],
                        end = node_begin[static_cast<std::size_t>(m + 1)];
+    // A token goes to a node once, however many of its experts lie there: the node's own ranks pass it on.
     for (std::int64_t t = 0; t < tokens; ++t) {
       const bool wanted = std::any_of(index + t * k, index + (t + 1) * k,
                                       [&](std::int32_t e) { return first <= e && e < end; });

@@ -34,6 +34,11 @@ void AttentionLayer::attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorVi
   }
 }
 
+// Under tp the layer has all tokens and a part of the heads, while everything around it has a part of the tokens:
+//
+//   x_tD --all_gather--> x_TD --qkv--> own heads --attention--> --output--> a partial sum --reduce_scatter--> y_tD
+//
+// The backward is its mirror: what was gathered is reduced and scattered, and the other way round.
 void AttentionLayer::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, const TokenPlaces& places,
                              Arena& keep, Saved& saved) const {
   const AttentionShape at = shape_of(places);

@@ -56,6 +56,8 @@ void add_pooled(const BalanceConfig& config, std::size_t layers, const LoadPool&
   for (std::size_t e = 0; e < E; ++e) {
     const double f = all.assigned[e] / all.tokens;
     if (count) terms.aux += n * f * (all.probability[e] / all.tokens);
+    // The derivative by the probability of expert e at any one token, f being a constant: the same for all tokens, so
+    // one number per expert does.
     gradient[e] = static_cast<float>(config.aux_coefficient * n * f / all.tokens);
   }
   terms.aux_gradient.assign(layers, gradient);

@@ -37,6 +37,7 @@ void Block::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const Token
   const std::size_t before_ffn = keep.mark();
   ffn_half(ex, branch_TD, keep, saved);
   ops::add(ex, y_TD, saved.h_TD, branch_TD);
+  // What was kept behind the mark is given up; the views in `saved` are stale until backward runs that half again.
   if (recompute == Recompute::kFfn) keep.rewind(before_ffn);
   if (recompute == Recompute::kBlock) keep.rewind(before);
 }
@@ -49,6 +50,8 @@ void Block::ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, cons
   std::get<MoeLayer>(ffn).backward(ex, dx_TD, dy_TD, saved.balance, std::get<MoeLayer::Saved>(saved.ffn));
 }
 
+// With h = x + attention(norm1(x)), y = h + ffn(norm2(h)): g is dy on entry; each branch's gradient is added to what
+// passes it by, so g becomes dh = dy + norm2'(ffn'(dy)) and then dx, in one buffer.
 void Block::backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const {
   const std::size_t top = keep.mark();
   ScratchScope scope(*ex.scratch);

@@ -49,6 +49,13 @@ class Ring {
         work(q, k, pair);
       }
   }
+  // Keys and values go round the ring; rank r meets, step by step, those of r, r - 1, r - 2, ... With 3 ranks:
+  //
+  //   step    rank 0   rank 1   rank 2
+  //    0        0        1        2         each works on its own while the next ones arrive
+  //    1        2        0        1
+  //    2        1        2        0
+  //
   // Everything on this rank to the next one.
   Pending pass_on(TensorView out, ConstTensorView in) const {
     std::vector<std::int64_t> to(static_cast<std::size_t>(cp_.size())), from(to);
@@ -87,6 +94,8 @@ void ring_attention_forward(Exec& ex, Communicator& cp, TensorView out_TQ, Tenso
   TensorView sum_TQ = ex.scratch->take(out_TQ.shape, DType::kF32, "attention output so far");
   TensorView part_TQ = ex.scratch->take(out_TQ.shape, DType::kF32, "attention output of a pair of chunks");
   TensorView part_TN = ex.scratch->take(lse_TN.shape, DType::kF32, "log-sum-exp of a pair of chunks");
+  // The first pair that a half of the queries meets writes its sum; every further one is merged into it. Step 0 always
+  // has one, the diagonal, so no query is left without.
   bool begun[kMostHalves] = {};
   for (int s = 0; s < cp.size(); ++s) {
     Pending next;
@@ -112,6 +121,8 @@ void ring_attention_backward(Exec& ex, Communicator& cp, TensorView dqkv_TH, Con
   const Shape keys_values = kv.buffer[0].shape;
   TensorView dq_TQ = ex.scratch->take(dout_TQ.shape, DType::kF32, "query gradient");
   TensorView own_TK = ex.scratch->take(keys_values, DType::kF32, "key and value gradient of a step");
+  // The gradients of keys and values travel with them, one hop behind: a rank adds its part to what the ranks before
+  // have summed and passes it on. The last hop brings them home, complete, and in the same order of ranks on every run.
   TensorView sum_TK[2];  // of the ranks so far: one to add to, one on its way
   for (TensorView& sum : sum_TK)
     sum = ex.scratch->take(keys_values, DType::kF32, "key and value gradient in the ring");

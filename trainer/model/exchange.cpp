@@ -24,6 +24,8 @@ namespace {
 TensorView sum_of_choices(Exec& ex, const DispatchPlan& plan, ConstTensorView rows_N1) {
   const std::int64_t T = plan.tokens(), K = plan.choices;
   TensorView sum_TK = ex.scratch->take({T, K}, DType::kF32, "router weight gradient");
+  // An expert that is cut in pieces computes a part of the hidden layer on each; the weight's gradient is the sum of
+  // theirs.
   ops::gather_sum_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1, plan.slot_TS.reshape({T * K, plan.pieces}),
                        Accumulate::kOverwrite);
   return sum_TK;
@@ -60,6 +62,12 @@ class FlatExchange final : public Exchange {
   ExpertShares shares_;
 };
 
+// Two stages, so that a token crosses between nodes once for each node that has an expert of its, not once for each
+// expert:
+//
+//   rank i, node a  -- across: rows for node b -->  rank i, node b  -- inside: rows for experts -->  rank j, node b
+//                   <-- their sum, one row a token --                <-- rows of the experts --
+//
 // The node's ranks see the tokens that arrived there, with their choices among the node's experts.
 class NodeExchange final : public Exchange {
  public:

@@ -50,12 +50,15 @@ void LmHead::cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView log
 void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T,
                      TensorView dx_tD, float scale, const Sink& sink) const {
   ScratchScope outer(*ex.scratch);
+  // Each tp rank has every token and a part of the vocabulary, so the gradient of x is a sum over them (dx).
   const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
   std::optional<PartialSum> dx;
   if (dx_tD.given()) dx.emplace(ex, *tp, dx_tD);
   const std::int64_t T = x_TD.rows(), V = weight_VD.value.shape[0], ranks = tp->size();
   // The same on every rank.
   const std::int64_t chunk = rows_per_chunk(ex.device.type, (shard.total + ranks - 1) / ranks);
+  // Logits of all tokens never exist together: a chunk of rows goes through product, loss and both gradients, and its
+  // memory serves the next one. In fp32 the gradient is written over the logits.
   for (std::int64_t begin = 0; begin < T; begin += chunk) {
     const std::int64_t end = std::min(T, begin + chunk);
     ScratchScope scope(*ex.scratch);

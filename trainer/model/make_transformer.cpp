@@ -17,6 +17,7 @@ struct BlockParams {
   }
 };
 
+// Gate and up rows of a neuron are neighbours in memory: [F, 2, D] is read as a matrix of 2 F rows, one product.
 DenseFfn bind_ffn(const BlockParams& params, const ProcessMesh& mesh, Role gate_up, Role down, Keep keeps) {
   const Shape F2D = params.shard(gate_up);
   DenseFfn ffn;

@@ -47,6 +47,7 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
   TensorView counts_M = ex.scratch->take({M}, DType::kI32, "rows per node");
   ops::group_by_node(ex, plan.order_X, plan.slot_TM, counts_M, index_TK, node_begin);
   count_rows(ex, groups, counts_M, index_TK, plan);
+  // Kept for the most there could be, a row for every token and node, before the counts were known; used are the first.
   plan.order_X = plan.order_X.rows(0, sum_of(plan.send_rows));
 
   const std::int64_t X = plan.order_X.rows(), A = sum_of(plan.recv_rows);
@@ -55,6 +56,8 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
   TensorView index_XK = ex.scratch->take({X, K}, DType::kI32, "choices of rows to other nodes");
   TensorView weight_XK = ex.scratch->take({X, K}, DType::kF32, "weights of rows to other nodes");
   ops::node_choices(ex, index_XK, weight_XK, {plan.order_X, plan.send_rows, node_begin}, index_TK, weight_TK);
+  // The choices go along with their rows, so that the other node can route them on; both messages are under way at
+  // once.
   Pending indices =
       groups.across->all_to_all_rows(plan.index_AK, plan.recv_rows, index_XK, plan.send_rows, ex);
   Pending weights =

@@ -91,6 +91,11 @@ void ParamStore::choose_sharing() {
   }
 }
 
+// Where gradients lie with shared blocks (ZeRO-2), and without (the first part is empty then):
+//
+//   grads_         | the blocks' reduced gradients, all in one place | everything else, one behind the other |
+//                    as large as the largest block's
+//   owned_grads_   | of each shared gradient this rank's slice, summed over micro-batches and ranks           |
 void ParamStore::bind_gradients() {
   std::map<int, Offsets> blocks;  // each begins anew, in the memory that all of them share
   std::vector<std::int64_t> begin(params_.size());
@@ -203,6 +208,7 @@ void initial_values(const ParamSpec& spec, std::int64_t seed, const Box& box, Te
     std::vector<float> row(static_cast<std::size_t>(width));
 #pragma omp for schedule(static)
     for (std::int64_t r = 0; r < rows; ++r) {
+      // Values are numbered in the whole tensor: a parameter begins the same under every layout.
       std::int64_t rest = r, first = 0, stride = spec.shape[-1];
       for (int d = rank - 2; d >= 0; --d) {  // global flat index of this row's first element
         first += (box.offset[d] + rest % box.extent[d]) * stride;

@@ -11,6 +11,7 @@ Shape whole_sequence(const Communicator& tp, Shape shape) {
 
 }  // namespace
 
+// Under way when this returns, so that two of them, or one and other work, go side by side.
 GatheredTokens::GatheredTokens(Exec& ex, Communicator& tp, ConstTensorView x_tD) : x_TD_(x_tD) {
   if (tp.size() == 1) return;
   TensorView x_TD = ex.scratch->take(whole_sequence(tp, x_tD.shape), x_tD.dtype, "tokens of all tp ranks");

@@ -96,6 +96,7 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E, index_TS);
   // A row that came to this node has its share of the choices here.
   const std::int64_t balanced_rows = plan.sent() / std::min(map.nodes, plan.choices);
+  // Here the host waits for the device: it has to know how many rows come, and for which experts.
   const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, balanced_rows);
   count_rows(plan, exchange, map, counts_PE);
   const std::vector<std::int32_t> offsets(plan.expert_offsets.begin(), plan.expert_offsets.end());
@@ -113,6 +114,10 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   return plan;
 }
 
+// The way of the rows, and back. gather and regroup are both permutations, each applied while rows are copied anyway:
+//
+//   x_TD --order_N--> by expert --all_to_all--> by rank, expert --regroup_R--> by expert --> experts
+//   y_TD <--slot_TS-- by expert <--all_to_all-- by rank, expert <--ungroup_R-- by expert <-- experts
 RowsUnderWay to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
                         const ops::PickedRows& rows) {
   if (!plan.moves()) return {{}, rows};  // sorted order is expert-major already

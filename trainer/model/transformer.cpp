@@ -60,6 +60,8 @@ void Transformer::collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView l
     saved.loads.push_back(LayerLoad::unpack(tokens * pool->size(), std::span(packed).subspan(at, L)));
 }
 
+// A term that pools the tokens of all mixtures has a gradient only when every chunk's forward is over; the routers'
+// backward is the first to need it.
 void Transformer::set_balance(Exec& ex, const BalanceConfig& config, const LoadPool& all, Arena& keep,
                               Saved& saved) const {
   std::vector<RouterBalance*> mixtures;
@@ -143,6 +145,7 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
     input = x_tD;
   }
   for (const Block& block : blocks) {
+    // Nothing is kept for a backward: two buffers take turns, a block's own memory goes when it is done.
     const std::size_t mark = keep.mark();
     Block::Saved saved;
     block.forward(ex, y_tD, input, batch.places, keep, saved);

@@ -209,10 +209,20 @@ void GemmLibrary::fork() {
   next_ = 0;
 }
 
+// The experts' products of one op, beside each other; small ones alone would leave most of a GPU idle:
+//
+//   owner    --forked_--> .......................... <-- waits for every `done` -->
+//   side 0     waits - expert 0 - expert 4 - done
+//   side 1     waits - expert 1 - expert 5 - done
+//   ...
+//
+// Each side has a workspace of its own, as products on different streams may run at once.
 void GemmLibrary::multiply_beside(const Product& p) {
   Side& side = sides_[static_cast<std::size_t>(next_)];
   if (!side.used) check(cudaStreamWaitEvent(side.stream, forked_, 0));
   side.used = true;
+  // Rows per expert differ in every step; asking the heuristics for each number would cost more than the products. The
+  // algorithm for the rounded number and the least alignment takes any of them, and plans stay few.
   const Product rounded = for_rounded_rows(p);
   const auto status = static_cast<cublasStatus_t>(run(plan_of(rounded), p, side.stream, next_ + 1));
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) {

@@ -47,6 +47,8 @@ class SdpaLibrary {
   ~SdpaLibrary() { cudnnDestroy(handle_); }
   SdpaLibrary(const SdpaLibrary&) = delete;
 
+  // A refusal is kept like a plan: cuDNN is asked once for each shape, and the portable kernels compute what it does
+  // not take.
   Plan& plan(const Key& key) {
     std::unique_ptr<Plan>& known = plans_[key];
     if (known != nullptr) return *known;
@@ -77,6 +79,7 @@ class SdpaLibrary {
   }
 
  private:
+  // q, k and v are three views of one matrix with its row as stride, so nothing is copied or transposed for cuDNN.
   // A row of qkv_TH holds all query heads, then the key heads, then the value heads.
   static Tensor_attributes rows(const char* name, Uid uid, const Key& key, std::int64_t heads,
                                 std::int64_t row) {

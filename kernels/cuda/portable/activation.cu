@@ -26,6 +26,11 @@ unsigned threads_for(std::int64_t items) {
   return static_cast<unsigned>((each + kWarp - 1) / kWarp * kWarp);
 }
 
+// What one thread has:
+//
+//   gate_up, row r   | g0 u0 g1 u1 ... | (next thread)       2 N values, one load of 16 bytes
+//   h, row r         | h0 h1 ...       |                     h = gate sigmoid(gate) up weight[r]
+//
 // Rows along x, pieces of a row along y; N neurons of a thread are 2 N interleaved values of gate and up.
 template <int N, class T>
 __global__ void swiglu_rows(T* h, const T* gate_up, const float* weight, std::int64_t width) {
@@ -49,6 +54,7 @@ __global__ void swiglu_row_backward(T* dgate_up, float* dweight, const T* dh, co
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if (row >= rows) return;
   const float factor = weight != nullptr ? weight[row] : 1.0f;
+  // The weight's gradient is the sum of dh silu(gate) up, of h without its weight: the forward applied it to h.
   float sum = 0;
 #pragma unroll 4
   for (std::int64_t f = lane * N; f < width; f += kWarp * N) {

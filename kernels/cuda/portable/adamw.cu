@@ -24,6 +24,7 @@ __device__ void update(const Slice<Weight, Grad>& s, const AdamWFactors& f, std:
   load_floats(w, s.master + i);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
+    // grad_scale is the clip factor, applied where the gradient is read anyway: no pass of its own.
     g[j] *= f.grad_scale;
     m[j] = f.beta1 * m[j] + f.one_minus_beta1 * g[j];
     v[j] = f.beta2 * v[j] + f.one_minus_beta2 * (g[j] * g[j]);

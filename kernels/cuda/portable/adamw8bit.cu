@@ -12,6 +12,15 @@ namespace upmoe::cuda {
 
 namespace {
 
+// Where a rank's slice [0, n) lies among the blocks of 256 elements that share a scale. Blocks are counted from the
+// beginning of the shard that the slice is cut from, so its first and last one may be cut:
+//
+//   shard    |      block 0      |      block 1      |      block 2      |
+//   slice            [0 ............................... n)
+//            <first>
+//   warps            0 (a part)         1 (whole)          2 (a part)
+//
+// Whole blocks take the fast kernel, with wide loads and no questions; the at most two cut ones another launch each.
 // A warp has one block of the moments, a lane eight neighbours in it.
 constexpr int kEach = static_cast<int>(kMomentBlock) / kWarp;
 constexpr int kWarps = kThreads / kWarp;
@@ -81,6 +90,7 @@ __device__ void store_lane(T* x, const Pack<T, N>& in, const Lane& lane, const M
 // Four codes in a word, the first one lowest. The first moment's have a sign in the uppermost bit.
 template <int Top, bool kSigned>
 __device__ float decode_byte(std::uint32_t word, int byte) {
+  // The code's byte is moved to bits 20 to 27 (without the sign: 20 to 26), where decode_fine expects it.
   const std::uint32_t fine =
       (byte < 3 ? word << (20 - 8 * byte) : word >> 4) & (kSigned ? 0x07f00000u : 0x0ff00000u);
   const float size = decode_fine<Top>(fine);
@@ -120,6 +130,7 @@ __device__ float largest(const float (&x)[kEach]) {
 template <bool kWhole>
 __device__ void encode(const Moments& s, const Lane& lane, const float (&m)[kEach], const float (&v)[kEach],
                        const std::uint32_t (&m_random)[kEach], const std::uint32_t (&v_random)[kEach]) {
+  // A block's largest becomes 1, the top of the codes. It changes with each step, so all of the block is coded anew.
   const float m_scale = largest(m), v_scale = largest(v);
   const float m_inverse = inverse_of_scale(m_scale), v_inverse = inverse_of_scale(v_scale);
   Pack<std::uint8_t, kEach> m_codes, v_codes;
@@ -246,6 +257,7 @@ void update(const Exec& ex, Weight* weight, const Moments& s, const Grad* grad, 
   const auto number = static_cast<std::uint64_t>(step.step);
   launch(ex, grid_of(whole), kThreads, adamw8bit_kernel<true, Weight, Grad>, weight, s, whole, grad, factors,
          chance, number);
+  // Of a slice that is not aligned, everything: `whole` is empty then.
   for (const Blocks& rest : {Blocks{0, whole.begin}, Blocks{whole.end, s.blocks}})
     launch(ex, grid_of(rest), kThreads, adamw8bit_kernel<false, Weight, Grad>, weight, s, rest, grad, factors,
            chance, number);

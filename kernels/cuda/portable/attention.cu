@@ -49,6 +49,7 @@ __global__ void merge_rows(float* out, float* lse, const float* part, const floa
                            std::int64_t rows, std::int64_t width) {
   const std::int64_t row = global_thread() / kWarp;
   if (row >= rows) return;
+  // A part's output is its own softmax's mean of values; its share of the whole is exp(its lse - the joint lse).
   const float mine_lse = lse[row], theirs_lse = part_lse[row], largest = fmaxf(mine_lse, theirs_lse);
   __syncwarp();                      // all lanes have read before one writes
   if (largest == -INFINITY) return;  // neither has seen a key

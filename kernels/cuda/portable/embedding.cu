@@ -23,6 +23,12 @@ __global__ void copy_rows(W* x, const std::int32_t* tokens, const W* w, std::int
     x[t * words + i] = held ? w[row * words + i] : W{};
 }
 
+// The gradient of an embedding row is a sum over the positions that hold its token. To give every row one writer, and
+// its sum an order, the positions are sorted by token first, by a radix sort of 8 bits a pass:
+//
+//   position   0   1   2   3   4   5          order   2   5 | 0   3 | 4 | -1
+//   token      7   9   3   7   8   3    ->    token   3   3   7   7   8        (9 is held by another shard)
+//
 // One digit of the tokens of the positions in `from`; -1 where there is no position or another shard holds its token.
 struct TokenDigit {
   const std::int32_t *tokens, *from;  // from: null means position i is i
@@ -49,6 +55,7 @@ struct MovePosition {
   }
 };
 
+// In the picture above blocks 0, 2 and 4 work; 1 and 3 see that an earlier one has their token, 5 that it has none.
 // One block for each sorted position; the first of a token works, for all of that token in the order of
 // positions, whose rows it loads a few at a time.
 template <int N, class T, class Out>
@@ -68,6 +75,7 @@ __global__ void add_token_rows(Out* dw, const T* dx, const std::int32_t* tokens,
       float v[kAtOnce][N] = {};
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
+        // `more` stays false once the token has changed: what is behind it is neither loaded nor added.
         const std::int32_t t = i + j < positions ? order[i + j] : -1;
         more = more && t >= 0 && tokens[t] == token;
         if (more) load_floats(v[j], dx + t * width + c);
@@ -89,6 +97,8 @@ const std::int32_t* sort_positions(const Exec& ex, const std::int32_t* tokens, s
   auto* to = ex.scratch->take({count}, DType::kI32, "embedding_backward order").as<std::int32_t>();
   auto* other = ex.scratch->take({count}, DType::kI32, "embedding_backward order").as<std::int32_t>();
   const std::int32_t* from = nullptr;
+  // As many passes as the shard's row numbers have bytes. Each pass is stable, so the lower bytes stay sorted below the
+  // higher ones; what a pass leaves out has no place, and -1 in `to` says so to the next pass and to add_token_rows.
   for (int shift = 0; shift == 0 || ((rows - 1) >> shift) > 0; shift += 8) {
     check(cudaMemsetAsync(to, 0xff, static_cast<std::size_t>(count) * sizeof *to, stream_of(ex).raw()));
     const TokenDigit digit{

@@ -7,6 +7,9 @@ namespace upmoe::cuda {
 
 namespace {
 
+// A block reads its row in strides of all its threads, a pack at a time:
+//
+//   x    | t0: N | t1: N | ... | t1023: N | t0: N | t1: N | ...
 constexpr int kRowThreads = 1024;  // one block, one row of logits
 constexpr int kWide = 4;           // logits of a pack
 
@@ -47,6 +50,8 @@ __device__ inline RowStats row_stats(const float* x, std::int64_t n, RowMemory& 
   }
   RowStats all{};
   all.largest = block_max(largest, memory.largest);
+  // Two parts of a softmax, (largest, sum of exp(x - largest)), are joined by scaling a sum to the greater largest.
+  // Where the block has no logit at all that scale would be exp(-inf - -inf), which is no number.
   const double scaled =
       sum == 0 ? 0.0 : static_cast<double>(sum) * static_cast<double>(expf(largest - all.largest));
   all.sum = block_sum(scaled, memory.sum);
@@ -100,6 +105,7 @@ __global__ void loss_row(float* loss, T* dlogits, const float* logits, const std
   T* dx = dlogits != nullptr ? dlogits + row * vocab : nullptr;
   const std::int32_t target = checked_target(targets, vocab, findings);
   if (target < 0) return ignored_row(loss + row, dx, vocab);
+  // The row is read twice, here and by gradient_row: a vocabulary of fp32 logits is more than a block's registers hold.
   const RowStats all = row_stats<N, sizeof(T) == 2>(x, vocab, memory);
   if (threadIdx.x == 0)
     loss[row] = static_cast<float>(log(all.sum) +
@@ -132,6 +138,8 @@ __global__ void sharded_row(float* loss, T* dlogits, const float* logits, const 
   T* dx = dlogits != nullptr ? dlogits + row * columns : nullptr;
   const std::int32_t target = checked_target(targets, vocab, findings);
   if (target < 0) return ignored_row(loss + row, dx, columns);
+  // Every thread joins the shards' stats for itself, without a barrier, and every rank in the order of shards: all have
+  // the same loss, to the bit.
   double largest = -INFINITY, sum = 0, at_target = 0;
   for (std::int64_t p = 0; p < shards; ++p) largest = fmax(largest, stats[3 * (p * rows + row)]);
   for (std::int64_t p = 0; p < shards; ++p) {

@@ -98,6 +98,12 @@ struct CopyColumns {
   }
 };
 
+// The same sum on every GPU, whatever the number of its multiprocessors:
+//
+//   x         | block 0: kSumBlock elements | block 1 | ...      one partial each, in fp64
+//   partial   |  0  |  1  | ...                                  of all the tensors of a call, one behind the other
+//   sum_1     one block adds them up, and to what is there
+//
 // Elements whose sum is one partial; the order of a sum depends on this, on kThreads and on the dtype alone,
 // not on where the elements lie.
 constexpr std::int64_t kSumBlock = 65536;
@@ -190,6 +196,7 @@ void copy_columns(Exec& ex, TensorView out_TM, std::int64_t out_begin, ConstTens
       const CopyColumns<Out, In> copy{out_TM.as<Out>() + out_begin, in_TN.as<In>() + in_begin,
                                       out_TM.shape[1], in_TN.shape[1], width};
       const std::int64_t n = out_TM.shape[0] * width;
+      // A pack must lie wholly in a row of each tensor, and begin at a multiple of its size in every one of them.
       const bool whole_packs = out_TM.shape[1] % 4 == 0 && in_TN.shape[1] % 4 == 0;
       if (whole_packs && packs<4>(width, copy.out, copy.in)) return launch_elements<4>(ex, copy, n);
       launch_elements<1>(ex, copy, n);

@@ -13,6 +13,14 @@ struct Frequencies {
   float at[kMostPairs];
 };
 
+// A head's pairs are i and i + half, not neighbours:
+//
+//   head    | a0 a1 ... | b0 b1 ... |      (a, b) turns by the angle of pair i: (a cos - b sin, b cos + a sin)
+//             half        half             the inverse turns back: sign -1 on the sine
+//
+// The sines of a token are the same in all its heads and are computed once, into shared memory. Keys follow the queries
+// in qkv, so heads + kv_heads heads are turned, and the values behind them are not.
+//
 // One block, one token. The angle is rounded to fp32, as transformers does; its sine and cosine are taken in
 // fp64, because an angle may have lost its fraction to a reduction in fp32.
 template <int N, class T>

@@ -10,6 +10,13 @@ namespace upmoe::cuda {
 
 namespace {
 
+// A lane's values are registers, so how many there are is a constant of the kernel:
+//
+//   lane        0      1     ...   31
+//   value[0]   e 0    e 1    ...  e 31
+//   value[1]   e 32   e 33   ...  e 63
+//   ...                                  behind the last expert: nothing that could be chosen
+//
 // body(std::integral_constant<int, N>) with the least N whose warps hold `experts`.
 template <class Body>
 void with_experts_per_lane(std::int64_t experts, Body&& body) {
@@ -34,6 +41,8 @@ __device__ inline Best better(Best a, Best b) {
 }
 template <int N>
 __device__ Best largest_left(const float (&value)[N], int lane) {
+  // -3 is what stands behind the last expert, so any expert is better than this, one with a NaN (-1) or one that is
+  // chosen already (-2) as well. The butterfly leaves the same best in every lane, whatever its own were.
   Best best{-3.0f, 1 << 30};
 #pragma unroll
   for (int i = 0; i < N; ++i) best = better(best, {value[i], i * kWarp + lane});
@@ -53,6 +62,8 @@ __device__ void choose(const Routed& out, float (&value)[N], std::int64_t token,
     const Best best = largest_left(value, lane);
 #pragma unroll
     for (int i = 0; i < N; ++i)
+      // All lanes know the chosen expert; the one that has it takes it out. A loop over constants: an index would put
+      // value[] into memory.
       if (i * kWarp + lane == best.expert) value[i] = -2.0f;
     selected += best.value;
     if (lane != 0) continue;
@@ -60,6 +71,7 @@ __device__ void choose(const Routed& out, float (&value)[N], std::int64_t token,
     out.weight[token * k + j] = best.value;
   }
   if (!renormalize) return;
+  // Lane 0 wrote the weights that all lanes now divide.
   __syncwarp();
   for (int j = lane; j < k; j += kWarp) out.weight[token * k + j] /= selected;
 }

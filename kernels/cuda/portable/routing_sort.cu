@@ -36,6 +36,8 @@ __global__ void expand(std::int32_t* out, const std::int32_t* index, const std::
   out[i] = e >= 0 && e < experts ? piece[e * pieces + i % pieces] : -1;
 }
 
+// The key of a choice is its expert: sorted, the rows of an expert lie together, in the order of tokens. Rows are
+// gathered by `order`; by `slot`, its inverse, a token finds its rows afterwards.
 struct ExpertKey {
   const std::int32_t* index;
   std::int64_t experts;
@@ -82,6 +84,7 @@ __global__ void choices_of_nodes(Choices c, Begins expert, Begins row_of_node, i
   const std::int64_t i = global_thread();
   if (i >= rows * k) return;
   const std::int64_t row = i / k, t = c.order[row];
+  // Nodes are few: looking through them costs less than a search.
   int m = 0;
   while (m + 1 < nodes && row >= row_of_node.at[m + 1]) ++m;
   const std::int64_t e = c.index[t * k + i % k];
@@ -94,6 +97,10 @@ __global__ void regroup(std::int32_t* regrouped, std::int32_t* ungrouped, const 
                         const std::int64_t* grouped_begin, std::int64_t runs, std::int64_t rows) {
   const std::int64_t arrival = global_thread();
   if (arrival >= rows) return;
+  // Rows arrive by the rank they come from and, within that, by expert; the products want them by expert. Both are the
+  // same runs in another order, so a row only has to find its run:
+  //
+  //   arrival   | rank 0: e0 e1 | rank 1: e0 e1 |        grouped   | e0 of 0 and 1 | e1 of 0 and 1 |
   std::int64_t low = 0, high = runs;  // the last run that begins at or before it, of those that begin there
   while (high - low > 1) {
     const std::int64_t middle = (low + high) / 2;
@@ -105,6 +112,7 @@ __global__ void regroup(std::int32_t* regrouped, std::int32_t* ungrouped, const 
 }
 
 // A block of kThreads is some rows by some lanes, each with up to kEach words of its row.
+// Narrow rows share a block, so that no thread is without work; a row of one word (a routing weight) has one lane.
 constexpr std::int64_t kEach = 4;
 dim3 lanes_by_rows(std::int64_t words) {
   const auto wanted = static_cast<std::uint64_t>(std::clamp<std::int64_t>(words / kEach, 1, kThreads));

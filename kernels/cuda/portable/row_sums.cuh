@@ -9,6 +9,15 @@ namespace upmoe::cuda {
 constexpr int kSumRows = 512;   // of one block
 constexpr int kRowsAtOnce = 8;  // a block of threads is 8 rows by a warp of columns
 
+// A block of 32 x 8 threads has kSumRows rows of 32 N columns:
+//
+//                lane 0 | lane 1 | ... | lane 31       neighbours load neighbouring columns
+//   row 0        group 0
+//   row 1        group 1
+//   ...
+//   row 7        group 7                               then the groups' sums are added in their order
+//   row 8        group 0 again ...                     -> row blockIdx.y of `partial`
+//
 // A lane has N columns, whose values in row t are value.at(out, t, first column).
 template <int N, class Value>
 __global__ void sum_row_block(float* partial, Value value, std::int64_t rows, std::int64_t width) {

@@ -40,6 +40,12 @@ __device__ Wide combine(Wide a, Wide b) {
   if constexpr (op == ReduceOp::kMin) return b < a ? b : a;
 }
 
+// Where rank r's slice of the same elements lies:
+//
+//   staged   | rank 0 | rank 1 | (a gap) | rank 3 | ...    what the others sent, by rank
+//   own                          rank 2                    stays where it is and is never copied
+//
+// The sum goes through them by rank on whichever rank it is made, so every rank makes the same bits.
 // One thread sums N elements that lie together. `own` may be `out`: a thread has read what it writes over.
 template <class T, class Wide, ReduceOp op, int N>
 __global__ void fold_kernel(T* out, Slices s) {
@@ -100,6 +106,7 @@ void fold_slices(Stream& stream, ReduceOp op, DType dtype, std::byte* out, const
   const cuda::Slices slices{staged, own, rank, ranks, elements};
   switch (dtype) {
     case DType::kF32:
+      // fp32 is summed in fp64 and bf16 in fp32, rounded once at the end: the error does not grow with the ranks.
       return cuda::fold_by<float, double>(ex, op, out, slices);
     case DType::kBF16:
       return cuda::fold_by<bf16, float>(ex, op, out, slices);

@@ -161,6 +161,11 @@ void release_on_host(std::byte* memory) noexcept {
   cudaFreeHost(memory);
 }
 
+// Addresses cost nothing, so a range is reserved far larger than needed, and memory is mapped into it from the front as
+// it is used. What grows never moves, so views into it stay good:
+//
+//   base_   | piece 0 | piece 1 |  piece 2  | addresses without memory ...      |
+//                                           ^ committed_                        ^ reserved_
 Reservation::Reservation(std::size_t bytes, std::string_view what) : what_(what) {
   reserved_ = round_up(std::max<std::size_t>(bytes, 1), granularity());
   CUdeviceptr address = 0;
@@ -193,6 +198,7 @@ void Reservation::commit(std::size_t bytes) {
   CUmemGenericAllocationHandle handle{};
   std::size_t grown = generous;
   CUresult status = driver().create(&handle, grown, &p, 0);
+  // What was asked for may still fit where the eighth more does not.
   if (status == CUDA_ERROR_OUT_OF_MEMORY && generous > wanted) {
     grown = wanted;
     status = driver().create(&handle, grown, &p, 0);

@@ -11,6 +11,7 @@ void check(cudaError_t status, std::source_location where) {
 }
 
 CudaStream::CudaStream() {
+  // Non-blocking: the default stream, which libraries may use, holds no other one up.
   check(cudaStreamCreateWithFlags(&raw_, cudaStreamNonBlocking));
   findings_.emplace(raw_);
   int major = 0, minor = 0;
@@ -26,6 +27,8 @@ CudaStream::~CudaStream() {
 }
 
 void CudaStream::synchronize() {
+  // What kernels found wrong comes with the work that found it: one copy behind it on the stream, looked at when it is
+  // there.
   findings_->fetch();
   check(cudaStreamSynchronize(raw_));
   findings_->report();
