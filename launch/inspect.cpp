@@ -160,8 +160,10 @@ json difference(const fs::path& a, const fs::path& b) {
   const auto one = open_model(a), two = open_model(b);
   json rows = json::array();
   std::map<std::string, ParamSpec> other;
-  for (const ParamSpec& p : make_param_table(two->config())) other.emplace(p.name, p);
+  for (const ParamSpec& p : make_param_table(two->config()))
+    if (two->has(p)) other.emplace(p.name, p);
   for (const ParamSpec& p : make_param_table(one->config())) {
+    if (!one->has(p)) continue;
     const auto it = other.find(p.name);
     if (it == other.end()) {
       rows.push_back({{"name", p.name}, {"differs", "only in the first"}});

@@ -28,6 +28,7 @@ class DryModel {
         params_(config, MeshSpec{}, plan_, 0,
                 {.dtype = options.dtype,
                  .grad_dtype = options.dtype,
+                 .fp32 = fp32_roles(run.router.dtype),
                  .device = Device{DeviceType::kDry, 0},
                  .freeze = {}}),
         model_(make_transformer(config, params_, mesh_, plan_, 0, options.recompute)),

@@ -21,7 +21,7 @@ constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 // All micro-batches that a stage has under way at once.
 double activations_of(const Session& s) {
   const MeshSpec& mesh = s.mesh.spec();
-  DryModel dry(s.run, s.config, {s.run.train.micro_batch, s.params.dtype(), s.run.train.recompute});
+  DryModel dry(s.run, s.config, {s.run.train.micro_batch, s.params.compute_dtype(), s.run.train.recompute});
   std::map<bool, double> kept;  // by whether it is a mixture: blocks of a kind are alike
   double own = 0;
   for (const Transformer& chunk : s.chunks)

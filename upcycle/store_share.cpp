@@ -47,7 +47,7 @@ StoreShare::StoreShare(const Recipe& recipe, const ModelConfig& moe, DType dtype
     }
     const Range owned{cut_within(p.shape, mine.begin, before), cut_within(p.shape, mine.end, before)};
     before += p.shape.elements();
-    if (owned.size() == 0) continue;
+    if (owned.size() == 0 || tensors.empty()) continue;  // a buffer that the family does not have begins anew
     add(p, owned, std::move(tensors));
     const bool ends = p.expert && last.at(p.layer) == p.name && owned.end == p.shape.elements();
     last_of_layer_.push_back(ends ? p.layer : -1);
