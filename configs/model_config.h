@@ -24,6 +24,7 @@ struct ModelConfig {
   std::int64_t moe_intermediate_size = 0, shared_expert_intermediate_size = 0;  // shared 0 = none
   bool shared_expert_gate = true;  // a sigmoid for each token, on the shared expert's output
   bool norm_topk_prob = false;
+  bool router_bias = false;  // a buffer beside each router; no family has one yet, and no router reads it
   double router_aux_loss_coef = 0.001;
   std::vector<int> mlp_only_layers;
 

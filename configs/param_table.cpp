@@ -45,9 +45,11 @@ Form form_of(const ModelConfig& c, Role role) {
       return gate_up(c, c.intermediate_size);
     case Role::kFfnDown:
       return down(c, c.intermediate_size);
-    case Role::
-        kRouter:  // every rank scores every expert, so its expert dim is not one that the expert axis cuts
+    // Every rank scores every expert, so the expert dim of these is not one that the expert axis cuts.
+    case Role::kRouter:
       return {{E, D}, {Dim::kOne, Dim::kEmbed}};
+    case Role::kRouterBias:
+      return {{E}, {Dim::kOne}};
     case Role::kExpertGateUp:
       return {{E, F, 2, D}, {Dim::kExpert, Dim::kFfn, Dim::kPair, Dim::kEmbed}};
     case Role::kExpertDown:
@@ -71,6 +73,7 @@ Init::Kind init_of(Role role) {
     case Role::kQueryBias:
     case Role::kKeyBias:
     case Role::kValueBias:
+    case Role::kRouterBias:
       return Init::Kind::kZeros;
     default:
       return Init::Kind::kNormal;
@@ -87,7 +90,9 @@ std::vector<Role> roles_of_block(const ModelConfig& c, int layer) {
     add({Role::kFfnGateUp, Role::kFfnDown});
     return roles;
   }
-  add({Role::kRouter, Role::kExpertGateUp, Role::kExpertDown});
+  add({Role::kRouter});
+  if (c.router_bias) add({Role::kRouterBias});
+  add({Role::kExpertGateUp, Role::kExpertDown});
   if (c.shared_expert_intermediate_size == 0) return roles;
   if (c.shared_expert_gate) add({Role::kSharedGate});
   add({Role::kSharedGateUp, Role::kSharedDown});
@@ -116,6 +121,8 @@ ParamSpec make_param(const ModelConfig& config, Role role, int layer) {
   // q, k and v lie behind each other in memory and are one product; so do their biases.
   spec.joins_previous =
       role == Role::kKey || role == Role::kValue || role == Role::kKeyBias || role == Role::kValueBias;
+  spec.fp32 = role == Role::kRouterBias;
+  spec.trained = role != Role::kRouterBias;
   return spec;
 }
 
@@ -129,10 +136,18 @@ std::vector<ParamSpec> make_param_table(const ModelConfig& config) {
   return params;
 }
 
+std::vector<Role> fp32_roles(RouterDType router) {
+  return router == RouterDType::kFp32 ? std::vector<Role>{Role::kRouter} : std::vector<Role>{};
+}
+
 ParamCounts count_params(const ModelConfig& config) {
   ParamCounts counts;
   for (const ParamSpec& param : make_param_table(config)) {
     const std::int64_t all = param.shape.elements();
+    if (!param.trained) {
+      counts.buffers = checked_add(counts.buffers, all);
+      continue;
+    }
     // Expert tensors have the expert dim first, so the share of top-k is exact.
     const std::int64_t used = param.expert ? all / param.shape[0] * config.num_experts_per_tok : all;
     const bool token_table = param.dims[0] == Dim::kVocab;  // embedding or head

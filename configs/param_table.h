@@ -7,7 +7,8 @@
 //   layers.i.norm1_D · layers.i.attn.{q,k,v}_NHD [heads,head,D] · layers.i.attn.{q,k,v}_NH (biases)
 //   layers.i.attn.o_DNH [D,heads,head] · layers.i.norm2_D
 //   layers.i.ffn.gate_up_F2D [F,2,D] · layers.i.ffn.down_DF                                   dense blocks
-//   layers.i.moe.router_ED · layers.i.moe.gate_up_EF2D [E,F,2,D] · layers.i.moe.down_EDF [E,D,F]   mixtures
+//   layers.i.moe.router_ED · layers.i.moe.router_E (buffer) · layers.i.moe.gate_up_EF2D [E,F,2,D] ·
+//   layers.i.moe.down_EDF [E,D,F]                                                               mixtures
 //   layers.i.shared.gate_1D · layers.i.shared.gate_up_F2D · layers.i.shared.down_DF
 //   norm_D · head_VD (untied only)
 // In the table q, k, v weights are neighbours in this order, then the three biases: a flat buffer in table
@@ -20,6 +21,7 @@
 
 #include "configs/model_config.h"
 #include "configs/names.h"
+#include "configs/run_choices.h"
 #include "kernels/core/tensor.h"
 
 namespace upmoe {
@@ -39,6 +41,7 @@ enum class Role : std::uint8_t {
   kFfnGateUp,
   kFfnDown,
   kRouter,
+  kRouterBias,
   kExpertGateUp,
   kExpertDown,
   kSharedGate,
@@ -61,6 +64,7 @@ inline constexpr Names<Role> kNames<Role>{.built = {{Role::kEmbedding, "embed_VD
                                                     {Role::kFfnGateUp, "ffn.gate_up_F2D"},
                                                     {Role::kFfnDown, "ffn.down_DF"},
                                                     {Role::kRouter, "moe.router_ED"},
+                                                    {Role::kRouterBias, "moe.router_E"},
                                                     {Role::kExpertGateUp, "moe.gate_up_EF2D"},
                                                     {Role::kExpertDown, "moe.down_EDF"},
                                                     {Role::kSharedGate, "shared.gate_1D"},
@@ -87,8 +91,13 @@ struct ParamSpec {
   bool expert = false;         // one of the routed experts' tensors: replicated along edp instead of dp x cp
   bool decay = true;           // matrices decay; norms and biases do not
   bool tied = false;           // embed_VD when it is the head as well: first and last pipeline stage hold it
-  bool joins_previous =
-      false;  // one product with its neighbour in the table: it follows it in memory without a gap
+  // One product with its neighbour in the table: it follows it in memory without a gap.
+  bool joins_previous = false;
+  // Value and gradient are fp32 beside weights of any precision; its layer widens the rows of its product.
+  bool fp32 = false;
+  // False: a buffer, which something other than the optimizer changes, alike on all ranks that hold it. It has neither
+  // gradient nor moments, and is saved and loaded like a parameter.
+  bool trained = true;
   Init init;
 };
 
@@ -97,10 +106,15 @@ std::vector<ParamSpec> make_param_table(const ModelConfig& config);  // pure; de
 ParamSpec make_param(const ModelConfig& config, Role role, int layer = kOutsideBlocks);
 std::string param_name(Role role, int layer = kOutsideBlocks);
 
+// Roles that a run keeps in fp32 beside the table's own.
+std::vector<Role> fp32_roles(RouterDType router);
+
+// Of what is trained.
 struct ParamCounts {
   std::int64_t total = 0;                    // every parameter once
   std::int64_t activated = 0;                // routed experts counted top-k of E
   std::int64_t activated_non_embedding = 0;  // without input embedding and LM head
+  std::int64_t buffers = 0;                  // values that are not trained, in none of the others
 };
 ParamCounts count_params(const ModelConfig& config);  // from the table, no formula of its own
 

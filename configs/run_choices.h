@@ -26,6 +26,12 @@ constexpr DType dtype_of(Precision precision) {
   return precision == Precision::kBf16 ? DType::kBF16 : DType::kF32;
 }
 
+// Of the routers' weights, their gradients and their product.
+enum class RouterDType : std::uint8_t { kAuto, kFp32 };  // kAuto: as the other weights
+template <>
+inline constexpr Names<RouterDType> kNames<RouterDType>{
+    .built = {{RouterDType::kAuto, "auto"}, {RouterDType::kFp32, "fp32"}}};
+
 // What backward makes again instead of keeping it, each with what stands before it: kSwiglu, what lies
 // between the two products of a feed-forward network (an elementwise op) and the rows that experts are given
 // (copies, where one rank has all experts); kRoutedUp, the experts' first product; kUp, that of dense

@@ -31,6 +31,7 @@ struct RunConfig {
     double aux_loss = 0.001;
     AuxKind aux_kind = AuxKind::kHf;
     double z_loss = 0, bias_rate = 0, capacity_factor = 0;
+    RouterDType dtype = RouterDType::kAuto;
   } router;
   struct Data {
     std::vector<DataSource> train;

@@ -60,6 +60,7 @@ std::vector<std::string> without_effect(const RunConfig& run) {
   notes.unless(run.data.shuffle, "data.seed", "data.shuffle is false");
   notes.unless(run.model.init == ModelInit::kRandom || run.optimizer.name == OptimizerKind::kAdamW8bit,
                "run.seed", "the weights come from model.path, and the order of the data has data.seed");
+  notes.unless(run.train.precision != Precision::kFp32, "router.dtype", "train.precision is fp32");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");
   notes.unless(run.device != DeviceChoice::kCpu, "train.deterministic", "the CPU always sums in one order");
   add_schedule_words(run, notes.list);
@@ -69,7 +70,7 @@ std::vector<std::string> without_effect(const RunConfig& run) {
 std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig& model) {
   Notes notes(run);
   const bool routed = model.num_moe_layers() > 0;
-  for (const char* key : {"router.aux_loss", "router.aux_kind", "router.z_loss"})
+  for (const char* key : {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype"})
     notes.unless(routed, key, "the model has no experts");
   notes.unless(run.router.aux_loss > 0, "router.aux_kind", "router.aux_loss is 0");
   return notes.list;

@@ -178,7 +178,9 @@ Schema run_schema(RunConfig& run) {
       .key("bias_rate", run.router.bias_rate, {.least = 0, .built = {0}})
       .says("Rate of balancing by expert biases.")
       .key("capacity_factor", run.router.capacity_factor, {.least = 0, .built = {0}})
-      .says("0: no token is dropped.");
+      .says("0: no token is dropped.")
+      .key("dtype", run.router.dtype)
+      .says("fp32: weight, gradient and product of the routers in fp32 beside bf16; auto: as the others.");
   add_data(schema, run.data);
   add_train(schema, run.train);
   add_optimization(schema, run);

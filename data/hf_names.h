@@ -25,7 +25,7 @@ struct HfTensor {
   bool zeros = false;
   std::int64_t elements() const;
 };
-// Those of one parameter, named as transformers writes them.
+// Those of one parameter, named as transformers writes them; none of a buffer that the family does not have.
 std::vector<HfTensor> hf_tensors_of(const ModelConfig& config, const ParamSpec& param);
 // Every tensor of a model in the order in which transformers' state dict lists them (embedding, layers, norm, head).
 std::vector<HfTensor> hf_tensors_of(const ModelConfig& config);

@@ -41,9 +41,11 @@ std::optional<ParamDifference> value_difference(const ModelSource& first, const 
 std::vector<ParamDifference> differences(const ModelSource& first, const ModelSource& second) {
   using Kind = ParamDifference::Kind;
   std::map<std::string, ParamSpec> others;
-  for (const ParamSpec& p : make_param_table(second.config())) others.emplace(p.name, p);
+  for (const ParamSpec& p : make_param_table(second.config()))
+    if (second.has(p)) others.emplace(p.name, p);
   std::vector<ParamDifference> all;
   for (const ParamSpec& p : make_param_table(first.config())) {
+    if (!first.has(p)) continue;
     const auto other = others.find(p.name);
     if (other == others.end()) {
       all.push_back({.name = p.name, .kind = Kind::kOnlyInFirst});

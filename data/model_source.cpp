@@ -23,6 +23,7 @@ class HfSource final : public ModelSource {
   void read(const ParamSpec& param, const Box& box, TensorView out) const override {
     model_.read(param, box, out);
   }
+  bool has(const ParamSpec& param) const override { return !hf_tensors_of(config(), param).empty(); }
   fs::path directory() const override { return model_.dir(); }
   fs::path companions() const override { return model_.dir(); }
 
@@ -43,6 +44,9 @@ class CheckpointSource final : public ModelSource {
   const ModelConfig& config() const override { return config_; }
   void read(const ParamSpec& param, const Box& box, TensorView out) const override {
     store_.read_best(param.name, box, out);
+  }
+  bool has(const ParamSpec& param) const override {
+    return param.trained || store_.tensors().contains({param.name, "weight"});
   }
   fs::path directory() const override { return dir_; }
   fs::path companions() const override { return companions_; }
@@ -70,6 +74,7 @@ std::string digest_of(const ModelSource& source) {
   std::string all = function_of(source.config());
   std::vector<float> values;
   for (const ParamSpec& p : make_param_table(source.config())) {
+    if (!source.has(p)) continue;
     // Of an expert parameter each expert's first neuron, in one read; of others the first rows.
     Box box = whole(p.shape);
     if (p.expert) box.extent.dim[0] = 1;

@@ -18,6 +18,8 @@ class ModelSource {
   virtual const ModelConfig& config() const = 0;
   // Any box of a parameter, converted to out's dtype (fp32 or bf16): its best value where a checkpoint keeps several.
   virtual void read(const ParamSpec& param, const Box& box, TensorView out) const = 0;
+  // False: a buffer that what is read knows nothing of.
+  virtual bool has(const ParamSpec& param) const = 0;
   // The folder that is read: the model directory, or the checkpoint of a run directory.
   virtual std::filesystem::path directory() const = 0;
   // Where tokenizer files lie; empty when that place is gone.

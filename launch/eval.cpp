@@ -24,6 +24,7 @@ constexpr double kLargest = std::numeric_limits<double>::max();  // JSON has no 
 struct EvalArguments {
   std::string model, data, logits;
   Precision precision = Precision::kFp32;
+  RouterDType router = RouterDType::kAuto;
   DeviceChoice device = DeviceChoice::kAuto;
   std::int64_t seq_len = 0, sequences = 0, micro_batch = 4;
   bool mask_documents = false;
@@ -50,7 +51,7 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
                  config.max_position_embeddings);
 
   RankModel model(config, evaluation_mesh(config, world.size()), world, device,
-                  {.dtype = dtype_of(a.precision), .gradients = false});
+                  {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
   std::unique_ptr<TokenDataset> data;
   run_agreed(world, [&] {
     model.params.load(model.memory.exec,
@@ -111,6 +112,7 @@ void add_eval(CLI::App& app, Handler& handler) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   add_choice(*command, "--precision", a->precision, "fp32 or bf16");
+  add_choice(*command, "--router-dtype", a->router, "auto, or fp32: routers in fp32 beside bf16");
   add_choice(*command, "--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one");
   command->add_flag("--mask-documents", a->mask_documents,
                     "Attention and positions restart at each document");

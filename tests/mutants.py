@@ -82,6 +82,14 @@ MUTANTS = {
     "shared_gradients_of_the_last_micro_batch_alone": (
         "trainer/grad_reducer.cpp", "p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum)",
         "p.shares_grad ? ops::cast(ex, p.owned_grad, sum)", "Features.*"),
+    "bucket_of_several_dtypes": (
+        "trainer/grad_reducer.cpp", "b->group == &group && b->value_dtype == p.value.dtype &&",
+        "b->group == &group &&", "Dtypes.*"),
+    "gradient_of_an_fp32_router_rounded": (
+        "trainer/model/param_store.h", "return spec.fp32 ? DType::kF32 : options_.grad_dtype; }",
+        "return options_.grad_dtype; }", "Dtypes.*"),
+    "moments_of_a_buffer": (
+        "trainer/model/param_store.h", "return spec.trained && !frozen; }", "return !frozen; }", "Dtypes.*"),
     "gradients_ready_before_the_last_micro_batch": (
         "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.batches.rounds();",
         "  const bool last = action.micro_batch == 0;", "*"),

@@ -4,6 +4,7 @@
 
 #include "data/checkpoint_folder.h"
 #include "data/run_metadata.h"
+#include "kernels/core/log.h"
 #include "kernels/ops/transfer.h"
 #include "parallel/watchdog.h"
 
@@ -129,7 +130,9 @@ void require_same_model(const ShardStore& store, const Session& session) {
   const auto& stored = store.tensors();
   for (const StoredParam& p : session.params.all()) {
     const auto it = stored.find({p.spec.name, "weight"});
-    if (it == stored.end()) {
+    if (it == stored.end() && !p.spec.trained) {
+      if (session.mesh.rank() == 0) log::info("{}: not in the checkpoint, begins anew", p.spec.name);
+    } else if (it == stored.end()) {
       differences += fmt::format("\n  {}: missing in the checkpoint", p.spec.name);
     } else if (!(it->second.shape == p.spec.shape)) {
       differences += fmt::format("\n  {}: checkpoint {}, model {}", p.spec.name, it->second.shape.str(),
@@ -168,10 +171,14 @@ void read_moments(Exec& ex, const ShardStore& store, const OwnedSlice& slice) {
   load_moments(ex, slice, m, v);
 }
 
-// Weights as they are trained in, masters in fp32 each from the best value there is, moments zero.
-void load_values(Session& session, const ReadParam& read) {
+// Weights as they are trained in, masters in fp32 each from the best value there is, moments zero. A buffer that `has`
+// does not know begins as the table says.
+void load_values(Session& session, const ReadParam& read, const std::function<bool(const ParamSpec&)>& has) {
   Exec& ex = session.memory.exec;
-  session.params.load(ex, read);
+  session.params.load(ex, [&](const ParamSpec& spec, const Box& box, TensorView out) {
+    has(spec) ? read(spec, box, out)
+              : initial_values(spec, static_cast<std::int64_t>(session.run.run.seed), box, out);
+  });
   session.optimizer.reset(ex);
   for (const OwnedSlice& slice : session.optimizer.slices()) {
     if (!slice.has_master()) continue;
@@ -184,17 +191,21 @@ void load_values(Session& session, const ReadParam& read) {
 }  // namespace
 
 void load_model(const ModelSource& model, Session& session) {
-  load_values(session,
-              [&](const ParamSpec& spec, const Box& box, TensorView out) { model.read(spec, box, out); });
+  load_values(
+      session, [&](const ParamSpec& spec, const Box& box, TensorView out) { model.read(spec, box, out); },
+      [&](const ParamSpec& spec) { return model.has(spec); });
 }
 
 TrainState load_checkpoint(const ShardStore& store, Session& session) {
   require_same_model(store, session);
   const RunMetadata run = run_metadata_of(store);
   Exec& ex = session.memory.exec;
-  load_values(session, [&](const ParamSpec& spec, const Box& box, TensorView out) {
-    store.read_best(spec.name, box, out);
-  });
+  load_values(
+      session,
+      [&](const ParamSpec& spec, const Box& box, TensorView out) { store.read_best(spec.name, box, out); },
+      [&](const ParamSpec& spec) {
+        return store.tensors().contains({spec.name, "weight"});
+      });
   for (const OwnedSlice& slice : session.optimizer.slices())
     if (store.tensors().contains({slice.param->spec.name, "m"}))  // else frozen when it was saved: zero
       read_moments(ex, store, slice);

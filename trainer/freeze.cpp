@@ -53,6 +53,7 @@ std::vector<std::string> frozen_names(const std::vector<std::string>& patterns, 
   };
   std::size_t parameters = 0;
   for (const ParamSpec& p : make_param_table(config)) {
+    if (!p.trained) continue;
     ++parameters;
     const std::vector<HfTensor> tensors = hf_tensors_of(config, p);
     std::string left, hit;

@@ -28,6 +28,7 @@ struct GradReducer::Lane {
 struct GradReducer::Bucket {
   int layer = -1;
   Communicator* group = nullptr;
+  DType value_dtype = DType::kF32, grad_dtype = DType::kF32;  // of all its parameters
   std::vector<const StoredParam*> params;
   std::int64_t slice = 0;  // elements of one rank's part, the largest
   Lane* lane = nullptr;
@@ -89,24 +90,28 @@ void GradReducer::make_groups(const ProcessMesh& mesh) {
   }
 }
 
-GradReducer::Bucket& GradReducer::bucket_of(int layer, Communicator& group) {
+GradReducer::Bucket& GradReducer::bucket_of(const StoredParam& p, Communicator& group) {
   for (auto& b : buckets_)
-    if (b->layer == layer && b->group == &group) return *b;
-  buckets_.push_back(std::make_unique<Bucket>());
-  buckets_.back()->layer = layer;
-  buckets_.back()->group = &group;
-  return *buckets_.back();
+    if (b->layer == p.spec.layer && b->group == &group && b->value_dtype == p.value.dtype &&
+        b->grad_dtype == p.grad.dtype)
+      return *b;
+  Bucket& b = *buckets_.emplace_back(std::make_unique<Bucket>());
+  b.layer = p.spec.layer;
+  b.group = &group;
+  b.value_dtype = p.value.dtype;
+  b.grad_dtype = p.grad.dtype;
+  return b;
 }
 
 void GradReducer::make_buckets(const ProcessMesh& mesh) {
   for (const StoredParam& p : params_.all()) {
-    if (p.frozen || p.value.elements() == 0) continue;
+    if (!p.trains() || p.value.elements() == 0) continue;
     Communicator& group = *groups_.at(holders_key(p.spec, mesh.spec()));
     UPMOE_CHECK(p.replica.count == group.size() && p.replica.index == group.rank(),
                 "'{}': replica {} of {}, group {} of {}", p.spec.name, p.replica.index, p.replica.count,
                 group.rank(), group.size());
     if (group.size() > 1) {
-      bucket_of(p.spec.layer, group).params.push_back(&p);
+      bucket_of(p, group).params.push_back(&p);
     } else if (p.shares_grad) {
       alone_.emplace(p.spec.layer, &p);
     }
@@ -114,18 +119,19 @@ void GradReducer::make_buckets(const ProcessMesh& mesh) {
 }
 
 void GradReducer::make_lanes(Device device) {
-  std::map<std::tuple<Communicator*, bool, std::size_t>, Lane*> lane_of;
-  std::map<Communicator*, std::size_t> blocks;
+  std::map<std::tuple<Communicator*, DType, bool, std::size_t>, Lane*> lane_of;
+  std::map<std::pair<Communicator*, DType>, std::size_t> blocks;
   for (auto& b : buckets_) {
     b->slice = largest_slice(b->params, b->group->size());
     const bool in_block = b->layer >= 0;
     // Blocks take the lanes in turns; what is outside the blocks has one of its own, as it is ready last of all and its
     // weights are wanted first.
-    const std::size_t turn = in_block ? blocks[b->group]++ : 0;
-    Lane*& lane = lane_of[{b->group, in_block, turn % (params_.shares_block_grads() ? 2 : 4)}];
+    const std::size_t turn = in_block ? blocks[{b->group, b->value_dtype}]++ : 0;
+    Lane*& lane =
+        lane_of[{b->group, b->value_dtype, in_block, turn % (params_.shares_block_grads() ? 2 : 4)}];
     if (lane == nullptr) lane = lanes_.emplace_back(std::make_unique<Lane>()).get();
     b->lane = lane;
-    const std::size_t element = std::max(size_of(params_.dtype()), size_of(params_.grad_dtype())),
+    const std::size_t element = std::max(size_of(b->value_dtype), size_of(b->grad_dtype)),
                       own = static_cast<std::size_t>(b->slice) * element;
     lane->own_bytes = std::max(lane->own_bytes, own);
     lane->packed_bytes = std::max(lane->packed_bytes, own * static_cast<std::size_t>(b->group->size()));
@@ -143,16 +149,14 @@ void GradReducer::complete(Exec& ex, Lane& lane) {
   b.pending.wait();
   lane.user = nullptr;
   if (!b.gathers) {
-    b.for_each_slice(b.group->rank(), b.own(b.params.front()->grad.dtype),
-                     [&](const StoredParam& p, Range, TensorView sum) {
-                       p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum)
-                                     : ops::cast(ex, p.owned_grad, sum);
-                     });
+    b.for_each_slice(b.group->rank(), b.own(b.grad_dtype), [&](const StoredParam& p, Range, TensorView sum) {
+      p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum) : ops::cast(ex, p.owned_grad, sum);
+    });
     return;
   }
   for (int r = 0; r < b.group->size(); ++r) {
     if (r == b.group->rank()) continue;
-    b.for_each_slice(r, b.segment(r, b.params.front()->value.dtype),
+    b.for_each_slice(r, b.segment(r, b.value_dtype),
                      [&](const StoredParam& p, Range range, TensorView packed) {
                        ops::cast(ex, part(p.value, range), packed);
                      });
@@ -170,7 +174,7 @@ void GradReducer::start_reduction(Exec& ex, Bucket& b) {
   UPMOE_CHECK(!b.gathers && b.lane->gathers.empty(), "layer {} still waits for its weights", b.layer);
   // The block that had this lane before ends now, at the latest.
   complete(ex, *b.lane);
-  const DType dtype = b.params.front()->grad.dtype;
+  const DType dtype = b.grad_dtype;
   for (int r = 0; r < b.group->size(); ++r)
     b.for_each_slice(r, b.segment(r, dtype), [&](const StoredParam& p, Range range, TensorView packed) {
       ops::cast(ex, packed, part(p.grad, range));
@@ -181,7 +185,7 @@ void GradReducer::start_reduction(Exec& ex, Bucket& b) {
 }
 
 void GradReducer::start_gather(Exec& ex, Bucket& b) {
-  const DType dtype = b.params.front()->value.dtype;
+  const DType dtype = b.value_dtype;
   b.for_each_slice(b.group->rank(), b.own(dtype), [&](const StoredParam& p, Range range, TensorView packed) {
     ops::cast(ex, packed, part(p.value, range));
   });

@@ -1,9 +1,10 @@
 #pragma once
 // Sums gradients over the ranks that hold the same shard, and spreads updated weights back. Buckets are the
-// parameters of one layer with one replica group; a bucket's slices are packed per owner and padded to equal
-// size, so ownership stays the pure function of layout.h whatever the buckets are.
+// parameters of one layer with one replica group and one dtype, so that nothing is rounded on its way; a bucket's
+// slices are packed per owner and padded to equal size, so ownership stays the pure function of layout.h whatever the
+// buckets are.
 //
-// Blocks travel through a few buffers (lanes) that they take in turns, four for each way of replication: a
+// Blocks travel through a few buffers (lanes) that they take in turns, four for each way of replication and dtype: a
 // block's reduction ends at the latest when the fourth one after it begins, and updated weights are gathered
 // four blocks ahead of the forward that waits for them.
 //
@@ -45,7 +46,7 @@ class GradReducer {
   void make_groups(const ProcessMesh& mesh);
   void make_buckets(const ProcessMesh& mesh);
   void make_lanes(Device device);
-  Bucket& bucket_of(int layer, Communicator& group);
+  Bucket& bucket_of(const StoredParam& param, Communicator& group);
   static void start_reduction(Exec& ex, Bucket& bucket);
   static void start_gather(Exec& ex, Bucket& bucket);
   static void complete(Exec& ex, Lane& lane);

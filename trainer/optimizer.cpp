@@ -24,25 +24,25 @@ std::int64_t padded(std::int64_t elements) {
 struct Need {
   bool coded;
   std::int64_t floats, codes;  // elements
-  Need(const StoredParam& p, bool coding, bool masters) : coded(coding && p.spec.shape.elements() >= kSmall) {
+  Need(const StoredParam& p, bool coding) : coded(coding && p.spec.shape.elements() >= kSmall) {
     const std::int64_t n = p.owned.size();
-    floats = coded ? 2 * padded(moment_blocks(p.owned.begin, n)) : checked_mul(padded(n), masters ? 3 : 2);
+    const bool master = p.value.dtype != DType::kF32;
+    floats = coded ? 2 * padded(moment_blocks(p.owned.begin, n)) : checked_mul(padded(n), master ? 3 : 2);
     codes = coded ? checked_mul(padded(n), 2) : 0;
   }
 };
 
 bool is_updated(const StoredParam& p) {
-  return !p.frozen && p.owned.size() > 0;
+  return p.trains() && p.owned.size() > 0;
 }
 
 }  // namespace
 
 Optimizer::Optimizer(const ParamStore& params, Config config, Device device) : config_(config) {
-  const bool masters = params.dtype() != DType::kF32;
   std::int64_t floats = 0, codes = 0;
   for (const StoredParam& p : params.all()) {
     if (!is_updated(p)) continue;
-    const Need need(p, config_.coded, masters);
+    const Need need(p, config_.coded);
     floats = checked_add(floats, need.floats);
     codes = checked_add(codes, need.codes);
   }
@@ -53,7 +53,7 @@ Optimizer::Optimizer(const ParamStore& params, Config config, Device device) : c
              code_memory = codes_.view({codes}, DType::kU8);
   for (const StoredParam& p : params.all()) {
     if (!is_updated(p)) continue;
-    const Need need(p, config_.coded, masters);
+    const Need need(p, config_.coded);
     OwnedSlice s;
     s.coded = need.coded;
     bind(s, p, float_memory.rows(0, need.floats), code_memory.rows(0, need.codes));

@@ -1,6 +1,6 @@
 #pragma once
 // AdamW over the slices this rank owns. `adamw` keeps fp32 moments, and fp32 masters beside bf16 weights
-// (with fp32 weights the weight is its own master). `adamw8bit` codes the moments of large parameters in 8
+// (an fp32 weight is its own master). `adamw8bit` codes the moments of large parameters in 8
 // bits and keeps no masters for them (kernels/ops/adamw8bit.h); small ones (norms, biases: fewer than 4096
 // elements) are as with adamw.
 

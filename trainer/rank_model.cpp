@@ -45,6 +45,7 @@ ParamStore::Options storage_of(const RankModel::Options& options, Device device)
   ParamStore::Options storage;
   storage.dtype = options.dtype;
   storage.grad_dtype = options.grad_dtype;
+  storage.fp32 = options.fp32;
   storage.share_block_grads = options.share_block_grads;
   storage.device = device;
   storage.gradients = options.gradients;

@@ -32,6 +32,7 @@ struct RankModel {
   struct Options {
     DType dtype = DType::kF32;       // of values and activations
     DType grad_dtype = DType::kF32;  // dtype, or fp32 beside bf16 values
+    std::vector<Role> fp32 = {};     // kept in fp32 whatever dtype is
     bool gradients = true;
     bool share_block_grads = false;  // ZeRO-2
     Recompute recompute = Recompute::kNone;

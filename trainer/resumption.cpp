@@ -118,6 +118,8 @@ void Resumption::require_same_model(const std::string& source_digest, const std:
 std::string Resumption::what_changes(const ConfigChange& change) const {
   if (change.key == "run.seed") return " (the weights stay those of the checkpoint)";
   if (change.key == "freeze") return " (moments of what did not train so far begin at zero)";
+  if (change.key == "router.dtype" && now_.train.precision == Precision::kBf16)
+    return " (the routers are converted: their fp32 values and their moments go on)";
   if (change.key == "model.path") return " (the same model)";
   return "";
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <functional>
 #include <numeric>
 #include <utility>
 
@@ -34,6 +35,42 @@ std::string group_of(const ParamSpec& p) {
   return p.layer == kOutsideBlocks ? p.name : fmt::format("layers.*.{}", name_of(p.role));
 }
 
+using Choose = std::function<bool(const StoredParam& p)>;
+
+struct Count {
+  std::int64_t tensors = 0, values = 0;
+};
+Count count_of(const ParamStore& params, const Choose& choose) {
+  Count count;
+  for (const StoredParam& p : params.all()) {
+    if (!choose(p)) continue;
+    ++count.tensors;
+    count.values += p.spec.shape.elements();
+  }
+  return count;
+}
+
+// "layers.*.moe.router_ED x 2, norm_D", in the order of the table.
+std::string list_of(const ParamStore& params, const Choose& choose) {
+  std::vector<std::pair<std::string, int>> groups;
+  for (const StoredParam& p : params.all()) {
+    if (!choose(p)) continue;
+    const std::string name = group_of(p.spec);
+    const auto it =
+        std::find_if(groups.begin(), groups.end(), [&](const auto& group) { return group.first == name; });
+    if (it == groups.end()) {
+      groups.emplace_back(name, 1);
+    } else {
+      ++it->second;
+    }
+  }
+  std::string words;
+  for (const auto& [name, count] : groups)
+    words +=
+        fmt::format("{}{}{}", words.empty() ? "" : ", ", name, count > 1 ? fmt::format(" x {}", count) : "");
+  return words;
+}
+
 double share_of(const RunConfig& run, std::size_t source) {
   double sum = 0;
   for (const DataSource& s : run.data.train) sum += s.weight;
@@ -56,6 +93,9 @@ void log_model(const Session& s, const TrainState& state) {
             start_of(s.run, state), c.model_type, c.num_hidden_layers, experts, grouped(counts.total),
             grouped(counts.activated));
   if (const std::string frozen = describe_frozen(s.params); !frozen.empty()) log::info("frozen: {}", frozen);
+  if (const std::string kept = describe_fp32(s.params); !kept.empty()) log::info("kept in fp32: {}", kept);
+  if (const std::string buffers = describe_buffers(s.params); !buffers.empty())
+    log::info("buffers, {} values that no optimizer touches: {}", grouped(counts.buffers), buffers);
 }
 
 void log_data(const Session& s, const TrainState& state, const TokenDataset* valid) {
@@ -73,30 +113,21 @@ void log_data(const Session& s, const TrainState& state, const TokenDataset* val
 }  // namespace
 
 std::string describe_frozen(const ParamStore& params) {
-  std::size_t frozen = 0;
-  std::int64_t values = 0, all = 0;
-  std::vector<std::pair<std::string, int>> groups;
-  for (const StoredParam& p : params.all()) {
-    all += p.spec.shape.elements();
-    if (!p.frozen) continue;
-    ++frozen;
-    values += p.spec.shape.elements();
-    const std::string name = group_of(p.spec);
-    const auto it =
-        std::find_if(groups.begin(), groups.end(), [&](const auto& group) { return group.first == name; });
-    if (it == groups.end()) {
-      groups.emplace_back(name, 1);
-    } else {
-      ++it->second;
-    }
-  }
-  if (frozen == 0) return "";
-  std::string words = fmt::format("{} of {} parameters ({} of {} values):", frozen, params.all().size(),
-                                  grouped(values), grouped(all));
-  for (std::size_t i = 0; i < groups.size(); ++i)
-    words += fmt::format("{} {}{}", i == 0 ? "" : ",", groups[i].first,
-                         groups[i].second > 1 ? fmt::format(" x {}", groups[i].second) : "");
-  return words;
+  const auto trained = [](const StoredParam& p) { return p.spec.trained; };
+  const auto frozen = [](const StoredParam& p) { return p.frozen; };
+  const Count some = count_of(params, frozen), all = count_of(params, trained);
+  if (some.tensors == 0) return "";
+  return fmt::format("{} of {} parameters ({} of {} values): {}", some.tensors, all.tensors,
+                     grouped(some.values), grouped(all.values), list_of(params, frozen));
+}
+
+std::string describe_fp32(const ParamStore& params) {
+  if (params.compute_dtype() == DType::kF32) return "";
+  return list_of(params, [](const StoredParam& p) { return p.spec.trained && p.spec.fp32; });
+}
+
+std::string describe_buffers(const ParamStore& params) {
+  return list_of(params, [](const StoredParam& p) { return !p.spec.trained; });
 }
 
 std::string describe_data(const RunConfig& run, const std::vector<std::int64_t>& sequences_of_source,

@@ -12,6 +12,9 @@ namespace upmoe {
 
 // "12 of 41 parameters (1,024 of 90,000 values): layers.*.moe.router_ED"; empty when everything trains.
 std::string describe_frozen(const ParamStore& params);
+// "layers.*.moe.router_ED x 2": what is trained in fp32 beside bf16, and what is not trained; empty: nothing.
+std::string describe_fp32(const ParamStore& params);
+std::string describe_buffers(const ParamStore& params);
 // "249 sequences of 16 tokens in 1 file; steps 6 to 20 take 60 of them, 0.24 epochs".
 std::string describe_data(const RunConfig& run, const std::vector<std::int64_t>& sequences_of_source,
                           std::int64_t first_step);

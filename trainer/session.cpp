@@ -28,6 +28,7 @@ RankModel::Options model_options(const RunConfig& run, const ModelConfig& model)
   RankModel::Options options;
   options.dtype = dtype_of(run.train.precision);
   options.grad_dtype = run.parallel.reduce == Precision::kBf16 ? options.dtype : DType::kF32;
+  options.fp32 = fp32_roles(run.router.dtype);
   options.share_block_grads = run.parallel.zero == 2;
   options.recompute = run.train.recompute;
   options.freeze = frozen_names(run.freeze, model);

@@ -41,7 +41,9 @@ class Parts {
   }
 
  private:
-  TensorView stream() const { return dry({seq_len_, model_.config.hidden_size}, model_.params.dtype()); }
+  TensorView stream() const {
+    return dry({seq_len_, model_.config.hidden_size}, model_.params.compute_dtype());
+  }
   template <class Work>
   double flops_of(const Work& work) {
     model_.memory.ledger.clear();

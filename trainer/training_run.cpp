@@ -166,7 +166,7 @@ std::string Run::data_changes() const {
 
 void Run::start_metrics() {
   world_.barrier();
-  const PeakRate peak(session_->memory.exec, session_->params.dtype());
+  const PeakRate peak(session_->memory.exec, session_->params.compute_dtype());
   run_agreed(world_, [&] {
     if (world_.rank() != 0) return;
     metrics_ = std::make_unique<Metrics>(dir_, run_, state_.step, world_.size(), peak);

@@ -188,9 +188,10 @@ class RecipeBuilder {
     used_.insert(name);
   }
 
-  // Attention, norms, embedding and head.
+  // Attention, norms, embedding and head; a buffer, which no dense model has.
   Transform rest(const ParamSpec& param, const HfTensor& tensor) const {
-    if (config_.keep_rest) return Copy{tensor_name(dense_, param.role, param.layer, tensor.half)};
+    if (config_.keep_rest && param.trained)
+      return Copy{tensor_name(dense_, param.role, param.layer, tensor.half)};
     switch (param.init.kind) {
       case Init::Kind::kOnes:
         return FreshInit{FreshInit::Kind::kConstant, 0.0, 1.0, 1};

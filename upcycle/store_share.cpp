@@ -52,7 +52,7 @@ StoreShare::StoreShare(const Recipe& recipe, const ModelConfig& moe, DType dtype
     }
     const Range owned{cut_within(p.shape, mine.begin, before), cut_within(p.shape, mine.end, before)};
     before += p.shape.elements();
-    if (owned.size() == 0) continue;
+    if (owned.size() == 0 || tensors.empty()) continue;  // a buffer that the family does not have begins anew
     add(p, owned, std::move(tensors));
     // Whoever has the end of a layer's experts computes that layer's error: one rank for each layer, spread as the
     // layers are.

@@ -116,6 +116,24 @@ TEST(ParamTable, OrderOfNames) {
   EXPECT_THAT(names(c), AllOf(Contains("layers.1.shared.down_DF"), Not(Contains("layers.1.shared.gate_1D"))));
 }
 
+TEST(ParamTable, ABufferIsCountedApart) {
+  ModelConfig c = mixture({2, 8, 2, 1, 12, 32, true}, 3, 2, 6, 10);
+  c.mlp_only_layers = {0};
+  const ParamCounts without = count_params(c);
+  EXPECT_EQ(without.buffers, 0);
+  for (const ParamSpec& p : make_param_table(c)) EXPECT_TRUE(p.trained && !p.fp32) << p.name;
+  c.router_bias = true;
+  const ParamCounts with = count_params(c);
+  EXPECT_EQ(with.buffers, 3);
+  EXPECT_EQ(with.total, without.total);
+  EXPECT_EQ(with.activated, without.activated);
+  const ParamSpec bias = make_param(c, Role::kRouterBias, 1);
+  EXPECT_THAT(names(c), Contains(bias.name));
+  EXPECT_EQ(bias.shape, Shape({3}));
+  EXPECT_TRUE(bias.fp32 && !bias.trained && !bias.decay);
+  EXPECT_EQ(bias.init.kind, Init::Kind::kZeros);
+}
+
 TEST(ParamTable, ShapesDimsAndKinds) {
   ModelConfig c = mixture({1, 8, 4, 2, 12, 32, true, 6}, 3, 2, 5, 10);
   c.initializer_range = 0.25;

@@ -43,6 +43,9 @@ TEST(Requests, AKeyWithoutEffectIsSaid) {
   EXPECT_THAT(parse_run_config(to_yaml(run_with({})), "again", {}).notes, IsEmpty());
   EXPECT_THAT(without_effect(run_with({"router.z_loss=0.1"}), ModelConfig{}),
               ElementsAre(HasSubstr("router.z_loss: 0.1 has no effect")));
+  EXPECT_THAT(run_with({"router.dtype=fp32", "train.precision=fp32"}).notes,
+              ElementsAre(HasSubstr("router.dtype: fp32 has no effect")));
+  EXPECT_THAT(run_with({"router.dtype=fp32", "train.precision=bf16"}).notes, IsEmpty());
 }
 
 TEST(Requests, OverridesGivenTwiceAreSaid) {

@@ -62,6 +62,17 @@ TEST_F(Models, ShardsKeepTheirLimit) {
   EXPECT_EQ(layout.files.front().name, fmt::format("model-00001-of-{:05}.safetensors", layout.files.size()));
 }
 
+// What transformers has no name for stays in checkpoints.
+TEST_F(Models, ABufferWithoutANameIsLeftOut) {
+  const ModelConfig config = put_sharded();
+  const HfModel source(dir);
+  ModelConfig more = source.config();
+  more.router_bias = true;
+  ASSERT_EQ(make_param_table(more).size(), make_param_table(config).size() + 2);
+  write_hf_model(output(root / "out"), more, reader_of(source));
+  check_boxes(HfModel(root / "out"), random_weights(config), [](float v) { return v; });
+}
+
 TEST_F(Models, AnErrorWhileWritingLeavesNoTarget) {
   put_sharded();
   const HfModel source(dir);

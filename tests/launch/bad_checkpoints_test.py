@@ -229,7 +229,24 @@ class Recovery(unittest.TestCase):
 
     def test_an_export_holds_the_masters(self):
         self.train("train.steps=5", "train.precision=bf16", "optimizer.lr=3e-3")
-        exported = self.dir / "exported"
+        self.check_export(self.dir / "exported")
+
+    def test_routers_in_fp32_are_converted_and_exported(self):
+        words = ("train.precision=bf16", "optimizer.lr=3e-3")
+        self.train("train.steps=3", *words)
+        said = self.train("train.steps=5", *words, "router.dtype=fp32")
+        self.assertIn("router.dtype: auto -> fp32 (the routers are converted", said)
+        self.assertRegex(said, r"kept in fp32: layers\.\*\.moe\.router_ED")
+        self.check_export(self.dir / "exported")
+        self.upmoe("export", self.run_dir, "--to", self.dir / "bf16", "--dtype", "bf16")
+        there = json.loads(self.upmoe("inspect", self.dir / "bf16", "--json").stdout)["tensors"]
+        self.assertEqual({tensor["dtype"] for tensor in there}, {"BF16"})
+        stored = json.loads(self.upmoe("inspect", self.run_dir, "--json").stdout)["tensors"]
+        fp32 = {tensor["name"] for tensor in stored if (tensor["kind"], tensor["dtype"]) == ("weight", "fp32")}
+        self.assertTrue(fp32 and all(name.endswith("moe.router_ED") for name in fp32), fp32)
+        self.train("train.steps=7", *words)
+
+    def check_export(self, exported):
         self.upmoe("export", self.run_dir, "--to", exported, "--dtype", "fp32")
         diff = json.loads(self.upmoe("inspect", exported, "--diff", self.run_dir, "--json").stdout)
         self.assertEqual(diff["difference"], [])

@@ -1,6 +1,7 @@
 // Every layer's backward against finite differences of its forward; a mixture's routing is held fixed, which
 // is checked: a probe that flips a top-k choice would compare two different functions.
 
+#include "kernels/ops/pointwise.h"
 #include "parallel/self_comm.h"
 #include "tests/support/gradient_check.h"
 #include "trainer/model/block.h"
@@ -212,6 +213,40 @@ void check_moe(bool renormalize, AuxKind kind) {
                         rig.moe.experts.down_eDF.grad, scalar, kStep, 1e-2);
   test::expect_gradient(rig.host, "shared gate", rig.moe.shared->gate_1D->value,
                         rig.moe.shared->gate_1D->grad, scalar, kStep, 1e-2);
+}
+
+// bf16 rows beside an fp32 weight: what the fp32 router makes of the same values, only its input gradient rounded.
+TEST(LayerGradient, RouterWiderThanItsRows) {
+  MoeRig rig(true, AuxKind::kHf);
+  Host& host = rig.host;
+  const TensorView x = host.normal({rig.T, rig.D}, 1.0), before = host.normal({rig.T, rig.D}, 1e-3),
+                   dweight_TK = host.normal({rig.T, rig.K}, 1.0);
+  const auto narrow = [&](TensorView wide) {
+    TensorView rows = host.zeros(wide.shape);
+    rows.dtype = DType::kBF16;
+    ops::cast(rig.ex, rows, wide);
+    ops::cast(rig.ex, wide, rows);  // the same values
+    return rows;
+  };
+  const TensorView x_bf16 = narrow(x), dx_bf16 = narrow(before);
+  const TensorView grad = rig.router.grad, wide_grad = host.zeros(grad.shape);
+  RouterBalance balance;
+  balance.aux_E = host.normal({rig.E}, 1.0);
+  Router::Saved mixed, wide;
+  rig.moe.router->forward(rig.ex, x_bf16, balance, rig.keep, mixed);
+  rig.moe.router->forward(rig.ex, x, balance, rig.keep, wide);
+  rig.moe.router->backward(rig.ex, before, dweight_TK, balance, wide);
+  ops::cast(rig.ex, wide_grad, grad);
+  ops::fill(rig.ex, grad, 0.0f);
+  rig.moe.router->backward(rig.ex, dx_bf16, dweight_TK, balance, mixed);
+  const auto values = [](ConstTensorView t) {
+    return std::vector(t.as<float>(), t.as<float>() + t.elements());
+  };
+  EXPECT_EQ(values(mixed.probs_TE), values(wide.probs_TE));
+  EXPECT_EQ(values(mixed.weight_TK), values(wide.weight_TK));
+  EXPECT_EQ(values(grad), values(wide_grad));
+  for (std::int64_t i = 0; i < before.elements(); ++i)
+    EXPECT_EQ(dx_bf16.as<bf16>()[i].bits, to_bf16(before.as<float>()[i]).bits) << i;
 }
 
 TEST(LayerGradient, MoePooledBalance) {

@@ -35,6 +35,8 @@ struct Layout {
   Precision reduce = Precision::kFp32;
   OptimizerKind optimizer = OptimizerKind::kAdamW;
   std::uint64_t order_seed = 0;  // of the neurons
+  RouterDType router = RouterDType::kAuto;
+  bool router_bias = false;  // the model has a buffer
 
   std::string str() const {
     const MeshSpec& m = mesh;
@@ -68,7 +70,14 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.router.z_loss = l.z_loss;
   if (l.aux_loss >= 0) run.router.aux_loss = l.aux_loss;
   run.router.aux_kind = l.aux_kind;
+  run.router.dtype = l.router;
   return run;
+}
+
+inline ModelConfig config_of(const Layout& l, const Golden& golden) {
+  ModelConfig config = golden.config();
+  config.router_bias = l.router_bias;
+  return config;
 }
 
 inline bool is_possible(const Layout& l, const Golden& golden) {
@@ -121,12 +130,19 @@ inline std::vector<std::int64_t> permutation(std::int64_t n, std::uint64_t seed)
   return order;
 }
 
+// What tests have in a buffer: needs all bits of fp32, and every element has its own.
+inline float in_buffer(std::int64_t at) {
+  return 1.0f / static_cast<float>(3 + at);
+}
+
 // Fills a ParamStore of any dtype with a golden file's weights. A seed shuffles the neurons of every
 // feed-forward network: the same function, with its sums in another order.
 inline ReadParam golden_weights(const Golden& golden, std::uint64_t order_seed = 0) {
   return [&golden, order_seed](const ParamSpec& spec, const Box& box, TensorView out) {
     std::vector<float> all(static_cast<std::size_t>(spec.shape.elements())), mine;
     golden.reader()(spec, whole(spec.shape), host_view(all.data(), spec.shape));
+    for (std::size_t i = 0; !spec.trained && i < all.size(); ++i)
+      all[i] = in_buffer(static_cast<std::int64_t>(i));
     std::int64_t width = 1, stride = 1;  // of one neuron; without neurons nothing moves
     for (int d = spec.shape.rank - 1; d >= 0 && width == 1; --d) {
       if (spec.dims[static_cast<std::size_t>(d)] == Dim::kFfn) width = spec.shape[d];
@@ -161,9 +177,10 @@ inline void place(Exec& ex, Tensors& all, const std::string& name, const StoredP
 }
 
 // Runs this rank's part; what it owns goes into `outcome`.
-// `prepare` sees the session before it begins.
+// `prepare` sees the session before it begins, `after` when all ranks have their weights.
 inline void run_rank(Communicator& world, const Golden& golden, const Layout& layout, Outcome& outcome,
-                     std::mutex& mutex, const std::function<void(Session&)>& prepare = {}) {
+                     std::mutex& mutex, const std::function<void(Session&)>& prepare = {},
+                     const std::function<void(Session&)>& after = {}) {
   const std::filesystem::path tokens =
       std::filesystem::temp_directory_path() / fmt::format("layout_{}_{}.h5", ::getpid(), world.rank());
   golden.write_tokens(tokens);
@@ -177,7 +194,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
     gpu::use(world.rank());
     gpus = make_nccl_communicator(world.split(0, world.rank()));
   }
-  Session s(run, golden.config(), gpus != nullptr ? *gpus : world, device);
+  Session s(run, config_of(layout, golden), gpus != nullptr ? *gpus : world, device);
   if (prepare) prepare(s);
   s.params.load(s.memory.exec, golden_weights(golden, layout.order_seed));
   s.optimizer.reset(s.memory.exec);
@@ -195,7 +212,8 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
     }
     if (step > 1) continue;
     for (const StoredParam& p : s.params.all())
-      if (p.owned.size() > 0) place(s.memory.exec, outcome.gradients, p.spec.name, p, p.owned_grad);
+      if (p.trains() && p.owned.size() > 0)
+        place(s.memory.exec, outcome.gradients, p.spec.name, p, p.owned_grad);
   }
   trainer.settle();
   // On a GPU this rank may be far ahead of the others, whose part its own work waits for: not with the lock.
@@ -203,6 +221,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
   const std::lock_guard lock(mutex);
   for (const OwnedSlice& slice : s.optimizer.slices())
     place(s.memory.exec, outcome.weights, slice.param->spec.name, *slice.param, slice.weight);
+  if (after) after(s);
   std::filesystem::remove(tokens);
 }
 

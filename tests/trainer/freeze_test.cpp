@@ -73,6 +73,28 @@ TEST(Freeze, TheStartSaysWhatAPatternCaught) {
   EXPECT_THAT(said({"*gate*"}), HasSubstr("layers.*.moe.gate_up_EF2D x 2"));
 }
 
+TEST(StartOfARun, WhatIsKeptApart) {
+  ModelConfig config = test::tiny_moe_config();
+  ParamStore::Options options{.dtype = DType::kBF16, .device = {}, .gradients = false, .freeze = {}};
+  const auto store = [&] {
+    return ParamStore(config, MeshSpec{}, one_stage(config.num_hidden_layers), 0, options);
+  };
+  EXPECT_EQ(describe_fp32(store()), "");
+  EXPECT_EQ(describe_buffers(store()), "");
+  config.router_bias = true;
+  options.fp32 = fp32_roles(RouterDType::kFp32);
+  EXPECT_EQ(describe_fp32(store()), "layers.*.moe.router_ED x 2");
+  EXPECT_EQ(describe_buffers(store()), "layers.*.moe.router_E x 2");
+  options.dtype = DType::kF32;
+  EXPECT_EQ(describe_fp32(store()), "");
+  options.dtype = DType::kBF16;
+  options.fp32 = {Role::kKey};  // one product with the queries
+  EXPECT_THROW(store(), Error);
+  // A buffer never trains, whatever is frozen; and freezing all the rest leaves nothing.
+  EXPECT_THAT(frozen_names({"*moe.router*"}, config), testing::SizeIs(2));
+  EXPECT_THROW(frozen_names({"*"}, config), Error);
+}
+
 RunConfig some_run(std::int64_t steps, std::int64_t batch, std::vector<DataSource> sources) {
   RunConfig run;
   run.train.steps = steps;

@@ -36,6 +36,10 @@ void collect(Session& s, Tensors& all, std::mutex& mutex) {
     test::place(s.memory.exec, all, p.spec.name + " v", p, v_n);
     if (slice.has_master()) test::place(s.memory.exec, all, p.spec.name + " master", p, slice.master);
   }
+  for (const StoredParam& p : s.params.all())
+    if (!p.spec.trained && p.owned.size() > 0)
+      test::place(s.memory.exec, all, p.spec.name + " buffer", p,
+                  p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end));
 }
 
 // Half the run under `layout`: from the golden weights, or from a checkpoint; saves at its end.
@@ -47,7 +51,7 @@ std::vector<double> half_run(const Layout& layout, const fs::path& checkpoints, 
   run_in_threads(layout.mesh.world(), [&](Communicator& world) {
     const fs::path tokens = checkpoints / fmt::format("tokens_{}.h5", world.rank());
     golden.write_tokens(tokens);
-    Session s(test::run_of(layout, golden, tokens), golden.config(), world);
+    Session s(test::run_of(layout, golden, tokens), test::config_of(layout, golden), world);
     TrainState state;
     if (resume) {
       state = load_checkpoint(ShardStore(*choose_checkpoint(checkpoints, world).newest), s);
@@ -119,6 +123,114 @@ TEST_P(LayoutResume, GoesOnInAnotherMesh) {
   ASSERT_EQ(losses.size(), whole.losses.size());
   for (std::size_t i = 0; i < losses.size(); ++i)
     EXPECT_NEAR(losses[i], whole.losses[i], limit * whole.losses[i]) << "step " << i + 1;
+}
+
+class Fp32Routers : public testing::Test {
+ protected:
+  void SetUp() override {
+    fs::remove_all(dir_);
+    fs::create_directories(dir_);
+  }
+  void TearDown() override { fs::remove_all(dir_); }
+  // bf16 with routers of this dtype and a buffer.
+  static Layout layout(MeshSpec mesh, RouterDType router) {
+    Layout l{"moe_mixed", mesh};
+    l.precision = Precision::kBf16;
+    l.router = router;
+    l.router_bias = true;
+    return l;
+  }
+  static void expect_routers(const Tensors& found, const Tensors& saved, const char* kind, const char* from) {
+    int routers = 0;
+    for (const auto& [name, values] : saved) {
+      if (!name.ends_with(std::string("moe.router_ED ") + from)) continue;
+      EXPECT_EQ(found.at(name.substr(0, name.find(' ') + 1) + kind), values) << name;
+      ++routers;
+    }
+    EXPECT_GT(routers, 0) << from;
+  }
+  static void expect_moments_and_buffers(const Tensors& found, const Tensors& saved) {
+    int buffers = 0;
+    for (const auto& [name, values] : saved) {
+      if (name.ends_with(" m") || name.ends_with(" v")) {
+        EXPECT_EQ(found.at(name), values) << name;
+      }
+      if (!name.ends_with(" buffer")) continue;
+      EXPECT_EQ(found.at(name), values) << name;
+      for (std::size_t i = 0; i < values.size(); ++i)
+        EXPECT_EQ(values[i], test::in_buffer(static_cast<std::int64_t>(i))) << name;
+      ++buffers;
+    }
+    EXPECT_GT(buffers, 0);
+  }
+
+  const fs::path dir_ = fs::path(testing::TempDir()) / fmt::format("fp32_routers_{}", ::getpid());
+  Tensors start_, saved_, loaded_, end_;
+};
+
+TEST_F(Fp32Routers, ResumeToTheBit) {
+  for (const int zero : {1, 2})
+    for (const MeshSpec& mesh :
+         {MeshSpec{}, MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{2, 1, 1, 2, 2, 1}, MeshSpec{1, 1, 2, 1, 1, 1}}) {
+      SetUp();
+      Layout l = layout(mesh, RouterDType::kFp32);
+      l.zero = zero;
+      SCOPED_TRACE(fmt::format("{} zero {}", l.str(), zero));
+      start_ = saved_ = loaded_ = end_ = {};
+      std::vector<double> losses = half_run(l, dir_, false, start_, saved_);
+      const std::vector<double> rest = half_run(l, dir_, true, loaded_, end_);
+      losses.insert(losses.end(), rest.begin(), rest.end());
+      EXPECT_EQ(saved_, loaded_);
+      expect_moments_and_buffers(loaded_, saved_);
+      l.steps = 2 * kHalf;
+      const Outcome whole = test::run_in_layout(l);
+      EXPECT_EQ(losses, whole.losses);
+      for (const auto& [name, w] : whole.weights) EXPECT_EQ(end_.at(name + " weight"), w) << name;
+    }
+}
+
+TEST_F(Fp32Routers, GoOnInAnotherMesh) {
+  half_run(layout({1, 2, 1, 2, 2, 1}, RouterDType::kFp32), dir_, false, start_, saved_);
+  half_run(layout({2, 3, 1, 1, 1, 1}, RouterDType::kFp32), dir_, true, loaded_, end_);
+  EXPECT_EQ(saved_, loaded_);
+  expect_moments_and_buffers(end_ = loaded_, saved_);
+}
+
+// A router's best value goes on, whichever of the two runs has it as weight or as master.
+TEST_F(Fp32Routers, AreConvertedFromBf16) {
+  half_run(layout({1, 2, 1, 1, 2, 1}, RouterDType::kAuto), dir_, false, start_, saved_);
+  half_run(layout({1, 1, 1, 2, 1, 1}, RouterDType::kFp32), dir_, true, loaded_, end_);
+  expect_routers(loaded_, saved_, "weight", "master");
+  EXPECT_FALSE(loaded_.contains("layers.1.moe.router_ED master"));
+  expect_moments_and_buffers(loaded_, saved_);
+}
+TEST_F(Fp32Routers, AreConvertedToBf16) {
+  half_run(layout({1, 2, 1, 1, 2, 1}, RouterDType::kFp32), dir_, false, start_, saved_);
+  half_run(layout({1, 1, 1, 2, 1, 1}, RouterDType::kAuto), dir_, true, loaded_, end_);
+  expect_routers(loaded_, saved_, "master", "weight");
+  for (auto& [name, values] : saved_)
+    if (name.ends_with("moe.router_ED weight"))
+      for (float& v : values) v = to_float(to_bf16(v));
+  expect_routers(loaded_, saved_, "weight", "weight");
+  expect_moments_and_buffers(loaded_, saved_);
+}
+
+// Of a checkpoint from before it; and one that the model no longer has belongs to another model.
+TEST_F(Fp32Routers, ABufferThatACheckpointLacksBeginsAnew) {
+  Layout l = layout({1, 2, 1, 1, 1, 1}, RouterDType::kFp32);
+  l.router_bias = false;
+  half_run(l, dir_, false, start_, saved_);
+  l.router_bias = true;
+  half_run(l, dir_, true, loaded_, end_);
+  int buffers = 0;
+  for (const auto& [name, values] : end_) {
+    if (!name.ends_with(" buffer")) continue;
+    EXPECT_EQ(values, std::vector<float>(values.size(), 0.0f)) << name;
+    ++buffers;
+  }
+  EXPECT_GT(buffers, 0);
+  l.router_bias = false;
+  EXPECT_THROW(half_run(l, dir_, true, loaded_, end_), Error);
 }
 
 // Checkpoints hold moments in fp32; coded again, they are what they were.

@@ -14,10 +14,15 @@ constexpr std::int64_t kSteps = 8;
 
 class Resume : public test::WholeRun {
  protected:
-  void expect_bitwise(int ranks, int ep, Precision precision) {
-    run(config("whole", kSteps, ep, precision), ranks);
-    run(config("parts", kSteps / 2, ep, precision), ranks);
-    run(config("parts", kSteps, ep, precision), ranks);
+  void expect_bitwise(int ranks, int ep, Precision precision, RouterDType router = RouterDType::kAuto) {
+    const auto part = [&](const char* name, std::int64_t steps) {
+      RunConfig c = config(name, steps, ep, precision);
+      c.router.dtype = router;
+      run(c, ranks);
+    };
+    part("whole", kSteps);
+    part("parts", kSteps / 2);
+    part("parts", kSteps);
     EXPECT_EQ(losses("whole"), losses("parts"));
     EXPECT_EQ(losses("parts").size(), static_cast<std::size_t>(kSteps));
     EXPECT_EQ(contents(checkpoint("whole", kSteps)), contents(checkpoint("parts", kSteps)));
@@ -35,6 +40,18 @@ TEST_F(Resume, BitwiseOnThreeRanks) {
 }
 TEST_F(Resume, BitwiseInBf16) {
   expect_bitwise(2, 1, Precision::kBf16);
+}
+
+TEST_F(Resume, BitwiseWithRoutersInFp32) {
+  expect_bitwise(2, 2, Precision::kBf16, RouterDType::kFp32);
+  const ShardStore store(checkpoint("parts", kSteps));
+  for (const auto& [key, tensor] : store.tensors()) {
+    const bool router = key.first.ends_with("router_ED");
+    if (key.second == "weight") {
+      EXPECT_EQ(tensor.dtype, router ? DType::kF32 : DType::kBF16) << key.first;
+    }
+    EXPECT_FALSE(router && key.second == "master") << key.first;
+  }
 }
 
 TEST_F(Resume, OtherLayouts) {

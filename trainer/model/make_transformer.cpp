@@ -101,7 +101,7 @@ Transformer make_transformer(const ModelConfig& config, const ParamStore& params
   const Range blocks = plan.chunks[chunk];
   Transformer model;
   model.hidden_size = config.hidden_size;
-  model.dtype = params.dtype();
+  model.dtype = params.compute_dtype();
   model.tp = &mesh.along(Axis::kTp);
   model.pool = &mesh.along({Axis::kCp, Axis::kTp});
   model.first_block = static_cast<int>(blocks.begin);

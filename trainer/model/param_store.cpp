@@ -17,23 +17,46 @@ namespace {
 
 constexpr std::int64_t kAlignElements = 64;  // 128 bytes of bf16: whole cache lines
 
-// Where parameters begin in a flat buffer, in elements.
+std::int64_t rounded_up(std::int64_t n, std::int64_t to) {
+  return checked_add(n, to - 1) / to * to;
+}
+
+// Where tensors begin in a flat buffer, in bytes: in one there may be several dtypes.
 struct Offsets {
   std::int64_t end = 0;
-  std::int64_t take(const StoredParam& p) {
-    if (!p.spec.joins_previous) end = (end + kAlignElements - 1) / kAlignElements * kAlignElements;
-    const std::int64_t begin = end;
-    end = checked_add(end, p.shard.elements());
+  std::int64_t take(std::int64_t elements, DType dtype, std::int64_t align_elements) {
+    const auto size = static_cast<std::int64_t>(size_of(dtype));
+    const std::int64_t begin = rounded_up(end, align_elements * size);
+    end = checked_add(begin, checked_mul(elements, size));
     return begin;
+  }
+  std::int64_t take(const StoredParam& p, DType dtype) {
+    return take(p.shard.elements(), dtype, p.spec.joins_previous ? 1 : kAlignElements);
   }
 };
 
-Buffer allocate(Device device, std::int64_t elements, DType dtype, const char* what) {
-  return Buffer::allocate(device, static_cast<std::size_t>(elements) * size_of(dtype), what);
+// Flat, `elements` long, from byte `begin` of the buffer on.
+TensorView part_of(const Buffer& buffer, std::int64_t begin, std::int64_t elements, DType dtype) {
+  const auto bytes = static_cast<std::int64_t>(size_of(dtype)) * elements;
+  TensorView part =
+      buffer.view({static_cast<std::int64_t>(buffer.bytes())}, DType::kU8).rows(begin, begin + bytes);
+  part.shape = {elements};
+  part.dtype = dtype;
+  return part;
 }
 
-void zero(Exec& ex, const Buffer& buffer, std::int64_t elements, DType dtype) {
-  if (elements > 0) ops::fill(ex, buffer.view({elements}, dtype), 0.0f);
+// Of floats: zeros of every dtype are bytes of zeros, and ranges are padded to whole floats.
+Buffer allocate(Device device, std::int64_t bytes, const char* what) {
+  return Buffer::allocate(device, static_cast<std::size_t>(rounded_up(bytes, sizeof(float))), what);
+}
+
+void zero(Exec& ex, const Buffer& buffer, std::int64_t bytes) {
+  const std::int64_t floats = rounded_up(bytes, sizeof(float)) / static_cast<std::int64_t>(sizeof(float));
+  if (floats > 0) ops::fill(ex, buffer.view({floats}, DType::kF32), 0.0f);
+}
+
+bool holds(const std::vector<Role>& roles, Role role) {
+  return std::find(roles.begin(), roles.end(), role) != roles.end();
 }
 
 }  // namespace
@@ -48,6 +71,9 @@ ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, const St
   for (std::size_t i = 0; i < table.size(); ++i) {
     StoredParam p;
     p.spec = table[i];
+    p.spec.fp32 |= holds(options.fp32, p.spec.role);
+    UPMOE_CHECK(!p.spec.joins_previous || p.spec.fp32 == params_.back().spec.fp32,
+                "'{}' and its neighbour are one product of two dtypes", p.spec.name);
     p.shard = shard_of(p.spec, mesh, rank, plan);
     p.replica = replica_of(p.spec, mesh, rank);
     p.owned = owner_slice(p.shard.elements(), p.replica);
@@ -67,12 +93,11 @@ ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, const St
 void ParamStore::bind_values() {
   Offsets offsets;
   std::vector<std::int64_t> begin;
-  for (const StoredParam& p : params_) begin.push_back(offsets.take(p));
-  values_ = allocate(options_.device, offsets.end, options_.dtype, "parameters");
-  const TensorView values = values_.view({offsets.end}, options_.dtype);
+  for (const StoredParam& p : params_) begin.push_back(offsets.take(p, value_dtype(p.spec)));
+  values_ = allocate(options_.device, offsets.end, "parameters");
   for (std::size_t i = 0; i < params_.size(); ++i) {
     StoredParam& p = params_[i];
-    p.value = values.rows(begin[i], begin[i] + p.shard.elements()).reshape(p.shard.extent);
+    p.value = part_of(values_, begin[i], p.shard.elements(), value_dtype(p.spec)).reshape(p.shard.extent);
   }
 }
 
@@ -87,7 +112,7 @@ void ParamStore::choose_sharing() {
       ++end;
     } while (end < params_.size() && params_[end].spec.joins_previous);
     for (std::size_t i = begin; i < end; ++i)
-      params_[i].shares_grad = reduced && params_[i].spec.layer >= 0 && !params_[i].frozen;
+      params_[i].shares_grad = reduced && params_[i].spec.layer >= 0 && params_[i].trains();
   }
 }
 
@@ -98,30 +123,31 @@ void ParamStore::choose_sharing() {
 //   owned_grads_   | of each shared gradient this rank's slice, summed over micro-batches and ranks           |
 void ParamStore::bind_gradients() {
   std::map<int, Offsets> blocks;  // each begins anew, in the memory that all of them share
-  std::vector<std::int64_t> begin(params_.size());
-  for (std::size_t i = 0; i < params_.size(); ++i)
-    if (params_[i].shares_grad) begin[i] = blocks[params_[i].spec.layer].take(params_[i]);
-  for (const auto& [layer, offsets] : blocks) shared_grads_ = std::max(shared_grads_, offsets.end);
   Offsets rest, owned;
+  std::vector<std::int64_t> begin(params_.size()), begin_owned(params_.size());
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    const StoredParam& p = params_[i];
+    if (!p.shares_grad) continue;
+    begin[i] = blocks[p.spec.layer].take(p, grad_dtype(p.spec));
+    begin_owned[i] = owned.take(p.owned.size(), grad_dtype(p.spec), 1);
+  }
+  for (const auto& [layer, offsets] : blocks)
+    shared_grads_ = std::max(shared_grads_, rounded_up(offsets.end, sizeof(float)));
   rest.end = shared_grads_;
   for (std::size_t i = 0; i < params_.size(); ++i)
-    if (!params_[i].shares_grad) begin[i] = rest.take(params_[i]);
-  for (const StoredParam& p : params_)
-    if (p.shares_grad) owned.end += p.owned.size();
-  grads_ = allocate(options_.device, rest.end, options_.grad_dtype, "gradients");
-  owned_grads_ = allocate(options_.device, owned.end, options_.grad_dtype, "gradients, reduced");
+    if (params_[i].trains() && !params_[i].shares_grad)
+      begin[i] = rest.take(params_[i], grad_dtype(params_[i].spec));
+  grads_ = allocate(options_.device, rest.end, "gradients");
+  owned_grads_ = allocate(options_.device, owned.end, "gradients, reduced");
 
-  const TensorView grads = grads_.view({rest.end}, options_.grad_dtype);
-  const TensorView owned_grads = owned_grads_.view({owned.end}, options_.grad_dtype);
-  std::int64_t at = 0;
   for (std::size_t i = 0; i < params_.size(); ++i) {
     StoredParam& p = params_[i];
-    if (p.frozen) continue;
-    const TensorView flat = grads.rows(begin[i], begin[i] + p.shard.elements());
+    if (!p.trains()) continue;
+    const DType dtype = grad_dtype(p.spec);
+    const TensorView flat = part_of(grads_, begin[i], p.shard.elements(), dtype);
     p.grad = flat.reshape(p.shard.extent);
-    p.owned_grad =
-        p.shares_grad ? owned_grads.rows(at, at + p.owned.size()) : flat.rows(p.owned.begin, p.owned.end);
-    if (p.shares_grad) at += p.owned.size();
+    p.owned_grad = p.shares_grad ? part_of(owned_grads_, begin_owned[i], p.owned.size(), dtype)
+                                 : flat.rows(p.owned.begin, p.owned.end);
   }
 }
 
@@ -169,15 +195,12 @@ void ParamStore::initialise(Exec& ex, std::int64_t seed) {
 }
 
 void ParamStore::zero_gradients(Exec& ex) const {
-  const auto all = [&](const Buffer& b) {
-    return static_cast<std::int64_t>(b.bytes() / size_of(options_.grad_dtype));
-  };
-  zero(ex, grads_, all(grads_), options_.grad_dtype);
-  zero(ex, owned_grads_, all(owned_grads_), options_.grad_dtype);
+  zero(ex, grads_, static_cast<std::int64_t>(grads_.bytes()));
+  zero(ex, owned_grads_, static_cast<std::int64_t>(owned_grads_.bytes()));
 }
 
 void ParamStore::zero_shared_gradients(Exec& ex) const {
-  zero(ex, grads_, shared_grads_, options_.grad_dtype);
+  zero(ex, grads_, shared_grads_);
 }
 
 namespace {

@@ -1,6 +1,7 @@
 #pragma once
 // This rank's parameters: one flat buffer of values and one of gradients, in the order of the ParamTable,
-// with the views that layers bind to.
+// with the views that layers bind to. Each parameter has its own dtype (ParamSpec::fp32), and may have no gradient: a
+// buffer, or frozen.
 //
 // Gradients have two faces. `grad` is what backward adds into: the whole shard. `owned_grad` is what the
 // optimizer reads: the slice this rank owns, summed over ranks. With one gradient per parameter the second is
@@ -23,9 +24,10 @@ struct StoredParam {
   Replica replica;  // among the ranks that hold the same shard
   Range owned;      // ZeRO: the flat part of the shard this rank updates and saves
   bool frozen = false;
-  TensorView value, grad;    // shape: shard.extent; grad without shape when frozen or not wanted
-  TensorView owned_grad;     // flat, owned.size() elements; without shape like grad
+  TensorView value, grad;  // shape: shard.extent; grad without shape when it does not train or is not wanted
+  TensorView owned_grad;   // flat, owned.size() elements; without shape like grad
   bool shares_grad = false;  // `grad` is the memory of other blocks too
+  bool trains() const { return spec.trained && !frozen; }
 };
 
 // Fills `out`, on the host, with a box of a parameter, converting to out's dtype.
@@ -34,8 +36,9 @@ using ReadParam = std::function<void(const ParamSpec& spec, const Box& box, Tens
 class ParamStore {
  public:
   struct Options {
-    DType dtype = DType::kF32;
+    DType dtype = DType::kF32;       // of activations, and of all that is not kept in fp32
     DType grad_dtype = DType::kF32;  // dtype, or fp32 beside bf16 values
+    std::vector<Role> fp32 = {};     // kept in fp32 beside those of the table
     bool share_block_grads = false;
     Device device;
     bool gradients = true;
@@ -59,18 +62,19 @@ class ParamStore {
   void zero_shared_gradients(Exec& ex) const;
   std::size_t value_bytes() const { return values_.bytes(); }
   std::size_t gradient_bytes() const { return grads_.bytes() + owned_grads_.bytes(); }
-  DType dtype() const { return options_.dtype; }
-  DType grad_dtype() const { return options_.grad_dtype; }
+  DType compute_dtype() const { return options_.dtype; }  // of activations; a parameter says its own
   bool shares_block_grads() const { return options_.share_block_grads; }
 
  private:
+  DType value_dtype(const ParamSpec& spec) const { return spec.fp32 ? DType::kF32 : options_.dtype; }
+  DType grad_dtype(const ParamSpec& spec) const { return spec.fp32 ? DType::kF32 : options_.grad_dtype; }
   void bind_values();
   void choose_sharing();
   void bind_gradients();
 
   Options options_;
   Buffer values_, grads_, owned_grads_;
-  std::int64_t shared_grads_ = 0;  // elements at the beginning of grads_ that the blocks share
+  std::int64_t shared_grads_ = 0;  // bytes at the beginning of grads_ that the blocks share
   std::vector<StoredParam> params_;
   std::map<std::string, std::size_t> index_;
 };

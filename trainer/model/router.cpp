@@ -8,6 +8,14 @@ namespace upmoe {
 
 namespace {
 
+// As a product takes it beside a weight of this dtype: rows of another one are copied.
+ConstTensorView in_dtype(Exec& ex, DType dtype, ConstTensorView rows, const char* what) {
+  if (rows.dtype == dtype) return rows;
+  const TensorView copy = ex.scratch->take(rows.shape, dtype, what);
+  ops::cast(ex, copy, rows);
+  return copy;
+}
+
 class SoftmaxRouter final : public Router {
  public:
   SoftmaxRouter(const Param& weight_ED, std::int64_t top_k, bool renormalize)
@@ -23,7 +31,8 @@ class SoftmaxRouter final : public Router {
     saved.lse_T = keep.take({T}, DType::kF32, "router log-sum-exp");
     ScratchScope scope(*ex.scratch);
     TensorView logits_TE = ex.scratch->take({T, E}, DType::kF32, "router logits");
-    ops::gemm(ex, logits_TE, {x_TD}, {weight_ED_.value, Transpose::kYes}, Accumulate::kOverwrite);
+    ops::gemm(ex, logits_TE, {in_dtype(ex, weight_ED_.value.dtype, x_TD, "router input, widened")},
+              {weight_ED_.value, Transpose::kYes}, Accumulate::kOverwrite);
     ops::route_tokens(ex, saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T, logits_TE,
                       renormalize_);
     if (balance.load)
@@ -38,17 +47,28 @@ class SoftmaxRouter final : public Router {
     TensorView dlogits_TE = ex.scratch->take(saved.probs_TE.shape, DType::kF32, "router logit gradient");
     ops::route_tokens_backward(ex, dlogits_TE, dweight_TK, balance.aux_E, balance.z_scale,
                                {saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T}, renormalize_);
-    TensorView narrow_TE = dlogits_TE;
-    if (dx_TD.dtype != DType::kF32) {  // products take one dtype
-      narrow_TE = ex.scratch->take(dlogits_TE.shape, dx_TD.dtype, "router logit gradient, rounded");
-      ops::cast(ex, narrow_TE, dlogits_TE);
-    }
-    ops::gemm(ex, dx_TD, {narrow_TE}, {weight_ED_.value}, Accumulate::kAdd);
+    const DType dtype = weight_ED_.value.dtype;
+    const ConstTensorView dy_TE = in_dtype(ex, dtype, dlogits_TE, "router logit gradient, rounded");
+    add_input_gradient(ex, dx_TD, dy_TE);
     if (weight_ED_.wants_grad())
-      ops::gemm(ex, weight_ED_.grad, {narrow_TE, Transpose::kYes}, {saved.x_TD}, Accumulate::kAdd);
+      ops::gemm(ex, weight_ED_.grad, {dy_TE, Transpose::kYes},
+                {in_dtype(ex, dtype, saved.x_TD, "router input, widened again")}, Accumulate::kAdd);
   }
 
  private:
+  void add_input_gradient(Exec& ex, TensorView dx_TD, ConstTensorView dy_TE) const {
+    const DType dtype = weight_ED_.value.dtype;
+    if (dx_TD.dtype == dtype) {
+      ops::gemm(ex, dx_TD, {dy_TE}, {weight_ED_.value}, Accumulate::kAdd);
+      return;
+    }
+    ScratchScope scope(*ex.scratch);
+    const TensorView wide_TD = ex.scratch->take(dx_TD.shape, dtype, "router input gradient, widened");
+    ops::cast(ex, wide_TD, dx_TD);
+    ops::gemm(ex, wide_TD, {dy_TE}, {weight_ED_.value}, Accumulate::kAdd);
+    ops::cast(ex, dx_TD, wide_TD);
+  }
+
   Param weight_ED_;
   std::int64_t top_k_;
   bool renormalize_;

@@ -26,7 +26,8 @@ class Router {
 };
 
 // Softmax over all experts, of which the top_k largest are chosen: their probabilities are the weights, divided by
-// their sum where `renormalize`.
+// their sum where `renormalize`. The product is computed in the weight's dtype: beside an fp32 weight, bf16 rows are
+// widened for it.
 std::unique_ptr<const Router> make_softmax_router(const Param& weight_ED, std::int64_t top_k,
                                                   bool renormalize);
 
