@@ -90,6 +90,10 @@ std::vector<fs::path> aside_folders(const fs::path& checkpoints_dir) {
   return found;
 }
 
+//   format of a newer program   thrown on: the store is good, and this program must not set it aside
+//   of this process             thrown on: no memory or too many open files say nothing about the store
+//   of the disk                 not usable; damaged only if a file is missing: one that cannot be read now may be later
+//   bad contents                damaged
 std::optional<StoreFault> fault_of(const std::function<void()>& look) {
   try {
     look();

@@ -38,6 +38,12 @@ bool confirm_name(const fs::path& path) {
 
 }  // namespace
 
+// What a power cut leaves after each step:
+//
+//   filling              PARTIAL with some of its files, which nobody takes for the output
+//   sync_path(partial)   PARTIAL with every name in it; whoever wrote a file has synced its contents
+//   rename               PARTIAL or TARGET, whole either way; unsynced it might be a TARGET with names missing
+//   sync of the parent   TARGET
 bool give_name(const fs::path& partial, const fs::path& target, Existing existing) {
   sync_path(partial);
   // The one moment at which the output comes into being.

@@ -70,6 +70,15 @@ StoreWriter StoreWriter::in(const fs::path& folder, const Communicator& world) {
   return StoreWriter(std::move(impl));
 }
 
+// A save, and where the ranks meet (|):
+//
+//   rank 0  | free space, make DIR.tmp |  shard 0  | index.h5, manifest.json, rename to DIR | durable?
+//   rank 1  |                          |  shard 1  |                                        |
+//   rank 2  |                          |  shard 2  |                                        |
+//            constructor                  write()    commit()
+//
+// write() meets nobody: it may run in a thread beside training, whose messages it must not get among. So its error
+// waits for commit(), as the ranks would not all leave otherwise.
 StoreWriter::StoreWriter(const fs::path& dir, Communicator& world, std::uint64_t bytes)
     : impl_(std::make_unique<Impl>()) {
   impl_->folder = dir;

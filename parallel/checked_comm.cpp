@@ -153,6 +153,8 @@ class CheckedCommunicator final : public Communicator {
     inner_->recv(out, from, stream);
   }
 
+  // Every rank comes here first whatever it is about to call, so this exchange ends even where the verbs differ, which
+  // is where the transport itself would wait for ever.
   // Every rank sees the same calls, so all raise the same error.
   void compare(Call mine) {
     mine.sequence = ++sequence_;

@@ -176,6 +176,7 @@ void agree(Communicator& comm, ExitCode code, const std::string& local_error) {
 }
 
 void require_equal(Communicator& comm, const std::string& what, const std::string& value) {
+  // A hash in place of the text, which is a whole configuration and not equally long on all ranks.
   const auto mine = static_cast<std::int64_t>(philox_key(0, value));
   std::vector<std::int64_t> all(static_cast<std::size_t>(comm.size()));
   comm.all_gather(host_view(all.data(), {comm.size()}), host_view(&mine, {1})).wait();

@@ -50,6 +50,7 @@ std::uint64_t CheckpointWriter::bytes_of(const Session& s) {
   for (const StoredParam& p : s.params.all())
     if (p.owned.size() > 0) bytes += aligned(owned_weight(p).bytes());
   for (const OwnedSlice& slice : s.optimizer.slices())
+    // The moments are written in fp32 in whatever form they are kept: the bytes of a checkpoint do not tell it.
     bytes += (slice.has_master() ? 3 : 2) *
              aligned(static_cast<std::size_t>(slice.weight.elements()) * sizeof(float));
   return bytes;
@@ -59,6 +60,14 @@ CheckpointWriter::~CheckpointWriter() {
   if (thread_.joinable()) thread_.join();
 }
 
+// In the background training stands still for the copy and for the commit only (and where a save is due before the last
+// one is written):
+//
+//   training      step 20 | copy |  step 21  |  step 22  |  step 23  | commit |  step 24
+//   thread                       |  this rank's shard  |
+//
+// The copy makes the values those of one step on all ranks, whatever is trained meanwhile. Commit comes between two
+// steps, as the ranks meet in it, and the step at which it comes is one that all have agreed on.
 void CheckpointWriter::begin(Session& session, const TrainState& state, Communicator& world,
                              bool in_background) {
   UPMOE_CHECK(!busy(), "one checkpoint at a time");

@@ -35,6 +35,7 @@ void cut_after(const fs::path& path, std::int64_t from_step) {
   if (in.bad()) throw SystemError(path, "reading", errno != 0 ? errno : EIO);
   in.close();
   if (cut.empty()) return;
+  // Appended to before the file is replaced: who is killed in between has the lines twice, never not at all.
   const std::string aside = path.string() + ".cut";
   errno = 0;
   if (!(std::ofstream(aside, std::ios::app) << cut << std::flush))

@@ -183,6 +183,8 @@ void write_run_config(const fs::path& run_dir, const RunConfig& run, std::int64_
                       const std::vector<ConfigChange>& changes) {
   const fs::path path = run_dir / "config.yaml";
   std::string history, line;
+  // The comments at its head are the run's history, one line for each change of a key, and stay when the file is
+  // rewritten.
   if (first_step > 1)  // else an earlier run left the file
     for (std::ifstream old(path); std::getline(old, line) && line.starts_with("#");) history += line + "\n";
   for (const ConfigChange& change : changes)

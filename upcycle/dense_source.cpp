@@ -77,6 +77,8 @@ void DenseSource::read(const std::string& tensor, std::uint64_t offset, std::spa
   file->read(*entry, offset, out);
 }
 
+// A cache of the two layers used last. Who comes first reads, the others of that layer wait for it alone; a layer that
+// falls out lives on as long as somebody fills from it.
 std::shared_ptr<const SourceFfn> DenseSource::ffn(int layer) const {
   std::shared_ptr<Slot> slot;
   {
@@ -93,6 +95,7 @@ std::shared_ptr<const SourceFfn> DenseSource::ffn(int layer) const {
     if (slots_.size() > kLayersKept) slots_.pop_back();
   }
   std::call_once(slot->once, [&] { slot->ffn = load(layer); });  // outside the lock: other layers go on
+  // Points at the FFN and owns the slot around it.
   return {slot, &slot->ffn};
 }
 

@@ -8,6 +8,7 @@ namespace upmoe {
 namespace fs = std::filesystem;
 
 void make_output_files(const fs::path& folder, const HfLayout& layout) {
+  // Of full length from the beginning: ranks write their parts at their places, in any order.
   for (const HfLayout::File& file : layout.files) PosixFile::create(folder / file.name).resize(file.bytes);
 }
 

@@ -56,6 +56,11 @@ bool check_target(const UpcycleConfig& c, Problems& problems) {
   return routed && shared && t.num_experts >= 1;
 }
 
+// How many copies of the dense FFN the experts take. Of 8 dense neurons, 4 experts of 3 neurons each:
+//
+//   virtual_group    012 345 67- 012 ...   3 shards a copy, the last padded: 4 is no multiple; 6 would be 2 copies
+//   split, shuffle   012 345 670 123 4     12 neurons out of a row of copies: 2, the second not used up
+//   copy             width 8 alone         a copy each: 4
 void check_copies(const UpcycleConfig& c, std::int64_t dense_width, Problems& problems) {
   const auto& t = c.target;
   const ExpertMethod method = c.experts.method;

@@ -17,6 +17,7 @@ CopyCounts count_copies(const Recipe& recipe, int layer, const ModelConfig& dens
     const UnitMap& map = std::get<ExpertMatrix>(line.transform).map;
     for (std::int64_t j = 0; j < map.width; ++j) {
       const std::int32_t source = map.source_of(j, permutations);
+      // Before any redraw, and of the gates alone: up and down have the same map.
       if (source >= 0) ++copies[static_cast<std::size_t>(source)];
     }
   }

@@ -47,6 +47,12 @@ Plan make_plan(const UpcycleConfig& config, const DenseSource& source, std::uint
   return plan;
 }
 
+// One file is cut without regard to where its tensors end; only the last piece is shorter than the others:
+//
+//   file     | header | layer 0 ........................ | layer 1 ................... | ... |
+//   pieces   |      0      |      1      |      2      |      3      |      4      |   5     |
+//
+// So all ranks and threads have the same to do, and every write starts at a disk block.
 // A stretch of one output file, or the error of one layer, which writes nothing.
 struct Piece {
   std::size_t file = 0;
@@ -158,6 +164,8 @@ std::vector<Piece> share_of(const std::vector<Piece>& pieces, int rank, int rank
   std::vector<Piece> mine;
   for (const Piece& p : pieces) {
     // Where the piece's middle lies decides; sizes stay far below 2^53.
+    // A layer's error has no bytes and goes with the place where it stands, at a border perhaps to the next rank, which
+    // then reads that layer's FFN for it.
     const double middle = static_cast<double>(before) + static_cast<double>(p.end - p.begin) / 2;
     const int owner = std::min(ranks - 1, static_cast<int>(middle * ranks / static_cast<double>(total)));
     if (owner == rank) mine.push_back(p);

@@ -30,6 +30,7 @@ void run_workers(int threads, const std::function<void(const std::atomic<bool>& 
         guarded();
         --left;
       });
+    // The workers' heartbeats count as this thread's progress while it waits.
     watchdog::wait_until([&] { return left == 0; });
   }
   if (first != nullptr) std::rethrow_exception(first);

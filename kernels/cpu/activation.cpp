@@ -16,6 +16,8 @@ struct GateUp {
   f32x16 gate, up;
 };
 
+//   memory   g0 u0 g1 u1 g2 u2 ... g15 u15   (a run of rows of the one weight is a run of whole neurons)
+//   lanes    gate: g0 g1 g2 ... g15    up: u0 u1 u2 ... u15
 // Sixteen (gate, up) pairs, taken apart and put together in registers.
 GateUp load_pairs(const float* p) {
   const f32x16 a = load(p), b = load(p + kLanes);

@@ -19,6 +19,8 @@ struct Block {
 };
 
 Block block_of(const CodedMoments& moments, std::int64_t number) {
+  // Blocks are counted from the shard's beginning: the slice's first one may begin before the slice, its last end
+  // behind.
   const std::int64_t at = (moments.first / kMomentBlock + number) * kMomentBlock - moments.first;
   const std::int64_t begin = std::max<std::int64_t>(at, 0);
   return {number, begin, std::min(at + kMomentBlock, moments.m_n.elements()) - begin};

@@ -22,9 +22,11 @@ struct SinCos {
 // by pi/2 is good to 1e-10 for angles up to 2^20, and the Taylor polynomials on [-pi/4, pi/4] to 1e-11: the
 // results round to the nearest fp32.
 SinCos sin_cos(f64x8 angle) {
+  // Added and taken away it leaves the nearest whole number, as a double of this size has no fraction.
   const double round_to_integer = 6755399441055744.0;  // 1.5 * 2^52
   const f64x8 shifted = angle * 0.63661977236758134 + round_to_integer;
   const f64x8 n = shifted - round_to_integer;
+  // pi/2 in two parts: the second is what the first lacks.
   const f64x8 r = (angle - n * 1.5707963267948966) - n * 6.123233995736766e-17;
   const f64x8 r2 = r * r;
   f64x8 s = r2 * (1.0 / 6227020800.0) - 1.0 / 39916800.0;

@@ -12,6 +12,7 @@ namespace {
 
 AttentionKernel kernel_for(const Exec& ex, AttentionDescription d) {
   const Gpu gpu = gpu_of(ex);
+  // cuDNN is asked only where it would be chosen: the answer costs a plan.
   if (choose(d, gpu).kernel == AttentionKernel::kCudnn) d.refusal = sdpa_refusal(ex, d.shape, d.tokens);
   const AttentionChoice choice = chosen(d, gpu);
   if (!choice.warning.empty()) log::warn_once("{}", choice.warning);
@@ -41,6 +42,7 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
   ScratchScope scope(*ex.scratch);
   const TensorView stats_BHS = take_stats(ex, lse_TN);
   sdpa_forward(ex, out_TQ, stats_BHS, qkv_TH, shape);
+  // cuDNN keeps the log-sum-exp head by head, the op's contract is token by token.
   portable::order_by_token(ex, lse_TN, stats_BHS, shape);
 }
 

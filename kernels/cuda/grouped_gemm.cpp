@@ -96,6 +96,7 @@ void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, Cons
   if (kernel == ExpertsKernel::kZeros) set_zero(ex, dw_eNK);
   if (kernel != ExpertsKernel::kCublasLt) return;
   const std::vector<std::int64_t> offsets = offsets_on_host(ex, rows, d.rows);
+  // An expert without rows has no product, and its gradient is zero all the same.
   if (mode == Accumulate::kOverwrite)
     for (std::size_t e = 0; e + 1 < offsets.size(); ++e)
       if (offsets[e] == offsets[e + 1])

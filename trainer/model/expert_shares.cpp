@@ -2,6 +2,12 @@
 
 namespace upmoe {
 
+// 4 experts on 4 ranks with etp 2: two ranks share two experts, each with a piece of both.
+//
+//   rank                 0           1           2           3
+//   experts             0, 1        0, 1        2, 3        2, 3
+//   piece of each        0           1           0           1
+//   numbered            0, 1        2, 3        4, 5        6, 7      a rank's pieces follow each other
 Range ExpertShares::pieces_of(int rank, int ranks) const {
   const Range experts = balanced(num_experts, ranks / etp, rank / etp);
   const std::int64_t begin = experts.begin * etp + rank % etp * experts.size();

@@ -41,6 +41,7 @@ __device__ void differentiate(float (&score)[Tile<C>::kEach][Tile<C>::kEach],
     const float delta = q < pair.queries ? f.delta[first_row + static_cast<std::int64_t>(q) * heads] : 0.0f;
 #pragma unroll
     for (int j = 0; j < L::kEach; ++j) {
+      // lse is -inf where a query sees no key: s - lse would be inf or no number.
       const bool seen = pair.sees(q, tx * L::kEach + j) && lse != -INFINITY;
       score[i][j] = seen ? expf(score[i][j] - lse) : 0.0f;
       dp[i][j] = score[i][j] * (dp[i][j] - delta);
