@@ -49,8 +49,9 @@ struct Held {
 
 void hold(Session& s, std::vector<Held>& all) {
   for (const StoredParam& p : s.params.all()) {
-    EXPECT_EQ(p.value.dtype, is_router(p.spec.name) || is_bias(p.spec.name) ? DType::kF32 : DType::kBF16)
-        << p.spec.name;
+    const bool wide =
+        is_bias(p.spec.name) || (is_router(p.spec.name) && s.run.router.dtype == RouterDType::kFp32);
+    EXPECT_EQ(p.value.dtype, wide ? DType::kF32 : DType::kBF16) << p.spec.name;
     EXPECT_EQ(p.grad.given(), p.spec.trained) << p.spec.name;
     EXPECT_EQ(p.spec.trained, !is_bias(p.spec.name)) << p.spec.name;
     if (p.shard.elements() == 0) continue;
@@ -92,12 +93,24 @@ Outcome run(const Layout& l) {
   return outcome;
 }
 
-Outcome on_one_rank(Layout l) {
+const Outcome& on_one_rank(Layout l) {
+  static std::map<std::string, Outcome> done;
   l.mesh = {};
   l.pp_chunks = 1;
   l.node_ranks = 0;
   l.zero = 1;
-  return run(l);
+  const std::string key = l.str() + name_of(l.recompute) + name_of(l.reduce) + name_of(l.router);
+  auto it = done.find(key);
+  if (it == done.end()) it = done.emplace(key, run(l)).first;
+  return it->second;
+}
+
+// How far the routers' first gradients are from those of one rank, at most: a token whose choice flips in bf16 shows.
+double router_distance(const Layout& l, const Outcome& many) {
+  double largest = 0;
+  for (const auto& [name, gradient] : on_one_rank(l).gradients)
+    if (is_router(name)) largest = std::max(largest, relative_distance(gradient, many.gradients.at(name)));
+  return largest;
 }
 
 TEST(Dtypes, RoutersInFp32UnderEveryMesh) {
@@ -105,7 +118,7 @@ TEST(Dtypes, RoutersInFp32UnderEveryMesh) {
     for (const Layout& each : test::layouts_of_every_kind()) {
       const Layout l = mixed(each, reduce);
       SCOPED_TRACE(fmt::format("{} zero{} reduce {}", l.str(), l.zero, name_of(reduce)));
-      const Outcome one = on_one_rank(l), many = run(l);
+      const Outcome &one = on_one_rank(l), many = run(l);
       ASSERT_EQ(one.losses.size(), many.losses.size());
       for (std::size_t i = 0; i < one.losses.size(); ++i)
         EXPECT_NEAR(many.losses[i], one.losses[i], 2e-3 * one.losses[i]) << "step " << i + 1;
@@ -115,8 +128,10 @@ TEST(Dtypes, RoutersInFp32UnderEveryMesh) {
         if (!is_router(name)) continue;
         EXPECT_GT(beyond_bf16(many.gradients.at(name)), 0.9) << name;
         EXPECT_GT(beyond_bf16(many.weights.at(name)), 0.9) << name;
-        EXPECT_LT(relative_distance(one.gradients.at(name), many.gradients.at(name)), 5e-2) << name;
       }
+      Layout plain = l;
+      plain.router = RouterDType::kAuto;
+      EXPECT_LT(router_distance(l, many), 1.5 * router_distance(plain, run(plain)) + 1e-2);
     }
 }
 
