@@ -87,7 +87,7 @@ MUTANTS = {
         "b->group == &group &&", "Dtypes.*"),
     "gradient_of_an_fp32_router_rounded": (
         "trainer/model/param_store.h", "return spec.fp32 ? DType::kF32 : options_.grad_dtype; }",
-        "return options_.grad_dtype; }", "Dtypes.*"),
+        "return spec.name.empty() ? DType::kF32 : options_.grad_dtype; }", "Dtypes.*"),
     "moments_of_a_buffer": (
         "trainer/model/param_store.h", "return spec.trained && !frozen; }", "return !frozen; }", "Dtypes.*"),
     "gradients_ready_before_the_last_micro_batch": (
