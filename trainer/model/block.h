@@ -1,6 +1,6 @@
 #pragma once
 // One transformer block: h = x + attention(norm1(x)); y = h + ffn(norm2(h)), ffn dense or a mixture of
-// experts. What is kept for backward and what is computed again: recompute.h.
+// experts. What is kept for backward and what is computed again: keep.h.
 
 #include <variant>
 #include <vector>
