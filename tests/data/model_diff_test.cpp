@@ -20,6 +20,7 @@ class Planted final : public ModelSource {
     for (const auto& [at, value] : planted)
       if (at.first == param.name) out.as<float>()[at.second] = value;
   }
+  bool has(const ParamSpec&) const override { return true; }
   fs::path directory() const override { return "model"; }
   fs::path companions() const override { return {}; }
 
