@@ -22,7 +22,7 @@ def header(path):
     """The comment or doc string that a script or a CMake file begins with, and its comments with commands."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        return "".join(re.findall(r'\A(?:#.*\n)*"""(.*?)"""', text, re.DOTALL))
+        return "".join(re.findall(r'\A(?:#.*\n)*"""((?s:.*?))"""', text))
     return "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
 
 
