@@ -1,4 +1,5 @@
 #include "trainer/rehearsal.h"
+
 #include "parallel/dry_comm.h"
 
 namespace upmoe {
