@@ -1,6 +1,7 @@
 """What the documents tell a reader to type exists: files, presets, build options, tests, environment variables, and the
 options of every command of the project, in README.md, CONTRIBUTING.md, docs/ and headers of scripts and CMake files."""
 
+import ast
 import json
 import os
 import re
@@ -22,7 +23,7 @@ def header(path):
     """The comment or doc string that a script or a CMake file begins with, and its comments with commands."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        return "".join(re.findall(r'\A(?:#.*\n)*"""((?s:.*?))"""', text))
+        return ast.get_docstring(ast.parse(text), clean=False) or ""
     return "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
 
 
@@ -68,6 +69,13 @@ class Documents(unittest.TestCase):
                 if not NOT_OURS.fullmatch(word) and not any(ROOT.glob(word)) and not any(ROOT.glob(word + ".cpp")):
                     lost.append(where)
         self.assertEqual(lost, [])
+
+    def test_headers_are_doc_strings_alone(self):
+        for path in listed("launch/*.py", "tests/*.py", "tests/bench/*.py"):
+            begin = header(path).split("\n", 1)[0]
+            self.assertTrue(begin, path)
+            self.assertIn(begin, path.read_text(encoding="utf-8").split('"""', 2)[1], path)
+            self.assertNotRegex(header(path), r"(?m)^(import|from|def) ", path)
 
     def test_presets(self):
         presets = json.loads((ROOT / "CMakePresets.json").read_text(encoding="utf-8"))

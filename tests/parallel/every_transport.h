@@ -50,6 +50,7 @@ class EveryTransport : public testing::TestWithParam<std::string> {
         body(*make_checked_communicator(world.split(0, world.rank())));
       });
     } else {
+      ASSERT_TRUE(transport.starts_with("threads")) << "how is " << transport << " started?";
       run_in_threads(transport.back() - '0', body);
     }
   }
