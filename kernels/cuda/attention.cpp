@@ -19,6 +19,17 @@ AttentionKernel kernel_for(const Exec& ex, AttentionDescription d) {
   return choice.kernel;
 }
 
+// Else it is cuDNN's. No default: the compiler names the kernel that is chosen and not called.
+bool is_portable(AttentionKernel kernel) {
+  switch (kernel) {
+    case AttentionKernel::kPortable:
+      return true;
+    case AttentionKernel::kCudnn:
+      return false;
+  }
+  fail(ExitCode::kFailure, "attention: no such kernel");
+}
+
 AttentionDescription describe(const ConstTensorView& qkv_TH, const AttentionShape& shape,
                               const ConstTensorView& document_T, bool pair) {
   return {.shape = shape,
@@ -37,7 +48,7 @@ TensorView take_stats(Exec& ex, const ConstTensorView& lse_TN) {
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
                        AttentionShape shape, ConstTensorView document_T) {
-  if (kernel_for(ex, describe(qkv_TH, shape, document_T, false)) == AttentionKernel::kPortable)
+  if (is_portable(kernel_for(ex, describe(qkv_TH, shape, document_T, false))))
     return portable::attention_forward(ex, out_TQ, lse_TN, qkv_TH, shape, document_T);
   ScratchScope scope(*ex.scratch);
   const TensorView stats_BHS = take_stats(ex, lse_TN);
@@ -48,7 +59,7 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
 
 void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
                         const Attended& saved, AttentionShape shape, ConstTensorView document_T) {
-  if (kernel_for(ex, describe(qkv_TH, shape, document_T, false)) == AttentionKernel::kPortable)
+  if (is_portable(kernel_for(ex, describe(qkv_TH, shape, document_T, false))))
     return portable::attention_backward(ex, dqkv_TH, dout_TQ, qkv_TH, saved, shape, document_T);
   ScratchScope scope(*ex.scratch);
   const TensorView stats_BHS = take_stats(ex, saved.lse_TN);
@@ -60,7 +71,7 @@ namespace {
 
 // One kernel takes pairs of chunks; choosing it says that it is slow.
 void choose_for_pair(const Exec& ex, const AttentionDescription& d) {
-  UPMOE_CHECK(kernel_for(ex, d) == AttentionKernel::kPortable, "no other kernel takes {}", words_of(d));
+  UPMOE_CHECK(is_portable(kernel_for(ex, d)), "no other kernel takes {}", words_of(d));
 }
 
 }  // namespace

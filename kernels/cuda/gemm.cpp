@@ -18,10 +18,19 @@ void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Acc
                            .out = c_MN.dtype,
                            .mode = mode,
                            .bias = bias_N.given() ? std::optional(bias_N.dtype) : std::nullopt};
-  const DenseKernel kernel = chosen(d, gpu_of(ex));
-  const bool fills_first = kernel == DenseKernel::kFillThenCublasLt;
-  if (kernel == DenseKernel::kFill || fills_first) start_from_bias(ex, c_MN, bias_N);
-  if (kernel == DenseKernel::kNone || kernel == DenseKernel::kFill) return;
+  bool fills_first = false;
+  switch (chosen(d, gpu_of(ex))) {  // no default: the compiler names the kernel that is chosen and not called
+    case DenseKernel::kNone:
+      return;
+    case DenseKernel::kFill:
+      return start_from_bias(ex, c_MN, bias_N);
+    case DenseKernel::kFillThenCublasLt:
+      start_from_bias(ex, c_MN, bias_N);
+      fills_first = true;
+      break;
+    case DenseKernel::kCublasLt:
+      break;
+  }
   stream_of(ex).kept<GemmLibrary>().multiply({.m = d.m,
                                               .n = d.n,
                                               .k = d.k,

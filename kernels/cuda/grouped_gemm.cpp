@@ -44,6 +44,21 @@ void multiply_beside(const Exec& ex, const std::vector<std::int64_t>& offsets, c
   library.join();
 }
 
+// Whether cuBLASLt has work to do; what else was chosen is done here. No default: the compiler names the kernel that
+// is chosen and not called.
+bool left_to_cublaslt(const Exec& ex, ExpertsKernel kernel, const TensorView& out) {
+  switch (kernel) {
+    case ExpertsKernel::kNone:
+      return false;
+    case ExpertsKernel::kZeros:
+      set_zero(ex, out);
+      return false;
+    case ExpertsKernel::kCublasLt:
+      return true;
+  }
+  fail(ExitCode::kFailure, "products of experts: no such kernel");
+}
+
 // rows_of(out) = rows_of(in) op(w_i).
 void multiply_rows(Exec& ex, ExpertsProduct product, const TensorView& out, const ConstTensorView& in,
                    const ConstTensorView& w_eNK, const ExpertRows& rows) {
@@ -54,9 +69,7 @@ void multiply_rows(Exec& ex, ExpertsProduct product, const TensorView& out, cons
                              .k = w_eNK.shape[2],
                              .in = in.dtype,
                              .out = out.dtype};
-  const ExpertsKernel kernel = chosen(d, gpu_of(ex));
-  if (kernel == ExpertsKernel::kZeros) set_zero(ex, out);
-  if (kernel != ExpertsKernel::kCublasLt) return;
+  if (!left_to_cublaslt(ex, chosen(d, gpu_of(ex)), out)) return;
   multiply_beside(ex, offsets_on_host(ex, rows, d.rows), [&](const Expert& e) {
     return Product{.m = e.rows,
                    .n = out.shape[1],
@@ -92,9 +105,7 @@ void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, Cons
                              .in = dy_RN.dtype,
                              .out = dw_eNK.dtype,
                              .mode = mode};
-  const ExpertsKernel kernel = chosen(d, gpu_of(ex));
-  if (kernel == ExpertsKernel::kZeros) set_zero(ex, dw_eNK);
-  if (kernel != ExpertsKernel::kCublasLt) return;
+  if (!left_to_cublaslt(ex, chosen(d, gpu_of(ex)), dw_eNK)) return;
   const std::vector<std::int64_t> offsets = offsets_on_host(ex, rows, d.rows);
   // An expert without rows has no product, and its gradient is zero all the same.
   if (mode == Accumulate::kOverwrite)
