@@ -1,4 +1,5 @@
 #include "trainer/evaluation.h"
+#include "trainer/batch_deal.h"
 
 #include <algorithm>
 #include <chrono>
@@ -16,7 +17,7 @@ class HeldOut final : public BatchSource {
         sequences_(sequences),
         micro_batch_(options.micro_batch),
         masked_(options.mask_documents),
-        deal_{(sequences + micro_batch_ - 1) / micro_batch_, mesh.coord(Axis::kDp), mesh.spec().dp} {
+        deal_(deal_of(mesh, (sequences + micro_batch_ - 1) / micro_batch_)) {
     const auto S = static_cast<std::size_t>(data.seq_len()), T = static_cast<std::size_t>(micro_batch_) * S;
     for (auto* values : {&tokens_, &targets_, &documents_, &positions_}) values->resize(T);
     for (std::size_t t = 0; t < T; ++t) positions_[t] = static_cast<std::int32_t>(t % S);

@@ -1,6 +1,7 @@
 #include "trainer/rehearsal.h"
 
 #include "parallel/dry_comm.h"
+#include "trainer/batch_deal.h"
 
 namespace upmoe {
 
@@ -10,7 +11,7 @@ namespace {
 class DryBatches final : public BatchSource {
  public:
   DryBatches(const RunConfig& run, const ProcessMesh& mesh)
-      : deal_{run.train.global_batch / run.train.micro_batch, mesh.coord(Axis::kDp), mesh.spec().dp},
+      : deal_(deal_of(mesh, run.train.global_batch / run.train.micro_batch)),
         seq_len_(run.data.seq_len),
         masked_(run.data.mask_documents),
         values_(static_cast<std::size_t>(run.train.micro_batch * seq_len_)) {}

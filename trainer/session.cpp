@@ -1,5 +1,6 @@
 #include "trainer/session.h"
 
+#include "trainer/batch_deal.h"
 #include "trainer/freeze.h"
 #include "trainer/stage_cost.h"
 
@@ -62,8 +63,9 @@ void Session::open_data(std::int64_t first_sample) {
   BatchLoader::Options options;
   options.global_batch = run.train.global_batch;
   options.micro_batch = run.train.micro_batch;
-  options.dp_rank = mesh.coord(Axis::kDp);
-  options.dp_size = mesh.spec().dp;
+  const Deal deal = deal_of(mesh, run.train.global_batch / run.train.micro_batch);
+  options.dp_rank = deal.rank;
+  options.dp_size = deal.ranks;
   options.mask_documents = run.data.mask_documents;
   batches = std::make_unique<BatchLoader>(*data, options, first_sample);
 }

@@ -8,24 +8,16 @@
 #include <string>
 
 #include "parallel/self_comm.h"
+#include "tests/support/full_size.h"
 #include "trainer/rank_model.h"
 
 namespace upmoe {
 namespace {
 
 ModelConfig one_layer() {
-  ModelConfig c;
-  c.model_type = "qwen2_moe";
+  ModelConfig c = full_size();
   c.vocab_size = 256;  // the ends of the model are not run
-  c.hidden_size = 2048;
-  c.intermediate_size = c.shared_expert_intermediate_size = 5632;
   c.num_hidden_layers = 1;
-  c.num_attention_heads = c.num_key_value_heads = 16;
-  c.head_dim = 128;
-  c.max_position_embeddings = 2048;
-  c.num_experts = 60;
-  c.num_experts_per_tok = 4;
-  c.moe_intermediate_size = 1408;
   return c;
 }
 

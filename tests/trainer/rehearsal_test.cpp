@@ -3,6 +3,7 @@
 
 #include "trainer/rehearsal.h"
 
+#include "tests/support/full_size.h"
 #include "tests/support/layout_run.h"
 #include "tests/trainer/whole_run.h"
 #include "trainer/memory_estimate.h"
@@ -142,23 +143,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Rehearsed, testing::ValuesIn(layouts()), [](co
          (i.param.precision == Precision::kBf16 ? "_bf16" : "");
 });
 
-// Qwen1.5-MoE-A2.7B, of which no rank's part would fit into this machine's memory.
-ModelConfig full_size() {
-  ModelConfig c;
-  c.model_type = "qwen2_moe";
-  c.vocab_size = 151936;
-  c.hidden_size = 2048;
-  c.intermediate_size = c.shared_expert_intermediate_size = 5632;
-  c.num_hidden_layers = 24;
-  c.num_attention_heads = c.num_key_value_heads = 16;
-  c.head_dim = 128;
-  c.max_position_embeddings = 8192;
-  c.num_experts = 60;
-  c.num_experts_per_tok = 4;
-  c.moe_intermediate_size = 1408;
-  return c;
-}
-
+// Of full_size(), of which no rank's part would fit into this machine's memory.
 RunConfig full_size_run() {
   RunConfig run;
   run.data.seq_len = 2048;
