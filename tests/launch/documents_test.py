@@ -115,7 +115,10 @@ class Documents(unittest.TestCase):
         self.assertIn("documents_test", names)
         # And those of other builds: without CUDA or under a sanitizer some are not there.
         for path in listed("tests/*/CMakeLists.txt"):
-            names |= set(re.findall(r"(?:upmoe_\w*test\(|add_test\(NAME )(\w+)", path.read_text(encoding="utf-8")))
+            text = path.read_text(encoding="utf-8")
+            names |= set(re.findall(r"(?:upmoe_\w*test\(|add_test\(NAME )(\w+)", text))
+            for name, orders in re.findall(r"upmoe_pretended_gpu_test\((\w+)[^)]*ORDERS ([\d ]+)", text):
+                names |= {f"{name}_on_gpu_{order}" for order in orders.split()}
         for where, match in self.each(r"`((?:\w+_)?test(?:_on_gpu)?[\w*]*|\*_on_gpu_\*)`"):
             pattern = re.compile(match[1].replace("*", ".*") + r"(_\w+)?$")
             self.assertTrue(any(pattern.match(name) for name in names), where)
