@@ -29,7 +29,7 @@ void read_fields(JsonObject& json, ModelConfig& c) {
 }  // namespace
 
 bool ModelConfig::is_moe_layer(int layer) const {
-  return num_experts > 0 && (layer + 1) % decoder_sparse_step == 0 &&
+  return num_experts > 0 && layer >= first_k_dense_replace && (layer + 1) % decoder_sparse_step == 0 &&
          std::find(mlp_only_layers.begin(), mlp_only_layers.end(), layer) == mlp_only_layers.end();
 }
 

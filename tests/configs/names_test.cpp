@@ -4,6 +4,7 @@
 
 #include <set>
 
+#include "configs/model_traits.h"
 #include "configs/run_config.h"
 #include "configs/upcycle_config.h"
 
@@ -66,6 +67,12 @@ TEST(Names, OfRecipes) {
   expect_read<ReinitSets>("experts.reinit_sets", recipe_with);
   expect_read<RouterMethod>("router.method", recipe_with);
   expect_complete<SharedMethod>();
+}
+
+TEST(Names, OfModels) {
+  expect_complete<NormKind>();
+  expect_complete<Activation>();
+  expect_complete<QkNorm>();
 }
 
 }  // namespace
