@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "configs/model_traits.h"
+
 namespace upmoe {
 
 struct ModelConfig {
@@ -17,6 +19,13 @@ struct ModelConfig {
   double rms_norm_eps = 1e-6, rope_theta = 1e6, initializer_range = 0.02;
   bool tie_word_embeddings = false;
   bool qkv_bias = true;
+  NormKind norm = NormKind::kRms;
+  Activation activation = Activation::kSilu;
+  QkNorm qk_norm = QkNorm::kNone;
+  double clip_qkv = 0;            // q, k and v are held within +-this, before they are rotated; 0 = none
+  bool scaled_embedding = false;  // rows times sqrt(hidden_size), a factor rounded to the embedding's dtype
+  std::int64_t sliding_window =
+      0;  // a token sees itself and the sliding_window - 1 before it; 0 = all before it
   std::string dtype = "bfloat16";  // of the files: bfloat16 | float32 | float16
 
   // Mixtures; num_experts 0 = dense
@@ -26,6 +35,8 @@ struct ModelConfig {
   bool norm_topk_prob = false;
   bool router_bias = false;  // a buffer beside each router; no family has one yet, and no router reads it
   double router_aux_loss_coef = 0.001;
+  double routed_scaling_factor = 1;  // of the chosen experts' weights
+  int first_k_dense_replace = 0;     // layers in front of the first mixture
   std::vector<int> mlp_only_layers;
 
   std::string raw_json = "{}";  // the file as read: keys we do not know are carried through to the output

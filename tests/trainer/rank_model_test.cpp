@@ -43,6 +43,29 @@ TEST(RankModel, RefusesStorageThatCannotBe) {
   expect_refused({.dp = 2, .ep = 2}, {.node_ranks = 3}, "nodes of 3 ranks");
 }
 
+// A trait of a model that no layer here computes ends the run in words; it is not left out.
+TEST(RankModel, RefusesAModelOfLayersThatAreMissing) {
+  const std::unique_ptr<Communicator> self = make_self_communicator();
+  const auto refused = [&](void (*ask)(ModelConfig&), const char* words) {
+    ModelConfig config = test::tiny_moe_config();
+    ask(config);
+    try {
+      const RankModel model(config, {}, *self, kDry, {});
+      FAIL() << "not refused: " << words;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kUsage);
+      EXPECT_THAT(e.what(), testing::HasSubstr(words));
+    }
+  };
+  refused([](ModelConfig& c) { c.norm = NormKind::kRmsPlusOne; }, "norm = rms_plus_one");
+  refused([](ModelConfig& c) { c.norm = NormKind::kLayerNorm; }, "norm = layernorm");
+  refused([](ModelConfig& c) { c.activation = Activation::kGeluTanh; }, "activation = gelu_tanh");
+  refused([](ModelConfig& c) { c.qk_norm = QkNorm::kPerHead; }, "qk_norm = per_head");
+  refused([](ModelConfig& c) { c.clip_qkv = 8; }, "clip_qkv = 8");
+  refused([](ModelConfig& c) { c.scaled_embedding = true; }, "a scaled embedding");
+  refused([](ModelConfig& c) { c.sliding_window = 4096; }, "sliding_window = 4096");
+}
+
 TEST(RankModel, HasWhatItWasAskedFor) {
   const std::unique_ptr<Communicator> world = make_dry_communicator(3, 4);
   const ModelConfig config = test::tiny_moe_config();

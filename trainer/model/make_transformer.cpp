@@ -1,8 +1,29 @@
 #include "trainer/model/make_transformer.h"
 
+#include <fmt/format.h>
+
+#include <utility>
+
+#include "trainer/model/scaled_router.h"
+
 namespace upmoe {
 
 namespace {
+
+// What a model asks for and no layer computes. A field that nothing here read would be left out without a word.
+void refuse_missing_layers(const ModelConfig& c) {
+  std::vector<std::string> missing;
+  if (c.norm != NormKind::kRms) missing.push_back(fmt::format("norm = {}", name_of(c.norm)));
+  if (c.activation != Activation::kSilu)
+    missing.push_back(fmt::format("activation = {}", name_of(c.activation)));
+  if (c.qk_norm != QkNorm::kNone) missing.push_back(fmt::format("qk_norm = {}", name_of(c.qk_norm)));
+  if (c.clip_qkv != 0) missing.push_back(fmt::format("clip_qkv = {}", c.clip_qkv));
+  if (c.scaled_embedding) missing.emplace_back("a scaled embedding");
+  if (c.sliding_window != 0) missing.push_back(fmt::format("sliding_window = {}", c.sliding_window));
+  if (missing.empty()) return;
+  fail(ExitCode::kUsage, "a model of type {} cannot be built: no layer computes {}; take a model without it",
+       c.model_type, fmt::join(missing, ", "));
+}
 
 // The parameters of one block, by their roles.
 struct BlockParams {
@@ -34,6 +55,8 @@ MoeLayer bind_moe(const ModelConfig& config, const BlockParams& params, const Pr
   moe.num_experts = config.num_experts;
   moe.router = make_softmax_router(params.get(Role::kRouter, {config.num_experts, config.hidden_size}),
                                    config.num_experts_per_tok, config.norm_topk_prob);
+  if (config.routed_scaling_factor != 1)
+    moe.router = make_scaled_router(std::move(moe.router), config.routed_scaling_factor);
   moe.exchange = make_exchange({config.num_experts, mesh.spec().etp}, mesh.along({Axis::kEp, Axis::kEtp}),
                                {mesh.across_nodes(), mesh.inside_node()});
   const Shape eF2D = params.shard(Role::kExpertGateUp);
@@ -98,6 +121,7 @@ OutputHead bind_output(const ModelConfig& config, const ParamStore& params, cons
 
 Transformer make_transformer(const ModelConfig& config, const ParamStore& params, const ProcessMesh& mesh,
                              const StagePlan& plan, std::size_t chunk, Recompute recompute) {
+  refuse_missing_layers(config);
   const Range blocks = plan.chunks[chunk];
   Transformer model;
   model.hidden_size = config.hidden_size;
