@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plants one error at a time in the parallel layouts and shows that the tests find it.
+"""Plants one error at a time in the parallel layouts and on the GPU path and shows that the tests find it.
 
 By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--places] [--build DIR] [NAME ...]
 The tree is copied first, so nothing here changes.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# name: file, what stands there, what is planted, the meshes that must notice (a GoogleTest filter)
+# name: file, what stands there, what is planted, the tests that must notice (a GoogleTest filter) and, unless it is
+# layout_equivalence_test with its meshes, their program (those that end in _on_gpu have the pretended GPU)
 MUTANTS = {
     "kv_bias_gradient_summed_over_tp_alone": (
         "parallel/layout.cpp", "return {data * tp.count + tp.index, copies * tp.count};",
@@ -93,6 +94,9 @@ MUTANTS = {
     "gradients_ready_before_the_last_micro_batch": (
         "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.batches.rounds();",
         "  const bool last = action.micro_batch == 0;", "*"),
+    "nccl_operations_begin_in_any_order": (
+        "parallel/nccl_channel.cpp", 'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0)',
+        'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0", 0)', "*OneOrder", "nccl_test"),
 }
 
 
@@ -137,15 +141,19 @@ def copy_tree(tree):
         shutil.copymode(ROOT / name, tree / name)
 
 
-def build(tree, out):
-    return run(["cmake", "--build", out, "--target", "layout_equivalence_test", "-j2"], cwd=tree)
+LAYOUTS = "layout_equivalence_test"
 
 
-def caught(out, meshes):
+def build(tree, out, *programs):
+    return run(["cmake", "--build", out, "--target", *programs, "-j2"], cwd=tree)
+
+
+def caught(out, tests, program):
     """The tests fail, or the program stops with an error: both are a catch; a time-out is a hang, and none."""
     began = time.monotonic()
-    done = run([out / "bin" / "layout_equivalence_test", f"--gtest_filter={meshes}"], timeout=600,
-               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    device = {"UPMOE_TEST_DEVICE": "cuda"} if program.endswith("_on_gpu") else {}
+    done = run([out / "bin" / program, f"--gtest_filter={tests}"], timeout=600,
+               env=os.environ | {"OMP_NUM_THREADS": "1"} | device)
     failed = sum(line.startswith("[  FAILED  ]") and "(" in line for line in done.stdout.splitlines())
     return done.returncode != 0, failed, time.monotonic() - began
 
@@ -159,21 +167,23 @@ def main():
     copy_tree(tree)
     done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
                 f"-DUPMOE_PYTHON={sys.executable}"])
+    programs = sorted({LAYOUTS, *(p for name in args.names for p in MUTANTS[name][4:])})
     if done.returncode == 0:
-        done = build(tree, out)
+        done = build(tree, out, *programs)
     if done.returncode != 0:
         raise SystemExit(f"the tree without mutants does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    if caught(out, "*")[0]:
-        raise SystemExit("the tests fail without any mutant")
+    for program in programs:
+        if caught(out, "*", program)[0]:
+            raise SystemExit(f"{program} fails without any mutant")
     survivors = []
     for name in args.names:
-        path, old, new, meshes = MUTANTS[name]
+        path, old, new, tests, program = (*MUTANTS[name], LAYOUTS)[:5]
         source = (tree / path).read_text(encoding="utf-8")
         (tree / path).write_text(source.replace(old, new), encoding="utf-8")
-        done = build(tree, out)
+        done = build(tree, out, program)
         if done.returncode != 0:
             raise SystemExit(f"{name} does not build:\n{done.stdout[-3000:]}")
-        found, failed, seconds = caught(out, meshes)
+        found, failed, seconds = caught(out, tests, program)
         print(f"{name:50}{'caught' if found else 'SURVIVED':10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
         if not found:
             survivors.append(name)
