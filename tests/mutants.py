@@ -97,6 +97,12 @@ MUTANTS = {
     "nccl_operations_begin_in_any_order": (
         "parallel/nccl_channel.cpp", 'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0)',
         'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0", 0)', "*OneOrder", "nccl_test"),
+    "log_sum_exps_of_other_heads_in_a_slice": (
+        "kernels/cuda/library/cudnn_sdpa.cpp", "(slice.first_sequence * s.heads + first_head()) * s.seq_len",
+        "(slice.first_sequence * s.heads) * s.seq_len", "*Slices", "cudnn_test_on_gpu"),
+    "attention_backward_in_one_go": (
+        "kernels/cuda/library/cudnn_sdpa.cpp", "if (!deterministic) return", "if (s.heads > 0) return", "*Slices",
+        "cudnn_test_on_gpu"),
 }
 
 
