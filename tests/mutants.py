@@ -103,6 +103,9 @@ MUTANTS = {
     "attention_backward_in_one_go": (
         "kernels/cuda/library/cudnn_sdpa.cpp", "if (!deterministic) return", "if (s.heads > 0) return", "*Slices",
         "cudnn_test_on_gpu"),
+    "arenas_grow_by_an_eighth": (
+        "kernels/cuda/runtime/memory.cu", "std::min(committed_ / 8, kMostAhead)", "committed_ / 8", "*GrowsByLittle",
+        "gpu_test_on_gpu"),
 }
 
 

@@ -117,6 +117,17 @@ TEST_F(Gpu, AnArenaGrowsInPlace) {
   EXPECT_EQ(fake_cuda::allocated(), before);
 }
 
+// Near the limit what one arena has too much another one, or a library, has too little.
+TEST_F(Gpu, ALargeArenaGrowsByLittle) {
+  Arena arena({DeviceType::kCuda, 0}, std::size_t{1} << 40, "activations");
+  arena.take({std::int64_t{12} << 30}, DType::kBF16, "twenty-four gibibytes");
+  const std::size_t before = fake_cuda::allocated();
+  arena.take({1 << 20}, DType::kBF16, "a little more");
+  const std::size_t grown = fake_cuda::allocated() - before;
+  EXPECT_GT(grown, std::size_t{64} << 20) << "not piece by piece";
+  EXPECT_LE(grown, std::size_t{512} << 20);
+}
+
 TEST_F(Gpu, AnArenaOutOfMemoryNamesItsUsers) {
   Arena arena({DeviceType::kCuda, 0}, std::size_t{1} << 40, "activations");
   arena.take({10 << 20}, DType::kBF16, "attention qkv");
