@@ -106,6 +106,9 @@ MUTANTS = {
     "arenas_grow_by_an_eighth": (
         "kernels/cuda/runtime/memory.cu", "std::min(committed_ / 8, kMostAhead)", "committed_ / 8", "*GrowsByLittle",
         "gpu_test_on_gpu"),
+    "code_of_one_architecture_for_its_family": (
+        "kernels/cuda/runtime/device.cu", "(alone ? gpu_minor == minor : gpu_minor >= minor)", "gpu_minor >= minor",
+        "*ThatAlone", "gpu_test_on_gpu"),
 }
 
 
