@@ -109,6 +109,9 @@ MUTANTS = {
     "code_of_one_architecture_for_its_family": (
         "kernels/cuda/runtime/device.cu", "(alone ? gpu_minor == minor : gpu_minor >= minor)", "gpu_minor >= minor",
         "*ThatAlone", "gpu_test_on_gpu"),
+    "pointers_in_structs_unseen": (
+        "tests/support/fake_cuda/cuda_runtime.h", "    add_pointers_in(&argument, sizeof argument, reads);", "",
+        "*PointersInStructs", "stream_order_test_on_gpu"),
 }
 
 

@@ -140,6 +140,30 @@ TEST(StreamOrderItself, SeesTransfersThatNobodyWaitsFor) {
   }
 }
 
+// A sum of slices is launched outside of ops, and gets them in a struct.
+TEST(StreamOrderItself, SeesPointersInStructs) {
+  const std::unique_ptr<Stream> copies = gpu::make_stream(), sums = gpu::make_stream();
+  const Buffer memory = Buffer::allocate({DeviceType::kCuda, 0}, 64 * 3, "test");
+  std::byte *out = memory.data(), *staged = out + 64, *own = out + 128;
+  const std::vector<std::byte> arrives(64);
+  for (const bool forget : {false, true}) {
+    for (std::byte* part : {staged, own}) {
+      const StreamOrder order;
+      gpu::copy(*copies, part, arrives.data(), 64);
+      gpu::Event event;
+      event.record(*copies);
+      if (!forget) event.hold(*sums);
+      gpu::fold_slices(*sums, ReduceOp::kSum, DType::kF32, out, staged, own, 1, 2, 8);
+      EXPECT_EQ(order.mistakes().empty(), !forget);
+      if (forget) {
+        EXPECT_THAT(order.mistakes().front(), HasSubstr("a kernel reads"));
+      }
+      copies->synchronize();
+      sums->synchronize();
+    }
+  }
+}
+
 TEST(StreamOrderItself, HostWaitsAndEventsOrder) {
   const std::unique_ptr<Stream> one = gpu::make_stream(), two = gpu::make_stream();
   const int memory = 0;

@@ -88,6 +88,15 @@ bool is_device(const void* p) {
 
 }  // namespace
 
+void fake_cuda::add_pointers_in(const void* argument, std::size_t bytes, Ranges& reads) {
+  const auto* at = static_cast<const std::byte*>(argument);
+  for (std::size_t i = 0; i + sizeof(void*) <= bytes; i += alignof(void*)) {
+    const void* word = nullptr;
+    std::memcpy(&word, at + i, sizeof word);
+    if (word != nullptr && is_device(word)) reads.push_back({word, 1});
+  }
+}
+
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
   if (const cudaError_t e = planted("cudaMemcpyAsync"); e != cudaSuccess) return e;
