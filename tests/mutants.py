@@ -112,6 +112,8 @@ MUTANTS = {
     "pointers_in_structs_unseen": (
         "tests/support/fake_cuda/cuda_runtime.h", "    add_pointers_in(&argument, sizeof argument, reads);", "",
         "*PointersInStructs", "stream_order_test_on_gpu"),
+    "what_is_done_again_untold": (
+        "kernels/core/exec.h", "      ledger->again(op);", "", "*Again*", "core_test"),
 }
 
 
