@@ -114,6 +114,25 @@ MUTANTS = {
         "*PointersInStructs", "stream_order_test_on_gpu"),
     "what_is_done_again_untold": (
         "kernels/core/exec.h", "      ledger->again(op);", "", "*Again*", "core_test"),
+    "fused_products_are_no_model_work": (
+        "kernels/ops/experts.cpp",
+        "          bytes_of(out_RN), Work::kModel);", "          bytes_of(out_RN));", "*SameModelWork",
+        "expert_ffn_test_on_gpu"),
+    "fused_experts_of_any_width": (
+        "kernels/cuda/choose/expert_ffn.cpp", "s.width % kColumns != 0", "s.width % 8 != 0", "*SaysWhyNot",
+        "choose_test"),
+    "rows_of_other_ranks_not_kept": (
+        "trainer/model/experts.cpp", "if (!rows.lasting || (keeps.rows && !saved.fused)) {",
+        "if (keeps.rows && !saved.fused) {", "FusedExpertsOfRanks.*", "fused_experts_test_on_gpu"),
+    "hidden_rows_kept_by_the_fused_path": (
+        "trainer/model/experts.cpp", "if (keeps.hidden && !saved.fused)", "if (keeps.hidden)", "*/none",
+        "fused_experts_test_on_gpu"),
+    "experts_in_any_order": (
+        "kernels/cuda/portable/expert_index.cu", "  ranking[place] = e;", "  ranking[place] = e / 2;",
+        "*WeightGradients*", "experts_test_on_gpu"),
+    "parts_of_weight_gradients_left_out": (
+        "kernels/cuda/portable/expert_index.cu", "for (int p = 0; p < each; ++p)", "for (int p = 1; p < each; ++p)",
+        "*DHidden*", "experts_test_on_gpu"),
 }
 
 

@@ -1,6 +1,7 @@
 #pragma once
 // Where and in which order work happens. An Exec is passed to every op and layer; nothing is ambient.
 
+#include "kernels/core/experts_path.h"
 #include "kernels/core/ledger.h"
 #include "kernels/core/memory.h"
 
@@ -40,6 +41,7 @@ struct Exec {
   // Two runs have the same bits. Without it a GPU's attention may sum its gradient in any order; all else
   // stays as it is.
   bool deterministic = true;
+  ExpertsPath experts = ExpertsPath::kAuto;
 
   void book(std::string_view op, double flops, double bytes_read, double bytes_written,
             Work work = Work::kOther) const {

@@ -26,6 +26,7 @@ struct Options {
   OptimizerKind optimizer = OptimizerKind::kAdamW8bit;
   Precision precision = Precision::kBf16;
   Recompute recompute = Recompute::kNone;
+  ExpertsPath kernels = ExpertsPath::kAuto;
   DeviceChoice device = DeviceChoice::kAuto;
   bool offload = false, profile = false;
 };
@@ -48,6 +49,7 @@ Options parse(int argc, char** argv) {
   add_choice(app, "--optimizer", o.optimizer, "");
   add_choice(app, "--precision", o.precision, "");
   add_choice(app, "--recompute", o.recompute, "");
+  add_choice(app, "--kernels-experts", o.kernels, "");
   app.add_flag("--offload", o.offload, "optimizer state in the host's memory");
   app.add_flag("--profile", o.profile, "on a GPU: milliseconds of each op");
   add_choice(app, "--device", o.device, "");
@@ -85,6 +87,7 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   r.train.global_batch = r.train.micro_batch * o.micro_batches;
   r.train.precision = o.precision;
   r.train.recompute = o.recompute;
+  r.kernels.experts = o.kernels;
   r.parallel.reduce = o.precision;
   r.optimizer.name = o.optimizer;
   r.optimizer.lr = 1e-4;
