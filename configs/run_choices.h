@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "configs/names.h"
+#include "kernels/core/experts_path.h"
 #include "kernels/core/tensor.h"
 
 namespace upmoe {
@@ -44,6 +45,11 @@ inline constexpr Names<Recompute> kNames<Recompute>{.built = {{Recompute::kNone,
                                                               {Recompute::kUp, "up"},
                                                               {Recompute::kFfn, "ffn"},
                                                               {Recompute::kBlock, "block"}}};
+
+template <>
+inline constexpr Names<ExpertsPath> kNames<ExpertsPath>{.built = {{ExpertsPath::kAuto, "auto"},
+                                                                  {ExpertsPath::kStreams, "streams"},
+                                                                  {ExpertsPath::kFused, "fused"}}};
 
 enum class OptimizerKind : std::uint8_t { kAdamW, kAdamW8bit };
 template <>

@@ -72,6 +72,9 @@ struct RunConfig {
     int node_ranks = 0;
     int pp_chunks = 1;  // runs of blocks per pipeline stage; above 1 the schedule is interleaved
   } parallel;
+  struct Kernels {
+    ExpertsPath experts = ExpertsPath::kAuto;
+  } kernels;
   std::vector<std::string> freeze;  // shell-style patterns over parameter names, ours or Hugging Face's
   struct Checkpoint {
     std::int64_t every = 0;

@@ -63,6 +63,7 @@ std::vector<std::string> without_effect(const RunConfig& run) {
   notes.unless(run.train.precision != Precision::kFp32, "router.dtype", "train.precision is fp32");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");
   notes.unless(run.device != DeviceChoice::kCpu, "train.deterministic", "the CPU always sums in one order");
+  notes.unless(run.device != DeviceChoice::kCpu, "kernels.experts", "device is cpu");
   add_schedule_words(run, notes.list);
   return notes.list;
 }
@@ -70,7 +71,8 @@ std::vector<std::string> without_effect(const RunConfig& run) {
 std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig& model) {
   Notes notes(run);
   const bool routed = model.num_moe_layers() > 0;
-  for (const char* key : {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype"})
+  for (const char* key :
+       {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype", "kernels.experts"})
     notes.unless(routed, key, "the model has no experts");
   notes.unless(run.router.aux_loss > 0, "router.aux_kind", "router.aux_loss is 0");
   return notes.list;

@@ -185,6 +185,11 @@ Schema run_schema(RunConfig& run) {
   add_train(schema, run.train);
   add_optimization(schema, run);
   add_layout(schema, run.parallel);
+  schema.section("kernels")
+      .key("experts", run.kernels.experts)
+      .says(
+          "On GPUs: fused, Hopper's kernels for all experts at once, in bf16; streams, a product for each; "
+          "auto: streams.");
   schema.section("")
       .key("freeze", run.freeze)
       .says(

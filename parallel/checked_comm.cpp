@@ -10,6 +10,7 @@ namespace {
 enum class Verb : std::int64_t {
   kSplit,
   kSubgroup,
+  kConnect,
   kAllReduce,
   kBroadcast,
   kBarrier,
@@ -25,6 +26,8 @@ const char* name_of(Verb verb) {
       return "split";
     case Verb::kSubgroup:
       return "subgroup";
+    case Verb::kConnect:
+      return "connect";
     case Verb::kAllReduce:
       return "all_reduce";
     case Verb::kBroadcast:
@@ -82,7 +85,9 @@ TensorView as_words(Call* calls, std::int64_t n) {
 
 std::string describe(const Call& c) {
   std::string text = name_of(c.verb);
-  if (c.verb == Verb::kSplit || c.verb == Verb::kSubgroup || c.verb == Verb::kBarrier) return text;
+  if (c.verb == Verb::kSplit || c.verb == Verb::kSubgroup || c.verb == Verb::kConnect ||
+      c.verb == Verb::kBarrier)
+    return text;
   if (c.verb == Verb::kAllReduce) text += fmt::format(" ({})", name_of(static_cast<ReduceOp>(c.detail)));
   if (c.verb == Verb::kBroadcast) text += fmt::format(" from rank {}", c.detail);
   Shape shape;
@@ -107,6 +112,10 @@ class CheckedCommunicator final : public Communicator {
   std::unique_ptr<Communicator> do_subgroup(const std::vector<int>& members) override {
     compare(Call(Verb::kSubgroup));
     return make_checked_communicator(inner_->subgroup(members));
+  }
+  void do_connect(const std::vector<Route>& routes) override {
+    compare(Call(Verb::kConnect));
+    inner_->connect(routes);
   }
   void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
     compare(Call(Verb::kAllReduce, inout, static_cast<std::int64_t>(op)));

@@ -104,6 +104,24 @@ std::unique_ptr<Communicator> Communicator::do_subgroup(const std::vector<int>& 
   return do_split(members.front(), rank_);  // disjoint groups have different first members
 }
 
+std::vector<Route> ring_routes(int ranks, bool backward, bool closed) {
+  std::vector<Route> routes;
+  const auto add = [&](int low, int high) {
+    routes.push_back(backward ? Route{high, low} : Route{low, high});
+  };
+  for (const int parity : {0, 1})
+    for (int r = parity; r + 1 < ranks; r += 2) add(r, r + 1);
+  if (closed && ranks > 1) add(ranks - 1, 0);
+  return routes;
+}
+
+void Communicator::connect(const std::vector<Route>& routes) {
+  for (const Route& r : routes)
+    UPMOE_CHECK(0 <= r.from && r.from < size_ && 0 <= r.to && r.to < size_ && r.from != r.to,
+                "a route from rank {} to rank {} of {}", r.from, r.to, size_);
+  do_connect(routes);
+}
+
 // Every rank sums a slice of its own: all others' parts of it arrive, its sum goes to all others.
 void Communicator::all_reduce(TensorView inout, ReduceOp op, const On& on) {
   check_stream("all_reduce", inout.device, on);

@@ -39,6 +39,14 @@ struct On {
   OpWatcher* watcher = nullptr;  // null outside tests
 };
 
+// Messages of one rank of a group to another one.
+struct Route {
+  int from, to;
+};
+// From each rank to the next one, or `backward` to the one before; `closed`: between the last and the first too.
+// First all (0, 1), (2, 3) ..., then (1, 2), (3, 4) ..., then the closing one, so that few wait for others.
+std::vector<Route> ring_routes(int ranks, bool backward, bool closed);
+
 // One ordered group of ranks. Every verb is collective over the group: same order, same arguments (row counts
 // and tensor contents aside) on each member. Tensors are contiguous and live on the communicator's device;
 // dtypes fp32, bf16, fp64, int32, int64. bf16 sums are taken in fp32, fp32 sums in fp64, and rounded once: a
@@ -77,6 +85,9 @@ class Communicator {
   // from rank p, in rank order. Counts are on the host and may be 0; send and receive counts must match pairwise.
   Pending all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows, ConstTensorView in,
                           std::span<const std::int64_t> send_rows, const On& on = {});
+  // Prepares sends and receives along these routes: collective over the group, with the same routes in the same order
+  // on each member. Between GPUs nothing else can be sent.
+  void connect(const std::vector<Route>& routes);
   // Between two ranks, in order: the n-th receive from a rank takes its n-th send. For the pipeline.
   Pending send(ConstTensorView in, int to, const On& on = {});
   void recv(TensorView out, int from, const On& on = {});
@@ -92,6 +103,7 @@ class Communicator {
   // What a transport is: groups of its kind, and eight functions of pure movement, behind the checks.
   virtual std::unique_ptr<Communicator> do_split(int color, int key) = 0;
   virtual std::unique_ptr<Communicator> do_subgroup(const std::vector<int>& members);  // by do_split
+  virtual void do_connect(const std::vector<Route>&) {}  // most are connected from the beginning
   virtual void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) = 0;
   virtual void do_broadcast(TensorView inout, int root, Stream* stream) = 0;
   virtual void do_barrier() = 0;

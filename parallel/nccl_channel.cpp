@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels/core/log.h"
@@ -64,6 +65,20 @@ cudaStream_t cuda(Stream& stream) {
 }
 
 }  // namespace
+
+void begin() {
+  constexpr int kOrdered = 22600;
+  static std::once_flag once;
+  std::call_once(once, [] { setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0); });
+  int version = 0;
+  check(ncclGetVersion(&version), "ncclGetVersion");
+  if (version < kOrdered)
+    fail(ExitCode::kDevice,
+         "NCCL {}.{}.{} keeps operations of several groups of ranks in no order, so that they may wait for "
+         "each other "
+         "for ever: install NCCL 2.26 or newer",
+         version / 10000, version / 100 % 100, version % 100);
+}
 
 Id new_id() {
   ncclUniqueId made;
@@ -240,103 +255,6 @@ Pending Channel::run(const char* verb, Stream* compute, const Calls& calls) {
   done->record(*stream_);
   progress_->track(sequence, done);
   return Pending([done, compute] { done->hold(*compute); });
-}
-
-struct Pair::State {
-  std::shared_ptr<Progress> progress;
-  Id id;
-  int me;
-  std::string ranks;
-
-  struct Operation {
-    std::uint64_t sequence;
-    std::shared_ptr<gpu::Event> ready, done;
-    Calls calls;
-    std::promise<void> handed_over;
-  };
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::deque<Operation> queue;
-  bool stop = false, abandoned = false;
-};
-
-Pair::Pair(std::shared_ptr<Progress> progress, const Id& id, int me, const std::string& ranks)
-    : state_(std::make_shared<State>()) {
-  state_->progress = std::move(progress);
-  state_->id = id;
-  state_->me = me;
-  state_->ranks = ranks;
-  thread_ = std::thread([state = state_] { work(state); });
-}
-
-Pair::~Pair() {
-  const bool abandoned = std::uncaught_exceptions() > 0;
-  {
-    const std::lock_guard lock(state_->mutex);
-    state_->stop = true;
-    state_->abandoned = abandoned;
-    state_->changed.notify_all();
-  }
-  // The peer may never come to make the communicator; the process is about to end.
-  if (abandoned) {
-    thread_.detach();
-  } else {
-    thread_.join();
-  }
-}
-
-Pending Pair::run(const char* verb, Stream* compute, Calls calls) {
-  state_->progress->require_sound();
-  State::Operation o;
-  o.sequence = watchdog::enter(verb, ExitCode::kCommunicator);
-  watchdog::waiting_for(o.sequence, "ranks " + state_->ranks);
-  o.ready = std::make_shared<gpu::Event>();
-  o.done = std::make_shared<gpu::Event>();
-  o.ready->record(*compute);
-  o.calls = std::move(calls);
-  // The host waits only until the pair's thread has put the operation on its stream: before that there is no event to
-  // hold `compute` by. The first operation of a pair waits here for the peer, which has to make the channel too.
-  Pending pending([done = o.done, compute, over = o.handed_over.get_future().share()] {
-    over.get();
-    done->hold(*compute);
-  });
-  const std::lock_guard lock(state_->mutex);
-  state_->queue.push_back(std::move(o));
-  state_->changed.notify_all();
-  return pending;
-}
-
-void Pair::work(const std::shared_ptr<State>& state) {
-  State& s = *state;
-  std::unique_ptr<Channel> channel;
-  for (;;) {
-    State::Operation o;
-    {
-      std::unique_lock lock(s.mutex);
-      s.changed.wait(lock, [&] { return s.stop || !s.queue.empty(); });
-      // remove() says whether it is still there: of two that abort a communicator the second would find it freed.
-      if (s.abandoned && channel != nullptr && s.progress->remove(channel->comm()))
-        ncclCommAbort(channel->comm());
-      if (s.abandoned || s.queue.empty()) return;
-      o = std::move(s.queue.front());
-      s.queue.pop_front();
-    }
-    try {
-      if (channel == nullptr) {
-        gpu::use(s.progress->device());
-        channel = std::make_unique<Channel>(s.progress, join(s.id, 2, s.me), s.ranks);
-      }
-      o.ready->hold(channel->stream());
-      o.calls(channel->comm(), channel->stream());
-      o.done->record(channel->stream());
-      s.progress->track(o.sequence, o.done);
-      o.handed_over.set_value();
-    } catch (...) {
-      watchdog::leave(o.sequence);
-      // Thrown by the Pending's wait(), on the rank's own thread.
-      o.handed_over.set_exception(std::current_exception());
-    }
-  }
 }
 
 }  // namespace upmoe::nccl

@@ -4,9 +4,7 @@
 
 #include <array>
 #include <condition_variable>
-#include <deque>
 #include <functional>
-#include <future>
 #include <list>
 #include <map>
 #include <mutex>
@@ -23,6 +21,10 @@ namespace upmoe::nccl {
 // These throw Error(kCommunicator) with NCCL's own words.
 using Comm = ncclComm*;
 using Id = std::array<std::byte, 128>;  // by which ranks find each other
+// Before anything else: NCCL begins operations of several communicators in the order in which the host gave them.
+// They take turns on a GPU, and each occupies a part of it until its peers have come: in another order on each rank
+// all of them can wait for each other. Throws where NCCL is older than 2.26, which knows no such order.
+void begin();
 Id new_id();
 Comm join(const Id& id, int ranks, int rank);             // collective over the ranks
 Comm split(Comm parent, bool alone, int color, int key);  // collective over the parent; null for one alone
@@ -105,24 +107,6 @@ class Channel {
   std::string ranks_;
   std::unique_ptr<Stream> stream_;
   gpu::Event ready_;
-};
-
-// Messages from one rank to another: a channel for the two, which takes its sends or receives in order.
-// NCCL makes a communicator when both sides call, and the sender must not wait for that (all ranks of a ring
-// send before they receive). So a thread makes it and hands over the operations.
-class Pair {
- public:
-  // me: 0 sends, 1 receives.
-  Pair(std::shared_ptr<Progress> progress, const Id& id, int me, const std::string& ranks);
-  ~Pair();
-  Pair(const Pair&) = delete;
-  Pending run(const char* verb, Stream* compute, Calls calls);
-
- private:
-  struct State;
-  static void work(const std::shared_ptr<State>& state);
-  std::shared_ptr<State> state_;
-  std::thread thread_;
 };
 
 }  // namespace upmoe::nccl

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <limits>
-#include <map>
 
 #include "parallel/nccl_channel.h"
 #include "parallel/self_comm.h"
+#include "parallel/watchdog.h"
 
 namespace upmoe {
 
@@ -42,6 +42,11 @@ class NcclCommunicator final : public Communicator {
         self_(make_self_communicator()),
         ranks_(std::move(ranks)) {}
 
+  // NCCL may wait for the peer when a communicator ends, as when it is made: in one order on both.
+  ~NcclCommunicator() override {
+    while (!pairs_.empty()) pairs_.pop_back();
+  }
+
   void abort(int code) noexcept override {
     progress_->abort_all();
     host_->abort(code);
@@ -59,6 +64,28 @@ class NcclCommunicator final : public Communicator {
     }
     return std::make_unique<NcclCommunicator>(std::move(child), progress_, std::move(channel),
                                               std::move(ranks));
+  }
+
+  // Every rank goes through the routes in the same order, so that the first one that is not made has nobody to wait for
+  // but its two ranks: no circle. Both wait here, where nothing of theirs is under way on the GPU.
+  void do_connect(const std::vector<Route>& routes) override {
+    for (const auto& [from, to] : routes) {
+      if ((from != rank() && to != rank()) || size() == 1) continue;
+      const watchdog::Phase phase("making of a channel between two GPUs");
+      nccl::Id id{};
+      // The sender names the channel, the receiver learns its name over the host.
+      if (from == rank()) {
+        id = nccl::new_id();
+        host_->send(view_of(id), to).wait();
+      } else {
+        host_->recv(view_of(id), from);
+      }
+      const std::string ranks =
+          in_words({ranks_[static_cast<std::size_t>(from)], ranks_[static_cast<std::size_t>(to)]});
+      pairs_.push_back(
+          {from, to,
+           std::make_unique<nccl::Channel>(progress_, nccl::join(id, 2, from == rank() ? 0 : 1), ranks)});
+    }
   }
 
   void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
@@ -138,16 +165,17 @@ class NcclCommunicator final : public Communicator {
   Pending do_send(ConstTensorView in, int to, Stream* stream) override {
     if (elsewhere(in.device)) return elsewhere(in.device)->send(in, to, stream);
     if (in.bytes() == 0) return {};
-    return pair_to(to).run("send", stream,
-                           [in](nccl::Comm comm, Stream& s) { nccl::send(comm, s, in.data, in.bytes(), 1); });
+    return pair(rank(), to).run("send", stream, [&](nccl::Comm comm, Stream& s) {
+      nccl::send(comm, s, in.data, in.bytes(), 1);
+    });
   }
 
   void do_recv(TensorView out, int from, Stream* stream) override {
     if (elsewhere(out.device)) return elsewhere(out.device)->recv(out, from, stream);
     if (out.bytes() == 0) return;
-    pair_from(from)
+    pair(from, rank())
         .run("recv", stream,
-             [out](nccl::Comm comm, Stream& s) { nccl::receive(comm, s, out.data, out.bytes(), 0); })
+             [&](nccl::Comm comm, Stream& s) { nccl::receive(comm, s, out.data, out.bytes(), 0); })
         .wait();
   }
 
@@ -205,26 +233,11 @@ class NcclCommunicator final : public Communicator {
     return staging_->base();
   }
 
-  // The sender names the channel, the receiver learns its name over the host.
-  nccl::Pair& pair_to(int to) {
-    std::unique_ptr<nccl::Pair>& pair = to_[to];
-    if (pair != nullptr) return *pair;
-    // The list keeps the name where the host's message reads it, until the message is through (id_sends_).
-    ids_.push_back(nccl::new_id());
-    id_sends_.push_back(host_->send(view_of(ids_.back()), to));
-    pair = std::make_unique<nccl::Pair>(progress_, ids_.back(), 0, words_for(rank(), to));
-    return *pair;
-  }
-  nccl::Pair& pair_from(int from) {
-    std::unique_ptr<nccl::Pair>& pair = from_[from];
-    if (pair != nullptr) return *pair;
-    nccl::Id id{};
-    host_->recv(view_of(id), from);
-    pair = std::make_unique<nccl::Pair>(progress_, id, 1, words_for(from, rank()));
-    return *pair;
-  }
-  std::string words_for(int from, int to) const {
-    return in_words({ranks_[static_cast<std::size_t>(from)], ranks_[static_cast<std::size_t>(to)]});
+  nccl::Channel& pair(int from, int to) {
+    for (Pair& p : pairs_)
+      if (p.from == from && p.to == to) return *p.channel;
+    fail(ExitCode::kFailure, "ranks {} and {} of {} were not connected before a message between their GPUs",
+         from, to, size());
   }
 
   std::unique_ptr<Communicator> host_;
@@ -233,14 +246,18 @@ class NcclCommunicator final : public Communicator {
   std::unique_ptr<nccl::Channel> channel_;     // null in a group of one
   std::unique_ptr<Communicator> self_;
   std::vector<std::int64_t> ranks_;  // by their numbers in the world
-  std::list<nccl::Id> ids_;          // on their way to receivers
-  std::vector<Pending> id_sends_;
-  std::map<int, std::unique_ptr<nccl::Pair>> to_, from_;
+  // Messages of one rank to another have a channel of their own, in which they keep their order.
+  struct Pair {
+    int from, to;
+    std::unique_ptr<nccl::Channel> channel;
+  };
+  std::vector<Pair> pairs_;
 };
 
 }  // namespace
 
 std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> host) {
+  nccl::begin();
   std::vector<std::int64_t> ranks = world_ranks(*host, host->rank());
   auto progress = std::make_shared<nccl::Progress>();
   std::unique_ptr<nccl::Channel> channel;

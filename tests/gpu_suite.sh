@@ -16,7 +16,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bundle=$root/build/gpu_suite
 op_tests=(pointwise norm activation loss embedding routing adversarial_routing transfer gemm grouped_gemm expert_ffn
-  attention attention_pair adamw adamw8bit)
+  experts attention attention_pair adamw adamw8bit)
 
 die() {
   echo "gpu_suite: error: $*" >&2
@@ -186,7 +186,7 @@ part_models() {
 # find things in cuDNN's), and memcheck alone looks at how they are called.
 sanitized() { # TOOL TEST
   case $2 in
-    gemm | grouped_gemm | expert_ffn | adversarial_routing) [ "$1" = memcheck ] && echo '*' ;;
+    gemm | grouped_gemm | expert_ffn | experts | adversarial_routing) [ "$1" = memcheck ] && echo '*' ;;
     attention) echo '*fp32*2x65*:*fp32*dim28*:*packing3*:*packing4*:*Rope*' ;;
     attention_pair) echo '*2x65*:*dim28*:*Merge*:CopyColumns*' ;;
     *) echo '*' ;;

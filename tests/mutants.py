@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plants one error at a time in the parallel layouts and shows that the tests find it.
+"""Plants one error at a time in the parallel layouts and on the GPU path and shows that the tests find it.
 
 By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--places] [--build DIR] [NAME ...]
 The tree is copied first, so nothing here changes.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# name: file, what stands there, what is planted, the meshes that must notice (a GoogleTest filter)
+# name: file, what stands there, what is planted, the tests that must notice (a GoogleTest filter) and, unless it is
+# layout_equivalence_test with its meshes, their program (those that end in _on_gpu have the pretended GPU)
 MUTANTS = {
     "kv_bias_gradient_summed_over_tp_alone": (
         "parallel/layout.cpp", "return {data * tp.count + tp.index, copies * tp.count};",
@@ -93,6 +94,45 @@ MUTANTS = {
     "gradients_ready_before_the_last_micro_batch": (
         "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.batches.rounds();",
         "  const bool last = action.micro_batch == 0;", "*"),
+    "nccl_operations_begin_in_any_order": (
+        "parallel/nccl_channel.cpp", 'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0)',
+        'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0", 0)', "*OneOrder", "nccl_test"),
+    "log_sum_exps_of_other_heads_in_a_slice": (
+        "kernels/cuda/library/cudnn_sdpa.cpp", "(slice.first_sequence * s.heads + first_head()) * s.seq_len",
+        "(slice.first_sequence * s.heads) * s.seq_len", "*Slices", "cudnn_test_on_gpu"),
+    "attention_backward_in_one_go": (
+        "kernels/cuda/library/cudnn_sdpa.cpp", "if (!deterministic) return", "if (s.heads > 0) return", "*Slices",
+        "cudnn_test_on_gpu"),
+    "arenas_grow_by_an_eighth": (
+        "kernels/cuda/runtime/memory.cu", "std::min(committed_ / 8, kMostAhead)", "committed_ / 8", "*GrowsByLittle",
+        "gpu_test_on_gpu"),
+    "code_of_one_architecture_for_its_family": (
+        "kernels/cuda/runtime/device.cu", "(alone ? gpu_minor == minor : gpu_minor >= minor)", "gpu_minor >= minor",
+        "*ThatAlone", "gpu_test_on_gpu"),
+    "pointers_in_structs_unseen": (
+        "tests/support/fake_cuda/cuda_runtime.h", "    add_pointers_in(&argument, sizeof argument, reads);", "",
+        "*PointersInStructs", "stream_order_test_on_gpu"),
+    "what_is_done_again_untold": (
+        "kernels/core/exec.h", "      ledger->again(op);", "", "*Again*", "core_test"),
+    "fused_products_are_no_model_work": (
+        "kernels/ops/experts.cpp",
+        "          bytes_of(out_RN), Work::kModel);", "          bytes_of(out_RN));", "*SameModelWork",
+        "expert_ffn_test_on_gpu"),
+    "fused_experts_of_any_width": (
+        "kernels/cuda/choose/expert_ffn.cpp", "s.width % kColumns != 0", "s.width % 8 != 0", "*SaysWhyNot",
+        "choose_test"),
+    "rows_of_other_ranks_not_kept": (
+        "trainer/model/experts.cpp", "if (!rows.lasting || (keeps.rows && !saved.fused)) {",
+        "if (keeps.rows && !saved.fused) {", "FusedExpertsOfRanks.*", "fused_experts_test_on_gpu"),
+    "hidden_rows_kept_by_the_fused_path": (
+        "trainer/model/experts.cpp", "if (keeps.hidden && !saved.fused)", "if (keeps.hidden)", "*/none",
+        "fused_experts_test_on_gpu"),
+    "experts_in_any_order": (
+        "kernels/cuda/portable/expert_index.cu", "  ranking[place] = e;", "  ranking[place] = e / 2;",
+        "*WeightGradients*", "experts_test_on_gpu"),
+    "parts_of_weight_gradients_left_out": (
+        "kernels/cuda/portable/expert_index.cu", "for (int p = 0; p < each; ++p)", "for (int p = 1; p < each; ++p)",
+        "*DHidden*", "experts_test_on_gpu"),
 }
 
 
@@ -137,15 +177,19 @@ def copy_tree(tree):
         shutil.copymode(ROOT / name, tree / name)
 
 
-def build(tree, out):
-    return run(["cmake", "--build", out, "--target", "layout_equivalence_test", "-j2"], cwd=tree)
+LAYOUTS = "layout_equivalence_test"
 
 
-def caught(out, meshes):
+def build(tree, out, *programs):
+    return run(["cmake", "--build", out, "--target", *programs, "-j2"], cwd=tree)
+
+
+def caught(out, tests, program):
     """The tests fail, or the program stops with an error: both are a catch; a time-out is a hang, and none."""
     began = time.monotonic()
-    done = run([out / "bin" / "layout_equivalence_test", f"--gtest_filter={meshes}"], timeout=600,
-               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    device = {"UPMOE_TEST_DEVICE": "cuda"} if program.endswith("_on_gpu") else {}
+    done = run([out / "bin" / program, f"--gtest_filter={tests}"], timeout=600,
+               env=os.environ | {"OMP_NUM_THREADS": "1"} | device)
     failed = sum(line.startswith("[  FAILED  ]") and "(" in line for line in done.stdout.splitlines())
     return done.returncode != 0, failed, time.monotonic() - began
 
@@ -159,21 +203,23 @@ def main():
     copy_tree(tree)
     done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
                 f"-DUPMOE_PYTHON={sys.executable}"])
+    programs = sorted({LAYOUTS, *(p for name in args.names for p in MUTANTS[name][4:])})
     if done.returncode == 0:
-        done = build(tree, out)
+        done = build(tree, out, *programs)
     if done.returncode != 0:
         raise SystemExit(f"the tree without mutants does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    if caught(out, "*")[0]:
-        raise SystemExit("the tests fail without any mutant")
+    for program in programs:
+        if caught(out, "*", program)[0]:
+            raise SystemExit(f"{program} fails without any mutant")
     survivors = []
     for name in args.names:
-        path, old, new, meshes = MUTANTS[name]
+        path, old, new, tests, program = (*MUTANTS[name], LAYOUTS)[:5]
         source = (tree / path).read_text(encoding="utf-8")
         (tree / path).write_text(source.replace(old, new), encoding="utf-8")
-        done = build(tree, out)
+        done = build(tree, out, program)
         if done.returncode != 0:
             raise SystemExit(f"{name} does not build:\n{done.stdout[-3000:]}")
-        found, failed, seconds = caught(out, meshes)
+        found, failed, seconds = caught(out, tests, program)
         print(f"{name:50}{'caught' if found else 'SURVIVED':10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
         if not found:
             survivors.append(name)

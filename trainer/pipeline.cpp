@@ -62,10 +62,14 @@ struct Pipeline::Flight {
 
 // Activations and gradients have a group each: between two stages both directions may carry both.
 struct Pipeline::Link {
-  Link(Communicator& stages, std::int64_t experts_)
+  // closed: the last stage's chunks are followed by chunks of the first.
+  Link(Communicator& stages, bool closed, std::int64_t experts_)
       : forward(stages.subgroup(everyone(stages))),
         backward(stages.subgroup(everyone(stages))),
-        experts(static_cast<std::size_t>(experts_)) {}
+        experts(static_cast<std::size_t>(experts_)) {
+    forward->connect(ring_routes(stages.size(), false, closed));
+    backward->connect(ring_routes(stages.size(), true, closed));
+  }
   static std::vector<int> everyone(const Communicator& group) {
     std::vector<int> all(static_cast<std::size_t>(group.size()));
     std::iota(all.begin(), all.end(), 0);
@@ -105,7 +109,7 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
       device_(device) {
   for (int i = 0; i < config.num_hidden_layers; ++i)
     moe_of_block_.push_back(config.is_moe_layer(i) ? static_cast<int>(mixtures_++) : -1);
-  if (plan.stages > 1) link_ = std::make_unique<Link>(mesh.along(Axis::kPp), num_experts_);
+  if (plan.stages > 1) link_ = std::make_unique<Link>(mesh.along(Axis::kPp), chunks.size() > 1, num_experts_);
 }
 
 Pipeline::~Pipeline() = default;

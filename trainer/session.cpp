@@ -53,6 +53,7 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model, Communic
       reducer(params, mesh, device),
       optimizer(params, optimizer_of(run_config), device) {
   memory.exec.deterministic = run_config.train.deterministic;
+  memory.exec.experts = run_config.kernels.experts;
 }
 
 void Session::open_data(std::int64_t first_sample) {

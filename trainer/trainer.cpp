@@ -7,21 +7,6 @@
 
 namespace upmoe {
 
-namespace {
-
-bool is_model_work(std::string_view op) {
-  return op.starts_with("gemm") || op.starts_with("grouped_gemm") || op.starts_with("attention");
-}
-
-}  // namespace
-
-double model_flops(const Ledger& ledger) {
-  double flops = 0;
-  for (const auto& [op, cost] : ledger.entries())
-    if (is_model_work(op)) flops += cost.flops;
-  return flops;
-}
-
 StepSums Trainer::accumulate() {
   Exec& ex = s_.memory.exec;
   const RunConfig& run = s_.run;
@@ -38,7 +23,7 @@ StepSums Trainer::accumulate() {
 
 // One small all-reduce for everything the ranks tell each other about a step.
 void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& report) {
-  std::vector<double> values{sums.loss, sums.aux, sums.z, model_flops(s_.memory.ledger),
+  std::vector<double> values{sums.loss, sums.aux, sums.z, s_.memory.ledger.total().model_flops,
                              static_cast<double>(request)};
   const std::size_t head = values.size();
   for (const auto& layer : sums.assigned) values.insert(values.end(), layer.begin(), layer.end());

@@ -24,9 +24,6 @@ struct StepReport {
   std::int64_t requests = 0;  // sum over ranks of the `request` argument of step()
 };
 
-// Of the products and of attention: what MFU counts.
-double model_flops(const Ledger& ledger);
-
 class Trainer {
  public:
   explicit Trainer(Session& session) : s_(session) {}

@@ -1,6 +1,7 @@
 #pragma once
 // Where and in which order work happens. An Exec is passed to every op and layer; nothing is ambient.
 
+#include "kernels/core/experts_path.h"
 #include "kernels/core/ledger.h"
 #include "kernels/core/memory.h"
 
@@ -40,10 +41,25 @@ struct Exec {
   // Two runs have the same bits. Without it a GPU's attention may sum its gradient in any order; all else
   // stays as it is.
   bool deterministic = true;
+  ExpertsPath experts = ExpertsPath::kAuto;
 
-  void book(std::string_view op, double flops, double bytes_read, double bytes_written) const {
-    if (ledger != nullptr && books_ops) ledger->book(op, flops, bytes_read, bytes_written);
+  void book(std::string_view op, double flops, double bytes_read, double bytes_written,
+            Work work = Work::kOther) const {
+    if (ledger == nullptr) return;
+    if (books_ops) {
+      ledger->book(op, flops, bytes_read, bytes_written, work);
+    } else {
+      ledger->again(op);
+    }
   }
 };
+
+// To compute again in backward what forward did not keep: work done twice is not model work, so its ops are not
+// booked. What it sends is: that goes over the wire a second time.
+inline Exec not_booked(const Exec& ex) {
+  Exec again = ex;
+  again.books_ops = false;
+  return again;
+}
 
 }  // namespace upmoe

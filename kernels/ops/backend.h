@@ -7,6 +7,7 @@
 #include "kernels/ops/adamw8bit.h"
 #include "kernels/ops/attention.h"
 #include "kernels/ops/embedding.h"
+#include "kernels/ops/experts.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
 #include "kernels/ops/loss.h"

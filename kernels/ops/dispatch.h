@@ -23,6 +23,15 @@ inline void show(OpWatcher& w, std::span<const ConstTensorView> parts) {
 inline void show(OpWatcher& w, const ExpertRows& rows) {
   w.reads(rows.offset_e1);
 }
+inline void show(OpWatcher& w, const ops::PickedRows& rows) {
+  for (const ConstTensorView& t : {rows.from_XD, rows.index_R}) show(w, t);
+}
+inline void show(OpWatcher& w, const ops::ExpertFfn& f) {
+  for (const ConstTensorView& t : {f.gate_up_eGD, f.down_eDF, f.weight_R, f.rows.offset_e1}) w.reads(t);
+}
+inline void show(OpWatcher& w, const ops::HiddenGradients& g) {
+  for (const TensorView& t : {g.dgate_up_RG, g.h_RF, g.dweight_R}) w.writes(t);
+}
 inline void show(OpWatcher& w, const Factor& factor) {
   w.reads(factor.stored);
 }

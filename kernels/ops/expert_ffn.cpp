@@ -12,18 +12,34 @@ void pick(Exec& ex, TensorView out_RD, const PickedRows& rows) {
   gather_rows(ex, out_RD, rows.from_XD, rows.index_R, rows.divisor);
 }
 
+TensorView memory_for(Exec& ex, const TensorView& there, Shape shape, DType dtype, const char* what) {
+  return there.given() ? there : ex.scratch->take(shape, dtype, what);
+}
+
+void forward_fused(Exec& ex, TensorView y_RD, const ExpertActivations& kept, PickedRows x,
+                   const ExpertFfn& f) {
+  const std::int64_t R = y_RD.rows(), G = f.gate_up_eGD.shape[1];
+  ScratchScope scope(*ex.scratch);
+  if (kept.x_RD.given()) {
+    pick(ex, kept.x_RD, x);
+    x = {kept.x_RD, {}};
+  }
+  const TensorView gate_up_RG = memory_for(ex, kept.gate_up_RG, {R, G}, y_RD.dtype, "expert gate and up"),
+                   h_RF = ex.scratch->take({R, G / 2}, y_RD.dtype, "expert hidden");
+  experts_up(ex, gate_up_RG, h_RF, x, f);
+  experts_rows(ex, y_RD, h_RF, f.down_eDF, Transpose::kYes, f.rows);
+}
+
 }  // namespace
 
 void expert_ffn_forward(Exec& ex, TensorView y_RD, const ExpertActivations& kept, const PickedRows& x,
                         const ExpertFfn& f) {
+  if (f.fused) return forward_fused(ex, y_RD, kept, x, f);
   const std::int64_t R = y_RD.rows(), G = f.gate_up_eGD.shape[1];
   ScratchScope scope(*ex.scratch);
-  const auto memory = [&](const TensorView& there, Shape shape, const char* what) {
-    return there.given() ? there : ex.scratch->take(shape, y_RD.dtype, what);
-  };
-  const TensorView x_RD = memory(kept.x_RD, y_RD.shape, "expert input"),
-                   gate_up_RG = memory(kept.gate_up_RG, {R, G}, "expert gate and up"),
-                   h_RF = memory(kept.h_RF, {R, G / 2}, "expert hidden");
+  const TensorView x_RD = memory_for(ex, kept.x_RD, y_RD.shape, y_RD.dtype, "expert input"),
+                   gate_up_RG = memory_for(ex, kept.gate_up_RG, {R, G}, y_RD.dtype, "expert gate and up"),
+                   h_RF = memory_for(ex, kept.h_RF, {R, G / 2}, y_RD.dtype, "expert hidden");
   pick(ex, x_RD, x);
   grouped_gemm_forward(ex, gate_up_RG, x_RD, f.gate_up_eGD, f.rows);
   swiglu_forward(ex, h_RF, gate_up_RG, f.weight_R);
@@ -32,6 +48,10 @@ void expert_ffn_forward(Exec& ex, TensorView y_RD, const ExpertActivations& kept
 
 void expert_ffn_backward(Exec& ex, const ExpertGradients& g, const PickedRows& dy, ConstTensorView gate_up_RG,
                          const ExpertFfn& f) {
+  if (f.fused) {
+    experts_dhidden(ex, {g.dgate_up_RG, g.h_RF, g.dweight_R}, dy, gate_up_RG, f);
+    return experts_rows(ex, g.dx_RD, g.dgate_up_RG, f.gate_up_eGD, Transpose::kNo, f.rows);
+  }
   pick(ex, g.dy_RD, dy);
   ScratchScope scope(*ex.scratch);
   const TensorView dh_RF =
@@ -41,22 +61,28 @@ void expert_ffn_backward(Exec& ex, const ExpertGradients& g, const PickedRows& d
   grouped_gemm_dgrad(ex, g.dx_RD, g.dgate_up_RG, f.gate_up_eGD, f.rows);
 }
 
-void expert_ffn_wgrad(Exec& ex, TensorView dgate_up_eGD, TensorView ddown_eDF, const ExpertActivations& a,
-                      const ExpertGradients& g, const ExpertFfn& f) {
+void expert_ffn_wgrad(Exec& ex, TensorView dgate_up_eGD, TensorView ddown_eDF, const WeightOperands& o,
+                      const ExpertFfn& f) {
+  if (f.fused) {
+    if (ddown_eDF.given()) experts_wgrad(ex, ddown_eDF, o.dy, {o.h_RF, {}}, f.rows, Accumulate::kAdd);
+    if (dgate_up_eGD.given())
+      experts_wgrad(ex, dgate_up_eGD, {o.dgate_up_RG, {}}, o.x, f.rows, Accumulate::kAdd);
+    return;
+  }
   ScratchScope scope(*ex.scratch);
   if (ddown_eDF.given()) {
-    TensorView h_RF = a.h_RF;
+    ConstTensorView h_RF = o.h_RF;
     if (!h_RF.given()) {
-      h_RF = ex.scratch->take({a.gate_up_RG.rows(), a.gate_up_RG.shape[1] / 2}, a.gate_up_RG.dtype,
-                              "expert hidden, again");
-      Exec again = ex;
-      again.ledger = nullptr;
-      swiglu_forward(again, h_RF, a.gate_up_RG, f.weight_R);
+      const TensorView again_RF = ex.scratch->take({o.gate_up_RG.rows(), o.gate_up_RG.shape[1] / 2},
+                                                   o.gate_up_RG.dtype, "expert hidden, again");
+      Exec again = not_booked(ex);
+      swiglu_forward(again, again_RF, o.gate_up_RG, f.weight_R);
+      h_RF = again_RF;
     }
-    grouped_gemm_wgrad(ex, ddown_eDF, g.dy_RD, h_RF, f.rows, Accumulate::kAdd);
+    grouped_gemm_wgrad(ex, ddown_eDF, o.dy.from_XD, h_RF, f.rows, Accumulate::kAdd);
   }
   if (dgate_up_eGD.given())
-    grouped_gemm_wgrad(ex, dgate_up_eGD, g.dgate_up_RG, a.x_RD, f.rows, Accumulate::kAdd);
+    grouped_gemm_wgrad(ex, dgate_up_eGD, o.dgate_up_RG, o.x.from_XD, f.rows, Accumulate::kAdd);
 }
 
 }  // namespace upmoe::ops

@@ -28,6 +28,13 @@ void check_offsets(std::span<const Offset> offset_e1, std::int64_t rows,
                  fmt::format("expert {}: {} to {}", i, offset_e1[i], offset_e1[i + 1]));
 }
 
+// What every op of experts asks of its rows, `rows.experts()` being those of the weights.
+void check_expert_rows(const Exec& ex, const ExpertRows& rows, std::int64_t experts, std::int64_t total,
+                       std::source_location where);
+
+// Of the weights only those of experts with rows are touched; all, for who does not know.
+double expert_weight_bytes(const ConstTensorView& w_eNK, const ExpertRows& rows);
+
 }  // namespace ops
 
 }  // namespace upmoe

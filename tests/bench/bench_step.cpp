@@ -20,12 +20,13 @@ namespace {
 using namespace upmoe;
 
 struct Options {
-  int layers = 24, experts = 60, steps = 5;
+  int layers = 24, experts = 60, steps = 5, micro_batches = 1;
   std::int64_t tokens = 16384, seq_len = 2048, width = 2048, heads = 16, expert_width = 1408,
                shared_width = 5632, vocab = 151936;
   OptimizerKind optimizer = OptimizerKind::kAdamW8bit;
   Precision precision = Precision::kBf16;
   Recompute recompute = Recompute::kNone;
+  ExpertsPath kernels = ExpertsPath::kAuto;
   DeviceChoice device = DeviceChoice::kAuto;
   bool offload = false, profile = false;
 };
@@ -37,7 +38,8 @@ Options parse(int argc, char** argv) {
   app.add_option("--layers", o.layers);
   app.add_option("--experts", o.experts);
   app.add_option("--steps", o.steps, "the first one or two also choose algorithms and take memory");
-  app.add_option("--tokens", o.tokens, "of a step, one micro-batch");
+  app.add_option("--tokens", o.tokens, "of a micro-batch");
+  app.add_option("--micro-batches", o.micro_batches, "of a step")->check(CLI::Range(1, 1024));
   app.add_option("--seq-len", o.seq_len);
   app.add_option("--width", o.width);
   app.add_option("--heads", o.heads);
@@ -47,6 +49,7 @@ Options parse(int argc, char** argv) {
   add_choice(app, "--optimizer", o.optimizer, "");
   add_choice(app, "--precision", o.precision, "");
   add_choice(app, "--recompute", o.recompute, "");
+  add_choice(app, "--kernels-experts", o.kernels, "");
   app.add_flag("--offload", o.offload, "optimizer state in the host's memory");
   app.add_flag("--profile", o.profile, "on a GPU: milliseconds of each op");
   add_choice(app, "--device", o.device, "");
@@ -80,9 +83,11 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   r.data.train = {{tokens.string(), 1.0}};
   r.data.seq_len = o.seq_len;
   r.train.steps = o.steps;
-  r.train.global_batch = r.train.micro_batch = o.tokens / o.seq_len;
+  r.train.micro_batch = o.tokens / o.seq_len;
+  r.train.global_batch = r.train.micro_batch * o.micro_batches;
   r.train.precision = o.precision;
   r.train.recompute = o.recompute;
+  r.kernels.experts = o.kernels;
   r.parallel.reduce = o.precision;
   r.optimizer.name = o.optimizer;
   r.optimizer.lr = 1e-4;
@@ -92,7 +97,7 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
 }
 
 std::filesystem::path random_tokens(const Options& o) {
-  std::vector<std::uint32_t> tokens(static_cast<std::size_t>(o.tokens * (o.steps + 1) + 1));
+  std::vector<std::uint32_t> tokens(static_cast<std::size_t>(o.tokens * o.micro_batches * (o.steps + 1) + 1));
   std::minstd_rand random(1);
   for (std::uint32_t& t : tokens)
     t = static_cast<std::uint32_t>(random() % static_cast<std::uint64_t>(o.vocab));
@@ -102,7 +107,8 @@ std::filesystem::path random_tokens(const Options& o) {
 }
 
 // From the place in the stream where an op is booked to the next such place: what it takes there, with what
-// the host kept the stream waiting. (Copies that no op books, and work done twice, count with the op before.)
+// the host kept the stream waiting. What is computed twice is "op again". (Copies that no op books count with the op
+// before.)
 void profile(Session& s, Trainer& trainer, std::int64_t step) {
   std::vector<std::pair<std::string, std::unique_ptr<gpu::Event>>> points;
   const auto point = [&](std::string_view op) {
@@ -157,7 +163,7 @@ void run(const Options& o, Runtime& runtime) {
     fmt::print(
         R"({{"step": {}, "loss": {:.6f}, "grad_norm": {:.4f}, "seconds": {:.6f}, "tokens_per_s": {:.1f}, "tflops": {:.3f}}})"
         "\n",
-        step, r.loss, r.grad_norm, r.seconds, static_cast<double>(o.tokens) / r.seconds,
+        step, r.loss, r.grad_norm, r.seconds, static_cast<double>(o.tokens * o.micro_batches) / r.seconds,
         r.flops_per_rank / r.seconds * 1e-12);
     std::fflush(stdout);
   }

@@ -30,6 +30,7 @@ struct Tensor {
 };
 
 double seconds_of(const std::function<void()>& work);  // the median of five goes of many calls each
+double flops_of_cube();                                // per second, measured at each call: as below
 double peak_flops();  // per second: the product of two 8192 x 8192 bf16 matrices (512 when small)
 double peak_bytes();  // per second: a sum of two arrays into a third
 

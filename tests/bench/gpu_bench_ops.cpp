@@ -238,6 +238,16 @@ void add_ends(const std::string& name, std::int64_t t) {
       ops::gemm(ex, logits->view, {x->view}, {w->view, Transpose::kYes}, Accumulate::kOverwrite);
     };
   });
+  add(fmt::format("gemm_dgrad/logits/{}", chunk), [=] {
+    const Held dx = make({chunk, m.width}), dlogits = make({chunk, m.vocab}), w = make({m.vocab, m.width});
+    return [=](Exec& ex) { ops::gemm(ex, dx->view, {dlogits->view}, {w->view}, Accumulate::kOverwrite); };
+  });
+  add(fmt::format("gemm_wgrad/logits/{}", chunk), [=] {
+    const Held dw = make({m.vocab, m.width}), dlogits = make({chunk, m.vocab}), x = make({chunk, m.width});
+    return [=](Exec& ex) {
+      ops::gemm(ex, dw->view, {dlogits->view, Transpose::kYes}, {x->view}, Accumulate::kAdd);
+    };
+  });
 }
 
 // Over the parameters of one layer's experts.
@@ -281,6 +291,7 @@ void add_ops(std::int64_t t) {
   add_linear("qkv/" + name, t, 3 * m.width, m.width);
   add_linear("shared_gate_up/" + name, t, 2 * m.shared_width, m.width);
   add_linear("shared_down/" + name, t, m.width, m.shared_width);
+  add_linear("router/" + name, t, m.experts, m.width);
   add_grouped("gate_up/" + name, t * m.top_k, 2 * m.expert_width, m.width);
   add_grouped("down/" + name, t * m.top_k, m.width, m.expert_width);
   add_attention(name, t);

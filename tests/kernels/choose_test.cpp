@@ -10,6 +10,7 @@
 #include "kernels/cuda/choose/attention.h"
 #include "kernels/cuda/choose/chosen.h"
 #include "kernels/cuda/choose/dense_product.h"
+#include "kernels/cuda/choose/expert_ffn.h"
 #include "kernels/cuda/choose/expert_products.h"
 
 namespace upmoe::cuda {
@@ -105,6 +106,43 @@ TEST(ChooseExperts, ByWhatThereIsToSum) {
   EXPECT_EQ(kernel(ExpertsProduct::kWeightGradient, 9, 4, 0), ExpertsKernel::kNone);
   EXPECT_EQ(kernel(ExpertsProduct::kWeightGradient, 0, 4, 5), ExpertsKernel::kZeros);
   EXPECT_EQ(kernel(ExpertsProduct::kWeightGradient, 0, 4, 5, Accumulate::kAdd), ExpertsKernel::kNone);
+}
+
+TEST(ChooseExpertFfn, FusedWhereAskedForAndPossible) {
+  ExpertFfnDescription d{
+      .wish = ExpertsPath::kFused,
+      .shape = {
+          .experts = 60, .width = 2048, .neurons = 1408, .dtype = DType::kBF16, .gradient = DType::kBF16}};
+  EXPECT_TRUE(choose(d, kHopper).fused);
+  EXPECT_EQ(choose(d, kHopper).reason, "");
+  // Until a record of a GPU says otherwise.
+  for (const ExpertsPath wish : {ExpertsPath::kAuto, ExpertsPath::kStreams}) {
+    d.wish = wish;
+    EXPECT_FALSE(choose(d, kHopper).fused);
+    EXPECT_EQ(choose(d, kHopper).reason, "") << "nothing was asked for in vain";
+  }
+}
+
+TEST(ChooseExpertFfn, SaysWhyNot) {
+  const ExpertFfnDescription fits{
+      .wish = ExpertsPath::kFused,
+      .shape = {.experts = 8, .width = 512, .neurons = 384, .dtype = DType::kBF16, .gradient = DType::kBF16}};
+  const auto reason = [&](auto change, Gpu gpu = kHopper) {
+    ExpertFfnDescription d = fits;
+    change(d.shape);
+    const ExpertFfnChoice c = choose(d, gpu);
+    EXPECT_NE(c.fused, !c.reason.empty());
+    return c.reason;
+  };
+  EXPECT_EQ(reason([](auto&) {}), "");
+  for (const int sm : {80, 89, 100, 103, 120})
+    EXPECT_THAT(reason([](auto&) {}, {.sm = sm, .cudnn = true}), HasSubstr("compute capability 9.0"));
+  EXPECT_THAT(reason([](auto& s) { s.dtype = DType::kF32; }), HasSubstr("weights are fp32"));
+  EXPECT_THAT(reason([](auto& s) { s.gradient = DType::kF32; }), HasSubstr("parallel.reduce"));
+  EXPECT_THAT(reason([](auto& s) { s.width = 128; }), HasSubstr("width is 128, no multiple of 256"));
+  EXPECT_THAT(reason([](auto& s) { s.neurons = 352; }), HasSubstr("352 neurons here, no multiple of 128"));
+  EXPECT_THAT(reason([](auto& s) { s.experts = 257; }), HasSubstr("257 experts here"));
+  EXPECT_EQ(reason([](auto& s) { s.experts = 256; }), "");
 }
 
 TEST(Chosen, IsShownOnceForEachDescription) {

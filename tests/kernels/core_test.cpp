@@ -177,6 +177,34 @@ TEST(LedgerBook, AddsUpByName) {
   EXPECT_TRUE(ledger.entries().empty());
 }
 
+TEST(LedgerBook, MarksModelWorkWhateverTheOpIsCalled) {
+  Ledger ledger;
+  Exec ex;
+  ex.ledger = &ledger;
+  ex.book("gemm of something else", 7, 0, 0);
+  ex.book("anything", 100, 0, 0, Work::kModel);
+  ex.book("anything", 3, 0, 0, Work::kModel);
+  EXPECT_EQ(ledger.total().model_flops, 103);
+  EXPECT_EQ(ledger.total().flops, 110);
+  EXPECT_EQ(ledger.entries().at("anything").model_flops, 103);
+}
+
+// A profile has a line of its own for what is computed twice; the books do not.
+TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
+  Ledger ledger;
+  Exec ex;
+  ex.ledger = &ledger;
+  std::vector<std::string> told;
+  ledger.listen([&](std::string_view op) { told.emplace_back(op); });
+  ex.book("gemm", 8, 1, 1, Work::kModel);
+  not_booked(ex).book("gemm", 8, 1, 1, Work::kModel);
+  EXPECT_EQ(told, (std::vector<std::string>{"gemm", "gemm again"}));
+  EXPECT_EQ(ledger.entries().size(), 1u);
+  EXPECT_EQ(ledger.total().flops, 8);
+  ledger.listen({});
+  not_booked(ex).book("gemm", 8, 1, 1);  // nobody listens
+}
+
 TEST(Errors, NameConditionAndPlace) {
   try {
     const int found = 3;

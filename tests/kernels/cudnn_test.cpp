@@ -3,6 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
+
+#include "kernels/cuda/library/cudnn_sdpa.h"
+#include "kernels/cuda/library/sdpa_slices.h"
 #include "kernels/ops/attention.h"
 #include "tests/support/fake_cuda/fake_cuda.h"
 #include "tests/support/op_exec.h"
@@ -71,6 +75,59 @@ TEST(CudnnPlans, AreMadeOncePerShape) {
   attend(ex, s, 3, false);  // other sizes, other plans: forward and backward
   EXPECT_EQ(fake_cuda::cudnn_builds(), before + 2);
   finish_ops();
+}
+
+// The deterministic backward's temporary memory grows with the square of the length: what is computed in slices of
+// sequences, or of heads, has the same bits.
+TEST(CudnnPlans, LongSequencesAreComputedInSlices) {
+  const AttentionShape s{6, 3, 16, 40};
+  const std::int64_t head = 40 * 40 * 2, whole_limit = std::int64_t{2} << 30;
+  struct Case {
+    std::int64_t limit;
+    int slices;
+    std::int64_t heads;  // of the largest one
+  };
+  Result whole = [&] {
+    OpExec ex;
+    Result r = attend(ex, s, 5, false);
+    finish_ops();
+    return r;
+  }();
+  for (const Case& c :
+       {Case{12 * head, 3, 12}, Case{6 * head, 5, 6}, Case{5 * head, 10, 4}, Case{head, 15, 2}}) {
+    OpExec ex;
+    cuda::limit_sdpa_workspace(c.limit);
+    const int before = fake_cuda::cudnn_executions();
+    const Result sliced = attend(ex, s, 5, false);
+    finish_ops();
+    cuda::limit_sdpa_workspace(whole_limit);
+    EXPECT_EQ(fake_cuda::cudnn_executions(), before + 1 + c.slices) << c.limit;
+    EXPECT_TRUE(sliced.dqkv == whole.dqkv) << c.limit;
+    const std::int64_t besides = 5 * 40 * 6 * 4 + 2 * 4096;  // log-sum-exps; cuDNN's own
+    EXPECT_LE(static_cast<std::int64_t>(ex.scratch_peak()), c.heads * head + besides + 1024) << c.limit;
+  }
+}
+
+TEST(SdpaSlices, AreWhatTheirMemoryHolds) {
+  const auto slices = [](std::int64_t heads, std::int64_t kv_heads, std::int64_t seq_len,
+                         std::int64_t tokens) {
+    return cuda::backward_slices({.heads = heads, .kv_heads = kv_heads, .head_dim = 128, .seq_len = seq_len},
+                                 tokens, std::int64_t{2} << 30);
+  };
+  EXPECT_EQ(slices(16, 16, 2048, 32768).size(), 1u);  // 16 heads * 16 sequences * 8 MiB
+  EXPECT_EQ(slices(16, 16, 4096, 32768).size(), 2u);
+  EXPECT_EQ(slices(16, 16, 32768, 32768).size(), 16u);  // one head is 2 GiB
+  EXPECT_EQ(slices(16, 2, 32768, 65536).size(), 4u);    // eight heads that share one key head stay together
+  for (const auto& [heads, kv_heads, seq_len, sequences] :
+       {std::array{16, 4, 8192, 3}, {12, 12, 5000, 7}, {16, 16, 16384, 2}}) {
+    std::int64_t covered = 0;
+    for (const cuda::SdpaSlice& s : slices(heads, kv_heads, seq_len, std::int64_t{seq_len} * sequences)) {
+      EXPECT_LE(s.sequences * s.kv_heads * (heads / kv_heads) * seq_len * seq_len * 2, std::int64_t{2} << 30);
+      EXPECT_TRUE(s.kv_heads == kv_heads || s.sequences == 1);
+      covered += s.sequences * s.kv_heads;
+    }
+    EXPECT_EQ(covered, sequences * kv_heads);
+  }
 }
 
 TEST(CudnnPlans, AreInOrderUnlessAskedOtherwise) {

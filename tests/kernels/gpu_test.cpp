@@ -50,13 +50,28 @@ TEST_F(Gpu, SaysWhyThereIsNone) {
   EXPECT_THAT(error_of([] { gpu::use(0); }, ExitCode::kDevice), HasSubstr("no NVIDIA driver"));
 }
 
+// Code for one architecture's own instructions runs on no other one of its family: 10.3 would start, and find no kernel
+// at the first launch.
+TEST_F(Gpu, CodeOfOneArchitectureRunsOnThatAlone) {
+  for (const auto& [major, minor] : {std::pair{8, 0}, {8, 6}, {8, 9}, {9, 0}, {10, 0}}) {
+    fake_cuda::set_devices(1, major, minor);
+    EXPECT_NO_THROW(gpu::use(0)) << major << '.' << minor;
+  }
+  for (const auto& [major, minor] : {std::pair{9, 1}, {10, 3}, {12, 0}, {11, 0}}) {
+    fake_cuda::set_devices(1, major, minor);
+    EXPECT_THAT(error_of([] { gpu::use(0); }, ExitCode::kDevice),
+                HasSubstr(fmt::format("compute capability {}.{}", major, minor)));
+  }
+}
+
 TEST_F(Gpu, RefusesWhatItWasNotCompiledFor) {
   EXPECT_THAT(error_of([] { gpu::use(8); }, ExitCode::kDevice),
               HasSubstr("as many ranks on a host as it has GPUs"));
   fake_cuda::set_devices(2, 7, 5);
   const std::string message = error_of([] { gpu::use(1); }, ExitCode::kDevice);
   EXPECT_THAT(message, HasSubstr("compute capability 7.5"));
-  EXPECT_THAT(message, HasSubstr("compiled for compute capability 8.x, 9.x"));
+  EXPECT_THAT(message, HasSubstr("compiled for compute capability 8.0 and later 8.x, 9.0 alone, 10.0 alone"));
+  EXPECT_THAT(message, HasSubstr("UPMOE_CUDA_TARGETS=75"));
 }
 
 TEST_F(Gpu, MemoryIsZeroAndGivenBack) {
@@ -115,6 +130,17 @@ TEST_F(Gpu, AnArenaGrowsInPlace) {
     EXPECT_EQ(fake_cuda::allocated() - before, grown) << "memory is kept for the next step";
   }
   EXPECT_EQ(fake_cuda::allocated(), before);
+}
+
+// Near the limit what one arena has too much another one, or a library, has too little.
+TEST_F(Gpu, ALargeArenaGrowsByLittle) {
+  Arena arena({DeviceType::kCuda, 0}, std::size_t{1} << 40, "activations");
+  arena.take({std::int64_t{12} << 30}, DType::kBF16, "twenty-four gibibytes");
+  const std::size_t before = fake_cuda::allocated();
+  arena.take({1 << 20}, DType::kBF16, "a little more");
+  const std::size_t grown = fake_cuda::allocated() - before;
+  EXPECT_GT(grown, std::size_t{64} << 20) << "not piece by piece";
+  EXPECT_LE(grown, std::size_t{512} << 20);
 }
 
 TEST_F(Gpu, AnArenaOutOfMemoryNamesItsUsers) {

@@ -2,7 +2,8 @@
 """Registers, stack and spills of every CUDA kernel, against the table kernels/cuda/registers.txt.
 
 The build leaves what ptxas said beside each object. With the compiler that the table names, every number must be the
-table's; with another one only spills count: a kernel that the table has without spills must have none.
+table's; with another one only spills count: a kernel that the table has without spills must have none. Where ptxas
+names wgmma, it takes a kernel's products one by one: none may be named.
 usage: registers_test.py BUILD_FOLDER [--write]
 """
 
@@ -56,6 +57,12 @@ def kernels_of(folder):
                   for name, (_, target, file, *numbers) in zip(names, found, strict=True))
 
 
+def words_about_wgmma(folder):
+    return [f"{report.name.removesuffix('.o.ptxas')}: {line}" for report in sorted(folder.rglob("*.cu.o.ptxas"))
+            if report.with_suffix("").exists() for line in report.read_text().splitlines()
+            if "wgmma" in line and not ENTRY.search(line)]
+
+
 def compiler_of(build):
     cache = (build / "CMakeCache.txt").read_text()
     nvcc = re.search(r"^UPMOE_NVCC:\w+=(.*)$", cache, re.MULTILINE)[1]
@@ -92,6 +99,7 @@ def main():
     else:
         print(f"registers_test: the table is of another compiler ({table[0].split(';')[0]}); comparing spills alone")
         wrong = [f"spills now: {name}" for name in sorted(spills(found[1:]) - spills(table[1:]))]
+    wrong += words_about_wgmma(args.build / "kernels")
     print("\n".join(wrong) if wrong else f"registers_test: {len(kernels)} kernels as in the table")
     if wrong:
         print("look at each; `tests/kernels/registers_test.py BUILD_FOLDER --write` accepts them")

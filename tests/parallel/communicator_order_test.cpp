@@ -103,6 +103,7 @@ TEST_P(EveryTransport, SendAndReceiveRoundTheRing) {
       return;
     }
     const int next = (comm.rank() + 1) % comm.size(), before = (comm.rank() + comm.size() - 1) % comm.size();
+    comm.connect(ring_routes(comm.size(), false, true));
     for (const std::int64_t n : {0, 1, 3, 100'000}) {  // the last one does not fit an eager message
       const std::vector<float> mine = random_vector<float>(comm.rank(), n);
       std::vector<float> theirs(mine.size());
@@ -270,6 +271,18 @@ TEST_P(EveryTransport, RanksThatWereGivenDifferentThings) {
       EXPECT_NE(std::string(e.what()).find(expected), std::string::npos) << e.what();
     }
   });
+}
+
+TEST(RingRoutes, AreEachNeighboursInPairsFirst) {
+  const auto text = [](int ranks, bool backward, bool closed) {
+    std::string all;
+    for (const Route& r : ring_routes(ranks, backward, closed)) all += fmt::format(" {}>{}", r.from, r.to);
+    return all;
+  };
+  EXPECT_EQ(text(1, false, true), "");
+  EXPECT_EQ(text(2, false, true), " 0>1 1>0");
+  EXPECT_EQ(text(5, false, false), " 0>1 2>3 1>2 3>4");
+  EXPECT_EQ(text(4, true, true), " 1>0 3>2 2>1 0>3");
 }
 
 TEST(Threads, AThrowingRankUnblocksTheOthers) {

@@ -51,7 +51,12 @@ std::map<std::string, std::pair<int, std::size_t>> of_rank_0() {
 class Nccl : public testing::Test {
  protected:
   void SetUp() override { fake_cuda::take_nccl_calls(); }
-  void TearDown() override { set_nccl_error_handler(nullptr); }
+  void TearDown() override {
+    set_nccl_error_handler(nullptr);
+    fake_cuda::set_nccl_at_once(4);
+    fake_cuda::set_nccl_version(22809);
+    fake_cuda::set_delays(0);
+  }
 };
 using NcclDeathTest = Nccl;
 
@@ -104,6 +109,7 @@ TEST_F(Nccl, SmallSumsAreOneCallAndLargeOnesAreCut) {
 TEST_F(Nccl, ARingThatSendsFirst) {
   on_gpus(4, [](Communicator& comm) {
     const int next = (comm.rank() + 1) % 4, before = (comm.rank() + 3) % 4;
+    comm.connect(ring_routes(4, false, true));
     for (int round = 0; round < 3; ++round) {
       const std::vector<float> mine(50'000, static_cast<float>(comm.rank() + 10 * round));
       std::vector<float> theirs(mine.size());
@@ -113,6 +119,67 @@ TEST_F(Nccl, ARingThatSendsFirst) {
       EXPECT_EQ(theirs, std::vector<float>(mine.size(), static_cast<float>(before + 10 * round)));
     }
   });
+}
+
+// Verbs of six groups, none waited for before all are given; their streams come to them in any order.
+void verbs_of_many_groups_at_once() {
+  fake_cuda::set_nccl_at_once(1);
+  fake_cuda::set_delays(3);
+  watchdog::start(std::chrono::seconds(5), 0);
+  on_gpus(2, [](Communicator& comm) {
+    std::vector<std::unique_ptr<Communicator>> groups;
+    for (int i = 0; i < 6; ++i) groups.push_back(comm.split(0, comm.rank()));
+    for (int round = 0; round < 10; ++round) {
+      std::vector<std::vector<float>> in(6, {static_cast<float>(comm.rank() + round)}), out(6, {0, 0});
+      std::vector<Pending> pending;
+      for (std::size_t i = 0; i < 6; ++i)
+        pending.push_back(groups[i]->all_gather(view(out[i]), view(std::as_const(in[i]))));
+      for (Pending& p : pending) p.wait();
+      for (const auto& o : out)
+        EXPECT_EQ(o, (std::vector<float>{static_cast<float>(round), static_cast<float>(round + 1)}));
+    }
+  });
+  watchdog::stop();
+}
+
+// Operations that have begun keep their place on the GPU until their peers have come: on two ranks in one order.
+TEST_F(Nccl, VerbsOfManyGroupsBeginInOneOrder) {
+  verbs_of_many_groups_at_once();
+}
+
+TEST_F(NcclDeathTest, VerbsOfManyGroupsWithoutAnOrderWaitForEachOther) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0", 1);
+        verbs_of_many_groups_at_once();
+      },
+      testing::ExitedWithCode(static_cast<int>(ExitCode::kCommunicator)),
+      "the collective all_gather .*ranks 0, 1");
+}
+
+TEST_F(Nccl, AMessageWhereNothingIsConnected) {
+  try {
+    on_gpus(2, [](Communicator& comm) {
+      std::vector<float> x(3);
+      comm.connect({{1, 0}});
+      if (comm.rank() == 0) comm.send(view(std::as_const(x)), 1);
+    });
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_THAT(e.what(), HasSubstr("ranks 0 and 1 of 2 were not connected"));
+  }
+}
+
+TEST_F(Nccl, AnOldNcclIsRefused) {
+  fake_cuda::set_nccl_version(22505);
+  try {
+    on_gpus(2, [](Communicator&) {});
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kDevice);
+    EXPECT_THAT(e.what(), HasSubstr("NCCL 2.25.5 keeps operations of several groups"));
+  }
 }
 
 TEST_F(Nccl, ACommunicatorThatCannotBeMade) {
@@ -214,6 +281,7 @@ TEST_F(Nccl, ADeadPeerOfAGroupAndOfAPair) {
       on_gpus(4, [&](Communicator& comm) {
         std::vector<float> x(1000, 1.0f);
         const auto half = comm.split(comm.rank() % 2, comm.rank());
+        half->connect({{0, 1}});
         const auto exchange = [&] {
           if (!pair) return half->all_reduce(view(x), ReduceOp::kSum);
           if (half->rank() == 0) half->send(view(std::as_const(x)), 1).wait();
@@ -282,11 +350,11 @@ TEST_F(NcclDeathTest, AReceiverThatNeverComes) {
         watchdog::start(std::chrono::milliseconds(600), 0);
         on_gpus(2, [](Communicator& comm) {
           std::vector<float> x(10);
-          if (comm.rank() == 0) comm.send(view(std::as_const(x)), 1).wait();
+          if (comm.rank() == 0) comm.connect({{0, 1}});
           std::this_thread::sleep_for(std::chrono::seconds(20));
         });
       },
-      testing::ExitedWithCode(static_cast<int>(ExitCode::kCommunicator)), "the collective send .*ranks 0, 1");
+      testing::ExitedWithCode(static_cast<int>(ExitCode::kHang)), "making of a channel between two GPUs");
 }
 
 TEST_F(Nccl, AVerbTakesAStream) {

@@ -23,6 +23,7 @@ class OnGpu final : public Communicator {
   std::unique_ptr<Communicator> do_split(int color, int key) override {
     return std::make_unique<OnGpu>(inner_->split(color, key));
   }
+  void do_connect(const std::vector<Route>& routes) override { inner_->connect(routes); }
   void do_all_reduce(TensorView inout, ReduceOp op, Stream*) override {
     const Copy copy(*this, inout, inout);
     inner_->all_reduce(copy.view(inout), op, stream_.get());

@@ -24,6 +24,7 @@ class ForwardingCommunicator : public Communicator {
   std::unique_ptr<Communicator> do_subgroup(const std::vector<int>& members) override {
     return wrap(inner().subgroup(members));
   }
+  void do_connect(const std::vector<Route>& routes) override { inner().connect(routes); }
   void do_all_reduce(TensorView inout, ReduceOp op, Stream* stream) override {
     inner().all_reduce(inout, op, stream);
   }

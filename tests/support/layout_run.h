@@ -37,6 +37,10 @@ struct Layout {
   std::uint64_t order_seed = 0;  // of the neurons
   RouterDType router = RouterDType::kAuto;
   bool router_bias = false;  // the model has a buffer
+  ExpertsPath experts = ExpertsPath::kAuto;
+  // 0: the golden file's. Else a model of this width and half as many neurons of each of six experts, with weights
+  // drawn at random, on the file's tokens.
+  std::int64_t width = 0;
 
   std::string str() const {
     const MeshSpec& m = mesh;
@@ -71,17 +75,25 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   if (l.aux_loss >= 0) run.router.aux_loss = l.aux_loss;
   run.router.aux_kind = l.aux_kind;
   run.router.dtype = l.router;
+  run.kernels.experts = l.experts;
   return run;
 }
 
 inline ModelConfig config_of(const Layout& l, const Golden& golden) {
   ModelConfig config = golden.config();
   config.router_bias = l.router_bias;
+  if (l.width > 0) {
+    config.head_dim = config.head_dim > 0 ? config.head_dim : l.width / config.num_attention_heads;
+    config.hidden_size = l.width;
+    config.moe_intermediate_size = l.width / 2;
+    config.num_experts = 6;
+    config.num_experts_per_tok = 2;
+  }
   return config;
 }
 
 inline bool is_possible(const Layout& l, const Golden& golden) {
-  return problems_of(run_of(l, golden, "unused"), golden.config(), l.mesh.world()).empty();
+  return problems_of(run_of(l, golden, "unused"), config_of(l, golden), l.mesh.world()).empty();
 }
 
 // Every mesh of `ranks` ranks that the model allows.
@@ -159,6 +171,21 @@ inline ReadParam golden_weights(const Golden& golden, std::uint64_t order_seed =
   };
 }
 
+// Every element by the parameter's name and its own place, around 1 where a parameter has one dimension.
+inline ReadParam drawn_weights() {
+  return [](const ParamSpec& spec, const Box& box, TensorView out) {
+    const std::uint64_t key = philox_key(17, spec.name);
+    const float middle = spec.shape.rank == 1 ? 1.0f : 0.0f;
+    std::vector<float> mine;
+    Golden::for_each_index(box, spec.shape, [&](std::int64_t at) {
+      mine.push_back(middle +
+                     0.2f * (uniform_from_bits(philox(key, static_cast<std::uint64_t>(at))[0]) - 0.5f));
+    });
+    Exec host;
+    ops::cast(host, out, host_view(static_cast<const float*>(mine.data()), box.extent));
+  };
+}
+
 // Puts the slice that this rank owns of a parameter, or of something shaped like it, where it belongs.
 inline void place(Exec& ex, Tensors& all, const std::string& name, const StoredParam& p,
                   ConstTensorView on_device) {
@@ -185,7 +212,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
       std::filesystem::temp_directory_path() / fmt::format("layout_{}_{}.h5", ::getpid(), world.rank());
   golden.write_tokens(tokens);
   const RunConfig run = run_of(layout, golden, tokens);
-  const std::vector<std::string> problems = problems_of(run, golden.config(), world.size());
+  const std::vector<std::string> problems = problems_of(run, config_of(layout, golden), world.size());
   UPMOE_CHECK(problems.empty(), "{}", problems.front());
   Device device;
   std::unique_ptr<Communicator> gpus;
@@ -196,7 +223,8 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
   }
   Session s(run, config_of(layout, golden), gpus != nullptr ? *gpus : world, device);
   if (prepare) prepare(s);
-  s.params.load(s.memory.exec, golden_weights(golden, layout.order_seed));
+  s.params.load(s.memory.exec,
+                layout.width > 0 ? drawn_weights() : golden_weights(golden, layout.order_seed));
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
   Trainer trainer(s);

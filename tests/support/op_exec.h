@@ -22,6 +22,7 @@ class OpExec {
   operator Exec&() { return exec_; }  // NOLINT(google-explicit-constructor): passed to ops as it is
   const Ledger& ledger() const { return ledger_; }
   std::size_t scratch_used() const { return scratch_.used(); }
+  std::size_t scratch_peak() const { return scratch_.peak(); }
 
  private:
   Device device_;

@@ -5,11 +5,25 @@
 
 namespace upmoe {
 
+namespace {
+
+ops::ExpertShape shape_of(const Param& gate_up_eGD) {
+  const Shape& s = gate_up_eGD.value.shape;
+  return {.experts = s[0],
+          .width = s[2],
+          .neurons = s[1] / 2,
+          .dtype = gate_up_eGD.value.dtype,
+          .gradient = gate_up_eGD.grad.given() ? gate_up_eGD.grad.dtype : gate_up_eGD.value.dtype};
+}
+
+}  // namespace
+
 ops::ExpertFfn Experts::ffn(const Saved& saved) const {
   return {.gate_up_eGD = gate_up_eGD.value,
           .down_eDF = down_eDF.value,
           .weight_R = saved.weight_R1.reshape({saved.weight_R1.rows()}),
-          .rows = saved.experts()};
+          .rows = saved.experts(),
+          .fused = saved.fused};
 }
 
 void Experts::forward(Exec& ex, TensorView y_RD, const Rows& rows, Arena& keep, Saved& saved) const {
@@ -17,14 +31,36 @@ void Experts::forward(Exec& ex, TensorView y_RD, const Rows& rows, Arena& keep, 
   saved.weight_R1 = rows.weight_R1;
   saved.offset_e1 = rows.experts.offset_e1;
   saved.offsets.assign(rows.experts.on_host.begin(), rows.experts.on_host.end());
-  if (keeps.rows || !rows.lasting) {
+  saved.fused = ops::fuses_experts(ex, shape_of(gate_up_eGD));
+  saved.x = rows.x;
+  // Fused, the rows are picked where they are used, and hidden rows are an output of backward.
+  if (!rows.lasting || (keeps.rows && !saved.fused)) {
     saved.kept.x_RD = keep.take(y_RD.shape, y_RD.dtype, "expert input");
-  } else {
-    saved.x = rows.x;
+    saved.x = {saved.kept.x_RD, {}};
   }
   if (keeps.gate_up) saved.kept.gate_up_RG = keep.take({R, G}, y_RD.dtype, "expert gate and up");
-  if (keeps.hidden) saved.kept.h_RF = keep.take({R, G / 2}, y_RD.dtype, "expert hidden");
+  if (keeps.hidden && !saved.fused) saved.kept.h_RF = keep.take({R, G / 2}, y_RD.dtype, "expert hidden");
   ops::expert_ffn_forward(ex, y_RD, saved.kept, rows.x, ffn(saved));
+}
+
+void Experts::make_again(Exec& ex, Backward& b, const Saved& saved) const {
+  const DType dtype = gate_up_eGD.value.dtype;
+  const std::int64_t R = saved.weight_R1.rows(), G = gate_up_eGD.value.shape[1],
+                     D = gate_up_eGD.value.shape[2];
+  Exec again = not_booked(ex);
+  if (!saved.fused && !b.activations.x_RD.given()) {
+    b.activations.x_RD = ex.scratch->take({R, D}, dtype, "expert input, again");
+    ops::gather_rows(again, b.activations.x_RD, saved.x.from_XD, saved.x.index_R, saved.x.divisor);
+  }
+  if (b.activations.gate_up_RG.given()) return;
+  b.activations.gate_up_RG = ex.scratch->take({R, G}, dtype, "expert gate and up, again");
+  if (saved.fused) {
+    // Its hidden rows are written once more by backward.
+    ops::experts_up(again, b.activations.gate_up_RG, b.gradients.h_RF, saved.x, ffn(saved));
+  } else {
+    ops::grouped_gemm_forward(again, b.activations.gate_up_RG, b.activations.x_RD, gate_up_eGD.value,
+                              saved.experts());
+  }
 }
 
 Experts::Backward Experts::begin_backward(Exec& ex, const Saved& saved) const {
@@ -37,28 +73,31 @@ Experts::Backward Experts::begin_backward(Exec& ex, const Saved& saved) const {
   Backward b{.activations = saved.kept,
              .gradients = {.dx_RD = take({R, D}, dtype, "expert input gradient"),
                            .dweight_R = take({R}, DType::kF32, "expert row weight gradient"),
-                           .dy_RD = take({R, D}, dtype, "expert output gradient"),
-                           .dgate_up_RG = take({R, G}, dtype, "expert gate and up gradient")}};
-  Exec again = not_booked(ex);
-  if (!b.activations.x_RD.given()) {
-    b.activations.x_RD = take({R, D}, dtype, "expert input, again");
-    ops::gather_rows(again, b.activations.x_RD, saved.x.from_XD, saved.x.index_R, saved.x.divisor);
+                           .dgate_up_RG = take({R, G}, dtype, "expert gate and up gradient"),
+                           .dy_RD = {},
+                           .h_RF = {}},
+             .dy = {}};
+  if (saved.fused) {
+    b.gradients.h_RF = take({R, G / 2}, dtype, "expert hidden");
+  } else {
+    b.gradients.dy_RD = take({R, D}, dtype, "expert output gradient");
   }
-  if (!b.activations.gate_up_RG.given()) {
-    b.activations.gate_up_RG = take({R, G}, dtype, "expert gate and up, again");
-    ops::grouped_gemm_forward(again, b.activations.gate_up_RG, b.activations.x_RD, gate_up_eGD.value,
-                              saved.experts());
-  }
+  make_again(ex, b, saved);
   return b;
 }
 
-void Experts::backward_rows(Exec& ex, const Backward& b, const ops::PickedRows& dy,
-                            const Saved& saved) const {
+void Experts::backward_rows(Exec& ex, Backward& b, const ops::PickedRows& dy, const Saved& saved) const {
+  b.dy = dy;
   ops::expert_ffn_backward(ex, b.gradients, dy, b.activations.gate_up_RG, ffn(saved));
 }
 
 void Experts::backward_weights(Exec& ex, const Backward& b, const Saved& saved) const {
-  ops::expert_ffn_wgrad(ex, gate_up_eGD.grad, down_eDF.grad, b.activations, b.gradients, ffn(saved));
+  const ops::WeightOperands operands{.x = saved.fused ? saved.x : ops::PickedRows{b.activations.x_RD, {}},
+                                     .dy = saved.fused ? b.dy : ops::PickedRows{b.gradients.dy_RD, {}},
+                                     .dgate_up_RG = b.gradients.dgate_up_RG,
+                                     .h_RF = saved.fused ? b.gradients.h_RF : b.activations.h_RF,
+                                     .gate_up_RG = b.activations.gate_up_RG};
+  ops::expert_ffn_wgrad(ex, gate_up_eGD.grad, down_eDF.grad, operands, ffn(saved));
 }
 
 }  // namespace upmoe

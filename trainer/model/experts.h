@@ -23,6 +23,7 @@ struct Experts {
   };
   struct Saved {
     ops::PickedRows x;  // where kept has no rows
+    bool fused = false;
     ConstTensorView weight_R1;
     ConstTensorView offset_e1;
     std::vector<std::int64_t> offsets;  // the same on the host
@@ -33,6 +34,7 @@ struct Experts {
   struct Backward {
     ops::ExpertActivations activations;  // kept or made again; the hidden rows only where they were kept
     ops::ExpertGradients gradients;
+    ops::PickedRows dy;  // as backward_rows() was given it
     TensorView dx_RD() const { return gradients.dx_RD; }
     TensorView dweight_R1() const { return gradients.dweight_R.reshape({gradients.dweight_R.elements(), 1}); }
   };
@@ -41,11 +43,12 @@ struct Experts {
   // Backward in three parts, because rows travel meanwhile: before their gradients have arrived; what is sent
   // back; the weights' gradients.
   Backward begin_backward(Exec& ex, const Saved& saved) const;
-  void backward_rows(Exec& ex, const Backward& b, const ops::PickedRows& dy, const Saved& saved) const;
+  void backward_rows(Exec& ex, Backward& b, const ops::PickedRows& dy, const Saved& saved) const;
   void backward_weights(Exec& ex, const Backward& b, const Saved& saved) const;
 
  private:
   ops::ExpertFfn ffn(const Saved& saved) const;
+  void make_again(Exec& ex, Backward& b, const Saved& saved) const;
 };
 
 }  // namespace upmoe

@@ -38,7 +38,7 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
     ops::fill(ex, dx_TD, 0.0f);
   }
   // What forward did not keep is made again while the gradients are on their way, before they are waited for.
-  const Experts::Backward b = experts.begin_backward(ex, saved.experts);
+  Experts::Backward b = experts.begin_backward(ex, saved.experts);
   experts.backward_rows(ex, b, exchange->receive(ex, plan, dy), saved.experts);
   RowsUnderWay dx = exchange->send_back(ex, plan, b.dx_RD()),
                dweights = exchange->send_back(ex, plan, b.dweight_R1());

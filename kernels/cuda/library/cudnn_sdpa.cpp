@@ -8,6 +8,7 @@
 #include <memory>
 #include <unordered_map>
 
+#include "kernels/cuda/library/sdpa_slices.h"
 #include "kernels/cuda/runtime/stream.cuh"
 
 namespace upmoe::cuda {
@@ -31,8 +32,10 @@ struct Plan {
   std::string refusal;  // in cuDNN's words; empty: it computes
 };
 
+// Of a slice of sequences and heads, whose rows are those of all heads.
 struct Key {
   std::int64_t heads, kv_heads, head_dim, seq_len, sequences;
+  std::int64_t all_heads, all_kv_heads;
   bool backward, deterministic;
   friend auto operator<=>(const Key&, const Key&) = default;
 };
@@ -108,8 +111,8 @@ class SdpaLibrary {
   }
 
   static void describe(fe::graph::Graph& graph, const Key& key) {
-    const std::int64_t qkv_row = (key.heads + 2 * key.kv_heads) * key.head_dim,
-                       out_row = key.heads * key.head_dim;
+    const std::int64_t qkv_row = (key.all_heads + 2 * key.all_kv_heads) * key.head_dim,
+                       out_row = key.all_heads * key.head_dim;
     const float scale = 1.0f / std::sqrt(static_cast<float>(key.head_dim));
     graph.set_io_data_type(fe::DataType_t::BFLOAT16)
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
@@ -140,25 +143,54 @@ class SdpaLibrary {
   std::map<Key, std::unique_ptr<Plan>> plans_;
 };
 
-Key key_of(const AttentionShape& s, std::int64_t tokens, bool backward, bool deterministic) {
-  return {
-      s.heads, s.kv_heads, s.head_dim, s.seq_len, tokens / s.seq_len, backward, backward && deterministic};
+SdpaSlice whole(const AttentionShape& s, std::int64_t tokens) {
+  return {0, tokens / s.seq_len, 0, s.kv_heads};
 }
 
-// The three parts of a matrix in qkv's layout.
-void add_parts(std::unordered_map<std::int64_t, void*>& memory, std::array<Uid, 3> uids, const void* qkv,
-               const AttentionShape& s) {
-  // cuDNN takes no const; inputs stay as they are.
-  auto* at = static_cast<std::byte*>(const_cast<void*>(qkv));
-  const auto head = static_cast<std::size_t>(s.head_dim) * sizeof(bf16);
-  memory[uids[0]] = at;
-  memory[uids[1]] = at + static_cast<std::size_t>(s.heads) * head;
-  memory[uids[2]] = at + static_cast<std::size_t>(s.heads + s.kv_heads) * head;
+std::int64_t most_workspace = std::int64_t{2} << 30;
+
+std::vector<SdpaSlice> slices_of(const AttentionShape& s, std::int64_t tokens, bool deterministic) {
+  if (!deterministic) return {whole(s, tokens)};
+  return backward_slices(s, tokens, most_workspace);
 }
 
-void* memory_of(const ConstTensorView& t) {
-  return const_cast<std::byte*>(t.data);
+Key key_of(const AttentionShape& s, const SdpaSlice& slice, bool backward, bool deterministic) {
+  return {s.heads / s.kv_heads * slice.kv_heads,
+          slice.kv_heads,
+          s.head_dim,
+          s.seq_len,
+          slice.sequences,
+          s.heads,
+          s.kv_heads,
+          backward,
+          backward && deterministic};
 }
+
+// Where a slice begins in memory. cuDNN takes no const; inputs stay as they are.
+struct SliceMemory {
+  const AttentionShape& s;
+  const SdpaSlice& slice;
+
+  // The head `head` of matrices whose rows are `row` heads wide.
+  void* rows(const void* matrix, std::int64_t row, std::int64_t head) const {
+    const std::int64_t elements = (slice.first_sequence * s.seq_len * row + head) * s.head_dim;
+    return static_cast<std::byte*>(const_cast<void*>(matrix)) + elements * std::int64_t{sizeof(bf16)};
+  }
+  std::int64_t first_head() const { return s.heads / s.kv_heads * slice.first_kv_head; }
+  void* out(const ConstTensorView& out_TQ) const { return rows(out_TQ.data, s.heads, first_head()); }
+  void* stats(const ConstTensorView& stats_BHS) const {
+    const std::int64_t elements = (slice.first_sequence * s.heads + first_head()) * s.seq_len;
+    return const_cast<std::byte*>(stats_BHS.data) + elements * std::int64_t{sizeof(float)};
+  }
+  // The three parts of a matrix in qkv's layout.
+  void add_parts(std::unordered_map<std::int64_t, void*>& memory, std::array<Uid, 3> uids,
+                 const void* qkv) const {
+    const std::int64_t row = s.heads + 2 * s.kv_heads;
+    memory[uids[0]] = rows(qkv, row, first_head());
+    memory[uids[1]] = rows(qkv, row, s.heads + slice.first_kv_head);
+    memory[uids[2]] = rows(qkv, row, s.heads + s.kv_heads + slice.first_kv_head);
+  }
+};
 
 }  // namespace
 
@@ -166,30 +198,44 @@ bool has_cudnn() {
   return true;
 }
 
+void limit_sdpa_workspace(std::int64_t bytes) {
+  most_workspace = bytes;
+}
+
 std::string sdpa_refusal(const Exec& ex, const AttentionShape& shape, std::int64_t tokens) {
   auto& library = stream_of(ex).kept<SdpaLibrary>();
-  const std::string& forward = library.plan(key_of(shape, tokens, false, true)).refusal;
-  return forward.empty() ? library.plan(key_of(shape, tokens, true, ex.deterministic)).refusal : forward;
+  std::string refusal = library.plan(key_of(shape, whole(shape, tokens), false, true)).refusal;
+  for (const SdpaSlice& slice : slices_of(shape, tokens, ex.deterministic))
+    if (refusal.empty()) refusal = library.plan(key_of(shape, slice, true, ex.deterministic)).refusal;
+  return refusal;
 }
 
 std::string sdpa_refusal(const AttentionShape& shape, std::int64_t tokens, bool backward, int sm) {
-  return SdpaLibrary::refusal(key_of(shape, tokens, backward, true), sm);
+  std::string refusal;
+  for (const SdpaSlice& slice : slices_of(shape, tokens, backward))
+    if (refusal.empty()) refusal = SdpaLibrary::refusal(key_of(shape, slice, backward, true), sm);
+  return refusal;
 }
 
 void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensorView qkv_TH,
                   const AttentionShape& shape) {
-  std::unordered_map<std::int64_t, void*> memory{{kO, out_TQ.data}, {kStats, stats_BHS.data}};
-  add_parts(memory, {kQ, kK, kV}, qkv_TH.data, shape);
-  stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, qkv_TH.shape[0], false, true), memory);
+  const SdpaSlice all = whole(shape, qkv_TH.shape[0]);
+  const SliceMemory at{shape, all};
+  std::unordered_map<std::int64_t, void*> memory{{kO, at.out(out_TQ)}, {kStats, at.stats(stats_BHS)}};
+  at.add_parts(memory, {kQ, kK, kV}, qkv_TH.data);
+  stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, all, false, true), memory);
 }
 
 void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
                    ConstTensorView out_TQ, ConstTensorView stats_BHS, const AttentionShape& shape) {
-  std::unordered_map<std::int64_t, void*> memory{
-      {kO, memory_of(out_TQ)}, {kDO, memory_of(dout_TQ)}, {kStats, memory_of(stats_BHS)}};
-  add_parts(memory, {kQ, kK, kV}, qkv_TH.data, shape);
-  add_parts(memory, {kDQ, kDK, kDV}, dqkv_TH.data, shape);
-  stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, qkv_TH.shape[0], true, ex.deterministic), memory);
+  for (const SdpaSlice& slice : slices_of(shape, qkv_TH.shape[0], ex.deterministic)) {
+    const SliceMemory at{shape, slice};
+    std::unordered_map<std::int64_t, void*> memory{
+        {kO, at.out(out_TQ)}, {kDO, at.out(dout_TQ)}, {kStats, at.stats(stats_BHS)}};
+    at.add_parts(memory, {kQ, kK, kV}, qkv_TH.data);
+    at.add_parts(memory, {kDQ, kDK, kDV}, dqkv_TH.data);
+    stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, slice, true, ex.deterministic), memory);
+  }
 }
 
 }  // namespace upmoe::cuda

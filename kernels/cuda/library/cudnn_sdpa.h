@@ -19,6 +19,9 @@ std::string sdpa_refusal(const Exec& ex, const AttentionShape& shape, std::int64
 // when it would. Needs no GPU: the library's own word comes when a plan is made.
 std::string sdpa_refusal(const AttentionShape& shape, std::int64_t tokens, bool backward, int sm);
 
+// For tests: how much temporary memory the deterministic backward may take at once, 2 GiB at first (sdpa_slices.h).
+void limit_sdpa_workspace(std::int64_t bytes);
+
 // stats_BHS: the log-sum-exp of each row as cuDNN keeps it, [sequences, heads, seq_len], fp32. Temporary
 // memory comes from ex.scratch.
 void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensorView qkv_TH,

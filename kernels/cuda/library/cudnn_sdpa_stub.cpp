@@ -19,6 +19,7 @@ std::string sdpa_refusal(const Exec&, const AttentionShape&, std::int64_t) {
 std::string sdpa_refusal(const AttentionShape&, std::int64_t, bool, int) {
   return kWhy;
 }
+void limit_sdpa_workspace(std::int64_t) {}
 void sdpa_forward(Exec&, TensorView, TensorView, ConstTensorView, const AttentionShape&) {
   UPMOE_CHECK(false, "{}", kWhy);
 }

@@ -1,5 +1,6 @@
 // Which GPUs there are, and which of them this program was compiled for.
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -11,23 +12,36 @@ namespace upmoe::gpu {
 
 namespace {
 
-// The major compute capabilities that this program's kernels were compiled for ("8_9_10": nvcc would take a
-// definition with commas for several); PTX is not embedded.
-std::vector<int> compiled_majors() {
-  std::vector<int> majors{0};
-  for (const char c : std::string_view(UPMOE_CUDA_MAJORS)) {
-    if (c == '_') {
-      majors.push_back(0);
-    } else {
-      majors.back() = majors.back() * 10 + (c - '0');
-    }
+// What this program's kernels were compiled for, as UPMOE_CUDA_TARGETS names it ("80_90a": nvcc would take a
+// definition with semicolons for several); PTX is not embedded. Code for 80 runs on 8.0 and every later 8.x; code
+// for 90a, with the instructions of that one architecture, on 9.0 alone.
+struct Target {
+  int major = 0, minor = 0;
+  bool alone = false;
+  bool runs_on(int gpu_major, int gpu_minor) const {
+    return gpu_major == major && (alone ? gpu_minor == minor : gpu_minor >= minor);
   }
-  return majors;
+};
+
+std::vector<Target> targets() {
+  std::vector<Target> all;
+  std::string_view left = UPMOE_CUDA_TARGETS;
+  while (!left.empty()) {
+    const std::string_view one = left.substr(0, left.find('_'));
+    left.remove_prefix(std::min(left.size(), one.size() + 1));
+    int number = 0;
+    for (const char c : one)
+      if (c >= '0' && c <= '9') number = number * 10 + (c - '0');
+    all.push_back({number / 10, number % 10, one.back() == 'a'});
+  }
+  return all;
 }
 
-std::string capability_words() {
+std::string target_words() {
   std::string all;
-  for (int major : compiled_majors()) all += fmt::format("{}{}.x", all.empty() ? "" : ", ", major);
+  for (const Target& t : targets())
+    all += fmt::format("{}{}.{}{}", all.empty() ? "" : ", ", t.major, t.minor,
+                       t.alone ? " alone" : fmt::format(" and later {}.x", t.major));
   return all;
 }
 
@@ -75,16 +89,17 @@ void use(int index) {
          "this rank wants GPU {} of this host, which shows {} to it: start as many ranks on a host as it has "
          "GPUs",
          index, devices);
-  int major = 0;
+  int major = 0, minor = 0;
   cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  cuda::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
   bool fits = false;
-  for (int m : compiled_majors()) fits = fits || m == major;
+  for (const Target& t : targets()) fits = fits || t.runs_on(major, minor);
   if (!fits)
     fail(ExitCode::kDevice,
          "GPU {} is {}; this program was compiled for compute capability {}: build it with "
-         "UPMOE_CUDA_TARGETS for "
+         "UPMOE_CUDA_TARGETS={}{} for "
          "this GPU, or use device: cpu",
-         index, name_of(index), capability_words());
+         index, name_of(index), target_words(), major, minor);
   cuda::check(cudaSetDevice(index));
 }
 

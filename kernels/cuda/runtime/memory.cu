@@ -188,17 +188,19 @@ Reservation::~Reservation() {
 void Reservation::commit(std::size_t bytes) {
   if (bytes <= committed_) return;
   UPMOE_CHECK(bytes <= reserved_, "'{}': {} of {} reserved bytes", what_, bytes, reserved_);
-  // By an eighth more than asked, so that growing step by step costs few calls.
+  // By an eighth of what there is, so that growing step by step costs few calls; but by no more than what a hundred
+  // calls a step would not show, because near the limit every arena, library and communicator wants what is left.
+  constexpr std::size_t kMostAhead = std::size_t{512} << 20;
   const std::size_t unit = granularity();
   const std::size_t wanted = round_up(bytes - committed_, unit);
-  const std::size_t generous =
-      std::min(round_up(std::max(wanted, committed_ / 8), unit), reserved_ - committed_);
+  const std::size_t ahead = std::min(committed_ / 8, kMostAhead);
+  const std::size_t generous = std::min(round_up(std::max(wanted, ahead), unit), reserved_ - committed_);
   const int device = current();
   const CUmemAllocationProp p = properties_of(device);
   CUmemGenericAllocationHandle handle{};
   std::size_t grown = generous;
   CUresult status = driver().create(&handle, grown, &p, 0);
-  // What was asked for may still fit where the eighth more does not.
+  // What was asked for may still fit where more does not.
   if (status == CUDA_ERROR_OUT_OF_MEMORY && generous > wanted) {
     grown = wanted;
     status = driver().create(&handle, grown, &p, 0);

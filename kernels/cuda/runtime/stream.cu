@@ -18,6 +18,7 @@ CudaStream::CudaStream() {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu::current()));
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu::current()));
   sm_ = 10 * major + minor;
+  check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, gpu::current()));
 }
 
 CudaStream::~CudaStream() {

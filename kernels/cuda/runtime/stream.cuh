@@ -25,6 +25,7 @@ class CudaStream final : public Stream {
 
   cudaStream_t raw() const { return raw_; }
   int sm() const { return sm_; }  // the GPU's compute capability: 90 is 9.0
+  int multiprocessors() const { return multiprocessors_; }
   FindingWords findings() const { return findings_->words(); }
   void limit(Finding kind, std::int64_t value) { findings_->limit(kind, value); }
 
@@ -38,7 +39,7 @@ class CudaStream final : public Stream {
 
  private:
   cudaStream_t raw_ = nullptr;
-  int sm_ = 0;
+  int sm_ = 0, multiprocessors_ = 0;
   std::optional<Findings> findings_;  // always there
   std::map<std::type_index, std::shared_ptr<void>> kept_;
 };

@@ -16,7 +16,7 @@ struct WeightsGradient {
   bf16* dw;  // [E, Y, X], or [E, X, Y] where transposed
   const int* ranking;
   Routing routing;
-  int columns_y, columns_x;  // multiples of 128 and of 256
+  int columns_y, columns_x;  // multiples of 128 and, for each block of a cluster, of 256
 };
 
 template <bool kTransposed_, bool kAdd_, int kBlocks_, int kStages_>

@@ -86,11 +86,17 @@ namespace fake_cuda {
 // Gives the stream one piece of work.
 void enqueue(cudaStream_t stream, std::function<void()> work);
 
-// Of a kernel's argument that is a pointer: its first byte.
+// Of memory that holds an argument: every pointer in it to the GPUs' memory, as read. What it writes is not told.
+void add_pointers_in(const void* argument, std::size_t bytes, Ranges& reads);
+// Of a kernel's argument that is a pointer, or a struct or function object with pointers in it: their first bytes.
 template <class T>
 void add_pointer(const T& argument, Ranges& reads, Ranges& writes) {
-  if constexpr (std::is_pointer_v<T>)
+  if constexpr (std::is_pointer_v<T>) {
     (std::is_const_v<std::remove_pointer_t<T>> ? reads : writes).push_back({argument, 1});
+  } else if constexpr (std::is_class_v<T>) {
+    static_assert(std::is_trivially_copyable_v<T>, "a launch copies arguments byte by byte");
+    add_pointers_in(&argument, sizeof argument, reads);
+  }
 }
 }  // namespace fake_cuda
 

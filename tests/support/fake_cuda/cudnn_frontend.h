@@ -91,6 +91,7 @@ class Graph {
   std::map<std::string, Tensor> tensors_;
   bool backward_ = false, causal_ = false, deterministic_ = false, built_ = false;
   float scale_ = 1;
+  std::int64_t workspace_ = 0;
 };
 
 }  // namespace graph

@@ -29,6 +29,10 @@ int cudnn_builds();                  // graphs that were built, or refused, so f
 int cudnn_any_order_builds();        // of those, the ones whose sums have no order
 int cudnn_executions();
 
+// How many of NCCL's operations a GPU takes at once, 4 at first: the others wait for a free place, in the order in
+// which they were given where NCCL_LAUNCH_ORDER_IMPLICIT is 1, else as it comes.
+void set_nccl_at_once(int operations);
+void set_nccl_version(int version);
 // A call of NCCL that moves bytes: on which rank of how many, and to, from or with which.
 struct NcclCall {
   std::string name;

@@ -180,7 +180,10 @@ error_t Graph::build(cudnnHandle_t, const std::vector<HeurMode_t>& modes) {
 }
 
 error_t Graph::get_workspace_size(std::int64_t& bytes) {
-  bytes = kWorkspace;
+  // As Hopper's algorithm: a part of each query's gradient for each block of keys.
+  const auto& q = tensors_["q"]->dim;
+  bytes = kWorkspace + (backward_ && deterministic_ ? q[0] * q[1] * q[2] * q[2] * 2 : 0);
+  workspace_ = bytes;
   return {};
 }
 
@@ -195,7 +198,8 @@ error_t Graph::execute(cudnnHandle_t handle, std::unordered_map<std::int64_t, vo
   const std::map<std::string, Strided*> parts{{"q", &a.q},   {"k", &a.k},     {"v", &a.v},
                                               {"o", &a.o},   {"d_o", &a.d_o}, {"stats", &a.stats},
                                               {"dq", &a.dq}, {"dk", &a.dk},   {"dv", &a.dv}};
-  fake_cuda::Ranges reads, writes{{workspace, kWorkspace}};
+  const auto workspace_bytes = static_cast<std::size_t>(workspace_);
+  fake_cuda::Ranges reads, writes{{workspace, workspace_bytes}};
   for (const auto& [name, t] : tensors_) {
     const auto it = memory.find(t->uid);
     if (it == memory.end() || it->second == nullptr) return {false, "no memory for " + name};
@@ -215,8 +219,8 @@ error_t Graph::execute(cudnnHandle_t handle, std::unordered_map<std::int64_t, vo
   a.kv_heads = a.k.t->dim[1];
   a.length = q[2];
   a.width = q[3];
-  fake_cuda::enqueue(handle->stream, [a, workspace, backward = backward_] {
-    std::memset(workspace, 0xff, kWorkspace);
+  fake_cuda::enqueue(handle->stream, [a, workspace, workspace_bytes, backward = backward_] {
+    std::memset(workspace, 0xff, workspace_bytes);
     for (std::int64_t b = 0; b < a.batch; ++b) {
       if (backward) {
         for (std::int64_t h = 0; h < a.kv_heads; ++h) a.backward_group(b, h);

@@ -1,6 +1,7 @@
 // NCCL between threads of one process. An operation is one piece of work on its stream: it shows the peers
 // what it sends, takes what they show, and ends when all that it showed has been taken. As with NCCL itself an
 // operation whose peer is gone never ends by itself: the communicator has an error, and its owner aborts it.
+// A GPU takes a few operations at once; who has begun keeps its place until its peers have come.
 
 #include <algorithm>
 #include <array>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "tests/support/fake_cuda/fake_cuda.h"
+#include "tests/support/fake_cuda/fake_nccl_places.h"
 #include "tests/support/fake_cuda/fake_world.h"
 #include "tests/support/fake_cuda/nccl.h"
 
@@ -74,6 +76,9 @@ std::map<std::uint64_t, std::shared_ptr<Clique>> worlds;  // by the number in th
 std::uint64_t next_world = 1;
 std::vector<fake_cuda::NcclCall> calls;
 
+fake_cuda::NcclPlaces places;
+std::atomic<int> version_of_nccl{22809};
+
 struct Call {
   ncclComm_t comm;
   cudaStream_t stream;
@@ -129,8 +134,14 @@ ncclResult_t start(const Call& call) {
   for (const Message& m : call.messages)
     m.to != nullptr ? writes.push_back({m.to, m.bytes}) : reads.push_back({m.from, m.bytes});
   fake_cuda::touched(call.stream, "NCCL", reads, writes);
+  int device = 0;
+  cudaGetDevice(&device);
   fake_cuda::enqueue(call.stream, [messages = call.messages, clique = c->clique, error = c->error,
-                                   aborted = c->aborted] { exchange(messages, clique, *error, *aborted); });
+                                   aborted = c->aborted, turn = places.next(device)] {
+    places.enter(turn, *aborted);
+    exchange(messages, clique, *error, *aborted);
+    places.leave(turn);
+  });
   return ncclSuccess;
 }
 
@@ -153,6 +164,12 @@ std::uint64_t number(int rank) {
 
 namespace fake_cuda {
 
+void set_nccl_at_once(int operations) {
+  places.set_at_once(operations);
+}
+void set_nccl_version(int version) {
+  version_of_nccl = version;
+}
 std::vector<NcclCall> take_nccl_calls() {
   const std::lock_guard lock(worlds_mutex);
   return std::exchange(calls, {});
@@ -161,7 +178,7 @@ std::vector<NcclCall> take_nccl_calls() {
 }  // namespace fake_cuda
 
 ncclResult_t ncclGetVersion(int* version) {
-  *version = 22809;
+  *version = version_of_nccl;
   return ncclSuccess;
 }
 const char* ncclGetErrorString(ncclResult_t result) {
@@ -197,6 +214,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId id, int 
     clique = entry;
   }
   if (clique->size != ranks) return ncclInvalidArgument;
+  cudaDeviceSynchronize();  // it allocates, which waits for what is under way
   std::unique_lock lock(clique->mutex);
   ++clique->arrived;
   clique->changed.notify_all();
@@ -245,6 +263,7 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
     *comm->aborted = true;
     comm->clique->changed.notify_all();
   }
+  places.look_again();
   delete comm;
   return ncclSuccess;
 }

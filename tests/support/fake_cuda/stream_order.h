@@ -4,7 +4,8 @@
 // them, whatever happened this time.
 //
 // Seen are copies, products, attention and NCCL's messages in full; of a kernel the first byte behind every pointer
-// among its arguments (what it writes unless it is to const); and what a test says itself, say of ops (OpWatcher).
+// among its arguments (what it writes unless it is to const), and behind every pointer to a GPU's memory that stands in
+// a struct or a function object among them (as read); and what a test says itself, say of ops (OpWatcher).
 
 #include <cstddef>
 #include <cstdint>
