@@ -11,25 +11,34 @@
 
 namespace upmoe {
 
+// Whose FLOPs an op's are: the model's products and attention, which MFU counts, or what stands around them.
+enum class Work : std::uint8_t { kModel, kOther };
+
 struct Cost {
   std::int64_t calls = 0;
   double flops = 0;       // multiply and add count as two
   double bytes_read = 0;  // compulsory traffic: each operand once
   double bytes_written = 0;
-  double bytes_sent = 0;  // leaving this rank
+  double bytes_sent = 0;   // leaving this rank
+  double model_flops = 0;  // those of flops that are Work::kModel
+  double model_again = 0;  // Work::kModel that is computed a second time; in none of the others
   Cost& operator+=(const Cost& o);
 };
 
 // One ledger per rank; not thread-safe.
 class Ledger {
  public:
-  void book(std::string_view op, double flops, double bytes_read, double bytes_written);
+  void book(std::string_view op, double flops, double bytes_read, double bytes_written,
+            Work work = Work::kOther);
+  // An op that computes once more what is booked elsewhere: its work for the model is kept apart, and the listener is
+  // told of "op again".
+  void again(std::string_view op, double flops, Work work);
   void book_sent(std::string_view verb, double bytes);
   const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
   Cost total() const;
   void clear() { entries_.clear(); }
-  // Called with the name of each op that is booked from now on, before it is given to the device: for timing
-  // ops where they run.
+  // Called with the name of each op that is booked, or done again, from now on, before it is given to the device:
+  // for timing ops where they run.
   void listen(std::function<void(std::string_view)> listener) { listener_ = std::move(listener); }
 
  private:

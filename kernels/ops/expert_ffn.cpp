@@ -49,8 +49,7 @@ void expert_ffn_wgrad(Exec& ex, TensorView dgate_up_eGD, TensorView ddown_eDF, c
     if (!h_RF.given()) {
       h_RF = ex.scratch->take({a.gate_up_RG.rows(), a.gate_up_RG.shape[1] / 2}, a.gate_up_RG.dtype,
                               "expert hidden, again");
-      Exec again = ex;
-      again.ledger = nullptr;
+      Exec again = not_booked(ex);
       swiglu_forward(again, h_RF, a.gate_up_RG, f.weight_R);
     }
     grouped_gemm_wgrad(ex, ddown_eDF, g.dy_RD, h_RF, f.rows, Accumulate::kAdd);

@@ -65,7 +65,7 @@ void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, Const
   const ConstTensorView y = y_RN;
   check_grouped(ex, y, x_RK, w_eNK, y, x_RK, rows);
   ex.book("grouped_gemm_forward", flops_of(x_RK, w_eNK), bytes_of(x_RK) + weight_bytes(w_eNK, rows),
-          bytes_of(y_RN));
+          bytes_of(y_RN), Work::kModel);
   dispatch(ex, &Backend::grouped_gemm_forward, y_RN, x_RK, w_eNK, rows);
 }
 
@@ -74,7 +74,7 @@ void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, Const
   const ConstTensorView dx = dx_RK;
   check_grouped(ex, dy_RN, dx, w_eNK, dx, dy_RN, rows);
   ex.book("grouped_gemm_dgrad", flops_of(dx, w_eNK), bytes_of(dy_RN) + weight_bytes(w_eNK, rows),
-          bytes_of(dx_RK));
+          bytes_of(dx_RK), Work::kModel);
   dispatch(ex, &Backend::grouped_gemm_dgrad, dx_RK, dy_RN, w_eNK, rows);
 }
 
@@ -85,7 +85,7 @@ void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, Cons
   const bool add = mode == Accumulate::kAdd;
   const double touched = weight_bytes(dw, rows);
   ex.book("grouped_gemm_wgrad", flops_of(x_RK, dw), bytes_of(dy_RN) + bytes_of(x_RK) + (add ? touched : 0.0),
-          add ? touched : bytes_of(dw));
+          add ? touched : bytes_of(dw), Work::kModel);
   dispatch(ex, &Backend::grouped_gemm_wgrad, dw_eNK, dy_RN, x_RK, rows, mode);
 }
 

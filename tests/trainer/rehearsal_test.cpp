@@ -77,6 +77,8 @@ void expect_same_books(const Books& real, const Books& dry, const std::string& w
     EXPECT_EQ(it->second.bytes_read, cost.bytes_read) << name << " of " << where;
     EXPECT_EQ(it->second.bytes_written, cost.bytes_written) << name << " of " << where;
     EXPECT_EQ(it->second.bytes_sent, cost.bytes_sent) << name << " of " << where;
+    EXPECT_EQ(it->second.model_flops, cost.model_flops) << name << " of " << where;
+    EXPECT_EQ(it->second.model_again, cost.model_again) << name << " of " << where;
   }
 }
 
@@ -112,7 +114,7 @@ TEST_P(Rehearsed, IsWhatARealRunDoes) {
     Rehearsal rehearsal(run, config_of(golden), rank, ranks);
     for (std::size_t step = 0; step < kSteps; ++step) {
       const Ledger& ledger = rehearsal.step();
-      flops[step] += model_flops(ledger);
+      flops[step] += ledger.total().model_flops;
       Books expected = seen.steps[step];
       expected["upload"] += uploads_of_tokens(run, rehearsal.session().mesh);
       expect_same_books(expected, ledger.entries(), fmt::format("rank {}, step {}", rank, step + 1));
@@ -156,14 +158,14 @@ RunConfig full_size_run() {
 // A layout divides the products and attention of a step; it adds none.
 TEST(Rehearsal, AMeshDividesTheModelsWork) {
   RunConfig run = full_size_run();
-  const double alone = model_flops(Rehearsal(run, full_size(), 0, 1).step());
+  const double alone = Rehearsal(run, full_size(), 0, 1).step().total().model_flops;
   EXPECT_GT(alone, 0);
   run.parallel = {.tp = 2, .pp = 2, .cp = 2, .ep = 4};
   double together = 0;
   std::set<std::size_t> parameters;
   for (int rank = 0; rank < 16; ++rank) {
     Rehearsal rehearsal(run, full_size(), rank, 16);
-    together += model_flops(rehearsal.step());
+    together += rehearsal.step().total().model_flops;
     parameters.insert(rehearsal.memory_use().parameters);
   }
   EXPECT_NEAR(together / alone, 1.0, 1e-9);

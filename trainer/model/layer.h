@@ -8,15 +8,3 @@
 
 #include "kernels/core/exec.h"
 #include "trainer/model/param.h"
-
-namespace upmoe {
-
-// To compute again in backward what forward did not keep: work done twice is not model work, so its ops are not
-// booked. What it sends is: that goes over the wire a second time.
-inline Exec not_booked(const Exec& ex) {
-  Exec again = ex;
-  again.books_ops = false;
-  return again;
-}
-
-}  // namespace upmoe
