@@ -19,7 +19,10 @@ void read_fields(JsonObject& json, ModelConfig& c) {
   if (family == nullptr) {
     std::vector<std::string> known;
     for (const Family* f : families()) known.emplace_back(f->model_type);
-    json.refuse("model_type", fmt::format("found '{}', expected {}", *type, fmt::join(known, " or ")));
+    const std::string why = why_not_read(*type);
+    json.refuse("model_type",
+                fmt::format("found '{}', expected {}{}", *type, fmt::join(known, " or "),
+                            why.empty() ? "" : fmt::format("; models of {} cannot be read: {}", *type, why)));
     return;  // the other keys mean something else there
   }
   c.model_type = family->model_type;
@@ -65,6 +68,8 @@ ModelConfig read_model_config(const std::filesystem::path& path) {
 
 std::string to_hf_json(const ModelConfig& config) {
   const Family& family = family_of(config);
+  const Traits lacking = traits_of(config).without(family.carries);
+  UPMOE_CHECK(lacking.none(), "a {} has no {}", config.model_type, lacking.words());
   JsonWriter json(config.raw_json);
   json.set("architectures", std::vector<std::string>{family.architecture});
   json.set("model_type", config.model_type);

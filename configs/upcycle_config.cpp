@@ -5,12 +5,24 @@
 #include <limits>
 #include <utility>
 
+#include "configs/families/family.h"
 #include "configs/schema.h"
+#include "configs/schema_values.h"
 
 namespace upmoe {
 namespace {
 
 constexpr double kMaxExperts = 1 << 16, kMaxWidth = 1 << 20;
+
+constexpr const char* kAuto = "auto";
+
+// The families of mixtures, behind auto.
+void read_family(const YamlNode& node, const std::string& key, Problems& problems, std::string& target) {
+  NameList names{{kAuto}, {}};
+  for (const Family* family : families())
+    if (is_mixture(*family)) names.built.emplace_back(family->model_type);
+  if (const auto at = choice_of(node, key, names, problems)) target = *at == 0 ? "" : names.built[*at];
+}
 
 Schema schema_of(UpcycleConfig& c) {
   Schema schema;
@@ -27,7 +39,23 @@ Schema schema_of(UpcycleConfig& c) {
            {.least = 0, .most = kMaxWidth})
       .says("Width of the shared expert; 0: none.")
       .key("norm_topk_prob", c.target.norm_topk_prob)
-      .says("The chosen experts' weights are scaled to sum to one.");
+      .says("The chosen experts' weights are scaled to sum to one.")
+      .key(
+          "layers", "all | every:N | last:N | first_dense:N | list of layers", false,
+          [&c](const YamlNode& node, const std::string& key, Problems& problems) {
+            read_layer_choice(node, key, problems, c.target.layers);
+          },
+          [&c] { return to_text(c.target.layers); })
+      .says("Layers that become mixtures; the others stay dense. every:N: layers N-1, 2N-1, ...")
+      .key(
+          "family", "auto | model_type of a mixture", false,
+          [&c](const YamlNode& node, const std::string& key, Problems& problems) {
+            read_family(node, key, problems, c.target.family);
+          },
+          [&c] { return c.target.family.empty() ? kAuto : c.target.family; })
+      .says(
+          "Whose config.json and tensor names are written; auto: what carries this recipe for the dense "
+          "model's.");
   schema.section("experts")
       .key("method", c.experts.method)
       .says("Which neurons of the dense feed-forward an expert is made of.")
@@ -46,8 +74,10 @@ Schema schema_of(UpcycleConfig& c) {
   schema.section("shared")
       .key("method", c.shared.method)
       .says("What the shared expert is made of.")
+      .key("gate", c.shared.gate)
+      .says("A sigmoid of its own on the shared expert's output; auto: as the target's family has it.")
       .key("scale", c.shared.scale, {.least = 0})
-      .says("Factor of the shared down projection.");
+      .says("Factor of the shared down projection; auto: 2 behind a gate, which begins at 1/2, else 1.");
   schema.section("router")
       .key("method", c.router.method)
       .says("How the router's rows are drawn.")
@@ -77,6 +107,7 @@ std::vector<std::string> without_effect(const UpcycleConfig& c) {
          "router.method is zero");
   const bool shared = c.target.shared_expert_intermediate_size > 0;
   unless(shared, c.shared.scale != defaults.shared.scale, "shared.scale", "there is no shared expert");
+  unless(shared, c.shared.gate != defaults.shared.gate, "shared.gate", "there is no shared expert");
   unless(c.shared.method != SharedMethod::kZero || !shared, c.shared.scale != defaults.shared.scale,
          "shared.scale", "shared.method zero makes a down projection of zeros");
   return notes;

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "configs/layer_choice.h"
 #include "configs/names.h"
 
 namespace upmoe {
@@ -50,11 +51,20 @@ inline constexpr Names<RouterMethod> kNames<RouterMethod>{
               {RouterMethod::kVirtualGroup, "virtual_group"},
               {RouterMethod::kUniform, "uniform"}}};
 
+// A sigmoid on the shared expert's output for each token; auto: as the target's family has it.
+enum class SharedGate : std::uint8_t { kAuto, kNone, kSigmoid };
+template <>
+inline constexpr Names<SharedGate> kNames<SharedGate>{
+    .built = {{SharedGate::kAuto, "auto"}, {SharedGate::kNone, "none"}, {SharedGate::kSigmoid, "sigmoid"}}};
+
 struct UpcycleConfig {
   struct Target {
     int num_experts = 0, num_experts_per_tok = 0;
     std::int64_t moe_intermediate_size = 0, shared_expert_intermediate_size = 0;  // shared 0 = none
     bool norm_topk_prob = false;
+    LayerChoice layers = {};  // that become mixtures
+    std::string family =
+        {};  // model_type of the mixture; empty = auto: the dense family's that carries the recipe
   } target;
   struct Experts {
     ExpertMethod method = ExpertMethod::kShuffle;
@@ -67,7 +77,9 @@ struct UpcycleConfig {
   } experts;
   struct Shared {
     SharedMethod method = SharedMethod::kDense;
-    double scale = 2.0;  // multiplies the shared down projection
+    SharedGate gate = SharedGate::kAuto;
+    std::optional<double>
+        scale;  // empty = auto: 2 behind a gate, which begins at 1/2; multiplies the down projection
   } shared;
   struct Router {
     RouterMethod method = RouterMethod::kNormal;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the golden files of tests/golden: what transformers and PyTorch compute for six small models.
+"""Writes the golden files of tests/golden: what transformers and PyTorch compute for small models.
 
 Needs torch 2.11, transformers 5.23 and safetensors (see tests/golden/README.md); the tests that read the files need
 none of them. Weights are fp32, everything computed from them is computed in fp64, so a comparison shows only the
@@ -20,8 +20,11 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe
+
+import golden_mixtures
 
 STEPS = 10
 BATCH = 4  # sequences of a step
@@ -63,15 +66,16 @@ CASES = {
                            intermediate_size=50, vocab_size=101, tie_word_embeddings=False, num_experts=13,
                            num_experts_per_tok=3, moe_intermediate_size=28, shared_expert_intermediate_size=51),
                 17, 1e4),
-}
+} | golden_mixtures.CASES
+
+CLASSES = {"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe"} | golden_mixtures.CLASSES
 
 
 def hf_config(case):
     fields, _, theta = CASES[case]
     fields = dict(fields) | {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta},
                              "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "float32", "dtype": "float32"}
-    kind = "Qwen2Moe" if fields["model_type"] == "qwen2_moe" else "Qwen2"
-    return {"architectures": [f"{kind}ForCausalLM"]} | fields
+    return {"architectures": [f"{CLASSES[fields['model_type']]}ForCausalLM"]} | fields
 
 
 @contextlib.contextmanager
@@ -104,6 +108,7 @@ def in_float64():
         swaps += [(getattr(module, prefix + "RMSNorm"), "forward", norm),
                   (getattr(module, prefix + "RotaryEmbedding"), "forward", rotary)]
     swaps.append((modeling_qwen2_moe.Qwen2MoeTopKRouter, "forward", router))
+    swaps += golden_mixtures.in_float64(norm, rotary)
     old = [(where, name, getattr(where, name)) for where, name, _ in swaps]
     for where, name, new in swaps:
         setattr(where, name, new)
@@ -114,21 +119,10 @@ def in_float64():
             setattr(where, name, value)
 
 
-def disk_tensors(named):
-    """(name, tensor) pairs of the model in memory -> names and shapes as on disk: one matrix per expert."""
-    out = {}
-    for name, value in named:
-        stem, _, leaf = name.rpartition(".")
-        if leaf == "gate_up_proj":
-            for j, pair in enumerate(value):
-                gate, up = pair.chunk(2, dim=0)
-                out[f"{stem}.{j}.gate_proj.weight"], out[f"{stem}.{j}.up_proj.weight"] = gate, up
-        elif leaf == "down_proj" and value.dim() == 3:
-            for j, down in enumerate(value):
-                out[f"{stem}.{j}.down_proj.weight"] = down
-        else:
-            out[name] = value
-    return {name: value.detach().to(torch.float32).contiguous().clone() for name, value in out.items()}
+def disk_tensors(model, named):
+    """(name, tensor) pairs of the model in memory -> names and shapes as transformers writes them to the disk."""
+    out = revert_weight_conversion(model, {name: value.detach() for name, value in named})
+    return {name: value.to(torch.float32).contiguous().clone() for name, value in out.items()}
 
 
 def build(case, seed, dtype):
@@ -163,7 +157,7 @@ class RouterProbe:
     def __init__(self, model):
         self.logits = []
         for module in model.modules():
-            if isinstance(module, modeling_qwen2_moe.Qwen2MoeTopKRouter):
+            if isinstance(module, (modeling_qwen2_moe.Qwen2MoeTopKRouter, *golden_mixtures.ROUTERS)):
                 module.register_forward_hook(lambda _, args, out: self.logits.append(
                     torch.nn.functional.linear(args[0].reshape(-1, args[0].shape[-1]), _.weight)))
 
@@ -210,7 +204,7 @@ def train(case, seed, dtype, micro_batch, first_margin_only=False):
     """Ten AdamW steps. Returns everything the golden file holds, or None if two experts come too close to a tie."""
     model, tokens = build(case, seed, dtype), make_tokens(case, seed)
     probe = RouterProbe(model)
-    result = {"weights": disk_tensors(model.named_parameters()), "tokens": tokens}
+    result = {"weights": disk_tensors(model, model.named_parameters()), "tokens": tokens}
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
@@ -223,12 +217,12 @@ def train(case, seed, dtype, micro_batch, first_margin_only=False):
             return None
         if step == 0:
             result["logits"] = logits
-            result["grads"] = disk_tensors((name, p.grad) for name, p in model.named_parameters())
+            result["grads"] = disk_tensors(model, ((name, p.grad) for name, p in model.named_parameters()))
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizer.step()
         losses.append(ce), auxes.append(aux), margins.append(margin)
     result.update(losses=losses, auxes=auxes, norms=norms, margin=min(margins),
-                  final=disk_tensors(model.named_parameters()))
+                  final=disk_tensors(model, model.named_parameters()))
     return result
 
 

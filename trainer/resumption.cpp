@@ -21,6 +21,8 @@ namespace {
 
 // "num_experts: 8 -> 4, ...": keys of two configurations that differ; a few are enough.
 std::string config_differences(const ModelConfig& one, const ModelConfig& two) {
+  if (one.model_type != two.model_type)  // nearly every key differs, and none of them says why
+    return fmt::format("a model of another family: {}, not {}", two.model_type, one.model_type);
   const json before = json::parse(function_of(one)), after = json::parse(function_of(two));
   std::string words;
   int count = 0;

@@ -4,6 +4,7 @@
 #include <set>
 
 #include "data/hf_model.h"
+#include "upcycle/mixture_shape.h"
 #include "upcycle/recipe_problems.h"
 #include "upcycle/scale.h"
 
@@ -139,15 +140,21 @@ FfnMatrix matrix_of(const HfTensor& tensor) {
 // Whatever a line reads is noted, so that in the end every dense tensor is used or listed as dropped.
 class RecipeBuilder {
  public:
-  RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense) : config_(config), dense_(dense) {
+  RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense)
+      : config_(config),
+        dense_(dense),
+        moe_(make_moe_config(config, dense)),
+        shared_scale_(resolve_shared_scale(config, moe_.shared_expert_gate)) {
     recipe_.seed = static_cast<std::uint64_t>(config.seed);
     recipe_.scale = resolve_scale(config, dense.intermediate_size);
     recipe_.redrawn = config.experts.method == ExpertMethod::kRandom
                           ? config.target.moe_intermediate_size
                           : redrawn_units(config.experts.reinit, config.target.moe_intermediate_size);
     recipe_.layers.resize(static_cast<std::size_t>(dense.num_hidden_layers));
-    for (auto& layer : recipe_.layers)
-      layer.experts.resize(static_cast<std::size_t>(config.target.num_experts));
+    for (int layer = 0; layer < dense.num_hidden_layers; ++layer)
+      if (moe_.is_moe_layer(layer))
+        recipe_.layers[static_cast<std::size_t>(layer)].experts.resize(
+            static_cast<std::size_t>(config.target.num_experts));
     for (const ParamSpec& param : make_param_table(dense)) {
       for (HfTensor& tensor : hf_tensors_of(dense, param))
         sources_.emplace(tensor.name, std::move(tensor.shape));
@@ -155,9 +162,8 @@ class RecipeBuilder {
   }
 
   Recipe build() {
-    const ModelConfig moe = make_moe_config(config_, dense_);
-    for (const ParamSpec& param : make_param_table(moe)) {
-      for (const HfTensor& tensor : hf_tensors_of(moe, param)) add(param, tensor);
+    for (const ParamSpec& param : make_param_table(moe_)) {
+      for (const HfTensor& tensor : hf_tensors_of(moe_, param)) add(param, tensor);
     }
     for (const auto& [name, shape] : sources_) {
       if (!used_.contains(name)) recipe_.dropped.push_back(name);
@@ -213,8 +219,7 @@ class RecipeBuilder {
       case Role::kSharedGate:
         if (!config_.keep_rest) return rest(param, tensor);
         layer_of(param).shared_gate = line;
-        return FreshInit{FreshInit::Kind::kConstant, 0.0, 0.0,
-                         1};  // sigmoid 1/2, which shared.scale 2 undoes
+        return FreshInit{FreshInit::Kind::kConstant, 0.0, 0.0, 1};  // sigmoid 1/2, which shared.scale undoes
       case Role::kExpertGateUp:
       case Role::kExpertDown:
       case Role::kSharedGateUp:
@@ -236,7 +241,7 @@ class RecipeBuilder {
     m.map = routed ? layer.routed_units(expert) : layer.shared_units();
     if (routed) m.noise = config_.experts.noise;
     // The down projection is linear, so scaling it scales the expert's output; gate and up are not.
-    if (m.matrix == FfnMatrix::kDown) m.scale = routed ? recipe_.scale : config_.shared.scale;
+    if (m.matrix == FfnMatrix::kDown) m.scale = routed ? recipe_.scale : shared_scale_;
     Recipe::Layer& index = layer_of(param);
     (routed ? index.experts[static_cast<std::size_t>(expert)]
             : index.shared)[static_cast<std::size_t>(m.matrix)] = line;
@@ -252,6 +257,8 @@ class RecipeBuilder {
 
   const UpcycleConfig& config_;
   const ModelConfig& dense_;
+  const ModelConfig moe_;
+  const double shared_scale_;
   std::map<std::string, std::vector<std::int64_t>> sources_;  // dense tensors and their shapes
   std::set<std::string> used_, made_;
   Recipe recipe_;
@@ -277,24 +284,15 @@ std::string ffn_name(const ModelConfig& dense, int layer, FfnMatrix matrix) {
   fail(ExitCode::kFailure, "no such FFN matrix");
 }
 
-ModelConfig make_moe_config(const UpcycleConfig& config, const ModelConfig& dense) {
-  const Family& family = mixture_of(family_of(dense));
-  ModelConfig moe = dense;
-  moe.model_type = family.model_type;
-  moe.num_experts = config.target.num_experts;
-  moe.num_experts_per_tok = config.target.num_experts_per_tok;
-  moe.moe_intermediate_size = config.target.moe_intermediate_size;
-  moe.shared_expert_intermediate_size = config.target.shared_expert_intermediate_size;
-  moe.norm_topk_prob = config.target.norm_topk_prob;
-  moe.decoder_sparse_step = 1;
-  moe.mlp_only_layers.clear();
-  family.from_dense(moe);
-  return moe;
-}
-
 UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense) {
   UpcycleConfig out = config;
   const auto& t = config.target;
+  const ModelConfig moe = make_moe_config(config, dense);
+  out.target.family = moe.model_type;
+  if (has_shared(config)) {
+    out.shared.gate = moe.shared_expert_gate ? SharedGate::kSigmoid : SharedGate::kNone;
+    out.shared.scale = resolve_shared_scale(config, moe.shared_expert_gate);
+  }
   out.experts.scale = resolve_scale(config, dense.intermediate_size);
   if (out.experts.copies) return out;
   switch (config.experts.method) {

@@ -63,7 +63,7 @@ struct Recipe {
   std::int64_t redrawn = 0;          // neurons of every routed expert
   std::vector<RecipeLine> lines;     // in the order of the model's tensors
   std::vector<std::string> dropped;  // dense tensors that no line reads
-  // Index into `lines` of what makes up one MoE layer; -1 = there is none.
+  // Index into `lines` of what makes up one MoE layer; -1 = there is none, as in a layer that stays dense.
   struct Layer {
     int router = -1, shared_gate = -1;
     std::array<int, 3> shared{-1, -1, -1};  // by FfnMatrix
@@ -72,8 +72,6 @@ struct Recipe {
   std::vector<Layer> layers;
 };
 
-// The shape of the mixture: the dense model's with the FFN replaced.
-ModelConfig make_moe_config(const UpcycleConfig& config, const ModelConfig& dense);
 // The recipe with every `auto` replaced by what it stands for.
 UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense);
 // Throws Error(kUsage) with problems_of(), Error(kFailure) when a tensor would be made twice or not at all.

@@ -4,13 +4,13 @@
 #include <limits>
 
 #include "kernels/core/tensor.h"
-#include "upcycle/recipe.h"
+#include "upcycle/mixture_shape.h"
 #include "upcycle/scale.h"
 
 namespace upmoe {
 namespace {
 
-class Problems {
+class Misfits {
  public:
   template <class... Args>
   void add(fmt::format_string<Args...> format, Args&&... args) {
@@ -22,7 +22,7 @@ class Problems {
   std::vector<std::string> list_;
 };
 
-void check_values(const UpcycleConfig& c, Problems& problems) {
+void check_values(const UpcycleConfig& c, Misfits& problems) {
   if (!(c.experts.reinit >= 0 && c.experts.reinit <= 1)) {
     problems.add("experts.reinit: {} is not a share between 0 and 1", c.experts.reinit);
   }
@@ -34,11 +34,12 @@ void check_values(const UpcycleConfig& c, Problems& problems) {
   }
   if (c.experts.scale && !std::isfinite(*c.experts.scale))
     problems.add("experts.scale: {} is not finite", *c.experts.scale);
-  if (!std::isfinite(c.shared.scale)) problems.add("shared.scale: {} is not finite", c.shared.scale);
+  if (c.shared.scale && !std::isfinite(*c.shared.scale))
+    problems.add("shared.scale: {} is not finite", *c.shared.scale);
 }
 
 // False when the rest cannot be judged.
-bool check_target(const UpcycleConfig& c, Problems& problems) {
+bool check_target(const UpcycleConfig& c, Misfits& problems) {
   const auto& t = c.target;
   if (t.num_experts < 1) problems.add("target.num_experts: {}, expected at least 1", t.num_experts);
   if (t.num_experts_per_tok < 1 || t.num_experts_per_tok > t.num_experts) {
@@ -61,7 +62,7 @@ bool check_target(const UpcycleConfig& c, Problems& problems) {
 //   virtual_group    012 345 67- 012 ...   3 shards a copy, the last padded: 4 is no multiple; 6 would be 2 copies
 //   split, shuffle   012 345 670 123 4     12 neurons out of a row of copies: 2, the second not used up
 //   copy             width 8 alone         a copy each: 4
-void check_copies(const UpcycleConfig& c, std::int64_t dense_width, Problems& problems) {
+void check_copies(const UpcycleConfig& c, std::int64_t dense_width, Misfits& problems) {
   const auto& t = c.target;
   const ExpertMethod method = c.experts.method;
   const std::int64_t shards = shards_per_copy(dense_width, t.moe_intermediate_size);
@@ -101,7 +102,7 @@ void check_copies(const UpcycleConfig& c, std::int64_t dense_width, Problems& pr
   }
 }
 
-void check_shared(const UpcycleConfig& c, std::int64_t dense_width, Problems& problems) {
+void check_shared(const UpcycleConfig& c, std::int64_t dense_width, Misfits& problems) {
   const std::int64_t width = c.target.shared_expert_intermediate_size;
   if (width > 0 && c.shared.method == SharedMethod::kNone) {
     problems.add("shared.method none contradicts target.shared_expert_intermediate_size = {}; make it 0",
@@ -117,7 +118,7 @@ void check_shared(const UpcycleConfig& c, std::int64_t dense_width, Problems& pr
 }  // namespace
 
 std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelConfig& dense) {
-  Problems problems;
+  Misfits problems;
   if (dense.num_experts > 0) {
     problems.add("the source is a mixture of {} experts already; a dense model is needed", dense.num_experts);
   }
@@ -129,6 +130,10 @@ std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelCon
   if (!sizes_ok || dense.intermediate_size < 1) return problems.take();
   check_copies(config, dense.intermediate_size, problems);
   check_shared(config, dense.intermediate_size, problems);
+  const std::string layers = problem_of(config.target.layers, dense.num_hidden_layers);
+  if (!layers.empty()) problems.add("target.layers: {}", layers);
+  const MixtureChoice choice = choose_mixture(family_of(dense), wanted_mixture(config, dense));
+  if (layers.empty() && choice.family == nullptr) problems.add("{}", choice.problem);
   const std::int64_t shards = shards_per_copy(dense.intermediate_size, config.target.moe_intermediate_size);
   if (config.router.method == RouterMethod::kVirtualGroup && config.target.num_experts % shards != 0) {
     problems.add("router.method virtual_group: groups of {} shards do not divide target.num_experts = {}",

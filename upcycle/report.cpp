@@ -8,10 +8,12 @@
 
 namespace upmoe {
 
-CopyCounts count_copies(const Recipe& recipe, int layer, const ModelConfig& dense,
+namespace {
+
+CopyCounts count_copies(const Recipe& recipe, const Recipe::Layer& layer, const ModelConfig& dense,
                         const PermutationCache& permutations) {
   std::vector<std::int64_t> copies(static_cast<std::size_t>(dense.intermediate_size), 0);
-  for (const auto& lines : recipe.layers[static_cast<std::size_t>(layer)].experts) {
+  for (const auto& lines : layer.experts) {
     const auto& line =
         recipe.lines[static_cast<std::size_t>(lines[static_cast<std::size_t>(FfnMatrix::kGate)])];
     const UnitMap& map = std::get<ExpertMatrix>(line.transform).map;
@@ -23,6 +25,19 @@ CopyCounts count_copies(const Recipe& recipe, int layer, const ModelConfig& dens
   }
   const auto [min, max] = std::minmax_element(copies.begin(), copies.end());
   return {*min, *max};
+}
+
+}  // namespace
+
+std::vector<LayerReport> layer_reports(const Recipe& recipe, const std::vector<double>& errors,
+                                       const ModelConfig& dense, const PermutationCache& permutations) {
+  std::vector<LayerReport> reports;
+  for (std::size_t i = 0; i < recipe.layers.size(); ++i) {
+    const Recipe::Layer& layer = recipe.layers[i];
+    if (layer.router < 0) continue;  // stays dense
+    reports.push_back({static_cast<int>(i), errors.at(i), count_copies(recipe, layer, dense, permutations)});
+  }
+  return reports;
 }
 
 std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const SourceSurvey& survey,
@@ -43,9 +58,8 @@ std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const
       "weight)",
       error_tokens);
   report["layers"] = Json::array();
-  for (std::size_t i = 0; i < layers.size(); ++i) {
-    const LayerReport& layer = layers[i];
-    report["layers"].push_back({{"layer", i},
+  for (const LayerReport& layer : layers) {
+    report["layers"].push_back({{"layer", layer.layer},
                                 // Six digits: the last ones depend on the processor's vectors.
                                 {"relative_error", std::stod(fmt::format("{:.6g}", layer.relative_error))},
                                 {"copies_min", layer.copies.min},

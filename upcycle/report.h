@@ -13,14 +13,14 @@ namespace upmoe {
 struct CopyCounts {
   std::int64_t min = 0, max = 0;  // over source neurons
 };
-// How often the routed experts of a layer hold each source neuron, before any redraw.
-CopyCounts count_copies(const Recipe& recipe, int layer, const ModelConfig& dense,
-                        const PermutationCache& permutations);
-
 struct LayerReport {
+  int layer = 0;
   double relative_error = 0;
-  CopyCounts copies;
+  CopyCounts copies;  // how often the routed experts hold each source neuron, before any redraw
 };
+// Of the layers that become mixtures; errors: of all layers, layer_error().
+std::vector<LayerReport> layer_reports(const Recipe& recipe, const std::vector<double>& errors,
+                                       const ModelConfig& dense, const PermutationCache& permutations);
 
 // `config` as resolved. The text depends on what was asked for alone, not on ranks, paths or time.
 std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const SourceSurvey& survey,

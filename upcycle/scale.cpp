@@ -45,4 +45,8 @@ double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width) {
   return neurons / (kept * weights);
 }
 
+double resolve_shared_scale(const UpcycleConfig& config, bool gate) {
+  return config.shared.scale.value_or(gate ? 2.0 : 1.0);
+}
+
 }  // namespace upmoe

@@ -13,5 +13,7 @@ std::int64_t shards_per_copy(std::int64_t dense_width, std::int64_t width);
 // experts.scale as given, or what `auto` stands for: 1 where the shared expert carries the function
 // (shared.method dense) or nothing is kept, else the preserving factor derived in scale.cpp.
 double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width);
+// shared.scale as given, or what `auto` stands for: 2 where a gate on the shared expert begins at 1/2, else 1.
+double resolve_shared_scale(const UpcycleConfig& config, bool gate);
 
 }  // namespace upmoe

@@ -17,6 +17,7 @@
 #include "parallel/texts.h"
 #include "parallel/threads.h"
 #include "upcycle/layer_error.h"
+#include "upcycle/mixture_shape.h"
 #include "upcycle/output_files.h"
 #include "upcycle/progress.h"
 #include "upcycle/recipe_table.h"
@@ -41,7 +42,10 @@ struct Plan {
 
 Plan make_plan(const UpcycleConfig& config, const DenseSource& source, std::uint64_t max_shard_bytes) {
   const ModelConfig& dense = source.model().config();
-  Plan plan{resolve(config, dense), make_moe_config(config, dense), make_recipe(config, dense), {}};
+  Plan plan;
+  plan.recipe = make_recipe(config, dense);  // first: it lists all that does not fit
+  plan.config = resolve(config, dense);
+  plan.moe = make_moe_config(config, dense);
   plan.moe.dtype = source.dtype() == DType::kBF16 ? "bfloat16" : "float32";
   plan.layout = plan_hf_layout(plan.moe, source.dtype(), max_shard_bytes);
   return plan;
@@ -328,11 +332,8 @@ class Upcycler {
 
   // What lies beside the tensors in both forms.
   void add_files(const fs::path& folder, const std::vector<double>& errors) {
-    const ModelConfig& dense = source_->model().config();
-    std::vector<LayerReport> layers;
-    for (std::size_t i = 0; i < errors.size(); ++i) {
-      layers.push_back({errors[i], count_copies(plan_->recipe, static_cast<int>(i), dense, *permutations_)});
-    }
+    const std::vector<LayerReport> layers =
+        layer_reports(plan_->recipe, errors, source_->model().config(), *permutations_);
     write_text_synced(folder / "config.json", to_hf_json(plan_->moe));
     write_text_synced(folder / "upcycle_report.json",
                       make_report(plan_->config, plan_->recipe, survey_, layers, options_.error_tokens));
@@ -386,7 +387,8 @@ std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& opti
   const std::size_t files = plan.layout.files.size();
   out += options.form == OutputForm::kCheckpoint ? "a checkpoint of one shard per rank"
                                                  : fmt::format("{} file{}", files, files == 1 ? "" : "s");
-  out += fmt::format(", {} bytes ({:.1f} GB), {}\n", bytes, static_cast<double>(bytes) / 1e9, plan.moe.dtype);
+  out += fmt::format(", {} bytes ({:.1f} GB), {}, {}\n", bytes, static_cast<double>(bytes) / 1e9,
+                     plan.moe.dtype, family_of(plan.moe).architecture);
   return out;
 }
 

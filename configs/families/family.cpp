@@ -8,13 +8,26 @@
 #include <array>
 #include <string_view>
 
+#include "configs/families/deepseek.h"
+#include "configs/families/mixtral.h"
 #include "configs/families/qwen2.h"
 #include "configs/families/qwen2_moe.h"
 
 namespace upmoe {
 namespace {
 
-const std::array<const Family*, 2> kFamilies{&kQwen2, &kQwen2Moe};
+const std::array<const Family*, 4> kFamilies{&kQwen2, &kQwen2Moe, &kMixtral, &kDeepseek};
+
+struct Unread {
+  const char *model_type, *why;
+};
+constexpr Unread kUnread[] = {
+    {"dbrx",
+     "its q, k and v are one tensor (Wqkv) and all experts of a layer another (experts.mlp.w1, v1, w2), its "
+     "norms are "
+     "LayerNorms"},
+    {"dots1", "its routers score by a sigmoid and choose by a bias beside it (e_score_correction_bias)"},
+};
 
 }  // namespace
 
@@ -46,11 +59,15 @@ const Family& family_of(const ModelConfig& config) {
   return *family;
 }
 
-const Family& mixture_of(const Family& dense) {
-  const Family* mixture = dense.mixture == nullptr ? nullptr : find_family(dense.mixture);
-  if (mixture == nullptr)
-    fail(ExitCode::kUsage, "model_type {}: no mixture of experts of this kind is known", dense.model_type);
-  return *mixture;
+bool is_mixture(const Family& family) {
+  return std::any_of(family.tensors.begin(), family.tensors.end(),
+                     [](const TensorName& t) { return t.role == Role::kRouter; });
+}
+
+std::string why_not_read(const std::string& model_type) {
+  for (const Unread& family : kUnread)
+    if (model_type == family.model_type) return family.why;
+  return "";
 }
 
 std::string tensor_name(const ModelConfig& config, Role role, int layer, Half half) {

@@ -5,6 +5,7 @@
 #include <span>
 #include <string>
 
+#include "configs/families/traits.h"
 #include "configs/model_config.h"
 #include "configs/param_table.h"
 
@@ -41,8 +42,10 @@ struct Family {
   // transformers makes the modules of the shared expert even where its width is 0: tensors that nobody reads.
   bool empty_shared_expert = false;
 
-  // Of a dense family: the model_type of the mixtures that it becomes; null when none is known.
-  const char* mixture = nullptr;
+  // What its models can have of what models differ in. A model with any other trait is not written as this family's.
+  Traits carries;
+  // Of a dense family: the model_types of the mixtures that it can become, the one to take first in front.
+  std::span<const char* const> mixtures = {};
   // Of a mixture family: what else follows when a dense model becomes one (recipes say its experts and widths).
   void (*from_dense)(ModelConfig& config) = nullptr;
 };
@@ -50,8 +53,9 @@ struct Family {
 std::span<const Family* const> families();
 const Family* find_family(const std::string& model_type);  // null when there is none
 const Family& family_of(const ModelConfig& config);
-// The family of the mixtures that models of this dense family become. Throws Error(kUsage) when none is known.
-const Family& mixture_of(const Family& dense);
+bool is_mixture(const Family& family);  // of models with experts
+// Of a model_type that is known and that no family here reads: what it has that nothing here does; empty for others.
+std::string why_not_read(const std::string& model_type);
 
 // The name on disk of what holds this of a parameter.
 std::string tensor_name(const ModelConfig& config, Role role, int layer = kOutsideBlocks,

@@ -17,6 +17,8 @@ bool window_reaches_a_layer(JsonObject& json, const ModelConfig& c) {
   return first < c.num_hidden_layers;
 }
 
+constexpr const char* kMixtures[] = {"qwen2_moe"};
+
 constexpr auto kTensors = together(kFrontTensors, kFfnTensors, kBackTensors);
 
 void read(JsonObject& json, ModelConfig& c) {
@@ -34,7 +36,8 @@ const Family kQwen2{.model_type = "qwen2",
                     .write = write_qwen2,
                     .keys = {},
                     .tensors = kTensors,
-                    .mixture = "qwen2_moe"};
+                    .carries = kQwen2Layers,
+                    .mixtures = kMixtures};
 
 void read_qwen2(JsonObject& json, ModelConfig& c) {
   read_sizes(json, c);

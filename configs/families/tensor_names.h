@@ -24,6 +24,12 @@ inline constexpr auto kFfnTensors = std::to_array<TensorName>({
     {Role::kFfnGateUp, Half::kUp, "model.layers.{0}.mlp.up_proj.weight"},
     {Role::kFfnDown, Half::kWhole, "model.layers.{0}.mlp.down_proj.weight"},
 });
+inline constexpr auto kExpertTensors = std::to_array<TensorName>({
+    {Role::kRouter, Half::kWhole, "model.layers.{0}.mlp.gate.weight"},
+    {Role::kExpertGateUp, Half::kGate, "model.layers.{0}.mlp.experts.{1}.gate_proj.weight"},
+    {Role::kExpertGateUp, Half::kUp, "model.layers.{0}.mlp.experts.{1}.up_proj.weight"},
+    {Role::kExpertDown, Half::kWhole, "model.layers.{0}.mlp.experts.{1}.down_proj.weight"},
+});
 inline constexpr auto kBackTensors = std::to_array<TensorName>({
     {Role::kNorm1, Half::kWhole, "model.layers.{0}.input_layernorm.weight"},
     {Role::kNorm2, Half::kWhole, "model.layers.{0}.post_attention_layernorm.weight"},

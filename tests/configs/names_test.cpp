@@ -4,6 +4,7 @@
 
 #include <set>
 
+#include "configs/families/traits.h"
 #include "configs/model_traits.h"
 #include "configs/run_config.h"
 #include "configs/upcycle_config.h"
@@ -67,12 +68,14 @@ TEST(Names, OfRecipes) {
   expect_read<ReinitSets>("experts.reinit_sets", recipe_with);
   expect_read<RouterMethod>("router.method", recipe_with);
   expect_complete<SharedMethod>();
+  expect_read<SharedGate>("shared.gate", recipe_with);
 }
 
 TEST(Names, OfModels) {
   expect_complete<NormKind>();
   expect_complete<Activation>();
   expect_complete<QkNorm>();
+  expect_complete<Trait>();
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ namespace upmoe {
 namespace {
 
 namespace fs = std::filesystem;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::UnorderedElementsAreArray;
 
@@ -30,8 +31,9 @@ std::string refusal(const std::vector<std::string>& overrides, const std::string
 
 TEST(UpcycleConfig, ShippedRecipes) {
   std::vector<std::string> expected, found;
-  for (const char* name : {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling",
-                           "llama-moe-split", "from-scratch", "mixtral-8x", "deepseekmoe"}) {
+  for (const char* name :
+       {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling", "llama-moe-split",
+        "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b", "arctic-residual"}) {
     expected.push_back(name + std::string(".yaml"));
     expected.push_back(name + std::string("-tiny.yaml"));
   }
@@ -63,7 +65,7 @@ TEST(UpcycleConfig, TinyTwinsAreTheSameRecipes) {
     EXPECT_EQ(to_yaml(tiny), to_yaml(full)) << stem;
     ++twins;
   }
-  EXPECT_EQ(twins, 8);
+  EXPECT_EQ(twins, 10);
 }
 
 TEST(UpcycleConfig, TheProjectsDefault) {
@@ -95,6 +97,34 @@ TEST(UpcycleConfig, NumbersOrAuto) {
   EXPECT_EQ(parse_upcycle_config(to_yaml(c), "u", {"experts.scale=auto"}).experts.scale, std::nullopt);
   EXPECT_THAT(refusal({"experts.copies=automatic"}), HasSubstr("auto or a number"));
   EXPECT_THAT(refusal({"experts.copies=0"}), HasSubstr("found 0, expected 1 to"));
+}
+
+TEST(UpcycleConfig, LayersThatBecomeMixtures) {
+  const auto dense = [](const std::string& layers) {
+    return dense_layers(parse_upcycle_config(kMinimal, "u", {"target.layers=" + layers}).target.layers, 6);
+  };
+  using Layers = std::vector<int>;
+  EXPECT_EQ(dense("all"), Layers{});
+  EXPECT_EQ(dense("every:2"), (Layers{0, 2, 4}));
+  EXPECT_EQ(dense("last:2"), (Layers{0, 1, 2, 3}));
+  EXPECT_EQ(dense("first_dense:1"), Layers{0});
+  EXPECT_EQ(dense("[4, 1]"), (Layers{0, 2, 3, 5}));
+  for (const char* bad : {"every", "every:0", "every:x", "first:2", "[]", "[1, 1]", "[-1]", "2"})
+    EXPECT_NE(refusal({std::string("target.layers=") + bad}), "") << bad;
+  const auto problem = [](const std::string& layers) {
+    return problem_of(parse_upcycle_config(kMinimal, "u", {"target.layers=" + layers}).target.layers, 6);
+  };
+  EXPECT_EQ(problem("last:6"), "");
+  EXPECT_THAT(problem("last:7"), HasSubstr("beyond"));
+  EXPECT_THAT(problem("[6]"), HasSubstr("beyond"));
+  EXPECT_THAT(problem("every:7"), HasSubstr("leaves none"));
+  EXPECT_THAT(problem("first_dense:6"), HasSubstr("leaves none"));
+}
+
+TEST(UpcycleConfig, TheFamilyIsAutoOrOneOfMixtures) {
+  EXPECT_EQ(parse_upcycle_config(kMinimal, "u", {}).target.family, "");
+  EXPECT_EQ(parse_upcycle_config(kMinimal, "u", {"target.family=mixtral"}).target.family, "mixtral");
+  EXPECT_THAT(refusal({"target.family=qwen2"}), AllOf(HasSubstr("auto"), HasSubstr("qwen2_moe")));
 }
 
 TEST(UpcycleConfig, RefusesNonsense) {

@@ -98,8 +98,22 @@ class Requests(cli_test.CliTest):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}), encoding="utf-8")
 
+        def other_family(folder, tensors):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            own = {"model_type": "mixtral", "num_local_experts": config["num_experts"],
+                   "intermediate_size": config["moe_intermediate_size"], "norm_topk_prob": True}
+            (folder / "config.json").write_text(json.dumps(config | own), encoding="utf-8")
+            for name in list(tensors):
+                tensor = tensors.pop(name)
+                if not name.endswith(".bias") and "shared_expert" not in name:
+                    for ours, theirs in ((".mlp.", ".block_sparse_moe."), ("gate_proj", "w1"), ("down_proj", "w2"),
+                                         ("up_proj", "w3")):
+                        name = name.replace(ours, theirs)
+                    tensors[name] = tensor
+
         for name, change, words in (("weights", other_weights, "the weights differ"),
-                                    ("config", other_config, "rope_theta")):
+                                    ("config", other_config, "rope_theta"),
+                                    ("family", other_family, "a model of another family: mixtral, not qwen2_moe")):
             other = self.other_model(name, change)
             said = self.train("train.steps=3", f"model.path={other}", status=2)
             for word in (words, str(other), f"model.path={self.model}", "run.dir"):

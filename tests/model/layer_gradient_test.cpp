@@ -5,6 +5,7 @@
 #include "parallel/self_comm.h"
 #include "tests/support/gradient_check.h"
 #include "trainer/model/block.h"
+#include "trainer/model/scaled_router.h"
 #include "trainer/rank_model.h"
 
 namespace upmoe {
@@ -149,9 +150,10 @@ struct MoeRig : Rig {
   BalanceConfig balance;
   std::vector<std::int32_t> choices;
 
-  explicit MoeRig(bool renormalize, AuxKind kind) {
+  explicit MoeRig(bool renormalize, AuxKind kind, double scale = 1) {
     moe.num_experts = E;
     moe.router = make_softmax_router(router, K, renormalize);
+    if (scale != 1) moe.router = make_scaled_router(std::move(moe.router), scale);
     moe.exchange = make_exchange({E, 1}, *self, {});
     moe.experts.gate_up_eGD = host.param({E, 2 * F, D}, 0.4);
     moe.experts.down_eDF = host.param({E, D, F}, 0.4);
@@ -190,8 +192,8 @@ struct MoeRig : Rig {
   }
 };
 
-void check_moe(bool renormalize, AuxKind kind) {
-  MoeRig rig(renormalize, kind);
+void check_moe(bool renormalize, AuxKind kind, double scale = 1) {
+  MoeRig rig(renormalize, kind, scale);
   MoeLayer::Saved saved;
   const TensorView y = rig.host.zeros({rig.T, rig.D}), dx = rig.host.zeros({rig.T, rig.D});
   RouterBalance balance;
@@ -254,6 +256,21 @@ TEST(LayerGradient, MoePooledBalance) {
 }
 TEST(LayerGradient, MoeRenormalised) {
   check_moe(true, AuxKind::kHf);
+}
+TEST(LayerGradient, MoeOfScaledWeights) {
+  check_moe(false, AuxKind::kHf, 2.5);
+  check_moe(true, AuxKind::kHf, 0.5);
+}
+TEST(LayerGradient, AFactorIsOnTheChosenWeightsAlone) {
+  MoeRig plain(true, AuxKind::kHf), scaled(true, AuxKind::kHf, 2.5);
+  Router::Saved before, after;
+  const Choices one = plain.moe.router->forward(plain.ex, plain.x, {}, plain.keep, before),
+                other = scaled.moe.router->forward(scaled.ex, scaled.x, {}, scaled.keep, after);
+  for (std::int64_t i = 0; i < one.weight_TK.elements(); ++i) {
+    EXPECT_EQ(other.index_TK.as<std::int32_t>()[i], one.index_TK.as<std::int32_t>()[i]);
+    EXPECT_EQ(other.weight_TK.as<float>()[i], 2.5f * one.weight_TK.as<float>()[i]);
+    EXPECT_EQ(after.weight_TK.as<float>()[i], one.weight_TK.as<float>()[i]) << "the router's own";
+  }
 }
 TEST(LayerGradient, MoeSwitchBalance) {
   check_moe(false, AuxKind::kSwitch);

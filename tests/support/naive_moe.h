@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "configs/model_config.h"
+#include "configs/families/family.h"
 #include "kernels/core/check.h"
 
 namespace upmoe::test {
@@ -32,20 +32,37 @@ inline NaiveVector product(const NaiveVector& w, const NaiveVector& x) {
   return y;
 }
 
-// down(silu(gate x) * up x) of the tensors PREFIX{gate,up,down}_proj.weight
-inline NaiveVector naive_ffn(const NaiveTensors& tensors, const std::string& prefix, const NaiveVector& x) {
-  NaiveVector h = product(tensor(tensors, prefix + "gate_proj.weight"), x);
-  const NaiveVector up = product(tensor(tensors, prefix + "up_proj.weight"), x);
+// The tensors of one SwiGLU by their names on disk.
+struct NaiveFfn {
+  std::string gate, up, down;
+};
+
+// down(silu(gate x) * up x)
+inline NaiveVector naive_ffn(const NaiveTensors& tensors, const NaiveFfn& names, const NaiveVector& x) {
+  NaiveVector h = product(tensor(tensors, names.gate), x);
+  const NaiveVector up = product(tensor(tensors, names.up), x);
   for (std::size_t j = 0; j < h.size(); ++j) h[j] = h[j] / (1 + std::exp(-h[j])) * up[j];
-  return product(tensor(tensors, prefix + "down_proj.weight"), h);
+  return product(tensor(tensors, names.down), h);
+}
+
+// Of the family that the model is of.
+inline std::string name_on_disk(const ModelConfig& model, Role role, int layer, std::size_t expert = 0,
+                                Half half = Half::kWhole) {
+  for (const TensorName& t : family_of(model).tensors)
+    if (t.role == role && t.half == half) return t.of(layer, static_cast<std::int64_t>(expert));
+  fail(ExitCode::kFailure, "{} has no tensor for {}", model.model_type, name_of(role));
+}
+inline NaiveFfn ffn_names(const ModelConfig& model, Role gate_up, Role down, int layer,
+                          std::size_t expert = 0) {
+  return {name_on_disk(model, gate_up, layer, expert, Half::kGate),
+          name_on_disk(model, gate_up, layer, expert, Half::kUp), name_on_disk(model, down, layer, expert)};
 }
 
 // Softmax over all experts, the k largest (lowest index first among equals), renormalised if the model says
-// so; plus the shared expert times the sigmoid of its gate.
+// so; plus the shared expert, times the sigmoid of its gate where it has one.
 inline NaiveVector naive_moe(const NaiveTensors& tensors, const ModelConfig& model, int layer,
                              const NaiveVector& x) {
-  const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
-  NaiveVector p = product(tensor(tensors, prefix + "gate.weight"), x);
+  NaiveVector p = product(tensor(tensors, name_on_disk(model, Role::kRouter, layer)), x);
   const double top = *std::max_element(p.begin(), p.end());
   double sum = 0;
   for (double& v : p) sum += v = std::exp(v - top);
@@ -59,13 +76,17 @@ inline NaiveVector naive_moe(const NaiveTensors& tensors, const ModelConfig& mod
   }
   NaiveVector y(x.size(), 0.0);
   for (const std::size_t e : order) {
-    const NaiveVector y_e = naive_ffn(tensors, fmt::format("{}experts.{}.", prefix, e), x);
+    const NaiveVector y_e =
+        naive_ffn(tensors, ffn_names(model, Role::kExpertGateUp, Role::kExpertDown, layer, e), x);
     for (std::size_t d = 0; d < y.size(); ++d) y[d] += p[e] / sum * y_e[d];
   }
   if (model.shared_expert_intermediate_size > 0) {
-    const double open =
-        1 / (1 + std::exp(-product(tensor(tensors, prefix + "shared_expert_gate.weight"), x)[0]));
-    const NaiveVector y_s = naive_ffn(tensors, prefix + "shared_expert.", x);
+    double open = 1;
+    if (model.shared_expert_gate)
+      open += std::exp(-product(tensor(tensors, name_on_disk(model, Role::kSharedGate, layer)), x)[0]);
+    open = 1 / open;
+    const NaiveVector y_s =
+        naive_ffn(tensors, ffn_names(model, Role::kSharedGateUp, Role::kSharedDown, layer), x);
     for (std::size_t d = 0; d < y.size(); ++d) y[d] += open * y_s[d];
   }
   return y;

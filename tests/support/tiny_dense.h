@@ -1,5 +1,5 @@
 #pragma once
-// Small dense Qwen2 directories with random weights, and what upcycling makes of them, in memory.
+// Small dense directories with random weights, and what upcycling makes of them, in memory.
 
 #include <unistd.h>
 
@@ -8,6 +8,7 @@
 #include <fstream>
 #include <string>
 
+#include "configs/families/family.h"
 #include "configs/param_table.h"
 #include "data/hf_model.h"
 #include "kernels/core/normal_batch.h"
@@ -25,16 +26,30 @@ struct TinyShape {
   int hidden = 32, ffn = 86, layers = 2, vocab = 48;  // 86: as 5504 to 1408, no multiple of 22
   DType dtype = DType::kF32;
   bool tied = false;
+  const char* family = "qwen2";
+  bool biases = true;  // of q, k and v, where the family may do without
 };
 
-inline std::string tiny_config_json(const TinyShape& s) {
+inline std::string tiny_qwen2_json(const TinyShape& s) {
   return fmt::format(
       R"({{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": {},
 "intermediate_size": {}, "num_hidden_layers": {}, "num_attention_heads": 4, "num_key_value_heads": 2,
 "vocab_size": {}, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "max_position_embeddings": 64,
 "tie_word_embeddings": {}, "torch_dtype": "{}", "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 1,
-"sliding_window": 64, "use_sliding_window": false, "attention_dropout": 0.0}})",
-      s.hidden, s.ffn, s.layers, s.vocab, s.tied, s.dtype == DType::kBF16 ? "bfloat16" : "float32");
+"sliding_window": 64, "use_sliding_window": false, "attention_dropout": 0.0, "qkv_bias": {}}})",
+      s.hidden, s.ffn, s.layers, s.vocab, s.tied, s.dtype == DType::kBF16 ? "bfloat16" : "float32", s.biases);
+}
+
+// In another family's form, with the layers that it cannot do without.
+inline std::string tiny_config_json(const TinyShape& s) {
+  ModelConfig c = parse_model_config(tiny_qwen2_json(s), "tiny");
+  if (c.model_type == s.family) return c.raw_json;
+  c.model_type = s.family;
+  c.raw_json = "{}";
+  const Traits carries = family_of(c).carries;
+  c.qkv_bias = !carries.has(Trait::kNoBiases);
+  c.qk_norm = carries.has(Trait::kNoQkNorm) ? QkNorm::kNone : QkNorm::kPerHead;
+  return to_hf_json(c);
 }
 
 // Every tensor N(0.01, 0.3): large enough that silu is far from linear, mean far enough from zero to be seen.

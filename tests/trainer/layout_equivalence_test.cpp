@@ -254,6 +254,23 @@ TEST(Features, Bf16DriftsNoFurtherThanAnotherOrderOfSums) {
     }
 }
 
+// Mixtures of other families, along each axis and under some together.
+TEST(Families, EqualOneRank) {
+  for (const char* model : {"mixtral", "deepseek"}) {
+    int meshes = 0;
+    for (const MeshSpec& mesh :
+         {MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{1, 1, 1, 2, 1, 2}, MeshSpec{2, 1, 1, 1, 1, 1},
+          MeshSpec{2, 1, 1, 2, 2, 1}, MeshSpec{1, 2, 1, 2, 2, 2}, MeshSpec{1, 1, 2, 2, 2, 1}}) {
+      const Layout l{model, mesh};
+      if (!is_possible(l, Golden(model))) continue;  // sequences that cp does not divide
+      SCOPED_TRACE(l.str());
+      expect_equal(one_rank(l), run_in_layout(l));
+      ++meshes;
+    }
+    EXPECT_GE(meshes, 5) << model;
+  }
+}
+
 // Sixteen ranks: a seeded sample of a hundred meshes, or three of them.
 TEST(Sixteen, RandomMeshes) {
   const char* mode = std::getenv("UPMOE_LAYOUTS");
@@ -272,7 +289,8 @@ TEST(Sixteen, RandomMeshes) {
 // The files that transformers and PyTorch made in fp64, ten steps, under meshes of every axis.
 std::vector<Layout> golden_layouts(int ranks) {
   std::vector<Layout> all;
-  for (const char* model : {"dense", "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd"}) {
+  for (const char* model :
+       {"dense", "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd", "mixtral", "deepseek"}) {
     const Golden golden(model);
     for (Layout l : test::meshes(model, ranks)) {
       // The pool of the balance term is the micro-batch: the files have four sequences in one, or two (moe_a27b).

@@ -64,7 +64,6 @@ TEST(RankModel, RefusesAModelOfLayersThatAreMissing) {
   refused([](ModelConfig& c) { c.clip_qkv = 8; }, "clip_qkv = 8");
   refused([](ModelConfig& c) { c.scaled_embedding = true; }, "a scaled embedding");
   refused([](ModelConfig& c) { c.sliding_window = 4096; }, "sliding_window = 4096");
-  refused([](ModelConfig& c) { c.routed_scaling_factor = 2.5; }, "routed_scaling_factor = 2.5");
 }
 
 TEST(RankModel, HasWhatItWasAskedFor) {

@@ -6,6 +6,7 @@
 
 #include "tests/support/tiny_dense.h"
 #include "upcycle/layer_error.h"
+#include "upcycle/mixture_shape.h"
 
 namespace upmoe {
 namespace {
@@ -47,7 +48,8 @@ class Preservation : public ::testing::Test {
         std::vector<float> z(static_cast<std::size_t>(shape_.hidden));
         normal_batch(5, static_cast<std::uint64_t>(layer * 16 + t) * z.size(), shape_.hidden, z.data());
         const NaiveVector x(z.begin(), z.end());
-        const NaiveVector expected = naive_ffn(dense, fmt::format("model.layers.{}.mlp.", layer), x);
+        const NaiveVector expected =
+            naive_ffn(dense, ffn_names(source_->config(), Role::kFfnGateUp, Role::kFfnDown, layer), x);
         const NaiveVector found = naive_moe(made, moe, layer, x);
         for (std::size_t d = 0; d < x.size(); ++d) {
           difference += (found[d] - expected[d]) * (found[d] - expected[d]);

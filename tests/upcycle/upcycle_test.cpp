@@ -128,6 +128,32 @@ TEST_F(Upcycle, OutputIsAMixtureWithEveryTensorOfTheRecipe) {
   }
 }
 
+// A layer that stays dense is the dense model's, its width included; the report speaks of mixtures alone.
+TEST_F(Upcycle, LayersThatStayDenseAreCopied) {
+  UpcycleConfig c = recipe();
+  c.target.layers = {LayerChoice::Kind::kFirstDense, 1, {}};
+  run(c, options());
+  const HfModel made(dir_.path() / "moe");
+  EXPECT_EQ(made.config().mlp_only_layers, std::vector<int>{0});
+  EXPECT_EQ(made.config().intermediate_size, shape_.ffn);
+  const TinySource source(dense_);
+  for (const char* matrix : {"gate_proj", "up_proj", "down_proj"}) {
+    const std::string name = fmt::format("model.layers.0.mlp.{}.weight", matrix);
+    const auto [file, entry] = made.locate(name);
+    std::vector<std::byte> bytes(entry->end - entry->begin);
+    file->read(*entry, 0, bytes);
+    EXPECT_EQ(to_doubles(bytes, DType::kF32), source.read(name));
+  }
+  const auto report = nlohmann::json::parse(read_file(dir_.path() / "moe" / "upcycle_report.json"));
+  ASSERT_EQ(report.at("layers").size(), 1u);
+  EXPECT_EQ(report.at("layers")[0].at("layer"), 1);
+  EXPECT_GT(report.at("layers")[0].at("relative_error"), 0.0);
+  const UpcycleConfig resolved = parse_upcycle_config(report.at("recipe").get<std::string>(), "report", {});
+  EXPECT_EQ(resolved.target.layers, c.target.layers);
+  EXPECT_EQ(resolved.target.family, "qwen2_moe");
+  EXPECT_EQ(resolved.shared.gate, SharedGate::kSigmoid);
+}
+
 TEST_F(Upcycle, WorksForBf16TiedEmbeddingsAndOddSizes) {
   for (const auto& [ffn, experts, width, shared] :
        {std::array{86, 60, 22, 88}, std::array{13, 7, 5, 17}, std::array{1, 3, 1, 1}}) {

@@ -2,6 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <utility>
+
+#include "trainer/model/scaled_router.h"
+
 namespace upmoe {
 
 namespace {
@@ -16,8 +20,6 @@ void refuse_missing_layers(const ModelConfig& c) {
   if (c.clip_qkv != 0) missing.push_back(fmt::format("clip_qkv = {}", c.clip_qkv));
   if (c.scaled_embedding) missing.emplace_back("a scaled embedding");
   if (c.sliding_window != 0) missing.push_back(fmt::format("sliding_window = {}", c.sliding_window));
-  if (c.routed_scaling_factor != 1)
-    missing.push_back(fmt::format("routed_scaling_factor = {}", c.routed_scaling_factor));
   if (missing.empty()) return;
   fail(ExitCode::kUsage, "a model of type {} cannot be built: no layer computes {}; take a model without it",
        c.model_type, fmt::join(missing, ", "));
@@ -53,6 +55,8 @@ MoeLayer bind_moe(const ModelConfig& config, const BlockParams& params, const Pr
   moe.num_experts = config.num_experts;
   moe.router = make_softmax_router(params.get(Role::kRouter, {config.num_experts, config.hidden_size}),
                                    config.num_experts_per_tok, config.norm_topk_prob);
+  if (config.routed_scaling_factor != 1)
+    moe.router = make_scaled_router(std::move(moe.router), config.routed_scaling_factor);
   moe.exchange = make_exchange({config.num_experts, mesh.spec().etp}, mesh.along({Axis::kEp, Axis::kEtp}),
                                {mesh.across_nodes(), mesh.inside_node()});
   const Shape eF2D = params.shard(Role::kExpertGateUp);

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Every family and shipped recipe to transformers and back: what upmoe writes is what transformers reads and writes.
+
+    tests/round_trips.py [--build build/release] [NAME ...]      NAME: a recipe, without its -tiny.yaml
+
+For each recipe a small dense model of the family that it is for is made and saved by transformers, upcycled, trained
+for two steps and exported. What `upmoe upcycle` and `upmoe export` wrote is read by transformers: no key may be
+missing, unexpected or mismatched, and the logits must agree (tests/check_export_in_transformers.py). transformers then
+saves it again, and that directory must hold for upmoe the same model, tensor for tensor. Needs torch and transformers
+(tests/golden/README.md) and a build with the target make_run; not part of the test suite. Exit status 0 only if all
+agree.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+
+import check_export_in_transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 688  # of the FFN, which the tiny recipes are for
+SIZES = dict(hidden_size=64, intermediate_size=WIDTH, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=64, max_position_embeddings=64, initializer_range=0.1,
+             bos_token_id=1, eos_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+# The dense family that a mixture family's recipes start from, and what its configuration says beside the sizes.
+DENSE = {"qwen2_moe": ("qwen2", {}), "mixtral": ("mistral", {"sliding_window": None}), "deepseek": ("llama", {}),
+         "qwen3_moe": ("qwen3", {"head_dim": 24})}
+
+
+def run(*words):
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, words))}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def make_dense(folder, kind):
+    model_type, more = DENSE[kind]
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **SIZES, **more)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:  # norms and biases begin alike everywhere, and a mixed-up one would not show
+                weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+
+
+def there_and_back(upmoe, folder, tokens):
+    """A directory that upmoe wrote, read by transformers, saved by it, and read by upmoe again."""
+    logits, again = folder.with_suffix(".safetensors"), folder.with_suffix(".again")
+    run(upmoe, "eval", folder, "--data", tokens, "--seq-len", 32, "--sequences", 4, "--logits", logits)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        same = check_export_in_transformers.agrees(folder, logits, tokens, save=again)
+    if not same:
+        raise SystemExit(f"{folder.parent.name}, {folder.name}: {said.getvalue()}")
+    differs = json.loads(run(upmoe, "inspect", folder, "--diff", again, "--json"))["difference"]
+    if differs:
+        raise SystemExit(f"{folder.parent.name}, {folder.name}: saved by transformers it is another model: {differs}")
+    return re.search(r"largest difference (\S+)", said.getvalue())[1]
+
+
+def round_trip(recipe, upmoe, work, folder):
+    family = yaml.safe_load(recipe.read_text())["target"].get("family", "qwen2_moe")
+    dense, moe, trained = folder / "dense", folder / "moe", folder / "trained"
+    make_dense(dense, family)
+    # A router of zeros gives all experts one score, and torch.topk takes others of equals than upmoe.
+    zero = yaml.safe_load(recipe.read_text())["router"]["method"] == "zero"
+    run(upmoe, "upcycle", recipe, "--from", dense, "--to", moe, *(["router.method=normal"] if zero else []))
+    report = json.loads((moe / "upcycle_report.json").read_text())
+    error = max(layer["relative_error"] for layer in report["layers"])
+    start = there_and_back(upmoe, moe, work / "tokens.h5")
+    run(upmoe, "train", work / "run.yaml", f"run.dir={folder / 'run'}", f"model.path={moe}", "model.init=weights",
+        "train.steps=2", "parallel.ep=1", "optimizer.lr=1e-3")
+    run(upmoe, "export", folder / "run", "--to", trained, "--dtype", "fp32")
+    end = there_and_back(upmoe, trained, work / "tokens.h5")
+    written = json.loads((trained / "config.json").read_text())["architectures"][0]
+    print(f"{recipe.stem.removesuffix('-tiny'):20} {DENSE[family][0]:8} -> {written:22} step-0 error {error:8.2e}; "
+          f"largest difference of a logit {start}, after two steps {end}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=ROOT / "build/release")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    args = parser.parse_args()
+    recipes = sorted((ROOT / "configs/upcycle").glob("*-tiny.yaml"))
+    known = [r.stem.removesuffix("-tiny") for r in recipes]
+    for name in args.names:
+        if name not in known:
+            parser.error(f"no recipe '{name}'; there are {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as top:
+        run(args.build / "bin/make_run", Path(top) / "run")
+        for recipe, name in zip(recipes, known):
+            if not args.names or name in args.names:
+                folder = Path(top) / name
+                folder.mkdir()
+                round_trip(recipe, args.build / "upmoe", Path(top) / "run", folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+// Dense models of every family into mixtures of every family that carries them: the same function where the recipe
+// keeps it, the shipped recipes as far from it as docs/families.md says, and words where a family does not carry one.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/support/tiny_dense.h"
+#include "upcycle/layer_error.h"
+#include "upcycle/mixture_shape.h"
+#include "upcycle/recipe_problems.h"
+
+namespace upmoe {
+namespace {
+
+namespace fs = std::filesystem;
+using namespace test;
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr double kExact = 1e-5;
+
+// A dense model of a family on the disk, open.
+struct Source : TemporaryDirectory {
+  explicit Source(const TinyShape& shape) {
+    write_tiny_dense(path() / "dense", shape);
+    source.emplace(path() / "dense");
+  }
+  const ModelConfig& config() const { return source->config(); }
+  // The largest error of a layer that becomes a mixture.
+  double error(const UpcycleConfig& config, int tokens = 16) const {
+    const ModelConfig& dense = source->config();
+    const Recipe recipe = make_recipe(config, dense);
+    const ModelConfig moe = make_moe_config(config, dense);
+    const PermutationCache permutations(recipe.seed, static_cast<std::int32_t>(dense.intermediate_size));
+    const FillContext context{source->source, source->survey, permutations, recipe.seed};
+    double worst = 0;
+    for (int layer = 0; layer < dense.num_hidden_layers; ++layer)
+      if (moe.is_moe_layer(layer)) worst = std::max(worst, layer_error(recipe, layer, moe, context, tokens));
+    return worst;
+  }
+  // The same by the book, over the tensors as the family names them.
+  double naive_error(const UpcycleConfig& config) const {
+    const ModelConfig moe = make_moe_config(config, source->config());
+    const NaiveTensors dense = source->tensors(), made = source->make(make_recipe(config, source->config()));
+    double difference = 0, norm = 0;
+    for (int layer = 0; layer < moe.num_hidden_layers; ++layer) {
+      if (!moe.is_moe_layer(layer)) continue;
+      std::vector<float> z(static_cast<std::size_t>(moe.hidden_size));
+      normal_batch(5, static_cast<std::uint64_t>(layer) * z.size(), moe.hidden_size, z.data());
+      const NaiveVector x(z.begin(), z.end());
+      const NaiveVector expected =
+          naive_ffn(dense, ffn_names(source->config(), Role::kFfnGateUp, Role::kFfnDown, layer), x);
+      const NaiveVector found = naive_moe(made, moe, layer, x);
+      for (std::size_t d = 0; d < x.size(); ++d) {
+        difference += (found[d] - expected[d]) * (found[d] - expected[d]);
+        norm += expected[d] * expected[d];
+      }
+    }
+    return std::sqrt(difference / norm);
+  }
+  std::optional<TinySource> source;
+};
+
+// Recipes that keep the function, one of each kind that families differ in.
+std::vector<UpcycleConfig> preserving_recipes(int ffn) {
+  UpcycleConfig copies = tiny_recipe();
+  copies.target = {
+      .num_experts = 4, .num_experts_per_tok = 2, .moe_intermediate_size = ffn, .norm_topk_prob = true};
+  copies.experts.method = ExpertMethod::kCopy;
+  copies.shared.method = SharedMethod::kNone;
+  UpcycleConfig groups = copies;  // fine-grained
+  groups.target.num_experts = 8;
+  groups.target.moe_intermediate_size = ffn / 2;
+  groups.experts.method = ExpertMethod::kVirtualGroup;
+  groups.router.method = RouterMethod::kVirtualGroup;
+  UpcycleConfig shared = groups;  // half from the shared expert, with and without the sum of weights
+  shared.target.shared_expert_intermediate_size = ffn;
+  shared.shared.method = SharedMethod::kDense;
+  shared.experts.scale = 0;
+  UpcycleConfig plain = shared;
+  plain.target.norm_topk_prob = false;
+  plain.target.layers = {LayerChoice::Kind::kFirstDense, 1, {}};
+  return {copies, groups, shared, plain};
+}
+
+TEST(MixtureFamilies, KeepTheFunctionOfEveryDenseFamily) {
+  std::set<std::string> pairs;
+  for (const Family* dense : families()) {
+    if (is_mixture(*dense) || dense->mixtures.empty()) continue;
+    const Source source({.family = dense->model_type});
+    for (UpcycleConfig recipe : preserving_recipes(86))
+      for (const Family* mixture : families()) {
+        recipe.target.family = mixture->model_type;
+        if (!is_mixture(*mixture) || !problems_of(recipe, source.config()).empty()) continue;
+        SCOPED_TRACE(fmt::format("{} -> {}", dense->model_type, mixture->model_type));
+        EXPECT_LT(source.error(recipe), kExact);
+        EXPECT_LT(source.naive_error(recipe), kExact);
+        pairs.insert(fmt::format("{} {}", dense->model_type, mixture->model_type));
+      }
+    for (const char* mixture : dense->mixtures)
+      EXPECT_TRUE(pairs.contains(fmt::format("{} {}", dense->model_type, mixture))) << mixture;
+  }
+}
+
+// The relative error of a layer at step 0, over a dense model of random weights; 0: none but rounding.
+struct Start {
+  const char* recipe;
+  bool biases;  // of the dense model
+  double error;
+};
+constexpr Start kStarts[] = {
+    {"qwen1.5-moe-a2.7b", true, 0.0246}, {"qwen2-57b-a14b", true, 0.0194}, {"sparse-upcycling", true, 0},
+    {"virtual-group", true, 0},          {"drop-upcycling", true, 1.167},  {"llama-moe-split", true, 1.017},
+    {"from-scratch", true, 1.0},         {"mixtral-8x", false, 0},         {"deepseekmoe", false, 1.052},
+    {"arctic-residual", false, 0},
+};
+
+TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
+  std::set<std::string> known;
+  for (const Start& start : kStarts) {
+    SCOPED_TRACE(start.recipe);
+    known.insert(start.recipe);
+    const UpcycleConfig recipe = read_upcycle_config(
+        fs::path(UPMOE_SOURCE_DIR) / fmt::format("configs/upcycle/{}-tiny.yaml", start.recipe), {});
+    const Source source({.hidden = 64, .ffn = 688, .biases = start.biases});
+    const double error = source.error(recipe, 32);
+    EXPECT_NEAR(error, start.error, std::max(kExact, 0.02 * start.error));
+  }
+  for (const auto& entry : fs::directory_iterator(fs::path(UPMOE_SOURCE_DIR) / "configs/upcycle")) {
+    const std::string stem = entry.path().stem();
+    EXPECT_TRUE(stem.ends_with("-tiny") || known.contains(stem)) << stem;
+  }
+}
+
+TEST(MixtureFamilies, WhatAFamilyDoesNotCarryIsAProblemOfTheRecipe) {
+  const Source source({});
+  UpcycleConfig c = tiny_recipe();
+  c.target.family = "mixtral";
+  EXPECT_THAT(problems_of(c, source.config()),
+              ElementsAre(AllOf(HasSubstr("mixtral does not carry: biases of q, k and v"),
+                                HasSubstr("a shared expert"), HasSubstr("not renormalised"),
+                                HasSubstr("families that carry this recipe: qwen2_moe"))));
+  EXPECT_THROW(make_moe_config(c, source.config()), Error);
+  c.target.layers = {LayerChoice::Kind::kLast, 5, {}};
+  EXPECT_THAT(problems_of(c, source.config()),
+              ElementsAre(HasSubstr("target.layers: last:5 reaches beyond the model's 2 layers")));
+}
+
+}  // namespace
+}  // namespace upmoe
