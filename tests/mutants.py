@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plants one error at a time in the parallel layouts and shows that the tests find it.
+"""Plants one error at a time in the parallel layouts, or in what is counted of them, and shows that tests find it.
 
 By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--places] [--build DIR] [NAME ...]
 The tree is copied first, so nothing here changes.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# name: file, what stands there, what is planted, the meshes that must notice (a GoogleTest filter)
+# name: file, what stands there, what is planted, the meshes that must notice (a GoogleTest filter), and the program of
+# tests where it is not layout_equivalence_test
 MUTANTS = {
     "kv_bias_gradient_summed_over_tp_alone": (
         "parallel/layout.cpp", "return {data * tp.count + tp.index, copies * tp.count};",
@@ -93,7 +94,27 @@ MUTANTS = {
     "gradients_ready_before_the_last_micro_batch": (
         "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.batches.rounds();",
         "  const bool last = action.micro_batch == 0;", "*"),
+    "shared_gate_booked_by_every_tp_rank": (
+        "trainer/model/dense_ffn.cpp", "  return tp->rank() == 0 ? ex : not_booked(ex);", "  return ex;", "ModelCost.*",
+        "cost_test"),
+    "shared_gate_is_no_work_of_the_model": (
+        "kernels/ops/activation.cpp", "          bytes_of(gate_T), Work::kModel);", "          bytes_of(gate_T));",
+        "ModelCost.*", "cost_test"),
+    "work_done_again_is_the_models": (
+        "kernels/core/exec.h", "      ledger->again(op, flops, work);",
+        "      ledger->book(op, flops, bytes_read, bytes_written, work);", "ModelCost.*", "cost_test"),
+    "rows_of_the_embedding_are_multiplied": (
+        "trainer/cost/model_cost.cpp", " && (p.role != Role::kEmbedding || p.tied);", ";", "ModelCost.*", "cost_test"),
+    "all_experts_are_read_for_a_token": (
+        "trainer/cost/roofline.cpp", "m.routed_bytes * expected_experts(m, tokens) / m.experts", "m.routed_bytes",
+        "Roofline.*", "cost_test"),
+    "source_charged_twice": (
+        "trainer/cost/claim.cpp", "left = cost - charged,", "left = cost - 2 * charged,", "Claim.*", "cost_test"),
+    "flops_of_one_rank_for_all": (
+        "trainer/cost/run_curve.cpp", """number(line, "flops", where) * number(line, "ranks", where)""",
+        """number(line, "flops", where)""", "RunCurves.*", "cost_test"),
 }
+TARGETS = ("layout_equivalence_test", "cost_test")
 
 
 def run(command, **options):
@@ -137,14 +158,14 @@ def copy_tree(tree):
         shutil.copymode(ROOT / name, tree / name)
 
 
-def build(tree, out):
-    return run(["cmake", "--build", out, "--target", "layout_equivalence_test", "-j2"], cwd=tree)
+def build(tree, out, *targets):
+    return run(["cmake", "--build", out, "--target", *targets, "-j2"], cwd=tree)
 
 
-def caught(out, meshes):
+def caught(out, meshes, target):
     """The tests fail, or the program stops with an error: both are a catch; a time-out is a hang, and none."""
     began = time.monotonic()
-    done = run([out / "bin" / "layout_equivalence_test", f"--gtest_filter={meshes}"], timeout=600,
+    done = run([out / "bin" / target, f"--gtest_filter={meshes}"], timeout=600,
                env=os.environ | {"OMP_NUM_THREADS": "1"})
     failed = sum(line.startswith("[  FAILED  ]") and "(" in line for line in done.stdout.splitlines())
     return done.returncode != 0, failed, time.monotonic() - began
@@ -160,20 +181,21 @@ def main():
     done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
                 f"-DUPMOE_PYTHON={sys.executable}"])
     if done.returncode == 0:
-        done = build(tree, out)
+        done = build(tree, out, *TARGETS)
     if done.returncode != 0:
         raise SystemExit(f"the tree without mutants does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    if caught(out, "*")[0]:
+    if any(caught(out, "*", target)[0] for target in TARGETS):
         raise SystemExit("the tests fail without any mutant")
     survivors = []
     for name in args.names:
-        path, old, new, meshes = MUTANTS[name]
+        path, old, new, meshes, *other = MUTANTS[name]
+        target = other[0] if other else TARGETS[0]
         source = (tree / path).read_text(encoding="utf-8")
         (tree / path).write_text(source.replace(old, new), encoding="utf-8")
-        done = build(tree, out)
+        done = build(tree, out, target)
         if done.returncode != 0:
             raise SystemExit(f"{name} does not build:\n{done.stdout[-3000:]}")
-        found, failed, seconds = caught(out, meshes)
+        found, failed, seconds = caught(out, meshes, target)
         print(f"{name:50}{'caught' if found else 'SURVIVED':10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
         if not found:
             survivors.append(name)
