@@ -32,7 +32,9 @@ MAY_INCLUDE = {
     "trainer/model": {"kernels/core", "kernels/ops", "configs", "parallel"},
     "upcycle": {"kernels/core", "kernels/ops", "configs", "parallel", "data"},
     "trainer": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer/model"},
-    "launch": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer", "trainer/model", "upcycle"},
+    "trainer/cost": {"kernels/core", "configs", "trainer"},
+    "launch": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer", "trainer/cost", "trainer/model",
+               "upcycle"},
 }
 MAY_INCLUDE["tests"] = set(MAY_INCLUDE)
 # What stands between an op and its backends: for the sources of kernels/ and for tests.
@@ -69,7 +71,7 @@ DECLARED_IN = {
     "data/hdf5_values.cpp": "data/hdf5_cursor.h",
     # one table of commands
     **{f"launch/{command}.cpp": "launch/commands.h"
-       for command in ("eval", "export", "inspect", "main", "report", "train", "upcycle")},
+       for command in ("cost", "eval", "export", "inspect", "main", "report", "train", "upcycle")},
 }
 
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the

@@ -30,6 +30,7 @@ int run(int argc, char** argv) {
   upmoe::add_eval(app, handler);
   upmoe::add_export(app, handler);
   upmoe::add_inspect(app, handler);
+  upmoe::add_cost(app, handler);
   upmoe::add_report(app, handler);
   double deadline_s = 600;
   for (const char* command : {"upcycle", "train", "eval", "export"})

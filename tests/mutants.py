@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plants one error at a time in the parallel layouts and on the GPU path and shows that the tests find it.
+"""Plants one error at a time in the parallel layouts, on the GPU path and in what is counted: the tests find it.
 
 By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--places] [--build DIR] [NAME ...]
 The tree is copied first, so nothing here changes.
@@ -113,7 +113,7 @@ MUTANTS = {
         "tests/support/fake_cuda/cuda_runtime.h", "    add_pointers_in(&argument, sizeof argument, reads);", "",
         "*PointersInStructs", "stream_order_test_on_gpu"),
     "what_is_done_again_untold": (
-        "kernels/core/exec.h", "      ledger->again(op);", "", "*Again*", "core_test"),
+        "kernels/core/exec.h", "      ledger->again(op, flops, work);", "", "*Again*", "core_test"),
     "fused_products_are_no_model_work": (
         "kernels/ops/experts.cpp",
         "          bytes_of(out_RN), Work::kModel);", "          bytes_of(out_RN));", "*SameModelWork",
@@ -133,6 +133,25 @@ MUTANTS = {
     "parts_of_weight_gradients_left_out": (
         "kernels/cuda/portable/expert_index.cu", "for (int p = 0; p < each; ++p)", "for (int p = 1; p < each; ++p)",
         "*DHidden*", "experts_test_on_gpu"),
+    "shared_gate_booked_by_every_tp_rank": (
+        "trainer/model/dense_ffn.cpp", "  return tp->rank() == 0 ? ex : not_booked(ex);", "  return ex;", "ModelCost.*",
+        "cost_test"),
+    "shared_gate_is_no_work_of_the_model": (
+        "kernels/ops/activation.cpp", "          bytes_of(gate_T), Work::kModel);", "          bytes_of(gate_T));",
+        "ModelCost.*", "cost_test"),
+    "work_done_again_is_the_models": (
+        "kernels/core/exec.h", "      ledger->again(op, flops, work);",
+        "      ledger->book(op, flops, bytes_read, bytes_written, work);", "ModelCost.*", "cost_test"),
+    "rows_of_the_embedding_are_multiplied": (
+        "trainer/cost/model_cost.cpp", " && (p.role != Role::kEmbedding || p.tied);", ";", "ModelCost.*", "cost_test"),
+    "all_experts_are_read_for_a_token": (
+        "trainer/cost/roofline.cpp", "m.routed_bytes * expected_experts(m, tokens) / m.experts", "m.routed_bytes",
+        "Roofline.*", "cost_test"),
+    "source_charged_twice": (
+        "trainer/cost/claim.cpp", "left = cost - charged,", "left = cost - 2 * charged,", "Claim.*", "cost_test"),
+    "flops_of_one_rank_for_all": (
+        "trainer/cost/run_curve.cpp", """number(line, "flops", where) * number(line, "ranks", where)""",
+        """number(line, "flops", where)""", "RunCurves.*", "cost_test"),
 }
 
 

@@ -123,6 +123,7 @@ void Metrics::step(const StepReport& r) {
          {"tflops_per_rank", tflops},
          {"mfu", mfu},
          {"flops", r.flops_per_rank},
+         {"flops_computed", r.computed_flops_per_rank},
          {"bytes_sent", r.bytes_sent},
          {"ranks", ranks_},
          {"memory_peak_bytes", peak_memory_bytes()}};

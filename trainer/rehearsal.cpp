@@ -50,4 +50,15 @@ const Ledger& Rehearsal::step() {
   return session_.memory.ledger;
 }
 
+Ledger rehearse_forward(const ModelConfig& config, std::int64_t seq_len) {
+  const auto world = make_dry_communicator(0, 1);
+  RankModel model(config, {}, *world, {DeviceType::kDry, 0}, {.dtype = DType::kBF16, .gradients = false});
+  RunConfig run;
+  run.data.seq_len = seq_len;
+  run.train.global_batch = run.train.micro_batch = 1;
+  DryBatches batches(run, model.mesh);
+  model.pipeline.evaluate(model.memory.exec, batches.next());
+  return model.memory.ledger;
+}
+
 }  // namespace upmoe

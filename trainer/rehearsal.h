@@ -28,4 +28,7 @@ class Rehearsal {
   std::int64_t steps_ = 0;
 };
 
+// What one rank books for the forward alone of one sequence, in bf16, as `upmoe eval` computes it.
+Ledger rehearse_forward(const ModelConfig& model, std::int64_t seq_len);
+
 }  // namespace upmoe

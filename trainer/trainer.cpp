@@ -23,7 +23,12 @@ StepSums Trainer::accumulate() {
 
 // One small all-reduce for everything the ranks tell each other about a step.
 void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& report) {
-  std::vector<double> values{sums.loss, sums.aux, sums.z, s_.memory.ledger.total().model_flops,
+  const Cost cost = s_.memory.ledger.total();
+  std::vector<double> values{sums.loss,
+                             sums.aux,
+                             sums.z,
+                             cost.model_flops,
+                             cost.model_flops + cost.model_again,
                              static_cast<double>(request)};
   const std::size_t head = values.size();
   for (const auto& layer : sums.assigned) values.insert(values.end(), layer.begin(), layer.end());
@@ -35,7 +40,8 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
   report.aux_loss = values[1] / micro_batches;
   report.z_loss = values[2] / micro_batches;
   report.flops_per_rank = values[3] / s_.mesh.world().size();
-  report.requests = static_cast<std::int64_t>(values[4]);
+  report.computed_flops_per_rank = values[4] / s_.mesh.world().size();
+  report.requests = static_cast<std::int64_t>(values[5]);
   const double assignments =
       static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len * s_.config.num_experts_per_tok);
   std::size_t at = head;

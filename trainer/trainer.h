@@ -16,9 +16,10 @@ struct StepReport {
   double lr = 0, grad_norm = 0;
   double seconds = 0;
   double flops_per_rank = 0;  // of the model (products and attention), mean over ranks, from the ledger
-  double bytes_sent = 0;      // by this rank from the step's start to its end, from the ledger
-  bool skipped = false;       // a non-finite loss or gradient: no update was made
-  std::string culprit;        // then: the first parameter with a non-finite gradient on this rank
+  double computed_flops_per_rank = 0;  // and what of it is computed twice
+  double bytes_sent = 0;               // by this rank from the step's start to its end, from the ledger
+  bool skipped = false;                // a non-finite loss or gradient: no update was made
+  std::string culprit;                 // then: the first parameter with a non-finite gradient on this rank
   // Per MoE layer and expert: share of all assignments of the step.
   std::vector<std::vector<double>> expert_load;
   std::int64_t requests = 0;  // sum over ranks of the `request` argument of step()

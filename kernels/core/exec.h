@@ -36,7 +36,7 @@ struct Exec {
   Stream* stream = nullptr;      // may be null on the CPU
   Arena* scratch = nullptr;      // temporary memory of ops and layers, through ScratchScope
   Ledger* ledger = nullptr;      // may be null: nothing is booked
-  bool books_ops = true;         // false: only what is sent between ranks
+  bool books_ops = true;         // false: what is sent between ranks, and what is computed again
   OpWatcher* watcher = nullptr;  // null outside tests
   // Two runs have the same bits. Without it a GPU's attention may sum its gradient in any order; all else
   // stays as it is.
@@ -49,13 +49,13 @@ struct Exec {
     if (books_ops) {
       ledger->book(op, flops, bytes_read, bytes_written, work);
     } else {
-      ledger->again(op);
+      ledger->again(op, flops, work);
     }
   }
 };
 
-// To compute again in backward what forward did not keep: work done twice is not model work, so its ops are not
-// booked. What it sends is: that goes over the wire a second time.
+// To compute again in backward what forward did not keep, or what another rank computes as well: work done twice is not
+// model work, so its ops are booked apart. What it sends is not: that goes over the wire a second time.
 inline Exec not_booked(const Exec& ex) {
   Exec again = ex;
   again.books_ops = false;

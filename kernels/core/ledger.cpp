@@ -9,6 +9,7 @@ Cost& Cost::operator+=(const Cost& o) {
   bytes_written += o.bytes_written;
   bytes_sent += o.bytes_sent;
   model_flops += o.model_flops;
+  model_again += o.model_again;
   return *this;
 }
 
@@ -21,15 +22,20 @@ Cost& entry(std::map<std::string, Cost, std::less<>>& entries, std::string_view 
 
 void Ledger::book(std::string_view op, double flops, double bytes_read, double bytes_written, Work work) {
   if (listener_) listener_(op);
-  entry(entries_, op) += Cost{1, flops, bytes_read, bytes_written, 0, work == Work::kModel ? flops : 0};
+  entry(entries_, op) += Cost{.calls = 1,
+                              .flops = flops,
+                              .bytes_read = bytes_read,
+                              .bytes_written = bytes_written,
+                              .model_flops = work == Work::kModel ? flops : 0};
 }
 
-void Ledger::again(std::string_view op) const {
+void Ledger::again(std::string_view op, double flops, Work work) {
   if (listener_) listener_(std::string(op) + " again");
+  if (work == Work::kModel) entry(entries_, op).model_again += flops;
 }
 
 void Ledger::book_sent(std::string_view verb, double bytes) {
-  entry(entries_, verb) += Cost{1, 0, 0, 0, bytes, 0};
+  entry(entries_, verb) += Cost{.calls = 1, .bytes_sent = bytes};
 }
 
 Cost Ledger::total() const {

@@ -21,6 +21,7 @@ struct Cost {
   double bytes_written = 0;
   double bytes_sent = 0;   // leaving this rank
   double model_flops = 0;  // those of flops that are Work::kModel
+  double model_again = 0;  // Work::kModel that is computed a second time; in none of the others
   Cost& operator+=(const Cost& o);
 };
 
@@ -29,8 +30,9 @@ class Ledger {
  public:
   void book(std::string_view op, double flops, double bytes_read, double bytes_written,
             Work work = Work::kOther);
-  // An op that computes once more what was booked before: only the listener is told, of "op again".
-  void again(std::string_view op) const;
+  // An op that computes once more what is booked elsewhere: its work for the model is kept apart, and the listener is
+  // told of "op again".
+  void again(std::string_view op, double flops, Work work);
   void book_sent(std::string_view verb, double bytes);
   const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
   Cost total() const;

@@ -52,7 +52,7 @@ void swiglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, Con
 void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
   check_gate(ex, gate_T, x_TD, w_1D);
   ex.book("sigmoid_gate_forward", 2.0 * static_cast<double>(x_TD.elements()), bytes_of(x_TD) + bytes_of(w_1D),
-          bytes_of(gate_T));
+          bytes_of(gate_T), Work::kModel);
   dispatch(ex, &Backend::sigmoid_gate_forward, gate_T, x_TD, w_1D);
 }
 
@@ -67,7 +67,7 @@ void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTe
   check_tensor(ex, dw_1D, w_1D.shape, dw_1D.dtype, "dw_1D");
   ex.book("sigmoid_gate_backward", 4.0 * static_cast<double>(x_TD.elements()),
           bytes_of(x_TD) + bytes_of(w_1D) + 2 * bytes_of(gate_T) + bytes_of(dx_TD) + bytes_of(dw_1D),
-          bytes_of(dx_TD) + bytes_of(dw_1D));
+          bytes_of(dx_TD) + bytes_of(dw_1D), Work::kModel);
   dispatch(ex, &Backend::sigmoid_gate_backward, dx_TD, dw_1D, dgate_T, gate_T, x_TD, w_1D);
 }
 

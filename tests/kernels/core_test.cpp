@@ -205,6 +205,26 @@ TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
   not_booked(ex).book("gemm", 8, 1, 1);  // nobody listens
 }
 
+TEST(LedgerBook, KeepsTheModelsWorkAndWhatIsDoneAgainApart) {
+  Ledger ledger;
+  std::vector<std::string> told;
+  ledger.listen([&](std::string_view op) { told.emplace_back(op); });
+  Exec ex;
+  ex.ledger = &ledger;
+  ex.book("gemm", 10, 20, 30, Work::kModel);
+  ex.book("norm", 1, 2, 3);
+  const Exec again = not_booked(ex);
+  again.book("gemm", 10, 20, 30, Work::kModel);
+  again.book("norm", 1, 2, 3);
+  const Cost total = ledger.total();
+  EXPECT_EQ(total.calls, 2);
+  EXPECT_EQ(total.flops, 11);
+  EXPECT_EQ(total.bytes_read, 22);
+  EXPECT_EQ(total.model_flops, 10);
+  EXPECT_EQ(total.model_again, 10);
+  EXPECT_EQ(told, (std::vector<std::string>{"gemm", "norm", "gemm again", "norm again"}));
+}
+
 TEST(Errors, NameConditionAndPlace) {
   try {
     const int found = 3;

@@ -77,6 +77,8 @@ void expect_same_books(const Books& real, const Books& dry, const std::string& w
     EXPECT_EQ(it->second.bytes_read, cost.bytes_read) << name << " of " << where;
     EXPECT_EQ(it->second.bytes_written, cost.bytes_written) << name << " of " << where;
     EXPECT_EQ(it->second.bytes_sent, cost.bytes_sent) << name << " of " << where;
+    EXPECT_EQ(it->second.model_flops, cost.model_flops) << name << " of " << where;
+    EXPECT_EQ(it->second.model_again, cost.model_again) << name << " of " << where;
   }
 }
 

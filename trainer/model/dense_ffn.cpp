@@ -16,12 +16,20 @@ void DenseFfn::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& k
       keeps.gate_up ? saved.gate_up_TG : ex.scratch->take({T, G}, x_tD.dtype, "ffn gate and up");
   const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
   gate_up.forward(ex, gate_up_TG, x_TD);
-  if (gate_1D) ops::sigmoid_gate_forward(ex, saved.gate_T, x_TD, gate_1D->value);
+  if (gate_1D) {
+    Exec once = booked_once(ex);
+    ops::sigmoid_gate_forward(once, saved.gate_T, x_TD, gate_1D->value);
+  }
   const TensorView h_TF = keeps.hidden ? saved.h_TF : ex.scratch->take({T, G / 2}, x_tD.dtype, "ffn hidden");
   hidden(ex, h_TF, gate_up_TG, saved);
   PartialSum y(ex, *tp, y_tD);
   down.forward(ex, y.partial_TD(), h_TF);
   y.reduce(ex);
+}
+
+// Every rank of tp multiplies all tokens by the gate: the model's work is that of one of them.
+Exec DenseFfn::booked_once(const Exec& ex) const {
+  return tp->rank() == 0 ? ex : not_booked(ex);
 }
 
 void DenseFfn::hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, const Saved& saved) const {
@@ -36,7 +44,8 @@ void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T
     dw_1D = ex.scratch->take(gate_1D->value.shape, gate_1D->value.dtype, "unwanted gate gradient");
     ops::fill(ex, dw_1D, 0.0f);
   }
-  ops::sigmoid_gate_backward(ex, dx_TD, dw_1D, dgate_T, saved.gate_T, x_TD, gate_1D->value);
+  Exec once = booked_once(ex);
+  ops::sigmoid_gate_backward(once, dx_TD, dw_1D, dgate_T, saved.gate_T, x_TD, gate_1D->value);
 }
 
 void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {

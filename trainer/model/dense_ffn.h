@@ -29,6 +29,7 @@ struct DenseFfn {
 
  private:
   void hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, const Saved& saved) const;
+  Exec booked_once(const Exec& ex) const;
   void gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T, ConstTensorView x_TD,
                      const Saved& saved) const;
 };

@@ -1,0 +1,125 @@
+// upmoe cost: what models cost to train and to serve, what was printed about it, and what runs have spent.
+
+#include "configs/shipped_file.h"
+#include "data/model_source.h"
+#include "kernels/core/log.h"
+#include "launch/commands.h"
+#include "launch/cost_comparison.h"
+#include "launch/cost_request.h"
+#include "launch/output.h"
+
+namespace upmoe {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+const ShippedFolder kModels{fs::path(UPMOE_SOURCE_DIR) / "configs" / "models", ".json", "model"};
+const ShippedFolder kMachines{fs::path(UPMOE_SOURCE_DIR) / "configs" / "machines", ".yaml", "machine"};
+
+// A configuration file, a directory with one, a checkpoint, or a shipped name.
+ModelConfig model_of(const std::string& given) {
+  const fs::path path = shipped_or_own(kModels, given);
+  if (fs::is_directory(path) && !fs::exists(path / "config.json")) return open_model(path)->config();
+  return read_model_config(path);
+}
+
+std::string name_of_model(const std::string& given) {
+  const fs::path path = fs::path(given).lexically_normal();
+  if (path.filename() == "config.json" && path.has_parent_path())
+    return path.parent_path().filename().string();
+  if (!path.has_filename()) return path.parent_path().filename().string();
+  return path.extension() == kModels.suffix ? path.stem().string() : path.filename().string();
+}
+
+CostReport cost_of_models(const CostRequest& a) {
+  std::vector<NamedCost> costs;
+  for (const std::string& given : a.models) {
+    const ModelConfig model = model_of(given);
+    if (a.seq_len > model.max_position_embeddings)
+      log::warning("--seq-len {}: {} was made for {} positions", a.seq_len, given,
+                   model.max_position_embeddings);
+    costs.push_back({name_of_model(given), model_cost(model, {a.seq_len, a.recompute})});
+  }
+  TrainingLength training;
+  training.mfu = a.mfu;
+  if (a.tokens > 0) training.tokens = a.tokens;
+  if (!a.machine.empty()) training.machine = read_machine(shipped_or_own(kMachines, a.machine));
+  return models_report(costs, a.recompute, training);
+}
+
+CostReport cost_as_published(const CostRequest& a) {
+  std::vector<PublishedRow> rows;
+  for (const PublishedModel& p : published_models()) {
+    const fs::path file = kModels.folder / (std::string(p.file) + kModels.suffix);
+    if (fs::exists(file)) rows.push_back({&p, model_cost(read_model_config(file), {.seq_len = a.seq_len})});
+  }
+  return published_report(rows);
+}
+
+CostReport cost_as_claimed() {
+  std::vector<ClaimedModels> by_length;
+  for (const std::int64_t seq_len : {2048, 4096, 8192, 32768}) {
+    const auto cost = [&](const char* name) { return model_cost(model_of(name), {.seq_len = seq_len}); };
+    by_length.push_back({cost("qwen1.5-moe-a2.7b"), cost("qwen1.5-7b"), cost("qwen1.5-1.8b")});
+  }
+  return claim_report(claim_readings(by_length, {}));
+}
+
+CostReport cost_of_runs(const CostRequest& a) {
+  std::vector<RunCurve> runs;
+  for (const std::string& run : a.runs) runs.push_back(read_run_curve(run));
+  std::optional<RunCurve> source;
+  if (!a.source.empty()) source = read_run_curve(a.source);
+  return runs_report(runs, source);
+}
+
+CostReport cost_of_serving(const CostRequest& a) {
+  const Request request;
+  const auto served = [&](std::size_t i, const char* otherwise) {
+    const std::string given = a.models.empty() ? otherwise : a.models[i];
+    return Served{name_of_model(given), ServedModel(model_of(given), request.prompt)};
+  };
+  const std::string machine = a.machine.empty() ? "a100-80" : a.machine;
+  return inference_report(served(0, "qwen1.5-moe-a2.7b"), served(1, "qwen1.5-7b"),
+                          read_machine(shipped_or_own(kMachines, machine)), request);
+}
+
+CostReport report_of(const CostRequest& a) {
+  switch (a.kind) {
+    case CostKind::kModels:
+      return cost_of_models(a);
+    case CostKind::kPublished:
+      return cost_as_published(a);
+    case CostKind::kClaim:
+      return cost_as_claimed();
+    case CostKind::kRuns:
+      return cost_of_runs(a);
+    case CostKind::kInference:
+      return cost_of_serving(a);
+  }
+  fail(ExitCode::kFailure, "no such report");
+}
+
+int run_cost(const CostRequest& a, Runtime& runtime) {
+  run_agreed(runtime.world(), [&] {
+    if (runtime.world().rank() != 0) return;
+    const CostReport report = report_of(a);
+    print_result(a.as_json ? report.json : report.text);
+  });
+  return 0;
+}
+
+}  // namespace
+
+void add_cost(CLI::App& app, Handler& handler) {
+  CLI::App* command =
+      app.add_subcommand("cost", "What models cost to train and to serve, and what runs have spent");
+  const std::shared_ptr<CostRequest> a = add_cost_options(*command);
+  command->callback([command, a, &handler] {
+    settle_cost_request(*command, *a);
+    handler = [a](Runtime& runtime) { return run_cost(*a, runtime); };
+  });
+}
+
+}  // namespace upmoe

@@ -1,0 +1,173 @@
+#include "launch/cost_comparison.h"
+
+#include <nlohmann/json.hpp>
+
+#include "launch/text_table.h"
+
+namespace upmoe {
+
+namespace {
+
+using nlohmann::json;
+using Align = TextTable::Align;
+
+constexpr int kBatches[] = {1, 4, 16, 32, 64, 128, 256};
+// Of a server that is kept busy: what it may fill of the memory, and reaches of the data sheet. Assumed.
+constexpr double kMemoryShare = 0.9;
+constexpr Attained kBusy{.bandwidth = 0.8, .products = 0.5};
+
+std::string share(double part, double whole) {
+  return fmt::format("{:.1f} %", 100 * part / whole);
+}
+
+json spent_json(const Spent& s) {
+  return {{"tokens", s.tokens}, {"flops", s.flops}, {"seconds", s.seconds}};
+}
+
+// What `run` needed to come to the final loss of `other`, as a row and as JSON; with what `source` spent on top.
+struct Reached {
+  const RunCurve &run, &other;
+  const RunCurve* source;
+
+  std::optional<Spent> spent() const {
+    std::optional<Spent> s = spent_at(run, other.final_loss());
+    if (s && source != nullptr) *s += source->spent;
+    return s;
+  }
+  std::string name() const { return source == nullptr ? run.name : run.name + " and its source"; }
+  std::vector<std::string> row() const {
+    const std::string loss = fmt::format("{:.4f} of {}", other.final_loss(), other.name);
+    const std::optional<Spent> s = spent();
+    if (!s) return {name(), loss, "not reached", "", "", "", "", ""};
+    return {name(),
+            loss,
+            fmt::format("{:.4g}", s->tokens),
+            fmt::format("{:.4g}", s->flops),
+            fmt::format("{:.1f}", s->seconds),
+            share(s->tokens, other.spent.tokens),
+            share(s->flops, other.spent.flops),
+            share(s->seconds, other.spent.seconds)};
+  }
+  json as_json() const {
+    json j{{"loss", other.final_loss()},
+           {"of", other.name},
+           {"with_source", source != nullptr},
+           {"reached", false}};
+    if (const std::optional<Spent> s = spent()) {
+      j["reached"] = true;
+      j["spent"] = spent_json(*s);
+      j["share"] = {{"tokens", s->tokens / other.spent.tokens},
+                    {"flops", s->flops / other.spent.flops},
+                    {"seconds", s->seconds / other.spent.seconds}};
+    }
+    return j;
+  }
+};
+
+std::string runs_table(const std::vector<RunCurve>& runs) {
+  TextTable table(
+      {{"run", Align::kLeft}, {"tokens"}, {"FLOP"}, {"seconds"}, {"final loss"}, {"which", Align::kLeft}});
+  for (const RunCurve& r : runs)
+    table.row({r.name, fmt::format("{:.4g}", r.spent.tokens), fmt::format("{:.4g}", r.spent.flops),
+               fmt::format("{:.1f}", r.spent.seconds), fmt::format("{:.4f}", r.final_loss()),
+               r.held_out ? "held-out" : "training, smoothed"});
+  return table.str();
+}
+
+struct Capacity {
+  std::int64_t sequences;
+  double requests_per_s;
+};
+Capacity capacity_of(const ServedModel& m, const Machine& machine, const Request& r, double context) {
+  return {sequences_that_fit(m, machine, context, kMemoryShare),
+          requests_per_s(m, machine, static_cast<double>(r.output), kMemoryShare, kBusy)};
+}
+
+}  // namespace
+
+CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<RunCurve>& source) {
+  json all = json::array();
+  TextTable reached({{"run", Align::kLeft},
+                     {"comes to the loss", Align::kLeft},
+                     {"with tokens"},
+                     {"FLOP"},
+                     {"seconds"},
+                     {"of its tokens"},
+                     {"FLOP"},
+                     {"seconds"}});
+  for (const RunCurve& run : runs) {
+    json j{{"name", run.name},
+           {"spent", spent_json(run.spent)},
+           {"final_loss", run.final_loss()},
+           {"held_out", run.held_out}};
+    j["reaches"] = json::array();
+    for (const RunCurve& other : runs) {
+      if (&other == &run) continue;
+      std::vector<Reached> ways{{run, other, nullptr}};
+      if (source && &run == &runs.front()) ways.push_back({run, other, &*source});
+      for (const Reached& way : ways) {
+        reached.row(way.row());
+        j["reaches"].push_back(way.as_json());
+      }
+    }
+    all.push_back(std::move(j));
+  }
+  std::string text = runs_table(runs);
+  if (runs.size() > 1) text += "\n" + reached.str();
+  return {
+      text + "\nFLOPs of the model on all ranks, without what is computed twice; seconds of steps alone.\n",
+      all.dump(2) + "\n"};
+}
+
+CostReport inference_report(const Served& first, const Served& second, const Machine& machine,
+                            const Request& request) {
+  const double context = static_cast<double>(request.prompt) + static_cast<double>(request.output) / 2;
+  TextTable table({{"batch"},
+                   {"decode, ms: " + first.name},
+                   {second.name},
+                   {"times as long"},
+                   {"prefill, ms: " + first.name},
+                   {second.name},
+                   {"times as long"},
+                   {"experts read"}});
+  json batches = json::array();
+  const auto ms = [](double seconds) { return fmt::format("{:.2f}", 1e3 * seconds); };
+  for (const int batch : kBatches) {
+    const double a = decode_seconds(first.model, machine, batch, context),
+                 b = decode_seconds(second.model, machine, batch, context),
+                 c = prefill_seconds(first.model, machine, batch),
+                 d = prefill_seconds(second.model, machine, batch),
+                 experts = expected_experts(first.model, batch);
+    table.row({fmt::format("{}", batch), ms(a), ms(b), fmt::format("{:.2f}", b / a), ms(c), ms(d),
+               fmt::format("{:.2f}", d / c),
+               experts > 0 ? fmt::format("{:.1f} of {:.0f}", experts, first.model.experts) : "-"});
+    batches.push_back({{"batch", batch},
+                       {"decode_seconds", {a, b}},
+                       {"decode_ratio", b / a},
+                       {"prefill_seconds", {c, d}},
+                       {"prefill_ratio", d / c},
+                       {"experts_read", experts}});
+  }
+  const Capacity one = capacity_of(first.model, machine, request, context),
+                 two = capacity_of(second.model, machine, request, context);
+  TextTable full({{"as many as fit", Align::kLeft}, {"sequences"}, {"requests/s"}});
+  full.row({first.name, fmt::format("{}", one.sequences), fmt::format("{:.2f}", one.requests_per_s)});
+  full.row({second.name, fmt::format("{}", two.sequences), fmt::format("{:.2f}", two.requests_per_s)});
+  const json j{{"models", {first.name, second.name}},
+               {"machine", machine.name},
+               {"prompt", request.prompt},
+               {"output", request.output},
+               {"batches", batches},
+               {"sequences", {one.sequences, two.sequences}},
+               {"requests_per_s", {one.requests_per_s, two.requests_per_s}}};
+  return {fmt::format("One {}, bf16, {} tokens of context; the longer of what memory and products need, "
+                      "nothing measured:\n\n{}\n"
+                      "A server kept busy with requests of {} tokens in and {} out, in {:.0f} % of the "
+                      "memory, at {:.0f} % of the bandwidth and\n"
+                      "{:.0f} % of the products (assumed):\n\n{}",
+                      machine.name, context, table.str(), request.prompt, request.output, 100 * kMemoryShare,
+                      100 * kBusy.bandwidth, 100 * kBusy.products, full.str()),
+          j.dump(2) + "\n"};
+}
+
+}  // namespace upmoe

@@ -1,0 +1,28 @@
+#pragma once
+// What `upmoe cost` prints where two are compared: runs by what they spent, models by how fast they could be served.
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "launch/cost_report.h"
+#include "trainer/cost/roofline.h"
+#include "trainer/cost/run_curve.h"
+
+namespace upmoe {
+
+// `source`: the run that made the dense source of the first one, whose cost is charged to that one as well.
+CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<RunCurve>& source);
+
+struct Served {
+  std::string name;
+  ServedModel model;
+};
+// A request: so many tokens in, so many out.
+struct Request {
+  std::int64_t prompt = 1000, output = 1000;
+};
+CostReport inference_report(const Served& first, const Served& second, const Machine& machine,
+                            const Request& request);
+
+}  // namespace upmoe

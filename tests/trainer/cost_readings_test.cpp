@@ -1,0 +1,215 @@
+// What is made of the counts: remarks on printed numbers, readings of the claim, times to serve, and what runs needed.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "configs/machine.h"
+#include "configs/shipped_file.h"
+#include "tests/support/temporary_directory.h"
+#include "trainer/cost/claim.h"
+#include "trainer/cost/published.h"
+#include "trainer/cost/roofline.h"
+#include "trainer/cost/run_curve.h"
+
+namespace upmoe {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+namespace fs = std::filesystem;
+
+const fs::path kConfigs = fs::path(UPMOE_SOURCE_DIR) / "configs";
+
+ModelConfig shipped(const std::string& name) {
+  return read_model_config(kConfigs / "models" / (name + ".json"));
+}
+
+template <class F>
+std::string error_of(const F& body, ExitCode code) {
+  try {
+    body();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), code);
+    return e.what();
+  }
+  ADD_FAILURE() << "no error";
+  return "";
+}
+
+TEST(Published, RoundedCutOrWrong) {
+  EXPECT_EQ(agreement("7.0", 6.9796), Agreement::kRounded);
+  EXPECT_EQ(agreement("6.4", 6.4767), Agreement::kCut);
+  EXPECT_EQ(agreement("6.5", 6.4767), Agreement::kRounded);
+  EXPECT_EQ(agreement("14", 14.2493), Agreement::kRounded);
+  EXPECT_EQ(agreement("7.8", 8.5377), Agreement::kDiffers);
+  EXPECT_EQ(agreement("", 1), Agreement::kNothingPrinted);
+}
+
+TEST(Published, RemarksAreComputed) {
+  const PublishedModel gemma{"g", "G", true, {"8.5", "7.8", "7.8"}};
+  const ParamCounts counts{
+      .total = 8'537'680'896, .activated = 8'537'680'896, .activated_non_embedding = 7'751'248'896};
+  EXPECT_EQ(remark(gemma, counts), "activated leaves out the embedding, which other rows count");
+  EXPECT_EQ(remark({"g", "G", true, {"8.5", "8.5", "7.8"}}, counts), "agrees");
+  EXPECT_EQ(remark({"g", "G", true, {"8.5", "8.5", "7.7"}}, counts), "non-embedding cut, not rounded");
+  EXPECT_EQ(remark({"g", "G", true, {"9.5", "8.5", "7.7"}, "a note"}, counts),
+            "total differs by +0.96; non-embedding cut, not rounded; a note");
+}
+
+TEST(Claim, InItsReadings) {
+  std::vector<ClaimedModels> by_length;
+  for (const std::int64_t s : {2048, 4096, 8192, 32768})
+    by_length.push_back({model_cost(shipped("qwen1.5-moe-a2.7b"), {s}),
+                         model_cost(shipped("qwen1.5-7b"), {s}), model_cost(shipped("qwen1.5-1.8b"), {s})});
+  const std::vector<ClaimReading> all = claim_readings(by_length, {});
+  ASSERT_EQ(all.size(), 28u);
+  const double savings[] = {.692, .681, .649, .652, .664, .662, .660, .650};
+  for (std::size_t i = 0; i < 8; ++i) EXPECT_NEAR(*all[i].saving, savings[i], 6e-4) << all[i].reading;
+  const double tokens[] = {.743, .740, .735, .714};
+  for (std::size_t i = 0; i < 4; ++i) EXPECT_NEAR(*all[8 + i].tokens, tokens[i], 6e-4) << all[8 + i].formula;
+  EXPECT_NEAR(*all[12].tokens * 3, .26, .005);
+  EXPECT_NEAR(*all[13].tokens * 3, .21, .005);
+  EXPECT_LT(*all[15].tokens, 0);
+  EXPECT_FALSE(all[15].saving);
+  EXPECT_THAT(all[15].result, HasSubstr("impossible"));
+  EXPECT_NEAR(*all[17].tokens, .59, .005);  // 20 % at 4096
+  EXPECT_THAT(all[20].result, HasSubstr("19.4k hours"));
+  EXPECT_NEAR(*all[25].saving, .613, 6e-4);
+}
+
+TEST(Roofline, TimesOfDecodingByBatch) {
+  const Machine a100 = read_machine(kConfigs / "machines" / "a100-80.yaml");
+  const ServedModel mixture(shipped("qwen1.5-moe-a2.7b"), 1000), dense(shipped("qwen1.5-7b"), 1000);
+  EXPECT_EQ(dense.kv_bytes, 524'288);
+  EXPECT_EQ(mixture.kv_bytes, 196'608);
+  EXPECT_EQ(expected_experts(dense, 7), 0);
+  EXPECT_NEAR(expected_experts(mixture, 1), 4, 1e-9);
+  EXPECT_NEAR(expected_experts(mixture, 256), 60, 1e-5);
+  const std::pair<int, double> expected[] = {{1, 2.97},  {4, 1.69},   {16, 1.09}, {32, 1.13},
+                                             {64, 1.39}, {128, 1.75}, {256, 2.08}};
+  for (const auto& [batch, ratio] : expected)
+    EXPECT_NEAR(decode_seconds(dense, a100, batch, 1500) / decode_seconds(mixture, a100, batch, 1500), ratio,
+                .005)
+        << batch;
+  // Prefill: products alone.
+  EXPECT_NEAR(prefill_seconds(dense, a100, 8) * a100.peak_flops_per_s(), 8 * dense.prompt_flops, 1);
+  EXPECT_NEAR(prefill_seconds(dense, a100, 8) / prefill_seconds(mixture, a100, 8), 2.98, .01);
+}
+
+TEST(Roofline, WhatFits) {
+  const Machine a100 = read_machine(kConfigs / "machines" / "a100-80.yaml");
+  const ServedModel mixture(shipped("qwen1.5-moe-a2.7b"), 1000), dense(shipped("qwen1.5-7b"), 1000);
+  EXPECT_EQ(sequences_that_fit(dense, a100, 1500, .9), 71);
+  EXPECT_EQ(sequences_that_fit(mixture, a100, 1500, .9), 147);
+  EXPECT_EQ(sequences_that_fit(mixture, a100, 1500, .3), 0) << "not even the weights";
+  EXPECT_EQ(requests_per_s(mixture, a100, 1000, .3, {}), 0);
+  EXPECT_NEAR(requests_per_s(dense, a100, 1000, .9, {.8, .5}), 1.42, .02);
+  EXPECT_NEAR(requests_per_s(mixture, a100, 1000, .9, {.8, .5}), 3.03, .03);
+}
+
+TEST(Machines, AllShippedOnesAreRead) {
+  const ShippedFolder machines{kConfigs / "machines", ".yaml", "machine"};
+  EXPECT_THAT(shipped_names(machines), testing::ElementsAre("a100-80", "h100-sxm", "h200-sxm"));
+  for (const std::string& name : shipped_names(machines))
+    EXPECT_GT(read_machine(shipped_or_own(machines, name)).bytes_per_s(), 1e12) << name;
+}
+
+TEST(Machines, BadFiles) {
+  const test::TemporaryDirectory dir;
+  const fs::path file = dir.path() / "m.yaml";
+  std::ofstream(file) << "name: x\nsource: y\nbf16_tflop: 3\nmemory_gb: -1\n";
+  EXPECT_THAT(error_of([&] { read_machine(file); }, ExitCode::kUsage),
+              AllOf(HasSubstr("m.yaml:3"), HasSubstr("unknown key 'bf16_tflop'"), HasSubstr("bf16_tflops"),
+                    HasSubstr("memory_gb_per_s"), HasSubstr("m.yaml:4")));
+}
+
+TEST(ShippedNames, TheNearestAndAll) {
+  const ShippedFolder models{kConfigs / "models", ".json", "model"};
+  EXPECT_EQ(shipped_or_own(models, "qwen1.5-7b"), models.folder / "qwen1.5-7b.json");
+  EXPECT_EQ(shipped_or_own(models, "some/where"), "some/where");
+  EXPECT_EQ(shipped_or_own(models, "mine.json"), "mine.json");
+  EXPECT_THAT(
+      error_of([&] { shipped_or_own(models, "qwen1.5-7"); }, ExitCode::kUsage),
+      AllOf(HasSubstr("no model 'qwen1.5-7'; did you mean 'qwen1.5-7b'?"), HasSubstr("qwen1.5-moe-a2.7b")));
+}
+
+class RunCurves : public testing::Test {
+ protected:
+  // Steps 1 to 100, each tenth logged; losses fall straight to `last`; four ranks.
+  fs::path run(const std::string& name, double last, const std::string& tail = "", bool held_out = false) {
+    const fs::path folder = dir_.path() / name;
+    fs::create_directories(folder);
+    std::ofstream out(folder / "metrics.jsonl");
+    for (int step = 10; step <= 100; step += 10) {
+      out << fmt::format(R"({{"step":{},"tokens":{},"loss":{},"flops":1e9,"ranks":4,"seconds":0.5}})", step,
+                         1000 * step, 5 - (5 - last) * step / 100)
+          << '\n';
+      if (held_out && step % 50 == 0)
+        out << fmt::format(R"({{"kind":"eval","step":{},"tokens":{},"eval_loss":{},"seconds":9}})", step,
+                           1000 * step, 6 - (6 - last) * step / 100)
+            << '\n';
+    }
+    out << tail;
+    return folder;
+  }
+  test::TemporaryDirectory dir_;
+};
+
+TEST_F(RunCurves, CrossWhereTheyShould) {
+  const RunCurve fast = read_run_curve(run("fast", 3)),
+                 slow = read_run_curve(run("slow", 4) / "metrics.jsonl");
+  EXPECT_EQ(fast.name, "fast");
+  EXPECT_EQ(slow.name, "slow");
+  EXPECT_FALSE(fast.held_out);
+  EXPECT_NEAR(slow.spent.tokens, 100e3, 1e-6);
+  EXPECT_NEAR(slow.spent.flops, 400e9, 1);
+  EXPECT_NEAR(slow.spent.seconds, 50, 1e-9);
+  const std::optional<Spent> at = spent_at(fast, slow.final_loss());
+  ASSERT_TRUE(at);
+  EXPECT_NEAR(at->tokens, 50e3, 1e-3);
+  EXPECT_NEAR(at->flops, 200e9, 1e3);
+  EXPECT_NEAR(at->seconds, 25, 1e-6);
+  EXPECT_NEAR(spent_at(fast, 3.9)->tokens, 55e3, 1e-3) << "between two points";
+  EXPECT_FALSE(spent_at(slow, fast.final_loss()));
+  EXPECT_NEAR(spent_at(fast, 10)->tokens, 10e3, 1e-6) << "the first point is the first thing known";
+}
+
+TEST_F(RunCurves, OfEvaluationsWhereThereAre) {
+  const RunCurve curve = read_run_curve(run("evaluated", 4, "", true));
+  EXPECT_TRUE(curve.held_out);
+  ASSERT_EQ(curve.points.size(), 2u);
+  EXPECT_EQ(curve.points[0].loss, 5);
+  EXPECT_NEAR(spent_at(curve, 4.5)->tokens, 75e3, 1e-6);
+  EXPECT_NEAR(curve.spent.seconds, 50, 1e-9) << "without evaluations";
+}
+
+TEST_F(RunCurves, NoiseIsSmoothed) {
+  const fs::path folder = dir_.path() / "noisy";
+  fs::create_directories(folder);
+  std::ofstream out(folder / "metrics.jsonl");
+  for (int step = 1; step <= 300; ++step)
+    out << fmt::format(R"({{"step":{},"tokens":{},"loss":{},"flops":1,"ranks":1,"seconds":1}})", step, step,
+                       6 - 0.01 * step + (step % 3 == 0 ? 0.2 : -0.1))
+        << '\n';
+  out.close();
+  EXPECT_NEAR(spent_at(read_run_curve(folder), 5.0)->tokens, 100, 4);
+}
+
+TEST_F(RunCurves, BadOnes) {
+  EXPECT_NEAR(read_run_curve(run("torn", 4, R"({"step":110,"tok)")).spent.tokens, 100e3, 1e-6)
+      << "still written";
+  const auto message = [&](const fs::path& p) {
+    return error_of([&] { read_run_curve(p); }, ExitCode::kBadInput);
+  };
+  EXPECT_THAT(message(dir_.path() / "none"), HasSubstr("none: cannot be read"));
+  EXPECT_THAT(message(run("list", 4, "[]\n")), HasSubstr("metrics.jsonl:11: is no JSON object"));
+  EXPECT_THAT(message(run("twice", 4, R"({"step":100,"tokens":1,"loss":1,"flops":1,"ranks":1,"seconds":1})")),
+              HasSubstr("step 100 follows step 100"));
+  EXPECT_THAT(message(run("poor", 4, R"({"step":110,"tokens":1,"loss":1,"ranks":1,"seconds":1})")),
+              HasSubstr("no number 'flops'"));
+}
+
+}  // namespace
+}  // namespace upmoe

@@ -1,0 +1,106 @@
+// What a model costs is what a step books, to the last digit: real steps of every kind of model, under every way of
+// recomputing, and the sum over the ranks of meshes.
+
+#include "trainer/cost/model_cost.h"
+
+#include <gtest/gtest.h>
+
+#include "parallel/self_comm.h"
+#include "tests/support/full_size.h"
+#include "tests/support/layout_run.h"
+#include "trainer/rehearsal.h"
+
+namespace upmoe::test {
+namespace {
+
+constexpr Recompute kEveryRecompute[] = {Recompute::kNone, Recompute::kSwiglu, Recompute::kRoutedUp,
+                                         Recompute::kUp,   Recompute::kFfn,    Recompute::kBlock};
+
+// Of the first step of a golden run, on the CPU.
+Cost real_step(const Golden& golden, Recompute recompute) {
+  const std::filesystem::path tokens =
+      std::filesystem::path(testing::TempDir()) / fmt::format("model_cost_{}.h5", ::getpid());
+  RunConfig run = golden.run(tokens, 2, 1);
+  run.train.recompute = recompute;
+  const auto self = make_self_communicator();
+  Session s(run, golden.config(), *self);
+  s.params.load(s.memory.exec, golden.reader());
+  s.optimizer.reset(s.memory.exec);
+  s.open_data(0);
+  const StepReport report = Trainer(s).step(1);
+  std::filesystem::remove(tokens);
+  const Cost cost = s.memory.ledger.total();
+  EXPECT_EQ(report.flops_per_rank, cost.model_flops);
+  EXPECT_EQ(report.computed_flops_per_rank, cost.model_flops + cost.model_again);
+  return cost;
+}
+
+double tokens_of(const Golden& golden) {
+  return static_cast<double>(golden.settings("unused", 1, 1).train.global_batch * golden.seq_len());
+}
+
+TEST(ModelCost, IsWhatARealStepBooks) {
+  for (const std::string& name : golden_cases()) {
+    const Golden golden(name);
+    for (const Recompute recompute : kEveryRecompute) {
+      const Cost real = real_step(golden, recompute);
+      const ModelCost cost = model_cost(golden.config(), {golden.seq_len(), recompute});
+      EXPECT_GT(real.model_flops, 0);
+      EXPECT_EQ(real.model_flops, cost.train_flops * tokens_of(golden)) << name << ' ' << name_of(recompute);
+      EXPECT_EQ(real.model_again, cost.again_flops * tokens_of(golden)) << name << ' ' << name_of(recompute);
+    }
+  }
+}
+
+// The ledger against the formula that the header gives.
+TEST(ModelCost, IsTwoFlopsPerWeightAndAttention) {
+  for (const std::string& name : golden_cases()) {
+    const Golden golden(name);
+    const ModelConfig& c = golden.config();
+    const ModelCost cost = model_cost(c, {golden.seq_len(), Recompute::kNone});
+    const double attention = 2.0 * c.num_hidden_layers * static_cast<double>(golden.seq_len() + 1) *
+                             static_cast<double>(c.num_attention_heads * c.head_dim);
+    EXPECT_EQ(cost.forward_flops, 2.0 * static_cast<double>(cost.multiplied) + attention) << name;
+    EXPECT_EQ(cost.train_flops, 3 * cost.forward_flops) << name;
+  }
+}
+
+// A whole block again: its forward without the head. Of the up-projections: two thirds of each network.
+TEST(ModelCost, RecomputationIsBookedApart) {
+  const Golden golden("dense");
+  const ModelConfig& c = golden.config();
+  const auto again = [&](Recompute r) { return model_cost(c, {golden.seq_len(), r}).again_flops; };
+  const ModelCost none = model_cost(c, {golden.seq_len(), Recompute::kNone});
+  EXPECT_EQ(none.again_flops, 0);
+  EXPECT_EQ(again(Recompute::kSwiglu), 0) << "no products";
+  EXPECT_EQ(again(Recompute::kBlock),
+            none.forward_flops - 2.0 * static_cast<double>(c.vocab_size * c.hidden_size));
+  EXPECT_EQ(again(Recompute::kUp),
+            4.0 * c.num_hidden_layers * static_cast<double>(c.hidden_size * c.intermediate_size));
+}
+
+// What ranks compute beside each other, such as the shared expert's gate under tp, is the model's once.
+TEST(ModelCost, IsTheSumOverTheRanksOfAMesh) {
+  for (const Layout& layout : layouts_of_every_kind()) {
+    const Golden golden(layout.model);
+    const RunConfig run = run_of(layout, golden, "unused");
+    const int ranks = layout.mesh.world();
+    double sum = 0;
+    for (int rank = 0; rank < ranks; ++rank)
+      sum += Rehearsal(run, golden.config(), rank, ranks).step().total().model_flops;
+    const ModelCost cost = model_cost(golden.config(), {golden.seq_len(), Recompute::kNone});
+    EXPECT_DOUBLE_EQ(sum, cost.train_flops * tokens_of(golden)) << layout.str();
+  }
+}
+
+TEST(ModelCost, BytesAreWhatARankHolds) {
+  const ModelCost cost = model_cost(full_size(), {16, Recompute::kNone});
+  const auto parameters = static_cast<double>(cost.parameters.total);
+  EXPECT_EQ(cost.weight_bytes(2), 2 * cost.parameters.total);
+  EXPECT_NEAR(static_cast<double>(cost.adamw.total()) / parameters, 16,
+              1e-3);  // with padding between tensors
+  EXPECT_NEAR(static_cast<double>(cost.adamw8bit.total()) / parameters, 6, 0.05);
+}
+
+}  // namespace
+}  // namespace upmoe::test

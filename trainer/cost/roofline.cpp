@@ -1,0 +1,75 @@
+#include "trainer/cost/roofline.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "trainer/rehearsal.h"
+
+namespace upmoe {
+
+namespace {
+
+constexpr double kBytes = 2;  // of a weight, a key, a value
+
+double longer(double bytes, double flops, const Machine& machine, const Attained& attained) {
+  return std::max(bytes / (machine.bytes_per_s() * attained.bandwidth),
+                  flops / (machine.peak_flops_per_s() * attained.products));
+}
+
+double read_bytes(const ServedModel& m, double tokens) {
+  return m.fixed_bytes + (m.experts > 0 ? m.routed_bytes * expected_experts(m, tokens) / m.experts : 0.0);
+}
+
+}  // namespace
+
+ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt)
+    : experts(model.num_experts),
+      experts_per_token(model.num_experts_per_tok),
+      window(static_cast<double>(model.sliding_window)) {
+  const WeightCounts weights = count_weights(model);
+  weight_bytes = kBytes * static_cast<double>(weights.parameters.total);
+  fixed_bytes = kBytes * static_cast<double>(weights.multiplied - weights.multiplied_routed);
+  routed_bytes = kBytes * static_cast<double>(weights.routed);
+  kv_bytes = static_cast<double>(kv_bytes_per_token(model));
+  token_flops = 2 * static_cast<double>(weights.multiplied);
+  prompt_tokens = static_cast<double>(prompt);
+  prompt_flops = rehearse_forward(model, prompt).total().model_flops;
+  context_flops =
+      rehearse_forward(model, 1).total().model_flops - token_flops;  // a token that sees itself alone
+}
+
+double ServedModel::seen(double context) const {
+  return window > 0 ? std::min(context, window) : context;
+}
+
+double expected_experts(const ServedModel& m, double tokens) {
+  if (m.experts == 0) return 0;
+  return m.experts * (1 - std::pow(1 - m.experts_per_token / m.experts, tokens));
+}
+
+double decode_seconds(const ServedModel& m, const Machine& machine, double batch, double context,
+                      const Attained& attained) {
+  return longer(read_bytes(m, batch) + batch * m.seen(context) * m.kv_bytes,
+                batch * (m.token_flops + m.seen(context) * m.context_flops), machine, attained);
+}
+
+double prefill_seconds(const ServedModel& m, const Machine& machine, double batch, const Attained& attained) {
+  return longer(read_bytes(m, batch * m.prompt_tokens) + batch * m.prompt_tokens * m.kv_bytes,
+                batch * m.prompt_flops, machine, attained);
+}
+
+std::int64_t sequences_that_fit(const ServedModel& m, const Machine& machine, double context, double share) {
+  const double left = machine.memory_gb * 1e9 * share - m.weight_bytes;
+  return left <= 0 ? 0 : static_cast<std::int64_t>(left / (m.seen(context) * m.kv_bytes));
+}
+
+double requests_per_s(const ServedModel& m, const Machine& machine, double output, double memory_share,
+                      const Attained& attained) {
+  const double context = m.prompt_tokens + output / 2;  // in the mean over a request
+  const double batch = static_cast<double>(sequences_that_fit(m, machine, context, memory_share));
+  if (batch == 0) return 0;
+  return batch / (output * decode_seconds(m, machine, batch, context, attained) +
+                  prefill_seconds(m, machine, batch, attained));
+}
+
+}  // namespace upmoe

@@ -1,0 +1,53 @@
+#pragma once
+// How long one device takes to serve a model, at best: the longer of what its memory and its products need. Everything
+// in bf16 on one device; nothing is measured.
+//
+// A decoding step of B sequences with c tokens of context each reads every weight that is multiplied once, of the
+// routed experts those that at least one of B tokens chose, E (1 - (1 - k/E)^B) of E when choices are independent and
+// even, and the keys and values of B * c tokens. It computes B * (2 * multiplied + 4 * c * heads * head_dim summed over
+// layers) FLOPs. Where attention has a window, c is at most that.
+
+#include <cstdint>
+
+#include "configs/machine.h"
+#include "trainer/cost/model_cost.h"
+
+namespace upmoe {
+
+struct ServedModel {
+  ServedModel(const ModelConfig& model, std::int64_t prompt);  // `prompt` tokens are prefilled at a time
+
+  double experts = 0, experts_per_token = 0;
+  double weight_bytes = 0;   // of all parameters: what stays on the device
+  double fixed_bytes = 0;    // of what is multiplied: outside routed experts
+  double routed_bytes = 0;   // of all routed experts
+  double kv_bytes = 0;       // per token
+  double token_flops = 0;    // products of one token
+  double context_flops = 0;  // attention of one token to one token of context
+  double prompt_flops = 0;   // forward of a whole prompt, from the ledger
+  double prompt_tokens = 0;
+  double window = 0;  // tokens; 0: attention has none
+
+  double seen(double context) const;  // of the context, what a token attends to and the cache keeps
+};
+
+// Of a device's data sheet, what is reached.
+struct Attained {
+  double bandwidth = 1, products = 1;  // shares
+};
+
+double expected_experts(const ServedModel& model,
+                        double tokens);  // of a layer, that at least one token chose
+double decode_seconds(const ServedModel& model, const Machine& machine, double batch, double context,
+                      const Attained& attained = {});
+// Of `batch` prompts together.
+double prefill_seconds(const ServedModel& model, const Machine& machine, double batch,
+                       const Attained& attained = {});
+// Sequences of `context` tokens whose keys and values fit beside all weights in a share of the memory.
+std::int64_t sequences_that_fit(const ServedModel& model, const Machine& machine, double context,
+                                double share);
+// Requests per second of a device that keeps as many sequences going as fit, each of a prompt and `output` tokens.
+double requests_per_s(const ServedModel& model, const Machine& machine, double output, double memory_share,
+                      const Attained& attained);
+
+}  // namespace upmoe

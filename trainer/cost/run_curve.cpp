@@ -1,0 +1,121 @@
+#include "trainer/cost/run_curve.h"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "kernels/core/check.h"
+
+namespace upmoe {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+double between(double a, double b, double share) {
+  return a + (b - a) * share;
+}
+
+Spent between(const Spent& a, const Spent& b, double share) {
+  return {between(a.tokens, b.tokens, share), between(a.flops, b.flops, share),
+          between(a.seconds, b.seconds, share)};
+}
+
+// Of one line, by key; `where` is "file:line".
+double number(const json& line, const char* key, const std::string& where) {
+  const auto it = line.find(key);
+  if (it == line.end() || !it->is_number())
+    fail(ExitCode::kBadInput, "{}: no number '{}'; expected a line that `upmoe train` wrote", where, key);
+  return it->get<double>();
+}
+
+// Each point with the mean of as many neighbours on both sides as there are, at most `most`: a straight line stays
+// what it is.
+std::vector<CurvePoint> smoothed(const std::vector<CurvePoint>& points, std::size_t most) {
+  std::vector<CurvePoint> out = points;
+  for (std::size_t i = 0; i < points.size(); ++i) {
+    const std::size_t reach = std::min({most, i, points.size() - 1 - i});
+    double sum = 0;
+    for (std::size_t j = i - reach; j <= i + reach; ++j) sum += points[j].loss;
+    out[i].loss = sum / static_cast<double>(2 * reach + 1);
+  }
+  return out;
+}
+
+struct Reader {
+  Spent spent;
+  double step = 0;
+  std::vector<CurvePoint> training, evaluations;
+
+  void add(const json& line, const std::string& where) {
+    if (line.value("kind", "") == "eval") {
+      evaluations.push_back({spent, number(line, "eval_loss", where)});
+      return;
+    }
+    if (!line.contains("loss")) return;
+    const double at = number(line, "step", where), steps = at - step;
+    if (steps <= 0)
+      fail(ExitCode::kBadInput, "{}: step {} follows step {}; expected each step once, in order", where, at,
+           step);
+    step = at;
+    spent += {number(line, "tokens", where) - spent.tokens,
+              steps * number(line, "flops", where) * number(line, "ranks", where),
+              steps * number(line, "seconds", where)};
+    training.push_back({spent, number(line, "loss", where)});
+  }
+};
+
+}  // namespace
+
+Spent& Spent::operator+=(const Spent& other) {
+  tokens += other.tokens;
+  flops += other.flops;
+  seconds += other.seconds;
+  return *this;
+}
+
+RunCurve read_run_curve(const fs::path& run) {
+  const bool directory = fs::is_directory(run);
+  const fs::path file = directory ? run / "metrics.jsonl" : run;
+  std::ifstream in(file);
+  if (!in)
+    fail(ExitCode::kBadInput,
+         "{}: cannot be read; expected the directory of a run of `upmoe train`, with its metrics.jsonl",
+         file.string());
+  Reader reader;
+  std::int64_t number_of_line = 0;
+  for (std::string text; std::getline(in, text);) {
+    const std::string where = fmt::format("{}:{}", file.string(), ++number_of_line);
+    const json line = json::parse(text, nullptr, false);
+    const bool torn =
+        line.is_discarded() && in.eof();  // the last line of a run that was killed, or is still going
+    if (torn) break;
+    if (!line.is_object())
+      fail(ExitCode::kBadInput, "{}: is no JSON object; expected a line of metrics", where);
+    reader.add(line, where);
+  }
+  if (reader.training.empty())
+    fail(ExitCode::kBadInput, "{}: has no step with a loss; nothing to compare", file.string());
+  RunCurve curve;
+  // "runs/moe/" and "runs/moe/metrics.jsonl" are both called moe.
+  const fs::path folder = fs::absolute(directory ? run : run.parent_path()).lexically_normal();
+  curve.name = folder.has_filename() ? folder.filename().string() : folder.parent_path().filename().string();
+  curve.spent = reader.spent;
+  curve.held_out = reader.evaluations.size() > 1;
+  curve.points =
+      curve.held_out ? std::move(reader.evaluations) : smoothed(reader.training, reader.training.size() / 50);
+  return curve;
+}
+
+std::optional<Spent> spent_at(const RunCurve& curve, double loss) {
+  const auto reached = [&](const CurvePoint& p) { return p.loss <= loss; };
+  const auto at = std::find_if(curve.points.begin(), curve.points.end(), reached);
+  if (at == curve.points.end()) return std::nullopt;
+  if (at == curve.points.begin()) return at->spent;
+  const CurvePoint& before = *(at - 1);
+  return between(before.spent, at->spent, (before.loss - loss) / (before.loss - at->loss));
+}
+
+}  // namespace upmoe

@@ -1,0 +1,41 @@
+#pragma once
+// Runs by what they cost: loss against tokens, FLOPs and seconds from metrics.jsonl, and what one run needs to reach
+// the loss of another.
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace upmoe {
+
+// All ranks together, from the run's first step on. FLOPs are the model's; seconds are those of steps, without
+// evaluations and saves.
+struct Spent {
+  double tokens = 0, flops = 0, seconds = 0;
+  Spent& operator+=(const Spent& other);
+};
+
+struct CurvePoint {
+  Spent spent;
+  double loss = 0;
+};
+
+struct RunCurve {
+  std::string name;
+  Spent spent;            // of the whole run
+  bool held_out = false;  // points are evaluations; else of the smoothed training loss
+  std::vector<CurvePoint> points;
+  double final_loss() const { return points.back().loss; }
+};
+
+// `run`: a run's directory, or a metrics.jsonl. Steps between two logged ones cost what the later one does. Evaluations
+// are taken where there are two or more of them; the training loss is smoothed over a fiftieth of the run to either
+// side, less at its ends. Lines of newer programs are passed over. Throws Error(kBadInput) that names file and line.
+RunCurve read_run_curve(const std::filesystem::path& run);
+
+// What the run had spent when it first came to `loss`, straight between two points; nothing when it never did.
+std::optional<Spent> spent_at(const RunCurve& curve, double loss);
+
+}  // namespace upmoe
