@@ -140,6 +140,7 @@ inline AttentionReference reference_attention(const Values& qkv, const Attention
       std::vector<std::int64_t> seen;
       Values score;
       for (std::int64_t j = t / s.seq_len * s.seq_len; j <= t; ++j) {
+        if (s.window > 0 && j <= t - s.window) continue;
         if (!document.empty() && document[at(j)] != document[at(t)]) continue;
         double product = 0;
         for (std::int64_t d = 0; d < dim; ++d) product += qkv[at(q + d)] * qkv[at(j * width + k + d)];
