@@ -8,13 +8,17 @@
 #include <array>
 #include <string_view>
 
+#include "configs/families/gemma.h"
+#include "configs/families/llama.h"
+#include "configs/families/mistral.h"
 #include "configs/families/qwen2.h"
 #include "configs/families/qwen2_moe.h"
+#include "configs/families/qwen3.h"
 
 namespace upmoe {
 namespace {
 
-const std::array<const Family*, 2> kFamilies{&kQwen2, &kQwen2Moe};
+const std::array<const Family*, 6> kFamilies{&kQwen2, &kQwen2Moe, &kLlama, &kQwen3, &kMistral, &kGemma};
 
 }  // namespace
 

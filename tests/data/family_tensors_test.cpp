@@ -26,6 +26,7 @@ ModelConfig model_of(const Family& family) {
   c.num_key_value_heads = 2;
   c.head_dim = 2;
   c.max_position_embeddings = 64;
+  if (family.layers != nullptr) family.layers(c);
   if (!is_mixture(family)) return c;
   c.num_experts = 3;
   c.num_experts_per_tok = 2;
