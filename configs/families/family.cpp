@@ -16,12 +16,13 @@
 #include "configs/families/qwen2.h"
 #include "configs/families/qwen2_moe.h"
 #include "configs/families/qwen3.h"
+#include "configs/families/qwen3_moe.h"
 
 namespace upmoe {
 namespace {
 
-const std::array<const Family*, 8> kFamilies{&kQwen2,   &kQwen2Moe, &kLlama,   &kQwen3,
-                                             &kMistral, &kGemma,    &kMixtral, &kDeepseek};
+const std::array<const Family*, 9> kFamilies{&kQwen2, &kQwen2Moe, &kLlama,    &kQwen3,   &kMistral,
+                                             &kGemma, &kMixtral,  &kQwen3Moe, &kDeepseek};
 
 struct Unread {
   const char *model_type, *why;

@@ -8,6 +8,7 @@
 namespace upmoe {
 namespace {
 
+constexpr const char* kMixtures[] = {"qwen3_moe"};
 constexpr auto kTensors = together(kFrontTensors, kHeadNormTensors, kFfnTensors, kBackTensors);
 
 void layers(ModelConfig& c) {
@@ -42,6 +43,7 @@ const Family kQwen3{.model_type = "qwen3",
                     .tensors = kTensors,
                     .layers = layers,
                     .carries = Traits{Trait::kRmsNorm, Trait::kSilu, Trait::kPlainEmbedding, Trait::kTiedHead,
-                                      Trait::kNoBiases, Trait::kQkNorm, Trait::kOwnHeadDim}};
+                                      Trait::kNoBiases, Trait::kQkNorm, Trait::kOwnHeadDim},
+                    .mixtures = kMixtures};
 
 }  // namespace upmoe

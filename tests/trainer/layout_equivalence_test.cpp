@@ -224,7 +224,7 @@ TEST(Features, Bf16DriftsNoFurtherThanAnotherOrderOfSums) {
 
 // Mixtures of other families, along each axis and under some together.
 TEST(Families, EqualOneRank) {
-  for (const char* model : {"mixtral", "deepseek"}) {
+  for (const char* model : {"mixtral", "qwen3_moe", "deepseek"}) {
     int meshes = 0;
     for (const MeshSpec& mesh :
          {MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{1, 1, 1, 2, 1, 2}, MeshSpec{2, 1, 1, 1, 1, 1},
@@ -257,8 +257,8 @@ TEST(Sixteen, RandomMeshes) {
 // The files that transformers and PyTorch made in fp64, ten steps, under meshes of every axis.
 std::vector<Layout> golden_layouts(int ranks) {
   std::vector<Layout> all;
-  for (const char* model :
-       {"dense", "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd", "mixtral", "deepseek"}) {
+  for (const char* model : {"dense", "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd",
+                            "mixtral", "qwen3_moe", "deepseek"}) {
     const Golden golden(model);
     for (Layout l : test::meshes(model, ranks)) {
       // The pool of the balance term is the micro-batch: the files have four sequences in one, or two (moe_a27b).
