@@ -46,6 +46,10 @@ void JsonWriter::set(const std::string& key, const JsonWriter& value) {
   impl_->root[key] = value.impl_->root;
 }
 
+void JsonWriter::set_null(const std::string& key) {
+  impl_->root[key] = nullptr;
+}
+
 void JsonWriter::erase(const std::string& key) {
   impl_->root.erase(key);
 }

@@ -20,6 +20,7 @@ class JsonWriter {
   void set(const std::string& key, const T& value);
   void set(const std::string& key, const char* value) { set(key, std::string(value)); }
   void set(const std::string& key, const JsonWriter& value);
+  void set_null(const std::string& key);
   void erase(const std::string& key);
   std::string text() const;  // indented, with a newline at the end
 

@@ -39,6 +39,9 @@ Form form_of(const ModelConfig& c, Role role) {
     case Role::kKeyBias:
     case Role::kValueBias:
       return {{kv, size}, {Dim::kKvHeads, Dim::kHeadSize}};
+    case Role::kQueryNorm:
+    case Role::kKeyNorm:
+      return {{size}, {Dim::kHeadSize}};
     case Role::kAttentionOutput:
       return {{D, heads, size}, {Dim::kEmbed, Dim::kHeads, Dim::kHeadSize}};
     case Role::kFfnGateUp:
@@ -64,11 +67,14 @@ Form form_of(const ModelConfig& c, Role role) {
   fail(ExitCode::kFailure, "no such role");
 }
 
-Init::Kind init_of(Role role) {
+Init::Kind init_of(const ModelConfig& c, Role role) {
   switch (role) {
     case Role::kNorm1:
     case Role::kNorm2:
     case Role::kFinalNorm:
+      return c.norm == NormKind::kRmsPlusOne ? Init::Kind::kZeros : Init::Kind::kOnes;
+    case Role::kQueryNorm:
+    case Role::kKeyNorm:
       return Init::Kind::kOnes;
     case Role::kQueryBias:
     case Role::kKeyBias:
@@ -85,6 +91,7 @@ std::vector<Role> roles_of_block(const ModelConfig& c, int layer) {
   std::vector<Role> roles{Role::kNorm1, Role::kQuery, Role::kKey, Role::kValue};
   const auto add = [&](std::initializer_list<Role> more) { roles.insert(roles.end(), more); };
   if (c.qkv_bias) add({Role::kQueryBias, Role::kKeyBias, Role::kValueBias});
+  if (c.qk_norm == QkNorm::kPerHead) add({Role::kQueryNorm, Role::kKeyNorm});
   add({Role::kAttentionOutput, Role::kNorm2});
   if (!c.is_moe_layer(layer)) {
     add({Role::kFfnGateUp, Role::kFfnDown});
@@ -114,7 +121,7 @@ ParamSpec make_param(const ModelConfig& config, Role role, int layer) {
   spec.dims = form.dims;
   spec.layer = layer;
   spec.expert = role == Role::kExpertGateUp || role == Role::kExpertDown;
-  spec.init = {init_of(role), static_cast<float>(config.initializer_range)};
+  spec.init = {init_of(config, role), static_cast<float>(config.initializer_range)};
   // Weight decay for matrices, none for norms and biases.
   spec.decay = spec.init.kind == Init::Kind::kNormal;
   spec.tied = role == Role::kEmbedding && config.tie_word_embeddings;

@@ -5,6 +5,7 @@
 // Names (stable for ever, they are on disk; i = layer) follow from the block and the role:
 //   embed_VD [V,D]
 //   layers.i.norm1_D · layers.i.attn.{q,k,v}_NHD [heads,head,D] · layers.i.attn.{q,k,v}_NH (biases)
+//   layers.i.attn.{q,k}_norm_H [head] (norms of each head)
 //   layers.i.attn.o_DNH [D,heads,head] · layers.i.norm2_D
 //   layers.i.ffn.gate_up_F2D [F,2,D] · layers.i.ffn.down_DF                                   dense blocks
 //   layers.i.moe.router_ED · layers.i.moe.router_E (buffer) · layers.i.moe.gate_up_EF2D [E,F,2,D] ·
@@ -36,6 +37,8 @@ enum class Role : std::uint8_t {
   kQueryBias,
   kKeyBias,
   kValueBias,
+  kQueryNorm,
+  kKeyNorm,
   kAttentionOutput,
   kNorm2,
   kFfnGateUp,
@@ -59,6 +62,8 @@ inline constexpr Names<Role> kNames<Role>{.built = {{Role::kEmbedding, "embed_VD
                                                     {Role::kQueryBias, "attn.q_NH"},
                                                     {Role::kKeyBias, "attn.k_NH"},
                                                     {Role::kValueBias, "attn.v_NH"},
+                                                    {Role::kQueryNorm, "attn.q_norm_H"},
+                                                    {Role::kKeyNorm, "attn.k_norm_H"},
                                                     {Role::kAttentionOutput, "attn.o_DNH"},
                                                     {Role::kNorm2, "norm2_D"},
                                                     {Role::kFfnGateUp, "ffn.gate_up_F2D"},

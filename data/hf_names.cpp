@@ -9,7 +9,7 @@ namespace upmoe {
 
 namespace {
 
-// Of the dims on disk, those of heads and of their size are one.
+// Of the dims on disk, those of heads and of their size are one; the size alone, of what all heads share, is itself.
 HfTensor tensor_of(const TensorName& name, const ParamSpec& p, std::int64_t expert) {
   HfTensor tensor;
   tensor.name = name.of(p.layer, expert);
@@ -23,7 +23,7 @@ HfTensor tensor_of(const TensorName& name, const ParamSpec& p, std::int64_t expe
     if (one_expert || one_half) {
       tensor.part.offset.dim[i] = one_expert ? expert : name.half == Half::kUp ? 1 : 0;
       tensor.part.extent.dim[i] = 1;
-    } else if (p.dims[i] == Dim::kHeadSize) {
+    } else if (p.dims[i] == Dim::kHeadSize && !tensor.shape.empty()) {
       tensor.shape.back() = checked_mul(tensor.shape.back(), p.shape[d]);
     } else {
       tensor.shape.push_back(p.shape[d]);

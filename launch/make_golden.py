@@ -20,9 +20,13 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
+from transformers.models.gemma import modeling_gemma
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe
+from transformers.models.qwen3 import modeling_qwen3
 
 import golden_mixtures
 
@@ -37,8 +41,9 @@ MARGIN_FIRST, MARGIN_LATER = 1e-4, 2e-5  # between the last chosen and the first
 SPARE = {"logits abs": 2e-5, "gradient rel": 2e-5, "loss rel": 5e-7, "aux rel": 1e-6, "norm rel": 5e-5,
          "weights rel": 2e-5}
 
-DENSE = {"model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
-         "initializer_range": 0.05, "attention_dropout": 0.0, "use_sliding_window": False}
+DECODER = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "initializer_range": 0.05,
+           "attention_dropout": 0.0}
+DENSE = {"model_type": "qwen2"} | DECODER | {"use_sliding_window": False}
 MOE = DENSE | {"model_type": "qwen2_moe", "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False,
                "router_aux_loss_coef": AUX_COEF, "output_router_logits": False, "qkv_bias": True}
 
@@ -66,9 +71,26 @@ CASES = {
                            intermediate_size=50, vocab_size=101, tie_word_embeddings=False, num_experts=13,
                            num_experts_per_tok=3, moe_intermediate_size=28, shared_expert_intermediate_size=51),
                 17, 1e4),
-} | golden_mixtures.CASES
-
-CLASSES = {"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe"} | golden_mixtures.CLASSES
+    "llama": ({"model_type": "llama"} | DECODER | dict(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=100,
+        vocab_size=104, tie_word_embeddings=False, rms_norm_eps=1e-5, attention_bias=False, mlp_bias=False), 20, 1e4),
+    # heads wider than hidden / heads, as all of this family have
+    "qwen3": ({"model_type": "qwen3"} | DECODER | dict(
+        hidden_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=88, vocab_size=96, tie_word_embeddings=True, attention_bias=False,
+        use_sliding_window=False), 18, 1e4),
+    # sequences three times as long as the window
+    "mistral": ({"model_type": "mistral"} | DECODER | dict(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+        intermediate_size=92, vocab_size=100, tie_word_embeddings=False, sliding_window=7), 24, 1e4),
+    # one head of keys, and no word about the head, which is the embedding. No padding: transformers would keep what a
+    # lookup gives from the gradient of that token's row, and token 0 is one like others here.
+    "gemma": ({"model_type": "gemma"} | DECODER | dict(
+        hidden_act="gelu_pytorch_tanh", hidden_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, intermediate_size=80, vocab_size=96, pad_token_id=None), 20, 1e4),
+}
+CLASSES = {"gemma": "Gemma", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe",
+           "qwen3": "Qwen3"} | golden_mixtures.CLASSES
 
 
 def hf_config(case):
@@ -83,6 +105,9 @@ def in_float64():
     """Replaces the hard-wired fp32 of a few modules by fp64; the formulas stay the library's."""
     def norm(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def norm_plus_one(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight)
 
     def rotary(self, x, position_ids):
         dim = 2 * self.inv_freq.numel()
@@ -104,7 +129,10 @@ def in_float64():
         return softmax(x, dim=dim, dtype=torch.float64, **kwargs)
 
     swaps = [(torch.nn.functional, "softmax", softmax_float64)]
-    for module, prefix in ((modeling_qwen2, "Qwen2"), (modeling_qwen2_moe, "Qwen2Moe")):
+    swaps += [(modeling_gemma.GemmaRMSNorm, "forward", norm_plus_one),
+              (modeling_gemma.GemmaRotaryEmbedding, "forward", rotary)]
+    for module, prefix in ((modeling_llama, "Llama"), (modeling_mistral, "Mistral"), (modeling_qwen2, "Qwen2"),
+                           (modeling_qwen2_moe, "Qwen2Moe"), (modeling_qwen3, "Qwen3")):
         swaps += [(getattr(module, prefix + "RMSNorm"), "forward", norm),
                   (getattr(module, prefix + "RotaryEmbedding"), "forward", rotary)]
     swaps.append((modeling_qwen2_moe.Qwen2MoeTopKRouter, "forward", router))
@@ -135,8 +163,8 @@ def build(case, seed, dtype):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in name:
-                weight.copy_(1 + 0.1 * noise)
+            if "norm" in name:  # Gemma's are added to one by the model
+                weight.copy_(0.1 * noise if config.model_type == "gemma" else 1 + 0.1 * noise)
             elif re.search(r"mlp\.gate\.weight$", name):
                 weight.copy_(noise * 2.0 / math.sqrt(weight.shape[1]))  # logits of deviation 2: ties are rare
             else:

@@ -76,6 +76,24 @@ MUTANTS = {
         "trainer/model/context_ring.cpp",
         "      if (begun[q]) ops::attention_merge(ex, ring.half(sum_TQ, q), ring.half(lse_TN, q), out, lse);",
         "      if (begun[q]) ops::add(ex, ring.half(sum_TQ, q), ring.half(sum_TQ, q), out);", "*"),
+    "keys_before_the_window_are_seen": (
+        "trainer/model/context_ring.cpp", ".ahead = ahead};", ".ahead = chunk_.seq_len};", "*mistral*"),
+    "a_pair_of_chunks_left_out_that_the_window_reaches": (
+        "trainer/model/context_ring.cpp", "ahead - (chunk_.seq_len - 1) >= chunk_.window;",
+        "ahead >= chunk_.window;", "*mistral*"),
+    "norms_of_heads_summed_over_tp_as_if_cut": (
+        "configs/param_table.cpp",
+        "    case Role::kQueryNorm:\n    case Role::kKeyNorm:\n      return {{size}, {Dim::kHeadSize}};",
+        "    case Role::kQueryNorm:\n    case Role::kKeyNorm:\n      return {{size}, {Dim::kHeads}};", "*qwen3*"),
+    "scale_of_the_embedding_not_in_its_gradient": (
+        "trainer/model/transformer.cpp", "  if (embedding->scale != 1) ops::scale(ex, g_tD, embedding->scale);",
+        "  if (embedding->scale != 1 && tp->size() == 1) ops::scale(ex, g_tD, embedding->scale);", "*gemma*"),
+    "scale_of_the_embedding_once_for_each_rank": (
+        "trainer/model/transformer.cpp",
+        "  x.reduce(ex);\n  if (embedding->scale != 1) ops::scale(ex, x_tD, embedding->scale);",
+        "  for (int r = 0; r < tp->size(); ++r)\n"
+        "    if (embedding->scale != 1) ops::scale(ex, x.partial_TD(), embedding->scale);\n  x.reduce(ex);",
+        "*gemma*"),
     "tied_embedding_reduced_on_one_stage": (
         "parallel/layout.cpp", "    if (p.tied && is_end(rank)) return is_end(r);", "", "*tied*"),
     "shared_gradients_not_cleared_between_blocks": (

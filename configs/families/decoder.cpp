@@ -122,6 +122,22 @@ void read_dtype(JsonObject& json, ModelConfig& c) {
   }
 }
 
+void read_decoder(JsonObject& json, ModelConfig& c) {
+  read_sizes(json, c);
+  read_heads(json, c);
+  read_rope(json, c);
+  read_dtype(json, c);
+}
+
+void require_head_dim(JsonObject& json, const char* otherwise) {
+  if (!json.has("head_dim"))
+    json.refuse("head_dim", fmt::format("is missing; transformers takes {} then", otherwise));
+}
+
+void require_no_bias(JsonObject& json, const char* key) {
+  if (json.truth(key, false).value_or(false)) json.refuse(key, "found true; these biases are not supported");
+}
+
 void require_silu(JsonObject& json) {
   const auto act = json.text("hidden_act", true);
   if (act && *act != "silu" && *act != "swish")  // two names of one function
@@ -136,8 +152,16 @@ void require_full_attention(JsonObject& json) {
     json.refuse("layer_types", fmt::format("found {}, only full_attention is supported", types));
 }
 
+void write_decoder(const ModelConfig& c, JsonWriter& json) {
+  write_sizes(c, json);
+  write_heads(c, json);
+  write_attention(c, json);
+  write_rope(c, json);
+  write_dtype(c, json);
+}
+
 void write_sizes(const ModelConfig& c, JsonWriter& json) {
-  json.set("hidden_act", "silu");
+  json.set("hidden_act", c.activation == Activation::kGeluTanh ? "gelu_pytorch_tanh" : "silu");
   json.set("vocab_size", c.vocab_size);
   json.set("hidden_size", c.hidden_size);
   json.set("intermediate_size", c.intermediate_size);

@@ -11,7 +11,8 @@
 namespace upmoe {
 
 // Far beyond every model that exists, and small enough that products of three cannot overflow 64 bits.
-inline constexpr std::int64_t kMaxWidth = 1 << 20, kMaxLayers = 10'000, kMaxExperts = 1 << 16;
+inline constexpr std::int64_t kMaxWidth = 1 << 20, kMaxLayers = 10'000, kMaxExperts = 1 << 16,
+                              kMaxWindow = 1 << 30;
 
 // Reads into `target` when the key is there and right; problems are in the list otherwise.
 class ConfigKeys {
@@ -35,9 +36,14 @@ void read_sizes(JsonObject& json, ModelConfig& c);  // with the norms' epsilon, 
 void read_heads(JsonObject& json, ModelConfig& c);
 void read_rope(JsonObject& json, ModelConfig& c);
 void read_dtype(JsonObject& json, ModelConfig& c);
+void read_decoder(JsonObject& json, ModelConfig& c);  // all of these
 void require_silu(JsonObject& json);
-void require_full_attention(JsonObject& json);  // layer_types
+// Of families whose files have it in any case: `otherwise` is what transformers takes without it.
+void require_head_dim(JsonObject& json, const char* otherwise);
+void require_no_bias(JsonObject& json, const char* key);  // which would give a matrix one
+void require_full_attention(JsonObject& json);            // layer_types
 
+void write_decoder(const ModelConfig& c, JsonWriter& json);  // all of the following
 void write_sizes(const ModelConfig& c, JsonWriter& json);
 void write_heads(const ModelConfig& c, JsonWriter& json);
 void write_attention(const ModelConfig& c, JsonWriter& json);  // dropout, kinds of layers

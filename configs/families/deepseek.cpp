@@ -60,15 +60,11 @@ void read_experts(JsonObject& json, ModelConfig& c) {
 }
 
 void read(JsonObject& json, ModelConfig& c) {
-  read_sizes(json, c);
-  read_heads(json, c);
-  read_rope(json, c);
-  read_dtype(json, c);
+  read_decoder(json, c);
   require_silu(json);
   require_full_attention(json);
   refuse_features(json, kDeepseek);
-  for (const char* bias : {"attention_bias", "qkv_bias", "mlp_bias"})
-    require_truth(json, bias, false, "biases are not supported in this family");
+  for (const char* bias : {"attention_bias", "qkv_bias", "mlp_bias"}) require_no_bias(json, bias);
   if (c.head_dim * c.num_attention_heads != c.hidden_size)
     json.refuse("head_dim",
                 fmt::format("found {}; heads of this family are hidden_size / heads wide", c.head_dim));
@@ -77,11 +73,7 @@ void read(JsonObject& json, ModelConfig& c) {
 }
 
 void write(const ModelConfig& c, JsonWriter& json) {
-  write_sizes(c, json);
-  write_heads(c, json);
-  write_attention(c, json);
-  write_rope(c, json);
-  write_dtype(c, json);
+  write_decoder(c, json);
   json.set("n_routed_experts", c.num_experts);
   const std::int64_t shared = c.shared_expert_intermediate_size / c.moe_intermediate_size;
   if (shared > 0) json.set("n_shared_experts", shared);

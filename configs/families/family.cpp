@@ -9,14 +9,20 @@
 #include <string_view>
 
 #include "configs/families/deepseek.h"
+#include "configs/families/gemma.h"
+#include "configs/families/llama.h"
+#include "configs/families/mistral.h"
 #include "configs/families/mixtral.h"
 #include "configs/families/qwen2.h"
 #include "configs/families/qwen2_moe.h"
+#include "configs/families/qwen3.h"
+#include "configs/families/qwen3_moe.h"
 
 namespace upmoe {
 namespace {
 
-const std::array<const Family*, 4> kFamilies{&kQwen2, &kQwen2Moe, &kMixtral, &kDeepseek};
+const std::array<const Family*, 9> kFamilies{&kQwen2, &kQwen2Moe, &kLlama,    &kQwen3,   &kMistral,
+                                             &kGemma, &kMixtral,  &kQwen3Moe, &kDeepseek};
 
 struct Unread {
   const char *model_type, *why;

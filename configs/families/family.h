@@ -39,6 +39,8 @@ struct Family {
   // In the order of transformers' state dict: before the blocks, of a block, behind them. Tensors by expert that
   // follow each other are listed expert by expert.
   std::span<const TensorName> tensors;
+  // What the layers of all its models have, beside what their files say; absent: nothing.
+  void (*layers)(ModelConfig& config) = nullptr;
   // transformers makes the modules of the shared expert even where its width is 0: tensors that nobody reads.
   bool empty_shared_expert = false;
 

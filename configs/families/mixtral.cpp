@@ -24,16 +24,12 @@ constexpr auto kOwnExpertTensors = std::to_array<TensorName>({
 constexpr auto kTensors = together(kFrontTensors, kOwnExpertTensors, kBackTensors);
 
 void read(JsonObject& json, ModelConfig& c) {
-  read_sizes(json, c);
-  read_heads(json, c);
-  read_rope(json, c);
-  read_dtype(json, c);
+  read_decoder(json, c);
   require_silu(json);
   require_full_attention(json);
-  if (json.has("sliding_window")) json.refuse("sliding_window", "sliding-window attention is not supported");
+  if (json.has("sliding_window")) ConfigKeys(json).integer("sliding_window", c.sliding_window, 1, kMaxWindow);
   refuse_features(json, kMixtral);
-  for (const char* bias : {"attention_bias", "qkv_bias", "mlp_bias"})
-    require_truth(json, bias, false, "this family has no biases");
+  for (const char* bias : {"attention_bias", "qkv_bias", "mlp_bias"}) require_no_bias(json, bias);
   require_truth(json, "norm_topk_prob", true, "this family always renormalises the chosen experts' weights");
   const auto jitter = json.number("router_jitter_noise", false);
   if (jitter && *jitter != 0)
@@ -47,13 +43,10 @@ void read(JsonObject& json, ModelConfig& c) {
 }
 
 void write(const ModelConfig& c, JsonWriter& json) {
-  write_sizes(c, json);
+  write_decoder(c, json);
   json.set("intermediate_size", c.moe_intermediate_size);
-  write_heads(c, json);
-  json.erase("sliding_window");
-  write_attention(c, json);
-  write_rope(c, json);
-  write_dtype(c, json);
+  if (c.sliding_window > 0) json.set("sliding_window", c.sliding_window);
+  if (c.sliding_window == 0) json.set_null("sliding_window");
   json.set("num_local_experts", c.num_experts);
   json.set("num_experts_per_tok", c.num_experts_per_tok);
   write_balance(c, json);
@@ -65,14 +58,15 @@ void from_dense(ModelConfig& c) {
 
 }  // namespace
 
-const Family kMixtral{.model_type = "mixtral",
-                      .architecture = "MixtralForCausalLM",
-                      .read = read,
-                      .write = write,
-                      .keys = kKeys,
-                      .tensors = kTensors,
-                      .carries = kPlainLayers | Traits{Trait::kNoBiases, Trait::kOwnHeadDim, Trait::kNoShared,
-                                                       Trait::kRenormalised, Trait::kOneRenormalised},
-                      .from_dense = from_dense};
+const Family kMixtral{
+    .model_type = "mixtral",
+    .architecture = "MixtralForCausalLM",
+    .read = read,
+    .write = write,
+    .keys = kKeys,
+    .tensors = kTensors,
+    .carries = kPlainLayers | Traits{Trait::kNoBiases, Trait::kOwnHeadDim, Trait::kWindow, Trait::kNoShared,
+                                     Trait::kRenormalised, Trait::kOneRenormalised},
+    .from_dense = from_dense};
 
 }  // namespace upmoe

@@ -7,16 +7,6 @@
 namespace upmoe {
 namespace {
 
-// A dense model says by number which layers attend within a window.
-bool window_reaches_a_layer(JsonObject& json, const ModelConfig& c) {
-  constexpr std::int64_t kDefaultMaxWindowLayers = 28;
-  if (!json.truth("use_sliding_window", false).value_or(false)) return false;
-  if (json.is_null("sliding_window")) return false;
-  const std::int64_t first =
-      json.integer("max_window_layers", 0, std::int64_t{1} << 31, false).value_or(kDefaultMaxWindowLayers);
-  return first < c.num_hidden_layers;
-}
-
 constexpr const char* kMixtures[] = {"qwen2_moe"};
 
 constexpr auto kTensors = together(kFrontTensors, kFfnTensors, kBackTensors);
@@ -46,6 +36,15 @@ void read_qwen2(JsonObject& json, ModelConfig& c) {
   read_rope(json, c);
   read_dtype(json, c);
   require_silu(json);
+}
+
+bool window_reaches_a_layer(JsonObject& json, const ModelConfig& c) {
+  constexpr std::int64_t kDefaultMaxWindowLayers = 28;
+  if (!json.truth("use_sliding_window", false).value_or(false)) return false;
+  if (json.is_null("sliding_window")) return false;
+  const std::int64_t first =
+      json.integer("max_window_layers", 0, std::int64_t{1} << 31, false).value_or(kDefaultMaxWindowLayers);
+  return first < c.num_hidden_layers;
 }
 
 void refuse_window(JsonObject& json) {

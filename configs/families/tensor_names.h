@@ -19,6 +19,10 @@ inline constexpr auto kFrontTensors = std::to_array<TensorName>({
     {Role::kValueBias, Half::kWhole, "model.layers.{0}.self_attn.v_proj.bias"},
     {Role::kAttentionOutput, Half::kWhole, "model.layers.{0}.self_attn.o_proj.weight"},
 });
+inline constexpr auto kHeadNormTensors = std::to_array<TensorName>({
+    {Role::kQueryNorm, Half::kWhole, "model.layers.{0}.self_attn.q_norm.weight"},
+    {Role::kKeyNorm, Half::kWhole, "model.layers.{0}.self_attn.k_norm.weight"},
+});
 inline constexpr auto kFfnTensors = std::to_array<TensorName>({
     {Role::kFfnGateUp, Half::kGate, "model.layers.{0}.mlp.gate_proj.weight"},
     {Role::kFfnGateUp, Half::kUp, "model.layers.{0}.mlp.up_proj.weight"},

@@ -62,23 +62,70 @@ void store_pairs(T* p, const GateUp& v, FirstLanes lanes) {
   for (std::int64_t i = 0; i < 2 * lanes.count; ++i) p[i] = block[i];
 }
 
-template <class T>
-void swiglu_row(T* h, const T* gate_up, float weight, std::int64_t width) {
+// Both activations are x sigmoid(z(x)): silu with z = x, and gelu's tanh form with
+// z = 2 sqrt(2/pi) (x + 0.044715 x^3), as 1 + tanh(u) = 2 sigmoid(2u). Their slope is s + x s (1 - s) z'(x).
+struct Silu {
+  static f32x16 z(f32x16 x) { return x; }
+  static f32x16 times_slope(f32x16 y, f32x16) { return y; }
+};
+struct GeluTanh {
+  static constexpr float kLinear = 1.5957691216057308f, kCubic = 0.07135481282690823f;
+  static f32x16 z(f32x16 x) { return x * (kLinear + kCubic * x * x); }
+  static f32x16 times_slope(f32x16 y, f32x16 x) { return y * (kLinear + 3.0f * kCubic * x * x); }
+};
+
+template <class Act, class T>
+void gated_row(T* h, const T* gate_up, float weight, std::int64_t width) {
   for_lanes(width, [&](std::int64_t f, auto lanes) {
     const GateUp v = load_pairs(gate_up + 2 * f, lanes);
-    store(h + f, v.gate * vector_sigmoid(v.gate) * v.up * weight, lanes);
+    store(h + f, v.gate * vector_sigmoid(Act::z(v.gate)) * v.up * weight, lanes);
   });
 }
 
-// Returns the gradient of the row's weight: sum of dh silu(gate) up. silu' = s (1 + gate (1 - s)), s = sigmoid(gate).
-template <class T>
-float swiglu_row_backward(T* dgate_up, const T* dh, const T* gate_up, float weight, std::int64_t width) {
+// Returns the gradient of the row's weight: sum of dh act(gate) up.
+template <class Act, class T>
+float gated_row_backward(T* dgate_up, const T* dh, const T* gate_up, float weight, std::int64_t width) {
   return sum_lanes(width, [&](std::int64_t f, auto lanes) {
     const GateUp v = load_pairs(gate_up + 2 * f, lanes);
-    const f32x16 dh_f = load(dh + f, lanes), s = vector_sigmoid(v.gate), silu = v.gate * s;
+    const f32x16 dh_f = load(dh + f, lanes), s = vector_sigmoid(Act::z(v.gate)), act = v.gate * s;
     const f32x16 da = dh_f * weight;
-    store_pairs(dgate_up + 2 * f, GateUp{da * v.up * (s + silu * (1.0f - s)), da * silu}, lanes);
-    return dh_f * silu * v.up;
+    const f32x16 slope = s + Act::times_slope(act * (1.0f - s), v.gate);
+    store_pairs(dgate_up + 2 * f, GateUp{da * v.up * slope, da * act}, lanes);
+    return dh_f * act * v.up;
+  });
+}
+
+template <class Act>
+void gated_forward(const TensorView& h_RF, const ConstTensorView& gate_up_RG,
+                   const ConstTensorView& weight_R) {
+  const std::int64_t rows = h_RF.shape[0], width = h_RF.shape[1];
+  const float* weight = weight_R.if_given<float>();
+  with_float_type(h_RF.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* h = h_RF.as<T>();
+    const T* gate_up = gate_up_RG.as<T>();
+    parallel_for(rows, 4 * width, [&](std::int64_t r) {
+      gated_row<Act>(h + r * width, gate_up + 2 * r * width, weight != nullptr ? weight[r] : 1.0f, width);
+    });
+  });
+}
+
+template <class Act>
+void gated_backward(const TensorView& dgate_up_RG, const TensorView& dweight_R, const ConstTensorView& dh_RF,
+                    const ConstTensorView& gate_up_RG, const ConstTensorView& weight_R) {
+  const std::int64_t rows = dh_RF.shape[0], width = dh_RF.shape[1];
+  const float* weight = weight_R.if_given<float>();
+  float* dweight = dweight_R.if_given<float>();
+  with_float_type(dh_RF.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* dgate_up = dgate_up_RG.as<T>();
+    const T *dh = dh_RF.as<T>(), *gate_up = gate_up_RG.as<T>();
+    parallel_for(rows, 4 * width, [&](std::int64_t r) {
+      const float sum =
+          gated_row_backward<Act>(dgate_up + 2 * r * width, dh + r * width, gate_up + 2 * r * width,
+                                  weight != nullptr ? weight[r] : 1.0f, width);
+      if (dweight != nullptr) dweight[r] = sum;
+    });
   });
 }
 
@@ -109,33 +156,21 @@ void gate_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_1D, c
 }  // namespace
 
 void swiglu_forward(Exec&, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
-  const std::int64_t rows = h_RF.shape[0], width = h_RF.shape[1];
-  const float* weight = weight_R.if_given<float>();
-  with_float_type(h_RF.dtype, [&](auto type) {
-    using T = decltype(type);
-    T* h = h_RF.as<T>();
-    const T* gate_up = gate_up_RG.as<T>();
-    parallel_for(rows, 4 * width, [&](std::int64_t r) {
-      swiglu_row(h + r * width, gate_up + 2 * r * width, weight != nullptr ? weight[r] : 1.0f, width);
-    });
-  });
+  gated_forward<Silu>(h_RF, gate_up_RG, weight_R);
 }
 
 void swiglu_backward(Exec&, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
                      ConstTensorView gate_up_RG, ConstTensorView weight_R) {
-  const std::int64_t rows = dh_RF.shape[0], width = dh_RF.shape[1];
-  const float* weight = weight_R.if_given<float>();
-  float* dweight = dweight_R.if_given<float>();
-  with_float_type(dh_RF.dtype, [&](auto type) {
-    using T = decltype(type);
-    T* dgate_up = dgate_up_RG.as<T>();
-    const T *dh = dh_RF.as<T>(), *gate_up = gate_up_RG.as<T>();
-    parallel_for(rows, 4 * width, [&](std::int64_t r) {
-      const float sum = swiglu_row_backward(dgate_up + 2 * r * width, dh + r * width, gate_up + 2 * r * width,
-                                            weight != nullptr ? weight[r] : 1.0f, width);
-      if (dweight != nullptr) dweight[r] = sum;
-    });
-  });
+  gated_backward<Silu>(dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
+}
+
+void geglu_forward(Exec&, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+  gated_forward<GeluTanh>(h_RF, gate_up_RG, weight_R);
+}
+
+void geglu_backward(Exec&, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
+                    ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+  gated_backward<GeluTanh>(dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
 }
 
 void sigmoid_gate_forward(Exec&, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {

@@ -85,7 +85,7 @@ void attend(Softmax& state, const Workspace& w, std::int64_t query_block, const 
   std::fill_n(state.max, kBlock, -std::numeric_limits<float>::infinity());
   std::fill_n(state.sum, kBlock, 0.0f);
   const std::int64_t last = last_key_block(query_block, shape.seq_len, visible);
-  for (std::int64_t key_block = 0; key_block <= last; ++key_block) {
+  for (std::int64_t key_block = first_key_block(query_block, visible); key_block <= last; ++key_block) {
     const BlockPair pair = block_pair(query_block, key_block, shape.seq_len, visible);
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
@@ -174,12 +174,8 @@ void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, cons
     const std::int64_t t = i / parts / s.kv_heads * s.seq_len;  // the sequence's first token
     const auto from = [&](const Heads<const T>& h) { return Heads<const T>{h.base + t * h.width, h.width}; };
     const Sequence<T, Out> seq{
-        all.out + t * s.heads * s.head_dim,
-        all.lse + t * s.heads,
-        from(all.q),
-        from(all.k),
-        from(all.v),
-        visibility(all.visible.causal, all.visible.query_document_S, all.visible.key_document_S, t)};
+        all.out + t * s.heads * s.head_dim, all.lse + t * s.heads, from(all.q), from(all.k), from(all.v),
+        from_token(all.visible, t)};
     const Workspace w(work + worker * floats, blocks, padded);
     const std::int64_t last = (blocks - 1 - part) / parts * parts + part;  // this part's last block
     // No further than the last block of this part can see.
@@ -198,14 +194,13 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
     using T = decltype(type);
     const std::int64_t width = shape.qkv_width(), keys = shape.heads * shape.head_dim;
     const T* q = qkv_TH.as<T>();
-    const auto* document = document_T.if_given<std::int32_t>();
     forward<T, T>(ex, qkv_TH.shape[0] / shape.seq_len,
                   {out_TQ.as<T>(),
                    lse_TN.as<float>(),
                    {q, width},
                    {q + keys, width},
                    {q + keys + shape.kv_heads * shape.head_dim, width},
-                   {true, document, document}},
+                   visibility_in(shape, document_T)},
                   shape);
   });
 }
@@ -223,8 +218,7 @@ void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, Cons
                        {qkv_TH.as<T>(), shape.qkv_width()},
                        {k, width},
                        {k + shape.kv_heads * shape.head_dim, width},
-                       {pair.visible == Visible::kCausal, pair.document_T.if_given<std::int32_t>(),
-                        pair.key_document_T.if_given<std::int32_t>()}},
+                       visibility_in(pair)},
                       shape);
   });
 }

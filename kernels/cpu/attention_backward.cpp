@@ -84,7 +84,7 @@ void backward_block(const Workspace& w, std::int64_t query_block, const float* l
   const std::int64_t padded = round_to_lanes(s.head_dim);
   std::fill_n(w.dq_P, kBlock * padded, 0.0f);
   const std::int64_t last = last_key_block(query_block, s.seq_len, visible);
-  for (std::int64_t key_block = 0; key_block <= last; ++key_block) {
+  for (std::int64_t key_block = first_key_block(query_block, visible); key_block <= last; ++key_block) {
     const BlockPair pair = block_pair(query_block, key_block, s.seq_len, visible);
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
@@ -179,17 +179,16 @@ void backward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, con
       heads.base += t * heads.width;
       return heads;
     };
-    const Sequence<T, Out> seq{
-        from(all.dq),
-        from(all.dk),
-        from(all.dv),
-        from(all.q),
-        from(all.k),
-        from(all.v),
-        all.dout + t * out_width,
-        all.out + t * out_width,
-        all.lse + t * s.heads,
-        visibility(all.visible.causal, all.visible.query_document_S, all.visible.key_document_S, t)};
+    const Sequence<T, Out> seq{from(all.dq),
+                               from(all.dk),
+                               from(all.dv),
+                               from(all.q),
+                               from(all.k),
+                               from(all.v),
+                               all.dout + t * out_width,
+                               all.out + t * out_width,
+                               all.lse + t * s.heads,
+                               from_token(all.visible, t)};
     backward_kv_head<kAdd>(Workspace(work + worker * floats, blocks, padded), seq, i % s.kv_heads, s);
   });
 }
@@ -201,7 +200,6 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
   const auto& [out_TQ, lse_TN] = saved;
   const std::int64_t width = shape.qkv_width(), key_at = shape.heads * shape.head_dim,
                      value_at = key_at + shape.kv_heads * shape.head_dim;
-  const std::int32_t* document = document_T.if_given<std::int32_t>();
   with_float_type(qkv_TH.dtype, [&](auto type) {
     using T = decltype(type);
     T* dq = dqkv_TH.as<T>();
@@ -216,7 +214,7 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
                            dout_TQ.as<T>(),
                            out_TQ.as<T>(),
                            lse_TN.as<float>(),
-                           {true, document, document}},
+                           visibility_in(shape, document_T)},
                           shape);
   });
 }
@@ -240,8 +238,7 @@ void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorV
                               dout_TQ.as<T>(),
                               whole.out_TQ.as<T>(),
                               whole.lse_TN.as<float>(),
-                              {pair.visible == Visible::kCausal, pair.document_T.if_given<std::int32_t>(),
-                               pair.key_document_T.if_given<std::int32_t>()}},
+                              visibility_in(pair)},
                              shape);
   });
 }

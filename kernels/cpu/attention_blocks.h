@@ -52,6 +52,8 @@ struct Heads {
 struct Visibility {
   bool causal = true;  // queries and keys are the same tokens; else all keys come before all queries
   const std::int32_t *query_document_S = nullptr, *key_document_S = nullptr;
+  std::int64_t window = 0,
+               ahead = 0;  // query i sees keys k > i + ahead - window; without a window, all of them
 };
 
 // One block of queries against one block of keys.
@@ -60,7 +62,10 @@ struct BlockPair {
   bool diagonal;                       // the same tokens: query r sees keys up to r
   const std::int32_t* query_document;  // null without documents
   const std::int32_t* key_document;
+  std::int64_t
+      begin;  // query r sees keys from r + begin on; at most 1 - queries where the window cuts nothing off
 
+  bool cut() const { return queries - 1 + begin > 0; }
   // Vectors of keys that row r of the scores can see; those behind hold garbage after the product on a diagonal.
   std::int64_t vectors(std::int64_t r) const { return diagonal ? r / kLanes + 1 : kBlockVectors; }
 };
@@ -69,9 +74,18 @@ inline BlockPair block_pair(std::int64_t query_block, std::int64_t key_block, st
                             const Visibility& visible) {
   const std::int64_t q = query_block * kBlock, k = key_block * kBlock;
   const bool documents = visible.query_document_S != nullptr;
-  return {std::min(kBlock, seq_len - q), std::min(kBlock, seq_len - k),
-          visible.causal && query_block == key_block, documents ? visible.query_document_S + q : nullptr,
-          documents ? visible.key_document_S + k : nullptr};
+  return {std::min(kBlock, seq_len - q),
+          std::min(kBlock, seq_len - k),
+          visible.causal && query_block == key_block,
+          documents ? visible.query_document_S + q : nullptr,
+          documents ? visible.key_document_S + k : nullptr,
+          visible.window > 0 ? q + visible.ahead - visible.window + 1 - k : -kBlock};
+}
+
+// The first block of keys that a block of queries can see; behind the last one where the window has passed them all.
+inline std::int64_t first_key_block(std::int64_t query_block, const Visibility& visible) {
+  if (visible.window == 0) return 0;
+  return std::max<std::int64_t>(0, query_block * kBlock + visible.ahead - visible.window + 1) / kBlock;
 }
 
 // The last block of keys that a block of queries can see.
@@ -80,10 +94,22 @@ inline std::int64_t last_key_block(std::int64_t query_block, std::int64_t seq_le
   return visible.causal ? query_block : blocks_of(seq_len) - 1;
 }
 
-inline Visibility visibility(bool causal, const std::int32_t* query_document,
-                             const std::int32_t* key_document, std::int64_t first_token) {
-  if (query_document == nullptr) return {causal, nullptr, nullptr};
-  return {causal, query_document + first_token, key_document + first_token};
+// That of the sequence which begins at this token; `all` has the documents from the first token on.
+inline Visibility from_token(Visibility all, std::int64_t first_token) {
+  if (all.query_document_S == nullptr) return all;
+  all.query_document_S += first_token;
+  all.key_document_S += first_token;
+  return all;
+}
+
+inline Visibility visibility_in(const AttentionShape& shape, const ConstTensorView& document_T) {
+  const auto* document = document_T.if_given<std::int32_t>();
+  return {true, document, document, shape.window, 0};
+}
+inline Visibility visibility_in(const ChunkPair& pair) {
+  const bool causal = pair.visible == Visible::kCausal;
+  return {causal, pair.document_T.if_given<std::int32_t>(), pair.key_document_T.if_given<std::int32_t>(),
+          pair.shape.window, causal ? 0 : pair.ahead};
 }
 
 enum class Documents { kDisjoint, kSame, kMixed };
@@ -97,10 +123,10 @@ inline Documents compare_documents(const BlockPair& pair) {
   return *q_low == *q_high && *k_low == *k_high ? Documents::kSame : Documents::kMixed;
 }
 
-// Sets the scores of invisible keys to -inf: keys after the query, keys of other documents, and columns
-// behind the last key.
+// Sets the scores of invisible keys to -inf: keys after the query, before its window, of other documents, and
+// columns behind the last key.
 inline void mask_scores(float* scores, const BlockPair& pair, Documents documents) {
-  if (!pair.diagonal && pair.keys == kBlock && documents == Documents::kSame) return;
+  if (!pair.diagonal && pair.keys == kBlock && !pair.cut() && documents == Documents::kSame) return;
   const f32x16 minus_infinity = splat(-std::numeric_limits<float>::infinity());
   std::int32_t key_document[kBlock] = {};
   if (documents == Documents::kMixed) std::copy_n(pair.key_document, pair.keys, key_document);
@@ -109,7 +135,9 @@ inline void mask_scores(float* scores, const BlockPair& pair, Documents document
     for (std::int64_t v = 0; v < kBlockVectors; ++v) {
       float* s = scores + r * kBlock + v * kLanes;
       f32x16 x = load(s);
-      x = lane_index() < splat(visible - static_cast<std::int32_t>(v * kLanes)) ? x : minus_infinity;
+      const i32x16 key = lane_index() + splat(static_cast<std::int32_t>(v * kLanes));
+      x = key < splat(visible) ? x : minus_infinity;
+      if (pair.cut()) x = key < splat(static_cast<std::int32_t>(r + pair.begin)) ? minus_infinity : x;
       if (documents == Documents::kMixed) {
         i32x16 id;
         std::memcpy(&id, key_document + v * kLanes, sizeof id);

@@ -8,14 +8,42 @@ namespace upmoe::ops {
 namespace {
 
 // h (or dh) is [R, F], gate_up (or its gradient) [R, 2F] of the same dtype; the weight, if any, fp32 [R].
-void check_swiglu(const Exec& ex, const ConstTensorView& h_RF, const ConstTensorView& gate_up_RG,
-                  const ConstTensorView& weight_R,
-                  std::source_location where = std::source_location::current()) {
+void check_gated(const Exec& ex, const ConstTensorView& h_RF, const ConstTensorView& gate_up_RG,
+                 const ConstTensorView& weight_R,
+                 std::source_location where = std::source_location::current()) {
   check_float(h_RF, "h_RF", where);
   if (h_RF.shape.rank != 2) fail_check("h is [R, F]", where, "h_RF is " + h_RF.shape.str());
   check_tensor(ex, h_RF, h_RF.shape, h_RF.dtype, "h_RF", where);
   check_tensor(ex, gate_up_RG, {h_RF.shape[0], 2 * h_RF.shape[1]}, h_RF.dtype, "gate_up_RG", where);
   if (weight_R.given()) check_tensor(ex, weight_R, {h_RF.shape[0]}, DType::kF32, "weight_R", where);
+}
+
+void check_gated_backward(const Exec& ex, const TensorView& dgate_up_RG, const TensorView& dweight_R,
+                          const ConstTensorView& dh_RF, const ConstTensorView& gate_up_RG,
+                          const ConstTensorView& weight_R,
+                          std::source_location where = std::source_location::current()) {
+  check_gated(ex, dh_RF, gate_up_RG, weight_R, where);
+  check_tensor(ex, dgate_up_RG, gate_up_RG.shape, gate_up_RG.dtype, "dgate_up_RG", where);
+  if (weight_R.given() != dweight_R.given())
+    fail_check("weight_R and dweight_R come together", where, "one is missing");
+  if (dweight_R.given()) check_tensor(ex, dweight_R, weight_R.shape, DType::kF32, "dweight_R", where);
+}
+
+double bytes_if_given(const ConstTensorView& t) {
+  return t.given() ? bytes_of(t) : 0.0;
+}
+
+// `flops` of each element of h.
+void book_forward(const Exec& ex, const char* op, double flops, const ConstTensorView& h_RF,
+                  const ConstTensorView& gate_up_RG, const ConstTensorView& weight_R) {
+  ex.book(op, flops * static_cast<double>(h_RF.elements()), bytes_of(gate_up_RG) + bytes_if_given(weight_R),
+          bytes_of(h_RF));
+}
+void book_backward(const Exec& ex, const char* op, double flops, const ConstTensorView& dh_RF,
+                   const ConstTensorView& gate_up_RG, const ConstTensorView& weight_R) {
+  ex.book(op, flops * static_cast<double>(dh_RF.elements()),
+          bytes_of(dh_RF) + bytes_of(gate_up_RG) + bytes_if_given(weight_R),
+          bytes_of(gate_up_RG) + bytes_if_given(weight_R));
 }
 
 void check_gate(const Exec& ex, const ConstTensorView& gate_T, const ConstTensorView& x_TD,
@@ -30,23 +58,30 @@ void check_gate(const Exec& ex, const ConstTensorView& gate_T, const ConstTensor
 }  // namespace
 
 void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
-  check_swiglu(ex, h_RF, gate_up_RG, weight_R);
-  const double weight_bytes = weight_R.given() ? bytes_of(weight_R) : 0.0;
-  ex.book("swiglu_forward", 6.0 * static_cast<double>(h_RF.elements()), bytes_of(gate_up_RG) + weight_bytes,
-          bytes_of(h_RF));
+  check_gated(ex, h_RF, gate_up_RG, weight_R);
+  book_forward(ex, "swiglu_forward", 6.0, h_RF, gate_up_RG, weight_R);
   dispatch(ex, &Backend::swiglu_forward, h_RF, gate_up_RG, weight_R);
 }
 
 void swiglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
                      ConstTensorView gate_up_RG, ConstTensorView weight_R) {
-  check_swiglu(ex, dh_RF, gate_up_RG, weight_R);
-  check_tensor(ex, dgate_up_RG, gate_up_RG.shape, gate_up_RG.dtype, "dgate_up_RG");
-  UPMOE_CHECK(weight_R.given() == dweight_R.given(), "weight_R and dweight_R come together");
-  if (dweight_R.given()) check_tensor(ex, dweight_R, weight_R.shape, DType::kF32, "dweight_R");
-  const double weight_bytes = weight_R.given() ? bytes_of(weight_R) : 0.0;
-  ex.book("swiglu_backward", 15.0 * static_cast<double>(dh_RF.elements()),
-          bytes_of(dh_RF) + bytes_of(gate_up_RG) + weight_bytes, bytes_of(dgate_up_RG) + weight_bytes);
+  check_gated_backward(ex, dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
+  book_backward(ex, "swiglu_backward", 15.0, dh_RF, gate_up_RG, weight_R);
   dispatch(ex, &Backend::swiglu_backward, dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
+}
+
+// Beside swiglu: the cubic polynomial of the gate, and its derivative.
+void geglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+  check_gated(ex, h_RF, gate_up_RG, weight_R);
+  book_forward(ex, "geglu_forward", 10.0, h_RF, gate_up_RG, weight_R);
+  dispatch(ex, &Backend::geglu_forward, h_RF, gate_up_RG, weight_R);
+}
+
+void geglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
+                    ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+  check_gated_backward(ex, dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
+  book_backward(ex, "geglu_backward", 22.0, dh_RF, gate_up_RG, weight_R);
+  dispatch(ex, &Backend::geglu_backward, dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
 }
 
 void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {

@@ -1,5 +1,7 @@
 #include "kernels/ops/attention.h"
 
+#include <algorithm>
+
 #include "kernels/ops/check_tensor.h"
 #include "kernels/ops/dispatch.h"
 
@@ -10,11 +12,11 @@ namespace {
 void check_qkv(const Exec& ex, const ConstTensorView& qkv_TH, const AttentionShape& s,
                std::source_location where = std::source_location::current()) {
   check_float(qkv_TH, "qkv_TH", where);
-  const bool sizes = s.heads > 0 && s.kv_heads > 0 && s.head_dim > 0 && s.seq_len > 0;
+  const bool sizes = s.heads > 0 && s.kv_heads > 0 && s.head_dim > 0 && s.seq_len > 0 && s.window >= 0;
   if (!sizes || s.heads % s.kv_heads != 0 || s.head_dim % 2 != 0)
     fail_check("kv_heads divides heads and head_dim is even", where,
-               fmt::format("heads {}, kv_heads {}, head_dim {}, seq_len {}", s.heads, s.kv_heads, s.head_dim,
-                           s.seq_len));
+               fmt::format("heads {}, kv_heads {}, head_dim {}, seq_len {}, window {}", s.heads, s.kv_heads,
+                           s.head_dim, s.seq_len, s.window));
   if (qkv_TH.shape.rank != 2 || qkv_TH.shape[0] % s.seq_len != 0)
     fail_check("T is a multiple of seq_len", where,
                fmt::format("qkv_TH {}, seq_len {}", qkv_TH.shape.str(), s.seq_len));
@@ -33,19 +35,38 @@ void check_attention(const Exec& ex, const ConstTensorView& qkv_TH, const ConstT
   if (document_T.given()) check_tensor(ex, document_T, {tokens}, DType::kI32, "document_T", where);
 }
 
-// One product of the causal half of [S, S] with head_dim, over all sequences and heads. Documents are known
-// only when the op runs and are not counted.
-double causal_product_flops(const ConstTensorView& qkv_TH, const AttentionShape& s) {
-  const double pairs_per_token = 0.5 * static_cast<double>(s.seq_len + 1);
+// One product with head_dim of `pairs_per_token` pairs of tokens, over all sequences and heads. Documents are
+// known only when the op runs and are not counted.
+double product_flops(const ConstTensorView& qkv_TH, const AttentionShape& s, double pairs_per_token) {
   return 2.0 * static_cast<double>(qkv_TH.shape[0]) * pairs_per_token *
          static_cast<double>(s.heads * s.head_dim);
 }
 
+// The causal half of [S, S]. Of S > W tokens the first W see 1 to W, the others W each.
+double causal_pairs(const AttentionShape& s) {
+  const double S = static_cast<double>(s.seq_len), W = static_cast<double>(s.window);
+  if (s.window == 0 || s.window >= s.seq_len) return 0.5 * static_cast<double>(s.seq_len + 1);
+  return (0.5 * W * (W + 1) + (S - W) * W) / S;
+}
+double causal_product_flops(const ConstTensorView& qkv_TH, const AttentionShape& s) {
+  return product_flops(qkv_TH, s, causal_pairs(s));
+}
+
+// Query i sees the keys k > i + ahead - W of an earlier chunk.
+double earlier_pairs(const ChunkPair& pair) {
+  const std::int64_t S = pair.shape.seq_len;
+  if (pair.shape.window == 0) return static_cast<double>(S);
+  double pairs = 0;
+  for (std::int64_t i = 0; i < S; ++i)
+    pairs +=
+        static_cast<double>(std::clamp<std::int64_t>(S - (i + pair.ahead - pair.shape.window + 1), 0, S));
+  return pairs / static_cast<double>(S);
+}
+
 // The same for a pair of chunks.
 double pair_product_flops(const ConstTensorView& qkv_TH, const ChunkPair& pair) {
-  const double length = static_cast<double>(pair.shape.seq_len);
-  return causal_product_flops(qkv_TH, pair.shape) *
-         (pair.visible == Visible::kAll ? 2.0 * length / (length + 1) : 1.0);
+  if (pair.visible == Visible::kCausal) return causal_product_flops(qkv_TH, pair.shape);
+  return product_flops(qkv_TH, pair.shape, earlier_pairs(pair));
 }
 
 void check_pair(const Exec& ex, const ConstTensorView& qkv_TH, const ConstTensorView& kv_TK,
@@ -54,6 +75,9 @@ void check_pair(const Exec& ex, const ConstTensorView& qkv_TH, const ConstTensor
   check_scratch(ex, where);
   const std::int64_t tokens = qkv_TH.shape[0];
   check_tensor(ex, kv_TK, {tokens, pair.shape.kv_width()}, qkv_TH.dtype, "kv_TK", where);
+  if (pair.visible == Visible::kAll && pair.shape.window > 0 && pair.ahead < pair.shape.seq_len)
+    fail_check("an earlier chunk ends before the queries begin", where,
+               fmt::format("{} tokens ahead, chunks of {}", pair.ahead, pair.shape.seq_len));
   if (pair.document_T.given() != pair.key_document_T.given())
     fail_check("documents of both chunks or of neither", where, "one is missing");
   if (!pair.document_T.given()) return;

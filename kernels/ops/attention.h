@@ -5,12 +5,15 @@
 //
 // qkv_TH holds, per token, [heads | kv_heads | kv_heads] times head_dim: H = (heads + 2 kv_heads) head_dim.
 // T is a multiple of seq_len: sequences stand one behind the other and never see each other.
+//
+// Token i sees tokens j <= i of its sequence; with a window W only those with i - W < j, itself and W - 1 before it.
 
 #include "kernels/core/exec.h"
 
 namespace upmoe {
 struct AttentionShape {
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0, seq_len = 0;
+  std::int64_t window = 0;  // W; 0 = all before it
   std::int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
   std::int64_t kv_width() const { return 2 * kv_heads * head_dim; }
 };
@@ -24,6 +27,8 @@ struct ChunkPair {
   AttentionShape shape;
   Visible visible = Visible::kCausal;
   ConstTensorView document_T = {}, key_document_T = {};  // int32; may be absent
+  std::int64_t ahead =
+      0;  // of an earlier chunk: the tokens from its first key to the first query; for the window
 };
 
 // What attention gave, for its backward: out_TQ (Q = heads*head_dim) and lse_TN (fp32, [T, heads]: log-sum-exp of the

@@ -41,6 +41,12 @@ inline void show(OpWatcher& w, const NormWeight& weight) {
 inline void show(OpWatcher& w, const NormedRows& rows) {
   for (const ConstTensorView& t : {rows.x_TD, rows.rstd_T}) w.reads(t);
 }
+inline void show(OpWatcher& w, const QkWeights& weights) {
+  for (const ConstTensorView& t : {weights.q_d, weights.k_d}) w.reads(t);
+}
+inline void show(OpWatcher& w, const QkWeightGradients& dw) {
+  for (const TensorView& t : {dw.q_d, dw.k_d}) w.writes(t);
+}
 inline void show(OpWatcher& w, const Attended& saved) {
   for (const ConstTensorView& t : {saved.out_TQ, saved.lse_TN}) w.reads(t);
 }

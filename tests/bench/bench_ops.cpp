@@ -18,10 +18,12 @@
 #include <vector>
 
 #include "kernels/core/exec.h"
+#include "kernels/ops/activation.h"
 #include "kernels/ops/adamw.h"
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
 
 namespace upmoe {
@@ -213,6 +215,48 @@ void add_rows(const Model& model, DType dtype) {
   });
 }
 
+// What stands between products: norms of heads, gates, attention with and without a window.
+void add_heads(const Model& model, DType dtype) {
+  const std::string name = std::string("/") + model.name;
+  const AttentionShape all{model.width / 64, model.width / 64, 64, kTokens / 2};
+  const std::int64_t width = model.width, ffn = kTopK * model.expert_width;
+  add("qk_norm_forward" + name, dtype, [=](benchmark::State& state) {
+    const Tensor qkv({kTokens, 3 * width}, dtype), x({kTokens, 2 * width}, dtype), w({64}, dtype);
+    const Tensor rstd({kTokens, 2 * all.heads}, DType::kF32);
+    measure(state, dtype, [&](Exec& ex) {
+      ops::qk_norm_forward(ex, qkv.view, x.view, rstd.view, {w.view, w.view, 1e-6f}, all);
+    });
+  });
+  add("qk_norm_backward" + name, dtype, [=](benchmark::State& state) {
+    const Tensor dqkv({kTokens, 3 * width}, dtype), x({kTokens, 2 * width}, dtype), w({64}, dtype),
+        dw({64}, dtype);
+    const Tensor rstd({kTokens, 2 * all.heads}, DType::kF32);
+    measure(state, dtype, [&](Exec& ex) {
+      ops::qk_norm_backward(ex, dqkv.view, {dw.view, dw.view}, x.view, rstd.view, {w.view, w.view, 1e-6f},
+                            all);
+    });
+  });
+  add("geglu_forward" + name, dtype, [=](benchmark::State& state) {
+    const Tensor h({kTokens, ffn}, dtype), gate_up({kTokens, 2 * ffn}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::geglu_forward(ex, h.view, gate_up.view); });
+  });
+  add("geglu_backward" + name, dtype, [=](benchmark::State& state) {
+    const Tensor d({kTokens, 2 * ffn}, dtype), dh({kTokens, ffn}, dtype), gate_up({kTokens, 2 * ffn}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::geglu_backward(ex, d.view, {}, dh.view, gate_up.view); });
+  });
+  for (const std::int64_t window : {std::int64_t{0}, kTokens / 16}) {
+    AttentionShape s = all;
+    s.window = window;
+    add((window > 0 ? "attention_forward_window" : "attention_forward") + name, dtype,
+        [=](benchmark::State& state) {
+          const Tensor qkv({kTokens, 3 * width}, dtype), out({kTokens, width}, dtype);
+          const Tensor lse({kTokens, s.heads}, DType::kF32);
+          measure(state, dtype,
+                  [&](Exec& ex) { ops::attention_forward(ex, out.view, lse.view, qkv.view, s); });
+        });
+  }
+}
+
 // Over the parameters of one layer's experts.
 void add_elementwise(const Model& model, DType dtype) {
   const std::int64_t n = kExperts * 3 * model.expert_width * model.width;
@@ -254,6 +298,7 @@ void add_all() {
       add_linear(name + "/shared_down", model.width, kTopK * model.expert_width, dtype);
       add_linear(name + "/head", model.vocab, model.width, dtype);
       add_rows(model, dtype);
+      add_heads(model, dtype);
       add_elementwise(model, dtype);
     }
 }

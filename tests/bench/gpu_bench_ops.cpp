@@ -101,9 +101,9 @@ void add_grouped(const std::string& name, std::int64_t rows, std::int64_t n, std
   });
 }
 
-void add_attention(const std::string& name, std::int64_t t) {
+void add_attention(const std::string& name, std::int64_t t, std::int64_t window = 0) {
   const ModelShape& m = shape();
-  const AttentionShape a{m.heads, m.heads, m.head_dim, std::min(m.seq_len, t)};
+  const AttentionShape a{m.heads, m.heads, m.head_dim, std::min(m.seq_len, t), window};
   const std::int64_t q = m.heads * m.head_dim;
   add("attention_forward/" + name, [=] {
     const Held out = make({t, q}), lse = make({t, a.heads}, DType::kF32), qkv = make({t, a.qkv_width()});
@@ -120,6 +120,23 @@ void add_attention(const std::string& name, std::int64_t t) {
         ops::attention_backward(one, dqkv->view, dout->view, qkv->view, {out->view, lse->view}, a);
       };
     });
+  if (window > 0) return;
+  add("qk_norm_forward/" + name, [=] {
+    const Held qkv = make({t, a.qkv_width()}), x = make({t, 2 * q}),
+               rstd = make({t, 2 * a.heads}, DType::kF32), w = make({a.head_dim});
+    return [=](Exec& ex) {
+      ops::qk_norm_forward(ex, qkv->view, x->view, rstd->view, {w->view, w->view, 1e-6f}, a);
+    };
+  });
+  add("qk_norm_backward/" + name, [=] {
+    const Held dqkv = make({t, a.qkv_width()}), x = make({t, 2 * q}),
+               rstd = make({t, 2 * a.heads}, DType::kF32), w = make({a.head_dim}), dq = make({a.head_dim}),
+               dk = make({a.head_dim});
+    return [=](Exec& ex) {
+      ops::qk_norm_backward(ex, dqkv->view, {dq->view, dk->view}, x->view, rstd->view,
+                            {w->view, w->view, 1e-6f}, a);
+    };
+  });
   add("rope/" + name, [=] {
     const Held qkv = make({t, a.qkv_width()}), positions = make({t}, DType::kI32, a.seq_len);
     return [=](Exec& ex) { ops::rope(ex, qkv->view, positions->view, a, 1e6, false); };
@@ -141,25 +158,29 @@ void add_rows(const std::string& name, std::int64_t t) {
     const Held dx = make({t, d}), dw = make({d}), dy = make({t, d}), x = make({t, d}), w = make({d}),
                rstd = make({t}, DType::kF32);
     return [=](Exec& ex) {
-      ops::rms_norm_backward(ex, dx->view, dw->view, dy->view, {x->view, rstd->view}, w->view,
+      ops::rms_norm_backward(ex, dx->view, dw->view, dy->view, {x->view, rstd->view}, {w->view, 1e-6f},
                              Accumulate::kAdd);
     };
   });
-  add("swiglu_forward/" + name, [=] {
-    const Held h = make({rows, f}), g = make({rows, 2 * f}), w = make({rows}, DType::kF32);
-    return [=](Exec& ex) {
-      const ConstTensorView weight = w->view;
-      ops::swiglu_forward(ex, h->view, g->view, weight);
-    };
-  });
-  add("swiglu_backward/" + name, [=] {
-    const Held dg = make({rows, 2 * f}), dw = make({rows}, DType::kF32), dh = make({rows, f}),
-               g = make({rows, 2 * f}), w = make({rows}, DType::kF32);
-    return [=](Exec& ex) {
-      const ConstTensorView weight = w->view;
-      ops::swiglu_backward(ex, dg->view, dw->view, dh->view, g->view, weight);
-    };
-  });
+  for (const bool gelu : {false, true}) {
+    const std::string op = gelu ? "geglu" : "swiglu";
+    add(op + "_forward/" + name, [=] {
+      const Held h = make({rows, f}), g = make({rows, 2 * f}), w = make({rows}, DType::kF32);
+      return [=](Exec& ex) {
+        const ConstTensorView weight = w->view;
+        (gelu ? ops::geglu_forward : ops::swiglu_forward)(ex, h->view, g->view, weight);
+      };
+    });
+    add(op + "_backward/" + name, [=] {
+      const Held dg = make({rows, 2 * f}), dw = make({rows}, DType::kF32), dh = make({rows, f}),
+                 g = make({rows, 2 * f}), w = make({rows}, DType::kF32);
+      return [=](Exec& ex) {
+        const ConstTensorView weight = w->view;
+        (gelu ? ops::geglu_backward : ops::swiglu_backward)(ex, dg->view, dw->view, dh->view, g->view,
+                                                            weight);
+      };
+    });
+  }
   add("gather_rows/" + name, [=] {
     const Held out = make({rows, d}), in = make({t, d}), index = shuffled({rows});
     return [=](Exec& ex) { ops::gather_rows(ex, out->view, in->view, index->view, k); };
@@ -295,6 +316,7 @@ void add_ops(std::int64_t t) {
   add_grouped("gate_up/" + name, t * m.top_k, 2 * m.expert_width, m.width);
   add_grouped("down/" + name, t * m.top_k, m.width, m.expert_width);
   add_attention(name, t);
+  add_attention(name + "_window", t, 512);
   add_rows(name, t);
   add_router(name, t);
   add_ends(name, t);

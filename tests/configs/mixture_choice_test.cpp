@@ -92,6 +92,36 @@ TEST(MixtureChoice, KeptLayersInFrontAreNotThoseBetween) {
   EXPECT_THAT(chosen(w), AllOf(HasSubstr("between or behind"), Not(HasSubstr("in front"))));
 }
 
+// What the layers of each dense family are like decides as much as the recipe.
+TEST(MixtureChoice, AutoGoesByTheDenseFamily) {
+  WantedMixture w = wanted();
+  const auto from = [&](const char* dense) {
+    w.shape.model_type = dense;
+    w.shape.qkv_bias = w.shape.model_type == "qwen2";
+    w.shape.qk_norm = w.shape.model_type == "qwen3" ? QkNorm::kPerHead : QkNorm::kNone;
+    const MixtureChoice choice = choose_mixture(*find_family(dense), w);
+    return choice.family == nullptr ? choice.problem : choice.family->model_type;
+  };
+  EXPECT_EQ(from("llama"), "mixtral");
+  EXPECT_EQ(from("mistral"), "mixtral");
+  EXPECT_EQ(from("qwen2"), "qwen2_moe");
+  EXPECT_EQ(from("qwen3"), "qwen3_moe");
+  w.shape.shared_expert_intermediate_size = 96;
+  EXPECT_EQ(from("llama"), "deepseek");
+  EXPECT_EQ(from("qwen2"), "qwen2_moe");
+  EXPECT_THAT(from("qwen3"), AllOf(HasSubstr("qwen3_moe does not carry: a shared expert"),
+                                   HasSubstr("no family known here carries all of this recipe")));
+  w.shape.shared_expert_intermediate_size = 0;
+  w.shape.norm_topk_prob = false;
+  EXPECT_EQ(from("mistral"), "deepseek");
+  w.shape.sliding_window = 16;
+  EXPECT_THAT(from("mistral"),
+              AllOf(HasSubstr("mixtral does not carry: weights of the chosen experts that are not"),
+                    HasSubstr("deepseek does not carry: a sliding window")));
+  w.shape.sliding_window = 0;
+  EXPECT_THAT(from("gemma"), HasSubstr("no mixture of experts of this kind is known"));
+}
+
 // The width of a dense layer that stays is the dense model's.
 TEST(MixtureChoice, AKeptLayerKeepsItsWidth) {
   WantedMixture w = wanted();

@@ -91,6 +91,47 @@ std::vector<std::string> names(const ModelConfig& c) {
   return all;
 }
 
+// One weight for all heads of queries, one for those of keys, before what the heads give; nothing of them decays.
+TEST(ParamTable, NormsOfHeads) {
+  ModelConfig c = dense({2, 8, 2, 1, 12, 32, true});
+  c.qkv_bias = false;
+  c.qk_norm = QkNorm::kPerHead;
+  const std::vector<ParamSpec> table = make_param_table(c);
+  const auto q = std::find_if(table.begin(), table.end(),
+                              [](const ParamSpec& p) { return p.layer == 1 && p.role == Role::kQueryNorm; });
+  ASSERT_NE(q, table.end());
+  EXPECT_EQ(q->name, "layers.1.attn.q_norm_H");
+  EXPECT_EQ((q + 1)->name, "layers.1.attn.k_norm_H");
+  EXPECT_EQ((q + 2)->name, "layers.1.attn.o_DNH");
+  for (const ParamSpec& p : {q[0], q[1]}) {
+    EXPECT_EQ(p.shape, Shape({c.head_dim}));
+    EXPECT_EQ(p.init.kind, Init::Kind::kOnes);
+    EXPECT_FALSE(p.decay);
+    EXPECT_FALSE(p.joins_previous);
+  }
+}
+
+// A weight that is added to one begins at zero.
+TEST(ParamTable, NormsAreOneAtFirst) {
+  ModelConfig c = dense({2, 8, 2, 1, 12, 32, true});
+  for (const auto& [norm, init] :
+       {std::pair{NormKind::kRms, Init::Kind::kOnes}, {NormKind::kRmsPlusOne, Init::Kind::kZeros}}) {
+    c.norm = norm;
+    for (const Role role : {Role::kNorm1, Role::kNorm2, Role::kFinalNorm}) {
+      EXPECT_EQ(make_param(c, role).init.kind, init);
+      EXPECT_FALSE(make_param(c, role).decay);
+    }
+  }
+}
+
+TEST(ParamTable, DenseLayersInFront) {
+  ModelConfig c = mixture({4, 8, 2, 1, 12, 32, true}, 3, 2, 6, 10);
+  EXPECT_TRUE(c.is_moe_layer(0));
+  c.first_k_dense_replace = 2;
+  EXPECT_FALSE(c.is_moe_layer(0) || c.is_moe_layer(1));
+  EXPECT_EQ(c.num_moe_layers(), 2);
+}
+
 TEST(ParamTable, OrderOfNames) {
   ModelConfig c = mixture({2, 8, 2, 1, 12, 32, true}, 3, 2, 6, 10);
   c.mlp_only_layers = {0};

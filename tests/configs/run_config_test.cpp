@@ -79,7 +79,8 @@ device:     auto
 }
 
 TEST(RunConfig, ShippedFilesAreRead) {
-  for (const char* name : {"tiny_dense.yaml", "tiny_moe.yaml", "quickstart/dense.yaml", "quickstart/moe.yaml",
+  for (const char* name : {"tiny_dense.yaml", "tiny_gemma.yaml", "tiny_llama.yaml", "tiny_mistral.yaml",
+                           "tiny_moe.yaml", "tiny_qwen3.yaml", "quickstart/dense.yaml", "quickstart/moe.yaml",
                            "quickstart/dense_continued.yaml"}) {
     EXPECT_NO_THROW(read_run_config(std::filesystem::path(UPMOE_SOURCE_DIR) / "configs" / name, {})) << name;
   }

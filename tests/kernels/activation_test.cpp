@@ -10,14 +10,25 @@
 namespace upmoe::test {
 namespace {
 
+// An activation's ops and what they compute.
+struct Gating {
+  const char* name;
+  decltype(&ops::swiglu_forward) forward;
+  decltype(&ops::swiglu_backward) backward;
+  double (*act)(double);
+};
+const Gating kSwiglu{"swiglu", &ops::swiglu_forward, &ops::swiglu_backward, reference_silu};
+const Gating kGeglu{"geglu", &ops::geglu_forward, &ops::geglu_backward, reference_gelu_tanh};
+
 struct Case {
   std::int64_t rows, width;
   DType dtype;
+  const Gating* gating = &kSwiglu;
 };
 
 std::string label(const testing::TestParamInfo<Case>& info) {
   return dtype_label(info.param.dtype) + "_" + std::to_string(info.param.rows) + "x" +
-         std::to_string(info.param.width);
+         std::to_string(info.param.width) + (info.param.gating == &kGeglu ? "_geglu" : "");
 }
 
 std::vector<Case> cases() {
@@ -28,8 +39,18 @@ std::vector<Case> cases() {
   return all;
 }
 
-class Swiglu : public testing::TestWithParam<Case> {
+std::vector<Case> gated_cases() {
+  std::vector<Case> all = cases();
+  for (Case c : cases()) {
+    c.gating = &kGeglu;
+    all.push_back(c);
+  }
+  return all;
+}
+
+class Gated : public testing::TestWithParam<Case> {
  protected:
+  const Gating& g = *GetParam().gating;
   const std::int64_t R = GetParam().rows, F = GetParam().width;
   const DType dtype = GetParam().dtype;
   HostTensor gate_up{random_tensor({R, 2 * F}, dtype, 1, 3.0)}, dh{random_tensor({R, F}, dtype, 2)};
@@ -37,41 +58,44 @@ class Swiglu : public testing::TestWithParam<Case> {
   OpExec ex;
 };
 
-TEST_P(Swiglu, Forward) {
+TEST_P(Gated, Forward) {
   HostTensor h({R, F}, dtype);
-  ops::swiglu_forward(ex, h, gate_up);
-  expect_close(h.values(), reference_swiglu(gate_up.values(), {}, static_cast<std::size_t>(R)),
+  g.forward(ex, h, gate_up, {});
+  expect_close(h.values(), reference_gated(g.act, gate_up.values(), {}, static_cast<std::size_t>(R)),
                rounding_of(dtype), "h");
   const ConstTensorView weight_R = weight;
-  ops::swiglu_forward(ex, h, gate_up, weight_R);
-  expect_close(h.values(), reference_swiglu(gate_up.values(), weight.values(), static_cast<std::size_t>(R)),
+  g.forward(ex, h, gate_up, weight_R);
+  expect_close(h.values(),
+               reference_gated(g.act, gate_up.values(), weight.values(), static_cast<std::size_t>(R)),
                rounding_of(dtype), "weighted h");
 }
 
-TEST_P(Swiglu, Backward) {
+TEST_P(Gated, Backward) {
   const auto rows = static_cast<std::size_t>(R);
   const Values weights = weight.values(), dhv = dh.values(), pairs = gate_up.values();
-  const auto loss = [&](const Values& v, const Values& w) { return dot(reference_swiglu(v, w, rows), dhv); };
+  const auto loss = [&](const Values& v, const Values& w) {
+    return dot(reference_gated(g.act, v, w, rows), dhv);
+  };
   const Values d_expected = numeric_gradient([&](const Values& v) { return loss(v, weights); }, pairs);
   const Values dw_expected = numeric_gradient([&](const Values& v) { return loss(pairs, v); }, weights);
 
   HostTensor d({R, 2 * F}, dtype), dweight({R}, DType::kF32);
   const ConstTensorView weight_R = weight;
   const TensorView dweight_R = dweight;
-  ops::swiglu_backward(ex, d, dweight_R, dh, gate_up, weight_R);
+  g.backward(ex, d, dweight_R, dh, gate_up, weight_R);
   expect_close(d.values(), d_expected, rounding_of(dtype), "dgate_up");
   expect_close(dweight.values(), dw_expected, {1e-5, 1e-5}, "dweight");
 
   HostTensor aliased = gate_up;
-  ops::swiglu_backward(ex, aliased, dweight_R, dh, aliased, weight_R);
+  g.backward(ex, aliased, dweight_R, dh, aliased, weight_R);
   EXPECT_TRUE(aliased == d) << "dgate_up may alias gate_up";
 
-  ops::swiglu_backward(ex, d, {}, dh, gate_up);
+  g.backward(ex, d, {}, dh, gate_up, {});
   expect_close(d.values(), numeric_gradient([&](const Values& v) { return loss(v, {}); }, pairs),
                rounding_of(dtype), "unweighted dgate_up");
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, Swiglu, testing::ValuesIn(cases()), label);
+INSTANTIATE_TEST_SUITE_P(Shapes, Gated, testing::ValuesIn(gated_cases()), label);
 
 // Rows that a GPU cuts into pieces, against the derivative in closed form.
 TEST(SwigluWide, AgreesWithTheClosedForm) {
@@ -125,6 +149,10 @@ TEST(SwigluExtremes, StaysFinite) {
   expect_close(h.values(), {2e4, 0, 100, 0}, {1e-6, 1e-9}, "h");
   ops::swiglu_backward(ex, d, {}, filled({1, 4}, DType::kF32, 1), gate_up);
   expect_close(d.values(), {2, 1e4, 0, 0, 1, 100, 0, 0}, {1e-6, 1e-9}, "dgate_up");
+  ops::geglu_forward(ex, h, gate_up);
+  expect_close(h.values(), {2e4, 0, 100, 0}, {1e-6, 1e-9}, "h of gelu");
+  ops::geglu_backward(ex, d, {}, filled({1, 4}, DType::kF32, 1), gate_up);
+  expect_close(d.values(), {2, 1e4, 0, 0, 1, 100, 0, 0}, {1e-6, 1e-9}, "dgate_up of gelu");
 }
 
 class Gate : public testing::TestWithParam<Case> {
@@ -192,6 +220,10 @@ TEST(ActivationDry, BooksOnly) {
   ops::swiglu_backward(ex, gate_up, {}, h, gate_up);
   expect_booked(ex.ledger(), "swiglu_forward", 6 * 40, 160, 80);
   expect_booked(ex.ledger(), "swiglu_backward", 15 * 40, 240, 160);
+  ops::geglu_forward(ex, h, gate_up);
+  ops::geglu_backward(ex, gate_up, {}, h, gate_up);
+  expect_booked(ex.ledger(), "geglu_forward", 10 * 40, 160, 80);
+  expect_booked(ex.ledger(), "geglu_backward", 22 * 40, 240, 160);
 }
 
 }  // namespace

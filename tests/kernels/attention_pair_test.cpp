@@ -101,10 +101,15 @@ struct Part {
   friend bool operator==(const Part&, const Part&) = default;
 };
 
+ChunkPair pair_of(const Case& c, Visible visible, const Chunk& queries, const Chunk& keys) {
+  return {c.shape, visible, queries.documents, keys.documents,
+          visible == Visible::kAll ? c.shape.seq_len : 0};
+}
+
 Part forward(Inputs& in, const Case& c, const Chunk& queries, const Chunk& keys, Visible visible) {
   Part part(c);
   ops::attention_pair_forward(in.ex, part.out, part.lse, queries.qkv, keys.kv,
-                              {c.shape, visible, queries.documents, keys.documents});
+                              pair_of(c, visible, queries, keys));
   EXPECT_EQ(in.ex.scratch_used(), 0u);
   return part;
 }
@@ -122,7 +127,7 @@ void backward(Inputs& in, const Case& c, Gradients& of_queries, Gradients& of_ke
   HostTensor out({c.tokens(), c.out_width()}, c.dtype);
   ops::cast(in.ex, out, whole.out);
   ops::attention_pair_backward(in.ex, {of_queries.dq, of_keys.dkv}, queries.dout, queries.qkv, keys.kv,
-                               {out, whole.lse}, {c.shape, visible, queries.documents, keys.documents});
+                               {out, whole.lse}, pair_of(c, visible, queries, keys));
   EXPECT_EQ(in.ex.scratch_used(), 0u);
 }
 
@@ -172,6 +177,12 @@ std::vector<Case> cases() {
       for (const Packing p : {Packing::kNone, Packing::kOne, Packing::kCrossing, Packing::kInterleaved})
         all.push_back({{4, 2, 16, chunk}, 2, dtype, p});
     for (const std::int64_t chunk : {1, 70}) all.push_back({{2, 2, 16, chunk}, 3, dtype, Packing::kApart});
+    // A window that ends within the queries' chunk, at its beginning, within the earlier one, before both.
+    for (const std::int64_t window : {1, 20, 64, 65, 66, 100, 129, 130, 500}) {
+      all.push_back({{4, 2, 16, 65, window}, 2, dtype});
+      all.push_back({{2, 1, 28, 130, window}, 1, dtype, Packing::kCrossing});
+    }
+    all.push_back({{2, 2, 16, 9, 4}, 2, dtype, Packing::kInterleaved});
     all.push_back({{6, 1, 28, 65}, 1, dtype});
     all.push_back({{2, 2, 128, 33}, 1, dtype});
   }
@@ -179,8 +190,9 @@ std::vector<Case> cases() {
 }
 std::string label(const testing::TestParamInfo<Case>& i) {
   const AttentionShape& s = i.param.shape;
-  return fmt::format("{}_heads{}of{}_dim{}_{}x{}_packing{}", dtype_label(i.param.dtype), s.kv_heads, s.heads,
-                     s.head_dim, i.param.sequences, s.seq_len, static_cast<int>(i.param.packing));
+  return fmt::format("{}_heads{}of{}_dim{}_{}x{}_packing{}{}", dtype_label(i.param.dtype), s.kv_heads,
+                     s.heads, s.head_dim, i.param.sequences, s.seq_len, static_cast<int>(i.param.packing),
+                     s.window > 0 ? fmt::format("_window{}", s.window) : "");
 }
 INSTANTIATE_TEST_SUITE_P(Chunks, AttentionPair, testing::ValuesIn(cases()), label);
 
@@ -316,6 +328,23 @@ TEST(AttentionPairDry, BooksVisiblePairs) {
     expect_booked(ex.ledger(), "attention_pair_backward", 4 * product, 3 * 2048 + 2048 + 512 + 2 * 4096,
                   2 * 4096);
   }
+}
+
+// Chunks of 16, the second one 16 or 32 ahead, and a window of 20: query i sees 19 - i keys, 16 at most, or 3 - i.
+TEST(AttentionPairDry, BooksThePairsOfAWindow) {
+  const AttentionShape s{4, 2, 8, 16, 20};
+  const TensorView qkv = dry_tensor({32, 64}, DType::kBF16), kv = dry_tensor({32, 32}, DType::kBF16);
+  const TensorView lse = dry_tensor({32, 4}, DType::kF32), part = dry_tensor({32, 32}, DType::kF32);
+  for (const auto& [ahead, of_sequence] : {std::pair{16, 4 * 16 + 114}, {32, 3 + 2 + 1}}) {
+    OpExec ex(DeviceType::kDry);
+    ops::attention_pair_forward(ex, part, lse, qkv, kv, {s, Visible::kAll, {}, {}, ahead});
+    EXPECT_DOUBLE_EQ(ex.ledger().entries().at("attention_pair_forward").flops,
+                     2.0 * 2 * 2 * of_sequence * 4 * 8)
+        << ahead;
+  }
+  OpExec ex(DeviceType::kDry);
+  EXPECT_THROW(ops::attention_pair_forward(ex, part, lse, qkv, kv, {s, Visible::kAll, {}, {}, 0}), Error)
+      << "an earlier chunk that is not earlier";
 }
 
 TEST(CopyColumns, ConvertsAndLeavesTheRest) {

@@ -93,18 +93,26 @@ std::vector<Case> cases() {
     all.push_back({{16, 16, 8, 33}, 3, dtype});
     for (Packing p : {Packing::kOne, Packing::kShort, Packing::kCrossing, Packing::kInterleaved})
       all.push_back({{4, 2, 28, 200}, 2, dtype, p});
+    // A window: within a block, its borders beside those of blocks, several blocks wide, wider than the sequence.
+    for (std::int64_t window : {1, 2, 17, 63, 64, 65, 100, 129, 199, 200, 1000})
+      all.push_back({{4, 2, 16, 200, window}, 2, dtype});
+    for (Packing p : {Packing::kShort, Packing::kCrossing, Packing::kInterleaved})
+      all.push_back({{2, 1, 28, 200, 70}, 2, dtype, p});
+    all.push_back({{2, 1, 136, 100, 40}, 1, dtype});
+    all.push_back({{1, 1, 256, 70, 33}, 1, dtype});
   }
   return all;
 }
 std::string label(const testing::TestParamInfo<Case>& i) {
   const AttentionShape& s = i.param.shape;
-  return fmt::format("{}_heads{}of{}_dim{}_{}x{}_packing{}", dtype_label(i.param.dtype), s.kv_heads, s.heads,
-                     s.head_dim, i.param.sequences, s.seq_len, static_cast<int>(i.param.packing));
+  return fmt::format("{}_heads{}of{}_dim{}_{}x{}_packing{}{}", dtype_label(i.param.dtype), s.kv_heads,
+                     s.heads, s.head_dim, i.param.sequences, s.seq_len, static_cast<int>(i.param.packing),
+                     s.window > 0 ? fmt::format("_window{}", s.window) : "");
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, Attention, testing::ValuesIn(cases()), label);
 
 TEST(AttentionReferenceTest, ClosedFormIsTheDerivative) {
-  const Case c{{2, 1, 4, 5}, 2, DType::kF32, Packing::kShort};
+  const Case c{{2, 1, 4, 5, 3}, 2, DType::kF32, Packing::kShort};
   const Inputs in(c);
   const Values dout = in.dout.values();
   const Values expected = numeric_gradient(
@@ -147,12 +155,38 @@ TEST(AttentionCausality, LaterTokensDoNotMatter) {
       ASSERT_EQ(before.out.get(i), after.out.get(i)) << "token " << t;
 }
 
-TEST(AttentionThreads, SameBits) {
-  for (Packing packing : {Packing::kNone, Packing::kCrossing}) {
-    const Case c{{4, 2, 28, 150}, 3, DType::kF32, packing};
-    const Inputs in(c);
-    expect_same_for_any_threads([&] { return attend(c, in); });
+// What a token sees of others ends at its window, to the token.
+TEST(AttentionWindow, TokensBeforeItDoNotMatter) {
+  const std::int64_t S = 150, W = 40, moved = 60;
+  const Case c{{2, 1, 16, S, W}, 1, DType::kF32};
+  const Inputs in(c);
+  Inputs changed = in;
+  const auto width = static_cast<std::size_t>(c.shape.qkv_width());
+  for (std::size_t i = moved * width; i < (moved + 1) * width; ++i) changed.qkv.set(i, -3.0 * in.qkv.get(i));
+  const Attended before = attend(c, in), after = attend(c, changed);
+  for (std::int64_t t = 0; t < S; ++t) {
+    bool same = true;
+    for (std::size_t i = static_cast<std::size_t>(t) * 32; i < static_cast<std::size_t>(t + 1) * 32; ++i)
+      same = same && before.out.get(i) == after.out.get(i);
+    EXPECT_EQ(same, t < moved || t >= moved + W) << "token " << t;
   }
+}
+
+TEST(AttentionWindow, OneOfTheSequencesLengthIsNone) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const Case none{{4, 2, 16, 130}, 2, dtype}, all{{4, 2, 16, 130, 130}, 2, dtype};
+    const Inputs in(none);
+    EXPECT_TRUE(attend(none, in) == attend(all, in));
+  }
+}
+
+TEST(AttentionThreads, SameBits) {
+  for (Packing packing : {Packing::kNone, Packing::kCrossing})
+    for (std::int64_t window : {0, 70}) {
+      const Case c{{4, 2, 28, 150, window}, 3, DType::kF32, packing};
+      const Inputs in(c);
+      expect_same_for_any_threads([&] { return attend(c, in); });
+    }
 }
 
 TEST(AttentionEmpty, NoTokens) {
@@ -246,6 +280,22 @@ TEST(AttentionDry, BooksOnly) {
   expect_booked(ex.ledger(), "rope", 3 * 32 * 48, 32 * 48 * 2 + 128, 32 * 48 * 2);
   expect_booked(ex.ledger(), "attention_forward", 2 * product, 4096, 2048 + 512);
   expect_booked(ex.ledger(), "attention_backward", 4 * product, 4096 + 2 * 2048 + 512, 4096);
+}
+
+// Of 16 tokens the first 5 see 1 to 5, the others 5 each.
+TEST(AttentionDry, BooksThePairsOfAWindow) {
+  const TensorView qkv = dry_tensor({32, 64}, DType::kBF16), out = dry_tensor({32, 32}, DType::kBF16);
+  const TensorView lse = dry_tensor({32, 4}, DType::kF32);
+  for (const auto& [window, of_sequence] :
+       {std::pair{5, 15 + 11 * 5}, {16, 16 * 17 / 2}, {99, 16 * 17 / 2}}) {
+    OpExec ex(DeviceType::kDry);
+    const AttentionShape s{4, 2, 8, 16, window};
+    ops::attention_forward(ex, out, lse, qkv, s);
+    ops::attention_backward(ex, qkv, out, qkv, {out, lse}, s);
+    const double product = 2.0 * 2 * of_sequence * 4 * 8;
+    EXPECT_DOUBLE_EQ(ex.ledger().entries().at("attention_forward").flops, 2 * product) << window;
+    EXPECT_DOUBLE_EQ(ex.ledger().entries().at("attention_backward").flops, 4 * product) << window;
+  }
 }
 
 }  // namespace

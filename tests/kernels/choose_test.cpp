@@ -42,6 +42,13 @@ TEST(ChooseAttention, CudnnInBf16) {
   EXPECT_EQ(choice.warning, "");
 }
 
+TEST(ChooseAttention, CudnnWithAWindow) {
+  AttentionDescription d = attention(DType::kBF16);
+  d.shape.window = 100;
+  EXPECT_EQ(choose(d, kHopper).kernel, AttentionKernel::kCudnn);
+  EXPECT_THAT(words_of(d), HasSubstr("sequences of 512, bf16, a window of 100"));
+}
+
 TEST(ChooseAttention, ThePortableKernelWhereNothingIsLost) {
   AttentionDescription none = attention(DType::kBF16), documents = attention(DType::kF32);
   none.tokens = 0;

@@ -11,7 +11,8 @@ namespace {
 TEST(CudnnGraphs, AreInOrderOnEveryTarget) {
   for (const int sm : {80, 90, 100})
     for (const AttentionShape& s :
-         {AttentionShape{16, 16, 128, 2048}, AttentionShape{8, 2, 64, 512}, AttentionShape{4, 4, 64, 33}})
+         {AttentionShape{16, 16, 128, 2048}, AttentionShape{8, 2, 64, 512}, AttentionShape{4, 4, 64, 33},
+          AttentionShape{32, 8, 128, 8192, 4096}, AttentionShape{4, 4, 64, 33, 7}})
       for (const bool backward : {false, true})
         EXPECT_EQ(sdpa_refusal(s, 4 * s.seq_len, backward, sm), "")
             << sm << ": " << s.heads << " heads of " << s.head_dim << ", backward " << backward;

@@ -63,7 +63,9 @@ TEST_P(Cudnn, ComputesWhatThePortableKernelDoes) {
 INSTANTIATE_TEST_SUITE_P(Shapes, Cudnn,
                          testing::Values(AttentionShape{1, 1, 8, 1}, AttentionShape{4, 4, 16, 33},
                                          AttentionShape{4, 2, 64, 20}, AttentionShape{6, 1, 24, 17},
-                                         AttentionShape{2, 2, 128, 65}));
+                                         AttentionShape{2, 2, 128, 65}, AttentionShape{4, 2, 32, 40, 1},
+                                         AttentionShape{4, 2, 32, 40, 13}, AttentionShape{2, 1, 64, 33, 32},
+                                         AttentionShape{2, 1, 64, 33, 33}, AttentionShape{2, 1, 64, 33, 90}));
 
 TEST(CudnnPlans, AreMadeOncePerShape) {
   OpExec ex;

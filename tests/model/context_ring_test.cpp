@@ -26,10 +26,11 @@ struct Case {
   DType dtype = DType::kF32;
   Packing packing = Packing::kNone;
   bool checked = false;  // the transport compares the ranks' verbs
+  std::int64_t window = 0;
 
   std::int64_t seq_len() const { return 2 * ranks * chunk; }
   std::int64_t tokens() const { return sequences * seq_len(); }
-  AttentionShape shape() const { return {4, 2, 20, seq_len()}; }
+  AttentionShape shape() const { return {4, 2, 20, seq_len(), window}; }
 };
 
 // Inputs and results, of the whole sequences or of one rank's tokens.
@@ -134,17 +135,24 @@ TEST_P(ContextRing, EqualsOneRank) {
   const Tolerance out = rounds ? Tolerance{1.0 / 128, 1e-6} : Tolerance{1e-6, 1e-6};
   // One rank rounds keys' gradients as often as the ring; a different rounding of out reaches delta.
   const Tolerance gradient = rounds ? Tolerance{1.0 / 64, 4e-3} : Tolerance{1e-6, 1e-6};
+  double forward_flops = 0, backward_flops = 0;
   for (const Rank& r : run_ring(c, whole)) {
     const Tensors& t = r.tensors;
     expect_close(t.out.values(), rows_of(t.out, whole.out, r.rows).values(), out, "out");
     expect_close(t.lse.values(), rows_of(t.lse, whole.lse, r.rows).values(), {1e-6, 1e-6}, "lse");
     expect_close(t.dqkv.values(), rows_of(t.dqkv, whole.dqkv, r.rows).values(), gradient, "dqkv");
-    // Zig-zag: all ranks work alike, and together no more than one.
+    forward_flops += r.forward_flops;
+    backward_flops += r.backward_flops;
+    if (c.window > 0) continue;
+    // Zig-zag: all ranks work alike.
     EXPECT_NEAR(r.forward_flops * c.ranks, booked_flops(ex, "attention_forward"),
                 1e-9 * r.forward_flops * c.ranks);
     EXPECT_NEAR(r.backward_flops * c.ranks, booked_flops(ex, "attention_backward"),
                 1e-9 * r.backward_flops * c.ranks);
   }
+  // Together no more than one.
+  EXPECT_NEAR(forward_flops, booked_flops(ex, "attention_forward"), 1e-9 * forward_flops);
+  EXPECT_NEAR(backward_flops, booked_flops(ex, "attention_backward"), 1e-9 * backward_flops);
 }
 
 std::vector<Case> cases() {
@@ -158,13 +166,20 @@ std::vector<Case> cases() {
     all.push_back({ranks, 9, 0, DType::kF32, Packing::kCrossing});  // no micro-batch for this group
     all.push_back({ranks, 9, 0, DType::kBF16, Packing::kNone});
     all.push_back({ranks, 16, 1, DType::kF32, Packing::kCrossing, true});
+    // Windows of a part of a chunk, a chunk, a few, all; beside borders between chunks.
+    for (const std::int64_t window : {1, 5, 16, 17, 18, 33, 60, 1000})
+      for (const Packing p : {Packing::kNone, Packing::kCrossing})
+        all.push_back({ranks, 17, 2, DType::kF32, p, false, window});
+    all.push_back({ranks, 33, 1, DType::kBF16, Packing::kNone, false, 40});
+    all.push_back({ranks, 9, 0, DType::kF32, Packing::kNone, false, 4});
   }
   return all;
 }
 std::string label(const testing::TestParamInfo<Case>& i) {
   const Case& c = i.param;
-  return fmt::format("{}_ranks{}_{}x{}_packing{}{}", dtype_label(c.dtype), c.ranks, c.sequences, c.seq_len(),
-                     static_cast<int>(c.packing), c.checked ? "_checked" : "");
+  return fmt::format("{}_ranks{}_{}x{}_packing{}{}{}", dtype_label(c.dtype), c.ranks, c.sequences,
+                     c.seq_len(), static_cast<int>(c.packing), c.checked ? "_checked" : "",
+                     c.window > 0 ? fmt::format("_window{}", c.window) : "");
 }
 INSTANTIATE_TEST_SUITE_P(Ranks, ContextRing, testing::ValuesIn(cases()), label);
 
@@ -178,6 +193,25 @@ TEST(ContextRingSingle, OneSequenceOfOddLength) {  // one rank cuts nothing
   ops::attention_forward(ex, plain.out, plain.lse, plain.qkv, s);
   ring_attention_forward(ex, *self, ring.out, ring.lse, ring.qkv, s, {});
   EXPECT_TRUE(ring.out == plain.out && ring.lse == plain.lse);
+}
+
+// How many pairs of chunks rank 0 of 4 (chunks 0 and 7) works on; of 8 chunks of 10 tokens.
+TEST(ContextRingWindow, PairsOutsideItAreNotComputed) {
+  const auto pairs = [](std::int64_t window) {
+    const auto dry = make_dry_communicator(0, 4);
+    OpExec ex(DeviceType::kDry);
+    const AttentionShape s{2, 1, 8, 80, window};
+    ring_attention_forward(ex, *dry, dry_tensor({20, 16}, DType::kF32), dry_tensor({20, 2}, DType::kF32),
+                           dry_tensor({20, s.qkv_width()}, DType::kF32), s, {});
+    return ex.ledger().entries().at("attention_pair_forward").calls;
+  };
+  EXPECT_EQ(pairs(0), 1 + 8);
+  EXPECT_EQ(pairs(1), 1 + 1) << "each token itself";
+  EXPECT_EQ(pairs(2), 1 + 2) << "a first token sees the last one of the chunk before";
+  EXPECT_EQ(pairs(11), 1 + 2);
+  EXPECT_EQ(pairs(12), 1 + 3);
+  EXPECT_EQ(pairs(61), 1 + 7);
+  EXPECT_EQ(pairs(62), 1 + 8);
 }
 
 TEST(ContextRingChecks, RefusesSequencesThatDoNotDivide) {

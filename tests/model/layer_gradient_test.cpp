@@ -36,10 +36,10 @@ TokenPlaces places_for(std::vector<std::int32_t>& positions, std::vector<std::in
   return places;
 }
 
-TEST(LayerGradient, RmsNorm) {
+void check_norm(bool plus_one) {
   Rig rig;
   const std::int64_t T = 6, D = 20;
-  RmsNorm norm{rig.host.param({D}, 1.0), 1e-6f};
+  RmsNorm norm{rig.host.param({D}, 1.0), 1e-6f, plus_one};
   const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0),
                    dx = rig.host.zeros({T, D});
   RmsNorm::Saved saved;
@@ -58,18 +58,31 @@ TEST(LayerGradient, RmsNorm) {
                         kTolerance);
 }
 
-void check_attention(std::int64_t heads, std::int64_t kv_heads, bool masked) {
+TEST(LayerGradient, RmsNorm) {
+  check_norm(false);
+}
+TEST(LayerGradient, RmsNormOfAWeightAddedToOne) {
+  check_norm(true);
+}
+
+struct AttentionTraits {
+  bool masked = false, head_norms = false;
+  std::int64_t window = 0;
+};
+void check_attention(std::int64_t heads, std::int64_t kv_heads, const AttentionTraits& traits) {
   Rig rig;
   const std::int64_t S = 9, T = 2 * S, D = 24, d = 6;
   AttentionLayer layer;
-  layer.shape = {heads, kv_heads, d, 0};
+  layer.shape = {heads, kv_heads, d, 0, traits.window};
   layer.rope_theta = 1e4;
   layer.tp = layer.cp = rig.self.get();
   const std::int64_t H = layer.shape.qkv_width();
   layer.qkv = {rig.host.param({H, D}, 0.3), rig.host.param({H}, 0.3)};
   layer.output = {rig.host.param({D, heads * d}, 0.3), std::nullopt};
+  if (traits.head_norms)
+    layer.head_norms = HeadNorms{rig.host.param({d}, 1.0), rig.host.param({d}, 1.0), 1e-6f};
   std::vector<std::int32_t> positions, documents;
-  const TokenPlaces places = places_for(positions, documents, T, S, masked);
+  const TokenPlaces places = places_for(positions, documents, T, S, traits.masked);
   const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0),
                    dx = rig.host.zeros({T, D});
   const auto scalar = [&] {
@@ -91,23 +104,34 @@ void check_attention(std::int64_t heads, std::int64_t kv_heads, bool masked) {
                         kTolerance);
   test::expect_gradient(rig.host, "output", layer.output.weight_NK.value, layer.output.weight_NK.grad, scalar,
                         kStep, kTolerance);
+  if (!layer.head_norms) return;
+  for (const Param& w_d : {layer.head_norms->q_d, layer.head_norms->k_d})
+    test::expect_gradient(rig.host, "norm of heads", w_d.value, w_d.grad, scalar, kStep, kTolerance);
 }
 
 TEST(LayerGradient, Attention) {
-  check_attention(4, 4, false);
+  check_attention(4, 4, {});
 }
 TEST(LayerGradient, AttentionGroupedHeads) {
-  check_attention(4, 2, false);
+  check_attention(4, 2, {});
 }
 TEST(LayerGradient, AttentionDocuments) {
-  check_attention(3, 1, true);
+  check_attention(3, 1, {.masked = true});
+}
+TEST(LayerGradient, AttentionWindow) {
+  check_attention(4, 2, {.window = 4});
+  check_attention(3, 1, {.masked = true, .window = 2});
+}
+TEST(LayerGradient, AttentionNormsOfHeads) {
+  check_attention(4, 2, {.head_norms = true});
 }
 
-void check_ffn(bool gated) {
+void check_ffn(bool gated, Activation activation = Activation::kSilu) {
   Rig rig;
   const std::int64_t T = 7, D = 12, F = 10;
   DenseFfn ffn;
   ffn.tp = rig.self.get();
+  ffn.activation = activation;
   ffn.gate_up = {rig.host.param({2 * F, D}, 0.4), std::nullopt};
   ffn.down = {rig.host.param({D, F}, 0.4), std::nullopt};
   if (gated) ffn.gate_1D = rig.host.param({1, D}, 0.4);
@@ -136,6 +160,9 @@ void check_ffn(bool gated) {
 
 TEST(LayerGradient, DenseFfn) {
   check_ffn(false);
+}
+TEST(LayerGradient, DenseFfnOfGelu) {
+  check_ffn(false, Activation::kGeluTanh);
 }
 TEST(LayerGradient, SharedExpert) {
   check_ffn(true);

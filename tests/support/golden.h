@@ -127,8 +127,9 @@ class Golden {
 };
 
 inline const std::vector<std::string>& golden_cases() {
-  static const std::vector<std::string> names{"dense",     "dense_tied_gqa", "moe_a27b", "moe_renorm",
-                                              "moe_mixed", "moe_odd",        "mixtral",  "deepseek"};
+  static const std::vector<std::string> names{
+      "dense", "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd", "llama",
+      "qwen3", "mistral",        "gemma",    "mixtral",    "qwen3_moe", "deepseek"};
   return names;
 }
 

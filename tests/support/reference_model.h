@@ -57,14 +57,39 @@ inline Values reference_rms_norm(const Values& x, const Values& w, double eps, V
   return y;
 }
 
+// The heads of queries and keys of qkv, each normed with the weight of its kind.
+inline Values reference_qk_norm(Values qkv, const Values& q_weight, const Values& k_weight, double eps,
+                                const AttentionShape& s) {
+  const auto width = static_cast<std::size_t>(s.qkv_width()), dim = static_cast<std::size_t>(s.head_dim);
+  for (std::size_t token = 0; token < qkv.size(); token += width)
+    for (std::size_t h = 0; h < static_cast<std::size_t>(s.heads + s.kv_heads); ++h) {
+      const auto head = qkv.begin() + static_cast<std::ptrdiff_t>(token + h * dim);
+      const bool query = h < static_cast<std::size_t>(s.heads);
+      const Values normed =
+          reference_rms_norm(Values(head, head + s.head_dim), query ? q_weight : k_weight, eps);
+      std::copy(normed.begin(), normed.end(), head);
+    }
+  return qkv;
+}
+
+inline double reference_silu(double x) {
+  return x * reference_sigmoid(x);
+}
+inline double reference_gelu_tanh(double x) {
+  return x / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+}
+
 // gate_up [R, 2F] as pairs; weight [R] or empty (1).
-inline Values reference_swiglu(const Values& gate_up, const Values& weight, std::size_t rows) {
+inline Values reference_gated(double (*act)(double), const Values& gate_up, const Values& weight,
+                              std::size_t rows) {
   Values h(gate_up.size() / 2);
   const std::size_t width = rows == 0 ? 0 : h.size() / rows;
   for (std::size_t i = 0; i < h.size(); ++i)
-    h[i] = gate_up[2 * i] * reference_sigmoid(gate_up[2 * i]) * gate_up[2 * i + 1] *
-           (weight.empty() ? 1 : weight[i / width]);
+    h[i] = act(gate_up[2 * i]) * gate_up[2 * i + 1] * (weight.empty() ? 1 : weight[i / width]);
   return h;
+}
+inline Values reference_swiglu(const Values& gate_up, const Values& weight, std::size_t rows) {
+  return reference_gated(reference_silu, gate_up, weight, rows);
 }
 
 inline Values reference_gate(const Values& x, const Values& w) {
@@ -140,6 +165,7 @@ inline AttentionReference reference_attention(const Values& qkv, const Attention
       std::vector<std::int64_t> seen;
       Values score;
       for (std::int64_t j = t / s.seq_len * s.seq_len; j <= t; ++j) {
+        if (s.window > 0 && j <= t - s.window) continue;
         if (!document.empty() && document[at(j)] != document[at(t)]) continue;
         double product = 0;
         for (std::int64_t d = 0; d < dim; ++d) product += qkv[at(q + d)] * qkv[at(j * width + k + d)];

@@ -27,7 +27,6 @@ struct TinyShape {
   DType dtype = DType::kF32;
   bool tied = false;
   const char* family = "qwen2";
-  bool biases = true;  // of q, k and v, where the family may do without
 };
 
 inline std::string tiny_qwen2_json(const TinyShape& s) {
@@ -36,8 +35,8 @@ inline std::string tiny_qwen2_json(const TinyShape& s) {
 "intermediate_size": {}, "num_hidden_layers": {}, "num_attention_heads": 4, "num_key_value_heads": 2,
 "vocab_size": {}, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "max_position_embeddings": 64,
 "tie_word_embeddings": {}, "torch_dtype": "{}", "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 1,
-"sliding_window": 64, "use_sliding_window": false, "attention_dropout": 0.0, "qkv_bias": {}}})",
-      s.hidden, s.ffn, s.layers, s.vocab, s.tied, s.dtype == DType::kBF16 ? "bfloat16" : "float32", s.biases);
+"sliding_window": 64, "use_sliding_window": false, "attention_dropout": 0.0}})",
+      s.hidden, s.ffn, s.layers, s.vocab, s.tied, s.dtype == DType::kBF16 ? "bfloat16" : "float32");
 }
 
 // In another family's form, with the layers that it cannot do without.

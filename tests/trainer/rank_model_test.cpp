@@ -5,6 +5,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "parallel/dry_comm.h"
 #include "parallel/self_comm.h"
 #include "tests/support/tiny_moe.h"
@@ -57,13 +59,23 @@ TEST(RankModel, RefusesAModelOfLayersThatAreMissing) {
       EXPECT_THAT(e.what(), testing::HasSubstr(words));
     }
   };
-  refused([](ModelConfig& c) { c.norm = NormKind::kRmsPlusOne; }, "norm = rms_plus_one");
   refused([](ModelConfig& c) { c.norm = NormKind::kLayerNorm; }, "norm = layernorm");
-  refused([](ModelConfig& c) { c.activation = Activation::kGeluTanh; }, "activation = gelu_tanh");
-  refused([](ModelConfig& c) { c.qk_norm = QkNorm::kPerHead; }, "qk_norm = per_head");
+  refused([](ModelConfig& c) { c.activation = Activation::kGeluTanh; }, "activation = gelu_tanh in experts");
   refused([](ModelConfig& c) { c.clip_qkv = 8; }, "clip_qkv = 8");
-  refused([](ModelConfig& c) { c.scaled_embedding = true; }, "a scaled embedding");
-  refused([](ModelConfig& c) { c.sliding_window = 4096; }, "sliding_window = 4096");
+}
+
+// sqrt(3072) = 55.4256 as a number of the embedding's dtype.
+TEST(RankModel, RoundsTheScaleOfAnEmbedding) {
+  const std::unique_ptr<Communicator> self = make_self_communicator();
+  ModelConfig config = test::tiny_moe_config();
+  config.hidden_size = 3072;
+  const auto scale = [&](DType dtype) {
+    return RankModel(config, {}, *self, kDry, {.dtype = dtype}).chunks.front().embedding->scale;
+  };
+  EXPECT_EQ(scale(DType::kBF16), 1.0f) << "not asked for";
+  config.scaled_embedding = true;
+  EXPECT_EQ(scale(DType::kBF16), 55.5f);
+  EXPECT_EQ(scale(DType::kF32), std::sqrt(3072.0f));
 }
 
 TEST(RankModel, HasWhatItWasAskedFor) {

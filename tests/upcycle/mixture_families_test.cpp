@@ -105,15 +105,16 @@ TEST(MixtureFamilies, KeepTheFunctionOfEveryDenseFamily) {
 
 // The relative error of a layer at step 0, over a dense model of random weights; 0: none but rounding.
 struct Start {
-  const char* recipe;
-  bool biases;  // of the dense model
+  const char *recipe, *dense;
   double error;
 };
 constexpr Start kStarts[] = {
-    {"qwen1.5-moe-a2.7b", true, 0.0246}, {"qwen2-57b-a14b", true, 0.0194}, {"sparse-upcycling", true, 0},
-    {"virtual-group", true, 0},          {"drop-upcycling", true, 1.167},  {"llama-moe-split", true, 1.017},
-    {"from-scratch", true, 1.0},         {"mixtral-8x", false, 0},         {"deepseekmoe", false, 1.052},
-    {"arctic-residual", false, 0},
+    {"qwen1.5-moe-a2.7b", "qwen2", 0.0246}, {"qwen2-57b-a14b", "qwen2", 0.0194},
+    {"sparse-upcycling", "llama", 0},       {"virtual-group", "mistral", 0},
+    {"drop-upcycling", "qwen3", 1.167},     {"llama-moe-split", "llama", 1.017},
+    {"from-scratch", "llama", 1.0},         {"mixtral-8x", "mistral", 0},
+    {"deepseekmoe", "llama", 1.052},        {"arctic-residual", "llama", 0},
+    {"qwen3-30b-like", "qwen3", 0},         {"marco-nano", "qwen3", 2.01},
 };
 
 TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
@@ -123,7 +124,7 @@ TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
     known.insert(start.recipe);
     const UpcycleConfig recipe = read_upcycle_config(
         fs::path(UPMOE_SOURCE_DIR) / fmt::format("configs/upcycle/{}-tiny.yaml", start.recipe), {});
-    const Source source({.hidden = 64, .ffn = 688, .biases = start.biases});
+    const Source source({.hidden = 64, .ffn = 688, .family = start.dense});
     const double error = source.error(recipe, 32);
     EXPECT_NEAR(error, start.error, std::max(kExact, 0.02 * start.error));
   }

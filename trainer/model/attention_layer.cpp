@@ -1,5 +1,6 @@
 #include "trainer/model/attention_layer.h"
 
+#include "kernels/ops/pointwise.h"
 #include "trainer/model/context_ring.h"
 
 namespace upmoe {
@@ -34,6 +35,19 @@ void AttentionLayer::attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorVi
   }
 }
 
+// A frozen weight's gradient comes with the other one in one pass, and goes nowhere.
+void AttentionLayer::norm_heads_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const {
+  const auto gradient = [&](const Param& weight_d) {
+    if (weight_d.wants_grad()) return weight_d.grad;
+    const TensorView unwanted_d =
+        ex.scratch->take(weight_d.value.shape, weight_d.value.dtype, "unwanted norm gradient");
+    ops::fill(ex, unwanted_d, 0.0f);
+    return unwanted_d;
+  };
+  ops::qk_norm_backward(ex, dqkv_TH, {gradient(head_norms->q_d), gradient(head_norms->k_d)}, saved.heads_TP,
+                        saved.rstd_TN, head_norms->weights(), shape);
+}
+
 // Under tp the layer has all tokens and a part of the heads, while everything around it has a part of the tokens:
 //
 //   x_tD --all_gather--> x_TD --qkv--> own heads --attention--> --output--> a partial sum --reduce_scatter--> y_tD
@@ -48,8 +62,15 @@ void AttentionLayer::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, co
   saved.qkv_TH = keep.take({T, at.qkv_width()}, x_tD.dtype, "attention qkv");
   saved.out_TQ = keep.take({T, at.heads * at.head_dim}, x_tD.dtype, "attention output");
   saved.lse_TN = keep.take({T, at.heads}, DType::kF32, "attention log-sum-exp");
+  const std::int64_t normed = at.heads + at.kv_heads;
+  if (head_norms) {
+    saved.heads_TP = keep.take({T, normed * at.head_dim}, x_tD.dtype, "queries and keys before their norms");
+    saved.rstd_TN = keep.take({T, normed}, DType::kF32, "rstd of queries and keys");
+  }
   ScratchScope scope(*ex.scratch);
   qkv.forward(ex, saved.qkv_TH, gather_tokens(ex, *tp, x_tD));
+  if (head_norms)
+    ops::qk_norm_forward(ex, saved.qkv_TH, saved.heads_TP, saved.rstd_TN, head_norms->weights(), at);
   ops::rope(ex, saved.qkv_TH, places.positions_T, at, rope_theta, /*inverse=*/false);
   attend(ex, saved);
   PartialSum y(ex, *tp, y_tD);
@@ -66,6 +87,7 @@ void AttentionLayer::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD,
   output.backward(ex, dout_TQ, Accumulate::kOverwrite, dy.finish(), saved.out_TQ);
   attend_backward(ex, dqkv_TH, dout_TQ, saved);
   ops::rope(ex, dqkv_TH, saved.places.positions_T, at, rope_theta, /*inverse=*/true);
+  if (head_norms) norm_heads_backward(ex, dqkv_TH, saved);
   PartialSum dx(ex, *tp, dx_tD);
   qkv.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dqkv_TH, x.finish());
   dx.reduce(ex);

@@ -1,9 +1,11 @@
 #pragma once
-// Causal self-attention with rotary positions and grouped key/value heads: qkv, rope, attention, output
-// projection. Under tp each rank computes its share of the heads over all tokens; under cp its share of each
-// sequence, with the keys and values of the others passing by.
+// Causal self-attention with rotary positions and grouped key/value heads: qkv, norms of the heads where the model has
+// them, rope, attention, output projection. Under tp each rank computes its share of the heads over all tokens; under
+// cp its share of each sequence, with the keys and values of the others passing by.
 
-#include "kernels/ops/attention.h"
+#include <optional>
+
+#include "kernels/ops/norm.h"
 #include "trainer/model/linear.h"
 #include "trainer/model/sequence_shards.h"
 
@@ -16,15 +18,25 @@ struct TokenPlaces {
   std::int64_t seq_len = 0;
 };
 
+// Norms of the heads of queries and keys, with a weight for all heads of each. Under tp every rank holds both and adds
+// what its own heads give to their gradients.
+struct HeadNorms {
+  Param q_d, k_d;
+  float eps = 1e-6f;
+  QkWeights weights() const { return {q_d.value, k_d.value, eps}; }
+};
+
 struct AttentionLayer {
   Linear qkv;            // one [H, D] matrix: queries, keys, values of this rank's heads
   Linear output;         // [D, Q]
   AttentionShape shape;  // of this rank's heads; seq_len comes from TokenPlaces
   Communicator *tp = nullptr, *cp = nullptr;
   double rope_theta = 1e6;
+  std::optional<HeadNorms> head_norms;
   struct Saved {
     ConstTensorView x_tD;
     TensorView qkv_TH, out_TQ, lse_TN;
+    TensorView heads_TP, rstd_TN;  // with norms: queries and keys before them, as ops::qk_norm_forward says
     TokenPlaces places;
   };
 
@@ -34,6 +46,7 @@ struct AttentionLayer {
 
  private:
   AttentionShape shape_of(const TokenPlaces& places) const;
+  void norm_heads_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const;
   void attend(Exec& ex, const Saved& saved) const;
   void attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, const Saved& saved) const;
 };

@@ -41,7 +41,10 @@ class Ring {
       for (int k = 0; k < halves; ++k) {
         const int queries = context_.chunk_of(cp_.rank(), q), keys = context_.chunk_of(owner, k);
         if (keys > queries) continue;
-        ChunkPair pair{.shape = chunk_, .visible = keys == queries ? Visible::kCausal : Visible::kAll};
+        const std::int64_t ahead = (queries - keys) * chunk_.seq_len;
+        if (passed(ahead)) continue;
+        ChunkPair pair{
+            .shape = chunk_, .visible = keys == queries ? Visible::kCausal : Visible::kAll, .ahead = ahead};
         if (mine_.given()) {
           pair.document_T = half(mine_, q);
           pair.key_document_T = half(documents_PT_.rows(owner, owner + 1).reshape(mine_.shape), k);
@@ -65,6 +68,11 @@ class Ring {
   }
 
  private:
+  // Whether the first query is already out of the last key's window, and so each of the others out of each key's.
+  bool passed(std::int64_t ahead) const {
+    return chunk_.window > 0 && ahead - (chunk_.seq_len - 1) >= chunk_.window;
+  }
+
   Exec& ex_;
   Communicator& cp_;
   AttentionShape chunk_;

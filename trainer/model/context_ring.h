@@ -2,7 +2,8 @@
 // Causal attention of sequences that are divided between the cp ranks (context_shards.h): keys and values go
 // round the ring of ranks while each rank adds what its queries see of them to a running softmax; in the
 // backward their gradients travel with them and take one more hop home. Pairs of chunks that no query sees
-// through cost nothing, and every rank has the same number of the others.
+// through, later ones and those that a window has passed, cost nothing; without a window every rank has the same number
+// of the others.
 
 #include "kernels/ops/attention.h"
 #include "parallel/communicator.h"

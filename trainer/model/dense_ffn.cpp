@@ -33,7 +33,8 @@ Exec DenseFfn::booked_once(const Exec& ex) const {
 }
 
 void DenseFfn::hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, const Saved& saved) const {
-  ops::swiglu_forward(ex, h_TF, gate_up_TG, saved.gate_T);  // absent without a gate
+  const auto forward = activation == Activation::kSilu ? ops::swiglu_forward : ops::geglu_forward;
+  forward(ex, h_TF, gate_up_TG, saved.gate_T);  // absent without a gate
 }
 
 // dx_TD += and the gate's weight gradient += , from dgate_T.
@@ -69,7 +70,9 @@ void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const
   down.backward(ex, dh_TF, Accumulate::kOverwrite, dy.finish(), h_TF);
   TensorView dgate_T;
   if (gate_1D) dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");
-  ops::swiglu_backward(ex, dgate_up_TG, dgate_T, dh_TF, gate_up_TG, saved.gate_T);
+  const auto activation_backward =
+      activation == Activation::kSilu ? ops::swiglu_backward : ops::geglu_backward;
+  activation_backward(ex, dgate_up_TG, dgate_T, dh_TF, gate_up_TG, saved.gate_T);
   if (keeps.gate_up) x_TD = x.finish();
   PartialSum dx(ex, *tp, dx_tD);
   gate_up.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dgate_up_TG, x_TD);

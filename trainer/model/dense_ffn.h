@@ -1,10 +1,11 @@
 #pragma once
-// A SwiGLU feed-forward, and the same with a scalar sigmoid gate per token: the shared expert of a mixture.
-// Under tp each rank computes its share of the width over all tokens. The gate multiplies the hidden row, so
+// A gated feed-forward (SwiGLU or GeGLU), and the same with a scalar sigmoid gate per token: the shared expert of a
+// mixture. Under tp each rank computes its share of the width over all tokens. The gate multiplies the hidden row, so
 // every rank's part of its gradient is a summand like those of the other weights that tp does not divide.
 
 #include <optional>
 
+#include "configs/model_traits.h"
 #include "trainer/model/keep.h"
 #include "trainer/model/linear.h"
 #include "trainer/model/sequence_shards.h"
@@ -18,6 +19,7 @@ struct DenseFfn {
   // The shared expert's gate: multiplies the hidden row, which equals multiplying the output.
   std::optional<Param> gate_1D;
   Keep keeps;
+  Activation activation = Activation::kSilu;
   struct Saved {
     ConstTensorView x_tD;
     TensorView gate_up_TG, h_TF, gate_T;

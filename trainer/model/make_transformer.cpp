@@ -2,8 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <cmath>
 #include <utility>
 
+#include "kernels/core/bf16.h"
 #include "trainer/model/scaled_router.h"
 
 namespace upmoe {
@@ -13,13 +15,10 @@ namespace {
 // What a model asks for and no layer computes. A field that nothing here read would be left out without a word.
 void refuse_missing_layers(const ModelConfig& c) {
   std::vector<std::string> missing;
-  if (c.norm != NormKind::kRms) missing.push_back(fmt::format("norm = {}", name_of(c.norm)));
-  if (c.activation != Activation::kSilu)
-    missing.push_back(fmt::format("activation = {}", name_of(c.activation)));
-  if (c.qk_norm != QkNorm::kNone) missing.push_back(fmt::format("qk_norm = {}", name_of(c.qk_norm)));
+  if (c.norm == NormKind::kLayerNorm) missing.push_back(fmt::format("norm = {}", name_of(c.norm)));
+  if (c.num_experts > 0 && c.activation != Activation::kSilu)
+    missing.push_back(fmt::format("activation = {} in experts", name_of(c.activation)));
   if (c.clip_qkv != 0) missing.push_back(fmt::format("clip_qkv = {}", c.clip_qkv));
-  if (c.scaled_embedding) missing.emplace_back("a scaled embedding");
-  if (c.sliding_window != 0) missing.push_back(fmt::format("sliding_window = {}", c.sliding_window));
   if (missing.empty()) return;
   fail(ExitCode::kUsage, "a model of type {} cannot be built: no layer computes {}; take a model without it",
        c.model_type, fmt::join(missing, ", "));
@@ -38,10 +37,23 @@ struct BlockParams {
   }
 };
 
+RmsNorm make_norm(const ModelConfig& config, const Param& weight_D) {
+  return {weight_D, static_cast<float>(config.rms_norm_eps), config.norm == NormKind::kRmsPlusOne};
+}
+
+// sqrt(D) as a number of the embedding's dtype: 55.5 for 3072 in bf16.
+float embedding_scale(const ModelConfig& config, DType dtype) {
+  if (!config.scaled_embedding) return 1;
+  const auto root = static_cast<float>(std::sqrt(static_cast<double>(config.hidden_size)));
+  return dtype == DType::kBF16 ? to_float(to_bf16(root)) : root;
+}
+
 // Gate and up rows of a neuron are neighbours in memory: [F, 2, D] is read as a matrix of 2 F rows, one product.
-DenseFfn bind_ffn(const BlockParams& params, const ProcessMesh& mesh, Role gate_up, Role down, Keep keeps) {
+DenseFfn bind_ffn(const ModelConfig& config, const BlockParams& params, const ProcessMesh& mesh, Role gate_up,
+                  Role down, Keep keeps) {
   const Shape F2D = params.shard(gate_up);
   DenseFfn ffn;
+  ffn.activation = config.activation;
   ffn.tp = &mesh.along(Axis::kTp);
   ffn.gate_up.weight_NK = params.get(gate_up, {F2D[0] * 2, F2D[2]});
   ffn.down.weight_NK = params.get(down, {F2D[2], F2D[0]});
@@ -63,7 +75,7 @@ MoeLayer bind_moe(const ModelConfig& config, const BlockParams& params, const Pr
   moe.experts = {params.get(Role::kExpertGateUp, {eF2D[0], eF2D[1] * 2, eF2D[3]}),
                  params.get(Role::kExpertDown, {eF2D[0], eF2D[3], eF2D[1]}), keeps.routed};
   if (config.shared_expert_intermediate_size > 0) {
-    moe.shared = bind_ffn(params, mesh, Role::kSharedGateUp, Role::kSharedDown, keeps.dense);
+    moe.shared = bind_ffn(config, params, mesh, Role::kSharedGateUp, Role::kSharedDown, keeps.dense);
     if (config.shared_expert_gate)
       moe.shared->gate_1D = params.get(Role::kSharedGate, {1, config.hidden_size});
   }
@@ -74,29 +86,33 @@ AttentionLayer bind_attention(const ModelConfig& config, const BlockParams& para
   AttentionLayer attention;
   attention.tp = &mesh.along(Axis::kTp);
   attention.cp = &mesh.along(Axis::kCp);
-  attention.shape = {params.shard(Role::kQuery)[0], params.shard(Role::kKey)[0], config.head_dim, 0};
+  attention.shape = {params.shard(Role::kQuery)[0], params.shard(Role::kKey)[0], config.head_dim, 0,
+                     config.sliding_window};
   attention.rope_theta = config.rope_theta;
   const std::int64_t H = attention.shape.qkv_width(), Q = attention.shape.heads * config.head_dim;
   attention.qkv.weight_NK = params.joined({Role::kQuery, Role::kKey, Role::kValue}, {H, config.hidden_size});
   if (config.qkv_bias)
     attention.qkv.bias_N = params.joined({Role::kQueryBias, Role::kKeyBias, Role::kValueBias}, {H});
+  if (config.qk_norm == QkNorm::kPerHead)
+    attention.head_norms =
+        HeadNorms{params.get(Role::kQueryNorm, {config.head_dim}),
+                  params.get(Role::kKeyNorm, {config.head_dim}), static_cast<float>(config.rms_norm_eps)};
   attention.output.weight_NK = params.get(Role::kAttentionOutput, {config.hidden_size, Q});
   return attention;
 }
 
 Block bind_block(const ModelConfig& config, const BlockParams& params, const ProcessMesh& mesh,
                  Recompute recompute) {
-  const auto eps = static_cast<float>(config.rms_norm_eps);
   const KeepOfKinds keeps = keep_of(recompute);
   Block block;
   block.recompute = recompute;
-  block.norm1 = {params.get(Role::kNorm1, {config.hidden_size}), eps};
-  block.norm2 = {params.get(Role::kNorm2, {config.hidden_size}), eps};
+  block.norm1 = make_norm(config, params.get(Role::kNorm1, {config.hidden_size}));
+  block.norm2 = make_norm(config, params.get(Role::kNorm2, {config.hidden_size}));
   block.attention = bind_attention(config, params, mesh);
   if (config.is_moe_layer(params.layer)) {
     block.ffn = bind_moe(config, params, mesh, keeps);
   } else {
-    block.ffn = bind_ffn(params, mesh, Role::kFfnGateUp, Role::kFfnDown, keeps.dense);
+    block.ffn = bind_ffn(config, params, mesh, Role::kFfnGateUp, Role::kFfnDown, keeps.dense);
   }
   return block;
 }
@@ -109,8 +125,7 @@ OutputHead bind_output(const ModelConfig& config, const ParamStore& params, cons
   const StoredParam& table =
       params.at(param_name(config.tie_word_embeddings ? Role::kEmbedding : Role::kHead));
   OutputHead output;
-  output.norm = {params.param(param_name(Role::kFinalNorm), {config.hidden_size}),
-                 static_cast<float>(config.rms_norm_eps)};
+  output.norm = make_norm(config, params.param(param_name(Role::kFinalNorm), {config.hidden_size}));
   output.head.weight_VD = {table.value, table.grad};
   output.head.shard = shard_of_vocab(table);
   output.head.tp = &mesh.along(Axis::kTp);
@@ -131,7 +146,8 @@ Transformer make_transformer(const ModelConfig& config, const ParamStore& params
   model.first_block = static_cast<int>(blocks.begin);
   if (chunk == 0) {
     const StoredParam& table = params.at(param_name(Role::kEmbedding));
-    model.embedding = Embedding{{table.value, table.grad}, shard_of_vocab(table)};
+    model.embedding = Embedding{
+        {table.value, table.grad}, shard_of_vocab(table), embedding_scale(config, table.value.dtype)};
   }
   for (std::int64_t i = blocks.begin; i < blocks.end; ++i)
     model.blocks.push_back(bind_block(config, {params, static_cast<int>(i)}, mesh, recompute));

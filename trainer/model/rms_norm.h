@@ -8,6 +8,7 @@ namespace upmoe {
 struct RmsNorm {
   Param weight_D;
   float eps = 1e-6f;
+  bool plus_one = false;  // the weight is added to one
   struct Saved {
     ConstTensorView x_TD;
     TensorView rstd_T;

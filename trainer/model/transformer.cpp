@@ -1,6 +1,7 @@
 #include "trainer/model/transformer.h"
 
 #include "kernels/ops/embedding.h"
+#include "kernels/ops/pointwise.h"
 #include "kernels/ops/transfer.h"
 
 namespace upmoe {
@@ -28,6 +29,7 @@ void Transformer::embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) cons
   PartialSum x(ex, *tp, x_tD);
   ops::embedding_forward(ex, x.partial_TD(), batch.tokens_T, embedding->weight_VD.value, embedding->shard);
   x.reduce(ex);
+  if (embedding->scale != 1) ops::scale(ex, x_tD, embedding->scale);
 }
 
 // The mixtures' loads lie together, so that the host waits for the device once.
@@ -131,6 +133,7 @@ void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
   }
   if (!embedding || !embedding->weight_VD.wants_grad()) return;
   ScratchScope scope(*ex.scratch);
+  if (embedding->scale != 1) ops::scale(ex, g_tD, embedding->scale);
   ops::embedding_backward(ex, embedding->weight_VD.grad, gather_tokens(ex, *tp, g_tD), saved.tokens_T,
                           embedding->shard);
 }

@@ -22,6 +22,7 @@ struct MicroBatch {  // T tokens, a multiple of seq_len; T = 0 is a rank without
 struct Embedding {
   Param weight_VD;  // this rank's rows
   VocabShard shard;
+  float scale = 1;  // of the rows that a token gets; a head that is the same matrix knows nothing of it
 };
 
 struct OutputHead {

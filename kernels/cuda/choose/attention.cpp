@@ -44,9 +44,10 @@ AttentionChoice choose(const AttentionDescription& d, const Gpu& gpu) {
 
 std::string words_of(const AttentionDescription& d) {
   const AttentionShape& s = d.shape;
-  return fmt::format("attention of {} heads ({} of keys) of {} over {} sequences of {}, {}{}{}", s.heads,
+  return fmt::format("attention of {} heads ({} of keys) of {} over {} sequences of {}, {}{}{}{}", s.heads,
                      s.kv_heads, s.head_dim, d.tokens / s.seq_len, s.seq_len, name_of(d.dtype),
-                     d.documents ? ", documents" : "", d.pair ? ", a pair of chunks" : "");
+                     d.documents ? ", documents" : "", d.pair ? ", a pair of chunks" : "",
+                     s.window > 0 ? fmt::format(", a window of {}", s.window) : "");
 }
 
 std::string words_of(const AttentionChoice& c) {

@@ -35,7 +35,7 @@ struct Plan {
 // Of a slice of sequences and heads, whose rows are those of all heads.
 struct Key {
   std::int64_t heads, kv_heads, head_dim, seq_len, sequences;
-  std::int64_t all_heads, all_kv_heads;
+  std::int64_t all_heads, all_kv_heads, window;
   bool backward, deterministic;
   friend auto operator<=>(const Key&, const Key&) = default;
 };
@@ -110,6 +110,13 @@ class SdpaLibrary {
         .set_stride({key.heads * key.seq_len, key.seq_len, 1, 1});
   }
 
+  // A left bound of W keeps column + W > row, the keys j with i - W < j.
+  template <class Options>
+  static void set_band(Options& options, const Key& key) {
+    options.set_causal_mask(true);
+    if (key.window > 0) options.set_diagonal_band_left_bound(static_cast<int>(key.window));
+  }
+
   static void describe(fe::graph::Graph& graph, const Key& key) {
     const std::int64_t qkv_row = (key.all_heads + 2 * key.all_kv_heads) * key.head_dim,
                        out_row = key.all_heads * key.head_dim;
@@ -122,7 +129,8 @@ class SdpaLibrary {
                v = graph.tensor(rows("v", kV, key, key.kv_heads, qkv_row));
     if (!key.backward) {
       auto options = fe::graph::SDPA_attributes().set_name("attention");
-      options.set_generate_stats(true).set_causal_mask(true).set_attn_scale(scale);
+      options.set_generate_stats(true).set_attn_scale(scale);
+      set_band(options, key);
       const auto [out, row_stats] = graph.sdpa(q, k, v, options);
       set_rows(out, kO, key, key.heads, out_row);
       row_stats->set_output(true).set_uid(kStats).set_data_type(fe::DataType_t::FLOAT);
@@ -132,7 +140,8 @@ class SdpaLibrary {
                dout = graph.tensor(rows("dout", kDO, key, key.heads, out_row)),
                row_stats = graph.tensor(stats(key));
     auto options = fe::graph::SDPA_backward_attributes().set_name("attention_backward");
-    options.set_causal_mask(true).set_attn_scale(scale).set_deterministic_algorithm(key.deterministic);
+    options.set_attn_scale(scale).set_deterministic_algorithm(key.deterministic);
+    set_band(options, key);
     const auto [dq, dk, dv] = graph.sdpa_backward(q, k, v, out, dout, row_stats, options);
     set_rows(dq, kDQ, key, key.heads, qkv_row);
     set_rows(dk, kDK, key, key.kv_heads, qkv_row);
@@ -155,6 +164,7 @@ std::vector<SdpaSlice> slices_of(const AttentionShape& s, std::int64_t tokens, b
 }
 
 Key key_of(const AttentionShape& s, const SdpaSlice& slice, bool backward, bool deterministic) {
+  const std::int64_t window = s.window < s.seq_len ? s.window : 0;  // none that reaches the first token
   return {s.heads / s.kv_heads * slice.kv_heads,
           slice.kv_heads,
           s.head_dim,
@@ -162,6 +172,7 @@ Key key_of(const AttentionShape& s, const SdpaSlice& slice, bool backward, bool 
           slice.sequences,
           s.heads,
           s.kv_heads,
+          window,
           backward,
           backward && deterministic};
 }

@@ -1,6 +1,6 @@
 #pragma once
-// Attention by cuDNN, where the build has it: bf16, whole causal sequences without documents, one or several
-// heads to a key head.
+// Attention by cuDNN, where the build has it: bf16, whole causal sequences without documents, with or without a
+// window, one or several heads to a key head.
 
 #include <string>
 

@@ -18,6 +18,18 @@ __device__ float sigmoid(float x) {
   }
 }
 
+// Both activations are x sigmoid(z(x)): silu with z = x, and gelu's tanh form with
+// z = 2 sqrt(2/pi) (x + 0.044715 x^3), as 1 + tanh(u) = 2 sigmoid(2u). Their slope is s + x s (1 - s) z'(x).
+struct Silu {
+  __device__ static float z(float x) { return x; }
+  __device__ static float times_slope(float y, float) { return y; }
+};
+struct GeluTanh {
+  static constexpr float kLinear = 1.5957691216057308f, kCubic = 0.07135481282690823f;
+  __device__ static float z(float x) { return x * (kLinear + kCubic * x * x); }
+  __device__ static float times_slope(float y, float x) { return y * (kLinear + 3.0f * kCubic * x * x); }
+};
+
 // Threads for pieces of `items`, so that few of them have nothing to do: whole warps, at most kMostThreads.
 constexpr std::int64_t kMostThreads = 512;
 unsigned threads_for(std::int64_t items) {
@@ -29,11 +41,11 @@ unsigned threads_for(std::int64_t items) {
 // What one thread has:
 //
 //   gate_up, row r   | g0 u0 g1 u1 ... | (next thread)       2 N values, one load of 16 bytes
-//   h, row r         | h0 h1 ...       |                     h = gate sigmoid(gate) up weight[r]
+//   h, row r         | h0 h1 ...       |                     h = act(gate) up weight[r]
 //
 // Rows along x, pieces of a row along y; N neurons of a thread are 2 N interleaved values of gate and up.
-template <int N, class T>
-__global__ void swiglu_rows(T* h, const T* gate_up, const float* weight, std::int64_t width) {
+template <class Act, int N, class T>
+__global__ void gated_rows(T* h, const T* gate_up, const float* weight, std::int64_t width) {
   const std::int64_t row = blockIdx.x,
                      f = (static_cast<std::int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
   if (f >= width) return;
@@ -41,20 +53,19 @@ __global__ void swiglu_rows(T* h, const T* gate_up, const float* weight, std::in
   float in[2 * N], out[N];
   load_floats(in, gate_up + 2 * (row * width + f));
 #pragma unroll
-  for (int j = 0; j < N; ++j) out[j] = in[2 * j] * sigmoid<T>(in[2 * j]) * in[2 * j + 1] * factor;
+  for (int j = 0; j < N; ++j) out[j] = in[2 * j] * sigmoid<T>(Act::z(in[2 * j])) * in[2 * j + 1] * factor;
   store_floats(h + row * width + f, out);
 }
 
-// One warp, one row, because the gradient of its weight is a sum over it. With s = sigmoid(gate): silu' =
-// s + gate s (1 - s).
-template <int N, class T>
-__global__ void swiglu_row_backward(T* dgate_up, float* dweight, const T* dh, const T* gate_up,
-                                    const float* weight, std::int64_t rows, std::int64_t width) {
+// One warp, one row, because the gradient of its weight is a sum over it.
+template <class Act, int N, class T>
+__global__ void gated_row_backward(T* dgate_up, float* dweight, const T* dh, const T* gate_up,
+                                   const float* weight, std::int64_t rows, std::int64_t width) {
   const std::int64_t row = global_thread() / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if (row >= rows) return;
   const float factor = weight != nullptr ? weight[row] : 1.0f;
-  // The weight's gradient is the sum of dh silu(gate) up, of h without its weight: the forward applied it to h.
+  // The weight's gradient is the sum of dh act(gate) up, of h without its weight: the forward applied it to h.
   float sum = 0;
 #pragma unroll 4
   for (std::int64_t f = lane * N; f < width; f += kWarp * N) {
@@ -63,11 +74,11 @@ __global__ void swiglu_row_backward(T* dgate_up, float* dweight, const T* dh, co
     load_floats(d, dh + row * width + f);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float gate = in[2 * j], up = in[2 * j + 1], s = sigmoid<T>(gate), silu = gate * s,
+      const float gate = in[2 * j], up = in[2 * j + 1], s = sigmoid<T>(Act::z(gate)), act = gate * s,
                   da = d[j] * factor;
-      out[2 * j] = da * up * (s + silu * (1.0f - s));
-      out[2 * j + 1] = da * silu;
-      sum += d[j] * silu * up;
+      out[2 * j] = da * up * (s + Act::times_slope(act * (1.0f - s), gate));
+      out[2 * j + 1] = da * act;
+      sum += d[j] * act * up;
     }
     store_floats(dgate_up + 2 * (row * width + f), out);
   }
@@ -126,9 +137,9 @@ struct GateWeightGradient {
   }
 };
 
-}  // namespace
-
-void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+template <class Act>
+void gated_forward(const Exec& ex, const TensorView& h_RF, const ConstTensorView& gate_up_RG,
+                   const ConstTensorView& weight_R) {
   const std::int64_t rows = h_RF.shape[0], width = h_RF.shape[1];
   const float* weight = weight_R.if_given<float>();
   with_float_type(h_RF.dtype, [&](auto type) {
@@ -138,12 +149,15 @@ void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, Const
     const std::int64_t items = wide ? width / N : width;
     const unsigned threads = threads_for(items);
     launch(ex, dim3(static_cast<unsigned>(rows), blocks_for(items, threads)), threads,
-           wide ? swiglu_rows<N, T> : swiglu_rows<1, T>, h_RF.as<T>(), gate_up_RG.as<T>(), weight, width);
+           wide ? gated_rows<Act, N, T> : gated_rows<Act, 1, T>, h_RF.as<T>(), gate_up_RG.as<T>(), weight,
+           width);
   });
 }
 
-void swiglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
-                     ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+template <class Act>
+void gated_backward(const Exec& ex, const TensorView& dgate_up_RG, const TensorView& dweight_R,
+                    const ConstTensorView& dh_RF, const ConstTensorView& gate_up_RG,
+                    const ConstTensorView& weight_R) {
   const std::int64_t rows = dh_RF.shape[0], width = dh_RF.shape[1];
   const float* weight = weight_R.if_given<float>();
   float* dweight = dweight_R.if_given<float>();
@@ -153,9 +167,29 @@ void swiglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, Con
     const bool wide =
         packs<N>(width, dh_RF.as<T>()) && packs<2 * N>(2 * width, dgate_up_RG.as<T>(), gate_up_RG.as<T>());
     launch(ex, blocks_for(rows, kThreads / kWarp), kThreads,
-           wide ? swiglu_row_backward<N, T> : swiglu_row_backward<1, T>, dgate_up_RG.as<T>(), dweight,
+           wide ? gated_row_backward<Act, N, T> : gated_row_backward<Act, 1, T>, dgate_up_RG.as<T>(), dweight,
            dh_RF.as<T>(), gate_up_RG.as<T>(), weight, rows, width);
   });
+}
+
+}  // namespace
+
+void swiglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+  gated_forward<Silu>(ex, h_RF, gate_up_RG, weight_R);
+}
+
+void swiglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
+                     ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+  gated_backward<Silu>(ex, dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
+}
+
+void geglu_forward(Exec& ex, TensorView h_RF, ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+  gated_forward<GeluTanh>(ex, h_RF, gate_up_RG, weight_R);
+}
+
+void geglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, ConstTensorView dh_RF,
+                    ConstTensorView gate_up_RG, ConstTensorView weight_R) {
+  gated_backward<GeluTanh>(ex, dgate_up_RG, dweight_R, dh_RF, gate_up_RG, weight_R);
 }
 
 void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {

@@ -1,5 +1,6 @@
 #include "kernels/cuda/portable/attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/portable/attention_tiles.cuh"
@@ -9,23 +10,29 @@ namespace upmoe::cuda {
 
 namespace {
 
+// A distance between tokens as the kernels hold it: beyond every chunk's length all are alike.
+int distance(std::int64_t tokens) {
+  return static_cast<int>(std::min<std::int64_t>(tokens, 1 << 30));
+}
+
 // `key` is the first key of the first key/value head; its values lie kv_heads heads behind it.
 template <class T>
-AttentionInputs<T> inputs(const T* query, const T* key, std::int64_t key_stride, const AttentionShape& shape,
-                          Visible visible, const ConstTensorView& document_T,
-                          const ConstTensorView& key_document_T) {
+AttentionInputs<T> inputs(const T* query, const T* key, std::int64_t key_stride, const ChunkPair& pair) {
+  const AttentionShape& shape = pair.shape;
   return {.q = query,
           .k = key,
           .v = key + shape.kv_heads * shape.head_dim,
           .q_stride = shape.qkv_width(),
           .kv_stride = key_stride,
-          .query_document = document_T.if_given<std::int32_t>(),
-          .key_document = key_document_T.if_given<std::int32_t>(),
+          .query_document = pair.document_T.if_given<std::int32_t>(),
+          .key_document = pair.key_document_T.if_given<std::int32_t>(),
           .seq_len = static_cast<int>(shape.seq_len),
           .heads = static_cast<int>(shape.heads),
           .kv_heads = static_cast<int>(shape.kv_heads),
           .head_dim = static_cast<int>(shape.head_dim),
-          .causal = visible == Visible::kCausal,
+          .causal = pair.visible == Visible::kCausal,
+          .ahead = pair.visible == Visible::kCausal ? 0 : distance(pair.ahead),
+          .window = distance(shape.window),
           .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim))};
 }
 
@@ -33,15 +40,14 @@ template <class T>
 AttentionInputs<T> self_inputs(const ConstTensorView& qkv_TH, const AttentionShape& shape,
                                const ConstTensorView& document_T) {
   const T* qkv = qkv_TH.as<T>();
-  return inputs<T>(qkv, qkv + shape.heads * shape.head_dim, shape.qkv_width(), shape, Visible::kCausal,
-                   document_T, document_T);
+  return inputs<T>(qkv, qkv + shape.heads * shape.head_dim, shape.qkv_width(),
+                   {shape, Visible::kCausal, document_T, document_T});
 }
 
 template <class T>
 AttentionInputs<T> pair_inputs(const ConstTensorView& qkv_TH, const ConstTensorView& kv_TK,
                                const ChunkPair& pair) {
-  return inputs<T>(qkv_TH.as<T>(), kv_TK.as<T>(), pair.shape.kv_width(), pair.shape, pair.visible,
-                   pair.document_T, pair.key_document_T);
+  return inputs<T>(qkv_TH.as<T>(), kv_TK.as<T>(), pair.shape.kv_width(), pair);
 }
 
 // One warp, one row of a head; out and lse are of two parts of one softmax, then of both.

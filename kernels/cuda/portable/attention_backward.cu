@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kThreads)
   load_transposed<C>(douts, f.dout + query * out_stride + column, out_stride, rows, in.head_dim, 1.0f);
   float dq[L::kEach][C];
   clear<C>(dq);
-  const int last = in.causal ? at.tile : tiles - 1;
-  for (int tile = 0; tile <= last; ++tile) {
+  const int last = in.last_key_tile(at.tile, L::kRows);
+  for (int tile = in.first_key_tile(at.tile, L::kRows); tile <= last; ++tile) {
     const TilePair pair = pair_of(in, at.sequence, at.tile, tile, L::kRows);
     if (!documents_meet(pair)) continue;
     const std::int64_t row = (first + tile * L::kRows) * in.kv_stride + kv_column;
@@ -156,8 +156,9 @@ __global__ void __launch_bounds__(kThreads)
   float dk[L::kEach][C], dv[L::kEach][C];
   clear<C>(dk);
   clear<C>(dv);
+  const int last = in.last_query_tile(at.tile, L::kRows);
   for (int head = at.head * in.group(); head < (at.head + 1) * in.group(); ++head)
-    for (int tile = in.causal ? at.tile : 0; tile < tiles; ++tile) {
+    for (int tile = in.first_query_tile(at.tile); tile <= last; ++tile) {
       const TilePair pair = pair_of(in, at.sequence, tile, at.tile, L::kRows);
       if (!documents_meet(pair)) continue;
       const std::int64_t query = first + tile * L::kRows;

@@ -78,8 +78,8 @@ __device__ void store_rows(Out* out, float* lse, const Softmax<C>& soft, const A
 //   queries    0 1 2 3      The queries stay in shared memory, their softmax and output in registers: a thread has
 //         0    d            B / 16 queries and every 16th column of the output. A tile of keys comes, gives scores,
 //         1    # d          B / 16 by B / 16 a thread, and makes room for its values in the same memory.
-//         2    #>#>d        d: the diagonal, where a query sees keys up to itself; without `causal` all are #.
-//         3    # # # d
+//         2    #>#>d        d: the diagonal, where a query sees keys up to itself; without `causal` all are #. Tiles
+//         3    # # # d      that the window has passed are left out.
 template <int C, class T, class Out>
 __global__ void __launch_bounds__(kThreads) attend_tile(Out* out, float* lse, AttentionInputs<T> in) {
   using L = Tile<C>;
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kThreads) attend_tile(Out* out, float* lse, At
   }
   load_transposed<C>(queries, in.q + (first + at.tile * L::kRows) * in.q_stride + at.head * in.head_dim,
                      in.q_stride, min(L::kRows, in.seq_len - at.tile * L::kRows), in.head_dim, in.scale);
-  const int last = in.causal ? at.tile : tiles - 1;
-  for (int tile = 0; tile <= last; ++tile) {
+  const int last = in.last_key_tile(at.tile, L::kRows);
+  for (int tile = in.first_key_tile(at.tile, L::kRows); tile <= last; ++tile) {
     const TilePair pair = pair_of(in, at.sequence, at.tile, tile, L::kRows);
     if (!documents_meet(pair)) continue;
     const std::int64_t row = (first + tile * L::kRows) * in.kv_stride + kv_column;

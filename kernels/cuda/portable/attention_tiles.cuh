@@ -29,10 +29,27 @@ struct AttentionInputs {
   const std::int32_t *query_document, *key_document;  // null without documents
   int seq_len, heads, kv_heads, head_dim;
   bool causal;  // queries and keys are the same tokens; else all keys come before all queries
+  int ahead;    // query i sees keys k > i + ahead - window; window 0: all of them
+  int window;
   float scale;
 
   __device__ int group() const { return heads / kv_heads; }
   __host__ __device__ int tiles(int rows) const { return (seq_len + rows - 1) / rows; }
+  // The tiles of keys that a tile of queries can see are [first, last]; none where first > last.
+  __device__ int first_key_tile(int query_tile, int rows) const {
+    return window == 0 ? 0 : max(0, query_tile * rows + ahead - window + 1) / rows;
+  }
+  __device__ int last_key_tile(int query_tile, int rows) const {
+    return causal ? query_tile : tiles(rows) - 1;
+  }
+  // The other way round: the last key of the tile is seen by queries up to it + window - 1 - ahead.
+  __device__ int first_query_tile(int key_tile) const { return causal ? key_tile : 0; }
+  __device__ int last_query_tile(int key_tile, int rows) const {
+    const int last = tiles(rows) - 1;
+    if (window == 0) return last;
+    const int query = min(seq_len, (key_tile + 1) * rows) - 1 + window - 1 - ahead;
+    return query < 0 ? -1 : min(last, query / rows);
+  }
 };
 
 // Which tile, head and sequence a block has. Tiles with the most work set out first.
@@ -83,8 +100,9 @@ struct TilePair {
   int queries, keys;  // how many
   bool diagonal;      // the same tokens: a query sees keys up to itself
   const std::int32_t *query_document, *key_document;
+  int begin;  // query q sees keys from q + begin on
   __device__ bool sees(int q, int k) const {
-    return q < queries && k < keys && (!diagonal || k <= q) &&
+    return q < queries && k < keys && (!diagonal || k <= q) && k >= q + begin &&
            (query_document == nullptr || query_document[q] == key_document[k]);
   }
 };
@@ -95,9 +113,12 @@ __device__ TilePair pair_of(const AttentionInputs<T>& in, std::int64_t sequence,
   const std::int64_t q = sequence * in.seq_len + query_tile * rows,
                      k = sequence * in.seq_len + key_tile * rows;
   const bool documents = in.query_document != nullptr;
-  return {min(rows, in.seq_len - query_tile * rows), min(rows, in.seq_len - key_tile * rows),
-          in.causal && query_tile == key_tile, documents ? in.query_document + q : nullptr,
-          documents ? in.key_document + k : nullptr};
+  return {min(rows, in.seq_len - query_tile * rows),
+          min(rows, in.seq_len - key_tile * rows),
+          in.causal && query_tile == key_tile,
+          documents ? in.query_document + q : nullptr,
+          documents ? in.key_document + k : nullptr,
+          in.window > 0 ? (query_tile - key_tile) * rows + in.ahead - in.window + 1 : -rows};
 }
 
 // The least and the largest of n ids, in every lane of a warp.

@@ -55,7 +55,9 @@ class Attention_attributes {
   Self& set_name(const std::string&) { return self(); }
   Self& set_causal_mask(bool value) { return causal = value, self(); }
   Self& set_attn_scale(float value) { return scale = value, self(); }
+  Self& set_diagonal_band_left_bound(int value) { return left_bound = value, self(); }
   bool causal = false;
+  int left_bound = 0;  // 0: not set; else column + left_bound > row is kept
   float scale = 1;
 
  private:
@@ -90,6 +92,7 @@ class Graph {
  private:
   std::map<std::string, Tensor> tensors_;
   bool backward_ = false, causal_ = false, deterministic_ = false, built_ = false;
+  int left_bound_ = 0;
   float scale_ = 1;
   std::int64_t workspace_ = 0;
 };

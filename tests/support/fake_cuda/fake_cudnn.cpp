@@ -45,7 +45,11 @@ struct Strided {
 struct Attention {
   Strided q, k, v, o, stats, d_o, dq, dk, dv;
   double scale;
-  std::int64_t batch, heads, kv_heads, length, width;
+  std::int64_t batch, heads, kv_heads, length, width, left_bound;
+
+  std::int64_t first_key(std::int64_t row) const {
+    return left_bound == 0 ? 0 : std::max<std::int64_t>(0, row - left_bound + 1);
+  }
 
   double dot(const Strided& a, std::int64_t b, std::int64_t ha, std::int64_t i, const Strided& c,
              std::int64_t hc, std::int64_t j) const {
@@ -58,9 +62,9 @@ struct Attention {
     const std::int64_t hk = h / (heads / kv_heads);
     std::vector<double> score(static_cast<std::size_t>(i + 1)), out(static_cast<std::size_t>(width));
     double most = -std::numeric_limits<double>::infinity(), sum = 0;
-    for (std::int64_t j = 0; j <= i; ++j)
+    for (std::int64_t j = first_key(i); j <= i; ++j)
       most = std::max(most, score[static_cast<std::size_t>(j)] = scale * dot(q, b, h, i, k, hk, j));
-    for (std::int64_t j = 0; j <= i; ++j) {
+    for (std::int64_t j = first_key(i); j <= i; ++j) {
       const double p = std::exp(score[static_cast<std::size_t>(j)] - most);
       sum += p;
       for (std::int64_t d = 0; d < width; ++d) out[static_cast<std::size_t>(d)] += p * v.get(b, hk, j, d);
@@ -77,7 +81,7 @@ struct Attention {
       for (std::int64_t i = 0; i < length; ++i) {
         const double delta = dot(d_o, b, h, i, o, h, i);
         std::vector<double> query(static_cast<std::size_t>(width));
-        for (std::int64_t j = 0; j <= i; ++j) {
+        for (std::int64_t j = first_key(i); j <= i; ++j) {
           const double p = std::exp(scale * dot(q, b, h, i, k, hk, j) - stats.get(b, h, i, 0));
           const double ds = scale * p * (dot(d_o, b, h, i, v, hk, j) - delta);
           for (std::int64_t d = 0; d < width; ++d) {
@@ -131,6 +135,7 @@ namespace cudnn_frontend::graph {
 
 std::array<Tensor, 2> Graph::sdpa(Tensor q, Tensor k, Tensor v, SDPA_attributes options) {
   causal_ = options.causal && options.stats;
+  left_bound_ = options.left_bound;
   scale_ = options.scale;
   const auto out = std::make_shared<Tensor_attributes>(), stats = std::make_shared<Tensor_attributes>();
   stats->dim = {q->dim[0], q->dim[1], q->dim[2], 1};
@@ -143,6 +148,7 @@ std::array<Tensor, 3> Graph::sdpa_backward(Tensor q, Tensor k, Tensor v, Tensor 
                                            SDPA_backward_attributes options) {
   backward_ = true;
   causal_ = options.causal;
+  left_bound_ = options.left_bound;
   deterministic_ = options.deterministic;
   scale_ = options.scale;
   const auto make = [] { return std::make_shared<Tensor_attributes>(); };
@@ -156,6 +162,8 @@ std::array<Tensor, 3> Graph::sdpa_backward(Tensor q, Tensor k, Tensor v, Tensor 
 error_t Graph::validate() {
   if (!causal_) return {false, "not what is wanted"};
   const auto& q = tensors_["q"]->dim;
+  if (left_bound_ < 0 || left_bound_ >= q[2])
+    return {false, "a left bound of " + std::to_string(left_bound_)};
   if (q[3] % 8 != 0 || q[3] > 128) return {false, "head dim"};
   for (const auto& [name, t] : tensors_) {
     if (t->dim.size() != 4 || t->stride.size() != 4 || t->stride[3] != 1 || t->uid == 0)
@@ -218,6 +226,7 @@ error_t Graph::execute(cudnnHandle_t handle, std::unordered_map<std::int64_t, vo
   a.heads = q[1];
   a.kv_heads = a.k.t->dim[1];
   a.length = q[2];
+  a.left_bound = left_bound_;
   a.width = q[3];
   fake_cuda::enqueue(handle->stream, [a, workspace, workspace_bytes, backward = backward_] {
     std::memset(workspace, 0xff, workspace_bytes);

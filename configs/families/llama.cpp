@@ -1,0 +1,41 @@
+#include "configs/families/llama.h"
+
+#include "configs/families/decoder.h"
+#include "configs/families/features.h"
+#include "configs/families/tensor_names.h"
+
+namespace upmoe {
+namespace {
+
+constexpr const char* kKeys[] = {"mlp_bias",
+                                 "pretraining_tp"};  // the second splits products, and sums them again
+constexpr const char* kMixtures[] = {"mixtral", "deepseek"};
+constexpr auto kTensors = together(kFrontTensors, kFfnTensors, kBackTensors);
+
+void layers(ModelConfig& c) {
+  c.qkv_bias = false;
+}
+
+void read(JsonObject& json, ModelConfig& c) {
+  layers(c);
+  read_decoder(json, c);
+  require_silu(json);
+  require_full_attention(json);
+  require_no_bias(json, "attention_bias");
+  require_no_bias(json, "mlp_bias");
+  refuse_features(json, kLlama);
+}
+
+}  // namespace
+
+const Family kLlama{.model_type = "llama",
+                    .architecture = "LlamaForCausalLM",
+                    .read = read,
+                    .write = write_decoder,
+                    .keys = kKeys,
+                    .tensors = kTensors,
+                    .layers = layers,
+                    .carries = kPlainLayers | Traits{Trait::kNoBiases, Trait::kOwnHeadDim},
+                    .mixtures = kMixtures};
+
+}  // namespace upmoe

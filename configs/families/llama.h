@@ -1,0 +1,8 @@
+#pragma once
+#include "configs/families/family.h"
+
+namespace upmoe {
+
+extern const Family kLlama;
+
+}  // namespace upmoe
