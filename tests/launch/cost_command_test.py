@@ -1,0 +1,226 @@
+"""upmoe cost from outside: counts and FLOPs beside those published, readings of the claim, runs, serving, refusals; and
+docs/cost.md says what the program says.
+
+usage: tests/launch/cost_command_test.py [--write]   (--write makes the tables of the document anew)
+Needs UPMOE_BINARY.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BINARY = os.environ["UPMOE_BINARY"]
+DOCUMENT = ROOT / "docs" / "cost.md"
+# What stands between these is what the command in the first one prints.
+README = ROOT / "README.md"
+SHOWN = re.compile(r"<!-- from upmoe cost --published -->\n\n(.*?)\n<!-- end -->", re.DOTALL)
+MADE = re.compile(r"<!-- upmoe (cost [^>]*?) -->\n\n(.*?)\n<!-- end -->", re.DOTALL)
+
+# 10^9 total, activated, activated without embedding; GFLOP per token of training at 4096 (None: not pinned).
+COMPUTED = {
+    "mistral-7b": (7.2417, 7.2417, 6.9796, 45.88),
+    "qwen1.5-7b": (7.7213, 7.7213, 6.4767, 45.81),
+    "gemma-7b": (8.5377, 8.5377, 7.7512, 54.04),
+    "deepseek-moe-16b": (16.3757, 2.8287, 2.4092, 17.12),
+    "qwen1.5-moe-a2.7b": (14.3158, 2.6892, 2.0668, 15.47),
+    "qwen1.5-1.8b": (1.8368, 1.8368, 1.2145, 10.36),
+    "qwen1.5-32b": (32.5122, 32.5122, 30.9551, None),
+    "mixtral-8x7b": (46.7028, 12.8799, 12.6178, 79.71),
+    "mixtral-8x22b": (140.6301, 39.1615, 38.7588, 242.21),
+    "dbrx": (131.5965, 36.4697, 35.2366, 221.16),
+    "qwen2-57b-a14b": (57.4087, 14.2493, 13.1602, 84.69),
+    "qwen3-0.6b": (0.5960, 0.5960, 0.4405, 4.99),
+    "qwen3-30b-a3b": (30.5321, 3.3530, 2.7307, 23.08),
+    "marco-nano": (8.0015, 0.6027, 0.4471, 5.03),
+}
+REMARKS = {
+    "mistral-7b": "agrees",
+    "qwen1.5-7b": "non-embedding cut, not rounded; the announcement's text says 6.5",
+    "gemma-7b": "activated leaves out the embedding, which other rows count",
+    "deepseek-moe-16b": "agrees",
+    "qwen1.5-moe-a2.7b": "non-embedding cut, not rounded",
+}
+
+
+def upmoe(*arguments):
+    return subprocess.run([BINARY, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+class Cost(unittest.TestCase):
+    def run_json(self, *arguments):
+        done = upmoe("cost", *arguments, "--json")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads(done.stdout)
+
+    def refused(self, status, words, *arguments):
+        done = upmoe("cost", *arguments)
+        self.assertEqual(done.returncode, status, (arguments, done.stderr))
+        for word in words:
+            self.assertIn(word, done.stderr)
+        self.assertEqual(done.stdout, "")
+
+
+class Models(Cost):
+    def test_keys(self):
+        a, b = self.run_json("qwen1.5-moe-a2.7b", ROOT / "configs" / "models" / "qwen1.5-7b.json", "--seq-len", 2048)
+        self.assertEqual((a["name"], b["name"]), ("qwen1.5-moe-a2.7b", "qwen1.5-7b"))
+        self.assertEqual((a["parameters"], a["activated"], a["activated_non_embedding"]),
+                         (14315784192, 2689173504, 2066843648))
+        self.assertAlmostEqual(a["train_flops_per_token"] * 1e-9, 14.87, delta=0.005)
+        self.assertEqual(a["train_flops_per_token"], 3 * a["forward_flops_per_token"])
+        self.assertEqual(a["kv_bytes_per_token"], 196608)
+        self.assertEqual(b["kv_bytes_per_token"], 524288)
+        self.assertEqual(a["seq_len"], 2048)
+        self.assertAlmostEqual(sum(a["train_bytes"]["adamw"].values()) / a["parameters"], 16, delta=0.01)
+        self.assertAlmostEqual(sum(a["train_bytes"]["adamw8bit"].values()) / a["parameters"], 6, delta=0.1)
+
+    def test_a_directory_and_a_golden_model(self):
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "mine"
+            model.mkdir()
+            (model / "config.json").write_text((ROOT / "tests/golden/dense/config.json").read_text())
+            names = [m["name"] for m in self.run_json(model, f"{model}/", model / "config.json", "--seq-len", 16)]
+            self.assertEqual(names, ["mine"] * 3)
+
+    def test_recomputation_is_apart(self):
+        none, block = (self.run_json("qwen1.5-1.8b", "--recompute", r)[0] for r in ("none", "block"))
+        self.assertEqual(none["train_flops_per_token"], block["train_flops_per_token"])
+        self.assertEqual(none["again_flops_per_token"], 0)
+        head = 2 * 151936 * 2048
+        self.assertEqual(block["again_flops_per_token"], block["forward_flops_per_token"] - head)
+
+    def test_hours(self):
+        one = self.run_json("qwen1.5-moe-a2.7b", "--tokens", "2.2T", "--machine", "h200-sxm", "--mfu", 0.48,
+                            "--seq-len", 2048)[0]
+        self.assertEqual(one["tokens"], 2.2e12)
+        self.assertAlmostEqual(one["device_hours"], 19.1e3, delta=100)
+        done = upmoe("cost", "qwen1.5-moe-a2.7b", "--tokens", "2.2e12", "--machine", "h200-sxm")
+        self.assertIn("NVIDIA H200", done.stdout)
+
+    def test_refusals(self):
+        self.refused(2, ["no model 'qwen1.5-7'", "did you mean 'qwen1.5-7b'", "qwen2-57b-a14b"], "qwen1.5-7")
+        self.refused(3, ["none/config.json"], "none/config.json")
+        self.refused(2, ["--machine", "--tokens"], "qwen1.5-7b", "--machine", "h200-sxm")
+        self.refused(2, ["no machine 'h200'", "h200-sxm"], "qwen1.5-7b", "--tokens", "1T", "--machine", "h200")
+        self.refused(2, ["--mfu", "--machine"], "qwen1.5-7b", "--tokens", "1T", "--mfu", "0.5")
+        self.refused(2, ["--tokens", "'2.2X'", "2.2T"], "qwen1.5-7b", "--tokens", "2.2X")
+        self.refused(2, ["--tokens", "says nothing alone"], "--tokens", "1T")
+        self.refused(2, ["--seq-len"], "qwen1.5-7b", "--seq-len", "0")
+        self.refused(2, ["--published and --claim", "one of them"], "--published", "--claim")
+        self.refused(2, ["MODEL does not go with --published", "--inference"], "qwen1.5-7b", "--published")
+        self.refused(2, ["--source does not go with MODEL", "--run"], "qwen1.5-7b", "--source", "x")
+        self.refused(2, ["compares two models, found 1"], "--inference", "qwen1.5-7b")
+        with tempfile.TemporaryDirectory() as folder:
+            machine = Path(folder) / "mine.yaml"
+            machine.write_text("name: x\nsource: y\nbf16_tflops: 1\nmemory_gb: 1\nmemory_gbps: 1\n")
+            self.refused(2, ["mine.yaml:5", "memory_gbps"], "qwen1.5-7b", "--tokens", "1T", "--machine", machine)
+
+    def test_help_without_a_question(self):
+        done = upmoe("cost")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("--published", done.stdout)
+
+
+class Published(Cost):
+    def test_table(self):
+        rows = {row["name"]: row for row in self.run_json("--published")}
+        shipped = {path.stem for path in (ROOT / "configs" / "models").glob("*.json")}
+        self.assertEqual(set(rows), shipped)
+        for name, row in rows.items():
+            total, activated, non_embedding, gflop = COMPUTED[name]
+            for key, value in (("parameters", total), ("activated", activated),
+                               ("activated_non_embedding", non_embedding)):
+                self.assertEqual(f"{row[key] * 1e-9:.4f}", f"{value:.4f}", (name, key))
+            if gflop:
+                self.assertEqual(f"{row['train_flops_per_token'] * 1e-9:.2f}", f"{gflop:.2f}", name)
+            if name in REMARKS:
+                self.assertEqual(row["remark"], REMARKS[name])
+                self.assertTrue(row["announced"])
+            for key, printed in row["published"].items():
+                computed = row["parameters" if key == "total" else key] * 1e-9
+                if printed and (name, key) != ("gemma-7b", "activated"):  # the one cell that counts something else
+                    self.assertLessEqual(abs(float(printed) - computed), 0.1 if "." in printed else 0.5, (name, key))
+
+
+class Claim(Cost):
+    def test_readings(self):
+        rows = self.run_json("--claim")
+        savings = [round(row["saving"], 3) for row in rows if "saving" in row and "tokens" not in row]
+        self.assertEqual(savings[:8], [0.692, 0.681, 0.649, 0.652, 0.664, 0.662, 0.660, 0.650])
+        for row in rows:
+            self.assertTrue(row["formula"] and row["result"], row)
+
+
+class Runs(Cost):
+    def run_dir(self, folder, name, last):
+        path = Path(folder) / name
+        path.mkdir()
+        lines = [{"step": i, "tokens": 1000 * i, "loss": 5 - (5 - last) * i / 100, "flops": 1e9, "ranks": 4,
+                  "seconds": 0.5} for i in range(1, 101)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    def test_what_each_needs(self):
+        with tempfile.TemporaryDirectory() as folder:
+            fast, slow = self.run_dir(folder, "fast", 3), self.run_dir(folder, "slow", 4)
+            one, two = self.run_json("--run", fast, slow, "--source", slow)
+            alone, with_source = one["reaches"]
+            self.assertAlmostEqual(alone["share"]["tokens"], 0.5)
+            self.assertAlmostEqual(alone["spent"]["flops"], 200e9, delta=1)
+            self.assertAlmostEqual(alone["spent"]["seconds"], 25)
+            self.assertAlmostEqual(with_source["share"]["flops"], 1.5)
+            self.assertFalse(two["reaches"][0]["reached"])
+            text = upmoe("cost", "--run", fast, slow).stdout
+            self.assertIn("not reached", text)
+            self.assertIn("50.0 %", text)
+            self.refused(3, ["nowhere", "metrics.jsonl"], "--run", Path(folder) / "nowhere")
+
+
+class Inference(Cost):
+    def test_times(self):
+        report = self.run_json("--inference")
+        self.assertEqual(report["models"], ["qwen1.5-moe-a2.7b", "qwen1.5-7b"])
+        self.assertEqual([round(b["decode_ratio"], 2) for b in report["batches"]],
+                         [2.97, 1.69, 1.09, 1.13, 1.39, 1.75, 2.08])
+        self.assertAlmostEqual(report["requests_per_s"][0] / report["requests_per_s"][1], 2.13, delta=0.02)
+        slower = self.run_json("--inference", "qwen1.5-moe-a2.7b", "qwen1.5-1.8b", "--machine", "h100-sxm")
+        self.assertTrue(all(b["decode_ratio"] < 1 for b in slower["batches"]), "its own source is served faster")
+
+
+def announced():
+    """The first table of `upmoe cost --published`: the announcement's models."""
+    return upmoe("cost", "--published").stdout.split("\n\n")[0] + "\n"
+
+
+class Document(Cost):
+    def test_readme_shows_the_announced_models(self):
+        self.assertEqual(SHOWN.search(README.read_text(encoding="utf-8"))[1], announced())
+
+    def test_says_what_the_program_says(self):
+        text = DOCUMENT.read_text(encoding="utf-8")
+        self.assertGreaterEqual(len(MADE.findall(text)), 4)
+        for command, stands in MADE.findall(text):
+            self.assertEqual(stands, upmoe(*command.split()).stdout, f"{command}: run {Path(__file__).name} --write")
+
+
+def write():
+    readme = README.read_text(encoding="utf-8")
+    README.write_text(SHOWN.sub(f"<!-- from upmoe cost --published -->\n\n{announced()}\n<!-- end -->", readme),
+                      encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(MADE.sub(lambda m: f"<!-- upmoe {m[1]} -->\n\n{upmoe(*m[1].split()).stdout}\n<!-- end -->",
+                                 text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        write()
+    else:
+        unittest.main()
