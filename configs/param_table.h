@@ -7,7 +7,7 @@
 //   layers.i.norm1_D · layers.i.attn.{q,k,v}_NHD [heads,head,D] · layers.i.attn.{q,k,v}_NH (biases)
 //   layers.i.attn.o_DNH [D,heads,head] · layers.i.norm2_D
 //   layers.i.ffn.gate_up_F2D [F,2,D] · layers.i.ffn.down_DF                                   dense blocks
-//   layers.i.moe.router_ED · layers.i.moe.router_E (buffer) · layers.i.moe.gate_up_EF2D [E,F,2,D] ·
+//   layers.i.moe.router_ED · layers.i.moe.router_E, .load_E (buffers) · layers.i.moe.gate_up_EF2D [E,F,2,D] ·
 //   layers.i.moe.down_EDF [E,D,F]                                                               mixtures
 //   layers.i.shared.gate_1D · layers.i.shared.gate_up_F2D · layers.i.shared.down_DF
 //   norm_D · head_VD (untied only)
@@ -42,6 +42,7 @@ enum class Role : std::uint8_t {
   kFfnDown,
   kRouter,
   kRouterBias,
+  kRouterLoad,
   kExpertGateUp,
   kExpertDown,
   kSharedGate,
@@ -65,6 +66,7 @@ inline constexpr Names<Role> kNames<Role>{.built = {{Role::kEmbedding, "embed_VD
                                                     {Role::kFfnDown, "ffn.down_DF"},
                                                     {Role::kRouter, "moe.router_ED"},
                                                     {Role::kRouterBias, "moe.router_E"},
+                                                    {Role::kRouterLoad, "moe.load_E"},
                                                     {Role::kExpertGateUp, "moe.gate_up_EF2D"},
                                                     {Role::kExpertDown, "moe.down_EDF"},
                                                     {Role::kSharedGate, "shared.gate_1D"},

@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# name: file, what stands there, what is planted, the meshes that must notice (a GoogleTest filter)
+# name: file, what stands there, what is planted, the meshes that must notice (a GoogleTest filter), and the program
+# that has them, if it is another one
 MUTANTS = {
     "kv_bias_gradient_summed_over_tp_alone": (
         "parallel/layout.cpp", "return {data * tp.count + tp.index, copies * tp.count};",
@@ -93,6 +94,22 @@ MUTANTS = {
     "gradients_ready_before_the_last_micro_batch": (
         "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.batches.rounds();",
         "  const bool last = action.micro_batch == 0;", "*"),
+    "router_bias_not_in_the_choice": (
+        "kernels/cpu/sigmoid_routing.cpp", "return bias == nullptr ? scores[e] : scores[e] + bias[e]; });",
+        "return scores[e] + (e < 0 ? bias[e] : 0.0f); });", "Routers.Sigmoid*"),
+    "router_bias_in_the_weight": (
+        "kernels/cpu/sigmoid_routing.cpp", "chosen += weight[j] = scores[top.index[j]];", "chosen += weight[j];",
+        "SigmoidRouting.AsTransformersDots1", "sigmoid_routing_test"),
+    "router_bias_of_one_ranks_counts": (
+        "trainer/trainer.cpp", "s_.config, report.assigned, ", "s_.config, sums.assigned, ", "Routers.Sigmoid*"),
+    "sequences_numbered_by_rank": (
+        "trainer/pipeline.cpp", "    sequences = context.take(whole.data(), count);",
+        "    sequences.assign(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(tokens.size()));",
+        "Routers.EveryBalanceTerm"),
+    "router_bias_moves_the_other_way": (
+        "trainer/router_buffers.cpp", "lacks > 0 ? rate : lacks < 0 ? -rate : 0.0",
+        "lacks > 0 ? -rate : lacks < 0 ? rate : 0.0",
+        "RouterBiases.*", "layout_resume_test"),
 }
 
 
@@ -137,14 +154,17 @@ def copy_tree(tree):
         shutil.copymode(ROOT / name, tree / name)
 
 
-def build(tree, out):
-    return run(["cmake", "--build", out, "--target", "layout_equivalence_test", "-j2"], cwd=tree)
+PROGRAM = "layout_equivalence_test"
 
 
-def caught(out, meshes):
+def build(tree, out, program=PROGRAM):
+    return run(["cmake", "--build", out, "--target", program, "-j2"], cwd=tree)
+
+
+def caught(out, meshes, program=PROGRAM):
     """The tests fail, or the program stops with an error: both are a catch; a time-out is a hang, and none."""
     began = time.monotonic()
-    done = run([out / "bin" / "layout_equivalence_test", f"--gtest_filter={meshes}"], timeout=600,
+    done = run([out / "bin" / program, f"--gtest_filter={meshes}"], timeout=600,
                env=os.environ | {"OMP_NUM_THREADS": "1"})
     failed = sum(line.startswith("[  FAILED  ]") and "(" in line for line in done.stdout.splitlines())
     return done.returncode != 0, failed, time.monotonic() - began
@@ -167,13 +187,13 @@ def main():
         raise SystemExit("the tests fail without any mutant")
     survivors = []
     for name in args.names:
-        path, old, new, meshes = MUTANTS[name]
+        path, old, new, meshes, *program = MUTANTS[name]
         source = (tree / path).read_text(encoding="utf-8")
         (tree / path).write_text(source.replace(old, new), encoding="utf-8")
-        done = build(tree, out)
+        done = build(tree, out, *program)
         if done.returncode != 0:
             raise SystemExit(f"{name} does not build:\n{done.stdout[-3000:]}")
-        found, failed, seconds = caught(out, meshes)
+        found, failed, seconds = caught(out, meshes, *program)
         print(f"{name:50}{'caught' if found else 'SURVIVED':10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
         if not found:
             survivors.append(name)

@@ -40,6 +40,8 @@ struct Family {
   std::span<const TensorName> tensors;
   // transformers makes the modules of the shared expert even where its width is 0: tensors that nobody reads.
   bool empty_shared_expert = false;
+  // `read` and `write` have keys, and `tensors` a name, for a sigmoid router (ModelConfig::router and its bias).
+  bool sigmoid_router = false;
 
   // Of a dense family: the model_type of the mixtures that it becomes; null when none is known.
   const char* mixture = nullptr;

@@ -5,6 +5,8 @@
 #include "parallel/self_comm.h"
 #include "tests/support/gradient_check.h"
 #include "trainer/model/block.h"
+#include "trainer/model/sigmoid_router.h"
+#include "trainer/model/softmax_router.h"
 #include "trainer/rank_model.h"
 
 namespace upmoe {
@@ -151,7 +153,7 @@ struct MoeRig : Rig {
 
   explicit MoeRig(bool renormalize, AuxKind kind) {
     moe.num_experts = E;
-    moe.router = make_softmax_router(router, K, renormalize);
+    moe.router = make_softmax_router({router}, K, renormalize);
     moe.exchange = make_exchange({E, 1}, *self, {});
     moe.experts.gate_up_eGD = host.param({E, 2 * F, D}, 0.4);
     moe.experts.down_eDF = host.param({E, D, F}, 0.4);
@@ -162,14 +164,13 @@ struct MoeRig : Rig {
     moe.shared->gate_1D = host.param({1, D}, 0.4);
     x = host.normal({T, D}, 1.0);
     probe = host.normal({T, D}, 1.0);
-    balance.kind = kind;
-    balance.aux_coefficient = 3.0;
+    balance.terms = {{kind, 3.0}};
     balance.z_coefficient = 0.5;
   }
 
   BalanceTerms terms() const {
     const LayerLoad load =
-        LayerLoad::unpack(T, {sums.as<double>(), static_cast<std::size_t>(sums.elements())});
+        LayerLoad::unpack(T, 0, {sums.as<double>(), static_cast<std::size_t>(sums.elements())});
     LoadPool pool;
     pool.add(load);
     return balance_terms(balance, std::span(&load, 1), pool, true);
@@ -186,12 +187,11 @@ struct MoeRig : Rig {
     EXPECT_TRUE(std::equal(choices.begin(), choices.end(), index)) << "a step flipped a routing choice";
     const BalanceTerms b = terms();
     keep.rewind(mark);
-    return test::dot(y, probe) + balance.aux_coefficient * b.aux + balance.z_coefficient * b.z;
+    return test::dot(y, probe) + 3.0 * b.aux.front() + balance.z_coefficient * b.z;
   }
 };
 
-void check_moe(bool renormalize, AuxKind kind) {
-  MoeRig rig(renormalize, kind);
+void check_moe(MoeRig& rig) {
   MoeLayer::Saved saved;
   const TensorView y = rig.host.zeros({rig.T, rig.D}), dx = rig.host.zeros({rig.T, rig.D});
   RouterBalance balance;
@@ -200,8 +200,8 @@ void check_moe(bool renormalize, AuxKind kind) {
   const TensorView& chosen = saved.router.index_TK;
   rig.choices.assign(chosen.as<std::int32_t>(), chosen.as<std::int32_t>() + chosen.elements());
   BalanceTerms terms = rig.terms();
-  balance.aux_E = host_view(terms.aux_gradient[0].data(), {rig.E});
-  balance.z_scale = terms.z_scale[0];
+  balance.terms.aux = host_view(terms.aux_gradient[0].data(), {rig.E});
+  balance.terms.z_scale = terms.z_scale[0];
   rig.moe.backward(rig.ex, dx, rig.probe, balance, saved);
   const auto scalar = [&] { return rig.scalar(); };
   const double step = 5e-4;  // smaller than elsewhere: no flips
@@ -231,7 +231,7 @@ TEST(LayerGradient, RouterWiderThanItsRows) {
   const TensorView x_bf16 = narrow(x), dx_bf16 = narrow(before);
   const TensorView grad = rig.router.grad, wide_grad = host.zeros(grad.shape);
   RouterBalance balance;
-  balance.aux_E = host.normal({rig.E}, 1.0);
+  balance.terms.aux = host.normal({rig.E}, 1.0);
   Router::Saved mixed, wide;
   rig.moe.router->forward(rig.ex, x_bf16, balance, rig.keep, mixed);
   rig.moe.router->forward(rig.ex, x, balance, rig.keep, wide);
@@ -250,13 +250,25 @@ TEST(LayerGradient, RouterWiderThanItsRows) {
 }
 
 TEST(LayerGradient, MoePooledBalance) {
-  check_moe(false, AuxKind::kHf);
+  MoeRig rig(false, AuxKind::kHf);
+  check_moe(rig);
 }
 TEST(LayerGradient, MoeRenormalised) {
-  check_moe(true, AuxKind::kHf);
+  MoeRig rig(true, AuxKind::kHf);
+  check_moe(rig);
 }
 TEST(LayerGradient, MoeSwitchBalance) {
-  check_moe(false, AuxKind::kSwitch);
+  MoeRig rig(false, AuxKind::kSwitch);
+  check_moe(rig);
+}
+TEST(LayerGradient, MoeSigmoidScores) {
+  for (const bool renormalize : {false, true}) {
+    MoeRig rig(renormalize, AuxKind::kHf);
+    const TensorView bias_E = rig.host.normal({rig.E}, 0.2);
+    rig.moe.router =
+        make_sigmoid_router({rig.router}, bias_E, rig.K, {.renormalize = renormalize, .scale = 2.5f});
+    check_moe(rig);
+  }
 }
 
 }  // namespace

@@ -28,7 +28,8 @@ struct Layout {
   Precision precision = Precision::kFp32;
   bool mask_documents = false;
   double z_loss = 0, aux_loss = -1;  // below 0: the golden file's
-  AuxKind aux_kind = AuxKind::kHf;
+  std::vector<AuxKind> aux_kinds = {AuxKind::kHf};
+  int aux_groups = 1;
   std::int64_t steps = 5;
   int node_ranks = 0;
   int zero = 1;
@@ -37,6 +38,8 @@ struct Layout {
   std::uint64_t order_seed = 0;  // of the neurons
   RouterDType router = RouterDType::kAuto;
   bool router_bias = false;  // the model has a buffer
+  RouterForm form = {};
+  double bias_rate = 0;
 
   std::string str() const {
     const MeshSpec& m = mesh;
@@ -50,7 +53,7 @@ using Tensors = std::map<std::string, std::vector<float>>;  // whole ones, by na
 struct Outcome {
   std::vector<double> losses, auxes, zs, norms;
   std::vector<std::vector<std::vector<double>>> loads;
-  Tensors gradients, weights;  // gradients of the first step
+  Tensors gradients, weights, buffers;  // gradients of the first step
 };
 
 inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesystem::path& tokens) {
@@ -68,20 +71,25 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.train.precision = l.precision;
   run.data.mask_documents = l.mask_documents;
   run.router.z_loss = l.z_loss;
-  if (l.aux_loss >= 0) run.router.aux_loss = l.aux_loss;
-  run.router.aux_kind = l.aux_kind;
+  if (l.aux_loss >= 0) run.router.aux_loss = {l.aux_loss};
+  run.router.aux_kind = l.aux_kinds;
+  run.router.aux_loss.resize(l.aux_kinds.size(), run.router.aux_loss.front());
+  run.router.aux_groups = l.aux_groups;
   run.router.dtype = l.router;
+  run.router.bias_rate = l.bias_rate;
   return run;
 }
 
 inline ModelConfig config_of(const Layout& l, const Golden& golden) {
   ModelConfig config = golden.config();
-  config.router_bias = l.router_bias;
+  config.router_bias = l.router_bias || l.bias_rate > 0;
+  config.router = l.form;
+  config.router_load = run_of(l, golden, "unused").router.has_term(AuxKind::kGlobal);
   return config;
 }
 
 inline bool is_possible(const Layout& l, const Golden& golden) {
-  return problems_of(run_of(l, golden, "unused"), golden.config(), l.mesh.world()).empty();
+  return problems_of(run_of(l, golden, "unused"), config_of(l, golden), l.mesh.world()).empty();
 }
 
 // Every mesh of `ranks` ranks that the model allows.
@@ -185,7 +193,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
       std::filesystem::temp_directory_path() / fmt::format("layout_{}_{}.h5", ::getpid(), world.rank());
   golden.write_tokens(tokens);
   const RunConfig run = run_of(layout, golden, tokens);
-  const std::vector<std::string> problems = problems_of(run, golden.config(), world.size());
+  const std::vector<std::string> problems = problems_of(run, config_of(layout, golden), world.size());
   UPMOE_CHECK(problems.empty(), "{}", problems.front());
   Device device;
   std::unique_ptr<Communicator> gpus;
@@ -221,6 +229,10 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
   const std::lock_guard lock(mutex);
   for (const OwnedSlice& slice : s.optimizer.slices())
     place(s.memory.exec, outcome.weights, slice.param->spec.name, *slice.param, slice.weight);
+  for (const StoredParam& p : s.params.all())
+    if (!p.spec.trained && p.owned.size() > 0)
+      place(s.memory.exec, outcome.buffers, p.spec.name, p,
+            p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end));
   if (after) after(s);
   std::filesystem::remove(tokens);
 }

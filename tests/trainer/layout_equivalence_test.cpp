@@ -8,41 +8,20 @@
 
 #include "kernels/core/philox.h"
 #include "parallel/runtime.h"
-#include "tests/support/layout_run.h"
+#include "tests/support/layout_compare.h"
 #include "tests/support/tolerance.h"
 
 namespace upmoe {
 namespace {
 
+using test::expect_equal;
 using test::Golden;
 using test::Layout;
+using test::one_rank;
 using test::Outcome;
 using test::relative_distance;
+using test::run_in_layout;
 using test::Tensors;
-
-struct Limits {
-  double loss = 1e-6, gradient = 1e-5, norm = 1e-6, weights = 1e-5;
-};
-
-void expect_equal(const Outcome& one, const Outcome& many, const Limits& limits = {}) {
-  ASSERT_EQ(one.losses.size(), many.losses.size());
-  for (std::size_t i = 0; i < one.losses.size(); ++i) {
-    EXPECT_NEAR(many.losses[i], one.losses[i], limits.loss * one.losses[i]) << "loss of step " << i + 1;
-    EXPECT_NEAR(many.auxes[i], one.auxes[i], 10 * limits.loss * std::abs(one.auxes[i])) << "step " << i + 1;
-    EXPECT_NEAR(many.zs[i], one.zs[i], 10 * limits.loss * std::abs(one.zs[i])) << "step " << i + 1;
-    EXPECT_NEAR(many.norms[i], one.norms[i], (i == 0 ? 1 : 10) * limits.norm * one.norms[i])
-        << "gradient norm of step " << i + 1;
-  }
-  EXPECT_EQ(one.loads.front(), many.loads.front()) << "who computed which token";
-  ASSERT_EQ(one.gradients.size(), many.gradients.size());
-  for (const auto& [name, expected] : one.gradients) {
-    // The norm of a gradient that is zero but for rounding (k's bias) is taken as that of those around it.
-    EXPECT_LT(relative_distance(expected, many.gradients.at(name), 1e-3 * one.norms[0]), limits.gradient)
-        << "gradient of " << name;
-    if (name.ends_with("attn.k_NH")) continue;  // AdamW makes whole steps of a gradient of rounding alone
-    EXPECT_LT(relative_distance(one.weights.at(name), many.weights.at(name)), limits.weights) << name;
-  }
-}
 
 // On GPUs, often pretended and slow: each axis, and all of them.
 std::vector<Layout> gpu_meshes() {
@@ -75,21 +54,6 @@ std::vector<Layout> chosen_meshes() {
   for (std::size_t i = 0; i < all.size(); ++i)
     if (philox(20, i)[0] % all.size() < 90) sample.push_back(all[i]);
   return sample;
-}
-
-const Outcome& one_rank(const Layout& like) {
-  static std::map<std::string, Outcome> done;
-  Layout one = like;
-  one.mesh = {};
-  one.pp_chunks = 1;
-  one.node_ranks = 0;
-  one.zero = 1;
-  const std::string key = one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) +
-                          name_of(one.aux_kind) + name_of(one.optimizer) +
-                          fmt::format("{}{}{}", one.mask_documents, one.z_loss, one.steps);
-  auto it = done.find(key);
-  if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
-  return it->second;
 }
 
 class Meshes : public testing::TestWithParam<Layout> {};
@@ -140,7 +104,7 @@ TEST(Features, SharedBlockGradients) {
 TEST(Features, OtherBalanceTerms) {
   for (const MeshSpec& mesh : all_axes()) {
     Layout l{"moe_mixed", mesh, 1};
-    l.aux_kind = AuxKind::kSwitch;
+    l.aux_kinds = {AuxKind::kSwitch};
     l.z_loss = 0.01;
     expect_equal(one_rank(l), run_in_layout(l));
   }
