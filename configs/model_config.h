@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "configs/model_traits.h"
+#include "configs/router_form.h"
 
 namespace upmoe {
 
@@ -33,9 +34,10 @@ struct ModelConfig {
   std::int64_t moe_intermediate_size = 0, shared_expert_intermediate_size = 0;  // shared 0 = none
   bool shared_expert_gate = true;  // a sigmoid for each token, on the shared expert's output
   bool norm_topk_prob = false;
-  bool router_bias = false;  // a buffer beside each router; no family has one yet, and no router reads it
+  RouterForm router;
+  bool router_bias = false;  // a buffer beside each router, added to its scores where it chooses
+  bool router_load = false;  // another one: each expert's share of the assignments of the step before
   double router_aux_loss_coef = 0.001;
-  double routed_scaling_factor = 1;  // of the chosen experts' weights
   int first_k_dense_replace = 0;     // layers in front of the first mixture
   std::vector<int> mlp_only_layers;
 

@@ -52,6 +52,7 @@ Form form_of(const ModelConfig& c, Role role) {
     case Role::kRouter:
       return {{E, D}, {Dim::kOne, Dim::kEmbed}};
     case Role::kRouterBias:
+    case Role::kRouterLoad:
       return {{E}, {Dim::kOne}};
     case Role::kExpertGateUp:
       return {{E, F, 2, D}, {Dim::kExpert, Dim::kFfn, Dim::kPair, Dim::kEmbed}};
@@ -80,6 +81,7 @@ Init::Kind init_of(const ModelConfig& c, Role role) {
     case Role::kKeyBias:
     case Role::kValueBias:
     case Role::kRouterBias:
+    case Role::kRouterLoad:
       return Init::Kind::kZeros;
     default:
       return Init::Kind::kNormal;
@@ -99,6 +101,7 @@ std::vector<Role> roles_of_block(const ModelConfig& c, int layer) {
   }
   add({Role::kRouter});
   if (c.router_bias) add({Role::kRouterBias});
+  if (c.router_load) add({Role::kRouterLoad});
   add({Role::kExpertGateUp, Role::kExpertDown});
   if (c.shared_expert_intermediate_size == 0) return roles;
   if (c.shared_expert_gate) add({Role::kSharedGate});
@@ -128,8 +131,8 @@ ParamSpec make_param(const ModelConfig& config, Role role, int layer) {
   // q, k and v lie behind each other in memory and are one product; so do their biases.
   spec.joins_previous =
       role == Role::kKey || role == Role::kValue || role == Role::kKeyBias || role == Role::kValueBias;
-  spec.fp32 = role == Role::kRouterBias;
-  spec.trained = role != Role::kRouterBias;
+  spec.trained = role != Role::kRouterBias && role != Role::kRouterLoad;
+  spec.fp32 = !spec.trained;
   return spec;
 }
 

@@ -8,7 +8,7 @@
 //   layers.i.attn.{q,k}_norm_H [head] (norms of each head)
 //   layers.i.attn.o_DNH [D,heads,head] · layers.i.norm2_D
 //   layers.i.ffn.gate_up_F2D [F,2,D] · layers.i.ffn.down_DF                                   dense blocks
-//   layers.i.moe.router_ED · layers.i.moe.router_E (buffer) · layers.i.moe.gate_up_EF2D [E,F,2,D] ·
+//   layers.i.moe.router_ED · layers.i.moe.router_E, .load_E (buffers) · layers.i.moe.gate_up_EF2D [E,F,2,D] ·
 //   layers.i.moe.down_EDF [E,D,F]                                                               mixtures
 //   layers.i.shared.gate_1D · layers.i.shared.gate_up_F2D · layers.i.shared.down_DF
 //   norm_D · head_VD (untied only)
@@ -45,6 +45,7 @@ enum class Role : std::uint8_t {
   kFfnDown,
   kRouter,
   kRouterBias,
+  kRouterLoad,
   kExpertGateUp,
   kExpertDown,
   kSharedGate,
@@ -70,6 +71,7 @@ inline constexpr Names<Role> kNames<Role>{.built = {{Role::kEmbedding, "embed_VD
                                                     {Role::kFfnDown, "ffn.down_DF"},
                                                     {Role::kRouter, "moe.router_ED"},
                                                     {Role::kRouterBias, "moe.router_E"},
+                                                    {Role::kRouterLoad, "moe.load_E"},
                                                     {Role::kExpertGateUp, "moe.gate_up_EF2D"},
                                                     {Role::kExpertDown, "moe.down_EDF"},
                                                     {Role::kSharedGate, "shared.gate_1D"},

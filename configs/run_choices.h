@@ -14,10 +14,16 @@ template <>
 inline constexpr Names<ModelInit> kNames<ModelInit>{
     .built = {{ModelInit::kWeights, "weights"}, {ModelInit::kRandom, "random"}}};
 
-enum class AuxKind : std::uint8_t { kHf, kSwitch };  // trainer/model/balance.h has their formulas
+// trainer/model/balance.h has their formulas
+enum class AuxKind : std::uint8_t { kHf, kSwitch, kGShard, kSequence, kGroup, kGlobal };
 template <>
-inline constexpr Names<AuxKind> kNames<AuxKind>{.built = {{AuxKind::kHf, "hf"}, {AuxKind::kSwitch, "switch"}},
-                                                .planned = {"gshard", "sequence", "global"}};
+inline constexpr Names<AuxKind> kNames<AuxKind>{.built = {{AuxKind::kHf, "hf"},
+                                                          {AuxKind::kSwitch, "switch"},
+                                                          {AuxKind::kGShard, "gshard"},
+                                                          {AuxKind::kSequence, "sequence"},
+                                                          {AuxKind::kGroup, "group"},
+                                                          {AuxKind::kGlobal, "global"}},
+                                                .planned = {"importance", "load"}};
 
 enum class Precision : std::uint8_t { kFp32, kBf16 };
 template <>

@@ -54,6 +54,12 @@ RunConfig parse_run_config(const std::string& yaml, const std::string& where,
   return run;
 }
 
+bool RunConfig::Router::has_term(AuxKind kind) const {
+  for (std::size_t i = 0; i < aux_kind.size() && i < aux_loss.size(); ++i)
+    if (aux_kind[i] == kind && aux_loss[i] > 0) return true;
+  return false;
+}
+
 RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides) {
   return parse_run_config(read_text_file(file), file.string(), overrides);
 }

@@ -4,9 +4,11 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "configs/router_form.h"
 #include "configs/run_choices.h"
 
 namespace upmoe {
@@ -28,9 +30,16 @@ struct RunConfig {
     ModelInit init = ModelInit::kWeights;
   } model;
   struct Router {
-    double aux_loss = 0.001;
-    AuxKind aux_kind = AuxKind::kHf;
+    // Balance terms, each with its coefficient; added up.
+    std::vector<AuxKind> aux_kind = {AuxKind::kHf};
+    std::vector<double> aux_loss = {0.001};
+    int aux_groups = 1;                 // of experts, for AuxKind::kGroup
+    bool has_term(AuxKind kind) const;  // with a coefficient above 0
     double z_loss = 0, bias_rate = 0, capacity_factor = 0;
+    // RouterForm of the model that trains; empty: as that of model.path.
+    std::optional<RouterScore> score = {};
+    std::optional<int> groups = {}, group_topk = {};
+    std::optional<double> scale = {};
     RouterDType dtype = RouterDType::kAuto;
   } router;
   struct Data {

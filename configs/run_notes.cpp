@@ -72,9 +72,13 @@ std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig&
   Notes notes(run);
   const bool routed = model.num_moe_layers() > 0;
   for (const char* key :
-       {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype", "kernels.experts"})
+       {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype", "router.score", "router.scale",
+        "router.groups", "router.group_topk", "router.bias_rate", "router.aux_groups", "kernels.experts"})
     notes.unless(routed, key, "the model has no experts");
-  notes.unless(run.router.aux_loss > 0, "router.aux_kind", "router.aux_loss is 0");
+  const auto& losses = run.router.aux_loss;
+  notes.unless(std::any_of(losses.begin(), losses.end(), [](double c) { return c > 0; }), "router.aux_kind",
+               "router.aux_loss is 0");
+  notes.unless(run.router.has_term(AuxKind::kGroup), "router.aux_groups", "router.aux_kind has no group");
   return notes.list;
 }
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "configs/router_record.h"
+
 namespace upmoe {
 namespace {
 
@@ -32,6 +34,7 @@ class Problems {
     check_experts();
     check_batch();
     check_model();
+    for (std::string& p : router_problems(run_.router, model_)) found_.push_back(std::move(p));
     return found_;
   }
 

@@ -170,13 +170,27 @@ Schema run_schema(RunConfig& run) {
       .says("random: of model.path only config.json counts.");
   schema.section("router")
       .key("aux_loss", run.router.aux_loss, {.least = 0})
-      .says("Coefficient of the load-balancing loss.")
+      .says("Coefficient of the load-balancing loss; a list: of each of router.aux_kind.")
       .key("aux_kind", run.router.aux_kind)
-      .says("hf: over all layers at once, as in transformers; switch: layer by layer.")
+      .says(
+          "hf: over all layers at once, as in transformers; switch, gshard: layer by layer, of first "
+          "choices; sequence: "
+          "sequence by sequence; group: over groups of experts; global: loads of the step before. A list: "
+          "all of them.")
+      .key("aux_groups", run.router.aux_groups, {.least = 1})
+      .says("Groups of neighbouring experts that aux_kind group balances, such as those of a device.")
       .key("z_loss", run.router.z_loss, {.least = 0})
       .says("Coefficient of the router's z-loss.")
-      .key("bias_rate", run.router.bias_rate, {.least = 0, .built = {0}})
-      .says("Rate of balancing by expert biases.")
+      .key("score", run.router.score)
+      .says("Of an expert for a token; auto: as model.path has it, which is softmax unless it says so.")
+      .key("scale", run.router.scale, {.least = 0, .above = true})
+      .says("Factor on the weights of the chosen experts; with score: sigmoid.")
+      .key("groups", run.router.groups, {.least = 1, .most = 32})
+      .says("Experts lie in as many groups, of which the best may be chosen from; with score: sigmoid.")
+      .key("group_topk", run.router.group_topk, {.least = 1, .most = 32})
+      .says("Groups that a token may choose from: those with the best sum of two scores.")
+      .key("bias_rate", run.router.bias_rate, {.least = 0})
+      .says("Step of the experts' biases, which balance without a loss; with score: sigmoid. 0: they stay.")
       .key("capacity_factor", run.router.capacity_factor, {.least = 0, .built = {0}})
       .says("0: no token is dropped.")
       .key("dtype", run.router.dtype)

@@ -153,6 +153,58 @@ Schema& Schema::key(const std::string& name, std::vector<std::string>& target) {
       });
 }
 
+namespace {
+
+// A list's items, or the one value that stands for a list of one. An empty list is a problem.
+std::vector<const YamlNode*> items_of(const YamlNode& node, const std::string& key, Problems& problems) {
+  std::vector<const YamlNode*> items;
+  if (node.kind != YamlNode::Kind::kList) return {&node};
+  for (const YamlNode& item : node.items) items.push_back(&item);
+  if (items.empty()) problems.add(node.where, key + ": the list is empty");
+  return items;
+}
+
+std::string one_or_list(const std::vector<std::string>& items) {
+  return items.size() == 1 ? items.front() : fmt::format("[{}]", fmt::join(items, ", "));
+}
+
+}  // namespace
+
+Schema& Schema::key(const std::string& name, std::vector<double>& target, NumberCheck check) {
+  return key(
+      name, number_type("number", check) + " | list of them", false,
+      [&target, check](const YamlNode& node, const std::string& full, Problems& problems) {
+        std::vector<double> values;
+        for (const YamlNode* item : items_of(node, full, problems))
+          if (const auto value = number_of(*item, full, check, problems)) values.push_back(*value);
+        if (!values.empty()) target = std::move(values);
+      },
+      [&target] {
+        std::vector<std::string> items;
+        for (const double value : target) items.push_back(fmt::format("{}", value));
+        return one_or_list(items);
+      });
+}
+
+Schema& Schema::choices(const std::string& name, const NameList& names,
+                        std::function<void(const std::vector<std::size_t>&)> set,
+                        std::function<std::vector<std::string>()> get) {
+  return key(
+      name, choice_type(names) + " | list of them", false,
+      [names, set = std::move(set)](const YamlNode& node, const std::string& full, Problems& problems) {
+        std::vector<std::size_t> places;
+        for (const YamlNode* item : items_of(node, full, problems)) {
+          const auto place = choice_of(*item, full, names, problems);
+          if (!place) continue;
+          if (std::find(places.begin(), places.end(), *place) != places.end())
+            problems.add(item->where, fmt::format("{}: {} is given twice", full, names.built[*place]));
+          places.push_back(*place);
+        }
+        if (!places.empty()) set(places);
+      },
+      [get = std::move(get)] { return one_or_list(get()); });
+}
+
 Schema& Schema::choice(const std::string& name, const NameList& names, std::function<void(std::size_t)> set,
                        std::function<std::string()> get) {
   return key(

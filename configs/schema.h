@@ -48,6 +48,11 @@ class Schema {
   Schema& key(const std::string& name, std::vector<std::string>& target);
   template <HasNames Enum>
   Schema& key(const std::string& name, Enum& target);  // one of its names
+  template <HasNames Enum>
+  Schema& key(const std::string& name, std::optional<Enum>& target);                          // or `auto`
+  Schema& key(const std::string& name, std::vector<double>& target, NumberCheck check = {});  // or one number
+  template <HasNames Enum>
+  Schema& key(const std::string& name, std::vector<Enum>& target);  // one or more of its names, each once
   Schema& key(const std::string& name, const std::string& type, bool required, Read read, Write write);
   Schema& says(const std::string& meaning);  // of the key just added: what it does and in which unit
 
@@ -72,6 +77,10 @@ class Schema {
   // A key whose value is one of the names: `set` and `get` speak of its place among the built ones.
   Schema& choice(const std::string& name, const NameList& names, std::function<void(std::size_t)> set,
                  std::function<std::string()> get);
+  // Likewise a list of them, or one alone.
+  Schema& choices(const std::string& name, const NameList& names,
+                  std::function<void(const std::vector<std::size_t>&)> set,
+                  std::function<std::vector<std::string>()> get);
   struct Field {
     std::string section, name, type, meaning;
     bool required = false;
@@ -97,6 +106,33 @@ Schema& Schema::key(const std::string& name, Enum& target) {
   return choice(
       name, name_list<Enum>(), [&target](std::size_t i) { target = kNames<Enum>.built.begin()[i].value; },
       [&target] { return std::string(name_of(target)); });
+}
+
+template <HasNames Enum>
+Schema& Schema::key(const std::string& name, std::vector<Enum>& target) {
+  return choices(
+      name, name_list<Enum>(),
+      [&target](const std::vector<std::size_t>& places) {
+        target.clear();
+        for (const std::size_t i : places) target.push_back(kNames<Enum>.built.begin()[i].value);
+      },
+      [&target] {
+        std::vector<std::string> names;
+        for (const Enum value : target) names.emplace_back(name_of(value));
+        return names;
+      });
+}
+
+template <HasNames Enum>
+Schema& Schema::key(const std::string& name, std::optional<Enum>& target) {
+  NameList names = name_list<Enum>();
+  names.built.insert(names.built.begin(), "auto");
+  return choice(
+      name, names,
+      [&target](std::size_t i) {
+        target = i == 0 ? std::nullopt : std::optional(kNames<Enum>.built.begin()[i - 1].value);
+      },
+      [&target] { return std::string(target ? name_of(*target) : "auto"); });
 }
 
 }  // namespace upmoe

@@ -1,5 +1,10 @@
 // upmoe export: a checkpoint (or any model) as a Hugging Face directory.
 
+#include <algorithm>
+
+#include "configs/families/family.h"
+#include "configs/param_table.h"
+#include "configs/router_record.h"
 #include "configs/run_choices.h"
 #include "data/hf_model.h"
 #include "data/hf_writer.h"
@@ -24,6 +29,23 @@ std::filesystem::path folder_of(const std::filesystem::path& model) {
   return above.filename() == "checkpoints" ? above : model;
 }
 
+// What an export would lose, and its readers not notice.
+void require_exportable(const ModelSource& source, const std::string& model) {
+  const ModelConfig& config = source.config();
+  std::string why = why_not_exported(config);
+  const bool loses_biases = config.router_bias && !family_of(config).sigmoid_router;
+  for (int layer = 0; loses_biases && layer < config.num_hidden_layers && why.empty(); ++layer) {
+    if (!config.is_moe_layer(layer)) continue;
+    const ParamSpec bias = make_param(config, Role::kRouterBias, layer);
+    std::vector<float> values(static_cast<std::size_t>(bias.shape.elements()));
+    source.read(bias, whole(bias.shape), host_view(values.data(), bias.shape));
+    if (std::any_of(values.begin(), values.end(), [](float v) { return v != 0; }))
+      why = fmt::format("{} is not zero, and {} has no tensor for it: its readers would choose other experts",
+                        bias.name, config.model_type);
+  }
+  if (!why.empty()) fail(ExitCode::kUsage, "{} cannot be exported: {}", model, why);
+}
+
 int run_export(const ExportArguments& a, Runtime& runtime) {
   Communicator& world = runtime.world();
   run_agreed(world, [&] {
@@ -32,6 +54,7 @@ int run_export(const ExportArguments& a, Runtime& runtime) {
     const auto read = [&](const ParamSpec& param, const Box& part, TensorView out) {
       source->read(param, part, out);
     };
+    require_exportable(*source, a.model);
     const std::filesystem::path companions = source->companions();
     if (companions.empty())
       log::warning(

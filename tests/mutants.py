@@ -170,6 +170,22 @@ MUTANTS = {
     "flops_of_one_rank_for_all": (
         "trainer/cost/run_curve.cpp", """number(line, "flops", where) * number(line, "ranks", where)""",
         """number(line, "flops", where)""", "RunCurves.*", "cost_test"),
+    "router_bias_not_in_the_choice": (
+        "kernels/cpu/sigmoid_routing.cpp", "return bias == nullptr ? scores[e] : scores[e] + bias[e]; });",
+        "return scores[e] + (e < 0 ? bias[e] : 0.0f); });", "Routers.Sigmoid*"),
+    "router_bias_in_the_weight": (
+        "kernels/cpu/sigmoid_routing.cpp", "chosen += weight[j] = scores[top.index[j]];", "chosen += weight[j];",
+        "SigmoidRouting.AsTransformersDots1", "sigmoid_routing_test"),
+    "router_bias_of_one_ranks_counts": (
+        "trainer/trainer.cpp", "s_.config, report.assigned, ", "s_.config, sums.assigned, ", "Routers.Sigmoid*"),
+    "sequences_numbered_by_rank": (
+        "trainer/pipeline.cpp", "    sequences = context.take(whole.data(), count);",
+        "    sequences.assign(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(tokens.size()));",
+        "Routers.EveryBalanceTerm"),
+    "router_bias_moves_the_other_way": (
+        "trainer/router_buffers.cpp", "lacks > 0 ? rate : lacks < 0 ? -rate : 0.0",
+        "lacks > 0 ? -rate : lacks < 0 ? rate : 0.0",
+        "RouterBiases.*", "layout_resume_test"),
 }
 
 

@@ -127,6 +127,9 @@ void Metrics::step(const StepReport& r) {
          {"bytes_sent", r.bytes_sent},
          {"ranks", ranks_},
          {"memory_peak_bytes", peak_memory_bytes()}};
+  if (r.aux_losses.size() > 1)
+    for (std::size_t i = 0; i < r.aux_losses.size(); ++i)
+      j["aux_losses"][name_of(run_.router.aux_kind[i])] = r.aux_losses[i];
   if (!r.expert_load.empty()) {
     j["expert_load_max"] = load.largest;
     j["expert_load_min"] = load.smallest;

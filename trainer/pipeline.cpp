@@ -9,7 +9,7 @@
 namespace upmoe {
 
 struct Pipeline::Shard {
-  std::vector<std::int32_t> tokens, targets, positions, documents;
+  std::vector<std::int32_t> tokens, targets, positions, documents, sequences;
   Buffer on_device;  // the same, where the device is not the host
   MicroBatch batch;
 
@@ -23,24 +23,35 @@ struct Pipeline::Shard {
     positions = part(whole.positions_T);
     if (whole.document_T.given()) documents = part(whole.document_T);
   }
-  // Makes `batch` of the vectors.
+  // Which sequence each of them is of, for routers that count by sequence.
+  void number(const ContextShards& context, std::int64_t count) {
+    std::vector<std::int32_t> whole(static_cast<std::size_t>(count * context.seq_len));
+    for (std::size_t t = 0; t < whole.size(); ++t)
+      whole[t] = static_cast<std::int32_t>(t / static_cast<std::size_t>(context.seq_len));
+    sequences = context.take(whole.data(), count);
+  }
+  // Makes `batch` of the vectors; an empty one of the last two is not asked for.
   void place(Exec& ex, std::int64_t seq_len, bool masked) {
     const auto T = static_cast<std::int64_t>(tokens.size());
-    const std::vector<std::int32_t>* all[] = {&tokens, &targets, &positions, &documents};
-    ConstTensorView views[4];
+    const std::vector<std::int32_t>* all[] = {&tokens, &targets, &positions, &documents, &sequences};
+    const bool wanted[] = {true, true, true, masked, !sequences.empty()};
+    ConstTensorView views[5];
     if (ex.device.type == DeviceType::kCpu) {
-      for (int i = 0; i < 4; ++i) views[i] = host_view(all[i]->data(), {T});
+      for (int i = 0; i < 5; ++i)
+        if (wanted[i]) views[i] = host_view(all[i]->data(), {T});
     } else {
-      const std::size_t bytes = 4 * tokens.size() * sizeof(std::int32_t);
+      const std::size_t bytes = 5 * tokens.size() * sizeof(std::int32_t);
       if (on_device.bytes() < bytes) on_device = Buffer::allocate(ex.device, bytes, "tokens");
-      for (int i = 0; i < 4; ++i) {
-        const TensorView view = on_device.view({4, T}, DType::kI32).rows(i, i + 1).reshape({T});
-        if (i < 3 || masked) ops::upload(ex, view, host_view(all[i]->data(), {T}));
+      for (int i = 0; i < 5; ++i) {
+        const TensorView view = on_device.view({5, T}, DType::kI32).rows(i, i + 1).reshape({T});
+        if (!wanted[i]) continue;
+        ops::upload(ex, view, host_view(all[i]->data(), {T}));
         views[i] = view;
       }
     }
     batch = {views[0], views[1], {views[2], {}, seq_len}};
-    if (masked) batch.places.document_T = views[3];
+    batch.places.document_T = views[3];
+    batch.sequence_T = views[4];
   }
 };
 
@@ -114,7 +125,7 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
 
 Pipeline::~Pipeline() = default;
 
-std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const Batch& batch) {
+std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const Batch& batch, bool by_sequence) {
   ContextShards context = context_;
   context.seq_len = batch.seq_len;
   std::unique_ptr<Shard> shard;
@@ -125,7 +136,10 @@ std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const Batch& batch) {
     idle_shards_.pop_back();
   }
   shard->cut(context, batch);
+  shard->sequences.clear();
+  if (by_sequence) shard->number(context, batch.sequences());
   shard->place(ex, batch.seq_len, batch.document_T.given());
+  shard->batch.sequences = by_sequence ? batch.sequences() : 0;
   return shard;
 }
 
@@ -156,7 +170,7 @@ void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action,
   const std::size_t c = global_chunk(action.chunk);
   const Transformer& chunk = chunks_[static_cast<std::size_t>(action.chunk)];
   std::unique_ptr<Shard>& shard = shards_[action.micro_batch];
-  if (shard == nullptr) shard = cut(ex, step.batches.next());
+  if (shard == nullptr) shard = cut(ex, step.batches.next(), step.balance.has(AuxKind::kSequence));
   std::unique_ptr<Flight> f = take_flight();
   ConstTensorView input_tD;
   if (c > 0) {
@@ -187,7 +201,7 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
   // The balance terms' gradients need the loads of all chunks, which come back with the gradient from the last one.
   chunk.set_balance(ex, step.balance, f->pool, f->keep, f->saved);
   if (counts_) {
-    sums.aux += f->saved.balance.aux;
+    for (std::size_t i = 0; i < f->saved.balance.aux.size(); ++i) sums.aux[i] += f->saved.balance.aux[i];
     sums.z += f->saved.balance.z;
   }
   const bool last = action.micro_batch + 1 == step.batches.rounds();
@@ -207,6 +221,7 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
 
 StepSums Pipeline::run(Exec& ex, const Step& step) {
   StepSums sums;
+  sums.aux.assign(step.balance.terms.size(), 0.0);
   sums.assigned.assign(mixtures_, std::vector<double>(static_cast<std::size_t>(num_experts_)));
   const auto micro_batches = static_cast<int>(step.batches.rounds());
   for (const PipelineAction& action :
@@ -221,7 +236,7 @@ StepSums Pipeline::run(Exec& ex, const Step& step) {
 
 double Pipeline::evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink) {
   watchdog::heartbeat();
-  std::unique_ptr<Shard> shard = cut(ex, batch);
+  std::unique_ptr<Shard> shard = cut(ex, batch, false);
   double loss = 0;
   for (std::size_t i = 0; i < chunks_.size(); ++i) {
     const std::size_t c = global_chunk(static_cast<int>(i));

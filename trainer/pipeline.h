@@ -26,7 +26,8 @@ constexpr std::size_t arena_address_space(Device device) {
 
 // What this rank adds up over the micro-batches of a step; every value is counted on one rank alone.
 struct StepSums {
-  double loss = 0, aux = 0, z = 0;
+  double loss = 0, z = 0;
+  std::vector<double> aux;                    // of each balance term
   std::vector<std::vector<double>> assigned;  // per MoE layer of the whole model, and expert
 };
 
@@ -62,7 +63,7 @@ class Pipeline {
   struct Link;                      // to the neighbour stages
   using Key = std::pair<int, int>;  // micro-batch, chunk
 
-  std::unique_ptr<Shard> cut(Exec& ex, const Batch& batch);
+  std::unique_ptr<Shard> cut(Exec& ex, const Batch& batch, bool by_sequence);
   std::unique_ptr<Flight> take_flight();
   void forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
   void backward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);

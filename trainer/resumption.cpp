@@ -50,7 +50,11 @@ bool same_place(const std::string& one, const std::string& two) {
 
 std::string model_digest(const ModelConfig& config, const ModelSource* weights) {
   if (weights != nullptr) return digest_of(*weights);
-  return fmt::format("{:016x}", philox_key(2, function_of(config)));
+  ModelConfig asked =
+      config;  // of model.path: its routers are the run's, and are compared in their own words
+  asked.router = {};
+  asked.router_bias = asked.router_load = false;
+  return fmt::format("{:016x}", philox_key(2, function_of(asked)));
 }
 
 Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
@@ -94,6 +98,10 @@ void Resumption::require_same_model(const std::string& source_digest, const std:
       weights = open_model(asked);
       config = weights->config();
     }
+    config.router =
+        started.router;  // the run's, not the model's (require_same_router of configs/router_record.h)
+    config.router_bias = started.router_bias;
+    config.router_load = started.router_load;
     differs = config_differences(started, config);
     // Checkpoints of earlier programs have no digest: then the configuration decides.
     if (differs.empty() && !source_digest.empty() && model_digest(config, weights.get()) != source_digest)

@@ -29,7 +29,7 @@ class Parts {
       Block::Saved saved;
       if (block.is_moe()) saved.balance.load = {dry({RouterLoad::size(experts)}, DType::kF64)};
       block.forward(ex, stream(), stream(), {dry({seq_len_}, DType::kI32), {}, seq_len_}, keep, saved);
-      saved.balance.aux_E = dry({experts}, DType::kF32);
+      saved.balance.terms.aux = dry({experts}, DType::kF32);
       block.backward(ex, stream(), keep, saved);
     });
   }

@@ -2,7 +2,9 @@
 
 #include <chrono>
 #include <cmath>
+#include <numeric>
 
+#include "trainer/router_buffers.h"
 #include "trainer/schedule.h"
 
 namespace upmoe {
@@ -13,8 +15,10 @@ StepSums Trainer::accumulate() {
   const double micro_batches = static_cast<double>(run.train.global_batch / run.train.micro_batch);
   Pipeline::Step step{.batches = *s_.batches};
   step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);
-  step.balance.kind = run.router.aux_kind;
-  step.balance.aux_coefficient = run.router.aux_loss / micro_batches;
+  for (std::size_t i = 0; i < run.router.aux_kind.size(); ++i)
+    step.balance.terms.push_back({run.router.aux_kind[i], run.router.aux_loss.at(i) / micro_batches});
+  step.balance.groups = run.router.aux_groups;
+  if (step.balance.has(AuxKind::kGlobal)) step.balance.previous = router_loads(ex, s_.params, s_.config);
   step.balance.z_coefficient = run.router.z_loss / micro_batches;
   step.before_block = [&](int block) { s_.reducer.await_values(ex, block); };
   step.block_done = [&](int block, bool last) { s_.reducer.ready(ex, block, last); };
@@ -24,12 +28,9 @@ StepSums Trainer::accumulate() {
 // One small all-reduce for everything the ranks tell each other about a step.
 void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& report) {
   const Cost cost = s_.memory.ledger.total();
-  std::vector<double> values{sums.loss,
-                             sums.aux,
-                             sums.z,
-                             cost.model_flops,
-                             cost.model_flops + cost.model_again,
+  std::vector<double> values{sums.loss, sums.z, cost.model_flops, cost.model_flops + cost.model_again,
                              static_cast<double>(request)};
+  values.insert(values.end(), sums.aux.begin(), sums.aux.end());
   const std::size_t head = values.size();
   for (const auto& layer : sums.assigned) values.insert(values.end(), layer.begin(), layer.end());
   s_.mesh.world().all_reduce(host_view(values.data(), {static_cast<std::int64_t>(values.size())}),
@@ -37,15 +38,19 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
 
   const double micro_batches = static_cast<double>(s_.run.train.global_batch / s_.run.train.micro_batch);
   report.loss = values[0] / static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len);
-  report.aux_loss = values[1] / micro_batches;
-  report.z_loss = values[2] / micro_batches;
-  report.flops_per_rank = values[3] / s_.mesh.world().size();
-  report.computed_flops_per_rank = values[4] / s_.mesh.world().size();
-  report.requests = static_cast<std::int64_t>(values[5]);
+  report.z_loss = values[1] / micro_batches;
+  report.flops_per_rank = values[2] / s_.mesh.world().size();
+  report.computed_flops_per_rank = values[3] / s_.mesh.world().size();
+  report.requests = static_cast<std::int64_t>(values[4]);
+  for (std::size_t i = head - sums.aux.size(); i < head; ++i)
+    report.aux_losses.push_back(values[i] / micro_batches);
+  report.aux_loss = std::accumulate(report.aux_losses.begin(), report.aux_losses.end(), 0.0);
   const double assignments =
       static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len * s_.config.num_experts_per_tok);
   std::size_t at = head;
   for (const auto& layer : sums.assigned) {
+    const auto begin = values.begin() + static_cast<std::ptrdiff_t>(at);
+    report.assigned.emplace_back(begin, begin + static_cast<std::ptrdiff_t>(layer.size()));
     report.expert_load.emplace_back(layer.size());
     for (double& share : report.expert_load.back()) share = values[at++] / assignments;
   }
@@ -73,6 +78,8 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
   } else {
     s_.optimizer.update(ex, report.lr, report.grad_norm, step);
     s_.reducer.gather_values(ex);
+    update_router_biases(ex, s_.params, s_.config, report.assigned, s_.run.router.bias_rate);
+    update_router_loads(ex, s_.params, s_.config, report.assigned);
   }
   report.bytes_sent = s_.memory.ledger.total().bytes_sent;
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

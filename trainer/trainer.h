@@ -10,9 +10,11 @@
 namespace upmoe {
 
 struct StepReport {
-  std::int64_t step = 0;            // from 1
-  double loss = 0;                  // mean cross-entropy over the global batch
-  double aux_loss = 0, z_loss = 0;  // before their coefficients, mean over micro-batches
+  std::int64_t step = 0;  // from 1
+  double loss = 0;        // mean cross-entropy over the global batch
+  double aux_loss = 0,
+         z_loss = 0;  // before their coefficients, mean over micro-batches; of several terms the sum
+  std::vector<double> aux_losses;  // each term's, in the order of router.aux_kind
   double lr = 0, grad_norm = 0;
   double seconds = 0;
   double flops_per_rank = 0;  // of the model (products and attention), mean over ranks, from the ledger
@@ -22,7 +24,8 @@ struct StepReport {
   std::string culprit;                 // then: the first parameter with a non-finite gradient on this rank
   // Per MoE layer and expert: share of all assignments of the step.
   std::vector<std::vector<double>> expert_load;
-  std::int64_t requests = 0;  // sum over ranks of the `request` argument of step()
+  std::vector<std::vector<double>> assigned;  // the same, as numbers of assignments
+  std::int64_t requests = 0;                  // sum over ranks of the `request` argument of step()
 };
 
 class Trainer {

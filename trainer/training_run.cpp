@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "configs/nearest_meshes.h"
+#include "configs/router_record.h"
 #include "configs/run_problems.h"
 #include "data/model_source.h"
 #include "data/posix_file.h"
@@ -75,9 +76,12 @@ class Run {
 
   // Weights to start from are opened only where they are wanted: init: random needs config.json alone.
   ModelConfig open_config(const std::optional<fs::path>& checkpoint) {
-    if (!checkpoint && run_.model.init == ModelInit::kRandom) return read_model_config(run_.model.path);
+    if (!checkpoint && run_.model.init == ModelInit::kRandom)
+      return with_router(read_model_config(run_.model.path), run_.router);
     source_ = open_model(checkpoint ? *checkpoint : fs::path(run_.model.path));
-    return source_->config();
+    const ModelConfig config = with_router(source_->config(), run_.router);
+    if (checkpoint) require_same_router(source_->config(), config, checkpoint->string());
+    return config;
   }
 
   void require_possible(const ModelConfig& model) const {

@@ -117,7 +117,7 @@ void Layer::routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) cons
                    weight_TK = take(ex, {T, K}), index_TK = take(ex, {T, K}, DType::kI32);
   product(ex, logits_TE, x_TD, rows_of(line(lines.router), context));
   ops::route_tokens(ex, probs_TE, index_TK, weight_TK, lse_T, logits_TE, moe.norm_topk_prob);
-  ops::scale(ex, weight_TK, static_cast<float>(moe.routed_scaling_factor));
+  ops::scale(ex, weight_TK, static_cast<float>(moe.router.scale));
 
   const TensorView order_N = take(ex, {N}, DType::kI32), slot_TK = take(ex, {T, K}, DType::kI32),
                    counts_E = take(ex, {E}, DType::kI32), x_ND = take(ex, {N, D}), y_ND = take(ex, {N, D}),

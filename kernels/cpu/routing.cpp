@@ -1,48 +1,18 @@
 #include "kernels/ops/routing.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "kernels/cpu/parallel_for.h"
+#include "kernels/cpu/router_rows.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
-#include "kernels/ops/findings.h"
 
 namespace upmoe::cpu {
 
 namespace {
-
-// The first logit that is not finite, or -1.
-std::int64_t first_non_finite(const float* x, std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const f32x16 zero_or_nan = load(x + i) * 0.0f;  // inf * 0 is NaN as well
-    if (reduce_add(zero_or_nan) != 0.0f) break;
-  }
-  for (; i < n; ++i)
-    if (!std::isfinite(x[i])) return i;
-  return -1;
-}
-
-void require_finite(const float* logits, std::int64_t tokens, std::int64_t experts) {
-  constexpr std::int64_t kBlock = 64;
-  std::atomic<std::int64_t> first{std::numeric_limits<std::int64_t>::max()};
-  parallel_for((tokens + kBlock - 1) / kBlock, kBlock * experts, [&](std::int64_t b) {
-    const std::int64_t begin = b * kBlock * experts, end = std::min(tokens, (b + 1) * kBlock) * experts;
-    const std::int64_t found = first_non_finite(logits + begin, end - begin);
-    // The lowest of all threads' findings wins, so that the message does not depend on who came first.
-    std::int64_t seen = first.load();
-    while (found >= 0 && begin + found < seen && !first.compare_exchange_weak(seen, begin + found)) {
-    }
-  });
-  const std::int64_t at = first.load();
-  if (at != std::numeric_limits<std::int64_t>::max())
-    fail_logit(at / experts, at % experts, fmt::format("{}", logits[at]));
-}
 
 // Softmax of one row; returns its log-sum-exp.
 float softmax_row(float* probs, const float* logits, std::int64_t experts) {
@@ -55,24 +25,6 @@ float softmax_row(float* probs, const float* logits, std::int64_t experts) {
   for_lanes(experts,
             [&](std::int64_t e, auto lanes) { store(probs + e, load(probs + e, lanes) / sum, lanes); });
   return max_logit + std::log(sum);
-}
-
-// Insertion into the k largest so far; only a strictly larger value passes an earlier one, so among equals
-// the lowest index stays in front.
-void top_k_row(std::int32_t* index, float* weight, const float* probs, std::int64_t experts, std::int64_t k) {
-  std::int64_t found = 0;
-  for (std::int64_t e = 0; e < experts; ++e) {
-    const float p = probs[e];
-    // weight[0, found) is sorted, the largest first; what falls off its end is no longer one of the k.
-    if (found == k && !(p > weight[k - 1])) continue;
-    std::int64_t at = found < k ? found++ : k - 1;
-    for (; at > 0 && p > weight[at - 1]; --at) {
-      weight[at] = weight[at - 1];
-      index[at] = index[at - 1];
-    }
-    weight[at] = p;
-    index[at] = static_cast<std::int32_t>(e);
-  }
 }
 
 // With p = softmax(logits): dlogit_e = p_e (dp_e - sum_j p_j dp_j) + 2 z_scale lse p_e, where
@@ -106,13 +58,6 @@ void route_row_backward(float* dlogits, const RouteRow& row, const float* aux, f
   });
 }
 
-void require_in_range(const std::int32_t* index, std::int64_t n, std::int64_t limit, const char* what,
-                      std::int32_t least = 0) {
-  for (std::int64_t i = 0; i < n; ++i)
-    UPMOE_CHECK(index[i] >= least && index[i] < limit, "{} [{}] is {}, expected [{}, {})", what, i, index[i],
-                least, limit);
-}
-
 template <class Y, class X, bool kAdd>
 void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int64_t tokens, std::int64_t width,
               std::int64_t k) {
@@ -140,7 +85,8 @@ void route_tokens(Exec&, TensorView probs_TE, TensorView index_TK, TensorView we
   parallel_for(tokens, 8 * experts, [&](std::int64_t t) {
     float* w = weight + t * k;
     lse[t] = softmax_row(probs + t * experts, logits + t * experts, experts);
-    top_k_row(index + t * k, w, probs + t * experts, experts, k);
+    TopK top{index + t * k, w, k};
+    for (std::int64_t e = 0; e < experts; ++e) top.offer(e, probs[t * experts + e]);
     if (!renormalize) return;
     float selected = 0;
     for (std::int64_t j = 0; j < k; ++j) selected += w[j];
@@ -148,19 +94,20 @@ void route_tokens(Exec&, TensorView probs_TE, TensorView index_TK, TensorView we
   });
 }
 
-void route_tokens_backward(Exec&, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
-                           float z_scale, const Routes& routes, bool renormalize) {
+void route_tokens_backward(Exec&, TensorView dlogits_TE, ConstTensorView dweight_TK,
+                           const TermGradient& terms, const Routes& routes, bool renormalize) {
   const auto& [probs_TE, index_TK, weight_TK, lse_T] = routes;
   const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1], k = index_TK.shape[1];
   float* dlogits = dlogits_TE.as<float>();
   const float *dweight = dweight_TK.as<float>(), *weight = weight_TK.as<float>(),
               *probs = probs_TE.as<float>();
-  const float *aux = aux_E.as<float>(), *lse = lse_T.as<float>();
+  const float* lse = lse_T.as<float>();
   const auto* index = index_TK.as<std::int32_t>();
+  const AuxRows aux(terms, tokens);
   require_in_range(index, tokens * k, experts, "index_TK");
   parallel_for(tokens, 4 * experts, [&](std::int64_t t) {
     const RouteRow row{dweight + t * k, weight + t * k, probs + t * experts, index + t * k, lse[t]};
-    route_row_backward(dlogits + t * experts, row, aux, z_scale, experts, k, renormalize);
+    route_row_backward(dlogits + t * experts, row, aux.of(t), terms.z_scale, experts, k, renormalize);
   });
 }
 
@@ -192,6 +139,27 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
   }
   for (std::int64_t i = 0; i < tokens * k; ++i) stats[index[i]] += 1.0;
   for (std::int64_t t = 0; t < tokens; ++t) stats[experts + index[t * k]] += 1.0;
+}
+
+// A row's tokens are added in their order by one thread.
+void row_balance_stats(Exec&, TensorView stats_2BE, ConstTensorView probs_TE, ConstTensorView index_TK,
+                       ConstTensorView row_T) {
+  const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1], k = index_TK.shape[1],
+                     rows = stats_2BE.shape[1];
+  const auto *index = index_TK.as<std::int32_t>(), *row = row_T.as<std::int32_t>();
+  const float* probs = probs_TE.as<float>();
+  require_in_range(index, tokens * k, experts, "index_TK");
+  require_in_range(row, tokens, rows, "row_T");
+  parallel_for(rows, tokens, [&](std::int64_t b) {
+    double *assigned = stats_2BE.as<double>() + b * experts, *sum = assigned + rows * experts;
+    std::fill_n(assigned, experts, 0.0);
+    std::fill_n(sum, experts, 0.0);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      if (row[t] != b) continue;
+      for (std::int64_t j = 0; j < k; ++j) assigned[index[t * k + j]] += 1.0;
+      for (std::int64_t e = 0; e < experts; ++e) sum[e] += static_cast<double>(probs[t * experts + e]);
+    }
+  });
 }
 
 void expand_choices(Exec&, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP) {

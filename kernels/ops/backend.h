@@ -14,6 +14,7 @@
 #include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/routing.h"
+#include "kernels/ops/sigmoid_routing.h"
 #include "kernels/ops/transfer.h"
 
 namespace upmoe {

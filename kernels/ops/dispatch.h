@@ -62,6 +62,15 @@ inline void show(OpWatcher& w, const TokenLosses& out) {
 inline void show(OpWatcher& w, const Routes& r) {
   for (const ConstTensorView& t : {r.probs_TE, r.index_TK, r.weight_TK, r.lse_T}) w.reads(t);
 }
+inline void show(OpWatcher& w, const TermGradient& terms) {
+  for (const ConstTensorView& t : {terms.aux, terms.row_T}) show(w, t);
+}
+inline void show(OpWatcher& w, const SigmoidRoutes& r) {
+  for (const TensorView& t : {r.probs_TE, r.index_TK, r.weight_TK, r.lse_T}) w.writes(t);
+}
+inline void show(OpWatcher& w, const SigmoidSaved& s) {
+  for (const ConstTensorView& t : {s.logits_TE, s.index_TK, s.lse_T}) w.reads(t);
+}
 inline void show(OpWatcher& w, const NodeRows& rows) {
   w.reads(rows.order_X);
 }
@@ -71,7 +80,7 @@ inline void show(OpWatcher& w, const CodedMoments& moments) {
 template <class T>
 concept HoldsNoTensor = std::is_arithmetic_v<T> || std::is_enum_v<T> || std::same_as<T, AttentionShape> ||
     std::same_as<T, VocabShard> || std::same_as<T, AdamWStep> || std::same_as<T, Chance> ||
-    std::same_as<T, std::span<const std::int64_t>>;  // on the host
+    std::same_as<T, SigmoidRule> || std::same_as<T, std::span<const std::int64_t>>;  // on the host
 template <HoldsNoTensor T>
 void show(OpWatcher&, const T&) {}
 

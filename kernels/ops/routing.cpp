@@ -3,7 +3,7 @@
 #include <limits>
 #include <numeric>
 
-#include "kernels/ops/check_tensor.h"
+#include "kernels/ops/check_terms.h"
 #include "kernels/ops/dispatch.h"
 
 namespace upmoe::ops {
@@ -42,19 +42,19 @@ void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView
   dispatch(ex, &Backend::route_tokens, probs_TE, index_TK, weight_TK, lse_T, logits_TE, renormalize);
 }
 
-void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
-                           float z_scale, const Routes& routes, bool renormalize) {
+void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK,
+                           const TermGradient& terms, const Routes& routes, bool renormalize) {
   const auto& [probs_TE, index_TK, weight_TK, lse_T] = routes;
   check_routes(ex, probs_TE, index_TK, lse_T);
   check_tensor(ex, dlogits_TE, probs_TE.shape, DType::kF32, "dlogits_TE");
   check_tensor(ex, dweight_TK, index_TK.shape, DType::kF32, "dweight_TK");
   check_tensor(ex, weight_TK, index_TK.shape, DType::kF32, "weight_TK");
-  check_tensor(ex, aux_E, {probs_TE.shape[1]}, DType::kF32, "aux_E");
+  check_terms(ex, terms, probs_TE.shape[0], probs_TE.shape[1]);
   ex.book(
       "route_tokens_backward", 6.0 * static_cast<double>(probs_TE.elements()),
-      bytes_of(probs_TE) + bytes_of(index_TK) + 2 * bytes_of(weight_TK) + bytes_of(aux_E) + bytes_of(lse_T),
+      bytes_of(probs_TE) + bytes_of(index_TK) + 2 * bytes_of(weight_TK) + bytes_of(terms) + bytes_of(lse_T),
       bytes_of(dlogits_TE));
-  dispatch(ex, &Backend::route_tokens_backward, dlogits_TE, dweight_TK, aux_E, z_scale, routes, renormalize);
+  dispatch(ex, &Backend::route_tokens_backward, dlogits_TE, dweight_TK, terms, routes, renormalize);
 }
 
 void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE,
@@ -67,6 +67,20 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
           static_cast<double>(probs_TE.elements() + index_TK.elements() + 2 * lse_T.elements()),
           bytes_of(probs_TE) + bytes_of(index_TK) + bytes_of(lse_T), bytes_of(stats_3E) + bytes_of(z_1));
   dispatch(ex, &Backend::balance_stats, stats_3E, z_1, probs_TE, index_TK, lse_T);
+}
+
+void row_balance_stats(Exec& ex, TensorView stats_2BE, ConstTensorView probs_TE, ConstTensorView index_TK,
+                       ConstTensorView row_T) {
+  UPMOE_CHECK(probs_TE.shape.rank == 2 && index_TK.shape.rank == 2 && stats_2BE.shape.rank == 3,
+              "probs_TE {}, index_TK {}, stats_2BE {}", probs_TE.shape.str(), index_TK.shape.str(),
+              stats_2BE.shape.str());
+  check_tensor(ex, probs_TE, probs_TE.shape, DType::kF32, "probs_TE");
+  check_tensor(ex, index_TK, {probs_TE.shape[0], index_TK.shape[1]}, DType::kI32, "index_TK");
+  check_tensor(ex, row_T, {probs_TE.shape[0]}, DType::kI32, "row_T");
+  check_tensor(ex, stats_2BE, {2, stats_2BE.shape[1], probs_TE.shape[1]}, DType::kF64, "stats_2BE");
+  ex.book("row_balance_stats", static_cast<double>(probs_TE.elements() + index_TK.elements()),
+          bytes_of(probs_TE) + bytes_of(index_TK) + bytes_of(row_T), bytes_of(stats_2BE));
+  dispatch(ex, &Backend::row_balance_stats, stats_2BE, probs_TE, index_TK, row_T);
 }
 
 void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, ConstTensorView piece_EP) {

@@ -11,6 +11,13 @@ namespace upmoe {
 struct Routes {
   ConstTensorView probs_TE, index_TK, weight_TK, lse_T;
 };
+// What the balance terms add to a router's backward.
+struct TermGradient {
+  // To the gradient of every probability of expert e: [E], alike for all tokens, or [B, E], of which token t takes
+  // row row_T[t] (int32, in [0, B)).
+  ConstTensorView aux, row_T = {};
+  float z_scale = 0;  // times d(lse^2)
+};
 // One row for each pair of a token and a node that holds one of its choices, node by node: the row's token, how many
 // rows each node has, and where its experts begin (both on the host).
 struct NodeRows {
@@ -27,15 +34,19 @@ namespace upmoe::ops {
 void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView weight_TK, TensorView lse_T,
                   ConstTensorView logits_TE, bool renormalize);
 
-// dlogits_TE (overwritten) from: dweight_TK; aux_E, a gradient added to every probability of expert e (the
-// balance term's, the same for all tokens); z_scale * d(lse^2).
-void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
-                           float z_scale, const Routes& routes, bool renormalize);
+// dlogits_TE (overwritten) from dweight_TK and the balance terms.
+void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK,
+                           const TermGradient& terms, const Routes& routes, bool renormalize);
 
 // Sums behind every balance term, over this micro-batch: stats_3E (fp64, overwritten) = assignments per
 // expert over all k; over k = 0 alone; sum of probabilities. z_1 (fp64, overwritten) = sum of lse^2.
 void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE,
                    ConstTensorView index_TK, ConstTensorView lse_T);
+
+// The same by rows of tokens, such as sequences: stats_2BE (fp64, overwritten) = assignments of token rows b to expert
+// e, over all k; sum of their probabilities. row_T: int32 in [0, B).
+void row_balance_stats(Exec& ex, TensorView stats_2BE, ConstTensorView probs_TE, ConstTensorView index_TK,
+                       ConstTensorView row_T);
 
 // Choices of experts as choices of their pieces, where an expert's width is cut into P: index_TS[t, k*P + j]
 // = piece_EP[index_TK[t, k], j], S = K*P; -1, for none, stays -1.

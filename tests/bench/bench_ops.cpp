@@ -25,6 +25,7 @@
 #include "kernels/ops/grouped_gemm.h"
 #include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/sigmoid_routing.h"
 
 namespace upmoe {
 namespace {
@@ -287,7 +288,29 @@ void add_elementwise(const Model& model, DType dtype) {
   });
 }
 
+// Logits, probabilities and weights are fp32 beside rows of any dtype.
+void add_routers() {
+  const auto f32 = DType::kF32;
+  const auto both = [=](const std::string& name, auto forward) {
+    add(name, f32, [=](benchmark::State& state) {
+      const Tensor logits({kTokens, kExperts}, f32), probs({kTokens, kExperts}, f32),
+          weight({kTokens, kTopK}, f32);
+      const Tensor index({kTokens, kTopK}, DType::kI32), lse({kTokens}, f32), bias({kExperts}, f32);
+      measure(state, f32, [&](Exec& ex) {
+        forward(ex, SigmoidRoutes{probs.view, index.view, weight.view, lse.view}, logits.view, bias.view);
+      });
+    });
+  };
+  both("route_tokens", [](Exec& ex, const SigmoidRoutes& r, ConstTensorView logits, ConstTensorView) {
+    ops::route_tokens(ex, r.probs_TE, r.index_TK, r.weight_TK, r.lse_T, logits, true);
+  });
+  both("route_sigmoid", [](Exec& ex, const SigmoidRoutes& r, ConstTensorView logits, ConstTensorView bias) {
+    ops::route_sigmoid(ex, r, logits, bias, {});
+  });
+}
+
 void add_all() {
+  add_routers();
   for (const Model& model : kModels)
     for (DType dtype : kFloats) {
       const std::string name = model.name;

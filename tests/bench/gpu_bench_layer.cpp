@@ -60,7 +60,7 @@ class Layer {
   void run(Exec& ex, bool backward) {
     ScratchScope scope(keep_);
     Block::Saved saved;
-    saved.balance = {{load_.view}, aux_.view, 0};
+    saved.balance = {{load_.view}, {aux_.view}};
     forward(ex, saved);
     if (backward) model_.blocks[0].backward(ex, g_.view, keep_, saved);
   }

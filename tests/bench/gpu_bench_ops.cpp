@@ -15,6 +15,7 @@
 #include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/routing.h"
+#include "kernels/ops/sigmoid_routing.h"
 #include "kernels/ops/transfer.h"
 #include "tests/bench/gpu_bench.h"
 
@@ -213,8 +214,26 @@ void add_router(const std::string& name, std::int64_t t) {
                index = make({t, k}, DType::kI32, e), weight = make({t, k}, DType::kF32),
                lse = make({t}, DType::kF32);
     return [=](Exec& ex) {
-      ops::route_tokens_backward(ex, dlogits->view, dweight->view, aux->view, 0.0f,
+      ops::route_tokens_backward(ex, dlogits->view, dweight->view, {aux->view},
                                  {probs->view, index->view, weight->view, lse->view}, false);
+    };
+  });
+  add("route_sigmoid/" + name, [=] {
+    const Held probs = make({t, e}, DType::kF32), index = make({t, k}, DType::kI32, e),
+               weight = make({t, k}, DType::kF32), lse = make({t}, DType::kF32),
+               logits = make({t, e}, DType::kF32), bias = make({e}, DType::kF32);
+    return [=](Exec& ex) {
+      ops::route_sigmoid(ex, {probs->view, index->view, weight->view, lse->view}, logits->view, bias->view,
+                         {});
+    };
+  });
+  add("route_sigmoid_backward/" + name, [=] {
+    const Held dlogits = make({t, e}, DType::kF32), dweight = make({t, k}, DType::kF32),
+               aux = make({e}, DType::kF32), logits = make({t, e}, DType::kF32),
+               index = make({t, k}, DType::kI32, e), lse = make({t}, DType::kF32);
+    return [=](Exec& ex) {
+      ops::route_sigmoid_backward(ex, dlogits->view, dweight->view, {aux->view},
+                                  {logits->view, index->view, lse->view}, {});
     };
   });
   add("balance_stats/" + name, [=] {

@@ -54,6 +54,7 @@ TEST(Names, OfRuns) {
   expect_read<ModelInit>("model.init", run_with);
   expect_read<AuxKind>("router.aux_kind", run_with);
   expect_read<RouterDType>("router.dtype", run_with);
+  expect_read<RouterScore>("router.score", run_with);
   expect_read<Precision>("train.precision", run_with);
   expect_read<Precision>("parallel.reduce", run_with);
   expect_read<Recompute>("train.recompute", run_with);

@@ -126,7 +126,7 @@ TEST(AdversarialRouter, TiesEverywhere) {
     HostTensor probs({T, E}, DType::kF32), index({T, K}, DType::kI32), weight({T, K}, DType::kF32),
         lse({T}, DType::kF32), dlogits({T, E}, DType::kF32);
     ops::route_tokens(ex, probs, index, weight, lse, logits, false);
-    ops::route_tokens_backward(ex, dlogits, dweight, aux, 0.0f, {probs, index, weight, lse}, false);
+    ops::route_tokens_backward(ex, dlogits, dweight, {aux}, {probs, index, weight, lse}, false);
     const double p = 1.0 / static_cast<double>(E), chosen = p * (1 - 4 * p), other = -4 * p * p;
     for (std::int64_t t = 0; t < T; ++t)
       for (std::int64_t e = 0; e < E; ++e) {

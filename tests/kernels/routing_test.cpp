@@ -70,7 +70,7 @@ TEST_P(Route, BackwardIsTheDerivative) {
   const HostTensor dweight = random_tensor({T, K}, DType::kF32, 2),
                    aux = random_tensor({E}, DType::kF32, 3, 0.3);
   HostTensor dlogits({T, E}, DType::kF32);
-  ops::route_tokens_backward(ex, dlogits, dweight, aux, 0.05f, {r.probs, r.index, r.weight, r.lse},
+  ops::route_tokens_backward(ex, dlogits, dweight, {aux, {}, 0.05f}, {r.probs, r.index, r.weight, r.lse},
                              renormalize);
   const auto width = static_cast<std::size_t>(E), k = static_cast<std::size_t>(K);
   // The choice of experts is frozen.
@@ -328,7 +328,7 @@ TEST(RoutingThreads, SameBits) {
     HostTensor stats({3, E}, DType::kF64), z({1}, DType::kF64), dlogits({T, E}, DType::kF32),
         y({T, E}, DType::kF32);
     ops::balance_stats(ex, stats, z, r.probs, r.index, r.lse);
-    ops::route_tokens_backward(ex, dlogits, r.weight, random_tensor({E}, DType::kF32, 2), 0.1f,
+    ops::route_tokens_backward(ex, dlogits, r.weight, {random_tensor({E}, DType::kF32, 2), {}, 0.1f},
                                {r.probs, r.index, r.weight, r.lse}, true);
     const Sorted s = sort(r.index, T, K, E);
     ops::gather_sum_rows(ex, y, random_tensor({T * K, E}, DType::kF32, 3), s.slot, Accumulate::kOverwrite);

@@ -60,14 +60,14 @@ TEST_P(GoldenModel, LogitsLossAndGradients) {
   const double tokens = static_cast<double>(4 * S);
   test::SameBatch batches(batch, 1);
   Pipeline::Step step{.batches = batches, .loss_scale = 1.0 / tokens};
-  step.balance.aux_coefficient = s.run.router.aux_loss;
+  step.balance.terms = {{AuxKind::kHf, s.run.router.aux_loss.front()}};
   s.params.zero_gradients(s.memory.exec);
   const StepSums sums = s.pipeline.run(s.memory.exec, step);
   const double loss = l.golden.values<double>("loss")[0];
   EXPECT_NEAR(sums.loss / tokens, loss, kLoss * loss);
   if (l.golden.config().num_experts > 0) {
     const double aux = l.golden.values<double>("aux")[0];
-    EXPECT_NEAR(sums.aux, aux, kAux * aux);
+    EXPECT_NEAR(sums.aux.front(), aux, kAux * aux);
   }
   for (const StoredParam& p : s.params.all()) {
     EXPECT_LT(relative_distance(l.golden.parameter(p.spec, "grad."), copy(s.memory.exec, p.grad)), kGradient)

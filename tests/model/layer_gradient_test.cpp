@@ -6,6 +6,8 @@
 #include "tests/support/gradient_check.h"
 #include "trainer/model/block.h"
 #include "trainer/model/scaled_router.h"
+#include "trainer/model/sigmoid_router.h"
+#include "trainer/model/softmax_router.h"
 #include "trainer/rank_model.h"
 
 namespace upmoe {
@@ -179,7 +181,7 @@ struct MoeRig : Rig {
 
   explicit MoeRig(bool renormalize, AuxKind kind, double scale = 1) {
     moe.num_experts = E;
-    moe.router = make_softmax_router(router, K, renormalize);
+    moe.router = make_softmax_router({router}, K, renormalize);
     if (scale != 1) moe.router = make_scaled_router(std::move(moe.router), scale);
     moe.exchange = make_exchange({E, 1}, *self, {});
     moe.experts.gate_up_eGD = host.param({E, 2 * F, D}, 0.4);
@@ -191,14 +193,13 @@ struct MoeRig : Rig {
     moe.shared->gate_1D = host.param({1, D}, 0.4);
     x = host.normal({T, D}, 1.0);
     probe = host.normal({T, D}, 1.0);
-    balance.kind = kind;
-    balance.aux_coefficient = 3.0;
+    balance.terms = {{kind, 3.0}};
     balance.z_coefficient = 0.5;
   }
 
   BalanceTerms terms() const {
     const LayerLoad load =
-        LayerLoad::unpack(T, {sums.as<double>(), static_cast<std::size_t>(sums.elements())});
+        LayerLoad::unpack(T, 0, {sums.as<double>(), static_cast<std::size_t>(sums.elements())});
     LoadPool pool;
     pool.add(load);
     return balance_terms(balance, std::span(&load, 1), pool, true);
@@ -215,12 +216,11 @@ struct MoeRig : Rig {
     EXPECT_TRUE(std::equal(choices.begin(), choices.end(), index)) << "a step flipped a routing choice";
     const BalanceTerms b = terms();
     keep.rewind(mark);
-    return test::dot(y, probe) + balance.aux_coefficient * b.aux + balance.z_coefficient * b.z;
+    return test::dot(y, probe) + 3.0 * b.aux.front() + balance.z_coefficient * b.z;
   }
 };
 
-void check_moe(bool renormalize, AuxKind kind, double scale = 1) {
-  MoeRig rig(renormalize, kind, scale);
+void check_moe(MoeRig& rig) {
   MoeLayer::Saved saved;
   const TensorView y = rig.host.zeros({rig.T, rig.D}), dx = rig.host.zeros({rig.T, rig.D});
   RouterBalance balance;
@@ -229,8 +229,8 @@ void check_moe(bool renormalize, AuxKind kind, double scale = 1) {
   const TensorView& chosen = saved.router.index_TK;
   rig.choices.assign(chosen.as<std::int32_t>(), chosen.as<std::int32_t>() + chosen.elements());
   BalanceTerms terms = rig.terms();
-  balance.aux_E = host_view(terms.aux_gradient[0].data(), {rig.E});
-  balance.z_scale = terms.z_scale[0];
+  balance.terms.aux = host_view(terms.aux_gradient[0].data(), {rig.E});
+  balance.terms.z_scale = terms.z_scale[0];
   rig.moe.backward(rig.ex, dx, rig.probe, balance, saved);
   const auto scalar = [&] { return rig.scalar(); };
   const double step = 5e-4;  // smaller than elsewhere: no flips
@@ -260,7 +260,7 @@ TEST(LayerGradient, RouterWiderThanItsRows) {
   const TensorView x_bf16 = narrow(x), dx_bf16 = narrow(before);
   const TensorView grad = rig.router.grad, wide_grad = host.zeros(grad.shape);
   RouterBalance balance;
-  balance.aux_E = host.normal({rig.E}, 1.0);
+  balance.terms.aux = host.normal({rig.E}, 1.0);
   Router::Saved mixed, wide;
   rig.moe.router->forward(rig.ex, x_bf16, balance, rig.keep, mixed);
   rig.moe.router->forward(rig.ex, x, balance, rig.keep, wide);
@@ -279,14 +279,18 @@ TEST(LayerGradient, RouterWiderThanItsRows) {
 }
 
 TEST(LayerGradient, MoePooledBalance) {
-  check_moe(false, AuxKind::kHf);
+  MoeRig rig(false, AuxKind::kHf);
+  check_moe(rig);
 }
 TEST(LayerGradient, MoeRenormalised) {
-  check_moe(true, AuxKind::kHf);
+  MoeRig rig(true, AuxKind::kHf);
+  check_moe(rig);
 }
 TEST(LayerGradient, MoeOfScaledWeights) {
-  check_moe(false, AuxKind::kHf, 2.5);
-  check_moe(true, AuxKind::kHf, 0.5);
+  for (const bool renormalize : {false, true}) {
+    MoeRig rig(renormalize, AuxKind::kHf, 2.5);
+    check_moe(rig);
+  }
 }
 TEST(LayerGradient, AFactorIsOnTheChosenWeightsAlone) {
   MoeRig plain(true, AuxKind::kHf), scaled(true, AuxKind::kHf, 2.5);
@@ -300,7 +304,17 @@ TEST(LayerGradient, AFactorIsOnTheChosenWeightsAlone) {
   }
 }
 TEST(LayerGradient, MoeSwitchBalance) {
-  check_moe(false, AuxKind::kSwitch);
+  MoeRig rig(false, AuxKind::kSwitch);
+  check_moe(rig);
+}
+TEST(LayerGradient, MoeSigmoidScores) {
+  for (const bool renormalize : {false, true}) {
+    MoeRig rig(renormalize, AuxKind::kHf);
+    const TensorView bias_E = rig.host.normal({rig.E}, 0.2);
+    rig.moe.router =
+        make_sigmoid_router({rig.router}, bias_E, rig.K, {.renormalize = renormalize, .scale = 2.5f});
+    check_moe(rig);
+  }
 }
 
 }  // namespace

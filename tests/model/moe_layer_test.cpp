@@ -12,6 +12,7 @@
 #include "tests/support/gradient_check.h"
 #include "tests/support/tolerance.h"
 #include "trainer/model/moe_layer.h"
+#include "trainer/model/softmax_router.h"
 #include "trainer/rank_model.h"
 
 namespace upmoe {
@@ -71,7 +72,7 @@ void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, 
   MoeLayer moe;
   moe.num_experts = w.E;
   const Param router{w.router, host.zeros(w.router.shape)};
-  moe.router = make_softmax_router(router, w.K, false);
+  moe.router = make_softmax_router({router}, w.K, false);
   moe.exchange = make_exchange({w.E, 1}, ep, nodes);
   const TensorView gate_up = w.gate_up.rows(experts.begin, experts.end),
                    down = w.down.rows(experts.begin, experts.end);
@@ -82,7 +83,7 @@ void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, 
   RouterBalance balance;
   const TensorView y = host.zeros({tokens.size(), w.D}), dx = host.zeros({tokens.size(), w.D});
   moe.forward(memory.exec, y, w.x.rows(tokens.begin, tokens.end), balance, keep, saved);
-  balance.aux_E = host.zeros({w.E});
+  balance.terms.aux = host.zeros({w.E});
   moe.backward(memory.exec, dx, w.dy.rows(tokens.begin, tokens.end), balance, saved);
   ep.all_reduce(router.grad, ReduceOp::kSum);
 

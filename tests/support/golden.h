@@ -96,7 +96,7 @@ class Golden {
     run.train.steps = 10;
     run.train.global_batch = 4;
     run.train.micro_batch = micro_batch;
-    run.router.aux_loss = config_.num_experts > 0 ? number("aux_coef") : 0.0;
+    run.router.aux_loss = {config_.num_experts > 0 ? number("aux_coef") : 0.0};
     run.optimizer.lr = number("lr");
     run.optimizer.beta1 = number("beta1");
     run.optimizer.beta2 = number("beta2");

@@ -38,9 +38,12 @@ inline const Outcome& one_rank(const Layout& like) {
   one.pp_chunks = 1;
   one.node_ranks = 0;
   one.zero = 1;
+  std::string kinds;
+  for (const AuxKind kind : one.aux_kinds) kinds += name_of(kind);
   const std::string key = one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) +
-                          name_of(one.aux_kind) + name_of(one.optimizer) +
-                          fmt::format("{}{}{}", one.mask_documents, one.z_loss, one.steps);
+                          kinds + name_of(one.optimizer) +
+                          fmt::format("{}{}{}{}{}", one.mask_documents, one.z_loss, one.steps,
+                                      name_of(one.form.score), one.bias_rate);
   auto it = done.find(key);
   if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
   return it->second;

@@ -28,7 +28,8 @@ struct Layout {
   Precision precision = Precision::kFp32;
   bool mask_documents = false;
   double z_loss = 0, aux_loss = -1;  // below 0: the golden file's
-  AuxKind aux_kind = AuxKind::kHf;
+  std::vector<AuxKind> aux_kinds = {AuxKind::kHf};
+  int aux_groups = 1;
   std::int64_t steps = 5;
   int node_ranks = 0;
   int zero = 1;
@@ -41,6 +42,8 @@ struct Layout {
   // 0: the golden file's. Else a model of this width and half as many neurons of each of six experts, with weights
   // drawn at random, on the file's tokens.
   std::int64_t width = 0;
+  RouterForm form = {};
+  double bias_rate = 0;
 
   std::string str() const {
     const MeshSpec& m = mesh;
@@ -54,7 +57,7 @@ using Tensors = std::map<std::string, std::vector<float>>;  // whole ones, by na
 struct Outcome {
   std::vector<double> losses, auxes, zs, norms;
   std::vector<std::vector<std::vector<double>>> loads;
-  Tensors gradients, weights;  // gradients of the first step
+  Tensors gradients, weights, buffers;  // gradients of the first step
 };
 
 inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesystem::path& tokens) {
@@ -72,16 +75,21 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.train.precision = l.precision;
   run.data.mask_documents = l.mask_documents;
   run.router.z_loss = l.z_loss;
-  if (l.aux_loss >= 0) run.router.aux_loss = l.aux_loss;
-  run.router.aux_kind = l.aux_kind;
+  if (l.aux_loss >= 0) run.router.aux_loss = {l.aux_loss};
+  run.router.aux_kind = l.aux_kinds;
+  run.router.aux_loss.resize(l.aux_kinds.size(), run.router.aux_loss.front());
+  run.router.aux_groups = l.aux_groups;
   run.router.dtype = l.router;
   run.kernels.experts = l.experts;
+  run.router.bias_rate = l.bias_rate;
   return run;
 }
 
 inline ModelConfig config_of(const Layout& l, const Golden& golden) {
   ModelConfig config = golden.config();
-  config.router_bias = l.router_bias;
+  config.router_bias = l.router_bias || l.bias_rate > 0;
+  config.router = l.form;
+  config.router_load = run_of(l, golden, "unused").router.has_term(AuxKind::kGlobal);
   if (l.width > 0) {
     config.head_dim = config.head_dim > 0 ? config.head_dim : l.width / config.num_attention_heads;
     config.hidden_size = l.width;
@@ -249,6 +257,10 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
   const std::lock_guard lock(mutex);
   for (const OwnedSlice& slice : s.optimizer.slices())
     place(s.memory.exec, outcome.weights, slice.param->spec.name, *slice.param, slice.weight);
+  for (const StoredParam& p : s.params.all())
+    if (!p.spec.trained && p.owned.size() > 0)
+      place(s.memory.exec, outcome.buffers, p.spec.name, p,
+            p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end));
   if (after) after(s);
   std::filesystem::remove(tokens);
 }

@@ -9,6 +9,7 @@
 #include "kernels/core/philox.h"
 #include "parallel/runtime.h"
 #include "tests/support/layout_outcomes.h"
+#include "tests/support/tolerance.h"
 
 namespace upmoe {
 namespace {
@@ -20,6 +21,7 @@ using test::Limits;
 using test::one_rank;
 using test::Outcome;
 using test::relative_distance;
+using test::run_in_layout;
 using test::Tensors;
 
 // On GPUs, often pretended and slow: each axis, and all of them.
@@ -108,7 +110,7 @@ TEST(Features, SharedBlockGradients) {
 TEST(Features, OtherBalanceTerms) {
   for (const MeshSpec& mesh : all_axes()) {
     Layout l{"moe_mixed", mesh, 1};
-    l.aux_kind = AuxKind::kSwitch;
+    l.aux_kinds = {AuxKind::kSwitch};
     l.z_loss = 0.01;
     expect_equal(one_rank(l), run_in_layout(l));
   }

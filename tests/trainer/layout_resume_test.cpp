@@ -256,6 +256,36 @@ TEST(CodedMoments, ResumeToTheBit) {
   }
 }
 
+// The biases go on from where they were, in another mesh as well.
+TEST(RouterBiases, ResumeToTheBit) {
+  for (const MeshSpec& mesh : {MeshSpec{}, MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{2, 1, 2, 1, 1, 1}}) {
+    Layout l{"moe_mixed", mesh};
+    l.form = {.score = RouterScore::kSigmoid, .groups = 2, .group_topk = 1, .scale = 2.5};
+    l.bias_rate = 0.01;
+    l.aux_kinds = {AuxKind::kGlobal};  // with a buffer of its own
+    SCOPED_TRACE(l.str());
+    const fs::path dir = fs::path(testing::TempDir()) / fmt::format("biases_resume_{}", ::getpid());
+    fs::remove_all(dir);
+    fs::create_directories(dir);
+    Tensors start, saved, loaded, end;
+    std::vector<double> losses = half_run(l, dir, false, start, saved);
+    const std::vector<double> rest = half_run(l, dir, true, loaded, end);
+    losses.insert(losses.end(), rest.begin(), rest.end());
+    fs::remove_all(dir);
+    EXPECT_EQ(saved, loaded);
+    l.steps = 2 * kHalf;
+    const Outcome whole = test::run_in_layout(l);
+    EXPECT_EQ(losses, whole.losses);
+    ASSERT_FALSE(whole.buffers.empty());
+    for (const auto& [name, bias] : whole.buffers) {
+      EXPECT_EQ(end.at(name + " buffer"), bias) << name;
+      if (!name.ends_with("moe.router_E")) continue;
+      // Expert 0 begins with the largest bias, gets the most, and loses in every step.
+      EXPECT_NEAR(bias[0], test::in_buffer(0) - static_cast<float>(l.steps) * 0.01f, 1e-6) << name;
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(RandomPairs, LayoutResume, testing::ValuesIn(random_pairs(60)), [](const auto& p) {
   return fmt::format("{}_{}_{}_to_{}", p.index, name_of(p.param.from.precision), p.param.from.str(),
                      p.param.to.str());

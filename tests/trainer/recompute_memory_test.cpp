@@ -36,7 +36,7 @@ double kept(Recompute recompute) {
   Block::Saved saved;
   block.forward(ex, y, x, {view({tokens}, DType::kI32), {}, 2048}, keep, saved);
   const std::size_t used = keep.used();
-  saved.balance.aux_E = view({60}, DType::kF32);
+  saved.balance.terms.aux = view({60}, DType::kF32);
   block.backward(ex, g, keep, saved);
   EXPECT_EQ(keep.used(), used);
   EXPECT_EQ(model.memory.scratch.used(), 0u);

@@ -54,7 +54,7 @@ class Upcycled : public testing::Test {
     run.train.steps = 1;
     run.train.global_batch = 8;
     run.train.micro_batch = 8;
-    run.router.aux_loss = 0;
+    run.router.aux_loss = {0.0};
     run.optimizer.lr = 1e-3;
     run.schedule.name = ScheduleKind::kConstant;
     const auto source = open_model(dir);

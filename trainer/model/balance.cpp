@@ -1,16 +1,27 @@
 #include "trainer/model/balance.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace upmoe {
 
-LayerLoad LayerLoad::unpack(std::int64_t tokens, std::span<const double> sums_L) {
-  const std::size_t E = sums_L.size() / 3;
-  const auto part = [&](std::size_t i) {
-    const auto values = sums_L.subspan(i * E, E);
+bool BalanceConfig::has(AuxKind kind) const {
+  return std::any_of(terms.begin(), terms.end(), [&](const AuxTerm& t) { return t.kind == kind; });
+}
+
+void RouterLoad::count(Exec& ex, ConstTensorView probs_TE, ConstTensorView index_TK,
+                       ConstTensorView lse_T) const {
+  ops::balance_stats(ex, stats_3E(), z_1(), probs_TE, index_TK, lse_T);
+  if (sequences > 0) ops::row_balance_stats(ex, stats_2BE(), probs_TE, index_TK, sequence_t);
+}
+
+LayerLoad LayerLoad::unpack(std::int64_t tokens, std::int64_t sequences, std::span<const double> sums_L) {
+  const auto B = static_cast<std::size_t>(sequences), E = sums_L.size() / (3 + 2 * B);
+  const auto part = [&](std::size_t begin, std::size_t rows) {
+    const auto values = sums_L.subspan(begin * E, rows * E);
     return std::vector<double>(values.begin(), values.end());
   };
-  return {tokens, part(0), part(1), part(2), sums_L.back()};
+  return {tokens, part(0, 1), part(1, 1), part(2, 1), part(3, B), part(3 + B, B), sums_L.back(), {}};
 }
 
 // tokens, then the experts' assignments, then their probabilities: zeros before the first layer.
@@ -48,32 +59,102 @@ void LoadPool::add(const LoadPool& other) {
 
 namespace {
 
-void add_pooled(const BalanceConfig& config, std::size_t layers, const LoadPool& all, bool count,
-                BalanceTerms& terms) {
-  const std::size_t E = all.assigned.size();
-  const double n = static_cast<double>(E);
-  std::vector<float> gradient(E);
-  for (std::size_t e = 0; e < E; ++e) {
-    const double f = all.assigned[e] / all.tokens;
-    if (count) terms.aux += n * f * (all.probability[e] / all.tokens);
-    // The derivative by the probability of expert e at any one token, f being a constant: the same for all tokens, so
-    // one number per expert does.
-    gradient[e] = static_cast<float>(config.aux_coefficient * n * f / all.tokens);
+// One layer's gradients, of the tokens of each row: one row, or one for each sequence.
+struct Rows {
+  std::size_t experts, rows;
+  std::vector<double> gradient;
+  Rows(std::size_t experts_, std::size_t rows_)
+      : experts(experts_), rows(rows_), gradient(experts_ * rows_) {}
+  void add(std::size_t e, double g) {
+    for (std::size_t b = 0; b < rows; ++b) gradient[b * experts + e] += g;
   }
-  terms.aux_gradient.assign(layers, gradient);
+};
+
+// factor * sum_e f_e P_e, with what does not change with the probabilities.
+struct Linear {
+  double factor = 0;
+  std::vector<double> f;
+};
+
+// The derivative by any one token's probability of e is factor f_e / tokens.
+double add_linear(const LayerLoad& l, const Linear& term, double coefficient, Rows& rows) {
+  const auto tokens = static_cast<double>(l.tokens);
+  double value = 0;
+  for (std::size_t e = 0; e < term.f.size(); ++e) {
+    value += term.factor * term.f[e] * (l.probability[e] / tokens);
+    rows.add(e, coefficient * term.factor * term.f[e] / tokens);
+  }
+  return value;
 }
 
-void add_per_layer(const BalanceConfig& config, std::span<const LayerLoad> layers, BalanceTerms& terms) {
-  for (const LayerLoad& l : layers) {
-    const double n = static_cast<double>(l.assigned.size()), tokens = static_cast<double>(l.tokens);
-    std::vector<float> gradient(l.assigned.size());
-    for (std::size_t e = 0; e < gradient.size(); ++e) {
-      const double f = l.first_choice[e] / tokens;
-      terms.aux += n * f * (l.probability[e] / tokens);
-      gradient[e] = static_cast<float>(config.aux_coefficient * n * f / tokens);
+double add_sequences(const LayerLoad& l, double coefficient, Rows& rows) {
+  const std::size_t E = rows.experts, B = rows.rows;
+  double value = 0;
+  for (std::size_t b = 0; b < B; ++b) {
+    double assignments = 0;
+    for (std::size_t e = 0; e < E; ++e) assignments += l.assigned_BE[b * E + e];
+    const double tokens = static_cast<double>(l.tokens) / static_cast<double>(B);
+    for (std::size_t e = 0; e < E; ++e) {
+      const double f =
+          static_cast<double>(E) * l.assigned_BE[b * E + e] / assignments / static_cast<double>(B);
+      value += f * (l.probability_BE[b * E + e] / tokens);
+      rows.gradient[b * E + e] += coefficient * f / tokens;
     }
-    terms.aux_gradient.push_back(std::move(gradient));
   }
+  return value;
+}
+
+std::vector<double> shares(const std::vector<double>& counts, double of) {
+  std::vector<double> share;
+  for (const double count : counts) share.push_back(count / of);
+  return share;
+}
+
+// Of each expert: the mean of E c / (k N) over its group.
+std::vector<double> group_means(const LayerLoad& l, int groups) {
+  const std::size_t E = l.assigned.size(), width = E / static_cast<std::size_t>(groups);
+  const double assignments = std::accumulate(l.assigned.begin(), l.assigned.end(), 0.0);
+  std::vector<double> mean(E);
+  for (std::size_t e = 0; e < E; ++e)
+    for (std::size_t i = e / width * width; i < (e / width + 1) * width; ++i)
+      mean[e] += static_cast<double>(E) * l.assigned[i] / assignments / static_cast<double>(width);
+  return mean;
+}
+
+Linear linear_term(const BalanceConfig& config, AuxKind kind, const LayerLoad& l) {
+  const auto E = static_cast<double>(l.assigned.size()), tokens = static_cast<double>(l.tokens);
+  switch (kind) {
+    case AuxKind::kSwitch:
+      return {E, shares(l.first_choice, tokens)};
+    case AuxKind::kGShard:
+      return {1 / E, shares(l.first_choice, tokens)};
+    case AuxKind::kGlobal:
+      return {E, l.previous};
+    case AuxKind::kGroup:
+      return {1, group_means(l, config.groups)};
+    case AuxKind::kHf:
+    case AuxKind::kSequence:
+      break;
+  }
+  fail(ExitCode::kFailure, "the balance term {} is not of one layer's sums", name_of(kind));
+}
+
+double add_term(const BalanceConfig& config, const AuxTerm& term, const LayerLoad& l, Rows& rows) {
+  if (term.kind == AuxKind::kSequence) return add_sequences(l, term.coefficient, rows);
+  return add_linear(l, linear_term(config, term.kind, l), term.coefficient, rows);
+}
+
+// Of the pool, not of the layer: the same gradient for all of them.
+double add_pooled(const LoadPool& all, double coefficient, Rows& rows) {
+  const std::size_t E = all.assigned.size();
+  const double n = static_cast<double>(E);
+  double value = 0;
+  for (std::size_t e = 0; e < E; ++e) {
+    const double f = all.assigned[e] / all.tokens;
+    value += n * f * (all.probability[e] / all.tokens);
+    rows.add(e, coefficient * n * f / all.tokens);
+  }
+  return value;
 }
 
 }  // namespace
@@ -81,22 +162,29 @@ void add_per_layer(const BalanceConfig& config, std::span<const LayerLoad> layer
 BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoad> layers,
                            const LoadPool& all, bool count_pool) {
   BalanceTerms terms;
+  terms.aux.assign(config.terms.size(), 0.0);
   if (all.tokens == 0) {  // no mixtures, or a rank without a micro-batch in this round: no tokens, no term
     for (const LayerLoad& l : layers) terms.aux_gradient.emplace_back(l.assigned.size(), 0.0f);
     terms.z_scale.assign(layers.size(), 0.0f);
     return terms;
   }
-  switch (config.kind) {
-    case AuxKind::kHf:
-      add_pooled(config, layers.size(), all, count_pool, terms);
-      break;
-    case AuxKind::kSwitch:
-      add_per_layer(config, layers, terms);
-      break;
-  }
   for (const LayerLoad& l : layers) {
+    Rows rows(l.assigned.size(), std::max<std::size_t>(1, l.assigned_BE.size() / l.assigned.size()));
+    for (std::size_t i = 0; i < config.terms.size(); ++i) {
+      const AuxTerm& term = config.terms[i];
+      if (term.kind == AuxKind::kHf) {
+        add_pooled(all, term.coefficient, rows);
+      } else {
+        terms.aux[i] += add_term(config, term, l, rows);
+      }
+    }
+    terms.aux_gradient.emplace_back(rows.gradient.begin(), rows.gradient.end());
     terms.z += l.z_sum / static_cast<double>(l.tokens);
     terms.z_scale.push_back(static_cast<float>(config.z_coefficient / static_cast<double>(l.tokens)));
+  }
+  for (std::size_t i = 0; i < config.terms.size() && count_pool; ++i) {
+    Rows unused(all.assigned.size(), 1);
+    if (config.terms[i].kind == AuxKind::kHf) terms.aux[i] = add_pooled(all, 0, unused);
   }
   return terms;
 }

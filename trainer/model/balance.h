@@ -1,52 +1,78 @@
 #pragma once
 // Router balance terms of one micro-batch, over all ranks that share its tokens and all chunks of a pipeline:
-// value and gradient from the sums that ops::balance_stats takes.
+// value and gradient from the sums that ops::balance_stats takes. E experts, k choices of each of N tokens, c_e
+// assignments of e, P_e = mean probability (of sigmoid scores: s_e over the sum of all):
 //
-//   kHf     E * sum_e f_e P_e over the pool of all MoE layers' tokens; f_e = assignments of e (all k) / pool,
-//           P_e = mean probability; transformers' load_balancing_loss_func; balanced value k
-//   kSwitch per layer E * sum_e f_e P_e with f_e = share of tokens whose first choice is e; summed over layers
-//           (Fedus et al. 2021); balanced value = number of MoE layers
-//   z       per layer mean of logsumexp(logits)^2, summed over layers (Zoph et al. 2022)
+//   kHf        E * sum_e f_e P_e over the pool of all MoE layers' tokens; f_e = assignments of e (all k) / pool;
+//              transformers' load_balancing_loss_func; balanced value k
+//   the others layer by layer, and summed over layers:
+//   kSwitch    E * sum_e f_e P_e with f_e = share of tokens whose first choice is e (Fedus et al. 2021); balanced 1
+//   kGShard    the same / E^2 (Lepikhin et al. 2020, Algorithm 1)
+//   kSequence  mean over the micro-batch's sequences, each by itself, of sum_e (E c_e / (k S)) P_e (DeepSeek-V2, V3);
+//              balanced 1
+//   kGroup     sum over groups of experts of (mean of E c_e / (k N)) * (sum of P_e) (DeepSeekMoE's device-level loss);
+//              groups are the configuration's, whatever ranks there are; balanced 1
+//   kGlobal    E * sum_e f_e P_e with f_e = share of e in all assignments of the step before, 0 in the first step;
+//              balanced 1. Loads of micro-batches so far would depend on the layout; these do not.
+//   z          mean of logsumexp(logits)^2 (Zoph et al. 2022)
 // f is a constant for the gradient.
 
 #include <span>
 #include <vector>
 
 #include "configs/run_choices.h"
-#include "kernels/core/exec.h"
+#include "kernels/ops/routing.h"
 
 namespace upmoe {
 
-struct BalanceConfig {
+struct AuxTerm {
   AuxKind kind = AuxKind::kHf;
-  double aux_coefficient = 0;  // already divided by the number of micro-batches of the step
-  double z_coefficient = 0;    // likewise
+  double coefficient = 0;  // already divided by the number of micro-batches of the step
 };
 
-// What one mixture's router counts over a micro-batch, on the device: the sums of ops::balance_stats, together.
+struct BalanceConfig {
+  std::vector<AuxTerm> terms;
+  double z_coefficient = 0;  // divided likewise
+  int groups = 1;            // of kGroup
+  // kGlobal: of every block of the model each expert's share; empty where it is none of this rank's mixtures.
+  std::vector<std::vector<double>> previous;
+  bool has(AuxKind kind) const;
+};
+
+// What one mixture's router counts over a micro-batch, on the device: the sums of ops::balance_stats and, where there
+// are sequences to count by, those of ops::row_balance_stats, together.
 struct RouterLoad {
-  TensorView sums_L;                                                          // fp64
-  static std::int64_t size(std::int64_t experts) { return 3 * experts + 1; }  // L
+  TensorView sums_L;                // fp64
+  std::int64_t sequences = 0;       // B; 0: not counted by sequence
+  ConstTensorView sequence_t = {};  // of this rank's tokens: which one it is of, int32
+  static std::int64_t size(std::int64_t experts, std::int64_t sequences = 0) {  // L
+    return (3 + 2 * sequences) * experts + 1;
+  }
   explicit operator bool() const { return sums_L.shape.rank > 0; }
-  std::int64_t experts() const { return sums_L.elements() / 3; }
+  std::int64_t experts() const { return sums_L.elements() / (3 + 2 * sequences); }
   TensorView stats_3E() const { return sums_L.rows(0, 3 * experts()).reshape({3, experts()}); }
-  TensorView z_1() const { return sums_L.rows(3 * experts(), sums_L.elements()); }
+  TensorView stats_2BE() const {
+    return sums_L.rows(3 * experts(), sums_L.elements() - 1).reshape({2, sequences, experts()});
+  }
+  TensorView z_1() const { return sums_L.rows(sums_L.elements() - 1, sums_L.elements()); }
+  void count(Exec& ex, ConstTensorView probs_TE, ConstTensorView index_TK, ConstTensorView lse_T) const;
 };
 
 // One mixture's part in the balance terms of a micro-batch. The model sets `load` before forward (without one nothing
 // is counted), the gradients between forward and backward.
 struct RouterBalance {
   RouterLoad load;
-  ConstTensorView aux_E;  // added to the gradient of every probability of expert e
-  float z_scale = 0;      // that of lse^2 of every token
+  TermGradient terms;
 };
 
 // What one layer counted over its micro-batch, E values each, on the host.
 struct LayerLoad {
   std::int64_t tokens = 0;
   std::vector<double> assigned, first_choice, probability;
+  std::vector<double> assigned_BE, probability_BE;  // by sequence, where they were counted
   double z_sum = 0;
-  static LayerLoad unpack(std::int64_t tokens, std::span<const double> sums_L);  // of a RouterLoad
+  std::vector<double> previous;  // as in BalanceConfig
+  static LayerLoad unpack(std::int64_t tokens, std::int64_t sequences, std::span<const double> sums_L);
 };
 
 // The layers of a micro-batch added up, over all chunks of a pipeline.
@@ -63,8 +89,11 @@ struct LoadPool {
 };
 
 struct BalanceTerms {
-  double aux = 0, z = 0;  // before their coefficients; summed over the chunks they are the micro-batch's
-  // Per layer: d(coefficient * aux) / d(probability of e), any token.
+  // Before their coefficients, in the order of BalanceConfig::terms; summed over the chunks they are the micro-batch's.
+  std::vector<double> aux;
+  double z = 0;
+  // Per layer: d(sum of coefficient * aux) / d(probability of e): E numbers for any token, or, with kSequence, for
+  // tokens of each sequence.
   std::vector<std::vector<float>> aux_gradient;
   std::vector<float> z_scale;  // per layer: d(coefficient * z) / d(lse^2) of one token
 };

@@ -7,6 +7,8 @@
 
 #include "kernels/core/bf16.h"
 #include "trainer/model/scaled_router.h"
+#include "trainer/model/sigmoid_router.h"
+#include "trainer/model/softmax_router.h"
 
 namespace upmoe {
 
@@ -61,14 +63,33 @@ DenseFfn bind_ffn(const ModelConfig& config, const BlockParams& params, const Pr
   return ffn;
 }
 
+std::unique_ptr<const Router> scaled(std::unique_ptr<const Router> router, double factor) {
+  return factor == 1 ? std::move(router) : make_scaled_router(std::move(router), factor);
+}
+
+std::unique_ptr<const Router> bind_router(const ModelConfig& config, const BlockParams& params) {
+  const std::int64_t E = config.num_experts, K = config.num_experts_per_tok;
+  const RouterProduct product{params.get(Role::kRouter, {E, config.hidden_size})};
+  const RouterForm& form = config.router;
+  switch (form.score) {
+    case RouterScore::kSoftmax:
+      return scaled(make_softmax_router(product, K, config.norm_topk_prob), form.scale);
+    case RouterScore::kSigmoid: {
+      const SigmoidRule rule{form.groups, form.group_topk, config.norm_topk_prob,
+                             static_cast<float>(form.scale)};
+      const ConstTensorView bias_E =
+          config.router_bias ? params.get(Role::kRouterBias, {E}).value : ConstTensorView{};
+      return make_sigmoid_router(product, bias_E, K, rule);
+    }
+  }
+  fail(ExitCode::kFailure, "no router of this score");
+}
+
 MoeLayer bind_moe(const ModelConfig& config, const BlockParams& params, const ProcessMesh& mesh,
                   const KeepOfKinds& keeps) {
   MoeLayer moe;
   moe.num_experts = config.num_experts;
-  moe.router = make_softmax_router(params.get(Role::kRouter, {config.num_experts, config.hidden_size}),
-                                   config.num_experts_per_tok, config.norm_topk_prob);
-  if (config.routed_scaling_factor != 1)
-    moe.router = make_scaled_router(std::move(moe.router), config.routed_scaling_factor);
+  moe.router = bind_router(config, params);
   moe.exchange = make_exchange({config.num_experts, mesh.spec().etp}, mesh.along({Axis::kEp, Axis::kEtp}),
                                {mesh.across_nodes(), mesh.inside_node()});
   const Shape eF2D = params.shard(Role::kExpertGateUp);

@@ -1,5 +1,5 @@
 #pragma once
-// Routers choose the experts of every token. Each kind is one implementation of this interface.
+// Routers choose the experts of every token. Each kind is one implementation of this interface, in a file of its own.
 
 #include <memory>
 
@@ -11,9 +11,10 @@ namespace upmoe {
 
 class Router {
  public:
+  // Of all kinds; each fills in what its backward reads.
   struct Saved {
     ConstTensorView x_TD;
-    TensorView probs_TE, index_TK, weight_TK, lse_T;
+    TensorView logits_TE, probs_TE, index_TK, weight_TK, lse_T;
   };
 
   virtual ~Router() = default;
@@ -24,11 +25,5 @@ class Router {
   virtual void backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const RouterBalance& balance,
                         const Saved& saved) const = 0;
 };
-
-// Softmax over all experts, of which the top_k largest are chosen: their probabilities are the weights, divided by
-// their sum where `renormalize`. The product is computed in the weight's dtype: beside an fp32 weight, bf16 rows are
-// widened for it.
-std::unique_ptr<const Router> make_softmax_router(const Param& weight_ED, std::int64_t top_k,
-                                                  bool renormalize);
 
 }  // namespace upmoe

@@ -1,5 +1,7 @@
 #include "trainer/model/transformer.h"
 
+#include <algorithm>
+
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/transfer.h"
@@ -33,18 +35,25 @@ void Transformer::embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) cons
 }
 
 // The mixtures' loads lie together, so that the host waits for the device once.
-TensorView Transformer::prepare_loads(Arena& keep, Saved& saved) const {
+TensorView Transformer::prepare_loads(const MicroBatch& batch, Arena& keep, Saved& saved) const {
   std::int64_t mixtures = 0, width = 0;
+  RouterLoad load;
+  if (batch.sequence_T.given() && batch.sequences > 0) {
+    const std::int64_t t = own_tokens(batch), first = tp->rank() * t;
+    load.sequences = batch.sequences;
+    load.sequence_t = batch.sequence_T.rows(first, first + t);
+  }
   for (const Block& b : blocks)
     if (const auto* moe = std::get_if<MoeLayer>(&b.ffn)) {
       ++mixtures;
-      width = RouterLoad::size(moe->num_experts);
+      width = RouterLoad::size(moe->num_experts, load.sequences);
     }
   TensorView loads_ML = keep.take({mixtures, width}, DType::kF64, "router loads");
   std::int64_t m = 0;
   for (std::size_t i = 0; i < blocks.size(); ++i)
     if (blocks[i].is_moe()) {
-      saved.blocks[i].balance.load = {loads_ML.rows(m, m + 1).reshape({width})};
+      load.sums_L = loads_ML.rows(m, m + 1).reshape({width});
+      saved.blocks[i].balance.load = load;
       ++m;
     }
   return loads_ML;
@@ -57,9 +66,21 @@ void Transformer::collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView l
   if (pool->size() > 1)
     pool->all_reduce(host_view(packed.data(), {static_cast<std::int64_t>(packed.size())}), ReduceOp::kSum,
                      ex);
-  const auto L = static_cast<std::size_t>(loads_ML.shape[1]);
-  for (std::size_t at = 0; at < packed.size(); at += L)
-    saved.loads.push_back(LayerLoad::unpack(tokens * pool->size(), std::span(packed).subspan(at, L)));
+  std::span<const double> rest(packed);
+  for (const Block::Saved& b : saved.blocks) {
+    if (!b.balance.load) continue;
+    const auto L = static_cast<std::size_t>(loads_ML.shape[1]);
+    saved.loads.push_back(LayerLoad::unpack(tokens * pool->size(), b.balance.load.sequences, rest.first(L)));
+    rest = rest.subspan(L);
+  }
+}
+
+void Transformer::give_previous(const BalanceConfig& config, Saved& saved) const {
+  if (config.previous.empty()) return;
+  std::size_t m = 0;
+  for (std::size_t i = 0; i < blocks.size(); ++i)
+    if (blocks[i].is_moe())
+      saved.loads[m++].previous = config.previous[static_cast<std::size_t>(first_block) + i];
 }
 
 // A term that pools the tokens of all mixtures has a gradient only when every chunk's forward is over; the routers'
@@ -70,21 +91,25 @@ void Transformer::set_balance(Exec& ex, const BalanceConfig& config, const LoadP
   for (Block::Saved& b : saved.blocks)
     if (b.balance.load) mixtures.push_back(&b.balance);
   const bool dry = ex.device.type == DeviceType::kDry;  // nothing was counted; backward still wants tensors
+  give_previous(config, saved);
   if (!dry) saved.balance = balance_terms(config, saved.loads, all, output.has_value());
   if (mixtures.empty()) return;
   const auto M = static_cast<std::int64_t>(mixtures.size());
-  const std::int64_t E = mixtures.front()->load.experts();
-  TensorView aux_ME = keep.take({M, E}, DType::kF32, "balance gradients");
+  const RouterLoad& load = mixtures.front()->load;
+  const std::int64_t E = load.experts(), B = load.sequences, rows = std::max<std::int64_t>(1, B);
+  TensorView aux_ME = keep.take({M * rows, E}, DType::kF32, "balance gradients");
   std::vector<float> gradients;
   if (!dry)
     for (const auto& gradient : saved.balance.aux_gradient)
       gradients.insert(gradients.end(), gradient.begin(), gradient.end());
-  gradients.resize(static_cast<std::size_t>(M * E));
-  ops::upload(ex, aux_ME, host_view(static_cast<const float*>(gradients.data()), {M, E}));
+  gradients.resize(static_cast<std::size_t>(aux_ME.elements()));
+  ops::upload(ex, aux_ME, host_view(static_cast<const float*>(gradients.data()), aux_ME.shape));
   for (std::int64_t m = 0; m < M; ++m) {
     RouterBalance& b = *mixtures[static_cast<std::size_t>(m)];
-    b.aux_E = aux_ME.rows(m, m + 1).reshape({E});
-    if (!dry) b.z_scale = saved.balance.z_scale[static_cast<std::size_t>(m)];
+    const TensorView aux_BE = aux_ME.rows(m * rows, (m + 1) * rows);
+    b.terms.aux = B > 0 ? aux_BE : aux_BE.reshape({E});
+    b.terms.row_T = b.load.sequence_t;
+    if (!dry) b.terms.z_scale = saved.balance.z_scale[static_cast<std::size_t>(m)];
   }
 }
 
@@ -95,7 +120,7 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
   };
   const Shape shape{own_tokens(batch), hidden_size};
   saved.blocks.assign(blocks.size(), {});
-  const TensorView loads_ML = prepare_loads(keep, saved);
+  const TensorView loads_ML = prepare_loads(batch, keep, saved);
   saved.tokens_T = batch.tokens_T;
   ConstTensorView x_tD = input_tD;
   if (embedding) {

@@ -17,6 +17,9 @@ namespace upmoe {
 struct MicroBatch {  // T tokens, a multiple of seq_len; T = 0 is a rank without work that still
   ConstTensorView tokens_T, targets_T;  // takes part in the exchange of expert rows
   TokenPlaces places;
+  // Which of the micro-batch's sequences a token is of; given where routers count by sequence.
+  ConstTensorView sequence_T = {};
+  std::int64_t sequences = 0;
 };
 
 struct Embedding {
@@ -77,8 +80,9 @@ struct Transformer {
 
  private:
   void embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const;
-  TensorView prepare_loads(Arena& keep, Saved& saved) const;
+  TensorView prepare_loads(const MicroBatch& batch, Arena& keep, Saved& saved) const;
   void collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView loads_ML, Saved& saved) const;
+  void give_previous(const BalanceConfig& config, Saved& saved) const;
 };
 
 }  // namespace upmoe

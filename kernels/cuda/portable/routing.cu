@@ -3,54 +3,27 @@
 
 #include "kernels/ops/routing.h"
 
-#include "kernels/cuda/runtime/launch.cuh"
+#include "kernels/cuda/portable/router_lanes.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {
 
 namespace {
 
-// A lane's values are registers, so how many there are is a constant of the kernel:
-//
-//   lane        0      1     ...   31
-//   value[0]   e 0    e 1    ...  e 31
-//   value[1]   e 32   e 33   ...  e 63
-//   ...                                  behind the last expert: nothing that could be chosen
-//
-// body(std::integral_constant<int, N>) with the least N whose warps hold `experts`.
-template <class Body>
-void with_experts_per_lane(std::int64_t experts, Body&& body) {
-  if (experts <= kWarp * 2) return body(std::integral_constant<int, 2>{});
-  if (experts <= kWarp * 8) return body(std::integral_constant<int, 8>{});
-  UPMOE_CHECK(experts <= kWarp * 32, "{} experts, at most {} on a GPU", experts, kWarp * 32);
-  body(std::integral_constant<int, 32>{});
-}
-
 struct Routed {
   float *probs, *weight, *lse;
   std::int32_t* index;
 };
 
-// The lane's largest value that is left and its expert; the lowest expert among equals.
-struct Best {
-  float value;
-  int expert;
-};
-__device__ inline Best better(Best a, Best b) {
-  return b.value > a.value || (b.value == a.value && b.expert < a.expert) ? b : a;
-}
+// The warp's largest value that is left and its expert; the lowest expert among equals.
 template <int N>
 __device__ Best largest_left(const float (&value)[N], int lane) {
   // -3 is what stands behind the last expert, so any expert is better than this, one with a NaN (-1) or one that is
-  // chosen already (-2) as well. The butterfly leaves the same best in every lane, whatever its own were.
+  // chosen already (-2) as well.
   Best best{-3.0f, 1 << 30};
 #pragma unroll
   for (int i = 0; i < N; ++i) best = better(best, {value[i], i * kWarp + lane});
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
-    best = better(best, {__shfl_xor_sync(kAllLanes, best.value, lanes),
-                         __shfl_xor_sync(kAllLanes, best.expert, lanes)});
-  return best;
+  return best_of_warp(best);
 }
 
 // Takes the k largest of `value` one after the other. NaNs come last: what is chosen is always an expert.
@@ -112,7 +85,7 @@ __global__ void route(Routed out, const float* logits, std::int64_t tokens, int 
 struct RouteGradient {
   float* dlogits;
   const float *dweight, *aux, *probs, *weight, *lse;
-  const std::int32_t* index;
+  const std::int32_t *index, *aux_row;
   float z_scale;
 };
 
@@ -132,12 +105,13 @@ __global__ void route_backward(RouteGradient g, std::int64_t tokens, int experts
       shift += g.dweight[t * k + j] * g.weight[t * k + j];
     }
   }
+  const float* aux = g.aux_row == nullptr ? g.aux : g.aux + static_cast<std::int64_t>(g.aux_row[t]) * experts;
   float p[N], dp[N], dot = 0;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int e = i * kWarp + lane;
     p[i] = e < experts ? g.probs[t * experts + e] : 0.0f;
-    dp[i] = e < experts ? g.aux[e] : 0.0f;
+    dp[i] = e < experts ? aux[e] : 0.0f;
     for (int j = 0; j < k; ++j)
       if (g.index[t * k + j] == e) dp[i] += (g.dweight[t * k + j] - shift) / selected;
     dot += p[i] * dp[i];
@@ -189,7 +163,40 @@ __global__ void add_stats(double* stats, double* z, const double* partial, std::
   if (threadIdx.x == 0) *(blockIdx.x + 1 < gridDim.x ? stats + blockIdx.x : z) = sum;
 }
 
+// One block has one row of tokens and 32 experts: a warp's lanes are experts, the warps take turns at the tokens.
+__global__ void add_row_stats(double* stats, const float* probs, const std::int32_t* index,
+                              const std::int32_t* row, std::int64_t tokens, int experts, int k) {
+  __shared__ double assigned[kThreads], summed[kThreads];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int e = static_cast<int>(blockIdx.y) * kWarp + lane, b = static_cast<int>(blockIdx.x);
+  double count = 0, sum = 0;
+  for (std::int64_t t = warp; t < tokens && e < experts; t += kThreads / kWarp) {
+    if (row[t] != b) continue;
+    sum += static_cast<double>(probs[t * experts + e]);
+    for (int j = 0; j < k; ++j) count += index[t * k + j] == e;
+  }
+  assigned[threadIdx.x] = count;
+  summed[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || e >= experts) return;
+  for (int w = 1; w < kThreads / kWarp; ++w) {
+    count += assigned[w * kWarp + lane];
+    sum += summed[w * kWarp + lane];
+  }
+  stats[static_cast<std::int64_t>(b) * experts + e] = count;
+  stats[(static_cast<std::int64_t>(gridDim.x) + b) * experts + e] = sum;
+}
+
 }  // namespace
+
+void row_balance_stats(Exec& ex, TensorView stats_2BE, ConstTensorView probs_TE, ConstTensorView index_TK,
+                       ConstTensorView row_T) {
+  const std::int64_t experts = probs_TE.shape[1];
+  launch(ex, dim3(static_cast<unsigned>(stats_2BE.shape[1]), blocks_for(experts, kWarp)), kThreads,
+         add_row_stats, stats_2BE.as<double>(), probs_TE.as<float>(), index_TK.as<std::int32_t>(),
+         row_T.as<std::int32_t>(), probs_TE.shape[0], static_cast<int>(experts),
+         static_cast<int>(index_TK.shape[1]));
+}
 
 void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView weight_TK, TensorView lse_T,
                   ConstTensorView logits_TE, bool renormalize) {
@@ -203,13 +210,20 @@ void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView
   });
 }
 
-void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK, ConstTensorView aux_E,
-                           float z_scale, const Routes& routes, bool renormalize) {
+void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK,
+                           const TermGradient& terms, const Routes& routes, bool renormalize) {
   const auto& [probs_TE, index_TK, weight_TK, lse_T] = routes;
   const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1];
-  const RouteGradient g{
-      dlogits_TE.as<float>(), dweight_TK.as<float>(), aux_E.as<float>(),           probs_TE.as<float>(),
-      weight_TK.as<float>(),  lse_T.as<float>(),      index_TK.as<std::int32_t>(), z_scale};
+  RouteGradient g{};
+  g.dlogits = dlogits_TE.as<float>();
+  g.dweight = dweight_TK.as<float>();
+  g.aux = terms.aux.as<float>();
+  g.probs = probs_TE.as<float>();
+  g.weight = weight_TK.as<float>();
+  g.lse = lse_T.as<float>();
+  g.index = index_TK.as<std::int32_t>();
+  g.aux_row = terms.row_T.given() ? terms.row_T.as<std::int32_t>() : nullptr;
+  g.z_scale = terms.z_scale;
   with_experts_per_lane(experts, [&](auto n) {
     launch(ex, blocks_for(tokens, kThreads / kWarp), kThreads, route_backward<n.value>, g, tokens,
            static_cast<int>(experts), static_cast<int>(index_TK.shape[1]), renormalize);

@@ -1,0 +1,118 @@
+#include "configs/router_record.h"
+
+#include <fmt/format.h>
+
+#include "configs/families/family.h"
+#include "configs/json_reader.h"
+#include "configs/json_writer.h"
+
+namespace upmoe {
+namespace {
+
+constexpr const char* kKey = "upmoe_router";
+constexpr int kMostGroups = 32;  // as many as the ops take
+
+}  // namespace
+
+void read_router(JsonObject& json, ModelConfig& c) {
+  if (!json.has(kKey)) return;
+  const std::unique_ptr<JsonObject> router = json.object(kKey);
+  if (router == nullptr) return;
+  if (const auto score = router->text("score", false)) {
+    const auto known = value_named<RouterScore>(*score);
+    if (!known) router->refuse("score", fmt::format("found '{}', which this program does not know", *score));
+    if (known) c.router.score = *known;
+  }
+  if (const auto n = router->integer("groups", 1, kMostGroups, false)) c.router.groups = static_cast<int>(*n);
+  if (const auto n = router->integer("group_topk", 1, kMostGroups, false))
+    c.router.group_topk = static_cast<int>(*n);
+  if (const auto scale = router->number("scale", false)) c.router.scale = *scale;
+  if (const auto bias = router->truth("bias", false)) c.router_bias = *bias;
+  if (const auto load = router->truth("load", false)) c.router_load = *load;
+}
+
+void write_router(const ModelConfig& c, JsonWriter& json) {
+  json.erase(kKey);
+  const bool own_words = family_of(c).sigmoid_router;
+  if (!c.router_load && (own_words || (c.router == RouterForm{} && !c.router_bias))) return;
+  JsonWriter router;
+  router.set("score", name_of(c.router.score));
+  router.set("groups", c.router.groups);
+  router.set("group_topk", c.router.group_topk);
+  router.set("scale", c.router.scale);
+  router.set("bias", c.router_bias);
+  if (c.router_load) router.set("load", true);
+  json.set(kKey, router);
+}
+
+ModelConfig with_router(ModelConfig model, const RunConfig::Router& router) {
+  if (model.num_moe_layers() == 0) return model;
+  RouterForm& form = model.router;
+  form.score = router.score.value_or(form.score);
+  form.groups = router.groups.value_or(form.groups);
+  form.group_topk = router.group_topk.value_or(form.group_topk);
+  form.scale = router.scale.value_or(form.scale);
+  model.router_bias = model.router_bias || router.bias_rate > 0;
+  model.router_load = model.router_load || router.has_term(AuxKind::kGlobal);
+  return model;
+}
+
+std::vector<std::string> router_problems(const RunConfig::Router& router, const ModelConfig& model) {
+  std::vector<std::string> found;
+  const RouterForm& form = model.router;
+  if (model.num_moe_layers() == 0) return found;
+  if (router.aux_kind.size() != router.aux_loss.size())
+    found.push_back(
+        fmt::format("router.aux_loss: {} coefficients for the {} kinds of router.aux_kind; one for each",
+                    router.aux_loss.size(), router.aux_kind.size()));
+  if (router.has_term(AuxKind::kGroup) &&
+      (router.aux_groups < 2 || model.num_experts % router.aux_groups != 0))
+    found.push_back(fmt::format(
+        "router.aux_groups: {}, but router.aux_kind group balances groups of equal size; use a divisor of "
+        "the model's {} experts, 2 or more",
+        router.aux_groups, model.num_experts));
+  if (form.score != RouterScore::kSigmoid) {
+    const std::string with = fmt::format("with router.score {}; use sigmoid", name_of(form.score));
+    if (router.bias_rate > 0) found.push_back(fmt::format("router.bias_rate: {} {}", router.bias_rate, with));
+    if (form.groups > 1) found.push_back(fmt::format("router.groups: {} {}, or 1", form.groups, with));
+  }
+  if (model.num_experts % form.groups != 0 || model.num_experts < 2 * form.groups) {
+    if (form.groups > 1)
+      found.push_back(
+          fmt::format("router.groups: {} does not divide the model's {} experts into groups of two or more",
+                      form.groups, model.num_experts));
+    return found;
+  }
+  if (form.group_topk > form.groups)
+    found.push_back(fmt::format("router.group_topk: {} of {} groups", form.group_topk, form.groups));
+  const int eligible = model.num_experts / form.groups * std::min(form.group_topk, form.groups);
+  if (eligible < model.num_experts_per_tok)
+    found.push_back(fmt::format(
+        "router.group_topk: {} of {} groups hold {} experts, and the model's num_experts_per_tok is {}",
+        form.group_topk, form.groups, eligible, model.num_experts_per_tok));
+  return found;
+}
+
+std::string words_of(const RouterForm& form) {
+  return fmt::format("score {}, groups {}, group_topk {}, scale {}", name_of(form.score), form.groups,
+                     form.group_topk, form.scale);
+}
+
+void require_same_router(const ModelConfig& saved, const ModelConfig& asked, const std::string& checkpoint) {
+  if (saved.router == asked.router) return;
+  fail(ExitCode::kUsage,
+       "router: the run asks for {}, but its routers in {} were trained with {}; restore these keys, or "
+       "train with the "
+       "others in another run.dir",
+       words_of(asked.router), checkpoint, words_of(saved.router));
+}
+
+std::string why_not_exported(const ModelConfig& c) {
+  if (c.num_moe_layers() == 0 || c.router == RouterForm{} || family_of(c).sigmoid_router) return "";
+  return fmt::format(
+      "its routers ({}) have no words in {}'s config.json: whoever reads the files would choose other "
+      "experts",
+      words_of(c.router), c.model_type);
+}
+
+}  // namespace upmoe

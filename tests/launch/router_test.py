@@ -1,0 +1,98 @@
+"""Routers and balance terms in whole runs: experts stay alive, a run goes on to the bit and refuses other routers, and
+an export refuses what its readers would not notice. Needs UPMOE and MAKE_RUN.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
+SIGMOID = ("router.score=sigmoid", "router.groups=2", "router.group_topk=1", "router.scale=2.5",
+           "router.bias_rate=0.01")
+
+
+class Routers(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+        subprocess.run([MAKE_RUN, self.folder], check=True)
+
+    def upmoe(self, *arguments, status=0):
+        done = subprocess.run([UPMOE, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=250,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.assertEqual(done.returncode, status, done.stderr)
+        return done.stdout + done.stderr
+
+    def train(self, name, *overrides, status=0):
+        return self.upmoe("train", self.folder / "run.yaml", f"run.dir={self.folder / name}", "parallel.ep=1",
+                          "train.micro_batch=4", *overrides, status=status)
+
+    def metrics(self, name):
+        return list(map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines()))
+
+    def test_no_expert_dies(self):
+        for name, keys in {
+            "sigmoid": (*SIGMOID, "router.aux_loss=0"),
+            "sequence": ("router.score=sigmoid", "router.aux_kind=sequence", "router.aux_loss=0.01"),
+            "group": ("router.aux_kind=[group, gshard]", "router.aux_groups=5", "router.aux_loss=[0.01, 0.1]"),
+            "global": ("router.aux_kind=global", "router.aux_loss=0.01"),
+        }.items():
+            with self.subTest(name):
+                self.train(name, "train.steps=40", *keys)
+                steps = self.metrics(name)
+                # In a step of 256 tokens an expert may get none; over the last ten all of them get some.
+                for layer in zip(*(s["expert_load"] for s in steps[-10:])):
+                    self.assertGreater(min(map(sum, zip(*layer))), 0)
+                self.assertLess(steps[-1]["expert_load_max"], 3)
+                self.assertLess(steps[-1]["loss"], steps[0]["loss"])
+        self.assertEqual(set(self.metrics("group")[3]["aux_losses"]), {"group", "gshard"})
+        self.assertNotIn("aux_losses", self.metrics("sequence")[3])
+        self.assertEqual(self.metrics("global")[0]["aux_loss"], 0)
+        self.assertGreater(self.metrics("global")[1]["aux_loss"], 1.9)  # 2 mixtures, balanced 1 each
+
+    def test_a_run_goes_on_to_the_bit(self):
+        keys = (*SIGMOID, "router.aux_kind=[sequence, global]", "router.aux_loss=[0.01, 0.01]")
+        self.train("whole", "train.steps=10", *keys)
+        self.train("parts", "train.steps=5", *keys)
+        self.train("parts", "train.steps=10", *keys)
+        whole, parts = ([(s["loss"], s["aux_losses"], s["grad_norm"]) for s in self.metrics(name)]
+                        for name in ("whole", "parts"))
+        self.assertEqual(whole, parts)
+
+    def test_another_router_is_refused(self):
+        self.train("run", "train.steps=2", *SIGMOID)
+        said = self.train("run", "train.steps=4", *SIGMOID[:2], status=0)  # what is not said stays
+        self.assertNotIn("error", said)
+        for other in ("router.score=softmax", "router.groups=5", "router.scale=1"):
+            words = self.train("run", "train.steps=6", *SIGMOID, other, status=2)
+            for word in ("router: the run asks for", "score sigmoid, groups 2, group_topk 1, scale 2.5", "run.dir"):
+                self.assertIn(word, words)
+
+    def test_contradictions_are_told_together(self):
+        words = self.train("run", "router.bias_rate=0.1", "router.groups=3", "router.group_topk=4",
+                           "router.aux_kind=[hf, group]", "router.aux_loss=[0.1, 0.1]", status=2)
+        for word in ("router.bias_rate: 0.1 with router.score softmax", "router.groups: 3 with",
+                     "router.groups: 3 does not divide the model's 10 experts", "router.aux_groups: 1"):
+            self.assertIn(word, words)
+        self.assertIn("router.aux_loss: 1 coefficients for the 2 kinds",
+                      self.train("run", "router.aux_kind=[hf, gshard]", status=2))
+        self.assertIn("given twice", self.train("run", "router.aux_kind=[hf, hf]", status=2))
+
+    def test_an_export_refuses_what_would_be_lost(self):
+        self.train("run", "train.steps=2", "router.score=sigmoid")
+        self.assertIn("choose other experts", self.upmoe("export", self.folder / "run", "--to", self.folder / "hf",
+                                                         status=2))
+        self.assertFalse((self.folder / "hf").exists())
+        self.train("plain", "train.steps=2", "router.aux_kind=global")  # its buffer is of no use to readers
+        self.upmoe("export", self.folder / "plain", "--to", self.folder / "hf")
+        self.assertNotIn("upmoe_router", (self.folder / "hf" / "config.json").read_text())
+        self.upmoe("eval", self.folder / "run", "--data", self.folder / "tokens.h5", "--seq-len", "32", "--sequences",
+                   "4")
+
+
+if __name__ == "__main__":
+    unittest.main()
