@@ -349,7 +349,7 @@ TEST(ModelConfig, TheGoldenModelsAreRead) {
     EXPECT_NO_THROW(read_model_config(entry.path())) << entry.path();
     ++count;
   }
-  EXPECT_EQ(count, 6);
+  EXPECT_EQ(count, 8);
 }
 
 TEST(ModelConfig, WritesBothForms) {

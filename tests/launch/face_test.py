@@ -101,7 +101,7 @@ class Requests(cli_test.CliTest):
         def other_family(folder, tensors):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             own = {"model_type": "mixtral", "num_local_experts": config["num_experts"],
-                   "intermediate_size": config["moe_intermediate_size"], "norm_topk_prob": True}
+                   "intermediate_size": config["moe_intermediate_size"], "norm_topk_prob": True, "qkv_bias": False}
             (folder / "config.json").write_text(json.dumps(config | own), encoding="utf-8")
             for name in list(tensors):
                 tensor = tensors.pop(name)
