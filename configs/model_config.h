@@ -38,7 +38,7 @@ struct ModelConfig {
   bool router_bias = false;  // a buffer beside each router, added to its scores where it chooses
   bool router_load = false;  // another one: each expert's share of the assignments of the step before
   double router_aux_loss_coef = 0.001;
-  int first_k_dense_replace = 0;     // layers in front of the first mixture
+  int first_k_dense_replace = 0;  // layers in front of the first mixture
   std::vector<int> mlp_only_layers;
 
   std::string raw_json = "{}";  // the file as read: keys we do not know are carried through to the output

@@ -1,5 +1,5 @@
 #pragma once
-// A fixed factor on the weights of the chosen experts (transformers' routed_scaling_factor), whichever router chose them.
+// A fixed factor on the weights of the chosen experts (router.scale), whichever router chose them.
 
 #include "trainer/model/router.h"
 
