@@ -8,7 +8,7 @@
 // multiplied              weights of products that a token goes through: activated without the rows of the embedding,
 //                         norms and biases; the head, routers and the shared expert's gate included
 // forward FLOPs per token 2 * multiplied + sum over layers of 4 * pairs * heads * head_dim; pairs of a token in the
-//                         mean (s + 1) / 2. Training: three times that.
+//                         mean (s + 1) / 2, fewer in a window. Training: three times that.
 // Padding, masked documents and experts without tokens change nothing in what is counted here.
 
 #include <cstdint>
