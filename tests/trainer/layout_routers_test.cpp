@@ -29,8 +29,7 @@ TEST(Routers, EveryBalanceTerm) {
       l.aux_groups = 4;
       const Outcome &one = one_rank(l), many = run_in_layout(l);
       expect_equal(one, many);
-      EXPECT_EQ(one.loads, many.loads)
-          << "a near tie was decided otherwise: this test needs a model without one";
+      EXPECT_EQ(one.loads, many.loads) << "who computed which token, in every step";
       EXPECT_EQ(one.buffers, many.buffers);
       Layout without = l;
       without.aux_kinds = {AuxKind::kSequence};
