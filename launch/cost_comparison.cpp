@@ -113,7 +113,7 @@ CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<Ru
     all.push_back(std::move(j));
   }
   std::string text = runs_table(runs);
-  if (runs.size() > 1) text += "\n" + reached.str();
+  if (runs.size() > 1) text.append("\n").append(reached.str());
   return {
       text + "\nFLOPs of the model on all ranks, without what is computed twice; seconds of steps alone.\n",
       all.dump(2) + "\n"};

@@ -136,7 +136,7 @@ CostReport models_report(const std::vector<NamedCost>& models, Recompute recompu
   }
   std::string text =
       parameters_table(models) + "\n" + flops_table(models, recompute) + "\n" + bytes_table(models);
-  if (training.tokens) text += "\n" + training_table(models, training);
+  if (training.tokens) text.append("\n").append(training_table(models, training));
   return finish(text + kDefinitions, all);
 }
 
