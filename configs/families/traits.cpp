@@ -43,8 +43,7 @@ Traits traits_of_shared_expert(const ModelConfig& c) {
 
 Traits traits_of_weights(const ModelConfig& c) {
   return Traits{c.norm_topk_prob ? Trait::kRenormalised : Trait::kPlainWeights} |
-         only_if(c.norm_topk_prob && c.num_experts_per_tok == 1, Trait::kOneRenormalised) |
-         only_if(c.router.scale != 1, Trait::kScaledWeights);
+         only_if(c.norm_topk_prob && c.num_experts_per_tok == 1, Trait::kOneRenormalised);
 }
 
 // Dense layers in front: as many as there are up to the first mixture. Any other one lies between or behind.

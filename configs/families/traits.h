@@ -36,7 +36,6 @@ enum class Trait : std::uint8_t {
   kPlainWeights,
   kRenormalised,
   kOneRenormalised,
-  kScaledWeights,
   kDenseFirst,
   kDenseBetween
 };
@@ -64,7 +63,6 @@ inline constexpr Names<Trait> kNames<Trait>{
               {Trait::kPlainWeights, "weights of the chosen experts that are not renormalised"},
               {Trait::kRenormalised, "renormalised weights of the chosen experts"},
               {Trait::kOneRenormalised, "a single chosen expert whose weight is 1"},
-              {Trait::kScaledWeights, "a factor on the weights of the chosen experts"},
               {Trait::kDenseFirst, "dense layers in front of the mixtures"},
               {Trait::kDenseBetween, "dense layers between or behind the mixtures"}}};
 
