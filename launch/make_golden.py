@@ -88,7 +88,7 @@ CASES = {
     "gemma": ({"model_type": "gemma"} | DECODER | dict(
         hidden_act="gelu_pytorch_tanh", hidden_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, head_dim=16, intermediate_size=80, vocab_size=96, pad_token_id=None), 20, 1e4),
-}
+} | golden_mixtures.CASES
 CLASSES = {"gemma": "Gemma", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe",
            "qwen3": "Qwen3"} | golden_mixtures.CLASSES
 
