@@ -165,7 +165,7 @@ std::vector<SdpaSlice> slices_of(const AttentionShape& s, std::int64_t tokens, b
 
 Key key_of(const AttentionShape& s, const SdpaSlice& slice, bool backward, bool deterministic) {
   const std::int64_t window = s.window < s.seq_len ? s.window : 0;  // none that reaches the first token
-  return {s.heads / s.kv_heads * slice.kv_heads,
+  return {s.heads * slice.kv_heads / s.kv_heads,  // all of them, also where cuDNN is to refuse their number
           slice.kv_heads,
           s.head_dim,
           s.seq_len,
