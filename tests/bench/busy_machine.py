@@ -62,7 +62,8 @@ def main():
                         for way, found in steps.items():
                             with others(hogs), waiting(way):
                                 records, _ = train(Path(folder), args.binary, shape, "fp32", ranks=ranks,
-                                                   threads=max(args.threads, ranks), steps=args.steps + args.warmup)
+                                                   threads=max(args.threads, ranks), steps=args.steps + args.warmup,
+                                                   micro_batches=ranks)
                             found.append(median(r["seconds"] for r in records[args.warmup:]))
                     ratio = {way: median(d / o for d, o in zip(steps["default"], steps[way]))
                              for way in ("library", "passive")}
