@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 
-#include "configs/families/family.h"
 #include "configs/json_reader.h"
 #include "configs/json_writer.h"
 
@@ -33,8 +32,7 @@ void read_router(JsonObject& json, ModelConfig& c) {
 
 void write_router(const ModelConfig& c, JsonWriter& json) {
   json.erase(kKey);
-  const bool own_words = family_of(c).sigmoid_router;
-  if (!c.router_load && (own_words || (c.router == RouterForm{} && !c.router_bias))) return;
+  if (c.router == RouterForm{} && !c.router_bias && !c.router_load) return;
   JsonWriter router;
   router.set("score", name_of(c.router.score));
   router.set("groups", c.router.groups);
@@ -108,7 +106,7 @@ void require_same_router(const ModelConfig& saved, const ModelConfig& asked, con
 }
 
 std::string why_not_exported(const ModelConfig& c) {
-  if (c.num_moe_layers() == 0 || c.router == RouterForm{} || family_of(c).sigmoid_router) return "";
+  if (c.num_moe_layers() == 0 || c.router == RouterForm{}) return "";
   return fmt::format(
       "its routers ({}) have no words in {}'s config.json: whoever reads the files would choose other "
       "experts",

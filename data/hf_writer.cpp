@@ -2,7 +2,6 @@
 
 #include <nlohmann/json.hpp>
 
-#include "configs/families/family.h"
 #include "data/companions.h"
 #include "data/folder.h"
 #include "data/hf_names.h"
@@ -96,8 +95,7 @@ void write_hf_model(const HfOutput& output, const ModelConfig& config, const Rea
     write_text_synced(stage.path() / "model.safetensors.index.json", layout.index_json);
   ModelConfig written = config;
   // Buffers that the family has no tensor for are not in the files.
-  written.router_load = false;
-  written.router_bias = config.router_bias && family_of(config).sigmoid_router;
+  written.router_load = written.router_bias = false;
   written.dtype = output.dtype == DType::kBF16 ? "bfloat16" : "float32";
   write_text_synced(stage.path() / "config.json", to_hf_json(written));
   if (!output.companions.empty()) copy_companions(output.companions, stage.path());

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plants one error at a time in the parallel layouts, on the GPU path and in what is counted: the tests find it.
+"""Plants one error at a time (layouts, GPU path, what is counted, families) and shows that the tests find it.
 
 By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--places] [--build DIR] [NAME ...]
 The tree is copied first, so nothing here changes.
@@ -186,6 +186,51 @@ MUTANTS = {
         "trainer/router_buffers.cpp", "lacks > 0 ? rate : lacks < 0 ? -rate : 0.0",
         "lacks > 0 ? -rate : lacks < 0 ? rate : 0.0",
         "RouterBiases.*", "layout_resume_test"),
+    "mixtral_gate_and_up_exchanged": (
+        "configs/families/mixtral.cpp",
+        """experts.{1}.w1.weight"},
+    {Role::kExpertDown, Half::kWhole, "model.layers.{0}.block_sparse_moe.experts.{1}.w2.weight"},
+    {Role::kExpertGateUp, Half::kUp, "model.layers.{0}.block_sparse_moe.experts.{1}.w3.weight"},""",
+        """experts.{1}.w3.weight"},
+    {Role::kExpertDown, Half::kWhole, "model.layers.{0}.block_sparse_moe.experts.{1}.w2.weight"},
+    {Role::kExpertGateUp, Half::kUp, "model.layers.{0}.block_sparse_moe.experts.{1}.w1.weight"},""",
+        "*Cases*", "golden_test"),
+    "mixtral_not_renormalised": (
+        "configs/families/mixtral.cpp", "  c.norm_topk_prob = true;", "  c.norm_topk_prob = false;", "*Cases*",
+        "golden_test"),
+    "mixtral_with_biases": (
+        "configs/families/mixtral.cpp", "  c.qkv_bias = false;", "  c.qkv_bias = true;", "*Cases*", "golden_test"),
+    "deepseek_first_layer_a_mixture": (
+        "configs/families/deepseek.cpp", '  json.set("first_k_dense_replace", c.first_k_dense_replace);',
+        '  json.set("first_k_dense_replace", 0);', "FamilyTensors.*", "hf_model_test"),
+    "deepseek_shared_expert_behind_a_gate": (
+        "configs/families/deepseek.cpp", "  c.shared_expert_gate = false;", "  c.shared_expert_gate = true;", "*Cases*",
+        "golden_test"),
+    "deepseek_one_shared_expert_instead_of_two": (
+        "configs/families/deepseek.cpp", "  c.shared_expert_intermediate_size = shared * c.moe_intermediate_size;",
+        "  c.shared_expert_intermediate_size = std::min<std::int64_t>(shared, 1) * c.moe_intermediate_size;",
+        "*Deepseek*", "model_config_test"),
+    "auto_asks_nobody_what_it_carries": (
+        "configs/families/mixture_choice.cpp", "    if (lacking.none()) return {family, \"\"};\n    tried",
+        "    return {family, \"\"};\n    tried", "*", "mixture_choice_test"),
+    "dense_layers_in_front_count_as_between": (
+        "configs/families/traits.cpp", "first + c.num_moe_layers() < c.num_hidden_layers", "first > 0", "*",
+        "mixture_choice_test"),
+    "kept_layers_get_the_shared_width": (
+        "configs/families/qwen2_moe.cpp", "  const bool all = c.num_moe_layers() == c.num_hidden_layers;",
+        "  const bool all = true;", "*", "mixture_choice_test"),
+    "shared_expert_doubled_without_a_gate": (
+        "upcycle/scale.cpp", "value_or(gate ? 2.0 : 1.0)", "value_or(2.0)", "*", "mixture_families_test"),
+    "every_n_begins_at_layer_0": (
+        "configs/layer_choice.cpp", "(layer + 1) % choice.count == 0", "layer % choice.count == 0",
+        "*", "upcycle_config_test"),
+    "factor_of_the_weights_left_out_of_backward": (
+        "trainer/model/scaled_router.cpp",
+        "    router_->backward(ex, dx_TD, scaled(ex, dweight_TK, *ex.scratch), balance, saved);",
+        "    router_->backward(ex, dx_TD, dweight_TK, balance, saved);", "*Scaled*", "layer_gradient_test"),
+    "factor_of_the_weights_squared": (
+        "trainer/model/scaled_router.cpp", "    ops::scale(ex, out_TK, factor_);",
+        "    ops::scale(ex, out_TK, factor_ * factor_);", "*Factor*", "layer_gradient_test"),
 }
 
 

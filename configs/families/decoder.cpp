@@ -160,6 +160,14 @@ void write_decoder(const ModelConfig& c, JsonWriter& json) {
   write_dtype(c, json);
 }
 
+void write_window(const ModelConfig& c, JsonWriter& json) {
+  if (c.sliding_window > 0) {
+    json.set("sliding_window", c.sliding_window);
+  } else {
+    json.set_null("sliding_window");
+  }
+}
+
 void write_sizes(const ModelConfig& c, JsonWriter& json) {
   json.set("hidden_act", c.activation == Activation::kGeluTanh ? "gelu_pytorch_tanh" : "silu");
   json.set("vocab_size", c.vocab_size);

@@ -50,4 +50,7 @@ void write_attention(const ModelConfig& c, JsonWriter& json);  // dropout, kinds
 void write_rope(const ModelConfig& c, JsonWriter& json);
 void write_dtype(const ModelConfig& c, JsonWriter& json);
 
+// Of families whose files have the key in any case: sliding_window, null where there is none.
+void write_window(const ModelConfig& c, JsonWriter& json);
+
 }  // namespace upmoe

@@ -32,7 +32,8 @@ constexpr Unread kUnread[] = {
      "its q, k and v are one tensor (Wqkv) and all experts of a layer another (experts.mlp.w1, v1, w2), its "
      "norms are "
      "LayerNorms"},
-    {"dots1", "its routers score by a sigmoid and choose by a bias beside it (e_score_correction_bias)"},
+    {"dots1",
+     "the biases of its routers are tensors (e_score_correction_bias), which no family here reads yet"},
 };
 
 }  // namespace

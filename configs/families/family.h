@@ -43,8 +43,6 @@ struct Family {
   void (*layers)(ModelConfig& config) = nullptr;
   // transformers makes the modules of the shared expert even where its width is 0: tensors that nobody reads.
   bool empty_shared_expert = false;
-  // `read` and `write` have keys, and `tensors` a name, for a sigmoid router (ModelConfig::router and its bias).
-  bool sigmoid_router = false;
 
   // What its models can have of what models differ in. A model with any other trait is not written as this family's.
   Traits carries;

@@ -35,11 +35,7 @@ void read(JsonObject& json, ModelConfig& c) {
 
 void write(const ModelConfig& c, JsonWriter& json) {
   write_decoder(c, json);
-  if (c.sliding_window > 0) {
-    json.set("sliding_window", c.sliding_window);
-  } else {
-    json.set_null("sliding_window");
-  }
+  write_window(c, json);
 }
 
 }  // namespace

@@ -45,8 +45,7 @@ void read(JsonObject& json, ModelConfig& c) {
 void write(const ModelConfig& c, JsonWriter& json) {
   write_decoder(c, json);
   json.set("intermediate_size", c.moe_intermediate_size);
-  if (c.sliding_window > 0) json.set("sliding_window", c.sliding_window);
-  if (c.sliding_window == 0) json.set_null("sliding_window");
+  write_window(c, json);
   json.set("num_local_experts", c.num_experts);
   json.set("num_experts_per_tok", c.num_experts_per_tok);
   write_balance(c, json);

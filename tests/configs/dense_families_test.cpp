@@ -4,37 +4,17 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <nlohmann/json.hpp>
-
-#include "configs/model_config.h"
-#include "kernels/core/check.h"
+#include "tests/support/config_json.h"
 
 namespace upmoe {
 namespace {
 
 using nlohmann::json;
+using test::parse;
+using test::refusal;
+using test::with;
+using test::without;
 using ::testing::HasSubstr;
-
-json with(json j, const std::string& key, json value) {
-  j[key] = std::move(value);
-  return j;
-}
-json without(json j, const std::string& key) {
-  j.erase(key);
-  return j;
-}
-ModelConfig parse(const json& j) {
-  return parse_model_config(j.dump(), "config.json");
-}
-std::string refusal(const json& j) {
-  try {
-    parse(j);
-  } catch (const Error& e) {
-    EXPECT_EQ(e.code(), ExitCode::kBadInput);
-    return e.what();
-  }
-  return "";
-}
 
 // What all files say alike.
 json decoder(const char* model_type) {

@@ -9,12 +9,17 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/families/family.h"
-#include "kernels/core/check.h"
+#include "tests/support/config_json.h"
 
 namespace upmoe {
 namespace {
 
 using nlohmann::json;
+using test::parse;
+using test::refusal;
+using test::refusal_of;
+using test::with;
+using test::without;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
@@ -42,31 +47,6 @@ json moe() {
   j["router_aux_loss_coef"] = 0.001;
   return j;
 }
-json with(json j, const std::string& key, json value) {
-  j[key] = std::move(value);
-  return j;
-}
-json without(json j, const std::string& key) {
-  j.erase(key);
-  return j;
-}
-
-ModelConfig parse(const json& j) {
-  return parse_model_config(j.dump(), "config.json");
-}
-std::string refusal_of(const std::string& text) {
-  try {
-    parse_model_config(text, "config.json");
-  } catch (const Error& e) {
-    EXPECT_EQ(e.code(), ExitCode::kBadInput);
-    return e.what();
-  }
-  return "";
-}
-std::string refusal(const json& j) {
-  return refusal_of(j.dump());
-}
-
 TEST(ModelConfig, Dense) {
   const ModelConfig c = parse(dense());
   EXPECT_EQ(c.model_type, "qwen2");

@@ -78,6 +78,25 @@ std::vector<double> half_run(const Layout& layout, const fs::path& checkpoints, 
   return losses;
 }
 
+struct Halves {
+  std::vector<double> losses;  // of both
+  Tensors saved, loaded, end;
+};
+
+// The whole run: the first half under `from`, the second from its checkpoint on under `to`.
+Halves in_halves(const Layout& from, const Layout& to) {
+  const fs::path dir = fs::path(testing::TempDir()) / fmt::format("in_halves_{}", ::getpid());
+  fs::remove_all(dir);
+  fs::create_directories(dir);
+  Halves run;
+  Tensors start;
+  run.losses = half_run(from, dir, false, start, run.saved);
+  const std::vector<double> rest = half_run(to, dir, true, run.loaded, run.end);
+  run.losses.insert(run.losses.end(), rest.begin(), rest.end());
+  fs::remove_all(dir);
+  return run;
+}
+
 struct Pair {
   Layout from, to;
 };
@@ -104,14 +123,7 @@ class LayoutResume : public testing::TestWithParam<Pair> {};
 
 TEST_P(LayoutResume, GoesOnInAnotherMesh) {
   const auto& [from, to] = GetParam();
-  const fs::path dir = fs::path(testing::TempDir()) / fmt::format("layout_resume_{}", ::getpid());
-  fs::remove_all(dir);
-  fs::create_directories(dir);
-  Tensors start, saved, loaded, end;
-  std::vector<double> losses = half_run(from, dir, false, start, saved);
-  const std::vector<double> rest = half_run(to, dir, true, loaded, end);
-  losses.insert(losses.end(), rest.begin(), rest.end());
-  fs::remove_all(dir);
+  const auto [losses, saved, loaded, end] = in_halves(from, to);
   EXPECT_EQ(saved, loaded);
 
   Layout one = from;
@@ -240,14 +252,7 @@ TEST(CodedMoments, ResumeToTheBit) {
     l.precision = Precision::kBf16;
     l.optimizer = OptimizerKind::kAdamW8bit;
     SCOPED_TRACE(l.str());
-    const fs::path dir = fs::path(testing::TempDir()) / fmt::format("coded_resume_{}", ::getpid());
-    fs::remove_all(dir);
-    fs::create_directories(dir);
-    Tensors start, saved, loaded, end;
-    std::vector<double> losses = half_run(l, dir, false, start, saved);
-    const std::vector<double> rest = half_run(l, dir, true, loaded, end);
-    losses.insert(losses.end(), rest.begin(), rest.end());
-    fs::remove_all(dir);
+    const auto [losses, saved, loaded, end] = in_halves(l, l);
     EXPECT_EQ(saved, loaded);
     l.steps = 2 * kHalf;
     const Outcome whole = test::run_in_layout(l);
@@ -264,14 +269,7 @@ TEST(RouterBiases, ResumeToTheBit) {
     l.bias_rate = 0.01;
     l.aux_kinds = {AuxKind::kGlobal};  // with a buffer of its own
     SCOPED_TRACE(l.str());
-    const fs::path dir = fs::path(testing::TempDir()) / fmt::format("biases_resume_{}", ::getpid());
-    fs::remove_all(dir);
-    fs::create_directories(dir);
-    Tensors start, saved, loaded, end;
-    std::vector<double> losses = half_run(l, dir, false, start, saved);
-    const std::vector<double> rest = half_run(l, dir, true, loaded, end);
-    losses.insert(losses.end(), rest.begin(), rest.end());
-    fs::remove_all(dir);
+    const auto [losses, saved, loaded, end] = in_halves(l, l);
     EXPECT_EQ(saved, loaded);
     l.steps = 2 * kHalf;
     const Outcome whole = test::run_in_layout(l);

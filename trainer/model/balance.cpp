@@ -144,17 +144,21 @@ double add_term(const BalanceConfig& config, const AuxTerm& term, const LayerLoa
   return add_linear(l, linear_term(config, term.kind, l), term.coefficient, rows);
 }
 
-// Of the pool, not of the layer: the same gradient for all of them.
-double add_pooled(const LoadPool& all, double coefficient, Rows& rows) {
-  const std::size_t E = all.assigned.size();
-  const double n = static_cast<double>(E);
+// Of the pool, not of the layer: one value, and the same gradient for all of them.
+double pooled_value(const LoadPool& all) {
   double value = 0;
-  for (std::size_t e = 0; e < E; ++e) {
+  for (std::size_t e = 0; e < all.assigned.size(); ++e) {
     const double f = all.assigned[e] / all.tokens;
-    value += n * f * (all.probability[e] / all.tokens);
-    rows.add(e, coefficient * n * f / all.tokens);
+    value += static_cast<double>(all.assigned.size()) * f * (all.probability[e] / all.tokens);
   }
   return value;
+}
+
+void add_pooled(const LoadPool& all, double coefficient, Rows& rows) {
+  for (std::size_t e = 0; e < all.assigned.size(); ++e) {
+    const double f = all.assigned[e] / all.tokens;
+    rows.add(e, coefficient * static_cast<double>(all.assigned.size()) * f / all.tokens);
+  }
 }
 
 }  // namespace
@@ -182,10 +186,8 @@ BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoa
     terms.z += l.z_sum / static_cast<double>(l.tokens);
     terms.z_scale.push_back(static_cast<float>(config.z_coefficient / static_cast<double>(l.tokens)));
   }
-  for (std::size_t i = 0; i < config.terms.size() && count_pool; ++i) {
-    Rows unused(all.assigned.size(), 1);
-    if (config.terms[i].kind == AuxKind::kHf) terms.aux[i] = add_pooled(all, 0, unused);
-  }
+  for (std::size_t i = 0; i < config.terms.size() && count_pool; ++i)
+    if (config.terms[i].kind == AuxKind::kHf) terms.aux[i] = pooled_value(all);
   return terms;
 }
 
