@@ -20,10 +20,7 @@ void read_fields(JsonObject& json, ModelConfig& c) {
   if (family == nullptr) {
     std::vector<std::string> known;
     for (const Family* f : families()) known.emplace_back(f->model_type);
-    const std::string why = why_not_read(*type);
-    json.refuse("model_type",
-                fmt::format("found '{}', expected {}{}", *type, fmt::join(known, " or "),
-                            why.empty() ? "" : fmt::format("; models of {} cannot be read: {}", *type, why)));
+    json.refuse("model_type", fmt::format("found '{}', expected {}", *type, fmt::join(known, " or ")));
     return;  // the other keys mean something else there
   }
   c.model_type = family->model_type;
@@ -70,7 +67,7 @@ ModelConfig read_model_config(const std::filesystem::path& path) {
 
 std::string to_hf_json(const ModelConfig& config) {
   const Family& family = family_of(config);
-  const Traits lacking = traits_of(config).without(family.carries);
+  const Traits lacking = traits_of(config).without(family.carries | kRouterTraits);
   UPMOE_CHECK(lacking.none(), "a {} has no {}", config.model_type, lacking.words());
   JsonWriter json(config.raw_json);
   json.set("architectures", std::vector<std::string>{family.architecture});

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "configs/families/family.h"
 #include "configs/json_reader.h"
 #include "configs/json_writer.h"
 
@@ -10,6 +11,11 @@ namespace {
 
 constexpr const char* kKey = "upmoe_router";
 constexpr int kMostGroups = 32;  // as many as the ops take
+
+// Of the routers, what the family's own files have no word for.
+Traits without_words(const ModelConfig& c) {
+  return (traits_of(c) & kRouterTraits).without(family_of(c).carries);
+}
 
 }  // namespace
 
@@ -32,7 +38,7 @@ void read_router(JsonObject& json, ModelConfig& c) {
 
 void write_router(const ModelConfig& c, JsonWriter& json) {
   json.erase(kKey);
-  if (c.router == RouterForm{} && !c.router_bias && !c.router_load) return;
+  if (!c.router_load && without_words(c).none()) return;
   JsonWriter router;
   router.set("score", name_of(c.router.score));
   router.set("groups", c.router.groups);
@@ -106,11 +112,12 @@ void require_same_router(const ModelConfig& saved, const ModelConfig& asked, con
 }
 
 std::string why_not_exported(const ModelConfig& c) {
-  if (c.num_moe_layers() == 0 || c.router == RouterForm{}) return "";
+  const Traits lost = without_words(c).without({Trait::kChoiceBias});
+  if (c.num_moe_layers() == 0 || lost.none()) return "";
   return fmt::format(
-      "its routers ({}) have no words in {}'s config.json: whoever reads the files would choose other "
+      "{}'s config.json has no words for its routers ({}): whoever reads the files would choose other "
       "experts",
-      words_of(c.router), c.model_type);
+      c.model_type, lost.words());
 }
 
 }  // namespace upmoe

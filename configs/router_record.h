@@ -1,6 +1,7 @@
 #pragma once
-// A model's router in a config.json: `upmoe_router`, for what the family has no key for. Checkpoints carry it; an
-// export refuses it (why_not_exported), as nobody else would read it.
+// A model's router in a config.json: `upmoe_router`, for what of it the family does not carry (kRouterTraits of
+// configs/families/traits.h). Checkpoints have it; an export refuses it (why_not_exported), as nobody else would read
+// it.
 
 #include <string>
 

@@ -124,6 +124,32 @@ class RunReader {
   std::vector<std::byte> staged_;
 };
 
+Box with_last_dims_swapped(Box box) {
+  const auto last = static_cast<std::size_t>(box.extent.rank) - 1;
+  for (Shape* shape : {&box.offset, &box.extent}) std::swap(shape->dim[last - 1], shape->dim[last]);
+  return box;
+}
+
+// Into `out`, which is `box`, the region that it shares with a part that lies the other way round on disk.
+void read_transposed(const SafetensorsFile& file, const SafetensorsEntry& entry, const HfTensor& t,
+                     const Box& box, TensorView out) {
+  const Box region = intersect(t.part, box), on_disk = with_last_dims_swapped(region);
+  UPMOE_CHECK(region.extent.rank == 3 && region.extent[0] == 1, "{}: {}", t.name, region.extent.str());
+  const std::size_t size = size_of(out.dtype);
+  std::vector<std::byte> staged(static_cast<std::size_t>(region.elements()) * size);
+  RunReader reader(file, entry, TensorView{staged.data(), on_disk.extent, out.dtype, {}});
+  for_runs(with_last_dims_swapped(t.part), on_disk, on_disk,
+           [&](std::int64_t from, std::int64_t to, std::int64_t n) { reader.add(t.begin + from, to, n); });
+  reader.flush();
+  const std::int64_t rows = region.extent[1], columns = region.extent[2];
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::byte* row = out.data + static_cast<std::size_t>(flat_in(box, region, {0, r, 0, 0})) * size;
+    for (std::int64_t c = 0; c < columns; ++c)
+      std::memcpy(row + static_cast<std::size_t>(c) * size,
+                  staged.data() + static_cast<std::size_t>(c * rows + r) * size, size);
+  }
+}
+
 // Old versions of transformers saved what follows from the configuration.
 bool is_derived(const std::string& name) {
   return name.ends_with(".rotary_emb.inv_freq");
@@ -204,7 +230,7 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
   }
   std::set<std::string> expected;
   for (const HfTensor& t : hf_tensors_of(config_)) {
-    expected.insert(t.name);
+    if (!expected.insert(t.name).second) continue;  // another part of it
     const auto it = index_.find(t.name);
     if (it == index_.end()) {
       if (!t.zeros) differences.push_back(t.name + ": missing");
@@ -247,9 +273,13 @@ void HfModel::read(const ParamSpec& param, const Box& box, TensorView out) const
     const Box region = intersect(t.part, box);
     if (region.elements() == 0) continue;
     const auto [file, entry] = locate(t.name);
+    if (t.transposed) {
+      read_transposed(*file, *entry, t, box, out);
+      continue;
+    }
     RunReader reader(*file, *entry, out);
     for_runs(t.part, box, region,
-             [&](std::int64_t from, std::int64_t to, std::int64_t n) { reader.add(from, to, n); });
+             [&](std::int64_t from, std::int64_t to, std::int64_t n) { reader.add(t.begin + from, to, n); });
     reader.flush();
   }
 }

@@ -3,22 +3,29 @@
 #include <algorithm>
 #include <map>
 #include <span>
+#include <string_view>
 #include <utility>
 
 namespace upmoe {
 
 namespace {
 
+bool of_experts(const TensorName& name) {
+  return name.role == Role::kExpertGateUp || name.role == Role::kExpertDown;
+}
+
 // Of the dims on disk, those of heads and of their size are one; the size alone, of what all heads share, is itself.
 HfTensor tensor_of(const TensorName& name, const ParamSpec& p, std::int64_t expert) {
   HfTensor tensor;
   tensor.name = name.of(p.layer, expert);
   tensor.half = name.half;
-  tensor.expert = name.by_expert() ? expert : -1;
+  tensor.expert = of_experts(name) ? expert : -1;
+  tensor.transposed = name.transposed;
+  tensor.fp32 = p.fp32;
   tensor.part = whole(p.shape);
   for (int d = 0; d < p.shape.rank; ++d) {
     const auto i = static_cast<std::size_t>(d);
-    const bool one_expert = p.dims[i] == Dim::kExpert && name.by_expert(),
+    const bool one_expert = p.dims[i] == Dim::kExpert,
                one_half = p.dims[i] == Dim::kPair && name.half != Half::kWhole;
     if (one_expert || one_half) {
       tensor.part.offset.dim[i] = one_expert ? expert : name.half == Half::kUp ? 1 : 0;
@@ -29,7 +36,26 @@ HfTensor tensor_of(const TensorName& name, const ParamSpec& p, std::int64_t expe
       tensor.shape.push_back(p.shape[d]);
     }
   }
+  if (name.transposed) std::swap(tensor.shape[0], tensor.shape[1]);
+  if (of_experts(name) && !name.by_expert()) {  // all of them, one behind the other
+    tensor.begin = expert * tensor.elements();
+    tensor.shape[0] = checked_mul(tensor.shape[0], p.shape[0]);
+  }
   return tensor;
+}
+
+// Rows of other parameters in the same tensor, before and behind it.
+void join(const ModelConfig& config, const TensorName& name, int layer, HfTensor& tensor) {
+  bool before = true;
+  for (const TensorName& other : family_of(config).tensors) {
+    if (other.role == name.role && other.half == name.half) {
+      before = false;
+    } else if (std::string_view(other.name) == name.name) {
+      const HfTensor beside = tensor_of(other, make_param(config, other.role, layer), -1);
+      if (before) tensor.begin += beside.elements();
+      tensor.shape[0] += beside.shape[0];
+    }
+  }
 }
 
 // visit(name, expert) in the order on disk: neighbours by expert come expert by expert (gate 0, up 0, down 0, gate 1).
@@ -39,7 +65,7 @@ void for_each_tensor(std::span<const TensorName> names, std::int64_t experts, co
     const bool by_expert = begin->by_expert();
     const auto end =
         by_expert ? std::find_if_not(begin, names.end(), std::mem_fn(&TensorName::by_expert)) : begin + 1;
-    for (std::int64_t e = 0; e < (by_expert ? experts : 1); ++e)
+    for (std::int64_t e = 0; e < (of_experts(*begin) ? experts : 1); ++e)
       for (auto at = begin; at != end; ++at) visit(*at, e);
     begin = end;
   }
@@ -68,6 +94,7 @@ class Listing {
     for_each_tensor(names, experts, [&](const TensorName& name, std::int64_t expert) {
       if (const auto it = params_.find({layer, name.role}); it != params_.end()) {
         all_.push_back(tensor_of(name, it->second, expert));
+        join(config_, name, layer, all_.back());
       } else if (experts > 0 && is_empty(name.role)) {
         all_.push_back(tensor_of(name, make_param(config_, name.role, layer), expert));
         all_.back().part = {};
@@ -102,6 +129,7 @@ std::vector<HfTensor> hf_tensors_of(const ModelConfig& config, const ParamSpec& 
   std::vector<HfTensor> tensors;
   for_each_tensor(names, p.shape[0], [&](const TensorName& name, std::int64_t expert) {
     tensors.push_back(tensor_of(name, p, expert));
+    join(config, name, p.layer, tensors.back());
   });
   return tensors;
 }

@@ -14,16 +14,24 @@ namespace upmoe {
 // One tensor on disk and the part of one of our parameters it holds: in Qwen2's mixtures, for
 // layers.3.moe.gate_up_EF2D, expert 7, the gates, model.layers.3.mlp.experts.7.gate_proj.weight. `part` is that
 // part as a box of the global parameter; its row-major order is the order of the elements on disk.
+//
+// A tensor on disk may hold several parts, of one parameter (all experts) or of several (queries, keys and values):
+// there is one of these for each, with the name and the shape of the whole.
 struct HfTensor {
   std::string name;
   std::vector<std::int64_t> shape;  // on disk
   Box part;
+  std::int64_t begin = 0;  // the part's first element in the tensor
+  bool transposed =
+      false;  // its last two dims lie the other way round on disk; three in all, the first of extent 1
   Half half = Half::kWhole;
   std::int64_t expert = -1;  // -1: not of one routed expert
+  bool fp32 =
+      false;  // written in fp32 whatever the dtype of the others, as transformers keeps it (ParamSpec::fp32)
   // Part of no parameter: transformers makes the modules of a shared expert of width 0, too, a gate included.
   // Written as zeros; a file need not hold it, and its values change nothing.
   bool zeros = false;
-  std::int64_t elements() const;
+  std::int64_t elements() const;  // of the tensor on disk
 };
 // Those of one parameter, named as transformers writes them; none of a buffer that the family does not have.
 std::vector<HfTensor> hf_tensors_of(const ModelConfig& config, const ParamSpec& param);

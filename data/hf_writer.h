@@ -15,7 +15,8 @@
 namespace upmoe {
 
 // Where each tensor of a directory to be written goes. Shards hold at most max_shard_bytes of tensor data (a
-// single larger tensor gets a shard of its own); one shard = model.safetensors without index.
+// single larger tensor gets a shard of its own); one shard = model.safetensors without index. Tensors are of `dtype`,
+// those that are fp32 in any case (HfTensor::fp32) aside.
 struct HfLayout {
   struct File {
     std::string name;
@@ -24,15 +25,15 @@ struct HfLayout {
     std::uint64_t bytes = 0;                // whole file
   };
   std::vector<File> files;
-  std::set<std::string> zeros;   // names of tensors (HfTensor::zeros)
+  std::set<std::string> zeros;   // names of tensors that are nothing else (HfTensor::zeros)
   std::string index_json;        // empty for one file
   std::uint64_t total_size = 0;  // tensor bytes
 };
 HfLayout plan_hf_layout(const ModelConfig& config, DType dtype, std::uint64_t max_shard_bytes);
 
 // Writes a whole model directory: config.json, shards, index, and what `companions` holds of
-// data/companions.h (empty = none). Streams: `read` fills one tensor at a time (its HfTensor and the
-// parameter it belongs to). Appears under its name when it is complete (data/staged_directory.h), after a
+// data/companions.h (empty = none). Streams: `read` fills one part of a tensor at a time (HfTensor::part
+// of the parameter it belongs to). Appears under its name when it is complete (data/staged_directory.h), after a
 // check for free disk before the first byte. `inputs`: folders that are read; `dir` may lie in none of them.
 using ReadTensor = std::function<void(const ParamSpec& param, const Box& part, TensorView out)>;
 struct HfOutput {

@@ -43,7 +43,8 @@ class CheckpointSource final : public ModelSource {
   }
   const ModelConfig& config() const override { return config_; }
   void read(const ParamSpec& param, const Box& box, TensorView out) const override {
-    store_.read_best(param.name, box, out);
+    if (has(param)) return store_.read_best(param.name, box, out);
+    std::memset(out.data, 0, static_cast<std::size_t>(out.elements()) * size_of(out.dtype));  // it begins so
   }
   bool has(const ParamSpec& param) const override {
     return param.trained || store_.tensors().contains({param.name, "weight"});

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "configs/families/family.h"
 #include "configs/param_table.h"
 #include "configs/router_record.h"
 #include "configs/run_choices.h"
@@ -32,7 +33,8 @@ std::filesystem::path folder_of(const std::filesystem::path& model) {
 void require_exportable(const ModelSource& source, const std::string& model) {
   const ModelConfig& config = source.config();
   std::string why = why_not_exported(config);
-  for (int layer = 0; config.router_bias && layer < config.num_hidden_layers && why.empty(); ++layer) {
+  const bool loses_biases = config.router_bias && !family_of(config).carries.has(Trait::kChoiceBias);
+  for (int layer = 0; loses_biases && layer < config.num_hidden_layers && why.empty(); ++layer) {
     if (!config.is_moe_layer(layer)) continue;
     const ParamSpec bias = make_param(config, Role::kRouterBias, layer);
     std::vector<float> values(static_cast<std::size_t>(bias.shape.elements()));

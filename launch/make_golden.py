@@ -153,6 +153,16 @@ def disk_tensors(model, named):
     return {name: value.to(torch.float32).contiguous().clone() for name, value in out.items()}
 
 
+def saved_buffers(model):
+    """(name, buffer) pairs of what the files hold beside the parameters."""
+    saved = model.state_dict()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+
+
+def saved_tensors(model):
+    return [*model.named_parameters(), *saved_buffers(model)]
+
+
 def build(case, seed, dtype):
     """The model with random fp32 weights (biases and norms too, so that none of them can be forgotten unseen)."""
     config = transformers.AutoConfig.for_model(**{k: v for k, v in hf_config(case).items() if k != "torch_dtype"})
@@ -163,12 +173,14 @@ def build(case, seed, dtype):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if "norm" in name:  # Gemma's are added to one by the model
+            if "norm" in name and weight.dim() == 1:  # Gemma's are added to one by the model
                 weight.copy_(0.1 * noise if config.model_type == "gemma" else 1 + 0.1 * noise)
-            elif re.search(r"mlp\.gate\.weight$", name):
+            elif re.search(r"(mlp\.gate|router\.layer)\.weight$", name):
                 weight.copy_(noise * 2.0 / math.sqrt(weight.shape[1]))  # logits of deviation 2: ties are rare
             else:
                 weight.copy_(noise * (0.1 if name.endswith("bias") else 1.2 / math.sqrt(weight.shape[-1])))
+        for _, buffer in saved_buffers(model):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.to(dtype).eval()
 
 
@@ -180,31 +192,32 @@ def make_tokens(case, seed):
 
 
 class RouterProbe:
-    """Collects the raw outputs of every gate in a forward pass."""
+    """Collects what golden_mixtures.routing says of the raw output of every gate in a forward pass."""
 
     def __init__(self, model):
-        self.logits = []
+        self.layers = []
         for module in model.modules():
             if isinstance(module, (modeling_qwen2_moe.Qwen2MoeTopKRouter, *golden_mixtures.ROUTERS)):
-                module.register_forward_hook(lambda _, args, out: self.logits.append(
-                    torch.nn.functional.linear(args[0].reshape(-1, args[0].shape[-1]), _.weight)))
+                module.register_forward_hook(lambda gate, args, out: self.layers.append(golden_mixtures.routing(
+                    gate, torch.nn.functional.linear(args[0].reshape(-1, args[0].shape[-1]),
+                                                     golden_mixtures.weight_of(gate)))))
 
     def take(self):
-        logits, self.logits = self.logits, []
-        return logits
+        layers, self.layers = self.layers, []
+        return layers
 
 
-def balance_loss(layer_logits, top_k):
+def balance_loss(layers, top_k):
     """load_balancing_loss_func of transformers: all MoE layers of the micro-batch in one pool, not divided by k."""
-    probs = torch.softmax(torch.cat(layer_logits), dim=-1)
+    probs, choice = (torch.cat([layer[i] for layer in layers]) for i in (0, 1))
     experts = probs.shape[1]
-    chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k, dim=-1).indices, 1.0)
+    chosen = torch.zeros_like(probs).scatter_(1, choice.topk(top_k, dim=-1).indices, 1.0)
     return experts * (chosen.mean(0) * probs.mean(0)).sum()
 
 
-def routing_margin(layer_logits, top_k):
-    probs = torch.softmax(torch.cat(layer_logits), dim=-1).sort(dim=-1, descending=True).values
-    return (probs[:, top_k - 1] - probs[:, top_k]).min().item()
+def routing_margin(layers, top_k):
+    choice = torch.cat([layer[1] for layer in layers]).sort(dim=-1, descending=True).values
+    return min([(choice[:, top_k - 1] - choice[:, top_k]).min().item()] + [layer[2] for layer in layers])
 
 
 def forward_backward(model, probe, rows, micro_batch):
@@ -215,13 +228,13 @@ def forward_backward(model, probe, rows, micro_batch):
         logits = model(part[:, :-1], use_cache=False).logits
         ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
         loss = ce / len(parts)
-        layer_logits = probe.take()
-        if layer_logits:
-            top_k = model.config.num_experts_per_tok
-            aux = balance_loss(layer_logits, top_k)
+        layers = probe.take()
+        if layers:
+            top_k = golden_mixtures.top_k(model.config)
+            aux = balance_loss(layers, top_k)
             loss = loss + AUX_COEF * aux / len(parts)
             aux_sum += aux.item() / len(parts)
-            margin = min(margin, routing_margin(layer_logits, top_k))
+            margin = min(margin, routing_margin(layers, top_k))
         loss.backward()
         ce_sum += ce.item() / len(parts)
         all_logits.append(logits.detach())
@@ -232,7 +245,7 @@ def train(case, seed, dtype, micro_batch, first_margin_only=False):
     """Ten AdamW steps. Returns everything the golden file holds, or None if two experts come too close to a tie."""
     model, tokens = build(case, seed, dtype), make_tokens(case, seed)
     probe = RouterProbe(model)
-    result = {"weights": disk_tensors(model, model.named_parameters()), "tokens": tokens}
+    result = {"weights": disk_tensors(model, saved_tensors(model)), "tokens": tokens}
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
@@ -250,7 +263,7 @@ def train(case, seed, dtype, micro_batch, first_margin_only=False):
         optimizer.step()
         losses.append(ce), auxes.append(aux), margins.append(margin)
     result.update(losses=losses, auxes=auxes, norms=norms, margin=min(margins),
-                  final=disk_tensors(model, model.named_parameters()))
+                  final=disk_tensors(model, saved_tensors(model)))
     return result
 
 

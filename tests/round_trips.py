@@ -34,7 +34,7 @@ SIZES = dict(hidden_size=64, intermediate_size=WIDTH, num_hidden_layers=3, num_a
              bos_token_id=1, eos_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
 # The dense family that a mixture family's recipes start from, and what its configuration says beside the sizes.
 DENSE = {"qwen2_moe": ("qwen2", {}), "mixtral": ("mistral", {"sliding_window": None}), "deepseek": ("llama", {}),
-         "qwen3_moe": ("qwen3", {"head_dim": 24})}
+         "qwen3_moe": ("qwen3", {"head_dim": 24}), "dots1": ("qwen3", {"head_dim": 24})}
 
 
 def run(*words):

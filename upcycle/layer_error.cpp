@@ -9,7 +9,7 @@
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
-#include "kernels/ops/routing.h"
+#include "kernels/ops/sigmoid_routing.h"
 #include "parallel/threads.h"
 
 namespace upmoe {
@@ -105,9 +105,25 @@ struct Layer {
     return {rows_of(at(FfnMatrix::kGate), context), rows_of(at(FfnMatrix::kUp), context),
             rows_of(at(FfnMatrix::kDown), context), at(FfnMatrix::kGate).rows()};
   }
+  void route(Exec& ex, const SigmoidRoutes& out, ConstTensorView logits_TE) const;
   void routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const;
   void add_shared(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const;
 };
+
+// By the biases that a new mixture has: zeros.
+void Layer::route(Exec& ex, const SigmoidRoutes& out, ConstTensorView logits_TE) const {
+  const RouterForm& form = moe.router;
+  const auto scale = static_cast<float>(form.scale);
+  switch (form.score) {
+    case RouterScore::kSoftmax:
+      ops::route_tokens(ex, out.probs_TE, out.index_TK, out.weight_TK, out.lse_T, logits_TE,
+                        moe.norm_topk_prob);
+      return ops::scale(ex, out.weight_TK, scale);
+    case RouterScore::kSigmoid:
+      return ops::route_sigmoid(ex, out, logits_TE, {},
+                                {form.groups, form.group_topk, moe.norm_topk_prob, scale});
+  }
+}
 
 // Only the experts that the router picks are made.
 void Layer::routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const {
@@ -116,8 +132,7 @@ void Layer::routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) cons
   const TensorView logits_TE = take(ex, {T, E}), probs_TE = take(ex, {T, E}), lse_T = take(ex, {T}),
                    weight_TK = take(ex, {T, K}), index_TK = take(ex, {T, K}, DType::kI32);
   product(ex, logits_TE, x_TD, rows_of(line(lines.router), context));
-  ops::route_tokens(ex, probs_TE, index_TK, weight_TK, lse_T, logits_TE, moe.norm_topk_prob);
-  ops::scale(ex, weight_TK, static_cast<float>(moe.router.scale));
+  route(ex, {probs_TE, index_TK, weight_TK, lse_T}, logits_TE);
 
   const TensorView order_N = take(ex, {N}, DType::kI32), slot_TK = take(ex, {T, K}, DType::kI32),
                    counts_E = take(ex, {E}, DType::kI32), x_ND = take(ex, {N, D}), y_ND = take(ex, {N, D}),

@@ -146,7 +146,7 @@ class RecipeBuilder {
         moe_(make_moe_config(config, dense)),
         shared_scale_(resolve_shared_scale(config, moe_.shared_expert_gate)) {
     recipe_.seed = static_cast<std::uint64_t>(config.seed);
-    recipe_.scale = resolve_scale(config, dense.intermediate_size);
+    recipe_.scale = resolve_scale(config, dense.intermediate_size, moe_.router.score);
     recipe_.redrawn = config.experts.method == ExpertMethod::kRandom
                           ? config.target.moe_intermediate_size
                           : redrawn_units(config.experts.reinit, config.target.moe_intermediate_size);
@@ -163,6 +163,7 @@ class RecipeBuilder {
 
   Recipe build() {
     for (const ParamSpec& param : make_param_table(moe_)) {
+      if (!param.trained) continue;  // a buffer, which no dense model has, begins at zero
       for (const HfTensor& tensor : hf_tensors_of(moe_, param)) add(param, tensor);
     }
     for (const auto& [name, shape] : sources_) {
@@ -194,10 +195,9 @@ class RecipeBuilder {
     used_.insert(name);
   }
 
-  // Attention, norms, embedding and head; a buffer, which no dense model has.
+  // Attention, norms, embedding and head.
   Transform rest(const ParamSpec& param, const HfTensor& tensor) const {
-    if (config_.keep_rest && param.trained)
-      return Copy{tensor_name(dense_, param.role, param.layer, tensor.half)};
+    if (config_.keep_rest) return Copy{tensor_name(dense_, param.role, param.layer, tensor.half)};
     switch (param.init.kind) {
       case Init::Kind::kOnes:
         return FreshInit{FreshInit::Kind::kConstant, 0.0, 1.0, 1};
@@ -293,7 +293,7 @@ UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense) {
     out.shared.gate = moe.shared_expert_gate ? SharedGate::kSigmoid : SharedGate::kNone;
     out.shared.scale = resolve_shared_scale(config, moe.shared_expert_gate);
   }
-  out.experts.scale = resolve_scale(config, dense.intermediate_size);
+  out.experts.scale = resolve_scale(config, dense.intermediate_size, moe.router.score);
   if (out.experts.copies) return out;
   switch (config.experts.method) {
     case ExpertMethod::kCopy:

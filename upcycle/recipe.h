@@ -1,6 +1,6 @@
 #pragma once
-// What every tensor of the mixture is made of: one line per tensor on disk, pure data. The value of an
-// element depends only on the line, the seed and the element's place in the tensor (transforms.h).
+// What every trained tensor of the mixture is made of: one line per tensor on disk, pure data; buffers begin at zero.
+// The value of an element depends only on the line, the seed and the element's place in the tensor (transforms.h).
 
 #include <array>
 #include <cstdint>

@@ -16,15 +16,17 @@ std::int64_t shards_per_copy(std::int64_t dense_width, std::int64_t width) {
 //   so those of one expert of each group add up to 1/G:   M = c F / G           ->  c = G
 //   Weights not renormalised, uniform p = 1/N:            M = c (1/N) (T/G) F   ->  c = N G / T
 //   (N = E*G experts: the E*G^2/T of the virtual-group paper; N when T = G.)
+//   Sigmoids not renormalised, p = 1/2 where the router's product is near 0: c = 2 G / T
 //
 // Neurons taken at random or in overlapping stretches, of which the part 1 - r is kept. A chosen expert holds
 // a neuron w (1-r) / I times on average, so with weights P in all (P = 1 renormalised, T/N uniform):
 //                                                E[M] = c P w (1-r) / I F   ->  c = I / (w (1-r) P)
+//   (of sigmoids P = T/2)
 //   60 of 1408 out of 5504, top-4, not renormalised: 58.6 for r = 0 and 117.3 for r = 1/2. Unbiased, not exact.
 //
 // Whole copies are the case I = w of the second line and G = 1 of the first: c = 1 renormalised, N / T otherwise.
 // A redraw in shards keeps the part 1 - r as well. 1 - r is what is really kept: whole units of every expert.
-double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width) {
+double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width, RouterScore score) {
   const auto& experts = config.experts;
   if (experts.scale) return *experts.scale;
   const bool shared_carries =
@@ -38,10 +40,9 @@ double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width) {
   const double neurons =
       shards ? static_cast<double>(shards_per_copy(dense_width, config.target.moe_intermediate_size)) * width
              : static_cast<double>(dense_width);
-  const double weights = config.target.norm_topk_prob
-                             ? 1.0
-                             : static_cast<double>(config.target.num_experts_per_tok) /
-                                   static_cast<double>(config.target.num_experts);
+  const double inverse =
+      score == RouterScore::kSigmoid ? 2 : config.target.num_experts;  // of one expert's weight
+  const double weights = config.target.norm_topk_prob ? 1.0 : config.target.num_experts_per_tok / inverse;
   return neurons / (kept * weights);
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "configs/router_form.h"
 #include "configs/upcycle_config.h"
 
 namespace upmoe {
@@ -11,8 +12,9 @@ namespace upmoe {
 std::int64_t shards_per_copy(std::int64_t dense_width, std::int64_t width);
 
 // experts.scale as given, or what `auto` stands for: 1 where the shared expert carries the function
-// (shared.method dense) or nothing is kept, else the preserving factor derived in scale.cpp.
-double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width);
+// (shared.method dense) or nothing is kept, else the preserving factor derived in scale.cpp, which goes by how the
+// mixture's routers score.
+double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width, RouterScore score);
 // shared.scale as given, or what `auto` stands for: 2 where a gate on the shared expert begins at 1/2, else 1.
 double resolve_shared_scale(const UpcycleConfig& config, bool gate);
 

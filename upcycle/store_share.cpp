@@ -44,7 +44,7 @@ StoreShare::StoreShare(const Recipe& recipe, const ModelConfig& moe, DType dtype
   const Range mine = balanced(total, ranks, rank);
   for (const ParamSpec& p : table) {
     std::vector<Tensor> tensors;
-    for (HfTensor& t : hf_tensors_of(moe, p)) {
+    for (HfTensor& t : p.trained ? hf_tensors_of(moe, p) : std::vector<HfTensor>{}) {
       const auto found = lines.find(t.name);
       UPMOE_CHECK(found != lines.end(), "no recipe line for {}", t.name);
       tensors.push_back({found->second, t.part});
@@ -52,7 +52,7 @@ StoreShare::StoreShare(const Recipe& recipe, const ModelConfig& moe, DType dtype
     }
     const Range owned{cut_within(p.shape, mine.begin, before), cut_within(p.shape, mine.end, before)};
     before += p.shape.elements();
-    if (owned.size() == 0 || tensors.empty()) continue;  // a buffer that the family does not have begins anew
+    if (owned.size() == 0 || tensors.empty()) continue;  // a buffer begins anew
     add(p, owned, std::move(tensors));
     // Whoever has the end of a layer's experts computes that layer's error: one rank for each layer, spread as the
     // layers are.

@@ -48,6 +48,9 @@ Plan make_plan(const UpcycleConfig& config, const DenseSource& source, std::uint
   plan.moe = make_moe_config(config, dense);
   plan.moe.dtype = source.dtype() == DType::kBF16 ? "bfloat16" : "float32";
   plan.layout = plan_hf_layout(plan.moe, source.dtype(), max_shard_bytes);
+  for (const ParamSpec& p : make_param_table(plan.moe))
+    if (!p.trained)
+      for (const HfTensor& t : hf_tensors_of(plan.moe, p)) plan.layout.zeros.insert(t.name);
   return plan;
 }
 
@@ -198,11 +201,8 @@ class Upcycler {
 
   void run() {
     survey_ = survey_source(*source_, comm_, threads_, options_.progress && comm_.rank() == 0);
-    if (comm_.rank() == 0) {
-      for (const std::string& name : survey_.all_zero) {
-        log::warning("every value of {} is zero", name);
-      }
-    }
+    if (comm_.rank() == 0)
+      for (const std::string& name : survey_.all_zero) log::warning("every value of {} is zero", name);
     if (options_.form == OutputForm::kCheckpoint) {
       write_checkpoint();
     } else {

@@ -29,23 +29,14 @@ constexpr const char* kKeys[] = {"n_routed_experts",
                                  "auto_map"};
 constexpr const char* kCode = "deepseek-ai/deepseek-moe-16b-base--";
 
-constexpr auto kSharedTensors = std::to_array<TensorName>({
-    {Role::kSharedGateUp, Half::kGate, "model.layers.{0}.mlp.shared_experts.gate_proj.weight"},
-    {Role::kSharedGateUp, Half::kUp, "model.layers.{0}.mlp.shared_experts.up_proj.weight"},
-    {Role::kSharedDown, Half::kWhole, "model.layers.{0}.mlp.shared_experts.down_proj.weight"},
-});
-constexpr auto kTensors = together(kFrontTensors, kExpertTensors, kFfnTensors, kSharedTensors, kBackTensors);
+constexpr auto kTensors =
+    together(kFrontTensors, kExpertTensors, kFfnTensors, kSharedExpertsTensors, kBackTensors);
 
 void read_experts(JsonObject& json, ModelConfig& c) {
   ConfigKeys f(json);
   read_num_experts(json, c, {"n_routed_experts"});
   f.integer("moe_intermediate_size", c.moe_intermediate_size, 1, kMaxWidth);
-  const std::int64_t shared = json.integer("n_shared_experts", 0, kMaxExperts, false).value_or(0);
-  c.shared_expert_intermediate_size = shared * c.moe_intermediate_size;
-  if (c.shared_expert_intermediate_size > kMaxWidth)
-    json.refuse("n_shared_experts",
-                fmt::format("{} of width {} are too many", shared, c.moe_intermediate_size));
-  c.shared_expert_gate = false;
+  read_shared_experts(json, c, false);
   f.truth("norm_topk_prob", c.norm_topk_prob, false);
   c.norm_topk_prob = c.norm_topk_prob && c.num_experts_per_tok > 1;  // a single expert keeps its probability
   f.number("aux_loss_alpha", c.router_aux_loss_coef, false, true);
@@ -94,13 +85,6 @@ void write(const ModelConfig& c, JsonWriter& json) {
   json.set("auto_map", code);
 }
 
-// Layers that stay dense lie in front, or the family does not carry them.
-void from_dense(ModelConfig& c) {
-  if (traits_of(c).has(Trait::kDenseBetween)) return;
-  c.first_k_dense_replace = static_cast<int>(c.mlp_only_layers.size());
-  c.mlp_only_layers.clear();
-}
-
 }  // namespace
 
 const Family kDeepseek{
@@ -110,8 +94,9 @@ const Family kDeepseek{
     .write = write,
     .keys = kKeys,
     .tensors = kTensors,
-    .carries = kPlainLayers | Traits{Trait::kNoBiases, Trait::kNoShared, Trait::kUngatedShared,
-                                     Trait::kPlainWeights, Trait::kRenormalised, Trait::kDenseFirst},
-    .from_dense = from_dense};
+    .carries =
+        kPlainLayers | Traits{Trait::kNoBiases, Trait::kNoShared, Trait::kUngatedShared, Trait::kPlainWeights,
+                              Trait::kRenormalised, Trait::kSoftmaxScores, Trait::kDenseFirst},
+    .from_dense = put_dense_layers_in_front};
 
 }  // namespace upmoe

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "configs/families/decoder.h"
+#include "configs/families/traits.h"
 
 namespace upmoe {
 
@@ -37,6 +38,21 @@ void read_kept_layers(JsonObject& json, ModelConfig& c) {
   std::sort(c.mlp_only_layers.begin(), c.mlp_only_layers.end());
   if (std::adjacent_find(c.mlp_only_layers.begin(), c.mlp_only_layers.end()) != c.mlp_only_layers.end())
     json.refuse("mlp_only_layers", "names a layer twice");
+}
+
+void read_shared_experts(JsonObject& json, ModelConfig& c, bool required) {
+  const std::int64_t shared = json.integer("n_shared_experts", 0, kMaxExperts, required).value_or(0);
+  c.shared_expert_intermediate_size = shared * c.moe_intermediate_size;
+  if (c.shared_expert_intermediate_size > kMaxWidth)
+    json.refuse("n_shared_experts",
+                fmt::format("{} of width {} are too many", shared, c.moe_intermediate_size));
+  c.shared_expert_gate = false;
+}
+
+void put_dense_layers_in_front(ModelConfig& c) {
+  if (traits_of(c).has(Trait::kDenseBetween)) return;
+  c.first_k_dense_replace = static_cast<int>(c.mlp_only_layers.size());
+  c.mlp_only_layers.clear();
 }
 
 void require_truth(JsonObject& json, const char* key, bool expected, const char* what) {

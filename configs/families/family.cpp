@@ -8,7 +8,9 @@
 #include <array>
 #include <string_view>
 
+#include "configs/families/dbrx.h"
 #include "configs/families/deepseek.h"
+#include "configs/families/dots1.h"
 #include "configs/families/gemma.h"
 #include "configs/families/llama.h"
 #include "configs/families/mistral.h"
@@ -21,20 +23,8 @@
 namespace upmoe {
 namespace {
 
-const std::array<const Family*, 9> kFamilies{&kQwen2, &kQwen2Moe, &kLlama,    &kQwen3,   &kMistral,
-                                             &kGemma, &kMixtral,  &kQwen3Moe, &kDeepseek};
-
-struct Unread {
-  const char *model_type, *why;
-};
-constexpr Unread kUnread[] = {
-    {"dbrx",
-     "its q, k and v are one tensor (Wqkv) and all experts of a layer another (experts.mlp.w1, v1, w2), its "
-     "norms are "
-     "LayerNorms"},
-    {"dots1",
-     "the biases of its routers are tensors (e_score_correction_bias), which no family here reads yet"},
-};
+const std::array<const Family*, 11> kFamilies{&kQwen2,   &kQwen2Moe, &kLlama,    &kQwen3, &kMistral, &kGemma,
+                                              &kMixtral, &kQwen3Moe, &kDeepseek, &kDots1, &kDbrx};
 
 }  // namespace
 
@@ -69,12 +59,6 @@ const Family& family_of(const ModelConfig& config) {
 bool is_mixture(const Family& family) {
   return std::any_of(family.tensors.begin(), family.tensors.end(),
                      [](const TensorName& t) { return t.role == Role::kRouter; });
-}
-
-std::string why_not_read(const std::string& model_type) {
-  for (const Unread& family : kUnread)
-    if (model_type == family.model_type) return family.why;
-  return "";
 }
 
 std::string tensor_name(const ModelConfig& config, Role role, int layer, Half half) {

@@ -18,11 +18,13 @@ class JsonWriter;
 enum class Half : std::uint8_t { kWhole, kGate, kUp };
 
 // A tensor on disk, or one for each block ({0} in the name) and routed expert ({1}), and what it holds: of the
-// parameter of this role the expert and the half that it speaks of.
+// parameter of this role the expert and the half that it speaks of. Rows of names that are the same are one tensor, in
+// this order; so are all experts of a routed one without {1}.
 struct TensorName {
   Role role;
   Half half;
   const char* name;
+  bool transposed = false;  // an expert's down projection as [width, model width]
   bool by_block() const;
   bool by_expert() const;
   std::string of(int layer, std::int64_t expert) const;
@@ -56,8 +58,6 @@ std::span<const Family* const> families();
 const Family* find_family(const std::string& model_type);  // null when there is none
 const Family& family_of(const ModelConfig& config);
 bool is_mixture(const Family& family);  // of models with experts
-// Of a model_type that is known and that no family here reads: what it has that nothing here does; empty for others.
-std::string why_not_read(const std::string& model_type);
 
 // The name on disk of what holds this of a parameter.
 std::string tensor_name(const ModelConfig& config, Role role, int layer = kOutsideBlocks,

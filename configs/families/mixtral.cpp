@@ -65,7 +65,7 @@ const Family kMixtral{
     .keys = kKeys,
     .tensors = kTensors,
     .carries = kPlainLayers | Traits{Trait::kNoBiases, Trait::kOwnHeadDim, Trait::kWindow, Trait::kNoShared,
-                                     Trait::kRenormalised, Trait::kOneRenormalised},
+                                     Trait::kRenormalised, Trait::kOneRenormalised, Trait::kSoftmaxScores},
     .from_dense = from_dense};
 
 }  // namespace upmoe

@@ -77,7 +77,7 @@ const Family kQwen2Moe{
     .empty_shared_expert = true,
     .carries = kQwen2Layers | Traits{Trait::kNoShared, Trait::kGatedShared, Trait::kSharedBetween,
                                      Trait::kPlainWeights, Trait::kRenormalised, Trait::kOneRenormalised,
-                                     Trait::kDenseFirst, Trait::kDenseBetween},
+                                     Trait::kSoftmaxScores, Trait::kDenseFirst, Trait::kDenseBetween},
     .from_dense = from_dense};
 
 }  // namespace upmoe

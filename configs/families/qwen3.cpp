@@ -8,7 +8,7 @@
 namespace upmoe {
 namespace {
 
-constexpr const char* kMixtures[] = {"qwen3_moe"};
+constexpr const char* kMixtures[] = {"qwen3_moe", "dots1"};
 constexpr auto kTensors = together(kFrontTensors, kHeadNormTensors, kFfnTensors, kBackTensors);
 
 void layers(ModelConfig& c) {

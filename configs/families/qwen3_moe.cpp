@@ -60,9 +60,9 @@ const Family kQwen3Moe{
     .write = write,
     .keys = kKeys,
     .tensors = kTensors,
-    .carries =
-        Traits{Trait::kRmsNorm, Trait::kSilu, Trait::kPlainEmbedding, Trait::kTiedHead, Trait::kNoBiases,
-               Trait::kQkNorm, Trait::kOwnHeadDim, Trait::kNoShared, Trait::kPlainWeights,
-               Trait::kRenormalised, Trait::kOneRenormalised, Trait::kDenseFirst, Trait::kDenseBetween}};
+    .carries = Traits{Trait::kRmsNorm, Trait::kSilu, Trait::kPlainEmbedding, Trait::kTiedHead,
+                      Trait::kNoBiases, Trait::kQkNorm, Trait::kOwnHeadDim, Trait::kNoShared,
+                      Trait::kPlainWeights, Trait::kRenormalised, Trait::kOneRenormalised,
+                      Trait::kSoftmaxScores, Trait::kDenseFirst, Trait::kDenseBetween}};
 
 }  // namespace upmoe

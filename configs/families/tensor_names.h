@@ -28,11 +28,19 @@ inline constexpr auto kFfnTensors = std::to_array<TensorName>({
     {Role::kFfnGateUp, Half::kUp, "model.layers.{0}.mlp.up_proj.weight"},
     {Role::kFfnDown, Half::kWhole, "model.layers.{0}.mlp.down_proj.weight"},
 });
-inline constexpr auto kExpertTensors = std::to_array<TensorName>({
+inline constexpr auto kRouterTensors = std::to_array<TensorName>({
     {Role::kRouter, Half::kWhole, "model.layers.{0}.mlp.gate.weight"},
+});
+inline constexpr auto kRoutedTensors = std::to_array<TensorName>({
     {Role::kExpertGateUp, Half::kGate, "model.layers.{0}.mlp.experts.{1}.gate_proj.weight"},
     {Role::kExpertGateUp, Half::kUp, "model.layers.{0}.mlp.experts.{1}.up_proj.weight"},
     {Role::kExpertDown, Half::kWhole, "model.layers.{0}.mlp.experts.{1}.down_proj.weight"},
+});
+// Several shared experts, one FFN.
+inline constexpr auto kSharedExpertsTensors = std::to_array<TensorName>({
+    {Role::kSharedGateUp, Half::kGate, "model.layers.{0}.mlp.shared_experts.gate_proj.weight"},
+    {Role::kSharedGateUp, Half::kUp, "model.layers.{0}.mlp.shared_experts.up_proj.weight"},
+    {Role::kSharedDown, Half::kWhole, "model.layers.{0}.mlp.shared_experts.down_proj.weight"},
 });
 inline constexpr auto kBackTensors = std::to_array<TensorName>({
     {Role::kNorm1, Half::kWhole, "model.layers.{0}.input_layernorm.weight"},
@@ -48,5 +56,7 @@ constexpr auto together(const std::array<TensorName, N>&... parts) {
   ((at = std::copy(parts.begin(), parts.end(), at)), ...);
   return all;
 }
+
+inline constexpr auto kExpertTensors = together(kRouterTensors, kRoutedTensors);
 
 }  // namespace upmoe

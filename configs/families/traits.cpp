@@ -46,6 +46,13 @@ Traits traits_of_weights(const ModelConfig& c) {
          only_if(c.norm_topk_prob && c.num_experts_per_tok == 1, Trait::kOneRenormalised);
 }
 
+Traits traits_of_router(const ModelConfig& c) {
+  return Traits{c.router.score == RouterScore::kSigmoid ? Trait::kSigmoidScores : Trait::kSoftmaxScores} |
+         only_if(c.router.scale != 1, Trait::kScaledWeights) |
+         only_if(c.router.groups != 1 || c.router.group_topk != 1, Trait::kExpertGroups) |
+         only_if(c.router_bias, Trait::kChoiceBias);
+}
+
 // Dense layers in front: as many as there are up to the first mixture. Any other one lies between or behind.
 Traits traits_of_kept_layers(const ModelConfig& c) {
   int first = 0;
@@ -59,7 +66,8 @@ Traits traits_of_kept_layers(const ModelConfig& c) {
 Traits traits_of(const ModelConfig& c) {
   const Traits layers = traits_of_layers(c);
   if (c.num_experts == 0) return layers;
-  return layers | traits_of_shared_expert(c) | traits_of_weights(c) | traits_of_kept_layers(c);
+  return layers | traits_of_shared_expert(c) | traits_of_weights(c) | traits_of_router(c) |
+         traits_of_kept_layers(c);
 }
 
 std::string Traits::words() const {

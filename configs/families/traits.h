@@ -36,6 +36,11 @@ enum class Trait : std::uint8_t {
   kPlainWeights,
   kRenormalised,
   kOneRenormalised,
+  kScaledWeights,
+  kSoftmaxScores,
+  kSigmoidScores,
+  kExpertGroups,
+  kChoiceBias,
   kDenseFirst,
   kDenseBetween
 };
@@ -63,6 +68,11 @@ inline constexpr Names<Trait> kNames<Trait>{
               {Trait::kPlainWeights, "weights of the chosen experts that are not renormalised"},
               {Trait::kRenormalised, "renormalised weights of the chosen experts"},
               {Trait::kOneRenormalised, "a single chosen expert whose weight is 1"},
+              {Trait::kScaledWeights, "a factor on the weights of the chosen experts"},
+              {Trait::kSoftmaxScores, "scores of a softmax over all experts"},
+              {Trait::kSigmoidScores, "scores of a sigmoid for each expert"},
+              {Trait::kExpertGroups, "experts chosen out of the best groups"},
+              {Trait::kChoiceBias, "a bias on the choice of the experts"},
               {Trait::kDenseFirst, "dense layers in front of the mixtures"},
               {Trait::kDenseBetween, "dense layers between or behind the mixtures"}}};
 
@@ -75,6 +85,7 @@ class Traits {
   constexpr bool none() const { return bits_ == 0; }
   constexpr Traits without(Traits other) const { return Traits(bits_ & ~other.bits_); }
   constexpr Traits operator|(Traits other) const { return Traits(bits_ | other.bits_); }
+  constexpr Traits operator&(Traits other) const { return Traits(bits_ & other.bits_); }
   std::string words() const;  // "a gate on the shared expert; dense layers in front of the mixtures"
 
  private:
@@ -84,6 +95,11 @@ class Traits {
 };
 
 Traits traits_of(const ModelConfig& config);
+
+// What a run may give the routers of any family, as its checkpoints say it (configs/router_record.h); the files of a
+// family that does not carry it cannot.
+inline constexpr Traits kRouterTraits{Trait::kScaledWeights, Trait::kSoftmaxScores, Trait::kSigmoidScores,
+                                      Trait::kExpertGroups, Trait::kChoiceBias};
 
 // What the layers of most decoders have.
 inline constexpr Traits kPlainLayers{Trait::kRmsNorm, Trait::kSilu, Trait::kNoQkNorm, Trait::kPlainEmbedding,

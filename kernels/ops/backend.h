@@ -10,6 +10,7 @@
 #include "kernels/ops/experts.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/layer_norm.h"
 #include "kernels/ops/loss.h"
 #include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"

@@ -41,6 +41,12 @@ inline void show(OpWatcher& w, const NormWeight& weight) {
 inline void show(OpWatcher& w, const NormedRows& rows) {
   for (const ConstTensorView& t : {rows.x_TD, rows.rstd_T}) w.reads(t);
 }
+inline void show(OpWatcher& w, const RowMoments& moments) {
+  for (const TensorView& t : {moments.mean_T, moments.rstd_T}) w.writes(t);
+}
+inline void show(OpWatcher& w, const CentredRows& rows) {
+  for (const ConstTensorView& t : {rows.x_TD, rows.mean_T, rows.rstd_T}) w.reads(t);
+}
 inline void show(OpWatcher& w, const QkWeights& weights) {
   for (const ConstTensorView& t : {weights.q_d, weights.k_d}) w.reads(t);
 }

@@ -65,6 +65,23 @@ void scale(Exec& ex, TensorView x, float factor) {
   dispatch(ex, &Backend::scale, x, factor);
 }
 
+void clip(Exec& ex, TensorView x, TensorView before, float limit) {
+  UPMOE_CHECK(limit > 0, "clipped to {}", limit);
+  check_float(x, "x");
+  check_tensor(ex, x, x.shape, x.dtype, "x");
+  check_tensor(ex, before, x.shape, x.dtype, "before");
+  ex.book("clip", count_of(x), bytes_of(x), 2 * bytes_of(x));
+  dispatch(ex, &Backend::clip, x, before, limit);
+}
+
+void clip_backward(Exec& ex, TensorView dx, ConstTensorView before, float limit) {
+  check_float(dx, "dx");
+  check_tensor(ex, dx, dx.shape, dx.dtype, "dx");
+  check_tensor(ex, before, dx.shape, dx.dtype, "before");
+  ex.book("clip_backward", count_of(dx), 2 * bytes_of(dx), bytes_of(dx));
+  dispatch(ex, &Backend::clip_backward, dx, before, limit);
+}
+
 void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts) {
   check_scratch(ex);
   check_tensor(ex, sum_1, {1}, DType::kF64, "sum_1");

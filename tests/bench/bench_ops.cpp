@@ -23,6 +23,7 @@
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/layer_norm.h"
 #include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/sigmoid_routing.h"
@@ -236,6 +237,26 @@ void add_heads(const Model& model, DType dtype) {
       ops::qk_norm_backward(ex, dqkv.view, {dw.view, dw.view}, x.view, rstd.view, {w.view, w.view, 1e-6f},
                             all);
     });
+  });
+  add("layer_norm_forward" + name, dtype, [=](benchmark::State& state) {
+    const Tensor y({kTokens, width}, dtype), x({kTokens, width}, dtype), w({width}, dtype);
+    const Tensor mean({kTokens}, DType::kF32), rstd({kTokens}, DType::kF32);
+    measure(state, dtype, [&](Exec& ex) {
+      ops::layer_norm_forward(ex, y.view, {mean.view, rstd.view}, x.view, w.view, 1e-5f);
+    });
+  });
+  add("layer_norm_backward" + name, dtype, [=](benchmark::State& state) {
+    const Tensor dx({kTokens, width}, dtype), dw({width}, dtype), x({kTokens, width}, dtype),
+        w({width}, dtype);
+    const Tensor mean({kTokens}, DType::kF32), rstd({kTokens}, DType::kF32);
+    measure(state, dtype, [&](Exec& ex) {
+      ops::layer_norm_backward(ex, dx.view, dw.view, dx.view, {x.view, mean.view, rstd.view}, w.view,
+                               Accumulate::kOverwrite);
+    });
+  });
+  add("clip" + name, dtype, [=](benchmark::State& state) {
+    const Tensor x({kTokens, 3 * width}, dtype), before({kTokens, 3 * width}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::clip(ex, x.view, before.view, 8.0f); });
   });
   add("geglu_forward" + name, dtype, [=](benchmark::State& state) {
     const Tensor h({kTokens, ffn}, dtype), gate_up({kTokens, 2 * ffn}, dtype);

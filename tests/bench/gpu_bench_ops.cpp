@@ -10,6 +10,7 @@
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/layer_norm.h"
 #include "kernels/ops/loss.h"
 #include "kernels/ops/moment_codes.h"
 #include "kernels/ops/norm.h"
@@ -141,6 +142,30 @@ void add_attention(const std::string& name, std::int64_t t, std::int64_t window 
   add("rope/" + name, [=] {
     const Held qkv = make({t, a.qkv_width()}), positions = make({t}, DType::kI32, a.seq_len);
     return [=](Exec& ex) { ops::rope(ex, qkv->view, positions->view, a, 1e6, false); };
+  });
+}
+
+// What some models have: LayerNorms, and a limit on queries, keys and values.
+void add_layer_norm(const std::string& name, std::int64_t t) {
+  const std::int64_t d = shape().width;
+  add("layer_norm_forward/" + name, [=] {
+    const Held y = make({t, d}), mean = make({t}, DType::kF32), rstd = make({t}, DType::kF32),
+               x = make({t, d}), w = make({d});
+    return [=](Exec& ex) {
+      ops::layer_norm_forward(ex, y->view, {mean->view, rstd->view}, x->view, w->view, 1e-5f);
+    };
+  });
+  add("layer_norm_backward/" + name, [=] {
+    const Held dx = make({t, d}), dw = make({d}), dy = make({t, d}), x = make({t, d}), w = make({d}),
+               mean = make({t}, DType::kF32), rstd = make({t}, DType::kF32);
+    return [=](Exec& ex) {
+      ops::layer_norm_backward(ex, dx->view, dw->view, dy->view, {x->view, mean->view, rstd->view}, w->view,
+                               Accumulate::kAdd);
+    };
+  });
+  add("clip/" + name, [=] {
+    const Held x = make({t, 3 * d}), before = make({t, 3 * d});
+    return [=](Exec& ex) { ops::clip(ex, x->view, before->view, 8.0f); };
   });
 }
 
@@ -336,6 +361,7 @@ void add_ops(std::int64_t t) {
   add_grouped("down/" + name, t * m.top_k, m.width, m.expert_width);
   add_attention(name, t);
   add_attention(name + "_window", t, 512);
+  add_layer_norm(name, t);
   add_rows(name, t);
   add_router(name, t);
   add_ends(name, t);

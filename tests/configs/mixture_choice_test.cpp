@@ -109,8 +109,12 @@ TEST(MixtureChoice, AutoGoesByTheDenseFamily) {
   w.shape.shared_expert_intermediate_size = 96;
   EXPECT_EQ(from("llama"), "deepseek");
   EXPECT_EQ(from("qwen2"), "qwen2_moe");
+  EXPECT_EQ(from("qwen3"), "dots1");
+  w.shape.mlp_only_layers = {1};
   EXPECT_THAT(from("qwen3"), AllOf(HasSubstr("qwen3_moe does not carry: a shared expert"),
+                                   HasSubstr("dots1 does not carry: dense layers between"),
                                    HasSubstr("no family known here carries all of this recipe")));
+  w.shape.mlp_only_layers = {};
   w.shape.shared_expert_intermediate_size = 0;
   w.shape.norm_topk_prob = false;
   EXPECT_EQ(from("mistral"), "deepseek");
@@ -129,6 +133,26 @@ TEST(MixtureChoice, AKeptLayerKeepsItsWidth) {
   EXPECT_EQ(in_form_of(*find_family("qwen2_moe"), w).intermediate_size, 96);
   w.shape.mlp_only_layers = {3};
   EXPECT_EQ(in_form_of(*find_family("qwen2_moe"), w).intermediate_size, 48);
+}
+
+// A family's routers are part of its form, whatever those of others are like.
+TEST(MixtureChoice, RoutersAreTheFamilys) {
+  WantedMixture w = wanted();
+  w.shape.model_type = "qwen3";
+  w.shape.qk_norm = QkNorm::kPerHead;
+  w.family = "dots1";
+  w.shape.mlp_only_layers = {0, 1};
+  const MixtureChoice choice = choose_mixture(*find_family("qwen3"), w);
+  ASSERT_NE(choice.family, nullptr) << choice.problem;
+  const ModelConfig moe = in_form_of(*choice.family, w);
+  EXPECT_EQ(moe.router, (RouterForm{.score = RouterScore::kSigmoid}));
+  EXPECT_TRUE(moe.router_bias);
+  EXPECT_EQ(moe.first_k_dense_replace, 2);
+  EXPECT_TRUE(moe.mlp_only_layers.empty());
+  EXPECT_EQ(in_form_of(*find_family("qwen3_moe"), w).router, RouterForm{});
+  w.shape.qk_norm = QkNorm::kNone;
+  EXPECT_THAT(choose_mixture(*find_family("llama"), w).problem,
+              HasSubstr("dots1 does not carry: q and k without norms"));
 }
 
 TEST(MixtureChoice, OneExpertOfWeightOne) {

@@ -33,7 +33,7 @@ TEST(UpcycleConfig, ShippedRecipes) {
   std::vector<std::string> expected, found;
   for (const char* name : {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling",
                            "llama-moe-split", "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b",
-                           "arctic-residual", "marco-nano", "qwen3-30b-like"}) {
+                           "arctic-residual", "marco-nano", "qwen3-30b-like", "dots1-like"}) {
     expected.push_back(name + std::string(".yaml"));
     expected.push_back(name + std::string("-tiny.yaml"));
   }

@@ -62,6 +62,39 @@ TEST_F(Models, ShardsKeepTheirLimit) {
   EXPECT_EQ(layout.files.front().name, fmt::format("model-00001-of-{:05}.safetensors", layout.files.size()));
 }
 
+// transformers keeps them so, and bf16 would round a bias to another choice of experts.
+TEST_F(Models, BiasesOfRoutersAreWrittenInFp32) {
+  ModelConfig config = put_config(true, false);
+  config.model_type = "dots1";
+  config.raw_json = "{}";
+  config.qkv_bias = config.shared_expert_gate = false;
+  config.qk_norm = QkNorm::kPerHead;
+  config.shared_expert_intermediate_size = 2 * config.moe_intermediate_size;
+  config.router.score = RouterScore::kSigmoid;
+  config.router_bias = true;
+  const float value = 0.1234567f;
+  write_hf_model(output(root / "out", DType::kBF16), config,
+                 [&](const ParamSpec&, const Box&, TensorView out) {
+                   for (std::int64_t i = 0; i < out.elements(); ++i) {
+                     if (out.dtype == DType::kF32) out.as<float>()[i] = value;
+                     if (out.dtype == DType::kBF16) out.as<bf16>()[i] = to_bf16(value);
+                   }
+                 });
+  const HfModel written(root / "out");
+  int biases = 0;
+  for (const SafetensorsEntry* e : written.tensors()) {
+    const bool bias = e->name.ends_with("e_score_correction_bias");
+    EXPECT_EQ(e->dtype, bias ? "F32" : "BF16") << e->name;
+    EXPECT_EQ(e->begin % (bias ? 4 : 2), 0u) << e->name;
+    biases += bias ? 1 : 0;
+  }
+  EXPECT_EQ(biases, written.config().num_moe_layers());
+  const ParamSpec bias = make_param(written.config(), Role::kRouterBias, 0);
+  std::vector<float> read(static_cast<std::size_t>(bias.shape.elements()));
+  written.read(bias, whole(bias.shape), host_view(read.data(), bias.shape));
+  EXPECT_EQ(read, std::vector<float>(read.size(), value));
+}
+
 // What transformers has no name for stays in checkpoints.
 TEST_F(Models, ABufferWithoutANameIsLeftOut) {
   const ModelConfig config = put_sharded();

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <functional>
@@ -38,6 +39,37 @@ TEST(Pointwise, FillsAndCasts) {
         expect_rounded(
             out, [](std::size_t) { return static_cast<double>(0.3f); }, "fill");
       }
+}
+
+TEST(Pointwise, ClipsAndMasksWhatWasBeyond) {
+  OpExec ex;
+  const float limit = 0.75f;
+  for (DType dtype : kFloats)
+    for (std::int64_t n : kSizes) {
+      HostTensor x = random_tensor({n}, dtype, 1), dx = random_tensor({n}, dtype, 2), before({n}, dtype);
+      if (n > 2) {  // on the limit itself, from both sides: not beyond
+        x.set(0, limit);
+        x.set(1, -limit);
+        x.set(2, NAN);
+      }
+      const HostTensor was = x, dy = dx;
+      ops::clip(ex, x, before, limit);
+      EXPECT_TRUE(n > 2 || before == was);
+      ops::clip_backward(ex, dx, before, limit);
+      for (std::size_t i = 0; i < was.size(); ++i) {
+        if (std::isnan(was.get(i))) {
+          EXPECT_TRUE(std::isnan(x.get(i)) && std::isnan(before.get(i)));
+          EXPECT_EQ(dx.get(i), dy.get(i));
+          continue;
+        }
+        EXPECT_EQ(before.get(i), was.get(i));
+        EXPECT_EQ(x.get(i), std::clamp(was.get(i), -0.75, 0.75));
+        EXPECT_EQ(dx.get(i), std::abs(was.get(i)) > 0.75 ? 0.0 : dy.get(i));
+      }
+    }
+  HostTensor x({4}, DType::kF32), before({4}, DType::kF32), other({5}, DType::kF32);
+  EXPECT_THROW(ops::clip(ex, x, before, 0.0f), Error);
+  EXPECT_THROW(ops::clip(ex, x, other, 1.0f), Error);
 }
 
 // Transfers under way move on between ops.

@@ -5,6 +5,7 @@ an export refuses what its readers would not notice. Needs UPMOE and MAKE_RUN.
 import json
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import unittest
@@ -92,6 +93,39 @@ class Routers(unittest.TestCase):
         self.assertNotIn("upmoe_router", (self.folder / "hf" / "config.json").read_text())
         self.upmoe("eval", self.folder / "run", "--data", self.folder / "tokens.h5", "--seq-len", "32", "--sequences",
                    "4")
+
+    def biases(self, folder):
+        blob = (folder / "model.safetensors").read_bytes()
+        size = int.from_bytes(blob[:8], "little")
+        for name, entry in json.loads(blob[8:8 + size]).items():
+            if name.endswith("e_score_correction_bias"):
+                self.assertEqual(entry["dtype"], "F32")
+                begin, end = (8 + size + offset for offset in entry["data_offsets"])
+                yield struct.unpack(f"<{(end - begin) // 4}f", blob[begin:end])
+
+    def test_biases_are_exported_where_the_family_has_a_tensor(self):
+        config = json.loads((self.folder / "model" / "config.json").read_text())
+        experts = config.pop("num_experts")
+        for key in ("shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers"):
+            del config[key]
+        config |= {"model_type": "dots1", "n_routed_experts": experts, "n_shared_experts": 2, "n_group": 2,
+                   "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "sliding_window": None}
+        (self.folder / "dots1").mkdir()
+        (self.folder / "dots1" / "config.json").write_text(json.dumps(config))
+        self.train("run", f"model.path={self.folder / 'dots1'}", "train.steps=5", "router.bias_rate=0.01",
+                   "router.aux_loss=0")
+        self.upmoe("export", self.folder / "run", "--to", self.folder / "hf")
+        self.assertNotIn("upmoe_router", (self.folder / "hf" / "config.json").read_text())
+        layers = list(self.biases(self.folder / "hf"))
+        self.assertEqual([len(layer) for layer in layers], [experts, experts])
+        for bias in (b for layer in layers for b in layer):  # five steps up or down
+            self.assertAlmostEqual(bias, 0.01 * round(bias * 100), delta=1e-6)
+            self.assertLess(abs(bias), 0.051)
+        self.assertTrue(all(any(layer) for layer in layers))
+        self.train("other", f"model.path={self.folder / 'dots1'}", "train.steps=2", "router.score=softmax",
+                   "router.groups=1")
+        self.assertIn("scores of a softmax", self.upmoe("export", self.folder / "other", "--to", self.folder / "lost",
+                                                        status=2))
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ TokenPlaces places_for(std::vector<std::int32_t>& positions, std::vector<std::in
   return places;
 }
 
-void check_norm(bool plus_one) {
+void check_norm(NormKind kind) {
   Rig rig;
   const std::int64_t T = 6, D = 20;
-  RmsNorm norm{rig.host.param({D}, 1.0), 1e-6f, plus_one};
+  Norm norm{rig.host.param({D}, 1.0), 1e-6f, kind};
   const TensorView x = rig.host.normal({T, D}, 1.0), probe = rig.host.normal({T, D}, 1.0),
                    dx = rig.host.zeros({T, D});
-  RmsNorm::Saved saved;
+  Norm::Saved saved;
   const auto scalar = [&] {
     const std::size_t mark = rig.keep.mark();
     const TensorView y = rig.host.zeros({T, D});
@@ -61,15 +61,19 @@ void check_norm(bool plus_one) {
 }
 
 TEST(LayerGradient, RmsNorm) {
-  check_norm(false);
+  check_norm(NormKind::kRms);
 }
 TEST(LayerGradient, RmsNormOfAWeightAddedToOne) {
-  check_norm(true);
+  check_norm(NormKind::kRmsPlusOne);
+}
+TEST(LayerGradient, LayerNorm) {
+  check_norm(NormKind::kLayerNorm);
 }
 
 struct AttentionTraits {
   bool masked = false, head_norms = false;
   std::int64_t window = 0;
+  float clip = 0;
 };
 void check_attention(std::int64_t heads, std::int64_t kv_heads, const AttentionTraits& traits) {
   Rig rig;
@@ -77,6 +81,7 @@ void check_attention(std::int64_t heads, std::int64_t kv_heads, const AttentionT
   AttentionLayer layer;
   layer.shape = {heads, kv_heads, d, 0, traits.window};
   layer.rope_theta = 1e4;
+  layer.clip = traits.clip;
   layer.tp = layer.cp = rig.self.get();
   const std::int64_t H = layer.shape.qkv_width();
   layer.qkv = {rig.host.param({H, D}, 0.3), rig.host.param({H}, 0.3)};
@@ -126,6 +131,10 @@ TEST(LayerGradient, AttentionWindow) {
 }
 TEST(LayerGradient, AttentionNormsOfHeads) {
   check_attention(4, 2, {.head_norms = true});
+}
+TEST(LayerGradient, AttentionOfLimitedQueriesKeysAndValues) {
+  check_attention(4, 2, {.clip = 1.0f});
+  check_attention(4, 2, {.head_norms = true, .clip = 0.8f});
 }
 
 void check_ffn(bool gated, Activation activation = Activation::kSilu) {

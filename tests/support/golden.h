@@ -48,8 +48,7 @@ class Golden {
   std::vector<float> parameter(const ParamSpec& spec, const std::string& prefix) const {
     std::vector<float> whole(static_cast<std::size_t>(spec.shape.elements()));
     for (const HfTensor& t : hf_tensors_of(config_, spec)) {
-      const std::vector<float> part = values<float>(prefix + t.name);
-      scatter(part, t.part, spec.shape, whole);
+      scatter(part_of(values<float>(prefix + t.name), t), t.part, spec.shape, whole);
     }
     return whole;
   }
@@ -109,6 +108,18 @@ class Golden {
   }
 
  private:
+  // Row-major as `t.part`, out of the tensor on disk.
+  static std::vector<float> part_of(const std::vector<float>& tensor, const HfTensor& t) {
+    const auto begin = tensor.begin() + t.begin;
+    const std::vector<float> stored(begin, begin + t.part.elements());
+    if (!t.transposed) return stored;
+    const auto rows = static_cast<std::size_t>(t.part.extent[1]),
+               columns = static_cast<std::size_t>(t.part.extent[2]);
+    std::vector<float> part(stored.size());
+    for (std::size_t r = 0; r < rows; ++r)
+      for (std::size_t c = 0; c < columns; ++c) part[r * columns + c] = stored[c * rows + r];
+    return part;
+  }
   const SafetensorsEntry& entry(const std::string& name) const {
     const SafetensorsEntry* e = file_.find(name);
     UPMOE_CHECK(e != nullptr, "{}: no tensor '{}'", file_.path().string(), name);
@@ -128,8 +139,8 @@ class Golden {
 
 inline const std::vector<std::string>& golden_cases() {
   static const std::vector<std::string> names{
-      "dense", "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd", "llama",
-      "qwen3", "mistral",        "gemma",    "mixtral",    "qwen3_moe", "deepseek"};
+      "dense",   "dense_tied_gqa", "moe_a27b", "moe_renorm", "moe_mixed", "moe_odd", "llama", "qwen3",
+      "mistral", "gemma",          "mixtral",  "qwen3_moe",  "deepseek",  "dots1",   "dbrx"};
   return names;
 }
 

@@ -43,7 +43,7 @@ inline const Outcome& one_rank(const Layout& like) {
   const std::string key = one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) +
                           kinds + name_of(one.optimizer) +
                           fmt::format("{}{}{}{}{}", one.mask_documents, one.z_loss, one.steps,
-                                      name_of(one.form.score), one.bias_rate);
+                                      one.form ? name_of(one.form->score) : "own", one.bias_rate);
   auto it = done.find(key);
   if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
   return it->second;

@@ -6,6 +6,7 @@
 
 #include <mutex>
 #include <numeric>
+#include <optional>
 
 #include "configs/run_problems.h"
 #include "kernels/core/philox.h"
@@ -42,7 +43,7 @@ struct Layout {
   // 0: the golden file's. Else a model of this width and half as many neurons of each of six experts, with weights
   // drawn at random, on the file's tokens.
   std::int64_t width = 0;
-  RouterForm form = {};
+  std::optional<RouterForm> form = {};  // empty: the model's own
   double bias_rate = 0;
 
   std::string str() const {
@@ -87,8 +88,8 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
 
 inline ModelConfig config_of(const Layout& l, const Golden& golden) {
   ModelConfig config = golden.config();
-  config.router_bias = l.router_bias || l.bias_rate > 0;
-  config.router = l.form;
+  config.router_bias = config.router_bias || l.router_bias || l.bias_rate > 0;
+  config.router = l.form.value_or(config.router);
   config.router_load = run_of(l, golden, "unused").router.has_term(AuxKind::kGlobal);
   if (l.width > 0) {
     config.head_dim = config.head_dim > 0 ? config.head_dim : l.width / config.num_attention_heads;
@@ -161,7 +162,8 @@ inline ReadParam golden_weights(const Golden& golden, std::uint64_t order_seed =
   return [&golden, order_seed](const ParamSpec& spec, const Box& box, TensorView out) {
     std::vector<float> all(static_cast<std::size_t>(spec.shape.elements())), mine;
     golden.reader()(spec, whole(spec.shape), host_view(all.data(), spec.shape));
-    for (std::size_t i = 0; !spec.trained && i < all.size(); ++i)
+    const bool not_in_file = hf_tensors_of(golden.config(), spec).empty();
+    for (std::size_t i = 0; not_in_file && i < all.size(); ++i)
       all[i] = in_buffer(static_cast<std::int64_t>(i));
     std::int64_t width = 1, stride = 1;  // of one neuron; without neurons nothing moves
     for (int d = spec.shape.rank - 1; d >= 0 && width == 1; --d) {

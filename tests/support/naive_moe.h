@@ -58,18 +58,28 @@ inline NaiveFfn ffn_names(const ModelConfig& model, Role gate_up, Role down, int
           name_on_disk(model, gate_up, layer, expert, Half::kUp), name_on_disk(model, down, layer, expert)};
 }
 
-// Softmax over all experts, the k largest (lowest index first among equals), renormalised if the model says
-// so; plus the shared expert, times the sigmoid of its gate where it has one.
+// What an expert's weight is before it is scaled, of all experts: a softmax, or sigmoids.
+inline NaiveVector naive_scores(const ModelConfig& model, NaiveVector logits) {
+  const bool sigmoid = model.router.score == RouterScore::kSigmoid;
+  const double top = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (double& v : logits) sum += v = sigmoid ? 1 / (1 + std::exp(-v)) : std::exp(v - top);
+  if (!sigmoid)
+    for (double& v : logits) v /= sum;
+  return logits;
+}
+
+// The k largest scores (lowest index first among equals), renormalised if the model says so; plus the shared expert,
+// times the sigmoid of its gate where it has one. Without groups, and with biases of zero.
 inline NaiveVector naive_moe(const NaiveTensors& tensors, const ModelConfig& model, int layer,
                              const NaiveVector& x) {
-  NaiveVector p = product(tensor(tensors, name_on_disk(model, Role::kRouter, layer)), x);
-  const double top = *std::max_element(p.begin(), p.end());
-  double sum = 0;
-  for (double& v : p) sum += v = std::exp(v - top);
+  const NaiveVector p =
+      naive_scores(model, product(tensor(tensors, name_on_disk(model, Role::kRouter, layer)), x));
   std::vector<std::size_t> order(p.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return p[a] > p[b]; });
   order.resize(static_cast<std::size_t>(model.num_experts_per_tok));
+  double sum = 1;
   if (model.norm_topk_prob) {
     sum = 0;
     for (const std::size_t e : order) sum += p[e];
@@ -78,7 +88,7 @@ inline NaiveVector naive_moe(const NaiveTensors& tensors, const ModelConfig& mod
   for (const std::size_t e : order) {
     const NaiveVector y_e =
         naive_ffn(tensors, ffn_names(model, Role::kExpertGateUp, Role::kExpertDown, layer, e), x);
-    for (std::size_t d = 0; d < y.size(); ++d) y[d] += p[e] / sum * y_e[d];
+    for (std::size_t d = 0; d < y.size(); ++d) y[d] += model.router.scale * p[e] / sum * y_e[d];
   }
   if (model.shared_expert_intermediate_size > 0) {
     double open = 1;

@@ -57,6 +57,27 @@ inline Values reference_rms_norm(const Values& x, const Values& w, double eps, V
   return y;
 }
 
+struct ReferenceMoments {
+  Values mean, rstd;
+};
+inline Values reference_layer_norm(const Values& x, const Values& w, double eps,
+                                   ReferenceMoments* moments = nullptr) {
+  const std::size_t width = w.size();
+  Values y(x.size());
+  for (std::size_t t = 0; t < x.size() / width; ++t) {
+    double mean = 0, squares = 0;
+    for (std::size_t d = 0; d < width; ++d) mean += x[t * width + d] / static_cast<double>(width);
+    for (std::size_t d = 0; d < width; ++d) squares += (x[t * width + d] - mean) * (x[t * width + d] - mean);
+    const double r = 1 / std::sqrt(squares / static_cast<double>(width) + eps);
+    if (moments != nullptr) {
+      moments->mean.push_back(mean);
+      moments->rstd.push_back(r);
+    }
+    for (std::size_t d = 0; d < width; ++d) y[t * width + d] = w[d] * (x[t * width + d] - mean) * r;
+  }
+  return y;
+}
+
 // The heads of queries and keys of qkv, each normed with the weight of its kind.
 inline Values reference_qk_norm(Values qkv, const Values& q_weight, const Values& k_weight, double eps,
                                 const AttentionShape& s) {

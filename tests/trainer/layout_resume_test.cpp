@@ -265,7 +265,7 @@ TEST(CodedMoments, ResumeToTheBit) {
 TEST(RouterBiases, ResumeToTheBit) {
   for (const MeshSpec& mesh : {MeshSpec{}, MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{2, 1, 2, 1, 1, 1}}) {
     Layout l{"moe_mixed", mesh};
-    l.form = {.score = RouterScore::kSigmoid, .groups = 2, .group_topk = 1, .scale = 2.5};
+    l.form = RouterForm{.score = RouterScore::kSigmoid, .groups = 2, .group_topk = 1, .scale = 2.5};
     l.bias_rate = 0.01;
     l.aux_kinds = {AuxKind::kGlobal};  // with a buffer of its own
     SCOPED_TRACE(l.str());

@@ -23,7 +23,7 @@ TEST(Routers, EveryBalanceTerm) {
     for (const RouterScore score : {RouterScore::kSoftmax, RouterScore::kSigmoid}) {
       Layout l{"moe_mixed", mesh, 2};
       SCOPED_TRACE(l.str());
-      l.form.score = score;
+      l.form = RouterForm{.score = score};
       l.aux_kinds = {AuxKind::kSequence, AuxKind::kGroup, AuxKind::kGlobal, AuxKind::kGShard, AuxKind::kHf};
       // Large, so that a mistake in a term would show: one that grows with it. At 0.05 alone of 0.02 to 0.25 an element
       // whose gradient is rounding alone takes AdamW's whole step in some meshes, 2e-6 of one step's loss.
@@ -51,7 +51,7 @@ TEST(Routers, SigmoidScoresAndBiases) {
                                {1, 1, 2, 2, 1, 4}}) {
     Layout l{"moe_mixed", mesh, 1};
     SCOPED_TRACE(l.str());
-    l.form = {.score = RouterScore::kSigmoid, .groups = 2, .group_topk = 1, .scale = 2.5};
+    l.form = RouterForm{.score = RouterScore::kSigmoid, .groups = 2, .group_topk = 1, .scale = 2.5};
     l.bias_rate = 0.01;
     const Outcome &one = one_rank(l), many = run_in_layout(l);
     expect_equal(one, many);

@@ -59,9 +59,7 @@ TEST(RankModel, RefusesAModelOfLayersThatAreMissing) {
       EXPECT_THAT(e.what(), testing::HasSubstr(words));
     }
   };
-  refused([](ModelConfig& c) { c.norm = NormKind::kLayerNorm; }, "norm = layernorm");
   refused([](ModelConfig& c) { c.activation = Activation::kGeluTanh; }, "activation = gelu_tanh in experts");
-  refused([](ModelConfig& c) { c.clip_qkv = 8; }, "clip_qkv = 8");
 }
 
 // sqrt(3072) = 55.4256 as a number of the embedding's dtype.

@@ -147,6 +147,29 @@ TEST_F(CheckpointForm, OtherRecipes) {
   compare_forms(c, 3, 4096);
 }
 
+// Buffers begin at zero, in fp32 beside weights in bf16.
+TEST_F(CheckpointForm, RoutersWithBiases) {
+  shape_ = {.dtype = DType::kBF16, .family = "qwen3"};
+  fs::remove_all(dense_);
+  write_tiny_dense(dense_, shape_);
+  UpcycleConfig c = tiny_recipe();
+  c.target = {.num_experts = 8,
+              .num_experts_per_tok = 2,
+              .moe_intermediate_size = 43,
+              .shared_expert_intermediate_size = 86,
+              .norm_topk_prob = true,
+              .family = "dots1"};
+  c.experts.method = ExpertMethod::kVirtualGroup;
+  for (const int ranks : {1, 3}) compare_forms(c, ranks, 4096);
+  const UpcycleOptions o = options("hf", OutputForm::kHuggingFace);
+  run(c, o, 2);
+  const HfModel made(o.to);
+  const ParamSpec bias = make_param(made.config(), Role::kRouterBias, 1);
+  std::vector<float> values(8, 1.0f);
+  made.read(bias, whole(bias.shape), host_view(values.data(), bias.shape));
+  EXPECT_EQ(values, std::vector<float>(8, 0.0f));
+}
+
 TEST_F(CheckpointForm, Bf16TiedEmbeddingsAndOddSizes) {
   for (const auto& [ffn, experts, width, shared] :
        {std::array{86, 60, 22, 88}, std::array{13, 7, 5, 17}, std::array{1, 3, 1, 1}}) {

@@ -109,12 +109,19 @@ struct Start {
   double error;
 };
 constexpr Start kStarts[] = {
-    {"qwen1.5-moe-a2.7b", "qwen2", 0.0246}, {"qwen2-57b-a14b", "qwen2", 0.0194},
-    {"sparse-upcycling", "llama", 0},       {"virtual-group", "mistral", 0},
-    {"drop-upcycling", "qwen3", 1.167},     {"llama-moe-split", "llama", 1.017},
-    {"from-scratch", "llama", 1.0},         {"mixtral-8x", "mistral", 0},
-    {"deepseekmoe", "llama", 1.052},        {"arctic-residual", "llama", 0},
-    {"qwen3-30b-like", "qwen3", 0},         {"marco-nano", "qwen3", 2.01},
+    {"qwen1.5-moe-a2.7b", "qwen2", 0.0246},
+    {"qwen2-57b-a14b", "qwen2", 0.0194},
+    {"sparse-upcycling", "llama", 0},
+    {"virtual-group", "mistral", 0},
+    {"drop-upcycling", "qwen3", 1.167},
+    {"llama-moe-split", "llama", 1.017},
+    {"from-scratch", "llama", 1.0},
+    {"mixtral-8x", "mistral", 0},
+    {"deepseekmoe", "llama", 1.052},
+    {"arctic-residual", "llama", 0},
+    {"qwen3-30b-like", "qwen3", 0},
+    {"marco-nano", "qwen3", 2.01},
+    {"dots1-like", "qwen3", 0},
 };
 
 TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {

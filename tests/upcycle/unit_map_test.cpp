@@ -160,36 +160,50 @@ UpcycleConfig recipe(ExpertMethod method, double reinit, bool renormalised) {
   return c;
 }
 
+double scale_of(const UpcycleConfig& config, std::int64_t dense_width) {
+  return resolve_scale(config, dense_width, RouterScore::kSoftmax);
+}
+
 TEST(Scale, PreservesTheDenseFunction) {
-  EXPECT_NEAR(resolve_scale(recipe(ExpertMethod::kVirtualGroup, 0, false), kDense), 60, 1e-12);
-  EXPECT_NEAR(resolve_scale(recipe(ExpertMethod::kVirtualGroup, 0, true), kDense), 4, 1e-12);
-  EXPECT_NEAR(resolve_scale(recipe(ExpertMethod::kShuffle, 0, false), kDense), 58.6, 0.05);
-  EXPECT_NEAR(resolve_scale(recipe(ExpertMethod::kShuffle, 0.5, false), kDense), 117.3, 0.05);
+  EXPECT_NEAR(scale_of(recipe(ExpertMethod::kVirtualGroup, 0, false), kDense), 60, 1e-12);
+  EXPECT_NEAR(scale_of(recipe(ExpertMethod::kVirtualGroup, 0, true), kDense), 4, 1e-12);
+  EXPECT_NEAR(scale_of(recipe(ExpertMethod::kShuffle, 0, false), kDense), 58.6, 0.05);
+  EXPECT_NEAR(scale_of(recipe(ExpertMethod::kShuffle, 0.5, false), kDense), 117.3, 0.05);
   UpcycleConfig e8g8t8 = recipe(ExpertMethod::kVirtualGroup, 0, false);
   e8g8t8.target.num_experts = 64;
   e8g8t8.target.num_experts_per_tok = 8;
   e8g8t8.target.moe_intermediate_size = 1024;
-  EXPECT_NEAR(resolve_scale(e8g8t8, 8192), 64,
+  EXPECT_NEAR(scale_of(e8g8t8, 8192), 64,
               1e-12);  // E G^2 / T = 8 * 64 / 8; its cube root is the paper's 4
   UpcycleConfig whole = recipe(ExpertMethod::kCopy, 0, true);
-  EXPECT_NEAR(resolve_scale(whole, kWidth), 1, 1e-12);
+  EXPECT_NEAR(scale_of(whole, kWidth), 1, 1e-12);
   whole.target.norm_topk_prob = false;
-  EXPECT_NEAR(resolve_scale(whole, kWidth), 15, 1e-12);
+  EXPECT_NEAR(scale_of(whole, kWidth), 15, 1e-12);
+}
+
+// Of sigmoids, each 1/2 at first; where they are renormalised they are as a softmax's.
+TEST(Scale, OfSigmoids) {
+  const auto scale = [](const UpcycleConfig& config) {
+    return resolve_scale(config, kDense, RouterScore::kSigmoid);
+  };
+  EXPECT_NEAR(scale(recipe(ExpertMethod::kVirtualGroup, 0, false)), 2, 1e-12);  // 2 G / T, of 4 and 4
+  EXPECT_NEAR(scale(recipe(ExpertMethod::kVirtualGroup, 0, true)), 4, 1e-12);
+  EXPECT_NEAR(scale(recipe(ExpertMethod::kShuffle, 0, false)), 5504.0 / 1408 / 2, 1e-12);
 }
 
 TEST(Scale, IsOneWhereTheSharedExpertCarriesTheFunctionAndAsGivenOtherwise) {
   UpcycleConfig c = recipe(ExpertMethod::kShuffle, 0.5, false);
   c.shared.method = SharedMethod::kDense;
-  EXPECT_EQ(resolve_scale(c, kDense), 1.0);
+  EXPECT_EQ(scale_of(c, kDense), 1.0);
   c.experts.scale = 2.5;
-  EXPECT_EQ(resolve_scale(c, kDense), 2.5);
-  EXPECT_EQ(resolve_scale(recipe(ExpertMethod::kShuffle, 1.0, false), kDense),
+  EXPECT_EQ(scale_of(c, kDense), 2.5);
+  EXPECT_EQ(scale_of(recipe(ExpertMethod::kShuffle, 1.0, false), kDense),
             1.0);  // nothing is kept, so nothing to preserve
-  EXPECT_EQ(resolve_scale(recipe(ExpertMethod::kRandom, 0, false), kDense), 1.0);
+  EXPECT_EQ(scale_of(recipe(ExpertMethod::kRandom, 0, false), kDense), 1.0);
   c = recipe(ExpertMethod::kVirtualGroup, 0, true);
   c.shared.method = SharedMethod::kDense;
   c.target.shared_expert_intermediate_size = 0;  // there is no shared expert, whatever its method
-  EXPECT_NEAR(resolve_scale(c, kDense), 4, 1e-12);
+  EXPECT_NEAR(scale_of(c, kDense), 4, 1e-12);
 }
 
 }  // namespace

@@ -67,10 +67,12 @@ void AttentionLayer::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, co
     saved.heads_TP = keep.take({T, normed * at.head_dim}, x_tD.dtype, "queries and keys before their norms");
     saved.rstd_TN = keep.take({T, normed}, DType::kF32, "rstd of queries and keys");
   }
+  if (clip > 0) saved.before_TH = keep.take(saved.qkv_TH.shape, x_tD.dtype, "qkv before the limit");
   ScratchScope scope(*ex.scratch);
   qkv.forward(ex, saved.qkv_TH, gather_tokens(ex, *tp, x_tD));
   if (head_norms)
     ops::qk_norm_forward(ex, saved.qkv_TH, saved.heads_TP, saved.rstd_TN, head_norms->weights(), at);
+  if (clip > 0) ops::clip(ex, saved.qkv_TH, saved.before_TH, clip);
   ops::rope(ex, saved.qkv_TH, places.positions_T, at, rope_theta, /*inverse=*/false);
   attend(ex, saved);
   PartialSum y(ex, *tp, y_tD);
@@ -87,6 +89,7 @@ void AttentionLayer::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD,
   output.backward(ex, dout_TQ, Accumulate::kOverwrite, dy.finish(), saved.out_TQ);
   attend_backward(ex, dqkv_TH, dout_TQ, saved);
   ops::rope(ex, dqkv_TH, saved.places.positions_T, at, rope_theta, /*inverse=*/true);
+  if (clip > 0) ops::clip_backward(ex, dqkv_TH, saved.before_TH, clip);
   if (head_norms) norm_heads_backward(ex, dqkv_TH, saved);
   PartialSum dx(ex, *tp, dx_tD);
   qkv.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dqkv_TH, x.finish());

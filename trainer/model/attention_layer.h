@@ -1,7 +1,7 @@
 #pragma once
-// Causal self-attention with rotary positions and grouped key/value heads: qkv, norms of the heads where the model has
-// them, rope, attention, output projection. Under tp each rank computes its share of the heads over all tokens; under
-// cp its share of each sequence, with the keys and values of the others passing by.
+// Causal self-attention with rotary positions and grouped key/value heads: qkv, norms of the heads and a limit on all
+// of it where the model has them, rope, attention, output projection. Under tp each rank computes its share of the
+// heads over all tokens; under cp its share of each sequence, with the keys and values of the others passing by.
 
 #include <optional>
 
@@ -33,10 +33,12 @@ struct AttentionLayer {
   Communicator *tp = nullptr, *cp = nullptr;
   double rope_theta = 1e6;
   std::optional<HeadNorms> head_norms;
+  float clip = 0;  // queries, keys and values are held within +-this; 0: they are not
   struct Saved {
     ConstTensorView x_tD;
     TensorView qkv_TH, out_TQ, lse_TN;
     TensorView heads_TP, rstd_TN;  // with norms: queries and keys before them, as ops::qk_norm_forward says
+    TensorView before_TH;          // with a limit: qkv before it
     TokenPlaces places;
   };
 

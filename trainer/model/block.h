@@ -9,12 +9,12 @@
 #include "trainer/model/attention_layer.h"
 #include "trainer/model/keep.h"
 #include "trainer/model/moe_layer.h"
-#include "trainer/model/rms_norm.h"
+#include "trainer/model/norm.h"
 
 namespace upmoe {
 
 struct Block {
-  RmsNorm norm1, norm2;
+  Norm norm1, norm2;
   AttentionLayer attention;
   std::variant<DenseFfn, MoeLayer> ffn;
   Recompute recompute = Recompute::kNone;
@@ -23,7 +23,7 @@ struct Block {
     ConstTensorView x_TD;
     TokenPlaces places;
     TensorView normed1_TD, h_TD, normed2_TD;
-    RmsNorm::Saved norm1, norm2;
+    Norm::Saved norm1, norm2;
     AttentionLayer::Saved attention;
     std::variant<DenseFfn::Saved, MoeLayer::Saved> ffn;
     RouterBalance balance;  // of its router, if it is a mixture; set by the model

@@ -17,10 +17,8 @@ namespace {
 // What a model asks for and no layer computes. A field that nothing here read would be left out without a word.
 void refuse_missing_layers(const ModelConfig& c) {
   std::vector<std::string> missing;
-  if (c.norm == NormKind::kLayerNorm) missing.push_back(fmt::format("norm = {}", name_of(c.norm)));
   if (c.num_experts > 0 && c.activation != Activation::kSilu)
     missing.push_back(fmt::format("activation = {} in experts", name_of(c.activation)));
-  if (c.clip_qkv != 0) missing.push_back(fmt::format("clip_qkv = {}", c.clip_qkv));
   if (missing.empty()) return;
   fail(ExitCode::kUsage, "a model of type {} cannot be built: no layer computes {}; take a model without it",
        c.model_type, fmt::join(missing, ", "));
@@ -39,8 +37,8 @@ struct BlockParams {
   }
 };
 
-RmsNorm make_norm(const ModelConfig& config, const Param& weight_D) {
-  return {weight_D, static_cast<float>(config.rms_norm_eps), config.norm == NormKind::kRmsPlusOne};
+Norm make_norm(const ModelConfig& config, const Param& weight_D) {
+  return {weight_D, static_cast<float>(config.rms_norm_eps), config.norm};
 }
 
 // sqrt(D) as a number of the embedding's dtype: 55.5 for 3072 in bf16.
@@ -110,6 +108,7 @@ AttentionLayer bind_attention(const ModelConfig& config, const BlockParams& para
   attention.shape = {params.shard(Role::kQuery)[0], params.shard(Role::kKey)[0], config.head_dim, 0,
                      config.sliding_window};
   attention.rope_theta = config.rope_theta;
+  attention.clip = static_cast<float>(config.clip_qkv);
   const std::int64_t H = attention.shape.qkv_width(), Q = attention.shape.heads * config.head_dim;
   attention.qkv.weight_NK = params.joined({Role::kQuery, Role::kKey, Role::kValue}, {H, config.hidden_size});
   if (config.qkv_bias)

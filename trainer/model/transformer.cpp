@@ -182,7 +182,7 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
     std::swap(x_tD, y_tD);
   }
   if (!output) return {input, 0};
-  RmsNorm::Saved saved;
+  Norm::Saved saved;
   output->norm.forward(ex, y_tD, input, keep, saved);
   ScratchScope scope(*ex.scratch);
   TensorView loss_1 = loss_sum(ex);

@@ -29,7 +29,7 @@ struct Embedding {
 };
 
 struct OutputHead {
-  RmsNorm norm;
+  Norm norm;
   LmHead head;
 };
 
@@ -48,7 +48,7 @@ struct Transformer {
     std::vector<LayerLoad> loads;  // of this chunk's mixtures, over all tokens of the micro-batch
     ConstTensorView tokens_T;
     ConstTensorView output_tD;  // of the last block
-    RmsNorm::Saved final_norm;
+    Norm::Saved final_norm;
     TensorView dnormed_tD;  // gradient of the final norm's output, made together with the loss
     double loss = 0;        // sum of the tokens' cross-entropies; of tp rank 0 of the last chunk
     BalanceTerms balance;

@@ -71,6 +71,37 @@ struct Add {
 };
 
 template <class T>
+struct Clip {
+  T *x, *before;
+  float limit;
+  template <int N>
+  __device__ void run(std::int64_t i) const {
+    float v[N];
+    load_floats(v, x + i);
+    store_floats(before + i, v);
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = v[j] > limit ? limit : v[j] < -limit ? -limit : v[j];
+    store_floats(x + i, v);
+  }
+};
+
+template <class T>
+struct ClipBackward {
+  T* dx;
+  const T* before;
+  float limit;
+  template <int N>
+  __device__ void run(std::int64_t i) const {
+    float g[N], v[N];
+    load_floats(g, dx + i);
+    load_floats(v, before + i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) g[j] = v[j] > limit || v[j] < -limit ? 0.0f : g[j];
+    store_floats(dx + i, g);
+  }
+};
+
+template <class T>
 struct Scale {
   T* x;
   float factor;
@@ -216,6 +247,22 @@ void scale(Exec& ex, TensorView x, float factor) {
   with_float_type(x.dtype, [&](auto type) {
     using T = decltype(type);
     for_aligned<kPack<T>>(ex, Scale<T>{x.as<T>(), factor}, x.elements(), x.as<T>());
+  });
+}
+
+void clip(Exec& ex, TensorView x, TensorView before, float limit) {
+  with_float_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Clip<T> held{x.as<T>(), before.as<T>(), limit};
+    for_aligned<kPack<T>>(ex, held, x.elements(), held.x, held.before);
+  });
+}
+
+void clip_backward(Exec& ex, TensorView dx, ConstTensorView before, float limit) {
+  with_float_type(dx.dtype, [&](auto type) {
+    using T = decltype(type);
+    const ClipBackward<T> masked{dx.as<T>(), before.as<T>(), limit};
+    for_aligned<kPack<T>>(ex, masked, dx.elements(), masked.dx, masked.before);
   });
 }
 

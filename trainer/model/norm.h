@@ -1,17 +1,18 @@
 #pragma once
-// Root-mean-square norm as a layer.
+// A norm of rows as a layer, of each kind that models have.
 
+#include "configs/model_traits.h"
 #include "trainer/model/layer.h"
 
 namespace upmoe {
 
-struct RmsNorm {
+struct Norm {
   Param weight_D;
   float eps = 1e-6f;
-  bool plus_one = false;  // the weight is added to one
+  NormKind kind = NormKind::kRms;
   struct Saved {
     ConstTensorView x_TD;
-    TensorView rstd_T;
+    TensorView mean_T, rstd_T;  // mean_T: of a LayerNorm
   };
 
   void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const;

@@ -1,0 +1,9 @@
+#pragma once
+
+#include "configs/families/family.h"
+
+namespace upmoe {
+
+extern const Family kDots1;
+
+}  // namespace upmoe
