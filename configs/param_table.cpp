@@ -50,6 +50,7 @@ Form form_of(const ModelConfig& c, Role role) {
       return down(c, c.intermediate_size);
     // Every rank scores every expert, so the expert dim of these is not one that the expert axis cuts.
     case Role::kRouter:
+    case Role::kRouterNoise:
       return {{E, D}, {Dim::kOne, Dim::kEmbed}};
     case Role::kRouterBias:
     case Role::kRouterLoad:
@@ -82,6 +83,7 @@ Init::Kind init_of(const ModelConfig& c, Role role) {
     case Role::kValueBias:
     case Role::kRouterBias:
     case Role::kRouterLoad:
+    case Role::kRouterNoise:
       return Init::Kind::kZeros;
     default:
       return Init::Kind::kNormal;
@@ -102,6 +104,7 @@ std::vector<Role> roles_of_block(const ModelConfig& c, int layer) {
   add({Role::kRouter});
   if (c.router_bias) add({Role::kRouterBias});
   if (c.router_load) add({Role::kRouterLoad});
+  if (c.router.kind == RouterKind::kNoisy) add({Role::kRouterNoise});
   add({Role::kExpertGateUp, Role::kExpertDown});
   if (c.shared_expert_intermediate_size == 0) return roles;
   if (c.shared_expert_gate) add({Role::kSharedGate});
@@ -126,13 +129,14 @@ ParamSpec make_param(const ModelConfig& config, Role role, int layer) {
   spec.expert = role == Role::kExpertGateUp || role == Role::kExpertDown;
   spec.init = {init_of(config, role), static_cast<float>(config.initializer_range)};
   // Weight decay for matrices, none for norms and biases.
-  spec.decay = spec.init.kind == Init::Kind::kNormal;
+  spec.decay = spec.init.kind == Init::Kind::kNormal || role == Role::kRouterNoise;
   spec.tied = role == Role::kEmbedding && config.tie_word_embeddings;
   // q, k and v lie behind each other in memory and are one product; so do their biases.
   spec.joins_previous =
       role == Role::kKey || role == Role::kValue || role == Role::kKeyBias || role == Role::kValueBias;
   spec.trained = role != Role::kRouterBias && role != Role::kRouterLoad;
   spec.fp32 = !spec.trained;
+  spec.added = !spec.trained || role == Role::kRouterNoise;
   return spec;
 }
 
@@ -147,7 +151,8 @@ std::vector<ParamSpec> make_param_table(const ModelConfig& config) {
 }
 
 std::vector<Role> fp32_roles(RouterDType router) {
-  return router == RouterDType::kFp32 ? std::vector<Role>{Role::kRouter} : std::vector<Role>{};
+  return router == RouterDType::kFp32 ? std::vector<Role>{Role::kRouter, Role::kRouterNoise}
+                                      : std::vector<Role>{};
 }
 
 ParamCounts count_params(const ModelConfig& config) {

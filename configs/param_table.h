@@ -46,6 +46,7 @@ enum class Role : std::uint8_t {
   kRouter,
   kRouterBias,
   kRouterLoad,
+  kRouterNoise,
   kExpertGateUp,
   kExpertDown,
   kSharedGate,
@@ -72,6 +73,7 @@ inline constexpr Names<Role> kNames<Role>{.built = {{Role::kEmbedding, "embed_VD
                                                     {Role::kRouter, "moe.router_ED"},
                                                     {Role::kRouterBias, "moe.router_E"},
                                                     {Role::kRouterLoad, "moe.load_E"},
+                                                    {Role::kRouterNoise, "moe.noise_ED"},
                                                     {Role::kExpertGateUp, "moe.gate_up_EF2D"},
                                                     {Role::kExpertDown, "moe.down_EDF"},
                                                     {Role::kSharedGate, "shared.gate_1D"},
@@ -105,6 +107,9 @@ struct ParamSpec {
   // False: a buffer, which something other than the optimizer changes, alike on all ranks that hold it. It has neither
   // gradient nor moments, and is saved and loaded like a parameter.
   bool trained = true;
+  // Only training needs it, as all buffers: few families have a tensor for it, and where a model that a run starts
+  // from has none, it begins as `init` says.
+  bool added = false;
   Init init;
 };
 

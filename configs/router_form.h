@@ -14,11 +14,47 @@ template <>
 inline constexpr Names<RouterScore> kNames<RouterScore>{
     .built = {{RouterScore::kSoftmax, "softmax"}, {RouterScore::kSigmoid, "sigmoid"}}};
 
+// What is chosen in training. kNoisy (Shazeer et al. 2017): by logits with noise, of a size that is learnt. kSwitch
+// (Fedus et al. 2021): one expert, weighed by its probability over all of them. kGShard (Lepikhin et al. 2020): two,
+// the second one with a probability of twice its weight.
+enum class RouterKind : std::uint8_t { kTopK, kNoisy, kSwitch, kGShard };
+template <>
+inline constexpr Names<RouterKind> kNames<RouterKind>{.built = {{RouterKind::kTopK, "topk"},
+                                                                {RouterKind::kNoisy, "noisy"},
+                                                                {RouterKind::kSwitch, "switch"},
+                                                                {RouterKind::kGShard, "gshard"}},
+                                                      .planned = {"expert_choice", "mixture_of_tokens"}};
+
+// The tokens that share an expert's capacity.
+enum class CapacityPool : std::uint8_t { kSequence, kMicroBatch };
+template <>
+inline constexpr Names<CapacityPool> kNames<CapacityPool>{
+    .built = {{CapacityPool::kSequence, "sequence"}, {CapacityPool::kMicroBatch, "micro_batch"}}};
+
+// Which assignments an expert beyond its capacity drops: the last ones, first choices before second ones; or those of
+// the smallest weights.
+enum class DropBy : std::uint8_t { kOrder, kProbability };
+template <>
+inline constexpr Names<DropBy> kNames<DropBy>{
+    .built = {{DropBy::kOrder, "order"}, {DropBy::kProbability, "probability"}}};
+
 struct RouterForm {
   RouterScore score = RouterScore::kSoftmax;
   // Experts lie in groups of equal size, of which the best `group_topk` may be chosen from.
   int groups = 1, group_topk = 1;
   double scale = 1;  // of the chosen experts' weights
+  // In training alone: outside it nothing is drawn and nothing dropped.
+  RouterKind kind = RouterKind::kTopK;
+  double jitter = 0;  // the router's input, element by element, times a factor from 1 - jitter to 1 + jitter
+  double capacity_factor = 0;  // an expert takes this times its equal share of a pool's assignments; 0: all
+  CapacityPool capacity_pool = CapacityPool::kSequence;
+  DropBy drop = DropBy::kOrder;
+
+  // What it computes outside training.
+  RouterForm served() const { return {score, groups, group_topk, scale}; }
+  // Whether its training asks which token is which.
+  bool knows_tokens() const { return draws() || capacity_factor > 0; }
+  bool draws() const { return jitter > 0 || kind == RouterKind::kGShard || kind == RouterKind::kNoisy; }
   friend bool operator==(const RouterForm&, const RouterForm&) = default;
 };
 

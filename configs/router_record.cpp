@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <optional>
+
 #include "configs/families/family.h"
 #include "configs/json_reader.h"
 #include "configs/json_writer.h"
@@ -17,28 +19,94 @@ Traits without_words(const ModelConfig& c) {
   return (traits_of(c) & kRouterTraits).without(family_of(c).carries);
 }
 
+template <class Enum>
+void read_name(JsonObject& router, const char* key, Enum& target) {
+  const auto name = router.text(key, false);
+  if (!name) return;
+  const auto known = value_named<Enum>(*name);
+  if (!known) router.refuse(key, fmt::format("found '{}', which this program does not know", *name));
+  if (known) target = *known;
+}
+
+// Of training alone.
+void read_training(JsonObject& router, RouterForm& form) {
+  read_name(router, "kind", form.kind);
+  if (const auto jitter = router.number("jitter", false)) form.jitter = *jitter;
+  if (const auto factor = router.number("capacity_factor", false)) form.capacity_factor = *factor;
+  read_name(router, "capacity_pool", form.capacity_pool);
+  read_name(router, "drop", form.drop);
+  if (!(form.jitter >= 0 && form.jitter < 1))
+    router.refuse("jitter", fmt::format("found {}, expected 0 to below 1", form.jitter));
+  if (!(form.capacity_factor >= 0))
+    router.refuse("capacity_factor", fmt::format("found {}, expected at least 0", form.capacity_factor));
+}
+
+void write_training(JsonWriter& router, const RouterForm& form) {
+  if (form == form.served()) return;
+  router.set("kind", name_of(form.kind));
+  router.set("jitter", form.jitter);
+  router.set("capacity_factor", form.capacity_factor);
+  router.set("capacity_pool", name_of(form.capacity_pool));
+  router.set("drop", name_of(form.drop));
+}
+
+// A kind is a way to train a model that the other kinds could have as well, if it has this many experts for a token.
+struct KindNeeds {
+  int choices = 0;  // 0: any number
+  std::optional<bool> renormalized = {};
+  const char* why = "";
+};
+std::optional<KindNeeds> needs_of(RouterKind kind) {
+  switch (kind) {
+    case RouterKind::kTopK:
+      return std::nullopt;
+    case RouterKind::kNoisy:
+      return KindNeeds{};
+    case RouterKind::kSwitch:
+      return KindNeeds{1, false, "over their sum one weight is always 1, and the router would not learn"};
+    case RouterKind::kGShard:
+      return KindNeeds{2, true, "the second choice's probability is of a weight over both weights' sum"};
+  }
+  fail(ExitCode::kFailure, "no router of this kind");
+}
+
+void add_kind_problems(const ModelConfig& model, std::vector<std::string>& found) {
+  const RouterForm& form = model.router;
+  const std::optional<KindNeeds> needs = needs_of(form.kind);
+  if (!needs) return;
+  const char* kind = name_of(form.kind);
+  if (form.score != RouterScore::kSoftmax)
+    found.push_back(fmt::format("router.kind: {} with router.score {}; use softmax, or kind topk", kind,
+                                name_of(form.score)));
+  if (needs->choices > 0 && model.num_experts_per_tok != needs->choices)
+    found.push_back(fmt::format(
+        "router.kind: {} gives a token {} of the experts, and the model's num_experts_per_tok is {}; use "
+        "kind topk",
+        kind, needs->choices, model.num_experts_per_tok));
+  if (needs->renormalized && model.norm_topk_prob != *needs->renormalized)
+    found.push_back(fmt::format("router.kind: {}, and the model's norm_topk_prob is {}: {}; use kind topk",
+                                kind, model.norm_topk_prob, needs->why));
+}
+
 }  // namespace
 
 void read_router(JsonObject& json, ModelConfig& c) {
   if (!json.has(kKey)) return;
   const std::unique_ptr<JsonObject> router = json.object(kKey);
   if (router == nullptr) return;
-  if (const auto score = router->text("score", false)) {
-    const auto known = value_named<RouterScore>(*score);
-    if (!known) router->refuse("score", fmt::format("found '{}', which this program does not know", *score));
-    if (known) c.router.score = *known;
-  }
+  read_name(*router, "score", c.router.score);
   if (const auto n = router->integer("groups", 1, kMostGroups, false)) c.router.groups = static_cast<int>(*n);
   if (const auto n = router->integer("group_topk", 1, kMostGroups, false))
     c.router.group_topk = static_cast<int>(*n);
   if (const auto scale = router->number("scale", false)) c.router.scale = *scale;
   if (const auto bias = router->truth("bias", false)) c.router_bias = *bias;
   if (const auto load = router->truth("load", false)) c.router_load = *load;
+  read_training(*router, c.router);
 }
 
 void write_router(const ModelConfig& c, JsonWriter& json) {
   json.erase(kKey);
-  if (!c.router_load && without_words(c).none()) return;
+  if (!c.router_load && c.router == c.router.served() && without_words(c).none()) return;
   JsonWriter router;
   router.set("score", name_of(c.router.score));
   router.set("groups", c.router.groups);
@@ -46,6 +114,7 @@ void write_router(const ModelConfig& c, JsonWriter& json) {
   router.set("scale", c.router.scale);
   router.set("bias", c.router_bias);
   if (c.router_load) router.set("load", true);
+  write_training(router, c.router);
   json.set(kKey, router);
 }
 
@@ -56,6 +125,11 @@ ModelConfig with_router(ModelConfig model, const RunConfig::Router& router) {
   form.groups = router.groups.value_or(form.groups);
   form.group_topk = router.group_topk.value_or(form.group_topk);
   form.scale = router.scale.value_or(form.scale);
+  form.kind = router.kind.value_or(form.kind);
+  form.jitter = router.jitter.value_or(form.jitter);
+  form.capacity_factor = router.capacity_factor.value_or(form.capacity_factor);
+  form.capacity_pool = router.capacity_pool.value_or(form.capacity_pool);
+  form.drop = router.drop.value_or(form.drop);
   model.router_bias = model.router_bias || router.bias_rate > 0;
   model.router_load = model.router_load || router.has_term(AuxKind::kGlobal);
   return model;
@@ -80,6 +154,11 @@ std::vector<std::string> router_problems(const RunConfig::Router& router, const 
     if (router.bias_rate > 0) found.push_back(fmt::format("router.bias_rate: {} {}", router.bias_rate, with));
     if (form.groups > 1) found.push_back(fmt::format("router.groups: {} {}, or 1", form.groups, with));
   }
+  add_kind_problems(model, found);
+  if (router.has_term(AuxKind::kLoad) && form.kind != RouterKind::kNoisy)
+    found.push_back(fmt::format(
+        "router.aux_kind: load is of the noise of router.kind noisy, and the kind is {}; use importance",
+        name_of(form.kind)));
   if (model.num_experts % form.groups != 0 || model.num_experts < 2 * form.groups) {
     if (form.groups > 1)
       found.push_back(
@@ -98,8 +177,13 @@ std::vector<std::string> router_problems(const RunConfig::Router& router, const 
 }
 
 std::string words_of(const RouterForm& form) {
-  return fmt::format("score {}, groups {}, group_topk {}, scale {}", name_of(form.score), form.groups,
-                     form.group_topk, form.scale);
+  std::string words = fmt::format("score {}, groups {}, group_topk {}, scale {}", name_of(form.score),
+                                  form.groups, form.group_topk, form.scale);
+  if (form != form.served())
+    words +=
+        fmt::format(", kind {}, jitter {}, capacity_factor {}, capacity_pool {}, drop {}", name_of(form.kind),
+                    form.jitter, form.capacity_factor, name_of(form.capacity_pool), name_of(form.drop));
+  return words;
 }
 
 void require_same_router(const ModelConfig& saved, const ModelConfig& asked, const std::string& checkpoint) {

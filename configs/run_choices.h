@@ -15,15 +15,16 @@ inline constexpr Names<ModelInit> kNames<ModelInit>{
     .built = {{ModelInit::kWeights, "weights"}, {ModelInit::kRandom, "random"}}};
 
 // trainer/model/balance.h has their formulas
-enum class AuxKind : std::uint8_t { kHf, kSwitch, kGShard, kSequence, kGroup, kGlobal };
+enum class AuxKind : std::uint8_t { kHf, kSwitch, kGShard, kSequence, kGroup, kGlobal, kImportance, kLoad };
 template <>
 inline constexpr Names<AuxKind> kNames<AuxKind>{.built = {{AuxKind::kHf, "hf"},
                                                           {AuxKind::kSwitch, "switch"},
                                                           {AuxKind::kGShard, "gshard"},
                                                           {AuxKind::kSequence, "sequence"},
                                                           {AuxKind::kGroup, "group"},
-                                                          {AuxKind::kGlobal, "global"}},
-                                                .planned = {"importance", "load"}};
+                                                          {AuxKind::kGlobal, "global"},
+                                                          {AuxKind::kImportance, "importance"},
+                                                          {AuxKind::kLoad, "load"}}};
 
 enum class Precision : std::uint8_t { kFp32, kBf16 };
 template <>

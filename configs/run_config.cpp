@@ -54,9 +54,9 @@ RunConfig parse_run_config(const std::string& yaml, const std::string& where,
   return run;
 }
 
-bool RunConfig::Router::has_term(AuxKind kind) const {
+bool RunConfig::Router::has_term(AuxKind term) const {
   for (std::size_t i = 0; i < aux_kind.size() && i < aux_loss.size(); ++i)
-    if (aux_kind[i] == kind && aux_loss[i] > 0) return true;
+    if (aux_kind[i] == term && aux_loss[i] > 0) return true;
   return false;
 }
 

@@ -34,12 +34,16 @@ struct RunConfig {
     std::vector<AuxKind> aux_kind = {AuxKind::kHf};
     std::vector<double> aux_loss = {0.001};
     int aux_groups = 1;                 // of experts, for AuxKind::kGroup
-    bool has_term(AuxKind kind) const;  // with a coefficient above 0
-    double z_loss = 0, bias_rate = 0, capacity_factor = 0;
+    bool has_term(AuxKind term) const;  // with a coefficient above 0
+    double z_loss = 0, bias_rate = 0;
     // RouterForm of the model that trains; empty: as that of model.path.
     std::optional<RouterScore> score = {};
     std::optional<int> groups = {}, group_topk = {};
     std::optional<double> scale = {};
+    std::optional<RouterKind> kind = {};
+    std::optional<double> jitter = {}, capacity_factor = {};
+    std::optional<CapacityPool> capacity_pool = {};
+    std::optional<DropBy> drop = {};
     RouterDType dtype = RouterDType::kAuto;
   } router;
   struct Data {

@@ -58,8 +58,11 @@ std::vector<std::string> without_effect(const RunConfig& run) {
   notes.unless(evaluates, "train.eval_every", "data.valid is not given");
   notes.unless(evaluates, "train.eval_sequences", "data.valid is not given");
   notes.unless(run.data.shuffle, "data.seed", "data.shuffle is false");
-  notes.unless(run.model.init == ModelInit::kRandom || run.optimizer.name == OptimizerKind::kAdamW8bit,
-               "run.seed", "the weights come from model.path, and the order of the data has data.seed");
+  const bool draws = run.router.jitter.value_or(0) > 0 || run.router.kind == RouterKind::kGShard ||
+                     run.router.kind == RouterKind::kNoisy;
+  notes.unless(
+      draws || run.model.init == ModelInit::kRandom || run.optimizer.name == OptimizerKind::kAdamW8bit,
+      "run.seed", "the weights come from model.path, and the order of the data has data.seed");
   notes.unless(run.train.precision != Precision::kFp32, "router.dtype", "train.precision is fp32");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");
   notes.unless(run.device != DeviceChoice::kCpu, "train.deterministic", "the CPU always sums in one order");
@@ -73,11 +76,14 @@ std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig&
   const bool routed = model.num_moe_layers() > 0;
   for (const char* key :
        {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype", "router.score", "router.scale",
-        "router.groups", "router.group_topk", "router.bias_rate", "router.aux_groups", "kernels.experts"})
+        "router.groups", "router.group_topk", "router.bias_rate", "router.aux_groups", "router.kind",
+        "router.jitter", "router.capacity_factor", "router.capacity_pool", "router.drop", "kernels.experts"})
     notes.unless(routed, key, "the model has no experts");
   const auto& losses = run.router.aux_loss;
   notes.unless(std::any_of(losses.begin(), losses.end(), [](double c) { return c > 0; }), "router.aux_kind",
                "router.aux_loss is 0");
+  for (const char* key : {"router.capacity_pool", "router.drop"})
+    notes.unless(!routed || model.router.capacity_factor > 0, key, "router.capacity_factor is 0");
   notes.unless(run.router.has_term(AuxKind::kGroup), "router.aux_groups", "router.aux_kind has no group");
   return notes.list;
 }

@@ -132,6 +132,58 @@ void add_optimization(Schema& schema, RunConfig& run) {
       .says("wsd: share of the steps, at the end, that the decay takes; it begins after the warm-up.");
 }
 
+// What a router does in training alone.
+void add_router_training(Schema& schema, RunConfig::Router& router) {
+  schema.key("kind", router.kind)
+      .says(
+          "noisy: topk by logits with learnt noise; switch: topk with one expert, weighed by its "
+          "probability; gshard: with two, in training the "
+          "second "
+          "one with a probability of twice its weight.")
+      .key("jitter", router.jitter, {.least = 0, .most = 1, .below = true})
+      .says("In training the router's input is multiplied by factors from 1 - jitter to 1 + jitter.")
+      .key("capacity_factor", router.capacity_factor, {.least = 0})
+      .says(
+          "In training an expert takes at most this times its equal share, and the rest is dropped. 0: no "
+          "token is dropped.")
+      .key("capacity_pool", router.capacity_pool)
+      .says("The tokens whose equal share it is: those of a sequence, or of a micro-batch.")
+      .key("drop", router.drop)
+      .says(
+          "What is dropped: second choices before first ones and the last tokens first, or the least "
+          "weights.");
+}
+
+void add_router(Schema& schema, RunConfig::Router& router) {
+  schema.section("router")
+      .key("aux_loss", router.aux_loss, {.least = 0})
+      .says("Coefficient of the load-balancing loss; a list: of each of router.aux_kind.")
+      .key("aux_kind", router.aux_kind)
+      .says(
+          "hf: over all layers at once, as in transformers; switch, gshard: layer by layer, of first "
+          "choices; sequence: "
+          "sequence by sequence; group: over groups of experts; global: loads of the step before; "
+          "importance, load: variation of the experts' weights and, with kind noisy, chances. A list: "
+          "all of them.")
+      .key("aux_groups", router.aux_groups, {.least = 1})
+      .says("Groups of neighbouring experts that aux_kind group balances, such as those of a device.")
+      .key("z_loss", router.z_loss, {.least = 0})
+      .says("Coefficient of the router's z-loss.")
+      .key("score", router.score)
+      .says("Of an expert for a token; auto: as model.path has it, which is softmax unless it says so.")
+      .key("scale", router.scale, {.least = 0, .above = true})
+      .says("Factor on the weights of the chosen experts; with score: sigmoid.")
+      .key("groups", router.groups, {.least = 1, .most = 32})
+      .says("Experts lie in as many groups, of which the best may be chosen from; with score: sigmoid.")
+      .key("group_topk", router.group_topk, {.least = 1, .most = 32})
+      .says("Groups that a token may choose from: those with the best sum of two scores.")
+      .key("bias_rate", router.bias_rate, {.least = 0})
+      .says("Step of the experts' biases, which balance without a loss; with score: sigmoid. 0: they stay.")
+      .key("dtype", router.dtype)
+      .says("fp32: weight, gradient and product of the routers in fp32 beside bf16; auto: as the others.");
+  add_router_training(schema, router);
+}
+
 void add_layout(Schema& schema, RunConfig::Parallel& parallel) {
   schema.section("parallel")
       .key("tp", parallel.tp, {.least = 1})
@@ -162,39 +214,13 @@ Schema run_schema(RunConfig& run) {
       .key("dir", run.run.dir, {.required = true, .path = true})
       .says("Folder of the run; when checkpoints lie there, the run goes on from the newest.")
       .key("seed", run.run.seed, {.least = 0})
-      .says("Of random weights (model.init random) and of adamw8bit's rounding.");
+      .says("Of random weights (model.init random), of adamw8bit's rounding and of what routers draw.");
   schema.section("model")
       .key("path", run.model.path, {.required = true, .path = true})
       .says("Hugging Face directory, checkpoint or run directory to start from.")
       .key("init", run.model.init)
       .says("random: of model.path only config.json counts.");
-  schema.section("router")
-      .key("aux_loss", run.router.aux_loss, {.least = 0})
-      .says("Coefficient of the load-balancing loss; a list: of each of router.aux_kind.")
-      .key("aux_kind", run.router.aux_kind)
-      .says(
-          "hf: over all layers at once, as in transformers; switch, gshard: layer by layer, of first "
-          "choices; sequence: "
-          "sequence by sequence; group: over groups of experts; global: loads of the step before. A list: "
-          "all of them.")
-      .key("aux_groups", run.router.aux_groups, {.least = 1})
-      .says("Groups of neighbouring experts that aux_kind group balances, such as those of a device.")
-      .key("z_loss", run.router.z_loss, {.least = 0})
-      .says("Coefficient of the router's z-loss.")
-      .key("score", run.router.score)
-      .says("Of an expert for a token; auto: as model.path has it, which is softmax unless it says so.")
-      .key("scale", run.router.scale, {.least = 0, .above = true})
-      .says("Factor on the weights of the chosen experts; with score: sigmoid.")
-      .key("groups", run.router.groups, {.least = 1, .most = 32})
-      .says("Experts lie in as many groups, of which the best may be chosen from; with score: sigmoid.")
-      .key("group_topk", run.router.group_topk, {.least = 1, .most = 32})
-      .says("Groups that a token may choose from: those with the best sum of two scores.")
-      .key("bias_rate", run.router.bias_rate, {.least = 0})
-      .says("Step of the experts' biases, which balance without a loss; with score: sigmoid. 0: they stay.")
-      .key("capacity_factor", run.router.capacity_factor, {.least = 0, .built = {0}})
-      .says("0: no token is dropped.")
-      .key("dtype", run.router.dtype)
-      .says("fp32: weight, gradient and product of the routers in fp32 beside bf16; auto: as the others.");
+  add_router(schema, run.router);
   add_data(schema, run.data);
   add_train(schema, run.train);
   add_optimization(schema, run);

@@ -125,7 +125,7 @@ std::vector<HfTensor> hf_tensors_of(const ModelConfig& config, const ParamSpec& 
   std::vector<TensorName> names;
   for (const TensorName& name : family_of(config).tensors)
     if (name.role == p.role) names.push_back(name);
-  UPMOE_CHECK(!names.empty() || !p.trained, "{} has no tensor for '{}'", config.model_type, p.name);
+  UPMOE_CHECK(!names.empty() || p.added, "{} has no tensor for '{}'", config.model_type, p.name);
   std::vector<HfTensor> tensors;
   for_each_tensor(names, p.shape[0], [&](const TensorName& name, std::int64_t expert) {
     tensors.push_back(tensor_of(name, p, expert));

@@ -47,7 +47,7 @@ class CheckpointSource final : public ModelSource {
     std::memset(out.data, 0, static_cast<std::size_t>(out.elements()) * size_of(out.dtype));  // it begins so
   }
   bool has(const ParamSpec& param) const override {
-    return param.trained || store_.tensors().contains({param.name, "weight"});
+    return !param.added || store_.tensors().contains({param.name, "weight"});
   }
   fs::path directory() const override { return dir_; }
   fs::path companions() const override { return companions_; }

@@ -139,7 +139,7 @@ void require_same_model(const ShardStore& store, const Session& session) {
   const auto& stored = store.tensors();
   for (const StoredParam& p : session.params.all()) {
     const auto it = stored.find({p.spec.name, "weight"});
-    if (it == stored.end() && !p.spec.trained) {
+    if (it == stored.end() && p.spec.added) {
       if (session.mesh.rank() == 0) log::info("{}: not in the checkpoint, begins anew", p.spec.name);
     } else if (it == stored.end()) {
       differences += fmt::format("\n  {}: missing in the checkpoint", p.spec.name);
@@ -180,19 +180,20 @@ void read_moments(Exec& ex, const ShardStore& store, const OwnedSlice& slice) {
   load_moments(ex, slice, m, v);
 }
 
-// Weights as they are trained in, masters in fp32 each from the best value there is, moments zero. A buffer that `has`
-// does not know begins as the table says.
+// Weights as they are trained in, masters in fp32 each from the best value there is, moments zero. What `has` does
+// not know begins as the table says.
 void load_values(Session& session, const ReadParam& read, const std::function<bool(const ParamSpec&)>& has) {
   Exec& ex = session.memory.exec;
-  session.params.load(ex, [&](const ParamSpec& spec, const Box& box, TensorView out) {
+  const auto values = [&](const ParamSpec& spec, const Box& box, TensorView out) {
     has(spec) ? read(spec, box, out)
               : initial_values(spec, static_cast<std::int64_t>(session.run.run.seed), box, out);
-  });
+  };
+  session.params.load(ex, values);
   session.optimizer.reset(ex);
   for (const OwnedSlice& slice : session.optimizer.slices()) {
     if (!slice.has_master()) continue;
     ops::write_through_host(ex, slice.master, [&](TensorView out) {
-      read_flat(slice, out, [&](const Box& box, TensorView part) { read(slice.param->spec, box, part); });
+      read_flat(slice, out, [&](const Box& box, TensorView part) { values(slice.param->spec, box, part); });
     });
   }
 }

@@ -63,12 +63,14 @@ std::vector<std::string> frozen_names(const std::vector<std::string>& patterns, 
       std::string& example = any_matches(t.name) ? hit : left;
       if (example.empty()) example = t.name;
     }
-    const bool whole = any_matches(p.name) || left.empty();
+    // What training adds has no tensor on disk, and our name alone.
+    const bool whole = any_matches(p.name) || (!tensors.empty() && left.empty());
     if (whole) frozen.push_back(p.name);
     if (!whole && !hit.empty())
       partly.push_back(fmt::format("{}, which '{}' is a part of, beside '{}'", p.name, hit, left));
     if (p.layer <= 0) names.push_back(p.name);
-    if (p.layer <= 0 && tensors.front().name != p.name) names.push_back(tensors.front().name);
+    if (p.layer <= 0 && !tensors.empty() && tensors.front().name != p.name)
+      names.push_back(tensors.front().name);
   }
   for (std::size_t i = 0; i < patterns.size(); ++i)
     if (!used[i]) refuse_unmatched(patterns[i], names);

@@ -135,6 +135,7 @@ void Metrics::step(const StepReport& r) {
     j["expert_load_min"] = load.smallest;
     j["dead_experts"] = load.dead;
     j["expert_load"] = r.expert_load;
+    j["dropped_share"] = r.dropped;
   }
   if (r.skipped) j["skipped"] = true;
   line(j.dump());
@@ -149,7 +150,8 @@ void Metrics::step(const StepReport& r) {
                                      {"moe/z_loss", r.z_loss},
                                      {"moe/load_max", load.largest},
                                      {"moe/load_min", load.smallest},
-                                     {"moe/dead_experts", static_cast<double>(load.dead)}});
+                                     {"moe/dead_experts", static_cast<double>(load.dead)},
+                                     {"moe/dropped_share", r.dropped}});
     }
     events_->scalars(r.step, scalars);
   }

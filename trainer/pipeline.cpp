@@ -9,7 +9,8 @@
 namespace upmoe {
 
 struct Pipeline::Shard {
-  std::vector<std::int32_t> tokens, targets, positions, documents, sequences;
+  // The last three are empty where nobody asks for them.
+  std::vector<std::int32_t> tokens, targets, positions, documents, sequences, places, rows;
   Buffer on_device;  // the same, where the device is not the host
   MicroBatch batch;
 
@@ -30,28 +31,54 @@ struct Pipeline::Shard {
       whole[t] = static_cast<std::int32_t>(t / static_cast<std::size_t>(context.seq_len));
     sequences = context.take(whole.data(), count);
   }
-  // Makes `batch` of the vectors; an empty one of the last two is not asked for.
-  void place(Exec& ex, std::int64_t seq_len, bool masked) {
-    const auto T = static_cast<std::int64_t>(tokens.size());
-    const std::vector<std::int32_t>* all[] = {&tokens, &targets, &positions, &documents, &sequences};
-    const bool wanted[] = {true, true, true, masked, !sequences.empty()};
-    ConstTensorView views[5];
-    if (ex.device.type == DeviceType::kCpu) {
-      for (int i = 0; i < 5; ++i)
-        if (wanted[i]) views[i] = host_view(all[i]->data(), {T});
-    } else {
-      const std::size_t bytes = 5 * tokens.size() * sizeof(std::int32_t);
-      if (on_device.bytes() < bytes) on_device = Buffer::allocate(ex.device, bytes, "tokens");
-      for (int i = 0; i < 5; ++i) {
-        const TensorView view = on_device.view({5, T}, DType::kI32).rows(i, i + 1).reshape({T});
-        if (!wanted[i]) continue;
-        ops::upload(ex, view, host_view(all[i]->data(), {T}));
-        views[i] = view;
-      }
+  // Where each of them stands in the micro-batch; and of every place the row of its token among those of all ranks.
+  void find_places(const ContextShards& context, std::int64_t count) {
+    std::vector<std::int32_t> whole(static_cast<std::size_t>(count * context.seq_len));
+    std::iota(whole.begin(), whole.end(), 0);
+    rows.resize(whole.size());
+    std::int32_t row = 0;
+    for (int rank = 0; rank < context.ranks; ++rank) {
+      ContextShards of_rank = context;
+      of_rank.rank = rank;
+      const std::vector<std::int32_t> there = of_rank.take(whole.data(), count);
+      for (const std::int32_t place : there) rows[static_cast<std::size_t>(place)] = row++;
+      if (rank == context.rank) places = there;
     }
-    batch = {views[0], views[1], {views[2], {}, seq_len}};
-    batch.places.document_T = views[3];
-    batch.sequence_T = views[4];
+  }
+  // Makes `batch` of the vectors.
+  void place(Exec& ex, const Batch& whole, bool by_sequence, bool routed) {
+    struct Part {
+      const std::vector<std::int32_t>& values;
+      bool wanted;
+      ConstTensorView& view;
+    };
+    batch = {};
+    const Part parts[] = {{tokens, true, batch.tokens_T},
+                          {targets, true, batch.targets_T},
+                          {positions, true, batch.places.positions_T},
+                          {documents, whole.document_T.given(), batch.places.document_T},
+                          {sequences, by_sequence, batch.sequence_T},
+                          {places, routed, batch.routed.place_T},
+                          {rows, routed, batch.routed.row_N}};
+    std::size_t total = 0, at = 0;
+    for (const Part& p : parts) total += p.wanted ? p.values.size() : 0;
+    const bool here = ex.device.type == DeviceType::kCpu;
+    if (!here && on_device.bytes() < total * sizeof(std::int32_t))
+      on_device = Buffer::allocate(ex.device, total * sizeof(std::int32_t), "tokens");
+    for (const Part& p : parts) {
+      if (!p.wanted) continue;
+      const auto n = static_cast<std::int64_t>(p.values.size()), begin = static_cast<std::int64_t>(at);
+      const ConstTensorView on_host = host_view(p.values.data(), {n});
+      p.view = on_host;
+      at += p.values.size();
+      if (here) continue;
+      const TensorView view =
+          on_device.view({static_cast<std::int64_t>(total)}, DType::kI32).rows(begin, begin + n);
+      ops::upload(ex, view, on_host);
+      p.view = view;
+    }
+    batch.places.seq_len = whole.seq_len;
+    batch.sequences = by_sequence ? whole.sequences() : 0;
   }
 };
 
@@ -116,6 +143,7 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
       stage_(mesh.coord(Axis::kPp)),
       counts_(mesh.coord(Axis::kCp) == 0 && mesh.coord(Axis::kTp) == 0),
       num_experts_(config.num_moe_layers() > 0 ? config.num_experts : 0),
+      routers_know_tokens_(config.num_moe_layers() > 0 && config.router.knows_tokens()),
       context_{mesh.coord(Axis::kCp), mesh.spec().cp, 0},
       device_(device) {
   for (int i = 0; i < config.num_hidden_layers; ++i)
@@ -125,7 +153,7 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
 
 Pipeline::~Pipeline() = default;
 
-std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const Batch& batch, bool by_sequence) {
+std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const Batch& batch, const Step* step) {
   ContextShards context = context_;
   context.seq_len = batch.seq_len;
   std::unique_ptr<Shard> shard;
@@ -136,10 +164,20 @@ std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const Batch& batch, boo
     idle_shards_.pop_back();
   }
   shard->cut(context, batch);
-  shard->sequences.clear();
+  const bool by_sequence = step != nullptr && step->balance.has(AuxKind::kSequence),
+             routed = step != nullptr && routers_know_tokens_;
   if (by_sequence) shard->number(context, batch.sequences());
-  shard->place(ex, batch.seq_len, batch.document_T.given());
-  shard->batch.sequences = by_sequence ? batch.sequences() : 0;
+  if (routed) shard->find_places(context, batch.sequences());
+  shard->place(ex, batch, by_sequence, routed);
+  if (step == nullptr) return shard;
+  MicroBatch& made = shard->batch;
+  made.weights = step->balance.has(AuxKind::kImportance);
+  made.chances = step->balance.has(AuxKind::kLoad);
+  if (!routed) return shard;
+  made.routed.seq_len = batch.seq_len;
+  made.routed.seed = step->seed;
+  const auto before = static_cast<std::uint64_t>(std::max<std::int64_t>(0, batch.index));
+  made.routed.first = step->first_token + before * shard->rows.size();
   return shard;
 }
 
@@ -161,8 +199,9 @@ void Pipeline::count_loads(const Transformer& chunk, const Transformer::Saved& s
     const int mixture = moe_of_block_[static_cast<std::size_t>(chunk.first_block) + i];
     if (mixture < 0) continue;
     std::vector<double>& layer = sums.assigned[static_cast<std::size_t>(mixture)];
-    const std::vector<double>& assigned = saved.loads[at++].assigned;
-    for (std::size_t e = 0; e < assigned.size(); ++e) layer[e] += assigned[e];
+    const LayerLoad& load = saved.loads[at++];
+    for (std::size_t e = 0; e < load.assigned.size(); ++e) layer[e] += load.assigned[e];
+    sums.lost += load.lost;
   }
 }
 
@@ -170,7 +209,7 @@ void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action,
   const std::size_t c = global_chunk(action.chunk);
   const Transformer& chunk = chunks_[static_cast<std::size_t>(action.chunk)];
   std::unique_ptr<Shard>& shard = shards_[action.micro_batch];
-  if (shard == nullptr) shard = cut(ex, step.batches.next(), step.balance.has(AuxKind::kSequence));
+  if (shard == nullptr) shard = cut(ex, step.batches.next(), &step);
   std::unique_ptr<Flight> f = take_flight();
   ConstTensorView input_tD;
   if (c > 0) {
@@ -236,7 +275,7 @@ StepSums Pipeline::run(Exec& ex, const Step& step) {
 
 double Pipeline::evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink) {
   watchdog::heartbeat();
-  std::unique_ptr<Shard> shard = cut(ex, batch, false);
+  std::unique_ptr<Shard> shard = cut(ex, batch, nullptr);
   double loss = 0;
   for (std::size_t i = 0; i < chunks_.size(); ++i) {
     const std::size_t c = global_chunk(static_cast<int>(i));

@@ -29,6 +29,7 @@ struct StepSums {
   double loss = 0, z = 0;
   std::vector<double> aux;                    // of each balance term
   std::vector<std::vector<double>> assigned;  // per MoE layer of the whole model, and expert
+  double lost = 0;                            // assignments of all layers that no expert took
 };
 
 class Pipeline {
@@ -43,6 +44,8 @@ class Pipeline {
     BatchSource& batches;  // of this data-parallel rank; rounds() of them are taken
     double loss_scale = 1;
     BalanceConfig balance = {};
+    std::uint64_t seed = 0,
+                  first_token = 0;  // of what routers draw: the step's first token's number in the run
     std::function<void(int)> before_block =
         {};  // this block is about to run; -1: what lies outside the blocks
     // A micro-batch's gradients of this block are added (-1: of what lies outside the blocks, once per step);
@@ -63,7 +66,8 @@ class Pipeline {
   struct Link;                      // to the neighbour stages
   using Key = std::pair<int, int>;  // micro-batch, chunk
 
-  std::unique_ptr<Shard> cut(Exec& ex, const Batch& batch, bool by_sequence);
+  // step: what routers count and draw; none outside training.
+  std::unique_ptr<Shard> cut(Exec& ex, const Batch& batch, const Step* step);
   std::unique_ptr<Flight> take_flight();
   void forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
   void backward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
@@ -79,6 +83,7 @@ class Pipeline {
   std::vector<int> moe_of_block_;  // which mixture a block is, or -1
   std::int64_t num_experts_ = 0;
   std::size_t mixtures_ = 0;
+  bool routers_know_tokens_ = false;
   ContextShards context_;
   Device device_;
   std::unique_ptr<Link> link_;

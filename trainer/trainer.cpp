@@ -9,7 +9,7 @@
 
 namespace upmoe {
 
-StepSums Trainer::accumulate() {
+StepSums Trainer::accumulate(std::int64_t number) {
   Exec& ex = s_.memory.exec;
   const RunConfig& run = s_.run;
   const double micro_batches = static_cast<double>(run.train.global_batch / run.train.micro_batch);
@@ -20,6 +20,8 @@ StepSums Trainer::accumulate() {
   step.balance.groups = run.router.aux_groups;
   if (step.balance.has(AuxKind::kGlobal)) step.balance.previous = router_loads(ex, s_.params, s_.config);
   step.balance.z_coefficient = run.router.z_loss / micro_batches;
+  step.seed = static_cast<std::uint64_t>(run.run.seed);
+  step.first_token = static_cast<std::uint64_t>((number - 1) * run.train.global_batch * run.data.seq_len);
   step.before_block = [&](int block) { s_.reducer.await_values(ex, block); };
   step.block_done = [&](int block, bool last) { s_.reducer.ready(ex, block, last); };
   return s_.pipeline.run(ex, step);
@@ -28,8 +30,9 @@ StepSums Trainer::accumulate() {
 // One small all-reduce for everything the ranks tell each other about a step.
 void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& report) {
   const Cost cost = s_.memory.ledger.total();
-  std::vector<double> values{sums.loss, sums.z, cost.model_flops, cost.model_flops + cost.model_again,
-                             static_cast<double>(request)};
+  std::vector<double> values{
+      sums.loss, sums.z, cost.model_flops, cost.model_flops + cost.model_again, static_cast<double>(request),
+      sums.lost};
   values.insert(values.end(), sums.aux.begin(), sums.aux.end());
   const std::size_t head = values.size();
   for (const auto& layer : sums.assigned) values.insert(values.end(), layer.begin(), layer.end());
@@ -47,6 +50,8 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
   report.aux_loss = std::accumulate(report.aux_losses.begin(), report.aux_losses.end(), 0.0);
   const double assignments =
       static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len * s_.config.num_experts_per_tok);
+  const double mixtures = static_cast<double>(sums.assigned.size());
+  report.dropped = mixtures > 0 ? values[5] / (mixtures * assignments) : 0;
   std::size_t at = head;
   for (const auto& layer : sums.assigned) {
     const auto begin = values.begin() + static_cast<std::ptrdiff_t>(at);
@@ -64,7 +69,7 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
 
   StepReport report;
   report.step = step;
-  const StepSums sums = accumulate();
+  const StepSums sums = accumulate(step);
   s_.reducer.finish(ex);
   reduce(sums, request, report);
 

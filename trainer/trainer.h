@@ -25,7 +25,8 @@ struct StepReport {
   // Per MoE layer and expert: share of all assignments of the step.
   std::vector<std::vector<double>> expert_load;
   std::vector<std::vector<double>> assigned;  // the same, as numbers of assignments
-  std::int64_t requests = 0;                  // sum over ranks of the `request` argument of step()
+  double dropped = 0;         // share of all assignments, over all layers, beyond the capacity
+  std::int64_t requests = 0;  // sum over ranks of the `request` argument of step()
 };
 
 class Trainer {
@@ -39,7 +40,7 @@ class Trainer {
   void settle() { s_.reducer.await_all_values(s_.memory.exec); }
 
  private:
-  StepSums accumulate();
+  StepSums accumulate(std::int64_t step);
   void reduce(const StepSums& sums, std::int64_t request, StepReport& report);
   Session& s_;
 };

@@ -77,6 +77,18 @@ inline void show(OpWatcher& w, const SigmoidRoutes& r) {
 inline void show(OpWatcher& w, const SigmoidSaved& s) {
   for (const ConstTensorView& t : {s.logits_TE, s.index_TK, s.lse_T}) w.reads(t);
 }
+inline void show(OpWatcher& w, const PooledChoices& c) {
+  for (const ConstTensorView& t : {c.index_NK, c.weight_NK, c.row_N}) show(w, t);
+}
+inline void show(OpWatcher& w, const TokenDraws& draws) {
+  w.reads(draws.place_T);
+}
+inline void show(OpWatcher& w, const NoisyLogits& r) {
+  for (const ConstTensorView& t : {r.logits_TE, r.scale_TE, r.noisy_TE, r.index_TK}) w.reads(t);
+}
+inline void show(OpWatcher& w, const NoisyGradient& g) {
+  for (const ConstTensorView& t : {g.dnoisy_TE, g.dload_E}) show(w, t);
+}
 inline void show(OpWatcher& w, const NodeRows& rows) {
   w.reads(rows.order_X);
 }
@@ -86,7 +98,8 @@ inline void show(OpWatcher& w, const CodedMoments& moments) {
 template <class T>
 concept HoldsNoTensor = std::is_arithmetic_v<T> || std::is_enum_v<T> || std::same_as<T, AttentionShape> ||
     std::same_as<T, VocabShard> || std::same_as<T, AdamWStep> || std::same_as<T, Chance> ||
-    std::same_as<T, SigmoidRule> || std::same_as<T, std::span<const std::int64_t>>;  // on the host
+    std::same_as<T, SigmoidRule> || std::same_as<T, CapacityRule> ||
+    std::same_as<T, std::span<const std::int64_t>>;  // on the host
 template <HoldsNoTensor T>
 void show(OpWatcher&, const T&) {}
 

@@ -20,12 +20,15 @@
 #include "kernels/core/exec.h"
 #include "kernels/ops/activation.h"
 #include "kernels/ops/adamw.h"
+#include "kernels/ops/capacity.h"
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
 #include "kernels/ops/layer_norm.h"
+#include "kernels/ops/noisy_routing.h"
 #include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/router_draws.h"
 #include "kernels/ops/sigmoid_routing.h"
 
 namespace upmoe {
@@ -327,6 +330,31 @@ void add_routers() {
   });
   both("route_sigmoid", [](Exec& ex, const SigmoidRoutes& r, ConstTensorView logits, ConstTensorView bias) {
     ops::route_sigmoid(ex, r, logits, bias, {});
+  });
+  add("limit_choices", f32, [=](benchmark::State& state) {
+    const Tensor kept({kTokens, kTopK}, DType::kI32), index({kTokens, kTopK}, DType::kI32),
+        row({kTokens}, DType::kI32), lost({kTokens / 512, kExperts}, f32);
+    for (std::int64_t t = 0; t < kTokens; ++t) {
+      row.view.as<std::int32_t>()[t] = static_cast<std::int32_t>(t);
+      for (std::int64_t j = 0; j < kTopK; ++j)
+        index.view.as<std::int32_t>()[t * kTopK + j] = static_cast<std::int32_t>((7 * t + 11 * j) % kExperts);
+    }
+    measure(state, f32, [&](Exec& ex) {
+      ops::limit_choices(ex, kept.view, lost.view, {index.view, {}, row.view}, {512, 512 * kTopK / kExperts});
+    });
+  });
+  add("jitter", f32, [=](benchmark::State& state) {
+    const Tensor y({kTokens, 2048}, f32), x({kTokens, 2048}, f32), place({kTokens}, DType::kI32);
+    measure(state, f32, [&](Exec& ex) {
+      ops::jitter(ex, y.view, x.view, {1, 0, 0, place.view}, 0.01f, Accumulate::kOverwrite);
+    });
+  });
+  add("add_router_noise", f32, [=](benchmark::State& state) {
+    const Tensor noisy({kTokens, kExperts}, f32), logits({kTokens, kExperts}, f32),
+        scale({kTokens, kExperts}, f32), place({kTokens}, DType::kI32);
+    measure(state, f32, [&](Exec& ex) {
+      ops::add_router_noise(ex, noisy.view, logits.view, scale.view, {1, 0, 0, place.view});
+    });
   });
 }
 

@@ -153,6 +153,16 @@ void add(const std::string& name, const std::function<Op()>& make) {
       ->Unit(benchmark::kMicrosecond);
 }
 
+Held shuffled(Shape s) {
+  std::vector<std::int32_t> order(static_cast<std::size_t>(s.elements()));
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
+  std::shuffle(order.begin(), order.end(), std::minstd_rand(4));
+  const Held t = make(s, DType::kI32, 1);
+  ops::upload(exec(), t->view.reshape({s.elements()}),
+              host_view(static_cast<const std::int32_t*>(order.data()), {s.elements()}));
+  return t;
+}
+
 }  // namespace upmoe::bench
 
 // usage: bench_gpu [--small] [--tokens=8192,16384,32768] [Google Benchmark's options]

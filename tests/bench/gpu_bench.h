@@ -5,6 +5,7 @@
 #include <benchmark/benchmark.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "kernels/core/exec.h"
@@ -28,6 +29,11 @@ struct Tensor {
   TensorView view;
   Tensor(Shape shape, DType dtype, std::int64_t limit = 0);
 };
+using Held = std::shared_ptr<Tensor>;
+inline Held make(Shape s, DType dtype = DType::kBF16, std::int64_t limit = 0) {
+  return std::make_shared<Tensor>(s, dtype, limit);
+}
+Held shuffled(Shape s);  // [0, n) in another order, as kI32
 
 double seconds_of(const std::function<void()>& work);  // the median of five goes of many calls each
 double flops_of_cube();                                // per second, measured at each call: as below
@@ -40,6 +46,7 @@ using Op = std::function<void(Exec&)>;
 void add(const std::string& name, const std::function<Op()>& make);
 
 void add_ops(std::int64_t tokens);
+void add_routers(const std::string& name, std::int64_t tokens);  // of the ops
 void add_layer(std::int64_t tokens);
 
 }  // namespace upmoe::bench

@@ -60,7 +60,8 @@ class Layer {
   void run(Exec& ex, bool backward) {
     ScratchScope scope(keep_);
     Block::Saved saved;
-    saved.balance = {{load_.view}, {aux_.view}};
+    saved.balance.load.sums_L = load_.view;
+    saved.balance.terms.aux = aux_.view;
     forward(ex, saved);
     if (backward) model_.blocks[0].backward(ex, g_.view, keep_, saved);
   }

@@ -16,7 +16,6 @@
 #include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/routing.h"
-#include "kernels/ops/sigmoid_routing.h"
 #include "kernels/ops/transfer.h"
 #include "tests/bench/gpu_bench.h"
 
@@ -25,22 +24,6 @@ namespace upmoe::bench {
 namespace {
 
 constexpr DType kFloat = DType::kBF16;
-using Held = std::shared_ptr<Tensor>;
-
-Held make(Shape s, DType dtype = kFloat, std::int64_t limit = 0) {
-  return std::make_shared<Tensor>(s, dtype, limit);
-}
-// Every position of a permutation of [0, n).
-Held shuffled(Shape s) {
-  std::vector<std::int32_t> order(static_cast<std::size_t>(s.elements()));
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
-  std::shuffle(order.begin(), order.end(), std::minstd_rand(4));
-  const Held t = make(s, DType::kI32, 1);
-  ops::upload(exec(), t->view.reshape({s.elements()}),
-              host_view(static_cast<const std::int32_t*>(order.data()), {s.elements()}));
-  return t;
-}
-
 // Rows per expert as an untrained router gives them.
 struct Offsets {
   std::vector<std::int64_t> on_host;
@@ -222,65 +205,6 @@ void add_rows(const std::string& name, std::int64_t t) {
   });
 }
 
-void add_router(const std::string& name, std::int64_t t) {
-  const ModelShape& m = shape();
-  const std::int64_t e = m.experts, k = m.top_k;
-  add("route_tokens/" + name, [=] {
-    const Held probs = make({t, e}, DType::kF32), index = make({t, k}, DType::kI32, e),
-               weight = make({t, k}, DType::kF32), lse = make({t}, DType::kF32),
-               logits = make({t, e}, DType::kF32);
-    return [=](Exec& ex) {
-      ops::route_tokens(ex, probs->view, index->view, weight->view, lse->view, logits->view, false);
-    };
-  });
-  add("route_tokens_backward/" + name, [=] {
-    const Held dlogits = make({t, e}, DType::kF32), dweight = make({t, k}, DType::kF32),
-               aux = make({e}, DType::kF32), probs = make({t, e}, DType::kF32),
-               index = make({t, k}, DType::kI32, e), weight = make({t, k}, DType::kF32),
-               lse = make({t}, DType::kF32);
-    return [=](Exec& ex) {
-      ops::route_tokens_backward(ex, dlogits->view, dweight->view, {aux->view},
-                                 {probs->view, index->view, weight->view, lse->view}, false);
-    };
-  });
-  add("route_sigmoid/" + name, [=] {
-    const Held probs = make({t, e}, DType::kF32), index = make({t, k}, DType::kI32, e),
-               weight = make({t, k}, DType::kF32), lse = make({t}, DType::kF32),
-               logits = make({t, e}, DType::kF32), bias = make({e}, DType::kF32);
-    return [=](Exec& ex) {
-      ops::route_sigmoid(ex, {probs->view, index->view, weight->view, lse->view}, logits->view, bias->view,
-                         {});
-    };
-  });
-  add("route_sigmoid_backward/" + name, [=] {
-    const Held dlogits = make({t, e}, DType::kF32), dweight = make({t, k}, DType::kF32),
-               aux = make({e}, DType::kF32), logits = make({t, e}, DType::kF32),
-               index = make({t, k}, DType::kI32, e), lse = make({t}, DType::kF32);
-    return [=](Exec& ex) {
-      ops::route_sigmoid_backward(ex, dlogits->view, dweight->view, {aux->view},
-                                  {logits->view, index->view, lse->view}, {});
-    };
-  });
-  add("balance_stats/" + name, [=] {
-    const Held stats = make({3, e}, DType::kF64), z = make({1}, DType::kF64),
-               probs = make({t, e}, DType::kF32), index = make({t, k}, DType::kI32, e),
-               lse = make({t}, DType::kF32);
-    return
-        [=](Exec& ex) { ops::balance_stats(ex, stats->view, z->view, probs->view, index->view, lse->view); };
-  });
-  add("sigmoid_gate_backward/" + name, [=] {
-    const Held dx = make({t, m.width}), dw = make({1, m.width}), dgate = make({t}, DType::kF32),
-               gate = make({t}, DType::kF32), x = make({t, m.width}), w = make({1, m.width});
-    return [=](Exec& ex) {
-      ops::sigmoid_gate_backward(ex, dx->view, dw->view, dgate->view, gate->view, x->view, w->view);
-    };
-  });
-  add("bias_backward/" + name, [=] {
-    const Held db = make({3 * m.width}), dy = make({t, 3 * m.width});
-    return [=](Exec& ex) { ops::bias_backward(ex, db->view, dy->view); };
-  });
-}
-
 void add_ends(const std::string& name, std::int64_t t) {
   const ModelShape& m = shape();
   const std::int64_t chunk = std::min<std::int64_t>(t, 4096);
@@ -363,7 +287,7 @@ void add_ops(std::int64_t t) {
   add_attention(name + "_window", t, 512);
   add_layer_norm(name, t);
   add_rows(name, t);
-  add_router(name, t);
+  add_routers(name, t);
   add_ends(name, t);
 }
 

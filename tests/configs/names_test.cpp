@@ -55,6 +55,9 @@ TEST(Names, OfRuns) {
   expect_read<AuxKind>("router.aux_kind", run_with);
   expect_read<RouterDType>("router.dtype", run_with);
   expect_read<RouterScore>("router.score", run_with);
+  expect_read<RouterKind>("router.kind", run_with);
+  expect_read<CapacityPool>("router.capacity_pool", run_with);
+  expect_read<DropBy>("router.drop", run_with);
   expect_read<Precision>("train.precision", run_with);
   expect_read<Precision>("parallel.reduce", run_with);
   expect_read<Recompute>("train.recompute", run_with);

@@ -175,6 +175,23 @@ TEST(ParamTable, ABufferIsCountedApart) {
   EXPECT_EQ(bias.init.kind, Init::Kind::kZeros);
 }
 
+// A matrix like the router's, that begins at zero and trains.
+TEST(ParamTable, NoiseIsAddedByTraining) {
+  ModelConfig c = mixture({2, 8, 2, 1, 12, 32, true}, 3, 2, 6, 10);
+  c.mlp_only_layers = {0};
+  const ParamCounts without = count_params(c);
+  for (const ParamSpec& p : make_param_table(c)) EXPECT_FALSE(p.added) << p.name;
+  c.router.kind = RouterKind::kNoisy;
+  const ParamSpec noise = make_param(c, Role::kRouterNoise, 1), router = make_param(c, Role::kRouter, 1);
+  EXPECT_THAT(names(c), Contains(noise.name));
+  EXPECT_EQ(noise.shape, router.shape);
+  EXPECT_EQ(noise.dims, router.dims);
+  EXPECT_TRUE(noise.added && noise.trained && noise.decay && !noise.fp32 && !noise.expert);
+  EXPECT_EQ(noise.init.kind, Init::Kind::kZeros);
+  EXPECT_EQ(count_params(c).total, without.total + router.shape.elements());
+  EXPECT_EQ(count_params(c).buffers, 0);
+}
+
 TEST(ParamTable, ShapesDimsAndKinds) {
   ModelConfig c = mixture({1, 8, 4, 2, 12, 32, true, 6}, 3, 2, 5, 10);
   c.initializer_range = 0.25;

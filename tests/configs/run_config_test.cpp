@@ -187,8 +187,8 @@ TEST(RunConfig, ImpossibleValues) {
 }
 
 TEST(RunConfig, WhatIsNotBuiltSaysSo) {
-  for (const char* planned : {"router.aux_kind=importance", "router.aux_kind=load",
-                              "router.capacity_factor=1.25", "parallel.zero=3"}) {
+  for (const char* planned :
+       {"router.kind=mixture_of_tokens", "router.kind=expert_choice", "parallel.zero=3"}) {
     EXPECT_THAT(overridden(planned), HasSubstr("is not built yet")) << planned;
   }
   EXPECT_EQ(overridden("device=cuda"), "");  // the runtime knows whether there is one

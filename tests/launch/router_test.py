@@ -55,6 +55,66 @@ class Routers(unittest.TestCase):
         self.assertEqual(self.metrics("global")[0]["aux_loss"], 0)
         self.assertGreater(self.metrics("global")[1]["aux_loss"], 1.9)  # 2 mixtures, balanced 1 each
 
+    def test_the_share_that_is_dropped(self):
+        keys = ("train.steps=30", "router.aux_kind=switch", "router.aux_loss=0.1")
+        self.train("all", *keys)
+        self.assertEqual({s["dropped_share"] for s in self.metrics("all")}, {0})
+        for pool in ("sequence", "micro_batch"):
+            for drop in ("order", "probability"):
+                with self.subTest(pool=pool, drop=drop):
+                    name = f"{pool}_{drop}"
+                    self.train(name, *keys, "router.capacity_factor=0.5", f"router.capacity_pool={pool}",
+                               f"router.drop={drop}")
+                    steps = self.metrics(name)
+                    for s in steps:  # half of all assignments have a place
+                        self.assertGreater(s["dropped_share"], 0.35)
+                        self.assertLess(s["dropped_share"], 0.95)
+                    self.assertLess(steps[-1]["loss"], steps[0]["loss"])
+        # What was trained with a limit is served without one.
+        self.upmoe("export", self.folder / "sequence_order", "--to", self.folder / "hf")
+        self.assertNotIn("upmoe_router", (self.folder / "hf" / "config.json").read_text())
+
+    def test_draws_go_on_to_the_bit(self):
+        keys = ("router.jitter=0.1", "router.capacity_factor=1.0", "router.capacity_pool=micro_batch")
+        self.train("whole", "train.steps=8", *keys)
+        self.train("parts", "train.steps=4", *keys)
+        self.train("parts", "train.steps=8")  # what is not said stays
+        whole, parts = ([(s["loss"], s["dropped_share"], s["grad_norm"]) for s in self.metrics(name)]
+                        for name in ("whole", "parts"))
+        self.assertEqual(whole, parts)
+        self.train("other", "train.steps=2", *keys, "run.seed=2")
+        self.assertNotEqual(self.metrics("other")[0]["grad_norm"], self.metrics("whole")[0]["grad_norm"])
+        words = self.train("parts", "train.steps=9", "router.jitter=0.2", status=2)
+        self.assertIn("kind topk, jitter 0.1, capacity_factor 1", words)
+
+    def test_noise(self):
+        keys = ("router.kind=noisy", "router.aux_kind=[importance, load]", "router.aux_loss=[0.1, 0.1]")
+        self.train("whole", "train.steps=30", *keys)
+        self.train("parts", "train.steps=15", *keys)
+        self.train("parts", "train.steps=30", *keys[1:])
+        whole, parts = ([(s["loss"], s["aux_losses"], s["grad_norm"]) for s in self.metrics(name)]
+                        for name in ("whole", "parts"))
+        self.assertEqual(whole, parts)
+        steps = self.metrics("whole")
+        for layer in zip(*(s["expert_load"] for s in steps[-10:])):
+            self.assertGreater(min(map(sum, zip(*layer))), 0)
+        self.assertLess(steps[-1]["loss"], steps[0]["loss"])
+        # Evaluation and export know nothing of the noise, whose weights stay behind.
+        self.upmoe("export", self.folder / "whole", "--to", self.folder / "hf", "--dtype", "fp32")
+        self.assertNotIn("upmoe_router", (self.folder / "hf" / "config.json").read_text())
+        data = ("--data", self.folder / "tokens.h5", "--seq-len", "32", "--sequences", "4")
+        losses = {json.dumps([w for w in self.upmoe("eval", self.folder / name, *data).split() if w[:1].isdigit()][:1])
+                  for name in ("whole", "hf")}
+        self.assertEqual(len(losses), 1)
+
+    def test_kinds_that_do_not_fit(self):
+        words = self.train("run", "router.kind=switch", "router.score=sigmoid", status=2)
+        self.assertIn("router.kind: switch with router.score sigmoid", words)
+        self.assertIn("router.kind: switch gives a token 1 of the experts", words)
+        self.assertIn("router.kind: gshard", self.train("run", "router.kind=gshard", status=2))
+        self.assertIn("expert_choice is not built yet", self.train("run", "router.kind=expert_choice", status=2))
+        self.assertIn("load is of the noise of router.kind noisy", self.train("run", "router.aux_kind=load", status=2))
+
     def test_a_run_goes_on_to_the_bit(self):
         keys = (*SIGMOID, "router.aux_kind=[sequence, global]", "router.aux_loss=[0.01, 0.01]")
         self.train("whole", "train.steps=10", *keys)

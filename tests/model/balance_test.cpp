@@ -142,7 +142,8 @@ TEST_P(Term, ValueAndGradient) {
 
 INSTANTIATE_TEST_SUITE_P(Kinds, Term, testing::ValuesIn([] {
                            std::vector<AuxKind> all;
-                           for (const auto& [kind, name] : kNames<AuxKind>.built) all.push_back(kind);
+                           for (const auto& [kind, name] : kNames<AuxKind>.built)
+                             if (kind != AuxKind::kImportance && kind != AuxKind::kLoad) all.push_back(kind);
                            return all;
                          }()),
                          [](const auto& i) { return std::string(name_of(i.param)); });
@@ -170,6 +171,41 @@ TEST(Terms, AddUp) {
     EXPECT_NEAR(sum.aux_gradient[0][e], of(one).aux_gradient[0][e] + of(other).aux_gradient[0][e], 1e-7);
 }
 
+// CV^2 of the sums of weights and of chances, as the contract has it, and its derivative; each has its own gradient.
+TEST(Terms, VariationOfSums) {
+  const auto naive_variation = [](const Values& sums) {
+    double mean = 0, variance = 0;
+    for (const double s : sums) mean += s;
+    mean /= static_cast<double>(sums.size());
+    for (const double s : sums) variance += (s - mean) * (s - mean);
+    return variance / static_cast<double>(sums.size()) / (mean * mean + 1e-10);
+  };
+  Model model{Layer(4)};
+  LayerLoad l = model[0].load();
+  for (std::size_t e = 0; e < kExperts; ++e) {
+    l.weight.push_back(0.4 + 0.7 * static_cast<double>(e * e % 5));
+    l.chance.push_back(1.3 + 0.2 * static_cast<double>(e * 3 % 7));
+  }
+  LoadPool pool;
+  pool.add(l);
+  BalanceConfig config;
+  config.terms = {{AuxKind::kImportance, 0.7}, {AuxKind::kLoad, 0.2}};
+  const BalanceTerms terms = balance_terms(config, {&l, 1}, pool, true);
+  EXPECT_NEAR(terms.aux[0], naive_variation(l.weight), 1e-12);
+  EXPECT_NEAR(terms.aux[1], naive_variation(l.chance), 1e-12);
+  for (std::size_t e = 0; e < kExperts; ++e) {
+    const auto slope = [&](Values sums) {
+      sums[e] += 1e-4;
+      const double up = naive_variation(sums);
+      sums[e] -= 2e-4;
+      return (up - naive_variation(sums)) / 2e-4;
+    };
+    EXPECT_NEAR(terms.weight_gradient[0][e], 0.7 * slope(l.weight), 1e-6);
+    EXPECT_NEAR(terms.chance_gradient[0][e], 0.2 * slope(l.chance), 1e-6);
+    EXPECT_EQ(terms.aux_gradient[0][e], 0) << "not of the probabilities";
+  }
+}
+
 // Where every expert gets the same, each term is what its contract says.
 TEST(Terms, BalancedValues) {
   LayerLoad l;
@@ -180,13 +216,19 @@ TEST(Terms, BalancedValues) {
   l.previous.assign(4, 0.25);
   l.assigned_BE.assign(8, 3.0);
   l.probability_BE.assign(8, 1.5);
+  l.weight.assign(4, 2.5);
+  l.chance.assign(4, 6.0);
   LoadPool pool;
   pool.add(l);
   BalanceConfig config;
   config.groups = 2;
   for (const auto& [kind, name] : kNames<AuxKind>.built) {
     config.terms = {{kind, 1}};
-    const double expected = kind == AuxKind::kHf ? 2 : kind == AuxKind::kGShard ? 1.0 / 16 : 1;
+    const bool variation = kind == AuxKind::kImportance || kind == AuxKind::kLoad;
+    const double expected = variation                  ? 0
+                            : kind == AuxKind::kHf     ? 2
+                            : kind == AuxKind::kGShard ? 1.0 / 16
+                                                       : 1;
     EXPECT_NEAR(balance_terms(config, {&l, 1}, pool, true).aux[0], expected, 1e-12) << name;
   }
 }

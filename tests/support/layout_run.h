@@ -44,8 +44,11 @@ struct Layout {
   // drawn at random, on the file's tokens.
   std::int64_t width = 0;
   std::optional<RouterForm> form = {};  // empty: the model's own
+  int choices = 0;                      // experts of a token; 0: as many as the golden file says
+  bool renormalize = false;             // their weights, whatever the golden file says
   double bias_rate = 0;
 
+  RouterForm& with_form() { return form ? *form : form.emplace(); }
   std::string str() const {
     const MeshSpec& m = mesh;
     return fmt::format("{}_pp{}x{}_dp{}_cp{}_tp{}_ep{}_etp{}_micro{}", model, m.pp, pp_chunks, m.dp, m.cp,
@@ -56,7 +59,7 @@ struct Layout {
 using Tensors = std::map<std::string, std::vector<float>>;  // whole ones, by name
 
 struct Outcome {
-  std::vector<double> losses, auxes, zs, norms;
+  std::vector<double> losses, auxes, zs, norms, dropped;
   std::vector<std::vector<std::vector<double>>> loads;
   Tensors gradients, weights, buffers;  // gradients of the first step
 };
@@ -90,6 +93,8 @@ inline ModelConfig config_of(const Layout& l, const Golden& golden) {
   ModelConfig config = golden.config();
   config.router_bias = config.router_bias || l.router_bias || l.bias_rate > 0;
   config.router = l.form.value_or(config.router);
+  if (l.choices > 0) config.num_experts_per_tok = l.choices;
+  config.norm_topk_prob = config.norm_topk_prob || l.renormalize;
   config.router_load = run_of(l, golden, "unused").router.has_term(AuxKind::kGlobal);
   if (l.width > 0) {
     config.head_dim = config.head_dim > 0 ? config.head_dim : l.width / config.num_attention_heads;
@@ -151,7 +156,7 @@ inline std::vector<std::int64_t> permutation(std::int64_t n, std::uint64_t seed)
   return order;
 }
 
-// What tests have in a buffer: needs all bits of fp32, and every element has its own.
+// What tests have in a buffer, or in what training adds: needs all bits of fp32, and every element has its own.
 inline float in_buffer(std::int64_t at) {
   return 1.0f / static_cast<float>(3 + at);
 }
@@ -247,6 +252,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
       outcome.zs.push_back(r.z_loss);
       outcome.norms.push_back(r.grad_norm);
       outcome.loads.push_back(r.expert_load);
+      outcome.dropped.push_back(r.dropped);
     }
     if (step > 1) continue;
     for (const StoredParam& p : s.params.all())

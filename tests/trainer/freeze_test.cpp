@@ -13,9 +13,11 @@
 namespace upmoe {
 namespace {
 
+using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 
 std::vector<std::string> frozen(const std::vector<std::string>& patterns) {
   return frozen_names(patterns, test::tiny_moe_config());
@@ -44,6 +46,16 @@ TEST(Freeze, NamesOfBothWorldsMean) {
               ElementsAre("layers.0.moe.gate_up_EF2D", "layers.0.moe.down_EDF"));
   EXPECT_THAT(frozen({"*.0.mlp.shared_expert.gate_proj*", "*.0.mlp.shared_expert.up_proj*"}),
               ElementsAre("layers.0.shared.gate_up_F2D"));
+}
+
+// A parameter that training adds has no name on disk: it freezes by our name alone.
+TEST(Freeze, WhatTrainingAdds) {
+  ModelConfig config = test::tiny_moe_config();
+  config.router.kind = RouterKind::kNoisy;
+  EXPECT_THAT(frozen_names({}, config), IsEmpty());
+  EXPECT_THAT(frozen_names({"*mlp.*"}, config), Not(Contains("layers.0.moe.noise_ED")));
+  EXPECT_THAT(frozen_names({"*moe.noise_ED"}, config),
+              ElementsAre("layers.0.moe.noise_ED", "layers.1.moe.noise_ED"));
 }
 
 TEST(Freeze, WhatMatchesNothingNamesTheNearest) {

@@ -69,5 +69,139 @@ TEST(Routers, SigmoidScoresAndBiases) {
   }
 }
 
+// What is drawn and what is dropped, where a sequence lies on several ranks, and several lie in a micro-batch.
+const std::initializer_list<MeshSpec> kMeshes = {{1, 2, 1, 1, 1, 1}, {1, 1, 2, 1, 1, 1}, {1, 1, 1, 2, 2, 1},
+                                                 {2, 1, 2, 2, 4, 1}, {1, 2, 1, 2, 2, 2}, {1, 1, 2, 2, 1, 4},
+                                                 {1, 2, 1, 2, 4, 1}};
+
+void expect_same_on_all(const Layout& like) {
+  for (const MeshSpec& mesh : kMeshes) {
+    Layout l = like;
+    l.mesh = mesh;
+    SCOPED_TRACE(l.str());
+    const Outcome &one = one_rank(l), many = run_in_layout(l);
+    expect_equal(one, many);
+    EXPECT_EQ(one.loads.front(), many.loads.front());
+    EXPECT_EQ(one.dropped.front(), many.dropped.front());
+  }
+}
+
+TEST(Routers, CapacityOfAnyPoolAndOrder) {
+  for (const CapacityPool pool : {CapacityPool::kSequence, CapacityPool::kMicroBatch})
+    for (const DropBy drop : {DropBy::kOrder, DropBy::kProbability}) {
+      Layout l{"moe_mixed", {}, 2};
+      l.with_form().capacity_factor = 0.75;
+      l.with_form().capacity_pool = pool;
+      l.with_form().drop = drop;
+      expect_same_on_all(l);
+      const Outcome& one = one_rank(l);
+      // At most three quarters are taken, and what is added where capacities are rounded up.
+      for (const double share : one.dropped) EXPECT_GE(share, 0.1) << name_of(pool);
+      Layout all = l;
+      all.form = {};
+      EXPECT_NE(one.losses.front(), one_rank(all).losses.front());
+      EXPECT_EQ(one_rank(all).dropped.front(), 0);
+    }
+}
+
+TEST(Routers, SwitchWithOneExpert) {
+  Layout l{"moe_mixed", {}, 2};
+  l.choices = 1;
+  l.aux_kinds = {AuxKind::kSwitch};
+  l.with_form().kind = RouterKind::kSwitch;
+  l.with_form().jitter = 0.01;
+  l.with_form().capacity_factor = 1.25;
+  expect_same_on_all(l);
+}
+
+// In training the second choices are those that were drawn: without them the loss is another one, with them it is the
+// same everywhere.
+TEST(Routers, GShardWithDrawnSecondChoices) {
+  Layout l{"moe_mixed", {}, 2};
+  l.choices = 2;
+  l.renormalize = true;
+  l.aux_kinds = {AuxKind::kGShard};
+  l.with_form().kind = RouterKind::kGShard;
+  for (const double factor : {0.0, 1.0}) {
+    l.with_form().capacity_factor = factor;
+    expect_same_on_all(l);
+  }
+  Layout all = l;
+  all.form = {};
+  EXPECT_NE(one_rank(l).losses.front(), one_rank(all).losses.front());
+}
+
+// Noise, whose scales are learnt, with its own two terms: the scales' weights are gathered from all ranks as well.
+TEST(Routers, NoiseImportanceAndLoad) {
+  Layout l{"moe_mixed", {}, 2};
+  l.with_form().kind = RouterKind::kNoisy;
+  l.aux_kinds = {AuxKind::kImportance, AuxKind::kLoad};
+  l.aux_loss = 0.05;
+  expect_same_on_all(l);
+  const Outcome& one = one_rank(l);
+  std::size_t learnt = 0;
+  for (const auto& [name, gradient] : one.gradients)
+    if (name.ends_with("moe.noise_ED"))
+      learnt += std::any_of(gradient.begin(), gradient.end(), [](float g) { return g != 0; });
+  EXPECT_EQ(learnt, one.loads.front().size()) << "of every mixture";
+  EXPECT_GT(one.auxes.front(), 0);
+  Layout without = l;
+  without.aux_kinds = {AuxKind::kImportance};
+  EXPECT_NE(one.norms.front(), one_rank(without).norms.front()) << "the load has a gradient";
+  without.form = {};
+  EXPECT_NE(one_rank(without).losses.front(), one.losses.front()) << "noise chooses";
+}
+
+// A capacity that holds all choices drops none, to the bit.
+TEST(Routers, RoomForAllIsNoLimit) {
+  Layout l{"moe_mixed", {}, 2};
+  const Outcome& all = one_rank(l);
+  l.with_form().capacity_factor = 1000;
+  const Outcome& limited = one_rank(l);
+  EXPECT_EQ(all.losses, limited.losses);
+  EXPECT_EQ(all.norms, limited.norms);
+  EXPECT_EQ(limited.dropped, std::vector<double>(limited.dropped.size(), 0.0));
+}
+
+TEST(Routers, JitterAndCapacityOfSigmoidScores) {
+  Layout l{"moe_mixed", {}, 2};
+  l.with_form().score = RouterScore::kSigmoid;
+  l.with_form().jitter = 0.1;
+  l.with_form().capacity_factor = 1.0;
+  expect_same_on_all(l);
+  Layout still = l;
+  still.with_form().jitter = 0;
+  EXPECT_NE(one_rank(l).losses.front(), one_rank(still).losses.front());
+}
+
+// A token's number is that of the whole run, whatever micro-batch it lies in: without terms of a micro-batch, its size
+// changes nothing.
+TEST(Routers, MicroBatchesOfAnySizeDrawTheSame) {
+  Layout l{"moe_mixed", {}, 1};
+  l.aux_loss = 0;
+  l.with_form().jitter = 0.2;
+  l.with_form().capacity_factor = 0.75;
+  const Outcome one = run_in_layout(l);
+  l.micro_batch = 2;
+  const Outcome two = run_in_layout(l);
+  expect_equal(one, two);
+  EXPECT_EQ(one.dropped.front(), two.dropped.front());
+}
+
+// Recomputation draws and drops what forward did.
+TEST(Routers, RecomputationDrawsTheSame) {
+  for (const Recompute recompute : {Recompute::kFfn, Recompute::kBlock}) {
+    Layout l{"moe_mixed", {}, 2};
+    l.with_form().jitter = 0.1;
+    l.with_form().capacity_factor = 0.75;
+    const Outcome& kept = one_rank(l);
+    l.recompute = recompute;
+    const Outcome& again = one_rank(l);
+    EXPECT_EQ(kept.losses, again.losses);
+    EXPECT_EQ(kept.norms, again.norms);
+    EXPECT_EQ(kept.dropped, again.dropped);
+  }
+}
+
 }  // namespace
 }  // namespace upmoe

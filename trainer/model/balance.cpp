@@ -3,16 +3,28 @@
 #include <algorithm>
 #include <numeric>
 
+#include "kernels/ops/noisy_routing.h"
+
 namespace upmoe {
 
 bool BalanceConfig::has(AuxKind kind) const {
   return std::any_of(terms.begin(), terms.end(), [&](const AuxTerm& t) { return t.kind == kind; });
 }
 
-void RouterLoad::count(Exec& ex, ConstTensorView probs_TE, ConstTensorView index_TK,
-                       ConstTensorView lse_T) const {
+void RouterLoad::count(Exec& ex, const Routes& routes) const {
+  const auto& [probs_TE, index_TK, weight_TK, lse_T] = routes;
   ops::balance_stats(ex, stats_3E(), z_1(), probs_TE, index_TK, lse_T);
   if (sequences > 0) ops::row_balance_stats(ex, stats_2BE(), probs_TE, index_TK, sequence_t);
+  if (weight_E.given()) ops::sum_by_expert(ex, weight_E, weight_TK, index_TK);
+}
+
+ConstTensorView RouterBalance::with_weight_gradient(Exec& ex, ConstTensorView dweight_TK,
+                                                    ConstTensorView index_TK) const {
+  if (!weight_gradient_E.given()) return dweight_TK;
+  const TensorView sum_TK =
+      ex.scratch->take(dweight_TK.shape, DType::kF32, "router weights' gradient with importance");
+  ops::add_by_expert(ex, sum_TK, dweight_TK, weight_gradient_E, index_TK);
+  return sum_TK;
 }
 
 LayerLoad LayerLoad::unpack(std::int64_t tokens, std::int64_t sequences, std::span<const double> sums_L) {
@@ -21,7 +33,7 @@ LayerLoad LayerLoad::unpack(std::int64_t tokens, std::int64_t sequences, std::sp
     const auto values = sums_L.subspan(begin * E, rows * E);
     return std::vector<double>(values.begin(), values.end());
   };
-  return {tokens, part(0, 1), part(1, 1), part(2, 1), part(3, B), part(3 + B, B), sums_L.back(), {}};
+  return {tokens, part(0, 1), part(1, 1), part(2, 1), part(3, B), part(3 + B, B), sums_L.back()};
 }
 
 // tokens, then the experts' assignments, then their probabilities: zeros before the first layer.
@@ -62,9 +74,9 @@ namespace {
 // One layer's gradients, of the tokens of each row: one row, or one for each sequence.
 struct Rows {
   std::size_t experts, rows;
-  std::vector<double> gradient;
+  std::vector<double> gradient, weight, chance;  // of the last two E: of the sums
   Rows(std::size_t experts_, std::size_t rows_)
-      : experts(experts_), rows(rows_), gradient(experts_ * rows_) {}
+      : experts(experts_), rows(rows_), gradient(experts_ * rows_), weight(experts_), chance(experts_) {}
   void add(std::size_t e, double g) {
     for (std::size_t b = 0; b < rows; ++b) gradient[b * experts + e] += g;
   }
@@ -104,6 +116,18 @@ double add_sequences(const LayerLoad& l, double coefficient, Rows& rows) {
   return value;
 }
 
+// CV^2 of the sums; coefficient times its derivative is added to the gradient.
+double add_variation(const std::vector<double>& sums, double coefficient, std::vector<double>& gradient) {
+  const auto n = static_cast<double>(sums.size());
+  double mean = 0, variance = 0;
+  for (const double s : sums) mean += s / n;
+  for (const double s : sums) variance += (s - mean) * (s - mean) / n;
+  const double square = mean * mean + 1e-10;
+  for (std::size_t e = 0; e < sums.size(); ++e)
+    gradient[e] += coefficient * 2 / n * ((sums[e] - mean) / square - variance * mean / (square * square));
+  return variance / square;
+}
+
 std::vector<double> shares(const std::vector<double>& counts, double of) {
   std::vector<double> share;
   for (const double count : counts) share.push_back(count / of);
@@ -134,6 +158,8 @@ Linear linear_term(const BalanceConfig& config, AuxKind kind, const LayerLoad& l
       return {1, group_means(l, config.groups)};
     case AuxKind::kHf:
     case AuxKind::kSequence:
+    case AuxKind::kImportance:
+    case AuxKind::kLoad:
       break;
   }
   fail(ExitCode::kFailure, "the balance term {} is not of one layer's sums", name_of(kind));
@@ -141,6 +167,8 @@ Linear linear_term(const BalanceConfig& config, AuxKind kind, const LayerLoad& l
 
 double add_term(const BalanceConfig& config, const AuxTerm& term, const LayerLoad& l, Rows& rows) {
   if (term.kind == AuxKind::kSequence) return add_sequences(l, term.coefficient, rows);
+  if (term.kind == AuxKind::kImportance) return add_variation(l.weight, term.coefficient, rows.weight);
+  if (term.kind == AuxKind::kLoad) return add_variation(l.chance, term.coefficient, rows.chance);
   return add_linear(l, linear_term(config, term.kind, l), term.coefficient, rows);
 }
 
@@ -183,6 +211,8 @@ BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoa
       }
     }
     terms.aux_gradient.emplace_back(rows.gradient.begin(), rows.gradient.end());
+    terms.weight_gradient.emplace_back(rows.weight.begin(), rows.weight.end());
+    terms.chance_gradient.emplace_back(rows.chance.begin(), rows.chance.end());
     terms.z += l.z_sum / static_cast<double>(l.tokens);
     terms.z_scale.push_back(static_cast<float>(config.z_coefficient / static_cast<double>(l.tokens)));
   }

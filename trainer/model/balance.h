@@ -14,6 +14,9 @@
 //              groups are the configuration's, whatever ranks there are; balanced 1
 //   kGlobal    E * sum_e f_e P_e with f_e = share of e in all assignments of the step before, 0 in the first step;
 //              balanced 1. Loads of micro-batches so far would depend on the layout; these do not.
+//   kImportance  CV^2 of the sums of the experts' weights over all tokens (Shazeer et al. 2017); balanced 0
+//   kLoad      CV^2 of the sums of their chances to be chosen, of noisy routers (the same); balanced 0
+//              CV^2 of E numbers: their variance / (their mean^2 + 1e-10)
 //   z          mean of logsumexp(logits)^2 (Zoph et al. 2022)
 // f is a constant for the gradient.
 
@@ -22,6 +25,7 @@
 
 #include "configs/run_choices.h"
 #include "kernels/ops/routing.h"
+#include "trainer/model/routed_tokens.h"
 
 namespace upmoe {
 
@@ -45,6 +49,9 @@ struct RouterLoad {
   TensorView sums_L;                // fp64
   std::int64_t sequences = 0;       // B; 0: not counted by sequence
   ConstTensorView sequence_t = {};  // of this rank's tokens: which one it is of, int32
+  TensorView lost_1 = {};  // fp64, 0 at first: choices that no expert took; given where some may be lost
+  TensorView weight_E = {},
+             chance_E = {};  // fp64: sums for kImportance and kLoad, given where they are wanted
   static std::int64_t size(std::int64_t experts, std::int64_t sequences = 0) {  // L
     return (3 + 2 * sequences) * experts + 1;
   }
@@ -55,14 +62,19 @@ struct RouterLoad {
     return sums_L.rows(3 * experts(), sums_L.elements() - 1).reshape({2, sequences, experts()});
   }
   TensorView z_1() const { return sums_L.rows(sums_L.elements() - 1, sums_L.elements()); }
-  void count(Exec& ex, ConstTensorView probs_TE, ConstTensorView index_TK, ConstTensorView lse_T) const;
+  void count(Exec& ex, const Routes& routes) const;
 };
 
-// One mixture's part in the balance terms of a micro-batch. The model sets `load` before forward (without one nothing
-// is counted), the gradients between forward and backward.
+// One mixture's part in the balance terms of a micro-batch, and what its router knows of the tokens. The model sets
+// `load` (without one nothing is counted) and `tokens` before forward, the gradients between forward and backward.
 struct RouterBalance {
   RouterLoad load;
+  RoutedTokens tokens;
   TermGradient terms;
+  // Of kImportance and kLoad, where they are: d(term) / d(sum of an expert's weights, of its chances), fp32.
+  ConstTensorView weight_gradient_E = {}, chance_gradient_E = {};
+  // The gradient of the choices' weights with that of kImportance; in the caller's ScratchScope.
+  ConstTensorView with_weight_gradient(Exec& ex, ConstTensorView dweight_TK, ConstTensorView index_TK) const;
 };
 
 // What one layer counted over its micro-batch, E values each, on the host.
@@ -71,7 +83,9 @@ struct LayerLoad {
   std::vector<double> assigned, first_choice, probability;
   std::vector<double> assigned_BE, probability_BE;  // by sequence, where they were counted
   double z_sum = 0;
-  std::vector<double> previous;  // as in BalanceConfig
+  std::vector<double> previous = {};             // as in BalanceConfig
+  double lost = 0;                               // assignments that no expert took
+  std::vector<double> weight = {}, chance = {};  // as in RouterLoad, where they were counted
   static LayerLoad unpack(std::int64_t tokens, std::int64_t sequences, std::span<const double> sums_L);
 };
 
@@ -95,6 +109,7 @@ struct BalanceTerms {
   // Per layer: d(sum of coefficient * aux) / d(probability of e): E numbers for any token, or, with kSequence, for
   // tokens of each sequence.
   std::vector<std::vector<float>> aux_gradient;
+  std::vector<std::vector<float>> weight_gradient, chance_gradient;  // per layer, as in RouterBalance
   std::vector<float> z_scale;  // per layer: d(coefficient * z) / d(lse^2) of one token
 };
 // The terms of one chunk's layers. `all`: the pool of all chunks; its value is counted where `count_pool`.

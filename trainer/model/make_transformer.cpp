@@ -6,7 +6,11 @@
 #include <utility>
 
 #include "kernels/core/bf16.h"
+#include "trainer/model/capacity_router.h"
+#include "trainer/model/jitter_router.h"
+#include "trainer/model/noisy_router.h"
 #include "trainer/model/scaled_router.h"
+#include "trainer/model/second_choice_router.h"
 #include "trainer/model/sigmoid_router.h"
 #include "trainer/model/softmax_router.h"
 
@@ -19,6 +23,11 @@ void refuse_missing_layers(const ModelConfig& c) {
   std::vector<std::string> missing;
   if (c.num_experts > 0 && c.activation != Activation::kSilu)
     missing.push_back(fmt::format("activation = {} in experts", name_of(c.activation)));
+  if (c.router.kind != RouterKind::kTopK && c.router.score != RouterScore::kSoftmax)
+    missing.push_back(
+        fmt::format("routers of kind {} with score {}", name_of(c.router.kind), name_of(c.router.score)));
+  if (c.router.kind == RouterKind::kGShard && c.num_moe_layers() > 0 && c.num_experts_per_tok != 2)
+    missing.push_back(fmt::format("routers of kind gshard with {} choices", c.num_experts_per_tok));
   if (missing.empty()) return;
   fail(ExitCode::kUsage, "a model of type {} cannot be built: no layer computes {}; take a model without it",
        c.model_type, fmt::join(missing, ", "));
@@ -65,13 +74,20 @@ std::unique_ptr<const Router> scaled(std::unique_ptr<const Router> router, doubl
   return factor == 1 ? std::move(router) : make_scaled_router(std::move(router), factor);
 }
 
-std::unique_ptr<const Router> bind_router(const ModelConfig& config, const BlockParams& params) {
+// Without what training does to its input, and to its choices whatever they are.
+std::unique_ptr<const Router> bind_choices(const ModelConfig& config, const BlockParams& params) {
   const std::int64_t E = config.num_experts, K = config.num_experts_per_tok;
   const RouterProduct product{params.get(Role::kRouter, {E, config.hidden_size})};
   const RouterForm& form = config.router;
   switch (form.score) {
-    case RouterScore::kSoftmax:
-      return scaled(make_softmax_router(product, K, config.norm_topk_prob), form.scale);
+    case RouterScore::kSoftmax: {
+      std::unique_ptr<const Router> router = make_softmax_router(product, K, config.norm_topk_prob);
+      if (form.kind == RouterKind::kNoisy)
+        router = make_noisy_router(product, {params.get(Role::kRouterNoise, {E, config.hidden_size})}, K,
+                                   config.norm_topk_prob);
+      if (form.kind == RouterKind::kGShard) router = make_second_choice_router(std::move(router));
+      return scaled(std::move(router), form.scale);
+    }
     case RouterScore::kSigmoid: {
       const SigmoidRule rule{form.groups, form.group_topk, config.norm_topk_prob,
                              static_cast<float>(form.scale)};
@@ -81,6 +97,16 @@ std::unique_ptr<const Router> bind_router(const ModelConfig& config, const Block
     }
   }
   fail(ExitCode::kFailure, "no router of this score");
+}
+
+std::unique_ptr<const Router> bind_router(const ModelConfig& config, const BlockParams& params) {
+  std::unique_ptr<const Router> router = bind_choices(config, params);
+  const RouterForm& form = config.router;
+  if (form.capacity_factor > 0)
+    router = make_capacity_router(std::move(router),
+                                  {config.num_experts, form.capacity_factor, form.capacity_pool, form.drop});
+  if (form.jitter > 0) router = make_jitter_router(std::move(router), form.jitter);
+  return router;
 }
 
 MoeLayer bind_moe(const ModelConfig& config, const BlockParams& params, const ProcessMesh& mesh,

@@ -14,7 +14,7 @@ class Router {
   // Of all kinds; each fills in what its backward reads.
   struct Saved {
     ConstTensorView x_TD;
-    TensorView logits_TE, probs_TE, index_TK, weight_TK, lse_T;
+    TensorView logits_TE, probs_TE, index_TK, weight_TK, lse_T, scale_TE, noisy_TE;
   };
 
   virtual ~Router() = default;

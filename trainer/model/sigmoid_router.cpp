@@ -23,7 +23,7 @@ class SigmoidRouter final : public Router {
     product_.forward(ex, saved.logits_TE, x_TD);
     ops::route_sigmoid(ex, {probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T}, saved.logits_TE, bias_E_,
                        rule_);
-    if (balance.load) balance.load.count(ex, probs_TE, saved.index_TK, saved.lse_T);
+    if (balance.load) balance.load.count(ex, {probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T});
     return {saved.index_TK, saved.weight_TK};
   }
 
@@ -31,8 +31,8 @@ class SigmoidRouter final : public Router {
                 const Saved& saved) const override {
     ScratchScope scope(*ex.scratch);
     TensorView dlogits_TE = ex.scratch->take(saved.logits_TE.shape, DType::kF32, "router logit gradient");
-    ops::route_sigmoid_backward(ex, dlogits_TE, dweight_TK, balance.terms,
-                                {saved.logits_TE, saved.index_TK, saved.lse_T}, rule_);
+    ops::route_sigmoid_backward(ex, dlogits_TE, balance.with_weight_gradient(ex, dweight_TK, saved.index_TK),
+                                balance.terms, {saved.logits_TE, saved.index_TK, saved.lse_T}, rule_);
     product_.backward(ex, dx_TD, dlogits_TE, saved.x_TD);
   }
 

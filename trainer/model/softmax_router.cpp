@@ -24,7 +24,7 @@ class SoftmaxRouter final : public Router {
     product_.forward(ex, logits_TE, x_TD);
     ops::route_tokens(ex, saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T, logits_TE,
                       renormalize_);
-    if (balance.load) balance.load.count(ex, saved.probs_TE, saved.index_TK, saved.lse_T);
+    if (balance.load) balance.load.count(ex, routes(saved));
     return {saved.index_TK, saved.weight_TK};
   }
 
@@ -32,12 +32,14 @@ class SoftmaxRouter final : public Router {
                 const Saved& saved) const override {
     ScratchScope scope(*ex.scratch);
     TensorView dlogits_TE = ex.scratch->take(saved.probs_TE.shape, DType::kF32, "router logit gradient");
-    ops::route_tokens_backward(ex, dlogits_TE, dweight_TK, balance.terms,
-                               {saved.probs_TE, saved.index_TK, saved.weight_TK, saved.lse_T}, renormalize_);
+    ops::route_tokens_backward(ex, dlogits_TE, balance.with_weight_gradient(ex, dweight_TK, saved.index_TK),
+                               balance.terms, routes(saved), renormalize_);
     product_.backward(ex, dx_TD, dlogits_TE, saved.x_TD);
   }
 
  private:
+  static Routes routes(const Saved& s) { return {s.probs_TE, s.index_TK, s.weight_TK, s.lse_T}; }
+
   RouterProduct product_;
   std::int64_t top_k_;
   bool renormalize_;

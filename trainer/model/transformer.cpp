@@ -24,6 +24,14 @@ double value_of(Exec& ex, TensorView sum_1) {
   return value;
 }
 
+// One behind the other; zeros where nothing was counted.
+void upload_rows(Exec& ex, TensorView out, const std::vector<std::vector<float>>& rows) {
+  std::vector<float> all;
+  for (const auto& row : rows) all.insert(all.end(), row.begin(), row.end());
+  all.resize(static_cast<std::size_t>(out.elements()));
+  ops::upload(ex, out, host_view(static_cast<const float*>(all.data()), out.shape));
+}
+
 }  // namespace
 
 void Transformer::embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const {
@@ -34,9 +42,21 @@ void Transformer::embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) cons
   if (embedding->scale != 1) ops::scale(ex, x_tD, embedding->scale);
 }
 
-// The mixtures' loads lie together, so that the host waits for the device once.
-TensorView Transformer::prepare_loads(const MicroBatch& batch, Arena& keep, Saved& saved) const {
-  std::int64_t mixtures = 0, width = 0;
+// Those of this rank, as the router of a block sees them.
+RoutedTokens Transformer::routed_tokens(const MicroBatch& batch, std::size_t block) const {
+  RoutedTokens routed = batch.routed;
+  if (!routed) return routed;
+  const std::int64_t t = own_tokens(batch), first = tp->rank() * t;
+  routed.place_T = routed.place_T.rows(first, first + t);
+  routed.layer = static_cast<std::uint32_t>(first_block) + static_cast<std::uint32_t>(block);
+  routed.pool = pool;
+  return routed;
+}
+
+// The mixtures' loads lie together, so that the host waits for the device once. A row is the sums of every router;
+// then, where it is wanted, what was lost, which is added to, and the sums of weights and of chances.
+TensorView Transformer::prepare_loads(Exec& ex, const MicroBatch& batch, Arena& keep, Saved& saved) const {
+  std::int64_t mixtures = 0, experts = 0;
   RouterLoad load;
   if (batch.sequence_T.given() && batch.sequences > 0) {
     const std::int64_t t = own_tokens(batch), first = tp->rank() * t;
@@ -46,14 +66,31 @@ TensorView Transformer::prepare_loads(const MicroBatch& batch, Arena& keep, Save
   for (const Block& b : blocks)
     if (const auto* moe = std::get_if<MoeLayer>(&b.ffn)) {
       ++mixtures;
-      width = RouterLoad::size(moe->num_experts, load.sequences);
+      experts = moe->num_experts;
     }
-  TensorView loads_ML = keep.take({mixtures, width}, DType::kF64, "router loads");
+  const std::int64_t width = mixtures > 0 ? RouterLoad::size(experts, load.sequences) : 0;
+  const std::int64_t more =
+      (batch.routed ? 1 : 0) + (batch.weights ? experts : 0) + (batch.chances ? experts : 0);
+  TensorView loads_ML = keep.take({mixtures, width + more}, DType::kF64, "router loads");
+  if (batch.routed) {
+    const std::vector<double> zeros(static_cast<std::size_t>(loads_ML.elements()));
+    ops::upload(ex, loads_ML, host_view(zeros.data(), loads_ML.shape));
+  }
   std::int64_t m = 0;
   for (std::size_t i = 0; i < blocks.size(); ++i)
     if (blocks[i].is_moe()) {
-      load.sums_L = loads_ML.rows(m, m + 1).reshape({width});
+      const TensorView row = loads_ML.rows(m, m + 1).reshape({width + more});
+      std::int64_t at = 0;
+      const auto take = [&](std::int64_t n) {
+        at += n;
+        return row.rows(at - n, at);
+      };
+      load.sums_L = take(width);
+      if (batch.routed) load.lost_1 = take(1);
+      if (batch.weights) load.weight_E = take(experts);
+      if (batch.chances) load.chance_E = take(experts);
       saved.blocks[i].balance.load = load;
+      saved.blocks[i].balance.tokens = routed_tokens(batch, i);
       ++m;
     }
   return loads_ML;
@@ -69,9 +106,19 @@ void Transformer::collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView l
   std::span<const double> rest(packed);
   for (const Block::Saved& b : saved.blocks) {
     if (!b.balance.load) continue;
-    const auto L = static_cast<std::size_t>(loads_ML.shape[1]);
-    saved.loads.push_back(LayerLoad::unpack(tokens * pool->size(), b.balance.load.sequences, rest.first(L)));
-    rest = rest.subspan(L);
+    const RouterLoad& load = b.balance.load;
+    std::span<const double> row = rest.first(static_cast<std::size_t>(loads_ML.shape[1]));
+    rest = rest.subspan(row.size());
+    const auto take = [&](ConstTensorView counted) {
+      const auto values = row.first(counted.given() ? static_cast<std::size_t>(counted.elements()) : 0);
+      row = row.subspan(values.size());
+      return std::vector<double>(values.begin(), values.end());
+    };
+    LayerLoad layer = LayerLoad::unpack(tokens * pool->size(), load.sequences, take(load.sums_L));
+    for (const double lost : take(load.lost_1)) layer.lost = lost;
+    layer.weight = take(load.weight_E);
+    layer.chance = take(load.chance_E);
+    saved.loads.push_back(std::move(layer));
   }
 }
 
@@ -98,17 +145,23 @@ void Transformer::set_balance(Exec& ex, const BalanceConfig& config, const LoadP
   const RouterLoad& load = mixtures.front()->load;
   const std::int64_t E = load.experts(), B = load.sequences, rows = std::max<std::int64_t>(1, B);
   TensorView aux_ME = keep.take({M * rows, E}, DType::kF32, "balance gradients");
-  std::vector<float> gradients;
-  if (!dry)
-    for (const auto& gradient : saved.balance.aux_gradient)
-      gradients.insert(gradients.end(), gradient.begin(), gradient.end());
-  gradients.resize(static_cast<std::size_t>(aux_ME.elements()));
-  ops::upload(ex, aux_ME, host_view(static_cast<const float*>(gradients.data()), aux_ME.shape));
+  upload_rows(ex, aux_ME, saved.balance.aux_gradient);
+  TensorView weight_ME, chance_ME;
+  if (load.weight_E.given()) {
+    weight_ME = keep.take({M, E}, DType::kF32, "importance gradients");
+    upload_rows(ex, weight_ME, saved.balance.weight_gradient);
+  }
+  if (load.chance_E.given()) {
+    chance_ME = keep.take({M, E}, DType::kF32, "load gradients");
+    upload_rows(ex, chance_ME, saved.balance.chance_gradient);
+  }
   for (std::int64_t m = 0; m < M; ++m) {
     RouterBalance& b = *mixtures[static_cast<std::size_t>(m)];
     const TensorView aux_BE = aux_ME.rows(m * rows, (m + 1) * rows);
     b.terms.aux = B > 0 ? aux_BE : aux_BE.reshape({E});
     b.terms.row_T = b.load.sequence_t;
+    if (weight_ME.given()) b.weight_gradient_E = weight_ME.rows(m, m + 1).reshape({E});
+    if (chance_ME.given()) b.chance_gradient_E = chance_ME.rows(m, m + 1).reshape({E});
     if (!dry) b.terms.z_scale = saved.balance.z_scale[static_cast<std::size_t>(m)];
   }
 }
@@ -120,7 +173,7 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
   };
   const Shape shape{own_tokens(batch), hidden_size};
   saved.blocks.assign(blocks.size(), {});
-  const TensorView loads_ML = prepare_loads(batch, keep, saved);
+  const TensorView loads_ML = prepare_loads(ex, batch, keep, saved);
   saved.tokens_T = batch.tokens_T;
   ConstTensorView x_tD = input_tD;
   if (embedding) {

@@ -20,6 +20,8 @@ struct MicroBatch {  // T tokens, a multiple of seq_len; T = 0 is a rank without
   // Which of the micro-batch's sequences a token is of; given where routers count by sequence.
   ConstTensorView sequence_T = {};
   std::int64_t sequences = 0;
+  bool weights = false, chances = false;  // whether routers sum them, for kImportance and kLoad
+  RoutedTokens routed = {};  // given where routers ask for it; the model says on which layers and ranks
 };
 
 struct Embedding {
@@ -80,7 +82,8 @@ struct Transformer {
 
  private:
   void embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const;
-  TensorView prepare_loads(const MicroBatch& batch, Arena& keep, Saved& saved) const;
+  TensorView prepare_loads(Exec& ex, const MicroBatch& batch, Arena& keep, Saved& saved) const;
+  RoutedTokens routed_tokens(const MicroBatch& batch, std::size_t block) const;
   void collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView loads_ML, Saved& saved) const;
   void give_previous(const BalanceConfig& config, Saved& saved) const;
 };

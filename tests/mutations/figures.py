@@ -1,0 +1,14 @@
+"""Errors in FLOPs, costs and what a run is said to need; see tests/mutants.py."""
+
+MUTANTS = {
+    "rows_of_the_embedding_are_multiplied": (
+        "trainer/cost/model_cost.cpp", " && (p.role != Role::kEmbedding || p.tied);", ";", "ModelCost.*", "cost_test"),
+    "all_experts_are_read_for_a_token": (
+        "trainer/cost/roofline.cpp", "m.routed_bytes * expected_experts(m, tokens) / m.experts", "m.routed_bytes",
+        "Roofline.*", "cost_test"),
+    "source_charged_twice": (
+        "trainer/cost/claim.cpp", "left = cost - charged,", "left = cost - 2 * charged,", "Claim.*", "cost_test"),
+    "flops_of_one_rank_for_all": (
+        "trainer/cost/run_curve.cpp", """number(line, "flops", where) * number(line, "ranks", where)""",
+        """number(line, "flops", where)""", "RunCurves.*", "cost_test"),
+}

@@ -1,0 +1,113 @@
+"""Errors in what ranks share, sum and keep under a mesh; see tests/mutants.py."""
+
+MUTANTS = {
+    "kv_bias_gradient_summed_over_tp_alone": (
+        "parallel/layout.cpp", "return {data * tp.count + tp.index, copies * tp.count};",
+        "return {tp.index, tp.count};", "*"),
+    "no_reduction_of_norm_and_router_over_tp": (
+        "parallel/layout.cpp", "    if (spread.kind == OverTp::kWhole) return true;",
+        "    if (spread.kind == OverTp::kWhole) return mine == theirs;", "*"),
+    "shared_gate_gradient_counted_twice_over_tp": (
+        "trainer/model/dense_ffn.cpp",
+        "  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);",
+        "  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);\n"
+        "  if (gate_1D && tp->size() > 1) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);", "*moe*"),
+    "clip_norm_counts_replicas": (
+        "trainer/optimizer.cpp", "  for (const OwnedSlice& s : slices_) gradients.push_back(s.grad);",
+        "  for (const OwnedSlice& s : slices_) gradients.push_back(s.param->grad);", "*"),
+    "loss_counted_on_every_tp_rank": (
+        "trainer/model/lm_head.cpp", "    if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);",
+        "    ops::sum(ex, loss_1, loss_C);", "*"),
+    "balance_pool_of_one_rank": (
+        "trainer/model/transformer.cpp", "LayerLoad::unpack(tokens * pool->size(), ",
+        "LayerLoad::unpack(tokens, ", "*moe*"),
+    "balance_pool_of_one_stage": (
+        "trainer/pipeline.cpp", "f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);",
+        "link_->receive(ex, *link_->backward, link_->next(), g_tD);", "*moe*"),
+    "vocabulary_shard_forgets_its_beginning": (
+        "trainer/model/make_transformer.cpp", "  return {p.shard.offset[0], p.spec.shape[0]};",
+        "  return {0, p.spec.shape[0]};", "*"),
+    "divisor_of_this_ranks_tokens": (
+        "trainer/trainer.cpp",
+        "  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);",
+        "  step.loss_scale = 1.0 / static_cast<double>(s_.batches->rounds() * s_.mesh.spec().dp * "
+        "run.train.micro_batch * run.data.seq_len);", "*"),
+    "one_piece_of_an_expert_computed_twice": (
+        "trainer/model/expert_shares.cpp",
+        "      piece_EP[static_cast<std::size_t>(e * etp + rank % etp)] = static_cast<std::int32_t>(piece++);",
+        "      piece_EP[static_cast<std::size_t>(e * etp + rank % etp)] =\n"
+        "          static_cast<std::int32_t>(piece++ - (rank % etp > 0 ? experts.size() : 0));", "*moe*"),
+    "router_weight_of_one_piece_only": (
+        "trainer/model/exchange.cpp",
+        "  ops::gather_sum_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1, plan.slot_TS.reshape({T * K, plan.pieces}),\n"
+        "                       Accumulate::kOverwrite);",
+        "  ops::gather_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1,\n"
+        "                   plan.slot_TS.reshape({T * K * plan.pieces}).rows(0, T * K), 1);", "*moe*"),
+    "gate_and_up_swapped_where_tp_cuts": (
+        "trainer/model/dense_ffn.cpp", "  gate_up.forward(ex, gate_up_TG, x_TD);\n  if (gate_1D)",
+        "  gate_up.forward(ex, gate_up_TG, x_TD);\n"
+        "  if (tp->size() > 1)\n"
+        "    for (std::int64_t i = 0; i + 1 < gate_up_TG.elements(); i += 2)\n"
+        "      std::swap(gate_up_TG.as<float>()[i], gate_up_TG.as<float>()[i + 1]);\n"
+        "  if (gate_1D)", "*"),
+    "keys_of_later_chunks_are_seen": (
+        "trainer/model/context_ring.cpp", "        if (keys > queries) continue;", "", "*"),
+    "key_gradients_of_the_ring_forget_a_hop": (
+        "trainer/model/context_ring.cpp", "    if (s > 0) ops::add(ex, sum_TK[s % 2], sum_TK[s % 2], own_TK);",
+        "    if (s > 1) ops::add(ex, sum_TK[s % 2], sum_TK[s % 2], own_TK);", "*"),
+    "partial_attention_outputs_not_weighed": (
+        "trainer/model/context_ring.cpp",
+        "      if (begun[q]) ops::attention_merge(ex, ring.half(sum_TQ, q), ring.half(lse_TN, q), out, lse);",
+        "      if (begun[q]) ops::add(ex, ring.half(sum_TQ, q), ring.half(sum_TQ, q), out);", "*"),
+    "keys_before_the_window_are_seen": (
+        "trainer/model/context_ring.cpp", ".ahead = ahead};", ".ahead = chunk_.seq_len};", "*mistral*"),
+    "a_pair_of_chunks_left_out_that_the_window_reaches": (
+        "trainer/model/context_ring.cpp", "ahead - (chunk_.seq_len - 1) >= chunk_.window;",
+        "ahead >= chunk_.window;", "*mistral*"),
+    "norms_of_heads_summed_over_tp_as_if_cut": (
+        "configs/param_table.cpp",
+        "    case Role::kQueryNorm:\n    case Role::kKeyNorm:\n      return {{size}, {Dim::kHeadSize}};",
+        "    case Role::kQueryNorm:\n    case Role::kKeyNorm:\n      return {{size}, {Dim::kHeads}};", "*qwen3*"),
+    "scale_of_the_embedding_not_in_its_gradient": (
+        "trainer/model/transformer.cpp", "  if (embedding->scale != 1) ops::scale(ex, g_tD, embedding->scale);",
+        "  if (embedding->scale != 1 && tp->size() == 1) ops::scale(ex, g_tD, embedding->scale);", "*gemma*"),
+    "scale_of_the_embedding_once_for_each_rank": (
+        "trainer/model/transformer.cpp",
+        "  x.reduce(ex);\n  if (embedding->scale != 1) ops::scale(ex, x_tD, embedding->scale);",
+        "  for (int r = 0; r < tp->size(); ++r)\n"
+        "    if (embedding->scale != 1) ops::scale(ex, x.partial_TD(), embedding->scale);\n  x.reduce(ex);",
+        "*gemma*"),
+    "tied_embedding_reduced_on_one_stage": (
+        "parallel/layout.cpp", "    if (p.tied && is_end(rank)) return is_end(r);", "", "*tied*"),
+    "shared_gradients_not_cleared_between_blocks": (
+        "trainer/grad_reducer.cpp", "  params_.zero_shared_gradients(ex);  // packed", "  // packed", "Features.*"),
+    "shared_gradients_of_the_last_micro_batch_alone": (
+        "trainer/grad_reducer.cpp", "p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum)",
+        "p.shares_grad ? ops::cast(ex, p.owned_grad, sum)", "Features.*"),
+    "bucket_of_several_dtypes": (
+        "trainer/grad_reducer.cpp", "b->group == &group && b->value_dtype == p.value.dtype &&",
+        "b->group == &group &&", "Dtypes.*"),
+    "gradient_of_an_fp32_router_rounded": (
+        "trainer/model/param_store.h", "return spec.fp32 ? DType::kF32 : options_.grad_dtype; }",
+        "return spec.name.empty() ? DType::kF32 : options_.grad_dtype; }", "Dtypes.*"),
+    "moments_of_a_buffer": (
+        "trainer/model/param_store.h", "return spec.trained && !frozen; }", "return !frozen; }", "Dtypes.*"),
+    "gradients_ready_before_the_last_micro_batch": (
+        "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.batches.rounds();",
+        "  const bool last = action.micro_batch == 0;", "*"),
+    "rows_of_other_ranks_not_kept": (
+        "trainer/model/experts.cpp", "if (!rows.lasting || (keeps.rows && !saved.fused)) {",
+        "if (keeps.rows && !saved.fused) {", "FusedExpertsOfRanks.*", "fused_experts_test_on_gpu"),
+    "hidden_rows_kept_by_the_fused_path": (
+        "trainer/model/experts.cpp", "if (keeps.hidden && !saved.fused)", "if (keeps.hidden)", "*/none",
+        "fused_experts_test_on_gpu"),
+    "shared_gate_booked_by_every_tp_rank": (
+        "trainer/model/dense_ffn.cpp", "  return tp->rank() == 0 ? ex : not_booked(ex);", "  return ex;", "ModelCost.*",
+        "cost_test"),
+    "router_bias_of_one_ranks_counts": (
+        "trainer/trainer.cpp", "s_.config, report.assigned, ", "s_.config, sums.assigned, ", "Routers.Sigmoid*"),
+    "sequences_numbered_by_rank": (
+        "trainer/pipeline.cpp", "    sequences = context.take(whole.data(), count);",
+        "    sequences.assign(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(tokens.size()));",
+        "Routers.EveryBalanceTerm"),
+}

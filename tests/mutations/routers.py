@@ -1,0 +1,84 @@
+"""Errors in routers, their capacity, draws and balance terms; see tests/mutants.py."""
+
+MUTANTS = {
+    "capacity_of_one_ranks_tokens": (
+        "trainer/model/capacity_router.cpp", "tokens.pool->rank() * t;", "0 * t;",
+        "Routers.CapacityOfAnyPoolAndOrder", "layout_routers_test"),
+    "capacity_in_the_order_of_rows": (
+        "kernels/cpu/capacity.cpp", "return row_[i % tokens_] * k_ + i / tokens_;",
+        "return (i % tokens_) * k_ + i / tokens_;", "*Capacity*", "capacity_test"),
+    "second_choices_take_places_with_first_ones": (
+        "kernels/cpu/capacity.cpp", "return row_[i % tokens_] * k_ + i / tokens_;",
+        "return row_[i / k_] * k_ + i % k_;", "*Capacity*", "capacity_test"),
+    "capacity_ties_go_to_the_last": (
+        "kernels/cpu/capacity.cpp", "return pool.key(a) > pool.key(b);",
+        "return pool.key(a) > pool.key(b) || (pool.key(a) == pool.key(b) && a > b);", "*Capacity*",
+        "capacity_test"),
+    "capacity_of_one_more_on_a_gpu": (
+        "kernels/cuda/portable/capacity.cu", "taken + b.rank < room", "taken + b.rank <= room", "*Capacity*",
+        "capacity_test_on_gpu"),
+    "capacity_rounded_down": (
+        "trainer/model/capacity_router.cpp", "std::ceil(share * (1 - 1e-12))", "share",
+        "RouterGradient.CapacityIsRoundedUp", "router_gradient_test"),
+    "capacity_in_evaluation": (
+        "trainer/model/capacity_router.cpp", "    if (!balance.tokens) return all;\n", "",
+        "RouterGradient.WhatTrainingDoesIsNotDoneOutside", "router_gradient_test"),
+    "dropped_choices_counted_by_every_rank": (
+        "trainer/model/capacity_router.cpp", " && tokens.pool->rank() == 0)", ")",
+        "Routers.CapacityOfAnyPoolAndOrder", "layout_routers_test"),
+    "jitter_by_the_row_of_a_rank": (
+        "kernels/cpu/router_draws.cpp",
+        "return draws.first + static_cast<std::uint64_t>(draws.place_T.as<std::int32_t>()[t]);",
+        "return draws.first + static_cast<std::uint64_t>(t);", "RouterDraws.*", "router_draws_test"),
+    "jitter_not_in_the_gradient": (
+        "trainer/model/jitter_router.cpp", "ops::jitter(ex, dx_TD, djittered_TD, draws(balance), amount_,",
+        "ops::jitter(ex, dx_TD, djittered_TD, draws(balance), 0.0f,", "RouterGradient.MoeOfJitteredInput",
+        "router_gradient_test"),
+    "draws_of_every_layer_alike": (
+        "trainer/model/transformer.cpp",
+        "routed.layer = static_cast<std::uint32_t>(first_block) + static_cast<std::uint32_t>(block);",
+        "routed.layer = static_cast<std::uint32_t>(block);", "Routers.JitterAndCapacityOfSigmoidScores",
+        "layout_routers_test"),
+    "draws_of_every_micro_batch_alike": (
+        "trainer/pipeline.cpp", "step->first_token + before * shard->rows.size();", "step->first_token;",
+        "Routers.MicroBatchesOfAnySizeDrawTheSame", "layout_routers_test"),
+    "load_without_the_bound_s_gradient": (
+        "kernels/cpu/noisy_routing.cpp", "if (const float g = of_load(e); g != 0) dlogits[row.bound(e)] -= g;", ";",
+        "*Noisy*", "noisy_routing_test"),
+    "noise_not_in_its_scales_gradient": (
+        "trainer/model/noisy_router.cpp", "    noise_.backward(ex, dx_TD, dscale_TE, saved.x_TD);\n", "",
+        "RouterGradient.MoeWithNoise", "router_gradient_test"),
+    "importance_without_a_gradient": (
+        "trainer/model/balance.cpp", "  if (!weight_gradient_E.given()) return dweight_TK;", "  return dweight_TK;",
+        "RouterGradient.MoeImportance", "router_gradient_test"),
+    "importance_of_one_ranks_tokens": (
+        "trainer/model/transformer.cpp", "    layer.weight = take(load.weight_E);",
+        "    layer.weight = take(load.weight_E);\n    if (pool->rank() > 0) layer.weight[0] += 1;",
+        "Routers.NoiseImportanceAndLoad", "layout_routers_test"),
+    "variation_of_the_mean_s_gradient_left_out": (
+        "trainer/model/balance.cpp", "((sums[e] - mean) / square - variance * mean / (square * square))",
+        "((sums[e] - mean) / square)", "Terms.VariationOfSums", "balance_test"),
+    "second_choices_kept_with_their_weight": (
+        "kernels/cpu/router_draws.cpp", "u < 2.0f * weight[2 * t + 1]", "u < weight[2 * t + 1]", "RouterDraws.*",
+        "router_draws_test"),
+    "capacity_rows_of_this_rank_alone": (
+        "trainer/pipeline.cpp", "rank < context.ranks; ++rank", "rank < 1; ++rank",
+        "Routers.CapacityOfAnyPoolAndOrder", "layout_routers_test"),
+    "router_bias_not_in_the_choice": (
+        "kernels/cpu/sigmoid_routing.cpp", "return bias == nullptr ? scores[e] : scores[e] + bias[e]; });",
+        "return scores[e] + (e < 0 ? bias[e] : 0.0f); });", "Routers.Sigmoid*"),
+    "router_bias_in_the_weight": (
+        "kernels/cpu/sigmoid_routing.cpp", "chosen += weight[j] = scores[top.index[j]];", "chosen += weight[j];",
+        "SigmoidRouting.AsTransformersDots1", "sigmoid_routing_test"),
+    "router_bias_moves_the_other_way": (
+        "trainer/router_buffers.cpp", "lacks > 0 ? rate : lacks < 0 ? -rate : 0.0",
+        "lacks > 0 ? -rate : lacks < 0 ? rate : 0.0",
+        "RouterBiases.*", "layout_resume_test"),
+    "factor_of_the_weights_left_out_of_backward": (
+        "trainer/model/scaled_router.cpp",
+        "    router_->backward(ex, dx_TD, scaled(ex, dweight_TK, *ex.scratch), balance, saved);",
+        "    router_->backward(ex, dx_TD, dweight_TK, balance, saved);", "*Scaled*", "router_gradient_test"),
+    "factor_of_the_weights_squared": (
+        "trainer/model/scaled_router.cpp", "    ops::scale(ex, out_TK, factor_);",
+        "    ops::scale(ex, out_TK, factor_ * factor_);", "*Factor*", "router_gradient_test"),
+}
