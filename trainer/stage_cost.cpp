@@ -28,7 +28,8 @@ class Parts {
       Arena keep(kDry, 0, "activations of one block");
       Block::Saved saved;
       if (block.is_moe()) saved.balance.load = {dry({RouterLoad::size(experts)}, DType::kF64)};
-      block.forward(ex, stream(), stream(), {dry({seq_len_}, DType::kI32), {}, seq_len_}, keep, saved);
+      const TokenPlaces places{dry({seq_len_}, DType::kI32), {}, seq_len_};
+      summed(ex, block.forward(ex, {stream(), stream()}, {stream()}, places, keep, saved));
       saved.balance.terms.aux = dry({experts}, DType::kF32);
       block.backward(ex, stream(), keep, saved);
     });

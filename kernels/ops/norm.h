@@ -32,7 +32,8 @@ namespace upmoe::ops {
 void rms_norm_forward(Exec& ex, TensorView y_TD, TensorView rstd_T, ConstTensorView x_TD,
                       const NormWeight& weight);
 
-// sum_TD = x_TD + residual_TD (may alias either), y_TD = norm of sum_TD, in one pass.
+// sum_TD = x_TD + residual_TD (may alias either), y_TD = norm of sum_TD, in one pass; y_TD may be x_TD. To the bit what
+// an addition and then a norm give: the norm is that of the sum as stored.
 void add_rms_norm_forward(Exec& ex, TensorView y_TD, TensorView sum_TD, TensorView rstd_T,
                           ConstTensorView x_TD, ConstTensorView residual_TD, const NormWeight& weight);
 

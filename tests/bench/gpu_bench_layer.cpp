@@ -55,7 +55,9 @@ class Layer {
     places_ = {positions_.view, {}, seq};
   }
   void forward(Exec& ex, Block::Saved& saved) {
-    model_.blocks[0].forward(ex, y_.view, x_.view, places_, keep_, saved);
+    ScratchScope scope(*ex.scratch);
+    const TensorView branch = ex.scratch->take(x_.view.shape, x_.view.dtype, "residual branch");
+    summed(ex, model_.blocks[0].forward(ex, {y_.view, branch}, {x_.view}, places_, keep_, saved));
   }
   void run(Exec& ex, bool backward) {
     ScratchScope scope(keep_);

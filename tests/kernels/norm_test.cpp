@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "kernels/ops/pointwise.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
@@ -51,6 +52,18 @@ TEST_P(Norm, AddForward) {
   HostTensor aliased = x, y2 = y;
   ops::add_rms_norm_forward(ex, y2, aliased, rstd, aliased, residual, weight());
   EXPECT_TRUE(aliased == sum && y2 == y) << "sum may alias x";
+  HostTensor in_place = x, sum2 = sum;
+  ops::add_rms_norm_forward(ex, in_place, sum2, rstd, in_place, residual, weight());
+  EXPECT_TRUE(in_place == y && sum2 == sum) << "y may be x";
+}
+
+TEST_P(Norm, AddForwardIsTheTwoPassesToTheBit) {
+  const HostTensor residual = random_tensor({T, D}, dtype, 4);
+  HostTensor sum({T, D}, dtype), sum2 = sum, y2 = y, rstd2 = rstd;
+  ops::add_rms_norm_forward(ex, y, sum, rstd, x, residual, weight());
+  ops::add(ex, sum2, residual, x);
+  ops::rms_norm_forward(ex, y2, rstd2, sum2, weight());
+  EXPECT_TRUE(sum == sum2 && y == y2 && rstd == rstd2);
 }
 
 TEST_P(Norm, Backward) {
@@ -65,9 +78,11 @@ TEST_P(Norm, Backward) {
   expect_close(dx.values(), dx_expected, tolerance, "dx");
   expect_close(dw.values(), sum_of(dw_expected, Values(wv.size(), 0.25)), tolerance, "dw adds");
 
-  HostTensor added = filled({T, D}, dtype, 0.5), dw2 = filled({D}, DType::kF32, 0.25);
+  const HostTensor passing = random_tensor({T, D}, dtype, 5);  // the gradient that goes by the norm
+  HostTensor added = passing, dw2 = filled({D}, DType::kF32, 0.25);
   ops::rms_norm_backward(ex, added, dw2, dy, {x, rstd}, weight(), Accumulate::kAdd);
-  expect_close(added.values(), sum_of(dx_expected, Values(added.size(), 0.5)), tolerance, "dx adds");
+  expect_close(added.values(), sum_of(dx_expected, passing.values()), tolerance, "dx adds");
+  EXPECT_TRUE(dw2 == dw) << "whatever goes by";
   HostTensor aliased = dy, dw3 = filled({D}, DType::kF32, 0.25);
   ops::rms_norm_backward(ex, aliased, dw3, aliased, {x, rstd}, weight(), Accumulate::kOverwrite);
   EXPECT_TRUE(aliased == dx && dw3 == dw) << "dx may alias dy";

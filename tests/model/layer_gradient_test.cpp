@@ -34,12 +34,12 @@ void check_norm(NormKind kind) {
   const auto scalar = [&] {
     const std::size_t mark = rig.keep.mark();
     const TensorView y = rig.host.zeros({T, D});
-    norm.forward(rig.ex, y, x, rig.keep, saved);
+    norm.forward(rig.ex, y, {x}, rig.keep, saved);
     rig.keep.rewind(mark);
     return test::dot(y, probe);
   };
   const TensorView y = rig.host.zeros({T, D});
-  norm.forward(rig.ex, y, x, rig.keep, saved);
+  norm.forward(rig.ex, y, {x}, rig.keep, saved);
   norm.backward(rig.ex, dx, Accumulate::kOverwrite, probe, saved);
   test::expect_gradient(rig.host, "x", x, dx, scalar, kStep, kTolerance);
   test::expect_gradient(rig.host, "weight", norm.weight_D.value, norm.weight_D.grad, scalar, kStep,

@@ -1,18 +1,18 @@
 #include "trainer/model/block.h"
 
-#include "kernels/ops/pointwise.h"
-
 namespace upmoe {
 
 // norm1, attention, residual, norm2: fills saved up to normed2_TD.
-void Block::attention_half(Exec& ex, TensorView attended_TD, Arena& keep, Saved& saved) const {
-  const ConstTensorView x_TD = saved.x_TD;
-  saved.normed1_TD = keep.take(x_TD.shape, x_TD.dtype, "norm1 output");
-  saved.h_TD = keep.take(x_TD.shape, x_TD.dtype, "residual after attention");
-  saved.normed2_TD = keep.take(x_TD.shape, x_TD.dtype, "norm2 output");
-  norm1.forward(ex, saved.normed1_TD, x_TD, keep, saved.norm1);
+void Block::attention_half(Exec& ex, TensorView attended_TD, const Residual& x, Arena& keep,
+                           Saved& saved) const {
+  const auto take = [&](const char* what) { return keep.take(x.x_TD.shape, x.x_TD.dtype, what); };
+  saved.normed1_TD = take("norm1 output");
+  saved.h_TD = take("residual after attention");
+  saved.normed2_TD = take("norm2 output");
+  norm1.forward(ex, saved.normed1_TD, x, keep, saved.norm1);
+  saved.x_TD = saved.norm1.x_TD;
   attention.forward(ex, attended_TD, saved.normed1_TD, saved.places, keep, saved.attention);
-  norm2.forward_add(ex, saved.normed2_TD, saved.h_TD, attended_TD, x_TD, keep, saved.norm2);
+  norm2.forward(ex, saved.normed2_TD, {saved.x_TD, attended_TD, saved.h_TD}, keep, saved.norm2);
 }
 
 void Block::ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const {
@@ -26,20 +26,21 @@ void Block::ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const
                                   std::get<MoeLayer::Saved>(saved.ffn));
 }
 
-void Block::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places, Arena& keep,
-                    Saved& saved) const {
-  saved.x_TD = x_TD;
+Residual Block::forward(Exec& ex, const Output& out, const Residual& x, const TokenPlaces& places,
+                        Arena& keep, Saved& saved) const {
   saved.places = places;
   const std::size_t before = keep.mark();
-  ScratchScope scope(*ex.scratch);
-  TensorView branch_TD = ex.scratch->take(x_TD.shape, x_TD.dtype, "residual branch");
-  attention_half(ex, branch_TD, keep, saved);
+  attention_half(ex, out.branch_TD, x, keep, saved);
   const std::size_t before_ffn = keep.mark();
-  ffn_half(ex, branch_TD, keep, saved);
-  ops::add(ex, y_TD, saved.h_TD, branch_TD);
+  ffn_half(ex, out.branch_TD, keep, saved);
+  Residual y{saved.h_TD, out.branch_TD, out.y_TD};
   // What was kept behind the mark is given up; the views in `saved` are stale until backward runs that half again.
   if (recompute == Recompute::kFfn) keep.rewind(before_ffn);
-  if (recompute == Recompute::kBlock) keep.rewind(before);
+  if (recompute == Recompute::kBlock) {
+    y = {summed(ex, y)};  // h goes
+    keep.rewind(before);
+  }
+  return y;
 }
 
 void Block::ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const {
@@ -58,7 +59,7 @@ void Block::backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const
   TensorView dbranch_TD = ex.scratch->take(g_TD.shape, g_TD.dtype, "residual branch gradient");
   if (recompute == Recompute::kFfn || recompute == Recompute::kBlock) {
     Exec again = not_booked(ex);
-    if (recompute == Recompute::kBlock) attention_half(again, dbranch_TD, keep, saved);
+    if (recompute == Recompute::kBlock) attention_half(again, dbranch_TD, {saved.x_TD}, keep, saved);
     ffn_half(again, dbranch_TD, keep, saved);
   }
   ffn_backward(ex, dbranch_TD, g_TD, saved);

@@ -1,6 +1,7 @@
 #pragma once
 // One transformer block: h = x + attention(norm1(x)); y = h + ffn(norm2(h)), ffn dense or a mixture of
-// experts. What is kept for backward and what is computed again: keep.h.
+// experts. Every sum but one that no norm follows is made by the norm that reads it. What is kept for backward and what
+// is computed again: keep.h.
 
 #include <variant>
 #include <vector>
@@ -20,7 +21,7 @@ struct Block {
   Recompute recompute = Recompute::kNone;
 
   struct Saved {
-    ConstTensorView x_TD;
+    ConstTensorView x_TD;  // whole, once forward has run
     TokenPlaces places;
     TensorView normed1_TD, h_TD, normed2_TD;
     Norm::Saved norm1, norm2;
@@ -30,14 +31,20 @@ struct Block {
   };
 
   bool is_moe() const { return std::holds_alternative<MoeLayer>(ffn); }
-  void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const TokenPlaces& places, Arena& keep,
-               Saved& saved) const;
+  // Where a block's output goes: the sum, and what is left to be added for it. The latter may be the input's own, which
+  // is read first.
+  struct Output {
+    TensorView y_TD, branch_TD;
+  };
+  // The output; of what lies in `keep` and `out`.
+  Residual forward(Exec& ex, const Output& out, const Residual& x, const TokenPlaces& places, Arena& keep,
+                   Saved& saved) const;
   // g_TD: gradient of y in, gradient of x out. `keep` as forward left it (recomputation takes memory above
   // and gives it back).
   void backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const;
 
  private:
-  void attention_half(Exec& ex, TensorView attended_TD, Arena& keep, Saved& saved) const;
+  void attention_half(Exec& ex, TensorView attended_TD, const Residual& x, Arena& keep, Saved& saved) const;
   void ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const;
   void ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const;
 };

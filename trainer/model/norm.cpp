@@ -11,29 +11,29 @@ NormWeight weight_of(const Norm& norm) {
   return {norm.weight_D.value, norm.eps, norm.kind == NormKind::kRmsPlusOne};
 }
 
-void keep_moments(const Norm& norm, ConstTensorView x_TD, Arena& keep, Norm::Saved& saved) {
-  saved.x_TD = x_TD;
-  saved.rstd_T = keep.take({x_TD.rows()}, DType::kF32, "norm rstd");
-  if (norm.kind == NormKind::kLayerNorm) saved.mean_T = keep.take({x_TD.rows()}, DType::kF32, "norm mean");
-}
-
 }  // namespace
 
-void Norm::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const {
-  keep_moments(*this, x_TD, keep, saved);
-  if (kind == NormKind::kLayerNorm)
-    return ops::layer_norm_forward(ex, y_TD, {saved.mean_T, saved.rstd_T}, x_TD, weight_D.value, eps);
-  ops::rms_norm_forward(ex, y_TD, saved.rstd_T, x_TD, weight_of(*this));
+ConstTensorView summed(Exec& ex, const Residual& residual) {
+  if (!residual.branch_TD.given()) return residual.x_TD;
+  ops::add(ex, residual.sum_TD, residual.x_TD, residual.branch_TD);
+  return residual.sum_TD;
 }
 
-void Norm::forward_add(Exec& ex, TensorView y_TD, TensorView sum_TD, ConstTensorView x_TD,
-                       ConstTensorView residual_TD, Arena& keep, Saved& saved) const {
+void Norm::forward(Exec& ex, TensorView y_TD, const Residual& residual, Arena& keep, Saved& saved) const {
+  const std::int64_t rows = residual.x_TD.rows();
+  saved.rstd_T = keep.take({rows}, DType::kF32, "norm rstd");
   if (kind == NormKind::kLayerNorm) {
-    ops::add(ex, sum_TD, x_TD, residual_TD);
-    return forward(ex, y_TD, sum_TD, keep, saved);
+    saved.mean_T = keep.take({rows}, DType::kF32, "norm mean");
+    saved.x_TD = summed(ex, residual);
+    ops::layer_norm_forward(ex, y_TD, {saved.mean_T, saved.rstd_T}, saved.x_TD, weight_D.value, eps);
+  } else if (residual.branch_TD.given()) {
+    saved.x_TD = residual.sum_TD;
+    ops::add_rms_norm_forward(ex, y_TD, residual.sum_TD, saved.rstd_T, residual.branch_TD, residual.x_TD,
+                              weight_of(*this));
+  } else {
+    saved.x_TD = residual.x_TD;
+    ops::rms_norm_forward(ex, y_TD, saved.rstd_T, residual.x_TD, weight_of(*this));
   }
-  keep_moments(*this, sum_TD, keep, saved);
-  ops::add_rms_norm_forward(ex, y_TD, sum_TD, saved.rstd_T, x_TD, residual_TD, weight_of(*this));
 }
 
 void Norm::backward(Exec& ex, TensorView dx_TD, Accumulate mode, ConstTensorView dy_TD,

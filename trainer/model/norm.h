@@ -1,10 +1,20 @@
 #pragma once
-// A norm of rows as a layer, of each kind that models have.
+// A norm of rows as a layer, of each kind that models have, and the residual stream that it reads.
 
 #include "configs/model_traits.h"
 #include "trainer/model/layer.h"
 
 namespace upmoe {
+
+// The residual stream between two layers. A layer's branch may still have to be added to it: the norm that reads the
+// stream does so in its own pass where it can, and writes the sum.
+struct Residual {
+  ConstTensorView x_TD;
+  ConstTensorView branch_TD = {};  // absent: x_TD is the whole stream
+  TensorView sum_TD = {};          // of both; where it goes
+};
+// The stream as one tensor, where no norm reads it first.
+ConstTensorView summed(Exec& ex, const Residual& residual);
 
 struct Norm {
   Param weight_D;
@@ -15,10 +25,8 @@ struct Norm {
     TensorView mean_T, rstd_T;  // mean_T: of a LayerNorm
   };
 
-  void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, Arena& keep, Saved& saved) const;
-  // y_TD = norm(sum_TD), sum_TD = x_TD + residual_TD.
-  void forward_add(Exec& ex, TensorView y_TD, TensorView sum_TD, ConstTensorView x_TD,
-                   ConstTensorView residual_TD, Arena& keep, Saved& saved) const;
+  // y_TD may be the stream's branch.
+  void forward(Exec& ex, TensorView y_TD, const Residual& residual, Arena& keep, Saved& saved) const;
   void backward(Exec& ex, TensorView dx_TD, Accumulate mode, ConstTensorView dy_TD, const Saved& saved) const;
 };
 

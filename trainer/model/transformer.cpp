@@ -182,20 +182,25 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
     embed(ex, embedded_tD, batch);
     x_tD = embedded_tD;
   }
+  ScratchScope scope(*ex.scratch);
+  // What a block leaves to be added: its reader, the next norm, is done with it before it is written again.
+  const TensorView branch_tD = ex.scratch->take(shape, dtype, "residual branch");
+  Residual x{x_tD};
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     before(first_block + static_cast<int>(i));
     TensorView y_tD = keep.take(shape, dtype, "block output");
-    blocks[i].forward(ex, y_tD, x_tD, batch.places, keep, saved.blocks[i]);
-    x_tD = y_tD;
+    x = blocks[i].forward(ex, {y_tD, branch_tD}, x, batch.places, keep, saved.blocks[i]);
   }
-  saved.output_tD = x_tD;
   collect_loads(ex, shape[0], loads_ML, saved);
-  if (!output) return;
+  if (!output) {
+    saved.output_tD = summed(ex, x);
+    return;
+  }
   before(-1);
   saved.dnormed_tD = keep.take(shape, dtype, "final norm gradient");
-  ScratchScope scope(*ex.scratch);
-  TensorView normed_tD = ex.scratch->take(shape, dtype, "final norm output");
-  output->norm.forward(ex, normed_tD, x_tD, keep, saved.final_norm);
+  const TensorView normed_tD = branch_tD;
+  output->norm.forward(ex, normed_tD, x, keep, saved.final_norm);
+  saved.output_tD = saved.final_norm.x_TD;
   TensorView loss_1 = loss_sum(ex);
   output->head.forward(ex, loss_1, normed_tD, batch.targets_T, saved.dnormed_tD,
                        static_cast<float>(loss_scale));
@@ -228,15 +233,16 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
   for (const Block& block : blocks) {
     // Nothing is kept for a backward: two buffers take turns, a block's own memory goes when it is done.
     const std::size_t mark = keep.mark();
+    ScratchScope scope(*ex.scratch);
+    const TensorView branch_tD = ex.scratch->take(shape, dtype, "residual branch");
     Block::Saved saved;
-    block.forward(ex, y_tD, input, batch.places, keep, saved);
+    input = summed(ex, block.forward(ex, {y_tD, branch_tD}, {input}, batch.places, keep, saved));
     keep.rewind(mark);
-    input = y_tD;
     std::swap(x_tD, y_tD);
   }
   if (!output) return {input, 0};
   Norm::Saved saved;
-  output->norm.forward(ex, y_tD, input, keep, saved);
+  output->norm.forward(ex, y_tD, {input}, keep, saved);
   ScratchScope scope(*ex.scratch);
   TensorView loss_1 = loss_sum(ex);
   output->head.forward(ex, loss_1, y_tD, batch.targets_T, {}, 0.0f, sink);
