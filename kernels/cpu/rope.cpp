@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "kernels/cpu/parallel_for.h"
+#include "kernels/cpu/row_sums.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/attention.h"
 #include "kernels/ops/backend.h"
@@ -86,10 +87,12 @@ void fill_frequencies(float* frequency, std::int64_t head_dim, std::int64_t padd
   }
 }
 
-template <class T>
-void rope_rows(Exec& ex, const TensorView& qkv_TH, const std::int32_t* positions, const AttentionShape& shape,
-               double theta, bool inverse) {
-  const std::int64_t tokens = qkv_TH.shape[0], half = shape.head_dim / 2;
+// body(row_of, padded): row_of(t) has the `padded` cosines of token t's angles, then as many sines.
+template <class T, class Body>
+void with_table(Exec& ex, const ConstTensorView& positions_T, const AttentionShape& shape, double theta,
+                Body&& body) {
+  const auto* positions = positions_T.as<std::int32_t>();
+  const std::int64_t tokens = positions_T.elements(), half = shape.head_dim / 2;
   const std::int64_t padded = (half + kLanes - 1) / kLanes * kLanes;
   ScratchScope scope(*ex.scratch);
   float* frequency = ex.scratch->take({padded}, DType::kF32, "rope frequencies").as<float>();
@@ -105,24 +108,55 @@ void rope_rows(Exec& ex, const TensorView& qkv_TH, const std::int32_t* positions
     fill_row<T>(row, row + padded, by_position ? static_cast<std::int32_t>(r) : positions[r], frequency,
                 padded);
   });
-  T* qkv = qkv_TH.as<T>();
-  const std::int64_t rotated_heads = shape.heads + shape.kv_heads;  // queries and keys stand first
-  parallel_for(tokens, rotated_heads * shape.head_dim, [&](std::int64_t t) {
-    const float* row = table + 2 * (by_position ? positions[t] : t) * padded;
-    for (std::int64_t h = 0; h < rotated_heads; ++h)
-      rotate_head(qkv + t * shape.qkv_width() + h * shape.head_dim, row, row + padded, half,
-                  inverse ? -1.0f : 1.0f);
-  });
+  body([&](std::int64_t t) { return table + 2 * (by_position ? positions[t] : t) * padded; }, padded);
+}
+
+// The heads of queries and keys of one token; they stand first in its row.
+template <class T>
+void rotate_token(T* qkv, const float* row, std::int64_t padded, const AttentionShape& shape, float sign) {
+  for (std::int64_t h = 0; h < shape.heads + shape.kv_heads; ++h)
+    rotate_head(qkv + h * shape.head_dim, row, row + padded, shape.head_dim / 2, sign);
 }
 
 }  // namespace
 
 void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionShape shape, double theta,
           bool inverse) {
-  if (qkv_TH.shape[0] == 0) return;
+  const std::int64_t tokens = qkv_TH.shape[0], width = qkv_TH.shape[1];
+  if (tokens == 0) return;
   with_float_type(qkv_TH.dtype, [&](auto type) {
-    rope_rows<decltype(type)>(ex, qkv_TH, positions_T.as<std::int32_t>(), shape, theta, inverse);
+    auto* qkv = qkv_TH.as<decltype(type)>();
+    with_table<decltype(type)>(ex, positions_T, shape, theta, [&](const auto& row_of, std::int64_t padded) {
+      parallel_for(tokens, (shape.heads + shape.kv_heads) * shape.head_dim, [&](std::int64_t t) {
+        rotate_token(qkv + t * width, row_of(t), padded, shape, inverse ? -1.0f : 1.0f);
+      });
+    });
   });
+}
+
+// The sum in the order of bias_backward.
+void rope_backward(Exec& ex, TensorView dqkv_TH, TensorView db_H, ConstTensorView positions_T,
+                   AttentionShape shape, double theta) {
+  const std::int64_t tokens = dqkv_TH.shape[0], width = dqkv_TH.shape[1];
+  if (tokens == 0) return;
+  ScratchScope scope(*ex.scratch);
+  float* partials =
+      ex.scratch->take({row_blocks(tokens), width}, DType::kF32, "rope_backward sums").as<float>();
+  with_float_type(dqkv_TH.dtype, [&](auto type) {
+    auto* dqkv = dqkv_TH.as<decltype(type)>();
+    with_table<decltype(type)>(ex, positions_T, shape, theta, [&](const auto& row_of, std::int64_t padded) {
+      for_row_blocks(partials, tokens, width, [&](std::int64_t first, std::int64_t last, float* partial) {
+        for (std::int64_t t = first; t < last; ++t) {
+          auto* row = dqkv + t * width;
+          rotate_token(row, row_of(t), padded, shape, -1.0f);
+          for_lanes(width, [&](std::int64_t i, auto lanes) {
+            store(partial + i, load(partial + i, lanes) + load(row + i, lanes), lanes);
+          });
+        }
+      });
+    });
+  });
+  add_row_blocks(db_H, partials, row_blocks(tokens));
 }
 
 }  // namespace upmoe::cpu

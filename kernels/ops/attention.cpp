@@ -85,19 +85,39 @@ void check_pair(const Exec& ex, const ConstTensorView& qkv_TH, const ConstTensor
   check_tensor(ex, pair.key_document_T, {tokens}, DType::kI32, "key_document_T", where);
 }
 
+void check_rope(const Exec& ex, const TensorView& qkv_TH, const ConstTensorView& positions_T,
+                const AttentionShape& shape, double theta,
+                std::source_location where = std::source_location::current()) {
+  check_qkv(ex, qkv_TH, shape, where);
+  check_scratch(ex, where);
+  check_tensor(ex, positions_T, {qkv_TH.shape[0]}, DType::kI32, "positions_T", where);
+  if (!(theta > 0)) fail_check("theta > 0", where, fmt::format("theta {}", theta));
+}
+double rotated_elements(const TensorView& qkv_TH, const AttentionShape& shape) {
+  return static_cast<double>(qkv_TH.shape[0] * (shape.heads + shape.kv_heads) * shape.head_dim);
+}
+
 }  // namespace
 
 void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionShape shape, double theta,
           bool inverse) {
-  check_qkv(ex, qkv_TH, shape);
-  check_scratch(ex);
-  check_tensor(ex, positions_T, {qkv_TH.shape[0]}, DType::kI32, "positions_T");
-  UPMOE_CHECK(theta > 0, "theta {}", theta);
-  const double rotated =
-      static_cast<double>(qkv_TH.shape[0] * (shape.heads + shape.kv_heads) * shape.head_dim);
+  check_rope(ex, qkv_TH, positions_T, shape, theta);
+  const double rotated = rotated_elements(qkv_TH, shape);
   const double bytes = rotated * static_cast<double>(size_of(qkv_TH.dtype));
   ex.book("rope", 3.0 * rotated, bytes + bytes_of(positions_T), bytes);
   dispatch(ex, &Backend::rope, qkv_TH, positions_T, shape, theta, inverse);
+}
+
+void rope_backward(Exec& ex, TensorView dqkv_TH, TensorView db_H, ConstTensorView positions_T,
+                   AttentionShape shape, double theta) {
+  check_rope(ex, dqkv_TH, positions_T, shape, theta);
+  check_float_or(db_H, dqkv_TH.dtype, "db_H");
+  check_tensor(ex, db_H, {dqkv_TH.shape[1]}, db_H.dtype, "db_H");
+  const double rotated = rotated_elements(dqkv_TH, shape);
+  ex.book("rope_backward", 3.0 * rotated + static_cast<double>(dqkv_TH.elements()),
+          bytes_of(dqkv_TH) + bytes_of(positions_T) + bytes_of(db_H),
+          rotated * static_cast<double>(size_of(dqkv_TH.dtype)) + bytes_of(db_H));
+  dispatch(ex, &Backend::rope_backward, dqkv_TH, db_H, positions_T, shape, theta);
 }
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <functional>
 #include <map>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -225,6 +226,12 @@ void add_heads(const Model& model, DType dtype) {
   const std::string name = std::string("/") + model.name;
   const AttentionShape all{model.width / 64, model.width / 64, 64, kTokens / 2};
   const std::int64_t width = model.width, ffn = kTopK * model.expert_width;
+  add("rope_backward" + name, dtype, [=](benchmark::State& state) {
+    const Tensor dqkv({kTokens, 3 * width}, dtype), db({3 * width}, dtype), positions({kTokens}, DType::kI32);
+    std::iota(positions.view.as<std::int32_t>(), positions.view.as<std::int32_t>() + kTokens, 0);
+    measure(state, dtype,
+            [&](Exec& ex) { ops::rope_backward(ex, dqkv.view, db.view, positions.view, all, 1e6); });
+  });
   add("qk_norm_forward" + name, dtype, [=](benchmark::State& state) {
     const Tensor qkv({kTokens, 3 * width}, dtype), x({kTokens, 2 * width}, dtype), w({64}, dtype);
     const Tensor rstd({kTokens, 2 * all.heads}, DType::kF32);

@@ -126,6 +126,11 @@ void add_attention(const std::string& name, std::int64_t t, std::int64_t window 
     const Held qkv = make({t, a.qkv_width()}), positions = make({t}, DType::kI32, a.seq_len);
     return [=](Exec& ex) { ops::rope(ex, qkv->view, positions->view, a, 1e6, false); };
   });
+  add("rope_backward/" + name, [=] {
+    const Held dqkv = make({t, a.qkv_width()}), db = make({a.qkv_width()}),
+               positions = make({t}, DType::kI32, a.seq_len);
+    return [=](Exec& ex) { ops::rope_backward(ex, dqkv->view, db->view, positions->view, a, 1e6); };
+  });
 }
 
 // What some models have: LayerNorms, and a limit on queries, keys and values.

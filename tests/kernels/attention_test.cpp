@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "kernels/ops/gemm.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
@@ -220,6 +221,35 @@ TEST_P(Rope, AgreesWithDouble) {
           << "values are not rotated";
     }
 }
+
+// The rows against double, the sum against that of the rows as stored, both against the two passes to the bit.
+TEST_P(Rope, BackwardSumsTheBiasGradient) {
+  const DType dtype = GetParam();
+  for (const auto& [dim, tokens] : {std::pair{2, 40}, {28, 1}, {28, 33}, {28, 1030}, {64, 70}, {128, 20}})
+    for (const DType of_bias : {DType::kF32, dtype}) {
+      OpExec ex;
+      const AttentionShape s{2, 1, dim, tokens};
+      std::vector<std::int32_t> positions;
+      for (std::int32_t t = 0; t < tokens; ++t) positions.push_back(t % 50);
+      const HostTensor positions_T =
+          tensor_of({tokens}, DType::kI32, Values(positions.begin(), positions.end()));
+      const HostTensor dqkv = random_tensor({tokens, s.qkv_width()}, dtype, 1);
+      HostTensor fused = dqkv, apart = dqkv, db = filled({s.qkv_width()}, of_bias, 0.25), db2 = db;
+      ops::rope_backward(ex, fused, db, positions_T, s, 1e4);
+      ops::rope(ex, apart, positions_T, s, 1e4, true);
+      ops::bias_backward(ex, db2, apart);
+      EXPECT_TRUE(fused == apart && db == db2) << dim << ' ' << tokens;
+      const Tolerance tolerance = dtype == DType::kBF16 ? Tolerance{1.0 / 128, 3e-3} : Tolerance{1e-5, 5e-6};
+      const Values rows = fused.values();
+      expect_close(rows, reference_rope(dqkv.values(), positions, s, 1e4, true), tolerance, "turned back");
+      Values sum(static_cast<std::size_t>(s.qkv_width()), 0.25);
+      for (std::size_t i = 0; i < rows.size(); ++i) sum[i % sum.size()] += rows[i];
+      expect_close(db.values(), sum,
+                   of_bias == DType::kBF16 ? Tolerance{1.0 / 128, 1e-3} : Tolerance{1e-5, 1e-3}, "bias");
+      EXPECT_EQ(ex.scratch_used(), 0u);
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(DTypes, Rope, testing::Values(DType::kF32, DType::kBF16),
                          [](const auto& i) { return dtype_label(i.param); });
 
@@ -240,6 +270,9 @@ TEST(RopeEmpty, NoTokens) {
   OpExec ex;
   HostTensor x({0, 12}, DType::kF32);
   ops::rope(ex, x, HostTensor({0}, DType::kI32), {1, 1, 4, 8}, 1e4, false);
+  HostTensor db = filled({12}, DType::kF32, 0.5);
+  ops::rope_backward(ex, x, db, HostTensor({0}, DType::kI32), {1, 1, 4, 8}, 1e4);
+  EXPECT_EQ(db.values(), Values(12, 0.5));
 }
 
 TEST(RopeThreads, SameBits) {
@@ -248,8 +281,10 @@ TEST(RopeThreads, SameBits) {
     OpExec ex;
     HostTensor x = random_tensor({200, s.qkv_width()}, DType::kF32, 1), positions({200}, DType::kI32);
     for (std::size_t t = 0; t < 200; ++t) positions.set(t, static_cast<double>(t % 50));
+    HostTensor db({s.qkv_width()}, DType::kF32);
     ops::rope(ex, x, positions, s, 1e6, false);
-    return x;
+    ops::rope_backward(ex, x, db, positions, s, 1e6);
+    return std::tuple(x, db);
   });
 }
 
@@ -264,6 +299,10 @@ TEST(AttentionChecks, RefusesWrongShapes) {
   EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4}, short_ids), Error);
   EXPECT_THROW(ops::rope(ex, qkv, filled({8}, DType::kF32, 0), {2, 1, 8, 4}, 1e4, false), Error)
       << "int32 positions";
+  HostTensor db({32}, DType::kF32), short_db({31}, DType::kF32), positions({8}, DType::kI32);
+  EXPECT_NO_THROW(ops::rope_backward(ex, qkv, db, positions, {2, 1, 8, 4}, 1e4));
+  EXPECT_THROW(ops::rope_backward(ex, qkv, short_db, positions, {2, 1, 8, 4}, 1e4), Error);
+  EXPECT_THROW(ops::rope_backward(ex, qkv, db, positions, {2, 1, 8, 4}, 0), Error) << "theta";
   static_cast<Exec&>(ex).scratch = nullptr;
   EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4}), Error) << "no scratch";
 }
@@ -274,10 +313,13 @@ TEST(AttentionDry, BooksOnly) {
   const TensorView qkv = dry_tensor({32, 64}, DType::kBF16), out = dry_tensor({32, 32}, DType::kBF16);
   const TensorView lse = dry_tensor({32, 4}, DType::kF32);
   ops::rope(ex, qkv, dry_tensor({32}, DType::kI32), s, 1e4, false);
+  ops::rope_backward(ex, qkv, dry_tensor({64}, DType::kF32), dry_tensor({32}, DType::kI32), s, 1e4);
   ops::attention_forward(ex, out, lse, qkv, s);
   ops::attention_backward(ex, qkv, out, qkv, {out, lse}, s);
   const double pairs = 2 * 16 * 17 / 2, product = 2 * pairs * 4 * 8;
   expect_booked(ex.ledger(), "rope", 3 * 32 * 48, 32 * 48 * 2 + 128, 32 * 48 * 2);
+  expect_booked(ex.ledger(), "rope_backward", 3 * 32 * 48 + 32 * 64, 32 * 64 * 2 + 128 + 256,
+                32 * 48 * 2 + 256);
   expect_booked(ex.ledger(), "attention_forward", 2 * product, 4096, 2048 + 512);
   expect_booked(ex.ledger(), "attention_backward", 4 * product, 4096 + 2 * 2048 + 512, 4096);
 }

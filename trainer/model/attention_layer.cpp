@@ -48,6 +48,21 @@ void AttentionLayer::norm_heads_backward(Exec& ex, TensorView dqkv_TH, const Sav
                         saved.rstd_TN, head_norms->weights(), shape);
 }
 
+// From the gradients of what attention saw to those of the product's rows, whose sum is that of its bias: made in one
+// pass, unless norms of the heads or a limit stand between.
+void AttentionLayer::rope_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const {
+  const AttentionShape at = shape_of(saved.places);
+  const ConstTensorView& positions_T = saved.places.positions_T;
+  if (!head_norms && clip == 0 && qkv.bias_N && qkv.bias_N->wants_grad()) {
+    ops::rope_backward(ex, dqkv_TH, qkv.bias_N->grad, positions_T, at, rope_theta);
+    return;
+  }
+  ops::rope(ex, dqkv_TH, positions_T, at, rope_theta, /*inverse=*/true);
+  if (clip > 0) ops::clip_backward(ex, dqkv_TH, saved.before_TH, clip);
+  if (head_norms) norm_heads_backward(ex, dqkv_TH, saved);
+  qkv.backward_bias(ex, dqkv_TH);
+}
+
 // Under tp the layer has all tokens and a part of the heads, while everything around it has a part of the tokens:
 //
 //   x_tD --all_gather--> x_TD --qkv--> own heads --attention--> --output--> a partial sum --reduce_scatter--> y_tD
@@ -81,18 +96,15 @@ void AttentionLayer::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, co
 }
 
 void AttentionLayer::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {
-  const AttentionShape at = shape_of(saved.places);
   ScratchScope scope(*ex.scratch);
   GatheredTokens dy(ex, *tp, dy_tD), x(ex, *tp, saved.x_tD);
   TensorView dout_TQ = ex.scratch->take(saved.out_TQ.shape, saved.out_TQ.dtype, "attention output gradient");
   TensorView dqkv_TH = ex.scratch->take(saved.qkv_TH.shape, saved.qkv_TH.dtype, "attention qkv gradient");
   output.backward(ex, dout_TQ, Accumulate::kOverwrite, dy.finish(), saved.out_TQ);
   attend_backward(ex, dqkv_TH, dout_TQ, saved);
-  ops::rope(ex, dqkv_TH, saved.places.positions_T, at, rope_theta, /*inverse=*/true);
-  if (clip > 0) ops::clip_backward(ex, dqkv_TH, saved.before_TH, clip);
-  if (head_norms) norm_heads_backward(ex, dqkv_TH, saved);
+  rope_backward(ex, dqkv_TH, saved);
   PartialSum dx(ex, *tp, dx_tD);
-  qkv.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dqkv_TH, x.finish());
+  qkv.backward_products(ex, dx.partial_TD(), Accumulate::kOverwrite, dqkv_TH, x.finish());
   dx.reduce(ex);
 }
 

@@ -49,6 +49,7 @@ struct AttentionLayer {
  private:
   AttentionShape shape_of(const TokenPlaces& places) const;
   void norm_heads_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const;
+  void rope_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const;
   void attend(Exec& ex, const Saved& saved) const;
   void attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, const Saved& saved) const;
 };

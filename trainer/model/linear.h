@@ -15,7 +15,10 @@ struct Linear {
   // dx_TK (+)= dy w; weight and bias gradients += .
   void backward(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN,
                 ConstTensorView x_TK) const;
-  void backward_weights(Exec& ex, ConstTensorView dy_TN, ConstTensorView x_TK) const;
+  // Its two parts, for who makes the bias's gradient in another pass: both products, and the bias's.
+  void backward_products(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN,
+                         ConstTensorView x_TK) const;
+  void backward_bias(Exec& ex, ConstTensorView dy_TN) const;
 };
 
 }  // namespace upmoe
