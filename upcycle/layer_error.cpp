@@ -150,7 +150,7 @@ void Layer::routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) cons
                 ffn(lines.experts[static_cast<std::size_t>(e)]), weight_n);
     begin += n;
   }
-  ops::gather_sum_rows(ex, y_TD, y_ND, slot_TK, Accumulate::kOverwrite);
+  ops::gather_sum_rows(ex, y_TD, y_ND, slot_TK);
 }
 
 void Layer::add_shared(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const {

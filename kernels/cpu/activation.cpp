@@ -136,7 +136,7 @@ void gate_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_1D, c
   ScratchScope scope(*ex.scratch);
   float* partials =
       ex.scratch->take({row_blocks(rows), width}, DType::kF32, "sigmoid_gate_backward dw").as<float>();
-  DX* dx = dx_TD.as<DX>();
+  DX* dx = dx_TD.if_given<DX>();
   const X *x = x_TD.as<X>(), *w = w_1D.as<X>();
   const float *dgate = dgate_T.as<float>(), *gate = gate_T.as<float>();
   // dw is a sum over all rows: a partial one for each block of rows, then the blocks in order. dx is of one row alone.
@@ -146,7 +146,8 @@ void gate_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_1D, c
       const std::int64_t row = t * width;
       for_lanes(width, [&](std::int64_t i, auto lanes) {
         store(dw + i, load(dw + i, lanes) + dlogit * load(x + row + i, lanes), lanes);
-        store(dx + row + i, load(dx + row + i, lanes) + dlogit * load(w + i, lanes), lanes);
+        if (dx != nullptr)
+          store(dx + row + i, load(dx + row + i, lanes) + dlogit * load(w + i, lanes), lanes);
       });
     }
   });

@@ -58,17 +58,28 @@ void route_row_backward(float* dlogits, const RouteRow& row, const float* aux, f
   });
 }
 
-template <class Y, class X, bool kAdd>
-void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int64_t tokens, std::int64_t width,
-              std::int64_t k) {
+template <class Y, class X>
+void sum_rows(const TensorView& y_TD, const X* rows, const std::int32_t* slot, std::int64_t k,
+              const SumOnto& onto) {
+  const std::int64_t tokens = y_TD.shape[0], width = y_TD.shape[1];
+  Y* y = y_TD.as<Y>();
+  const Y *base = onto.base_TD.if_given<Y>(), *residual = onto.residual_TD.if_given<Y>();
+  const float *dgate = onto.gate.dgate_T.if_given<float>(), *gate = onto.gate.gate_T.if_given<float>();
+  const X* w = onto.gate.w_1D.if_given<X>();
   parallel_for(tokens, k * width, [&](std::int64_t t) {
+    const float dlogit = dgate != nullptr ? dgate[t] * gate[t] * (1.0f - gate[t]) : 0.0f;
     for_lanes(width, [&](std::int64_t i, auto lanes) {
       f32x16 sum{};
       for (std::int64_t j = 0; j < k; ++j)
         if (slot[t * k + j] >= 0) sum += load(rows + slot[t * k + j] * width + i, lanes);
-      Y* out = y + t * width + i;
-      if constexpr (kAdd) sum += load(out, lanes);
-      store(out, sum, lanes);
+      const std::int64_t at = t * width + i;
+      if (base != nullptr) {
+        f32x16 before = load(base + at, lanes);
+        if (dgate != nullptr) before = rounded_to<Y>(before + dlogit * load(w + i, lanes));
+        sum += before;
+      }
+      if (residual != nullptr) sum = rounded_to<Y>(sum) + load(residual + at, lanes);
+      store(y + at, sum, lanes);
     });
   });
 }
@@ -275,18 +286,14 @@ void gather_rows(Exec&, TensorView out_ND, ConstTensorView in_XD, ConstTensorVie
 }
 
 void gather_sum_rows(Exec&, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
-                     Accumulate mode) {
-  const std::int64_t tokens = y_TD.shape[0], width = y_TD.shape[1], k = slot_TK.shape[1];
+                     const SumOnto& onto) {
+  const std::int64_t tokens = y_TD.shape[0], k = slot_TK.shape[1];
   const auto* slot = slot_TK.as<std::int32_t>();
   require_in_range(slot, tokens * k, rows_ND.shape[0], "slot_TK", -1);
   with_float_type(y_TD.dtype, [&](auto y_type) {
     with_float_type(rows_ND.dtype, [&](auto x_type) {
-      using Y = decltype(y_type);
       using X = decltype(x_type);
-      Y* y = y_TD.as<Y>();
-      const X* rows = rows_ND.as<X>();
-      if (mode == Accumulate::kAdd) return sum_rows<Y, X, true>(y, rows, slot, tokens, width, k);
-      sum_rows<Y, X, false>(y, rows, slot, tokens, width, k);
+      sum_rows<decltype(y_type), X>(y_TD, rows_ND.as<X>(), slot, k, onto);
     });
   });
 }

@@ -96,13 +96,17 @@ void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTe
   check_scratch(ex);
   check_gate(ex, gate_T, x_TD, w_1D);
   check_tensor(ex, dgate_T, gate_T.shape, DType::kF32, "dgate_T");
-  check_float_or(dx_TD, x_TD.dtype, "dx_TD");
-  check_tensor(ex, dx_TD, x_TD.shape, dx_TD.dtype, "dx_TD");
+  const bool with_dx = dx_TD.given();
+  if (with_dx) {
+    check_float_or(dx_TD, x_TD.dtype, "dx_TD");
+    check_tensor(ex, dx_TD, x_TD.shape, dx_TD.dtype, "dx_TD");
+  }
   check_float_or(dw_1D, x_TD.dtype, "dw_1D");
   check_tensor(ex, dw_1D, w_1D.shape, dw_1D.dtype, "dw_1D");
-  ex.book("sigmoid_gate_backward", 4.0 * static_cast<double>(x_TD.elements()),
-          bytes_of(x_TD) + bytes_of(w_1D) + 2 * bytes_of(gate_T) + bytes_of(dx_TD) + bytes_of(dw_1D),
-          bytes_of(dx_TD) + bytes_of(dw_1D), Work::kModel);
+  const double dx_bytes = with_dx ? bytes_of(dx_TD) : 0.0, w_bytes = with_dx ? bytes_of(w_1D) : 0.0;
+  ex.book("sigmoid_gate_backward", (with_dx ? 4.0 : 2.0) * static_cast<double>(x_TD.elements()),
+          bytes_of(x_TD) + w_bytes + 2 * bytes_of(gate_T) + dx_bytes + bytes_of(dw_1D),
+          dx_bytes + bytes_of(dw_1D), Work::kModel);
   dispatch(ex, &Backend::sigmoid_gate_backward, dx_TD, dw_1D, dgate_T, gate_T, x_TD, w_1D);
 }
 

@@ -89,6 +89,11 @@ inline void show(OpWatcher& w, const NoisyLogits& r) {
 inline void show(OpWatcher& w, const NoisyGradient& g) {
   for (const ConstTensorView& t : {g.dnoisy_TE, g.dload_E}) show(w, t);
 }
+inline void show(OpWatcher& w, const SumOnto& onto) {
+  for (const ConstTensorView& t :
+       {onto.base_TD, onto.gate.dgate_T, onto.gate.gate_T, onto.gate.w_1D, onto.residual_TD})
+    show(w, t);
+}
 inline void show(OpWatcher& w, const NodeRows& rows) {
   w.reads(rows.order_X);
 }

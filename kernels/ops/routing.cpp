@@ -30,6 +30,18 @@ std::int64_t row_elements(const ConstTensorView& t) {
   return n;
 }
 
+void check_onto(const Exec& ex, const SumOnto& onto, const TensorView& y_TD, DType row_dtype,
+                std::source_location where = std::source_location::current()) {
+  const auto& [base_TD, gate, residual_TD] = onto;
+  if (base_TD.given()) check_tensor(ex, base_TD, y_TD.shape, y_TD.dtype, "base_TD", where);
+  if (residual_TD.given()) check_tensor(ex, residual_TD, y_TD.shape, y_TD.dtype, "residual_TD", where);
+  if (!gate.given()) return;
+  if (!base_TD.given()) fail_check("a gate's gradient is added to a base", where, "base_TD is missing");
+  check_tensor(ex, gate.dgate_T, {y_TD.shape[0]}, DType::kF32, "dgate_T", where);
+  check_tensor(ex, gate.gate_T, {y_TD.shape[0]}, DType::kF32, "gate_T", where);
+  check_tensor(ex, gate.w_1D, {1, y_TD.shape[1]}, row_dtype, "w_1D", where);
+}
+
 }  // namespace
 
 void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView weight_TK, TensorView lse_T,
@@ -169,7 +181,7 @@ void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensor
 }
 
 void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
-                     Accumulate mode) {
+                     const SumOnto& onto) {
   UPMOE_CHECK(y_TD.shape.rank == 2 && rows_ND.shape.rank == 2 && slot_TK.shape.rank == 2,
               "y_TD {}, rows_ND {}, slot_TK {}", y_TD.shape.str(), rows_ND.shape.str(), slot_TK.shape.str());
   check_float(rows_ND, "rows_ND");
@@ -179,10 +191,18 @@ void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTe
   check_tensor(ex, slot_TK, {y_TD.shape[0], slot_TK.shape[1]}, DType::kI32, "slot_TK");
   const double row_bytes = static_cast<double>(y_TD.shape[1]) * static_cast<double>(size_of(rows_ND.dtype));
   const double slots = static_cast<double>(slot_TK.elements());
-  ex.book("gather_sum_rows", slots * static_cast<double>(y_TD.shape[1]),
-          slots * row_bytes + bytes_of(slot_TK) + (mode == Accumulate::kAdd ? bytes_of(y_TD) : 0.0),
-          bytes_of(y_TD));
-  dispatch(ex, &Backend::gather_sum_rows, y_TD, rows_ND, slot_TK, mode);
+  const double added = (onto.base_TD.given() ? 1.0 : 0.0) + (onto.residual_TD.given() ? 1.0 : 0.0);
+  double gate_bytes = 0;
+  check_onto(ex, onto, y_TD, rows_ND.dtype);
+  if (onto.gate.given()) {
+    gate_bytes = bytes_of(onto.gate.dgate_T) + bytes_of(onto.gate.gate_T) + bytes_of(onto.gate.w_1D);
+    // The model's work stays with the op that it is a part of.
+    ex.book("sigmoid_gate_backward", 2.0 * static_cast<double>(y_TD.elements()), 0, 0, Work::kModel);
+  }
+  ex.book("gather_sum_rows",
+          slots * static_cast<double>(y_TD.shape[1]) + added * static_cast<double>(y_TD.elements()),
+          slots * row_bytes + bytes_of(slot_TK) + added * bytes_of(y_TD) + gate_bytes, bytes_of(y_TD));
+  dispatch(ex, &Backend::gather_sum_rows, y_TD, rows_ND, slot_TK, onto);
 }
 
 }  // namespace upmoe::ops

@@ -18,6 +18,19 @@ struct TermGradient {
   ConstTensorView aux, row_T = {};
   float z_scale = 0;  // times d(lse^2)
 };
+// The gradient of a sigmoid gate of each token, for the rows that the gate was made of: row t gets
+// dgate_T[t] gate_T[t] (1 - gate_T[t]) w_1D, as in sigmoid_gate_backward. dgate_T, gate_T: fp32; w_1D: the rows' dtype.
+struct GateGradient {
+  ConstTensorView dgate_T, gate_T, w_1D;
+  bool given() const { return dgate_T.given(); }
+};
+// What the sum of a token's rows is added to, each where given; every sum is rounded to the result's dtype, so that one
+// pass has the bits of one after the other: residual + ((base + gate) + sum). Of the result's dtype; either may be it.
+struct SumOnto {
+  ConstTensorView base_TD = {};
+  GateGradient gate = {};  // only with a base
+  ConstTensorView residual_TD = {};
+};
 // One row for each pair of a token and a node that holds one of its choices, node by node: the row's token, how many
 // rows each node has, and where its experts begin (both on the host).
 struct NodeRows {
@@ -69,10 +82,10 @@ void regroup_runs(Exec& ex, TensorView regroup_R, TensorView ungroup_R,
 void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensorView index_N,
                  std::int64_t divisor);
 
-// y_TD[t] (+)= sum over k of rows_ND[slot_TK[t, k]], in k order, summed in fp32, slots of -1 left out: the
-// backward of a row gather.
+// y_TD[t] = sum over k of rows_ND[slot_TK[t, k]], in k order, summed in fp32, slots of -1 left out, added to `onto`:
+// the backward of a row gather.
 void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
-                     Accumulate mode);
+                     const SumOnto& onto = {});
 
 // Which tokens have business on which of M nodes, where node m holds the experts [node_begin[m],
 // node_begin[m+1]): one row for each pair of a token and a node that holds one of its choices, node by node,

@@ -201,7 +201,21 @@ void add_rows(const std::string& name, std::int64_t t) {
   });
   add("gather_sum_rows/" + name, [=] {
     const Held y = make({t, d}), in = make({rows, d}), slot = shuffled({t, k});
-    return [=](Exec& ex) { ops::gather_sum_rows(ex, y->view, in->view, slot->view, Accumulate::kAdd); };
+    return [=](Exec& ex) { ops::gather_sum_rows(ex, y->view, in->view, slot->view, {.base_TD = y->view}); };
+  });
+  add("gather_sum_rows_residual/" + name, [=] {  // forward: the shared expert's output and the residual
+    const Held y = make({t, d}), in = make({rows, d}), slot = shuffled({t, k}), h = make({t, d});
+    return [=](Exec& ex) {
+      ops::gather_sum_rows(ex, y->view, in->view, slot->view, {.base_TD = y->view, .residual_TD = h->view});
+    };
+  });
+  add("gather_sum_rows_gate/" + name, [=] {  // backward: the shared expert's gradient and its gate's share
+    const Held dx = make({t, d}), in = make({rows, d}), slot = shuffled({t, k}), w = make({1, d}),
+               dgate = make({t}, DType::kF32), gate = make({t}, DType::kF32);
+    return [=](Exec& ex) {
+      ops::gather_sum_rows(ex, dx->view, in->view, slot->view,
+                           {.base_TD = dx->view, .gate = {dgate->view, gate->view, w->view}});
+    };
   });
   add("sort_by_expert/" + name, [=] {
     const Held order = make({rows}, DType::kI32, 1), slot = make({t, k}, DType::kI32, 1),

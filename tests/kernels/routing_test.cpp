@@ -241,7 +241,7 @@ TEST(Sort, ChoicesThatAreNoneTakeNoPlace) {
   OpExec ex;
   const HostTensor rows = tensor_of({4, 1}, DType::kF32, {1, 10, 100, 1000});
   HostTensor sum = filled({3, 1}, DType::kF32, 5);
-  ops::gather_sum_rows(ex, sum, rows, s.slot, Accumulate::kOverwrite);
+  ops::gather_sum_rows(ex, sum, rows, s.slot);
   EXPECT_EQ(sum.values(), (Values{100, 1, 1010}));
 }
 
@@ -288,38 +288,6 @@ TEST(Gather, RowsOfAnyDTypeAndWidth) {
   EXPECT_THROW((ops::gather_rows(ex, wide, flat, index, 3), finish_ops()), Error) << "rows of another width";
 }
 
-class GatherSum : public testing::TestWithParam<std::pair<DType, DType>> {};
-
-TEST_P(GatherSum, SumsInOrder) {
-  const auto [y_dtype, dtype] = GetParam();
-  for (auto [T, K, D] : {std::tuple{5, 3, 14}, {40, 4, 64}, {2, 1, 1}, {0, 4, 8}}) {
-    OpExec ex;
-    const HostTensor rows = random_tensor({T * K, D}, dtype, 1);
-    HostTensor slot({T, K}, DType::kI32);
-    for (std::size_t i = 0; i < slot.size(); ++i) slot.set(i, static_cast<double>((i * 7 + 3) % slot.size()));
-    Values expected(static_cast<std::size_t>(T * D));
-    for (std::size_t i = 0; i < expected.size(); ++i)
-      for (std::size_t j = 0; j < static_cast<std::size_t>(K); ++j) {
-        const auto d = static_cast<std::size_t>(D), k = static_cast<std::size_t>(K);
-        expected[i] += rows.get(static_cast<std::size_t>(slot.get(i / d * k + j)) * d + i % d);
-      }
-    HostTensor y = filled({T, D}, y_dtype, 1.5);
-    ops::gather_sum_rows(ex, y, rows, slot, Accumulate::kOverwrite);
-    expect_close(y.values(), expected, rounding_of(y_dtype), "y");
-    HostTensor added = filled({T, D}, y_dtype, 1.5);
-    ops::gather_sum_rows(ex, added, rows, slot, Accumulate::kAdd);
-    expect_close(added.values(), sum_of(expected, Values(expected.size(), 1.5)), rounding_of(y_dtype),
-                 "y adds");
-  }
-}
-INSTANTIATE_TEST_SUITE_P(DTypes, GatherSum,
-                         testing::Values(std::pair{DType::kF32, DType::kF32},
-                                         std::pair{DType::kF32, DType::kBF16},
-                                         std::pair{DType::kBF16, DType::kBF16}),
-                         [](const auto& i) {
-                           return dtype_label(i.param.first) + "_" + dtype_label(i.param.second);
-                         });
-
 TEST(RoutingThreads, SameBits) {
   const std::int64_t T = 1000, E = 60, K = 4;
   expect_same_for_any_threads([&] {
@@ -331,7 +299,7 @@ TEST(RoutingThreads, SameBits) {
     ops::route_tokens_backward(ex, dlogits, r.weight, {random_tensor({E}, DType::kF32, 2), {}, 0.1f},
                                {r.probs, r.index, r.weight, r.lse}, true);
     const Sorted s = sort(r.index, T, K, E);
-    ops::gather_sum_rows(ex, y, random_tensor({T * K, E}, DType::kF32, 3), s.slot, Accumulate::kOverwrite);
+    ops::gather_sum_rows(ex, y, random_tensor({T * K, E}, DType::kF32, 3), s.slot);
     return std::tuple(r, stats, z, dlogits, y);
   });
 }

@@ -107,7 +107,7 @@ void Rank::run() {
   }
 
   RowsUnderWay y = exchange->send_back(ex, plan, y_R2), dweights = exchange->send_back(ex, plan, dweight_R1);
-  exchange->add_back(ex, plan, y_T2, y);
+  exchange->add_back(ex, plan, y_T2, y, {.base_TD = y_T2});
   const TensorView dweight_TK = exchange->weights_back(ex, plan, dweights);
   ASSERT_EQ(dweight_TK.shape, (Shape{T, kSlots}));
   for (std::int64_t t = 0; t < T; ++t) {

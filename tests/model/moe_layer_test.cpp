@@ -82,7 +82,7 @@ void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, 
   MoeLayer::Saved saved;
   RouterBalance balance;
   const TensorView y = host.zeros({tokens.size(), w.D}), dx = host.zeros({tokens.size(), w.D});
-  moe.forward(memory.exec, y, w.x.rows(tokens.begin, tokens.end), balance, keep, saved);
+  moe.forward(memory.exec, y, w.x.rows(tokens.begin, tokens.end), {}, balance, keep, saved);
   balance.terms.aux = host.zeros({w.E});
   moe.backward(memory.exec, dx, w.dy.rows(tokens.begin, tokens.end), balance, saved);
   ep.all_reduce(router.grad, ReduceOp::kSum);

@@ -84,7 +84,7 @@ struct MoeRig : Rig {
     RouterBalance counted;
     counted.load = counted_load();
     counted.tokens = tokens;
-    moe.forward(ex, y, x, counted, keep, s);
+    moe.forward(ex, y, x, {}, counted, keep, s);
     const std::int32_t* index = s.router.index_TK.as<std::int32_t>();
     EXPECT_TRUE(std::equal(choices.begin(), choices.end(), index)) << "a step flipped a routing choice";
     const BalanceTerms b = terms();
@@ -99,7 +99,7 @@ void check_moe(MoeRig& rig) {
   RouterBalance balance;
   balance.load = rig.counted_load();
   balance.tokens = rig.tokens;
-  rig.moe.forward(rig.ex, y, rig.x, balance, rig.keep, saved);
+  rig.moe.forward(rig.ex, y, rig.x, {}, balance, rig.keep, saved);
   const TensorView& chosen = saved.router.index_TK;
   rig.choices.assign(chosen.as<std::int32_t>(), chosen.as<std::int32_t>() + chosen.elements());
   BalanceTerms terms = rig.terms();
@@ -205,7 +205,7 @@ TEST(RouterGradient, MoeWithinCapacity) {
     RouterBalance balance;
     balance.tokens = rig.tokens;
     const TensorView y = rig.host.zeros({rig.T, rig.D});
-    rig.moe.forward(rig.ex, y, rig.x, balance, rig.keep, saved);
+    rig.moe.forward(rig.ex, y, rig.x, {}, balance, rig.keep, saved);
     EXPECT_LT(saved.plan.received(), rig.T * rig.K) << "some are dropped";
     EXPECT_LE(saved.plan.received(), rig.E * expert_capacity(0.5, rig.T * rig.K, rig.E));
     check_moe(rig);

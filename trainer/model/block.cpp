@@ -15,15 +15,17 @@ void Block::attention_half(Exec& ex, TensorView attended_TD, const Residual& x, 
   norm2.forward(ex, saved.normed2_TD, {saved.x_TD, attended_TD, saved.h_TD}, keep, saved.norm2);
 }
 
-void Block::ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const {
+// A mixture adds up rows anyway, and adds them to the stream; a dense network leaves its branch to the next norm.
+Residual Block::ffn_half(Exec& ex, const Output& out, Arena& keep, Saved& saved) const {
   if (const auto* dense = std::get_if<DenseFfn>(&ffn)) {
     saved.ffn = DenseFfn::Saved{};
-    dense->forward(ex, f_TD, saved.normed2_TD, keep, std::get<DenseFfn::Saved>(saved.ffn));
-    return;
+    dense->forward(ex, out.branch_TD, saved.normed2_TD, keep, std::get<DenseFfn::Saved>(saved.ffn));
+    return {saved.h_TD, out.branch_TD, out.y_TD};
   }
   saved.ffn = MoeLayer::Saved{};
-  std::get<MoeLayer>(ffn).forward(ex, f_TD, saved.normed2_TD, saved.balance, keep,
+  std::get<MoeLayer>(ffn).forward(ex, out.y_TD, saved.normed2_TD, saved.h_TD, saved.balance, keep,
                                   std::get<MoeLayer::Saved>(saved.ffn));
+  return {out.y_TD};
 }
 
 Residual Block::forward(Exec& ex, const Output& out, const Residual& x, const TokenPlaces& places,
@@ -32,8 +34,7 @@ Residual Block::forward(Exec& ex, const Output& out, const Residual& x, const To
   const std::size_t before = keep.mark();
   attention_half(ex, out.branch_TD, x, keep, saved);
   const std::size_t before_ffn = keep.mark();
-  ffn_half(ex, out.branch_TD, keep, saved);
-  Residual y{saved.h_TD, out.branch_TD, out.y_TD};
+  Residual y = ffn_half(ex, out, keep, saved);
   // What was kept behind the mark is given up; the views in `saved` are stale until backward runs that half again.
   if (recompute == Recompute::kFfn) keep.rewind(before_ffn);
   if (recompute == Recompute::kBlock) {
@@ -60,7 +61,7 @@ void Block::backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const
   if (recompute == Recompute::kFfn || recompute == Recompute::kBlock) {
     Exec again = not_booked(ex);
     if (recompute == Recompute::kBlock) attention_half(again, dbranch_TD, {saved.x_TD}, keep, saved);
-    ffn_half(again, dbranch_TD, keep, saved);
+    ffn_half(again, {dbranch_TD, dbranch_TD}, keep, saved);
   }
   ffn_backward(ex, dbranch_TD, g_TD, saved);
   norm2.backward(ex, g_TD, Accumulate::kAdd, dbranch_TD, saved.norm2);

@@ -45,7 +45,7 @@ struct Block {
 
  private:
   void attention_half(Exec& ex, TensorView attended_TD, const Residual& x, Arena& keep, Saved& saved) const;
-  void ffn_half(Exec& ex, TensorView f_TD, Arena& keep, Saved& saved) const;
+  Residual ffn_half(Exec& ex, const Output& out, Arena& keep, Saved& saved) const;
   void ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const;
 };
 

@@ -37,7 +37,7 @@ void DenseFfn::hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, con
   forward(ex, h_TF, gate_up_TG, saved.gate_T);  // absent without a gate
 }
 
-// dx_TD += and the gate's weight gradient += , from dgate_T.
+// dx_TD += , where it is given, and the gate's weight gradient += , from dgate_T.
 void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T, ConstTensorView x_TD,
                              const Saved& saved) const {
   TensorView dw_1D = gate_1D->grad;
@@ -49,7 +49,10 @@ void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T
   ops::sigmoid_gate_backward(once, dx_TD, dw_1D, dgate_T, saved.gate_T, x_TD, gate_1D->value);
 }
 
-void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {
+void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved,
+                        GateGradient* left) const {
+  TensorView dgate_T;
+  if (gate_1D) dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");
   ScratchScope scope(*ex.scratch);
   GatheredTokens dy(ex, *tp, dy_tD), x(ex, *tp, saved.x_tD);
   Exec again = not_booked(ex);
@@ -68,15 +71,15 @@ void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const
   }
   TensorView dgate_up_TG = ex.scratch->take({T, G}, dy_tD.dtype, "ffn gate and up gradient");
   down.backward(ex, dh_TF, Accumulate::kOverwrite, dy.finish(), h_TF);
-  TensorView dgate_T;
-  if (gate_1D) dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");
   const auto activation_backward =
       activation == Activation::kSilu ? ops::swiglu_backward : ops::geglu_backward;
   activation_backward(ex, dgate_up_TG, dgate_T, dh_TF, gate_up_TG, saved.gate_T);
   if (keeps.gate_up) x_TD = x.finish();
   PartialSum dx(ex, *tp, dx_tD);
   gate_up.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dgate_up_TG, x_TD);
-  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);
+  const bool leaves = gate_1D && left != nullptr && tp->size() == 1;
+  if (leaves) *left = {dgate_T, saved.gate_T, gate_1D->value};
+  if (gate_1D) gate_backward(ex, leaves ? TensorView{} : dx.partial_TD(), dgate_T, x_TD, saved);
   dx.reduce(ex);
 }
 

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "configs/model_traits.h"
+#include "kernels/ops/routing.h"
 #include "trainer/model/keep.h"
 #include "trainer/model/linear.h"
 #include "trainer/model/sequence_shards.h"
@@ -26,8 +27,10 @@ struct DenseFfn {
   };
 
   void forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& keep, Saved& saved) const;
-  void backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD,
-                const Saved& saved) const;  // overwrites dx
+  // Overwrites dx. Given `left`, who adds to dx next is left the gate's share of it, if there is one: in temporary
+  // memory of the caller's ScratchScope. (Not under tp, whose ranks each add their own before they are summed.)
+  void backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved,
+                GateGradient* left = nullptr) const;
 
  private:
   void hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, const Saved& saved) const;

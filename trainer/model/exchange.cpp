@@ -1,7 +1,5 @@
 #include "trainer/model/exchange.h"
 
-#include "kernels/ops/routing.h"
-
 namespace upmoe {
 
 RowsUnderWay Exchange::send_weights(Exec& ex, const ExchangePlan& plan) const {
@@ -26,8 +24,7 @@ TensorView sum_of_choices(Exec& ex, const DispatchPlan& plan, ConstTensorView ro
   TensorView sum_TK = ex.scratch->take({T, K}, DType::kF32, "router weight gradient");
   // An expert that is cut in pieces computes a part of the hidden layer on each; the weight's gradient is the sum of
   // theirs.
-  ops::gather_sum_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1, plan.slot_TS.reshape({T * K, plan.pieces}),
-                       Accumulate::kOverwrite);
+  ops::gather_sum_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1, plan.slot_TS.reshape({T * K, plan.pieces}));
   return sum_TK;
 }
 
@@ -51,8 +48,9 @@ class FlatExchange final : public Exchange {
   ops::PickedRows receive(Exec&, const ExchangePlan&, RowsUnderWay& rows) const override {
     return rows.wait();
   }
-  void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows) const override {
-    ops::gather_sum_rows(ex, y_TD, rows.wait().from_XD, plan.dispatch.slot_TS, Accumulate::kAdd);
+  void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows,
+                const SumOnto& onto) const override {
+    ops::gather_sum_rows(ex, y_TD, rows.wait().from_XD, plan.dispatch.slot_TS, onto);
   }
   TensorView weights_back(Exec& ex, const ExchangePlan& plan, RowsUnderWay& rows) const override {
     return sum_of_choices(ex, plan.dispatch, rows.wait().from_XD);
@@ -90,20 +88,21 @@ class NodeExchange final : public Exchange {
     return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_tokens(rows.wait().from_XD)).wait();
   }
   // Their sum crosses, not the rows.
-  void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows) const override {
+  void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows,
+                const SumOnto& onto) const override {
     const ConstTensorView rows_ND = rows.wait().from_XD;
     TensorView sum_AD =
         ex.scratch->take({plan.nodes.arrived(), y_TD.shape[1]}, rows_ND.dtype, "sums of a node");
-    ops::gather_sum_rows(ex, sum_AD, rows_ND, plan.dispatch.slot_TS, Accumulate::kOverwrite);
+    ops::gather_sum_rows(ex, sum_AD, rows_ND, plan.dispatch.slot_TS);
     RowsUnderWay home = from_nodes(ex, nodes_, plan.nodes, sum_AD);
-    ops::gather_sum_rows(ex, y_TD, home.wait().from_XD, plan.nodes.slot_TM, Accumulate::kAdd);
+    ops::gather_sum_rows(ex, y_TD, home.wait().from_XD, plan.nodes.slot_TM, onto);
   }
   TensorView weights_back(Exec& ex, const ExchangePlan& plan, RowsUnderWay& rows) const override {
     const TensorView here_AK = sum_of_choices(ex, plan.dispatch, rows.wait().from_XD);
     RowsUnderWay home = from_nodes(ex, nodes_, plan.nodes, here_AK);
     TensorView whole_TK = ex.scratch->take({plan.nodes.slot_TM.shape[0], plan.dispatch.choices}, DType::kF32,
                                            "router weight gradient");
-    ops::gather_sum_rows(ex, whole_TK, home.wait().from_XD, plan.nodes.slot_TM, Accumulate::kOverwrite);
+    ops::gather_sum_rows(ex, whole_TK, home.wait().from_XD, plan.nodes.slot_TM);
     return whole_TK;
   }
 

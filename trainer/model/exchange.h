@@ -8,6 +8,7 @@
 
 #include <memory>
 
+#include "kernels/ops/routing.h"
 #include "trainer/model/choices.h"
 #include "trainer/model/node_exchange.h"
 #include "trainer/model/token_dispatch.h"
@@ -40,8 +41,9 @@ class Exchange {
 
   // One row of each of the experts' rows back to its token: y in forward, dx and the weights' gradients in backward.
   RowsUnderWay send_back(Exec& ex, const ExchangePlan& plan, ConstTensorView rows_R) const;
-  // The adjoint of receive: y_TD += the sum of each token's rows.
-  virtual void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows) const = 0;
+  // The adjoint of receive: y_TD = the sum of each token's rows, added to `onto`.
+  virtual void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows,
+                        const SumOnto& onto) const = 0;
   // The adjoint of receive_weights: [T, K] in scratch memory, 0 where a slot is none.
   virtual TensorView weights_back(Exec& ex, const ExchangePlan& plan, RowsUnderWay& rows) const = 0;
 

@@ -1,19 +1,17 @@
 #include "trainer/model/moe_layer.h"
 
-#include "kernels/ops/pointwise.h"
-
 namespace upmoe {
 
-void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const RouterBalance& balance,
-                       Arena& keep, Saved& saved) const {
+void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, ConstTensorView residual_TD,
+                       const RouterBalance& balance, Arena& keep, Saved& saved) const {
   saved.plan = exchange->plan(ex, router->forward(ex, x_TD, balance, keep, saved.router), keep);
   const ExchangePlan& plan = saved.plan;
   ScratchScope scope(*ex.scratch);
   RowsUnderWay x = exchange->send(ex, plan, x_TD), weights = exchange->send_weights(ex, plan);
+  SumOnto onto{.residual_TD = residual_TD};
   if (shared) {  // while the rows travel
     shared->forward(ex, y_TD, x_TD, keep, saved.shared);
-  } else {
-    ops::fill(ex, y_TD, 0.0f);
+    onto.base_TD = y_TD;
   }
   const TensorView weight_R1 = keep.take({plan.received(), 1}, DType::kF32, "expert row weights");
   exchange->receive_weights(ex, weight_R1, weights);
@@ -24,7 +22,7 @@ void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const Ro
   const TensorView y_RD = ex.scratch->take({plan.received(), x_TD.shape[1]}, x_TD.dtype, "expert output");
   experts.forward(ex, y_RD, rows, keep, saved.experts);
   RowsUnderWay y = exchange->send_back(ex, plan, y_RD);
-  exchange->add_back(ex, plan, y_TD, y);
+  exchange->add_back(ex, plan, y_TD, y, onto);
 }
 
 void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const RouterBalance& balance,
@@ -32,10 +30,10 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   const ExchangePlan& plan = saved.plan;
   ScratchScope scope(*ex.scratch);
   RowsUnderWay dy = exchange->send(ex, plan, dy_TD);
+  SumOnto onto;
   if (shared) {  // while the gradients travel
-    shared->backward(ex, dx_TD, dy_TD, saved.shared);
-  } else {
-    ops::fill(ex, dx_TD, 0.0f);
+    shared->backward(ex, dx_TD, dy_TD, saved.shared, &onto.gate);
+    onto.base_TD = dx_TD;
   }
   // What forward did not keep is made again while the gradients are on their way, before they are waited for.
   Experts::Backward b = experts.begin_backward(ex, saved.experts);
@@ -43,7 +41,7 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   RowsUnderWay dx = exchange->send_back(ex, plan, b.dx_RD()),
                dweights = exchange->send_back(ex, plan, b.dweight_R1());
   experts.backward_weights(ex, b, saved.experts);  // while the input gradients travel back
-  exchange->add_back(ex, plan, dx_TD, dx);
+  exchange->add_back(ex, plan, dx_TD, dx, onto);
   router->backward(ex, dx_TD, exchange->weights_back(ex, plan, dweights), balance, saved.router);
 }
 

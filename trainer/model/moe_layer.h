@@ -26,8 +26,9 @@ struct MoeLayer {
     DenseFfn::Saved shared;
   };
 
-  void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, const RouterBalance& balance, Arena& keep,
-               Saved& saved) const;
+  // y_TD = residual_TD, which may be absent, + what the experts make of x_TD.
+  void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, ConstTensorView residual_TD,
+               const RouterBalance& balance, Arena& keep, Saved& saved) const;
   void backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const RouterBalance& balance,
                 const Saved& saved) const;
 };

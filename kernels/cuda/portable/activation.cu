@@ -211,6 +211,7 @@ void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTe
     using X = decltype(x_type);
     sum_wide_columns(ex, dw_1D, GateWeightGradient<X>{dgate, gate, x_TD.as<X>(), width}, tokens,
                      x_TD.as<X>());
+    if (!dx_TD.given()) return;
     with_float_type(dx_TD.dtype, [&](auto dx_type) {
       using DX = decltype(dx_type);
       const bool wide = packs<4>(width, dx_TD.as<DX>(), w_1D.as<X>());

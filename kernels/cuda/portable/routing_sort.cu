@@ -149,16 +149,27 @@ void launch_gather(const Exec& ex, const TensorView& out_ND, const ConstTensorVi
          checked_mul(in_XD.rows(), divisor), stream_of(ex).findings());
 }
 
-// y[t] (+)= the sum of its rows, in k order; a thread has N columns of a token at a time. Rows are loaded
+// SumOnto on the device: null where not given.
+template <class Y, class X>
+struct Onto {
+  const Y *base, *residual;
+  const float *dgate, *gate;
+  const X* w;
+};
+
+// y[t] = the sum of its rows, in k order, added to `onto`; a thread has N columns of a token at a time. Rows are loaded
 // kEach at a time, whether they are there or not, so that their loads do not wait for each other.
-template <int N, bool kAdd, class Y, class X>
-__global__ void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int64_t tokens,
+template <int N, class Y, class X>
+__global__ void sum_rows(Y* y, const X* rows, const std::int32_t* slot, Onto<Y, X> onto, std::int64_t tokens,
                          std::int64_t width, int k, std::int64_t limit, FindingWords findings) {
   const std::int64_t t = row_of_thread();
   if (t >= tokens) return;
+  const float dlogit = onto.dgate != nullptr ? onto.dgate[t] * onto.gate[t] * (1.0f - onto.gate[t]) : 0.0f;
   for (std::int64_t c = static_cast<std::int64_t>(threadIdx.x) * N; c < width; c += blockDim.x * N) {
-    float sum[N] = {}, before[N] = {};
-    if constexpr (kAdd) load_floats(before, y + t * width + c);
+    float sum[N] = {}, before[N] = {}, residual[N] = {}, weight[N] = {};
+    if (onto.base != nullptr) load_floats(before, onto.base + t * width + c);
+    if (onto.residual != nullptr) load_floats(residual, onto.residual + t * width + c);
+    if (onto.dgate != nullptr) load_floats(weight, onto.w + c);
     for (int first = 0; first < k; first += kEach) {
       Pack<X, N> v[kEach] = {};
 #pragma unroll
@@ -173,8 +184,16 @@ __global__ void sum_rows(Y* y, const X* rows, const std::int32_t* slot, std::int
 #pragma unroll
         for (int n = 0; n < N; ++n) sum[n] += to_float(v[j].at[n]);
     }
+    if (onto.dgate != nullptr) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) before[n] = to_float(from_float<Y>(before[n] + dlogit * weight[n]));
+    }
 #pragma unroll
     for (int n = 0; n < N; ++n) sum[n] += before[n];
+    if (onto.residual != nullptr) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) sum[n] = to_float(from_float<Y>(sum[n])) + residual[n];
+    }
     store_floats(y + t * width + c, sum);
   }
 }
@@ -246,7 +265,7 @@ void gather_rows(Exec& ex, TensorView out_ND, ConstTensorView in_XD, ConstTensor
 }
 
 void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTensorView slot_TK,
-                     Accumulate mode) {
+                     const SumOnto& to) {
   const std::int64_t tokens = y_TD.shape[0], width = y_TD.shape[1], limit = rows_ND.shape[0];
   stream_of(ex).limit(Finding::kIndex, limit);
   with_float_type(y_TD.dtype, [&](auto y_type) {
@@ -254,13 +273,15 @@ void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTe
       using Y = decltype(y_type);
       using X = decltype(x_type);
       constexpr int N = kPack<X>;
-      const bool wide = packs<N>(width, y_TD.as<Y>(), rows_ND.as<X>()), add = mode == Accumulate::kAdd;
-      const auto kernel = wide ? (add ? sum_rows<N, true, Y, X> : sum_rows<N, false, Y, X>)
-                               : (add ? sum_rows<1, true, Y, X> : sum_rows<1, false, Y, X>);
+      const Onto<Y, X> onto{to.base_TD.if_given<Y>(), to.residual_TD.if_given<Y>(),
+                            to.gate.dgate_T.if_given<float>(), to.gate.gate_T.if_given<float>(),
+                            to.gate.w_1D.if_given<X>()};
+      const bool wide =
+          packs<N>(width, y_TD.as<Y>(), onto.base, onto.residual) && packs<N>(width, rows_ND.as<X>(), onto.w);
       const dim3 block = lanes_by_rows(wide ? width / N * kEach : width);
-      launch(ex, blocks_for(tokens, block.y), block, kernel, y_TD.as<Y>(), rows_ND.as<X>(),
-             slot_TK.as<std::int32_t>(), tokens, width, static_cast<int>(slot_TK.shape[1]), limit,
-             stream_of(ex).findings());
+      launch(ex, blocks_for(tokens, block.y), block, wide ? sum_rows<N, Y, X> : sum_rows<1, Y, X>,
+             y_TD.as<Y>(), rows_ND.as<X>(), slot_TK.as<std::int32_t>(), onto, tokens, width,
+             static_cast<int>(slot_TK.shape[1]), limit, stream_of(ex).findings());
     });
   });
 }
