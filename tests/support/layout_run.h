@@ -144,6 +144,8 @@ inline std::vector<Layout> layouts_of_every_kind() {
   all.back().zero = 2;
   all.push_back(of({1, 2, 1, 2, 2, 1}));
   all.back().recompute = Recompute::kBlock;
+  all.push_back(of({2, 1, 1, 2, 1, 1}));
+  all.back().recompute = Recompute::kNorms;
   return all;
 }
 

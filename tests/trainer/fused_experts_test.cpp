@@ -102,7 +102,8 @@ TEST_P(FusedExperts, TrainTheSameSteps) {
   expect_same_steps(layout);
 }
 INSTANTIATE_TEST_SUITE_P(Recomputing, FusedExperts,
-                         testing::Values(Recompute::kNone, Recompute::kRoutedUp, Recompute::kBlock),
+                         testing::Values(Recompute::kNone, Recompute::kNorms, Recompute::kRoutedUp,
+                                         Recompute::kBlock),
                          [](const auto& i) { return std::string(name_of(i.param)); });
 
 // Rows from other ranks are kept as they were picked.

@@ -145,8 +145,8 @@ TEST(Features, RecomputationIsTheSameToTheBit) {
   meshes.push_back({});                  // one rank has all experts: their rows are gathered again
   meshes.push_back({1, 1, 1, 2, 1, 1});  // tp alone
   for (const MeshSpec& mesh : meshes)
-    for (const Recompute recompute :
-         {Recompute::kSwiglu, Recompute::kRoutedUp, Recompute::kUp, Recompute::kFfn, Recompute::kBlock}) {
+    for (const Recompute recompute : {Recompute::kNorms, Recompute::kSwiglu, Recompute::kRoutedUp,
+                                      Recompute::kUp, Recompute::kFfn, Recompute::kBlock}) {
       Layout l{"moe_mixed", mesh, 1};
       const Outcome kept = run_in_layout(l);
       l.recompute = recompute;

@@ -13,8 +13,9 @@
 namespace upmoe::test {
 namespace {
 
-constexpr Recompute kEveryRecompute[] = {Recompute::kNone, Recompute::kSwiglu, Recompute::kRoutedUp,
-                                         Recompute::kUp,   Recompute::kFfn,    Recompute::kBlock};
+constexpr Recompute kEveryRecompute[] = {Recompute::kNone,     Recompute::kNorms, Recompute::kSwiglu,
+                                         Recompute::kRoutedUp, Recompute::kUp,    Recompute::kFfn,
+                                         Recompute::kBlock};
 
 // Of the first step of a golden run, on the CPU.
 Cost real_step(const Golden& golden, Recompute recompute) {
@@ -75,6 +76,7 @@ TEST(ModelCost, RecomputationIsBookedApart) {
   const auto again = [&](Recompute r) { return model_cost(c, {golden.seq_len(), r}).again_flops; };
   const ModelCost none = model_cost(c, {golden.seq_len(), Recompute::kNone});
   EXPECT_EQ(none.again_flops, 0);
+  EXPECT_EQ(again(Recompute::kNorms), 0) << "no products";
   EXPECT_EQ(again(Recompute::kSwiglu), 0) << "no products";
   EXPECT_EQ(again(Recompute::kBlock),
             none.forward_flops - 2.0 * static_cast<double>(c.vocab_size * c.hidden_size));

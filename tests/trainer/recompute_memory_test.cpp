@@ -34,7 +34,7 @@ double kept(Recompute recompute) {
   const auto view = [&](Shape shape, DType dtype) { return TensorView{nullptr, shape, dtype, dry}; };
   const TensorView x = view({tokens, 2048}, DType::kBF16), y = x, g = x;
   Block::Saved saved;
-  block.forward(ex, {y, x}, {x}, {view({tokens}, DType::kI32), {}, 2048}, keep, saved);
+  block.forward(ex, {y, x, x}, {x}, {view({tokens}, DType::kI32), {}, 2048}, keep, saved);
   const std::size_t used = keep.used();
   saved.balance.terms.aux = view({60}, DType::kF32);
   block.backward(ex, g, keep, saved);

@@ -3,12 +3,12 @@
 namespace upmoe {
 
 // norm1, attention, residual, norm2: fills saved up to normed2_TD.
-void Block::attention_half(Exec& ex, TensorView attended_TD, const Residual& x, Arena& keep,
-                           Saved& saved) const {
+void Block::attention_half(Exec& ex, const Output& out, const Residual& x, Arena& keep, Saved& saved) const {
   const auto take = [&](const char* what) { return keep.take(x.x_TD.shape, x.x_TD.dtype, what); };
-  saved.normed1_TD = take("norm1 output");
+  const TensorView& attended_TD = out.branch_TD;
+  saved.normed1_TD = shares_norms() ? out.normed_TD : take("norm1 output");
   saved.h_TD = take("residual after attention");
-  saved.normed2_TD = take("norm2 output");
+  saved.normed2_TD = shares_norms() ? out.normed_TD : take("norm2 output");
   norm1.forward(ex, saved.normed1_TD, x, keep, saved.norm1);
   saved.x_TD = saved.norm1.x_TD;
   attention.forward(ex, attended_TD, saved.normed1_TD, saved.places, keep, saved.attention);
@@ -32,7 +32,7 @@ Residual Block::forward(Exec& ex, const Output& out, const Residual& x, const To
                         Arena& keep, Saved& saved) const {
   saved.places = places;
   const std::size_t before = keep.mark();
-  attention_half(ex, out.branch_TD, x, keep, saved);
+  attention_half(ex, out, x, keep, saved);
   const std::size_t before_ffn = keep.mark();
   Residual y = ffn_half(ex, out, keep, saved);
   // What was kept behind the mark is given up; the views in `saved` are stale until backward runs that half again.
@@ -58,13 +58,15 @@ void Block::backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const
   const std::size_t top = keep.mark();
   ScratchScope scope(*ex.scratch);
   TensorView dbranch_TD = ex.scratch->take(g_TD.shape, g_TD.dtype, "residual branch gradient");
-  if (recompute == Recompute::kFfn || recompute == Recompute::kBlock) {
-    Exec again = not_booked(ex);
-    if (recompute == Recompute::kBlock) attention_half(again, dbranch_TD, {saved.x_TD}, keep, saved);
+  Exec again = not_booked(ex);
+  if (recompute == Recompute::kBlock)
+    attention_half(again, {dbranch_TD, dbranch_TD}, {saved.x_TD}, keep, saved);
+  if (recompute == Recompute::kFfn || recompute == Recompute::kBlock)
     ffn_half(again, {dbranch_TD, dbranch_TD}, keep, saved);
-  }
+  if (shares_norms()) norm2.again(again, saved.normed2_TD, saved.norm2);
   ffn_backward(ex, dbranch_TD, g_TD, saved);
   norm2.backward(ex, g_TD, Accumulate::kAdd, dbranch_TD, saved.norm2);
+  if (shares_norms()) norm1.again(again, saved.normed1_TD, saved.norm1);
   attention.backward(ex, dbranch_TD, g_TD, saved.attention);
   norm1.backward(ex, g_TD, Accumulate::kAdd, dbranch_TD, saved.norm1);
   keep.rewind(top);

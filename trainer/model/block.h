@@ -35,7 +35,11 @@ struct Block {
   // is read first.
   struct Output {
     TensorView y_TD, branch_TD;
+    // Where shares_norms(): for the outputs of both norms, which nobody reads at one time. Of all blocks of a
+    // micro-batch, and there until the last backward; what stands in it, backward makes again.
+    TensorView normed_TD = {};
   };
+  bool shares_norms() const { return recompute == Recompute::kNorms; }
   // The output; of what lies in `keep` and `out`.
   Residual forward(Exec& ex, const Output& out, const Residual& x, const TokenPlaces& places, Arena& keep,
                    Saved& saved) const;
@@ -44,7 +48,7 @@ struct Block {
   void backward(Exec& ex, TensorView g_TD, Arena& keep, Saved& saved) const;
 
  private:
-  void attention_half(Exec& ex, TensorView attended_TD, const Residual& x, Arena& keep, Saved& saved) const;
+  void attention_half(Exec& ex, const Output& out, const Residual& x, Arena& keep, Saved& saved) const;
   Residual ffn_half(Exec& ex, const Output& out, Arena& keep, Saved& saved) const;
   void ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const;
 };

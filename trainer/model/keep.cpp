@@ -12,6 +12,7 @@ KeepOfKinds keep_of(Recompute recompute) {
     case Recompute::kUp:
       return {.dense = nothing, .routed = nothing};
     case Recompute::kNone:
+    case Recompute::kNorms:
     case Recompute::kFfn:
     case Recompute::kBlock:
       break;

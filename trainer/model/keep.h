@@ -13,7 +13,8 @@ struct Keep {
 struct KeepOfKinds {
   Keep dense, routed;  // dense networks and shared experts; routed experts
 };
-// kFfn and kBlock make whole halves of the block again, from what these keep meanwhile.
+// kNorms is the block's own affair; kFfn and kBlock make whole halves of the block again, from what these keep
+// meanwhile.
 KeepOfKinds keep_of(Recompute recompute);
 
 }  // namespace upmoe

@@ -36,6 +36,12 @@ void Norm::forward(Exec& ex, TensorView y_TD, const Residual& residual, Arena& k
   }
 }
 
+void Norm::again(Exec& ex, TensorView y_TD, const Saved& saved) const {
+  if (kind == NormKind::kLayerNorm)
+    return ops::layer_norm_forward(ex, y_TD, {saved.mean_T, saved.rstd_T}, saved.x_TD, weight_D.value, eps);
+  ops::rms_norm_forward(ex, y_TD, saved.rstd_T, saved.x_TD, weight_of(*this));
+}
+
 void Norm::backward(Exec& ex, TensorView dx_TD, Accumulate mode, ConstTensorView dy_TD,
                     const Saved& saved) const {
   ScratchScope scope(*ex.scratch);

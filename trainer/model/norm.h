@@ -27,6 +27,8 @@ struct Norm {
 
   // y_TD may be the stream's branch.
   void forward(Exec& ex, TensorView y_TD, const Residual& residual, Arena& keep, Saved& saved) const;
+  // y_TD as forward made it, from what is saved.
+  void again(Exec& ex, TensorView y_TD, const Saved& saved) const;
   void backward(Exec& ex, TensorView dx_TD, Accumulate mode, ConstTensorView dy_TD, const Saved& saved) const;
 };
 

@@ -185,11 +185,12 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
   ScratchScope scope(*ex.scratch);
   // What a block leaves to be added: its reader, the next norm, is done with it before it is written again.
   const TensorView branch_tD = ex.scratch->take(shape, dtype, "residual branch");
+  const TensorView normed_tD = shares_norms() ? keep.take(shape, dtype, "norm output") : TensorView{};
   Residual x{x_tD};
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     before(first_block + static_cast<int>(i));
     TensorView y_tD = keep.take(shape, dtype, "block output");
-    x = blocks[i].forward(ex, {y_tD, branch_tD}, x, batch.places, keep, saved.blocks[i]);
+    x = blocks[i].forward(ex, {y_tD, branch_tD, normed_tD}, x, batch.places, keep, saved.blocks[i]);
   }
   collect_loads(ex, shape[0], loads_ML, saved);
   if (!output) {
@@ -198,11 +199,10 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
   }
   before(-1);
   saved.dnormed_tD = keep.take(shape, dtype, "final norm gradient");
-  const TensorView normed_tD = branch_tD;
-  output->norm.forward(ex, normed_tD, x, keep, saved.final_norm);
+  output->norm.forward(ex, branch_tD, x, keep, saved.final_norm);  // which is done with the branch
   saved.output_tD = saved.final_norm.x_TD;
   TensorView loss_1 = loss_sum(ex);
-  output->head.forward(ex, loss_1, normed_tD, batch.targets_T, saved.dnormed_tD,
+  output->head.forward(ex, loss_1, branch_tD, batch.targets_T, saved.dnormed_tD,
                        static_cast<float>(loss_scale));
   saved.loss = value_of(ex, loss_1);
 }
@@ -235,8 +235,9 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
     const std::size_t mark = keep.mark();
     ScratchScope scope(*ex.scratch);
     const TensorView branch_tD = ex.scratch->take(shape, dtype, "residual branch");
+    const TensorView normed_tD = shares_norms() ? keep.take(shape, dtype, "norm output") : TensorView{};
     Block::Saved saved;
-    input = summed(ex, block.forward(ex, {y_tD, branch_tD}, {input}, batch.places, keep, saved));
+    input = summed(ex, block.forward(ex, {y_tD, branch_tD, normed_tD}, {input}, batch.places, keep, saved));
     keep.rewind(mark);
     std::swap(x_tD, y_tD);
   }

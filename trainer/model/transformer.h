@@ -81,6 +81,7 @@ struct Transformer {
   std::int64_t own_tokens(const MicroBatch& batch) const { return batch.tokens_T.rows() / tp->size(); }  // t
 
  private:
+  bool shares_norms() const { return !blocks.empty() && blocks.front().shares_norms(); }
   void embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const;
   TensorView prepare_loads(Exec& ex, const MicroBatch& batch, Arena& keep, Saved& saved) const;
   RoutedTokens routed_tokens(const MicroBatch& batch, std::size_t block) const;
