@@ -63,15 +63,28 @@ CostReport cost_as_claimed() {
     const auto cost = [&](const char* name) { return model_cost(model_of(name), {.seq_len = seq_len}); };
     by_length.push_back({cost("qwen1.5-moe-a2.7b"), cost("qwen1.5-7b"), cost("qwen1.5-1.8b")});
   }
-  return claim_report(claim_readings(by_length, {}));
+  const auto counts = [](const char* name) { return count_weights(model_of(name)).parameters; };
+  return claim_report(claim_readings(by_length, {}),
+                      card_readings(counts("marco-nano"), counts("qwen3-0.6b"), {}));
 }
 
 CostReport cost_of_runs(const CostRequest& a) {
   std::vector<RunCurve> runs;
   for (const std::string& run : a.runs) runs.push_back(read_run_curve(run));
   std::optional<RunCurve> source;
-  if (!a.source.empty()) source = read_run_curve(a.source);
+  if (!a.sources.empty()) source = read_run_curve(a.sources.front());
   return runs_report(runs, source);
+}
+
+CostReport fit_of_runs(const CostRequest& a) {
+  std::vector<RunCurve> sources;
+  for (const std::string& source : a.sources) sources.push_back(read_run_curve(source));
+  std::vector<RunOutcome> outcomes;
+  for (std::size_t i = 0; i < a.fitted.size(); ++i) {
+    const RunCurve* source = sources.empty() ? nullptr : &sources[sources.size() == 1 ? 0 : i];
+    outcomes.push_back(outcome_of(read_run_curve(a.fitted[i]), source));
+  }
+  return fit_report(outcomes, fit_scaling(outcomes));
 }
 
 CostReport cost_of_serving(const CostRequest& a) {
@@ -95,6 +108,8 @@ CostReport report_of(const CostRequest& a) {
       return cost_as_claimed();
     case CostKind::kRuns:
       return cost_of_runs(a);
+    case CostKind::kFit:
+      return fit_of_runs(a);
     case CostKind::kInference:
       return cost_of_serving(a);
   }

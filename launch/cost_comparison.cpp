@@ -119,6 +119,51 @@ CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<Ru
       all.dump(2) + "\n"};
 }
 
+CostReport fit_report(const std::vector<RunOutcome>& runs, const ScalingFit& fit) {
+  TextTable numbers({{"number", Align::kLeft}, {"fitted"}, {"with one run left out"}});
+  json j{{"law", fit.law}, {"rms", fit.rms}, {"remarks", fit.remarks}};
+  for (const FittedNumber& n : fit.numbers) {
+    numbers.row(
+        {n.name, fmt::format("{:.4g}", n.value),
+         n.range ? fmt::format("{:.4g} to {:.4g}", n.range->first, n.range->second) : "too few runs"});
+    j["numbers"][n.name] = {{"value", n.value}};
+    if (n.range) j["numbers"][n.name]["range"] = {n.range->first, n.range->second};
+  }
+  const bool sources = runs.front().source_tokens.has_value();
+  std::vector<TextTable::Column> columns{{"run", Align::kLeft}, {"N"}, {sources ? "D2" : "D"}};
+  if (sources) columns.push_back({"D1"});
+  for (const char* head : {"loss", "of the law", "residual"}) columns.push_back({head});
+  TextTable residuals(columns);
+  j["runs"] = json::array();
+  for (std::size_t i = 0; i < runs.size(); ++i) {
+    const RunOutcome& r = runs[i];
+    const double residual = r.loss - fit.predicted[i];
+    std::vector<std::string> cells{r.name, fmt::format("{:.4g}", r.size), fmt::format("{:.4g}", r.tokens)};
+    if (r.source_tokens) cells.push_back(fmt::format("{:.4g}", *r.source_tokens));
+    cells.insert(cells.end(), {fmt::format("{:.4f}", r.loss), fmt::format("{:.4f}", fit.predicted[i]),
+                               fmt::format("{:+.4f}", residual)});
+    residuals.row(cells);
+    json row{{"name", r.name},
+             {"size", r.size},
+             {"tokens", r.tokens},
+             {"loss", r.loss},
+             {"predicted", fit.predicted[i]},
+             {"residual", residual}};
+    if (r.source_tokens) row["source_tokens"] = *r.source_tokens;
+    j["runs"].push_back(std::move(row));
+  }
+  std::string text =
+      fmt::format("{}, {} losses of {} runs:\n\n{}\n{}\nResiduals are {:.4f} nats in the root mean square.\n",
+                  fit.law, runs.front().held_out ? "held-out" : "smoothed training", runs.size(),
+                  numbers.str(), residuals.str(), fit.rms);
+  for (const std::string& words : fit.remarks) text.append(words).append("\n");
+  text +=
+      "N: the model's FLOPs of training per token / 6, attention included. Each loss is that of a run's end: "
+      "a run "
+      "counts\nfor its own schedule, not for where it was on the way.\n";
+  return {text, j.dump(2) + "\n"};
+}
+
 CostReport inference_report(const Served& first, const Served& second, const Machine& machine,
                             const Request& request) {
   const double context = static_cast<double>(request.prompt) + static_cast<double>(request.output) / 2;

@@ -1,5 +1,6 @@
 #pragma once
-// What `upmoe cost` prints where two are compared: runs by what they spent, models by how fast they could be served.
+// What `upmoe cost` prints where several are compared: runs by what they spent and by a law of their losses, models by
+// how fast they could be served.
 
 #include <optional>
 #include <string>
@@ -8,11 +9,15 @@
 #include "launch/cost_report.h"
 #include "trainer/cost/roofline.h"
 #include "trainer/cost/run_curve.h"
+#include "trainer/cost/scaling_fit.h"
 
 namespace upmoe {
 
 // `source`: the run that made the dense source of the first one, whose cost is charged to that one as well.
 CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<RunCurve>& source);
+
+// `fit` is of these runs.
+CostReport fit_report(const std::vector<RunOutcome>& runs, const ScalingFit& fit);
 
 struct Served {
   std::string name;

@@ -179,7 +179,7 @@ CostReport published_report(const std::vector<PublishedRow>& rows) {
   return finish(std::move(text), all);
 }
 
-CostReport claim_report(const std::vector<ClaimReading>& readings) {
+CostReport claim_report(const std::vector<ClaimReading>& readings, const std::vector<ClaimReading>& card) {
   json all = json::array();
   TextTable table({{"reading", Align::kLeft}, {"at"}, {"formula", Align::kLeft}, {"result", Align::kLeft}});
   for (const ClaimReading& r : readings) {
@@ -190,13 +190,24 @@ CostReport claim_report(const std::vector<ClaimReading>& readings) {
     if (r.tokens) j["tokens"] = *r.tokens;
     all.push_back(std::move(j));
   }
+  TextTable other(
+      {{"Marco-Nano's card, 6 N tokens", Align::kLeft}, {"formula", Align::kLeft}, {"result", Align::kLeft}});
+  for (const ClaimReading& r : card) {
+    other.row({r.reading, r.formula, r.result});
+    all.push_back(
+        {{"of", "marco-nano"}, {"reading", r.reading}, {"formula", r.formula}, {"result", r.result}});
+  }
   return finish(
       "What may have been meant by 75 % less training cost than Qwen1.5-7B, and what each reading "
       "gives:\n\n" +
           table.str() +
           "\nHow many tokens the two models saw, and in how many hours, was never published. What one has to "
           "spend\n"
-          "to reach the loss of the other is measured: upmoe cost --run MIXTURE DENSE [--source RUN].\n",
+          "to reach the loss of the other is measured: upmoe cost --run MIXTURE DENSE [--source RUN].\n\n"
+          "Another upcycled model's printed FLOPs. Its own tokens alone do not come near them; with those of "
+          "its "
+          "source\nthey do. That the card charges the source is inferred from this, it does not say so:\n\n" +
+          other.str(),
       all);
 }
 

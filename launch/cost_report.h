@@ -36,6 +36,7 @@ struct PublishedRow {
 };
 CostReport published_report(const std::vector<PublishedRow>& rows);
 
-CostReport claim_report(const std::vector<ClaimReading>& readings);
+// `card`: those of Marco-Nano's card.
+CostReport claim_report(const std::vector<ClaimReading>& readings, const std::vector<ClaimReading>& card);
 
 }  // namespace upmoe

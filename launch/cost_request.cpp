@@ -26,6 +26,7 @@ const std::vector<Report>& reports() {
       {CostKind::kPublished, "--published", {"--published", "--seq-len"}},
       {CostKind::kClaim, "--claim", {"--claim"}},
       {CostKind::kRuns, "--run", {"--run", "--source"}},
+      {CostKind::kFit, "--fit", {"--fit", "--source"}},
       {CostKind::kInference, "--inference", {"--inference", "MODEL", "--machine"}}};
   return all;
 }
@@ -66,7 +67,8 @@ const Report& report_of(const std::vector<std::string>& given) {
   const Report& models = reports().front();
   if (!asks(models))
     fail(ExitCode::kUsage,
-         "upmoe cost: {} says nothing alone; give a MODEL, or --published, --claim, --run or --inference",
+         "upmoe cost: {} says nothing alone; give a MODEL, or --published, --claim, --run, --fit or "
+         "--inference",
          given.front());
   return models;
 }
@@ -113,8 +115,12 @@ std::shared_ptr<CostRequest> add_cost_options(CLI::App& command) {
   as_path(command.add_option(
       "--run", r->runs, "Runs of `upmoe train`, by directory: what each needs to reach the others' loss"));
   as_path(command.add_option(
-      "--source", r->source,
-      "With --run: the run that made the first one's dense source, charged to it as well"));
+      "--fit", r->fitted,
+      "Runs of `upmoe train`, by directory: a law of their final losses by size and tokens, with residuals"));
+  as_path(command.add_option(
+      "--source", r->sources,
+      "With --run: the run that made the first one's dense source, charged to it as well. With --fit: the "
+      "source's run of each, in order, or one of all; the law is then of tokens before and after upcycling"));
   const auto flag = [&](const char* name, const std::string& description) {
     command.add_flag(name, description);
   };
@@ -135,6 +141,11 @@ void settle_cost_request(const CLI::App& command, CostRequest& r) {
     if (!takes(report, option)) refuse(report, option);
   if (r.kind == CostKind::kInference && !r.models.empty() && r.models.size() != 2)
     fail(ExitCode::kUsage, "upmoe cost: --inference compares two models, found {}", r.models.size());
+  if (r.kind == CostKind::kRuns && r.sources.size() > 1)
+    fail(ExitCode::kUsage, "upmoe cost: --run charges one --source, found {}", r.sources.size());
+  if (r.kind == CostKind::kFit && r.sources.size() > 1 && r.sources.size() != r.fitted.size())
+    fail(ExitCode::kUsage, "upmoe cost: --fit: found {} --source for {} runs, expected one for each, or one",
+         r.sources.size(), r.fitted.size());
   if (r.kind == CostKind::kModels && !r.machine.empty() && r.tokens == 0)
     fail(ExitCode::kUsage, "upmoe cost: --machine says how long a training takes there: give its --tokens");
   if (command.count("--mfu") > 0 && r.machine.empty())

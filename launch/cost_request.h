@@ -1,5 +1,5 @@
 #pragma once
-// What `upmoe cost` is asked for: one of five reports, and the options that go with it.
+// What `upmoe cost` is asked for: one of six reports, and the options that go with it.
 
 #include <CLI/CLI.hpp>
 #include <memory>
@@ -10,12 +10,12 @@
 
 namespace upmoe {
 
-enum class CostKind { kModels, kPublished, kClaim, kRuns, kInference };
+enum class CostKind { kModels, kPublished, kClaim, kRuns, kFit, kInference };
 
 struct CostRequest {
   CostKind kind = CostKind::kModels;
-  std::vector<std::string> models, runs;
-  std::string machine, source;  // empty: none was named
+  std::vector<std::string> models, runs, fitted, sources;
+  std::string machine;  // empty: none was named
   std::int64_t seq_len = 4096;
   double tokens = 0;  // 0: not asked
   double mfu = 0.4;

@@ -6,6 +6,7 @@ Needs UPMOE_BINARY.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -156,6 +157,9 @@ class Claim(Cost):
         self.assertEqual(savings[:8], [0.692, 0.681, 0.649, 0.652, 0.664, 0.662, 0.660, 0.650])
         for row in rows:
             self.assertTrue(row["formula"] and row["result"], row)
+        card = [row for row in rows if row.get("of") == "marco-nano"]
+        self.assertEqual(len(card), 4)
+        self.assertTrue(all("inferred" in row["reading"] for row in card if "105 %" in row["result"]))
 
 
 class Runs(Cost):
@@ -181,6 +185,49 @@ class Runs(Cost):
             self.assertIn("not reached", text)
             self.assertIn("50.0 %", text)
             self.refused(3, ["nowhere", "metrics.jsonl"], "--run", Path(folder) / "nowhere")
+
+
+class Fit(Cost):
+    def run_dir(self, folder, tokens, flops, loss):
+        path = Path(folder) / f"{tokens:g}_{flops:g}"
+        path.mkdir(exist_ok=True)
+        lines = [{"step": i, "tokens": tokens * i / 4, "loss": loss, "flops": flops * tokens / 4 / 2, "ranks": 2,
+                  "seconds": 1} for i in range(1, 5)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    def test_of_size_and_tokens(self):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [self.run_dir(folder, d, 6 * n, 1.7 + 400 * n ** -0.34 + 410 * d ** -0.28)
+                    for n in (1e6, 4e6, 2e7) for d in (1e8, 1e9, 1e10)]
+            fit = self.run_json("--fit", *runs)
+            self.assertEqual(fit["law"], "L = E + A N^-a + B D^-b")
+            for name, value in (("E", 1.7), ("a", 0.34), ("b", 0.28)):
+                self.assertAlmostEqual(fit["numbers"][name]["value"], value, delta=2e-3)
+            self.assertLess(fit["rms"], 1e-4)
+            self.assertAlmostEqual(fit["runs"][0]["size"], 1e6, delta=1)
+            shown = upmoe("cost", "--fit", *runs).stdout
+            self.assertIn("smoothed training losses of 9 runs", shown)
+            self.assertIn("the least loss for C FLOPs", shown)
+            self.refused(2, ["has 5 numbers; found 5 runs"], "--fit", *runs[:3], runs[4], runs[8])
+            self.refused(2, ["found 2 --source for 9 runs"], "--fit", *runs, "--source", *runs[:2])
+            self.refused(2, ["--run charges one --source"], "--run", *runs[:2], "--source", *runs[:2])
+
+    def test_of_upcycling(self):
+        with tempfile.TemporaryDirectory() as folder:
+            before, after = (1e8, 1e9, 1e10), (1e8, 4e8, 1.6e9)
+            sources = {d: self.run_dir(folder, d, 6e5, 3) for d in before}
+            runs, of = [], []
+            for d1 in before:
+                for d2 in after:
+                    inner = Path(folder) / f"after_{d1:g}"
+                    inner.mkdir(exist_ok=True)
+                    loss = 1.5 + 90 * d1 ** -0.12 * d2 ** (-0.15 + 0.003 * math.log(d1))
+                    runs.append(self.run_dir(inner, d2, 6e6, loss))
+                    of.append(sources[d1])
+            fit = self.run_json("--fit", *runs, "--source", *of)
+            self.assertAlmostEqual(fit["numbers"]["r"]["value"], 0.003, delta=2e-4)
+            self.assertEqual(fit["runs"][0]["source_tokens"], 1e8)
 
 
 class Inference(Cost):

@@ -79,6 +79,17 @@ TEST(Claim, InItsReadings) {
   EXPECT_NEAR(*all[25].saving, .613, 6e-4);
 }
 
+TEST(Claim, ACardThatFitsWithItsSourceAlone) {
+  const auto counts = [](const char* name) { return count_weights(shipped(name)).parameters; };
+  const std::vector<ClaimReading> all = card_readings(counts("marco-nano"), counts("qwen3-0.6b"), {});
+  ASSERT_EQ(all.size(), 4u);
+  EXPECT_THAT(all[0].result, HasSubstr("1.84e+22 FLOP, 13 %"));
+  EXPECT_THAT(all[1].result, HasSubstr("1.37e+22 FLOP, 10 %"));
+  EXPECT_THAT(all[2].result, HasSubstr("1.47e+23 FLOP, 105 % of the 1.40e+23 printed"));
+  EXPECT_THAT(all[2].reading, HasSubstr("inferred"));
+  EXPECT_THAT(all[3].result, HasSubstr("78 %"));
+}
+
 TEST(Roofline, TimesOfDecodingByBatch) {
   const Machine a100 = read_machine(kConfigs / "machines" / "a100-80.yaml");
   const ServedModel mixture(shipped("qwen1.5-moe-a2.7b"), 1000), dense(shipped("qwen1.5-7b"), 1000);

@@ -97,6 +97,31 @@ class Readings {
 
 }  // namespace
 
+std::vector<ClaimReading> card_readings(const ParamCounts& mixture, const ParamCounts& source,
+                                        const CardFacts& facts) {
+  std::vector<ClaimReading> all;
+  const auto read = [&](const char* counted, double n, double n_source, bool with_source) {
+    const double flops = 6 * (n * facts.tokens + (with_source ? n_source * facts.source_tokens : 0));
+    const std::string own = fmt::format("{:.4f}e9 * {:.1f}e12", n * 1e-9, facts.tokens * 1e-12);
+    all.push_back(
+        {.reading = fmt::format("{}, source {}", counted, with_source ? "charged (inferred)" : "not charged"),
+         .formula = with_source ? fmt::format("6 * ({} + {:.4f}e9 * {:.0f}e12)", own, n_source * 1e-9,
+                                              facts.source_tokens * 1e-12)
+                                : fmt::format("6 * {}", own),
+         .saving = {},
+         .tokens = {},
+         .result = fmt::format("{:.2e} FLOP, {:.0f} % of the {:.2e} printed", flops,
+                               100 * flops / facts.printed_flops, facts.printed_flops)});
+  };
+  const auto count = [](std::int64_t n) { return static_cast<double>(n); };
+  for (const bool with_source : {false, true}) {
+    read("activated parameters", count(mixture.activated), count(source.activated), with_source);
+    read("non-embedding parameters", count(mixture.activated_non_embedding),
+         count(source.activated_non_embedding), with_source);
+  }
+  return all;
+}
+
 std::vector<ClaimReading> claim_readings(const std::vector<ClaimedModels>& by_length,
                                          const ClaimFacts& facts) {
   UPMOE_CHECK(!by_length.empty(), "no sequence length");

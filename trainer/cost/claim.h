@@ -38,4 +38,15 @@ struct ClaimReading {
 std::vector<ClaimReading> claim_readings(const std::vector<ClaimedModels>& by_length,
                                          const ClaimFacts& facts);
 
+// Another upcycled model whose maker printed FLOPs, but not of what: Marco-Nano, made of Qwen3-0.6B.
+struct CardFacts {
+  double printed_flops = 1.40e23;  // its model card
+  double tokens = 5.1e12;          // arXiv 2604.25578
+  double source_tokens = 36e12;    // Qwen3's technical report
+};
+
+// Its printed FLOPs beside 6 N tokens, without and with the source's. That the card charges the source is inferred.
+std::vector<ClaimReading> card_readings(const ParamCounts& mixture, const ParamCounts& source,
+                                        const CardFacts& facts);
+
 }  // namespace upmoe
