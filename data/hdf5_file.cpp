@@ -176,4 +176,12 @@ void Hdf5Writer::close() {
     fail(ExitCode::kBadInput, "{}: could not be completed: {}", impl_->path.string(), library_message());
 }
 
+std::string hdf5_library() {
+  const std::lock_guard lock(library());
+  unsigned major = 0, minor = 0, release = 0;
+  if (H5get_libversion(&major, &minor, &release) < 0)
+    fail(ExitCode::kFailure, "HDF5 does not tell its version");
+  return fmt::format("{}.{}.{}", major, minor, release);
+}
+
 }  // namespace upmoe

@@ -11,6 +11,8 @@
 
 namespace upmoe {
 
+std::string hdf5_library();  // "1.10.8", the one that was loaded
+
 class Hdf5Writer {
  public:
   explicit Hdf5Writer(const std::filesystem::path& path);  // new file

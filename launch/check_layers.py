@@ -33,8 +33,9 @@ MAY_INCLUDE = {
     "upcycle": {"kernels/core", "kernels/ops", "configs", "parallel", "data"},
     "trainer": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer/model"},
     "trainer/cost": {"kernels/core", "configs", "trainer"},
-    "launch": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer", "trainer/cost", "trainer/model",
-               "upcycle"},
+    "trainer/diagnosis": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer"},
+    "launch": {"kernels/core", "kernels/ops", "configs", "parallel", "data", "trainer", "trainer/cost",
+               "trainer/diagnosis", "trainer/model", "upcycle"},
 }
 MAY_INCLUDE["tests"] = set(MAY_INCLUDE)
 # What stands between an op and its backends: for the sources of kernels/ and for tests.
@@ -61,6 +62,7 @@ DECLARED_IN = {
     # what kernels/core may call of a GPU, without knowing CUDA
     "kernels/cuda/portable/slice_sums.cu": "kernels/core/gpu.h",
     "kernels/cuda/runtime/device.cu": "kernels/core/gpu.h",
+    "kernels/cuda/libraries.cpp": "kernels/core/gpu.h",
     "kernels/cuda/runtime/memory.cu": "kernels/core/gpu.h",
     # what stands in for a library that a build does without
     "kernels/cuda/library/cudnn_sdpa_stub.cpp": "kernels/cuda/library/cudnn_sdpa.h",
@@ -71,7 +73,7 @@ DECLARED_IN = {
     "data/hdf5_values.cpp": "data/hdf5_cursor.h",
     # one table of commands
     **{f"launch/{command}.cpp": "launch/commands.h"
-       for command in ("cost", "eval", "export", "inspect", "main", "report", "train", "upcycle")},
+       for command in ("cost", "doctor", "eval", "export", "inspect", "main", "report", "train", "upcycle")},
 }
 
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the

@@ -31,6 +31,7 @@ int run(int argc, char** argv) {
   upmoe::add_export(app, handler);
   upmoe::add_inspect(app, handler);
   upmoe::add_cost(app, handler);
+  upmoe::add_doctor(app, handler);
   upmoe::add_report(app, handler);
   double deadline_s = 600;
   for (const char* command : {"upcycle", "train", "eval", "export"})

@@ -5,6 +5,7 @@
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
+#include "trainer/diagnosis/warnings.h"
 #include "trainer/rank_model.h"
 #include "trainer/stop_requests.h"
 #include "trainer/training_run.h"
@@ -28,6 +29,7 @@ int run_train(const TrainArguments& arguments, Runtime& runtime) {
     log::info("computing on {} GPU{}: {}", world.size(), world.size() == 1 ? "" : "s",
               gpu::name_of(device.index));
   remark_on_precision(run.train.precision, device);
+  warn_of_machine(world, run.run.dir);
   return train(run, world, {device, arguments.fresh, describe(runtime.cores())});
 }
 

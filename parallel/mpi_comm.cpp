@@ -290,6 +290,14 @@ MpiWorld start_mpi(int* argc, char*** argv) {
   return world;
 }
 
+std::string mpi_library() {
+  char words[MPI_MAX_LIBRARY_VERSION_STRING] = {};
+  int length = 0;
+  check_mpi(MPI_Get_library_version(words, &length), "MPI_Get_library_version");
+  const std::string all(words, static_cast<std::size_t>(length));
+  return all.substr(0, all.find_first_of(",\n"));  // "Open MPI v4.1.4", without who built it where
+}
+
 void stop_mpi() {
   const watchdog::Phase phase("end of MPI");
   watchdog::tell_peers_by({});

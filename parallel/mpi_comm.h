@@ -2,6 +2,7 @@
 // The MPI transport. Only runtime.cpp and the tests make one.
 
 #include <memory>
+#include <string>
 
 #include "parallel/communicator.h"
 
@@ -16,6 +17,7 @@ struct MpiWorld {
 };
 MpiWorld start_mpi(int* argc, char*** argv);
 void stop_mpi();
+std::string mpi_library();  // name and version; before MPI has started too
 [[noreturn]] void abort_mpi(int code);
 
 }  // namespace upmoe

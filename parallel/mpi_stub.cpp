@@ -20,6 +20,9 @@ MpiWorld start_mpi(int*, char***) {
   no_mpi();
 }
 void stop_mpi() {}
+std::string mpi_library() {
+  return "this program was built without it";
+}
 void abort_mpi(int code) {
   _exit(code);
 }

@@ -26,6 +26,12 @@ void set_nccl_error_handler(std::function<void(const std::string&)> handler) {
   error_handler() = std::move(handler);
 }
 
+std::string nccl_library() {
+  int version = 0;
+  if (ncclGetVersion(&version) != ncclSuccess) return "does not tell its version";
+  return fmt::format("{}.{}.{}", version / 10000, version / 100 % 100, version % 100);
+}
+
 }  // namespace upmoe
 
 namespace upmoe::nccl {
@@ -74,10 +80,10 @@ void begin() {
   check(ncclGetVersion(&version), "ncclGetVersion");
   if (version < kOrdered)
     fail(ExitCode::kDevice,
-         "NCCL {}.{}.{} keeps operations of several groups of ranks in no order, so that they may wait for "
+         "NCCL {} keeps operations of several groups of ranks in no order, so that they may wait for "
          "each other "
          "for ever: install NCCL 2.26 or newer",
-         version / 10000, version / 100 % 100, version % 100);
+         nccl_library());
 }
 
 Id new_id() {

@@ -14,6 +14,8 @@ namespace upmoe {
 // build without NCCL, or with one older than 2.26, throws Error(kDevice).
 std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> host);
 
+std::string nccl_library();  // its version
+
 // For tests: called in place of ending the process, with the message, from another thread.
 void set_nccl_error_handler(std::function<void(const std::string&)> handler);
 

@@ -35,11 +35,15 @@ std::string why_not(const fs::path& dir) {
 
 }  // namespace
 
-void make_run_directory(const fs::path& dir) {
+void require_run_directory(const fs::path& dir) {
   const std::string reason = why_not(dir);
   if (!reason.empty())
     fail(ExitCode::kUsage, "run.dir: '{}' is no place for a run: {}; name a folder of its own", dir.string(),
          reason);
+}
+
+void make_run_directory(const fs::path& dir) {
+  require_run_directory(dir);
   make_folders(dir / "checkpoints");
 }
 

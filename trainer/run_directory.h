@@ -6,8 +6,9 @@
 namespace upmoe {
 
 // Throws Error(kUsage) for a place that is not meant for runs: no name, the root of the file system, a file,
-// a model directory, a checkpoint, the checkpoints/ of a run. Then makes the folders of a run,
-// Error(kBadInput) when they cannot be made. Local.
+// a model directory, a checkpoint, the checkpoints/ of a run. Local.
+void require_run_directory(const std::filesystem::path& dir);
+// Then makes the folders of a run, Error(kBadInput) when they cannot be made. Local.
 void make_run_directory(const std::filesystem::path& dir);
 
 }  // namespace upmoe

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kernels/core/exec.h"
@@ -17,6 +18,11 @@ bool is_built();                 // this program has a CUDA backend
 int count();                     // GPUs that this process may use; 0 without a driver, never an error
 std::string why_none();          // in words, when count() is 0
 std::string name_of(int index);  // "NVIDIA H200, compute capability 9.0, 139.8 GiB"
+
+std::size_t memory_of(int index);  // bytes of its own
+std::string driver();              // "CUDA 13.0": the newest that the driver can do; empty without one
+// What this program computes with on a GPU, each by name and version; none in a build without CUDA. Needs no GPU.
+std::vector<std::pair<std::string, std::string>> libraries();
 
 std::string pci_id(int index);  // which piece of hardware of this host it is
 

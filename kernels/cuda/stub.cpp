@@ -27,6 +27,15 @@ std::string why_none() {
 std::string name_of(int) {
   refuse();
 }
+std::size_t memory_of(int) {
+  refuse();
+}
+std::string driver() {
+  return {};
+}
+std::vector<std::pair<std::string, std::string>> libraries() {
+  return {};
+}
 std::string pci_id(int) {
   refuse();
 }

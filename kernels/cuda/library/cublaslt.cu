@@ -113,6 +113,10 @@ Product for_rounded_rows(Product p) {
 
 }  // namespace
 
+std::size_t cublaslt_version() {
+  return cublasLtGetVersion();
+}
+
 GemmLibrary::GemmLibrary(const CudaStream& owner) : owner_(owner.raw()) {
   check_lt(cublasLtCreate(&handle_), "cublasLtCreate");
   check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming));

@@ -24,6 +24,8 @@ struct Product {
   const void* bias = nullptr;  // of the dtype `out`
 };
 
+std::size_t cublaslt_version();  // 130002 for 13.0.2
+
 // Kept by a stream, its owner (CudaStream::kept).
 class GemmLibrary {
  public:

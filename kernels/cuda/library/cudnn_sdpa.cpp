@@ -209,6 +209,10 @@ bool has_cudnn() {
   return true;
 }
 
+std::size_t cudnn_version() {
+  return cudnnGetVersion();
+}
+
 void limit_sdpa_workspace(std::int64_t bytes) {
   most_workspace = bytes;
 }

@@ -9,7 +9,8 @@
 
 namespace upmoe::cuda {
 
-bool has_cudnn();  // this program was built with it
+bool has_cudnn();             // this program was built with it
+std::size_t cudnn_version();  // 91300 for 9.13.0; 0: built without
 
 // Why cuDNN does not take attention of this shape here; empty when it does. Plans are made at a shape's first use
 // and kept with the stream.

@@ -13,6 +13,9 @@ constexpr const char* kWhy = "this program was built without cuDNN";
 bool has_cudnn() {
   return false;
 }
+std::size_t cudnn_version() {
+  return 0;
+}
 std::string sdpa_refusal(const Exec&, const AttentionShape&, std::int64_t) {
   return kWhy;
 }

@@ -75,6 +75,18 @@ std::string name_of(int index) {
                      properties.minor, static_cast<double>(properties.totalGlobalMem) / (1 << 30));
 }
 
+std::size_t memory_of(int index) {
+  cudaDeviceProp properties;
+  cuda::check(cudaGetDeviceProperties(&properties, index));
+  return properties.totalGlobalMem;
+}
+
+std::string driver() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return {};
+  return fmt::format("CUDA {}.{}", version / 1000, version / 10 % 100);
+}
+
 std::string pci_id(int index) {
   cudaDeviceProp p;
   cuda::check(cudaGetDeviceProperties(&p, index));

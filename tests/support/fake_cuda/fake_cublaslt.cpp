@@ -88,6 +88,9 @@ cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
   delete handle;
   return CUBLAS_STATUS_SUCCESS;
 }
+std::size_t cublasLtGetVersion() {
+  return 130002;
+}
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType_t type,
                                           std::uint64_t rows, std::uint64_t columns, std::int64_t leading) {
   if (rows == 0 || columns == 0 || leading < static_cast<std::int64_t>(rows))

@@ -115,6 +115,9 @@ int cudnn_executions() {
 }
 }  // namespace fake_cuda
 
+std::size_t cudnnGetVersion() {
+  return 91300;
+}
 const char* cudnnGetErrorString(cudnnStatus_t status) {
   return status == CUDNN_STATUS_SUCCESS ? "CUDNN_STATUS_SUCCESS" : "CUDNN_STATUS_NOT_INITIALIZED";
 }

@@ -1,0 +1,171 @@
+"""upmoe doctor from outside: one report for all ranks, what it warns of and what it refuses, in words and by status; and
+what it measures is a machine's file. Needs UPMOE_BINARY.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BINARY = os.environ["UPMOE_BINARY"]
+
+
+def start(*words, before="", **environment):
+    """By a shell, behind the commands `before`."""
+    line = f"{before} exec {shlex.join(map(str, words))}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=250,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def doctor(*arguments, **how):
+    return start(BINARY, "doctor", *arguments, **how)
+
+
+class Doctor(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.folder = Path(temporary.name)
+
+    def findings(self, folder=None, status=0, **how):
+        done = doctor("--json", "--dir", folder or self.folder, **how)
+        self.assertEqual(done.returncode, status, done.stdout + done.stderr)
+        report = json.loads(done.stdout)
+        self.assertEqual(report["can_start"], status == 0)
+        return {f["words"]: f for f in report["findings"]}
+
+    def run_file(self):
+        run = self.folder / "run.yaml"
+        run.write_text(f"run: {{dir: {self.folder / 'out'}, seed: 1}}\nmodel: {{path: {self.folder / 'm'}}}\n"
+                       "data: {train: [{path: t.h5, weight: 1.0}], seq_len: 16}\n"
+                       "train: {steps: 1, global_batch: 1, micro_batch: 1}\ndevice: cpu\n")
+        return run
+
+    def one(self, found, *words):
+        fitting = [f for text, f in found.items() if all(word in text for word in words)]
+        self.assertEqual(len(fitting), 1, found)
+        return fitting[0]
+
+    def tmpfs(self, size):
+        disk = self.folder / "disk"
+        disk.mkdir()
+        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)],
+                                          capture_output=True, check=False).returncode:
+            self.skipTest("no tmpfs can be mounted here")
+        self.addCleanup(subprocess.run, ["umount", str(disk)], check=True)
+        return disk
+
+
+class Alone(Doctor):
+    def test_report(self):
+        done = doctor("--dir", self.folder / "runs" / "new")
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        for word in ("rank", "threads", "GB of memory left", "open files", "locked memory", "/dev/shm", "MPI: ",
+                     "oneDNN", "HDF5: ", "NCCL: ", "written at", "fsync", "rename", str(self.folder / "runs")):
+            self.assertIn(word, done.stdout)
+        self.assertEqual(list(self.folder.iterdir()), [], "nothing is left behind")
+
+    def test_json(self):
+        done = doctor("--json", "--dir", self.folder)
+        report = json.loads(done.stdout)
+        self.assertEqual([r["rank"] for r in report["ranks"]], [0])
+        self.assertEqual(report["ranks"][0]["threads"], 1)
+        self.assertGreater(report["hosts"][0]["memory"], 1e8)
+        self.assertIn("HDF5", report["libraries"])
+
+    def test_threads_beyond_the_cores(self):
+        found = self.findings(OMP_NUM_THREADS="4095")
+        self.assertEqual(self.one(found, "4095 threads", "OMP_NUM_THREADS")["severity"], "warning")
+
+    def test_open_files(self):
+        found = self.findings(before="ulimit -S -n 100;")
+        self.assertEqual(self.one(found, "100 files open", "ulimit -n")["severity"], "warning")
+        found = self.findings(before="ulimit -S -n 40;", status=3)
+        self.assertEqual(self.one(found, "40 files open", "ulimit -n")["code"], 3)
+        found = self.findings(before="ulimit -n 40;", status=3)
+        self.one(found, "hard limit is 40", "limits.conf")
+
+    def test_a_full_disk(self):
+        disk = self.tmpfs("4m")
+        found = self.findings(disk, status=3)
+        self.one(found, "No space left", "remove something")
+        self.one(found, "is in memory (tmpfs)")
+        self.assertEqual(list(disk.iterdir()), [])
+
+    def test_a_folder_that_cannot_be_written_to(self):
+        done = doctor("--dir", "/proc/here/runs")
+        self.assertEqual(done.returncode, 3, done.stdout)
+        self.assertIn("failure: /proc/.upmoe-doctor", done.stdout)
+        self.assertIn("A run would not start here.", done.stdout)
+
+    def test_a_gpu_that_is_not_there(self):
+        done = doctor("--device", "cuda", "--dir", self.folder, CUDA_VISIBLE_DEVICES="")
+        self.assertEqual(done.returncode, 71, done.stdout)
+        self.assertIn("failure: device: cuda was asked for", done.stdout)
+
+    def test_of_a_run(self):
+        run = self.run_file()
+        done = doctor(run)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn(str(self.folder / "out"), done.stdout)
+        self.assertFalse((self.folder / "out").exists())
+        (self.folder / "config.json").write_text("{}")
+        done = doctor(run, f"run.dir={self.folder}")
+        self.assertEqual(done.returncode, 2, done.stdout)
+        self.assertIn("is no place for a run", done.stdout)
+        self.assertEqual(doctor(run, "train.stepz=1").returncode, 2)
+        self.assertEqual(doctor(run, "--device", "cpu").returncode, 2)
+        self.assertEqual(doctor("--measure", "--json").returncode, 2)
+
+    def test_a_run_warns_in_the_same_words(self):
+        run = self.run_file()
+        words = next(text for text in self.findings(before="ulimit -S -n 100;") if "files open" in text)
+        said = start(BINARY, "train", run, before="ulimit -S -n 100;").stderr
+        self.assertEqual(said.count(words), 1, said)
+
+
+class Ranks(Doctor):
+    def under_mpirun(self, *arguments, **how):
+        return start(ROOT / "launch" / "run_local.sh", 2, BINARY, "doctor", *arguments, **how)
+
+    def test_two_ranks_print_once(self):
+        done = self.under_mpirun("--dir", self.folder)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertEqual(done.stdout.count("| rank"), 1, done.stdout)
+        self.assertEqual(done.stdout.count("HDF5: "), 1)
+        self.assertEqual(done.stdout.count("GB of memory left"), 1, "one host")
+        done = self.under_mpirun("--json", "--dir", self.folder)
+        self.assertEqual([r["rank"] for r in json.loads(done.stdout)["ranks"]], [0, 1])
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_two_ranks_fail_once(self):
+        done = self.under_mpirun("--dir", "/proc/here")
+        self.assertEqual(done.returncode, 3, done.stdout + done.stderr)
+        self.assertEqual(done.stdout.count("failure: "), 1, done.stdout)
+        self.assertIn("[rank 0]", done.stdout)
+
+    def test_cores_that_ranks_share_are_one_warning(self):
+        done = self.under_mpirun("--dir", self.folder, OMP_NUM_THREADS="4095")
+        self.assertEqual(done.stdout.count("4095 threads"), 1, done.stdout)
+        self.assertIn("2 ranks x 4095 threads", done.stdout)
+
+    def test_measured(self):
+        done = self.under_mpirun("--measure", "--dir", self.folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("| rank", done.stderr)
+        self.assertIn("all_to_all", done.stderr)
+        machine = self.folder / "m.yaml"
+        machine.write_text(done.stdout)
+        for key in ("name: ", "shared_by_ranks: true", "rates:\n", "  gemm_fp32: [", "inside_node:\n", "disk:\n"):
+            self.assertIn(key, done.stdout)
+        cost = start(BINARY, "cost", "qwen1.5-7b", "--tokens", "1T", "--machine", machine, "--json")
+        self.assertEqual(cost.returncode, 0, cost.stderr)
+        self.assertGreater(json.loads(cost.stdout)[0]["device_hours"], 0)
+
+
+if __name__ == "__main__":
+    unittest.main()

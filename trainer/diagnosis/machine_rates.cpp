@@ -1,0 +1,207 @@
+#include "trainer/diagnosis/machine_rates.h"
+
+#include <algorithm>
+#include <string>
+
+#include "kernels/ops/attention.h"
+#include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/pointwise.h"
+#include "kernels/ops/transfer.h"
+#include "trainer/diagnosis/folder_facts.h"
+#include "trainer/diagnosis/link_rates.h"
+#include "trainer/diagnosis/warnings.h"
+#include "trainer/rank_model.h"
+
+namespace upmoe {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr std::int64_t kExperts = 4;
+constexpr AttentionShape kAttention{.heads = 8, .kv_heads = 8, .head_dim = 64, .seq_len = 1024};
+constexpr int kSmallCalls = 1000;
+
+class Rates {
+ public:
+  Rates(Communicator& world, Device device, const Effort& effort)
+      : world_(world), effort_(effort), memory_(device, &world), ex_(memory_.exec) {
+    const Surroundings where = surroundings_of(world);
+    // Of ranks that share a host the sum; of GPUs the mean.
+    parts_ = device.type == DeviceType::kCpu ? where.hosts : where.ranks;
+  }
+
+  std::vector<double> dense(DType dtype) {
+    return by_edge([&](std::int64_t edge) {
+      const ProductSize cube{edge, edge, edge};
+      Exec quiet = ex_;
+      quiet.ledger = nullptr;
+      return cube.flops() / seconds_of_product(quiet, dtype, cube, effort_.bursts);
+    });
+  }
+  std::vector<double> grouped(DType dtype) {
+    return by_edge([&](std::int64_t edge) { return grouped_rate(dtype, edge); });
+  }
+  void attention(DType dtype, double& forward, double& backward);
+  double copy();
+  double small_call();  // seconds
+
+ private:
+  // What `work` is booked as (FLOPs, or bytes read and written), per second of its fastest run, of all ranks.
+  template <class Booked>
+  double rate(const std::function<void()>& work, Booked booked) {
+    Ledger ledger;
+    ex_.ledger = &ledger;
+    work();
+    const double once = booked(ledger.total());
+    ex_.ledger = nullptr;
+    const double seconds = fastest_seconds(ex_, effort_.bursts, work);
+    ex_.ledger = &memory_.ledger;
+    return together(once / seconds);
+  }
+  double flops_rate(const std::function<void()>& work) {
+    return rate(work, [](const Cost& c) { return c.flops; });
+  }
+  double together(double mine) {
+    world_.all_reduce(host_view(&mine, {1}), ReduceOp::kSum);
+    return mine / parts_;
+  }
+  // 10^12 FLOP/s at each edge.
+  std::vector<double> by_edge(const std::function<double(std::int64_t)>& rate_at) {
+    std::vector<double> rates;
+    for (const double edge : edges()) {
+      world_.barrier();
+      rates.push_back(four_digits(rate_at(static_cast<std::int64_t>(edge)) * 1e-12));
+    }
+    return rates;
+  }
+  const std::vector<double>& edges() const {
+    return ex_.device.type == DeviceType::kCpu ? effort_.edges_on_cpu : effort_.edges_on_gpu;
+  }
+  TensorView random(Shape shape, DType dtype) {
+    const TensorView t = ex_.scratch->take(shape, dtype, "measured");
+    fill_random(ex_, t);
+    return t;
+  }
+  double grouped_rate(DType dtype, std::int64_t edge);
+
+  Communicator& world_;
+  const Effort& effort_;
+  RankMemory memory_;
+  Exec& ex_;
+  double parts_ = 1;
+};
+
+double Rates::grouped_rate(DType dtype, std::int64_t edge) {
+  ScratchScope scope(*ex_.scratch);
+  const std::int64_t rows = kExperts * edge;
+  const TensorView x_RK = random({rows, edge}, dtype), w_eNK = random({kExperts, edge, edge}, dtype),
+                   y_RN = ex_.scratch->take({rows, edge}, dtype, "measured");
+  std::vector<std::int64_t> offsets;
+  std::vector<std::int32_t> offsets_32;
+  for (std::int64_t e = 0; e <= kExperts; ++e) {
+    offsets.push_back(e * edge);
+    offsets_32.push_back(static_cast<std::int32_t>(e * edge));
+  }
+  const TensorView offset_e1 = ex_.scratch->take({kExperts + 1}, DType::kI32, "measured");
+  ops::upload(ex_, offset_e1, host_view(offsets_32.data(), {kExperts + 1}));
+  const ExpertRows of{offset_e1, offsets};
+  return flops_rate([&] { ops::grouped_gemm_forward(ex_, y_RN, x_RK, w_eNK, of); });
+}
+
+void Rates::attention(DType dtype, double& forward, double& backward) {
+  ScratchScope scope(*ex_.scratch);
+  const std::int64_t T = kAttention.seq_len, Q = kAttention.heads * kAttention.head_dim;
+  const TensorView qkv_TH = random({T, kAttention.qkv_width()}, dtype), dout_TQ = random({T, Q}, dtype);
+  const TensorView out_TQ = ex_.scratch->take({T, Q}, dtype, "measured"),
+                   lse_TN = ex_.scratch->take({T, kAttention.heads}, DType::kF32, "measured"),
+                   dqkv_TH = ex_.scratch->take({T, kAttention.qkv_width()}, dtype, "measured");
+  world_.barrier();
+  forward = four_digits(1e-12 *
+                        flops_rate([&] { ops::attention_forward(ex_, out_TQ, lse_TN, qkv_TH, kAttention); }));
+  world_.barrier();
+  backward =
+      four_digits(1e-12 * flops_rate([&] {
+                    ops::attention_backward(ex_, dqkv_TH, dout_TQ, qkv_TH, {out_TQ, lse_TN}, kAttention);
+                  }));
+}
+
+double Rates::copy() {
+  ScratchScope scope(*ex_.scratch);
+  const std::int64_t n = effort_.copied_elements;
+  const TensorView a = random({n}, DType::kF32), b = random({n}, DType::kF32),
+                   c = ex_.scratch->take({n}, DType::kF32, "measured");
+  world_.barrier();
+  return rate([&] { ops::add(ex_, c, a, b); },
+              [](const Cost& cost) { return cost.bytes_read + cost.bytes_written; });
+}
+
+double Rates::small_call() {
+  ScratchScope scope(*ex_.scratch);
+  const TensorView a = random({16}, DType::kF32);
+  world_.barrier();
+  double seconds = fastest_seconds(ex_, effort_.bursts,
+                                   [&] {
+                                     for (int i = 0; i < kSmallCalls; ++i) ops::add(ex_, a, a, a);
+                                   }) /
+                   kSmallCalls;
+  world_.all_reduce(host_view(&seconds, {1}), ReduceOp::kSum);
+  return seconds / world_.size();
+}
+
+// Of all ranks of a host together, each with a share of `bytes`, in the mean over hosts.
+double disk_rate(Communicator& world, const fs::path& folder, std::uint64_t bytes) {
+  const Surroundings where = surroundings_of(world);
+  double rate = 0;
+  world.barrier();
+  run_agreed(world, [&] {
+    rate = try_folder(folder, bytes / static_cast<std::uint64_t>(where.ranks_here), world.rank())
+               .write_bytes_per_s;
+  });
+  world.all_reduce(host_view(&rate, {1}), ReduceOp::kSum);
+  return rate / where.hosts;
+}
+
+double largest(const std::vector<double>& rates) {
+  return *std::max_element(rates.begin(), rates.end());
+}
+
+}  // namespace
+
+double four_digits(double x) {
+  return std::stod(fmt::format("{:.4g}", x));
+}
+
+MeasuredMachine measure_machine(Communicator& world, Device device, const fs::path& folder,
+                                const Effort& effort, const std::function<void(const std::string&)>& tell) {
+  MeasuredMachine measured;
+  Machine& m = measured.machine;
+  Machine::Rates& r = m.rates;
+  {
+    Rates rates(world, device, effort);
+    r.edges = device.type == DeviceType::kCpu ? effort.edges_on_cpu : effort.edges_on_gpu;
+    tell("products");
+    r.gemm_bf16 = rates.dense(DType::kBF16);
+    r.gemm_fp32 = rates.dense(DType::kF32);
+    tell("products of experts");
+    r.grouped_bf16 = rates.grouped(DType::kBF16);
+    r.grouped_fp32 = rates.grouped(DType::kF32);
+    tell("attention");
+    rates.attention(DType::kBF16, r.attention_forward_bf16, r.attention_backward_bf16);
+    rates.attention(DType::kF32, r.attention_forward_fp32, r.attention_backward_fp32);
+    tell("memory");
+    r.copy_gb_per_s = four_digits(rates.copy() * 1e-9);
+    r.op_us = four_digits(rates.small_call() * 1e6);
+  }
+  m.bf16_tflops = std::max(largest(r.gemm_bf16), largest(r.grouped_bf16));
+  m.fp32_tflops = std::max(largest(r.gemm_fp32), largest(r.grouped_fp32));
+  m.memory_gb_per_s = r.copy_gb_per_s;
+  m.shared_by_ranks = device.type == DeviceType::kCpu;
+  tell("disk");
+  m.disk_gb_per_s = four_digits(disk_rate(world, folder, effort.disk_bytes) * 1e-9);
+  if (world.size() > 1) tell("links");
+  measured.transfers = measure_links(world, device, effort, m);
+  return measured;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,32 @@
+#pragma once
+// How long ops take on this rank's device, for the peak that MFU is a share of and for descriptions of machines.
+
+#include <functional>
+
+#include "kernels/core/exec.h"
+
+namespace upmoe {
+
+// Random numbers, a block of them repeated: products of equal numbers can run faster than real ones.
+void fill_random(Exec& ex, TensorView t);
+
+// How long it is tried: bursts of so many seconds, a moment apart, as other work on the machine comes and goes. None:
+// twice, the first time of which does not count.
+struct Bursts {
+  int count = 0;
+  double seconds = 0;
+};
+
+// Seconds of the fastest of some runs of `work`, until the device is done with it.
+double fastest_seconds(Exec& ex, const Bursts& bursts, const std::function<void()>& work);
+
+struct ProductSize {
+  std::int64_t m = 0, n = 0, k = 0;
+  double flops() const {
+    return 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  }
+};
+// Of c_mn = a_mk b_nk^T in `dtype`. Its tensors come from ex.scratch.
+double seconds_of_product(Exec& ex, DType dtype, const ProductSize& size, const Bursts& bursts);
+
+}  // namespace upmoe
