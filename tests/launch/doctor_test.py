@@ -1,4 +1,4 @@
-"""upmoe doctor from outside: one report for all ranks, what it warns of and what it refuses, in words and by status; and
+"""upmoe doctor from outside: one report for all ranks, what it warns of and refuses, in words and by its status; and
 what it measures is a machine's file. Needs UPMOE_BINARY.
 """
 
