@@ -3,7 +3,7 @@
 MUTANTS = {
     "capacity_of_one_ranks_tokens": (
         "trainer/model/capacity_router.cpp", "tokens.pool->rank() * t;", "0 * t;",
-        "Routers.CapacityOfAnyPoolAndOrder", "layout_routers_test"),
+        "Routers.CapacityOfAnyPoolAndOrder"),
     "capacity_in_the_order_of_rows": (
         "kernels/cpu/capacity.cpp", "return row_[i % tokens_] * k_ + i / tokens_;",
         "return (i % tokens_) * k_ + i / tokens_;", "*Capacity*", "capacity_test"),
@@ -25,7 +25,7 @@ MUTANTS = {
         "RouterGradient.WhatTrainingDoesIsNotDoneOutside", "router_gradient_test"),
     "dropped_choices_counted_by_every_rank": (
         "trainer/model/capacity_router.cpp", " && tokens.pool->rank() == 0)", ")",
-        "Routers.CapacityOfAnyPoolAndOrder", "layout_routers_test"),
+        "Routers.CapacityOfAnyPoolAndOrder"),
     "jitter_by_the_row_of_a_rank": (
         "kernels/cpu/router_draws.cpp",
         "return draws.first + static_cast<std::uint64_t>(draws.place_T.as<std::int32_t>()[t]);",
@@ -37,11 +37,10 @@ MUTANTS = {
     "draws_of_every_layer_alike": (
         "trainer/model/transformer.cpp",
         "routed.layer = static_cast<std::uint32_t>(first_block) + static_cast<std::uint32_t>(block);",
-        "routed.layer = static_cast<std::uint32_t>(block);", "Routers.JitterAndCapacityOfSigmoidScores",
-        "layout_routers_test"),
+        "routed.layer = static_cast<std::uint32_t>(block);", "Routers.JitterAndCapacityOfSigmoidScores"),
     "draws_of_every_micro_batch_alike": (
         "trainer/pipeline.cpp", "step->first_token + before * shard->rows.size();", "step->first_token;",
-        "Routers.MicroBatchesOfAnySizeDrawTheSame", "layout_routers_test"),
+        "Routers.MicroBatchesOfAnySizeDrawTheSame"),
     "load_without_the_bound_s_gradient": (
         "kernels/cpu/noisy_routing.cpp", "if (const float g = of_load(e); g != 0) dlogits[row.bound(e)] -= g;", ";",
         "*Noisy*", "noisy_routing_test"),
@@ -54,7 +53,7 @@ MUTANTS = {
     "importance_of_one_ranks_tokens": (
         "trainer/model/transformer.cpp", "    layer.weight = take(load.weight_E);",
         "    layer.weight = take(load.weight_E);\n    if (pool->rank() > 0) layer.weight[0] += 1;",
-        "Routers.NoiseImportanceAndLoad", "layout_routers_test"),
+        "Routers.NoiseImportanceAndLoad"),
     "variation_of_the_mean_s_gradient_left_out": (
         "trainer/model/balance.cpp", "((sums[e] - mean) / square - variance * mean / (square * square))",
         "((sums[e] - mean) / square)", "Terms.VariationOfSums", "balance_test"),
@@ -63,7 +62,7 @@ MUTANTS = {
         "router_draws_test"),
     "capacity_rows_of_this_rank_alone": (
         "trainer/pipeline.cpp", "rank < context.ranks; ++rank", "rank < 1; ++rank",
-        "Routers.CapacityOfAnyPoolAndOrder", "layout_routers_test"),
+        "Routers.CapacityOfAnyPoolAndOrder"),
     "router_bias_not_in_the_choice": (
         "kernels/cpu/sigmoid_routing.cpp", "return bias == nullptr ? scores[e] : scores[e] + bias[e]; });",
         "return scores[e] + (e < 0 ? bias[e] : 0.0f); });", "Routers.Sigmoid*"),
