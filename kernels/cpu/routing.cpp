@@ -43,12 +43,14 @@ void route_row_backward(float* dlogits, const RouteRow& row, const float* aux, f
   if (renormalize) {
     selected = 0;
     for (std::int64_t j = 0; j < k; ++j) {
+      if (row.index[j] < 0) continue;
       selected += row.probs[row.index[j]];
       shift += row.dweight[j] * row.weight[j];
     }
   }
   std::copy_n(aux, experts, dlogits);
-  for (std::int64_t j = 0; j < k; ++j) dlogits[row.index[j]] += (row.dweight[j] - shift) / selected;
+  for (std::int64_t j = 0; j < k; ++j)
+    if (row.index[j] >= 0) dlogits[row.index[j]] += (row.dweight[j] - shift) / selected;
   const float dot = sum_lanes(experts, [&](std::int64_t e, auto lanes) {
     return load(row.probs + e, lanes) * load(dlogits + e, lanes);
   });
@@ -115,7 +117,7 @@ void route_tokens_backward(Exec&, TensorView dlogits_TE, ConstTensorView dweight
   const float* lse = lse_T.as<float>();
   const auto* index = index_TK.as<std::int32_t>();
   const AuxRows aux(terms, tokens);
-  require_in_range(index, tokens * k, experts, "index_TK");
+  require_in_range(index, tokens * k, experts, "index_TK", -1);
   parallel_for(tokens, 4 * experts, [&](std::int64_t t) {
     const RouteRow row{dweight + t * k, weight + t * k, probs + t * experts, index + t * k, lse[t]};
     route_row_backward(dlogits + t * experts, row, aux.of(t), terms.z_scale, experts, k, renormalize);
@@ -128,7 +130,7 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
   const std::int64_t tokens = probs_TE.shape[0], experts = probs_TE.shape[1], k = index_TK.shape[1];
   const float *probs = probs_TE.as<float>(), *lse = lse_T.as<float>();
   const auto* index = index_TK.as<std::int32_t>();
-  require_in_range(index, tokens * k, experts, "index_TK");
+  require_in_range(index, tokens * k, experts, "index_TK", -1);
   ScratchScope scope(*ex.scratch);
   const std::int64_t blocks = (tokens + kBlock - 1) / kBlock, width = experts + 1;
   double* partials = ex.scratch->take({blocks, width}, DType::kF64, "balance_stats").as<double>();
@@ -148,8 +150,10 @@ void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorVie
     for (std::int64_t e = 0; e < experts; ++e) stats[2 * experts + e] += partials[b * width + e];
     *z += partials[b * width + experts];
   }
-  for (std::int64_t i = 0; i < tokens * k; ++i) stats[index[i]] += 1.0;
-  for (std::int64_t t = 0; t < tokens; ++t) stats[experts + index[t * k]] += 1.0;
+  for (std::int64_t i = 0; i < tokens * k; ++i)
+    if (index[i] >= 0) stats[index[i]] += 1.0;
+  for (std::int64_t t = 0; t < tokens; ++t)
+    if (index[t * k] >= 0) stats[experts + index[t * k]] += 1.0;
 }
 
 // A row's tokens are added in their order by one thread.

@@ -19,6 +19,7 @@
 #include "kernels/ops/router_draws.h"
 #include "kernels/ops/routing.h"
 #include "kernels/ops/sigmoid_routing.h"
+#include "kernels/ops/token_groups.h"
 #include "kernels/ops/transfer.h"
 
 namespace upmoe {

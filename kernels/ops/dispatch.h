@@ -83,6 +83,12 @@ inline void show(OpWatcher& w, const PooledChoices& c) {
 inline void show(OpWatcher& w, const TokenDraws& draws) {
   w.reads(draws.place_T);
 }
+inline void show(OpWatcher& w, const TokenGroups& groups) {
+  w.reads(groups.row_N);
+}
+inline void show(OpWatcher& w, const GroupsHere& here) {
+  w.reads(here.groups.row_N);
+}
 inline void show(OpWatcher& w, const NoisyLogits& r) {
   for (const ConstTensorView& t : {r.logits_TE, r.scale_TE, r.noisy_TE, r.index_TK}) w.reads(t);
 }
@@ -103,7 +109,7 @@ inline void show(OpWatcher& w, const CodedMoments& moments) {
 template <class T>
 concept HoldsNoTensor = std::is_arithmetic_v<T> || std::is_enum_v<T> || std::same_as<T, AttentionShape> ||
     std::same_as<T, VocabShard> || std::same_as<T, AdamWStep> || std::same_as<T, Chance> ||
-    std::same_as<T, SigmoidRule> || std::same_as<T, CapacityRule> ||
+    std::same_as<T, SigmoidRule> || std::same_as<T, CapacityRule> || std::same_as<T, GroupCapacity> ||
     std::same_as<T, std::span<const std::int64_t>>;  // on the host
 template <HoldsNoTensor T>
 void show(OpWatcher&, const T&) {}

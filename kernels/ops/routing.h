@@ -47,12 +47,13 @@ namespace upmoe::ops {
 void route_tokens(Exec& ex, TensorView probs_TE, TensorView index_TK, TensorView weight_TK, TensorView lse_T,
                   ConstTensorView logits_TE, bool renormalize);
 
-// dlogits_TE (overwritten) from dweight_TK and the balance terms.
+// dlogits_TE (overwritten) from dweight_TK and the balance terms. An index of -1 is none, with no gradient.
 void route_tokens_backward(Exec& ex, TensorView dlogits_TE, ConstTensorView dweight_TK,
                            const TermGradient& terms, const Routes& routes, bool renormalize);
 
 // Sums behind every balance term, over this micro-batch: stats_3E (fp64, overwritten) = assignments per
-// expert over all k; over k = 0 alone; sum of probabilities. z_1 (fp64, overwritten) = sum of lse^2.
+// expert over all k; over k = 0 alone; sum of probabilities. z_1 (fp64, overwritten) = sum of lse^2. An index of -1 is
+// none.
 void balance_stats(Exec& ex, TensorView stats_3E, TensorView z_1, ConstTensorView probs_TE,
                    ConstTensorView index_TK, ConstTensorView lse_T);
 

@@ -31,6 +31,7 @@
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/router_draws.h"
 #include "kernels/ops/sigmoid_routing.h"
+#include "kernels/ops/token_groups.h"
 
 namespace upmoe {
 namespace {
@@ -365,8 +366,28 @@ void add_routers() {
   });
 }
 
+// Of groups of eight tokens.
+void add_group_routers() {
+  const auto with = [](const std::string& name, auto op) {
+    add(name, DType::kF32, [=](benchmark::State& state) {
+      const Tensor x({kTokens, 512}, DType::kF32), mix({kTokens / 8 * kExperts, 512}, DType::kF32),
+          part({kTokens, kExperts}, DType::kF32), row({kTokens}, DType::kI32);
+      std::iota(row.view.as<std::int32_t>(), row.view.as<std::int32_t>() + kTokens, 0);
+      const GroupsHere here{{row.view, 8, 8}, 0};
+      measure(state, DType::kF32, [&](Exec& ex) { op(ex, x.view, mix.view, part.view, here); });
+    });
+  };
+  with("mix_tokens", [](Exec& ex, TensorView x, TensorView mix, TensorView part, const GroupsHere& here) {
+    ops::mix_tokens(ex, mix, x, part, here);
+  });
+  with("share_mixtures", [](Exec& ex, TensorView x, TensorView mix, TensorView part, const GroupsHere& here) {
+    ops::share_mixtures(ex, x, mix, part, here);
+  });
+}
+
 void add_all() {
   add_routers();
+  add_group_routers();
   for (const Model& model : kModels)
     for (DType dtype : kFloats) {
       const std::string name = model.name;

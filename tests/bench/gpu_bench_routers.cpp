@@ -8,6 +8,7 @@
 #include "kernels/ops/router_draws.h"
 #include "kernels/ops/routing.h"
 #include "kernels/ops/sigmoid_routing.h"
+#include "kernels/ops/token_groups.h"
 #include "tests/bench/gpu_bench.h"
 
 namespace upmoe::bench {
@@ -113,11 +114,22 @@ void add_router(const std::string& name, std::int64_t t) {
   });
 }
 
+// Of groups of eight tokens.
+void add_group_router(const std::string& name, std::int64_t t) {
+  const std::int64_t e = shape().experts, width = shape().width;
+  add("mix_tokens/" + name, [=] {
+    const Held x = make({t, width}), mix = make({t / 8 * e, width}), part = make({t, e}, DType::kF32),
+               row = shuffled({t});
+    return [=](Exec& ex) { ops::mix_tokens(ex, mix->view, x->view, part->view, {{row->view, 8, 8}, 0}); };
+  });
+}
+
 }  // namespace
 
 void add_routers(const std::string& name, std::int64_t tokens) {
   add_router(name, tokens);
   add_router_training(name, tokens);
+  add_group_router(name, tokens);
 }
 
 }  // namespace upmoe::bench

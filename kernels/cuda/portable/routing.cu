@@ -101,6 +101,7 @@ __global__ void route_backward(RouteGradient g, std::int64_t tokens, int experts
   if (renormalize) {
     selected = 0;
     for (int j = 0; j < k; ++j) {
+      if (g.index[t * k + j] < 0) continue;
       selected += g.probs[t * experts + g.index[t * k + j]];
       shift += g.dweight[t * k + j] * g.weight[t * k + j];
     }
