@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include "configs/expert_use.h"
+
 namespace upmoe {
 namespace {
 
@@ -157,6 +159,7 @@ std::vector<Role> fp32_roles(RouterDType router) {
 
 ParamCounts count_params(const ModelConfig& config) {
   ParamCounts counts;
+  const ExpertUse use = expert_use(config);
   for (const ParamSpec& param : make_param_table(config)) {
     const std::int64_t all = param.shape.elements();
     if (!param.trained) {
@@ -164,7 +167,7 @@ ParamCounts count_params(const ModelConfig& config) {
       continue;
     }
     // Expert tensors have the expert dim first, so the share of top-k is exact.
-    const std::int64_t used = param.expert ? all / param.shape[0] * config.num_experts_per_tok : all;
+    const std::int64_t used = param.expert ? all / param.shape[0] * use.rows / use.tokens : all;
     const bool token_table = param.dims[0] == Dim::kVocab;  // embedding or head
     counts.total = checked_add(counts.total, all);
     counts.activated = checked_add(counts.activated, used);

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "configs/families/family.h"
@@ -13,6 +14,7 @@ namespace {
 
 constexpr const char* kKey = "upmoe_router";
 constexpr int kMostGroups = 32;  // as many as the ops take
+constexpr int kMostSequences = 1 << 20;
 
 // Of the routers, what the family's own files have no word for.
 Traits without_words(const ModelConfig& c) {
@@ -28,13 +30,18 @@ void read_name(JsonObject& router, const char* key, Enum& target) {
   if (known) target = *known;
 }
 
-// Of training alone.
+// Of training alone, and of groups of tokens.
 void read_training(JsonObject& router, RouterForm& form) {
   read_name(router, "kind", form.kind);
   if (const auto jitter = router.number("jitter", false)) form.jitter = *jitter;
   if (const auto factor = router.number("capacity_factor", false)) form.capacity_factor = *factor;
   read_name(router, "capacity_pool", form.capacity_pool);
   read_name(router, "drop", form.drop);
+  if (const auto n = router.integer("group_size", 0, kMostSequences, false))
+    form.group_size = static_cast<int>(*n);
+  if (const auto t = router.number("temperature", false)) form.temperature = *t;
+  if (!(form.temperature > 0))
+    router.refuse("temperature", fmt::format("found {}, expected more than 0", form.temperature));
   if (!(form.jitter >= 0 && form.jitter < 1))
     router.refuse("jitter", fmt::format("found {}, expected 0 to below 1", form.jitter));
   if (!(form.capacity_factor >= 0))
@@ -42,15 +49,18 @@ void read_training(JsonObject& router, RouterForm& form) {
 }
 
 void write_training(JsonWriter& router, const RouterForm& form) {
-  if (form == form.served()) return;
+  if (form == form.served() && !form.routes_groups()) return;
   router.set("kind", name_of(form.kind));
   router.set("jitter", form.jitter);
   router.set("capacity_factor", form.capacity_factor);
   router.set("capacity_pool", name_of(form.capacity_pool));
   router.set("drop", name_of(form.drop));
+  if (!form.routes_groups()) return;
+  router.set("group_size", form.group_size);
+  router.set("temperature", form.temperature);
 }
 
-// A kind is a way to train a model that the other kinds could have as well, if it has this many experts for a token.
+// What a model that is trained with this kind has.
 struct KindNeeds {
   int choices = 0;  // 0: any number
   std::optional<bool> renormalized = {};
@@ -61,6 +71,8 @@ std::optional<KindNeeds> needs_of(RouterKind kind) {
     case RouterKind::kTopK:
       return std::nullopt;
     case RouterKind::kNoisy:
+    case RouterKind::kExpertChoice:
+    case RouterKind::kMixtureOfTokens:
       return KindNeeds{};
     case RouterKind::kSwitch:
       return KindNeeds{1, false, "over their sum one weight is always 1, and the router would not learn"};
@@ -88,6 +100,35 @@ void add_kind_problems(const ModelConfig& model, std::vector<std::string>& found
                                 kind, model.norm_topk_prob, needs->why));
 }
 
+// Of kinds that route groups of tokens.
+void add_group_problems(const RunConfig::Router& router, const ModelConfig& model,
+                        std::vector<std::string>& found) {
+  const RouterForm& form = model.router;
+  if (!form.routes_groups()) return;
+  const char* kind = name_of(form.kind);
+  if (form.group_size < 2)
+    found.push_back(
+        fmt::format("router.group_size: {}, and router.kind {} routes the tokens of several sequences at one "
+                    "position together; use a divisor of train.micro_batch, 2 or more",
+                    form.group_size, kind));
+  if (std::any_of(router.aux_loss.begin(), router.aux_loss.end(), [](double c) { return c > 0; }))
+    found.push_back(
+        fmt::format("router.aux_loss: of router.kind {}, whose experts all get the same; use 0", kind));
+  if (form.kind == RouterKind::kExpertChoice && form.capacity_factor > model.num_experts)
+    found.push_back(fmt::format("router.capacity_factor: {} experts of a token, and the model has {}",
+                                form.capacity_factor, model.num_experts));
+  if (form.kind != RouterKind::kMixtureOfTokens) return;
+  const auto refuse = [&](const char* key, double value, double without) {
+    if (value != without)
+      found.push_back(fmt::format("router.{}: {} is of choices, and router.kind {} has none; use {}", key,
+                                  value, kind, without));
+  };
+  refuse("capacity_factor", form.capacity_factor, 0);
+  refuse("jitter", form.jitter, 0);
+  refuse("scale", form.scale, 1);
+  refuse("z_loss", router.z_loss, 0);
+}
+
 }  // namespace
 
 void read_router(JsonObject& json, ModelConfig& c) {
@@ -106,7 +147,8 @@ void read_router(JsonObject& json, ModelConfig& c) {
 
 void write_router(const ModelConfig& c, JsonWriter& json) {
   json.erase(kKey);
-  if (!c.router_load && c.router == c.router.served() && without_words(c).none()) return;
+  const bool plain = c.router == c.router.served() && !c.router.routes_groups();
+  if (plain && !c.router_load && without_words(c).none()) return;
   JsonWriter router;
   router.set("score", name_of(c.router.score));
   router.set("groups", c.router.groups);
@@ -130,6 +172,8 @@ ModelConfig with_router(ModelConfig model, const RunConfig::Router& router) {
   form.capacity_factor = router.capacity_factor.value_or(form.capacity_factor);
   form.capacity_pool = router.capacity_pool.value_or(form.capacity_pool);
   form.drop = router.drop.value_or(form.drop);
+  form.group_size = router.group_size.value_or(form.group_size);
+  form.temperature = router.temperature.value_or(form.temperature);
   model.router_bias = model.router_bias || router.bias_rate > 0;
   model.router_load = model.router_load || router.has_term(AuxKind::kGlobal);
   return model;
@@ -155,6 +199,7 @@ std::vector<std::string> router_problems(const RunConfig::Router& router, const 
     if (form.groups > 1) found.push_back(fmt::format("router.groups: {} {}, or 1", form.groups, with));
   }
   add_kind_problems(model, found);
+  add_group_problems(router, model, found);
   if (router.has_term(AuxKind::kLoad) && form.kind != RouterKind::kNoisy)
     found.push_back(fmt::format(
         "router.aux_kind: load is of the noise of router.kind noisy, and the kind is {}; use importance",
@@ -179,10 +224,15 @@ std::vector<std::string> router_problems(const RunConfig::Router& router, const 
 std::string words_of(const RouterForm& form) {
   std::string words = fmt::format("score {}, groups {}, group_topk {}, scale {}", name_of(form.score),
                                   form.groups, form.group_topk, form.scale);
-  if (form != form.served())
+  if (form.routes_groups()) {
+    words += fmt::format(", kind {}, group_size {}, capacity_factor {}, temperature {}", name_of(form.kind),
+                         form.group_size, form.capacity_factor, form.temperature);
+    if (form.jitter > 0) words += fmt::format(", jitter {}", form.jitter);
+  } else if (form != form.served()) {
     words +=
         fmt::format(", kind {}, jitter {}, capacity_factor {}, capacity_pool {}, drop {}", name_of(form.kind),
                     form.jitter, form.capacity_factor, name_of(form.capacity_pool), name_of(form.drop));
+  }
   return words;
 }
 
@@ -196,8 +246,14 @@ void require_same_router(const ModelConfig& saved, const ModelConfig& asked, con
 }
 
 std::string why_not_exported(const ModelConfig& c) {
+  if (c.num_moe_layers() == 0) return "";
+  if (c.router.routes_groups())
+    return fmt::format(
+        "its routers ({}) give a token what the tokens of other sequences at its position leave to it: readers of {} "
+        "choose for each token by itself, and what they generate would depend on who asks beside them",
+        words_of(c.router.served()), c.model_type);
   const Traits lost = without_words(c).without({Trait::kChoiceBias});
-  if (c.num_moe_layers() == 0 || lost.none()) return "";
+  if (lost.none()) return "";
   return fmt::format(
       "{}'s config.json has no words for its routers ({}): whoever reads the files would choose other "
       "experts",

@@ -44,6 +44,8 @@ struct RunConfig {
     std::optional<double> jitter = {}, capacity_factor = {};
     std::optional<CapacityPool> capacity_pool = {};
     std::optional<DropBy> drop = {};
+    std::optional<int> group_size = {};
+    std::optional<double> temperature = {};
     RouterDType dtype = RouterDType::kAuto;
   } router;
   struct Data {

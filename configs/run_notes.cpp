@@ -77,13 +77,19 @@ std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig&
   for (const char* key :
        {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype", "router.score", "router.scale",
         "router.groups", "router.group_topk", "router.bias_rate", "router.aux_groups", "router.kind",
-        "router.jitter", "router.capacity_factor", "router.capacity_pool", "router.drop", "kernels.experts"})
+        "router.jitter", "router.capacity_factor", "router.capacity_pool", "router.drop", "router.group_size",
+        "router.temperature", "kernels.experts"})
     notes.unless(routed, key, "the model has no experts");
   const auto& losses = run.router.aux_loss;
   notes.unless(std::any_of(losses.begin(), losses.end(), [](double c) { return c > 0; }), "router.aux_kind",
                "router.aux_loss is 0");
   for (const char* key : {"router.capacity_pool", "router.drop"})
-    notes.unless(!routed || model.router.capacity_factor > 0, key, "router.capacity_factor is 0");
+    notes.unless(!routed || (model.router.capacity_factor > 0 && !model.router.routes_groups()), key,
+                 model.router.routes_groups() ? "experts take the best tokens of a group"
+                                              : "router.capacity_factor is 0");
+  const std::string kind = fmt::format("router.kind is {}", name_of(model.router.kind));
+  notes.unless(!routed || model.router.routes_groups(), "router.group_size", kind);
+  notes.unless(!routed || model.router.kind == RouterKind::kMixtureOfTokens, "router.temperature", kind);
   notes.unless(run.router.has_term(AuxKind::kGroup), "router.aux_groups", "router.aux_kind has no group");
   return notes.list;
 }

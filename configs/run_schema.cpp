@@ -138,20 +138,26 @@ void add_router_training(Schema& schema, RunConfig::Router& router) {
       .says(
           "noisy: topk by logits with learnt noise; switch: topk with one expert, weighed by its "
           "probability; gshard: with two, in training the "
-          "second "
-          "one with a probability of twice its weight.")
+          "second one with a probability of twice its weight; expert_choice: every expert takes its best "
+          "tokens of a group; mixture_of_tokens: every expert computes one mixture of a group.")
       .key("jitter", router.jitter, {.least = 0, .most = 1, .below = true})
       .says("In training the router's input is multiplied by factors from 1 - jitter to 1 + jitter.")
       .key("capacity_factor", router.capacity_factor, {.least = 0})
       .says(
           "In training an expert takes at most this times its equal share, and the rest is dropped. 0: no "
-          "token is dropped.")
+          "token is dropped. Of kind expert_choice: experts of a token on the mean; 0: num_experts_per_tok.")
       .key("capacity_pool", router.capacity_pool)
       .says("The tokens whose equal share it is: those of a sequence, or of a micro-batch.")
       .key("drop", router.drop)
       .says(
           "What is dropped: second choices before first ones and the last tokens first, or the least "
-          "weights.");
+          "weights.")
+      .key("group_size", router.group_size, {.least = 2})
+      .says(
+          "Of kinds expert_choice and mixture_of_tokens: sequences whose tokens at one position are a group; "
+          "a divisor of train.micro_batch.")
+      .key("temperature", router.temperature, {.least = 0, .above = true})
+      .says("Of kind mixture_of_tokens: what the logits are divided by.");
 }
 
 void add_router(Schema& schema, RunConfig::Router& router) {

@@ -9,8 +9,8 @@
 namespace upmoe {
 
 struct Pipeline::Shard {
-  // The last three are empty where nobody asks for them.
-  std::vector<std::int32_t> tokens, targets, positions, documents, sequences, places, rows;
+  // The last four are empty where nobody asks for them.
+  std::vector<std::int32_t> tokens, targets, positions, documents, sequences, places, rows, grouped;
   Buffer on_device;  // the same, where the device is not the host
   MicroBatch batch;
 
@@ -45,8 +45,20 @@ struct Pipeline::Shard {
       if (rank == context.rank) places = there;
     }
   }
+  // The rows of this rank's tokens, position by position. Every half has a chunk of all sequences.
+  void group(const ContextShards& context, std::int64_t count) {
+    grouped.clear();
+    const std::int64_t length = context.chunk_len();
+    for (std::int64_t half = 0; half < context.halves(); ++half)
+      for (std::int64_t position = 0; position < length; ++position)
+        for (std::int64_t s = 0; s < count; ++s)
+          grouped.push_back(static_cast<std::int32_t>((half * count + s) * length + position));
+  }
+  struct Asked {
+    bool by_sequence, routed, grouped;
+  };
   // Makes `batch` of the vectors.
-  void place(Exec& ex, const Batch& whole, bool by_sequence, bool routed) {
+  void place(Exec& ex, const Batch& whole, const Asked& asked) {
     struct Part {
       const std::vector<std::int32_t>& values;
       bool wanted;
@@ -57,9 +69,10 @@ struct Pipeline::Shard {
                           {targets, true, batch.targets_T},
                           {positions, true, batch.places.positions_T},
                           {documents, whole.document_T.given(), batch.places.document_T},
-                          {sequences, by_sequence, batch.sequence_T},
-                          {places, routed, batch.routed.place_T},
-                          {rows, routed, batch.routed.row_N}};
+                          {sequences, asked.by_sequence, batch.sequence_T},
+                          {places, asked.routed, batch.routed.place_T},
+                          {rows, asked.routed, batch.routed.row_N},
+                          {grouped, asked.grouped, batch.groups.row_N}};
     std::size_t total = 0, at = 0;
     for (const Part& p : parts) total += p.wanted ? p.values.size() : 0;
     const bool here = ex.device.type == DeviceType::kCpu;
@@ -78,7 +91,7 @@ struct Pipeline::Shard {
       p.view = view;
     }
     batch.places.seq_len = whole.seq_len;
-    batch.sequences = by_sequence ? whole.sequences() : 0;
+    batch.sequences = asked.by_sequence ? whole.sequences() : 0;
   }
 };
 
@@ -144,6 +157,8 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
       counts_(mesh.coord(Axis::kCp) == 0 && mesh.coord(Axis::kTp) == 0),
       num_experts_(config.num_moe_layers() > 0 ? config.num_experts : 0),
       routers_know_tokens_(config.num_moe_layers() > 0 && config.router.knows_tokens()),
+      group_size_(config.num_moe_layers() > 0 && config.router.routes_groups() ? config.router.group_size
+                                                                               : 0),
       context_{mesh.coord(Axis::kCp), mesh.spec().cp, 0},
       device_(device) {
   for (int i = 0; i < config.num_hidden_layers; ++i)
@@ -165,12 +180,17 @@ std::unique_ptr<Pipeline::Shard> Pipeline::cut(Exec& ex, const Batch& batch, con
   }
   shard->cut(context, batch);
   const bool by_sequence = step != nullptr && step->balance.has(AuxKind::kSequence),
-             routed = step != nullptr && routers_know_tokens_;
+             routed = step != nullptr && routers_know_tokens_, grouped = group_size_ > 0;
   if (by_sequence) shard->number(context, batch.sequences());
   if (routed) shard->find_places(context, batch.sequences());
-  shard->place(ex, batch, by_sequence, routed);
-  if (step == nullptr) return shard;
+  if (grouped) shard->group(context, batch.sequences());
+  shard->place(ex, batch, {by_sequence, routed, grouped});
   MicroBatch& made = shard->batch;
+  if (grouped) {
+    made.groups.same = batch.sequences();
+    made.groups.size = group_size_;
+  }
+  if (step == nullptr) return shard;
   made.weights = step->balance.has(AuxKind::kImportance);
   made.chances = step->balance.has(AuxKind::kLoad);
   if (!routed) return shard;

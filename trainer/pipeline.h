@@ -66,7 +66,7 @@ class Pipeline {
   struct Link;                      // to the neighbour stages
   using Key = std::pair<int, int>;  // micro-batch, chunk
 
-  // step: what routers count and draw; none outside training.
+  // step: what routers count and draw; none outside training. Groups of tokens are there as well.
   std::unique_ptr<Shard> cut(Exec& ex, const Batch& batch, const Step* step);
   std::unique_ptr<Flight> take_flight();
   void forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
@@ -84,6 +84,7 @@ class Pipeline {
   std::int64_t num_experts_ = 0;
   std::size_t mixtures_ = 0;
   bool routers_know_tokens_ = false;
+  std::int64_t group_size_ = 0;  // of tokens that are routed together; 0: each by itself
   ContextShards context_;
   Device device_;
   std::unique_ptr<Link> link_;

@@ -1,5 +1,6 @@
 #include "trainer/rehearsal.h"
 
+#include "configs/expert_use.h"
 #include "parallel/dry_comm.h"
 #include "trainer/batch_deal.h"
 
@@ -55,7 +56,7 @@ Ledger rehearse_forward(const ModelConfig& config, std::int64_t seq_len) {
   RankModel model(config, {}, *world, {DeviceType::kDry, 0}, {.dtype = DType::kBF16, .gradients = false});
   RunConfig run;
   run.data.seq_len = seq_len;
-  run.train.global_batch = run.train.micro_batch = 1;
+  run.train.global_batch = run.train.micro_batch = least_sequences(config);
   DryBatches batches(run, model.mesh);
   model.pipeline.evaluate(model.memory.exec, batches.next());
   return model.memory.ledger;

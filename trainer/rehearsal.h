@@ -28,7 +28,8 @@ class Rehearsal {
   std::int64_t steps_ = 0;
 };
 
-// What one rank books for the forward alone of one sequence, in bf16, as `upmoe eval` computes it.
+// What one rank books for the forward alone of one sequence, or of as many as routers route together, in bf16, as
+// `upmoe eval` computes it.
 Ledger rehearse_forward(const ModelConfig& model, std::int64_t seq_len);
 
 }  // namespace upmoe

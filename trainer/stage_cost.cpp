@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "configs/expert_use.h"
 #include "parallel/dry_comm.h"
 #include "trainer/rank_model.h"
 
@@ -15,11 +16,13 @@ TensorView dry(Shape shape, DType dtype) {
   return {nullptr, shape, dtype, kDry};
 }
 
-// The whole model on one dry rank, with one sequence.
+// The whole model on one dry rank, with one sequence, or with as many as routers route together.
 class Parts {
  public:
   Parts(const ModelConfig& config, std::int64_t seq_len)
-      : seq_len_(seq_len), model_(config, MeshSpec{}, *world_, kDry, {}) {}
+      : seq_len_(seq_len),
+        sequences_(least_sequences(config)),
+        model_(config, MeshSpec{}, *world_, kDry, {}) {}
 
   double block(std::size_t i) {
     const Block& block = model_.chunks.front().blocks[i];
@@ -27,8 +30,12 @@ class Parts {
     return flops_of([&](Exec& ex) {
       Arena keep(kDry, 0, "activations of one block");
       Block::Saved saved;
-      if (block.is_moe()) saved.balance.load = {dry({RouterLoad::size(experts)}, DType::kF64)};
-      const TokenPlaces places{dry({seq_len_}, DType::kI32), {}, seq_len_};
+      if (block.is_moe()) {
+        saved.balance.load = {dry({RouterLoad::size(experts)}, DType::kF64)};
+        saved.balance.groups = {{dry({tokens()}, DType::kI32), sequences_, sequences_},
+                                model_.chunks.front().tp};
+      }
+      const TokenPlaces places{dry({tokens()}, DType::kI32), {}, seq_len_};
       summed(ex, block.forward(ex, {stream(), stream()}, {stream()}, places, keep, saved));
       saved.balance.terms.aux = dry({experts}, DType::kF32);
       block.backward(ex, stream(), keep, saved);
@@ -37,13 +44,14 @@ class Parts {
   double head() {
     return flops_of([&](Exec& ex) {
       model_.chunks.front().output->head.forward(ex, dry({1}, DType::kF64), stream(),
-                                                 dry({seq_len_}, DType::kI32), stream(), 1.0f);
+                                                 dry({tokens()}, DType::kI32), stream(), 1.0f);
     });
   }
 
  private:
+  std::int64_t tokens() const { return seq_len_ * sequences_; }
   TensorView stream() const {
-    return dry({seq_len_, model_.config.hidden_size}, model_.params.compute_dtype());
+    return dry({tokens(), model_.config.hidden_size}, model_.params.compute_dtype());
   }
   template <class Work>
   double flops_of(const Work& work) {
@@ -52,7 +60,7 @@ class Parts {
     return model_.memory.ledger.total().flops;
   }
 
-  std::int64_t seq_len_;
+  std::int64_t seq_len_, sequences_;
   std::unique_ptr<Communicator> world_ = make_dry_communicator(0, 1);
   RankModel model_;
 };

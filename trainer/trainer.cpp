@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "configs/expert_use.h"
 #include "trainer/router_buffers.h"
 #include "trainer/schedule.h"
 
@@ -48,8 +49,9 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
   for (std::size_t i = head - sums.aux.size(); i < head; ++i)
     report.aux_losses.push_back(values[i] / micro_batches);
   report.aux_loss = std::accumulate(report.aux_losses.begin(), report.aux_losses.end(), 0.0);
-  const double assignments =
-      static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len * s_.config.num_experts_per_tok);
+  const ExpertUse use = expert_use(s_.config);
+  const double assignments = static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len * use.rows) /
+                             static_cast<double>(use.tokens);
   const double mixtures = static_cast<double>(sums.assigned.size());
   report.dropped = mixtures > 0 ? values[5] / (mixtures * assignments) : 0;
   std::size_t at = head;

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "configs/expert_use.h"
 #include "kernels/core/check.h"
 
 namespace upmoe {
@@ -40,6 +41,8 @@ TEST(RouterRecord, GoesThroughAConfigJson) {
        {RouterForm{.kind = RouterKind::kNoisy},
         RouterForm{.kind = RouterKind::kGShard, .capacity_factor = 1.25}, RouterForm{.jitter = 0.01},
         RouterForm{.capacity_factor = 2, .drop = DropBy::kProbability},
+        RouterForm{.kind = RouterKind::kExpertChoice, .jitter = 0.1, .capacity_factor = 2, .group_size = 4},
+        RouterForm{.kind = RouterKind::kMixtureOfTokens, .group_size = 8, .temperature = 0.25},
         RouterForm{.score = RouterScore::kSigmoid,
         .scale = 2.5,
         .capacity_factor = 1,
@@ -69,6 +72,8 @@ TEST(RouterRecord, WhatAFileMayNotSay) {
   EXPECT_THAT(refusal(R"({"capacity_factor": -1})"), HasSubstr("expected at least 0"));
   EXPECT_THAT(refusal(R"({"capacity_pool": "run"})"), HasSubstr("'run'"));
   EXPECT_THAT(refusal(R"({"drop": "all"})"), HasSubstr("'all'"));
+  EXPECT_THAT(refusal(R"({"group_size": -1})"), HasSubstr("group_size"));
+  EXPECT_THAT(refusal(R"({"temperature": 0})"), HasSubstr("expected more than 0"));
   EXPECT_EQ(refusal(R"({"kind": "gshard", "jitter": 0.5})"), "");
 }
 
@@ -96,6 +101,64 @@ TEST(RouterRecord, KindsAskForTheirModels) {
               ElementsAre(HasSubstr("of the noise of router.kind noisy")));
   router.kind = RouterKind::kNoisy;
   EXPECT_THAT(problems(router, mixture(2, true)), IsEmpty());
+}
+
+TEST(RouterRecord, KindsThatRouteGroups) {
+  const auto problems = [](RunConfig::Router router) {
+    return router_problems(router, with_router(mixture(2, true), router));
+  };
+  RunConfig::Router router;
+  router.kind = RouterKind::kExpertChoice;
+  EXPECT_THAT(problems(router), UnorderedElementsAre(HasSubstr("router.group_size: 0"),
+                                                     HasSubstr("router.aux_loss: of router.kind "
+                                                               "expert_choice")));
+  router.group_size = 4;
+  router.aux_loss = {0};
+  router.z_loss = 0.001;
+  router.jitter = 0.1;
+  EXPECT_THAT(problems(router), IsEmpty());
+  router.capacity_factor = 9;
+  EXPECT_THAT(problems(router), ElementsAre(HasSubstr("9 experts of a token, and the model has 8")));
+  router.kind = RouterKind::kMixtureOfTokens;
+  router.scale = 2;
+  EXPECT_THAT(problems(router), UnorderedElementsAre(HasSubstr("router.capacity_factor: 9 is of choices"),
+                                                     HasSubstr("router.jitter: 0.1 is of choices"),
+                                                     HasSubstr("router.scale: 2 is of choices"),
+                                                     HasSubstr("router.z_loss: 0.001 is of choices")));
+  router = {};
+  router.kind = RouterKind::kMixtureOfTokens;
+  router.group_size = 4;
+  router.aux_loss = {0};
+  EXPECT_THAT(problems(router), IsEmpty());
+  router.score = RouterScore::kSigmoid;
+  EXPECT_THAT(problems(router), ElementsAre(HasSubstr("with router.score sigmoid")));
+}
+
+// Nobody who generates one token after the other has a group of them.
+TEST(RouterRecord, GroupsAreNotExported) {
+  RunConfig::Router asked;
+  asked.group_size = 4;
+  for (const RouterKind kind : {RouterKind::kExpertChoice, RouterKind::kMixtureOfTokens}) {
+    asked.kind = kind;
+    const ModelConfig trained = with_router(mixture(2, true), asked);
+    EXPECT_THAT(why_not_exported(trained), HasSubstr(fmt::format("kind {}, group_size 4", name_of(kind))));
+    EXPECT_THAT(why_not_exported(trained), HasSubstr("choose for each token by itself"));
+    EXPECT_THAT(to_hf_json(trained), HasSubstr("upmoe_router"));
+  }
+}
+
+TEST(RouterRecord, UseOfExperts) {
+  ModelConfig model = mixture(2, true);
+  EXPECT_EQ(expert_use(model).per_token(), 2);
+  model.router = {.kind = RouterKind::kExpertChoice, .group_size = 4};
+  EXPECT_EQ(expert_use(model).per_token(), 2) << "each of eight takes one of four";
+  model.router.capacity_factor = 2.5;
+  EXPECT_EQ(expert_use(model).per_token(), 4) << "rounded up to two of four";
+  model.router.capacity_factor = 8;
+  EXPECT_EQ(chosen_of_group(choices_on_the_mean(model), 3, 8), 3) << "all of them and no more";
+  model.router = {.kind = RouterKind::kMixtureOfTokens, .group_size = 16};
+  EXPECT_EQ(expert_use(model).per_token(), 0.5);
+  EXPECT_EQ(least_sequences(model), 16);
 }
 
 // A run that goes on may leave a key out; it may not change it. An export needs no words for training.

@@ -112,8 +112,34 @@ class Routers(unittest.TestCase):
         self.assertIn("router.kind: switch with router.score sigmoid", words)
         self.assertIn("router.kind: switch gives a token 1 of the experts", words)
         self.assertIn("router.kind: gshard", self.train("run", "router.kind=gshard", status=2))
-        self.assertIn("expert_choice is not built yet", self.train("run", "router.kind=expert_choice", status=2))
+        words = self.train("run", "router.kind=expert_choice", "router.group_size=3", status=2)
+        self.assertIn("router.aux_loss: of router.kind expert_choice", words)
+        self.assertIn("router.group_size: 3 sequences are routed together, and train.micro_batch is 4", words)
         self.assertIn("load is of the noise of router.kind noisy", self.train("run", "router.aux_kind=load", status=2))
+
+    def test_groups_of_tokens(self):
+        for kind in ("expert_choice", "mixture_of_tokens"):
+            with self.subTest(kind):
+                keys = (f"router.kind={kind}", "router.group_size=4", "router.aux_loss=0")
+                self.train(kind, "train.steps=30", *keys)
+                parts = f"{kind}_parts"
+                self.train(parts, "train.steps=15", *keys)
+                self.train(parts, "train.steps=30", "router.aux_loss=0")  # what is not said stays
+                one, other = ([(s["loss"], s["grad_norm"]) for s in self.metrics(name)] for name in (kind, parts))
+                self.assertEqual(one, other)
+                steps = self.metrics(kind)
+                self.assertLess(steps[-1]["loss"], steps[0]["loss"])
+                for s in steps:  # every expert computes as many rows
+                    self.assertAlmostEqual(s["expert_load_max"], 1)
+                    self.assertAlmostEqual(s["expert_load_min"], 1)
+                    self.assertEqual((s["dead_experts"], s["dropped_share"]), (0, 0))
+                words = self.train(parts, "train.steps=31", *keys, "router.group_size=2", status=2)
+                self.assertIn(f"kind {kind}, group_size 4", words)
+                self.upmoe("eval", self.folder / kind, "--data", self.folder / "tokens.h5", "--seq-len", "32",
+                           "--sequences", "6")  # the last group is smaller
+                words = self.upmoe("export", self.folder / kind, "--to", self.folder / "hf", status=2)
+                self.assertIn("choose for each token by itself", words)
+                self.assertFalse((self.folder / "hf").exists())
 
     def test_a_run_goes_on_to_the_bit(self):
         keys = (*SIGMOID, "router.aux_kind=[sequence, global]", "router.aux_loss=[0.01, 0.01]")

@@ -3,9 +3,11 @@
 
 #include <utility>
 
+#include "configs/expert_use.h"
 #include "kernels/ops/pointwise.h"
 #include "tests/support/layer_rig.h"
 #include "trainer/model/capacity_router.h"
+#include "trainer/model/expert_choice_router.h"
 #include "trainer/model/jitter_router.h"
 #include "trainer/model/moe_layer.h"
 #include "trainer/model/noisy_router.h"
@@ -13,6 +15,7 @@
 #include "trainer/model/second_choice_router.h"
 #include "trainer/model/sigmoid_router.h"
 #include "trainer/model/softmax_router.h"
+#include "trainer/model/token_mixture_router.h"
 
 namespace upmoe {
 namespace {
@@ -33,6 +36,7 @@ struct MoeRig : Rig {
   BalanceConfig balance;
   std::vector<std::int32_t> choices, places, rows;
   RoutedTokens tokens;  // none, unless in_training()
+  RoutedGroups groups;  // none, unless in_groups()
 
   // As a micro-batch of one sequence whose last token lies in front.
   void in_training() {
@@ -41,6 +45,12 @@ struct MoeRig : Rig {
     tokens = {host_view(std::as_const(places).data(), {T}), host_view(std::as_const(rows).data(), {T}), T, 3,
               1000};
     tokens.pool = self.get();
+  }
+
+  // All tokens at one position, the last one in front: groups of four, four and three.
+  void in_groups() {
+    for (std::int64_t t = 0; t < T; ++t) rows.push_back(static_cast<std::int32_t>(T - 1 - t));
+    groups = {{host_view(std::as_const(rows).data(), {T}), T, 4}, self.get()};
   }
 
   explicit MoeRig(bool renormalize, AuxKind kind, double scale = 1) {
@@ -84,6 +94,7 @@ struct MoeRig : Rig {
     RouterBalance counted;
     counted.load = counted_load();
     counted.tokens = tokens;
+    counted.groups = groups;
     moe.forward(ex, y, x, {}, counted, keep, s);
     const std::int32_t* index = s.router.index_TK.as<std::int32_t>();
     EXPECT_TRUE(std::equal(choices.begin(), choices.end(), index)) << "a step flipped a routing choice";
@@ -99,6 +110,7 @@ void check_moe(MoeRig& rig) {
   RouterBalance balance;
   balance.load = rig.counted_load();
   balance.tokens = rig.tokens;
+  balance.groups = rig.groups;
   rig.moe.forward(rig.ex, y, rig.x, {}, balance, rig.keep, saved);
   const TensorView& chosen = saved.router.index_TK;
   rig.choices.assign(chosen.as<std::int32_t>(), chosen.as<std::int32_t>() + chosen.elements());
@@ -246,6 +258,33 @@ TEST(RouterGradient, MoeWithNoise) {
     check_moe(rig);
     const auto scalar = [&] { return rig.scalar(); };
     test::expect_gradient(rig.host, "noise", noise.value, noise.grad, scalar, 5e-4, 1e-2);
+  }
+}
+
+// Who is taken is frozen. Of each group an expert takes two of four tokens, or of three.
+TEST(RouterGradient, MoeOfExpertsThatChoose) {
+  for (const double scale : {1.0, 2.5}) {
+    MoeRig rig(false, AuxKind::kHf);
+    rig.in_groups();
+    rig.moe.router = make_expert_choice_router({rig.router}, 2);
+    if (scale != 1) rig.moe.router = make_scaled_router(std::move(rig.moe.router), scale);
+    MoeLayer::Saved saved;
+    RouterBalance balance;
+    balance.groups = rig.groups;
+    rig.moe.forward(rig.ex, rig.host.zeros({rig.T, rig.D}), rig.x, balance, rig.keep, saved);
+    EXPECT_EQ(saved.plan.received(), rig.E * 6);
+    for (std::int64_t e = 0; e < rig.E; ++e)
+      EXPECT_EQ(saved.plan.dispatch.expert_offsets[static_cast<std::size_t>(e)], 6 * e) << "6 of 11 tokens";
+    check_moe(rig);
+  }
+}
+TEST(RouterGradient, MoeOfTokensInMixtures) {
+  for (const double temperature : {1.0, 0.5}) {
+    MoeRig rig(false, AuxKind::kHf);
+    rig.in_groups();
+    rig.moe.router = make_token_mixture_router({rig.router}, temperature);
+    check_moe(rig);
+    EXPECT_EQ(rig.sums.as<double>()[0], 3) << "each expert computes a row for each group";
   }
 }
 

@@ -152,6 +152,61 @@ TEST(Routers, NoiseImportanceAndLoad) {
   EXPECT_NE(one_rank(without).losses.front(), one.losses.front()) << "noise chooses";
 }
 
+Layout in_groups_of_two(RouterKind kind) {
+  Layout l{"moe_mixed", {}, 2};
+  l.aux_loss = 0;
+  l.form.kind = kind;
+  l.form.group_size = 2;
+  return l;
+}
+
+// Where the two tokens of a group lie on two tp ranks, or on one; and where rows go by way of nodes.
+TEST(Routers, ExpertsThatChooseTokens) {
+  for (const double factor : {0.0, 8.0}) {  // one token of a group, or both
+    Layout l = in_groups_of_two(RouterKind::kExpertChoice);
+    l.form.capacity_factor = factor;
+    l.z_loss = 0.01;
+    expect_same_on_all(l);
+    for (const auto& layer : one_rank(l).loads.front())
+      for (const double share : layer) EXPECT_EQ(share, layer.front()) << "every expert takes as many";
+  }
+  Layout l = in_groups_of_two(RouterKind::kExpertChoice);
+  l.form.jitter = 0.1;
+  expect_same_on_all(l);
+  l.mesh = {1, 2, 1, 2, 4, 1};
+  l.node_ranks = 2;
+  expect_equal(one_rank(l), run_in_layout(l));
+}
+TEST(Routers, TokensInMixtures) {
+  Layout l = in_groups_of_two(RouterKind::kMixtureOfTokens);
+  l.form.temperature = 0.5;
+  expect_same_on_all(l);
+  Layout warm = l;
+  warm.form.temperature = 1;
+  EXPECT_NE(one_rank(l).losses.front(), one_rank(warm).losses.front());
+  l.mesh = {1, 2, 1, 2, 4, 1};
+  l.node_ranks = 2;
+  expect_equal(one_rank(l), run_in_layout(l));
+}
+
+// Groups are of the configuration, not of the micro-batch; and what is computed again is grouped as before.
+TEST(Routers, GroupsAreThoseOfAnyMicroBatchAndOfRecomputation) {
+  for (const RouterKind kind : {RouterKind::kExpertChoice, RouterKind::kMixtureOfTokens}) {
+    Layout l = in_groups_of_two(kind);
+    const Outcome& two = one_rank(l);
+    l.micro_batch = 4;
+    expect_equal(two, one_rank(l));
+    l.micro_batch = 2;
+    for (const Recompute recompute :
+         {Recompute::kSwiglu, Recompute::kRoutedUp, Recompute::kUp, Recompute::kFfn, Recompute::kBlock}) {
+      l.recompute = recompute;
+      const Outcome& again = one_rank(l);
+      EXPECT_EQ(two.losses, again.losses) << name_of(recompute);
+      EXPECT_EQ(two.norms, again.norms) << name_of(recompute);
+    }
+  }
+}
+
 // A capacity that holds all choices drops none, to the bit.
 TEST(Routers, RoomForAllIsNoLimit) {
   Layout l{"moe_mixed", {}, 2};

@@ -69,6 +69,31 @@ TEST(ModelCost, IsTwoFlopsPerWeightAndAttention) {
   }
 }
 
+// Experts that choose compute as many rows as tokens that choose, or as many as there are in a group; mixtures are two
+// products more, of tokens and experts, and twice as many in backward.
+TEST(ModelCost, CountsRowsOfGroups) {
+  const Golden golden("moe_mixed");
+  ModelConfig c = golden.config();
+  const auto cost_of = [&] { return model_cost(c, {golden.seq_len(), Recompute::kNone}); };
+  const double rest = cost_of().forward_flops - 2.0 * static_cast<double>(cost_of().multiplied);
+  const std::int64_t expert = cost_of().multiplied_routed / c.num_experts_per_tok;  // all layers, one expert
+  c.router.kind = RouterKind::kExpertChoice;
+  c.router.group_size = 2;
+  c.router.capacity_factor = c.num_experts;
+  EXPECT_EQ(cost_of().multiplied_routed, expert * c.num_experts);
+  EXPECT_DOUBLE_EQ(cost_of().forward_flops, 2.0 * static_cast<double>(cost_of().multiplied) + rest);
+  c.router.capacity_factor = c.num_experts / 2.0;
+  EXPECT_EQ(cost_of().multiplied_routed, expert * c.num_experts / 2);
+  EXPECT_DOUBLE_EQ(cost_of().forward_flops, 2.0 * static_cast<double>(cost_of().multiplied) + rest);
+  c.router.kind = RouterKind::kMixtureOfTokens;
+  c.router.capacity_factor = 0;
+  const ModelCost mixed = cost_of();
+  const double mixing = 4.0 * c.num_moe_layers() * static_cast<double>(c.num_experts * c.hidden_size);
+  EXPECT_EQ(mixed.multiplied_routed, expert * c.num_experts / 2);
+  EXPECT_DOUBLE_EQ(mixed.forward_flops, 2.0 * static_cast<double>(mixed.multiplied) + rest + mixing);
+  EXPECT_DOUBLE_EQ(mixed.train_flops, 3 * mixed.forward_flops);
+}
+
 // A whole block again: its forward without the head. Of the up-projections: two thirds of each network.
 TEST(ModelCost, RecomputationIsBookedApart) {
   const Golden golden("dense");

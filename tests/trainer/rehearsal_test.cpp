@@ -22,15 +22,16 @@ struct Seen {
   std::vector<double> flops_per_rank;  // as the steps report it
 };
 
-// Every token asks for every expert: the one routing that needs no luck to be balanced.
-ModelConfig config_of(const Golden& golden) {
+// Every token asks for every expert, the one routing of tokens that needs no luck to be balanced; or experts ask.
+ModelConfig balanced_config(const Layout& layout, const Golden& golden) {
   ModelConfig config = golden.config();
-  config.num_experts_per_tok = config.num_experts;
+  config.router = layout.form;
+  if (!config.router.routes_groups()) config.num_experts_per_tok = config.num_experts;
   return config;
 }
 
-Seen run_really(const Golden& golden, const RunConfig& run, Communicator& world) {
-  Session s(run, config_of(golden), world);
+Seen run_really(const Golden& golden, const RunConfig& run, const ModelConfig& config, Communicator& world) {
+  Session s(run, config, world);
   s.params.load(s.memory.exec, golden_weights(golden));
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
@@ -53,10 +54,10 @@ Seen run_really(const Golden& golden, const RunConfig& run, Communicator& world)
 }
 
 // What the host's memory is to a run on the CPU, the dry device, like a GPU, is given: tokens, targets, positions and
-// documents of this rank's part of each micro-batch.
-Cost uploads_of_tokens(const RunConfig& run, const ProcessMesh& mesh) {
+// documents of this rank's part of each micro-batch, and the rows of groups.
+Cost uploads_of_tokens(const RunConfig& run, bool grouped, const ProcessMesh& mesh) {
   const Deal deal{run.train.global_batch / run.train.micro_batch, mesh.coord(Axis::kDp), mesh.spec().dp};
-  const double rows = run.data.mask_documents ? 4 : 3,
+  const double rows = 3.0 + (run.data.mask_documents ? 1 : 0) + (grouped ? 1 : 0),
                tokens = static_cast<double>(run.train.micro_batch * run.data.seq_len / mesh.spec().cp);
   Cost cost;
   for (std::int64_t round = 0; round < deal.rounds(); ++round) {
@@ -102,21 +103,22 @@ TEST_P(Rehearsed, IsWhatARealRunDoes) {
   const int ranks = layout.mesh.world();
   const fs::path tokens = fs::path(testing::TempDir()) / fmt::format("rehearsal_{}.h5", ::getpid());
   const RunConfig run = run_of(layout, golden, tokens);
+  const ModelConfig config = balanced_config(layout, golden);
   golden.write_tokens(tokens);
   std::vector<Seen> real(static_cast<std::size_t>(ranks));
   run_in_threads(ranks, [&](Communicator& world) {
-    real[static_cast<std::size_t>(world.rank())] = run_really(golden, run, world);
+    real[static_cast<std::size_t>(world.rank())] = run_really(golden, run, config, world);
   });
   fs::remove(tokens);  // a rehearsal does not look for it
   std::vector<double> flops(kSteps);
   for (int rank = 0; rank < ranks; ++rank) {
     const Seen& seen = real[static_cast<std::size_t>(rank)];
-    Rehearsal rehearsal(run, config_of(golden), rank, ranks);
+    Rehearsal rehearsal(run, config, rank, ranks);
     for (std::size_t step = 0; step < kSteps; ++step) {
       const Ledger& ledger = rehearsal.step();
       flops[step] += ledger.total().model_flops;
       Books expected = seen.steps[step];
-      expected["upload"] += uploads_of_tokens(run, rehearsal.session().mesh);
+      expected["upload"] += uploads_of_tokens(run, config.router.routes_groups(), rehearsal.session().mesh);
       expect_same_books(expected, ledger.entries(), fmt::format("rank {}, step {}", rank, step + 1));
     }
     expect_same_memory(seen, rehearsal.memory_use(), fmt::format("rank {}", rank));
@@ -136,13 +138,24 @@ std::vector<Layout> layouts() {
   all.back().z_loss = 1e-3;
   all.push_back({"dense_tied_gqa", {2, 1, 1, 1, 1, 1}, 1});
   all.push_back({"dense", {1, 3, 1, 1, 1, 1}, 1});
+  for (const auto& [kind, mesh] : {std::pair(RouterKind::kExpertChoice, MeshSpec{1, 2, 1, 1, 2, 1}),
+                                   std::pair(RouterKind::kExpertChoice, MeshSpec{1, 1, 2, 1, 2, 1}),
+                                   std::pair(RouterKind::kMixtureOfTokens, MeshSpec{1, 2, 1, 1, 2, 1}),
+                                   std::pair(RouterKind::kMixtureOfTokens, MeshSpec{1, 1, 1, 2, 2, 1})}) {
+    Layout l{"moe_mixed", mesh, 2};
+    l.aux_loss = 0;
+    l.form.kind = kind;
+    l.form.group_size = 2;
+    all.push_back(l);
+  }
   return all;
 }
 
 INSTANTIATE_TEST_SUITE_P(Layouts, Rehearsed, testing::ValuesIn(layouts()), [](const auto& i) {
   return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") + (i.param.node_ranks > 0 ? "_nodes" : "") +
          (i.param.recompute != Recompute::kNone ? "_recomputed" : "") +
-         (i.param.precision == Precision::kBf16 ? "_bf16" : "");
+         (i.param.precision == Precision::kBf16 ? "_bf16" : "") +
+         (i.param.form.routes_groups() ? fmt::format("_{}", name_of(i.param.form.kind)) : "");
 });
 
 // Of full_size(), of which no rank's part would fit into this machine's memory.

@@ -1,5 +1,6 @@
 #include "trainer/cost/model_cost.h"
 
+#include "configs/expert_use.h"
 #include "trainer/rehearsal.h"
 
 namespace upmoe {
@@ -8,10 +9,11 @@ namespace {
 
 constexpr std::int64_t kBF16Bytes = 2;
 
-RunConfig one_sequence(const CostQuestion& q) {
+// Or as many as routers route together.
+RunConfig one_sequence(const ModelConfig& model, const CostQuestion& q) {
   RunConfig run;
   run.data.seq_len = q.seq_len;
-  run.train.global_batch = run.train.micro_batch = 1;
+  run.train.global_batch = run.train.micro_batch = least_sequences(model);
   run.train.precision = Precision::kBf16;
   run.train.recompute = q.recompute;
   run.parallel.reduce = Precision::kBf16;
@@ -36,9 +38,10 @@ MemoryUse kept_by(const ModelConfig& model, RunConfig run, OptimizerKind optimiz
 WeightCounts count_weights(const ModelConfig& model) {
   WeightCounts counts;
   counts.parameters = count_params(model);
+  const ExpertUse use = expert_use(model);
   for (const ParamSpec& p : make_param_table(model)) {
     const std::int64_t weights = p.shape.elements(),
-                       used = p.expert ? weights / model.num_experts * model.num_experts_per_tok : weights;
+                       used = p.expert ? weights / model.num_experts * use.rows / use.tokens : weights;
     if (p.expert) counts.routed += weights;
     if (p.expert) counts.multiplied_routed += used;
     if (is_multiplied(p)) counts.multiplied += used;
@@ -65,8 +68,8 @@ ModelCost model_cost(const ModelConfig& model, const CostQuestion& question) {
   ModelCost cost;
   static_cast<WeightCounts&>(cost) = count_weights(model);
   cost.seq_len = question.seq_len;
-  const RunConfig run = one_sequence(question);
-  const double tokens = static_cast<double>(question.seq_len);
+  const RunConfig run = one_sequence(model, question);
+  const double tokens = static_cast<double>(question.seq_len * run.train.micro_batch);
   cost.forward_flops = rehearse_forward(model, question.seq_len).total().model_flops / tokens;
   Rehearsal rehearsal(run, model, 0, 1);
   const Cost step = rehearsal.step().total();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "configs/expert_use.h"
 #include "trainer/rehearsal.h"
 
 namespace upmoe {
@@ -24,7 +25,7 @@ double read_bytes(const ServedModel& m, double tokens) {
 
 ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt)
     : experts(model.num_experts),
-      experts_per_token(model.num_experts_per_tok),
+      experts_per_token(expert_use(model).per_token()),
       window(static_cast<double>(model.sliding_window)) {
   const WeightCounts weights = count_weights(model);
   weight_bytes = kBytes * static_cast<double>(weights.parameters.total);
@@ -33,9 +34,10 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt)
   kv_bytes = static_cast<double>(kv_bytes_per_token(model));
   token_flops = 2 * static_cast<double>(weights.multiplied);
   prompt_tokens = static_cast<double>(prompt);
-  prompt_flops = rehearse_forward(model, prompt).total().model_flops;
-  context_flops =
-      rehearse_forward(model, 1).total().model_flops - token_flops;  // a token that sees itself alone
+  const auto sequences = static_cast<double>(least_sequences(model));
+  prompt_flops = rehearse_forward(model, prompt).total().model_flops / sequences;
+  context_flops = rehearse_forward(model, 1).total().model_flops / sequences -
+                  token_flops;  // a token that sees itself alone
 }
 
 double ServedModel::seen(double context) const {

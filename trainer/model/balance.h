@@ -66,10 +66,12 @@ struct RouterLoad {
 };
 
 // One mixture's part in the balance terms of a micro-batch, and what its router knows of the tokens. The model sets
-// `load` (without one nothing is counted) and `tokens` before forward, the gradients between forward and backward.
+// `load` (without one nothing is counted), `tokens` and `groups` before forward, the gradients between forward and
+// backward.
 struct RouterBalance {
   RouterLoad load;
   RoutedTokens tokens;
+  RoutedGroups groups;
   TermGradient terms;
   // Of kImportance and kLoad, where they are: d(term) / d(sum of an expert's weights, of its chances), fp32.
   ConstTensorView weight_gradient_E = {}, chance_gradient_E = {};

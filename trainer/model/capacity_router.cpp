@@ -1,9 +1,8 @@
 #include "trainer/model/capacity_router.h"
 
-#include <algorithm>
-#include <cmath>
 #include <utility>
 
+#include "configs/expert_use.h"
 #include "kernels/ops/capacity.h"
 #include "kernels/ops/pointwise.h"
 #include "trainer/model/sequence_shards.h"
@@ -60,11 +59,6 @@ class CapacityRouter final : public Router {
 };
 
 }  // namespace
-
-std::int64_t expert_capacity(double factor, std::int64_t choices, std::int64_t experts) {
-  const double share = factor * static_cast<double>(choices) / static_cast<double>(experts);
-  return std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(share * (1 - 1e-12))));
-}
 
 std::unique_ptr<const Router> make_capacity_router(std::unique_ptr<const Router> router,
                                                    const CapacityForm& form) {

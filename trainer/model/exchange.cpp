@@ -37,7 +37,7 @@ class FlatExchange final : public Exchange {
     const int ranks = meeting_.size();
     ExchangePlan plan;
     plan.dispatch = make_plan(ex, meeting_, piece_choices(ex, shares_, ranks, choices.index_TK), shares_.etp,
-                              whole_map(shares_, ranks), keep);
+                              whole_map(shares_, ranks), keep, choices.taken);
     plan.weight_TK = choices.weight_TK;
     plan.in_place = !plan.dispatch.moves();
     return plan;
@@ -76,8 +76,9 @@ class NodeExchange final : public Exchange {
     const int node_ranks = meeting_.size();
     ExchangePlan plan;
     plan.nodes = make_node_plan(ex, nodes_, choices, node_begins(shares_, ranks_, node_ranks), keep);
-    plan.dispatch = make_plan(ex, meeting_, plan.nodes.index_AK, 1,
-                              node_map(shares_, ranks_, node_ranks, nodes_.across->rank()), keep);
+    plan.dispatch =
+        make_plan(ex, meeting_, plan.nodes.index_AK, 1,
+                  node_map(shares_, ranks_, node_ranks, nodes_.across->rank()), keep, choices.taken);
     plan.weight_TK = plan.nodes.weight_AK;
     return plan;
   }

@@ -5,14 +5,17 @@
 #include <cmath>
 #include <utility>
 
+#include "configs/expert_use.h"
 #include "kernels/core/bf16.h"
 #include "trainer/model/capacity_router.h"
+#include "trainer/model/expert_choice_router.h"
 #include "trainer/model/jitter_router.h"
 #include "trainer/model/noisy_router.h"
 #include "trainer/model/scaled_router.h"
 #include "trainer/model/second_choice_router.h"
 #include "trainer/model/sigmoid_router.h"
 #include "trainer/model/softmax_router.h"
+#include "trainer/model/token_mixture_router.h"
 
 namespace upmoe {
 
@@ -28,6 +31,11 @@ void refuse_missing_layers(const ModelConfig& c) {
         fmt::format("routers of kind {} with score {}", name_of(c.router.kind), name_of(c.router.score)));
   if (c.router.kind == RouterKind::kGShard && c.num_moe_layers() > 0 && c.num_experts_per_tok != 2)
     missing.push_back(fmt::format("routers of kind gshard with {} choices", c.num_experts_per_tok));
+  const bool mixes = c.router.kind == RouterKind::kMixtureOfTokens;
+  if (mixes && (c.router.jitter != 0 || c.router.scale != 1))
+    missing.push_back("routers of kind mixture_of_tokens with a jitter or a scale");
+  if (c.num_moe_layers() > 0 && c.router.routes_groups() && c.router.group_size < 1)
+    missing.push_back(fmt::format("routers of kind {} without a group_size", name_of(c.router.kind)));
   if (missing.empty()) return;
   fail(ExitCode::kUsage, "a model of type {} cannot be built: no layer computes {}; take a model without it",
        c.model_type, fmt::join(missing, ", "));
@@ -74,20 +82,37 @@ std::unique_ptr<const Router> scaled(std::unique_ptr<const Router> router, doubl
   return factor == 1 ? std::move(router) : make_scaled_router(std::move(router), factor);
 }
 
+// Of softmax scores.
+std::unique_ptr<const Router> bind_kind(const ModelConfig& config, const BlockParams& params,
+                                        const RouterProduct& product) {
+  const std::int64_t K = config.num_experts_per_tok;
+  const bool renormalize = config.norm_topk_prob;
+  switch (config.router.kind) {
+    case RouterKind::kTopK:
+    case RouterKind::kSwitch:
+      return make_softmax_router(product, K, renormalize);
+    case RouterKind::kNoisy:
+      return make_noisy_router(product,
+                               {params.get(Role::kRouterNoise, {config.num_experts, config.hidden_size})}, K,
+                               renormalize);
+    case RouterKind::kGShard:
+      return make_second_choice_router(make_softmax_router(product, K, renormalize));
+    case RouterKind::kExpertChoice:
+      return make_expert_choice_router(product, choices_on_the_mean(config));
+    case RouterKind::kMixtureOfTokens:
+      return make_token_mixture_router(product, config.router.temperature);
+  }
+  fail(ExitCode::kFailure, "no router of this kind");
+}
+
 // Without what training does to its input, and to its choices whatever they are.
 std::unique_ptr<const Router> bind_choices(const ModelConfig& config, const BlockParams& params) {
   const std::int64_t E = config.num_experts, K = config.num_experts_per_tok;
   const RouterProduct product{params.get(Role::kRouter, {E, config.hidden_size})};
   const RouterForm& form = config.router;
   switch (form.score) {
-    case RouterScore::kSoftmax: {
-      std::unique_ptr<const Router> router = make_softmax_router(product, K, config.norm_topk_prob);
-      if (form.kind == RouterKind::kNoisy)
-        router = make_noisy_router(product, {params.get(Role::kRouterNoise, {E, config.hidden_size})}, K,
-                                   config.norm_topk_prob);
-      if (form.kind == RouterKind::kGShard) router = make_second_choice_router(std::move(router));
-      return scaled(std::move(router), form.scale);
-    }
+    case RouterScore::kSoftmax:
+      return scaled(bind_kind(config, params, product), form.scale);
     case RouterScore::kSigmoid: {
       const SigmoidRule rule{form.groups, form.group_topk, config.norm_topk_prob,
                              static_cast<float>(form.scale)};
@@ -102,7 +127,7 @@ std::unique_ptr<const Router> bind_choices(const ModelConfig& config, const Bloc
 std::unique_ptr<const Router> bind_router(const ModelConfig& config, const BlockParams& params) {
   std::unique_ptr<const Router> router = bind_choices(config, params);
   const RouterForm& form = config.router;
-  if (form.capacity_factor > 0)
+  if (form.capacity_factor > 0 && !form.routes_groups())
     router = make_capacity_router(std::move(router),
                                   {config.num_experts, form.capacity_factor, form.capacity_pool, form.drop});
   if (form.jitter > 0) router = make_jitter_router(std::move(router), form.jitter);

@@ -4,10 +4,12 @@ namespace upmoe {
 
 void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, ConstTensorView residual_TD,
                        const RouterBalance& balance, Arena& keep, Saved& saved) const {
-  saved.plan = exchange->plan(ex, router->forward(ex, x_TD, balance, keep, saved.router), keep);
+  const Choices choices = router->forward(ex, x_TD, balance, keep, saved.router);
+  saved.plan = exchange->plan(ex, choices, keep);
   const ExchangePlan& plan = saved.plan;
   ScratchScope scope(*ex.scratch);
-  RowsUnderWay x = exchange->send(ex, plan, x_TD), weights = exchange->send_weights(ex, plan);
+  RowsUnderWay x = exchange->send(ex, plan, choices.rows_of(x_TD)),
+               weights = exchange->send_weights(ex, plan);
   SumOnto onto{.residual_TD = residual_TD};
   if (shared) {  // while the rows travel
     shared->forward(ex, y_TD, x_TD, keep, saved.shared);
@@ -22,14 +24,17 @@ void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, ConstTen
   const TensorView y_RD = ex.scratch->take({plan.received(), x_TD.shape[1]}, x_TD.dtype, "expert output");
   experts.forward(ex, y_RD, rows, keep, saved.experts);
   RowsUnderWay y = exchange->send_back(ex, plan, y_RD);
-  exchange->add_back(ex, plan, y_TD, y, onto);
+  const RowSums sums = router->outputs(ex, {y_TD, onto}, keep, saved.router);
+  exchange->add_back(ex, plan, sums.out, y, sums.onto);
+  router->share_outputs(ex, y_TD, balance, saved.router);
 }
 
 void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const RouterBalance& balance,
                         const Saved& saved) const {
   const ExchangePlan& plan = saved.plan;
   ScratchScope scope(*ex.scratch);
-  RowsUnderWay dy = exchange->send(ex, plan, dy_TD);
+  Router::Saved routed = saved.router;
+  RowsUnderWay dy = exchange->send(ex, plan, router->output_gradient(ex, dy_TD, balance, routed));
   SumOnto onto;
   if (shared) {  // while the gradients travel
     shared->backward(ex, dx_TD, dy_TD, saved.shared, &onto.gate);
@@ -41,8 +46,9 @@ void MoeLayer::backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const
   RowsUnderWay dx = exchange->send_back(ex, plan, b.dx_RD()),
                dweights = exchange->send_back(ex, plan, b.dweight_R1());
   experts.backward_weights(ex, b, saved.experts);  // while the input gradients travel back
-  exchange->add_back(ex, plan, dx_TD, dx, onto);
-  router->backward(ex, dx_TD, exchange->weights_back(ex, plan, dweights), balance, saved.router);
+  const RowSums sums = router->row_gradient(ex, {dx_TD, onto}, routed);
+  exchange->add_back(ex, plan, sums.out, dx, sums.onto);
+  router->backward(ex, dx_TD, exchange->weights_back(ex, plan, dweights), balance, routed);
 }
 
 }  // namespace upmoe

@@ -19,12 +19,12 @@ std::int64_t sum_of(const std::vector<std::int64_t>& rows) {
 
 // How many rows go to and come from each node. On the dry device nobody counted: every token asks for every
 // node, or for as many as it has choices.
-void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, ConstTensorView index_TK,
+void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, const Choices& choices,
                 NodePlan& plan) {
   const auto M = static_cast<std::int64_t>(groups.across->size());
   std::vector<std::int32_t> all_MM = counts_of_all(ex, *groups.across, counts_M);
   if (ex.device.type == DeviceType::kDry) {
-    const std::int64_t each = index_TK.shape[0] * std::min(M, index_TK.shape[1]) / M;
+    const std::int64_t each = choices.index_TK.shape[0] * std::min(M, choices.of_token()) / M;
     all_MM.assign(static_cast<std::size_t>(M * M), static_cast<std::int32_t>(each));
   }
   const std::int64_t me = groups.across->rank();
@@ -38,7 +38,7 @@ void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, ConstTe
 
 NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choices,
                         const std::vector<std::int64_t>& node_begin, Arena& keep) {
-  const auto& [index_TK, weight_TK] = choices;
+  const ConstTensorView &index_TK = choices.index_TK, &weight_TK = choices.weight_TK;
   const std::int64_t T = index_TK.shape[0], K = index_TK.shape[1], M = groups.across->size();
   NodePlan plan;
   plan.order_X = keep.take({T * M}, DType::kI32, "rows to other nodes");
@@ -46,7 +46,7 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
   ScratchScope scope(*ex.scratch);
   TensorView counts_M = ex.scratch->take({M}, DType::kI32, "rows per node");
   ops::group_by_node(ex, plan.order_X, plan.slot_TM, counts_M, index_TK, node_begin);
-  count_rows(ex, groups, counts_M, index_TK, plan);
+  count_rows(ex, groups, counts_M, choices, plan);
   // Kept for the most there could be, a row for every token and node, before the counts were known; used are the first.
   plan.order_X = plan.order_X.rows(0, sum_of(plan.send_rows));
 

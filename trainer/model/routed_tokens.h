@@ -1,11 +1,12 @@
 #pragma once
-// Which tokens a router routes: for what is drawn at random for a token, and for what tokens share, whatever ranks they
-// lie on.
+// Which tokens a router routes: for what is drawn at random for a token, and for what tokens share or compete for,
+// whatever ranks they lie on.
 
 #include <string_view>
 
 #include "kernels/core/philox.h"
 #include "kernels/ops/router_draws.h"
+#include "kernels/ops/token_groups.h"
 #include "parallel/communicator.h"
 
 namespace upmoe {
@@ -23,6 +24,13 @@ struct RoutedTokens {
 
   explicit operator bool() const { return place_T.given(); }
   TokenDraws draws(std::string_view what) const { return {philox_key(seed, what), first, layer, place_T}; }
+};
+
+// The groups of tokens that are routed together, in training and outside it, where a router asks for them. All tokens
+// of one position lie on the tp ranks of one cp rank: rows are those of these ranks, one behind the other.
+struct RoutedGroups {
+  TokenGroups tokens;
+  Communicator* tp = nullptr;
 };
 
 }  // namespace upmoe

@@ -14,8 +14,9 @@ class ScaledRouter final : public Router {
 
   Choices forward(Exec& ex, ConstTensorView x_TD, const RouterBalance& balance, Arena& keep,
                   Saved& saved) const override {
-    const Choices choices = router_->forward(ex, x_TD, balance, keep, saved);
-    return {choices.index_TK, scaled(ex, choices.weight_TK, keep)};
+    Choices choices = router_->forward(ex, x_TD, balance, keep, saved);
+    choices.weight_TK = scaled(ex, choices.weight_TK, keep);
+    return choices;
   }
 
   void backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const RouterBalance& balance,

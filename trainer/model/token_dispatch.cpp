@@ -85,7 +85,7 @@ void count_rows(DispatchPlan& plan, const Communicator& exchange, const PieceMap
 }  // namespace
 
 DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_TS, std::int64_t pieces,
-                       const PieceMap& map, Arena& keep) {
+                       const PieceMap& map, Arena& keep, std::int64_t taken) {
   DispatchPlan plan;
   plan.choices = index_TS.shape[1] / pieces;
   plan.pieces = pieces;
@@ -95,7 +95,8 @@ DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_T
   TensorView counts_E = ex.scratch->take({map.pieces()}, DType::kI32, "rows per piece");
   ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E, index_TS);
   // A row that came to this node has its share of the choices here.
-  const std::int64_t balanced_rows = plan.sent() / std::min(map.nodes, plan.choices);
+  const std::int64_t balanced_rows =
+      taken >= 0 ? taken * pieces : plan.sent() / std::min(map.nodes, plan.choices);
   // Here the host waits for the device: it has to know how many rows come, and for which experts.
   const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, balanced_rows);
   count_rows(plan, exchange, map, counts_PE);

@@ -36,9 +36,9 @@ ConstTensorView piece_choices(Exec& ex, const ExpertShares& shares, int ranks, C
 
 // index_TS: the tokens' choices of pieces, `pieces` for each choice of an expert, -1 for none. Collective over
 // `exchange`, whose ranks hold the pieces of `map`: gathers the counts, the one point where the host waits for the
-// device.
+// device. `taken`: as in Choices.
 DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_TS, std::int64_t pieces,
-                       const PieceMap& map, Arena& keep);
+                       const PieceMap& map, Arena& keep, std::int64_t taken = -1);
 
 // Expert-major, once waited for.
 RowsUnderWay to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,

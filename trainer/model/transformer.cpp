@@ -91,6 +91,7 @@ TensorView Transformer::prepare_loads(Exec& ex, const MicroBatch& batch, Arena& 
       if (batch.chances) load.chance_E = take(experts);
       saved.blocks[i].balance.load = load;
       saved.blocks[i].balance.tokens = routed_tokens(batch, i);
+      saved.blocks[i].balance.groups = {batch.groups, tp};
       ++m;
     }
   return loads_ML;
@@ -237,6 +238,7 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
     const TensorView branch_tD = ex.scratch->take(shape, dtype, "residual branch");
     const TensorView normed_tD = shares_norms() ? keep.take(shape, dtype, "norm output") : TensorView{};
     Block::Saved saved;
+    saved.balance.groups = {batch.groups, tp};
     input = summed(ex, block.forward(ex, {y_tD, branch_tD, normed_tD}, {input}, batch.places, keep, saved));
     keep.rewind(mark);
     std::swap(x_tD, y_tD);

@@ -22,6 +22,7 @@ struct MicroBatch {  // T tokens, a multiple of seq_len; T = 0 is a rank without
   std::int64_t sequences = 0;
   bool weights = false, chances = false;  // whether routers sum them, for kImportance and kLoad
   RoutedTokens routed = {};  // given where routers ask for it; the model says on which layers and ranks
+  TokenGroups groups = {};   // likewise, in evaluation too: of the tokens of this rank's tp group
 };
 
 struct Embedding {
