@@ -123,8 +123,8 @@ std::vector<Role> fp32_roles(RouterDType router);
 
 // Of what is trained.
 struct ParamCounts {
-  std::int64_t total = 0;                    // every parameter once
-  std::int64_t activated = 0;                // routed experts counted top-k of E
+  std::int64_t total = 0;      // every parameter once
+  std::int64_t activated = 0;  // routed experts counted as a token uses them on the mean: top-k of E
   std::int64_t activated_non_embedding = 0;  // without input embedding and LM head
   std::int64_t buffers = 0;                  // values that are not trained, in none of the others
 };

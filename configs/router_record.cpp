@@ -172,8 +172,9 @@ ModelConfig with_router(ModelConfig model, const RunConfig::Router& router) {
   form.capacity_factor = router.capacity_factor.value_or(form.capacity_factor);
   form.capacity_pool = router.capacity_pool.value_or(form.capacity_pool);
   form.drop = router.drop.value_or(form.drop);
-  form.group_size = router.group_size.value_or(form.group_size);
-  form.temperature = router.temperature.value_or(form.temperature);
+  // No other kind has them.
+  form.group_size = form.routes_groups() ? router.group_size.value_or(form.group_size) : 0;
+  form.temperature = form.routes_groups() ? router.temperature.value_or(form.temperature) : 1;
   model.router_bias = model.router_bias || router.bias_rate > 0;
   model.router_load = model.router_load || router.has_term(AuxKind::kGlobal);
   return model;
@@ -249,8 +250,8 @@ std::string why_not_exported(const ModelConfig& c) {
   if (c.num_moe_layers() == 0) return "";
   if (c.router.routes_groups())
     return fmt::format(
-        "its routers ({}) give a token what the tokens of other sequences at its position leave to it: readers of {} "
-        "choose for each token by itself, and what they generate would depend on who asks beside them",
+        "its routers ({}) share the experts among the tokens of several sequences, and a reader of {} has to choose "
+        "for each token by itself: it would compute something else",
         words_of(c.router.served()), c.model_type);
   const Traits lost = without_words(c).without({Trait::kChoiceBias});
   if (lost.none()) return "";

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "configs/expert_use.h"
 #include "configs/run_notes.h"
 #include "data/staged_directory.h"
 #include "kernels/core/log.h"
@@ -87,7 +88,7 @@ void log_model(const Session& s, const TrainState& state) {
   const ModelConfig& c = s.config;
   const ParamCounts counts = count_params(c);
   const std::string experts = c.num_moe_layers() > 0 ? fmt::format(", {} experts of which {} compute a token",
-                                                                   c.num_experts, c.num_experts_per_tok)
+                                                                   c.num_experts, expert_use(c).per_token())
                                                      : "";
   log::info("model: {} ({}), {}: {} layers{}; {} parameters, {} activated per token", state.source,
             start_of(s.run, state), c.model_type, c.num_hidden_layers, experts, grouped(counts.total),

@@ -147,6 +147,20 @@ TEST(RouterRecord, GroupsAreNotExported) {
   }
 }
 
+// What a kind does not look at is none of its form: a run may say it and go on without.
+TEST(RouterRecord, OtherKindsHaveNoGroups) {
+  RunConfig::Router asked;
+  asked.group_size = 4;
+  asked.temperature = 0.5;
+  EXPECT_TRUE(with_router(mixture(2, true), asked).router == RouterForm{});
+  asked.kind = RouterKind::kMixtureOfTokens;
+  const ModelConfig trained = with_router(mixture(2, true), asked);
+  EXPECT_EQ(trained.router.temperature, 0.5);
+  RunConfig::Router other;
+  other.kind = RouterKind::kTopK;
+  EXPECT_TRUE(with_router(trained, other).router == RouterForm{});
+}
+
 TEST(RouterRecord, UseOfExperts) {
   ModelConfig model = mixture(2, true);
   EXPECT_EQ(expert_use(model).per_token(), 2);

@@ -271,7 +271,7 @@ TEST(RouterGradient, MoeOfExpertsThatChoose) {
     MoeLayer::Saved saved;
     RouterBalance balance;
     balance.groups = rig.groups;
-    rig.moe.forward(rig.ex, rig.host.zeros({rig.T, rig.D}), rig.x, balance, rig.keep, saved);
+    rig.moe.forward(rig.ex, rig.host.zeros({rig.T, rig.D}), rig.x, {}, balance, rig.keep, saved);
     EXPECT_EQ(saved.plan.received(), rig.E * 6);
     for (std::int64_t e = 0; e < rig.E; ++e)
       EXPECT_EQ(saved.plan.dispatch.expert_offsets[static_cast<std::size_t>(e)], 6 * e) << "6 of 11 tokens";

@@ -90,6 +90,13 @@ TEST(Claim, ACardThatFitsWithItsSourceAlone) {
   EXPECT_THAT(all[3].result, HasSubstr("78 %"));
 }
 
+TEST(Roofline, WhatNobodyServesHasNoTimes) {
+  ModelConfig model = shipped("qwen1.5-moe-a2.7b");
+  model.router.kind = RouterKind::kExpertChoice;
+  model.router.group_size = 4;
+  EXPECT_THROW(ServedModel(model, 1000), Error);
+}
+
 TEST(Roofline, TimesOfDecodingByBatch) {
   const Machine a100 = read_machine(kConfigs / "machines" / "a100-80.yaml");
   const ServedModel mixture(shipped("qwen1.5-moe-a2.7b"), 1000), dense(shipped("qwen1.5-7b"), 1000);

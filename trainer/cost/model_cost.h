@@ -2,13 +2,15 @@
 // What a model costs: parameters from the one list of them, FLOPs from the ledger of rehearsed steps, bytes from what
 // a rehearsed rank holds. Nothing is computed and no weight is read.
 //
-// activated               top-k of the routed experts, the shared one, routers and all the rest; the embedding and the
-//                         head once each (once together when they are tied)
+// activated               of the routed experts what a token uses on the mean (configs/expert_use.h): top-k where
+//                         tokens choose; the shared one, routers and all the rest; the embedding and the head once
+//                         each (once together when they are tied)
 // activated_non_embedding the same without embedding and head
 // multiplied              weights of products that a token goes through: activated without the rows of the embedding,
 //                         norms and biases; the head, routers and the shared expert's gate included
 // forward FLOPs per token 2 * multiplied + sum over layers of 4 * pairs * heads * head_dim; pairs of a token in the
-//                         mean (s + 1) / 2, fewer in a window. Training: three times that.
+//                         mean (s + 1) / 2, fewer in a window. Mixtures of tokens: 4 * experts * hidden_size more a
+//                         layer. Training: three times that.
 // Padding, masked documents and experts without tokens change nothing in what is counted here.
 
 #include <cstdint>

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "configs/expert_use.h"
 #include "trainer/rehearsal.h"
 
 namespace upmoe {
@@ -25,8 +24,14 @@ double read_bytes(const ServedModel& m, double tokens) {
 
 ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt)
     : experts(model.num_experts),
-      experts_per_token(expert_use(model).per_token()),
+      experts_per_token(model.num_experts_per_tok),
       window(static_cast<double>(model.sliding_window)) {
+  if (model.num_moe_layers() > 0 && model.router.routes_groups())
+    fail(ExitCode::kUsage,
+         "router.kind {} gives a token what the tokens of other sequences leave to it: such a model is "
+         "trained, not "
+         "served, and has no time to serve it; ask for what it costs to train",
+         name_of(model.router.kind));
   const WeightCounts weights = count_weights(model);
   weight_bytes = kBytes * static_cast<double>(weights.parameters.total);
   fixed_bytes = kBytes * static_cast<double>(weights.multiplied - weights.multiplied_routed);
@@ -34,10 +39,9 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt)
   kv_bytes = static_cast<double>(kv_bytes_per_token(model));
   token_flops = 2 * static_cast<double>(weights.multiplied);
   prompt_tokens = static_cast<double>(prompt);
-  const auto sequences = static_cast<double>(least_sequences(model));
-  prompt_flops = rehearse_forward(model, prompt).total().model_flops / sequences;
-  context_flops = rehearse_forward(model, 1).total().model_flops / sequences -
-                  token_flops;  // a token that sees itself alone
+  prompt_flops = rehearse_forward(model, prompt).total().model_flops;
+  context_flops =
+      rehearse_forward(model, 1).total().model_flops - token_flops;  // a token that sees itself alone
 }
 
 double ServedModel::seen(double context) const {

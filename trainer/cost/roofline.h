@@ -15,7 +15,8 @@
 namespace upmoe {
 
 struct ServedModel {
-  ServedModel(const ModelConfig& model, std::int64_t prompt);  // `prompt` tokens are prefilled at a time
+  // `prompt` tokens are prefilled at a time. Error(kUsage) for routers of groups, which nobody serves.
+  ServedModel(const ModelConfig& model, std::int64_t prompt);
 
   double experts = 0, experts_per_token = 0;
   double weight_bytes = 0;   // of all parameters: what stays on the device
