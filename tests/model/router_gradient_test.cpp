@@ -288,6 +288,76 @@ TEST(RouterGradient, MoeOfTokensInMixtures) {
   }
 }
 
+using Row = std::vector<double>;
+
+// Of one expert, in double: its gate and up rows of a neuron are neighbours.
+Row expert_of(const MoeRig& rig, std::int64_t e, const Row& x) {
+  const float *gate_up = rig.moe.experts.gate_up_eGD.value.as<float>() + e * 2 * rig.F * rig.D,
+              *down = rig.moe.experts.down_eDF.value.as<float>() + e * rig.D * rig.F;
+  Row y(x.size(), 0.0);
+  for (std::int64_t f = 0; f < rig.F; ++f) {
+    double gate = 0, up = 0;
+    for (std::int64_t d = 0; d < rig.D; ++d) {
+      gate += double(gate_up[2 * f * rig.D + d]) * x[static_cast<std::size_t>(d)];
+      up += double(gate_up[(2 * f + 1) * rig.D + d]) * x[static_cast<std::size_t>(d)];
+    }
+    const double hidden = gate / (1 + std::exp(-gate)) * up;
+    for (std::int64_t d = 0; d < rig.D; ++d)
+      y[static_cast<std::size_t>(d)] += double(down[d * rig.F + f]) * hidden;
+  }
+  return y;
+}
+
+// The layer's definition, a group after the other: [T, D].
+std::vector<Row> mixtures_by_hand(const MoeRig& rig, double temperature) {
+  std::vector<Row> x(static_cast<std::size_t>(rig.T)), y(x.size(), Row(static_cast<std::size_t>(rig.D)));
+  for (std::size_t t = 0; t < x.size(); ++t)
+    for (std::int64_t d = 0; d < rig.D; ++d)
+      x[t].push_back(double(rig.x.as<float>()[static_cast<std::int64_t>(t) * rig.D + d]));
+  const auto logit = [&](std::size_t t, std::int64_t e) {
+    double h = 0;
+    for (std::size_t d = 0; d < x[t].size(); ++d)
+      h += double(rig.router.value.as<float>()[e * rig.D + static_cast<std::int64_t>(d)]) * x[t][d];
+    return h;
+  };
+  for (std::size_t first = 0; first < rig.rows.size(); first += 4)
+    for (std::int64_t e = 0; e < rig.E; ++e) {
+      double sum = 0;
+      Row mixture(static_cast<std::size_t>(rig.D));
+      const std::size_t last = std::min(rig.rows.size(), first + 4);
+      const auto part = [&](std::size_t i) {
+        return std::exp(logit(static_cast<std::size_t>(rig.rows[i]), e) / temperature);
+      };
+      for (std::size_t i = first; i < last; ++i) sum += part(i);
+      for (std::size_t i = first; i < last; ++i)
+        for (std::size_t d = 0; d < mixture.size(); ++d)
+          mixture[d] += part(i) / sum * x[static_cast<std::size_t>(rig.rows[i])][d];
+      const Row output = expert_of(rig, e, mixture);
+      for (std::size_t i = first; i < last; ++i)
+        for (std::size_t d = 0; d < output.size(); ++d)
+          y[static_cast<std::size_t>(rig.rows[i])][d] += part(i) / sum * output[d];
+    }
+  return y;
+}
+
+TEST(RouterGradient, MixturesOfTokensByTheirDefinition) {
+  for (const double temperature : {1.0, 0.3}) {
+    MoeRig rig(false, AuxKind::kHf);
+    rig.in_groups();
+    rig.moe.shared.reset();
+    rig.moe.router = make_token_mixture_router({rig.router}, temperature);
+    MoeLayer::Saved saved;
+    RouterBalance balance;
+    balance.groups = rig.groups;
+    const TensorView y = rig.host.zeros({rig.T, rig.D});
+    rig.moe.forward(rig.ex, y, rig.x, balance, rig.keep, saved);
+    const std::vector<Row> expected = mixtures_by_hand(rig, temperature);
+    for (std::int64_t i = 0; i < y.elements(); ++i)
+      EXPECT_NEAR(y.as<float>()[i],
+                  expected[static_cast<std::size_t>(i / rig.D)][static_cast<std::size_t>(i % rig.D)], 1e-4);
+  }
+}
+
 // Outside training nothing is drawn and nothing dropped: the very choices of the router inside.
 TEST(RouterGradient, WhatTrainingDoesIsNotDoneOutside) {
   MoeRig plain(true, AuxKind::kHf), other(true, AuxKind::kHf);
