@@ -293,7 +293,7 @@ TEST(Measured, OfRanksWithTheirLinks) {
 
 TEST(Measured, FourDigits) {
   EXPECT_EQ(four_digits(0.123456), 0.1235);
-  EXPECT_EQ(four_digits(98765), 98770);
+  EXPECT_EQ(four_digits(98764), 98760);
 }
 
 }  // namespace

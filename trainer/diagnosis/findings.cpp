@@ -87,9 +87,9 @@ std::vector<Finding> findings_of(const HostFacts& host, const Surroundings& wher
   judge_gpus(host, where.gpus, out);
   if (host.memory_left > 0 && host.memory_left < kFewBytes)
     out.push_back(
-        warning(fmt::format("this host has {:.2f} GiB of memory left for its {} rank{}: end what else "
-                            "takes it, or give the container more",
-                            host.memory_left / kGiB, where.ranks_here, where.ranks_here == 1 ? "" : "s")));
+        note(fmt::format("this host has {:.2f} GiB of memory left for its {} rank{}: end what else "
+                         "takes it, or give the container more",
+                         host.memory_left / kGiB, where.ranks_here, where.ranks_here == 1 ? "" : "s")));
   return out;
 }
 
