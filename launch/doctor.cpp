@@ -131,15 +131,18 @@ void Examination::clocks() {
 }
 
 void Examination::folder(bool of_a_run) {
-  if (mine_.speaks) {
-    fails([&] {
-      if (of_a_run) require_run_directory(folder_);
-      mine_.folder = read_folder(folder_, read_mounts());
-      const FolderTrial trial = try_folder(mine_.folder.existing, kTrialBytes, world().rank());
+  if (mine_.speaks && !fails([&] {
+        if (of_a_run) require_run_directory(folder_);
+        mine_.folder = read_folder(folder_, read_mounts());
+      })) {
+    FolderTrial trial;
+    if (fails([&] { trial = try_folder(mine_.folder.existing, kTrialBytes, world().rank()); })) {
+      add(findings_of(mine_.folder));
+    } else {
       mine_.trial = fmt::format("written at {:.2f} GB/s, fsync {:.1f} ms, rename {:.1f} ms",
                                 trial.write_bytes_per_s * 1e-9, trial.sync_s * 1e3, trial.rename_s * 1e3);
       add(findings_of(mine_.folder, trial));
-    });
+    }
   }
   shared_folder();
 }
@@ -151,11 +154,13 @@ void Examination::shared_folder() {
                        fmt::format(".upmoe-doctor-{}-shared", static_cast<long>(getpid()));
   const fs::path sign = broadcast_text(world(), own.string(), 0);
   bool made = false;
-  if (world().rank() == 0) try {
+  if (world().rank() == 0) {
+    try {
       write_text_synced(sign, "doctor\n");
       made = true;
     } catch (const Error&) {  // told by folder()
     }
+  }
   made = gather(world(), made ? 1 : 0).front() == 1;
   if (made && mine_.speaks && !path_exists(sign))
     mine_.findings.push_back(
@@ -197,8 +202,9 @@ void print_machine(Runtime& runtime, const Examination& found) {
   m.name = on_gpu
                ? gpu::name_of(found.chosen().index)
                : fmt::format("{}, {} cores", host.processor.empty() ? "a processor" : host.processor, cores);
-  m.source = m.rates.source = fmt::format("measured by upmoe {} doctor --measure on {}, {} ranks on {} hosts",
-                                          UPMOE_VERSION, today(), where.ranks, where.hosts);
+  m.source = m.rates.source = fmt::format(
+      "measured by upmoe {} doctor --measure on {}, {} rank{} on {} host{}", UPMOE_VERSION, today(),
+      where.ranks, where.ranks == 1 ? "" : "s", where.hosts, where.hosts == 1 ? "" : "s");
   m.memory_gb =
       four_digits((on_gpu ? static_cast<double>(gpu::memory_of(found.chosen().index)) : host.memory) * 1e-9);
   m.ranks_per_node = on_gpu ? where.gpus : cores;
