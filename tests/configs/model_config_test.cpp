@@ -259,7 +259,7 @@ TEST(ModelConfig, TheGoldenModelsAreRead) {
     EXPECT_NO_THROW(read_model_config(entry.path())) << entry.path();
     ++count;
   }
-  EXPECT_EQ(count, 13);
+  EXPECT_EQ(count, 15);
 }
 
 TEST(ModelConfig, WritesBothForms) {
