@@ -23,6 +23,7 @@ constexpr PublishedModel kPublished[] = {
     {"mixtral-8x7b", "Mixtral-8x7B", false, {"46.7", "12.9", ""}},
     {"mixtral-8x22b", "Mixtral-8x22B", false, {"141", "39", ""}},
     {"dbrx", "DBRX", false, {"132", "36", ""}},
+    {"dots.llm1", "dots.llm1", false, {"142", "14", ""}},
     {"qwen2-57b-a14b", "Qwen2-57B-A14B", false, {"57.4", "14", ""}},
     {"qwen3-30b-a3b", "Qwen3-30B-A3B", false, {"30.5", "3.3", ""}},
     {"qwen3-0.6b", "Qwen3-0.6B", false, {"0.6", "", "0.44"}},
