@@ -79,4 +79,15 @@ std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig&
   return texts;
 }
 
+void require_possible(const RunConfig& run, const ModelConfig& model, int world_size) {
+  const std::vector<std::string> problems = problems_of(run, model, world_size);
+  if (problems.empty()) return;
+  std::string all;
+  for (const std::string& p : problems) all += "\n  " + p;
+  const std::vector<std::string> near = nearest_meshes(run, model, world_size);
+  if (!near.empty()) all += fmt::format("\npossible meshes of {} ranks, the nearest first:", world_size);
+  for (const std::string& mesh : near) all += "\n  " + mesh;
+  fail(ExitCode::kUsage, "{}: this run is not possible:{}", run.origin, all);
+}
+
 }  // namespace upmoe

@@ -13,5 +13,8 @@ namespace upmoe {
 // axis doubled or halved is one step); empty when no mesh near it helps.
 std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig& model, int world_size,
                                         std::size_t most = 3);
+// Throws Error(kUsage) with everything that makes the run impossible for so many ranks, and the nearest meshes that
+// are possible.
+void require_possible(const RunConfig& run, const ModelConfig& model, int world_size);
 
 }  // namespace upmoe

@@ -17,12 +17,9 @@ namespace {
 
 constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 
-// With as many micro-batches as it takes to have all under way that ever are; where chunks are interleaved, until the
-// arenas of micro-batches, fewer than this multiple of the stages, have gone round to the chunk that takes the most.
 RunConfig shortened(RunConfig run, int ranks) {
-  const std::int64_t pp = run.parallel.pp, chunks = run.parallel.pp_chunks;
-  const std::int64_t rounds = chunks == 1 ? pp : pp * (chunks + 2) * pp;
-  const std::int64_t enough = checked_mul(rounds * mesh_of(run, ranks).dp, run.train.micro_batch);
+  const std::int64_t enough =
+      checked_mul(rounds_until_full(run.parallel) * mesh_of(run, ranks).dp, run.train.micro_batch);
   run.train.global_batch = std::min(run.train.global_batch, enough);
   return run;
 }
@@ -33,6 +30,13 @@ std::string read(const char* path) {
 }
 
 }  // namespace
+
+// Where chunks are interleaved, until the arenas of micro-batches, fewer than this multiple of the stages, have gone
+// round to the chunk that takes the most.
+std::int64_t rounds_until_full(const RunConfig::Parallel& parallel) {
+  const std::int64_t pp = parallel.pp, chunks = parallel.pp_chunks;
+  return chunks == 1 ? pp : pp * (chunks + 2) * pp;
+}
 
 MemoryEstimate estimate_memory(const RunConfig& run, const ModelConfig& model, int rank, int ranks) {
   Rehearsal rehearsal(shortened(run, ranks), model, rank, ranks);

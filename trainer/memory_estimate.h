@@ -14,6 +14,8 @@ struct MemoryEstimate {
   std::size_t checkpoint = 0;  // the copy that is written in the background
   std::size_t total() const { return step.total() + checkpoint; }
 };
+// Micro-batches of a rank after which all are under way that ever are.
+std::int64_t rounds_until_full(const RunConfig::Parallel& parallel);
 MemoryEstimate estimate_memory(const RunConfig& run, const ModelConfig& model, int rank, int ranks);
 std::string describe(const MemoryEstimate& estimate);  // "3.2 GiB (weights and gradients 1.1, ...)"
 

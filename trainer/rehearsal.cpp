@@ -1,12 +1,11 @@
 #include "trainer/rehearsal.h"
 
+#include <utility>
+
 #include "configs/expert_use.h"
-#include "parallel/dry_comm.h"
 #include "trainer/batch_deal.h"
 
 namespace upmoe {
-
-namespace {
 
 // Micro-batches of a run's size, dealt as it deals them; their values are never looked at.
 class DryBatches final : public BatchSource {
@@ -17,10 +16,14 @@ class DryBatches final : public BatchSource {
         masked_(run.data.mask_documents),
         values_(static_cast<std::size_t>(run.train.micro_batch * seq_len_)) {}
 
-  std::int64_t rounds() const override { return deal_.rounds(); }
+  void begin_step(std::int64_t rounds) {
+    asked_ = rounds;
+    round_ = 0;
+  }
+  std::int64_t rounds() const override { return asked_ > 0 ? asked_ : deal_.rounds(); }
   Batch next() override {
     Batch batch;
-    batch.index = deal_.index(round_);
+    batch.index = asked_ > 0 ? round_ * deal_.ranks + deal_.rank : deal_.index(round_);
     round_ = (round_ + 1) % rounds();
     const std::int64_t T = batch.index < 0 ? 0 : static_cast<std::int64_t>(values_.size());
     batch.tokens_T = host_view(std::as_const(values_).data(), {T});
@@ -32,21 +35,22 @@ class DryBatches final : public BatchSource {
 
  private:
   Deal deal_;
-  std::int64_t seq_len_, round_ = 0;
+  std::int64_t seq_len_, asked_ = 0, round_ = 0;
   bool masked_;
   std::vector<std::int32_t> values_;
 };
 
-}  // namespace
-
-Rehearsal::Rehearsal(const RunConfig& run, const ModelConfig& model, int rank, int ranks)
-    : world_(make_dry_communicator(rank, ranks)),
+Rehearsal::Rehearsal(const RunConfig& run, const ModelConfig& model, int rank, int ranks, DryWire* wire)
+    : world_(make_dry_communicator(rank, ranks, wire)),
       session_(run, model, *world_, {DeviceType::kDry, 0}),
       trainer_(session_) {
-  session_.batches = std::make_unique<DryBatches>(run, session_.mesh);
+  auto batches = std::make_unique<DryBatches>(run, session_.mesh);
+  batches_ = batches.get();
+  session_.batches = std::move(batches);
 }
 
-const Ledger& Rehearsal::step() {
+const Ledger& Rehearsal::step(std::int64_t rounds) {
+  batches_->begin_step(rounds);
   trainer_.step(++steps_);
   return session_.memory.ledger;
 }

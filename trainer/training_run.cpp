@@ -4,7 +4,6 @@
 
 #include "configs/nearest_meshes.h"
 #include "configs/router_record.h"
-#include "configs/run_problems.h"
 #include "data/model_source.h"
 #include "data/posix_file.h"
 #include "data/tokenizer_match.h"
@@ -50,7 +49,7 @@ class Run {
     });
     run_agreed(world_, [&] {
       const ModelConfig config = open_config(newest);
-      require_possible(config);
+      require_possible(run_, config, world_.size());
       session_config_ = config;
     });
     // What is wrong with the configuration, the mesh or the model was found before this: from here on memory is taken
@@ -82,17 +81,6 @@ class Run {
     const ModelConfig config = with_router(source_->config(), run_.router);
     if (checkpoint) require_same_router(source_->config(), config, checkpoint->string());
     return config;
-  }
-
-  void require_possible(const ModelConfig& model) const {
-    const std::vector<std::string> problems = problems_of(run_, model, world_.size());
-    if (problems.empty()) return;
-    std::string all;
-    for (const std::string& p : problems) all += "\n  " + p;
-    const std::vector<std::string> near = nearest_meshes(run_, model, world_.size());
-    if (!near.empty()) all += fmt::format("\npossible meshes of {} ranks, the nearest first:", world_.size());
-    for (const std::string& mesh : near) all += "\n  " + mesh;
-    fail(ExitCode::kUsage, "{}: this run is not possible:{}", run_.origin, all);
   }
 
   void load(const std::optional<fs::path>& checkpoint);

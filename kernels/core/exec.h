@@ -49,7 +49,7 @@ struct Exec {
     if (books_ops) {
       ledger->book(op, flops, bytes_read, bytes_written, work);
     } else {
-      ledger->again(op, flops, work);
+      ledger->again(op, flops, bytes_read, bytes_written, work);
     }
   }
 };

@@ -21,16 +21,19 @@ Cost& entry(std::map<std::string, Cost, std::less<>>& entries, std::string_view 
 }  // namespace
 
 void Ledger::book(std::string_view op, double flops, double bytes_read, double bytes_written, Work work) {
-  if (listener_) listener_(op);
-  entry(entries_, op) += Cost{.calls = 1,
-                              .flops = flops,
-                              .bytes_read = bytes_read,
-                              .bytes_written = bytes_written,
-                              .model_flops = work == Work::kModel ? flops : 0};
+  const Cost cost{.calls = 1,
+                  .flops = flops,
+                  .bytes_read = bytes_read,
+                  .bytes_written = bytes_written,
+                  .model_flops = work == Work::kModel ? flops : 0};
+  if (listener_) listener_(op, cost);
+  entry(entries_, op) += cost;
 }
 
-void Ledger::again(std::string_view op, double flops, Work work) {
-  if (listener_) listener_(std::string(op) + " again");
+void Ledger::again(std::string_view op, double flops, double bytes_read, double bytes_written, Work work) {
+  if (listener_)
+    listener_(std::string(op) + " again",
+              {.calls = 1, .flops = flops, .bytes_read = bytes_read, .bytes_written = bytes_written});
   if (work == Work::kModel) entry(entries_, op).model_again += flops;
 }
 

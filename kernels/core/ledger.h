@@ -32,18 +32,19 @@ class Ledger {
             Work work = Work::kOther);
   // An op that computes once more what is booked elsewhere: its work for the model is kept apart, and the listener is
   // told of "op again".
-  void again(std::string_view op, double flops, Work work);
+  void again(std::string_view op, double flops, double bytes_read, double bytes_written, Work work);
   void book_sent(std::string_view verb, double bytes);
   const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
   Cost total() const;
   void clear() { entries_.clear(); }
-  // Called with the name of each op that is booked, or done again, from now on, before it is given to the device:
-  // for timing ops where they run.
-  void listen(std::function<void(std::string_view)> listener) { listener_ = std::move(listener); }
+  // Called with the name and the cost of each op that is booked, or done again, from now on, before it is given to the
+  // device: for timing ops where they run, or where they would.
+  using Listener = std::function<void(std::string_view, const Cost&)>;
+  void listen(Listener listener) { listener_ = std::move(listener); }
 
  private:
   std::map<std::string, Cost, std::less<>> entries_;
-  std::function<void(std::string_view)> listener_;
+  Listener listener_;
 };
 
 }  // namespace upmoe

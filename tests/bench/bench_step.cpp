@@ -116,7 +116,7 @@ void profile(Session& s, Trainer& trainer, std::int64_t step) {
     points.back().second->record(*s.memory.stream);
   };
   point("before the first");
-  s.memory.ledger.listen(point);
+  s.memory.ledger.listen([&](std::string_view op, const Cost&) { point(op); });
   trainer.step(step);
   point("end");
   s.memory.ledger.listen({});

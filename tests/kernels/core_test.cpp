@@ -195,7 +195,7 @@ TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
   Exec ex;
   ex.ledger = &ledger;
   std::vector<std::string> told;
-  ledger.listen([&](std::string_view op) { told.emplace_back(op); });
+  ledger.listen([&](std::string_view op, const Cost&) { told.emplace_back(op); });
   ex.book("gemm", 8, 1, 1, Work::kModel);
   not_booked(ex).book("gemm", 8, 1, 1, Work::kModel);
   EXPECT_EQ(told, (std::vector<std::string>{"gemm", "gemm again"}));
@@ -208,7 +208,7 @@ TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
 TEST(LedgerBook, KeepsTheModelsWorkAndWhatIsDoneAgainApart) {
   Ledger ledger;
   std::vector<std::string> told;
-  ledger.listen([&](std::string_view op) { told.emplace_back(op); });
+  ledger.listen([&](std::string_view op, const Cost&) { told.emplace_back(op); });
   Exec ex;
   ex.ledger = &ledger;
   ex.book("gemm", 10, 20, 30, Work::kModel);

@@ -37,7 +37,7 @@ Seen run_really(const Golden& golden, const RunConfig& run, const ModelConfig& c
   s.open_data(0);
   Trainer trainer(s);
   Seen seen;
-  s.memory.ledger.listen([&](std::string_view) {
+  s.memory.ledger.listen([&](std::string_view, const Cost&) {
     seen.scratch_at_ops = std::max(seen.scratch_at_ops, s.memory.scratch.used());
   });
   for (std::int64_t step = 1; step <= kSteps; ++step) {
