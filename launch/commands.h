@@ -17,6 +17,7 @@ void add_train(CLI::App& app, Handler& handler);
 void add_eval(CLI::App& app, Handler& handler);
 void add_cost(CLI::App& app, Handler& handler);
 void add_doctor(CLI::App& app, Handler& handler);
+void add_plan(CLI::App& app, Handler& handler);
 void add_export(CLI::App& app, Handler& handler);
 void add_inspect(CLI::App& app, Handler& handler);
 void add_report(CLI::App& app, Handler& handler);

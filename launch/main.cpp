@@ -32,6 +32,7 @@ int run(int argc, char** argv) {
   upmoe::add_inspect(app, handler);
   upmoe::add_cost(app, handler);
   upmoe::add_doctor(app, handler);
+  upmoe::add_plan(app, handler);
   upmoe::add_report(app, handler);
   double deadline_s = 600;
   for (const char* command : {"upcycle", "train", "eval", "export"})

@@ -100,7 +100,7 @@ double RankSpeed::op_seconds(std::string_view op, const Cost& cost) const {
   }
   const double bytes = cost.bytes_read + cost.bytes_written;
   const double products = rate > 0 ? cost.flops / rate : 0;
-  return r.op_us * 1e-6 + std::max(products, bytes / (r.copy_gb_per_s * 1e9 * share_));
+  return call_seconds() + std::max(products, bytes / (r.copy_gb_per_s * 1e9 * share_));
 }
 
 }  // namespace upmoe

@@ -19,6 +19,7 @@ class RankSpeed {
   RankSpeed(const Machine& machine, Precision precision, int ranks);
 
   double op_seconds(std::string_view op, const Cost& cost) const;
+  double call_seconds() const { return machine_.rates.op_us * 1e-6; }  // of it, besides its work
   // The rate of a product, FLOP/s, by the edge of a cube (Machine::Rates).
   double product_rate(const std::vector<double>& rates, double edge) const;
 

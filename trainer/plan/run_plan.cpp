@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <set>
 #include <tuple>
 #include <utility>
 
@@ -140,18 +139,16 @@ double bubble_of(const RunPlan& plan, const PlannedRank& slowest, int chunks) {
 PlannedTime time_of(const RunPlan& plan, const RankSpeed& speed, int chunks) {
   PlannedTime time;
   double sum = 0;
-  const PlannedRank* slowest = &plan.ranks.front();
-  for (const PlannedRank& r : plan.ranks) {
-    sum += r.alike * r.step.seconds();
-    if (r.step.seconds() > slowest->step.seconds()) slowest = &r;
-  }
-  time.compute = slowest->step.compute;
-  time.exchange = waited(slowest->step, {"all_to_all_rows"});
-  time.stages = waited(slowest->step, {"send", "recv"});
-  time.reduction = slowest->step.seconds() - time.compute - time.exchange - time.stages;
-  time.bubble = bubble_of(plan, *slowest, chunks);
-  time.imbalance = slowest->step.seconds() - sum / plan.world;
-  time.seconds = slowest->step.seconds() + time.bubble;
+  for (const PlannedRank& r : plan.ranks) sum += r.alike * r.step.seconds();
+  const PlannedRank& slowest = plan.slowest();
+  time.compute = slowest.step.compute;
+  time.calls = slowest.step.calls;
+  time.exchange = waited(slowest.step, {"all_to_all_rows"});
+  time.stages = waited(slowest.step, {"send", "recv"});
+  time.reduction = slowest.step.seconds() - time.compute - time.exchange - time.stages;
+  time.bubble = bubble_of(plan, slowest, chunks);
+  time.imbalance = slowest.step.seconds() - sum / plan.world;
+  time.seconds = slowest.step.seconds() + time.bubble;
   time.tokens_per_s = plan.tokens / time.seconds;
   time.model_flops_per_s = plan.model_flops / plan.world / time.seconds;
   time.mfu = time.model_flops_per_s / speed.peak_flops_per_s();
@@ -161,18 +158,25 @@ PlannedTime time_of(const RunPlan& plan, const RankSpeed& speed, int chunks) {
 }  // namespace
 
 std::string PlannedTime::limit() const {
-  const std::pair<double, const char*> parts[] = {{exchange, "exchange"},
+  const std::pair<double, const char*> parts[] = {{calls, "calls"},
+                                                  {exchange, "exchange"},
                                                   {reduction, "reduction"},
                                                   {bubble + stages, "bubble"},
                                                   {imbalance, "imbalance"}};
   const auto* most = std::max_element(std::begin(parts), std::end(parts),
                                       [](const auto& a, const auto& b) { return a.first < b.first; });
-  return most->first > compute - imbalance ? most->second : "compute";
+  return most->first > compute - calls - imbalance ? most->second : "compute";
 }
 
 const PlannedRank& RunPlan::fullest() const {
   return *std::max_element(ranks.begin(), ranks.end(), [&](const PlannedRank& a, const PlannedRank& b) {
     return bytes_of(a) < bytes_of(b);
+  });
+}
+
+const PlannedRank& RunPlan::slowest() const {
+  return *std::max_element(ranks.begin(), ranks.end(), [](const PlannedRank& a, const PlannedRank& b) {
+    return a.step.seconds() < b.step.seconds();
   });
 }
 
@@ -218,7 +222,7 @@ std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& mo
 }
 
 RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
-                 const std::optional<Machine>& machine) {
+                 const std::optional<Machine>& machine, const OnlyRanks& only) {
   require_possible(run, model, world);
   std::optional<RankSpeed> speed;
   if (machine) speed.emplace(*machine, run.train.precision, world);
@@ -236,11 +240,13 @@ RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
   const std::vector<ParamSpec> table = make_param_table(model);
   double flops = 0;
   for (const RankKind& kind : kinds_of_ranks(run, model, world)) {
+    if (!only.empty() && !only.contains(kind.rank)) continue;
     PlannedRank rank = rehearsal.of(kind);
     rank.experts = holding_of(table, plan.mesh, kind.rank, stages).experts;
     for (const auto& [name, cost] : rank.costs) flops += kind.alike * cost.model_flops;
     plan.ranks.push_back(std::move(rank));
   }
+  UPMOE_CHECK(!plan.ranks.empty(), "none of the ranks asked for stands for a kind");
   // Where micro-batches do not go round, some ranks have one less than those that were rehearsed.
   const double dealt = static_cast<double>(plan.rounds) * plan.mesh.dp;
   plan.model_flops = flops * static_cast<double>(run.train.global_batch / run.train.micro_batch) / dealt;

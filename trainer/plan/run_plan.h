@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -42,12 +43,14 @@ struct PlannedRank {
 struct PlannedTime {
   double seconds = 0;  // of a step: the slowest rank's, and the pipeline's bubble
   // What they are made of, the slowest rank's.
-  double compute = 0, exchange = 0, reduction = 0, stages = 0;
+  double compute = 0, calls = 0;  // calls: of compute, what calls take besides their work
+  double exchange = 0, reduction = 0, stages = 0;
   double bubble = 0;                      // of the pipeline
   double imbalance = 0;                   // of `seconds`, how long the average rank waits for the slowest
   double tokens_per_s = 0;                // of all ranks
   double model_flops_per_s = 0, mfu = 0;  // of a rank
-  std::string limit() const;              // the largest of what is not computing, or "compute"
+  // What takes the most of it: "compute", "calls", "exchange", "reduction", "bubble" or "imbalance".
+  std::string limit() const;  // the largest of what is not computing, or "compute"
 };
 
 struct RunPlan {
@@ -62,6 +65,7 @@ struct RunPlan {
   bool on_host = false;     // the device's memory is the host's
 
   const PlannedRank& fullest() const;
+  const PlannedRank& slowest() const;
   double bytes_of(const PlannedRank& rank) const { return rank.memory.total(on_host); }
   MemoryPurposes mean_memory() const;
   bool fits() const { return device_bytes == 0 || bytes_of(fullest()) <= device_bytes; }
@@ -73,9 +77,12 @@ struct RankKind {
 };
 std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& model, int world);
 
+// Of a plan's ranks, these alone, and sums over ranks are of them; empty: one of each kind.
+using OnlyRanks = std::set<int>;
+
 // Without a machine, memory and bytes alone. Throws Error(kUsage) with every reason why the run is impossible for
 // `world` ranks, and meshes near it that are not.
 RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
-                 const std::optional<Machine>& machine);
+                 const std::optional<Machine>& machine, const OnlyRanks& only = {});
 
 }  // namespace upmoe

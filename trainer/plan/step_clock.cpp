@@ -26,6 +26,7 @@ double StepTime::seconds() const {
 
 void StepTime::add(const StepTime& o, double factor) {
   compute += factor * o.compute;
+  calls += factor * o.calls;
   for (const auto& [op, seconds] : o.by_op) by_op[op] += factor * seconds;
   for (const auto& [verb, seconds] : o.waited) waited[verb] += factor * seconds;
   for (const auto& [verb, bytes] : o.sent) {
@@ -40,6 +41,7 @@ void StepClock::op(std::string_view name, const Cost& cost) {
   if (speed_ == nullptr) return;
   const double seconds = speed_->op_seconds(name, cost);
   time_.compute += seconds;
+  time_.calls += speed_->call_seconds();
   time_.by_op[without_again(name)] += seconds;
   // What is under way gets on meanwhile, the first one first.
   double left = seconds;

@@ -1,0 +1,27 @@
+#pragma once
+// What `upmoe plan` prints: for people, and as JSON.
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "trainer/plan/changes.h"
+#include "trainer/plan/layout_search.h"
+
+namespace upmoe {
+
+struct PlanRequest {
+  std::string run;              // the file, as it was named
+  std::string machine;          // its name for people; empty: none
+  double peak_flops_per_s = 0;  // of the machine's data sheet
+  double train_flops_per_token = 0;
+};
+
+struct PlanReport {
+  std::string text, json;  // each ends with a line break
+};
+
+PlanReport plan_report(const PlanRequest& request, const RunPlan& plan, const std::vector<Change>& changes);
+PlanReport search_report(const PlanRequest& request, int world, const LayoutSearch& search);
+
+}  // namespace upmoe

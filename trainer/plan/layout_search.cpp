@@ -1,0 +1,188 @@
+#include "trainer/plan/layout_search.h"
+
+#include <algorithm>
+#include <optional>
+
+#include "configs/run_problems.h"
+
+namespace upmoe {
+
+namespace {
+
+constexpr std::size_t kShown = 10, kRefined = 8;
+constexpr std::int64_t kLeastContext = 8192;  // tokens of a rank, below which cp is not tried
+// What plans may go through together, in the unit of weight_of().
+constexpr double kFirstWeight = 300, kSecondWeight = 300;
+
+std::vector<int> divisors(int n) {
+  std::vector<int> all;
+  for (int d = 1; d <= n; ++d)
+    if (n % d == 0) all.push_back(d);
+  return all;
+}
+
+std::int64_t replicas_of(const RunConfig& run, int world) {
+  return world / (std::int64_t{run.parallel.tp} * run.parallel.pp * run.parallel.cp);
+}
+
+// How long a plan of it takes: a rehearsal of each stage, in which gradients are packed for every replica.
+double weight_of(const RunConfig& run, int world) {
+  return run.parallel.pp + static_cast<double>(replicas_of(run, world)) / 16;
+}
+
+// How much is cut up that need not be.
+int cuts_of(const RunConfig::Parallel& p) {
+  return p.tp * p.pp * p.cp * p.etp;
+}
+
+class Search {
+ public:
+  Search(const RunConfig& run, const ModelConfig& model, int world, const Machine& machine)
+      : run_(run), model_(model), world_(world), machine_(machine) {}
+
+  LayoutSearch find() {
+    std::vector<RunConfig> meshes = possible_meshes();
+    std::stable_sort(meshes.begin(), meshes.end(), [](const RunConfig& a, const RunConfig& b) {
+      return cuts_of(a.parallel) < cuts_of(b.parallel);
+    });
+    std::vector<std::pair<double, RunConfig>> fitting;  // by seconds
+    // Those that are cut up alike may take half of what is left, so that each kind has its turn.
+    double left = kFirstWeight, share = left / 2;
+    int cuts = 0;
+    for (const RunConfig& mesh : meshes) {
+      const bool first = cuts_of(mesh.parallel) != cuts;
+      if (first) share = left / 2;
+      cuts = cuts_of(mesh.parallel);
+      const double weight = 2 * weight_of(mesh, world_);
+      if (weight > (first ? left : share)) {
+        ++found_.excluded.not_reached;
+        continue;
+      }
+      left -= weight;
+      share -= weight;
+      if (const std::optional<double> seconds = first_look(mesh)) {
+        fitting.emplace_back(*seconds, mesh);
+      } else {
+        ++found_.excluded.too_large;
+      }
+    }
+    std::stable_sort(fitting.begin(), fitting.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    left = kSecondWeight;
+    std::size_t refined = 0;
+    for (; refined < std::min(kRefined, fitting.size()) && left > 0; ++refined)
+      refine(fitting[refined].second, left);
+    found_.excluded.slower = static_cast<std::int64_t>(fitting.size() - refined);
+    keep_best();
+    return found_;
+  }
+
+ private:
+  // The run's own micro-batch, or the largest smaller one with which every replica gets one.
+  std::int64_t micro_batch_for(const RunConfig& run, std::int64_t most) const {
+    const std::int64_t replicas = replicas_of(run, world_), global = run.train.global_batch;
+    for (std::int64_t size = std::min(most, global); size >= 1; --size)
+      if (global % size == 0 && global / size >= replicas) return size;
+    return 0;
+  }
+
+  std::vector<RunConfig> possible_meshes() {
+    std::vector<RunConfig> all;
+    for (const int pp : divisors(world_))
+      for (const int cp : divisors(world_ / pp))
+        for (const int tp : divisors(world_ / pp / cp))
+          for (const int ep : divisors(world_ / pp))
+            for (const int etp : divisors(world_ / pp / ep)) {
+              RunConfig run = run_;
+              run.parallel.pp = pp, run.parallel.cp = cp, run.parallel.tp = tp;
+              run.parallel.ep = ep, run.parallel.etp = etp;
+              run.parallel.pp_chunks = run.parallel.zero = 1;
+              run.parallel.node_ranks = 0;
+              if (is_worth_it(run)) all.push_back(run);
+            }
+    return all;
+  }
+
+  bool is_worth_it(RunConfig& run) {
+    ++found_.meshes;
+    const RunConfig::Parallel& p = run.parallel;
+    LayoutSearch::Excluded& out = found_.excluded;
+    run.train.micro_batch = micro_batch_for(run, run_.train.micro_batch);
+    if (run.train.micro_batch == 0 || !problems_of(run, model_, world_).empty())
+      return ++out.impossible, false;
+    if (p.tp > machine_.ranks_per_node) return ++out.across_nodes, false;
+    if (p.cp > 1 && run.data.seq_len / p.cp < kLeastContext) return ++out.short_context, false;
+    if (p.etp > 1 && 2 * p.ep <= model_.num_experts) return ++out.cut_experts, false;
+    return true;
+  }
+
+  std::optional<FoundLayout> planned(const RunConfig& run) {
+    ++found_.plans;
+    const RunPlan plan = plan_run(run, model_, world_, machine_);
+    if (!plan.fits()) return std::nullopt;
+    return FoundLayout{run.parallel,
+                       run.train.micro_batch,
+                       run.train.recompute,
+                       plan.time->seconds,
+                       plan.time->tokens_per_s,
+                       plan.time->mfu,
+                       plan.bytes_of(plan.fullest())};
+  }
+
+  // As it stands, or else as small as it gets. Nothing: it does not fit.
+  std::optional<double> first_look(RunConfig run) {
+    if (const auto found = planned(run)) return found->seconds;
+    run.train.recompute = Recompute::kBlock;
+    run.train.micro_batch = micro_batch_for(run, 1);
+    run.parallel.zero = replicas_of(run, world_) > 1 ? 2 : 1;
+    if (const auto found = planned(run)) return found->seconds;
+    return std::nullopt;
+  }
+
+  // Every micro-batch and ZeRO stage, each with the first policy that fits as long as something
+  // is `left` of what plans may weigh.
+  void refine(RunConfig run, double& left) {
+    const std::int64_t most = micro_batch_for(run, 16);
+    for (const int zero : {1, 2}) {
+      if (zero == 2 && replicas_of(run, world_) == 1) continue;
+      run.parallel.zero = zero;
+      for (std::int64_t size = 1; size <= most; size *= 2) {
+        run.train.micro_batch = size;
+        if (!problems_of(run, model_, world_).empty()) continue;
+        bool fits = false;
+        for (const auto& policy : kNames<Recompute>.built) {
+          run.train.recompute = policy.value;
+          if (left <= 0) return;
+          left -= weight_of(run, world_);
+          const auto found = planned(run);
+          if (!found) continue;
+          fits = true;
+          found_.best.push_back(*found);
+          break;
+        }
+        if (!fits) break;  // larger ones will not either
+      }
+    }
+  }
+
+  void keep_best() {
+    std::stable_sort(found_.best.begin(), found_.best.end(),
+                     [](const FoundLayout& a, const FoundLayout& b) { return a.seconds < b.seconds; });
+    if (found_.best.size() > kShown) found_.best.resize(kShown);
+  }
+
+  const RunConfig& run_;
+  const ModelConfig& model_;
+  int world_;
+  const Machine& machine_;
+  LayoutSearch found_;
+};
+
+}  // namespace
+
+LayoutSearch search_layouts(const RunConfig& run, const ModelConfig& model, int world,
+                            const Machine& machine) {
+  return Search(run, model, world, machine).find();
+}
+
+}  // namespace upmoe
