@@ -59,6 +59,7 @@ Schema schema_of(Machine& m) {
       .key("fp32_tflops", m.fp32_tflops, kPositive)
       .key("ranks_per_node", m.ranks_per_node, {.least = 1})
       .key("shared_by_ranks", m.shared_by_ranks)
+      .key("usable_gb", m.usable_gb, kPositive)
       .key("overhead_gb", m.overhead_gb, {.least = 0});
   add_rates(schema, m.rates);
   add_link(schema, "inside_node", m.inside_node);

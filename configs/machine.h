@@ -22,6 +22,7 @@ struct Machine {
   double fp32_tflops = 0;        // peak of fp32 products, 10^12 FLOP/s
   int ranks_per_node = 1;        // GPUs, or processes of a CPU
   bool shared_by_ranks = false;  // memory, peaks and rates are of a node, whose ranks share them evenly
+  double usable_gb = 0;          // of the memory, as the driver counts it, 10^9 bytes; 0: memory_gb
   double overhead_gb = 0;        // what a rank's process takes of the memory besides its tensors, 10^9 bytes
 
   // 10^12 FLOP/s that products reach, each list as long as `edges`, at these edges of a cube; between them along the

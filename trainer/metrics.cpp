@@ -126,6 +126,7 @@ void Metrics::step(const StepReport& r) {
          {"flops_computed", r.computed_flops_per_rank},
          {"bytes_sent", r.bytes_sent},
          {"ranks", ranks_},
+         {"tensors_peak_bytes", r.tensors_peak},
          {"memory_peak_bytes", peak_memory_bytes()}};
   if (r.aux_losses.size() > 1)
     for (std::size_t i = 0; i < r.aux_losses.size(); ++i)

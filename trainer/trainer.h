@@ -20,8 +20,9 @@ struct StepReport {
   double flops_per_rank = 0;  // of the model (products and attention), mean over ranks, from the ledger
   double computed_flops_per_rank = 0;  // and what of it is computed twice
   double bytes_sent = 0;               // by this rank from the step's start to its end, from the ledger
-  bool skipped = false;                // a non-finite loss or gradient: no update was made
-  std::string culprit;                 // then: the first parameter with a non-finite gradient on this rank
+  std::size_t tensors_peak = 0;  // bytes that this rank's tensors have taken at most, MemoryUse::total()
+  bool skipped = false;          // a non-finite loss or gradient: no update was made
+  std::string culprit;           // then: the first parameter with a non-finite gradient on this rank
   // Per MoE layer and expert: share of all assignments of the step.
   std::vector<std::vector<double>> expert_load;
   std::vector<std::vector<double>> assigned;  // the same, as numbers of assignments

@@ -72,7 +72,8 @@ def write_tokens(path, vocab_size, count):
                            "format": "upmoe-tokens-1"})
 
 
-def write_run(folder, run_dir, shape, precision, *, steps, micro_batches=1, global_batch=None, parallel=None):
+def write_run(folder, run_dir, shape, precision, *, steps, micro_batches=1, global_batch=None, parallel=None,
+              recompute="none"):
     """The file of a run in run_dir; model and tokens are made in `folder`, once."""
     s = SHAPES[shape]
     model, tokens = folder / shape, folder / f"{shape}.h5"
@@ -85,7 +86,8 @@ def write_run(folder, run_dir, shape, precision, *, steps, micro_batches=1, glob
     config.write_text(f"""run: {{dir: {run_dir}/run, seed: 1}}
 model: {{path: {model}, init: random}}
 data: {{train: [{{path: {tokens}, weight: 1.0}}], seq_len: {s["seq_len"]}}}
-train: {{steps: {steps}, global_batch: {batch}, micro_batch: {batch // micro_batches}, precision: {precision}}}
+train: {{steps: {steps}, global_batch: {batch}, micro_batch: {batch // micro_batches}, precision: {precision},
+         recompute: {recompute}}}
 parallel: {json.dumps(parallel or {})}
 log: {{every: 1, tensorboard: false}}
 """, encoding="utf-8")

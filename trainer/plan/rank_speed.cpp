@@ -67,7 +67,7 @@ double RankSpeed::peak_flops_per_s() const {
 }
 
 double RankSpeed::memory_bytes() const {
-  return machine_.memory_gb * 1e9 * share_;
+  return (machine_.usable_gb > 0 ? machine_.usable_gb : machine_.memory_gb) * 1e9 * share_;
 }
 
 double RankSpeed::product_rate(const std::vector<double>& rates, double edge) const {
