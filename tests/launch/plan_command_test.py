@@ -17,7 +17,8 @@ FULL = ROOT / "configs" / "plan" / "qwen1.5-moe-a2.7b.yaml"
 MODEL = f"model.path={ROOT / 'configs' / 'models' / 'qwen1.5-moe-a2.7b.json'}"
 
 KEYS = {"run", "world", "machine", "parallel", "micro_batches_per_rank", "tokens_per_step",
-        "model_flops_per_step", "fullest_rank", "memory_fullest", "memory_mean", "device_bytes", "fits", "ranks", "time", "published", "changes"}
+        "model_flops_per_step", "fullest_rank", "memory_fullest", "memory_mean", "device_bytes", "fits", "ranks",
+        "time", "published", "changes"}
 PURPOSES = {"weights", "gradients", "optimizer", "activations", "communication", "workspace", "process", "checkpoint",
             "total"}
 TIMES = {"seconds", "compute", "calls", "exchange", "reduction", "stages", "bubble", "imbalance", "tokens_per_s",

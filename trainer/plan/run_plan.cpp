@@ -122,6 +122,14 @@ double waited(const StepTime& time, std::initializer_list<const char*> verbs) {
   return sum;
 }
 
+// Of a step, whatever the mesh: what one rank books for one micro-batch.
+double model_flops_of(RunConfig run, const ModelConfig& model) {
+  const auto micro_batches = static_cast<double>(run.train.global_batch / run.train.micro_batch);
+  run.train.global_batch = run.train.micro_batch;
+  run.parallel = {.reduce = run.parallel.reduce};
+  return micro_batches * Rehearsal(run, model, 0, 1).step().total().model_flops;
+}
+
 // The slowest rank of each stage, one micro-batch after the other: while the pipeline fills and drains, the slowest
 // stage waits for one forward and one backward of each of the others.
 double bubble_of(const RunPlan& plan, const PlannedRank& slowest, int chunks) {
@@ -238,18 +246,14 @@ RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
   }
   const StagePlan stages = stages_of(run, model);
   const std::vector<ParamSpec> table = make_param_table(model);
-  double flops = 0;
   for (const RankKind& kind : kinds_of_ranks(run, model, world)) {
     if (!only.empty() && !only.contains(kind.rank)) continue;
     PlannedRank rank = rehearsal.of(kind);
     rank.experts = holding_of(table, plan.mesh, kind.rank, stages).experts;
-    for (const auto& [name, cost] : rank.costs) flops += kind.alike * cost.model_flops;
     plan.ranks.push_back(std::move(rank));
   }
   UPMOE_CHECK(!plan.ranks.empty(), "none of the ranks asked for stands for a kind");
-  // Where micro-batches do not go round, some ranks have one less than those that were rehearsed.
-  const double dealt = static_cast<double>(plan.rounds) * plan.mesh.dp;
-  plan.model_flops = flops * static_cast<double>(run.train.global_batch / run.train.micro_batch) / dealt;
+  plan.model_flops = model_flops_of(run, model);
   if (speed) plan.time = time_of(plan, *speed, run.parallel.pp_chunks);
   return plan;
 }

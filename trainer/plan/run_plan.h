@@ -77,7 +77,7 @@ struct RankKind {
 };
 std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& model, int world);
 
-// Of a plan's ranks, these alone, and sums over ranks are of them; empty: one of each kind.
+// Of a plan's ranks, these alone, and what is said of all ranks is said of them; empty: one of each kind.
 using OnlyRanks = std::set<int>;
 
 // Without a machine, memory and bytes alone. Throws Error(kUsage) with every reason why the run is impossible for
