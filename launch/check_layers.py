@@ -60,6 +60,7 @@ DECLARED_IN = {
     "kernels/cpu/onednn_product.cpp": "kernels/cpu/dense_product.h",
     "kernels/cpu/packed_product.cpp": "kernels/cpu/dense_product.h",
     # what kernels/core may call of a GPU, without knowing CUDA
+    "kernels/cuda/library/product_library.cu": "kernels/core/gpu.h",
     "kernels/cuda/portable/slice_sums.cu": "kernels/core/gpu.h",
     "kernels/cuda/runtime/device.cu": "kernels/core/gpu.h",
     "kernels/cuda/libraries.cpp": "kernels/core/gpu.h",

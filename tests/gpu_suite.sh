@@ -7,10 +7,11 @@
 #
 # Parts: ops (each op's tests on the GPU), models (golden files, meshes of as many ranks as there are GPUs, the same run
 # twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops and a layer
-# as shares of what the GPU gives), step (whole steps of 4 layers), full (the 14.3 billion parameters with adamw8bit),
-# largest (as many layers as fit), peers (PyTorch and transformers, where python3 has them), quickstart (its dense
-# model, upcycling and mixture of experts on the GPU, to the losses of the CPU: in a bundle that was made after
-# launch/quickstart.sh). The first three run their programs beside each other; what is timed runs alone.
+# as shares of what the GPU gives), algorithms (cuBLASLt's, timed: a table for configs/product_algorithms.yaml), step
+# (whole steps of 4 layers), full (the 14.3 billion parameters with adamw8bit), largest (as many layers as fit), peers
+# (PyTorch and transformers, where python3 has them), quickstart (its dense model, upcycling and mixture of experts on
+# the GPU, to the losses of the CPU: in a bundle that was made after launch/quickstart.sh). The first three run their
+# programs beside each other; what is timed runs alone.
 # UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and peers; UPMOE_SUITE_LIMIT: the most seconds of a program.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -28,7 +29,8 @@ die() {
 make_bundle() {
   local build=$root/build/gpu programs=() name
   for name in "${op_tests[@]}"; do programs+=("${name}_test"); done
-  programs+=(golden_test layer_gradient_test communicator_test layout_equivalence_test make_run bench_gpu bench_step)
+  programs+=(golden_test layer_gradient_test communicator_test layout_equivalence_test make_run bench_gpu bench_step
+    time_algorithms)
   # For any x86-64 of the last ten years, without MPI: one process has one GPU there.
   cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DUPMOE_ARCH=x86-64-v3 -DUPMOE_MPI=OFF \
     -DUPMOE_CUDA=ON >/dev/null || die "not configured; a CUDA toolkit is needed here"
@@ -219,6 +221,13 @@ part_bench() {
   cat "$part_out/bench.txt"
 }
 
+# For the committed table, should somebody want it there: it changes bits.
+part_algorithms() {
+  say algorithms timeout "$(at_most 240)" "$suite/bin/time_algorithms" "$part_out/product_algorithms.yaml" \
+    "--tokens=$(tokens_or 8192 16384 32768 | tr ' ' ,)"
+  cat "$part_out/algorithms.txt"
+}
+
 watch_memory() { # FILE COMMAND...: and the most memory that the GPU held meanwhile
   local file=$1 status=0
   shift
@@ -334,7 +343,7 @@ run_parts() {
   local out part gpus versions
   out=$(realpath -m "$1")
   shift
-  [ $# -gt 0 ] || set -- ops models sanitizer bench step full largest peers quickstart
+  [ $# -gt 0 ] || set -- ops models sanitizer bench algorithms step full largest peers quickstart
   unpack
   mkdir -p "$out"
   gpus=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader) ||
@@ -364,5 +373,5 @@ case ${1:-} in
     [ $# -ge 1 ] || die "run OUT PART..."
     run_parts "$@"
     ;;
-  *) sed -n '2,13p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' && exit 2 ;;
+  *) sed -n '2,14p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' && exit 2 ;;
 esac

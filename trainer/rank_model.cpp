@@ -1,5 +1,6 @@
 #include "trainer/rank_model.h"
 
+#include "configs/product_algorithms.h"
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
 #include "kernels/ops/precision.h"
@@ -21,6 +22,7 @@ RankMemory::RankMemory(Device device, Communicator* world)
     : scratch(device, arena_address_space(device), "scratch") {
   if (device.type == DeviceType::kCuda) {
     stream = gpu::make_stream();
+    exec.algorithms = &committed_product_algorithms();
   } else if (world != nullptr) {
     stream = world->make_stream();
   }

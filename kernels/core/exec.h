@@ -7,6 +7,8 @@
 
 namespace upmoe {
 
+struct ProductAlgorithms;  // product_algorithms.h
+
 // An ordered queue of work. On the CPU a call has finished when it returns, so the queue is empty; on a GPU
 // ops return at once, and what the host wants to read it waits for.
 class Stream {
@@ -42,6 +44,7 @@ struct Exec {
   // stays as it is.
   bool deterministic = true;
   ExpertsPath experts = ExpertsPath::kAuto;
+  const ProductAlgorithms* algorithms = nullptr;  // of dense products on a GPU; null: the library's first
 
   void book(std::string_view op, double flops, double bytes_read, double bytes_written,
             Work work = Work::kOther) const {

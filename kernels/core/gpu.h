@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/core/exec.h"
+#include "kernels/core/product_algorithms.h"
 #include "kernels/core/reduce_op.h"
 
 namespace upmoe::gpu {
@@ -37,6 +38,9 @@ std::unique_ptr<Stream> make_stream();
 
 // Between memory of the device, behind the stream's work so far.
 void copy(Stream& stream, std::byte* to, const std::byte* from, std::size_t bytes);
+
+// Of the calling thread's GPU: what a table of algorithms is for.
+ProductLibrary product_library();
 
 // The CUDA stream itself (a cudaStream_t), for libraries that take one.
 void* raw(Stream& stream);

@@ -42,7 +42,8 @@ void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Acc
                                               .a = a_MK.stored.data,
                                               .b = b_KN.stored.data,
                                               .c = c_MN.data,
-                                              .bias = fills_first ? nullptr : bias_N.data});
+                                              .bias = fills_first ? nullptr : bias_N.data,
+                                              .algorithms = ex.algorithms});
 }
 
 }  // namespace upmoe::cuda

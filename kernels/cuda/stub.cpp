@@ -45,6 +45,9 @@ void use(int) {
 int current() {
   refuse();
 }
+ProductLibrary product_library() {
+  refuse();
+}
 void copy(Stream&, std::byte*, const std::byte*, std::size_t) {
   refuse();
 }

@@ -6,6 +6,7 @@
 #include <map>
 #include <set>
 
+#include "kernels/core/product_algorithms.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
 #include "tests/support/fake_cuda/fake_cuda.h"
@@ -101,6 +102,60 @@ TEST(CublasLt, AnAlgorithmThatRefusesTheRowsIsReplacedByOneForThem) {
   finish_ops();
   EXPECT_EQ(fake_cuda::heuristic_calls() - before, 1);
   EXPECT_EQ(y.values(), again.values());
+}
+
+// Of the pretended GPU, for x [24, 40] w [56, 40]^T.
+ProductAlgorithms table_of(int place, const ProductLibrary& library = {"pretended GPU", 130100}) {
+  const ProductShape shape{
+      .m = 24, .n = 56, .k = 40, .transpose_b = true, .in = DType::kBF16, .out = DType::kBF16};
+  return {{{library, {{shape, place}}}}};
+}
+
+class CublasLtTable : public testing::Test {
+ protected:
+  OpExec ex;
+  Buffer memory = Buffer::allocate(static_cast<Exec&>(ex).device, 3 * 8192);
+
+  // The algorithm of one product whose tensors begin `shift` bytes behind a multiple of 256.
+  int algorithm_of(const ProductAlgorithms& table, std::int64_t m = 24, std::size_t shift = 0) {
+    const auto view = [&](std::size_t i, Shape shape) {
+      TensorView t = memory.view({3 * 4096}, DType::kBF16);
+      t.data += i * 8192 + shift;
+      t.shape = shape;
+      return t;
+    };
+    static_cast<Exec&>(ex).algorithms = &table;
+    finish_ops();
+    fake_cuda::take_matmuls();
+    ops::gemm(ex, view(0, {m, 56}), {view(1, {m, 40})}, {view(2, {56, 40}), Transpose::kYes},
+              Accumulate::kOverwrite);
+    finish_ops();
+    const auto calls = fake_cuda::take_matmuls();
+    return calls.size() == 1 ? calls[0].algorithm : -1;
+  }
+};
+
+TEST_F(CublasLtTable, NamesTheAlgorithmOfAShape) {
+  EXPECT_EQ(algorithm_of({}), 0) << "an empty table: the library's first";
+  EXPECT_EQ(algorithm_of(table_of(3)), 3);
+  EXPECT_EQ(algorithm_of(table_of(1)), 1) << "another table is another plan";
+  EXPECT_EQ(algorithm_of(table_of(0)), 0);
+  EXPECT_EQ(algorithm_of(table_of(3), 23), 0) << "another shape";
+  EXPECT_EQ(algorithm_of(table_of(3), 24, 16), 0) << "other addresses";
+  EXPECT_EQ(algorithm_of(table_of(3, {"NVIDIA H200", 130100})), 0) << "another device";
+  EXPECT_EQ(algorithm_of(table_of(3, {"pretended GPU", 130200})), 0) << "another version";
+}
+
+TEST_F(CublasLtTable, ThatNamesWhatIsNotOfferedIsAnError) {
+  try {
+    algorithm_of(table_of(5));  // the pretended library has four
+    ADD_FAILURE();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kDevice);
+    EXPECT_THAT(e.what(),
+                testing::HasSubstr("names number 5 for a product of 24 x 56 x 40, bf16 to bf16, on pretended "
+                                   "GPU; cuBLASLt 130100 offers 4 there: take its line out"));
+  }
 }
 
 TEST(CublasLt, NoAlgorithmIsAnErrorWithTheShape) {

@@ -117,7 +117,7 @@ std::size_t cublaslt_version() {
   return cublasLtGetVersion();
 }
 
-GemmLibrary::GemmLibrary(const CudaStream& owner) : owner_(owner.raw()) {
+GemmLibrary::GemmLibrary(const CudaStream& owner) : owner_(owner.raw()), library_(gpu::product_library()) {
   check_lt(cublasLtCreate(&handle_), "cublasLtCreate");
   check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming));
   for (Side& side : sides_) {
@@ -145,9 +145,28 @@ void* GemmLibrary::workspace(int index) {
   return w;
 }
 
-// The heuristics' first choice, so that every run and every rank computes the same bits. Sums of split
+// The place of its algorithm among those that the heuristics offer, by the table.
+int GemmLibrary::place_of(const Product& p) const {
+  if (p.algorithms == nullptr) return 0;
+  std::int64_t alignment = std::min({alignment_of(p.a), alignment_of(p.b), alignment_of(p.c)});
+  if (p.bias != nullptr) alignment = std::min<std::int64_t>(alignment, alignment_of(p.bias));
+  return upmoe::choose(*p.algorithms, library_,
+                       {.m = p.m,
+                        .n = p.n,
+                        .k = p.k,
+                        .transpose_a = p.transpose_a == Transpose::kYes,
+                        .transpose_b = p.transpose_b == Transpose::kYes,
+                        .in = p.in,
+                        .out = p.out,
+                        .adds = p.mode == Accumulate::kAdd,
+                        .bias = p.bias != nullptr,
+                        .alignment = alignment});
+}
+
+// The heuristics' first choice or the table's, so that every run and every rank computes the same bits. Sums of split
 // products go through the workspace, in order.
 const GemmLibrary::Plan& GemmLibrary::plan_of(const Product& p) {
+  const int place = place_of(p);
   const Key key{p.m,
                 p.n,
                 p.k,
@@ -159,16 +178,17 @@ const GemmLibrary::Plan& GemmLibrary::plan_of(const Product& p) {
                 p.bias != nullptr ? alignment_of(p.bias) : 0,
                 alignment_of(p.a),
                 alignment_of(p.b),
-                alignment_of(p.c)};
+                alignment_of(p.c),
+                place};
   std::unique_ptr<Plan>& plan = plans_[key];
   if (plan != nullptr) return *plan;
   auto made = std::make_unique<Plan>(p);
-  choose(*made, p);
+  choose(*made, p, place);
   plan = std::move(made);
   return *plan;
 }
 
-void GemmLibrary::choose(Plan& plan, const Product& p) {
+void GemmLibrary::choose(Plan& plan, const Product& p, int place) {
   const Sizes sizes(p);
   const Layout left(p.in, sizes.left), right(p.in, sizes.right), result(p.out, sizes.result);
   Preference preference;
@@ -179,15 +199,23 @@ void GemmLibrary::choose(Plan& plan, const Product& p) {
   preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(p.a));
   preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(p.c));
   preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(p.c));
-  cublasLtMatmulHeuristicResult_t found{};
+  std::array<cublasLtMatmulHeuristicResult_t, kOfferedAlgorithms> found{};
   int count = 0;
+  const int asked = place == 0 ? 1 : kOfferedAlgorithms;
   const cublasStatus_t status =
       cublasLtMatmulAlgoGetHeuristic(handle_, plan.description, left.raw, right.raw, result.raw, result.raw,
-                                     preference.raw, 1, &found, &count);
+                                     preference.raw, asked, found.data(), &count);
   if (status != CUBLAS_STATUS_SUCCESS || count == 0)
     fail(ExitCode::kDevice, "cuBLASLt has no algorithm for a product of {} x {} x {}, {} to {}: {}", p.m, p.n,
          p.k, name_of(p.in), name_of(p.out), cublasLtGetStatusString(status));
-  plan.algorithm = found.algo;
+  if (place >= count)
+    fail(ExitCode::kDevice,
+         "the table of algorithms (configs/product_algorithms.yaml) names number {} for a product of {} x {} "
+         "x {}, {} to "
+         "{}, on {}; cuBLASLt {} offers {} there: take its line out, or write the table again with "
+         "time_algorithms",
+         place, p.m, p.n, p.k, name_of(p.in), name_of(p.out), library_.device, library_.version, count);
+  plan.algorithm = found[static_cast<std::size_t>(place)].algo;
 }
 
 int GemmLibrary::run(const Plan& plan, const Product& p, cudaStream_t stream, int workspace_index) {

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 
+#include "kernels/core/product_algorithms.h"
 #include "kernels/cuda/runtime/stream.cuh"
 #include "kernels/ops/gemm.h"
 
@@ -21,7 +22,8 @@ struct Product {
   Accumulate mode = Accumulate::kOverwrite;
   const void *a = nullptr, *b = nullptr;
   void* c = nullptr;
-  const void* bias = nullptr;  // of the dtype `out`
+  const void* bias = nullptr;                     // of the dtype `out`
+  const ProductAlgorithms* algorithms = nullptr;  // which algorithm; null: the library's first
 };
 
 std::size_t cublaslt_version();  // 130002 for 13.0.2
@@ -52,13 +54,15 @@ class GemmLibrary {
     bool used = false;
   };
   const Plan& plan_of(const Product& p);
-  void choose(Plan& plan, const Product& p);
+  int place_of(const Product& p) const;
+  void choose(Plan& plan, const Product& p, int place);
   void multiply(const Product& p, cudaStream_t stream, int workspace);
   int run(const Plan& plan, const Product& p, cudaStream_t stream, int workspace);
   void* workspace(int index);
 
-  using Key = std::array<std::int64_t, 12>;
+  using Key = std::array<std::int64_t, 13>;
   cudaStream_t owner_;
+  ProductLibrary library_;
   cublasLtContext* handle_ = nullptr;
   std::map<Key, std::unique_ptr<Plan>> plans_;
   std::array<void*, kSideStreams + 1> workspaces_{};  // the owner's first

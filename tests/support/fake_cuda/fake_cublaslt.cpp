@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <mutex>
 #include <vector>
 
@@ -77,6 +78,9 @@ int heuristic_calls() {
 }
 }  // namespace fake_cuda
 
+std::size_t cublasLtGetVersion() {
+  return 130100;
+}
 const char* cublasLtGetStatusString(cublasStatus_t status) {
   return status == CUBLAS_STATUS_SUCCESS ? "CUBLAS_STATUS_SUCCESS" : "CUBLAS_STATUS_NOT_SUPPORTED";
 }
@@ -162,9 +166,14 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_NOT_SUPPORTED;
   const std::lock_guard lock(mutex);
   ++heuristics;
-  for (int i = 0; i < 4; ++i) results->algo.data[i] = preference->alignment[i];
-  results->algo.data[4] = preference->workspace;
-  *found = 1;
+  *found = std::min(wanted, 4);
+  for (int place = 0; place < *found; ++place) {
+    cublasLtMatmulHeuristicResult_t& result = results[place];
+    for (int i = 0; i < 4; ++i) result.algo.data[i] = preference->alignment[i];
+    result.algo.data[4] = preference->workspace;
+    result.algo.data[5] = static_cast<std::uint64_t>(place);
+    result.state = CUBLAS_STATUS_SUCCESS;
+  }
   return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t description, const void* alpha,
@@ -189,7 +198,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t description
   const void* bias = description->epilogue == CUBLASLT_EPILOGUE_BIAS ? description->bias : nullptr;
   {
     const std::lock_guard lock(mutex);
-    matmuls.push_back({left.rows(), right.columns(), left.columns(), stream, workspace});
+    matmuls.push_back({left.rows(), right.columns(), left.columns(), stream, workspace,
+                       static_cast<int>(algorithm->data[5])});
   }
   const auto all_of = [](const void* data, const FakeLayout& l) {
     return fake_cuda::Range{

@@ -22,6 +22,7 @@ void fail_next(const char* call, int error, int times = 1);
 struct Matmul {
   std::int64_t m, n, k;
   const void *stream, *workspace;
+  int algorithm;  // which of those that the heuristics offered
 };
 std::vector<Matmul> take_matmuls();  // since the last call
 int heuristic_calls();               // so far
