@@ -60,6 +60,12 @@ TensorView part(const TensorView& tensor, Range r) {
   return tensor.reshape({tensor.elements()}).rows(r.begin, r.end);
 }
 
+// One micro-batch's sum over the ranks, to those before it.
+void sum_up(Exec& ex, const StoredParam& p, ConstTensorView sum) {
+  const GradientView owned = p.write_owned_grad();
+  owned.adds() ? ops::add(ex, owned, owned, sum) : ops::cast(ex, owned, sum);
+}
+
 std::int64_t largest_slice(const std::vector<const StoredParam*>& params, int ranks) {
   std::int64_t largest = 0;
   for (int r = 0; r < ranks; ++r) {
@@ -150,7 +156,7 @@ void GradReducer::complete(Exec& ex, Lane& lane) {
   lane.user = nullptr;
   if (!b.gathers) {
     b.for_each_slice(b.group->rank(), b.own(b.grad_dtype), [&](const StoredParam& p, Range, TensorView sum) {
-      p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum) : ops::cast(ex, p.owned_grad, sum);
+      p.shares_grad ? sum_up(ex, p, sum) : ops::cast(ex, p.owned_grad, sum);
     });
     return;
   }
@@ -196,15 +202,16 @@ void GradReducer::start_gather(Exec& ex, Bucket& b) {
 void GradReducer::ready(Exec& ex, int layer, bool last) {
   const bool every = params_.shares_block_grads() && layer >= 0;
   if (!every && !last) return;
+  params_.zero_unwritten_gradients(ex, layer);
   for (auto& b : buckets_)
     if (b->layer == layer) start_reduction(ex, *b);
   if (!every) return;
   const auto [begin, end] = alone_.equal_range(layer);
   for (auto it = begin; it != end; ++it) {
     const StoredParam& p = *it->second;
-    ops::add(ex, p.owned_grad, p.owned_grad, part(p.grad, p.owned));
+    sum_up(ex, p, part(p.grad, p.owned));
   }
-  params_.zero_shared_gradients(ex);  // packed or added: the next block may have it
+  params_.forget_shared_gradients(layer);  // packed or added: the next block may have it
 }
 
 void GradReducer::finish(Exec& ex) {

@@ -26,8 +26,8 @@ class GradReducer {
   ~GradReducer();
 
   // The gradients of `layer` (-1: outside the blocks) of one micro-batch are complete; `last`: for the step
-  // as well. Starts their reduction when it is due, and clears what blocks share. Collective; the same order
-  // on every rank.
+  // as well. Starts their reduction when it is due, and leaves the memory that blocks share to the next one.
+  // Gradients that nobody wrote are zero from here on. Collective; the same order on every rank.
   void ready(Exec& ex, int layer, bool last);
   // Waits for all reductions of this step: the owned slices of all gradients are now global sums.
   void finish(Exec& ex);

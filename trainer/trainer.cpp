@@ -67,7 +67,7 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
   const auto start = std::chrono::steady_clock::now();
   Exec& ex = s_.memory.exec;
   s_.memory.ledger.clear();
-  s_.params.zero_gradients(ex);
+  s_.params.forget_gradients();
 
   StepReport report;
   report.step = step;

@@ -7,10 +7,13 @@
 //   H heads*head size, S sequence length, B sequences.
 
 #include <array>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #include "kernels/core/bf16.h"
 #include "kernels/core/check.h"
@@ -124,6 +127,19 @@ struct ConstTensorView {
   std::int64_t rows() const { return shape.rank == 0 ? 1 : shape.dim[0]; }
   ConstTensorView rows(std::int64_t begin, std::int64_t end) const;
   ConstTensorView reshape(Shape s) const;
+};
+
+// Where an op puts a gradient: added to what is there or, by the first that has one in a step, written over it. A plain
+// view is added to.
+struct GradientView : TensorView {
+  Accumulate mode = Accumulate::kAdd;
+
+  GradientView() = default;
+  template <class View>
+  requires(std::convertible_to<View, TensorView> && !std::same_as<std::remove_cvref_t<View>, GradientView>)
+      GradientView(View&& v, Accumulate m = Accumulate::kAdd)  // NOLINT(google-explicit-constructor)
+      : TensorView(static_cast<TensorView>(std::forward<View>(v))), mode(m) {}
+  bool adds() const { return mode == Accumulate::kAdd; }
 };
 
 // A view of host memory owned by the caller (a vector, say).

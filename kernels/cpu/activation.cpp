@@ -130,8 +130,9 @@ void gated_backward(const TensorView& dgate_up_RG, const TensorView& dweight_R, 
 }
 
 template <class X, class DX>
-void gate_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_1D, const ConstTensorView& dgate_T,
-                   const ConstTensorView& gate_T, const ConstTensorView& x_TD, const ConstTensorView& w_1D) {
+void gate_backward(Exec& ex, const TensorView& dx_TD, const GradientView& dw_1D,
+                   const ConstTensorView& dgate_T, const ConstTensorView& gate_T, const ConstTensorView& x_TD,
+                   const ConstTensorView& w_1D) {
   const std::int64_t rows = x_TD.shape[0], width = x_TD.shape[1];
   ScratchScope scope(*ex.scratch);
   float* partials =
@@ -189,7 +190,7 @@ void sigmoid_gate_forward(Exec&, TensorView gate_T, ConstTensorView x_TD, ConstT
   });
 }
 
-void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTensorView dgate_T,
+void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, GradientView dw_1D, ConstTensorView dgate_T,
                            ConstTensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
   with_float_type(x_TD.dtype, [&](auto x_type) {
     with_float_type(dx_TD.dtype, [&](auto dx_type) {

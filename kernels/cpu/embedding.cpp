@@ -77,11 +77,12 @@ void embedding_forward(Exec&, TensorView x_TD, ConstTensorView tokens_T, ConstTe
   });
 }
 
-void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
+void embedding_backward(Exec& ex, GradientView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
                         VocabShard shard) {
   const std::int64_t all = tokens_T.shape[0], width = dw_VD.shape[1];
   const auto* tokens = tokens_T.as<std::int32_t>();
   check_tokens(tokens, all, shard.total);
+  if (!dw_VD.adds()) fill(ex, dw_VD, 0.0f);
   ScratchScope scope(*ex.scratch);
   auto* memory = ex.scratch->take({3, all + 1}, DType::kI32, "embedding_backward order").as<std::int32_t>();
   const std::int64_t count = held_positions(tokens, all, shard.begin, dw_VD.shape[0], memory);

@@ -52,9 +52,9 @@ void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Acc
   product_for(a_MK.stored.dtype, c_MN.dtype)(ex, product);
 }
 
-void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN) {
+void bias_backward(Exec& ex, GradientView db_N, ConstTensorView dy_TN) {
   const std::int64_t rows = dy_TN.shape[0], width = dy_TN.shape[1];
-  if (rows == 0) return;
+  if (rows == 0 && db_N.adds()) return;
   ScratchScope scope(*ex.scratch);
   auto* partials = ex.scratch->take({row_blocks(rows), width}, DType::kF32, "bias_backward sums").as<float>();
   with_float_type(dy_TN.dtype, [&](auto type) {

@@ -51,7 +51,7 @@ void row_backward(T* dx, float* dw, const T* dy, const T* x, const T* w, const R
 }
 
 template <bool kAdd, class T>
-void backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, const ConstTensorView& dy_TD,
+void backward(Exec& ex, const TensorView& dx_TD, const GradientView& dw_D, const ConstTensorView& dy_TD,
               const CentredRows& normed, const ConstTensorView& w_D) {
   const std::int64_t rows = normed.x_TD.shape[0], width = normed.x_TD.shape[1];
   ScratchScope scope(*ex.scratch);
@@ -89,7 +89,7 @@ void layer_norm_forward(Exec&, TensorView y_TD, const RowMoments& moments, Const
   });
 }
 
-void layer_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
+void layer_norm_backward(Exec& ex, TensorView dx_TD, GradientView dw_D, ConstTensorView dy_TD,
                          const CentredRows& rows, ConstTensorView w_D, Accumulate mode) {
   with_float_type(rows.x_TD.dtype, [&](auto type) {
     using T = decltype(type);

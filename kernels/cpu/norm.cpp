@@ -69,7 +69,7 @@ void norm_row_backward(T* dx, float* dw, const T* dy, const T* x, const T* w, fl
 }
 
 template <class Form, bool kAdd, class T>
-void norm_backward(Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, const ConstTensorView& dy_TD,
+void norm_backward(Exec& ex, const TensorView& dx_TD, const GradientView& dw_D, const ConstTensorView& dy_TD,
                    const NormedRows& normed, const ConstTensorView& w_D) {
   const auto& [x_TD, rstd_T] = normed;
   const std::int64_t rows = x_TD.shape[0], width = x_TD.shape[1];
@@ -156,7 +156,7 @@ void add_rms_norm_forward(Exec&, TensorView y_TD, TensorView sum_TD, TensorView 
   });
 }
 
-void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
+void rms_norm_backward(Exec& ex, TensorView dx_TD, GradientView dw_D, ConstTensorView dy_TD,
                        const NormedRows& rows, const NormWeight& weight, Accumulate mode) {
   with_float_type(rows.x_TD.dtype, [&](auto type) {
     using T = decltype(type);

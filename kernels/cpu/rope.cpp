@@ -135,10 +135,10 @@ void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionSha
 }
 
 // The sum in the order of bias_backward.
-void rope_backward(Exec& ex, TensorView dqkv_TH, TensorView db_H, ConstTensorView positions_T,
+void rope_backward(Exec& ex, TensorView dqkv_TH, GradientView db_H, ConstTensorView positions_T,
                    AttentionShape shape, double theta) {
   const std::int64_t tokens = dqkv_TH.shape[0], width = dqkv_TH.shape[1];
-  if (tokens == 0) return;
+  if (tokens == 0 && db_H.adds()) return;
   ScratchScope scope(*ex.scratch);
   float* partials =
       ex.scratch->take({row_blocks(tokens), width}, DType::kF32, "rope_backward sums").as<float>();

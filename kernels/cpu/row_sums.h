@@ -26,8 +26,8 @@ inline void for_row_blocks(float* partials, std::int64_t rows, std::int64_t widt
   });
 }
 
-// total[i] += sum over blocks of partials[block][i].
-inline void add_row_blocks(TensorView total, const float* partials, std::int64_t blocks) {
+// total[i] (+)= sum over blocks of partials[block][i].
+inline void add_row_blocks(const GradientView& total, const float* partials, std::int64_t blocks) {
   const std::int64_t width = total.elements();
   with_float_type(total.dtype, [&](auto type) {
     using T = decltype(type);
@@ -35,7 +35,7 @@ inline void add_row_blocks(TensorView total, const float* partials, std::int64_t
     for_lanes(width, [&](std::int64_t i, auto lanes) {
       f32x16 sum{};
       for (std::int64_t b = 0; b < blocks; ++b) sum += load(partials + b * width + i, lanes);
-      store(out + i, load(out + i, lanes) + sum, lanes);
+      store(out + i, total.adds() ? load(out + i, lanes) + sum : sum, lanes);
     });
   });
 }

@@ -91,7 +91,7 @@ void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, Con
   dispatch(ex, &Backend::sigmoid_gate_forward, gate_T, x_TD, w_1D);
 }
 
-void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTensorView dgate_T,
+void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, GradientView dw_1D, ConstTensorView dgate_T,
                            ConstTensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
   check_scratch(ex);
   check_gate(ex, gate_T, x_TD, w_1D);
@@ -105,7 +105,7 @@ void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTe
   check_tensor(ex, dw_1D, w_1D.shape, dw_1D.dtype, "dw_1D");
   const double dx_bytes = with_dx ? bytes_of(dx_TD) : 0.0, w_bytes = with_dx ? bytes_of(w_1D) : 0.0;
   ex.book("sigmoid_gate_backward", (with_dx ? 4.0 : 2.0) * static_cast<double>(x_TD.elements()),
-          bytes_of(x_TD) + w_bytes + 2 * bytes_of(gate_T) + dx_bytes + bytes_of(dw_1D),
+          bytes_of(x_TD) + w_bytes + 2 * bytes_of(gate_T) + dx_bytes + bytes_if_added(dw_1D),
           dx_bytes + bytes_of(dw_1D), Work::kModel);
   dispatch(ex, &Backend::sigmoid_gate_backward, dx_TD, dw_1D, dgate_T, gate_T, x_TD, w_1D);
 }

@@ -22,9 +22,9 @@ void geglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, Cons
 // gate_T = sigmoid(x_TD w_1D^T), fp32.
 void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D);
 
-// dx_TD += , dw_1D += , from dgate_T (fp32), the gradient of the sigmoid's value. dx_TD may be absent: who adds rows to
-// it anyway adds the gate's share in the same pass (SumOnto of routing.h).
-void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTensorView dgate_T,
+// dx_TD += , dw_1D (+)= , from dgate_T (fp32), the gradient of the sigmoid's value. dx_TD may be absent: who adds rows
+// to it anyway adds the gate's share in the same pass (SumOnto of routing.h).
+void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, GradientView dw_1D, ConstTensorView dgate_T,
                            ConstTensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D);
 
 }  // namespace upmoe::ops

@@ -108,14 +108,14 @@ void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionSha
   dispatch(ex, &Backend::rope, qkv_TH, positions_T, shape, theta, inverse);
 }
 
-void rope_backward(Exec& ex, TensorView dqkv_TH, TensorView db_H, ConstTensorView positions_T,
+void rope_backward(Exec& ex, TensorView dqkv_TH, GradientView db_H, ConstTensorView positions_T,
                    AttentionShape shape, double theta) {
   check_rope(ex, dqkv_TH, positions_T, shape, theta);
   check_float_or(db_H, dqkv_TH.dtype, "db_H");
   check_tensor(ex, db_H, {dqkv_TH.shape[1]}, db_H.dtype, "db_H");
   const double rotated = rotated_elements(dqkv_TH, shape);
   ex.book("rope_backward", 3.0 * rotated + static_cast<double>(dqkv_TH.elements()),
-          bytes_of(dqkv_TH) + bytes_of(positions_T) + bytes_of(db_H),
+          bytes_of(dqkv_TH) + bytes_of(positions_T) + bytes_if_added(db_H),
           rotated * static_cast<double>(size_of(dqkv_TH.dtype)) + bytes_of(db_H));
   dispatch(ex, &Backend::rope_backward, dqkv_TH, db_H, positions_T, shape, theta);
 }

@@ -45,5 +45,9 @@ inline void check_scratch(const Exec& ex, std::source_location where = std::sour
 inline double bytes_of(const ConstTensorView& t) {
   return static_cast<double>(t.bytes());
 }
+// Of what is read of a gradient's memory before it is written.
+inline double bytes_if_added(const GradientView& t) {
+  return t.adds() ? bytes_of(t) : 0.0;
+}
 
 }  // namespace upmoe::ops

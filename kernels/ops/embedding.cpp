@@ -36,17 +36,18 @@ void embedding_forward(Exec& ex, TensorView x_TD, ConstTensorView tokens_T, Cons
   dispatch(ex, &Backend::embedding_forward, x_TD, tokens_T, w_VD, shard);
 }
 
-void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
+void embedding_backward(Exec& ex, GradientView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
                         VocabShard shard) {
   if (shard.total == 0) shard = {0, dw_VD.shape[0]};
   check_scratch(ex);
   check_float(dx_TD, "dx_TD");
   check_float_or(dw_VD, dx_TD.dtype, "dw_VD");
   check_embedding(ex, dx_TD, tokens_T, dw_VD, shard);
-  // Each token's row of dw is read and written, at most: repeated tokens share theirs.
+  // Each token's row of dw is read and written, at most: repeated tokens share theirs. Overwritten, all rows
+  // are zeros first.
   const double rows = static_cast<double>(dx_TD.elements()) * static_cast<double>(size_of(dw_VD.dtype));
   ex.book("embedding_backward", static_cast<double>(dx_TD.elements()),
-          bytes_of(dx_TD) + bytes_of(tokens_T) + rows, rows);
+          bytes_of(dx_TD) + bytes_of(tokens_T) + rows, rows + (dw_VD.adds() ? 0.0 : bytes_of(dw_VD)));
   dispatch(ex, &Backend::embedding_backward, dw_VD, dx_TD, tokens_T, shard);
 }
 

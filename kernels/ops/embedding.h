@@ -12,9 +12,9 @@ namespace upmoe::ops {
 void embedding_forward(Exec& ex, TensorView x_TD, ConstTensorView tokens_T, ConstTensorView w_VD,
                        VocabShard shard = {});
 
-// dw_VD += rows of dx_TD whose token the shard holds; each row of dw has one writer and adds its tokens in
-// token order, summed in fp32.
-void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
+// dw_VD (+)= rows of dx_TD whose token the shard holds; each row of dw has one writer and adds its tokens in
+// token order, summed in fp32. Overwritten, rows of other tokens become zeros.
+void embedding_backward(Exec& ex, GradientView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
                         VocabShard shard = {});
 
 }  // namespace upmoe::ops

@@ -61,12 +61,12 @@ void expert_ffn_backward(Exec& ex, const ExpertGradients& g, const PickedRows& d
   grouped_gemm_dgrad(ex, g.dx_RD, g.dgate_up_RG, f.gate_up_eGD, f.rows);
 }
 
-void expert_ffn_wgrad(Exec& ex, TensorView dgate_up_eGD, TensorView ddown_eDF, const WeightOperands& o,
+void expert_ffn_wgrad(Exec& ex, GradientView dgate_up_eGD, GradientView ddown_eDF, const WeightOperands& o,
                       const ExpertFfn& f) {
   if (f.fused) {
-    if (ddown_eDF.given()) experts_wgrad(ex, ddown_eDF, o.dy, {o.h_RF, {}}, f.rows, Accumulate::kAdd);
+    if (ddown_eDF.given()) experts_wgrad(ex, ddown_eDF, o.dy, {o.h_RF, {}}, f.rows, ddown_eDF.mode);
     if (dgate_up_eGD.given())
-      experts_wgrad(ex, dgate_up_eGD, {o.dgate_up_RG, {}}, o.x, f.rows, Accumulate::kAdd);
+      experts_wgrad(ex, dgate_up_eGD, {o.dgate_up_RG, {}}, o.x, f.rows, dgate_up_eGD.mode);
     return;
   }
   ScratchScope scope(*ex.scratch);
@@ -79,10 +79,10 @@ void expert_ffn_wgrad(Exec& ex, TensorView dgate_up_eGD, TensorView ddown_eDF, c
       swiglu_forward(again, again_RF, o.gate_up_RG, f.weight_R);
       h_RF = again_RF;
     }
-    grouped_gemm_wgrad(ex, ddown_eDF, o.dy.from_XD, h_RF, f.rows, Accumulate::kAdd);
+    grouped_gemm_wgrad(ex, ddown_eDF, o.dy.from_XD, h_RF, f.rows, ddown_eDF.mode);
   }
   if (dgate_up_eGD.given())
-    grouped_gemm_wgrad(ex, dgate_up_eGD, o.dgate_up_RG, o.x.from_XD, f.rows, Accumulate::kAdd);
+    grouped_gemm_wgrad(ex, dgate_up_eGD, o.dgate_up_RG, o.x.from_XD, f.rows, dgate_up_eGD.mode);
 }
 
 }  // namespace upmoe::ops

@@ -37,8 +37,8 @@ struct WeightOperands {
   PickedRows x, dy;
   ConstTensorView dgate_up_RG, h_RF, gate_up_RG;
 };
-// += , each where it is given.
-void expert_ffn_wgrad(Exec& ex, TensorView dgate_up_eGD, TensorView ddown_eDF, const WeightOperands& o,
+// (+)= , each where it is given. Overwritten, experts without rows get zeros.
+void expert_ffn_wgrad(Exec& ex, GradientView dgate_up_eGD, GradientView ddown_eDF, const WeightOperands& o,
                       const ExpertFfn& f);
 
 }  // namespace upmoe::ops

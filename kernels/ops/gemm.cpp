@@ -29,14 +29,14 @@ void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Acc
   dispatch(ex, &Backend::gemm, c_MN, a_MK, b_KN, mode, bias_N);
 }
 
-void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN) {
+void bias_backward(Exec& ex, GradientView db_N, ConstTensorView dy_TN) {
   check_scratch(ex);
   check_float(dy_TN, "dy_TN");
   UPMOE_CHECK(dy_TN.shape.rank == 2, "dy_TN is {}", dy_TN.shape.str());
   check_tensor(ex, dy_TN, dy_TN.shape, dy_TN.dtype, "dy_TN");
   check_float_or(db_N, dy_TN.dtype, "db_N");
   check_tensor(ex, db_N, {dy_TN.shape[1]}, db_N.dtype, "db_N");
-  ex.book("bias_backward", static_cast<double>(dy_TN.elements()), bytes_of(dy_TN) + bytes_of(db_N),
+  ex.book("bias_backward", static_cast<double>(dy_TN.elements()), bytes_of(dy_TN) + bytes_if_added(db_N),
           bytes_of(db_N));
   dispatch(ex, &Backend::bias_backward, db_N, dy_TN);
 }

@@ -24,7 +24,7 @@ namespace upmoe::ops {
 void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Accumulate mode,
           ConstTensorView bias_N = {});
 
-// db_N += sum over rows of dy_TN, in fp32, in an order that does not depend on the number of threads.
-void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN);
+// db_N (+)= sum over rows of dy_TN, in fp32, in an order that does not depend on the number of threads.
+void bias_backward(Exec& ex, GradientView db_N, ConstTensorView dy_TN);
 
 }  // namespace upmoe::ops

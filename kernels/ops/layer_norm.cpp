@@ -31,7 +31,7 @@ void layer_norm_forward(Exec& ex, TensorView y_TD, const RowMoments& moments, Co
   dispatch(ex, &Backend::layer_norm_forward, y_TD, moments, x_TD, w_D, eps);
 }
 
-void layer_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
+void layer_norm_backward(Exec& ex, TensorView dx_TD, GradientView dw_D, ConstTensorView dy_TD,
                          const CentredRows& rows, ConstTensorView w_D, Accumulate mode) {
   const ConstTensorView& x_TD = rows.x_TD;
   check_scratch(ex);
@@ -43,7 +43,7 @@ void layer_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTenso
   const double dx_read = mode == Accumulate::kAdd ? bytes_of(dx_TD) : 0.0;
   ex.book("layer_norm_backward", 14.0 * static_cast<double>(x_TD.elements()),
           bytes_of(dy_TD) + bytes_of(x_TD) + bytes_of(w_D) + bytes_of(rows.mean_T) + bytes_of(rows.rstd_T) +
-              bytes_of(dw_D) + dx_read,
+              bytes_if_added(dw_D) + dx_read,
           bytes_of(dx_TD) + bytes_of(dw_D));
   dispatch(ex, &Backend::layer_norm_backward, dx_TD, dw_D, dy_TD, rows, w_D, mode);
 }

@@ -55,7 +55,7 @@ void add_rms_norm_forward(Exec& ex, TensorView y_TD, TensorView sum_TD, TensorVi
   dispatch(ex, &Backend::add_rms_norm_forward, y_TD, sum_TD, rstd_T, x_TD, residual_TD, weight);
 }
 
-void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
+void rms_norm_backward(Exec& ex, TensorView dx_TD, GradientView dw_D, ConstTensorView dy_TD,
                        const NormedRows& rows, const NormWeight& weight, Accumulate mode) {
   const auto& [x_TD, rstd_T] = rows;
   const ConstTensorView& w_D = weight.w_D;
@@ -66,9 +66,10 @@ void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorV
   check_float_or(dw_D, x_TD.dtype, "dw_D");
   check_tensor(ex, dw_D, w_D.shape, dw_D.dtype, "dw_D");
   const double dx_read = mode == Accumulate::kAdd ? bytes_of(dx_TD) : 0.0;
-  ex.book("rms_norm_backward", 11.0 * static_cast<double>(x_TD.elements()),
-          bytes_of(dy_TD) + bytes_of(x_TD) + bytes_of(w_D) + bytes_of(rstd_T) + bytes_of(dw_D) + dx_read,
-          bytes_of(dx_TD) + bytes_of(dw_D));
+  ex.book(
+      "rms_norm_backward", 11.0 * static_cast<double>(x_TD.elements()),
+      bytes_of(dy_TD) + bytes_of(x_TD) + bytes_of(w_D) + bytes_of(rstd_T) + bytes_if_added(dw_D) + dx_read,
+      bytes_of(dx_TD) + bytes_of(dw_D));
   dispatch(ex, &Backend::rms_norm_backward, dx_TD, dw_D, dy_TD, rows, weight, mode);
 }
 
@@ -85,15 +86,14 @@ void qk_norm_backward(Exec& ex, TensorView dqkv_TH, const QkWeightGradients& dw,
                       ConstTensorView rstd_TN, const QkWeights& weights, AttentionShape shape) {
   check_scratch(ex);
   check_heads(ex, dqkv_TH, x_TP, rstd_TN, weights, shape);
-  for (const TensorView& d : {dw.q_d, dw.k_d}) {
+  for (const GradientView& d : {dw.q_d, dw.k_d}) {
     check_float_or(d, dqkv_TH.dtype, "dw");
     check_tensor(ex, d, weights.q_d.shape, d.dtype, "dw");
   }
-  const double weight_bytes = bytes_of(dw.q_d) + bytes_of(dw.k_d);
-  ex.book(
-      "qk_norm_backward", 11.0 * static_cast<double>(x_TP.elements()),
-      2 * bytes_of(x_TP) + bytes_of(rstd_TN) + bytes_of(weights.q_d) + bytes_of(weights.k_d) + weight_bytes,
-      bytes_of(x_TP) + weight_bytes);
+  ex.book("qk_norm_backward", 11.0 * static_cast<double>(x_TP.elements()),
+          2 * bytes_of(x_TP) + bytes_of(rstd_TN) + bytes_of(weights.q_d) + bytes_of(weights.k_d) +
+              bytes_if_added(dw.q_d) + bytes_if_added(dw.k_d),
+          bytes_of(x_TP) + bytes_of(dw.q_d) + bytes_of(dw.k_d));
   dispatch(ex, &Backend::qk_norm_backward, dqkv_TH, dw, x_TP, rstd_TN, weights, shape);
 }
 

@@ -23,7 +23,7 @@ struct QkWeights {
   float eps = 0;
 };
 struct QkWeightGradients {
-  TensorView q_d, k_d;
+  GradientView q_d, k_d;
 };
 }  // namespace upmoe
 
@@ -37,9 +37,9 @@ void rms_norm_forward(Exec& ex, TensorView y_TD, TensorView rstd_T, ConstTensorV
 void add_rms_norm_forward(Exec& ex, TensorView y_TD, TensorView sum_TD, TensorView rstd_T,
                           ConstTensorView x_TD, ConstTensorView residual_TD, const NormWeight& weight);
 
-// dx_TD (+)= gradient of the input (mode says which), dw_D += gradient of the weight, summed over rows in an
+// dx_TD (+)= gradient of the input (mode says which), dw_D (+)= gradient of the weight, summed over rows in an
 // order that does not depend on the number of threads. dx may alias dy.
-void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
+void rms_norm_backward(Exec& ex, TensorView dx_TD, GradientView dw_D, ConstTensorView dy_TD,
                        const NormedRows& rows, const NormWeight& weight, Accumulate mode);
 
 // The same norm of each head of the queries and keys in qkv_TH, over its d = head_dim elements and in place, with one
@@ -47,7 +47,7 @@ void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorV
 void qk_norm_forward(Exec& ex, TensorView qkv_TH, TensorView x_TP, TensorView rstd_TN,
                      const QkWeights& weights, AttentionShape shape);
 
-// The query and key parts of dqkv_TH become the gradients of what was normed; dw += , summed over tokens and heads
+// The query and key parts of dqkv_TH become the gradients of what was normed; dw (+)= , summed over tokens and heads
 // in an order that does not depend on the number of threads.
 void qk_norm_backward(Exec& ex, TensorView dqkv_TH, const QkWeightGradients& dw, ConstTensorView x_TP,
                       ConstTensorView rstd_TN, const QkWeights& weights, AttentionShape shape);

@@ -166,14 +166,17 @@ void add_grouped(const std::string& name, std::int64_t n, std::int64_t k, DType 
     const ExpertRows rows_e{host_view(offsets.data(), {kExperts + 1}), {}};
     measure(state, dtype, [&](Exec& ex) { ops::grouped_gemm_dgrad(ex, dx.view, dy.view, w.view, rows_e); });
   });
-  add("grouped_gemm_wgrad/" + name, dtype, [=](benchmark::State& state) {
-    const Tensor x({rows, k}, dtype), dw({kExperts, n, k}, dtype), dy({rows, n}, dtype);
-    const auto offsets = random_offsets();
-    const ExpertRows rows_e{host_view(offsets.data(), {kExperts + 1}), {}};
-    measure(state, dtype, [&](Exec& ex) {
-      ops::grouped_gemm_wgrad(ex, dw.view, dy.view, x.view, rows_e, Accumulate::kAdd);
+  for (const Accumulate mode :
+       {Accumulate::kAdd, Accumulate::kOverwrite}) {  // the first of a step overwrites
+    const std::string op = mode == Accumulate::kAdd ? "grouped_gemm_wgrad/" : "grouped_gemm_wgrad_first/";
+    add(op + name, dtype, [=](benchmark::State& state) {
+      const Tensor x({rows, k}, dtype), dw({kExperts, n, k}, dtype), dy({rows, n}, dtype);
+      const auto offsets = random_offsets();
+      const ExpertRows rows_e{host_view(offsets.data(), {kExperts + 1}), {}};
+      measure(state, dtype,
+              [&](Exec& ex) { ops::grouped_gemm_wgrad(ex, dw.view, dy.view, x.view, rows_e, mode); });
     });
-  });
+  }
 }
 
 // A Linear weight [N, K] over all tokens: forward, gradient of the input, gradient of the weight.

@@ -78,12 +78,13 @@ void add_grouped(const std::string& name, std::int64_t rows, std::int64_t n, std
       ops::grouped_gemm_dgrad(ex, dx->view, dy->view, w->view, offsets);
     };
   });
-  add("grouped_gemm_wgrad/" + name, [=] {
-    const Held dw = make({e, n, k}), dy = make({rows, n}), x = make({rows, k});
-    return [=, offsets = random_offsets(rows)](Exec& ex) {
-      ops::grouped_gemm_wgrad(ex, dw->view, dy->view, x->view, offsets, Accumulate::kAdd);
-    };
-  });
+  for (const Accumulate mode : {Accumulate::kAdd, Accumulate::kOverwrite})  // the first of a step overwrites
+    add((mode == Accumulate::kAdd ? "grouped_gemm_wgrad/" : "grouped_gemm_wgrad_first/") + name, [=] {
+      const Held dw = make({e, n, k}), dy = make({rows, n}), x = make({rows, k});
+      return [=, offsets = random_offsets(rows)](Exec& ex) {
+        ops::grouped_gemm_wgrad(ex, dw->view, dy->view, x->view, offsets, mode);
+      };
+    });
 }
 
 void add_attention(const std::string& name, std::int64_t t, std::int64_t window = 0) {

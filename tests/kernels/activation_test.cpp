@@ -178,6 +178,15 @@ TEST_P(Gate, ForwardAndBackward) {
   expect_close(dw.values(), sum_of(dw_expected, Values(wv.size(), 0.25)), {1e-5, 1e-5}, "dw adds");
 }
 
+TEST_P(Gate, BackwardOverwritesTheWeightsGradient) {
+  ops::sigmoid_gate_forward(ex, gate, x, w);
+  for (const DType type : {DType::kF32, dtype})
+    expect_overwrites({1, D}, type, [&](const GradientView& dw) {
+      HostTensor dx = filled({T, D}, dtype, 0.5);
+      ops::sigmoid_gate_backward(ex, dx, dw, dgate, gate, x, w);
+    });
+}
+
 INSTANTIATE_TEST_SUITE_P(Shapes, Gate, testing::ValuesIn(cases()), label);
 
 TEST(ActivationThreads, SameBits) {

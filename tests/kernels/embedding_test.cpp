@@ -88,6 +88,21 @@ TEST(Embedding, ForwardCopiesRows) {
     }
 }
 
+// Rows of tokens that do not occur become zeros.
+TEST(Embedding, BackwardOverwrites) {
+  OpExec ex;
+  for (Types types : kTypes)
+    for (const auto& [count, width, vocab] : kSizes) {
+      const HostTensor dx = random_tensor({count, width}, types.in, 1), tokens = random_tokens(count, vocab);
+      const std::int64_t half = (vocab + 1) / 2;
+      expect_overwrites({vocab, width}, types.out,
+                        [&](const GradientView& dw) { ops::embedding_backward(ex, dw, dx, tokens); });
+      expect_overwrites({half, width}, types.out, [&](const GradientView& dw) {
+        ops::embedding_backward(ex, dw, dx, tokens, {vocab - half, vocab});
+      });
+    }
+}
+
 TEST(Embedding, BackwardAddsRows) {
   OpExec ex;
   for (Types types : kTypes)
@@ -170,6 +185,9 @@ TEST(Embedding, BooksOnTheDryDevice) {
   ops::embedding_backward(dry, dry_tensor({9, 2}, DType::kF32), x, tokens);
   expect_booked(dry.ledger(), "embedding_forward", 0, 12 + 12, 12);
   expect_booked(dry.ledger(), "embedding_backward", 6, 12 + 12 + 24, 24);
+  OpExec first(DeviceType::kDry);
+  ops::embedding_backward(first, {dry_tensor({9, 2}, DType::kF32), Accumulate::kOverwrite}, x, tokens);
+  expect_booked(first.ledger(), "embedding_backward", 6, 12 + 12 + 24, 24 + 9 * 2 * 4);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <optional>
+
 #include "tests/support/offsets.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
@@ -54,13 +56,18 @@ struct Results {
   bool operator==(const Results&) const = default;
 };
 
-Results run(Exec& ex, const Problem& p, Way way) {
+// The weights' gradients begin as random numbers that are added to, or as what `before` says: overwritten if it is NaN.
+Results run(Exec& ex, const Problem& p, Way way, std::optional<double> before = {}) {
   const bool fused = way == Way::kFused;
   const ops::ExpertFfn f = p.ffn(fused);
   const std::int64_t G = 2 * p.F;
   const auto empty = [&](Shape shape, DType dtype) { return filled(shape, dtype, NAN); };
+  const auto begin = [&](Shape shape, unsigned seed) {
+    return before ? filled(shape, p.dtype, *before) : random_tensor(shape, p.dtype, seed);
+  };
+  const Accumulate mode = before && std::isnan(*before) ? Accumulate::kOverwrite : Accumulate::kAdd;
   Results out{empty({p.R, p.D}, p.dtype), empty({p.R, p.D}, p.dtype), empty({p.R}, DType::kF32),
-              random_tensor({p.E, G, p.D}, p.dtype, 6), random_tensor({p.E, p.D, p.F}, p.dtype, 7)};
+              begin({p.E, G, p.D}, 6), begin({p.E, p.D, p.F}, 7)};
   HostTensor x_R = empty({p.R, p.D}, p.dtype), gate_up = empty({p.R, G}, p.dtype),
              h = empty({p.R, p.F}, p.dtype), dy_R = x_R, dgate_up = gate_up;
   ops::ExpertActivations kept{{}, gate_up, {}};
@@ -79,7 +86,7 @@ Results run(Exec& ex, const Problem& p, Way way) {
     o.dy = {dy_R, {}};
   }
   if (way != Way::kMadeAgain) o.h_RF = h;
-  ops::expert_ffn_wgrad(ex, out.dgate_up_w, out.ddown_w, o, f);
+  ops::expert_ffn_wgrad(ex, {out.dgate_up_w, mode}, {out.ddown_w, mode}, o, f);
   finish_ops();
   return out;
 }
@@ -151,6 +158,25 @@ TEST_P(ExpertFfn, MatchesTheReference) {
     }
     EXPECT_EQ(ex.scratch_used(), 0u);
   }
+}
+
+void expect_overwritten(Exec& ex, const Problem& p, Way way) {
+  const Results over = run(ex, p, way, NAN), onto = run(ex, p, way, 0.0);
+  EXPECT_EQ(over.dgate_up_w.values(), onto.dgate_up_w.values());
+  EXPECT_EQ(over.ddown_w.values(), onto.ddown_w.values());
+}
+
+// Experts without rows get zeros.
+TEST_P(ExpertFfn, OverwritesTheWeightsGradients) {
+  for (const Problem& p : {Problem({3, 0, 7, 1}, 6, 5, GetParam()), Problem({0, 0}, 4, 3, GetParam())}) {
+    expect_overwritten(ex, p, Way::kKept);
+    expect_overwritten(ex, p, Way::kMadeAgain);
+  }
+}
+TEST(FusedExperts, OverwriteTheWeightsGradients) {
+  OpExec ex;
+  for (const std::vector<std::int64_t>& rows : {std::vector<std::int64_t>{0, 1, 129, 0}, {0, 0}})
+    expect_overwritten(ex, Problem(rows, 256, 128, DType::kBF16), Way::kFused);
 }
 
 double distance(const HostTensor& a, const HostTensor& b) {

@@ -196,6 +196,15 @@ TEST(BiasBackward, SumsTheRows) {
       }
 }
 
+TEST(BiasBackward, Overwrites) {
+  for (Types types : kTypes)
+    for (std::int64_t rows : {0, 1, 33, 600}) {
+      OpExec ex;
+      const HostTensor dy = random_tensor({rows, 37}, types.in, 1);
+      expect_overwrites({37}, types.out, [&](const GradientView& db) { ops::bias_backward(ex, db, dy); });
+    }
+}
+
 TEST(BiasBackward, IsTheSameForAnyNumberOfThreads) {
   const HostTensor dy = random_tensor({500, 70}, DType::kF32, 1);
   expect_same_for_any_threads([&] {

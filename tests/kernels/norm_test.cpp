@@ -89,6 +89,15 @@ TEST_P(Norm, Backward) {
   EXPECT_EQ(ex.scratch_used(), 0u);
 }
 
+TEST_P(Norm, BackwardOverwritesTheWeightsGradient) {
+  ops::rms_norm_forward(ex, y, rstd, x, weight());
+  for (const DType type : {DType::kF32, dtype})
+    expect_overwrites({D}, type, [&](const GradientView& dw) {
+      HostTensor dx({T, D}, dtype);
+      ops::rms_norm_backward(ex, dx, dw, dy, {x, rstd}, weight(), Accumulate::kOverwrite);
+    });
+}
+
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (DType dtype : {DType::kF32, DType::kBF16})
@@ -151,6 +160,16 @@ TEST_P(QkNorm, AgreesWithDouble) {
   expect_close(dq.values(), sum_of(dq_expected, Values(qv.size(), 0.25)), tolerance, "dq adds");
   expect_close(dk.values(), sum_of(dk_expected, Values(kv.size(), 0.5)), tolerance, "dk adds");
   EXPECT_EQ(ex.scratch_used(), 0u);
+}
+
+TEST_P(QkNorm, BackwardOverwritesTheWeightsGradients) {
+  ops::qk_norm_forward(ex, y, x, rstd, {q, k, kEps}, s);
+  for (const bool keys : {false, true})
+    expect_overwrites({s.head_dim}, DType::kF32, [&](const GradientView& dw) {
+      HostTensor d = dy, other = filled({s.head_dim}, DType::kF32, 0);
+      const GradientView other_d = other;  // of one type with dw: a plain view would be added to
+      ops::qk_norm_backward(ex, d, {keys ? other_d : dw, keys ? dw : other_d}, x, rstd, {q, k, kEps}, s);
+    });
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -216,6 +235,9 @@ TEST(NormDry, BooksOnly) {
   ops::rms_norm_backward(ex, x, dw, x, {x, rstd}, {w, kEps}, Accumulate::kAdd);
   expect_booked(ex.ledger(), "rms_norm_forward", 4 * 48, 96 + 16, 96 + 24);
   expect_booked(ex.ledger(), "rms_norm_backward", 11 * 48, 3 * 96 + 16 + 24 + 32, 96 + 32);
+  OpExec first(DeviceType::kDry);
+  ops::rms_norm_backward(first, x, {dw, Accumulate::kOverwrite}, x, {x, rstd}, {w, kEps}, Accumulate::kAdd);
+  expect_booked(first.ledger(), "rms_norm_backward", 11 * 48, 3 * 96 + 16 + 24, 96 + 32);
   const AttentionShape s{2, 1, 2, 1};
   const TensorView heads = dry_tensor({6, 6}, DType::kBF16), of_heads = dry_tensor({6, 3}, DType::kF32),
                    two = dry_tensor({2}, DType::kBF16), dtwo = dry_tensor({2}, DType::kF32);

@@ -61,7 +61,7 @@ TEST_P(GoldenModel, LogitsLossAndGradients) {
   test::SameBatch batches(batch, 1);
   Pipeline::Step step{.batches = batches, .loss_scale = 1.0 / tokens};
   step.balance.terms = {{AuxKind::kHf, s.run.router.aux_loss.front()}};
-  s.params.zero_gradients(s.memory.exec);
+  s.params.forget_gradients();
   const StepSums sums = s.pipeline.run(s.memory.exec, step);
   const double loss = l.golden.values<double>("loss")[0];
   EXPECT_NEAR(sums.loss / tokens, loss, kLoss * loss);

@@ -1,6 +1,9 @@
 #pragma once
 // Host tensors of the op tests, with their memory, and their values in double for the references.
 
+#include <gtest/gtest.h>
+
+#include <cmath>
 #include <cstring>
 #include <random>
 #include <string>
@@ -139,6 +142,15 @@ inline HostTensor random_tensor(Shape shape, DType dtype, unsigned seed, double 
   std::normal_distribution<double> normal(mean, std);
   for (std::size_t i = 0; i < t.size(); ++i) t.set(i, normal(random));
   return t;
+}
+
+// What op(GradientView) puts over memory of NaNs is what it adds to zeros: nothing of it is read, or left as it was.
+template <class Op>
+void expect_overwrites(Shape shape, DType dtype, const Op& op) {
+  HostTensor over = filled(shape, dtype, NAN), onto = filled(shape, dtype, 0);
+  op(GradientView(over, Accumulate::kOverwrite));
+  op(GradientView(onto, Accumulate::kAdd));
+  EXPECT_EQ(over.values(), onto.values()) << name_of(dtype) << ' ' << shape.str();
 }
 
 // A view without memory, for the dry device.

@@ -1,6 +1,5 @@
 #include "trainer/model/attention_layer.h"
 
-#include "kernels/ops/pointwise.h"
 #include "trainer/model/context_ring.h"
 
 namespace upmoe {
@@ -38,11 +37,10 @@ void AttentionLayer::attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorVi
 // A frozen weight's gradient comes with the other one in one pass, and goes nowhere.
 void AttentionLayer::norm_heads_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const {
   const auto gradient = [&](const Param& weight_d) {
-    if (weight_d.wants_grad()) return weight_d.grad;
-    const TensorView unwanted_d =
-        ex.scratch->take(weight_d.value.shape, weight_d.value.dtype, "unwanted norm gradient");
-    ops::fill(ex, unwanted_d, 0.0f);
-    return unwanted_d;
+    if (weight_d.wants_grad()) return weight_d.write_grad();
+    return GradientView(
+        ex.scratch->take(weight_d.value.shape, weight_d.value.dtype, "unwanted norm gradient"),
+        Accumulate::kOverwrite);
   };
   ops::qk_norm_backward(ex, dqkv_TH, {gradient(head_norms->q_d), gradient(head_norms->k_d)}, saved.heads_TP,
                         saved.rstd_TN, head_norms->weights(), shape);
@@ -54,7 +52,7 @@ void AttentionLayer::rope_backward(Exec& ex, TensorView dqkv_TH, const Saved& sa
   const AttentionShape at = shape_of(saved.places);
   const ConstTensorView& positions_T = saved.places.positions_T;
   if (!head_norms && clip == 0 && qkv.bias_N && qkv.bias_N->wants_grad()) {
-    ops::rope_backward(ex, dqkv_TH, qkv.bias_N->grad, positions_T, at, rope_theta);
+    ops::rope_backward(ex, dqkv_TH, qkv.bias_N->write_grad(), positions_T, at, rope_theta);
     return;
   }
   ops::rope(ex, dqkv_TH, positions_T, at, rope_theta, /*inverse=*/true);

@@ -1,7 +1,6 @@
 #include "trainer/model/dense_ffn.h"
 
 #include "kernels/ops/activation.h"
-#include "kernels/ops/pointwise.h"
 
 namespace upmoe {
 
@@ -37,14 +36,14 @@ void DenseFfn::hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, con
   forward(ex, h_TF, gate_up_TG, saved.gate_T);  // absent without a gate
 }
 
-// dx_TD += , where it is given, and the gate's weight gradient += , from dgate_T.
+// dx_TD += , where it is given, and the gate's weight gradient (+)= , from dgate_T.
 void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T, ConstTensorView x_TD,
                              const Saved& saved) const {
-  TensorView dw_1D = gate_1D->grad;
-  if (!gate_1D->wants_grad()) {
-    dw_1D = ex.scratch->take(gate_1D->value.shape, gate_1D->value.dtype, "unwanted gate gradient");
-    ops::fill(ex, dw_1D, 0.0f);
-  }
+  const GradientView dw_1D = gate_1D->wants_grad()
+                                 ? gate_1D->write_grad()
+                                 : GradientView(ex.scratch->take(gate_1D->value.shape, gate_1D->value.dtype,
+                                                                 "unwanted gate gradient"),
+                                                Accumulate::kOverwrite);
   Exec once = booked_once(ex);
   ops::sigmoid_gate_backward(once, dx_TD, dw_1D, dgate_T, saved.gate_T, x_TD, gate_1D->value);
 }

@@ -97,7 +97,7 @@ void Experts::backward_weights(Exec& ex, const Backward& b, const Saved& saved) 
                                      .dgate_up_RG = b.gradients.dgate_up_RG,
                                      .h_RF = saved.fused ? b.gradients.h_RF : b.activations.h_RF,
                                      .gate_up_RG = b.activations.gate_up_RG};
-  ops::expert_ffn_wgrad(ex, gate_up_eGD.grad, down_eDF.grad, operands, ffn(saved));
+  ops::expert_ffn_wgrad(ex, gate_up_eGD.write_grad(), down_eDF.write_grad(), operands, ffn(saved));
 }
 
 }  // namespace upmoe

@@ -10,14 +10,15 @@ void Linear::forward(Exec& ex, TensorView y_TN, ConstTensorView x_TK) const {
 }
 
 void Linear::backward_bias(Exec& ex, ConstTensorView dy_TN) const {
-  if (bias_N && bias_N->wants_grad()) ops::bias_backward(ex, bias_N->grad, dy_TN);
+  if (bias_N && bias_N->wants_grad()) ops::bias_backward(ex, bias_N->write_grad(), dy_TN);
 }
 
 void Linear::backward_products(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN,
                                ConstTensorView x_TK) const {
   ops::gemm(ex, dx_TK, {dy_TN}, {weight_NK.value}, mode);
-  if (weight_NK.wants_grad())
-    ops::gemm(ex, weight_NK.grad, {dy_TN, Transpose::kYes}, {x_TK}, Accumulate::kAdd);
+  if (!weight_NK.wants_grad()) return;
+  const GradientView dw_NK = weight_NK.write_grad();
+  ops::gemm(ex, dw_NK, {dy_TN, Transpose::kYes}, {x_TK}, dw_NK.mode);
 }
 
 void Linear::backward(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN,

@@ -12,7 +12,7 @@ struct Linear {
   std::optional<Param> bias_N;
 
   void forward(Exec& ex, TensorView y_TN, ConstTensorView x_TK) const;
-  // dx_TK (+)= dy w; weight and bias gradients += .
+  // dx_TK (+)= dy w; weight and bias gradients (+)= .
   void backward(Exec& ex, TensorView dx_TK, Accumulate mode, ConstTensorView dy_TN,
                 ConstTensorView x_TK) const;
   // Its two parts, for who makes the bias's gradient in another pass: both products, and the bias's.

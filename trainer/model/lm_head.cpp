@@ -76,9 +76,10 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTen
     if (dx) {
       ops::gemm(ex, dx->partial_TD().rows(begin, end), {dlogits_CV}, {weight_VD.value},
                 Accumulate::kOverwrite);
-      if (weight_VD.wants_grad())
-        ops::gemm(ex, weight_VD.grad, {dlogits_CV, Transpose::kYes}, {x_TD.rows(begin, end)},
-                  Accumulate::kAdd);
+      if (weight_VD.wants_grad()) {
+        const GradientView dw_VD = weight_VD.write_grad();
+        ops::gemm(ex, dw_VD, {dlogits_CV, Transpose::kYes}, {x_TD.rows(begin, end)}, dw_VD.mode);
+      }
     }
     if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);
   }

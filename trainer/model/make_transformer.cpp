@@ -197,7 +197,7 @@ OutputHead bind_output(const ModelConfig& config, const ParamStore& params, cons
       params.at(param_name(config.tie_word_embeddings ? Role::kEmbedding : Role::kHead));
   OutputHead output;
   output.norm = make_norm(config, params.param(param_name(Role::kFinalNorm), {config.hidden_size}));
-  output.head.weight_VD = {table.value, table.grad};
+  output.head.weight_VD = table.whole();
   output.head.shard = shard_of_vocab(table);
   output.head.tp = &mesh.along(Axis::kTp);
   return output;
@@ -217,8 +217,8 @@ Transformer make_transformer(const ModelConfig& config, const ParamStore& params
   model.first_block = static_cast<int>(blocks.begin);
   if (chunk == 0) {
     const StoredParam& table = params.at(param_name(Role::kEmbedding));
-    model.embedding = Embedding{
-        {table.value, table.grad}, shard_of_vocab(table), embedding_scale(config, table.value.dtype)};
+    model.embedding =
+        Embedding{table.whole(), shard_of_vocab(table), embedding_scale(config, table.value.dtype)};
   }
   for (std::int64_t i = blocks.begin; i < blocks.end; ++i)
     model.blocks.push_back(bind_block(config, {params, static_cast<int>(i)}, mesh, recompute));

@@ -45,14 +45,9 @@ TensorView part_of(const Buffer& buffer, std::int64_t begin, std::int64_t elemen
   return part;
 }
 
-// Of floats: zeros of every dtype are bytes of zeros, and ranges are padded to whole floats.
+// Of whole floats.
 Buffer allocate(Device device, std::int64_t bytes, const char* what) {
   return Buffer::allocate(device, static_cast<std::size_t>(rounded_up(bytes, sizeof(float))), what);
-}
-
-void zero(Exec& ex, const Buffer& buffer, std::int64_t bytes) {
-  const std::int64_t floats = rounded_up(bytes, sizeof(float)) / static_cast<std::int64_t>(sizeof(float));
-  if (floats > 0) ops::fill(ex, buffer.view({floats}, DType::kF32), 0.0f);
 }
 
 bool holds(const std::vector<Role>& roles, Role role) {
@@ -85,6 +80,7 @@ ParamStore::ParamStore(const ModelConfig& config, const MeshSpec& mesh, const St
   UPMOE_CHECK(frozen == options.freeze.size(), "{} names to freeze, {} parameters of these names",
               options.freeze.size(), frozen);
   bind_values();
+  bind_marks();
   if (!options.gradients) return;
   choose_sharing();
   bind_gradients();
@@ -98,6 +94,14 @@ void ParamStore::bind_values() {
   for (std::size_t i = 0; i < params_.size(); ++i) {
     StoredParam& p = params_[i];
     p.value = part_of(values_, begin[i], p.shard.elements(), value_dtype(p.spec)).reshape(p.shard.extent);
+  }
+}
+
+void ParamStore::bind_marks() {
+  written_ = std::make_unique<bool[]>(2 * params_.size());
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    params_[i].grad_written = &written_[i];
+    params_[i].owned_grad_written = &written_[params_.size() + i];
   }
 }
 
@@ -132,8 +136,7 @@ void ParamStore::bind_gradients() {
     begin_owned[i] = owned.take(p.owned.size(), grad_dtype(p.spec), 1);
   }
   for (const auto& [layer, offsets] : blocks)
-    shared_grads_ = std::max(shared_grads_, rounded_up(offsets.end, sizeof(float)));
-  rest.end = shared_grads_;
+    rest.end = std::max(rest.end, rounded_up(offsets.end, sizeof(float)));
   for (std::size_t i = 0; i < params_.size(); ++i)
     if (params_[i].trains() && !params_[i].shares_grad)
       begin[i] = rest.take(params_[i], grad_dtype(params_[i].spec));
@@ -159,21 +162,23 @@ const StoredParam& ParamStore::at(const std::string& name) const {
 
 Param ParamStore::param(const std::string& name, Shape shape) const {
   const StoredParam& p = at(name);
-  return Param{p.value, p.grad}.as(shape);
+  return p.whole().as(shape);
 }
 
 Param ParamStore::joined(const std::vector<std::string>& names, Shape shape) const {
   const StoredParam& first = at(names.front());
   const std::byte* next = first.value.data;
+  const bool* mark = first.grad_written;
   for (const std::string& name : names) {
     const StoredParam& p = at(name);
-    UPMOE_CHECK(p.value.data == next, "'{}' does not follow its neighbour", name);
+    UPMOE_CHECK(p.value.data == next && p.grad_written == mark, "'{}' does not follow its neighbour", name);
+    ++mark;
     if (p.frozen != first.frozen)
       fail(ExitCode::kUsage, "freeze: '{}' and '{}' are one product; freeze all of {} or none", names.front(),
            name, fmt::join(names, ", "));
     if (next != nullptr) next += p.value.bytes();
   }
-  Param joined{first.value, first.grad};
+  Param joined{first.value, first.grad, {first.grad_written, names.size()}};
   joined.value.shape = shape;
   if (joined.wants_grad()) joined.grad.shape = shape;
   return joined;
@@ -194,13 +199,21 @@ void ParamStore::initialise(Exec& ex, std::int64_t seed) {
   }
 }
 
-void ParamStore::zero_gradients(Exec& ex) const {
-  zero(ex, grads_, static_cast<std::int64_t>(grads_.bytes()));
-  zero(ex, owned_grads_, static_cast<std::int64_t>(owned_grads_.bytes()));
+void ParamStore::forget_gradients() const {
+  std::fill_n(written_.get(), 2 * params_.size(), false);
 }
 
-void ParamStore::zero_shared_gradients(Exec& ex) const {
-  zero(ex, grads_, shared_grads_);
+void ParamStore::zero_unwritten_gradients(Exec& ex, int layer) const {
+  for (const StoredParam& p : params_) {
+    if (p.spec.layer != layer || !p.grad.given() || *p.grad_written) continue;
+    if (p.grad.elements() > 0) ops::fill(ex, p.grad, 0.0f);
+    *p.grad_written = true;
+  }
+}
+
+void ParamStore::forget_shared_gradients(int layer) const {
+  for (const StoredParam& p : params_)
+    if (p.spec.layer == layer && p.shares_grad) *p.grad_written = false;
 }
 
 namespace {

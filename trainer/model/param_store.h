@@ -7,10 +7,15 @@
 // optimizer reads: the slice this rank owns, summed over ranks. With one gradient per parameter the second is
 // a view of the first. With shared block gradients (ZeRO-2) all blocks add into one block's worth of memory,
 // one after the other, and each owned slice has memory of its own, to which every micro-batch's sum is added.
+//
+// No memory of gradients is cleared. Each remembers whether it has been written in this step; its first writer writes
+// over what stands there (write_grad, write_owned_grad), and what had no writer is made zero before it is read.
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "parallel/layout.h"
@@ -27,7 +32,15 @@ struct StoredParam {
   TensorView value, grad;  // shape: shard.extent; grad without shape when it does not train or is not wanted
   TensorView owned_grad;   // flat, owned.size() elements; without shape like grad
   bool shares_grad = false;  // `grad` is the memory of other blocks too
+  bool *grad_written = nullptr,
+       *owned_grad_written = nullptr;  // in this step; the second: where grad is shared
   bool trains() const { return spec.trained && !frozen; }
+  Param whole() const { return {value, grad, {grad_written, 1}}; }
+  // As Param::write_grad, for a sum over ranks of a gradient that is shared.
+  GradientView write_owned_grad() const {
+    const bool first = !std::exchange(*owned_grad_written, true);
+    return {owned_grad, first ? Accumulate::kOverwrite : Accumulate::kAdd};
+  }
 };
 
 // Fills `out`, on the host, with a box of a parameter, converting to out's dtype.
@@ -57,9 +70,12 @@ class ParamStore {
   void load(Exec& ex, const ReadParam& read);
   // The ParamTable's initialisation; element values depend on (seed, name, global index) alone.
   void initialise(Exec& ex, std::int64_t seed);
-  void zero_gradients(Exec& ex) const;
-  // The gradients that the blocks share, for the next block. Only with share_block_grads.
-  void zero_shared_gradients(Exec& ex) const;
+  // No gradient is written yet: a step begins.
+  void forget_gradients() const;
+  // Zeros into the gradients of `layer` (-1: outside the blocks) that nobody wrote in this step, before they are read.
+  void zero_unwritten_gradients(Exec& ex, int layer) const;
+  // The memory that this block's gradients share with others is another block's now. Only with share_block_grads.
+  void forget_shared_gradients(int layer) const;
   std::size_t value_bytes() const { return values_.bytes(); }
   std::size_t gradient_bytes() const { return grads_.bytes() + owned_grads_.bytes(); }
   DType compute_dtype() const { return options_.dtype; }  // of activations; a parameter says its own
@@ -71,11 +87,12 @@ class ParamStore {
   void bind_values();
   void choose_sharing();
   void bind_gradients();
+  void bind_marks();
 
   Options options_;
   Buffer values_, grads_, owned_grads_;
-  std::int64_t shared_grads_ = 0;  // bytes at the beginning of grads_ that the blocks share
   std::vector<StoredParam> params_;
+  std::unique_ptr<bool[]> written_;  // what grad_written and owned_grad_written of all of them point to
   std::map<std::string, std::size_t> index_;
 };
 

@@ -27,9 +27,10 @@ void RouterProduct::backward(Exec& ex, TensorView dx_TD, ConstTensorView dlogits
   const DType dtype = weight_ED.value.dtype;
   const ConstTensorView dy_TE = in_dtype(ex, dtype, dlogits_TE, "router logit gradient, rounded");
   add_input_gradient(ex, dx_TD, dy_TE);
-  if (weight_ED.wants_grad())
-    ops::gemm(ex, weight_ED.grad, {dy_TE, Transpose::kYes},
-              {in_dtype(ex, dtype, x_TD, "router input, widened again")}, Accumulate::kAdd);
+  if (!weight_ED.wants_grad()) return;
+  const GradientView dw_ED = weight_ED.write_grad();
+  ops::gemm(ex, dw_ED, {dy_TE, Transpose::kYes}, {in_dtype(ex, dtype, x_TD, "router input, widened again")},
+            dw_ED.mode);
 }
 
 void RouterProduct::add_input_gradient(Exec& ex, TensorView dx_TD, ConstTensorView dy_TE) const {

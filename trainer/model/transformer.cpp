@@ -218,7 +218,7 @@ void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
   if (!embedding || !embedding->weight_VD.wants_grad()) return;
   ScratchScope scope(*ex.scratch);
   if (embedding->scale != 1) ops::scale(ex, g_tD, embedding->scale);
-  ops::embedding_backward(ex, embedding->weight_VD.grad, gather_tokens(ex, *tp, g_tD), saved.tokens_T,
+  ops::embedding_backward(ex, embedding->weight_VD.write_grad(), gather_tokens(ex, *tp, g_tD), saved.tokens_T,
                           embedding->shard);
 }
 

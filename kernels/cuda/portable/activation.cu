@@ -203,7 +203,7 @@ void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, Con
   });
 }
 
-void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, TensorView dw_1D, ConstTensorView dgate_T,
+void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, GradientView dw_1D, ConstTensorView dgate_T,
                            ConstTensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
   const std::int64_t tokens = x_TD.shape[0], width = x_TD.shape[1];
   const float *dgate = dgate_T.as<float>(), *gate = gate_T.as<float>();

@@ -27,7 +27,7 @@ void start_from_bias(const Exec& ex, const TensorView& c_MN, const ConstTensorVi
   });
 }
 
-void bias_backward(Exec& ex, TensorView db_N, ConstTensorView dy_TN) {
+void bias_backward(Exec& ex, GradientView db_N, ConstTensorView dy_TN) {
   with_float_type(dy_TN.dtype, [&](auto type) {
     using T = decltype(type);
     sum_wide_columns(ex, db_N, Rows<T>{dy_TN.as<T>(), dy_TN.shape[1]}, dy_TN.shape[0], dy_TN.as<T>());

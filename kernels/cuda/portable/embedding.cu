@@ -131,9 +131,10 @@ void embedding_forward(Exec& ex, TensorView x_TD, ConstTensorView tokens_T, Cons
   launch_copy<std::uint16_t>(ex, x_TD, tokens_T, w_VD, shard);
 }
 
-void embedding_backward(Exec& ex, TensorView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
+void embedding_backward(Exec& ex, GradientView dw_VD, ConstTensorView dx_TD, ConstTensorView tokens_T,
                         VocabShard shard) {
   const std::int64_t count = tokens_T.shape[0], rows = dw_VD.shape[0], width = dw_VD.shape[1];
+  if (!dw_VD.adds()) fill(ex, dw_VD, 0.0f);
   if (count == 0 || rows == 0) return;
   const auto* tokens = tokens_T.as<std::int32_t>();
   stream_of(ex).limit(Finding::kToken, shard.total);

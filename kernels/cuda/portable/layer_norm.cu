@@ -96,7 +96,7 @@ struct WeightGradient {
 };
 
 template <class T>
-void backward(const Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, const ConstTensorView& dy_TD,
+void backward(const Exec& ex, const TensorView& dx_TD, const GradientView& dw_D, const ConstTensorView& dy_TD,
               const CentredRows& normed, const ConstTensorView& w_D, Accumulate mode) {
   constexpr int N = kPack<T>;
   const std::int64_t rows = normed.x_TD.shape[0], width = normed.x_TD.shape[1];
@@ -125,7 +125,7 @@ void layer_norm_forward(Exec& ex, TensorView y_TD, const RowMoments& moments, Co
   });
 }
 
-void layer_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
+void layer_norm_backward(Exec& ex, TensorView dx_TD, GradientView dw_D, ConstTensorView dy_TD,
                          const CentredRows& rows, ConstTensorView w_D, Accumulate mode) {
   with_float_type(rows.x_TD.dtype,
                   [&](auto type) { backward<decltype(type)>(ex, dx_TD, dw_D, dy_TD, rows, w_D, mode); });

@@ -192,7 +192,7 @@ __global__ void norm_rows_backward(T* dx, float* partial, const T* dy, const T* 
 constexpr std::int64_t kMostBlocks = 512;  // of a pass, on any GPU: the order of sums depends on it
 
 template <class Form, class T>
-void one_pass(const Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, const T* dy, const T* x,
+void one_pass(const Exec& ex, const TensorView& dx_TD, const GradientView& dw_D, const T* dy, const T* x,
               const T* w, const float* rstd, std::int64_t rows, bool add) {
   constexpr int N = kPack<T>;
   const std::int64_t width = dw_D.elements(), rows_each = (rows + kMostBlocks - 1) / kMostBlocks;
@@ -206,7 +206,7 @@ void one_pass(const Exec& ex, const TensorView& dx_TD, const TensorView& dw_D, c
 }
 
 template <class Form, class T>
-void norm_backward(const Exec& ex, const TensorView& dx_TD, const TensorView& dw_D,
+void norm_backward(const Exec& ex, const TensorView& dx_TD, const GradientView& dw_D,
                    const ConstTensorView& dy_TD, const NormedRows& normed, const ConstTensorView& w_D,
                    Accumulate mode) {
   constexpr int N = kPack<T>;
@@ -307,7 +307,7 @@ void add_rms_norm_forward(Exec& ex, TensorView y_TD, TensorView sum_TD, TensorVi
   norm_forward<true>(ex, y_TD, sum_TD, rstd_T, x_TD, residual_TD, weight);
 }
 
-void rms_norm_backward(Exec& ex, TensorView dx_TD, TensorView dw_D, ConstTensorView dy_TD,
+void rms_norm_backward(Exec& ex, TensorView dx_TD, GradientView dw_D, ConstTensorView dy_TD,
                        const NormedRows& normed, const NormWeight& weight, Accumulate mode) {
   with_float_type(normed.x_TD.dtype, [&](auto type) {
     with_form(weight, [&](auto form) {

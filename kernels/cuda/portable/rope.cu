@@ -155,12 +155,12 @@ void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionSha
   });
 }
 
-void rope_backward(Exec& ex, TensorView dqkv_TH, TensorView db_H, ConstTensorView positions_T,
+void rope_backward(Exec& ex, TensorView dqkv_TH, GradientView db_H, ConstTensorView positions_T,
                    AttentionShape shape, double theta) {
   const int half = static_cast<int>(shape.head_dim / 2);
   const Frequencies frequency = frequencies_of(shape, theta);
   const std::int64_t tokens = dqkv_TH.shape[0], width = shape.qkv_width();
-  if (tokens == 0) return;
+  if (tokens == 0 && db_H.adds()) return;
   const unsigned blocks = blocks_for(tokens, kSumRows);
   const HeadColumns columns{shape.heads + 2 * shape.kv_heads, shape.heads + shape.kv_heads, width, half};
   ScratchScope scope(*ex.scratch);
@@ -179,7 +179,7 @@ void rope_backward(Exec& ex, TensorView dqkv_TH, TensorView db_H, ConstTensorVie
   with_float_type(db_H.dtype, [&](auto type) {
     using B = decltype(type);
     launch(ex, blocks_for(width, kThreads), kThreads, add_row_blocks<B>, db_H.as<B>(), partial, blocks,
-           width);
+           width, db_H.adds());
   });
 }
 

@@ -48,12 +48,13 @@ __global__ void sum_row_block(float* partial, Value value, std::int64_t rows, st
 }
 
 template <class T>
-__global__ void add_row_blocks(T* total, const float* partial, std::int64_t blocks, std::int64_t width) {
+__global__ void add_row_blocks(T* total, const float* partial, std::int64_t blocks, std::int64_t width,
+                               bool add) {
   const std::int64_t column = global_thread();
   if (column >= width) return;
   float sum = 0;
   for (std::int64_t b = 0; b < blocks; ++b) sum += partial[b * width + column];
-  total[column] = from_float<T>(to_float(total[column]) + sum);
+  total[column] = from_float<T>(add ? to_float(total[column]) + sum : sum);
 }
 
 // Rows as they are, for sum_columns.
@@ -67,12 +68,12 @@ struct Rows {
   }
 };
 
-// total[c] += sum over t < rows of what value.at(out, t, c) says of N columns, in fp32. `value` is a functor
+// total[c] (+)= sum over t < rows of what value.at(out, t, c) says of N columns, in fp32. `value` is a functor
 // for the device; N divides the width.
 template <int N, class Value>
-void sum_columns(const Exec& ex, const TensorView& total, const Value& value, std::int64_t rows) {
+void sum_columns(const Exec& ex, const GradientView& total, const Value& value, std::int64_t rows) {
   const std::int64_t width = total.elements(), blocks = blocks_for(rows, kSumRows);
-  if (rows == 0 || width == 0) return;
+  if (width == 0 || (rows == 0 && total.adds())) return;
   ScratchScope scope(*ex.scratch);
   auto* partial = ex.scratch->take({blocks, width}, DType::kF32, "sums of rows").as<float>();
   launch(ex, dim3(blocks_for(width, kWarp * N), static_cast<unsigned>(blocks)), dim3(kWarp, kRowsAtOnce),
@@ -80,12 +81,12 @@ void sum_columns(const Exec& ex, const TensorView& total, const Value& value, st
   with_float_type(total.dtype, [&](auto type) {
     using T = decltype(type);
     launch(ex, blocks_for(width, kThreads), kThreads, add_row_blocks<T>, total.as<T>(), partial, blocks,
-           width);
+           width, total.adds());
   });
 }
 // In packs of 16 bytes where the rows of these tensors allow it.
 template <class Value, class T, class... More>
-void sum_wide_columns(const Exec& ex, const TensorView& total, const Value& value, std::int64_t rows,
+void sum_wide_columns(const Exec& ex, const GradientView& total, const Value& value, std::int64_t rows,
                       const T* first, const More*... more) {
   if (packs<kPack<T>>(total.elements(), first, more...)) return sum_columns<kPack<T>>(ex, total, value, rows);
   sum_columns<1>(ex, total, value, rows);
