@@ -33,10 +33,11 @@ struct FlatIndex {
     if (dims == 0) dims = 1;  // a scalar
   }
 
-  // Eight neighbours from a position on that eight divides lie together, beginning at a multiple of four.
-  bool in_eights() const {
-    bool all = (dims == 1 || extent[3] % 8 == 0) && offset % 4 == 0;
-    for (int i = 4 - dims; i < 3; ++i) all = all && stride[i] % 4 == 0;
+  // `length` neighbours (eight, or a multiple of it) from a position on that it divides lie together, beginning at a
+  // multiple of eight.
+  bool in_runs_of(std::int64_t length) const {
+    bool all = (dims == 1 || extent[3] % length == 0) && offset % 8 == 0;
+    for (int i = 4 - dims; i < 3; ++i) all = all && stride[i] % 8 == 0;
     return all;
   }
 

@@ -32,18 +32,19 @@ void for_blocks(const CodedMoments& moments, const Body& body) {
                [&](std::int64_t number) { body(block_of(moments, number)); });
 }
 
-// The random bits of each element: a counter for every four neighbours in the whole tensor.
+// The random bits of each element (rounding_bits).
 void draw(std::uint32_t* bits, const Block& block, std::int64_t first, const Chance& chance,
           std::uint64_t step) {
-  Philox4 four{};
+  Philox4 words{};
   std::int64_t counter = -1;
   for (std::int64_t i = 0; i < block.count; ++i) {
     const std::int64_t place = chance.index.at(first + block.begin + i);
-    if (place / 4 != counter) {
-      counter = place / 4;
-      four = philox<kRoundingRounds>(chance.key, static_cast<std::uint64_t>(counter), step);
+    if (place / kRoundedAtOnce != counter) {
+      counter = place / kRoundedAtOnce;
+      words = philox<kRoundingRounds>(chance.key, static_cast<std::uint64_t>(counter), step);
     }
-    bits[i] = four[static_cast<std::size_t>(place % 4)];
+    const int neighbour = static_cast<int>(place % kRoundedAtOnce);
+    bits[i] = rounding_bits(words[static_cast<std::size_t>(neighbour / 2)], neighbour);
   }
 }
 
@@ -68,9 +69,11 @@ void encode(const CodedMoments& moments, const Block& block, const float* m, con
   }
 }
 
-void decode(const CodedMoments& moments, const Block& block, float* m, float* v) {
-  const float m_scale = moments.m_scale_b.as<float>()[block.number],
-              v_scale = moments.v_scale_b.as<float>()[block.number];
+// Times m_factor and v_factor, which join the block's scales.
+void decode(const CodedMoments& moments, const Block& block, float* m, float* v, float m_factor,
+            float v_factor) {
+  const float m_scale = moments.m_scale_b.as<float>()[block.number] * m_factor,
+              v_scale = moments.v_scale_b.as<float>()[block.number] * v_factor;
   const auto *m_codes = moments.m_n.as<std::uint8_t>() + block.begin,
              *v_codes = moments.v_n.as<std::uint8_t>() + block.begin;
   for (std::int64_t i = 0; i < block.count; ++i) {
@@ -91,13 +94,13 @@ template <class Weight, class Grad>
 void update(const CodedMoments& moments, const Block& block, Weight* weight, const Grad* grad,
             const std::uint32_t* bits, const AdamWFactors& f) {
   float m[kMomentBlock], v[kMomentBlock];
-  decode(moments, block, m, v);
+  decode(moments, block, m, v, f.beta1, f.beta2);
   for (std::int64_t i = 0; i < block.count; ++i) {
     const float g = to_float(grad[i]) * f.grad_scale;
-    m[i] = std::fma(f.one_minus_beta1, g, f.beta1 * m[i]);
-    v[i] = std::fma(f.one_minus_beta2 * g, g, f.beta2 * v[i]);
-    const float divisor = std::fma(std::sqrt(v[i]), f.inverse_sqrt_bias2, f.eps);
-    const float w = std::fma(-f.step_size, m[i] / divisor, to_float(weight[i]) * f.keep);
+    m[i] = std::fma(f.one_minus_beta1, g, m[i]);
+    v[i] = std::fma(f.one_minus_beta2 * g, g, v[i]);
+    const float divisor = std::fma(newton_root(v[i]), f.inverse_sqrt_bias2, f.eps);
+    const float w = std::fma(-f.step_size, m[i] * newton_reciprocal(divisor), to_float(weight[i]) * f.keep);
     round_weight(weight[i], w, bits[i] & 0xffffu);
   }
   encode(moments, block, m, v, bits);
@@ -129,7 +132,7 @@ void encode_moments(Exec&, const CodedMoments& moments, ConstTensorView m_n, Con
 
 void decode_moments(Exec&, TensorView m_n, TensorView v_n, const CodedMoments& moments) {
   for_blocks(moments, [&](const Block& block) {
-    decode(moments, block, m_n.as<float>() + block.begin, v_n.as<float>() + block.begin);
+    decode(moments, block, m_n.as<float>() + block.begin, v_n.as<float>() + block.begin, 1.0f, 1.0f);
   });
 }
 

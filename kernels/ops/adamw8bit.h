@@ -3,9 +3,9 @@
 // (Dettmers et al. 2021 do the same with other codes), and bf16 weights without fp32 masters, rounded up or
 // down by chance. 6 bytes for each parameter with its bf16 gradient, in place of 16.
 //
-// The update is adamw's, in fp32, from the decoded moments. Chance is Philox of (key, step, the element's
-// place in the whole tensor), so a step has one result, on every device and however the tensor is sharded.
-// Blocks lie at multiples of 256 in the shard.
+// The update is adamw's, in fp32, from the decoded moments, with the roots and reciprocals of newton.h. Chance is
+// Philox of (key, step, the element's place in the whole tensor; eight neighbours share a call), so a step has one
+// result, on every device and however the tensor is sharded. Blocks lie at multiples of 256 in the shard.
 
 #include "kernels/core/flat_index.h"
 #include "kernels/ops/adamw.h"

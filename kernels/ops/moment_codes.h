@@ -7,14 +7,29 @@
 
 #include <bit>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/core/bf16.h"
+#include "kernels/core/philox.h"
+#include "kernels/ops/newton.h"
 
 namespace upmoe {
 
 constexpr std::int64_t kMomentBlock = 256;  // elements that share a scale
 constexpr std::uint32_t kNearest = 128;
 constexpr int kRoundingRounds = 7;  // of philox, for the bits that rounding draws
+constexpr int kRoundedAtOnce = 8;   // neighbours in the whole tensor that share a counter of philox
+
+// The random bits of neighbour i of those that share a counter: the lower half is for its weight, the two bytes above
+// for its moments. A word serves two neighbours, and the half of one's weight is that of the other's moments: the three
+// roundings of an element share no bit.
+//
+//   word         | 16 bits            | 16 bits            |
+//   neighbour 0    v       m            weight
+//   neighbour 1    weight               v       m
+constexpr std::uint32_t rounding_bits(std::uint32_t word, int i) {
+  return i % 2 == 0 ? word : word << 16 | word >> 16;
+}
 
 // Top: the exponent field of 1; values below 2^(1-Top) are multiples of 2^(-2-Top). With 20 bits more, a code
 // is the upper part of an fp32 of another exponent range, in which those small values are denormal numbers:
@@ -85,10 +100,12 @@ constexpr float decode_second(std::uint8_t code) {
   return decode_unit<31, kDenormals>(code);
 }
 
-// What a block is divided by to lie in [0, 1]; 0 for a block of nothing (or of numbers below fp32's normal
-// ones, which are taken for it).
+// What a block is multiplied by to lie in [0, 1], or next to it; 0 for a block of nothing (or of numbers below fp32's
+// normal ones, which are taken for it), and of one that has overflowed.
 constexpr float inverse_of_scale(float scale) {
-  return scale < 1.1754944e-38f ? 0.0f : 1.0f / scale;
+  const bool huge = scale > 0x1p125f;
+  const float part = huge ? 0x1p-64f : 1.0f, inverse = newton_reciprocal(scale * part) * part;
+  return scale >= 0x1p-126f && scale <= std::numeric_limits<float>::max() ? inverse : 0.0f;
 }
 
 // To bf16, up or down by chance (16 bits), so that the mean of many roundings is x. Infinity and NaN stay

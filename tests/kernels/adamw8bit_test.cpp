@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <set>
 
@@ -102,6 +103,22 @@ TEST(MomentCodes, MeanWhatTheyRound) {
   }
 }
 
+// Eight neighbours take each of 128 bits twice: for a weight, and for the moments of another one.
+TEST(MomentCodes, NeighboursShareACall) {
+  std::array<int, 128> of_weights{}, of_moments{};
+  for (int i = 0; i < kRoundedAtOnce; ++i)
+    for (int word = 0; word < 4; ++word)
+      for (int bit = 0; bit < 32; ++bit) {
+        const std::uint32_t bits = i / 2 == word ? rounding_bits(1u << bit, i) : 0;
+        of_weights[static_cast<std::size_t>(32 * word + bit)] += (bits & 0xffffu) != 0;
+        of_moments[static_cast<std::size_t>(32 * word + bit)] += bits >> 16 != 0;
+      }
+  for (std::size_t b = 0; b < of_weights.size(); ++b) {
+    EXPECT_EQ(of_weights[b], 1) << b;
+    EXPECT_EQ(of_moments[b], 1) << b;
+  }
+}
+
 TEST(MomentCodes, WeightsAreRoundedByChance) {
   for (const float x : {1.0f, -1.0f, 0.0f, 3.140625f, 1e-40f}) {
     const float exact = to_float(to_bf16(x));
@@ -159,21 +176,23 @@ struct State {
   CodedMoments coded() { return {m_n, v_n, m_scale, v_scale, first}; }
 };
 
-// Where a shard of rows of 300 or 304 lies in rows of 1000. Of the second kind, eight neighbours lie
-// together: the blocks that are whole are moved in wide loads on a GPU.
-enum class Shard { kRagged, kInEights, kFlat };
+// Where a shard of rows of 300, 304 or 512 lies in rows of 1000 or 1024. Of the second kind, eight neighbours lie
+// together: the blocks that are whole are moved in wide loads on a GPU. Of the third, whole blocks do.
+enum class Shard { kRagged, kInEights, kInBlocks, kFlat };
 struct Case {
   DType weight, grad;
   std::int64_t n, first;
   Shard shard = Shard::kRagged;
   std::int64_t place(std::int64_t at) const {
     if (shard == Shard::kFlat) return at;
-    return shard == Shard::kRagged ? at / 300 * 1000 + 5 + at % 300 : at / 304 * 1000 + 4 + at % 304;
+    if (shard == Shard::kInBlocks) return at / 512 * 1024 + 8 + at % 512;
+    return shard == Shard::kRagged ? at / 300 * 1000 + 5 + at % 300 : at / 304 * 1000 + 8 + at % 304;
   }
   FlatIndex index() const {
     if (shard == Shard::kFlat) return FlatIndex({0}, {100'000}, {100'000});
+    if (shard == Shard::kInBlocks) return FlatIndex({0, 8}, {100, 512}, {100, 1024});
     return shard == Shard::kRagged ? FlatIndex({0, 5}, {100, 300}, {100, 1000})
-                                   : FlatIndex({0, 4}, {100, 304}, {100, 1000});
+                                   : FlatIndex({0, 8}, {100, 304}, {100, 1000});
   }
 };
 
@@ -188,9 +207,11 @@ TEST_P(AdamW8bit, EveryDeviceHasTheseBits) {
   State s(c.n, c.first);
   HostTensor weight = random_tensor({c.n}, c.weight, 1);
   std::vector<double> plain = weight.values();
-  std::vector<float> m(plain.size()), v(plain.size());
+  std::vector<float> m(plain.size()), v(plain.size());                  // as decoded,
+  std::vector<float> m_code = m, v_code = v, m_scale = m, v_scale = v;  // of parts of the block's largest
   const Chance chance{99, c.index()};
-  EXPECT_EQ(c.index().in_eights(), c.shard != Shard::kRagged);
+  EXPECT_EQ(c.index().in_runs_of(8), c.shard != Shard::kRagged);
+  EXPECT_EQ(c.index().in_runs_of(256), c.shard == Shard::kInBlocks || c.shard == Shard::kFlat);
   for (std::int64_t step = 1; step <= 4; ++step) {
     const HostTensor grad = random_tensor({c.n}, c.grad, static_cast<unsigned>(10 + step));
     ops::adamw8bit(ex, weight, s.coded(), grad, step_number(step), chance);
@@ -202,14 +223,15 @@ TEST_P(AdamW8bit, EveryDeviceHasTheseBits) {
     std::vector<std::uint32_t> bits;
     for (std::size_t i = 0; i < plain.size(); ++i) {
       const std::int64_t place = c.place(c.first + static_cast<std::int64_t>(i));
-      bits.push_back(
-          philox<kRoundingRounds>(99, static_cast<std::uint64_t>(place / 4),
-                                  static_cast<std::uint64_t>(step))[static_cast<std::size_t>(place % 4)]);
+      const std::uint32_t word =
+          philox<kRoundingRounds>(99, static_cast<std::uint64_t>(place / 8),
+                                  static_cast<std::uint64_t>(step))[static_cast<std::size_t>(place % 8 / 2)];
+      bits.push_back(place % 2 == 0 ? word : word << 16 | word >> 16);
       const float g = static_cast<float>(grad.get(i)) * h.grad_scale;
-      m[i] = std::fma(static_cast<float>(1 - b1), g, h.beta1 * m[i]);
-      v[i] = std::fma(static_cast<float>(1 - b2) * g, g, h.beta2 * v[i]);
-      const float w =
-          std::fma(-size, m[i] / std::fma(std::sqrt(v[i]), bias, h.eps), static_cast<float>(plain[i]) * keep);
+      m[i] = std::fma(static_cast<float>(1 - b1), g, m_code[i] * (m_scale[i] * h.beta1));
+      v[i] = std::fma(static_cast<float>(1 - b2) * g, g, v_code[i] * (v_scale[i] * h.beta2));
+      const float w = std::fma(-size, m[i] * newton_reciprocal(std::fma(newton_root(v[i]), bias, h.eps)),
+                               static_cast<float>(plain[i]) * keep);
       plain[i] = static_cast<double>(
           c.weight == DType::kF32 ? w : to_float(round_by_chance(w, bits.back() & 0xffffu)));
     }
@@ -223,8 +245,10 @@ TEST_P(AdamW8bit, EveryDeviceHasTheseBits) {
         most_v = std::max(most_v, v[j]);
       }
       for (; i < end; ++i) {
-        m[i] = decode_first(encode_first(m[i] * (1 / most_m), bits[i] >> 16 & 255)) * most_m;
-        v[i] = decode_second(encode_second(v[i] * (1 / most_v), bits[i] >> 24)) * most_v;
+        m_code[i] = decode_first(encode_first(m[i] * newton_reciprocal(most_m), bits[i] >> 16 & 255));
+        v_code[i] = decode_second(encode_second(v[i] * newton_reciprocal(most_v), bits[i] >> 24));
+        m[i] = m_code[i] * (m_scale[i] = most_m);
+        v[i] = v_code[i] * (v_scale[i] = most_v);
       }
     }
     ASSERT_EQ(weight.values(), plain) << "step " << step;
@@ -245,6 +269,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{DType::kBF16, DType::kBF16, 4096, 0, Shard::kFlat},
                     Case{DType::kBF16, DType::kF32, 3000, 256, Shard::kInEights},
                     Case{DType::kF32, DType::kBF16, 2047, 200, Shard::kInEights},
+                    Case{DType::kBF16, DType::kBF16, 10'000, 512, Shard::kInBlocks},
+                    Case{DType::kF32, DType::kBF16, 5000, 40, Shard::kInBlocks},
                     Case{DType::kF32, DType::kF32, 1000, 1024, Shard::kFlat},
                     Case{DType::kBF16, DType::kBF16, 300, 8, Shard::kFlat},
                     Case{DType::kBF16, DType::kBF16, 248, 8, Shard::kFlat},
@@ -283,32 +309,49 @@ TEST(AdamW8bitState, AShardMayBeCutAtBlocks) {
   for (std::size_t i = 0; i < 512; ++i) ASSERT_EQ(part.get(i), all.get(512 + i)) << i;
 }
 
-// A quadratic bowl, its sides of very different steepness: it comes as near to the bottom as AdamW in fp32 does.
-TEST(AdamW8bitState, DescendsAsAdamWDoes) {
+// A quadratic bowl, its sides of very different steepness.
+constexpr std::int64_t kBowl = 2048, kBowlSteps = 400;
+double steepness(std::size_t i) {
+  return std::pow(10.0, -static_cast<double>(i % 5));
+}
+AdamWStep bowl_step(std::int64_t step) {
+  return {.lr = 1e-2f * static_cast<float>(kBowlSteps + 1 - step) / kBowlSteps, .step = step};
+}
+double slope(std::size_t i, double x, std::int64_t step) {
+  const float noise = uniform_from_bits(philox(4, i, static_cast<std::uint64_t>(step))[0]) - 0.5f;
+  return steepness(i) * (x + 0.05 * static_cast<double>(noise));
+}
+template <class At>
+double height(const At& at) {
+  double sum = 0;
+  for (std::size_t i = 0; i < kBowl; ++i) sum += steepness(i) * at(i) * at(i);
+  return sum;
+}
+
+double height_after_coded_steps(std::uint64_t key) {
   OpExec ex;
-  constexpr std::int64_t kN = 2048;
-  State s(kN, 0);
-  HostTensor coded = random_tensor({kN}, DType::kBF16, 1), grad({kN}, DType::kF32);
-  std::vector<double> plain = coded.values(), m(plain.size()), v(plain.size());
-  const auto steepness = [](std::size_t i) { return std::pow(10.0, -static_cast<double>(i % 5)); };
-  double coded_loss = 0, plain_loss = 0, start = 0;
-  for (std::size_t i = 0; i < plain.size(); ++i) start += steepness(i) * plain[i] * plain[i];
-  for (std::int64_t step = 1; step <= 400; ++step) {
-    AdamWStep h{.lr = 1e-2f * static_cast<float>(401 - step) / 400, .step = step};
-    coded_loss = plain_loss = 0;
-    for (std::size_t i = 0; i < plain.size(); ++i) {
-      const double noise =
-          0.05 * steepness(i) *
-          static_cast<double>(uniform_from_bits(philox(4, i, static_cast<std::uint64_t>(step))[0]) - 0.5f);
-      reference_adamw(plain[i], m[i], v[i], steepness(i) * plain[i] + noise, h);
-      grad.set(i, steepness(i) * coded.get(i) + noise);
-      plain_loss += steepness(i) * plain[i] * plain[i];
-      coded_loss += steepness(i) * coded.get(i) * coded.get(i);
-    }
-    ops::adamw8bit(ex, coded, s.coded(), grad, h, {11, FlatIndex({0}, {kN}, {kN})});
+  State s(kBowl, 0);
+  HostTensor x = random_tensor({kBowl}, DType::kBF16, 1), grad({kBowl}, DType::kF32);
+  for (std::int64_t step = 1; step < kBowlSteps; ++step) {
+    for (std::size_t i = 0; i < kBowl; ++i) grad.set(i, slope(i, x.get(i), step));
+    ops::adamw8bit(ex, x, s.coded(), grad, bowl_step(step), {key, FlatIndex({0}, {kBowl}, {kBowl})});
   }
-  EXPECT_LT(plain_loss, start / 50);
-  EXPECT_NEAR(coded_loss, plain_loss, plain_loss / 20);
+  return height([&](std::size_t i) { return x.get(i); });
+}
+
+// It comes as near to the bottom as AdamW in fp32 does: on average over chances, any of which may be 13 % off.
+TEST(AdamW8bitState, DescendsAsAdamWDoes) {
+  std::vector<double> x = random_tensor({kBowl}, DType::kBF16, 1).values(), m(x.size()), v(x.size());
+  const double start = height([&](std::size_t i) { return x[i]; });
+  for (std::int64_t step = 1; step < kBowlSteps; ++step)
+    for (std::size_t i = 0; i < kBowl; ++i)
+      reference_adamw(x[i], m[i], v[i], slope(i, x[i], step), bowl_step(step));
+  const double plain = height([&](std::size_t i) { return x[i]; });
+  constexpr std::uint64_t kKeys = 8;
+  double coded = 0;
+  for (std::uint64_t key = 1; key <= kKeys; ++key) coded += height_after_coded_steps(key) / kKeys;
+  EXPECT_LT(plain, start / 50);
+  EXPECT_NEAR(coded, plain, plain / 20);
 }
 
 TEST(AdamW8bitArguments, AreChecked) {

@@ -45,13 +45,19 @@ struct Blocks {
   std::int64_t begin, end;
 };
 
+__device__ inline std::int64_t warp_number() {
+  return static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+}
+
 // The lane's elements are [begin, begin + kEach) of the slice; those outside [0, n) are not its own.
 struct Lane {
   std::int64_t block, begin;
 
-  __device__ Lane(const Moments& s, const Blocks& blocks) {
-    block = blocks.begin + static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    begin = (s.first / kMomentBlock + block) * kMomentBlock - s.first + threadIdx.x % kWarp * kEach;
+  __device__ Lane(const Moments& s, std::int64_t number)
+      : block(number), begin(begin_of_block(s, number) - s.first + threadIdx.x % kWarp * kEach) {}
+  // In the shard.
+  __device__ static std::int64_t begin_of_block(const Moments& s, std::int64_t number) {
+    return (s.first / kMomentBlock + number) * kMomentBlock;
   }
   __device__ bool has(const Moments& s, int j) const { return begin + j >= 0 && begin + j < s.n; }
 };
@@ -99,9 +105,11 @@ __device__ float decode_byte(std::uint32_t word, int byte) {
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(size) | sign);
 }
 
+// Times m_factor and v_factor, which join the block's scales.
 template <bool kWhole>
-__device__ void decode(float (&m)[kEach], float (&v)[kEach], const Lane& lane, const Moments& s) {
-  const float m_scale = s.m_scale[lane.block], v_scale = s.v_scale[lane.block];
+__device__ void decode(float (&m)[kEach], float (&v)[kEach], const Lane& lane, const Moments& s,
+                       float m_factor, float v_factor) {
+  const float m_scale = s.m_scale[lane.block] * m_factor, v_scale = s.v_scale[lane.block] * v_factor;
   if constexpr (kWhole) {
     using Words = Pack<std::uint32_t, kEach / 4>;
     const Words m_words = *reinterpret_cast<const Words*>(s.m + lane.begin),
@@ -154,56 +162,57 @@ __device__ bf16 round_weight(bf16, float x, std::uint32_t random) {
   return round_by_chance(x, random);
 }
 
-// The random bits of the lane's elements: a counter for every four neighbours in the whole tensor.
-template <bool kWhole>
-__device__ void draw(std::uint32_t (&bits)[kEach], const Lane& lane, const Moments& s, const Chance& chance,
-                     std::uint64_t step) {
-  if constexpr (kWhole) {
-    const auto counter = static_cast<std::uint64_t>(chance.index.at(s.first + lane.begin) / 4);
+// What the bits of a rounding are drawn from.
+struct Draw {
+  Chance chance;
+  std::uint64_t step;
+  bool blocks_lie_together;  // in the whole tensor, as they do in the shard
+};
+
+// The random bits of a lane's elements, which are as many as share a counter and lie from `place` on in the tensor.
+__device__ inline void draw_whole(std::uint32_t (&bits)[kEach], std::int64_t place, const Draw& from) {
+  static_assert(kEach == kRoundedAtOnce);
+  const Philox4 words =
+      philox<kRoundingRounds>(from.chance.key, static_cast<std::uint64_t>(place) / kRoundedAtOnce, from.step);
 #pragma unroll
-    for (int j = 0; j < kEach; j += 4) {
-      const Philox4 four =
-          philox<kRoundingRounds>(chance.key, counter + static_cast<std::uint64_t>(j / 4), step);
+  for (int j = 0; j < kEach; ++j) bits[j] = rounding_bits(words[j / 2], j);
+}
+// Of a lane whose elements may lie anywhere.
+__device__ inline void draw_each(std::uint32_t (&bits)[kEach], const Lane& lane, const Moments& s,
+                                 const Draw& from) {
+  Philox4 words{};
+  std::int64_t counter = -1;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) bits[j + k] = four[k];
+  for (int j = 0; j < kEach; ++j) {
+    if (!lane.has(s, j)) continue;
+    const std::int64_t place = from.chance.index.at(s.first + lane.begin + j);
+    if (place / kRoundedAtOnce != counter) {
+      counter = place / kRoundedAtOnce;
+      words = philox<kRoundingRounds>(from.chance.key, static_cast<std::uint64_t>(counter), from.step);
     }
-  } else {
-    Philox4 four{};
-    std::int64_t counter = -1;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      if (!lane.has(s, j)) continue;
-      const std::int64_t place = chance.index.at(s.first + lane.begin + j);
-      if (place / 4 != counter) {
-        counter = place / 4;
-        four = philox<kRoundingRounds>(chance.key, static_cast<std::uint64_t>(counter), step);
-      }
-      const int of_four = static_cast<int>(place % 4);  // chosen, not indexed: registers have no addresses
-      bits[j] = of_four == 0 ? four[0] : of_four == 1 ? four[1] : of_four == 2 ? four[2] : four[3];
-    }
+    const int i = static_cast<int>(place % kRoundedAtOnce);
+    // Chosen, not indexed: registers have no addresses.
+    bits[j] = rounding_bits(i < 2 ? words[0] : i < 4 ? words[1] : i < 6 ? words[2] : words[3], i);
   }
 }
 
 template <bool kWhole, class Weight, class Grad>
-__global__ void adamw8bit_kernel(Weight* weight, Moments s, Blocks blocks, const Grad* grad, AdamWFactors f,
-                                 const __grid_constant__ Chance chance, std::uint64_t step) {
-  const Lane lane(s, blocks);
-  if (lane.block >= blocks.end) return;  // a whole warp
+__device__ void update_block(Weight* weight, const Moments& s, const Lane& lane, const Grad* grad,
+                             const AdamWFactors& f, const std::uint32_t (&bits)[kEach]) {
   float g[kEach], m[kEach], v[kEach], w[kEach];
   load_lane<kWhole>(g, grad, lane, s);
   load_lane<kWhole>(w, weight, lane, s);
-  decode<kWhole>(m, v, lane, s);
-  std::uint32_t bits[kEach] = {}, m_random[kEach], v_random[kEach];
-  draw<kWhole>(bits, lane, s, chance, step);
+  decode<kWhole>(m, v, lane, s, f.beta1, f.beta2);
+  std::uint32_t m_random[kEach], v_random[kEach];
   Pack<Weight, kEach> updated;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     g[j] *= f.grad_scale;
-    m[j] = fmaf(f.one_minus_beta1, g[j], f.beta1 * m[j]);
-    v[j] = fmaf(f.one_minus_beta2 * g[j], g[j], f.beta2 * v[j]);
-    const float divisor = fmaf(sqrtf(v[j]), f.inverse_sqrt_bias2, f.eps);
-    updated.at[j] =
-        round_weight(Weight{}, fmaf(-f.step_size, m[j] / divisor, w[j] * f.keep), bits[j] & 0xffffu);
+    m[j] = fmaf(f.one_minus_beta1, g[j], m[j]);
+    v[j] = fmaf(f.one_minus_beta2 * g[j], g[j], v[j]);
+    const float divisor = fmaf(newton_root(v[j]), f.inverse_sqrt_bias2, f.eps);
+    updated.at[j] = round_weight(
+        Weight{}, fmaf(-f.step_size, m[j] * newton_reciprocal(divisor), w[j] * f.keep), bits[j] & 0xffffu);
     m_random[j] = bits[j] >> 16 & 0xffu;
     v_random[j] = bits[j] >> 24;
   }
@@ -211,8 +220,40 @@ __global__ void adamw8bit_kernel(Weight* weight, Moments s, Blocks blocks, const
   encode<kWhole>(s, lane, m, v, m_random, v_random);
 }
 
+// A warp takes kBlocksOfWarp blocks, one after the other. Where they begin in the whole tensor takes divisions by the
+// shard's extents: where a block lies there in one piece, a lane asks for one block and tells the others.
+//
+//   lane 0 .. 7     where blocks first + 0 .. 7 begin          once
+//   all lanes       block first + b: lane b's answer + 8 lane  for every b
+constexpr int kBlocksOfWarp = 8;
+
+template <bool kWhole, class Weight, class Grad>
+__global__ void adamw8bit_kernel(Weight* weight, Moments s, Blocks blocks, const Grad* grad, AdamWFactors f,
+                                 const __grid_constant__ Draw from) {
+  const std::int64_t first = blocks.begin + warp_number() * kBlocksOfWarp;
+  const int in_warp = static_cast<int>(threadIdx.x) % kWarp;
+  const FlatIndex& index = from.chance.index;
+  std::int64_t mine = 0;
+  if (kWhole && from.blocks_lie_together)
+    mine = index.at(Lane::begin_of_block(s, first + in_warp % kBlocksOfWarp));
+#pragma unroll 1
+  for (int b = 0; b < kBlocksOfWarp && first + b < blocks.end; ++b) {  // the same for a whole warp
+    const Lane lane(s, first + b);
+    std::uint32_t bits[kEach] = {};
+    if constexpr (kWhole) {
+      draw_whole(bits,
+                 from.blocks_lie_together ? __shfl_sync(kAllLanes, mine, b) + in_warp * kEach
+                                          : index.at(s.first + lane.begin),
+                 from);
+    } else {
+      draw_each(bits, lane, s, from);
+    }
+    update_block<kWhole>(weight, s, lane, grad, f, bits);
+  }
+}
+
 __global__ void encode_kernel(Moments s, Blocks blocks, const float* m_n, const float* v_n) {
-  const Lane lane(s, blocks);
+  const Lane lane(s, blocks.begin + warp_number());
   if (lane.block >= blocks.end) return;
   float m[kEach], v[kEach];
   load_lane<false>(m, m_n, lane, s);
@@ -224,10 +265,10 @@ __global__ void encode_kernel(Moments s, Blocks blocks, const float* m_n, const 
 }
 
 __global__ void decode_kernel(float* m_n, float* v_n, Moments s, Blocks blocks) {
-  const Lane lane(s, blocks);
+  const Lane lane(s, blocks.begin + warp_number());
   if (lane.block >= blocks.end) return;
   float m[kEach], v[kEach];
-  decode<false>(m, v, lane, s);
+  decode<false>(m, v, lane, s, 1.0f, 1.0f);
 #pragma unroll
   for (int j = 0; j < kEach; ++j)
     if (lane.has(s, j)) {
@@ -236,8 +277,8 @@ __global__ void decode_kernel(float* m_n, float* v_n, Moments s, Blocks blocks) 
     }
 }
 
-unsigned grid_of(const Blocks& blocks) {
-  return blocks_for(blocks.end - blocks.begin, kWarps);
+unsigned grid_of(const Blocks& blocks, int of_warp = 1) {
+  return blocks_for(blocks.end - blocks.begin, kWarps * of_warp);
 }
 
 // The blocks that have all their elements: all but the first and the last one, at most.
@@ -251,16 +292,17 @@ template <class Weight, class Grad>
 void update(const Exec& ex, Weight* weight, const Moments& s, const Grad* grad, const AdamWStep& step,
             const Chance& chance) {
   const AdamWFactors factors(step);
-  const bool wide = s.first % kEach == 0 && chance.index.in_eights() && packs<kPack<Weight>>(kEach, weight) &&
-                    packs<kPack<Grad>>(kEach, grad) && packs<kEach>(kEach, s.m, s.v);
+  const bool wide = s.first % kEach == 0 && chance.index.in_runs_of(kRoundedAtOnce) &&
+                    packs<kPack<Weight>>(kEach, weight) && packs<kPack<Grad>>(kEach, grad) &&
+                    packs<kEach>(kEach, s.m, s.v);
   const Blocks whole = wide ? whole_blocks(s) : Blocks{0, 0};
-  const auto number = static_cast<std::uint64_t>(step.step);
-  launch(ex, grid_of(whole), kThreads, adamw8bit_kernel<true, Weight, Grad>, weight, s, whole, grad, factors,
-         chance, number);
+  const Draw from{chance, static_cast<std::uint64_t>(step.step), chance.index.in_runs_of(kMomentBlock)};
+  launch(ex, grid_of(whole, kBlocksOfWarp), kThreads, adamw8bit_kernel<true, Weight, Grad>, weight, s, whole,
+         grad, factors, from);
   // Of a slice that is not aligned, everything: `whole` is empty then.
   for (const Blocks& rest : {Blocks{0, whole.begin}, Blocks{whole.end, s.blocks}})
-    launch(ex, grid_of(rest), kThreads, adamw8bit_kernel<false, Weight, Grad>, weight, s, rest, grad, factors,
-           chance, number);
+    launch(ex, grid_of(rest, kBlocksOfWarp), kThreads, adamw8bit_kernel<false, Weight, Grad>, weight, s, rest,
+           grad, factors, from);
 }
 
 }  // namespace
