@@ -177,6 +177,21 @@ TEST(Pointwise, SumsAreTheSameForAnyNumberOfThreads) {
     });
 }
 
+// Whole blocks in wide loads, or element by element: the same order, so the same bits.
+TEST(Pointwise, SumsDoNotDependOnWhereElementsLie) {
+  OpExec ex;
+  for (DType dtype : kFloats)
+    for (const std::int64_t n : {65536, 2 * 65536 + 77}) {
+      const HostTensor x = random_tensor({n + 1}, dtype, 1);
+      HostTensor behind({n}, dtype), out = filled({1}, DType::kF64, 0), expected = out;
+      for (std::size_t i = 0; i < behind.size(); ++i) behind.set(i, x.get(i + 1));
+      const ConstTensorView odd = ConstTensorView(x).rows(1, n + 1), even = behind;
+      ops::sum_of_squares(ex, out, ops::only(odd));
+      ops::sum_of_squares(ex, expected, ops::only(even));
+      EXPECT_EQ(out.get(0), expected.get(0)) << name_of(dtype) << ' ' << n;
+    }
+}
+
 TEST(Pointwise, SquaresOfSeveralTensors) {
   OpExec ex;
   const HostTensor one = random_tensor({70001}, DType::kF32, 1), two = random_tensor({3, 5}, DType::kBF16, 2),

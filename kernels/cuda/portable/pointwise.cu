@@ -139,28 +139,54 @@ struct CopyColumns {
 // not on where the elements lie.
 constexpr std::int64_t kSumBlock = 65536;
 
+template <bool kSquare, int N, class T>
+__device__ void add_pack(double& sum, const T (&x)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const double d = to_float(x[j]);
+    sum += kSquare ? d * d : d;
+  }
+}
+
+// A thread's part of a block that has all its elements. Nothing is asked on the way, so that several packs of 16 bytes
+// are under way for each thread: with one alone the memory would wait for the sums.
+template <bool kSquare, class T>
+__device__ double sum_whole(const T* x) {
+  constexpr int N = kPack<T>, kAtOnce = 8, kStride = kThreads * N;
+  static_assert(kSumBlock % (kAtOnce * kStride) == 0);
+  double sum = 0;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) * N; i < kSumBlock; i += kAtOnce * kStride) {
+    Pack<T, N> packs[kAtOnce];
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p) packs[p] = *reinterpret_cast<const Pack<T, N>*>(x + i + p * kStride);
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p) add_pack<kSquare>(sum, packs[p].at);
+  }
+  return sum;
+}
+// Of one that is cut, or whose packs do not lie at multiples of their size: the same elements in the same order.
+template <bool kSquare, class T>
+__device__ double sum_part(const T* x, std::int64_t n) {
+  constexpr int N = kPack<T>;
+  double sum = 0;
+  for (std::int64_t i = threadIdx.x * N; i < n; i += kThreads * N) {
+    T pack[N] = {};
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      if (i + j < n) pack[j] = x[i + j];
+    add_pack<kSquare>(sum, pack);
+  }
+  return sum;
+}
+
 template <bool kSquare, bool kWide, class T>
 __global__ void partial_sums(double* partial, const T* x, std::int64_t n) {
   __shared__ double memory[kThreads / kWarp];
-  constexpr int N = kPack<T>;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kSumBlock;
-  const std::int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
-  double sum = 0;
-#pragma unroll 4
-  for (std::int64_t i = begin + threadIdx.x * N; i < end; i += kThreads * N) {
-    float v[N] = {};
-    if (kWide && i + N <= end) {
-      load_floats(v, x + i);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] = i + j < end ? to_float(x[i + j]) : 0.0f;
-    }
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const double d = v[j];
-      sum += kSquare ? d * d : d;
-    }
-  }
+  const bool whole = kWide && n - begin >= kSumBlock;
+  double sum = whole ? sum_whole<kSquare>(x + begin)
+                     : sum_part<kSquare>(x + begin, n - begin < kSumBlock ? n - begin : kSumBlock);
   sum = block_sum(sum, memory);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
