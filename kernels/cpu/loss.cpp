@@ -26,22 +26,40 @@ float row_max(const float* x, std::int64_t n) {
   return result;
 }
 
+// Of one block.
 double sum_exp(const float* x, std::int64_t n, float offset) {
-  double sum = 0;
-  for (std::int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const std::int64_t count = std::min(kSumBlock, n - begin), whole = count / kLanes * kLanes;
-    const float* block = x + begin;
-    sum += sum_lanes(whole,
-                     [&](std::int64_t i, auto lanes) { return vector_exp(load(block + i, lanes) - offset); });
-    // Lanes past the end hold zeros, and e^0 must not be counted: the rest in one vector, filled up with -inf.
-    if (whole < count) {
-      float rest[kLanes];
-      std::fill_n(rest, kLanes, -std::numeric_limits<float>::infinity());
-      std::copy_n(block + whole, count - whole, rest);
-      sum += reduce_add(vector_exp(load(rest) - offset));
-    }
+  const std::int64_t whole = n / kLanes * kLanes;
+  double sum =
+      sum_lanes(whole, [&](std::int64_t i, auto lanes) { return vector_exp(load(x + i, lanes) - offset); });
+  // Lanes past the end hold zeros, and e^0 must not be counted: the rest in one vector, filled up with -inf.
+  if (whole < n) {
+    float rest[kLanes];
+    std::fill_n(rest, kLanes, -std::numeric_limits<float>::infinity());
+    std::copy_n(x + whole, n - whole, rest);
+    sum += reduce_add(vector_exp(load(rest) - offset));
   }
   return sum;
+}
+
+struct RowSum {
+  float largest = -std::numeric_limits<float>::infinity();
+  double sum = 0;  // of exp(x - largest)
+};
+
+// A row comes from memory once: the largest of a block and the block's sum are taken while it lies in the cache, and
+// what was summed before is scaled when the largest grows.
+RowSum row_sum(const float* x, std::int64_t n) {
+  RowSum row;
+  for (std::int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const std::int64_t count = std::min(kSumBlock, n - begin);
+    const float most = row_max(x + begin, count);
+    if (most > row.largest) {
+      row.sum *= std::exp(static_cast<double>(row.largest) - static_cast<double>(most));
+      row.largest = most;
+    }
+    row.sum += sum_exp(x + begin, count, row.largest);
+  }
+  return row;
 }
 
 // The gradient is taken from x - max and 1 / sum, not from x - lse: for logits of 1e4 the rounding of an fp32
@@ -76,11 +94,10 @@ void loss_rows(float* loss, T* dlogits, const float* logits, const std::int32_t*
       if (dlogits != nullptr) std::fill_n(dlogits + c * vocab, vocab, T{});
       return;
     }
-    const float max_x = row_max(x, vocab);
-    const double sum = sum_exp(x, vocab, max_x);
-    loss[c] =
-        static_cast<float>(std::log(sum) + (static_cast<double>(max_x) - static_cast<double>(x[target])));
-    if (dlogits != nullptr) gradient_row(dlogits + c * vocab, x, vocab, max_x, sum, target, scale);
+    const RowSum row = row_sum(x, vocab);
+    loss[c] = static_cast<float>(std::log(row.sum) +
+                                 (static_cast<double>(row.largest) - static_cast<double>(x[target])));
+    if (dlogits != nullptr) gradient_row(dlogits + c * vocab, x, vocab, row.largest, row.sum, target, scale);
   });
 }
 
@@ -128,11 +145,11 @@ void cross_entropy_stats(Exec&, TensorView stats_C3, ConstTensorView logits_CV, 
   check_targets(targets, rows, shard.total);
   parallel_for(rows, 4 * columns, [&](std::int64_t c) {
     const float* x = logits_CV.as<float>() + c * columns;
-    const float largest = row_max(x, columns);
+    const RowSum row = row_sum(x, columns);
     const std::int64_t target = targets[c] - shard.begin;
     double* stats = stats_C3.as<double>() + 3 * c;
-    stats[0] = static_cast<double>(largest);
-    stats[1] = sum_exp(x, columns, largest);
+    stats[0] = static_cast<double>(row.largest);
+    stats[1] = row.sum;
     stats[2] = targets[c] >= 0 && 0 <= target && target < columns ? static_cast<double>(x[target]) : 0.0;
   });
 }

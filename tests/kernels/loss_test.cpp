@@ -122,6 +122,23 @@ TEST(CrossEntropyExtremes, LargeLogits) {
   expect_close(d.values(), expected.dlogits, {3e-6, 1e-7}, "dlogits");
 }
 
+// What is summed before a larger logit comes is scaled: by a little, by much, to nothing; or never, behind the largest.
+TEST(CrossEntropyExtremes, TheLargestComesLate) {
+  OpExec ex;
+  constexpr std::int64_t kWidth = 5000;
+  HostTensor logits({6, kWidth}, DType::kF32), loss({6}, DType::kF32), d({6, kWidth}, DType::kF32);
+  const double slopes[] = {1e-3, 0.02, 1, -1e-3, -0.02, -1};
+  for (std::size_t c = 0; c < 6; ++c)
+    for (std::size_t v = 0; v < kWidth; ++v)
+      logits.set(c * kWidth + v, slopes[c] * static_cast<double>(v) + 0.3 * static_cast<double>(v % 3));
+  const HostTensor targets = tensor_of({6}, DType::kI32, {0, kWidth - 1, kWidth - 9, kWidth - 1, 0, 4});
+  const TensorView d_CV = d;
+  ops::cross_entropy(ex, {loss, d_CV, 1.0f}, logits, targets);
+  const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 1.0);
+  expect_close(loss.values(), expected.loss, {2e-7, 1e-6}, "loss");
+  expect_close(d.values(), expected.dlogits, {3e-6, 1e-7}, "dlogits");
+}
+
 TEST(CrossEntropyExtremes, ManyEqualTerms) {  // a running fp32 sum of 151936 terms would be off by 1e-4
   OpExec ex;
   const HostTensor logits = filled({1, 151936}, DType::kF32, 2.5), targets = filled({1}, DType::kI32, 151935);
