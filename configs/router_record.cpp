@@ -250,7 +250,8 @@ std::string why_not_exported(const ModelConfig& c) {
   if (c.num_moe_layers() == 0) return "";
   if (c.router.routes_groups())
     return fmt::format(
-        "its routers ({}) share the experts among the tokens of several sequences, and a reader of {} has to choose "
+        "its routers ({}) share the experts among the tokens of several sequences, and a reader of {} has to "
+        "choose "
         "for each token by itself: it would compute something else",
         words_of(c.router.served()), c.model_type);
   const Traits lost = without_words(c).without({Trait::kChoiceBias});

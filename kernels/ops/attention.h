@@ -48,8 +48,8 @@ namespace upmoe::ops {
 // inverse = true applies the transpose: the backward. positions_T: int32.
 void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionShape shape, double theta,
           bool inverse);
-// The inverse, and db_H (+)= the sum of all rows that it leaves, as stored: the gradient of a bias that was added before
-// the rotation. To the bit what rope and then bias_backward give, in one pass.
+// The inverse, and db_H (+)= the sum of all rows that it leaves, as stored: the gradient of a bias that was added
+// before the rotation. To the bit what rope and then bias_backward give, in one pass.
 void rope_backward(Exec& ex, TensorView dqkv_TH, GradientView db_H, ConstTensorView positions_T,
                    AttentionShape shape, double theta);
 

@@ -19,8 +19,8 @@ namespace upmoe::ops {
 void layer_norm_forward(Exec& ex, TensorView y_TD, const RowMoments& moments, ConstTensorView x_TD,
                         ConstTensorView w_D, float eps);
 
-// dx_TD (+)= gradient of the input (mode says which), dw_D (+)= gradient of the weight, summed over rows in an order that
-// does not depend on the number of threads. dx may alias dy.
+// dx_TD (+)= gradient of the input (mode says which), dw_D (+)= gradient of the weight, summed over rows in an order
+// that does not depend on the number of threads. dx may alias dy.
 void layer_norm_backward(Exec& ex, TensorView dx_TD, GradientView dw_D, ConstTensorView dy_TD,
                          const CentredRows& rows, ConstTensorView w_D, Accumulate mode);
 

@@ -5,19 +5,6 @@
 //
 // Counters: gflops and gbytes per second, and share_of_peak. Sizes: tiny is 2048 tokens, width 256, 60
 // experts of 176, top-4; mid the same with width 1024 and experts of 704.
-
-#include <benchmark/benchmark.h>
-
-#include <algorithm>
-#include <chrono>
-#include <cstdio>
-#include <functional>
-#include <map>
-#include <numeric>
-#include <random>
-#include <string>
-#include <vector>
-
 #include "kernels/core/exec.h"
 #include "kernels/ops/activation.h"
 #include "kernels/ops/adamw.h"
@@ -32,115 +19,10 @@
 #include "kernels/ops/router_draws.h"
 #include "kernels/ops/sigmoid_routing.h"
 #include "kernels/ops/token_groups.h"
+#include "tests/bench/op_bench.h"
 
-namespace upmoe {
+namespace upmoe::bench {
 namespace {
-
-constexpr std::int64_t kTokens = 2048, kTopK = 4, kExperts = 60;
-
-struct Model {
-  const char* name;
-  std::int64_t width, expert_width, vocab;
-};
-constexpr Model kModels[] = {{"tiny", 256, 176, 4096}, {"mid", 1024, 704, 8192}};
-constexpr DType kFloats[] = {DType::kF32, DType::kBF16};
-
-Exec& exec() {
-  static Arena scratch({}, std::size_t{4} << 30, "scratch");
-  static Exec ex = [] {
-    Exec e;
-    e.scratch = &scratch;
-    return e;
-  }();
-  return ex;
-}
-
-// A tensor with its own memory, filled with numbers between -1 and 1.
-struct Tensor {
-  Buffer memory;
-  TensorView view;
-
-  Tensor(Shape shape, DType dtype)
-      : memory(Buffer::allocate({}, static_cast<std::size_t>(shape.elements()) * size_of(dtype))),
-        view(memory.view(shape, dtype)) {
-    std::minstd_rand random(1);
-    std::uniform_real_distribution<float> value(-1, 1);
-    for (std::int64_t i = 0; i < shape.elements(); ++i) {
-      if (dtype == DType::kF32) view.as<float>()[i] = value(random);
-      if (dtype == DType::kBF16) view.as<bf16>()[i] = to_bf16(value(random));
-    }
-  }
-};
-
-double seconds_of(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-double best_seconds(const std::function<void()>& work, double budget = 0.5) {
-  work();
-  double best = seconds_of(work);
-  for (double spent = best; spent < budget;) {
-    const double t = seconds_of(work);
-    best = std::min(best, t);
-    spent += t;
-  }
-  return best;
-}
-
-// FLOP/s of the best square product of 1024 and 2048.
-double peak_flops(DType dtype) {
-  static std::map<DType, double> known;
-  if (const auto found = known.find(dtype); found != known.end()) return found->second;
-  double best = 0;
-  for (std::int64_t side : {1024, 2048}) {
-    const Tensor a({side, side}, dtype), b({side, side}, dtype), c({side, side}, dtype);
-    const double seconds = best_seconds([&] {
-      ops::gemm(exec(), c.view, {a.view}, {b.view, Transpose::kYes}, Accumulate::kOverwrite);
-    });
-    best = std::max(best, 2.0 * static_cast<double>(side * side * side) / seconds);
-  }
-  return known[dtype] = best;
-}
-
-// Bytes per second of a sum of two arrays into a third, far beyond the caches.
-double peak_bytes() {
-  static const double peak = [] {
-    constexpr std::int64_t kElements = std::int64_t{1} << 25;
-    const Tensor a({kElements}, DType::kF32), b({kElements}, DType::kF32), c({kElements}, DType::kF32);
-    return 12.0 * kElements / best_seconds([&] { ops::add(exec(), c.view, a.view, b.view); }, 1.0);
-  }();
-  return peak;
-}
-
-// Times `op`, whose cost is what it books itself. share_of_peak is of the slower of both limits.
-void measure(benchmark::State& state, DType dtype, const std::function<void(Exec&)>& op) {
-  Ledger ledger;
-  Exec booked = exec();
-  booked.ledger = &ledger;
-  op(booked);
-  const Cost cost = ledger.total();
-  const double bytes = cost.bytes_read + cost.bytes_written;
-  const bool products = ledger.entries().begin()->first.find("gemm") != std::string::npos;
-  const double limit_seconds =
-      std::max(bytes / peak_bytes(), products ? cost.flops / peak_flops(dtype) : 0.0);
-  double best = 1e9;
-  for (auto _ : state) {
-    const double t = seconds_of([&] { op(exec()); });
-    state.SetIterationTime(t);
-    best = std::min(best, t);
-  }
-  state.counters["gflops"] = cost.flops / best * 1e-9;
-  state.counters["gbytes"] = bytes / best * 1e-9;
-  state.counters["share_of_peak"] = limit_seconds / best;
-}
-
-void add(const std::string& name, DType dtype, const std::function<void(benchmark::State&)>& body) {
-  benchmark::RegisterBenchmark((name + "/" + name_of(dtype)).c_str(), body)
-      ->UseManualTime()
-      ->Unit(benchmark::kMicrosecond);
-}
 
 // Rows per expert as an untrained router gives them: every row picks its expert at random.
 std::vector<std::int32_t> random_offsets() {
@@ -323,71 +205,6 @@ void add_elementwise(const Model& model, DType dtype) {
   });
 }
 
-// Logits, probabilities and weights are fp32 beside rows of any dtype.
-void add_routers() {
-  const auto f32 = DType::kF32;
-  const auto both = [=](const std::string& name, auto forward) {
-    add(name, f32, [=](benchmark::State& state) {
-      const Tensor logits({kTokens, kExperts}, f32), probs({kTokens, kExperts}, f32),
-          weight({kTokens, kTopK}, f32);
-      const Tensor index({kTokens, kTopK}, DType::kI32), lse({kTokens}, f32), bias({kExperts}, f32);
-      measure(state, f32, [&](Exec& ex) {
-        forward(ex, SigmoidRoutes{probs.view, index.view, weight.view, lse.view}, logits.view, bias.view);
-      });
-    });
-  };
-  both("route_tokens", [](Exec& ex, const SigmoidRoutes& r, ConstTensorView logits, ConstTensorView) {
-    ops::route_tokens(ex, r.probs_TE, r.index_TK, r.weight_TK, r.lse_T, logits, true);
-  });
-  both("route_sigmoid", [](Exec& ex, const SigmoidRoutes& r, ConstTensorView logits, ConstTensorView bias) {
-    ops::route_sigmoid(ex, r, logits, bias, {});
-  });
-  add("limit_choices", f32, [=](benchmark::State& state) {
-    const Tensor kept({kTokens, kTopK}, DType::kI32), index({kTokens, kTopK}, DType::kI32),
-        row({kTokens}, DType::kI32), lost({kTokens / 512, kExperts}, f32);
-    for (std::int64_t t = 0; t < kTokens; ++t) {
-      row.view.as<std::int32_t>()[t] = static_cast<std::int32_t>(t);
-      for (std::int64_t j = 0; j < kTopK; ++j)
-        index.view.as<std::int32_t>()[t * kTopK + j] = static_cast<std::int32_t>((7 * t + 11 * j) % kExperts);
-    }
-    measure(state, f32, [&](Exec& ex) {
-      ops::limit_choices(ex, kept.view, lost.view, {index.view, {}, row.view}, {512, 512 * kTopK / kExperts});
-    });
-  });
-  add("jitter", f32, [=](benchmark::State& state) {
-    const Tensor y({kTokens, 2048}, f32), x({kTokens, 2048}, f32), place({kTokens}, DType::kI32);
-    measure(state, f32, [&](Exec& ex) {
-      ops::jitter(ex, y.view, x.view, {1, 0, 0, place.view}, 0.01f, Accumulate::kOverwrite);
-    });
-  });
-  add("add_router_noise", f32, [=](benchmark::State& state) {
-    const Tensor noisy({kTokens, kExperts}, f32), logits({kTokens, kExperts}, f32),
-        scale({kTokens, kExperts}, f32), place({kTokens}, DType::kI32);
-    measure(state, f32, [&](Exec& ex) {
-      ops::add_router_noise(ex, noisy.view, logits.view, scale.view, {1, 0, 0, place.view});
-    });
-  });
-}
-
-// Of groups of eight tokens.
-void add_group_routers() {
-  const auto with = [](const std::string& name, auto op) {
-    add(name, DType::kF32, [=](benchmark::State& state) {
-      const Tensor x({kTokens, 512}, DType::kF32), mix({kTokens / 8 * kExperts, 512}, DType::kF32),
-          part({kTokens, kExperts}, DType::kF32), row({kTokens}, DType::kI32);
-      std::iota(row.view.as<std::int32_t>(), row.view.as<std::int32_t>() + kTokens, 0);
-      const GroupsHere here{{row.view, 8, 8}, 0};
-      measure(state, DType::kF32, [&](Exec& ex) { op(ex, x.view, mix.view, part.view, here); });
-    });
-  };
-  with("mix_tokens", [](Exec& ex, TensorView x, TensorView mix, TensorView part, const GroupsHere& here) {
-    ops::mix_tokens(ex, mix, x, part, here);
-  });
-  with("share_mixtures", [](Exec& ex, TensorView x, TensorView mix, TensorView part, const GroupsHere& here) {
-    ops::share_mixtures(ex, x, mix, part, here);
-  });
-}
-
 void add_all() {
   add_routers();
   add_group_routers();
@@ -407,14 +224,15 @@ void add_all() {
 }
 
 }  // namespace
-}  // namespace upmoe
+}  // namespace upmoe::bench
 
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
-  upmoe::add_all();
-  std::printf("peak: %.0f GFLOP/s fp32, %.0f bf16, %.1f GB/s\n", upmoe::peak_flops(upmoe::DType::kF32) * 1e-9,
-              upmoe::peak_flops(upmoe::DType::kBF16) * 1e-9, upmoe::peak_bytes() * 1e-9);
+  upmoe::bench::add_all();
+  std::printf("peak: %.0f GFLOP/s fp32, %.0f bf16, %.1f GB/s\n",
+              upmoe::bench::peak_flops(upmoe::DType::kF32) * 1e-9,
+              upmoe::bench::peak_flops(upmoe::DType::kBF16) * 1e-9, upmoe::bench::peak_bytes() * 1e-9);
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
 }

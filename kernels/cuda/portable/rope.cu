@@ -178,8 +178,8 @@ void rope_backward(Exec& ex, TensorView dqkv_TH, GradientView db_H, ConstTensorV
   });
   with_float_type(db_H.dtype, [&](auto type) {
     using B = decltype(type);
-    launch(ex, blocks_for(width, kThreads), kThreads, add_row_blocks<B>, db_H.as<B>(), partial, blocks,
-           width, db_H.adds());
+    launch(ex, blocks_for(width, kThreads), kThreads, add_row_blocks<B>, db_H.as<B>(), partial, blocks, width,
+           db_H.adds());
   });
 }
 
