@@ -20,7 +20,8 @@ MUTANTS = {
         "tests/support/fake_cuda/cuda_runtime.h", "    add_pointers_in(&argument, sizeof argument, reads);", "",
         "*PointersInStructs", "stream_order_test_on_gpu"),
     "what_is_done_again_untold": (
-        "kernels/core/exec.h", "      ledger->again(op, flops, work);", "", "*Again*", "core_test"),
+        "kernels/core/exec.h", "      ledger->again(op, flops, bytes_read, bytes_written, work);", "", "*Again*",
+        "core_test"),
     "fused_products_are_no_model_work": (
         "kernels/ops/experts.cpp",
         "          bytes_of(out_RN), Work::kModel);", "          bytes_of(out_RN));", "*SameModelWork",
@@ -38,6 +39,100 @@ MUTANTS = {
         "kernels/ops/activation.cpp", "          bytes_of(gate_T), Work::kModel);", "          bytes_of(gate_T));",
         "ModelCost.*", "cost_test"),
     "work_done_again_is_the_models": (
-        "kernels/core/exec.h", "      ledger->again(op, flops, work);",
+        "kernels/core/exec.h", "      ledger->again(op, flops, bytes_read, bytes_written, work);",
         "      ledger->book(op, flops, bytes_read, bytes_written, work);", "ModelCost.*", "cost_test"),
+    "branch_of_a_block_left_out": (
+        "trainer/model/norm.cpp",
+        "residual.sum_TD, saved.rstd_T, residual.branch_TD, residual.x_TD,",
+        "residual.sum_TD, saved.rstd_T, residual.x_TD, residual.x_TD,", "*"),
+    "last_branch_of_a_stage_not_added": (
+        "trainer/model/transformer.cpp", "    saved.output_tD = summed(ex, x);", "    saved.output_tD = x.x_TD;", "*"),
+    "norm_of_the_sum_before_it_is_rounded": (
+        "kernels/cuda/portable/norm.cu", "v[j] = to_float(from_float<T>(v[j] + r[j]));", "v[j] = v[j] + r[j];",
+        "*AddForwardIsTheTwoPasses*", "norm_test_on_gpu"),
+    "bias_gradient_of_rows_before_they_are_rounded": (
+        "kernels/cuda/portable/rope.cu",
+        "          a[j] = to_float(from_float<T>(a[j]));  // the sum is of what is stored\n", "",
+        "*BackwardSumsTheBiasGradient*", "attention_test_on_gpu"),
+    "bias_gradient_of_rows_not_turned_back": (
+        "kernels/cpu/rope.cpp", "rotate_token(row, row_of(t), padded, shape, -1.0f);",
+        "rotate_token(row, row_of(t), padded, shape, 1.0f);", "*BackwardSumsTheBiasGradient*", "attention_test"),
+    "bias_gradient_before_the_norms_of_heads": (
+        "trainer/model/attention_layer.cpp", "  if (!head_norms && clip == 0 && qkv.bias_N",
+        "  if (clip == 0 && qkv.bias_N", "*NormsOfHeads", "layer_gradient_test"),
+    "gates_share_of_the_gradient_left_to_nobody": (
+        "trainer/model/dense_ffn.cpp", "gate_1D && left != nullptr && tp->size() == 1;",
+        "gate_1D && tp->size() == 1;\n  GateGradient nobodys;\n  if (left == nullptr) left = &nobodys;",
+        "*SharedExpert", "layer_gradient_test"),
+    "gates_share_under_tp_left_to_one_rank": (
+        "trainer/model/dense_ffn.cpp", "gate_1D && left != nullptr && tp->size() == 1;",
+        "gate_1D && left != nullptr && tp->rank() == 0;", "*moe*"),
+    "residual_left_out_of_a_mixtures_sum": (
+        "trainer/model/moe_layer.cpp", "  SumOnto onto{.residual_TD = residual_TD};",
+        "  SumOnto onto{.residual_TD = residual_TD.given() ? ConstTensorView{} : residual_TD};", "*moe*"),
+    "residual_added_before_the_sum_is_rounded": (
+        "kernels/cuda/portable/routing_sort.cu", "sum[n] = to_float(from_float<Y>(sum[n])) + residual[n];",
+        "sum[n] += residual[n];", "*BaseAndResidual*", "gather_sum_test_on_gpu"),
+    "gates_share_not_rounded_by_itself": (
+        "kernels/cpu/routing.cpp", "before = rounded_to<Y>(before + dlogit * load(w + i, lanes));",
+        "before += dlogit * load(w + i, lanes);", "*BaseAndGate*", "gather_sum_test"),
+    "norms_output_of_another_block": (
+        "trainer/model/block.cpp", "  if (shares_norms()) norm2.again(again, saved.normed2_TD, saved.norm2);\n", "",
+        "*RecomputationIsTheSame*"),
+    "norms_output_of_the_other_norm": (
+        "trainer/model/block.cpp", "  if (shares_norms()) norm1.again(again, saved.normed1_TD, saved.norm1);\n", "",
+        "*RecomputationIsTheSame*"),
+    "norms_outputs_kept_all_the_same": (
+        "trainer/model/block.cpp", "shares_norms() ? out.normed_TD : take(\"norm2 output\")", "take(\"norm2 output\")",
+        "RecomputeMemory.*", "recompute_memory_test"),
+    "algorithms_of_another_device": (
+        "kernels/core/product_algorithms.cpp", "algorithms.tables.find(library);",
+        "library.version > 0 ? algorithms.tables.begin() : algorithms.tables.end();",
+        "ProductAlgorithms.Chooses*", "product_algorithms_test"),
+    "algorithm_of_the_table_is_not_taken": (
+        "kernels/cuda/library/cublaslt.cu", "  plan.algorithm = found[static_cast<std::size_t>(place)].algo;",
+        "  plan.algorithm = found[0].algo;", "CublasLtTable.*", "cublaslt_test_on_gpu"),
+    "plan_of_another_table": (
+        "kernels/cuda/library/cublaslt.cu", "                place};", "                0};", "CublasLtTable.*",
+        "cublaslt_test_on_gpu"),
+    "algorithm_that_is_not_offered": (
+        "kernels/cuda/library/cublaslt.cu", "  if (place >= count)\n", "  if (place >= kOfferedAlgorithms)\n",
+        "CublasLtTable.*", "cublaslt_test_on_gpu"),
+    "second_line_for_a_product_is_ignored": (
+        "configs/product_algorithms.cpp", "wrong.empty() && !table.emplace(shape, line.algorithm).second",
+        "!table.emplace(shape, line.algorithm).second && !wrong.empty()", "*Damaged*", "product_algorithms_test"),
+    "first_gradient_of_a_step_added": (
+        "trainer/model/param.h", "return {grad, first ? Accumulate::kOverwrite : Accumulate::kAdd};",
+        "return {grad, Accumulate::kAdd};", "GradientMemory.*"),
+    "every_gradient_of_a_step_overwrites": (
+        "trainer/model/param.h", "return {grad, first ? Accumulate::kOverwrite : Accumulate::kAdd};",
+        "return {grad, Accumulate::kOverwrite};", "GradientMemory.*:Features.*"),
+    "first_sum_over_ranks_added": (
+        "trainer/model/param_store.h", "return {owned_grad, first ? Accumulate::kOverwrite : Accumulate::kAdd};",
+        "return {owned_grad, Accumulate::kAdd};", "GradientMemory.*"),
+    "gradients_without_a_writer_left_as_they_were": (
+        "trainer/grad_reducer.cpp", "  params_.zero_unwritten_gradients(ex, layer);\n", "", "GradientMemory.*"),
+    "gradients_written_in_the_step_before": (
+        "trainer/trainer.cpp", "  s_.params.forget_gradients();\n", "", "*"),
+    "sums_of_the_same_pack_again": (
+        "kernels/cuda/portable/pointwise.cu", "(x + i + p * kStride);", "(x + i);", "*WhereElementsLie",
+        "pointwise_test_on_gpu"),
+    "sum_of_a_row_not_scaled_when_its_largest_grows": (
+        "kernels/cpu/loss.cpp",
+        "      row.sum *= std::exp(static_cast<double>(row.largest) - static_cast<double>(most));\n", "",
+        "CrossEntropy*", "loss_test"),
+    "weights_and_their_moments_share_chance": (
+        "kernels/ops/moment_codes.h", "  return i % 2 == 0 ? word : word << 16 | word >> 16;",
+        "  return i % 2 == 0 ? word : (word >> 16) * 0x10001u;", "MomentCodes.*", "adamw8bit_test"),
+    "blocks_at_the_place_of_the_first": (
+        "kernels/cuda/portable/adamw8bit.cu", "__shfl_sync(kAllLanes, mine, b)", "__shfl_sync(kAllLanes, mine, 0)",
+        "*TheseBits*", "adamw8bit_test_on_gpu"),
+    "last_step_of_a_root_left_out": (
+        "kernels/ops/newton.h", "  return std::fma(std::fma(-root, root, x), 0.5f * y, root);", "  return root;",
+        "Newton.*", "newton_test"),
+    "experts_without_rows_keep_their_gradient": (
+        "kernels/cuda/grouped_gemm.cpp",
+        "  if (mode == Accumulate::kOverwrite)\n    for (std::size_t e = 0;",
+        "  if (d.rows < 0)\n    for (std::size_t e = 0;",
+        "*Overwrite*", "expert_ffn_test_on_gpu"),
 }

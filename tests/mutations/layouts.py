@@ -9,8 +9,8 @@ MUTANTS = {
         "    if (spread.kind == OverTp::kWhole) return mine == theirs;", "*"),
     "shared_gate_gradient_counted_twice_over_tp": (
         "trainer/model/dense_ffn.cpp",
-        "  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);",
-        "  if (gate_1D) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);\n"
+        "  if (gate_1D) gate_backward(ex, leaves ? TensorView{} : dx.partial_TD(), dgate_T, x_TD, saved);",
+        "  if (gate_1D) gate_backward(ex, leaves ? TensorView{} : dx.partial_TD(), dgate_T, x_TD, saved);\n"
         "  if (gate_1D && tp->size() > 1) gate_backward(ex, dx.partial_TD(), dgate_T, x_TD, saved);", "*moe*"),
     "clip_norm_counts_replicas": (
         "trainer/optimizer.cpp", "  for (const OwnedSlice& s : slices_) gradients.push_back(s.grad);",
@@ -39,8 +39,7 @@ MUTANTS = {
         "          static_cast<std::int32_t>(piece++ - (rank % etp > 0 ? experts.size() : 0));", "*moe*"),
     "router_weight_of_one_piece_only": (
         "trainer/model/exchange.cpp",
-        "  ops::gather_sum_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1, plan.slot_TS.reshape({T * K, plan.pieces}),\n"
-        "                       Accumulate::kOverwrite);",
+        "  ops::gather_sum_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1, plan.slot_TS.reshape({T * K, plan.pieces}));",
         "  ops::gather_rows(ex, sum_TK.reshape({T * K, 1}), rows_N1,\n"
         "                   plan.slot_TS.reshape({T * K * plan.pieces}).rows(0, T * K), 1);", "*moe*"),
     "gate_and_up_swapped_where_tp_cuts": (
@@ -80,10 +79,11 @@ MUTANTS = {
     "tied_embedding_reduced_on_one_stage": (
         "parallel/layout.cpp", "    if (p.tied && is_end(rank)) return is_end(r);", "", "*tied*"),
     "shared_gradients_not_cleared_between_blocks": (
-        "trainer/grad_reducer.cpp", "  params_.zero_shared_gradients(ex);  // packed", "  // packed", "Features.*"),
+        "trainer/grad_reducer.cpp", "  params_.forget_shared_gradients(layer);  // packed", "  // packed",
+        "Features.*"),
     "shared_gradients_of_the_last_micro_batch_alone": (
-        "trainer/grad_reducer.cpp", "p.shares_grad ? ops::add(ex, p.owned_grad, p.owned_grad, sum)",
-        "p.shares_grad ? ops::cast(ex, p.owned_grad, sum)", "Features.*"),
+        "trainer/grad_reducer.cpp", "  owned.adds() ? ops::add(ex, owned, owned, sum) : ops::cast(ex, owned, sum);",
+        "  ops::cast(ex, owned, sum);", "Features.*"),
     "bucket_of_several_dtypes": (
         "trainer/grad_reducer.cpp", "b->group == &group && b->value_dtype == p.value.dtype &&",
         "b->group == &group &&", "Dtypes.*"),

@@ -18,7 +18,7 @@ MUTANTS = {
         "kernels/cuda/portable/capacity.cu", "taken + b.rank < room", "taken + b.rank <= room", "*Capacity*",
         "capacity_test_on_gpu"),
     "capacity_rounded_down": (
-        "trainer/model/capacity_router.cpp", "std::ceil(share * (1 - 1e-12))", "share",
+        "configs/expert_use.cpp", "std::ceil(share * (1 - 1e-12))", "share",
         "RouterGradient.CapacityIsRoundedUp", "router_gradient_test"),
     "capacity_in_evaluation": (
         "trainer/model/capacity_router.cpp", "    if (!balance.tokens) return all;\n", "",
@@ -80,4 +80,25 @@ MUTANTS = {
     "factor_of_the_weights_squared": (
         "trainer/model/scaled_router.cpp", "    ops::scale(ex, out_TK, factor_);",
         "    ops::scale(ex, out_TK, factor_ * factor_);", "*Factor*", "router_gradient_test"),
+    "experts_choose_among_one_ranks_tokens": (
+        "trainer/model/expert_choice_router.cpp", "first = groups.tp->rank() * T;", "first = 0 * T;",
+        "Routers.ExpertsThatChooseTokens"),
+    "groups_along_time": (
+        "trainer/pipeline.cpp", "(half * count + s) * length + position", "(half * length + position) * count + s",
+        "*LookAhead*", "look_ahead_test"),
+    "experts_take_one_more": (
+        "kernels/cpu/token_groups.cpp", "i < taken ?", "i <= taken ?", "*Groups*", "token_groups_test"),
+    "experts_take_the_last_of_equals_on_a_gpu": (
+        "kernels/cuda/portable/token_groups.cu", "(other == mine && j < i)", "(other == mine && j > i)", "*Groups*",
+        "token_groups_test_on_gpu"),
+    "temperature_not_in_the_gradient": (
+        "kernels/cpu/token_groups.cpp", "part[at] * (dpart[at] - dot) / temperature;", "part[at] * (dpart[at] - dot);",
+        "*Groups*", "token_groups_test"),
+    "mixtures_of_one_ranks_tokens": (
+        "trainer/model/token_mixture_router.cpp", "here.first_row = groups.tp->rank() * here.rows;",
+        "here.first_row = 0 * here.rows;", "Routers.TokensInMixtures"),
+    "parts_in_mixtures_without_a_gradient": (
+        "trainer/model/token_mixture_router.cpp",
+        "    ops::mixture_part_gradient(ex, dpart_TE, saved.x_TD, drow_MD, here.tokens, Accumulate::kOverwrite);",
+        "    ops::fill(ex, dpart_TE, 0.0f);", "RouterGradient.MoeOfTokensInMixtures", "router_gradient_test"),
 }
