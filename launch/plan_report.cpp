@@ -95,7 +95,7 @@ std::string verbs_table(const PlannedRank& rank) {
     table.row({verb, fmt::format("{:.0f}", sent.transfers), giga(sent.inside), giga(sent.between),
                waited == rank.step.waited.end() ? "-" : milliseconds(waited->second)});
   }
-  return "\n" + table.str();
+  return fmt::format("\n{}", table.str());
 }
 
 std::string time_text(const PlanRequest& request, const RunPlan& plan) {

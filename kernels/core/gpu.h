@@ -21,7 +21,7 @@ std::string why_none();          // in words, when count() is 0
 std::string name_of(int index);  // "NVIDIA H200, compute capability 9.0, 139.8 GiB"
 
 std::size_t memory_of(int index);  // bytes of its own
-std::string driver();              // "CUDA 13.0": the newest that the driver can do; empty without one
+std::string driver_version();      // "CUDA 13.0": the newest that the driver can do; empty without one
 // What this program computes with on a GPU, each by name and version; none in a build without CUDA. Needs no GPU.
 std::vector<std::pair<std::string, std::string>> libraries();
 

@@ -30,7 +30,7 @@ std::string name_of(int) {
 std::size_t memory_of(int) {
   refuse();
 }
-std::string driver() {
+std::string driver_version() {
   return {};
 }
 std::vector<std::pair<std::string, std::string>> libraries() {

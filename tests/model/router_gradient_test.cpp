@@ -350,7 +350,7 @@ TEST(RouterGradient, MixturesOfTokensByTheirDefinition) {
     RouterBalance balance;
     balance.groups = rig.groups;
     const TensorView y = rig.host.zeros({rig.T, rig.D});
-    rig.moe.forward(rig.ex, y, rig.x, balance, rig.keep, saved);
+    rig.moe.forward(rig.ex, y, rig.x, {}, balance, rig.keep, saved);
     const std::vector<Row> expected = mixtures_by_hand(rig, temperature);
     for (std::int64_t i = 0; i < y.elements(); ++i)
       EXPECT_NEAR(y.as<float>()[i],

@@ -48,6 +48,7 @@ struct Layout {
   bool renormalize = false;             // their weights, whatever the golden file says
   double bias_rate = 0;
 
+  RouterForm own_form() const { return form.value_or(RouterForm{}); }
   RouterForm& with_form() { return form ? *form : form.emplace(); }
   std::string str() const {
     const MeshSpec& m = mesh;

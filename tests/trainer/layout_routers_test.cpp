@@ -155,8 +155,8 @@ TEST(Routers, NoiseImportanceAndLoad) {
 Layout in_groups_of_two(RouterKind kind) {
   Layout l{"moe_mixed", {}, 2};
   l.aux_loss = 0;
-  l.form.kind = kind;
-  l.form.group_size = 2;
+  l.with_form().kind = kind;
+  l.with_form().group_size = 2;
   return l;
 }
 
@@ -164,14 +164,14 @@ Layout in_groups_of_two(RouterKind kind) {
 TEST(Routers, ExpertsThatChooseTokens) {
   for (const double factor : {0.0, 8.0}) {  // one token of a group, or both
     Layout l = in_groups_of_two(RouterKind::kExpertChoice);
-    l.form.capacity_factor = factor;
+    l.with_form().capacity_factor = factor;
     l.z_loss = 0.01;
     expect_same_on_all(l);
     for (const auto& layer : one_rank(l).loads.front())
       for (const double share : layer) EXPECT_EQ(share, layer.front()) << "every expert takes as many";
   }
   Layout l = in_groups_of_two(RouterKind::kExpertChoice);
-  l.form.jitter = 0.1;
+  l.with_form().jitter = 0.1;
   expect_same_on_all(l);
   l.mesh = {1, 2, 1, 2, 4, 1};
   l.node_ranks = 2;
@@ -179,10 +179,10 @@ TEST(Routers, ExpertsThatChooseTokens) {
 }
 TEST(Routers, TokensInMixtures) {
   Layout l = in_groups_of_two(RouterKind::kMixtureOfTokens);
-  l.form.temperature = 0.5;
+  l.with_form().temperature = 0.5;
   expect_same_on_all(l);
   Layout warm = l;
-  warm.form.temperature = 1;
+  warm.with_form().temperature = 1;
   EXPECT_NE(one_rank(l).losses.front(), one_rank(warm).losses.front());
   l.mesh = {1, 2, 1, 2, 4, 1};
   l.node_ranks = 2;

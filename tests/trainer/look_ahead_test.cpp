@@ -84,7 +84,7 @@ void expect_no_look_ahead(const Layout& layout) {
       }
   });
   EXPECT_GT(of_all.own, 1e-3f) << "what is changed is seen";
-  if (layout.form.routes_groups()) {
+  if (layout.own_form().routes_groups()) {
     EXPECT_GT(of_all.others, 1e-4f) << "by the others of its group, from its position on";
   } else {
     EXPECT_LT(of_all.others, 1e-5f);
@@ -104,15 +104,16 @@ std::vector<Layout> layouts() {
          {MeshSpec{}, MeshSpec{1, 1, 1, 2, 1, 1}, MeshSpec{1, 1, 2, 1, 2, 1}, MeshSpec{1, 2, 1, 1, 2, 1}}) {
       Layout l{"moe_mixed", mesh, 2};
       l.aux_loss = 0;
-      l.form.kind = kind;
-      if (l.form.routes_groups()) l.form.group_size = 2;
+      l.with_form().kind = kind;
+      if (l.own_form().routes_groups()) l.with_form().group_size = 2;
       all.push_back(l);
     }
   return all;
 }
 
-INSTANTIATE_TEST_SUITE_P(Meshes, LookAhead, testing::ValuesIn(layouts()),
-                         [](const auto& l) { return l.param.str() + "_" + name_of(l.param.form.kind); });
+INSTANTIATE_TEST_SUITE_P(Meshes, LookAhead, testing::ValuesIn(layouts()), [](const auto& l) {
+  return l.param.str() + "_" + name_of(l.param.own_form().kind);
+});
 
 }  // namespace
 }  // namespace upmoe

@@ -25,7 +25,7 @@ struct Seen {
 // Every token asks for every expert, the one routing of tokens that needs no luck to be balanced; or experts ask.
 ModelConfig balanced_config(const Layout& layout, const Golden& golden) {
   ModelConfig config = golden.config();
-  config.router = layout.form;
+  config.router = layout.form.value_or(config.router);
   if (!config.router.routes_groups()) config.num_experts_per_tok = config.num_experts;
   return config;
 }
@@ -144,8 +144,8 @@ std::vector<Layout> layouts() {
                                    std::pair(RouterKind::kMixtureOfTokens, MeshSpec{1, 1, 1, 2, 2, 1})}) {
     Layout l{"moe_mixed", mesh, 2};
     l.aux_loss = 0;
-    l.form.kind = kind;
-    l.form.group_size = 2;
+    l.with_form().kind = kind;
+    l.with_form().group_size = 2;
     all.push_back(l);
   }
   return all;
@@ -155,7 +155,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Rehearsed, testing::ValuesIn(layouts()), [](co
   return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") + (i.param.node_ranks > 0 ? "_nodes" : "") +
          (i.param.recompute != Recompute::kNone ? "_recomputed" : "") +
          (i.param.precision == Precision::kBf16 ? "_bf16" : "") +
-         (i.param.form.routes_groups() ? fmt::format("_{}", name_of(i.param.form.kind)) : "");
+         (i.param.own_form().routes_groups() ? fmt::format("_{}", name_of(i.param.own_form().kind)) : "");
 });
 
 // Of full_size(), of which no rank's part would fit into this machine's memory.

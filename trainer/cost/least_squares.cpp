@@ -125,7 +125,8 @@ std::optional<std::vector<double>> least_squares(const std::vector<std::vector<d
     if ((chosen >> k & 1u) != 0) columns.push_back(k);
   const std::size_t n = columns.size();
   if (n == 0 || n > x.size()) return std::nullopt;
-  std::vector<Point> normal(n, Point(n + 1, 0));
+  std::vector<Point> normal;
+  for (std::size_t p = 0; p < n; ++p) normal.emplace_back(n + 1, 0.0);
   for (std::size_t i = 0; i < x.size(); ++i) {
     const double w = weights.empty() ? 1 : weights[i];
     for (std::size_t p = 0; p < n; ++p) {

@@ -1,5 +1,6 @@
 #include "trainer/model/attention_layer.h"
 
+#include "kernels/ops/pointwise.h"
 #include "trainer/model/context_ring.h"
 
 namespace upmoe {

@@ -81,7 +81,7 @@ std::size_t memory_of(int index) {
   return properties.totalGlobalMem;
 }
 
-std::string driver() {
+std::string driver_version() {
   int version = 0;
   if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return {};
   return fmt::format("CUDA {}.{}", version / 1000, version / 10 % 100);

@@ -52,7 +52,6 @@ struct cublasLtMatmulHeuristicResult_t {
   cublasStatus_t state;
 };
 
-std::size_t cublasLtGetVersion();
 const char* cublasLtGetStatusString(cublasStatus_t status);
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle);
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle);

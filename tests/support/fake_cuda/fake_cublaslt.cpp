@@ -78,9 +78,6 @@ int heuristic_calls() {
 }
 }  // namespace fake_cuda
 
-std::size_t cublasLtGetVersion() {
-  return 130100;
-}
 const char* cublasLtGetStatusString(cublasStatus_t status) {
   return status == CUBLAS_STATUS_SUCCESS ? "CUBLAS_STATUS_SUCCESS" : "CUBLAS_STATUS_NOT_SUPPORTED";
 }
@@ -93,7 +90,7 @@ cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
   return CUBLAS_STATUS_SUCCESS;
 }
 std::size_t cublasLtGetVersion() {
-  return 130002;
+  return 130100;
 }
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType_t type,
                                           std::uint64_t rows, std::uint64_t columns, std::int64_t leading) {
