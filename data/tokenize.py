@@ -23,17 +23,15 @@ from command_line import BadInput, run_tool  # noqa: E402  first: a key pressed 
 import argparse  # noqa: E402
 import collections  # noqa: E402
 import concurrent.futures  # noqa: E402
-import contextlib  # noqa: E402
-import ctypes  # noqa: E402
 import errno  # noqa: E402
 import hashlib  # noqa: E402
 import multiprocessing  # noqa: E402
-import re  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 import zlib  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from hdf5_child import die_with, in_child  # noqa: E402
 from staged_file import StagedFile, Taken  # noqa: E402
 from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
 
@@ -43,7 +41,6 @@ END_OF_TEXT = "<|endoftext|>"
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
 COPY_TOKENS = 4 << 20
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 CHUNK_TOKENS = 16384  # one checksum each (data/token_file_format.h); divides COPY_TOKENS
 
 
@@ -135,10 +132,7 @@ class Encoder:
 
 def start_process(parent, *arguments):
     global encoder
-    # A parent that is killed alone would leave its processes waiting for ever.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     encoder = Encoder(*arguments)
@@ -211,24 +205,23 @@ def checksum_of(attributes, count, ends, chunks):
     return zlib.crc32(chunks.tobytes(), zlib.crc32(ends.tobytes(), zlib.crc32(summary.encode())))
 
 
-@contextlib.contextmanager
-def hdf5_file(path, mode):
-    try:
-        with h5py.File(path, mode) as file:
-            yield file
-    except RuntimeError as e:  # of a file that cannot be closed; the number stands in the text
-        number = re.search(r"errno = (\d+)", str(e))
-        raise OSError(int(number[1]) if number else errno.EIO, " ".join(str(e).split()), str(path)) from None
+def read_tokens(raw, begin, end):
+    with open(raw, "rb") as file:
+        file.seek(4 * begin)
+        content = file.read(4 * (end - begin))
+    if len(content) != 4 * (end - begin):
+        raise OSError(errno.EIO, "has lost its end", raw)
+    return numpy.frombuffer(content, dtype="<u4")
 
 
 def write_token_file(path, raw, count, document_ends, attributes):
     """`raw`: the tokens as they came, in a file. A contiguous dataset needs its size first, hence two files."""
     ends, chunks = numpy.asarray(document_ends, dtype="<i8"), []
-    with hdf5_file(path, "w") as out:
+    with h5py.File(path, "w") as out:
         tokens = out.create_dataset("tokens", shape=(count,), dtype="<u4")
         for begin in range(0, count, COPY_TOKENS):
             end = min(count, begin + COPY_TOKENS)
-            block = numpy.fromfile(raw, dtype="<u4", count=end - begin, offset=4 * begin)
+            block = read_tokens(raw, begin, end)
             tokens[begin:end] = block
             chunks += [zlib.crc32(block[i:i + CHUNK_TOKENS].tobytes()) for i in range(0, len(block), CHUNK_TOKENS)]
         out.create_dataset("document_ends", data=ends)
@@ -239,7 +232,7 @@ def write_token_file(path, raw, count, document_ends, attributes):
             out.attrs[name] = numpy.bytes_(value.encode()) if isinstance(value, str) else value
         out.attrs["checksum"] = checksum_of(attributes, count, ends, chunks)
     # A full disk can pass the library without an error.
-    with hdf5_file(path, "r") as made:
+    with h5py.File(path, "r") as made:
         tokens, ends = made["tokens"], made["document_ends"]
         whole = tokens.id.get_offset() is not None and ends.id.get_offset() is not None and all(
             d.id.get_offset() + d.size * d.dtype.itemsize <= os.path.getsize(path) for d in (tokens, ends))
@@ -280,9 +273,10 @@ def tokenize(paths, args):
         empty += sum(os.path.getsize(p) == 0 for p in paths)
         if not ends:
             raise BadInput(f"no text in {len(paths)} files; {args.out} is not written")
-        write_token_file(staged.part("tokens.h5"), staged.part("tokens"), ends[-1], ends, {
-            "format": FORMAT, "vocab_size": vocab_size, "eos_id": eos,
-            "tokenizer_sha256": hashlib.sha256(content).hexdigest()})
+        attributes = {"format": FORMAT, "vocab_size": vocab_size, "eos_id": eos,
+                      "tokenizer_sha256": hashlib.sha256(content).hexdigest()}
+        in_child(staged.part("tokens.h5"), lambda: write_token_file(
+            staged.part("tokens.h5"), staged.part("tokens"), ends[-1], ends, attributes))
         staged.commit("tokens.h5")
     say(f"{args.out}: {ends[-1]} tokens, {len(ends)} documents")
     if empty:

@@ -24,12 +24,21 @@ import tokenizers
 ROOT = Path(__file__).resolve().parent.parent.parent
 # data/tokenize.py itself is started, not imported
 sys.path += [str(ROOT / folder) for folder in ("launch", "data", "tests/support")]
+import hdf5_child  # noqa: E402
 import staged_file  # noqa: E402
 import text_documents  # noqa: E402
 from text_documents import BadInput, Choices, documents_of, plan_tasks  # noqa: E402
 from tiny_run import strace, why_no_strace  # noqa: E402
 
 TEXT = "def f(x):\n    return x + 1  # one more\n\nfor i in range(10):\r\n    print(f(i), 'done')\n" * 40
+
+
+def tokenize_script():
+    spec = importlib.util.spec_from_file_location("tokenize_script", ROOT / "data/tokenize.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.import_libraries()
+    return script
 
 
 class TokenizeTest(unittest.TestCase):
@@ -291,6 +300,27 @@ class TokenizeTest(unittest.TestCase):
         self.assertEqual(path.read_bytes(), before)
         self.assertEqual(sorted(p.name for p in self.dir.iterdir()), ["a.txt", "b.txt", "out.h5"])
 
+    def test_the_library_may_fail_at_any_byte(self):
+        script = tokenize_script()
+        path, whole, count = self.dir / "t.h5", self.dir / "whole.h5", 3000
+        raw = self.file("raw", b"".join(i.to_bytes(4, "little") for i in range(count)))
+
+        def write(at, limit):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            script.write_token_file(str(at), str(raw), count, [count], {
+                "format": script.FORMAT, "vocab_size": count, "eos_id": 0, "tokenizer_sha256": "0" * 64})
+        hdf5_child.in_child(str(whole), lambda: write(whole, 1 << 20))
+        for limit in range(0, whole.stat().st_size, 131):
+            path.unlink(missing_ok=True)
+            with self.assertRaises(OSError) as told:
+                hdf5_child.in_child(str(path), lambda: write(path, limit))
+            self.assertEqual(told.exception.filename, str(path))
+        with self.assertRaisesRegex(OSError, "by signal 11"):
+            hdf5_child.in_child(str(path), lambda: os.kill(os.getpid(), signal.SIGSEGV))
+        raw.write_bytes(b"1234")
+        with self.assertRaisesRegex(OSError, "lost its end"):
+            hdf5_child.in_child(str(path), lambda: write(path, 1 << 20))
+
     def test_what_a_killed_job_left_is_cleared_by_the_next(self):
         text, partial = self.file("a.txt", TEXT * 3000), self.dir / "out.h5.upmoe-partial"
         job = subprocess.Popen([sys.executable, ROOT / "data/tokenize.py", "--tokenizer", self.tokenizer, "--out",
@@ -350,12 +380,10 @@ class TokenizeTest(unittest.TestCase):
         self.assertEqual((self.dir / "out").read_text(), "content")
 
     def test_a_file_that_cannot_be_closed_is_no_unexpected_failure(self):
-        spec = importlib.util.spec_from_file_location("tokenize_script", ROOT / "data/tokenize.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-        script.import_libraries()
-        with self.assertRaisesRegex(OSError, "unable to close") as caught, script.hdf5_file(self.dir / "x.h5", "w"):
+        def fails():
             raise RuntimeError("Can't decrement id ref count (unable to close file, errno = 28, ...)")  # as h5py does
+        with self.assertRaisesRegex(OSError, "unable to close") as caught:
+            hdf5_child.in_child(str(self.dir / "x.h5"), fails)
         self.assertEqual((caught.exception.errno, caught.exception.filename), (28, str(self.dir / "x.h5")))
 
 
