@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/router_rows.h"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/weight_order.h"
 
 namespace upmoe::cpu {
 
@@ -27,7 +28,7 @@ class Pool {
   std::int32_t expert(std::int64_t i) const { return index_[at(i)]; }
   // Weights are not below 0, so their bits are in their order.
   std::uint32_t key(std::int64_t i) const {
-    return weight_ == nullptr ? 0 : std::bit_cast<std::uint32_t>(weight_[at(i)]);
+    return weight_ == nullptr ? 0 : std::bit_cast<std::uint32_t>(compared_weight(weight_[at(i)]));
   }
   bool weighed() const { return weight_ != nullptr; }
 

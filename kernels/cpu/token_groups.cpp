@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/router_rows.h"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/weight_order.h"
 
 namespace upmoe::cpu {
 
@@ -59,7 +60,7 @@ void choose_tokens(Exec&, TensorView index_NE, ConstTensorView probs_NE, const T
       std::copy_n(group.row, group.size, best.begin());
       // Stable: among equals the group's order stays.
       std::stable_sort(best.begin(), best.end(), [&](std::int32_t a, std::int32_t b) {
-        return probs[a * experts + e] > probs[b * experts + e];
+        return compared_weight(probs[a * experts + e]) > compared_weight(probs[b * experts + e]);
       });
       for (std::size_t i = 0; i < best.size(); ++i)
         index[best[i] * experts + e] = i < taken ? static_cast<std::int32_t>(e) : -1;

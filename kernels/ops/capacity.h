@@ -23,7 +23,8 @@ namespace upmoe::ops {
 
 // kept_NK = index_NK where the expert takes the assignment, -1 elsewhere. lost_GE (fp32, overwritten; G = N / pool):
 // assignments that each expert did not take of each pool. Taken are the first `capacity` of an expert's assignments in
-// this order: the largest weight first where weights are given; then first choices before second ones; then by place.
+// this order: the largest weight first where weights are given (compared as weight_order.h says); then first choices
+// before second ones; then by place.
 // So the result depends on the places alone, not on how tokens lie.
 void limit_choices(Exec& ex, TensorView kept_NK, TensorView lost_GE, const PooledChoices& choices,
                    const CapacityRule& rule);

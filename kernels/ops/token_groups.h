@@ -32,7 +32,8 @@ struct GroupsHere {
 namespace upmoe::ops {
 
 // index_NE[t, e] = e where expert e takes token t, -1 elsewhere. An expert takes the tokens of each group with the
-// largest probs_NE[t, e], the first in the group's order among equals: exactly as many as `capacity` says.
+// largest probs_NE[t, e] (compared as weight_order.h says), the first in the group's order among equals: exactly as
+// many as `capacity` says.
 void choose_tokens(Exec& ex, TensorView index_NE, ConstTensorView probs_NE, const TokenGroups& groups,
                    const GroupCapacity& capacity);
 

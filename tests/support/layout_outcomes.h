@@ -44,8 +44,8 @@ inline const Outcome& one_rank(const Layout& like) {
   const std::string key =
       one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) + kinds +
       name_of(one.optimizer) +
-      fmt::format("{}{}{}{}{}{}{}", one.mask_documents, one.z_loss, one.steps, one.choices, one.renormalize,
-                  one.form ? words_of(*one.form) : "own", one.bias_rate);
+      fmt::format("{}{}{}{}{}{}{}{}", one.mask_documents, one.z_loss, one.steps, one.choices, one.renormalize,
+                  one.form ? words_of(*one.form) : "own", one.bias_rate, one.eps);
   auto it = done.find(key);
   if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
   return it->second;

@@ -47,6 +47,7 @@ struct Layout {
   int choices = 0;                      // experts of a token; 0: as many as the golden file says
   bool renormalize = false;             // their weights, whatever the golden file says
   double bias_rate = 0;
+  double eps = 0;  // AdamW's; 0: the golden file's
 
   RouterForm own_form() const { return form.value_or(RouterForm{}); }
   RouterForm& with_form() { return form ? *form : form.emplace(); }
@@ -87,6 +88,7 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.router.dtype = l.router;
   run.kernels.experts = l.experts;
   run.router.bias_rate = l.bias_rate;
+  if (l.eps > 0) run.optimizer.eps = l.eps;
   return run;
 }
 

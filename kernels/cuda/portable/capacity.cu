@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/weight_order.h"
 
 namespace upmoe::cuda {
 
@@ -31,7 +32,8 @@ __device__ Assignment assignment(const Limits& l, std::int64_t i) {
   const std::int64_t row = l.row[place];
   if (row < 0 || row >= l.tokens) return {-1, -1, 0};
   const std::int64_t at = row * l.k + i / l.pool;
-  return {at, l.index[at], l.weight == nullptr ? 0u : std::bit_cast<std::uint32_t>(l.weight[at])};
+  return {at, l.index[at],
+          l.weight == nullptr ? 0u : std::bit_cast<std::uint32_t>(compared_weight(l.weight[at]))};
 }
 
 // How many of the expert's assignments have this key or a larger one; in every thread.

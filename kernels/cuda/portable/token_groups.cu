@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/weight_order.h"
 
 namespace upmoe::cuda {
 
@@ -48,11 +49,11 @@ __global__ void choose(std::int32_t* index, const float* probs, Groups groups, s
     return;
   }
   const std::int64_t g = groups.at(i), begin = groups.begin(g);
-  const float mine = probs[groups.row[i] * static_cast<std::int64_t>(experts) + e];
+  const float mine = compared_weight(probs[groups.row[i] * static_cast<std::int64_t>(experts) + e]);
   std::int64_t before = 0;
   for (std::int64_t j = begin; j < begin + groups.members(g); ++j) {
     if (!groups.is_row(j)) continue;
-    const float other = probs[groups.row[j] * static_cast<std::int64_t>(experts) + e];
+    const float other = compared_weight(probs[groups.row[j] * static_cast<std::int64_t>(experts) + e]);
     before += other > mine || (other == mine && j < i);
   }
   const bool is_last = (g + 1) % groups.of_position == 0;
