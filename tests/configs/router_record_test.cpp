@@ -195,7 +195,7 @@ TEST(RouterRecord, GoesOnAndIsExported) {
   }
   ModelConfig sigmoid = trained;
   sigmoid.router = {.score = RouterScore::kSigmoid, .jitter = 0.1};
-  EXPECT_THAT(why_not_exported(sigmoid), HasSubstr("score sigmoid"));
+  EXPECT_THAT(why_not_exported(sigmoid), HasSubstr("scores of a sigmoid"));
   EXPECT_THAT(why_not_exported(sigmoid), Not(HasSubstr("jitter")));
 }
 

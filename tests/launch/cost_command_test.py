@@ -148,7 +148,9 @@ class Published(Cost):
             for key, printed in row["published"].items():
                 computed = row["parameters" if key == "total" else key] * 1e-9
                 if printed and (name, key) != ("gemma-7b", "activated"):  # the one cell that counts something else
-                    self.assertLessEqual(abs(float(printed) - computed), 0.1 if "." in printed else 0.5, (name, key))
+                    cut = key + " cut" in row["remark"]  # 142 for 142.8
+                    near = 0.1 if "." in printed else 1 if cut else 0.5
+                    self.assertLessEqual(abs(float(printed) - computed), near, (name, key))
 
 
 class Claim(Cost):
