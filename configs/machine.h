@@ -2,7 +2,6 @@
 // One kind of machine: what a maker's data sheet says of a device, and, where it is to be planned for, what programs
 // reach on it and how its ranks are linked. configs/machines/*.yaml; docs/plan.md has every key.
 
-#include <cstdint>
 #include <filesystem>
 #include <string>
 #include <vector>

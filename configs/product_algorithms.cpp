@@ -142,7 +142,7 @@ std::string to_yaml(const ProductAlgorithms& algorithms) {
 
 const ProductAlgorithms& committed_product_algorithms() {
   static const ProductAlgorithms algorithms =
-      parse_product_algorithms(product_algorithms_text(), "configs/product_algorithms.yaml");
+      parse_product_algorithms(product_algorithms_text(), "configs/cuda/product_algorithms.yaml");
   return algorithms;
 }
 

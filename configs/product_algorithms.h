@@ -1,5 +1,5 @@
 #pragma once
-// The table of kernels/core/product_algorithms.h as text: configs/product_algorithms.yaml, which is compiled into the
+// The table of kernels/core/product_algorithms.h as text: cuda/product_algorithms.yaml, which is compiled into the
 // program, so that the program is whole wherever it lies.
 
 #include <string>

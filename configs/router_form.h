@@ -42,6 +42,9 @@ template <>
 inline constexpr Names<DropBy> kNames<DropBy>{
     .built = {{DropBy::kOrder, "order"}, {DropBy::kProbability, "probability"}}};
 
+// Below it an fp32 logit over it is no number.
+inline constexpr double kLeastTemperature = 1e-6;
+
 struct RouterForm {
   RouterScore score = RouterScore::kSoftmax;
   // Experts lie in groups of equal size, of which the best `group_topk` may be chosen from.

@@ -40,8 +40,9 @@ void read_training(JsonObject& router, RouterForm& form) {
   if (const auto n = router.integer("group_size", 0, kMostSequences, false))
     form.group_size = static_cast<int>(*n);
   if (const auto t = router.number("temperature", false)) form.temperature = *t;
-  if (!(form.temperature > 0))
-    router.refuse("temperature", fmt::format("found {}, expected more than 0", form.temperature));
+  if (!(form.temperature >= kLeastTemperature))
+    router.refuse("temperature",
+                  fmt::format("found {}, expected at least {}", form.temperature, kLeastTemperature));
   if (!(form.jitter >= 0 && form.jitter < 1))
     router.refuse("jitter", fmt::format("found {}, expected 0 to below 1", form.jitter));
   if (!(form.capacity_factor >= 0))

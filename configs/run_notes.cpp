@@ -58,11 +58,6 @@ std::vector<std::string> without_effect(const RunConfig& run) {
   notes.unless(evaluates, "train.eval_every", "data.valid is not given");
   notes.unless(evaluates, "train.eval_sequences", "data.valid is not given");
   notes.unless(run.data.shuffle, "data.seed", "data.shuffle is false");
-  const bool draws = run.router.jitter.value_or(0) > 0 || run.router.kind == RouterKind::kGShard ||
-                     run.router.kind == RouterKind::kNoisy;
-  notes.unless(
-      draws || run.model.init == ModelInit::kRandom || run.optimizer.name == OptimizerKind::kAdamW8bit,
-      "run.seed", "the weights come from model.path, and the order of the data has data.seed");
   notes.unless(run.train.precision != Precision::kFp32, "router.dtype", "train.precision is fp32");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");
   notes.unless(run.device != DeviceChoice::kCpu, "train.deterministic", "the CPU always sums in one order");
@@ -74,6 +69,9 @@ std::vector<std::string> without_effect(const RunConfig& run) {
 std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig& model) {
   Notes notes(run);
   const bool routed = model.num_moe_layers() > 0;
+  notes.unless((routed && model.router.draws()) || run.model.init == ModelInit::kRandom ||
+                   run.optimizer.name == OptimizerKind::kAdamW8bit,
+               "run.seed", "the weights come from model.path, and the order of the data has data.seed");
   for (const char* key :
        {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype", "router.score", "router.scale",
         "router.groups", "router.group_topk", "router.bias_rate", "router.aux_groups", "router.kind",

@@ -156,7 +156,7 @@ void add_router_training(Schema& schema, RunConfig::Router& router) {
       .says(
           "Of kinds expert_choice and mixture_of_tokens: sequences whose tokens at one position are a group; "
           "a divisor of train.micro_batch.")
-      .key("temperature", router.temperature, {.least = 0, .above = true})
+      .key("temperature", router.temperature, {.least = kLeastTemperature})
       .says("Of kind mixture_of_tokens: what the logits are divided by.");
 }
 

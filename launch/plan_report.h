@@ -1,7 +1,6 @@
 #pragma once
 // What `upmoe plan` prints: for people, and as JSON.
 
-#include <optional>
 #include <string>
 #include <vector>
 

@@ -7,7 +7,7 @@
 #
 # Parts: ops (each op's tests on the GPU), models (golden files, meshes of as many ranks as there are GPUs, the same run
 # twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops and a layer
-# as shares of what the GPU gives), algorithms (cuBLASLt's, timed: a table for configs/product_algorithms.yaml), step
+# as shares of what the GPU gives), algorithms (cuBLASLt's, timed: a table for configs/cuda), step
 # (whole steps of 4 layers), full (the 14.3 billion parameters with adamw8bit), largest (as many layers as fit), peers
 # (PyTorch and transformers, where python3 has them), quickstart (its dense model, upcycling and mixture of experts on
 # the GPU, to the losses of the CPU: in a bundle that was made after launch/quickstart.sh). The first three run their

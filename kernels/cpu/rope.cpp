@@ -138,7 +138,10 @@ void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionSha
 void rope_backward(Exec& ex, TensorView dqkv_TH, GradientView db_H, ConstTensorView positions_T,
                    AttentionShape shape, double theta) {
   const std::int64_t tokens = dqkv_TH.shape[0], width = dqkv_TH.shape[1];
-  if (tokens == 0 && db_H.adds()) return;
+  if (tokens == 0) {
+    if (!db_H.adds()) fill(ex, db_H, 0.0f);
+    return;
+  }
   ScratchScope scope(*ex.scratch);
   float* partials =
       ex.scratch->take({row_blocks(tokens), width}, DType::kF32, "rope_backward sums").as<float>();

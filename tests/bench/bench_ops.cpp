@@ -8,7 +8,6 @@
 #include "kernels/core/exec.h"
 #include "kernels/ops/activation.h"
 #include "kernels/ops/adamw.h"
-#include "kernels/ops/capacity.h"
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"

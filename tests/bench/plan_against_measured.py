@@ -15,7 +15,7 @@ from statistics import median
 
 from bench_record import ROOT, checked, parser_of, run_tool, train, write_record, write_run
 
-POLICIES = ("none", "swiglu", "routed_up", "up", "ffn", "block")
+POLICIES = ("none", "norms", "swiglu", "routed_up", "up", "ffn", "block")
 ALLOWED = {"tensors": 0.05, "resident": 0.15, "seconds": 0.15}
 TIMED_RANKS = 2  # more share the cores of a small machine
 

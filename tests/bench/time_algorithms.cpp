@@ -1,7 +1,7 @@
 // Times the algorithms that cuBLASLt offers for the dense products of Qwen1.5-MoE-A2.7B, and writes the table of those
 // that beat its first (kernels/core/product_algorithms.h), with what a file has of other devices and versions:
 //
-//   time_algorithms configs/product_algorithms.yaml [--tokens 8192,16384,32768]
+//   time_algorithms configs/cuda/product_algorithms.yaml [--tokens 8192,16384,32768]
 //
 // The first stays where another is not faster by more than --gain: the clock is worth no change of bits.
 

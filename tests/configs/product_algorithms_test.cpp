@@ -56,7 +56,7 @@ TEST(ProductAlgorithms, ReadsWhatItWrites) {
 }
 
 TEST(ProductAlgorithms, TheCommittedTableIsWhole) {
-  std::ifstream file(UPMOE_SOURCE_DIR "/configs/product_algorithms.yaml");
+  std::ifstream file(UPMOE_SOURCE_DIR "/configs/cuda/product_algorithms.yaml");
   const std::string text{std::istreambuf_iterator<char>(file), {}};
   EXPECT_EQ(to_yaml(committed_product_algorithms()), text) << "as the tool writes it";
 }

@@ -30,8 +30,7 @@ RunConfig run_with(const std::vector<std::string>& overrides) {
 
 TEST(Requests, AKeyWithoutEffectIsSaid) {
   EXPECT_THAT(run_with({}).notes, IsEmpty());
-  for (const char* idle :
-       {"schedule.decay_fraction=0.2", "train.eval_every=5", "train.eval_sequences=5", "run.seed=7"})
+  for (const char* idle : {"schedule.decay_fraction=0.2", "train.eval_every=5", "train.eval_sequences=5"})
     EXPECT_THAT(run_with({idle}).notes, ElementsAre(HasSubstr("has no effect"))) << idle;
   EXPECT_THAT(run_with({"schedule.name=constant", "schedule.min_lr_ratio=0.5"}).notes,
               ElementsAre(HasSubstr("schedule.min_lr_ratio: 0.5 has no effect")));
@@ -43,6 +42,11 @@ TEST(Requests, AKeyWithoutEffectIsSaid) {
   EXPECT_THAT(parse_run_config(to_yaml(run_with({})), "again", {}).notes, IsEmpty());
   EXPECT_THAT(without_effect(run_with({"router.z_loss=0.1"}), ModelConfig{}),
               ElementsAre(HasSubstr("router.z_loss: 0.1 has no effect")));
+  EXPECT_THAT(without_effect(run_with({"run.seed=7"}), ModelConfig{}), ElementsAre(HasSubstr("run.seed")));
+  ModelConfig mixture;  // of a checkpoint, of which the run says nothing
+  mixture.num_experts = mixture.num_hidden_layers = 1;
+  mixture.router.jitter = 0.1;
+  EXPECT_THAT(without_effect(run_with({"run.seed=7"}), mixture), IsEmpty());
   EXPECT_THAT(run_with({"router.dtype=fp32", "train.precision=fp32"}).notes,
               ElementsAre(HasSubstr("router.dtype: fp32 has no effect")));
   EXPECT_THAT(run_with({"router.dtype=fp32", "train.precision=bf16"}).notes, IsEmpty());

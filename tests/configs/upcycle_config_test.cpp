@@ -65,7 +65,7 @@ TEST(UpcycleConfig, TinyTwinsAreTheSameRecipes) {
     EXPECT_EQ(to_yaml(tiny), to_yaml(full)) << stem;
     ++twins;
   }
-  EXPECT_EQ(twins, 12);
+  EXPECT_EQ(twins, 13);
 }
 
 TEST(UpcycleConfig, TheProjectsDefault) {

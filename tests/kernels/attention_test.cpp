@@ -273,6 +273,9 @@ TEST(RopeEmpty, NoTokens) {
   HostTensor db = filled({12}, DType::kF32, 0.5);
   ops::rope_backward(ex, x, db, HostTensor({0}, DType::kI32), {1, 1, 4, 8}, 1e4);
   EXPECT_EQ(db.values(), Values(12, 0.5));
+  expect_overwrites({12}, DType::kF32, [&](const GradientView& over) {
+    ops::rope_backward(ex, x, over, HostTensor({0}, DType::kI32), {1, 1, 4, 8}, 1e4);
+  });
 }
 
 TEST(RopeThreads, SameBits) {

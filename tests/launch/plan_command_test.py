@@ -124,7 +124,8 @@ class Plan(unittest.TestCase):
                         self.assertIn(done.returncode, (2, 3), done.stderr)
                         self.assertIn("upmoe: error:", done.stderr)
                     # With the model described, it is the mesh alone.
-                    done = upmoe("plan", run, "--world", 2, MODEL, "data.seq_len=2048", "parallel.ep=1")
+                    done = upmoe("plan", run, "--world", 2, MODEL, "data.seq_len=2048", "parallel.ep=1",
+                                 "train.global_batch=64")
                     self.assertEqual(done.returncode, 0, done.stderr)
 
 

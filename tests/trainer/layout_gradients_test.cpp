@@ -62,7 +62,7 @@ TEST(GradientMemory, IsNotReadBeforeItIsWritten) {
 // Two writers of one gradient, on one rank and on the two ends of a pipeline; biases; norms of heads; experts behind a
 // sigmoid; ranks that share blocks' memory, with several micro-batches.
 TEST(GradientMemory, OfOtherModels) {
-  for (const char* model : {"dense_tied_gqa", "moe_odd", "qwen3_moe", "deepseek", "mixtral"})
+  for (const char* model : {"dense_tied_gqa", "moe_odd", "qwen3_moe", "deepseek", "mixtral", "dots1", "dbrx"})
     for (const MeshSpec& mesh :
          {MeshSpec{1, 1, 1, 1, 1, 1}, MeshSpec{2, 1, 1, 1, 1, 1}, MeshSpec{1, 2, 1, 1, 1, 1}}) {
       Layout l = short_run({model, mesh, 1});

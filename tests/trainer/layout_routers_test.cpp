@@ -204,12 +204,11 @@ TEST(Routers, GroupsAreThoseOfAnyMicroBatchAndOfRecomputation) {
     l.micro_batch = 4;
     expect_equal(two, one_rank(l));
     l.micro_batch = 2;
-    for (const Recompute recompute :
-         {Recompute::kSwiglu, Recompute::kRoutedUp, Recompute::kUp, Recompute::kFfn, Recompute::kBlock}) {
+    for (const auto& [recompute, name] : kNames<Recompute>.built) {
       l.recompute = recompute;
       const Outcome& again = one_rank(l);
-      EXPECT_EQ(two.losses, again.losses) << name_of(recompute);
-      EXPECT_EQ(two.norms, again.norms) << name_of(recompute);
+      EXPECT_EQ(two.losses, again.losses) << name;
+      EXPECT_EQ(two.norms, again.norms) << name;
     }
   }
 }

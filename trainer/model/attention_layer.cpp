@@ -35,13 +35,9 @@ void AttentionLayer::attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorVi
   }
 }
 
-// A frozen weight's gradient comes with the other one in one pass, and goes nowhere.
 void AttentionLayer::norm_heads_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const {
-  const auto gradient = [&](const Param& weight_d) {
-    if (weight_d.wants_grad()) return weight_d.write_grad();
-    return GradientView(
-        ex.scratch->take(weight_d.value.shape, weight_d.value.dtype, "unwanted norm gradient"),
-        Accumulate::kOverwrite);
+  const auto gradient = [&](const Param& w_d) {
+    return gradient_or_scratch(ex, w_d, "unwanted norm gradient");
   };
   ops::qk_norm_backward(ex, dqkv_TH, {gradient(head_norms->q_d), gradient(head_norms->k_d)}, saved.heads_TP,
                         saved.rstd_TN, head_norms->weights(), shape);

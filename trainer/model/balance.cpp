@@ -206,7 +206,7 @@ BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoa
       const AuxTerm& term = config.terms[i];
       if (term.kind == AuxKind::kHf) {
         add_pooled(all, term.coefficient, rows);
-      } else {
+      } else if (term.coefficient != 0) {
         terms.aux[i] += add_term(config, term, l, rows);
       }
     }

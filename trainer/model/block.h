@@ -4,7 +4,6 @@
 // is computed again: keep.h.
 
 #include <variant>
-#include <vector>
 
 #include "configs/run_choices.h"
 #include "trainer/model/attention_layer.h"

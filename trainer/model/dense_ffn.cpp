@@ -39,11 +39,7 @@ void DenseFfn::hidden(Exec& ex, TensorView h_TF, ConstTensorView gate_up_TG, con
 // dx_TD += , where it is given, and the gate's weight gradient (+)= , from dgate_T.
 void DenseFfn::gate_backward(Exec& ex, TensorView dx_TD, ConstTensorView dgate_T, ConstTensorView x_TD,
                              const Saved& saved) const {
-  const GradientView dw_1D = gate_1D->wants_grad()
-                                 ? gate_1D->write_grad()
-                                 : GradientView(ex.scratch->take(gate_1D->value.shape, gate_1D->value.dtype,
-                                                                 "unwanted gate gradient"),
-                                                Accumulate::kOverwrite);
+  const GradientView dw_1D = gradient_or_scratch(ex, *gate_1D, "unwanted gate gradient");
   Exec once = booked_once(ex);
   ops::sigmoid_gate_backward(once, dx_TD, dw_1D, dgate_T, saved.gate_T, x_TD, gate_1D->value);
 }

@@ -8,3 +8,14 @@
 
 #include "kernels/core/exec.h"
 #include "trainer/model/param.h"
+
+namespace upmoe {
+
+// For an op that makes this gradient together with another one: of a frozen parameter it goes nowhere, in temporary
+// memory of the caller's ScratchScope.
+inline GradientView gradient_or_scratch(Exec& ex, const Param& p, const char* what) {
+  if (p.wants_grad()) return p.write_grad();
+  return {ex.scratch->take(p.value.shape, p.value.dtype, what), Accumulate::kOverwrite};
+}
+
+}  // namespace upmoe

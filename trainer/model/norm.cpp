@@ -45,12 +45,7 @@ void Norm::again(Exec& ex, TensorView y_TD, const Saved& saved) const {
 void Norm::backward(Exec& ex, TensorView dx_TD, Accumulate mode, ConstTensorView dy_TD,
                     const Saved& saved) const {
   ScratchScope scope(*ex.scratch);
-  // Frozen: the op computes both gradients in one pass, so this one goes nowhere.
-  const GradientView dw_D = weight_D.wants_grad()
-                                ? weight_D.write_grad()
-                                : GradientView(ex.scratch->take(weight_D.value.shape, weight_D.value.dtype,
-                                                                "unwanted norm gradient"),
-                                               Accumulate::kOverwrite);
+  const GradientView dw_D = gradient_or_scratch(ex, weight_D, "unwanted norm gradient");
   if (kind == NormKind::kLayerNorm)
     return ops::layer_norm_backward(ex, dx_TD, dw_D, dy_TD, {saved.x_TD, saved.mean_T, saved.rstd_T},
                                     weight_D.value, mode);

@@ -3,9 +3,9 @@
 // with the views that layers bind to. Each parameter has its own dtype (ParamSpec::fp32), and may have no gradient: a
 // buffer, or frozen.
 //
-// Gradients have two faces. `grad` is what backward adds into: the whole shard. `owned_grad` is what the
+// Gradients have two faces. `grad` is what backward writes into: the whole shard. `owned_grad` is what the
 // optimizer reads: the slice this rank owns, summed over ranks. With one gradient per parameter the second is
-// a view of the first. With shared block gradients (ZeRO-2) all blocks add into one block's worth of memory,
+// a view of the first. With shared block gradients (ZeRO-2) all blocks write into one block's worth of memory,
 // one after the other, and each owned slice has memory of its own, to which every micro-batch's sum is added.
 //
 // No memory of gradients is cleared. Each remembers whether it has been written in this step; its first writer writes

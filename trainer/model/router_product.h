@@ -13,7 +13,7 @@ struct RouterProduct {
   std::int64_t experts() const { return weight_ED.value.shape[0]; }
   void forward(Exec& ex, TensorView logits_TE,
                ConstTensorView x_TD) const;  // fp32; in the caller's ScratchScope
-  // dx_TD += and the weight's gradient +=, from fp32 gradients of the logits.
+  // dx_TD += and the weight's gradient (+)=, from fp32 gradients of the logits.
   void backward(Exec& ex, TensorView dx_TD, ConstTensorView dlogits_TE, ConstTensorView x_TD) const;
 
  private:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "configs/expert_use.h"
 #include "configs/run_problems.h"
 
 namespace upmoe {
@@ -80,9 +81,10 @@ class Search {
  private:
   // The run's own micro-batch, or the largest smaller one with which every replica gets one.
   std::int64_t micro_batch_for(const RunConfig& run, std::int64_t most) const {
-    const std::int64_t replicas = replicas_of(run, world_), global = run.train.global_batch;
-    for (std::int64_t size = std::min(most, global); size >= 1; --size)
-      if (global % size == 0 && global / size >= replicas) return size;
+    const std::int64_t replicas = replicas_of(run, world_), global = run.train.global_batch,
+                       least = least_sequences(model_);
+    for (std::int64_t size = std::min(std::max(most, least), global); size >= least; --size)
+      if (size % least == 0 && global % size == 0 && global / size >= replicas) return size;
     return 0;
   }
 
@@ -135,6 +137,7 @@ class Search {
     run.train.recompute = Recompute::kBlock;
     run.train.micro_batch = micro_batch_for(run, 1);
     run.parallel.zero = replicas_of(run, world_) > 1 ? 2 : 1;
+    if (!problems_of(run, model_, world_).empty()) return std::nullopt;
     if (const auto found = planned(run)) return found->seconds;
     return std::nullopt;
   }

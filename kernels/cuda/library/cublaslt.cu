@@ -210,7 +210,8 @@ void GemmLibrary::choose(Plan& plan, const Product& p, int place) {
          p.k, name_of(p.in), name_of(p.out), cublasLtGetStatusString(status));
   if (place >= count)
     fail(ExitCode::kDevice,
-         "the table of algorithms (configs/product_algorithms.yaml) names number {} for a product of {} x {} "
+         "the table of algorithms (configs/cuda/product_algorithms.yaml) names number {} for a product of {} "
+         "x {} "
          "x {}, {} to "
          "{}, on {}; cuBLASLt {} offers {} there: take its line out, or write the table again with "
          "time_algorithms",

@@ -40,10 +40,11 @@ __device__ inline void cos_and_sin(T& cosine, T& sine, std::int32_t position, fl
   cosine = from_float<T>(static_cast<float>(cos(static_cast<double>(angle))));
   sine = from_float<T>(static_cast<float>(sin(static_cast<double>(angle))));
 }
+// Which product is fused with the sum is said, so that all kernels have the same bits.
 __device__ inline void turn(float& a, float& b, float c, float s) {
   const float left = a;
-  a = left * c - b * s;
-  b = b * c + left * s;
+  a = fmaf(left, c, -(b * s));
+  b = fmaf(b, c, left * s);
 }
 
 // One block, one token.
