@@ -73,7 +73,7 @@ TEST(RouterRecord, WhatAFileMayNotSay) {
   EXPECT_THAT(refusal(R"({"capacity_pool": "run"})"), HasSubstr("'run'"));
   EXPECT_THAT(refusal(R"({"drop": "all"})"), HasSubstr("'all'"));
   EXPECT_THAT(refusal(R"({"group_size": -1})"), HasSubstr("group_size"));
-  EXPECT_THAT(refusal(R"({"temperature": 0})"), HasSubstr("expected more than 0"));
+  EXPECT_THAT(refusal(R"({"temperature": 0})"), HasSubstr("at least 1e-06"));
   EXPECT_EQ(refusal(R"({"kind": "gshard", "jitter": 0.5})"), "");
 }
 
