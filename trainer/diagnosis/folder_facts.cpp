@@ -1,5 +1,8 @@
 #include "trainer/diagnosis/folder_facts.h"
 
+#include <fmt/format.h>
+#include <linux/magic.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -93,6 +96,32 @@ bool lies_in(const fs::path& path, const fs::path& folder) {
 
 }  // namespace
 
+namespace {
+
+// Where the table of mounts has none that the folder lies in, as behind chroot: what the kernel says of it.
+std::string kind_by_number(const fs::path& existing) {
+  struct statfs found {};
+  if (::statfs(existing.c_str(), &found) != 0) return "";
+  switch (static_cast<unsigned long>(found.f_type)) {
+    case TMPFS_MAGIC:
+      return "tmpfs";
+    case RAMFS_MAGIC:
+      return "ramfs";
+    case OVERLAYFS_SUPER_MAGIC:
+      return "overlay";
+    case EXT4_SUPER_MAGIC:
+      return "ext4";
+    case XFS_SUPER_MAGIC:
+      return "xfs";
+    case NFS_SUPER_MAGIC:
+      return "nfs";
+    default:
+      return fmt::format("file system {:#x}", static_cast<unsigned long>(found.f_type));
+  }
+}
+
+}  // namespace
+
 std::string kind_of_file_system(const fs::path& path, const std::string& mounts) {
   std::string kind;
   std::size_t longest = 0;
@@ -127,6 +156,7 @@ FolderFacts read_folder(const fs::path& folder, const std::string& mounts) {
   std::error_code error;
   const fs::path whole = fs::canonical(facts.existing, error);
   facts.kind = kind_of_file_system(error ? facts.existing : whole, mounts);
+  if (facts.kind.empty()) facts.kind = kind_by_number(facts.existing);
   facts.free_bytes = static_cast<double>(free_bytes_at(facts.existing));
   return facts;
 }
