@@ -8,7 +8,6 @@
 #include "configs/router_record.h"
 
 namespace upmoe {
-namespace {
 
 std::vector<std::int64_t> divisors(std::int64_t n, std::int64_t most) {
   std::vector<std::int64_t> all;
@@ -17,6 +16,7 @@ std::vector<std::int64_t> divisors(std::int64_t n, std::int64_t most) {
   }
   return all;
 }
+namespace {
 
 // Collects sentences about one run, one model and a number of ranks.
 class Problems {

@@ -1,6 +1,7 @@
 #pragma once
 // What can be wrong between a run, its model and the number of ranks.
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -12,5 +13,8 @@ namespace upmoe {
 // Problems that need the number of ranks or the model: batch against dp, axes not built yet, ep against
 // experts, sequence length against positions. All of them, one sentence each; empty when the run is possible.
 std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size);
+
+// Those of n up to `most`, rising.
+std::vector<std::int64_t> divisors(std::int64_t n, std::int64_t most);
 
 }  // namespace upmoe

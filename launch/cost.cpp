@@ -7,6 +7,7 @@
 #include "launch/cost_comparison.h"
 #include "launch/cost_request.h"
 #include "launch/output.h"
+#include "launch/shipped.h"
 
 namespace upmoe {
 
@@ -15,7 +16,6 @@ namespace {
 namespace fs = std::filesystem;
 
 const ShippedFolder kModels{fs::path(UPMOE_SOURCE_DIR) / "configs" / "models", ".json", "model"};
-const ShippedFolder kMachines{fs::path(UPMOE_SOURCE_DIR) / "configs" / "machines", ".yaml", "machine"};
 
 // A configuration file, a directory with one, a checkpoint, or a shipped name.
 ModelConfig model_of(const std::string& given) {

@@ -10,6 +10,7 @@
 #include "launch/commands.h"
 #include "launch/output.h"
 #include "launch/plan_report.h"
+#include "launch/shipped.h"
 #include "trainer/cost/model_cost.h"
 
 namespace upmoe {
@@ -18,7 +19,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const ShippedFolder kMachines{fs::path(UPMOE_SOURCE_DIR) / "configs" / "machines", ".yaml", "machine"};
 constexpr const char* kThisMachine = "this";  // what `upmoe doctor --measure` is told to write
 
 struct PlanArguments {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/support/norm_shapes.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
@@ -66,18 +67,7 @@ TEST_P(LayerNorm, Backward) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (DType dtype : {DType::kF32, DType::kBF16})
-    for (auto [rows, width] : {std::pair{1, 3},
-                               {3, 14},
-                               {33, 16},
-                               {5, 83},
-                               {70, 28},
-                               {2, 256},
-                               {0, 32},
-                               {1030, 8},
-                               {3, 1032},
-                               {1, 2064},
-                               {2, 1031}})
-      all.push_back({rows, width, dtype});
+    for (const auto& [rows, width] : test::kNormShapes) all.push_back({rows, width, dtype});
   return all;
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, LayerNorm, testing::ValuesIn(cases()), [](const auto& i) {

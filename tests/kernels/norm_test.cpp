@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/ops/pointwise.h"
+#include "tests/support/norm_shapes.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
@@ -101,17 +102,7 @@ TEST_P(Norm, BackwardOverwritesTheWeightsGradient) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (DType dtype : {DType::kF32, DType::kBF16})
-    for (auto [rows, width] : {std::pair{1, 3},
-                               {3, 14},
-                               {33, 16},
-                               {5, 83},
-                               {70, 28},
-                               {2, 256},
-                               {0, 32},
-                               {1030, 8},
-                               {3, 1032},
-                               {1, 2064},
-                               {2, 1031}})
+    for (const auto& [rows, width] : test::kNormShapes)
       for (const bool plus_one : {false, true}) all.push_back({rows, width, dtype, plus_one});
   return all;
 }

@@ -18,7 +18,7 @@ import unittest
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
-from tiny_run import ENVIRONMENT, strace, why_no_strace  # noqa: E402
+from tiny_run import ENVIRONMENT, mount_tmpfs, strace, why_no_strace  # noqa: E402
 
 UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
 NOBODY = 65534
@@ -59,13 +59,7 @@ class Recovery(unittest.TestCase):
         self.upmoe("inspect", "--verify", checkpoint)
 
     def tmpfs(self, size):
-        disk = self.dir / "disk"
-        disk.mkdir()
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)],
-                                          capture_output=True, check=False).returncode:
-            self.skipTest("no tmpfs can be mounted here")
-        self.addCleanup(subprocess.run, ["umount", str(disk)], check=True)
-        return disk
+        return mount_tmpfs(self, self.dir / "disk", size)
 
     def test_the_last_save_makes_room_rather_than_losing_the_state(self):
         run = self.tmpfs("4m") / "run"

@@ -6,9 +6,13 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+from tiny_run import mount_tmpfs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = os.environ["UPMOE_BINARY"]
@@ -51,13 +55,7 @@ class Doctor(unittest.TestCase):
         return fitting[0]
 
     def tmpfs(self, size):
-        disk = self.folder / "disk"
-        disk.mkdir()
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)],
-                                          capture_output=True, check=False).returncode:
-            self.skipTest("no tmpfs can be mounted here")
-        self.addCleanup(subprocess.run, ["umount", str(disk)], check=True)
-        return disk
+        return mount_tmpfs(self, self.folder / "disk", size)
 
 
 class Alone(Doctor):

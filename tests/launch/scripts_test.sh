@@ -19,6 +19,7 @@ done < <(find "$root/launch" "$root/tests" "$root/.ci" -name '*.sh' -o -path "$r
 
 expect_usage "$root/launch/setup.sh" --no-such-option
 expect_usage "$root/launch/quickstart.sh" --no-such-option
+expect_usage "$root/launch/test.sh" --no-such-option
 expect_usage "$root/launch/quickstart.sh" --text
 expect_usage "$root/launch/quickstart.sh" --text "$root/no_such_folder"
 expect_usage "$root/launch/run_local.sh"
@@ -26,7 +27,7 @@ expect_usage "$root/launch/run_local.sh" two true
 expect_usage "$root/launch/run_local.sh" 2 "$root/no_such_program" train run.yaml
 expect_usage "$root/tests/setup_interrupted.sh" --times
 expect_usage "$root/tests/setup_interrupted.sh" --within soon
-for script in setup quickstart run_local run_hosts; do
+for script in setup quickstart test run_local run_hosts; do
   help=$("$root/launch/$script.sh" --help) || fail "$script.sh --help ended with $?"
   [[ $help == *usage:* ]] || fail "$script.sh --help tells no usage"
 done

@@ -52,3 +52,14 @@ def strace(*filters, log="/dev/null"):
     """The words before a command whose system calls are watched, and refused where the filters say so."""
     # A sanitizer's own search for leaks does not work in a traced program.
     return ["strace", "-f", "-qq", "-o", str(log), "-E", "ASAN_OPTIONS=detect_leaks=0", *map(str, filters)]
+
+
+def mount_tmpfs(test, disk, size):
+    """A file system of so many bytes at the new folder `disk` while the test runs; it is skipped where none can be
+    mounted."""
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)],
+                                      capture_output=True, check=False).returncode:
+        test.skipTest("no tmpfs can be mounted here")
+    test.addCleanup(subprocess.run, ["umount", str(disk)], check=True)
+    return disk

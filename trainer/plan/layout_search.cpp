@@ -15,11 +15,9 @@ constexpr std::int64_t kLeastContext = 8192;  // tokens of a rank, below which c
 // What plans may go through together, in the unit of weight_of().
 constexpr double kFirstWeight = 300, kSecondWeight = 300;
 
-std::vector<int> divisors(int n) {
-  std::vector<int> all;
-  for (int d = 1; d <= n; ++d)
-    if (n % d == 0) all.push_back(d);
-  return all;
+std::vector<int> divisors_of(int n) {
+  const std::vector<std::int64_t> all = divisors(n, n);
+  return {all.begin(), all.end()};
 }
 
 std::int64_t replicas_of(const RunConfig& run, int world) {
@@ -90,11 +88,11 @@ class Search {
 
   std::vector<RunConfig> possible_meshes() {
     std::vector<RunConfig> all;
-    for (const int pp : divisors(world_))
-      for (const int cp : divisors(world_ / pp))
-        for (const int tp : divisors(world_ / pp / cp))
-          for (const int ep : divisors(world_ / pp))
-            for (const int etp : divisors(world_ / pp / ep)) {
+    for (const int pp : divisors_of(world_))
+      for (const int cp : divisors_of(world_ / pp))
+        for (const int tp : divisors_of(world_ / pp / cp))
+          for (const int ep : divisors_of(world_ / pp))
+            for (const int etp : divisors_of(world_ / pp / ep)) {
               RunConfig run = run_;
               run.parallel.pp = pp, run.parallel.cp = cp, run.parallel.tp = tp;
               run.parallel.ep = ep, run.parallel.etp = etp;

@@ -11,8 +11,6 @@ namespace upmoe {
 
 namespace {
 
-constexpr std::string_view kAgain = " again";
-
 bool begins(std::string_view op, std::string_view with) {
   return op.substr(0, with.size()) == with;
 }
@@ -81,9 +79,14 @@ double RankSpeed::product_rate(const std::vector<double>& rates, double edge) co
   return (rates[above - 1] + part * (rates[above] - rates[above - 1])) * tera;
 }
 
+std::string_view without_again(std::string_view op) {
+  constexpr std::string_view kAgain = " again";
+  if (op.ends_with(kAgain)) op.remove_suffix(kAgain.size());
+  return op;
+}
+
 double RankSpeed::op_seconds(std::string_view op, const Cost& cost) const {
-  if (op.size() > kAgain.size() && op.substr(op.size() - kAgain.size()) == kAgain)
-    op.remove_suffix(kAgain.size());
+  op = without_again(op);
   const Machine::Rates& r = machine_.rates;
   const bool bf16 = precision_ == Precision::kBf16;
   const double edge = edge_of(cost, bf16 ? 2 : 4);

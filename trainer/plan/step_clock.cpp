@@ -6,18 +6,6 @@
 
 namespace upmoe {
 
-namespace {
-
-constexpr std::string_view kAgain = " again";
-
-std::string without_again(std::string_view op) {
-  if (op.size() > kAgain.size() && op.substr(op.size() - kAgain.size()) == kAgain)
-    op.remove_suffix(kAgain.size());
-  return std::string(op);
-}
-
-}  // namespace
-
 double StepTime::seconds() const {
   double sum = compute;
   for (const auto& [verb, seconds] : waited) sum += seconds;
@@ -42,7 +30,7 @@ void StepClock::op(std::string_view name, const Cost& cost) {
   const double seconds = speed_->op_seconds(name, cost);
   time_.compute += seconds;
   time_.calls += speed_->call_seconds();
-  time_.by_op[without_again(name)] += seconds;
+  time_.by_op[std::string(without_again(name))] += seconds;
   // What is under way gets on meanwhile, the first one first.
   double left = seconds;
   while (!wire_.empty() && left > 0) {
