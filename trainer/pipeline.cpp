@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "kernels/ops/balance.h"
 #include "kernels/ops/transfer.h"
 #include "parallel/watchdog.h"
 
@@ -99,14 +100,14 @@ struct Pipeline::Flight {
   explicit Flight(Device device) : keep(device, arena_address_space(device), "activations") {}
   Arena keep;
   Transformer::Saved saved;
-  LoadPool pool;  // of the chunks so far, then of all
-  std::vector<double> pool_forward, pool_backward;
-  std::vector<Pending> sends;  // read `keep` and the pools until they are through
+  bool is_first = false;       // of the model's chunks
+  TensorView pool_2E, all_2E;  // of the chunks so far, and of all; without mixtures no shape
+  std::vector<Pending> sends;  // read `keep` until they are through
   void reset() {
     for (Pending& p : sends) p.wait();
     sends.clear();
     saved = {};
-    pool = {};
+    pool_2E = all_2E = {};
     keep.rewind(0);
   }
 };
@@ -114,10 +115,8 @@ struct Pipeline::Flight {
 // Activations and gradients have a group each: between two stages both directions may carry both.
 struct Pipeline::Link {
   // closed: the last stage's chunks are followed by chunks of the first.
-  Link(Communicator& stages, bool closed, std::int64_t experts_)
-      : forward(stages.subgroup(everyone(stages))),
-        backward(stages.subgroup(everyone(stages))),
-        experts(static_cast<std::size_t>(experts_)) {
+  Link(Communicator& stages, bool closed)
+      : forward(stages.subgroup(everyone(stages))), backward(stages.subgroup(everyone(stages))) {
     forward->connect(ring_routes(stages.size(), false, closed));
     backward->connect(ring_routes(stages.size(), true, closed));
   }
@@ -127,25 +126,33 @@ struct Pipeline::Link {
     return all;
   }
   std::unique_ptr<Communicator> forward, backward;
-  std::size_t experts;  // of a mixture, whose pool travels too; 0 without mixtures
 
   int next() const { return (forward->rank() + 1) % forward->size(); }
   int previous() const { return (forward->rank() + forward->size() - 1) % forward->size(); }
 
-  void send(Exec& ex, Communicator& to, int rank, ConstTensorView x_tD, const LoadPool& all,
-            std::vector<double>& packed, std::vector<Pending>& sends) const {
+  // The pool goes along where there is one.
+  void send(Exec& ex, Communicator& to, int rank, ConstTensorView x_tD, ConstTensorView pool_2E,
+            std::vector<Pending>& sends) const {
     sends.push_back(to.send(x_tD, rank, ex));
-    if (experts == 0) return;
-    packed = all.pack(experts);
-    const auto size = static_cast<std::int64_t>(packed.size());
-    sends.push_back(to.send(host_view(static_cast<const double*>(packed.data()), {size}), rank, ex));
+    if (pool_2E.given()) sends.push_back(to.send(pool_2E, rank, ex));
   }
-  LoadPool receive(Exec& ex, Communicator& from, int rank, TensorView x_tD) const {
+  void receive(Exec& ex, Communicator& from, int rank, TensorView x_tD, TensorView pool_2E) const {
     from.recv(x_tD, rank, ex);
-    if (experts == 0) return {};
-    std::vector<double> packed(LoadPool::packed_size(experts));
-    from.recv(host_view(packed.data(), {static_cast<std::int64_t>(packed.size())}), rank, ex);
-    return LoadPool::unpack(packed);
+    if (pool_2E.given()) from.recv(pool_2E, rank, ex);
+  }
+};
+
+// fp64: z, what was lost and the values of the balance terms, the loss, the assignments of the model's mixtures.
+struct Pipeline::Totals {
+  TensorView all_n;
+  std::int64_t terms = 0, mixtures = 0, experts = 0;
+  static std::int64_t size(std::int64_t terms, std::int64_t mixtures, std::int64_t experts) {
+    return terms + 3 + mixtures * experts;
+  }
+  TensorView values_V() const { return all_n.rows(0, terms + 2); }
+  TensorView loss_1() const { return all_n.rows(terms + 2, terms + 3); }
+  TensorView assigned_ME(std::int64_t begin, std::int64_t end) const {
+    return all_n.rows(terms + 3, all_n.elements()).reshape({mixtures, experts}).rows(begin, end);
   }
 };
 
@@ -163,7 +170,7 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
       device_(device) {
   for (int i = 0; i < config.num_hidden_layers; ++i)
     moe_of_block_.push_back(config.is_moe_layer(i) ? static_cast<int>(mixtures_++) : -1);
-  if (plan.stages > 1) link_ = std::make_unique<Link>(mesh.along(Axis::kPp), chunks.size() > 1, num_experts_);
+  if (plan.stages > 1) link_ = std::make_unique<Link>(mesh.along(Axis::kPp), chunks.size() > 1);
 }
 
 Pipeline::~Pipeline() = default;
@@ -212,63 +219,92 @@ std::unique_ptr<Pipeline::Flight> Pipeline::take_flight() {
   return flight;
 }
 
-void Pipeline::count_loads(const Transformer& chunk, const Transformer::Saved& saved, StepSums& sums) const {
-  if (!counts_) return;
-  std::size_t at = 0;
-  for (std::size_t i = 0; i < chunk.blocks.size(); ++i) {
-    const int mixture = moe_of_block_[static_cast<std::size_t>(chunk.first_block) + i];
-    if (mixture < 0) continue;
-    std::vector<double>& layer = sums.assigned[static_cast<std::size_t>(mixture)];
-    const LayerLoad& load = saved.loads[at++];
-    for (std::size_t e = 0; e < load.assigned.size(); ++e) layer[e] += load.assigned[e];
-    sums.lost += load.lost;
-  }
+// The chunk's loads to those of the chunks before it and, on one of the ranks that share them, to the step's.
+void Pipeline::pool_loads(Exec& ex, const Transformer& chunk, Flight& f, const Totals& totals) const {
+  const ConstTensorView loads_ML = f.saved.loads_ML;
+  const auto first = std::find_if(moe_of_block_.begin() + chunk.first_block, moe_of_block_.end(),
+                                  [](int mixture) { return mixture >= 0; });
+  TensorView assigned_ME;
+  if (counts_ && loads_ML.rows() > 0) assigned_ME = totals.assigned_ME(*first, *first + loads_ML.rows());
+  ops::pool_loads(ex, f.pool_2E, assigned_ME, loads_ML,
+                  f.is_first ? Accumulate::kOverwrite : Accumulate::kAdd);
 }
 
-void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums) {
+Pipeline::Totals Pipeline::take_totals(Exec& ex, std::size_t terms) {
+  Totals totals{{}, static_cast<std::int64_t>(terms), mixtures_, num_experts_};
+  const std::int64_t n = Totals::size(totals.terms, mixtures_, num_experts_);
+  const std::vector<double> zeros(static_cast<std::size_t>(n));
+  const std::size_t bytes = zeros.size() * sizeof(double);
+  if (totals_.bytes() < bytes) totals_ = Buffer::allocate(device_, bytes, "sums of a step");
+  totals.all_n = totals_.view({n}, DType::kF64);
+  ops::upload(ex, totals.all_n, host_view(zeros.data(), {n}));
+  return totals;
+}
+
+StepSums Pipeline::read_totals(Exec& ex, const Totals& totals) const {
+  std::vector<double> read(static_cast<std::size_t>(totals.all_n.elements()));
+  ops::download(ex, host_view(read.data(), totals.all_n.shape), totals.all_n);
+  StepSums sums;
+  const auto terms = static_cast<std::size_t>(totals.terms), experts = static_cast<std::size_t>(num_experts_);
+  sums.z = read[0];
+  sums.lost = read[1];
+  const auto aux = read.begin() + 2;
+  sums.aux.assign(aux, aux + totals.terms);
+  sums.loss = read[terms + 2];
+  for (std::size_t at = terms + 3; at < read.size(); at += experts) {
+    const auto begin = read.begin() + static_cast<std::ptrdiff_t>(at);
+    sums.assigned.emplace_back(begin, begin + num_experts_);
+  }
+  return sums;
+}
+
+void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action, const Totals& totals) {
   const std::size_t c = global_chunk(action.chunk);
   const Transformer& chunk = chunks_[static_cast<std::size_t>(action.chunk)];
   std::unique_ptr<Shard>& shard = shards_[action.micro_batch];
   if (shard == nullptr) shard = cut(ex, step.batches.next(), &step);
   std::unique_ptr<Flight> f = take_flight();
+  if (mixtures_ > 0)
+    f->pool_2E = f->keep.take({2 * num_experts_}, DType::kF64, "loads of all mixtures so far");
+  f->is_first = c == 0;
   ConstTensorView input_tD;
   if (c > 0) {
     TensorView received_tD =
         f->keep.take({chunk.own_tokens(shard->batch), chunk.hidden_size}, chunk.dtype, "chunk input");
     // The router loads of the chunks so far come with the activations; this chunk's are added, and the last chunk has
     // all.
-    f->pool = link_->receive(ex, *link_->forward, link_->previous(), received_tD);
+    link_->receive(ex, *link_->forward, link_->previous(), received_tD, f->pool_2E);
     input_tD = received_tD;
   }
   chunk.forward(ex, shard->batch, input_tD, step.loss_scale, f->keep, f->saved, step.before_block);
-  for (const LayerLoad& load : f->saved.loads) f->pool.add(load);
-  count_loads(chunk, f->saved, sums);
-  sums.loss += f->saved.loss;
+  if (mixtures_ > 0) pool_loads(ex, chunk, *f, totals);
+  if (f->saved.loss_1.given()) ops::add_sums(ex, totals.loss_1(), f->saved.loss_1);
+  f->all_2E = f->pool_2E;
   if (c + 1 < plan_.chunks.size())
-    link_->send(ex, *link_->forward, link_->next(), f->saved.output_tD, f->pool, f->pool_forward, f->sends);
+    link_->send(ex, *link_->forward, link_->next(), f->saved.output_tD, f->pool_2E, f->sends);
   under_way_[{action.micro_batch, action.chunk}] = std::move(f);
 }
 
-void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums) {
+void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action, const Totals& totals) {
   const std::size_t c = global_chunk(action.chunk);
   const Transformer& chunk = chunks_[static_cast<std::size_t>(action.chunk)];
   const auto at = under_way_.find({action.micro_batch, action.chunk});
   std::unique_ptr<Flight> f = std::move(at->second);
   under_way_.erase(at);
   TensorView g_tD = f->keep.take(f->saved.output_tD.shape, chunk.dtype, "residual stream gradient");
-  if (c + 1 < plan_.chunks.size()) f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);
-  // The balance terms' gradients need the loads of all chunks, which come back with the gradient from the last one.
-  chunk.set_balance(ex, step.balance, f->pool, f->keep, f->saved);
-  if (counts_) {
-    for (std::size_t i = 0; i < f->saved.balance.aux.size(); ++i) sums.aux[i] += f->saved.balance.aux[i];
-    sums.z += f->saved.balance.z;
+  if (c + 1 < plan_.chunks.size()) {
+    if (mixtures_ > 0) f->all_2E = f->keep.take({2 * num_experts_}, DType::kF64, "loads of all mixtures");
+    link_->receive(ex, *link_->backward, link_->next(), g_tD, f->all_2E);
   }
+  // The balance terms' gradients need the loads of all chunks, which come back with the gradient from the last one.
+  chunk.set_balance(ex, step.balance, {f->all_2E, mixtures_, counts_ ? totals.values_V() : TensorView{}},
+                    f->keep, f->saved);
   const bool last = action.micro_batch + 1 == step.batches.rounds();
   chunk.backward(ex, g_tD, f->keep, f->saved, [&](int block) {
     if (step.block_done) step.block_done(block, last);
   });
   if (c > 0) {
-    link_->send(ex, *link_->backward, link_->previous(), g_tD, f->pool, f->pool_backward, f->sends);
+    link_->send(ex, *link_->backward, link_->previous(), g_tD, f->all_2E, f->sends);
   }
   if (action.chunk == 0) {
     const auto shard = shards_.find(action.micro_batch);
@@ -279,18 +315,16 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
 }
 
 StepSums Pipeline::run(Exec& ex, const Step& step) {
-  StepSums sums;
-  sums.aux.assign(step.balance.terms.size(), 0.0);
-  sums.assigned.assign(mixtures_, std::vector<double>(static_cast<std::size_t>(num_experts_)));
+  const Totals totals = take_totals(ex, step.balance.terms.size());
   const auto micro_batches = static_cast<int>(step.batches.rounds());
   for (const PipelineAction& action :
        pipeline_schedule(plan_.stages, stage_, static_cast<int>(chunks_.size()), micro_batches)) {
     watchdog::heartbeat();
-    action.forward ? forward(ex, step, action, sums) : backward(ex, step, action, sums);
+    action.forward ? forward(ex, step, action, totals) : backward(ex, step, action, totals);
   }
   for (const std::unique_ptr<Flight>& f : idle_) f->reset();
   if (step.block_done) step.block_done(-1, true);
-  return sums;
+  return read_totals(ex, totals);
 }
 
 double Pipeline::evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink) {

@@ -5,6 +5,8 @@
 //
 // Between stages travel, forward: the residual stream and the pool of the balance terms so far; backward: the
 // stream's gradient and the whole pool. Sends do not block; receives wait.
+//
+// What a step adds up is added on the device; the host reads it once, when all micro-batches have been given to it.
 
 #include <functional>
 #include <map>
@@ -64,14 +66,17 @@ class Pipeline {
   struct Shard;                     // this rank's tokens of one micro-batch
   struct Flight;                    // one micro-batch in one chunk, between forward and backward
   struct Link;                      // to the neighbour stages
+  struct Totals;                    // of a step, on the device
   using Key = std::pair<int, int>;  // micro-batch, chunk
 
   // step: what routers count and draw; none outside training. Groups of tokens are there as well.
   std::unique_ptr<Shard> cut(Exec& ex, const Batch& batch, const Step* step);
   std::unique_ptr<Flight> take_flight();
-  void forward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
-  void backward(Exec& ex, const Step& step, const PipelineAction& action, StepSums& sums);
-  void count_loads(const Transformer& chunk, const Transformer::Saved& saved, StepSums& sums) const;
+  void forward(Exec& ex, const Step& step, const PipelineAction& action, const Totals& totals);
+  void backward(Exec& ex, const Step& step, const PipelineAction& action, const Totals& totals);
+  void pool_loads(Exec& ex, const Transformer& chunk, Flight& flight, const Totals& totals) const;
+  Totals take_totals(Exec& ex, std::size_t terms);
+  StepSums read_totals(Exec& ex, const Totals& totals) const;
   std::size_t global_chunk(int chunk) const {
     return static_cast<std::size_t>(chunk * plan_.stages + stage_);
   }
@@ -82,11 +87,12 @@ class Pipeline {
   bool counts_ = false;            // the one of the ranks that share a micro-batch that books common values
   std::vector<int> moe_of_block_;  // which mixture a block is, or -1
   std::int64_t num_experts_ = 0;
-  std::size_t mixtures_ = 0;
+  std::int64_t mixtures_ = 0;  // of the whole model
   bool routers_know_tokens_ = false;
   std::int64_t group_size_ = 0;  // of tokens that are routed together; 0: each by itself
   ContextShards context_;
   Device device_;
+  Buffer totals_;
   std::unique_ptr<Link> link_;
   std::vector<std::unique_ptr<Flight>> idle_;
   std::map<Key, std::unique_ptr<Flight>> under_way_;

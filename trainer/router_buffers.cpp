@@ -1,7 +1,9 @@
 #include "trainer/router_buffers.h"
 
 #include <numeric>
+#include <utility>
 
+#include "kernels/ops/pointwise.h"
 #include "kernels/ops/transfer.h"
 
 namespace upmoe {
@@ -20,12 +22,6 @@ void for_each_buffer(const ParamStore& params, const ModelConfig& config, Role r
   }
 }
 
-std::vector<float> values_of(Exec& ex, ConstTensorView buffer_E) {
-  std::vector<float> values(static_cast<std::size_t>(buffer_E.elements()));
-  ops::download(ex, host_view(values.data(), buffer_E.shape), buffer_E);
-  return values;
-}
-
 double sum_of(const std::vector<double>& counts_E) {
   return std::accumulate(counts_E.begin(), counts_E.end(), 0.0);
 }
@@ -35,18 +31,22 @@ double sum_of(const std::vector<double>& counts_E) {
 void update_router_biases(Exec& ex, const ParamStore& params, const ModelConfig& config,
                           const std::vector<std::vector<double>>& assigned, double rate) {
   if (rate == 0) return;
-  for_each_buffer(params, config, Role::kRouterBias,
-                  [&](std::size_t, std::size_t mixture, TensorView bias_E) {
-                    const std::vector<double>& counts_E = assigned[mixture];
-                    std::vector<float> bias = values_of(ex, bias_E);
-                    // Both sides times E, so that they are whole numbers.
-                    const double total = sum_of(counts_E), experts = static_cast<double>(counts_E.size());
-                    for (std::size_t e = 0; e < bias.size(); ++e) {
-                      const double lacks = total - experts * counts_E[e];
-                      bias[e] += static_cast<float>(lacks > 0 ? rate : lacks < 0 ? -rate : 0.0);
-                    }
-                    ops::upload(ex, bias_E, host_view(static_cast<const float*>(bias.data()), bias_E.shape));
-                  });
+  for_each_buffer(
+      params, config, Role::kRouterBias, [&](std::size_t, std::size_t mixture, TensorView bias_E) {
+        const std::vector<double>& counts_E = assigned[mixture];
+        std::vector<float> change;
+        // Both sides times E, so that they are whole numbers.
+        const double total = sum_of(counts_E), experts = static_cast<double>(counts_E.size());
+        for (const double count : counts_E) {
+          const double lacks = total - experts * count;
+          change.push_back(static_cast<float>(lacks > 0 ? rate : lacks < 0 ? -rate : 0.0));
+        }
+        // The bias itself stays on the device: the host waits for nothing.
+        ScratchScope scope(*ex.scratch);
+        const TensorView change_E = ex.scratch->take(bias_E.shape, bias_E.dtype, "change of a router's bias");
+        ops::upload(ex, change_E, host_view(std::as_const(change).data(), bias_E.shape));
+        ops::add(ex, bias_E, bias_E, change_E);
+      });
 }
 
 void update_router_loads(Exec& ex, const ParamStore& params, const ModelConfig& config,
@@ -61,12 +61,10 @@ void update_router_loads(Exec& ex, const ParamStore& params, const ModelConfig& 
                   });
 }
 
-std::vector<std::vector<double>> router_loads(Exec& ex, const ParamStore& params, const ModelConfig& config) {
-  std::vector<std::vector<double>> all(static_cast<std::size_t>(config.num_hidden_layers));
-  for_each_buffer(params, config, Role::kRouterLoad, [&](std::size_t block, std::size_t, TensorView load_E) {
-    const std::vector<float> load = values_of(ex, load_E);
-    all[block].assign(load.begin(), load.end());
-  });
+std::vector<ConstTensorView> router_loads(const ParamStore& params, const ModelConfig& config) {
+  std::vector<ConstTensorView> all(static_cast<std::size_t>(config.num_hidden_layers));
+  for_each_buffer(params, config, Role::kRouterLoad,
+                  [&](std::size_t block, std::size_t, TensorView load_E) { all[block] = load_E; });
   return all;
 }
 

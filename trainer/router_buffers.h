@@ -15,7 +15,7 @@ void update_router_biases(Exec& ex, const ParamStore& params, const ModelConfig&
 // load_E = assigned_E over their sum, for the balance term of kind `global`.
 void update_router_loads(Exec& ex, const ParamStore& params, const ModelConfig& config,
                          const std::vector<std::vector<double>>& assigned);
-// Of every block; empty where it is none of this rank's mixtures.
-std::vector<std::vector<double>> router_loads(Exec& ex, const ParamStore& params, const ModelConfig& config);
+// Of every block, as they lie in its buffer; absent where it is none of this rank's mixtures.
+std::vector<ConstTensorView> router_loads(const ParamStore& params, const ModelConfig& config);
 
 }  // namespace upmoe

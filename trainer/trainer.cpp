@@ -19,7 +19,7 @@ StepSums Trainer::accumulate(std::int64_t number) {
   for (std::size_t i = 0; i < run.router.aux_kind.size(); ++i)
     step.balance.terms.push_back({run.router.aux_kind[i], run.router.aux_loss.at(i) / micro_batches});
   step.balance.groups = run.router.aux_groups;
-  if (step.balance.has(AuxKind::kGlobal)) step.balance.previous = router_loads(ex, s_.params, s_.config);
+  if (step.balance.has(AuxKind::kGlobal)) step.balance.previous = router_loads(s_.params, s_.config);
   step.balance.z_coefficient = run.router.z_loss / micro_batches;
   step.seed = static_cast<std::uint64_t>(run.run.seed);
   step.first_token = static_cast<std::uint64_t>((number - 1) * run.train.global_batch * run.data.seq_len);

@@ -103,6 +103,12 @@ inline void show(OpWatcher& w, const SumOnto& onto) {
 inline void show(OpWatcher& w, const NodeRows& rows) {
   w.reads(rows.order_X);
 }
+inline void show(OpWatcher& w, const BalanceCounts& counts) {
+  for (const ConstTensorView& t : {counts.loads_ML, counts.pool_2E, counts.previous_ME}) show(w, t);
+}
+inline void show(OpWatcher& w, const BalanceGradients& g) {
+  for (const TensorView& t : {g.probability_ME, g.weight_ME, g.chance_ME}) show(w, t);
+}
 inline void show(OpWatcher& w, const CodedMoments& moments) {
   for (const TensorView& t : {moments.m_n, moments.v_n, moments.m_scale_b, moments.v_scale_b}) w.writes(t);
 }
@@ -110,7 +116,7 @@ template <class T>
 concept HoldsNoTensor = std::is_arithmetic_v<T> || std::is_enum_v<T> || std::same_as<T, AttentionShape> ||
     std::same_as<T, VocabShard> || std::same_as<T, AdamWStep> || std::same_as<T, Chance> ||
     std::same_as<T, SigmoidRule> || std::same_as<T, CapacityRule> || std::same_as<T, GroupCapacity> ||
-    std::same_as<T, std::span<const std::int64_t>>;  // on the host
+    std::same_as<T, BalanceRule> || std::same_as<T, std::span<const std::int64_t>>;  // on the host
 template <HoldsNoTensor T>
 void show(OpWatcher&, const T&) {}
 

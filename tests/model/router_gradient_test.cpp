@@ -5,6 +5,7 @@
 
 #include "configs/expert_use.h"
 #include "kernels/ops/pointwise.h"
+#include "tests/support/balance_of.h"
 #include "tests/support/layer_rig.h"
 #include "trainer/model/capacity_router.h"
 #include "trainer/model/expert_choice_router.h"
@@ -78,13 +79,14 @@ struct MoeRig : Rig {
     return load;
   }
 
-  BalanceTerms terms() const {
-    LayerLoad load = LayerLoad::unpack(T, 0, {sums.as<double>(), static_cast<std::size_t>(sums.elements())});
-    load.weight.assign(weight_sums.as<double>(), weight_sums.as<double>() + E);
-    load.chance.assign(chance_sums.as<double>(), chance_sums.as<double>() + E);
-    LoadPool pool;
-    pool.add(load);
-    return balance_terms(balance, std::span(&load, 1), pool, true);
+  test::BalanceOf terms() const {
+    const LoadRow row{E, 0, false, balance.has(AuxKind::kImportance), balance.has(AuxKind::kLoad)};
+    test::CountedMixture counted;
+    const RouterLoad load = counted_load();
+    for (const TensorView& part : {load.sums_L, load.weight_E, load.chance_E})
+      for (std::int64_t i = 0; part.given() && i < part.elements(); ++i)
+        counted.loads_L.push_back(part.as<double>()[i]);
+    return test::balance_of(balance, {T, 1, row}, {counted});
   }
 
   double scalar() {
@@ -98,7 +100,7 @@ struct MoeRig : Rig {
     moe.forward(ex, y, x, {}, counted, keep, s);
     const std::int32_t* index = s.router.index_TK.as<std::int32_t>();
     EXPECT_TRUE(std::equal(choices.begin(), choices.end(), index)) << "a step flipped a routing choice";
-    const BalanceTerms b = terms();
+    const test::BalanceOf b = terms();
     keep.rewind(mark);
     return test::dot(y, probe) + 3.0 * b.aux.front() + balance.z_coefficient * b.z;
   }
@@ -114,9 +116,9 @@ void check_moe(MoeRig& rig) {
   rig.moe.forward(rig.ex, y, rig.x, {}, balance, rig.keep, saved);
   const TensorView& chosen = saved.router.index_TK;
   rig.choices.assign(chosen.as<std::int32_t>(), chosen.as<std::int32_t>() + chosen.elements());
-  BalanceTerms terms = rig.terms();
-  balance.terms.aux = host_view(terms.aux_gradient[0].data(), {rig.E});
-  balance.terms.z_scale = terms.z_scale[0];
+  const test::BalanceOf terms = rig.terms();
+  balance.terms.aux = host_view(terms.gradient[0].data(), {rig.E});
+  balance.terms.z_scale = z_scale_of(rig.balance, rig.T);
   if (balance.load.weight_E.given())
     balance.weight_gradient_E = host_view(terms.weight_gradient[0].data(), {rig.E});
   if (balance.load.chance_E.given())

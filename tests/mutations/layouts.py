@@ -19,11 +19,20 @@ MUTANTS = {
         "trainer/model/lm_head.cpp", "    if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);",
         "    ops::sum(ex, loss_1, loss_C);", "*"),
     "balance_pool_of_one_rank": (
-        "trainer/model/transformer.cpp", "LayerLoad::unpack(tokens * pool->size(), ",
-        "LayerLoad::unpack(tokens, ", "*moe*"),
+        "trainer/model/transformer.cpp", "  saved.tokens = shape[0] * pool->size();",
+        "  saved.tokens = shape[0];", "*moe*"),
     "balance_pool_of_one_stage": (
-        "trainer/pipeline.cpp", "f->pool = link_->receive(ex, *link_->backward, link_->next(), g_tD);",
-        "link_->receive(ex, *link_->backward, link_->next(), g_tD);", "*moe*"),
+        "trainer/pipeline.cpp", "    link_->receive(ex, *link_->backward, link_->next(), g_tD, f->all_2E);",
+        "    link_->receive(ex, *link_->backward, link_->next(), g_tD, f->all_2E);\n    f->all_2E = f->pool_2E;",
+        "*moe*"),
+    "assignments_of_a_later_stage_in_the_first_rows": (
+        "trainer/pipeline.cpp", "totals.assigned_ME(*first, *first + loads_ML.rows())",
+        "totals.assigned_ME(0, loads_ML.rows())", "*moe*"),
+    "loss_of_the_last_micro_batch_alone": (
+        "trainer/pipeline.cpp", "ops::add_sums(ex, totals.loss_1(), f->saved.loss_1);",
+        "ops::cast(ex, totals.loss_1(), f->saved.loss_1);", "*moe*"),
+    "pool_not_begun_anew": (
+        "trainer/pipeline.cpp", "f.is_first ? Accumulate::kOverwrite : Accumulate::kAdd", "Accumulate::kAdd", "*moe*"),
     "vocabulary_shard_forgets_its_beginning": (
         "trainer/model/make_transformer.cpp", "  return {p.shard.offset[0], p.spec.shape[0]};",
         "  return {0, p.spec.shape[0]};", "*"),

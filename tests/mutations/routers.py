@@ -51,12 +51,19 @@ MUTANTS = {
         "trainer/model/balance.cpp", "  if (!weight_gradient_E.given()) return dweight_TK;", "  return dweight_TK;",
         "RouterGradient.MoeImportance", "router_gradient_test"),
     "importance_of_one_ranks_tokens": (
-        "trainer/model/transformer.cpp", "    layer.weight = take(load.weight_E);",
-        "    layer.weight = take(load.weight_E);\n    if (pool->rank() > 0) layer.weight[0] += 1;",
-        "Routers.NoiseImportanceAndLoad"),
+        "trainer/model/transformer.cpp", "if (pool->size() > 1 && saved.loads_ML.rows() > 0)",
+        "if (pool->size() > 1 && saved.loads_ML.rows() > 0 && !saved.row.weights)", "Routers.NoiseImportanceAndLoad"),
+    "chances_where_weights_are": (
+        "kernels/ops/balance.h", "return weights_at() + (weights ? experts : 0);", "return weights_at();",
+        "Terms.VariationOfSums", "balance_test"),
+    "lost_assignments_of_one_mixture": (
+        "kernels/ops/balance_formulas.h", "sum += value_of(m, i);",
+        "sum = i == 1 ? value_of(m, i) : sum + value_of(m, i);",
+        "Terms.VariationOfSums", "balance_test"),
     "variation_of_the_mean_s_gradient_left_out": (
-        "trainer/model/balance.cpp", "((sums[e] - mean) / square - variance * mean / (square * square))",
-        "((sums[e] - mean) / square)", "Terms.VariationOfSums", "balance_test"),
+        "kernels/ops/balance_formulas.h",
+        "((sums_E[e] - v.mean) / square - v.variance * v.mean / (square * square))", "((sums_E[e] - v.mean) / square)",
+        "Terms.VariationOfSums", "balance_test"),
     "second_choices_kept_with_their_weight": (
         "kernels/cpu/router_draws.cpp", "u < 2.0f * weight[2 * t + 1]", "u < weight[2 * t + 1]", "RouterDraws.*",
         "router_draws_test"),

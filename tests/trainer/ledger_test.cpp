@@ -186,7 +186,7 @@ TEST(Ledger, PipelineTraffic) {
   for (const char* model : {"dense_tied_gqa", "moe_a27b"}) {
     const Golden golden(model);
     const Sizes s(golden);
-    const double pool = s.c.num_experts > 0 ? 8.0 * (2.0 * s.c.num_experts + 1) : 0.0;
+    const double pool = s.c.num_experts > 0 ? 8.0 * 2.0 * s.c.num_experts : 0.0;
     for (const int rank : {0, 1})  // one boundary: the first stage sends forward, the last one backward
       EXPECT_DOUBLE_EQ(sent(golden, {.pp = 2}, 2, rank), s.T * s.D() * s.b + pool) << model;
   }

@@ -20,10 +20,10 @@
 //   z          mean of logsumexp(logits)^2 (Zoph et al. 2022)
 // f is a constant for the gradient.
 
-#include <span>
 #include <vector>
 
 #include "configs/run_choices.h"
+#include "kernels/ops/balance.h"
 #include "kernels/ops/routing.h"
 #include "trainer/model/routed_tokens.h"
 
@@ -38,9 +38,9 @@ struct BalanceConfig {
   std::vector<AuxTerm> terms;
   double z_coefficient = 0;  // divided likewise
   int groups = 1;            // of kGroup
-  // kGlobal: of every block of the model each expert's share; empty where it is none of this rank's mixtures.
-  std::vector<std::vector<double>> previous;
-  bool has(AuxKind kind) const;
+  // kGlobal: of every block of the model each expert's share, [E] of fp32; absent where it is no mixture of this rank.
+  std::vector<ConstTensorView> previous;
+  bool has(AuxKind kind) const;  // with a coefficient
 };
 
 // What one mixture's router counts over a micro-batch, on the device: the sums of ops::balance_stats and, where there
@@ -53,7 +53,7 @@ struct RouterLoad {
   TensorView weight_E = {},
              chance_E = {};  // fp64: sums for kImportance and kLoad, given where they are wanted
   static std::int64_t size(std::int64_t experts, std::int64_t sequences = 0) {  // L
-    return (3 + 2 * sequences) * experts + 1;
+    return LoadRow{experts, sequences}.size();
   }
   explicit operator bool() const { return sums_L.shape.rank > 0; }
   std::int64_t experts() const { return sums_L.elements() / (3 + 2 * sequences); }
@@ -79,43 +79,16 @@ struct RouterBalance {
   ConstTensorView with_weight_gradient(Exec& ex, ConstTensorView dweight_TK, ConstTensorView index_TK) const;
 };
 
-// What one layer counted over its micro-batch, E values each, on the host.
-struct LayerLoad {
-  std::int64_t tokens = 0;
-  std::vector<double> assigned, first_choice, probability;
-  std::vector<double> assigned_BE, probability_BE;  // by sequence, where they were counted
-  double z_sum = 0;
-  std::vector<double> previous = {};             // as in BalanceConfig
-  double lost = 0;                               // assignments that no expert took
-  std::vector<double> weight = {}, chance = {};  // as in RouterLoad, where they were counted
-  static LayerLoad unpack(std::int64_t tokens, std::int64_t sequences, std::span<const double> sums_L);
+// What a micro-batch counts, for its terms.
+struct BalanceSizes {
+  std::int64_t tokens = 0;    // over all ranks that share the micro-batch
+  std::int64_t mixtures = 0;  // of the whole model
+  LoadRow row;                // of each of them
 };
-
-// The layers of a micro-batch added up, over all chunks of a pipeline.
-struct LoadPool {
-  double tokens = 0;
-  std::vector<double> assigned, probability;  // empty before the first layer
-  void add(const LayerLoad& load);
-  void add(const LoadPool& other);
-
-  // As it goes from stage to stage.
-  static std::size_t packed_size(std::size_t experts) { return experts > 0 ? 2 * experts + 1 : 0; }
-  std::vector<double> pack(std::size_t experts) const;
-  static LoadPool unpack(std::span<const double> packed);
-};
-
-struct BalanceTerms {
-  // Before their coefficients, in the order of BalanceConfig::terms; summed over the chunks they are the micro-batch's.
-  std::vector<double> aux;
-  double z = 0;
-  // Per layer: d(sum of coefficient * aux) / d(probability of e): E numbers for any token, or, with kSequence, for
-  // tokens of each sequence.
-  std::vector<std::vector<float>> aux_gradient;
-  std::vector<std::vector<float>> weight_gradient, chance_gradient;  // per layer, as in RouterBalance
-  std::vector<float> z_scale;  // per layer: d(coefficient * z) / d(lse^2) of one token
-};
-// The terms of one chunk's layers. `all`: the pool of all chunks; its value is counted where `count_pool`.
-BalanceTerms balance_terms(const BalanceConfig& config, std::span<const LayerLoad> layers,
-                           const LoadPool& all, bool count_pool);
+// The terms as ops::balance_gradients takes them; `counts_pool`: this rank's chunk is the one that counts the value of
+// kHf.
+BalanceRule rule_of(const BalanceConfig& config, const BalanceSizes& sizes, bool counts_pool);
+// d(z_coefficient * z) / d(lse^2) of one token.
+float z_scale_of(const BalanceConfig& config, std::int64_t tokens);
 
 }  // namespace upmoe

@@ -48,13 +48,15 @@ struct Transformer {
 
   struct Saved {
     std::vector<Block::Saved> blocks;
-    std::vector<LayerLoad> loads;  // of this chunk's mixtures, over all tokens of the micro-batch
+    // Of this chunk's mixtures, over all tokens of the micro-batch, and what lies in their rows.
+    TensorView loads_ML;
+    LoadRow row;
     ConstTensorView tokens_T;
+    std::int64_t tokens = 0;    // T, over all ranks that share the micro-batch
     ConstTensorView output_tD;  // of the last block
     Norm::Saved final_norm;
     TensorView dnormed_tD;  // gradient of the final norm's output, made together with the loss
-    double loss = 0;        // sum of the tokens' cross-entropies; of tp rank 0 of the last chunk
-    BalanceTerms balance;
+    TensorView loss_1;      // fp64: sum of the tokens' cross-entropies; of tp rank 0 of the last chunk
   };
 
   // input_tD: the previous chunk's output, kept by the caller until backward; not looked at by the first
@@ -62,9 +64,14 @@ struct Transformer {
   // about to run; -1: the embedding or the head.
   void forward(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, double loss_scale, Arena& keep,
                Saved& saved, const std::function<void(int)>& before_block = {}) const;
-  // Between forward and backward: values and gradients of the balance terms, from the loads of all chunks.
-  void set_balance(Exec& ex, const BalanceConfig& config, const LoadPool& all, Arena& keep,
-                   Saved& saved) const;
+  // Between forward and backward: gradients of the balance terms, from the loads of all chunks' `mixtures`, of which
+  // pool_2E is the pool. Where values_V is given, z and the terms' values are added to it.
+  struct Loads {
+    ConstTensorView pool_2E;
+    std::int64_t mixtures = 0;
+    TensorView values_V = {};
+  };
+  void set_balance(Exec& ex, const BalanceConfig& config, const Loads& all, Arena& keep, Saved& saved) const;
   // g_tD: the gradient of the output in (written here by the last chunk), that of the input out. The loss is
   // loss_scale * sum + the balance terms. block_done(i), i counted in the whole model: the gradients of block
   // i are final for this micro-batch; called last to first.
@@ -84,10 +91,9 @@ struct Transformer {
  private:
   bool shares_norms() const { return !blocks.empty() && blocks.front().shares_norms(); }
   void embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const;
-  TensorView prepare_loads(Exec& ex, const MicroBatch& batch, Arena& keep, Saved& saved) const;
+  void prepare_loads(Exec& ex, const MicroBatch& batch, Arena& keep, Saved& saved) const;
   RoutedTokens routed_tokens(const MicroBatch& batch, std::size_t block) const;
-  void collect_loads(Exec& ex, std::int64_t tokens, ConstTensorView loads_ML, Saved& saved) const;
-  void give_previous(const BalanceConfig& config, Saved& saved) const;
+  TensorView previous_loads(Exec& ex, const BalanceConfig& config, std::int64_t experts) const;
 };
 
 }  // namespace upmoe
