@@ -53,6 +53,7 @@ class Event {
   Event(const Event&) = delete;
   void record(Stream& stream);      // the point is now behind what the stream has been given
   void hold(Stream& stream) const;  // the stream's later work waits for the point; the host does not
+  void wait() const;                // holds the host until the point has passed; throws Error(kDevice)
   bool has_passed() const;          // true too before the first record(); throws Error(kDevice)
   // By the device's clock; both are timed and have passed.
   double seconds_since(const Event& earlier) const;

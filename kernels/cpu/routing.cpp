@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/router_rows.h"
@@ -218,6 +219,13 @@ void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView
     order[at] = static_cast<std::int32_t>(i);
     slot[i] = at;
   }
+}
+
+void row_offsets(Exec&, TensorView offset_e1, ConstTensorView counts_e) {
+  const auto* counts = counts_e.as<std::int32_t>();
+  auto* offset = offset_e1.as<std::int32_t>();
+  *offset = 0;
+  std::partial_sum(counts, counts + counts_e.elements(), offset + 1);
 }
 
 void group_by_node(Exec&, TensorView order_X, TensorView slot_TM, TensorView counts_M,

@@ -64,6 +64,9 @@ void Event::record(Stream&) {
 void Event::hold(Stream&) const {
   refuse();
 }
+void Event::wait() const {
+  refuse();
+}
 bool Event::has_passed() const {
   refuse();
 }

@@ -122,6 +122,13 @@ void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView
   dispatch(ex, &Backend::sort_by_expert, order_N, slot_TK, counts_E, index_TK);
 }
 
+void row_offsets(Exec& ex, TensorView offset_e1, ConstTensorView counts_e) {
+  check_tensor(ex, counts_e, {counts_e.elements()}, DType::kI32, "counts_e");
+  check_tensor(ex, offset_e1, {counts_e.elements() + 1}, DType::kI32, "offset_e1");
+  ex.book("row_offsets", 0, bytes_of(counts_e), bytes_of(offset_e1));
+  dispatch(ex, &Backend::row_offsets, offset_e1, counts_e);
+}
+
 void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView counts_M,
                    ConstTensorView index_TK, std::span<const std::int64_t> node_begin) {
   UPMOE_CHECK(index_TK.shape.rank == 2 && node_begin.size() > 1, "index_TK {}, {} nodes",

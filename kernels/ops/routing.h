@@ -72,6 +72,9 @@ void expand_choices(Exec& ex, TensorView index_TS, ConstTensorView index_TK, Con
 void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView counts_E,
                     ConstTensorView index_TK);
 
+// Where each expert's rows begin in that order, and R: offset_e1[i] = the sum of counts_e before i; int32.
+void row_offsets(Exec& ex, TensorView offset_e1, ConstTensorView counts_e);
+
 // Rows that arrive from several ranks, in runs, to be regrouped: run i is the arrivals [arrival_begin[i],
 // arrival_begin[i+1]) and belongs at grouped_begin[i] on. regroup_R: grouped row -> arrival; ungroup_R: its
 // inverse. Both spans are on the host; runs may be empty.

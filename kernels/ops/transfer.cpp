@@ -28,6 +28,25 @@ void upload(Exec& ex, TensorView device, ConstTensorView host) {
   dispatch(ex, &Backend::upload, device, host);
 }
 
+void Landing::start(Exec& ex, ConstTensorView device) {
+  check_tensor(ex, device, device.shape, device.dtype, "device");
+  ex.book("download", 0, bytes_of(device), bytes_of(device));
+  if (memory_.bytes() < device.bytes())
+    memory_ = Buffer::allocate_on_host(ex.device, device.bytes(), "values on their way to the host");
+  values_ = {memory_.data(), device.shape, device.dtype, Device{}};
+  if (ex.device.type == DeviceType::kDry) return;
+  if (ex.watcher != nullptr) ex.watcher->reads(device);
+  if (ex.device.type == DeviceType::kCpu) return cpu::download(ex, values_, device);
+  if (there_ == nullptr) there_ = std::make_unique<gpu::Event>();
+  gpu::copy(*ex.stream, values_.data, device.data, device.bytes());
+  there_->record(*ex.stream);
+}
+
+ConstTensorView Landing::wait() {
+  if (there_ != nullptr) there_->wait();
+  return values_;
+}
+
 void write_through_host(Exec& ex, TensorView device, const std::function<void(TensorView)>& fill) {
   switch (ex.device.type) {
     case DeviceType::kCpu:

@@ -226,6 +226,21 @@ TEST(Sort, OneExpertTakesAllAndNoTokens) {
   EXPECT_EQ(sort(HostTensor({0, 4}, DType::kI32), 0, 4, 2).counts.values(), (Values{0, 0}));
 }
 
+TEST(Sort, OffsetsAreTheSumsOfTheCounts) {
+  OpExec ex;
+  for (const std::int64_t experts : {std::int64_t{1}, std::int64_t{60}, std::int64_t{700}}) {
+    HostTensor counts({experts}, DType::kI32), offsets({experts + 1}, DType::kI32);
+    for (std::size_t e = 0; e < counts.size(); ++e) counts.set(e, static_cast<double>(e * e % 5));
+    ops::row_offsets(ex, offsets, counts);
+    finish_ops();
+    double sum = 0;
+    for (std::size_t e = 0; e < counts.size(); sum += counts.get(e++)) ASSERT_EQ(offsets.get(e), sum) << e;
+    EXPECT_EQ(offsets.get(counts.size()), sum);
+  }
+  EXPECT_THROW(ops::row_offsets(ex, HostTensor({3}, DType::kI32).view(), HostTensor({3}, DType::kI32)),
+               Error);
+}
+
 TEST(Sort, RefusesAnIndexOutOfRange) {
   EXPECT_THROW(sort(filled({3, 1}, DType::kI32, 5), 3, 1, 5), Error);
   EXPECT_THROW(sort(filled({3, 1}, DType::kI32, -2), 3, 1, 5), Error);

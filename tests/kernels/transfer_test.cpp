@@ -4,6 +4,7 @@
 
 #include <numeric>
 
+#include "kernels/ops/pointwise.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 
@@ -23,6 +24,24 @@ TEST(Transfer, ThereAndBack) {
     std::fill(sent.begin(), sent.end(), NAN);  // the host's memory is free again
     ops::download(ex, host_view(received.data(), shape), on_device);
     EXPECT_EQ(received, expected);
+  }
+}
+
+// The values are those of the moment in which they set out, whatever the device is given behind it.
+TEST(Transfer, LandsAsItSetOut) {
+  OpExec ex;
+  ops::Landing landing;
+  for (const std::int64_t n : {std::int64_t{0}, std::int64_t{100'000}, std::int64_t{7}}) {
+    HostTensor x = random_tensor({n}, DType::kF32, 3);
+    const std::vector<double> expected = x.values();
+    landing.start(ex, x);
+    ops::fill(ex, x, 5.0f);
+    const ConstTensorView landed = landing.wait();
+    ASSERT_EQ(landed.shape, (Shape{n}));
+    EXPECT_EQ(landed.device, Device{});
+    for (std::int64_t i = 0; i < n; ++i)
+      ASSERT_EQ(static_cast<double>(landed.as<float>()[i]), expected[static_cast<std::size_t>(i)]) << i;
+    finish_ops();
   }
 }
 
@@ -53,6 +72,9 @@ TEST(Transfer, DryDoesNothing) {
   ops::upload(ex, dry_tensor({4}, DType::kF32), host_view(static_cast<const float*>(host.data()), {4}));
   ops::download(ex, host_view(host.data(), {4}), dry_tensor({4}, DType::kF32));
   ops::write_through_host(ex, dry_tensor({4}, DType::kF32), [](TensorView) { FAIL(); });
+  ops::Landing landing;
+  landing.start(ex, dry_tensor({4}, DType::kF32));
+  EXPECT_EQ(landing.wait().shape, (Shape{4}));
   EXPECT_EQ(host, std::vector<float>(4, 3.0f));
   expect_booked(ex.ledger(), "upload", 0, 16, 16);
 }

@@ -17,9 +17,10 @@ namespace {
 
 constexpr std::int64_t kTokens = 37, kExperts = 10, kSlots = 3;
 
-// Slot k of token t of the whole group: an expert, or -1. Every seventh token has none, the others one to three.
-std::int32_t expert_of(std::int64_t t, std::int64_t k) {
-  if (t % 7 == 3 || (t + k) % 4 == 0) return -1;
+// Slot k of token t of the whole group: an expert or, with gaps, -1. Every seventh token has none, the others one to
+// three.
+std::int32_t expert_of(std::int64_t t, std::int64_t k, bool gaps) {
+  if (gaps && (t % 7 == 3 || (t + k) % 4 == 0)) return -1;
   return static_cast<std::int32_t>((t * 5 + k * 3) % kExperts);
 }
 float weight_of(std::int64_t t, std::int64_t k) {
@@ -28,6 +29,7 @@ float weight_of(std::int64_t t, std::int64_t k) {
 
 struct Layout {
   int ep, etp, node_ranks;
+  bool gaps = true;
 };
 
 struct Rank {
@@ -53,12 +55,13 @@ struct Rank {
     exchange = make_exchange({kExperts, l.etp}, ranks, nodes);
     for (std::int64_t t = tokens.begin; t < tokens.end; ++t)
       for (std::int64_t k = 0; k < kSlots; ++k) {
-        index.push_back(expert_of(t, k));
-        weight.push_back(expert_of(t, k) < 0 ? NAN : weight_of(t, k));  // that of none is not read
+        index.push_back(expert_of(t, k, layout.gaps));
+        weight.push_back(expert_of(t, k, layout.gaps) < 0 ? NAN
+                                                          : weight_of(t, k));  // that of none is not read
       }
   }
   Choices choices() const {
-    return {host_view(index.data(), {T, kSlots}), host_view(weight.data(), {T, kSlots})};
+    return {host_view(index.data(), {T, kSlots}), host_view(weight.data(), {T, kSlots}), layout.gaps};
   }
 
   // (token, weight) of every row of local expert e, whatever their order.
@@ -66,29 +69,32 @@ struct Rank {
     std::multiset<std::pair<float, float>> rows;
     for (std::int64_t t = 0; t < kTokens; ++t)
       for (std::int64_t k = 0; k < kSlots; ++k)
-        if (expert_of(t, k) == experts.begin + e) rows.emplace(static_cast<float>(t), weight_of(t, k));
+        if (expert_of(t, k, layout.gaps) == experts.begin + e)
+          rows.emplace(static_cast<float>(t), weight_of(t, k));
     return rows;
   }
   void run();
 };
 
 void Rank::run() {
-  const ExchangePlan plan = exchange->plan(ex, choices(), keep);
+  ExchangePlan plan = exchange->plan(ex, choices(), keep);
+  exchange->send_offsets(ex, plan);
   EXPECT_EQ(plan.in_place, group.size() == 1);
   ScratchScope scope(*ex.scratch);
   const auto take = [&](std::int64_t rows, std::int64_t columns) {
     return ex.scratch->take({rows, columns}, DType::kF32, "test");
   };
-  const std::int64_t R = plan.received();
-  const TensorView x_T2 = take(T, 2), x_R2 = take(R, 2), weight_R1 = take(R, 1), y_R2 = take(R, 2),
-                   dweight_R1 = take(R, 1), y_T2 = take(T, 2);
+  const TensorView x_T2 = take(T, 2), y_T2 = take(T, 2);
   for (std::int64_t t = 0; t < T; ++t) {
     x_T2.as<float>()[2 * t] = static_cast<float>(tokens.begin + t);
     x_T2.as<float>()[2 * t + 1] = 1;
     y_T2.as<float>()[2 * t] = y_T2.as<float>()[2 * t + 1] = 0.5f;
   }
 
-  RowsUnderWay x = exchange->send(ex, plan, x_T2), weights = exchange->send_weights(ex, plan);
+  RowsUnderWay x = exchange->set_out(ex, plan, x_T2, keep), weights = exchange->send_weights(ex, plan);
+  exchange->read_offsets(ex, plan);
+  const std::int64_t R = plan.received();
+  const TensorView x_R2 = take(R, 2), weight_R1 = take(R, 1), y_R2 = take(R, 2), dweight_R1 = take(R, 1);
   exchange->receive_weights(ex, weight_R1, weights);
   const ops::PickedRows picked = exchange->receive(ex, plan, x);
   ops::gather_rows(ex, x_R2, picked.from_XD, picked.index_R, picked.divisor);
@@ -114,7 +120,7 @@ void Rank::run() {
     float sum = 0, count = 0;
     const std::int64_t token = tokens.begin + t;
     for (std::int64_t k = 0; k < kSlots; ++k) {
-      const std::int32_t e = expert_of(token, k);
+      const std::int32_t e = expert_of(token, k, layout.gaps);
       const std::int64_t value = e < 0 ? 0 : layout.etp * (100 * e + token);  // every piece gives a summand
       EXPECT_EQ(dweight_TK.as<float>()[t * kSlots + k], static_cast<float>(value)) << token << ", " << k;
       if (e < 0) continue;
@@ -136,8 +142,13 @@ TEST(Exchange, EveryChoiceGetsThereAndBack) {
                                {4, 1, 1},
                                {6, 1, 3},
                                {2, 1, 2}}) {
-    SCOPED_TRACE(fmt::format("ep {}, etp {}, nodes of {}", layout.ep, layout.etp, layout.node_ranks));
-    run_in_threads(layout.ep * layout.etp, [&](Communicator& group) { Rank(layout, group).run(); });
+    for (const bool gaps : {false, true}) {
+      SCOPED_TRACE(fmt::format("ep {}, etp {}, nodes of {}{}", layout.ep, layout.etp, layout.node_ranks,
+                               gaps ? ", with gaps" : ""));
+      Layout of = layout;
+      of.gaps = gaps;
+      run_in_threads(of.ep * of.etp, [&](Communicator& group) { Rank(of, group).run(); });
+    }
   }
 }
 

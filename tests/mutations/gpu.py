@@ -135,4 +135,26 @@ MUTANTS = {
         "  if (mode == Accumulate::kOverwrite)\n    for (std::size_t e = 0;",
         "  if (d.rows < 0)\n    for (std::size_t e = 0;",
         "*Overwrite*", "expert_ffn_test_on_gpu"),
+    "fused_experts_wait_for_offsets": (
+        "trainer/model/moe_layer.cpp", "  const bool one_by_one = !experts.fuses(ex);",
+        "  const bool one_by_one = true;", "*mixture", "host_waits_test_on_gpu"),
+    "loss_of_each_micro_batch_is_read": (
+        "trainer/pipeline.cpp", "  f->all_2E = f->pool_2E;\n",
+        "  f->all_2E = f->pool_2E;\n  read_totals(ex, totals);\n", "*dense", "host_waits_test_on_gpu"),
+    "counts_are_read_before_they_land": (
+        "kernels/ops/transfer.cpp", "  if (there_ != nullptr) there_->wait();\n", "", "*Lands*",
+        "transfer_test_on_gpu"),
+    "rows_laid_out_with_gaps": (
+        "trainer/model/exchange.cpp", "if (!dispatch.whole() && !dispatch.gaps)", "if (!dispatch.whole())", "*",
+        "exchange_test"),
+    "gaps_counted_as_rows": (
+        "trainer/model/token_dispatch.cpp", "if (exchange.size() == 1 && !plan.gaps) {", "if (exchange.size() == 1) {",
+        "*", "exchange_test"),
+    "offsets_with_the_experts_own_rows": (
+        "kernels/cuda/portable/routing_sort.cu", "for (std::int64_t i = 0; i < e; ++i) before += counts[i];",
+        "for (std::int64_t i = 0; i <= e && i < experts; ++i) before += counts[i];", "*Offsets*",
+        "routing_test_on_gpu"),
+    "dropped_choices_left_unsaid": (
+        "trainer/model/capacity_router.cpp", "return {kept_TK, all.weight_TK, true};",
+        "return {kept_TK, all.weight_TK, false};", "RouterGradient.MoeWithinCapacity", "router_gradient_test"),
 }

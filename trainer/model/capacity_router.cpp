@@ -21,7 +21,7 @@ class CapacityRouter final : public Router {
     if (!balance.tokens) return all;
     const TensorView kept_TK = keep.take(all.index_TK.shape, DType::kI32, "router choices within capacity");
     if (balance.tokens.row_N.elements() > 0) limit(ex, kept_TK, all, balance);
-    return {kept_TK, all.weight_TK};
+    return {kept_TK, all.weight_TK, true};
   }
 
   // What was dropped has the gradient 0, and the router's own choices are in `saved`.

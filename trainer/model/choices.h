@@ -11,6 +11,7 @@ namespace upmoe {
 // different numbers of experts, from none to K.
 struct Choices {
   ConstTensorView index_TK, weight_TK;  // int32, fp32
+  bool gaps = false;                    // there may be such slots; else all are experts
   // Slots that are not none, on the mean, where a router knows it without a look: what a rehearsal, whose slots are
   // empty, takes them to be. Below 0: all of them.
   std::int64_t taken = -1;

@@ -30,17 +30,25 @@ TensorView sum_of_choices(Exec& ex, const DispatchPlan& plan, ConstTensorView ro
 
 class FlatExchange final : public Exchange {
  public:
-  FlatExchange(const ExpertShares& shares, Communicator& ranks) : Exchange(ranks), shares_(shares) {}
+  FlatExchange(const ExpertShares& shares, Communicator& ranks)
+      : Exchange(ranks), shares_(shares), map_(whole_map(shares, ranks.size())) {}
 
   ExchangePlan plan(Exec& ex, const Choices& choices, Arena& keep) const override {
     ScratchScope scope(*ex.scratch);
-    const int ranks = meeting_.size();
     ExchangePlan plan;
-    plan.dispatch = make_plan(ex, meeting_, piece_choices(ex, shares_, ranks, choices.index_TK), shares_.etp,
-                              whole_map(shares_, ranks), keep, choices.taken);
+    plan.dispatch =
+        begin_plan(ex, meeting_, piece_choices(ex, shares_, meeting_.size(), choices), map_, keep, counts_);
     plan.weight_TK = choices.weight_TK;
-    plan.in_place = !plan.dispatch.moves();
+    plan.in_place = meeting_.size() == 1;
     return plan;
+  }
+  RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep) const override {
+    DispatchPlan& dispatch = plan.dispatch;
+    // The device lays out the rows while the host waits for the counts.
+    TensorView sent_N;
+    if (!dispatch.whole() && !dispatch.gaps) sent_N = lay_out(ex, dispatch.of_tokens(x_TD));
+    complete_plan(ex, meeting_, dispatch, map_, keep, counts_);
+    return sent_N.given() ? send_to_experts(ex, meeting_, dispatch, sent_N) : send(ex, plan, x_TD);
   }
   RowsUnderWay send(Exec& ex, const ExchangePlan& plan, ConstTensorView x_TD) const override {
     return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_tokens(x_TD));
@@ -58,6 +66,7 @@ class FlatExchange final : public Exchange {
 
  private:
   ExpertShares shares_;
+  PieceMap map_;
 };
 
 // Two stages, so that a token crosses between nodes once for each node that has an expert of its, not once for each
@@ -70,17 +79,23 @@ class FlatExchange final : public Exchange {
 class NodeExchange final : public Exchange {
  public:
   NodeExchange(const ExpertShares& shares, int ranks, const NodeGroups& nodes)
-      : Exchange(*nodes.inside), shares_(shares), ranks_(ranks), nodes_(nodes) {}
+      : Exchange(*nodes.inside),
+        begins_(node_begins(shares, ranks, nodes.inside->size())),
+        map_(node_map(shares, ranks, nodes.inside->size(), nodes.across->rank())),
+        nodes_(nodes) {}
 
   ExchangePlan plan(Exec& ex, const Choices& choices, Arena& keep) const override {
-    const int node_ranks = meeting_.size();
     ExchangePlan plan;
-    plan.nodes = make_node_plan(ex, nodes_, choices, node_begins(shares_, ranks_, node_ranks), keep);
+    plan.nodes = make_node_plan(ex, nodes_, choices, begins_, keep, counts_);
     plan.dispatch =
-        make_plan(ex, meeting_, plan.nodes.index_AK, 1,
-                  node_map(shares_, ranks_, node_ranks, nodes_.across->rank()), keep, choices.taken);
+        begin_plan(ex, meeting_, {plan.nodes.index_AK, 1, true, choices.taken}, map_, keep, counts_);
     plan.weight_TK = plan.nodes.weight_AK;
     return plan;
+  }
+  RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep) const override {
+    RowsUnderWay rows = send(ex, plan, x_TD);  // across nodes, before it is known where they go from there
+    complete_plan(ex, meeting_, plan.dispatch, map_, keep, counts_);
+    return rows;
   }
   RowsUnderWay send(Exec& ex, const ExchangePlan& plan, ConstTensorView x_TD) const override {
     return to_nodes(ex, nodes_, plan.nodes, x_TD);
@@ -108,8 +123,8 @@ class NodeExchange final : public Exchange {
   }
 
  private:
-  ExpertShares shares_;
-  int ranks_;
+  std::vector<std::int64_t> begins_;
+  PieceMap map_;
   NodeGroups nodes_;
 };
 

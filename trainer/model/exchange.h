@@ -29,9 +29,18 @@ class Exchange {
  public:
   virtual ~Exchange() = default;
 
+  // Forward begins with the plan, most of it on the device, and with the tokens' rows, which set out as soon as the
+  // counts are there: set_out() completes the plan in `keep`.
   virtual ExchangePlan plan(Exec& ex, const Choices& choices, Arena& keep) const = 0;
+  virtual RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep) const = 0;
+  // For experts that are computed one by one: expert_rows().on_host. read_offsets() waits for what send_offsets(),
+  // behind plan(), sent on its way; where the host has counted itself, both have nothing to do.
+  void send_offsets(Exec& ex, const ExchangePlan& plan) const {
+    upmoe::send_offsets(ex, plan.dispatch, counts_);
+  }
+  void read_offsets(Exec& ex, ExchangePlan& plan) const { upmoe::read_offsets(ex, plan.dispatch, counts_); }
 
-  // One row of each token to all of its experts: x in forward, dy in backward.
+  // One row of each token to all of its experts: dy in backward, as x in forward.
   virtual RowsUnderWay send(Exec& ex, const ExchangePlan& plan, ConstTensorView x_TD) const = 0;
   virtual ops::PickedRows receive(Exec& ex, const ExchangePlan& plan,
                                   RowsUnderWay& rows) const = 0;  // [R, D]
@@ -49,7 +58,8 @@ class Exchange {
 
  protected:
   explicit Exchange(Communicator& meeting) : meeting_(meeting) {}
-  Communicator& meeting_;  // the ranks among which rows meet their experts
+  Communicator& meeting_;        // the ranks among which rows meet their experts
+  mutable ops::Landing counts_;  // of the forward that runs
 };
 
 // `ranks`: those along ep and etp. With `nodes` rows go by way of nodes; etp is 1 then.

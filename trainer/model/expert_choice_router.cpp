@@ -29,7 +29,7 @@ class ExpertChoiceRouter final : public Router {
     }
     choose(ex, saved, balance.groups);
     if (balance.load) balance.load.count(ex, routes(saved));
-    Choices choices{saved.index_TK, saved.probs_TE};
+    Choices choices{saved.index_TK, saved.probs_TE, true};
     choices.taken = taken(balance.groups.tokens, T);
     return choices;
   }

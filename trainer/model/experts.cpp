@@ -18,6 +18,10 @@ ops::ExpertShape shape_of(const Param& gate_up_eGD) {
 
 }  // namespace
 
+bool Experts::fuses(const Exec& ex) const {
+  return ops::fuses_experts(ex, shape_of(gate_up_eGD));
+}
+
 ops::ExpertFfn Experts::ffn(const Saved& saved) const {
   return {.gate_up_eGD = gate_up_eGD.value,
           .down_eDF = down_eDF.value,
@@ -31,7 +35,7 @@ void Experts::forward(Exec& ex, TensorView y_RD, const Rows& rows, Arena& keep, 
   saved.weight_R1 = rows.weight_R1;
   saved.offset_e1 = rows.experts.offset_e1;
   saved.offsets.assign(rows.experts.on_host.begin(), rows.experts.on_host.end());
-  saved.fused = ops::fuses_experts(ex, shape_of(gate_up_eGD));
+  saved.fused = fuses(ex);
   saved.x = rows.x;
   // Fused, the rows are picked where they are used, and hidden rows are an output of backward.
   if (!rows.lasting || (keeps.rows && !saved.fused)) {

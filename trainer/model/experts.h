@@ -46,6 +46,9 @@ struct Experts {
   void backward_rows(Exec& ex, Backward& b, const ops::PickedRows& dy, const Saved& saved) const;
   void backward_weights(Exec& ex, const Backward& b, const Saved& saved) const;
 
+  // By the kernels for all experts at once; the others want ExpertRows::on_host.
+  bool fuses(const Exec& ex) const;
+
  private:
   ops::ExpertFfn ffn(const Saved& saved) const;
   void make_again(Exec& ex, Backward& b, const Saved& saved) const;

@@ -4,17 +4,20 @@ namespace upmoe {
 
 void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, ConstTensorView residual_TD,
                        const RouterBalance& balance, Arena& keep, Saved& saved) const {
+  const bool one_by_one = !experts.fuses(ex);
   const Choices choices = router->forward(ex, x_TD, balance, keep, saved.router);
   saved.plan = exchange->plan(ex, choices, keep);
-  const ExchangePlan& plan = saved.plan;
+  ExchangePlan& plan = saved.plan;
+  if (one_by_one) exchange->send_offsets(ex, plan);
   ScratchScope scope(*ex.scratch);
-  RowsUnderWay x = exchange->send(ex, plan, choices.rows_of(x_TD)),
+  RowsUnderWay x = exchange->set_out(ex, plan, choices.rows_of(x_TD), keep),
                weights = exchange->send_weights(ex, plan);
   SumOnto onto{.residual_TD = residual_TD};
   if (shared) {  // while the rows travel
     shared->forward(ex, y_TD, x_TD, keep, saved.shared);
     onto.base_TD = y_TD;
   }
+  if (one_by_one) exchange->read_offsets(ex, plan);
   const TensorView weight_R1 = keep.take({plan.received(), 1}, DType::kF32, "expert row weights");
   exchange->receive_weights(ex, weight_R1, weights);
   const Experts::Rows rows{.x = exchange->receive(ex, plan, x),

@@ -1,5 +1,6 @@
 #include "trainer/model/node_exchange.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "kernels/ops/routing.h"
@@ -19,14 +20,13 @@ std::int64_t sum_of(const std::vector<std::int64_t>& rows) {
 
 // How many rows go to and come from each node. On the dry device nobody counted: every token asks for every
 // node, or for as many as it has choices.
-void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, const Choices& choices,
+void count_rows(Exec& ex, const NodeGroups& groups, ops::Landing& counts, const Choices& choices,
                 NodePlan& plan) {
   const auto M = static_cast<std::int64_t>(groups.across->size());
-  std::vector<std::int32_t> all_MM = counts_of_all(ex, *groups.across, counts_M);
-  if (ex.device.type == DeviceType::kDry) {
-    const std::int64_t each = choices.index_TK.shape[0] * std::min(M, choices.of_token()) / M;
-    all_MM.assign(static_cast<std::size_t>(M * M), static_cast<std::int32_t>(each));
-  }
+  const ConstTensorView arrived_MM = counts.wait();
+  const std::int64_t each = choices.index_TK.shape[0] * std::min(M, choices.of_token()) / M;
+  std::vector<std::int32_t> all_MM(static_cast<std::size_t>(M * M), static_cast<std::int32_t>(each));
+  if (ex.device.type != DeviceType::kDry) std::copy_n(arrived_MM.as<std::int32_t>(), M * M, all_MM.begin());
   const std::int64_t me = groups.across->rank();
   for (std::int64_t m = 0; m < M; ++m) {
     plan.send_rows.push_back(all_MM[static_cast<std::size_t>(me * M + m)]);
@@ -37,7 +37,7 @@ void count_rows(Exec& ex, const NodeGroups& groups, TensorView counts_M, const C
 }  // namespace
 
 NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choices,
-                        const std::vector<std::int64_t>& node_begin, Arena& keep) {
+                        const std::vector<std::int64_t>& node_begin, Arena& keep, ops::Landing& counts) {
   const ConstTensorView &index_TK = choices.index_TK, &weight_TK = choices.weight_TK;
   const std::int64_t T = index_TK.shape[0], K = index_TK.shape[1], M = groups.across->size();
   NodePlan plan;
@@ -46,7 +46,8 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
   ScratchScope scope(*ex.scratch);
   TensorView counts_M = ex.scratch->take({M}, DType::kI32, "rows per node");
   ops::group_by_node(ex, plan.order_X, plan.slot_TM, counts_M, index_TK, node_begin);
-  count_rows(ex, groups, counts_M, choices, plan);
+  send_counts(ex, *groups.across, counts_M, counts);
+  count_rows(ex, groups, counts, choices, plan);
   // Kept for the most there could be, a row for every token and node, before the counts were known; used are the first.
   plan.order_X = plan.order_X.rows(0, sum_of(plan.send_rows));
 

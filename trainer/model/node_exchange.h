@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "kernels/core/exec.h"
+#include "kernels/ops/transfer.h"
 #include "trainer/model/choices.h"
 #include "trainer/model/rows_under_way.h"
 
@@ -29,9 +29,10 @@ struct NodePlan {
   std::int64_t arrived() const { return index_AK.shape[0]; }  // A
 };
 
-// node_begin: the first expert of each node and their number behind. Collective over groups.across.
+// node_begin: the first expert of each node and their number behind. Collective over groups.across; the host waits for
+// the counts, which come by way of `counts`.
 NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choices,
-                        const std::vector<std::int64_t>& node_begin, Arena& keep);
+                        const std::vector<std::int64_t>& node_begin, Arena& keep, ops::Landing& counts);
 
 // Rows of tokens at the nodes of their experts, [A, X], once waited for.
 RowsUnderWay to_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TX);

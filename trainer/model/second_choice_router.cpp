@@ -17,7 +17,7 @@ class SecondChoiceRouter final : public Router {
     if (!balance.tokens) return all;
     const TensorView kept_TK = keep.take(all.index_TK.shape, DType::kI32, "router choices that were drawn");
     ops::draw_second(ex, kept_TK, all.index_TK, all.weight_TK, balance.tokens.draws("router.second_choice"));
-    return {kept_TK, all.weight_TK};
+    return {kept_TK, all.weight_TK, true};
   }
 
   void backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const RouterBalance& balance,

@@ -19,13 +19,16 @@ Shape rows_shape(std::int64_t rows, const Shape& like) {
 
 // counts_PE[p*E + e]: rows that rank p of the group sends to expert e. On the dry device nobody counted; the
 // rehearsal takes a balanced router, of which these are `rows`.
-std::vector<std::int32_t> gather_counts(Exec& ex, Communicator& exchange, TensorView counts_E,
-                                        std::int64_t rows) {
-  std::vector<std::int32_t> counts_PE = counts_of_all(ex, exchange, counts_E);
-  if (ex.device.type != DeviceType::kDry) return counts_PE;
-  const std::int64_t E = counts_E.shape[0];
-  for (std::int64_t i = 0; i < exchange.size() * E; ++i)
-    counts_PE[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(balanced(rows, E, i % E).size());
+std::vector<std::int32_t> read_counts(Exec& ex, ops::Landing& counts, std::int64_t P, std::int64_t E,
+                                      std::int64_t rows) {
+  const ConstTensorView arrived_PE = counts.wait();
+  std::vector<std::int32_t> counts_PE(static_cast<std::size_t>(P * E));
+  if (ex.device.type != DeviceType::kDry) {
+    std::copy_n(arrived_PE.as<std::int32_t>(), P * E, counts_PE.begin());
+  } else {
+    for (std::int64_t i = 0; i < P * E; ++i)
+      counts_PE[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(balanced(rows, E, i % E).size());
+  }
   return counts_PE;
 }
 
@@ -47,8 +50,9 @@ void regroup(Exec& ex, DispatchPlan& plan, const std::vector<std::int32_t>& coun
 
 }  // namespace
 
-ConstTensorView piece_choices(Exec& ex, const ExpertShares& shares, int ranks, ConstTensorView index_TK) {
-  if (shares.etp == 1) return index_TK;
+PieceChoices piece_choices(Exec& ex, const ExpertShares& shares, int ranks, const Choices& choices) {
+  const ConstTensorView& index_TK = choices.index_TK;
+  if (shares.etp == 1) return {index_TK, 1, choices.gaps, choices.taken};
   const std::vector<std::int32_t> numbers = shares.numbers(ranks);
   const Shape shape{shares.num_experts, shares.etp};
   TensorView piece_EP = ex.scratch->take(shape, DType::kI32, "numbers of the pieces of experts");
@@ -56,7 +60,7 @@ ConstTensorView piece_choices(Exec& ex, const ExpertShares& shares, int ranks, C
   TensorView index_TS =
       ex.scratch->take({index_TK.shape[0], index_TK.shape[1] * shares.etp}, DType::kI32, "choices of pieces");
   ops::expand_choices(ex, index_TS, index_TK, piece_EP);
-  return index_TS;
+  return {index_TS, shares.etp, choices.gaps, choices.taken};
 }
 
 namespace {
@@ -84,52 +88,90 @@ void count_rows(DispatchPlan& plan, const Communicator& exchange, const PieceMap
 
 }  // namespace
 
-DispatchPlan make_plan(Exec& ex, Communicator& exchange, ConstTensorView index_TS, std::int64_t pieces,
-                       const PieceMap& map, Arena& keep, std::int64_t taken) {
+DispatchPlan begin_plan(Exec& ex, Communicator& exchange, const PieceChoices& choices, const PieceMap& map,
+                        Arena& keep, ops::Landing& counts) {
+  const ConstTensorView& index_TS = choices.index_TS;
   DispatchPlan plan;
-  plan.choices = index_TS.shape[1] / pieces;
-  plan.pieces = pieces;
+  plan.choices = index_TS.shape[1] / choices.pieces;
+  plan.pieces = choices.pieces;
+  plan.gaps = choices.gaps;
+  plan.taken = choices.taken;
   plan.order_N = keep.take({index_TS.elements()}, DType::kI32, "dispatch order");
   plan.slot_TS = keep.take(index_TS.shape, DType::kI32, "dispatch slots");
+  const std::int64_t E = map.pieces(), local = map.of_rank[static_cast<std::size_t>(exchange.rank())].size();
+  plan.offset_e1 = keep.take({local + 1}, DType::kI32, "where the experts' rows begin");
   ScratchScope scope(*ex.scratch);
-  TensorView counts_E = ex.scratch->take({map.pieces()}, DType::kI32, "rows per piece");
+  TensorView counts_E = ex.scratch->take({E}, DType::kI32, "rows per piece");
   ops::sort_by_expert(ex, plan.order_N, plan.slot_TS, counts_E, index_TS);
+  if (exchange.size() == 1 && !plan.gaps) {
+    ops::row_offsets(ex, plan.offset_e1, counts_E);
+    plan.rows = plan.sent();
+  } else {
+    send_counts(ex, exchange, counts_E, counts);
+  }
+  return plan;
+}
+
+void complete_plan(Exec& ex, const Communicator& exchange, DispatchPlan& plan, const PieceMap& map,
+                   Arena& keep, ops::Landing& counts) {
+  if (plan.whole()) return;
   // A row that came to this node has its share of the choices here.
   const std::int64_t balanced_rows =
-      taken >= 0 ? taken * pieces : plan.sent() / std::min(map.nodes, plan.choices);
-  // Here the host waits for the device: it has to know how many rows come, and for which experts.
-  const std::vector<std::int32_t> counts_PE = gather_counts(ex, exchange, counts_E, balanced_rows);
+      plan.taken >= 0 ? plan.taken * plan.pieces : plan.sent() / std::min(map.nodes, plan.choices);
+  const std::vector<std::int32_t> counts_PE =
+      read_counts(ex, counts, exchange.size(), map.pieces(), balanced_rows);
   count_rows(plan, exchange, map, counts_PE);
   const std::vector<std::int32_t> offsets(plan.expert_offsets.begin(), plan.expert_offsets.end());
-  const Shape one_more{static_cast<std::int64_t>(offsets.size())};
-  plan.offset_e1 = keep.take(one_more, DType::kI32, "where the experts' rows begin");
-  ops::upload(ex, plan.offset_e1, host_view(offsets.data(), one_more));
+  ops::upload(ex, plan.offset_e1, host_view(offsets.data(), plan.offset_e1.shape));
   plan.order_N =
       plan.order_N.rows(0, std::accumulate(plan.send_rows.begin(), plan.send_rows.end(), std::int64_t{0}));
+  plan.rows = plan.expert_offsets.back();
   if (exchange.size() > 1) {
     plan.regroup_R = keep.take({plan.received()}, DType::kI32, "regroup");
     plan.ungroup_R = keep.take({plan.received()}, DType::kI32, "ungroup");
     regroup(ex, plan, counts_PE, exchange.size(), map.pieces(),
             map.of_rank[static_cast<std::size_t>(exchange.rank())]);
   }
-  return plan;
+}
+
+void send_offsets(Exec& ex, const DispatchPlan& plan, ops::Landing& offsets) {
+  if (plan.whole() && plan.expert_offsets.empty()) offsets.start(ex, plan.offset_e1);
+}
+
+void read_offsets(Exec& ex, DispatchPlan& plan, ops::Landing& offsets) {
+  if (!plan.expert_offsets.empty()) return;
+  const std::int64_t experts = plan.offset_e1.elements() - 1;
+  const ConstTensorView arrived_e1 = offsets.wait();
+  plan.expert_offsets.push_back(0);
+  for (std::int64_t e = 0; e < experts; ++e)  // on the dry device a balanced router's
+    plan.expert_offsets.push_back(ex.device.type == DeviceType::kDry ? balanced(plan.rows, experts, e).end
+                                                                     : arrived_e1.as<std::int32_t>()[e + 1]);
 }
 
 // The way of the rows, and back. gather and regroup are both permutations, each applied while rows are copied anyway:
 //
 //   x_TD --order_N--> by expert --all_to_all--> by rank, expert --regroup_R--> by expert --> experts
 //   y_TD <--slot_TS-- by expert <--all_to_all-- by rank, expert <--ungroup_R-- by expert <-- experts
+TensorView lay_out(Exec& ex, const ops::PickedRows& rows) {
+  const ConstTensorView& from = rows.from_XD;
+  TensorView sent_N =
+      ex.scratch->take(rows_shape(rows.index_R.rows(), from.shape), from.dtype, "rows to the experts");
+  ops::gather_rows(ex, sent_N, from, rows.index_R, rows.divisor);
+  return sent_N;
+}
+
+RowsUnderWay send_to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
+                             ConstTensorView sent_N) {
+  TensorView arrived_R =
+      ex.scratch->take(rows_shape(plan.received(), sent_N.shape), sent_N.dtype, "rows from all ranks");
+  return {exchange.all_to_all_rows(arrived_R, plan.recv_rows, sent_N, plan.send_rows, ex),
+          {arrived_R, plan.regroup_R, 1}};
+}
+
 RowsUnderWay to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
                         const ops::PickedRows& rows) {
   if (!plan.moves()) return {{}, rows};  // sorted order is expert-major already
-  const ConstTensorView& from = rows.from_XD;
-  TensorView sent_N =
-      ex.scratch->take(rows_shape(plan.sent(), from.shape), from.dtype, "rows to the experts");
-  TensorView arrived_R =
-      ex.scratch->take(rows_shape(plan.received(), from.shape), from.dtype, "rows from all ranks");
-  ops::gather_rows(ex, sent_N, from, rows.index_R, rows.divisor);
-  return {exchange.all_to_all_rows(arrived_R, plan.recv_rows, sent_N, plan.send_rows, ex),
-          {arrived_R, plan.regroup_R, 1}};
+  return send_to_experts(ex, exchange, plan, lay_out(ex, rows));
 }
 
 RowsUnderWay from_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,

@@ -40,7 +40,7 @@ class TokenMixtureRouter final : public Router {
     mix(ex, mix_MD, x_TD, saved.probs_TE, groups, here);
     number_rows(ex, index_M1, balance.load, here);
     ops::fill(ex, weight_M1, 1.0f);
-    Choices choices{index_M1, weight_M1};
+    Choices choices{index_M1, weight_M1, here.first_row + here.rows > here.mixtures};
     choices.rows_TD = mix_MD;
     return choices;
   }

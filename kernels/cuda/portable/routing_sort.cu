@@ -58,6 +58,15 @@ struct OrderAndSlot {
   }
 };
 
+// Experts are few: each thread adds up those before its own.
+__global__ void add_counts(std::int32_t* offset, const std::int32_t* counts, std::int64_t experts) {
+  for (std::int64_t e = threadIdx.x; e <= experts; e += blockDim.x) {
+    std::int32_t before = 0;
+    for (std::int64_t i = 0; i < e; ++i) before += counts[i];
+    offset[e] = before;
+  }
+}
+
 // Item t * nodes + m: has token t business on node m?
 struct NodeKey {
   const std::int32_t* index;
@@ -216,6 +225,11 @@ void sort_by_expert(Exec& ex, TensorView order_N, TensorView slot_TK, TensorView
                 ExpertKey{index_TK.as<std::int32_t>(), experts, stream_of(ex).findings()},
                 OrderAndSlot{order_N.as<std::int32_t>(), slot_TK.as<std::int32_t>(), 1},
                 counts_E.as<std::int32_t>());
+}
+
+void row_offsets(Exec& ex, TensorView offset_e1, ConstTensorView counts_e) {
+  launch(ex, 1, kThreads, add_counts, offset_e1.as<std::int32_t>(), counts_e.as<std::int32_t>(),
+         counts_e.elements());
 }
 
 void group_by_node(Exec& ex, TensorView order_X, TensorView slot_TM, TensorView counts_M,

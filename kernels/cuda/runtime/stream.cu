@@ -25,6 +25,13 @@ CudaStream::~CudaStream() {
   // Nothing to do about errors here; the driver frees everything with the process.
   cudaStreamSynchronize(raw_);
   cudaStreamDestroy(raw_);
+  cudaFreeHost(staging_);
+}
+
+std::byte* CudaStream::staging() {
+  void* memory = staging_;
+  if (memory == nullptr) check(cudaHostAlloc(&memory, kStaging, cudaHostAllocDefault));
+  return staging_ = static_cast<std::byte*>(memory);
 }
 
 void CudaStream::synchronize() {
@@ -66,6 +73,10 @@ void Event::record(Stream& stream) {
 void Event::hold(Stream& stream) const {
   cuda::check(
       cudaStreamWaitEvent(static_cast<cuda::CudaStream&>(stream).raw(), static_cast<cudaEvent_t>(event_), 0));
+}
+
+void Event::wait() const {
+  cuda::check(cudaEventSynchronize(static_cast<cudaEvent_t>(event_)));
 }
 
 bool Event::has_passed() const {

@@ -24,6 +24,9 @@ class CudaStream final : public Stream {
   void synchronize() override;
 
   cudaStream_t raw() const { return raw_; }
+  // Pinned memory of the host for what the host reads of the stream: a copy to other memory would hold it by itself.
+  static constexpr std::size_t kStaging = std::size_t{256} << 10;
+  std::byte* staging();
   int sm() const { return sm_; }  // the GPU's compute capability: 90 is 9.0
   int multiprocessors() const { return multiprocessors_; }
   FindingWords findings() const { return findings_->words(); }
@@ -41,6 +44,7 @@ class CudaStream final : public Stream {
   cudaStream_t raw_ = nullptr;
   int sm_ = 0, multiprocessors_ = 0;
   std::optional<Findings> findings_;  // always there
+  std::byte* staging_ = nullptr;      // from its first use on
   std::map<std::type_index, std::shared_ptr<void>> kept_;
 };
 

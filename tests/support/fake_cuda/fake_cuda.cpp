@@ -136,6 +136,9 @@ std::size_t allocated() {
 void set_delays(std::uint64_t seed) {
   world().delays = seed;
 }
+int host_waits() {
+  return waits_of_thread;
+}
 void fail_next(const char* call, int error, int times) {
   const std::lock_guard lock(world().mutex);
   world().failures[call] = {error, times};
@@ -210,6 +213,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  ++fake_cuda::waits_of_thread;
   if (stream != nullptr) stream->wait();
   fake_cuda::host_waited_for_stream(stream);
   return planted("cudaStreamSynchronize");
@@ -228,6 +232,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
+  ++fake_cuda::waits_of_thread;
   std::vector<FakeStream*> mine;
   {
     const std::lock_guard lock(streams_mutex);
@@ -273,6 +278,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEven
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  ++fake_cuda::waits_of_thread;
   if (const std::shared_ptr<Moment> moment = event->last(); moment != nullptr) moment->wait();
   fake_cuda::host_waited_for_event(event);
   return cudaSuccess;

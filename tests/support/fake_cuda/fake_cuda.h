@@ -18,6 +18,10 @@ void set_delays(std::uint64_t seed);
 // The next `times` calls of this name (say "cudaMemcpyAsync") fail with `error`.
 void fail_next(const char* call, int error, int times = 1);
 
+// Calls of this thread so far that hold the host until the device has come to something: for a stream, the device or
+// an event, and copies to memory of the host that is not pinned.
+int host_waits();
+
 // A product as cuBLASLt was asked for it, column-major.
 struct Matmul {
   std::int64_t m, n, k;

@@ -50,9 +50,14 @@ cudaError_t cudaFree(void* memory) {
 cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) {
   if (const cudaError_t e = planted("cudaHostAlloc"); e != cudaSuccess) return e;
   *memory = std::malloc(bytes);
-  return *memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
+  const std::lock_guard lock(world().mutex);
+  world().pinned[*memory] = bytes;
+  return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
+  const std::lock_guard lock(world().mutex);
+  world().pinned.erase(memory);
   std::free(memory);
   return cudaSuccess;
 }
@@ -86,6 +91,14 @@ bool is_device(const void* p) {
          static_cast<const char*>(p) < static_cast<char*>(std::prev(a)->first) + std::prev(a)->second;
 }
 
+bool is_pinned(const void* p) {
+  World& w = world();
+  const std::lock_guard lock(w.mutex);
+  const auto at = w.pinned.upper_bound(const_cast<void*>(p));
+  return at != w.pinned.begin() &&
+         static_cast<const char*>(p) < static_cast<char*>(std::prev(at)->first) + std::prev(at)->second;
+}
+
 }  // namespace
 
 void fake_cuda::add_pointers_in(const void* argument, std::size_t bytes, Ranges& reads) {
@@ -105,6 +118,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   fake_cuda::touched(stream, "a copy", from_device ? fake_cuda::Ranges{{from, bytes}} : fake_cuda::Ranges{},
                      is_device(to) ? fake_cuda::Ranges{{to, bytes}} : fake_cuda::Ranges{});
   if (from_device) {
+    if (!is_device(to) && !is_pinned(to)) ++fake_cuda::waits_of_thread;
     fake_cuda::enqueue(stream, [=] { std::memcpy(to, from, bytes); });
     return cudaSuccess;
   }

@@ -20,7 +20,7 @@ struct World {
   std::mutex mutex;
   int devices = 8, major = 9, minor = 0;
   std::size_t memory = std::size_t{64} << 30, used = 0;
-  std::map<void*, std::size_t> allocations;
+  std::map<void*, std::size_t> allocations, pinned;
   std::map<CUmemGenericAllocationHandle, std::size_t> handles;
   std::map<CUdeviceptr, CUmemGenericAllocationHandle> mapped;
   CUmemGenericAllocationHandle next_handle = 1;
@@ -31,6 +31,8 @@ inline World& world() {
   static World w;
   return w;
 }
+
+inline thread_local int waits_of_thread = 0;
 
 // The error that a test has planted for this call.
 inline cudaError_t planted(const char* call) {
