@@ -78,7 +78,9 @@ double memory_left(const std::string& root, const std::string& own, const std::s
 
 void warn_of_memory(const Session& session, Communicator& world) {
   if (session.memory.exec.device.type != DeviceType::kCpu) return;  // a GPU's memory tells by itself
-  const MemoryEstimate mine = estimate_memory(session.run, session.config, world.rank(), world.size());
+  RunConfig run = session.run;
+  run.device = DeviceChoice::kCpu;  // as it was chosen
+  const MemoryEstimate mine = estimate_memory(run, session.config, world.rank(), world.size());
   const std::vector<std::int64_t> hosts = hosts_of(world);
   const std::vector<std::int64_t> needs = gather(world, static_cast<std::int64_t>(mine.total()));
   const std::int64_t here = hosts[static_cast<std::size_t>(world.rank())];

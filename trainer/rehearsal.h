@@ -16,8 +16,9 @@ class DryBatches;
 // backend takes inside an op. (A rank without a micro-batch in a round sends no rows and is taken to get none.)
 class Rehearsal {
  public:
-  // Of `run`, neither its data and model files nor its directory are looked at. `wire`, where given, is shown every
-  // transfer, and outlives the rehearsal.
+  // Of `run`, neither its data and model files nor its directory are looked at. Experts are computed as kernels.experts
+  // asks for on a GPU that can, unless `device` is cpu. `wire`, where given, is shown every transfer, and outlives the
+  // rehearsal.
   Rehearsal(const RunConfig& run, const ModelConfig& model, int rank, int ranks, DryWire* wire = nullptr);
 
   // Step 1, 2, ...: what it books. In the first one no updated weights are under way yet; the others are alike.

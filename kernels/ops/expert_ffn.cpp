@@ -16,14 +16,11 @@ TensorView memory_for(Exec& ex, const TensorView& there, Shape shape, DType dtyp
   return there.given() ? there : ex.scratch->take(shape, dtype, what);
 }
 
-void forward_fused(Exec& ex, TensorView y_RD, const ExpertActivations& kept, PickedRows x,
+void forward_fused(Exec& ex, TensorView y_RD, const ExpertActivations& kept, const PickedRows& x,
                    const ExpertFfn& f) {
+  UPMOE_CHECK(!kept.x_RD.given() && !kept.h_RF.given(), "fused, picked and hidden rows are not kept");
   const std::int64_t R = y_RD.rows(), G = f.gate_up_eGD.shape[1];
   ScratchScope scope(*ex.scratch);
-  if (kept.x_RD.given()) {
-    pick(ex, kept.x_RD, x);
-    x = {kept.x_RD, {}};
-  }
   const TensorView gate_up_RG = memory_for(ex, kept.gate_up_RG, {R, G}, y_RD.dtype, "expert gate and up"),
                    h_RF = ex.scratch->take({R, G / 2}, y_RD.dtype, "expert hidden");
   experts_up(ex, gate_up_RG, h_RF, x, f);

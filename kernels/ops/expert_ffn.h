@@ -18,7 +18,7 @@ namespace upmoe::ops {
 struct ExpertActivations {
   TensorView x_RD, gate_up_RG, h_RF;
 };
-// Writes y_RD, and of `kept` what is given (fused: x_RD and gate_up_RG alone).
+// Writes y_RD, and of `kept` what is given (fused: gate_up_RG alone).
 void expert_ffn_forward(Exec& ex, TensorView y_RD, const ExpertActivations& kept, const PickedRows& x,
                         const ExpertFfn& f);
 

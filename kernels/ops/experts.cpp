@@ -49,7 +49,8 @@ double bytes_of_picked(const PickedRows& p, std::int64_t rows) {
 }  // namespace
 
 bool fuses_experts(const Exec& ex, const ExpertShape& shape) {
-  // What no device computes is counted as if step by step, which keeps more.
+  if (ex.device.type == DeviceType::kDry)
+    return ex.experts == ExpertsPath::kFused && shape.experts > 0 && why_not_fused(shape).empty();
   return ex.device.type == DeviceType::kCuda && cuda::backend().fuses_experts(ex, shape);
 }
 

@@ -6,6 +6,7 @@
 // fuses_experts() says yes to; the CPU takes every shape, fp32 and bf16, by its ops for the single steps.
 
 #include "kernels/ops/expert_rows.h"
+#include "kernels/ops/expert_shape.h"
 #include "kernels/ops/gemm.h"
 
 namespace upmoe::ops {
@@ -23,12 +24,8 @@ struct ExpertFfn {
   bool fused = false;  // by the ops of this file
 };
 
-struct ExpertShape {
-  std::int64_t experts = 0, width = 0, neurons = 0;   // e, D, F
-  DType dtype = DType::kF32, gradient = DType::kF32;  // of the weights
-};
 // Whether ex's device computes such experts by the ops below, as ex.experts asks for. Where it asks in vain the log
-// says why, once.
+// says why, once. The dry device stands for a GPU that has them.
 bool fuses_experts(const Exec& ex, const ExpertShape& shape);
 
 // gate_up = x w_gate_up^T, h = weight * SwiGLU(gate_up).

@@ -184,6 +184,21 @@ double distance(const HostTensor& a, const HostTensor& b) {
   return relative_distance({x.begin(), x.end()}, {y.begin(), y.end()});
 }
 
+TEST(FusedExperts, KeepNeitherPickedNorHiddenRows) {
+  OpExec dry(DeviceType::kDry);
+  const auto rows16 = [](Shape shape) { return dry_tensor(shape, DType::kBF16); };
+  const ops::ExpertFfn f{rows16({2, 8, 6}),
+                         rows16({2, 6, 4}),
+                         dry_tensor({5}, DType::kF32),
+                         {dry_tensor({3}, DType::kI32)},
+                         true};
+  const ops::PickedRows rows{rows16({3, 6}), dry_tensor({5}, DType::kI32), 2};
+  const TensorView gate_up = rows16({5, 8});
+  EXPECT_NO_THROW(ops::expert_ffn_forward(dry, rows16({5, 6}), {{}, gate_up, {}}, rows, f));
+  EXPECT_THROW(ops::expert_ffn_forward(dry, rows16({5, 6}), {rows16({5, 6}), gate_up, {}}, rows, f), Error);
+  EXPECT_THROW(ops::expert_ffn_forward(dry, rows16({5, 6}), {{}, gate_up, rows16({5, 4})}, rows, f), Error);
+}
+
 // Widths of whole tiles: experts without rows, with one, with a tile and a row more.
 TEST(FusedExperts, MatchTheReferenceAndTheOtherWay) {
   OpExec ex;

@@ -91,7 +91,8 @@ void Rank::run() {
     y_T2.as<float>()[2 * t] = y_T2.as<float>()[2 * t + 1] = 0.5f;
   }
 
-  RowsUnderWay x = exchange->set_out(ex, plan, x_T2, keep), weights = exchange->send_weights(ex, plan);
+  RowsUnderWay x = exchange->set_out(ex, plan, x_T2, keep, layout.gaps ? *ex.scratch : keep),
+               weights = exchange->send_weights(ex, plan);
   exchange->read_offsets(ex, plan);
   const std::int64_t R = plan.received();
   const TensorView x_R2 = take(R, 2), weight_R1 = take(R, 1), y_R2 = take(R, 2), dweight_R1 = take(R, 1);

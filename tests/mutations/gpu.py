@@ -27,7 +27,7 @@ MUTANTS = {
         "          bytes_of(out_RN), Work::kModel);", "          bytes_of(out_RN));", "*SameModelWork",
         "expert_ffn_test_on_gpu"),
     "fused_experts_of_any_width": (
-        "kernels/cuda/choose/expert_ffn.cpp", "s.width % kColumns != 0", "s.width % 8 != 0", "*SaysWhyNot",
+        "kernels/ops/expert_shape.h", "s.width % kExpertColumns != 0", "s.width % 8 != 0", "*SaysWhyNot",
         "choose_test"),
     "experts_in_any_order": (
         "kernels/cuda/portable/expert_index.cu", "  ranking[place] = e;", "  ranking[place] = e / 2;",
@@ -144,6 +144,13 @@ MUTANTS = {
     "counts_are_read_before_they_land": (
         "kernels/ops/transfer.cpp", "  if (there_ != nullptr) there_->wait();\n", "", "*Lands*",
         "transfer_test_on_gpu"),
+    "fused_rows_arrive_in_scratch": (
+        "trainer/model/moe_layer.cpp", "one_by_one ? *ex.scratch : keep)", "*ex.scratch)", "FusedExpertsOfRanks.*",
+        "fused_experts_test_on_gpu"),
+    "rehearsal_of_streams_alone": (
+        "kernels/ops/experts.cpp",
+        "    return ex.experts == ExpertsPath::kFused && shape.experts > 0 && why_not_fused(shape).empty();",
+        "    return false;", "*none", "fused_experts_test_on_gpu"),
     "rows_laid_out_with_gaps": (
         "trainer/model/exchange.cpp", "if (!dispatch.whole() && !dispatch.gaps)", "if (!dispatch.whole())", "*",
         "exchange_test"),

@@ -106,7 +106,7 @@ MUTANTS = {
         "  const bool last = action.micro_batch == 0;", "*"),
     "rows_of_other_ranks_not_kept": (
         "trainer/model/experts.cpp", "if (!rows.lasting || (keeps.rows && !saved.fused)) {",
-        "if (keeps.rows && !saved.fused) {", "FusedExpertsOfRanks.*", "fused_experts_test_on_gpu"),
+        "if (keeps.rows && !saved.fused) {", "*Recomputation*"),
     "hidden_rows_kept_by_the_fused_path": (
         "trainer/model/experts.cpp", "if (keeps.hidden && !saved.fused)", "if (keeps.hidden)", "*/none",
         "fused_experts_test_on_gpu"),

@@ -7,6 +7,7 @@
 
 #include "tests/support/layout_run.h"
 #include "tests/support/tolerance.h"
+#include "trainer/rehearsal.h"
 
 namespace upmoe::test {
 namespace {
@@ -44,14 +45,36 @@ Layout whole_tiles(MeshSpec mesh = {}) {
   return layout;
 }
 
-// Of a micro-batch, in each layer: the rows that experts are given and their hidden rows.
+// Of a micro-batch, in each layer: the rows that experts are given and their hidden rows. Those that came from other
+// ranks are kept as they came.
 void expect_less_kept(const Layout& layout, const Steps& streams, const Steps& fused) {
   const Golden golden(layout.model);
   const ModelConfig config = config_of(layout, golden);
   const auto rows = static_cast<std::size_t>(golden.seq_len() * config.num_experts_per_tok),
-             each = static_cast<std::size_t>(config.hidden_size + config.moe_intermediate_size) * 2,
+             hidden = static_cast<std::size_t>(config.moe_intermediate_size) * 2,
+             picked = static_cast<std::size_t>(config.hidden_size) * 2,
              layers = static_cast<std::size_t>(config.num_hidden_layers);
-  EXPECT_GE(streams.activations, fused.activations + layers * rows * each);
+  // A rank of two has half of all rows, more or less.
+  const std::size_t less = layout.mesh.ep == 1 ? rows * (hidden + picked) : rows / 2 * hidden;
+  EXPECT_GE(streams.activations, fused.activations + layers * less);
+}
+
+// A rehearsal of one rank, which knows its rows whatever the router does.
+void expect_rehearsed(Layout layout, const Steps& fused) {
+  layout.experts = ExpertsPath::kFused;
+  const Golden golden(layout.model);
+  RunConfig run = run_of(layout, golden, "unused");
+  Rehearsal rehearsal(run, config_of(layout, golden), 0, 1);
+  rehearsal.step();
+  const Ledger& ledger = rehearsal.step();
+  std::set<std::string> booked;
+  for (const auto& [op, cost] : ledger.entries()) booked.insert(op);
+  EXPECT_EQ(booked, fused.booked);
+  EXPECT_EQ(ledger.total().model_flops, fused.model_flops);
+  EXPECT_EQ(rehearsal.memory_use().activations, fused.activations);
+  run.device = DeviceChoice::kCpu;  // where kernels.experts means nothing
+  Rehearsal on_cpu(run, config_of(layout, golden), 0, 1);
+  EXPECT_TRUE(on_cpu.step().entries().contains("grouped_gemm_forward"));
 }
 
 void expect_same_steps(const Layout& layout) {
@@ -62,7 +85,8 @@ void expect_same_steps(const Layout& layout) {
               fused.booked.contains("experts_dhidden") && fused.booked.contains("experts_wgrad"));
   for (const std::string& op : fused.booked) EXPECT_THAT(op, testing::Not(HasSubstr("grouped_gemm")));
   EXPECT_EQ(fused.model_flops, streams.model_flops);
-  if (layout.recompute == Recompute::kNone && layout.mesh.ep == 1) expect_less_kept(layout, streams, fused);
+  if (layout.recompute == Recompute::kNone) expect_less_kept(layout, streams, fused);
+  if (layout.mesh.world() == 1) expect_rehearsed(layout, fused);
   for (std::size_t i = 0; i < streams.outcome.losses.size(); ++i) {
     EXPECT_NEAR(fused.outcome.losses[i], streams.outcome.losses[i], 2e-3 * streams.outcome.losses[i]) << i;
     EXPECT_NEAR(fused.outcome.norms[i], streams.outcome.norms[i], 1e-2 * streams.outcome.norms[i]) << i;
@@ -106,9 +130,24 @@ INSTANTIATE_TEST_SUITE_P(Recomputing, FusedExperts,
                                          Recompute::kBlock),
                          [](const auto& i) { return std::string(name_of(i.param)); });
 
-// Rows from other ranks are kept as they were picked.
+// Rows from other ranks are picked where they arrived.
 TEST(FusedExpertsOfRanks, TrainTheSameSteps) {
   expect_same_steps(whole_tiles({1, 2, 1, 1, 2, 1}));
+}
+
+// By way of nodes: they arrive from ranks of the node, or across nodes where it has one rank.
+TEST(FusedExpertsOfRanks, TrainTheSameStepsByNodes) {
+  for (const int node_ranks : {1, 2}) {
+    Layout layout = whole_tiles(node_ranks == 1 ? MeshSpec{1, 2, 1, 1, 2, 1} : MeshSpec{1, 4, 1, 1, 4, 1});
+    layout.node_ranks = node_ranks;
+    layout.steps = 1;
+    SCOPED_TRACE(node_ranks);
+    const Steps streams = run_with(layout, ExpertsPath::kStreams),
+                fused = run_with(layout, ExpertsPath::kFused);
+    EXPECT_TRUE(fused.booked.contains("experts_up"));
+    EXPECT_NEAR(fused.outcome.losses[0], streams.outcome.losses[0], 2e-3 * streams.outcome.losses[0]);
+    EXPECT_NEAR(fused.outcome.norms[0], streams.outcome.norms[0], 1e-2 * streams.outcome.norms[0]);
+  }
 }
 
 TEST(FusedExpertsAsked, InVainSaysWhyAndComputesAsEver) {

@@ -4,7 +4,7 @@ namespace upmoe {
 
 RowsUnderWay Exchange::send_weights(Exec& ex, const ExchangePlan& plan) const {
   const ConstTensorView weight_N1 = plan.weight_TK.reshape({plan.weight_TK.elements(), 1});
-  return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_choices(weight_N1));
+  return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_choices(weight_N1), *ex.scratch);
 }
 
 void Exchange::receive_weights(Exec& ex, TensorView weight_R1, RowsUnderWay& weights) const {
@@ -42,16 +42,18 @@ class FlatExchange final : public Exchange {
     plan.in_place = meeting_.size() == 1;
     return plan;
   }
-  RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep) const override {
+  RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep,
+                       Arena& into) const override {
     DispatchPlan& dispatch = plan.dispatch;
     // The device lays out the rows while the host waits for the counts.
     TensorView sent_N;
     if (!dispatch.whole() && !dispatch.gaps) sent_N = lay_out(ex, dispatch.of_tokens(x_TD));
     complete_plan(ex, meeting_, dispatch, map_, keep, counts_);
-    return sent_N.given() ? send_to_experts(ex, meeting_, dispatch, sent_N) : send(ex, plan, x_TD);
+    if (sent_N.given()) return send_to_experts(ex, meeting_, dispatch, sent_N, into);
+    return to_experts(ex, meeting_, dispatch, dispatch.of_tokens(x_TD), into);
   }
   RowsUnderWay send(Exec& ex, const ExchangePlan& plan, ConstTensorView x_TD) const override {
-    return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_tokens(x_TD));
+    return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_tokens(x_TD), *ex.scratch);
   }
   ops::PickedRows receive(Exec&, const ExchangePlan&, RowsUnderWay& rows) const override {
     return rows.wait();
@@ -92,16 +94,20 @@ class NodeExchange final : public Exchange {
     plan.weight_TK = plan.nodes.weight_AK;
     return plan;
   }
-  RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep) const override {
-    RowsUnderWay rows = send(ex, plan, x_TD);  // across nodes, before it is known where they go from there
+  RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep,
+                       Arena& into) const override {
+    // Across nodes, before it is known where they go from there; a rank alone on its node picks from what arrived.
+    RowsUnderWay rows = to_nodes(ex, nodes_, plan.nodes, x_TD, meeting_.size() == 1 ? into : *ex.scratch);
     complete_plan(ex, meeting_, plan.dispatch, map_, keep, counts_);
+    rows.into = &into;
     return rows;
   }
   RowsUnderWay send(Exec& ex, const ExchangePlan& plan, ConstTensorView x_TD) const override {
-    return to_nodes(ex, nodes_, plan.nodes, x_TD);
+    return to_nodes(ex, nodes_, plan.nodes, x_TD, *ex.scratch);
   }
   ops::PickedRows receive(Exec& ex, const ExchangePlan& plan, RowsUnderWay& rows) const override {
-    return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_tokens(rows.wait().from_XD)).wait();
+    Arena& into = rows.into != nullptr ? *rows.into : *ex.scratch;
+    return to_experts(ex, meeting_, plan.dispatch, plan.dispatch.of_tokens(rows.wait().from_XD), into).wait();
   }
   // Their sum crosses, not the rows.
   void add_back(Exec& ex, const ExchangePlan& plan, TensorView y_TD, RowsUnderWay& rows,

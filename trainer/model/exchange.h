@@ -30,9 +30,11 @@ class Exchange {
   virtual ~Exchange() = default;
 
   // Forward begins with the plan, most of it on the device, and with the tokens' rows, which set out as soon as the
-  // counts are there: set_out() completes the plan in `keep`.
+  // counts are there: set_out() completes the plan in `keep`. What receive() then picks from is x_TD or lies in
+  // `into`.
   virtual ExchangePlan plan(Exec& ex, const Choices& choices, Arena& keep) const = 0;
-  virtual RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep) const = 0;
+  virtual RowsUnderWay set_out(Exec& ex, ExchangePlan& plan, ConstTensorView x_TD, Arena& keep,
+                               Arena& into) const = 0;
   // For experts that are computed one by one: expert_rows().on_host. read_offsets() waits for what send_offsets(),
   // behind plan(), sent on its way; where the host has counted itself, both have nothing to do.
   void send_offsets(Exec& ex, const ExchangePlan& plan) const {

@@ -37,6 +37,7 @@ void Experts::forward(Exec& ex, TensorView y_RD, const Rows& rows, Arena& keep, 
   saved.offsets.assign(rows.experts.on_host.begin(), rows.experts.on_host.end());
   saved.fused = fuses(ex);
   saved.x = rows.x;
+  UPMOE_CHECK(!saved.fused || rows.lasting, "fused, backward picks its rows again");
   // Fused, the rows are picked where they are used, and hidden rows are an output of backward.
   if (!rows.lasting || (keeps.rows && !saved.fused)) {
     saved.kept.x_RD = keep.take(y_RD.shape, y_RD.dtype, "expert input");

@@ -4,13 +4,15 @@ namespace upmoe {
 
 void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, ConstTensorView residual_TD,
                        const RouterBalance& balance, Arena& keep, Saved& saved) const {
+  // Computed all at once, experts pick their rows where they lie, backward as well; one by one they make a copy of them
+  // for themselves, and take the host's word for how many each has.
   const bool one_by_one = !experts.fuses(ex);
   const Choices choices = router->forward(ex, x_TD, balance, keep, saved.router);
   saved.plan = exchange->plan(ex, choices, keep);
   ExchangePlan& plan = saved.plan;
   if (one_by_one) exchange->send_offsets(ex, plan);
   ScratchScope scope(*ex.scratch);
-  RowsUnderWay x = exchange->set_out(ex, plan, choices.rows_of(x_TD), keep),
+  RowsUnderWay x = exchange->set_out(ex, plan, choices.rows_of(x_TD), keep, one_by_one ? *ex.scratch : keep),
                weights = exchange->send_weights(ex, plan);
   SumOnto onto{.residual_TD = residual_TD};
   if (shared) {  // while the rows travel
@@ -21,7 +23,7 @@ void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, ConstTen
   const TensorView weight_R1 = keep.take({plan.received(), 1}, DType::kF32, "expert row weights");
   exchange->receive_weights(ex, weight_R1, weights);
   const Experts::Rows rows{.x = exchange->receive(ex, plan, x),
-                           .lasting = plan.in_place,
+                           .lasting = plan.in_place || !one_by_one,
                            .weight_R1 = weight_R1,
                            .experts = plan.expert_rows()};
   const TensorView y_RD = ex.scratch->take({plan.received(), x_TD.shape[1]}, x_TD.dtype, "expert output");

@@ -10,8 +10,8 @@ namespace upmoe {
 
 namespace {
 
-TensorView take_rows(Exec& ex, std::int64_t rows, ConstTensorView like, const char* what) {
-  return ex.scratch->take({rows, like.shape[1]}, like.dtype, what);
+TensorView take_rows(Arena& arena, std::int64_t rows, ConstTensorView like, const char* what) {
+  return arena.take({rows, like.shape[1]}, like.dtype, what);
 }
 
 std::int64_t sum_of(const std::vector<std::int64_t>& rows) {
@@ -68,16 +68,17 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
   return plan;
 }
 
-RowsUnderWay to_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TX) {
-  TensorView sent_X = take_rows(ex, plan.order_X.rows(), rows_TX, "rows to other nodes");
-  TensorView arrived_A = take_rows(ex, plan.arrived(), rows_TX, "rows from other nodes");
+RowsUnderWay to_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TX,
+                      Arena& into) {
+  TensorView sent_X = take_rows(*ex.scratch, plan.order_X.rows(), rows_TX, "rows to other nodes");
+  TensorView arrived_A = take_rows(into, plan.arrived(), rows_TX, "rows from other nodes");
   ops::gather_rows(ex, sent_X, rows_TX, plan.order_X, 1);
   return {groups.across->all_to_all_rows(arrived_A, plan.recv_rows, sent_X, plan.send_rows, ex),
           {arrived_A, {}, 1}};
 }
 
 RowsUnderWay from_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AX) {
-  TensorView arrived_X = take_rows(ex, plan.order_X.rows(), rows_AX, "rows back from other nodes");
+  TensorView arrived_X = take_rows(*ex.scratch, plan.order_X.rows(), rows_AX, "rows back from other nodes");
   return {groups.across->all_to_all_rows(arrived_X, plan.send_rows, rows_AX, plan.recv_rows, ex),
           {arrived_X, {}, 1}};
 }

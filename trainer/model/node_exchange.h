@@ -35,7 +35,9 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
                         const std::vector<std::int64_t>& node_begin, Arena& keep, ops::Landing& counts);
 
 // Rows of tokens at the nodes of their experts, [A, X], once waited for.
-RowsUnderWay to_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TX);
+// They arrive in memory of `into`.
+RowsUnderWay to_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_TX,
+                      Arena& into);
 // Rows back at their tokens' rank, [rows to other nodes, X], once waited for; read with slot_TM.
 RowsUnderWay from_nodes(Exec& ex, const NodeGroups& groups, const NodePlan& plan, ConstTensorView rows_AX);
 

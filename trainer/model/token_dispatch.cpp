@@ -161,17 +161,17 @@ TensorView lay_out(Exec& ex, const ops::PickedRows& rows) {
 }
 
 RowsUnderWay send_to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
-                             ConstTensorView sent_N) {
+                             ConstTensorView sent_N, Arena& into) {
   TensorView arrived_R =
-      ex.scratch->take(rows_shape(plan.received(), sent_N.shape), sent_N.dtype, "rows from all ranks");
+      into.take(rows_shape(plan.received(), sent_N.shape), sent_N.dtype, "rows from all ranks");
   return {exchange.all_to_all_rows(arrived_R, plan.recv_rows, sent_N, plan.send_rows, ex),
           {arrived_R, plan.regroup_R, 1}};
 }
 
 RowsUnderWay to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
-                        const ops::PickedRows& rows) {
+                        const ops::PickedRows& rows, Arena& into) {
   if (!plan.moves()) return {{}, rows};  // sorted order is expert-major already
-  return send_to_experts(ex, exchange, plan, lay_out(ex, rows));
+  return send_to_experts(ex, exchange, plan, lay_out(ex, rows), into);
 }
 
 RowsUnderWay from_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,

@@ -63,10 +63,11 @@ void read_offsets(Exec& ex, DispatchPlan& plan, ops::Landing& offsets);
 
 // Expert-major, once waited for. The rows are laid out in sorted order, and then sent: the first needs no counts.
 TensorView lay_out(Exec& ex, const ops::PickedRows& rows);
+// They arrive in memory of `into`.
 RowsUnderWay send_to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
-                             ConstTensorView sent_N);
+                             ConstTensorView sent_N, Arena& into);
 RowsUnderWay to_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan,
-                        const ops::PickedRows& rows);
+                        const ops::PickedRows& rows, Arena& into);
 // Rows of the experts in sorted order at their tokens' rank, once waited for; read with slot_TS.
 RowsUnderWay from_experts(Exec& ex, Communicator& exchange, const DispatchPlan& plan, ConstTensorView rows_R);
 
