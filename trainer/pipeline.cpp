@@ -12,7 +12,8 @@ namespace upmoe {
 struct Pipeline::Shard {
   // The last four are empty where nobody asks for them.
   std::vector<std::int32_t> tokens, targets, positions, documents, sequences, places, rows, grouped;
-  Buffer on_device;  // the same, where the device is not the host
+  std::vector<std::int32_t> runs;  // where documents begin in whole sequences, and T
+  Buffer on_device;                // the same but the runs, where the device is not the host
   MicroBatch batch;
 
   // This rank's part of every sequence.
@@ -23,7 +24,16 @@ struct Pipeline::Shard {
     tokens = part(whole.tokens_T);
     targets = part(whole.targets_T);
     positions = part(whole.positions_T);
-    if (whole.document_T.given()) documents = part(whole.document_T);
+    runs.clear();
+    if (!whole.document_T.given()) return;
+    documents = part(whole.document_T);
+    if (context.ranks == 1) find_runs(whole.seq_len);
+  }
+  void find_runs(std::int64_t seq_len) {
+    const auto length = static_cast<std::size_t>(seq_len);
+    for (std::size_t t = 0; t < documents.size(); ++t)
+      if (t % length == 0 || documents[t] != documents[t - 1]) runs.push_back(static_cast<std::int32_t>(t));
+    if (!runs.empty()) runs.push_back(static_cast<std::int32_t>(documents.size()));
   }
   // Which sequence each of them is of, for routers that count by sequence.
   void number(const ContextShards& context, std::int64_t count) {
@@ -92,6 +102,7 @@ struct Pipeline::Shard {
       p.view = view;
     }
     batch.places.seq_len = whole.seq_len;
+    batch.places.runs = runs;
     batch.sequences = asked.by_sequence ? whole.sequences() : 0;
   }
 };

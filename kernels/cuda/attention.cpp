@@ -1,8 +1,12 @@
 #include "kernels/ops/attention.h"
 
+#include <utility>
+#include <vector>
+
 #include "kernels/cuda/choose/attention.h"
 #include "kernels/cuda/choose/chosen.h"
 #include "kernels/cuda/gpu_of.cuh"
+#include "kernels/cuda/library/cudnn_sdpa.h"
 #include "kernels/cuda/portable/attention.h"
 #include "kernels/ops/backend.h"
 
@@ -36,6 +40,7 @@ AttentionDescription describe(const ConstTensorView& qkv_TH, const AttentionShap
           .tokens = qkv_TH.shape[0],
           .dtype = qkv_TH.dtype,
           .documents = document_T.given(),
+          .runs = !shape.runs.empty(),
           .pair = pair,
           .refusal = {}};
 }
@@ -44,12 +49,55 @@ TensorView take_stats(Exec& ex, const ConstTensorView& lse_TN) {
   return ex.scratch->take(lse_TN.shape, DType::kF32, "log-sum-exp by head");
 }
 
+// In temporary memory of the caller's scope.
+DocumentTable place_table(Exec& ex, const AttentionShape& shape, const DocumentSlice& slice) {
+  const auto batch = static_cast<std::size_t>(slice.batch), documents = slice.size.size();
+  const std::int64_t width = slice.batch + 1;
+  std::vector<std::int32_t> host(4 * (batch + 1));
+  std::int32_t *qkv = host.data(), *out = qkv + width, *begin = out + width, *size = begin + width;
+  for (std::size_t i = 0; i <= batch; ++i) {
+    begin[i] = i < documents ? slice.begin[i] : slice.begin.back() + slice.size.back();
+    size[i] = i < documents ? slice.size[i] : 0;
+    qkv[i] = static_cast<std::int32_t>(begin[i] * shape.qkv_width());
+    out[i] = static_cast<std::int32_t>(begin[i] * shape.heads * shape.head_dim);
+  }
+  DocumentTable table;
+  std::int32_t* part = host.data();
+  for (ConstTensorView* t : {&table.qkv_offset_b1, &table.out_offset_b1, &table.begin_b, &table.size_b}) {
+    const TensorView placed = ex.scratch->take({width}, DType::kI32, "where documents begin and end");
+    upload(ex, placed, host_view(std::as_const(part), {width}));
+    *t = placed;
+    part += width;
+  }
+  return table;
+}
+
+// body(slice, its table, log-sum-exp by head, where its tokens are) for each of the documents' slices.
+template <class Body>
+void for_documents(Exec& ex, const AttentionShape& shape, std::int64_t most, const Body& body) {
+  const std::int64_t group = shape.heads / shape.kv_heads;
+  for (const DocumentSlice& slice : document_slices(shape, most)) {
+    ScratchScope scope(*ex.scratch);
+    const DocumentTable table = place_table(ex, shape, slice);
+    const TensorView stats_BHS = ex.scratch->take({slice.batch, group * slice.kv_heads, slice.length},
+                                                  DType::kF32, "log-sum-exp by document and head");
+    body(slice, table, stats_BHS,
+         portable::TokenRuns{table.begin_b, table.size_b, group * slice.first_kv_head});
+  }
+}
+
 }  // namespace
 
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,
                        AttentionShape shape, ConstTensorView document_T) {
   if (is_portable(kernel_for(ex, describe(qkv_TH, shape, document_T, false))))
     return portable::attention_forward(ex, out_TQ, lse_TN, qkv_TH, shape, document_T);
+  if (document_T.given())
+    return for_documents(ex, shape, 0,
+                         [&](const auto& slice, const auto& table, auto stats_BHS, const auto& runs) {
+                           sdpa_forward(ex, out_TQ, stats_BHS, qkv_TH, shape, slice, table);
+                           portable::order_by_token(ex, lse_TN, stats_BHS, runs);
+                         });
   ScratchScope scope(*ex.scratch);
   const TensorView stats_BHS = take_stats(ex, lse_TN);
   sdpa_forward(ex, out_TQ, stats_BHS, qkv_TH, shape);
@@ -61,6 +109,13 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
                         const Attended& saved, AttentionShape shape, ConstTensorView document_T) {
   if (is_portable(kernel_for(ex, describe(qkv_TH, shape, document_T, false))))
     return portable::attention_backward(ex, dqkv_TH, dout_TQ, qkv_TH, saved, shape, document_T);
+  if (document_T.given())
+    return for_documents(
+        ex, shape, ex.deterministic ? sdpa_workspace() : 0,
+        [&](const auto& slice, const auto& table, auto stats_BHS, const auto& runs) {
+          portable::order_by_head(ex, stats_BHS, saved.lse_TN, runs);
+          sdpa_backward(ex, dqkv_TH, dout_TQ, {qkv_TH, saved.out_TQ, stats_BHS}, shape, slice, table);
+        });
   ScratchScope scope(*ex.scratch);
   const TensorView stats_BHS = take_stats(ex, saved.lse_TN);
   portable::order_by_head(ex, stats_BHS, saved.lse_TN, shape);

@@ -23,6 +23,18 @@ void check_qkv(const Exec& ex, const ConstTensorView& qkv_TH, const AttentionSha
   check_tensor(ex, qkv_TH, {qkv_TH.shape[0], s.qkv_width()}, qkv_TH.dtype, "qkv_TH", where);
 }
 
+// Every run has a token and lies in one sequence.
+void check_runs(const AttentionShape& s, const ConstTensorView& document_T, std::int64_t tokens,
+                std::source_location where) {
+  if (s.runs.empty()) return;
+  if (!document_T.given() || s.runs.front() != 0 || s.runs.back() != tokens)
+    fail_check("runs of documents, from 0 to T", where,
+               fmt::format("{} to {}, {} tokens", s.runs.front(), s.runs.back(), tokens));
+  for (std::size_t i = 0; i + 1 < s.runs.size(); ++i)
+    if (s.runs[i] >= s.runs[i + 1] || s.runs[i] / s.seq_len != (s.runs[i + 1] - 1) / s.seq_len)
+      fail_check("a run lies in one sequence", where, fmt::format("{} to {}", s.runs[i], s.runs[i + 1]));
+}
+
 void check_attention(const Exec& ex, const ConstTensorView& qkv_TH, const ConstTensorView& out_TQ,
                      const ConstTensorView& lse_TN, const AttentionShape& s,
                      const ConstTensorView& document_T,
@@ -33,6 +45,7 @@ void check_attention(const Exec& ex, const ConstTensorView& qkv_TH, const ConstT
   check_tensor(ex, out_TQ, {tokens, s.heads * s.head_dim}, qkv_TH.dtype, "out_TQ", where);
   check_tensor(ex, lse_TN, {tokens, s.heads}, DType::kF32, "lse_TN", where);
   if (document_T.given()) check_tensor(ex, document_T, {tokens}, DType::kI32, "document_T", where);
+  check_runs(s, document_T, tokens, where);
 }
 
 // One product with head_dim of `pairs_per_token` pairs of tokens, over all sequences and heads. Documents are

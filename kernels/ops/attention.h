@@ -8,12 +8,17 @@
 //
 // Token i sees tokens j <= i of its sequence; with a window W only those with i - W < j, itself and W - 1 before it.
 
+#include <span>
+
 #include "kernels/core/exec.h"
 
 namespace upmoe {
 struct AttentionShape {
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0, seq_len = 0;
   std::int64_t window = 0;  // W; 0 = all before it
+  // Where documents are masked, each has its tokens of a sequence side by side, and the host knows where: the first
+  // token of each such run, rising, and T. Else empty. On the host, until the op has returned.
+  std::span<const std::int32_t> runs = {};
   std::int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
   std::int64_t kv_width() const { return 2 * kv_heads * head_dim; }
 };

@@ -11,7 +11,7 @@
 namespace upmoe::test {
 namespace {
 
-enum class Packing { kNone, kOne, kShort, kCrossing, kInterleaved };
+enum class Packing { kNone, kOne, kShort, kCrossing, kInterleaved, kRuns };
 
 struct Case {
   AttentionShape shape;
@@ -27,9 +27,22 @@ std::vector<std::int32_t> documents_of(Packing packing, std::int64_t tokens) {
     if (packing == Packing::kShort) id = t % 5 == 0 ? t : t / 3;  // many of length 1
     if (packing == Packing::kCrossing) id = -(t / 45);  // borders beside those of blocks; falling ids
     if (packing == Packing::kInterleaved) id = t % 3;   // not contiguous
+    if (packing == Packing::kRuns) id = t / 5 + t / 3 + t / 80 * 60;  // one to three tokens, side by side
     ids.push_back(static_cast<std::int32_t>(id));
   }
   return ids;
+}
+
+// Where documents begin, if each has its tokens of a sequence side by side.
+std::vector<std::int32_t> runs_of(const Case& c, const std::vector<std::int32_t>& ids) {
+  std::vector<std::int32_t> runs;
+  if (c.packing != Packing::kOne && c.packing != Packing::kCrossing && c.packing != Packing::kRuns)
+    return runs;
+  for (std::size_t t = 0; t < ids.size(); ++t)
+    if (t % static_cast<std::size_t>(c.shape.seq_len) == 0 || ids[t] != ids[t - 1])
+      runs.push_back(static_cast<std::int32_t>(t));
+  runs.push_back(static_cast<std::int32_t>(ids.size()));
+  return runs;
 }
 
 // The op's results for one case.
@@ -56,8 +69,11 @@ Attended attend(const Case& c, const Inputs& in) {
   const HostTensor document = tensor_of({static_cast<std::int64_t>(in.document.size())}, DType::kI32,
                                         Values(in.document.begin(), in.document.end()));
   const ConstTensorView document_T = in.document.empty() ? ConstTensorView{} : document;
-  ops::attention_forward(ex, r.out, r.lse, in.qkv, c.shape, document_T);
-  ops::attention_backward(ex, r.dqkv, in.dout, in.qkv, {r.out, r.lse}, c.shape, document_T);
+  const std::vector<std::int32_t> runs = runs_of(c, in.document);
+  AttentionShape shape = c.shape;
+  shape.runs = runs;
+  ops::attention_forward(ex, r.out, r.lse, in.qkv, shape, document_T);
+  ops::attention_backward(ex, r.dqkv, in.dout, in.qkv, {r.out, r.lse}, shape, document_T);
   EXPECT_EQ(ex.scratch_used(), 0u);
   return r;
 }
@@ -69,7 +85,8 @@ void expect_reference(const Case& c, const Inputs& in, double looser = 1) {
   const bool rounds = c.dtype == DType::kBF16;
   // cuDNN rounds the probabilities to bf16 before they meet the values, which is 2^-9 sum p |v| at the most.
   // That is beside the relative part, since an output may be much smaller than its terms.
-  const bool cudnn = on_gpu() && c.packing == Packing::kNone && c.shape.head_dim % 8 == 0;
+  const bool known = c.packing == Packing::kNone || !runs_of(c, in.document).empty();
+  const bool cudnn = on_gpu() && known && c.shape.head_dim % 8 == 0;
   const Tolerance out = rounds ? Tolerance{1.0 / 250, cudnn ? 1e-3 : 1e-6} : Tolerance{1e-5, 2e-6 * looser};
   // In bf16 the backward starts from the rounded output, so delta carries its rounding.
   const Tolerance gradient = rounds ? Tolerance{1.0 / 128, 4e-3} : Tolerance{1e-5, 4e-6 * looser};
@@ -94,6 +111,11 @@ std::vector<Case> cases() {
     all.push_back({{16, 16, 8, 33}, 3, dtype});
     for (Packing p : {Packing::kOne, Packing::kShort, Packing::kCrossing, Packing::kInterleaved})
       all.push_back({{4, 2, 28, 200}, 2, dtype, p});
+    for (Packing p : {Packing::kOne, Packing::kCrossing, Packing::kRuns}) {
+      all.push_back({{4, 2, 16, 200}, 2, dtype, p});
+      all.push_back({{3, 3, 64, 200, 20}, 1, dtype, p});
+      all.push_back({{4, 1, 28, 70}, 3, dtype, p});
+    }
     // A window: within a block, its borders beside those of blocks, several blocks wide, wider than the sequence.
     for (std::int64_t window : {1, 2, 17, 63, 64, 65, 100, 129, 199, 200, 1000})
       all.push_back({{4, 2, 16, 200, window}, 2, dtype});
@@ -300,6 +322,18 @@ TEST(AttentionChecks, RefusesWrongShapes) {
   EXPECT_THROW(ops::attention_forward(ex, lse, lse, qkv, {2, 1, 8, 4}), Error);
   const ConstTensorView short_ids = lse;
   EXPECT_THROW(ops::attention_forward(ex, out, lse, qkv, {2, 1, 8, 4}, short_ids), Error);
+  const HostTensor ids = filled({8}, DType::kI32, 1);
+  const auto with_runs = [&](std::vector<std::int32_t> runs, ConstTensorView document_T) {
+    AttentionShape shape{2, 1, 8, 4};
+    shape.runs = runs;
+    ops::attention_forward(ex, out, lse, qkv, shape, document_T);
+  };
+  EXPECT_NO_THROW(with_runs({0, 1, 4, 8}, ids));
+  EXPECT_THROW(with_runs({0, 1, 4, 8}, {}), Error) << "runs of no documents";
+  EXPECT_THROW(with_runs({0, 3, 8}, ids), Error) << "a run in two sequences";
+  EXPECT_THROW(with_runs({0, 4, 4, 8}, ids), Error);
+  EXPECT_THROW(with_runs({0, 4, 7}, ids), Error);
+  EXPECT_THROW(with_runs({1, 4, 8}, ids), Error);
   EXPECT_THROW(ops::rope(ex, qkv, filled({8}, DType::kF32, 0), {2, 1, 8, 4}, 1e4, false), Error)
       << "int32 positions";
   HostTensor db({32}, DType::kF32), short_db({31}, DType::kF32), positions({8}, DType::kI32);

@@ -49,6 +49,21 @@ TEST(ChooseAttention, CudnnWithAWindow) {
   EXPECT_THAT(words_of(d), HasSubstr("sequences of 512, bf16, a window of 100"));
 }
 
+TEST(ChooseAttention, CudnnWithDocumentsWhoseRunsAreKnown) {
+  AttentionDescription d = attention(DType::kBF16);
+  d.documents = d.runs = true;
+  EXPECT_EQ(choose(d, kHopper).kernel, AttentionKernel::kCudnn);
+  EXPECT_EQ(choose(d, kHopper).warning, "");
+  expect_portable(d, kHopperWithoutCudnn, "built without cuDNN");
+  d.refusal = "no engine";
+  expect_portable(
+      d, kHopper,
+      "4 sequences of 512 with documents masked: the portable kernel computes it; cuDNN: no engine");
+  d.refusal = "";
+  d.pair = true;
+  expect_portable(d, kHopper, "parallel.cp");
+}
+
 TEST(ChooseAttention, ThePortableKernelWhereNothingIsLost) {
   AttentionDescription none = attention(DType::kBF16), documents = attention(DType::kF32);
   none.tokens = 0;
@@ -70,7 +85,7 @@ TEST(ChooseAttention, ThePortableKernelWithTheReasonWhereItIsSlow) {
     expect_portable(d, kHopper, "heads of " + std::to_string(head_dim));
   }
   d.documents = true;
-  expect_portable(d, kHopper, "data.mask_documents");
+  expect_portable(d, kHopper, "known by token alone");
   d.pair = true;
   expect_portable(d, kHopperWithoutCudnn, "parallel.cp");
 }

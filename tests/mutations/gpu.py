@@ -151,6 +151,19 @@ MUTANTS = {
         "kernels/ops/experts.cpp",
         "    return ex.experts == ExpertsPath::kFused && shape.experts > 0 && why_not_fused(shape).empty();",
         "    return false;", "*none", "fused_experts_test_on_gpu"),
+    "documents_by_the_offsets_of_out": (
+        "kernels/cuda/library/cudnn_sdpa.cpp", "memory[kQkvOffset] = place(table.qkv_offset_b1);",
+        "memory[kQkvOffset] = place(table.out_offset_b1);", "*CudnnDocuments*", "cudnn_test_on_gpu"),
+    "documents_as_long_as_their_slice": (
+        "kernels/cuda/attention.cpp", "    size[i] = i < documents ? slice.size[i] : 0;",
+        "    size[i] = i < documents ? static_cast<std::int32_t>(slice.length) : 0;", "*CudnnDocuments*",
+        "cudnn_test_on_gpu"),
+    "log_sum_exp_of_the_first_heads": (
+        "kernels/cuda/portable/attention.cu", "runs.all_heads + runs.first_head + head;",
+        "runs.all_heads + head;", "CudnnDocumentPlans.*", "cudnn_test_on_gpu"),
+    "documents_in_slices_of_any_memory": (
+        "kernels/cuda/attention.cpp", "ex.deterministic ? sdpa_workspace() : 0", "0", "CudnnDocumentPlans.*",
+        "cudnn_test_on_gpu"),
     "rows_laid_out_with_gaps": (
         "trainer/model/exchange.cpp", "if (!dispatch.whole() && !dispatch.gaps)", "if (!dispatch.whole())", "*",
         "exchange_test"),

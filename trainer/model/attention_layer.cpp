@@ -15,6 +15,7 @@ AttentionShape AttentionLayer::shape_of(const TokenPlaces& places) const {
 void AttentionLayer::attend(Exec& ex, const Saved& saved) const {
   AttentionShape at = shape;
   at.seq_len = saved.places.seq_len;
+  at.runs = saved.places.runs;
   if (cp->size() > 1) {
     ring_attention_forward(ex, *cp, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, saved.places.document_T);
   } else {
@@ -26,6 +27,7 @@ void AttentionLayer::attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorVi
                                      const Saved& saved) const {
   AttentionShape at = shape;
   at.seq_len = saved.places.seq_len;
+  at.runs = saved.places.runs;
   if (cp->size() > 1) {
     ring_attention_backward(ex, *cp, dqkv_TH, dout_TQ, saved.qkv_TH, {saved.out_TQ, saved.lse_TN}, at,
                             saved.places.document_T);

@@ -12,10 +12,12 @@
 namespace upmoe {
 
 // Where this rank's T tokens of a micro-batch stand; seq_len is that of the whole sequences. positions_T:
-// int32; document_T: int32, without shape when not masked.
+// int32; document_T: int32, without shape when not masked, and then, of whole sequences, where each document's tokens
+// begin (AttentionShape::runs).
 struct TokenPlaces {
   ConstTensorView positions_T, document_T;
   std::int64_t seq_len = 0;
+  std::span<const std::int32_t> runs = {};
 };
 
 // Norms of the heads of queries and keys, with a weight for all heads of each. Under tp every rank holds both and adds

@@ -13,10 +13,10 @@ std::string why_portable(const AttentionDescription& d, const Gpu& gpu) {
     return "attention in bf16 under context parallelism (parallel.cp): the portable kernel computes it, "
            "which is slow "
            "on GPUs";
-  if (d.documents)
-    return "attention in bf16 with documents masked (data.mask_documents): the portable kernel computes it, "
-           "which is "
-           "slow on GPUs";
+  if (d.documents && !d.runs)
+    return "attention in bf16 with documents masked that are known by token alone: the portable kernel "
+           "computes it, "
+           "which is slow on GPUs";
   if (!gpu.cudnn)
     return "attention in bf16: the portable kernel computes it, which is slow: this program was built "
            "without cuDNN or "
@@ -29,8 +29,9 @@ std::string why_portable(const AttentionDescription& d, const Gpu& gpu) {
         s.head_dim);
   if (!d.refusal.empty())
     return fmt::format(
-        "attention of {} heads of {} over {} sequences of {}: the portable kernel computes it; cuDNN: {}",
-        s.heads, s.head_dim, d.tokens / s.seq_len, s.seq_len, d.refusal);
+        "attention of {} heads of {} over {} sequences of {}{}: the portable kernel computes it; cuDNN: {}",
+        s.heads, s.head_dim, d.tokens / s.seq_len, s.seq_len, d.documents ? " with documents masked" : "",
+        d.refusal);
   return {};
 }
 

@@ -14,6 +14,7 @@ struct AttentionDescription {
   std::int64_t tokens = 0;
   DType dtype = DType::kF32;
   bool documents = false;  // masked
+  bool runs = false;       // and the host knows where each begins (AttentionShape::runs)
   bool pair = false;       // queries of one chunk against keys of another: context parallelism
   std::string refusal;     // cuDNN's words, where it was asked for a plan of this shape and has none
 };

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <memory>
 #include <unordered_map>
@@ -24,7 +25,21 @@ void check_cudnn(cudnnStatus_t status, const char* call) {
 }
 
 // Which memory is which, for the plan.
-enum Uid : std::int64_t { kQ = 1, kK, kV, kO, kStats, kDO, kDQ, kDK, kDV };
+enum Uid : std::int64_t {
+  kQ = 1,
+  kK,
+  kV,
+  kO,
+  kStats,
+  kDO,
+  kDQ,
+  kDK,
+  kDV,
+  kQkvOffset,
+  kOutOffset,
+  kQuerySize,
+  kKeySize
+};
 
 struct Plan {
   fe::graph::Graph graph;
@@ -32,11 +47,12 @@ struct Plan {
   std::string refusal;  // in cuDNN's words; empty: it computes
 };
 
-// Of a slice of sequences and heads, whose rows are those of all heads.
+// Of a slice of sequences and heads, whose rows are those of all heads. `ragged`: documents, each with an offset and a
+// size of its own, seq_len at most.
 struct Key {
   std::int64_t heads, kv_heads, head_dim, seq_len, sequences;
   std::int64_t all_heads, all_kv_heads, window;
-  bool backward, deterministic;
+  bool ragged, backward, deterministic;
   friend auto operator<=>(const Key&, const Key&) = default;
 };
 
@@ -82,25 +98,53 @@ class SdpaLibrary {
   }
 
  private:
+  // What a ragged tensor's sequences have on the device: where their rows begin, in elements from the tensor's own
+  // address, and how many tokens they have.
+  struct Ragged {
+    std::shared_ptr<Tensor_attributes> qkv_offset, out_offset, query_size, key_size;
+  };
+  static std::shared_ptr<Tensor_attributes> integers(fe::graph::Graph& graph, const char* name, Uid uid,
+                                                     std::int64_t n) {
+    return graph.tensor(Tensor_attributes()
+                            .set_name(name)
+                            .set_uid(uid)
+                            .set_data_type(fe::DataType_t::INT32)
+                            .set_dim({n, 1, 1, 1})
+                            .set_stride({1, 1, 1, 1}));
+  }
+  static Ragged ragged(fe::graph::Graph& graph, const Key& key) {
+    if (!key.ragged) return {};
+    return {integers(graph, "offsets of qkv", kQkvOffset, key.sequences + 1),
+            integers(graph, "offsets of out", kOutOffset, key.sequences + 1),
+            integers(graph, "sizes of queries", kQuerySize, key.sequences),
+            integers(graph, "sizes of keys", kKeySize, key.sequences)};
+  }
+
   // q, k and v are three views of one matrix with its row as stride, so nothing is copied or transposed for cuDNN.
   // A row of qkv_TH holds all query heads, then the key heads, then the value heads.
-  static Tensor_attributes rows(const char* name, Uid uid, const Key& key, std::int64_t heads,
-                                std::int64_t row) {
-    return Tensor_attributes()
-        .set_name(name)
-        .set_uid(uid)
-        .set_data_type(fe::DataType_t::BFLOAT16)
-        .set_dim({key.sequences, heads, key.seq_len, key.head_dim})
-        .set_stride({key.seq_len * row, key.head_dim, row, 1});
-  }
-  static void set_rows(const std::shared_ptr<Tensor_attributes>& t, Uid uid, const Key& key,
-                       std::int64_t heads, std::int64_t row) {
-    t->set_output(true)
-        .set_uid(uid)
-        .set_data_type(fe::DataType_t::BFLOAT16)
-        .set_dim({key.sequences, heads, key.seq_len, key.head_dim})
-        .set_stride({key.seq_len * row, key.head_dim, row, 1});
-  }
+  struct Rows {
+    const Key& key;
+    std::int64_t row;                           // elements
+    std::shared_ptr<Tensor_attributes> offset;  // null: one sequence behind the other
+    void describe(Tensor_attributes& t, Uid uid, std::int64_t heads) const {
+      t.set_uid(uid)
+          .set_data_type(fe::DataType_t::BFLOAT16)
+          .set_dim({key.sequences, heads, key.seq_len, key.head_dim})
+          .set_stride({key.seq_len * row, key.head_dim, row, 1});
+      if (offset != nullptr) t.set_ragged_offset(offset);
+    }
+    std::shared_ptr<Tensor_attributes> in(fe::graph::Graph& graph, const char* name, Uid uid,
+                                          std::int64_t heads) const {
+      Tensor_attributes t;
+      t.set_name(name);
+      describe(t, uid, heads);
+      return graph.tensor(t);
+    }
+    void out(const std::shared_ptr<Tensor_attributes>& t, Uid uid, std::int64_t heads) const {
+      t->set_output(true);
+      describe(*t, uid, heads);
+    }
+  };
   static Tensor_attributes stats(const Key& key) {
     return Tensor_attributes()
         .set_name("stats")
@@ -112,8 +156,10 @@ class SdpaLibrary {
 
   // A left bound of W keeps column + W > row, the keys j with i - W < j.
   template <class Options>
-  static void set_band(Options& options, const Key& key) {
+  static void set_masks(Options& options, const Key& key, const Ragged& sizes) {
     options.set_causal_mask(true);
+    if (key.ragged)
+      options.set_padding_mask(true).set_seq_len_q(sizes.query_size).set_seq_len_kv(sizes.key_size);
     if (key.window > 0) options.set_diagonal_band_left_bound(static_cast<int>(key.window));
   }
 
@@ -124,28 +170,28 @@ class SdpaLibrary {
     graph.set_io_data_type(fe::DataType_t::BFLOAT16)
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
         .set_compute_data_type(fe::DataType_t::FLOAT);
-    const auto q = graph.tensor(rows("q", kQ, key, key.heads, qkv_row)),
-               k = graph.tensor(rows("k", kK, key, key.kv_heads, qkv_row)),
-               v = graph.tensor(rows("v", kV, key, key.kv_heads, qkv_row));
+    const Ragged documents = ragged(graph, key);
+    const Rows of_qkv{key, qkv_row, documents.qkv_offset}, of_out{key, out_row, documents.out_offset};
+    const auto q = of_qkv.in(graph, "q", kQ, key.heads), k = of_qkv.in(graph, "k", kK, key.kv_heads),
+               v = of_qkv.in(graph, "v", kV, key.kv_heads);
     if (!key.backward) {
       auto options = fe::graph::SDPA_attributes().set_name("attention");
       options.set_generate_stats(true).set_attn_scale(scale);
-      set_band(options, key);
+      set_masks(options, key, documents);
       const auto [out, row_stats] = graph.sdpa(q, k, v, options);
-      set_rows(out, kO, key, key.heads, out_row);
+      of_out.out(out, kO, key.heads);
       row_stats->set_output(true).set_uid(kStats).set_data_type(fe::DataType_t::FLOAT);
       return;
     }
-    const auto out = graph.tensor(rows("out", kO, key, key.heads, out_row)),
-               dout = graph.tensor(rows("dout", kDO, key, key.heads, out_row)),
+    const auto out = of_out.in(graph, "out", kO, key.heads), dout = of_out.in(graph, "dout", kDO, key.heads),
                row_stats = graph.tensor(stats(key));
     auto options = fe::graph::SDPA_backward_attributes().set_name("attention_backward");
     options.set_attn_scale(scale).set_deterministic_algorithm(key.deterministic);
-    set_band(options, key);
+    set_masks(options, key, documents);
     const auto [dq, dk, dv] = graph.sdpa_backward(q, k, v, out, dout, row_stats, options);
-    set_rows(dq, kDQ, key, key.heads, qkv_row);
-    set_rows(dk, kDK, key, key.kv_heads, qkv_row);
-    set_rows(dv, kDV, key, key.kv_heads, qkv_row);
+    of_qkv.out(dq, kDQ, key.heads);
+    of_qkv.out(dk, kDK, key.kv_heads);
+    of_qkv.out(dv, kDV, key.kv_heads);
   }
 
   cudnnHandle_t handle_ = nullptr;
@@ -165,16 +211,42 @@ std::vector<SdpaSlice> slices_of(const AttentionShape& s, std::int64_t tokens, b
 
 Key key_of(const AttentionShape& s, const SdpaSlice& slice, bool backward, bool deterministic) {
   const std::int64_t window = s.window < s.seq_len ? s.window : 0;  // none that reaches the first token
-  return {s.heads * slice.kv_heads / s.kv_heads,  // all of them, also where cuDNN is to refuse their number
-          slice.kv_heads,
-          s.head_dim,
-          s.seq_len,
-          slice.sequences,
-          s.heads,
-          s.kv_heads,
-          window,
-          backward,
-          backward && deterministic};
+  return {.heads = s.heads * slice.kv_heads /
+                   s.kv_heads,  // all of them, also where cuDNN is to refuse their number
+          .kv_heads = slice.kv_heads,
+          .head_dim = s.head_dim,
+          .seq_len = s.seq_len,
+          .sequences = slice.sequences,
+          .all_heads = s.heads,
+          .all_kv_heads = s.kv_heads,
+          .window = window,
+          .ragged = false,
+          .backward = backward,
+          .deterministic = backward && deterministic};
+}
+
+Key key_of(AttentionShape s, const DocumentSlice& slice, bool backward, bool deterministic) {
+  s.seq_len = slice.length;
+  Key key =
+      key_of(s, SdpaSlice{0, slice.batch, slice.first_kv_head, slice.kv_heads}, backward, deterministic);
+  key.ragged = true;
+  return key;
+}
+
+std::int64_t most_of(bool backward, bool deterministic) {
+  return backward && deterministic ? most_workspace : 0;
+}
+
+// All plans that one pass of attention needs.
+std::vector<Key> keys_of(const AttentionShape& s, std::int64_t tokens, bool backward, bool deterministic) {
+  std::vector<Key> keys;
+  for (const DocumentSlice& slice : document_slices(s, most_of(backward, deterministic)))
+    keys.push_back(key_of(s, slice, backward, deterministic));
+  if (!keys.empty()) return keys;
+  if (!backward) return {key_of(s, whole(s, tokens), false, deterministic)};
+  for (const SdpaSlice& slice : slices_of(s, tokens, deterministic))
+    keys.push_back(key_of(s, slice, true, deterministic));
+  return keys;
 }
 
 // Where a slice begins in memory. cuDNN takes no const; inputs stay as they are.
@@ -213,22 +285,37 @@ std::size_t cudnn_version() {
   return cudnnGetVersion();
 }
 
+std::int64_t sdpa_workspace() {
+  return most_workspace;
+}
+
 void limit_sdpa_workspace(std::int64_t bytes) {
   most_workspace = bytes;
 }
 
+namespace {
+
+// Offsets are 32 bits wide.
+std::string too_long(const AttentionShape& s, std::int64_t tokens) {
+  if (s.runs.empty() || tokens * s.qkv_width() <= std::numeric_limits<std::int32_t>::max()) return {};
+  return fmt::format("{} tokens of {} elements have no offsets of 32 bits", tokens, s.qkv_width());
+}
+
+}  // namespace
+
 std::string sdpa_refusal(const Exec& ex, const AttentionShape& shape, std::int64_t tokens) {
   auto& library = stream_of(ex).kept<SdpaLibrary>();
-  std::string refusal = library.plan(key_of(shape, whole(shape, tokens), false, true)).refusal;
-  for (const SdpaSlice& slice : slices_of(shape, tokens, ex.deterministic))
-    if (refusal.empty()) refusal = library.plan(key_of(shape, slice, true, ex.deterministic)).refusal;
+  std::string refusal = too_long(shape, tokens);
+  for (const bool backward : {false, true})
+    for (const Key& key : keys_of(shape, tokens, backward, ex.deterministic))
+      if (refusal.empty()) refusal = library.plan(key).refusal;
   return refusal;
 }
 
 std::string sdpa_refusal(const AttentionShape& shape, std::int64_t tokens, bool backward, int sm) {
-  std::string refusal;
-  for (const SdpaSlice& slice : slices_of(shape, tokens, backward))
-    if (refusal.empty()) refusal = SdpaLibrary::refusal(key_of(shape, slice, backward, true), sm);
+  std::string refusal = too_long(shape, tokens);
+  for (const Key& key : keys_of(shape, tokens, backward, true))
+    if (refusal.empty()) refusal = SdpaLibrary::refusal(key, sm);
   return refusal;
 }
 
@@ -251,6 +338,45 @@ void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstT
     at.add_parts(memory, {kDQ, kDK, kDV}, dqkv_TH.data);
     stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, slice, true, ex.deterministic), memory);
   }
+}
+
+namespace {
+
+void add_table(std::unordered_map<std::int64_t, void*>& memory, const DocumentTable& table) {
+  const auto place = [](const ConstTensorView& t) { return const_cast<std::byte*>(t.data); };
+  memory[kQkvOffset] = place(table.qkv_offset_b1);
+  memory[kOutOffset] = place(table.out_offset_b1);
+  memory[kQuerySize] = memory[kKeySize] = place(table.size_b);
+}
+
+// Of the heads alone: the table says where the tokens are.
+SdpaSlice heads_of(const DocumentSlice& slice) {
+  return {0, slice.batch, slice.first_kv_head, slice.kv_heads};
+}
+
+}  // namespace
+
+void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensorView qkv_TH,
+                  const AttentionShape& shape, const DocumentSlice& slice, const DocumentTable& table) {
+  const SdpaSlice heads = heads_of(slice);
+  const SliceMemory at{shape, heads};
+  std::unordered_map<std::int64_t, void*> memory{{kO, at.out(out_TQ)}, {kStats, stats_BHS.data}};
+  at.add_parts(memory, {kQ, kK, kV}, qkv_TH.data);
+  add_table(memory, table);
+  stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, slice, false, ex.deterministic), memory);
+}
+
+void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, const SdpaSaved& saved,
+                   const AttentionShape& shape, const DocumentSlice& slice, const DocumentTable& table) {
+  const SdpaSlice heads = heads_of(slice);
+  const SliceMemory at{shape, heads};
+  std::unordered_map<std::int64_t, void*> memory{{kO, at.out(saved.out_TQ)},
+                                                 {kDO, at.out(dout_TQ)},
+                                                 {kStats, const_cast<std::byte*>(saved.stats_BHS.data)}};
+  at.add_parts(memory, {kQ, kK, kV}, saved.qkv_TH.data);
+  at.add_parts(memory, {kDQ, kDK, kDV}, dqkv_TH.data);
+  add_table(memory, table);
+  stream_of(ex).kept<SdpaLibrary>().run(ex, key_of(shape, slice, true, ex.deterministic), memory);
 }
 
 }  // namespace upmoe::cuda

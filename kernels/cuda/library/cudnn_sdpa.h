@@ -1,10 +1,11 @@
 #pragma once
-// Attention by cuDNN, where the build has it: bf16, whole causal sequences without documents, with or without a
-// window, one or several heads to a key head.
+// Attention by cuDNN, where the build has it: bf16, causal, whole sequences or documents whose runs the host knows
+// (AttentionShape::runs), with or without a window, one or several heads to a key head.
 
 #include <string>
 
 #include "kernels/core/exec.h"
+#include "kernels/cuda/library/sdpa_slices.h"
 #include "kernels/ops/attention.h"
 
 namespace upmoe::cuda {
@@ -20,7 +21,8 @@ std::string sdpa_refusal(const Exec& ex, const AttentionShape& shape, std::int64
 // when it would. Needs no GPU: the library's own word comes when a plan is made.
 std::string sdpa_refusal(const AttentionShape& shape, std::int64_t tokens, bool backward, int sm);
 
-// For tests: how much temporary memory the deterministic backward may take at once, 2 GiB at first (sdpa_slices.h).
+// How much temporary memory the deterministic backward may take at once (sdpa_slices.h): 2 GiB, or what a test says.
+std::int64_t sdpa_workspace();
 void limit_sdpa_workspace(std::int64_t bytes);
 
 // stats_BHS: the log-sum-exp of each row as cuDNN keeps it, [sequences, heads, seq_len], fp32. Temporary
@@ -29,5 +31,15 @@ void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensor
                   const AttentionShape& shape);
 void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, ConstTensorView qkv_TH,
                    ConstTensorView out_TQ, ConstTensorView stats_BHS, const AttentionShape& shape);
+
+// The same for one slice of the documents, whose table lies on the device: their rows alone are written.
+// stats_BHS: [slice.batch, the slice's heads, slice.length]; behind a document's end without meaning.
+void sdpa_forward(Exec& ex, TensorView out_TQ, TensorView stats_BHS, ConstTensorView qkv_TH,
+                  const AttentionShape& shape, const DocumentSlice& slice, const DocumentTable& table);
+struct SdpaSaved {
+  ConstTensorView qkv_TH, out_TQ, stats_BHS;
+};
+void sdpa_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, const SdpaSaved& saved,
+                   const AttentionShape& shape, const DocumentSlice& slice, const DocumentTable& table);
 
 }  // namespace upmoe::cuda

@@ -80,6 +80,37 @@ __global__ void reorder_lse(float* out, const float* in, std::int64_t n, std::in
   }
 }
 
+struct Runs {
+  const std::int32_t *begin, *size;
+  std::int64_t first_head, all_heads;
+};
+// stats is [documents, heads, seq_len].
+template <bool kToTokens>
+__global__ void reorder_runs(float* out, const float* in, std::int64_t n, std::int64_t heads,
+                             std::int64_t seq_len, Runs runs) {
+  const std::int64_t i = global_thread();
+  if (i >= n) return;
+  const std::int64_t place = i % seq_len, head = i / seq_len % heads, document = i / seq_len / heads;
+  if (place >= runs.size[document]) return;
+  const std::int64_t by_token = (runs.begin[document] + place) * runs.all_heads + runs.first_head + head;
+  if (kToTokens) {
+    out[by_token] = in[i];
+  } else {
+    out[i] = in[by_token];
+  }
+}
+
+template <bool kToTokens>
+void reorder(const Exec& ex, const TensorView& out, const ConstTensorView& in,
+             const portable::TokenRuns& runs) {
+  const ConstTensorView stats_BHS = kToTokens ? in : ConstTensorView(out),
+                        lse_TN = kToTokens ? ConstTensorView(out) : in;
+  const Runs on_device{runs.begin_b.as<std::int32_t>(), runs.size_b.as<std::int32_t>(), runs.first_head,
+                       lse_TN.shape[1]};
+  launch(ex, blocks_for(stats_BHS.elements(), kThreads), kThreads, reorder_runs<kToTokens>, out.as<float>(),
+         in.as<float>(), stats_BHS.elements(), stats_BHS.shape[1], stats_BHS.shape[2], on_device);
+}
+
 template <bool kToTokens>
 void reorder(const Exec& ex, const TensorView& out, const ConstTensorView& in, const AttentionShape& shape) {
   launch(ex, blocks_for(in.elements(), kThreads), kThreads, reorder_lse<kToTokens>, out.as<float>(),
@@ -142,6 +173,14 @@ void order_by_token(Exec& ex, TensorView lse_TN, ConstTensorView stats_BHS, cons
 
 void order_by_head(Exec& ex, TensorView stats_BHS, ConstTensorView lse_TN, const AttentionShape& shape) {
   reorder<false>(ex, stats_BHS, lse_TN, shape);
+}
+
+void order_by_token(Exec& ex, TensorView lse_TN, ConstTensorView stats_BHS, const TokenRuns& runs) {
+  reorder<true>(ex, lse_TN, stats_BHS, runs);
+}
+
+void order_by_head(Exec& ex, TensorView stats_BHS, ConstTensorView lse_TN, const TokenRuns& runs) {
+  reorder<false>(ex, stats_BHS, lse_TN, runs);
 }
 
 }  // namespace portable

@@ -20,5 +20,13 @@ void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorV
 // cuDNN keeps the rows' log-sum-exp by head, the layers by token: one from the other.
 void order_by_token(Exec& ex, TensorView lse_TN, ConstTensorView stats_BHS, const AttentionShape& shape);
 void order_by_head(Exec& ex, TensorView stats_BHS, ConstTensorView lse_TN, const AttentionShape& shape);
+// The same for documents, and some of the heads, from first_head on: document b has size_b[b] tokens from begin_b[b] on
+// (int32). Tokens of none stay as they are.
+struct TokenRuns {
+  ConstTensorView begin_b, size_b;
+  std::int64_t first_head = 0;
+};
+void order_by_token(Exec& ex, TensorView lse_TN, ConstTensorView stats_BHS, const TokenRuns& runs);
+void order_by_head(Exec& ex, TensorView stats_BHS, ConstTensorView lse_TN, const TokenRuns& runs);
 
 }  // namespace upmoe::cuda::portable

@@ -22,7 +22,7 @@ cudnnStatus_t cudnnSetStream(cudnnHandle_t handle, cudaStream_t stream);
 
 namespace cudnn_frontend {
 
-enum class DataType_t { FLOAT, BFLOAT16 };
+enum class DataType_t { FLOAT, BFLOAT16, INT32 };
 enum class HeurMode_t { A };
 
 struct error_t {
@@ -42,11 +42,16 @@ class Tensor_attributes {
   Tensor_attributes& set_dim(const std::vector<std::int64_t>& value) { return dim = value, *this; }
   Tensor_attributes& set_stride(const std::vector<std::int64_t>& value) { return stride = value, *this; }
   Tensor_attributes& set_output(bool value) { return output = value, *this; }
+  // Where each of dim[0] sequences begins, in elements.
+  Tensor_attributes& set_ragged_offset(const std::shared_ptr<Tensor_attributes>& value) {
+    return offset = value, *this;
+  }
 
   std::int64_t uid = 0;
   DataType_t type = DataType_t::FLOAT;
   std::vector<std::int64_t> dim, stride;
   bool output = false;
+  std::shared_ptr<Tensor_attributes> offset;
 };
 using Tensor = std::shared_ptr<Tensor_attributes>;
 
@@ -57,6 +62,11 @@ class Attention_attributes {
   Self& set_causal_mask(bool value) { return causal = value, self(); }
   Self& set_attn_scale(float value) { return scale = value, self(); }
   Self& set_diagonal_band_left_bound(int value) { return left_bound = value, self(); }
+  Self& set_padding_mask(bool value) { return padded = value, self(); }
+  Self& set_seq_len_q(const Tensor& value) { return size_q = value, self(); }
+  Self& set_seq_len_kv(const Tensor& value) { return size_kv = value, self(); }
+  bool padded = false;  // sequences end where size_q and size_kv say
+  Tensor size_q, size_kv;
   bool causal = false;
   int left_bound = 0;  // 0: not set; else column + left_bound > row is kept
   float scale = 1;
@@ -91,7 +101,13 @@ class Graph {
   error_t execute(cudnnHandle_t handle, std::unordered_map<std::int64_t, void*>& memory, void* workspace);
 
  private:
+  template <class Options>
+  void take(const Options& options);
+  error_t validate_sizes();
+
   std::map<std::string, Tensor> tensors_;
+  Tensor size_q_, size_kv_;
+  bool padded_ = false;
   bool backward_ = false, causal_ = false, deterministic_ = false, built_ = false;
   int left_bound_ = 0;
   float scale_ = 1;

@@ -24,8 +24,10 @@ using cudnn_frontend::graph::Tensor;
 struct Strided {
   Tensor t;
   void* data;
+  const std::int32_t* offset;  // null: by stride
   std::int64_t at(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d) const {
-    return b * t->stride[0] + h * t->stride[1] + s * t->stride[2] + d * t->stride[3];
+    return (offset != nullptr ? offset[b] : b * t->stride[0]) + h * t->stride[1] + s * t->stride[2] +
+           d * t->stride[3];
   }
   double get(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d) const {
     const std::int64_t i = at(b, h, s, d);
@@ -46,6 +48,9 @@ struct Attention {
   Strided q, k, v, o, stats, d_o, dq, dk, dv;
   double scale;
   std::int64_t batch, heads, kv_heads, length, width, left_bound;
+  const std::int32_t* size;  // null: all are whole
+
+  std::int64_t rows(std::int64_t b) const { return size != nullptr ? size[b] : length; }
 
   std::int64_t first_key(std::int64_t row) const {
     return left_bound == 0 ? 0 : std::max<std::int64_t>(0, row - left_bound + 1);
@@ -75,10 +80,11 @@ struct Attention {
 
   // All heads of one key head, so that their sums are whole before they are rounded.
   void backward_group(std::int64_t b, std::int64_t hk) const {
-    const auto size = static_cast<std::size_t>(length * width);
-    std::vector<double> key(size), value(size);
+    const std::int64_t rows_here = rows(b);
+    const auto elements = static_cast<std::size_t>(rows_here * width);
+    std::vector<double> key(elements), value(elements);
     for (std::int64_t h = hk * (heads / kv_heads); h < (hk + 1) * (heads / kv_heads); ++h)
-      for (std::int64_t i = 0; i < length; ++i) {
+      for (std::int64_t i = 0; i < rows_here; ++i) {
         const double delta = dot(d_o, b, h, i, o, h, i);
         std::vector<double> query(static_cast<std::size_t>(width));
         for (std::int64_t j = first_key(i); j <= i; ++j) {
@@ -93,7 +99,7 @@ struct Attention {
         }
         for (std::int64_t d = 0; d < width; ++d) dq.set(b, h, i, d, query[static_cast<std::size_t>(d)]);
       }
-    for (std::int64_t j = 0; j < length; ++j)
+    for (std::int64_t j = 0; j < rows_here; ++j)
       for (std::int64_t d = 0; d < width; ++d) {
         dk.set(b, hk, j, d, key[static_cast<std::size_t>(j * width + d)]);
         dv.set(b, hk, j, d, value[static_cast<std::size_t>(j * width + d)]);
@@ -136,10 +142,18 @@ cudnnStatus_t cudnnSetStream(cudnnHandle_t handle, cudaStream_t stream) {
 
 namespace cudnn_frontend::graph {
 
-std::array<Tensor, 2> Graph::sdpa(Tensor q, Tensor k, Tensor v, SDPA_attributes options) {
-  causal_ = options.causal && options.stats;
+template <class Options>
+void Graph::take(const Options& options) {
   left_bound_ = options.left_bound;
   scale_ = options.scale;
+  padded_ = options.padded;
+  size_q_ = options.size_q;
+  size_kv_ = options.size_kv;
+}
+
+std::array<Tensor, 2> Graph::sdpa(Tensor q, Tensor k, Tensor v, SDPA_attributes options) {
+  causal_ = options.causal && options.stats;
+  take(options);
   const auto out = std::make_shared<Tensor_attributes>(), stats = std::make_shared<Tensor_attributes>();
   stats->dim = {q->dim[0], q->dim[1], q->dim[2], 1};
   stats->stride = {q->dim[1] * q->dim[2], q->dim[2], 1, 1};
@@ -151,9 +165,8 @@ std::array<Tensor, 3> Graph::sdpa_backward(Tensor q, Tensor k, Tensor v, Tensor 
                                            SDPA_backward_attributes options) {
   backward_ = true;
   causal_ = options.causal;
-  left_bound_ = options.left_bound;
   deterministic_ = options.deterministic;
-  scale_ = options.scale;
+  take(options);
   const auto make = [] { return std::make_shared<Tensor_attributes>(); };
   const Tensor dq = make(), dk = make(), dv = make();
   tensors_ = {{"q", q},         {"k", k},   {"v", v},   {"o", o},  {"d_o", d_o},
@@ -174,9 +187,30 @@ error_t Graph::validate() {
     if (t->dim[0] != q[0] || t->dim[2] != q[2] || q[1] % t->dim[1] != 0) return {false, name + ": dims"};
     if ((t->type == DataType_t::FLOAT) != (name == "stats")) return {false, name + ": type"};
   }
+  if (const error_t sizes = validate_sizes(); !sizes.is_good()) return sizes;
   const Tensor& stats = tensors_["stats"];
   if (stats->stride[1] != q[2] || stats->stride[0] != q[1] * q[2] || stats->stride[2] != 1)
     return {false, "stats are packed"};
+  return {};
+}
+
+// Ragged tensors are all of them but the stats, and then sequences have sizes.
+error_t Graph::validate_sizes() {
+  const std::int64_t batch = tensors_["q"]->dim[0];
+  const auto counts = [](const Tensor& t, std::int64_t n) {
+    return t != nullptr && t->type == DataType_t::INT32 && t->uid != 0 &&
+           t->dim == std::vector<std::int64_t>{n, 1, 1, 1} &&
+           t->stride == std::vector<std::int64_t>{1, 1, 1, 1};
+  };
+  const bool ragged = tensors_["q"]->offset != nullptr;
+  if (ragged != padded_) return {false, "a padding mask with ragged tensors, and with them alone"};
+  if (padded_ != (size_q_ != nullptr && size_kv_ != nullptr)) return {false, "sizes and no padding mask"};
+  if (!ragged) return {};
+  if (!counts(size_q_, batch) || !counts(size_kv_, batch)) return {false, "sizes of sequences"};
+  for (const auto& [name, t] : tensors_) {
+    if ((t->offset != nullptr) != (name != "stats")) return {false, name + ": ragged or not"};
+    if (t->offset != nullptr && !counts(t->offset, batch + 1)) return {false, name + ": offsets"};
+  }
   return {};
 }
 
@@ -214,9 +248,17 @@ error_t Graph::execute(cudnnHandle_t handle, std::unordered_map<std::int64_t, vo
   for (const auto& [name, t] : tensors_) {
     const auto it = memory.find(t->uid);
     if (it == memory.end() || it->second == nullptr) return {false, "no memory for " + name};
-    *parts.at(name) = {t, it->second};
+    const std::int32_t* offset = nullptr;
+    if (t->offset != nullptr) {
+      const auto offsets = memory.find(t->offset->uid);
+      if (offsets == memory.end() || offsets->second == nullptr) return {false, "no offsets for " + name};
+      offset = static_cast<const std::int32_t*>(offsets->second);
+      reads.push_back({offset, static_cast<std::size_t>(t->offset->dim[0]) * 4});
+    }
+    *parts.at(name) = {t, it->second, offset};
     std::int64_t last = 0;
     for (std::size_t i = 0; i < 4; ++i) last += (t->dim[i] - 1) * t->stride[i];
+    if (offset != nullptr) last = 0;  // where it lies is known when it is computed
     const auto bytes = static_cast<std::size_t>(last + 1) * (t->type == DataType_t::FLOAT ? 4 : 2);
     const bool written =
         backward_ ? name == "dq" || name == "dk" || name == "dv" : name == "o" || name == "stats";
@@ -231,6 +273,12 @@ error_t Graph::execute(cudnnHandle_t handle, std::unordered_map<std::int64_t, vo
   a.length = q[2];
   a.left_bound = left_bound_;
   a.width = q[3];
+  if (padded_) {
+    const auto q_sizes = memory.find(size_q_->uid), kv_sizes = memory.find(size_kv_->uid);
+    if (q_sizes == memory.end() || kv_sizes == memory.end() || q_sizes->second != kv_sizes->second)
+      return {false, "sizes of queries and of keys"};
+    a.size = static_cast<const std::int32_t*>(q_sizes->second);
+  }
   fake_cuda::enqueue(handle->stream, [a, workspace, workspace_bytes, backward = backward_] {
     std::memset(workspace, 0xff, workspace_bytes);
     for (std::int64_t b = 0; b < a.batch; ++b) {
@@ -238,7 +286,7 @@ error_t Graph::execute(cudnnHandle_t handle, std::unordered_map<std::int64_t, vo
         for (std::int64_t h = 0; h < a.kv_heads; ++h) a.backward_group(b, h);
       } else {
         for (std::int64_t h = 0; h < a.heads; ++h)
-          for (std::int64_t i = 0; i < a.length; ++i) a.forward_row(b, h, i);
+          for (std::int64_t i = 0; i < a.rows(b); ++i) a.forward_row(b, h, i);
       }
     }
   });
