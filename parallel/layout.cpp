@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/core/balanced.h"
 #include "parallel/stage_plan.h"
 
 namespace upmoe {
@@ -36,11 +37,7 @@ Box intersect(const Box& a, const Box& b) {
 
 Range balanced(std::int64_t n, std::int64_t parts, std::int64_t index) {
   UPMOE_CHECK(parts > 0 && 0 <= index && index < parts && n >= 0, "part {} of {} of {}", index, parts, n);
-  // In 128 bits: n * index may pass 2^63 for flat buffers on thousands of ranks.
-  const auto at = [&](std::int64_t i) {
-    return static_cast<std::int64_t>(static_cast<__int128>(n) * i / parts);
-  };
-  return {at(index), at(index + 1)};
+  return {balanced_begin(n, parts, index), balanced_begin(n, parts, index + 1)};
 }
 
 namespace {

@@ -16,6 +16,7 @@
 #include "kernels/ops/loss.h"
 #include "kernels/ops/noisy_routing.h"
 #include "kernels/ops/norm.h"
+#include "kernels/ops/pack.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/router_draws.h"
 #include "kernels/ops/routing.h"

@@ -20,6 +20,9 @@ inline void show(OpWatcher& w, const ConstTensorView& t) {
 inline void show(OpWatcher& w, std::span<const ConstTensorView> parts) {
   for (const ConstTensorView& t : parts) w.reads(t);
 }
+inline void show(OpWatcher& w, std::span<const TensorView> parts) {
+  for (const TensorView& t : parts) w.writes(t);
+}
 inline void show(OpWatcher& w, const ExpertRows& rows) {
   w.reads(rows.offset_e1);
 }
@@ -116,7 +119,8 @@ template <class T>
 concept HoldsNoTensor = std::is_arithmetic_v<T> || std::is_enum_v<T> || std::same_as<T, AttentionShape> ||
     std::same_as<T, VocabShard> || std::same_as<T, AdamWStep> || std::same_as<T, Chance> ||
     std::same_as<T, SigmoidRule> || std::same_as<T, CapacityRule> || std::same_as<T, GroupCapacity> ||
-    std::same_as<T, BalanceRule> || std::same_as<T, std::span<const std::int64_t>>;  // on the host
+    std::same_as<T, BalanceRule> || std::same_as<T, PackedParts> ||
+    std::same_as<T, std::span<const std::int64_t>>;  // on the host
 template <HoldsNoTensor T>
 void show(OpWatcher&, const T&) {}
 

@@ -14,6 +14,7 @@
 #include "kernels/ops/layer_norm.h"
 #include "kernels/ops/noisy_routing.h"
 #include "kernels/ops/norm.h"
+#include "kernels/ops/pack.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/router_draws.h"
 #include "kernels/ops/sigmoid_routing.h"
@@ -189,6 +190,13 @@ void add_elementwise(const Model& model, DType dtype) {
   add("add" + name, dtype, [=](benchmark::State& state) {
     const Tensor a({n}, dtype), b({n}, dtype), out({n}, dtype);
     measure(state, dtype, [&](Exec& ex) { ops::add(ex, out.view, a.view, b.view); });
+  });
+  add("pack_parts" + name, dtype, [=](benchmark::State& state) {
+    const Tensor gate_up({n / 3 * 2}, dtype), down({n / 3}, dtype);
+    const PackedParts packing({gate_up.view.elements(), down.view.elements()}, 64);
+    const Tensor packed({packing.parts(), packing.slice()}, dtype);
+    const std::vector<ConstTensorView> tensors{gate_up.view, down.view};
+    measure(state, dtype, [&](Exec& ex) { ops::pack_parts(ex, packed.view, tensors, packing); });
   });
   add("cast_from_fp32" + name, dtype, [=](benchmark::State& state) {
     const Tensor in({n}, DType::kF32), out({n}, dtype);

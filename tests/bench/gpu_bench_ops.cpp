@@ -14,6 +14,7 @@
 #include "kernels/ops/loss.h"
 #include "kernels/ops/moment_codes.h"
 #include "kernels/ops/norm.h"
+#include "kernels/ops/pack.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/routing.h"
 #include "kernels/ops/transfer.h"
@@ -280,6 +281,15 @@ void add_optimizers() {
     return [=](Exec& ex) {
       ops::adamw8bit(ex, w->view, {m_code->view, v_code->view, m_scale->view, v_scale->view, 0}, g->view,
                      AdamWStep{.lr = 1e-4f}, {1, FlatIndex({0}, {n}, {n})});
+    };
+  });
+  add("pack_parts", [=] {
+    const Held gate_up = make({n / 3 * 2}), down = make({n / 3});
+    const PackedParts packing({gate_up->view.elements(), down->view.elements()}, 64);
+    const Held packed = make({packing.parts(), packing.slice()});
+    return [=](Exec& ex) {
+      const std::vector<ConstTensorView> tensors{gate_up->view, down->view};
+      ops::pack_parts(ex, packed->view, tensors, packing);
     };
   });
   add("sum_of_squares", [=] {

@@ -114,6 +114,15 @@ MUTANTS = {
         "trainer/grad_reducer.cpp", "  params_.zero_unwritten_gradients(ex, layer);\n", "", "GradientMemory.*"),
     "gradients_written_in_the_step_before": (
         "trainer/trainer.cpp", "  s_.params.forget_gradients();\n", "", "*"),
+    "last_of_a_run_not_packed": (
+        "kernels/cuda/portable/pack.cu", "int i = head + whole * N + thread; i < n;",
+        "int i = head + whole * N + thread; i < head;", "Pack.*", "pack_test_on_gpu"),
+    "packs_of_tensors_that_begin_between_two": (
+        "kernels/cuda/portable/pack.cu", "aligned == until_aligned<N>(in) && aligned < n ? aligned : n",
+        "aligned < n ? n % N : n", "Pack.*", "pack_test_on_gpu"),
+    "every_row_taken_apart_as_the_first": (
+        "kernels/cuda/portable/pack.cu", "begin[i] = balanced_begin(tensors.elements[i], tensors.parts, row);",
+        "begin[i] = balanced_begin(tensors.elements[i], tensors.parts, 0);", "Pack.*", "pack_test_on_gpu"),
     "sums_of_the_same_pack_again": (
         "kernels/cuda/portable/pointwise.cu", "(x + i + p * kStride);", "(x + i);", "*WhereElementsLie",
         "pointwise_test_on_gpu"),
