@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <deque>
+#include <optional>
 #include <tuple>
 
+#include "kernels/ops/pack.h"
 #include "kernels/ops/pointwise.h"
 
 namespace upmoe {
@@ -13,7 +15,7 @@ namespace upmoe {
 // serves them all and rank r gets what it owns:
 //
 //   packed   | a/0 b/0 .. | a/1 b/1 .. | a/2 b/2 |        own   | a/r b/r .. |
-//              segment 0    segment 1    segment 2
+//              row 0        row 1        row 2
 //
 // Gathering weights goes the other way through the same memory: own -> packed -> the parameters' slices.
 //
@@ -30,28 +32,22 @@ struct GradReducer::Bucket {
   Communicator* group = nullptr;
   DType value_dtype = DType::kF32, grad_dtype = DType::kF32;  // of all its parameters
   std::vector<const StoredParam*> params;
-  std::int64_t slice = 0;  // elements of one rank's part, the largest
+  // Of them, in their order: the whole shards, and the slices that this rank owns.
+  std::vector<TensorView> values, own_grads;
+  std::vector<ConstTensorView> grads, own_values;
+  PackedParts shards, owned;  // how those lie in `packed` and in `own`, a row for each rank and one row
   Lane* lane = nullptr;
   Pending pending;
   bool gathers = false;  // what is under way: weights, or else gradients
   bool reduced = false;  // this step's gradients, or are under way
 
-  TensorView packed(DType dtype) const { return lane->packed.view({slice * group->size()}, dtype); }
-  TensorView own(DType dtype) const { return lane->own.view({slice}, dtype); }
-  TensorView segment(int rank, DType dtype) const {
-    return packed(dtype).rows(rank * slice, (rank + 1) * slice);
-  }
+  std::int64_t slice() const { return shards.slice(); }  // elements of one rank's part, the largest
+  TensorView packed(DType dtype) const { return lane->packed.view({group->size(), slice()}, dtype); }
+  TensorView own(DType dtype) const { return lane->own.view({1, slice()}, dtype); }
 
-  // Calls move(param, its flat part that `rank` owns, the place of that part in `segment`).
-  template <class Move>
-  void for_each_slice(int rank, TensorView segment, const Move& move) const {
-    std::int64_t at = 0;
-    for (const StoredParam* p : params) {
-      const Range r = owner_slice(p->value.elements(), {rank, group->size()});
-      if (r.size() > 0) move(*p, r, segment.rows(at, at + r.size()));
-      at += r.size();
-    }
-  }
+  void add(const StoredParam& p);
+  void lay_out();  // its parameters are all there
+  Accumulate write_own_grads() const;
 };
 
 namespace {
@@ -60,23 +56,41 @@ TensorView part(const TensorView& tensor, Range r) {
   return tensor.reshape({tensor.elements()}).rows(r.begin, r.end);
 }
 
-// One micro-batch's sum over the ranks, to those before it.
-void sum_up(Exec& ex, const StoredParam& p, ConstTensorView sum) {
-  const GradientView owned = p.write_owned_grad();
-  owned.adds() ? ops::add(ex, owned, owned, sum) : ops::cast(ex, owned, sum);
-}
-
-std::int64_t largest_slice(const std::vector<const StoredParam*>& params, int ranks) {
-  std::int64_t largest = 0;
-  for (int r = 0; r < ranks; ++r) {
-    std::int64_t n = 0;
-    for (const StoredParam* p : params) n += owner_slice(p->value.elements(), {r, ranks}).size();
-    largest = std::max(largest, n);
-  }
-  return largest;
-}
-
 }  // namespace
+
+void GradReducer::Bucket::add(const StoredParam& p) {
+  params.push_back(&p);
+  values.push_back(p.value);
+  grads.emplace_back(p.grad);
+  own_values.emplace_back(part(p.value, p.owned));
+  own_grads.push_back(p.owned_grad);
+}
+
+void GradReducer::Bucket::lay_out() {
+  std::vector<std::int64_t> whole, own;
+  for (const StoredParam* p : params) {
+    whole.push_back(p->value.elements());
+    own.push_back(p->owned.size());
+  }
+  shards = PackedParts(std::move(whole), group->size());
+  owned = PackedParts(std::move(own), 1);
+  UPMOE_CHECK(owned.slice() == shards.row_elements(group->rank()),
+              "layer {}: a rank owns {} elements, and is sent {}", layer, owned.slice(),
+              shards.row_elements(group->rank()));
+}
+
+// What a sum over the ranks is to the owned slices: the first micro-batch's is written over what stands there, the
+// others of gradients whose memory blocks share are added.
+Accumulate GradReducer::Bucket::write_own_grads() const {
+  std::optional<Accumulate> mode;
+  for (const StoredParam* p : params) {
+    const Accumulate own = p->shares_grad ? p->write_owned_grad().mode : Accumulate::kOverwrite;
+    UPMOE_CHECK(mode.value_or(own) == own, "'{}' has sums of other micro-batches than its neighbours",
+                p->spec.name);
+    mode = own;
+  }
+  return mode.value();
+}
 
 GradReducer::GradReducer(const ParamStore& params, const ProcessMesh& mesh, Device device) : params_(params) {
   make_groups(mesh);
@@ -117,18 +131,18 @@ void GradReducer::make_buckets(const ProcessMesh& mesh) {
                 "'{}': replica {} of {}, group {} of {}", p.spec.name, p.replica.index, p.replica.count,
                 group.rank(), group.size());
     if (group.size() > 1) {
-      bucket_of(p, group).params.push_back(&p);
+      bucket_of(p, group).add(p);
     } else if (p.shares_grad) {
       alone_.emplace(p.spec.layer, &p);
     }
   }
+  for (auto& b : buckets_) b->lay_out();
 }
 
 void GradReducer::make_lanes(Device device) {
   std::map<std::tuple<Communicator*, DType, bool, std::size_t>, Lane*> lane_of;
   std::map<std::pair<Communicator*, DType>, std::size_t> blocks;
   for (auto& b : buckets_) {
-    b->slice = largest_slice(b->params, b->group->size());
     const bool in_block = b->layer >= 0;
     // Blocks take the lanes in turns; what is outside the blocks has one of its own, as it is ready last of all and its
     // weights are wanted first.
@@ -138,7 +152,7 @@ void GradReducer::make_lanes(Device device) {
     if (lane == nullptr) lane = lanes_.emplace_back(std::make_unique<Lane>()).get();
     b->lane = lane;
     const std::size_t element = std::max(size_of(b->value_dtype), size_of(b->grad_dtype)),
-                      own = static_cast<std::size_t>(b->slice) * element;
+                      own = static_cast<std::size_t>(b->slice()) * element;
     lane->own_bytes = std::max(lane->own_bytes, own);
     lane->packed_bytes = std::max(lane->packed_bytes, own * static_cast<std::size_t>(b->group->size()));
   }
@@ -155,18 +169,11 @@ void GradReducer::complete(Exec& ex, Lane& lane) {
   b.pending.wait();
   lane.user = nullptr;
   if (!b.gathers) {
-    b.for_each_slice(b.group->rank(), b.own(b.grad_dtype), [&](const StoredParam& p, Range, TensorView sum) {
-      p.shares_grad ? sum_up(ex, p, sum) : ops::cast(ex, p.owned_grad, sum);
-    });
+    ops::unpack_parts(ex, b.own_grads, b.own(b.grad_dtype), b.owned, kNoRow, b.write_own_grads());
     return;
   }
-  for (int r = 0; r < b.group->size(); ++r) {
-    if (r == b.group->rank()) continue;
-    b.for_each_slice(r, b.segment(r, b.value_dtype),
-                     [&](const StoredParam& p, Range range, TensorView packed) {
-                       ops::cast(ex, part(p.value, range), packed);
-                     });
-  }
+  // But for its own: those stand where the optimizer left them.
+  ops::unpack_parts(ex, b.values, b.packed(b.value_dtype), b.shards, b.group->rank(), Accumulate::kOverwrite);
   b.gathers = false;
   if (lane.gathers.empty()) return;
   Bucket* next = lane.gathers.front();
@@ -181,10 +188,7 @@ void GradReducer::start_reduction(Exec& ex, Bucket& b) {
   // The block that had this lane before ends now, at the latest.
   complete(ex, *b.lane);
   const DType dtype = b.grad_dtype;
-  for (int r = 0; r < b.group->size(); ++r)
-    b.for_each_slice(r, b.segment(r, dtype), [&](const StoredParam& p, Range range, TensorView packed) {
-      ops::cast(ex, packed, part(p.grad, range));
-    });
+  ops::pack_parts(ex, b.packed(dtype), b.grads, b.shards);
   b.reduced = true;
   b.lane->user = &b;
   b.pending = b.group->reduce_scatter(b.own(dtype), b.packed(dtype), ex);
@@ -192,9 +196,7 @@ void GradReducer::start_reduction(Exec& ex, Bucket& b) {
 
 void GradReducer::start_gather(Exec& ex, Bucket& b) {
   const DType dtype = b.value_dtype;
-  b.for_each_slice(b.group->rank(), b.own(dtype), [&](const StoredParam& p, Range range, TensorView packed) {
-    ops::cast(ex, packed, part(p.value, range));
-  });
+  ops::pack_parts(ex, b.own(dtype), b.own_values, b.owned);
   b.lane->user = &b;
   b.pending = b.group->all_gather(b.packed(dtype), b.own(dtype), ex);
 }
@@ -209,7 +211,9 @@ void GradReducer::ready(Exec& ex, int layer, bool last) {
   const auto [begin, end] = alone_.equal_range(layer);
   for (auto it = begin; it != end; ++it) {
     const StoredParam& p = *it->second;
-    sum_up(ex, p, part(p.grad, p.owned));
+    const ConstTensorView sum = part(p.grad, p.owned);
+    const GradientView owned = p.write_owned_grad();
+    owned.adds() ? ops::add(ex, owned, owned, sum) : ops::cast(ex, owned, sum);
   }
   params_.forget_shared_gradients(layer);  // packed or added: the next block may have it
 }

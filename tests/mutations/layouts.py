@@ -91,8 +91,23 @@ MUTANTS = {
         "trainer/grad_reducer.cpp", "  params_.forget_shared_gradients(layer);  // packed", "  // packed",
         "Features.*"),
     "shared_gradients_of_the_last_micro_batch_alone": (
-        "trainer/grad_reducer.cpp", "  owned.adds() ? ops::add(ex, owned, owned, sum) : ops::cast(ex, owned, sum);",
-        "  ops::cast(ex, owned, sum);", "Features.*"),
+        "trainer/grad_reducer.cpp", "p->shares_grad ? p->write_owned_grad().mode : Accumulate::kOverwrite;",
+        "Accumulate::kOverwrite;", "Features.*"),
+    "weights_of_the_first_owner_not_taken": (
+        "trainer/grad_reducer.cpp", "b.shards, b.group->rank(), Accumulate::kOverwrite);",
+        "b.shards, 0, Accumulate::kOverwrite);", "*"),
+    "gradients_packed_in_a_call_for_each_owner": (
+        "trainer/grad_reducer.cpp", "  ops::pack_parts(ex, b.packed(dtype), b.grads, b.shards);",
+        "  for (int r = 0; r < b.group->size(); ++r) ops::pack_parts(ex, b.packed(dtype), b.grads, b.shards);",
+        "*DoNotGrowWithTheRanks", "rehearsal_test"),
+    "parts_of_tensors_over_each_other": (
+        "kernels/cpu/pack.cpp", "      at += size;\n", "", "Pack.*", "pack_test"),
+    "every_block_of_a_row_from_its_beginning": (
+        "kernels/cpu/pack.cpp", "move(i, begin + first - at, ", "move(i, begin, ", "Pack.*", "pack_test"),
+    "what_is_left_packed_booked": (
+        "kernels/ops/pack.cpp",
+        "  if (except != kNoRow) elements -= static_cast<double>(packing.row_elements(except));\n", "", "*Books*",
+        "pack_test"),
     "bucket_of_several_dtypes": (
         "trainer/grad_reducer.cpp", "b->group == &group && b->value_dtype == p.value.dtype &&",
         "b->group == &group &&", "Dtypes.*"),

@@ -16,6 +16,7 @@ using test::Golden;
 
 struct Books {
   double products = 0, attention = 0, sent = 0;
+  std::int64_t calls = 0;
 };
 
 Books books_of(const Session& s) {
@@ -25,6 +26,7 @@ Books books_of(const Session& s) {
     if (name.starts_with("attention")) b.attention += cost.flops;
   }
   b.sent = s.memory.ledger.total().bytes_sent;
+  b.calls = s.memory.ledger.total().calls;
   return b;
 }
 
@@ -127,9 +129,12 @@ double sent(const Golden& golden, const RunConfig::Parallel& parallel, int ranks
 }
 
 // Of data parallelism alone: what a step of three micro-batches sends.
-double sent_by_reducer(const Golden& golden, int zero, int ranks) {
+Books books_of_reducer(const Golden& golden, int zero, int ranks) {
   const auto world = make_dry_communicator(0, ranks);
-  return step(golden, *world, {.zero = zero}, Device{DeviceType::kDry, 0}, 2, 3, true).sent;
+  return step(golden, *world, {.zero = zero}, Device{DeviceType::kDry, 0}, 2, 3, true);
+}
+double sent_by_reducer(const Golden& golden, int zero, int ranks) {
+  return books_of_reducer(golden, zero, ranks).sent;
 }
 
 TEST(Ledger, TensorParallelTraffic) {
@@ -178,6 +183,19 @@ TEST(Ledger, DataParallelTraffic) {
       EXPECT_LE(zero_1, 2 * once + 2 * padding) << model;
       EXPECT_GE(zero_2, 2 * once + 2 * blocks) << model << ": two micro-batches more";
       EXPECT_LE(zero_2, 2 * once + 2 * blocks + 4 * padding) << model;
+    }
+  }
+}
+
+// Of as many owners as there may be, some of them of nothing of a small parameter.
+TEST(Ledger, ReducersCallsDoNotGrowWithTheRanks) {
+  for (const char* model : {"dense_tied_gqa", "moe_a27b", "moe_mixed"}) {
+    const Golden golden(model);
+    for (const int zero : {1, 2}) {
+      const std::int64_t two = books_of_reducer(golden, zero, 2).calls;
+      for (const int n : {3, 8, 512})
+        EXPECT_EQ(books_of_reducer(golden, zero, n).calls, two)
+            << model << ", " << n << " ranks, zero " << zero;
     }
   }
 }

@@ -191,7 +191,33 @@ TEST(Rehearsal, StepsAfterTheFirstAreAlike) {
   Rehearsal rehearsal(run, full_size(), 1, 4);
   const Books first = rehearsal.step().entries(), second = rehearsal.step().entries();
   expect_same_books(second, rehearsal.step().entries(), "step 3");
-  EXPECT_GT(second.at("cast").calls, first.at("cast").calls) << "weights of the step before arrive";
+  EXPECT_GT(second.at("unpack_parts").calls, first.at("unpack_parts").calls)
+      << "weights of the step before arrive";
+}
+
+// What ranks send each other of gradients and weights is packed and taken apart in one call for all of them.
+TEST(Rehearsal, TheCallsOfAStepDoNotGrowWithTheRanks) {
+  const auto step_of = [](RunConfig run, int ranks) {
+    run.train.global_batch = 2 * run.train.micro_batch * ranks / (run.parallel.tp * run.parallel.pp);
+    Rehearsal rehearsal(run, full_size(), ranks - 1, ranks);
+    rehearsal.step();
+    const Ledger& second = rehearsal.step();
+    return std::pair(second.entries(), second.total().calls);
+  };
+  for (const RunConfig::Parallel& parallel :
+       {RunConfig::Parallel{.ep = 8}, RunConfig::Parallel{.ep = 8, .zero = 2},
+        RunConfig::Parallel{.tp = 2, .pp = 2, .ep = 4, .zero = 2}}) {
+    RunConfig run = full_size_run();
+    run.parallel = parallel;
+    const auto [few, few_calls] = step_of(run, 8);
+    const auto [some, some_calls] = step_of(run, 16);
+    const auto [many, many_calls] = step_of(run, 512);
+    const std::string where = fmt::format("tp {}, zero {}", parallel.tp, parallel.zero);
+    EXPECT_GT(many.at("pack_parts").calls, 0) << where;
+    for (const auto& [name, cost] : many) EXPECT_EQ(cost.calls, some.at(name).calls) << name << ", " << where;
+    EXPECT_EQ(many_calls, some_calls) << where;
+    EXPECT_LE(many_calls, 2 * few_calls) << where << ": on 8 ranks no other has the same experts";
+  }
 }
 
 TEST(Rehearsal, RefusesAnImpossibleMesh) {
