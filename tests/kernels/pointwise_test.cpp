@@ -205,6 +205,24 @@ TEST(Pointwise, SquaresOfSeveralTensors) {
   EXPECT_NEAR(together.get(0), apart.get(0), 1e-9 * apart.get(0));
 }
 
+// More than a launch takes, of two types, some of none and some of several blocks: each once.
+TEST(Pointwise, SquaresOfManyTensors) {
+  OpExec ex;
+  std::vector<HostTensor> tensors;
+  for (unsigned i = 0; i < 200; ++i)
+    tensors.push_back(random_tensor({i % 50 == 49 ? 70001 : i % 7 * 11}, kFloats[i % 3 % 2], i));
+  std::vector<ConstTensorView> parts;
+  double squares = 0;
+  for (const HostTensor& t : tensors) {
+    parts.emplace_back(t);
+    for (const double v : t.values()) squares += v * v;
+  }
+  HostTensor out = filled({1}, DType::kF64, 0);
+  ops::sum_of_squares(ex, out, parts);
+  EXPECT_NEAR(out.get(0), squares, 1e-9 * squares);
+  EXPECT_EQ(ex.scratch_used(), 0u);
+}
+
 TEST(Pointwise, SumOfSquaresDoesNotOverflow) {
   OpExec ex;
   const HostTensor x = filled({4}, DType::kF32, 1e30);

@@ -123,6 +123,12 @@ MUTANTS = {
     "every_row_taken_apart_as_the_first": (
         "kernels/cuda/portable/pack.cu", "begin[i] = balanced_begin(tensors.elements[i], tensors.parts, row);",
         "begin[i] = balanced_begin(tensors.elements[i], tensors.parts, 0);", "Pack.*", "pack_test_on_gpu"),
+    "squares_of_one_launch_alone": (
+        "kernels/cuda/portable/pointwise.cu", "if (tensors.count == kSummed) flush();",
+        "if (tensors.count == kSummed) break;", "*ManyTensors", "pointwise_test_on_gpu"),
+    "sums_of_a_tensor_over_anothers": (
+        "kernels/cuda/portable/pointwise.cu", "tensors.partial[tensors.count] = first;",
+        "tensors.partial[tensors.count] = 0;", "*Tensors", "pointwise_test_on_gpu"),
     "sums_of_the_same_pack_again": (
         "kernels/cuda/portable/pointwise.cu", "(x + i + p * kStride);", "(x + i);", "*WhereElementsLie",
         "pointwise_test_on_gpu"),

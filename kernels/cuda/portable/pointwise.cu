@@ -180,15 +180,33 @@ __device__ double sum_part(const T* x, std::int64_t n) {
   return sum;
 }
 
-template <bool kSquare, bool kWide, class T>
-__global__ void partial_sums(double* partial, const T* x, std::int64_t n) {
+constexpr int kSummed = 64;  // tensors of a launch, at most
+
+// Tensors of one type; a launch takes the table by value.
+template <class T>
+struct SummedTensors {
+  const T* data[kSummed] = {};
+  std::int64_t elements[kSummed] = {};
+  std::int64_t partial[kSummed] = {};  // where its sums begin
+  unsigned block[kSummed] = {};        // its first one of the launch
+  int count = 0;
+  unsigned blocks = 0;
+};
+
+template <bool kSquare, class T>
+__global__ void partial_sums(double* partial, const __grid_constant__ SummedTensors<T> tensors) {
   __shared__ double memory[kThreads / kWarp];
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * kSumBlock;
-  const bool whole = kWide && n - begin >= kSumBlock;
-  double sum = whole ? sum_whole<kSquare>(x + begin)
-                     : sum_part<kSquare>(x + begin, n - begin < kSumBlock ? n - begin : kSumBlock);
+  int t = 0;  // whose block this is: the last tensor that begins at it or before
+#pragma unroll
+  for (int step = kSummed / 2; step > 0; step /= 2)
+    if (t + step < tensors.count && tensors.block[t + step] <= blockIdx.x) t += step;
+  const std::int64_t block = blockIdx.x - tensors.block[t], rest = tensors.elements[t] - block * kSumBlock;
+  const T* x = tensors.data[t] + block * kSumBlock;
+  const bool whole =
+      rest >= kSumBlock && reinterpret_cast<std::uintptr_t>(x) % sizeof(Pack<T, kPack<T>>) == 0;
+  double sum = whole ? sum_whole<kSquare>(x) : sum_part<kSquare>(x, rest < kSumBlock ? rest : kSumBlock);
   sum = block_sum(sum, memory);
-  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+  if (threadIdx.x == 0) partial[tensors.partial[t] + block] = sum;
 }
 
 __global__ void add_partials(double* sum_1, const double* partial, std::int64_t count) {
@@ -199,23 +217,38 @@ __global__ void add_partials(double* sum_1, const double* partial, std::int64_t 
   if (threadIdx.x == 0) *sum_1 += sum;
 }
 
+// The partial sums of those of the tensors that are of one type, as many in a launch as it takes.
+template <bool kSquare, class T>
+void launch_partial_sums(const Exec& ex, double* partial, std::span<const ConstTensorView> parts) {
+  SummedTensors<T> tensors;
+  const auto flush = [&] {
+    launch(ex, tensors.blocks, kThreads, partial_sums<kSquare, T>, partial, tensors);
+    tensors = {};
+  };
+  std::int64_t first = 0;
+  for (const ConstTensorView& x : parts) {
+    const unsigned own = blocks_for(x.elements(), kSumBlock);
+    if (x.dtype == DTypeOf<T>::value && own > 0) {
+      if (tensors.count == kSummed) flush();
+      tensors.data[tensors.count] = x.as<T>();
+      tensors.elements[tensors.count] = x.elements();
+      tensors.partial[tensors.count] = first;
+      tensors.block[tensors.count++] = tensors.blocks;
+      tensors.blocks += own;
+    }
+    first += own;
+  }
+  flush();
+}
+
 template <bool kSquare>
 void ordered_sum(const Exec& ex, const TensorView& sum_1, std::span<const ConstTensorView> parts) {
   std::int64_t blocks = 0;
   for (const ConstTensorView& x : parts) blocks += blocks_for(x.elements(), kSumBlock);
   ScratchScope scope(*ex.scratch);
   auto* partial = ex.scratch->take({blocks}, DType::kF64, "partial sums").as<double>();
-  std::int64_t first = 0;
-  for (const ConstTensorView& x : parts) {
-    const unsigned own = blocks_for(x.elements(), kSumBlock);
-    with_float_type(x.dtype, [&](auto type) {
-      using T = decltype(type);
-      const bool wide = packs<kPack<T>>(kSumBlock, x.as<T>());
-      launch(ex, own, kThreads, wide ? partial_sums<kSquare, true, T> : partial_sums<kSquare, false, T>,
-             partial + first, x.as<T>(), x.elements());
-    });
-    first += own;
-  }
+  launch_partial_sums<kSquare, float>(ex, partial, parts);
+  if constexpr (kSquare) launch_partial_sums<kSquare, bf16>(ex, partial, parts);
   launch(ex, 1, kThreads, add_partials, sum_1.as<double>(), partial, blocks);
 }
 
