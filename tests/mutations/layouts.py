@@ -95,11 +95,11 @@ MUTANTS = {
         "Accumulate::kOverwrite;", "Features.*"),
     "weights_of_the_first_owner_not_taken": (
         "trainer/grad_reducer.cpp", "b.shards, b.group->rank(), Accumulate::kOverwrite);",
-        "b.shards, 0, Accumulate::kOverwrite);", "*"),
+        "b.shards, 0, Accumulate::kOverwrite);", "*AllHaveTheWeights", "grad_reducer_test"),
     "gradients_packed_in_a_call_for_each_owner": (
         "trainer/grad_reducer.cpp", "  ops::pack_parts(ex, b.packed(dtype), b.grads, b.shards);",
         "  for (int r = 0; r < b.group->size(); ++r) ops::pack_parts(ex, b.packed(dtype), b.grads, b.shards);",
-        "*DoNotGrowWithTheRanks", "rehearsal_test"),
+        "*InOneCall", "grad_reducer_test"),
     "parts_of_tensors_over_each_other": (
         "kernels/cpu/pack.cpp", "      at += size;\n", "", "Pack.*", "pack_test"),
     "every_block_of_a_row_from_its_beginning": (
