@@ -6,6 +6,7 @@
 #include "kernels/ops/adamw.h"
 #include "kernels/ops/adamw8bit.h"
 #include "kernels/ops/attention.h"
+#include "kernels/ops/attention_decode.h"
 #include "kernels/ops/balance.h"
 #include "kernels/ops/capacity.h"
 #include "kernels/ops/embedding.h"

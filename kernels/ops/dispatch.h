@@ -65,6 +65,12 @@ inline void show(OpWatcher& w, const ChunkPair& pair) {
 inline void show(OpWatcher& w, const ChunkPairGradients& g) {
   for (const TensorView& t : {g.dq_TQ, g.dkv_TK}) w.writes(t);
 }
+inline void show(OpWatcher& w, const KeyCache& cache) {
+  for (const TensorView& t : {cache.k_BSK, cache.v_BSK}) w.writes(t);
+}
+inline void show(OpWatcher& w, const CachedTokens& tokens) {
+  for (const ConstTensorView& t : {tokens.row_T, tokens.position_T}) w.reads(t);
+}
 inline void show(OpWatcher& w, const TokenLosses& out) {
   for (const TensorView& t : {out.loss_C, out.dlogits_CV}) show(w, t);
 }
