@@ -9,8 +9,8 @@
 //   slot        0  1  2  3  0  1  2         | 4 | 5 | 6 | 3 |
 //
 // Who attends says with the shape's window how far back that must reach: a window W and at most C new tokens of a row
-// at once need W + C - 1 slots (the C new ones are stored before the first of them attends), no window as many as the
-// row has tokens.
+// at once need W + C - 1 slots (the C new ones are stored before the first of them attends), without a window, and in
+// rows of fewer tokens than that, as many as a row has tokens.
 
 #include "kernels/ops/attention.h"
 
@@ -35,7 +35,7 @@ namespace upmoe::ops {
 void store_keys(Exec& ex, const KeyCache& cache, ConstTensorView qkv_TH, const CachedTokens& tokens,
                 AttentionShape shape);
 
-// Writes out_TQ: the queries of qkv_TH, each over what the cache has of its row up to its own position, which is stored.
+// Writes out_TQ: the queries of qkv_TH, each over what the cache has of its row up to its own position, that included.
 // shape.seq_len is not looked at. A row or a position that the cache has no room for is a broken contract.
 void attention_decode(Exec& ex, TensorView out_TQ, ConstTensorView qkv_TH, const KeyCache& cache,
                       const CachedTokens& tokens, AttentionShape shape);

@@ -12,7 +12,18 @@ AttentionShape AttentionLayer::shape_of(const TokenPlaces& places) const {
   return at;
 }
 
+void AttentionLayer::attend_over_cache(Exec& ex, const Saved& saved) const {
+  const CachedPlaces& cached = *saved.places.cached;
+  ops::store_keys(ex, cached.cache, saved.qkv_TH, cached.tokens, shape);
+  if (cached.begins) {
+    ops::attention_forward(ex, saved.out_TQ, saved.lse_TN, saved.qkv_TH, shape_of(saved.places));
+  } else {
+    ops::attention_decode(ex, saved.out_TQ, saved.qkv_TH, cached.cache, cached.tokens, shape);
+  }
+}
+
 void AttentionLayer::attend(Exec& ex, const Saved& saved) const {
+  if (saved.places.cached) return attend_over_cache(ex, saved);
   AttentionShape at = shape;
   at.seq_len = saved.places.seq_len;
   at.runs = saved.places.runs;

@@ -5,11 +5,21 @@
 
 #include <optional>
 
+#include "kernels/ops/attention_decode.h"
 #include "kernels/ops/norm.h"
 #include "trainer/model/linear.h"
 #include "trainer/model/sequence_shards.h"
 
 namespace upmoe {
+
+// Of tokens whose keys and values are kept for those that come after them. `cache` is this layer's.
+struct CachedPlaces {
+  KeyCache cache;
+  CachedTokens tokens;
+  // They are one sequence from its first token on, and what its row of the cache held before is forgotten: they are
+  // computed as in training.
+  bool begins = false;
+};
 
 // Where this rank's T tokens of a micro-batch stand; seq_len is that of the whole sequences. positions_T:
 // int32; document_T: int32, without shape when not masked, and then, of whole sequences, where each document's tokens
@@ -18,6 +28,7 @@ struct TokenPlaces {
   ConstTensorView positions_T, document_T;
   std::int64_t seq_len = 0;
   std::span<const std::int32_t> runs = {};
+  std::optional<CachedPlaces> cached = {};  // given in generation, which has no cp
 };
 
 // Norms of the heads of queries and keys, with a weight for all heads of each. Under tp every rank holds both and adds
@@ -53,6 +64,7 @@ struct AttentionLayer {
   void norm_heads_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const;
   void rope_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const;
   void attend(Exec& ex, const Saved& saved) const;
+  void attend_over_cache(Exec& ex, const Saved& saved) const;
   void attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, const Saved& saved) const;
 };
 

@@ -8,6 +8,7 @@
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/loss.h"
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/routing.h"
 #include "kernels/ops/transfer.h"
 #include "trainer/model/sequence_shards.h"
 
@@ -84,6 +85,24 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTen
     if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);
   }
   if (dx) dx->reduce(ex);
+}
+
+TensorView LmHead::logits(Exec& ex, ConstTensorView x_tD, ConstTensorView pick_N, Arena& keep) const {
+  const std::int64_t N = pick_N.elements(), v = weight_VD.value.shape[0],
+                     V = shard.total > 0 ? shard.total : v;
+  const TensorView logits_NV = keep.take({N, V}, DType::kF32, "logits");
+  ScratchScope scope(*ex.scratch);
+  const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
+  const TensorView x_ND = ex.scratch->take({N, x_TD.shape[1]}, x_TD.dtype, "tokens with logits");
+  ops::gather_rows(ex, x_ND, x_TD, pick_N, 1);
+  const bool alone = tp->size() == 1;
+  const TensorView own_Nv = alone ? logits_NV : ex.scratch->take({N, v}, DType::kF32, "logits of a share");
+  ops::gemm(ex, own_Nv, {x_ND}, {weight_VD.value, Transpose::kYes}, Accumulate::kOverwrite);
+  if (alone) return logits_NV;
+  ops::fill(ex, logits_NV, 0.0f);
+  ops::copy_columns(ex, logits_NV, shard.begin, own_Nv, 0, v);
+  tp->all_reduce(logits_NV, ReduceOp::kSum, ex);  // every logit is of one rank: nothing is rounded
+  return logits_NV;
 }
 
 }  // namespace upmoe

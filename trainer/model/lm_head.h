@@ -22,6 +22,9 @@ struct LmHead {
   // may be absent: scale times the gradient of that sum overwrites it and is added to the weight's gradient.
   void forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T, TensorView dx_tD,
                float scale, const Sink& sink = {}) const;
+  // fp32 logits of the whole vocabulary on every rank, [N, V], in memory of `keep`: of the tokens pick_N (int32) of all
+  // T. Collective over tp.
+  TensorView logits(Exec& ex, ConstTensorView x_tD, ConstTensorView pick_N, Arena& keep) const;
 
  private:
   void cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView logits_CV,

@@ -189,34 +189,58 @@ void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
                           embedding->shard);
 }
 
-Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
-                                             Arena& keep, const LmHead::Sink& sink) const {
+// Nothing is kept for a backward: a block's own memory goes when it is done.
+Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
+                                           Arena& keep, const Continuation* rows) const {
   const Shape shape{own_tokens(batch), hidden_size};
-  TensorView x_tD = keep.take(shape, dtype, "block input"), y_tD = keep.take(shape, dtype, "block output");
-  ConstTensorView input = input_tD;
+  Turns turns{keep.take(shape, dtype, "block input"), keep.take(shape, dtype, "block output"), input_tD};
+  auto& [x_tD, y_tD, input] = turns;
   if (embedding) {
     embed(ex, x_tD, batch);
     input = x_tD;
   }
-  for (const Block& block : blocks) {
-    // Nothing is kept for a backward: two buffers take turns, a block's own memory goes when it is done.
+  TokenPlaces places = batch.places;
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
     const std::size_t mark = keep.mark();
     ScratchScope scope(*ex.scratch);
     const TensorView branch_tD = ex.scratch->take(shape, dtype, "residual branch");
     const TensorView normed_tD = shares_norms() ? keep.take(shape, dtype, "norm output") : TensorView{};
     Block::Saved saved;
     saved.balance.groups = {batch.groups, tp};
-    input = summed(ex, block.forward(ex, {y_tD, branch_tD, normed_tD}, {input}, batch.places, keep, saved));
+    if (rows != nullptr) places.cached = CachedPlaces{rows->caches.of(i), rows->tokens, rows->begins};
+    input = summed(ex, blocks[i].forward(ex, {y_tD, branch_tD, normed_tD}, {input}, places, keep, saved));
     keep.rewind(mark);
     std::swap(x_tD, y_tD);
   }
-  if (!output) return {input, 0};
+  return turns;
+}
+
+Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
+                                             Arena& keep, const LmHead::Sink& sink) const {
+  const Turns last = run_blocks(ex, batch, input_tD, keep, nullptr);
+  if (!output) return {last.output_tD, 0};
   Norm::Saved saved;
-  output->norm.forward(ex, y_tD, {input}, keep, saved);
+  output->norm.forward(ex, last.y_tD, {last.output_tD}, keep, saved);
   ScratchScope scope(*ex.scratch);
   TensorView loss_1 = loss_sum(ex, *ex.scratch);
-  output->head.forward(ex, loss_1, y_tD, batch.targets_T, {}, 0.0f, sink);
+  output->head.forward(ex, loss_1, last.y_tD, batch.targets_T, {}, 0.0f, sink);
   return {{}, value_of(ex, loss_1)};
+}
+
+TensorView Transformer::logits(Exec& ex, const MicroBatch& batch, const Continuation& rows,
+                               Arena& keep) const {
+  UPMOE_CHECK(embedding && output, "logits of a part of a model");
+  const Turns last = run_blocks(ex, batch, {}, keep, &rows);
+  if (rows.pick_N.elements() == 0) return {};  // on every rank of tp
+  Norm::Saved saved;
+  output->norm.forward(ex, last.y_tD, {last.output_tD}, keep, saved);
+  return output->head.logits(ex, last.y_tD, rows.pick_N, keep);
+}
+
+std::vector<AttentionShape> Transformer::attention_of_blocks() const {
+  std::vector<AttentionShape> all;
+  for (const Block& block : blocks) all.push_back(block.attention.shape);
+  return all;
 }
 
 }  // namespace upmoe

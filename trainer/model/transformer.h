@@ -9,6 +9,7 @@
 #include "kernels/ops/vocab_shard.h"
 #include "parallel/mesh.h"
 #include "trainer/model/block.h"
+#include "trainer/model/key_cache.h"
 #include "trainer/model/lm_head.h"
 #include "trainer/model/param_store.h"
 
@@ -86,11 +87,29 @@ struct Transformer {
   Evaluated evaluate(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
                      const LmHead::Sink& sink = {}) const;
 
+  // Of a whole model: the same over tokens whose rows go on from step to step; fp32 logits of the tokens pick_N of all
+  // T, over the whole vocabulary and on every rank of tp, in memory of `keep`. N may be 0.
+  struct Continuation {
+    const KeyCaches& caches;
+    CachedTokens tokens;
+    bool begins = false;     // as in CachedPlaces
+    ConstTensorView pick_N;  // int32
+  };
+  TensorView logits(Exec& ex, const MicroBatch& batch, const Continuation& rows, Arena& keep) const;
+  std::vector<AttentionShape> attention_of_blocks() const;  // of this rank's heads
+
   std::int64_t own_tokens(const MicroBatch& batch) const { return batch.tokens_T.rows() / tp->size(); }  // t
 
  private:
   bool shares_norms() const { return !blocks.empty() && blocks.front().shares_norms(); }
   void embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const;
+  // Two buffers of the stream that take turns; the other one is free.
+  struct Turns {
+    TensorView x_tD, y_tD;
+    ConstTensorView output_tD;
+  };
+  Turns run_blocks(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
+                   const Continuation* rows) const;
   void prepare_loads(Exec& ex, const MicroBatch& batch, Arena& keep, Saved& saved) const;
   RoutedTokens routed_tokens(const MicroBatch& batch, std::size_t block) const;
   TensorView previous_loads(Exec& ex, const BalanceConfig& config, std::int64_t experts) const;

@@ -1,0 +1,307 @@
+#include "trainer/generation.h"
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+
+#include "kernels/ops/transfer.h"
+#include "parallel/watchdog.h"
+#include "trainer/evaluation.h"
+
+namespace upmoe {
+
+namespace {
+
+std::int64_t length_of(const Prompt& prompt) {
+  return static_cast<std::int64_t>(prompt.tokens.size());
+}
+
+// One row on the rank that computes it.
+struct Row {
+  std::size_t prompt = 0;
+  std::int64_t length = 0;  // of all its tokens, the newest included, which has not been through the model
+  std::int32_t newest = 0;
+  std::int64_t made = 0;
+  bool ended = false;
+};
+
+// New tokens of a forward pass: on the host, one vector each.
+struct Step {
+  std::vector<std::int32_t> tokens, rows, positions, picks;
+  bool begins = false;
+  void add(std::int32_t token, std::int64_t row, std::int64_t position) {
+    tokens.push_back(token);
+    rows.push_back(static_cast<std::int32_t>(row));
+    positions.push_back(static_cast<std::int32_t>(position));
+  }
+  void pick_last() { picks.push_back(static_cast<std::int32_t>(tokens.size()) - 1); }
+};
+
+class Generator {
+ public:
+  Generator(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
+            const TokenSink& sink);
+  Generated run();
+
+ private:
+  std::int64_t forwards_of(const Prompt& prompt) const {
+    return (length_of(prompt) + options_.chunk - 1) / options_.chunk;
+  }
+  void prefill();
+  void prefill_chunk(Row& row, std::int64_t number, std::int64_t begin);
+  void decode();
+  std::vector<float> forward(Step step);
+  CachedTokens place(const Step& step, MicroBatch& batch, ConstTensorView& picks);
+  std::int64_t keys_seen(const Step& step) const;
+  void take(Row& row, std::span<const float> logits_V);
+  bool anyone(bool here) const;
+  std::vector<std::vector<std::int32_t>> gathered() const;
+
+  RankModel& model_;
+  const Transformer& transformer_;
+  std::span<const Prompt> prompts_;
+  GenerationOptions options_;
+  const TokenSink& sink_;
+  std::int64_t vocab_;
+  int ranks_, rank_;  // along dp
+  bool speaks_;       // for its rows: the first along tp
+  std::vector<Row> rows_;
+  std::vector<std::vector<std::int32_t>> made_;  // by prompt
+  std::optional<KeyCaches> caches_;
+  Arena keep_;
+  Buffer placed_;  // what a step's vectors become, where the device is not the host
+};
+
+Generator::Generator(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
+                     const TokenSink& sink)
+    : model_(model),
+      transformer_(model.chunks.front()),
+      prompts_(prompts),
+      options_(options),
+      sink_(sink),
+      vocab_(model.config.vocab_size),
+      ranks_(model.mesh.spec().dp),
+      rank_(model.mesh.coord(Axis::kDp)),
+      speaks_(model.mesh.coord(Axis::kTp) == 0),
+      made_(prompts.size()),
+      keep_(model.memory.exec.device, arena_address_space(model.memory.exec.device), "activations") {
+  std::int64_t longest = 1, chunk = 1;
+  for (std::size_t i = static_cast<std::size_t>(rank_); i < prompts.size();
+       i += static_cast<std::size_t>(ranks_)) {
+    rows_.push_back({i, length_of(prompts[i])});
+    longest =
+        std::max(longest, length_of(prompts[i]) + std::max<std::int64_t>(0, options.max_new_tokens - 1));
+    chunk = std::max(chunk, std::min(options.chunk, length_of(prompts[i])));
+  }
+  const std::int64_t window = model.config.sliding_window,
+                     slots = window > 0 ? std::min(longest, window + chunk - 1) : longest;
+  caches_.emplace(transformer_.attention_of_blocks(), static_cast<std::int64_t>(rows_.size()), slots,
+                  transformer_.dtype, model.memory.exec.device);
+}
+
+// Where keys lie on this rank says how many a token sees: itself and those before it that no window hides.
+std::int64_t Generator::keys_seen(const Step& step) const {
+  const std::int64_t window = model_.config.sliding_window;
+  std::int64_t seen = 0;
+  for (std::size_t t = 0; t < step.rows.size(); ++t) {
+    if (step.rows[t] < 0) continue;
+    const std::int64_t all = step.positions[t] + 1;
+    seen += window > 0 ? std::min(all, window) : all;
+  }
+  return seen;
+}
+
+CachedTokens Generator::place(const Step& step, MicroBatch& batch, ConstTensorView& picks) {
+  Exec& ex = model_.memory.exec;
+  const std::vector<std::int32_t>* parts[] = {&step.tokens, &step.rows, &step.positions, &step.picks};
+  ConstTensorView views[4];
+  std::int64_t total = 0, at = 0;
+  for (const auto* part : parts) total += static_cast<std::int64_t>(part->size());
+  const bool here = ex.device.type == DeviceType::kCpu;
+  const std::size_t bytes = static_cast<std::size_t>(total) * sizeof(std::int32_t);
+  if (!here && placed_.bytes() < bytes) placed_ = Buffer::allocate(ex.device, bytes, "tokens");
+  for (std::size_t i = 0; i < 4; ++i) {
+    const auto n = static_cast<std::int64_t>(parts[i]->size());
+    const ConstTensorView on_host = host_view(parts[i]->data(), {n});
+    views[i] = on_host;
+    if (here) continue;
+    const TensorView view = placed_.view({total}, DType::kI32).rows(at, at + n);
+    ops::upload(ex, view, on_host);
+    views[i] = view;
+    at += n;
+  }
+  batch.tokens_T = batch.targets_T = views[0];
+  batch.places.positions_T = views[2];
+  batch.places.seq_len = std::max<std::int64_t>(1, static_cast<std::int64_t>(step.tokens.size()));
+  picks = views[3];
+  return {views[1], views[2], keys_seen(step)};
+}
+
+// The logits of the picked tokens on the host, one row behind the other. Collective over all ranks.
+std::vector<float> Generator::forward(Step step) {
+  watchdog::heartbeat();
+  Exec& ex = model_.memory.exec;
+  const auto tp = static_cast<std::size_t>(model_.mesh.spec().tp);
+  while (step.tokens.size() % tp != 0) step.add(0, -1, 0);  // tokens of none, behind the others
+  keep_.rewind(0);
+  MicroBatch batch;
+  ConstTensorView picks;
+  const CachedTokens tokens = place(step, batch, picks);
+  const TensorView logits_NV = transformer_.logits(ex, batch, {*caches_, tokens, step.begins, picks}, keep_);
+  std::vector<float> host(step.picks.size() * static_cast<std::size_t>(vocab_));
+  if (!host.empty()) ops::download(ex, host_view(host.data(), logits_NV.shape), logits_NV);
+  return host;
+}
+
+void Generator::take(Row& row, std::span<const float> logits_V) {
+  const std::int32_t token = next_token(logits_V, options_.sampling, {prompts_[row.prompt].row, row.length});
+  made_[row.prompt].push_back(token);
+  row.newest = token;
+  ++row.length;
+  ++row.made;
+  row.ended = row.made == options_.max_new_tokens ||
+              std::find(options_.stop.begin(), options_.stop.end(), token) != options_.stop.end();
+  if (sink_ && speaks_) sink_(row.prompt, token, logits_V);
+}
+
+void Generator::prefill_chunk(Row& row, std::int64_t number, std::int64_t begin) {
+  const Prompt& prompt = prompts_[row.prompt];
+  const std::int64_t end = std::min(length_of(prompt), begin + options_.chunk);
+  Step step;
+  step.begins = begin == 0;
+  for (std::int64_t p = begin; p < end; ++p) step.add(prompt.tokens[static_cast<std::size_t>(p)], number, p);
+  const bool whole = end == length_of(prompt);
+  if (whole) step.pick_last();
+  const std::vector<float> logits = forward(std::move(step));
+  if (whole) take(row, logits);
+}
+
+// Every rank takes part in as many forward passes as the one with the most: all know all prompts.
+void Generator::prefill() {
+  std::vector<std::int64_t> passes(static_cast<std::size_t>(ranks_));
+  for (std::size_t i = 0; i < prompts_.size(); ++i)
+    passes[i % static_cast<std::size_t>(ranks_)] += forwards_of(prompts_[i]);
+  for (std::size_t r = 0; r < rows_.size(); ++r)
+    for (std::int64_t begin = 0; begin < length_of(prompts_[rows_[r].prompt]); begin += options_.chunk)
+      prefill_chunk(rows_[r], static_cast<std::int64_t>(r), begin);
+  const std::int64_t most = *std::max_element(passes.begin(), passes.end());
+  for (std::int64_t i = passes[static_cast<std::size_t>(rank_)]; i < most; ++i) forward({});
+}
+
+bool Generator::anyone(bool here) const {
+  if (model_.mesh.world().size() == 1) return here;
+  std::int32_t any = here ? 1 : 0;
+  model_.mesh.world().all_reduce(host_view(&any, {1}), ReduceOp::kMax);
+  return any != 0;
+}
+
+void Generator::decode() {
+  for (;;) {
+    Step step;
+    std::vector<std::size_t> under_way;
+    for (std::size_t r = 0; r < rows_.size(); ++r) {
+      if (rows_[r].ended) continue;
+      under_way.push_back(r);
+      step.add(rows_[r].newest, static_cast<std::int64_t>(r), rows_[r].length - 1);
+      step.pick_last();
+    }
+    if (!anyone(!under_way.empty())) return;
+    const std::vector<float> logits = forward(std::move(step));
+    for (std::size_t i = 0; i < under_way.size(); ++i)
+      take(rows_[under_way[i]],
+           std::span(logits).subspan(i * static_cast<std::size_t>(vocab_), static_cast<std::size_t>(vocab_)));
+  }
+}
+
+// Those of all ranks: each row is written by one, and a place without a token is 0.
+std::vector<std::vector<std::int32_t>> Generator::gathered() const {
+  if (model_.mesh.world().size() == 1) return made_;
+  const auto width = static_cast<std::size_t>(options_.max_new_tokens);
+  std::vector<std::int32_t> all(made_.size() * width);
+  for (std::size_t i = 0; speaks_ && i < made_.size(); ++i)
+    for (std::size_t n = 0; n < made_[i].size(); ++n) all[i * width + n] = made_[i][n] + 1;
+  model_.mesh.world().all_reduce(host_view(all.data(), {static_cast<std::int64_t>(all.size())}),
+                                 ReduceOp::kSum);
+  std::vector<std::vector<std::int32_t>> tokens(made_.size());
+  for (std::size_t i = 0; i < made_.size(); ++i)
+    for (std::size_t n = 0; n < width && all[i * width + n] > 0; ++n)
+      tokens[i].push_back(all[i * width + n] - 1);
+  return tokens;
+}
+
+Generated Generator::run() {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds = [](Clock::duration d) { return std::chrono::duration<double>(d).count(); };
+  Generated result;
+  const auto start = Clock::now();
+  prefill();
+  const auto filled = Clock::now();
+  decode();
+  result.prefill_seconds = seconds(filled - start);
+  result.decode_seconds = seconds(Clock::now() - filled);
+  result.tokens = gathered();
+  for (std::size_t i = 0; i < prompts_.size(); ++i) {
+    result.prompt_tokens += length_of(prompts_[i]);
+    result.new_tokens += static_cast<std::int64_t>(result.tokens[i].size());
+  }
+  return result;
+}
+
+}  // namespace
+
+double Generated::tokens_per_s() const {
+  const double seconds = prefill_seconds + decode_seconds;
+  return seconds > 0 ? static_cast<double>(new_tokens) / seconds : 0;
+}
+
+MeshSpec generation_mesh(const ModelConfig& config, int ranks, int tp) {
+  const std::int64_t heads = config.num_attention_heads, kv = config.num_key_value_heads;
+  if (tp < 1 || ranks % tp != 0)
+    fail(ExitCode::kUsage, "--tp {} does not divide the {} ranks of this job", tp, ranks);
+  if (heads % tp != 0 || (kv % tp != 0 && tp % kv != 0))
+    fail(ExitCode::kUsage, "--tp {} does not divide the model's {} attention heads and {} key/value heads",
+         tp, heads, kv);
+  MeshSpec spec = evaluation_mesh(config, ranks);
+  spec.dp = ranks / tp;
+  spec.tp = tp;
+  return spec;
+}
+
+std::string refusal_of(const ModelConfig& config, std::span<const Prompt> prompts) {
+  if (config.num_moe_layers() > 0 && config.router.routes_groups())
+    return fmt::format(
+        "a model whose routers are of kind {} cannot generate: what a token gets depends on the other "
+        "sequences of its group, which a prompt has not",
+        name_of(config.router.kind));
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    const std::vector<std::int32_t>& tokens = prompts[i].tokens;
+    if (tokens.empty())
+      return fmt::format("prompt {} has no tokens; one at least is needed to go on from", i);
+    if (length_of(prompts[i]) > config.max_position_embeddings)
+      return fmt::format("prompt {} has {} tokens, and the model positions for {}; shorten it", i,
+                         tokens.size(), config.max_position_embeddings);
+    for (const std::int32_t token : tokens)
+      if (token < 0 || token >= config.vocab_size)
+        return fmt::format("prompt {}: token {} is none of the model's {} tokens, 0 to {}", i, token,
+                           config.vocab_size, config.vocab_size - 1);
+  }
+  return {};
+}
+
+Generated generate(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
+                   const TokenSink& sink) {
+  const MeshSpec& spec = model.mesh.spec();
+  UPMOE_CHECK(spec.pp == 1 && spec.cp == 1, "generation over {}", spec.str());
+  UPMOE_CHECK(options.max_new_tokens >= 0 && options.chunk > 0, "{} new tokens, chunks of {}",
+              options.max_new_tokens, options.chunk);
+  if (const std::string wrong = refusal_of(model.config, prompts); !wrong.empty())
+    fail(ExitCode::kBadInput, "{}", wrong);
+  if (prompts.empty() || options.max_new_tokens == 0) {
+    Generated none;
+    none.tokens.resize(prompts.size());
+    return none;
+  }
+  return Generator(model, prompts, options, sink).run();
+}
+
+}  // namespace upmoe

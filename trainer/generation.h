@@ -1,0 +1,56 @@
+#pragma once
+// Generation: tokens that continue prompts, with the keys and values of all tokens so far kept.
+//
+// A prompt goes through the model by itself, in chunks that depend on its own length alone; then every step takes one
+// token of each row that is not at its end. So a row's tokens and logits are the same alone and beside others: to the
+// bit where rows of dense products are (rows_are_independent of kernels/cpu/dense_product.h; docs/inference.md has who
+// computes them otherwise).
+
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "trainer/rank_model.h"
+#include "trainer/sampling.h"
+
+namespace upmoe {
+
+struct Prompt {
+  std::vector<std::int32_t> tokens;  // one or more
+  std::int64_t row = 0;              // what its draws go by (DrawPlace)
+};
+
+struct GenerationOptions {
+  std::int64_t max_new_tokens = 64;
+  std::vector<std::int32_t> stop = {};  // a row ends behind one of these
+  SamplingRule sampling = {};
+  std::int64_t chunk = 2048;  // tokens of a prompt at once
+};
+
+// A row's next token, as soon as it is known and in the order of its positions, with the logits it was taken from;
+// `prompt` is its number. On one rank alone for each row: the first along tp, of the data-parallel rank that has it;
+// prompt 0 is on rank 0.
+using TokenSink =
+    std::function<void(std::size_t prompt, std::int32_t token, std::span<const float> logits_V)>;
+
+struct Generated {
+  std::vector<std::vector<std::int32_t>>
+      tokens;  // the new ones of each prompt, a token that ended it included
+  std::int64_t prompt_tokens = 0, new_tokens = 0;
+  double prefill_seconds = 0, decode_seconds = 0;  // the first new token of each row is of the former
+  double tokens_per_s() const;                     // new ones, over both
+};
+
+// Experts over as many of the ranks as divide them, as in evaluation; rows are dealt to the groups of tp ranks. Throws
+// Error(kUsage) where `tp` does not divide the ranks or the heads.
+MeshSpec generation_mesh(const ModelConfig& config, int ranks, int tp);
+
+// What cannot be generated from, in words; empty: nothing is wrong.
+std::string refusal_of(const ModelConfig& config, std::span<const Prompt> prompts);
+
+// Collective, with the same arguments but `sink` on every rank; the same result on every rank. The model has one stage,
+// no cp and no gradients. Throws Error(kBadInput) with refusal_of()'s words.
+Generated generate(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
+                   const TokenSink& sink = {});
+
+}  // namespace upmoe
