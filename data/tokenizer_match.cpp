@@ -24,26 +24,12 @@ std::string brief(const std::string& digest) {
   return digest.substr(0, 12);
 }
 
-// The tokens that end text for the model: eos_token_id, a number or several, of both files.
-std::set<std::int64_t> model_ends(const fs::path& dir) {
-  std::set<std::int64_t> ends;
-  for (const char* name : {"config.json", "generation_config.json"}) {
-    if (!fs::is_regular_file(dir / name)) continue;
-    const auto config = nlohmann::json::parse(read_text(dir / name, kConfigLimit), nullptr, false);
-    if (!config.is_object() || !config.contains("eos_token_id")) continue;
-    const auto& id = config["eos_token_id"];
-    for (const auto& one : id.is_array() ? id : nlohmann::json::array({id}))
-      if (one.is_number_integer()) ends.insert(one.get<std::int64_t>());
-  }
-  return ends;
-}
-
 void compare_with_model(const fs::path& dir, const std::vector<const TokenFile*>& files,
                         std::vector<std::string>& differences) {
   const fs::path tokenizer = dir / "tokenizer.json";
   const std::string digest =
       fs::is_regular_file(tokenizer) ? sha256(read_text(tokenizer, kTokenizerLimit)) : std::string();
-  const std::set<std::int64_t> ends = model_ends(dir);
+  const std::set<std::int64_t> ends = text_ends_of(dir);
   for (const TokenFile* file : files) {
     if (!digest.empty() && says_which(*file) && file->tokenizer_sha256() != digest)
       differences.push_back(
@@ -61,6 +47,20 @@ void compare_with_model(const fs::path& dir, const std::vector<const TokenFile*>
 }
 
 }  // namespace
+
+std::set<std::int64_t> text_ends_of(const fs::path& dir) {
+  std::set<std::int64_t> ends;
+  if (dir.empty()) return ends;
+  for (const char* name : {"config.json", "generation_config.json"}) {
+    if (!fs::is_regular_file(dir / name)) continue;
+    const auto config = nlohmann::json::parse(read_text(dir / name, kConfigLimit), nullptr, false);
+    if (!config.is_object() || !config.contains("eos_token_id")) continue;
+    const auto& id = config["eos_token_id"];
+    for (const auto& one : id.is_array() ? id : nlohmann::json::array({id}))
+      if (one.is_number_integer()) ends.insert(one.get<std::int64_t>());
+  }
+  return ends;
+}
 
 std::vector<std::string> tokenizer_differences(const fs::path& model_dir,
                                                const std::vector<const TokenFile*>& files) {

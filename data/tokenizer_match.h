@@ -2,6 +2,7 @@
 // Token files say which tokenizer made them and which token ends documents; a model directory holds its own.
 
 #include <filesystem>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -15,5 +16,9 @@ namespace upmoe {
 // not say (no tokenizer.json, a digest of zeros, eos_id -1) is passed over. `model_dir` may be empty.
 std::vector<std::string> tokenizer_differences(const std::filesystem::path& model_dir,
                                                const std::vector<const TokenFile*>& files);
+
+// The tokens that end text for the model in this folder: eos_token_id, a number or several, of its config.json and of
+// its generation_config.json together. `model_dir` may be empty.
+std::set<std::int64_t> text_ends_of(const std::filesystem::path& model_dir);
 
 }  // namespace upmoe

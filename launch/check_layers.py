@@ -74,7 +74,8 @@ DECLARED_IN = {
     "data/hdf5_values.cpp": "data/hdf5_cursor.h",
     # one table of commands
     **{f"launch/{command}.cpp": "launch/commands.h"
-       for command in ("cost", "doctor", "eval", "export", "inspect", "main", "plan", "report", "train", "upcycle")},
+       for command in ("cost", "doctor", "eval", "export", "generate", "inspect", "main", "plan", "report", "train",
+                       "upcycle")},
 }
 
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the

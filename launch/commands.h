@@ -15,6 +15,7 @@ using Handler = std::function<int(Runtime&)>;
 void add_upcycle(CLI::App& app, Handler& handler);
 void add_train(CLI::App& app, Handler& handler);
 void add_eval(CLI::App& app, Handler& handler);
+void add_generate(CLI::App& app, Handler& handler);
 void add_cost(CLI::App& app, Handler& handler);
 void add_doctor(CLI::App& app, Handler& handler);
 void add_plan(CLI::App& app, Handler& handler);

@@ -28,6 +28,7 @@ int run(int argc, char** argv) {
   upmoe::add_upcycle(app, handler);
   upmoe::add_train(app, handler);
   upmoe::add_eval(app, handler);
+  upmoe::add_generate(app, handler);
   upmoe::add_export(app, handler);
   upmoe::add_inspect(app, handler);
   upmoe::add_cost(app, handler);
@@ -35,7 +36,7 @@ int run(int argc, char** argv) {
   upmoe::add_plan(app, handler);
   upmoe::add_report(app, handler);
   double deadline_s = 600;
-  for (const char* command : {"upcycle", "train", "eval", "export"})
+  for (const char* command : {"upcycle", "train", "eval", "generate", "export"})
     app.get_subcommand(command)
         ->add_option("--deadline", deadline_s,
                      "Seconds without progress after which the job ends with status 70 (0: never)")

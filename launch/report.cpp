@@ -6,16 +6,14 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 
 #include "launch/command_line.h"
 #include "launch/commands.h"
+#include "launch/python.h"
 
 namespace upmoe {
-
-namespace fs = std::filesystem;
 
 namespace {
 
@@ -24,13 +22,6 @@ struct ReportArguments {
   std::string out, against = "tokens";
   bool continued = false;
 };
-
-// $UPMOE_PYTHON, else the environment that launch/setup.sh made, else the system's.
-std::string find_python() {
-  if (const char* chosen = std::getenv("UPMOE_PYTHON"); chosen != nullptr && *chosen != 0) return chosen;
-  const fs::path own = fs::path(UPMOE_SOURCE_DIR) / ".venv" / "bin" / "python";
-  return fs::exists(own) ? own.string() : "python3";
-}
 
 // Runs a program found on PATH and waits for it. Its exit status; 128 + signal when a signal ended it.
 int run_program(std::vector<std::string> words) {
@@ -49,10 +40,7 @@ int run_program(std::vector<std::string> words) {
 
 int run_report(const ReportArguments& a, Runtime& runtime) {
   if (runtime.world().rank() != 0) return 0;  // under mpirun the first rank draws
-  const fs::path script = fs::path(UPMOE_SOURCE_DIR) / "launch" / "report.py";
-  if (!fs::exists(script))
-    fail(ExitCode::kFailure, "{}: not found; the pictures need the source folder this program was built from",
-         script.string());
+  const std::filesystem::path script = script_of_source("launch/report.py", "the pictures");
   std::vector<std::string> words{find_python(), script.string(), "--against", a.against};
   if (!a.out.empty()) words.insert(words.end(), {"--out", a.out});
   for (const std::string& label : a.labels) words.insert(words.end(), {"--label", label});

@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = os.environ["UPMOE_BINARY"]
 GOLDEN = "moe_odd"  # 13 experts, vocabulary 101, 64 positions
-COMMANDS = ("upcycle", "train", "eval", "export", "inspect", "cost", "plan", "doctor", "report")
+COMMANDS = ("upcycle", "train", "eval", "generate", "export", "inspect", "cost", "plan", "doctor", "report")
 
 
 def upmoe(*arguments, ranks=0, cwd=None):

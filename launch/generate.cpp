@@ -1,0 +1,201 @@
+// upmoe generate: text, or tokens, that continue a prompt.
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "data/model_source.h"
+#include "data/tokenizer_match.h"
+#include "kernels/core/log.h"
+#include "launch/command_line.h"
+#include "launch/commands.h"
+#include "launch/output.h"
+#include "launch/prompts.h"
+#include "launch/text_codec.h"
+
+namespace upmoe {
+
+namespace {
+
+struct GenerateArguments {
+  std::string model, prompt, batch;
+  std::vector<std::int32_t> tokens;
+  std::size_t given = 0;  // of the three ways to say what to go on from
+  GenerationOptions options;
+  bool ignore_eos = false, json = false;
+  int tp = 1;
+  Precision precision = Precision::kFp32;
+  RouterDType router = RouterDType::kAuto;
+  DeviceChoice device = DeviceChoice::kAuto;
+};
+
+// Of rank 0: the model's tokenizer, if it has one.
+struct Speaker {
+  explicit Speaker(const ModelSource& source) {
+    const std::filesystem::path beside = source.companions(), file = beside / "tokenizer.json";
+    if (!beside.empty() && std::filesystem::is_regular_file(file)) codec.emplace(file);
+    folder = beside.empty() ? source.directory() : beside;
+  }
+  std::vector<std::int32_t> encode(const std::string& text) {
+    if (!codec)
+      fail(ExitCode::kBadInput, "{} has no tokenizer.json; give the prompt as --tokens 1,2,3",
+           folder.string());
+    return codec->encode(text);
+  }
+  std::optional<TextCodec> codec;
+  std::filesystem::path folder;
+};
+
+void check(const GenerateArguments& a) {
+  if (a.given != 1) fail(ExitCode::kUsage, "give one of --prompt TEXT, --tokens 1,2,3 and --batch FILE");
+  if (!std::isfinite(a.options.sampling.temperature))
+    fail(ExitCode::kUsage, "--temperature: {} is no number", a.options.sampling.temperature);
+  if (!(a.options.sampling.top_p > 0)) fail(ExitCode::kUsage, "--top-p: a number above 0, at most 1");
+}
+
+std::vector<Prompt> prompts_of(const GenerateArguments& a, Speaker& speaker) {
+  const Encode encode = [&](const std::string& text) { return speaker.encode(text); };
+  if (!a.batch.empty()) return read_prompts(a.batch, encode);
+  return {{a.tokens.empty() ? encode(a.prompt) : a.tokens, 0}};
+}
+
+void warn_of_positions(const ModelConfig& config, const std::vector<Prompt>& prompts, std::int64_t more) {
+  std::int64_t longest = 0;
+  for (const Prompt& p : prompts) longest = std::max(longest, static_cast<std::int64_t>(p.tokens.size()));
+  if (longest + more > config.max_position_embeddings)
+    log::warning("{} tokens and {} new ones: the model was made for {} positions", longest, more,
+                 config.max_position_embeddings);
+}
+
+// One answer on the terminal, as it comes: text, or the numbers of tokens where there is no tokenizer.
+class Streamed {
+ public:
+  explicit Streamed(Speaker& speaker) {
+    if (speaker.codec) text_.emplace(*speaker.codec);
+  }
+  void add(std::int32_t token) {
+    print_result(text_ ? text_->add(token) : fmt::format("{}{}", count_ > 0 ? "," : "", token));
+    ++count_;
+  }
+  void finish() { print_result((text_ ? text_->finish() : std::string()) + "\n"); }
+
+ private:
+  std::optional<GrowingText> text_;
+  std::int64_t count_ = 0;
+};
+
+void print_json(const Generated& made, Speaker& speaker) {
+  for (const std::vector<std::int32_t>& tokens : made.tokens) {
+    nlohmann::json line{{"tokens", tokens}, {"text", nullptr}, {"tokens_per_s", made.tokens_per_s()}};
+    if (speaker.codec) line["text"] = speaker.codec->decode(tokens);
+    print_result(line.dump() + "\n");
+  }
+}
+
+void print_answers(const Generated& made, Speaker& speaker) {
+  for (std::size_t i = 0; i < made.tokens.size(); ++i)
+    print_result(fmt::format("[{}] {}\n", i,
+                             speaker.codec ? speaker.codec->decode(made.tokens[i])
+                                           : fmt::format("{}", fmt::join(made.tokens[i], ","))));
+}
+
+void report_rates(const Generated& made) {
+  log::info("{} tokens of prompts in {:.3g} s, {} new ones in {:.3g} s more: {:.4g} tokens/s",
+            made.prompt_tokens, made.prefill_seconds, made.new_tokens, made.decode_seconds,
+            made.tokens_per_s());
+}
+
+int run_generate(const GenerateArguments& a, Runtime& runtime) {
+  check(a);
+  const Device device = runtime.choose_device(a.device);
+  remark_on_precision(a.precision, device);
+  Communicator& world = runtime.world();
+  const bool first = world.rank() == 0;
+  std::unique_ptr<ModelSource> source;
+  std::optional<Speaker> speaker;
+  std::vector<Prompt> prompts;
+  GenerationOptions options = a.options;
+  run_agreed(world, [&] {
+    source = open_model(a.model);
+    if (!a.ignore_eos)
+      for (const std::int64_t token : text_ends_of(source->companions()))
+        if (token >= 0 && token < source->config().vocab_size)
+          options.stop.push_back(static_cast<std::int32_t>(token));
+    if (!first) return;
+    prompts = prompts_of(a, speaker.emplace(*source));
+    if (const std::string wrong = refusal_of(source->config(), prompts); !wrong.empty())
+      fail(ExitCode::kBadInput, "{}: {}", a.model, wrong);
+    warn_of_positions(source->config(), prompts, options.max_new_tokens);
+  });
+  share_prompts(world, prompts);
+
+  RankModel model(source->config(), generation_mesh(source->config(), world.size(), a.tp), world, device,
+                  {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
+  run_agreed(world, [&] {
+    model.params.load(model.memory.exec,
+                      [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
+  });
+  std::optional<Streamed> streamed;
+  if (first && !a.json && a.batch.empty()) streamed.emplace(*speaker);
+  const Generated made = generate(model, prompts, options, [&](std::size_t, std::int32_t token, auto) {
+    if (streamed) streamed->add(token);
+  });
+  if (!first) return 0;
+  if (streamed) {
+    streamed->finish();
+  } else if (a.json) {
+    print_json(made, *speaker);
+  } else {
+    print_answers(made, *speaker);
+  }
+  report_rates(made);
+  return 0;
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app, Handler& handler) {
+  auto a = std::make_shared<GenerateArguments>();
+  CLI::App* command = app.add_subcommand(
+      "generate", "Continues prompts, greedily or at random, with a cache of keys and values");
+  as_path(command->add_option("model", a->model, "Hugging Face directory, checkpoint or run directory")
+              ->required());
+  CLI::Option* prompt = command->add_option("--prompt", a->prompt, "Text to go on from");
+  CLI::Option* tokens = command->add_option("--tokens", a->tokens, "The same as tokens: 1,2,3")
+                            ->delimiter(',')
+                            ->allow_extra_args(false);
+  CLI::Option* batch = as_path(command->add_option(
+      "--batch", a->batch, "JSON lines, an object with \"prompt\" or \"tokens\" for each answer"));
+  command->add_option("--max-new-tokens", a->options.max_new_tokens, "New tokens of a prompt, at most")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  SamplingRule& rule = a->options.sampling;
+  command
+      ->add_option("--temperature", rule.temperature,
+                   "Of sampling; 0: the likeliest token, the lowest of equals")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--top-k", rule.top_k, "Sample from the N likeliest tokens (0: all)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--top-p", rule.top_p, "Sample from the fewest tokens that have this probability together")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command->add_option("--seed", rule.seed, "Of sampling, with the prompt's number and the position")
+      ->capture_default_str();
+  command->add_flag("--ignore-eos", a->ignore_eos, "Go on behind tokens that end text (eos_token_id)");
+  command->add_flag("--json", a->json, "For each prompt one object: tokens, text, tokens_per_s");
+  command->add_option("--tp", a->tp, "Ranks that share each layer; the others take prompts of their own")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  add_choice(*command, "--precision", a->precision, "fp32 or bf16");
+  add_choice(*command, "--router-dtype", a->router, "auto, or fp32: routers in fp32 beside bf16");
+  add_choice(*command, "--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one");
+  command->callback([=, &handler] {
+    for (const CLI::Option* way : {prompt, tokens, batch}) a->given += way->count() > 0 ? 1 : 0;
+    handler = [a](Runtime& runtime) { return run_generate(*a, runtime); };
+  });
+}
+
+}  // namespace upmoe

@@ -1,0 +1,66 @@
+#include "launch/prompts.h"
+
+#include <limits>
+#include <sstream>
+
+#include "configs/json_reader.h"
+#include "data/posix_file.h"
+
+namespace upmoe {
+
+namespace {
+
+constexpr std::uint64_t kFileLimit = std::uint64_t{1} << 30;
+
+std::vector<std::int32_t> tokens_of(const std::string& line, const std::string& where, const Encode& encode) {
+  Problems problems;
+  JsonObject object(line, where, problems);
+  const bool text = object.has("prompt"), tokens = object.has("tokens");
+  if (text == tokens && problems.empty())
+    fail(ExitCode::kBadInput, "{}: one of \"prompt\" (text) and \"tokens\" (numbers) is needed", where);
+  const auto words = object.text("prompt", text);
+  const auto numbers = object.integers("tokens", 0, std::numeric_limits<std::int32_t>::max());
+  problems.throw_if_any(ExitCode::kBadInput, where);
+  if (words) return encode(*words);
+  return {numbers->begin(), numbers->end()};
+}
+
+}  // namespace
+
+std::vector<Prompt> read_prompts(const std::filesystem::path& path, const Encode& encode) {
+  std::istringstream file(read_text(path, kFileLimit));
+  std::vector<Prompt> prompts;
+  std::string line;
+  for (int number = 1; std::getline(file, line); ++number) {
+    if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
+    const std::string where = fmt::format("{}, line {}", path.string(), number);
+    prompts.push_back({tokens_of(line, where, encode), static_cast<std::int64_t>(prompts.size())});
+  }
+  if (prompts.empty()) fail(ExitCode::kBadInput, "{}: no prompts", path.string());
+  return prompts;
+}
+
+void share_prompts(Communicator& world, std::vector<Prompt>& prompts) {
+  auto count = static_cast<std::int64_t>(prompts.size());
+  world.broadcast(host_view(&count, {1}), 0);
+  prompts.resize(static_cast<std::size_t>(count));
+  std::vector<std::int64_t> sizes;
+  std::vector<std::int32_t> tokens;
+  std::int64_t total = 0;
+  for (const Prompt& prompt : prompts) {
+    sizes.push_back(static_cast<std::int64_t>(prompt.tokens.size()));
+    tokens.insert(tokens.end(), prompt.tokens.begin(), prompt.tokens.end());
+  }
+  world.broadcast(host_view(sizes.data(), {count}), 0);
+  for (const std::int64_t size : sizes) total += size;
+  tokens.resize(static_cast<std::size_t>(total));
+  world.broadcast(host_view(tokens.data(), {total}), 0);
+  auto next = tokens.begin();
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    prompts[i].tokens.assign(next, next + sizes[i]);
+    prompts[i].row = static_cast<std::int64_t>(i);
+    next += sizes[i];
+  }
+}
+
+}  // namespace upmoe

@@ -1,0 +1,53 @@
+#pragma once
+// Text to tokens and back by a model's own tokenizer, which is Python's work (data/text_codec.py): a program beside
+// this one, asked over pipes.
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace upmoe {
+
+class TextCodec {
+ public:
+  // Starts it with this tokenizer.json. What is wrong with that is said by the first question.
+  explicit TextCodec(const std::filesystem::path& tokenizer);
+  ~TextCodec();
+  TextCodec(const TextCodec&) = delete;
+
+  // Throw Error(kBadInput) with the tokenizer's words.
+  std::vector<std::int32_t> encode(const std::string& text);
+  std::string decode(std::span<const std::int32_t> tokens);
+
+ private:
+  std::string ask(const std::string& question);
+
+  std::filesystem::path tokenizer_;
+  pid_t child_ = 0;
+  std::FILE *to_ = nullptr, *from_ = nullptr;
+};
+
+// A text that grows token by token, shown as far as it is certain: a character may take several tokens.
+class GrowingText {
+ public:
+  explicit GrowingText(TextCodec& codec) : codec_(codec) {}
+  // What is new; may be empty.
+  std::string add(std::int32_t token);
+  // What was held back.
+  std::string finish();
+
+ private:
+  std::string since(std::size_t end);
+
+  TextCodec& codec_;
+  std::vector<std::int32_t> tokens_;
+  std::string text_;
+  std::size_t shown_ = 0;  // bytes
+};
+
+}  // namespace upmoe
