@@ -115,8 +115,10 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
   std::optional<Speaker> speaker;
   std::vector<Prompt> prompts;
   GenerationOptions options = a.options;
+  MeshSpec mesh;
   run_agreed(world, [&] {
     source = open_model(a.model);
+    mesh = generation_mesh(source->config(), world.size(), a.tp);
     if (!a.ignore_eos)
       for (const std::int64_t token : text_ends_of(source->companions()))
         if (token >= 0 && token < source->config().vocab_size)
@@ -129,7 +131,7 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
   });
   share_prompts(world, prompts);
 
-  RankModel model(source->config(), generation_mesh(source->config(), world.size(), a.tp), world, device,
+  RankModel model(source->config(), mesh, world, device,
                   {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
   run_agreed(world, [&] {
     model.params.load(model.memory.exec,

@@ -1,0 +1,119 @@
+"""upmoe generate from outside: what it prints, what it takes, what it refuses. Needs UPMOE_BINARY and, for text,
+tokenizers.
+"""
+
+import json
+import subprocess
+import sys
+import unittest
+from unittest import mock
+
+import cli_test
+from cli_test import BINARY, upmoe
+
+
+class Generate(cli_test.CliTest):
+    def made(self, *arguments, ranks=0):
+        done = upmoe("generate", self.model, *arguments, ranks=ranks)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done
+
+    def answers(self, *arguments, ranks=0):
+        return [json.loads(line) for line in self.made("--json", *arguments, ranks=ranks).stdout.splitlines()]
+
+    def write_batch(self, *lines):
+        path = self.folder / "batch.jsonl"
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    def write_tokenizer(self):
+        import tokenizers
+        from tokenizers import models, pre_tokenizers
+        words = {f"w{i}": i for i in range(100)} | {"<end>": 100}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens(["<end>"])
+        tokenizer.save(str(self.model / "tokenizer.json"))
+
+    def test_tokens_in_tokens_out(self):
+        answer, = self.answers("--tokens", "3,1,4", "--max-new-tokens", "9", "--ignore-eos")
+        self.assertEqual(set(answer), {"tokens", "text", "tokens_per_s"})
+        self.assertEqual(len(answer["tokens"]), 9)
+        self.assertIsNone(answer["text"])
+        self.assertGreater(answer["tokens_per_s"], 0)
+        done = self.made("--tokens", "3,1,4", "--max-new-tokens", "9", "--ignore-eos")
+        self.assertEqual(done.stdout, ",".join(map(str, answer["tokens"])) + "\n")
+        self.assertRegex(done.stderr, r"3 tokens of prompts in .* s, 9 new ones in .* tokens/s")
+
+    def test_a_token_that_ends_text_ends_the_answer(self):
+        free = self.answers("--tokens", "3,1,4", "--max-new-tokens", "9", "--ignore-eos")[0]["tokens"]
+        (self.model / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[4], 100]}))
+        tokens = self.answers("--tokens", "3,1,4", "--max-new-tokens", "9")[0]["tokens"]
+        ends = {free[4], 100, 0}  # 0: of config.json
+        first = next(i for i, token in enumerate(free) if token in ends)
+        self.assertEqual(tokens, free[:first + 1])
+        self.assertEqual(self.answers("--tokens", "3,1,4", "--max-new-tokens", "9", "--ignore-eos")[0]["tokens"], free)
+
+    def test_draws_go_by_the_seed(self):
+        def drawn(*more):
+            return self.answers("--tokens", "7", "--max-new-tokens", "20", "--ignore-eos", "--temperature", "2",
+                                *more)[0]["tokens"]
+        self.assertEqual(drawn("--seed", "5"), drawn("--seed", "5"))
+        self.assertNotEqual(drawn("--seed", "5"), drawn("--seed", "6"))
+        greedy = self.answers("--tokens", "7", "--max-new-tokens", "20", "--ignore-eos")[0]["tokens"]
+        self.assertEqual(drawn("--top-k", "1"), greedy)
+        self.assertEqual(drawn("--top-p", "1e-6"), greedy)
+
+    def test_a_file_of_prompts(self):
+        batch = self.write_batch('{"tokens": [3, 1, 4]}', "", '{"tokens": [7]}', '{"tokens": [1, 2, 3, 4, 5, 6]}')
+        answers = self.answers("--batch", batch, "--max-new-tokens", "6", "--ignore-eos")
+        self.assertEqual([len(a["tokens"]) for a in answers], [6, 6, 6])
+        for answer, tokens in zip(answers, ("3,1,4", "7", "1,2,3,4,5,6"), strict=True):
+            alone, = self.answers("--tokens", tokens, "--max-new-tokens", "6", "--ignore-eos")
+            self.assertEqual(answer["tokens"], alone["tokens"])
+        shown = self.made("--batch", batch, "--max-new-tokens", "6", "--ignore-eos").stdout
+        self.assertEqual(shown, "".join(f"[{i}] {','.join(map(str, a['tokens']))}\n" for i, a in enumerate(answers)))
+        for ranks, more in ((2, ()), (3, ("--tp", "3"))):
+            self.assertEqual([a["tokens"] for a in self.answers("--batch", batch, "--max-new-tokens", "6",
+                                                                "--ignore-eos", *more, ranks=ranks)],
+                             [a["tokens"] for a in answers], f"{ranks} ranks")
+
+    def test_text(self):
+        self.write_tokenizer()
+        with mock.patch.dict("os.environ", UPMOE_PYTHON=sys.executable):
+            answer, = self.answers("--prompt", "w3 w1 w4", "--max-new-tokens", "9", "--ignore-eos")
+            same, = self.answers("--tokens", "3,1,4", "--max-new-tokens", "9", "--ignore-eos")
+            self.assertEqual(answer["tokens"], same["tokens"])
+            self.assertEqual(answer["text"], " ".join(f"w{t}" for t in answer["tokens"] if t != 100))
+            shown = self.made("--prompt", "w3 w1 w4", "--max-new-tokens", "9", "--ignore-eos").stdout
+            self.assertEqual(shown, answer["text"] + "\n")
+            batch = self.write_batch('{"prompt": "w3 w1 w4"}', '{"tokens": [3, 1, 4]}')
+            two = self.answers("--batch", batch, "--max-new-tokens", "9", "--ignore-eos")
+            self.assertEqual([a["text"] for a in two], [answer["text"]] * 2)
+
+    def test_a_reader_that_has_enough(self):
+        command = f"'{BINARY}' generate '{self.model}' --tokens 3 --max-new-tokens 50 --ignore-eos | head -c 3"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False,
+                              timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_what_is_refused(self):
+        model = self.model
+        self.refused(2, ["one of --prompt TEXT, --tokens 1,2,3 and --batch FILE"], "generate", model)
+        self.refused(2, ["one of"], "generate", model, "--tokens", "1", "--prompt", "x")
+        self.refused(2, ["--top-p"], "generate", model, "--tokens", "1", "--top-p", "0")
+        self.refused(2, ["--temperature"], "generate", model, "--tokens", "1", "--temperature", "nan")
+        self.refused(2, ["--tp 2 does not divide the 1 ranks"], "generate", model, "--tokens", "1", "--tp", "2")
+        self.refused(3, ["no tokenizer.json", "--tokens 1,2,3"], "generate", model, "--prompt", "x")
+        self.refused(3, ["token 101 is none of the model's 101 tokens"], "generate", model, "--tokens", "5,101")
+        self.refused(3, ["65 tokens", "positions for 64"], "generate", model, "--tokens", ",".join(["1"] * 65))
+        for line, words in (('{"tokens": []}', "prompt 0 has no tokens"), ('{"words": 1}', "line 1"),
+                            ('{"tokens": [1.5]}', "tokens"), ("[1]", "line 1"), ("", "no prompts")):
+            self.refused(3, [words], "generate", model, "--batch", self.write_batch(line))
+        (model / "tokenizer.json").write_text("{}")
+        with mock.patch.dict("os.environ", UPMOE_PYTHON=sys.executable):
+            self.refused(3, ["not a Hugging Face tokenizer.json"], "generate", model, "--prompt", "x")
+
+
+if __name__ == "__main__":
+    unittest.main()
