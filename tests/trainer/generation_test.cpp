@@ -133,7 +133,8 @@ TEST_P(EveryModel, GreedyEqualsTransformers) {
     EXPECT_EQ(generate(m.on_rank, prompts, {.max_new_tokens = 64, .chunk = chunk}).tokens[0], expected);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, EveryModel, testing::ValuesIn(test::golden_cases()));
+INSTANTIATE_TEST_SUITE_P(Cases, EveryModel, testing::ValuesIn(test::golden_cases()),
+                         [](const auto& i) { return i.param; });
 
 // Rows of different lengths, with ends of their own.
 std::vector<Prompt> company(std::int64_t vocab) {

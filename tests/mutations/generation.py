@@ -1,0 +1,35 @@
+"""Errors in what generation keeps, draws and shares; see tests/mutants.py."""
+
+PROGRAM = "generation_test"
+
+MUTANTS = {
+    "window_of_one_key_more": (
+        "kernels/cpu/attention_decode.cpp", "std::max<std::int64_t>(0, position - window + 1)",
+        "std::max<std::int64_t>(0, position - window)", "*mistral*", PROGRAM),
+    "slots_for_a_window_without_its_chunk": (
+        "trainer/generation.cpp", "std::min(longest, window + chunk - 1)", "std::min(longest, std::max(window, chunk))",
+        "*mistral*", PROGRAM),
+    "later_chunk_forgets_the_first": (
+        "trainer/generation.cpp", "step.begins = begin == 0;", "step.begins = true;", "EveryModel.Cache*", PROGRAM),
+    "new_token_one_position_too_far": (
+        "trainer/generation.cpp", "rows_[r].length - 1);", "rows_[r].length);", "EveryModel.Cache*", PROGRAM),
+    "draws_by_place_among_the_others": (
+        "trainer/generation.cpp", "{prompts_[row.prompt].row, row.length}",
+        "{static_cast<std::int64_t>(row.prompt), row.length}", "*OneRow*", PROGRAM),
+    "stop_token_left_out": (
+        "trainer/generation.cpp", "  made_[row.prompt].push_back(token);",
+        "  if (std::find(options_.stop.begin(), options_.stop.end(), token) == options_.stop.end())\n"
+        "    made_[row.prompt].push_back(token);", "GenerationEnds.*", PROGRAM),
+    "logits_of_a_share_in_the_first_columns": (
+        "trainer/model/lm_head.cpp", "copy_columns(ex, logits_NV, shard.begin, own_Nv, 0, v);",
+        "copy_columns(ex, logits_NV, 0, own_Nv, 0, v);", "*ManyRanks*", PROGRAM),
+    "answers_of_other_ranks_lost": (
+        "trainer/generation.cpp", "  if (model_.mesh.world().size() == 1) return made_;", "  return made_;",
+        "*ManyRanks*", PROGRAM),
+    "equal_logits_the_last_of_them": (
+        "trainer/sampling.cpp", "if (logits_V[v] > logits_V[best]) best = v;",
+        "if (logits_V[v] >= logits_V[best]) best = v;", "Sampling.Greedy*", PROGRAM),
+    "share_of_all_instead_of_the_likeliest": (
+        "trainer/sampling.cpp", "  if (rule.top_p < 1) keep_share(all, rule.top_p);",
+        "  if (rule.top_p < 1) keep_share(all, 1 - rule.top_p);", "Sampling.KeepsTheFewest*", PROGRAM),
+}
