@@ -29,6 +29,7 @@ struct Row {
 struct Step {
   std::vector<std::int32_t> tokens, rows, positions, picks;
   bool begins = false;
+  bool row_by_row = false;  // Exec's: a token of each of several rows
   void add(std::int32_t token, std::int64_t row, std::int64_t position) {
     tokens.push_back(token);
     rows.push_back(static_cast<std::int32_t>(row));
@@ -140,7 +141,8 @@ CachedTokens Generator::place(const Step& step, MicroBatch& batch, ConstTensorVi
 // The logits of the picked tokens on the host, one row behind the other. Collective over all ranks.
 std::vector<float> Generator::forward(Step step) {
   watchdog::heartbeat();
-  Exec& ex = model_.memory.exec;
+  Exec ex = model_.memory.exec;
+  ex.row_by_row = step.row_by_row;
   const auto tp = static_cast<std::size_t>(model_.mesh.spec().tp);
   while (step.tokens.size() % tp != 0) step.add(0, -1, 0);  // tokens of none, behind the others
   keep_.rewind(0);
@@ -198,6 +200,7 @@ bool Generator::anyone(bool here) const {
 void Generator::decode() {
   for (;;) {
     Step step;
+    step.row_by_row = true;
     std::vector<std::size_t> under_way;
     for (std::size_t r = 0; r < rows_.size(); ++r) {
       if (rows_[r].ended) continue;

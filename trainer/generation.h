@@ -2,9 +2,8 @@
 // Generation: tokens that continue prompts, with the keys and values of all tokens so far kept.
 //
 // A prompt goes through the model by itself, in chunks that depend on its own length alone; then every step takes one
-// token of each row that is not at its end. So a row's tokens and logits are the same alone and beside others: to the
-// bit where rows of dense products are (rows_are_independent of kernels/cpu/dense_product.h; docs/inference.md has who
-// computes them otherwise).
+// token of each row that is not at its end, and on the CPU computes row by row (Exec). So a row's tokens and logits are
+// the same alone and beside others: to the bit on the CPU; docs/inference.md says how far on a GPU.
 
 #include <functional>
 #include <span>

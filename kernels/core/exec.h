@@ -43,6 +43,9 @@ struct Exec {
   // Two runs have the same bits. Without it a GPU's attention may sum its gradient in any order; all else
   // stays as it is.
   bool deterministic = true;
+  // Products of rows with a layer's weight, on the CPU: row by row, each weight read once for all of them, as is
+  // fastest for few. A row has the same bits beside any others. For generation; else as is fastest for many.
+  bool row_by_row = false;
   ExpertsPath experts = ExpertsPath::kAuto;
   const ProductAlgorithms* algorithms = nullptr;  // of dense products on a GPU; null: the library's first
 

@@ -1,6 +1,8 @@
 #include "kernels/ops/gemm.h"
 
 #include "kernels/cpu/dense_product.h"
+#include "kernels/cpu/packed_products.h"
+#include "kernels/cpu/row_products.h"
 #include "kernels/cpu/row_sums.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/backend.h"
@@ -20,6 +22,24 @@ void store_empty_product(const TensorView& c_MN, const ConstTensorView& bias_N) 
       for (std::int64_t i = 0; i < c_MN.elements(); ++i)
         c_MN.as<Out>()[i] = from_float<Out>(bias != nullptr ? to_float(bias[i % columns]) : 0.0f);
     });
+  });
+}
+
+// Of rows with a layer's weight, which is stored [columns, depth].
+bool is_of_a_layer(const DenseProduct& p) {
+  return !p.a_MK.transposed() && p.b_KN.transposed() && p.mode == Accumulate::kOverwrite;
+}
+
+void multiply_row_by_row(const DenseProduct& p) {
+  with_product_types(p.a_MK.stored.dtype, p.c_MN.dtype, [&]<class T, class Out>(T, Out) {
+    const RowProduct<T, Out> product{p.c_MN.as<Out>(),
+                                     p.a_MK.stored.as<T>(),
+                                     p.b_KN.stored.as<T>(),
+                                     p.bias_N.if_given<T>(),
+                                     p.rows(),
+                                     p.columns(),
+                                     p.depth()};
+    multiply_row_products<T, Out>(std::span(&product, 1));
   });
 }
 
@@ -49,6 +69,7 @@ void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Acc
     if (mode == Accumulate::kOverwrite) store_empty_product(c_MN, bias_N);
     return;
   }
+  if (ex.row_by_row && is_of_a_layer(product)) return multiply_row_by_row(product);
   product_for(a_MK.stored.dtype, c_MN.dtype)(ex, product);
 }
 

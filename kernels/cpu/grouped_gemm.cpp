@@ -1,6 +1,9 @@
 #include "kernels/ops/grouped_gemm.h"
 
+#include <vector>
+
 #include "kernels/cpu/packed_products.h"
+#include "kernels/cpu/row_products.h"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cpu {
@@ -13,6 +16,13 @@ void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, Const
   with_product_types(x_RK.dtype, y_RN.dtype, [&]<class T, class Out>(T, Out) {
     const T *x = x_RK.as<T>(), *w = w_eNK.as<T>();
     Out* y = y_RN.as<Out>();
+    if (ex.row_by_row) {
+      std::vector<RowProduct<T, Out>> products;
+      for (std::int64_t i = 0; i < w_eNK.shape[0]; ++i)
+        if (const std::int64_t begin = offset[i], end = offset[i + 1]; begin < end)
+          products.push_back({y + begin * n, x + begin * k, w + i * n * k, nullptr, end - begin, n, k});
+      return multiply_row_products<T, Out>(products);
+    }
     multiply_products<T>(ex, w_eNK.shape[0], [=](std::int64_t i) {
       const std::int64_t begin = offset[i], end = offset[i + 1];
       return PackedProduct<T, Out>{

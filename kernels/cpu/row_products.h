@@ -1,0 +1,104 @@
+#pragma once
+// Products y = x w^T (+ bias) of few rows, as generation has them: every weight is read from memory once, and a row has
+// the same bits whatever rows are computed with it. Their speed is that of the memory; many rows are faster by
+// packed blocks or oneDNN, which copy the weights first.
+
+#include <algorithm>
+#include <bit>
+#include <span>
+
+#include "kernels/cpu/parallel_for.h"
+#include "kernels/cpu/simd.h"
+
+namespace upmoe::cpu {
+
+// y [rows, columns], x [rows, depth], w [columns, depth]; bias [columns] or null.
+template <class T, class Out>
+struct RowProduct {
+  Out* y;
+  const T *x, *w, *bias;
+  std::int64_t rows, columns, depth;
+};
+
+// Lanes past n read as zero.
+template <class T>
+inline Register load_lanes(const T* p, std::int64_t n) {
+  float block[kRegisterLanes] = {};
+  for (std::int64_t i = 0; i < n; ++i) block[i] = to_float(p[i]);
+  return load_register(block);
+}
+inline Register load_lanes(const float* p) {
+  return load_register(p);
+}
+inline Register load_lanes(const bf16* p) {
+  if constexpr (kRegisterLanes == kLanes) {
+    return std::bit_cast<Register>(load(p));
+  } else {
+    return load_lanes(p, kRegisterLanes);
+  }
+}
+
+// Always in the same order.
+inline float lane_sum(Register r) {
+  if constexpr (kRegisterLanes == kLanes) return reduce_add(std::bit_cast<f32x16>(r));
+  float sum = r[0];
+  for (int i = 1; i < kRegisterLanes; ++i) sum += r[i];
+  return sum;
+}
+
+// R rows by C columns from (m, n) on. A value's terms are added lane by lane along the depth, in every tile alike.
+template <int R, int C, class T, class Out>
+inline void multiply_row_tile(const RowProduct<T, Out>& p, std::int64_t m, std::int64_t n) {
+  const std::int64_t K = p.depth, whole = K / kRegisterLanes * kRegisterLanes;
+  const T *x_rows = p.x + m * K, *w_rows = p.w + n * K;
+  Register sum[R][C] = {};
+  for (std::int64_t k = 0; k < whole; k += kRegisterLanes) {
+    Register w[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) w[c] = load_lanes(w_rows + c * K + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Register x = load_lanes(x_rows + r * K + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[r][c] += x * w[c];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      if (whole < K)
+        sum[r][c] +=
+            load_lanes(x_rows + r * K + whole, K - whole) * load_lanes(w_rows + c * K + whole, K - whole);
+      const float bias = p.bias != nullptr ? to_float(p.bias[n + c]) : 0.0f;
+      p.y[(m + r) * p.columns + n + c] = from_float<Out>(lane_sum(sum[r][c]) + bias);
+    }
+}
+
+constexpr int kRowsAtOnce = kVectorsAtOnce == 4 ? 4 : 2;  // whose sums, of four columns, fit the registers
+
+// C columns from n on stay in the nearest cache while all rows go by.
+template <int C, class T, class Out>
+inline void multiply_columns(const RowProduct<T, Out>& p, std::int64_t n) {
+  std::int64_t m = 0;
+  for (; m + kRowsAtOnce <= p.rows; m += kRowsAtOnce) multiply_row_tile<kRowsAtOnce, C>(p, m, n);
+  for (; m < p.rows; ++m) multiply_row_tile<1, C>(p, m, n);
+}
+
+// Several at once, of one depth and as many columns; those without rows are passed over.
+template <class T, class Out>
+void multiply_row_products(std::span<const RowProduct<T, Out>> products) {
+  if (products.empty()) return;
+  constexpr std::int64_t kColumns = 64;  // of a task
+  const std::int64_t blocks = (products.front().columns + kColumns - 1) / kColumns;
+  parallel_tasks(static_cast<std::int64_t>(products.size()) * blocks, [&](std::int64_t i, std::int64_t) {
+    const RowProduct<T, Out>& p = products[static_cast<std::size_t>(i / blocks)];
+    const std::int64_t begin = i % blocks * kColumns, end = std::min(p.columns, begin + kColumns);
+    if (p.rows == 0) return;
+    std::int64_t n = begin;
+    for (; n + 4 <= end; n += 4) multiply_columns<4>(p, n);
+    for (; n < end; ++n) multiply_columns<1>(p, n);
+  });
+}
+
+}  // namespace upmoe::cpu
