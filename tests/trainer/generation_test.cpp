@@ -120,7 +120,7 @@ TEST_P(EveryModel, GreedyEqualsRepeatedForwards) {
 TEST_P(EveryModel, GreedyEqualsTransformers) {
   const std::filesystem::path path = Golden::folder() / "generated.json";
   std::ifstream file(path);
-  ASSERT_TRUE(file) << path << " is missing: launch/golden_generation.py writes it";
+  ASSERT_TRUE(file) << path << " is missing: launch/make_golden_generation.py writes it";
   const nlohmann::json cases = nlohmann::json::parse(file);
   ASSERT_TRUE(cases.contains(GetParam()));
   const nlohmann::json& one = cases[GetParam()];

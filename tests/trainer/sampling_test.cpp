@@ -16,7 +16,8 @@ constexpr int kDraws = 20000;
 std::vector<double> shares(const std::vector<float>& logits, const SamplingRule& rule) {
   std::vector<double> share(logits.size());
   for (int i = 0; i < kDraws; ++i)
-    share[static_cast<std::size_t>(next_token(logits, rule, {i % 7, i / 7}))] += 1.0 / kDraws;
+    ++share[static_cast<std::size_t>(next_token(logits, rule, {i % 7, i / 7}))];
+  for (double& s : share) s /= kDraws;
   return share;
 }
 
