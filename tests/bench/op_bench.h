@@ -125,6 +125,7 @@ inline void add(const std::string& name, DType dtype, const std::function<void(b
       ->Unit(benchmark::kMicrosecond);
 }
 
+void add_decode();
 void add_routers();
 void add_group_routers();
 
