@@ -5,6 +5,8 @@ One JSON object a line on standard input, its answer a line on standard output:
 
     {"encode": TEXT}      {"tokens": [...]}     with what the tokenizer puts before a text or behind it; text that
                                                 spells a control token is that token
+    {"chat": [...]}       {"tokens": [...]}     of turns, {"role": ..., "content": TEXT} each, as the chat template
+                                                beside the tokenizer lays them out, up to where the answer begins
     {"decode": [...]}     {"text": TEXT}        without control tokens
 
 {"error": WORDS} where something is wrong, and status 3. Ends with its input.
@@ -18,7 +20,9 @@ FOLDER = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
     os.path.join(os.path.dirname(FOLDER), "launch"), FOLDER]
 
+import datetime  # noqa: E402
 import json  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from command_line import BadInput, run_tool  # noqa: E402
 
@@ -39,19 +43,65 @@ def load(path):
     return tokenizer
 
 
-def answer(tokenizer, request):
+class ChatTemplate:
+    """What transformers' apply_chat_template does: Jinja in a sandbox, with the names that templates ask for."""
+
+    def __init__(self, folder):
+        path = folder / "tokenizer_config.json"
+        try:
+            self.settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as e:
+            raise BadInput(f"{path}: not JSON: {e}") from None
+        self.folder, alone = folder, folder / "chat_template.jinja"
+        self.text = alone.read_text(encoding="utf-8") if alone.exists() else self.settings.get("chat_template")
+        if isinstance(self.text, list):  # several by name
+            self.text = {one["name"]: one["template"] for one in self.text}.get("default")
+        if not isinstance(self.text, str):
+            raise BadInput(f"{folder}: no chat template, neither {alone.name} nor chat_template in {path.name}")
+
+    def special_tokens(self):
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = self.settings.get(name)
+            yield name, token.get("content") if isinstance(token, dict) else token or ""
+
+    def render(self, messages):
+        try:
+            import jinja2
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as e:
+            raise BadInput(f"{e}; run launch/setup.sh, or set UPMOE_PYTHON to a Python that has jinja2") from None
+
+        def refuse(words):
+            raise jinja2.TemplateError(words)
+
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+        sandbox.globals |= {"raise_exception": refuse,
+                            "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+        sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        try:
+            return sandbox.from_string(self.text).render(messages=messages, add_generation_prompt=True,
+                                                         **dict(self.special_tokens()))
+        except jinja2.TemplateError as e:
+            raise BadInput(f"{self.folder}: its chat template refuses: {' '.join(str(e).split())}") from None
+
+
+def answer(tokenizer, folder, request):
     if "encode" in request:
         return {"tokens": tokenizer.encode(request["encode"]).ids}
+    if "chat" in request:  # the template writes what begins a text
+        text = ChatTemplate(folder).render(request["chat"])
+        return {"tokens": tokenizer.encode(text, add_special_tokens=False).ids}
     if "decode" in request:
         return {"text": tokenizer.decode(request["decode"], skip_special_tokens=True)}
-    raise BadInput(f"neither encode nor decode: {request}")
+    raise BadInput(f"neither encode, chat nor decode: {request}")
 
 
 def main():
     try:
         tokenizer = load(sys.argv[1])
         for line in sys.stdin:
-            print(json.dumps(answer(tokenizer, json.loads(line))), flush=True)
+            print(json.dumps(answer(tokenizer, Path(sys.argv[1]).parent, json.loads(line))), flush=True)
     except BadInput as e:
         print(json.dumps({"error": str(e)}), flush=True)
         return 3

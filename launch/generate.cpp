@@ -22,7 +22,7 @@ struct GenerateArguments {
   std::vector<std::int32_t> tokens;
   std::size_t given = 0;  // of the three ways to say what to go on from
   GenerationOptions options;
-  bool ignore_eos = false, json = false;
+  bool ignore_eos = false, json = false, chat = false;
   int tp = 1;
   Precision precision = Precision::kFp32;
   RouterDType router = RouterDType::kAuto;
@@ -36,11 +36,11 @@ struct Speaker {
     if (!beside.empty() && std::filesystem::is_regular_file(file)) codec.emplace(file);
     folder = beside.empty() ? source.directory() : beside;
   }
-  std::vector<std::int32_t> encode(const std::string& text) {
+  TextCodec& tokenizer() {
     if (!codec)
       fail(ExitCode::kBadInput, "{} has no tokenizer.json; give the prompt as --tokens 1,2,3",
            folder.string());
-    return codec->encode(text);
+    return *codec;
   }
   std::optional<TextCodec> codec;
   std::filesystem::path folder;
@@ -53,10 +53,20 @@ void check(const GenerateArguments& a) {
   if (!(a.options.sampling.top_p > 0)) fail(ExitCode::kUsage, "--top-p: a number above 0, at most 1");
 }
 
+// The text of a user as a chat of one turn.
+std::string one_turn(const std::string& text) {
+  const auto turn = nlohmann::json{{"role", "user"}, {"content", text}};
+  return nlohmann::json::array({turn}).dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+}
+
 std::vector<Prompt> prompts_of(const GenerateArguments& a, Speaker& speaker) {
-  const Encode encode = [&](const std::string& text) { return speaker.encode(text); };
+  const Encode encode{[&](const std::string& text) {
+                        return a.chat ? speaker.tokenizer().encode_turns(one_turn(text))
+                                      : speaker.tokenizer().encode(text);
+                      },
+                      [&](const std::string& turns) { return speaker.tokenizer().encode_turns(turns); }};
   if (!a.batch.empty()) return read_prompts(a.batch, encode);
-  return {{a.tokens.empty() ? encode(a.prompt) : a.tokens, 0}};
+  return {{a.tokens.empty() ? encode.text(a.prompt) : a.tokens, 0}};
 }
 
 void warn_of_positions(const ModelConfig& config, const std::vector<Prompt>& prompts, std::int64_t more) {
@@ -167,7 +177,8 @@ void add_generate(CLI::App& app, Handler& handler) {
                             ->delimiter(',')
                             ->allow_extra_args(false);
   CLI::Option* batch = as_path(command->add_option(
-      "--batch", a->batch, "JSON lines, an object with \"prompt\" or \"tokens\" for each answer"));
+      "--batch", a->batch,
+      "JSON lines, an object with \"prompt\", \"messages\" or \"tokens\" for each answer"));
   command->add_option("--max-new-tokens", a->options.max_new_tokens, "New tokens of a prompt, at most")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
@@ -186,6 +197,8 @@ void add_generate(CLI::App& app, Handler& handler) {
       ->capture_default_str();
   command->add_option("--seed", rule.seed, "Of sampling, with the prompt's number and the position")
       ->capture_default_str();
+  command->add_flag("--chat", a->chat,
+                    "Prompts of text are a user's turn, laid out by the model's chat template");
   command->add_flag("--ignore-eos", a->ignore_eos, "Go on behind tokens that end text (eos_token_id)");
   command->add_flag("--json", a->json, "For each prompt one object: tokens, text, tokens_per_s");
   command->add_option("--tp", a->tp, "Ranks that share each layer; the others take prompts of their own")

@@ -15,13 +15,16 @@ constexpr std::uint64_t kFileLimit = std::uint64_t{1} << 30;
 std::vector<std::int32_t> tokens_of(const std::string& line, const std::string& where, const Encode& encode) {
   Problems problems;
   JsonObject object(line, where, problems);
-  const bool text = object.has("prompt"), tokens = object.has("tokens");
-  if (text == tokens && problems.empty())
-    fail(ExitCode::kBadInput, "{}: one of \"prompt\" (text) and \"tokens\" (numbers) is needed", where);
+  const bool text = object.has("prompt"), turns = object.has("messages"), tokens = object.has("tokens");
+  if (text + turns + tokens != 1 && problems.empty())
+    fail(ExitCode::kBadInput,
+         "{}: one of \"prompt\" (text), \"messages\" (turns of a chat) and \"tokens\" (numbers) is needed",
+         where);
   const auto words = object.text("prompt", text);
   const auto numbers = object.integers("tokens", 0, std::numeric_limits<std::int32_t>::max());
   problems.throw_if_any(ExitCode::kBadInput, where);
-  if (words) return encode(*words);
+  if (words) return encode.text(*words);
+  if (turns) return encode.turns(object.as_text("messages"));
   return {numbers->begin(), numbers->end()};
 }
 

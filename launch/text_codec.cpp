@@ -103,6 +103,12 @@ std::vector<std::int32_t> TextCodec::encode(const std::string& text) {
       .get<std::vector<std::int32_t>>();
 }
 
+std::vector<std::int32_t> TextCodec::encode_turns(const std::string& turns) {
+  return read_answer(ask(question_of("chat", nlohmann::json::parse(turns))), tokenizer_.string())
+      .at("tokens")
+      .get<std::vector<std::int32_t>>();
+}
+
 std::string TextCodec::decode(std::span<const std::int32_t> tokens) {
   const std::vector<std::int32_t> all(tokens.begin(), tokens.end());
   return read_answer(ask(question_of("decode", all)), tokenizer_.string()).at("text").get<std::string>();

@@ -22,6 +22,8 @@ class TextCodec {
 
   // Throw Error(kBadInput) with the tokenizer's words.
   std::vector<std::int32_t> encode(const std::string& text);
+  // Of turns, a JSON list of {"role": ..., "content": TEXT}, by the model's chat template, up to the answer.
+  std::vector<std::int32_t> encode_turns(const std::string& turns);
   std::string decode(std::span<const std::int32_t> tokens);
 
  private:

@@ -91,6 +91,26 @@ class Generate(cli_test.CliTest):
             two = self.answers("--batch", batch, "--max-new-tokens", "9", "--ignore-eos")
             self.assertEqual([a["text"] for a in two], [answer["text"]] * 2)
 
+    def test_turns_by_the_chat_template(self):
+        self.write_tokenizer()
+        template = ("{% for m in messages %}{{ m['role'] == 'user' and 'w10 ' or 'w11 ' }}{{ m['content'] }} "
+                    "{{ eos_token }} {% endfor %}{% if add_generation_prompt %}w11{% endif %}")
+        (self.model / "tokenizer_config.json").write_text(json.dumps(
+            {"chat_template": template, "eos_token": {"content": "<end>"}}))
+        more = ("--max-new-tokens", "9", "--ignore-eos")
+        with mock.patch.dict("os.environ", UPMOE_PYTHON=sys.executable):
+            answer, = self.answers("--prompt", "w3 w1", "--chat", *more)
+            self.assertEqual(answer["tokens"], self.answers("--tokens", "10,3,1,100,11", *more)[0]["tokens"])
+            turns = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"},
+                     {"role": "user", "content": "w5"}]
+            answer, = self.answers("--batch", self.write_batch(json.dumps({"messages": turns})), *more)
+            self.assertEqual(answer["tokens"],
+                             self.answers("--tokens", "10,3,100,11,4,100,10,5,100,11", *more)[0]["tokens"])
+            for wrong, words in (("{{ raise_exception('only one turn') }}", "only one turn"), ("{% if %}", "refuses"),
+                                 (None, "no chat template")):
+                (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": wrong}))
+                self.refused(3, [words], "generate", self.model, "--prompt", "w3", "--chat")
+
     def test_a_reader_that_has_enough(self):
         command = f"'{BINARY}' generate '{self.model}' --tokens 3 --max-new-tokens 50 --ignore-eos | head -c 3"
         done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False,
