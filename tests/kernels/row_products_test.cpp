@@ -1,7 +1,5 @@
 // Products row by row: what they are, and that a row knows nothing of the others.
 
-#include "kernels/cpu/row_products.h"
-
 #include <gtest/gtest.h>
 
 #include "kernels/ops/gemm.h"
