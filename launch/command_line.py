@@ -1,8 +1,8 @@
 """How the Python tools end: one line for what is wrong, never a traceback, and the exit statuses of upmoe.
 
-0 done, 1 unexpected failure, 2 usage, 3 bad input (a file's content, or a file that cannot be read or written), 130
-stopped from the keyboard. Output into a closed pipe (`tool | head`) is no error. UPMOE_TRACEBACK=1 shows where an
-unexpected failure came from.
+0 done, 1 unexpected failure, 2 usage or configuration, 3 bad input (a file's content, or a file that cannot be read or
+written), 130 stopped from the keyboard. Output into a closed pipe (`tool | head`) is no error. UPMOE_TRACEBACK=1 shows
+where an unexpected failure came from.
 """
 
 import os
@@ -19,6 +19,10 @@ class BadInput(Exception):
     """Wrong or missing files: exit status 3."""
 
 
+class BadUsage(Exception):
+    """A wrong configuration or command line: exit status 2."""
+
+
 def words_of(error):
     """An operating system's error without its number."""
     name = "" if error.filename is None else f"{display(error.filename)}: "
@@ -28,6 +32,12 @@ def words_of(error):
 def display(path):
     """A path that can be written anywhere, whatever bytes its name has."""
     return os.fsencode(path).decode("utf-8", "replace")
+
+
+def missing_package(error):
+    """The sentence about an ImportError of a package of launch/requirements.txt."""
+    return (f"{sys.executable} cannot import {error.name}; run launch/setup.sh, or set UPMOE_PYTHON to a Python that "
+            "has the packages of launch/requirements.txt")
 
 
 def unexpected(error):
@@ -52,6 +62,8 @@ def run_tool(name, main):
         return status
     except BadInput as e:
         status, text = 3, str(e)
+    except BadUsage as e:
+        status, text = 2, str(e)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 0

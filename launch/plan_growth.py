@@ -5,7 +5,7 @@ usage: .venv/bin/python launch/plan_growth.py RUN.yaml --machine h100-sxm --out 
 The batch grows with the ranks (--sequences of each), the experts' ranks up to --most-ep.
 """
 
-from command_line import BadInput, run_tool  # first: a key pressed while libraries load is heard
+from command_line import BadInput, missing_package, run_tool  # first: a key pressed while libraries load is heard
 
 import argparse
 import json
@@ -18,8 +18,7 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 except ImportError as missing:
-    sys.exit(f"upmoe: error: {sys.executable} cannot import {missing.name}, which the pictures need; run "
-             "launch/setup.sh, or set UPMOE_PYTHON to a Python that has the packages of launch/requirements.txt")
+    sys.exit(f"upmoe: error: {missing_package(missing)}")
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"compute": "#31688e", "calls": "#5f6b73", "exchange": "#d1603d", "reduction": "#35a16b", "bubble": "#c9a227",

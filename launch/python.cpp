@@ -17,7 +17,7 @@ std::string find_python() {
 fs::path script_of_source(const fs::path& name, const std::string& what) {
   fs::path script = fs::path(UPMOE_SOURCE_DIR) / name;
   if (!fs::exists(script))
-    fail(ExitCode::kFailure, "{}: not found; {} need the source folder this program was built from",
+    fail(ExitCode::kFailure, "{}: not found; {} needs the source folder this program was built from",
          script.string(), what);
   return script;
 }

@@ -1,17 +1,8 @@
-// upmoe report: pictures of one run or several. Drawing is Python's work (launch/report.py, matplotlib); this
-// finds the interpreter and passes arguments and exit status on.
-
-#include <spawn.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
+// upmoe report: pictures of one run or several. Drawing is Python's work (launch/report.py, matplotlib).
 
 #include "launch/command_line.h"
 #include "launch/commands.h"
-#include "launch/python.h"
+#include "launch/python_tool.h"
 
 namespace upmoe {
 
@@ -19,35 +10,20 @@ namespace {
 
 struct ReportArguments {
   std::vector<std::string> runs, labels;
-  std::string out, against = "tokens";
+  std::string out, against = "tokens", group = "run", band;
   bool continued = false;
 };
 
-// Runs a program found on PATH and waits for it. Its exit status; 128 + signal when a signal ended it.
-int run_program(std::vector<std::string> words) {
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
-  pid_t child = 0;
-  if (const int error = posix_spawnp(&child, argv[0], nullptr, nullptr, argv.data(), environ); error != 0)
-    fail(ExitCode::kFailure, "cannot start {}: {}; run launch/setup.sh, or set UPMOE_PYTHON", words[0],
-         std::strerror(error));
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0)
-    if (errno != EINTR) fail(ExitCode::kFailure, "waiting for {}: {}", words[0], std::strerror(errno));
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
-
 int run_report(const ReportArguments& a, Runtime& runtime) {
   if (runtime.world().rank() != 0) return 0;  // under mpirun the first rank draws
-  const std::filesystem::path script = script_of_source("launch/report.py", "the pictures");
-  std::vector<std::string> words{find_python(), script.string(), "--against", a.against};
+  std::vector<std::string> words{"--against", a.against, "--group", a.group};
+  if (!a.band.empty()) words.insert(words.end(), {"--band", a.band});
   if (!a.out.empty()) words.insert(words.end(), {"--out", a.out});
   for (const std::string& label : a.labels) words.insert(words.end(), {"--label", label});
   if (a.continued) words.emplace_back("--continued");
   words.emplace_back("--");
   words.insert(words.end(), a.runs.begin(), a.runs.end());
-  return run_program(std::move(words));
+  return run_python_tool("report.py", words);
 }
 
 }  // namespace
@@ -67,6 +43,15 @@ void add_report(CLI::App& app, Handler& handler) {
       ->allow_extra_args(false);
   command->add_flag("--continued", a->continued,
                     "The first run is where the others started: draw them from its end on");
+  command
+      ->add_option("--group", a->group,
+                   "arm: one line, their mean, for the runs of one label, or of one arm of a study")
+      ->check(CLI::IsMember({"run", "arm"}))
+      ->capture_default_str();
+  command
+      ->add_option("--band", a->band,
+                   "With --group arm: ci, the 95 % interval of the mean around it (the default), or none")
+      ->check(CLI::IsMember({"ci", "none"}));
   command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_report(*a, runtime); }; });
 }
 

@@ -4,17 +4,15 @@
 Reads RUN_DIR/metrics.jsonl. Several runs are laid over each other. Usually started as `upmoe report`.
 """
 
-from command_line import BadInput, display, run_tool  # first: a key pressed while libraries load is heard
+from command_line import display, missing_package, run_tool  # first: a key pressed while libraries load is heard
 
 import argparse
 import base64
 import html
 import json
-import math
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -23,223 +21,10 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
-    from matplotlib.transforms import offset_copy
+    from run_curves import STYLE, Group, draw_heldout, draw_loss, draw_throughput, finish_axis, palette, short
+    from run_metrics import AXES, read_run, smooth, values
 except ImportError as missing:
-    sys.exit(f"upmoe: error: {sys.executable} cannot import {missing.name}, which the pictures need; run "
-             "launch/setup.sh, or set UPMOE_PYTHON to a Python that has the packages of launch/requirements.txt")
-
-COLOURS = ["#31688e", "#d1603d", "#35a16b", "#8e5ea2", "#c9a227", "#5f6b73", "#c0487f", "#3aa6b9"]
-AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training", "step": "step"}
-STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
-         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-         "axes.edgecolor": "#888888", "axes.labelcolor": "#444444", "xtick.color": "#444444", "ytick.color": "#444444",
-         "legend.frameon": False, "figure.facecolor": "white", "savefig.dpi": 150, "lines.linewidth": 1.8}
-
-
-@dataclass
-class Run:
-    path: Path
-    label: str
-    colour: str
-    steps: list = field(default_factory=list)  # training records
-    evals: list = field(default_factory=list)  # held-out records
-    offset: float = 0.0                        # where this run starts on the horizontal axis
-
-    def x(self, records, against):
-        if against in ("tokens", "step"):
-            return np.array([r[against] for r in records], dtype=float) + self.offset
-        ends = np.array([r["step"] for r in self.steps], dtype=float)
-        spent = np.cumsum([cost_of(self, r, against) * gap for r, gap in zip(self.steps, np.diff(ends, prepend=0.0))])
-        return np.interp([r["step"] for r in records], np.insert(ends, 0, 0.0), np.insert(spent, 0, 0.0)) + self.offset
-
-    @property
-    def title(self):
-        return title_of(self.label)
-
-    def loads(self):
-        return [(r["step"], np.array(r["expert_load"], dtype=float)) for r in self.steps if r.get("expert_load")]
-
-
-def cost_of(run, record, against):
-    """Seconds or FLOPs of one step. Records may be several steps apart; each stands for those since the last."""
-    if against == "seconds":
-        return record["seconds"]
-    if "flops" not in record or "ranks" not in record:
-        raise BadInput(f"{display(run.path)}: its metrics carry no flops or no ranks; use --against tokens, seconds or "
-                       "step")
-    return record["flops"] * record["ranks"]
-
-
-LARGEST = 1e100  # what a count or a time may be, so that sums and axes stay finite
-
-
-def number(record, key, required=False, gap=False):
-    """A finite number that is not negative; with `gap` also null, NaN and infinity, as of a step that went wrong."""
-    if key not in record and not required:
-        return
-    value = record[key]
-    if gap and (value is None or isinstance(value, float) and not math.isfinite(value)):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-        raise ValueError(f"{key} is {json.dumps(value)[:40]}, expected a number")
-    if value < 0 and not gap:
-        raise ValueError(f"{key} is {value}, expected no negative number")
-
-
-def check_load(load):
-    """Layers by experts, each row of one length."""
-    rows = load if isinstance(load, list) else [None]
-    if not rows or not all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows):
-        raise ValueError("expert_load is not a table of layers by experts")
-    for row in rows:
-        for value in row:
-            number({"expert_load": value}, "expert_load")
-
-
-def checked(record):
-    """A record of metrics.jsonl whose values are what the pictures take them for."""
-    if not isinstance(record, dict):
-        raise ValueError("expected an object")
-    held_out = record.get("kind") == "eval"
-    needed = ("step", "tokens") + (("eval_loss",) if held_out else ("loss", "seconds", "tokens_per_s"))
-    missing = [key for key in needed if key not in record]
-    if missing:
-        raise ValueError(f"no {', '.join(missing)}")
-    for key in ("step", "tokens", "seconds", "tokens_per_s"):
-        number(record, key, required=key in needed)
-    for key in ("flops", "ranks"):
-        number(record, key)
-    for key in ("loss", "eval_loss", "grad_norm", "mfu"):
-        number(record, key, gap=True)
-    if record.get("expert_load"):
-        check_load(record["expert_load"])
-    return record
-
-
-def read_run(path, label, colour):
-    run, file = Run(path, label, colour), path / "metrics.jsonl"
-    if not file.is_file():
-        raise BadInput(f"{display(file)}: not found; give a run directory of `upmoe train`")
-    lines = file.read_bytes().split(b"\n")
-    shape = None
-    for place, line in enumerate(lines, 1):
-        if place == len(lines) and not line:
-            break
-        try:
-            record = checked(json.loads(line))
-            load = record.get("expert_load")
-            if load and shape not in (None, (len(load), len(load[0]))):
-                raise ValueError("expert_load has another shape than before")
-            shape = (len(load), len(load[0])) if load else shape
-        except (ValueError, RecursionError) as problem:
-            if place == len(lines) and not line.endswith(b"}"):
-                continue  # the run is still writing it
-            words = " ".join(str(problem).split())
-            raise BadInput(f"{display(file)}:{place}: not a metrics record ({words})") from None
-        (run.evals if record.get("kind") == "eval" else run.steps).append(record)
-    if not run.steps:
-        raise BadInput(f"{display(file)}: holds no training step yet")
-    return run
-
-
-def title_of(name):
-    """A name as matplotlib draws it: no formulas, no lines of its own, and in the legend also after an underscore."""
-    text = " ".join(display(name).split())
-    text = text if len(text) <= 60 else text[:59] + "\u2026"
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
-
-
-def values(records, key):
-    return np.array([math.nan if r.get(key) is None else r[key] for r in records], dtype=float)
-
-
-def smooth(y, width):
-    """Mean over a window that shrinks at both ends; gaps (non-finite steps) stay out of it."""
-    good = np.isfinite(y)
-    ones, filled = good.astype(float), np.where(good, y, 0.0)
-    kernel = np.ones(max(1, width))
-    count = np.convolve(ones, kernel, "same")
-    return np.where(count > 0, np.convolve(filled, kernel, "same") / np.maximum(count, 1), math.nan)
-
-
-def short(number):
-    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def finish_axis(ax, against, title, ylabel):
-    ax.set_title(title)
-    ax.set_xlabel(AXES[against])
-    ax.set_ylabel(ylabel)
-    ax.xaxis.set_major_formatter(lambda value, _: short(value))
-    ax.margins(x=0.02)
-
-
-def limit_to_bulk(ax, series):
-    """The first steps fall from ln(vocabulary) and would flatten everything after them."""
-    tail = np.concatenate([y[len(y) // 20:] for y in series])
-    tail = tail[np.isfinite(tail)]
-    if tail.size > 2:
-        low, high = tail.min(), np.quantile(tail, 0.99)
-        pad = 0.06 * max(high - low, 1e-3)
-        ax.set_ylim(low - pad, high + pad)
-
-
-def draw_loss(ax, runs, against):
-    shown = []
-    for run in runs:
-        x, y = run.x(run.steps, against), values(run.steps, "loss")
-        line = smooth(y, len(y) // 40)
-        ax.plot(x, y, color=run.colour, alpha=0.22, linewidth=0.8)
-        ax.plot(x, line, color=run.colour, label=run.title)
-        shown.append(line)
-    limit_to_bulk(ax, shown)
-    finish_axis(ax, against, "Training loss", "cross-entropy, nats per token")
-    ax.legend()
-
-
-def label_ends(ax, ends):
-    """The last value of each line beside its end, moved apart where two would cover each other."""
-    step = 0.045 * (ax.get_ylim()[1] - ax.get_ylim()[0])  # a line of text
-    place = -np.inf
-    for x, y, colour in sorted(ends, key=lambda end: end[1]):
-        place = max(y, place + step)
-        ax.annotate(f"{y:.3f}", (x, y), xytext=(x, place), va="center", color=colour, fontsize=9,
-                    xycoords="data", textcoords=offset_copy(ax.transData, ax.figure, x=5, units="points"))
-
-
-def draw_heldout(ax, runs, against):
-    shown, ends = [], []
-    for run in runs:
-        if run.evals:
-            x, y = run.x(run.evals, against), values(run.evals, "eval_loss")
-            ax.plot(x, y, color=run.colour, marker="o", markersize=4, label=run.title)
-            if math.isfinite(y[-1]):
-                ends.append((x[-1], y[-1], run.colour))
-            shown.append(y)
-    finish_axis(ax, against, "Held-out loss", "cross-entropy, nats per token")
-    if shown:
-        limit_to_bulk(ax, [y[1:] if len(y) > 2 and y[0] > 1.3 * y[-1] else y for y in shown])
-        ax.margins(x=0.1)
-        label_ends(ax, ends)
-        ax.legend()
-    else:
-        ax.text(0.5, 0.5, "no held-out evaluation in these runs", ha="center", va="center", transform=ax.transAxes,
-                color="#888888")
-
-
-def draw_throughput(ax, runs, against):
-    for run in runs:
-        y = values(run.steps, "tokens_per_s")
-        ax.plot(run.x(run.steps, against), y, color=run.colour, alpha=0.22, linewidth=0.8)
-        ax.plot(run.x(run.steps, against), smooth(y, len(y) // 40), color=run.colour,
-                label=f"{run.title}: median {short(np.nanmedian(y))}")
-    ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(lambda value, _: short(value))
-    finish_axis(ax, against, "Throughput", "tokens per second, all ranks")
-    ax.legend(loc="lower right")
+    sys.exit(f"upmoe: error: {missing_package(missing)}")
 
 
 def draw_load_map(ax, run):
@@ -281,11 +66,12 @@ def save(folder, name, size, draw):
     return name
 
 
-def draw_overview(folder, runs, against):
+def draw_overview(folder, groups, against):
     figure, axes = plt.subplots(2, 2, figsize=(12, 7.6), layout="constrained")
-    draw_loss(axes[0, 0], runs, against)
-    draw_heldout(axes[0, 1], runs, against)
-    draw_throughput(axes[1, 0], runs, against)
+    draw_loss(axes[0, 0], groups, against)
+    draw_heldout(axes[0, 1], groups, against)
+    draw_throughput(axes[1, 0], groups, against)
+    runs = [run for group in groups for run in group.runs]
     moe = [run for run in runs if run.loads()]
     if moe:
         draw_load_map(axes[1, 1], moe[-1])
@@ -299,10 +85,11 @@ def draw_overview(folder, runs, against):
     return "overview.png"
 
 
-def draw_all(folder, runs, against):
-    names = [draw_overview(folder, runs, against)]
+def draw_all(folder, groups, against):
+    names = [draw_overview(folder, groups, against)]
     for name, draw in (("loss", draw_loss), ("heldout_loss", draw_heldout), ("throughput", draw_throughput)):
-        names.append(save(folder, f"{name}.png", (9, 4.8), lambda ax, draw=draw: draw(ax, runs, against)))
+        names.append(save(folder, f"{name}.png", (9, 4.8), lambda ax, draw=draw: draw(ax, groups, against)))
+    runs = [run for group in groups for run in group.runs]
     for i, run in enumerate(run for run in runs if run.loads()):
         height = min(40.0, 1.6 + 0.35 * run.loads()[-1][1].shape[0])
         names.append(save(folder, f"expert_load_{i}.png", (11, height), lambda ax, run=run: draw_load_map(ax, run)))
@@ -356,17 +143,38 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
     return page
 
 
-def read_runs(paths, labels, continued, against):
-    if labels and len(labels) != len(paths):
-        print(f"upmoe: error: {len(labels)} labels for {len(paths)} runs; give --label once per run", file=sys.stderr)
+def arm_of(path):
+    """Of a run that a study made: its arm. The folder's name of any other."""
+    try:
+        return json.loads((path / "study.json").read_text(encoding="utf-8"))["arm"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.resolve().name
+
+
+def read_groups(args):
+    """The runs, each alone or those of one name together."""
+    paths, labels, grouped = args.runs, args.label, args.group == "arm"
+    wrong = (f"{len(labels)} labels for {len(paths)} runs; give --label once per run"
+             if labels and len(labels) != len(paths) else
+             "--band needs lines of several runs: --group arm" if args.band and not grouped else "")
+    if wrong:
+        print(f"upmoe: error: {wrong}", file=sys.stderr)
         raise SystemExit(2)
-    names = [display(name) for name in labels or [path.resolve().name for path in paths]]
-    runs = [read_run(path, name, COLOURS[i % len(COLOURS)]) for i, (path, name) in enumerate(zip(paths, names))]
-    if continued:
-        end = runs[0].x(runs[0].steps, against)[-1]
-        for run in runs[1:]:
-            run.offset = end
-    return runs
+    names = [display(name) for name in labels or [arm_of(p) if grouped else p.resolve().name for p in paths]]
+    lines = list(dict.fromkeys(names)) if grouped else range(len(names))
+    colours = dict(zip(lines, palette(len(lines))))
+    groups = {}
+    for i, (path, name) in enumerate(zip(paths, names)):
+        line = name if grouped else i
+        group = groups.setdefault(line, Group(name, colours[line], [], args.band != "none"))
+        group.runs.append(read_run(path, name, colours[line]))
+    runs = [run for group in groups.values() for run in group.runs]
+    if args.continued:
+        first = groups[lines[0]].runs[0]
+        end = first.x(first.steps, args.against)[-1]
+        for run in runs:
+            run.offset = 0.0 if run is first else end
+    return list(groups.values())
 
 
 def main():
@@ -378,13 +186,18 @@ def main():
     parser.add_argument("--label", action="append", help="name of a run, once per RUN_DIR (default: its folder's name)")
     parser.add_argument("--continued", action="store_true",
                         help="the first run is where the others started: draw them from its end on")
+    parser.add_argument("--group", choices=("run", "arm"), default="run",
+                        help="arm: one line for the runs of one label, or of one arm of a study (default: run)")
+    parser.add_argument("--band", choices=("ci", "none"),
+                        help="with --group arm: ci, the 95 %% interval of the mean around it (default), or none")
     args = parser.parse_args()
-    runs = read_runs(args.runs, args.label, args.continued, args.against)
+    groups = read_groups(args)
+    runs = [run for group in groups for run in group.runs]
     folder = args.out or args.runs[0] / "report"
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that the font lacks, windows without a finite value
-        pictures = draw_all(folder, runs, args.against)
+        pictures = draw_all(folder, groups, args.against)
     page = write_page(folder, runs, pictures)
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(page) + b"\n")

@@ -115,7 +115,7 @@ class ScriptMutations(unittest.TestCase):
 
         self.assertGreater(self.accepted(1500, corpus, read), 20)
         with report.plt.rc_context(report.STYLE | {"savefig.dpi": 40}), report.np.errstate(all="ignore"):
-            report.draw_all(self.folder, drawn, "seconds")
+            report.draw_all(self.folder, [report.Group(run.label, run.colour, [run]) for run in drawn], "seconds")
 
     # launch/run_hosts.sh's own function, on many files in one shell.
     def test_host_files(self):

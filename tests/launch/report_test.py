@@ -1,6 +1,8 @@
 """launch/report.py over small made-up runs: pictures and page are there, wrong input is told with status 3."""
 
+import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,9 +10,13 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "launch"))
 import report  # noqa: E402
+import run_curves  # noqa: E402
+import run_metrics  # noqa: E402
 
 # The interpreter with matplotlib that `upmoe report` would take.
 OWN = ROOT / ".venv" / "bin" / "python"
@@ -72,6 +78,31 @@ class Report(unittest.TestCase):
         for axis in ("tokens", "flops", "seconds", "step"):
             self.assertEqual(self.report(run, "--against", axis).returncode, 0)
 
+    def test_runs_of_one_arm_are_one_line(self):
+        runs = []
+        for i in range(4):  # arms of two seeds each; what a study left says which
+            lifted = [step(k) | {"loss": 8.0 / k + 0.1 * i} for k in (1, 2, 3)]
+            runs.append(self.run_dir(f"run{i}", [held_out(1), *lifted, held_out(3)]))
+            (runs[-1] / "study.json").write_text(json.dumps({"arm": f"arm {i // 2}"}))
+        parsed = report.read_groups(argparse.Namespace(runs=runs, label=None, group="arm", band=None, continued=False,
+                                                       against="tokens"))
+        self.assertEqual([(g.label, len(g.runs), g.banded) for g in parsed], [("arm 0", 2, True), ("arm 1", 2, True)])
+        for band in ((), ("--band", "ci"), ("--band", "none")):
+            done = self.report(*runs, "--group", "arm", *band, "--against", "seconds")
+            self.assertEqual(done.returncode, 0, done.stderr)
+        labelled = [word for label in ("a", "a", "b", "b") for word in ("--label", label)]
+        self.assertEqual(self.report(*runs, "--group", "arm", *labelled).returncode, 0)
+        self.assertEqual(self.report(*runs, "--band", "ci").returncode, 2)
+
+    # Two lines over different points: mean and the interval of two values, t = 12.7062 of one degree of freedom.
+    def test_band(self):
+        x, mean, half = run_curves.mean_and_half([np.array([0.0, 2.0]), np.array([0.0, 1.0, 2.0])],
+                                                 [np.array([1.0, 1.0]), np.array([3.0, 2.0, math.nan])])
+        at = int(np.argmin(abs(x - 1.0)))
+        self.assertAlmostEqual(mean[0], 2.0)
+        self.assertAlmostEqual(mean[at], 1.5, delta=0.01)
+        self.assertAlmostEqual(half[0], 12.7062 * math.sqrt(2) / math.sqrt(2), places=3)
+
     # A folder's name is bytes, and a formula to matplotlib.
     def test_any_name_of_a_run_is_drawn(self):
         odd = self.run_dir(os.fsdecode(b"run_$x^$ \xff"), [step(1), step(2)])
@@ -80,7 +111,7 @@ class Report(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertNotIn("Traceback", done.stderr)
         self.assertIn("run_$x^$ \ufffd", (odd / "report" / "report.html").read_text(encoding="utf-8"))
-        self.assertFalse(report.title_of("_hidden").startswith("_"))  # or matplotlib leaves it out of the legend
+        self.assertFalse(run_metrics.title_of("_hidden").startswith("_"))  # or matplotlib leaves it out of the legend
 
     def test_labels_that_do_not_match_are_usage(self):
         done = self.report(self.run_dir("run", [step(1)]), "--label", "a", "--label", "b")
@@ -95,17 +126,17 @@ class Report(unittest.TestCase):
                  {"expert_load": [["a"]]}]
         for i, change in enumerate(wrong):
             run = self.run_dir(f"wrong_{i}", [step(1), step(2) | change])
-            with self.assertRaisesRegex(report.BadInput, "metrics.jsonl:2: not a metrics record", msg=str(change)):
-                report.read_run(run, "x", "#000000")
+            with self.assertRaisesRegex(run_metrics.BadInput, "metrics.jsonl:2: not a metrics record", msg=str(change)):
+                run_metrics.read_run(run, "x", "#000000")
         for i, line in enumerate(["[1]", "[" * 100000, '"text"', "\x00", "null", ""]):
             run = self.run_dir(f"line_{i}", [step(1), line + "\n", step(2)])
-            with self.assertRaisesRegex(report.BadInput, "metrics.jsonl:2", msg=line[:20]):
-                report.read_run(run, "x", "#000000")
+            with self.assertRaisesRegex(run_metrics.BadInput, "metrics.jsonl:2", msg=line[:20]):
+                run_metrics.read_run(run, "x", "#000000")
         changed = self.run_dir("changed", [step(1, 4), step(2, 8)])
-        with self.assertRaisesRegex(report.BadInput, "another shape"):
-            report.read_run(changed, "x", "#000000")
+        with self.assertRaisesRegex(run_metrics.BadInput, "another shape"):
+            run_metrics.read_run(changed, "x", "#000000")
         odd = self.run_dir("odd", [step(1), step(2) | {"loss": float("nan"), "mfu": float("inf")}, '{"step": 3, "lo'])
-        self.assertEqual(len(report.read_run(odd, "x", "#000000").steps), 2)
+        self.assertEqual(len(run_metrics.read_run(odd, "x", "#000000").steps), 2)
 
     def test_bad_input(self):
         self.refused("not found", self.folder / "nowhere")
