@@ -74,7 +74,8 @@ DECLARED_IN = {
     "data/hdf5_values.cpp": "data/hdf5_cursor.h",
     # one table of commands
     **{f"launch/{command}.cpp": "launch/commands.h"
-       for command in ("cost", "doctor", "eval", "export", "generate", "inspect", "main", "plan", "report", "train",
+       for command in ("cost", "doctor", "eval", "export", "generate", "inspect", "main", "plan", "report", "study",
+                       "train",
                        "upcycle")},
 }
 

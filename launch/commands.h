@@ -22,5 +22,6 @@ void add_plan(CLI::App& app, Handler& handler);
 void add_export(CLI::App& app, Handler& handler);
 void add_inspect(CLI::App& app, Handler& handler);
 void add_report(CLI::App& app, Handler& handler);
+void add_study(CLI::App& app, Handler& handler);
 
 }  // namespace upmoe

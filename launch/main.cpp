@@ -35,6 +35,7 @@ int run(int argc, char** argv) {
   upmoe::add_doctor(app, handler);
   upmoe::add_plan(app, handler);
   upmoe::add_report(app, handler);
+  upmoe::add_study(app, handler);
   double deadline_s = 600;
   for (const char* command : {"upcycle", "train", "eval", "generate", "export"})
     app.get_subcommand(command)

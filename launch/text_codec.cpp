@@ -34,7 +34,7 @@ struct Pipe {
 
 TextCodec::TextCodec(const std::filesystem::path& tokenizer) : tokenizer_(tokenizer) {
   const std::string python = find_python(),
-                    script = script_of_source("data/text_codec.py", "prompts and answers in text").string(),
+                    script = script_of_source("data/text_codec.py", "text in prompts and answers").string(),
                     file = tokenizer.string();
   const Pipe questions, answers;
   posix_spawn_file_actions_t actions;

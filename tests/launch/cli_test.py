@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = os.environ["UPMOE_BINARY"]
 GOLDEN = "moe_odd"  # 13 experts, vocabulary 101, 64 positions
-COMMANDS = ("upcycle", "train", "eval", "generate", "export", "inspect", "cost", "plan", "doctor", "report")
+COMMANDS = ("upcycle", "train", "eval", "generate", "export", "inspect", "cost", "plan", "doctor", "report", "study")
 
 
 def upmoe(*arguments, ranks=0, cwd=None):
@@ -225,6 +225,10 @@ class Report(CliTest):
     def test_exit_status_of_the_pictures(self):
         self.assertEqual(upmoe("report", self.folder / "nowhere").returncode, 3)
         self.assertEqual(upmoe("report", self.folder, "--against", "moon").returncode, 2)
+        self.assertIn("randomness", upmoe("study", "--list").stdout)
+        self.assertEqual(upmoe("study").returncode, 2)
+        self.assertEqual(upmoe("study", "no-such-study").returncode, 2)
+        self.refused(2, ["start it alone"], "study", "randomness", ranks=2)
 
 
 if __name__ == "__main__":

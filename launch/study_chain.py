@@ -1,0 +1,164 @@
+"""From the arms of a study to commands: a chain of stages for each arm, seed and learning rate.
+
+A stage is named by a hash of everything that its result depends on: its settings and the stages before it. So stages
+that arms share are done once, a changed study finds again what it left alone, and nothing that was made in another way
+is taken for finished.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+
+from command_line import BadUsage
+from study_file import ROOT, read_yaml, steps_of
+
+TUNING_SEED = 0     # its runs choose learning rates; pairs are 1, 2, ...
+PROBE_STEPS = 3     # of every training of a probe; the first is not timed
+PLANTED = 0.1       # of the learning rate of the arm beside it
+CHECKPOINTS = 4     # of a training: what a kill costs, against writing a mixture's state
+ORDERS = 10         # data.seed = ORDERS * seed + number of the training in its chain; of the last one ORDERS - 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    kind: str        # train or upcycle
+    settings: dict      # the YAML file of its command, without the paths
+    model: str | None   # train from random weights: a name of the size's models
+    shape: dict | None  # of that model
+    text: str | None    # train: on which
+    texts: dict         # train: how the token files are made
+    before: str | None  # the stage whose model it begins with
+    last: bool = False  # of its chain: is evaluated, and no model is kept
+
+    @property
+    def id(self):
+        content = {key: getattr(self, key) for key in ("kind", "settings", "model", "shape", "text", "texts", "before",
+                                                       "last")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def steps(self):
+        return self.settings["train"]["steps"] if self.kind == "train" else 0
+
+    @property
+    def tokens(self):
+        return self.steps * self.settings["train"]["global_batch"] * self.settings["data"]["seq_len"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one arm to the end."""
+    arm: str
+    seed: int
+    rate: float
+    stages: tuple
+    charged: tuple  # ids of the trainings before the last whose cost is the arm's, if its source is charged
+
+    @property
+    def last(self):
+        return self.stages[-1]
+
+    @property
+    def story(self):
+        """Settings of all stages, to be told from those of another form of the study."""
+        return {f"{i} {stage.kind}": stage.settings | {"shape": stage.shape, "text": stage.text}
+                for i, stage in enumerate(self.stages, 1)}
+
+
+def nested(dotted, into=None):
+    """{'train.steps': 3} as {'train': {'steps': 3}}, over what `into` has."""
+    result = json.loads(json.dumps(into or {}))
+    for key, value in dotted.items():
+        *sections, name = key.split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise BadUsage(f"key '{key}': '{section}' is a value and has no keys")
+        place[name] = value
+    return result
+
+
+def recipe_of(study, link, seed):
+    figures = study.figures["recipe"]
+    base = link.own.get("recipe")
+    overrides = link.overrides if base else {key: v for key, v in figures.items() if key != "file"} | link.overrides
+    return nested(overrides | {"seed": seed}, read_yaml(ROOT / (base or figures["file"])))
+
+
+class Builder:
+    """The runs of one study."""
+
+    def __init__(self, study):
+        self.study = study
+        self.texts = {"folders": study.texts, **study.figures["text"]}
+
+    def train(self, link, before, seed, order, rate=None, share=1.0, probe=False):
+        """`rate`: of the last training of a chain; `share`: of its steps."""
+        figures, last = self.study.figures, rate is not None
+        steps = max(1, round(steps_of(link.own["steps"], self.study.steps) * share))
+        steps = min(steps, PROBE_STEPS) if probe else steps
+        every = max(1, -(-steps // figures["evaluations"]))
+        keys = {**figures["run"], "data.seq_len": figures["seq_len"], "data.seed": ORDERS * seed + order,
+                "run.seed": seed, "train.steps": steps, "train.eval_every": steps if probe else every,
+                "train.eval_sequences": figures["eval_sequences"], "checkpoint.every": -(-steps // CHECKPOINTS),
+                "checkpoint.keep": 2,
+                "schedule.warmup": round(link.own.get("warmup", figures["warmup"]) * steps),
+                "model.init": "random" if before is None else "weights"}
+        if last:
+            keys |= self.study.last | {"optimizer.lr": rate}
+        settings = nested(keys | link.overrides)
+        model = link.own.get("model")
+        text = link.own.get("text", self.study.main_text)
+        return Stage("train", settings, model, figures["models"].get(model), text, self.texts, before, last)
+
+    def run(self, arm, seed, rate, share=1.0, probe=False):
+        """`share` shortens the last training; `probe`: every training takes PROBE_STEPS."""
+        stages, charged, trainings = [], [], 0
+        links = self.study.arms[arm]
+        for i, link in enumerate(links):
+            before, last = stages[-1].id if stages else None, i == len(links) - 1
+            if link.kind == "upcycle":
+                stages.append(Stage("upcycle", recipe_of(self.study, link, seed), None, None, None, {}, before))
+                continue
+            order = ORDERS - 1 if last else trainings
+            stages.append(self.train(link, before, seed, order, rate if last else None, share if last else 1.0, probe))
+            trainings += 1
+            if stages[-1].settings["model"]["init"] == "random":
+                charged = []  # nothing of what was learnt before stays
+            if not last:
+                charged.append(stages[-1].id)
+        return Run(arm, seed, rate, tuple(stages), tuple(charged))
+
+    def probes(self):
+        return [self.run(arm, TUNING_SEED, self.study.rates[0], probe=True) for arm in self.study.arms]
+
+    def tuning(self, arm):
+        """Empty with a single rate."""
+        rates = self.study.rates if len(self.study.rates) > 1 else []
+        return [self.run(arm, TUNING_SEED, rate, self.study.figures["tune_share"]) for rate in rates]
+
+
+def planted_name(arm):
+    return f"{arm}, a tenth of the rate"
+
+
+def plant(study, arm):
+    """The study with one more arm that must come out worse, and that alone to decide."""
+    if arm not in study.arms:
+        raise BadUsage(f"--plant '{arm}': no such arm; there are {', '.join(study.arms)}")
+    comparison = replace(study.compare[0], better=arm, than=planted_name(arm), by="loss", at="tokens", worth=0.0)
+    return replace(study, arms={arm: study.arms[arm], planted_name(arm): study.arms[arm]}, compare=[comparison],
+                   fit=False)
+
+
+def differences(old, new, place=""):
+    """Keys in which two settings differ, as words."""
+    words = []
+    for key in sorted(set(old) | set(new)):
+        a, b, name = old.get(key), new.get(key), f"{place}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            words += differences(a, b, f"{name}.")
+        elif a != b:
+            words.append(f"{name} {json.dumps(a)} -> {json.dumps(b)}")
+    return words

@@ -1,0 +1,118 @@
+"""Paired comparisons: what the seeds of a study say of a claim, and how many more would decide it.
+
+A difference is taken within a pair (one seed: the same order of the data, the same dense source, the same held-out
+sequences), so that what all arms of a seed share falls out. Its mean over n pairs has the interval
+mean +- t s / sqrt(n), t the 97.5 % point of Student's distribution with n - 1 degrees of freedom.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+MOST_SEEDS = 1000  # that are worth naming
+
+SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
+
+
+@dataclass(frozen=True)
+class Interval:
+    mean: float
+    low: float    # -inf and inf of a single pair
+    high: float
+    deviation: float  # of one pair; nan of a single one
+    pairs: int
+
+
+def half_width(deviation, pairs):
+    return float(stats.t.ppf(0.5 + LEVEL / 2, pairs - 1)) * deviation / math.sqrt(pairs)
+
+
+def interval(values):
+    """Of the mean of `values`, one for each pair."""
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean, -math.inf, math.inf, math.nan, len(values))
+    deviation = float(values.std(ddof=1))
+    half = half_width(deviation, len(values))
+    return Interval(mean, mean - half, mean + half, deviation, len(values))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    word: str
+    seeds: int | None = None  # undecided: about as many in all would decide; none where more than MOST_SEEDS would not
+
+    def __str__(self):
+        if self.word != UNDECIDED:
+            return self.word
+        return f"{self.word} (needs {f'about {self.seeds}' if self.seeds else f'more than {MOST_SEEDS}'} seeds)"
+
+
+def verdict(difference, bound=0.0, worth=0.0):
+    """On the claim that `difference` is below `bound`. Not supported: the whole interval lies above bound - worth, so
+    that what gain there may be is smaller than the one that counts. Asked first: a gain that is certain and too small
+    supports nothing."""
+    if difference.pairs >= 2:
+        if difference.low > bound - worth:
+            return Verdict(NOT_SUPPORTED)
+        if difference.high < bound:
+            return Verdict(SUPPORTED)
+    return Verdict(UNDECIDED, seeds_to_decide(difference, bound, worth))
+
+
+def seeds_to_decide(difference, bound, worth):
+    """How many pairs would, should mean and deviation stay what they are."""
+    if difference.pairs < 2:
+        return 2
+    distance = max(bound - difference.mean, difference.mean - (bound - worth))
+    for pairs in range(difference.pairs + 1, MOST_SEEDS + 1):
+        if half_width(difference.deviation, pairs) < distance:
+            return pairs
+    return None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out losses of one run against what had been spent; each of `spent` rises."""
+    loss: np.ndarray
+    spent: dict  # "tokens", "flops", "seconds": np.ndarray
+
+    def later(self, before):
+        """The same curve after what its source had spent: {"tokens": ..., ...}."""
+        return Curve(self.loss, {axis: values + before[axis] for axis, values in self.spent.items()})
+
+    def end(self, axis):
+        return float(self.spent[axis][-1])
+
+    def at(self, axis, amount):
+        """The loss where so much was spent; nan before the first evaluation."""
+        x = self.spent[axis]
+        return float(np.interp(amount, x, self.loss)) if x[0] <= amount <= x[-1] else math.nan
+
+    def to_reach(self, loss, axis):
+        """What was spent when the loss first came to `loss`, straight between evaluations; nan when it never did."""
+        below = np.nonzero(self.loss <= loss)[0]
+        if not len(below):
+            return math.nan
+        i, x = int(below[0]), self.spent[axis]
+        if i == 0:
+            return float(x[0])
+        share = (self.loss[i - 1] - loss) / (self.loss[i - 1] - self.loss[i])
+        return float(x[i - 1] + share * (x[i] - x[i - 1]))
+
+
+def loss_difference(a, b, axis):
+    """Loss of a minus that of b where both had spent what the cheaper of them spent in all."""
+    amount = min(a.end(axis), b.end(axis))
+    return a.at(axis, amount) - b.at(axis, amount)
+
+
+def cost_ratio(a, b, axis):
+    """ln of what a spends to come to the loss that both reach, over what b spends: logarithms have the mean."""
+    loss = max(float(a.loss[-1]), float(b.loss[-1]))
+    spent_a, spent_b = a.to_reach(loss, axis), b.to_reach(loss, axis)
+    return math.log(spent_a / spent_b) if spent_a > 0 and spent_b > 0 else math.nan

@@ -1,0 +1,96 @@
+"""upmoe study for real, in seconds: a model of two layers, two arms, two seeds. The chain works from text to verdict,
+FLOPs are the run's own, a stopped study goes on, and twice the same study is the same to the bit.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+UPMOE = os.environ["UPMOE"]
+STUDY = """claim: More steps end better.
+texts: {text: TEXT}
+text: {megabytes: 0.6, vocab: 300}
+seq_len: 32
+eval_sequences: 8
+evaluations: 2
+steps: {source: 8, arm: 12}
+rates: [3.0e-3]
+models: {source: {hidden_size: 64, intermediate_size: 88, num_hidden_layers: 2}}
+recipe: {target.num_experts: 6, target.num_experts_per_tok: 2, target.moe_intermediate_size: 22,
+         target.shared_expert_intermediate_size: 88}
+run: {train.global_batch: 4, train.micro_batch: 4}
+arms:
+  long: [train: &source {model: source, steps: source}, upcycle: {}, train: {steps: arm}]
+  short: [train: *source, upcycle: {}, train: {steps: 2}]
+compare:
+  - {better: long, than: short}
+  - {better: long, than: short, at: flops}
+"""
+
+
+class StudyRun(unittest.TestCase):
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.folder = Path(self.temporary.name)
+        self.file = self.folder / "own.yaml"
+        self.file.write_text(STUDY.replace("TEXT", str(self.text())), encoding="utf-8")
+
+    def text(self):
+        """Sources of this project: more than half a megabyte in twenty files, which is what a text must have."""
+        folder = self.folder / "text"
+        folder.mkdir()
+        sources = sorted([*ROOT.glob("launch/*.py"), *ROOT.glob("trainer/**/*.cpp"), *ROOT.glob("tests/**/*.py")])
+        for i, path in enumerate(sources):
+            (folder / f"{i}.txt").write_bytes(path.read_bytes())
+        return folder
+
+    def words(self, out, *arguments):
+        return [UPMOE, "study", self.file, "--seeds", "2", "--out", self.folder / out, *arguments]
+
+    def study(self, out, *arguments):
+        done = subprocess.run(self.words(out, *arguments), capture_output=True, text=True, check=False,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done
+
+    def test_from_text_to_verdict(self):
+        plan = self.study("one", "--dry").stdout
+        self.assertIn("of disk at a time", plan)
+        found = self.study("one")
+        self.assertIn("'long' ends below 'short' at equal tokens", found.stdout)
+        result = json.loads((self.folder / "one/result.json").read_text(encoding="utf-8"))
+        for seed in result["arms"]["long"]["seeds"]:
+            self.assertEqual(seed["tokens"], 12 * 4 * 32)
+            self.assertLess(seed["heldout_loss"], seed["curve"]["loss"][0])
+        # What the plan had said of FLOPs, from `upmoe cost`, is what the run counted.
+        flops = result["arms"]["long"]["seeds"][0]["flops"]
+        self.assertRegex(plan, rf"(?m)^long .* {flops:.3g}".replace("+", r"\+"))
+        self.assertEqual(self.study("one").stdout.splitlines()[-1], found.stdout.splitlines()[-1])
+        self.study("two")
+        for name in ("table.md", "result.json"):
+            self.assertEqual((self.folder / "one" / name).read_bytes(), (self.folder / "two" / name).read_bytes())
+        self.stopped("three")
+        self.study("three")
+        self.assertEqual((self.folder / "three/table.md").read_bytes(), (self.folder / "one/table.md").read_bytes())
+
+    def stopped(self, out):
+        with subprocess.Popen([str(word) for word in self.words(out)], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True) as process:
+            for line in process.stderr:
+                if "train 12 steps" in line:
+                    break
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            process.stderr.read()
+        self.assertEqual(process.returncode, 75)
+
+
+if __name__ == "__main__":
+    unittest.main()

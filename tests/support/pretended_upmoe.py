@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""The commands of `upmoe` that a study starts, without a model: they leave what the real ones leave, with losses that a
+formula gives. A rate of RATE is the best one; each re-drawn neuron of a recipe costs, each seed moves all arms alike.
+
+PRETENDED_LOG: a file that gets a line for each command. PRETENDED_KILL: the word of a command that kills whoever
+started it, once (the log is how it knows). PRETENDED_REFUSE: num_experts of a recipe that upcycle refuses.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import yaml
+
+RATE = 2e-3
+
+
+def log(words):
+    file = os.environ.get("PRETENDED_LOG")
+    if not file:
+        return
+    before = Path(file).read_text(encoding="utf-8") if Path(file).exists() else ""
+    word = os.environ.get("PRETENDED_KILL")
+    with open(file, "a", encoding="utf-8") as out:
+        print(" ".join(words), file=out)
+        if word and word in " ".join(words) and "killed" not in before:
+            print("killed", file=out, flush=True)
+            os.kill(os.getppid(), signal.SIGKILL)
+            signal.pause()  # until the study's death ends this
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def config_of(model):
+    return json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+
+
+def train(words):
+    run = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
+    folder, steps, lr = Path(run["run"]["dir"]), run["train"]["steps"], run["optimizer"]["lr"]
+    model = config_of(run["model"]["path"])
+    tokens = run["train"]["global_batch"] * run["data"]["seq_len"]
+    shift = 0.1 * random.Random(run["data"]["seed"]).random()  # of the pair
+    own = 0.002 * random.Random(f"{run['data']['seed']} {json.dumps(model)}").random()
+    start = 4.0 + shift + model.get("reinit", 0.0)
+
+    def loss(step):
+        return start - 0.5 * (1 - math.exp(-step / 100)) + 0.2 * abs(math.log10(lr / RATE)) * (step > 0) + own
+
+    records, every = [], run["train"]["eval_every"]
+    for step in range(steps + 1):
+        if step:
+            records.append({"step": step, "tokens": step * tokens, "loss": loss(step), "aux_loss": 0.0,
+                            "grad_norm": 1.0, "seconds": 0.01, "tokens_per_s": 1e5, "flops": 6e3 * tokens, "ranks": 1,
+                            "mfu": None, "dead_experts": 1, "expert_load": [[0.5, 0.5]]})
+        if step % every == 0 or step == steps:
+            records.append({"kind": "eval", "step": step, "tokens": step * tokens, "eval_loss": loss(step)})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    write_json(folder / "checkpoints/step_1/config.json", model | {"loss": loss(steps)})
+
+
+def upcycle(words):
+    recipe = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
+    if str(recipe["target"]["num_experts"]) == os.environ.get("PRETENDED_REFUSE"):
+        print("upmoe: error: target.num_experts: too many for this machine", file=sys.stderr)
+        return 2
+    reinit = 0.01 * recipe["experts"].get("reinit", 0.0)
+    write_json(Path(words[words.index("--to") + 1]) / "config.json",
+               config_of(words[words.index("--from") + 1]) | {"reinit": reinit})
+    return 0
+
+
+def export(words):
+    write_json(Path(words[words.index("--to") + 1]) / "config.json", config_of(Path(words[0]) / "checkpoints/step_1"))
+
+
+def evaluate(words):
+    print(json.dumps({"loss": config_of(Path(words[0]) / "checkpoints/step_1")["loss"], "tokens": 1024}))
+
+
+def cost(words):
+    if "--fit" in words:
+        print("a law")
+        return
+    print(json.dumps([{"train_flops_per_token": 6e3 * config_of(Path(words[0]).parent)["hidden_size"] / 128}]))
+
+
+def main():
+    command, *words = sys.argv[1:]
+    log([command, *words])
+    return {"train": train, "upcycle": upcycle, "export": export, "eval": evaluate, "cost": cost}[command](words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
