@@ -98,9 +98,10 @@ class Builder:
         figures, last = self.study.figures, rate is not None
         steps = max(1, round(steps_of(link.own["steps"], self.study.steps) * share))
         steps = min(steps, PROBE_STEPS) if probe else steps
-        every = max(1, -(-steps // figures["evaluations"]))
+        compared = not probe and share == 1.0  # of the other runs only the end counts
+        every = -(-steps // figures["evaluations"]) if compared else steps
         keys = {**figures["run"], "data.seq_len": figures["seq_len"], "data.seed": ORDERS * seed + order,
-                "run.seed": seed, "train.steps": steps, "train.eval_every": steps if probe else every,
+                "run.seed": seed, "train.steps": steps, "train.eval_every": every,
                 "train.eval_sequences": figures["eval_sequences"], "checkpoint.every": -(-steps // CHECKPOINTS),
                 "checkpoint.keep": 2,
                 "schedule.warmup": round(link.own.get("warmup", figures["warmup"]) * steps),

@@ -26,9 +26,12 @@ class Measured:
     checkpoint_bytes: int
     model_bytes: int
 
-    def seconds(self, stage, evaluations):
-        one = self.step_s * FORWARD_SHARE * self.eval_tokens / self.step_tokens
-        return stage.steps * self.step_s + self.beside_s + max(0, evaluations - 1) * one
+    def seconds(self, stage):
+        if stage.kind != "train":
+            return self.beside_s
+        evaluation = self.step_s * FORWARD_SHARE * self.eval_tokens / self.step_tokens
+        more = -(-stage.steps // stage.settings["train"]["eval_every"]) - 1  # than the probe made
+        return stage.steps * self.step_s + self.beside_s + more * evaluation
 
     def flops(self, stage):
         return stage.steps * self.step_tokens * self.flops_per_token
@@ -82,7 +85,7 @@ class Plan:
         return self.arms[run.arm][run.stages.index(stage)]
 
     def seconds(self, run, stage):
-        return self.of(run, stage).seconds(stage, self.builder.study.figures["evaluations"])
+        return self.of(run, stage).seconds(stage)
 
     def left(self, runs):
         """{stage id: (seconds, FLOPs)} of what is not finished, each stage once."""

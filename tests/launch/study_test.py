@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import h5py
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.append(str(ROOT / "launch"))
+LAUNCH = Path(os.environ.get("PLANTED_SOURCES", ROOT / "launch"))  # where this test starts itself with errors in them
+sys.path.append(str(LAUNCH))
 import study_chain  # noqa: E402
 import study_file  # noqa: E402
 import study_statistics as statistics  # noqa: E402
@@ -156,11 +158,51 @@ class Files(unittest.TestCase):
                                         "upcycle: {}, train: {steps: arm, model.init: random}]"))
         self.assertEqual(study_chain.Builder(study).run("continued", 1, 1e-3).charged, ())
 
+    # Five evaluations, of which the probe made one.
     def test_estimates(self):
         stage = study_chain.Builder(self.read(STUDY)).run("kept", 1, 1e-3).last
         measured = Measured(2.0, 5.0, 100.0, 2048, 4096, 1, 1)
-        self.assertAlmostEqual(measured.seconds(stage, 10), 20 * 2.0 + 5.0 + 9 * 2.0 * 2 / 3)
+        self.assertAlmostEqual(measured.seconds(stage), 20 * 2.0 + 5.0 + 4 * 2.0 * 2 / 3)
         self.assertAlmostEqual(measured.flops(stage), 20 * 2048 * 100.0)
+
+
+# file, what stands there, what is planted: the tests above must notice
+PLANTED = [
+    ("study_statistics.py", "LEVEL / 2, pairs - 1)", "LEVEL / 2, pairs)"),
+    ("study_statistics.py", "values.std(ddof=1)", "values.std()"),
+    ("study_statistics.py", "if difference.low > bound - worth:", "if difference.low > bound:"),
+    ("study_statistics.py", "distance = max(", "distance = min("),
+    ("study_statistics.py", "amount = min(a.end(axis)", "amount = max(a.end(axis)"),
+    ("study_statistics.py", "loss = max(float(a.loss[-1])", "loss = min(float(a.loss[-1])"),
+    ("study_chain.py", "charged = []  # nothing", "pass  # nothing"),
+    ("study_chain.py", "ORDERS - 1 if last else trainings", "trainings"),
+    ("study_chain.py", '"text", "texts", "before",', '"text", "texts",'),
+    ("study_chain.py", 'nested(overrides | {"seed": seed}', "nested(overrides"),
+    ("study_chain.py", "share if last else 1.0", "1.0"),
+    ("study_chain.py", "keys |= self.study.last |", "keys |="),
+    ("study_file.py", "total += float(match[1] or 1)", "total = float(match[1] or 1)"),
+    ("study_plan.py", 'settings["train"]["eval_every"]) - 1', 'settings["train"]["eval_every"])'),
+]
+
+
+@unittest.skipIf("PLANTED_SOURCES" in os.environ, "started by itself")
+class Planted(unittest.TestCase):
+    def test_errors_are_noticed(self):
+        none = ("study_chain.py", "class Builder:", "class Builder:")
+        for name, stands, planted in [none, *PLANTED]:
+            text = (ROOT / "launch" / name).read_text(encoding="utf-8")
+            self.assertEqual(text.count(stands), 1, f"{name}: {stands}")
+            with tempfile.TemporaryDirectory() as folder:
+                for path in (ROOT / "launch").glob("*.py"):
+                    shutil.copy(path, folder)
+                root = "ROOT = Path(__file__).resolve().parent.parent"
+                file = Path(folder) / "study_file.py"
+                file.write_text(file.read_text(encoding="utf-8").replace(root, f"ROOT = Path({str(ROOT)!r})"))
+                text = (Path(folder) / name).read_text(encoding="utf-8")
+                (Path(folder) / name).write_text(text.replace(stands, planted), encoding="utf-8")
+                done = subprocess.run([sys.executable, __file__, "Statistics", "Files"], capture_output=True, text=True,
+                                      check=False, env=os.environ | {"PLANTED_SOURCES": folder})
+            self.assertEqual(done.returncode == 0, stands == planted, f"{name}: {planted}\n{done.stderr}")
 
 
 class Whole(unittest.TestCase):
@@ -207,6 +249,7 @@ class Whole(unittest.TestCase):
         return json.loads((self.folder / out / "result.json").read_text(encoding="utf-8"))
 
     def test_a_study_from_end_to_end(self):
+        self.write(STUDY + "fit: true\n")
         found = self.done()
         result = self.result()
         self.assertEqual(result["verdict"], "supported")
@@ -225,9 +268,13 @@ class Whole(unittest.TestCase):
         self.assertTrue((self.folder / "out/curves.png").read_bytes().startswith(b"\x89PNG"))
         # Nothing heavy stays: neither checkpoints nor mixtures.
         self.assertFalse(list(self.folder.glob("out/stages/*/run/checkpoints")))
-        before = len(self.commands(""))
+        laws = self.commands("cost --fit")
+        self.assertEqual(len(laws), 3)  # of each seed, over the two arms that were upcycled
+        self.assertEqual([len(line.split()) for line in laws], [2 + 2 + 1 + 2] * 3)
+        self.assertEqual(table.count("    a law\n"), 3)
+        before = len(self.commands("")) - 3
         self.done()
-        self.assertEqual(len(self.commands("")), before)  # all is finished
+        self.assertEqual(len(self.commands("")) - 6, before)  # all else is finished
         # Twice the same study gives the same table.
         self.make_tokens("again")
         self.done(out="again")
