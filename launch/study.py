@@ -11,6 +11,7 @@ when it is started again. docs/studies.md tells more.
 from command_line import BadInput, BadUsage, display, missing_package, run_tool  # first: a key pressed is heard
 
 import argparse
+import math
 import shutil
 import signal
 import sys
@@ -68,8 +69,8 @@ class Driver:
         return [self.builder.run(arm, seed, rates[arm]) for seed in range(TUNING_SEED + 1, seeds + 1)
                 for arm in self.study.arms]
 
-    def perform(self, runs, clock, ahead):
-        """`ahead`: what comes after these runs, for the time left."""
+    def perform(self, runs, clock, ahead, do):
+        """`ahead`: what comes after these runs, for the time left; `do`: Work.ensure, or what takes its place."""
         for i, run in enumerate(runs):
             if self.work.finished(run.last):
                 continue
@@ -86,19 +87,19 @@ class Driver:
                 left = clock.left([*runs, *ahead], (run, self.stage), share)
                 self.teller.count(f"{place}: step {steps} of {self.stage.steps}; left: {minutes(left)}")
 
-            self.work.ensure(run, begin, progress)
+            do(run, begin, progress)
             self.work.drop_models(run, runs[i + 1:])
 
-    def loss(self, run):
-        return self.work.evaluated(run.last)["loss"]
-
     def choose_rates(self):
-        """Of each arm the rate that ended lowest; the middle one of the grid where it was not tried."""
+        """Of each arm the rate that ended lowest."""
         rates = {}
         for arm in self.study.arms:
             if arm not in self.planted():
                 runs = self.builder.tuning(arm)
-                rates[arm] = min(runs, key=self.loss).rate if runs else self.study.rates[0]
+                losses = [self.work.loss(run.last) for run in runs]
+                if losses and min(losses) == math.inf:
+                    raise BadInput(f"arm '{arm}' diverged at every learning rate of the grid; give it lower `rates`")
+                rates[arm] = runs[losses.index(min(losses))].rate if runs else self.study.rates[0]
         for name, arm in self.planted().items():
             rates[name] = rates[arm] * PLANTED
         return rates
@@ -157,6 +158,7 @@ def conclude(driver, paired, rates, seeds):
     write_tables(folder, study, outcomes, rates, driver.fits(paired, seeds))
     write_result(folder, study, outcomes, rates)
     draw_curves(folder, study, outcomes)
+    driver.work.link_runs(paired)
     for line in verdict_lines(study, outcomes):
         print(line.replace("*", "").strip())
     print(f"{folder / 'table.md'}\n{folder / 'timings.md'}\n{folder / 'curves.png'}\n{folder / 'result.json'}")
@@ -174,12 +176,12 @@ def conduct(args, study, work, teller):
         print(line, flush=True)
     if args.dry:
         return 0
-    driver.perform(tuning, Clock(driver.plan, [*tuning, *expected], time.monotonic), expected)
+    driver.perform(tuning, Clock(driver.plan, [*tuning, *expected], time.monotonic), expected, work.ensure_or_diverge)
     rates = driver.choose_rates()
     for arm, rate in rates.items():
         teller.say(f"arm '{arm}': learning rate {rate:g}")
     paired = driver.paired(args.seeds, rates)
-    driver.perform(paired, Clock(driver.plan, paired, time.monotonic), [])
+    driver.perform(paired, Clock(driver.plan, paired, time.monotonic), [], work.ensure)
     conclude(driver, paired, rates, args.seeds)
     return 0
 

@@ -8,6 +8,7 @@ that is left begins with it, and is made again when one does.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -24,13 +25,18 @@ from study_file import ROOT, STANDARD_TEXT
 sys.path.append(str(ROOT / "data"))
 from hdf5_child import die_with  # noqa: E402
 
-STOPPED = 75  # of a training that was asked to stop
+STOPPED = 75     # of a training that was asked to stop
+NOT_FINITE = 4   # of one whose loss was no number any more
 HEADS = 64    # hidden units of one head
 LINES = 3     # of a failed command that are told
 
 
 class StageFailed(BadInput):
     """A command ended with another status than 0; its words."""
+
+    def __init__(self, words, status):
+        super().__init__(words)
+        self.status = status
 
 
 class Stopped(Exception):
@@ -95,6 +101,10 @@ class Work:
     def run_dir(self, stage):
         return self.place(stage) / "run"
 
+    def loss(self, stage):
+        """Held-out, at the end; infinite where the training diverged."""
+        return math.inf if self.record(stage).get("diverged") else self.evaluated(stage)["loss"]
+
     def evaluated(self, stage):
         return json.loads((self.place(stage) / "eval.json").read_text(encoding="utf-8"))
 
@@ -131,7 +141,7 @@ class Work:
                 said.seek(began)
                 lines = said.read().decode("utf-8", "replace").strip().splitlines()
             told = [line for line in lines if "error:" in line] or lines
-            raise StageFailed(f"{self.shown(words)}: status {status}: {' '.join(told[-LINES:]) or 'no words'}")
+            raise StageFailed(f"{self.shown(words)}: status {status}: {' '.join(told[-LINES:]) or 'no words'}", status)
         return printed.decode("utf-8", "replace")
 
     def shown(self, words):
@@ -248,6 +258,25 @@ class Work:
             if not self.finished(stage):
                 step(stage)
                 self.perform(run, stage, progress)
+
+    def ensure_or_diverge(self, run, step, progress):
+        """ensure(); a last training that ends without a finite loss is finished too."""
+        try:
+            self.ensure(run, step, progress)
+        except StageFailed as problem:
+            if problem.status != NOT_FINITE or not all(self.finished(stage) for stage in run.stages[:-1]):
+                raise
+            shutil.rmtree(self.run_dir(run.last) / "checkpoints", ignore_errors=True)
+            write_whole(self.place(run.last) / "done.json", json.dumps({"diverged": True}))
+
+    def link_runs(self, runs):
+        """FOLDER/runs has the runs that were compared by arm and seed, for `upmoe report`."""
+        links = self.folder / "runs"
+        shutil.rmtree(links, ignore_errors=True)
+        links.mkdir()
+        for run in runs:
+            name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', run.arm)}-seed{run.seed}"
+            (links / name).symlink_to(os.path.relpath(self.run_dir(run.last), links))
 
     def drop_models(self, run, left):
         """Mixtures that none of the runs that are left begins with."""

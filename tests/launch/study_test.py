@@ -295,6 +295,16 @@ class Whole(unittest.TestCase):
         self.assertAlmostEqual(result["arms"]["kept, a tenth of the rate"]["rate"], 2e-4)
         self.assertEqual(self.study("--plant", "nobody").returncode, 2)
 
+    def test_a_rate_that_diverges_is_not_chosen(self):
+        self.write(STUDY, rates="[2.0e-3, 2.0]")
+        self.done("--seeds", 1)
+        self.assertEqual({arm["rate"] for arm in self.result()["arms"].values()}, {2e-3})
+        # What was compared lies there by arm and seed, for upmoe report.
+        names = sorted(path.name for path in (self.folder / "out/runs").iterdir())
+        self.assertEqual(names, ["continued-seed1", "kept-seed1", "re-drawn-seed1"])
+        self.assertEqual(json.loads((self.folder / "out/runs/kept-seed1/study.json").read_text()),
+                         {"arm": "kept", "seed": 1})
+
     def test_a_plan_trains_nothing_but_a_probe(self):
         found = self.done("--dry")
         self.assertRegex(found.stdout, r"kept +5 +20 ")  # two rates and three seeds

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """The commands of `upmoe` that a study starts, without a model: they leave what the real ones leave, with losses that a
-formula gives. A rate of RATE is the best one; each re-drawn neuron of a recipe costs, each seed moves all arms alike.
+formula gives. A rate of RATE is the best one, one of 1 is too high; each re-drawn neuron of a recipe costs, each seed
+moves all arms alike.
 
 PRETENDED_LOG: a file that gets a line for each command. PRETENDED_KILL: the word of a command that kills whoever
 started it, once (the log is how it knows). PRETENDED_REFUSE: num_experts of a recipe that upcycle refuses.
@@ -45,6 +46,9 @@ def config_of(model):
 def train(words):
     run = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
     folder, steps, lr = Path(run["run"]["dir"]), run["train"]["steps"], run["optimizer"]["lr"]
+    if lr >= 1:
+        print("upmoe: error: the loss is not finite", file=sys.stderr)
+        return 4
     model = config_of(run["model"]["path"])
     tokens = run["train"]["global_batch"] * run["data"]["seq_len"]
     shift = 0.1 * random.Random(run["data"]["seed"]).random()  # of the pair
@@ -65,6 +69,7 @@ def train(words):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     write_json(folder / "checkpoints/step_1/config.json", model | {"loss": loss(steps)})
+    return 0
 
 
 def upcycle(words):
