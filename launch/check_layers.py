@@ -75,8 +75,7 @@ DECLARED_IN = {
     # one table of commands
     **{f"launch/{command}.cpp": "launch/commands.h"
        for command in ("cost", "doctor", "eval", "export", "generate", "inspect", "main", "plan", "report", "study",
-                       "train",
-                       "upcycle")},
+                       "train", "upcycle")},
 }
 
 # library -> (pattern of its headers, files or folders that may include it). Headers of ours may include only the

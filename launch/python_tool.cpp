@@ -21,13 +21,15 @@ namespace {
 std::atomic<pid_t> tool{0};
 static_assert(std::atomic<pid_t>::is_always_lock_free);
 
-// A request to end is the tool's to carry out. Ctrl-C needs no handing on: the terminal tells the tool as well.
+void hand_on(int number) {
+  if (const pid_t child = tool; child > 0) kill(child, number);
+}
+
+// A request to end is the tool's to carry out. Ctrl-C needs no handing on: the terminal tells the tool as well. What is
+// ignored, as under nohup, stays so.
 void listen_for_the_tool() {
-  for (const int number : {SIGTERM, SIGHUP})
-    std::signal(number, [](int got) {
-      if (const pid_t child = tool; child > 0) kill(child, got);
-    });
-  std::signal(SIGINT, [](int) {});
+  for (const int number : {SIGTERM, SIGHUP, SIGINT})
+    if (std::signal(number, number == SIGINT ? [](int) {} : hand_on) == SIG_IGN) std::signal(number, SIG_IGN);
 }
 
 // Runs a program found on PATH and waits for it. Its exit status; 128 + signal when a signal ended it.

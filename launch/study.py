@@ -223,7 +223,8 @@ def main():
     folder = (args.out or Path("runs/study") / study.name / args.size).resolve()
     work = Work(folder, [Path(args.upmoe).resolve()], study)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, work.request_stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, work.request_stop)
     with work.alone():
         try:
             return conduct(args, study, work, teller)
