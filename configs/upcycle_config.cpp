@@ -24,8 +24,7 @@ void read_family(const YamlNode& node, const std::string& key, Problems& problem
   if (const auto at = choice_of(node, key, names, problems)) target = *at == 0 ? "" : names.built[*at];
 }
 
-Schema schema_of(UpcycleConfig& c) {
-  Schema schema;
+void add_target(Schema& schema, UpcycleConfig& c) {
   schema.section("target")
       .key("num_experts", c.target.num_experts, {.least = 1, .most = kMaxExperts, .required = true})
       .says("Routed experts per layer.")
@@ -56,19 +55,30 @@ Schema schema_of(UpcycleConfig& c) {
       .says(
           "Whose config.json and tensor names are written; auto: what carries this recipe for the dense "
           "model's.");
+}
+
+Schema schema_of(UpcycleConfig& c) {
+  Schema schema;
+  add_target(schema, c);
   schema.section("experts")
       .key("method", c.experts.method)
       .says("Which neurons of the dense feed-forward an expert is made of.")
+      .key("split", c.experts.split)
+      .says("Order in which method split goes through the neurons; random: one permutation of each layer.")
       .key("copies", c.experts.copies, {.least = 1})
       .says("Of the dense feed-forward; auto: as many as the experts need.")
       .key("reinit", c.experts.reinit, {.least = 0, .most = 1})
       .says("Share of every expert's neurons that is drawn anew.")
       .key("reinit_from", c.experts.reinit_from)
       .says("Deviation of what is drawn: the source matrix's, or initializer_range.")
+      .key("reinit_stats", c.experts.reinit_stats)
+      .says("Over what reinit_from source measures: the whole matrix, or the block of it that is replaced.")
       .key("reinit_sets", c.experts.reinit_sets)
-      .says("joint: whole neurons; per_matrix: a set of its own for gate, up and down.")
+      .says("Of reinit and noise_share: joint: whole neurons; per_matrix: a set each for gate, up and down.")
       .key("noise", c.experts.noise, {.least = 0})
       .says("Standard deviation of the noise on kept neurons.")
+      .key("noise_share", c.experts.noise_share, {.least = 0, .most = 1})
+      .says("Share of every expert's neurons that may get the noise.")
       .key("scale", c.experts.scale, {.least = 0})
       .says("Factor of the down projections; auto: what preserves the function.");
   schema.section("shared")
@@ -99,8 +109,16 @@ std::vector<std::string> without_effect(const UpcycleConfig& c) {
     if (!effective && changed) notes.push_back(fmt::format("{} has no effect: {}", key, why));
   };
   const bool drawn = c.experts.reinit > 0, random = c.experts.method == ExpertMethod::kRandom;
-  unless(drawn, c.experts.reinit_sets != defaults.experts.reinit_sets, "experts.reinit_sets",
+  const bool noisy_part = c.experts.noise > 0 && c.experts.noise_share < 1;
+  unless(drawn || noisy_part, c.experts.reinit_sets != defaults.experts.reinit_sets, "experts.reinit_sets",
          random ? "experts.method random draws whole experts" : "experts.reinit is 0");
+  unless(drawn && c.experts.reinit_from == ReinitFrom::kSource,
+         c.experts.reinit_stats != defaults.experts.reinit_stats, "experts.reinit_stats",
+         drawn ? "experts.reinit_from is config" : "experts.reinit is 0");
+  unless(c.experts.noise > 0, c.experts.noise_share != defaults.experts.noise_share, "experts.noise_share",
+         "experts.noise is 0");
+  unless(c.experts.method == ExpertMethod::kSplit, c.experts.split != defaults.experts.split, "experts.split",
+         "experts.method is not split");
   unless(drawn || random || !c.keep_rest, c.experts.reinit_from != defaults.experts.reinit_from,
          "experts.reinit_from", "experts.reinit is 0");
   unless(c.router.method != RouterMethod::kZero, c.router.std != defaults.router.std, "router.std",

@@ -23,11 +23,23 @@ inline constexpr Names<ExpertMethod> kNames<ExpertMethod>{
               {ExpertMethod::kRandom, "random"}},
     .planned = {"cluster"}};
 
+// Of experts.method split: which neurons stand beside each other.
+enum class SplitOrder : std::uint8_t { kConsecutive, kRandom };
+template <>
+inline constexpr Names<SplitOrder> kNames<SplitOrder>{
+    .built = {{SplitOrder::kConsecutive, "consecutive"}, {SplitOrder::kRandom, "random"}}};
+
 // Of what is drawn anew: mean and deviation of the source matrix, or initializer_range.
 enum class ReinitFrom : std::uint8_t { kSource, kConfig };
 template <>
 inline constexpr Names<ReinitFrom> kNames<ReinitFrom>{
     .built = {{ReinitFrom::kSource, "source"}, {ReinitFrom::kConfig, "config"}}};
+
+// Over what the source's mean and deviation are taken: the matrix, or the part of it that is drawn anew.
+enum class ReinitStats : std::uint8_t { kMatrix, kBlock };
+template <>
+inline constexpr Names<ReinitStats> kNames<ReinitStats>{
+    .built = {{ReinitStats::kMatrix, "matrix"}, {ReinitStats::kBlock, "block"}}};
 
 // Whole neurons, or an independent set for each matrix.
 enum class ReinitSets : std::uint8_t { kJoint, kPerMatrix };
@@ -68,11 +80,14 @@ struct UpcycleConfig {
   } target;
   struct Experts {
     ExpertMethod method = ExpertMethod::kShuffle;
+    SplitOrder split = SplitOrder::kConsecutive;
     std::optional<int> copies;  // empty = auto: ceil(experts * width / dense width)
     double reinit = 0.0;        // floor(reinit * width) neurons of every expert are drawn anew
     ReinitFrom reinit_from = ReinitFrom::kSource;
+    ReinitStats reinit_stats = ReinitStats::kMatrix;
     ReinitSets reinit_sets = ReinitSets::kJoint;
     double noise = 0.0;           // standard deviation of normal noise added to kept neurons
+    double noise_share = 1.0;     // floor(noise_share * width) neurons, chosen by `reinit_sets`, may get it
     std::optional<double> scale;  // empty = auto; multiplies the down projections
   } experts;
   struct Shared {

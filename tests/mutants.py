@@ -19,6 +19,7 @@ import mutations.generation
 import mutations.gpu
 import mutations.layouts
 import mutations.machines
+import mutations.recipes
 import mutations.routers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # name: file, what stands there, what is planted, the tests that must notice (a GoogleTest filter) and, unless it is
 # layout_equivalence_test with its meshes, their program (those that end in _on_gpu have the pretended GPU)
 MUTANTS = {name: mutant for room in (mutations.layouts, mutations.routers, mutations.families,
-                                     mutations.gpu, mutations.figures, mutations.generation, mutations.machines)
+                                     mutations.gpu, mutations.figures, mutations.generation, mutations.machines,
+                                     mutations.recipes)
            for name, mutant in room.MUTANTS.items()}
 
 

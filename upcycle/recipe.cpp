@@ -35,7 +35,8 @@ struct LayerRecipe {
   UnitMap routed_units(int expert) const;
   UnitMap shared_units() const;
   Redraw redraw() const {
-    return {config.experts.reinit_from == ReinitFrom::kSource, dense.initializer_range};
+    return {config.experts.reinit_from == ReinitFrom::kSource,
+            config.experts.reinit_stats == ReinitStats::kBlock, dense.initializer_range};
   }
   FreshInit router() const;
 };
@@ -49,12 +50,13 @@ UnitMap LayerRecipe::routed_units(int expert) const {
   map.name = fmt::format("layers.{}.experts.{}", layer, expert);
   map.joint = experts.reinit_sets == ReinitSets::kJoint;
   map.redrawn = redrawn_units(experts.reinit, map.width);
+  if (experts.noise_share < 1) map.noisy = redrawn_units(experts.noise_share, map.width);
   switch (experts.method) {
     case ExpertMethod::kCopy:
       map.rule = UnitMap::Rule::kRange;
       break;
     case ExpertMethod::kSplit:
-      map.rule = UnitMap::Rule::kWrap;
+      map.rule = experts.split == SplitOrder::kRandom ? UnitMap::Rule::kPermuted : UnitMap::Rule::kWrap;
       map.begin = expert * map.width;
       break;
     case ExpertMethod::kShuffle:
@@ -78,6 +80,7 @@ UnitMap LayerRecipe::shared_units() const {
   map.width = config.target.shared_expert_intermediate_size;
   map.name = fmt::format("layers.{}.shared", layer);
   map.redrawn = 0;
+  map.noisy.reset();  // there is no noise
   map.begin = 0;
   switch (config.shared.method) {
     case SharedMethod::kDense:
@@ -239,6 +242,7 @@ class RecipeBuilder {
     const bool routed = param.expert;
     const int expert = static_cast<int>(tensor.expert);
     m.map = routed ? layer.routed_units(expert) : layer.shared_units();
+    if (m.map.redrawn == 0) m.redraw.block = false;  // nothing of the source is replaced
     if (routed) m.noise = config_.experts.noise;
     // The down projection is linear, so scaling it scales the expert's output; gate and up are not.
     if (m.matrix == FfnMatrix::kDown) m.scale = routed ? recipe_.scale : shared_scale_;

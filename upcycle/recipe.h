@@ -22,6 +22,7 @@ struct Copy {
 // How redrawn neurons, and the gate and up rows of padding, are drawn.
 struct Redraw {
   bool from_source = true;  // normal with mean and deviation of the source matrix; false: N(0, std)
+  bool block = false;       // of what the redraw replaces in it, where that is anything, instead of all of it
   double std = 0.02;
 };
 
@@ -31,7 +32,7 @@ struct ExpertMatrix {
   FfnMatrix matrix = FfnMatrix::kGate;
   UnitMap map;
   Redraw redraw;
-  double noise = 0.0;  // deviation of normal noise on kept units
+  double noise = 0.0;  // deviation of normal noise on kept units, of those that may get it (map.noisy)
   double scale = 1.0;  // of the whole matrix; applied in fp32, rounded once
 };
 

@@ -29,6 +29,9 @@ void check_values(const UpcycleConfig& c, Misfits& problems) {
   if (!(c.experts.noise >= 0 && std::isfinite(c.experts.noise))) {
     problems.add("experts.noise: {} is not a standard deviation", c.experts.noise);
   }
+  if (!(c.experts.noise_share >= 0 && c.experts.noise_share <= 1)) {
+    problems.add("experts.noise_share: {} is not a share between 0 and 1", c.experts.noise_share);
+  }
   if (!(c.router.std >= 0 && std::isfinite(c.router.std))) {
     problems.add("router.std: {} is not a standard deviation", c.router.std);
   }

@@ -26,7 +26,8 @@ std::string pattern_of(const std::string& name) {
 }
 
 std::string drawn_from(const Redraw& redraw) {
-  return redraw.from_source ? "N(mean, std of the source matrix)" : fmt::format("N(0, {})", redraw.std);
+  if (!redraw.from_source) return fmt::format("N(0, {})", redraw.std);
+  return redraw.block ? "N(mean, std of what they replace)" : "N(mean, std of the source matrix)";
 }
 
 std::string words_of(const Copy&) {
@@ -59,6 +60,9 @@ std::string words_of(const ExpertMatrix& m) {
     case UnitMap::Rule::kWrap:
       words = fmt::format("{} consecutive neurons of {}", map.width, map.source_width);
       break;
+    case UnitMap::Rule::kPermuted:
+      words = fmt::format("{} neurons of {} in the layer's random order", map.width, map.source_width);
+      break;
     case UnitMap::Rule::kShuffle:
       words = fmt::format("{} neurons of shuffled copies of {}", map.width, map.source_width);
       break;
@@ -72,7 +76,10 @@ std::string words_of(const ExpertMatrix& m) {
   if (map.redrawn > 0)
     words +=
         fmt::format(", {} redrawn {}{}", map.redrawn, map.joint ? "" : "per matrix ", drawn_from(m.redraw));
-  if (m.noise > 0) words += fmt::format(", noise {}", m.noise);
+  if (m.noise > 0) {
+    words += fmt::format(", noise {}", m.noise);
+    if (map.noisy) words += fmt::format(" on {}{}", *map.noisy, map.joint ? "" : " per matrix");
+  }
   if (m.scale != 1) words += fmt::format(", x {}", m.scale);
   return words;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
@@ -37,11 +38,44 @@ void draw(const Drawn& d, std::int64_t first, std::span<float> numbers, T* out) 
   for (std::int64_t i = 0; i < count; ++i) out[i] = from_float<T>(d.scale * (d.mean + d.std * z[i]));
 }
 
+// Of the source values that the redraw replaces, the deviation as of a sample (over n - 1); empty: it replaces none, as
+// where it falls on padding. In the order of the source, whatever rows are asked for.
+template <class T>
+std::optional<Moments> replaced_moments(const ExpertMatrix& m, const FillContext& context) {
+  const std::vector<std::int32_t> after = m.map.units_of(m.matrix, context.seed, context.permutations);
+  std::vector<std::int32_t> units;
+  for (std::size_t j = 0; j < after.size(); ++j) {
+    const std::int32_t before = m.map.source_of(static_cast<std::int64_t>(j), context.permutations);
+    if (after[j] == kNewUnit && before >= 0) units.push_back(before);
+  }
+  const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(m.map.layer);
+  const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
+  double sum = 0, square = 0;
+  const auto add = [&](std::int64_t at) {
+    const double v = to_float(source[at]);
+    sum += v;
+    square += v * v;
+  };
+  if (m.matrix == FfnMatrix::kDown) {
+    for (std::int64_t d = 0; d < ffn->model_width; ++d)
+      for (const std::int32_t u : units) add(d * ffn->width + u);
+  } else {
+    for (const std::int32_t u : units)
+      for (std::int64_t d = 0; d < ffn->model_width; ++d) add(u * ffn->model_width + d);
+  }
+  const double n = static_cast<double>(units.size()) * static_cast<double>(ffn->model_width);
+  if (n < 2) return std::nullopt;
+  return Moments{sum / n, std::sqrt(std::max(0.0, (square - sum * sum / n) / (n - 1)))};
+}
+
+template <class T>
 Drawn drawn_of(const RecipeLine& line, const ExpertMatrix& m, const FillContext& context) {
   Drawn d{philox_key(context.seed, line.target), 0.0f, static_cast<float>(m.redraw.std),
           static_cast<float>(m.scale)};
   if (m.redraw.from_source) {
-    const Moments& moments = context.survey.moments.at(m.from);
+    const std::optional<Moments> block =
+        m.redraw.block ? replaced_moments<T>(m, context) : std::optional<Moments>{};
+    const Moments& moments = block ? *block : context.survey.moments.at(m.from);
     d.mean = static_cast<float>(moments.mean);
     d.std = static_cast<float>(moments.std);
   }
@@ -52,17 +86,24 @@ Drawn drawn_of(const RecipeLine& line, const ExpertMatrix& m, const FillContext&
 struct Kept {
   std::uint64_t noise_key;
   float noise, scale;
+  std::vector<bool> noisy;  // units; empty: all
   bool bitwise() const { return noise == 0.0f && scale == 1.0f; }
+  bool reaches(std::int64_t unit) const { return noisy.empty() || noisy[static_cast<std::size_t>(unit)]; }
 };
 
 Kept kept_of(const RecipeLine& line, const ExpertMatrix& m, const FillContext& context) {
-  return {philox_key(context.seed, line.target + ".noise"), static_cast<float>(m.noise),
-          static_cast<float>(m.scale)};
+  Kept kept{philox_key(context.seed, line.target + ".noise"),
+            static_cast<float>(m.noise),
+            static_cast<float>(m.scale),
+            {}};
+  if (kept.noise != 0.0f) kept.noisy = m.map.noisy_units(m.matrix, context.seed);
+  return kept;
 }
 
-// values[i] -> scale * (values[i] + noise * number first + i)
-template <class T>
-void change_kept(const Kept& kept, std::int64_t first, std::span<float> numbers, T* values) {
+// values[i] -> scale * (values[i] + noise * number first + i), without the noise where `reaches(i)` is false.
+template <class T, class Reaches>
+void change_kept(const Kept& kept, std::int64_t first, std::span<float> numbers, T* values,
+                 const Reaches& reaches) {
   const auto count = static_cast<std::int64_t>(numbers.size());
   if (kept.noise == 0.0f) {
     for (std::int64_t i = 0; i < count; ++i) values[i] = from_float<T>(kept.scale * to_float(values[i]));
@@ -70,7 +111,9 @@ void change_kept(const Kept& kept, std::int64_t first, std::span<float> numbers,
   }
   normal_batch(kept.noise_key, static_cast<std::uint64_t>(first), count, numbers.data());
   for (std::int64_t i = 0; i < count; ++i) {
-    const float noisy = to_float(values[i]) + kept.noise * numbers[static_cast<std::size_t>(i)];
+    const float value = to_float(values[i]);
+    const float noisy =
+        reaches(i) ? value + kept.noise * numbers[static_cast<std::size_t>(i)] : value;  // not + 0: -0 stays
     values[i] = from_float<T>(kept.scale * noisy);
   }
 }
@@ -83,7 +126,7 @@ void fill_unit_rows(const RecipeLine& line, const ExpertMatrix& m, Rows rows, co
   const std::int64_t columns = line.columns();
   const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(m.map.layer);
   const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
-  const Drawn drawn = drawn_of(line, m, context);
+  const Drawn drawn = drawn_of<T>(line, m, context);
   const Kept kept = kept_of(line, m, context);
   std::vector<float> numbers(static_cast<std::size_t>(columns));
   for (std::int64_t r = rows.begin; r < rows.end; ++r, out += columns) {
@@ -94,7 +137,8 @@ void fill_unit_rows(const RecipeLine& line, const ExpertMatrix& m, Rows rows, co
       continue;
     }
     std::memcpy(out, source + unit * columns, static_cast<std::size_t>(columns) * sizeof(T));
-    if (!kept.bitwise()) change_kept(kept, r * columns, numbers, out);
+    if (!kept.bitwise())
+      change_kept(kept, r * columns, numbers, out, [&](std::int64_t) { return kept.reaches(r); });
   }
 }
 
@@ -107,7 +151,7 @@ void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows,
   const std::int64_t width = line.columns();
   const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(m.map.layer);
   const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
-  const Drawn drawn = drawn_of(line, m, context);
+  const Drawn drawn = drawn_of<T>(line, m, context);
   const Kept kept = kept_of(line, m, context);
 
   // Source column; where there is none, any, and overwritten below.
@@ -133,7 +177,9 @@ void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows,
       for (std::int64_t j = 0; j < width; ++j) {
         out[j] = row[static_cast<std::size_t>(gather[static_cast<std::size_t>(j)])];
       }
-      if (!kept.bitwise()) change_kept(kept, r * width, std::span(numbers), out);
+      if (!kept.bitwise())
+        change_kept(kept, r * width, std::span(numbers), out,
+                    [&](std::int64_t j) { return kept.reaches(j); });
     }
     // Drawn together and scattered: normal_batch makes a run of numbers much faster than single ones.
     draw(drawn, r * width, std::span(numbers).first(fresh.size()), fresh_values.data());

@@ -69,6 +69,7 @@ const std::vector<std::int32_t>& PermutationCache::get(int layer, std::int64_t r
 //
 //   kRange     0 1 2 3 | 4 - - - | - - - -      -: padding
 //   kWrap      0 1 2 3 | 4 0 1 2 | 3 4 0 1
+//   kPermuted  p q r s | t p q r | s t p q
 //   kShuffle   p q r s | t p'q'r'| s't'p"q"     p..t, p'..t': the first, the second permutation of 0..4
 std::int32_t UnitMap::source_of(std::int64_t unit, const PermutationCache& permutations) const {
   UPMOE_CHECK(unit >= 0 && unit < width, "unit {} of {}", unit, width);
@@ -78,6 +79,8 @@ std::int32_t UnitMap::source_of(std::int64_t unit, const PermutationCache& permu
       return position < source_width ? static_cast<std::int32_t>(position) : kPaddingUnit;
     case Rule::kWrap:
       return static_cast<std::int32_t>(position % source_width);
+    case Rule::kPermuted:
+      return permutations.get(layer, 0)[static_cast<std::size_t>(position % source_width)];
     case Rule::kShuffle:
       return permutations.get(layer,
                               position / source_width)[static_cast<std::size_t>(position % source_width)];
@@ -96,14 +99,24 @@ std::vector<std::int32_t> UnitMap::units_of(FfnMatrix matrix, std::uint64_t seed
     units[static_cast<std::size_t>(j)] = source_of(j, permutations);
   }
   if (redrawn == 0) return units;
-  // The set's name is its key. Joint, all three matrices have one name and so one set: whole neurons are new. Apart, a
-  // neuron may get a new gate row and keep its up row.
-  const std::string set = joint ? name + ".redrawn" : fmt::format("{}.redrawn.{}", name, name_of(matrix));
-  const std::vector<bool> chosen = choose(philox_key(seed, set), redrawn, width);
+  const std::vector<bool> chosen = chosen_units("redrawn", redrawn, matrix, seed);
   for (std::size_t j = 0; j < units.size(); ++j) {
     if (chosen[j]) units[j] = kNewUnit;
   }
   return units;
+}
+
+std::vector<bool> UnitMap::noisy_units(FfnMatrix matrix, std::uint64_t seed) const {
+  return noisy ? chosen_units("noisy", *noisy, matrix, seed) : std::vector<bool>{};
+}
+
+// The set's name is its key. Joint, all three matrices have one name and so one set: whole neurons are new. Apart, a
+// neuron may get a new gate row and keep its up row.
+std::vector<bool> UnitMap::chosen_units(const char* purpose, std::int64_t count, FfnMatrix matrix,
+                                        std::uint64_t seed) const {
+  std::string set = name + "." + purpose;
+  if (!joint) set += std::string(".") + name_of(matrix);
+  return choose(philox_key(seed, set), count, width);
 }
 
 std::int64_t redrawn_units(double fraction, std::int64_t width) {

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,26 +40,34 @@ class PermutationCache {
 // The units of one expert (routed or shared).
 struct UnitMap {
   enum class Rule : std::uint8_t {
-    kRange,    // neurons begin, begin+1, ...; past the last one: padding
-    kWrap,     // the same, wrapping round to neuron 0
-    kShuffle,  // positions begin, begin+1, ... of an endless row of copies, each a fresh permutation of all
-               // neurons
-    kNew,      // every unit is drawn anew
-    kPadding,  // every unit is padding
+    kRange,     // neurons begin, begin+1, ...; past the last one: padding
+    kWrap,      // the same, wrapping round to neuron 0
+    kPermuted,  // the same in the order of the layer's first permutation
+    kShuffle,   // positions begin, begin+1, ... of an endless row of copies, each a fresh permutation of all
+                // neurons
+    kNew,       // every unit is drawn anew
+    kPadding,   // every unit is padding
   };
   Rule rule = Rule::kShuffle;
   std::int64_t source_width = 0, width = 0;  // of the dense FFN and of this expert; need not divide
   std::int64_t begin = 0;
-  std::int64_t redrawn = 0;  // units drawn anew out of `width`, whatever the rule says
-  bool joint = true;         // false: gate, up and down each draw a set of their own
+  std::int64_t redrawn = 0;           // units drawn anew out of `width`, whatever the rule says
+  std::optional<std::int64_t> noisy;  // units that may get noise out of `width`; empty: all
+  bool joint = true;                  // false: gate, up and down each draw sets of their own
   int layer = 0;
-  std::string name;  // of the expert; keys the choice of redrawn units
+  std::string name;  // of the expert; keys the choice of redrawn and noisy units
 
   // Source neuron of a unit before the redraw, or kNewUnit or kPaddingUnit.
   std::int32_t source_of(std::int64_t unit, const PermutationCache& permutations) const;
   // Source of every unit of one matrix after the redraw.
   std::vector<std::int32_t> units_of(FfnMatrix matrix, std::uint64_t seed,
                                      const PermutationCache& permutations) const;
+  // Which units of one matrix may get noise, redrawn or not; empty: all.
+  std::vector<bool> noisy_units(FfnMatrix matrix, std::uint64_t seed) const;
+
+ private:
+  std::vector<bool> chosen_units(const char* purpose, std::int64_t count, FfnMatrix matrix,
+                                 std::uint64_t seed) const;
 };
 
 // floor(fraction * width), where a product that misses a whole number by rounding alone counts as that number.

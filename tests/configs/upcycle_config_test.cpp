@@ -31,9 +31,10 @@ std::string refusal(const std::vector<std::string>& overrides, const std::string
 
 TEST(UpcycleConfig, ShippedRecipes) {
   std::vector<std::string> expected, found;
-  for (const char* name : {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling",
-                           "llama-moe-split", "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b",
-                           "arctic-residual", "marco-nano", "qwen3-30b-like", "dots1-like"}) {
+  for (const char* name :
+       {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling", "llama-moe-split",
+        "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b", "arctic-residual", "marco-nano",
+        "qwen3-30b-like", "dots1-like", "llama-moe-random", "rnu", "sparse-upcycling-half", "apollo-last2"}) {
     expected.push_back(name + std::string(".yaml"));
     expected.push_back(name + std::string("-tiny.yaml"));
   }
@@ -65,7 +66,7 @@ TEST(UpcycleConfig, TinyTwinsAreTheSameRecipes) {
     EXPECT_EQ(to_yaml(tiny), to_yaml(full)) << stem;
     ++twins;
   }
-  EXPECT_EQ(twins, 13);
+  EXPECT_EQ(twins, 17);
 }
 
 TEST(UpcycleConfig, TheProjectsDefault) {
@@ -97,6 +98,23 @@ TEST(UpcycleConfig, NumbersOrAuto) {
   EXPECT_EQ(parse_upcycle_config(to_yaml(c), "u", {"experts.scale=auto"}).experts.scale, std::nullopt);
   EXPECT_THAT(refusal({"experts.copies=automatic"}), HasSubstr("auto or a number"));
   EXPECT_THAT(refusal({"experts.copies=0"}), HasSubstr("found 0, expected 1 to"));
+}
+
+// A key that another one switches off says so.
+TEST(UpcycleConfig, KeysWithoutEffectAreTold) {
+  const auto notes = [](const std::vector<std::string>& overrides) {
+    std::string all;
+    for (const std::string& note : parse_upcycle_config(kMinimal, "u", overrides).notes) all += note + "\n";
+    return all;
+  };
+  EXPECT_THAT(notes({"experts.split=random"}),
+              HasSubstr("experts.split has no effect: experts.method is not"));
+  EXPECT_EQ(notes({"experts.split=random", "experts.method=split"}), "");
+  EXPECT_THAT(notes({"experts.noise_share=0.5"}), HasSubstr("experts.noise is 0"));
+  EXPECT_EQ(notes({"experts.noise_share=0.5", "experts.noise=0.1", "experts.reinit_sets=per_matrix"}), "");
+  EXPECT_THAT(notes({"experts.reinit_stats=block"}), HasSubstr("experts.reinit is 0"));
+  EXPECT_THAT(notes({"experts.reinit_stats=block", "experts.reinit=0.5", "experts.reinit_from=config"}),
+              HasSubstr("experts.reinit_from is config"));
 }
 
 TEST(UpcycleConfig, LayersThatBecomeMixtures) {
@@ -141,7 +159,8 @@ TEST(UpcycleConfig, RefusesNonsense) {
   for (const char* bad :
        {"experts.reinit=1.5", "experts.reinit=-0.1", "experts.noise=-1", "router.std=-1", "router.std=.inf",
         "target.num_experts=0", "target.moe_intermediate_size=0", "seed=-1", "experts.reinit_from=target",
-        "experts.reinit_sets=all", "experts.scale=-1"}) {
+        "experts.reinit_sets=all", "experts.scale=-1", "experts.split=shuffled", "experts.noise_share=1.5",
+        "experts.reinit_stats=expert"}) {
     EXPECT_NE(refusal({bad}), "") << bad;
   }
   EXPECT_THAT(refusal({}, "target: {num_expert: 8}\n"),

@@ -1,5 +1,5 @@
 // Dense models of every family into mixtures of every family that carries them: the same function where the recipe
-// keeps it, the shipped recipes as far from it as docs/families.md says, and words where a family does not carry one.
+// keeps it, the shipped recipes as far from it as docs/recipes.md says, and words where a family does not carry one.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -107,6 +107,7 @@ TEST(MixtureFamilies, KeepTheFunctionOfEveryDenseFamily) {
 struct Start {
   const char *recipe, *dense;
   double error;
+  double tolerance = 0.02;  // relative
 };
 constexpr Start kStarts[] = {
     {"qwen1.5-moe-a2.7b", "qwen2", 0.0246},
@@ -122,6 +123,13 @@ constexpr Start kStarts[] = {
     {"qwen3-30b-like", "qwen3", 0},
     {"marco-nano", "qwen3", 2.01},
     {"dots1-like", "qwen3", 0},
+    // Another random choice of the neurons than llama-moe-split's, which are in no order here.
+    {"llama-moe-random", "llama", 1.017, 0.05},
+    // Deviation 0.02 beside the weights' 0.3, on half of each of three matrices, over the mean of two experts:
+    // sqrt(3 / 2) * 0.02 / 0.3 / sqrt(2) = 0.058 if all three count alike, which gates do not.
+    {"rnu", "mistral", 0.058, 0.5},
+    {"sparse-upcycling-half", "qwen2", 0},
+    {"apollo-last2", "qwen2", 0},
 };
 
 TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
@@ -133,7 +141,7 @@ TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
         fs::path(UPMOE_SOURCE_DIR) / fmt::format("configs/upcycle/{}-tiny.yaml", start.recipe), {});
     const Source source({.hidden = 64, .ffn = 688, .family = start.dense});
     const double error = source.error(recipe, 32);
-    EXPECT_NEAR(error, start.error, std::max(kExact, 0.02 * start.error));
+    EXPECT_NEAR(error, start.error, std::max(kExact, start.tolerance * start.error));
   }
   for (const auto& entry : fs::directory_iterator(fs::path(UPMOE_SOURCE_DIR) / "configs/upcycle")) {
     const std::string stem = entry.path().stem();

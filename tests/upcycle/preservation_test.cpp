@@ -142,6 +142,21 @@ TEST_F(Preservation, WholeCopiesRenormalised) {
   EXPECT_LT(error(c), kExact);
 }
 
+// A split of the dense FFN of which every expert is chosen, whatever the order: the sum over the parts is the whole.
+TEST_F(Preservation, AllPartsOfASplit) {
+  for (const SplitOrder order : {SplitOrder::kConsecutive, SplitOrder::kRandom}) {
+    UpcycleConfig c = groups(RouterMethod::kZero, true);
+    c.target.num_experts = c.target.num_experts_per_tok = 2;
+    c.target.moe_intermediate_size = 43;
+    c.experts.method = ExpertMethod::kSplit;
+    c.experts.split = order;
+    EXPECT_NEAR(make_recipe(c, source_->config()).scale, 2, 1e-12);
+    EXPECT_LT(error(c), kExact);
+    c.experts.scale = 1;
+    EXPECT_NEAR(error(c), 0.5, 1e-5);
+  }
+}
+
 TEST_F(Preservation, TheDefaultRecipeStartsNearItsSource) {
   UpcycleConfig c = tiny_recipe();  // shared 2F, shuffled experts with half their neurons drawn anew
   c.experts.reinit = 0.5;

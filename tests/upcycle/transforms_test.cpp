@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "tests/support/tiny_dense.h"
@@ -180,6 +181,105 @@ TEST_P(Transforms, NoiseIsAddedToKeptNeuronsAlone) {
   }
 }
 
+// Of half the neurons, a set for each matrix, as many noisy ones as are said, and the others keep their bits.
+TEST_P(Transforms, NoiseReachesTheChosenUnitsAlone) {
+  UpcycleConfig config = tiny_recipe();
+  config.experts.reinit_sets = ReinitSets::kPerMatrix;
+  const NaiveTensors plain = source_->make(recipe(config));
+  config.experts.noise = 0.05;
+  config.experts.noise_share = 0.5;
+  const Recipe r = recipe(config);
+  const NaiveTensors noisy = source_->make(r);
+  const auto D = static_cast<std::size_t>(shape_.hidden);
+  for (const FfnMatrix m : {FfnMatrix::kGate, FfnMatrix::kUp, FfnMatrix::kDown}) {
+    for (const int e : {0, 7, 59}) {
+      const std::vector<bool> chosen = units(r, 1, e).noisy_units(m, r.seed);
+      ASSERT_EQ(std::count(chosen.begin(), chosen.end(), true), 11);
+      const auto &a = tensor(plain, expert_name(1, e, name_of(m))),
+                 &b = tensor(noisy, expert_name(1, e, name_of(m)));
+      for (std::size_t j = 0; j < chosen.size(); ++j) {
+        std::size_t equal = 0;
+        for (std::size_t d = 0; d < D; ++d) {
+          const std::size_t at = m == FfnMatrix::kDown ? d * chosen.size() + j : j * D + d;
+          equal += a[at] == b[at] ? 1 : 0;
+        }
+        if (chosen[j]) {
+          ASSERT_LT(equal, D / 4) << "unit " << j;  // a small number may vanish in a rounding to bf16
+        } else {
+          ASSERT_EQ(equal, D) << "unit " << j;
+        }
+      }
+    }
+  }
+}
+
+// A random split against the plain map: unit p of all experts' is neuron order[p mod F], the order one of each layer.
+TEST_P(Transforms, RandomSplitFollowsTheLayersPermutation) {
+  UpcycleConfig config = tiny_recipe();
+  config.target.num_experts = 6;  // 132 of 86: into the second round
+  config.experts.method = ExpertMethod::kSplit;
+  config.experts.split = SplitOrder::kRandom;
+  const Recipe r = recipe(config);
+  EXPECT_EQ(resolve(config, source_->config()).experts.copies, 2);
+  const NaiveTensors made = source_->make(r);
+  const auto D = static_cast<std::size_t>(shape_.hidden), F = static_cast<std::size_t>(shape_.ffn);
+  std::vector<std::int32_t> ordered(F);
+  for (std::size_t u = 0; u < F; ++u) ordered[u] = static_cast<std::int32_t>(u);
+  for (const int layer : {0, 1}) {
+    const std::vector<std::int32_t> order = make_permutation(r.seed, layer, 0, shape_.ffn);
+    ASSERT_NE(order, ordered);
+    const auto& source = tensor(dense_, fmt::format("model.layers.{}.mlp.up_proj.weight", layer));
+    for (std::size_t p = 0; p < 6 * 22; ++p) {
+      const auto& up = tensor(made, expert_name(layer, static_cast<int>(p / 22), "up"));
+      const auto u = static_cast<std::size_t>(order[p % F]);
+      for (std::size_t d = 0; d < D; ++d) ASSERT_EQ(up[p % 22 * D + d], source[u * D + d]);
+    }
+  }
+}
+
+// What is drawn anew has the moments of the very block that it replaces, matrix by matrix: its values are the numbers
+// that go with the matrix's moments, moved.
+TEST_P(Transforms, BlockStatisticsAreThoseOfWhatIsReplaced) {
+  UpcycleConfig config = tiny_recipe();
+  config.experts.reinit = 0.25;  // 5 of 22
+  config.experts.reinit_sets = ReinitSets::kPerMatrix;
+  const NaiveTensors by_matrix = source_->make(recipe(config)), kept = source_->make(recipe(tiny_recipe()));
+  config.experts.reinit_stats = ReinitStats::kBlock;
+  const Recipe r = recipe(config);
+  const NaiveTensors by_block = source_->make(r);
+  const PermutationCache permutations(r.seed, shape_.ffn);
+  const auto D = static_cast<std::size_t>(shape_.hidden);
+  const double rounding = GetParam() == DType::kBF16 ? 2e-2 : 1e-5;
+  for (const FfnMatrix m : {FfnMatrix::kGate, FfnMatrix::kUp, FfnMatrix::kDown}) {
+    const Moments2 whole =
+        moments_of(tensor(dense_, fmt::format("model.layers.1.mlp.{}_proj.weight", name_of(m))));
+    for (const int e : {0, 3, 59}) {
+      const std::string name = expert_name(1, e, name_of(m));
+      const auto sources = units(r, 1, e).units_of(m, r.seed, permutations);
+      NaiveVector replaced, matrix, block;
+      for (std::size_t j = 0; j < sources.size(); ++j) {
+        for (std::size_t d = 0; d < D; ++d) {
+          const std::size_t at = m == FfnMatrix::kDown ? d * sources.size() + j : j * D + d;
+          if (sources[j] == kNewUnit) {
+            replaced.push_back(tensor(kept, name)[at]);
+            matrix.push_back(tensor(by_matrix, name)[at]);
+            block.push_back(tensor(by_block, name)[at]);
+          } else {
+            ASSERT_EQ(tensor(by_block, name)[at], tensor(kept, name)[at]);
+          }
+        }
+      }
+      ASSERT_EQ(replaced.size(), 5 * D);
+      const auto n = static_cast<double>(replaced.size());
+      Moments2 of = moments_of(replaced);
+      of.std *= std::sqrt(n / (n - 1));  // as of a sample
+      ASSERT_GT(std::abs(of.std - whole.std) + std::abs(of.mean - whole.mean), 1e-4);
+      for (std::size_t i = 0; i < block.size(); ++i)
+        ASSERT_NEAR(block[i], of.mean + of.std * (matrix[i] - whole.mean) / whole.std, rounding);
+    }
+  }
+}
+
 TEST_P(Transforms, RouterInitialisers) {
   UpcycleConfig config = tiny_recipe();
   config.router.std = 0.1;
@@ -247,6 +347,8 @@ TEST_P(Transforms, AnySplitIntoRowsGivesTheSameBytes) {
   UpcycleConfig config = tiny_recipe();
   config.experts.reinit = 0.5;
   config.experts.noise = 0.01;
+  config.experts.noise_share = 0.5;
+  config.experts.reinit_stats = ReinitStats::kBlock;
   config.experts.scale = 3.0;
   const Recipe r = recipe(config);
   const PermutationCache permutations(r.seed, shape_.ffn);

@@ -147,6 +147,43 @@ TEST(UnitMap, RangesPadAndWrapRound) {
   EXPECT_EQ(map.source_of(0, permutations), kNewUnit);
 }
 
+// A random split: one permutation for all rounds, no neuron twice before all have been used.
+TEST(UnitMap, PermutedGoesThroughOnePermutationAgainAndAgain) {
+  const PermutationCache permutations(1, kDense);
+  UnitMap map;
+  map.source_width = kDense;
+  map.width = 688;  // 8 of them are the dense FFN
+  map.layer = 3;
+  map.rule = UnitMap::Rule::kPermuted;
+  std::vector<std::int32_t> all;
+  for (int e = 0; e < 16; ++e) {
+    map.begin = e * map.width;
+    for (std::int64_t j = 0; j < map.width; ++j) all.push_back(map.source_of(j, permutations));
+  }
+  const std::vector<std::int32_t> first(all.begin(), all.begin() + kDense);
+  EXPECT_EQ(first, make_permutation(1, 3, 0, kDense));
+  EXPECT_EQ(std::vector<std::int32_t>(all.begin() + kDense, all.end()), first);
+}
+
+// Sets of noisy units are chosen as those of redrawn ones, and are others.
+TEST(UnitMap, NoiseReachesItsShareOfTheUnits) {
+  UnitMap map = shuffled(5, 704);
+  EXPECT_TRUE(map.noisy_units(FfnMatrix::kGate, 1).empty());
+  map.noisy = 352;
+  const auto gate = map.noisy_units(FfnMatrix::kGate, 1);
+  EXPECT_EQ(std::count(gate.begin(), gate.end(), true), 352);
+  EXPECT_EQ(gate, map.noisy_units(FfnMatrix::kDown, 1));
+  EXPECT_NE(gate, map.noisy_units(FfnMatrix::kGate, 2));
+  map.noisy = 704;
+  const auto redrawn = map.units_of(FfnMatrix::kGate, 1, PermutationCache(1, kDense));
+  const auto noisy = map.noisy_units(FfnMatrix::kGate, 1);
+  int both = 0;
+  for (std::size_t j = 0; j < noisy.size(); ++j) both += noisy[j] && redrawn[j] == kNewUnit ? 1 : 0;
+  EXPECT_NEAR(both, 352, 60);  // of two independent halves; 6 deviations
+  map.joint = false;
+  EXPECT_NE(map.noisy_units(FfnMatrix::kUp, 1), map.noisy_units(FfnMatrix::kDown, 1));
+}
+
 UpcycleConfig recipe(ExpertMethod method, double reinit, bool renormalised) {
   UpcycleConfig c;
   c.target = {.num_experts = kExperts,

@@ -1,0 +1,22 @@
+"""Errors in what recipes make of their sources; see tests/mutants.py."""
+
+MUTANTS = {
+    "random_split_in_order": (
+        "upcycle/recipe.cpp", "experts.split == SplitOrder::kRandom ? UnitMap::Rule::kPermuted : UnitMap::Rule::kWrap",
+        "UnitMap::Rule::kWrap", "*RandomSplit*", "transforms_test"),
+    "random_split_shuffled_anew_in_every_round": (
+        "upcycle/unit_map.cpp", "permutations.get(layer, 0)[", "permutations.get(layer, position / source_width)[",
+        "UnitMap.*", "unit_map_test"),
+    "noise_on_every_unit": (
+        "upcycle/transforms.cpp", "  if (kept.noise != 0.0f) kept.noisy = m.map.noisy_units(m.matrix, context.seed);\n",
+        "", "*Noise*", "transforms_test"),
+    "noisy_columns_of_rows": (
+        "upcycle/transforms.cpp", "[&](std::int64_t j) { return kept.reaches(j); }",
+        "[&](std::int64_t j) { return kept.reaches((j + 1) % width); }", "*Noise*", "transforms_test"),
+    "block_statistics_of_what_is_kept": (
+        "upcycle/transforms.cpp", "if (after[j] == kNewUnit && before >= 0) units.push_back(before);",
+        "if (after[j] != kNewUnit && before >= 0) units.push_back(before);", "*Block*", "transforms_test"),
+    "block_deviation_over_n": (
+        "upcycle/transforms.cpp", "(square - sum * sum / n) / (n - 1)", "(square - sum * sum / n) / n", "*Block*",
+        "transforms_test"),
+}
