@@ -66,7 +66,7 @@ Schema schema_of(UpcycleConfig& c) {
       .key("split", c.experts.split)
       .says("Order in which method split goes through the neurons; random: one permutation of each layer.")
       .key("copies", c.experts.copies, {.least = 1})
-      .says("Of the dense feed-forward; auto: as many as the experts need.")
+      .says("Of each dense model's feed-forward; auto: as many as the experts need.")
       .key("reinit", c.experts.reinit, {.least = 0, .most = 1})
       .says("Share of every expert's neurons that is drawn anew.")
       .key("reinit_from", c.experts.reinit_from)
@@ -93,6 +93,9 @@ Schema schema_of(UpcycleConfig& c) {
       .says("How the router's rows are drawn.")
       .key("std", c.router.std, {.least = 0})
       .says("Standard deviation of the router's weights.");
+  schema.section("sources")
+      .key("rest", c.sources.rest)
+      .says("Of several dense models (--from given more than once), what experts are not made of.");
   schema.section("")
       .key("keep_rest", c.keep_rest)
       .says("Attention, norms, embedding and head as in the source; false: drawn anew.")

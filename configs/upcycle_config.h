@@ -69,6 +69,12 @@ template <>
 inline constexpr Names<SharedGate> kNames<SharedGate>{
     .built = {{SharedGate::kAuto, "auto"}, {SharedGate::kNone, "none"}, {SharedGate::kSigmoid, "sigmoid"}}};
 
+// Of several dense models, what experts are not made of: attention, norms, embedding and head, layers that stay dense.
+enum class SourcesRest : std::uint8_t { kAverage, kFirst };
+template <>
+inline constexpr Names<SourcesRest> kNames<SourcesRest>{
+    .built = {{SourcesRest::kAverage, "average"}, {SourcesRest::kFirst, "first"}}};
+
 struct UpcycleConfig {
   struct Target {
     int num_experts = 0, num_experts_per_tok = 0;
@@ -100,6 +106,9 @@ struct UpcycleConfig {
     RouterMethod method = RouterMethod::kNormal;
     double std = 0.02;
   } router;
+  struct Sources {
+    SourcesRest rest = SourcesRest::kAverage;
+  } sources = {};
   bool keep_rest = true;  // attention, norms, embedding and head as in the source; false: drawn anew
   std::int64_t seed = 1;
   std::string origin;

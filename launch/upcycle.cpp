@@ -17,7 +17,7 @@ namespace {
 
 struct UpcycleArguments {
   std::string recipe;
-  std::vector<std::string> overrides;
+  std::vector<std::string> overrides, from;
   UpcycleOptions options;
   bool plan = false;
 };
@@ -59,7 +59,13 @@ void add_upcycle(CLI::App& app, Handler& handler) {
                            "Recipe (YAML), e.g. configs/upcycle/qwen1.5-moe-a2.7b.yaml")
               ->required());
   command->add_option("overrides", arguments->overrides, "section.key=value, e.g. experts.reinit=0.25");
-  as_path(command->add_option("--from", arguments->options.from, "Dense Hugging Face directory")->required());
+  as_path(command
+              ->add_option(
+                  "--from", arguments->from,
+                  "Dense Hugging Face directory; given several times: dense models of one shape, each of "
+                  "which makes an equal part of the experts, in this order")
+              ->required()
+              ->allow_extra_args(false));
   as_path(command->add_option("--to", arguments->options.to, "Directory to be made")->required());
   command->footer([] {
     return "Keys of the recipe, section.key = default [type], each also as section.key=value on the command "
@@ -83,6 +89,8 @@ void add_upcycle(CLI::App& app, Handler& handler) {
   command->callback([arguments, command, &handler] {
     if (arguments->options.form == OutputForm::kCheckpoint && command->count("--max-shard-bytes") > 0)
       throw CLI::ValidationError("--max-shard-bytes", "a checkpoint has one shard per rank; leave it out");
+    arguments->options.from = arguments->from.front();
+    arguments->options.more_from.assign(arguments->from.begin() + 1, arguments->from.end());
     handler = [arguments](Runtime& runtime) { return run_upcycle(*arguments, runtime); };
   });
 }

@@ -15,8 +15,9 @@ bool has_shared(const UpcycleConfig& config) {
   return config.target.shared_expert_intermediate_size > 0;
 }
 
-std::int64_t routed_neurons(const UpcycleConfig& config) {
-  return checked_mul(config.target.num_experts, config.target.moe_intermediate_size);
+// Of the experts that one dense model makes.
+std::int64_t routed_neurons(const UpcycleConfig& config, int sources) {
+  return checked_mul(config.target.num_experts / sources, config.target.moe_intermediate_size);
 }
 
 // The shared expert is cut from the copies behind the routed ones.
@@ -31,7 +32,9 @@ struct LayerRecipe {
   const ModelConfig& dense;
   int layer;
   double scale;
+  int sources;
 
+  int experts_of_source() const { return config.target.num_experts / sources; }
   UnitMap routed_units(int expert) const;
   UnitMap shared_units() const;
   Redraw redraw() const {
@@ -43,6 +46,7 @@ struct LayerRecipe {
 
 UnitMap LayerRecipe::routed_units(int expert) const {
   const auto& experts = config.experts;
+  const int place = expert % experts_of_source();  // among those of its dense model
   UnitMap map;
   map.source_width = dense.intermediate_size;
   map.width = config.target.moe_intermediate_size;
@@ -57,15 +61,15 @@ UnitMap LayerRecipe::routed_units(int expert) const {
       break;
     case ExpertMethod::kSplit:
       map.rule = experts.split == SplitOrder::kRandom ? UnitMap::Rule::kPermuted : UnitMap::Rule::kWrap;
-      map.begin = expert * map.width;
+      map.begin = place * map.width;
       break;
     case ExpertMethod::kShuffle:
       map.rule = UnitMap::Rule::kShuffle;
-      map.begin = expert * map.width;
+      map.begin = place * map.width;
       break;
     case ExpertMethod::kVirtualGroup:  // expert G*copy + s holds shard s
       map.rule = UnitMap::Rule::kRange;
-      map.begin = (expert % shards_per_copy(map.source_width, map.width)) * map.width;
+      map.begin = (place % shards_per_copy(map.source_width, map.width)) * map.width;
       break;
     case ExpertMethod::kRandom:
       map.rule = UnitMap::Rule::kNew;
@@ -89,7 +93,7 @@ UnitMap LayerRecipe::shared_units() const {
     case SharedMethod::
         kShuffle:  // from the same endless row of copies, behind the routed experts; redrawn likewise
       map.rule = UnitMap::Rule::kShuffle;
-      map.begin = routed_neurons(config);
+      map.begin = routed_neurons(config, sources);
       map.redrawn = redrawn_units(config.experts.reinit, map.width);
       break;
     case SharedMethod::kZero:
@@ -143,9 +147,10 @@ FfnMatrix matrix_of(const HfTensor& tensor) {
 // Whatever a line reads is noted, so that in the end every dense tensor is used or listed as dropped.
 class RecipeBuilder {
  public:
-  RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense)
+  RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense, int sources)
       : config_(config),
         dense_(dense),
+        sources_count_(sources),
         moe_(make_moe_config(config, dense)),
         shared_scale_(resolve_shared_scale(config, moe_.shared_expert_gate)) {
     recipe_.seed = static_cast<std::uint64_t>(config.seed);
@@ -200,7 +205,9 @@ class RecipeBuilder {
 
   // Attention, norms, embedding and head.
   Transform rest(const ParamSpec& param, const HfTensor& tensor) const {
-    if (config_.keep_rest) return Copy{tensor_name(dense_, param.role, param.layer, tensor.half)};
+    if (config_.keep_rest)
+      return Copy{tensor_name(dense_, param.role, param.layer, tensor.half),
+                  config_.sources.rest == SourcesRest::kAverage ? sources_count_ : 1};
     switch (param.init.kind) {
       case Init::Kind::kOnes:
         return FreshInit{FreshInit::Kind::kConstant, 0.0, 1.0, 1};
@@ -242,6 +249,7 @@ class RecipeBuilder {
     const bool routed = param.expert;
     const int expert = static_cast<int>(tensor.expert);
     m.map = routed ? layer.routed_units(expert) : layer.shared_units();
+    if (routed) m.source = expert / layer.experts_of_source();
     if (m.map.redrawn == 0) m.redraw.block = false;  // nothing of the source is replaced
     if (routed) m.noise = config_.experts.noise;
     // The down projection is linear, so scaling it scales the expert's output; gate and up are not.
@@ -253,7 +261,7 @@ class RecipeBuilder {
   }
 
   LayerRecipe layer_recipe(const ParamSpec& param) const {
-    return {config_, dense_, param.layer, recipe_.scale};
+    return {config_, dense_, param.layer, recipe_.scale, sources_count_};
   }
   Recipe::Layer& layer_of(const ParamSpec& param) {
     return recipe_.layers[static_cast<std::size_t>(param.layer)];
@@ -261,6 +269,7 @@ class RecipeBuilder {
 
   const UpcycleConfig& config_;
   const ModelConfig& dense_;
+  const int sources_count_;
   const ModelConfig moe_;
   const double shared_scale_;
   std::map<std::string, std::vector<std::int64_t>> sources_;  // dense tensors and their shapes
@@ -288,7 +297,7 @@ std::string ffn_name(const ModelConfig& dense, int layer, FfnMatrix matrix) {
   fail(ExitCode::kFailure, "no such FFN matrix");
 }
 
-UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense) {
+UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense, int sources) {
   UpcycleConfig out = config;
   const auto& t = config.target;
   const ModelConfig moe = make_moe_config(config, dense);
@@ -301,19 +310,19 @@ UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense) {
   if (out.experts.copies) return out;
   switch (config.experts.method) {
     case ExpertMethod::kCopy:
-      out.experts.copies = t.num_experts;
+      out.experts.copies = t.num_experts / sources;
       break;
     case ExpertMethod::kSplit:
     case ExpertMethod::kShuffle: {
       // How many times the dense neurons have to be gone through to fill all experts, the last time perhaps in part.
       const std::int64_t neurons =
-          routed_neurons(config) + (shares_pool(config) ? t.shared_expert_intermediate_size : 0);
+          routed_neurons(config, sources) + (shares_pool(config) ? t.shared_expert_intermediate_size : 0);
       out.experts.copies = static_cast<int>(shards_per_copy(neurons, dense.intermediate_size));
       break;
     }
     case ExpertMethod::kVirtualGroup:
-      out.experts.copies =
-          static_cast<int>(t.num_experts / shards_per_copy(dense.intermediate_size, t.moe_intermediate_size));
+      out.experts.copies = static_cast<int>(
+          t.num_experts / sources / shards_per_copy(dense.intermediate_size, t.moe_intermediate_size));
       break;
     case ExpertMethod::kRandom:
       break;
@@ -321,14 +330,14 @@ UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense) {
   return out;
 }
 
-Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense) {
-  const std::vector<std::string> problems = problems_of(config, dense);
+Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense, int sources) {
+  const std::vector<std::string> problems = problems_of(config, dense, sources);
   if (!problems.empty()) {
     std::string list;
     for (const std::string& p : problems) list += "\n  " + p;
     fail(ExitCode::kUsage, "{}: this recipe does not fit the dense model:{}", config.origin, list);
   }
-  return RecipeBuilder(config, dense).build();
+  return RecipeBuilder(config, dense, sources).build();
 }
 
 }  // namespace upmoe

@@ -14,9 +14,11 @@
 
 namespace upmoe {
 
-// The same tensor of the dense model, bit for bit.
+// The same tensor of the dense model, bit for bit; or the mean of those of the first `average_of` dense models, rounded
+// once.
 struct Copy {
   std::string from;
+  int average_of = 1;
 };
 
 // How redrawn neurons, and the gate and up rows of padding, are drawn.
@@ -32,6 +34,7 @@ struct ExpertMatrix {
   FfnMatrix matrix = FfnMatrix::kGate;
   UnitMap map;
   Redraw redraw;
+  int source = 0;      // which dense model's, the first one being 0
   double noise = 0.0;  // deviation of normal noise on kept units, of those that may get it (map.noisy)
   double scale = 1.0;  // of the whole matrix; applied in fp32, rounded once
 };
@@ -73,9 +76,10 @@ struct Recipe {
   std::vector<Layer> layers;
 };
 
+// `sources`: how many dense models there are, all of the shape `dense`; each makes as many experts, in their order.
 // The recipe with every `auto` replaced by what it stands for.
-UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense);
+UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense, int sources = 1);
 // Throws Error(kUsage) with problems_of(), Error(kFailure) when a tensor would be made twice or not at all.
-Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense);
+Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense, int sources = 1);
 
 }  // namespace upmoe

@@ -65,8 +65,9 @@ bool check_target(const UpcycleConfig& c, Misfits& problems) {
 //   virtual_group    012 345 67- 012 ...   3 shards a copy, the last padded: 4 is no multiple; 6 would be 2 copies
 //   split, shuffle   012 345 670 123 4     12 neurons out of a row of copies: 2, the second not used up
 //   copy             width 8 alone         a copy each: 4
-void check_copies(const UpcycleConfig& c, std::int64_t dense_width, Misfits& problems) {
+void check_copies(const UpcycleConfig& c, std::int64_t dense_width, int sources, Misfits& problems) {
   const auto& t = c.target;
+  const int experts = t.num_experts / sources;  // of one dense model
   const ExpertMethod method = c.experts.method;
   const std::int64_t shards = shards_per_copy(dense_width, t.moe_intermediate_size);
   if (method == ExpertMethod::kCopy && t.moe_intermediate_size != dense_width) {
@@ -75,17 +76,17 @@ void check_copies(const UpcycleConfig& c, std::int64_t dense_width, Misfits& pro
         "experts out of copies use split, shuffle or virtual_group",
         dense_width, t.moe_intermediate_size);
   }
-  if (method == ExpertMethod::kVirtualGroup && t.num_experts % shards != 0) {
+  if (method == ExpertMethod::kVirtualGroup && experts % shards != 0) {
     problems.add(
         "experts.method virtual_group: one copy of the dense FFN makes {} shards of {} neurons; "
-        "target.num_experts = {} is not a multiple of that",
-        shards, t.moe_intermediate_size, t.num_experts);
+        "the {} experts of a dense model are no multiple of that",
+        shards, t.moe_intermediate_size, experts);
   }
   if (!c.experts.copies) return;
   const std::int64_t given = *c.experts.copies;
   if (method == ExpertMethod::kSplit || method == ExpertMethod::kShuffle) {
     const bool pooled = method == ExpertMethod::kShuffle && c.shared.method == SharedMethod::kShuffle;
-    const std::int64_t neurons = checked_add(checked_mul(t.num_experts, t.moe_intermediate_size),
+    const std::int64_t neurons = checked_add(checked_mul(experts, t.moe_intermediate_size),
                                              pooled ? t.shared_expert_intermediate_size : 0);
     const std::int64_t needed = shards_per_copy(neurons, dense_width);
     if (given < needed) {
@@ -96,8 +97,8 @@ void check_copies(const UpcycleConfig& c, std::int64_t dense_width, Misfits& pro
     }
     return;
   }
-  const std::int64_t expected = method == ExpertMethod::kCopy           ? t.num_experts
-                                : method == ExpertMethod::kVirtualGroup ? t.num_experts / shards
+  const std::int64_t expected = method == ExpertMethod::kCopy           ? experts
+                                : method == ExpertMethod::kVirtualGroup ? experts / shards
                                                                         : 0;
   if (given != expected) {
     problems.add("experts.copies: {}, but experts.method {} makes {}; write auto", given, name_of(method),
@@ -120,7 +121,7 @@ void check_shared(const UpcycleConfig& c, std::int64_t dense_width, Misfits& pro
 
 }  // namespace
 
-std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelConfig& dense) {
+std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelConfig& dense, int sources) {
   Misfits problems;
   if (dense.num_experts > 0) {
     problems.add("the source is a mixture of {} experts already; a dense model is needed", dense.num_experts);
@@ -131,7 +132,12 @@ std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelCon
   check_values(config, problems);
   const bool sizes_ok = check_target(config, problems);
   if (!sizes_ok || dense.intermediate_size < 1) return problems.take();
-  check_copies(config, dense.intermediate_size, problems);
+  if (config.target.num_experts % sources != 0) {
+    problems.add("{} dense models do not make {} experts (target.num_experts) in equal parts", sources,
+                 config.target.num_experts);
+    return problems.take();
+  }
+  check_copies(config, dense.intermediate_size, sources, problems);
   check_shared(config, dense.intermediate_size, problems);
   const std::string layers = problem_of(config.target.layers, dense.num_hidden_layers);
   if (!layers.empty()) problems.add("target.layers: {}", layers);

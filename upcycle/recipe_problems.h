@@ -10,6 +10,6 @@
 namespace upmoe {
 
 // Everything that keeps this recipe from fitting this dense model, one sentence each; empty when it fits.
-std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelConfig& dense);
+std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelConfig& dense, int sources = 1);
 
 }  // namespace upmoe

@@ -10,6 +10,18 @@ namespace upmoe {
 
 namespace {
 
+using Json = nlohmann::ordered_json;
+
+Json source_json(const SourceSurvey& survey) {
+  Json json = {{"digest", "crc32c of each whole file"}, {"files", Json::array()}};
+  for (const SourceSurvey::File& file : survey.files) {
+    json["files"].push_back(
+        {{"name", file.name}, {"bytes", file.bytes}, {"crc32c", fmt::format("{:08x}", file.crc32c)}});
+  }
+  json["all_zero_matrices"] = survey.all_zero;
+  return json;
+}
+
 CopyCounts count_copies(const Recipe& recipe, const Recipe::Layer& layer, const ModelConfig& dense,
                         const PermutationCache& permutations) {
   std::vector<std::int64_t> copies(static_cast<std::size_t>(dense.intermediate_size), 0);
@@ -40,23 +52,19 @@ std::vector<LayerReport> layer_reports(const Recipe& recipe, const std::vector<d
   return reports;
 }
 
-std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const SourceSurvey& survey,
+std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const SourceSet& sources,
                         const std::vector<LayerReport>& layers, int error_tokens) {
-  using Json = nlohmann::ordered_json;
   Json report;
   report["format"] = "upmoe-upcycle-report-1";
   report["recipe"] = to_yaml(config);
   report["seed"] = config.seed;
-  report["source"] = {{"digest", "crc32c of each whole file"}, {"files", Json::array()}};
-  for (const SourceSurvey::File& file : survey.files) {
-    report["source"]["files"].push_back(
-        {{"name", file.name}, {"bytes", file.bytes}, {"crc32c", fmt::format("{:08x}", file.crc32c)}});
-  }
-  report["source"]["all_zero_matrices"] = survey.all_zero;
+  report["source"] = source_json(sources.survey_of(0));
+  for (int i = 1; i < sources.size(); ++i)
+    report["further_sources"].push_back(source_json(sources.survey_of(i)));
   report["relative_error"] = fmt::format(
       "||MoE(x) - FFN(x)|| / ||FFN(x)|| of a layer over {} random inputs (unit normal, RMS norm, norm "
-      "weight)",
-      error_tokens);
+      "weight){}",
+      error_tokens, sources.size() > 1 ? "; FFN and norm weight of the first source" : "");
   report["layers"] = Json::array();
   for (const LayerReport& layer : layers) {
     report["layers"].push_back({{"layer", layer.layer},

@@ -6,7 +6,7 @@
 
 #include "configs/upcycle_config.h"
 #include "upcycle/recipe.h"
-#include "upcycle/source_survey.h"
+#include "upcycle/source_set.h"
 
 namespace upmoe {
 
@@ -23,7 +23,7 @@ std::vector<LayerReport> layer_reports(const Recipe& recipe, const std::vector<d
                                        const ModelConfig& dense, const PermutationCache& permutations);
 
 // `config` as resolved. The text depends on what was asked for alone, not on ranks, paths or time.
-std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const SourceSurvey& survey,
+std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const SourceSet& sources,
                         const std::vector<LayerReport>& layers, int error_tokens);
 
 }  // namespace upmoe

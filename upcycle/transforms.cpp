@@ -48,7 +48,7 @@ std::optional<Moments> replaced_moments(const ExpertMatrix& m, const FillContext
     const std::int32_t before = m.map.source_of(static_cast<std::int64_t>(j), context.permutations);
     if (after[j] == kNewUnit && before >= 0) units.push_back(before);
   }
-  const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(m.map.layer);
+  const std::shared_ptr<const SourceFfn> ffn = context.source_of(m.source).ffn(m.map.layer);
   const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
   double sum = 0, square = 0;
   const auto add = [&](std::int64_t at) {
@@ -75,7 +75,7 @@ Drawn drawn_of(const RecipeLine& line, const ExpertMatrix& m, const FillContext&
   if (m.redraw.from_source) {
     const std::optional<Moments> block =
         m.redraw.block ? replaced_moments<T>(m, context) : std::optional<Moments>{};
-    const Moments& moments = block ? *block : context.survey.moments.at(m.from);
+    const Moments& moments = block ? *block : context.survey_of(m.source).moments.at(m.from);
     d.mean = static_cast<float>(moments.mean);
     d.std = static_cast<float>(moments.std);
   }
@@ -124,7 +124,7 @@ void fill_unit_rows(const RecipeLine& line, const ExpertMatrix& m, Rows rows, co
                     T* out) {
   const std::vector<std::int32_t> units = m.map.units_of(m.matrix, context.seed, context.permutations);
   const std::int64_t columns = line.columns();
-  const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(m.map.layer);
+  const std::shared_ptr<const SourceFfn> ffn = context.source_of(m.source).ffn(m.map.layer);
   const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
   const Drawn drawn = drawn_of<T>(line, m, context);
   const Kept kept = kept_of(line, m, context);
@@ -149,7 +149,7 @@ void fill_unit_columns(const RecipeLine& line, const ExpertMatrix& m, Rows rows,
                        T* out) {
   const std::vector<std::int32_t> units = m.map.units_of(m.matrix, context.seed, context.permutations);
   const std::int64_t width = line.columns();
-  const std::shared_ptr<const SourceFfn> ffn = context.source.ffn(m.map.layer);
+  const std::shared_ptr<const SourceFfn> ffn = context.source_of(m.source).ffn(m.map.layer);
   const T* source = reinterpret_cast<const T*>(ffn->data(m.matrix));
   const Drawn drawn = drawn_of<T>(line, m, context);
   const Kept kept = kept_of(line, m, context);
@@ -201,9 +201,20 @@ void fill_matrix(const RecipeLine& line, const ExpertMatrix& m, Rows rows, const
 template <class T>
 void fill_matrix(const RecipeLine& line, const Copy& copy, Rows rows, const FillContext& context, T* out) {
   const std::int64_t columns = line.columns();
-  const auto bytes = static_cast<std::size_t>((rows.end - rows.begin) * columns) * sizeof(T);
-  context.source.read(copy.from, static_cast<std::uint64_t>(rows.begin * columns) * sizeof(T),
-                      {reinterpret_cast<std::byte*>(out), bytes});
+  const auto count = static_cast<std::size_t>((rows.end - rows.begin) * columns);
+  const auto read = [&](int source, T* to) {
+    context.source_of(source).read(copy.from, static_cast<std::uint64_t>(rows.begin * columns) * sizeof(T),
+                                   {reinterpret_cast<std::byte*>(to), count * sizeof(T)});
+  };
+  if (copy.average_of == 1) return read(0, out);
+  std::vector<double> sum(count, 0.0);
+  std::vector<T> values(count);
+  for (int i = 0; i < copy.average_of; ++i) {
+    read(i, values.data());
+    for (std::size_t k = 0; k < count; ++k) sum[k] += to_float(values[k]);
+  }
+  for (std::size_t k = 0; k < count; ++k)
+    out[k] = from_float<T>(static_cast<float>(sum[k] / copy.average_of));
 }
 
 template <class T>

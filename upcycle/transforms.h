@@ -12,11 +12,25 @@
 
 namespace upmoe {
 
+// A dense model behind the first one, of the same shape.
+struct FurtherSource {
+  const DenseSource& source;
+  const SourceSurvey& survey;
+};
+
 struct FillContext {
   const DenseSource& source;
   const SourceSurvey& survey;  // moments of the source matrices
   const PermutationCache& permutations;
   std::uint64_t seed;
+  std::span<const FurtherSource> further = {};
+  // Of dense model i, the first one being 0.
+  const DenseSource& source_of(int i) const {
+    return i == 0 ? source : further[static_cast<std::size_t>(i - 1)].source;
+  }
+  const SourceSurvey& survey_of(int i) const {
+    return i == 0 ? survey : further[static_cast<std::size_t>(i - 1)].survey;
+  }
 };
 
 // Rows [begin, end) of the line's tensor in the source's element type; out: their bytes. The value

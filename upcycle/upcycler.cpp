@@ -1,11 +1,8 @@
 #include "upcycle/upcycler.h"
 
 #include <algorithm>
-#include <cstring>
-#include <map>
 #include <memory>
 #include <optional>
-#include <set>
 
 #include "data/companions.h"
 #include "data/hf_writer.h"
@@ -16,13 +13,14 @@
 #include "kernels/core/log.h"
 #include "parallel/texts.h"
 #include "parallel/threads.h"
+#include "upcycle/file_map.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/mixture_shape.h"
 #include "upcycle/output_files.h"
 #include "upcycle/progress.h"
 #include "upcycle/recipe_table.h"
 #include "upcycle/report.h"
-#include "upcycle/source_survey.h"
+#include "upcycle/source_set.h"
 #include "upcycle/store_share.h"
 #include "upcycle/transforms.h"
 #include "upcycle/workers.h"
@@ -40,11 +38,18 @@ struct Plan {
   HfLayout layout;
 };
 
-Plan make_plan(const UpcycleConfig& config, const DenseSource& source, std::uint64_t max_shard_bytes) {
+std::vector<fs::path> directories_of(const UpcycleOptions& options) {
+  std::vector<fs::path> all{options.from};
+  all.insert(all.end(), options.more_from.begin(), options.more_from.end());
+  return all;
+}
+
+Plan make_plan(const UpcycleConfig& config, const SourceSet& sources, std::uint64_t max_shard_bytes) {
+  const DenseSource& source = sources.first();
   const ModelConfig& dense = source.model().config();
   Plan plan;
-  plan.recipe = make_recipe(config, dense);  // first: it lists all that does not fit
-  plan.config = resolve(config, dense);
+  plan.recipe = make_recipe(config, dense, sources.size());  // first: it lists all that does not fit
+  plan.config = resolve(config, dense, sources.size());
   plan.moe = make_moe_config(config, dense);
   plan.moe.dtype = source.dtype() == DType::kBF16 ? "bfloat16" : "float32";
   plan.layout = plan_hf_layout(plan.moe, source.dtype(), max_shard_bytes);
@@ -54,155 +59,31 @@ Plan make_plan(const UpcycleConfig& config, const DenseSource& source, std::uint
   return plan;
 }
 
-// One file is cut without regard to where its tensors end; only the last piece is shorter than the others:
-//
-//   file     | header | layer 0 ........................ | layer 1 ................... | ... |
-//   pieces   |      0      |      1      |      2      |      3      |      4      |   5     |
-//
-// So all ranks and threads have the same to do, and every write starts at a disk block.
-// A stretch of one output file, or the error of one layer, which writes nothing.
-struct Piece {
-  std::size_t file = 0;
-  std::uint64_t begin = 0, end = 0;
-  int error_of_layer = -1;
-};
-
-// Where the tensors of the recipe lie in the files.
-class FileMap {
- public:
-  FileMap(const Recipe& recipe, const HfLayout& layout) : recipe_(recipe), layout_(layout) {
-    std::map<std::string, const RecipeLine*> lines;
-    for (const RecipeLine& line : recipe.lines) lines[line.target] = &line;
-    for (const HfLayout::File& file : layout.files) {
-      auto& in_file = lines_.emplace_back();
-      for (const SafetensorsEntry& entry : file.entries) {
-        if (layout.zeros.contains(entry.name)) {
-          in_file.push_back(nullptr);
-          continue;
-        }
-        const auto found = lines.find(entry.name);
-        UPMOE_CHECK(found != lines.end(), "no recipe line for {}", entry.name);
-        in_file.push_back(found->second);
-        lines.erase(found);
-      }
-    }
-    UPMOE_CHECK(lines.empty(), "{} has no place in the files", lines.begin()->first);
-  }
-
-  // Bytes [piece.begin, piece.end) of a file: of its header and of the tensors that lie there.
-  void fill_piece(const Piece& piece, const FillContext& context, std::span<std::byte> out) const {
-    const HfLayout::File& file = layout_.files[piece.file];
-    const std::uint64_t header = file.header.size();
-    if (piece.begin < header) {
-      const std::uint64_t bytes = std::min(header, piece.end) - piece.begin;
-      std::memcpy(out.data(), file.header.data() + piece.begin, bytes);
-    }
-    for_each_tensor(piece, [&](std::size_t i, std::uint64_t begin, std::uint64_t end) {
-      const std::uint64_t start = header + file.entries[i].begin;
-      const std::span<std::byte> part = out.subspan(begin - piece.begin, end - begin);
-      if (const RecipeLine* line = lines_[piece.file][i]) {
-        fill_bytes(*line, begin - start, end - start, context, part);
-      } else {
-        std::fill(part.begin(), part.end(), std::byte{0});
-      }
-    });
-  }
-
-  // The layers whose last expert matrix ends in this piece.
-  std::set<int> layers_ending_in(const Piece& piece, std::map<int, std::uint64_t>& bytes_left) const {
-    std::set<int> layers;
-    for_each_tensor(piece, [&](std::size_t i, std::uint64_t begin, std::uint64_t end) {
-      const RecipeLine* line = lines_[piece.file][i];
-      const auto* m = line == nullptr ? nullptr : std::get_if<ExpertMatrix>(&line->transform);
-      if (m != nullptr && (bytes_left[m->map.layer] -= end - begin) == 0) layers.insert(m->map.layer);
-    });
-    return layers;
-  }
-
-  std::map<int, std::uint64_t> expert_bytes_by_layer(DType dtype) const {
-    std::map<int, std::uint64_t> bytes;
-    for (const RecipeLine& line : recipe_.lines) {
-      const auto* m = std::get_if<ExpertMatrix>(&line.transform);
-      if (m == nullptr) continue;
-      bytes[m->map.layer] += static_cast<std::uint64_t>(line.rows() * line.columns()) * size_of(dtype);
-    }
-    return bytes;
-  }
-
- private:
-  // visit(entry, begin, end) with the part of each tensor inside the piece, in offsets of the file.
-  template <class Visit>
-  void for_each_tensor(const Piece& piece, const Visit& visit) const {
-    const HfLayout::File& file = layout_.files[piece.file];
-    const std::uint64_t header = file.header.size();
-    auto at = std::partition_point(file.entries.begin(), file.entries.end(),
-                                   [&](const SafetensorsEntry& e) { return header + e.end <= piece.begin; });
-    for (; at != file.entries.end() && header + at->begin < piece.end; ++at) {
-      visit(static_cast<std::size_t>(at - file.entries.begin()), std::max(piece.begin, header + at->begin),
-            std::min(piece.end, header + at->end));
-    }
-  }
-
-  const Recipe& recipe_;
-  const HfLayout& layout_;
-  std::vector<std::vector<const RecipeLine*>> lines_;  // by file and entry; null: zeros
-};
-
-// Everything to be done, in the order of the files; the same list on every rank. A layer's error comes right
-// after its last expert matrix, while its dense FFN is still at hand.
-std::vector<Piece> make_pieces(const FileMap& map, const HfLayout& layout, DType dtype,
-                               std::uint64_t piece_bytes) {
-  std::map<int, std::uint64_t> bytes_left = map.expert_bytes_by_layer(dtype);
-  std::vector<Piece> pieces;
-  for (std::size_t f = 0; f < layout.files.size(); ++f) {
-    for (std::uint64_t at = 0; at < layout.files[f].bytes; at += piece_bytes) {
-      const Piece piece{f, at, std::min(at + piece_bytes, layout.files[f].bytes), -1};
-      pieces.push_back(piece);
-      for (const int layer : map.layers_ending_in(piece, bytes_left)) pieces.push_back({0, 0, 0, layer});
-    }
-  }
-  return pieces;
-}
-
-// A rank's share: neighbouring pieces, by bytes.
-std::vector<Piece> share_of(const std::vector<Piece>& pieces, int rank, int ranks) {
-  std::uint64_t total = 0, before = 0;
-  for (const Piece& p : pieces) total += p.end - p.begin;
-  std::vector<Piece> mine;
-  for (const Piece& p : pieces) {
-    // Where the piece's middle lies decides; sizes stay far below 2^53.
-    // A layer's error has no bytes and goes with the place where it stands, at a border perhaps to the next rank, which
-    // then reads that layer's FFN for it.
-    const double middle = static_cast<double>(before) + static_cast<double>(p.end - p.begin) / 2;
-    const int owner = std::min(ranks - 1, static_cast<int>(middle * ranks / static_cast<double>(total)));
-    if (owner == rank) mine.push_back(p);
-    before += p.end - p.begin;
-  }
-  return mine;
-}
-
 class Upcycler {
  public:
   Upcycler(const UpcycleConfig& config, const UpcycleOptions& options, Communicator& comm)
       : options_(options), comm_(comm), threads_(options.threads > 0 ? options.threads : rank_threads()) {
-    on_rank_0([&] { check_new_directory(options.to, {options.from}); });
+    const std::vector<fs::path> inputs = directories_of(options);
+    on_rank_0([&] { check_new_directory(options.to, inputs); });
     // Rank 0 first, so that what is wrong with the source is told once.
-    on_rank_0([&] { source_.emplace(options.from); });
+    on_rank_0([&] { sources_.emplace(inputs); });
     run_agreed(comm_, [&] {
-      if (!source_) source_.emplace(options.from);
+      if (!sources_) sources_.emplace(inputs);
     });
-    on_rank_0([&] { plan_.emplace(make_plan(config, *source_, options.max_shard_bytes)); });
+    on_rank_0([&] { plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes)); });
     run_agreed(comm_, [&] {
-      if (!plan_) plan_.emplace(make_plan(config, *source_, options.max_shard_bytes));
+      if (!plan_) plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes));
     });
-    on_rank_0([&] { stage_.emplace(options.to, std::vector<fs::path>{options.from}); });
+    on_rank_0([&] { stage_.emplace(options.to, inputs); });
     find_folder();
   }
 
   void run() {
-    survey_ = survey_source(*source_, comm_, threads_, options_.progress && comm_.rank() == 0);
+    sources_->survey(comm_, threads_, options_.progress && comm_.rank() == 0);
     if (comm_.rank() == 0)
-      for (const std::string& name : survey_.all_zero) log::warning("every value of {} is zero", name);
+      for (int i = 0; i < sources_->size(); ++i)
+        for (const std::string& name : sources_->survey_of(i).all_zero)
+          log::warning("{}: every value of {} is zero", sources_->at(i).model().dir().string(), name);
     if (options_.form == OutputForm::kCheckpoint) {
       write_checkpoint();
     } else {
@@ -236,7 +117,7 @@ class Upcycler {
   }
 
   void write_checkpoint() {
-    const StoreShare share(plan_->recipe, plan_->moe, source_->dtype(), comm_.rank(), comm_.size(),
+    const StoreShare share(plan_->recipe, plan_->moe, sources_->first().dtype(), comm_.rank(), comm_.size(),
                            piece_bytes());
     on_rank_0([&] {
       require_free_space(stage_->target(), StoreWriter::space_for(bytes_needed()), options_.free_space);
@@ -280,8 +161,8 @@ class Upcycler {
 
   void write_tensors(std::vector<double>& errors) {
     const FileMap map(plan_->recipe, plan_->layout);
-    const std::vector<Piece> pieces = share_of(
-        make_pieces(map, plan_->layout, source_->dtype(), piece_bytes()), comm_.rank(), comm_.size());
+    const std::vector<Piece> pieces =
+        share_of(map.pieces(sources_->first().dtype(), piece_bytes()), comm_.rank(), comm_.size());
     std::uint64_t bytes = 0;
     for (const Piece& p : pieces) bytes += p.end - p.begin;
     Progress progress("upcycling", bytes, options_.progress && comm_.rank() == 0);
@@ -313,7 +194,7 @@ class Upcycler {
     PipelineStages stages;
     stages.make = [&](std::size_t i, std::span<std::byte> buffer) {
       const auto& [block, layer] = tasks[i];
-      const auto bytes = static_cast<std::size_t>(block.range.size()) * size_of(source_->dtype());
+      const auto bytes = static_cast<std::size_t>(block.range.size()) * size_of(sources_->first().dtype());
       if (layer >= 0) {
         errors[static_cast<std::size_t>(layer)] = error_of(layer, context);
       } else {
@@ -333,10 +214,10 @@ class Upcycler {
   // What lies beside the tensors in both forms.
   void add_files(const fs::path& folder, const std::vector<double>& errors) {
     const std::vector<LayerReport> layers =
-        layer_reports(plan_->recipe, errors, source_->model().config(), *permutations_);
+        layer_reports(plan_->recipe, errors, sources_->first().model().config(), *permutations_);
     write_text_synced(folder / "config.json", to_hf_json(plan_->moe));
     write_text_synced(folder / "upcycle_report.json",
-                      make_report(plan_->config, plan_->recipe, survey_, layers, options_.error_tokens));
+                      make_report(plan_->config, plan_->recipe, *sources_, layers, options_.error_tokens));
     copy_companions(options_.from, folder);
   }
 
@@ -359,8 +240,9 @@ class Upcycler {
 
   FillContext fill_context() {
     permutations_ = std::make_unique<PermutationCache>(
-        plan_->recipe.seed, static_cast<std::int32_t>(source_->model().config().intermediate_size));
-    return {*source_, survey_, *permutations_, plan_->recipe.seed};
+        plan_->recipe.seed, static_cast<std::int32_t>(sources_->first().model().config().intermediate_size));
+    return {sources_->first(), sources_->survey_of(0), *permutations_, plan_->recipe.seed,
+            sources_->further()};
   }
 
   const UpcycleOptions& options_;
@@ -368,18 +250,22 @@ class Upcycler {
   int threads_;
   std::optional<StagedDirectory> stage_;  // of rank 0
   fs::path folder_;                       // its path(), on every rank
-  std::optional<DenseSource> source_;
+  std::optional<SourceSet> sources_;
   std::optional<Plan> plan_;
-  SourceSurvey survey_;
   std::unique_ptr<PermutationCache> permutations_;
 };
 
 }  // namespace
 
 std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& options) {
-  const DenseSource source(options.from);
-  const Plan plan = make_plan(config, source, options.max_shard_bytes);
+  const SourceSet sources(directories_of(options));
+  const Plan plan = make_plan(config, sources, options.max_shard_bytes);
   std::string out = describe(plan.recipe);
+  if (sources.size() > 1)
+    out += fmt::format(
+        "{} dense models: of {} experts each {} in turn; the rest {}\n", sources.size(), plan.moe.num_experts,
+        plan.moe.num_experts / sources.size(),
+        plan.config.sources.rest == SourcesRest::kAverage ? "is their average" : "from the first");
   std::uint64_t bytes = 0;
   for (const HfLayout::File& file : plan.layout.files) bytes += file.bytes;
   out += fmt::format("routed experts: down projections x {}, {} of {} neurons drawn anew\n",

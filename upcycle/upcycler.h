@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include "configs/upcycle_config.h"
 #include "data/folder.h"
@@ -21,6 +22,7 @@ inline constexpr Names<OutputForm> kNames<OutputForm>{
 
 struct UpcycleOptions {
   std::filesystem::path from, to;
+  std::vector<std::filesystem::path> more_from = {};  // further dense models of the same shape
   OutputForm form = OutputForm::kHuggingFace;
   int threads = 0;                                   // computing, per rank; 0 = rank_threads()
   std::uint64_t max_shard_bytes = 4'000'000'000ull;  // of one safetensors file

@@ -72,6 +72,7 @@ TEST(Names, OfRecipes) {
   expect_read<ReinitSets>("experts.reinit_sets", recipe_with);
   expect_read<ReinitStats>("experts.reinit_stats", recipe_with);
   expect_read<SplitOrder>("experts.split", recipe_with);
+  expect_read<SourcesRest>("sources.rest", recipe_with);
   expect_read<RouterMethod>("router.method", recipe_with);
   expect_complete<SharedMethod>();
   expect_read<SharedGate>("shared.gate", recipe_with);

@@ -31,10 +31,10 @@ std::string refusal(const std::vector<std::string>& overrides, const std::string
 
 TEST(UpcycleConfig, ShippedRecipes) {
   std::vector<std::string> expected, found;
-  for (const char* name :
-       {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling", "llama-moe-split",
-        "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b", "arctic-residual", "marco-nano",
-        "qwen3-30b-like", "dots1-like", "llama-moe-random", "rnu", "sparse-upcycling-half", "apollo-last2"}) {
+  for (const char* name : {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling",
+                           "llama-moe-split", "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b",
+                           "arctic-residual", "marco-nano", "qwen3-30b-like", "dots1-like",
+                           "llama-moe-random", "rnu", "sparse-upcycling-half", "apollo-last2", "btx"}) {
     expected.push_back(name + std::string(".yaml"));
     expected.push_back(name + std::string("-tiny.yaml"));
   }
@@ -66,7 +66,7 @@ TEST(UpcycleConfig, TinyTwinsAreTheSameRecipes) {
     EXPECT_EQ(to_yaml(tiny), to_yaml(full)) << stem;
     ++twins;
   }
-  EXPECT_EQ(twins, 17);
+  EXPECT_EQ(twins, 18);
 }
 
 TEST(UpcycleConfig, TheProjectsDefault) {

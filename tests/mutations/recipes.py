@@ -19,4 +19,16 @@ MUTANTS = {
     "block_deviation_over_n": (
         "upcycle/transforms.cpp", "(square - sum * sum / n) / (n - 1)", "(square - sum * sum / n) / n", "*Block*",
         "transforms_test"),
+    "experts_deal_dense_models_in_turn": (
+        "upcycle/recipe.cpp", "m.source = expert / layer.experts_of_source();",
+        "m.source = expert % (config_.target.num_experts / layer.experts_of_source());", "*", "sources_test"),
+    "second_dense_model_goes_on_in_the_row_of_copies": (
+        "upcycle/recipe.cpp", "const int place = expert % experts_of_source();", "const int place = expert;", "*Alone*",
+        "sources_test"),
+    "average_without_the_last": (
+        "upcycle/transforms.cpp", "for (int i = 0; i < copy.average_of; ++i) {",
+        "for (int i = 0; i + 1 < copy.average_of; ++i) {", "*Mean*", "sources_test"),
+    "statistics_of_the_first_dense_model": (
+        "upcycle/transforms.cpp", "context.survey_of(m.source).moments", "context.survey_of(0).moments", "*Redrawn*",
+        "sources_test"),
 }
