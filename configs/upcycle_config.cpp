@@ -96,6 +96,11 @@ Schema schema_of(UpcycleConfig& c) {
   schema.section("sources")
       .key("rest", c.sources.rest)
       .says("Of several dense models (--from given more than once), what experts are not made of.");
+  schema.section("grow")
+      .key("copies", c.grow.copies, {.least = 0, .most = kMaxExperts})
+      .says("Of every expert of a mixture, which is the source then; 0: the source is a dense model.")
+      .key("noise", c.grow.noise, {.least = 0})
+      .says("Standard deviation of the noise on the router's rows of all copies but the first.");
   schema.section("")
       .key("keep_rest", c.keep_rest)
       .says("Attention, norms, embedding and head as in the source; false: drawn anew.")
@@ -127,11 +132,30 @@ std::vector<std::string> without_effect(const UpcycleConfig& c) {
   unless(c.router.method != RouterMethod::kZero, c.router.std != defaults.router.std, "router.std",
          "router.method is zero");
   const bool shared = c.target.shared_expert_intermediate_size > 0;
+  unless(c.grow.copies > 0, c.grow.noise != defaults.grow.noise, "grow.noise", "grow.copies is 0");
   unless(shared, c.shared.scale != defaults.shared.scale, "shared.scale", "there is no shared expert");
   unless(shared, c.shared.gate != defaults.shared.gate, "shared.gate", "there is no shared expert");
   unless(c.shared.method != SharedMethod::kZero || !shared, c.shared.scale != defaults.shared.scale,
          "shared.scale", "shared.method zero makes a down projection of zeros");
   return notes;
+}
+
+// Of a recipe that grows a mixture: experts and routers are the source's.
+void without_effect_on_growth(const UpcycleConfig& c, std::vector<std::string>& notes) {
+  const UpcycleConfig defaults;
+  const auto& e = c.experts;
+  const auto& d = defaults.experts;
+  const auto note = [&](bool changed, const char* key) {
+    if (changed) notes.push_back(fmt::format("{} has no effect: grow.copies takes experts as they are", key));
+  };
+  note(e.method != d.method, "experts.method");
+  note(e.reinit != d.reinit, "experts.reinit");
+  note(e.noise != d.noise, "experts.noise");
+  note(e.scale != d.scale, "experts.scale");
+  note(c.router.method != defaults.router.method || c.router.std != defaults.router.std, "router");
+  note(c.target.layers != defaults.target.layers, "target.layers");
+  note(!c.target.family.empty(), "target.family");
+  note(!c.keep_rest, "keep_rest");
 }
 
 // Rules between keys that need no dense model; those that do are the upcycler's.
@@ -190,6 +214,7 @@ UpcycleConfig parse_upcycle_config(const std::string& yaml, const std::string& w
   problems.throw_if_any(ExitCode::kUsage, where);
   config.notes = schema.notes();
   for (std::string& note : without_effect(config)) config.notes.push_back(std::move(note));
+  if (config.grow.copies > 0) without_effect_on_growth(config, config.notes);
   // So that the resolved recipe says what happens: without a shared expert nothing is made for it.
   if (config.target.shared_expert_intermediate_size == 0) config.shared.method = SharedMethod::kNone;
   return config;

@@ -109,6 +109,10 @@ struct UpcycleConfig {
   struct Sources {
     SourcesRest rest = SourcesRest::kAverage;
   } sources = {};
+  struct Grow {
+    int copies = 0;      // of every expert of a mixture; 0: the source is dense
+    double noise = 0.0;  // standard deviation on the router's rows of all copies but the first
+  } grow = {};
   bool keep_rest = true;  // attention, norms, embedding and head as in the source; false: drawn anew
   std::int64_t seed = 1;
   std::string origin;

@@ -75,8 +75,12 @@ def round_trip(recipe, upmoe, work, folder):
     family = yaml.safe_load(recipe.read_text())["target"].get("family", "qwen2_moe")
     dense, moe, trained = folder / "dense", folder / "moe", folder / "trained"
     make_dense(dense, family)
+    if "grow" in yaml.safe_load(recipe.read_text()):  # of a mixture
+        run(upmoe, "upcycle", ROOT / "configs/upcycle/qwen1.5-moe-a2.7b-tiny.yaml", "--from", dense, "--to",
+            folder / "smaller")
+        dense = folder / "smaller"
     # A router of zeros gives all experts one score, and torch.topk takes others of equals than upmoe.
-    zero = yaml.safe_load(recipe.read_text())["router"]["method"] == "zero"
+    zero = yaml.safe_load(recipe.read_text()).get("router", {}).get("method") == "zero"
     run(upmoe, "upcycle", recipe, "--from", dense, "--to", moe, *(["router.method=normal"] if zero else []))
     report = json.loads((moe / "upcycle_report.json").read_text())
     error = max(layer["relative_error"] for layer in report["layers"])

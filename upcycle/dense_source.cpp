@@ -28,14 +28,18 @@ const std::filesystem::path& checked_directory(const std::filesystem::path& dir)
   return dir;
 }
 
-// The one element type of the tensors that are used; checks as well that the model is dense.
-DType element_type_of(const HfModel& model) {
+// The one element type of the tensors that are used; checks as well which kind of model it is.
+DType element_type_of(const HfModel& model, SourceKind kind) {
   const std::string dir = model.dir().string();
-  if (model.config().num_experts > 0) {
-    fail(ExitCode::kBadInput,
-         "{}: the model is a mixture of {} experts already; upcycling starts from a dense model", dir,
-         model.config().num_experts);
+  if (kind == SourceKind::kDense && model.config().num_experts > 0) {
+    fail(
+        ExitCode::kBadInput,
+        "{}: the model is a mixture of {} experts already; upcycling starts from a dense model, and a recipe "
+        "with grow.copies from a mixture",
+        dir, model.config().num_experts);
   }
+  if (kind == SourceKind::kMixture && model.config().num_experts == 0)
+    fail(ExitCode::kBadInput, "{}: the model is dense; a recipe with grow.copies starts from a mixture", dir);
   std::map<std::string, std::pair<int, std::string>> kinds;  // dtype -> how many, one of them
   for (const SafetensorsEntry* entry : model.tensors()) {
     if (!model.uses(entry->name)) continue;
@@ -69,8 +73,8 @@ const std::byte* SourceFfn::data(FfnMatrix matrix) const {
   fail(ExitCode::kFailure, "no such FFN matrix");
 }
 
-DenseSource::DenseSource(const std::filesystem::path& dir)
-    : model_(checked_directory(dir)), dtype_(element_type_of(model_)) {}
+DenseSource::DenseSource(const std::filesystem::path& dir, SourceKind kind)
+    : model_(checked_directory(dir)), dtype_(element_type_of(model_, kind)) {}
 
 void DenseSource::read(const std::string& tensor, std::uint64_t offset, std::span<std::byte> out) const {
   const auto [file, entry] = model_.locate(tensor);

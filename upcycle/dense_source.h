@@ -22,15 +22,19 @@ struct SourceFfn {
   const std::byte* data(FfnMatrix matrix) const;
 };
 
+// What a recipe starts from: a dense model, or a mixture that is to grow.
+enum class SourceKind : std::uint8_t { kDense, kMixture };
+
 class DenseSource {
  public:
-  // Throws Error(kBadInput) when the directory is no dense model whose tensors are all bf16, or all fp32.
-  explicit DenseSource(const std::filesystem::path& dir);
+  // Throws Error(kBadInput) when the directory is no model of this kind whose tensors are all bf16, or all fp32.
+  explicit DenseSource(const std::filesystem::path& dir, SourceKind kind = SourceKind::kDense);
   const HfModel& model() const { return model_; }
   DType dtype() const { return dtype_; }
   // Bytes [offset, offset + out.size()) of a tensor.
   void read(const std::string& tensor, std::uint64_t offset, std::span<std::byte> out) const;
-  // Kept for the layers asked for last, so that workers on neighbouring tensors share it. Safe for several threads.
+  // Of a dense model. Kept for the layers asked for last, so that workers on neighbouring tensors share it. Safe for
+  // several threads.
   std::shared_ptr<const SourceFfn> ffn(int layer) const;
 
  private:

@@ -108,6 +108,10 @@ struct Layer {
   void route(Exec& ex, const SigmoidRoutes& out, ConstTensorView logits_TE) const;
   void routed_forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const;
   void add_shared(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const;
+  void forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD) const {
+    routed_forward(ex, y_TD, x_TD);
+    add_shared(ex, y_TD, x_TD);
+  }
 };
 
 // By the biases that a new mixture has: zeros.
@@ -194,6 +198,20 @@ double relative_distance(const TensorView& found, const TensorView& expected) {
 
 }  // namespace
 
+double growth_error(const Recipe& recipe, const Recipe& origin, int layer, const ModelConfig& moe,
+                    const FillContext& context, int tokens) {
+  const ComputesAlone alone;  // as in layer_error
+  Arena scratch(Device{}, kAddressSpace, "layer error");
+  Exec ex;
+  ex.scratch = &scratch;
+  const auto at = static_cast<std::size_t>(layer);
+  const TensorView x_TD = make_inputs(ex, layer, tokens, context);
+  const TensorView expected_TD = take(ex, x_TD.shape), y_TD = take(ex, x_TD.shape);
+  Layer{origin, origin.layers[at], context.source.model().config(), context}.forward(ex, expected_TD, x_TD);
+  Layer{recipe, recipe.layers[at], moe, context}.forward(ex, y_TD, x_TD);
+  return relative_distance(y_TD, expected_TD);
+}
+
 double layer_error(const Recipe& recipe, int layer, const ModelConfig& moe, const FillContext& context,
                    int tokens) {
   const ComputesAlone alone;  // layers are shared out among threads, and their number must not change a sum
@@ -208,9 +226,7 @@ double layer_error(const Recipe& recipe, int layer, const ModelConfig& moe, cons
               {rows_of(*ffn, FfnMatrix::kGate, dtype), rows_of(*ffn, FfnMatrix::kUp, dtype),
                rows_of(*ffn, FfnMatrix::kDown, dtype), ffn->width},
               {});
-  const Layer mixture{recipe, recipe.layers[static_cast<std::size_t>(layer)], moe, context};
-  mixture.routed_forward(ex, y_TD, x_TD);
-  mixture.add_shared(ex, y_TD, x_TD);
+  Layer{recipe, recipe.layers[static_cast<std::size_t>(layer)], moe, context}.forward(ex, y_TD, x_TD);
   return relative_distance(y_TD, expected_TD);
 }
 

@@ -11,5 +11,8 @@ namespace upmoe {
 // value for any number of ranks and threads.
 double layer_error(const Recipe& recipe, int layer, const ModelConfig& moe, const FillContext& context,
                    int tokens);
+// The same of a mixture that grew, against the source's: `origin` is copy_of_mixture().
+double growth_error(const Recipe& recipe, const Recipe& origin, int layer, const ModelConfig& moe,
+                    const FillContext& context, int tokens);
 
 }  // namespace upmoe

@@ -126,19 +126,6 @@ FreshInit LayerRecipe::router() const {
   return init;
 }
 
-// Of a feed-forward network, routed, shared or dense: which of its matrices this tensor is.
-FfnMatrix matrix_of(const HfTensor& tensor) {
-  switch (tensor.half) {
-    case Half::kGate:
-      return FfnMatrix::kGate;
-    case Half::kUp:
-      return FfnMatrix::kUp;
-    case Half::kWhole:
-      return FfnMatrix::kDown;
-  }
-  fail(ExitCode::kFailure, "{}: no such part", tensor.name);
-}
-
 // One pass over the mixture's parameters and their tensors on disk, a line for each; the role says which kind it is:
 //
 //   router            FreshInit                    shared gate   FreshInit (a constant 0)
@@ -243,7 +230,7 @@ class RecipeBuilder {
   ExpertMatrix expert_matrix(const ParamSpec& param, const HfTensor& tensor, int line) {
     const LayerRecipe layer = layer_recipe(param);
     ExpertMatrix m;
-    m.matrix = matrix_of(tensor);
+    m.matrix = matrix_of(tensor.half);
     m.from = ffn_name(dense_, param.layer, m.matrix);
     m.redraw = layer.redraw();
     const bool routed = param.expert;
@@ -283,6 +270,18 @@ std::int64_t RecipeLine::columns() const {
   std::int64_t n = 1;
   for (std::size_t i = 1; i < shape.size(); ++i) n = checked_mul(n, shape[i]);
   return n;
+}
+
+FfnMatrix matrix_of(Half half) {
+  switch (half) {
+    case Half::kGate:
+      return FfnMatrix::kGate;
+    case Half::kUp:
+      return FfnMatrix::kUp;
+    case Half::kWhole:
+      return FfnMatrix::kDown;
+  }
+  fail(ExitCode::kFailure, "no such part of an FFN");
 }
 
 std::string ffn_name(const ModelConfig& dense, int layer, FfnMatrix matrix) {

@@ -8,6 +8,7 @@
 #include <variant>
 #include <vector>
 
+#include "configs/families/family.h"
 #include "configs/model_config.h"
 #include "configs/upcycle_config.h"
 #include "upcycle/unit_map.h"
@@ -48,7 +49,14 @@ struct FreshInit {
   std::int64_t rows_per_draw = 1;
 };
 
-using Transform = std::variant<Copy, ExpertMatrix, FreshInit>;
+// The rows of a router, over and over: row r is the source's row r modulo `rows`, from row `rows` on with noise.
+struct RepeatedRows {
+  std::string from;
+  std::int64_t rows = 0;  // of the source
+  double noise = 0.0;     // standard deviation
+};
+
+using Transform = std::variant<Copy, ExpertMatrix, FreshInit, RepeatedRows>;
 
 struct RecipeLine {
   std::string target;               // name on disk; also keys the random numbers
@@ -58,6 +66,8 @@ struct RecipeLine {
   std::int64_t columns() const;
 };
 
+// Of a feed-forward network, routed, shared or dense: which of its matrices this part of a parameter is.
+FfnMatrix matrix_of(Half half);
 // The tensor on disk of a dense layer's FFN.
 std::string ffn_name(const ModelConfig& dense, int layer, FfnMatrix matrix);
 
@@ -65,6 +75,7 @@ struct Recipe {
   std::uint64_t seed = 1;
   double scale = 1.0;                // of the routed experts' down projections, resolved
   std::int64_t redrawn = 0;          // neurons of every routed expert
+  int copies_of_experts = 0;         // of a mixture that grows; 0: of a dense model
   std::vector<RecipeLine> lines;     // in the order of the model's tensors
   std::vector<std::string> dropped;  // dense tensors that no line reads
   // Index into `lines` of what makes up one MoE layer; -1 = there is none, as in a layer that stays dense.

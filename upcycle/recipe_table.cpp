@@ -47,6 +47,11 @@ std::string words_of(const FreshInit& init) {
   return init.rows_per_draw == 1 ? normal : fmt::format("{}, {} rows alike", normal, init.rows_per_draw);
 }
 
+std::string words_of(const RepeatedRows& repeated) {
+  const std::string words = fmt::format("the {} rows of the source, over and over", repeated.rows);
+  return repeated.noise == 0 ? words : fmt::format("{}, noise {} on copies", words, repeated.noise);
+}
+
 std::string words_of(const ExpertMatrix& m) {
   const UnitMap& map = m.map;
   std::string words;

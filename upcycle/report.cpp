@@ -24,6 +24,7 @@ Json source_json(const SourceSurvey& survey) {
 
 CopyCounts count_copies(const Recipe& recipe, const Recipe::Layer& layer, const ModelConfig& dense,
                         const PermutationCache& permutations) {
+  if (recipe.copies_of_experts > 0) return {recipe.copies_of_experts, recipe.copies_of_experts};
   std::vector<std::int64_t> copies(static_cast<std::size_t>(dense.intermediate_size), 0);
   for (const auto& lines : layer.experts) {
     const auto& line =
@@ -62,9 +63,10 @@ std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const
   for (int i = 1; i < sources.size(); ++i)
     report["further_sources"].push_back(source_json(sources.survey_of(i)));
   report["relative_error"] = fmt::format(
-      "||MoE(x) - FFN(x)|| / ||FFN(x)|| of a layer over {} random inputs (unit normal, RMS norm, norm "
-      "weight){}",
-      error_tokens, sources.size() > 1 ? "; FFN and norm weight of the first source" : "");
+      "||MoE(x) - {0}(x)|| / ||{0}(x)|| of a layer over {1} random inputs (unit normal, RMS norm, norm "
+      "weight){2}",
+      recipe.copies_of_experts > 0 ? "source" : "FFN", error_tokens,
+      sources.size() > 1 ? "; FFN and norm weight of the first source" : "");
   report["layers"] = Json::array();
   for (const LayerReport& layer : layers) {
     report["layers"].push_back({{"layer", layer.layer},

@@ -25,8 +25,8 @@ std::string differences(const ModelConfig& first, const ModelConfig& other) {
 
 }  // namespace
 
-SourceSet::SourceSet(const std::vector<std::filesystem::path>& dirs) {
-  for (const std::filesystem::path& dir : dirs) sources_.emplace_back(dir);
+SourceSet::SourceSet(const std::vector<std::filesystem::path>& dirs, SourceKind kind) {
+  for (const std::filesystem::path& dir : dirs) sources_.emplace_back(dir, kind);
   for (const DenseSource& source : sources_) {
     std::string other = differences(first().model().config(), source.model().config());
     if (other.empty() && source.dtype() != first().dtype())

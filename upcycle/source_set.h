@@ -16,7 +16,7 @@ class SourceSet {
  public:
   // Throws Error(kBadInput) as DenseSource does, and with what differs where a further model has another shape, element
   // type or number of layers than the first.
-  explicit SourceSet(const std::vector<std::filesystem::path>& dirs);
+  explicit SourceSet(const std::vector<std::filesystem::path>& dirs, SourceKind kind = SourceKind::kDense);
   SourceSet(const SourceSet&) = delete;
   int size() const { return static_cast<int>(sources_.size()); }
   const DenseSource& at(int i) const { return sources_.at(static_cast<std::size_t>(i)); }

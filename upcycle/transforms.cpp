@@ -218,6 +218,22 @@ void fill_matrix(const RecipeLine& line, const Copy& copy, Rows rows, const Fill
 }
 
 template <class T>
+void fill_matrix(const RecipeLine& line, const RepeatedRows& repeated, Rows rows, const FillContext& context,
+                 T* out) {
+  const std::int64_t columns = line.columns();
+  const std::size_t row_bytes = static_cast<std::size_t>(columns) * sizeof(T);
+  const Kept kept{
+      philox_key(context.seed, line.target + ".noise"), static_cast<float>(repeated.noise), 1.0f, {}};
+  std::vector<float> numbers(static_cast<std::size_t>(columns));
+  for (std::int64_t r = rows.begin; r < rows.end; ++r, out += columns) {
+    const auto source = static_cast<std::uint64_t>(r % repeated.rows);
+    context.source.read(repeated.from, source * row_bytes, {reinterpret_cast<std::byte*>(out), row_bytes});
+    if (r >= repeated.rows && !kept.bitwise())
+      change_kept(kept, r * columns, numbers, out, [](std::int64_t) { return true; });
+  }
+}
+
+template <class T>
 void fill_matrix(const RecipeLine& line, const FreshInit& init, Rows rows, const FillContext& context,
                  T* out) {
   const std::int64_t columns = line.columns();

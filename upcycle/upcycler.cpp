@@ -14,6 +14,7 @@
 #include "parallel/texts.h"
 #include "parallel/threads.h"
 #include "upcycle/file_map.h"
+#include "upcycle/growth.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/mixture_shape.h"
 #include "upcycle/output_files.h"
@@ -35,6 +36,7 @@ struct Plan {
   UpcycleConfig config;  // as resolved
   ModelConfig moe;
   Recipe recipe;
+  std::optional<Recipe> origin;  // of a mixture that grows: as it is
   HfLayout layout;
 };
 
@@ -44,13 +46,28 @@ std::vector<fs::path> directories_of(const UpcycleOptions& options) {
   return all;
 }
 
+SourceKind kind_of(const UpcycleConfig& config) {
+  return config.grow.copies > 0 ? SourceKind::kMixture : SourceKind::kDense;
+}
+
 Plan make_plan(const UpcycleConfig& config, const SourceSet& sources, std::uint64_t max_shard_bytes) {
   const DenseSource& source = sources.first();
   const ModelConfig& dense = source.model().config();
   Plan plan;
-  plan.recipe = make_recipe(config, dense, sources.size());  // first: it lists all that does not fit
-  plan.config = resolve(config, dense, sources.size());
-  plan.moe = make_moe_config(config, dense);
+  if (config.grow.copies > 0) {
+    if (sources.size() > 1)
+      fail(ExitCode::kUsage, "{}: grow.copies makes a larger mixture of one, and --from is given {} times",
+           config.origin, sources.size());
+    plan.recipe = make_growth(config, dense);  // first: it lists all that does not fit
+    plan.origin = copy_of_mixture(dense);
+    plan.config = config;
+    plan.config.target.family = dense.model_type;
+    plan.moe = grown_config(config, dense);
+  } else {
+    plan.recipe = make_recipe(config, dense, sources.size());  // first: it lists all that does not fit
+    plan.config = resolve(config, dense, sources.size());
+    plan.moe = make_moe_config(config, dense);
+  }
   plan.moe.dtype = source.dtype() == DType::kBF16 ? "bfloat16" : "float32";
   plan.layout = plan_hf_layout(plan.moe, source.dtype(), max_shard_bytes);
   for (const ParamSpec& p : make_param_table(plan.moe))
@@ -66,9 +83,9 @@ class Upcycler {
     const std::vector<fs::path> inputs = directories_of(options);
     on_rank_0([&] { check_new_directory(options.to, inputs); });
     // Rank 0 first, so that what is wrong with the source is told once.
-    on_rank_0([&] { sources_.emplace(inputs); });
+    on_rank_0([&] { sources_.emplace(inputs, kind_of(config)); });
     run_agreed(comm_, [&] {
-      if (!sources_) sources_.emplace(inputs);
+      if (!sources_) sources_.emplace(inputs, kind_of(config));
     });
     on_rank_0([&] { plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes)); });
     run_agreed(comm_, [&] {
@@ -156,6 +173,8 @@ class Upcycler {
   }
 
   double error_of(int layer, const FillContext& context) const {
+    if (plan_->origin)
+      return growth_error(plan_->recipe, *plan_->origin, layer, plan_->moe, context, options_.error_tokens);
     return layer_error(plan_->recipe, layer, plan_->moe, context, options_.error_tokens);
   }
 
@@ -258,7 +277,7 @@ class Upcycler {
 }  // namespace
 
 std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& options) {
-  const SourceSet sources(directories_of(options));
+  const SourceSet sources(directories_of(options), kind_of(config));
   const Plan plan = make_plan(config, sources, options.max_shard_bytes);
   std::string out = describe(plan.recipe);
   if (sources.size() > 1)

@@ -31,10 +31,11 @@ std::string refusal(const std::vector<std::string>& overrides, const std::string
 
 TEST(UpcycleConfig, ShippedRecipes) {
   std::vector<std::string> expected, found;
-  for (const char* name : {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling",
-                           "llama-moe-split", "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b",
-                           "arctic-residual", "marco-nano", "qwen3-30b-like", "dots1-like",
-                           "llama-moe-random", "rnu", "sparse-upcycling-half", "apollo-last2", "btx"}) {
+  for (const char* name :
+       {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling", "llama-moe-split",
+        "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b", "arctic-residual", "marco-nano",
+        "qwen3-30b-like", "dots1-like", "llama-moe-random", "rnu", "sparse-upcycling-half", "apollo-last2",
+        "btx", "grow-2x"}) {
     expected.push_back(name + std::string(".yaml"));
     expected.push_back(name + std::string("-tiny.yaml"));
   }
@@ -66,7 +67,7 @@ TEST(UpcycleConfig, TinyTwinsAreTheSameRecipes) {
     EXPECT_EQ(to_yaml(tiny), to_yaml(full)) << stem;
     ++twins;
   }
-  EXPECT_EQ(twins, 18);
+  EXPECT_EQ(twins, 19);
 }
 
 TEST(UpcycleConfig, TheProjectsDefault) {
@@ -110,6 +111,9 @@ TEST(UpcycleConfig, KeysWithoutEffectAreTold) {
   EXPECT_THAT(notes({"experts.split=random"}),
               HasSubstr("experts.split has no effect: experts.method is not"));
   EXPECT_EQ(notes({"experts.split=random", "experts.method=split"}), "");
+  EXPECT_THAT(notes({"grow.noise=0.1"}), HasSubstr("grow.noise has no effect: grow.copies is 0"));
+  EXPECT_THAT(notes({"grow.copies=2", "experts.reinit=0.5"}),
+              HasSubstr("experts.reinit has no effect: grow"));
   EXPECT_THAT(notes({"experts.noise_share=0.5"}), HasSubstr("experts.noise is 0"));
   EXPECT_EQ(notes({"experts.noise_share=0.5", "experts.noise=0.1", "experts.reinit_sets=per_matrix"}), "");
   EXPECT_THAT(notes({"experts.reinit_stats=block"}), HasSubstr("experts.reinit is 0"));

@@ -31,4 +31,13 @@ MUTANTS = {
     "statistics_of_the_first_dense_model": (
         "upcycle/transforms.cpp", "context.survey_of(m.source).moments", "context.survey_of(0).moments", "*Redrawn*",
         "sources_test"),
+    "copies_beside_each_other": (
+        "upcycle/growth.cpp", "t.expert % source.num_experts;",
+        "t.expert * source.num_experts / grown.num_experts;", "*", "growth_test"),
+    "noise_on_the_first_experts_too": (
+        "upcycle/transforms.cpp", "if (r >= repeated.rows && !kept.bitwise())", "if (!kept.bitwise())", "*Exact*",
+        "growth_test"),
+    "growth_held_against_itself": (
+        "upcycle/upcycler.cpp", "plan.origin = copy_of_mixture(dense);", "plan.origin = plan.recipe;", "*Exact*",
+        "growth_test"),
 }
