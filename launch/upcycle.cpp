@@ -10,6 +10,7 @@
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
+#include "launch/step_zero.h"
 
 namespace upmoe {
 
@@ -19,8 +20,20 @@ struct UpcycleArguments {
   std::string recipe;
   std::vector<std::string> overrides, from;
   UpcycleOptions options;
+  StepZeroRequest check;  // without tokens: none
   bool plan = false;
 };
+
+StepZero checked(const UpcycleArguments& arguments, const std::filesystem::path& made) {
+  const StepZeroRequest& request = arguments.check;
+  log::info("step 0: the mixture and its source on {}", request.tokens.string());
+  const StepZero zero = measure_step_zero(arguments.options.from, made, request);
+  log::info(
+      "step 0 on {} tokens: loss {:.4f}, of the source {:.4f} ({:+.4f}); KL(source || mixture) {:.4g} nats a "
+      "token",
+      zero.tokens, zero.loss, zero.source_loss, zero.loss - zero.source_loss, zero.divergence);
+  return zero;
+}
 
 int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
   Communicator& world = runtime.world();
@@ -44,7 +57,11 @@ int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
       std::fputs(plan.c_str(), stderr);
     }
   }
-  if (!arguments.plan) upcycle(config, arguments.options, world);
+  if (arguments.plan) return static_cast<int>(ExitCode::kDone);
+  UpcycleOptions options = arguments.options;
+  if (!arguments.check.tokens.empty())
+    options.check = [&](const std::filesystem::path& made) { return checked(arguments, made); };
+  upcycle(config, options, world);
   return static_cast<int>(ExitCode::kDone);
 }
 
@@ -75,6 +92,19 @@ void add_upcycle(CLI::App& app, Handler& handler) {
   add_choice(*command, "--form", arguments->options.form,
              "huggingface: a model directory for everybody; checkpoint: one shard per rank with the same "
              "values, for upmoe alone (train with model.path: DIR, eval, inspect, export)");
+  as_path(command->add_option(
+      "--check", arguments->check.tokens,
+      "Token file: loss before the first step beside the source's, and the divergence of what "
+      "both predict, printed and into upcycle_report.json; by rank 0 alone, on the CPU, with "
+      "both models in memory (huggingface)"));
+  command->add_option("--check-seq-len", arguments->check.seq_len, "Tokens per sequence of --check")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--check-sequences", arguments->check.sequences, "The first N sequences of --check")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  add_choice(*command, "--check-precision", arguments->check.precision,
+             "fp32 or bf16: of both models in --check");
   command->add_flag("--plan", arguments->plan, "Print what would be done and stop");
   command
       ->add_option("--threads", arguments->options.threads,
@@ -89,6 +119,8 @@ void add_upcycle(CLI::App& app, Handler& handler) {
   command->callback([arguments, command, &handler] {
     if (arguments->options.form == OutputForm::kCheckpoint && command->count("--max-shard-bytes") > 0)
       throw CLI::ValidationError("--max-shard-bytes", "a checkpoint has one shard per rank; leave it out");
+    if (arguments->options.form == OutputForm::kCheckpoint && !arguments->check.tokens.empty())
+      throw CLI::ValidationError("--check", "needs --form huggingface; `upmoe eval` measures a checkpoint");
     arguments->options.from = arguments->from.front();
     arguments->options.more_from.assign(arguments->from.begin() + 1, arguments->from.end());
     handler = [arguments](Runtime& runtime) { return run_upcycle(*arguments, runtime); };

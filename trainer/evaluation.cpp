@@ -14,6 +14,7 @@ class HeldOut final : public BatchSource {
   HeldOut(const TokenDataset& data, std::int64_t sequences, const EvalOptions& options,
           const ProcessMesh& mesh)
       : data_(data),
+        first_(options.begin),
         sequences_(sequences),
         micro_batch_(options.micro_batch),
         masked_(options.mask_documents),
@@ -29,7 +30,7 @@ class HeldOut final : public BatchSource {
     batch.index = deal_.index(round_++);
     const std::int64_t begin = batch.index < 0 ? sequences_ : batch.index * micro_batch_,
                        end = std::min(sequences_, begin + micro_batch_), T = (end - begin) * data_.seq_len();
-    for (std::int64_t i = begin; i < end; ++i) read(i, static_cast<std::size_t>(i - begin));
+    for (std::int64_t i = begin; i < end; ++i) read(first_ + i, static_cast<std::size_t>(i - begin));
     const auto view = [&](const std::vector<std::int32_t>& values) { return host_view(values.data(), {T}); };
     batch.tokens_T = view(tokens_);
     batch.targets_T = view(targets_);
@@ -53,7 +54,7 @@ class HeldOut final : public BatchSource {
   }
 
   const TokenDataset& data_;
-  std::int64_t sequences_, micro_batch_, round_ = 0;
+  std::int64_t first_, sequences_, micro_batch_, round_ = 0;
   bool masked_;
   Deal deal_;
   std::vector<std::int32_t> tokens_, targets_, documents_, positions_;
@@ -72,7 +73,8 @@ MeshSpec evaluation_mesh(const ModelConfig& config, int ranks) {
 EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
                     const LmHead::Sink& sink) {
   const auto start = std::chrono::steady_clock::now();
-  const std::int64_t available = data.num_sequences(), S = data.seq_len();
+  const std::int64_t available = std::max<std::int64_t>(0, data.num_sequences() - options.begin),
+                     S = data.seq_len();
   const std::int64_t sequences = options.sequences == 0 ? available : std::min(options.sequences, available);
   if (sequences == 0) fail(ExitCode::kBadInput, "the held-out data has no whole sequence of {} tokens", S);
   UPMOE_CHECK(!sink || model.mesh.spec().world() == 1, "logits of one rank");

@@ -13,15 +13,16 @@ struct EvalResult {
 };
 
 struct EvalOptions {
-  std::int64_t sequences = 0;    // 0 = all of the file
+  std::int64_t sequences = 0;    // 0 = all of the file from `begin` on
   std::int64_t micro_batch = 4;  // sequences at once per rank
   bool mask_documents = false;
+  std::int64_t begin = 0;  // the first of them
 };
 
 // For evaluation alone: experts over as many of the ranks as divide them, which takes the least memory.
 MeshSpec evaluation_mesh(const ModelConfig& config, int ranks);
 
-// Sequences 0..n-1 of `data` in file order, dealt to the data-parallel ranks. Collective; the same result on
+// Sequences begin..begin+n-1 of `data` in file order, dealt to the data-parallel ranks. Collective; the same result on
 // every rank. `sink` sees the logits (row = token index of the whole evaluation); only with one rank.
 EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
                     const LmHead::Sink& sink = {});

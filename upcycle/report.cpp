@@ -22,6 +22,11 @@ Json source_json(const SourceSurvey& survey) {
   return json;
 }
 
+// The last ones depend on the processor's vectors.
+double six_digits(double value) {
+  return std::stod(fmt::format("{:.6g}", value));
+}
+
 CopyCounts count_copies(const Recipe& recipe, const Recipe::Layer& layer, const ModelConfig& dense,
                         const PermutationCache& permutations) {
   if (recipe.copies_of_experts > 0) return {recipe.copies_of_experts, recipe.copies_of_experts};
@@ -53,8 +58,15 @@ std::vector<LayerReport> layer_reports(const Recipe& recipe, const std::vector<d
   return reports;
 }
 
+double largest_error(const std::vector<LayerReport>& layers) {
+  double worst = 0;
+  for (const LayerReport& layer : layers) worst = std::max(worst, layer.relative_error);
+  return worst;
+}
+
 std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const SourceSet& sources,
-                        const std::vector<LayerReport>& layers, int error_tokens) {
+                        const std::vector<LayerReport>& layers, int error_tokens,
+                        const std::optional<StepZero>& step_zero) {
   Json report;
   report["format"] = "upmoe-upcycle-report-1";
   report["recipe"] = to_yaml(config);
@@ -70,14 +82,22 @@ std::string make_report(const UpcycleConfig& config, const Recipe& recipe, const
   report["layers"] = Json::array();
   for (const LayerReport& layer : layers) {
     report["layers"].push_back({{"layer", layer.layer},
-                                // Six digits: the last ones depend on the processor's vectors.
-                                {"relative_error", std::stod(fmt::format("{:.6g}", layer.relative_error))},
+                                {"relative_error", six_digits(layer.relative_error)},
                                 {"copies_min", layer.copies.min},
                                 {"copies_max", layer.copies.max},
                                 {"redrawn_neurons_per_expert", recipe.redrawn},
                                 {"redrawn_neurons", recipe.redrawn * config.target.num_experts},
                                 {"scale", recipe.scale}});
   }
+  if (largest_error(layers) > kErrorOfNothing)
+    report["remark"] =
+        "errors above 1: those layers begin further from what they were made of than a layer of zeros would";
+  if (step_zero)
+    report["step_zero"] = {{"tokens", step_zero->tokens},
+                           {"seq_len", step_zero->seq_len},
+                           {"loss", six_digits(step_zero->loss)},
+                           {"source_loss", six_digits(step_zero->source_loss)},
+                           {"kl_source_mixture", six_digits(step_zero->divergence)}};
   return report.dump(2) + "\n";
 }
 

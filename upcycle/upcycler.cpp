@@ -235,9 +235,17 @@ class Upcycler {
     const std::vector<LayerReport> layers =
         layer_reports(plan_->recipe, errors, sources_->first().model().config(), *permutations_);
     write_text_synced(folder / "config.json", to_hf_json(plan_->moe));
-    write_text_synced(folder / "upcycle_report.json",
-                      make_report(plan_->config, plan_->recipe, *sources_, layers, options_.error_tokens));
     copy_companions(options_.from, folder);
+    std::optional<StepZero> step_zero;
+    if (options_.check) step_zero = options_.check(folder);
+    write_text_synced(folder / "upcycle_report.json", make_report(plan_->config, plan_->recipe, *sources_,
+                                                                  layers, options_.error_tokens, step_zero));
+    if (const double worst = largest_error(layers); worst > kErrorOfNothing)
+      log::warning(
+          "errors of layers up to {:.3g}: above 1 a layer begins further from what it was made of than a "
+          "layer of "
+          "zeros would; this recipe counts on training",
+          worst);
   }
 
   void finish(const std::vector<double>& errors) {

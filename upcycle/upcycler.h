@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "data/folder.h"
 #include "parallel/communicator.h"
 #include "upcycle/recipe.h"
+#include "upcycle/report.h"
 
 namespace upmoe {
 
@@ -30,6 +32,9 @@ struct UpcycleOptions {
   int error_tokens = 8;                              // random inputs for each layer's error in the report
   FreeSpace free_space = free_bytes_at;
   bool progress = true;
+  // Of the Hugging Face form: asked by rank 0 for what the finished folder predicts, before it has its name; into the
+  // report.
+  std::function<StepZero(const std::filesystem::path& made)> check = {};
 };
 
 // What would be done, as text: the recipe line by line and the files. Reads the source's headers only.

@@ -5,6 +5,7 @@ Needs UPMOE (the program) and MAKE_RUN (writes the token file and a run configur
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -112,6 +113,38 @@ class Forms(unittest.TestCase):
         both = [json.loads(self.upmoe("eval", self.dir / form, "--data", self.dir / "tokens.h5", "--seq-len", 32,
                                       "--sequences", 8, ranks=2).stdout) for form in ("hf", "store")]
         self.assertEqual(both[0]["loss"], both[1]["loss"])
+
+    def logits(self, model):
+        """Of the first 4 sequences of 32: a list for each token."""
+        out = self.dir / "logits.safetensors"
+        out.unlink(missing_ok=True)
+        loss = json.loads(self.upmoe("eval", model, "--data", self.dir / "tokens.h5", "--seq-len", 32, "--sequences", 4,
+                                     "--logits", out).stdout)["loss"]
+        data = out.read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        vocab = json.loads(data[8:8 + length])["logits"]["shape"][2]
+        values = struct.unpack(f"<{(len(data) - 8 - length) // 4}f", data[8 + length:])
+        return loss, [values[i:i + vocab] for i in range(0, len(values), vocab)]
+
+    def test_step_zero(self):
+        check = ("--check", self.dir / "tokens.h5", "--check-seq-len", 32, "--check-sequences", 4)
+        said = self.upcycle("checked", *check, ranks=2).stderr
+        self.assertIn("step 0 on 128 tokens: loss", said)
+        report = json.loads((self.dir / "checked" / "upcycle_report.json").read_text())
+        found = report.pop("step_zero")
+        self.assertEqual(report, json.loads((self.hf / "upcycle_report.json").read_text()))
+        (dense_loss, dense), (loss, mixture) = self.logits(self.dir / "dense"), self.logits(self.hf)
+        self.assertAlmostEqual(found["source_loss"], dense_loss, delta=1e-5)
+        self.assertAlmostEqual(found["loss"], loss, delta=1e-5)
+        divergence = 0.0
+        for p, q in zip(dense, mixture):
+            log_p, log_q = (math.log(sum(math.exp(v) for v in logits)) for logits in (p, q))
+            divergence += sum(math.exp(a - log_p) * ((a - log_p) - (b - log_q)) for a, b in zip(p, q))
+        self.assertAlmostEqual(found["kl_source_mixture"], divergence / len(dense),
+                               delta=1e-5 + 1e-3 * divergence / len(dense))
+        self.assertEqual((found["tokens"], found["seq_len"]), (128, 32))
+        refused = self.upcycle("refused", *check, "--form", "checkpoint", status=2).stderr
+        self.assertIn("upmoe eval", refused)
 
     def test_report_and_refusals(self):
         self.assertEqual((self.store / "upcycle_report.json").read_bytes(),

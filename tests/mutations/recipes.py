@@ -40,4 +40,7 @@ MUTANTS = {
     "growth_held_against_itself": (
         "upcycle/upcycler.cpp", "plan.origin = copy_of_mixture(dense);", "plan.origin = plan.recipe;", "*Exact*",
         "growth_test"),
+    "an_error_above_1_goes_unsaid": (
+        "upcycle/report.cpp", "if (largest_error(layers) > kErrorOfNothing)", "if (largest_error(layers) > 1e9)",
+        "Report.*", "upcycle_test"),
 }

@@ -1,0 +1,23 @@
+#pragma once
+// What a mixture predicts before its first step of training, beside its source.
+
+#include <cstdint>
+#include <filesystem>
+
+#include "configs/run_choices.h"
+#include "upcycle/report.h"
+
+namespace upmoe {
+
+struct StepZeroRequest {
+  std::filesystem::path tokens;  // token file
+  std::int64_t seq_len = 512, sequences = 16;
+  Precision precision = Precision::kFp32;
+};
+
+// On this rank alone, on the CPU, with both models in memory. Throws Error(kBadInput) when tokens and models do not
+// fit.
+StepZero measure_step_zero(const std::filesystem::path& source, const std::filesystem::path& made,
+                           const StepZeroRequest& request);
+
+}  // namespace upmoe
