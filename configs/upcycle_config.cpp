@@ -90,9 +90,9 @@ Schema schema_of(UpcycleConfig& c) {
       .says("Factor of the shared down projection; auto: 2 behind a gate, which begins at 1/2, else 1.");
   schema.section("router")
       .key("method", c.router.method)
-      .says("How the router's rows are drawn.")
+      .says("How the router's rows are made; prompts: the mean hidden state of token files (--prompts).")
       .key("std", c.router.std, {.least = 0})
-      .says("Standard deviation of the router's weights.");
+      .says("Standard deviation of the router's weights; of the noise on them, where they come from tokens.");
   schema.section("sources")
       .key("rest", c.sources.rest)
       .says("Of several dense models (--from given more than once), what experts are not made of.");
@@ -228,6 +228,10 @@ UpcycleConfig read_upcycle_config(const std::filesystem::path& file,
 std::string to_yaml(const UpcycleConfig& config) {
   UpcycleConfig copy = config;  // a schema binds to a struct it could also write
   return schema_of(copy).to_yaml();
+}
+
+bool asks_for_tokens(const UpcycleConfig& config) {
+  return config.router.method == RouterMethod::kPrompts;
 }
 
 std::string upcycle_config_reference() {

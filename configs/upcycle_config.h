@@ -55,13 +55,14 @@ inline constexpr Names<SharedMethod> kNames<SharedMethod>{.built = {{SharedMetho
                                                                     {SharedMethod::kZero, "zero"},
                                                                     {SharedMethod::kNone, "none"}}};
 
-enum class RouterMethod : std::uint8_t { kNormal, kZero, kVirtualGroup, kUniform };
+enum class RouterMethod : std::uint8_t { kNormal, kZero, kVirtualGroup, kUniform, kPrompts };
 template <>
 inline constexpr Names<RouterMethod> kNames<RouterMethod>{
     .built = {{RouterMethod::kNormal, "normal"},
               {RouterMethod::kZero, "zero"},
               {RouterMethod::kVirtualGroup, "virtual_group"},
-              {RouterMethod::kUniform, "uniform"}}};
+              {RouterMethod::kUniform, "uniform"},
+              {RouterMethod::kPrompts, "prompts"}}};
 
 // A sigmoid on the shared expert's output for each token; auto: as the target's family has it.
 enum class SharedGate : std::uint8_t { kAuto, kNone, kSigmoid };
@@ -104,7 +105,7 @@ struct UpcycleConfig {
   } shared;
   struct Router {
     RouterMethod method = RouterMethod::kNormal;
-    double std = 0.02;
+    double std = 0.02;  // of the noise alone, where the rows come from tokens
   } router;
   struct Sources {
     SourcesRest rest = SourcesRest::kAverage;
@@ -126,5 +127,7 @@ UpcycleConfig parse_upcycle_config(const std::string& yaml, const std::string& w
 std::string upcycle_config_reference();  // every key: type, range, default; one line each
 std::string upcycle_config_help();       // every key with its meaning, for people
 std::string to_yaml(const UpcycleConfig& config);
+// Whether something of the mixture is made of what tokens tell about the dense model.
+bool asks_for_tokens(const UpcycleConfig& config);
 
 }  // namespace upmoe

@@ -2,27 +2,13 @@
 
 #include <memory>
 
-#include "data/model_source.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
+#include "launch/whole_model.h"
 #include "parallel/self_comm.h"
 #include "trainer/model_distance.h"
 
 namespace upmoe {
-namespace {
-
-// A model of a directory, whole on this rank.
-std::unique_ptr<RankModel> loaded(const ModelSource& source, Communicator& self, Precision precision) {
-  auto model =
-      std::make_unique<RankModel>(source.config(), MeshSpec{}, self, Device{},
-                                  RankModel::Options{.dtype = dtype_of(precision), .gradients = false});
-  model->params.load(model->memory.exec,
-                     [&](const ParamSpec& p, const Box& box, TensorView out) { source.read(p, box, out); });
-  return model;
-}
-
-}  // namespace
-
 StepZero measure_step_zero(const std::filesystem::path& source, const std::filesystem::path& made,
                            const StepZeroRequest& request) {
   const std::unique_ptr<ModelSource> dense = open_model(source), mixture = open_model(made);
@@ -30,8 +16,8 @@ StepZero measure_step_zero(const std::filesystem::path& source, const std::files
   for (const std::string& words : tokenizer_differences(dense->companions(), data.files()))
     log::warning("{}", words);
   const std::unique_ptr<Communicator> self = make_self_communicator();
-  const std::unique_ptr<RankModel> origin = loaded(*dense, *self, request.precision),
-                                   model = loaded(*mixture, *self, request.precision);
+  const std::unique_ptr<RankModel> origin = whole_model(*dense, *self, request.precision),
+                                   model = whole_model(*mixture, *self, request.precision);
   const ModelDistance distance = distance_between(*model, *origin, data, request.sequences);
   return {distance.loss, distance.origin_loss, distance.divergence, distance.tokens, request.seq_len};
 }

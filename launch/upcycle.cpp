@@ -10,6 +10,7 @@
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
+#include "launch/prompt_rows.h"
 #include "launch/step_zero.h"
 
 namespace upmoe {
@@ -21,6 +22,7 @@ struct UpcycleArguments {
   std::vector<std::string> overrides, from;
   UpcycleOptions options;
   StepZeroRequest check;  // without tokens: none
+  PromptRequest prompts;  // likewise
   bool plan = false;
 };
 
@@ -61,8 +63,48 @@ int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
   UpcycleOptions options = arguments.options;
   if (!arguments.check.tokens.empty())
     options.check = [&](const std::filesystem::path& made) { return checked(arguments, made); };
+  if (!arguments.prompts.files.empty()) {
+    if (!asks_for_tokens(config) && world.rank() == 0)
+      log::warning("--prompts has no effect: router.method is {}", name_of(config.router.method));
+    options.calibrate = [&] {
+      return prompt_rows(options.from, config.target.num_experts, arguments.prompts);
+    };
+  }
   upcycle(config, options, world);
   return static_cast<int>(ExitCode::kDone);
+}
+
+// Of what tokens are looked at for, before and behind the work.
+void add_token_options(CLI::App& command, UpcycleArguments& arguments) {
+  as_path(command.add_option(
+      "--check", arguments.check.tokens,
+      "Token file: loss before the first step beside the source's, and the divergence of what "
+      "both predict, printed and into upcycle_report.json; by rank 0 alone, on the CPU, with "
+      "both models in memory (huggingface)"));
+  command.add_option("--check-seq-len", arguments.check.seq_len, "Tokens per sequence of --check")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--check-sequences", arguments.check.sequences, "The first N sequences of --check")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  add_choice(command, "--check-precision", arguments.check.precision,
+             "fp32 or bf16: of both models in --check");
+  as_path(
+      command
+          .add_option(
+              "--prompts", arguments.prompts.files,
+              "Token file for router.method prompts: the text that experts are for; given several times, "
+              "each for an equal part of them, in this order. Looked at by rank 0 alone, on the CPU, with "
+              "the first dense model in memory")
+          ->allow_extra_args(false));
+  command.add_option("--prompt-seq-len", arguments.prompts.seq_len, "Tokens per sequence of --prompts")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      .add_option("--prompt-sequences", arguments.prompts.sequences,
+                  "The first N sequences of each --prompts")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
 }
 
 }  // namespace
@@ -92,19 +134,7 @@ void add_upcycle(CLI::App& app, Handler& handler) {
   add_choice(*command, "--form", arguments->options.form,
              "huggingface: a model directory for everybody; checkpoint: one shard per rank with the same "
              "values, for upmoe alone (train with model.path: DIR, eval, inspect, export)");
-  as_path(command->add_option(
-      "--check", arguments->check.tokens,
-      "Token file: loss before the first step beside the source's, and the divergence of what "
-      "both predict, printed and into upcycle_report.json; by rank 0 alone, on the CPU, with "
-      "both models in memory (huggingface)"));
-  command->add_option("--check-seq-len", arguments->check.seq_len, "Tokens per sequence of --check")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command->add_option("--check-sequences", arguments->check.sequences, "The first N sequences of --check")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  add_choice(*command, "--check-precision", arguments->check.precision,
-             "fp32 or bf16: of both models in --check");
+  add_token_options(*command, *arguments);
   command->add_flag("--plan", arguments->plan, "Print what would be done and stop");
   command
       ->add_option("--threads", arguments->options.threads,

@@ -80,8 +80,10 @@ def round_trip(recipe, upmoe, work, folder):
             folder / "smaller")
         dense = folder / "smaller"
     # A router of zeros gives all experts one score, and torch.topk takes others of equals than upmoe.
-    zero = yaml.safe_load(recipe.read_text()).get("router", {}).get("method") == "zero"
-    run(upmoe, "upcycle", recipe, "--from", dense, "--to", moe, *(["router.method=normal"] if zero else []))
+    router = yaml.safe_load(recipe.read_text()).get("router", {}).get("method")
+    zero = router == "zero"
+    tokens = ["--prompts", work / "tokens.h5", "--prompt-seq-len", 32] if router == "prompts" else []
+    run(upmoe, "upcycle", recipe, "--from", dense, "--to", moe, *(["router.method=normal"] if zero else []), *tokens)
     report = json.loads((moe / "upcycle_report.json").read_text())
     error = max(layer["relative_error"] for layer in report["layers"])
     start = there_and_back(upmoe, moe, work / "tokens.h5")

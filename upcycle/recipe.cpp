@@ -116,6 +116,8 @@ FreshInit LayerRecipe::router() const {
     case RouterMethod::kZero:
       init.kind = FreshInit::Kind::kConstant;
       break;
+    case RouterMethod::kPrompts:
+      break;  // given
     case RouterMethod::kUniform:
       init.kind = FreshInit::Kind::kUniform;
       break;
@@ -134,9 +136,11 @@ FreshInit LayerRecipe::router() const {
 // Whatever a line reads is noted, so that in the end every dense tensor is used or listed as dropped.
 class RecipeBuilder {
  public:
-  RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense, int sources)
+  RecipeBuilder(const UpcycleConfig& config, const ModelConfig& dense, int sources,
+                const Calibration* calibration)
       : config_(config),
         dense_(dense),
+        calibration_(calibration),
         sources_count_(sources),
         moe_(make_moe_config(config, dense)),
         shared_scale_(resolve_shared_scale(config, moe_.shared_expert_gate)) {
@@ -212,6 +216,7 @@ class RecipeBuilder {
     switch (param.role) {
       case Role::kRouter:
         layer_of(param).router = line;
+        if (asks_for_tokens(config_)) return given_router(param, tensor);
         return layer_recipe(param).router();
       case Role::kSharedGate:
         if (!config_.keep_rest) return rest(param, tensor);
@@ -225,6 +230,17 @@ class RecipeBuilder {
       default:
         return rest(param, tensor);
     }
+  }
+
+  GivenRows given_router(const ParamSpec& param, const HfTensor& tensor) const {
+    GivenRows rows{nullptr, config_.router.std};
+    if (calibration_ == nullptr) return rows;
+    const std::vector<float>& values =
+        calibration_->layers.at(static_cast<std::size_t>(param.layer)).router_ED;
+    UPMOE_CHECK(static_cast<std::int64_t>(values.size()) == tensor.elements(), "{} values for {}",
+                values.size(), tensor.name);
+    rows.values = std::make_shared<const std::vector<float>>(values);
+    return rows;
   }
 
   ExpertMatrix expert_matrix(const ParamSpec& param, const HfTensor& tensor, int line) {
@@ -256,6 +272,7 @@ class RecipeBuilder {
 
   const UpcycleConfig& config_;
   const ModelConfig& dense_;
+  const Calibration* calibration_;
   const int sources_count_;
   const ModelConfig moe_;
   const double shared_scale_;
@@ -329,14 +346,15 @@ UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense, int
   return out;
 }
 
-Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense, int sources) {
+Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense, int sources,
+                   const Calibration* calibration) {
   const std::vector<std::string> problems = problems_of(config, dense, sources);
   if (!problems.empty()) {
     std::string list;
     for (const std::string& p : problems) list += "\n  " + p;
     fail(ExitCode::kUsage, "{}: this recipe does not fit the dense model:{}", config.origin, list);
   }
-  return RecipeBuilder(config, dense, sources).build();
+  return RecipeBuilder(config, dense, sources, calibration).build();
 }
 
 }  // namespace upmoe

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <variant>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "configs/families/family.h"
 #include "configs/model_config.h"
 #include "configs/upcycle_config.h"
+#include "upcycle/calibration.h"
 #include "upcycle/unit_map.h"
 
 namespace upmoe {
@@ -56,7 +58,13 @@ struct RepeatedRows {
   double noise = 0.0;     // standard deviation
 };
 
-using Transform = std::variant<Copy, ExpertMatrix, FreshInit, RepeatedRows>;
+// Numbers that tokens told, and noise.
+struct GivenRows {
+  std::shared_ptr<const std::vector<float>> values;  // row-major; null where a recipe is only described
+  double noise = 0.0;                                // standard deviation
+};
+
+using Transform = std::variant<Copy, ExpertMatrix, FreshInit, RepeatedRows, GivenRows>;
 
 struct RecipeLine {
   std::string target;               // name on disk; also keys the random numbers
@@ -91,6 +99,9 @@ struct Recipe {
 // The recipe with every `auto` replaced by what it stands for.
 UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense, int sources = 1);
 // Throws Error(kUsage) with problems_of(), Error(kFailure) when a tensor would be made twice or not at all.
-Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense, int sources = 1);
+// `calibration`: where the recipe asks for tokens (asks_for_tokens); without it such a recipe can be described, not
+// made.
+Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense, int sources = 1,
+                   const Calibration* calibration = nullptr);
 
 }  // namespace upmoe

@@ -52,6 +52,10 @@ std::string words_of(const RepeatedRows& repeated) {
   return repeated.noise == 0 ? words : fmt::format("{}, noise {} on copies", words, repeated.noise);
 }
 
+std::string words_of(const GivenRows& given) {
+  return given.noise == 0 ? "from tokens" : fmt::format("from tokens, noise {}", given.noise);
+}
+
 std::string words_of(const ExpertMatrix& m) {
   const UnitMap& map = m.map;
   std::string words;

@@ -234,6 +234,22 @@ void fill_matrix(const RecipeLine& line, const RepeatedRows& repeated, Rows rows
 }
 
 template <class T>
+void fill_matrix(const RecipeLine& line, const GivenRows& given, Rows rows, const FillContext& context,
+                 T* out) {
+  UPMOE_CHECK(given.values != nullptr, "{}: no tokens were looked at", line.target);
+  const std::int64_t columns = line.columns();
+  const std::uint64_t key = philox_key(context.seed, line.target + ".noise");
+  const auto noise = static_cast<float>(given.noise);
+  std::vector<float> numbers(static_cast<std::size_t>(columns), 0.0f);
+  for (std::int64_t r = rows.begin; r < rows.end; ++r, out += columns) {
+    if (noise > 0) normal_batch(key, static_cast<std::uint64_t>(r * columns), columns, numbers.data());
+    const float* values = given.values->data() + r * columns;
+    for (std::int64_t c = 0; c < columns; ++c)
+      out[c] = from_float<T>(values[c] + noise * numbers[static_cast<std::size_t>(c)]);
+  }
+}
+
+template <class T>
 void fill_matrix(const RecipeLine& line, const FreshInit& init, Rows rows, const FillContext& context,
                  T* out) {
   const std::int64_t columns = line.columns();

@@ -50,7 +50,8 @@ SourceKind kind_of(const UpcycleConfig& config) {
   return config.grow.copies > 0 ? SourceKind::kMixture : SourceKind::kDense;
 }
 
-Plan make_plan(const UpcycleConfig& config, const SourceSet& sources, std::uint64_t max_shard_bytes) {
+Plan make_plan(const UpcycleConfig& config, const SourceSet& sources, std::uint64_t max_shard_bytes,
+               const Calibration* calibration = nullptr) {
   const DenseSource& source = sources.first();
   const ModelConfig& dense = source.model().config();
   Plan plan;
@@ -64,7 +65,8 @@ Plan make_plan(const UpcycleConfig& config, const SourceSet& sources, std::uint6
     plan.config.target.family = dense.model_type;
     plan.moe = grown_config(config, dense);
   } else {
-    plan.recipe = make_recipe(config, dense, sources.size());  // first: it lists all that does not fit
+    plan.recipe =
+        make_recipe(config, dense, sources.size(), calibration);  // first: it lists all that does not fit
     plan.config = resolve(config, dense, sources.size());
     plan.moe = make_moe_config(config, dense);
   }
@@ -87,9 +89,11 @@ class Upcycler {
     run_agreed(comm_, [&] {
       if (!sources_) sources_.emplace(inputs, kind_of(config));
     });
-    on_rank_0([&] { plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes)); });
+    const std::optional<Calibration> calibration = calibrated(config);
+    const Calibration* given = calibration ? &*calibration : nullptr;
+    on_rank_0([&] { plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes, given)); });
     run_agreed(comm_, [&] {
-      if (!plan_) plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes));
+      if (!plan_) plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes, given));
     });
     on_rank_0([&] { stage_.emplace(options.to, inputs); });
     find_folder();
@@ -109,6 +113,21 @@ class Upcycler {
   }
 
  private:
+  // What rank 0 found in tokens, on every rank; nothing where the recipe does not ask.
+  std::optional<Calibration> calibrated(const UpcycleConfig& config) {
+    if (!asks_for_tokens(config)) return std::nullopt;
+    std::string bytes;
+    on_rank_0([&] {
+      if (!options_.calibrate)
+        fail(ExitCode::kUsage, "{}: the recipe makes routers of what tokens tell; give them with --prompts",
+             config.origin);
+      make_recipe(config, sources_->first().model().config(),
+                  sources_->size());  // what does not fit is told first
+      bytes = to_bytes(options_.calibrate());
+    });
+    return calibration_from(broadcast_text(comm_, bytes, 0));
+  }
+
   // Where rank 0 prepares the output, known and seen by every rank.
   void find_folder() {
     folder_ = broadcast_text(comm_, stage_ ? stage_->path().string() : "", 0);

@@ -35,6 +35,8 @@ struct UpcycleOptions {
   // Of the Hugging Face form: asked by rank 0 for what the finished folder predicts, before it has its name; into the
   // report.
   std::function<StepZero(const std::filesystem::path& made)> check = {};
+  // Of recipes that ask for tokens: asked by rank 0 before anything is made.
+  std::function<Calibration()> calibrate = {};
 };
 
 // What would be done, as text: the recipe line by line and the files. Reads the source's headers only.

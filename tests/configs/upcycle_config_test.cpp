@@ -31,11 +31,26 @@ std::string refusal(const std::vector<std::string>& overrides, const std::string
 
 TEST(UpcycleConfig, ShippedRecipes) {
   std::vector<std::string> expected, found;
-  for (const char* name :
-       {"qwen1.5-moe-a2.7b", "sparse-upcycling", "virtual-group", "drop-upcycling", "llama-moe-split",
-        "from-scratch", "mixtral-8x", "deepseekmoe", "qwen2-57b-a14b", "arctic-residual", "marco-nano",
-        "qwen3-30b-like", "dots1-like", "llama-moe-random", "rnu", "sparse-upcycling-half", "apollo-last2",
-        "btx", "grow-2x"}) {
+  for (const char* name : {"qwen1.5-moe-a2.7b",
+                           "sparse-upcycling",
+                           "virtual-group",
+                           "drop-upcycling",
+                           "llama-moe-split",
+                           "from-scratch",
+                           "mixtral-8x",
+                           "deepseekmoe",
+                           "qwen2-57b-a14b",
+                           "arctic-residual",
+                           "marco-nano",
+                           "qwen3-30b-like",
+                           "dots1-like",
+                           "llama-moe-random",
+                           "rnu",
+                           "sparse-upcycling-half",
+                           "apollo-last2",
+                           "btx",
+                           "grow-2x",
+                           "btx-prompts"}) {
     expected.push_back(name + std::string(".yaml"));
     expected.push_back(name + std::string("-tiny.yaml"));
   }
@@ -67,7 +82,7 @@ TEST(UpcycleConfig, TinyTwinsAreTheSameRecipes) {
     EXPECT_EQ(to_yaml(tiny), to_yaml(full)) << stem;
     ++twins;
   }
-  EXPECT_EQ(twins, 19);
+  EXPECT_EQ(twins, 20);
 }
 
 TEST(UpcycleConfig, TheProjectsDefault) {

@@ -146,6 +146,25 @@ class Forms(unittest.TestCase):
         refused = self.upcycle("refused", *check, "--form", "checkpoint", status=2).stderr
         self.assertIn("upmoe eval", refused)
 
+    def test_prompts(self):
+        prompts = [word for _ in range(2) for word in ("--prompts", self.dir / "tokens.h5")]
+        words = ("router.method=prompts", "router.std=0", *prompts, "--prompt-seq-len", 32)
+        self.upcycle("prompted", *words)
+        self.upcycle("prompted_by_two", *words, ranks=2)
+        one, two = (tensors_in(self.dir / name) for name in ("prompted", "prompted_by_two"))
+        self.assertEqual(one, two)
+        routers = [values for name, values in one.items() if name.endswith("mlp.gate.weight")]
+        self.assertTrue(routers)
+        for dtype, (experts, hidden), data in routers:
+            self.assertEqual((dtype, experts), ("F32", 10))
+            values = struct.unpack(f"<{experts * hidden}f", data)
+            rows = [values[i:i + hidden] for i in range(0, len(values), hidden)]
+            self.assertEqual(rows, [rows[0]] * experts)  # of one text in both files
+            self.assertAlmostEqual(sum(v * v for v in rows[0]), 1.0, delta=1e-5)
+        self.assertIn("--prompts", self.upcycle("unprompted", "router.method=prompts", status=2).stderr)
+        thrice = [*prompts, "--prompts", self.dir / "tokens.h5"]
+        self.assertIn("no equal parts of 10", self.upcycle("thrice", "router.method=prompts", *thrice, status=2).stderr)
+
     def test_report_and_refusals(self):
         self.assertEqual((self.store / "upcycle_report.json").read_bytes(),
                          (self.hf / "upcycle_report.json").read_bytes())

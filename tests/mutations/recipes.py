@@ -43,4 +43,13 @@ MUTANTS = {
     "an_error_above_1_goes_unsaid": (
         "upcycle/report.cpp", "if (largest_error(layers) > kErrorOfNothing)", "if (largest_error(layers) > 1e9)",
         "Report.*", "upcycle_test"),
+    "hidden_states_before_the_second_norm": (
+        "trainer/model/transformer.cpp", "if (see) see(number, saved.normed2_TD);",
+        "if (see) see(number, saved.h_TD);", "*", "ffn_inputs_test"),
+    "means_of_the_last_sequence": (
+        "trainer/ffn_inputs.cpp", "for (std::size_t d = 0; d < D; ++d) sum[d] += *x++;",
+        "for (std::size_t d = 0; d < D; ++d) sum[d] = *x++;", "*Mean*", "ffn_inputs_test"),
+    "every_rank_without_what_rank_0_was_told": (
+        "upcycle/upcycler.cpp", "return calibration_from(broadcast_text(comm_, bytes, 0));",
+        "return calibration_from(bytes);", "*Rank*", "calibration_test"),
 }

@@ -191,7 +191,7 @@ void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
 
 // Nothing is kept for a backward: a block's own memory goes when it is done.
 Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
-                                           Arena& keep, const Continuation* rows) const {
+                                           Arena& keep, const Continuation* rows, const SeeInputs& see) const {
   const Shape shape{own_tokens(batch), hidden_size};
   Turns turns{keep.take(shape, dtype, "block input"), keep.take(shape, dtype, "block output"), input_tD};
   auto& [x_tD, y_tD, input] = turns;
@@ -209,15 +209,21 @@ Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, Co
     saved.balance.groups = {batch.groups, tp};
     if (rows != nullptr) places.cached = CachedPlaces{rows->caches.of(i), rows->tokens, rows->begins};
     input = summed(ex, blocks[i].forward(ex, {y_tD, branch_tD, normed_tD}, {input}, places, keep, saved));
+    if (see) see(first_block + static_cast<int>(i), saved.normed2_TD);
     keep.rewind(mark);
     std::swap(x_tD, y_tD);
   }
   return turns;
 }
 
+void Transformer::ffn_inputs(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
+                             const SeeInputs& see) const {
+  run_blocks(ex, batch, input_tD, keep, nullptr, see);
+}
+
 Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
                                              Arena& keep, const LmHead::Sink& sink) const {
-  const Turns last = run_blocks(ex, batch, input_tD, keep, nullptr);
+  const Turns last = run_blocks(ex, batch, input_tD, keep, nullptr, {});
   if (!output) return {last.output_tD, 0};
   Norm::Saved saved;
   output->norm.forward(ex, last.y_tD, {last.output_tD}, keep, saved);

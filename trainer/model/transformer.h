@@ -97,6 +97,11 @@ struct Transformer {
   };
   TensorView logits(Exec& ex, const MicroBatch& batch, const Continuation& rows, Arena& keep) const;
   std::vector<AttentionShape> attention_of_blocks() const;  // of this rank's heads
+  // Forward through this chunk's blocks alone: see(i, x_TD), i counted in the whole model, with what the FFN or the
+  // mixture of block i reads, which is there until `see` returns.
+  using SeeInputs = std::function<void(int block, ConstTensorView x_TD)>;
+  void ffn_inputs(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
+                  const SeeInputs& see) const;
 
   std::int64_t own_tokens(const MicroBatch& batch) const { return batch.tokens_T.rows() / tp->size(); }  // t
 
@@ -108,8 +113,9 @@ struct Transformer {
     TensorView x_tD, y_tD;
     ConstTensorView output_tD;
   };
+  // The embedding, where it is this chunk's, and its blocks, nothing kept.
   Turns run_blocks(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
-                   const Continuation* rows) const;
+                   const Continuation* rows, const SeeInputs& see) const;
   void prepare_loads(Exec& ex, const MicroBatch& batch, Arena& keep, Saved& saved) const;
   RoutedTokens routed_tokens(const MicroBatch& batch, std::size_t block) const;
   TensorView previous_loads(Exec& ex, const BalanceConfig& config, std::int64_t experts) const;
