@@ -63,6 +63,8 @@ Schema schema_of(UpcycleConfig& c) {
   schema.section("experts")
       .key("method", c.experts.method)
       .says("Which neurons of the dense feed-forward an expert is made of.")
+      .key("cluster_markers", c.experts.cluster_markers, {.least = 1, .most = kMaxWidth})
+      .says("Neurons of a token, the most active ones, that count where method cluster looks at tokens.")
       .key("split", c.experts.split)
       .says("Order in which method split goes through the neurons; random: one permutation of each layer.")
       .key("copies", c.experts.copies, {.least = 1})
@@ -83,14 +85,16 @@ Schema schema_of(UpcycleConfig& c) {
       .says("Factor of the down projections; auto: what preserves the function.");
   schema.section("shared")
       .key("method", c.shared.method)
-      .says("What the shared expert is made of.")
+      .says("What the shared expert is made of; active: of the neurons that are active most often.")
       .key("gate", c.shared.gate)
       .says("A sigmoid of its own on the shared expert's output; auto: as the target's family has it.")
       .key("scale", c.shared.scale, {.least = 0})
       .says("Factor of the shared down projection; auto: 2 behind a gate, which begins at 1/2, else 1.");
   schema.section("router")
       .key("method", c.router.method)
-      .says("How the router's rows are made; prompts: the mean hidden state of token files (--prompts).")
+      .says(
+          "How the router's rows are made; prompts: the mean hidden state of token files (--prompts); "
+          "neurons: the gate row of the neuron nearest to what an expert's have in common.")
       .key("std", c.router.std, {.least = 0})
       .says("Standard deviation of the router's weights; of the noise on them, where they come from tokens.");
   schema.section("sources")
@@ -125,6 +129,9 @@ std::vector<std::string> without_effect(const UpcycleConfig& c) {
          drawn ? "experts.reinit_from is config" : "experts.reinit is 0");
   unless(c.experts.noise > 0, c.experts.noise_share != defaults.experts.noise_share, "experts.noise_share",
          "experts.noise is 0");
+  unless(c.experts.method == ExpertMethod::kCluster,
+         c.experts.cluster_markers != defaults.experts.cluster_markers, "experts.cluster_markers",
+         "experts.method is not cluster");
   unless(c.experts.method == ExpertMethod::kSplit, c.experts.split != defaults.experts.split, "experts.split",
          "experts.method is not split");
   unless(drawn || random || !c.keep_rest, c.experts.reinit_from != defaults.experts.reinit_from,
@@ -231,7 +238,7 @@ std::string to_yaml(const UpcycleConfig& config) {
 }
 
 bool asks_for_tokens(const UpcycleConfig& config) {
-  return config.router.method == RouterMethod::kPrompts;
+  return config.router.method == RouterMethod::kPrompts || config.experts.method == ExpertMethod::kCluster;
 }
 
 std::string upcycle_config_reference() {

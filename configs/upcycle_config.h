@@ -13,15 +13,15 @@
 namespace upmoe {
 
 // Which neurons of the dense feed-forward an expert is made of.
-enum class ExpertMethod : std::uint8_t { kCopy, kSplit, kShuffle, kVirtualGroup, kRandom };
+enum class ExpertMethod : std::uint8_t { kCopy, kSplit, kShuffle, kVirtualGroup, kRandom, kCluster };
 template <>
 inline constexpr Names<ExpertMethod> kNames<ExpertMethod>{
     .built = {{ExpertMethod::kCopy, "copy"},
               {ExpertMethod::kSplit, "split"},
               {ExpertMethod::kShuffle, "shuffle"},
               {ExpertMethod::kVirtualGroup, "virtual_group"},
-              {ExpertMethod::kRandom, "random"}},
-    .planned = {"cluster"}};
+              {ExpertMethod::kRandom, "random"},
+              {ExpertMethod::kCluster, "cluster"}}};
 
 // Of experts.method split: which neurons stand beside each other.
 enum class SplitOrder : std::uint8_t { kConsecutive, kRandom };
@@ -47,22 +47,24 @@ template <>
 inline constexpr Names<ReinitSets> kNames<ReinitSets>{
     .built = {{ReinitSets::kJoint, "joint"}, {ReinitSets::kPerMatrix, "per_matrix"}}};
 
-enum class SharedMethod : std::uint8_t { kDense, kRandom, kShuffle, kZero, kNone };
+enum class SharedMethod : std::uint8_t { kDense, kRandom, kShuffle, kZero, kNone, kActive };
 template <>
 inline constexpr Names<SharedMethod> kNames<SharedMethod>{.built = {{SharedMethod::kDense, "dense"},
                                                                     {SharedMethod::kRandom, "random"},
                                                                     {SharedMethod::kShuffle, "shuffle"},
                                                                     {SharedMethod::kZero, "zero"},
-                                                                    {SharedMethod::kNone, "none"}}};
+                                                                    {SharedMethod::kNone, "none"},
+                                                                    {SharedMethod::kActive, "active"}}};
 
-enum class RouterMethod : std::uint8_t { kNormal, kZero, kVirtualGroup, kUniform, kPrompts };
+enum class RouterMethod : std::uint8_t { kNormal, kZero, kVirtualGroup, kUniform, kPrompts, kNeurons };
 template <>
 inline constexpr Names<RouterMethod> kNames<RouterMethod>{
     .built = {{RouterMethod::kNormal, "normal"},
               {RouterMethod::kZero, "zero"},
               {RouterMethod::kVirtualGroup, "virtual_group"},
               {RouterMethod::kUniform, "uniform"},
-              {RouterMethod::kPrompts, "prompts"}}};
+              {RouterMethod::kPrompts, "prompts"},
+              {RouterMethod::kNeurons, "neurons"}}};
 
 // A sigmoid on the shared expert's output for each token; auto: as the target's family has it.
 enum class SharedGate : std::uint8_t { kAuto, kNone, kSigmoid };
@@ -94,6 +96,7 @@ struct UpcycleConfig {
     ReinitStats reinit_stats = ReinitStats::kMatrix;
     ReinitSets reinit_sets = ReinitSets::kJoint;
     double noise = 0.0;           // standard deviation of normal noise added to kept neurons
+    int cluster_markers = 10;     // the most active neurons of a token that count, of experts.method cluster
     double noise_share = 1.0;     // floor(noise_share * width) neurons, chosen by `reinit_sets`, may get it
     std::optional<double> scale;  // empty = auto; multiplies the down projections
   } experts;

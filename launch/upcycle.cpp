@@ -7,10 +7,10 @@
 
 #include "configs/upcycle_config.h"
 #include "kernels/core/log.h"
+#include "launch/calibration.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
-#include "launch/prompt_rows.h"
 #include "launch/step_zero.h"
 
 namespace upmoe {
@@ -21,8 +21,8 @@ struct UpcycleArguments {
   std::string recipe;
   std::vector<std::string> overrides, from;
   UpcycleOptions options;
-  StepZeroRequest check;  // without tokens: none
-  PromptRequest prompts;  // likewise
+  StepZeroRequest check;            // without tokens: none
+  TokenRequest prompts, calibrate;  // likewise
   bool plan = false;
 };
 
@@ -35,6 +35,14 @@ StepZero checked(const UpcycleArguments& arguments, const std::filesystem::path&
       "token",
       zero.tokens, zero.loss, zero.source_loss, zero.loss - zero.source_loss, zero.divergence);
   return zero;
+}
+
+// Tokens that the recipe does not ask.
+void note_idle_tokens(const UpcycleArguments& arguments, const UpcycleConfig& config) {
+  if (!arguments.prompts.files.empty() && config.router.method != RouterMethod::kPrompts)
+    log::warning("--prompts has no effect: router.method is {}", name_of(config.router.method));
+  if (!arguments.calibrate.files.empty() && config.experts.method != ExpertMethod::kCluster)
+    log::warning("--calibrate has no effect: experts.method is {}", name_of(config.experts.method));
 }
 
 int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
@@ -63,13 +71,11 @@ int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
   UpcycleOptions options = arguments.options;
   if (!arguments.check.tokens.empty())
     options.check = [&](const std::filesystem::path& made) { return checked(arguments, made); };
-  if (!arguments.prompts.files.empty()) {
-    if (!asks_for_tokens(config) && world.rank() == 0)
-      log::warning("--prompts has no effect: router.method is {}", name_of(config.router.method));
+  if (world.rank() == 0) note_idle_tokens(arguments, config);
+  if (!arguments.prompts.files.empty() || !arguments.calibrate.files.empty())
     options.calibrate = [&] {
-      return prompt_rows(options.from, config.target.num_experts, arguments.prompts);
+      return calibration_of(config, options.from, arguments.prompts, arguments.calibrate);
     };
-  }
   upcycle(config, options, world);
   return static_cast<int>(ExitCode::kDone);
 }
@@ -103,6 +109,22 @@ void add_token_options(CLI::App& command, UpcycleArguments& arguments) {
   command
       .add_option("--prompt-sequences", arguments.prompts.sequences,
                   "The first N sequences of each --prompts")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  as_path(
+      command
+          .add_option(
+              "--calibrate", arguments.calibrate.files,
+              "Token file for experts.method cluster: which neurons are active together. Looked at by rank "
+              "0 alone, on the CPU, with the dense model in memory")
+          ->allow_extra_args(false));
+  command
+      .add_option("--calibrate-seq-len", arguments.calibrate.seq_len, "Tokens per sequence of --calibrate")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      .add_option("--calibrate-sequences", arguments.calibrate.sequences,
+                  "The first N sequences of --calibrate")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
 }

@@ -83,6 +83,8 @@ def round_trip(recipe, upmoe, work, folder):
     router = yaml.safe_load(recipe.read_text()).get("router", {}).get("method")
     zero = router == "zero"
     tokens = ["--prompts", work / "tokens.h5", "--prompt-seq-len", 32] if router == "prompts" else []
+    if router == "neurons":
+        tokens = ["--calibrate", work / "tokens.h5", "--calibrate-seq-len", 32]
     run(upmoe, "upcycle", recipe, "--from", dense, "--to", moe, *(["router.method=normal"] if zero else []), *tokens)
     report = json.loads((moe / "upcycle_report.json").read_text())
     error = max(layer["relative_error"] for layer in report["layers"])

@@ -1,6 +1,5 @@
 #include "upcycle/calibration.h"
 
-#include <cstdint>
 #include <cstring>
 
 #include "kernels/core/check.h"
@@ -42,13 +41,20 @@ class Reader {
 
 std::string to_bytes(const Calibration& calibration) {
   std::string bytes;
-  for (const Calibration::Layer& layer : calibration.layers) put(bytes, layer.router_ED);
+  for (const Calibration::Layer& layer : calibration.layers) {
+    put(bytes, layer.router_ED);
+    put(bytes, layer.order);
+  }
   return bytes;
 }
 
 Calibration calibration_from(const std::string& bytes) {
   Calibration calibration;
-  for (Reader reader(bytes); !reader.done();) calibration.layers.push_back({reader.take<float>()});
+  for (Reader reader(bytes); !reader.done();) {
+    Calibration::Layer& layer = calibration.layers.emplace_back();
+    layer.router_ED = reader.take<float>();
+    layer.order = reader.take<std::int32_t>();
+  }
   return calibration;
 }
 

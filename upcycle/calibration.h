@@ -2,6 +2,7 @@
 // What tokens told about the dense model, as a recipe needs it. Made by the program, which has the trainer's layers;
 // here it is data.
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -9,9 +10,12 @@ namespace upmoe {
 
 struct Calibration {
   struct Layer {
-    std::vector<float> router_ED;  // the router's rows, expert by expert; of every layer
+    // The router's rows, expert by expert; empty: they are drawn.
+    std::vector<float> router_ED = {};
+    // All neurons: those of the shared expert, then expert by expert; empty: experts do not ask.
+    std::vector<std::int32_t> order = {};
   };
-  std::vector<Layer> layers;
+  std::vector<Layer> layers;  // all of the dense model
 };
 
 // For other ranks: the same values from the text again. Between ranks of one job, not for files.

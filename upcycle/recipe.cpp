@@ -26,6 +26,10 @@ bool shares_pool(const UpcycleConfig& config) {
          config.shared.method == SharedMethod::kShuffle;
 }
 
+bool gives_rows(RouterMethod method) {
+  return method == RouterMethod::kPrompts || method == RouterMethod::kNeurons;
+}
+
 // What the lines of one layer have in common.
 struct LayerRecipe {
   const UpcycleConfig& config;
@@ -33,6 +37,7 @@ struct LayerRecipe {
   int layer;
   double scale;
   int sources;
+  std::shared_ptr<const std::vector<std::int32_t>> order;  // of the neurons, where tokens told one
 
   int experts_of_source() const { return config.target.num_experts / sources; }
   UnitMap routed_units(int expert) const;
@@ -71,6 +76,11 @@ UnitMap LayerRecipe::routed_units(int expert) const {
       map.rule = UnitMap::Rule::kRange;
       map.begin = (place % shards_per_copy(map.source_width, map.width)) * map.width;
       break;
+    case ExpertMethod::kCluster:  // behind the shared expert's
+      map.rule = UnitMap::Rule::kGiven;
+      map.order = order;
+      map.begin = map.source_width - routed_neurons(config, sources) + place * map.width;
+      break;
     case ExpertMethod::kRandom:
       map.rule = UnitMap::Rule::kNew;
       map.redrawn = 0;  // all are new already
@@ -96,6 +106,10 @@ UnitMap LayerRecipe::shared_units() const {
       map.begin = routed_neurons(config, sources);
       map.redrawn = redrawn_units(config.experts.reinit, map.width);
       break;
+    case SharedMethod::kActive:
+      map.rule = UnitMap::Rule::kGiven;
+      map.order = order;
+      break;
     case SharedMethod::kZero:
       map.rule = UnitMap::Rule::kPadding;
       break;
@@ -117,6 +131,7 @@ FreshInit LayerRecipe::router() const {
       init.kind = FreshInit::Kind::kConstant;
       break;
     case RouterMethod::kPrompts:
+    case RouterMethod::kNeurons:
       break;  // given
     case RouterMethod::kUniform:
       init.kind = FreshInit::Kind::kUniform;
@@ -216,7 +231,7 @@ class RecipeBuilder {
     switch (param.role) {
       case Role::kRouter:
         layer_of(param).router = line;
-        if (asks_for_tokens(config_)) return given_router(param, tensor);
+        if (gives_rows(config_.router.method)) return given_router(param, tensor);
         return layer_recipe(param).router();
       case Role::kSharedGate:
         if (!config_.keep_rest) return rest(param, tensor);
@@ -230,6 +245,19 @@ class RecipeBuilder {
       default:
         return rest(param, tensor);
     }
+  }
+
+  // Shared by all of a layer's lines.
+  std::shared_ptr<const std::vector<std::int32_t>> order_of(int layer) const {
+    if (calibration_ == nullptr || config_.experts.method != ExpertMethod::kCluster) return nullptr;
+    auto& order = orders_[layer];
+    if (order == nullptr) {
+      order = std::make_shared<const std::vector<std::int32_t>>(
+          calibration_->layers.at(static_cast<std::size_t>(layer)).order);
+      UPMOE_CHECK(static_cast<std::int64_t>(order->size()) == dense_.intermediate_size,
+                  "{} neurons in order of {}", order->size(), dense_.intermediate_size);
+    }
+    return order;
   }
 
   GivenRows given_router(const ParamSpec& param, const HfTensor& tensor) const {
@@ -264,7 +292,7 @@ class RecipeBuilder {
   }
 
   LayerRecipe layer_recipe(const ParamSpec& param) const {
-    return {config_, dense_, param.layer, recipe_.scale, sources_count_};
+    return {config_, dense_, param.layer, recipe_.scale, sources_count_, order_of(param.layer)};
   }
   Recipe::Layer& layer_of(const ParamSpec& param) {
     return recipe_.layers[static_cast<std::size_t>(param.layer)];
@@ -273,6 +301,7 @@ class RecipeBuilder {
   const UpcycleConfig& config_;
   const ModelConfig& dense_;
   const Calibration* calibration_;
+  mutable std::map<int, std::shared_ptr<const std::vector<std::int32_t>>> orders_;
   const int sources_count_;
   const ModelConfig moe_;
   const double shared_scale_;
@@ -339,6 +368,9 @@ UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense, int
     case ExpertMethod::kVirtualGroup:
       out.experts.copies = static_cast<int>(
           t.num_experts / sources / shards_per_copy(dense.intermediate_size, t.moe_intermediate_size));
+      break;
+    case ExpertMethod::kCluster:
+      out.experts.copies = 1;
       break;
     case ExpertMethod::kRandom:
       break;

@@ -97,13 +97,39 @@ void check_copies(const UpcycleConfig& c, std::int64_t dense_width, int sources,
     }
     return;
   }
-  const std::int64_t expected = method == ExpertMethod::kCopy           ? experts
+  const std::int64_t expected = method == ExpertMethod::kCluster        ? 1
+                                : method == ExpertMethod::kCopy         ? experts
                                 : method == ExpertMethod::kVirtualGroup ? experts / shards
                                                                         : 0;
   if (given != expected) {
     problems.add("experts.copies: {}, but experts.method {} makes {}; write auto", given, name_of(method),
                  expected);
   }
+}
+
+// Neurons that tokens put in order: each is of the shared expert or of one routed expert.
+void check_clusters(const UpcycleConfig& c, std::int64_t dense_width, int sources, Misfits& problems) {
+  const auto& t = c.target;
+  const bool clusters = c.experts.method == ExpertMethod::kCluster,
+             active = c.shared.method == SharedMethod::kActive;
+  if (!clusters) {
+    if (active) problems.add("shared.method active needs experts.method cluster");
+    if (c.router.method == RouterMethod::kNeurons)
+      problems.add("router.method neurons needs experts.method cluster");
+    return;
+  }
+  if (sources > 1) problems.add("experts.method cluster divides one dense model, found {}", sources);
+  const std::int64_t shared = active ? t.shared_expert_intermediate_size : 0,
+                     routed = checked_mul(t.num_experts, t.moe_intermediate_size);
+  if (shared + routed != dense_width)
+    problems.add(
+        "experts.method cluster divides the {} neurons of the dense FFN: {} of the shared expert "
+        "(shared.method {}) "
+        "and {} x {} are {}",
+        dense_width, shared, name_of(c.shared.method), t.num_experts, t.moe_intermediate_size,
+        shared + routed);
+  if (c.experts.cluster_markers > dense_width)
+    problems.add("experts.cluster_markers: {} of {} neurons", c.experts.cluster_markers, dense_width);
 }
 
 void check_shared(const UpcycleConfig& c, std::int64_t dense_width, Misfits& problems) {
@@ -138,6 +164,7 @@ std::vector<std::string> problems_of(const UpcycleConfig& config, const ModelCon
     return problems.take();
   }
   check_copies(config, dense.intermediate_size, sources, problems);
+  check_clusters(config, dense.intermediate_size, sources, problems);
   check_shared(config, dense.intermediate_size, problems);
   const std::string layers = problem_of(config.target.layers, dense.num_hidden_layers);
   if (!layers.empty()) problems.add("target.layers: {}", layers);

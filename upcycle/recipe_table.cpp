@@ -72,6 +72,9 @@ std::string words_of(const ExpertMatrix& m) {
     case UnitMap::Rule::kPermuted:
       words = fmt::format("{} neurons of {} in the layer's random order", map.width, map.source_width);
       break;
+    case UnitMap::Rule::kGiven:
+      words = fmt::format("{} of {} neurons, chosen by tokens", map.width, map.source_width);
+      break;
     case UnitMap::Rule::kShuffle:
       words = fmt::format("{} neurons of shuffled copies of {}", map.width, map.source_width);
       break;

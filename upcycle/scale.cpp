@@ -25,6 +25,8 @@ std::int64_t shards_per_copy(std::int64_t dense_width, std::int64_t width) {
 //   60 of 1408 out of 5504, top-4, not renormalised: 58.6 for r = 0 and 117.3 for r = 1/2. Unbiased, not exact.
 //
 // Whole copies are the case I = w of the second line and G = 1 of the first: c = 1 renormalised, N / T otherwise.
+// Clusters of neurons that are active together: the T chosen experts add what they have, the others would add little;
+// their weights are P / T on average, so c = T / P, exact where all are chosen by a router of zeros.
 // A redraw in shards keeps the part 1 - r as well. 1 - r is what is really kept: whole units of every expert.
 double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width, RouterScore score) {
   const auto& experts = config.experts;
@@ -43,6 +45,9 @@ double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width, Rout
   const double inverse =
       score == RouterScore::kSigmoid ? 2 : config.target.num_experts;  // of one expert's weight
   const double weights = config.target.norm_topk_prob ? 1.0 : config.target.num_experts_per_tok / inverse;
+  // Clusters: the chosen experts are those that have something to say, not a sample of all. Each counts once.
+  if (experts.method == ExpertMethod::kCluster)
+    return width / kept * config.target.num_experts_per_tok / weights;
   return neurons / (kept * weights);
 }
 

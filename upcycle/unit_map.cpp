@@ -81,6 +81,9 @@ std::int32_t UnitMap::source_of(std::int64_t unit, const PermutationCache& permu
       return static_cast<std::int32_t>(position % source_width);
     case Rule::kPermuted:
       return permutations.get(layer, 0)[static_cast<std::size_t>(position % source_width)];
+    case Rule::kGiven:
+      UPMOE_CHECK(order != nullptr, "{}: no tokens were looked at", name);
+      return order->at(static_cast<std::size_t>(position));
     case Rule::kShuffle:
       return permutations.get(layer,
                               position / source_width)[static_cast<std::size_t>(position % source_width)];

@@ -43,6 +43,7 @@ struct UnitMap {
     kRange,     // neurons begin, begin+1, ...; past the last one: padding
     kWrap,      // the same, wrapping round to neuron 0
     kPermuted,  // the same in the order of the layer's first permutation
+    kGiven,     // positions begin, begin+1, ... of `order`
     kShuffle,   // positions begin, begin+1, ... of an endless row of copies, each a fresh permutation of all
                 // neurons
     kNew,       // every unit is drawn anew
@@ -54,6 +55,8 @@ struct UnitMap {
   std::int64_t redrawn = 0;           // units drawn anew out of `width`, whatever the rule says
   std::optional<std::int64_t> noisy;  // units that may get noise out of `width`; empty: all
   bool joint = true;                  // false: gate, up and down each draw sets of their own
+  // Of kGiven: all neurons in an order that tokens told; null where a recipe is only described.
+  std::shared_ptr<const std::vector<std::int32_t>> order = nullptr;
   int layer = 0;
   std::string name;  // of the expert; keys the choice of redrawn and noisy units
 

@@ -119,8 +119,8 @@ class Upcycler {
     std::string bytes;
     on_rank_0([&] {
       if (!options_.calibrate)
-        fail(ExitCode::kUsage, "{}: the recipe makes routers of what tokens tell; give them with --prompts",
-             config.origin);
+        fail(ExitCode::kUsage, "{}: the recipe asks tokens; give them with {}", config.origin,
+             config.experts.method == ExpertMethod::kCluster ? "--calibrate" : "--prompts");
       make_recipe(config, sources_->first().model().config(),
                   sources_->size());  // what does not fit is told first
       bytes = to_bytes(options_.calibrate());

@@ -165,6 +165,27 @@ class Forms(unittest.TestCase):
         thrice = [*prompts, "--prompts", self.dir / "tokens.h5"]
         self.assertIn("no equal parts of 10", self.upcycle("thrice", "router.method=prompts", *thrice, status=2).stderr)
 
+    def test_calibrate(self):
+        width = json.loads((self.dir / "dense" / "config.json").read_text())["intermediate_size"]
+        words = ["target.num_experts=4", "target.num_experts_per_tok=2", f"target.moe_intermediate_size={width // 8}",
+                 f"target.shared_expert_intermediate_size={width - 4 * (width // 8)}", "experts.method=cluster",
+                 "experts.reinit=0", "shared.method=active", "router.method=neurons", "router.std=0"]
+        tokens = ("--calibrate", self.dir / "tokens.h5", "--calibrate-seq-len", 32)
+        self.upcycle("clustered", *words, *tokens)
+        self.upcycle("clustered_by_two", *words, *tokens, ranks=2)
+        one = tensors_in(self.dir / "clustered")
+        self.assertEqual(one, tensors_in(self.dir / "clustered_by_two"))
+        dense = tensors_in(self.dir / "dense")
+
+        def rows(tensor):
+            return sorted(tensor[2][i:i + len(tensor[2]) // tensor[1][0]]
+                          for i in range(0, len(tensor[2]), len(tensor[2]) // tensor[1][0]))
+
+        name = "model.layers.0.mlp.{}gate_proj.weight"
+        made = [rows(one[name.format(part)]) for part in ("shared_expert.", *(f"experts.{e}." for e in range(4)))]
+        self.assertEqual(sorted(sum(made, [])), rows(dense[name.format("")]))  # every neuron once
+        self.assertIn("--calibrate", self.upcycle("untold", *words, status=2).stderr)
+
     def test_report_and_refusals(self):
         self.assertEqual((self.store / "upcycle_report.json").read_bytes(),
                          (self.hf / "upcycle_report.json").read_bytes())

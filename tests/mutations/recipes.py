@@ -52,4 +52,19 @@ MUTANTS = {
     "every_rank_without_what_rank_0_was_told": (
         "upcycle/upcycler.cpp", "return calibration_from(broadcast_text(comm_, bytes, 0));",
         "return calibration_from(bytes);", "*Rank*", "calibration_test"),
+    "rows_stay_where_they_were_placed": (
+        "upcycle/clustering.cpp", "if (move.row < 0 || distance[at(a)] + move.cost >= distance[at(b)]) continue;",
+        "if (move.row >= 0 || groups_ > 0) continue;", "BalancedAssignment.*", "clustering_test"),
+    "distances_count_tokens_of_both_once": (
+        "upcycle/clustering.cpp", "* groups + seed_of[at(b)])] -= 2;", "* groups + seed_of[at(b)])] += 2;",
+        "Clusters.*", "clustering_test"),
+    "routed_clusters_begin_at_the_shared_ones": (
+        "upcycle/recipe.cpp", "map.begin = map.source_width - routed_neurons(config, sources) + place * map.width;",
+        "map.begin = place * map.width;", "*Divide*", "clustering_test"),
+    "activity_of_the_gate_alone": (
+        "upcycle/neuron_activity.cpp", "g / (1 + std::exp(-g)) * u;", "g / (1 + std::exp(-g)) + 0 * u;", "*Active*",
+        "clustering_test"),
+    "clusters_scaled_as_a_split": (
+        "upcycle/scale.cpp", "width / kept * config.target.num_experts_per_tok / weights;",
+        "neurons / (kept * weights);", "*Divide*", "clustering_test"),
 }

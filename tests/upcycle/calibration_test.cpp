@@ -44,7 +44,7 @@ class Calibrated : public ::testing::Test {
     for (int layer = 0; layer < shape_.layers; ++layer) {
       std::vector<float> values(static_cast<std::size_t>(60 * shape_.hidden));
       normal_batch(9, static_cast<std::uint64_t>(layer) * values.size(), 60 * shape_.hidden, values.data());
-      told.layers.push_back({values});
+      told.layers.push_back({.router_ED = values});
     }
     return told;
   }
