@@ -236,7 +236,7 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
 TensorView Transformer::logits(Exec& ex, const MicroBatch& batch, const Continuation& rows,
                                Arena& keep) const {
   UPMOE_CHECK(embedding && output, "logits of a part of a model");
-  const Turns last = run_blocks(ex, batch, {}, keep, &rows);
+  const Turns last = run_blocks(ex, batch, {}, keep, &rows, {});
   if (rows.pick_N.elements() == 0) return {};  // on every rank of tp
   Norm::Saved saved;
   output->norm.forward(ex, last.y_tD, {last.output_tD}, keep, saved);
