@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -58,6 +59,10 @@ bool RunConfig::Router::has_term(AuxKind term) const {
   for (std::size_t i = 0; i < aux_kind.size() && i < aux_loss.size(); ++i)
     if (aux_kind[i] == term && aux_loss[i] > 0) return true;
   return false;
+}
+
+bool masks_targets(const RunConfig::Data& data) {
+  return std::any_of(data.train.begin(), data.train.end(), [](const DataSource& s) { return s.loss_mask; });
 }
 
 RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides) {

@@ -18,6 +18,7 @@ struct ModelConfig;
 struct DataSource {
   std::string path;
   double weight = 1.0;
+  bool loss_mask = false;  // targets that the file's mask leaves out do not count
 };
 
 struct RunConfig {
@@ -50,7 +51,8 @@ struct RunConfig {
   } router;
   struct Data {
     std::vector<DataSource> train;
-    std::string valid;  // empty: no held-out evaluation
+    std::string valid;             // empty: no held-out evaluation
+    bool valid_loss_mask = false;  // as DataSource::loss_mask
     std::int64_t seq_len = 0;
     bool shuffle = true, mask_documents = false;
     std::int64_t seed = 1;
@@ -112,8 +114,9 @@ struct RunConfig {
 RunConfig read_run_config(const std::filesystem::path& file, const std::vector<std::string>& overrides);
 RunConfig parse_run_config(const std::string& yaml, const std::string& where,
                            const std::vector<std::string>& overrides);
-std::string run_config_reference();         // every key: type, range, default; one line each
-std::string run_config_help();              // every key with its meaning, for people
-std::string to_yaml(const RunConfig& run);  // the resolved configuration; reading it gives the same run
+bool masks_targets(const RunConfig::Data& data);  // of any training file
+std::string run_config_reference();               // every key: type, range, default; one line each
+std::string run_config_help();                    // every key with its meaning, for people
+std::string to_yaml(const RunConfig& run);        // the resolved configuration; reading it gives the same run
 
 }  // namespace upmoe

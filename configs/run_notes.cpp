@@ -57,6 +57,7 @@ std::vector<std::string> without_effect(const RunConfig& run) {
   const bool evaluates = !run.data.valid.empty();
   notes.unless(evaluates, "train.eval_every", "data.valid is not given");
   notes.unless(evaluates, "train.eval_sequences", "data.valid is not given");
+  notes.unless(evaluates, "data.valid_loss_mask", "data.valid is not given");
   notes.unless(run.data.shuffle, "data.seed", "data.shuffle is false");
   notes.unless(run.train.precision != Precision::kFp32, "router.dtype", "train.precision is fp32");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");

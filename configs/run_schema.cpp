@@ -27,8 +27,11 @@ void read_source(const YamlNode& node, const std::string& key, std::vector<DataS
     } else if (name.text == "weight") {
       const NumberCheck positive{.least = 0, .above = true};
       if (const auto weight = number_of(value, key + ".weight", positive, problems)) source.weight = *weight;
+    } else if (name.text == "loss_mask") {
+      if (const auto mask = truth_of(value, key + ".loss_mask", problems)) source.loss_mask = *mask;
     } else {
-      problems.add(name.where, fmt::format("unknown key '{}.{}'; valid here: path, weight", key, name.text));
+      problems.add(name.where,
+                   fmt::format("unknown key '{}.{}'; valid here: path, weight, loss_mask", key, name.text));
     }
   }
   const bool has_path = std::any_of(node.entries.begin(), node.entries.end(),
@@ -37,7 +40,7 @@ void read_source(const YamlNode& node, const std::string& key, std::vector<DataS
   out.push_back(std::move(source));
 }
 
-// A path, or a list of paths and {path, weight} maps.
+// A path, or a list of paths and {path, weight, loss_mask} maps.
 void read_sources(const YamlNode& node, const std::string& key, std::vector<DataSource>& out,
                   Problems& problems) {
   std::vector<DataSource> sources;
@@ -55,7 +58,8 @@ void read_sources(const YamlNode& node, const std::string& key, std::vector<Data
 std::string write_sources(const std::vector<DataSource>& sources) {
   std::vector<std::string> items;
   for (const DataSource& s : sources) {
-    items.push_back(fmt::format("{{path: {}, weight: {}}}", yaml_quoted(path_as_text(s.path)), s.weight));
+    items.push_back(fmt::format("{{path: {}, weight: {}{}}}", yaml_quoted(path_as_text(s.path)), s.weight,
+                                s.loss_mask ? ", loss_mask: true" : ""));
   }
   return fmt::format("[{}]", fmt::join(items, ", "));
 }
@@ -63,14 +67,18 @@ std::string write_sources(const std::vector<DataSource>& sources) {
 void add_data(Schema& schema, RunConfig::Data& data) {
   schema.section("data")
       .key(
-          "train", "path | list of {path, weight}", true,
+          "train", "path | list of {path, weight, loss_mask}", true,
           [&data](const YamlNode& node, const std::string& key, Problems& problems) {
             read_sources(node, key, data.train, problems);
           },
           [&data] { return write_sources(data.train); })
-      .says("Token files to train on; each gives its weight's share of the sequences.")
+      .says(
+          "Token files to train on; each gives its weight's share of the sequences. loss_mask: true: only "
+          "targets that the file's mask counts.")
       .key("valid", data.valid, {.may_be_empty = true, .path = true})
       .says("Held-out token file; without it nothing is evaluated.")
+      .key("valid_loss_mask", data.valid_loss_mask)
+      .says("Held-out targets count where the file's mask says so.")
       .key("seq_len", data.seq_len, {.least = 1, .most = kMaxSeqLen, .required = true})
       .says("Tokens per sequence.")
       .key("shuffle", data.shuffle)

@@ -21,6 +21,7 @@ Deal deal_of(const BatchLoader::Options& options) {
 struct Slot {
   std::vector<std::int32_t> tokens, targets, positions, documents;
   std::int64_t index = -1;
+  std::int64_t step_targets = 0;  // of the first one of a step: how many targets of all of them count
 };
 
 }  // namespace
@@ -65,11 +66,27 @@ struct BatchLoader::Impl {
     }
   }
 
+  std::int64_t first_sample_of(std::int64_t step, std::int64_t index) const {
+    return first_sample + step * options.global_batch + index * options.micro_batch;
+  }
+
+  // Of a whole step, before its first micro-batch: gradients are divided by it as they come.
+  std::int64_t count_targets(std::int64_t step) const {
+    std::int64_t sum = 0;
+    for (std::int64_t round = 0; round < deal.rounds(); ++round) {
+      const std::int64_t index = deal.index(round);
+      for (std::int64_t i = 0; index >= 0 && i < options.micro_batch; ++i)
+        sum += data.counted_targets(first_sample_of(step, index) + i);
+    }
+    return sum;
+  }
+
   void fill(std::int64_t turn, Slot& slot) const {
     const std::int64_t rounds = deal.rounds(), step = turn / rounds;
+    if (turn % rounds == 0 && data.masks_targets()) slot.step_targets = count_targets(step);
     slot.index = deal.index(turn % rounds);
     if (slot.index < 0) return;
-    const std::int64_t sample = first_sample + step * options.global_batch + slot.index * options.micro_batch;
+    const std::int64_t sample = first_sample_of(step, slot.index);
     const auto length = static_cast<std::size_t>(data.seq_len());
     for (std::int64_t i = 0; i < options.micro_batch; ++i) {
       const std::size_t at = static_cast<std::size_t>(i) * length;
@@ -95,6 +112,15 @@ struct BatchLoader::Impl {
     if (made <= taken) std::rethrow_exception(error);  // batches made before the error are still good
     handed_out = true;
     return slots[static_cast<std::size_t>(taken % kSlots)];
+  }
+
+  std::int64_t targets_of_next_step() {
+    UPMOE_CHECK(turns % deal.rounds() == 0, "micro-batch {} of {} is not the first of a step", turns,
+                deal.rounds());
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return made > turns || error != nullptr; });
+    if (made <= turns) std::rethrow_exception(error);
+    return slots[static_cast<std::size_t>(turns % kSlots)].step_targets;
   }
 
   static constexpr std::int64_t kSlots = 3,
@@ -143,6 +169,11 @@ Batch BatchLoader::next() {
   batch.seq_len = impl_->data.seq_len();
   batch.index = slot.index;
   return batch;
+}
+
+std::optional<std::int64_t> BatchLoader::counted_targets() {
+  if (!impl_->data.masks_targets()) return {};
+  return impl_->targets_of_next_step();
 }
 
 std::int64_t BatchLoader::position() const {

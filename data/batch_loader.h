@@ -21,7 +21,8 @@ class BatchLoader final : public BatchSource {
               std::int64_t first_sample);  // first_sample: multiple of G
   ~BatchLoader() override;
   std::int64_t rounds() const override;
-  Batch next() override;          // errors of the thread are thrown here
+  Batch next() override;  // errors of the thread are thrown here, and by the following
+  std::optional<std::int64_t> counted_targets() override;
   std::int64_t position() const;  // samples consumed by finished steps plus whole rounds of this one
 
  private:

@@ -2,6 +2,7 @@
 // Where micro-batches come from, and the one form in which they come.
 
 #include <cstdint>
+#include <optional>
 
 #include "kernels/core/tensor.h"
 
@@ -11,7 +12,7 @@ namespace upmoe {
 // until its next next(). T = 0 and index -1: a rank without work in this round, which takes part in the exchange of
 // expert rows all the same.
 struct Batch {
-  ConstTensorView tokens_T, targets_T, positions_T;  // int32
+  ConstTensorView tokens_T, targets_T, positions_T;  // int32; a target of -1 does not count
   ConstTensorView document_T;                        // int32; not given where documents are not masked
   std::int64_t seq_len = 0;
   std::int64_t index = -1;  // which micro-batch of the step
@@ -36,6 +37,9 @@ class BatchSource {
   virtual ~BatchSource() = default;
   virtual std::int64_t rounds() const = 0;  // of one step: as often is next() called for it
   virtual Batch next() = 0;
+  // How many targets count of this rank's micro-batches of the step that begins with the next next(). Empty, on all
+  // ranks alike: every one of all of them.
+  virtual std::optional<std::int64_t> counted_targets() { return {}; }
 };
 
 }  // namespace upmoe

@@ -31,6 +31,20 @@ class Choices:
     kind: str = "auto"
     replace_invalid: bool = False
 
+    def plain(self, piece, data):
+        return plain_text(piece, data, self)
+
+    def document_of(self, record, path, place):
+        return text_of(record, path, place, self)
+
+    def check(self, tokenizer, path):
+        """Whether the tokenizer at `path` has what documents need beside their text."""
+
+    def encode(self, text, tokenizer, eos):
+        """A document's tokens, none of an empty one; and of each whether it counts as a target, where that is known."""
+        ids = tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        return (ids + [eos] if ids else []), []
+
 
 def decode(data, path, place, choices):
     """Text, and how many invalid sequences were replaced by U+FFFD (only where that was asked for)."""
@@ -61,13 +75,17 @@ def text_of(record, path, place, choices):
         keys = ", ".join(map(str, list(record)[:8])) or "none"
         raise BadInput(f"{path}{place}: expected an object with a text under '{choices.key}', its keys are: {keys}; "
                        f"name the right one with --key, or {instead}")
-    document = record[choices.key]
+    return text_in(record[choices.key], choices.key, path, place, choices)
+
+
+def text_in(document, name, path, place, choices):
+    """A value of a JSON record that is to be a text."""
     if not isinstance(document, str):
-        raise BadInput(f"{path}{place}: '{choices.key}' holds {json.dumps(document)[:40]}, expected a text")
+        raise BadInput(f"{path}{place}: '{name}' holds {json.dumps(document)[:40]}, expected a text")
     surrogates = sum("\ud800" <= c <= "\udfff" for c in document) if not document.isascii() else 0
     if surrogates:  # an escape such as \ud800 alone: no character
         if not choices.replace_invalid:
-            raise BadInput(f"{path}{place}: '{choices.key}' holds half a character (an escape such as \\ud800 alone); "
+            raise BadInput(f"{path}{place}: '{name}' holds half a character (an escape such as \\ud800 alone); "
                            "replace such by U+FFFD with --replace-invalid")
         document = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return document, surrogates
@@ -88,7 +106,7 @@ def json_line(piece, number, line, choices):
     if len(line) > MAX_LINE:
         raise BadInput(f"{piece.path}{place}: a line of {len(line)} bytes, at most {MAX_LINE}")
     text, replaced = decode(line, piece.path, lambda at: f"{place}, byte {at} of the line", choices)
-    document, surrogates = text_of(json_value(text, piece.path, place), piece.path, place, choices)
+    document, surrogates = choices.document_of(json_value(text, piece.path, place), piece.path, place)
     return document, replaced + surrogates
 
 
@@ -97,7 +115,7 @@ def json_records(piece, data, choices):
     text, replaced = decode(data.removeprefix(codecs.BOM_UTF8), piece.path, lambda at: f", byte {at}", choices)
     value = json_value(text, piece.path, "")
     for i, record in enumerate(value if isinstance(value, list) else [value]):
-        document, wrong = text_of(record, piece.path, f", record {i}" if isinstance(value, list) else "", choices)
+        document, wrong = choices.document_of(record, piece.path, f", record {i}" if isinstance(value, list) else "")
         yield document, wrong + replaced
         replaced = 0
 
@@ -114,11 +132,11 @@ def data_of(piece):
 
 
 def documents_of(task, choices):
-    """(text, replaced) of each document of a task, which is a list of pieces."""
+    """(document, replaced) of each document of a task, which is a list of pieces."""
     for piece in task:
         data = data_of(piece)
         if piece.kind == "text":
-            yield plain_text(piece, data, choices)
+            yield choices.plain(piece, data)
         elif piece.kind == "json":
             yield from json_records(piece, data, choices)
         else:

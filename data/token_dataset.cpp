@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "data/sample_order.h"
@@ -13,9 +14,16 @@
 namespace upmoe {
 
 struct TokenDataset::Part {
-  explicit Part(const std::filesystem::path& path) : file(path) {}
+  explicit Part(const Source& source) : file(source.path), masked(source.loss_mask) {}
   TokenFile file;
+  bool masked;
   std::int64_t sequences = 0;
+  // Of the targets of a sequence, which are the tokens from the second one on: whether they count.
+  std::vector<std::uint8_t> mask(std::int64_t sequence, std::int64_t seq_len) const {
+    std::vector<std::uint8_t> counts(static_cast<std::size_t>(seq_len), 1);
+    if (masked) file.read_loss_mask(sequence * seq_len + 1, counts);
+    return counts;
+  }
 };
 
 TokenDataset::TokenDataset(const std::vector<Source>& sources, std::int64_t seq_len, bool shuffle,
@@ -26,8 +34,13 @@ TokenDataset::TokenDataset(const std::vector<Source>& sources, std::int64_t seq_
   std::vector<std::int64_t> sequences;
   std::vector<double> weights;
   for (const Source& source : sources) {
-    auto part = std::make_unique<Part>(source.path);
+    auto part = std::make_unique<Part>(source);
     const TokenFile& file = part->file;
+    if (source.loss_mask && !file.has_loss_mask())
+      fail(ExitCode::kBadInput,
+           "{}: has no loss_mask, which the configuration asks for; make it with data/tokenize.py --chat, or "
+           "leave out loss_mask",
+           source.path.string());
     if (file.vocab_size() > vocab_size) {
       fail(ExitCode::kBadInput,
            "{}: its vocabulary of {} tokens is larger than the model's {}; was it made with another "
@@ -59,6 +72,18 @@ std::vector<const TokenFile*> TokenDataset::files() const {
   std::vector<const TokenFile*> all;
   for (const auto& part : parts_) all.push_back(&part->file);
   return all;
+}
+
+bool TokenDataset::masks_targets() const {
+  return std::any_of(parts_.begin(), parts_.end(), [](const auto& part) { return part->masked; });
+}
+
+std::int64_t TokenDataset::counted_targets(std::int64_t sample) const {
+  const SampleOrder::Place place = order_->at(sample);
+  const Part& part = *parts_[static_cast<std::size_t>(place.source)];
+  if (!part.masked) return seq_len_;
+  const std::vector<std::uint8_t> counts = part.mask(place.sequence, seq_len_);
+  return std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
 }
 
 std::vector<std::int64_t> TokenDataset::sequences_of_source() const {
@@ -100,7 +125,8 @@ void TokenDataset::read(std::int64_t sample, std::span<std::int32_t> tokens, std
   UPMOE_CHECK(documents.size() == positions.size() && (documents.empty() || documents.size() == length),
               "{} documents, {} positions", documents.size(), positions.size());
   const SampleOrder::Place place = order_->at(sample);
-  const TokenFile& file = parts_[static_cast<std::size_t>(place.source)]->file;
+  const Part& part = *parts_[static_cast<std::size_t>(place.source)];
+  const TokenFile& file = part.file;
   const std::int64_t begin = place.sequence * seq_len_;
   std::vector<std::uint32_t> in(length + 1);
   file.read(begin, in);
@@ -114,6 +140,11 @@ void TokenDataset::read(std::int64_t sample, std::span<std::int32_t> tokens, std
     if (i < length) tokens[i] = static_cast<std::int32_t>(in[i]);
     if (i > 0) targets[i - 1] = static_cast<std::int32_t>(in[i]);
   }
+  if (part.masked) {
+    const std::vector<std::uint8_t> counts = part.mask(place.sequence, seq_len_);
+    for (std::size_t i = 0; i < length; ++i)
+      if (counts[i] == 0) targets[i] = kIgnoredTarget;
+  }
   if (!documents.empty()) mark_documents(file.document_ends(), begin, documents, positions);
 }
 
@@ -124,6 +155,7 @@ std::string TokenDataset::fingerprint() const {
     const TokenFile& file = parts_[k]->file;
     all += fmt::format(" file {} {} {} {} parts {}", file.num_tokens(), file.document_ends().size(),
                        file.vocab_size(), file.tokenizer_sha256(), order_->parts()[k]);
+    if (parts_[k]->masked) all += " loss_mask";
   }
   const auto digest = [](const std::string& text) {
     return fmt::format("{:016x}{:016x}", philox_key(0, text), philox_key(1, text));

@@ -42,17 +42,28 @@ TokenFile::TokenFile(const std::filesystem::path& path)
     bad(fmt::format("attribute eos_id is {}, expected -1 (none) to {}", eos_id_, vocab_size_ - 1));
   tokenizer_sha256_ = in.text("tokenizer_sha256");
   const Hdf5Structure::Extent tokens = in.contiguous("tokens", sizeof(std::uint32_t), false);
-  tokens_at_ = tokens.offset;
+  tokens_.at = tokens.offset;
+  tokens_.bytes = sizeof(std::uint32_t);
   num_tokens_ = tokens.elements;
   const Hdf5Structure::Extent ends = in.contiguous("document_ends", sizeof(std::int64_t), true);
   if (ends.elements > num_tokens_)
     bad(fmt::format("{} documents, but {} tokens", ends.elements, num_tokens_));
   document_ends_ = read_numbers<std::int64_t>(file_, ends);
+  if (in.has_dataset("loss_mask")) {
+    const Hdf5Structure::Extent mask = in.contiguous("loss_mask", sizeof(std::uint8_t), false);
+    if (mask.elements != num_tokens_)
+      bad(fmt::format("a loss_mask of {} numbers for {} tokens", mask.elements, num_tokens_));
+    loss_mask_.at = mask.offset;
+    loss_mask_.bytes = sizeof(std::uint8_t);
+  }
   // Both or neither: damage to the name of one is not to pass for a file that never had them.
   if (in.has_attribute("checksum") || in.has_dataset("checksums")) {
     checksum_ = in.integer("checksum");
-    chunk_checksums_ =
-        read_numbers<std::uint32_t>(file_, in.contiguous("checksums", sizeof(std::uint32_t), false));
+    const auto sums = [&](const char* name) {
+      return read_numbers<std::uint32_t>(file_, in.contiguous(name, sizeof(std::uint32_t), false));
+    };
+    tokens_.checksums = sums("checksums");
+    if (has_loss_mask()) loss_mask_.checksums = sums("loss_mask_checksums");
     check_description();
   }
   check_document_ends();
@@ -65,14 +76,16 @@ void TokenFile::bad(const std::string& what) const {
 void TokenFile::check_description() {
   const TokenFileFacts facts{vocab_size_, eos_id_, tokenizer_sha256_, num_tokens_,
                              static_cast<std::int64_t>(document_ends_.size())};
-  const std::uint32_t found = token_file_checksum(facts, document_ends_, chunk_checksums_);
+  const std::uint32_t found =
+      token_file_checksum(facts, document_ends_, tokens_.checksums, loss_mask_.checksums);
   const std::size_t chunks = (static_cast<std::size_t>(num_tokens_) + kTokenFileChunk - 1) / kTokenFileChunk;
-  if (found != checksum_ || chunk_checksums_.size() != chunks)
+  if (found != checksum_ || tokens_.checksums.size() != chunks ||
+      (has_loss_mask() && loss_mask_.checksums.size() != chunks))
     bad(
         fmt::format("damaged, or changed after it was made: the checksum of its attributes and document_ends "
                     "is {:08x}, expected {:08x}; make it anew with data/tokenize.py",
                     found, checksum_));
-  verified_.assign(chunks, 0);
+  for (const Column* column : {&tokens_, &loss_mask_}) column->verified.assign(chunks, 0);
 }
 
 void TokenFile::check_document_ends() const {
@@ -97,45 +110,59 @@ void TokenFile::check_unchanged() const {
                     "the same command again",
                     now.bytes, opened_.bytes));
   opened_ = now;
-  std::fill(verified_.begin(), verified_.end(), char{0});
+  for (const Column* column : {&tokens_, &loss_mask_})
+    std::fill(column->verified.begin(), column->verified.end(), char{0});
 }
 
 // A chunk is checked once, before its first use.
-void TokenFile::check_chunk(std::size_t chunk) const {
-  if (verified_[chunk] != 0) return;
-  const std::size_t first = chunk * kTokenFileChunk;
-  std::vector<std::uint32_t> tokens(std::min(kTokenFileChunk, static_cast<std::size_t>(num_tokens_) - first));
-  file_.read(tokens_at_ + first * sizeof(std::uint32_t), std::as_writable_bytes(std::span(tokens)));
-  const std::uint32_t found = crc32(tokens.data(), tokens.size() * sizeof(std::uint32_t));
-  if (found != chunk_checksums_[chunk])
+void TokenFile::check_chunk(const Column& column, std::size_t chunk) const {
+  if (column.verified[chunk] != 0) return;
+  const std::size_t first = chunk * kTokenFileChunk,
+                    count = std::min(kTokenFileChunk, static_cast<std::size_t>(num_tokens_) - first);
+  std::vector<std::byte> numbers(count * column.bytes);
+  file_.read(column.at + first * column.bytes, std::span(numbers));
+  const std::uint32_t found = crc32(numbers.data(), numbers.size());
+  if (found != column.checksums[chunk])
     bad(
-        fmt::format("tokens {} to {} are damaged: checksum {:08x}, expected {:08x}; make it anew with "
+        fmt::format("{} {} to {} are damaged: checksum {:08x}, expected {:08x}; make it anew with "
                     "data/tokenize.py",
-                    first, first + tokens.size() - 1, found, chunk_checksums_[chunk]));
-  verified_[chunk] = 1;
+                    column.what, first, first + count - 1, found, column.checksums[chunk]));
+  column.verified[chunk] = 1;
 }
 
-void TokenFile::read(std::int64_t first, std::span<std::uint32_t> tokens) const {
-  const auto count = static_cast<std::int64_t>(tokens.size());
+void TokenFile::read_column(const Column& column, std::int64_t first, std::span<std::byte> numbers) const {
+  const auto count = static_cast<std::int64_t>(numbers.size() / column.bytes);
   UPMOE_CHECK(first >= 0 && count <= num_tokens_ && first <= num_tokens_ - count, "tokens {} + {} of {}",
               first, count, num_tokens_);
-  if (tokens.empty()) return;
+  if (numbers.empty()) return;
   {
     // One thread at a time checks chunks; the reading below needs no lock.
     const std::lock_guard lock(mutex_);
     check_unchanged();
-    if (checksummed()) {
+    if (!column.checksums.empty()) {
       const std::size_t begin = static_cast<std::size_t>(first) / kTokenFileChunk,
                         end = static_cast<std::size_t>(first + count - 1) / kTokenFileChunk;
-      for (std::size_t chunk = begin; chunk <= end; ++chunk) check_chunk(chunk);
+      for (std::size_t chunk = begin; chunk <= end; ++chunk) check_chunk(column, chunk);
     }
   }
-  file_.read(tokens_at_ + static_cast<std::uint64_t>(first) * sizeof(std::uint32_t),
-             std::as_writable_bytes(tokens));
+  file_.read(column.at + static_cast<std::uint64_t>(first) * column.bytes, numbers);
+}
+
+void TokenFile::read(std::int64_t first, std::span<std::uint32_t> tokens) const {
+  read_column(tokens_, first, std::as_writable_bytes(tokens));
+}
+
+void TokenFile::read_loss_mask(std::int64_t first, std::span<std::uint8_t> mask) const {
+  UPMOE_CHECK(has_loss_mask(), "{} has no loss mask", path().string());
+  read_column(loss_mask_, first, std::as_writable_bytes(mask));
+  for (std::size_t i = 0; i < mask.size(); ++i)
+    if (mask[i] > 1)
+      bad(fmt::format("loss_mask[{}] = {}, expected 0 or 1", first + static_cast<std::int64_t>(i), mask[i]));
 }
 
 void TokenFile::verify() const {
   std::vector<std::uint32_t> tokens;
+  std::vector<std::uint8_t> mask;
   for (std::int64_t first = 0; first < num_tokens_; first += kVerifyTokens) {
     tokens.resize(static_cast<std::size_t>(std::min(kVerifyTokens, num_tokens_ - first)));
     read(first, tokens);
@@ -143,6 +170,8 @@ void TokenFile::verify() const {
       if (static_cast<std::int64_t>(tokens[i]) >= vocab_size_)
         bad(fmt::format("token {} at position {} is beyond the vocabulary of {}", tokens[i],
                         first + static_cast<std::int64_t>(i), vocab_size_));
+    mask.resize(has_loss_mask() ? tokens.size() : 0);
+    if (has_loss_mask()) read_loss_mask(first, mask);
   }
 }
 

@@ -2,7 +2,9 @@
 // What reader and writers of token files share. The checksums are of what a file says, not of where it says
 // it: whatever else changes in the HDF5 file changes nothing that is read. data/tokenize.py computes the same.
 //   dataset `checksums` (uint32): CRC-32 of each chunk of kTokenFileChunk tokens;
-//   attribute `checksum` (integer): CRC-32 of the summary line, then document_ends, then `checksums`.
+//   dataset `loss_mask_checksums` (uint32), where there is a `loss_mask`: the same of its bytes, one for each token;
+//   attribute `checksum` (integer): CRC-32 of the summary line, then document_ends, then `checksums`, then
+//   `loss_mask_checksums`.
 
 #include <cstddef>
 #include <cstdint>
@@ -23,7 +25,9 @@ struct TokenFileFacts {
 
 std::string token_file_summary(const TokenFileFacts& facts);
 std::vector<std::uint32_t> checksums_of_chunks(std::span<const std::uint32_t> tokens);
+std::vector<std::uint32_t> checksums_of_chunks(std::span<const std::uint8_t> loss_mask);
 std::uint32_t token_file_checksum(const TokenFileFacts& facts, std::span<const std::int64_t> document_ends,
-                                  std::span<const std::uint32_t> chunks);
+                                  std::span<const std::uint32_t> chunks,
+                                  std::span<const std::uint32_t> loss_mask_chunks = {});
 
 }  // namespace upmoe

@@ -31,6 +31,7 @@ import time  # noqa: E402
 import zlib  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from chat_documents import TEMPLATES, ChatChoices  # noqa: E402
 from hdf5_child import die_with, in_child  # noqa: E402
 from staged_file import StagedFile, Taken  # noqa: E402
 from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
@@ -116,18 +117,19 @@ class Encoder:
         self.choices = choices
 
     def run(self, task, eos):
-        tokens, lengths, replaced, empty = [], [], 0, 0
-        for text, wrong in documents_of(task, self.choices):
+        tokens, masks, lengths, replaced, empty = [], [], [], 0, 0
+        for document, wrong in documents_of(task, self.choices):
             replaced += wrong
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+            ids, mask = self.choices.encode(document, self.tokenizer, eos)
             if not ids:
                 empty += 1
                 continue
-            ids.append(eos)
             tokens.append(numpy.asarray(ids, dtype="<u4"))
+            masks.append(numpy.asarray(mask, dtype="u1"))
             lengths.append(len(ids))
         joined = numpy.concatenate(tokens) if tokens else numpy.empty(0, dtype="<u4")
-        return joined, lengths, replaced, empty, sum(piece.consumed for piece in task)
+        mask = numpy.concatenate(masks) if masks else numpy.empty(0, dtype="u1")
+        return joined, mask, lengths, replaced, empty, sum(piece.consumed for piece in task)
 
 
 def start_process(parent, *arguments):
@@ -198,55 +200,71 @@ class Progress:
             print(file=sys.stderr)
 
 
-def checksum_of(attributes, count, ends, chunks):
+def checksum_of(attributes, count, ends, chunks, mask_chunks):
     """Of what a token file says, as in data/token_file_format.h."""
     summary = (f"{attributes['format']} vocab_size {attributes['vocab_size']} eos_id {attributes['eos_id']} "
                f"tokenizer_sha256 {attributes['tokenizer_sha256']} tokens {count} documents {len(ends)}\n")
-    return zlib.crc32(chunks.tobytes(), zlib.crc32(ends.tobytes(), zlib.crc32(summary.encode())))
+    tokens = zlib.crc32(chunks.tobytes(), zlib.crc32(ends.tobytes(), zlib.crc32(summary.encode())))
+    return zlib.crc32(mask_chunks.tobytes(), tokens)
 
 
-def read_tokens(raw, begin, end):
+def read_numbers(raw, dtype, begin, end):
+    size = numpy.dtype(dtype).itemsize
     with open(raw, "rb") as file:
-        file.seek(4 * begin)
-        content = file.read(4 * (end - begin))
-    if len(content) != 4 * (end - begin):
+        file.seek(size * begin)
+        content = file.read(size * (end - begin))
+    if len(content) != size * (end - begin):
         raise OSError(errno.EIO, "has lost its end", raw)
-    return numpy.frombuffer(content, dtype="<u4")
+    return numpy.frombuffer(content, dtype=dtype)
 
 
-def write_token_file(path, raw, count, document_ends, attributes):
-    """`raw`: the tokens as they came, in a file. A contiguous dataset needs its size first, hence two files."""
-    ends, chunks = numpy.asarray(document_ends, dtype="<i8"), []
+def write_column(out, name, raw, dtype, count):
+    """A number for each token out of the file `raw`; returns the checksums of its chunks."""
+    column, chunks = out.create_dataset(name, shape=(count,), dtype=dtype), []
+    for begin in range(0, count, COPY_TOKENS):
+        end = min(count, begin + COPY_TOKENS)
+        block = read_numbers(raw, dtype, begin, end)
+        column[begin:end] = block
+        chunks += [zlib.crc32(block[i:i + CHUNK_TOKENS].tobytes()) for i in range(0, len(block), CHUNK_TOKENS)]
+    return numpy.asarray(chunks, dtype="<u4")
+
+
+def write_token_file(path, raw, count, document_ends, attributes, raw_mask=None):
+    """`raw`: the tokens as they came, in a file; `raw_mask`: which of them count, or None. A contiguous dataset needs
+    its size first, hence two files."""
+    ends, mask_chunks = numpy.asarray(document_ends, dtype="<i8"), numpy.empty(0, dtype="<u4")
+    columns = ["tokens", "document_ends"]
     with h5py.File(path, "w") as out:
-        tokens = out.create_dataset("tokens", shape=(count,), dtype="<u4")
-        for begin in range(0, count, COPY_TOKENS):
-            end = min(count, begin + COPY_TOKENS)
-            block = read_tokens(raw, begin, end)
-            tokens[begin:end] = block
-            chunks += [zlib.crc32(block[i:i + CHUNK_TOKENS].tobytes()) for i in range(0, len(block), CHUNK_TOKENS)]
+        chunks = write_column(out, "tokens", raw, "<u4", count)
         out.create_dataset("document_ends", data=ends)
-        chunks = numpy.asarray(chunks, dtype="<u4")
         out.create_dataset("checksums", data=chunks)
+        if raw_mask is not None:
+            mask_chunks = write_column(out, "loss_mask", raw_mask, "u1", count)
+            out.create_dataset("loss_mask_checksums", data=mask_chunks)
+            columns.append("loss_mask")
         for name, value in attributes.items():
             # Texts of fixed length: others lie in a heap of the file that the HDF5 library reads without checking.
             out.attrs[name] = numpy.bytes_(value.encode()) if isinstance(value, str) else value
-        out.attrs["checksum"] = checksum_of(attributes, count, ends, chunks)
+        out.attrs["checksum"] = checksum_of(attributes, count, ends, chunks, mask_chunks)
     # A full disk can pass the library without an error.
     with h5py.File(path, "r") as made:
-        tokens, ends = made["tokens"], made["document_ends"]
-        whole = tokens.id.get_offset() is not None and ends.id.get_offset() is not None and all(
-            d.id.get_offset() + d.size * d.dtype.itemsize <= os.path.getsize(path) for d in (tokens, ends))
-        if not whole or tokens.shape != (count,) or ends[-1] != count:
+        whole = all(d.id.get_offset() is not None and
+                    d.id.get_offset() + d.size * d.dtype.itemsize <= os.path.getsize(path)
+                    for d in (made[name] for name in columns))
+        if not whole or made["tokens"].shape != (count,) or made["document_ends"][-1] != count:
             raise OSError(errno.ENOSPC, "was not written whole; is the disk full?", str(path))
 
 
-def encode_files(paths, raw, arguments, eos, processes):
-    """Writes the tokens of all documents to the open file `raw`; returns (ends, replaced, empty)."""
-    ends, count, replaced, empty = [], 0, 0, 0
+def encode_files(paths, raw, raw_mask, arguments, eos, processes):
+    """Writes the tokens of all documents, and which of them count, to open files; returns (ends, counted, replaced,
+    empty)."""
+    ends, count, counted, replaced, empty = [], 0, 0, 0, 0
     progress = Progress(sum(os.path.getsize(p) for p in paths), "tokenizing")
     for result in results_in_order(plan_tasks(paths, arguments[2]), eos, processes, arguments):
-        tokens, lengths, wrong, without_text, consumed = result
+        tokens, mask, lengths, wrong, without_text, consumed = result
         raw.write(tokens.tobytes())
+        raw_mask.write(mask.tobytes())
+        counted += int(mask.sum())
         for length in lengths:
             count += length
             ends.append(count)
@@ -254,7 +272,7 @@ def encode_files(paths, raw, arguments, eos, processes):
         empty += without_text
         progress.add(consumed)
     progress.close()
-    return ends, replaced, empty
+    return ends, counted, replaced, empty
 
 
 def tokenize(paths, args):
@@ -265,20 +283,23 @@ def tokenize(paths, args):
     eos = tokenizer.token_to_id(args.eos)
     if eos is None:
         raise BadInput(f"{args.tokenizer}: has no token '{args.eos}'; name the one that ends documents with --eos")
+    args.choices.check(tokenizer, args.tokenizer)
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     with StagedFile(args.out, warn) as staged:
-        with open(staged.part("tokens"), "wb") as raw:
+        with open(staged.part("tokens"), "wb") as raw, open(staged.part("loss_mask"), "wb") as raw_mask:
             arguments = (content, args.tokenizer, args.choices, args.parse_special)
-            ends, replaced, empty = encode_files(paths, raw, arguments, eos, args.processes)
+            ends, counted, replaced, empty = encode_files(paths, raw, raw_mask, arguments, eos, args.processes)
         empty += sum(os.path.getsize(p) == 0 for p in paths)
         if not ends:
             raise BadInput(f"no text in {len(paths)} files; {args.out} is not written")
         attributes = {"format": FORMAT, "vocab_size": vocab_size, "eos_id": eos,
                       "tokenizer_sha256": hashlib.sha256(content).hexdigest()}
         in_child(staged.part("tokens.h5"), lambda: write_token_file(
-            staged.part("tokens.h5"), staged.part("tokens"), ends[-1], ends, attributes))
+            staged.part("tokens.h5"), staged.part("tokens"), ends[-1], ends, attributes,
+            staged.part("loss_mask") if args.chat else None))
         staged.commit("tokens.h5")
-    say(f"{args.out}: {ends[-1]} tokens, {len(ends)} documents")
+    targets = f", {counted} targets that count" if args.chat else ""
+    say(f"{args.out}: {ends[-1]} tokens, {len(ends)} documents{targets}")
     if empty:
         say(f"{empty} empty documents left out")
     if replaced:
@@ -296,7 +317,11 @@ def parse_arguments():
                         help="token file to write, replaced if it exists; may be left out with --train-vocab")
     parser.add_argument("--eos", default=END_OF_TEXT, metavar="TOKEN",
                         help=f"token that ends each document (default {END_OF_TEXT})")
-    parser.add_argument("--key", default="text", help="where a JSON record holds its text (default text)")
+    parser.add_argument("--key", help="where a JSON record holds its text (default text), or with --chat its turns "
+                        "(default messages)")
+    parser.add_argument("--chat", action="store_true",
+                        help="records are conversations; writes which targets count, those of the assistant")
+    parser.add_argument("--template", choices=sorted(TEMPLATES), help="how --chat spells a conversation")
     parser.add_argument("--as", dest="kind", choices=("auto", "text", "jsonl", "json"), default="auto",
                         help="what every FILE is: text, JSON lines, or one JSON value (default: as its bytes look)")
     parser.add_argument("--replace-invalid", action="store_true",
@@ -323,7 +348,11 @@ def parse_arguments():
         taken = [*args.files, args.tokenizer] if out == args.out else args.files
         if any(os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path) for path in taken):
             parser.error(f"{out} is read and would be overwritten; choose another name for the output")
-    args.choices = Choices(args.key, args.kind, args.replace_invalid)
+    if args.chat != bool(args.template) or (args.chat and (args.train_vocab is not None or args.kind == "text")):
+        parser.error("--chat and --template belong together, and are neither for --train-vocab nor for --as text")
+    args.choices = Choices(args.key or "text", args.kind, args.replace_invalid)
+    if args.chat:
+        args.choices = ChatChoices(args.key or "messages", args.kind, args.replace_invalid, args.template)
     return args
 
 

@@ -27,7 +27,7 @@ struct EvalArguments {
   RouterDType router = RouterDType::kAuto;
   DeviceChoice device = DeviceChoice::kAuto;
   std::int64_t seq_len = 0, sequences = 0, micro_batch = 4;
-  bool mask_documents = false;
+  bool mask_documents = false, loss_mask = false;
 };
 
 [[noreturn]] void refuse_not_finite(const EvalArguments& a, const std::string& what) {
@@ -56,8 +56,8 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   run_agreed(world, [&] {
     model.params.load(model.memory.exec,
                       [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
-    data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{a.data, 1.0}}, a.seq_len, false,
-                                          0, config.vocab_size);
+    data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{a.data, 1.0, a.loss_mask}},
+                                          a.seq_len, false, 0, config.vocab_size);
     if (world.rank() != 0) return;
     for (const std::string& words : tokenizer_differences(source->companions(), data->files()))
       log::warning("{}", words);
@@ -116,6 +116,7 @@ void add_eval(CLI::App& app, Handler& handler) {
   add_choice(*command, "--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one");
   command->add_flag("--mask-documents", a->mask_documents,
                     "Attention and positions restart at each document");
+  command->add_flag("--loss-mask", a->loss_mask, "Targets that the file's loss mask leaves out do not count");
   as_path(command->add_option("--logits", a->logits,
                               "Also write the logits (tensor `logits`, fp32) to this safetensors file"));
   command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_eval(*a, runtime); }; });

@@ -41,7 +41,8 @@ json describe_tokens(const fs::path& path, bool verify) {
          {"vocab_size", file.vocab_size()},
          {"eos_id", file.eos_id()},
          {"tokenizer_sha256", file.tokenizer_sha256()},
-         {"checksums", file.checksummed()}};
+         {"checksums", file.checksummed()},
+         {"loss_mask", file.has_loss_mask()}};
   if (verify) {
     file.verify();
     j["verified"] = true;

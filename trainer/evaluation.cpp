@@ -60,6 +60,14 @@ class HeldOut final : public BatchSource {
   std::vector<std::int32_t> tokens_, targets_, documents_, positions_;
 };
 
+// Of a micro-batch, counted on one of the ranks that share it.
+std::int64_t counted_targets(const Batch& batch, const ProcessMesh& mesh) {
+  if (mesh.coord(Axis::kPp) != 0 || mesh.coord(Axis::kCp) != 0 || mesh.coord(Axis::kTp) != 0) return 0;
+  const auto* targets = batch.targets_T.as<std::int32_t>();
+  const std::int64_t rows = batch.targets_T.rows();
+  return rows - std::count(targets, targets + rows, kIgnoredTarget);
+}
+
 }  // namespace
 
 MeshSpec evaluation_mesh(const ModelConfig& config, int ranks) {
@@ -79,7 +87,7 @@ EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOption
   if (sequences == 0) fail(ExitCode::kBadInput, "the held-out data has no whole sequence of {} tokens", S);
   UPMOE_CHECK(!sink || model.mesh.spec().world() == 1, "logits of one rank");
 
-  double sum = 0;
+  double sums[2] = {0, 0};  // of the losses, and how many there are
   HeldOut batches(data, sequences, options, model.mesh);
   for (std::int64_t round = 0; round < batches.rounds(); ++round) {
     const Batch batch = batches.next();
@@ -88,12 +96,19 @@ EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOption
       shifted = [&](std::int64_t row, ConstTensorView logits_CV) {
         sink(batch.index * options.micro_batch * S + row, logits_CV);
       };
-    sum += model.pipeline.evaluate(model.memory.exec, batch, shifted);
+    sums[0] += model.pipeline.evaluate(model.memory.exec, batch, shifted);
+    sums[1] += static_cast<double>(counted_targets(batch, model.mesh));
   }
-  model.mesh.world().all_reduce(host_view(&sum, {1}), ReduceOp::kSum);
+  model.mesh.world().all_reduce(host_view(sums, {2}), ReduceOp::kSum);
+  if (sums[1] == 0)
+    fail(ExitCode::kBadInput,
+         "the loss mask of the held-out data leaves no target in its first {} sequences of {} tokens; "
+         "evaluate more "
+         "of them, or without the mask",
+         sequences, S);
   EvalResult result;
-  result.tokens = sequences * S;
-  result.loss = sum / static_cast<double>(result.tokens);
+  result.tokens = static_cast<std::int64_t>(sums[1]);
+  result.loss = sums[0] / sums[1];
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
 }

@@ -7,8 +7,8 @@
 namespace upmoe {
 
 struct EvalResult {
-  double loss = 0;  // mean cross-entropy per token
-  std::int64_t tokens = 0;
+  double loss = 0;          // mean cross-entropy per token
+  std::int64_t tokens = 0;  // of which there is a loss: the targets that count
   double seconds = 0;
 };
 
@@ -23,7 +23,8 @@ struct EvalOptions {
 MeshSpec evaluation_mesh(const ModelConfig& config, int ranks);
 
 // Sequences begin..begin+n-1 of `data` in file order, dealt to the data-parallel ranks. Collective; the same result on
-// every rank. `sink` sees the logits (row = token index of the whole evaluation); only with one rank.
+// every rank. Throws Error(kBadInput) when a loss mask leaves no target.
+// `sink` sees the logits (row = token index of the whole evaluation); only with one rank.
 EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
                     const LmHead::Sink& sink = {});
 

@@ -128,6 +128,7 @@ void Metrics::step(const StepReport& r) {
          {"ranks", ranks_},
          {"tensors_peak_bytes", r.tensors_peak},
          {"memory_peak_bytes", peak_memory_bytes()}};
+  if (masks_targets(run_.data)) j["targets"] = r.targets;
   if (r.aux_losses.size() > 1)
     for (std::size_t i = 0; i < r.aux_losses.size(); ++i)
       j["aux_losses"][name_of(run_.router.aux_kind[i])] = r.aux_losses[i];

@@ -14,6 +14,7 @@ class DryBatches final : public BatchSource {
       : deal_(deal_of(mesh, run.train.global_batch / run.train.micro_batch)),
         seq_len_(run.data.seq_len),
         masked_(run.data.mask_documents),
+        masks_targets_(masks_targets(run.data)),
         values_(static_cast<std::size_t>(run.train.micro_batch * seq_len_)) {}
 
   void begin_step(std::int64_t rounds) {
@@ -21,6 +22,10 @@ class DryBatches final : public BatchSource {
     round_ = 0;
   }
   std::int64_t rounds() const override { return asked_ > 0 ? asked_ : deal_.rounds(); }
+  std::optional<std::int64_t> counted_targets() override {
+    if (!masks_targets_) return {};
+    return static_cast<std::int64_t>(values_.size());  // more than none
+  }
   Batch next() override {
     Batch batch;
     batch.index = asked_ > 0 ? round_ * deal_.ranks + deal_.rank : deal_.index(round_);
@@ -36,7 +41,7 @@ class DryBatches final : public BatchSource {
  private:
   Deal deal_;
   std::int64_t seq_len_, asked_ = 0, round_ = 0;
-  bool masked_;
+  bool masked_, masks_targets_;
   std::vector<std::int32_t> values_;
 };
 

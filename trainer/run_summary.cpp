@@ -103,6 +103,10 @@ void log_data(const Session& s, const TrainState& state, const TokenDataset* val
   const std::vector<std::int64_t> sequences = s.data->sequences_of_source();
   log::info("data: {}", describe_data(s.run, sequences, state.step + 1));
   for (const std::string& line : repeated_data(s.run, sequences)) log::warning("data: {}", line);
+  for (std::size_t i = 0; i < s.run.data.train.size(); ++i)
+    if (s.data->files()[i]->has_loss_mask() && !s.run.data.train[i].loss_mask)
+      log::warning("data: {} has a loss mask, but every target counts: data.train[{}].loss_mask is false",
+                   s.run.data.train[i].path, i);
   if (valid == nullptr) return;
   const std::int64_t all = valid->num_sequences(), wanted = s.run.train.eval_sequences;
   log::info("held out: {} of the {} sequences of {}, {}", wanted == 0 ? all : std::min(all, wanted), all,

@@ -58,7 +58,7 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model, Communic
 
 void Session::open_data(std::int64_t first_sample) {
   std::vector<TokenDataset::Source> sources;
-  for (const DataSource& s : run.data.train) sources.push_back({s.path, s.weight});
+  for (const DataSource& s : run.data.train) sources.push_back({s.path, s.weight, s.loss_mask});
   data = std::make_unique<TokenDataset>(sources, run.data.seq_len, run.data.shuffle,
                                         static_cast<std::uint64_t>(run.data.seed), config.vocab_size);
   BatchLoader::Options options;

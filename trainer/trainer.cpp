@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "configs/expert_use.h"
 #include "trainer/router_buffers.h"
@@ -10,12 +11,28 @@
 
 namespace upmoe {
 
-StepSums Trainer::accumulate(std::int64_t number) {
+// Of the whole global batch, before its first micro-batch: what every gradient is divided by, wherever its token is.
+std::int64_t Trainer::count_targets(std::int64_t number) {
+  const RunConfig& run = s_.run;
+  const std::int64_t all = run.train.global_batch * run.data.seq_len;
+  const std::optional<std::int64_t> of_rank = s_.batches->counted_targets();
+  if (!of_rank) return all;
+  double sum = static_cast<double>(*of_rank);  // exact below 2^53
+  s_.mesh.along(Axis::kDp).all_reduce(host_view(&sum, {1}), ReduceOp::kSum, s_.memory.exec);
+  if (sum == 0)
+    fail(ExitCode::kBadInput,
+         "step {}: loss masks leave none of its {} targets, so there is nothing to learn from; use a larger "
+         "train.global_batch, data.shuffle, or data with more that counts",
+         number, all);
+  return static_cast<std::int64_t>(sum);
+}
+
+StepSums Trainer::accumulate(std::int64_t number, std::int64_t targets) {
   Exec& ex = s_.memory.exec;
   const RunConfig& run = s_.run;
   const double micro_batches = static_cast<double>(run.train.global_batch / run.train.micro_batch);
   Pipeline::Step step{.batches = *s_.batches};
-  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);
+  step.loss_scale = 1.0 / static_cast<double>(targets);
   for (std::size_t i = 0; i < run.router.aux_kind.size(); ++i)
     step.balance.terms.push_back({run.router.aux_kind[i], run.router.aux_loss.at(i) / micro_batches});
   step.balance.groups = run.router.aux_groups;
@@ -41,7 +58,7 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
                              ReduceOp::kSum, s_.memory.exec);
 
   const double micro_batches = static_cast<double>(s_.run.train.global_batch / s_.run.train.micro_batch);
-  report.loss = values[0] / static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len);
+  report.loss = values[0] / static_cast<double>(report.targets);
   report.z_loss = values[1] / micro_batches;
   report.flops_per_rank = values[2] / s_.mesh.world().size();
   report.computed_flops_per_rank = values[3] / s_.mesh.world().size();
@@ -71,7 +88,8 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
 
   StepReport report;
   report.step = step;
-  const StepSums sums = accumulate(step);
+  report.targets = count_targets(step);
+  const StepSums sums = accumulate(step, report.targets);
   s_.reducer.finish(ex);
   reduce(sums, request, report);
 

@@ -10,8 +10,9 @@
 namespace upmoe {
 
 struct StepReport {
-  std::int64_t step = 0;  // from 1
-  double loss = 0;        // mean cross-entropy over the global batch
+  std::int64_t step = 0;     // from 1
+  double loss = 0;           // mean cross-entropy over the global batch's targets that count
+  std::int64_t targets = 0;  // how many those are
   double aux_loss = 0,
          z_loss = 0;  // before their coefficients, mean over micro-batches; of several terms the sum
   std::vector<double> aux_losses;  // each term's, in the order of router.aux_kind
@@ -36,12 +37,14 @@ class Trainer {
 
   // One optimizer step over the next global batch. Collective. `request` is summed over the ranks along the
   // way, so that all ranks learn of a signal at the same step. Returns while updated weights still travel:
-  // settle() before anything but the next step reads weights that other ranks own.
+  // settle() before anything but the next step reads weights that other ranks own. Throws Error(kBadInput), on all
+  // ranks, when loss masks leave the step no target.
   StepReport step(std::int64_t step, std::int64_t request = 0);
   void settle() { s_.reducer.await_all_values(s_.memory.exec); }
 
  private:
-  StepSums accumulate(std::int64_t step);
+  std::int64_t count_targets(std::int64_t step);
+  StepSums accumulate(std::int64_t step, std::int64_t targets);
   void reduce(const StepSums& sums, std::int64_t request, StepReport& report);
   Session& s_;
 };

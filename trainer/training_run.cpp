@@ -140,8 +140,9 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
          state_.samples, state_.step, run_.train.global_batch);
   state_.fingerprint = fingerprint;
   if (!run_.data.valid.empty())
-    valid_ = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{run_.data.valid, 1.0}},
-                                            run_.data.seq_len, false, 0, s.config.vocab_size);
+    valid_ = std::make_unique<TokenDataset>(
+        std::vector<TokenDataset::Source>{{run_.data.valid, 1.0, run_.data.valid_loss_mask}},
+        run_.data.seq_len, false, 0, s.config.vocab_size);
   if (world_.rank() != 0) return;
   std::vector<const TokenFile*> files = s.data->files();
   if (valid_ != nullptr) files.push_back(valid_->files().front());

@@ -97,6 +97,13 @@ TEST(RunConfig, Sources) {
   EXPECT_EQ(list[1].path, "b.h5");
   EXPECT_EQ(list[2].path, "c d.h5");
   EXPECT_EQ(read("with: odd #name.h5").at(0).path, "with: odd #name.h5");
+  const auto masked = read("[{path: a.h5, loss_mask: true}, b.h5]");
+  EXPECT_TRUE(masked.at(0).loss_mask);
+  EXPECT_FALSE(masked.at(1).loss_mask);
+  RunConfig again = parse(kMinimal, {"data.train=[{path: a.h5, loss_mask: true}, b.h5]"});
+  again = parse(to_yaml(again), {});
+  EXPECT_TRUE(again.data.train.at(0).loss_mask && !again.data.train.at(1).loss_mask);
+  EXPECT_THAT(overridden("data.train=[{path: a, loss_mask: 1}]"), HasSubstr("true or false"));
   EXPECT_THAT(overridden("data.train=[]"), HasSubstr("empty"));
   EXPECT_THAT(overridden("data.train=[{weight: 1}]"), HasSubstr("data.train[0]: path is missing"));
   EXPECT_THAT(overridden("data.train=[{path: a, weight: 0}]"), HasSubstr("above 0"));

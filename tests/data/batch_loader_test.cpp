@@ -95,6 +95,36 @@ TEST_F(Loader, TheSameMicroBatchesForAnyNumberOfRanks) {
   }
 }
 
+// The ranks' counts add up to what their batches hold, step by step, whoever has a round too few.
+TEST_F(Loader, TargetsThatCountAreKnownBeforeAStep) {
+  std::vector<std::uint32_t> tokens(401);
+  std::vector<std::uint8_t> mask(401);
+  for (std::uint32_t i = 0; i < 401; ++i) {
+    tokens[i] = i;
+    mask[i] = i % 5 == 0 && i % 100 >= 16 ? 1 : 0;
+  }
+  write_token_file(dir_ / "masked.h5", tokens, {}, kVocab, -1, "abc", mask);
+  const TokenDataset data({{dir_ / "masked.h5", 1.0, true}}, kSeq, true, 3, kVocab);
+  std::vector<std::int64_t> one_rank;
+  for (const int ranks : {1, 2, 3, 4}) {
+    std::vector<std::int64_t> told(5), held(5);
+    for (int rank = 0; rank < ranks; ++rank) {
+      BatchLoader loader(data, {12, 2, rank, ranks, false}, 24);
+      for (std::size_t step = 0; step < told.size(); ++step) {
+        told[step] += loader.counted_targets().value();
+        for (std::int64_t round = 0; round < loader.rounds(); ++round)
+          for (const std::int32_t target : values(loader.next().targets_T))
+            held[step] += target != kIgnoredTarget ? 1 : 0;
+      }
+    }
+    EXPECT_EQ(told, held) << ranks;
+    if (ranks == 1) one_rank = told;
+    EXPECT_EQ(told, one_rank) << ranks;
+  }
+  const TokenDataset whole = dataset(true);
+  EXPECT_FALSE(BatchLoader(whole, {12, 2, 0, 1, false}, 0).counted_targets().has_value());
+}
+
 TEST_F(Loader, PositionCountsSamples) {
   const TokenDataset data = dataset(false);
   BatchLoader loader(data, {8, 2, 1, 3, false}, 16);  // 4 micro-batches over 3 ranks: 2 rounds

@@ -34,6 +34,14 @@ class TokenFiles : public testing::Test {
     return dir_ / name;
   }
 
+  // The same with a mask of the targets that count.
+  std::filesystem::path write_masked(const std::string& name, std::span<const std::uint8_t> mask) const {
+    std::vector<std::uint32_t> tokens(mask.size());
+    std::iota(tokens.begin(), tokens.end(), 0u);
+    write_token_file(dir_ / name, tokens, {}, 100000, 7, "abc", mask);
+    return dir_ / name;
+  }
+
   // Message of the error that `f` throws; it must be one of bad input.
   template <class F>
   static std::string message_of(const F& f) {

@@ -38,9 +38,9 @@ MUTANTS = {
         "  return {0, p.spec.shape[0]};", "*"),
     "divisor_of_this_ranks_tokens": (
         "trainer/trainer.cpp",
-        "  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);",
-        "  step.loss_scale = 1.0 / static_cast<double>(s_.batches->rounds() * s_.mesh.spec().dp * "
-        "run.train.micro_batch * run.data.seq_len);", "*"),
+        "  const std::int64_t all = run.train.global_batch * run.data.seq_len;",
+        "  const std::int64_t all =\n"
+        "      s_.batches->rounds() * s_.mesh.spec().dp * run.train.micro_batch * run.data.seq_len;", "*"),
     "one_piece_of_an_expert_computed_twice": (
         "trainer/model/expert_shares.cpp",
         "      piece_EP[static_cast<std::size_t>(e * etp + rank % etp)] = static_cast<std::int32_t>(piece++);",

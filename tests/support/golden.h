@@ -82,9 +82,10 @@ class Golden {
     write_tokens(tokens_path);
     return settings(tokens_path, micro_batch, ep);
   }
-  void write_tokens(const std::filesystem::path& path) const {
-    write_token_file(path, stream_, {}, config_.vocab_size);
+  void write_tokens(const std::filesystem::path& path, std::span<const std::uint8_t> loss_mask = {}) const {
+    write_token_file(path, stream_, {}, config_.vocab_size, -1, std::string(64, '0'), loss_mask);
   }
+  std::size_t stream_size() const { return stream_.size(); }
   // The same, writing nothing.
   RunConfig settings(const std::filesystem::path& tokens_path, std::int64_t micro_batch, int ep) const {
     RunConfig run;

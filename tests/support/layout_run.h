@@ -20,6 +20,24 @@
 
 namespace upmoe::test {
 
+// kSome: of four sequences one has no target that counts, one only in its first half, the others one in three. kAll,
+// kNothing: a mask as well.
+enum class LossMask { kNone, kSome, kAll, kNothing };
+
+// Of each token of a file, as a target: the first one of a sequence is the second token.
+inline std::vector<std::uint8_t> make_loss_mask(LossMask kind, const Golden& golden) {
+  if (kind == LossMask::kNone) return {};
+  std::vector<std::uint8_t> mask(golden.stream_size(), kind == LossMask::kAll ? 1 : 0);
+  if (kind != LossMask::kSome) return mask;
+  const auto length = static_cast<std::size_t>(golden.seq_len());
+  for (std::size_t target = 0; target + 1 < mask.size(); ++target) {
+    const std::size_t sequence = target / length % 4, place = target % length;
+    const bool counts = sequence == 2 ? place < length / 2 : sequence != 1 && target % 3 == 0;
+    mask[target + 1] = counts ? 1 : 0;
+  }
+  return mask;
+}
+
 struct Layout {
   std::string model;
   MeshSpec mesh;
@@ -48,6 +66,7 @@ struct Layout {
   bool renormalize = false;             // their weights, whatever the golden file says
   double bias_rate = 0;
   double eps = 0;  // AdamW's; 0: the golden file's
+  LossMask loss_mask = LossMask::kNone;
 
   RouterForm own_form() const { return form.value_or(RouterForm{}); }
   RouterForm& with_form() { return form ? *form : form.emplace(); }
@@ -80,6 +99,7 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.train.recompute = l.recompute;
   run.train.precision = l.precision;
   run.data.mask_documents = l.mask_documents;
+  run.data.train.front().loss_mask = l.loss_mask != LossMask::kNone;
   run.router.z_loss = l.z_loss;
   if (l.aux_loss >= 0) run.router.aux_loss = {l.aux_loss};
   run.router.aux_kind = l.aux_kinds;
@@ -230,7 +250,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
                      const std::function<void(Session&)>& after = {}) {
   const std::filesystem::path tokens =
       std::filesystem::temp_directory_path() / fmt::format("layout_{}_{}.h5", ::getpid(), world.rank());
-  golden.write_tokens(tokens);
+  golden.write_tokens(tokens, make_loss_mask(layout.loss_mask, golden));
   const RunConfig run = run_of(layout, golden, tokens);
   const std::vector<std::string> problems = problems_of(run, config_of(layout, golden), world.size());
   UPMOE_CHECK(problems.empty(), "{}", problems.front());

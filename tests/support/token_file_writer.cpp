@@ -69,7 +69,7 @@ class Writer {
 
 void write_token_file(const std::filesystem::path& path, std::span<const std::uint32_t> tokens,
                       std::vector<std::int64_t> document_ends, std::int64_t vocab_size, std::int64_t eos_id,
-                      const std::string& tokenizer_sha256) {
+                      const std::string& tokenizer_sha256, std::span<const std::uint8_t> loss_mask) {
   if (document_ends.empty()) document_ends.push_back(static_cast<std::int64_t>(tokens.size()));
   const std::filesystem::path temporary = path.string() + ".tmp";
   Writer out(temporary);
@@ -81,9 +81,14 @@ void write_token_file(const std::filesystem::path& path, std::span<const std::ui
   out.text("tokenizer_sha256", tokenizer_sha256);
   const std::vector<std::uint32_t> chunks = checksums_of_chunks(tokens);
   out.dataset("checksums", H5T_STD_U32LE, chunks.size(), chunks.data());
+  const std::vector<std::uint32_t> mask_chunks = checksums_of_chunks(loss_mask);
+  if (!loss_mask.empty()) {
+    out.dataset("loss_mask", H5T_STD_U8LE, loss_mask.size(), loss_mask.data());
+    out.dataset("loss_mask_checksums", H5T_STD_U32LE, mask_chunks.size(), mask_chunks.data());
+  }
   const TokenFileFacts facts{vocab_size, eos_id, tokenizer_sha256, static_cast<std::int64_t>(tokens.size()),
                              static_cast<std::int64_t>(document_ends.size())};
-  out.integer("checksum", token_file_checksum(facts, document_ends, chunks));
+  out.integer("checksum", token_file_checksum(facts, document_ends, chunks, mask_chunks));
   out.close();
   give_name(temporary, path, Existing::kReplaced);
 }

@@ -97,6 +97,7 @@ struct Transformer {
   };
   TensorView logits(Exec& ex, const MicroBatch& batch, const Continuation& rows, Arena& keep) const;
   std::vector<AttentionShape> attention_of_blocks() const;  // of this rank's heads
+
   // Forward through this chunk's blocks alone: see(i, x_TD), i counted in the whole model, with what the FFN or the
   // mixture of block i reads, which is there until `see` returns.
   using SeeInputs = std::function<void(int block, ConstTensorView x_TD)>;

@@ -1,0 +1,27 @@
+"""Errors in what counts as a target, what trains and how fast; see tests/mutants.py."""
+
+MUTANTS = {
+    "targets_of_one_rank_for_all": (
+        "trainer/trainer.cpp",
+        "  s_.mesh.along(Axis::kDp).all_reduce(host_view(&sum, {1}), ReduceOp::kSum, s_.memory.exec);", "",
+        "*Mask*"),
+    "masked_targets_in_the_divisor_of_the_loss": (
+        "trainer/trainer.cpp", "  report.loss = values[0] / static_cast<double>(report.targets);",
+        "  report.loss = values[0] / static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len);", "*Mask*"),
+    "masked_targets_in_the_divisor_of_gradients": (
+        "trainer/trainer.cpp", "  step.loss_scale = 1.0 / static_cast<double>(targets);",
+        "  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);", "*Mask*"),
+    "the_mask_of_the_inputs": (
+        "data/token_dataset.cpp", "file.read_loss_mask(sequence * seq_len + 1, counts)",
+        "file.read_loss_mask(sequence * seq_len, counts)", "LossMask.*", "token_dataset_test"),
+    "a_lost_mask_is_no_loss": (
+        "data/token_file.cpp", "token_file_checksum(facts, document_ends_, tokens_.checksums, loss_mask_.checksums)",
+        "token_file_checksum(facts, document_ends_, tokens_.checksums)", "LossMask.*", "token_dataset_test"),
+    "targets_of_the_first_micro_batch_for_the_step": (
+        "data/batch_loader.cpp", "    for (std::int64_t round = 0; round < deal.rounds(); ++round) {\n"
+        "      const std::int64_t index",
+        "    for (std::int64_t round = 0; round < 1; ++round) {\n      const std::int64_t index", "Loader.*",
+        "batch_loader_test"),
+    "held_out_targets_counted_on_every_tp_rank": (
+        "trainer/evaluation.cpp", " || mesh.coord(Axis::kTp) != 0) return 0;", ") return 0;", "LossMasks.*"),
+}
