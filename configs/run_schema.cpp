@@ -247,8 +247,8 @@ Schema run_schema(RunConfig& run) {
   schema.section("")
       .key("freeze", run.freeze)
       .says(
-          "Patterns of parameters that do not train, in our names or Hugging Face's; quote them: "
-          "['*mlp.gate.weight'].");
+          "Patterns of parameters that do not train, in our names or Hugging Face's, or presets: @experts, "
+          "@non_experts, @router, @attention, @shared; quote them: ['*mlp.gate.weight'].");
   schema.section("checkpoint")
       .key("every", run.checkpoint.every, {.least = 0})
       .says("Steps between checkpoints; 0: at the end alone.")

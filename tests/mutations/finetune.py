@@ -22,6 +22,18 @@ MUTANTS = {
         "      const std::int64_t index",
         "    for (std::int64_t round = 0; round < 1; ++round) {\n      const std::int64_t index", "Loader.*",
         "batch_loader_test"),
+    "frozen_experts_keep_their_rows": (
+        "trainer/model/experts.h", "return gate_up_eGD.wants_grad() || !keeps.gate_up;", "return true;",
+        "FrozenCost.*", "freeze_test"),
+    "rows_for_gate_up_made_again_are_gone": (
+        "trainer/model/experts.h", "return gate_up_eGD.wants_grad() || !keeps.gate_up;",
+        "return gate_up_eGD.wants_grad();", "*Frozen*", "freeze_test"),
+    "the_noise_of_a_frozen_router_trains": (
+        "trainer/param_patterns.cpp", "{Role::kRouter, Role::kRouterNoise}", "{Role::kRouter}", "Freeze.*",
+        "freeze_test"),
+    "a_frozen_attention_gathers_its_tokens": (
+        "trainer/model/attention_layer.cpp", "  if (qkv.weight_NK.wants_grad()) x.emplace", "  x.emplace",
+        "FrozenCost.*", "freeze_test"),
     "held_out_targets_counted_on_every_tp_rank": (
         "trainer/evaluation.cpp", " || mesh.coord(Axis::kTp) != 0) return 0;", ") return 0;", "LossMasks.*"),
 }

@@ -120,11 +120,11 @@ MUTANTS = {
         "trainer/pipeline.cpp", "  const bool last = action.micro_batch + 1 == step.batches.rounds();",
         "  const bool last = action.micro_batch == 0;", "*"),
     "rows_of_other_ranks_not_kept": (
-        "trainer/model/experts.cpp", "if (!rows.lasting || (keeps.rows && !saved.fused)) {",
-        "if (keeps.rows && !saved.fused) {", "*Recomputation*"),
+        "trainer/model/experts.cpp", "if (wants_rows() && (!rows.lasting || (keeps.rows && !saved.fused))) {",
+        "if (wants_rows() && keeps.rows && !saved.fused) {", "*Recomputation*"),
     "hidden_rows_kept_by_the_fused_path": (
-        "trainer/model/experts.cpp", "if (keeps.hidden && !saved.fused)", "if (keeps.hidden)", "*/none",
-        "fused_experts_test_on_gpu"),
+        "trainer/model/experts.cpp", "if (keeps.hidden && wants_hidden() && !saved.fused)",
+        "if (keeps.hidden && wants_hidden())", "*/none", "fused_experts_test_on_gpu"),
     "shared_gate_booked_by_every_tp_rank": (
         "trainer/model/dense_ffn.cpp", "  return tp->rank() == 0 ? ex : not_booked(ex);", "  return ex;", "ModelCost.*",
         "cost_test"),

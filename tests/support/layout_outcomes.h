@@ -41,11 +41,12 @@ inline const Outcome& one_rank(const Layout& like) {
   one.zero = 1;
   std::string kinds;
   for (const AuxKind kind : one.aux_kinds) kinds += name_of(kind);
-  const std::string key = one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) +
-                          kinds + name_of(one.optimizer) +
-                          fmt::format("{}{}{}{}{}{}{}{}{}", static_cast<int>(one.loss_mask),
-                                      one.mask_documents, one.z_loss, one.steps, one.choices, one.renormalize,
-                                      one.form ? words_of(*one.form) : "own", one.bias_rate, one.eps);
+  const std::string key =
+      one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) + kinds +
+      name_of(one.optimizer) +
+      fmt::format("{}{}{}{}{}{}{}{}{}{}", fmt::join(one.freeze, ","), static_cast<int>(one.loss_mask),
+                  one.mask_documents, one.z_loss, one.steps, one.choices, one.renormalize,
+                  one.form ? words_of(*one.form) : "own", one.bias_rate, one.eps);
   auto it = done.find(key);
   if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
   return it->second;

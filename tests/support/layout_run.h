@@ -67,6 +67,7 @@ struct Layout {
   double bias_rate = 0;
   double eps = 0;  // AdamW's; 0: the golden file's
   LossMask loss_mask = LossMask::kNone;
+  std::vector<std::string> freeze = {};
 
   RouterForm own_form() const { return form.value_or(RouterForm{}); }
   RouterForm& with_form() { return form ? *form : form.emplace(); }
@@ -96,6 +97,7 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.parallel.zero = l.zero;
   run.parallel.reduce = l.reduce;
   run.optimizer.name = l.optimizer;
+  run.freeze = l.freeze;
   run.train.recompute = l.recompute;
   run.train.precision = l.precision;
   run.data.mask_documents = l.mask_documents;

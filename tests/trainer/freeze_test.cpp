@@ -48,12 +48,32 @@ TEST(Freeze, NamesOfBothWorldsMean) {
               ElementsAre("layers.0.shared.gate_up_F2D"));
 }
 
+TEST(Freeze, Presets) {
+  EXPECT_THAT(frozen({"@router"}), ElementsAre("layers.0.moe.router_ED", "layers.1.moe.router_ED"));
+  EXPECT_THAT(frozen({"@experts"}), ElementsAre("layers.0.moe.gate_up_EF2D", "layers.0.moe.down_EDF",
+                                                "layers.1.moe.gate_up_EF2D", "layers.1.moe.down_EDF"));
+  EXPECT_THAT(frozen({"@shared"}), testing::SizeIs(6));
+  const std::vector<std::string> attention = frozen({"@attention"}), others = frozen({"@non_experts"});
+  EXPECT_THAT(attention, Contains("layers.1.attn.o_DNH"));
+  EXPECT_THAT(attention, testing::Each(HasSubstr(".attn.")));
+  EXPECT_THAT(others, testing::SizeIs(33 - 4));  // of all that train
+  EXPECT_THAT(others, Not(Contains(HasSubstr("moe.down"))));
+  EXPECT_THAT(others, Contains("embed_VD"));
+  EXPECT_THAT(frozen({"@router", "embed_VD"}), testing::SizeIs(3));
+  EXPECT_THAT(refusal({"@expert"}), HasSubstr("no preset '@expert'; there are @experts, @non_experts"));
+  EXPECT_THAT(refusal({"@experts", "@non_experts"}), HasSubstr("nothing would train"));
+  ModelConfig dense = test::tiny_moe_config();
+  dense.num_experts = dense.num_experts_per_tok = 0;
+  EXPECT_THROW(frozen_names({"@experts"}, dense), Error);
+}
+
 // A parameter that training adds has no name on disk: it freezes by our name alone.
 TEST(Freeze, WhatTrainingAdds) {
   ModelConfig config = test::tiny_moe_config();
   config.router.kind = RouterKind::kNoisy;
   EXPECT_THAT(frozen_names({}, config), IsEmpty());
   EXPECT_THAT(frozen_names({"*mlp.*"}, config), Not(Contains("layers.0.moe.noise_ED")));
+  EXPECT_THAT(frozen_names({"@router"}, config), Contains("layers.1.moe.noise_ED"));
   EXPECT_THAT(frozen_names({"*moe.noise_ED"}, config),
               ElementsAre("layers.0.moe.noise_ED", "layers.1.moe.noise_ED"));
 }

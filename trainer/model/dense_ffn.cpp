@@ -7,7 +7,8 @@ namespace upmoe {
 void DenseFfn::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& keep, Saved& saved) const {
   const std::int64_t T = x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   saved.x_tD = x_tD;
-  if (keeps.hidden) saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
+  const bool keeps_hidden = keeps.hidden && down.weight_NK.wants_grad();
+  if (keeps_hidden) saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
   if (gate_1D) saved.gate_T = keep.take({T}, DType::kF32, "shared expert gate");
   if (keeps.gate_up) saved.gate_up_TG = keep.take({T, G}, x_tD.dtype, "ffn gate and up");
   ScratchScope scope(*ex.scratch);
@@ -19,7 +20,7 @@ void DenseFfn::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& k
     Exec once = booked_once(ex);
     ops::sigmoid_gate_forward(once, saved.gate_T, x_TD, gate_1D->value);
   }
-  const TensorView h_TF = keeps.hidden ? saved.h_TF : ex.scratch->take({T, G / 2}, x_tD.dtype, "ffn hidden");
+  const TensorView h_TF = keeps_hidden ? saved.h_TF : ex.scratch->take({T, G / 2}, x_tD.dtype, "ffn hidden");
   hidden(ex, h_TF, gate_up_TG, saved);
   PartialSum y(ex, *tp, y_tD);
   down.forward(ex, y.partial_TD(), h_TF);
@@ -49,18 +50,21 @@ void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const
   TensorView dgate_T;
   if (gate_1D) dgate_T = ex.scratch->take(saved.gate_T.shape, DType::kF32, "shared expert gate gradient");
   ScratchScope scope(*ex.scratch);
-  GatheredTokens dy(ex, *tp, dy_tD), x(ex, *tp, saved.x_tD);
+  GatheredTokens dy(ex, *tp, dy_tD);
+  // For the weights' gradients, and to make gate and up again: frozen weights have no use for the tokens.
+  std::optional<GatheredTokens> x;
+  if (gate_up.weight_NK.wants_grad() || gate_1D || !keeps.gate_up) x.emplace(ex, *tp, saved.x_tD);
   Exec again = not_booked(ex);
   const std::int64_t T = saved.x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   ConstTensorView x_TD;
   TensorView gate_up_TG = saved.gate_up_TG, h_TF = saved.h_TF;
   if (!keeps.gate_up) {
     gate_up_TG = ex.scratch->take({T, G}, dy_tD.dtype, "ffn gate and up, again");
-    x_TD = x.finish();
+    x_TD = x->finish();
     gate_up.forward(again, gate_up_TG, x_TD);
   }
   TensorView dh_TF = ex.scratch->take({T, G / 2}, dy_tD.dtype, "ffn hidden gradient");
-  if (!keeps.hidden) {
+  if (!keeps.hidden && down.weight_NK.wants_grad()) {
     h_TF = ex.scratch->take({T, G / 2}, dy_tD.dtype, "ffn hidden, again");
     hidden(again, h_TF, gate_up_TG, saved);
   }
@@ -69,7 +73,7 @@ void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const
   const auto activation_backward =
       activation == Activation::kSilu ? ops::swiglu_backward : ops::geglu_backward;
   activation_backward(ex, dgate_up_TG, dgate_T, dh_TF, gate_up_TG, saved.gate_T);
-  if (keeps.gate_up) x_TD = x.finish();
+  if (keeps.gate_up && x) x_TD = x->finish();
   PartialSum dx(ex, *tp, dx_tD);
   gate_up.backward(ex, dx.partial_TD(), Accumulate::kOverwrite, dgate_up_TG, x_TD);
   const bool leaves = gate_1D && left != nullptr && tp->size() == 1;

@@ -39,12 +39,13 @@ void Experts::forward(Exec& ex, TensorView y_RD, const Rows& rows, Arena& keep, 
   saved.x = rows.x;
   UPMOE_CHECK(!saved.fused || rows.lasting, "fused, backward picks its rows again");
   // Fused, the rows are picked where they are used, and hidden rows are an output of backward.
-  if (!rows.lasting || (keeps.rows && !saved.fused)) {
+  if (wants_rows() && (!rows.lasting || (keeps.rows && !saved.fused))) {
     saved.kept.x_RD = keep.take(y_RD.shape, y_RD.dtype, "expert input");
     saved.x = {saved.kept.x_RD, {}};
   }
   if (keeps.gate_up) saved.kept.gate_up_RG = keep.take({R, G}, y_RD.dtype, "expert gate and up");
-  if (keeps.hidden && !saved.fused) saved.kept.h_RF = keep.take({R, G / 2}, y_RD.dtype, "expert hidden");
+  if (keeps.hidden && wants_hidden() && !saved.fused)
+    saved.kept.h_RF = keep.take({R, G / 2}, y_RD.dtype, "expert hidden");
   ops::expert_ffn_forward(ex, y_RD, saved.kept, rows.x, ffn(saved));
 }
 
@@ -53,7 +54,7 @@ void Experts::make_again(Exec& ex, Backward& b, const Saved& saved) const {
   const std::int64_t R = saved.weight_R1.rows(), G = gate_up_eGD.value.shape[1],
                      D = gate_up_eGD.value.shape[2];
   Exec again = not_booked(ex);
-  if (!saved.fused && !b.activations.x_RD.given()) {
+  if (wants_rows() && !saved.fused && !b.activations.x_RD.given()) {
     b.activations.x_RD = ex.scratch->take({R, D}, dtype, "expert input, again");
     ops::gather_rows(again, b.activations.x_RD, saved.x.from_XD, saved.x.index_R, saved.x.divisor);
   }

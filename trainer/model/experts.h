@@ -32,7 +32,8 @@ struct Experts {
   };
   // In temporary memory, of the caller's ScratchScope.
   struct Backward {
-    ops::ExpertActivations activations;  // kept or made again; the hidden rows only where they were kept
+    // Kept or made again, the hidden rows only where they were kept; none of what frozen weights have no use for.
+    ops::ExpertActivations activations;
     ops::ExpertGradients gradients;
     ops::PickedRows dy;  // as backward_rows() was given it
     TensorView dx_RD() const { return gradients.dx_RD; }
@@ -50,6 +51,10 @@ struct Experts {
   bool fuses(const Exec& ex) const;
 
  private:
+  // Whether backward has a use for the rows, and for the hidden rows: for the gradients of weights, and to make gate_up
+  // again.
+  bool wants_rows() const { return gate_up_eGD.wants_grad() || !keeps.gate_up; }
+  bool wants_hidden() const { return down_eDF.wants_grad(); }
   ops::ExpertFfn ffn(const Saved& saved) const;
   void make_again(Exec& ex, Backward& b, const Saved& saved) const;
 };
