@@ -21,6 +21,12 @@ struct DataSource {
   bool loss_mask = false;  // targets that the file's mask leaves out do not count
 };
 
+// Parameters that are updated otherwise than the rest; what is not given is as of the rest.
+struct OptimizerGroup {
+  std::vector<std::string> match;  // as RunConfig::freeze
+  std::optional<double> lr = {}, weight_decay = {};
+};
+
 struct RunConfig {
   struct Run {
     std::string dir;
@@ -71,7 +77,8 @@ struct RunConfig {
   struct Optimizer {
     OptimizerKind name = OptimizerKind::kAdamW;
     double lr = 3e-4, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, clip = 1.0;  // clip 0 = none
-    bool offload = false;  // on GPUs: masters and moments in the host's memory
+    bool offload = false;                     // on GPUs: masters and moments in the host's memory
+    std::vector<OptimizerGroup> groups = {};  // the first one that catches a parameter counts
   } optimizer;
   struct Schedule {
     ScheduleKind name = ScheduleKind::kCosine;

@@ -64,6 +64,64 @@ std::string write_sources(const std::vector<DataSource>& sources) {
   return fmt::format("[{}]", fmt::join(items, ", "));
 }
 
+// One pattern, or a list of them.
+std::vector<std::string> read_patterns(const YamlNode& node, const std::string& key, Problems& problems) {
+  std::vector<std::string> patterns;
+  const bool list = node.kind == YamlNode::Kind::kList;
+  if (list && node.items.empty()) problems.add(node.where, key + ": the list is empty");
+  for (const YamlNode& item : list ? node.items : std::vector{node})
+    if (auto pattern = text_of(item, key, {}, problems)) patterns.push_back(*std::move(pattern));
+  return patterns;
+}
+
+OptimizerGroup read_group(const YamlNode& node, const std::string& key, Problems& problems) {
+  OptimizerGroup group;
+  if (node.kind != YamlNode::Kind::kMap) {
+    problems.add(node.where, key + ": expected a map such as {match: '@router', lr: 1.0e-5}");
+    return group;
+  }
+  bool matches = false;
+  for (const auto& [name, value] : node.entries) {
+    const std::string full = key + "." + name.text;
+    if (name.text == "match") {
+      group.match = read_patterns(value, full, problems);
+      matches = true;
+    } else if (name.text == "lr") {
+      group.lr = number_of(value, full, {.least = 0}, problems);
+    } else if (name.text == "weight_decay") {
+      group.weight_decay = number_of(value, full, {.least = 0}, problems);
+    } else {
+      problems.add(name.where, fmt::format("unknown key '{}'; valid here: match, lr, weight_decay", full));
+    }
+  }
+  if (!matches) problems.add(node.where, key + ": match is missing");
+  return group;
+}
+
+void read_groups(const YamlNode& node, const std::string& key, std::vector<OptimizerGroup>& out,
+                 Problems& problems) {
+  if (node.kind != YamlNode::Kind::kList) {
+    problems.add(node.where, key + ": expected a list, such as [{match: '@router', lr: 1.0e-5}]");
+    return;
+  }
+  out.clear();
+  for (std::size_t i = 0; i < node.items.size(); ++i)
+    out.push_back(read_group(node.items[i], fmt::format("{}[{}]", key, i), problems));
+}
+
+std::string write_groups(const std::vector<OptimizerGroup>& groups) {
+  std::vector<std::string> items;
+  for (const OptimizerGroup& g : groups) {
+    std::vector<std::string> patterns;
+    for (const std::string& pattern : g.match) patterns.push_back(yaml_quoted(pattern));
+    std::string item = fmt::format("{{match: [{}]", fmt::join(patterns, ", "));
+    if (g.lr) item += fmt::format(", lr: {}", *g.lr);
+    if (g.weight_decay) item += fmt::format(", weight_decay: {}", *g.weight_decay);
+    items.push_back(item + "}");
+  }
+  return fmt::format("[{}]", fmt::join(items, ", "));
+}
+
 void add_data(Schema& schema, RunConfig::Data& data) {
   schema.section("data")
       .key(
@@ -128,7 +186,16 @@ void add_optimization(Schema& schema, RunConfig& run) {
       .key("clip", run.optimizer.clip, {.least = 0})
       .says("Largest global norm of the gradient; 0: no clipping.")
       .key("offload", run.optimizer.offload)
-      .says("On GPUs: masters and moments in the host's memory.");
+      .says("On GPUs: masters and moments in the host's memory.")
+      .key(
+          "groups", "list of {match, lr, weight_decay}", false,
+          [&groups = run.optimizer.groups](const YamlNode& node, const std::string& key, Problems& problems) {
+            read_groups(node, key, groups, problems);
+          },
+          [&groups = run.optimizer.groups] { return write_groups(groups); })
+      .says(
+          "Parameters with a rate or decay of their own; match: patterns as of freeze. The first group that "
+          "catches a parameter counts. The schedule is that of optimizer.lr.");
   schema.section("schedule")
       .key("name", run.schedule.name)
       .says("Of the learning rate after the warm-up; wsd: constant, then a linear decay.")

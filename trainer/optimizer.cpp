@@ -56,6 +56,8 @@ Optimizer::Optimizer(const ParamStore& params, Config config, Device device) : c
     const Need need(p, config_.coded);
     OwnedSlice s;
     s.coded = need.coded;
+    s.param = &p;
+    join_group(s);
     bind(s, p, float_memory.rows(0, need.floats), code_memory.rows(0, need.codes));
     float_memory = float_memory.rows(need.floats, float_memory.elements());
     code_memory = code_memory.rows(need.codes, code_memory.elements());
@@ -63,9 +65,21 @@ Optimizer::Optimizer(const ParamStore& params, Config config, Device device) : c
   }
 }
 
+void Optimizer::join_group(OwnedSlice& s) const {
+  const ParamSpec& spec = s.param->spec;
+  std::optional<double> decay;
+  for (std::size_t g = 0; g < config_.groups.size(); ++g) {
+    const std::vector<std::string>& names = config_.groups[g].names;
+    if (std::find(names.begin(), names.end(), spec.name) == names.end()) continue;
+    UPMOE_CHECK(s.group == 0, "'{}' is in groups {} and {}", spec.name, s.group - 1, g);
+    s.group = g + 1;
+    decay = config_.groups[g].weight_decay;
+  }
+  s.weight_decay = spec.decay ? decay.value_or(config_.weight_decay) : 0.0;
+}
+
 void Optimizer::bind(OwnedSlice& s, const StoredParam& p, TensorView floats, TensorView codes) {
   const std::int64_t n = p.owned.size();
-  s.param = &p;
   s.weight = p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end);
   s.grad = p.owned_grad;
   if (s.coded) {
@@ -102,9 +116,10 @@ double Optimizer::gradient_norm(Exec& ex, Communicator& world) const {
   return std::sqrt(sum);
 }
 
-void Optimizer::update(Exec& ex, double lr, double norm, std::int64_t step) {
+void Optimizer::update(Exec& ex, std::span<const double> lr, double norm, std::int64_t step) {
+  UPMOE_CHECK(lr.size() == 1 + config_.groups.size(), "{} rates for {} groups", lr.size(),
+              config_.groups.size());
   AdamWStep hyper;
-  hyper.lr = static_cast<float>(lr);
   hyper.beta1 = static_cast<float>(config_.beta1);
   hyper.beta2 = static_cast<float>(config_.beta2);
   hyper.eps = static_cast<float>(config_.eps);
@@ -112,7 +127,8 @@ void Optimizer::update(Exec& ex, double lr, double norm, std::int64_t step) {
   // The same formula as torch's clip_grad_norm_, its 1e-6 too.
   if (config_.clip > 0) hyper.grad_scale = static_cast<float>(std::min(1.0, config_.clip / (norm + 1e-6)));
   for (OwnedSlice& s : slices_) {
-    hyper.weight_decay = s.param->spec.decay ? static_cast<float>(config_.weight_decay) : 0.0f;
+    hyper.lr = static_cast<float>(lr[s.group]);
+    hyper.weight_decay = static_cast<float>(s.weight_decay);
     if (s.coded) {
       ops::adamw8bit(ex, s.weight, s.moments, s.grad, hyper, s.chance);
     } else {

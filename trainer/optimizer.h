@@ -4,6 +4,8 @@
 // bits and keeps no masters for them (kernels/ops/adamw8bit.h); small ones (norms, biases: fewer than 4096
 // elements) are as with adamw.
 
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -20,6 +22,8 @@ struct OwnedSlice {  // flat views of length param->owned.size()
   TensorView master, m, v;  // fp32; master is `weight` itself when that is fp32
   CodedMoments moments;
   Chance chance;
+  std::size_t group = 0;  // of Optimizer::Config::groups, from 1; 0: of none
+  double weight_decay = 0;
   bool has_master() const { return !coded && weight.dtype != DType::kF32; }
 };
 
@@ -31,6 +35,12 @@ class Optimizer {
     bool coded = false;    // adamw8bit
     bool offload = false;  // the state of a GPU's rank lies in pinned memory of the host
     std::uint64_t seed = 0;
+    // Parameters with a rate, and perhaps a decay, of their own; no name in two of them.
+    struct Group {
+      std::vector<std::string> names;
+      std::optional<double> weight_decay = {};
+    };
+    std::vector<Group> groups = {};
   };
   Optimizer(const ParamStore& params, Config config, Device device);
 
@@ -38,14 +48,15 @@ class Optimizer {
   void reset(Exec& ex);
   // Global gradient norm over all parameters, each counted once. Collective over `world`.
   double gradient_norm(Exec& ex, Communicator& world) const;
-  // Clips by `norm` and updates the owned slices; `step` counts from 1.
-  void update(Exec& ex, double lr, double norm, std::int64_t step);
+  // Clips by `norm` and updates the owned slices; `step` counts from 1. lr: of what is in no group, then of each group.
+  void update(Exec& ex, std::span<const double> lr, double norm, std::int64_t step);
   // Name of the first parameter of which this rank's owned gradient is not finite; empty when all are.
   std::string first_nonfinite(Exec& ex) const;
   const std::vector<OwnedSlice>& slices() const { return slices_; }
   std::size_t bytes() const { return state_.bytes() + codes_.bytes(); }
 
  private:
+  void join_group(OwnedSlice& slice) const;
   void bind(OwnedSlice& slice, const StoredParam& p, TensorView floats, TensorView codes);
 
   Config config_;

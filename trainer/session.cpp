@@ -2,6 +2,7 @@
 
 #include "trainer/batch_deal.h"
 #include "trainer/freeze.h"
+#include "trainer/optimizer_groups.h"
 #include "trainer/stage_cost.h"
 
 namespace upmoe {
@@ -38,11 +39,17 @@ RankModel::Options model_options(const RunConfig& run, const ModelConfig& model)
   return options;
 }
 
-Optimizer::Config optimizer_of(const RunConfig& run) {
-  return {run.optimizer.beta1,   run.optimizer.beta2,
-          run.optimizer.eps,     run.optimizer.weight_decay,
-          run.optimizer.clip,    run.optimizer.name == OptimizerKind::kAdamW8bit,
-          run.optimizer.offload, static_cast<std::uint64_t>(run.run.seed)};
+Optimizer::Config optimizer_of(const RunConfig& run, const ModelConfig& model) {
+  const RunConfig::Optimizer& o = run.optimizer;
+  return {.beta1 = o.beta1,
+          .beta2 = o.beta2,
+          .eps = o.eps,
+          .weight_decay = o.weight_decay,
+          .clip = o.clip,
+          .coded = o.name == OptimizerKind::kAdamW8bit,
+          .offload = o.offload,
+          .seed = static_cast<std::uint64_t>(run.run.seed),
+          .groups = optimizer_groups(o.groups, model)};
 }
 
 }  // namespace
@@ -51,7 +58,7 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model, Communic
     : RankModel(model, mesh_of(run_config, world.size()), world, device, model_options(run_config, model)),
       run(run_config),
       reducer(params, mesh, device),
-      optimizer(params, optimizer_of(run_config), device) {
+      optimizer(params, optimizer_of(run_config, model), device) {
   memory.exec.deterministic = run_config.train.deterministic;
   memory.exec.experts = run_config.kernels.experts;
 }

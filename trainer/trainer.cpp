@@ -101,7 +101,7 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
   if (report.skipped) {
     report.culprit = s_.optimizer.first_nonfinite(ex);
   } else {
-    s_.optimizer.update(ex, report.lr, report.grad_norm, step);
+    s_.optimizer.update(ex, learning_rates(s_.run, step), report.grad_norm, step);
     s_.reducer.gather_values(ex);
     update_router_biases(ex, s_.params, s_.config, report.assigned, s_.run.router.bias_rate);
     update_router_loads(ex, s_.params, s_.config, report.assigned);

@@ -113,10 +113,27 @@ TEST(RunConfig, Sources) {
   EXPECT_THAT(overridden("data.train=[a"), HasSubstr("not valid YAML"));
 }
 
+TEST(RunConfig, GroupsOfTheOptimizer) {
+  const std::string words =
+      "optimizer.groups=[{match: '@router', lr: 1.0e-5, weight_decay: 0}, {match: [a, 'b*'], lr: 0.5}]";
+  const RunConfig again = parse(to_yaml(parse(kMinimal, {words})));
+  const std::vector<OptimizerGroup>& groups = again.optimizer.groups;
+  ASSERT_EQ(groups.size(), 2u);
+  EXPECT_EQ(groups[0].match, std::vector<std::string>{"@router"});
+  EXPECT_EQ(groups[0].lr, 1e-5);
+  EXPECT_EQ(groups[0].weight_decay, 0.0);
+  EXPECT_EQ(groups[1].match, (std::vector<std::string>{"a", "b*"}));
+  EXPECT_FALSE(groups[1].weight_decay.has_value());
+  EXPECT_THAT(overridden("optimizer.groups=[{lr: 1}]"), HasSubstr("optimizer.groups[0]: match is missing"));
+  EXPECT_THAT(overridden("optimizer.groups=[{match: a, rate: 1}]"), HasSubstr("'optimizer.groups[0].rate'"));
+  EXPECT_THAT(overridden("optimizer.groups=[{match: []}]"), HasSubstr("the list is empty"));
+  EXPECT_THAT(overridden("optimizer.groups={match: a}"), HasSubstr("expected a list"));
+}
+
 TEST(RunConfig, UnknownKeysNameTheNearest) {
   EXPECT_EQ(added("optimizer: {learning_rate: 1}"),
             "r.yaml:5:13: unknown key 'optimizer.learning_rate'; valid here: name, lr, beta1, beta2, eps, "
-            "weight_decay, clip, offload");
+            "weight_decay, clip, offload, groups");
   EXPECT_THAT(added("optimizer: {wieght_decay: 1}"), HasSubstr("did you mean optimizer.weight_decay?"));
   EXPECT_THAT(added("optimiser: {lr: 1}"),
               AllOf(HasSubstr("r.yaml:5:1"), HasSubstr("did you mean optimizer?")));

@@ -34,6 +34,14 @@ MUTANTS = {
     "a_frozen_attention_gathers_its_tokens": (
         "trainer/model/attention_layer.cpp", "  if (qkv.weight_NK.wants_grad()) x.emplace", "  x.emplace",
         "FrozenCost.*", "freeze_test"),
+    "groups_at_the_rate_of_the_rest": (
+        "trainer/optimizer.cpp", "lr[s.group]", "lr[0]", "OptimizerGroups.*", "schedule_test"),
+    "a_groups_norms_decay": (
+        "trainer/optimizer.cpp", "spec.decay ? decay.value_or(config_.weight_decay) : 0.0",
+        "decay.value_or(spec.decay ? config_.weight_decay : 0.0)", "OptimizerGroups.*", "schedule_test"),
+    "the_last_group_that_catches_counts": (
+        "trainer/optimizer_groups.cpp", "if (taken.insert(name).second) group", "group", "OptimizerGroups.*",
+        "schedule_test"),
     "held_out_targets_counted_on_every_tp_rank": (
         "trainer/evaluation.cpp", " || mesh.coord(Axis::kTp) != 0) return 0;", ") return 0;", "LossMasks.*"),
 }

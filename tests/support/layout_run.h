@@ -4,6 +4,7 @@
 
 #include <unistd.h>
 
+#include <functional>
 #include <mutex>
 #include <numeric>
 #include <optional>
@@ -68,6 +69,7 @@ struct Layout {
   double eps = 0;  // AdamW's; 0: the golden file's
   LossMask loss_mask = LossMask::kNone;
   std::vector<std::string> freeze = {};
+  std::function<void(RunConfig&)> change = {};  // of what nothing above says; not for one_rank()
 
   RouterForm own_form() const { return form.value_or(RouterForm{}); }
   RouterForm& with_form() { return form ? *form : form.emplace(); }
@@ -111,6 +113,7 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.kernels.experts = l.experts;
   run.router.bias_rate = l.bias_rate;
   if (l.eps > 0) run.optimizer.eps = l.eps;
+  if (l.change) l.change(run);
   return run;
 }
 

@@ -1,0 +1,31 @@
+#include "trainer/optimizer_groups.h"
+
+#include <fmt/format.h>
+
+#include <set>
+
+#include "kernels/core/check.h"
+#include "trainer/param_patterns.h"
+
+namespace upmoe {
+
+std::vector<Optimizer::Config::Group> optimizer_groups(const std::vector<OptimizerGroup>& groups,
+                                                       const ModelConfig& config) {
+  std::vector<Optimizer::Config::Group> all;
+  std::set<std::string> taken;
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    const std::string key = fmt::format("optimizer.groups[{}]", g);
+    Optimizer::Config::Group group{.names = {}, .weight_decay = groups[g].weight_decay};
+    for (std::string& name : matched_params(groups[g].match, config, key))
+      if (taken.insert(name).second) group.names.push_back(std::move(name));
+    if (group.names.empty())
+      fail(
+          ExitCode::kUsage,
+          "{}: all its parameters are in groups before it, of which the first one counts; put it before them",
+          key);
+    all.push_back(std::move(group));
+  }
+  return all;
+}
+
+}  // namespace upmoe
