@@ -315,7 +315,8 @@ Schema run_schema(RunConfig& run) {
       .key("freeze", run.freeze)
       .says(
           "Patterns of parameters that do not train, in our names or Hugging Face's, or presets: @experts, "
-          "@non_experts, @router, @attention, @shared; quote them: ['*mlp.gate.weight'].");
+          "@router, @attention, @shared, and @non_experts and so on for all the rest; quote them: "
+          "['*mlp.gate.weight'].");
   schema.section("checkpoint")
       .key("every", run.checkpoint.every, {.least = 0})
       .says("Steps between checkpoints; 0: at the end alone.")

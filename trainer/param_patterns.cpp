@@ -19,40 +19,45 @@ namespace {
 struct Preset {
   std::string_view name;
   std::vector<Role> roles;
-  bool others = false;  // all roles but these
 };
 
-const std::vector<Role> kExperts{Role::kExpertGateUp, Role::kExpertDown};
-
-const std::array<Preset, 5>& presets() {
-  static const std::array<Preset, 5> all{{
-      {"@experts", kExperts},
-      {"@non_experts", kExperts, true},
-      {"@router", {Role::kRouter, Role::kRouterNoise}},
-      {"@attention",
+const std::array<Preset, 4>& presets() {
+  static const std::array<Preset, 4> all{{
+      {"experts", {Role::kExpertGateUp, Role::kExpertDown}},
+      {"router", {Role::kRouter, Role::kRouterNoise}},
+      {"attention",
        {Role::kQuery, Role::kKey, Role::kValue, Role::kQueryBias, Role::kKeyBias, Role::kValueBias,
         Role::kQueryNorm, Role::kKeyNorm, Role::kAttentionOutput}},
-      {"@shared", {Role::kSharedGate, Role::kSharedGateUp, Role::kSharedDown}},
+      {"shared", {Role::kSharedGate, Role::kSharedGateUp, Role::kSharedDown}},
   }};
   return all;
 }
 
+constexpr std::string_view kMark = "@", kOthers = "@non_";  // before a preset's name: it, and all but it
+
 bool is_preset(const std::string& pattern) {
-  return pattern.starts_with('@');
+  return pattern.starts_with(kMark);
 }
 
-const Preset& preset_of(const std::string& pattern, const std::string& key) {
-  const auto found = std::find_if(presets().begin(), presets().end(),
-                                  [&](const Preset& preset) { return preset.name == pattern; });
-  if (found != presets().end()) return *found;
-  std::vector<std::string_view> names;
-  for (const Preset& preset : presets()) names.push_back(preset.name);
+// What a preset catches.
+struct Roles {
+  const Preset* preset = nullptr;
+  bool others = false;
+  bool has(Role role) const {
+    const std::vector<Role>& roles = preset->roles;
+    return (std::find(roles.begin(), roles.end(), role) != roles.end()) != others;
+  }
+};
+
+Roles roles_of(const std::string& pattern, const std::string& key) {
+  const bool others = pattern.starts_with(kOthers);
+  const std::string_view name = std::string_view(pattern).substr(others ? kOthers.size() : kMark.size());
+  for (const Preset& preset : presets())
+    if (preset.name == name) return {&preset, others};
+  std::vector<std::string> names;
+  for (const std::string_view mark : {kMark, kOthers})
+    for (const Preset& preset : presets()) names.push_back(fmt::format("{}{}", mark, preset.name));
   fail(ExitCode::kUsage, "{}: there is no preset '{}'; there are {}", key, pattern, fmt::join(names, ", "));
-}
-
-bool holds(const Preset& preset, Role role) {
-  const bool listed = std::find(preset.roles.begin(), preset.roles.end(), role) != preset.roles.end();
-  return listed != preset.others;
 }
 
 // Patterns, and which of them have caught something.
@@ -61,15 +66,15 @@ class Patterns {
   Patterns(const std::vector<std::string>& patterns, const std::string& key)
       : patterns_(patterns), used_(patterns.size()) {
     for (const std::string& pattern : patterns)
-      presets_.push_back(is_preset(pattern) ? &preset_of(pattern, key) : nullptr);
+      presets_.push_back(is_preset(pattern) ? roles_of(pattern, key) : Roles{});
   }
   bool match(const std::string& name) {
     return any([&](std::size_t i) {
-      return presets_[i] == nullptr && fnmatch(patterns_[i].c_str(), name.c_str(), 0) == 0;
+      return presets_[i].preset == nullptr && fnmatch(patterns_[i].c_str(), name.c_str(), 0) == 0;
     });
   }
   bool match(Role role) {
-    return any([&](std::size_t i) { return presets_[i] != nullptr && holds(*presets_[i], role); });
+    return any([&](std::size_t i) { return presets_[i].preset != nullptr && presets_[i].has(role); });
   }
   const std::string* first_unused() const {
     const auto found = std::find(used_.begin(), used_.end(), false);
@@ -85,7 +90,7 @@ class Patterns {
     return any;
   }
   const std::vector<std::string>& patterns_;
-  std::vector<const Preset*> presets_;
+  std::vector<Roles> presets_;
   std::vector<bool> used_;
 };
 

@@ -11,9 +11,11 @@ namespace upmoe {
 // The trained parameters, by our names and in the order of the table, that patterns catch: shell patterns over our
 // names or Hugging Face's, and presets:
 //
-//   @experts      the routed experts' weights            @router   routers, and the noise that one learns
-//   @non_experts  everything else that trains            @shared   shared experts and their gates
-//   @attention    queries, keys, values, their biases and norms, and the output
+//   @experts    the routed experts' weights
+//   @router     routers, and the noise that one learns
+//   @attention  queries, keys, values, their biases and norms, and the output
+//   @shared     shared experts and their gates
+//   @non_experts, @non_router, @non_attention, @non_shared   everything else that trains
 //
 // One of our parameters may hold several of Hugging Face's tensors (all experts' gates and ups): it is caught when the
 // patterns together match all of those. `key`: of the configuration, for messages. Throws Error(kUsage) for a pattern

@@ -87,6 +87,21 @@ class ChatTest(unittest.TestCase):
         self.assertTrue(whole.endswith("and three?<|endoftext|>"), whole)
         self.assertEqual(counted, "four<|endoftext|>")
 
+    def test_talks_to_try_it_with(self):
+        outcomes = []
+        for out in ("talks_a.jsonl", "talks_b.jsonl"):
+            subprocess.run([sys.executable, str(ROOT / "launch/make_talks.py"), "--talks", "50", "--out",
+                            str(self.dir / out)], check=True, timeout=120)
+            outcomes.append((self.dir / out).read_text())
+        self.assertEqual(*outcomes)
+        done, out = self.tokenize([json.loads(line) for line in outcomes[0].splitlines()], "alpaca", self.plain)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        whole, counted, ends = self.read(out, self.plain)
+        self.assertEqual(len(ends), 50)
+        self.assertIn(" plus ", counted)
+        self.assertNotIn("###", counted)
+        self.assertIn("### Response:", whole)
+
     def test_same_bytes_for_any_number_of_processes(self):
         outcomes = []
         for processes in (1, 3):

@@ -31,6 +31,8 @@ MUTANTS = {
     "the_noise_of_a_frozen_router_trains": (
         "trainer/param_patterns.cpp", "{Role::kRouter, Role::kRouterNoise}", "{Role::kRouter}", "Freeze.*",
         "freeze_test"),
+    "a_preset_of_others_is_the_preset": (
+        "trainer/param_patterns.cpp", "!= roles.end()) != others;", "!= roles.end());", "Freeze.*", "freeze_test"),
     "a_frozen_attention_gathers_its_tokens": (
         "trainer/model/attention_layer.cpp", "  if (qkv.weight_NK.wants_grad()) x.emplace", "  x.emplace",
         "FrozenCost.*", "freeze_test"),

@@ -6,8 +6,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include "kernels/core/check.h"
 #include "tests/support/tiny_moe.h"
+#include "trainer/optimizer_groups.h"
 #include "trainer/run_summary.h"
 
 namespace upmoe {
@@ -60,11 +63,31 @@ TEST(Freeze, Presets) {
   EXPECT_THAT(others, Not(Contains(HasSubstr("moe.down"))));
   EXPECT_THAT(others, Contains("embed_VD"));
   EXPECT_THAT(frozen({"@router", "embed_VD"}), testing::SizeIs(3));
-  EXPECT_THAT(refusal({"@expert"}), HasSubstr("no preset '@expert'; there are @experts, @non_experts"));
+  for (const char* kind : {"experts", "router", "attention", "shared"}) {
+    std::vector<std::string> both = frozen({fmt::format("@{}", kind)});
+    const std::vector<std::string> rest = frozen({fmt::format("@non_{}", kind)});
+    both.insert(both.end(), rest.begin(), rest.end());
+    EXPECT_THAT(std::set<std::string>(both.begin(), both.end()), testing::SizeIs(33)) << kind;
+    EXPECT_THAT(both, testing::SizeIs(33)) << kind;
+  }
+  EXPECT_THAT(refusal({"@expert"}), HasSubstr("no preset '@expert'; there are @experts, @router"));
   EXPECT_THAT(refusal({"@experts", "@non_experts"}), HasSubstr("nothing would train"));
   ModelConfig dense = test::tiny_moe_config();
   dense.num_experts = dense.num_experts_per_tok = 0;
   EXPECT_THROW(frozen_names({"@experts"}, dense), Error);
+}
+
+TEST(Freeze, ShippedConfigurationsName) {
+  const auto run = [](const std::string& name) {
+    return read_run_config(std::filesystem::path(UPMOE_SOURCE_DIR) / "configs/finetune" / (name + ".yaml"),
+                           {});
+  };
+  EXPECT_THAT(frozen(run("full").freeze), IsEmpty());
+  EXPECT_THAT(optimizer_groups(run("full").optimizer.groups, test::tiny_moe_config()).at(0).names,
+              testing::SizeIs(2));
+  EXPECT_THAT(frozen(run("experts_frozen").freeze), testing::SizeIs(4));
+  EXPECT_THAT(frozen(run("non_experts_frozen").freeze), testing::SizeIs(29));
+  EXPECT_THAT(frozen(run("router_only").freeze), testing::SizeIs(31));
 }
 
 // A parameter that training adds has no name on disk: it freezes by our name alone.
