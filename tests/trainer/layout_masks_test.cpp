@@ -173,13 +173,24 @@ TEST(LossMasks, AStepWithoutAnyIsRefusedInWords) {
   for (const MeshSpec& mesh : {MeshSpec{}, MeshSpec{1, 2, 1, 1, 2, 1}}) {
     Layout l{"moe_a27b", mesh, 1};
     l.loss_mask = LossMask::kNothing;
+    const Golden golden(l.model);
+    const std::filesystem::path tokens =
+        std::filesystem::temp_directory_path() / fmt::format("no_targets_{}.h5", ::getpid());
+    golden.write_tokens(tokens, make_loss_mask(l.loss_mask, golden));
     try {
-      run_in_layout(l);
+      run_in_threads(mesh.world(), [&](Communicator& world) {
+        Session s(test::run_of(l, golden, tokens), test::config_of(l, golden), world);
+        s.params.load(s.memory.exec, test::golden_weights(golden));
+        s.optimizer.reset(s.memory.exec);
+        s.open_data(0);
+        Trainer(s).step(1);
+      });
       ADD_FAILURE() << "nothing was thrown";
     } catch (const Error& e) {
       EXPECT_EQ(e.code(), ExitCode::kBadInput);
       EXPECT_NE(std::string(e.what()).find("step 1: loss masks leave none"), std::string::npos) << e.what();
     }
+    std::filesystem::remove(tokens);
   }
 }
 

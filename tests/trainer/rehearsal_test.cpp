@@ -104,7 +104,7 @@ TEST_P(Rehearsed, IsWhatARealRunDoes) {
   const fs::path tokens = fs::path(testing::TempDir()) / fmt::format("rehearsal_{}.h5", ::getpid());
   const RunConfig run = run_of(layout, golden, tokens);
   const ModelConfig config = balanced_config(layout, golden);
-  golden.write_tokens(tokens);
+  golden.write_tokens(tokens, make_loss_mask(layout.loss_mask, golden));
   std::vector<Seen> real(static_cast<std::size_t>(ranks));
   run_in_threads(ranks, [&](Communicator& world) {
     real[static_cast<std::size_t>(world.rank())] = run_really(golden, run, config, world);
@@ -127,8 +127,8 @@ TEST_P(Rehearsed, IsWhatARealRunDoes) {
     EXPECT_DOUBLE_EQ(real.front().flops_per_rank[step], flops[step] / ranks);
 }
 
-// Besides: documents, everything narrow, a tied embedding at both ends of a pipeline, and fewer micro-batches in the
-// last round than ranks.
+// Besides: documents, everything narrow, a tied embedding at both ends of a pipeline, fewer micro-batches in the last
+// round than ranks, targets that do not count, and frozen parts.
 std::vector<Layout> layouts() {
   std::vector<Layout> all = layouts_of_every_kind();
   all.push_back({"moe_mixed", {1, 2, 1, 1, 2, 1}, 1});
@@ -138,6 +138,13 @@ std::vector<Layout> layouts() {
   all.back().z_loss = 1e-3;
   all.push_back({"dense_tied_gqa", {2, 1, 1, 1, 1, 1}, 1});
   all.push_back({"dense", {1, 3, 1, 1, 1, 1}, 1});
+  all.push_back({"moe_mixed", {1, 2, 1, 1, 2, 1}, 1});
+  all.back().loss_mask = LossMask::kSome;
+  for (const Recompute recompute : {Recompute::kNone, Recompute::kSwiglu}) {
+    all.push_back({"moe_a27b", {1, 2, 1, 2, 2, 1}, 1});
+    all.back().freeze = {"@experts", "@attention", "@shared"};
+    all.back().recompute = recompute;
+  }
   for (const auto& [kind, mesh] : {std::pair(RouterKind::kExpertChoice, MeshSpec{1, 2, 1, 1, 2, 1}),
                                    std::pair(RouterKind::kExpertChoice, MeshSpec{1, 1, 2, 1, 2, 1}),
                                    std::pair(RouterKind::kMixtureOfTokens, MeshSpec{1, 2, 1, 1, 2, 1}),
@@ -155,6 +162,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Rehearsed, testing::ValuesIn(layouts()), [](co
   return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") + (i.param.node_ranks > 0 ? "_nodes" : "") +
          (i.param.recompute != Recompute::kNone ? "_recomputed" : "") +
          (i.param.precision == Precision::kBf16 ? "_bf16" : "") +
+         (i.param.loss_mask != LossMask::kNone ? "_masked" : "") + (i.param.freeze.empty() ? "" : "_frozen") +
          (i.param.own_form().routes_groups() ? fmt::format("_{}", name_of(i.param.own_form().kind)) : "");
 });
 
