@@ -33,6 +33,12 @@ MUTANTS = {
         "freeze_test"),
     "a_preset_of_others_is_the_preset": (
         "trainer/param_patterns.cpp", "!= roles.end()) != others;", "!= roles.end());", "Freeze.*", "freeze_test"),
+    "backward_ends_a_block_too_early": (
+        "trainer/model/transformer.cpp", "if (i >= first_trained) blocks[i]", "if (i > first_trained) blocks[i]",
+        "*Frozen*", "freeze_test"),
+    "a_trained_embedding_is_not_reached": (
+        "trainer/model/make_transformer.cpp", "    if (p.spec.role == Role::kEmbedding) return 0;\n", "",
+        "FrozenCost.*", "freeze_test"),
     "a_frozen_attention_gathers_its_tokens": (
         "trainer/model/attention_layer.cpp", "  if (qkv.weight_NK.wants_grad()) x.emplace", "  x.emplace",
         "FrozenCost.*", "freeze_test"),

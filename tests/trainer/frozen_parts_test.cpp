@@ -3,6 +3,8 @@
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
+#include <cctype>
+
 #include "tests/support/layout_outcomes.h"
 #include "trainer/freeze.h"
 #include "trainer/rehearsal.h"
@@ -27,6 +29,13 @@ std::vector<Layout> frozen_layouts() {
   }
   all.push_back({"moe_mixed", {2, 1, 2, 2, 4, 1}, 1});
   all.back().freeze = {"@experts", "@router"};
+  // Backward ends where nothing below trains: in the middle of a chunk, and before a stage's first block.
+  for (const MeshSpec& mesh : {MeshSpec{}, MeshSpec{1, 2, 1, 2, 2, 1}, MeshSpec{2, 1, 1, 1, 1, 1}}) {
+    all.push_back({"moe_a27b", mesh, 1});
+    all.back().freeze = {"embed_VD", "layers.0.*"};
+  }
+  all.push_back({"moe_a27b", {1, 2, 1, 1, 2, 1}, 1});
+  all.back().freeze = {"embed_VD", "layers.*"};
   return all;
 }
 
@@ -73,9 +82,11 @@ TEST_P(Frozen, EqualsOneRank) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Layouts, Frozen, testing::ValuesIn(frozen_layouts()), [](const auto& l) {
-  std::string name;
-  for (const std::string& preset : l.param.freeze) name += preset.substr(1) + "_";
-  return name + l.param.str() + "_" + name_of(l.param.recompute);
+  std::string name =
+      fmt::format("{}_{}_{}", fmt::join(l.param.freeze, "_"), l.param.str(), name_of(l.param.recompute));
+  for (char& c : name)
+    if (std::isalnum(static_cast<unsigned char>(c)) == 0) c = '_';
+  return name;
 });
 
 struct Rehearsed {
@@ -150,6 +161,20 @@ TEST(FrozenCost, RowsOfFrozenExpertsAreNotKept) {
   const std::int64_t rows = 2 * golden.seq_len() * config.num_experts_per_tok,  // of a micro-batch
       kept = rows * (config.hidden_size + config.moe_intermediate_size) * config.num_moe_layers();
   EXPECT_GE(all.memory.activations, frozen.memory.activations + static_cast<std::size_t>(4 * kept));
+}
+
+TEST(FrozenCost, BackwardEndsWhereNothingBelowTrains) {
+  const Rehearsed all = rehearsed({}), half = rehearsed({"embed_VD", "layers.0.*"}),
+                  head = rehearsed({"embed_VD", "layers.*"});
+  ASSERT_EQ(Golden("moe_a27b").config().num_hidden_layers, 2);
+  for (const char* op : {"attention_backward", "grouped_gemm_dgrad", "grouped_gemm_wgrad"}) {
+    EXPECT_GT(flops_of(all, op), 0) << op;
+    EXPECT_EQ(2 * flops_of(half, op), flops_of(all, op)) << op;
+    EXPECT_EQ(flops_of(head, op), 0) << op;
+  }
+  EXPECT_EQ(flops_of(half, "attention_forward"), flops_of(all, "attention_forward"));
+  // Where the embedding trains, everything is on its way.
+  EXPECT_EQ(flops_of(rehearsed({"layers.0.*"}), "attention_backward"), flops_of(all, "attention_backward"));
 }
 
 TEST(FrozenCost, TokensOfAFrozenAttentionAreNotGathered) {

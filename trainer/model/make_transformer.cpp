@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -203,6 +204,17 @@ OutputHead bind_output(const ModelConfig& config, const ParamStore& params, cons
   return output;
 }
 
+// Of the first chunk's blocks the first one that backward must reach: before it nothing trains.
+std::size_t first_trained_block(const ParamStore& params, const Range& blocks) {
+  std::int64_t first = blocks.size();
+  for (const StoredParam& p : params.all()) {
+    if (!p.trains()) continue;
+    if (p.spec.role == Role::kEmbedding) return 0;
+    if (p.spec.layer >= 0) first = std::min<std::int64_t>(first, p.spec.layer - blocks.begin);
+  }
+  return static_cast<std::size_t>(std::max<std::int64_t>(first, 0));
+}
+
 }  // namespace
 
 Transformer make_transformer(const ModelConfig& config, const ParamStore& params, const ProcessMesh& mesh,
@@ -219,6 +231,7 @@ Transformer make_transformer(const ModelConfig& config, const ParamStore& params
     const StoredParam& table = params.at(param_name(Role::kEmbedding));
     model.embedding =
         Embedding{table.whole(), shard_of_vocab(table), embedding_scale(config, table.value.dtype)};
+    model.first_trained = first_trained_block(params, blocks);
   }
   for (std::int64_t i = blocks.begin; i < blocks.end; ++i)
     model.blocks.push_back(bind_block(config, {params, static_cast<int>(i)}, mesh, recompute));

@@ -179,7 +179,7 @@ void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
                            const std::function<void(int)>& block_done) const {
   if (output) output->norm.backward(ex, g_tD, Accumulate::kOverwrite, saved.dnormed_tD, saved.final_norm);
   for (std::size_t i = blocks.size(); i-- > 0;) {
-    blocks[i].backward(ex, g_tD, keep, saved.blocks[i]);
+    if (i >= first_trained) blocks[i].backward(ex, g_tD, keep, saved.blocks[i]);
     if (block_done) block_done(first_block + static_cast<int>(i));
   }
   if (!embedding || !embedding->weight_VD.wants_grad()) return;

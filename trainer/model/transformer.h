@@ -43,6 +43,9 @@ struct Transformer {
   std::optional<OutputHead> output;  // of the last chunk
   std::int64_t hidden_size = 0;
   int first_block = 0;  // number of blocks[0] in the whole model
+  // Backward ends with this one of the blocks: those before it and the embedding are frozen. Of the first chunk alone;
+  // in the others there may be something below.
+  std::size_t first_trained = 0;
   Communicator* tp = nullptr;
   Communicator* pool = nullptr;  // the ranks that share a micro-batch's tokens: cp x tp
   DType dtype = DType::kF32;     // of activations
