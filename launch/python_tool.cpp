@@ -52,7 +52,8 @@ int run_program(std::vector<std::string> words) {
 }  // namespace
 
 int run_python_tool(const std::string& script, const std::vector<std::string>& arguments) {
-  const std::filesystem::path path = script_of_source(std::filesystem::path("launch") / script, "this command");
+  const std::filesystem::path path =
+      script_of_source(std::filesystem::path("launch") / script, "this command");
   std::vector<std::string> words{find_python(), path.string()};
   words.insert(words.end(), arguments.begin(), arguments.end());
   return run_program(std::move(words));

@@ -191,7 +191,8 @@ void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
 
 // Nothing is kept for a backward: a block's own memory goes when it is done.
 Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
-                                           Arena& keep, const Continuation* rows, const SeeInputs& see) const {
+                                           Arena& keep, const Continuation* rows,
+                                           const SeeInputs& see) const {
   const Shape shape{own_tokens(batch), hidden_size};
   Turns turns{keep.take(shape, dtype, "block input"), keep.take(shape, dtype, "block output"), input_tD};
   auto& [x_tD, y_tD, input] = turns;
