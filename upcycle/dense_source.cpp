@@ -49,9 +49,9 @@ DType element_type_of(const HfModel& model, SourceKind kind) {
   if (kinds.size() == 1 && kinds.contains("BF16")) return DType::kBF16;
   if (kinds.size() == 1 && kinds.contains("F32")) return DType::kF32;
   std::string found;
-  for (const auto& [dtype, kind] : kinds)
-    found += fmt::format("{}{} {} ({}{})", found.empty() ? "" : ", ", kind.first, dtype, kind.second,
-                         kind.first > 1 ? ", ..." : "");
+  for (const auto& [dtype, tensors] : kinds)
+    found += fmt::format("{}{} {} ({}{})", found.empty() ? "" : ", ", tensors.first, dtype, tensors.second,
+                         tensors.first > 1 ? ", ..." : "");
   fail(ExitCode::kBadInput,
        "{}: the tensors are {}; upcycling copies bit for bit and needs all of them in BF16, or all in F32. "
        "Convert first: `upmoe export {} --to CONVERTED --dtype fp32` keeps every value, --dtype bf16 "
