@@ -90,6 +90,7 @@ std::string describe(const Call& c) {
     return text;
   if (c.verb == Verb::kAllReduce) text += fmt::format(" ({})", name_of(static_cast<ReduceOp>(c.detail)));
   if (c.verb == Verb::kBroadcast) text += fmt::format(" from rank {}", c.detail);
+  if (c.verb == Verb::kSend && c.detail > 1) text += fmt::format(" (one of {} together)", c.detail);
   Shape shape;
   shape.rank = static_cast<int>(c.shape_rank);
   shape.dim = c.dim;
@@ -146,19 +147,23 @@ class CheckedCommunicator final : public Communicator {
     return inner_->all_to_all_rows(out, recv_rows, in, send_rows, stream);
   }
   // The sender tells the receiver what follows.
-  Pending do_send(ConstTensorView in, int to, Stream* stream) override {
+  Pending do_send(std::span<const ConstTensorView> in, int to, Stream* stream) override {
     // Between two ranks alone, as the others do not know of it: no comparison over the group, and no number.
-    Call call(Verb::kSend, in);
-    inner_->send(as_words(&call, 1), to).wait();
+    for (const ConstTensorView& t : in) {
+      Call call(Verb::kSend, t, static_cast<std::int64_t>(in.size()));
+      inner_->send(as_words(&call, 1), to).wait();
+    }
     return inner_->send(in, to, stream);
   }
-  void do_recv(TensorView out, int from, Stream* stream) override {
-    const Call expected(Verb::kSend, out);
-    Call call = expected;
-    inner_->recv(as_words(&call, 1), from);
-    if (!(call == expected))
-      fail(ExitCode::kCommunicator, "the ranks disagree: rank {} calls {}, rank {} expects a {}", from,
-           describe(call), rank(), describe(expected));
+  void do_recv(std::span<const TensorView> out, int from, Stream* stream) override {
+    for (const TensorView& t : out) {
+      const Call expected(Verb::kSend, t, static_cast<std::int64_t>(out.size()));
+      Call call = expected;
+      inner_->recv(as_words(&call, 1), from);
+      if (!(call == expected))
+        fail(ExitCode::kCommunicator, "the ranks disagree: rank {} calls {}, rank {} expects a {}", from,
+             describe(call), rank(), describe(expected));
+    }
     inner_->recv(out, from, stream);
   }
 

@@ -67,6 +67,15 @@ void check_rows(const Communicator& comm, const TensorView& out, std::span<const
               send_rows[me], recv_rows[me]);
 }
 
+template <class View>
+void check_together(const char* verb, std::span<const View> tensors, const On& on) {
+  UPMOE_CHECK(!tensors.empty(), "{} of no tensor", verb);
+  for (const View& t : tensors) {
+    check_stream(verb, t.device, on);
+    UPMOE_CHECK(t.device == tensors.front().device, "{} of tensors of two devices together", verb);
+  }
+}
+
 void book(const On& on, const char* verb, double bytes) {
   if (on.ledger != nullptr) on.ledger->book_sent(verb, bytes);
 }
@@ -168,17 +177,21 @@ Pending Communicator::all_to_all_rows(TensorView out, std::span<const std::int64
   return shown(on, "all_to_all_rows", in, out, do_all_to_all_rows(out, recv_rows, in, send_rows, on.stream));
 }
 
-Pending Communicator::send(ConstTensorView in, int to, const On& on) {
+Pending Communicator::send(std::span<const ConstTensorView> in, int to, const On& on) {
   check_peer(*this, to);
-  check_stream("send", in.device, on);
-  book(on, "send", static_cast<double>(in.bytes()));
-  return shown(on, "send", in, {}, do_send(in, to, on.stream));
+  check_together("send", in, on);
+  std::size_t bytes = 0;
+  for (const ConstTensorView& t : in) bytes += t.bytes();
+  book(on, "send", static_cast<double>(bytes));
+  Pending transfer = do_send(in, to, on.stream);
+  for (const ConstTensorView& t : in) transfer = shown(on, "send", t, {}, std::move(transfer));
+  return transfer;
 }
 
-void Communicator::recv(TensorView out, int from, const On& on) {
+void Communicator::recv(std::span<const TensorView> out, int from, const On& on) {
   check_peer(*this, from);
-  check_stream("recv", out.device, on);
-  show(on, out);
+  check_together("recv", out, on);
+  for (const TensorView& t : out) show(on, t);
   do_recv(out, from, on.stream);
 }
 

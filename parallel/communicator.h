@@ -88,9 +88,13 @@ class Communicator {
   // Prepares sends and receives along these routes: collective over the group, with the same routes in the same order
   // on each member. Between GPUs nothing else can be sent.
   void connect(const std::vector<Route>& routes);
-  // Between two ranks, in order: the n-th receive from a rank takes its n-th send. For the pipeline.
-  Pending send(ConstTensorView in, int to, const On& on = {});
-  void recv(TensorView out, int from, const On& on = {});
+  // Between two ranks, in order: the n-th receive from a rank takes its n-th send. For the pipeline. Several tensors
+  // that go together are one operation on both sides: between GPUs operations take turns, and two in a row from here
+  // can wait for two in a row from there (parallel/nccl_channel.h). Tensors of one send are of one device.
+  Pending send(std::span<const ConstTensorView> in, int to, const On& on = {});
+  void recv(std::span<const TensorView> out, int from, const On& on = {});
+  Pending send(ConstTensorView in, int to, const On& on = {}) { return send(std::span(&in, 1), to, on); }
+  void recv(TensorView out, int from, const On& on = {}) { recv(std::span(&out, 1), from, on); }
   // A stream to compute on, for Exec::stream: its poll() moves on transfers that need the host's help
   // (MPI's progress happens inside its calls alone). Null where none do. Outlived by the communicator.
   virtual std::unique_ptr<Stream> make_stream() { return nullptr; }
@@ -112,8 +116,8 @@ class Communicator {
   virtual Pending do_all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows,
                                      ConstTensorView in, std::span<const std::int64_t> send_rows,
                                      Stream* stream) = 0;
-  virtual Pending do_send(ConstTensorView in, int to, Stream* stream) = 0;
-  virtual void do_recv(TensorView out, int from, Stream* stream) = 0;
+  virtual Pending do_send(std::span<const ConstTensorView> in, int to, Stream* stream) = 0;
+  virtual void do_recv(std::span<const TensorView> out, int from, Stream* stream) = 0;
 
  private:
   int rank_, size_;

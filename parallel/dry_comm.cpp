@@ -54,10 +54,14 @@ class DryCommunicator final : public Communicator {
         {.verb = "all_to_all_rows", .rows = send_rows, .row_bytes = static_cast<double>(row_bytes(in))});
   }
   // To and from one peer, in a group of two.
-  Pending do_send(ConstTensorView in, int to, Stream*) override {
-    return between({.verb = "send", .each = static_cast<double>(in.bytes())}, to);
+  Pending do_send(std::span<const ConstTensorView> in, int to, Stream*) override {
+    std::size_t bytes = 0;
+    for (const ConstTensorView& t : in) bytes += t.bytes();
+    return between({.verb = "send", .each = static_cast<double>(bytes)}, to);
   }
-  void do_recv(TensorView, int from, Stream*) override { between({.verb = "recv"}, from).wait(); }
+  void do_recv(std::span<const TensorView>, int from, Stream*) override {
+    between({.verb = "recv"}, from).wait();
+  }
 
   Pending begin(DryTransfer transfer) {
     if (wire_ == nullptr) return {};

@@ -185,14 +185,14 @@ class MpiCommunicator final : public Communicator {
     return waiting(messages, "all_to_all_rows");
   }
 
-  Pending do_send(ConstTensorView in, int to, Stream*) override {
+  Pending do_send(std::span<const ConstTensorView> in, int to, Stream*) override {
     auto messages = std::make_shared<MpiMessages>(&comm_, chunk_);
-    messages->send(in.data, in.bytes(), to, kPairTag);
+    for (const ConstTensorView& t : in) messages->send(t.data, t.bytes(), to, kPairTag);
     return waiting(messages, "send");
   }
-  void do_recv(TensorView out, int from, Stream*) override {
+  void do_recv(std::span<const TensorView> out, int from, Stream*) override {
     MpiMessages messages(&comm_, chunk_);
-    messages.receive(out.data, out.bytes(), from, kPairTag);
+    for (const TensorView& t : out) messages.receive(t.data, t.bytes(), from, kPairTag);
     messages.wait("recv");
   }
 

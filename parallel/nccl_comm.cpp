@@ -162,21 +162,32 @@ class NcclCommunicator final : public Communicator {
     });
   }
 
-  Pending do_send(ConstTensorView in, int to, Stream* stream) override {
-    if (elsewhere(in.device)) return elsewhere(in.device)->send(in, to, stream);
-    if (in.bytes() == 0) return {};
+  Pending do_send(std::span<const ConstTensorView> in, int to, Stream* stream) override {
+    if (elsewhere(in.front().device)) return elsewhere(in.front().device)->send(in, to, stream);
+    if (is_empty(in)) return {};
     return pair(rank(), to).run("send", stream, [&](nccl::Comm comm, Stream& s) {
-      nccl::send(comm, s, in.data, in.bytes(), 1);
+      nccl::Group group;
+      for (const ConstTensorView& t : in) nccl::send(comm, s, t.data, t.bytes(), 1);
+      group.end();
     });
   }
 
-  void do_recv(TensorView out, int from, Stream* stream) override {
-    if (elsewhere(out.device)) return elsewhere(out.device)->recv(out, from, stream);
-    if (out.bytes() == 0) return;
+  void do_recv(std::span<const TensorView> out, int from, Stream* stream) override {
+    if (elsewhere(out.front().device)) return elsewhere(out.front().device)->recv(out, from, stream);
+    if (is_empty(out)) return;
     pair(from, rank())
         .run("recv", stream,
-             [&](nccl::Comm comm, Stream& s) { nccl::receive(comm, s, out.data, out.bytes(), 0); })
+             [&](nccl::Comm comm, Stream& s) {
+               nccl::Group group;
+               for (const TensorView& t : out) nccl::receive(comm, s, t.data, t.bytes(), 0);
+               group.end();
+             })
         .wait();
+  }
+
+  template <class View>
+  static bool is_empty(std::span<const View> tensors) {
+    return std::all_of(tensors.begin(), tensors.end(), [](const View& t) { return t.bytes() == 0; });
   }
 
   // Who moves tensors of this device, if not NCCL.

@@ -49,8 +49,8 @@ class SelfCommunicator final : public Communicator {
     return {};
   }
   // There is no peer that would pass the check.
-  Pending do_send(ConstTensorView, int, Stream*) override { return {}; }
-  void do_recv(TensorView, int, Stream*) override {}
+  Pending do_send(std::span<const ConstTensorView>, int, Stream*) override { return {}; }
+  void do_recv(std::span<const TensorView>, int, Stream*) override {}
 };
 
 }  // namespace

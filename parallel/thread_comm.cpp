@@ -128,14 +128,19 @@ class ThreadCommunicator final : public Communicator {
           receive_rows(collect(sequence, "all_to_all_rows"), out, row, expected);
         });
   }
-  Pending do_send(ConstTensorView in, int to, Stream*) override {
-    Payload copy = copy_of(in);
-    const std::lock_guard lock(group_->world->mutex);
-    group_->mail[{rank(), to}].push_back(std::move(copy));
-    group_->world->changed.notify_all();
+  Pending do_send(std::span<const ConstTensorView> in, int to, Stream*) override {
+    for (const ConstTensorView& t : in) {
+      Payload copy = copy_of(t);
+      const std::lock_guard lock(group_->world->mutex);
+      group_->mail[{rank(), to}].push_back(std::move(copy));
+      group_->world->changed.notify_all();
+    }
     return {};
   }
-  void do_recv(TensorView out, int from, Stream*) override {
+  void do_recv(std::span<const TensorView> out, int from, Stream*) override {
+    for (const TensorView& t : out) take_letter(t, from);
+  }
+  void take_letter(const TensorView& out, int from) {
     const watchdog::Watched watched("recv");
     std::unique_lock lock(group_->world->mutex);
     auto& box = group_->mail[{from, rank()}];

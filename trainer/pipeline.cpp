@@ -1,6 +1,7 @@
 #include "trainer/pipeline.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "kernels/ops/balance.h"
@@ -141,15 +142,15 @@ struct Pipeline::Link {
   int next() const { return (forward->rank() + 1) % forward->size(); }
   int previous() const { return (forward->rank() + forward->size() - 1) % forward->size(); }
 
-  // The pool goes along where there is one.
+  // The pool goes along where there is one, in one operation.
   void send(Exec& ex, Communicator& to, int rank, ConstTensorView x_tD, ConstTensorView pool_2E,
             std::vector<Pending>& sends) const {
-    sends.push_back(to.send(x_tD, rank, ex));
-    if (pool_2E.given()) sends.push_back(to.send(pool_2E, rank, ex));
+    const std::array together{x_tD, pool_2E};
+    sends.push_back(to.send(std::span(together).first(pool_2E.given() ? 2 : 1), rank, ex));
   }
   void receive(Exec& ex, Communicator& from, int rank, TensorView x_tD, TensorView pool_2E) const {
-    from.recv(x_tD, rank, ex);
-    if (pool_2E.given()) from.recv(pool_2E, rank, ex);
+    const std::array together{x_tD, pool_2E};
+    from.recv(std::span(together).first(pool_2E.given() ? 2 : 1), rank, ex);
   }
 };
 

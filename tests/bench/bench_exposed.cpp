@@ -54,7 +54,7 @@ class TimedCommunicator final : public test::ForwardingCommunicator {
     return begun("all_to_all_rows",
                  [&] { return inner().all_to_all_rows(out, recv_rows, in, send_rows, stream); });
   }
-  void do_recv(TensorView out, int from, Stream* stream) override {
+  void do_recv(std::span<const TensorView> out, int from, Stream* stream) override {
     timed("recv", [&] { inner().recv(out, from, stream); });
   }
   std::unique_ptr<Communicator> wrap(std::unique_ptr<Communicator> group) override {

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <numeric>
 
 #include "parallel/checked_comm.h"
@@ -143,6 +144,17 @@ TEST(CheckedCommunicator, TheReceiverKnowsWhatIsSent) {
   });
   EXPECT_THAT(e.message, AllOf(HasSubstr("rank 0 calls send of fp32 [2, 3]"),
                                HasSubstr("rank 1 expects a send of fp32 [3, 2]")));
+}
+
+TEST(CheckedCommunicator, TheReceiverKnowsHowManyGoTogether) {
+  const Ending e = ending_of(2, [](Communicator& comm) {
+    std::vector<float> x(6);
+    const TensorView t = host_view(x.data(), {2, 3});
+    if (comm.rank() == 0) comm.send(std::array<ConstTensorView, 2>{t, t}, 1);
+    if (comm.rank() == 1) comm.recv(t, 0);
+  });
+  EXPECT_THAT(e.message, AllOf(HasSubstr("rank 0 calls send of fp32 [2, 3] (one of 2 together)"),
+                               HasSubstr("rank 1 expects a send of fp32 [2, 3]")));
 }
 
 TEST(CheckedCommunicator, GroupsOfItAreCheckedToo) {

@@ -1,6 +1,7 @@
 // What holds between verbs: order of waits, groups, agreement on errors, mismatches, peers that throw.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 
 #include "parallel/dry_comm.h"
@@ -117,6 +118,31 @@ TEST_P(EveryTransport, SendAndReceiveRoundTheRing) {
     EXPECT_THROW(comm.send(host_view(&x, {1}), comm.size()), Error);
     EXPECT_THROW(comm.recv(host_view(&x, {1}), -1), Error);
     EXPECT_THROW(comm.recv(host_view(&x, {1}), comm.rank()), Error);
+  });
+}
+
+TEST_P(EveryTransport, TensorsThatAreSentTogether) {
+  on_all_ranks([](Communicator& comm) {
+    if (comm.size() == 1) return;
+    const int next = (comm.rank() + 1) % comm.size(), before = (comm.rank() + comm.size() - 1) % comm.size();
+    comm.connect(ring_routes(comm.size(), false, true));
+    for (const std::int64_t n : {0, 3, 100'000}) {
+      const std::vector<float> rows = random_vector<float>(comm.rank(), n);
+      const std::vector<double> loads{static_cast<double>(comm.rank()), 0.5};
+      std::vector<float> their_rows(rows.size());
+      std::vector<double> their_loads(2);
+      const std::array<ConstTensorView, 2> mine{view(rows), host_view(loads.data(), {2})};
+      const std::array<TensorView, 2> theirs{view(their_rows), host_view(their_loads.data(), {2})};
+      Ledger ledger;
+      Pending sent = comm.send(mine, next, On(nullptr, &ledger));
+      comm.recv(theirs, before);
+      sent.wait();
+      EXPECT_EQ(their_rows, random_vector<float>(before, n));
+      EXPECT_EQ(their_loads, (std::vector<double>{static_cast<double>(before), 0.5}));
+      EXPECT_EQ(ledger.entries().at("send").bytes_sent, static_cast<double>(n * 4 + 16));
+    }
+    EXPECT_THROW(comm.send(std::span<const ConstTensorView>{}, next), Error);
+    EXPECT_THROW(comm.recv(std::span<const TensorView>{}, before), Error);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <map>
 #include <thread>
@@ -156,6 +157,43 @@ TEST_F(NcclDeathTest, VerbsOfManyGroupsWithoutAnOrderWaitForEachOther) {
       },
       testing::ExitedWithCode(static_cast<int>(ExitCode::kCommunicator)),
       "the collective all_gather .*ranks 0, 1");
+}
+
+// Both send to each other before either receives, what two tensors hold: in one operation, or in one for each.
+void messages_of_two_tensors(bool together) {
+  watchdog::start(std::chrono::seconds(5), 0);
+  on_gpus(2, [together](Communicator& comm) {
+    const int other = 1 - comm.rank();
+    comm.connect(ring_routes(2, false, true));
+    const std::vector<float> rows(1000, static_cast<float>(comm.rank())),
+        loads(2, 5.0f + static_cast<float>(comm.rank()));
+    std::vector<float> their_rows(rows.size()), their_loads(loads.size());
+    const std::array<ConstTensorView, 2> mine{view(rows), view(loads)};
+    const std::array<TensorView, 2> theirs{view(their_rows), view(their_loads)};
+    std::vector<Pending> sent;
+    if (together) {
+      sent.push_back(comm.send(mine, other));
+      comm.recv(theirs, other);
+    } else {
+      for (const ConstTensorView& t : mine) sent.push_back(comm.send(t, other));
+      for (const TensorView& t : theirs) comm.recv(t, other);
+    }
+    for (Pending& p : sent) p.wait();
+    EXPECT_EQ(their_rows, std::vector<float>(1000, static_cast<float>(other)));
+    EXPECT_EQ(their_loads, std::vector<float>(2, 5.0f + static_cast<float>(other)));
+  });
+  watchdog::stop();
+}
+
+TEST_F(Nccl, TensorsThatGoTogetherAreOneOperation) {
+  messages_of_two_tensors(true);
+}
+
+// The second send has not begun before the first is taken, and a receive does not begin before it.
+TEST_F(NcclDeathTest, TwoSendsInARowFromBothSidesWaitForEachOther) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(messages_of_two_tensors(false),
+              testing::ExitedWithCode(static_cast<int>(ExitCode::kCommunicator)), "ranks 0, 1|ranks 1, 0");
 }
 
 TEST_F(Nccl, AMessageWhereNothingIsConnected) {

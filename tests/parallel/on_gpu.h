@@ -2,6 +2,8 @@
 // A communicator whose verbs take tensors on the host and do their work on the rank's GPU: so that the tests
 // of the verbs are those of the CPU.
 
+#include <deque>
+
 #include "kernels/core/gpu.h"
 #include "kernels/core/memory.h"
 #include "parallel/communicator.h"
@@ -56,14 +58,22 @@ class OnGpu final : public Communicator {
       return inner_->all_to_all_rows(o, recv_rows, i, send_rows, stream_.get());
     });
   }
-  Pending do_send(ConstTensorView in, int to, Stream*) override {
-    const auto copy = std::make_shared<Copy>(*this, in, in);
-    return finish(inner_->send(copy->view(in), to, stream_.get()), copy, {});
+  Pending do_send(std::span<const ConstTensorView> in, int to, Stream*) override {
+    auto copies = std::make_shared<std::deque<Copy>>();
+    std::vector<ConstTensorView> views;
+    for (const ConstTensorView& t : in) views.push_back(copies->emplace_back(*this, t, t).view(t));
+    auto sent = std::make_shared<Pending>(inner_->send(views, to, stream_.get()));
+    return Pending([this, sent, copies] {
+      sent->wait();
+      stream_->synchronize();
+    });
   }
-  void do_recv(TensorView out, int from, Stream*) override {
-    const Copy copy(*this, out, out);
-    inner_->recv(copy.view(out), from, stream_.get());
-    copy.back(out);
+  void do_recv(std::span<const TensorView> out, int from, Stream*) override {
+    std::deque<Copy> copies;
+    std::vector<TensorView> views;
+    for (const TensorView& t : out) views.push_back(copies.emplace_back(*this, t, t).view(t));
+    inner_->recv(views, from, stream_.get());
+    for (std::size_t i = 0; i < out.size(); ++i) copies[i].back(out[i]);
   }
 
   // Memory on the GPU that holds what a tensor on the host holds.

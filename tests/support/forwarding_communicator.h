@@ -42,10 +42,12 @@ class ForwardingCommunicator : public Communicator {
                              std::span<const std::int64_t> send_rows, Stream* stream) override {
     return inner().all_to_all_rows(out, recv_rows, in, send_rows, stream);
   }
-  Pending do_send(ConstTensorView in, int to, Stream* stream) override {
+  Pending do_send(std::span<const ConstTensorView> in, int to, Stream* stream) override {
     return inner().send(in, to, stream);
   }
-  void do_recv(TensorView out, int from, Stream* stream) override { inner().recv(out, from, stream); }
+  void do_recv(std::span<const TensorView> out, int from, Stream* stream) override {
+    inner().recv(out, from, stream);
+  }
 
   // The same kind of communicator around a group of it.
   virtual std::unique_ptr<Communicator> wrap(std::unique_ptr<Communicator> group) = 0;
