@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
+#include <set>
 #include <string>
 
 #include "kernels/core/philox.h"
@@ -27,6 +29,13 @@ std::vector<std::int64_t> gather(Communicator& world, std::int64_t mine) {
   std::vector<std::int64_t> all(static_cast<std::size_t>(world.size()));
   world.all_gather(host_view(all.data(), {world.size()}), host_view(&mine, {1})).wait();
   return all;
+}
+
+HostPlace place_among(const std::vector<std::int64_t>& hosts, int rank) {
+  const std::int64_t here = hosts[static_cast<std::size_t>(rank)];
+  return {.ranks_here = static_cast<int>(std::count(hosts.begin(), hosts.end(), here)),
+          .hosts = static_cast<int>(std::set<std::int64_t>(hosts.begin(), hosts.end()).size()),
+          .speaks = std::find(hosts.begin(), hosts.end(), here) - hosts.begin() == rank};
 }
 
 std::vector<std::int64_t> hosts_of(Communicator& world) {

@@ -82,8 +82,9 @@ CoreShare share_cores(Communicator& world) {
       .wait();
 
   CoreShare share;
-  share.ranks_here = static_cast<int>(std::count(hosts.begin(), hosts.end(), hosts[me]));
-  share.speaks = std::find(hosts.begin(), hosts.end(), hosts[me]) - hosts.begin() == world.rank();
+  const HostPlace place = place_among(hosts, world.rank());
+  share.ranks_here = place.ranks_here;
+  share.speaks = place.speaks;
   double part = 0;
   share.cores = share.bound_to = 0;
   for (std::size_t cpu = 0; cpu < kWords * 64; ++cpu) {

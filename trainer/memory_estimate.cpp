@@ -83,23 +83,19 @@ void warn_of_memory(const Session& session, Communicator& world) {
   const MemoryEstimate mine = estimate_memory(run, session.config, world.rank(), world.size());
   const std::vector<std::int64_t> hosts = hosts_of(world);
   const std::vector<std::int64_t> needs = gather(world, static_cast<std::int64_t>(mine.total()));
+  const HostPlace place = place_among(hosts, world.rank());
+  if (!place.speaks) return;
   const std::int64_t here = hosts[static_cast<std::size_t>(world.rank())];
-  // The first rank of a host speaks for all of them.
-  if (std::find(hosts.begin(), hosts.end(), here) - hosts.begin() != world.rank()) return;
   double need = 0;
-  int ranks = 0;
-  for (std::size_t r = 0; r < hosts.size(); ++r) {
-    if (hosts[r] != here) continue;
-    need += static_cast<double>(needs[r]);
-    ++ranks;
-  }
+  for (std::size_t r = 0; r < hosts.size(); ++r)
+    if (hosts[r] == here) need += static_cast<double>(needs[r]);
   const double left = memory_left("/sys/fs/cgroup", read("/proc/self/cgroup"), read("/proc/meminfo"));
   if (left == 0 || need <= left) return;
   log::warning(
       "this host has {:.2f} GiB of memory left, and its {} rank{} will need about {:.2f}, of which this one "
       "{}: it may be killed (status 137). Lower train.micro_batch, set train.recompute: block, "
       "optimizer.name: adamw8bit or parallel.zero: 2, or use more hosts",
-      left / kGiB, ranks, ranks == 1 ? "" : "s", need / kGiB, describe(mine));
+      left / kGiB, place.ranks_here, place.ranks_here == 1 ? "" : "s", need / kGiB, describe(mine));
 }
 
 }  // namespace upmoe

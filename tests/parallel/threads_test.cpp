@@ -8,6 +8,7 @@
 
 #include <fstream>
 
+#include "parallel/host.h"
 #include "parallel/thread_comm.h"
 #include "tests/support/temporary_directory.h"
 
@@ -50,6 +51,16 @@ TEST_F(Quota, OfVersionOne) {
   EXPECT_EQ(quota("5:memory:/y\n4:cpu,cpuacct:/docker/x\n"), 3);
 }
 
+TEST(HostPlace, TheLowestRankOfAHostSpeaks) {
+  const std::vector<std::int64_t> hosts{7, 7, -3, 7, -3};
+  for (int rank = 0; rank < 5; ++rank) {
+    const HostPlace place = place_among(hosts, rank);
+    EXPECT_EQ(place.ranks_here, hosts[static_cast<std::size_t>(rank)] == 7 ? 3 : 2) << rank;
+    EXPECT_EQ(place.hosts, 2) << rank;
+    EXPECT_EQ(place.speaks, rank == 0 || rank == 2) << rank;
+  }
+}
+
 class Sharing : public testing::Test {
  protected:
   void SetUp() override {
@@ -65,6 +76,7 @@ class Sharing : public testing::Test {
     CoreShare first;
     run_in_threads(ranks, [&](Communicator& world) {
       const CoreShare share = share_cores(world);
+      EXPECT_EQ(share.speaks, world.rank() == 0);
       if (world.rank() == 0) first = share;
     });
     return first;

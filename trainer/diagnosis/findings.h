@@ -19,11 +19,10 @@ struct Finding {
   std::string words;                // one line
 };
 
-// Where the ranks of a job are.
+// Where the ranks of a job are, as one of them sees it.
 struct Surroundings {
   int ranks = 1, ranks_here = 1, hosts = 1;
-  int gpus = 0;        // that this program may use on this host
-  bool speaks = true;  // the lowest rank of its host
+  int gpus = 0;  // that this program may use on this host
 };
 
 std::vector<Finding> findings_of(const HostFacts& host, const Surroundings& where);

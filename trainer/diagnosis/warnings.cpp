@@ -1,28 +1,31 @@
 #include "trainer/diagnosis/warnings.h"
 
-#include <algorithm>
-#include <set>
-
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
 #include "parallel/host.h"
 
 namespace upmoe {
 
+namespace {
+
+HostPlace place_in(Communicator& world) {
+  return place_among(hosts_of(world), world.rank());
+}
+
+Surroundings seen_from(const HostPlace& place, const Communicator& world) {
+  return {.ranks = world.size(), .ranks_here = place.ranks_here, .hosts = place.hosts, .gpus = gpu::count()};
+}
+
+}  // namespace
+
 Surroundings surroundings_of(Communicator& world) {
-  const std::vector<std::int64_t> hosts = hosts_of(world);
-  const std::int64_t here = hosts[static_cast<std::size_t>(world.rank())];
-  return {.ranks = world.size(),
-          .ranks_here = static_cast<int>(std::count(hosts.begin(), hosts.end(), here)),
-          .hosts = static_cast<int>(std::set<std::int64_t>(hosts.begin(), hosts.end()).size()),
-          .gpus = gpu::count(),
-          .speaks = std::find(hosts.begin(), hosts.end(), here) - hosts.begin() == world.rank()};
+  return seen_from(place_in(world), world);
 }
 
 void warn_of_machine(Communicator& world, const std::filesystem::path& folder) {
-  const Surroundings where = surroundings_of(world);
-  if (!where.speaks) return;
-  std::vector<Finding> findings = findings_of(read_host(), where);
+  const HostPlace place = place_in(world);
+  if (!place.speaks) return;
+  std::vector<Finding> findings = findings_of(read_host(), seen_from(place, world));
   if (world.rank() == 0) {
     try {
       const std::vector<Finding> of_folder = findings_of(read_folder(folder, read_mounts()));
