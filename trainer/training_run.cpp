@@ -11,6 +11,7 @@
 #include "parallel/watchdog.h"
 #include "trainer/memory_estimate.h"
 #include "trainer/metrics.h"
+#include "trainer/one_program.h"
 #include "trainer/resumption.h"
 #include "trainer/run_checkpoints.h"
 #include "trainer/run_directory.h"
@@ -25,11 +26,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// Two builds on two hosts would train, and differ in some later digit.
-std::string program_digest() {
-  return fmt::format("{:08x}", crc32c_of_file("/proc/self/exe"));
-}
-
 class Run {
  public:
   Run(const RunConfig& run, Communicator& world, const RunOptions& options)
@@ -38,7 +34,7 @@ class Run {
         world_(world),
         dir_(run.run.dir),
         checkpoints_(dir_, run.checkpoint.keep, world) {
-    require_equal(world_, "programs", program_digest());
+    require_one_program(world_);
     require_equal(world_, "configurations", to_yaml(run));
     run_agreed(world_, [&] { prepare(options_.fresh); });
     // Under the lock of the run directory: left-overs may be cleared and damaged checkpoints set aside.
