@@ -19,6 +19,7 @@
 #include "parallel/texts.h"
 #include "parallel/watchdog.h"
 #include "trainer/diagnosis/libraries.h"
+#include "trainer/diagnosis/machine_facts.h"
 #include "trainer/diagnosis/warnings.h"
 #include "trainer/one_program.h"
 #include "trainer/run_directory.h"
@@ -48,7 +49,6 @@ class Examination {
     gethostname(name, sizeof name - 1);
     mine_.host = name;
     mine_.facts = read_host();
-    mine_.allowed = mine_.facts.allowed;
     mine_.threads = runtime.cores().threads;
     mine_.speaks = runtime.cores().speaks;
   }
@@ -65,7 +65,11 @@ class Examination {
     return all;
   }
   Device chosen() const { return device_; }
-  const RankDiagnosis& mine() const { return mine_; }
+  const HostFacts& facts() const { return mine_.facts; }
+  // What there is of the folder, on every rank: itself, or the nearest above it.
+  fs::path existing() const {
+    return with_system_errors([&] { return nearest_existing(fs::absolute(folder_).lexically_normal()); });
+  }
 
  private:
   Communicator& world() { return runtime_.world(); }
@@ -146,8 +150,7 @@ void Examination::folder(bool of_a_run) {
 // Whether what rank 0 makes there is seen on the other hosts.
 void Examination::shared_folder() {
   if (surroundings_of(world()).hosts == 1) return;
-  const fs::path own = nearest_existing(fs::absolute(folder_)) /
-                       fmt::format(".upmoe-doctor-{}-shared", static_cast<long>(getpid()));
+  const fs::path own = existing() / fmt::format(".upmoe-doctor-{}-shared", static_cast<long>(getpid()));
   const fs::path sign = broadcast_text(world(), own.string(), 0);
   bool made = false;
   if (world().rank() == 0) {
@@ -182,8 +185,10 @@ void print_machine(Runtime& runtime, const Examination& found) {
   Communicator& world = runtime.world();
   const bool speaks = world.rank() == 0;
   const Surroundings where = surroundings_of(world);
+  fs::path folder;
+  run_agreed(world, [&] { folder = found.existing(); });
   const MeasuredMachine measured =
-      measure_machine(world, found.chosen(), found.mine().folder.existing, {}, [&](const std::string& what) {
+      measure_machine(world, found.chosen(), folder, {}, [&](const std::string& what) {
         if (speaks) log::info("measuring {}", what);
       });
   if (!speaks) return;
@@ -192,19 +197,18 @@ void print_machine(Runtime& runtime, const Examination& found) {
   else
     log::info("transfers:\n{}", transfers_table(measured.transfers));
   Machine m = measured.machine;
-  const HostFacts& host = found.mine().facts;
-  const bool on_gpu = found.chosen().type == DeviceType::kCuda;
-  const int cores = runtime.cores().cores;
-  m.name = on_gpu
-               ? gpu::name_of(found.chosen().index)
-               : fmt::format("{}, {} cores", host.processor.empty() ? "a processor" : host.processor, cores);
+  MeasuredDevice device{.gpu = {}, .cores = runtime.cores().cores};
+  if (found.chosen().type == DeviceType::kCuda) {
+    device.gpu = gpu::name_of(found.chosen().index);
+    device.gpu_bytes = static_cast<double>(gpu::memory_of(found.chosen().index));
+    log::info(
+        "overhead_gb is not measured on a GPU: it is what a rank's process takes of the GPU's memory besides "
+        "its tensors (driver, libraries, code), and a plan counts nothing for it until the file says it");
+  }
+  add_facts(m, device, found.facts(), where);
   m.source = m.rates.source = fmt::format(
       "measured by upmoe {} doctor --measure on {}, {} rank{} on {} host{}", UPMOE_VERSION, today(),
       where.ranks, where.ranks == 1 ? "" : "s", where.hosts, where.hosts == 1 ? "" : "s");
-  m.memory_gb =
-      four_digits((on_gpu ? static_cast<double>(gpu::memory_of(found.chosen().index)) : host.memory) * 1e-9);
-  m.ranks_per_node = on_gpu ? where.gpus : cores;
-  m.overhead_gb = four_digits(host.resident * 1e-9);
   print_result(to_yaml(m));
 }
 
@@ -251,13 +255,11 @@ void add_doctor(CLI::App& app, Handler& handler) {
   device->excludes(run);
   CLI::Option* measure = command->add_flag("--measure", a->measure,
                                            "Measure products, memory, links and disk; standard output is a "
-                                           "file for configs/machines, all else goes "
-                                           "to standard error");
+                                           "file for configs/machines, all else goes to standard error");
   command->add_flag("--json", a->as_json, "One JSON object on standard output")->excludes(measure);
   command->footer(
       "Status 0 when a run could start, else the one it would end with. Under mpirun or srun it looks at all "
-      "ranks "
-      "and\nlinks between them.");
+      "ranks and\nlinks between them.");
   command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_doctor(*a, runtime); }; });
 }
 

@@ -34,6 +34,7 @@ std::string limit_words(std::uint64_t limit, double unit, const char* name) {
 
 json facts_json(const HostFacts& f) {
   json j{{"processor", f.processor},
+         {"allowed", f.allowed},
          {"quota", f.quota},
          {"memory", f.memory},
          {"memory_left", f.memory_left},
@@ -53,6 +54,7 @@ HostFacts facts_of(const json& j) {
   };
   HostFacts f;
   f.processor = j.at("processor");
+  f.allowed = j.at("allowed");
   f.quota = j.at("quota");
   f.memory = j.at("memory");
   f.memory_left = j.at("memory_left");
@@ -118,13 +120,8 @@ std::string host_lines(const RankDiagnosis& d) {
 }  // namespace
 
 std::string to_text(const RankDiagnosis& d) {
-  json j{{"host", d.host},
-         {"device", d.device},
-         {"allowed", d.allowed},
-         {"threads", d.threads},
-         {"speaks", d.speaks},
-         {"facts", facts_json(d.facts)},
-         {"folder", folder_json(d.folder)},
+  json j{{"host", d.host},     {"device", d.device},           {"threads", d.threads},
+         {"speaks", d.speaks}, {"facts", facts_json(d.facts)}, {"folder", folder_json(d.folder)},
          {"trial", d.trial}};
   j["findings"] = json::array();
   for (const Finding& f : d.findings)
@@ -137,7 +134,6 @@ RankDiagnosis diagnosis_of(const std::string& text) {
   RankDiagnosis d;
   d.host = j.at("host");
   d.device = j.at("device");
-  d.allowed = j.at("allowed");
   d.threads = j.at("threads");
   d.speaks = j.at("speaks");
   d.facts = facts_of(j.at("facts"));
@@ -167,12 +163,16 @@ DoctorReport doctor_report(const std::vector<RankDiagnosis>& by_rank,
   std::string hosts;
   for (std::size_t r = 0; r < by_rank.size(); ++r) {
     const RankDiagnosis& d = by_rank[r];
-    ranks.row({fmt::format("{}", r), d.host, d.device, d.allowed, fmt::format("{}", d.threads)});
-    j["ranks"].push_back(
-        {{"rank", r}, {"host", d.host}, {"device", d.device}, {"cores", d.allowed}, {"threads", d.threads}});
+    ranks.row({fmt::format("{}", r), d.host, d.device, d.facts.allowed, fmt::format("{}", d.threads)});
+    j["ranks"].push_back({{"rank", r},
+                          {"host", d.host},
+                          {"device", d.device},
+                          {"cores", d.facts.allowed},
+                          {"threads", d.threads}});
     if (!d.speaks) continue;
     hosts += host_lines(d);
     json host = facts_json(d.facts);
+    host.erase("allowed");  // each rank's own, told with it
     host["host"] = d.host;
     host["folder"] = folder_json(d.folder);
     j["hosts"].push_back(std::move(host));

@@ -11,11 +11,10 @@
 namespace upmoe {
 
 struct RankDiagnosis {
-  std::string host;     // its name
-  std::string device;   // what it computes on
-  std::string allowed;  // cores
+  std::string host;    // its name
+  std::string device;  // what it computes on
   int threads = 1;
-  bool speaks = true;  // for its host: the facts below are told once
+  bool speaks = true;  // for its host: the facts below, but for the cores, are told once
   HostFacts facts;
   FolderFacts folder;
   std::string trial;  // how writing to it went, in words

@@ -72,6 +72,8 @@ class Alone(Doctor):
         report = json.loads(done.stdout)
         self.assertEqual([r["rank"] for r in report["ranks"]], [0])
         self.assertEqual(report["ranks"][0]["threads"], 1)
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        self.assertEqual(report["ranks"][0]["cores"], status.split("Cpus_allowed_list:")[1].split()[0])
         self.assertGreater(report["hosts"][0]["memory"], 1e8)
         self.assertIn("HDF5", report["libraries"])
 
@@ -151,8 +153,24 @@ class Ranks(Doctor):
         self.assertEqual(done.stdout.count("4095 threads"), 1, done.stdout)
         self.assertIn("2 ranks x 4095 threads", done.stdout)
 
+    def test_other_programs_are_refused_in_the_same_words(self):
+        other, either = self.folder / "other", self.folder / "either.sh"
+        other.write_bytes(Path(BINARY).read_bytes() + b"another build")
+        either.write_text(f'#!/bin/sh\n[ "$OMPI_COMM_WORLD_RANK" = 1 ] && exec {shlex.quote(str(other))} "$@"\n'
+                          f'exec {shlex.quote(BINARY)} "$@"\n', encoding="utf-8")
+        for program in (other, either):
+            program.chmod(0o755)
+        said = []
+        for arguments in (("doctor", "--dir", self.folder), ("train", self.run_file())):
+            done = start(ROOT / "launch" / "run_local.sh", 2, either, *arguments)
+            self.assertEqual(done.returncode, 2, done.stdout + done.stderr)
+            said += [line for line in (done.stdout + done.stderr).splitlines() if "programs" in line]
+        self.assertEqual(len(said), 2, said)
+        self.assertEqual(*(line[line.index("programs"):].removesuffix(" [rank 0]") for line in said))
+
+    # The disk is that of the folder on every rank: of ranks that do not speak for their host too, wherever they stand.
     def test_measured(self):
-        done = self.under_mpirun("--measure", "--dir", self.folder)
+        done = self.under_mpirun("--measure", "--dir", self.folder, before="cd /proc;")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("| rank", done.stderr)
         self.assertIn("all_to_all", done.stderr)

@@ -23,6 +23,14 @@ MUTANTS = {
     "the_soft_limit_is_the_hard_one": (
         "trainer/diagnosis/host_facts.cpp", "return {number(soft), number(hard)};",
         "return {number(hard), number(hard)};", "PlantedHost.*", "diagnosis_test"),
+    "a_node_has_the_gpus_that_one_rank_is_shown": (
+        "trainer/diagnosis/machine_facts.cpp", "std::max({host.gpus, where.gpus, where.ranks_here});", "where.gpus;",
+        "MachineFacts.*", "diagnosis_test"),
+    "a_gpu_is_charged_with_the_hosts_memory": (
+        "trainer/diagnosis/machine_facts.cpp", "    machine.overhead_gb = 0;",
+        "    machine.overhead_gb = four_digits(host.resident * 1e-9);", "MachineFacts.*", "diagnosis_test"),
+    "every_rank_speaks_for_its_host": (
+        "parallel/host.cpp", "- hosts.begin() == rank};", "- hosts.begin() <= rank};", "HostPlace.*", "threads_test"),
     "a_trial_is_left_behind": (
         "trainer/diagnosis/folder_facts.cpp", "    fs::remove_all(path_, ignored);", "", "Folder.*", "diagnosis_test"),
     "transfers_beside_nothing": (

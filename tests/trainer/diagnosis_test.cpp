@@ -11,8 +11,10 @@
 #include "tests/support/temporary_directory.h"
 #include "trainer/diagnosis/findings.h"
 #include "trainer/diagnosis/libraries.h"
+#include "trainer/diagnosis/machine_facts.h"
 #include "trainer/diagnosis/machine_rates.h"
 #include "trainer/diagnosis/warnings.h"
+#include "trainer/one_program.h"
 
 namespace upmoe {
 namespace {
@@ -221,6 +223,46 @@ TEST(Surroundings, OfThreadsAreOneHost) {
     EXPECT_EQ(where.ranks_here, 3);
     EXPECT_EQ(where.hosts, 1);
   });
+}
+
+TEST(Programs, OfRanksOfOneProcessAreOne) {
+  run_in_threads(3, [](Communicator& world) { EXPECT_NO_THROW(require_one_program(world)); });
+}
+
+TEST(MachineFacts, OfCores) {
+  HostFacts host;
+  host.memory = 123456.7e6;
+  host.resident = 98765.4e3;
+  Machine m;
+  add_facts(m, {.gpu = {}, .cores = 6}, host, {.ranks = 2, .ranks_here = 2});
+  EXPECT_EQ(m.name, "a processor, 6 cores");
+  EXPECT_EQ(m.memory_gb, 123.5);
+  EXPECT_EQ(m.ranks_per_node, 6);
+  EXPECT_EQ(m.overhead_gb, 0.09877);
+  host.processor = "A Processor";
+  add_facts(m, {.gpu = {}, .cores = 6}, host, {});
+  EXPECT_EQ(m.name, "A Processor, 6 cores");
+}
+
+// The host's memory says nothing of a GPU's, and a rank may be shown less than its node has.
+TEST(MachineFacts, OfGpus) {
+  HostFacts host;
+  host.memory = 1e12;
+  host.resident = 2e9;
+  const MeasuredDevice device{.gpu = "A GPU", .gpu_bytes = 84.94e9, .cores = 16};
+  const auto ranks_of_node = [&](const Surroundings& where) {
+    Machine m;
+    add_facts(m, device, host, where);
+    EXPECT_EQ(m.name, "A GPU");
+    EXPECT_EQ(m.memory_gb, 84.94);
+    EXPECT_EQ(m.overhead_gb, 0);
+    EXPECT_EQ(to_yaml(m).find("overhead_gb"), std::string::npos);
+    return m.ranks_per_node;
+  };
+  EXPECT_EQ(ranks_of_node({.gpus = 4}), 4);
+  EXPECT_EQ(ranks_of_node({.ranks = 16, .ranks_here = 8, .hosts = 2, .gpus = 1}), 8) << "each shown its own";
+  host.gpus = 8;
+  EXPECT_EQ(ranks_of_node({.gpus = 1}), 8) << "one of the node's is shown";
 }
 
 Effort little() {

@@ -87,8 +87,8 @@ std::vector<Finding> findings_of(const HostFacts& host, const Surroundings& wher
   judge_gpus(host, where.gpus, out);
   if (host.memory_left > 0 && host.memory_left < kFewBytes)
     out.push_back(
-        note(fmt::format("this host has {:.2f} GiB of memory left for its {} rank{}: end what else "
-                         "takes it, or give the container more",
+        note(fmt::format("this host has {:.2f} GiB of memory left for its {} rank{}: end what else takes "
+                         "it, or give the container more",
                          host.memory_left / kGiB, where.ranks_here, where.ranks_here == 1 ? "" : "s")));
   return out;
 }
@@ -99,8 +99,7 @@ std::vector<Finding> findings_of(const FolderFacts& folder) {
   if (folder.kind == "tmpfs" || folder.kind == "ramfs")
     out.push_back(
         warning(fmt::format("{} is in memory ({}): checkpoints take it from the run, and are gone with the "
-                            "machine; name a run.dir "
-                            "on a disk",
+                            "machine; name a run.dir on a disk",
                             where, folder.kind)));
   else if (folder.kind == "overlay")
     out.push_back(note(fmt::format(
@@ -118,15 +117,13 @@ std::vector<Finding> findings_of(const FolderFacts& folder, const FolderTrial& t
   if (!trial.has_locks)
     out.push_back(
         warning(fmt::format("{} knows no locks: two jobs with one run.dir would not find each other; mount "
-                            "it with locks (NFS: not "
-                            "nolock)",
+                            "it with locks (NFS: not nolock)",
                             folder.asked.string())));
   constexpr double kSlowSync = 1;
   if (std::max(trial.sync_s, trial.rename_s) > kSlowSync)
     out.push_back(
         warning(fmt::format("{} takes {:.1f} s to have a small file on the disk: each checkpoint waits for "
-                            "it; choose another disk, "
-                            "or a larger checkpoint.every",
+                            "it; choose another disk, or a larger checkpoint.every",
                             folder.asked.string(), std::max(trial.sync_s, trial.rename_s))));
   return out;
 }

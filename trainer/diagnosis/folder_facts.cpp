@@ -94,10 +94,6 @@ bool lies_in(const fs::path& path, const fs::path& folder) {
   return std::mismatch(folder.begin(), folder.end(), path.begin(), path.end()).first == folder.end();
 }
 
-}  // namespace
-
-namespace {
-
 // Where the table of mounts has none that the folder lies in, as behind chroot: what the kernel says of it.
 std::string kind_by_number(const fs::path& existing) {
   struct statfs found {};

@@ -75,12 +75,12 @@ std::string driver_version(const std::string& text) {
 HostFacts read_host(const fs::path& root) {
   const fs::path proc = root / "proc";
   const std::string own_group = text_of(proc / "self/cgroup"), memory = text_of(proc / "meminfo"),
-                    limits = text_of(proc / "self/limits");
+                    limits = text_of(proc / "self/limits"), status = text_of(proc / "self/status");
   const std::string groups = (root / "sys/fs/cgroup").string();
   HostFacts facts;
   facts.processor = value_of(text_of(proc / "cpuinfo"), "model name");
-  facts.allowed = value_of(text_of(proc / "self/status"), "Cpus_allowed_list");
-  facts.resident = 1024.0 * std::atof(value_of(text_of(proc / "self/status"), "VmRSS").c_str());
+  facts.allowed = value_of(status, "Cpus_allowed_list");
+  facts.resident = 1024.0 * std::atof(value_of(status, "VmRSS").c_str());
   facts.quota = quota_of_container(groups, own_group);
   facts.memory = 1024.0 * std::atof(value_of(memory, "MemTotal").c_str());
   facts.memory_left = memory_left(groups, own_group, memory);
