@@ -251,16 +251,16 @@ TEST(Routers, MicroBatchesOfAnySizeDrawTheSame) {
 
 // Recomputation draws and drops what forward did.
 TEST(Routers, RecomputationDrawsTheSame) {
-  for (const Recompute recompute : {Recompute::kFfn, Recompute::kBlock}) {
+  for (const auto& policy : kNames<Recompute>.built) {
     Layout l{"moe_mixed", {}, 2};
     l.with_form().jitter = 0.1;
     l.with_form().capacity_factor = 0.75;
     const Outcome& kept = one_rank(l);
-    l.recompute = recompute;
+    l.recompute = policy.value;
     const Outcome& again = one_rank(l);
-    EXPECT_EQ(kept.losses, again.losses);
-    EXPECT_EQ(kept.norms, again.norms);
-    EXPECT_EQ(kept.dropped, again.dropped);
+    EXPECT_EQ(kept.losses, again.losses) << policy.name;
+    EXPECT_EQ(kept.norms, again.norms) << policy.name;
+    EXPECT_EQ(kept.dropped, again.dropped) << policy.name;
   }
 }
 

@@ -13,10 +13,6 @@
 namespace upmoe::test {
 namespace {
 
-constexpr Recompute kEveryRecompute[] = {Recompute::kNone,     Recompute::kNorms, Recompute::kSwiglu,
-                                         Recompute::kRoutedUp, Recompute::kUp,    Recompute::kFfn,
-                                         Recompute::kBlock};
-
 // Of the first step of a golden run, on the CPU.
 Cost real_step(const Golden& golden, Recompute recompute) {
   const std::filesystem::path tokens =
@@ -43,12 +39,12 @@ double tokens_of(const Golden& golden) {
 TEST(ModelCost, IsWhatARealStepBooks) {
   for (const std::string& name : golden_cases()) {
     const Golden golden(name);
-    for (const Recompute recompute : kEveryRecompute) {
-      const Cost real = real_step(golden, recompute);
-      const ModelCost cost = model_cost(golden.config(), {golden.seq_len(), recompute});
+    for (const auto& policy : kNames<Recompute>.built) {
+      const Cost real = real_step(golden, policy.value);
+      const ModelCost cost = model_cost(golden.config(), {golden.seq_len(), policy.value});
       EXPECT_GT(real.model_flops, 0);
-      EXPECT_EQ(real.model_flops, cost.train_flops * tokens_of(golden)) << name << ' ' << name_of(recompute);
-      EXPECT_EQ(real.model_again, cost.again_flops * tokens_of(golden)) << name << ' ' << name_of(recompute);
+      EXPECT_EQ(real.model_flops, cost.train_flops * tokens_of(golden)) << name << ' ' << policy.name;
+      EXPECT_EQ(real.model_again, cost.again_flops * tokens_of(golden)) << name << ' ' << policy.name;
     }
   }
 }

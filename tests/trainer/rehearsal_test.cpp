@@ -4,54 +4,12 @@
 #include "trainer/rehearsal.h"
 
 #include "tests/support/full_size.h"
-#include "tests/support/layout_run.h"
+#include "tests/trainer/balanced_run.h"
 #include "tests/trainer/whole_run.h"
 #include "trainer/memory_estimate.h"
 
 namespace upmoe::test {
 namespace {
-
-constexpr std::int64_t kSteps = 2;
-
-using Books = std::map<std::string, Cost, std::less<>>;  // of one step
-
-struct Seen {
-  std::vector<Books> steps;
-  MemoryUse memory;
-  std::size_t scratch_at_ops = 0;      // the most that layers held when an op began
-  std::vector<double> flops_per_rank;  // as the steps report it
-};
-
-// Every token asks for every expert, the one routing of tokens that needs no luck to be balanced; or experts ask.
-ModelConfig balanced_config(const Layout& layout, const Golden& golden) {
-  ModelConfig config = golden.config();
-  config.router = layout.form.value_or(config.router);
-  if (!config.router.routes_groups()) config.num_experts_per_tok = config.num_experts;
-  return config;
-}
-
-Seen run_really(const Golden& golden, const RunConfig& run, const ModelConfig& config, Communicator& world) {
-  Session s(run, config, world);
-  s.params.load(s.memory.exec, golden_weights(golden));
-  s.optimizer.reset(s.memory.exec);
-  s.open_data(0);
-  Trainer trainer(s);
-  Seen seen;
-  s.memory.ledger.listen([&](std::string_view, const Cost&) {
-    seen.scratch_at_ops = std::max(seen.scratch_at_ops, s.memory.scratch.used());
-  });
-  for (std::int64_t step = 1; step <= kSteps; ++step) {
-    const StepReport report = trainer.step(step);
-    EXPECT_FALSE(report.skipped);
-    seen.steps.push_back(s.memory.ledger.entries());
-    seen.flops_per_rank.push_back(report.flops_per_rank);
-    EXPECT_EQ(report.bytes_sent, s.memory.ledger.total().bytes_sent);
-  }
-  trainer.settle();
-  s.memory.ledger.listen({});
-  seen.memory = s.memory_use();
-  return seen;
-}
 
 // What the host's memory is to a run on the CPU, the dry device, like a GPU, is given: tokens, targets, positions and
 // documents of this rank's part of each micro-batch, and the rows of groups.
@@ -84,7 +42,7 @@ void expect_same_books(const Books& real, const Books& dry, const std::string& w
 }
 
 // Of scratch memory the run takes more by what the backend of one op takes inside of it.
-void expect_same_memory(const Seen& seen, const MemoryUse& dry, const std::string& where) {
+void expect_same_memory(const RankSeen& seen, const MemoryUse& dry, const std::string& where) {
   const MemoryUse& real = seen.memory;
   EXPECT_EQ(real.parameters, dry.parameters) << where;
   EXPECT_EQ(real.gradients, dry.gradients) << where;
@@ -98,33 +56,24 @@ void expect_same_memory(const Seen& seen, const MemoryUse& dry, const std::strin
 class Rehearsed : public testing::TestWithParam<Layout> {};
 
 TEST_P(Rehearsed, IsWhatARealRunDoes) {
-  const Layout& layout = GetParam();
-  const Golden golden(layout.model);
-  const int ranks = layout.mesh.world();
-  const fs::path tokens = fs::path(testing::TempDir()) / fmt::format("rehearsal_{}.h5", ::getpid());
-  const RunConfig run = run_of(layout, golden, tokens);
-  const ModelConfig config = balanced_config(layout, golden);
-  golden.write_tokens(tokens, make_loss_mask(layout.loss_mask, golden));
-  std::vector<Seen> real(static_cast<std::size_t>(ranks));
-  run_in_threads(ranks, [&](Communicator& world) {
-    real[static_cast<std::size_t>(world.rank())] = run_really(golden, run, config, world);
-  });
-  fs::remove(tokens);  // a rehearsal does not look for it
-  std::vector<double> flops(kSteps);
+  const BalancedRun real = run_balanced(GetParam());
+  const int ranks = static_cast<int>(real.ranks.size());
+  std::vector<double> flops(BalancedRun::kSteps);
   for (int rank = 0; rank < ranks; ++rank) {
-    const Seen& seen = real[static_cast<std::size_t>(rank)];
-    Rehearsal rehearsal(run, config, rank, ranks);
-    for (std::size_t step = 0; step < kSteps; ++step) {
+    const RankSeen& seen = real.ranks[static_cast<std::size_t>(rank)];
+    Rehearsal rehearsal(real.run, real.config, rank, ranks);
+    for (std::size_t step = 0; step < flops.size(); ++step) {
       const Ledger& ledger = rehearsal.step();
       flops[step] += ledger.total().model_flops;
       Books expected = seen.steps[step];
-      expected["upload"] += uploads_of_tokens(run, config.router.routes_groups(), rehearsal.session().mesh);
+      expected["upload"] +=
+          uploads_of_tokens(real.run, real.config.router.routes_groups(), rehearsal.session().mesh);
       expect_same_books(expected, ledger.entries(), fmt::format("rank {}, step {}", rank, step + 1));
     }
     expect_same_memory(seen, rehearsal.memory_use(), fmt::format("rank {}", rank));
   }
-  for (std::size_t step = 0; step < kSteps; ++step)
-    EXPECT_DOUBLE_EQ(real.front().flops_per_rank[step], flops[step] / ranks);
+  for (std::size_t step = 0; step < flops.size(); ++step)
+    EXPECT_DOUBLE_EQ(real.ranks.front().flops_per_rank[step], flops[step] / ranks);
 }
 
 // Besides: documents, everything narrow, a tied embedding at both ends of a pipeline, fewer micro-batches in the last
