@@ -114,4 +114,11 @@ std::unique_ptr<ModelSource> open_model(const fs::path& path) {
   return with_system_errors([&] { return open_directory(path); });
 }
 
+ModelConfig config_of_model(const fs::path& path) {
+  return with_system_errors([&] {
+    const bool described = !fs::is_directory(path) || fs::exists(path / "config.json");
+    return described ? read_model_config(path) : open_directory(path)->config();
+  });
+}
+
 }  // namespace upmoe

@@ -28,6 +28,9 @@ class ModelSource {
 
 // Throws Error(kBadInput) when `path` is none of the three, or damaged.
 std::unique_ptr<ModelSource> open_model(const std::filesystem::path& path);
+// Where no weights are wanted: of a configuration file, of a directory with a config.json, whose weights need not be
+// there, or of what open_model() takes.
+ModelConfig config_of_model(const std::filesystem::path& path);
 
 // What a configuration says about the function, as JSON: without notes of other programs and the files' dtype.
 std::string function_of(const ModelConfig& config);

@@ -17,11 +17,9 @@ namespace fs = std::filesystem;
 
 const ShippedFolder kModels{fs::path(UPMOE_SOURCE_DIR) / "configs" / "models", ".json", "model"};
 
-// A configuration file, a directory with one, a checkpoint, or a shipped name.
+// What config_of_model() takes, or a shipped name.
 ModelConfig model_of(const std::string& given) {
-  const fs::path path = shipped_or_own(kModels, given);
-  if (fs::is_directory(path) && !fs::exists(path / "config.json")) return open_model(path)->config();
-  return read_model_config(path);
+  return config_of_model(shipped_or_own(kModels, given));
 }
 
 std::string name_of_model(const std::string& given) {

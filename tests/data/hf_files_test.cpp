@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 
 #include "data/hf_writer.h"
+#include "data/model_source.h"
 #include "tests/data/models.h"
 
 namespace upmoe::test {
@@ -25,6 +26,27 @@ TEST_F(Models, TheSingleFileWinsOverAnIndex) {
     for (float& v : values) v += 1.0f;
   write_file(dir / "model.safetensors", entries_of(config, "F32"), newer);
   check_boxes(HfModel(dir), newer, [](float v) { return v; });
+}
+
+// The weights need not be there, and need not be good.
+TEST_F(Models, AConfigurationIsReadWithoutWeights) {
+  const std::string function = function_of(put_config(true, false));
+  EXPECT_EQ(function_of(config_of_model(dir)), function);
+  EXPECT_EQ(function_of(config_of_model(dir / "config.json")), function);
+  put(dir / "model.safetensors", "damaged");
+  EXPECT_EQ(function_of(config_of_model(dir)), function);
+  EXPECT_THROW(open_model(dir), Error);
+  const fs::path empty = root / "empty";
+  fs::create_directory(empty);
+  for (const fs::path& nothing : {empty, root / "absent"}) {
+    try {
+      config_of_model(nothing);
+      ADD_FAILURE() << nothing;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kBadInput);
+      EXPECT_NE(std::string(e.what()).find("config.json"), std::string::npos) << e.what();
+    }
+  }
 }
 
 TEST_F(Models, EveryRefusalOfFilesNamesItsCure) {

@@ -98,13 +98,17 @@ TEST(RunMetadata, EveryKeyHasItsType) {
 
 TEST_F(Stores, AStoreOfNoRunIsNoModel) {
   write_test_store(root / "s", 1);  // its object has a step alone
-  try {
-    open_model(root / "s");
-    FAIL();
-  } catch (const Error& e) {
-    EXPECT_EQ(e.code(), ExitCode::kBadInput);
-    EXPECT_EQ(std::string(e.what()), (root / "s/manifest.json").string() + ": run.samples is missing");
-  }
+  const auto expect_refusal = [&](const auto& read) {
+    try {
+      read(root / "s");
+      ADD_FAILURE() << "read a store of no run";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kBadInput);
+      EXPECT_EQ(std::string(e.what()), (root / "s/manifest.json").string() + ": run.samples is missing");
+    }
+  };
+  expect_refusal(open_model);
+  expect_refusal(config_of_model);
 }
 
 }  // namespace

@@ -94,6 +94,7 @@ class CheckpointForm : public ::testing::Test {
     run(config, o, ranks);
     ShardStore(o.to).verify();
     const auto made = open_model(o.to);
+    EXPECT_EQ(function_of(config_of_model(o.to)), function_of(made->config())) << name;
     const fs::path exported = dir_.path() / (name + "_exported");
     write_hf_model(
         {.dir = exported, .companions = made->companions(), .inputs = {o.to}, .dtype = shape_.dtype},
