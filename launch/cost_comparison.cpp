@@ -159,8 +159,7 @@ CostReport fit_report(const std::vector<RunOutcome>& runs, const ScalingFit& fit
   for (const std::string& words : fit.remarks) text.append(words).append("\n");
   text +=
       "N: the model's FLOPs of training per token / 6, attention included. Each loss is that of a run's end: "
-      "a run "
-      "counts\nfor its own schedule, not for where it was on the way.\n";
+      "a run counts\nfor its own schedule, not for where it was on the way.\n";
   return {text, j.dump(2) + "\n"};
 }
 

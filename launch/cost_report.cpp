@@ -202,11 +202,11 @@ CostReport claim_report(const std::vector<ClaimReading>& readings, const std::ve
       "gives:\n\n" +
           table.str() +
           "\nHow many tokens the two models saw, and in how many hours, was never published. What one has to "
-          "spend\n"
-          "to reach the loss of the other is measured: upmoe cost --run MIXTURE DENSE [--source RUN].\n\n"
+          "spend\nto reach the loss of the other is measured: upmoe cost --run MIXTURE DENSE "
+          "[--source RUN].\n\n"
           "Another upcycled model's printed FLOPs. Its own tokens alone do not come near them; with those of "
-          "its "
-          "source\nthey do. That the card charges the source is inferred from this, it does not say so:\n\n" +
+          "its source\nthey do. That the card charges the source is inferred from this, it does not say "
+          "so:\n\n" +
           other.str(),
       all);
 }
