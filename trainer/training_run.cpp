@@ -5,7 +5,6 @@
 #include "configs/nearest_meshes.h"
 #include "configs/router_record.h"
 #include "data/model_source.h"
-#include "data/posix_file.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "parallel/watchdog.h"
