@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Growth of a run as a picture: tokens per second against ranks, and what limits it, from `upmoe plan`.
+"""Growth of a run: tokens per second against ranks, and what limits it, from `upmoe plan`, as a table and a picture.
 
-usage: .venv/bin/python launch/plan_growth.py RUN.yaml --machine h100-sxm --out growth.png [section.key=value ...]
-The batch grows with the ranks (--sequences of each), the experts' ranks up to --most-ep.
+usage: .venv/bin/python launch/plan_growth.py RUN.yaml --machine h100-sxm [--out growth.png] [section.key=value ...]
+The batch grows with the ranks (--sequences of each), the experts' ranks up to --most-ep. The table of docs/plan.md is
+what this prints for the command above it (tests/launch/plan_command_test.py, which makes it anew with --write).
 """
 
 from command_line import BadInput, missing_package, run_tool  # first: a key pressed while libraries load is heard
@@ -12,13 +13,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-
-try:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-except ImportError as missing:
-    sys.exit(f"upmoe: error: {missing_package(missing)}")
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"compute": "#31688e", "calls": "#5f6b73", "exchange": "#d1603d", "reduction": "#35a16b", "bubble": "#c9a227",
@@ -42,7 +36,28 @@ def shares(time):
     return {name: seconds / time["seconds"] for name, seconds in parts.items()}
 
 
+def limits(plan):
+    """The two largest parts of a step."""
+    parts = sorted(shares(plan["time"]).items(), key=lambda part: -part[1])
+    words = ", ".join(f"{name} {100 * share:.0f} %" for name, share in parts[:2])
+    return words if plan["fits"] else words + "; does not fit"
+
+
+def table(plans):
+    rows = [f"| ranks of {plans[0]['machine']} | tokens/s | of each | largest parts of a step |",
+            "|---:|---:|---:|---|"]
+    rows += [f"| {p['world']:,} | {p['time']['tokens_per_s']:,.0f} | {p['time']['tokens_per_s_per_rank']:,.0f} | "
+             f"{limits(p)} |" for p in plans]
+    return "\n".join(rows)
+
+
 def draw(plans, out):
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as missing:
+        raise BadInput(missing_package(missing)) from missing
     figure, (rate, parts) = plt.subplots(1, 2, figsize=(11, 4.2))
     worlds = [p["world"] for p in plans]
     tokens = [p["time"]["tokens_per_s"] for p in plans]
@@ -75,19 +90,16 @@ def main():
     parser.add_argument("run", help="run configuration (YAML)")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--machine", required=True, help="a file, or a name of configs/machines")
-    parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
+    parser.add_argument("--out", type=Path, help="a picture as well, .png or .svg")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
     parser.add_argument("--sequences", type=int, default=16, help="of each rank in a step (default: 16)")
     parser.add_argument("--most-ep", type=int, default=8, help="parallel.ep at most (default: 8)")
     parser.add_argument("--binary", type=Path, default=ROOT / "build" / "release" / "upmoe")
     args = parser.parse_intermixed_args()
     plans = [plan(args, world) for world in args.ranks]
-    for p in plans:
-        time = p["time"]
-        print(f"{p['world']:6} ranks {time['tokens_per_s']:14.0f} tokens/s "
-              f"{time['tokens_per_s_per_rank']:10.0f} of each  {time['limit']}{'' if p['fits'] else ', does not fit'}")
-    draw(plans, args.out)
-    print(args.out)
+    print(table(plans))
+    if args.out:
+        draw(plans, args.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""upmoe plan from outside: its JSON, what it refuses and in which words, every shipped run, any number of ranks.
+"""upmoe plan from outside: its JSON, what it refuses and in which words, every shipped run, any number of ranks; and
+docs/plan.md says what the program says.
 
+usage: tests/launch/plan_command_test.py [--write]   (--write makes its table and picture of growth anew)
 Needs UPMOE_BINARY.
 """
 
 import json
 import os
+import re
+import shlex
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -13,6 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = os.environ["UPMOE_BINARY"]
+DOCUMENT, PICTURE = ROOT / "docs" / "plan.md", ROOT / "docs" / "plan_growth.png"
+# A command, and between the marks below it the table that it prints.
+GROWTH = re.compile(r"(    (launch/plan_growth\.py .*?)\n\n.*?<!-- its table -->\n\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 FULL = ROOT / "configs" / "plan" / "qwen1.5-moe-a2.7b.yaml"
 MODEL = f"model.path={ROOT / 'configs' / 'models' / 'qwen1.5-moe-a2.7b.json'}"
 
@@ -31,6 +39,21 @@ LAYOUT = {"tp", "pp", "cp", "ep", "etp", "dp", "zero", "micro_batch", "recompute
 def upmoe(*arguments):
     return subprocess.run([BINARY, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def growth(command, picture=None):
+    words = shlex.split(command.replace("\\\n", " "))
+    at = words.index("--out")
+    words[at:at + 2] = ["--out", picture] if picture else []
+    done = subprocess.run([sys.executable, *words, "--binary", BINARY], capture_output=True, text=True, check=False,
+                          timeout=240, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode != 0:
+        raise AssertionError(done.stderr)
+    return done.stdout
+
+
+def shipped_runs():
+    return [path for folder in ("configs", "configs/quickstart") for path in sorted((ROOT / folder).glob("*.yaml"))]
 
 
 class Plan(unittest.TestCase):
@@ -112,9 +135,8 @@ class Plan(unittest.TestCase):
         self.refused(["--search", "--machine"], FULL, MODEL, "--world", 8, "--search")
 
     def test_every_shipped_run_plans_or_says_why_not(self):
-        runs = sorted((ROOT / "configs").glob("*.yaml")) + sorted((ROOT / "configs" / "quickstart").glob("*.yaml"))
-        self.assertGreater(len(runs), 5)
-        for run in runs:
+        self.assertGreater(len(shipped_runs()), 5)
+        for run in shipped_runs():
             for world in (1, 2):
                 with self.subTest(run=run.name, world=world):
                     done = upmoe("plan", run, "--world", world)
@@ -123,11 +145,35 @@ class Plan(unittest.TestCase):
                     else:  # its model is not made yet, or the mesh is for other ranks
                         self.assertIn(done.returncode, (2, 3), done.stderr)
                         self.assertIn("upmoe: error:", done.stderr)
-                    # With the model described, it is the mesh alone.
-                    done = upmoe("plan", run, "--world", 2, MODEL, "data.seq_len=2048", "parallel.ep=1",
-                                 "train.global_batch=64")
-                    self.assertEqual(done.returncode, 0, done.stderr)
+
+    # With the model described, it is the mesh alone: twice the ranks have half the experts and micro-batches each.
+    def test_every_shipped_run_plans_for_its_ranks(self):
+        for run in shipped_runs():
+            with self.subTest(run=run.name):
+                one, two = (self.planned(run, MODEL, "--world", world, "data.seq_len=2048", f"parallel.ep={world}",
+                                         "train.global_batch=64") for world in (1, 2))
+                for world, plan in ((1, one), (2, two)):
+                    self.assertEqual((plan["world"], plan["parallel"]["dp"], plan["parallel"]["ep"]), (world,) * 3)
+                    self.assertEqual(sum(rank["alike"] for rank in plan["ranks"]), world)
+                    self.assertEqual({rank["experts"] for rank in plan["ranks"]}, {60 // world})
+                self.assertEqual(one["micro_batches_per_rank"], 2 * two["micro_batches_per_rank"])
+                self.assertEqual(one["model_flops_per_step"], two["model_flops_per_step"])
+                self.assertLess(two["memory_fullest"]["weights"], 0.6 * one["memory_fullest"]["weights"])
+
+
+class Document(unittest.TestCase):
+    def test_growth_is_what_the_program_foretells(self):
+        _, command, stands, _ = GROWTH.search(DOCUMENT.read_text(encoding="utf-8")).groups()
+        self.assertEqual(stands, growth(command), f"{command}: run {Path(__file__).name} --write")
+
+
+def write():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(GROWTH.sub(lambda m: m[1] + growth(m[2], PICTURE) + m[4], text), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    unittest.main(verbosity=2)
+    if "--write" in sys.argv:
+        write()
+    else:
+        unittest.main(verbosity=2)
