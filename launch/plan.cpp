@@ -11,7 +11,6 @@
 #include "launch/output.h"
 #include "launch/plan_report.h"
 #include "launch/shipped.h"
-#include "trainer/cost/model_cost.h"
 
 namespace upmoe {
 
@@ -35,16 +34,9 @@ std::optional<Machine> machine_of(const PlanArguments& a) {
   return std::nullopt;
 }
 
-// Of the weights nothing but their shapes is wanted.
-ModelConfig model_of(const RunConfig& run) {
-  const fs::path path = run.model.path;
-  const bool described = !fs::is_directory(path) || fs::exists(path / "config.json");
-  return with_router(described ? read_model_config(path) : open_model(path)->config(), run.router);
-}
-
 PlanReport report_of(const PlanArguments& a) {
   const RunConfig run = read_run_config(a.file, a.overrides);
-  const ModelConfig model = model_of(run);
+  const ModelConfig model = with_router(config_of_model(run.model.path), run.router);
   const std::optional<Machine> machine = machine_of(a);
   PlanRequest request;
   request.run = a.file;
@@ -53,12 +45,10 @@ PlanReport report_of(const PlanArguments& a) {
     if (!machine)
       fail(ExitCode::kUsage,
            "upmoe plan: --search ranks layouts by their time, which needs a machine: --machine FILE, or a "
-           "name "
-           "of configs/machines");
+           "name of configs/machines");
     return search_report(request, a.world, search_layouts(run, model, a.world, *machine));
   }
-  if (model.num_moe_layers() > 0 && run.train.precision == Precision::kBf16)
-    request.train_flops_per_token = model_cost(model, {.seq_len = run.data.seq_len}).train_flops;
+  request.beside_published = model.num_moe_layers() > 0 && run.train.precision == Precision::kBf16;
   const RunPlan plan = plan_run(run, model, a.world, machine);
   return plan_report(request, plan,
                      machine ? helpful_changes(run, model, plan, *machine) : std::vector<Change>{});

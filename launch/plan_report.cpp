@@ -1,6 +1,6 @@
 #include "launch/plan_report.h"
 
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <nlohmann/json.hpp>
 
@@ -20,6 +20,10 @@ struct Published {
   const char* who;
   double tflops;
   const char* where;
+  // Of a GPU, at that rate.
+  double tokens_per_s_of(const RunPlan& plan) const {
+    return tflops * 1e12 / (plan.model_flops / plan.tokens);
+  }
 };
 constexpr Published kPublished[] = {
     {"NeMo AutoModel", 277, "its performance summary: Qwen3-30B-A3B, 8 H100, ep 8"},
@@ -114,10 +118,10 @@ std::string time_text(const PlanRequest& request, const RunPlan& plan) {
       "by {}\n",
       table.str(), t.tokens_per_s, t.tokens_per_s / plan.world, t.model_flops_per_s * 1e-12, 100 * t.mfu,
       t.limit());
-  if (request.train_flops_per_token > 0)
+  if (request.beside_published)
     for (const Published& p : kPublished)
       text += fmt::format("{} prints {:.0f} TFLOP/s, which here were {:.0f} tokens/s of each rank ({})\n",
-                          p.who, p.tflops, p.tflops * 1e12 / request.train_flops_per_token, p.where);
+                          p.who, p.tflops, p.tokens_per_s_of(plan), p.where);
   return text;
 }
 
@@ -188,14 +192,27 @@ json time_json(const PlannedTime& t, int world) {
           {"limit", t.limit()}};
 }
 
-json published_json(const PlanRequest& request) {
+json published_json(const RunPlan& plan) {
   json all = json::array();
   for (const Published& p : kPublished)
     all.push_back({{"who", p.who},
                    {"tflops_per_gpu", p.tflops},
                    {"source", p.where},
-                   {"tokens_per_s_per_gpu", p.tflops * 1e12 / request.train_flops_per_token}});
+                   {"tokens_per_s_per_gpu", p.tokens_per_s_of(plan)}});
   return all;
+}
+
+// Where there is nothing to show: what to do.
+std::string advice_of(const LayoutSearch& search) {
+  if (search.plans == 0)
+    return "no layout was planned, for the reasons below: name another --world, or see without --search what "
+           "forbids the run's own mesh and which ones near it are possible";
+  std::vector<std::string> less = search.savings;
+  less.emplace_back("a smaller data.seq_len");
+  return fmt::format(
+      "no layout fits: the smallest that was planned takes {} GiB of {}. Start more ranks (--world), name a "
+      "machine with more memory, or take less of it: {}",
+      gib(search.least_bytes), gib(search.device_bytes), fmt::join(less, ", "));
 }
 
 }  // namespace
@@ -228,7 +245,7 @@ PlanReport plan_report(const PlanRequest& request, const RunPlan& plan, const st
   j["ranks"] = json::array();
   for (const PlannedRank& r : plan.ranks) j["ranks"].push_back(rank_json(r, plan));
   j["time"] = plan.time ? time_json(*plan.time, plan.world) : json();
-  j["published"] = request.train_flops_per_token > 0 ? published_json(request) : json::array();
+  j["published"] = request.beside_published ? published_json(plan) : json::array();
   j["changes"] = json::array();
   for (const Change& c : changes)
     j["changes"].push_back({{"keys", c.keys}, {"bytes", c.bytes}, {"seconds", c.seconds}, {"fits", c.fits}});
@@ -264,6 +281,8 @@ PlanReport search_report(const PlanRequest& request, int world, const LayoutSear
                        {"ep", p.ep},
                        {"etp", p.etp},
                        {"dp", dp},
+                       {"pp_chunks", p.pp_chunks},
+                       {"node_ranks", p.node_ranks},
                        {"zero", p.zero},
                        {"micro_batch", f.micro_batch},
                        {"recompute", name_of(f.recompute)},
@@ -283,7 +302,13 @@ PlanReport search_report(const PlanRequest& request, int world, const LayoutSear
       {"not planned: others as much cut up were", x.not_reached}};
   std::string text = fmt::format("{} on {} ranks of {}: {} meshes, {} layouts planned\n\n", request.run,
                                  world, request.machine, search.meshes, search.plans);
-  text += search.best.empty() ? "no layout fits\n" : table.str();
+  const std::string advice = search.best.empty() ? advice_of(search) : "";
+  text += search.best.empty() ? advice + "\n" : table.str();
+  text += fmt::format(
+      "\nwhatever the run says, zero is {}, pp_chunks {} and node_ranks {} in all of them; its other keys "
+      "hold. A plan of\none of them, without --search, tells whether other pp_chunks or node_ranks are "
+      "faster\n",
+      fmt::join(LayoutSearch::kZero, " or "), LayoutSearch::kChunks, LayoutSearch::kNodeRanks);
   text += "\nmeshes left out:\n";
   json excluded = json::object();
   for (const auto& [why, count] : reasons) {
@@ -292,7 +317,7 @@ PlanReport search_report(const PlanRequest& request, int world, const LayoutSear
   }
   const json j{{"run", request.run},      {"world", world},        {"machine", request.machine},
                {"meshes", search.meshes}, {"plans", search.plans}, {"layouts", layouts},
-               {"excluded", excluded}};
+               {"excluded", excluded},    {"advice", advice}};
   return {text, j.dump(2) + "\n"};
 }
 

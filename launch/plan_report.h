@@ -10,10 +10,9 @@
 namespace upmoe {
 
 struct PlanRequest {
-  std::string run;              // the file, as it was named
-  std::string machine;          // its name for people; empty: none
-  double peak_flops_per_s = 0;  // of the machine's data sheet
-  double train_flops_per_token = 0;
+  std::string run;                // the file, as it was named
+  std::string machine;            // its name for people; empty: none
+  bool beside_published = false;  // what others print for their mixture stands beside it
 };
 
 struct PlanReport {

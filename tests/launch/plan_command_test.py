@@ -32,8 +32,8 @@ PURPOSES = {"weights", "gradients", "optimizer", "activations", "communication",
 TIMES = {"seconds", "compute", "calls", "exchange", "reduction", "stages", "bubble", "imbalance", "tokens_per_s",
          "tokens_per_s_per_rank", "flops_per_s_per_rank", "mfu", "limit"}
 RANK = {"rank", "alike", "stage", "experts", "memory", "ops", "verbs", "seconds"}
-LAYOUT = {"tp", "pp", "cp", "ep", "etp", "dp", "zero", "micro_batch", "recompute", "seconds", "tokens_per_s", "mfu",
-          "bytes"}
+LAYOUT = {"tp", "pp", "cp", "ep", "etp", "dp", "pp_chunks", "node_ranks", "zero", "micro_batch", "recompute", "seconds",
+          "tokens_per_s", "mfu", "bytes"}
 
 
 def upmoe(*arguments):
@@ -108,9 +108,27 @@ class Plan(unittest.TestCase):
         self.assertEqual(len(found["layouts"]), 10)
         for layout in found["layouts"]:
             self.assertEqual(set(layout), LAYOUT)
+            self.assertEqual((layout["pp_chunks"], layout["node_ranks"]), (1, 0))
+            self.assertIn(layout["zero"], (1, 2))
         seconds = [layout["seconds"] for layout in found["layouts"]]
         self.assertEqual(seconds, sorted(seconds))
         self.assertEqual(len(found["excluded"]), 7)
+        self.assertEqual(found["advice"], "")
+
+    def test_search_says_what_it_sets_and_what_to_do_where_nothing_fits(self):
+        search = [FULL, MODEL, "--machine", "h100-sxm", "--search", "parallel.zero=2"]
+        done = upmoe("plan", *search, "--world", 1)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for words in ("zero is 1 or 2, pp_chunks 1 and node_ranks 0 in all of them", "no layout fits", " GiB of ",
+                      "--world", "optimizer.name=adamw8bit", "data.seq_len"):
+            self.assertIn(words, done.stdout)
+        self.assertNotIn("parallel.reduce=bf16", done.stdout, "it is so")
+        found = self.planned(*search, "--world", 1)
+        self.assertEqual(found["layouts"], [])
+        self.assertIn("no layout fits", found["advice"])
+        found = self.planned(*search, "--world", 31, "train.global_batch=1", "train.micro_batch=1")
+        self.assertEqual((found["layouts"], found["plans"]), ([], 0))
+        self.assertIn("without --search", found["advice"])
 
     def test_refusals_name_the_cause(self):
         self.refused(["parallel.ep: 7", "possible meshes of 8 ranks"], FULL, MODEL, "--world", 8, "parallel.ep=7")

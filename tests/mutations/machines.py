@@ -40,6 +40,14 @@ MUTANTS = {
         "    bytes.inside = t.each * (all - 1);", "Clock.*", "plan_test"),
     "other_micro_batches_cost_nothing": (
         "trainer/plan/run_plan.cpp", "    rank.step.add(rank.micro_batch, more);", "", "Plan.*", "plan_test"),
+    "bytes_of_other_micro_batches_forgotten": (
+        "trainer/plan/run_plan.cpp", "  into.bytes_read += factor * cost.bytes_read;", "", "Plan.*", "plan_test"),
+    "the_search_keeps_the_runs_chunks": (
+        "trainer/plan/layout_search.cpp", "              run.parallel.pp_chunks = LayoutSearch::kChunks;", "",
+        "LayoutSearch.*", "plan_test"),
+    "a_mesh_that_does_not_fit_is_counted_twice": (
+        "trainer/plan/layout_search.cpp", "        ++found_.excluded.too_large;",
+        "        found_.excluded.too_large += 2;", "LayoutSearch.*", "plan_test"),
     "a_pipeline_without_a_bubble": (
         "trainer/plan/run_plan.cpp", "    if (stage != slowest.stage) bubble += seconds / chunks;", "", "Plan.*",
         "plan_test"),

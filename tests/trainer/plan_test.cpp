@@ -6,7 +6,8 @@
 #include <gmock/gmock.h>
 
 #include "tests/support/full_size.h"
-#include "tests/support/layout_run.h"
+#include "tests/trainer/balanced_run.h"
+#include "trainer/cost/model_cost.h"
 #include "trainer/plan/changes.h"
 #include "trainer/plan/layout_search.h"
 #include "trainer/rehearsal.h"
@@ -14,71 +15,31 @@
 namespace upmoe::test {
 namespace {
 
-namespace fs = std::filesystem;
-
 const fs::path kMachines = fs::path(UPMOE_SOURCE_DIR) / "configs" / "machines";
 
 Machine h100() {
   return read_machine(kMachines / "h100-sxm.yaml");
 }
 
-// Every token asks for every expert: the one routing that needs no luck to be balanced.
-ModelConfig balanced(const Golden& golden) {
-  ModelConfig config = golden.config();
-  config.num_experts_per_tok = config.num_experts;
-  return config;
-}
-
-struct Held {
-  MemoryUse use;
-  std::size_t scratch_at_ops = 0;  // without what the CPU's backend takes inside of one op
-  std::size_t reported = 0;
-};
-
-Held run_really(const Golden& golden, const RunConfig& run, Communicator& world) {
-  Session s(run, balanced(golden), world);
-  s.params.load(s.memory.exec, golden_weights(golden));
-  s.optimizer.reset(s.memory.exec);
-  s.open_data(0);
-  Trainer trainer(s);
-  Held held;
-  s.memory.ledger.listen([&](std::string_view, const Cost&) {
-    held.scratch_at_ops = std::max(held.scratch_at_ops, s.memory.scratch.used());
-  });
-  for (std::int64_t step = 1; step <= 2; ++step) held.reported = trainer.step(step).tensors_peak;
-  trainer.settle();
-  s.memory.ledger.listen({});
-  held.use = s.memory_use();
-  return held;
-}
-
 class Planned : public testing::TestWithParam<Layout> {};
 
 TEST_P(Planned, MemoryIsWhatARealRunHolds) {
-  const Layout& layout = GetParam();
-  const Golden golden(layout.model);
-  const int ranks = layout.mesh.world();
-  const fs::path tokens = fs::path(testing::TempDir()) / fmt::format("plan_{}.h5", ::getpid());
-  const RunConfig run = run_of(layout, golden, tokens);
-  golden.write_tokens(tokens);
-  std::vector<Held> real(static_cast<std::size_t>(ranks));
-  run_in_threads(ranks, [&](Communicator& world) {
-    real[static_cast<std::size_t>(world.rank())] = run_really(golden, run, world);
-  });
-  fs::remove(tokens);
-  const RunPlan plan = plan_run(run, balanced(golden), ranks, std::nullopt);
+  const BalancedRun real = run_balanced(GetParam());
+  const int ranks = static_cast<int>(real.ranks.size());
+  const RunPlan plan = plan_run(real.run, real.config, ranks, std::nullopt);
   int all = 0;
   for (const PlannedRank& r : plan.ranks) {
-    const Held& held = real[static_cast<std::size_t>(r.rank)];
+    const RankSeen& held = real.ranks[static_cast<std::size_t>(r.rank)];
     const MemoryPurposes& m = r.memory;
-    EXPECT_EQ(m.weights, static_cast<double>(held.use.parameters)) << r.rank;
-    EXPECT_EQ(m.gradients, static_cast<double>(held.use.gradients)) << r.rank;
-    EXPECT_EQ(m.optimizer, static_cast<double>(held.use.optimizer)) << r.rank;
-    EXPECT_EQ(m.activations, static_cast<double>(held.use.activations)) << r.rank;
-    EXPECT_EQ(m.communication, static_cast<double>(held.use.buckets)) << r.rank;
+    EXPECT_EQ(m.weights, static_cast<double>(held.memory.parameters)) << r.rank;
+    EXPECT_EQ(m.gradients, static_cast<double>(held.memory.gradients)) << r.rank;
+    EXPECT_EQ(m.optimizer, static_cast<double>(held.memory.optimizer)) << r.rank;
+    EXPECT_EQ(m.activations, static_cast<double>(held.memory.activations)) << r.rank;
+    EXPECT_EQ(m.communication, static_cast<double>(held.memory.buckets)) << r.rank;
     EXPECT_EQ(m.workspace, static_cast<double>(held.scratch_at_ops)) << r.rank;
-    EXPECT_EQ(m.tensors(), static_cast<double>(held.use.total() - held.use.scratch + held.scratch_at_ops));
-    EXPECT_EQ(held.reported, held.use.total()) << r.rank;
+    EXPECT_EQ(m.tensors(),
+              static_cast<double>(held.memory.total() - held.memory.scratch + held.scratch_at_ops));
+    EXPECT_EQ(held.reported, held.memory.total()) << r.rank;
     all += r.alike;
   }
   EXPECT_EQ(all, ranks);
@@ -111,8 +72,21 @@ RunConfig full_size_run() {
   return run;
 }
 
+// What one micro-batch adds is added for many, each time with a rounding.
+void expect_nearly(const Cost& planned, const Cost& booked, const std::string& where) {
+  EXPECT_EQ(planned.calls, booked.calls) << where;
+  for (const auto& [one, other] : {std::pair{planned.flops, booked.flops},
+                                   {planned.bytes_read, booked.bytes_read},
+                                   {planned.bytes_written, booked.bytes_written},
+                                   {planned.bytes_sent, booked.bytes_sent},
+                                   {planned.model_flops, booked.model_flops},
+                                   {planned.model_again, booked.model_again}})
+    EXPECT_NEAR(one, other, 1e-9 * other) << where;
+}
+
 TEST(Plan, BooksAreThoseOfAWholeStep) {
   RunConfig run = full_size_run();
+  run.train.recompute = Recompute::kRoutedUp;
   for (const auto& [parallel, world] : {std::pair{RunConfig::Parallel{.ep = 2, .zero = 2}, 2},
                                         {RunConfig::Parallel{.pp = 2}, 2},
                                         {RunConfig::Parallel{.tp = 2, .pp = 2, .pp_chunks = 2}, 4}}) {
@@ -122,13 +96,10 @@ TEST(Plan, BooksAreThoseOfAWholeStep) {
       Rehearsal rehearsal(run, full_size(), r.rank, world);
       rehearsal.step();
       const auto& books = rehearsal.step().entries();
+      EXPECT_EQ(r.costs.size(), books.size()) << "rank " << r.rank;
       for (const auto& [name, cost] : books) {
         ASSERT_TRUE(r.costs.contains(name)) << name;
-        const Cost& planned = r.costs.at(name);
-        EXPECT_EQ(planned.calls, cost.calls) << name << " of rank " << r.rank;
-        EXPECT_NEAR(planned.flops, cost.flops, 1e-9 * cost.flops) << name;
-        EXPECT_NEAR(planned.model_flops, cost.model_flops, 1e-9 * cost.flops) << name;
-        EXPECT_NEAR(planned.bytes_sent, cost.bytes_sent, 1e-9 * cost.bytes_sent) << name;
+        expect_nearly(r.costs.at(name), cost, fmt::format("{} of rank {}", name, r.rank));
       }
       double sent = 0;
       for (const auto& [verb, bytes] : r.step.sent) sent += bytes.inside + bytes.between;
@@ -148,6 +119,42 @@ TEST(Plan, WorkOfTheModelIsThatOfAllRanks) {
       flops += Rehearsal(run, full_size(), rank, world).step().total().model_flops;
     EXPECT_NEAR(plan_run(run, full_size(), world, std::nullopt).model_flops / flops, 1, 1e-9);
   }
+}
+
+// Of a token what `upmoe cost` says, in every family and of routers that route groups.
+TEST(Plan, WorkOfTheModelIsThatOfItsCost) {
+  for (const std::string& name : golden_cases()) {
+    const Golden golden(name);
+    const RunPlan plan = plan_run(run_of({name, {}}, golden, "unused"), golden.config(), 1, std::nullopt);
+    EXPECT_DOUBLE_EQ(plan.model_flops / plan.tokens,
+                     model_cost(golden.config(), {.seq_len = golden.seq_len()}).train_flops)
+        << name;
+  }
+  const Golden golden("moe_mixed");
+  for (const auto& kind : kNames<RouterKind>.built) {
+    Layout layout{"moe_mixed", {}, 2};
+    layout.aux_loss = 0;
+    layout.with_form().kind = kind.value;
+    if (!layout.own_form().routes_groups()) continue;
+    layout.with_form().group_size = 2;
+    const ModelConfig config = config_of(layout, golden);
+    const RunPlan plan = plan_run(run_of(layout, golden, "unused"), config, 1, std::nullopt);
+    EXPECT_DOUBLE_EQ(plan.model_flops / plan.tokens,
+                     model_cost(config, {.seq_len = golden.seq_len()}).train_flops)
+        << kind.name;
+  }
+}
+
+// So that it is rehearsed once for all that are compared.
+TEST(Plan, WorkOfTheModelIsTheSameInEveryLayout) {
+  RunConfig run = full_size_run();
+  const double flops = plan_run(run, full_size(), 1, std::nullopt).model_flops;
+  run.train.micro_batch = 8;
+  run.train.recompute = Recompute::kBlock;
+  run.optimizer.name = OptimizerKind::kAdamW8bit;
+  run.parallel = {.ep = 2, .zero = 2};
+  EXPECT_EQ(plan_run(run, full_size(), 2, std::nullopt).model_flops, flops);
+  EXPECT_EQ(plan_run(run, full_size(), 2, std::nullopt, {.ranks = {0}, .model_flops = 5}).model_flops, 5);
 }
 
 TEST(Plan, UnevenExpertsAreTwoKindsOfRanks) {
@@ -233,6 +240,7 @@ TEST(LayoutSearch, RanksWhatFitsAndCountsTheRest) {
   const LayoutSearch found = search_layouts(run, full_size(), 8, h100());
   ASSERT_FALSE(found.best.empty());
   EXPECT_LE(found.best.size(), 10u);
+  std::set<std::string> meshes;
   for (std::size_t i = 0; i < found.best.size(); ++i) {
     const FoundLayout& f = found.best[i];
     EXPECT_GE(f.seconds, found.best[i > 0 ? i - 1 : 0].seconds);
@@ -243,12 +251,34 @@ TEST(LayoutSearch, RanksWhatFitsAndCountsTheRest) {
     const RunPlan plan = plan_run(chosen, full_size(), 8, h100());
     EXPECT_TRUE(plan.fits());
     EXPECT_DOUBLE_EQ(plan.time->seconds, f.seconds);
+    EXPECT_DOUBLE_EQ(plan.time->mfu, f.mfu);
+    EXPECT_EQ(f.parallel.pp_chunks, LayoutSearch::kChunks);
+    EXPECT_EQ(f.parallel.node_ranks, LayoutSearch::kNodeRanks);
+    meshes.insert(plan.mesh.str());
   }
+  // Each mesh is counted once: as left out, as planned once, or as one whose layouts were compared.
   const LayoutSearch::Excluded& x = found.excluded;
-  EXPECT_LT(x.impossible + x.across_nodes + x.short_context + x.cut_experts + x.not_reached + x.too_large +
-                x.slower,
-            found.meshes);
-  EXPECT_GT(found.plans, 0);
+  const std::int64_t planned = found.meshes - x.impossible - x.across_nodes - x.short_context -
+                               x.cut_experts - x.not_reached,
+                     compared = planned - x.too_large - x.slower;
+  EXPECT_GE(compared, static_cast<std::int64_t>(meshes.size()));
+  EXPECT_LE(compared, 8);
+  EXPECT_GE(found.plans, planned + static_cast<std::int64_t>(found.best.size()));
+  EXPECT_EQ(found.device_bytes, plan_run(run, full_size(), 8, h100()).device_bytes);
+}
+
+// A run's own values of what the search decides change nothing.
+TEST(LayoutSearch, SetsChunksNodesAndZeroItself) {
+  RunConfig run = full_size_run();
+  run.train.global_batch = 16;
+  const LayoutSearch found = search_layouts(run, full_size(), 4, h100());
+  run.parallel.pp_chunks = 3;
+  run.parallel.node_ranks = 2;
+  run.parallel.zero = 2;
+  const LayoutSearch other = search_layouts(run, full_size(), 4, h100());
+  ASSERT_EQ(found.best.size(), other.best.size());
+  for (std::size_t i = 0; i < found.best.size(); ++i)
+    EXPECT_EQ(found.best[i].seconds, other.best[i].seconds) << i;
 }
 
 TEST(LayoutSearch, NothingFitsOnTooFew) {
@@ -256,6 +286,18 @@ TEST(LayoutSearch, NothingFitsOnTooFew) {
   EXPECT_TRUE(found.best.empty());
   EXPECT_EQ(found.meshes, 1);
   EXPECT_EQ(found.excluded.too_large, 1);
+  EXPECT_EQ(found.plans, 2) << "as it stands, and as small as it gets";
+  EXPECT_GT(found.least_bytes, found.device_bytes);
+  EXPECT_GT(found.device_bytes, 0);
+  EXPECT_EQ(found.savings, std::vector<std::string>{"optimizer.name=adamw8bit"});
+}
+
+TEST(LayoutSearch, NamesWhatTakesLess) {
+  RunConfig run = full_size_run();
+  run.optimizer.name = OptimizerKind::kAdamW8bit;
+  run.parallel.reduce = Precision::kFp32;
+  EXPECT_EQ(search_layouts(run, full_size(), 1, h100()).savings,
+            std::vector<std::string>{"parallel.reduce=bf16"});
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "trainer/plan/layout_search.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <optional>
 
@@ -40,11 +42,12 @@ class Search {
       : run_(run), model_(model), world_(world), machine_(machine) {}
 
   LayoutSearch find() {
+    note_savings();
     std::vector<RunConfig> meshes = possible_meshes();
     std::stable_sort(meshes.begin(), meshes.end(), [](const RunConfig& a, const RunConfig& b) {
       return cuts_of(a.parallel) < cuts_of(b.parallel);
     });
-    std::vector<std::pair<double, RunConfig>> fitting;  // by seconds
+    std::vector<std::pair<FoundLayout, RunConfig>> fitting;  // by seconds
     // Those that are cut up alike may take half of what is left, so that each kind has its turn.
     double left = kFirstWeight, share = left / 2;
     int cuts = 0;
@@ -59,19 +62,21 @@ class Search {
       }
       left -= weight;
       share -= weight;
-      if (const std::optional<double> seconds = first_look(mesh)) {
-        fitting.emplace_back(*seconds, mesh);
+      if (const std::optional<FoundLayout> found = first_look(mesh)) {
+        fitting.emplace_back(*found, mesh);
       } else {
         ++found_.excluded.too_large;
       }
     }
     std::stable_sort(fitting.begin(), fitting.end(),
-                     [](const auto& a, const auto& b) { return a.first < b.first; });
+                     [](const auto& a, const auto& b) { return a.first.seconds < b.first.seconds; });
     left = kSecondWeight;
     std::size_t refined = 0;
     for (; refined < std::min(kRefined, fitting.size()) && left > 0; ++refined)
       refine(fitting[refined].second, left);
     found_.excluded.slower = static_cast<std::int64_t>(fitting.size() - refined);
+    // Its turn may have ended among policies that do not fit.
+    if (found_.best.empty() && !fitting.empty()) found_.best.push_back(fitting.front().first);
     keep_best();
     return found_;
   }
@@ -96,8 +101,9 @@ class Search {
               RunConfig run = run_;
               run.parallel.pp = pp, run.parallel.cp = cp, run.parallel.tp = tp;
               run.parallel.ep = ep, run.parallel.etp = etp;
-              run.parallel.pp_chunks = run.parallel.zero = 1;
-              run.parallel.node_ranks = 0;
+              run.parallel.zero = LayoutSearch::kZero.front();
+              run.parallel.pp_chunks = LayoutSearch::kChunks;
+              run.parallel.node_ranks = LayoutSearch::kNodeRanks;
               if (is_worth_it(run)) all.push_back(run);
             }
     return all;
@@ -118,8 +124,14 @@ class Search {
 
   std::optional<FoundLayout> planned(const RunConfig& run) {
     ++found_.plans;
-    const RunPlan plan = plan_run(run, model_, world_, machine_);
-    if (!plan.fits()) return std::nullopt;
+    const RunPlan plan = plan_run(run, model_, world_, machine_, {.ranks = {}, .model_flops = model_flops_});
+    model_flops_ = plan.model_flops;  // that of every layout
+    found_.device_bytes = plan.device_bytes;
+    if (!plan.fits()) {
+      const double bytes = plan.bytes_of(plan.fullest());
+      found_.least_bytes = found_.least_bytes > 0 ? std::min(found_.least_bytes, bytes) : bytes;
+      return std::nullopt;
+    }
     return FoundLayout{run.parallel,
                        run.train.micro_batch,
                        run.train.recompute,
@@ -130,22 +142,22 @@ class Search {
   }
 
   // As it stands, or else as small as it gets. Nothing: it does not fit.
-  std::optional<double> first_look(RunConfig run) {
-    if (const auto found = planned(run)) return found->seconds;
+  std::optional<FoundLayout> first_look(RunConfig run) {
+    if (const auto found = planned(run)) return found;
     run.train.recompute = Recompute::kBlock;
     run.train.micro_batch = micro_batch_for(run, 1);
-    run.parallel.zero = replicas_of(run, world_) > 1 ? 2 : 1;
+    run.parallel.zero =
+        replicas_of(run, world_) > 1 ? LayoutSearch::kZero.back() : LayoutSearch::kZero.front();
     if (!problems_of(run, model_, world_).empty()) return std::nullopt;
-    if (const auto found = planned(run)) return found->seconds;
-    return std::nullopt;
+    return planned(run);
   }
 
   // Every micro-batch and ZeRO stage, each with the first policy that fits as long as something
   // is `left` of what plans may weigh.
   void refine(RunConfig run, double& left) {
     const std::int64_t most = micro_batch_for(run, 16);
-    for (const int zero : {1, 2}) {
-      if (zero == 2 && replicas_of(run, world_) == 1) continue;
+    for (const int zero : LayoutSearch::kZero) {
+      if (zero > 1 && replicas_of(run, world_) == 1) continue;
       run.parallel.zero = zero;
       for (std::int64_t size = 1; size <= most; size *= 2) {
         run.train.micro_batch = size;
@@ -166,6 +178,15 @@ class Search {
     }
   }
 
+  void note_savings() {
+    if (run_.optimizer.name != OptimizerKind::kAdamW8bit)
+      found_.savings.push_back(fmt::format("optimizer.name={}", name_of(OptimizerKind::kAdamW8bit)));
+    if (run_.train.precision != Precision::kBf16)
+      found_.savings.push_back(fmt::format("train.precision={}", name_of(Precision::kBf16)));
+    else if (run_.parallel.reduce != Precision::kBf16)
+      found_.savings.push_back(fmt::format("parallel.reduce={}", name_of(Precision::kBf16)));
+  }
+
   void keep_best() {
     std::stable_sort(found_.best.begin(), found_.best.end(),
                      [](const FoundLayout& a, const FoundLayout& b) { return a.seconds < b.seconds; });
@@ -176,6 +197,7 @@ class Search {
   const ModelConfig& model_;
   int world_;
   const Machine& machine_;
+  double model_flops_ = 0;  // of a step; 0: no layout was planned yet
   LayoutSearch found_;
 };
 

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "configs/expert_use.h"
 #include "configs/nearest_meshes.h"
 #include "trainer/checkpoint.h"
 #include "trainer/rehearsal.h"
@@ -122,10 +123,11 @@ double waited(const StepTime& time, std::initializer_list<const char*> verbs) {
   return sum;
 }
 
-// Of a step, whatever the mesh: what one rank books for one micro-batch.
+// Of a step, whatever the mesh and the micro-batch: what one rank books for the smallest one.
 double model_flops_of(RunConfig run, const ModelConfig& model) {
-  const auto micro_batches = static_cast<double>(run.train.global_batch / run.train.micro_batch);
-  run.train.global_batch = run.train.micro_batch;
+  const std::int64_t sequences = least_sequences(model);
+  const auto micro_batches = static_cast<double>(run.train.global_batch / sequences);
+  run.train.global_batch = run.train.micro_batch = sequences;
   run.parallel = {.reduce = run.parallel.reduce};
   return micro_batches * Rehearsal(run, model, 0, 1).step().total().model_flops;
 }
@@ -230,7 +232,7 @@ std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& mo
 }
 
 RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
-                 const std::optional<Machine>& machine, const OnlyRanks& only) {
+                 const std::optional<Machine>& machine, const PlanScope& scope) {
   require_possible(run, model, world);
   std::optional<RankSpeed> speed;
   if (machine) speed.emplace(*machine, run.train.precision, world);
@@ -247,13 +249,13 @@ RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
   const StagePlan stages = stages_of(run, model);
   const std::vector<ParamSpec> table = make_param_table(model);
   for (const RankKind& kind : kinds_of_ranks(run, model, world)) {
-    if (!only.empty() && !only.contains(kind.rank)) continue;
+    if (!scope.ranks.empty() && !scope.ranks.contains(kind.rank)) continue;
     PlannedRank rank = rehearsal.of(kind);
     rank.experts = holding_of(table, plan.mesh, kind.rank, stages).experts;
     plan.ranks.push_back(std::move(rank));
   }
   UPMOE_CHECK(!plan.ranks.empty(), "none of the ranks asked for stands for a kind");
-  plan.model_flops = model_flops_of(run, model);
+  plan.model_flops = scope.model_flops > 0 ? scope.model_flops : model_flops_of(run, model);
   if (speed) plan.time = time_of(plan, *speed, run.parallel.pp_chunks);
   return plan;
 }

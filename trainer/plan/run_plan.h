@@ -77,12 +77,16 @@ struct RankKind {
 };
 std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& model, int world);
 
-// Of a plan's ranks, these alone, and what is said of all ranks is said of them; empty: one of each kind.
-using OnlyRanks = std::set<int>;
+// What is wanted of a plan, and what is known already.
+struct PlanScope {
+  std::set<int> ranks;  // these alone, and what is said of all ranks is said of them; empty: one of each kind
+  // RunPlan::model_flops of a run of the same model, batch, sequences and frozen parts; 0: to be rehearsed.
+  double model_flops = 0;
+};
 
 // Without a machine, memory and bytes alone. Throws Error(kUsage) with every reason why the run is impossible for
 // `world` ranks, and meshes near it that are not.
 RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
-                 const std::optional<Machine>& machine, const OnlyRanks& only = {});
+                 const std::optional<Machine>& machine, const PlanScope& scope = {});
 
 }  // namespace upmoe
