@@ -50,6 +50,8 @@ MUTANTS = {
     "importance_without_a_gradient": (
         "trainer/model/balance.cpp", "  if (!weight_gradient_E.given()) return dweight_TK;", "  return dweight_TK;",
         "RouterGradient.MoeImportance", "router_gradient_test"),
+    "sums_for_terms_without_a_coefficient": (
+        "trainer/model/balance.cpp", " && t.coefficient != 0", "", "Routers.TermsWithoutACoefficient"),
     "importance_of_one_ranks_tokens": (
         "trainer/model/transformer.cpp", "if (pool->size() > 1 && saved.loads_ML.rows() > 0)",
         "if (pool->size() > 1 && saved.loads_ML.rows() > 0 && !saved.row.weights)", "Routers.NoiseImportanceAndLoad"),

@@ -167,6 +167,33 @@ Layout in_groups_of_two(RouterKind kind) {
   return l;
 }
 
+// A term without a coefficient is none: it asks nothing of routers that have no such sums, and changes no bit.
+TEST(Routers, TermsWithoutACoefficient) {
+  const auto with = [](Layout l, const std::vector<AuxKind>& kinds, const std::vector<double>& coefficients) {
+    l.steps = 2;
+    l.change = [=](RunConfig& run) {
+      run.router.aux_kind = kinds;
+      run.router.aux_loss = coefficients;
+    };
+    return run_in_layout(l);
+  };
+  const auto expect_same_bits = [](const Outcome& one, const Outcome& other) {
+    EXPECT_EQ(one.losses, other.losses);
+    EXPECT_EQ(one.norms, other.norms);
+    EXPECT_EQ(one.gradients, other.gradients);
+    EXPECT_EQ(one.weights, other.weights);
+  };
+  // Of experts that choose, most slots are none: there is no sum of an expert's weights.
+  const Layout choosing = in_groups_of_two(RouterKind::kExpertChoice);
+  expect_same_bits(with(choosing, {AuxKind::kHf}, {0}), with(choosing, {AuxKind::kImportance}, {0}));
+  // Without noise nobody counts chances: what lies in their place would be read.
+  const Layout plain{"moe_mixed", {}, 2};
+  const Outcome alone = with(plain, {AuxKind::kHf}, {0.1}),
+                beside = with(plain, {AuxKind::kHf, AuxKind::kLoad}, {0.1, 0});
+  expect_same_bits(alone, beside);
+  EXPECT_EQ(alone.auxes, beside.auxes);
+}
+
 // Where the two tokens of a group lie on two tp ranks, or on one; and where rows go by way of nodes.
 TEST(Routers, ExpertsThatChooseTokens) {
   for (const double factor : {0.0, 8.0}) {  // one token of a group, or both
