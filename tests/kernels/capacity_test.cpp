@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <tuple>
 
@@ -170,6 +171,32 @@ TEST(LimitChoices, SameBitsForAnyThreadsAndBooks) {
   Limited out = limit(c, d);
   ops::limit_choices(ex, out.kept, out.lost, {d.index, d.weight, d.row}, {c.pool, c.capacity});
   expect_booked(ex.ledger(), "limit_choices", 0, 4.0 * (2 * 2048 + 1024), 4.0 * (2048 + 16 * 16));
+}
+
+// Neighbours in the last bit that is compared are no ties, wherever the limit falls among them. Four tokens have each
+// weight: where only one had it, the next lower weight would serve as threshold as well.
+TEST(LimitChoices, TheLastComparedBitDecides) {
+  const std::int64_t tokens = 64;
+  std::vector<std::int64_t> level = shuffled(tokens, 4);
+  HostTensor index = filled({tokens, 1}, DType::kI32, 0), weight({tokens, 1}, DType::kF32),
+             row({tokens}, DType::kI32);
+  for (std::size_t t = 0; t < level.size(); ++t) {
+    level[t] /= 4;
+    weight.set(t, 0.5 + std::ldexp(static_cast<double>(level[t]), -13));
+    row.set(t, static_cast<double>(t));
+  }
+  for (const std::int64_t capacity : {1, 3, 4, 6, 7, 62}) {
+    OpExec ex;
+    HostTensor kept({tokens, 1}, DType::kI32), lost({1, 1}, DType::kF32);
+    ops::limit_choices(ex, kept, lost, {index, weight, row}, {tokens, capacity});
+    finish_ops();
+    for (std::size_t t = 0; t < level.size(); ++t) {
+      std::int64_t before = 0;
+      for (std::size_t other = 0; other < level.size(); ++other)
+        before += level[other] > level[t] || (level[other] == level[t] && other < t);
+      EXPECT_EQ(kept.get(t), before < capacity ? 0 : -1) << capacity << " of them, token " << t;
+    }
+  }
 }
 
 TEST(LimitChoices, RefusesPoolsThatDoNotFit) {

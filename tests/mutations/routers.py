@@ -17,6 +17,9 @@ MUTANTS = {
     "capacity_of_one_more_on_a_gpu": (
         "kernels/cuda/portable/capacity.cu", "taken + b.rank < room", "taken + b.rank <= room", "*Capacity*",
         "capacity_test_on_gpu"),
+    "capacity_without_the_last_compared_bit_on_a_gpu": (
+        "kernels/cuda/portable/capacity.cu", "bit >= kLeastComparedBit;", "bit > kLeastComparedBit;",
+        "LimitChoices.*", "capacity_test_on_gpu"),
     "capacity_rounded_down": (
         "configs/expert_use.cpp", "std::ceil(share * (1 - 1e-12))", "share",
         "RouterGradient.CapacityIsRoundedUp", "router_gradient_test"),

@@ -25,7 +25,7 @@ struct Limits {
 struct Assignment {
   std::int64_t at;
   std::int32_t expert;
-  std::uint32_t key;  // a weight's bits: in the order of weights, which are not below 0
+  std::uint32_t key;  // a compared weight's bits: in the order of weights, which are not below 0
 };
 __device__ Assignment assignment(const Limits& l, std::int64_t i) {
   const std::int64_t place = static_cast<std::int64_t>(blockIdx.y) * l.pool + i % l.pool;
@@ -74,7 +74,7 @@ __global__ void limit(Limits l, FindingWords findings) {
   std::uint32_t threshold = 0;
   std::int64_t room = l.capacity;
   if (l.weight != nullptr) {
-    for (int bit = 30; bit >= 0; --bit) {
+    for (int bit = 30; bit >= kLeastComparedBit; --bit) {
       const std::uint32_t candidate = threshold | 1u << bit;
       if (at_least(l, expert, candidate, counts) >= l.capacity) threshold = candidate;
     }
