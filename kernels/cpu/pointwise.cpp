@@ -139,27 +139,26 @@ void scale(Exec&, TensorView x, float factor) {
   });
 }
 
-void clip(Exec&, TensorView x, TensorView before, float limit) {
+void clip(Exec&, TensorView out, ConstTensorView in, float limit) {
   const f32x16 high = splat(limit), low = splat(-limit);
-  with_float_type(x.dtype, [&](auto type) {
-    auto* values = x.as<decltype(type)>();
-    auto* kept = before.as<decltype(type)>();
-    for_blocks(x.elements(), [&](std::int64_t begin, std::int64_t count) {
+  with_float_type(in.dtype, [&](auto type) {
+    auto* held = out.as<decltype(type)>();
+    const auto* values = in.as<decltype(type)>();
+    for_blocks(in.elements(), [&](std::int64_t begin, std::int64_t count) {
       for_lanes(count, [&](std::int64_t i, auto lanes) {
         const f32x16 v = load(values + begin + i, lanes);
-        store(kept + begin + i, v, lanes);
         const f32x16 below = v > high ? high : v;
-        store(values + begin + i, below < low ? low : below, lanes);
+        store(held + begin + i, below < low ? low : below, lanes);
       });
     });
   });
 }
 
-void clip_backward(Exec&, TensorView dx, ConstTensorView before, float limit) {
+void clip_backward(Exec&, TensorView dx, ConstTensorView in, float limit) {
   const f32x16 high = splat(limit), low = splat(-limit);
   with_float_type(dx.dtype, [&](auto type) {
     auto* gradients = dx.as<decltype(type)>();
-    const auto* values = before.as<decltype(type)>();
+    const auto* values = in.as<decltype(type)>();
     for_blocks(dx.elements(), [&](std::int64_t begin, std::int64_t count) {
       for_lanes(count, [&](std::int64_t i, auto lanes) {
         const f32x16 v = load(values + begin + i, lanes), g = load(gradients + begin + i, lanes);

@@ -65,21 +65,21 @@ void scale(Exec& ex, TensorView x, float factor) {
   dispatch(ex, &Backend::scale, x, factor);
 }
 
-void clip(Exec& ex, TensorView x, TensorView before, float limit) {
+void clip(Exec& ex, TensorView out, ConstTensorView in, float limit) {
   UPMOE_CHECK(limit > 0, "clipped to {}", limit);
-  check_float(x, "x");
-  check_tensor(ex, x, x.shape, x.dtype, "x");
-  check_tensor(ex, before, x.shape, x.dtype, "before");
-  ex.book("clip", count_of(x), bytes_of(x), 2 * bytes_of(x));
-  dispatch(ex, &Backend::clip, x, before, limit);
+  check_float(in, "in");
+  check_tensor(ex, in, in.shape, in.dtype, "in");
+  check_tensor(ex, out, in.shape, in.dtype, "out");
+  ex.book("clip", count_of(in), bytes_of(in), bytes_of(out));
+  dispatch(ex, &Backend::clip, out, in, limit);
 }
 
-void clip_backward(Exec& ex, TensorView dx, ConstTensorView before, float limit) {
+void clip_backward(Exec& ex, TensorView dx, ConstTensorView in, float limit) {
   check_float(dx, "dx");
   check_tensor(ex, dx, dx.shape, dx.dtype, "dx");
-  check_tensor(ex, before, dx.shape, dx.dtype, "before");
+  check_tensor(ex, in, dx.shape, dx.dtype, "in");
   ex.book("clip_backward", count_of(dx), 2 * bytes_of(dx), bytes_of(dx));
-  dispatch(ex, &Backend::clip_backward, dx, before, limit);
+  dispatch(ex, &Backend::clip_backward, dx, in, limit);
 }
 
 void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts) {

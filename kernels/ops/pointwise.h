@@ -14,10 +14,10 @@ void copy_columns(Exec& ex, TensorView out_TM, std::int64_t out_begin, ConstTens
                   std::int64_t in_begin, std::int64_t width);
 void add(Exec& ex, TensorView out, ConstTensorView a, ConstTensorView b);  // out may alias a or b
 void scale(Exec& ex, TensorView x, float factor);
-// x is held within +-limit, which is more than 0; what it was goes to before. Not-a-numbers stay.
-void clip(Exec& ex, TensorView x, TensorView before, float limit);
-// dx = 0 where the value before was beyond the limit, as torch.clamp's gradient is.
-void clip_backward(Exec& ex, TensorView dx, ConstTensorView before, float limit);
+// out = in, held within +-limit, which is more than 0. Not-a-numbers stay.
+void clip(Exec& ex, TensorView out, ConstTensorView in, float limit);
+// dx = 0 where `in` was beyond the limit, as torch.clamp's gradient is.
+void clip_backward(Exec& ex, TensorView dx, ConstTensorView in, float limit);
 // sum_1 (fp64) += sum of x^2 over all parts in fp64, in an order that does not depend on the number of
 // threads. Parts may differ in dtype.
 void sum_of_squares(Exec& ex, TensorView sum_1, std::span<const ConstTensorView> parts);

@@ -151,8 +151,8 @@ void add_heads(const Model& model, DType dtype) {
     });
   });
   add("clip" + name, dtype, [=](benchmark::State& state) {
-    const Tensor x({kTokens, 3 * width}, dtype), before({kTokens, 3 * width}, dtype);
-    measure(state, dtype, [&](Exec& ex) { ops::clip(ex, x.view, before.view, 8.0f); });
+    const Tensor out({kTokens, 3 * width}, dtype), in({kTokens, 3 * width}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::clip(ex, out.view, in.view, 8.0f); });
   });
   add("geglu_forward" + name, dtype, [=](benchmark::State& state) {
     const Tensor h({kTokens, ffn}, dtype), gate_up({kTokens, 2 * ffn}, dtype);

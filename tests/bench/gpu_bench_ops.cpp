@@ -154,8 +154,8 @@ void add_layer_norm(const std::string& name, std::int64_t t) {
     };
   });
   add("clip/" + name, [=] {
-    const Held x = make({t, 3 * d}), before = make({t, 3 * d});
-    return [=](Exec& ex) { ops::clip(ex, x->view, before->view, 8.0f); };
+    const Held out = make({t, 3 * d}), in = make({t, 3 * d});
+    return [=](Exec& ex) { ops::clip(ex, out->view, in->view, 8.0f); };
   });
 }
 

@@ -46,30 +46,28 @@ TEST(Pointwise, ClipsAndMasksWhatWasBeyond) {
   const float limit = 0.75f;
   for (DType dtype : kFloats)
     for (std::int64_t n : kSizes) {
-      HostTensor x = random_tensor({n}, dtype, 1), dx = random_tensor({n}, dtype, 2), before({n}, dtype);
+      HostTensor in = random_tensor({n}, dtype, 1), dx = random_tensor({n}, dtype, 2), out({n}, dtype);
       if (n > 2) {  // on the limit itself, from both sides: not beyond
-        x.set(0, limit);
-        x.set(1, -limit);
-        x.set(2, NAN);
+        in.set(0, limit);
+        in.set(1, -limit);
+        in.set(2, NAN);
       }
-      const HostTensor was = x, dy = dx;
-      ops::clip(ex, x, before, limit);
-      EXPECT_TRUE(n > 2 || before == was);
-      ops::clip_backward(ex, dx, before, limit);
-      for (std::size_t i = 0; i < was.size(); ++i) {
-        if (std::isnan(was.get(i))) {
-          EXPECT_TRUE(std::isnan(x.get(i)) && std::isnan(before.get(i)));
+      const HostTensor dy = dx;
+      ops::clip(ex, out, in, limit);
+      ops::clip_backward(ex, dx, in, limit);
+      for (std::size_t i = 0; i < in.size(); ++i) {
+        if (std::isnan(in.get(i))) {
+          EXPECT_TRUE(std::isnan(out.get(i)));
           EXPECT_EQ(dx.get(i), dy.get(i));
           continue;
         }
-        EXPECT_EQ(before.get(i), was.get(i));
-        EXPECT_EQ(x.get(i), std::clamp(was.get(i), -0.75, 0.75));
-        EXPECT_EQ(dx.get(i), std::abs(was.get(i)) > 0.75 ? 0.0 : dy.get(i));
+        EXPECT_EQ(out.get(i), std::clamp(in.get(i), -0.75, 0.75));
+        EXPECT_EQ(dx.get(i), std::abs(in.get(i)) > 0.75 ? 0.0 : dy.get(i));
       }
     }
-  HostTensor x({4}, DType::kF32), before({4}, DType::kF32), other({5}, DType::kF32);
-  EXPECT_THROW(ops::clip(ex, x, before, 0.0f), Error);
-  EXPECT_THROW(ops::clip(ex, x, other, 1.0f), Error);
+  HostTensor out({4}, DType::kF32), in({4}, DType::kF32), other({5}, DType::kF32);
+  EXPECT_THROW(ops::clip(ex, out, in, 0.0f), Error);
+  EXPECT_THROW(ops::clip(ex, other, in, 1.0f), Error);
 }
 
 // Transfers under way move on between ops.
@@ -258,12 +256,16 @@ TEST(Pointwise, BooksOnTheDryDevice) {
   ops::cast(dry, narrow, x);
   ops::add(dry, x, x, x);
   ops::scale(dry, x, 2);
+  ops::clip(dry, x, x, 2);
+  ops::clip_backward(dry, x, x, 2);
   ops::sum_of_squares(dry, sum, ops::only(narrow));
   ops::sum(dry, sum, x);
   expect_booked(dry.ledger(), "fill", 0, 0, 32);
   expect_booked(dry.ledger(), "cast", 0, 32, 16);
   expect_booked(dry.ledger(), "add", 8, 64, 32);
   expect_booked(dry.ledger(), "scale", 8, 32, 32);
+  expect_booked(dry.ledger(), "clip", 8, 32, 32);
+  expect_booked(dry.ledger(), "clip_backward", 8, 64, 32);
   expect_booked(dry.ledger(), "sum_of_squares", 16, 16 + 8, 8);
   expect_booked(dry.ledger(), "sum", 8, 32 + 8, 8);
 }

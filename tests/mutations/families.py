@@ -82,7 +82,7 @@ MUTANTS = {
         "trainer/model/attention_layer.cpp",
         "  if (clip > 0) ops::clip(ex, saved.qkv_TH, saved.before_TH, clip);\n"
         "  ops::rope(ex, saved.qkv_TH, places.positions_T, at, rope_theta, /*inverse=*/false);",
-        "  ops::rope(ex, saved.qkv_TH, places.positions_T, at, rope_theta, /*inverse=*/false);\n"
+        "  ops::rope(ex, product_TH, places.positions_T, at, rope_theta, /*inverse=*/false);\n"
         "  if (clip > 0) ops::clip(ex, saved.qkv_TH, saved.before_TH, clip);", "*Cases*", "golden_test"),
     "mean_left_in_the_gradient": (
         "kernels/cpu/layer_norm.cpp", " - g_mean - n_i * gn_mean)", " - n_i * gn_mean)", "*", "layer_norm_test"),

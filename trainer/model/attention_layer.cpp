@@ -91,10 +91,11 @@ void AttentionLayer::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, co
     saved.rstd_TN = keep.take({T, normed}, DType::kF32, "rstd of queries and keys");
   }
   if (clip > 0) saved.before_TH = keep.take(saved.qkv_TH.shape, x_tD.dtype, "qkv before the limit");
+  const TensorView product_TH = clip > 0 ? saved.before_TH : saved.qkv_TH;
   ScratchScope scope(*ex.scratch);
-  qkv.forward(ex, saved.qkv_TH, gather_tokens(ex, *tp, x_tD));
+  qkv.forward(ex, product_TH, gather_tokens(ex, *tp, x_tD));
   if (head_norms)
-    ops::qk_norm_forward(ex, saved.qkv_TH, saved.heads_TP, saved.rstd_TN, head_norms->weights(), at);
+    ops::qk_norm_forward(ex, product_TH, saved.heads_TP, saved.rstd_TN, head_norms->weights(), at);
   if (clip > 0) ops::clip(ex, saved.qkv_TH, saved.before_TH, clip);
   ops::rope(ex, saved.qkv_TH, places.positions_T, at, rope_theta, /*inverse=*/false);
   attend(ex, saved);

@@ -72,29 +72,29 @@ struct Add {
 
 template <class T>
 struct Clip {
-  T *x, *before;
+  T* out;
+  const T* in;
   float limit;
   template <int N>
   __device__ void run(std::int64_t i) const {
     float v[N];
-    load_floats(v, x + i);
-    store_floats(before + i, v);
+    load_floats(v, in + i);
 #pragma unroll
     for (int j = 0; j < N; ++j) v[j] = v[j] > limit ? limit : v[j] < -limit ? -limit : v[j];
-    store_floats(x + i, v);
+    store_floats(out + i, v);
   }
 };
 
 template <class T>
 struct ClipBackward {
   T* dx;
-  const T* before;
+  const T* in;
   float limit;
   template <int N>
   __device__ void run(std::int64_t i) const {
     float g[N], v[N];
     load_floats(g, dx + i);
-    load_floats(v, before + i);
+    load_floats(v, in + i);
 #pragma unroll
     for (int j = 0; j < N; ++j) g[j] = v[j] > limit || v[j] < -limit ? 0.0f : g[j];
     store_floats(dx + i, g);
@@ -309,19 +309,19 @@ void scale(Exec& ex, TensorView x, float factor) {
   });
 }
 
-void clip(Exec& ex, TensorView x, TensorView before, float limit) {
-  with_float_type(x.dtype, [&](auto type) {
+void clip(Exec& ex, TensorView out, ConstTensorView in, float limit) {
+  with_float_type(in.dtype, [&](auto type) {
     using T = decltype(type);
-    const Clip<T> held{x.as<T>(), before.as<T>(), limit};
-    for_aligned<kPack<T>>(ex, held, x.elements(), held.x, held.before);
+    const Clip<T> held{out.as<T>(), in.as<T>(), limit};
+    for_aligned<kPack<T>>(ex, held, in.elements(), held.out, held.in);
   });
 }
 
-void clip_backward(Exec& ex, TensorView dx, ConstTensorView before, float limit) {
+void clip_backward(Exec& ex, TensorView dx, ConstTensorView in, float limit) {
   with_float_type(dx.dtype, [&](auto type) {
     using T = decltype(type);
-    const ClipBackward<T> masked{dx.as<T>(), before.as<T>(), limit};
-    for_aligned<kPack<T>>(ex, masked, dx.elements(), masked.dx, masked.before);
+    const ClipBackward<T> masked{dx.as<T>(), in.as<T>(), limit};
+    for_aligned<kPack<T>>(ex, masked, dx.elements(), masked.dx, masked.in);
   });
 }
 
