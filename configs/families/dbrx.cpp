@@ -21,7 +21,6 @@ constexpr const char* kKeys[] = {"d_model",     "n_heads",     "n_layers",
                                  "max_seq_len", "resid_pdrop", "emb_pdrop",
                                  "attn_config", "ffn_config",  "output_router_logits"};
 constexpr double kEps = 1e-5;
-constexpr std::int64_t kMaxHeads = 1 << 16, kMaxVocab = 1 << 26, kMaxPositions = std::int64_t{1} << 31;
 
 constexpr const char* kQkv = "transformer.blocks.{0}.norm_attn_norm.attn.Wqkv.weight";
 constexpr TensorName kTensors[] = {
@@ -51,7 +50,7 @@ void read_layers(JsonObject& json, ModelConfig& c) {
   f.integer("d_model", c.hidden_size, 1, kMaxWidth);
   f.integer("n_layers", c.num_hidden_layers, 1, kMaxLayers);
   f.integer("n_heads", c.num_attention_heads, 1, kMaxHeads);
-  f.integer("max_seq_len", c.max_position_embeddings, 1, kMaxPositions - 1);
+  f.integer("max_seq_len", c.max_position_embeddings, 1, kMaxPositions);
   f.number("initializer_range", c.initializer_range, false, true);
   require_truth(json, "tie_word_embeddings", false, "the head of this family is not the embedding");
   for (const char* key : {"resid_pdrop", "emb_pdrop"}) require_zero(json, key, "dropout is not supported");

@@ -2,15 +2,11 @@
 
 #include <fmt/format.h>
 
-#include <limits>
 #include <optional>
 #include <string_view>
 
 namespace upmoe {
 namespace {
-
-constexpr std::int64_t kMaxHeads = 1 << 16, kMaxVocab = 1 << 26,
-                       kMaxPositions = std::numeric_limits<std::int32_t>::max();
 
 // The base of one rope description; anything that would change the angles is refused.
 std::optional<double> base_of(JsonObject& rope) {

@@ -2,6 +2,7 @@
 // What the config.json of every decoder says alike, in pieces: a family reads and writes those that it has.
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "configs/json_reader.h"
@@ -12,7 +13,8 @@ namespace upmoe {
 
 // Far beyond every model that exists, and small enough that products of three cannot overflow 64 bits.
 inline constexpr std::int64_t kMaxWidth = 1 << 20, kMaxLayers = 10'000, kMaxExperts = 1 << 16,
-                              kMaxWindow = 1 << 30;
+                              kMaxHeads = 1 << 16, kMaxVocab = 1 << 26, kMaxWindow = 1 << 30,
+                              kMaxPositions = std::numeric_limits<std::int32_t>::max();
 
 // Reads into `target` when the key is there and right; problems are in the list otherwise.
 class ConfigKeys {
