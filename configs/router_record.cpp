@@ -8,12 +8,12 @@
 #include "configs/families/family.h"
 #include "configs/json_reader.h"
 #include "configs/json_writer.h"
+#include "kernels/core/expert_groups.h"
 
 namespace upmoe {
 namespace {
 
 constexpr const char* kKey = "upmoe_router";
-constexpr int kMostGroups = 32;  // as many as the ops take
 constexpr int kMostSequences = 1 << 20;
 
 // Of the routers, what the family's own files have no word for.
@@ -137,8 +137,9 @@ void read_router(JsonObject& json, ModelConfig& c) {
   const std::unique_ptr<JsonObject> router = json.object(kKey);
   if (router == nullptr) return;
   read_name(*router, "score", c.router.score);
-  if (const auto n = router->integer("groups", 1, kMostGroups, false)) c.router.groups = static_cast<int>(*n);
-  if (const auto n = router->integer("group_topk", 1, kMostGroups, false))
+  if (const auto n = router->integer("groups", 1, kMostExpertGroups, false))
+    c.router.groups = static_cast<int>(*n);
+  if (const auto n = router->integer("group_topk", 1, kMostExpertGroups, false))
     c.router.group_topk = static_cast<int>(*n);
   if (const auto scale = router->number("scale", false)) c.router.scale = *scale;
   if (const auto bias = router->truth("bias", false)) c.router_bias = *bias;

@@ -6,6 +6,7 @@
 
 #include "configs/path_text.h"
 #include "configs/schema_values.h"
+#include "kernels/core/expert_groups.h"
 
 namespace upmoe {
 namespace {
@@ -254,9 +255,9 @@ void add_router(Schema& schema, RunConfig::Router& router) {
       .says("Of an expert for a token; auto: as model.path has it, which is softmax unless it says so.")
       .key("scale", router.scale, {.least = 0, .above = true})
       .says("Factor on the weights of the chosen experts; with score: sigmoid.")
-      .key("groups", router.groups, {.least = 1, .most = 32})
+      .key("groups", router.groups, {.least = 1, .most = kMostExpertGroups})
       .says("Experts lie in as many groups, of which the best may be chosen from; with score: sigmoid.")
-      .key("group_topk", router.group_topk, {.least = 1, .most = 32})
+      .key("group_topk", router.group_topk, {.least = 1, .most = kMostExpertGroups})
       .says("Groups that a token may choose from: those with the best sum of two scores.")
       .key("bias_rate", router.bias_rate, {.least = 0})
       .says("Step of the experts' biases, which balance without a loss; with score: sigmoid. 0: they stay.")

@@ -8,6 +8,7 @@
 #include "configs/families/experts.h"
 #include "configs/families/features.h"
 #include "configs/families/tensor_names.h"
+#include "kernels/core/expert_groups.h"
 
 // dots.llm1: Qwen3's attention (norms of q and k, no biases), the first layers dense, the others with DeepSeek-V3's
 // routers (a sigmoid's scores, groups, a bias on the choice) and shared experts that have no gate and are one FFN.
@@ -30,7 +31,6 @@ constexpr const char* kKeys[] = {"n_routed_experts",
                                  "scoring_func",
                                  "topk_method",
                                  "output_router_logits"};
-constexpr int kMostGroups = 32;                    // as many as the ops take
 constexpr std::int64_t kDefaultWindowLayers = 62;  // transformers': max_window_layers where a file has none
 
 constexpr auto kBiasTensors = std::to_array<TensorName>({
@@ -62,8 +62,8 @@ void require_no_window(JsonObject& json, const ModelConfig& c) {
 
 void read_groups(JsonObject& json, ModelConfig& c) {
   ConfigKeys f(json);
-  f.integer("n_group", c.router.groups, 1, kMostGroups, false);
-  f.integer("topk_group", c.router.group_topk, 1, kMostGroups, false);
+  f.integer("n_group", c.router.groups, 1, kMostExpertGroups, false);
+  f.integer("topk_group", c.router.group_topk, 1, kMostExpertGroups, false);
   const int E = c.num_experts, groups = c.router.groups, chosen = c.router.group_topk;
   if (E == 0) return;  // has been refused
   if (E % groups != 0 || E < 2 * groups)

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 
+#include "kernels/core/expert_groups.h"
 #include "kernels/cpu/router_rows.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
@@ -37,8 +38,8 @@ void scores_of(float* scores, const float* logits, std::int64_t experts) {
 template <class Choice>
 void offer_groups(TopK& top, const SigmoidRule& rule, std::int64_t experts, const Choice& choice) {
   const std::int64_t width = experts / rule.groups;
-  std::array<std::int32_t, kMaxExpertGroups> best;
-  std::array<float, kMaxExpertGroups> score;
+  std::array<std::int32_t, kMostExpertGroups> best;
+  std::array<float, kMostExpertGroups> score;
   TopK groups{best.data(), score.data(), rule.groups == 1 ? 1 : rule.group_topk};
   for (std::int64_t g = 0; g < rule.groups; ++g) {
     if (rule.groups == 1) {

@@ -1,5 +1,6 @@
 #include "kernels/ops/sigmoid_routing.h"
 
+#include "kernels/core/expert_groups.h"
 #include "kernels/ops/check_terms.h"
 #include "kernels/ops/dispatch.h"
 
@@ -15,7 +16,7 @@ void check_rule(const SigmoidRule& rule, const Shape& logits, const Shape& index
   const std::int64_t experts = logits[1], groups = rule.groups;
   const bool grouped =
       groups == 1 ||
-      (groups > 1 && groups <= kMaxExpertGroups && experts % groups == 0 && experts >= 2 * groups &&
+      (groups > 1 && groups <= kMostExpertGroups && experts % groups == 0 && experts >= 2 * groups &&
        rule.group_topk >= 1 && rule.group_topk <= groups && experts / groups * rule.group_topk >= index[1]);
   if (!grouped)
     fail_check("the groups hold what is chosen", where,

@@ -7,11 +7,9 @@
 
 namespace upmoe {
 
-constexpr std::int64_t kMaxExpertGroups = 32;
-
 struct SigmoidRule {
   // E experts lie in `groups` of E / groups, in order; a token may choose from the group_topk groups whose two largest
-  // s_e + bias_e have the largest sum. One group: from all.
+  // s_e + bias_e have the largest sum. One group: from all. At most kMostExpertGroups.
   std::int64_t groups = 1, group_topk = 1;
   bool renormalize = true;  // weights: s_e over the sum of the chosen experts' s + 1e-20
   float scale = 1;          // then times this

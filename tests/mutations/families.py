@@ -45,7 +45,8 @@ MUTANTS = {
     "dots1_without_its_biases": (
         "configs/families/dots1.cpp", "  c.router_bias = true;", "  c.router_bias = false;", "*Cases*", "golden_test"),
     "dots1_opens_every_group": (
-        "configs/families/dots1.cpp", '  f.integer("topk_group", c.router.group_topk, 1, kMostGroups, false);',
+        "configs/families/dots1.cpp",
+        '  f.integer("topk_group", c.router.group_topk, 1, kMostExpertGroups, false);',
         "  c.router.group_topk = c.router.groups;", "*Cases*", "golden_test"),
     "dots1_factor_not_read": (
         "configs/families/dots1.cpp", '  f.number("routed_scaling_factor", c.router.scale, false, false);\n', "",

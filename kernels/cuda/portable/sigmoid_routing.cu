@@ -2,6 +2,7 @@
 
 #include "kernels/ops/sigmoid_routing.h"
 
+#include "kernels/core/expert_groups.h"
 #include "kernels/cuda/portable/router_lanes.cuh"
 #include "kernels/ops/backend.h"
 
@@ -10,6 +11,7 @@ namespace upmoe::cuda {
 namespace {
 
 constexpr float kTiny = 1e-20f;  // as in transformers: no division by zero where all scores vanish
+static_assert(kMostExpertGroups <= kWarp, "a lane has each group's score, and a word a bit for each group");
 
 __device__ inline float score_of(float logit) {
   return 1.0f / (1.0f + expf(-logit));
