@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "configs/expert_use.h"
 #include "configs/router_record.h"
 
 namespace upmoe {
@@ -175,12 +176,10 @@ class Problems {
         (model_.num_experts_per_tok < 1 || model_.num_experts_per_tok > model_.num_experts))
       add("the model's num_experts_per_tok is {}, expected 1 to {} (num_experts)", model_.num_experts_per_tok,
           model_.num_experts);
-    const std::int64_t group = model_.router.group_size;
-    if (model_.num_moe_layers() > 0 && model_.router.routes_groups() && group > 0 &&
-        run_.train.micro_batch % group != 0)
+    const std::int64_t group = least_sequences(model_);
+    if (run_.train.micro_batch % group != 0)
       add("router.group_size: {} sequences are routed together, and train.micro_batch is {}; use a multiple "
-          "of "
-          "{}",
+          "of {}",
           group, run_.train.micro_batch, group);
   }
 
