@@ -3,16 +3,13 @@
 #include <algorithm>
 
 #include "kernels/cpu/router_rows.h"
+#include "kernels/cpu/token_draws.h"
 #include "kernels/ops/backend.h"
 #include "kernels/ops/router_noise.h"
 
 namespace upmoe::cpu {
 
 namespace {
-
-std::uint64_t token_of(const TokenDraws& draws, std::int64_t t) {
-  return draws.first + static_cast<std::uint64_t>(draws.place_T.as<std::int32_t>()[t]);
-}
 
 // One token's experts, and the bounds that the others' noise sets: for a chosen expert the largest H that was not
 // chosen, for another one the smallest that was.

@@ -4,17 +4,10 @@
 
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/token_draws.h"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cpu {
-
-namespace {
-
-std::uint64_t token_of(const TokenDraws& draws, std::int64_t t) {
-  return draws.first + static_cast<std::uint64_t>(draws.place_T.as<std::int32_t>()[t]);
-}
-
-}  // namespace
 
 void draw_second(Exec&, TensorView kept_T2, ConstTensorView index_T2, ConstTensorView weight_T2,
                  const TokenDraws& draws) {

@@ -30,7 +30,7 @@ MUTANTS = {
         "trainer/model/capacity_router.cpp", " && tokens.pool->rank() == 0)", ")",
         "Routers.CapacityOfAnyPoolAndOrder"),
     "jitter_by_the_row_of_a_rank": (
-        "kernels/cpu/router_draws.cpp",
+        "kernels/cpu/token_draws.h",
         "return draws.first + static_cast<std::uint64_t>(draws.place_T.as<std::int32_t>()[t]);",
         "return draws.first + static_cast<std::uint64_t>(t);", "RouterDraws.*", "router_draws_test"),
     "jitter_not_in_the_gradient": (

@@ -3,6 +3,7 @@
 
 #include "kernels/ops/noisy_routing.h"
 
+#include "kernels/cuda/portable/token_draws.cuh"
 #include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
 #include "kernels/ops/router_noise.h"
@@ -11,17 +12,8 @@ namespace upmoe::cuda {
 
 namespace {
 
-struct NoiseDraws {
-  std::uint64_t key, first;
-  std::uint32_t layer;
-  const std::int32_t* place;
-  __device__ float normal(std::int64_t t, int e) const {
-    return router_normal(key, first + static_cast<std::uint64_t>(place[t]), layer,
-                         static_cast<std::uint32_t>(e));
-  }
-};
-NoiseDraws on_device(const TokenDraws& draws) {
-  return {draws.key, draws.first, draws.layer, draws.place_T.as<std::int32_t>()};
+__device__ float normal(const Draws& draws, std::int64_t t, int e) {
+  return router_normal(draws.key, draws.token(t), draws.layer, static_cast<std::uint32_t>(e));
 }
 
 struct Noisy {
@@ -64,11 +56,11 @@ Noisy on_device(const NoisyLogits& r) {
   return n;
 }
 
-__global__ void add_noise(float* noisy, const float* logits, const float* scale, NoiseDraws draws,
+__global__ void add_noise(float* noisy, const float* logits, const float* scale, Draws draws,
                           std::int64_t elements, int experts) {
   const std::int64_t i = global_thread();
   if (i >= elements) return;
-  noisy[i] = logits[i] + draws.normal(i / experts, static_cast<int>(i % experts)) * softplus(scale[i]);
+  noisy[i] = logits[i] + normal(draws, i / experts, static_cast<int>(i % experts)) * softplus(scale[i]);
 }
 
 __global__ void next_experts(std::int32_t* next, Noisy n) {
@@ -96,7 +88,7 @@ struct NoiseGradient {
 
 // With P_e = Phi(z_e), z_e = (h_e - H_b) / n_e: dh_e = dP_e phi(z_e) / n_e, dn_e = -z_e dh_e, dH_b = -dh_e. Then of H_j
 // as of any: dh_j += dH_j, dn_j += dH_j eps_j. dlogits serves as dH on the way.
-__global__ void noise_backward(NoiseGradient g, Noisy n, NoiseDraws draws) {
+__global__ void noise_backward(NoiseGradient g, Noisy n, Draws draws) {
   const std::int64_t t = global_thread();
   if (t >= n.tokens) return;
   const int next = g.dload == nullptr ? -1 : n.next(t);
@@ -113,7 +105,8 @@ __global__ void noise_backward(NoiseGradient g, Noisy n, NoiseDraws draws) {
   for (int e = 0; e < n.experts; ++e) {
     const int b = n.bound(t, e, next);
     const float of_e = of_load(e, b);
-    const float dnoise = dlogits[e] * draws.normal(t, e) - (of_e == 0.0f ? 0.0f : of_e * n.distance(t, e, b));
+    const float dnoise =
+        dlogits[e] * normal(draws, t, e) - (of_e == 0.0f ? 0.0f : of_e * n.distance(t, e, b));
     g.dscale[t * n.experts + e] = dnoise * softplus_slope(n.scale[t * n.experts + e]);
     dlogits[e] += of_e;
   }

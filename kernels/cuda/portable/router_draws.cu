@@ -2,24 +2,13 @@
 
 #include "kernels/ops/router_draws.h"
 
+#include "kernels/cuda/portable/token_draws.cuh"
 #include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {
 
 namespace {
-
-struct Draws {
-  std::uint64_t key, first;
-  std::uint32_t layer;
-  const std::int32_t* place;
-  __device__ std::uint64_t token(std::int64_t t) const {
-    return first + static_cast<std::uint64_t>(place[t]);
-  }
-};
-Draws on_device(const TokenDraws& draws) {
-  return {draws.key, draws.first, draws.layer, draws.place_T.as<std::int32_t>()};
-}
 
 __global__ void second_choices(std::int32_t* kept, const std::int32_t* index, const float* weight,
                                Draws draws, std::int64_t tokens) {
