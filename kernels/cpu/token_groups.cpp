@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "kernels/cpu/router_rows.h"
@@ -55,9 +54,9 @@ void choose_tokens(Exec&, TensorView index_NE, ConstTensorView probs_NE, const T
   parallel_for(groups.count(), groups.size * experts * 4, [&](std::int64_t g) {
     const Group group = group_of(groups, g);
     const auto taken = static_cast<std::size_t>(group.last ? capacity.last : capacity.full);
-    std::vector<std::int32_t> best(group.row, group.row + group.size);
+    std::vector<std::int32_t> best;
     for (std::int64_t e = 0; e < experts; ++e) {
-      std::copy_n(group.row, group.size, best.begin());
+      best.assign(group.row, group.row + group.size);
       // Stable: among equals the group's order stays.
       std::stable_sort(best.begin(), best.end(), [&](std::int32_t a, std::int32_t b) {
         return compared_weight(probs[a * experts + e]) > compared_weight(probs[b * experts + e]);

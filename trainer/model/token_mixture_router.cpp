@@ -1,6 +1,6 @@
 #include "trainer/model/token_mixture_router.h"
 
-#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "kernels/ops/pointwise.h"

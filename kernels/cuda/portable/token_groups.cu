@@ -2,8 +2,6 @@
 
 #include "kernels/ops/token_groups.h"
 
-#include <algorithm>
-
 #include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
 #include "kernels/ops/weight_order.h"
