@@ -11,7 +11,7 @@
 namespace upmoe {
 
 struct Pipeline::Shard {
-  // The last four are empty where nobody asks for them.
+  // The last five are made where somebody asks for them: masked documents, routers.
   std::vector<std::int32_t> tokens, targets, positions, documents, sequences, places, rows, grouped;
   std::vector<std::int32_t> runs;  // where documents begin in whole sequences, and T
   Buffer on_device;                // the same but the runs, where the device is not the host
