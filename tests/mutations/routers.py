@@ -53,6 +53,9 @@ MUTANTS = {
     "importance_without_a_gradient": (
         "trainer/model/balance.cpp", "  if (!weight_gradient_E.given()) return dweight_TK;", "  return dweight_TK;",
         "RouterGradient.MoeImportance", "router_gradient_test"),
+    "mixtures_inside_a_router_not_shared_out": (
+        "trainer/model/router_around.h", "    inner_->share_outputs(ex, y_TD, balance, saved);\n", "",
+        "RouterAround.*", "router_around_test"),
     "sums_for_terms_without_a_coefficient": (
         "trainer/model/balance.cpp", " && t.coefficient != 0", "", "Routers.TermsWithoutACoefficient"),
     "importance_of_one_ranks_tokens": (
@@ -87,8 +90,8 @@ MUTANTS = {
         "RouterBiases.*", "layout_resume_test"),
     "factor_of_the_weights_left_out_of_backward": (
         "trainer/model/scaled_router.cpp",
-        "    router_->backward(ex, dx_TD, scaled(ex, dweight_TK, *ex.scratch), balance, saved);",
-        "    router_->backward(ex, dx_TD, dweight_TK, balance, saved);", "*Scaled*", "router_gradient_test"),
+        "    RouterAround::backward(ex, dx_TD, scaled(ex, dweight_TK, *ex.scratch), balance, saved);",
+        "    RouterAround::backward(ex, dx_TD, dweight_TK, balance, saved);", "*Scaled*", "router_gradient_test"),
     "factor_of_the_weights_squared": (
         "trainer/model/scaled_router.cpp", "    ops::scale(ex, out_TK, factor_);",
         "    ops::scale(ex, out_TK, factor_ * factor_);", "*Factor*", "router_gradient_test"),

@@ -5,29 +5,25 @@
 #include "configs/expert_use.h"
 #include "kernels/ops/capacity.h"
 #include "kernels/ops/pointwise.h"
+#include "trainer/model/router_around.h"
 #include "trainer/model/sequence_shards.h"
 
 namespace upmoe {
 namespace {
 
-class CapacityRouter final : public Router {
+// What is dropped has the gradient 0, and the router's own choices are in Saved: its backward is right as it is.
+class CapacityRouter final : public RouterAround {
  public:
   CapacityRouter(std::unique_ptr<const Router> router, const CapacityForm& form)
-      : router_(std::move(router)), form_(form) {}
+      : RouterAround(std::move(router)), form_(form) {}
 
   Choices forward(Exec& ex, ConstTensorView x_TD, const RouterBalance& balance, Arena& keep,
                   Saved& saved) const override {
-    const Choices all = router_->forward(ex, x_TD, balance, keep, saved);
+    const Choices all = RouterAround::forward(ex, x_TD, balance, keep, saved);
     if (!balance.tokens) return all;
     const TensorView kept_TK = keep.take(all.index_TK.shape, DType::kI32, "router choices within capacity");
     if (balance.tokens.row_N.elements() > 0) limit(ex, kept_TK, all, balance);
     return {kept_TK, all.weight_TK, true};
-  }
-
-  // What was dropped has the gradient 0, and the router's own choices are in `saved`.
-  void backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const RouterBalance& balance,
-                const Saved& saved) const override {
-    router_->backward(ex, dx_TD, dweight_TK, balance, saved);
   }
 
  private:
@@ -54,7 +50,6 @@ class CapacityRouter final : public Router {
       ops::sum(ex, balance.load.lost_1, lost_GE.reshape({lost_GE.elements()}));
   }
 
-  std::unique_ptr<const Router> router_;
   CapacityForm form_;
 };
 

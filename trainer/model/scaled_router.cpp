@@ -3,18 +3,19 @@
 #include <utility>
 
 #include "kernels/ops/pointwise.h"
+#include "trainer/model/router_around.h"
 
 namespace upmoe {
 namespace {
 
-class ScaledRouter final : public Router {
+class ScaledRouter final : public RouterAround {
  public:
   ScaledRouter(std::unique_ptr<const Router> router, float factor)
-      : router_(std::move(router)), factor_(factor) {}
+      : RouterAround(std::move(router)), factor_(factor) {}
 
   Choices forward(Exec& ex, ConstTensorView x_TD, const RouterBalance& balance, Arena& keep,
                   Saved& saved) const override {
-    Choices choices = router_->forward(ex, x_TD, balance, keep, saved);
+    Choices choices = RouterAround::forward(ex, x_TD, balance, keep, saved);
     choices.weight_TK = scaled(ex, choices.weight_TK, keep);
     return choices;
   }
@@ -22,7 +23,7 @@ class ScaledRouter final : public Router {
   void backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const RouterBalance& balance,
                 const Saved& saved) const override {
     ScratchScope scope(*ex.scratch);
-    router_->backward(ex, dx_TD, scaled(ex, dweight_TK, *ex.scratch), balance, saved);
+    RouterAround::backward(ex, dx_TD, scaled(ex, dweight_TK, *ex.scratch), balance, saved);
   }
 
  private:
@@ -34,7 +35,6 @@ class ScaledRouter final : public Router {
     return out_TK;
   }
 
-  std::unique_ptr<const Router> router_;
   float factor_;
 };
 

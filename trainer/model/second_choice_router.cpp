@@ -3,30 +3,25 @@
 #include <utility>
 
 #include "kernels/ops/router_draws.h"
+#include "trainer/model/router_around.h"
 
 namespace upmoe {
 namespace {
 
-class SecondChoiceRouter final : public Router {
+// A choice that was not drawn has the gradient 0, and the router's own choices are in Saved: its backward is right as
+// it is.
+class SecondChoiceRouter final : public RouterAround {
  public:
-  explicit SecondChoiceRouter(std::unique_ptr<const Router> router) : router_(std::move(router)) {}
+  using RouterAround::RouterAround;
 
   Choices forward(Exec& ex, ConstTensorView x_TD, const RouterBalance& balance, Arena& keep,
                   Saved& saved) const override {
-    const Choices all = router_->forward(ex, x_TD, balance, keep, saved);
+    const Choices all = RouterAround::forward(ex, x_TD, balance, keep, saved);
     if (!balance.tokens) return all;
     const TensorView kept_TK = keep.take(all.index_TK.shape, DType::kI32, "router choices that were drawn");
     ops::draw_second(ex, kept_TK, all.index_TK, all.weight_TK, balance.tokens.draws("router.second_choice"));
     return {kept_TK, all.weight_TK, true};
   }
-
-  void backward(Exec& ex, TensorView dx_TD, ConstTensorView dweight_TK, const RouterBalance& balance,
-                const Saved& saved) const override {
-    router_->backward(ex, dx_TD, dweight_TK, balance, saved);
-  }
-
- private:
-  std::unique_ptr<const Router> router_;
 };
 
 }  // namespace
