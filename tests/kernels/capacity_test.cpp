@@ -4,11 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <tuple>
 
-#include "kernels/core/philox.h"
 #include "tests/support/compared_weight.h"
+#include "tests/support/drawn.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
@@ -20,17 +19,6 @@ struct Case {
   std::int64_t tokens, experts, k, pool, capacity;
   bool weighed;
 };
-
-std::uint32_t drawn(std::uint64_t what, std::uint64_t i) {
-  return philox(what, i)[0];
-}
-
-std::vector<std::int64_t> shuffled(std::int64_t n, std::uint64_t seed) {
-  std::vector<std::int64_t> order(static_cast<std::size_t>(n));
-  std::iota(order.begin(), order.end(), 0);
-  for (std::uint64_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[drawn(seed, i) % i]);
-  return order;
-}
 
 // Different experts of every token, the low ones far more often; one in nine is none. Few different weights but for
 // rounding: ties.

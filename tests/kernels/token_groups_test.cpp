@@ -6,10 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
-#include "kernels/core/philox.h"
 #include "tests/support/compared_weight.h"
+#include "tests/support/drawn.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
@@ -28,14 +27,8 @@ std::size_t index_of(std::int64_t i) {
   return static_cast<std::size_t>(i);
 }
 
-std::uint32_t drawn(std::uint64_t what, std::uint64_t i) {
-  return philox(what, i)[0];
-}
-
 HostTensor shuffled_rows(std::int64_t n) {
-  std::vector<std::int64_t> order(index_of(n));
-  std::iota(order.begin(), order.end(), 0);
-  for (std::uint64_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[drawn(3, i) % i]);
+  const std::vector<std::int64_t> order = shuffled(n, 3);
   HostTensor rows({n}, DType::kI32);
   for (std::size_t i = 0; i < order.size(); ++i) rows.set(i, static_cast<double>(order[i]));
   return rows;
