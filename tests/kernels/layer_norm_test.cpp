@@ -58,10 +58,20 @@ TEST_P(LayerNorm, Backward) {
   HostTensor added = filled({T, D}, dtype, 0.5), dw2 = filled({D}, DType::kF32, 0.25);
   ops::layer_norm_backward(ex, added, dw2, dy, {x, mean, rstd}, w, Accumulate::kAdd);
   expect_close(added.values(), sum_of(dx_expected, Values(added.size(), 0.5)), of_gradients, "dx adds");
+  EXPECT_TRUE(dw2 == dw) << "whatever dx does";
   HostTensor aliased = dy, dw3 = filled({D}, DType::kF32, 0.25);
   ops::layer_norm_backward(ex, aliased, dw3, aliased, {x, mean, rstd}, w, Accumulate::kOverwrite);
   EXPECT_TRUE(aliased == dx && dw3 == dw) << "dx may alias dy";
   EXPECT_EQ(ex.scratch_used(), 0u);
+}
+
+TEST_P(LayerNorm, BackwardOverwritesTheWeightsGradient) {
+  forward();
+  for (const DType type : {DType::kF32, dtype})
+    expect_overwrites({D}, type, [&](const GradientView& dw) {
+      HostTensor dx({T, D}, dtype);
+      ops::layer_norm_backward(ex, dx, dw, dy, {x, mean, rstd}, w, Accumulate::kOverwrite);
+    });
 }
 
 std::vector<Case> cases() {
