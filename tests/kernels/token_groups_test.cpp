@@ -118,11 +118,18 @@ TEST_P(Groups, OtherGroupsDoNotMatter) {
       }
 }
 
+constexpr double kUnit = 1.0 / (1 << 24);  // of fp32's rounding
+
+// u is fp32's unit of rounding. An exponential errs by a share of d = 2 u a + 4 u: a is its argument, of which a
+// difference and a quotient were rounded, and exp is right to two units in the last place. Of p = exp / sum that is
+// 2 p (1 - p) d at most, as what all terms of the sum share falls out; n terms are added and one quotient taken, which
+// is (n + 1) u p more. In the backward each part has that error, the sum of n products (n + 1) u of their sizes, and
+// the difference, the product and the quotient u each.
 TEST_P(Groups, PartsAreASoftmaxOverTheGroup) {
   const Case& c = GetParam();
   const HostTensor rows = shuffled_rows(c.tokens()), logits = values({c.tokens(), c.experts}, DType::kF32, 1),
                    dpart = values({c.tokens(), c.experts}, DType::kF32, 2);
-  const double temperature = 0.7;
+  const auto temperature = static_cast<double>(0.7f);
   HostTensor part({c.tokens(), c.experts}, DType::kF32), dlogits = part;
   OpExec ex;
   ops::mixture_parts(ex, part, logits, groups_of(c, rows), static_cast<float>(temperature));
@@ -131,24 +138,63 @@ TEST_P(Groups, PartsAreASoftmaxOverTheGroup) {
   const std::size_t E = index_of(c.experts);
   for (const auto& group : members(c, rows))
     for (std::size_t e = 0; e < E; ++e) {
-      double sum = 0, dot = 0;
-      for (const std::size_t row : group) sum += std::exp(logits.get(row * E + e) / temperature);
-      for (const std::size_t row : group)
-        dot += std::exp(logits.get(row * E + e) / temperature) / sum * dpart.get(row * E + e);
+      const double n = static_cast<double>(group.size());
+      double largest = -INFINITY, least = INFINITY, sum = 0, dot = 0, of_dot = 0;
       for (const std::size_t row : group) {
-        const double p = std::exp(logits.get(row * E + e) / temperature) / sum;
-        EXPECT_NEAR(part.get(row * E + e), p, 1e-6);
-        EXPECT_NEAR(dlogits.get(row * E + e), p * (dpart.get(row * E + e) - dot) / temperature, 1e-5);
+        largest = std::max(largest, logits.get(row * E + e));
+        least = std::min(least, logits.get(row * E + e));
+        sum += std::exp(logits.get(row * E + e) / temperature);
+      }
+      const double of_exp = kUnit * (2 * (largest - least) / temperature + 4);
+      const auto of_part = [&](double p) { return 2 * p * (1 - p) * of_exp + (n + 1) * kUnit * p; };
+      for (const std::size_t row : group) {
+        const double p = std::exp(logits.get(row * E + e) / temperature) / sum, dp = dpart.get(row * E + e);
+        dot += p * dp;
+        of_dot += (of_part(p) + (n + 1) * kUnit * p) * std::abs(dp);
+      }
+      for (const std::size_t row : group) {
+        const double p = std::exp(logits.get(row * E + e) / temperature) / sum,
+                     difference = dpart.get(row * E + e) - dot, dh = p * difference / temperature;
+        const double of_dh =
+            (of_part(p) * std::abs(difference) + p * of_dot) / temperature + 3 * kUnit * std::abs(dh);
+        EXPECT_NEAR(part.get(row * E + e), p, of_part(p) + 1e-12);
+        EXPECT_NEAR(dlogits.get(row * E + e), dh, of_dh + 1e-12);
       }
     }
 }
 
-// Of the tokens from `first` on: two calls, each with a part of the tokens, add up to one with all.
+// Half of the last place of x in fp32, or of what rounding made of it.
+double half_a_place(double x) {
+  return x == 0 ? 0.0 : std::ldexp(kUnit, std::ilogb(std::abs(x) * 1.0001));
+}
+
+// How far a sum of products in fp32 may be from the true one, with one rounding to the dtype at its end, which for bf16
+// is 2^-8 of what it rounds. In any order n products take n roundings each: n u of each to the first order, and u more
+// than covers the others. In the order of add() each step rounds a product, and then what the sum is by then.
+struct Summed {
+  std::int64_t n = 0;
+  double sum = 0, size = 0, steps = 0;
+  void add(double term) {
+    ++n;
+    sum += term;
+    size += std::abs(term);
+    steps += half_a_place(term) + half_a_place(sum);
+  }
+  double in_any_order(DType dtype) const { return rounded(static_cast<double>(n + 1) * kUnit * size, dtype); }
+  double in_order(DType dtype) const { return rounded(1.01 * steps, dtype); }
+  double rounded(double of_sum, DType dtype) const {
+    return of_sum + (dtype == DType::kBF16 ? (std::abs(sum) + of_sum) / 256 : 0.0);
+  }
+};
+
+constexpr std::int64_t kWidth = 37;
+
+// Of the tokens from `first` on, each result with its bounds.
 struct Mixed {
   HostTensor mix, y, dpart;
+  Values of_mix;
 };
 Mixed mixed(const Case& c, std::int64_t first, std::int64_t tokens, DType dtype, const HostTensor& rows) {
-  constexpr std::int64_t kWidth = 37;
   const std::int64_t M = static_cast<std::int64_t>(members(c, rows).size()) * c.experts;
   const auto rows_of = [&](const HostTensor& all, std::int64_t width) {
     HostTensor part({tokens, width}, all.on_host().dtype);
@@ -157,9 +203,10 @@ Mixed mixed(const Case& c, std::int64_t first, std::int64_t tokens, DType dtype,
   };
   const HostTensor x = rows_of(values({c.tokens(), kWidth}, dtype, 5), kWidth),
                    part = rows_of(values({c.tokens(), c.experts}, DType::kF32, 6), c.experts),
-                   outputs = values({M + 3, kWidth}, dtype, 7);
-  Mixed out{HostTensor({M + 3, kWidth}, dtype), rows_of(values({c.tokens(), kWidth}, dtype, 8), kWidth),
-            rows_of(values({c.tokens(), c.experts}, DType::kF32, 9), c.experts)};
+                   outputs = values({M + 3, kWidth}, dtype, 7),
+                   y = rows_of(values({c.tokens(), kWidth}, dtype, 8), kWidth),
+                   dpart = rows_of(values({c.tokens(), c.experts}, DType::kF32, 9), c.experts);
+  Mixed out{HostTensor({M + 3, kWidth}, dtype), y, dpart, {}};
   OpExec ex;
   const GroupsHere here{groups_of(c, rows), first};
   ops::mix_tokens(ex, out.mix, x, part, here);
@@ -168,39 +215,56 @@ Mixed mixed(const Case& c, std::int64_t first, std::int64_t tokens, DType dtype,
   finish_ops();
 
   const std::size_t E = index_of(c.experts), D = kWidth;
-  Values mix(out.mix.size(), 0);
-  const HostTensor y = rows_of(values({c.tokens(), kWidth}, dtype, 8), kWidth),
-                   dpart = rows_of(values({c.tokens(), c.experts}, DType::kF32, 9), c.experts);
-  const double tolerance = dtype == DType::kF32 ? 1e-4 : 0.15;
+  std::vector<Summed> mix(out.mix.size());
   const auto all = members(c, rows);
   for (std::size_t g = 0; g < all.size(); ++g)
     for (const std::size_t row : all[g]) {
       if (row < index_of(first) || row >= index_of(first + tokens)) continue;
       const std::size_t t = row - index_of(first);
       for (std::size_t d = 0; d < D; ++d) {
-        double sum = y.get(t * D + d);
+        Summed sum;
         for (std::size_t e = 0; e < E; ++e) {
-          mix[(g * E + e) * D + d] += part.get(t * E + e) * x.get(t * D + d);
-          sum += part.get(t * E + e) * outputs.get((g * E + e) * D + d);
+          mix[(g * E + e) * D + d].add(part.get(t * E + e) * x.get(t * D + d));
+          sum.add(part.get(t * E + e) * outputs.get((g * E + e) * D + d));
         }
-        EXPECT_NEAR(out.y.get(t * D + d), sum, tolerance);
+        sum.add(y.get(t * D + d));
+        EXPECT_NEAR(out.y.get(t * D + d), sum.sum, sum.in_order(dtype));
       }
       for (std::size_t e = 0; e < E; ++e) {
-        double sum = dpart.get(t * E + e);
-        for (std::size_t d = 0; d < D; ++d) sum += x.get(t * D + d) * outputs.get((g * E + e) * D + d);
-        EXPECT_NEAR(out.dpart.get(t * E + e), sum, 1e-3);
+        Summed sum;
+        sum.add(dpart.get(t * E + e));
+        for (std::size_t d = 0; d < D; ++d) sum.add(x.get(t * D + d) * outputs.get((g * E + e) * D + d));
+        EXPECT_NEAR(out.dpart.get(t * E + e), sum.sum, sum.in_any_order(DType::kF32));
       }
     }
-  for (std::size_t i = 0; i < mix.size(); ++i) EXPECT_NEAR(out.mix.get(i), mix[i], tolerance);
+  for (std::size_t i = 0; i < mix.size(); ++i) {
+    out.of_mix.push_back(mix[i].in_order(dtype));
+    EXPECT_NEAR(out.mix.get(i), mix[i].sum, out.of_mix.back());
+  }
   return out;
 }
 
+// Two calls, each with a part of the tokens: their mixtures add up to those of one with all, each within its own bound
+// of the true ones. What a token gets does not depend on who else is there, to the bit.
 TEST_P(Groups, MixturesAreSumsThatTokensShare) {
   const Case& c = GetParam();
   const HostTensor rows = shuffled_rows(c.tokens());
+  const std::int64_t cut = c.tokens() / 3;
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    mixed(c, 0, c.tokens(), dtype, rows);
-    mixed(c, c.tokens() / 3, c.tokens() / 2, dtype, rows);
+    const Mixed whole = mixed(c, 0, c.tokens(), dtype, rows), front = mixed(c, 0, cut, dtype, rows),
+                back = mixed(c, cut, c.tokens() - cut, dtype, rows);
+    for (std::size_t i = 0; i < whole.mix.size(); ++i)
+      EXPECT_NEAR(front.mix.get(i) + back.mix.get(i), whole.mix.get(i),
+                  front.of_mix[i] + back.of_mix[i] + whole.of_mix[i]);
+    const auto together = [](const HostTensor& a, const HostTensor& b) {
+      Values both = a.values();
+      const Values behind = b.values();
+      both.insert(both.end(), behind.begin(), behind.end());
+      return both;
+    };
+    EXPECT_EQ(together(front.y, back.y), whole.y.values());
+    EXPECT_EQ(together(front.dpart, back.dpart), whole.dpart.values());
+    mixed(c, cut, c.tokens() / 2, dtype, rows);
   }
 }
 
