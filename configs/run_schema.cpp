@@ -132,8 +132,8 @@ void add_data(Schema& schema, RunConfig::Data& data) {
           },
           [&data] { return write_sources(data.train); })
       .says(
-          "Token files to train on; each gives its weight's share of the sequences. loss_mask: true: only "
-          "targets that the file's mask counts.")
+          "Token files to train on, in HDF5 or PREFIX.bin of Megatron-LM; each gives its weight's share "
+          "of the sequences. loss_mask: true: only targets that the file's mask counts.")
       .key("valid", data.valid, {.may_be_empty = true, .path = true})
       .says("Held-out token file; without it nothing is evaluated.")
       .key("valid_loss_mask", data.valid_loss_mask)

@@ -14,14 +14,14 @@
 namespace upmoe {
 
 struct TokenDataset::Part {
-  explicit Part(const Source& source) : file(source.path), masked(source.loss_mask) {}
-  TokenFile file;
+  explicit Part(const Source& source) : file(open_token_file(source.path)), masked(source.loss_mask) {}
+  std::unique_ptr<const TokenFile> file;
   bool masked;
   std::int64_t sequences = 0;
   // Of the targets of a sequence, which are the tokens from the second one on: whether they count.
   std::vector<std::uint8_t> mask(std::int64_t sequence, std::int64_t seq_len) const {
     std::vector<std::uint8_t> counts(static_cast<std::size_t>(seq_len), 1);
-    if (masked) file.read_loss_mask(sequence * seq_len + 1, counts);
+    if (masked) file->read_loss_mask(sequence * seq_len + 1, counts);
     return counts;
   }
 };
@@ -35,7 +35,7 @@ TokenDataset::TokenDataset(const std::vector<Source>& sources, std::int64_t seq_
   std::vector<double> weights;
   for (const Source& source : sources) {
     auto part = std::make_unique<Part>(source);
-    const TokenFile& file = part->file;
+    const TokenFile& file = *part->file;
     if (source.loss_mask && !file.has_loss_mask())
       fail(ExitCode::kBadInput,
            "{}: has no loss_mask, which the configuration asks for; make it with data/tokenize.py --chat, or "
@@ -70,7 +70,7 @@ std::int64_t TokenDataset::num_sequences() const {
 
 std::vector<const TokenFile*> TokenDataset::files() const {
   std::vector<const TokenFile*> all;
-  for (const auto& part : parts_) all.push_back(&part->file);
+  for (const auto& part : parts_) all.push_back(part->file.get());
   return all;
 }
 
@@ -126,7 +126,7 @@ void TokenDataset::read(std::int64_t sample, std::span<std::int32_t> tokens, std
               "{} documents, {} positions", documents.size(), positions.size());
   const SampleOrder::Place place = order_->at(sample);
   const Part& part = *parts_[static_cast<std::size_t>(place.source)];
-  const TokenFile& file = part.file;
+  const TokenFile& file = *part.file;
   const std::int64_t begin = place.sequence * seq_len_;
   std::vector<std::uint32_t> in(length + 1);
   file.read(begin, in);
@@ -152,7 +152,7 @@ std::string TokenDataset::fingerprint() const {
   std::string all =
       fmt::format("tokens-1 seq_len {} shuffle {} seed {}", seq_len_, shuffle_, shuffle_ ? seed_ : 0);
   for (std::size_t k = 0; k < parts_.size(); ++k) {
-    const TokenFile& file = parts_[k]->file;
+    const TokenFile& file = *parts_[k]->file;
     all += fmt::format(" file {} {} {} {} parts {}", file.num_tokens(), file.document_ends().size(),
                        file.vocab_size(), file.tokenizer_sha256(), order_->parts()[k]);
     if (parts_[k]->masked) all += " loss_mask";
@@ -162,8 +162,9 @@ std::string TokenDataset::fingerprint() const {
   };
   std::string contents;
   for (const auto& part : parts_) {
-    if (!part->file.checksummed()) return digest(all);
-    contents += fmt::format(" {}", part->file.checksum());
+    const std::string identity = part->file->identity();
+    if (identity.empty()) return digest(all);
+    contents += fmt::format(" {}", identity);
   }
   return digest(all) + "-" + digest(contents);
 }

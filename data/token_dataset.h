@@ -43,7 +43,7 @@ class TokenDataset {
   void read(std::int64_t sample, std::span<std::int32_t> tokens, std::span<std::int32_t> targets,
             std::span<std::int32_t> documents, std::span<std::int32_t> positions) const;
   // A digest of what the order depends on (files' sizes, tokenizer, weights, seed, seq_len), kept in
-  // checkpoints; where all files have checksums, followed by "-" and a digest of their content.
+  // checkpoints; where all files have an identity, followed by "-" and a digest of those.
   std::string fingerprint() const;
   // Whether a run that kept `earlier` goes on with the same data. Contents count where both know them: a file
   // without checksums may be replaced by the same one with checksums.

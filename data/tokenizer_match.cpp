@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "data/posix_file.h"
 #include "data/sha256.h"
 
 namespace upmoe {

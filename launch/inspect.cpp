@@ -34,17 +34,18 @@ json shape_json(const Shape& s) {
 }
 
 json describe_tokens(const fs::path& path, bool verify) {
-  const TokenFile file(path);
+  const std::unique_ptr<const TokenFile> file = open_token_file(path);
   json j{{"kind", "token file"},
-         {"tokens", file.num_tokens()},
-         {"documents", file.document_ends().size()},
-         {"vocab_size", file.vocab_size()},
-         {"eos_id", file.eos_id()},
-         {"tokenizer_sha256", file.tokenizer_sha256()},
-         {"checksums", file.checksummed()},
-         {"loss_mask", file.has_loss_mask()}};
+         {"format", file->format()},
+         {"tokens", file->num_tokens()},
+         {"documents", file->document_ends().size()},
+         {"vocab_size", file->vocab_size() == 0 ? json() : json(file->vocab_size())},
+         {"eos_id", file->eos_id()},
+         {"tokenizer_sha256", file->tokenizer_sha256()},
+         {"checksums", file->checksummed()},
+         {"loss_mask", file->has_loss_mask()}};
   if (verify) {
-    file.verify();
+    file->verify();
     j["verified"] = true;
   }
   return j;

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import mutations.data
 import mutations.families
 import mutations.figures
 import mutations.finetune
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # name: file, what stands there, what is planted, the tests that must notice (a GoogleTest filter) and, unless it is
 # layout_equivalence_test with its meshes, their program (those that end in _on_gpu have the pretended GPU)
-MUTANTS = {name: mutant for room in (mutations.layouts, mutations.routers, mutations.families,
+MUTANTS = {name: mutant for room in (mutations.data, mutations.layouts, mutations.routers, mutations.families,
                                      mutations.gpu, mutations.figures, mutations.finetune, mutations.generation,
                                      mutations.machines, mutations.recipes)
            for name, mutant in room.MUTANTS.items()}

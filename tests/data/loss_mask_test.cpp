@@ -30,7 +30,7 @@ class LossMask : public TokenFiles {
 
 TEST_F(LossMask, ReadsWhatWasWritten) {
   const std::vector<std::uint8_t> mask = thirds(40000);  // several chunks
-  const TokenFile file(write_masked("a.h5", mask)), without(write("b.h5", 40000));
+  const Hdf5TokenFile file(write_masked("a.h5", mask)), without(write("b.h5", 40000));
   EXPECT_TRUE(file.has_loss_mask());
   EXPECT_EQ(read(file), mask);
   std::vector<std::uint8_t> part(5);
@@ -38,13 +38,13 @@ TEST_F(LossMask, ReadsWhatWasWritten) {
   EXPECT_EQ(part, (std::vector<std::uint8_t>{0, 1, 0, 0, 1}));
   file.verify();
   EXPECT_FALSE(without.has_loss_mask());
-  EXPECT_NE(file.checksum(), without.checksum());
+  EXPECT_NE(file.identity(), without.identity());
 }
 
 TEST_F(LossMask, NumbersOtherThanZeroAndOneAreRefused) {
   std::vector<std::uint8_t> mask = thirds(100);
   mask[60] = 2;
-  const TokenFile file(write_masked("a.h5", mask));
+  const Hdf5TokenFile file(write_masked("a.h5", mask));
   EXPECT_THAT(message_of([&] { read(file); }), HasSubstr("loss_mask[60] = 2"));
   EXPECT_THAT(message_of([&] { file.verify(); }), HasSubstr("loss_mask[60] = 2"));
 }
@@ -63,7 +63,7 @@ TEST_F(LossMask, DamageIsFound) {
   std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
   file.seekp(static_cast<std::streamoff>(at + 600));
   file.put('\0').flush();
-  EXPECT_THAT(message_of([&] { read(TokenFile(path)); }),
+  EXPECT_THAT(message_of([&] { read(Hdf5TokenFile(path)); }),
               HasSubstr("numbers of loss_mask 0 to 16383 are damaged"));
 }
 

@@ -18,7 +18,7 @@ TEST_F(TokenFiles, ATokenizerOtherThanTheModelsIsTold) {
   const std::string content = R"({"version": "1.0"})";
   const auto file = [&](const std::string& name, const std::string& digest, std::int64_t eos) {
     write_token_file(dir_ / name, std::vector<std::uint32_t>(10), {}, 100, eos, digest);
-    return std::make_unique<TokenFile>(dir_ / name);
+    return open_token_file(dir_ / name);
   };
   const auto right = file("right.h5", sha256(content), 7), other = file("other.h5", sha256("other"), 7),
              unknown = file("unknown.h5", std::string(64, '0'), -1), odd = file("odd.h5", sha256(content), 9);

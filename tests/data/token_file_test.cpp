@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 using ::testing::HasSubstr;
 
 TEST_F(TokenFiles, ReadsWhatWasWritten) {
-  const TokenFile file(write("a.h5", 1000, {10, 11, 1000}));
+  const Hdf5TokenFile file(write("a.h5", 1000, {10, 11, 1000}));
   EXPECT_EQ(file.num_tokens(), 1000);
   EXPECT_EQ(file.vocab_size(), 100000);
   EXPECT_EQ(file.eos_id(), 7);
@@ -30,7 +30,7 @@ TEST_F(TokenFiles, ReadsWhatWasWritten) {
 
 // Written by data/tokenize.py: h5py stores texts with variable length.
 TEST_F(TokenFiles, ReadsAFileOfTheTokenizerScript) {
-  const TokenFile file(fs::path(UPMOE_SOURCE_DIR) / "tests/data/from_tokenize.h5");
+  const Hdf5TokenFile file(fs::path(UPMOE_SOURCE_DIR) / "tests/data/from_tokenize.h5");
   EXPECT_FALSE(file.checksummed());  // of an earlier version, with texts of variable length
   ASSERT_FALSE(file.document_ends().empty());
   const std::vector<std::uint32_t> tokens = all_tokens(file);
@@ -164,14 +164,14 @@ class Flipped {
 // With checksums a flipped bit is found, or lies where nothing is read.
 TEST_F(TokenFiles, DamageIsFoundOrHarmless) {
   const fs::path path = write("a.h5", 300, {100, 300});
-  const std::vector<std::uint32_t> tokens = all_tokens(TokenFile(path));
+  const std::vector<std::uint32_t> tokens = all_tokens(Hdf5TokenFile(path));
   Flipped bytes(path);
   int found = 0;
   for (std::size_t byte = 0; byte < bytes.size(); ++byte) {
     const auto bit = static_cast<unsigned>(byte * 5 % 8);  // one of each: the fuzzer has the others
     bytes.flip(byte, bit);
     try {
-      const TokenFile file(path);
+      const Hdf5TokenFile file(path);
       const bool same = all_tokens(file) == tokens && file.vocab_size() == 100000 && file.eos_id() == 7 &&
                         file.tokenizer_sha256() == "abc" &&
                         file.document_ends() == std::vector<std::int64_t>{100, 300};
@@ -194,7 +194,7 @@ TEST_F(TokenFiles, DamageOfAFileWithoutChecksumsIsRefusedOrRead) {
     for (const unsigned bit : {0u, 4u, 7u}) {
       bytes.flip(byte, bit);
       try {
-        TokenFile(path).verify();
+        Hdf5TokenFile(path).verify();
       } catch (const Error& e) {
         EXPECT_EQ(e.code(), ExitCode::kBadInput) << e.what();
       }
@@ -228,7 +228,7 @@ TEST_F(TokenFiles, AChangeWhileAFileIsInUseIsAnErrorThatNamesIt) {
 TEST_F(TokenFiles, AChangeOfAFileWithoutChecksumsIsAnError) {
   const fs::path path = dir_ / "old.h5";
   fs::copy_file(fs::path(UPMOE_SOURCE_DIR) / "tests/data/from_tokenize.h5", path);
-  const TokenFile file(path);
+  const Hdf5TokenFile file(path);
   file.verify();
   fs::last_write_time(path, fs::last_write_time(path) + std::chrono::seconds(5));
   EXPECT_THAT(message_of([&] { file.verify(); }), HasSubstr("changed while it was in use"));
@@ -258,7 +258,7 @@ TEST_F(TokenFiles, ReadsEveryVersionOfTheFormat) {
       }
       for (const hid_t id : {good, made}) H5Fclose(id);
       H5Pclose(access), H5Pclose(create);
-      const TokenFile file(path);  // moved tokens keep their checksums
+      const Hdf5TokenFile file(path);  // moved tokens keep their checksums
       EXPECT_TRUE(file.checksummed());
       EXPECT_EQ(all_tokens(file).back(), 19999u);
     }

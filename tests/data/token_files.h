@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <numeric>
 
+#include "data/token_formats/hdf5_token_file.h"
 #include "kernels/core/check.h"
 #include "tests/support/token_file_writer.h"
 
@@ -55,7 +56,7 @@ class TokenFiles : public testing::Test {
     return "";
   }
   static std::string opening(const std::filesystem::path& path) {
-    return message_of([&] { TokenFile file(path); });
+    return message_of([&] { open_token_file(path); });
   }
 
   static std::vector<std::uint32_t> all_tokens(const TokenFile& file) {

@@ -15,6 +15,8 @@ bool safetensors(const std::uint8_t* data, std::size_t size);
 // A run's, a recipe's and a model's configuration.
 bool configurations(const std::uint8_t* data, std::size_t size);
 bool token_file(const std::uint8_t* data, std::size_t size);
+// The index of tests/data/from_megatron.bin.
+bool megatron_index(const std::uint8_t* data, std::size_t size);
 // As it is, and once more with the checksum that its content asks for.
 bool manifest(const std::uint8_t* data, std::size_t size);
 // What ranks tell each other about their shards.

@@ -43,7 +43,17 @@ void put(const fs::path& path, const std::uint8_t* data, std::size_t size) {
 bool token_file(const std::uint8_t* data, std::size_t size) {
   const fs::path path = folder() / "tokens.h5";
   put(path, data, size);
-  return accepts([&] { TokenFile(path).verify(); });
+  return accepts([&] { open_token_file(path)->verify(); });
+}
+
+bool megatron_index(const std::uint8_t* data, std::size_t size) {
+  static const fs::path tokens = [] {
+    fs::path made = folder() / "set.bin";
+    fs::copy_file(UPMOE_SOURCE_DIR "/tests/data/from_megatron.bin", made);
+    return made;
+  }();
+  put(folder() / "set.idx", data, size);
+  return accepts([&] { open_token_file(tokens)->verify(); });
 }
 
 bool manifest(const std::uint8_t* data, std::size_t size) {

@@ -169,6 +169,13 @@ TEST(Mutations, TokenFiles) {
   EXPECT_GT(accepted_of(4'000, 2'000'000, corpus, fuzz::token_file), 10);
 }
 
+TEST(Mutations, MegatronIndices) {
+  const std::vector<std::string> corpus{slurp(UPMOE_SOURCE_DIR "/tests/data/from_megatron.idx")};
+  const int accepted = accepted_of(4'000, 3'000'000, corpus, fuzz::megatron_index);
+  EXPECT_GT(accepted, 10);
+  EXPECT_LT(accepted, 2'000);
+}
+
 std::vector<Manifest> manifests() {
   std::vector<Manifest> made;
   for (std::int64_t n = 1; n < 4; ++n) {

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -16,6 +17,9 @@ import h5py
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+from megatron_set import write_megatron_set  # noqa: E402
+
 BINARY = os.environ["UPMOE_BINARY"]
 GOLDEN = "moe_odd"  # 13 experts, vocabulary 101, 64 positions
 COMMANDS = ("upcycle", "train", "eval", "generate", "export", "inspect", "cost", "plan", "doctor", "report", "study")
@@ -219,6 +223,45 @@ class BadFiles(CliTest):
     def test_one_message_from_two_ranks(self):
         self.write_weights(safetensors_bytes(self.tensors)[:-100])
         self.refused(3, ["model.safetensors"], "train", self.write_run(), ranks=2)
+
+
+class IndexedDataSets(CliTest):
+    """PREFIX.bin and PREFIX.idx of Megatron-LM where a token file is asked for."""
+
+    def setUp(self):
+        super().setUp()
+        self.set = write_megatron_set(self.folder / "set", [[[int(t) for t in np.arange(2000) % 101]]], "int32")
+
+    def test_every_command_reads_them_as_hdf5(self):
+        told = []
+        for tokens in (self.tokens, self.set, self.set.with_suffix(".idx")):
+            self.tokens = tokens
+            done = upmoe("eval", self.model, "--data", tokens, "--seq-len", 16, "--sequences", 8)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            trained = upmoe("train", self.write_run(run=f"{{dir: {self.folder / ('run' + tokens.suffix)}, seed: 1}}"))
+            self.assertEqual(trained.returncode, 0, trained.stderr)
+            lines = (self.folder / f"run{tokens.suffix}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            told.append((json.loads(done.stdout)["loss"], [json.loads(line)["loss"] for line in lines]))
+        self.assertEqual(told, told[:1] * 3)
+
+    def test_inspect_says_what_it_is(self):
+        done = upmoe("inspect", self.set.with_suffix(".idx"), "--verify", "--json")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        told = json.loads(done.stdout)
+        self.assertEqual((told["tokens"], told["documents"], told["vocab_size"], told["checksums"]),
+                         (2000, 1, None, False))
+        self.assertIn("Megatron-LM", told["format"])
+
+    def test_what_is_wrong_is_told(self):
+        index = self.set.with_suffix(".idx")
+        whole = index.read_bytes()
+        index.write_bytes(whole[:-3])
+        self.refused(3, ["set.idx", "document boundaries"], "inspect", self.set)
+        index.unlink()
+        self.refused(3, ["set.idx is missing"], "eval", self.model, "--data", self.set, "--seq-len", 16)
+        index.write_bytes(whole)
+        write_megatron_set(self.folder / "set", [[[5] * 99 + [101]]], "int32")
+        self.refused(3, ["token 99 is 101"], "eval", self.model, "--data", self.set, "--seq-len", 99)
 
 
 class Report(CliTest):

@@ -12,10 +12,11 @@ MUTANTS = {
         "trainer/trainer.cpp", "  step.loss_scale = 1.0 / static_cast<double>(targets);",
         "  step.loss_scale = 1.0 / static_cast<double>(run.train.global_batch * run.data.seq_len);", "*Mask*"),
     "the_mask_of_the_inputs": (
-        "data/token_dataset.cpp", "file.read_loss_mask(sequence * seq_len + 1, counts)",
-        "file.read_loss_mask(sequence * seq_len, counts)", "LossMask.*", "token_dataset_test"),
+        "data/token_dataset.cpp", "file->read_loss_mask(sequence * seq_len + 1, counts)",
+        "file->read_loss_mask(sequence * seq_len, counts)", "LossMask.*", "token_dataset_test"),
     "a_lost_mask_is_no_loss": (
-        "data/token_file.cpp", "token_file_checksum(facts, document_ends_, tokens_.checksums, loss_mask_.checksums)",
+        "data/token_formats/hdf5_token_file.cpp",
+        "token_file_checksum(facts, document_ends_, tokens_.checksums, loss_mask_.checksums)",
         "token_file_checksum(facts, document_ends_, tokens_.checksums)", "LossMask.*", "token_dataset_test"),
     "targets_of_the_first_micro_batch_for_the_step": (
         "data/batch_loader.cpp", "    for (std::int64_t round = 0; round < deal.rounds(); ++round) {\n"
