@@ -1,4 +1,5 @@
-"""Documents out of text, JSON lines and JSON files, packed or not, in pieces that several processes can share."""
+"""Documents out of text, JSON lines, JSON and Parquet files, packed or not, in pieces that several processes can
+share."""
 
 import codecs
 import json
@@ -6,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from command_line import BadInput
+from parquet_rows import row_blocks
 from text_kinds import Opened, kind_of, require_small, whole_of
 
 TASK_BYTES = 4 << 20     # what one process takes at a time
@@ -14,13 +16,14 @@ MAX_LINE = 64 << 20      # of JSON lines
 
 @dataclass
 class Piece:
-    """Bytes [begin, end) of a file that is read as `kind`; of a packed file they come along as `data`."""
+    """Bytes [begin, end) of a file that is read as `kind`; of a packed file they come along as `data`, and of a Parquet
+    file the JSON lines of its rows."""
     path: str
     kind: str
     begin: int
     end: int
     data: bytes | None = None
-    first_line: int = 0   # where `data` is given: lines before it
+    first_line: int = 0   # where `data` is given: lines or rows before it
     consumed: int = 0     # bytes of the file on disk, for the progress bar
 
 
@@ -139,6 +142,9 @@ def documents_of(task, choices):
             yield choices.plain(piece, data)
         elif piece.kind == "json":
             yield from json_records(piece, data, choices)
+        elif piece.kind == "parquet":
+            for row, line in enumerate(data.split(b"\n"), piece.first_line):
+                yield choices.document_of(json.loads(line), piece.path, f", row {row}")
         else:
             if piece.begin == 0:
                 data = data.removeprefix(codecs.BOM_UTF8)
@@ -217,10 +223,17 @@ def pieces_unpacked(path, kind, opened):
         yield piece(rest)
 
 
+def pieces_of_rows(path, choices):
+    for data, first, consumed in row_blocks(path, choices.key, TASK_BYTES, MAX_LINE):
+        yield Piece(path, "parquet", 0, len(data), data, first, consumed)
+
+
 def pieces_of(path, choices):
     with Opened(path) as opened:
         kind = kind_of(path, opened, choices.kind)
-        if opened.compressed:
+        if kind == "parquet":
+            yield from pieces_of_rows(path, choices)
+        elif opened.compressed:
             yield from pieces_unpacked(path, kind, opened)
         else:
             if kind == "json":

@@ -1,7 +1,7 @@
-"""What a file of text is, by its bytes: plain text, JSON lines, a JSON array, compressed, or no text at all.
+"""What a file of text is, by its bytes: plain text, JSON lines, a JSON array, Parquet, compressed, or no text at all.
 
-A name says nothing for sure, and a packed file read as text gives tokens of rubbish. What Python's standard library
-unpacks is read as what it is inside; anything else that is not text is refused with what to do about it.
+A name says nothing for sure, and a packed file read as text gives tokens of rubbish. What Python's standard library and
+zstandard unpack is read as what it is inside; anything else that is not text is refused with what to do about it.
 """
 
 import bz2
@@ -12,6 +12,7 @@ import lzma
 import zlib
 
 from command_line import BadInput
+from zstd_file import DamagedZstd, open_zstd
 
 HEAD_BYTES = 1 << 16
 DEEPEST = 3  # compressed within compressed
@@ -20,12 +21,12 @@ LARGEST_JSON = 1 << 30  # of a JSON file that is one value
 # first bytes, what it is, what to do
 COMPRESSED = [(b"\x1f\x8b", "gzip", lambda file: gzip.GzipFile(fileobj=file, mode="rb")),
               (b"BZh", "bzip2", bz2.BZ2File),
-              (b"\xfd7zXZ\0", "xz", lzma.LZMAFile)]
+              (b"\xfd7zXZ\0", "xz", lzma.LZMAFile),
+              (b"\x28\xb5\x2f\xfd", "zstd", open_zstd)]
 BZIP2_BLOCKS = (b"\x31\x41\x59\x26\x53\x59", b"\x17\x72\x45\x38\x50\x90")
 AS_LINES = ("write its text column as JSON lines, for example with pandas: read_{}(...).to_json(..., "
             "orient='records', lines=True)")
 REFUSED = [
-    (0, b"\x28\xb5\x2f\xfd", "is compressed with zstd", "unpack it first: zstd -d"),
     (0, b"\x04\x22\x4d\x18", "is compressed with lz4", "unpack it first: lz4 -d"),
     (0, b"\x02\x21\x4c\x18", "is compressed with lz4", "unpack it first: lz4 -d"),
     (0, b"\x1f\x9d", "is compressed with compress", "unpack it first: uncompress"),
@@ -37,7 +38,6 @@ REFUSED = [
     (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it first"),
     (0, b"Rar!\x1a\x07", "is a rar archive", "unpack it first"),
     (257, b"ustar", "is a tar archive", "unpack it first: tar -x"),
-    (0, b"PAR1", "is a Parquet file", AS_LINES.format("parquet")),
     (0, b"PARE", "is an encrypted Parquet file", AS_LINES.format("parquet")),
     (0, b"ARROW1", "is an Arrow file", AS_LINES.format("feather")),
     (0, b"\xff\xff\xff\xff", "is an Arrow stream", "write its text as JSON lines"),
@@ -64,7 +64,8 @@ REFUSED = [
     (0, b"\xfe\xff", "is UTF-16", "convert it to UTF-8: iconv -f UTF-16 -t UTF-8"),
 ]
 # What the decompressors raise for damaged data.
-UNPACKING_ERRORS = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+UNPACKING_ERRORS = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, DamagedZstd)
+PARQUET = b"PAR1"
 
 
 def is_clean(head):
@@ -158,16 +159,27 @@ def parsed(line):
         return None
 
 
+def parquet_kind(path, opened, chosen):
+    if opened.compressed:  # its index stands at its end
+        raise BadInput(f"{path}: is a Parquet file packed with {opened.compressed}; unpack it first")
+    if chosen != "auto":
+        raise BadInput(f"{path}: is a Parquet file, which is not read as {chosen}; leave out --as {chosen}")
+    return "parquet"
+
+
 def kind_of(path, opened, chosen):
-    """'text', 'jsonl' or 'json' (one value) of a file that holds text; `chosen` is that of --as, or 'auto'."""
+    """'text', 'jsonl', 'json' (one value) or 'parquet' of a file that holds text; `chosen` is that of --as, or
+    'auto'."""
     head = opened.head()
     if not head:
         return "text"
+    if head.startswith(PARQUET) and not is_clean(head):
+        return parquet_kind(path, opened, chosen)
     refuse_what_is_no_text(path, head)
     if chosen != "auto":
         return chosen
     name = path.lower()
-    for suffix in (".gz", ".bz2", ".xz"):
+    for suffix in (".gz", ".bz2", ".xz", ".zst", ".zstd"):
         name = name.removesuffix(suffix)
     if name.endswith((".jsonl", ".ndjson")):
         return "jsonl"

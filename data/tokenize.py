@@ -2,10 +2,10 @@
 """Text to a token file.
 
 Each FILE is UTF-8 text (one document), JSON lines or a JSON array (one document each record, its text under --key),
-plain or packed with gzip, bzip2 or xz; its bytes tell which. What is no text is refused. Every document is followed by
-the end-of-document token; empty documents are left out. The result is the same for any number of processes. With
---train-vocab N, first trains a byte-level BPE tokenizer of the Qwen2 kind on the same files and writes it to
---tokenizer.
+plain or packed with gzip, bzip2, xz or zstd, or Parquet (one document each row, in column --key); its bytes tell which.
+What is no text is refused. Every document is followed by the end-of-document token; empty documents are left out. The
+result is the same for any number of processes. With --train-vocab N, first trains a byte-level BPE tokenizer of the
+Qwen2 kind on the same files and writes it to --tokenizer.
 
 Exit status: 0 done, 1 unexpected failure, 2 usage, 3 bad input, 130 stopped.
 """
@@ -317,8 +317,8 @@ def parse_arguments():
                         help="token file to write, replaced if it exists; may be left out with --train-vocab")
     parser.add_argument("--eos", default=END_OF_TEXT, metavar="TOKEN",
                         help=f"token that ends each document (default {END_OF_TEXT})")
-    parser.add_argument("--key", help="where a JSON record holds its text (default text), or with --chat its turns "
-                        "(default messages)")
+    parser.add_argument("--key", help="where a JSON record or a Parquet row holds its text (default text), or with "
+                        "--chat its turns (default messages)")
     parser.add_argument("--chat", action="store_true",
                         help="records are conversations; writes which targets count, those of the assistant")
     parser.add_argument("--template", choices=sorted(TEMPLATES), help="how --chat spells a conversation")
@@ -333,7 +333,7 @@ def parse_arguments():
                         help="read control tokens spelt out in the text as such (default: as plain text)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="P",
                         help="how many work in parallel (default: the processors available, %(default)s)")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines or JSON, also packed")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines or JSON, also packed, or Parquet")
     args = parser.parse_args()
     if args.train_vocab is not None and args.train_vocab < 257:
         parser.error(f"--train-vocab {args.train_vocab}: 256 bytes and {END_OF_TEXT} need at least 257")

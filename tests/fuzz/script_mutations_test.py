@@ -7,6 +7,7 @@ Whatever comes in, the answer is a result or words (BadInput, status 2 or 3), ne
 import bz2
 import gzip
 import importlib.util
+import io
 import json
 import random
 import subprocess
@@ -14,6 +15,10 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path += [str(ROOT / "launch"), str(ROOT / "data")]
@@ -67,18 +72,25 @@ class ScriptMutations(unittest.TestCase):
     def test_text_of_every_kind(self):
         lines = b'{"text": "one"}\n{"text": "two", "id": 2}\n'
         corpus = [lines, b'[{"text": "one"}, {"text": "two"}]', b'{\n "text": "one"\n}\n', "plain t\u00e9xt\n".encode(),
-                  gzip.compress(lines), bz2.compress(lines)]
+                  gzip.compress(lines), bz2.compress(lines), zstandard.ZstdCompressor().compress(lines)]
+        self.assertGreater(self.accepted(2000, corpus, self.read_text), 100)
+
+    def test_parquet(self):
+        corpus = []
+        for options in ({}, {"compression": "none", "use_dictionary": False}):
+            file = io.BytesIO()
+            pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": ["one", "two"]}), file, **options)
+            corpus.append(file.getvalue())
+        self.assertGreater(self.accepted(300, corpus, self.read_text), 1)
+
+    def read_text(self, content):
         names = ["a.jsonl", "a.json", "a.txt", "a"]
-
-        def read(content):
-            path = self.folder / names[len(content) % len(names)]
-            path.write_bytes(content)
-            for choices in (Choices(), Choices(replace_invalid=True)):
-                for task in plan_tasks([str(path)], choices):
-                    for text, _ in documents_of(task, choices):
-                        text.encode("utf-8")  # no half characters
-
-        self.assertGreater(self.accepted(2000, corpus, read), 100)
+        path = self.folder / names[len(content) % len(names)]
+        path.write_bytes(content)
+        for choices in (Choices(), Choices(replace_invalid=True)):
+            for task in plan_tasks([str(path)], choices):
+                for text, _ in documents_of(task, choices):
+                    text.encode("utf-8")  # no half characters
 
     def test_tokenizers(self):
         spec = importlib.util.spec_from_file_location("tokenize_script", ROOT / "data" / "tokenize.py")
