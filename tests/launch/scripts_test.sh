@@ -25,9 +25,12 @@ expect_usage "$root/launch/quickstart.sh" --text "$root/no_such_folder"
 expect_usage "$root/launch/run_local.sh"
 expect_usage "$root/launch/run_local.sh" two true
 expect_usage "$root/launch/run_local.sh" 2 "$root/no_such_program" train run.yaml
+expect_usage "$root/launch/after_training.sh"
+expect_usage "$root/launch/after_training.sh" "$root/no_such_folder"
+expect_usage "$root/launch/after_training.sh" "$root/tests/golden/moe_odd" --only no_such_step
 expect_usage "$root/tests/setup_interrupted.sh" --times
 expect_usage "$root/tests/setup_interrupted.sh" --within soon
-for script in setup quickstart test run_local run_hosts; do
+for script in setup quickstart test run_local run_hosts after_training; do
   help=$("$root/launch/$script.sh" --help) || fail "$script.sh --help ended with $?"
   [[ $help == *usage:* ]] || fail "$script.sh --help tells no usage"
 done

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""What the steps of launch/after_training.sh came to: notes it, tells it, and writes it into docs/serving.md.
+
+    launch/serving_record.py note OUT STEP STATUS WORDS    the result of a step that could not tell it itself
+    launch/serving_record.py tell OUT STEP...              a line for each; exit status 0, 1 or 69, as the script's
+    launch/serving_record.py write OUT DOCUMENT STEP...    the table between the document's markers, put in whole
+
+A result is OUT/results/STEP.json: step, status, versions, words. Statuses: done; differs (other tokens than upmoe);
+failed; not_run (it cannot here); not_taken (the tool does not take the model).
+"""
+
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from command_line import BadInput, BadUsage, run_tool
+
+STATUSES = {"done": 0, "differs": 1, "failed": 1, "not_run": 69, "not_taken": 69}
+BEGIN, END = "<!-- launch/after_training.sh EXPORT --record -->", "<!-- end -->"
+
+
+def write_whole(path, text):
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def note(out, step, status, words, versions=None):
+    if status not in STATUSES:
+        raise BadUsage(f"status '{status}': expected one of {', '.join(STATUSES)}")
+    folder = Path(out) / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"step": step, "status": status, "versions": versions or {}, "words": " ".join(words.split())}
+    write_whole(folder / f"{step}.json", json.dumps(result) + "\n")
+
+
+def result_of(out, step):
+    path = Path(out) / "results" / f"{step}.json"
+    if not path.is_file():
+        return {"step": step, "status": "not_run", "versions": {}, "words": "was not started"}
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["status"] not in STATUSES or not isinstance(result["words"], str):
+            raise ValueError(result["status"])
+        return result
+    except (ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"{path}: no result of a step ({e})") from None
+
+
+def status_of(results):
+    """A failure before a step that could not run; 0 only where everything is done."""
+    worst = {STATUSES[result["status"]] for result in results}
+    return next((status for status in (1, 69) if status in worst), 0)
+
+
+def tell(results):
+    for result in results:
+        print(f"{result['step']:13} {result['status'].replace('_', ' '):10} {result['words']}")
+    left = [result["step"] for result in results if result["status"] != "done"]
+    print(f"not done: {', '.join(left)}" if left else "every step is done", file=sys.stderr)
+    return status_of(results)
+
+
+def table(results):
+    rows = ["| step | came to | versions | words |", "|---|---|---|---|"]
+    for result in results:
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items()) or "-"
+        cells = (result["step"], result["status"].replace("_", " "), versions, result["words"])
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def write(document, results, day=None):
+    text = Path(document).read_text(encoding="utf-8")
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        raise BadInput(f"{document}: has no '{BEGIN}' with '{END}' behind it")
+    day = day or datetime.date.today().isoformat()
+    head = f"On {day}, {platform.machine()}, Python {platform.python_version()}:"
+    write_whole(document, f"{text[:begin]}{BEGIN}\n{head}\n\n{table(results)}\n{text[end:]}")
+
+
+def main():
+    words = sys.argv[1:]
+    if len(words) == 5 and words[0] == "note":
+        note(*words[1:])
+        return 0
+    if len(words) >= 3 and words[0] == "tell":
+        return tell([result_of(words[1], step) for step in words[2:]])
+    if len(words) >= 4 and words[0] == "write":
+        write(words[2], [result_of(words[1], step) for step in words[3:]])
+        return 0
+    raise BadUsage("expected note OUT STEP STATUS WORDS, tell OUT STEP... or write OUT DOCUMENT STEP...")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool("serving_record", main))

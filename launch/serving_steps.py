@@ -1,0 +1,255 @@
+#!/usr/bin/env python3
+"""One step of launch/after_training.sh, in the Python environment that has its tools; writes OUT/results/STEP.json.
+
+    .venv-serving/bin/python launch/serving_steps.py STEP EXPORT OUT
+
+OUT/ours.json has the prompt and upmoe's greedy tokens in fp32: {"prompt": [...], "tokens": [...]}. Every tool gets the
+prompt as tokens and answers with tokens, so that no tokenizer stands between.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from serving_record import note
+
+ROOT = Path(__file__).resolve().parent.parent
+TASK = "upmoe_continuations"
+GROUP_SIZES = (128, 64, 32)  # of weights with one scale
+CALIBRATION = (32, 64)       # sequences, tokens of each
+SERVER_PATIENCE = 900        # seconds until it answers
+
+
+class NotTaken(Exception):
+    """The tool does not take the model: why."""
+
+
+class NotRun(Exception):
+    """It cannot be tried here: why."""
+
+
+class Differs(Exception):
+    """It gives other tokens than upmoe, and should give the same."""
+
+
+class Model:
+    """The exported directory, what upmoe says to the prompt, and where a step may write."""
+
+    def __init__(self, export, out):
+        self.export, self.out = Path(export), Path(out)
+        self.config = json.loads((self.export / "config.json").read_text(encoding="utf-8"))
+        ours = json.loads((self.out / "ours.json").read_text(encoding="utf-8"))
+        self.prompt, self.tokens = ours["prompt"], ours["tokens"]
+        self.tokenizer = self.export / "tokenizer.json"
+
+    def compared(self, tokens, must=True):
+        """Words on how far these tokens are ours; where they must be all the way, Differs of fewer."""
+        tokens = [int(token) for token in tokens]
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, self.tokens)))
+        words = f"{same} of {len(self.tokens)} greedy tokens as upmoe's"
+        if must and tokens != self.tokens:
+            raise Differs(f"{words}: {tokens}, expected {self.tokens}")
+        return words
+
+
+def generated(model, prompt, count):
+    """Greedy tokens of a model with transformers' generate."""
+    import torch
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                              max_new_tokens=count, min_new_tokens=count)
+    return made[0, len(prompt):].tolist()
+
+
+def transformers(m):
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(m.export, dtype=torch.float32).eval()
+    return m.compared(generated(model, m.prompt, len(m.tokens)))
+
+
+def group_size_for(config):
+    """The largest group that divides what every matrix takes in."""
+    heads = config["num_attention_heads"]
+    widths = {config["hidden_size"], heads * (config.get("head_dim") or config["hidden_size"] // heads)}
+    widths |= {config[key] for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if config.get(key)}
+    if "moe_intermediate_size" not in config:
+        widths.add(config["intermediate_size"])
+    for size in GROUP_SIZES:
+        if all(width % size == 0 for width in widths):
+            return size
+    raise NotTaken(f"gptqmodel packs groups of {GROUP_SIZES[-1]} weights at least, which do not divide widths of "
+                   f"{', '.join(map(str, sorted(widths)))}")
+
+
+def calibration(m):
+    """Token sequences to quantise by: of the project's documents, or any tokens where there is no tokenizer."""
+    sequences, length = CALIBRATION
+    if m.tokenizer.is_file():
+        import tokenizers
+        text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))
+        ids = tokenizers.Tokenizer.from_file(str(m.tokenizer)).encode(text, add_special_tokens=False).ids
+    else:
+        ids = [(i * i + 7 * i) % m.config["vocab_size"] for i in range(sequences * length)]
+    parts = [ids[at:at + length] for at in range(0, min(len(ids), sequences * length), length)]
+    return [{"input_ids": part, "attention_mask": [1] * len(part)} for part in parts if len(part) == length]
+
+
+def quantise(m):
+    size = group_size_for(m.config)
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    made = m.out / "quantised"
+    shutil.rmtree(made, ignore_errors=True)
+    model = GPTQModel.load(str(m.export), QuantizeConfig(bits=4, group_size=size), device="cpu")
+    model.quantize(calibration(m), batch_size=1)
+    model.save(str(made))
+    packed = GPTQModel.load(str(made), backend=BACKEND.TORCH, device="cpu")
+    before, after = (sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (m.export, made))
+    words = m.compared(generated(packed, m.prompt, len(m.tokens)), must=False)  # four bits are another model
+    return f"4 bits, groups of {size}: {before} bytes to {after}; {words}"
+
+
+def gguf(m):
+    made = m.out / "model.gguf"
+    made.unlink(missing_ok=True)  # the next step takes what is there
+    done = subprocess.run([sys.executable, str(ROOT / "launch/write_gguf.py"), str(m.export), str(made)],
+                          capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        raise NotTaken(done.stderr.strip().removeprefix("write_gguf: error: "))
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip())
+    import gguf as package
+    return f"{len(package.GGUFReader(str(made)).tensors)} tensors in F32, {made.stat().st_size} bytes, read back"
+
+
+def llama(m):
+    path = m.out / "model.gguf"
+    if not path.is_file():
+        raise NotRun("there is no model.gguf: step gguf comes first")
+    from llama_cpp import Llama
+    model = Llama(model_path=str(path), n_ctx=len(m.prompt) + len(m.tokens) + 1, n_gpu_layers=0, seed=1, verbose=False)
+    return m.compared(itertools.islice(model.generate(m.prompt, temp=0.0, repeat_penalty=1.0), len(m.tokens)))
+
+
+def lm_eval(m):
+    if not m.tokenizer.is_file():
+        raise NotRun(f"{m.export} has no tokenizer.json, and the task is text")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    with open(ROOT / "configs/serving/continuations.jsonl", encoding="utf-8") as file:
+        questions = sum(1 for _ in file)
+    told = simple_evaluate(model="hf", model_args={"pretrained": str(m.export), "dtype": "float32"}, tasks=[TASK],
+                           task_manager=TaskManager(include_path=str(ROOT / "configs/serving")), device="cpu",
+                           batch_size=1)
+    asked, scores = told["n-samples"][TASK]["effective"], told["results"][TASK]
+    if asked != questions:
+        raise RuntimeError(f"asked {asked} questions, of {questions}")
+    return f"{TASK}: acc {scores['acc,none']:.3f}, acc_norm {scores['acc_norm,none']:.3f} of {questions} questions"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def asked(url, question=None, patience=60):
+    data = None if question is None else json.dumps(question).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=patience) as answer:
+        return answer.read()
+
+
+def wait_for(server, address, log):
+    until = time.monotonic() + SERVER_PATIENCE
+    while time.monotonic() < until:
+        if server.poll() is not None:
+            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "Error" in line]
+            raise RuntimeError(f"the server ended with {server.returncode}: {(lines or ['no words'])[-1][-300:]}")
+        try:
+            asked(f"{address}/health", patience=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(2)
+    raise RuntimeError(f"the server did not answer within {SERVER_PATIENCE} s; see {log}")
+
+
+def vllm(m):
+    if not m.tokenizer.is_file():
+        raise NotRun(f"{m.export} has no tokenizer.json, which the server loads")
+    log, port = m.out / "vllm_server.log", free_port()
+    address = f"http://127.0.0.1:{port}"
+    with open(log, "wb") as file:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(m.export),
+             "--served-model-name", "upmoe", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+             "--enforce-eager",
+             "--max-model-len", str(min(m.config["max_position_embeddings"], 2048)), "--gpu-memory-utilization", "0.3"],
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            wait_for(server, address, log)
+            answer = json.loads(asked(f"{address}/v1/completions", {
+                "model": "upmoe", "prompt": m.prompt, "max_tokens": len(m.tokens), "temperature": 0, "ignore_eos": True,
+                "return_token_ids": True}))
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+    return m.compared(answer["choices"][0]["token_ids"])
+
+
+# step: what it does, the packages whose versions are told
+STEPS = {"transformers": (transformers, ("transformers", "torch")),
+         "quantise": (quantise, ("gptqmodel", "transformers", "torch")), "gguf": (gguf, ("gguf",)),
+         "llama": (llama, ("llama-cpp-python",)), "lm_eval": (lm_eval, ("lm-eval", "transformers", "torch")),
+         "vllm": (vllm, ("vllm", "torch"))}
+
+
+def version_of(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def outcome(work, model):
+    """(status, words) of a step, whatever its tool throws."""
+    try:
+        return "done", work(model)
+    except NotTaken as e:
+        return "not_taken", str(e)
+    except NotRun as e:
+        return "not_run", str(e)
+    except Differs as e:
+        return "differs", str(e)
+    except ImportError as e:
+        return "not_run", f"{type(e).__name__}: {e}"
+    except Exception as e:  # noqa: BLE001  the tool's own words are the result
+        return "failed", f"{type(e).__name__}: {str(e)[:400]}"
+
+
+def main():
+    if len(sys.argv) != 4 or sys.argv[1] not in STEPS:
+        print(f"usage: serving_steps.py STEP EXPORT OUT, STEP one of {' '.join(STEPS)}", file=sys.stderr)
+        return 2
+    # Nothing is fetched: the model is here, and so is the task.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    step, (work, packages) = sys.argv[1], STEPS[sys.argv[1]]
+    status, words = outcome(work, Model(*sys.argv[2:]))
+    note(sys.argv[3], step, status, words, {package: version_of(package) for package in packages})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
