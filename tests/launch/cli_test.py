@@ -260,8 +260,8 @@ class IndexedDataSets(CliTest):
         index.unlink()
         self.refused(3, ["set.idx is missing"], "eval", self.model, "--data", self.set, "--seq-len", 16)
         index.write_bytes(whole)
-        write_megatron_set(self.folder / "set", [[[5] * 99 + [101]]], "int32")
-        self.refused(3, ["token 99 is 101"], "eval", self.model, "--data", self.set, "--seq-len", 99)
+        write_megatron_set(self.folder / "set", [[[5] * 16 + [101]]], "int32")
+        self.refused(3, ["token 16 is 101"], "eval", self.model, "--data", self.set, "--seq-len", 16)
 
 
 class Report(CliTest):
