@@ -8,6 +8,7 @@
 #include "configs/families/family.h"
 #include "configs/json_reader.h"
 #include "configs/json_writer.h"
+#include "configs/lora_record.h"
 #include "configs/model_folder.h"
 #include "configs/router_record.h"
 
@@ -26,6 +27,7 @@ void read_fields(JsonObject& json, ModelConfig& c) {
   c.model_type = family->model_type;
   family->read(json, c);
   read_router(json, c);
+  read_lora(json, c);
 }
 
 }  // namespace
@@ -74,6 +76,7 @@ std::string to_hf_json(const ModelConfig& config) {
   json.set("model_type", config.model_type);
   family.write(config, json);
   write_router(config, json);
+  write_lora(config, json);
   // What it was made of may have been of another family.
   const auto is_own = [&](const char* key) {
     return std::find(family.keys.begin(), family.keys.end(), std::string_view(key)) != family.keys.end();

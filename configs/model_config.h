@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "configs/lora_form.h"
 #include "configs/model_traits.h"
 #include "configs/router_form.h"
 
@@ -40,6 +41,8 @@ struct ModelConfig {
   double router_aux_loss_coef = 0.001;
   int first_k_dense_replace = 0;  // layers in front of the first mixture
   std::vector<int> mlp_only_layers;
+
+  LoraForm lora;  // adapters that train beside the weights of a run
 
   std::string raw_json = "{}";  // the file as read: keys we do not know are carried through to the output
 

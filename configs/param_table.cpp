@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "configs/adapter_params.h"
 #include "configs/expert_use.h"
 
 namespace upmoe {
@@ -67,8 +68,11 @@ Form form_of(const ModelConfig& c, Role role) {
       return gate_up(c, c.shared_expert_intermediate_size);
     case Role::kSharedDown:
       return down(c, c.shared_expert_intermediate_size);
+    case Role::kAdapterA:
+    case Role::kAdapterB:
+      break;  // adapter_params() makes them
   }
-  fail(ExitCode::kFailure, "no such role");
+  fail(ExitCode::kFailure, "no parameter has the role {} alone", name_of(role));
 }
 
 Init::Kind init_of(const ModelConfig& c, Role role) {
@@ -116,6 +120,17 @@ std::vector<Role> roles_of_block(const ModelConfig& c, int layer) {
 
 }  // namespace
 
+namespace {
+
+void add_block(const ModelConfig& config, int layer, std::vector<ParamSpec>& params) {
+  const std::vector<Role> roles = roles_of_block(config, layer);
+  for (const Role role : roles) params.push_back(make_param(config, role, layer));
+  for (const Role role : roles)
+    for (ParamSpec& adapter : adapter_params(config, role, layer)) params.push_back(std::move(adapter));
+}
+
+}  // namespace
+
 std::string param_name(Role role, int layer) {
   return layer == kOutsideBlocks ? name_of(role) : fmt::format("layers.{}.{}", layer, name_of(role));
 }
@@ -142,11 +157,17 @@ ParamSpec make_param(const ModelConfig& config, Role role, int layer) {
   return spec;
 }
 
+int first_input_dim(const ParamSpec& weight) {
+  int d = weight.expert ? 1 : 0;
+  // Heads and their size are outputs of queries, keys and values together.
+  d += weight.dims[static_cast<std::size_t>(d) + 1] == Dim::kHeadSize ? 2 : 1;
+  return d + (weight.dims[static_cast<std::size_t>(d)] == Dim::kPair ? 1 : 0);
+}
+
 std::vector<ParamSpec> make_param_table(const ModelConfig& config) {
   UPMOE_CHECK(config.num_hidden_layers > 0 && config.head_dim > 0, "the model config is not filled in");
   std::vector<ParamSpec> params{make_param(config, Role::kEmbedding)};
-  for (int layer = 0; layer < config.num_hidden_layers; ++layer)
-    for (const Role role : roles_of_block(config, layer)) params.push_back(make_param(config, role, layer));
+  for (int layer = 0; layer < config.num_hidden_layers; ++layer) add_block(config, layer, params);
   params.push_back(make_param(config, Role::kFinalNorm));
   if (!config.tie_word_embeddings) params.push_back(make_param(config, Role::kHead));
   return params;

@@ -12,11 +12,13 @@
 //   layers.i.moe.down_EDF [E,D,F]                                                               mixtures
 //   layers.i.shared.gate_1D · layers.i.shared.gate_up_F2D · layers.i.shared.down_DF
 //   norm_D · head_VD (untied only)
+// and those of low-rank adapters (adapter_params.h), behind the others of their block.
 // In the table q, k, v weights are neighbours in this order, then the three biases: a flat buffer in table
 // order holds one contiguous [qkv, D] matrix.
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -53,7 +55,9 @@ enum class Role : std::uint8_t {
   kSharedGateUp,
   kSharedDown,
   kFinalNorm,
-  kHead
+  kHead,
+  kAdapterA,  // of whichever weight (ParamSpec::adapts)
+  kAdapterB
 };
 template <>
 inline constexpr Names<Role> kNames<Role>{.built = {{Role::kEmbedding, "embed_VD"},
@@ -80,15 +84,33 @@ inline constexpr Names<Role> kNames<Role>{.built = {{Role::kEmbedding, "embed_VD
                                                     {Role::kSharedGateUp, "shared.gate_up_F2D"},
                                                     {Role::kSharedDown, "shared.down_DF"},
                                                     {Role::kFinalNorm, "norm_D"},
-                                                    {Role::kHead, "head_VD"}}};
+                                                    {Role::kHead, "head_VD"},
+                                                    {Role::kAdapterA, "lora_A"},
+                                                    {Role::kAdapterB, "lora_B"}}};
 
 inline constexpr int kOutsideBlocks = -1;
 
 enum class Dim : std::uint8_t { kEmbed, kHeads, kKvHeads, kHeadSize, kFfn, kVocab, kExpert, kPair, kOne };
 
+// kUniform: within +-size.
 struct Init {
-  enum class Kind { kNormal, kOnes, kZeros } kind = Kind::kNormal;
-  float std = 0.02f;
+  enum class Kind { kNormal, kOnes, kZeros, kUniform } kind = Kind::kNormal;
+  float size = 0.02f;  // kNormal: the standard deviation
+};
+
+// Gate and up of a neuron are one parameter here and two tensors on disk.
+enum class Half : std::uint8_t { kWhole, kGate, kUp };
+
+// What a low-rank adapter stands beside, and which of its two matrices a parameter is.
+struct AdaptedPart {
+  Role role = Role::kQuery;
+  Half half = Half::kWhole;
+  friend bool operator==(const AdaptedPart&, const AdaptedPart&) = default;
+};
+enum class AdapterFactor : std::uint8_t { kA, kB };
+struct Adapts {
+  AdaptedPart part;
+  AdapterFactor factor = AdapterFactor::kA;
 };
 
 struct ParamSpec {
@@ -111,7 +133,11 @@ struct ParamSpec {
   // from has none, it begins as `init` says.
   bool added = false;
   Init init;
+  std::optional<Adapts> adapts = {};  // of a low-rank adapter alone
 };
+
+// Of a weight, the first of the dims that are its product's input: those before it are experts, outputs and halves.
+int first_input_dim(const ParamSpec& weight);
 
 std::vector<ParamSpec> make_param_table(const ModelConfig& config);  // pure; dense and MoE alike
 // One parameter as the table would have it, whether or not this model has it.

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "configs/lora_form.h"
 #include "configs/router_form.h"
 #include "configs/run_choices.h"
 
@@ -99,6 +100,9 @@ struct RunConfig {
   struct Kernels {
     ExpertsPath experts = ExpertsPath::kAuto;
   } kernels;
+  struct Lora : LoraForm {
+    double dropout = 0;  // of what an adapter reads
+  } lora;
   std::vector<std::string> freeze;  // shell-style patterns over parameter names, ours or Hugging Face's
   struct Checkpoint {
     std::int64_t every = 0;

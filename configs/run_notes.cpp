@@ -60,6 +60,8 @@ std::vector<std::string> without_effect(const RunConfig& run) {
   notes.unless(evaluates, "data.valid_loss_mask", "data.valid is not given");
   notes.unless(run.data.shuffle, "data.seed", "data.shuffle is false");
   notes.unless(run.train.precision != Precision::kFp32, "router.dtype", "train.precision is fp32");
+  for (const char* key : {"lora.alpha", "lora.targets"})
+    notes.unless(run.lora.given(), key, "lora.rank is 0");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");
   notes.unless(run.device != DeviceChoice::kCpu, "train.deterministic", "the CPU always sums in one order");
   notes.unless(run.device != DeviceChoice::kCpu, "kernels.experts", "device is cpu");
@@ -71,7 +73,7 @@ std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig&
   Notes notes(run);
   const bool routed = model.num_moe_layers() > 0;
   notes.unless((routed && model.router.draws()) || run.model.init == ModelInit::kRandom ||
-                   run.optimizer.name == OptimizerKind::kAdamW8bit,
+                   run.optimizer.name == OptimizerKind::kAdamW8bit || run.lora.given(),
                "run.seed", "the weights come from model.path, and the order of the data has data.seed");
   for (const char* key :
        {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype", "router.score", "router.scale",

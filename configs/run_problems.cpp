@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "configs/expert_use.h"
+#include "configs/lora_record.h"
 #include "configs/router_record.h"
 
 namespace upmoe {
@@ -36,6 +37,7 @@ class Problems {
     check_batch();
     check_model();
     for (std::string& p : router_problems(run_.router, model_)) found_.push_back(std::move(p));
+    for (std::string& p : lora_problems(run_, model_)) found_.push_back(std::move(p));
     return found_;
   }
 

@@ -11,7 +11,7 @@
 namespace upmoe {
 namespace {
 
-constexpr double kMaxSteps = 1e9, kMaxSequences = 1e9, kMaxSeqLen = 1 << 24;
+constexpr double kMaxSteps = 1e9, kMaxSequences = 1e9, kMaxSeqLen = 1 << 24, kMaxRank = 1 << 12;
 
 const TextCheck kPath{.path = true};
 
@@ -288,6 +288,18 @@ void add_layout(Schema& schema, RunConfig::Parallel& parallel) {
       .says("Ranks per node: expert rows cross to another node once. 0: straight to their rank.");
 }
 
+void add_lora(Schema& schema, RunConfig::Lora& lora) {
+  schema.section("lora")
+      .key("rank", lora.rank, {.least = 0, .most = kMaxRank})
+      .says("Of low-rank adapters, which then train alone; 0: none. docs/finetune.md.")
+      .key("alpha", lora.alpha, {.least = 0, .above = true})
+      .says("An adapter's product counts alpha / rank times.")
+      .key("targets", lora.targets)
+      .says("Modules that get adapters; gate_proj, up_proj and down_proj: of dense networks and all experts.")
+      .key("dropout", lora.dropout, {.least = 0, .most = 1, .below = true, .built = {0}})
+      .says("Share of what an adapter reads that training leaves out.");
+}
+
 }  // namespace
 
 Schema run_schema(RunConfig& run) {
@@ -318,6 +330,7 @@ Schema run_schema(RunConfig& run) {
           "Patterns of parameters that do not train, in our names or Hugging Face's, or presets: @experts, "
           "@router, @attention, @shared, and @non_experts and so on for all the rest; quote them: "
           "['*mlp.gate.weight'].");
+  add_lora(schema, run.lora);
   schema.section("checkpoint")
       .key("every", run.checkpoint.every, {.least = 0})
       .says("Steps between checkpoints; 0: at the end alone.")

@@ -158,6 +158,12 @@ bool is_derived(const std::string& name) {
 }  // namespace
 
 HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir)) {
+  if (config_.lora.given())
+    fail(ExitCode::kBadInput,
+         "{}: config.json speaks of adapters (upmoe_lora), which checkpoints have beside their weights and "
+         "model "
+         "directories have not; take the checkpoint, or remove the key",
+         dir.string());
   const auto [names, file_of] = find_weight_files(dir);
   for (const std::string& name : names) {
     if (fs::weakly_canonical(dir / name).parent_path() != fs::weakly_canonical(dir))

@@ -119,9 +119,10 @@ void write_hf_model(const HfOutput& output, const ModelConfig& config, const Rea
   if (!layout.index_json.empty())
     write_text_synced(stage.path() / "model.safetensors.index.json", layout.index_json);
   ModelConfig written = config;
-  // Buffers that the family has no tensor for are not in the files.
+  // Buffers and adapters that the family has no tensor for are not in the files.
   written.router_load = false;
   written.router_bias = config.router_bias && family_of(config).carries.has(Trait::kChoiceBias);
+  written.lora = {};
   written.router = config.router.served();  // its readers do not train it as we did
   written.dtype = output.dtype == DType::kBF16 ? "bfloat16" : "float32";
   write_text_synced(stage.path() / "config.json", to_hf_json(written));

@@ -123,6 +123,12 @@ Replica along_tp(const ParamSpec& p, const MeshSpec& mesh, int rank) {
   return {0, 1};
 }
 
+// Whether every rank along etp has the whole of its experts' part: adapters have matrices without a dim of neurons,
+// which the pieces of an expert share.
+bool whole_along_etp(const ParamSpec& p) {
+  return p.expert && over_tp(p).kind != OverTp::kCut;
+}
+
 }  // namespace
 
 Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, const StagePlan& plan) {
@@ -139,7 +145,9 @@ Box shard_of(const ParamSpec& p, const MeshSpec& mesh, int rank, const StagePlan
 }
 
 Replica replica_of(const ParamSpec& p, const MeshSpec& mesh, int rank) {
-  if (p.expert) return {mesh.coord(rank, Axis::kEdp), mesh.edp()};
+  const int edp = mesh.coord(rank, Axis::kEdp);
+  if (whole_along_etp(p)) return {edp * mesh.etp + mesh.coord(rank, Axis::kEtp), mesh.edp() * mesh.etp};
+  if (p.expert) return {edp, mesh.edp()};
   // Dense parameters are the same along dp and cp. Experts lie along another cut of the same ranks (ep, etp), of which
   // edp is what is left.
   int data = mesh.coord(rank, Axis::kDp) * mesh.cp + mesh.coord(rank, Axis::kCp), copies = mesh.dp * mesh.cp;
@@ -153,7 +161,7 @@ Replica replica_of(const ParamSpec& p, const MeshSpec& mesh, int rank) {
 }
 
 std::vector<std::int64_t> holders_key(const ParamSpec& p, const MeshSpec& mesh) {
-  if (p.expert) return {1, 0, 0, 0};
+  if (p.expert) return {1, whole_along_etp(p) && mesh.etp > 1 ? 1 : 0, 0, 0};
   const Spread spread = over_tp(p);
   const bool kv_cut = spread.kind == OverTp::kKvHeads && mesh.tp <= spread.kv_heads;
   const OverTp kind = mesh.tp == 1 || kv_cut ? OverTp::kCut : spread.kind;
@@ -175,7 +183,7 @@ std::vector<int> holders_of(const ParamSpec& p, const MeshSpec& mesh, int rank) 
   const auto same_shard = [&](int r) {
     if (p.expert)
       return mesh.coord(r, Axis::kEp) == mesh.coord(rank, Axis::kEp) &&
-             mesh.coord(r, Axis::kEtp) == mesh.coord(rank, Axis::kEtp);
+             (whole_along_etp(p) || mesh.coord(r, Axis::kEtp) == mesh.coord(rank, Axis::kEtp));
     const int mine = mesh.coord(rank, Axis::kTp), theirs = mesh.coord(r, Axis::kTp);
     if (spread.kind == OverTp::kCut) return mine == theirs;
     if (spread.kind == OverTp::kWhole) return true;

@@ -54,6 +54,7 @@ std::string model_digest(const ModelConfig& config, const ModelSource* weights) 
       config;  // of model.path: its routers are the run's, and are compared in their own words
   asked.router = {};
   asked.router_bias = asked.router_load = false;
+  asked.lora = {};
   return fmt::format("{:016x}", philox_key(2, function_of(asked)));
 }
 
@@ -102,6 +103,7 @@ void Resumption::require_same_model(const std::string& source_digest, const std:
         started.router;  // the run's, not the model's (require_same_router of configs/router_record.h)
     config.router_bias = started.router_bias;
     config.router_load = started.router_load;
+    config.lora = started.lora;
     differs = config_differences(started, config);
     // Checkpoints of earlier programs have no digest: then the configuration decides.
     if (differs.empty() && !source_digest.empty() && model_digest(config, weights.get()) != source_digest)

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include "configs/lora_record.h"
 #include "configs/nearest_meshes.h"
 #include "configs/router_record.h"
 #include "data/model_source.h"
@@ -24,6 +25,11 @@ namespace upmoe {
 namespace fs = std::filesystem;
 
 namespace {
+
+// What is trained: the model with what the run asks for beside it.
+ModelConfig model_of(const RunConfig& run, const ModelConfig& source) {
+  return with_lora(with_router(source, run.router), run.lora);
+}
 
 class Run {
  public:
@@ -71,9 +77,10 @@ class Run {
   // Weights to start from are opened only where they are wanted: init: random needs config.json alone.
   ModelConfig open_config(const std::optional<fs::path>& checkpoint) {
     if (!checkpoint && run_.model.init == ModelInit::kRandom)
-      return with_router(read_model_config(run_.model.path), run_.router);
+      return model_of(run_, read_model_config(run_.model.path));
     source_ = open_model(checkpoint ? *checkpoint : fs::path(run_.model.path));
-    const ModelConfig config = with_router(source_->config(), run_.router);
+    const ModelConfig config = model_of(run_, source_->config());
+    require_same_lora(source_->config(), config, source_->directory().string(), checkpoint.has_value());
     if (checkpoint) require_same_router(source_->config(), config, checkpoint->string());
     return config;
   }

@@ -220,7 +220,9 @@ class RecipeBuilder {
       case Init::Kind::kZeros:
         return FreshInit{FreshInit::Kind::kConstant, 0.0, 0.0, 1};
       case Init::Kind::kNormal:
-        return FreshInit{FreshInit::Kind::kNormal, param.init.std, 0.0, 1};
+        return FreshInit{FreshInit::Kind::kNormal, param.init.size, 0.0, 1};
+      case Init::Kind::kUniform:
+        break;  // of adapters, which no recipe makes
     }
     fail(ExitCode::kFailure, "{}: no such initialisation", param.name);
   }

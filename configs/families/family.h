@@ -14,9 +14,6 @@ namespace upmoe {
 class JsonObject;
 class JsonWriter;
 
-// Gate and up of a neuron are one parameter here and two tensors there.
-enum class Half : std::uint8_t { kWhole, kGate, kUp };
-
 // A tensor on disk, or one for each block ({0} in the name) and routed expert ({1}), and what it holds: of the
 // parameter of this role the expert and the half that it speaks of. Rows of names that are the same are one tensor, in
 // this order; so are all experts of a routed one without {1}.

@@ -4,6 +4,8 @@
 // The routing weight multiplies the hidden row, before the down projection: the same product, and its gradient
 // needs only what gate_up gives.
 //
+// Where adapters stand beside the weights, what they add belongs to the products: gate_up and y, dh and dx.
+//
 // One call for forward, for the gradient of the rows and for that of the weights. ExpertFfn::fused chooses behind them:
 // gathers, grouped products and SwiGLU one after the other (any device and dtype), or the ops of experts.h, to which
 // the picked rows and gate_up are all that forward need keep:
@@ -27,6 +29,8 @@ struct ExpertGradients {
   TensorView dgate_up_RG;       // what the weights' gradients are made of
   TensorView dy_RD;             // one after the other alone
   TensorView h_RF;              // fused alone
+  // Of each adapter there is, its low-rank rows' gradient.
+  TensorView dz_gate_up_RL = {}, dz_down_RL = {};
 };
 // Overwrites all of `g`.
 void expert_ffn_backward(Exec& ex, const ExpertGradients& g, const PickedRows& dy, ConstTensorView gate_up_RG,
@@ -36,9 +40,13 @@ void expert_ffn_backward(Exec& ex, const ExpertGradients& g, const PickedRows& d
 struct WeightOperands {
   PickedRows x, dy;
   ConstTensorView dgate_up_RG, h_RF, gate_up_RG;
+  ConstTensorView dz_gate_up_RL = {}, dz_down_RL = {};
 };
 // (+)= , each where it is given. Overwritten, experts without rows get zeros.
 void expert_ffn_wgrad(Exec& ex, GradientView dgate_up_eGD, GradientView ddown_eDF, const WeightOperands& o,
                       const ExpertFfn& f);
+// The same of the adapters that f has, one after the other alone.
+void expert_adapters_wgrad(Exec& ex, const LowRankGradient& dgate_up, const LowRankGradient& ddown,
+                           const WeightOperands& o, const ExpertFfn& f);
 
 }  // namespace upmoe::ops

@@ -8,6 +8,7 @@
 #include "kernels/ops/expert_rows.h"
 #include "kernels/ops/expert_shape.h"
 #include "kernels/ops/gemm.h"
+#include "kernels/ops/low_rank.h"
 
 namespace upmoe::ops {
 
@@ -21,7 +22,8 @@ struct ExpertFfn {
   ConstTensorView gate_up_eGD, down_eDF;
   ConstTensorView weight_R;  // fp32
   ExpertRows rows;
-  bool fused = false;  // by the ops of this file
+  bool fused = false;                               // by the ops of this file, which know no adapters
+  LowRank gate_up_adapter = {}, down_adapter = {};  // each may be absent
 };
 
 // Whether ex's device computes such experts by the ops below, as ex.experts asks for. Where it asks in vain the log

@@ -63,6 +63,7 @@ TEST(Names, OfRuns) {
   expect_read<Recompute>("train.recompute", run_with);
   expect_read<OptimizerKind>("optimizer.name", run_with);
   expect_read<ScheduleKind>("schedule.name", run_with);
+  expect_read<LoraTarget>("lora.targets", run_with);
   expect_read<DeviceChoice>("device", run_with);
 }
 

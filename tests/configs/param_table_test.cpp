@@ -204,7 +204,7 @@ TEST(ParamTable, ShapesDimsAndKinds) {
                            : bias ? Init::Kind::kZeros
                                   : Init::Kind::kNormal)
         << p.name;
-    EXPECT_EQ(p.init.std, 0.25f);
+    EXPECT_EQ(p.init.size, 0.25f);
     EXPECT_EQ(p.expert, p.name == "layers.0.moe.gate_up_EF2D" || p.name == "layers.0.moe.down_EDF") << p.name;
     EXPECT_EQ(p.layer, p.name.starts_with("layers.") ? 0 : kOutsideBlocks) << p.name;
     EXPECT_EQ(p.name, param_name(p.role, p.layer));

@@ -24,11 +24,12 @@ MUTANTS = {
         "    for (std::int64_t round = 0; round < 1; ++round) {\n      const std::int64_t index", "Loader.*",
         "batch_loader_test"),
     "frozen_experts_keep_their_rows": (
-        "trainer/model/experts.h", "return gate_up_eGD.wants_grad() || !keeps.gate_up;", "return true;",
+        "trainer/model/experts.h",
+        "return gate_up_eGD.wants_grad() || wants_grad(gate_up_adapter) || !keeps.gate_up;", "return true;",
         "FrozenCost.*", "freeze_test"),
     "rows_for_gate_up_made_again_are_gone": (
-        "trainer/model/experts.h", "return gate_up_eGD.wants_grad() || !keeps.gate_up;",
-        "return gate_up_eGD.wants_grad();", "*Frozen*", "freeze_test"),
+        "trainer/model/experts.h", " || wants_grad(gate_up_adapter) || !keeps.gate_up;",
+        " || wants_grad(gate_up_adapter);", "*Frozen*", "freeze_test"),
     "the_noise_of_a_frozen_router_trains": (
         "trainer/param_patterns.cpp", "{Role::kRouter, Role::kRouterNoise}", "{Role::kRouter}", "Freeze.*",
         "freeze_test"),
@@ -41,7 +42,7 @@ MUTANTS = {
         "trainer/model/make_transformer.cpp", "    if (p.spec.role == Role::kEmbedding) return 0;\n", "",
         "FrozenCost.*", "freeze_test"),
     "a_frozen_attention_gathers_its_tokens": (
-        "trainer/model/attention_layer.cpp", "  if (qkv.weight_NK.wants_grad()) x.emplace", "  x.emplace",
+        "trainer/model/attention_layer.cpp", "  if (qkv.wants_input()) x.emplace", "  x.emplace",
         "FrozenCost.*", "freeze_test"),
     "groups_at_the_rate_of_the_rest": (
         "trainer/optimizer.cpp", "lr[s.group]", "lr[0]", "OptimizerGroups.*", "schedule_test"),
@@ -53,4 +54,37 @@ MUTANTS = {
         "schedule_test"),
     "held_out_targets_counted_on_every_tp_rank": (
         "trainer/evaluation.cpp", " || mesh.coord(Axis::kTp) != 0) return 0;", ") return 0;", "LossMasks.*"),
+    "an_adapter_without_its_scale": (
+        "trainer/model/make_transformer.cpp", "  adapter.scale = static_cast<float>(config.lora.scale());\n", "",
+        "LoraModel.*", "layout_equivalence_test"),
+    "an_adapters_b_begins_drawn": (
+        "configs/adapter_params.cpp", "spec.init = {Init::Kind::kZeros};",
+        "spec.init = {Init::Kind::kUniform, 0.1f};", "LoraModel.*", "layout_equivalence_test"),
+    "up_rows_in_the_columns_of_gates": (
+        "trainer/model/adapter.cpp", "ops::copy_columns(ex, rows_b, m.first % m.step * rank() + column,",
+        "ops::copy_columns(ex, rows_b, column,", "Forms/*", "adapter_test"),
+    "values_adapted_where_keys_are": (
+        "trainer/model/make_transformer.cpp", "{{Role::kValue}, Q + KV, 1}", "{{Role::kValue}, Q, 1}",
+        "LoraModel.*", "layout_equivalence_test"),
+    "a_second_micro_batchs_adapters_write_over": (
+        "trainer/model/adapter.cpp", "  ops::add(ex, into, into, own);\n", "  ops::cast(ex, into, own);\n", "Forms/*",
+        "adapter_test"),
+    "low_rank_rows_are_not_scaled_again": (
+        "kernels/ops/low_rank.cpp", "  times(again, z_RL, w.scale);\n", "", "Forms/*", "adapter_test"),
+    "experts_adapters_have_no_input_gradient": (
+        "kernels/ops/low_rank.cpp", "  add(ex, dx_RK, dx_RK, sum_RK);\n", "", "Forms/*", "adapter_test"),
+    "gate_up_made_again_without_its_adapter": (
+        "trainer/model/experts.cpp",
+        "    ops::add_low_rank(again, b.activations.gate_up_RG, b.activations.x_RD, b.gate_up_adapter,\n"
+        "                      saved.experts());\n", "", "Forms/*", "adapter_test"),
+    "experts_adapters_summed_along_edp_alone": (
+        "parallel/layout.cpp", "return p.expert && over_tp(p).kind != OverTp::kCut;", "return false;", "Layout.*",
+        "layout_test"),
+    "an_adapted_attention_gathers_no_tokens": (
+        "trainer/model/linear.h", "weight_NK.wants_grad() || (adapter && adapter->wants_grad())",
+        "weight_NK.wants_grad()", "Layouts/Lora.*", "layout_equivalence_test"),
+    "weights_beside_adapters_train": (
+        "trainer/freeze.cpp", "if (p.trained && !p.adapts) frozen.push_back(p.name);",
+        "if (p.trained && !p.adapts && p.role != Role::kQuery) frozen.push_back(p.name);", "LoraModel.*",
+        "layout_equivalence_test"),
 }

@@ -1,6 +1,7 @@
 #pragma once
 // What two layouts of one run came to, compared.
 
+#include "configs/lora_record.h"
 #include "configs/router_record.h"
 #include "tests/support/layout_run.h"
 #include "tests/support/tolerance.h"
@@ -44,9 +45,9 @@ inline const Outcome& one_rank(const Layout& like) {
   const std::string key =
       one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) + kinds +
       name_of(one.optimizer) +
-      fmt::format("{}{}{}{}{}{}{}{}{}{}", fmt::join(one.freeze, ","), static_cast<int>(one.loss_mask),
-                  one.mask_documents, one.z_loss, one.steps, one.choices, one.renormalize,
-                  one.form ? words_of(*one.form) : "own", one.bias_rate, one.eps);
+      fmt::format("{}{}{}{}{}{}{}{}{}{}{}", words_of(one.lora), fmt::join(one.freeze, ","),
+                  static_cast<int>(one.loss_mask), one.mask_documents, one.z_loss, one.steps, one.choices,
+                  one.renormalize, one.form ? words_of(*one.form) : "own", one.bias_rate, one.eps);
   auto it = done.find(key);
   if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
   return it->second;

@@ -70,6 +70,7 @@ struct Layout {
   double eps = 0;  // AdamW's; 0: the golden file's
   LossMask loss_mask = LossMask::kNone;
   std::vector<std::string> freeze = {};
+  LoraForm lora = {};
   std::function<void(RunConfig&)> change = {};  // of what nothing above says; not for one_rank()
 
   RouterForm own_form() const { return form.value_or(RouterForm{}); }
@@ -101,6 +102,7 @@ inline RunConfig run_of(const Layout& l, const Golden& golden, const std::filesy
   run.parallel.reduce = l.reduce;
   run.optimizer.name = l.optimizer;
   run.freeze = l.freeze;
+  static_cast<LoraForm&>(run.lora) = l.lora;
   run.train.recompute = l.recompute;
   run.train.precision = l.precision;
   run.data.mask_documents = l.mask_documents;
@@ -122,6 +124,7 @@ inline ModelConfig config_of(const Layout& l, const Golden& golden) {
   ModelConfig config = golden.config();
   config.router_bias = config.router_bias || l.router_bias || l.bias_rate > 0;
   config.router = l.form.value_or(config.router);
+  config.lora = l.lora;
   if (l.choices > 0) config.num_experts_per_tok = l.choices;
   config.norm_topk_prob = config.norm_topk_prob || l.renormalize;
   config.router_load = run_of(l, golden, "unused").router.has_term(AuxKind::kGlobal);

@@ -40,6 +40,8 @@ std::vector<Layout> gpu_meshes() {
   }
   if (gpu::count() >= 2) {
     all.push_back({"qwen3", {1, 1, 1, 2, 1, 1}});
+    all.push_back({"moe_a27b", {1, 1, 1, 2, 1, 2}});
+    all.back().lora = {3, 6, {LoraTarget::kQuery, LoraTarget::kValue, LoraTarget::kUp, LoraTarget::kDown}};
     all.push_back({"mistral", {1, 1, 2, 1, 1, 1}});
     all.push_back({"gemma", {2, 1, 1, 1, 1, 1}});
   }

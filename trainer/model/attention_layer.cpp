@@ -107,8 +107,8 @@ void AttentionLayer::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, co
 void AttentionLayer::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const {
   ScratchScope scope(*ex.scratch);
   GatheredTokens dy(ex, *tp, dy_tD);
-  std::optional<GatheredTokens> x;  // for the weight's gradient
-  if (qkv.weight_NK.wants_grad()) x.emplace(ex, *tp, saved.x_tD);
+  std::optional<GatheredTokens> x;  // for the gradients of weights
+  if (qkv.wants_input()) x.emplace(ex, *tp, saved.x_tD);
   TensorView dout_TQ = ex.scratch->take(saved.out_TQ.shape, saved.out_TQ.dtype, "attention output gradient");
   TensorView dqkv_TH = ex.scratch->take(saved.qkv_TH.shape, saved.qkv_TH.dtype, "attention qkv gradient");
   output.backward(ex, dout_TQ, Accumulate::kOverwrite, dy.finish(), saved.out_TQ);

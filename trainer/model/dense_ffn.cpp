@@ -7,7 +7,7 @@ namespace upmoe {
 void DenseFfn::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, Arena& keep, Saved& saved) const {
   const std::int64_t T = x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   saved.x_tD = x_tD;
-  const bool keeps_hidden = keeps.hidden && down.weight_NK.wants_grad();
+  const bool keeps_hidden = keeps.hidden && down.wants_input();
   if (keeps_hidden) saved.h_TF = keep.take({T, G / 2}, x_tD.dtype, "ffn hidden");
   if (gate_1D) saved.gate_T = keep.take({T}, DType::kF32, "shared expert gate");
   if (keeps.gate_up) saved.gate_up_TG = keep.take({T, G}, x_tD.dtype, "ffn gate and up");
@@ -53,7 +53,7 @@ void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const
   GatheredTokens dy(ex, *tp, dy_tD);
   // For the weights' gradients, and to make gate and up again: frozen weights have no use for the tokens.
   std::optional<GatheredTokens> x;
-  if (gate_up.weight_NK.wants_grad() || gate_1D || !keeps.gate_up) x.emplace(ex, *tp, saved.x_tD);
+  if (gate_up.wants_input() || gate_1D || !keeps.gate_up) x.emplace(ex, *tp, saved.x_tD);
   Exec again = not_booked(ex);
   const std::int64_t T = saved.x_tD.rows() * tp->size(), G = gate_up.weight_NK.value.shape[0];
   ConstTensorView x_TD;
@@ -64,7 +64,7 @@ void DenseFfn::backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const
     gate_up.forward(again, gate_up_TG, x_TD);
   }
   TensorView dh_TF = ex.scratch->take({T, G / 2}, dy_tD.dtype, "ffn hidden gradient");
-  if (!keeps.hidden && down.weight_NK.wants_grad()) {
+  if (!keeps.hidden && down.wants_input()) {
     h_TF = ex.scratch->take({T, G / 2}, dy_tD.dtype, "ffn hidden, again");
     hidden(again, h_TF, gate_up_TG, saved);
   }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <utility>
 
+#include "configs/adapter_params.h"
 #include "configs/expert_use.h"
 #include "kernels/core/bf16.h"
 #include "trainer/model/capacity_router.h"
@@ -55,6 +56,51 @@ struct BlockParams {
   }
 };
 
+// A part of a product that may have an adapter, and where in the product's rows its own lie.
+struct AdapterPlace {
+  AdaptedPart part;
+  std::int64_t first = 0, step = 1;
+};
+
+// A factor as its product reads it, as a matrix, of experts as one for each: a is [L, K], b [N, L].
+Param bind_factor(const BlockParams& params, const std::string& name, AdapterFactor factor) {
+  const StoredParam& p = params.store.at(name);
+  const Shape& at = p.shard.extent;
+  const std::int64_t experts = p.spec.expert ? at[0] : 1, inside = experts == 0 ? 0 : at.elements() / experts;
+  const bool is_a = factor == AdapterFactor::kA;
+  const std::int64_t rank = at[is_a ? (p.spec.expert ? 1 : 0) : -1], other = rank == 0 ? 0 : inside / rank;
+  const std::int64_t rows = is_a ? rank : other, columns = is_a ? other : rank;
+  return params.store.param(name, p.spec.expert ? Shape{experts, rows, columns} : Shape{rows, columns});
+}
+
+// Of a product with `rows` rows, if any of its parts has one.
+std::optional<Adapter> bind_adapter(const ModelConfig& config, const BlockParams& params, std::int64_t rows,
+                                    std::initializer_list<AdapterPlace> places) {
+  Adapter adapter;
+  for (const AdapterPlace& place : places) {
+    const std::string a = adapter_name(place.part, AdapterFactor::kA, params.layer),
+                      b = adapter_name(place.part, AdapterFactor::kB, params.layer);
+    if (!params.store.has(a)) continue;
+    adapter.modules.push_back({bind_factor(params, a, AdapterFactor::kA),
+                               bind_factor(params, b, AdapterFactor::kB), place.first, place.step});
+  }
+  if (adapter.modules.empty()) return std::nullopt;
+  adapter.rows = rows;
+  adapter.scale = static_cast<float>(config.lora.scale());
+  return adapter;
+}
+
+// Gate and up rows take turns.
+std::optional<Adapter> bind_gate_up_adapter(const ModelConfig& config, const BlockParams& params, Role role,
+                                            std::int64_t neurons) {
+  return bind_adapter(config, params, 2 * neurons, {{{role, Half::kGate}, 0, 2}, {{role, Half::kUp}, 1, 2}});
+}
+
+std::optional<Adapter> bind_whole_adapter(const ModelConfig& config, const BlockParams& params, Role role,
+                                          std::int64_t rows) {
+  return bind_adapter(config, params, rows, {{{role, Half::kWhole}}});
+}
+
 Norm make_norm(const ModelConfig& config, const Param& weight_D) {
   return {weight_D, static_cast<float>(config.rms_norm_eps), config.norm};
 }
@@ -75,6 +121,8 @@ DenseFfn bind_ffn(const ModelConfig& config, const BlockParams& params, const Pr
   ffn.tp = &mesh.along(Axis::kTp);
   ffn.gate_up.weight_NK = params.get(gate_up, {F2D[0] * 2, F2D[2]});
   ffn.down.weight_NK = params.get(down, {F2D[2], F2D[0]});
+  ffn.gate_up.adapter = bind_gate_up_adapter(config, params, gate_up, F2D[0]);
+  ffn.down.adapter = bind_whole_adapter(config, params, down, F2D[2]);
   ffn.keeps = keeps;
   return ffn;
 }
@@ -144,7 +192,9 @@ MoeLayer bind_moe(const ModelConfig& config, const BlockParams& params, const Pr
                                {mesh.across_nodes(), mesh.inside_node()});
   const Shape eF2D = params.shard(Role::kExpertGateUp);
   moe.experts = {params.get(Role::kExpertGateUp, {eF2D[0], eF2D[1] * 2, eF2D[3]}),
-                 params.get(Role::kExpertDown, {eF2D[0], eF2D[3], eF2D[1]}), keeps.routed};
+                 params.get(Role::kExpertDown, {eF2D[0], eF2D[3], eF2D[1]}), keeps.routed,
+                 bind_gate_up_adapter(config, params, Role::kExpertGateUp, eF2D[1]),
+                 bind_whole_adapter(config, params, Role::kExpertDown, eF2D[3])};
   if (config.shared_expert_intermediate_size > 0) {
     moe.shared = bind_ffn(config, params, mesh, Role::kSharedGateUp, Role::kSharedDown, keeps.dense);
     if (config.shared_expert_gate)
@@ -170,6 +220,10 @@ AttentionLayer bind_attention(const ModelConfig& config, const BlockParams& para
         HeadNorms{params.get(Role::kQueryNorm, {config.head_dim}),
                   params.get(Role::kKeyNorm, {config.head_dim}), static_cast<float>(config.rms_norm_eps)};
   attention.output.weight_NK = params.get(Role::kAttentionOutput, {config.hidden_size, Q});
+  const std::int64_t KV = attention.shape.kv_heads * config.head_dim;
+  attention.qkv.adapter = bind_adapter(
+      config, params, H, {{{Role::kQuery}, 0, 1}, {{Role::kKey}, Q, 1}, {{Role::kValue}, Q + KV, 1}});
+  attention.output.adapter = bind_whole_adapter(config, params, Role::kAttentionOutput, config.hidden_size);
   return attention;
 }
 

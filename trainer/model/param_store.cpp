@@ -229,7 +229,13 @@ void fill_initial(const Init& init, std::uint64_t key, std::int64_t first, std::
       return;
     case Init::Kind::kNormal:
       normal_batch(key, static_cast<std::uint64_t>(first), count, out);
-      for (std::int64_t i = 0; i < count; ++i) out[i] *= init.std;
+      for (std::int64_t i = 0; i < count; ++i) out[i] *= init.size;
+      return;
+    case Init::Kind::kUniform:
+      for (std::int64_t i = 0; i < count; ++i) {
+        const float u = uniform_from_bits(philox(key, static_cast<std::uint64_t>(first + i))[0]);
+        out[i] = (2.0f * u - 1.0f) * init.size;
+      }
   }
 }
 
