@@ -3,13 +3,12 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <set>
-#include <type_traits>
 
 #include "data/box_runs.h"
 #include "data/hf_files.h"
+#include "data/stored_values.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {
@@ -20,72 +19,12 @@ namespace {
 
 constexpr std::size_t kListed = 20;  // differences in one message
 
-bool is_float(const std::string& dtype) {  // that convert() reads
-  return dtype == "BF16" || dtype == "F32" || dtype == "F16";
-}
-
-float half_to_float(std::uint16_t h) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 0x1fu,
-                      mantissa = h & 0x3ffu;
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);
-  // 112 = 127 - 15, the difference of the exponents' biases; 13 = 23 - 10 bits more of fraction.
-  if (exponent != 0) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
-  const float magnitude = static_cast<float>(mantissa) * (1.0f / 16777216.0f);  // 2^-24: subnormal
-  return sign != 0 ? -magnitude : magnitude;
-}
-
-struct Half {
-  std::uint16_t bits;
-};
-float value_of(float v) {
-  return v;
-}
-float value_of(bf16 v) {
-  return to_float(v);
-}
-float value_of(Half v) {
-  return half_to_float(v.bits);
-}
-
-template <class From, class To>
-void convert_to(const std::byte* in, std::int64_t n, To* out) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    From stored;
-    std::memcpy(&stored, in + static_cast<std::size_t>(i) * sizeof(From), sizeof(From));
-    if constexpr (std::is_same_v<To, float>) {
-      out[i] = value_of(stored);
-    } else {
-      out[i] = to_bf16(value_of(stored));
-    }
-  }
-}
-
-template <class From>
-void convert_from(const std::byte* in, std::int64_t n, TensorView out, std::int64_t at) {
-  if (out.dtype == DType::kF32) return convert_to<From>(in, n, out.as<float>() + at);
-  convert_to<From>(in, n, out.as<bf16>() + at);
-}
-
-// n elements as stored -> out[at..] in out's dtype.
-void convert(const std::byte* in, const std::string& from, std::int64_t n, TensorView out, std::int64_t at) {
-  if ((from == "F32" && out.dtype == DType::kF32) || (from == "BF16" && out.dtype == DType::kBF16)) {
-    std::memcpy(out.data + static_cast<std::size_t>(at) * size_of(out.dtype), in,
-                static_cast<std::size_t>(n) * size_of(out.dtype));
-  } else if (from == "F32") {
-    convert_from<float>(in, n, out, at);
-  } else if (from == "BF16") {
-    convert_from<bf16>(in, n, out, at);
-  } else {
-    convert_from<Half>(in, n, out, at);
-  }
-}
-
 // Reads runs of one tensor, given in the order of the file: neighbours there become one read, however they
 // are scattered in `out` (gate and up interleave), and no read needs more than a small buffer.
 class RunReader {
  public:
   RunReader(const SafetensorsFile& file, const SafetensorsEntry& entry, TensorView out)
-      : file_(file), entry_(entry), out_(out), element_(entry.dtype == "F32" ? 4 : 2) {}
+      : file_(file), entry_(entry), out_(out), element_(stored_size(entry.dtype)) {}
   void add(std::int64_t from, std::int64_t to, std::int64_t n) {
     while (n > 0) {
       // A gap in the file, or a full buffer, ends the read that is being collected.
@@ -105,8 +44,8 @@ class RunReader {
     staged_.resize(static_cast<std::size_t>(end_ - begin) * element_);
     file_.read(entry_, static_cast<std::uint64_t>(begin) * element_, staged_);
     for (const Run& r : runs_)
-      convert(staged_.data() + static_cast<std::size_t>(r.from - begin) * element_, entry_.dtype, r.n, out_,
-              r.to);
+      convert_stored(staged_.data() + static_cast<std::size_t>(r.from - begin) * element_, entry_.dtype, r.n,
+                     out_, r.to);
     runs_.clear();
   }
 
@@ -191,15 +130,15 @@ void HfModel::check_tied_head() const {
   const auto [embedding_file, embedding] = locate(embedding_name);
   const auto values = [](const SafetensorsFile& file, const SafetensorsEntry& entry, std::int64_t from,
                          std::vector<float>& out) {
-    const std::size_t element = entry.dtype == "F32" ? 4 : 2;
+    const std::size_t element = stored_size(entry.dtype);
     std::vector<std::byte> stored(out.size() * element);
     file.read(entry, static_cast<std::uint64_t>(from) * element, stored);
     const auto n = static_cast<std::int64_t>(out.size());
-    convert(stored.data(), entry.dtype, n, host_view(out.data(), {n}), 0);
+    convert_stored(stored.data(), entry.dtype, n, host_view(out.data(), {n}), 0);
   };
   constexpr std::int64_t kBlock = std::int64_t{1} << 20;
   const std::int64_t elements = checked_mul(config_.vocab_size, config_.hidden_size);
-  bool equal = head->shape == embedding->shape && is_float(head->dtype);
+  bool equal = head->shape == embedding->shape && is_stored_float(head->dtype);
   std::vector<float> a, b;
   for (std::int64_t at = 0; equal && at < elements; at += kBlock) {
     a.resize(static_cast<std::size_t>(std::min(kBlock, elements - at)));
@@ -246,7 +185,7 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
     if (e.shape != t.shape)
       differences.push_back(fmt::format("{}: shape [{}], expected [{}]", t.name, fmt::join(e.shape, ", "),
                                         fmt::join(t.shape, ", ")));
-    if (!is_float(e.dtype))
+    if (!is_stored_float(e.dtype))
       differences.push_back(fmt::format(
           "{}: dtype {}, expected BF16, F32 or F16; save the model in one of them", t.name, e.dtype));
     if (!file_of.empty() && !file_of.contains(t.name))

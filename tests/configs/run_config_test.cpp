@@ -83,7 +83,8 @@ TEST(RunConfig, ShippedFilesAreRead) {
        {"tiny_dense.yaml", "tiny_gemma.yaml", "tiny_llama.yaml", "tiny_mistral.yaml", "tiny_moe.yaml",
         "tiny_qwen3.yaml", "tiny_expert_choice.yaml", "tiny_mixture_of_tokens.yaml", "quickstart/dense.yaml",
         "quickstart/moe.yaml", "quickstart/dense_continued.yaml", "finetune/full.yaml",
-        "finetune/experts_frozen.yaml", "finetune/non_experts_frozen.yaml", "finetune/router_only.yaml"}) {
+        "finetune/experts_frozen.yaml", "finetune/non_experts_frozen.yaml", "finetune/router_only.yaml",
+        "finetune/lora.yaml"}) {
     EXPECT_NO_THROW(read_run_config(std::filesystem::path(UPMOE_SOURCE_DIR) / "configs" / name, {})) << name;
   }
 }

@@ -87,4 +87,16 @@ MUTANTS = {
         "trainer/freeze.cpp", "if (p.trained && !p.adapts) frozen.push_back(p.name);",
         "if (p.trained && !p.adapts && p.role != Role::kQuery) frozen.push_back(p.name);", "LoraModel.*",
         "layout_equivalence_test"),
+    "an_adapter_merged_without_its_scale": (
+        "data/merged_weights.cpp", "static_cast<float>(scale * sums[k])", "static_cast<float>(sums[k])", "Adapters.*",
+        "hf_model_test"),
+    "an_up_merged_into_the_gate": (
+        "data/merged_weights.cpp", "(part.half == Half::kUp) == (half == 1)", "(part.half == Half::kUp) == (half == 0)",
+        "Adapters.*", "hf_model_test"),
+    "every_expert_with_the_firsts_adapter": (
+        "data/merged_weights.cpp", "    box.offset.dim[0] = expert;\n", "", "Adapters.*", "hf_model_test"),
+    "an_adapter_of_another_shape_is_read": (
+        "data/peft_adapter.cpp", "} else if (e->shape != t.shape) {", "} else if (e->shape.size() != t.shape.size()) {",
+        "Adapters.*", "hf_model_test"),
+    "dora_merged_as_lora": ("data/peft_adapter.cpp", "object.refuse(key, ", "(void)(", "Adapters.*", "hf_model_test"),
 }

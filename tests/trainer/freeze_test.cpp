@@ -8,6 +8,7 @@
 
 #include <set>
 
+#include "configs/lora_record.h"
 #include "kernels/core/check.h"
 #include "tests/support/tiny_moe.h"
 #include "trainer/optimizer_groups.h"
@@ -88,6 +89,10 @@ TEST(Freeze, ShippedConfigurationsName) {
   EXPECT_THAT(frozen(run("experts_frozen").freeze), testing::SizeIs(4));
   EXPECT_THAT(frozen(run("non_experts_frozen").freeze), testing::SizeIs(29));
   EXPECT_THAT(frozen(run("router_only").freeze), testing::SizeIs(31));
+  const ModelConfig adapted = with_lora(test::tiny_moe_config(), run("lora").lora);
+  EXPECT_THAT(frozen_names(run("lora").freeze, adapted), testing::SizeIs(33));
+  EXPECT_THAT(optimizer_groups({{.match = {"*.lora_B_*"}}}, adapted).at(0).names,
+              testing::SizeIs(2 * (4 + 3 + 3)));
 }
 
 // A parameter that training adds has no name on disk: it freezes by our name alone.
