@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "configs/expert_use.h"
+#include "configs/lora_record.h"
 #include "configs/run_notes.h"
 #include "data/staged_directory.h"
 #include "kernels/core/log.h"
@@ -93,6 +94,9 @@ void log_model(const Session& s, const TrainState& state) {
   log::info("model: {} ({}), {}: {} layers{}; {} parameters, {} activated per token", state.source,
             start_of(s.run, state), c.model_type, c.num_hidden_layers, experts, grouped(counts.total),
             grouped(counts.activated));
+  if (c.lora.given())
+    log::info("adapters: {}; their {} values train alone", words_of(c.lora),
+              grouped(count_of(s.params, [](const StoredParam& p) { return p.trains(); }).values));
   if (const std::string frozen = describe_frozen(s.params); !frozen.empty()) log::info("frozen: {}", frozen);
   if (const std::string kept = describe_fp32(s.params); !kept.empty()) log::info("kept in fp32: {}", kept);
   if (const std::string buffers = describe_buffers(s.params); !buffers.empty())

@@ -106,6 +106,9 @@ class Lora(unittest.TestCase):
         # The run with its adapters and the merged model are one function, and not the base's.
         self.assertAlmostEqual(self.evaluated("tuned"), self.evaluated("merged"), places=5)
         self.assertGreater(abs(self.evaluated("base") - self.evaluated("merged")), 1e-3)
+        said = [self.upmoe("generate", self.folder / name, "--tokens", "1,2,3", "--max-new-tokens", "12", "--json")
+                for name in ("tuned", "merged")]
+        self.assertEqual(*(json.loads(words)["tokens"] for words in said))
         self.assertNotIn("upmoe_lora", (self.folder / "merged" / "config.json").read_text())
         # Read back, the adapter makes the same model.
         self.export("base", "again", "--merge-adapter", self.folder / "adapter", "--dtype", "fp32")

@@ -7,6 +7,7 @@
 #include "data/merged_weights.h"
 #include "tests/support/layout_outcomes.h"
 #include "trainer/freeze.h"
+#include "trainer/rehearsal.h"
 
 namespace upmoe {
 namespace {
@@ -213,6 +214,50 @@ TEST(LoraModel, ComputesAndLearnsAsTheMergedModelDoes) {
       EXPECT_LT(relative_distance(gradient, with.gradients.at(name), 1e-3 * std::sqrt(squares)), 2e-5)
           << name;
   }
+}
+
+struct Rehearsed {
+  MemoryUse memory;
+  double model_flops = 0;
+};
+
+Rehearsed rehearsed(const Golden& golden, int rank, const std::vector<LoraTarget>& targets) {
+  Layout l = adapted("moe_a27b", {}, targets);
+  l.lora.rank = rank;
+  Rehearsal rehearsal(test::run_of(l, golden, "unused"), test::config_of(l, golden), 0, 1);
+  rehearsal.step();
+  const double flops = rehearsal.step().total().model_flops;
+  return {rehearsal.memory_use(), flops};
+}
+
+// Two FLOPs for each token and value of a and b, three times: forward, gradients of the input, of the matrices.
+TEST(LoraCost, LowRankProductsAreBooked) {
+  const Golden golden("moe_a27b");
+  const ModelConfig& c = golden.config();
+  const double tokens = 4.0 * static_cast<double>(golden.seq_len()), layers = c.num_moe_layers();
+  const auto more = [&](LoraTarget target) {
+    return rehearsed(golden, 6, {target}).model_flops - rehearsed(golden, 2, {target}).model_flops;
+  };
+  const auto D = static_cast<double>(c.hidden_size), F = static_cast<double>(c.moe_intermediate_size),
+             shared = static_cast<double>(c.shared_expert_intermediate_size),
+             heads = static_cast<double>(c.num_attention_heads * c.head_dim);
+  EXPECT_DOUBLE_EQ(more(kOutput), 3 * 2 * tokens * layers * 4 * (heads + D));
+  EXPECT_DOUBLE_EQ(more(kDown), 3 * 2 * tokens * layers * 4 * (shared + D + c.num_experts_per_tok * (F + D)));
+}
+
+TEST(LoraCost, GradientsAndMomentsAreOfAdaptersAlone) {
+  const Golden golden("moe_a27b");
+  const Rehearsed r = rehearsed(golden, 4, kEverything);
+  Layout l = adapted("moe_a27b", {});
+  l.lora.rank = 4;
+  std::size_t values = 0, tensors = 0;
+  for (const ParamSpec& p : make_param_table(test::config_of(l, golden))) {
+    values += p.adapts ? static_cast<std::size_t>(p.shape.elements()) : 0;
+    tensors += p.adapts ? 1 : 0;
+  }
+  const auto padding = static_cast<double>(64 * sizeof(float) * tensors);
+  EXPECT_NEAR(static_cast<double>(r.memory.gradients), static_cast<double>(4 * values), padding);
+  EXPECT_NEAR(static_cast<double>(r.memory.optimizer), static_cast<double>(8 * values), 2 * padding);
 }
 
 TEST(LoraModel, LeavesNoRoomForOtherFreezing) {
