@@ -39,6 +39,7 @@ struct BalancedRun {
 inline ModelConfig balanced_config(const Layout& layout, const Golden& golden) {
   ModelConfig config = golden.config();
   config.router = layout.form.value_or(config.router);
+  config.lora = layout.lora;
   if (!config.router.routes_groups()) config.num_experts_per_tok = config.num_experts;
   return config;
 }

@@ -137,6 +137,25 @@ TEST_P(LayoutResume, GoesOnInAnotherMesh) {
     EXPECT_NEAR(losses[i], whole.losses[i], limit * whole.losses[i]) << "step " << i + 1;
 }
 
+TEST(LoraResume, ToTheBitAndInAnotherMesh) {
+  for (const Precision precision : {Precision::kFp32, Precision::kBf16}) {
+    Layout from{"moe_a27b", {1, 2, 1, 2, 2, 2}};
+    from.lora = {3, 6, {LoraTarget::kQuery, LoraTarget::kOutput, LoraTarget::kUp, LoraTarget::kDown}};
+    from.precision = precision;
+    Layout to = from;
+    to.mesh = {2, 1, 1, 1, 1, 1};
+    const Halves moved = in_halves(from, to), stayed = in_halves(from, from);
+    EXPECT_EQ(moved.saved, moved.loaded);
+    EXPECT_EQ(stayed.saved, stayed.loaded);
+    EXPECT_TRUE(stayed.saved.contains("layers.1.moe.up.lora_B_EFL m"));
+    EXPECT_FALSE(stayed.saved.contains("layers.1.attn.q_NHD m"));
+    from.steps = 2 * kHalf;
+    const Outcome whole = test::run_in_layout(from);
+    EXPECT_EQ(stayed.losses, whole.losses);
+    for (const auto& [name, w] : whole.weights) EXPECT_EQ(stayed.end.at(name + " weight"), w) << name;
+  }
+}
+
 class Fp32Routers : public testing::Test {
  protected:
   void SetUp() override {

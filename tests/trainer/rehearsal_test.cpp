@@ -77,7 +77,7 @@ TEST_P(Rehearsed, IsWhatARealRunDoes) {
 }
 
 // Besides: documents, everything narrow, a tied embedding at both ends of a pipeline, fewer micro-batches in the last
-// round than ranks, targets that do not count, and frozen parts.
+// round than ranks, targets that do not count, frozen parts, and adapters.
 std::vector<Layout> layouts() {
   std::vector<Layout> all = layouts_of_every_kind();
   all.push_back({"moe_mixed", {1, 2, 1, 1, 2, 1}, 1});
@@ -93,6 +93,9 @@ std::vector<Layout> layouts() {
     all.push_back({"moe_a27b", {1, 2, 1, 2, 2, 1}, 1});
     all.back().freeze = {"@experts", "@attention", "@shared"};
     all.back().recompute = recompute;
+    all.push_back(all.back());
+    all.back().freeze = {};
+    all.back().lora = {3, 6, {LoraTarget::kQuery, LoraTarget::kValue, LoraTarget::kGate, LoraTarget::kDown}};
   }
   for (const auto& [kind, mesh] : {std::pair(RouterKind::kExpertChoice, MeshSpec{1, 2, 1, 1, 2, 1}),
                                    std::pair(RouterKind::kExpertChoice, MeshSpec{1, 1, 2, 1, 2, 1}),
@@ -112,6 +115,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Rehearsed, testing::ValuesIn(layouts()), [](co
          (i.param.recompute != Recompute::kNone ? "_recomputed" : "") +
          (i.param.precision == Precision::kBf16 ? "_bf16" : "") +
          (i.param.loss_mask != LossMask::kNone ? "_masked" : "") + (i.param.freeze.empty() ? "" : "_frozen") +
+         (i.param.lora.given() ? "_adapted" : "") +
          (i.param.own_form().routes_groups() ? fmt::format("_{}", name_of(i.param.own_form().kind)) : "");
 });
 
