@@ -24,7 +24,11 @@ void add_low_rank(Exec& ex, TensorView y_TN, ConstTensorView x_TK, const LowRank
   const TensorView z_TL = take(ex, x_TK.rows(), w.rank(), x_TK.dtype, "low-rank rows");
   gemm(ex, z_TL, {x_TK}, {w.a, Transpose::kYes}, Accumulate::kOverwrite);
   times(ex, z_TL, w.scale);
-  gemm(ex, y_TN, {z_TL}, {w.b, Transpose::kYes}, Accumulate::kAdd);
+  if (!ex.row_by_row) return gemm(ex, y_TN, {z_TL}, {w.b, Transpose::kYes}, Accumulate::kAdd);
+  // Fresh products alone give a row the same bits beside any others.
+  const TensorView sum_TN = ex.scratch->take(y_TN.shape, y_TN.dtype, "low-rank product");
+  gemm(ex, sum_TN, {z_TL}, {w.b, Transpose::kYes}, Accumulate::kOverwrite);
+  add(ex, y_TN, y_TN, sum_TN);
 }
 
 void low_rank_dgrad(Exec& ex, TensorView dx_TK, TensorView dz_TL, ConstTensorView dy_TN, const LowRank& w) {

@@ -112,6 +112,23 @@ TEST_P(AdaptedLinear, HasTheGradientsOfFiniteDifferences) {
   }
 }
 
+// In generation, as its weight's product.
+TEST_P(AdaptedLinear, GivesARowTheSameBitsBesideOthers) {
+  rig.ex.row_by_row = true;
+  const TensorView all = output(), one = rig.host.zeros({1, N});
+  const std::vector<double> expected = naive(*linear.adapter, x);
+  for (std::int64_t t = 0; t < T; ++t) {
+    linear.forward(rig.ex, one, x.rows(t, t + 1));
+    for (std::int64_t n = 0; n < N; ++n)
+      EXPECT_EQ(one.as<float>()[n], all.as<float>()[t * N + n]) << t << " " << n;
+  }
+  linear.adapter.reset();
+  const TensorView without = output();
+  for (std::int64_t i = 0; i < T * N; ++i)
+    EXPECT_NEAR(double(all.as<float>()[i]) - double(without.as<float>()[i]), expected[std::size_t(i)], 2e-5)
+        << i;
+}
+
 // The first gradient of a step is written over what was there, the second added.
 TEST_P(AdaptedLinear, GradientsAreWrittenThenAdded) {
   linear.weight_NK.grad = linear.bias_N->grad = {};  // frozen
