@@ -42,7 +42,7 @@ ModelConfig random_model(Dice& dice) {
     c.shared_expert_intermediate_size = dice.roll(0, 4);
     c.decoder_sparse_step = dice.roll(1, 2);
   }
-  if (dice.roll(0, 1) == 1) {
+  if (dice.roll(0, 3) == 0) {
     c.lora.rank = dice.roll(1, 3);
     c.lora.targets = {LoraTarget::kQuery, LoraTarget::kValue, LoraTarget::kOutput, LoraTarget::kUp,
                       LoraTarget::kDown};
