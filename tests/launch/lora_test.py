@@ -61,7 +61,7 @@ class Lora(unittest.TestCase):
     @classmethod
     def train(cls, name, *overrides, status=0):
         return cls.upmoe("train", cls.folder / "run.yaml", f"run.dir={cls.folder / name}", f"model.path={cls.base}",
-                         "model.init=weights", "parallel.ep=1", "train.micro_batch=4", "optimizer.lr=1e-2", *overrides,
+                         "model.init=weights", "parallel.ep=1", "train.micro_batch=4", "optimizer.lr=0.01", *overrides,
                          status=status)
 
     def losses(self, name):
