@@ -5,6 +5,7 @@
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
+#include "trainer/diagnosis/host_facts.h"
 #include "trainer/diagnosis/warnings.h"
 #include "trainer/rank_model.h"
 #include "trainer/stop_requests.h"
@@ -20,6 +21,16 @@ struct TrainArguments {
   bool fresh = false;
 };
 
+// In words, what rank 0 computes on.
+std::string machine_of(const Device& device) {
+  const HostFacts host = read_host();
+  const std::string processor = fmt::format(
+      "{}, {:.0f} GiB", host.processor.empty() ? "a processor" : host.processor, host.memory / (1 << 30));
+  return device.type == DeviceType::kCuda
+             ? fmt::format("{}; the host: {}", gpu::name_of(device.index), processor)
+             : processor;
+}
+
 int run_train(const TrainArguments& arguments, Runtime& runtime) {
   RunConfig run;
   run_agreed(runtime.world(), [&] { run = read_run_config(arguments.file, arguments.overrides); });
@@ -30,7 +41,9 @@ int run_train(const TrainArguments& arguments, Runtime& runtime) {
               gpu::name_of(device.index));
   remark_on_precision(run.train.precision, device);
   warn_of_machine(world, run.run.dir);
-  return train(run, world, {device, arguments.fresh, describe(runtime.cores())});
+  const RunOrigin origin{command_of_this_process(), UPMOE_VERSION, commit_of_this_program(),
+                         machine_of(device), surroundings_of(world).hosts};
+  return train(run, world, {device, arguments.fresh, describe(runtime.cores()), origin});
 }
 
 }  // namespace

@@ -7,6 +7,6 @@ namespace upmoe {
 
 // Reads the program's file once on every rank. Throws Error(kUsage) where they differ, and what reading failed with.
 // Collective.
-void require_one_program(Communicator& world);
+std::string require_one_program(Communicator& world);
 
 }  // namespace upmoe

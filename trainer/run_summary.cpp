@@ -79,12 +79,6 @@ double share_of(const RunConfig& run, std::size_t source) {
   return run.data.train[source].weight / sum;
 }
 
-std::string start_of(const RunConfig& run, const TrainState& state) {
-  if (state.step > 0) return fmt::format("going on after step {}", state.step);
-  return run.model.init == ModelInit::kRandom ? fmt::format("random weights of seed {}", run.run.seed)
-                                              : "its weights";
-}
-
 void log_model(const Session& s, const TrainState& state) {
   const ModelConfig& c = s.config;
   const ParamCounts counts = count_params(c);
@@ -120,6 +114,12 @@ void log_data(const Session& s, const TrainState& state, const TokenDataset* val
 }
 
 }  // namespace
+
+std::string start_of(const RunConfig& run, const TrainState& state) {
+  if (state.step > 0) return fmt::format("going on after step {}", state.step);
+  return run.model.init == ModelInit::kRandom ? fmt::format("random weights of seed {}", run.run.seed)
+                                              : "its weights";
+}
 
 std::string describe_frozen(const ParamStore& params) {
   const auto trained = [](const StoredParam& p) { return p.spec.trained; };

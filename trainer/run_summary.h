@@ -10,6 +10,8 @@
 
 namespace upmoe {
 
+// "going on after step 5", "its weights" or "random weights of seed 1".
+std::string start_of(const RunConfig& run, const TrainState& state);
 // "12 of 41 parameters (1,024 of 90,000 values): layers.*.moe.router_ED"; empty when everything trains.
 std::string describe_frozen(const ParamStore& params);
 // "layers.*.moe.router_ED x 2": what is trained in fp32 beside bf16, and what is not trained; empty: nothing.

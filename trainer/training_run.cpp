@@ -39,7 +39,7 @@ class Run {
         world_(world),
         dir_(run.run.dir),
         checkpoints_(dir_, run.checkpoint.keep, world) {
-    require_one_program(world_);
+    digest_ = require_one_program(world_);
     require_equal(world_, "configurations", to_yaml(run));
     run_agreed(world_, [&] { prepare(options_.fresh); });
     // Under the lock of the run directory: left-overs may be cleared and damaged checkpoints set aside.
@@ -105,6 +105,7 @@ class Run {
   std::unique_ptr<TokenDataset> valid_;
   std::unique_ptr<Metrics> metrics_;  // rank 0
   TrainState state_;
+  std::string digest_;  // of the program
   std::int64_t evaluated_step_ = -1, nonfinite_ = 0;
 };
 
@@ -167,6 +168,9 @@ void Run::start_metrics() {
     metrics_ = std::make_unique<Metrics>(dir_, run_, state_.step, world_.size(), peak);
     write_run_config(dir_, run_, state_.step + 1,
                      resumption_ ? resumption_->changes() : std::vector<ConfigChange>{});
+    const bool random = run_.model.init == ModelInit::kRandom;
+    const RunStart start{options_.origin, options_.cores, digest_, random ? nullptr : source_.get()};
+    write_start(dir_, start_record(start, *session_, state_), state_.step > 0);
     log_run_summary(*session_, state_, valid_.get(), options_.cores);
   });
 }

@@ -5,6 +5,7 @@
 
 #include "configs/run_config.h"
 #include "parallel/communicator.h"
+#include "trainer/run_record.h"
 
 namespace upmoe {
 
@@ -12,6 +13,7 @@ struct RunOptions {
   Device device;
   bool fresh = false;      // refuse to start when the run directory holds a checkpoint
   std::string cores = {};  // what the ranks of this host compute on, in words for the start of the run
+  RunOrigin origin = {};   // for the record of the run
 };
 
 // Trains to the end or to a request to stop. Collective; returns the exit status.

@@ -148,6 +148,11 @@ class Requests(cli_test.CliTest):
                         rf"output: {self.folder}/run: checkpoints every 2 steps"):
             self.assertRegex(said, pattern)
         self.assertIn("held-out loss", said)
+        start = json.loads((self.folder / "run" / "starts.jsonl").read_text(encoding="utf-8"))
+        self.assertEqual(start["command"][1], "train")
+        self.assertEqual(start["command"][-1], "checkpoint.every=2")
+        self.assertEqual(start["program"]["version"], upmoe("--version").stdout.split()[-1])
+        self.assertRegex(start["machine"], r", \d+ GiB$")
         said = self.train("train.steps=4", "schedule.warmup=50", "schedule.decay_fraction=0.3", "train.steps=5")
         for words in ("going on after step 3", "the learning rate only rises", "schedule.decay_fraction: 0.3 has no",
                       "given twice", "steps 4 to 5 take 8"):

@@ -79,6 +79,62 @@ TEST_F(Resume, PassesOverADamagedCheckpoint) {
   EXPECT_TRUE(fs::exists(dir_ / "parts/metrics.jsonl.cut"));
 }
 
+TEST_F(Resume, EachStartIsRecorded) {
+  const auto starts = [&] {
+    std::vector<nlohmann::json> found;
+    std::ifstream in(dir_ / "run/starts.jsonl");
+    for (std::string line; std::getline(in, line);) found.push_back(nlohmann::json::parse(line));
+    return found;
+  };
+  RunConfig c = config("run", 2, 2);
+  c.freeze = {"*router*"};
+  const RunOrigin origin{{"upmoe", "train", "a b"}, "9.9", "abc-dirty", "a machine", 3};
+  run_in_threads(2, [&](Communicator& world) { train(c, world, {Device{}, false, "2 x 1", origin}); });
+  c.train.steps = 4;
+  c.parallel.ep = 1;
+  run(c, 1);
+  ASSERT_EQ(starts().size(), 2u);
+  const nlohmann::json first = starts()[0], second = starts()[1];
+  EXPECT_EQ(first["command"], (std::vector<std::string>{"upmoe", "train", "a b"}));
+  EXPECT_EQ(first["program"]["commit"], "abc-dirty");
+  EXPECT_EQ(first["program"]["digest"], second["program"]["digest"]);
+  EXPECT_EQ(first["machine"], "a machine");
+  EXPECT_EQ(first["hosts"], 3);
+  EXPECT_EQ(first["cores"], "2 x 1");
+  EXPECT_EQ(first["ranks"], 2);
+  EXPECT_NE(first["mesh"].get<std::string>().find("ep 2"), std::string::npos) << first["mesh"];
+  EXPECT_NE(first["frozen"].get<std::string>().find("router"), std::string::npos) << first["frozen"];
+  EXPECT_EQ(first["model"]["experts"], 10);
+  EXPECT_EQ(first["model"]["start"], "random weights of seed 1");
+  EXPECT_TRUE(first["recipe"].is_null());
+  EXPECT_EQ(first["data"]["train"][0]["tokens"], 4000);
+  EXPECT_EQ(first["first_step"], 1);
+  EXPECT_EQ(second["first_step"], 3);
+  EXPECT_TRUE(second["program"]["commit"].is_null());
+  EXPECT_EQ(second["ranks"], 1);
+  fs::remove_all(dir_ / "run/checkpoints");  // what begins anew is another run
+  run(config("run", 2, 1), 1);
+  ASSERT_EQ(starts().size(), 1u);
+  EXPECT_EQ(starts()[0]["first_step"], 1);
+  EXPECT_TRUE(starts()[0]["frozen"].is_null());
+}
+
+// What an upcycling wrote beside the model that a run begins from.
+TEST_F(Resume, TheRecipeOfItsModelIsRecorded) {
+  run(config("source", 2, 1), 1);
+  std::ofstream(checkpoint("source", 2) / "upcycle_report.json")
+      << R"({"recipe": "seed: 7\n", "source": {"files": []}, "layers": [1, 2]})";
+  RunConfig c = config("run", 2, 1);
+  c.model = {checkpoint("source", 2).string(), ModelInit::kWeights};
+  run(c, 1);
+  std::ifstream in(dir_ / "run/starts.jsonl");
+  const auto start = nlohmann::json::parse(in);
+  EXPECT_EQ(start["recipe"]["recipe"], "seed: 7\n");
+  EXPECT_TRUE(start["recipe"].contains("source"));
+  EXPECT_FALSE(start["recipe"].contains("layers"));
+  EXPECT_EQ(start["model"]["start"], "its weights");
+}
+
 TEST_F(Resume, RefusesChangedDataAndModel) {
   run(config("run", 2, 1), 1);
   RunConfig other = config("run", 4, 1);
