@@ -30,12 +30,15 @@ int run_report(const ReportArguments& a, Runtime& runtime) {
 
 void add_report(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<ReportArguments>();
-  CLI::App* command = app.add_subcommand("report", "Pictures of runs: PNG and one self-contained HTML page");
+  CLI::App* command = app.add_subcommand(
+      "report", "What runs were and did: one self-contained HTML page, and pictures as PNG");
   as_path(
       command->add_option("runs", a->runs, "Run directories; several are laid over each other")->required());
   as_path(command->add_option("--out", a->out,
                               "Folder for the results (default: report/ in the first run directory)"));
-  command->add_option("--against", a->against, "Horizontal axis: tokens, flops, seconds or step")
+  command
+      ->add_option("--against", a->against,
+                   "Horizontal axis of the pictures, and the page's at first: tokens, flops, seconds or step")
       ->check(CLI::IsMember({"tokens", "flops", "seconds", "step"}))
       ->capture_default_str();
   command->add_option("--label", a->labels, "Name of a run, once per run (default: its folder's name)")

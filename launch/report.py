@@ -1,28 +1,28 @@
 #!/usr/bin/env python3
-"""Pictures of training runs: loss, held-out loss, throughput and expert load, as PNG and one self-contained HTML page.
+"""Training runs: what they were, and loss, held-out loss, throughput and expert load, as PNG and one self-contained
+HTML page with curves to read values off.
 
-Reads RUN_DIR/metrics.jsonl. Several runs are laid over each other. Usually started as `upmoe report`.
+Reads metrics.jsonl, starts.jsonl and config.yaml of each RUN_DIR. Several runs are laid over each other. Usually
+started as `upmoe report`.
 """
 
 from command_line import display, missing_package, run_tool  # first: a key pressed while libraries load is heard
 
 import argparse
-import base64
-import html
 import json
 import os
 import sys
 import warnings
 from pathlib import Path
-from statistics import median
 
 try:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
-    from run_curves import STYLE, Group, draw_heldout, draw_loss, draw_throughput, finish_axis, palette, short
-    from run_metrics import AXES, read_run, smooth, values
+    from report_page import write_page
+    from run_curves import STYLE, Group, draw_heldout, draw_loss, draw_throughput, finish_axis, palette
+    from run_metrics import AXES, axes_of, read_run, values
 except ImportError as missing:
     sys.exit(f"upmoe: error: {missing_package(missing)}")
 
@@ -98,51 +98,6 @@ def draw_all(folder, groups, against):
     return names
 
 
-def summary_rows(runs):
-    for run in runs:
-        last = run.steps[-1]
-        mfu = [r["mfu"] for r in run.steps if r.get("mfu") is not None]
-        gaps = np.diff([r["step"] for r in run.steps], prepend=0)
-        yield [run.label, f"{last['step']:,}", short(last["tokens"]),
-               f"{smooth(values(run.steps, 'loss'), len(run.steps) // 40)[-1]:.4f}",
-               f"{values(run.evals, 'eval_loss')[-1]:.4f}" if run.evals else "-",
-               short(median(r["tokens_per_s"] for r in run.steps)), f"{100 * median(mfu):.1f} %" if mfu else "-",
-               f"{sum(r['seconds'] * gap for r, gap in zip(run.steps, gaps)):,.0f} s"]
-
-
-def write_page(folder, runs, pictures):
-    head = ["run", "steps", "tokens", "training loss", "held-out loss", "tokens/s", "MFU", "time in steps"]
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-                   for row in summary_rows(runs))
-    images = "".join(
-        f'<img alt="{html.escape(name)}" src="data:image/png;base64,'
-        f'{base64.b64encode((folder / name).read_bytes()).decode()}">' for name in pictures)
-    configs = "".join(
-        f"<details><summary>{html.escape(display(run.path / 'config.yaml'))}</summary><pre>"
-        f"{html.escape((run.path / 'config.yaml').read_text(encoding='utf-8', errors='replace'))}</pre></details>"
-        for run in runs if (run.path / "config.yaml").is_file())
-    title = "upmoe: " + ", ".join(run.label for run in runs)
-    page = folder / "report.html"
-    page.write_text(f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
-<meta name="viewport" content="width=device-width">
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .3rem .9rem; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }} th {{ border-bottom: 2px solid #888 }}
-tr + tr td {{ border-top: 1px solid #e6e6e6 }} img {{ max-width: 100%; display: block; margin: 1.5rem 0 }}
-pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
-</style>
-<h1>{html.escape(title)}</h1>
-<table><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr>{rows}</table>
-{images}
-<h2>Configurations</h2>
-{configs or "<p>none found</p>"}
-</html>
-""", encoding="utf-8")
-    return page
-
-
 def arm_of(path):
     """Of a run that a study made: its arm. The folder's name of any other."""
     try:
@@ -171,9 +126,9 @@ def read_groups(args):
     runs = [run for group in groups.values() for run in group.runs]
     if args.continued:
         first = groups[lines[0]].runs[0]
-        end = first.x(first.steps, args.against)[-1]
+        ends = {axis: float(first.x(first.steps, axis)[-1]) for axis in axes_of(runs)}
         for run in runs:
-            run.offset = 0.0 if run is first else end
+            run.starts = {} if run is first else ends
     return list(groups.values())
 
 
@@ -182,7 +137,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="folder of the pictures and the page (default: RUN_DIR/report)")
-    parser.add_argument("--against", choices=AXES, default="tokens", help="horizontal axis (default: tokens)")
+    parser.add_argument("--against", choices=AXES, default="tokens",
+                        help="horizontal axis of the pictures, and the page's at first (default: tokens)")
     parser.add_argument("--label", action="append", help="name of a run, once per RUN_DIR (default: its folder's name)")
     parser.add_argument("--continued", action="store_true",
                         help="the first run is where the others started: draw them from its end on")
@@ -192,13 +148,12 @@ def main():
                         help="with --group arm: ci, the 95 %% interval of the mean around it (default), or none")
     args = parser.parse_args()
     groups = read_groups(args)
-    runs = [run for group in groups for run in group.runs]
     folder = args.out or args.runs[0] / "report"
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that the font lacks, windows without a finite value
         pictures = draw_all(folder, groups, args.against)
-    page = write_page(folder, runs, pictures)
+        page = write_page(folder, groups, args.against, pictures)
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(page) + b"\n")
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 from matplotlib.transforms import offset_copy
-from run_metrics import AXES, Run, smooth, title_of, values
+from run_metrics import AXES, Run, rolling_quantiles, smooth, title_of, values
 
 matplotlib.use("Agg")
 
 COLOURS = ["#31688e", "#d1603d", "#35a16b", "#8e5ea2", "#c9a227", "#5f6b73", "#c0487f", "#3aa6b9"]
-AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training", "step": "step"}
 STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
          "axes.edgecolor": "#888888", "axes.labelcolor": "#444444", "xtick.color": "#444444", "ytick.color": "#444444",
          "legend.frameon": False, "figure.facecolor": "white", "savefig.dpi": 150, "lines.linewidth": 1.8}
+MARKS = {"marker": "o", "markersize": 4}
 GRID = 200  # points of a mean over runs whose steps lie apart
 
 
@@ -32,6 +32,18 @@ class Group:
     @property
     def title(self):
         return title_of(self.label) + (f" ({len(self.runs)} runs)" if len(self.runs) > 1 else "")
+
+
+@dataclass
+class Line:
+    """What is drawn for a group: of a single run what it logged and that smoothed, of several their mean and its
+    interval.
+    """
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    raw: tuple | None = None  # x and y as they were logged
 
 
 def palette(count):
@@ -51,13 +63,10 @@ def mean_and_half(xs, ys):
     return x, lines.mean(axis=0), stats.t.ppf(0.975, len(lines) - 1) * spread
 
 
-def band(ax, xs, ys, colour, label, banded=True):
-    """The mean of several lines, and its interval around it. What was drawn as the mean."""
+def mean_line(xs, ys, banded=True):
+    """The mean of several lines, and its interval around it."""
     x, mean, half = mean_and_half(xs, ys)
-    ax.plot(x, mean, color=colour, label=label)
-    if banded:
-        ax.fill_between(x, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-    return x, mean
+    return Line(x, mean, mean - half, mean + half) if banded else Line(x, mean)
 
 
 def short(number):
@@ -75,34 +84,76 @@ def finish_axis(ax, against, title, ylabel):
     ax.margins(x=0.02)
 
 
-def limit_to_bulk(ax, series):
-    """The first steps fall from ln(vocabulary) and would flatten everything after them."""
-    tail = np.concatenate([y[len(y) // 20:] for y in series])
+def bulk_limits(series):
+    """The first steps fall from ln(vocabulary) and would flatten everything after them. None: as it comes."""
+    tail = np.concatenate([y[len(y) // 20:] for y in series]) if series else np.array([])
     tail = tail[np.isfinite(tail)]
-    if tail.size > 2:
-        low, high = tail.min(), np.quantile(tail, 0.99)
-        pad = 0.06 * max(high - low, 1e-3)
-        ax.set_ylim(low - pad, high + pad)
+    if tail.size <= 2:
+        return None
+    low, high = tail.min(), np.quantile(tail, 0.99)
+    pad = 0.06 * max(high - low, 1e-3)
+    return low - pad, high + pad
 
 
-def draw_lines(ax, groups, against, key, legend=lambda group: group.title):
-    """A line for each group: of a single run what it logged and that smoothed, of several the mean of the smoothed."""
-    shown = []
-    for group in groups:
-        xs = [run.x(run.steps, against) for run in group.runs]
-        ys = [values(run.steps, key) for run in group.runs]
-        lines = [smooth(y, len(y) // 40) for y in ys]
-        if len(group.runs) == 1:
-            ax.plot(xs[0], ys[0], color=group.colour, alpha=0.22, linewidth=0.8)
-            ax.plot(xs[0], lines[0], color=group.colour, label=legend(group))
-            shown.append(lines[0])
-        else:
-            shown.append(band(ax, xs, lines, group.colour, legend(group), group.banded)[1])
-    return shown
+def step_line(group, against, key):
+    """Of what every step logs."""
+    xs = [run.x(run.steps, against) for run in group.runs]
+    ys = [values(run.steps, key) for run in group.runs]
+    lines = [smooth(y, len(y) // 40) for y in ys]
+    return Line(xs[0], lines[0], raw=(xs[0], ys[0])) if len(group.runs) == 1 else mean_line(xs, lines, group.banded)
+
+
+def heldout_line(group, against):
+    """None without an evaluation."""
+    runs = [run for run in group.runs if run.evals]
+    if not runs:
+        return None
+    xs, ys = [run.x(run.evals, against) for run in runs], [values(run.evals, "eval_loss") for run in runs]
+    return Line(xs[0], ys[0]) if len(group.runs) == 1 else mean_line(xs, ys, group.banded)
+
+
+def heldout_limits(lines):
+    return bulk_limits([y[1:] if len(y) > 2 and y[0] > 1.3 * y[-1] else y for y in (line.y for line in lines)])
+
+
+def throughput_line(group, against):
+    """Medians, and of a single run the middle 80 % of the steps around each."""
+    xs, medians = [], []
+    for run in group.runs:
+        rates = values(run.steps, "tokens_per_s")
+        places, (low, median, high) = rolling_quantiles(rates, (0.1, 0.5, 0.9))
+        xs.append(run.x(run.steps, against)[places])
+        medians.append(median)
+    if len(group.runs) > 1:
+        return mean_line(xs, medians, group.banded)
+    return Line(xs[0], medians[0], low, high)
+
+
+def throughput_limits(groups):
+    """From 0 to above what the steady runs reach: single steps beyond do not count."""
+    rates = [values(run.steps, "tokens_per_s") for group in groups for run in group.runs]
+    top = max((np.quantile(y[np.isfinite(y)], 0.95) for y in rates if np.isfinite(y).any()), default=0.0)
+    return (0.0, 1.15 * top) if top > 0 else None
+
+
+def draw_line(ax, line, colour, label, **style):
+    if line.raw:
+        ax.plot(*line.raw, color=colour, alpha=0.22, linewidth=0.8)
+    ax.plot(line.x, line.y, color=colour, label=label, **style)
+    if line.low is not None:
+        ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+
+
+def limit(ax, limits):
+    if limits:
+        ax.set_ylim(*limits)
 
 
 def draw_loss(ax, groups, against):
-    limit_to_bulk(ax, draw_lines(ax, groups, against, "loss"))
+    lines = [step_line(group, against, "loss") for group in groups]
+    for group, line in zip(groups, lines):
+        draw_line(ax, line, group.colour, group.title)
+    limit(ax, bulk_limits([line.y for line in lines]))
     finish_axis(ax, against, "Training loss", "cross-entropy, nats per token")
     ax.legend()
 
@@ -118,38 +169,29 @@ def label_ends(ax, ends):
 
 
 def draw_heldout(ax, groups, against):
-    shown, ends = [], []
-    for group in groups:
-        runs = [run for run in group.runs if run.evals]
-        xs, ys = [run.x(run.evals, against) for run in runs], [values(run.evals, "eval_loss") for run in runs]
-        if not runs:
-            continue
-        if len(group.runs) == 1:
-            x, y = xs[0], ys[0]
-            ax.plot(x, y, color=group.colour, marker="o", markersize=4, label=group.title)
-        else:
-            x, y = band(ax, xs, ys, group.colour, group.title, group.banded)
-        if math.isfinite(y[-1]):
-            ends.append((x[-1], y[-1], group.colour))
-        shown.append(y)
+    drawn = [(group, line) for group in groups if (line := heldout_line(group, against))]
+    for group, line in drawn:
+        draw_line(ax, line, group.colour, group.title, **MARKS if len(group.runs) == 1 else {})
     finish_axis(ax, against, "Held-out loss", "cross-entropy, nats per token")
-    if shown:
-        limit_to_bulk(ax, [y[1:] if len(y) > 2 and y[0] > 1.3 * y[-1] else y for y in shown])
+    if drawn:
+        limit(ax, heldout_limits([line for _, line in drawn]))
         ax.margins(x=0.1)
-        label_ends(ax, ends)
+        label_ends(ax, [(line.x[-1], line.y[-1], group.colour) for group, line in drawn if math.isfinite(line.y[-1])])
         ax.legend()
     else:
         ax.text(0.5, 0.5, "no held-out evaluation in these runs", ha="center", va="center", transform=ax.transAxes,
                 color="#888888")
 
 
-def draw_throughput(ax, groups, against):
-    def legend(group):
-        rates = np.concatenate([values(run.steps, "tokens_per_s") for run in group.runs])
-        return f"{group.title}: median {short(np.nanmedian(rates))}"
+def median_rate(group):
+    return np.nanmedian(np.concatenate([values(run.steps, "tokens_per_s") for run in group.runs]))
 
-    draw_lines(ax, groups, against, "tokens_per_s", legend)
-    ax.set_ylim(bottom=0)
+
+def draw_throughput(ax, groups, against):
+    for group in groups:
+        draw_line(ax, throughput_line(group, against), group.colour,
+                  f"{group.title}: median {short(median_rate(group))}")
+    limit(ax, throughput_limits(groups))
     ax.yaxis.set_major_formatter(lambda value, _: short(value))
-    finish_axis(ax, against, "Throughput", "tokens per second, all ranks")
+    finish_axis(ax, against, "Throughput, median and middle 80 % of the steps", "tokens per second, all ranks")
     ax.legend(loc="lower right")

@@ -18,14 +18,15 @@ class Run:
     colour: str
     steps: list = field(default_factory=list)  # training records
     evals: list = field(default_factory=list)  # held-out records
-    offset: float = 0.0                        # where this run starts on the horizontal axis
+    starts: dict = field(default_factory=dict)  # where this run starts on a horizontal axis; 0 where it is not given
 
     def x(self, records, against):
         if against in ("tokens", "step"):
-            return np.array([r[against] for r in records], dtype=float) + self.offset
+            return np.array([r[against] for r in records], dtype=float) + self.starts.get(against, 0.0)
         ends = np.array([r["step"] for r in self.steps], dtype=float)
         spent = np.cumsum([cost_of(self, r, against) * gap for r, gap in zip(self.steps, np.diff(ends, prepend=0.0))])
-        return np.interp([r["step"] for r in records], np.insert(ends, 0, 0.0), np.insert(spent, 0, 0.0)) + self.offset
+        reached = np.interp([r["step"] for r in records], np.insert(ends, 0, 0.0), np.insert(spent, 0, 0.0))
+        return reached + self.starts.get(against, 0.0)
 
     @property
     def title(self):
@@ -33,6 +34,12 @@ class Run:
 
     def loads(self):
         return [(r["step"], np.array(r["expert_load"], dtype=float)) for r in self.steps if r.get("expert_load")]
+
+
+def axes_of(runs):
+    """The axes that all the runs can be drawn against."""
+    counted = all("flops" in record and "ranks" in record for run in runs for record in run.steps)
+    return [axis for axis in AXES if axis != "flops" or counted]
 
 
 def cost_of(run, record, against):
@@ -135,3 +142,19 @@ def smooth(y, width):
     kernel = np.ones(max(1, width))
     count = np.convolve(ones, kernel, "same")
     return np.where(count > 0, np.convolve(filled, kernel, "same") / np.maximum(count, 1), math.nan)
+
+
+def rolling_quantiles(y, quantiles, points=200):
+    """At up to so many places: their indices, and the quantiles of the values around each; gaps stay out of it.
+
+    A step that something else on the machine held up moves a mean, and hardly a median.
+    """
+    places = np.unique(np.linspace(0, len(y) - 1, min(points, len(y))).round().astype(int))
+    half = max(2, len(y) // 40)
+    found = np.full((len(quantiles), len(places)), math.nan)
+    for i, place in enumerate(places):
+        near = y[max(0, place - half):place + half + 1]
+        near = near[np.isfinite(near)]
+        if near.size:
+            found[:, i] = np.quantile(near, quantiles)
+    return places, found

@@ -13,7 +13,7 @@ from study_work import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from run_curves import STYLE, band, palette  # noqa: E402
+from run_curves import STYLE, draw_line, mean_line, palette  # noqa: E402
 
 NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 REPRODUCED = ("tokens", "flops")  # the same whenever a study is done again
@@ -171,7 +171,8 @@ def draw_curves(folder, study, outcomes):
         for ax, (axis, charged) in zip(axes, panels):
             for arm, colour in zip(study.arms, palette(len(study.arms))):
                 curves = [o.curve(charged) for o in outcomes[arm]]
-                band(ax, [c.spent[axis] for c in curves], [c.loss for c in curves], colour, arm.replace("$", r"\$"))
+                line = mean_line([c.spent[axis] for c in curves], [c.loss for c in curves])
+                draw_line(ax, line, colour, arm.replace("$", r"\$"))
             ax.set_xlabel(NAMES[axis] + (", sources charged" if charged else ""))
         ends = [o.sunk.loss for runs in outcomes.values() for o in runs]
         ordinary = [loss[len(loss) // 5:] for loss in ends]  # the first fall would flatten the rest

@@ -22,6 +22,7 @@ import mutations.gpu
 import mutations.layouts
 import mutations.machines
 import mutations.recipes
+import mutations.records
 import mutations.routers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # layout_equivalence_test with its meshes, their program (those that end in _on_gpu have the pretended GPU)
 MUTANTS = {name: mutant for room in (mutations.data, mutations.layouts, mutations.routers, mutations.families,
                                      mutations.gpu, mutations.figures, mutations.finetune, mutations.generation,
-                                     mutations.machines, mutations.recipes)
+                                     mutations.machines, mutations.recipes, mutations.records)
            for name, mutant in room.MUTANTS.items()}
 
 

@@ -35,7 +35,7 @@ def held_out(i):
     return {"kind": "eval", "step": i, "tokens": 100 * i, "eval_loss": 9.0 / i}
 
 
-class Report(unittest.TestCase):
+class RunDirectories(unittest.TestCase):
     def setUp(self):
         self.temporary = tempfile.TemporaryDirectory()
         self.addCleanup(self.temporary.cleanup)
@@ -57,6 +57,8 @@ class Report(unittest.TestCase):
         self.assertIn(words, done.stderr)
         self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
 
+
+class Report(RunDirectories):
     def test_dense_and_moe(self):
         dense = self.run_dir("dense", [step(1), held_out(1), step(2), step(3), held_out(3)])
         nan = step(2, 4) | {"loss": None}
@@ -70,8 +72,6 @@ class Report(unittest.TestCase):
         for name in ("overview", "loss", "heldout_loss", "throughput", "expert_load_0", "expert_load_history_0"):
             picture = self.folder / "out" / f"{name}.png"
             self.assertTrue(picture.read_bytes().startswith(b"\x89PNG"), name)
-            self.assertIn(f'alt="{name}.png" src="data:image/png;base64,', text)
-        self.assertNotIn('src="http', text)
 
     def test_axes(self):
         run = self.run_dir("run", [step(2) | {"ranks": 2}, step(4) | {"ranks": 2}])

@@ -1,0 +1,107 @@
+"""The figures of a report as data for the page's script: curves against each axis, and maps of the expert load."""
+
+import math
+
+import numpy as np
+from report_findings import load_findings, loss_findings, throughput_findings
+from run_curves import (Line, bulk_limits, heldout_limits, heldout_line, step_line, throughput_limits,
+                        throughput_line)
+from run_metrics import AXES, axes_of
+
+POINTS = 1000  # of a line: more than a screen shows
+NATS = "cross-entropy, nats per token"
+
+
+def numbers(values, digits=7):
+    """As JSON takes them: short, and null for gaps."""
+    return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in map(float, values)]
+
+
+def thinned(*columns):
+    """Evenly chosen rows of columns of one length; the first and the last stay."""
+    places = np.unique(np.linspace(0, len(columns[0]) - 1, min(POINTS, len(columns[0]))).round().astype(int))
+    return [np.asarray(column, dtype=float)[places] for column in columns]
+
+
+def part_of(line):
+    """A line against one axis."""
+    x, y = thinned(line.x, line.y)
+    part = {"x": numbers(x, 9), "y": numbers(y)}
+    if line.low is not None:
+        low, high = thinned(line.low, line.high)
+        kept = np.isfinite(low) & np.isfinite(high)  # a gap would close an area wrongly
+        part["band"] = {"x": numbers(x[kept], 9), "low": numbers(low[kept]), "high": numbers(high[kept])}
+    if line.raw:
+        x, y = thinned(*line.raw)
+        part["raw"] = {"x": numbers(x, 9), "y": numbers(y)}
+    return part
+
+
+def curves(groups, axes, line_of, **style):
+    """One entry for each group that has such a line."""
+    found = []
+    for group in groups:
+        lines = {axis: line_of(group, axis) for axis in axes}
+        if all(line is not None for line in lines.values()):
+            parts = {axis: part_of(line) for axis, line in lines.items()}
+            found.append({"name": group.title.replace("\\$", "$"), "colour": group.colour, "parts": parts} | style)
+    return found
+
+
+def figure(name, title, shown, lines, *, unit, limits=None, digits=".4f", findings=(), log=False):
+    return {"id": name, "title": title, "shown": shown, "unit": unit, "lines": lines, "digits": digits, "log": log,
+            "limits": numbers(limits) if limits else None, "findings": list(findings)}
+
+
+def load_history(run, axes):
+    """The spread of the loads over the experts of all layers, as bands around their median."""
+    records = [record for record in run.steps if record.get("expert_load")]
+    relative = np.array([np.array(r["expert_load"], dtype=float).ravel() * len(r["expert_load"][0]) for r in records])
+    lowest, low, middle, high, highest = np.quantile(relative, (0, 0.1, 0.5, 0.9, 1), axis=1)
+    lines = []
+    for name, bottom, top in (("all experts", lowest, highest), ("middle 80 %", low, high)):
+        parts = {axis: part_of(Line(run.x(records, axis), middle, bottom, top)) for axis in axes}
+        lines.append({"name": name, "colour": run.colour, "parts": parts, "edges": True})
+    return lines
+
+
+def load_map(run, name):
+    """Mixtures by experts, mean over the last tenth of the run; 1 is a fair share."""
+    loads = [load for _, load in run.loads()]
+    recent = np.mean(loads[-max(1, len(loads) // 10):], axis=0)
+    relative = recent * recent.shape[1]
+    return {"id": name, "title": f"Expert load at the end: {run.label}", "findings": load_findings(run),
+            "shown": "The share of each expert of each mixture, mean over the last tenth; 1 is a fair share.",
+            "map": [numbers(row, 5) for row in relative], "top": max(2.0, min(4.0, float(relative.max())))}
+
+
+def figures_of(groups, against):
+    """What the page's script draws, in its order."""
+    runs = [run for group in groups for run in group.runs]
+    axes = axes_of(runs)
+    single = all(len(group.runs) == 1 for group in groups)
+    mean = "" if single else " Lines of several runs are their mean with its 95 % interval."
+    loss = curves(groups, axes, lambda group, axis: step_line(group, axis, "loss"))
+    heldout = curves(groups, axes, heldout_line, points=True)
+    drawn = [line for group in groups if (line := heldout_line(group, "step"))]
+    found = [figure("loss", "Training loss", "Thin: what was logged. Thick: its mean over a fortieth." + mean,
+                    loss, unit=NATS, findings=loss_findings(groups, axes, "loss"),
+                    limits=bulk_limits([step_line(group, "step", "loss").y for group in groups]))]
+    if heldout:
+        found.append(figure("heldout", "Held-out loss", "Over tokens that were not trained on." + mean, heldout,
+                            unit=NATS, limits=heldout_limits(drawn), findings=loss_findings(groups, axes, "eval_loss")))
+    found.append(figure(
+        "throughput", "Throughput", "The median of the steps around each point; area: their middle 80 %. Single steps "
+        "far above or below the rest move neither." + mean,
+        curves(groups, axes, throughput_line), unit="tokens per second, all ranks", limits=throughput_limits(groups),
+        digits=".4s", findings=throughput_findings(groups)))
+    if any(record.get("grad_norm") is not None for run in runs for record in run.steps):
+        found.append(figure("norm", "Gradient norm", "Before clipping; logarithmic.",
+                            curves(groups, axes, lambda group, axis: step_line(group, axis, "grad_norm")),
+                            unit="L2 norm", digits=".4g", log=True))
+    for i, run in enumerate(run for run in runs if run.loads()):
+        found.append(load_map(run, f"load-{i}"))
+        found.append(figure(f"spread-{i}", f"Spread of the expert load: {run.label}",
+                            "1 is a fair share. Areas: all experts of all mixtures, and the middle 80 % of them.",
+                            load_history(run, axes), unit="load, 1 = fair share", digits=".3f"))
+    return {"axes": [[axis, AXES[axis]] for axis in axes], "against": against, "figures": found}

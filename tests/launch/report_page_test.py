@@ -1,0 +1,257 @@
+"""The page of launch/report.py over made-up runs: it stands alone, shows each picture once against every axis, says
+what the runs were and what to see in them, and stays readable where steps were held up.
+"""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import unittest
+
+import numpy as np
+import report_test
+import report_findings
+import report_page
+import run_curves
+import run_facts
+import run_metrics
+from report_test import held_out, step
+
+START = {"first_step": 1, "started": "2026-11-29T01:02:03Z", "command": ["upmoe", "train", "my run.yaml"],
+         "folder": "/w", "program": {"version": "0.1.0", "commit": "abc123-dirty", "digest": "0badcafe"},
+         "machine": "A processor, 8 GiB", "hosts": 2, "cores": "2 ranks x 4 threads", "ranks": 2,
+         "mesh": "pp 1, dp 2", "precision": "bf16",
+         "model": {"source": "/models/<moe>", "start": "its weights", "type": "qwen2_moe", "layers": 4, "mixtures": 4,
+                   "experts": 60, "experts_per_token": 4.0, "parameters": 1234567, "activated": 7654},
+         "recipe": {"recipe": "seed: 77\n", "report": "/models/moe/upcycle_report.json",
+                    "source": {"files": [{"name": "dense.safetensors"}]}, "step_zero": {"loss": 3.25}},
+         "frozen": "3 of 41 parameters: layers.*.moe.router_ED x 3", "kept_in_fp32": None,
+         "data": {"words": "9 sequences of 16 tokens", "train": [{"path": "/t.h5", "tokens": 4321, "documents": 5,
+                                                                  "weight": 1.0, "checksum": 99}]}}
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+LOADS = {"src", "href", "srcset", "action", "data", "poster", "background"}
+
+
+class Page(html.parser.HTMLParser):
+    """Tags that match, and what they name."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.ids, self.tags, self.words = [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.loads += [(name, value) for name, value in attributes if name in LOADS]
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            raise AssertionError(f"</{tag}> at {self.getpos()} closes something else")
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.words.append(data)
+
+
+def figures_of(text):
+    return json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.DOTALL)[1])
+
+
+class ReportPage(report_test.RunDirectories):
+    def counted(self, i, experts=0, **changes):
+        return step(i, experts) | {"ranks": 2} | changes
+
+    def page(self, *arguments):
+        done = self.report(*arguments, "--out", self.folder / "out")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return (self.folder / "out" / "report.html").read_text(encoding="utf-8")
+
+    def two_runs(self):
+        dense = self.run_dir("dense", [self.counted(1), held_out(1), self.counted(2), self.counted(3), held_out(3)])
+        moe = self.run_dir("moe", [self.counted(1, 4), held_out(1), self.counted(2, 4, loss=None),
+                                   self.counted(3, 4, flops=5e9), held_out(3)])
+        (moe / "starts.jsonl").write_text(json.dumps(START) + "\n", encoding="utf-8")
+        (dense / "config.yaml").write_text("# from step 2 on: x\nrun: {dir: a}\noptimizer: {lr: 0.5, clip: 1}\n")
+        (moe / "config.yaml").write_text("run: {dir: b}\noptimizer: {lr: 0.25, clip: 1}\nfreeze: [x]\n")
+        return dense, moe
+
+    def test_it_stands_alone_and_is_whole(self):
+        text = self.page(*self.two_runs())
+        page = Page(text)
+        self.assertEqual(page.open, [])
+        self.assertEqual(page.loads, [], "the page names something that it would load")
+        policy = [attributes["content"] for tag, attributes in page.tags
+                  if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"]
+        self.assertEqual(len(policy), 1)
+        self.assertIn("default-src 'none'", policy[0])
+        self.assertNotIn("http", policy[0])
+        self.assertNotIn("@import", report_page.STYLE)
+        self.assertIn(report_page.get_plotlyjs(), text)
+
+    def test_each_figure_stands_once_and_against_every_axis(self):
+        text = self.page(*self.two_runs())
+        page, data = Page(text), figures_of(text)
+        self.assertEqual(len(page.ids), len(set(page.ids)))
+        names = [figure["id"] for figure in data["figures"]]
+        self.assertEqual(names, ["loss", "heldout", "throughput", "norm", "load-0", "spread-0"])
+        self.assertTrue(set(names) <= set(page.ids))
+        self.assertEqual([tag for tag, _ in page.tags if tag in ("img", "svg", "canvas")], [])
+        drawn = [json.dumps(figure.get("lines") or figure["map"]) for figure in data["figures"]]
+        self.assertEqual(len(drawn), len(set(drawn)), "a figure is drawn twice")
+        self.assertEqual([axis for axis, _ in data["axes"]], ["tokens", "flops", "seconds", "step"])
+        for figure in data["figures"]:
+            for line in figure.get("lines", []):
+                self.assertEqual(set(line["parts"]), {"tokens", "flops", "seconds", "step"})
+                for part in line["parts"].values():
+                    for curve in [part, *([part["raw"]] if "raw" in part else [])]:
+                        self.assertEqual(len(curve["x"]), len(curve["y"]))
+        flops = data["figures"][0]["lines"][1]["parts"]["flops"]["x"]
+        self.assertEqual(flops, [2e9, 4e9, 14e9])  # of both ranks
+        uncounted = self.run_dir("uncounted", [step(1), step(2)])
+        self.assertEqual([axis for axis, _ in figures_of(self.page(uncounted))["axes"]], ["tokens", "seconds", "step"])
+
+    def test_it_says_what_the_runs_were(self):
+        text = " ".join(Page(self.page(*self.two_runs())).words)
+        for words in ("upmoe train 'my run.yaml'   (on 2 ranks)", "in /w",
+                      "commit abc123 with changes, program 0badcafe",
+                      "A processor, 8 GiB; 2 hosts; 2 ranks x 4 threads",
+                      "pp 1, dp 2", "/models/<moe> (its weights)",
+                      "60 experts of which 4.0 compute a token", "1,234,567 parameters", "3 of 41 parameters",
+                      "4,321 tokens, 5 documents, weight 1.0, checksum 99", "seed: 77", "dense.safetensors",
+                      "its loss at step 0: 3.2500", "not recorded", "# from step 2 on: x"):
+            self.assertIn(words, text)
+        facts = [run_facts.read_facts(self.folder / name) for name in ("dense", "moe")]
+        self.assertEqual(run_facts.differences(facts), [("optimizer.lr", ["0.5", "0.25"]), ("freeze", ["-", "['x']"])])
+
+    def test_every_start_of_a_run_is_told(self):
+        run = self.run_dir("run", [self.counted(1), self.counted(2)])
+        later = START | {"first_step": 2, "ranks": 5, "started": "2026-12-01T00:00:00Z"}
+        (run / "starts.jsonl").write_text(json.dumps(START) + "\n" + json.dumps(later) + "\n", encoding="utf-8")
+        text = " ".join(Page(self.page(run)).words)
+        for words in ("2 starts", "step 2: 2026-12-01T00:00:00Z, 5 ranks", "step 1: 2026-11-29T01:02:03Z, 2 ranks"):
+            self.assertIn(words, text)
+
+    # Nothing in a file is taken at its word.
+    def test_odd_records(self):
+        for i, start in enumerate(({}, {"command": 3, "model": [], "data": {"train": 7}, "recipe": "x", "program": 1},
+                                   {"model": {"experts": 1}, "recipe": {"source": {"files": [1]}}, "hosts": "a"})):
+            run = self.run_dir(f"odd_{i}", [self.counted(1), self.counted(2)])
+            (run / "starts.jsonl").write_text(json.dumps(start) + "\n", encoding="utf-8")
+            (run / "config.yaml").write_text("[]" if i else "a: {b: [1, {c: </script>}]}", encoding="utf-8")
+            self.assertEqual(Page(self.page(run)).open, [])
+        broken = self.run_dir("broken", [self.counted(1)])
+        (broken / "starts.jsonl").write_text(json.dumps(START) + "\nnonsense\n", encoding="utf-8")
+        self.refused("starts.jsonl:2", broken)
+        (broken / "starts.jsonl").unlink()
+        (broken / "config.yaml").write_text("a: [", encoding="utf-8")
+        self.refused("config.yaml: not a run configuration", broken)
+
+    def test_its_script_draws_all_figures_and_changes_the_axis(self):
+        node = shutil.which("node")
+        if not node:
+            self.skipTest("no node is installed")
+        text = self.page(*self.two_runs())
+        buttons = re.findall(r'<button type="button" data-axis="(\w+)"', text)
+        script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)[-1]
+        program = f"""
+const calls = [], buttons = {json.dumps(buttons)}.map((axis) => ({{ dataset: {{ axis }}, state: "",
+  setAttribute(_, value) {{ this.state = value; }}, addEventListener(_, f) {{ this.click = f; }} }}));
+const Plotly = {{ newPlot: (...all) => calls.push(all), react: (...all) => calls.push(all) }};
+const document = {{ getElementById: () => ({{ textContent: {json.dumps(json.dumps(figures_of(text)))} }}),
+                   querySelectorAll: () => buttons }};
+{script}
+const first = calls.splice(0);
+buttons[1].click();
+console.log(JSON.stringify({{ first, then: calls, pressed: buttons.map((button) => button.state) }}));
+"""
+        done = subprocess.run([node, "-"], input=program, capture_output=True, text=True, check=True)
+        drawn = json.loads(done.stdout)
+        self.assertEqual(sorted(call[0] for call in drawn["first"]),
+                         ["heldout", "load-0", "loss", "norm", "spread-0", "throughput"])
+        self.assertEqual(sorted(call[0] for call in drawn["then"]),
+                         ["heldout", "loss", "norm", "spread-0", "throughput"])
+        self.assertEqual(drawn["pressed"], ["false", "true", "false", "false"])
+        named = {call[0]: {trace["name"]: trace["x"] for trace in call[1] if "name" in trace} for call in drawn["then"]}
+        self.assertEqual(named["loss"]["moe"], [2e9, 4e9, 14e9])
+        self.assertEqual(drawn["then"][0][2]["xaxis"]["title"]["text"], "FLOPs")
+
+    def test_a_run_that_goes_on_begins_behind_the_first_on_every_axis(self):
+        first = self.run_dir("first", [self.counted(1), self.counted(2)])
+        then = self.run_dir("then", [self.counted(1), self.counted(2)])
+        lines = figures_of(self.page(first, then, "--continued"))["figures"][0]["lines"]
+        for axis, x in (("tokens", [300, 400]), ("flops", [6e9, 8e9]), ("seconds", [1.5, 2.0]), ("step", [3, 4])):
+            self.assertEqual(lines[1]["parts"][axis]["x"], x)
+
+
+class Disturbed(unittest.TestCase):
+    def group(self, rates, label="a"):
+        steps = [{"step": i + 1, "tokens": 100 * (i + 1), "loss": 3.0, "seconds": 100 / rate, "tokens_per_s": rate}
+                 for i, rate in enumerate(rates)]
+        return run_curves.Group(label, "#000000", [run_metrics.Run(None, label, "#000000", steps)])
+
+    def test_medians_and_limits_stay_where_the_steady_steps_are(self):
+        rates = [1000.0] * 400
+        for i in range(0, 400, 9):
+            rates[i] = 20.0      # held up
+        rates[100] = 1e6         # a clock that jumped
+        group = self.group(rates)
+        line = run_curves.throughput_line(group, "step")
+        self.assertTrue((line.y == 1000.0).all())
+        self.assertLessEqual(len(line.x), 200)
+        low, high = run_curves.throughput_limits([group])
+        self.assertEqual(low, 0.0)
+        self.assertAlmostEqual(high, 1150.0)
+        words = " ".join(report_findings.throughput_findings([group]))
+        self.assertIn("median 1k tokens/s", words)
+        self.assertIn("a was disturbed: 11 % of its steps", words)
+        self.assertNotIn("disturbed", " ".join(report_findings.throughput_findings([self.group([1000.0] * 50)])))
+
+    def test_quantiles_around_each_place(self):
+        y = np.array([5.0, 1.0, np.nan, 3.0, 2.0, 4.0])
+        places, found = run_metrics.rolling_quantiles(y, (0.0, 0.5, 1.0))
+        for i, place in enumerate(places):
+            near = y[max(0, place - 2):place + 3]
+            near = near[np.isfinite(near)]
+            self.assertEqual([near.min(), np.median(near), near.max()], list(found[:, i]))
+
+
+class Findings(unittest.TestCase):
+    def group(self, label, losses, evals, flops):
+        steps = [{"step": i + 1, "tokens": 100 * (i + 1), "loss": loss, "seconds": 1.0, "tokens_per_s": 100.0,
+                  "flops": flops, "ranks": 1} for i, loss in enumerate(losses)]
+        records = [{"kind": "eval", "step": i, "tokens": 100 * i, "eval_loss": loss} for i, loss in evals]
+        return run_curves.Group(label, "#000000", [run_metrics.Run(None, label, "#000000", steps, records)])
+
+    # Lines are compared where both are: b ends after half of a's tokens, and at equal FLOPs a is ahead again.
+    def test_losses_are_compared_at_equal_cost(self):
+        a = self.group("a", [4.0, 3.0, 2.0, 1.0], [(0, 5.0), (2, 3.0), (4, 1.0)], 10.0)
+        b = self.group("b", [4.0, 2.5], [(0, 5.0), (2, 2.5)], 20.0)
+        found = report_findings.loss_findings([a, b], ["tokens", "flops"], "eval_loss")
+        self.assertIn("At equal tokens (200), lowest first: b 2.5000; a 3.0000 (0.5000 above).", found)
+        self.assertIn("At equal FLOPs (40), lowest first: a 1.0000; b 2.5000 (1.5000 above).", found)
+        equal = report_findings.loss_findings([a, self.group("c", [4.0], [(0, 5.0), (4, 1.001)], 10.0)], ["tokens"],
+                                              "eval_loss")
+        self.assertIn("c 1.0010 (equal within 0.002)", " ".join(equal))
+
+    def test_a_held_out_loss_that_rises_again_is_told(self):
+        risen = report_findings.loss_findings([self.group("a", [1.0], [(0, 5.0), (1, 2.0), (2, 2.2)], 1.0)], ["tokens"],
+                                              "eval_loss")
+        self.assertIn("its lowest was 2.0000 at 100, and it has risen since", risen[0])
+        none = report_findings.loss_findings([self.group("a", [1.0], [], 1.0)], ["tokens"], "eval_loss")
+        self.assertIn("no held-out evaluation", none[0])
+
+    def test_idle_and_busy_experts_are_named(self):
+        run = run_metrics.Run(None, "a", "#000000", [{"expert_load": [[0.25, 0.25, 0.25, 0.25], [0.0, 0.75, 0.25, 0.0]],
+                                                      "step": 1}])
+        words = report_findings.load_findings(run)
+        self.assertIn("the busiest expert (1 of mixture 1) gets 3.00 fair shares and the least used 0.00", words[0])
+        self.assertIn("2 of 8 experts got nothing", words[1])
+
+
+if __name__ == "__main__":
+    unittest.main()
