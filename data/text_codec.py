@@ -8,6 +8,7 @@ One JSON object a line on standard input, its answer a line on standard output:
     {"chat": [...]}       {"tokens": [...]}     of turns, {"role": ..., "content": TEXT} each, as the chat template
                                                 beside the tokenizer lays them out, up to where the answer begins
     {"decode": [...]}     {"text": TEXT}        without control tokens
+    {"classes": N}        {"names": [...], "classes": [...]}  of each of the tokens 0..N-1 the place of its class
 
 {"error": WORDS} where something is wrong, and status 3. Ends with its input.
 """
@@ -22,6 +23,7 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
 
 import datetime  # noqa: E402
 import json  # noqa: E402
+import unicodedata  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from command_line import BadInput, run_tool  # noqa: E402
@@ -86,6 +88,35 @@ class ChatTemplate:
             raise BadInput(f"{self.folder}: its chat template refuses: {' '.join(str(e).split())}") from None
 
 
+CLASSES = ("letters", "digits", "punctuation", "whitespace", "special", "other")
+SPACES = " \u2581\u0120\n\t"  # a blank, as it is and as tokenizers write it
+
+
+def class_of(text, token):
+    """What the text of one token is made of, blanks around it aside; `token` is how the tokenizer writes it."""
+    bare = text.strip()
+    if not bare:
+        return "whitespace" if text or not token.strip(SPACES) else "other"
+    kinds = {unicodedata.category(character)[0] for character in bare}
+    if kinds <= {"L", "M"}:
+        return "letters"
+    if kinds == {"N"}:
+        return "digits"
+    # A part of a character decodes to the replacement character, which is a symbol.
+    return "punctuation" if kinds <= {"P", "S"} and "\ufffd" not in bare else "other"
+
+
+def classes_of(tokenizer, count):
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    found = []
+    for token in range(count):
+        written = tokenizer.id_to_token(token)
+        name = ("special" if token in special else "other" if written is None else
+                class_of(tokenizer.decode([token], skip_special_tokens=False), written))
+        found.append(CLASSES.index(name))
+    return {"names": CLASSES, "classes": found}
+
+
 def answer(tokenizer, folder, request):
     if "encode" in request:
         return {"tokens": tokenizer.encode(request["encode"]).ids}
@@ -94,7 +125,9 @@ def answer(tokenizer, folder, request):
         return {"tokens": tokenizer.encode(text, add_special_tokens=False).ids}
     if "decode" in request:
         return {"text": tokenizer.decode(request["decode"], skip_special_tokens=True)}
-    raise BadInput(f"neither encode, chat nor decode: {request}")
+    if "classes" in request:
+        return classes_of(tokenizer, request["classes"])
+    raise BadInput(f"neither encode, chat, decode nor classes: {request}")
 
 
 def main():

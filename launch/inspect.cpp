@@ -1,4 +1,4 @@
-// upmoe inspect: what a model directory, a checkpoint or a token file holds.
+// upmoe inspect: what a model directory, a checkpoint or a token file holds, and which experts a model chooses.
 
 #include <fmt/ranges.h>
 
@@ -16,6 +16,7 @@
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
+#include "launch/routing_inspection.h"
 
 namespace upmoe {
 
@@ -26,7 +27,8 @@ using nlohmann::json;
 
 struct InspectArguments {
   std::string path, diff;
-  bool verify = false, as_json = false;
+  bool verify = false, as_json = false, routing = false;
+  RoutingRequest request;
 };
 
 json shape_json(const Shape& s) {
@@ -141,7 +143,19 @@ std::string plain(const json& j) {
   return out;
 }
 
+void check(const InspectArguments& a) {
+  if (a.routing && (a.verify || !a.diff.empty()))
+    fail(ExitCode::kUsage, "--routing: not together with --verify or --diff");
+  if (a.routing && a.request.tokens.empty())
+    fail(ExitCode::kUsage, "--routing: give token files behind the model; each is a source");
+  if (!a.routing && !a.request.tokens.empty())
+    fail(ExitCode::kUsage, "'{}': one path is inspected; token files behind it are for --routing",
+         a.request.tokens.front());
+}
+
 int run_inspect(const InspectArguments& a, Runtime& runtime) {
+  check(a);
+  if (a.routing) return runtime.world().rank() == 0 ? inspect_routing(a.request, a.as_json) : 0;
   run_agreed(runtime.world(), [&] {
     if (runtime.world().rank() != 0) return;
     json j = describe(a.path, a.verify);
@@ -155,14 +169,36 @@ int run_inspect(const InspectArguments& a, Runtime& runtime) {
 
 void add_inspect(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<InspectArguments>();
-  CLI::App* command = app.add_subcommand("inspect", "What a model directory, checkpoint or token file holds");
+  CLI::App* command = app.add_subcommand(
+      "inspect", "What a model directory, checkpoint or token file holds; which experts a model chooses");
   as_path(command->add_option("path", a->path, "Model directory, checkpoint, run directory or token file")
               ->required());
   as_path(command->add_option("--diff", a->diff, "Compare with another model directory or checkpoint"));
   command->add_flag("--verify", a->verify,
                     "Read everything: checksums, non-finite values, tokens beyond the vocabulary");
   command->add_flag("--json", a->as_json, "One JSON object on standard output");
-  command->callback([a, &handler] { handler = [a](Runtime& runtime) { return run_inspect(*a, runtime); }; });
+  RoutingRequest& request = a->request;
+  command->add_flag(
+      "--routing", a->routing,
+      "Which experts the model chooses, by source, place in the sequence and class of token, and how "
+      "often neighbours choose the same ones");
+  as_path(command->add_option("tokens", request.tokens, "With --routing: token files, each a source"));
+  command->add_option("--seq-len", request.seq_len, "With --routing: tokens per sequence")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command->add_option("--sequences", request.sequences, "With --routing: the first N of each source (0: all)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--micro-batch", request.micro_batch, "With --routing: sequences at once")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  add_choice(*command, "--precision", request.precision, "With --routing: fp32 or bf16");
+  as_path(
+      command->add_option("--out", request.out, "With --routing: folder for routing.json and routing.png"));
+  command->callback([a, &handler] {
+    a->request.model = a->path;
+    handler = [a](Runtime& runtime) { return run_inspect(*a, runtime); };
+  });
 }
 
 }  // namespace upmoe

@@ -114,6 +114,11 @@ std::string TextCodec::decode(std::span<const std::int32_t> tokens) {
   return read_answer(ask(question_of("decode", all)), tokenizer_.string()).at("text").get<std::string>();
 }
 
+TextCodec::Classes TextCodec::classes(std::int64_t vocab) {
+  const nlohmann::json answer = read_answer(ask(question_of("classes", vocab)), tokenizer_.string());
+  return {answer.at("names").get<std::vector<std::string>>(), answer.at("classes").get<std::vector<int>>()};
+}
+
 std::string GrowingText::since(std::size_t end) {
   if (end <= shown_) return {};
   const std::string fresh = text_.substr(shown_, end - shown_);

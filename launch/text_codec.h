@@ -25,6 +25,13 @@ class TextCodec {
   // Of turns, a JSON list of {"role": ..., "content": TEXT}, by the model's chat template, up to the answer.
   std::vector<std::int32_t> encode_turns(const std::string& turns);
   std::string decode(std::span<const std::int32_t> tokens);
+  // What the first `vocab` tokens are made of: letters, digits and so on. The last of the names is for what is none of
+  // the others.
+  struct Classes {
+    std::vector<std::string> names;
+    std::vector<int> of_token;
+  };
+  Classes classes(std::int64_t vocab);
 
  private:
   std::string ask(const std::string& question);

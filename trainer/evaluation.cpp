@@ -79,24 +79,25 @@ MeshSpec evaluation_mesh(const ModelConfig& config, int ranks) {
 }
 
 EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
-                    const LmHead::Sink& sink) {
+                    const LmHead::Sink& sink, const SeeRouting& routing) {
   const auto start = std::chrono::steady_clock::now();
   const std::int64_t available = std::max<std::int64_t>(0, data.num_sequences() - options.begin),
                      S = data.seq_len();
   const std::int64_t sequences = options.sequences == 0 ? available : std::min(options.sequences, available);
   if (sequences == 0) fail(ExitCode::kBadInput, "the held-out data has no whole sequence of {} tokens", S);
-  UPMOE_CHECK(!sink || model.mesh.spec().world() == 1, "logits of one rank");
+  UPMOE_CHECK((!sink && !routing) || model.mesh.spec().world() == 1, "logits and choices of one rank");
 
   double sums[2] = {0, 0};  // of the losses, and how many there are
   HeldOut batches(data, sequences, options, model.mesh);
   for (std::int64_t round = 0; round < batches.rounds(); ++round) {
     const Batch batch = batches.next();
+    const std::int64_t first_row = batch.index * options.micro_batch * S;
     LmHead::Sink shifted;
     if (sink)
-      shifted = [&](std::int64_t row, ConstTensorView logits_CV) {
-        sink(batch.index * options.micro_batch * S + row, logits_CV);
-      };
-    sums[0] += model.pipeline.evaluate(model.memory.exec, batch, shifted);
+      shifted = [&](std::int64_t row, ConstTensorView logits_CV) { sink(first_row + row, logits_CV); };
+    Transformer::SeeRouting placed;
+    if (routing) placed = [&](int block, const Choices& choices) { routing(first_row, block, choices); };
+    sums[0] += model.pipeline.evaluate(model.memory.exec, batch, shifted, placed);
     sums[1] += static_cast<double>(counted_targets(batch, model.mesh));
   }
   model.mesh.world().all_reduce(host_view(sums, {2}), ReduceOp::kSum);

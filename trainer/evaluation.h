@@ -1,6 +1,8 @@
 #pragma once
 // Held-out loss.
 
+#include <functional>
+
 #include "data/token_dataset.h"
 #include "trainer/rank_model.h"
 
@@ -24,8 +26,10 @@ MeshSpec evaluation_mesh(const ModelConfig& config, int ranks);
 
 // Sequences begin..begin+n-1 of `data` in file order, dealt to the data-parallel ranks. Collective; the same result on
 // every rank. Throws Error(kBadInput) when a loss mask leaves no target.
-// `sink` sees the logits (row = token index of the whole evaluation); only with one rank.
+// `sink` sees the logits (row = token index of the whole evaluation), `routing` what each mixture chose for the tokens
+// from `row` on; only with one rank.
+using SeeRouting = std::function<void(std::int64_t row, int block, const Choices& choices)>;
 EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
-                    const LmHead::Sink& sink = {});
+                    const LmHead::Sink& sink = {}, const SeeRouting& routing = {});
 
 }  // namespace upmoe

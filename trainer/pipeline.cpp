@@ -339,7 +339,8 @@ StepSums Pipeline::run(Exec& ex, const Step& step) {
   return read_totals(ex, totals);
 }
 
-double Pipeline::evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink) {
+double Pipeline::evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink,
+                          const Transformer::SeeRouting& routing) {
   watchdog::heartbeat();
   std::unique_ptr<Shard> shard = cut(ex, batch, nullptr);
   double loss = 0;
@@ -353,7 +354,7 @@ double Pipeline::evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink
           f->keep.take({chunk.own_tokens(shard->batch), chunk.hidden_size}, chunk.dtype, "chunk input");
       link_->forward->recv(input_tD, link_->previous(), ex);
     }
-    const Transformer::Evaluated result = chunk.evaluate(ex, shard->batch, input_tD, f->keep, sink);
+    const Transformer::Evaluated result = chunk.evaluate(ex, shard->batch, input_tD, f->keep, sink, routing);
     loss += result.loss;
     if (c + 1 < plan_.chunks.size())
       f->sends.push_back(link_->forward->send(result.output_tD, link_->next(), ex));

@@ -58,7 +58,8 @@ class Pipeline {
 
   // Sum of the cross-entropies of one micro-batch over the whole model, forward alone; counted on tp rank 0
   // of the last stage, 0 elsewhere. Collective over the stages.
-  double evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink = {});
+  double evaluate(Exec& ex, const Batch& batch, const LmHead::Sink& sink = {},
+                  const Transformer::SeeRouting& routing = {});
 
   std::size_t peak_bytes() const;  // of activations, all micro-batches under way together
 

@@ -44,8 +44,8 @@ MUTANTS = {
         "upcycle/report.cpp", "if (largest_error(layers) > kErrorOfNothing)", "if (largest_error(layers) > 1e9)",
         "Report.*", "upcycle_test"),
     "hidden_states_before_the_second_norm": (
-        "trainer/model/transformer.cpp", "if (see) see(first_block + static_cast<int>(i), saved.normed2_TD);",
-        "if (see) see(first_block + static_cast<int>(i), saved.h_TD);", "*", "ffn_inputs_test"),
+        "trainer/model/transformer.cpp", "if (inputs) inputs(number, saved.normed2_TD);",
+        "if (inputs) inputs(number, saved.h_TD);", "*", "ffn_inputs_test"),
     "means_of_the_last_sequence": (
         "trainer/ffn_inputs.cpp", "for (std::size_t d = 0; d < D; ++d) sum[d] += *x++;",
         "for (std::size_t d = 0; d < D; ++d) sum[d] = *x++;", "*Mean*", "ffn_inputs_test"),

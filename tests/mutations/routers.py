@@ -1,6 +1,17 @@
 """Errors in routers, their capacity, draws and balance terms; see tests/mutants.py."""
 
 MUTANTS = {
+    "the_first_slot_is_the_first_choice": (
+        "trainer/routing_counts.cpp", "weight_K[k] > most ||", "false ||", "Routing*", "routing_counts_test"),
+    "neighbours_across_sequences": (
+        "trainer/routing_counts.cpp", "if (t % seq_len_ > 0 && now.first", "if (t > 0 && now.first", "Routing.*",
+        "routing_counts_test"),
+    "choices_of_the_first_micro_batch_for_all": (
+        "trainer/evaluation.cpp", "{ routing(first_row, block, choices); }", "{ routing(0, block, choices); }",
+        "Routing.*", "routing_counts_test"),
+    "chances_of_first_choices_by_all": (
+        "trainer/routing_counts.cpp", "first = counts.first_by_source[source]", "first = counts.by_source[source]",
+        "Routing*", "routing_counts_test"),
     "capacity_of_one_ranks_tokens": (
         "trainer/model/capacity_router.cpp", "tokens.pool->rank() * t;", "0 * t;",
         "Routers.CapacityOfAnyPoolAndOrder"),

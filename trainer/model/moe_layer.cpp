@@ -7,7 +7,8 @@ void MoeLayer::forward(Exec& ex, TensorView y_TD, ConstTensorView x_TD, ConstTen
   // Computed all at once, experts pick their rows where they lie, backward as well; one by one they make a copy of them
   // for themselves, and take the host's word for how many each has.
   const bool one_by_one = !experts.fuses(ex);
-  const Choices choices = router->forward(ex, x_TD, balance, keep, saved.router);
+  saved.choices = router->forward(ex, x_TD, balance, keep, saved.router);
+  const Choices& choices = saved.choices;
   saved.plan = exchange->plan(ex, choices, keep);
   ExchangePlan& plan = saved.plan;
   if (one_by_one) exchange->send_offsets(ex, plan);

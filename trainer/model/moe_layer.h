@@ -21,6 +21,7 @@ struct MoeLayer {
 
   struct Saved {
     Router::Saved router;
+    Choices choices;  // the router's
     ExchangePlan plan;
     Experts::Saved experts;
     DenseFfn::Saved shared;

@@ -189,10 +189,15 @@ void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
                           embedding->shard);
 }
 
+void Transformer::Sees::operator()(int number, const Block::Saved& saved) const {
+  if (inputs) inputs(number, saved.normed2_TD);
+  if (const auto* mixture = std::get_if<MoeLayer::Saved>(&saved.ffn); routing && mixture != nullptr)
+    routing(number, mixture->choices);
+}
+
 // Nothing is kept for a backward: a block's own memory goes when it is done.
 Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
-                                           Arena& keep, const Continuation* rows,
-                                           const SeeInputs& see) const {
+                                           Arena& keep, const Continuation* rows, const Sees& see) const {
   const Shape shape{own_tokens(batch), hidden_size};
   Turns turns{keep.take(shape, dtype, "block input"), keep.take(shape, dtype, "block output"), input_tD};
   auto& [x_tD, y_tD, input] = turns;
@@ -210,7 +215,7 @@ Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, Co
     saved.balance.groups = {batch.groups, tp};
     if (rows != nullptr) places.cached = CachedPlaces{rows->caches.of(i), rows->tokens, rows->begins};
     input = summed(ex, blocks[i].forward(ex, {y_tD, branch_tD, normed_tD}, {input}, places, keep, saved));
-    if (see) see(first_block + static_cast<int>(i), saved.normed2_TD);
+    see(first_block + static_cast<int>(i), saved);
     keep.rewind(mark);
     std::swap(x_tD, y_tD);
   }
@@ -219,12 +224,13 @@ Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, Co
 
 void Transformer::ffn_inputs(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
                              const SeeInputs& see) const {
-  run_blocks(ex, batch, input_tD, keep, nullptr, see);
+  run_blocks(ex, batch, input_tD, keep, nullptr, {.inputs = see});
 }
 
 Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
-                                             Arena& keep, const LmHead::Sink& sink) const {
-  const Turns last = run_blocks(ex, batch, input_tD, keep, nullptr, {});
+                                             Arena& keep, const LmHead::Sink& sink,
+                                             const SeeRouting& routing) const {
+  const Turns last = run_blocks(ex, batch, input_tD, keep, nullptr, {.routing = routing});
   if (!output) return {last.output_tD, 0};
   Norm::Saved saved;
   output->norm.forward(ex, last.y_tD, {last.output_tD}, keep, saved);

@@ -81,6 +81,9 @@ struct Transformer {
   // i are final for this micro-batch; called last to first.
   void backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
                 const std::function<void(int)>& block_done) const;
+  // see(i, choices), i counted in the whole model: what the router of block i, a mixture, chose for this rank's tokens,
+  // on this rank's device and there until `see` returns. Of models without recomputation.
+  using SeeRouting = std::function<void(int block, const Choices& choices)>;
   // Forward without gradients: the output, in memory of `keep`, or the sum of the cross-entropies (last
   // chunk; tp rank 0). `sink` sees this rank's logits, chunk by chunk.
   struct Evaluated {
@@ -88,7 +91,7 @@ struct Transformer {
     double loss = 0;
   };
   Evaluated evaluate(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
-                     const LmHead::Sink& sink = {}) const;
+                     const LmHead::Sink& sink = {}, const SeeRouting& routing = {}) const;
 
   // Of a whole model: the same over tokens whose rows go on from step to step; fp32 logits of the tokens pick_N of all
   // T, over the whole vocabulary and on every rank of tp, in memory of `keep`. N may be 0.
@@ -117,9 +120,14 @@ struct Transformer {
     TensorView x_tD, y_tD;
     ConstTensorView output_tD;
   };
+  struct Sees {  // of each block, where given
+    SeeInputs inputs = {};
+    SeeRouting routing = {};
+    void operator()(int number, const Block::Saved& saved) const;
+  };
   // The embedding, where it is this chunk's, and its blocks, nothing kept.
   Turns run_blocks(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
-                   const Continuation* rows, const SeeInputs& see) const;
+                   const Continuation* rows, const Sees& see) const;
   void prepare_loads(Exec& ex, const MicroBatch& batch, Arena& keep, Saved& saved) const;
   RoutedTokens routed_tokens(const MicroBatch& batch, std::size_t block) const;
   TensorView previous_loads(Exec& ex, const BalanceConfig& config, std::int64_t experts) const;
