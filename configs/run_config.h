@@ -22,6 +22,11 @@ struct DataSource {
   bool loss_mask = false;  // targets that the file's mask leaves out do not count
 };
 
+struct HeldOutSet {
+  std::string name;  // empty: the only one
+  std::string path;
+};
+
 // Parameters that are updated otherwise than the rest; what is not given is as of the rest.
 struct OptimizerGroup {
   std::vector<std::string> match;  // as RunConfig::freeze
@@ -58,8 +63,8 @@ struct RunConfig {
   } router;
   struct Data {
     std::vector<DataSource> train;
-    std::string valid;             // empty: no held-out evaluation
-    bool valid_loss_mask = false;  // as DataSource::loss_mask
+    std::vector<HeldOutSet> valid;  // empty: no held-out evaluation
+    bool valid_loss_mask = false;   // as DataSource::loss_mask
     std::int64_t seq_len = 0;
     bool shuffle = true, mask_documents = false;
     std::int64_t seed = 1;
@@ -71,7 +76,7 @@ struct RunConfig {
     // Two runs of one layout have the same bits. false: on GPUs, attention may sum its gradient in any order.
     bool deterministic = true;
     std::int64_t eval_every = 0;       // held-out evaluation every n steps; 0 = at the end only
-    std::int64_t eval_sequences = 64;  // sequences of data.valid per evaluation; 0 = all
+    std::int64_t eval_sequences = 64;  // of each set of data.valid, per evaluation; 0 = all
     // Consecutive non-finite steps skipped before the run stops with status 4.
     std::int64_t nonfinite_patience = 3;
   } train;

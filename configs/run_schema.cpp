@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cctype>
 
 #include "configs/path_text.h"
 #include "configs/schema_values.h"
@@ -63,6 +64,43 @@ std::string write_sources(const std::vector<DataSource>& sources) {
                                 s.loss_mask ? ", loss_mask: true" : ""));
   }
   return fmt::format("[{}]", fmt::join(items, ", "));
+}
+
+// A path, nothing, or a map of names to paths.
+void read_sets(const YamlNode& node, const std::string& key, std::vector<HeldOutSet>& out,
+               Problems& problems) {
+  out.clear();
+  if (node.kind == YamlNode::Kind::kScalar) {
+    const auto path = text_of(node, key, {.may_be_empty = true, .path = true}, problems);
+    if (path && !path->empty()) out.push_back({"", *path});
+    return;
+  }
+  if (node.kind != YamlNode::Kind::kMap || node.entries.empty()) {
+    problems.add(node.where,
+                 key + ": expected a path, or names with their paths such as {code: c.h5, prose: p.h5}");
+    return;
+  }
+  for (const auto& [name, value] : node.entries) {
+    const bool plain =
+        !name.text.empty() && std::all_of(name.text.begin(), name.text.end(), [](unsigned char c) {
+          return std::isalnum(c) != 0 || c == '_' || c == '-' || c == '.';
+        });
+    if (!plain)
+      problems.add(
+          name.where,
+          fmt::format("{}: '{}' is no name of a set; use letters, digits, '_', '-' and '.'", key, name.text));
+    if (auto path = text_of(value, key + "." + name.text, kPath, problems))
+      out.push_back({name.text, *std::move(path)});
+  }
+}
+
+std::string write_sets(const std::vector<HeldOutSet>& sets) {
+  if (sets.empty()) return yaml_quoted("");
+  if (sets.front().name.empty()) return yaml_quoted(path_as_text(sets.front().path));
+  std::vector<std::string> items;
+  for (const HeldOutSet& set : sets)
+    items.push_back(fmt::format("{}: {}", yaml_quoted(set.name), yaml_quoted(path_as_text(set.path))));
+  return fmt::format("{{{}}}", fmt::join(items, ", "));
 }
 
 // One pattern, or a list of them.
@@ -134,8 +172,15 @@ void add_data(Schema& schema, RunConfig::Data& data) {
       .says(
           "Token files to train on, in HDF5 or PREFIX.bin of Megatron-LM; each gives its weight's share "
           "of the sequences. loss_mask: true: only targets that the file's mask counts.")
-      .key("valid", data.valid, {.may_be_empty = true, .path = true})
-      .says("Held-out token file; without it nothing is evaluated.")
+      .key(
+          "valid", "path or nothing | map of names to paths", false,
+          [&data](const YamlNode& node, const std::string& key, Problems& problems) {
+            read_sets(node, key, data.valid, problems);
+          },
+          [&data] { return write_sets(data.valid); })
+      .says(
+          "Held-out token file, or several by name, each with a loss of its own; without any nothing is "
+          "evaluated.")
       .key("valid_loss_mask", data.valid_loss_mask)
       .says("Held-out targets count where the file's mask says so.")
       .key("seq_len", data.seq_len, {.least = 1, .most = kMaxSeqLen, .required = true})
@@ -165,7 +210,7 @@ void add_train(Schema& schema, RunConfig::Train& train) {
       .key("eval_every", train.eval_every, {.least = 0})
       .says("Steps between held-out evaluations; 0: before the first step and after the last.")
       .key("eval_sequences", train.eval_sequences, {.least = 0})
-      .says("Sequences of data.valid per evaluation; 0: all.")
+      .says("Sequences of each set of data.valid per evaluation; 0: all.")
       .key("nonfinite_patience", train.nonfinite_patience, {.least = 1})
       .says("Non-finite steps in a row, each skipped, before the run stops with status 4.");
 }

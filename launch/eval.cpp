@@ -1,5 +1,7 @@
 // upmoe eval: held-out loss of a model directory or checkpoint, and its logits.
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,7 +14,7 @@
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
-#include "trainer/evaluation.h"
+#include "trainer/held_out.h"
 #include "trainer/logits_file.h"
 
 namespace upmoe {
@@ -22,7 +24,8 @@ namespace {
 constexpr double kLargest = std::numeric_limits<double>::max();  // JSON has no infinity
 
 struct EvalArguments {
-  std::string model, data, logits;
+  std::string model, logits;
+  std::vector<std::string> data, names;
   Precision precision = Precision::kFp32;
   RouterDType router = RouterDType::kAuto;
   DeviceChoice device = DeviceChoice::kAuto;
@@ -30,19 +33,97 @@ struct EvalArguments {
   bool mask_documents = false, loss_mask = false;
 };
 
+std::vector<std::string> set_names(const std::vector<std::string>& files, std::vector<std::string> given) {
+  if (given.empty())
+    for (const std::string& file : files) given.push_back(std::filesystem::path(file).stem().string());
+  return given;
+}
+
 [[noreturn]] void refuse_not_finite(const EvalArguments& a, const std::string& what) {
   fail(ExitCode::kNumeric,
        "{}: {} over {} in {}: either weights are not finite, or what they compute; "
        "`upmoe inspect --verify {}` reads every weight",
-       a.model, what, a.data, name_of(a.precision), a.model);
+       a.model, what, fmt::join(a.data, ", "), name_of(a.precision), a.model);
+}
+
+void check(const EvalArguments& a, const Communicator& world) {
+  if (!a.logits.empty() && world.size() > 1)
+    fail(ExitCode::kUsage, "--logits needs one rank; start upmoe eval alone");
+  if (!a.logits.empty() && a.data.size() > 1) fail(ExitCode::kUsage, "--logits: of one --data");
+  if (!a.names.empty() && a.names.size() != a.data.size())
+    fail(ExitCode::kUsage, "{} names for {} token files; give --name once per --data", a.names.size(),
+         a.data.size());
+  const std::vector<std::string> names = set_names(a.data, a.names);
+  for (std::size_t i = 0; i < names.size(); ++i)
+    for (std::size_t j = 0; j < i; ++j)
+      if (names[i] == names[j])
+        fail(ExitCode::kUsage, "two token files have the name '{}'; tell them apart with --name", names[i]);
+}
+
+nlohmann::json object_of(const EvalResult& result, std::int64_t sequences) {
+  return {{"loss", result.loss},
+          {"perplexity", std::min(std::exp(result.loss), kLargest)},
+          {"tokens", result.tokens},
+          {"sequences", sequences},
+          {"seconds", result.seconds}};
+}
+
+using Sets = std::vector<std::unique_ptr<TokenDataset>>;
+
+Sets open_sets(const EvalArguments& a, const ModelSource& source, bool speaks) {
+  Sets sets;
+  std::vector<const TokenFile*> files;
+  for (const std::string& file : a.data) {
+    sets.push_back(std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{file, 1.0, a.loss_mask}},
+                                                  a.seq_len, false, 0, source.config().vocab_size));
+    files.push_back(sets.back()->files().front());
+    if (speaks && a.sequences > sets.back()->num_sequences())
+      log::warning("--sequences {}: {} holds {} of {} tokens; all of them are used", a.sequences, file,
+                   sets.back()->num_sequences(), a.seq_len);
+  }
+  if (!speaks) return sets;
+  for (const std::string& words : tokenizer_differences(source.companions(), files))
+    log::warning("{}", words);
+  return sets;
+}
+
+std::int64_t sequences_of(const EvalArguments& a, const TokenDataset& data) {
+  return a.sequences == 0 ? data.num_sequences() : std::min(a.sequences, data.num_sequences());
+}
+
+std::vector<HeldOutLoss> evaluate_sets(const EvalArguments& a, RankModel& model, const Sets& sets,
+                                       const LmHead::Sink& sink) {
+  const std::vector<std::string> names = set_names(a.data, a.names);
+  std::vector<HeldOutLoss> losses;
+  try {
+    for (std::size_t i = 0; i < sets.size(); ++i)
+      losses.push_back(
+          {names[i],
+           evaluate(model, *sets[i], {sequences_of(a, *sets[i]), a.micro_batch, a.mask_documents}, sink)});
+  } catch (const PeerError&) {
+    throw;
+  } catch (const Error& e) {  // an operation met the value first, and speaks of training
+    if (e.code() == ExitCode::kNumeric) refuse_not_finite(a, "values on the way to the loss are not finite");
+    throw;
+  }
+  return losses;
+}
+
+// Of one set its own; of several all together, and each by its name.
+nlohmann::json report_of(const EvalArguments& a, const std::vector<HeldOutLoss>& losses, const Sets& sets) {
+  std::int64_t sequences = 0;
+  for (const auto& set : sets) sequences += sequences_of(a, *set);
+  nlohmann::json report = object_of(together(losses), sequences);
+  for (std::size_t i = 0; i < losses.size() && losses.size() > 1; ++i)
+    report["sets"][losses[i].name] = object_of(losses[i].result, sequences_of(a, *sets[i]));
+  return report;
 }
 
 int run_eval(const EvalArguments& a, Runtime& runtime) {
   const Device device = runtime.choose_device(a.device);
   remark_on_precision(a.precision, device);
   Communicator& world = runtime.world();
-  if (!a.logits.empty() && world.size() > 1)
-    fail(ExitCode::kUsage, "--logits needs one rank; start upmoe eval alone");
+  check(a, world);
   std::unique_ptr<ModelSource> source;
   run_agreed(world, [&] { source = open_model(a.model); });
   const ModelConfig& config = source->config();
@@ -52,46 +133,23 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
 
   RankModel model(config, evaluation_mesh(config, world.size()), world, device,
                   {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
-  std::unique_ptr<TokenDataset> data;
+  Sets sets;
   run_agreed(world, [&] {
     model.params.load(model.memory.exec,
                       [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
-    data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{a.data, 1.0, a.loss_mask}},
-                                          a.seq_len, false, 0, config.vocab_size);
-    if (world.rank() != 0) return;
-    for (const std::string& words : tokenizer_differences(source->companions(), data->files()))
-      log::warning("{}", words);
+    sets = open_sets(a, *source, world.rank() == 0);
   });
 
   std::optional<LogitsFile> logits;
-  const std::int64_t sequences =
-      a.sequences == 0 ? data->num_sequences() : std::min(a.sequences, data->num_sequences());
-  if (a.sequences > sequences && world.rank() == 0)
-    log::warning("--sequences {}: {} holds {} of {} tokens; all of them are used", a.sequences, a.data,
-                 sequences, a.seq_len);
   if (!a.logits.empty())
-    logits.emplace(a.logits, std::vector<std::filesystem::path>{source->directory(), a.data},
-                   Shape{sequences, a.seq_len, config.vocab_size});
-  EvalResult result;
-  try {
-    result = evaluate(model, *data, {sequences, a.micro_batch, a.mask_documents},
-                      logits ? logits->sink() : LmHead::Sink{});
-  } catch (const PeerError&) {
-    throw;
-  } catch (const Error& e) {  // an operation met the value first, and speaks of training
-    if (e.code() == ExitCode::kNumeric) refuse_not_finite(a, "values on the way to the loss are not finite");
-    throw;
-  }
+    logits.emplace(a.logits, std::vector<std::filesystem::path>{source->directory(), a.data.front()},
+                   Shape{sequences_of(a, *sets.front()), a.seq_len, config.vocab_size});
+  const std::vector<HeldOutLoss> losses =
+      evaluate_sets(a, model, sets, logits ? logits->sink() : LmHead::Sink{});
   if (logits) logits->write();
-  if (!std::isfinite(result.loss)) refuse_not_finite(a, fmt::format("the loss is {}", result.loss));
-  if (world.rank() == 0)
-    print_result(nlohmann::json{{"loss", result.loss},
-                                {"perplexity", std::min(std::exp(result.loss), kLargest)},
-                                {"tokens", result.tokens},
-                                {"sequences", sequences},
-                                {"seconds", result.seconds}}
-                     .dump() +
-                 "\n");
+  for (const HeldOutLoss& of : losses)
+    if (!std::isfinite(of.result.loss)) refuse_not_finite(a, fmt::format("the loss is {}", of.result.loss));
+  if (world.rank() == 0) print_result(report_of(a, losses, sets).dump() + "\n");
   return 0;
 }
 
@@ -103,9 +161,18 @@ void add_eval(CLI::App& app, Handler& handler) {
       app.add_subcommand("eval", "Held-out loss and perplexity of a model, as one JSON object");
   as_path(command->add_option("model", a->model, "Hugging Face directory, checkpoint or run directory")
               ->required());
-  as_path(command->add_option("--data", a->data, "Token file")->required());
+  as_path(command->add_option("--data", a->data, "Token file; several times: the loss of each and of all")
+              ->required()
+              ->take_all()
+              ->allow_extra_args(false));
+  command
+      ->add_option(
+          "--name", a->names,
+          "Name of a token file among several, once per --data (default: the file's without its extension)")
+      ->take_all()
+      ->allow_extra_args(false);
   command->add_option("--seq-len", a->seq_len, "Tokens per sequence")->required()->check(CLI::PositiveNumber);
-  command->add_option("--sequences", a->sequences, "Only the first N sequences (0: all)")
+  command->add_option("--sequences", a->sequences, "Only the first N sequences of each token file (0: all)")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_option("--micro-batch", a->micro_batch, "Sequences at once per rank")

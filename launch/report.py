@@ -21,7 +21,8 @@ try:
     import matplotlib.pyplot as plt
     import numpy as np
     from report_page import write_page
-    from run_curves import STYLE, Group, draw_heldout, draw_loss, draw_throughput, finish_axis, palette
+    from run_curves import (STYLE, Group, draw_heldout, draw_loss, draw_sets, draw_throughput, finish_axis,
+                            held_out_sets, palette)
     from run_metrics import AXES, axes_of, read_run, values
 except ImportError as missing:
     sys.exit(f"upmoe: error: {missing_package(missing)}")
@@ -87,7 +88,8 @@ def draw_overview(folder, groups, against):
 
 def draw_all(folder, groups, against):
     names = [draw_overview(folder, groups, against)]
-    for name, draw in (("loss", draw_loss), ("heldout_loss", draw_heldout), ("throughput", draw_throughput)):
+    by_set = [("heldout_sets", draw_sets)] if held_out_sets(groups) else []
+    for name, draw in (("loss", draw_loss), ("heldout_loss", draw_heldout), *by_set, ("throughput", draw_throughput)):
         names.append(save(folder, f"{name}.png", (9, 4.8), lambda ax, draw=draw: draw(ax, groups, against)))
     runs = [run for group in groups for run in group.runs]
     for i, run in enumerate(run for run in runs if run.loads()):

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 from report_findings import load_findings, loss_findings, throughput_findings
-from run_curves import (Line, bulk_limits, heldout_limits, heldout_line, step_line, throughput_limits,
-                        throughput_line)
+from run_curves import (Line, bulk_limits, held_out_sets, heldout_limits, heldout_line, step_line,
+                        throughput_limits, throughput_line)
 from run_metrics import AXES, axes_of
 
 POINTS = 1000  # of a line: more than a screen shows
@@ -53,6 +53,23 @@ def figure(name, title, shown, lines, *, unit, limits=None, digits=".4f", findin
             "limits": numbers(limits) if limits else None, "findings": list(findings)}
 
 
+DASHES = ["solid", "dash", "dot", "dashdot"]  # of held-out sets, as the plotting library calls them
+
+
+def figure_of_sets(groups, axes):
+    """The held-out sets that have names, each by itself; None where there are none."""
+    names = held_out_sets(groups)
+    lines, drawn, findings = [], [], []
+    for i, name in enumerate(names):
+        of_set = curves(groups, axes, lambda group, axis, name=name: heldout_line(group, axis, name), points=True,
+                        dash=DASHES[i % len(DASHES)])
+        lines += [line | {"name": f"{line['name']}: {name}"} for line in of_set]
+        drawn += [line for group in groups if (line := heldout_line(group, "step", name))]
+        findings += [f"{name}: {words}" for words in loss_findings(groups, axes, "eval_loss", name)]
+    return figure("sets", "Held-out loss, set by set", "Colours are runs, dashes are sets.", lines, unit=NATS,
+                  limits=heldout_limits(drawn), findings=findings) if names else None
+
+
 def load_history(run, axes):
     """The spread of the loads over the experts of all layers, as bands around their median."""
     records = [record for record in run.steps if record.get("expert_load")]
@@ -90,6 +107,8 @@ def figures_of(groups, against):
     if heldout:
         found.append(figure("heldout", "Held-out loss", "Over tokens that were not trained on." + mean, heldout,
                             unit=NATS, limits=heldout_limits(drawn), findings=loss_findings(groups, axes, "eval_loss")))
+    if by_set := figure_of_sets(groups, axes):
+        found.append(by_set)
     found.append(figure(
         "throughput", "Throughput", "The median of the steps around each point; area: their middle 80 %. Single steps "
         "far above or below the rest move neither." + mean,

@@ -53,10 +53,10 @@ def course(label, line, rises):
     return words + "."
 
 
-def loss_findings(groups, axes, kind):
-    """kind: "loss" for what each step logged, "eval_loss" for the held-out loss."""
+def loss_findings(groups, axes, kind, name=None):
+    """kind: "loss" for what each step logged, "eval_loss" for the held-out loss, of the set of that name or of all."""
     def line_of(group, axis):
-        return heldout_line(group, axis) if kind == "eval_loss" else step_line(group, axis, kind)
+        return heldout_line(group, axis, name) if kind == "eval_loss" else step_line(group, axis, kind)
 
     found = [course(group.label, line, kind == "eval_loss") for group in groups if (line := line_of(group, "tokens"))]
     if not found:

@@ -32,7 +32,7 @@
       }
       traces.push({ x: part.x, y: part.y, name: line.name, legendgroup: line.name,
                     mode: line.points ? "lines+markers" : "lines", marker: { size: 6 },
-                    line: { width: 2, color: line.colour } });
+                    line: { width: 2, color: line.colour, dash: line.dash || "solid" } });
     }
     return traces;
   }

@@ -17,6 +17,7 @@ STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axe
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
          "axes.edgecolor": "#888888", "axes.labelcolor": "#444444", "xtick.color": "#444444", "ytick.color": "#444444",
          "legend.frameon": False, "figure.facecolor": "white", "savefig.dpi": 150, "lines.linewidth": 1.8}
+DASHES = ["-", "--", ":", "-."]
 MARKS = {"marker": "o", "markersize": 4}
 GRID = 200  # points of a mean over runs whose steps lie apart
 
@@ -103,13 +104,18 @@ def step_line(group, against, key):
     return Line(xs[0], lines[0], raw=(xs[0], ys[0])) if len(group.runs) == 1 else mean_line(xs, lines, group.banded)
 
 
-def heldout_line(group, against):
-    """None without an evaluation."""
-    runs = [run for run in group.runs if run.evals]
+def heldout_line(group, against, name=None):
+    """Of all held-out sets together or of the one of that name. None without an evaluation."""
+    runs = [(run, records) for run in group.runs if (records := run.of_set(name) if name else run.evals)]
     if not runs:
         return None
-    xs, ys = [run.x(run.evals, against) for run in runs], [values(run.evals, "eval_loss") for run in runs]
+    xs, ys = [run.x(records, against) for run, records in runs], [values(records, "eval_loss") for _, records in runs]
     return Line(xs[0], ys[0]) if len(group.runs) == 1 else mean_line(xs, ys, group.banded)
+
+
+def held_out_sets(groups):
+    """The names of sets that any run was evaluated on one by one."""
+    return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.sets()))
 
 
 def heldout_limits(lines):
@@ -181,6 +187,22 @@ def draw_heldout(ax, groups, against):
     else:
         ax.text(0.5, 0.5, "no held-out evaluation in these runs", ha="center", va="center", transform=ax.transAxes,
                 color="#888888")
+
+
+def draw_sets(ax, groups, against):
+    """A line of each group for each held-out set that has a name: colours are the groups', dashes the sets'."""
+    drawn = []
+    for i, name in enumerate(held_out_sets(groups)):
+        for group in groups:
+            if line := heldout_line(group, against, name):
+                label = f"{group.title}: {title_of(name)}" if len(groups) > 1 else title_of(name)
+                draw_line(ax, line, group.colour, label, linestyle=DASHES[i % len(DASHES)], **MARKS)
+                drawn.append((line, group.colour))
+    finish_axis(ax, against, "Held-out loss, set by set", "cross-entropy, nats per token")
+    limit(ax, heldout_limits([line for line, _ in drawn]))
+    ax.margins(x=0.1)
+    label_ends(ax, [(line.x[-1], line.y[-1], colour) for line, colour in drawn if math.isfinite(line.y[-1])])
+    ax.legend(fontsize=8, ncols=2)
 
 
 def median_rate(group):

@@ -112,6 +112,13 @@ def data_lines(start):
                f"weight {at(file, 'weight')}, checksum {at(file, 'checksum') or 'unknown'}")
 
 
+def held_out_lines(start):
+    files = at(start, "data", "held_out")
+    for file in files if isinstance(files, list) else []:
+        name = f"{at(file, 'name')}: " if at(file, "name") else ""
+        yield f"{name}{at(file, 'path')}: {count(at(file, 'tokens'))} tokens, {count(at(file, 'sequences'))} sequences"
+
+
 def training_of(config):
     def say(key):
         return config.get(key, "?")
@@ -142,6 +149,8 @@ def facts_of(facts):
     if facts.config:
         rows.append(("training", [training_of(facts.config)]))
     rows.append(("data", list(data_lines(last)) if last else [str(facts.config.get("data.train", "not recorded"))]))
+    if held_out := list(held_out_lines(last)):
+        rows.append(("held out", held_out))
     rows += [("mesh", [str(at(last, "mesh") or "not recorded")]), ("machine", [machine_of(last)]),
              ("program", [program_of(last) if last else "not recorded"])]
     return rows

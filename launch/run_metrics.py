@@ -32,6 +32,15 @@ class Run:
     def title(self):
         return title_of(self.label)
 
+    def sets(self):
+        """Names of the held-out sets, in the order that they came in."""
+        return list(dict.fromkeys(name for record in self.evals for name in record.get("valid_loss", {})))
+
+    def of_set(self, name):
+        """The evaluations that had this set, with its loss for theirs."""
+        return [record | {"eval_loss": record["valid_loss"][name]} for record in self.evals
+                if name in record.get("valid_loss", {})]
+
     def loads(self):
         return [(r["step"], np.array(r["expert_load"], dtype=float)) for r in self.steps if r.get("expert_load")]
 
@@ -93,6 +102,11 @@ def checked(record):
         number(record, key)
     for key in ("loss", "eval_loss", "grad_norm", "mfu"):
         number(record, key, gap=True)
+    sets = record.get("valid_loss", {})
+    if not isinstance(sets, dict):
+        raise ValueError("valid_loss is not an object of losses by name")
+    for name in sets:
+        number(sets, name, gap=True)
     if record.get("expert_load"):
         check_load(record["expert_load"])
     return record

@@ -179,18 +179,28 @@ void Metrics::console(const StepReport& r, double tokens_per_s) {
   }
 }
 
-void Metrics::evaluation(std::int64_t step, const EvalResult& result) {
-  line(json{{"kind", "eval"},
-            {"step", step},
-            {"tokens", step * run_.train.global_batch * run_.data.seq_len},
-            {"eval_loss", result.loss},
-            {"eval_tokens", result.tokens},
-            {"seconds", result.seconds}}
-           .dump());
-  if (events_) events_->scalars(step, {{"eval/loss", result.loss}});
+void Metrics::evaluation(std::int64_t step, const std::vector<HeldOutLoss>& losses) {
+  const EvalResult result = together(losses);
+  json j{{"kind", "eval"},
+         {"step", step},
+         {"tokens", step * run_.train.global_batch * run_.data.seq_len},
+         {"eval_loss", result.loss},
+         {"eval_tokens", result.tokens},
+         {"seconds", result.seconds}};
+  std::vector<std::pair<std::string, double>> scalars{{"eval/loss", result.loss}};
+  std::string each;
+  for (const HeldOutLoss& of : losses) {
+    if (of.name.empty()) continue;
+    j["valid_loss"][of.name] = of.result.loss;
+    j["valid_tokens"][of.name] = of.result.tokens;
+    scalars.emplace_back("eval/loss/" + of.name, of.result.loss);
+    each += fmt::format("{}{} {:.4f}", each.empty() ? ": " : ", ", of.name, of.result.loss);
+  }
+  line(j.dump());
+  if (events_) events_->scalars(step, scalars);
   if (!std::isfinite(result.loss)) log::warning("step {}: the held-out loss is not finite", step);
-  log::info("{}step {}  held-out loss {:.4f} over {} tokens", terminal_ ? "\n" : "", step, result.loss,
-            result.tokens);
+  log::info("{}step {}  held-out loss {:.4f} over {} tokens{}", terminal_ ? "\n" : "", step, result.loss,
+            result.tokens, each);
 }
 
 }  // namespace upmoe

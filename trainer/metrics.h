@@ -6,8 +6,8 @@
 #include <memory>
 #include <optional>
 
-#include "trainer/evaluation.h"
 #include "trainer/event_file.h"
+#include "trainer/held_out.h"
 #include "trainer/peak.h"
 #include "trainer/trainer.h"
 
@@ -21,7 +21,7 @@ class Metrics {
           PeakRate peak);
 
   void step(const StepReport& report);
-  void evaluation(std::int64_t step, const EvalResult& result);
+  void evaluation(std::int64_t step, const std::vector<HeldOutLoss>& losses);  // of at least one set
   void sync();  // what was said so far is on the disk, or a warning
 
  private:

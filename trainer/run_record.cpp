@@ -67,20 +67,28 @@ json model_of(const Session& s, const TrainState& state) {
   return model;
 }
 
-json data_of(const Session& s, const TrainState& state) {
+json file_of(const TokenFile& file) {
+  return {{"path", fs::absolute(file.path()).lexically_normal().string()},
+          {"tokens", file.num_tokens()},
+          {"documents", file.document_ends().size()},
+          {"tokenizer_sha256", text_or_null(file.tokenizer_sha256())},
+          {"checksum", file.checksummed() ? json(file.checksum()) : json(nullptr)}};
+}
+
+json data_of(const Session& s, const TrainState& state, std::span<const HeldOutData> held_out) {
   const std::vector<std::int64_t> sequences = s.data->sequences_of_source();
-  json train = json::array();
+  json train = json::array(), valid = json::array();
   for (std::size_t i = 0; i < s.run.data.train.size(); ++i) {
-    const TokenFile& file = *s.data->files()[i];
-    train.push_back({{"path", fs::absolute(file.path()).lexically_normal().string()},
-                     {"weight", s.run.data.train[i].weight},
-                     {"tokens", file.num_tokens()},
-                     {"documents", file.document_ends().size()},
-                     {"sequences", sequences[i]},
-                     {"tokenizer_sha256", text_or_null(file.tokenizer_sha256())},
-                     {"checksum", file.checksummed() ? json(file.checksum()) : json(nullptr)}});
+    train.push_back(file_of(*s.data->files()[i]));
+    train.back()["weight"] = s.run.data.train[i].weight;
+    train.back()["sequences"] = sequences[i];
   }
-  return {{"train", train}, {"words", describe_data(s.run, sequences, state.step + 1)}};
+  for (const HeldOutData& set : held_out) {
+    valid.push_back(file_of(*set.data->files().front()));
+    valid.back()["name"] = text_or_null(set.name);
+    valid.back()["sequences"] = set.data->num_sequences();
+  }
+  return {{"train", train}, {"held_out", valid}, {"words", describe_data(s.run, sequences, state.step + 1)}};
 }
 
 }  // namespace
@@ -123,7 +131,7 @@ std::string start_record(const RunStart& start, const Session& s, const TrainSta
       {"recipe", recipe_of(start.weights)},
       {"frozen", text_or_null(describe_frozen(s.params))},
       {"kept_in_fp32", text_or_null(describe_fp32(s.params))},
-      {"data", data_of(s, state)},
+      {"data", data_of(s, state, start.held_out)},
   };
   // Names of files are bytes.
   return record.dump(-1, ' ', false, json::error_handler_t::replace);

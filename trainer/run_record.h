@@ -2,11 +2,13 @@
 // What a run was, for who reads its numbers later: RUN_DIR/starts.jsonl, an object for each time it was started.
 
 #include <filesystem>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "data/model_source.h"
 #include "trainer/checkpoint.h"
+#include "trainer/held_out.h"
 #include "trainer/session.h"
 
 namespace upmoe {
@@ -31,6 +33,7 @@ struct RunStart {
   std::string digest = {};  // of the program
   // What the weights were read from; null where they are random.
   const ModelSource* weights = nullptr;
+  std::span<const HeldOutData> held_out = {};
 };
 
 // One JSON object without a newline: command, program, machine, mesh, model, recipe (of an upcycled model, from the

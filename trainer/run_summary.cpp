@@ -97,7 +97,7 @@ void log_model(const Session& s, const TrainState& state) {
     log::info("buffers, {} values that no optimizer touches: {}", grouped(counts.buffers), buffers);
 }
 
-void log_data(const Session& s, const TrainState& state, const TokenDataset* valid) {
+void log_data(const Session& s, const TrainState& state, std::span<const HeldOutData> valid) {
   const std::vector<std::int64_t> sequences = s.data->sequences_of_source();
   log::info("data: {}", describe_data(s.run, sequences, state.step + 1));
   for (const std::string& line : repeated_data(s.run, sequences)) log::warning("data: {}", line);
@@ -105,12 +105,14 @@ void log_data(const Session& s, const TrainState& state, const TokenDataset* val
     if (s.data->files()[i]->has_loss_mask() && !s.run.data.train[i].loss_mask)
       log::warning("data: {} has a loss mask, but every target counts: data.train[{}].loss_mask is false",
                    s.run.data.train[i].path, i);
-  if (valid == nullptr) return;
-  const std::int64_t all = valid->num_sequences(), wanted = s.run.train.eval_sequences;
-  log::info("held out: {} of the {} sequences of {}, {}", wanted == 0 ? all : std::min(all, wanted), all,
-            s.run.data.valid,
-            s.run.train.eval_every > 0 ? fmt::format("every {} steps", s.run.train.eval_every)
-                                       : "before the first step and after the last");
+  for (std::size_t i = 0; i < valid.size(); ++i) {
+    const std::int64_t all = valid[i].data->num_sequences(), wanted = s.run.train.eval_sequences;
+    const std::string name = valid[i].name.empty() ? "" : " (" + valid[i].name + ")";
+    log::info("held out{}: {} of the {} sequences of {}, {}", name, wanted == 0 ? all : std::min(all, wanted),
+              all, s.run.data.valid[i].path,
+              s.run.train.eval_every > 0 ? fmt::format("every {} steps", s.run.train.eval_every)
+                                         : "before the first step and after the last");
+  }
 }
 
 }  // namespace
@@ -171,7 +173,7 @@ std::vector<std::string> repeated_data(const RunConfig& run,
   return lines;
 }
 
-void log_run_summary(const Session& s, const TrainState& state, const TokenDataset* valid,
+void log_run_summary(const Session& s, const TrainState& state, std::span<const HeldOutData> valid,
                      const std::string& cores) {
   const RunConfig& run = s.run;
   log_model(s, state);

@@ -1,11 +1,13 @@
 #pragma once
 // What is going to happen, in a few lines before the first step: rank 0 says it.
 
+#include <span>
 #include <string>
 #include <vector>
 
 #include "configs/config_diff.h"
 #include "trainer/checkpoint.h"
+#include "trainer/held_out.h"
 #include "trainer/session.h"
 
 namespace upmoe {
@@ -24,7 +26,7 @@ std::string describe_data(const RunConfig& run, const std::vector<std::int64_t>&
 std::vector<std::string> repeated_data(const RunConfig& run,
                                        const std::vector<std::int64_t>& sequences_of_source);
 // `cores`: what the ranks compute on, in words; empty: not said.
-void log_run_summary(const Session& session, const TrainState& state, const TokenDataset* valid,
+void log_run_summary(const Session& session, const TrainState& state, std::span<const HeldOutData> valid,
                      const std::string& cores);
 
 // Writes the resolved configuration as FOLDER/config.yaml. What changed at this start and at earlier ones

@@ -9,6 +9,7 @@
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "parallel/watchdog.h"
+#include "trainer/held_out.h"
 #include "trainer/memory_estimate.h"
 #include "trainer/metrics.h"
 #include "trainer/one_program.h"
@@ -102,7 +103,7 @@ class Run {
   std::unique_ptr<Resumption> resumption_;  // rank 0, of a run that goes on
   std::unique_ptr<ModelSource> source_;
   std::unique_ptr<Session> session_;
-  std::unique_ptr<TokenDataset> valid_;
+  std::vector<HeldOutData> valid_;
   std::unique_ptr<Metrics> metrics_;  // rank 0
   TrainState state_;
   std::string digest_;  // of the program
@@ -142,13 +143,10 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
          "not give; restore it, or start another run.dir",
          state_.samples, state_.step, run_.train.global_batch);
   state_.fingerprint = fingerprint;
-  if (!run_.data.valid.empty())
-    valid_ = std::make_unique<TokenDataset>(
-        std::vector<TokenDataset::Source>{{run_.data.valid, 1.0, run_.data.valid_loss_mask}},
-        run_.data.seq_len, false, 0, s.config.vocab_size);
+  valid_ = open_held_out(run_.data, s.config.vocab_size);
   if (world_.rank() != 0) return;
   std::vector<const TokenFile*> files = s.data->files();
-  if (valid_ != nullptr) files.push_back(valid_->files().front());
+  for (const HeldOutData& set : valid_) files.push_back(set.data->files().front());
   for (const std::string& words :
        tokenizer_differences(source_ == nullptr ? fs::path(run_.model.path) : source_->companions(), files))
     log::warning("{}", words);
@@ -169,19 +167,22 @@ void Run::start_metrics() {
     write_run_config(dir_, run_, state_.step + 1,
                      resumption_ ? resumption_->changes() : std::vector<ConfigChange>{});
     const bool random = run_.model.init == ModelInit::kRandom;
-    const RunStart start{options_.origin, options_.cores, digest_, random ? nullptr : source_.get()};
+    const RunStart start{options_.origin, options_.cores, digest_, random ? nullptr : source_.get(), valid_};
     write_start(dir_, start_record(start, *session_, state_), state_.step > 0);
-    log_run_summary(*session_, state_, valid_.get(), options_.cores);
+    log_run_summary(*session_, state_, valid_, options_.cores);
   });
 }
 
 void Run::evaluate_now(std::int64_t step) {
-  if (valid_ == nullptr || evaluated_step_ == step) return;
+  if (valid_.empty() || evaluated_step_ == step) return;
   evaluated_step_ = step;
   session_->reducer.await_all_values(session_->memory.exec);
-  const EvalResult result = evaluate(
-      *session_, *valid_, {run_.train.eval_sequences, run_.train.micro_batch, run_.data.mask_documents});
-  if (metrics_) metrics_->evaluation(step, result);
+  std::vector<HeldOutLoss> losses;
+  for (const HeldOutData& set : valid_)
+    losses.push_back(
+        {set.name, evaluate(*session_, *set.data,
+                            {run_.train.eval_sequences, run_.train.micro_batch, run_.data.mask_documents})});
+  if (metrics_) metrics_->evaluation(step, losses);
 }
 
 // A power cut must not leave a checkpoint whose steps have no lines.

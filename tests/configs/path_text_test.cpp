@@ -71,7 +71,8 @@ TEST_F(Paths, EveryPathOfARunIsMeant) {
   EXPECT_EQ(run.model.path, "/disk/m");
   EXPECT_EQ(run.data.train.at(0).path, "/disk/t.h5");
   EXPECT_EQ(run.data.train.at(1).path, "/home/me/u.h5");
-  EXPECT_EQ(run.data.valid, "/home/me/v.h5");
+  EXPECT_EQ(run.data.valid.at(0).path, "/home/me/v.h5");
+  EXPECT_EQ(with("data.valid={a: ~/w.h5}").data.valid.at(0).path, "/home/me/w.h5");
   EXPECT_EQ(with("run.dir=~/other").run.dir, "/home/me/other");
   for (const char* key : {"run.dir=", "model.path=", "data.train=", "data.valid="}) {
     try {

@@ -73,7 +73,9 @@ checkpoint: {every: 100, keep: 3, async: true}
 log:        {every: 1, tensorboard: true}
 device:     auto
 )");
-  EXPECT_EQ(run.data.valid, "valid.h5");
+  ASSERT_EQ(run.data.valid.size(), 1u);
+  EXPECT_EQ(run.data.valid[0].path, "valid.h5");
+  EXPECT_EQ(run.data.valid[0].name, "");
   EXPECT_EQ(run.schedule.warmup, 20);
   EXPECT_EQ(run.parallel.ep, 2);
 }
@@ -171,9 +173,26 @@ TEST(RunConfig, WrongTypes) {
   EXPECT_THAT(added("log: {every: }"), HasSubstr("log.every: has no value"));
   EXPECT_THAT(added("freeze: embed_VD"), HasSubstr("list of texts"));
   EXPECT_THAT(overridden("run.dir="), HasSubstr("run.dir: is empty"));
-  EXPECT_EQ(parse(kMinimal, {"data.valid="}).data.valid, "");
+  EXPECT_TRUE(parse(kMinimal, {"data.valid="}).data.valid.empty());
   EXPECT_THAT(parse(kMinimal, {"freeze=[embed_VD, 'layers.*.attn.*']"}).freeze,
               ElementsAre("embed_VD", "layers.*.attn.*"));
+}
+
+TEST(RunConfig, HeldOutSetsByName) {
+  const RunConfig run = parse(kMinimal, {"data.valid={code: c.h5, prose-2: 'a b.h5'}"});
+  ASSERT_EQ(run.data.valid.size(), 2u);
+  EXPECT_EQ(run.data.valid[0].name, "code");
+  EXPECT_EQ(run.data.valid[1].path, "a b.h5");
+  const RunConfig again = parse_run_config(to_yaml(run), "again", {});
+  ASSERT_EQ(again.data.valid.size(), 2u);
+  EXPECT_EQ(again.data.valid[1].name, "prose-2");
+  EXPECT_EQ(again.data.valid[1].path, "a b.h5");
+  EXPECT_EQ(to_yaml(again), to_yaml(run));
+  EXPECT_THAT(overridden("data.valid={}"), HasSubstr("names with their paths"));
+  EXPECT_THAT(overridden("data.valid=[a.h5]"), HasSubstr("names with their paths"));
+  EXPECT_THAT(overridden("data.valid={'a/b': c.h5}"), HasSubstr("no name of a set"));
+  EXPECT_THAT(overridden("data.valid={a: }"), HasSubstr("data.valid.a"));
+  EXPECT_THAT(overridden("data.valid={a: c.h5, a: d.h5}"), HasSubstr("given twice"));
 }
 
 TEST(RunConfig, ImpossibleValues) {

@@ -28,7 +28,8 @@ START = {"first_step": 1, "started": "2026-11-29T01:02:03Z", "command": ["upmoe"
                     "source": {"files": [{"name": "dense.safetensors"}]}, "step_zero": {"loss": 3.25}},
          "frozen": "3 of 41 parameters: layers.*.moe.router_ED x 3", "kept_in_fp32": None,
          "data": {"words": "9 sequences of 16 tokens", "train": [{"path": "/t.h5", "tokens": 4321, "documents": 5,
-                                                                  "weight": 1.0, "checksum": 99}]}}
+                                                                  "weight": 1.0, "checksum": 99}],
+                  "held_out": [{"path": "/v.h5", "tokens": 777, "sequences": 48, "name": "code"}]}}
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 LOADS = {"src", "href", "srcset", "action", "data", "poster", "background"}
 
@@ -115,6 +116,23 @@ class ReportPage(report_test.RunDirectories):
         uncounted = self.run_dir("uncounted", [step(1), step(2)])
         self.assertEqual([axis for axis, _ in figures_of(self.page(uncounted))["axes"]], ["tokens", "seconds", "step"])
 
+    # Sets come and go with data.valid; what was evaluated together is their own figure.
+    def test_held_out_sets_have_a_figure_of_their_own(self):
+        sets = [held_out(1) | {"valid_loss": {"code": 3.0, "prose": 5.0}},
+                held_out(2) | {"valid_loss": {"code": 2.0, "prose": 4.5, "late": 1.0}}]
+        one = self.run_dir("one", [self.counted(1), sets[0], self.counted(2), sets[1]])
+        two = self.run_dir("two", [self.counted(1), held_out(1), self.counted(2), held_out(2)])
+        figures = {figure["id"]: figure for figure in figures_of(self.page(one, two))["figures"]}
+        lines = {line["name"]: line for line in figures["sets"]["lines"]}
+        self.assertEqual({name: line["parts"]["step"]["y"] for name, line in lines.items()},
+                         {"one: code": [3.0, 2.0], "one: prose": [5.0, 4.5], "one: late": [1.0]})
+        self.assertEqual(lines["one: late"]["parts"]["step"]["x"], [2.0])
+        self.assertEqual(len({line["dash"] for line in lines.values()}), 3)
+        self.assertIn("code: one: from 3.0000 to 2.0000.", figures["sets"]["findings"])
+        self.assertEqual(len(figures["heldout"]["lines"]), 2)
+        self.assertTrue((self.folder / "out" / "heldout_sets.png").read_bytes().startswith(b"\x89PNG"))
+        self.assertNotIn("sets", [figure["id"] for figure in figures_of(self.page(two))["figures"]])
+
     def test_it_says_what_the_runs_were(self):
         text = " ".join(Page(self.page(*self.two_runs())).words)
         for words in ("upmoe train 'my run.yaml'   (on 2 ranks)", "in /w",
@@ -123,6 +141,7 @@ class ReportPage(report_test.RunDirectories):
                       "pp 1, dp 2", "/models/<moe> (its weights)",
                       "60 experts of which 4.0 compute a token", "1,234,567 parameters", "3 of 41 parameters",
                       "4,321 tokens, 5 documents, weight 1.0, checksum 99", "seed: 77", "dense.safetensors",
+                      "code: /v.h5: 777 tokens, 48 sequences",
                       "its loss at step 0: 3.2500", "not recorded", "# from step 2 on: x"):
             self.assertIn(words, text)
         facts = [run_facts.read_facts(self.folder / name) for name in ("dense", "moe")]

@@ -123,7 +123,7 @@ class Report(RunDirectories):
         wrong = [{"loss": "low"}, {"step": "one"}, {"step": True}, {"step": -1}, {"seconds": [1]}, {"tokens": None},
                  {"tokens_per_s": float("nan")}, {"seconds": 10**400}, {"flops": "many"}, {"grad_norm": {}},
                  {"expert_load": [[1, 2], [3]]}, {"expert_load": [[[[1]]]]}, {"expert_load": [[]]}, {"expert_load": 3},
-                 {"expert_load": [["a"]]}]
+                 {"expert_load": [["a"]]}, {"valid_loss": 3}, {"valid_loss": {"a": "b"}}]
         for i, change in enumerate(wrong):
             run = self.run_dir(f"wrong_{i}", [step(1), step(2) | change])
             with self.assertRaisesRegex(run_metrics.BadInput, "metrics.jsonl:2: not a metrics record", msg=str(change)):
