@@ -143,7 +143,8 @@ def facts_of(facts):
     elif last:
         rows.append(("started", [str(last.get("started"))]))
     source = facts.config.get("model.path", "not recorded")
-    rows += [("model", [model_of(last) if last else str(source)]), ("frozen", [str(frozen)])]
+    # A later start goes on from a checkpoint; what the run began from, the first one tells.
+    rows += [("model", [model_of(facts.starts[0]) if last else str(source)]), ("frozen", [str(frozen)])]
     if at(last, "kept_in_fp32"):
         rows.append(("kept in fp32", [str(last["kept_in_fp32"])]))
     if facts.config:
@@ -158,7 +159,7 @@ def facts_of(facts):
 
 def recipe_of(facts):
     """The recipe that the model was upcycled with and where its report lies; None for another model."""
-    recipe = at(facts.starts[-1], "recipe") if facts.starts else None
+    recipe = at(facts.starts[0], "recipe") if facts.starts else None
     if not isinstance(recipe, dict):
         return None
     names = [str(at(file, "name")) for file in at(recipe, "source", "files") or [] if isinstance(file, dict)]

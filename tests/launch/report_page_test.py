@@ -149,10 +149,12 @@ class ReportPage(report_test.RunDirectories):
 
     def test_every_start_of_a_run_is_told(self):
         run = self.run_dir("run", [self.counted(1), self.counted(2)])
-        later = START | {"first_step": 2, "ranks": 5, "started": "2026-12-01T00:00:00Z"}
+        later = START | {"first_step": 2, "ranks": 5, "started": "2026-12-01T00:00:00Z", "recipe": None,
+                         "model": START["model"] | {"start": "going on after step 1"}}
         (run / "starts.jsonl").write_text(json.dumps(START) + "\n" + json.dumps(later) + "\n", encoding="utf-8")
         text = " ".join(Page(self.page(run)).words)
-        for words in ("2 starts", "step 2: 2026-12-01T00:00:00Z, 5 ranks", "step 1: 2026-11-29T01:02:03Z, 2 ranks"):
+        for words in ("2 starts", "step 2: 2026-12-01T00:00:00Z, 5 ranks", "step 1: 2026-11-29T01:02:03Z, 2 ranks",
+                      "/models/<moe> (its weights)", "seed: 77"):
             self.assertIn(words, text)
 
     # Nothing in a file is taken at its word.
