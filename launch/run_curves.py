@@ -114,8 +114,9 @@ def heldout_line(group, against, name=None):
 
 
 def held_out_sets(groups):
-    """The names of sets that any run was evaluated on one by one."""
-    return list(dict.fromkeys(name for group in groups for run in group.runs for name in run.sets()))
+    """The names of sets that runs were evaluated on one by one; of a single one, all there is to see is the whole."""
+    names = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.sets()))
+    return names if len(names) > 1 else []
 
 
 def heldout_limits(lines):
@@ -202,7 +203,7 @@ def draw_sets(ax, groups, against):
     limit(ax, heldout_limits([line for line, _ in drawn]))
     ax.margins(x=0.1)
     label_ends(ax, [(line.x[-1], line.y[-1], colour) for line, colour in drawn if math.isfinite(line.y[-1])])
-    ax.legend(fontsize=8, ncols=2)
+    ax.legend(fontsize=8, ncols=2, handlelength=3.5)
 
 
 def median_rate(group):

@@ -2,7 +2,6 @@
 // Which experts fire for what: counts of a model's choices over token files, and the same as a JSON object.
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <utility>
 #include <vector>

@@ -131,7 +131,9 @@ class ReportPage(report_test.RunDirectories):
         self.assertIn("code: one: from 3.0000 to 2.0000.", figures["sets"]["findings"])
         self.assertEqual(len(figures["heldout"]["lines"]), 2)
         self.assertTrue((self.folder / "out" / "heldout_sets.png").read_bytes().startswith(b"\x89PNG"))
-        self.assertNotIn("sets", [figure["id"] for figure in figures_of(self.page(two))["figures"]])
+        alone = self.run_dir("alone", [self.counted(1), held_out(1) | {"valid_loss": {"code": 9.0}}])
+        for run in (two, alone):
+            self.assertNotIn("sets", [figure["id"] for figure in figures_of(self.page(run))["figures"]])
 
     def test_it_says_what_the_runs_were(self):
         text = " ".join(Page(self.page(*self.two_runs())).words)
