@@ -1,7 +1,6 @@
 // upmoe cost: what models cost to train and to serve, what was printed about it, and what runs have spent.
 
 #include "configs/shipped_file.h"
-#include "data/model_source.h"
 #include "kernels/core/log.h"
 #include "launch/commands.h"
 #include "launch/cost_comparison.h"
@@ -15,25 +14,10 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const ShippedFolder kModels{fs::path(UPMOE_SOURCE_DIR) / "configs" / "models", ".json", "model"};
-
-// What config_of_model() takes, or a shipped name.
-ModelConfig model_of(const std::string& given) {
-  return config_of_model(shipped_or_own(kModels, given));
-}
-
-std::string name_of_model(const std::string& given) {
-  const fs::path path = fs::path(given).lexically_normal();
-  if (path.filename() == "config.json" && path.has_parent_path())
-    return path.parent_path().filename().string();
-  if (!path.has_filename()) return path.parent_path().filename().string();
-  return path.extension() == kModels.suffix ? path.stem().string() : path.filename().string();
-}
-
 CostReport cost_of_models(const CostRequest& a) {
   std::vector<NamedCost> costs;
   for (const std::string& given : a.models) {
-    const ModelConfig model = model_of(given);
+    const ModelConfig model = shape_of_model(given);
     if (a.seq_len > model.max_position_embeddings)
       log::warning("--seq-len {}: {} was made for {} positions", a.seq_len, given,
                    model.max_position_embeddings);
@@ -58,10 +42,12 @@ CostReport cost_as_published(const CostRequest& a) {
 CostReport cost_as_claimed() {
   std::vector<ClaimedModels> by_length;
   for (const std::int64_t seq_len : {2048, 4096, 8192, 32768}) {
-    const auto cost = [&](const char* name) { return model_cost(model_of(name), {.seq_len = seq_len}); };
+    const auto cost = [&](const char* name) {
+      return model_cost(shape_of_model(name), {.seq_len = seq_len});
+    };
     by_length.push_back({cost("qwen1.5-moe-a2.7b"), cost("qwen1.5-7b"), cost("qwen1.5-1.8b")});
   }
-  const auto counts = [](const char* name) { return count_weights(model_of(name)).parameters; };
+  const auto counts = [](const char* name) { return count_weights(shape_of_model(name)).parameters; };
   return claim_report(claim_readings(by_length, {}),
                       card_readings(counts("marco-nano"), counts("qwen3-0.6b"), {}));
 }
@@ -86,10 +72,10 @@ CostReport fit_of_runs(const CostRequest& a) {
 }
 
 CostReport cost_of_serving(const CostRequest& a) {
-  const Request request;
+  const Request request{a.prompt, a.output};
   const auto served = [&](std::size_t i, const char* otherwise) {
     const std::string given = a.models.empty() ? otherwise : a.models[i];
-    return Served{name_of_model(given), ServedModel(model_of(given), request.prompt)};
+    return Served{name_of_model(given), ServedModel(shape_of_model(given), request.prompt)};
   };
   const std::string machine = a.machine.empty() ? "a100-80" : a.machine;
   return inference_report(served(0, "qwen1.5-moe-a2.7b"), served(1, "qwen1.5-7b"),

@@ -27,7 +27,7 @@ const std::vector<Report>& reports() {
       {CostKind::kClaim, "--claim", {"--claim"}},
       {CostKind::kRuns, "--run", {"--run", "--source"}},
       {CostKind::kFit, "--fit", {"--fit", "--source"}},
-      {CostKind::kInference, "--inference", {"--inference", "MODEL", "--machine"}}};
+      {CostKind::kInference, "--inference", {"--inference", "MODEL", "--machine", "--in", "--out"}}};
   return all;
 }
 
@@ -128,6 +128,11 @@ std::shared_ptr<CostRequest> add_cost_options(CLI::App& command) {
   flag("--claim", "75 % less training cost than Qwen1.5-7B: every reading of it");
   flag("--inference",
        "Best times to serve two models (default: qwen1.5-moe-a2.7b and qwen1.5-7b), by batch size");
+  const auto tokens_of_request = [&](const char* name, std::int64_t& tokens, const char* description) {
+    command.add_option(name, tokens, description)->check(CLI::PositiveNumber)->capture_default_str();
+  };
+  tokens_of_request("--in", r->prompt, "With --inference: tokens of a request's prompt");
+  tokens_of_request("--out", r->output, "With --inference: tokens of its answer");
   command.add_flag("--json", r->as_json, "JSON on standard output");
   return r;
 }

@@ -17,7 +17,8 @@ struct CostRequest {
   std::vector<std::string> models, runs, fitted, sources;
   std::string machine;  // empty: none was named
   std::int64_t seq_len = 4096;
-  double tokens = 0;  // 0: not asked
+  std::int64_t prompt = 1000, output = 1000;  // tokens of a request, of kInference
+  double tokens = 0;                          // 0: not asked
   double mfu = 0.4;
   Recompute recompute = Recompute::kNone;
   bool as_json = false;

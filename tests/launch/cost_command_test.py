@@ -41,6 +41,8 @@ COMPUTED = {
     "qwen3-30b-a3b": (30.5321, 3.3530, 2.7307, 23.08),
     "marco-nano": (8.0015, 0.6027, 0.4471, 5.03),
 }
+# Shapes of our own, and what each stands for.
+TINY = {"tiny-7b-shape": "qwen1.5-7b", "tiny-a2.7b-shape": "qwen1.5-moe-a2.7b", "tiny-1.8b-shape": "qwen1.5-1.8b"}
 REMARKS = {
     "mistral-7b": "agrees",
     "qwen1.5-7b": "non-embedding cut, not rounded; the announcement's text says 6.5",
@@ -133,7 +135,7 @@ class Models(Cost):
 class Published(Cost):
     def test_table(self):
         rows = {row["name"]: row for row in self.run_json("--published")}
-        shipped = {path.stem for path in (ROOT / "configs" / "models").glob("*.json")}
+        shipped = {path.stem for path in (ROOT / "configs" / "models").glob("*.json")} - set(TINY)
         self.assertEqual(set(rows), shipped)
         for name, row in rows.items():
             total, activated, non_embedding, gflop = COMPUTED[name]
@@ -242,6 +244,39 @@ class Inference(Cost):
         self.assertAlmostEqual(report["requests_per_s"][0] / report["requests_per_s"][1], 2.13, delta=0.02)
         slower = self.run_json("--inference", "qwen1.5-moe-a2.7b", "qwen1.5-1.8b", "--machine", "h100-sxm")
         self.assertTrue(all(b["decode_ratio"] < 1 for b in slower["batches"]), "its own source is served faster")
+
+    def test_times_of_another_request(self):
+        usual, short = (self.run_json("--inference", *more) for more in ((), ("--in", 500, "--out", 100)))
+        self.assertEqual((short["prompt"], short["output"]), (500, 100))
+        for a, b in zip(usual["batches"], short["batches"], strict=True):
+            self.assertLess(max(b["decode_seconds"]), max(a["decode_seconds"]))
+            self.assertLess(max(b["prefill_seconds"]), max(a["prefill_seconds"]))
+        self.refused(2, ["--in does not go with MODEL", "--inference"], "qwen1.5-7b", "--in", "5")
+
+
+class TinyShapes(Cost):
+    """What stands in for three models on a CPU has their ratios."""
+
+    def test_flops_and_bytes(self):
+        dense, mixture, source = self.run_json(*TINY, "--seq-len", 256)
+        true_dense, true_mixture, true_source = self.run_json(*TINY.values(), "--seq-len", 4096)
+        for key, measured, of_true, within in (
+                ("forward_flops_per_token", mixture, true_mixture, 0.0005),
+                ("forward_flops_per_token", source, true_source, 0.01),
+                ("kv_bytes_per_token", mixture, true_mixture, 1e-9),
+                ("kv_bytes_per_token", source, true_source, 1e-9),
+                ("parameters", mixture, true_mixture, 0.04)):
+            self.assertAlmostEqual(measured[key] / dense[key], of_true[key] / true_dense[key], delta=within, msg=key)
+        self.assertAlmostEqual(mixture["forward_flops_per_token"] / dense["forward_flops_per_token"], 0.337, delta=5e-4)
+        self.assertAlmostEqual(source["forward_flops_per_token"] / dense["forward_flops_per_token"], 0.22, delta=0.005)
+
+    def test_times_to_serve(self):
+        names = list(TINY)
+        for a, b, within in ((1, 0, 0.01), (1, 2, 0.02)):
+            tiny = self.run_json("--inference", names[a], names[b], "--in", 124, "--out", 124)
+            true = self.run_json("--inference", TINY[names[a]], TINY[names[b]])
+            for t, r in zip(tiny["batches"], true["batches"], strict=True):
+                self.assertAlmostEqual(t["decode_ratio"] / r["decode_ratio"], 1, delta=within)
 
 
 def announced():

@@ -116,6 +116,20 @@ TEST(Roofline, TimesOfDecodingByBatch) {
   EXPECT_NEAR(prefill_seconds(dense, a100, 8) / prefill_seconds(mixture, a100, 8), 2.98, .01);
 }
 
+TEST(Roofline, InFp32) {
+  Machine machine = read_machine(kConfigs / "machines" / "h100-sxm.yaml");
+  const ModelConfig model = shipped("qwen1.5-7b");
+  const ServedModel bf16(model, 1000), fp32(model, 1000, DType::kF32);
+  EXPECT_EQ(fp32.kv_bytes, 2 * bf16.kv_bytes);
+  EXPECT_EQ(fp32.weight_bytes, 2 * bf16.weight_bytes);
+  EXPECT_NEAR(decode_seconds(fp32, machine, 1, 1500), 2 * decode_seconds(bf16, machine, 1, 1500), 1e-9)
+      << "bound by memory";
+  EXPECT_NEAR(prefill_seconds(fp32, machine, 8) * 66.9e12, 8 * fp32.prompt_flops, 1e3) << "by products";
+  machine.fp32_tflops = 0;
+  EXPECT_THAT(error_of([&] { decode_seconds(fp32, machine, 1, 1500); }, ExitCode::kUsage),
+              HasSubstr("no fp32_tflops"));
+}
+
 TEST(Roofline, WhatFits) {
   const Machine a100 = read_machine(kConfigs / "machines" / "a100-80.yaml");
   const ServedModel mixture(shipped("qwen1.5-moe-a2.7b"), 1000), dense(shipped("qwen1.5-7b"), 1000);

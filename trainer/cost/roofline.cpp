@@ -9,11 +9,17 @@ namespace upmoe {
 
 namespace {
 
-constexpr double kBytes = 2;  // of a weight, a key, a value
+double peak_flops_per_s(const Machine& machine, DType dtype) {
+  if (dtype == DType::kBF16) return machine.peak_flops_per_s();
+  if (machine.fp32_tflops == 0)
+    fail(ExitCode::kUsage,
+         "machine '{}' has no fp32_tflops, by which times in fp32 go; add it, or ask for bf16", machine.name);
+  return machine.fp32_tflops * 1e12;
+}
 
-double longer(double bytes, double flops, const Machine& machine, const Attained& attained) {
+double longer(double bytes, double flops, DType dtype, const Machine& machine, const Attained& attained) {
   return std::max(bytes / (machine.bytes_per_s() * attained.bandwidth),
-                  flops / (machine.peak_flops_per_s() * attained.products));
+                  flops / (peak_flops_per_s(machine, dtype) * attained.products));
 }
 
 double read_bytes(const ServedModel& m, double tokens) {
@@ -22,8 +28,9 @@ double read_bytes(const ServedModel& m, double tokens) {
 
 }  // namespace
 
-ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt)
-    : experts(model.num_experts),
+ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of_numbers)
+    : dtype(of_numbers),
+      experts(model.num_experts),
       experts_per_token(model.num_experts_per_tok),
       window(static_cast<double>(model.sliding_window)) {
   if (model.num_moe_layers() > 0 && model.router.routes_groups())
@@ -33,10 +40,11 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt)
          "served, and has no time to serve it; ask for what it costs to train",
          name_of(model.router.kind));
   const WeightCounts weights = count_weights(model);
-  weight_bytes = kBytes * static_cast<double>(weights.parameters.total);
-  fixed_bytes = kBytes * static_cast<double>(weights.multiplied - weights.multiplied_routed);
-  routed_bytes = kBytes * static_cast<double>(weights.routed);
-  kv_bytes = static_cast<double>(kv_bytes_per_token(model));
+  const auto size = static_cast<double>(size_of(dtype));
+  weight_bytes = size * static_cast<double>(weights.parameters.total);
+  fixed_bytes = size * static_cast<double>(weights.multiplied - weights.multiplied_routed);
+  routed_bytes = size * static_cast<double>(weights.routed);
+  kv_bytes = static_cast<double>(kv_bytes_per_token(model)) * (size / 2);
   token_flops = 2 * static_cast<double>(weights.multiplied);
   prompt_tokens = static_cast<double>(prompt);
   prompt_flops = rehearse_forward(model, prompt).total().model_flops;
@@ -56,12 +64,12 @@ double expected_experts(const ServedModel& m, double tokens) {
 double decode_seconds(const ServedModel& m, const Machine& machine, double batch, double context,
                       const Attained& attained) {
   return longer(read_bytes(m, batch) + batch * m.seen(context) * m.kv_bytes,
-                batch * (m.token_flops + m.seen(context) * m.context_flops), machine, attained);
+                batch * (m.token_flops + m.seen(context) * m.context_flops), m.dtype, machine, attained);
 }
 
 double prefill_seconds(const ServedModel& m, const Machine& machine, double batch, const Attained& attained) {
   return longer(read_bytes(m, batch * m.prompt_tokens) + batch * m.prompt_tokens * m.kv_bytes,
-                batch * m.prompt_flops, machine, attained);
+                batch * m.prompt_flops, m.dtype, machine, attained);
 }
 
 std::int64_t sequences_that_fit(const ServedModel& m, const Machine& machine, double context, double share) {

@@ -1,6 +1,6 @@
 #pragma once
 // How long one device takes to serve a model, at best: the longer of what its memory and its products need. Everything
-// in bf16 on one device; nothing is measured.
+// in one dtype on one device; nothing is measured.
 //
 // A decoding step of B sequences with c tokens of context each reads every weight that is multiplied once, of the
 // routed experts those that at least one of B tokens chose, E (1 - (1 - k/E)^B) of E when choices are independent and
@@ -15,9 +15,11 @@
 namespace upmoe {
 
 struct ServedModel {
-  // `prompt` tokens are prefilled at a time. Error(kUsage) for routers of groups, which nobody serves.
-  ServedModel(const ModelConfig& model, std::int64_t prompt);
+  // `prompt` tokens are prefilled at a time. `of_numbers`: of weights, keys and values, bf16 or fp32. Error(kUsage) for
+  // routers of groups, which nobody serves.
+  ServedModel(const ModelConfig& model, std::int64_t prompt, DType of_numbers = DType::kBF16);
 
+  DType dtype;
   double experts = 0, experts_per_token = 0;
   double weight_bytes = 0;   // of all parameters: what stays on the device
   double fixed_bytes = 0;    // of what is multiplied: outside routed experts
@@ -39,6 +41,7 @@ struct Attained {
 
 double expected_experts(const ServedModel& model,
                         double tokens);  // of a layer, that at least one token chose
+// Times in fp32 need a machine with fp32_tflops: Error(kUsage).
 double decode_seconds(const ServedModel& model, const Machine& machine, double batch, double context,
                       const Attained& attained = {});
 // Of `batch` prompts together.
