@@ -165,7 +165,7 @@ CostReport fit_report(const std::vector<RunOutcome>& runs, const ScalingFit& fit
 
 CostReport inference_report(const Served& first, const Served& second, const Machine& machine,
                             const Request& request) {
-  const double context = static_cast<double>(request.prompt) + static_cast<double>(request.output) / 2;
+  const double context = first.model.mean_context(static_cast<double>(request.output));
   TextTable table({{"batch"},
                    {"decode, ms: " + first.name},
                    {second.name},

@@ -1,5 +1,6 @@
 // upmoe generate: text, or tokens, that continue a prompt.
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -9,6 +10,7 @@
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
+#include "launch/generate_bench.h"
 #include "launch/output.h"
 #include "launch/prompts.h"
 #include "launch/text_codec.h"
@@ -18,11 +20,15 @@ namespace upmoe {
 namespace {
 
 struct GenerateArguments {
-  std::string model, prompt, batch;
+  std::vector<std::string> models;  // one, unless they are timed
+  std::string prompt, batch;
   std::vector<std::int32_t> tokens;
   std::size_t given = 0;  // of the three ways to say what to go on from
   GenerationOptions options;
   bool ignore_eos = false, json = false, chat = false;
+  bool bench = false;
+  RatesRequest rates{.concurrency = {1, 8}};
+  std::string machine;
   int tp = 1;
   Precision precision = Precision::kFp32;
   RouterDType router = RouterDType::kAuto;
@@ -47,6 +53,10 @@ struct Speaker {
 };
 
 void check(const GenerateArguments& a) {
+  if (a.models.size() != 1)
+    fail(ExitCode::kUsage,
+         "found {} models: one is needed, to go on with a prompt; several are timed with --bench",
+         a.models.size());
   if (a.given != 1) fail(ExitCode::kUsage, "give one of --prompt TEXT, --tokens 1,2,3 and --batch FILE");
   if (!std::isfinite(a.options.sampling.temperature))
     fail(ExitCode::kUsage, "--temperature: {} is no number", a.options.sampling.temperature);
@@ -127,7 +137,7 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
   GenerationOptions options = a.options;
   MeshSpec mesh;
   run_agreed(world, [&] {
-    source = open_model(a.model);
+    source = open_model(a.models.front());
     mesh = generation_mesh(source->config(), world.size(), a.tp);
     if (!a.ignore_eos)
       for (const std::int64_t token : text_ends_of(source->companions()))
@@ -136,7 +146,7 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
     if (!first) return;
     prompts = prompts_of(a, speaker.emplace(*source));
     if (const std::string wrong = refusal_of(source->config(), prompts); !wrong.empty())
-      fail(ExitCode::kBadInput, "{}: {}", a.model, wrong);
+      fail(ExitCode::kBadInput, "{}: {}", a.models.front(), wrong);
     warn_of_positions(source->config(), prompts, options.max_new_tokens);
   });
   share_prompts(world, prompts);
@@ -164,43 +174,97 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
   return 0;
 }
 
+int run_bench(const GenerateArguments& a, Runtime& runtime) {
+  BenchArguments bench{a.models, a.rates, a.machine, a.tp, a.precision, a.router, a.device, a.json};
+  std::vector<std::int64_t>& concurrency = bench.request.concurrency;
+  std::sort(concurrency.begin(), concurrency.end());
+  concurrency.erase(std::unique(concurrency.begin(), concurrency.end()), concurrency.end());
+  return run_generate_bench(bench, runtime);
+}
+
+using Options = std::vector<CLI::Option*>;
+
+// What to go on from; one of them is needed.
+Options add_prompts(CLI::App& command, GenerateArguments& a) {
+  return {command.add_option("--prompt", a.prompt, "Text to go on from"),
+          command.add_option("--tokens", a.tokens, "The same as tokens: 1,2,3")
+              ->delimiter(',')
+              ->allow_extra_args(false),
+          as_path(command.add_option(
+              "--batch", a.batch,
+              "JSON lines, an object with \"prompt\", \"messages\" or \"tokens\" for each answer"))};
+}
+
+// How answers are made of it.
+Options add_answers(CLI::App& command, GenerateArguments& a) {
+  SamplingRule& rule = a.options.sampling;
+  return {command.add_option("--max-new-tokens", a.options.max_new_tokens, "New tokens of a prompt, at most")
+              ->check(CLI::NonNegativeNumber)
+              ->capture_default_str(),
+          command
+              .add_option("--temperature", rule.temperature,
+                          "Of sampling; 0: the likeliest token, the lowest of equals")
+              ->check(CLI::NonNegativeNumber)
+              ->capture_default_str(),
+          command.add_option("--top-k", rule.top_k, "Sample from the N likeliest tokens (0: all)")
+              ->check(CLI::NonNegativeNumber)
+              ->capture_default_str(),
+          command
+              .add_option("--top-p", rule.top_p,
+                          "Sample from the fewest tokens that have this probability together")
+              ->check(CLI::Range(0.0, 1.0))
+              ->capture_default_str(),
+          command.add_option("--seed", rule.seed, "Of sampling, with the prompt's number and the position")
+              ->capture_default_str(),
+          command.add_flag("--chat", a.chat,
+                           "Prompts of text are a user's turn, laid out by the model's chat template"),
+          command.add_flag("--ignore-eos", a.ignore_eos, "Go on behind tokens that end text (eos_token_id)")};
+}
+
+// Times in place of answers.
+void add_bench(CLI::App& command, GenerateArguments& a, const Options& others) {
+  CLI::Option* bench = command.add_flag(
+      "--bench", a.bench,
+      "Time one MODEL, or several in turns; random weights where there is a configuration alone");
+  for (CLI::Option* other : others) bench->excludes(other);
+  RatesRequest& r = a.rates;
+  const Options its{
+      command.add_option("--in", r.prompt, "With --bench: tokens of a request's prompt")
+          ->check(CLI::PositiveNumber),
+      command.add_option("--out", r.output, "With --bench: tokens of its answer, 2 or more")
+          ->check(CLI::Range(std::int64_t{2}, std::int64_t{1} << 31)),
+      command.add_option("--concurrency", r.concurrency, "With --bench: requests at once, such as 1,8,64")
+          ->delimiter(',')
+          ->allow_extra_args(false)
+          ->check(CLI::PositiveNumber),
+      command.add_option("--rounds", r.rounds, "With --bench: rounds, of which medians are taken")
+          ->check(CLI::PositiveNumber)};
+  for (CLI::Option* option : its) option->needs(bench)->capture_default_str();
+  as_path(command.add_option(
+              "--machine", a.machine,
+              "With --bench: what this device reaches at best beside the rates; a file, or a name of "
+              "configs/machines"))
+      ->needs(bench);
+}
+
 }  // namespace
 
 void add_generate(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<GenerateArguments>();
   CLI::App* command = app.add_subcommand(
-      "generate", "Continues prompts, greedily or at random, with a cache of keys and values");
-  as_path(command->add_option("model", a->model, "Hugging Face directory, checkpoint or run directory")
-              ->required());
-  CLI::Option* prompt = command->add_option("--prompt", a->prompt, "Text to go on from");
-  CLI::Option* tokens = command->add_option("--tokens", a->tokens, "The same as tokens: 1,2,3")
-                            ->delimiter(',')
-                            ->allow_extra_args(false);
-  CLI::Option* batch = as_path(command->add_option(
-      "--batch", a->batch,
-      "JSON lines, an object with \"prompt\", \"messages\" or \"tokens\" for each answer"));
-  command->add_option("--max-new-tokens", a->options.max_new_tokens, "New tokens of a prompt, at most")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  SamplingRule& rule = a->options.sampling;
-  command
-      ->add_option("--temperature", rule.temperature,
-                   "Of sampling; 0: the likeliest token, the lowest of equals")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command->add_option("--top-k", rule.top_k, "Sample from the N likeliest tokens (0: all)")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command
-      ->add_option("--top-p", rule.top_p, "Sample from the fewest tokens that have this probability together")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  command->add_option("--seed", rule.seed, "Of sampling, with the prompt's number and the position")
-      ->capture_default_str();
-  command->add_flag("--chat", a->chat,
-                    "Prompts of text are a user's turn, laid out by the model's chat template");
-  command->add_flag("--ignore-eos", a->ignore_eos, "Go on behind tokens that end text (eos_token_id)");
-  command->add_flag("--json", a->json, "For each prompt one object: tokens, text, tokens_per_s");
+      "generate", "Continues prompts, greedily or at random, with a cache of keys and values; or times that");
+  as_path(
+      command
+          ->add_option("model", a->models,
+                       "Hugging Face directory, checkpoint or run directory; with --bench also several, a "
+                       "config.json, or a name of configs/models")
+          ->required());
+  const Options prompts = add_prompts(*command, *a);
+  Options others = add_answers(*command, *a);
+  others.insert(others.end(), prompts.begin(), prompts.end());
+  add_bench(*command, *a, others);
+  command->add_flag("--json", a->json,
+                    "For each prompt one object: tokens, text, tokens_per_s; with --bench one of all");
   command->add_option("--tp", a->tp, "Ranks that share each layer; the others take prompts of their own")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
@@ -208,8 +272,8 @@ void add_generate(CLI::App& app, Handler& handler) {
   add_choice(*command, "--router-dtype", a->router, "auto, or fp32: routers in fp32 beside bf16");
   add_choice(*command, "--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one");
   command->callback([=, &handler] {
-    for (const CLI::Option* way : {prompt, tokens, batch}) a->given += way->count() > 0 ? 1 : 0;
-    handler = [a](Runtime& runtime) { return run_generate(*a, runtime); };
+    for (const CLI::Option* way : prompts) a->given += way->count() > 0 ? 1 : 0;
+    handler = [a](Runtime& runtime) { return a->bench ? run_bench(*a, runtime) : run_generate(*a, runtime); };
   });
 }
 

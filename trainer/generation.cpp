@@ -12,6 +12,12 @@ namespace upmoe {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 std::int64_t length_of(const Prompt& prompt) {
   return static_cast<std::int64_t>(prompt.tokens.size());
 }
@@ -51,6 +57,8 @@ class Generator {
   void prefill();
   void prefill_chunk(Row& row, std::int64_t number, std::int64_t begin);
   void decode();
+  void decode_step(Step step, const std::vector<std::size_t>& under_way);
+  GenerationMemory memory() const;
   std::vector<float> forward(Step step);
   CachedTokens place(const Step& step, MicroBatch& batch, ConstTensorView& picks);
   std::int64_t keys_seen(const Step& step) const;
@@ -68,6 +76,7 @@ class Generator {
   bool speaks_;       // for its rows: the first along tp
   std::vector<Row> rows_;
   std::vector<std::vector<std::int32_t>> made_;  // by prompt
+  std::vector<double> step_seconds_;
   std::optional<KeyCaches> caches_;
   Arena keep_;
   Buffer placed_;  // what a step's vectors become, where the device is not the host
@@ -209,11 +218,22 @@ void Generator::decode() {
       step.pick_last();
     }
     if (!anyone(!under_way.empty())) return;
-    const std::vector<float> logits = forward(std::move(step));
-    for (std::size_t i = 0; i < under_way.size(); ++i)
-      take(rows_[under_way[i]],
-           std::span(logits).subspan(i * static_cast<std::size_t>(vocab_), static_cast<std::size_t>(vocab_)));
+    const auto start = Clock::now();
+    decode_step(std::move(step), under_way);
+    step_seconds_.push_back(seconds_since(start));
   }
+}
+
+void Generator::decode_step(Step step, const std::vector<std::size_t>& under_way) {
+  const std::vector<float> logits = forward(std::move(step));
+  for (std::size_t i = 0; i < under_way.size(); ++i)
+    take(rows_[under_way[i]],
+         std::span(logits).subspan(i * static_cast<std::size_t>(vocab_), static_cast<std::size_t>(vocab_)));
+}
+
+GenerationMemory Generator::memory() const {
+  return {model_.params.value_bytes(), caches_->bytes(), keep_.peak() + model_.memory.scratch.peak(),
+          static_cast<std::int64_t>(rows_.size())};
 }
 
 // Those of all ranks: each row is written by one, and a place without a token is 0.
@@ -233,15 +253,15 @@ std::vector<std::vector<std::int32_t>> Generator::gathered() const {
 }
 
 Generated Generator::run() {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds = [](Clock::duration d) { return std::chrono::duration<double>(d).count(); };
   Generated result;
   const auto start = Clock::now();
   prefill();
+  result.prefill_seconds = seconds_since(start);
   const auto filled = Clock::now();
   decode();
-  result.prefill_seconds = seconds(filled - start);
-  result.decode_seconds = seconds(Clock::now() - filled);
+  result.decode_seconds = seconds_since(filled);
+  result.step_seconds = std::move(step_seconds_);
+  result.memory = memory();
   result.tokens = gathered();
   for (std::size_t i = 0; i < prompts_.size(); ++i) {
     result.prompt_tokens += length_of(prompts_[i]);

@@ -32,12 +32,22 @@ struct GenerationOptions {
 using TokenSink =
     std::function<void(std::size_t prompt, std::int32_t token, std::span<const float> logits_V)>;
 
+// Bytes of this rank.
+struct GenerationMemory {
+  std::size_t weights = 0;
+  std::size_t keys = 0;   // what is kept of tokens: keys and values of all rows
+  std::size_t work = 0;   // activations and temporary memory, at their most since the model was made
+  std::int64_t rows = 0;  // that `keys` has room for
+};
+
 struct Generated {
   std::vector<std::vector<std::int32_t>>
       tokens;  // the new ones of each prompt, a token that ended it included
   std::int64_t prompt_tokens = 0, new_tokens = 0;
   double prefill_seconds = 0, decode_seconds = 0;  // the first new token of each row is of the former
-  double tokens_per_s() const;                     // new ones, over both
+  std::vector<double> step_seconds;  // of the steps of the latter, each a new token of every row
+  GenerationMemory memory;
+  double tokens_per_s() const;  // new ones, over both
 };
 
 // Experts over as many of the ranks as divide them, as in evaluation; rows are dealt to the groups of tp ranks. Throws
@@ -47,7 +57,7 @@ MeshSpec generation_mesh(const ModelConfig& config, int ranks, int tp);
 // What cannot be generated from, in words; empty: nothing is wrong.
 std::string refusal_of(const ModelConfig& config, std::span<const Prompt> prompts);
 
-// Collective, with the same arguments but `sink` on every rank; the same result on every rank. The model has one stage,
+// Collective, with the same arguments but `sink` on every rank; the same tokens on every rank. The model has one stage,
 // no cp and no gradients. Throws Error(kBadInput) with refusal_of()'s words.
 Generated generate(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
                    const TokenSink& sink = {});

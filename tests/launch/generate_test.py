@@ -111,6 +111,82 @@ class Generate(cli_test.CliTest):
                 (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": wrong}))
                 self.refused(3, [words], "generate", self.model, "--prompt", "w3", "--chat")
 
+    def config_alone(self, name, **changes):
+        folder = self.folder / name
+        folder.mkdir()
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        return folder
+
+    def test_times(self):
+        other = self.config_alone("other", num_hidden_layers=1)
+        machine = self.folder / "machine.yaml"
+        machine.write_text("name: this\nsource: a test\nbf16_tflops: 0.5\nmemory_gb: 8\nmemory_gb_per_s: 10\n")
+        request = ("--in", "6", "--out", "4")
+        done = upmoe("generate", self.model, other / "config.json", "--bench", *request, "--concurrency", "4,1,4",
+                     "--rounds", "2", "--precision", "bf16", "--machine", machine, "--json")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("other: a configuration alone; its weights are random", done.stderr)
+        self.assertNotIn("model: a configuration alone", done.stderr)
+        self.assertRegex(done.stderr, r"other, 4 at once: 24 tokens of prompts in .* s, 16 new ones in")
+        result = json.loads(done.stdout)
+        self.assertEqual({key: result[key] for key in ("precision", "ranks", "prompt", "output", "rounds", "machine")},
+                         {"precision": "bf16", "ranks": 1, "prompt": 6, "output": 4, "rounds": 2, "machine": "this"})
+        self.assertEqual([(m["name"], m["random_weights"]) for m in result["models"]],
+                         [("model", False), ("other", True)])
+        cost = upmoe("cost", "--inference", self.model, other, *request, "--machine", machine, "--json")
+        at_best = {b["batch"]: b for b in json.loads(cost.stdout)["batches"]}
+        first = result["models"][0]["rates"]
+        for place, model in enumerate(result["models"]):
+            self.assertEqual([r["concurrency"] for r in model["rates"]], [1, 4])
+            for r, of_first in zip(model["rates"], first, strict=True):
+                n = r["concurrency"]
+                self.assertAlmostEqual(r["prefill_tokens_per_s"] * r["prefill_seconds"], 6 * n, places=6)
+                self.assertAlmostEqual(r["decode_tokens_per_s"] * r["decode_seconds"], 3 * n, places=6)
+                self.assertAlmostEqual(r["requests_per_s"] * (r["prefill_seconds"] + r["decode_seconds"]), n, places=6)
+                self.assertAlmostEqual(r["of_first"]["requests"], r["requests_per_s"] / of_first["requests_per_s"])
+                self.assertGreaterEqual(r["seconds_per_token_95"], r["seconds_per_token"])
+                for key in ("prefill_seconds", "decode_seconds"):
+                    self.assertAlmostEqual(r["at_best"][key] / at_best[n][key][place], 1, places=9)
+                self.assertAlmostEqual(r["at_best"]["decode_share"] * r["seconds_per_token"],
+                                       r["at_best"]["decode_seconds"])
+                self.assertGreater(r["weight_bytes"], r["key_bytes_per_request"])
+                self.assertGreater(r["work_bytes"], 0)
+        self.assertEqual(first[0]["of_first"], {"prefill": 1, "decode": 1, "requests": 1})
+        # A row has room for 6 + 4 - 1 tokens.
+        per_token = json.loads(upmoe("cost", other, "--seq-len", "16", "--json").stdout)[0]["kv_bytes_per_token"]
+        self.assertAlmostEqual(result["models"][1]["rates"][1]["key_bytes_per_request"], 9 * per_token, delta=64)
+
+    def test_times_for_people(self):
+        done = self.made("--bench", "--in", "3", "--out", "2", "--rounds", "1")
+        self.assertIn("requests of 3 tokens in and 2 out; medians of 1 round.", done.stdout)
+        for words in ("decode, tokens/s", "keys and values of a request", "requests/s"):
+            self.assertIn(words, done.stdout)
+        for words in ("at best", "random weights", "of the first"):
+            self.assertNotIn(words, done.stdout)
+        two = upmoe("generate", "tiny-1.8b-shape", self.model, "--bench", "--in", "3", "--out", "2", "--rounds", "1")
+        self.assertEqual(two.returncode, 0, two.stderr)
+        for words in ("tiny-1.8b-shape: random weights", "of the first: prefill", "the models in turns"):
+            self.assertIn(words, two.stdout)
+        ranks = upmoe("generate", self.model, "--bench", "--in", "3", "--out", "2", "--rounds", "1", "--json", ranks=2)
+        self.assertEqual(json.loads(ranks.stdout)["ranks"], 2, ranks.stderr)
+
+    def test_what_cannot_be_timed(self):
+        model, bench = self.model, ("--bench", "--in", "3", "--out", "2")
+        self.refused(2, ["--prompt"], "generate", model, *bench, "--prompt", "x")
+        self.refused(2, ["--temperature"], "generate", model, *bench, "--temperature", "1")
+        self.refused(2, ["--bench"], "generate", model, "--tokens", "1", "--in", "3")
+        self.refused(2, ["--out"], "generate", model, "--bench", "--out", "1")
+        self.refused(2, ["found 2 models", "--bench"], "generate", model, model, "--tokens", "1")
+        self.refused(2, ["--in 65", "64"], "generate", model, "--bench", "--in", "65", "--out", "2")
+        self.refused(2, ["no model 'none'", "tiny-7b-shape"], "generate", "none", *bench)
+        machine = self.folder / "machine.yaml"
+        machine.write_text("name: this\nsource: a test\nbf16_tflops: 0.5\nmemory_gb: 8\nmemory_gb_per_s: 10\n")
+        self.refused(2, ["this", "fp32_tflops"], "generate", model, *bench, "--machine", machine)
+        self.refused(2, ["--machine", "one device"], "generate", model, *bench, "--machine", machine, ranks=2)
+        (self.config_alone("half") / "model-00001-of-00002.safetensors").write_bytes(b"")
+        self.refused(3, ["without their index"], "generate", self.folder / "half", *bench)
+
     def test_a_reader_that_has_enough(self):
         command = f"'{BINARY}' generate '{self.model}' --tokens 3 --max-new-tokens 50 --ignore-eos | head -c 3"
         done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False,

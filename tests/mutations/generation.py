@@ -1,6 +1,7 @@
 """Errors in what generation keeps, draws and shares; see tests/mutants.py."""
 
 PROGRAM = "generation_test"
+RATES = "trainer/generation_rates.cpp"
 
 MUTANTS = {
     "window_of_one_key_more": (
@@ -29,6 +30,20 @@ MUTANTS = {
     "equal_logits_the_last_of_them": (
         "trainer/sampling.cpp", "if (logits_V[v] > logits_V[best]) best = v;",
         "if (logits_V[v] >= logits_V[best]) best = v;", "Sampling.Greedy*", PROGRAM),
+    "cold_times_counted": (
+        RATES, "      if (round == 0)\n", "      if (round < 0)\n", "GenerationRates.*", PROGRAM),
+    "slowest_round_for_the_median": (
+        RATES, "quantile(decode, 0.5)", "quantile(decode, 1)", "GenerationRates.*", PROGRAM),
+    "memory_of_the_last_round": (
+        RATES, "if (prefill.empty()) memory = g.memory;", "memory = g.memory;", "GenerationRates.*", PROGRAM),
+    "steps_of_one_round": (
+        RATES, "steps.insert(steps.end(), g.step_seconds.begin(), g.step_seconds.end());", "steps = g.step_seconds;",
+        "GenerationRates.*", PROGRAM),
+    "one_round_after_the_other_for_each_model": (
+        RATES, "for (std::size_t m = 0; m < models; ++m) once(m, c);",
+        "for (std::size_t m = models; m-- > 0;) once(m, c);", "GenerationRates.*", PROGRAM),
+    "rows_by_the_longest_prompt_for_the_first": (
+        RATES, "row == 0 ? r.prompt : 1", "r.prompt", "GenerationRates.*", PROGRAM),
     "share_of_all_instead_of_the_likeliest": (
         "trainer/sampling.cpp", "  if (rule.top_p < 1) keep_share(all, rule.top_p);",
         "  if (rule.top_p < 1) keep_share(all, 1 - rule.top_p);", "Sampling.KeepsTheFewest*", PROGRAM),

@@ -12,36 +12,18 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 
-#include "parallel/self_comm.h"
 #include "parallel/thread_comm.h"
-#include "tests/support/layout_run.h"
-#include "tests/support/same_batch.h"
+#include "tests/support/golden_speaker.h"
 #include "trainer/evaluation.h"
 
 namespace upmoe {
 namespace {
 
+using test::drawn_tokens;
 using test::Golden;
 using Tokens = std::vector<std::int32_t>;
 
-Tokens drawn_tokens(std::uint64_t seed, std::int64_t n, std::int64_t vocab) {
-  Tokens tokens;
-  for (std::int64_t i = 0; i < n; ++i)
-    tokens.push_back(static_cast<std::int32_t>(philox(seed, static_cast<std::uint64_t>(i))[0] %
-                                               static_cast<std::uint64_t>(vocab)));
-  return tokens;
-}
-
-struct Model {
-  explicit Model(const std::string& name, DType dtype = DType::kF32)
-      : golden(name),
-        on_rank(golden.config(), {}, *self, test::test_exec().device, {.dtype = dtype, .gradients = false}) {
-    on_rank.params.load(on_rank.memory.exec, test::golden_weights(golden));
-  }
-  Golden golden;
-  std::unique_ptr<Communicator> self = make_self_communicator();
-  RankModel on_rank;
-};
+using Model = test::GoldenSpeaker;
 
 // New tokens of every prompt and the logits that each was taken from.
 struct Spoken {

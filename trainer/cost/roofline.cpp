@@ -52,6 +52,10 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of
       rehearse_forward(model, 1).total().model_flops - token_flops;  // a token that sees itself alone
 }
 
+double ServedModel::mean_context(double output) const {
+  return prompt_tokens + output / 2;
+}
+
 double ServedModel::seen(double context) const {
   return window > 0 ? std::min(context, window) : context;
 }
@@ -79,7 +83,7 @@ std::int64_t sequences_that_fit(const ServedModel& m, const Machine& machine, do
 
 double requests_per_s(const ServedModel& m, const Machine& machine, double output, double memory_share,
                       const Attained& attained) {
-  const double context = m.prompt_tokens + output / 2;  // in the mean over a request
+  const double context = m.mean_context(output);
   const double batch = static_cast<double>(sequences_that_fit(m, machine, context, memory_share));
   if (batch == 0) return 0;
   return batch / (output * decode_seconds(m, machine, batch, context, attained) +

@@ -31,7 +31,8 @@ struct ServedModel {
   double prompt_tokens = 0;
   double window = 0;  // tokens; 0: attention has none
 
-  double seen(double context) const;  // of the context, what a token attends to and the cache keeps
+  double mean_context(double output) const;  // over a request that answers with so many tokens
+  double seen(double context) const;         // of the context, what a token attends to and the cache keeps
 };
 
 // Of a device's data sheet, what is reached.

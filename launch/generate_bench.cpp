@@ -1,0 +1,122 @@
+#include "launch/generate_bench.h"
+
+#include "kernels/core/gpu.h"
+#include "kernels/core/log.h"
+#include "launch/generation_report.h"
+#include "launch/output.h"
+#include "launch/shipped.h"
+
+namespace upmoe {
+
+namespace {
+
+// A model that is timed: with weights of its own, or with random ones.
+struct Subject {
+  std::string name;
+  std::unique_ptr<ModelSource> weights;  // null: random ones
+  ModelConfig config;
+  MeshSpec mesh;
+  std::unique_ptr<RankModel> model;
+};
+
+void check_length(const Subject& s, const RatesRequest& request) {
+  const std::int64_t positions = s.config.max_position_embeddings;
+  if (request.prompt > positions)
+    fail(ExitCode::kUsage, "--in {}: {} positions for {} tokens", request.prompt, s.name, positions);
+  if (request.prompt + request.output > positions)
+    log::warning("--in {} --out {}: {} was made for {} positions", request.prompt, request.output, s.name,
+                 positions);
+}
+
+std::vector<Subject> open_all(const BenchArguments& a, Communicator& world) {
+  std::vector<Subject> subjects;
+  run_agreed(world, [&] {
+    for (const std::string& given : a.models) {
+      Subject s{name_of_model(given), weights_of_model(given), {}, {}, nullptr};
+      s.config = s.weights ? s.weights->config() : shape_of_model(given);
+      s.mesh = generation_mesh(s.config, world.size(), a.tp);
+      if (const std::string wrong = refusal_of(s.config, {}); !wrong.empty())
+        fail(ExitCode::kBadInput, "{}: {}", given, wrong);
+      if (world.rank() == 0) check_length(s, a.request);
+      subjects.push_back(std::move(s));
+    }
+  });
+  return subjects;
+}
+
+// Behind this its parameters have values.
+void make_model(Subject& s, const BenchArguments& a, Communicator& world, Device device) {
+  s.model = std::make_unique<RankModel>(
+      s.config, s.mesh, world, device,
+      RankModel::Options{.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
+  RankModel& model = *s.model;
+  run_agreed(world, [&] {
+    if (!s.weights)
+      return model.params.initialise(model.memory.exec, static_cast<std::int64_t>(a.request.seed));
+    model.params.load(model.memory.exec, [&](const ParamSpec& p, const Box& box, TensorView out) {
+      s.weights->read(p, box, out);
+    });
+  });
+  if (!s.weights && world.rank() == 0) log::info("{}: a configuration alone; its weights are random", s.name);
+}
+
+std::vector<std::vector<GenerationRates>> measure(std::vector<Subject>& subjects, const BenchArguments& a,
+                                                  bool first) {
+  std::vector<std::int64_t> vocab_sizes;
+  for (const Subject& s : subjects) vocab_sizes.push_back(s.config.vocab_size);
+  return measure_rates(
+      vocab_sizes, a.request,
+      [&](std::size_t m, std::span<const Prompt> prompts, const GenerationOptions& options) {
+        Generated g = generate(*subjects[m].model, prompts, options);
+        if (first && options.max_new_tokens == a.request.output)
+          log::info("{}, {} at once: {} tokens of prompts in {:.3g} s, {} new ones in {:.3g} s more",
+                    subjects[m].name, prompts.size(), g.prompt_tokens, g.prefill_seconds, g.new_tokens,
+                    g.decode_seconds);
+        return g;
+      });
+}
+
+// With what each needs at best, where that is asked for; a machine that cannot say it ends the command before it
+// begins.
+std::vector<TimedModel> best_times(const std::vector<Subject>& subjects, const BenchArguments& a,
+                                   const std::optional<Machine>& machine) {
+  std::vector<TimedModel> timed;
+  for (const Subject& s : subjects) {
+    timed.push_back({s.name, s.weights == nullptr, {}, {}});
+    if (!machine) continue;
+    timed.back().served.emplace(s.config, a.request.prompt, dtype_of(a.precision));
+    decode_seconds(*timed.back().served, *machine, 1, 1);
+  }
+  return timed;
+}
+
+}  // namespace
+
+int run_generate_bench(const BenchArguments& a, Runtime& runtime) {
+  Communicator& world = runtime.world();
+  if (!a.machine.empty() && world.size() > 1)
+    fail(ExitCode::kUsage, "--machine: best times are of one device; start one rank, or leave it out");
+  const Device device = runtime.choose_device(a.device);
+  remark_on_precision(a.precision, device);
+  std::vector<Subject> subjects = open_all(a, world);
+  const bool on_gpu = device.type == DeviceType::kCuda;
+  TimedOn on{on_gpu ? gpu::name_of(device.index) : fmt::format("CPU, {} threads", runtime.cores().threads),
+             name_of(a.precision),
+             world.size(),
+             {}};
+  std::vector<TimedModel> timed;
+  run_agreed(world, [&] {
+    if (!a.machine.empty()) on.machine = read_machine(shipped_or_own(kMachines, a.machine));
+    timed = best_times(subjects, a, on.machine);
+  });
+  for (Subject& s : subjects) make_model(s, a, world, device);
+  const bool first = world.rank() == 0;
+  std::vector<std::vector<GenerationRates>> rates = measure(subjects, a, first);
+  if (!first) return 0;
+  for (std::size_t m = 0; m < timed.size(); ++m) timed[m].rates = std::move(rates[m]);
+  const GenerationReport report = generation_report(timed, a.request, on);
+  print_result(a.as_json ? report.json : report.text);
+  return 0;
+}
+
+}  // namespace upmoe

@@ -1,0 +1,27 @@
+#pragma once
+// upmoe generate --bench: how fast models generate, and how far that is from what a machine could.
+
+#include <string>
+#include <vector>
+
+#include "configs/run_choices.h"
+#include "parallel/runtime.h"
+#include "trainer/generation_rates.h"
+
+namespace upmoe {
+
+struct BenchArguments {
+  std::vector<std::string> models;  // as shape_of_model() and weights_of_model() take them
+  RatesRequest request;
+  std::string machine;  // empty: no best times
+  int tp = 1;
+  Precision precision = Precision::kFp32;
+  RouterDType router = RouterDType::kAuto;
+  DeviceChoice device = DeviceChoice::kAuto;
+  bool as_json = false;
+};
+
+// All the models are held at once, in memory of every rank. Collective.
+int run_generate_bench(const BenchArguments& a, Runtime& runtime);
+
+}  // namespace upmoe
