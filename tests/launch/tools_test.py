@@ -81,6 +81,35 @@ class CollectText(unittest.TestCase):
                 self.assertEqual(collect_text.is_text(path), good, name)
 
 
+class GenerateAgainstTransformers(unittest.TestCase):
+    """What the script makes of times; the times themselves are taken by hand."""
+
+    def setUp(self):
+        sys.path.insert(0, str(ROOT / "tests" / "bench"))
+        self.addCleanup(sys.path.remove, str(ROOT / "tests" / "bench"))
+        import generate_against_transformers
+        self.script = generate_against_transformers
+
+    def test_summary(self):
+        table = 4 * 32000 * 1024
+
+        def side(prefill, token, weights=3 * table):
+            return {"prefill_seconds": prefill, "token_seconds": token, "weight_bytes": weights}
+        rounds = [{"read_bytes_per_s": slow * 2.0 * table, "upmoe": side(slow, 4 * slow),
+                   "transformers": side(3 * slow, 8 * slow)} for slow in (1, 5, 2)]
+        found = self.script.summary(self.script.SHAPE, "fp32", rounds)
+        self.assertEqual(found["bytes_of_a_token"], 2 * table)
+        self.assertEqual(found["upmoe"], {"prefill_seconds": 2, "token_seconds": 8, "bandwidth_share": 1 / 16})
+        self.assertEqual(found["transformers"]["bandwidth_share"], 1 / 32)
+        self.assertEqual((found["prefill_seconds_ratio"], found["token_seconds_ratio"]), (3, 2))
+        rounds[1]["transformers"]["weight_bytes"] += table
+        with self.assertRaisesRegex(SystemExit, "different weights"):
+            self.script.summary(self.script.SHAPE, "fp32", rounds)
+
+    def test_a_plain_read(self):
+        self.assertGreater(self.script.read_bandwidth(2, size=1 << 22, repeats=2), 1e6)
+
+
 class QuickstartTable(unittest.TestCase):
     def setUp(self):
         temporary = tempfile.TemporaryDirectory()

@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""Times generation of one answer by upmoe and by transformers at the same shape, random weights, on a CPU.
+
+    tests/bench/generate_against_transformers.py --peer-python PYTHON_WITH_TORCH
+
+Prefill is a prompt up to the first new token, decode the mean of the tokens behind it: of `upmoe generate --bench` at
+one request at once here, of generate(do_sample=False) with its cache there. The two take turns, each in a process of
+its own with the same number of threads and a few tokens to warm up, and a plain read of memory is timed in every round.
+A side's figure is the median over rounds. The share of bandwidth is what decoding one token reads of the weights (all
+but the rows of the embedding), by its time, of that plain read. The result is printed and written to
+tests/bench/results/. Run it on a machine that does nothing else.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+from bench_record import ROOT, checked, run_tool, write_record
+
+# About 300 million parameters.
+SHAPE = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-6,
+         "rope_theta": 1e6, "max_position_embeddings": 4096, "initializer_range": 0.02, "attention_dropout": 0.0,
+         "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "float32",
+         "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18, "num_attention_heads": 16,
+         "num_key_value_heads": 16, "vocab_size": 32000}
+BYTES = {"fp32": 4, "bf16": 2}
+READ_BYTES = 1 << 30  # of the plain read: beyond every cache
+
+
+def peer_worker(job):
+    """Runs inside the peer's Python: times transformers and prints what it found as JSON."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(1)
+    fields = {k: v for k, v in job["config"].items() if k not in ("torch_dtype", "rope_theta", "architectures")}
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": job["config"]["rope_theta"]}
+    config = transformers.AutoConfig.for_model(**fields)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["precision"]]
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.eval()
+    prompt = torch.randint(config.vocab_size, (1, job["prompt"]))
+
+    def seconds(new_tokens):
+        start = time.perf_counter()
+        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens,
+                              min_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=None,
+                              pad_token_id=0)
+        took = time.perf_counter() - start
+        if made.shape[1] != job["prompt"] + new_tokens:
+            raise SystemExit(f"{made.shape[1] - job['prompt']} new tokens, {new_tokens} were asked for")
+        return took
+
+    with torch.inference_mode():
+        seconds(3)
+        prefill, all_of_it = seconds(1), seconds(job["new"])
+    print(json.dumps({"prefill_seconds": prefill, "token_seconds": (all_of_it - prefill) / (job["new"] - 1),
+                      "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+                      "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                                   "python": sys.version.split()[0]}}))
+
+
+def run_peer(args, config, precision):
+    job = {"threads": args.threads, "precision": precision, "prompt": args.prompt, "new": args.new, "config": config}
+    return json.loads(checked([args.peer_python, __file__, "--peer-job", json.dumps(job)],
+                              args.threads).stdout.splitlines()[-1])
+
+
+def run_ours(args, model, precision):
+    done = checked([args.binary, "generate", model, "--bench", "--in", str(args.prompt), "--out", str(args.new),
+                    "--concurrency", "1", "--rounds", "1", "--precision", precision, "--device", "cpu", "--json"],
+                   args.threads)
+    rates = json.loads(done.stdout)["models"][0]["rates"][0]
+    return {"prefill_seconds": rates["prefill_seconds"], "token_seconds": rates["decode_seconds"] / (args.new - 1),
+            "weight_bytes": rates["weight_bytes"]}
+
+
+def read_bandwidth(threads, size=READ_BYTES, repeats=5):
+    """Bytes per second of the fastest of some plain reads of memory, by so many threads."""
+    import numpy as np
+
+    parts = np.array_split(np.ones(size // 4, dtype=np.float32), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))  # without the interpreter's lock
+            best = min(best, time.perf_counter() - start)
+    return size / best
+
+
+def bytes_of_a_token(config, precision, weight_bytes):
+    """Of the weights, what decoding one token reads."""
+    return weight_bytes - BYTES[precision] * config["vocab_size"] * config["hidden_size"]
+
+
+def summary(config, precision, rounds):
+    """Of rounds, each with `upmoe`, `transformers` and `read_bytes_per_s`: medians, ratios, shares of the bandwidth."""
+    held = [side["weight_bytes"] for r in rounds for side in (r["upmoe"], r["transformers"])]
+    if max(held) > 1.001 * min(held):  # what lies between tensors is less
+        raise SystemExit(f"the two hold different weights: {held}")
+    read = bytes_of_a_token(config, precision, rounds[0]["upmoe"]["weight_bytes"])
+    bandwidth = median(r["read_bytes_per_s"] for r in rounds)
+    result = {"precision": precision, "read_bytes_per_s": bandwidth, "bytes_of_a_token": read}
+    for side in ("upmoe", "transformers"):
+        prefill, token = (median(r[side][key] for r in rounds) for key in ("prefill_seconds", "token_seconds"))
+        result[side] = {"prefill_seconds": prefill, "token_seconds": token, "bandwidth_share": read / token / bandwidth}
+    for key in ("prefill_seconds", "token_seconds"):
+        result[f"{key}_ratio"] = median(r["transformers"][key] / r["upmoe"][key] for r in rounds)
+    return result
+
+
+def print_summary(args, r):
+    print(f"\n{r['precision']}: a plain read {r['read_bytes_per_s'] * 1e-9:.1f} GB/s")
+    print(f"{'':14}{'prefill, tokens/s':>19}{'ms per token':>14}{'of bandwidth':>14}")
+    for side in ("upmoe", "transformers"):
+        s = r[side]
+        print(f"{side:14}{args.prompt / s['prefill_seconds']:19.1f}{1e3 * s['token_seconds']:14.2f}"
+              f"{100 * s['bandwidth_share']:12.1f} %")
+    print(f"{'ratio':14}{r['prefill_seconds_ratio']:18.2f}x{r['token_seconds_ratio']:13.2f}x", flush=True)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", help="a Python with torch and transformers")
+    parser.add_argument("--peer-job", help=argparse.SUPPRESS)
+    parser.add_argument("--binary", type=Path, default=ROOT / "build" / "release" / "upmoe")
+    parser.add_argument("--precisions", nargs="+", choices=BYTES, default=list(BYTES))
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: 512)")
+    parser.add_argument("--new", type=int, default=64, help="new tokens, 2 or more (default: 64)")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer: a quick look")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "bench" / "results")
+    args = parser.parse_args()
+    if not args.peer_job and not args.peer_python:
+        parser.error("--peer-python is missing: a Python with torch and transformers")
+    if args.new < 2 or args.prompt < 1 or args.rounds < 1:
+        parser.error("--new is 2 or more, --prompt and --rounds 1 or more")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    if args.peer_job:
+        return peer_worker(json.loads(args.peer_job))
+    config = SHAPE | {"num_hidden_layers": args.layers}
+    results, versions = [], {"python": sys.version.split()[0]}
+    versions["upmoe"] = subprocess.run([args.binary, "--version"], capture_output=True, text=True,
+                                       check=True).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        for precision in args.precisions:
+            rounds = []
+            for number in range(args.rounds):
+                print(f"{precision}, round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
+                rounds.append({"read_bytes_per_s": read_bandwidth(args.threads),
+                               "upmoe": run_ours(args, model, precision),
+                               "transformers": run_peer(args, config, precision)})
+                versions["peer"] = rounds[-1]["transformers"].pop("versions")
+            results.append(summary(config, precision, rounds) | {"rounds": rounds})
+            print_summary(args, results[-1])
+    write_record(args.out, Path(__file__).name, sys.argv[1:], results, threads=args.threads, versions=versions,
+                 config=config, prompt_tokens=args.prompt, new_tokens=args.new)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool("generate_against_transformers", main))
