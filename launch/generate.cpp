@@ -11,6 +11,7 @@
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/generate_bench.h"
+#include "launch/growing_text.h"
 #include "launch/output.h"
 #include "launch/prompts.h"
 #include "launch/text_codec.h"
@@ -91,7 +92,8 @@ void warn_of_positions(const ModelConfig& config, const std::vector<Prompt>& pro
 class Streamed {
  public:
   explicit Streamed(Speaker& speaker) {
-    if (speaker.codec) text_.emplace(*speaker.codec);
+    if (speaker.codec)
+      text_.emplace([&](std::span<const std::int32_t> tokens) { return speaker.codec->decode(tokens); });
   }
   void add(std::int32_t token) {
     print_result(text_ ? text_->add(token) : fmt::format("{}{}", count_ > 0 ? "," : "", token));

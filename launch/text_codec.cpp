@@ -17,8 +17,6 @@ namespace upmoe {
 
 namespace {
 
-constexpr std::string_view kReplacement = "\xEF\xBF\xBD";  // what the beginning of a character decodes to
-
 struct Pipe {
   Pipe() {
     int ends[2];
@@ -117,24 +115,6 @@ std::string TextCodec::decode(std::span<const std::int32_t> tokens) {
 TextCodec::Classes TextCodec::classes(std::int64_t vocab) {
   const nlohmann::json answer = read_answer(ask(question_of("classes", vocab)), tokenizer_.string());
   return {answer.at("names").get<std::vector<std::string>>(), answer.at("classes").get<std::vector<int>>()};
-}
-
-std::string GrowingText::since(std::size_t end) {
-  if (end <= shown_) return {};
-  const std::string fresh = text_.substr(shown_, end - shown_);
-  shown_ = end;
-  return fresh;
-}
-
-std::string GrowingText::add(std::int32_t token) {
-  tokens_.push_back(token);
-  text_ = codec_.decode(tokens_);
-  const std::size_t last = text_.size() < kReplacement.size() ? 0 : text_.size() - kReplacement.size();
-  return text_.compare(last, std::string::npos, kReplacement) == 0 ? std::string() : since(text_.size());
-}
-
-std::string GrowingText::finish() {
-  return since(text_.size());
 }
 
 }  // namespace upmoe

@@ -41,22 +41,4 @@ class TextCodec {
   std::FILE *to_ = nullptr, *from_ = nullptr;
 };
 
-// A text that grows token by token, shown as far as it is certain: a character may take several tokens.
-class GrowingText {
- public:
-  explicit GrowingText(TextCodec& codec) : codec_(codec) {}
-  // What is new; may be empty.
-  std::string add(std::int32_t token);
-  // What was held back.
-  std::string finish();
-
- private:
-  std::string since(std::size_t end);
-
-  TextCodec& codec_;
-  std::vector<std::int32_t> tokens_;
-  std::string text_;
-  std::size_t shown_ = 0;  // bytes
-};
-
 }  // namespace upmoe

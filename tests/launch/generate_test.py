@@ -87,6 +87,9 @@ class Generate(cli_test.CliTest):
             self.assertEqual(answer["text"], " ".join(f"w{t}" for t in answer["tokens"] if t != 100))
             shown = self.made("--prompt", "w3 w1 w4", "--max-new-tokens", "9", "--ignore-eos").stdout
             self.assertEqual(shown, answer["text"] + "\n")
+            # Longer than what is decoded at once while it comes.
+            long = ("--prompt", "w3 w1 w4", "--max-new-tokens", "150", "--ignore-eos", "--temperature", "3")
+            self.assertEqual(self.made(*long).stdout, self.answers(*long)[0]["text"] + "\n")
             batch = self.write_batch('{"prompt": "w3 w1 w4"}', '{"tokens": [3, 1, 4]}')
             two = self.answers("--batch", batch, "--max-new-tokens", "9", "--ignore-eos")
             self.assertEqual([a["text"] for a in two], [answer["text"]] * 2)

@@ -44,6 +44,15 @@ MUTANTS = {
         "for (std::size_t m = models; m-- > 0;) once(m, c);", "GenerationRates.*", PROGRAM),
     "rows_by_the_longest_prompt_for_the_first": (
         RATES, "row == 0 ? r.prompt : 1", "r.prompt", "GenerationRates.*", PROGRAM),
+    "context_cut_within_a_character": (
+        "launch/growing_text.cpp", "text.size() <= held_back || !text_.ends_with(text)", "text.size() <= held_back",
+        "GrowingText.*", "growing_text_test"),
+    "half_a_character_shown": (
+        "launch/growing_text.cpp", "constexpr int kBegun = 3;", "constexpr int kBegun = 0;", "GrowingText.*",
+        "growing_text_test"),
+    "whole_answer_decoded_for_each_token": (
+        "launch/growing_text.cpp", "if (tokens_.size() > kLongest) shorten();", "", "GrowingText.*",
+        "growing_text_test"),
     "share_of_all_instead_of_the_likeliest": (
         "trainer/sampling.cpp", "  if (rule.top_p < 1) keep_share(all, rule.top_p);",
         "  if (rule.top_p < 1) keep_share(all, 1 - rule.top_p);", "Sampling.KeepsTheFewest*", PROGRAM),
