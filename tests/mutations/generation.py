@@ -44,7 +44,7 @@ MUTANTS = {
         "for (std::size_t m = models; m-- > 0;) once(m, c);", "GenerationRates.*", PROGRAM),
     "rows_by_the_longest_prompt_for_the_first": (
         RATES, "row == 0 ? r.prompt : 1", "r.prompt", "GenerationRates.*", PROGRAM),
-    "context_cut_within_a_character": (
+    "context_cut_where_it_means_something_else": (
         "launch/growing_text.cpp", "text.size() <= held_back || !text_.ends_with(text)", "text.size() <= held_back",
         "GrowingText.*", "growing_text_test"),
     "half_a_character_shown": (
