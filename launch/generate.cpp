@@ -15,6 +15,7 @@
 #include "launch/output.h"
 #include "launch/prompts.h"
 #include "launch/text_codec.h"
+#include "trainer/generation_room.h"
 
 namespace upmoe {
 
@@ -82,7 +83,7 @@ std::vector<Prompt> prompts_of(const GenerateArguments& a, Speaker& speaker) {
 
 void warn_of_positions(const ModelConfig& config, const std::vector<Prompt>& prompts, std::int64_t more) {
   std::int64_t longest = 0;
-  for (const Prompt& p : prompts) longest = std::max(longest, static_cast<std::int64_t>(p.tokens.size()));
+  for (const Prompt& p : prompts) longest = std::max(longest, p.length());
   if (longest + more > config.max_position_embeddings)
     log::warning("{} tokens and {} new ones: the model was made for {} positions", longest, more,
                  config.max_position_embeddings);
@@ -159,6 +160,7 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
     model.params.load(model.memory.exec,
                       [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
   });
+  if (options.rows == 0) options.rows = rows_that_fit(model, prompts, options);
   std::optional<Streamed> streamed;
   if (first && !a.json && a.batch.empty()) streamed.emplace(*speaker);
   const Generated made = generate(model, prompts, options, [&](std::size_t, std::int32_t token, auto) {
@@ -203,6 +205,12 @@ Options add_answers(CLI::App& command, GenerateArguments& a) {
   return {command.add_option("--max-new-tokens", a.options.max_new_tokens, "New tokens of a prompt, at most")
               ->check(CLI::NonNegativeNumber)
               ->capture_default_str(),
+          command
+              .add_option(
+                  "--rows", a.options.rows,
+                  "Answers that a rank makes at once, while others wait (default: as many as memory has room "
+                  "for on a GPU, 64 on a CPU)")
+              ->check(CLI::PositiveNumber),
           command
               .add_option("--temperature", rule.temperature,
                           "Of sampling; 0: the likeliest token, the lowest of equals")

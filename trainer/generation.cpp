@@ -7,6 +7,7 @@
 #include "kernels/ops/transfer.h"
 #include "parallel/watchdog.h"
 #include "trainer/evaluation.h"
+#include "trainer/generation_room.h"
 
 namespace upmoe {
 
@@ -16,10 +17,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-std::int64_t length_of(const Prompt& prompt) {
-  return static_cast<std::int64_t>(prompt.tokens.size());
 }
 
 // One row on the rank that computes it.
@@ -52,9 +49,12 @@ class Generator {
 
  private:
   std::int64_t forwards_of(const Prompt& prompt) const {
-    return (length_of(prompt) + options_.chunk - 1) / options_.chunk;
+    return (prompt.length() + options_.chunk - 1) / options_.chunk;
   }
-  void prefill();
+  std::size_t waves() const;
+  void begin_wave(std::size_t wave);
+  std::int64_t passes_of(int rank, std::size_t wave) const;
+  void prefill(std::size_t wave);
   void prefill_chunk(Row& row, std::int64_t number, std::int64_t begin);
   void decode();
   void decode_step(Step step, const std::vector<std::size_t>& under_way);
@@ -72,9 +72,11 @@ class Generator {
   GenerationOptions options_;
   const TokenSink& sink_;
   std::int64_t vocab_;
-  int ranks_, rank_;  // along dp
-  bool speaks_;       // for its rows: the first along tp
-  std::vector<Row> rows_;
+  int ranks_, rank_;                             // along dp
+  bool speaks_;                                  // for its rows: the first along tp
+  std::vector<std::size_t> mine_;                // prompts of this rank
+  std::size_t at_once_;                          // of a rank's prompts
+  std::vector<Row> rows_;                        // of the wave under way
   std::vector<std::vector<std::int32_t>> made_;  // by prompt
   std::vector<double> step_seconds_;
   std::optional<KeyCaches> caches_;
@@ -93,20 +95,28 @@ Generator::Generator(RankModel& model, std::span<const Prompt> prompts, const Ge
       ranks_(model.mesh.spec().dp),
       rank_(model.mesh.coord(Axis::kDp)),
       speaks_(model.mesh.coord(Axis::kTp) == 0),
+      at_once_(options.rows > 0 ? static_cast<std::size_t>(options.rows)
+                                : std::max<std::size_t>(1, prompts.size())),
       made_(prompts.size()),
       keep_(model.memory.exec.device, arena_address_space(model.memory.exec.device), "activations") {
-  std::int64_t longest = 1, chunk = 1;
   for (std::size_t i = static_cast<std::size_t>(rank_); i < prompts.size();
-       i += static_cast<std::size_t>(ranks_)) {
-    rows_.push_back({i, length_of(prompts[i])});
-    longest =
-        std::max(longest, length_of(prompts[i]) + std::max<std::int64_t>(0, options.max_new_tokens - 1));
-    chunk = std::max(chunk, std::min(options.chunk, length_of(prompts[i])));
-  }
-  const std::int64_t window = model.config.sliding_window,
-                     slots = window > 0 ? std::min(longest, window + chunk - 1) : longest;
-  caches_.emplace(transformer_.attention_of_blocks(), static_cast<std::int64_t>(rows_.size()), slots,
+       i += static_cast<std::size_t>(ranks_))
+    mine_.push_back(i);
+  const auto rows = static_cast<std::int64_t>(std::min(mine_.size(), at_once_));
+  caches_.emplace(transformer_.attention_of_blocks(), rows, slots_of(model.config, prompts, mine_, options),
                   transformer_.dtype, model.memory.exec.device);
+}
+
+// All ranks have as many, which some of them have no rows for.
+std::size_t Generator::waves() const {
+  const auto ranks = static_cast<std::size_t>(ranks_), most = (prompts_.size() + ranks - 1) / ranks;
+  return (most + at_once_ - 1) / at_once_;
+}
+
+void Generator::begin_wave(std::size_t wave) {
+  rows_.clear();
+  for (std::size_t i = wave * at_once_; i < std::min(mine_.size(), (wave + 1) * at_once_); ++i)
+    rows_.push_back({mine_[i], prompts_[mine_[i]].length()});
 }
 
 // Where keys lie on this rank says how many a token sees: itself and those before it that no window hides.
@@ -177,26 +187,36 @@ void Generator::take(Row& row, std::span<const float> logits_V) {
 
 void Generator::prefill_chunk(Row& row, std::int64_t number, std::int64_t begin) {
   const Prompt& prompt = prompts_[row.prompt];
-  const std::int64_t end = std::min(length_of(prompt), begin + options_.chunk);
+  const std::int64_t end = std::min(prompt.length(), begin + options_.chunk);
   Step step;
   step.begins = begin == 0;
   for (std::int64_t p = begin; p < end; ++p) step.add(prompt.tokens[static_cast<std::size_t>(p)], number, p);
-  const bool whole = end == length_of(prompt);
+  const bool whole = end == prompt.length();
   if (whole) step.pick_last();
   const std::vector<float> logits = forward(std::move(step));
   if (whole) take(row, logits);
 }
 
+// Forward passes that the prompts of a rank take in a wave.
+std::int64_t Generator::passes_of(int rank, std::size_t wave) const {
+  const auto ranks = static_cast<std::size_t>(ranks_);
+  std::int64_t passes = 0;
+  for (std::size_t n = wave * at_once_; n < (wave + 1) * at_once_; ++n) {
+    const std::size_t i = static_cast<std::size_t>(rank) + n * ranks;
+    if (i >= prompts_.size()) break;
+    passes += forwards_of(prompts_[i]);
+  }
+  return passes;
+}
+
 // Every rank takes part in as many forward passes as the one with the most: all know all prompts.
-void Generator::prefill() {
-  std::vector<std::int64_t> passes(static_cast<std::size_t>(ranks_));
-  for (std::size_t i = 0; i < prompts_.size(); ++i)
-    passes[i % static_cast<std::size_t>(ranks_)] += forwards_of(prompts_[i]);
+void Generator::prefill(std::size_t wave) {
+  std::int64_t most = 0;
+  for (int rank = 0; rank < ranks_; ++rank) most = std::max(most, passes_of(rank, wave));
   for (std::size_t r = 0; r < rows_.size(); ++r)
-    for (std::int64_t begin = 0; begin < length_of(prompts_[rows_[r].prompt]); begin += options_.chunk)
+    for (std::int64_t begin = 0; begin < prompts_[rows_[r].prompt].length(); begin += options_.chunk)
       prefill_chunk(rows_[r], static_cast<std::int64_t>(r), begin);
-  const std::int64_t most = *std::max_element(passes.begin(), passes.end());
-  for (std::int64_t i = passes[static_cast<std::size_t>(rank_)]; i < most; ++i) forward({});
+  for (std::int64_t i = passes_of(rank_, wave); i < most; ++i) forward({});
 }
 
 bool Generator::anyone(bool here) const {
@@ -233,7 +253,7 @@ void Generator::decode_step(Step step, const std::vector<std::size_t>& under_way
 
 GenerationMemory Generator::memory() const {
   return {model_.params.value_bytes(), caches_->bytes(), keep_.peak() + model_.memory.scratch.peak(),
-          static_cast<std::int64_t>(rows_.size())};
+          caches_->rows()};
 }
 
 // Those of all ranks: each row is written by one, and a place without a token is 0.
@@ -254,17 +274,20 @@ std::vector<std::vector<std::int32_t>> Generator::gathered() const {
 
 Generated Generator::run() {
   Generated result;
-  const auto start = Clock::now();
-  prefill();
-  result.prefill_seconds = seconds_since(start);
-  const auto filled = Clock::now();
-  decode();
-  result.decode_seconds = seconds_since(filled);
+  for (std::size_t wave = 0; wave < waves(); ++wave) {
+    const auto start = Clock::now();
+    begin_wave(wave);
+    prefill(wave);
+    result.prefill_seconds += seconds_since(start);
+    const auto filled = Clock::now();
+    decode();
+    result.decode_seconds += seconds_since(filled);
+  }
   result.step_seconds = std::move(step_seconds_);
   result.memory = memory();
   result.tokens = gathered();
   for (std::size_t i = 0; i < prompts_.size(); ++i) {
-    result.prompt_tokens += length_of(prompts_[i]);
+    result.prompt_tokens += prompts_[i].length();
     result.new_tokens += static_cast<std::int64_t>(result.tokens[i].size());
   }
   return result;
@@ -300,7 +323,7 @@ std::string refusal_of(const ModelConfig& config, std::span<const Prompt> prompt
     const std::vector<std::int32_t>& tokens = prompts[i].tokens;
     if (tokens.empty())
       return fmt::format("prompt {} has no tokens; one at least is needed to go on from", i);
-    if (length_of(prompts[i]) > config.max_position_embeddings)
+    if (prompts[i].length() > config.max_position_embeddings)
       return fmt::format("prompt {} has {} tokens, and the model positions for {}; shorten it", i,
                          tokens.size(), config.max_position_embeddings);
     for (const std::int32_t token : tokens)

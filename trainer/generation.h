@@ -4,6 +4,8 @@
 // A prompt goes through the model by itself, in chunks that depend on its own length alone; then every step takes one
 // token of each row that is not at its end, and on the CPU computes row by row (Exec). So a row's tokens and logits are
 // the same alone and beside others: to the bit on the CPU; docs/inference.md says how far on a GPU.
+//
+// Rows that have no room beside the others wait: they go in waves, each of them to its end before the next one begins.
 
 #include <functional>
 #include <span>
@@ -17,6 +19,7 @@ namespace upmoe {
 struct Prompt {
   std::vector<std::int32_t> tokens;  // one or more
   std::int64_t row = 0;              // what its draws go by (DrawPlace)
+  std::int64_t length() const { return static_cast<std::int64_t>(tokens.size()); }
 };
 
 struct GenerationOptions {
@@ -24,6 +27,7 @@ struct GenerationOptions {
   std::vector<std::int32_t> stop = {};  // a row ends behind one of these
   SamplingRule sampling = {};
   std::int64_t chunk = 2048;  // tokens of a prompt at once
+  std::int64_t rows = 0;      // that a rank has under way at once, at most; 0: all
 };
 
 // A row's next token, as soon as it is known and in the order of its positions, with the logits it was taken from;

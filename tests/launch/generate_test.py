@@ -73,7 +73,11 @@ class Generate(cli_test.CliTest):
             self.assertEqual(answer["tokens"], alone["tokens"])
         shown = self.made("--batch", batch, "--max-new-tokens", "6", "--ignore-eos").stdout
         self.assertEqual(shown, "".join(f"[{i}] {','.join(map(str, a['tokens']))}\n" for i, a in enumerate(answers)))
-        for ranks, more in ((2, ()), (3, ("--tp", "3"))):
+        for rows in (1, 2):  # the others wait
+            self.assertEqual([a["tokens"] for a in self.answers("--batch", batch, "--max-new-tokens", "6",
+                                                                "--ignore-eos", "--rows", rows)],
+                             [a["tokens"] for a in answers])
+        for ranks, more in ((2, ()), (2, ("--rows", "1")), (3, ("--tp", "3"))):
             self.assertEqual([a["tokens"] for a in self.answers("--batch", batch, "--max-new-tokens", "6",
                                                                 "--ignore-eos", *more, ranks=ranks)],
                              [a["tokens"] for a in answers], f"{ranks} ranks")
@@ -178,6 +182,7 @@ class Generate(cli_test.CliTest):
         model, bench = self.model, ("--bench", "--in", "3", "--out", "2")
         self.refused(2, ["--prompt"], "generate", model, *bench, "--prompt", "x")
         self.refused(2, ["--temperature"], "generate", model, *bench, "--temperature", "1")
+        self.refused(2, ["--rows"], "generate", model, *bench, "--rows", "1")
         self.refused(2, ["--bench"], "generate", model, "--tokens", "1", "--in", "3")
         self.refused(2, ["--out"], "generate", model, "--bench", "--out", "1")
         self.refused(2, ["found 2 models", "--bench"], "generate", model, model, "--tokens", "1")
@@ -202,6 +207,7 @@ class Generate(cli_test.CliTest):
         self.refused(2, ["one of"], "generate", model, "--tokens", "1", "--prompt", "x")
         self.refused(2, ["--top-p"], "generate", model, "--tokens", "1", "--top-p", "0")
         self.refused(2, ["--temperature"], "generate", model, "--tokens", "1", "--temperature", "nan")
+        self.refused(2, ["--rows"], "generate", model, "--tokens", "1", "--rows", "0")
         self.refused(2, ["--tp 2 does not divide the 1 ranks"], "generate", model, "--tokens", "1", "--tp", "2")
         self.refused(3, ["no tokenizer.json", "--tokens 1,2,3"], "generate", model, "--prompt", "x")
         self.refused(3, ["token 101 is none of the model's 101 tokens"], "generate", model, "--tokens", "5,101")

@@ -8,8 +8,8 @@ MUTANTS = {
         "kernels/cpu/attention_decode.cpp", "std::max<std::int64_t>(0, position - window + 1)",
         "std::max<std::int64_t>(0, position - window)", "*mistral*", PROGRAM),
     "slots_for_a_window_without_its_chunk": (
-        "trainer/generation.cpp", "std::min(longest, window + chunk - 1)", "std::min(longest, std::max(window, chunk))",
-        "*mistral*", PROGRAM),
+        "trainer/generation_room.cpp", "std::min(longest, window + chunk - 1)",
+        "std::min(longest, std::max(window, chunk))", "*mistral*", PROGRAM),
     "later_chunk_forgets_the_first": (
         "trainer/generation.cpp", "step.begins = begin == 0;", "step.begins = true;", "EveryModel.Cache*", PROGRAM),
     "new_token_one_position_too_far": (
@@ -44,6 +44,12 @@ MUTANTS = {
         "for (std::size_t m = models; m-- > 0;) once(m, c);", "GenerationRates.*", PROGRAM),
     "rows_by_the_longest_prompt_for_the_first": (
         RATES, "row == 0 ? r.prompt : 1", "r.prompt", "GenerationRates.*", PROGRAM),
+    "second_wave_begins_with_the_first": (
+        "trainer/generation.cpp", "i = wave * at_once_; i < std::min", "i = 0; i < std::min", "*OneRow*", PROGRAM),
+    "room_for_rows_of_other_waves": (
+        "trainer/generation.cpp", "std::min(mine_.size(), at_once_)", "mine_.size()", "Rows.*", PROGRAM),
+    "weights_not_counted_in_the_room": (
+        "trainer/generation_room.cpp", " - static_cast<double>(model.params.value_bytes())", "", "Rows.*", PROGRAM),
     "context_cut_where_it_means_something_else": (
         "launch/growing_text.cpp", "text.size() <= held_back || !text_.ends_with(text)", "text.size() <= held_back",
         "GrowingText.*", "growing_text_test"),

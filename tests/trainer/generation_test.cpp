@@ -155,6 +155,30 @@ TEST_P(OneRow, IsTheSameBesideAnyOthers) {
   }
 }
 
+// Rows that wait for others get the bits that they have beside them, in places of the cache that others have left.
+TEST_P(OneRow, IsTheSameInAnyWave) {
+  const auto& [name, dtype] = GetParam();
+  if (test::on_gpu()) GTEST_SKIP() << "not said of a GPU's library";
+  Model m(name, dtype);
+  const std::vector<Prompt> all = company(m.vocab());
+  GenerationOptions options{.max_new_tokens = 20,
+                            .stop = drawn_tokens(9, 3, m.vocab()),
+                            .sampling = {.temperature = 1.0},
+                            .chunk = 7};
+  const Spoken together = speak(m.on_rank, all, options);
+  for (const std::int64_t rows : {1, 2, 3, 5, 100}) {
+    options.rows = rows;
+    const Spoken waves = speak(m.on_rank, all, options);
+    EXPECT_EQ(waves.tokens, together.tokens) << rows;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      ASSERT_EQ(waves.logits[i].size(), together.logits[i].size());
+      for (std::size_t n = 0; n < waves.logits[i].size(); ++n)
+        EXPECT_TRUE(same_bits(waves.logits[i][n], together.logits[i][n]))
+            << rows << " at once, row " << i << ", token " << n;
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Models, OneRow,
                          testing::Combine(testing::Values("moe_a27b", "mistral", "dbrx", "gemma"),
                                           testing::Values(DType::kF32, DType::kBF16)),
@@ -181,8 +205,12 @@ TEST_P(ManyRanks, SayWhatOneSays) {
                     {.gradients = false});
     model.params.load(model.memory.exec, test::golden_weights(golden));
     const Spoken spoken = speak(model, prompts, options);
+    GenerationOptions one_by_one = options;
+    one_by_one.rows = 1;
+    const std::vector<Tokens> in_waves = generate(model, prompts, one_by_one).tokens;
     const std::lock_guard lock(mutex);
     EXPECT_EQ(spoken.tokens, expected.tokens) << "rank " << world.rank();
+    EXPECT_EQ(in_waves, expected.tokens) << "rank " << world.rank();
     for (std::size_t i = 0; i < prompts.size(); ++i) {
       const bool mine = model.mesh.coord(Axis::kTp) == 0 &&
                         static_cast<int>(i) % model.mesh.spec().dp == model.mesh.coord(Axis::kDp);

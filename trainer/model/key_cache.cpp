@@ -12,15 +12,19 @@ std::int64_t elements_of(const AttentionShape& shape, std::int64_t rows, std::in
 
 }  // namespace
 
-KeyCaches::KeyCaches(const std::vector<AttentionShape>& blocks, std::int64_t rows, std::int64_t slots,
-                     DType dtype, Device device) {
+std::int64_t KeyCaches::bytes_of(const std::vector<AttentionShape>& blocks, std::int64_t rows,
+                                 std::int64_t slots, DType dtype) {
   std::int64_t total = 0;
   for (const AttentionShape& block : blocks)
     total = checked_add(total, checked_mul(2, elements_of(block, rows, slots)));
-  memory_ = Buffer::allocate(
-      device, static_cast<std::size_t>(checked_mul(total, static_cast<std::int64_t>(size_of(dtype)))),
-      "keys and values of tokens");
-  const TensorView all = memory_.view({total}, dtype);
+  return checked_mul(total, static_cast<std::int64_t>(size_of(dtype)));
+}
+
+KeyCaches::KeyCaches(const std::vector<AttentionShape>& blocks, std::int64_t rows, std::int64_t slots,
+                     DType dtype, Device device) {
+  const std::int64_t bytes = bytes_of(blocks, rows, slots, dtype);
+  memory_ = Buffer::allocate(device, static_cast<std::size_t>(bytes), "keys and values of tokens");
+  const TensorView all = memory_.view({bytes / static_cast<std::int64_t>(size_of(dtype))}, dtype);
   std::int64_t at = 0;
   const auto next = [&](const AttentionShape& block) {
     const Shape shape{rows, slots, block.kv_heads * block.head_dim};
