@@ -32,6 +32,7 @@ struct Row {
 struct Step {
   std::vector<std::int32_t> tokens, rows, positions, picks;
   bool begins = false;
+  std::int64_t run = 0;     // CachedTokens'
   bool row_by_row = false;  // Exec's: a token of each of several rows
   void add(std::int32_t token, std::int64_t row, std::int64_t position) {
     tokens.push_back(token);
@@ -154,7 +155,7 @@ CachedTokens Generator::place(const Step& step, MicroBatch& batch, ConstTensorVi
   batch.places.positions_T = views[2];
   batch.places.seq_len = std::max<std::int64_t>(1, static_cast<std::int64_t>(step.tokens.size()));
   picks = views[3];
-  return {views[1], views[2], keys_seen(step)};
+  return {views[1], views[2], keys_seen(step), step.run};
 }
 
 // The logits of the picked tokens on the host, one row behind the other. Collective over all ranks.
@@ -190,6 +191,7 @@ void Generator::prefill_chunk(Row& row, std::int64_t number, std::int64_t begin)
   const std::int64_t end = std::min(prompt.length(), begin + options_.chunk);
   Step step;
   step.begins = begin == 0;
+  step.run = end - begin;
   for (std::int64_t p = begin; p < end; ++p) step.add(prompt.tokens[static_cast<std::size_t>(p)], number, p);
   const bool whole = end == prompt.length();
   if (whole) step.pick_last();

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "kernels/cpu/attention_blocks.h"
+#include "kernels/cpu/attention_run.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
@@ -60,16 +61,19 @@ void online_softmax(Softmax& state, float* scores, std::int64_t queries) {
   }
 }
 
-// One thread's memory: the keys and values of a sequence and head, and one block of queries.
+// One thread's memory: the keys and values of a sequence and head from one of their blocks on, and one block of
+// queries.
 struct Workspace {
-  float* keys_DS;    // [blocks, head_dim, kBlock]
-  float* values_SP;  // [blocks, kBlock, padded]
+  std::int64_t first;  // block of keys
+  float* keys_DS;      // [blocks, head_dim, kBlock]
+  float* values_SP;    // [blocks, kBlock, padded]
   float *q_P, *out_P;
 
   static std::int64_t floats(std::int64_t blocks, std::int64_t padded) {
     return (2 * blocks + 2) * kBlock * padded;
   }
-  Workspace(float* memory, std::int64_t blocks, std::int64_t padded) {
+  Workspace(float* memory, std::int64_t first_block, std::int64_t blocks, std::int64_t padded) {
+    first = first_block;
     keys_DS = memory;
     values_SP = keys_DS + blocks * kBlock * padded;
     q_P = values_SP + blocks * kBlock * padded;
@@ -90,9 +94,9 @@ void attend(Softmax& state, const Workspace& w, std::int64_t query_block, const 
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
     block_scores(scores, pair, documents, w.q_P, state.padded,
-                 w.keys_DS + key_block * kBlock * shape.head_dim, shape.head_dim);
+                 w.keys_DS + (key_block - w.first) * kBlock * shape.head_dim, shape.head_dim);
     online_softmax(state, scores, pair.queries);
-    const float* values_SP = w.values_SP + key_block * kBlock * state.padded;
+    const float* values_SP = w.values_SP + (key_block - w.first) * kBlock * state.padded;
     const BlockProduct product{state.out,    state.padded, scores,       kBlock,   values_SP,
                                state.padded, pair.queries, state.padded, pair.keys};
     if (pair.diagonal) {
@@ -111,19 +115,39 @@ struct Sequence {
   float* lse;
   Heads<const T> q, k, v;
   Visibility visible;
+  std::int64_t first_query = 0;  // the tokens before it have keys alone: q, out and lse begin with this one
+  std::int64_t slots = 0;        // token i has its key in row i mod slots; 0: in row i
 };
 
+// The keys and values of one block, into its place. A block that a ring of slots turns in goes row by row.
 template <class T, class Out>
-void pack_keys(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t kv_head, std::int64_t blocks,
-               const AttentionShape& s) {
-  const std::int64_t padded = round_to_lanes(s.head_dim), at = kv_head * s.head_dim;
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
-    pack_columns(w.keys_DS + first * s.head_dim, seq.k.base + first * seq.k.width + at, seq.k.width, rows,
-                 s.head_dim);
-    pack_rows(w.values_SP + first * padded, padded, seq.v.base + first * seq.v.width + at, seq.v.width, rows,
+void pack_block(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t at, std::int64_t block,
+                const AttentionShape& s) {
+  const std::int64_t padded = round_to_lanes(s.head_dim), place = (block - w.first) * kBlock;
+  const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
+  const std::int64_t row = seq.slots > 0 ? first % seq.slots : first;
+  float *keys_DS = w.keys_DS + place * s.head_dim, *values_SP = w.values_SP + place * padded;
+  if (seq.slots == 0 || row + rows <= seq.slots) {
+    pack_columns(keys_DS, seq.k.base + row * seq.k.width + at, seq.k.width, rows, s.head_dim);
+    pack_rows(values_SP, padded, seq.v.base + row * seq.v.width + at, seq.v.width, rows, s.head_dim, 1.0f);
+    return;
+  }
+  std::fill_n(keys_DS, kBlock * s.head_dim, 0.0f);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t slot = (first + r) % seq.slots;
+    const T* key = seq.k.base + slot * seq.k.width + at;
+    for (std::int64_t d = 0; d < s.head_dim; ++d) keys_DS[d * kBlock + r] = to_float(key[d]);
+    pack_rows(values_SP + r * padded, padded, seq.v.base + slot * seq.v.width + at, seq.v.width, 1,
               s.head_dim, 1.0f);
   }
+}
+
+// Blocks w.first to `last`.
+template <class T, class Out>
+void pack_keys(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t kv_head, std::int64_t last,
+               const AttentionShape& s) {
+  for (std::int64_t block = w.first; block <= last; ++block)
+    pack_block(w, seq, kv_head * s.head_dim, block, s);
 }
 
 // A query that sees no key, which only a pair of different chunks can have, gets 0 and -inf.
@@ -131,15 +155,20 @@ template <class T, class Out>
 void forward_query_block(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t head,
                          std::int64_t block, const AttentionShape& s) {
   const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
+  // Of those before the first query nothing is read or written; what stands in their place is never looked at.
+  const std::int64_t absent = std::max<std::int64_t>(0, seq.first_query - first);
+  const std::int64_t query = first + absent - seq.first_query;
   const std::int64_t padded = round_to_lanes(s.head_dim), width = seq.q.width;
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-  pack_rows(w.q_P, padded, seq.q.base + first * width + head * s.head_dim, width, rows, s.head_dim, scale);
+  std::fill_n(w.q_P, absent * padded, 0.0f);
+  pack_rows(w.q_P + absent * padded, padded, seq.q.base + query * width + head * s.head_dim, width,
+            rows - absent, s.head_dim, scale);
   Softmax state;
   state.out = w.out_P;
   state.padded = padded;
   attend(state, w, block, s, seq.visible);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t at = (first + r) * s.heads + head;
+  for (std::int64_t r = absent; r < rows; ++r) {
+    const std::int64_t at = (first + r - seq.first_query) * s.heads + head;
     seq.lse[at] = state.max[r] + std::log(state.sum[r]);
     const float inverse = state.sum[r] > 0 ? 1.0f / state.sum[r] : 0.0f;
     for_lanes(s.head_dim, [&](std::int64_t d, auto lanes) {
@@ -160,9 +189,12 @@ std::int64_t parts_of(std::int64_t sequences_and_heads, std::int64_t blocks) {
 // `all`: the tensors from their first row on; a sequence's stand seq_len rows further each time.
 template <class T, class Out>
 void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
-  const std::int64_t blocks = blocks_of(s.seq_len);
-  const std::int64_t padded = round_to_lanes(s.head_dim), floats = Workspace::floats(blocks, padded);
-  const std::int64_t group = s.heads / s.kv_heads, parts = parts_of(sequences * s.kv_heads, blocks);
+  // Blocks of all tokens; the first that has a query, and the first of whose keys it sees some.
+  const std::int64_t blocks = blocks_of(s.seq_len), begin = all.first_query / kBlock,
+                     first_key = std::min(blocks, first_key_block(begin, all.visible));
+  const std::int64_t padded = round_to_lanes(s.head_dim),
+                     floats = Workspace::floats(blocks - first_key, padded);
+  const std::int64_t group = s.heads / s.kv_heads, parts = parts_of(sequences * s.kv_heads, blocks - begin);
   ScratchScope scope(*ex.scratch);
   float* work = ex.scratch->take({worker_count(), floats}, DType::kF32, "attention_forward").as<float>();
   // One key/value head serves a group of query heads, so a task packs its keys once for all of them. Parts take every
@@ -175,13 +207,14 @@ void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, cons
     const auto from = [&](const Heads<const T>& h) { return Heads<const T>{h.base + t * h.width, h.width}; };
     const Sequence<T, Out> seq{
         all.out + t * s.heads * s.head_dim, all.lse + t * s.heads, from(all.q), from(all.k), from(all.v),
-        from_token(all.visible, t)};
-    const Workspace w(work + worker * floats, blocks, padded);
-    const std::int64_t last = (blocks - 1 - part) / parts * parts + part;  // this part's last block
+        from_token(all.visible, t),         all.first_query,       all.slots};
+    const Workspace w(work + worker * floats, first_key, blocks - first_key, padded);
+    const std::int64_t first = begin + part,
+                       last = (blocks - 1 - first) / parts * parts + first;  // this part's blocks
     // No further than the last block of this part can see.
-    pack_keys(w, seq, kv_head, last_key_block(last, s.seq_len, seq.visible) + 1, s);
+    pack_keys(w, seq, kv_head, last_key_block(last, s.seq_len, seq.visible), s);
     for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      for (std::int64_t block = part; block < blocks; block += parts)
+      for (std::int64_t block = first; block < blocks; block += parts)
         forward_query_block(w, seq, head, block, s);
   });
 }
@@ -220,6 +253,31 @@ void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, Cons
                        {k + shape.kv_heads * shape.head_dim, width},
                        visibility_in(pair)},
                       shape);
+  });
+}
+
+// The keys of a row's tokens are there from its first one on, as those of a sequence; queries from the run's first on.
+void attend_run(Exec& ex, TensorView out_TQ, ConstTensorView qkv_TH, const KeyCache& cache,
+                const CachedTokens& tokens, const AttentionShape& shape) {
+  const std::int64_t slots = cache.k_BSK.shape[1], width = shape.kv_heads * shape.head_dim,
+                     row = *tokens.row_T.as<std::int32_t>() * slots * width,
+                     begin = *tokens.position_T.as<std::int32_t>();
+  AttentionShape s = shape;
+  s.seq_len = begin + tokens.run;
+  ScratchScope scope(*ex.scratch);
+  float* lse = ex.scratch->take({tokens.run, s.heads}, DType::kF32, "log-sum-exp of a run").as<float>();
+  with_float_type(qkv_TH.dtype, [&](auto type) {
+    using T = decltype(type);
+    forward<T, T>(ex, 1,
+                  {out_TQ.as<T>(),
+                   lse,
+                   {qkv_TH.as<T>(), s.qkv_width()},
+                   {cache.k_BSK.as<T>() + row, width},
+                   {cache.v_BSK.as<T>() + row, width},
+                   visibility_in(s, {}),
+                   begin,
+                   slots},
+                  s);
   });
 }
 

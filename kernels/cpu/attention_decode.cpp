@@ -1,12 +1,15 @@
-// One token and one key/value head at a time, with all the query heads that read it: a key is loaded once for them.
+// One token and one key/value head at a time, with all the query heads that read it: a key is loaded once for them. A
+// run of many tokens goes by blocks (attention.cpp), where a key is loaded once for 64 of them.
 
 #include "kernels/ops/attention_decode.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "kernels/cpu/attention_blocks.h"
+#include "kernels/cpu/attention_run.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
@@ -128,6 +131,18 @@ void check_room(const KeyCache& cache, const CachedTokens& tokens, std::int64_t 
                 rows, slots);
 }
 
+void check_run(const CachedTokens& tokens) {
+  const auto *row = tokens.row_T.as<std::int32_t>(), *position = tokens.position_T.as<std::int32_t>();
+  for (std::int64_t t = 0; t < tokens.row_T.elements(); ++t)
+    UPMOE_CHECK(
+        t < tokens.run ? row[t] >= 0 && row[t] == row[0] && position[t] == position[0] + t : row[t] < 0,
+        "token {}: position {} of row {} in a run of {} from position {} of row {} on", t, position[t],
+        row[t], tokens.run, position[0], row[0]);
+}
+
+// Fewer tokens than this go one by one: blocks of keys are packed first, which that many make up for.
+constexpr std::int64_t kBlocksFrom = 16;
+
 }  // namespace
 
 void store_keys(Exec&, const KeyCache& cache, ConstTensorView qkv_TH, const CachedTokens& tokens,
@@ -152,6 +167,13 @@ void store_keys(Exec&, const KeyCache& cache, ConstTensorView qkv_TH, const Cach
 void attention_decode(Exec& ex, TensorView out_TQ, ConstTensorView qkv_TH, const KeyCache& cache,
                       const CachedTokens& tokens, AttentionShape shape) {
   check_room(cache, tokens, shape.window);
+  if (tokens.run > 0) check_run(tokens);
+  if (tokens.run >= kBlocksFrom) {
+    attend_run(ex, out_TQ, qkv_TH, cache, tokens, shape);
+    const TensorView others = out_TQ.rows(tokens.run, out_TQ.rows());
+    std::memset(others.data, 0, static_cast<std::size_t>(others.elements()) * size_of(others.dtype));
+    return;
+  }
   const std::int64_t slots = cache.k_BSK.shape[1], width = shape.kv_heads * shape.head_dim;
   const std::int64_t group = shape.heads / shape.kv_heads * shape.head_dim, Q = shape.heads * shape.head_dim;
   const auto *row = tokens.row_T.as<std::int32_t>(), *position = tokens.position_T.as<std::int32_t>();

@@ -20,6 +20,8 @@ void check_cached(const Exec& ex, const ConstTensorView& qkv_TH, const KeyCache&
   check_tensor(ex, qkv_TH, {T, s.qkv_width()}, qkv_TH.dtype, "qkv_TH", where);
   check_tensor(ex, tokens.row_T, {T}, DType::kI32, "row_T", where);
   check_tensor(ex, tokens.position_T, {T}, DType::kI32, "position_T", where);
+  if (tokens.run < 0 || tokens.run > T)
+    fail_check("a run of some of the tokens", where, fmt::format("run {} of {} tokens", tokens.run, T));
   const Shape& kept = cache.k_BSK.shape;
   if (kept.rank != 3) fail_check("a cache of rows, slots and keys", where, kept.str());
   const Shape expected{kept[0], kept[1], s.kv_heads * s.head_dim};

@@ -1,7 +1,8 @@
 #pragma once
 // Attention of new tokens over the keys and values of their rows, which are kept from step to step: what generation
 // computes. fp32 or bf16; softmax in fp32, over the keys in the order of their positions, whatever else is computed
-// with a token: it gets the same bits alone and beside others.
+// with a token: it gets the same bits alone and beside others, of other rows or of no run. In a run it is computed with
+// those of the run, and may be rounded otherwise.
 //
 // A cache is of one layer, and of the key/value heads of one rank:
 //
@@ -25,6 +26,9 @@ struct KeyCache {
 struct CachedTokens {
   ConstTensorView row_T, position_T;
   std::int64_t seen = 0;  // keys that they see, all together: for the ledger, as the host alone knows it
+  // So many of them, the first ones, are one behind the other in one row, and the others of none: a chunk of a prompt,
+  // which a backend may compute by blocks, as whole sequences are. 0: nothing is said.
+  std::int64_t run = 0;
 };
 
 }  // namespace upmoe

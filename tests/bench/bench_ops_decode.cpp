@@ -41,9 +41,30 @@ void add_attention(std::int64_t rows, DType dtype) {
   });
 }
 
+// A later chunk of a prompt, over 3072 tokens before it, by blocks and token by token.
+void add_chunks(DType dtype) {
+  const AttentionShape s{16, 4, 128, 0};
+  const std::int64_t before = 3072, n = 1024, kept = before + n;
+  for (const bool as_run : {true, false})
+    add(as_run ? "attention_chunk" : "attention_chunk_by_tokens", dtype, [=](benchmark::State& state) {
+      const Tensor qkv({n, s.qkv_width()}, dtype), out({n, s.heads * s.head_dim}, dtype),
+          k({1, kept, s.kv_heads * s.head_dim}, dtype), v({1, kept, s.kv_heads * s.head_dim}, dtype),
+          row({n}, DType::kI32), position({n}, DType::kI32);
+      for (std::int64_t t = 0; t < n; ++t) {
+        row.view.as<std::int32_t>()[t] = 0;
+        position.view.as<std::int32_t>()[t] = static_cast<std::int32_t>(before + t);
+      }
+      const CachedTokens tokens{row.view, position.view, n * before + n * (n + 1) / 2, as_run ? n : 0};
+      measure(state, dtype, [&](Exec& ex) {
+        ops::attention_decode(ex, out.view, qkv.view, {k.view, v.view}, tokens, s);
+      });
+    });
+}
+
 }  // namespace
 
 void add_decode() {
+  for (const DType dtype : kFloats) add_chunks(dtype);
   for (const DType dtype : kFloats)
     for (const std::int64_t rows : {1, 4, 16}) {
       add_products(rows, dtype);

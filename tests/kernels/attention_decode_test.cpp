@@ -17,6 +17,7 @@ std::size_t at(std::int64_t i) {
 // New tokens of a step: whose row they continue, and where.
 struct Step {
   std::vector<std::int32_t> rows, positions;
+  std::int64_t run = 0;
   std::int64_t tokens() const { return static_cast<std::int64_t>(rows.size()); }
 };
 
@@ -55,7 +56,7 @@ struct Rows {
         new_qkv.set(at(t * H + i), r < 0 ? NAN : qkv.get(at((first(r) + p) * H + i)));
     }
     const KeyCache cache{k, v};
-    const CachedTokens tokens{row, position, 0};
+    const CachedTokens tokens{row, position, 0, step.run};
     ops::store_keys(ex, cache, new_qkv, tokens, c.shape);
     ops::attention_decode(ex, new_out, new_qkv, cache, tokens, c.shape);
     EXPECT_EQ(ex.scratch_used(), 0u);
@@ -100,13 +101,8 @@ std::vector<Step> steps_of(const Case& c) {
   return steps;
 }
 
-class AttentionDecode : public testing::TestWithParam<Case> {};
-
-TEST_P(AttentionDecode, AgreesWithDouble) {
-  const Case& c = GetParam();
-  OpExec ex;
-  Rows rows(c);
-  for (const Step& step : steps_of(c)) rows.decode(ex, step);
+void expect_double(const Rows& rows) {
+  const Case& c = rows.c;
   const std::int64_t H = c.shape.qkv_width(), Q = c.shape.heads * c.shape.head_dim;
   const Values qkv = rows.qkv.values(), out = rows.out.values();
   const Tolerance tolerance = c.dtype == DType::kBF16 ? Tolerance{1.0 / 250, 1e-6} : Tolerance{1e-5, 2e-6};
@@ -137,6 +133,15 @@ std::vector<Case> cases() {
   }
   return all;
 }
+class AttentionDecode : public testing::TestWithParam<Case> {};
+
+TEST_P(AttentionDecode, AgreesWithDouble) {
+  OpExec ex;
+  Rows rows(GetParam());
+  for (const Step& step : steps_of(GetParam())) rows.decode(ex, step);
+  expect_double(rows);
+}
+
 INSTANTIATE_TEST_SUITE_P(Shapes, AttentionDecode, testing::ValuesIn(cases()),
                          [](const testing::TestParamInfo<Case>& i) {
                            const AttentionShape& s = i.param.shape;
@@ -159,6 +164,92 @@ TEST(AttentionDecodeRows, DoNotDependOnTheOthers) {
         for (std::int32_t p = 0; p < together.lengths[at(r)]; ++p) b.decode(ex, {{r}, {p}});
       EXPECT_TRUE(a.out == b.out) << window;
     }
+}
+
+// Chunks of the rows in turn, each a run with a token of none behind it; the first one is short.
+std::vector<Step> runs_of(const Case& c) {
+  std::vector<Step> steps;
+  std::vector<std::int64_t> done(c.lengths.size());
+  for (bool more = true; more;) {
+    more = false;
+    for (std::size_t r = 0; r < c.lengths.size(); ++r) {
+      const std::int64_t most =
+          done[r] == 0 ? std::min<std::int64_t>(c.chunk, 9 + static_cast<std::int64_t>(r)) : c.chunk;
+      Step step;
+      step.run = std::min(most, c.lengths[r] - done[r]);
+      for (std::int64_t i = 0; i < step.run; ++i) {
+        step.rows.push_back(static_cast<std::int32_t>(r));
+        step.positions.push_back(static_cast<std::int32_t>(done[r]++));
+      }
+      if (step.run == 0) continue;
+      step.rows.push_back(-1);
+      step.positions.push_back(0);
+      steps.push_back(step);
+      more = true;
+    }
+  }
+  return steps;
+}
+
+class AttentionRuns : public testing::TestWithParam<Case> {};
+
+TEST_P(AttentionRuns, AgreeWithDouble) {
+  OpExec ex;
+  Rows rows(GetParam());
+  for (const Step& step : runs_of(GetParam())) rows.decode(ex, step);
+  expect_double(rows);
+}
+
+std::vector<Case> run_cases() {
+  std::vector<Case> all;
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    all.push_back({{4, 2, 28, 0}, {200, 1, 130}, 200, 50, dtype});
+    all.push_back({{2, 2, 16, 0}, {64, 128}, 130, 64, dtype});
+    all.push_back({{6, 1, 64, 0}, {150}, 150, 16, dtype});
+    all.push_back({{2, 1, 128, 0}, {90, 73}, 90, 33, dtype});
+    all.push_back({{2, 1, 14, 0}, {300}, 310, 129, dtype});
+    // A window, with the fewest slots: they turn within blocks, and in the middle of them.
+    for (const std::int64_t window : {1, 7, 64, 65, 120})
+      for (const std::int64_t chunk : {16, 40, 100})
+        all.push_back({{4, 2, 16, 0, window}, {300, 20, 275}, window + chunk - 1, chunk, dtype});
+    all.push_back({{2, 2, 28, 0, 90}, {400, 333}, 192, 64, dtype});
+  }
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, AttentionRuns, testing::ValuesIn(run_cases()),
+                         [](const testing::TestParamInfo<Case>& i) {
+                           const AttentionShape& s = i.param.shape;
+                           return fmt::format("{}_{}_dim{}_window{}_slots{}_chunk{}", i.index,
+                                              dtype_label(i.param.dtype), s.head_dim, s.window, i.param.slots,
+                                              i.param.chunk);
+                         });
+
+// Whatever the cache holds of other rows and has of room.
+TEST(AttentionRuns, DoNotDependOnTheOthers) {
+  for (const DType dtype : {DType::kF32, DType::kBF16})
+    for (const std::int64_t window : {0, 70}) {
+      const Case together{{4, 2, 28, 0, window}, {170, 130, 190}, 190, 40, dtype};
+      OpExec ex;
+      Rows a(together);
+      for (const Step& step : runs_of(together)) a.decode(ex, step);
+      Case roomier = together;
+      roomier.slots = 233;
+      Rows b(roomier);
+      for (const std::int32_t row : {2, 0, 1})
+        for (const Step& step : runs_of(together))
+          if (step.rows[0] == row) b.decode(ex, step);
+      EXPECT_TRUE(a.out == b.out) << window;
+    }
+}
+
+TEST(AttentionRuns, SameBitsForAnyThreads) {
+  const Case c{{4, 2, 28, 0, 100}, {270, 190}, 140, 41, DType::kF32};
+  expect_same_for_any_threads([&] {
+    OpExec ex;
+    Rows rows(c);
+    for (const Step& step : runs_of(c)) rows.decode(ex, step);
+    return rows.out;
+  });
 }
 
 TEST(AttentionDecodeExtremes, PeakedScores) {
@@ -207,7 +298,14 @@ TEST(AttentionDecodeChecks, RefusesWrongShapes) {
   EXPECT_THROW(ops::attention_decode(ex, out, qkv, {k, narrow}, tokens, s), Error);
   EXPECT_THROW(ops::attention_decode(ex, out, qkv, cache, {ids, short_ids, 0}, s), Error);
   EXPECT_THROW(ops::store_keys(ex, cache, out, tokens, s), Error);
+  EXPECT_THROW(ops::attention_decode(ex, out, qkv, cache, {ids, places, 0, 3}, s), Error)
+      << "a run of more tokens";
   if (on_gpu()) return;  // values of tensors are looked at on the host alone
+  EXPECT_NO_THROW(ops::attention_decode(ex, out, qkv, cache, {ids, places, 0, 2}, s));
+  EXPECT_THROW(ops::attention_decode(ex, out, qkv, cache, {ids, places, 0, 1}, s), Error)
+      << "a token of a row behind it";
+  EXPECT_THROW(ops::attention_decode(ex, out, qkv, cache, {ids, ids, 0, 2}, s), Error)
+      << "one position twice";
   places.set(1, 4);
   EXPECT_THROW(ops::store_keys(ex, cache, qkv, {ids, places, 0}, s), Error) << "no such slot";
   EXPECT_THROW(ops::store_keys(ex, cache, qkv, {ids, places, 0}, {2, 1, 8, 0, 5}), Error)

@@ -50,6 +50,22 @@ MUTANTS = {
         "trainer/generation.cpp", "std::min(mine_.size(), at_once_)", "mine_.size()", "Rows.*", PROGRAM),
     "weights_not_counted_in_the_room": (
         "trainer/generation_room.cpp", " - static_cast<double>(model.params.value_bytes())", "", "Rows.*", PROGRAM),
+    "chunk_that_sees_itself_alone": (
+        "kernels/cpu/attention.cpp", "first_key_block(begin, all.visible))", "begin)", "*AttentionRuns*",
+        "attention_decode_test"),
+    "chunk_whose_first_block_is_one_of_its_own": (
+        "kernels/cpu/attention.cpp", "std::max<std::int64_t>(0, seq.first_query - first)", "std::int64_t{0}",
+        "*AttentionRuns*", "attention_decode_test"),
+    "ring_that_turns_within_a_block": (
+        "kernels/cpu/attention.cpp", "seq.slots == 0 || row + rows <= seq.slots", "true", "*AttentionRuns*",
+        "attention_decode_test"),
+    "keys_of_another_row": (
+        "kernels/cpu/attention.cpp", "*tokens.row_T.as<std::int32_t>() * slots * width", "0", "*AttentionRuns*",
+        "attention_decode_test"),
+    "tokens_of_none_in_a_chunk_left_as_they_were": (
+        "kernels/cpu/attention_decode.cpp",
+        "    std::memset(others.data, 0, static_cast<std::size_t>(others.elements()) * size_of(others.dtype));\n", "",
+        "*AttentionRuns*", "attention_decode_test"),
     "context_cut_where_it_means_something_else": (
         "launch/growing_text.cpp", "text.size() <= held_back || !text_.ends_with(text)", "text.size() <= held_back",
         "GrowingText.*", "growing_text_test"),

@@ -82,6 +82,27 @@ TEST_P(EveryModel, CacheEqualsTheWholeForward) {
   }
 }
 
+// Later chunks of a prompt are computed by blocks, where they are long enough.
+TEST_P(EveryModel, LaterChunksEqualTheWholeForward) {
+  Model m(GetParam());
+  const std::int64_t V = m.vocab();
+  const Prompt prompt{drawn_tokens(7, 60, V), 0};
+  for (const std::int64_t chunk : {17, 24, 59}) {
+    const Spoken spoken = speak(m.on_rank, {prompt}, {.max_new_tokens = 3, .chunk = chunk});
+    Tokens all = prompt.tokens;
+    all.insert(all.end(), spoken.tokens[0].begin(), spoken.tokens[0].end());
+    const std::vector<float> expected = whole_logits(m.on_rank, all);
+    for (std::size_t i = 0; i < 3; ++i) {
+      const float* of_token = expected.data() + (prompt.tokens.size() - 1 + i) * static_cast<std::size_t>(V);
+      const double bound =
+          1e-5 * std::max(1.0, static_cast<double>(std::abs(*std::max_element(of_token, of_token + V))));
+      for (std::size_t v = 0; v < static_cast<std::size_t>(V); ++v)
+        ASSERT_NEAR(spoken.logits[0][i][v], of_token[v], bound)
+            << "chunks of " << chunk << ", token " << i << ", logit " << v;
+    }
+  }
+}
+
 // One pass over the whole sequence for every token, as who has no cache would do it.
 TEST_P(EveryModel, GreedyEqualsRepeatedForwards) {
   Model m(GetParam());
@@ -155,6 +176,23 @@ TEST_P(OneRow, IsTheSameBesideAnyOthers) {
   }
 }
 
+TEST_P(OneRow, OfALongPromptIsTheSameBesideAnyOthers) {
+  const auto& [name, dtype] = GetParam();
+  if (test::on_gpu()) GTEST_SKIP() << "not said of a GPU's library";
+  Model m(name, dtype);
+  const std::vector<Prompt> all{{drawn_tokens(31, 50, m.vocab()), 0},
+                                {drawn_tokens(32, 9, m.vocab()), 1},
+                                {drawn_tokens(33, 41, m.vocab()), 2}};
+  const GenerationOptions options{.max_new_tokens = 8, .chunk = 17};
+  const Spoken together = speak(m.on_rank, all, options);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const Spoken alone = speak(m.on_rank, {all[i]}, options);
+    ASSERT_EQ(together.tokens[i], alone.tokens[0]) << "row " << i;
+    for (std::size_t n = 0; n < alone.logits[0].size(); ++n)
+      EXPECT_TRUE(same_bits(together.logits[i][n], alone.logits[0][n])) << "row " << i << ", token " << n;
+  }
+}
+
 // Rows that wait for others get the bits that they have beside them, in places of the cache that others have left.
 TEST_P(OneRow, IsTheSameInAnyWave) {
   const auto& [name, dtype] = GetParam();
@@ -197,6 +235,10 @@ TEST_P(ManyRanks, SayWhatOneSays) {
   Model one(name);
   const std::vector<Prompt> prompts = company(one.golden.config().vocab_size);
   const GenerationOptions options{.max_new_tokens = 16, .stop = {3, 5}, .chunk = 10};
+  const std::vector<Prompt> of_chunks{
+      {drawn_tokens(8, 61, one.vocab()), 0}};  // the last one of 21, or 22 with tp
+  const std::vector<Tokens> expected_of_chunks =
+      generate(one.on_rank, of_chunks, {.max_new_tokens = 3, .chunk = 40}).tokens;
   const Spoken expected = speak(one.on_rank, prompts, options);
   std::mutex mutex;
   run_in_threads(ranks, [&, tp = tp](Communicator& world) {
@@ -208,7 +250,10 @@ TEST_P(ManyRanks, SayWhatOneSays) {
     GenerationOptions one_by_one = options;
     one_by_one.rows = 1;
     const std::vector<Tokens> in_waves = generate(model, prompts, one_by_one).tokens;
+    const std::vector<Tokens> by_chunks =
+        generate(model, of_chunks, {.max_new_tokens = 3, .chunk = 40}).tokens;
     const std::lock_guard lock(mutex);
+    EXPECT_EQ(by_chunks, expected_of_chunks) << "rank " << world.rank();
     EXPECT_EQ(spoken.tokens, expected.tokens) << "rank " << world.rank();
     EXPECT_EQ(in_waves, expected.tokens) << "rank " << world.rank();
     for (std::size_t i = 0; i < prompts.size(); ++i) {
