@@ -94,8 +94,10 @@ std::vector<TimedModel> best_times(const std::vector<Subject>& subjects, const B
 
 int run_generate_bench(const BenchArguments& a, Runtime& runtime) {
   Communicator& world = runtime.world();
-  if (!a.machine.empty() && world.size() > 1)
-    fail(ExitCode::kUsage, "--machine: best times are of one device; start one rank, or leave it out");
+  run_agreed(world, [&] {
+    if (!a.machine.empty() && world.size() > 1)
+      fail(ExitCode::kUsage, "--machine: best times are of one device; start one rank, or leave it out");
+  });
   const Device device = runtime.choose_device(a.device);
   remark_on_precision(a.precision, device);
   std::vector<Subject> subjects = open_all(a, world);
