@@ -50,11 +50,11 @@ MUTANTS = {
         "trainer/generation.cpp", "std::min(mine_.size(), at_once_)", "mine_.size()", "Rows.*", PROGRAM),
     "weights_not_counted_in_the_room": (
         "trainer/generation_room.cpp", " - static_cast<double>(model.params.value_bytes())", "", "Rows.*", PROGRAM),
-    "chunk_that_sees_itself_alone": (
-        "kernels/cpu/attention.cpp", "first_key_block(begin, all.visible))", "begin)", "*AttentionRuns*",
+    "window_of_a_chunk_forgotten": (
+        "kernels/cpu/attention.cpp", "visibility_in(s, {})", "Visibility{}", "*AttentionRuns*",
         "attention_decode_test"),
-    "chunk_whose_first_block_is_one_of_its_own": (
-        "kernels/cpu/attention.cpp", "std::max<std::int64_t>(0, seq.first_query - first)", "std::int64_t{0}",
+    "last_token_of_a_chunk_lost": (
+        "kernels/cpu/attention.cpp", "s.seq_len = begin + tokens.run;", "s.seq_len = begin + tokens.run - 1;",
         "*AttentionRuns*", "attention_decode_test"),
     "ring_that_turns_within_a_block": (
         "kernels/cpu/attention.cpp", "seq.slots == 0 || row + rows <= seq.slots", "true", "*AttentionRuns*",
