@@ -1,5 +1,7 @@
 #include "launch/generation_report.h"
 
+#include <fmt/ranges.h>
+
 #include <nlohmann/json.hpp>
 
 #include "launch/text_table.h"
@@ -54,7 +56,7 @@ std::string percent(double share) {
 }
 
 std::string megabytes(double bytes) {
-  return fmt::format("{:.1f}", 1e-6 * bytes);
+  return fmt::format("{:.4g}", 1e-6 * bytes);
 }
 
 // Row by row: every concurrency, and at each every model.
@@ -126,8 +128,11 @@ std::string text_of(const std::vector<TimedModel>& models, const RatesRequest& r
                   on.precision, on.ranks > 1 ? fmt::format(", {} ranks", on.ranks) : "", request.prompt,
                   request.output, request.rounds, request.rounds == 1 ? "" : "s",
                   models.size() > 1 ? ", the models in turns" : "", rates_table(models, request));
+  std::vector<std::string> random;
   for (const TimedModel& m : models)
-    if (m.random_weights) text += fmt::format("\n{}: random weights, by its configuration alone.\n", m.name);
+    if (m.random_weights) random.push_back(m.name);
+  if (!random.empty())
+    text += fmt::format("\nRandom weights, by a configuration alone: {}.\n", fmt::join(random, ", "));
   text +=
       "\nPrompts go through a model one by one, then all answers step together; requests/s is that of one "
       "such batch.\n\n";

@@ -169,11 +169,12 @@ class Generate(cli_test.CliTest):
         self.assertIn("requests of 3 tokens in and 2 out; medians of 1 round.", done.stdout)
         for words in ("decode, tokens/s", "keys and values of a request", "requests/s"):
             self.assertIn(words, done.stdout)
-        for words in ("at best", "random weights", "of the first"):
+        for words in ("at best", "Random weights", "of the first"):
             self.assertNotIn(words, done.stdout)
         two = upmoe("generate", "tiny-1.8b-shape", self.model, "--bench", "--in", "3", "--out", "2", "--rounds", "1")
         self.assertEqual(two.returncode, 0, two.stderr)
-        for words in ("tiny-1.8b-shape: random weights", "of the first: prefill", "the models in turns"):
+        for words in ("Random weights, by a configuration alone: tiny-1.8b-shape.", "of the first: prefill",
+                      "the models in turns"):
             self.assertIn(words, two.stdout)
         ranks = upmoe("generate", self.model, "--bench", "--in", "3", "--out", "2", "--rounds", "1", "--json", ranks=2)
         self.assertEqual(json.loads(ranks.stdout)["ranks"], 2, ranks.stderr)
