@@ -109,7 +109,7 @@ def data_lines(start):
     files = at(start, "data", "train")
     for file in files if isinstance(files, list) else []:
         yield (f"{at(file, 'path')}: {count(at(file, 'tokens'))} tokens, {count(at(file, 'documents'))} documents, "
-               f"weight {at(file, 'weight')}, checksum {at(file, 'checksum') or 'unknown'}")
+               f"weight {at(file, 'weight')}, digest {at(file, 'identity') or 'unknown'}")
 
 
 def held_out_lines(start):

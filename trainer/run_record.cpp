@@ -72,7 +72,8 @@ json file_of(const TokenFile& file) {
           {"tokens", file.num_tokens()},
           {"documents", file.document_ends().size()},
           {"tokenizer_sha256", text_or_null(file.tokenizer_sha256())},
-          {"checksum", file.checksummed() ? json(file.checksum()) : json(nullptr)}};
+          {"format", file.format()},
+          {"identity", text_or_null(file.identity())}};
 }
 
 json data_of(const Session& s, const TrainState& state, std::span<const HeldOutData> held_out) {

@@ -28,7 +28,7 @@ START = {"first_step": 1, "started": "2026-11-29T01:02:03Z", "command": ["upmoe"
                     "source": {"files": [{"name": "dense.safetensors"}]}, "step_zero": {"loss": 3.25}},
          "frozen": "3 of 41 parameters: layers.*.moe.router_ED x 3", "kept_in_fp32": None,
          "data": {"words": "9 sequences of 16 tokens", "train": [{"path": "/t.h5", "tokens": 4321, "documents": 5,
-                                                                  "weight": 1.0, "checksum": 99}],
+                                                                  "weight": 1.0, "identity": "99"}],
                   "held_out": [{"path": "/v.h5", "tokens": 777, "sequences": 48, "name": "code"}]}}
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 LOADS = {"src", "href", "srcset", "action", "data", "poster", "background"}
@@ -142,7 +142,7 @@ class ReportPage(report_test.RunDirectories):
                       "A processor, 8 GiB; 2 hosts; 2 ranks x 4 threads",
                       "pp 1, dp 2", "/models/<moe> (its weights)",
                       "60 experts of which 4.0 compute a token", "1,234,567 parameters", "3 of 41 parameters",
-                      "4,321 tokens, 5 documents, weight 1.0, checksum 99", "seed: 77", "dense.safetensors",
+                      "4,321 tokens, 5 documents, weight 1.0, digest 99", "seed: 77", "dense.safetensors",
                       "code: /v.h5: 777 tokens, 48 sequences",
                       "its loss at step 0: 3.2500", "not recorded", "# from step 2 on: x"):
             self.assertIn(words, text)
