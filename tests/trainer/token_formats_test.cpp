@@ -25,7 +25,7 @@ class TokenFormats : public test::WholeRun {
   void train_on(const std::string& tokens, const std::string& name, std::int64_t steps = kSteps) const {
     RunConfig c = config(name, steps, 2);
     c.data.train = {{(dir_ / tokens).string(), 1.0}};
-    c.data.valid = (dir_ / tokens).string();
+    c.data.valid = {{"", (dir_ / tokens).string()}};
     c.data.shuffle = true;
     c.data.mask_documents = true;
     c.train.eval_every = 2;
