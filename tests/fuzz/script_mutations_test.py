@@ -23,6 +23,7 @@ import zstandard
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path += [str(ROOT / "launch"), str(ROOT / "data")]
 import report  # noqa: E402
+import report_page  # noqa: E402
 from command_line import BadInput  # noqa: E402
 from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
 
@@ -122,7 +123,7 @@ class ScriptMutations(unittest.TestCase):
                 drawn.append(run)
             for against in report.AXES:
                 run.x(run.steps, against)
-            for row in report.summary_rows([run]):
+            for row in report_page.summary_rows([run]):
                 self.assertEqual(len(row), 8)
 
         self.assertGreater(self.accepted(1500, corpus, read), 20)

@@ -39,8 +39,9 @@ class TokenFormats : public test::WholeRun {
 
 TEST_F(TokenFormats, ARunIsBitwiseTheSame) {
   train_on("tokens.h5", "hdf5");
-  for (const char* name : {"narrow.bin", "wide.idx"}) {
-    train_on(name, name);
+  for (const char* tokens : {"narrow.bin", "wide.idx"}) {
+    const std::string name = std::string("on_") + tokens;
+    train_on(tokens, name);
     EXPECT_EQ(losses(name), losses("hdf5"));
     EXPECT_EQ(losses(name).size(), static_cast<std::size_t>(kSteps));
     EXPECT_EQ(contents(checkpoint(name, kSteps)), contents(checkpoint("hdf5", kSteps)));
