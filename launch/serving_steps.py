@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from command_line import BadUsage, run_tool
 from serving_record import note
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,8 +242,7 @@ def outcome(work, model):
 
 def main():
     if len(sys.argv) != 4 or sys.argv[1] not in STEPS:
-        print(f"usage: serving_steps.py STEP EXPORT OUT, STEP one of {' '.join(STEPS)}", file=sys.stderr)
-        return 2
+        raise BadUsage(f"usage: serving_steps.py STEP EXPORT OUT, STEP one of {' '.join(STEPS)}")
     # Nothing is fetched: the model is here, and so is the task.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     step, (work, packages) = sys.argv[1], STEPS[sys.argv[1]]
@@ -252,4 +252,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("serving_steps", main))

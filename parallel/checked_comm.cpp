@@ -90,12 +90,13 @@ std::string describe(const Call& c) {
     return text;
   if (c.verb == Verb::kAllReduce) text += fmt::format(" ({})", name_of(static_cast<ReduceOp>(c.detail)));
   if (c.verb == Verb::kBroadcast) text += fmt::format(" from rank {}", c.detail);
-  if (c.verb == Verb::kSend && c.detail > 1) text += fmt::format(" (one of {} together)", c.detail);
   Shape shape;
   shape.rank = static_cast<int>(c.shape_rank);
   shape.dim = c.dim;
-  return text + fmt::format(" of {}{} {}", c.verb == Verb::kAllToAllRows ? "rows " : "",
-                            upmoe::name_of(static_cast<DType>(c.dtype)), shape.str());
+  text += fmt::format(" of {}{} {}", c.verb == Verb::kAllToAllRows ? "rows " : "",
+                      upmoe::name_of(static_cast<DType>(c.dtype)), shape.str());
+  if (c.verb == Verb::kSend && c.detail > 1) text += fmt::format(" (one of {} together)", c.detail);
+  return text;
 }
 
 class CheckedCommunicator final : public Communicator {

@@ -134,9 +134,10 @@ TEST_P(EveryTransport, TensorsThatAreSentTogether) {
       const std::array<ConstTensorView, 2> mine{view(rows), host_view(loads.data(), {2})};
       const std::array<TensorView, 2> theirs{view(their_rows), host_view(their_loads.data(), {2})};
       Ledger ledger;
-      Pending sent = comm.send(mine, next, On(nullptr, &ledger));
+      const bool first_send = comm.rank() % 2 == 0 && comm.rank() != comm.size() - 1;  // as above
+      if (first_send) comm.send(mine, next, On(nullptr, &ledger));
       comm.recv(theirs, before);
-      sent.wait();
+      if (!first_send) comm.send(mine, next, On(nullptr, &ledger));
       EXPECT_EQ(their_rows, random_vector<float>(before, n));
       EXPECT_EQ(their_loads, (std::vector<double>{static_cast<double>(before), 0.5}));
       EXPECT_EQ(ledger.entries().at("send").bytes_sent, static_cast<double>(n * 4 + 16));
