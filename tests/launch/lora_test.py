@@ -76,8 +76,6 @@ class Lora(unittest.TestCase):
                                      "--sequences", "8"))["loss"]
 
     def test_adapters_learn_and_merge(self):
-        losses = self.losses("tuned")
-        self.assertLess(min(loss for loss, _ in losses[-5:]), losses[0][0])
         self.export("tuned", "adapter", "--adapter")
         self.export("tuned", "merged", "--merge", "--dtype", "fp32")
         adapter, metadata = tensors_of(self.folder / "adapter" / "adapter_model.safetensors")
@@ -105,7 +103,7 @@ class Lora(unittest.TestCase):
             np.testing.assert_allclose(merged[name], expected, rtol=0, atol=1e-6, err_msg=name)
         # The run with its adapters and the merged model are one function, and not the base's.
         self.assertAlmostEqual(self.evaluated("tuned"), self.evaluated("merged"), places=5)
-        self.assertGreater(abs(self.evaluated("base") - self.evaluated("merged")), 1e-3)
+        self.assertLess(self.evaluated("merged"), self.evaluated("base") - 0.1)  # on the same sequences
         said = [self.upmoe("generate", self.folder / name, "--tokens", "1,2,3", "--max-new-tokens", "12", "--json")
                 for name in ("tuned", "merged")]
         self.assertEqual(*(json.loads(words)["tokens"] for words in said))
