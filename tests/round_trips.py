@@ -4,7 +4,7 @@
     tests/round_trips.py [--build build/release] [NAME ...]      NAME: a recipe, without its -tiny.yaml
 
 For each recipe a small dense model of the family that it is for is made and saved by transformers, upcycled, trained
-for two steps and exported. What `upmoe upcycle` and `upmoe export` wrote is read by transformers: no key may be
+for eight steps and exported. What `upmoe upcycle` and `upmoe export` wrote is read by transformers: no key may be
 missing, unexpected or mismatched, and the logits must agree (tests/check_export_in_transformers.py). transformers then
 saves it again, and that directory must hold for upmoe the same model, tensor for tensor. Needs torch and transformers
 (tests/golden/README.md) and a build with the target make_run; not part of the test suite. Exit status 0 only if all
@@ -89,13 +89,14 @@ def round_trip(recipe, upmoe, work, folder):
     report = json.loads((moe / "upcycle_report.json").read_text())
     error = max(layer["relative_error"] for layer in report["layers"])
     start = there_and_back(upmoe, moe, work / "tokens.h5")
+    # Steps enough for every copy of an expert to have been chosen: until then copies have one score, and see above.
     run(upmoe, "train", work / "run.yaml", f"run.dir={folder / 'run'}", f"model.path={moe}", "model.init=weights",
-        "train.steps=2", "parallel.ep=1", "optimizer.lr=1e-3")
+        "train.steps=8", "parallel.ep=1", "optimizer.lr=1e-3")
     run(upmoe, "export", folder / "run", "--to", trained, "--dtype", "fp32")
     end = there_and_back(upmoe, trained, work / "tokens.h5")
     written = json.loads((trained / "config.json").read_text())["architectures"][0]
     print(f"{recipe.stem.removesuffix('-tiny'):20} {DENSE[family][0]:8} -> {written:22} step-0 error {error:8.2e}; "
-          f"largest difference of a logit {start}, after two steps {end}", flush=True)
+          f"largest difference of a logit {start}, after eight steps {end}", flush=True)
 
 
 def main():
