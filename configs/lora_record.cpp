@@ -131,6 +131,11 @@ std::vector<std::string> lora_problems(const RunConfig& run, const ModelConfig& 
                         "its adapter; leave it out",
                         name_of(target), model.model_type, why));
     }
+  if (model.num_moe_layers() > 0 && run.router.bias_rate > 0)
+    found.push_back(fmt::format(
+        "router.bias_rate: {} changes the routers' biases, and beside adapters the model stays as it is: "
+        "PEFT's format has no place for them; use 0",
+        run.router.bias_rate));
   if (routed && run.kernels.experts == ExpertsPath::kFused)
     found.push_back(
         "kernels.experts: fused computes an expert's products at once, and adapters stand beside each; use "

@@ -133,6 +133,11 @@ TEST(Lora, WhatCannotBeTogether) {
   EXPECT_THAT(lora_problems(run, model_with({})), IsEmpty());
   EXPECT_THAT(lora_problems(run, model_with({4, 8, {kQuery}})), IsEmpty());
   EXPECT_THAT(lora_problems(run, model_with(kAll)), ElementsAre(HasSubstr("kernels.experts: fused")));
+  run.router.bias_rate = 0.001;
+  EXPECT_THAT(lora_problems(run, model_with({4, 8, {kQuery}})),
+              ElementsAre(HasSubstr("router.bias_rate: 0.001")));
+  EXPECT_THAT(lora_problems(run, model_with({})), IsEmpty());
+  run.router.bias_rate = 0;
   // One tensor of queries, keys and values, and of all experts: PEFT has no module for them.
   run.kernels.experts = ExpertsPath::kAuto;
   ModelConfig dbrx = model_with({4, 8, {kQuery, kOutput, kUp}});
