@@ -49,7 +49,7 @@ Optimizer::Config optimizer_of(const RunConfig& run, const ModelConfig& model) {
           .coded = o.name == OptimizerKind::kAdamW8bit,
           .offload = o.offload,
           .seed = static_cast<std::uint64_t>(run.run.seed),
-          .groups = optimizer_groups(o.groups, model)};
+          .groups = optimizer_groups(o.groups, model, frozen_names(run.freeze, model))};
 }
 
 }  // namespace

@@ -42,6 +42,21 @@ TEST(OptimizerGroups, Refusals) {
   EXPECT_THAT(refusal({{{"*mlp.experts.1.*"}, 0.1, {}}}), HasSubstr("only a part of"));
 }
 
+// A rate that nothing would have is refused, not left without effect; a group of which a part trains is well.
+TEST(OptimizerGroups, OfFrozenParameters) {
+  const std::vector<OptimizerGroup> router{{{"@router"}, 0.1, {}}};
+  const std::vector<std::string> first{"layers.0.moe.router_ED"},
+      both{"layers.0.moe.router_ED", "layers.1.moe.router_ED"};
+  EXPECT_EQ(optimizer_groups(router, tiny_moe_config(), first).size(), 1u);
+  try {
+    optimizer_groups(router, tiny_moe_config(), both);
+    ADD_FAILURE() << "a group of frozen parameters";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kUsage);
+    EXPECT_THAT(e.what(), HasSubstr("optimizer.groups[0]: none of its parameters trains"));
+  }
+}
+
 TEST(OptimizerGroups, FollowTheSchedule) {
   RunConfig run;
   run.optimizer.lr = 2.0;
