@@ -73,6 +73,7 @@ void require_asked(const ExportArguments& a, const ModelConfig& config) {
 
 // Adapters are written as they are trained, unless told otherwise; they are small.
 void export_adapter(const ExportArguments& a, const ModelSource& source, const ReadTensor& read) {
+  require_exportable(source, a.model);  // its readers put it beside a model with the family's routers
   const RunMetadata run = run_metadata_of(ShardStore(source.directory()));
   write_peft_adapter({.dir = a.to,
                       .inputs = {folder_of(source.directory())},

@@ -139,6 +139,12 @@ class Lora(unittest.TestCase):
             self.assertIn(f"{option}: {self.base} holds no adapters", self.export("base", "no", option, status=2))
         self.assertFalse((self.folder / "no").exists())
 
+    def test_adapters_of_other_routers_are_not_exported(self):
+        self.train("sigmoid", "train.steps=1", "router.score=sigmoid", "router.aux_loss=0", *LORA)
+        for option in ("--adapter", "--merge"):
+            self.assertIn("has no words for its routers", self.export("sigmoid", "no", option, status=2))
+        self.assertFalse((self.folder / "no").exists())
+
     def test_other_models_adapters(self):
         self.export("tuned", "foreign", "--adapter")
         foreign = ("--merge-adapter", self.folder / "foreign")
