@@ -155,12 +155,15 @@ void add_export(CLI::App& app, Handler& handler) {
       command->add_flag("--adapter", a->adapter, "The adapters alone, as PEFT writes them");
   CLI::Option* merge =
       command->add_flag("--merge", a->merge, "The model with its adapters in its weights")->excludes(adapter);
-  as_path(command->add_option("--merge-adapter", a->merge_adapter,
-                              "Folder with an adapter as PEFT writes it, to merge into the model"))
-      ->excludes(adapter)
-      ->excludes(merge);
-  command->add_flag("--other-base", a->other_base,
-                    "Merge an adapter although it was trained beside another model of this shape");
+  CLI::Option* folder =
+      as_path(command->add_option("--merge-adapter", a->merge_adapter,
+                                  "Folder with an adapter as PEFT writes it, to merge into the model"))
+          ->excludes(adapter)
+          ->excludes(merge);
+  command
+      ->add_flag("--other-base", a->other_base,
+                 "Merge an adapter although it was trained beside another model of this shape")
+      ->needs(folder);
   command->callback([a, dtype, &handler] {
     a->dtype_given = dtype->count() > 0;
     handler = [a](Runtime& runtime) { return run_export(*a, runtime); };

@@ -137,6 +137,7 @@ class Lora(unittest.TestCase):
         self.assertIn("--adapter writes them as PEFT does", self.export("tuned", "no", status=2))
         for option in ("--adapter", "--merge"):
             self.assertIn(f"{option}: {self.base} holds no adapters", self.export("base", "no", option, status=2))
+        self.assertIn("--other-base requires --merge-adapter", self.export("base", "no", "--other-base", status=2))
         self.assertFalse((self.folder / "no").exists())
 
     def test_adapters_of_other_routers_are_not_exported(self):
