@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "configs/nearest_name.h"
@@ -61,7 +62,26 @@ std::string unknown_option(const std::vector<std::string>& known, const std::vec
   return "";
 }
 
+CLI::Validator number_check(const char* name, const char* expected, bool (*right)(double)) {
+  return CLI::Validator(
+      [expected, right](std::string& written) {
+        double value = 0;
+        if (CLI::detail::lexical_cast(written, value) && std::isfinite(value) && right(value))
+          return std::string();
+        return fmt::format("found '{}', expected a number {}", written, expected);
+      },
+      name);
+}
+
 }  // namespace
+
+CLI::Validator above_zero() {
+  return number_check("POSITIVE", "above 0", [](double value) { return value > 0; });
+}
+
+CLI::Validator zero_or_above() {
+  return number_check("NONNEGATIVE", "of 0 or above", [](double value) { return value >= 0; });
+}
 
 CLI::Option* as_path(CLI::Option* option) {
   return option->transform(

@@ -12,6 +12,10 @@ namespace upmoe {
 
 // An option or argument that is a path: ~ and ${NAME} are filled in as in configuration files (path_text.h).
 CLI::Option* as_path(CLI::Option* option);
+// What a number has to be, in words: CLI11's own checks name the largest double in 309 digits. No text and what is not
+// finite is refused as well, which CLI11 would read as 0 where no check stands.
+CLI::Validator above_zero();
+CLI::Validator zero_or_above();
 // An option whose value is one of an enum's names; `target` has the default, which the help lists first.
 template <HasNames Enum>
 CLI::Option* add_choice(CLI::App& command, const std::string& name, Enum& target,

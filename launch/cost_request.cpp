@@ -95,7 +95,7 @@ std::shared_ptr<CostRequest> add_cost_options(CLI::App& command) {
       "model", r->models,
       "Models: a config.json, a directory with one, a checkpoint, or a name of configs/models"));
   command.add_option("--seq-len", r->seq_len, "Tokens per sequence")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command
       .add_option("--tokens", r->tokens,
@@ -129,7 +129,7 @@ std::shared_ptr<CostRequest> add_cost_options(CLI::App& command) {
   flag("--inference",
        "Best times to serve two models (default: qwen1.5-moe-a2.7b and qwen1.5-7b), by batch size");
   const auto tokens_of_request = [&](const char* name, std::int64_t& tokens, const char* description) {
-    command.add_option(name, tokens, description)->check(CLI::PositiveNumber)->capture_default_str();
+    command.add_option(name, tokens, description)->check(above_zero())->capture_default_str();
   };
   tokens_of_request("--in", r->prompt, "With --inference: tokens of a request's prompt");
   tokens_of_request("--out", r->output, "With --inference: tokens of its answer");

@@ -171,12 +171,12 @@ void add_eval(CLI::App& app, Handler& handler) {
           "Name of a token file among several, once per --data (default: the file's without its extension)")
       ->take_all()
       ->allow_extra_args(false);
-  command->add_option("--seq-len", a->seq_len, "Tokens per sequence")->required()->check(CLI::PositiveNumber);
+  command->add_option("--seq-len", a->seq_len, "Tokens per sequence")->required()->check(above_zero());
   command->add_option("--sequences", a->sequences, "Only the first N sequences of each token file (0: all)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(zero_or_above())
       ->capture_default_str();
   command->add_option("--micro-batch", a->micro_batch, "Sequences at once per rank")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   add_choice(*command, "--precision", a->precision, "fp32 or bf16");
   add_choice(*command, "--router-dtype", a->router, "auto, or fp32: routers in fp32 beside bf16");

@@ -1,7 +1,6 @@
 // upmoe generate: text, or tokens, that continue a prompt.
 
 #include <algorithm>
-#include <cmath>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -60,8 +59,8 @@ void check(const GenerateArguments& a) {
          "found {} models: one is needed, to go on with a prompt; several are timed with --bench",
          a.models.size());
   if (a.given != 1) fail(ExitCode::kUsage, "give one of --prompt TEXT, --tokens 1,2,3 and --batch FILE");
-  if (!std::isfinite(a.options.sampling.temperature))
-    fail(ExitCode::kUsage, "--temperature: {} is no number", a.options.sampling.temperature);
+  if (a.chat && !a.tokens.empty())
+    fail(ExitCode::kUsage, "--chat lays out text, and --tokens are none; give the turn as --prompt");
   if (!(a.options.sampling.top_p > 0)) fail(ExitCode::kUsage, "--top-p: a number above 0, at most 1");
 }
 
@@ -79,6 +78,11 @@ std::vector<Prompt> prompts_of(const GenerateArguments& a, Speaker& speaker) {
                       [&](const std::string& turns) { return speaker.tokenizer().encode_turns(turns); }};
   if (!a.batch.empty()) return read_prompts(a.batch, encode);
   return {{a.tokens.empty() ? encode.text(a.prompt) : a.tokens, 0}};
+}
+
+void warn_of_sampling(const SamplingRule& rule) {
+  if (rule.temperature == 0 && (rule.top_k > 0 || rule.top_p < 1))
+    log::warning("--top-k and --top-p have no effect without --temperature: the likeliest token is taken");
 }
 
 void warn_of_positions(const ModelConfig& config, const std::vector<Prompt>& prompts, std::int64_t more) {
@@ -150,6 +154,7 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
     prompts = prompts_of(a, speaker.emplace(*source));
     if (const std::string wrong = refusal_of(source->config(), prompts); !wrong.empty())
       fail(ExitCode::kBadInput, "{}: {}", a.models.front(), wrong);
+    warn_of_sampling(options.sampling);
     warn_of_positions(source->config(), prompts, options.max_new_tokens);
   });
   share_prompts(world, prompts);
@@ -193,7 +198,8 @@ Options add_prompts(CLI::App& command, GenerateArguments& a) {
   return {command.add_option("--prompt", a.prompt, "Text to go on from"),
           command.add_option("--tokens", a.tokens, "The same as tokens: 1,2,3")
               ->delimiter(',')
-              ->allow_extra_args(false),
+              ->allow_extra_args(false)
+              ->check(zero_or_above()),
           as_path(command.add_option(
               "--batch", a.batch,
               "JSON lines, an object with \"prompt\", \"messages\" or \"tokens\" for each answer"))};
@@ -203,21 +209,21 @@ Options add_prompts(CLI::App& command, GenerateArguments& a) {
 Options add_answers(CLI::App& command, GenerateArguments& a) {
   SamplingRule& rule = a.options.sampling;
   return {command.add_option("--max-new-tokens", a.options.max_new_tokens, "New tokens of a prompt, at most")
-              ->check(CLI::NonNegativeNumber)
+              ->check(zero_or_above())
               ->capture_default_str(),
           command
               .add_option(
                   "--rows", a.options.rows,
                   "Answers that a rank makes at once, while others wait (default: as many as memory has room "
                   "for on a GPU, 64 on a CPU)")
-              ->check(CLI::PositiveNumber),
+              ->check(above_zero()),
           command
               .add_option("--temperature", rule.temperature,
                           "Of sampling; 0: the likeliest token, the lowest of equals")
-              ->check(CLI::NonNegativeNumber)
+              ->check(zero_or_above())
               ->capture_default_str(),
           command.add_option("--top-k", rule.top_k, "Sample from the N likeliest tokens (0: all)")
-              ->check(CLI::NonNegativeNumber)
+              ->check(zero_or_above())
               ->capture_default_str(),
           command
               .add_option("--top-p", rule.top_p,
@@ -225,6 +231,7 @@ Options add_answers(CLI::App& command, GenerateArguments& a) {
               ->check(CLI::Range(0.0, 1.0))
               ->capture_default_str(),
           command.add_option("--seed", rule.seed, "Of sampling, with the prompt's number and the position")
+              ->check(zero_or_above())
               ->capture_default_str(),
           command.add_flag("--chat", a.chat,
                            "Prompts of text are a user's turn, laid out by the model's chat template"),
@@ -239,16 +246,15 @@ void add_bench(CLI::App& command, GenerateArguments& a, const Options& others) {
   for (CLI::Option* other : others) bench->excludes(other);
   RatesRequest& r = a.rates;
   const Options its{
-      command.add_option("--in", r.prompt, "With --bench: tokens of a request's prompt")
-          ->check(CLI::PositiveNumber),
+      command.add_option("--in", r.prompt, "With --bench: tokens of a request's prompt")->check(above_zero()),
       command.add_option("--out", r.output, "With --bench: tokens of its answer, 2 or more")
           ->check(CLI::Range(std::int64_t{2}, std::int64_t{1} << 31)),
       command.add_option("--concurrency", r.concurrency, "With --bench: requests at once, such as 1,8,64")
           ->delimiter(',')
           ->allow_extra_args(false)
-          ->check(CLI::PositiveNumber),
+          ->check(above_zero()),
       command.add_option("--rounds", r.rounds, "With --bench: rounds, of which medians are taken")
-          ->check(CLI::PositiveNumber)};
+          ->check(above_zero())};
   for (CLI::Option* option : its) option->needs(bench)->capture_default_str();
   as_path(command.add_option(
               "--machine", a.machine,
@@ -276,7 +282,7 @@ void add_generate(CLI::App& app, Handler& handler) {
   command->add_flag("--json", a->json,
                     "For each prompt one object: tokens, text, tokens_per_s; with --bench one of all");
   command->add_option("--tp", a->tp, "Ranks that share each layer; the others take prompts of their own")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   add_choice(*command, "--precision", a->precision, "fp32 or bf16");
   add_choice(*command, "--router-dtype", a->router, "auto, or fp32: routers in fp32 beside bf16");

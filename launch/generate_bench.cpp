@@ -22,7 +22,7 @@ struct Subject {
 void check_length(const Subject& s, const RatesRequest& request) {
   const std::int64_t positions = s.config.max_position_embeddings;
   if (request.prompt > positions)
-    fail(ExitCode::kUsage, "--in {}: {} positions for {} tokens", request.prompt, s.name, positions);
+    fail(ExitCode::kUsage, "--in {}: {} has positions for {} tokens", request.prompt, s.name, positions);
   if (request.prompt + request.output > positions)
     log::warning("--in {} --out {}: {} was made for {} positions", request.prompt, request.output, s.name,
                  positions);

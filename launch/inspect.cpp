@@ -184,13 +184,13 @@ void add_inspect(CLI::App& app, Handler& handler) {
       "often neighbours choose the same ones");
   as_path(command->add_option("tokens", request.tokens, "With --routing: token files, each a source"));
   command->add_option("--seq-len", request.seq_len, "With --routing: tokens per sequence")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command->add_option("--sequences", request.sequences, "With --routing: the first N of each source (0: all)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(zero_or_above())
       ->capture_default_str();
   command->add_option("--micro-batch", request.micro_batch, "With --routing: sequences at once")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   add_choice(*command, "--precision", request.precision, "With --routing: fp32 or bf16");
   as_path(

@@ -41,7 +41,7 @@ int run(int argc, char** argv) {
     app.get_subcommand(command)
         ->add_option("--deadline", deadline_s,
                      "Seconds without progress after which the job ends with status 70 (0: never)")
-        ->check(CLI::NonNegativeNumber)
+        ->check(upmoe::zero_or_above())
         ->capture_default_str();
   try {
     app.parse(argc, argv);

@@ -1,6 +1,8 @@
 #include "launch/prompts.h"
 
+#include <algorithm>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "configs/json_reader.h"
@@ -11,6 +13,20 @@ namespace upmoe {
 namespace {
 
 constexpr std::uint64_t kFileLimit = std::uint64_t{1} << 30;
+
+// A template that gets something else writes what it finds of it, and an answer to that comes without a word.
+void check_turns(const nlohmann::json& turns, const std::string& where) {
+  const auto is_text = [](const nlohmann::json& turn, const char* key) {
+    const auto found = turn.find(key);
+    return found != turn.end() && found->is_string();
+  };
+  const auto is_turn = [&](const nlohmann::json& turn) {
+    return turn.is_object() && is_text(turn, "role") && is_text(turn, "content");
+  };
+  if (!turns.is_array() || turns.empty() || !std::all_of(turns.begin(), turns.end(), is_turn))
+    fail(ExitCode::kBadInput,
+         "{}: messages: expected a list of turns, {{\"role\": \"user\", \"content\": TEXT}} each", where);
+}
 
 std::vector<std::int32_t> tokens_of(const std::string& line, const std::string& where, const Encode& encode) {
   Problems problems;
@@ -24,7 +40,11 @@ std::vector<std::int32_t> tokens_of(const std::string& line, const std::string& 
   const auto numbers = object.integers("tokens", 0, std::numeric_limits<std::int32_t>::max());
   problems.throw_if_any(ExitCode::kBadInput, where);
   if (words) return encode.text(*words);
-  if (turns) return encode.turns(object.as_text("messages"));
+  if (turns) {
+    const std::string messages = object.as_text("messages");
+    check_turns(nlohmann::json::parse(messages), where);
+    return encode.turns(messages);
+  }
   return {numbers->begin(), numbers->end()};
 }
 

@@ -88,10 +88,10 @@ void add_token_options(CLI::App& command, UpcycleArguments& arguments) {
       "both predict, printed and into upcycle_report.json; by rank 0 alone, on the CPU, with "
       "both models in memory (huggingface)"));
   command.add_option("--check-seq-len", arguments.check.seq_len, "Tokens per sequence of --check")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command.add_option("--check-sequences", arguments.check.sequences, "The first N sequences of --check")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   add_choice(command, "--check-precision", arguments.check.precision,
              "fp32 or bf16: of both models in --check");
@@ -104,12 +104,12 @@ void add_token_options(CLI::App& command, UpcycleArguments& arguments) {
               "the first dense model in memory")
           ->allow_extra_args(false));
   command.add_option("--prompt-seq-len", arguments.prompts.seq_len, "Tokens per sequence of --prompts")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command
       .add_option("--prompt-sequences", arguments.prompts.sequences,
                   "The first N sequences of each --prompts")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   as_path(
       command
@@ -120,12 +120,12 @@ void add_token_options(CLI::App& command, UpcycleArguments& arguments) {
           ->allow_extra_args(false));
   command
       .add_option("--calibrate-seq-len", arguments.calibrate.seq_len, "Tokens per sequence of --calibrate")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command
       .add_option("--calibrate-sequences", arguments.calibrate.sequences,
                   "The first N sequences of --calibrate")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
 }
 
@@ -161,12 +161,12 @@ void add_upcycle(CLI::App& app, Handler& handler) {
   command
       ->add_option("--threads", arguments->options.threads,
                    "Computing threads per rank (0: OMP_NUM_THREADS, else this rank's share of the cores)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(zero_or_above())
       ->capture_default_str();
   command
       ->add_option("--max-shard-bytes", arguments->options.max_shard_bytes,
                    "Largest safetensors file, bytes of tensors (huggingface)")
-      ->check(CLI::PositiveNumber)
+      ->check(above_zero())
       ->capture_default_str();
   command->callback([arguments, command, &handler] {
     if (arguments->options.form == OutputForm::kCheckpoint && command->count("--max-shard-bytes") > 0)

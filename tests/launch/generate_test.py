@@ -63,6 +63,10 @@ class Generate(cli_test.CliTest):
         greedy = self.answers("--tokens", "7", "--max-new-tokens", "20", "--ignore-eos")[0]["tokens"]
         self.assertEqual(drawn("--top-k", "1"), greedy)
         self.assertEqual(drawn("--top-p", "1e-6"), greedy)
+        warning = "no effect without --temperature"
+        for option, value in (("--top-k", "5"), ("--top-p", "0.5")):
+            self.assertIn(warning, self.made("--tokens", "7", option, value).stderr)
+        self.assertNotIn(warning, self.made("--tokens", "7", "--top-k", "5", "--temperature", "1").stderr)
 
     def test_a_file_of_prompts(self):
         batch = self.write_batch('{"tokens": [3, 1, 4]}', "", '{"tokens": [7]}', '{"tokens": [1, 2, 3, 4, 5, 6]}')
@@ -187,7 +191,8 @@ class Generate(cli_test.CliTest):
         self.refused(2, ["--bench"], "generate", model, "--tokens", "1", "--in", "3")
         self.refused(2, ["--out"], "generate", model, "--bench", "--out", "1")
         self.refused(2, ["found 2 models", "--bench"], "generate", model, model, "--tokens", "1")
-        self.refused(2, ["--in 65", "64"], "generate", model, "--bench", "--in", "65", "--out", "2")
+        self.refused(2, ["--in 65: model has positions for 64 tokens"], "generate", model, "--bench", "--in", "65",
+                     "--out", "2")
         self.refused(2, ["no model 'none'", "tiny-7b-shape"], "generate", "none", *bench)
         machine = self.folder / "machine.yaml"
         machine.write_text("name: this\nsource: a test\nbf16_tflops: 0.5\nmemory_gb: 8\nmemory_gb_per_s: 10\n")
@@ -208,13 +213,23 @@ class Generate(cli_test.CliTest):
         self.refused(2, ["one of"], "generate", model, "--tokens", "1", "--prompt", "x")
         self.refused(2, ["--top-p"], "generate", model, "--tokens", "1", "--top-p", "0")
         self.refused(2, ["--temperature"], "generate", model, "--tokens", "1", "--temperature", "nan")
-        self.refused(2, ["--rows"], "generate", model, "--tokens", "1", "--rows", "0")
+        self.refused(2, ["--rows: found '0', expected a number above 0;"], "generate", model, "--tokens", "1", "--rows",
+                     "0")
+        for option, value in (("--temperature", "-1"), ("--temperature", "inf"), ("--seed", "-1"), ("--seed", "")):
+            self.refused(2, [f"{option}: found '{value}', expected a number of 0 or above;"], "generate", model,
+                         "--tokens", "1", option, value)
+        self.refused(2, ["--tokens: found ''"], "generate", model, "--tokens", "")
+        self.refused(2, ["--chat lays out text", "--prompt"], "generate", model, "--tokens", "1", "--chat")
         self.refused(2, ["--tp 2 does not divide the 1 ranks"], "generate", model, "--tokens", "1", "--tp", "2")
         self.refused(3, ["no tokenizer.json", "--tokens 1,2,3"], "generate", model, "--prompt", "x")
         self.refused(3, ["token 101 is none of the model's 101 tokens"], "generate", model, "--tokens", "5,101")
         self.refused(3, ["65 tokens", "positions for 64"], "generate", model, "--tokens", ",".join(["1"] * 65))
         for line, words in (('{"tokens": []}', "prompt 0 has no tokens"), ('{"words": 1}', "line 1"),
-                            ('{"tokens": [1.5]}', "tokens"), ("[1]", "line 1"), ("", "no prompts")):
+                            ('{"tokens": [1.5]}', "tokens"), ("[1]", "line 1"), ("", "no prompts"),
+                            ('{"messages": "hi"}', "line 1: messages: expected a list of turns"),
+                            ('{"messages": []}', "list of turns"), ('{"messages": ["hi"]}', "list of turns"),
+                            ('{"messages": [{"role": "user"}]}', "list of turns"),
+                            ('{"messages": [{"role": "user", "content": 5}]}', "list of turns")):
             self.refused(3, [words], "generate", model, "--batch", self.write_batch(line))
         (model / "tokenizer.json").write_text("{}")
         with mock.patch.dict("os.environ", UPMOE_PYTHON=sys.executable):
