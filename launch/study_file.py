@@ -138,6 +138,22 @@ def of_size(value, size, where):
     return value
 
 
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_entries(figures, texts, reader):
+    """That what stands in maps is of the type that their readers take."""
+    for key, fits, what in (("steps", is_number, "a number"), ("text", is_number, "a number"),
+                            ("models", lambda shape: isinstance(shape, dict), "a map of keys")):
+        for name, content in figures[key].items():
+            if not fits(content):
+                reader.add(f"{key}: {name}: expected {what}, found {content!r}")
+    for name, folder in texts.items():
+        if not isinstance(folder, str):
+            reader.add(f"texts: {name}: expected a folder or {STANDARD_TEXT}, found {folder!r}")
+
+
 def steps_of(text, named):
     """'arm', 300, '0.25 source', 'source + arm': numbers, or named ones times a number, added up."""
     total = 0.0
@@ -167,6 +183,11 @@ def read_link(value, place, first, study, reader):
     if first != ("model" in keys):
         reader.add(f"{place}: {kind}: " + ("the first command is a train with `model`, which says what is trained from "
                                            "random weights" if first else "model belongs to the first command alone"))
+    for key in LINK_KEYS[kind]:
+        number = key in ("steps", "warmup")  # steps: also words, which steps_of reads
+        if key in keys and not (number and is_number(keys[key]) or key != "warmup" and isinstance(keys[key], str)):
+            reader.add(f"{place}: {kind}: {key}: expected a {'number' if number else 'name'}, found {keys[key]!r}")
+            return None
     if keys.get("model", next(iter(study.figures["models"]))) not in study.figures["models"]:
         reader.unknown(keys["model"], list(study.figures["models"]), f"{place}: model: ")
     if keys.get("text", study.main_text) not in study.texts:
@@ -252,6 +273,8 @@ def read_study(path, size):
     study = Study(path.stem, size, " ".join(value["claim"].split()), " ".join(value.get("expect", "").split()),
                   value.get("texts") or {"text": STANDARD_TEXT}, rates, figures["steps"], value.get("last", {}), {},
                   [], value.get("fit", False), figures)
+    check_entries(figures, study.texts, reader)
+    reader.finish()  # what follows computes with them
     for name, links in value["arms"].items():
         study.arms[str(name)] = read_arm(name, links, study, reader)
     study.compare = [c for c in (read_comparison(entry, study, reader) for entry in value["compare"]) if c]

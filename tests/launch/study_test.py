@@ -119,6 +119,10 @@ class Files(unittest.TestCase):
         self.refused(STUDY + "claim: twice\n", "stands twice")
         self.refused(STUDY.replace("source: 40", "source: {tiny: 40}"), "says nothing of size micro")
         self.refused(STUDY.replace("better: kept", "beter: kept"), "did you mean 'better'")
+        self.refused(STUDY.replace("model: source", "model: [source]"), "model: expected a name, found ['source']")
+        self.refused(STUDY.replace("{steps: arm}", "{steps: arm, warmup: x}"), "warmup: expected a number, found 'x'")
+        self.refused(STUDY.replace("source: 40", "source: forty"), "steps: source: expected a number, found 'forty'")
+        self.refused(STUDY + "texts: {prose: 3}\n", "texts: prose: expected a folder or stdlib, found 3")
         self.refused("[1]", "expected a map")
         self.refused("a: [", "not YAML")
 
