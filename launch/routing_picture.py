@@ -61,6 +61,7 @@ def draw_repeats(ax, record):
             mean = [np.average(row, weights=weight) if sum(weight) else np.nan for row, weight in zip(found, pairs)]
             ax.plot(layers, mean, style, color=colour, markersize=4, label=f"{words}, {of}")
     ax.set_ylim(bottom=0)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("layer")
     ax.set_ylabel("share of neighbours")
     ax.set_title("Neighbouring tokens with the same experts")
@@ -84,7 +85,7 @@ def draw(record, path):
     bar.ax.set_yticklabels(["1/4 or less", "1/2", "as all", "2 x", "4 x or more"])
     draw_repeats(figure.add_subplot(grid[len(shown), :]), record)
     figure.suptitle(f"Experts' share of a group's choices beside their share of all: {title_of(record['model'])}\n"
-                    f"classes by {title_of(record['classes_by'])}", fontsize=11)
+                    f"classes by {record['classes_by']}", fontsize=11)
     figure.savefig(path)
     plt.close(figure)
 

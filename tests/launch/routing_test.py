@@ -42,6 +42,13 @@ class Picture(unittest.TestCase):
         self.assertTrue(np.isnan(found[2]).all())     # a group without tokens
         self.assertEqual(routing_picture.lift([[1, 0], [0, 1]])[0, 1], -routing_picture.REACH)
 
+    def test_layers_are_whole_numbers(self):
+        one = {"first": 0.3, "first_by_chance": 0.2, "overlap": 0.5, "overlap_by_chance": 0.4, "pairs": 9}
+        figure, ax = routing_picture.plt.subplots()
+        self.addCleanup(routing_picture.plt.close, figure)
+        routing_picture.draw_repeats(ax, {"layers": [{"layer": i, "repeats": [one]} for i in range(2)]})
+        self.assertTrue(all(float(tick).is_integer() for tick in ax.get_xticks()), ax.get_xticks())
+
 
 class Command(cli_test.CliTest):
     def counted(self, *arguments):
