@@ -60,8 +60,8 @@ def main():
     lists = {"valid.txt": chosen[HELD_OUT_EVERY - 1::HELD_OUT_EVERY],
              "train.txt": [path for i, path in enumerate(chosen, 1) if i % HELD_OUT_EVERY]}
     if not lists["valid.txt"] or size < 500_000:
-        raise BadInput(f"{display(folder)}: holds {len(chosen)} usable text files of {size / 1e6:.1f} MB together; the "
-                       f"quickstart wants at least {HELD_OUT_EVERY} files and 0.5 MB. Give another folder with --text")
+        raise BadInput(f"{display(folder)}: holds {len(chosen)} usable text files of {size / 1e6:.1f} MB together; "
+                       f"at least {HELD_OUT_EVERY} files and 0.5 MB are needed. Give another folder with --text")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, paths in lists.items():
         (args.out / name).write_bytes(b"".join(os.fsencode(path) + b"\n" for path in paths))
