@@ -59,9 +59,9 @@ def mean_and_half(xs, ys):
     lines = np.array([np.interp(x, own, y) if len(y) else np.full(len(x), math.nan) for own, y in finite])
     if len(lines) < 2:
         return x, lines[0], np.zeros(len(x))
-    from scipy import stats  # takes a second to load, and single runs do without
+    from scipy.special import stdtrit  # Student's quantile, which single runs do without
     spread = lines.std(axis=0, ddof=1) / math.sqrt(len(lines))
-    return x, lines.mean(axis=0), stats.t.ppf(0.975, len(lines) - 1) * spread
+    return x, lines.mean(axis=0), stdtrit(len(lines) - 1, 0.975) * spread
 
 
 def mean_line(xs, ys, banded=True):
