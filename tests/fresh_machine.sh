@@ -50,7 +50,7 @@ make_bare_system() {  # at $1; complete or not there
   sources=$(host_sources || true)
   [[ -n $mirror ]] || mirror=$(awk -v suite="$SUITE" '$3 == suite {print $2; exit}' <<<"$sources")
   say "making a bare Debian 12 (once; kept in $cache)"
-  rm -rf "$made"
+  rm -rf --one-file-system "$made"  # debootstrap mounts there, and may have been killed
   # Without a mirror debootstrap knows Debian's own.
   debootstrap --variant=minbase --include=git "$SUITE" "$made" ${mirror:+"$mirror"} >"$cache/debootstrap.log" 2>&1 ||
     { tail -n 5 "$cache/debootstrap.log" >&2; die "debootstrap failed; the whole log is $cache/debootstrap.log"; }
