@@ -40,6 +40,12 @@ std::size_t row_bytes(const ConstTensorView& t) {
   return static_cast<std::size_t>(row.elements()) * size_of(t.dtype);
 }
 
+std::size_t bytes_together(std::span<const ConstTensorView> tensors) {
+  std::size_t bytes = 0;
+  for (const ConstTensorView& t : tensors) bytes += t.bytes();
+  return bytes;
+}
+
 namespace {
 
 void check_stream(const char* verb, Device device, const On& on) {
@@ -180,9 +186,7 @@ Pending Communicator::all_to_all_rows(TensorView out, std::span<const std::int64
 Pending Communicator::send(std::span<const ConstTensorView> in, int to, const On& on) {
   check_peer(*this, to);
   check_together("send", in, on);
-  std::size_t bytes = 0;
-  for (const ConstTensorView& t : in) bytes += t.bytes();
-  book(on, "send", static_cast<double>(bytes));
+  book(on, "send", static_cast<double>(bytes_together(in)));
   Pending transfer = do_send(in, to, on.stream);
   for (const ConstTensorView& t : in) transfer = shown(on, "send", t, {}, std::move(transfer));
   return transfer;

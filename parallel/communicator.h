@@ -124,6 +124,7 @@ class Communicator {
 };
 
 std::size_t row_bytes(const ConstTensorView& t);  // of one row of the first dim
+std::size_t bytes_together(std::span<const ConstTensorView> tensors);
 
 // Thrown on ranks that are fine because a peer is not; the peer prints.
 class PeerError : public Error {

@@ -55,9 +55,7 @@ class DryCommunicator final : public Communicator {
   }
   // To and from one peer, in a group of two.
   Pending do_send(std::span<const ConstTensorView> in, int to, Stream*) override {
-    std::size_t bytes = 0;
-    for (const ConstTensorView& t : in) bytes += t.bytes();
-    return between({.verb = "send", .each = static_cast<double>(bytes)}, to);
+    return between({.verb = "send", .each = static_cast<double>(bytes_together(in))}, to);
   }
   void do_recv(std::span<const TensorView>, int from, Stream*) override {
     between({.verb = "recv"}, from).wait();
