@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <set>
 #include <string_view>
 
 #include "configs/adapter_params.h"
@@ -14,7 +15,6 @@ namespace upmoe {
 namespace {
 
 constexpr const char* kKey = "upmoe_lora";
-constexpr std::int64_t kMostRank = 1 << 12;
 
 std::vector<LoraTarget> in_order(const std::vector<LoraTarget>& targets) {
   std::vector<LoraTarget> sorted = targets;
@@ -44,9 +44,10 @@ std::string why_no_module(const Family& family, const AdaptedPart& part) {
   return "";
 }
 
-bool has_role(const ModelConfig& model, Role role) {
-  const std::vector<ParamSpec> table = make_param_table(model);
-  return std::any_of(table.begin(), table.end(), [&](const ParamSpec& p) { return p.role == role; });
+std::set<Role> roles_in(const ModelConfig& model) {
+  std::set<Role> roles;
+  for (const ParamSpec& p : make_param_table(model)) roles.insert(p.role);
+  return roles;
 }
 
 }  // namespace
@@ -55,7 +56,7 @@ void read_lora(JsonObject& json, ModelConfig& c) {
   if (!json.has(kKey)) return;
   const std::unique_ptr<JsonObject> lora = json.object(kKey);
   if (lora == nullptr) return;
-  c.lora.rank = static_cast<int>(lora->integer("rank", 1, kMostRank, true).value_or(1));
+  c.lora.rank = static_cast<int>(lora->integer("rank", 1, kMostLoraRank, true).value_or(1));
   c.lora.alpha = lora->number("alpha", true).value_or(1);
   if (!(c.lora.alpha > 0)) lora->refuse("alpha", fmt::format("found {}, expected more than 0", c.lora.alpha));
   // A list of names, each known and once, in their order: as it is written.
@@ -105,23 +106,22 @@ void require_same_lora(const ModelConfig& model, const ModelConfig& asked, const
   if (!model.lora.given())
     fail(ExitCode::kUsage,
          "lora: the run asks for adapters ({}), but it has trained without them so far, in {}; train them in "
-         "another "
-         "run.dir, with this checkpoint as model.path",
+         "another run.dir, with this checkpoint as model.path",
          words_of(asked.lora), where);
   fail(ExitCode::kUsage,
        "lora: the run asks for adapters ({}), but {} holds others ({}); ask for the same, or merge them "
-       "first: upmoe "
-       "export --merge",
+       "first: upmoe export --merge",
        words_of(asked.lora), where, words_of(model.lora));
 }
 
 std::vector<std::string> lora_problems(const RunConfig& run, const ModelConfig& model) {
   std::vector<std::string> found;
   if (!model.lora.given()) return found;
+  const std::set<Role> roles = roles_in(model);
   bool routed = false;
   for (const LoraTarget target : model.lora.targets)
     for (const AdaptedPart& part : parts_of(target)) {
-      if (!has_role(model, part.role)) continue;
+      if (!roles.contains(part.role)) continue;
       routed |= part.role == Role::kExpertGateUp || part.role == Role::kExpertDown;
       const std::string why = why_no_module(family_of(model), part);
       if (!why.empty())

@@ -13,6 +13,8 @@ namespace upmoe {
 class JsonObject;
 class JsonWriter;
 
+inline constexpr int kMostLoraRank = 1 << 12;  // in configurations as in a config.json
+
 void read_lora(JsonObject& json, ModelConfig& config);
 void write_lora(const ModelConfig& config, JsonWriter& json);  // none leaves no key
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cctype>
 
+#include "configs/lora_record.h"
 #include "configs/path_text.h"
 #include "configs/schema_values.h"
 #include "kernels/core/expert_groups.h"
@@ -12,7 +13,7 @@
 namespace upmoe {
 namespace {
 
-constexpr double kMaxSteps = 1e9, kMaxSequences = 1e9, kMaxSeqLen = 1 << 24, kMaxRank = 1 << 12;
+constexpr double kMaxSteps = 1e9, kMaxSequences = 1e9, kMaxSeqLen = 1 << 24;
 
 const TextCheck kPath{.path = true};
 
@@ -335,7 +336,7 @@ void add_layout(Schema& schema, RunConfig::Parallel& parallel) {
 
 void add_lora(Schema& schema, RunConfig::Lora& lora) {
   schema.section("lora")
-      .key("rank", lora.rank, {.least = 0, .most = kMaxRank})
+      .key("rank", lora.rank, {.least = 0, .most = kMostLoraRank})
       .says("Of low-rank adapters, which then train alone; 0: none. docs/finetune.md.")
       .key("alpha", lora.alpha, {.least = 0, .above = true})
       .says("An adapter's product counts alpha / rank times.")
