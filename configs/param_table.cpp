@@ -118,10 +118,6 @@ std::vector<Role> roles_of_block(const ModelConfig& c, int layer) {
   return roles;
 }
 
-}  // namespace
-
-namespace {
-
 void add_block(const ModelConfig& config, int layer, std::vector<ParamSpec>& params) {
   const std::vector<Role> roles = roles_of_block(config, layer);
   for (const Role role : roles) params.push_back(make_param(config, role, layer));

@@ -104,8 +104,7 @@ EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOption
   if (sums[1] == 0)
     fail(ExitCode::kBadInput,
          "the loss mask of the held-out data leaves no target in its first {} sequences of {} tokens; "
-         "evaluate more "
-         "of them, or without the mask",
+         "evaluate more of them, or without the mask",
          sequences, S);
   EvalResult result;
   result.tokens = static_cast<std::int64_t>(sums[1]);

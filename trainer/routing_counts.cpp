@@ -280,8 +280,7 @@ std::string RoutingCounts::summary() const {
   }
   return text +
          "most, least: fair shares of the busiest and the least used expert. source, position, class: bits "
-         "that "
-         "they say\nof a choice. same: share of neighbouring tokens with one first choice, and of their "
+         "that they say\nof a choice. same: share of neighbouring tokens with one first choice, and of their "
          "choices; in brackets what\nthe loads alone would give.\n";
 }
 
