@@ -24,6 +24,7 @@ std::vector<std::string> frozen_names(const std::vector<std::string>& patterns, 
   if (config.lora.given() && !patterns.empty())
     fail(ExitCode::kUsage, "freeze: the model has adapters, which train alone; leave freeze out");
   if (config.lora.given()) return all_but_adapters(config);
+  if (patterns.empty()) return {};
   std::vector<std::string> frozen = matched_params(patterns, config, "freeze");
   const std::vector<ParamSpec> table = make_param_table(config);
   const auto parameters = static_cast<std::size_t>(

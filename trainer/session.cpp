@@ -41,15 +41,16 @@ RankModel::Options model_options(const RunConfig& run, const ModelConfig& model)
 
 Optimizer::Config optimizer_of(const RunConfig& run, const ModelConfig& model) {
   const RunConfig::Optimizer& o = run.optimizer;
-  return {.beta1 = o.beta1,
-          .beta2 = o.beta2,
-          .eps = o.eps,
-          .weight_decay = o.weight_decay,
-          .clip = o.clip,
-          .coded = o.name == OptimizerKind::kAdamW8bit,
-          .offload = o.offload,
-          .seed = static_cast<std::uint64_t>(run.run.seed),
-          .groups = optimizer_groups(o.groups, model, frozen_names(run.freeze, model))};
+  Optimizer::Config config{.beta1 = o.beta1,
+                           .beta2 = o.beta2,
+                           .eps = o.eps,
+                           .weight_decay = o.weight_decay,
+                           .clip = o.clip,
+                           .coded = o.name == OptimizerKind::kAdamW8bit,
+                           .offload = o.offload,
+                           .seed = static_cast<std::uint64_t>(run.run.seed)};
+  if (!o.groups.empty()) config.groups = optimizer_groups(o.groups, model, frozen_names(run.freeze, model));
+  return config;
 }
 
 }  // namespace
