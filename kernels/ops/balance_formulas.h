@@ -6,13 +6,13 @@
 namespace upmoe {
 
 // What one mixture's terms are made of: a row of BalanceCounts.
-struct MixtureCounts {
+struct MixtureLoad {
   const double *load, *pool;
   const float* previous;  // null where no term asks
 };
 
-constexpr MixtureCounts counts_of(const double* loads, const double* pool, const float* previous,
-                                  std::int64_t mixture, const BalanceRule& r) {
+constexpr MixtureLoad counts_of(const double* loads, const double* pool, const float* previous,
+                                std::int64_t mixture, const BalanceRule& r) {
   return {loads + mixture * r.row.size(), pool,
           previous == nullptr ? nullptr : previous + mixture * r.row.experts};
 }
@@ -34,7 +34,7 @@ constexpr double group_mean(const double* assigned, std::int64_t e, const Balanc
 }
 
 // f_e of a term that is not counted by sequence.
-constexpr double balance_f(const BalanceTerm& term, const MixtureCounts& c, std::int64_t e,
+constexpr double balance_f(const BalanceTerm& term, const MixtureLoad& c, std::int64_t e,
                            const BalanceRule& r) {
   switch (term.form) {
     case BalanceForm::kPooled:
@@ -63,7 +63,7 @@ constexpr bool is_variation(BalanceForm form) {
 }
 
 // The E sums that a variation is of.
-constexpr const double* sums_of(BalanceForm form, const MixtureCounts& c, const BalanceRule& r) {
+constexpr const double* sums_of(BalanceForm form, const MixtureLoad& c, const BalanceRule& r) {
   return c.load + (form == BalanceForm::kWeightVariation ? r.row.weights_at() : r.row.chances_at());
 }
 
@@ -82,7 +82,7 @@ constexpr Variation variation_of(const double* sums_E, const BalanceRule& r) {
 }
 
 // Of the sum of expert e, from the terms of one of the two forms of variation.
-constexpr float variation_gradient(BalanceForm form, const MixtureCounts& c, std::int64_t e,
+constexpr float variation_gradient(BalanceForm form, const MixtureLoad& c, std::int64_t e,
                                    const BalanceRule& r) {
   const double* sums_E = sums_of(form, c, r);
   const auto n = static_cast<double>(r.row.experts);
@@ -98,8 +98,7 @@ constexpr float variation_gradient(BalanceForm form, const MixtureCounts& c, std
 }
 
 // Of expert e, for the tokens of sequence b, or for all (b = 0).
-constexpr float balance_gradient(const MixtureCounts& c, std::int64_t b, std::int64_t e,
-                                 const BalanceRule& r) {
+constexpr float balance_gradient(const MixtureLoad& c, std::int64_t b, std::int64_t e, const BalanceRule& r) {
   double sum = 0;
   for (int i = 0; i < r.terms; ++i) {
     const BalanceTerm& term = r.term[i];
@@ -117,7 +116,7 @@ constexpr float balance_gradient(const MixtureCounts& c, std::int64_t b, std::in
 }
 
 // kPooled's is the pool's, whichever mixture is asked.
-constexpr double balance_value(const BalanceTerm& term, const MixtureCounts& c, const BalanceRule& r) {
+constexpr double balance_value(const BalanceTerm& term, const MixtureLoad& c, const BalanceRule& r) {
   const std::int64_t E = r.row.experts;
   double value = 0;
   if (term.form == BalanceForm::kSequences) {
@@ -147,7 +146,7 @@ constexpr int value_count(const BalanceRule& r) {  // V
 }
 
 // What a mixture adds to place i of the values: the mean of lse^2 over its tokens, what it lost, its terms.
-constexpr double mixture_value(int i, const MixtureCounts& c, const BalanceRule& r) {
+constexpr double mixture_value(int i, const MixtureLoad& c, const BalanceRule& r) {
   if (i == 0) return c.load[r.row.z_at()] / static_cast<double>(r.tokens);
   if (i == 1) return r.row.lost ? c.load[r.row.lost_at()] : 0.0;
   return balance_value(r.term[i - 2], c, r);
@@ -155,8 +154,8 @@ constexpr double mixture_value(int i, const MixtureCounts& c, const BalanceRule&
 
 // What all mixtures add to place i of the values. `value_of(mixture, i)`: theirs.
 template <class ValueOf>
-constexpr double sum_of_mixtures(int i, std::int64_t mixtures, const MixtureCounts& pool,
-                                 const BalanceRule& r, const ValueOf& value_of) {
+constexpr double sum_of_mixtures(int i, std::int64_t mixtures, const MixtureLoad& pool, const BalanceRule& r,
+                                 const ValueOf& value_of) {
   if (i > 1 && r.term[i - 2].form == BalanceForm::kPooled)
     return r.counts_pool ? balance_value(r.term[i - 2], pool, r) : 0.0;
   double sum = 0;

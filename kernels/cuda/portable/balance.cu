@@ -37,7 +37,7 @@ struct BalanceInputs {
   const double *loads, *pool;
   const float* previous;
   BalanceRule rule;
-  __device__ MixtureCounts mixture(std::int64_t m) const { return counts_of(loads, pool, previous, m, rule); }
+  __device__ MixtureLoad mixture(std::int64_t m) const { return counts_of(loads, pool, previous, m, rule); }
 };
 
 struct BalanceOutputs {
@@ -47,7 +47,7 @@ struct BalanceOutputs {
 // A block for each mixture; value[m] is what it adds to the values.
 __global__ void gradient_kernel(BalanceOutputs out, double* value, BalanceInputs in, int rows) {
   const std::int64_t m = blockIdx.x, experts = in.rule.row.experts, entries = rows * experts;
-  const MixtureCounts counts = in.mixture(m);
+  const MixtureLoad counts = in.mixture(m);
   for (std::int64_t i = threadIdx.x; i < entries; i += blockDim.x)
     out.probability[m * entries + i] = balance_gradient(counts, i / experts, i % experts, in.rule);
   for (std::int64_t e = threadIdx.x; e < experts; e += blockDim.x) {
