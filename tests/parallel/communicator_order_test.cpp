@@ -95,6 +95,18 @@ TEST_P(EveryTransport, SubgroupsOfNeighbours) {
   });
 }
 
+// To the next rank of a ring and from the one before, which is returned. A message that is not eager waits for its
+// receiver: every second rank receives first, and the last one in any case.
+template <class Send, class Receive>
+int round_the_ring(Communicator& comm, const Send& send, const Receive& receive) {
+  const bool sends_first = comm.rank() % 2 == 0 && comm.rank() != comm.size() - 1;
+  const int next = (comm.rank() + 1) % comm.size(), before = (comm.rank() + comm.size() - 1) % comm.size();
+  if (sends_first) send(next);
+  receive(before);
+  if (!sends_first) send(next);
+  return before;
+}
+
 TEST_P(EveryTransport, SendAndReceiveRoundTheRing) {
   on_all_ranks([](Communicator& comm) {
     if (comm.size() == 1) {
@@ -103,15 +115,12 @@ TEST_P(EveryTransport, SendAndReceiveRoundTheRing) {
       EXPECT_THROW(comm.recv(host_view(&x, {1}), 0), Error);
       return;
     }
-    const int next = (comm.rank() + 1) % comm.size(), before = (comm.rank() + comm.size() - 1) % comm.size();
     comm.connect(ring_routes(comm.size(), false, true));
     for (const std::int64_t n : {0, 1, 3, 100'000}) {  // the last one does not fit an eager message
       const std::vector<float> mine = random_vector<float>(comm.rank(), n);
       std::vector<float> theirs(mine.size());
-      const auto first_send = comm.rank() % 2 == 0 && comm.rank() != comm.size() - 1;
-      if (first_send) comm.send(view(mine), next);
-      comm.recv(view(theirs), before);
-      if (!first_send) comm.send(view(mine), next);
+      const int before = round_the_ring(
+          comm, [&](int to) { comm.send(view(mine), to); }, [&](int from) { comm.recv(view(theirs), from); });
       EXPECT_EQ(theirs, random_vector<float>(before, n));
     }
     float x = 0;
@@ -124,7 +133,6 @@ TEST_P(EveryTransport, SendAndReceiveRoundTheRing) {
 TEST_P(EveryTransport, TensorsThatAreSentTogether) {
   on_all_ranks([](Communicator& comm) {
     if (comm.size() == 1) return;
-    const int next = (comm.rank() + 1) % comm.size(), before = (comm.rank() + comm.size() - 1) % comm.size();
     comm.connect(ring_routes(comm.size(), false, true));
     for (const std::int64_t n : {0, 3, 100'000}) {
       const std::vector<float> rows = random_vector<float>(comm.rank(), n);
@@ -134,16 +142,16 @@ TEST_P(EveryTransport, TensorsThatAreSentTogether) {
       const std::array<ConstTensorView, 2> mine{view(rows), host_view(loads.data(), {2})};
       const std::array<TensorView, 2> theirs{view(their_rows), host_view(their_loads.data(), {2})};
       Ledger ledger;
-      const bool first_send = comm.rank() % 2 == 0 && comm.rank() != comm.size() - 1;  // as above
-      if (first_send) comm.send(mine, next, On(nullptr, &ledger));
-      comm.recv(theirs, before);
-      if (!first_send) comm.send(mine, next, On(nullptr, &ledger));
+      const int before = round_the_ring(
+          comm, [&](int to) { comm.send(mine, to, On(nullptr, &ledger)); },
+          [&](int from) { comm.recv(theirs, from); });
       EXPECT_EQ(their_rows, random_vector<float>(before, n));
       EXPECT_EQ(their_loads, (std::vector<double>{static_cast<double>(before), 0.5}));
       EXPECT_EQ(ledger.entries().at("send").bytes_sent, static_cast<double>(n * 4 + 16));
     }
-    EXPECT_THROW(comm.send(std::span<const ConstTensorView>{}, next), Error);
-    EXPECT_THROW(comm.recv(std::span<const TensorView>{}, before), Error);
+    const int other = (comm.rank() + 1) % comm.size();
+    EXPECT_THROW(comm.send(std::span<const ConstTensorView>{}, other), Error);
+    EXPECT_THROW(comm.recv(std::span<const TensorView>{}, other), Error);
   });
 }
 
