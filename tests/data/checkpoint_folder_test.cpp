@@ -36,9 +36,9 @@ TEST_F(Stores, WhatIsInTheWayIsSetAsideUnderANameOfItsOwn) {
     spill(root / "step_00000010", std::to_string(i));
     set_aside(root / "step_00000010");
   }
-  EXPECT_EQ(slurp(root / "step_00000010.aside"), "0");
-  EXPECT_EQ(slurp(root / "step_00000010.aside-2"), "1");
-  EXPECT_EQ(slurp(root / "step_00000010.aside-3"), "2");
+  EXPECT_EQ(read_file(root / "step_00000010.aside"), "0");
+  EXPECT_EQ(read_file(root / "step_00000010.aside-2"), "1");
+  EXPECT_EQ(read_file(root / "step_00000010.aside-3"), "2");
   spill(root / "notes.aside", "");
   EXPECT_EQ(aside_folders(root).size(), 3u);
 }
@@ -53,8 +53,8 @@ TEST_F(Stores, RemovingAStoreLeavesWhatIsOfOthers) {
   EXPECT_TRUE(remove_store(mine));
   EXPECT_FALSE(fs::exists(mine));
   EXPECT_FALSE(remove_store(shared));
-  EXPECT_EQ(slurp(shared / "notes.txt"), "thesis");
-  EXPECT_EQ(slurp(shared / "export/config.json"), "{}");
+  EXPECT_EQ(read_file(shared / "notes.txt"), "thesis");
+  EXPECT_EQ(read_file(shared / "export/config.json"), "{}");
   EXPECT_FALSE(fs::exists(shared / "manifest.json"));
 }
 
@@ -62,7 +62,7 @@ TEST_F(Stores, AFolderWhereAStoreIsPreparedMayBeSomeoneElses) {
   fs::create_directories(root / "s.tmp/mine");
   spill(root / "s.tmp/mine/t", "thesis");
   write_test_store(root / "s", 2);
-  EXPECT_EQ(slurp(root / "s.tmp.aside/mine/t"), "thesis");
+  EXPECT_EQ(read_file(root / "s.tmp.aside/mine/t"), "thesis");
   fs::remove_all(root / "s");
   fs::remove_all(root / "s.tmp.aside");
   fs::create_directory(root / "s.tmp");
@@ -92,7 +92,7 @@ TEST_F(Stores, WhatTheSystemRefusesIsNoDamage) {
   const fs::path dir = root / "s";
   write_test_store(dir, 2);
   EXPECT_FALSE(structural_fault(dir));
-  const std::string manifest = slurp(dir / "manifest.json");
+  const std::string manifest = read_file(dir / "manifest.json");
 
   fs::remove(dir / "manifest.json");
   EXPECT_TRUE(structural_fault(dir)->damaged);
@@ -119,7 +119,7 @@ TEST_F(Stores, WhatTheSystemRefusesIsNoDamage) {
 
 TEST_F(Stores, ANewerFormatIsNoDamage) {
   write_test_store(root / "s", 1);
-  nlohmann::json j = nlohmann::json::parse(slurp(root / "s/manifest.json"));
+  nlohmann::json j = nlohmann::json::parse(read_file(root / "s/manifest.json"));
   j["format"] = "upmoe-store-2";
   spill(root / "s/manifest.json", j.dump());
   EXPECT_TRUE(structural_fault(root / "s")->damaged);  // a flipped bit: the checksum is another

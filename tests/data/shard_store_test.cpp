@@ -83,7 +83,7 @@ TEST_F(Stores, EveryFlippedBitIsNoticed) {
   const auto files = files_of(root / "s");
   ASSERT_EQ(files.size(), 4u);  // two shards, index, manifest
   for (const fs::path& file : files) {
-    const std::string good = slurp(file);
+    const std::string good = read_file(file);
     for (std::uint64_t k = 0; k < 150; ++k) {
       std::string bad = good;
       const auto bits = philox(k, good.size());
@@ -99,7 +99,7 @@ TEST_F(Stores, EveryFlippedBitIsNoticed) {
 TEST_F(Stores, ADamagedShardIsNoticedBeforeItsValuesAreUsed) {
   write_test_store(root / "s", 2);
   const fs::path shard = root / "s" / "shard_00001.h5";
-  std::string bytes = slurp(shard);
+  std::string bytes = read_file(shard);
   bytes.back() = static_cast<char>(bytes.back() ^ 1);
   spill(shard, bytes);
   const ShardStore store(root / "s");  // sizes are right
@@ -111,7 +111,7 @@ TEST_F(Stores, ADamagedShardIsNoticedBeforeItsValuesAreUsed) {
 TEST_F(Stores, TruncatedGrownAndMissingFiles) {
   write_test_store(root / "s", 3);
   for (const fs::path& file : files_of(root / "s")) {
-    const std::string good = slurp(file);
+    const std::string good = read_file(file);
     for (const std::size_t keep : {std::size_t{0}, std::size_t{1}, good.size() / 2, good.size() - 1}) {
       fs::resize_file(file, keep);
       if (file.filename() == "manifest.json" && keep == good.size() - 1) {  // its last newline
@@ -206,7 +206,7 @@ TEST_F(Stores, BlocksGiveTheSameFiles) {
       writer.commit(world, R"({"step": 7})");
     });
     for (const fs::path& file : files_of(root / "whole"))
-      EXPECT_EQ(slurp(dir / file.filename()), slurp(file)) << step << " " << file;
+      EXPECT_EQ(read_file(dir / file.filename()), read_file(file)) << step << " " << file;
     EXPECT_NO_THROW(open_and_verify(dir));
   }
 }
@@ -217,7 +217,7 @@ TEST_F(Stores, TheSameTensorsAreTheSameFilesAtAnyTime) {
   std::this_thread::sleep_for(std::chrono::milliseconds(1100));
   write_test_store(root / "later", 2);
   for (const fs::path& file : files_of(root / "now"))
-    EXPECT_EQ(slurp(root / "later" / file.filename()), slurp(file)) << file;
+    EXPECT_EQ(read_file(root / "later" / file.filename()), read_file(file)) << file;
 }
 
 // Long enough to be written past the page cache: in aligned blocks, and in such that lie askew in memory or
@@ -316,7 +316,7 @@ TEST_F(Stores, BlocksAreComparedWithTheFile) {
   writer.write({in_blocks("a")}, [&](const PutBlock& put) {
     put({0, {0, 6}}, std::as_bytes(std::span(values)));
     const fs::path shard = root / "s.tmp" / "shard_00000.h5";
-    std::string bytes = slurp(shard);
+    std::string bytes = read_file(shard);
     const std::size_t at = bytes.find(std::string(reinterpret_cast<const char*>(values.data()), 24));
     ASSERT_NE(at, std::string::npos);
     std::fstream file(shard, std::ios::in | std::ios::out | std::ios::binary);

@@ -12,16 +12,13 @@
 #include "kernels/core/philox.h"
 #include "parallel/thread_comm.h"
 #include "tests/support/random_box.h"
+#include "tests/support/read_file.h"
 #include "tests/support/temporary_directory.h"
 
 namespace upmoe::test {
 
 namespace fs = std::filesystem;
 
-inline std::string slurp(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 inline void spill(const fs::path& path, const std::string& bytes) {
   std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
 }

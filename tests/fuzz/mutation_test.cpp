@@ -14,6 +14,7 @@
 #include "data/safetensors.h"
 #include "kernels/core/philox.h"
 #include "tests/fuzz/fuzz_entries.h"
+#include "tests/support/read_file.h"
 #include "tests/support/token_file_writer.h"
 
 namespace upmoe {
@@ -95,11 +96,6 @@ class Mutator {
   std::uint64_t seed_, next_ = 0;
 };
 
-std::string slurp(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
 std::vector<std::string> safetensors_corpus() {
   std::vector<std::string> corpus;
   for (std::int64_t n = 0; n < 6; ++n) {
@@ -136,9 +132,9 @@ TEST(Mutations, Safetensors) {
 TEST(Mutations, Configurations) {
   std::vector<std::string> corpus;
   for (const auto& entry : fs::recursive_directory_iterator(UPMOE_SOURCE_DIR "/configs"))
-    if (entry.path().extension() == ".yaml") corpus.push_back(slurp(entry.path()));
+    if (entry.path().extension() == ".yaml") corpus.push_back(test::read_file(entry.path()));
   for (const auto& entry : fs::recursive_directory_iterator(UPMOE_SOURCE_DIR "/tests/golden"))
-    if (entry.path().filename() == "config.json") corpus.push_back(slurp(entry.path()));
+    if (entry.path().filename() == "config.json") corpus.push_back(test::read_file(entry.path()));
   ASSERT_GE(corpus.size(), 6u);
   for (std::uint64_t i = 0; i < 20'000; ++i) {
     Mutator mutator(i + 1'000'000);
@@ -164,13 +160,14 @@ TEST(Mutations, TokenFiles) {
   std::vector<std::uint32_t> tokens(500);
   for (std::uint32_t i = 0; i < 500; ++i) tokens[i] = i % 64;
   write_token_file(path, tokens, {100, 250, 500}, 64);
-  const std::vector<std::string> corpus{slurp(path), slurp(UPMOE_SOURCE_DIR "/tests/data/from_tokenize.h5")};
+  const std::vector<std::string> corpus{test::read_file(path),
+                                        test::read_file(UPMOE_SOURCE_DIR "/tests/data/from_tokenize.h5")};
   fs::remove(path);
   EXPECT_GT(accepted_of(4'000, 2'000'000, corpus, fuzz::token_file), 10);
 }
 
 TEST(Mutations, MegatronIndices) {
-  const std::vector<std::string> corpus{slurp(UPMOE_SOURCE_DIR "/tests/data/from_megatron.idx")};
+  const std::vector<std::string> corpus{test::read_file(UPMOE_SOURCE_DIR "/tests/data/from_megatron.idx")};
   const int accepted = accepted_of(4'000, 3'000'000, corpus, fuzz::megatron_index);
   EXPECT_GT(accepted, 10);
   EXPECT_LT(accepted, 2'000);

@@ -94,7 +94,7 @@ TEST_F(Retention, FilesOfOthersSurviveTheirCheckpoint) {
   CheckpointKeeper keeper(root, 2);
   keeper.remember(choose());
   save(keeper, 30);
-  EXPECT_EQ(slurp(root / "step_00000010.old/notes.txt"), "thesis");
+  EXPECT_EQ(read_file(root / "step_00000010.old/notes.txt"), "thesis");
   EXPECT_FALSE(fs::exists(root / "step_00000010.old/manifest.json"));
 }
 
@@ -108,9 +108,9 @@ TEST_F(Retention, WhatStandsInTheWayIsSetAsideNotDeleted) {
   fs::create_directory(root / "step_00000040.tmp");
   spill(root / "step_00000040.tmp/notes.txt", "more");
   for (const std::int64_t step : {20, 30, 40}) save(keeper, step);
-  EXPECT_EQ(slurp(root / "step_00000020.aside/notes.txt"), "thesis");
-  EXPECT_EQ(slurp(root / "step_00000030.aside"), "a file");
-  EXPECT_EQ(slurp(root / "step_00000040.tmp.aside/notes.txt"), "more");
+  EXPECT_EQ(read_file(root / "step_00000020.aside/notes.txt"), "thesis");
+  EXPECT_EQ(read_file(root / "step_00000030.aside"), "a file");
+  EXPECT_EQ(read_file(root / "step_00000040.tmp.aside/notes.txt"), "more");
   EXPECT_NO_THROW(open_and_verify(checkpoint_path(root, 40)));
 }
 

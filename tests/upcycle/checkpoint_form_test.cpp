@@ -14,6 +14,7 @@
 #include "data/model_source.h"
 #include "data/shard_store.h"
 #include "parallel/thread_comm.h"
+#include "tests/support/read_file.h"
 #include "tests/support/tiny_dense.h"
 #include "upcycle/upcycler.h"
 
@@ -28,11 +29,6 @@ namespace {
 
 using namespace test;
 namespace fs = std::filesystem;
-
-std::string read_file(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 // Every tensor on disk as export writes it.
 std::map<std::string, std::vector<std::byte>> tensor_bytes(const fs::path& dir) {

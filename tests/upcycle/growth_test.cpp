@@ -3,10 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "parallel/thread_comm.h"
+#include "tests/support/read_file.h"
 #include "tests/support/tiny_dense.h"
 #include "upcycle/upcycler.h"
 
@@ -15,11 +15,6 @@ namespace {
 
 using namespace test;
 namespace fs = std::filesystem;
-
-std::string read_file(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 // A model directory in memory.
 struct Made {

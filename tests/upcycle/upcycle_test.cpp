@@ -9,6 +9,7 @@
 
 #include "data/crc.h"
 #include "parallel/thread_comm.h"
+#include "tests/support/read_file.h"
 #include "tests/support/tiny_dense.h"
 #include "upcycle/upcycler.h"
 
@@ -17,11 +18,6 @@ namespace {
 
 using namespace test;
 namespace fs = std::filesystem;
-
-std::string read_file(const fs::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 std::map<std::string, std::string> files_in(const fs::path& dir) {
   std::map<std::string, std::string> files;
