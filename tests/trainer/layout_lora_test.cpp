@@ -15,6 +15,7 @@ namespace {
 using test::expect_equal;
 using test::Golden;
 using test::Layout;
+using test::Limits;
 using test::one_rank;
 using test::Outcome;
 using test::relative_distance;
@@ -189,6 +190,8 @@ Tensors from_weight_gradients(const ModelConfig& config, const FirstStep& merged
   return expected;
 }
 
+// Two ways to one sum, as two layouts are, and merged weights, of which each is rounded once more: together twice
+// what layouts may differ by.
 TEST(LoraModel, ComputesAndLearnsAsTheMergedModelDoes) {
   for (const std::string& model : kModels) {
     const Golden golden(model);
@@ -205,13 +208,14 @@ TEST(LoraModel, ComputesAndLearnsAsTheMergedModelDoes) {
     const FirstStep with = first_step(l, golden, read),
                     merged = first_step(plain, golden, with_adapters_merged(config, read)),
                     without = first_step(plain, golden, read);
-    EXPECT_NEAR(with.loss, merged.loss, 2e-6 * merged.loss) << model;
+    EXPECT_NEAR(with.loss, merged.loss, 2 * Limits{}.loss * merged.loss) << model;
     EXPECT_GT(std::abs(with.loss - without.loss), 1e-4 * without.loss) << model;
     double squares = 0;
     for (const auto& [name, gradient] : with.gradients)
       for (const float g : gradient) squares += double(g) * double(g);
     for (const auto& [name, gradient] : from_weight_gradients(config, merged, with.values))
-      EXPECT_LT(relative_distance(gradient, with.gradients.at(name), 1e-3 * std::sqrt(squares)), 2e-5)
+      EXPECT_LT(relative_distance(gradient, with.gradients.at(name), 1e-3 * std::sqrt(squares)),
+                2 * Limits{}.gradient)
           << name;
   }
 }
