@@ -23,7 +23,11 @@ using test::run_in_layout;
 using test::Tensors;
 using enum LoraTarget;
 
-const std::vector<LoraTarget> kEverything{kQuery, kKey, kValue, kOutput, kGate, kUp, kDown};
+const std::vector<LoraTarget> kEverything = [] {
+  std::vector<LoraTarget> all;
+  for (const auto& target : kNames<LoraTarget>.built) all.push_back(target.value);
+  return all;
+}();
 
 Layout adapted(const std::string& model, const MeshSpec& mesh,
                const std::vector<LoraTarget>& targets = kEverything) {
@@ -53,9 +57,10 @@ std::vector<Layout> lora_layouts() {
   // Blocks that share their gradients' memory, and what backward makes again.
   all.push_back(adapted("moe_a27b", {1, 2, 1, 2, 2, 2}));
   all.back().zero = 2;
-  for (const Recompute recompute : {Recompute::kSwiglu, Recompute::kUp, Recompute::kBlock}) {
+  for (const auto& policy : kNames<Recompute>.built) {
+    if (policy.value == Recompute::kNone) continue;
     all.push_back(adapted("moe_a27b", {1, 2, 1, 2, 2, 1}));
-    all.back().recompute = recompute;
+    all.back().recompute = policy.value;
   }
   return all;
 }
