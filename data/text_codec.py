@@ -22,27 +22,20 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
     os.path.join(os.path.dirname(FOLDER), "launch"), FOLDER]
 
 import datetime  # noqa: E402
+import functools  # noqa: E402
 import json  # noqa: E402
 import unicodedata  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from command_line import BadInput, run_tool  # noqa: E402
+from command_line import BadInput, BadUsage, missing_package, run_tool, words_of  # noqa: E402
+from tokenizer_file import load_tokenizer  # noqa: E402
 
 
 def load(path):
     try:
-        import tokenizers
-    except ImportError as e:
-        raise BadInput(f"{e}; run launch/setup.sh, or set UPMOE_PYTHON to a Python that has tokenizers") from None
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(path)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the library raises plain Exception, and a panic of its own that is none
-        raise BadInput(f"{path}: not a Hugging Face tokenizer.json: {' '.join(str(e).split())}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        return load_tokenizer(path.read_bytes(), path)
+    except OSError as e:
+        raise BadInput(words_of(e)) from None
 
 
 class ChatTemplate:
@@ -66,12 +59,10 @@ class ChatTemplate:
             token = self.settings.get(name)
             yield name, token.get("content") if isinstance(token, dict) else token or ""
 
-    def render(self, messages):
-        try:
-            import jinja2
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as e:
-            raise BadInput(f"{e}; run launch/setup.sh, or set UPMOE_PYTHON to a Python that has jinja2") from None
+    @functools.cached_property
+    def compiled(self):
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def refuse(words):
             raise jinja2.TemplateError(words)
@@ -81,9 +72,15 @@ class ChatTemplate:
         sandbox.globals |= {"raise_exception": refuse,
                             "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
         sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        return sandbox.from_string(self.text)
+
+    def render(self, messages):
         try:
-            return sandbox.from_string(self.text).render(messages=messages, add_generation_prompt=True,
-                                                         **dict(self.special_tokens()))
+            import jinja2
+        except ImportError as e:
+            raise BadUsage(missing_package(e)) from None
+        try:
+            return self.compiled.render(messages=messages, add_generation_prompt=True, **dict(self.special_tokens()))
         except jinja2.TemplateError as e:
             raise BadInput(f"{self.folder}: its chat template refuses: {' '.join(str(e).split())}") from None
 
@@ -117,11 +114,17 @@ def classes_of(tokenizer, count):
     return {"names": CLASSES, "classes": found}
 
 
+@functools.cache
+def template_in(folder):
+    """Read and compiled once: a batch has many chats."""
+    return ChatTemplate(folder)
+
+
 def answer(tokenizer, folder, request):
     if "encode" in request:
         return {"tokens": tokenizer.encode(request["encode"]).ids}
     if "chat" in request:  # the template writes what begins a text
-        text = ChatTemplate(folder).render(request["chat"])
+        text = template_in(folder).render(request["chat"])
         return {"tokens": tokenizer.encode(text, add_special_tokens=False).ids}
     if "decode" in request:
         return {"text": tokenizer.decode(request["decode"], skip_special_tokens=True)}
@@ -131,11 +134,14 @@ def answer(tokenizer, folder, request):
 
 
 def main():
+    if len(sys.argv) != 2:
+        raise BadUsage("expected one word, a tokenizer.json")
+    path = Path(sys.argv[1])
     try:
-        tokenizer = load(sys.argv[1])
+        tokenizer = load(path)
         for line in sys.stdin:
-            print(json.dumps(answer(tokenizer, Path(sys.argv[1]).parent, json.loads(line))), flush=True)
-    except BadInput as e:
+            print(json.dumps(answer(tokenizer, path.parent, json.loads(line))), flush=True)
+    except (BadInput, BadUsage) as e:
         print(json.dumps({"error": str(e)}), flush=True)
         return 3
     return 0

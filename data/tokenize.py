@@ -35,6 +35,7 @@ from chat_documents import TEMPLATES, ChatChoices  # noqa: E402
 from hdf5_child import die_with, in_child  # noqa: E402
 from staged_file import StagedFile, Taken  # noqa: E402
 from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
+from tokenizer_file import load_tokenizer  # noqa: E402
 
 FORMAT = "upmoe-tokens-1"
 END_OF_TEXT = "<|endoftext|>"
@@ -93,18 +94,6 @@ def train_tokenizer(paths, args):
         Path(staged.part("tokenizer.json")).write_bytes(content.encode())
         staged.commit("tokenizer.json")
     say(f"{args.tokenizer}: {made} tokens")
-
-
-def load_tokenizer(content, path):
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the library raises plain Exception, and a panic of its own that is none
-        raise BadInput(f"{path}: not a Hugging Face tokenizer.json: {' '.join(str(e).split())}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 class Encoder:
