@@ -3,7 +3,7 @@
 import json
 import os
 
-from command_line import BadInput, missing_package
+from command_line import BadInput, BadUsage, missing_package
 
 ROWS = 512               # of a batch
 BUFFER_BYTES = 1 << 20   # of the file, for each column
@@ -14,7 +14,7 @@ def import_parquet():
         import pyarrow
         import pyarrow.parquet
     except ImportError as e:
-        raise SystemExit(f"tokenize: error: {missing_package(e)}") from None
+        raise BadUsage(missing_package(e)) from None
     return pyarrow
 
 

@@ -18,7 +18,8 @@ FOLDER = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
     os.path.join(os.path.dirname(FOLDER), "launch"), FOLDER]
 
-from command_line import BadInput, run_tool  # noqa: E402  first: a key pressed while libraries load is heard
+# First: a key pressed while libraries load is heard.
+from command_line import BadInput, BadUsage, missing_package, run_tool  # noqa: E402
 
 import argparse  # noqa: E402
 import collections  # noqa: E402
@@ -54,7 +55,7 @@ def import_libraries():
         import numpy
         import tokenizers
     except ImportError as e:
-        raise SystemExit(f"tokenize: error: {e}; run launch/setup.sh and start this with .venv/bin/python") from None
+        raise BadUsage(missing_package(e)) from None
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------

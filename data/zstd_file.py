@@ -2,7 +2,7 @@
 
 import io
 
-from command_line import missing_package
+from command_line import BadUsage, missing_package
 
 INPUT_BYTES = 4096        # at a time: they may unpack to many thousand times as much
 LARGEST_WINDOW = 1 << 31  # of zstd --long=31; by default less than what --long makes is taken
@@ -67,5 +67,5 @@ def open_zstd(packed):
     try:
         import zstandard
     except ImportError as e:
-        raise SystemExit(f"tokenize: error: {missing_package(e)}") from None
+        raise BadUsage(missing_package(e)) from None
     return io.BufferedReader(Frames(packed, zstandard))

@@ -1,8 +1,8 @@
 """How the Python tools end: one line for what is wrong, never a traceback, and the exit statuses of upmoe.
 
-0 done, 1 unexpected failure, 2 usage or configuration, 3 bad input (a file's content, or a file that cannot be read or
-written), 130 stopped from the keyboard. Output into a closed pipe (`tool | head`) is no error. UPMOE_TRACEBACK=1 shows
-where an unexpected failure came from.
+0 done, 1 unexpected failure, 2 usage or configuration (also a Python without the packages of a tool), 3 bad input (a
+file's content, or a file that cannot be read or written), 130 stopped from the keyboard. Output into a closed pipe
+(`tool | head`) is no error. UPMOE_TRACEBACK=1 shows where an unexpected failure came from.
 """
 
 import os
@@ -38,6 +38,12 @@ def missing_package(error):
     """The sentence about an ImportError of a package of launch/requirements.txt."""
     return (f"{sys.executable} cannot import {error.name}; run launch/setup.sh, or set UPMOE_PYTHON to a Python that "
             "has the packages of launch/requirements.txt")
+
+
+def end_without_package(name, words):
+    """For a tool whose packages are missing while it loads: ends as main()'s BadUsage would."""
+    print(f"{name}: error: {words}", file=sys.stderr)
+    sys.exit(2)
 
 
 def unexpected(error):

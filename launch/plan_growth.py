@@ -6,7 +6,8 @@ The batch grows with the ranks (--sequences of each), the experts' ranks up to -
 what this prints for the command above it (tests/launch/plan_command_test.py, which makes it anew with --write).
 """
 
-from command_line import BadInput, missing_package, run_tool  # first: a key pressed while libraries load is heard
+# First: a key pressed while libraries load is heard.
+from command_line import BadInput, BadUsage, missing_package, run_tool
 
 import argparse
 import json
@@ -57,7 +58,7 @@ def draw(plans, out):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError as missing:
-        raise BadInput(missing_package(missing)) from missing
+        raise BadUsage(missing_package(missing)) from None
     figure, (rate, parts) = plt.subplots(1, 2, figsize=(11, 4.2))
     worlds = [p["world"] for p in plans]
     tokens = [p["time"]["tokens_per_s"] for p in plans]

@@ -6,7 +6,8 @@ Reads metrics.jsonl, starts.jsonl and config.yaml of each RUN_DIR. Several runs 
 started as `upmoe report`.
 """
 
-from command_line import display, missing_package, run_tool  # first: a key pressed while libraries load is heard
+# First: a key pressed while libraries load is heard.
+from command_line import display, end_without_package, missing_package, run_tool
 
 import argparse
 import json
@@ -25,7 +26,7 @@ try:
                             held_out_sets, palette)
     from run_metrics import AXES, axes_of, read_run, values
 except ImportError as missing:
-    sys.exit(f"upmoe: error: {missing_package(missing)}")
+    end_without_package("upmoe", missing_package(missing))
 
 
 def draw_load_map(ax, run):

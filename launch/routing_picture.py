@@ -3,7 +3,7 @@
 token, and how often neighbouring tokens choose the same ones. Started by it.
 """
 
-from command_line import BadInput, display, missing_package, run_tool
+from command_line import BadInput, display, end_without_package, missing_package, run_tool
 
 import argparse
 import json
@@ -18,7 +18,7 @@ try:
     from run_curves import STYLE
     from run_metrics import title_of
 except ImportError as missing:
-    sys.exit(f"upmoe: error: {missing_package(missing)}")
+    end_without_package("upmoe", missing_package(missing))
 
 SHOWN = 4   # layers, evenly chosen: more do not fit on a page, and all are in the JSON
 REACH = 2.0  # of the colours: 2^-2 to 2^2 times the expert's load

@@ -8,7 +8,8 @@ rate that does best in short runs over one grid, with a seed of their own. A stu
 when it is started again. docs/studies.md tells more.
 """
 
-from command_line import BadInput, BadUsage, display, missing_package, run_tool  # first: a key pressed is heard
+# First: a key pressed while libraries load is heard.
+from command_line import BadInput, BadUsage, display, end_without_package, missing_package, run_tool
 
 import argparse
 import math
@@ -25,7 +26,7 @@ try:
     from study_result import Outcome, draw_curves, verdict_lines, write_result, write_tables
     from study_work import STOPPED, StageFailed, Stopped, Work
 except ImportError as missing:
-    sys.exit(f"upmoe: error: {missing_package(missing)}")
+    end_without_package("upmoe", missing_package(missing))
 
 CLEAR = "\r\x1b[K"  # the line of a terminal
 SAY_EVERY = 60.0  # seconds between lines about one training, where no terminal shows a counter
@@ -220,8 +221,12 @@ def main():
     for text, folder in study.texts.items():
         if folder != STANDARD_TEXT and not (ROOT / folder).is_dir():
             raise BadInput(f"text {text}: {display(folder)} is no folder; no arm that trains on it can run")
+    program = Path(args.upmoe).resolve()
+    if shutil.which(program) is None:
+        raise BadUsage(f"{display(program)}: no such program; launch/setup.sh makes build/release/upmoe, and --upmoe "
+                       "names another")
     folder = (args.out or Path("runs/study") / study.name / args.size).resolve()
-    work = Work(folder, [Path(args.upmoe).resolve()], study)
+    work = Work(folder, [program], study)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, work.request_stop)

@@ -147,7 +147,8 @@ def planted_name(arm):
 def plant(study, arm):
     """The study with one more arm that must come out worse, and that alone to decide."""
     if arm not in study.arms:
-        raise BadUsage(f"--plant '{arm}': no such arm; there are {', '.join(study.arms)}")
+        there = ", ".join(f"'{name}'" for name in study.arms)  # some have a comma
+        raise BadUsage(f"--plant '{arm}': no such arm; there are {there}")
     comparison = replace(study.compare[0], better=arm, than=planted_name(arm), by="loss", at="tokens", worth=0.0)
     return replace(study, arms={arm: study.arms[arm], planted_name(arm): study.arms[arm]}, compare=[comparison],
                    fit=False)

@@ -7,7 +7,7 @@ Families: qwen2 and qwen2_moe. What llama.cpp would compute otherwise than the m
 Without a tokenizer.json the file has no vocabulary, and tokens go in and out as numbers. Needs numpy and gguf
 (launch/serving_requirements.txt).
 
-Exit status: 0 done, 2 usage, 3 bad input or a model that llama.cpp does not take.
+Exit status: 0 done, 2 usage or a Python without these packages, 3 bad input or a model that llama.cpp does not take.
 """
 
 import argparse
@@ -17,9 +17,17 @@ import struct
 import sys
 from pathlib import Path
 
-from command_line import BadInput, run_tool
+from command_line import BadInput, end_without_package, run_tool
 
-import numpy
+
+def missing_package(error):
+    return f"{sys.executable} cannot import {error.name}; launch/after_training.sh makes an environment that has it"
+
+
+try:
+    import numpy
+except ImportError as missing:
+    end_without_package("write_gguf", missing_package(missing))
 
 # dtype of safetensors: numpy's, of which bf16 is none
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -210,8 +218,7 @@ def main():
     try:
         import gguf
     except ImportError as e:
-        raise SystemExit(f"write_gguf: error: {sys.executable} cannot import {e.name}; launch/after_training.sh makes "
-                         "an environment that has it") from None
+        end_without_package("write_gguf", missing_package(e))
     part = f"{args.out}.part"
     writer = fill(lambda architecture: gguf.GGUFWriter(part, architecture), args.model)
     writer.write_header_to_file()

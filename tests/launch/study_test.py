@@ -377,7 +377,8 @@ class Whole(unittest.TestCase):
         self.assertIn("of disk at a time, 0.0 MB are free", found.stderr)
 
     def test_usage(self):
-        for words in ((), ("randomnes",), ("randomness", "--size", "huge"), ("randomness", "--seeds", "0")):
+        for words in ((), ("randomnes",), ("randomness", "--size", "huge"), ("randomness", "--seeds", "0"),
+                      ("randomness", "--upmoe", "/nowhere/upmoe")):
             found = subprocess.run([sys.executable, ROOT / "launch/study.py", *words], capture_output=True, text=True,
                                    check=False)
             self.assertEqual(found.returncode, 2, found.stderr)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "launch"))
 import collect_text  # noqa: E402
 import quickstart_table  # noqa: E402
-from command_line import BadInput, run_tool  # noqa: E402
+from command_line import BadInput, BadUsage, run_tool  # noqa: E402
 
 
 def status_and_words(main):
@@ -33,6 +33,7 @@ def throw(error):
 class Endings(unittest.TestCase):
     def test_every_error_is_one_line_with_its_status(self):
         for error, status, words in ((BadInput("no good"), 3, "no good"), (KeyError("k"), 1, "unexpected KeyError"),
+                                     (BadUsage("not so"), 2, "not so"),
                                      (PermissionError(13, "Permission denied", b"f\xff"), 3, "f\ufffd: Perm"),
                                      (KeyboardInterrupt(), 130, "stopped"), (MemoryError(), 1, "out of memory"),
                                      (ValueError("two\nlines"), 1, "two lines")):
@@ -60,6 +61,15 @@ class Endings(unittest.TestCase):
         tool.send_signal(signal.SIGINT)
         _, told = tool.communicate(timeout=60)
         self.assertEqual((tool.returncode, told), (-signal.SIGINT, b""))
+
+    def test_a_python_without_the_packages_is_told_what_to_do(self):
+        for tool, way_out in (("report.py", "launch/setup.sh"), ("study.py", "launch/setup.sh"),
+                              ("routing_picture.py", "launch/setup.sh"), ("write_gguf.py", "launch/after_training.sh")):
+            found = subprocess.run([sys.executable, "-S", ROOT / "launch" / tool], capture_output=True, text=True,
+                                   check=False)
+            self.assertEqual(found.returncode, 2, found.stderr)
+            self.assertRegex(found.stderr, rf"error: .* cannot import \w+; .*{way_out}")
+            self.assertEqual(found.stderr.count("\n"), 1, found.stderr)
 
     def test_every_tool_ends_this_way(self):
         for folder in ("launch", "data", "tests/bench"):
