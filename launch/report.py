@@ -31,9 +31,7 @@ except ImportError as missing:
 
 def draw_load_map(ax, run):
     """Layers by experts, mean over the last tenth of the run; 1 is a fair share."""
-    loads = [load for _, load in run.loads()]
-    recent = np.mean(loads[-max(1, len(loads) // 10):], axis=0)
-    relative = recent * recent.shape[1]
+    relative = run.load_at_end()
     top = max(2.0, min(4.0, float(relative.max())))
     image = ax.imshow(relative, aspect="auto", cmap="viridis", vmin=0.0, vmax=top, interpolation="nearest")
     bar = ax.figure.colorbar(image, ax=ax, pad=0.02, extend="max" if relative.max() > top else "neither")

@@ -84,9 +84,7 @@ def load_history(run, axes):
 
 def load_map(run, name):
     """Mixtures by experts, mean over the last tenth of the run; 1 is a fair share."""
-    loads = [load for _, load in run.loads()]
-    recent = np.mean(loads[-max(1, len(loads) // 10):], axis=0)
-    relative = recent * recent.shape[1]
+    relative = run.load_at_end()
     return {"id": name, "title": f"Expert load at the end: {run.label}", "findings": load_findings(run),
             "shown": "The share of each expert of each mixture, mean over the last tenth; 1 is a fair share.",
             "map": [numbers(row, 5) for row in relative], "top": max(2.0, min(4.0, float(relative.max())))}

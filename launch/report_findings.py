@@ -100,14 +100,12 @@ def throughput_findings(groups):
 
 
 def load_findings(run):
-    loads = [load for _, load in run.loads()]
-    recent = np.mean(loads[-max(1, len(loads) // 10):], axis=0)
-    relative = recent * recent.shape[1]
+    relative, last = run.load_at_end(), run.loads()[-1][1]
     layer, expert = np.unravel_index(int(np.argmax(relative)), relative.shape)
-    dead = int((loads[-1] == 0).sum())
+    dead = int((last == 0).sum())
     variation = float(np.mean(relative.std(axis=1)))
     return [f"{run.label}: over the last tenth the busiest expert ({expert} of mixture {layer}) gets "
             f"{relative.max():.2f} fair shares and the least used {relative.min():.2f}; the deviation of the loads is "
             f"{variation:.2f} of a fair share.",
-            f"{run.label}: in the last step {dead} of {loads[-1].size} experts got nothing."
+            f"{run.label}: in the last step {dead} of {last.size} experts got nothing."
             if dead else f"{run.label}: no expert was idle in the last step."]

@@ -59,9 +59,8 @@ def mean_and_half(xs, ys):
     lines = np.array([np.interp(x, own, y) if len(y) else np.full(len(x), math.nan) for own, y in finite])
     if len(lines) < 2:
         return x, lines[0], np.zeros(len(x))
-    from scipy.special import stdtrit  # Student's quantile, which single runs do without
-    spread = lines.std(axis=0, ddof=1) / math.sqrt(len(lines))
-    return x, lines.mean(axis=0), stdtrit(len(lines) - 1, 0.975) * spread
+    from study_statistics import half_width  # brings scipy, which single runs do without
+    return x, lines.mean(axis=0), half_width(lines.std(axis=0, ddof=1), len(lines))
 
 
 def mean_line(xs, ys, banded=True):

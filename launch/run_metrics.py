@@ -44,6 +44,12 @@ class Run:
     def loads(self):
         return [(r["step"], np.array(r["expert_load"], dtype=float)) for r in self.steps if r.get("expert_load")]
 
+    def load_at_end(self):
+        """Mixtures by experts, mean over the last tenth of the run; 1 is a fair share."""
+        loads = [load for _, load in self.loads()]
+        recent = np.mean(loads[-max(1, len(loads) // 10):], axis=0)
+        return recent * recent.shape[1]
+
 
 def axes_of(runs):
     """The axes that all the runs can be drawn against."""
