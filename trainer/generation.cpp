@@ -8,6 +8,7 @@
 #include "parallel/watchdog.h"
 #include "trainer/evaluation.h"
 #include "trainer/generation_room.h"
+#include "trainer/placed_vectors.h"
 
 namespace upmoe {
 
@@ -82,7 +83,7 @@ class Generator {
   std::vector<double> step_seconds_;
   std::optional<KeyCaches> caches_;
   Arena keep_;
-  Buffer placed_;  // what a step's vectors become, where the device is not the host
+  PlacedVectors placed_;
 };
 
 Generator::Generator(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
@@ -133,29 +134,15 @@ std::int64_t Generator::keys_seen(const Step& step) const {
 }
 
 CachedTokens Generator::place(const Step& step, MicroBatch& batch, ConstTensorView& picks) {
-  Exec& ex = model_.memory.exec;
-  const std::vector<std::int32_t>* parts[] = {&step.tokens, &step.rows, &step.positions, &step.picks};
-  ConstTensorView views[4];
-  std::int64_t total = 0, at = 0;
-  for (const auto* part : parts) total += static_cast<std::int64_t>(part->size());
-  const bool here = ex.device.type == DeviceType::kCpu;
-  const std::size_t bytes = static_cast<std::size_t>(total) * sizeof(std::int32_t);
-  if (!here && placed_.bytes() < bytes) placed_ = Buffer::allocate(ex.device, bytes, "tokens");
-  for (std::size_t i = 0; i < 4; ++i) {
-    const auto n = static_cast<std::int64_t>(parts[i]->size());
-    const ConstTensorView on_host = host_view(parts[i]->data(), {n});
-    views[i] = on_host;
-    if (here) continue;
-    const TensorView view = placed_.view({total}, DType::kI32).rows(at, at + n);
-    ops::upload(ex, view, on_host);
-    views[i] = view;
-    at += n;
-  }
-  batch.tokens_T = batch.targets_T = views[0];
-  batch.places.positions_T = views[2];
+  ConstTensorView rows_T;
+  const PlacedVectors::Part parts[] = {{step.tokens, batch.tokens_T},
+                                       {step.rows, rows_T},
+                                       {step.positions, batch.places.positions_T},
+                                       {step.picks, picks}};
+  placed_.place(model_.memory.exec, parts);
+  batch.targets_T = batch.tokens_T;
   batch.places.seq_len = std::max<std::int64_t>(1, static_cast<std::int64_t>(step.tokens.size()));
-  picks = views[3];
-  return {views[1], views[2], keys_seen(step), step.run};
+  return {rows_T, batch.places.positions_T, keys_seen(step), step.run};
 }
 
 // The logits of the picked tokens on the host, one row behind the other. Collective over all ranks.

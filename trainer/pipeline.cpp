@@ -7,6 +7,7 @@
 #include "kernels/ops/balance.h"
 #include "kernels/ops/transfer.h"
 #include "parallel/watchdog.h"
+#include "trainer/placed_vectors.h"
 
 namespace upmoe {
 
@@ -14,7 +15,7 @@ struct Pipeline::Shard {
   // The last five are made where somebody asks for them: masked documents, routers.
   std::vector<std::int32_t> tokens, targets, positions, documents, sequences, places, rows, grouped;
   std::vector<std::int32_t> runs;  // where documents begin in whole sequences, and T
-  Buffer on_device;                // the same but the runs, where the device is not the host
+  PlacedVectors placed;            // the same but the runs
   MicroBatch batch;
 
   // This rank's part of every sequence.
@@ -71,37 +72,17 @@ struct Pipeline::Shard {
   };
   // Makes `batch` of the vectors.
   void place(Exec& ex, const Batch& whole, const Asked& asked) {
-    struct Part {
-      const std::vector<std::int32_t>& values;
-      bool wanted;
-      ConstTensorView& view;
-    };
     batch = {};
-    const Part parts[] = {{tokens, true, batch.tokens_T},
-                          {targets, true, batch.targets_T},
-                          {positions, true, batch.places.positions_T},
-                          {documents, whole.document_T.given(), batch.places.document_T},
-                          {sequences, asked.by_sequence, batch.sequence_T},
-                          {places, asked.routed, batch.routed.place_T},
-                          {rows, asked.routed, batch.routed.row_N},
-                          {grouped, asked.grouped, batch.groups.row_N}};
-    std::size_t total = 0, at = 0;
-    for (const Part& p : parts) total += p.wanted ? p.values.size() : 0;
-    const bool here = ex.device.type == DeviceType::kCpu;
-    if (!here && on_device.bytes() < total * sizeof(std::int32_t))
-      on_device = Buffer::allocate(ex.device, total * sizeof(std::int32_t), "tokens");
-    for (const Part& p : parts) {
-      if (!p.wanted) continue;
-      const auto n = static_cast<std::int64_t>(p.values.size()), begin = static_cast<std::int64_t>(at);
-      const ConstTensorView on_host = host_view(p.values.data(), {n});
-      p.view = on_host;
-      at += p.values.size();
-      if (here) continue;
-      const TensorView view =
-          on_device.view({static_cast<std::int64_t>(total)}, DType::kI32).rows(begin, begin + n);
-      ops::upload(ex, view, on_host);
-      p.view = view;
+    std::vector<PlacedVectors::Part> parts = {
+        {tokens, batch.tokens_T}, {targets, batch.targets_T}, {positions, batch.places.positions_T}};
+    if (whole.document_T.given()) parts.push_back({documents, batch.places.document_T});
+    if (asked.by_sequence) parts.push_back({sequences, batch.sequence_T});
+    if (asked.routed) {
+      parts.push_back({places, batch.routed.place_T});
+      parts.push_back({rows, batch.routed.row_N});
     }
+    if (asked.grouped) parts.push_back({grouped, batch.groups.row_N});
+    placed.place(ex, parts);
     batch.places.seq_len = whole.seq_len;
     batch.places.runs = runs;
     batch.sequences = asked.by_sequence ? whole.sequences() : 0;
