@@ -7,6 +7,7 @@
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/packed_types.h"
 
 namespace upmoe::cpu {
 
@@ -47,20 +48,11 @@ void add_onto(Out* out, const In* in, std::int64_t n) {
   });
 }
 
-// body(T{}, P{}) of the tensors' type and that of the packed memory; nothing where there are no tensors.
-template <class View, class Body>
-void with_types(std::span<const View> tensors, DType packed, const Body& body) {
-  if (tensors.empty()) return;
-  with_float_type(tensors[0].dtype, [&](auto type) {
-    with_float_type(packed, [&](auto packed_type) { body(type, packed_type); });
-  });
-}
-
 }  // namespace
 
 void pack_parts(Exec&, TensorView packed_PS, std::span<const ConstTensorView> tensors,
                 const PackedParts& packing) {
-  with_types(tensors, packed_PS.dtype, [&](auto type, auto packed_type) {
+  ops::with_packed_types(tensors, packed_PS.dtype, [&](auto type, auto packed_type) {
     using T = decltype(type);
     auto* packed = packed_PS.as<decltype(packed_type)>();
     for_runs(packing, packed_PS.shape[1], kNoRow,
@@ -72,7 +64,7 @@ void pack_parts(Exec&, TensorView packed_PS, std::span<const ConstTensorView> te
 
 void unpack_parts(Exec&, std::span<const TensorView> tensors, ConstTensorView packed_PS,
                   const PackedParts& packing, std::int64_t except, Accumulate mode) {
-  with_types(tensors, packed_PS.dtype, [&](auto type, auto packed_type) {
+  ops::with_packed_types(tensors, packed_PS.dtype, [&](auto type, auto packed_type) {
     using T = decltype(type);
     const auto* packed = packed_PS.as<decltype(packed_type)>();
     for_runs(packing, packed_PS.shape[1], except,

@@ -6,6 +6,7 @@
 #include "kernels/core/balanced.h"
 #include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
+#include "kernels/ops/packed_types.h"
 
 namespace upmoe::cuda {
 
@@ -108,15 +109,6 @@ PackedTensors<T> table_of(std::span<const View> tensors, const PackedParts& pack
   return table;
 }
 
-// body(T{}, P{}) of the tensors' type and that of the packed memory; nothing where there are no tensors.
-template <class View, class Body>
-void with_types(std::span<const View> tensors, DType packed, const Body& body) {
-  if (tensors.empty()) return;
-  with_float_type(tensors[0].dtype, [&](auto type) {
-    with_float_type(packed, [&](auto packed_type) { body(type, packed_type); });
-  });
-}
-
 template <class T>
 unsigned blocks_of(const PackedTensors<T>& table) {
   return blocks_for(table.parts * table.chunks, 1);
@@ -126,7 +118,7 @@ unsigned blocks_of(const PackedTensors<T>& table) {
 
 void pack_parts(Exec& ex, TensorView packed_PS, std::span<const ConstTensorView> tensors,
                 const PackedParts& packing) {
-  with_types(tensors, packed_PS.dtype, [&](auto type, auto packed_type) {
+  ops::with_packed_types(tensors, packed_PS.dtype, [&](auto type, auto packed_type) {
     using T = decltype(type);
     using P = decltype(packed_type);
     const auto table = table_of<const T>(tensors, packing, packed_PS, kNoRow);
@@ -136,7 +128,7 @@ void pack_parts(Exec& ex, TensorView packed_PS, std::span<const ConstTensorView>
 
 void unpack_parts(Exec& ex, std::span<const TensorView> tensors, ConstTensorView packed_PS,
                   const PackedParts& packing, std::int64_t except, Accumulate mode) {
-  with_types(tensors, packed_PS.dtype, [&](auto type, auto packed_type) {
+  ops::with_packed_types(tensors, packed_PS.dtype, [&](auto type, auto packed_type) {
     using T = decltype(type);
     using P = decltype(packed_type);
     const auto table = table_of<T>(tensors, packing, packed_PS, except);
