@@ -14,6 +14,11 @@ namespace upmoe::cuda {
 
 namespace {
 
+// What a rehearsal without a GPU counts as fused is what the kernels take, neither more nor less.
+static_assert(ops::kExpertColumns == sm90::kWidthTile);
+static_assert(ops::kExpertNeurons == sm90::kNeuronTile);
+static_assert(ops::kMostFusedExperts == sm90::kMostExperts);
+
 int size_of_dim(std::int64_t n) {
   UPMOE_CHECK(n <= std::numeric_limits<std::int32_t>::max(), "{} rows or columns", n);
   return static_cast<int>(n);

@@ -14,7 +14,7 @@ struct ExpertShape {
   DType dtype = DType::kF32, gradient = DType::kF32;  // of the weights
 };
 
-// Tiles of the kernels in kernels/cuda/sm90, and their tables.
+// Tiles of the kernels in kernels/cuda/sm90, and their tables; kernels/cuda/experts.cpp holds them to those.
 constexpr std::int64_t kExpertColumns = 256, kExpertNeurons = 128, kMostFusedExperts = 256;
 
 // Empty where they take it.

@@ -10,10 +10,11 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/sm90/experts.cuh"
+
 namespace upmoe::cuda::sm90 {
 
 constexpr int kTileRows = 128;
-constexpr int kMostExperts = 256;
 
 struct RowTile {
   int expert;

@@ -1,13 +1,17 @@
 #pragma once
 // The experts' kernels as functions of the host: pairs of blocks that share what they load, as many stages as
-// shared memory holds. They enqueue and return. Rows R > 0; bf16; D a multiple of 256, F of 128, at most 256
-// experts, addresses of 16 bytes.
+// shared memory holds. They enqueue and return. Rows R > 0; bf16; D a multiple of kWidthTile, F of kNeuronTile, at most
+// kMostExperts experts, addresses of 16 bytes.
 
 #include <cuda_runtime.h>
 
 #include "kernels/core/bf16.h"
 
 namespace upmoe::cuda::sm90 {
+
+// All their tiles divide these (experts.cu), and ops/expert_shape.h says the same of them (cuda/experts.cpp).
+constexpr int kWidthTile = 256, kNeuronTile = 128;
+constexpr int kMostExperts = 256;  // rows of their tables in shared memory
 
 struct ExpertsLaunch {
   cudaStream_t stream = nullptr;
