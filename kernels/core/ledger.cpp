@@ -26,14 +26,14 @@ void Ledger::book(std::string_view op, double flops, double bytes_read, double b
                   .bytes_read = bytes_read,
                   .bytes_written = bytes_written,
                   .model_flops = work == Work::kModel ? flops : 0};
-  if (listener_) listener_(op, cost);
+  if (listener_) listener_({op, cost});
   entry(entries_, op) += cost;
 }
 
 void Ledger::again(std::string_view op, double flops, double bytes_read, double bytes_written, Work work) {
   if (listener_)
-    listener_(std::string(op) + " again",
-              {.calls = 1, .flops = flops, .bytes_read = bytes_read, .bytes_written = bytes_written});
+    listener_(
+        {op, {.calls = 1, .flops = flops, .bytes_read = bytes_read, .bytes_written = bytes_written}, true});
   if (work == Work::kModel) entry(entries_, op).model_again += flops;
 }
 

@@ -25,21 +25,27 @@ struct Cost {
   Cost& operator+=(const Cost& o);
 };
 
+// What a listener is told of an op.
+struct ToldOp {
+  std::string_view name;
+  Cost cost;
+  bool again = false;  // once more what is booked elsewhere: computed, and in no entry but as model_again
+};
+
 // One ledger per rank; not thread-safe.
 class Ledger {
  public:
   void book(std::string_view op, double flops, double bytes_read, double bytes_written,
             Work work = Work::kOther);
-  // An op that computes once more what is booked elsewhere: its work for the model is kept apart, and the listener is
-  // told of "op again".
+  // An op that computes once more what is booked elsewhere: its work for the model is kept apart.
   void again(std::string_view op, double flops, double bytes_read, double bytes_written, Work work);
   void book_sent(std::string_view verb, double bytes);
   const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
   Cost total() const;
   void clear() { entries_.clear(); }
-  // Called with the name and the cost of each op that is booked, or done again, from now on, before it is given to the
-  // device: for timing ops where they run, or where they would.
-  using Listener = std::function<void(std::string_view, const Cost&)>;
+  // Told of each op that is booked, or done again, from now on, before it is given to the device: for timing ops where
+  // they run, or where they would.
+  using Listener = std::function<void(const ToldOp&)>;
   void listen(Listener listener) { listener_ = std::move(listener); }
 
  private:

@@ -111,12 +111,14 @@ std::filesystem::path random_tokens(const Options& o) {
 // before.)
 void profile(Session& s, Trainer& trainer, std::int64_t step) {
   std::vector<std::pair<std::string, std::unique_ptr<gpu::Event>>> points;
-  const auto point = [&](std::string_view op) {
+  const auto point = [&](const std::string& op) {
     points.emplace_back(op, std::make_unique<gpu::Event>(true));
     points.back().second->record(*s.memory.stream);
   };
   point("before the first");
-  s.memory.ledger.listen([&](std::string_view op, const Cost&) { point(op); });
+  s.memory.ledger.listen([&](const ToldOp& told) {
+    point(told.again ? fmt::format("{} again", told.name) : std::string(told.name));
+  });
   trainer.step(step);
   point("end");
   s.memory.ledger.listen({});

@@ -52,9 +52,8 @@ inline RankSeen run_balanced_rank(const Golden& golden, const RunConfig& run, co
   s.open_data(0);
   Trainer trainer(s);
   RankSeen seen;
-  s.memory.ledger.listen([&](std::string_view, const Cost&) {
-    seen.scratch_at_ops = std::max(seen.scratch_at_ops, s.memory.scratch.used());
-  });
+  s.memory.ledger.listen(
+      [&](const ToldOp&) { seen.scratch_at_ops = std::max(seen.scratch_at_ops, s.memory.scratch.used()); });
   for (std::int64_t step = 1; step <= BalancedRun::kSteps; ++step) {
     const StepReport report = trainer.step(step);
     EXPECT_FALSE(report.skipped);

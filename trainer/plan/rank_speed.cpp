@@ -79,14 +79,7 @@ double RankSpeed::product_rate(const std::vector<double>& rates, double edge) co
   return (rates[above - 1] + part * (rates[above] - rates[above - 1])) * tera;
 }
 
-std::string_view without_again(std::string_view op) {
-  constexpr std::string_view kAgain = " again";
-  if (op.ends_with(kAgain)) op.remove_suffix(kAgain.size());
-  return op;
-}
-
 double RankSpeed::op_seconds(std::string_view op, const Cost& cost) const {
-  op = without_again(op);
   const Machine::Rates& r = machine_.rates;
   const bool bf16 = precision_ == Precision::kBf16;
   const double edge = edge_of(cost, bf16 ? 2 : 4);

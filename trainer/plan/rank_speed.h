@@ -12,9 +12,6 @@
 
 namespace upmoe {
 
-// The op's name where a ledger's listener is told that it was done again (kernels/core/ledger.h).
-std::string_view without_again(std::string_view op);
-
 class RankSpeed {
  public:
   // Of one of `ranks` ranks that compute in `precision`. Throws Error(kUsage) that names every key that the machine's

@@ -73,7 +73,7 @@ class RankRehearsal {
   PlannedRank of(const RankKind& kind) const {
     StepClock clock(speed_, speed_ != nullptr ? speed_->ranks_per_node() : world_);
     Rehearsal rehearsal(run_, model_, kind.rank, world_, &clock);
-    rehearsal.listen([&](std::string_view op, const Cost& cost) { clock.op(op, cost); });
+    rehearsal.listen([&](const ToldOp& told) { clock.op(told.name, told.cost); });
     const std::int64_t total = rounds(), first = std::min(total, rounds_until_full(run_.parallel));
     rehearsal.step(first);  // after which updated weights are under way
     clock.take();

@@ -30,7 +30,7 @@ void StepClock::op(std::string_view name, const Cost& cost) {
   const double seconds = speed_->op_seconds(name, cost);
   time_.compute += seconds;
   time_.calls += speed_->call_seconds();
-  time_.by_op[std::string(without_again(name))] += seconds;
+  time_.by_op[std::string(name)] += seconds;
   // What is under way gets on meanwhile, the first one first.
   double left = seconds;
   while (!wire_.empty() && left > 0) {
