@@ -7,6 +7,7 @@
 
 #include "data/posix_file.h"
 #include "data/sha256.h"
+#include "kernels/core/log.h"
 
 namespace upmoe {
 
@@ -78,6 +79,10 @@ std::vector<std::string> tokenizer_differences(const fs::path& model_dir,
           brief(file->tokenizer_sha256())));
   }
   return differences;
+}
+
+void warn_of_tokenizers(const fs::path& model_dir, const std::vector<const TokenFile*>& files) {
+  for (const std::string& words : tokenizer_differences(model_dir, files)) log::warning("{}", words);
 }
 
 }  // namespace upmoe

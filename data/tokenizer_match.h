@@ -16,6 +16,8 @@ namespace upmoe {
 // not say (no tokenizer.json, a digest of zeros, eos_id -1) is passed over. `model_dir` may be empty.
 std::vector<std::string> tokenizer_differences(const std::filesystem::path& model_dir,
                                                const std::vector<const TokenFile*>& files);
+// The same, each as a warning in the log.
+void warn_of_tokenizers(const std::filesystem::path& model_dir, const std::vector<const TokenFile*>& files);
 
 // The tokens that end text for the model in this folder: eos_token_id, a number or several, of its config.json and of
 // its generation_config.json together. `model_dir` may be empty.

@@ -3,8 +3,8 @@
 #include <memory>
 
 #include "data/model_source.h"
-#include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
+#include "launch/token_sets.h"
 #include "launch/whole_model.h"
 #include "parallel/self_comm.h"
 #include "parallel/watchdog.h"
@@ -23,11 +23,7 @@ class Asked {
   std::size_t layers() const { return static_cast<std::size_t>(source_->config().num_hidden_layers); }
   std::unique_ptr<TokenDataset> tokens(const std::filesystem::path& file, std::int64_t seq_len) const {
     log::info("hidden states of {}", file.string());
-    auto data = std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{file, 1.0}}, seq_len, false,
-                                               0, source_->config().vocab_size);
-    for (const std::string& words : tokenizer_differences(source_->companions(), data->files()))
-      log::warning("{}", words);
-    return data;
+    return std::move(open_token_sets(*source_, {.files = {file}, .seq_len = seq_len}).front());
   }
 
  private:

@@ -9,11 +9,11 @@
 #include <optional>
 
 #include "data/model_source.h"
-#include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
 #include "launch/output.h"
+#include "launch/token_sets.h"
 #include "trainer/held_out.h"
 #include "trainer/logits_file.h"
 
@@ -68,22 +68,14 @@ nlohmann::json object_of(const EvalResult& result, std::int64_t sequences) {
           {"seconds", result.seconds}};
 }
 
-using Sets = std::vector<std::unique_ptr<TokenDataset>>;
-
-Sets open_sets(const EvalArguments& a, const ModelSource& source, bool speaks) {
-  Sets sets;
-  std::vector<const TokenFile*> files;
-  for (const std::string& file : a.data) {
-    sets.push_back(std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{file, 1.0, a.loss_mask}},
-                                                  a.seq_len, false, 0, source.config().vocab_size));
-    files.push_back(sets.back()->files().front());
-    if (speaks && a.sequences > sets.back()->num_sequences())
-      log::warning("--sequences {}: {} holds {} of {} tokens; all of them are used", a.sequences, file,
-                   sets.back()->num_sequences(), a.seq_len);
-  }
-  if (!speaks) return sets;
-  for (const std::string& words : tokenizer_differences(source.companions(), files))
-    log::warning("{}", words);
+TokenSets open_sets(const EvalArguments& a, const ModelSource& source, bool speaks) {
+  const std::vector<std::filesystem::path> files(a.data.begin(), a.data.end());
+  TokenSets sets = open_token_sets(
+      source, {.files = files, .seq_len = a.seq_len, .loss_mask = a.loss_mask, .warns = speaks});
+  for (std::size_t i = 0; i < sets.size() && speaks; ++i)
+    if (a.sequences > sets[i]->num_sequences())
+      log::warning("--sequences {}: {} holds {} of {} tokens; all of them are used", a.sequences, a.data[i],
+                   sets[i]->num_sequences(), a.seq_len);
   return sets;
 }
 
@@ -91,7 +83,7 @@ std::int64_t sequences_of(const EvalArguments& a, const TokenDataset& data) {
   return a.sequences == 0 ? data.num_sequences() : std::min(a.sequences, data.num_sequences());
 }
 
-std::vector<HeldOutLoss> evaluate_sets(const EvalArguments& a, RankModel& model, const Sets& sets,
+std::vector<HeldOutLoss> evaluate_sets(const EvalArguments& a, RankModel& model, const TokenSets& sets,
                                        const LmHead::Sink& sink) {
   const std::vector<std::string> names = set_names(a.data, a.names);
   std::vector<HeldOutLoss> losses;
@@ -110,7 +102,8 @@ std::vector<HeldOutLoss> evaluate_sets(const EvalArguments& a, RankModel& model,
 }
 
 // Of one set its own; of several all together, and each by its name.
-nlohmann::json report_of(const EvalArguments& a, const std::vector<HeldOutLoss>& losses, const Sets& sets) {
+nlohmann::json report_of(const EvalArguments& a, const std::vector<HeldOutLoss>& losses,
+                         const TokenSets& sets) {
   std::int64_t sequences = 0;
   for (const auto& set : sets) sequences += sequences_of(a, *set);
   nlohmann::json report = object_of(together(losses), sequences);
@@ -133,7 +126,7 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
 
   RankModel model(config, evaluation_mesh(config, world.size()), world, device,
                   {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
-  Sets sets;
+  TokenSets sets;
   run_agreed(world, [&] {
     model.params.load(model.memory.exec,
                       [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });

@@ -8,11 +8,11 @@
 #include "data/folder.h"
 #include "data/model_source.h"
 #include "data/staged_directory.h"
-#include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "launch/output.h"
 #include "launch/python_tool.h"
 #include "launch/text_codec.h"
+#include "launch/token_sets.h"
 #include "launch/whole_model.h"
 #include "parallel/self_comm.h"
 #include "trainer/routing_counts.h"
@@ -23,13 +23,11 @@ namespace fs = std::filesystem;
 
 namespace {
 
-using Sources = std::vector<std::unique_ptr<TokenDataset>>;
-
 std::int64_t sequences_of(const RoutingRequest& request, const TokenDataset& data) {
   return request.sequences == 0 ? data.num_sequences() : std::min(request.sequences, data.num_sequences());
 }
 
-std::vector<std::int64_t> counts_of(const RoutingRequest& request, const Sources& sources,
+std::vector<std::int64_t> counts_of(const RoutingRequest& request, const TokenSets& sources,
                                     std::int64_t vocab) {
   std::vector<std::int64_t> counts(static_cast<std::size_t>(vocab), 0);
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(request.seq_len)), targets(tokens.size());
@@ -41,7 +39,7 @@ std::vector<std::int64_t> counts_of(const RoutingRequest& request, const Sources
   return counts;
 }
 
-TokenClasses classes_of(const ModelSource& model, const RoutingRequest& request, const Sources& sources) {
+TokenClasses classes_of(const ModelSource& model, const RoutingRequest& request, const TokenSets& sources) {
   const std::int64_t vocab = model.config().vocab_size;
   const fs::path tokenizer = model.companions() / "tokenizer.json";
   if (model.companions().empty() || !fs::is_regular_file(tokenizer))
@@ -73,15 +71,8 @@ int write_results(const fs::path& folder, const std::string& counts) {
 int inspect_routing(const RoutingRequest& request, bool as_json) {
   const std::unique_ptr<ModelSource> source = open_model(request.model);
   const std::unique_ptr<Communicator> self = make_self_communicator();
-  Sources sources;
-  std::vector<const TokenFile*> files;
-  for (const std::string& file : request.tokens) {
-    sources.push_back(std::make_unique<TokenDataset>(std::vector<TokenDataset::Source>{{file, 1.0}},
-                                                     request.seq_len, false, 0, source->config().vocab_size));
-    files.push_back(sources.back()->files().front());
-  }
-  for (const std::string& words : tokenizer_differences(source->companions(), files))
-    log::warning("{}", words);
+  const std::vector<fs::path> files(request.tokens.begin(), request.tokens.end());
+  const TokenSets sources = open_token_sets(*source, {.files = files, .seq_len = request.seq_len});
   RoutingCounts counts(source->config(), classes_of(*source, request, sources), request.seq_len);
   const std::unique_ptr<RankModel> model = whole_model(*source, *self, request.precision);
   const std::vector<std::string> names = names_of(request.tokens);

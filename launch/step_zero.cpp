@@ -2,8 +2,7 @@
 
 #include <memory>
 
-#include "data/tokenizer_match.h"
-#include "kernels/core/log.h"
+#include "launch/token_sets.h"
 #include "launch/whole_model.h"
 #include "parallel/self_comm.h"
 #include "trainer/model_distance.h"
@@ -12,13 +11,11 @@ namespace upmoe {
 StepZero measure_step_zero(const std::filesystem::path& source, const std::filesystem::path& made,
                            const StepZeroRequest& request) {
   const std::unique_ptr<ModelSource> dense = open_model(source), mixture = open_model(made);
-  const TokenDataset data({{request.tokens, 1.0}}, request.seq_len, false, 0, dense->config().vocab_size);
-  for (const std::string& words : tokenizer_differences(dense->companions(), data.files()))
-    log::warning("{}", words);
+  const TokenSets sets = open_token_sets(*dense, {.files = {request.tokens}, .seq_len = request.seq_len});
   const std::unique_ptr<Communicator> self = make_self_communicator();
   const std::unique_ptr<RankModel> origin = whole_model(*dense, *self, request.precision),
                                    model = whole_model(*mixture, *self, request.precision);
-  const ModelDistance distance = distance_between(*model, *origin, data, request.sequences);
+  const ModelDistance distance = distance_between(*model, *origin, *sets.front(), request.sequences);
   return {distance.loss, distance.origin_loss, distance.divergence, distance.tokens, request.seq_len};
 }
 

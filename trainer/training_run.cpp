@@ -147,9 +147,7 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   if (world_.rank() != 0) return;
   std::vector<const TokenFile*> files = s.data->files();
   for (const HeldOutData& set : valid_) files.push_back(set.data->files().front());
-  for (const std::string& words :
-       tokenizer_differences(source_ == nullptr ? fs::path(run_.model.path) : source_->companions(), files))
-    log::warning("{}", words);
+  warn_of_tokenizers(source_ == nullptr ? fs::path(run_.model.path) : source_->companions(), files);
 }
 
 // What the other order of the data comes from, where this rank knows it.
