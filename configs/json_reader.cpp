@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -166,6 +167,16 @@ std::optional<std::vector<std::int64_t>> JsonObject::integers(const std::string&
   if (good) return out;
   refuse(key,
          fmt::format("found {}, expected a list of whole numbers from {} to {}", shown(*value), least, most));
+  return std::nullopt;
+}
+
+std::optional<std::vector<std::string>> JsonObject::texts(const std::string& key, bool required) {
+  const auto* value = static_cast<const json*>(find(key, required));
+  if (value == nullptr) return std::nullopt;
+  if (value->is_array() &&
+      std::all_of(value->begin(), value->end(), [](const json& item) { return item.is_string(); }))
+    return value->get<std::vector<std::string>>();
+  refuse(key, fmt::format("found {}, expected a list of texts", shown(*value)));
   return std::nullopt;
 }
 

@@ -29,6 +29,7 @@ class JsonObject {
   std::optional<std::string> text(const std::string& key, bool required);
   std::optional<std::vector<std::int64_t>> integers(const std::string& key, std::int64_t least,
                                                     std::int64_t most);
+  std::optional<std::vector<std::string>> texts(const std::string& key, bool required);
   // A nested object; null when missing or null. Its problems are told as "WHERE: KEY: ...".
   std::unique_ptr<JsonObject> object(const std::string& key);
   // Any value as compact JSON, for comparing with fixed texts; empty when missing or null.

@@ -60,13 +60,18 @@ void read_lora(JsonObject& json, ModelConfig& c) {
   c.lora.alpha = lora->number("alpha", true).value_or(1);
   if (!(c.lora.alpha > 0)) lora->refuse("alpha", fmt::format("found {}, expected more than 0", c.lora.alpha));
   // A list of names, each known and once, in their order: as it is written.
-  const std::string found = lora->as_text("targets");
   c.lora.targets.clear();
-  for (const auto& [target, name] : kNames<LoraTarget>.built)
-    if (found.find(fmt::format("\"{}\"", name)) != std::string::npos) c.lora.targets.push_back(target);
-  const std::string known = fmt::format("[\"{}\"]", fmt::join(names_of(c.lora.targets), "\",\""));
-  if (c.lora.targets.empty() || known != found)
-    lora->refuse("targets", fmt::format("found {}, expected some of q_proj to down_proj in order", found));
+  const auto names = lora->texts("targets", true);
+  if (!names) return;
+  bool good = !names->empty();
+  for (const std::string& name : *names) {
+    const std::optional<LoraTarget> target = value_named<LoraTarget>(name);
+    good = good && target && (c.lora.targets.empty() || c.lora.targets.back() < *target);
+    if (good) c.lora.targets.push_back(*target);
+  }
+  if (!good)
+    lora->refuse("targets", fmt::format("found {}, expected some of {} in order", lora->as_text("targets"),
+                                        fmt::join(name_list<LoraTarget>().built, ", ")));
 }
 
 void write_lora(const ModelConfig& c, JsonWriter& json) {

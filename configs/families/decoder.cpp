@@ -141,11 +141,11 @@ void require_silu(JsonObject& json) {
 }
 
 void require_full_attention(JsonObject& json) {
-  const std::string types = json.as_text("layer_types");
-  std::string rest = types;
-  for (std::size_t at; (at = rest.find("\"full_attention\"")) != std::string::npos;) rest.erase(at, 16);
-  if (rest.find_first_not_of("[],") != std::string::npos)
-    json.refuse("layer_types", fmt::format("found {}, only full_attention is supported", types));
+  for (const std::string& type : json.texts("layer_types", false).value_or(std::vector<std::string>{})) {
+    if (type == "full_attention") continue;
+    json.refuse("layer_types", fmt::format("found {}, only full_attention is supported", type));
+    return;
+  }
 }
 
 void write_decoder(const ModelConfig& c, JsonWriter& json) {

@@ -49,6 +49,11 @@ TEST(LoraRecord, GoesThroughAConfigJson) {
   EXPECT_THAT(refusal("\"rank\": 4", "\"rank\": 0"), HasSubstr("rank"));
   EXPECT_THAT(refusal("\"alpha\": 8.0", "\"alpha\": 0.0"), HasSubstr("alpha"));
   EXPECT_THAT(refusal("q_proj", "c_proj"), HasSubstr("targets"));
+  EXPECT_THAT(refusal("q_proj", "k_proj"), HasSubstr("q_proj, k_proj")) << "one of them twice";
+  EXPECT_THAT(refusal("q_proj", "down_proj"), HasSubstr("in order"));
+  EXPECT_THAT(refusal("q_proj", "q_proj k_proj"), HasSubstr("targets"));
+  EXPECT_THAT(refusal("\"q_proj\"", "7"), HasSubstr("list of texts"));
+  EXPECT_THAT(refusal("\"targets\"", "\"target\""), HasSubstr("targets"));
 }
 
 std::vector<std::string> adapters_of(const ModelConfig& config, int layer) {

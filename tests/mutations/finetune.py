@@ -23,6 +23,9 @@ MUTANTS = {
         "      const std::int64_t index",
         "    for (std::int64_t round = 0; round < 1; ++round) {\n      const std::int64_t index", "Loader.*",
         "batch_loader_test"),
+    "targets_in_any_order_and_twice": (
+        "configs/lora_record.cpp", " && (c.lora.targets.empty() || c.lora.targets.back() < *target)", "",
+        "LoraRecord.*", "lora_record_test"),
     "frozen_experts_keep_their_rows": (
         "trainer/model/experts.h",
         "return gate_up_eGD.wants_grad() || wants_grad(gate_up_adapter) || !keeps.gate_up;", "return true;",
