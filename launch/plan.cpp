@@ -2,9 +2,8 @@
 
 #include <filesystem>
 
-#include "configs/lora_record.h"
-#include "configs/router_record.h"
 #include "configs/shipped_file.h"
+#include "configs/trained_model.h"
 #include "data/model_source.h"
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
@@ -37,7 +36,7 @@ std::optional<Machine> machine_of(const PlanArguments& a) {
 
 PlanReport report_of(const PlanArguments& a) {
   const RunConfig run = read_run_config(a.file, a.overrides);
-  const ModelConfig model = with_lora(with_router(config_of_model(run.model.path), run.router), run.lora);
+  const ModelConfig model = trained_model(run, config_of_model(run.model.path));
   const std::optional<Machine> machine = machine_of(a);
   PlanRequest request;
   request.run = a.file;

@@ -5,6 +5,7 @@
 #include "configs/lora_record.h"
 #include "configs/nearest_meshes.h"
 #include "configs/router_record.h"
+#include "configs/trained_model.h"
 #include "data/model_source.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
@@ -26,11 +27,6 @@ namespace upmoe {
 namespace fs = std::filesystem;
 
 namespace {
-
-// What is trained: the model with what the run asks for beside it.
-ModelConfig model_of(const RunConfig& run, const ModelConfig& source) {
-  return with_lora(with_router(source, run.router), run.lora);
-}
 
 class Run {
  public:
@@ -78,9 +74,9 @@ class Run {
   // Weights to start from are opened only where they are wanted: init: random needs config.json alone.
   ModelConfig open_config(const std::optional<fs::path>& checkpoint) {
     if (!checkpoint && run_.model.init == ModelInit::kRandom)
-      return model_of(run_, read_model_config(run_.model.path));
+      return trained_model(run_, read_model_config(run_.model.path));
     source_ = open_model(checkpoint ? *checkpoint : fs::path(run_.model.path));
-    const ModelConfig config = model_of(run_, source_->config());
+    const ModelConfig config = trained_model(run_, source_->config());
     require_same_lora(source_->config(), config, source_->directory().string(), checkpoint.has_value());
     if (checkpoint) require_same_router(source_->config(), config, checkpoint->string());
     return config;

@@ -9,6 +9,7 @@
 
 #include "configs/adapter_params.h"
 #include "configs/families/family.h"
+#include "configs/trained_model.h"
 #include "tests/support/tiny_moe.h"
 
 namespace upmoe {
@@ -175,6 +176,18 @@ TEST(Lora, OfAConfiguration) {
   } catch (const Error& e) {
     EXPECT_THAT(e.what(), HasSubstr("lora.dropout: 0.1 is not built yet"));
   }
+}
+
+TEST(TrainedModel, HasTheRoutersAndTheAdaptersOfTheRun) {
+  RunConfig run;
+  EXPECT_EQ(to_hf_json(trained_model(run, model_with({}))), to_hf_json(model_with({})));
+  run.router.score = RouterScore::kSigmoid;
+  run.router.bias_rate = 0.001;
+  run.lora = {4, 8, {kValue, kQuery}};
+  const ModelConfig trained = trained_model(run, model_with({}));
+  EXPECT_EQ(trained.router.score, RouterScore::kSigmoid);
+  EXPECT_TRUE(trained.router_bias);
+  EXPECT_THAT(trained.lora.targets, ElementsAre(kQuery, kValue));
 }
 
 }  // namespace

@@ -26,6 +26,9 @@ MUTANTS = {
     "targets_in_any_order_and_twice": (
         "configs/lora_record.cpp", " && (c.lora.targets.empty() || c.lora.targets.back() < *target)", "",
         "LoraRecord.*", "lora_record_test"),
+    "routers_of_the_source_are_trained": (
+        "configs/trained_model.cpp", "with_router(std::move(source), run.router)", "std::move(source)",
+        "TrainedModel.*", "lora_record_test"),
     "frozen_experts_keep_their_rows": (
         "trainer/model/experts.h",
         "return gate_up_eGD.wants_grad() || wants_grad(gate_up_adapter) || !keeps.gate_up;", "return true;",
