@@ -11,21 +11,15 @@ failed; not_run (it cannot here); not_taken (the tool does not take the model).
 
 import datetime
 import json
-import os
 import platform
 import sys
 from pathlib import Path
 
 from command_line import BadInput, BadUsage, run_tool
+from whole_file import write_whole
 
 STATUSES = {"done": 0, "differs": 1, "failed": 1, "not_run": 69, "not_taken": 69}
 BEGIN, END = "<!-- launch/after_training.sh EXPORT --record -->", "<!-- end -->"
-
-
-def write_whole(path, text):
-    part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def note(out, step, status, words, versions=None):

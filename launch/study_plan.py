@@ -9,7 +9,8 @@ from statistics import median
 
 from command_line import BadInput, display
 from study_chain import PROBE_STEPS
-from study_work import StageFailed, write_whole
+from study_work import StageFailed
+from whole_file import write_whole
 
 CHECKPOINTS = 3        # of a run: two that stay and one that is written
 FORWARD_SHARE = 1 / 3  # of a training step

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from run_metrics import read_run
 from study_statistics import Curve, cost_ratio, interval, loss_difference, verdict
-from study_work import write_whole
+from whole_file import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 from command_line import BadInput, display
 from study_file import ROOT, STANDARD_TEXT
+from whole_file import write_whole
 
 sys.path.append(str(ROOT / "data"))
 from hdf5_child import die_with  # noqa: E402
@@ -41,12 +42,6 @@ class StageFailed(BadInput):
 
 class Stopped(Exception):
     """A request to stop reached the study."""
-
-
-def write_whole(path, text):
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def bytes_in(folder):

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from command_line import BadInput, end_without_package, run_tool
+from whole_file import whole_file
 
 
 def missing_package(error):
@@ -219,13 +220,12 @@ def main():
         import gguf
     except ImportError as e:
         end_without_package("write_gguf", missing_package(e))
-    part = f"{args.out}.part"
-    writer = fill(lambda architecture: gguf.GGUFWriter(part, architecture), args.model)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(part, args.out)
+    with whole_file(args.out) as part:
+        writer = fill(lambda architecture: gguf.GGUFWriter(part, architecture), args.model)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     print(f"{args.out}: {os.path.getsize(args.out)} bytes")
     return 0
 

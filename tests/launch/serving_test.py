@@ -173,7 +173,7 @@ class Script(unittest.TestCase):
         self.addCleanup(temporary.cleanup)
         self.project = Path(temporary.name) / "project"
         for name in ("after_training.sh", "serving_record.py", "serving_steps.py", "write_gguf.py", "command_line.py",
-                     "serving_requirements.txt", "serving_requirements_gpu.txt"):
+                     "whole_file.py", "serving_requirements.txt", "serving_requirements_gpu.txt"):
             self.copy(f"launch/{name}")
         self.copy("docs/serving.md")
         self.export = Path(temporary.name) / "export"

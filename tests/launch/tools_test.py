@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "launch"))
 import collect_text  # noqa: E402
 import quickstart_table  # noqa: E402
 from command_line import BadInput, BadUsage, run_tool  # noqa: E402
+from whole_file import whole_file, write_whole  # noqa: E402
 
 
 def status_and_words(main):
@@ -28,6 +29,22 @@ def status_and_words(main):
 
 def throw(error):
     raise error
+
+
+class WholeFiles(unittest.TestCase):
+    def test_a_file_is_the_old_one_until_the_new_one_is_whole(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "done.json"
+            write_whole(path, "first")
+            with self.assertRaises(BadInput), whole_file(path) as part:
+                part.write_text("sec", encoding="utf-8")
+                raise BadInput("cut off")
+            self.assertEqual(path.read_text(encoding="utf-8"), "first")
+            with whole_file(str(path)) as part:
+                part.write_text("second", encoding="utf-8")
+                self.assertEqual(path.read_text(encoding="utf-8"), "first")
+            self.assertEqual(path.read_text(encoding="utf-8"), "second")
+            self.assertEqual(list(Path(folder).iterdir()), [path])
 
 
 class Endings(unittest.TestCase):
