@@ -1,11 +1,13 @@
 #include "upcycle/dense_source.h"
 
+#include <algorithm>
 #include <map>
 #include <utility>
 
 #include "configs/model_folder.h"
 #include "data/checkpoint_folder.h"
 #include "data/model_source.h"
+#include "kernels/core/bf16.h"
 
 namespace upmoe {
 namespace {
@@ -71,6 +73,23 @@ const std::byte* SourceFfn::data(FfnMatrix matrix) const {
       return down.data();
   }
   fail(ExitCode::kFailure, "no such FFN matrix");
+}
+
+void to_floats(const std::byte* in, DType dtype, std::int64_t count, float* out) {
+  if (dtype == DType::kBF16) {
+    std::transform(reinterpret_cast<const bf16*>(in), reinterpret_cast<const bf16*>(in) + count, out,
+                   [](bf16 v) { return to_float(v); });
+  } else {
+    std::copy_n(reinterpret_cast<const float*>(in), count, out);
+  }
+}
+
+void read_rows(const SourceFfn& ffn, FfnMatrix matrix, DType dtype, std::int64_t begin, std::int64_t end,
+               std::int64_t stride, float* out) {
+  const std::int64_t columns = matrix == FfnMatrix::kDown ? ffn.width : ffn.model_width;
+  for (std::int64_t r = begin; r < end; ++r)
+    to_floats(ffn.data(matrix) + static_cast<std::size_t>(r * columns) * size_of(dtype), dtype, columns,
+              out + (r - begin) * stride);
 }
 
 DenseSource::DenseSource(const std::filesystem::path& dir, SourceKind kind)

@@ -22,6 +22,12 @@ struct SourceFfn {
   const std::byte* data(FfnMatrix matrix) const;
 };
 
+// `count` elements of `dtype`, a source's, as fp32.
+void to_floats(const std::byte* in, DType dtype, std::int64_t count, float* out);
+// Rows [begin, end) of one of its matrices as fp32, the first at `out`, each `stride` elements behind the one before.
+void read_rows(const SourceFfn& ffn, FfnMatrix matrix, DType dtype, std::int64_t begin, std::int64_t end,
+               std::int64_t stride, float* out);
+
 // What a recipe starts from: a dense model, or a mixture that is to grow.
 enum class SourceKind : std::uint8_t { kDense, kMixture };
 

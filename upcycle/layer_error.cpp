@@ -21,15 +21,6 @@ constexpr std::size_t kAddressSpace = std::size_t{1} << 34;
 // Rows [begin, end) of a matrix as fp32, the first at `out`, each `stride` behind the one before.
 using ReadRows = std::function<void(std::int64_t begin, std::int64_t end, std::int64_t stride, float* out)>;
 
-void to_floats(const std::byte* in, DType dtype, std::int64_t count, float* out) {
-  if (dtype == DType::kBF16) {
-    std::transform(reinterpret_cast<const bf16*>(in), reinterpret_cast<const bf16*>(in) + count, out,
-                   [](bf16 v) { return to_float(v); });
-  } else {
-    std::copy_n(reinterpret_cast<const float*>(in), count, out);
-  }
-}
-
 ReadRows rows_of(const RecipeLine& line, const FillContext& context) {
   return [&](std::int64_t begin, std::int64_t end, std::int64_t stride, float* out) {
     const DType dtype = context.source.dtype();
@@ -42,12 +33,8 @@ ReadRows rows_of(const RecipeLine& line, const FillContext& context) {
 }
 
 ReadRows rows_of(const SourceFfn& ffn, FfnMatrix matrix, DType dtype) {
-  const std::int64_t columns = matrix == FfnMatrix::kDown ? ffn.width : ffn.model_width;
-  return [data = ffn.data(matrix), columns, dtype](std::int64_t begin, std::int64_t end, std::int64_t stride,
-                                                   float* out) {
-    for (std::int64_t r = begin; r < end; ++r)
-      to_floats(data + static_cast<std::size_t>(r * columns) * size_of(dtype), dtype, columns,
-                out + (r - begin) * stride);
+  return [&ffn, matrix, dtype](std::int64_t begin, std::int64_t end, std::int64_t stride, float* out) {
+    read_rows(ffn, matrix, dtype, begin, end, stride, out);
   };
 }
 

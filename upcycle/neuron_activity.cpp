@@ -4,7 +4,6 @@
 #include <cmath>
 #include <numeric>
 
-#include "kernels/core/bf16.h"
 #include "kernels/ops/gemm.h"
 #include "parallel/threads.h"
 
@@ -25,12 +24,8 @@ void to_unit_length(float* row, std::int64_t count) {
 
 // Row `row` of gate or up as fp32, of length 1.
 void unit_row(const SourceFfn& ffn, FfnMatrix matrix, DType dtype, std::int64_t row, float* out) {
-  const std::int64_t D = ffn.model_width;
-  const std::byte* from = ffn.data(matrix) + static_cast<std::size_t>(row * D) * size_of(dtype);
-  for (std::int64_t d = 0; d < D; ++d)
-    out[d] = dtype == DType::kBF16 ? to_float(reinterpret_cast<const bf16*>(from)[d])
-                                   : reinterpret_cast<const float*>(from)[d];
-  to_unit_length(out, D);
+  read_rows(ffn, matrix, dtype, row, row + 1, ffn.model_width, out);
+  to_unit_length(out, ffn.model_width);
 }
 
 // h_tF = silu(x_tD g_FD^T) * (x_tD u_FD^T), some neurons at a time.
