@@ -166,7 +166,10 @@ part_models() {
   say_beside second train_run second device=cuda train.steps=10
   say_beside on_cpu train_run on_cpu device=cpu train.steps=10
   say_beside offloaded train_run offloaded device=cuda train.steps=10 optimizer.offload=true
-  for how in norms swiglu routed_up up ffn block; do
+  local ways # every value of train.recompute but none
+  ways=$("$suite/bin/upmoe" train --help | sed -n 's/^ *train\.recompute = .*\[none | \(.*\)\]$/\1/p' | tr -d '|')
+  say ways_to_recompute test -n "$ways"
+  for how in $ways; do
     say_beside "recompute_$how" train_run "recompute_$how" device=cuda train.steps=10 "train.recompute=$how"
   done
   for how in one two; do
@@ -178,7 +181,7 @@ part_models() {
   say bf16_twice_the_same same_losses bf16_one bf16_two
   say beside_the_cpu close_losses first on_cpu
   say offloaded_the_same same_losses first offloaded
-  for how in norms swiglu routed_up up ffn block; do
+  for how in $ways; do
     say "recompute_${how}_the_same" same_losses first "recompute_$how"
   done
   say resume resumed

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,15 @@ def checked(command, threads):
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))} failed with {done.returncode}:\n{done.stderr}")
     return done
+
+
+def choices_of(binary, key):
+    """The values that a run's key takes, as the program's help names them."""
+    words = checked([binary, "train", "--help"], 1).stdout
+    told = re.search(rf"^ *{re.escape(key)} = .*\[(.*)\]$", words, re.MULTILINE)
+    if told is None:
+        raise SystemExit(f"{binary} train --help tells no values of {key}")
+    return told[1].split(" | ")
 
 
 def train(folder, binary, shape, precision, *, ranks=1, threads=2, launcher=None, **run):

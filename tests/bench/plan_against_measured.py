@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from bench_record import ROOT, checked, parser_of, run_tool, train, write_record, write_run
+from bench_record import ROOT, checked, choices_of, parser_of, run_tool, train, write_record, write_run
 
-POLICIES = ("none", "norms", "swiglu", "routed_up", "up", "ffn", "block")
 ALLOWED = {"tensors": 0.05, "resident": 0.15, "seconds": 0.15}
 TIMED_RANKS = 2  # more share the cores of a small machine
 
@@ -61,17 +60,18 @@ def compare(args, folder, shape, precision, ranks, recompute):
 def main():
     parser = parser_of(__doc__, ["tiny", "mid"], ["fp32"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--policies", nargs="+", help="values of train.recompute (default: all)")
     own = ROOT / "configs" / "machines" / "this.yaml"
     parser.add_argument("--machine", type=Path, default=own if own.exists() else None,
                         help="what `upmoe doctor --measure` wrote; without it times are not compared")
     args = parser.parse_args()
+    policies = args.policies or choices_of(args.binary, "train.recompute")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
             for precision in args.precisions:
                 for ranks in args.ranks:
-                    for recompute in args.policies:
+                    for recompute in policies:
                         results.append(compare(args, Path(folder), shape, precision, ranks, recompute))
     missed = sum(not ok for r in results for ok in r["within"].values())
     print(f"{missed} of {sum(len(r['within']) for r in results)} outside of what is allowed")

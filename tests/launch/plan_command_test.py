@@ -17,6 +17,9 @@ import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "tests" / "bench"))
+from bench_record import choices_of  # noqa: E402
+
 BINARY = os.environ["UPMOE_BINARY"]
 DOCUMENT, PICTURE = ROOT / "docs" / "plan.md", ROOT / "docs" / "plan_growth.png"
 # A command, and between the marks below it the table that it prints.
@@ -82,6 +85,13 @@ class Plan(unittest.TestCase):
                              {"calls", "flops", "model_flops", "flops_again", "bytes", "seconds"})
             self.assertEqual(set(rank["verbs"]["all_to_all_rows"]),
                              {"transfers", "bytes_inside_node", "bytes_between_nodes", "seconds_waited"})
+
+    # What plan_against_measured.py goes through.
+    def test_the_ways_to_recompute_are_the_programs(self):
+        ways = choices_of(BINARY, "train.recompute")
+        self.assertEqual((ways[0], ways[-1]), ("none", "block"))
+        for way in ways:
+            self.planned(FULL, MODEL, "--world", 8, f"train.recompute={way}")
 
     def test_any_number_of_ranks_within_ten_seconds(self):
         for world, ep in ((1, 1), (8, 8), (64, 32), (512, 16), (4096, 32)):
