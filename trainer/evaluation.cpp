@@ -96,7 +96,7 @@ EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOption
     if (sink)
       shifted = [&](std::int64_t row, ConstTensorView logits_CV) { sink(first_row + row, logits_CV); };
     Transformer::SeeRouting placed;
-    if (routing) placed = [&](int block, const Choices& choices) { routing(first_row, block, choices); };
+    if (routing) placed = [&](int block, const Choices& choices) { routing(batch.tokens_T, block, choices); };
     sums[0] += model.pipeline.evaluate(model.memory.exec, batch, shifted, placed);
     sums[1] += static_cast<double>(counted_targets(batch, model.mesh));
   }

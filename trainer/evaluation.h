@@ -26,9 +26,9 @@ MeshSpec evaluation_mesh(const ModelConfig& config, int ranks);
 
 // Sequences begin..begin+n-1 of `data` in file order, dealt to the data-parallel ranks. Collective; the same result on
 // every rank. Throws Error(kBadInput) when a loss mask leaves no target.
-// `sink` sees the logits (row = token index of the whole evaluation), `routing` what each mixture chose for the tokens
-// from `row` on; only with one rank.
-using SeeRouting = std::function<void(std::int64_t row, int block, const Choices& choices)>;
+// `sink` sees the logits (row = token index of the whole evaluation), `routing` what each mixture, in the order of the
+// blocks, chose for the tokens of a micro-batch, whole sequences on the host; only with one rank.
+using SeeRouting = std::function<void(ConstTensorView tokens_T, int block, const Choices& choices)>;
 EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOptions& options,
                     const LmHead::Sink& sink = {}, const SeeRouting& routing = {});
 

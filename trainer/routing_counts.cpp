@@ -144,20 +144,32 @@ std::pair<std::int64_t, std::int64_t> RoutingCounts::bounds_of(std::int64_t part
   return {begin(part), begin(part + 1)};
 }
 
-// `tokens`: those that the choices are of, whole sequences.
-void RoutingCounts::count(const std::vector<std::int32_t>& tokens, int block, const Choices& choices) {
+void RoutingCounts::count_tokens(ConstTensorView tokens_T) {
+  const std::int64_t T = tokens_T.rows();
+  sources_.back().tokens += T;
+  sources_.back().sequences += T / seq_len_;
+  for (std::int64_t t = 0; t < T; ++t) {
+    const auto token = static_cast<std::size_t>(tokens_T.as<std::int32_t>()[t]);
+    if (token >= classes_.of_token.size())
+      classes_.of_token.resize(token + 1, static_cast<int>(classes_.names.size()) - 1);
+    ++tokens_by_class_[static_cast<std::size_t>(classes_.of_token[token])];
+    ++tokens_by_position_[static_cast<std::size_t>(t % seq_len_ * parts_ / seq_len_)];
+  }
+}
+
+void RoutingCounts::count(ConstTensorView tokens_T, int block, const Choices& choices) {
   MixtureCounts& to = mixtures_[static_cast<std::size_t>(mixture_of_block_[static_cast<std::size_t>(block)])];
   const std::size_t source = sources_.size() - 1;
   const std::int64_t T = choices.index_TK.rows(), K = choices.index_TK.shape[1];
   const auto* index_TK = choices.index_TK.as<std::int32_t>();
   const auto* weight_TK = choices.weight_TK.as<float>();
-  UPMOE_CHECK(T == static_cast<std::int64_t>(tokens.size()), "choices of other tokens");
+  const auto* tokens = tokens_T.as<std::int32_t>();
+  UPMOE_CHECK(T == tokens_T.rows(), "choices of other tokens");
   Chosen before;
   for (std::int64_t t = 0; t < T; ++t) {
     const Chosen now(index_TK + t * K, weight_TK + t * K, K);
     const auto part = static_cast<std::size_t>(t % seq_len_ * parts_ / seq_len_);
-    const auto kind = static_cast<std::size_t>(
-        classes_.of_token[static_cast<std::size_t>(tokens[static_cast<std::size_t>(t)])]);
+    const auto kind = static_cast<std::size_t>(classes_.of_token[static_cast<std::size_t>(tokens[t])]);
     for (const std::int32_t expert : now.experts) {
       const auto e = static_cast<std::size_t>(expert);
       ++to.by_source[source][e];
@@ -185,28 +197,9 @@ void RoutingCounts::add_source(const std::string& name, RankModel& model, const 
     for (auto* of_sources : {&m.pairs, &m.same_first}) of_sources->push_back(0);
     m.overlap.push_back(0);
   }
-  const auto S = static_cast<std::size_t>(seq_len_);
-  std::vector<std::int32_t> tokens, targets(S);
-  std::int64_t read_row = -1;  // which tokens those are
-  const SeeRouting see = [&](std::int64_t row, int block, const Choices& choices) {
-    const std::int64_t T = choices.index_TK.rows();
-    if (row != read_row) {
-      tokens.resize(static_cast<std::size_t>(T));
-      for (std::int64_t t = 0; t < T; t += seq_len_)
-        data.read(options.begin + (row + t) / seq_len_,
-                  std::span(tokens).subspan(static_cast<std::size_t>(t), S), targets, {}, {});
-      read_row = row;
-      sources_.back().tokens += T;
-      sources_.back().sequences += T / seq_len_;
-      for (std::int64_t t = 0; t < T; ++t) {
-        const auto token = static_cast<std::size_t>(tokens[static_cast<std::size_t>(t)]);
-        if (token >= classes_.of_token.size())
-          classes_.of_token.resize(token + 1, static_cast<int>(classes_.names.size()) - 1);
-        ++tokens_by_class_[static_cast<std::size_t>(classes_.of_token[token])];
-        ++tokens_by_position_[static_cast<std::size_t>(t % seq_len_ * parts_ / seq_len_)];
-      }
-    }
-    count(tokens, block, choices);
+  const SeeRouting see = [&](ConstTensorView tokens_T, int block, const Choices& choices) {
+    if (block == mixtures_.front().block) count_tokens(tokens_T);  // once for all of them
+    count(tokens_T, block, choices);
   };
   sources_.back().loss = evaluate(model, data, options, {}, see).loss;
 }

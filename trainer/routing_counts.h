@@ -64,8 +64,9 @@ class RoutingCounts {
   std::string summary() const;                               // for people: a line for each mixture
 
  private:
-  struct Chosen;  // of one token
-  void count(const std::vector<std::int32_t>& tokens, int block, const Choices& choices);
+  struct Chosen;                                // of one token
+  void count_tokens(ConstTensorView tokens_T);  // whole sequences, here and below
+  void count(ConstTensorView tokens_T, int block, const Choices& choices);
   std::pair<std::int64_t, std::int64_t> bounds_of(std::int64_t part) const;  // positions [first, second)
 
   std::int64_t experts_ = 0, seq_len_ = 0, parts_ = 0;

@@ -6,9 +6,12 @@ MUTANTS = {
     "neighbours_across_sequences": (
         "trainer/routing_counts.cpp", "if (t % seq_len_ > 0 && now.first", "if (t > 0 && now.first", "Routing.*",
         "routing_counts_test"),
-    "choices_of_the_first_micro_batch_for_all": (
-        "trainer/evaluation.cpp", "{ routing(first_row, block, choices); }", "{ routing(0, block, choices); }",
-        "Routing.*", "routing_counts_test"),
+    "choices_of_the_tokens_behind": (
+        "trainer/evaluation.cpp", "{ routing(batch.tokens_T, block, choices); }",
+        "{ routing(batch.targets_T, block, choices); }", "Routing.*", "routing_counts_test"),
+    "tokens_counted_for_every_mixture": (
+        "trainer/routing_counts.cpp", "    if (block == mixtures_.front().block) count_tokens(tokens_T);",
+        "    count_tokens(tokens_T);", "Routing.*", "routing_counts_test"),
     "chances_of_first_choices_by_all": (
         "trainer/routing_counts.cpp", "first = counts.first_by_source[source]", "first = counts.by_source[source]",
         "Routing*", "routing_counts_test"),

@@ -179,7 +179,7 @@ TEST_F(Routing, ExpertsThatChooseTokens) {
   const EvalOptions options{.sequences = 4, .micro_batch = 4};
   counts.add_source("a", *seen, *tokens, options);
   std::map<int, std::vector<std::int64_t>> weightiest;
-  evaluate(*seen, *tokens, options, {}, [&](std::int64_t, int block, const Choices& choices) {
+  evaluate(*seen, *tokens, options, {}, [&](ConstTensorView, int block, const Choices& choices) {
     std::vector<std::int64_t>& of = weightiest[block];
     of.resize(4);
     const auto* index = choices.index_TK.as<std::int32_t>();
