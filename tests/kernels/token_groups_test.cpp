@@ -12,6 +12,7 @@
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
+#include "tests/support/tolerance.h"
 
 namespace upmoe::test {
 namespace {
@@ -117,8 +118,6 @@ TEST_P(Groups, OtherGroupsDoNotMatter) {
         EXPECT_EQ(part.get(row * E + e), other_part.get(row * E + e));
       }
 }
-
-constexpr double kUnit = 1.0 / (1 << 24);  // of fp32's rounding
 
 // u is fp32's unit of rounding. An exponential errs by a share of d = 2 u a + 4 u: a is its argument, of which a
 // difference and a quotient were rounded, and exp is right to two units in the last place. Of p = exp / sum that is

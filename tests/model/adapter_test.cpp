@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "tests/support/layer_rig.h"
+#include "tests/support/tolerance.h"
 #include "trainer/model/experts.h"
 #include "trainer/model/linear.h"
 
@@ -27,7 +28,7 @@ constexpr double kStep = 2e-3, kTolerance = 5e-3;
 // A product with its adapter is linear in each tensor alone: a step of any length is exact, and one of the values' own
 // size leaves of the difference their rounding, 3.4e-7 at most in 300 draws of the forms below, in NumPy's fp32.
 constexpr double kWholeStep = 1, kLinearTolerance = 1e-5;
-constexpr double kUnit = 1.0 / (1 << 24);  // of fp32's rounding
+using test::kUnit;
 
 // Which of a product's rows a module's are, by number.
 struct Part {

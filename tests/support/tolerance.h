@@ -12,6 +12,10 @@
 
 namespace upmoe::test {
 
+// Half of a last place: the share by which a rounding moves a value at the most.
+inline constexpr double kUnit = 1.0 / (1 << 24), kDoubleUnit = kUnit / (1 << 29);  // of fp32 and of double
+inline constexpr double kBF16Unit = 1.0 / (1 << 8);
+
 // |actual - expected| <= relative * |expected| + absolute * (largest |expected|).
 struct Tolerance {
   double relative, absolute;
