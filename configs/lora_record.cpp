@@ -131,9 +131,8 @@ std::vector<std::string> lora_problems(const RunConfig& run, const ModelConfig& 
       const std::string why = why_no_module(family_of(model), part);
       if (!why.empty())
         found.push_back(
-            fmt::format("lora.targets: {}: in a {} no module has this weight alone: {}. PEFT's format would "
-                        "have no name for "
-                        "its adapter; leave it out",
+            fmt::format("lora.targets: {}: in a {} no module has this weight alone: {}. "
+                        "PEFT's format would have no name for its adapter; leave it out",
                         name_of(target), model.model_type, why));
     }
   if (model.num_moe_layers() > 0 && run.router.bias_rate > 0)
@@ -143,8 +142,8 @@ std::vector<std::string> lora_problems(const RunConfig& run, const ModelConfig& 
         run.router.bias_rate));
   if (routed && run.kernels.experts == ExpertsPath::kFused)
     found.push_back(
-        "kernels.experts: fused computes an expert's products at once, and adapters stand beside each; use "
-        "auto");
+        "kernels.experts: fused computes an expert's products "
+        "at once, and adapters stand beside each; use auto");
   return found;
 }
 

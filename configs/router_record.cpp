@@ -242,9 +242,8 @@ std::string words_of(const RouterForm& form) {
 void require_same_router(const ModelConfig& saved, const ModelConfig& asked, const std::string& checkpoint) {
   if (saved.router == asked.router) return;
   fail(ExitCode::kUsage,
-       "router: the run asks for {}, but its routers in {} were trained with {}; restore these keys, or "
-       "train with the "
-       "others in another run.dir",
+       "router: the run asks for {}, but its routers in {} were trained with "
+       "{}; restore these keys, or train with the others in another run.dir",
        words_of(asked.router), checkpoint, words_of(saved.router));
 }
 
@@ -252,15 +251,14 @@ std::string why_not_exported(const ModelConfig& c) {
   if (c.num_moe_layers() == 0) return "";
   if (c.router.routes_groups())
     return fmt::format(
-        "its routers ({}) share the experts among the tokens of several sequences, and a reader of {} has to "
-        "choose "
-        "for each token by itself: it would compute something else",
+        "its routers ({}) share the experts among the tokens of several sequences, and a "
+        "reader of {} has to choose for each token by itself: it would compute something else",
         words_of(c.router.served()), c.model_type);
   const Traits lost = without_words(c).without({Trait::kChoiceBias});
   if (lost.none()) return "";
   return fmt::format(
-      "{}'s config.json has no words for its routers ({}): whoever reads the files would choose other "
-      "experts",
+      "{}'s config.json has no words for its routers ({}): "
+      "whoever reads the files would choose other experts",
       c.model_type, lost.words());
 }
 

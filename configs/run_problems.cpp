@@ -55,9 +55,8 @@ class Problems {
       if (n < 1) add("parallel.{}: {}, expected at least 1", name, n);
     if (!found_.empty() || world_ < 1) return;
     if (world_ % per_replica() == 0) return;
-    add("parallel: tp {} x pp {} x cp {} = {} does not divide the {} ranks of this run; start a multiple of "
-        "{}, "
-        "or make one of the three smaller",
+    add("parallel: tp {} x pp {} x cp {} = {} does not divide the {} ranks of "
+        "this run; start a multiple of {}, or make one of the three smaller",
         p_.tp, p_.pp, p_.cp, per_replica(), world_, per_replica());
   }
 
@@ -77,9 +76,8 @@ class Problems {
           p_.tp, heads, kv, fmt::join(possible, ", "));
     }
     if (run_.data.seq_len / p_.cp % p_.tp != 0)
-      add("parallel.tp: {} does not divide the {} tokens of a sequence that a rank of cp {} has; "
-          "data.seq_len must "
-          "be a multiple of {}",
+      add("parallel.tp: {} does not divide the {} tokens of a sequence "
+          "that a rank of cp {} has; data.seq_len must be a multiple of {}",
           p_.tp, run_.data.seq_len / p_.cp, p_.cp, p_.tp * p_.cp * (p_.cp > 1 ? 2 : 1));
     for (const auto& [what, width] :
          {std::pair{"vocab_size", model_.vocab_size}, {"intermediate_size", model_.intermediate_size}})
@@ -110,9 +108,9 @@ class Problems {
     // Of the rank that gets the most; the others go through the same rounds, some of them without tokens.
     const std::int64_t rounds = (global / micro + dp() - 1) / dp();
     if (rounds % p_.pp != 0)
-      add("parallel.pp_chunks: interleaved stages take micro-batches in groups of pp = {}, and each "
-          "data-parallel "
-          "rank has {} of them; change train.global_batch or train.micro_batch, or use pp_chunks 1",
+      add("parallel.pp_chunks: interleaved stages take micro-batches in "
+          "groups of pp = {}, and each data-parallel rank has {} of them; "
+          "change train.global_batch or train.micro_batch, or use pp_chunks 1",
           p_.pp, rounds);
   }
 
@@ -180,8 +178,8 @@ class Problems {
           model_.num_experts);
     const std::int64_t group = least_sequences(model_);
     if (run_.train.micro_batch % group != 0)
-      add("router.group_size: {} sequences are routed together, and train.micro_batch is {}; use a multiple "
-          "of {}",
+      add("router.group_size: {} sequences are routed together, "
+          "and train.micro_batch is {}; use a multiple of {}",
           group, run_.train.micro_batch, group);
   }
 

@@ -272,8 +272,8 @@ void add_router_training(Schema& schema, RunConfig::Router& router) {
       .says("The tokens whose equal share it is: those of a sequence, or of a micro-batch.")
       .key("drop", router.drop)
       .says(
-          "What is dropped: second choices before first ones and the last tokens first, or the least "
-          "weights.")
+          "What is dropped: second choices before first ones "
+          "and the last tokens first, or the least weights.")
       .key("group_size", router.group_size, {.least = 2})
       .says(
           "Of kinds expert_choice and mixture_of_tokens: sequences whose tokens at one position are a group; "

@@ -53,8 +53,8 @@ void add_target(Schema& schema, UpcycleConfig& c) {
           },
           [&c] { return c.target.family.empty() ? kAuto : c.target.family; })
       .says(
-          "Whose config.json and tensor names are written; auto: what carries this recipe for the dense "
-          "model's.");
+          "Whose config.json and tensor names are written; auto: "
+          "what carries this recipe for the dense model's.");
 }
 
 Schema schema_of(UpcycleConfig& c) {

@@ -99,9 +99,8 @@ bool is_derived(const std::string& name) {
 HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir)) {
   if (config_.lora.given())
     fail(ExitCode::kBadInput,
-         "{}: config.json speaks of adapters (upmoe_lora), which checkpoints have beside their weights and "
-         "model "
-         "directories have not; take the checkpoint, or remove the key",
+         "{}: config.json speaks of adapters (upmoe_lora), which checkpoints have beside their "
+         "weights and model directories have not; take the checkpoint, or remove the key",
          dir.string());
   const auto [names, file_of] = find_weight_files(dir);
   for (const std::string& name : names) {

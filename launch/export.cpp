@@ -63,8 +63,8 @@ void require_asked(const ExportArguments& a, const ModelConfig& config) {
   const bool own = a.adapter || a.merge;
   if (config.lora.given() && !own)
     fail(ExitCode::kUsage,
-         "{} holds adapters ({}){}: --adapter writes them as PEFT does, --merge the model with them in its "
-         "weights",
+         "{} holds adapters ({}){}: --adapter writes them as "
+         "PEFT does, --merge the model with them in its weights",
          a.model, words_of(config.lora),
          a.merge_adapter.empty() ? "" : ", which come before those of another folder");
   if (!config.lora.given() && own)

@@ -31,8 +31,8 @@ StepZero checked(const UpcycleArguments& arguments, const std::filesystem::path&
   log::info("step 0: the mixture and its source on {}", request.tokens.string());
   const StepZero zero = measure_step_zero(arguments.options.from, made, request);
   log::info(
-      "step 0 on {} tokens: loss {:.4f}, of the source {:.4f} ({:+.4f}); KL(source || mixture) {:.4g} nats a "
-      "token",
+      "step 0 on {} tokens: loss {:.4f}, of the source {:.4f} "
+      "({:+.4f}); KL(source || mixture) {:.4g} nats a token",
       zero.tokens, zero.loss, zero.source_loss, zero.loss - zero.source_loss, zero.divergence);
   return zero;
 }

@@ -80,9 +80,8 @@ void begin() {
   check(ncclGetVersion(&version), "ncclGetVersion");
   if (version < kOrdered)
     fail(ExitCode::kDevice,
-         "NCCL {} keeps operations of several groups of ranks in no order, so that they may wait for "
-         "each other "
-         "for ever: install NCCL 2.26 or newer",
+         "NCCL {} keeps operations of several groups of ranks in no order, so "
+         "that they may wait for each other for ever: install NCCL 2.26 or newer",
          nccl_library());
 }
 

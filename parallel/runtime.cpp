@@ -101,12 +101,10 @@ int take_gpu(Communicator& world) {
   const auto other = std::find(all.begin(), all.end(), hardware);
   const bool shared = other - all.begin() != world.rank();
   agree(world, ExitCode::kDevice,
-        shared
-            ? fmt::format(
-                  "ranks {} and {} have the same GPU (PCI {}): start at most as many ranks on a host as it "
-                  "has GPUs",
-                  other - all.begin(), world.rank(), gpu::pci_id(index))
-            : "");
+        shared ? fmt::format("ranks {} and {} have the same GPU (PCI {}): start "
+                             "at most as many ranks on a host as it has GPUs",
+                             other - all.begin(), world.rank(), gpu::pci_id(index))
+               : "");
   return index;
 }
 

@@ -72,11 +72,10 @@ Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
   before_ = recorded_run_config(*record.config);
   changes_ = changes_between(before_, now);
   if (before_.model.init != now.model.init)
-    fail(
-        ExitCode::kUsage,
-        "model.init: {}, but the run in {} started with {} and goes on from {}; restore it, or start another "
-        "run.dir",
-        name_of(now.model.init), now.run.dir, name_of(before_.model.init), checkpoint.string());
+    fail(ExitCode::kUsage,
+         "model.init: {}, but the run in {} started with {} and "
+         "goes on from {}; restore it, or start another run.dir",
+         name_of(now.model.init), now.run.dir, name_of(before_.model.init), checkpoint.string());
   require_same_model(record.source_digest.value_or(""), record.model_config);
 }
 

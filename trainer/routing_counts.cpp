@@ -125,8 +125,8 @@ RoutingCounts::RoutingCounts(const ModelConfig& model, TokenClasses classes, std
     fail(ExitCode::kUsage, "--routing: the model ({}) has no experts to choose from", model.model_type);
   if (model.router.kind == RouterKind::kMixtureOfTokens)
     fail(ExitCode::kUsage,
-         "--routing: with router.kind mixture_of_tokens no token chooses: its experts compute mixtures of "
-         "all");
+         "--routing: with router.kind mixture_of_tokens no "
+         "token chooses: its experts compute mixtures of all");
   for (int block = 0; block < model.num_hidden_layers; ++block) {
     mixture_of_block_.push_back(model.is_moe_layer(block) ? static_cast<int>(mixtures_.size()) : -1);
     if (!model.is_moe_layer(block)) continue;

@@ -261,9 +261,8 @@ class Upcycler {
                                                                   layers, options_.error_tokens, step_zero));
     if (const double worst = largest_error(layers); worst > kErrorOfNothing)
       log::warning(
-          "errors of layers up to {:.3g}: above 1 a layer begins further from what it was made of than a "
-          "layer of "
-          "zeros would; this recipe counts on training",
+          "errors of layers up to {:.3g}: above 1 a layer begins further from what it "
+          "was made of than a layer of zeros would; this recipe counts on training",
           worst);
   }
 

@@ -53,11 +53,9 @@ void require_no_window(JsonObject& json, const ModelConfig& c) {
   const std::int64_t first =
       json.integer("max_window_layers", 0, kMaxLayers, false).value_or(kDefaultWindowLayers);
   if (first < c.num_hidden_layers)
-    json.refuse(
-        "sliding_window",
-        fmt::format("the layers from {} on have a sliding window, which is not supported; null if they have "
-                    "none",
-                    first));
+    json.refuse("sliding_window", fmt::format("the layers from {} on have a sliding window, "
+                                              "which is not supported; null if they have none",
+                                              first));
 }
 
 void read_groups(JsonObject& json, ModelConfig& c) {

@@ -55,9 +55,8 @@ fs::path beside(const fs::path& path, const char* end) {
   std::error_code unknown;  // then opening it says what is wrong
   if (other != path && fs::exists(path, unknown) && !fs::exists(other, unknown) && !unknown)
     fail(ExitCode::kBadInput,
-         "{}: {} is missing; by its name this is one half of an indexed data set of Megatron-LM, PREFIX{} "
-         "with "
-         "the tokens and PREFIX{}; token files in HDF5 have other names",
+         "{}: {} is missing; by its name this is one half of an indexed data set of Megatron-LM, "
+         "PREFIX{} with the tokens and PREFIX{}; token files in HDF5 have other names",
          path.string(), other.string(), kTokensEnd, kIndexEnd);
   return other;
 }
@@ -146,9 +145,9 @@ class MegatronIndex {
     if (sequences > left / kSequenceBytes || boundaries > left / kBoundaryBytes) bad(words(""));
     const std::uint64_t expected = sequences * kSequenceBytes + boundaries * kBoundaryBytes;
     if (left == expected + sequences && sequences > 0)
-      bad(words(
-          ": it has a mode for each sequence, as sets of several kinds of data have, of which text alone is "
-          "read"));
+      bad(
+          words(": it has a mode for each sequence, as sets of several "
+                "kinds of data have, of which text alone is read"));
     if (left != expected) bad(words(""));
     sequences_ = static_cast<std::int64_t>(sequences);
     boundaries_ = static_cast<std::int64_t>(boundaries);

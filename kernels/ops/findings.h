@@ -10,26 +10,23 @@ namespace upmoe {
 
 [[noreturn]] inline void fail_token(std::int32_t token, std::int64_t position, std::int64_t vocabulary) {
   fail(ExitCode::kBadInput,
-       "token {} at position {} of the batch is outside the vocabulary [0, {}): the data was made with "
-       "another "
-       "tokenizer; tokenise it with the model's own",
+       "token {} at position {} of the batch is outside the vocabulary [0, {}): "
+       "the data was made with another tokenizer; tokenise it with the model's own",
        token, position, vocabulary);
 }
 
 [[noreturn]] inline void fail_target(std::int32_t target, std::int64_t position, std::int64_t vocabulary) {
   fail(ExitCode::kBadInput,
-       "target {} at position {} of the chunk is outside the vocabulary [0, {}) and is not -1 (ignored): the "
-       "data "
-       "was made with another tokenizer; tokenise it with the model's own",
+       "target {} at position {} of the chunk is outside the vocabulary [0, {}) and is not -1 "
+       "(ignored): the data was made with another tokenizer; tokenise it with the model's own",
        target, position, vocabulary);
 }
 
 // `what`: what the logit is.
 [[noreturn]] inline void fail_logit(std::int64_t token, std::int64_t expert, std::string_view what) {
   fail(ExitCode::kNumeric,
-       "router logit of token row {} and expert {} is {}: the training has diverged; lower the learning rate "
-       "or "
-       "restart from an earlier checkpoint",
+       "router logit of token row {} and expert {} is {}: the training has "
+       "diverged; lower the learning rate or restart from an earlier checkpoint",
        token, expert, what);
 }
 

@@ -70,8 +70,9 @@ def main():
                     results.append({"shape": shape, "ranks": ranks, "others": hogs, "step_s": steps,
                                     "of_library": ratio["library"], "of_passive": ratio["passive"]})
                     figures = "   ".join(f"{way} {median(s):.3f} s" for way, s in steps.items())
-                    print(f"{shape:6}{ranks} ranks, {hogs} others   {figures}   default/library {ratio['library']:.2f}"
-                          f"   default/passive {ratio['passive']:.2f}", flush=True)
+                    print(f"{shape:6}{ranks} ranks, {hogs} others   {figures}   "
+                          f"default/library {ratio['library']:.2f}   "
+                          f"default/passive {ratio['passive']:.2f}", flush=True)
     write_record(args.out, "busy_machine.py", sys.argv[1:], results, threads=args.threads)
 
 

@@ -148,18 +148,18 @@ def show(record):
         print(f"  8192 cubed: {record['ops']['gemm_8192_tflops']:.1f} TFLOP/s, of which the shares below are"
               + (f"; {after:.1f} after all of them, on a warm card" if after else ""))
     for name, op in record["ops"].get("ops", {}).items():
-        print(f"  {name:44} {op['microseconds']:10.1f} us {op['tflops']:7.1f} TFLOP/s {op['gbytes_per_s']:6} GB/s"
-              f"  {op['share_of_limit']:6.1%} of the limit"
+        print(f"  {name:44} {op['microseconds']:10.1f} us {op['tflops']:7.1f} TFLOP/s {op['gbytes_per_s']:6} GB/s  "
+              f"{op['share_of_limit']:6.1%} of the limit"
               + (f"  ({op['published_tflops']} as published figures count)" if "published_tflops" in op else ""))
     for name, step in record["steps"].items():
-        print(f"  {name}: {step['tokens_per_s']:,.0f} tokens/s, {step['model_tflops']:.0f} TFLOP/s,"
-              f" {step['share_of_989']:.1%} of 989, {step.get('gpu_memory_used_mib_peak', 0):,} MiB")
+        print(f"  {name}: {step['tokens_per_s']:,.0f} tokens/s, {step['model_tflops']:.0f} TFLOP/s, "
+              f"{step['share_of_989']:.1%} of 989, {step.get('gpu_memory_used_mib_peak', 0):,} MiB")
     for name in ("models/beside_the_cpu", "quickstart/same_as_on_cpu"):
         for line in record.get(name, []):
             print(f"  {name}: {line}")
     for name, r in record["ratios"].items():
-        print(f"  {name}: {r['upmoe_ms']} ms, theirs {r['peer_ms']} ({r['peer'] or 'PyTorch'}):"
-              f" {r['times_as_fast']} times as fast")
+        print(f"  {name}: {r['upmoe_ms']} ms, theirs {r['peer_ms']} ({r['peer'] or 'PyTorch'}): "
+              f"{r['times_as_fast']} times as fast")
 
 
 def record_of(folder):
@@ -182,8 +182,8 @@ def main():
         show(json.loads(args.source.read_text(encoding="utf-8")))
         return
     if not (args.source / "machine.txt").is_file():
-        parser.error(f"{args.source} is neither a result file nor a folder that `tests/gpu_suite.sh run` left"
-                     " (no machine.txt)")
+        parser.error(f"{args.source} is neither a result file nor a folder that `tests/gpu_suite.sh run` left "
+                     "(no machine.txt)")
     record = record_of(args.source)
     show(record)
     day, time = record["machine"]["date"].split("T")

@@ -39,8 +39,8 @@ def main():
                     step = median(r["step_s"] for r in found)
                     results.append({"shape": shape, "precision": precision, "layout": layout, "step_s": step,
                                     "speed_of_one_rank": one / step, "rounds": found})
-                    print(f"{shape:6}{precision:6}{layout:18}{step:9.3f} s a step{one / step:8.2f} of one rank's speed"
-                          f"   loss {found[-1]['loss']:.6f}", flush=True)
+                    print(f"{shape:6}{precision:6}{layout:18}{step:9.3f} s a step"
+                          f"{one / step:8.2f} of one rank's speed   loss {found[-1]['loss']:.6f}", flush=True)
     write_record(args.out, "layouts.py", sys.argv[1:], results, threads=args.threads)
 
 

@@ -35,9 +35,8 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of
       window(static_cast<double>(model.sliding_window)) {
   if (model.num_moe_layers() > 0 && model.router.routes_groups())
     fail(ExitCode::kUsage,
-         "router.kind {} gives a token what the tokens of other sequences leave to it: such a model is "
-         "trained, not "
-         "served, and has no time to serve it; ask for what it costs to train",
+         "router.kind {} gives a token what the tokens of other sequences leave to it: such a model "
+         "is trained, not served, and has no time to serve it; ask for what it costs to train",
          name_of(model.router.kind));
   const WeightCounts weights = count_weights(model);
   const auto size = static_cast<double>(size_of(dtype));

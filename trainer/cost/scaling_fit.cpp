@@ -262,9 +262,8 @@ ScalingFit fit_scaling(const std::vector<RunOutcome>& runs) {
   const Solution s = law.solve(runs);
   if (s.numbers.empty())
     fail(ExitCode::kUsage,
-         "upmoe cost: --fit: {} runs do not tell the numbers of {} apart: let what differs between them "
-         "differ "
-         "in other combinations",
+         "upmoe cost: --fit: {} runs do not tell the numbers of {} apart: "
+         "let what differs between them differ in other combinations",
          runs.size(), law.words);
   ScalingFit fit{.law = law.words,
                  .numbers = {},

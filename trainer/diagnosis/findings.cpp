@@ -37,20 +37,20 @@ void judge_open_files(const ResourceLimit& limit, int ranks, std::vector<Finding
                           fmt::format("a process may have {} files open, and a rank of {} needs {}: {}",
                                       limit.soft, ranks, needed, cure)));
   else
-    out.push_back(warning(fmt::format(
-        "a process may have {} files open, which a rank of {} with many shards and token files may need more "
-        "of: {}",
-        limit.soft, ranks, cure)));
+    out.push_back(
+        warning(fmt::format("a process may have {} files open, which a rank of {} "
+                            "with many shards and token files may need more of: {}",
+                            limit.soft, ranks, cure)));
 }
 
 void judge_shared_memory(const std::optional<double>& left, int ranks_here, std::vector<Finding>& out) {
   if (ranks_here == 1) return;
   const double wanted = kSharedMemoryOfARank * ranks_here;
   if (!left)
-    out.push_back(warning(fmt::format(
-        "there is no /dev/shm, through which the {} ranks of this host send to each other: mount a tmpfs "
-        "there",
-        ranks_here)));
+    out.push_back(
+        warning(fmt::format("there is no /dev/shm, through which the {} ranks of "
+                            "this host send to each other: mount a tmpfs there",
+                            ranks_here)));
   else if (*left < wanted)
     out.push_back(warning(fmt::format(
         "/dev/shm has {:.0f} MiB left, and the {} ranks of this host may want {:.0f} to send to each other "

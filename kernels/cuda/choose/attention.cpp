@@ -14,13 +14,11 @@ std::string why_portable(const AttentionDescription& d, const Gpu& gpu) {
            "which is slow "
            "on GPUs";
   if (d.documents && !d.runs)
-    return "attention in bf16 with documents masked that are known by token alone: the portable kernel "
-           "computes it, "
-           "which is slow on GPUs";
+    return "attention in bf16 with documents masked that are known by token "
+           "alone: the portable kernel computes it, which is slow on GPUs";
   if (!gpu.cudnn)
-    return "attention in bf16: the portable kernel computes it, which is slow: this program was built "
-           "without cuDNN or "
-           "its frontend's headers (launch/setup.sh puts those into .venv)";
+    return "attention in bf16: the portable kernel computes it, which is slow: this program was "
+           "built without cuDNN or its frontend's headers (launch/setup.sh puts those into .venv)";
   if (s.head_dim % 8 != 0 || s.head_dim > 128)
     return fmt::format(
         "attention in bf16 of heads of {}: the portable kernel computes it, which is slow; cuDNN takes "

@@ -210,11 +210,9 @@ void GemmLibrary::choose(Plan& plan, const Product& p, int place) {
          p.k, name_of(p.in), name_of(p.out), cublasLtGetStatusString(status));
   if (place >= count)
     fail(ExitCode::kDevice,
-         "the table of algorithms (configs/cuda/product_algorithms.yaml) names number {} for a product of {} "
-         "x {} "
-         "x {}, {} to "
-         "{}, on {}; cuBLASLt {} offers {} there: take its line out, or write the table again with "
-         "time_algorithms",
+         "the table of algorithms (configs/cuda/product_algorithms.yaml) names number "
+         "{} for a product of {} x {} x {}, {} to {}, on {}; cuBLASLt {} offers {} "
+         "there: take its line out, or write the table again with time_algorithms",
          place, p.m, p.n, p.k, name_of(p.in), name_of(p.out), library_.device, library_.version, count);
   plan.algorithm = found[static_cast<std::size_t>(place)].algo;
 }

@@ -98,8 +98,8 @@ void use(int index) {
   if (devices == 0) fail(ExitCode::kDevice, "device: cuda was asked for: {}; use device: cpu", why_none());
   if (index < 0 || index >= devices)
     fail(ExitCode::kDevice,
-         "this rank wants GPU {} of this host, which shows {} to it: start as many ranks on a host as it has "
-         "GPUs",
+         "this rank wants GPU {} of this host, which shows {} "
+         "to it: start as many ranks on a host as it has GPUs",
          index, devices);
   int major = 0, minor = 0;
   cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
