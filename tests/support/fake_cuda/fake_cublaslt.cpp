@@ -37,24 +37,37 @@ struct Operand {
   const void* data;
   FakeLayout layout;
   bool transposed;
-  float at(std::int64_t row, std::int64_t column) const {
-    return element(data, layout.type,
-                   transposed ? column + row * layout.leading : row + column * layout.leading);
-  }
   std::int64_t rows() const { return transposed ? layout.columns : layout.rows; }
   std::int64_t columns() const { return transposed ? layout.rows : layout.columns; }
+  // All of it, one column behind the other.
+  std::vector<double> by_columns() const {
+    std::vector<double> all(static_cast<std::size_t>(rows() * columns()));
+    std::size_t i = 0;
+    for (std::int64_t column = 0; column < columns(); ++column)
+      for (std::int64_t row = 0; row < rows(); ++row)
+        all[i++] = static_cast<double>(element(
+            data, layout.type, transposed ? column + row * layout.leading : row + column * layout.leading));
+    return all;
+  }
 };
 
 // Every GPU library sums in some order of its own; this one in rising order, in fp64.
 void multiply(const Operand& a, const Operand& b, const FakeLayout& d, void* out, float alpha, float beta,
               const void* bias) {
-  for (std::int64_t column = 0; column < b.columns(); ++column)
-    for (std::int64_t row = 0; row < a.rows(); ++row) {
-      double sum = 0;
-      for (std::int64_t k = 0; k < a.columns(); ++k)
-        sum += static_cast<double>(a.at(row, k)) * static_cast<double>(b.at(k, column));
+  const std::int64_t rows = a.rows(), steps = a.columns();
+  const std::vector<double> a_columns = a.by_columns(), b_columns = b.by_columns();
+  std::vector<double> sums(static_cast<std::size_t>(rows));
+  for (std::int64_t column = 0; column < b.columns(); ++column) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (std::int64_t k = 0; k < steps; ++k) {  // all rows' sums side by side
+      const double* a_column = a_columns.data() + k * rows;
+      const double factor = b_columns[static_cast<std::size_t>(k + column * steps)];
+      for (std::int64_t row = 0; row < rows; ++row)
+        sums[static_cast<std::size_t>(row)] += a_column[row] * factor;
+    }
+    for (std::int64_t row = 0; row < rows; ++row) {
       const std::int64_t i = row + column * d.leading;
-      float value = alpha * static_cast<float>(sum);
+      float value = alpha * static_cast<float>(sums[static_cast<std::size_t>(row)]);
       if (beta != 0) value += beta * element(out, d.type, i);
       if (bias != nullptr) value += element(bias, d.type, row);
       if (d.type == CUDA_R_16BF) {
@@ -63,6 +76,7 @@ void multiply(const Operand& a, const Operand& b, const FakeLayout& d, void* out
         static_cast<float*>(out)[i] = value;
       }
     }
+  }
 }
 
 }  // namespace

@@ -58,8 +58,9 @@ class Runner {
   virtual void block_barrier() = 0;
   virtual void warp_barrier(unsigned mask) = 0;
   virtual std::byte* dynamic_shared() = 0;
-  // The places through which the lanes of this fiber's warp exchange values, 8 bytes each.
-  virtual std::uint64_t* exchange() = 0;
+  // This thread's word in; those of all lanes of its warp out, once the lanes of `mask` have given theirs. Good until
+  // the thread's next barrier.
+  virtual const std::uint64_t* exchange(unsigned mask, std::uint64_t word) = 0;
 };
 // Of this operating-system thread, from now on; returns the one before.
 Runner* set_runner(Runner* runner);
@@ -67,7 +68,7 @@ Runner* set_runner(Runner* runner);
 void block_barrier();
 void warp_barrier(unsigned mask);
 std::byte* dynamic_shared();
-std::uint64_t* exchange();
+const std::uint64_t* exchange(unsigned mask, std::uint64_t word);
 inline int lane() {
   return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32);
 }
@@ -78,10 +79,7 @@ T shuffle(unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= 8);
   std::uint64_t word = 0;
   std::memcpy(&word, &value, sizeof value);
-  exchange()[lane()] = word;
-  warp_barrier(mask);
-  std::memcpy(&value, exchange() + source, sizeof value);
-  warp_barrier(mask);
+  std::memcpy(&value, exchange(mask, word) + source, sizeof value);
   return value;
 }
 // Lanes of `mask` whose predicate holds.

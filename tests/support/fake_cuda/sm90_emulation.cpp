@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
 
 #include "kernels/core/bf16.h"
 #include "kernels/cuda/sm90/tensor_map.cuh"
@@ -32,6 +31,7 @@ class Operand {
     if (descriptor >> 62 != 1) fail("a descriptor without the 128-byte swizzle");
     if ((descriptor >> 49 & 7) != 0) fail("a descriptor with a base offset");
   }
+  Major major() const { return major_; }
   // The place in shared memory of an element; `row` is of M or N.
   std::size_t at(int row, int k) const {
     const auto r = static_cast<std::size_t>(row), c = static_cast<std::size_t>(k);
@@ -45,6 +45,7 @@ class Operand {
   std::size_t start_, leading_, stride_;
   Major major_;
 };
+static_assert(kGrain == 8 * sizeof(bf16) && kM % 8 == 0 && kK % 8 == 0);
 
 bf16 element(const Block& block, std::size_t at) {
   bf16 value;
@@ -105,13 +106,11 @@ void mbarrier_wait(u64* bar, u32 parity) {
   Block& block = cluster().block();
   const std::size_t at = block.place(bar, 8, "mbarrier.try_wait");
   Barrier& barrier = block.barrier(at, "mbarrier.try_wait");
-  cluster().wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; },
-                       [&barrier, parity, at] {
-                         return "wait for the phase of parity " + std::to_string(parity) +
-                                " of the barrier at byte " + std::to_string(at) + ", which lacks " +
-                                std::to_string(barrier.pending) + " arrivals and " +
-                                std::to_string(barrier.bytes) + " bytes";
-                       });
+  cluster().wait_for_change(barrier.phase, 1, parity, [&barrier, parity, at] {
+    return "wait for the phase of parity " + std::to_string(parity) + " of the barrier at byte " +
+           std::to_string(at) + ", which lacks " + std::to_string(barrier.pending) + " arrivals and " +
+           std::to_string(barrier.bytes) + " bytes";
+  });
 }
 
 namespace {
@@ -141,10 +140,10 @@ void copy_box(Block& block, std::size_t at, const TensorMap& map, const std::vec
 void load_box(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, const int (&at)[5]) {
   std::size_t elements = 1;
   for (int i = 0; i < map.rank; ++i) elements *= static_cast<std::size_t>(map.box[i]);
-  const std::string who = "a tensor load";
+  const char* who = "a tensor load";
   const std::size_t place = cluster().block().place(to, 2 * elements, who);
   const std::size_t bar_place = cluster().block().place(bar, 8, who);
-  if (place % 128 != 0) fail(who + ": the place in shared memory is no multiple of 128");
+  if (place % 128 != 0) fail(std::string(who) + ": the place in shared memory is no multiple of 128");
   const std::vector<int> start(at, at + 5);
   for (const auto& there : cluster().blocks) {
     if ((blocks >> there->rank & 1) == 0) continue;
@@ -171,17 +170,18 @@ void cp_async_16(void* to, const void* from, bool valid) {
   if (at % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0)
     fail("cp.async: an address is no multiple of 16");
   block->begin_write(at, 16, "cp.async");
-  lane->open_copies.push_back(make_operation("cp.async", [=] {
+  const OperationPtr copy = make_operation("cp.async", [=] {
     if (valid)
       std::memcpy(block->base + at, from, 16);
     else
       std::memset(block->base + at, 0, 16);
     block->end_write(at, 16, static_cast<int>(lane->index));
     lane->written.push_back(at / kGrain);
-  }));
-  lane->open_copies.back()->quiet = true;
-  cluster().begin(lane->open_copies.back());
-  lane->recent_copies.push_back(lane->open_copies.back());
+  });
+  copy->quiet = true;
+  cluster().begin(copy);
+  lane->copies.operations.push_back(copy);
+  lane->recent_copies.push_back(copy);
 }
 void cp_async_arrive(u64* bar) {
   Lane& lane = cluster().lane();
@@ -191,14 +191,14 @@ void cp_async_arrive(u64* bar) {
   const OperationPtr arrival = make_operation("an arrival of copies", [block, at] {
     block->barrier(at, "cp.async.mbarrier.arrive").arrive("cp.async.mbarrier.arrive");
   });
-  std::erase_if(lane.recent_copies, [](const OperationPtr& copy) { return copy->done; });
+  const auto done = [](const OperationPtr& copy) { return copy->done; };
+  std::erase_if(lane.recent_copies, done);
+  if (lane.copies.ends.empty()) std::erase_if(lane.copies.operations, done);  // of no group yet
   arrival->after = lane.recent_copies;
   cluster().begin(arrival);
 }
 void cp_async_commit() {
-  Lane& lane = cluster().lane();
-  lane.copies.push_back(std::move(lane.open_copies));
-  lane.open_copies.clear();
+  cluster().lane().copies.commit();
 }
 void wait_copies(std::size_t groups) {
   wait_groups(cluster().lane().copies, groups, "wait for copies (cp.async.wait_group)");
@@ -257,30 +257,65 @@ u32 pack_bf16(float low, float high) {
 
 namespace {
 
+// Calls f(row, k, place) for the first of every eight elements that lie together: of a row, or of one k.
+template <class F>
+void for_each_grain(const Operand& operand, int rows, const F& f) {
+  const bool along_k = operand.major() == Major::kK;
+  for (int row = 0; row < rows; row += along_k ? 1 : 8)
+    for (int k = 0; k < kK; k += along_k ? 8 : 1) f(row, k, operand.at(row, k));
+}
+// In fp32, element (row, k) at [k * rows + row].
+void load(const Block& block, const Operand& operand, int rows, float* by_k) {
+  const int row_step = operand.major() == Major::kK ? 0 : 1, k_step = 1 - row_step;
+  for_each_grain(operand, rows, [&](int row, int k, std::size_t place) {
+    for (int i = 0; i < 8; ++i)
+      by_k[(k + i * k_step) * rows + row + i * row_step] =
+          to_float(element(block, place + 2 * static_cast<std::size_t>(i)));
+  });
+}
+
 // Reads the operands now, which is as late as the model lets it.
 void compute(const Product& product, const Block& block) {
-  const Operand a(product.a, product.major_a), b(product.b, product.major_b);
-  static thread_local float fa[kM][kK], fb[256][kK];
-  for (int k = 0; k < kK; ++k) {
-    for (int r = 0; r < kM; ++r) fa[r][k] = to_float(element(block, a.at(r, k)));
-    for (int c = 0; c < product.n; ++c) fb[c][k] = to_float(element(block, b.at(c, k)));
-  }
-  for (int t = 0; t < kGroup; ++t)
-    for (int i = 0; i < product.n / 2; ++i) {
-      const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
-      float sum = 0;
-      for (int k = 0; k < kK; ++k) sum += fa[row][k] * fb[column][k];
-      product.d[t][i] = (product.add ? product.d[t][i] : 0.0f) + sum;
+  static thread_local float a[kK * kM], b[kK * 256];
+  const int n = product.n;
+  load(block, Operand(product.a, product.major_a), kM, a);
+  load(block, Operand(product.b, product.major_b), n, b);
+  for (int row = 0; row < kM; ++row) {
+    float sums[256] = {};
+    for (int k = 0; k < kK; ++k)  // all columns' sums side by side
+      for (int c = 0; c < n; ++c) sums[c] += a[k * kM + row] * b[k * n + c];
+    const int half = row % 16 / 8;
+    float* const* threads = product.d + row / 16 * 32 + row % 8 * 4;
+    for (int c = 0; c < n; ++c) {
+      float& sum = threads[c % 8 / 2][c / 8 * 4 + half * 2 + c % 2];
+      sum = (product.add ? sum : 0.0f) + sums[c];
     }
+  }
 }
 std::vector<std::size_t> grains_of(const Product& product) {
-  const Operand a(product.a, product.major_a), b(product.b, product.major_b);
-  std::set<std::size_t> grains;
-  for (int k = 0; k < kK; ++k) {
-    for (int r = 0; r < kM; ++r) grains.insert(a.at(r, k) / kGrain);
-    for (int c = 0; c < product.n; ++c) grains.insert(b.at(c, k) / kGrain);
+  std::vector<std::size_t> grains;
+  const auto add = [&](int, int, std::size_t place) { grains.push_back(place / kGrain); };
+  for_each_grain(Operand(product.a, product.major_a), kM, add);
+  for_each_grain(Operand(product.b, product.major_b), product.n, add);
+  return grains;
+}
+
+}  // namespace
+
+namespace {
+
+// Of the sums in these registers, which are not to be looked at before a wait.
+Accumulator& accumulator(Lane& lane, float* d, int n) {
+  Accumulator* found = nullptr;
+  for (Accumulator& a : lane.accumulators) {
+    if (a.registers == d) return a;
+    if (a.registers == nullptr) found = &a;
   }
-  return {grains.begin(), grains.end()};
+  if (found == nullptr) found = &lane.accumulators.emplace_back();
+  found->registers = d;
+  found->sums.assign(d, d + n);
+  std::fill(d, d + n, std::nanf(""));
+  return *found;
 }
 
 }  // namespace
@@ -298,20 +333,16 @@ void multiply(float* d, int n, u64 a, u64 b, bool add, Major major_a, Major majo
     made->operation = make_operation("a product", [p = made.get(), block] {
       compute(*p, *block);
       block->end_read(p->grains);
+      p->grains = {};
     });
     group.products.push_back(std::move(made));
   }
   Product& product = *group.products[lane.joined_products++];
   if (product.a != a || product.b != b || product.n != n || product.add != add)
     fail("wgmma: the threads of a warpgroup differ in an operand");
-  auto& sums = lane.accumulators[d];
-  if (sums.empty()) {  // the registers are not to be looked at before a wait
-    sums.assign(d, d + n / 2);
-    std::fill(d, d + n / 2, std::nanf(""));
-  }
-  product.d[lane.index % kGroup] = sums.data();
+  product.d[lane.index % kGroup] = accumulator(lane, d, n / 2).sums.data();
   product.fenced_at = std::min(product.fenced_at, lane.fenced_at);
-  lane.open_products.push_back(product.operation);
+  lane.products.operations.push_back(product.operation);
   if (++product.joined < kGroup) return;
   product.grains = grains_of(product);
   block->begin_read(product.grains, product.fenced_at);
@@ -321,16 +352,16 @@ void multiply(float* d, int n, u64 a, u64 b, bool add, Major major_a, Major majo
   cluster().begin(product.operation);
 }
 void wgmma_commit() {
-  Lane& lane = cluster().lane();
-  lane.products.push_back(std::move(lane.open_products));
-  lane.open_products.clear();
+  cluster().lane().products.commit();
 }
 void wait_products(std::size_t groups) {
   Lane& lane = cluster().lane();
   wait_groups(lane.products, groups, "wait for products (wgmma.wait_group)");
-  if (lane.products.empty() && lane.open_products.empty()) {  // the registers hold results again
-    for (auto& [d, sums] : lane.accumulators) std::memcpy(d, sums.data(), sums.size() * sizeof(float));
-    lane.accumulators.clear();
+  if (lane.products.are_none()) {  // the registers hold results again
+    for (Accumulator& a : lane.accumulators) {
+      if (a.registers != nullptr) std::memcpy(a.registers, a.sums.data(), a.sums.size() * sizeof(float));
+      a.registers = nullptr;
+    }
   }
   lane.fenced = false;
 }

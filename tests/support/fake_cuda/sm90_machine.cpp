@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "tests/support/fake_cuda/staggered_stack.h"
+
 namespace sm90_twin {
 
 namespace {
@@ -52,24 +54,25 @@ Block::Block(unsigned rank_, unsigned index_, unsigned threads, std::size_t shar
   base = memory_.data() + (1024 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 1024) % 1024;
 }
 
-std::size_t Block::place(const void* p, std::size_t n, const std::string& who) const {
+std::size_t Block::place(const void* p, std::size_t n, const char* who) const {
   const auto* at = static_cast<const unsigned char*>(p);
-  if (at < base || at + n > base + bytes_) fail(who + ": outside of this block's shared memory");
+  if (at < base || at + n > base + bytes_) fail(std::string(who) + ": outside of this block's shared memory");
   return static_cast<std::size_t>(at - base);
 }
-Barrier& Block::barrier(std::size_t at, const std::string& who) {
+Barrier& Block::barrier(std::size_t at, const char* who) {
   const auto found = barriers.find(at);
-  if (found == barriers.end()) fail(who + ": no barrier was made here");
+  if (found == barriers.end()) fail(std::string(who) + ": no barrier was made here");
   return found->second;
 }
 
-void Block::begin_write(std::size_t at, std::size_t n, const std::string& who) {
-  if (alive == 0) fail(who + " into a block of the cluster that has left");
+void Block::begin_write(std::size_t at, std::size_t n, const char* who) {
+  if (alive == 0) fail(std::string(who) + " into a block of the cluster that has left");
   for (std::size_t g = at / kGrain; g < (at + n + kGrain - 1) / kGrain; ++g) {
     if (grains_[g].reading > 0)
-      fail(who + " writes shared memory that a product still reads (byte " + std::to_string(g * kGrain) +
-           " of block " + std::to_string(rank) + " of the cluster)");
-    if (grains_[g].arriving > 0) fail(who + " writes shared memory to which another copy is under way");
+      fail(std::string(who) + " writes shared memory that a product still reads (byte " +
+           std::to_string(g * kGrain) + " of block " + std::to_string(rank) + " of the cluster)");
+    if (grains_[g].arriving > 0)
+      fail(std::string(who) + " writes shared memory to which another copy is under way");
     ++grains_[g].arriving;
   }
   std::memset(base + at, 0xff, n);
@@ -101,7 +104,9 @@ void Block::show_to_engines(std::size_t grain, int thread) {
 }
 
 void Cluster::make_blocks(unsigned first_block) {
-  lanes_.clear();
+  const std::size_t lanes = std::size_t{launch_.threads} * launch_.cluster;
+  if (lanes_.size() > lanes) lanes_.resize(lanes);
+  while (lanes_.size() < lanes) add_lane();
   blocks.clear();
   operations_.clear();
   mistake_.clear();
@@ -113,29 +118,40 @@ void Cluster::make_blocks(unsigned first_block) {
     block.late = launch_.when == When::kAnytime ? static_cast<unsigned>((*random_)() % 64)
                  : rank == 0                    ? 0
                                                 : 64;
-    for (unsigned i = 0; i < launch_.threads; ++i) add_lane(block, i);
+    for (unsigned i = 0; i < launch_.threads; ++i) {
+      ThreadState& thread = *lanes_[rank * launch_.threads + i];
+      thread = {};
+      thread.block = &block;
+      thread.index = i;
+    }
   }
   left_ = launch_.threads * launch_.cluster;
 }
 
-void Cluster::add_lane(Block& block, unsigned index) {
+// A fiber is kept for the threads of the clusters to come.
+void Cluster::add_lane() {
   namespace context = boost::context;
+  const std::size_t number = lanes_.size();
   lanes_.push_back(std::make_unique<Lane>());
   Lane* lane = lanes_.back().get();
-  lane->block = &block;
-  lane->index = index;
-  lane->fiber = context::fiber(std::allocator_arg, context::fixedsize_stack(kStack),
+  lane->fiber = context::fiber(std::allocator_arg, simt::StaggeredStack(kStack, number),
                                [this, lane](context::fiber&& scheduler) {
                                  lane->scheduler = std::move(scheduler);
-                                 try {
-                                   (*body_)();
-                                 } catch (const Mistake& mistake) {
-                                   mistake_ = "block " + std::to_string(lane->block->index) + ", thread " +
-                                              std::to_string(lane->index) + ": " + mistake.words;
+                                 for (;;) {
+                                   run_body(*lane);
+                                   lane->finished = true;
+                                   lane->scheduler = std::move(lane->scheduler).resume();
                                  }
-                                 lane->finished = true;
-                                 return std::move(lane->scheduler);
+                                 return context::fiber();
                                });
+}
+void Cluster::run_body(const Lane& lane) {
+  try {
+    (*body_)();
+  } catch (const Mistake& mistake) {
+    mistake_ = "block " + std::to_string(lane.block->index) + ", thread " + std::to_string(lane.index) +
+               ": " + mistake.words;
+  }
 }
 
 void Cluster::run(const Launch& launch, unsigned first_block, std::mt19937_64& random,
@@ -151,10 +167,9 @@ void Cluster::run(const Launch& launch, unsigned first_block, std::mt19937_64& r
     }
     check_end();
   } catch (...) {
-    lanes_.clear();
+    lanes_.clear();  // stopped on their way
     throw;
   }
-  lanes_.clear();
 }
 
 bool Cluster::turn() {
@@ -166,11 +181,14 @@ bool Cluster::turn() {
     }
   const std::size_t all = lanes_.size();
   const bool shuffled = launch_.when == When::kAnytime;
-  const std::size_t shift = shuffled ? (*random_)() % all : 0, step = shuffled ? 7919 : 1;
+  const std::size_t step = shuffled ? 7919 % all : 1;
+  std::size_t next = shuffled ? (*random_)() % all : 0;
   for (std::size_t k = 0; k < all; ++k) {
-    Lane& lane = *lanes_[(k * step + shift) % all];
+    Lane& lane = *lanes_[next];
+    next += step;
+    if (next >= all) next -= all;
     if (lane.finished || lane.block->late > 0) continue;
-    if (lane.waits && !lane.condition()) continue;
+    if (lane.waits && !lane.may_go_on()) continue;
     lane.waits = false;
     ran = true;
     run_lane(lane);
@@ -192,29 +210,30 @@ void Cluster::run_lane(Lane& lane) {
 
 bool Cluster::progress(bool ran) {
   bool happened = false, loudly = false;
-  for (auto it = operations_.begin(); it != operations_.end();) {
+  std::size_t left = 0;
+  for (OperationPtr& operation : operations_) {
     const bool must = !ran && !loudly;
     const bool now =
         launch_.when == When::kEarliest || must || (launch_.when == When::kAnytime && (*random_)() % 8 == 0);
     const bool held =
-        std::any_of((*it)->after.begin(), (*it)->after.end(), [](const auto& o) { return !o->done; });
+        std::any_of(operation->after.begin(), operation->after.end(), [](const auto& o) { return !o->done; });
     if (!now || held) {
-      ++it;
+      if (OperationPtr& place = operations_[left++]; &place != &operation) place = std::move(operation);
       continue;
     }
-    const OperationPtr operation = *it;
-    it = operations_.erase(it);
     operation->happen();
     operation->done = true;
+    operation->after.clear();
     happened = true;
     loudly = loudly || !operation->quiet;
   }
+  operations_.resize(left);
   return happened;
 }
 
 void Cluster::check_end() const {
   for (const OperationPtr& operation : operations_)
-    fail("the block ends while " + operation->what + " is under way");
+    fail(std::string("the block ends while ") + operation->what + " is under way");
   for (const auto& block : blocks)
     for (const auto& [at, barrier] : block->barriers)
       if (barrier.bytes != 0)
@@ -231,22 +250,19 @@ std::string Cluster::stuck() const {
   return all;
 }
 
-void Cluster::wait_until(std::function<bool()> condition, std::function<std::string()> words) {
-  if (condition()) return;
+void Cluster::wait() {
   Lane& lane = *current_;
   lane.waits = true;
-  lane.condition = std::move(condition);
-  lane.words = std::move(words);
   lane.scheduler = std::move(lane.scheduler).resume();
 }
 
-void Cluster::meet(Meeting& meeting, unsigned all, const std::string& words) {
+void Cluster::meet(Meeting& meeting, unsigned all, const char* words) {
   const unsigned generation = meeting.generation;
   if (++meeting.here == all) {
     meeting.here = 0;
     ++meeting.generation;
   }
-  wait_until([&meeting, generation] { return meeting.generation != generation; }, [words] { return words; });
+  wait_for_change(meeting.generation, ~0u, generation, [words] { return std::string(words); });
 }
 void Cluster::block_barrier() {
   meet(block().meeting, launch_.threads, "wait at __syncthreads");
@@ -255,28 +271,30 @@ void Cluster::warp_barrier(unsigned mask) {
   if (mask != 0xffffffffu) fail("a shuffle or __syncwarp of a part of a warp: not modelled");
   meet(block().warps[lane().index / 32].meeting, 32, "wait at a shuffle, a matrix or __syncwarp");
 }
+const std::uint64_t* Cluster::exchange(unsigned mask, std::uint64_t word) {
+  Warp& warp = block().warps[lane().index / 32];
+  std::uint64_t* words = warp.words[warp.meeting.generation % 2];
+  words[lane().index % 32] = word;
+  warp_barrier(mask);
+  return words;
+}
 void Cluster::meet_cluster() {
   meet(meeting_, launch_.threads * launch_.cluster, "wait for the cluster");
 }
 
-OperationPtr make_operation(const std::string& what, std::function<void()> happen) {
-  auto operation = std::make_shared<Operation>();
-  operation->what = what;
-  operation->happen = std::move(happen);
-  return operation;
-}
-
-void wait_groups(OperationGroups& groups, std::size_t keep, const std::string& words) {
-  const std::size_t count = groups.size();
+void wait_groups(OperationGroups& groups, std::size_t keep, const char* words) {
+  if (groups.ends.size() <= keep) return;
+  const std::size_t over = groups.ends.size() - keep, until = groups.ends[over - 1];
   cluster().wait_until(
-      [&groups, keep, count] {
-        for (std::size_t i = 0; i + keep < count; ++i)
-          for (const OperationPtr& operation : groups[i])
-            if (!operation->done) return false;
-        return true;
+      [&groups, until, at = std::size_t{0}]() mutable {
+        while (at < until && groups.operations[at]->done) ++at;
+        return at == until;
       },
-      [words] { return words; });
-  while (groups.size() > keep) groups.pop_front();
+      [words] { return std::string(words); });
+  groups.operations.erase(groups.operations.begin(),
+                          groups.operations.begin() + static_cast<std::ptrdiff_t>(until));
+  groups.ends.erase(groups.ends.begin(), groups.ends.begin() + static_cast<std::ptrdiff_t>(over));
+  for (std::size_t& end : groups.ends) end -= until;
 }
 
 void run(const Launch& launch, const std::function<void()>& body) {

@@ -11,13 +11,12 @@
 #include <boost/context/fiber.hpp>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
-#include <list>
 #include <map>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/support/fake_cuda/sm90_emulation.h"
@@ -40,14 +39,32 @@ struct Barrier {
 };
 
 struct Operation {  // under way
-  std::string what;
-  std::function<void()> happen;
+  explicit Operation(const char* what_) : what(what_) {}
+  virtual ~Operation() = default;
+  virtual void happen() = 0;
+  const char* what;
   std::vector<std::shared_ptr<Operation>> after;  // which it cannot overtake
   bool done = false;
   bool quiet = false;  // seldom what somebody waits for: more may happen in the same moment
 };
 using OperationPtr = std::shared_ptr<Operation>;
-using OperationGroups = std::deque<std::vector<OperationPtr>>;
+template <class Happen>
+OperationPtr make_operation(const char* what, Happen happen) {
+  struct Made final : Operation {
+    Made(const char* of, Happen h) : Operation(of), happens(std::move(h)) {}
+    void happen() override { happens(); }
+    Happen happens;
+  };
+  return std::make_shared<Made>(what, std::move(happen));
+}
+
+// A thread's operations of one kind: those of its groups, one behind the other, and those not yet in one.
+struct OperationGroups {
+  std::vector<OperationPtr> operations;
+  std::vector<std::size_t> ends;  // of the groups
+  void commit() { ends.push_back(operations.size()); }
+  bool are_none() const { return operations.empty() && ends.empty(); }
+};
 
 struct Product {  // of a warpgroup; its threads join one by one
   std::uint64_t a, b;
@@ -70,19 +87,19 @@ struct Meeting {  // a barrier of threads
 };
 struct Warp {
   Meeting meeting;
-  std::uint64_t exchange[32] = {};
-  unsigned char* rows[32] = {};  // of stmatrix and ldmatrix
+  std::uint64_t words[2][32] = {};  // exchanged, in turn: who was let go may still read the last ones
+  unsigned char* rows[32] = {};     // of stmatrix and ldmatrix
 };
 
 class Block {
  public:
   Block(unsigned rank, unsigned index, unsigned threads, std::size_t shared_bytes);
   // The place of `n` bytes in shared memory; fails for what lies elsewhere.
-  std::size_t place(const void* p, std::size_t n, const std::string& who) const;
-  Barrier& barrier(std::size_t at, const std::string& who);
+  std::size_t place(const void* p, std::size_t n, const char* who) const;
+  Barrier& barrier(std::size_t at, const char* who);
 
-  void begin_write(std::size_t at, std::size_t n, const std::string& who);  // fills with NaNs
-  void end_write(std::size_t at, std::size_t n, int unfenced_thread);       // -1: by an engine
+  void begin_write(std::size_t at, std::size_t n, const char* who);    // fills with NaNs
+  void end_write(std::size_t at, std::size_t n, int unfenced_thread);  // -1: by an engine
   void begin_read(const std::vector<std::size_t>& grains, std::uint64_t fenced_at);
   void end_read(const std::vector<std::size_t>& grains);
   void show_to_engines(std::size_t grain, int thread);
@@ -106,24 +123,33 @@ class Block {
   std::vector<Grain> grains_;
 };
 
-struct Lane {  // a thread
-  boost::context::fiber fiber, scheduler;
+// The sums of products under way; the registers hold NaNs meanwhile.
+struct Accumulator {
+  float* registers = nullptr;  // null: of none
+  std::vector<float> sums;
+};
+struct ThreadState {
   Block* block = nullptr;
   unsigned index = 0;
   bool waits = false, finished = false;
+  // What it waits for: that the bits of *word under `mask` are no longer `old`, or else for the condition.
+  const unsigned* word = nullptr;
+  unsigned mask = 0, old = 0;
   std::function<bool()> condition;
-  std::function<std::string()> words;  // what it waits for
+  std::function<std::string()> words;
+  bool may_go_on() const { return word != nullptr ? (*word & mask) != old : condition(); }
 
-  std::vector<OperationPtr> open_copies, open_products;
   OperationGroups copies, products;
-  std::vector<std::size_t> written;  // grains whose copies have arrived
-  std::vector<OperationPtr> recent_copies;
+  std::vector<std::size_t> written;         // grains whose copies have arrived
+  std::vector<OperationPtr> recent_copies;  // behind which an arrival comes
   std::uint64_t fenced_at = 0;
   std::size_t joined_products = 0;
   bool fenced = false;  // for products, since the last wait
-  // The sums of products under way; the registers hold NaNs meanwhile.
-  std::map<float*, std::vector<float>> accumulators;
+  std::vector<Accumulator> accumulators;
   int registers = kRegistersAtEntry;
+};
+struct Lane : ThreadState {
+  boost::context::fiber fiber, scheduler;
 };
 
 class Cluster : public simt::Runner {
@@ -134,20 +160,39 @@ class Cluster : public simt::Runner {
 
   void run(const Launch& launch, unsigned first_block, std::mt19937_64& random,
            const std::function<void()>& body);
-  void wait_until(std::function<bool()> condition, std::function<std::string()> words);
-  void meet(Meeting& meeting, unsigned all, const std::string& words);
+  // `words` say what for, to who asks why nobody can go on.
+  template <class Condition, class Words>
+  void wait_until(Condition condition, const Words& words) {
+    if (condition()) return;
+    current_->word = nullptr;
+    current_->condition = condition;
+    current_->words = words;
+    wait();
+  }
+  template <class Words>
+  void wait_for_change(const unsigned& word, unsigned mask, unsigned old, const Words& words) {
+    if ((word & mask) != old) return;
+    current_->word = &word;
+    current_->mask = mask;
+    current_->old = old;
+    current_->words = words;
+    wait();
+  }
+  void meet(Meeting& meeting, unsigned all, const char* words);
   void meet_cluster();
   void begin(const OperationPtr& operation) { operations_.push_back(operation); }
 
   void block_barrier() override;
   void warp_barrier(unsigned mask) override;
   std::byte* dynamic_shared() override { return reinterpret_cast<std::byte*>(block().base); }
-  std::uint64_t* exchange() override { return block().warps[lane().index / 32].exchange; }
+  const std::uint64_t* exchange(unsigned mask, std::uint64_t word) override;
 
  private:
   void make_blocks(unsigned first_block);
-  void add_lane(Block& block, unsigned index);
+  void add_lane();
+  void wait();
   bool turn();  // of every thread that can go on
+  void run_body(const Lane& lane);
   void run_lane(Lane& lane);
   bool progress(bool ran);  // of operations
   void check_end() const;
@@ -160,15 +205,14 @@ class Cluster : public simt::Runner {
   Lane* current_ = nullptr;
   unsigned left_ = 0;
   Meeting meeting_;
-  std::list<OperationPtr> operations_;
+  std::vector<OperationPtr> operations_;
   std::string mistake_;
 };
 
 Cluster& cluster();  // that this operating-system thread runs
 
 std::uint64_t now();  // a number for every event, rising
-OperationPtr make_operation(const std::string& what, std::function<void()> happen);
 // Until all but the last `keep` groups have happened.
-void wait_groups(OperationGroups& groups, std::size_t keep, const std::string& words);
+void wait_groups(OperationGroups& groups, std::size_t keep, const char* words);
 
 }  // namespace sm90_twin
