@@ -23,7 +23,8 @@ try:
     from study_chain import PLANTED, TUNING_SEED, Builder, differences, plant, planted_name
     from study_file import ROOT, SIZES, STANDARD_TEXT, find, names, read_study
     from study_plan import Clock, Plan, minutes
-    from study_result import Outcome, draw_curves, verdict_lines, write_result, write_tables
+    from study_measures import MEASURES
+    from study_result import Outcome, verdict_lines, write_result, write_tables
     from study_work import STOPPED, StageFailed, Stopped, Work
 except ImportError as missing:
     end_without_package("upmoe", missing_package(missing))
@@ -142,6 +143,15 @@ class Driver:
         return found
 
 
+def pictures():
+    """The module that draws, loaded where something is drawn: it takes a second."""
+    try:
+        import study_picture
+    except ImportError as missing:
+        raise BadUsage(missing_package(missing)) from None
+    return study_picture
+
+
 def list_studies():
     for name in names():
         study = None
@@ -156,13 +166,14 @@ def list_studies():
 def conclude(driver, paired, rates, seeds):
     study, folder = driver.study, driver.work.folder
     outcomes = {arm: [Outcome(driver.work, run) for run in paired if run.arm == arm] for arm in study.arms}
-    write_tables(folder, study, outcomes, rates, driver.fits(paired, seeds))
-    write_result(folder, study, outcomes, rates)
-    draw_curves(folder, study, outcomes)
+    written = list(write_tables(folder, study, outcomes, rates, driver.fits(paired, seeds)))
+    if any(MEASURES[comparison.by].curves for comparison in study.compare):
+        written.append(pictures().draw_curves(folder, study, outcomes))
+    written.append(write_result(folder, study, outcomes, rates))
     driver.work.link_runs(paired)
     for line in verdict_lines(study, outcomes):
         print(line.replace("*", "").strip())
-    print(f"{folder / 'table.md'}\n{folder / 'timings.md'}\n{folder / 'curves.png'}\n{folder / 'result.json'}")
+    print(*written, sep="\n")
 
 
 def conduct(args, study, work, teller):
@@ -225,6 +236,8 @@ def main():
     if shutil.which(program) is None:
         raise BadUsage(f"{display(program)}: no such program; launch/setup.sh makes build/release/upmoe, and --upmoe "
                        "names another")
+    if not args.dry:
+        pictures()  # what it lacks is told before hours of training, not behind them
     folder = (args.out or Path("runs/study") / study.name / args.size).resolve()
     work = Work(folder, [program], study)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -1,0 +1,220 @@
+"""launch/study.py from end to end with a pretended program: plan, runs, resumption, refusals; nothing is trained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "launch"))
+import study_chain  # noqa: E402
+import study_file  # noqa: E402
+from study_test import STUDY  # noqa: E402
+
+
+class Whole(unittest.TestCase):
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.folder = Path(self.temporary.name)
+        self.file, self.log = self.folder / "own.yaml", self.folder / "log.txt"
+        self.write(STUDY)
+        self.make_tokens("out")
+
+    def write(self, text, rates="[2.0e-4, 2.0e-3]"):
+        self.file.write_text(text.replace("[2.0e-4, 2.0e-3]", rates), encoding="utf-8")
+
+    def make_tokens(self, out):
+        """As tokenize.py left them, so that the study finds them made."""
+        study = study_file.read_study(self.file, "micro")
+        tokens = self.folder / out / "tokens"
+        tokens.mkdir(parents=True)
+        (tokens / "tokenizer.json").write_text("{}")
+        for part in ("train", "valid"):
+            with h5py.File(tokens / f"text_{part}.h5", "w") as file:
+                file["tokens"] = np.zeros(100000, dtype=np.uint32)
+                file.attrs["vocab_size"], file.attrs["eos_id"] = 2048, 2047
+        (tokens / "made.json").write_text(json.dumps({"folders": study.texts} | study.figures["text"], sort_keys=True))
+
+    def study(self, *arguments, out="out", **environment):
+        return subprocess.run(
+            [sys.executable, ROOT / "launch/study.py", self.file, "--out", self.folder / out, "--upmoe",
+             ROOT / "tests/support/pretended_upmoe.py", *map(str, arguments)], capture_output=True, text=True,
+            check=False, env=os.environ | {"PRETENDED_LOG": str(self.log)} | environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+    def done(self, *arguments, **options):
+        result = self.study(*arguments, **options)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return result
+
+    def commands(self, word):
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        return [line for line in lines if line.startswith(word)]
+
+    def result(self, out="out"):
+        return json.loads((self.folder / out / "result.json").read_text(encoding="utf-8"))
+
+    def test_a_study_from_end_to_end(self):
+        self.write(STUDY + "fit: true\n")
+        found = self.done()
+        result = self.result()
+        self.assertEqual(result["verdict"], "supported")
+        self.assertIn("'kept' ends below 're-drawn' by 0.001 nats at equal tokens: supported", found.stdout)
+        self.assertAlmostEqual(result["comparisons"][0]["mean"], -0.01, delta=0.003)
+        for arm in result["arms"].values():
+            self.assertEqual(arm["rate"], 2e-3)
+            self.assertEqual([seed["seed"] for seed in arm["seeds"]], [1, 2, 3])
+        one = result["arms"]["kept"]["seeds"][0]
+        self.assertAlmostEqual(one["flops_with_source"] / one["flops"], 3.0)  # 20 steps, and 40 of the source
+        self.assertIn("left:", found.stderr)
+        table = (self.folder / "out/table.md").read_text(encoding="utf-8")
+        self.assertIn("| kept | 0.002 (edge of the grid) |", table)
+        self.assertNotIn("seconds", table)
+        self.assertIn("seconds", (self.folder / "out/timings.md").read_text(encoding="utf-8"))
+        self.assertTrue((self.folder / "out/curves.png").read_bytes().startswith(b"\x89PNG"))
+        # Nothing heavy stays: neither checkpoints nor mixtures.
+        self.assertFalse(list(self.folder.glob("out/stages/*/run/checkpoints")))
+        laws = self.commands("cost --fit")
+        self.assertEqual(len(laws), 3)  # of each seed, over the two arms that were upcycled
+        self.assertEqual([len(line.split()) for line in laws], [2 + 2 + 1 + 2] * 3)
+        self.assertEqual(table.count("    a law\n"), 3)
+        before = len(self.commands("")) - 3
+        self.done()
+        self.assertEqual(len(self.commands("")) - 6, before)  # all else is finished
+        # Twice the same study gives the same table.
+        self.make_tokens("again")
+        self.done(out="again")
+        for name in ("table.md", "result.json"):
+            self.assertEqual((self.folder / "out" / name).read_bytes(), (self.folder / "again" / name).read_bytes())
+        self.more_seeds()
+
+    def more_seeds(self):
+        before = len(self.commands("train"))
+        self.done("--seeds", 4)
+        self.assertEqual(len(self.commands("train")) - before, 1 + 3)  # the fourth seed's source and arms
+
+    def test_a_planted_arm_comes_out_worse(self):
+        found = self.done("--plant", "kept", "--seeds", 2)
+        self.assertIn("supported", found.stdout)
+        result = self.result()
+        self.assertEqual(result["verdict"], "supported")
+        self.assertAlmostEqual(result["arms"]["kept, a tenth of the rate"]["rate"], 2e-4)
+        self.assertEqual(self.study("--plant", "nobody").returncode, 2)
+
+    def test_a_rate_that_diverges_is_not_chosen(self):
+        self.write(STUDY, rates="[2.0e-3, 2.0]")
+        self.done("--seeds", 1)
+        self.assertEqual({arm["rate"] for arm in self.result()["arms"].values()}, {2e-3})
+        # What was compared lies there by arm and seed, for upmoe report.
+        names = sorted(path.name for path in (self.folder / "out/runs").iterdir())
+        self.assertEqual(names, ["continued-seed1", "kept-seed1", "re-drawn-seed1"])
+        self.assertEqual(json.loads((self.folder / "out/runs/kept-seed1/study.json").read_text()),
+                         {"arm": "kept", "seed": 1})
+
+    def test_a_plan_trains_nothing_but_a_probe(self):
+        found = self.done("--dry")
+        self.assertRegex(found.stdout, r"kept +5 +20 ")  # two rates and three seeds
+        self.assertIn("FLOP", found.stdout)
+        self.assertIn("of disk at a time", found.stdout)
+        trained = [yaml_steps(line.split()[1]) for line in self.commands("train")]
+        self.assertEqual(set(trained), {study_chain.PROBE_STEPS})
+        self.assertFalse((self.folder / "out/result.json").exists())
+
+    def test_arms_that_cannot_run_are_told_before_the_first_step(self):
+        self.write(STUDY.replace("experts.reinit: 1.0", "target.num_experts: 77"))
+        found = self.study(PRETENDED_REFUSE="77")
+        self.assertEqual(found.returncode, 3, found.stderr)
+        self.assertIn("arm 're-drawn' cannot run", found.stderr)
+        self.assertIn("too many for this machine", found.stderr)
+        self.assertNotIn("arm 'kept' cannot", found.stderr)
+        self.assertEqual({yaml_steps(line.split()[1]) for line in self.commands("train")}, {study_chain.PROBE_STEPS})
+
+    def test_a_killed_study_goes_on(self):
+        self.write(STUDY, rates="[2.0e-3]")
+        self.make_tokens("whole")
+        self.done("--seeds", 1, out="whole")
+        for word in ("upcycle", "eval"):
+            out = f"killed_by_{word}"
+            self.make_tokens(out)
+            self.log.unlink()
+            killed = self.study("--seeds", 1, out=out, PRETENDED_KILL=word)
+            self.assertEqual(killed.returncode, -signal.SIGKILL, killed.stderr)
+            self.done("--seeds", 1, out=out, PRETENDED_KILL=word)
+            self.assertEqual((self.folder / out / "table.md").read_bytes(),
+                             (self.folder / "whole/table.md").read_bytes())
+            trained = [line for line in self.commands("train") if "run.yaml" in line]
+            self.assertLessEqual(len(trained) - len(set(trained)), 1)  # what was under way may begin again
+
+    def test_a_changed_study_is_told_from_finished_arms(self):
+        self.write(STUDY, rates="[2.0e-3]")
+        self.done("--seeds", 1)
+        before = len(self.commands("train"))
+        self.write(STUDY.replace("experts.reinit: 1.0", "experts.reinit: 0.5"), rates="[2.0e-3]")
+        changed = self.done("--seeds", 1)
+        self.assertIn("arm 're-drawn', which were made otherwise: 2 upcycle.experts.reinit 1.0 -> 0.5", changed.stderr)
+        self.assertNotIn("arm 'kept', which", changed.stderr)
+        self.assertEqual(len(self.commands("train")) - before, 2)  # of the changed arm alone: its probe and its run
+        self.write(STUDY.replace("re-drawn", "other"), rates="[2.0e-3]")
+        self.assertIn("an arm 're-drawn', which the study does not have", self.done("--dry", "--seeds", 1).stderr)
+
+    def test_other_texts_are_not_compared_over(self):
+        self.write(STUDY + "text: {megabytes: 5}\n")
+        found = self.study()
+        self.assertEqual(found.returncode, 3)
+        self.assertIn("tokens were made of other texts", found.stderr)
+        self.write(STUDY + "texts: {text: /nowhere/at/all}\n")
+        found = self.study()
+        self.assertEqual(found.returncode, 3)
+        self.assertIn("is no folder", found.stderr)
+
+    def test_too_little_disk_is_told(self):
+        script = ("import shutil, sys, collections; sys.path.insert(0, sys.argv.pop(1)); "
+                  "shutil.disk_usage = lambda _: collections.namedtuple('U', 'free')(1); "
+                  "sys.argv[0] = 'study'; import study; from command_line import run_tool; "
+                  "sys.exit(run_tool('upmoe study', study.main))")
+        found = subprocess.run(
+            [sys.executable, "-c", script, ROOT / "launch", self.file, "--out", self.folder / "out", "--upmoe",
+             ROOT / "tests/support/pretended_upmoe.py"], capture_output=True, text=True, check=False)
+        self.assertEqual(found.returncode, 3, found.stderr)
+        self.assertIn("of disk at a time, 0.0 MB are free", found.stderr)
+
+    def test_usage(self):
+        for words in ((), ("randomnes",), ("randomness", "--size", "huge"), ("randomness", "--seeds", "0"),
+                      ("randomness", "--upmoe", "/nowhere/upmoe")):
+            found = subprocess.run([sys.executable, ROOT / "launch/study.py", *words], capture_output=True, text=True,
+                                   check=False)
+            self.assertEqual(found.returncode, 2, found.stderr)
+            self.assertNotIn("Traceback", found.stderr)
+        self.assertIn("did you mean 'randomness'", subprocess.run(
+            [sys.executable, ROOT / "launch/study.py", "randomnes"], capture_output=True, text=True,
+            check=False).stderr)
+        listed = subprocess.run([sys.executable, "-X", "importtime", ROOT / "launch/study.py", "--list"],
+                                capture_output=True, text=True, check=False)
+        for name in study_file.names():
+            self.assertRegex(listed.stdout, rf"(?m)^{name} +\d+ arms  ")
+        self.assertIn("study_file", listed.stderr)
+        self.assertNotIn("matplotlib", listed.stderr)  # takes a second, and draws nothing here
+
+    def test_a_package_that_only_draws_is_asked_for_before_the_first_run(self):
+        (self.folder / "no/matplotlib").mkdir(parents=True)
+        (self.folder / "no/matplotlib/__init__.py").write_text("raise ImportError('gone', name='matplotlib')\n")
+        found = self.study(PYTHONPATH=str(self.folder / "no"))
+        self.assertEqual(found.returncode, 2, found.stderr)
+        self.assertIn("cannot import matplotlib; run launch/setup.sh", found.stderr)
+        self.assertEqual(self.commands(""), [])
+
+
+def yaml_steps(path):
+    return study_file.read_yaml(Path(path))["train"]["steps"]
+
+
+if __name__ == "__main__":
+    unittest.main()
