@@ -10,12 +10,14 @@ import json
 from dataclasses import dataclass, replace
 
 from command_line import BadUsage
+import study_mates
 from study_file import ROOT, read_yaml, steps_of
 
 TUNING_SEED = 0     # its runs choose learning rates; pairs are 1, 2, ...
 PROBE_STEPS = 3     # of every training of a probe; the first is not timed
 PLANTED = 0.1       # of the learning rate of the arm beside it
 CHECKPOINTS = 4     # of a training: what a kill costs, against writing a mixture's state
+LAYOUTS = {"mates": study_mates}  # of the batches of a last training
 ORDERS = 10         # data.seed = ORDERS * seed + number of the training in its chain; of the last one ORDERS - 1
 
 
@@ -35,6 +37,11 @@ class Stage:
         content = {key: getattr(self, key) for key in ("kind", "settings", "model", "shape", "text", "texts", "before",
                                                        "last")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def batches(self):
+        """How they are laid out; None: shuffled."""
+        return self.texts.get("batches")
 
     @property
     def steps(self):
@@ -108,10 +115,12 @@ class Builder:
                 "model.init": "random" if before is None else "weights"}
         if last:
             keys |= self.study.last | {"optimizer.lr": rate}
-        settings = nested(keys | link.overrides)
+        settings, texts = nested(keys | link.overrides), self.texts
+        if batches := link.own.get("batches"):
+            settings, texts = nested(LAYOUTS[batches].keys_of(settings), settings), texts | {"batches": batches}
         model = link.own.get("model")
         text = link.own.get("text", self.study.main_text)
-        return Stage("train", settings, model, figures["models"].get(model), text, self.texts, before, last)
+        return Stage("train", settings, model, figures["models"].get(model), text, texts, before, last)
 
     def run(self, arm, seed, rate, share=1.0, probe=False):
         """`share` shortens the last training; `probe`: every training takes PROBE_STEPS."""
@@ -149,6 +158,8 @@ def plant(study, arm):
     if arm not in study.arms:
         there = ", ".join(f"'{name}'" for name in study.arms)  # some have a comma
         raise BadUsage(f"--plant '{arm}': no such arm; there are {there}")
+    if study.rates == [0.0]:
+        raise BadUsage("--plant: nothing is learnt in this study (rates: [0.0]); no rate can be too low for it")
     comparison = replace(study.compare[0], better=arm, than=planted_name(arm), by="loss", at="tokens", worth=0.0)
     return replace(study, arms={arm: study.arms[arm], planted_name(arm): study.arms[arm]}, compare=[comparison],
                    fit=False)

@@ -14,7 +14,10 @@ from command_line import BadUsage, display
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = ROOT / "configs" / "studies"
 SIZES = ("micro", "tiny", "small")
-MEASURES, AXES = ("loss", "cost"), ("tokens", "flops", "seconds")
+AXES = ("tokens", "flops", "seconds")
+BATCHES = ("mates",)  # ways to lay out the batches of a last training, other than shuffled
+# Of study_measures.py, each with the batches that the last trainings of its arms must have.
+MEASURES = {"loss": None, "cost": None, "mates": "mates"}
 STANDARD_TEXT = "stdlib"  # the sources of Python's standard library
 
 SIZE_KEYS = {"text": dict, "seq_len": int, "eval_sequences": int, "evaluations": int, "models": dict, "recipe": dict,
@@ -22,7 +25,7 @@ SIZE_KEYS = {"text": dict, "seq_len": int, "eval_sequences": int, "evaluations":
 # A study may have any key of the size as well: of a map it changes the entries that it names.
 STUDY_KEYS = {"claim": str, "expect": str, "sizes": list, "texts": dict, "last": dict, "arms": dict, "compare": list,
               "fit": bool} | SIZE_KEYS
-LINK_KEYS = {"train": ("model", "steps", "warmup", "text"), "upcycle": ("recipe",)}  # beside section.key
+LINK_KEYS = {"train": ("model", "steps", "warmup", "text", "batches"), "upcycle": ("recipe",)}  # beside section.key
 COMPARE_KEYS = ("better", "than", "by", "at", "worth", "most", "with_source")
 
 
@@ -67,7 +70,7 @@ class Link:
 class Comparison:
     better: str  # the arm that is claimed to be better
     than: str
-    by: str = "loss"       # loss: nats at equal cost; cost: the ratio of what an equal loss takes
+    by: str = "loss"       # loss: nats at equal cost; cost: the ratio of what an equal loss takes; mates: see MEASURES
     at: str = "tokens"
     worth: float = 0.0     # by loss: the smallest gain that counts, nats
     most: float = 1.0      # by cost: the claimed ratio
@@ -192,6 +195,8 @@ def read_link(value, place, first, study, reader):
         reader.unknown(keys["model"], list(study.figures["models"]), f"{place}: model: ")
     if keys.get("text", study.main_text) not in study.texts:
         reader.unknown(keys["text"], list(study.texts), f"{place}: text: ")
+    if keys.get("batches", BATCHES[0]) not in BATCHES:
+        reader.unknown(keys["batches"], BATCHES, f"{place}: batches: ")
     if kind == "train":
         try:
             steps_of(keys.get("steps", ""), study.steps)
@@ -208,6 +213,11 @@ def read_arm(name, value, study, reader):
     links = [link for link in links if link]
     if links and links[-1].kind != "train":
         reader.add(f"arms: {name}: the last command is a train, whose end is compared")
+    if any("batches" in link.keys for link in links[:-1]):
+        reader.add(f"arms: {name}: batches belongs to the last train, which is compared")
+    if links and ("batches" in links[-1].keys) != (study.rates == [0.0]):
+        reader.add(f"arms: {name}: rates: [0.0] and batches belong together: only where nothing is learnt do two steps "
+                   "have the same weights")
     if links and "optimizer.lr" in links[-1].keys:
         reader.add(f"arms: {name}: the learning rate of the last train is chosen from `rates`; leave optimizer.lr out")
     return links
@@ -223,12 +233,16 @@ def read_comparison(value, study, reader):
     for key in ("better", "than"):
         if value.get(key) not in study.arms:
             reader.add(f"compare: {key}: expected an arm ({', '.join(study.arms)}), found {value.get(key)!r}")
-    for key, valid in (("by", MEASURES), ("at", AXES)):
+    for key, valid in (("by", list(MEASURES)), ("at", AXES)):
         if value.get(key, valid[0]) not in valid:
             reader.add(f"compare: {key}: expected {' or '.join(valid)}, found {value[key]!r}")
     for key in ("worth", "most"):
         if not isinstance(value.get(key, 0), (int, float)) or value.get(key, 0) < 0:
             reader.add(f"compare: {key}: expected a number that is not negative, found {value[key]!r}")
+    needed = MEASURES.get(value.get("by", "loss"))
+    for arm in (value.get("better"), value.get("than")):
+        if needed and study.arms.get(arm) and study.arms[arm][-1].own.get("batches") != needed:
+            reader.add(f"compare: by {value['by']}: the last train of '{arm}' needs `batches: {needed}`")
     known = {key: content for key, content in value.items() if key in COMPARE_KEYS}
     return Comparison(**known) if {"better", "than"} <= set(known) else None
 
@@ -268,8 +282,8 @@ def read_study(path, size):
     figures = {key: content | value.get(key, {}) if isinstance(content, dict) else value.get(key, content)
                for key, content in figures.items()}
     rates = sorted(figures["rates"])
-    if not rates or not all(isinstance(rate, float) and rate > 0 for rate in rates):
-        reader.add(f"rates: expected learning rates above 0, such as 1.0e-3, found {rates}")
+    if rates != [0.0] and not (rates and all(isinstance(rate, float) and rate > 0 for rate in rates)):
+        reader.add(f"rates: expected learning rates above 0, such as 1.0e-3, or 0.0 alone, found {rates}")
     study = Study(path.stem, size, " ".join(value["claim"].split()), " ".join(value.get("expect", "").split()),
                   value.get("texts") or {"text": STANDARD_TEXT}, rates, figures["steps"], value.get("last", {}), {},
                   [], value.get("fit", False), figures)

@@ -5,6 +5,7 @@ claim(comparison)                       the claim as a sentence
 judge(comparison, outcomes)             (Interval over the pairs, Verdict; None where nothing could be measured)
 rows(comparisons, outcomes)             of table.md: the same whenever a study is done again
 timings(comparisons, outcomes)          of timings.md; none where seconds say nothing of it
+facts(outcome)                          of one run, for result.json
 note                                    what is said below its rows
 unreached                               instead of a verdict, where nothing could be measured
 curves                                  whether held-out curves show it
@@ -12,7 +13,8 @@ curves                                  whether held-out curves show it
 
 import math
 
-from study_statistics import cost_ratio, interval, loss_difference, verdict
+from study_statistics import (NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict, cost_ratio, interval, loss_difference,
+                              verdict)
 
 NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 REPRODUCED = ("tokens", "flops")  # the same whenever a study is done again
@@ -75,6 +77,10 @@ class OfCurves:
         return curve_rows(comparisons, outcomes, ("seconds",))
 
     @staticmethod
+    def facts(outcome):
+        return {}  # the curve is there in any case
+
+    @staticmethod
     def charged(comparison):
         return ", their sources charged" if comparison.with_source else ""
 
@@ -102,7 +108,50 @@ class Cost(OfCurves):
         return verdict(found, math.log(comparison.most))
 
 
-MEASURES = {"loss": Loss(), "cost": Cost()}
+class Mates:
+    """Whether the loss of a sequence depends on the others of its batch (study_mates.py): counted, to the bit. One
+    sequence that changes refutes that none does, and shows that some do; so no interval decides.
+    """
+    curves = False
+    unreached = "not measured: no training had two steps"
+    note = ("Each sequence was computed twice at one place of a batch, by the same weights, beside two sets of other "
+            "sequences; it has changed where the two losses differ in any bit.")
+
+    def claim(self, comparison):
+        return (f"in '{comparison.better}' the other sequences of a batch change no sequence's loss by a bit, in "
+                f"'{comparison.than}' they do")
+
+    def judge(self, comparison, outcomes):
+        first, second = ([outcome.changes() for outcome in outcomes[arm]]
+                         for arm in (comparison.better, comparison.than))
+        found = interval([a.share - b.share for a, b in zip(first, second, strict=True)])
+        if not math.isfinite(found.mean):
+            return found, None
+        if any(a.changed for a in first):
+            return found, Verdict(NOT_SUPPORTED)
+        if any(b.changed for b in second):
+            return found, Verdict(SUPPORTED)
+        return found, Verdict(UNDECIDED, note=f"'{comparison.than}' changed none either")
+
+    @staticmethod
+    def rows(comparisons, outcomes):
+        yield ["arm", "sequences beside two sets of others", "changed", "by seed", "largest change, nats"]
+        for arm in dict.fromkeys(arm for c in comparisons for arm in (c.better, c.than)):
+            found = [outcome.changes() for outcome in outcomes[arm]]
+            yield [arm, sum(f.sequences for f in found), sum(f.changed for f in found),
+                   ", ".join(str(f.changed) for f in found), f"{max(f.largest for f in found):.3g}"]
+
+    @staticmethod
+    def timings(comparisons, outcomes):
+        return ()
+
+    @staticmethod
+    def facts(outcome):
+        found = outcome.changes()
+        return {"sequences": found.sequences, "changed": found.changed, "largest_change": found.largest}
+
+
+MEASURES = {"loss": Loss(), "cost": Cost(), "mates": Mates()}
 
 
 def by_measure(comparisons):

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 from run_metrics import read_run
+from study_mates import changes_of
 from study_measures import MEASURES, NAMES, REPRODUCED, by_measure, nats
 from study_statistics import Curve, interval
 from whole_file import write_whole
@@ -37,6 +38,9 @@ class Outcome:
         """Deviation of the experts' loads over their mean, at the last step that has them, mean over layers."""
         loads = [np.array(record["expert_load"]) for record in self.steps if record.get("expert_load")]
         return float(np.mean(loads[-1].std(axis=1) / loads[-1].mean(axis=1))) if loads else None
+
+    def changes(self):
+        return changes_of(self.steps)
 
     def dead(self):
         return self.steps[-1].get("dead_experts")
@@ -103,6 +107,7 @@ def write_result(folder, study, outcomes, rates):
             "seeds_to_decide": word.seeds if word else None, "mean": finite(found.mean), "low": finite(found.low),
             "high": finite(found.high), "pairs": found.pairs}
 
+    measures = {comparison.by: MEASURES[comparison.by] for comparison in study.compare}
     result = {"study": study.name, "size": study.size, "claim": study.claim,
               "verdict": comparison_json(study.compare[0])["verdict"],
               "comparisons": [comparison_json(comparison) for comparison in study.compare],
@@ -111,7 +116,8 @@ def write_result(folder, study, outcomes, rates):
                    "tokens": o.sunk.end("tokens"), "flops": o.sunk.end("flops"),
                    "flops_with_source": o.charged.end("flops"), "dead_experts": o.dead(),
                    "curve": {"loss": o.sunk.loss.tolist(),
-                             **{axis: o.sunk.spent[axis].tolist() for axis in REPRODUCED}}}
+                             **{axis: o.sunk.spent[axis].tolist() for axis in REPRODUCED}}} |
+                  {key: finite(value) for measure in measures.values() for key, value in measure.facts(o).items()}
                   for o in outcomes[arm]]} for arm in study.arms}}
     write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return folder / "result.json"

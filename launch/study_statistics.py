@@ -45,10 +45,13 @@ def interval(values):
 class Verdict:
     word: str
     seeds: int | None = None  # undecided: about as many in all would decide; none where more than MOST_SEEDS would not
+    note: str = ""            # undecided: what is said instead, where more seeds are not what it takes
 
     def __str__(self):
         if self.word != UNDECIDED:
             return self.word
+        if self.note:
+            return f"{self.word} ({self.note})"
         return f"{self.word} (needs {f'about {self.seeds}' if self.seeds else f'more than {MOST_SEEDS}'} seeds)"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 from command_line import BadInput, display
+from study_chain import LAYOUTS
 from study_file import ROOT, STANDARD_TEXT
 from whole_file import write_whole
 
@@ -173,6 +174,17 @@ class Work:
                            *(os.fsdecode(path) for path in files if path)], log)
         write_whole(made, key)
 
+    def training_tokens(self, stage):
+        """An entry of data.train."""
+        path = self.tokens(stage.text)
+        if stage.batches is None:
+            return {"path": str(path), "weight": 1.0}
+        layout = LAYOUTS[stage.batches]
+        own = path.with_name(f"{path.stem}_{stage.batches}_{layout.size_of(stage.settings)}.h5")
+        if not own.is_file():
+            layout.write_tokens(path, own, stage.settings)
+        return {"path": str(own), "weight": 1.0, "loss_mask": True}
+
     def passes(self, stage):
         """How often a training goes over its text."""
         import h5py  # here alone: what plans and compares needs no token file
@@ -222,7 +234,7 @@ class Work:
         settings = json.loads(json.dumps(stage.settings))
         settings.setdefault("run", {})["dir"] = str(run)
         settings.setdefault("model", {})["path"] = str(self.input_of(stage))
-        settings["data"] |= {"train": [{"path": str(self.tokens(stage.text)), "weight": 1.0}],
+        settings["data"] |= {"train": [self.training_tokens(stage)],
                              "valid": str(self.tokens(stage.text, held_out=True))}
         write_whole(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False))
         if not (stage.last and (folder / "eval.json").is_file()):

@@ -33,6 +33,22 @@ compare:
   - {better: long, than: short, at: flops}
 """
 
+# No limit, one for the experts of a batch, one for each sequence.
+LEAK = STUDY[STUDY.index("texts:"):STUDY.index("arms:")].replace("3.0e-3", "0.0") + """claim: A batch leaks.
+last: {router.aux_loss: 0.0}
+arms:
+  free: [train: &source {model: source, steps: source}, upcycle: {}, train: &pairs {steps: 16, batches: mates}]
+  batch:
+    - train: *source
+    - upcycle: {}
+    - train: &batch {<<: *pairs, router.capacity_factor: 1.0, router.capacity_pool: micro_batch}
+  sequence: [train: *source, upcycle: {}, train: {<<: *batch, router.capacity_pool: sequence}]
+compare:
+  - {better: free, than: batch, by: mates}
+  - {better: sequence, than: batch, by: mates}
+  - {better: batch, than: free, by: mates}
+"""
+
 
 class StudyRun(unittest.TestCase):
     def setUp(self):
@@ -79,6 +95,22 @@ class StudyRun(unittest.TestCase):
         self.stopped("three")
         self.study("three")
         self.assertEqual((self.folder / "three/table.md").read_bytes(), (self.folder / "one/table.md").read_bytes())
+
+    # Dropping alone is not what does it: a limit of each sequence's own drops as well.
+    def test_a_shared_capacity_leaks_and_nothing_else_does(self):
+        self.file.write_text(LEAK.replace("TEXT", str(self.folder / "text")), encoding="utf-8")
+        self.study("leak")
+        result = json.loads((self.folder / "leak/result.json").read_text(encoding="utf-8"))
+        self.assertEqual([found["verdict"] for found in result["comparisons"]],
+                         ["supported", "supported", "not supported"])
+        counts = {arm: [(seed["sequences"], seed["changed"]) for seed in found["seeds"]]
+                  for arm, found in result["arms"].items()}
+        self.assertEqual((counts["free"], counts["sequence"]), ([(8, 0)] * 2, [(8, 0)] * 2))
+        self.assertTrue(all(changed > 0 for _, changed in counts["batch"]), counts)
+        drops = {arm: json.loads((self.folder / f"leak/runs/{arm}-seed1/metrics.jsonl").read_text().splitlines()[-2])
+                 for arm in counts}
+        self.assertGreater(drops["sequence"]["dropped_share"], 0)
+        self.assertEqual(drops["free"]["dropped_share"], 0)
 
     def stopped(self, out):
         with subprocess.Popen([str(word) for word in self.words(out)], stdout=subprocess.DEVNULL,

@@ -9,6 +9,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -16,8 +17,10 @@ LAUNCH = Path(os.environ.get("PLANTED_SOURCES", ROOT / "launch"))  # where this 
 sys.path.append(str(LAUNCH))
 import study_chain  # noqa: E402
 import study_file  # noqa: E402
+import study_mates  # noqa: E402
 import study_statistics as statistics  # noqa: E402
-from command_line import BadUsage  # noqa: E402
+from command_line import BadInput, BadUsage  # noqa: E402
+from study_measures import MEASURES  # noqa: E402
 from study_plan import Measured  # noqa: E402
 
 STUDY = """claim: Nothing re-drawn is better.
@@ -167,6 +170,110 @@ class Files(unittest.TestCase):
         self.assertAlmostEqual(measured.flops(stage), 20 * 2048 * 100.0)
 
 
+MATES = """claim: A batch leaks.
+rates: [0.0]
+arms:
+  free: [train: &source {model: source, steps: 9}, upcycle: {}, train: &pairs {steps: 5, batches: mates}]
+  limited: [train: *source, upcycle: {}, train: {<<: *pairs, router.capacity_factor: 1.0}]
+compare:
+  - {better: free, than: limited, by: mates}
+"""
+
+
+class Ran:
+    """An outcome, as far as the measure of mates looks at it."""
+
+    def __init__(self, *losses):
+        self.steps = [{"step": i, "loss": loss} for i, loss in enumerate(losses, 1)]
+
+    def changes(self):
+        return study_mates.changes_of(self.steps)
+
+
+class Mates(unittest.TestCase):
+    read, refused = Files.read, Files.refused
+
+    def setUp(self):
+        Files.setUp(self)
+
+    def test_names_are_those_of_the_files(self):
+        self.assertEqual(set(MEASURES), set(study_file.MEASURES))
+        self.assertEqual(set(study_chain.LAYOUTS), set(study_file.BATCHES))
+
+    def test_a_chain_with_laid_out_batches(self):
+        study = self.read(MATES)
+        run = study_chain.Builder(study).run("free", 1, 0.0)
+        self.assertEqual((run.last.batches, run.stages[0].batches), ("mates", None))
+        self.assertEqual(run.last.settings["data"]["shuffle"], False)
+        self.assertEqual(run.last.settings["optimizer"]["lr"], 0.0)
+        small = study_chain.Builder(self.read(MATES, "small")).run("free", 1, 0.0).last.settings["train"]
+        self.assertEqual((small["global_batch"], small["micro_batch"]), (16, 16))  # else four sequences are one loss
+        with self.assertRaisesRegex(BadUsage, "nothing is learnt"):
+            study_chain.plant(study, "free")
+
+    def test_what_is_wrong_is_told(self):
+        self.refused(MATES.replace("rates: [0.0]", "rates: [1.0e-3]"), "rates: [0.0] and batches belong together")
+        self.refused(MATES.replace(", batches: mates", ""), "belong together", "needs `batches: mates`")
+        self.refused(MATES.replace("batches: mates", "batches: mate"), "did you mean 'mates'")
+        self.refused(MATES.replace("[0.0]", "[0.0, 1.0e-3]"), "or 0.0 alone")
+        self.refused(MATES.replace("steps: 9", "steps: 9, batches: mates"), "belongs to the last train")
+        study = self.read(MATES.replace("batches: mates", "batches: mates, train.micro_batch: 1"))
+        with self.assertRaisesRegex(BadUsage, "a sequence alone has no mates"):
+            study_chain.Builder(study).run("free", 1, 0.0)
+
+    def tokens(self, sequences, length):
+        """Of sequence i all tokens are i."""
+        source = Path(self.temporary.name) / "text.h5"
+        with h5py.File(source, "w") as file:
+            file["tokens"] = np.repeat(np.arange(sequences, dtype="<u4"), length)
+            file.attrs["vocab_size"], file.attrs["format"] = 99, np.bytes_(b"upmoe-tokens-1")
+        return source
+
+    # Five steps are three pairs.
+    def test_a_pair_of_batches_has_one_sequence_in_common(self):
+        length, batch, to = 4, 3, Path(self.temporary.name) / "mates.h5"
+        settings = {"data": {"seq_len": length}, "train": {"steps": 5, "micro_batch": batch}}
+        study_mates.write_tokens(self.tokens(40, length), to, settings)
+        with h5py.File(to, "r") as file:
+            tokens, mask = file["tokens"][:].reshape(-1, length), file["loss_mask"][:].reshape(-1, length)
+            self.assertEqual(file["document_ends"][-1], tokens.size)
+            self.assertEqual((file.attrs["vocab_size"], file.attrs["format"]), (99, b"upmoe-tokens-1"))
+        self.assertEqual(len(tokens), 6 * batch + 1)  # one more, whose first token is the last target
+        tokens, mask = tokens[:-1].reshape(3, 2, batch, length), mask[:-1].reshape(3, 2, batch, length)
+        seen = []
+        for pair in range(3):
+            places = [set(np.flatnonzero(mask[pair, step].any(axis=1))) for step in (0, 1)]
+            self.assertEqual(places, [{pair % batch}] * 2)
+            first, second = ([int(row[0]) for row in tokens[pair, step]] for step in (0, 1))
+            self.assertEqual(first[pair % batch], second[pair % batch])
+            self.assertEqual(len({*first, *second}), 2 * batch - 1)
+            seen += [*first, *second]
+            # The target behind the sequence's end is a mate's token.
+            self.assertEqual(mask[pair, 0, pair % batch].tolist(), [0, 1, 1, 1])
+        self.assertEqual(len(set(seen)), 3 * (2 * batch - 1))
+        with self.assertRaisesRegex(BadInput, "4 sequences of 4 tokens; two batches of 3 .* in common need 5"):
+            study_mates.write_tokens(self.tokens(4, length), to, settings)
+
+    def test_changes_are_counted_to_the_bit(self):
+        bit = np.nextafter(2.0, 3.0)
+        found = Ran(1.0, 1.0, 2.0, bit, None, None, 3.0, None, 9.0).changes()
+        self.assertEqual((found.sequences, found.changed, found.largest), (4, 2, math.inf))
+        self.assertEqual(Ran(2.0, bit).changes().largest, bit - 2.0)
+
+    def test_one_change_decides(self):
+        comparison, same, other = self.read(MATES).compare[0], Ran(1.0, 1.0), Ran(1.0, 1.5)
+
+        def verdict(free, limited):
+            found, word = MEASURES["mates"].judge(comparison, {"free": free, "limited": limited})
+            return found.mean, str(word)
+
+        self.assertEqual(verdict([same, same], [same, other]), (-0.5, "supported"))
+        self.assertEqual(verdict([same, other], [other, other]), (-0.5, "not supported"))
+        self.assertEqual(verdict([same], [same]), (0.0, "undecided ('limited' changed none either)"))
+        self.assertEqual(verdict([same], [other])[1], "supported")  # a single pair is enough
+        self.assertEqual(verdict([Ran(1.0)], [other])[1], "None")
+
+
 # file, what stands there, what is planted: the tests above must notice
 PLANTED = [
     ("study_statistics.py", "stdtrit(pairs - 1,", "stdtrit(pairs,"),
@@ -182,6 +289,13 @@ PLANTED = [
     ("study_chain.py", "share if last else 1.0", "1.0"),
     ("study_chain.py", "keys |= self.study.last |", "keys |="),
     ("study_file.py", "total += float(match[1] or 1)", "total = float(match[1] or 1)"),
+    ("study_mates.py", "mask[counted_places(pairs, batch), 1:] = 1", "mask[counted_places(pairs, batch)] = 1"),
+    ("study_mates.py", "order.append(taken)", "pass"),
+    ("study_mates.py", "            taken += batch - 1", "            taken += 0"),
+    ("study_mates.py", "in pairs if a != b", "in pairs if a != b and abs(a - b) > 1e-12"),
+    ("study_mates.py", ', "train.global_batch": batch}', "}"),
+    ("study_measures.py", "if any(a.changed for a in first):", "if all(a.changed for a in first):"),
+    ("study_measures.py", "if any(b.changed for b in second):", "if all(b.changed for b in second):"),
     ("study_plan.py", 'settings["train"]["eval_every"]) - 1', 'settings["train"]["eval_every"])'),
 ]
 
@@ -201,8 +315,8 @@ class Planted(unittest.TestCase):
                 file.write_text(file.read_text(encoding="utf-8").replace(root, f"ROOT = Path({str(ROOT)!r})"))
                 text = (Path(folder) / name).read_text(encoding="utf-8")
                 (Path(folder) / name).write_text(text.replace(stands, planted), encoding="utf-8")
-                done = subprocess.run([sys.executable, __file__, "Statistics", "Files"], capture_output=True, text=True,
-                                      check=False, env=os.environ | {"PLANTED_SOURCES": folder})
+                done = subprocess.run([sys.executable, __file__, "Statistics", "Files", "Mates"], capture_output=True,
+                                      text=True, check=False, env=os.environ | {"PLANTED_SOURCES": folder})
             self.assertEqual(done.returncode == 0, stands == planted, f"{name}: {planted}\n{done.stderr}")
 
 

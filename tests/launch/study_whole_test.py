@@ -16,10 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "launch"))
 import study_chain  # noqa: E402
 import study_file  # noqa: E402
-from study_test import STUDY  # noqa: E402
+from study_test import MATES, STUDY  # noqa: E402
 
 
-class Whole(unittest.TestCase):
+class Study(unittest.TestCase):
+    """A study of its own in a folder, with tokens."""
+
     def setUp(self):
         self.temporary = tempfile.TemporaryDirectory()
         self.addCleanup(self.temporary.cleanup)
@@ -62,6 +64,8 @@ class Whole(unittest.TestCase):
     def result(self, out="out"):
         return json.loads((self.folder / out / "result.json").read_text(encoding="utf-8"))
 
+
+class Whole(Study):
     def test_a_study_from_end_to_end(self):
         self.write(STUDY + "fit: true\n")
         found = self.done()
@@ -100,6 +104,20 @@ class Whole(unittest.TestCase):
         before = len(self.commands("train"))
         self.done("--seeds", 4)
         self.assertEqual(len(self.commands("train")) - before, 1 + 3)  # the fourth seed's source and arms
+
+    def test_what_is_counted_has_a_verdict_and_no_curve(self):
+        self.write(MATES.replace("arms:", "steps: {source: 9}\narms:", 1))
+        found = self.done("--seeds", 2)
+        self.assertIn("in 'limited' they do: supported", found.stdout)
+        self.assertNotIn("curves.png", found.stdout)
+        self.assertFalse((self.folder / "out/curves.png").exists())
+        seeds = self.result()["arms"]["limited"]["seeds"]
+        self.assertEqual([(seed["sequences"], seed["changed"]) for seed in seeds], [(2, 2), (2, 2)])
+        self.assertIn("| free | 4 | 0 | 0, 0 | 0 |", (self.folder / "out/table.md").read_text(encoding="utf-8"))
+        self.assertFalse((self.folder / "out/timings.md").exists())
+        settings = study_file.read_yaml(Path(self.commands("train")[-1].split()[1]))
+        self.assertTrue(settings["data"]["train"][0]["loss_mask"])
+        self.assertIn("_mates_3x16x128.h5", settings["data"]["train"][0]["path"])
 
     def test_a_planted_arm_comes_out_worse(self):
         found = self.done("--plant", "kept", "--seeds", 2)

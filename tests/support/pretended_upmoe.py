@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The commands of `upmoe` that a study starts, without a model: they leave what the real ones leave, with losses that a
 formula gives. A rate of RATE is the best one, one of 1 is too high; each re-drawn neuron of a recipe costs, each seed
-moves all arms alike.
+moves all arms alike. With a rate of 0 nothing changes, but where the experts have a limit every second step.
 
 PRETENDED_LOG: a file that gets a line for each command. PRETENDED_KILL: the word of a command that kills whoever
 started it, once (the log is how it knows). PRETENDED_REFUSE: num_experts of a recipe that upcycle refuses.
@@ -55,7 +55,11 @@ def train(words):
     own = 0.002 * random.Random(f"{run['data']['seed']} {json.dumps(model)}").random()
     start = 4.0 + shift + model.get("reinit", 0.0)
 
+    limited = run.get("router", {}).get("capacity_factor", 0) > 0
+
     def loss(step):
+        if lr == 0:
+            return start + 1e-3 * limited * (step % 2)
         return start - 0.5 * (1 - math.exp(-step / 100)) + 0.2 * abs(math.log10(lr / RATE)) * (step > 0) + own
 
     records, every = [], run["train"]["eval_every"]
