@@ -99,12 +99,30 @@ def draw_all(folder, groups, against):
     return names
 
 
-def arm_of(path):
-    """Of a run that a study made: its arm. The folder's name of any other."""
+def of_study(path, key):
+    """What a study said of a run that it made: its arm or its seed. None of any other run."""
     try:
-        return json.loads((path / "study.json").read_text(encoding="utf-8"))["arm"]
+        return json.loads((path / "study.json").read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
-        return path.resolve().name
+        return None
+
+
+def arm_of(path):
+    """The folder's name of a run that no study made."""
+    return of_study(path, "arm") or path.resolve().name
+
+
+def told_apart(paths, names):
+    """Of runs of one name: with their seed, or their folder, whatever they do not share."""
+    own = list(names)
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        places = [i for i, other in enumerate(names) if other == name]
+        seeds = [of_study(paths[i], "seed") for i in places]
+        ways = [[f"seed {seed}" for seed in seeds] if None not in seeds else [],
+                [display(paths[i].resolve().name) for i in places], [display(paths[i]) for i in places]]
+        for i, words in zip(places, next((way for way in ways if len(set(way)) == len(places)), ways[-1])):
+            own[i] = f"{name}, {words}"
+    return own
 
 
 def read_groups(args):
@@ -119,11 +137,11 @@ def read_groups(args):
     names = [display(name) for name in labels or [arm_of(p) if grouped else p.resolve().name for p in paths]]
     lines = list(dict.fromkeys(names)) if grouped else range(len(names))
     colours = dict(zip(lines, palette(len(lines))))
-    groups = {}
+    groups, own = {}, told_apart(paths, names) if grouped else names
     for i, (path, name) in enumerate(zip(paths, names)):
         line = name if grouped else i
         group = groups.setdefault(line, Group(name, colours[line], [], args.band != "none"))
-        group.runs.append(read_run(path, name, colours[line]))
+        group.runs.append(read_run(path, own[i], colours[line]))
     runs = [run for group in groups.values() for run in group.runs]
     if args.continued:
         first = groups[lines[0]].runs[0]

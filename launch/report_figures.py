@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from report_findings import load_findings, loss_findings, throughput_findings
-from run_curves import (Line, bulk_limits, held_out_sets, heldout_limits, heldout_line, step_line,
+from run_curves import (FEWEST, Line, bulk_limits, held_out_sets, heldout_limits, heldout_line, step_line,
                         throughput_limits, throughput_line)
 from run_metrics import AXES, axes_of
 
@@ -31,9 +31,11 @@ def part_of(line):
         low, high = thinned(line.low, line.high)
         kept = np.isfinite(low) & np.isfinite(high)  # a gap would close an area wrongly
         part["band"] = {"x": numbers(x[kept], 9), "low": numbers(low[kept]), "high": numbers(high[kept])}
-    if line.raw:
-        x, y = thinned(*line.raw)
-        part["raw"] = {"x": numbers(x, 9), "y": numbers(y)}
+    if thin := [line.raw] if line.raw else line.runs:
+        gap = (math.nan,)  # of one path: where one line ends and another begins
+        rows = [thinned(x, y) for x, y in thin]
+        part["raw"] = {"x": numbers(np.concatenate([part for x, _ in rows for part in (x, gap)])[:-1], 9),
+                       "y": numbers(np.concatenate([part for _, y in rows for part in (y, gap)])[:-1])}
     return part
 
 
@@ -95,13 +97,14 @@ def figures_of(groups, against):
     runs = [run for group in groups for run in group.runs]
     axes = axes_of(runs)
     single = all(len(group.runs) == 1 for group in groups)
-    mean = "" if single else " Lines of several runs are their mean with its 95 % interval."
+    mean = "" if single else (f" Of several runs: their mean with its 95 % interval; of fewer than {FEWEST} the runs "
+                              "themselves, thin, beside their mean.")
     loss = curves(groups, axes, lambda group, axis: step_line(group, axis, "loss"))
     heldout = curves(groups, axes, heldout_line, points=True)
     drawn = [line for group in groups if (line := heldout_line(group, "step"))]
     found = [figure("loss", "Training loss", "Thin: what was logged. Thick: its mean over a fortieth." + mean,
                     loss, unit=NATS, findings=loss_findings(groups, axes, "loss"),
-                    limits=bulk_limits([step_line(group, "step", "loss").y for group in groups]))]
+                    limits=bulk_limits([y for group in groups for y in step_line(group, "step", "loss").heights]))]
     if heldout:
         found.append(figure("heldout", "Held-out loss", "Over tokens that were not trained on." + mean, heldout,
                             unit=NATS, limits=heldout_limits(drawn), findings=loss_findings(groups, axes, "eval_loss")))

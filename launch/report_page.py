@@ -112,7 +112,7 @@ def write_page(folder, groups, against, pictures):
     all_facts = [read_facts(run.path) for run in runs]
     figures = figures_of(groups, against)
     data = json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    title = "upmoe: " + ", ".join(dict.fromkeys(run.label for run in runs))
+    title = "upmoe: " + ", ".join(dict.fromkeys(group.label for group in groups))
     few = len(runs) <= 3
     page = folder / "report.html"
     page.write_text(f"""<!doctype html>

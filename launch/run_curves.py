@@ -1,9 +1,9 @@
 """Lines of runs against what they spent. Runs of one arm, which differ in their seed alone, are drawn as their mean
-with the 95 % interval of it (Student's t).
+with the 95 % interval of it (Student's t); fewer than three as they are, beside their mean.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import matplotlib
 import numpy as np
@@ -20,6 +20,7 @@ STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axe
 DASHES = ["-", "--", ":", "-."]
 MARKS = {"marker": "o", "markersize": 4}
 GRID = 200  # points of a mean over runs whose steps lie apart
+FEWEST = 3  # runs of which an interval is drawn: that of two is nine deviations on each side, and covers all else
 
 
 @dataclass
@@ -32,19 +33,27 @@ class Group:
 
     @property
     def title(self):
-        return title_of(self.label) + (f" ({len(self.runs)} runs)" if len(self.runs) > 1 else "")
+        count = len(self.runs)
+        how = "mean" if not self.banded else "thin, and their mean" if count < FEWEST else "mean and 95 % interval"
+        return title_of(self.label) + (f" ({count} runs, {how})" if count > 1 else "")
 
 
 @dataclass
 class Line:
     """What is drawn for a group: of a single run what it logged and that smoothed, of several their mean and its
-    interval.
+    interval, or they themselves.
     """
     x: np.ndarray
     y: np.ndarray
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     raw: tuple | None = None  # x and y as they were logged
+    runs: list = field(default_factory=list)  # x and y of each
+
+    @property
+    def heights(self):
+        """What an axis must have room for."""
+        return [y for _, y in self.runs] or [self.y]
 
 
 def palette(count):
@@ -64,9 +73,11 @@ def mean_and_half(xs, ys):
 
 
 def mean_line(xs, ys, banded=True):
-    """The mean of several lines, and its interval around it."""
+    """The mean of several lines, and its interval around it; of fewer than FEWEST the lines beside it."""
     x, mean, half = mean_and_half(xs, ys)
-    return Line(x, mean, mean - half, mean + half) if banded else Line(x, mean)
+    if not banded:
+        return Line(x, mean)
+    return Line(x, mean, runs=list(zip(xs, ys))) if len(xs) < FEWEST else Line(x, mean, mean - half, mean + half)
 
 
 def short(number):
@@ -119,7 +130,7 @@ def held_out_sets(groups):
 
 
 def heldout_limits(lines):
-    return bulk_limits([y[1:] if len(y) > 2 and y[0] > 1.3 * y[-1] else y for y in (line.y for line in lines)])
+    return bulk_limits([y[1:] if len(y) > 2 and y[0] > 1.3 * y[-1] else y for line in lines for y in line.heights])
 
 
 def throughput_line(group, against):
@@ -145,6 +156,8 @@ def throughput_limits(groups):
 def draw_line(ax, line, colour, label, **style):
     if line.raw:
         ax.plot(*line.raw, color=colour, alpha=0.22, linewidth=0.8)
+    for x, y in line.runs:
+        ax.plot(x, y, color=colour, alpha=0.6, linewidth=0.8)
     ax.plot(line.x, line.y, color=colour, label=label, **style)
     if line.low is not None:
         ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
@@ -159,7 +172,7 @@ def draw_loss(ax, groups, against):
     lines = [step_line(group, against, "loss") for group in groups]
     for group, line in zip(groups, lines):
         draw_line(ax, line, group.colour, group.title)
-    limit(ax, bulk_limits([line.y for line in lines]))
+    limit(ax, bulk_limits([y for line in lines for y in line.heights]))
     finish_axis(ax, against, "Training loss", "cross-entropy, nats per token")
     ax.legend()
 

@@ -5,7 +5,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from run_curves import STYLE, draw_line, mean_line, palette  # noqa: E402
+from run_curves import FEWEST, STYLE, draw_line, mean_line, palette  # noqa: E402
 from study_measures import NAMES  # noqa: E402
 
 
@@ -23,9 +23,10 @@ def draw_curves(folder, study, outcomes):
         ordinary = [loss[len(loss) // 5:] for loss in ends]  # the first fall would flatten the rest
         axes[0].set_ylim(min(map(np.min, ends)) - 0.05, max(map(np.max, ordinary)) + 0.05)
         axes[0].set_ylabel("held-out loss, nats per token")
-        axes[0].legend()
         seeds = len(next(iter(outcomes.values())))
-        figure.suptitle(f"{study.name}, size {study.size}: mean and 95 % interval of {seeds} seeds")
+        how = "mean and 95 % interval" if seeds >= FEWEST else "thin: each seed; thick: their mean"
+        axes[0].legend(title=how if seeds > 1 else None)
+        figure.suptitle(f"{study.name}, size {study.size}, {seeds} seed{'s' if seeds > 1 else ''}")
         figure.savefig(folder / "curves.png", metadata={"Software": None})
         plt.close(figure)
     return folder / "curves.png"

@@ -15,6 +15,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "launch"))
 import report  # noqa: E402
+import report_figures  # noqa: E402
 import run_curves  # noqa: E402
 import run_metrics  # noqa: E402
 
@@ -83,16 +84,51 @@ class Report(RunDirectories):
         for i in range(4):  # arms of two seeds each; what a study left says which
             lifted = [step(k) | {"loss": 8.0 / k + 0.1 * i} for k in (1, 2, 3)]
             runs.append(self.run_dir(f"run{i}", [held_out(1), *lifted, held_out(3)]))
-            (runs[-1] / "study.json").write_text(json.dumps({"arm": f"arm {i // 2}"}))
+            (runs[-1] / "study.json").write_text(json.dumps({"arm": f"arm {i // 2}", "seed": i % 2 + 1}))
         parsed = report.read_groups(argparse.Namespace(runs=runs, label=None, group="arm", band=None, continued=False,
                                                        against="tokens"))
         self.assertEqual([(g.label, len(g.runs), g.banded) for g in parsed], [("arm 0", 2, True), ("arm 1", 2, True)])
+        self.assertEqual([run.label for g in parsed for run in g.runs],
+                         ["arm 0, seed 1", "arm 0, seed 2", "arm 1, seed 1", "arm 1, seed 2"])
         for band in ((), ("--band", "ci"), ("--band", "none")):
             done = self.report(*runs, "--group", "arm", *band, "--against", "seconds")
             self.assertEqual(done.returncode, 0, done.stderr)
         labelled = [word for label in ("a", "a", "b", "b") for word in ("--label", label)]
         self.assertEqual(self.report(*runs, "--group", "arm", *labelled).returncode, 0)
         self.assertEqual(self.report(*runs, "--band", "ci").returncode, 2)
+
+    def test_runs_of_one_name_are_told_apart(self):
+        for folder in ("x/run", "y/run", "x/other"):
+            (self.folder / folder).mkdir(parents=True)
+        runs = [self.folder / name for name in ("x/run", "y/run", "x/other")]
+        self.assertEqual(report.told_apart(runs, ["a", "b", "c"]), ["a", "b", "c"])
+        self.assertEqual(report.told_apart(runs, ["a", "b", "a"]), ["a, run", "b", "a, other"])
+        self.assertEqual(report.told_apart(runs, ["a", "a", "b"]), [f"a, {runs[0]}", f"a, {runs[1]}", "b"])
+        for run in runs[:2]:
+            (run / "study.json").write_text(json.dumps({"arm": "a", "seed": 7}))  # of two sizes
+        self.assertEqual(report.told_apart(runs[:2], ["a", "a"]), [f"a, {runs[0]}", f"a, {runs[1]}"])
+
+    # Student's t of two values is 12.7: such an interval would be all that is seen.
+    def test_two_runs_are_lines_and_three_an_interval(self):
+        def group(count, banded=True):
+            runs = [run_metrics.Run(self.folder, f"run {i}", "#000", steps=[step(k) for k in (1, 2, 3)],
+                                    evals=[held_out(k) | {"eval_loss": 9.0 / k + i} for k in (1, 3)])
+                    for i in range(count)]
+            return run_curves.Group("arm", "#000", runs, banded)
+
+        two = run_curves.heldout_line(group(2), "tokens")
+        self.assertIsNone(two.low)
+        self.assertEqual([list(y) for _, y in two.runs], [[9.0, 3.0], [10.0, 4.0]])
+        self.assertEqual(list(two.y), [9.5, 3.5])
+        self.assertEqual(group(2).title, "arm (2 runs, thin, and their mean)")
+        three = run_curves.heldout_line(group(3), "tokens")
+        self.assertTrue((three.high > three.y).all() and not three.runs)
+        self.assertEqual(group(3).title, "arm (3 runs, mean and 95 % interval)")
+        bare = run_curves.heldout_line(group(2, banded=False), "tokens")
+        self.assertEqual((bare.low, bare.runs, group(2, False).title), (None, [], "arm (2 runs, mean)"))
+        # One path of the page: the two lines with a gap between them.
+        thin = report_figures.part_of(two)["raw"]
+        self.assertEqual(thin, {"x": [100.0, 300.0, None, 100.0, 300.0], "y": [9.0, 3.0, None, 10.0, 4.0]})
 
     # Two lines over different points: mean and the interval of two values, t = 12.7062 of one degree of freedom.
     def test_band(self):
