@@ -10,7 +10,8 @@ One JSON object a line on standard input, its answer a line on standard output:
     {"decode": [...]}     {"text": TEXT}        without control tokens
     {"classes": N}        {"names": [...], "classes": [...]}  of each of the tokens 0..N-1 the place of its class
 
-{"error": WORDS} where something is wrong, and status 3. Ends with its input.
+{"error": WORDS, "status": N} where something is wrong, and that status: 2 for a Python without the packages, 3 for what
+was asked. Ends with its input.
 """
 
 import os
@@ -142,8 +143,9 @@ def main():
         for line in sys.stdin:
             print(json.dumps(answer(tokenizer, path.parent, json.loads(line))), flush=True)
     except (BadInput, BadUsage) as e:
-        print(json.dumps({"error": str(e)}), flush=True)
-        return 3
+        status = 2 if isinstance(e, BadUsage) else 3
+        print(json.dumps({"error": str(e), "status": status}), flush=True)
+        return status
     return 0
 
 

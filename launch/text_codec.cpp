@@ -81,7 +81,10 @@ namespace {
 nlohmann::json read_answer(const std::string& line, const std::string& tokenizer) {
   nlohmann::json answer = nlohmann::json::parse(line, nullptr, false);
   if (!answer.is_object()) fail(ExitCode::kFailure, "{}: the tokenizer answered '{}'", tokenizer, line);
-  if (answer.contains("error")) fail(ExitCode::kBadInput, "{}", answer["error"].get<std::string>());
+  if (answer.contains("error")) {
+    const bool usage = answer.value("status", 0) == static_cast<int>(ExitCode::kUsage);  // no package for it
+    fail(usage ? ExitCode::kUsage : ExitCode::kBadInput, "{}", answer["error"].get<std::string>());
+  }
   return answer;
 }
 

@@ -3,6 +3,7 @@ tokenizers.
 """
 
 import json
+import os
 import subprocess
 import sys
 import unittest
@@ -53,6 +54,16 @@ class Generate(cli_test.CliTest):
         first = next(i for i, token in enumerate(free) if token in ends)
         self.assertEqual(tokens, free[:first + 1])
         self.assertEqual(self.answers("--tokens", "3,1,4", "--max-new-tokens", "9", "--ignore-eos")[0]["tokens"], free)
+
+    def test_a_python_without_the_package_is_usage(self):
+        self.write_tokenizer()
+        bare = self.folder / "python"
+        bare.write_text(f"#!/bin/sh\nexec {sys.executable} -S \"$@\"\n", encoding="utf-8")
+        bare.chmod(0o755)
+        with mock.patch.dict(os.environ, {"UPMOE_PYTHON": str(bare)}):
+            done = upmoe("generate", self.model, "--prompt", "w1", "--max-new-tokens", "1")
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("cannot import tokenizers; run launch/setup.sh", done.stderr)
 
     def test_draws_go_by_the_seed(self):
         def drawn(*more):

@@ -88,6 +88,19 @@ class Endings(unittest.TestCase):
             self.assertRegex(found.stderr, rf"error: .* cannot import \w+; .*{way_out}")
             self.assertEqual(found.stderr.count("\n"), 1, found.stderr)
 
+    # `upmoe generate` reads it off a line, and ends with the status that the line has.
+    def test_text_without_its_package_is_told_what_to_do(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tokenizer.json"
+            path.write_text("{}")
+            for packages, status, words in ((["-S"], 2, "cannot import tokenizers; run launch/setup.sh"),
+                                            ([], 3, "not a Hugging Face tokenizer.json")):
+                found = subprocess.run([sys.executable, *packages, ROOT / "data/text_codec.py", path], input="",
+                                       capture_output=True, text=True, check=False)
+                told = json.loads(found.stdout)
+                self.assertEqual((found.returncode, told["status"]), (status, status), found.stderr)
+                self.assertIn(words, told["error"])
+
     def test_every_tool_ends_this_way(self):
         for folder in ("launch", "data", "tests/bench"):
             for path in sorted((ROOT / folder).glob("*.py")):
