@@ -1,12 +1,14 @@
 // Single ops at the shapes of one layer and of the whole model's ends, bf16.
 
 #include <algorithm>
+#include <numeric>
 #include <random>
 
 #include "kernels/core/philox.h"
 #include "kernels/ops/activation.h"
 #include "kernels/ops/adamw8bit.h"
 #include "kernels/ops/attention.h"
+#include "kernels/ops/attention_decode.h"
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
@@ -260,6 +262,27 @@ void add_ends(const std::string& name, std::int64_t t) {
   });
 }
 
+// The second chunk of a prompt of generation, over the first one, by tiles and token by token.
+void add_chunk(std::int64_t t) {
+  const ModelShape& m = shape();
+  const std::int64_t n = std::min<std::int64_t>(t, 2048), q = m.heads * m.head_dim;
+  const AttentionShape a{m.heads, m.heads, m.head_dim, 0};
+  std::vector<std::int32_t> positions(static_cast<std::size_t>(n));
+  std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(n));
+  for (const bool as_run : {true, false})
+    add(fmt::format("{}/{}", as_run ? "attention_chunk" : "attention_chunk_by_tokens", n), [=] {
+      const Held out = make({n, q}), qkv = make({n, a.qkv_width()}), k = make({1, 2 * n, q}),
+                 v = make({1, 2 * n, q}), row = make({n}, DType::kI32, 1),
+                 position = make({n}, DType::kI32, 1);
+      ops::upload(exec(), position->view,
+                  host_view(static_cast<const std::int32_t*>(positions.data()), position->view.shape));
+      return [=](Exec& ex) {
+        ops::attention_decode(ex, out->view, qkv->view, {k->view, v->view},
+                              {row->view, position->view, n * n + n * (n + 1) / 2, as_run ? n : 0}, a);
+      };
+    });
+}
+
 // Over the parameters of one layer's experts.
 void add_optimizers() {
   const ModelShape& m = shape();
@@ -315,6 +338,7 @@ void add_ops(std::int64_t t) {
   add_grouped("down/" + name, t * m.top_k, m.width, m.expert_width);
   add_attention(name, t);
   add_attention(name + "_window", t, 512);
+  add_chunk(t);
   add_layer_norm(name, t);
   add_rows(name, t);
   add_routers(name, t);

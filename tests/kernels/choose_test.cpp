@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "kernels/cuda/choose/attention.h"
+#include "kernels/cuda/choose/attention_decode.h"
 #include "kernels/cuda/choose/chosen.h"
 #include "kernels/cuda/choose/dense_product.h"
 #include "kernels/cuda/choose/expert_ffn.h"
@@ -88,6 +89,21 @@ TEST(ChooseAttention, ThePortableKernelWithTheReasonWhereItIsSlow) {
   expect_portable(d, kHopper, "known by token alone");
   d.pair = true;
   expect_portable(d, kHopperWithoutCudnn, "parallel.cp");
+}
+
+TEST(ChooseDecode, TilesWhereARunFillsAQuarterOfOne) {
+  DecodeDescription d{.shape = {.heads = 16, .kv_heads = 8, .head_dim = 128, .window = 100},
+                      .tokens = 64,
+                      .dtype = DType::kBF16};
+  for (const std::int64_t run : {0, 1, 15}) {
+    d.run = run;
+    EXPECT_EQ(choose(d, kHopper), DecodeKernel::kTokens) << run;
+  }
+  for (const std::int64_t run : {16, 17, 64}) {
+    d.run = run;
+    EXPECT_EQ(choose(d, kHopper), DecodeKernel::kRun) << run;
+  }
+  EXPECT_THAT(words_of(d), HasSubstr("64 tokens, 64 of them a run, bf16, a window of 100"));
 }
 
 TEST(ChooseDense, ByWhatThereIsToSum) {

@@ -2,6 +2,7 @@
 
 PROGRAM = "generation_test"
 RATES = "trainer/generation_rates.cpp"
+RUN_TILES, ON_GPU = "kernels/cuda/portable/attention_run.cu", "attention_decode_test_on_gpu"
 
 MUTANTS = {
     "window_of_one_key_more": (
@@ -64,6 +65,24 @@ MUTANTS = {
     "keys_of_another_row": (
         "kernels/cpu/attention.cpp", "*tokens.row_T.as<std::int32_t>() * slots * width", "0", "*AttentionRuns*",
         "attention_decode_test"),
+    "window_of_a_chunk_forgotten_in_its_tiles": (
+        RUN_TILES, "in.window > 0 ? ahead - in.window + 1 : -L::kRows", "-L::kRows", "*AttentionRuns*", ON_GPU),
+    "tiles_from_the_window_of_the_last_query": (
+        RUN_TILES, "max(0, position - in.window + 1)", "max(0, last - in.window + 1)", "*AttentionRuns*", ON_GPU),
+    "keys_behind_a_query_in_its_tile": (
+        RUN_TILES, "                        ahead,\n", "                        ahead + 1,\n", "*AttentionRuns*",
+        ON_GPU),
+    "ring_that_turns_within_a_tile": (
+        RUN_TILES, "(slot < slots ? slot : slot - slots)", "slot", "*AttentionRuns*", ON_GPU),
+    "tiles_over_the_keys_of_the_first_row": (
+        RUN_TILES, "*in.row * in.slots * in.kv_stride +", "0 +", "*AttentionRuns*", ON_GPU),
+    "tiles_over_the_keys_of_another_head": (
+        RUN_TILES, "(at.head / (in.heads / in.kv_heads))", "(at.head % in.kv_heads)", "*AttentionRuns*", ON_GPU),
+    "tokens_of_none_behind_tiles_left_as_they_were": (
+        RUN_TILES, "if (others.elements() > 0)", "if (others.elements() < 0)", "*AttentionRuns*", ON_GPU),
+    "chunks_token_by_token_on_a_gpu": (
+        "kernels/cuda/choose/attention_decode.cpp", "d.run >= kTilesFrom ?", "d.run < 0 ?", "*AttentionRuns*",
+        ON_GPU),
     "tokens_of_none_in_a_chunk_left_as_they_were": (
         "kernels/cpu/attention_decode.cpp",
         "    std::memset(others.data, 0, static_cast<std::size_t>(others.elements()) * size_of(others.dtype));\n", "",

@@ -1,7 +1,7 @@
 // One block of four warps, one token and head. A step of generation reads every key and value once; it has a few
 // products for each, and is bound by memory.
 
-#include "kernels/ops/attention_decode.h"
+#include "kernels/cuda/portable/attention_decode.h"
 
 #include <algorithm>
 #include <cmath>
@@ -117,8 +117,10 @@ void store_keys(Exec& ex, const KeyCache& cache, ConstTensorView qkv_TH, const C
   });
 }
 
-void attention_decode(Exec& ex, TensorView out_TQ, ConstTensorView qkv_TH, const KeyCache& cache,
-                      const CachedTokens& tokens, AttentionShape shape) {
+namespace portable {
+
+void attend_tokens(Exec& ex, TensorView out_TQ, ConstTensorView qkv_TH, const KeyCache& cache,
+                   const CachedTokens& tokens, const AttentionShape& shape) {
   UPMOE_CHECK(shape.head_dim <= kMostColumns * kWarp, "head_dim {}, at most {} on a GPU", shape.head_dim,
               kMostColumns * kWarp);
   const Heads heads{static_cast<int>(shape.heads), static_cast<int>(shape.kv_heads),
@@ -131,5 +133,7 @@ void attention_decode(Exec& ex, TensorView out_TQ, ConstTensorView qkv_TH, const
            ConstTensorView(cache.v_BSK).as<T>(), heads, places_in(cache, tokens, shape));
   });
 }
+
+}  // namespace portable
 
 }  // namespace upmoe::cuda

@@ -62,15 +62,27 @@ __device__ inline Place place_of_block(int tiles, int heads) {
   return {tiles - 1 - static_cast<int>(blockIdx.x % tiles), static_cast<int>(rest % heads), rest / heads};
 }
 
-// dst[d][r] = src[r][d] * scale; zeros behind the last row and the last element of a head.
-template <int C, class T>
-__device__ void load_transposed(float* dst, const T* src, std::int64_t stride, int rows, int head_dim,
-                                float scale) {
+// Where the rows of a tile lie: one `stride` behind the other.
+template <class T>
+struct RowsOf {
+  const T* first;
+  std::int64_t stride;
+  __device__ const T* operator()(int r) const { return first + r * stride; }
+};
+
+// dst[d][r] = row(r)[d] * scale; zeros behind the last row and the last element of a head.
+template <int C, class Row>
+__device__ void load_transposed(float* dst, const Row& row, int rows, int head_dim, float scale) {
   using L = Tile<C>;
   for (int i = static_cast<int>(threadIdx.x); i < L::kRows * L::kWidth; i += kThreads) {
     const int r = i / L::kWidth, d = i % L::kWidth;
-    dst[d * L::kStride + r] = r < rows && d < head_dim ? to_float(src[r * stride + d]) * scale : 0.0f;
+    dst[d * L::kStride + r] = r < rows && d < head_dim ? to_float(row(r)[d]) * scale : 0.0f;
   }
+}
+template <int C, class T>
+__device__ void load_transposed(float* dst, const T* src, std::int64_t stride, int rows, int head_dim,
+                                float scale) {
+  load_transposed<C>(dst, RowsOf<T>{src, stride}, rows, head_dim, scale);
 }
 
 // product[i][j] = sum over d of a[d][row i] b[d][column j].
@@ -98,11 +110,10 @@ __device__ void multiply(float (&product)[Tile<C>::kEach][Tile<C>::kEach], const
 // One tile of queries against one of keys.
 struct TilePair {
   int queries, keys;  // how many
-  bool diagonal;      // the same tokens: a query sees keys up to itself
+  int begin, last;    // query q sees the keys q + begin to q + last
   const std::int32_t *query_document, *key_document;
-  int begin;  // query q sees keys from q + begin on
   __device__ bool sees(int q, int k) const {
-    return q < queries && k < keys && (!diagonal || k <= q) && k >= q + begin &&
+    return q < queries && k < keys && k <= q + last && k >= q + begin &&
            (query_document == nullptr || query_document[q] == key_document[k]);
   }
 };
@@ -115,10 +126,10 @@ __device__ TilePair pair_of(const AttentionInputs<T>& in, std::int64_t sequence,
   const bool documents = in.query_document != nullptr;
   return {min(rows, in.seq_len - query_tile * rows),
           min(rows, in.seq_len - key_tile * rows),
-          in.causal && query_tile == key_tile,
+          in.window > 0 ? (query_tile - key_tile) * rows + in.ahead - in.window + 1 : -rows,
+          in.causal && query_tile == key_tile ? 0 : rows,
           documents ? in.query_document + q : nullptr,
-          documents ? in.key_document + k : nullptr,
-          in.window > 0 ? (query_tile - key_tile) * rows + in.ahead - in.window + 1 : -rows};
+          documents ? in.key_document + k : nullptr};
 }
 
 // The least and the largest of n ids, in every lane of a warp.
