@@ -109,6 +109,12 @@ class Files(unittest.TestCase):
                 for run in runs:
                     self.assertEqual(run.last.settings["data"]["seed"], runs[0].last.settings["data"]["seed"])
 
+    # A source of an arm's width at a rate that no arm may have would be trained worse than any of them.
+    def test_sources_train_at_a_rate_of_the_grid(self):
+        for size in study_file.SIZES:
+            figures = study_file.read_figures(study_file.STUDIES / "sizes" / f"{size}.yaml")
+            self.assertTrue(min(figures["rates"]) <= figures["run"]["optimizer.lr"] <= max(figures["rates"]), size)
+
     def test_what_is_wrong_is_told(self):
         self.refused(STUDY.replace("claim", "clain"), "unknown key 'clain'", "did you mean 'claim'", "claim is missing")
         self.refused(STUDY.replace("model: source", "model: sorce"), "unknown key 'sorce'", "did you mean 'source'")
