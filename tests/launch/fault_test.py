@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
@@ -22,6 +23,7 @@ UPMOE, MAKE_RUN, FAULT_RANKS = (os.environ[name] for name in ("UPMOE", "MAKE_RUN
 PHASES = ("forward", "exchange", "backward", "reduce", "optimizer", "save")
 STEP, STEPS = 7, 12
 DEADLINE_S, GRACE_S = 2.0, 6.0  # the grace: for mpirun to end the others
+AT_ONCE = 2  # jobs: most of their time they start, wait for the deadline, or are being ended
 EVERY_RUN = (f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.async=false")
 
 
@@ -76,19 +78,25 @@ class OneRank(unittest.TestCase):
         shutil.rmtree(run)
         return done.returncode, done.stderr
 
+    def strikes(self, *cases):
+        """(case, what gives the result of its strike); a case is a strike's arguments."""
+        for ranks, _, _, *overrides in cases:
+            self.whole(ranks, tuple(overrides))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return [(case, pool.submit(self.strike, *case)) for case in cases]  # once all have ended
+
     def test_dies(self):
-        for ranks, overrides in ((2, ["parallel.ep=2"]), (2, ["parallel.ep=2", "parallel.tp=2"])):
-            for phase in PHASES:
-                if "parallel.tp=2" in overrides and phase not in ("backward", "reduce"):
-                    continue
-                with self.subTest(ranks=ranks, phase=phase, overrides=overrides):
-                    _, said = self.strike(ranks, phase, "kill", *overrides)
-                    self.assertRegex(said, rf"process rank {ranks - 1} .*signal 9 \(Killed\)")
+        ep, tp = "parallel.ep=2", "parallel.tp=2"
+        for case, strike in self.strikes(*((2, phase, "kill", ep) for phase in PHASES),
+                                         *((2, phase, "kill", ep, tp) for phase in ("backward", "reduce"))):
+            with self.subTest(case=case):
+                _, said = strike.result()
+                self.assertRegex(said, r"process rank 1 .*signal 9 \(Killed\)")
 
     def test_stops(self):
-        for phase in PHASES:
-            with self.subTest(phase=phase):
-                status, said = self.strike(3, phase, "stop", "parallel.ep=3")
+        for case, strike in self.strikes(*((3, phase, "stop", "parallel.ep=3") for phase in PHASES)):
+            with self.subTest(case=case):
+                status, said = strike.result()
                 self.assertEqual(status, 70, said)
                 found = re.findall(r"upmoe: error: rank 0: no progress for [0-9.]+ s: the collective (\w+) "
                                    r"\(number \d+\) did not finish: nothing yet from rank (\d)", said)
