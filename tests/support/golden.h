@@ -65,15 +65,15 @@ class Golden {
   // Calls f(flat global index) for the elements of `box`, row-major.
   template <class F>
   static void for_each_index(const Box& box, const Shape& global, const F& f) {
-    const std::int64_t n = box.elements();
-    for (std::int64_t i = 0; i < n; ++i) {
+    const std::int64_t n = box.elements(), width = global.rank > 0 ? box.extent[global.rank - 1] : 1;
+    for (std::int64_t i = 0; i < n; i += width) {  // where the last dimension begins anew
       std::int64_t rest = i, at = 0, stride = 1;
       for (int d = global.rank - 1; d >= 0; --d) {
         at += (box.offset[d] + rest % box.extent[d]) * stride;
         rest /= box.extent[d];
         stride *= global[d];
       }
-      f(at);
+      for (std::int64_t j = 0; j < width; ++j) f(at + j);
     }
   }
 
