@@ -4,12 +4,12 @@
 # are not repeated.
 set -euo pipefail
 
-# What the run is; a change needs --fresh. Together about ten minutes on two cores.
+# What the run is; a change needs --fresh.
 MEGABYTES=10           # of text
 VOCAB=4096
 SEQ_LEN=256
-DENSE_STEPS=500        # of GLOBAL_BATCH x SEQ_LEN tokens each
-MORE_STEPS=400         # of the mixture of experts, and of the dense model that goes on beside it
+DENSE_STEPS=400        # of GLOBAL_BATCH x SEQ_LEN tokens each
+MORE_STEPS=1000        # of the mixture of experts, and of the dense model that goes on beside it
 GLOBAL_BATCH=8
 DENSE_LR=2.0e-3
 MORE_LR=2.0e-3
@@ -24,16 +24,18 @@ brief_knobs() {
 
 usage() {
   cat <<'USAGE'
-usage: launch/quickstart.sh [--brief] [--text DIR] [--fresh] [--check]
+usage: launch/quickstart.sh [--brief] [--text DIR] [--seed N] [--fresh] [--check]
   --brief     a few dozen steps under runs/quickstart_brief: shows that every stage works here; its losses mean nothing
   --text DIR  train on the text files of DIR instead of the sources of Python's standard library
+  --seed N    other random weights, experts and order of the data, under runs/quickstart_seedN (default: 1, under
+              runs/quickstart); launch/quickstart_seeds.py compares what several seeds came to
   --fresh     remove what an earlier run left and start over
   --check     exit with 1 unless the mixture of experts ends better than both dense models (with --brief: unless every
               stage left its result); whether the exported model is the checkpoint is always checked
 USAGE
 }
 
-text='' fresh=0 check=() brief=()
+text='' fresh=0 check=() brief=() seed=1
 while [[ $# -gt 0 ]]; do
   case $1 in
     --text)
@@ -41,6 +43,11 @@ while [[ $# -gt 0 ]]; do
       text=$(realpath "$2")
       shift 2 ;;
     --brief) brief=(--brief); brief_knobs; shift ;;
+    --seed)
+      [[ ${2:-} =~ ^[1-9][0-9]{0,8}$ ]] ||
+        { echo "quickstart: --seed '${2:-}': expected 1, 2, 3 ..." >&2; usage >&2; exit 2; }
+      seed=$2
+      shift 2 ;;
     --fresh) fresh=1; shift ;;
     --check) check=(--check); shift ;;
     -h | --help) usage; exit 0 ;;
@@ -55,12 +62,13 @@ launch/setup.sh --program-only
 python=.venv/bin/python
 upmoe=build/release/upmoe
 out=runs/quickstart${brief:+_brief}
+[[ $seed -eq 1 ]] || out+=_seed$seed
 
 say() { printf '\n== %s (after %d min %02d s)\n' "$*" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
 alone() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} "$@"; }
 
 settings="text=$text $MEGABYTES MB vocab $VOCAB seq $SEQ_LEN steps $DENSE_STEPS $MORE_STEPS batch $GLOBAL_BATCH"
-settings+=" lr $DENSE_LR $MORE_LR eval $EVAL_SEQUENCES"
+settings+=" lr $DENSE_LR $MORE_LR eval $EVAL_SEQUENCES seed $seed"
 if [[ $fresh -eq 1 ]]; then
   rm -rf "$out"
 elif [[ -f $out/settings && $(cat "$out/settings") != "$settings" ]]; then
@@ -123,11 +131,12 @@ evaluate() {  # NAME MODEL
 
 [[ ${#brief[@]} -eq 0 ]] || say "a brief run: every stage, but too few steps to learn anything; its losses mean nothing"
 
-# NAME MODEL: the keys that put a run into $out; the files of configs/quickstart name runs/quickstart.
+# NAME MODEL ORDER: the keys that put a run into $out, with the seed for the order of its data; the files of
+# configs/quickstart are those of the first seed.
 places() {
-  keys=(run.dir="$out/$1" model.path="$out/models/$2" data.train="[{path: $out/tokens/train.h5, weight: 1.0}]"
-    data.valid="$out/tokens/valid.h5" data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH"
-    train.eval_sequences="$EVAL_SEQUENCES" "${EVERY[@]}")
+  keys=(run.dir="$out/$1" run.seed="$seed" data.seed="$3" model.path="$out/models/$2"
+    data.train="[{path: $out/tokens/train.h5, weight: 1.0}]" data.valid="$out/tokens/valid.h5"
+    data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH" train.eval_sequences="$EVAL_SEQUENCES" "${EVERY[@]}")
 }
 more=(train.steps="$MORE_STEPS" optimizer.lr="$MORE_LR")
 
@@ -136,21 +145,21 @@ say "text and tokens"
 
 say "a small dense model from random weights"
 [[ -f $out/models/dense_init/config.json ]] || write_dense_config "$out/models/dense_init"
-places dense dense_init
+places dense dense_init "$seed"
 alone "$upmoe" train configs/quickstart/dense.yaml "${keys[@]}" train.steps="$DENSE_STEPS" optimizer.lr="$DENSE_LR"
 export_model dense dense
 
 say "upcycling: 60 experts out of the dense model's feed-forward layers"
 [[ -f $out/models/moe/config.json ]] || alone "$upmoe" upcycle configs/upcycle/qwen1.5-moe-a2.7b-tiny.yaml \
-  --from "$out/models/dense" --to "$out/models/moe"
+  --from "$out/models/dense" --to "$out/models/moe" seed="$seed"
 
 say "training the mixture of experts on two ranks, 30 experts on each"
-places moe moe
+places moe moe $((seed + 1))
 launch/run_local.sh 2 "$upmoe" train configs/quickstart/moe.yaml "${keys[@]}" "${more[@]}"
 export_model moe moe_trained
 
 say "the dense model goes on for as many tokens"
-places dense_continued dense
+places dense_continued dense $((seed + 1))
 alone "$upmoe" train configs/quickstart/dense_continued.yaml "${keys[@]}" "${more[@]}"
 export_model dense_continued dense_continued
 

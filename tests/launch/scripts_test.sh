@@ -20,6 +20,8 @@ done < <(find "$root/launch" "$root/tests" "$root/.ci" -name '*.sh' -o -path "$r
 expect_usage "$root/launch/setup.sh" --no-such-option
 expect_usage "$root/launch/quickstart.sh" --no-such-option
 expect_usage "$root/launch/test.sh" --no-such-option
+expect_usage "$root/launch/quickstart.sh" --seed
+expect_usage "$root/launch/quickstart.sh" --seed 0
 expect_usage "$root/launch/quickstart.sh" --text
 expect_usage "$root/launch/quickstart.sh" --text "$root/no_such_folder"
 expect_usage "$root/launch/run_local.sh"

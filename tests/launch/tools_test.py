@@ -170,9 +170,15 @@ class QuickstartTable(unittest.TestCase):
         (self.folder / "eval" / f"{name}.json").write_text(json.dumps({"loss": loss, "tokens": tokens}))
 
     def run_ended(self, run, loss, tokens):
+        """Four steps, a held-out loss that falls by 0.1 a step; the mixture's steps cost twice the FLOPs."""
         (self.folder / run).mkdir(exist_ok=True)
-        lines = [{"step": 1, "tokens": 10, "tokens_per_s": 5.0},
-                 {"kind": "eval", "step": 1, "tokens": 10, "eval_loss": loss, "eval_tokens": tokens}]
+        load = {"expert_load": [[0.01, 0.49, 0.25, 0.25]]} if run == "moe" else {}
+        lines = []
+        for step in (1, 2, 3, 4):
+            lines += [{"step": step, "tokens": 10 * step, "tokens_per_s": 5.0, "seconds": 2.0, "loss": loss, "ranks": 2,
+                       "flops": 50.0 if run == "moe" else 25.0} | load,
+                      {"kind": "eval", "step": step, "tokens": 10 * step, "eval_loss": loss + 0.1 * (4 - step),
+                       "eval_tokens": tokens}]
         (self.folder / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def status(self, *options):
@@ -192,6 +198,37 @@ class QuickstartTable(unittest.TestCase):
         self.evaluated("moe_step0", 4.0, 500)
         with self.assertRaisesRegex(BadInput, "different numbers of tokens"):
             self.status()
+
+    def test_equal_flops_and_dead_experts(self):
+        self.status()
+        found = json.loads((self.folder / "result.json").read_text())
+        self.assertAlmostEqual(found["difference_at_equal_tokens"], 4.0 - 4.5)
+        # 4 dense steps of 2 x 25 FLOPs are 2 of the mixture's: its loss is 0.2 above that at its end.
+        self.assertAlmostEqual(found["difference_at_equal_flops"], 4.2 - 4.5)
+        self.assertAlmostEqual(found["least_expert_load"], 0.04)  # of a quarter
+        self.assertEqual(found["unused_experts"], 1)
+
+    def test_seeds_together(self):
+        folders = []
+        for seed, difference in enumerate((-0.05, -0.06, -0.07), 1):
+            folder = self.folder / f"seed{seed}"
+            folder.mkdir()
+            (folder / "settings").write_text(f"text= steps 4 seed {seed}\n")
+            (folder / "result.json").write_text(json.dumps(
+                {"difference_at_equal_tokens": difference, "difference_at_equal_flops": 0.01, "unused_experts": 0}))
+            folders.append(str(folder))
+
+        def said(*arguments):
+            return subprocess.run([sys.executable, ROOT / "launch/quickstart_seeds.py", *arguments], check=False,
+                                  capture_output=True, text=True)
+        # t of two degrees of freedom, 4.3027, times 0.01 / sqrt(3)
+        self.assertIn("for as many tokens: -0.0600 nats per token, 95 % interval -0.0848 to -0.0352 (3 seeds)",
+                      said(*folders).stdout)
+        self.assertEqual(said(folders[0], folders[0]).returncode, 2)
+        (self.folder / "seed2/settings").write_text("text= steps 5 seed 2\n")
+        self.assertIn("differ in more than their seed", said(*folders).stderr)
+        (self.folder / "seed3/result.json").unlink()
+        self.assertEqual(said(folders[0], folders[2]).returncode, 3)
 
     def test_a_brief_run_is_judged_by_its_stages_alone(self):
         self.evaluated("moe", 9.0, 1000)
