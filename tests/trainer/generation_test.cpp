@@ -57,7 +57,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-// A pretended GPU is slow: fewer sizes, of chunks that are attended to by tiles and of chunks that are too short for them.
+// A pretended GPU is slow: fewer sizes, of chunks that are attended to by tiles and of such as are too short for them.
 Tokens chunks(const Tokens& of_cpu, const Tokens& of_gpu) {
   return test::on_gpu() ? of_gpu : of_cpu;
 }
