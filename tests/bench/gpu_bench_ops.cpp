@@ -243,6 +243,30 @@ void add_ends(const std::string& name, std::int64_t t) {
       ops::cross_entropy(ex, {loss->view, dlogits->view, 1.0f}, logits->view, targets->view);
     };
   });
+  add(fmt::format("cross_entropy_loss/{}", chunk), [=] {  // evaluation
+    const Held loss = make({chunk}, DType::kF32), logits = make({chunk, m.vocab}, DType::kF32),
+               targets = make({chunk}, DType::kI32, m.vocab);
+    return [=](Exec& ex) { ops::cross_entropy(ex, {loss->view, {}, 1.0f}, logits->view, targets->view); };
+  });
+  add(fmt::format("cross_entropy_fp32/{}", chunk), [=] {  // in place
+    const Held loss = make({chunk}, DType::kF32), logits = make({chunk, m.vocab}, DType::kF32),
+               targets = make({chunk}, DType::kI32, m.vocab);
+    return [=](Exec& ex) {
+      ops::cross_entropy(ex, {loss->view, logits->view, 1.0f}, logits->view, targets->view);
+    };
+  });
+  add(fmt::format("cross_entropy_sharded/{}", chunk), [=] {  // a half of the vocabulary, as under tp = 2
+    const std::int64_t half = m.vocab / 2;
+    const Held loss = make({chunk}, DType::kF32), logits = make({chunk, half}, DType::kF32),
+               targets = make({chunk}, DType::kI32, m.vocab), dlogits = make({chunk, half}),
+               stats = make({1, chunk, 3}, DType::kF64);
+    return [=](Exec& ex) {
+      ops::cross_entropy_stats(ex, stats->view.reshape({chunk, 3}), logits->view, targets->view,
+                               {0, m.vocab});
+      ops::cross_entropy_sharded(ex, {loss->view, dlogits->view, 1.0f}, logits->view, targets->view,
+                                 stats->view, {0, m.vocab});
+    };
+  });
   add(fmt::format("gemm_logits/{}", chunk), [=] {
     const Held logits = make({chunk, m.vocab}, DType::kF32), x = make({chunk, m.width}),
                w = make({m.vocab, m.width});

@@ -10,6 +10,7 @@
 #include "kernels/cuda/choose/attention.h"
 #include "kernels/cuda/choose/attention_decode.h"
 #include "kernels/cuda/choose/chosen.h"
+#include "kernels/cuda/choose/cross_entropy.h"
 #include "kernels/cuda/choose/dense_product.h"
 #include "kernels/cuda/choose/expert_ffn.h"
 #include "kernels/cuda/choose/expert_products.h"
@@ -124,6 +125,42 @@ TEST(ChooseDense, ABiasOfAnotherDtypeComesBeforeTheProduct) {
   EXPECT_EQ(choose(d, kHopper), DenseKernel::kFillThenCublasLt);
   d.k = 0;
   EXPECT_EQ(choose(d, kHopper), DenseKernel::kFill);
+}
+
+TEST(ChooseCrossEntropy, AsManyBlocksAsKeepTwoRowsOnAMultiprocessor) {
+  const auto blocks = [](std::int64_t columns) {
+    return choose(CrossEntropyDescription{.rows = 4096, .columns = columns, .gradient = true, .packed = true},
+                  kHopper)
+        .blocks;
+  };
+  constexpr std::int64_t kFour = 4, kOfTwo = 112 * 256, kOfOne = 226 * 256;  // logits that fit
+  EXPECT_EQ(blocks(kFour), 1);
+  EXPECT_EQ(blocks(kOfTwo), 1);
+  EXPECT_EQ(blocks(kOfTwo + kFour), 2);
+  EXPECT_EQ(blocks(2 * kOfTwo), 2);
+  EXPECT_EQ(blocks(2 * kOfTwo + kFour), 4);
+  EXPECT_EQ(blocks(4 * kOfTwo + kFour), 8);
+  EXPECT_EQ(blocks(151936), 8);
+  EXPECT_EQ(blocks(8 * kOfOne), 8) << "one row on a multiprocessor";
+  EXPECT_EQ(blocks(8 * kOfOne + kFour), 0);
+  EXPECT_EQ(blocks(151937), 0) << "rows begin between two packs";
+}
+
+TEST(ChooseCrossEntropy, ThePortableKernelElsewhere) {
+  const CrossEntropyDescription d{.rows = 4096, .columns = 151936, .gradient = true, .packed = true};
+  EXPECT_EQ(choose(d, kHopper).kernel, CrossEntropyKernel::kCluster);
+  EXPECT_EQ(choose(d, Gpu{.sm = 80}).kernel, CrossEntropyKernel::kPortable);
+  EXPECT_EQ(choose(d, Gpu{.sm = 100}).kernel, CrossEntropyKernel::kPortable);
+  CrossEntropyDescription other = d;
+  other.gradient = false;
+  EXPECT_EQ(choose(other, kHopper).kernel, CrossEntropyKernel::kPortable);
+  other = d;
+  other.packed = false;
+  EXPECT_EQ(choose(other, kHopper).kernel, CrossEntropyKernel::kPortable);
+  other = d;
+  other.rows = 0;
+  EXPECT_EQ(choose(other, kHopper).kernel, CrossEntropyKernel::kPortable);
+  EXPECT_THAT(words_of(d), HasSubstr("151936 columns, gradient in fp32"));
 }
 
 TEST(ChooseExperts, ByWhatThereIsToSum) {

@@ -4,39 +4,11 @@
 
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
-#include "tests/support/reference_model.h"
+#include "tests/support/reference_loss.h"
 #include "tests/support/tolerance.h"
 
 namespace upmoe::test {
 namespace {
-
-struct Reference {
-  Values loss, dlogits;
-};
-
-Reference reference_cross_entropy(const Values& logits, const Values& targets, double scale) {
-  const std::size_t rows = targets.size(), vocab = rows == 0 ? 1 : logits.size() / rows;
-  Reference r{Values(rows), reference_softmax(logits, vocab)};
-  for (std::size_t c = 0; c < rows; ++c) {
-    double* d = r.dlogits.data() + c * vocab;
-    if (targets[c] < 0) {
-      std::fill_n(d, vocab, 0.0);
-      continue;
-    }
-    const auto target = static_cast<std::size_t>(targets[c]);
-    r.loss[c] = reference_lse(logits.data() + c * vocab, vocab) - logits[c * vocab + target];
-    d[target] -= 1;
-    for (std::size_t v = 0; v < vocab; ++v) d[v] *= scale;
-  }
-  return r;
-}
-
-HostTensor targets_for(std::int64_t rows, std::int64_t vocab) {
-  HostTensor targets({rows}, DType::kI32);
-  for (std::int64_t c = 0; c < rows; ++c)
-    targets.set(static_cast<std::size_t>(c), c % 4 == 2 ? -1.0 : static_cast<double>(c * 7919 % vocab));
-  return targets;
-}
 
 class CrossEntropy : public testing::TestWithParam<std::pair<std::int64_t, std::int64_t>> {
  protected:
@@ -102,8 +74,8 @@ TEST_P(CrossEntropy, DividedVocabulary) {
 
 INSTANTIATE_TEST_SUITE_P(Shapes, CrossEntropy,
                          testing::Values(std::pair{1, 1}, std::pair{5, 13}, std::pair{9, 1000},
-                                         std::pair{3, 4096}, std::pair{2, 4103}, std::pair{2, 151936},
-                                         std::pair{0, 16}),
+                                         std::pair{3, 4096}, std::pair{2, 4103}, std::pair{2, 40004},
+                                         std::pair{2, 100000}, std::pair{3, 151936}, std::pair{0, 16}),
                          [](const auto& i) {
                            return std::to_string(i.param.first) + "x" + std::to_string(i.param.second);
                          });
@@ -137,6 +109,34 @@ TEST(CrossEntropyExtremes, TheLargestComesLate) {
   const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 1.0);
   expect_close(loss.values(), expected.loss, {2e-7, 1e-6}, "loss");
   expect_close(d.values(), expected.dlogits, {3e-6, 1e-7}, "dlogits");
+}
+
+// A row of which a GPU's blocks have a share each: the target in any of them, at their ends and in the last one, and
+// shares whose largest logits are alike, a little apart or so far that one is all of the sum.
+TEST(CrossEntropyExtremes, TargetsAndLargestLogitsAnywhere) {
+  OpExec ex;
+  constexpr std::int64_t kWidth = 60004;
+  const double targets[] = {0, 15003, 15004, 29999, 45012, kWidth - 1, -1, 30008};
+  const double slopes[] = {0, 1e-5, -1e-4, 1e-3, -1e-3, 0.01, 1, -1};
+  constexpr std::int64_t kRows = 8;
+  HostTensor logits = random_tensor({kRows, kWidth}, DType::kF32, 2), loss({kRows}, DType::kF32),
+             target({kRows}, DType::kI32);
+  for (std::size_t c = 0; c < kRows; ++c) {
+    target.set(c, targets[c]);
+    for (std::size_t v = 0; v < kWidth; ++v) {
+      const std::size_t i = c * kWidth + v;
+      logits.set(i, logits.get(i) + slopes[c] * static_cast<double>(v));
+    }
+  }
+  const Reference expected = reference_cross_entropy(logits.values(), target.values(), 1.0);
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    HostTensor d({kRows, kWidth}, dtype);
+    const TensorView d_CV = d;
+    ops::cross_entropy(ex, {loss, d_CV, 1.0f}, logits, target);
+    expect_close(loss.values(), expected.loss, {2e-7, 1e-6}, "loss");
+    const Tolerance tolerance = dtype == DType::kBF16 ? Tolerance{1.0 / 250, 1e-7} : Tolerance{3e-6, 1e-7};
+    expect_close(d.values(), expected.dlogits, tolerance, "dlogits");
+  }
 }
 
 TEST(CrossEntropyExtremes, ManyEqualTerms) {  // a running fp32 sum of 151936 terms would be off by 1e-4

@@ -106,6 +106,21 @@ __global__ void multicast_kernel(const __grid_constant__ TensorMap map, unsigned
   cluster_sync();
 }
 
+// --- stores to other blocks: every block tells every block a number, itself included ---
+struct ExchangeShared {
+  double from[4];
+};
+__global__ void exchange_kernel(double* out) {
+  auto& s = dynamic_shared<ExchangeShared>();
+  const u32 rank = cluster_rank();
+  cluster_arrive();
+  cluster_wait();
+  if (threadIdx.x < 4) store_remote(&s.from[rank], threadIdx.x, 100.0 * rank + threadIdx.x);
+  __syncwarp();
+  cluster_sync();
+  if (threadIdx.x < 4) out[rank * 4 + threadIdx.x] = s.from[threadIdx.x];
+}
+
 // --- copies by threads: every third chunk is zero ---
 __global__ void copies_kernel(const bf16* from, unsigned char* out) {
   auto& s = dynamic_shared<ImageShared>();

@@ -124,6 +124,15 @@ struct InstructionCases {
         return "element " + std::to_string(i);
     return "";
   }
+  static std::string exchange() {
+    const Buffer<double> out(std::size_t{16});
+    Machine::run(exchange_kernel, 4, 64, sizeof(ExchangeShared), 4, out.data());
+    const auto got = out.host();
+    for (std::size_t i = 0; i < got.size(); ++i)
+      if (got[i] != 100.0 * static_cast<double>(i % 4) + static_cast<double>(i / 4))
+        return "what block " + std::to_string(i / 4) + " has of block " + std::to_string(i % 4);
+    return "";
+  }
   static std::string matrices() {
     const Buffer<unsigned char> out(std::size_t{kImageBytes});
     const Buffer<u32> loaded(std::size_t{128});
@@ -170,6 +179,7 @@ struct InstructionCases {
     body("multicast of 5 dimensions", multicast_5d());
     body("copies of threads, zeros where not valid", copies(copies_kernel));
     body("copies of threads that tell a barrier", copies(arriving_copies_kernel));
+    body("stores to other blocks of a cluster", exchange());
     body("stmatrix, ldmatrix", matrices());
     body("registers that move, pairs of bf16", registers());
   }

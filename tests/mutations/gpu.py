@@ -1,5 +1,7 @@
 """Errors in what runs on a GPU; see tests/mutants.py."""
 
+CLUSTER_LOSS, LOSS_ON_GPU = "kernels/cuda/sm90/cross_entropy_row.cuh", "loss_test_on_gpu"
+
 MUTANTS = {
     "nccl_operations_begin_in_any_order": (
         "parallel/nccl_channel.cpp", 'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0)',
@@ -132,6 +134,31 @@ MUTANTS = {
     "sums_of_the_same_pack_again": (
         "kernels/cuda/portable/pointwise.cu", "(x + i + p * kStride);", "(x + i);", "*WhereElementsLie",
         "pointwise_test_on_gpu"),
+    "shares_joined_without_their_largest": (
+        CLUSTER_LOSS, "expf(static_cast<float>(s.most[b] - all.largest))", "1.0f", "*CrossEntropy*", LOSS_ON_GPU),
+    "gradient_of_a_share_relative_to_itself": (
+        CLUSTER_LOSS, "static_cast<double>(expf(largest - whole)) / all.sum", "1.0 / all.sum", "*CrossEntropy*",
+        LOSS_ON_GPU),
+    "last_share_as_long_as_the_others": (
+        CLUSTER_LOSS, "n = max(0, min(share, r.columns - begin))", "n = share", "*CrossEntropy*", LOSS_ON_GPU),
+    "target_told_to_its_own_block": (
+        CLUSTER_LOSS, "store_remote(&s.target, static_cast<u32>(b),", "store_remote(&s.target, cluster_rank(),",
+        "*TargetsAndLargest*", LOSS_ON_GPU),
+    "shares_read_before_they_are_told": (
+        CLUSTER_LOSS, "  cluster_sync();  // nobody writes", "  // nobody writes", "*CrossEntropy*", LOSS_ON_GPU),
+    "told_to_blocks_that_have_not_begun": (
+        CLUSTER_LOSS, "  cluster_wait();\n  if (threadIdx.x <", "  if (threadIdx.x == kRowThreads) cluster_wait();\n"
+        "  if (threadIdx.x <", "*TargetsAndLargest*", LOSS_ON_GPU),
+    "target_of_the_block_that_kept_its_exponential": (
+        CLUSTER_LOSS, "expf(at_target - whole)", "expf(kept[at] - whole)", "*CrossEntropy*", LOSS_ON_GPU),
+    "ignored_rows_keep_their_gradient": (
+        CLUSTER_LOSS, "    return store_zeros(dlogits + first, n);", "    return;", "*CrossEntropy*", LOSS_ON_GPU),
+    "targets_that_are_none_unreported": (
+        "kernels/cuda/loss.cpp", "  portable::check_targets(ex, targets_C, columns);\n", "", "*ReportsTargets*",
+        "loss_kernels_test_on_gpu"),
+    "clusters_of_half_the_blocks": (
+        "kernels/cuda/choose/cross_entropy.cpp", "kTwoBlocksBytes = 112 << 10", "kTwoBlocksBytes = 224 << 10",
+        "ChooseCrossEntropy.*", "choose_test"),
     "sum_of_a_row_not_scaled_when_its_largest_grows": (
         "kernels/cpu/loss.cpp",
         "      row.sum *= std::exp(static_cast<double>(row.largest) - static_cast<double>(most));\n", "",

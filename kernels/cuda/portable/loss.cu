@@ -1,4 +1,4 @@
-#include "kernels/ops/loss.h"
+#include "kernels/cuda/portable/loss.h"
 
 #include "kernels/cuda/runtime/launch.cuh"
 #include "kernels/ops/backend.h"
@@ -87,13 +87,24 @@ __device__ void ignored_row(float* loss, T* dx, std::int64_t n) {
   for (std::int64_t i = threadIdx.x; i < n; i += kRowThreads) dx[i] = from_float<T>(0.0f);
 }
 
+__device__ inline bool is_target(std::int32_t target, std::int64_t vocab) {
+  return target >= -1 && target < vocab;
+}
+
 // A target that the vocabulary does not have is reported and counts as ignored.
 __device__ inline std::int32_t checked_target(const std::int32_t* targets, std::int64_t vocab,
                                               FindingWords findings) {
   const std::int32_t target = targets[blockIdx.x];
-  if (target >= -1 && target < vocab) return target;
+  if (is_target(target, vocab)) return target;
   if (threadIdx.x == 0) find(findings, Finding::kTarget, blockIdx.x, static_cast<std::uint32_t>(target));
   return -1;
+}
+
+__global__ void find_targets(const std::int32_t* targets, std::int64_t rows, std::int64_t vocab,
+                             FindingWords findings) {
+  const std::int64_t row = global_thread();
+  if (row >= rows || is_target(targets[row], vocab)) return;
+  find(findings, Finding::kTarget, row, static_cast<std::uint32_t>(targets[row]));
 }
 
 template <int N, class T>
@@ -155,6 +166,15 @@ __global__ void sharded_row(float* loss, T* dlogits, const float* logits, const 
 
 }  // namespace
 
+namespace portable {
+
+void check_targets(Exec& ex, ConstTensorView targets_C, std::int64_t vocab) {
+  CudaStream& stream = stream_of(ex);
+  stream.limit(Finding::kTarget, vocab);
+  launch(ex, blocks_for(targets_C.elements(), kThreads), kThreads, find_targets, targets_C.as<std::int32_t>(),
+         targets_C.elements(), vocab, stream.findings());
+}
+
 void cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView logits_CV, ConstTensorView targets_C) {
   const std::int64_t vocab = logits_CV.shape[1];
   CudaStream& stream = stream_of(ex);
@@ -168,6 +188,8 @@ void cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView logits_CV, 
            targets_C.as<std::int32_t>(), vocab, out.scale, stream.findings());
   });
 }
+
+}  // namespace portable
 
 void cross_entropy_stats(Exec& ex, TensorView stats_C3, ConstTensorView logits_CV, ConstTensorView targets_C,
                          VocabShard shard) {

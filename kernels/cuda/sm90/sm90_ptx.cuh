@@ -127,8 +127,25 @@ __device__ inline u32 cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// A barrier of all threads of the cluster, in halves: behind its wait is seen what everybody had written before
+// arriving, to the shared memory of other blocks too. Whole warps, their threads together.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 __device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
+}
+// To the same place in the shared memory of block `rank` of the cluster, which must have begun and not have left.
+__device__ inline void store_remote(double* to, u32 rank, double value) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.f64 [there], %2;\n}" ::"r"(shared_address(to)),
+      "r"(rank), "d"(value)
+      : "memory");
 }
 
 // --- fragments: a warp moves four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of

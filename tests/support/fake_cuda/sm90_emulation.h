@@ -2,11 +2,12 @@
 // Hopper's asynchronous instructions on the CPU, under the names of kernels/cuda/sm90/sm90_ptx.cuh: a model that
 // computes what the hardware computes, and ends with words where a kernel relies on what it does not promise.
 //
-// Copies and products are operations that happen at a moment between the earliest and the latest one allowed
-// (sm90_machine.h). The model knows of barriers (phases, arrivals, bytes), copies by threads and by the copy
-// engine, multicast, products that read shared memory late, the state of every 16 bytes of shared memory, and
-// registers that move between warpgroups. It does not know: the order of ordinary memory accesses beyond barriers,
-// the scopes in the PTX words, what a driver thinks of a tensor map, the order of sums inside a product, time.
+// Copies, products and stores to other blocks are operations that happen at a moment between the earliest and the
+// latest one allowed (sm90_machine.h). The model knows of barriers (phases, arrivals, bytes), copies by threads and by
+// the copy engine, multicast, stores to other blocks of a cluster, which are there behind a barrier of the cluster,
+// products that read shared memory late, the state of every 16 bytes of shared memory, and registers that move between
+// warpgroups. It does not know: the order of ordinary memory accesses beyond barriers, the scopes in the PTX words,
+// what a driver thinks of a tensor map, the order of sums inside a product, time.
 
 #include <cmath>
 #include <cstddef>
@@ -78,7 +79,10 @@ void cp_async_wait() {
 void fence_proxy_async();
 
 u32 cluster_rank();
+void cluster_arrive();
+void cluster_wait();
 void cluster_sync();
+void store_remote(double* to, u32 rank, double value);
 
 void stmatrix_x4(void* row, u32 a, u32 b, u32 c, u32 d);
 void ldmatrix_x4(const void* row, u32& a, u32& b, u32& c, u32& d);

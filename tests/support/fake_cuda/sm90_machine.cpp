@@ -278,8 +278,30 @@ const std::uint64_t* Cluster::exchange(unsigned mask, std::uint64_t word) {
   warp_barrier(mask);
   return words;
 }
-void Cluster::meet_cluster() {
-  meet(meeting_, launch_.threads * launch_.cluster, "wait for the cluster");
+void Cluster::arrive_at_cluster() {
+  Lane& lane = *current_;
+  if (lane.arrived) fail("barrier.cluster.arrive: this thread has not waited for the last one");
+  lane.arrived = true;
+  // A release: what was stored in other blocks is there.
+  wait_until(
+      [&lane] {
+        return std::all_of(lane.remote_stores.begin(), lane.remote_stores.end(),
+                           [](const OperationPtr& store) { return store->done; });
+      },
+      [] { return std::string("wait for their stores to other blocks (barrier.cluster.arrive)"); });
+  lane.remote_stores.clear();
+  lane.cluster_generation = meeting_.generation;
+  if (++meeting_.here == launch_.threads * launch_.cluster) {
+    meeting_.here = 0;
+    ++meeting_.generation;
+  }
+}
+void Cluster::wait_for_cluster() {
+  Lane& lane = *current_;
+  if (!lane.arrived) fail("barrier.cluster.wait: this thread has not arrived");
+  lane.arrived = false;
+  wait_for_change(meeting_.generation, ~0u, lane.cluster_generation,
+                  [] { return std::string("wait for the cluster"); });
 }
 
 void wait_groups(OperationGroups& groups, std::size_t keep, const char* words) {

@@ -140,6 +140,9 @@ struct ThreadState {
   bool may_go_on() const { return word != nullptr ? (*word & mask) != old : condition(); }
 
   OperationGroups copies, products;
+  std::vector<OperationPtr> remote_stores;  // since the last arrival at a barrier of the cluster
+  bool arrived = false;                     // at one, and has not waited there
+  unsigned cluster_generation = 0;          // of that one
   std::vector<std::size_t> written;         // grains whose copies have arrived
   std::vector<OperationPtr> recent_copies;  // behind which an arrival comes
   std::uint64_t fenced_at = 0;
@@ -179,7 +182,8 @@ class Cluster : public simt::Runner {
     wait();
   }
   void meet(Meeting& meeting, unsigned all, const char* words);
-  void meet_cluster();
+  void arrive_at_cluster();
+  void wait_for_cluster();
   void begin(const OperationPtr& operation) { operations_.push_back(operation); }
 
   void block_barrier() override;
