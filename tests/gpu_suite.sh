@@ -16,9 +16,9 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bundle=$root/build/gpu_suite
-op_tests=(pointwise pack layer_norm norm activation loss embedding routing gather_sum sigmoid_routing balance_rows
-  capacity router_draws noisy_routing token_groups adversarial_routing transfer gemm grouped_gemm expert_ffn experts
-  attention attention_pair attention_decode adamw adamw8bit)
+op_tests=(pointwise pack layer_norm norm activation loss distillation embedding routing gather_sum sigmoid_routing
+  balance_rows capacity router_draws noisy_routing token_groups adversarial_routing transfer gemm grouped_gemm
+  expert_ffn experts attention attention_pair attention_decode adamw adamw8bit)
 
 die() {
   echo "gpu_suite: error: $*" >&2

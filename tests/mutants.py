@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import mutations.data
+import mutations.distillation
 import mutations.families
 import mutations.figures
 import mutations.finetune
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # layout_equivalence_test with its meshes, their program (those that end in _on_gpu have the pretended GPU)
 MUTANTS = {name: mutant for room in (mutations.data, mutations.layouts, mutations.routers, mutations.families,
                                      mutations.gpu, mutations.figures, mutations.finetune, mutations.generation,
-                                     mutations.machines, mutations.recipes, mutations.records)
+                                     mutations.machines, mutations.recipes, mutations.records, mutations.distillation)
            for name, mutant in room.MUTANTS.items()}
 
 

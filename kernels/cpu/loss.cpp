@@ -4,27 +4,13 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/cpu/loss_rows.h"
 #include "kernels/cpu/parallel_for.h"
-#include "kernels/cpu/simd.h"
-#include "kernels/cpu/vector_math.h"
 #include "kernels/ops/backend.h"
-#include "kernels/ops/findings.h"
 
 namespace upmoe::cpu {
 
 namespace {
-
-// Blocks of a row are summed in fp32 and added up in fp64: 151936 terms in fp32 alone would cost three digits.
-constexpr std::int64_t kSumBlock = 1024;
-
-float row_max(const float* x, std::int64_t n) {
-  f32x16 m = splat(-std::numeric_limits<float>::infinity());
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) m = max(load(x + i), m);
-  float result = reduce_max(m);
-  for (; i < n; ++i) result = std::max(result, x[i]);
-  return result;
-}
 
 // Of one block.
 double sum_exp(const float* x, std::int64_t n, float offset) {
@@ -78,11 +64,6 @@ void gradient_row(T* dx, const float* x, std::int64_t n, float max_x, double sum
     store(dx + i, vector_exp(load(x + i, lanes) - max_x) * factor, lanes);
   });
   if (here) dx[target] = from_float<T>(scale * (p_target - 1.0f));
-}
-
-void check_targets(const std::int32_t* targets, std::int64_t rows, std::int64_t vocab) {
-  for (std::int64_t c = 0; c < rows; ++c)
-    if (targets[c] < -1 || targets[c] >= vocab) fail_target(targets[c], c, vocab);
 }
 
 template <class T>

@@ -9,6 +9,7 @@
 #include "kernels/ops/attention_decode.h"
 #include "kernels/ops/balance.h"
 #include "kernels/ops/capacity.h"
+#include "kernels/ops/distillation.h"
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/experts.h"
 #include "kernels/ops/gemm.h"

@@ -74,6 +74,12 @@ inline void show(OpWatcher& w, const CachedTokens& tokens) {
 inline void show(OpWatcher& w, const TokenLosses& out) {
   for (const TensorView& t : {out.loss_C, out.dlogits_CV}) show(w, t);
 }
+inline void show(OpWatcher& w, const DistilledRows& rows) {
+  for (const ConstTensorView& t : {rows.logits_CV, rows.teacher_CV, rows.targets_C}) w.reads(t);
+}
+inline void show(OpWatcher& w, const DistilledLosses& out) {
+  for (const TensorView& t : {out.loss_C, out.divergence_C, out.dlogits_CV}) show(w, t);
+}
 inline void show(OpWatcher& w, const Routes& r) {
   for (const ConstTensorView& t : {r.probs_TE, r.index_TK, r.weight_TK, r.lse_T}) w.reads(t);
 }
@@ -125,7 +131,7 @@ template <class T>
 concept HoldsNoTensor = std::is_arithmetic_v<T> || std::is_enum_v<T> || std::same_as<T, AttentionShape> ||
     std::same_as<T, VocabShard> || std::same_as<T, AdamWStep> || std::same_as<T, Chance> ||
     std::same_as<T, SigmoidRule> || std::same_as<T, CapacityRule> || std::same_as<T, GroupCapacity> ||
-    std::same_as<T, BalanceRule> || std::same_as<T, PackedParts> ||
+    std::same_as<T, BalanceRule> || std::same_as<T, PackedParts> || std::same_as<T, Distillation> ||
     std::same_as<T, std::span<const std::int64_t>>;  // on the host
 template <HoldsNoTensor T>
 void show(OpWatcher&, const T&) {}

@@ -3,15 +3,10 @@
 
 #include <cmath>
 
+#include "kernels/core/everywhere.h"
 #include "kernels/ops/router_draws.h"
 
 namespace upmoe {
-
-#ifdef __CUDACC__
-#define UPMOE_EVERYWHERE __host__ __device__
-#else
-#define UPMOE_EVERYWHERE
-#endif
 
 // From a normal distribution, by Box and Muller: two columns share a pair of uniform numbers.
 UPMOE_EVERYWHERE inline float router_normal(std::uint64_t key, std::uint64_t token, std::uint32_t layer,

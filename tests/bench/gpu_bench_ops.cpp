@@ -9,6 +9,7 @@
 #include "kernels/ops/adamw8bit.h"
 #include "kernels/ops/attention.h"
 #include "kernels/ops/attention_decode.h"
+#include "kernels/ops/distillation.h"
 #include "kernels/ops/embedding.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/grouped_gemm.h"
@@ -265,6 +266,18 @@ void add_ends(const std::string& name, std::int64_t t) {
                                {0, m.vocab});
       ops::cross_entropy_sharded(ex, {loss->view, dlogits->view, 1.0f}, logits->view, targets->view,
                                  stats->view, {0, m.vocab});
+    };
+  });
+  add(fmt::format("distillation/{}", chunk), [=] {
+    const Held loss = make({chunk}, DType::kF32), divergence = make({chunk}, DType::kF32),
+               logits = make({chunk, m.vocab}, DType::kF32), teacher = make({chunk, m.vocab}, DType::kF32),
+               targets = make({chunk}, DType::kI32, m.vocab), dlogits = make({chunk, m.vocab}),
+               stats = make({1, chunk, kDistillationStats}, DType::kF64);
+    return [=](Exec& ex) {
+      const DistilledRows rows{logits->view, teacher->view, targets->view, {0, m.vocab}};
+      ops::distillation_stats(ex, stats->view.reshape({chunk, kDistillationStats}), rows, 2);
+      ops::distillation_losses(ex, {loss->view, divergence->view, dlogits->view, 1.0f}, rows, stats->view,
+                               {0.5, 2});
     };
   });
   add(fmt::format("gemm_logits/{}", chunk), [=] {

@@ -1,17 +1,11 @@
 #include "kernels/cuda/portable/loss.h"
 
-#include "kernels/cuda/runtime/launch.cuh"
+#include "kernels/cuda/portable/loss_rows.cuh"
 #include "kernels/ops/backend.h"
 
 namespace upmoe::cuda {
 
 namespace {
-
-// A block reads its row in strides of all its threads, a pack at a time:
-//
-//   x    | t0: N | t1: N | ... | t1023: N | t0: N | t1: N | ...
-constexpr int kRowThreads = 1024;  // one block, one row of logits
-constexpr int kWide = 4;           // logits of a pack
 
 struct RowMemory {
   float largest[kRowThreads / kWarp];
@@ -22,12 +16,6 @@ struct RowStats {
   float largest;
   double sum;  // of exp(x - largest)
 };
-
-// kFast: for gradients in bf16, which keep 8 bits of it.
-template <bool kFast>
-__device__ inline float exponential(float x) {
-  return kFast ? __expf(x) : expf(x);
-}
 
 // One pass: every thread carries the largest of its logits and the sum relative to it; the threads' sums, of
 // a few hundred terms each, are added in fp64. Rows are taken in packs of N logits.
@@ -83,21 +71,7 @@ __device__ void gradient_row(T* dx, const float* x, std::int64_t n, float larges
 template <class T>
 __device__ void ignored_row(float* loss, T* dx, std::int64_t n) {
   if (threadIdx.x == 0) *loss = 0;
-  if (dx == nullptr) return;
-  for (std::int64_t i = threadIdx.x; i < n; i += kRowThreads) dx[i] = from_float<T>(0.0f);
-}
-
-__device__ inline bool is_target(std::int32_t target, std::int64_t vocab) {
-  return target >= -1 && target < vocab;
-}
-
-// A target that the vocabulary does not have is reported and counts as ignored.
-__device__ inline std::int32_t checked_target(const std::int32_t* targets, std::int64_t vocab,
-                                              FindingWords findings) {
-  const std::int32_t target = targets[blockIdx.x];
-  if (is_target(target, vocab)) return target;
-  if (threadIdx.x == 0) find(findings, Finding::kTarget, blockIdx.x, static_cast<std::uint32_t>(target));
-  return -1;
+  clear_row(dx, n);
 }
 
 __global__ void find_targets(const std::int32_t* targets, std::int64_t rows, std::int64_t vocab,
