@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -79,6 +80,15 @@ struct RunConfig {
     std::int64_t eval_sequences = 64;  // of each set of data.valid, per evaluation; 0 = all
     // Consecutive non-finite steps skipped before the run stops with status 4.
     std::int64_t nonfinite_patience = 3;
+    // Whose logits the model learns from beside the data's targets (kernels/ops/distillation.h).
+    struct Teacher {
+      std::string model;       // empty: none
+      double weight = 0.5;     // of the divergence in the loss; the cross entropy has the rest
+      double temperature = 1;  // of both models' softmaxes
+      // Of that model, once it has been read (trainer/teacher.h); no key.
+      std::shared_ptr<const ModelConfig> config = {};
+      bool given() const { return !model.empty(); }
+    } teacher;
   } train;
   struct Optimizer {
     OptimizerKind name = OptimizerKind::kAdamW;

@@ -60,6 +60,8 @@ std::vector<std::string> without_effect(const RunConfig& run) {
   notes.unless(evaluates, "data.valid_loss_mask", "data.valid is not given");
   notes.unless(run.data.shuffle, "data.seed", "data.shuffle is false");
   notes.unless(run.train.precision != Precision::kFp32, "router.dtype", "train.precision is fp32");
+  for (const char* key : {"train.teacher.weight", "train.teacher.temperature"})
+    notes.unless(run.train.teacher.given(), key, "train.teacher.model is not given");
   for (const char* key : {"lora.alpha", "lora.targets"})
     notes.unless(run.lora.given(), key, "lora.rank is 0");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");

@@ -8,6 +8,7 @@
 #include "configs/expert_use.h"
 #include "configs/lora_record.h"
 #include "configs/router_record.h"
+#include "configs/teacher_record.h"
 
 namespace upmoe {
 
@@ -193,7 +194,9 @@ class Problems {
 }  // namespace
 
 std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size) {
-  return Problems(run, model, world_size).find();
+  std::vector<std::string> found = Problems(run, model, world_size).find();
+  for (std::string& p : teacher_problems(run, model, world_size, found)) found.push_back(std::move(p));
+  return found;
 }
 
 }  // namespace upmoe

@@ -8,6 +8,7 @@
 #include "configs/lora_record.h"
 #include "configs/path_text.h"
 #include "configs/schema_values.h"
+#include "configs/teacher_record.h"
 #include "kernels/core/expert_groups.h"
 
 namespace upmoe {
@@ -363,6 +364,7 @@ Schema run_schema(RunConfig& run) {
   add_router(schema, run.router);
   add_data(schema, run.data);
   add_train(schema, run.train);
+  add_teacher(schema, run.train.teacher);
   add_optimization(schema, run);
   add_layout(schema, run.parallel);
   schema.section("kernels")

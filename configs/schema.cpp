@@ -239,17 +239,20 @@ std::string Schema::nearest(const std::string& section, const std::string& name)
       choice = candidate;
     }
   };
+  const std::string prefix = section.empty() ? "" : section + ".";
   for (const Field& f : fields_) {
     const bool same = f.section == section;
     offer(f.full(), edit_distance(name, f.name, best) + (same ? 0 : 1));
-    if (section.empty() && !f.section.empty()) offer(f.section, edit_distance(name, f.section, best));
-    if (!section.empty()) offer(f.full(), edit_distance(section + "." + name, f.full(), best));
+    if (!f.section.empty() && f.section.starts_with(prefix))
+      offer(f.section, edit_distance(prefix + name, f.section, best));
+    if (!section.empty()) offer(f.full(), edit_distance(prefix + name, f.full(), best));
   }
   if (!choice.empty()) return fmt::format("; did you mean {}?", choice);
   std::vector<std::string> valid;
   for (const Field& f : fields_) {
-    const std::string& shown = f.section == section ? f.name : section.empty() ? f.section : "";
-    if (!shown.empty() && std::find(valid.begin(), valid.end(), shown) == valid.end()) valid.push_back(shown);
+    if (!f.full().starts_with(prefix)) continue;
+    const std::string inside = f.full().substr(prefix.size()), shown = inside.substr(0, inside.find('.'));
+    if (std::find(valid.begin(), valid.end(), shown) == valid.end()) valid.push_back(shown);
   }
   return fmt::format("; valid here: {}", fmt::join(valid, ", "));
 }
@@ -269,23 +272,22 @@ void Schema::read(const YamlNode& root, Problems& problems) {
       problems.add(root.where, "expected sections with keys, such as `train: {steps: 10}`");
     return;
   }
-  for (const auto& [key, value] : root.entries) {
-    if (Field* field = find("", key.text)) {
+  read_section("", root, problems);
+}
+
+// The keys of `section`, and the sections inside it.
+void Schema::read_section(const std::string& section, const YamlNode& node, Problems& problems) {
+  for (const auto& [key, value] : node.entries) {
+    const std::string full = section.empty() ? key.text : section + "." + key.text;
+    if (Field* field = find(section, key.text)) {
       read_into(*field, value, problems);
-    } else if (!has_section(key.text)) {
-      problems.add(key.where, fmt::format("unknown key '{}'{}", key.text, nearest("", key.text)));
+    } else if (!has_section(full)) {
+      problems.add(key.where, fmt::format("unknown key '{}'{}", full, nearest(section, key.text)));
     } else if (value.kind != YamlNode::Kind::kMap) {
       problems.add(value.where, fmt::format("{}: is a section and needs keys, such as `{}: {{key: value}}`",
-                                            key.text, key.text));
+                                            full, key.text));
     } else {
-      for (const auto& [inner, inner_value] : value.entries) {
-        if (Field* nested = find(key.text, inner.text)) {
-          read_into(*nested, inner_value, problems);
-        } else {
-          problems.add(inner.where, fmt::format("unknown key '{}.{}'{}", key.text, inner.text,
-                                                nearest(key.text, inner.text)));
-        }
-      }
+      read_section(full, value, problems);
     }
   }
 }
@@ -298,7 +300,8 @@ void Schema::apply_override(const std::string& assignment, Problems& problems) {
     return;
   }
   const std::string full = assignment.substr(0, equals), value = assignment.substr(equals + 1);
-  const std::size_t dot = full.find('.');
+  std::size_t dot = full.rfind('.');
+  if (dot != std::string::npos && !has_section(full.substr(0, dot))) dot = full.find('.');
   const std::string section = dot == std::string::npos ? "" : full.substr(0, dot);
   const std::string name = dot == std::string::npos ? full : full.substr(dot + 1);
   Field* field = find(section, name);
@@ -356,11 +359,14 @@ std::string Schema::place_of(const std::string& full_key) const {
 std::string Schema::to_yaml() const {
   std::string out, section;
   for (const Field& field : fields_) {
+    const auto inside = static_cast<std::size_t>(std::count(field.section.begin(), field.section.end(), '.'));
     if (field.section != section) {
       section = field.section;
-      if (!section.empty()) out += section + ":\n";
+      if (!section.empty())
+        out += std::string(2 * inside, ' ') + section.substr(section.rfind('.') + 1) + ":\n";
     }
-    out += fmt::format("{}{}: {}\n", field.section.empty() ? "" : "  ", field.name, field.write());
+    const std::size_t depth = section.empty() ? 0 : inside + 1;
+    out += fmt::format("{}{}: {}\n", std::string(2 * depth, ' '), field.name, field.write());
   }
   return out;
 }

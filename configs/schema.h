@@ -37,7 +37,8 @@ class Schema {
   using Read = std::function<void(const YamlNode& node, const std::string& key, Problems& problems)>;
   using Write = std::function<std::string()>;
 
-  Schema& section(const std::string& name);  // of the keys that follow; "" is the top level
+  // Of the keys that follow; "" is the top level. One inside another, "outer.inner", comes behind the outer's keys.
+  Schema& section(const std::string& name);
   Schema& key(const std::string& name, std::string& target, TextCheck check = {});
   Schema& key(const std::string& name, std::int64_t& target, NumberCheck check = {});
   Schema& key(const std::string& name, int& target, NumberCheck check = {});
@@ -93,6 +94,7 @@ class Schema {
   Field* find(const std::string& section, const std::string& name);
   const Field& field_of(const std::string& full_key) const;
   bool has_section(const std::string& name) const;
+  void read_section(const std::string& section, const YamlNode& node, Problems& problems);
   void read_into(Field& field, const YamlNode& node, Problems& problems);
   std::string nearest(const std::string& section, const std::string& name) const;
 

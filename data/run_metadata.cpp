@@ -48,6 +48,7 @@ std::string run_metadata_json(const RunMetadata& r) {
   if (r.config) run["config"] = *r.config;
   if (r.mesh) run["mesh"] = *r.mesh;
   if (r.source_digest) run["source_digest"] = *r.source_digest;
+  if (r.teacher_digest) run["teacher_digest"] = *r.teacher_digest;
   return run.dump();
 }
 
@@ -63,7 +64,8 @@ RunMetadata parse_run_metadata(const std::string& text, const std::string& where
           .data_fingerprint = run.text("data_fingerprint"),
           .config = run.text_if_any("config"),
           .mesh = run.text_if_any("mesh"),
-          .source_digest = run.text_if_any("source_digest")};
+          .source_digest = run.text_if_any("source_digest"),
+          .teacher_digest = run.text_if_any("teacher_digest")};
 }
 
 RunMetadata run_metadata_of(const ShardStore& store) {

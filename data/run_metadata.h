@@ -17,9 +17,10 @@ struct RunMetadata {
   std::string source;            // model directory the run started from: tokenizer files come from there
   std::string data_fingerprint;  // of the data order; empty: no data was seen
   // Of training runs alone, not of what upcycling writes.
-  std::optional<std::string> config;         // run configuration, as YAML
-  std::optional<std::string> mesh;           // in words
-  std::optional<std::string> source_digest;  // of the source; not in checkpoints of earlier programs
+  std::optional<std::string> config;          // run configuration, as YAML
+  std::optional<std::string> mesh;            // in words
+  std::optional<std::string> source_digest;   // of the source; not in checkpoints of earlier programs
+  std::optional<std::string> teacher_digest;  // of the teacher, where the run has one
 };
 
 std::string run_metadata_json(const RunMetadata& run);

@@ -26,11 +26,15 @@ std::string brief(const std::string& digest) {
   return digest.substr(0, 12);
 }
 
+// Empty where there is none.
+std::string digest_of_tokenizer(const fs::path& tokenizer) {
+  return fs::is_regular_file(tokenizer) ? sha256(read_text(tokenizer, kTokenizerLimit)) : std::string();
+}
+
 void compare_with_model(const fs::path& dir, const std::vector<const TokenFile*>& files,
                         std::vector<std::string>& differences) {
   const fs::path tokenizer = dir / "tokenizer.json";
-  const std::string digest =
-      fs::is_regular_file(tokenizer) ? sha256(read_text(tokenizer, kTokenizerLimit)) : std::string();
+  const std::string digest = digest_of_tokenizer(tokenizer);
   const std::set<std::int64_t> ends = text_ends_of(dir);
   for (const TokenFile* file : files) {
     if (!digest.empty() && says_which(*file) && file->tokenizer_sha256() != digest)
@@ -62,6 +66,18 @@ std::set<std::int64_t> text_ends_of(const fs::path& dir) {
       if (one.is_number_integer()) ends.insert(one.get<std::int64_t>());
   }
   return ends;
+}
+
+std::string teacher_tokenizer_difference(const fs::path& model_dir, const fs::path& teacher_dir) {
+  if (model_dir.empty() || teacher_dir.empty()) return "";
+  const fs::path model = model_dir / "tokenizer.json", teacher = teacher_dir / "tokenizer.json";
+  const std::string one = digest_of_tokenizer(model), other = digest_of_tokenizer(teacher);
+  if (one.empty() || other.empty() || one == other) return "";
+  return fmt::format(
+      "train.teacher: {} (sha256 {}...) is another tokenizer than {} ({}...). If that is not the same one "
+      "written anew, what the teacher says of a token is of another one: take a model with the same "
+      "tokenizer",
+      teacher.string(), brief(other), model.string(), brief(one));
 }
 
 std::vector<std::string> tokenizer_differences(const fs::path& model_dir,

@@ -19,6 +19,11 @@ std::vector<std::string> tokenizer_differences(const std::filesystem::path& mode
 // The same, each as a warning in the log.
 void warn_of_tokenizers(const std::filesystem::path& model_dir, const std::vector<const TokenFile*>& files);
 
+// In words, that tokenizer.json of the two folders differ, of a model and of the teacher that it learns from; as above,
+// and empty where they do not or one has none. Both may be empty.
+std::string teacher_tokenizer_difference(const std::filesystem::path& model_dir,
+                                         const std::filesystem::path& teacher_dir);
+
 // The tokens that end text for the model in this folder: eos_token_id, a number or several, of its config.json and of
 // its generation_config.json together. `model_dir` may be empty.
 std::set<std::int64_t> text_ends_of(const std::filesystem::path& model_dir);

@@ -11,6 +11,7 @@
 #include "launch/output.h"
 #include "launch/plan_report.h"
 #include "launch/shipped.h"
+#include "trainer/teacher.h"
 
 namespace upmoe {
 
@@ -35,7 +36,8 @@ std::optional<Machine> machine_of(const PlanArguments& a) {
 }
 
 PlanReport report_of(const PlanArguments& a) {
-  const RunConfig run = read_run_config(a.file, a.overrides);
+  RunConfig run = read_run_config(a.file, a.overrides);
+  read_teacher(run);
   const ModelConfig model = trained_model(run, config_of_model(run.model.path));
   const std::optional<Machine> machine = machine_of(a);
   PlanRequest request;

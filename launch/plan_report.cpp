@@ -2,6 +2,7 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "launch/text_table.h"
@@ -40,9 +41,12 @@ std::string milliseconds(double seconds) {
 }
 
 std::vector<std::pair<const char*, double>> purposes(const MemoryPurposes& m) {
-  return {{"weights", m.weights},         {"gradients", m.gradients},         {"optimizer", m.optimizer},
-          {"activations", m.activations}, {"communication", m.communication}, {"workspace", m.workspace},
-          {"process", m.process},         {"checkpoint", m.checkpoint}};
+  std::vector<std::pair<const char*, double>> all{
+      {"weights", m.weights},         {"gradients", m.gradients},         {"optimizer", m.optimizer},
+      {"activations", m.activations}, {"communication", m.communication}, {"workspace", m.workspace},
+      {"process", m.process},         {"checkpoint", m.checkpoint}};
+  if (m.teacher > 0) all.emplace_back("teacher", m.teacher);
+  return all;
 }
 
 std::string memory_table(const RunPlan& plan) {
@@ -71,18 +75,21 @@ std::string ranks_table(const RunPlan& plan) {
 }
 
 std::string ops_table(const PlannedRank& rank) {
-  TextTable table({{fmt::format("op, rank {}", rank.rank), Align::kLeft},
-                   {"calls"},
-                   {"GFLOP"},
-                   {"again"},
-                   {"GB read, written"},
-                   {"ms"}});
+  const bool taught = std::any_of(rank.costs.begin(), rank.costs.end(),
+                                  [](const auto& entry) { return entry.second.teacher_flops > 0; });
+  std::vector<TextTable::Column> columns{
+      {fmt::format("op, rank {}", rank.rank), Align::kLeft}, {"calls"}, {"GFLOP"}, {"again"}};
+  if (taught) columns.push_back({"the teacher's"});
+  for (const char* head : {"GB read, written", "ms"}) columns.push_back({head});
+  TextTable table(std::move(columns));
   for (const auto& [op, c] : rank.costs) {
     if (c.bytes_sent > 0 || rank.step.sent.contains(op)) continue;
     const auto ms = rank.step.by_op.find(op);
-    table.row({op, fmt::format("{}", c.calls), giga(c.flops), giga(c.model_again),
-               giga(c.bytes_read + c.bytes_written),
-               ms == rank.step.by_op.end() ? "-" : milliseconds(ms->second)});
+    std::vector<std::string> cells{op, fmt::format("{}", c.calls), giga(c.flops), giga(c.model_again)};
+    if (taught) cells.push_back(giga(c.teacher_flops));
+    cells.push_back(giga(c.bytes_read + c.bytes_written));
+    cells.push_back(ms == rank.step.by_op.end() ? "-" : milliseconds(ms->second));
+    table.row(std::move(cells));
   }
   return table.str();
 }
@@ -158,6 +165,7 @@ json rank_json(const PlannedRank& r, const RunPlan& plan) {
                     {"flops", c.flops},
                     {"model_flops", c.model_flops},
                     {"flops_again", c.model_again},
+                    {"flops_teacher", c.teacher_flops},
                     {"bytes", c.bytes_read + c.bytes_written},
                     {"seconds", seconds == r.step.by_op.end() ? json() : json(seconds->second)}};
   }
@@ -225,6 +233,9 @@ PlanReport plan_report(const PlanRequest& request, const RunPlan& plan, const st
                                  plan.rounds, plan.rounds == 1 ? "" : "es", plan.tokens);
   text +=
       memory_table(plan) + "\n" + ranks_table(plan) + "\n" + ops_table(slowest) + verbs_table(slowest) + "\n";
+  if (plan.teacher_flops > 0)
+    text += fmt::format("of a step {} GFLOP of the model and, beside them, {} of its teacher's forward\n\n",
+                        giga(plan.model_flops), giga(plan.teacher_flops));
   if (plan.time) {
     text += time_text(request, plan) + changes_text(plan, changes);
   } else {
@@ -237,6 +248,7 @@ PlanReport plan_report(const PlanRequest& request, const RunPlan& plan, const st
          {"micro_batches_per_rank", plan.rounds},
          {"tokens_per_step", plan.tokens},
          {"model_flops_per_step", plan.model_flops},
+         {"teacher_flops_per_step", plan.teacher_flops},
          {"fullest_rank", plan.fullest().rank},
          {"memory_fullest", memory_json(plan.fullest().memory, plan.on_host)},
          {"memory_mean", memory_json(plan.mean_memory(), plan.on_host)},

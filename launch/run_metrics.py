@@ -64,7 +64,7 @@ def cost_of(run, record, against):
     if "flops" not in record or "ranks" not in record:
         raise BadInput(f"{display(run.path)}: its metrics carry no flops or no ranks; use --against tokens, seconds or "
                        "step")
-    return record["flops"] * record["ranks"]
+    return (record["flops"] + record.get("flops_teacher", 0)) * record["ranks"]
 
 
 LARGEST = 1e100  # what a count or a time may be, so that sums and axes stay finite

@@ -22,6 +22,8 @@ struct CheckpointWriter::Staged {
 namespace {
 
 std::string metadata_of(const Session& s, const TrainState& state) {
+  std::optional<std::string> teacher;
+  if (!state.teacher_digest.empty()) teacher = state.teacher_digest;
   return run_metadata_json({.step = state.step,
                             .samples = state.samples,
                             .tokens = state.samples * s.run.data.seq_len,
@@ -30,7 +32,8 @@ std::string metadata_of(const Session& s, const TrainState& state) {
                             .data_fingerprint = state.fingerprint,
                             .config = to_yaml(s.run),
                             .mesh = s.mesh.spec().str(),
-                            .source_digest = state.source_digest});
+                            .source_digest = state.source_digest,
+                            .teacher_digest = teacher});
 }
 
 std::size_t aligned(std::size_t bytes) {
@@ -219,7 +222,12 @@ TrainState load_checkpoint(const ShardStore& store, Session& session) {
   for (const OwnedSlice& slice : session.optimizer.slices())
     if (store.tensors().contains({slice.param->spec.name, "m"}))  // else frozen when it was saved: zero
       read_moments(ex, store, slice);
-  return {run.step, run.samples, run.source, run.source_digest.value_or(""), run.data_fingerprint};
+  return {run.step,
+          run.samples,
+          run.source,
+          run.source_digest.value_or(""),
+          run.data_fingerprint,
+          run.teacher_digest.value_or("")};
 }
 
 }  // namespace upmoe

@@ -16,11 +16,12 @@
 namespace upmoe {
 
 struct TrainState {
-  std::int64_t step = 0;      // finished optimizer steps
-  std::int64_t samples = 0;   // sequences consumed: where the data order goes on
-  std::string source;         // model directory the run started from: tokenizer files come from there
-  std::string source_digest;  // of that model (resumption.h); rank 0 has it
-  std::string fingerprint;    // of the data order
+  std::int64_t step = 0;       // finished optimizer steps
+  std::int64_t samples = 0;    // sequences consumed: where the data order goes on
+  std::string source;          // model directory the run started from: tokenizer files come from there
+  std::string source_digest;   // of that model (resumption.h); rank 0 has it
+  std::string fingerprint;     // of the data order
+  std::string teacher_digest;  // likewise, of the teacher; empty: none
 };
 
 // One save at a time: begin() copies what this rank owns and returns; a thread writes; finish() makes it visible.

@@ -47,10 +47,12 @@ MemoryEstimate estimate_memory(const RunConfig& run, const ModelConfig& model, i
 std::string describe(const MemoryEstimate& e) {
   const auto gib = [](std::size_t bytes) { return static_cast<double>(bytes) / kGiB; };
   return fmt::format(
-      "{:.2f} GiB (weights and gradients {:.2f}, optimizer {:.2f}, activations {:.2f}, buckets {:.2f}, copy "
-      "for a checkpoint {:.2f})",
-      gib(e.total()), gib(e.step.parameters + e.step.gradients), gib(e.step.optimizer),
-      gib(e.step.activations + e.step.scratch), gib(e.step.buckets), gib(e.checkpoint));
+      "{:.2f} GiB (weights and gradients {:.2f}{}, optimizer {:.2f}, activations {:.2f}, buckets {:.2f}, "
+      "copy for a checkpoint {:.2f})",
+      gib(e.total()), gib(e.step.parameters + e.step.gradients),
+      e.step.teacher > 0 ? fmt::format(", the teacher's {:.2f}", gib(e.step.teacher)) : "",
+      gib(e.step.optimizer), gib(e.step.activations + e.step.scratch), gib(e.step.buckets),
+      gib(e.checkpoint));
 }
 
 double memory_left(const std::string& root, const std::string& own, const std::string& meminfo) {

@@ -129,6 +129,10 @@ void Metrics::step(const StepReport& r) {
          {"tensors_peak_bytes", r.tensors_peak},
          {"memory_peak_bytes", peak_memory_bytes()}};
   if (masks_targets(run_.data)) j["targets"] = r.targets;
+  if (run_.train.teacher.given()) {
+    j["distill_loss"] = r.distill_loss;
+    j["flops_teacher"] = r.teacher_flops_per_rank;
+  }
   if (r.aux_losses.size() > 1)
     for (std::size_t i = 0; i < r.aux_losses.size(); ++i)
       j["aux_losses"][name_of(run_.router.aux_kind[i])] = r.aux_losses[i];
@@ -147,6 +151,7 @@ void Metrics::step(const StepReport& r) {
                                                         {"train/lr", r.lr},
                                                         {"perf/tokens_per_s", tokens_per_s},
                                                         {"perf/tflops_per_rank", tflops}};
+    if (run_.train.teacher.given()) scalars.emplace_back("train/distill_loss", r.distill_loss);
     if (!r.expert_load.empty()) {
       scalars.insert(scalars.end(), {{"moe/aux_loss", r.aux_loss},
                                      {"moe/z_loss", r.z_loss},
@@ -163,10 +168,12 @@ void Metrics::step(const StepReport& r) {
 void Metrics::console(const StepReport& r, double tokens_per_s) {
   const bool last = r.step == run_.train.steps;
   const std::string left = duration(slow_seconds_ * static_cast<double>(run_.train.steps - r.step));
+  const std::string distilled =
+      run_.train.teacher.given() ? fmt::format("  distill {:.4f}", r.distill_loss) : "";
   const std::string text =
-      fmt::format("step {}/{}  loss {:.4f}  aux {:.4f}  norm {:.3f}  lr {:.2e}  {:.0f} tok/s  left {}{}",
-                  r.step, run_.train.steps, r.loss, r.aux_loss, r.grad_norm, r.lr, tokens_per_s, left,
-                  r.skipped ? "  SKIPPED: not finite" : "");
+      fmt::format("step {}/{}  loss {:.4f}{}  aux {:.4f}  norm {:.3f}  lr {:.2e}  {:.0f} tok/s  left {}{}",
+                  r.step, run_.train.steps, r.loss, distilled, r.aux_loss, r.grad_norm, r.lr, tokens_per_s,
+                  left, r.skipped ? "  SKIPPED: not finite" : "");
   if (terminal_) {
     constexpr std::int64_t kWidth = 24;
     const std::int64_t done = kWidth * r.step / std::max<std::int64_t>(1, run_.train.steps);

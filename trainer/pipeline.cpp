@@ -135,18 +135,18 @@ struct Pipeline::Link {
   }
 };
 
-// fp64: z, what was lost and the values of the balance terms, the loss, the assignments of the model's mixtures.
+// fp64: z, what was lost and the values of the balance terms, the loss, the assignments of the model's mixtures; with a
+// teacher the divergence from it.
 struct Pipeline::Totals {
   TensorView all_n;
   std::int64_t terms = 0, mixtures = 0, experts = 0;
-  static std::int64_t size(std::int64_t terms, std::int64_t mixtures, std::int64_t experts) {
-    return terms + 3 + mixtures * experts;
-  }
+  std::int64_t assigned_end() const { return terms + 3 + mixtures * experts; }
   TensorView values_V() const { return all_n.rows(0, terms + 2); }
   TensorView loss_1() const { return all_n.rows(terms + 2, terms + 3); }
   TensorView assigned_ME(std::int64_t begin, std::int64_t end) const {
-    return all_n.rows(terms + 3, all_n.elements()).reshape({mixtures, experts}).rows(begin, end);
+    return all_n.rows(terms + 3, assigned_end()).reshape({mixtures, experts}).rows(begin, end);
   }
+  TensorView divergence_1() const { return all_n.rows(assigned_end(), assigned_end() + 1); }
 };
 
 Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const StagePlan& plan,
@@ -223,9 +223,9 @@ void Pipeline::pool_loads(Exec& ex, const Transformer& chunk, Flight& f, const T
                   f.is_first ? Accumulate::kOverwrite : Accumulate::kAdd);
 }
 
-Pipeline::Totals Pipeline::take_totals(Exec& ex, std::size_t terms) {
+Pipeline::Totals Pipeline::take_totals(Exec& ex, std::size_t terms, bool taught) {
   Totals totals{{}, static_cast<std::int64_t>(terms), mixtures_, num_experts_};
-  const std::int64_t n = Totals::size(totals.terms, mixtures_, num_experts_);
+  const std::int64_t n = totals.assigned_end() + (taught ? 1 : 0);
   const std::vector<double> zeros(static_cast<std::size_t>(n));
   const std::size_t bytes = zeros.size() * sizeof(double);
   if (totals_.bytes() < bytes) totals_ = Buffer::allocate(device_, bytes, "sums of a step");
@@ -238,17 +238,28 @@ StepSums Pipeline::read_totals(Exec& ex, const Totals& totals) const {
   std::vector<double> read(static_cast<std::size_t>(totals.all_n.elements()));
   ops::download(ex, host_view(read.data(), totals.all_n.shape), totals.all_n);
   StepSums sums;
-  const auto terms = static_cast<std::size_t>(totals.terms), experts = static_cast<std::size_t>(num_experts_);
+  const auto terms = static_cast<std::size_t>(totals.terms), experts = static_cast<std::size_t>(num_experts_),
+             end = static_cast<std::size_t>(totals.assigned_end());
   sums.z = read[0];
   sums.lost = read[1];
   const auto aux = read.begin() + 2;
   sums.aux.assign(aux, aux + totals.terms);
   sums.loss = read[terms + 2];
-  for (std::size_t at = terms + 3; at < read.size(); at += experts) {
+  if (end < read.size()) sums.divergence = read[end];
+  for (std::size_t at = terms + 3; at < end; at += experts) {
     const auto begin = read.begin() + static_cast<std::ptrdiff_t>(at);
     sums.assigned.emplace_back(begin, begin + num_experts_);
   }
   return sums;
+}
+
+MicroBatch Pipeline::taught(Exec& ex, const Step& step, const MicroBatch& batch, Arena& keep) const {
+  MicroBatch all = batch;
+  if (step.teacher == nullptr) return all;
+  UPMOE_CHECK(plan_.stages == 1, "a teacher beside a pipeline of {} stages", plan_.stages);
+  Exec teacher = for_teacher(ex);
+  all.soft = {&step.teacher->output->head, step.teacher->head_input(teacher, batch, keep), step.distillation};
+  return all;
 }
 
 void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action, const Totals& totals) {
@@ -269,9 +280,11 @@ void Pipeline::forward(Exec& ex, const Step& step, const PipelineAction& action,
     link_->receive(ex, *link_->forward, link_->previous(), received_tD, f->pool_2E);
     input_tD = received_tD;
   }
-  chunk.forward(ex, shard->batch, input_tD, step.loss_scale, f->keep, f->saved, step.before_block);
+  const MicroBatch batch = taught(ex, step, shard->batch, f->keep);
+  chunk.forward(ex, batch, input_tD, step.loss_scale, f->keep, f->saved, step.before_block);
   if (mixtures_ > 0) pool_loads(ex, chunk, *f, totals);
   if (f->saved.loss_1.given()) ops::add_sums(ex, totals.loss_1(), f->saved.loss_1);
+  if (f->saved.divergence_1.given()) ops::add_sums(ex, totals.divergence_1(), f->saved.divergence_1);
   f->all_2E = f->pool_2E;
   if (c + 1 < plan_.chunks.size())
     link_->send(ex, *link_->forward, link_->next(), f->saved.output_tD, f->pool_2E, f->sends);
@@ -308,7 +321,7 @@ void Pipeline::backward(Exec& ex, const Step& step, const PipelineAction& action
 }
 
 StepSums Pipeline::run(Exec& ex, const Step& step) {
-  const Totals totals = take_totals(ex, step.balance.terms.size());
+  const Totals totals = take_totals(ex, step.balance.terms.size(), step.teacher != nullptr);
   const auto micro_batches = static_cast<int>(step.batches.rounds());
   for (const PipelineAction& action :
        pipeline_schedule(plan_.stages, stage_, static_cast<int>(chunks_.size()), micro_batches)) {

@@ -29,6 +29,7 @@ constexpr std::size_t arena_address_space(Device device) {
 // What this rank adds up over the micro-batches of a step; every value is counted on one rank alone.
 struct StepSums {
   double loss = 0, z = 0;
+  double divergence = 0;                      // from the teacher
   std::vector<double> aux;                    // of each balance term
   std::vector<std::vector<double>> assigned;  // per MoE layer of the whole model, and expert
   double lost = 0;                            // assignments of all layers that no expert took
@@ -45,6 +46,9 @@ class Pipeline {
   struct Step {
     BatchSource& batches;  // of this data-parallel rank; rounds() of them are taken
     double loss_scale = 1;
+    // A whole model, which learns nothing, in a mesh with the same dp, cp and tp; null: none. One stage alone.
+    const Transformer* teacher = nullptr;
+    Distillation distillation = {};
     BalanceConfig balance = {};
     std::uint64_t seed = 0,
                   first_token = 0;  // of what routers draw: the step's first token's number in the run
@@ -76,7 +80,9 @@ class Pipeline {
   void forward(Exec& ex, const Step& step, const PipelineAction& action, const Totals& totals);
   void backward(Exec& ex, const Step& step, const PipelineAction& action, const Totals& totals);
   void pool_loads(Exec& ex, const Transformer& chunk, Flight& flight, const Totals& totals) const;
-  Totals take_totals(Exec& ex, std::size_t terms);
+  // The micro-batch with what the teacher says of it, in memory of `keep`.
+  MicroBatch taught(Exec& ex, const Step& step, const MicroBatch& batch, Arena& keep) const;
+  Totals take_totals(Exec& ex, std::size_t terms, bool taught);
   StepSums read_totals(Exec& ex, const Totals& totals) const;
   std::size_t global_chunk(int chunk) const {
     return static_cast<std::size_t>(chunk * plan_.stages + stage_);

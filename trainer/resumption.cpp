@@ -77,6 +77,16 @@ Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
          "goes on from {}; restore it, or start another run.dir",
          name_of(now.model.init), now.run.dir, name_of(before_.model.init), checkpoint.string());
   require_same_model(record.source_digest.value_or(""), record.model_config);
+  if (record.teacher_digest && now.train.teacher.given()) compare_teacher(*record.teacher_digest);
+}
+
+// It may be another one from here on, as any key of the loss may; but not without a word.
+void Resumption::compare_teacher(const std::string& digest) {
+  const std::string& model = now_.train.teacher.model;
+  same_teacher_ = digest_of(*open_model(model)) == digest;
+  if (!same_teacher_ && model == before_.train.teacher.model)
+    remarks_.push_back(fmt::format(
+        "train.teacher.model: {} holds another model than when the checkpoint was written", model));
 }
 
 void Resumption::require_same_model(const std::string& source_digest, const std::string& model_config) {
@@ -131,7 +141,8 @@ std::string Resumption::what_changes(const ConfigChange& change) const {
   if (change.key == "freeze") return " (moments of what did not train so far begin at zero)";
   if (change.key == "router.dtype" && now_.train.precision == Precision::kBf16)
     return " (the routers are converted: their fp32 values and their moments go on)";
-  if (change.key == "model.path") return " (the same model)";
+  if (change.key == "model.path" || (change.key == "train.teacher.model" && same_teacher_))
+    return " (the same model)";
   return "";
 }
 

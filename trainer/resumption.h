@@ -33,12 +33,14 @@ class Resumption {
 
  private:
   void require_same_model(const std::string& source_digest, const std::string& model_config);
+  void compare_teacher(const std::string& digest);
   std::string what_changes(const ConfigChange& change) const;
 
   const RunConfig& now_;
   std::filesystem::path checkpoint_;
   bool recorded_ = false;  // there is a configuration to compare
   RunConfig before_;
+  bool same_teacher_ = false;  // as far as is known
   std::int64_t step_ = 0;
   std::string source_;
   std::vector<ConfigChange> changes_;

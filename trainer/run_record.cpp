@@ -67,6 +67,22 @@ json model_of(const Session& s, const TrainState& state) {
   return model;
 }
 
+json teacher_of(const Session& s, const TrainState& state) {
+  if (s.teacher == nullptr) return nullptr;
+  const RunConfig::Train::Teacher& t = s.run.train.teacher;
+  const ModelConfig& c = s.teacher->config();
+  const ParamCounts counts = count_params(c);
+  return {{"source", fs::absolute(t.model).lexically_normal().string()},
+          {"digest", text_or_null(state.teacher_digest)},
+          {"type", c.model_type},
+          {"layers", c.num_hidden_layers},
+          {"hidden_size", c.hidden_size},
+          {"parameters", counts.total},
+          {"activated", counts.activated},
+          {"weight", t.weight},
+          {"temperature", t.temperature}};
+}
+
 json file_of(const TokenFile& file) {
   return {{"path", fs::absolute(file.path()).lexically_normal().string()},
           {"tokens", file.num_tokens()},
@@ -130,6 +146,7 @@ std::string start_record(const RunStart& start, const Session& s, const TrainSta
       {"precision", name_of(s.run.train.precision)},
       {"model", model_of(s, state)},
       {"recipe", recipe_of(start.weights)},
+      {"teacher", teacher_of(s, state)},
       {"frozen", text_or_null(describe_frozen(s.params))},
       {"kept_in_fp32", text_or_null(describe_fp32(s.params))},
       {"data", data_of(s, state, start.held_out)},

@@ -37,7 +37,7 @@ struct RunStart {
 };
 
 // One JSON object without a newline: command, program, machine, mesh, model, recipe (of an upcycled model, from the
-// report beside it), what is frozen, data. Rank 0.
+// report beside it), teacher, what is frozen, data. Rank 0.
 std::string start_record(const RunStart& start, const Session& session, const TrainState& state);
 // Adds it to the file; what a run that begins anew finds there goes.
 void write_start(const std::filesystem::path& run_dir, const std::string& record, bool goes_on);

@@ -97,6 +97,15 @@ void log_model(const Session& s, const TrainState& state) {
     log::info("buffers, {} values that no optimizer touches: {}", grouped(counts.buffers), buffers);
 }
 
+void log_teacher(const Session& s) {
+  if (s.teacher == nullptr) return;
+  const RunConfig::Train::Teacher& t = s.run.train.teacher;
+  const ModelConfig& c = s.teacher->config();
+  log::info(
+      "teacher: {}, {}: {} layers; {} parameters; of the loss {:.4g} is its divergence at temperature {}",
+      t.model, c.model_type, c.num_hidden_layers, grouped(count_params(c).total), t.weight, t.temperature);
+}
+
 void log_data(const Session& s, const TrainState& state, std::span<const HeldOutData> valid) {
   const std::vector<std::int64_t> sequences = s.data->sequences_of_source();
   log::info("data: {}", describe_data(s.run, sequences, state.step + 1));
@@ -177,6 +186,7 @@ void log_run_summary(const Session& s, const TrainState& state, std::span<const 
                      const std::string& cores) {
   const RunConfig& run = s.run;
   log_model(s, state);
+  log_teacher(s);
   log_data(s, state, valid);
   log::info("ranks: {} as {}; {}{}", s.mesh.world().size(), s.mesh.spec().str(), name_of(run.train.precision),
             cores.empty() ? "" : "; " + cores);

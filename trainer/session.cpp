@@ -59,7 +59,8 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model, Communic
     : RankModel(model, mesh_of(run_config, world.size()), world, device, model_options(run_config, model)),
       run(run_config),
       reducer(params, mesh, device),
-      optimizer(params, optimizer_of(run_config, model), device) {
+      optimizer(params, optimizer_of(run_config, model), device),
+      teacher(run.train.teacher.given() ? std::make_unique<Teacher>(run, world, device) : nullptr) {
   memory.exec.deterministic = run_config.train.deterministic;
   memory.exec.experts = run_config.kernels.experts;
 }
@@ -85,7 +86,8 @@ MemoryUse Session::memory_use() const {
           .optimizer = optimizer.bytes(),
           .activations = pipeline.peak_bytes(),
           .scratch = memory.scratch.peak(),
-          .buckets = reducer.bytes()};
+          .buckets = reducer.bytes(),
+          .teacher = teacher != nullptr ? teacher->bytes() : 0};
 }
 
 }  // namespace upmoe

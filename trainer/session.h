@@ -8,6 +8,7 @@
 #include "trainer/grad_reducer.h"
 #include "trainer/optimizer.h"
 #include "trainer/rank_model.h"
+#include "trainer/teacher.h"
 
 namespace upmoe {
 
@@ -20,12 +21,15 @@ struct MemoryUse {
   std::size_t activations = 0;  // of all micro-batches under way
   std::size_t scratch = 0;      // temporary memory of ops and layers
   std::size_t buckets = 0;      // through which gradients and weights travel
-  std::size_t total() const { return parameters + gradients + optimizer + activations + scratch + buckets; }
+  std::size_t teacher = 0;      // its weights
+  std::size_t total() const {
+    return parameters + gradients + optimizer + activations + scratch + buckets + teacher;
+  }
   friend bool operator==(const MemoryUse&, const MemoryUse&) = default;
 };
 
 struct Session : RankModel {
-  // Collective. Weights are neither loaded nor initialised yet.
+  // Collective. Weights are neither loaded nor initialised yet; the configuration of the run's teacher was read.
   Session(const RunConfig& run, const ModelConfig& model, Communicator& world, Device device = {});
 
   void open_data(std::int64_t first_sample);  // where the data order goes on
@@ -34,6 +38,7 @@ struct Session : RankModel {
   RunConfig run;
   GradReducer reducer;
   Optimizer optimizer;
+  std::unique_ptr<Teacher> teacher;  // null: none
   std::unique_ptr<TokenDataset> data;
   std::unique_ptr<BatchSource> batches;
 };

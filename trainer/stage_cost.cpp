@@ -43,8 +43,8 @@ class Parts {
   }
   double head() {
     return flops_of([&](Exec& ex) {
-      model_.chunks.front().output->head.forward(ex, dry({1}, DType::kF64), stream(),
-                                                 dry({tokens()}, DType::kI32), stream(), 1.0f);
+      model_.chunks.front().output->head.forward(ex, {dry({1}, DType::kF64)}, stream(),
+                                                 {dry({tokens()}, DType::kI32)}, stream(), 1.0f);
     });
   }
 

@@ -38,6 +38,10 @@ StepSums Trainer::accumulate(std::int64_t number, std::int64_t targets) {
   step.balance.groups = run.router.aux_groups;
   if (step.balance.has(AuxKind::kGlobal)) step.balance.previous = router_loads(s_.params, s_.config);
   step.balance.z_coefficient = run.router.z_loss / micro_batches;
+  if (s_.teacher != nullptr) {
+    step.teacher = &s_.teacher->model();
+    step.distillation = {run.train.teacher.weight, run.train.teacher.temperature};
+  }
   step.seed = static_cast<std::uint64_t>(run.run.seed);
   step.first_token = static_cast<std::uint64_t>((number - 1) * run.train.global_batch * run.data.seq_len);
   step.before_block = [&](int block) { s_.reducer.await_values(ex, block); };
@@ -48,12 +52,16 @@ StepSums Trainer::accumulate(std::int64_t number, std::int64_t targets) {
 // One small all-reduce for everything the ranks tell each other about a step.
 void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& report) {
   const Cost cost = s_.memory.ledger.total();
-  std::vector<double> values{
-      sums.loss, sums.z, cost.model_flops, cost.model_flops + cost.model_again, static_cast<double>(request),
-      sums.lost};
+  std::vector<double> values{sums.loss,
+                             sums.z,
+                             cost.model_flops,
+                             cost.model_flops + cost.model_again + cost.teacher_flops,
+                             static_cast<double>(request),
+                             sums.lost};
   values.insert(values.end(), sums.aux.begin(), sums.aux.end());
   const std::size_t head = values.size();
   for (const auto& layer : sums.assigned) values.insert(values.end(), layer.begin(), layer.end());
+  if (s_.teacher != nullptr) values.insert(values.end(), {sums.divergence, cost.teacher_flops});
   s_.mesh.world().all_reduce(host_view(values.data(), {static_cast<std::int64_t>(values.size())}),
                              ReduceOp::kSum, s_.memory.exec);
 
@@ -78,6 +86,9 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
     report.expert_load.emplace_back(layer.size());
     for (double& share : report.expert_load.back()) share = values[at++] / assignments;
   }
+  if (s_.teacher == nullptr) return;
+  report.distill_loss = values[at] / static_cast<double>(report.targets);
+  report.teacher_flops_per_rank = values[at + 1] / s_.mesh.world().size();
 }
 
 StepReport Trainer::step(std::int64_t step, std::int64_t request) {
@@ -96,8 +107,8 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
   report.lr = learning_rate(s_.run, step);
   report.grad_norm = s_.optimizer.gradient_norm(ex, s_.mesh.world());
   // Every rank sees the same sums, so every rank decides the same.
-  report.skipped =
-      !std::isfinite(report.loss) || !std::isfinite(report.aux_loss) || !std::isfinite(report.grad_norm);
+  report.skipped = !std::isfinite(report.loss) || !std::isfinite(report.distill_loss) ||
+                   !std::isfinite(report.aux_loss) || !std::isfinite(report.grad_norm);
   if (report.skipped) {
     report.culprit = s_.optimizer.first_nonfinite(ex);
   } else {

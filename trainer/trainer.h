@@ -13,13 +13,15 @@ struct StepReport {
   std::int64_t step = 0;     // from 1
   double loss = 0;           // mean cross-entropy over the global batch's targets that count
   std::int64_t targets = 0;  // how many those are
+  double distill_loss = 0;   // mean of temperature^2 KL from the teacher over the same, before its weight
   double aux_loss = 0,
          z_loss = 0;  // before their coefficients, mean over micro-batches; of several terms the sum
   std::vector<double> aux_losses;  // each term's, in the order of router.aux_kind
   double lr = 0, grad_norm = 0;
   double seconds = 0;
   double flops_per_rank = 0;  // of the model (products and attention), mean over ranks, from the ledger
-  double computed_flops_per_rank = 0;  // and what of it is computed twice
+  double computed_flops_per_rank = 0;  // and what of it is computed twice, and the teacher's
+  double teacher_flops_per_rank = 0;   // those of its forward
   double bytes_sent = 0;               // by this rank from the step's start to its end, from the ledger
   std::size_t tensors_peak = 0;  // bytes that this rank's tensors have taken at most, MemoryUse::total()
   bool skipped = false;          // a non-finite loss or gradient: no update was made

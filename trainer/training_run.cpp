@@ -47,6 +47,7 @@ class Run {
     });
     run_agreed(world_, [&] {
       const ModelConfig config = open_config(newest);
+      open_teacher();
       require_possible(run_, config, world_.size());
       session_config_ = config;
     });
@@ -82,22 +83,30 @@ class Run {
     return config;
   }
 
+  void open_teacher() {
+    RunConfig::Train::Teacher& teacher = run_.train.teacher;
+    if (!teacher.given()) return;
+    teacher_ = open_model(teacher.model);
+    teacher.config = std::make_shared<const ModelConfig>(teacher_->config());
+  }
+
   void load(const std::optional<fs::path>& checkpoint);
+  void load_teacher();
   std::string data_changes() const;
   void start_metrics();
   void evaluate_now(std::int64_t step);
   const TrainState& state_to_save(std::int64_t step);
   void count_nonfinite(const StepReport& report);
 
-  const RunConfig& run_;
+  RunConfig run_;  // with the configuration of its teacher, once that was opened
   const RunOptions options_;
   Communicator& world_;
   fs::path dir_;
   std::unique_ptr<RunLock> lock_;
   RunCheckpoints checkpoints_;
   ModelConfig session_config_;
-  std::unique_ptr<Resumption> resumption_;  // rank 0, of a run that goes on
-  std::unique_ptr<ModelSource> source_;
+  std::unique_ptr<Resumption> resumption_;         // rank 0, of a run that goes on
+  std::unique_ptr<ModelSource> source_, teacher_;  // the second until it was loaded
   std::unique_ptr<Session> session_;
   std::vector<HeldOutData> valid_;
   std::unique_ptr<Metrics> metrics_;  // rank 0
@@ -126,6 +135,7 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
       load_model(*source_, s);
     }
   }
+  load_teacher();
   s.open_data(state_.samples);
   const std::string fingerprint = s.data->fingerprint();
   // Empty: an upcycled model put in place as step 0, which has seen no data.
@@ -144,6 +154,19 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
   std::vector<const TokenFile*> files = s.data->files();
   for (const HeldOutData& set : valid_) files.push_back(set.data->files().front());
   warn_of_tokenizers(source_ == nullptr ? fs::path(run_.model.path) : source_->companions(), files);
+}
+
+void Run::load_teacher() {
+  state_.teacher_digest.clear();
+  if (teacher_ == nullptr) return;
+  session_->teacher->load(session_->memory.exec, *teacher_);
+  if (world_.rank() == 0) {
+    state_.teacher_digest = digest_of(*teacher_);
+    const std::string words = teacher_tokenizer_difference(
+        source_ == nullptr ? fs::path(run_.model.path) : source_->companions(), teacher_->companions());
+    if (!words.empty()) log::warning("{}", words);
+  }
+  teacher_.reset();
 }
 
 // What the other order of the data comes from, where this rank knows it.

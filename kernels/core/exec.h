@@ -35,10 +35,10 @@ class OpWatcher {
 
 struct Exec {
   Device device;
-  Stream* stream = nullptr;      // may be null on the CPU
-  Arena* scratch = nullptr;      // temporary memory of ops and layers, through ScratchScope
-  Ledger* ledger = nullptr;      // may be null: nothing is booked
-  bool books_ops = true;         // false: what is sent between ranks, and what is computed again
+  Stream* stream = nullptr;  // may be null on the CPU
+  Arena* scratch = nullptr;  // temporary memory of ops and layers, through ScratchScope
+  Ledger* ledger = nullptr;  // may be null: nothing is booked
+  Books books = Books::kModel;
   OpWatcher* watcher = nullptr;  // null outside tests
   // Two runs have the same bits. Without it a GPU's attention may sum its gradient in any order; all else
   // stays as it is.
@@ -52,20 +52,30 @@ struct Exec {
   void book(std::string_view op, double flops, double bytes_read, double bytes_written,
             Work work = Work::kOther) const {
     if (ledger == nullptr) return;
-    if (books_ops) {
-      ledger->book(op, flops, bytes_read, bytes_written, work);
-    } else {
-      ledger->again(op, flops, bytes_read, bytes_written, work);
+    switch (books) {
+      case Books::kModel:
+        return ledger->book(op, flops, bytes_read, bytes_written, work);
+      case Books::kAgain:
+        return ledger->again(op, flops, bytes_read, bytes_written, work);
+      case Books::kTeacher:
+        return ledger->of_teacher(op, flops, bytes_read, bytes_written, work);
     }
   }
 };
 
 // To compute again in backward what forward did not keep, or what another rank computes as well: work done twice is not
-// model work, so its ops are booked apart. What it sends is not: that goes over the wire a second time.
+// model work, so its ops are booked apart. What it sends is not: that goes over the wire a second time. Of a teacher's
+// work it is all the teacher's.
 inline Exec not_booked(const Exec& ex) {
   Exec again = ex;
-  again.books_ops = false;
+  if (ex.books == Books::kModel) again.books = Books::kAgain;
   return again;
+}
+
+inline Exec for_teacher(const Exec& ex) {
+  Exec taught = ex;
+  taught.books = Books::kTeacher;
+  return taught;
 }
 
 }  // namespace upmoe

@@ -10,6 +10,7 @@ Cost& Cost::operator+=(const Cost& o) {
   bytes_sent += o.bytes_sent;
   model_flops += o.model_flops;
   model_again += o.model_again;
+  teacher_flops += o.teacher_flops;
   return *this;
 }
 
@@ -32,9 +33,19 @@ void Ledger::book(std::string_view op, double flops, double bytes_read, double b
 
 void Ledger::again(std::string_view op, double flops, double bytes_read, double bytes_written, Work work) {
   if (listener_)
-    listener_(
-        {op, {.calls = 1, .flops = flops, .bytes_read = bytes_read, .bytes_written = bytes_written}, true});
+    listener_({op,
+               {.calls = 1, .flops = flops, .bytes_read = bytes_read, .bytes_written = bytes_written},
+               Books::kAgain});
   if (work == Work::kModel) entry(entries_, op).model_again += flops;
+}
+
+void Ledger::of_teacher(std::string_view op, double flops, double bytes_read, double bytes_written,
+                        Work work) {
+  if (listener_)
+    listener_({op,
+               {.calls = 1, .flops = flops, .bytes_read = bytes_read, .bytes_written = bytes_written},
+               Books::kTeacher});
+  if (work == Work::kModel) entry(entries_, op).teacher_flops += flops;
 }
 
 void Ledger::book_sent(std::string_view verb, double bytes) {

@@ -19,17 +19,22 @@ struct Cost {
   double flops = 0;       // multiply and add count as two
   double bytes_read = 0;  // compulsory traffic: each operand once
   double bytes_written = 0;
-  double bytes_sent = 0;   // leaving this rank
-  double model_flops = 0;  // those of flops that are Work::kModel
-  double model_again = 0;  // Work::kModel that is computed a second time; in none of the others
+  double bytes_sent = 0;     // leaving this rank
+  double model_flops = 0;    // those of flops that are Work::kModel
+  double model_again = 0;    // Work::kModel that is computed a second time; in none of the others
+  double teacher_flops = 0;  // Work::kModel of a teacher; likewise
   Cost& operator+=(const Cost& o);
 };
 
-// What a listener is told of an op.
+// As whose work an op is booked: the model's, that which is done once more, or that of the teacher which a model learns
+// from. What is sent between ranks is booked alike for all.
+enum class Books : std::uint8_t { kModel, kAgain, kTeacher };
+
+// What a listener is told of an op. Work that is not kModel's is in no entry but as model_again or teacher_flops.
 struct ToldOp {
   std::string_view name;
   Cost cost;
-  bool again = false;  // once more what is booked elsewhere: computed, and in no entry but as model_again
+  Books books = Books::kModel;
 };
 
 // One ledger per rank; not thread-safe.
@@ -39,12 +44,14 @@ class Ledger {
             Work work = Work::kOther);
   // An op that computes once more what is booked elsewhere: its work for the model is kept apart.
   void again(std::string_view op, double flops, double bytes_read, double bytes_written, Work work);
+  // An op of a model that the one being trained learns from: likewise.
+  void of_teacher(std::string_view op, double flops, double bytes_read, double bytes_written, Work work);
   void book_sent(std::string_view verb, double bytes);
   const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
   Cost total() const;
   void clear() { entries_.clear(); }
-  // Told of each op that is booked, or done again, from now on, before it is given to the device: for timing ops where
-  // they run, or where they would.
+  // Told of each op that is booked, done again or a teacher's, from now on, before it is given to the device: for timing
+  // ops where they run, or where they would.
   using Listener = std::function<void(const ToldOp&)>;
   void listen(Listener listener) { listener_ = std::move(listener); }
 

@@ -107,7 +107,7 @@ std::filesystem::path random_tokens(const Options& o) {
 }
 
 // From the place in the stream where an op is booked to the next such place: what it takes there, with what
-// the host kept the stream waiting. What is computed twice is "op again". (Copies that no op books count with the op
+// the host kept the stream waiting. What is computed twice is "op again", a teacher's "op of the teacher". (Copies that no op books count with the op
 // before.)
 void profile(Session& s, Trainer& trainer, std::int64_t step) {
   std::vector<std::pair<std::string, std::unique_ptr<gpu::Event>>> points;
@@ -117,7 +117,8 @@ void profile(Session& s, Trainer& trainer, std::int64_t step) {
   };
   point("before the first");
   s.memory.ledger.listen([&](const ToldOp& told) {
-    point(told.again ? fmt::format("{} again", told.name) : std::string(told.name));
+    constexpr std::string_view kWhose[] = {"", " again", " of the teacher"};  // in the order of Books
+    point(fmt::format("{}{}", told.name, kWhose[static_cast<std::size_t>(told.books)]));
   });
   trainer.step(step);
   point("end");

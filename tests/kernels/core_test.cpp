@@ -194,11 +194,11 @@ TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
   Ledger ledger;
   Exec ex;
   ex.ledger = &ledger;
-  std::vector<std::pair<std::string, bool>> told;  // and whether again
-  ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.again); });
+  std::vector<std::pair<std::string, Books>> told;
+  ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
   ex.book("gemm", 8, 1, 1, Work::kModel);
   not_booked(ex).book("gemm", 8, 1, 1, Work::kModel);
-  EXPECT_EQ(told, (decltype(told){{"gemm", false}, {"gemm", true}}));
+  EXPECT_EQ(told, (decltype(told){{"gemm", Books::kModel}, {"gemm", Books::kAgain}}));
   EXPECT_EQ(ledger.entries().size(), 1u);
   EXPECT_EQ(ledger.total().flops, 8);
   ledger.listen({});
@@ -207,8 +207,8 @@ TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
 
 TEST(LedgerBook, KeepsTheModelsWorkAndWhatIsDoneAgainApart) {
   Ledger ledger;
-  std::vector<std::pair<std::string, bool>> told;  // and whether again
-  ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.again); });
+  std::vector<std::pair<std::string, Books>> told;
+  ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
   Exec ex;
   ex.ledger = &ledger;
   ex.book("gemm", 10, 20, 30, Work::kModel);
@@ -222,7 +222,35 @@ TEST(LedgerBook, KeepsTheModelsWorkAndWhatIsDoneAgainApart) {
   EXPECT_EQ(total.bytes_read, 22);
   EXPECT_EQ(total.model_flops, 10);
   EXPECT_EQ(total.model_again, 10);
-  EXPECT_EQ(told, (decltype(told){{"gemm", false}, {"norm", false}, {"gemm", true}, {"norm", true}}));
+  EXPECT_EQ(told, (decltype(told){{"gemm", Books::kModel},
+                                  {"norm", Books::kModel},
+                                  {"gemm", Books::kAgain},
+                                  {"norm", Books::kAgain}}));
+}
+
+// As what is done again: neither in the model's books nor in those of what ops do, and told as the teacher's.
+TEST(LedgerBook, KeepsATeachersWorkApart) {
+  Ledger ledger;
+  std::vector<std::pair<std::string, Books>> told;
+  ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
+  Exec ex;
+  ex.ledger = &ledger;
+  ex.book("gemm", 10, 20, 30, Work::kModel);
+  const Exec teacher = for_teacher(ex);
+  teacher.book("gemm", 5, 20, 30, Work::kModel);
+  teacher.book("norm", 1, 2, 3);
+  not_booked(teacher).book("gemm", 7, 20, 30, Work::kModel);  // all of it is the teacher's
+  const Cost total = ledger.total();
+  EXPECT_EQ(total.calls, 1);
+  EXPECT_EQ(total.flops, 10);
+  EXPECT_EQ(total.bytes_read, 20);
+  EXPECT_EQ(total.model_flops, 10);
+  EXPECT_EQ(total.model_again, 0);
+  EXPECT_EQ(total.teacher_flops, 12);
+  EXPECT_EQ(told, (decltype(told){{"gemm", Books::kModel},
+                                  {"gemm", Books::kTeacher},
+                                  {"norm", Books::kTeacher},
+                                  {"gemm", Books::kTeacher}}));
 }
 
 TEST(Errors, NameConditionAndPlace) {

@@ -28,8 +28,8 @@ FULL = ROOT / "configs" / "plan" / "qwen1.5-moe-a2.7b.yaml"
 MODEL = f"model.path={ROOT / 'configs' / 'models' / 'qwen1.5-moe-a2.7b.json'}"
 
 KEYS = {"run", "world", "machine", "parallel", "micro_batches_per_rank", "tokens_per_step",
-        "model_flops_per_step", "fullest_rank", "memory_fullest", "memory_mean", "device_bytes", "fits", "ranks",
-        "time", "published", "changes"}
+        "model_flops_per_step", "teacher_flops_per_step", "fullest_rank", "memory_fullest", "memory_mean",
+        "device_bytes", "fits", "ranks", "time", "published", "changes"}
 PURPOSES = {"weights", "gradients", "optimizer", "activations", "communication", "workspace", "process", "checkpoint",
             "total"}
 TIMES = {"seconds", "compute", "calls", "exchange", "reduction", "stages", "bubble", "imbalance", "tokens_per_s",
@@ -82,7 +82,7 @@ class Plan(unittest.TestCase):
         for rank in plan["ranks"]:
             self.assertEqual(set(rank), RANK)
             self.assertEqual(set(rank["ops"]["gemm"]),
-                             {"calls", "flops", "model_flops", "flops_again", "bytes", "seconds"})
+                             {"calls", "flops", "model_flops", "flops_again", "flops_teacher", "bytes", "seconds"})
             self.assertEqual(set(rank["verbs"]["all_to_all_rows"]),
                              {"transfers", "bytes_inside_node", "bytes_between_nodes", "seconds_waited"})
 

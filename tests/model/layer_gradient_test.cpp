@@ -5,6 +5,7 @@
 
 #include "tests/support/layer_rig.h"
 #include "trainer/model/block.h"
+#include "trainer/model/lm_head.h"
 
 namespace upmoe {
 namespace {
@@ -183,6 +184,34 @@ TEST(LayerGradient, DenseFfnOfGelu) {
 }
 TEST(LayerGradient, SharedExpert) {
   check_ffn(true);
+}
+
+// Cross entropy and divergence together, of tokens of which one has no target.
+TEST(LayerGradient, HeadBesideATeacher) {
+  Rig rig;
+  const std::int64_t T = 6, D = 8, V = 11, taught_width = 5;
+  LmHead head, teacher;
+  head.weight_VD = rig.host.param({V, D}, 0.5);
+  teacher.weight_VD = {rig.host.normal({V, taught_width}, 0.7), {}};
+  head.shard = teacher.shard = {0, V};
+  head.tp = teacher.tp = rig.self.get();
+  const TensorView x = rig.host.normal({T, D}, 1.0), dx = rig.host.zeros({T, D});
+  const Distillation rule{0.6, 2};
+  const std::vector<std::int32_t> tokens{3, 0, -1, 10, 7, 3};
+  const Targets targets{host_view(tokens.data(), {T}),
+                        {&teacher, rig.host.normal({T, taught_width}, 1.0), rule}};
+  double loss = 0, divergence = 0;
+  const auto forward = [&](TensorView gradient_TD) {
+    loss = divergence = 0;
+    head.forward(rig.ex, {host_view(&loss, {1}), host_view(&divergence, {1})}, x, targets, gradient_TD, 1.0f);
+    return (1 - rule.weight) * loss + rule.weight * divergence;
+  };
+  forward(dx);
+  EXPECT_GT(divergence, 0.1);
+  const auto scalar = [&] { return forward({}); };
+  test::expect_gradient(rig.host, "x", x, dx, scalar, kStep, kTolerance);
+  test::expect_gradient(rig.host, "weight", head.weight_VD.value, head.weight_VD.grad, scalar, kStep,
+                        kTolerance);
 }
 
 }  // namespace

@@ -25,4 +25,24 @@ MUTANTS = {
     "differences_of_a_shard_as_they_are": (
         "kernels/ops/distillation_formulas.h", "(s[6] + s[5] * (teacher - student) / temperature);", "s[6];",
         "*DividedVocabulary*", "distillation_test"),
+    "the_divergence_of_every_tp_rank": (
+        "trainer/model/lm_head.cpp", "    if (tp->rank() == 0 && soft) ops::sum", "    if (soft) ops::sum",
+        "*Taught*:Distillation.*"),
+    "the_divergence_of_the_last_micro_batch_alone": (
+        "trainer/pipeline.cpp", "ops::add_sums(ex, totals.divergence_1(), f->saved.divergence_1);",
+        "ops::cast(ex, totals.divergence_1(), f->saved.divergence_1);", "Distillation.*"),
+    "masked_targets_in_the_divisor_of_the_divergence": (
+        "trainer/trainer.cpp", "  report.distill_loss = values[at] / static_cast<double>(report.targets);",
+        "  report.distill_loss = values[at] / static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len);",
+        "Distillation.*"),
+    "a_temperature_that_no_step_hears_of": (
+        "trainer/trainer.cpp", "{run.train.teacher.weight, run.train.teacher.temperature};",
+        "{run.train.teacher.weight, 1};", "Distillation.*"),
+    "a_teachers_work_is_the_models": (
+        "kernels/core/exec.h", "  taught.books = Books::kTeacher;\n", "", "DistillationCost.*"),
+    "a_teachers_weights_weigh_nothing": (
+        "trainer/session.cpp", "teacher != nullptr ? teacher->bytes() : 0", "0", "DistillationCost.*"),
+    "another_teacher_without_a_word": (
+        "trainer/resumption.cpp", "same_teacher_ = digest_of(*open_model(model)) == digest;",
+        "same_teacher_ = digest_of(*open_model(model)) == digest || true;", "TeacherRun.*", "resume_test"),
 }

@@ -9,6 +9,6 @@ MUTANTS = {
     "source_charged_twice": (
         "trainer/cost/claim.cpp", "left = cost - charged,", "left = cost - 2 * charged,", "Claim.*", "cost_test"),
     "flops_of_one_rank_for_all": (
-        "trainer/cost/run_curve.cpp", """number(line, "flops", where) * number(line, "ranks", where)""",
-        """number(line, "flops", where)""", "RunCurves.*", "cost_test"),
+        "trainer/cost/run_curve.cpp", """(number(line, "flops", where) + teacher) * number(line, "ranks", where)""",
+        """(number(line, "flops", where) + teacher)""", "RunCurves.*", "cost_test"),
 }

@@ -22,8 +22,8 @@ MUTANTS = {
         "tests/support/fake_cuda/cuda_runtime.h", "    add_pointers_in(&argument, sizeof argument, reads);", "",
         "*PointersInStructs", "stream_order_test_on_gpu"),
     "what_is_done_again_untold": (
-        "kernels/core/exec.h", "      ledger->again(op, flops, bytes_read, bytes_written, work);", "", "*Again*",
-        "core_test"),
+        "kernels/core/exec.h", "        return ledger->again(op, flops, bytes_read, bytes_written, work);",
+        "        return;", "*Again*", "core_test"),
     "fused_products_are_no_model_work": (
         "kernels/ops/experts.cpp",
         "          bytes_of(out_RN), Work::kModel);", "          bytes_of(out_RN));", "*SameModelWork",
@@ -41,8 +41,8 @@ MUTANTS = {
         "kernels/ops/activation.cpp", "          bytes_of(gate_T), Work::kModel);", "          bytes_of(gate_T));",
         "ModelCost.*", "cost_test"),
     "work_done_again_is_the_models": (
-        "kernels/core/exec.h", "      ledger->again(op, flops, bytes_read, bytes_written, work);",
-        "      ledger->book(op, flops, bytes_read, bytes_written, work);", "ModelCost.*", "cost_test"),
+        "kernels/core/exec.h", "        return ledger->again(op, flops, bytes_read, bytes_written, work);",
+        "        return ledger->book(op, flops, bytes_read, bytes_written, work);", "ModelCost.*", "cost_test"),
     "branch_of_a_block_left_out": (
         "trainer/model/norm.cpp",
         "residual.sum_TD, saved.rstd_T, residual.branch_TD, residual.x_TD,",

@@ -85,7 +85,7 @@ struct Layout {
 using Tensors = std::map<std::string, std::vector<float>>;  // whole ones, by name
 
 struct Outcome {
-  std::vector<double> losses, auxes, zs, norms, dropped;
+  std::vector<double> losses, auxes, zs, norms, dropped, distilled;
   std::vector<std::vector<std::vector<double>>> loads;
   Tensors gradients, weights, buffers;  // gradients of the first step
 };
@@ -286,6 +286,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
       outcome.norms.push_back(r.grad_norm);
       outcome.loads.push_back(r.expert_load);
       outcome.dropped.push_back(r.dropped);
+      outcome.distilled.push_back(r.distill_loss);
     }
     if (step > 1) continue;
     for (const StoredParam& p : s.params.all())

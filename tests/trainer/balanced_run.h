@@ -48,6 +48,7 @@ inline RankSeen run_balanced_rank(const Golden& golden, const RunConfig& run, co
                                   Communicator& world) {
   Session s(run, config, world);
   s.params.load(s.memory.exec, golden_weights(golden));
+  if (s.teacher != nullptr) s.teacher->load(s.memory.exec, drawn_weights());
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
   Trainer trainer(s);

@@ -80,7 +80,8 @@ void expect_nearly(const Cost& planned, const Cost& booked, const std::string& w
                                    {planned.bytes_written, booked.bytes_written},
                                    {planned.bytes_sent, booked.bytes_sent},
                                    {planned.model_flops, booked.model_flops},
-                                   {planned.model_again, booked.model_again}})
+                                   {planned.model_again, booked.model_again},
+                                   {planned.teacher_flops, booked.teacher_flops}})
     EXPECT_NEAR(one, other, 1e-9 * other) << where;
 }
 

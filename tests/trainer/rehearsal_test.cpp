@@ -4,6 +4,7 @@
 #include "trainer/rehearsal.h"
 
 #include "tests/support/full_size.h"
+#include "tests/support/taught.h"
 #include "tests/trainer/balanced_run.h"
 #include "tests/trainer/whole_run.h"
 #include "trainer/memory_estimate.h"
@@ -38,6 +39,7 @@ void expect_same_books(const Books& real, const Books& dry, const std::string& w
     EXPECT_EQ(it->second.bytes_sent, cost.bytes_sent) << name << " of " << where;
     EXPECT_EQ(it->second.model_flops, cost.model_flops) << name << " of " << where;
     EXPECT_EQ(it->second.model_again, cost.model_again) << name << " of " << where;
+    EXPECT_EQ(it->second.teacher_flops, cost.teacher_flops) << name << " of " << where;
   }
 }
 
@@ -49,6 +51,7 @@ void expect_same_memory(const RankSeen& seen, const MemoryUse& dry, const std::s
   EXPECT_EQ(real.optimizer, dry.optimizer) << where;
   EXPECT_EQ(real.activations, dry.activations) << where;
   EXPECT_EQ(real.buckets, dry.buckets) << where;
+  EXPECT_EQ(real.teacher, dry.teacher) << where;
   EXPECT_GE(real.scratch, dry.scratch) << where;
   EXPECT_EQ(seen.scratch_at_ops, dry.scratch) << where;
 }
@@ -77,7 +80,7 @@ TEST_P(Rehearsed, IsWhatARealRunDoes) {
 }
 
 // Besides: documents, everything narrow, a tied embedding at both ends of a pipeline, fewer micro-batches in the last
-// round than ranks, targets that do not count, frozen parts, and adapters.
+// round than ranks, targets that do not count, frozen parts, adapters, and teachers.
 std::vector<Layout> layouts() {
   std::vector<Layout> all = layouts_of_every_kind();
   all.push_back({"moe_mixed", {1, 2, 1, 1, 2, 1}, 1});
@@ -89,6 +92,11 @@ std::vector<Layout> layouts() {
   all.push_back({"dense", {1, 3, 1, 1, 1, 1}, 1});
   all.push_back({"moe_mixed", {1, 2, 1, 1, 2, 1}, 1});
   all.back().loss_mask = LossMask::kSome;
+  for (const MeshSpec& mesh :
+       {MeshSpec{1, 2, 1, 2, 2, 1}, MeshSpec{1, 3, 1, 1, 1, 1}, MeshSpec{1, 1, 2, 1, 2, 1}}) {
+    all.push_back({"moe_a27b", mesh, 1});
+    all.back().change = taught_by("dense", 0.5, 2);
+  }
   for (const Recompute recompute : {Recompute::kNone, Recompute::kSwiglu}) {
     all.push_back({"moe_a27b", {1, 2, 1, 2, 2, 1}, 1});
     all.back().freeze = {"@experts", "@attention", "@shared"};
@@ -115,7 +123,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Rehearsed, testing::ValuesIn(layouts()), [](co
          (i.param.recompute != Recompute::kNone ? "_recomputed" : "") +
          (i.param.precision == Precision::kBf16 ? "_bf16" : "") +
          (i.param.loss_mask != LossMask::kNone ? "_masked" : "") + (i.param.freeze.empty() ? "" : "_frozen") +
-         (i.param.lora.given() ? "_adapted" : "") +
+         (i.param.lora.given() ? "_adapted" : "") + (i.param.change ? "_taught" : "") +
          (i.param.own_form().routes_groups() ? fmt::format("_{}", name_of(i.param.own_form().kind)) : "");
 });
 

@@ -60,8 +60,9 @@ struct Reader {
       fail(ExitCode::kBadInput, "{}: step {} follows step {}; expected each step once, in order", where, at,
            step);
     step = at;
+    const double teacher = line.contains("flops_teacher") ? number(line, "flops_teacher", where) : 0;
     spent += {number(line, "tokens", where) - spent.tokens,
-              steps * number(line, "flops", where) * number(line, "ranks", where),
+              steps * (number(line, "flops", where) + teacher) * number(line, "ranks", where),
               steps * number(line, "seconds", where)};
     training.push_back({spent, number(line, "loss", where)});
   }

@@ -10,8 +10,8 @@
 
 namespace upmoe {
 
-// All ranks together, from the run's first step on. FLOPs are the model's; seconds are those of steps, without
-// evaluations and saves.
+// All ranks together, from the run's first step on. FLOPs are the model's, and those of a teacher that it learns from;
+// seconds are those of steps, without evaluations and saves.
 struct Spent {
   double tokens = 0, flops = 0, seconds = 0;
   Spent& operator+=(const Spent& other);

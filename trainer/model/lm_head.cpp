@@ -48,13 +48,40 @@ void LmHead::cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView log
   ops::cross_entropy_sharded(ex, out, logits_CV, targets_C, stats_PC3, shard);
 }
 
-void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTensorView targets_T,
+void LmHead::distil(Exec& ex, const DistilledLosses& out, ConstTensorView logits_CV,
+                    ConstTensorView targets_C, const SoftTargets& soft, ConstTensorView x_CD) const {
+  const std::int64_t C = logits_CV.rows();
+  const TensorView teacher_CV = ex.scratch->take(logits_CV.shape, DType::kF32, "logits of the teacher");
+  Exec taught = for_teacher(ex);
+  ops::gemm(taught, teacher_CV, {x_CD}, {soft.head->weight_VD.value, Transpose::kYes},
+            Accumulate::kOverwrite);
+  const DistilledRows rows{logits_CV, teacher_CV, targets_C, shard};
+  const TensorView stats_PC7 = ex.scratch->take({tp->size(), C, kDistillationStats}, DType::kF64,
+                                                "stats of both models, of all ranks");
+  const TensorView stats_C7 =
+      tp->size() == 1 ? stats_PC7.reshape({C, kDistillationStats})
+                      : ex.scratch->take({C, kDistillationStats}, DType::kF64, "stats of both models");
+  ops::distillation_stats(ex, stats_C7, rows, soft.rule.temperature);
+  if (tp->size() > 1) tp->all_gather(stats_PC7, stats_C7, ex).wait();
+  ops::distillation_losses(ex, out, rows, stats_PC7, soft.rule);
+}
+
+void LmHead::forward(Exec& ex, const LossSums& sums, ConstTensorView x_tD, const Targets& targets,
                      TensorView dx_tD, float scale, const Sink& sink) const {
+  const auto& [targets_T, soft] = targets;
+  const auto& [loss_1, divergence_1] = sums;
   ScratchScope outer(*ex.scratch);
   // Each tp rank has every token and a part of the vocabulary, so the gradient of x is a sum over them (dx).
   const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
   std::optional<PartialSum> dx;
   if (dx_tD.given()) dx.emplace(ex, *tp, dx_tD);
+  ConstTensorView teacher_TD;
+  if (soft) {
+    UPMOE_CHECK(soft.head->shard.begin == shard.begin && soft.head->shard.total == shard.total,
+                "a teacher's share of another vocabulary");
+    Exec taught = for_teacher(ex);
+    teacher_TD = gather_tokens(taught, *soft.head->tp, soft.x_tD);
+  }
   const std::int64_t T = x_TD.rows(), V = weight_VD.value.shape[0], ranks = tp->size();
   // The same on every rank.
   const std::int64_t chunk = rows_per_chunk(ex.device.type, (shard.total + ranks - 1) / ranks);
@@ -73,7 +100,14 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTen
       dlogits_CV = x_TD.dtype == DType::kF32
                        ? logits_CV
                        : ex.scratch->take({end - begin, V}, x_TD.dtype, "logit gradient");
-    cross_entropy(ex, {loss_C, dlogits_CV, scale}, logits_CV, targets_T.rows(begin, end));
+    TensorView divergence_C;
+    if (soft) {
+      divergence_C = ex.scratch->take({end - begin}, DType::kF32, "token divergences");
+      distil(ex, {loss_C, divergence_C, dlogits_CV, scale}, logits_CV, targets_T.rows(begin, end), soft,
+             teacher_TD.rows(begin, end));
+    } else {
+      cross_entropy(ex, {loss_C, dlogits_CV, scale}, logits_CV, targets_T.rows(begin, end));
+    }
     if (dx) {
       ops::gemm(ex, dx->partial_TD().rows(begin, end), {dlogits_CV}, {weight_VD.value},
                 Accumulate::kOverwrite);
@@ -83,6 +117,7 @@ void LmHead::forward(Exec& ex, TensorView loss_1, ConstTensorView x_tD, ConstTen
       }
     }
     if (tp->rank() == 0) ops::sum(ex, loss_1, loss_C);
+    if (tp->rank() == 0 && soft) ops::sum(ex, divergence_1, divergence_C);
   }
   if (dx) dx->reduce(ex);
 }

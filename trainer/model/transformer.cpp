@@ -171,8 +171,9 @@ void Transformer::forward(Exec& ex, const MicroBatch& batch, ConstTensorView inp
   output->norm.forward(ex, branch_tD, x, keep, saved.final_norm);  // which is done with the branch
   saved.output_tD = saved.final_norm.x_TD;
   saved.loss_1 = loss_sum(ex, keep);
-  output->head.forward(ex, saved.loss_1, branch_tD, batch.targets_T, saved.dnormed_tD,
-                       static_cast<float>(loss_scale));
+  if (batch.soft) saved.divergence_1 = loss_sum(ex, keep);
+  output->head.forward(ex, {saved.loss_1, saved.divergence_1}, branch_tD, {batch.targets_T, batch.soft},
+                       saved.dnormed_tD, static_cast<float>(loss_scale));
 }
 
 void Transformer::backward(Exec& ex, TensorView g_tD, Arena& keep, Saved& saved,
@@ -236,8 +237,19 @@ Transformer::Evaluated Transformer::evaluate(Exec& ex, const MicroBatch& batch, 
   output->norm.forward(ex, last.y_tD, {last.output_tD}, keep, saved);
   ScratchScope scope(*ex.scratch);
   TensorView loss_1 = loss_sum(ex, *ex.scratch);
-  output->head.forward(ex, loss_1, last.y_tD, batch.targets_T, {}, 0.0f, sink);
+  output->head.forward(ex, {loss_1}, last.y_tD, {batch.targets_T}, {}, 0.0f, sink);
   return {{}, value_of(ex, loss_1)};
+}
+
+ConstTensorView Transformer::head_input(Exec& ex, const MicroBatch& batch, Arena& keep) const {
+  UPMOE_CHECK(embedding && output, "what the head of a part of a model reads");
+  const TensorView normed_tD = keep.take({own_tokens(batch), hidden_size}, dtype, "head input");
+  const std::size_t mark = keep.mark();
+  const Turns last = run_blocks(ex, batch, {}, keep, nullptr, {});
+  Norm::Saved saved;
+  output->norm.forward(ex, normed_tD, {last.output_tD}, keep, saved);
+  keep.rewind(mark);
+  return normed_tD;
 }
 
 TensorView Transformer::logits(Exec& ex, const MicroBatch& batch, const Continuation& rows,

@@ -24,6 +24,7 @@ struct MicroBatch {  // T tokens, a multiple of seq_len; T = 0 is a rank without
   bool weights = false, chances = false;  // whether routers sum them, for kImportance and kLoad
   RoutedTokens routed = {};  // given where routers ask for it; the model says on which layers and ranks
   TokenGroups groups = {};   // likewise, in evaluation too: of the tokens of this rank's tp group
+  SoftTargets soft = {};     // in training beside a teacher; of the last chunk
 };
 
 struct Embedding {
@@ -60,7 +61,8 @@ struct Transformer {
     ConstTensorView output_tD;  // of the last block
     Norm::Saved final_norm;
     TensorView dnormed_tD;  // gradient of the final norm's output, made together with the loss
-    TensorView loss_1;      // fp64: sum of the tokens' cross-entropies; of tp rank 0 of the last chunk
+    // fp64: sum of the tokens' cross-entropies and, with a teacher, of divergences; of tp rank 0 of the last chunk.
+    TensorView loss_1, divergence_1;
   };
 
   // input_tD: the previous chunk's output, kept by the caller until backward; not looked at by the first
@@ -92,6 +94,9 @@ struct Transformer {
   };
   Evaluated evaluate(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD, Arena& keep,
                      const LmHead::Sink& sink = {}, const SeeRouting& routing = {}) const;
+
+  // Of a whole model, forward alone: what the head reads, of this rank's tokens; all that `keep` has of it then.
+  ConstTensorView head_input(Exec& ex, const MicroBatch& batch, Arena& keep) const;
 
   // Of a whole model: the same over tokens whose rows go on from step to step; fp32 logits of the tokens pick_N of all
   // T, over the whole vocabulary and on every rank of tp, in memory of `keep`. N may be 0.

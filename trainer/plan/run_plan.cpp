@@ -27,6 +27,7 @@ void add_cost(Cost& into, const Cost& cost, double factor) {
   into.bytes_sent += factor * cost.bytes_sent;
   into.model_flops += factor * cost.model_flops;
   into.model_again += factor * cost.model_again;
+  into.teacher_flops += factor * cost.teacher_flops;
 }
 
 // What a rank holds of the parameters of its stage: the number of elements of each kind of parameter, and of experts.
@@ -34,6 +35,16 @@ struct Holding {
   std::vector<std::int64_t> elements;
   std::int64_t experts = 0;
 };
+
+// And of its teacher's.
+void hold_teacher(Holding& holding, const RunConfig& run, int world, int rank) {
+  const RunConfig::Train::Teacher& teacher = run.train.teacher;
+  if (!teacher.given()) return;
+  const MeshSpec mesh = mesh_of_teacher(run, world);
+  for (const ParamSpec& p : make_param_table(*teacher.config))
+    holding.elements.push_back(
+        shard_of(p, mesh, rank, one_stage(teacher.config->num_hidden_layers)).elements());
+}
 
 Holding holding_of(const std::vector<ParamSpec>& table, const MeshSpec& mesh, int rank,
                    const StagePlan& plan) {
@@ -55,6 +66,7 @@ MemoryPurposes purposes_of(const Rehearsal& rehearsal, double process) {
   m.activations = static_cast<double>(use.activations);
   m.communication = static_cast<double>(use.buckets);
   m.workspace = static_cast<double>(use.scratch);
+  m.teacher = static_cast<double>(use.teacher);
   m.process = process;
   return m;
 }
@@ -115,6 +127,12 @@ class RankRehearsal {
   const RankSpeed* speed_;
   MeshSpec mesh_;
 };
+
+double teacher_flops_of(const PlannedRank& rank) {
+  double sum = 0;
+  for (const auto& [op, cost] : rank.costs) sum += cost.teacher_flops;
+  return sum;
+}
 
 double waited(const StepTime& time, std::initializer_list<const char*> verbs) {
   double sum = 0;
@@ -200,6 +218,7 @@ MemoryPurposes RunPlan::mean_memory() const {
     mean.activations += share * r.memory.activations;
     mean.communication += share * r.memory.communication;
     mean.workspace += share * r.memory.workspace;
+    mean.teacher += share * r.memory.teacher;
     mean.process += share * r.memory.process;
     mean.checkpoint += share * r.memory.checkpoint;
   }
@@ -220,7 +239,9 @@ std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& mo
   }
   std::map<std::pair<int, std::vector<std::int64_t>>, RankKind> kinds;
   for (const auto& [where, place] : places) {
-    RankKind& kind = kinds[{std::get<0>(where), holding_of(table, mesh, place.rank, plan).elements}];
+    Holding holding = holding_of(table, mesh, place.rank, plan);
+    hold_teacher(holding, run, world, place.rank);
+    RankKind& kind = kinds[{std::get<0>(where), holding.elements}];
     if (kind.alike == 0 || mesh.coord(place.rank, Axis::kDp) < mesh.coord(kind.rank, Axis::kDp))
       kind.rank = place.rank;
     kind.alike += place.alike;
@@ -252,6 +273,7 @@ RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
     if (!scope.ranks.empty() && !scope.ranks.contains(kind.rank)) continue;
     PlannedRank rank = rehearsal.of(kind);
     rank.experts = holding_of(table, plan.mesh, kind.rank, stages).experts;
+    plan.teacher_flops += rank.alike * teacher_flops_of(rank);
     plan.ranks.push_back(std::move(rank));
   }
   UPMOE_CHECK(!plan.ranks.empty(), "none of the ranks asked for stands for a kind");

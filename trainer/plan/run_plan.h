@@ -22,7 +22,10 @@ struct MemoryPurposes {
   double weights = 0, gradients = 0, optimizer = 0, activations = 0;
   double communication = 0;  // buffers in which gradients and weights travel
   double workspace = 0;      // temporary memory of ops and layers
-  double tensors() const { return weights + gradients + optimizer + activations + communication + workspace; }
+  double teacher = 0;        // its weights
+  double tensors() const {
+    return weights + gradients + optimizer + activations + communication + workspace + teacher;
+  }
   double process = 0;     // driver, libraries, code: Machine::overhead_gb
   double checkpoint = 0;  // of the host: the copy that is written in the background
   // On the device. On a CPU the copy for a checkpoint is there as well.
@@ -59,6 +62,7 @@ struct RunPlan {
   std::int64_t rounds = 0;         // micro-batches of a rank
   double tokens = 0;               // of a step
   double model_flops = 0;          // of a step, all ranks
+  double teacher_flops = 0;        // beside them: the forward of the model's teacher
   std::vector<PlannedRank> ranks;  // one of each kind
   std::optional<PlannedTime> time;
   double device_bytes = 0;  // of a rank's device; 0: no machine was named

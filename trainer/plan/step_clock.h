@@ -23,7 +23,7 @@ struct SentBytes {
 struct StepTime {
   double compute = 0;                              // seconds
   double calls = 0;                                // of them, what calls take besides their work
-  std::map<std::string, double> by_op;             // of them, with what is done again
+  std::map<std::string, double> by_op;             // of them, with what is done again and a teacher's
   std::map<std::string, double> waited;            // seconds, by verb
   std::map<std::string, SentBytes> sent;           // by verb
   double seconds() const;                          // compute and all waits
