@@ -50,8 +50,8 @@ class Ledger {
   const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
   Cost total() const;
   void clear() { entries_.clear(); }
-  // Told of each op that is booked, done again or a teacher's, from now on, before it is given to the device: for timing
-  // ops where they run, or where they would.
+  // Told of each op that is booked, done again or a teacher's, from now on, before it is given to the device: for
+  // timing ops where they run, or where they would.
   using Listener = std::function<void(const ToldOp&)>;
   void listen(Listener listener) { listener_ = std::move(listener); }
 

@@ -107,8 +107,8 @@ std::filesystem::path random_tokens(const Options& o) {
 }
 
 // From the place in the stream where an op is booked to the next such place: what it takes there, with what
-// the host kept the stream waiting. What is computed twice is "op again", a teacher's "op of the teacher". (Copies that no op books count with the op
-// before.)
+// the host kept the stream waiting. What is computed twice is "op again", a teacher's "op of the teacher". (Copies that
+// no op books count with the op before.)
 void profile(Session& s, Trainer& trainer, std::int64_t step) {
   std::vector<std::pair<std::string, std::unique_ptr<gpu::Event>>> points;
   const auto point = [&](const std::string& op) {
