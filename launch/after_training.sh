@@ -11,7 +11,7 @@ usage: launch/after_training.sh EXPORT [--only STEP]... [--out DIR] [--record]
   EXPORT      Hugging Face directory, as upmoe export writes it
   --only STEP transformers, quantise, gguf, llama, lm_eval or vllm; may be given several times (default: all of them)
   --out DIR   folder for what is made, logs and results (default: runs/after_training/NAME)
-  --record    write what the steps came to into docs/serving.md
+  --record    write what the steps came to into docs/serving.md, a row for the model's family and each step
 The tools go into .venv-serving and .venv-serving-gpu (launch/serving_requirements*.txt; gigabytes), made with the
 Python that UPMOE_SERVING_PYTHON names (default: /usr/bin/python3).
 Exit status: 0 every step is done; 1 one failed, or gave other tokens than upmoe; 2 wrong usage; 69 all that could be
@@ -128,5 +128,5 @@ run_step() {  # STEP
 
 write_ours
 for step in "${steps[@]}"; do run_step "$step"; done
-[[ $record -eq 0 ]] || python3 launch/serving_record.py write "$out" docs/serving.md "${steps[@]}"
+[[ $record -eq 0 ]] || python3 launch/serving_record.py write "$out" docs/serving.md "$export_dir" "${steps[@]}"
 python3 launch/serving_record.py tell "$out" "${steps[@]}"

@@ -3,7 +3,8 @@
 
     launch/serving_record.py note OUT STEP STATUS WORDS    the result of a step that could not tell it itself
     launch/serving_record.py tell OUT STEP...              a line for each; exit status 0, 1 or 69, as the script's
-    launch/serving_record.py write OUT DOCUMENT STEP...    the table between the document's markers, put in whole
+    launch/serving_record.py write OUT DOCUMENT EXPORT STEP...    a row for each of the model's family and step into the
+                                                           table between the document's markers, in place of its own
 
 A result is OUT/results/STEP.json: step, status, versions, words. Statuses: done; differs (other tokens than upmoe);
 failed; not_run (it cannot here); not_taken (the tool does not take the model).
@@ -12,6 +13,7 @@ failed; not_run (it cannot here); not_taken (the tool does not take the model).
 import datetime
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from whole_file import write_whole
 
 STATUSES = {"done": 0, "differs": 1, "failed": 1, "not_run": 69, "not_taken": 69}
 BEGIN, END = "<!-- launch/after_training.sh EXPORT --record -->", "<!-- end -->"
+HEAD = ("| family | step | came to | words | versions | when, where |", "|---|---|---|---|---|---|")
 
 
 def note(out, step, status, words, versions=None):
@@ -58,23 +61,39 @@ def tell(results):
     return status_of(results)
 
 
-def table(results):
-    rows = ["| step | came to | versions | words |", "|---|---|---|---|"]
-    for result in results:
-        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items()) or "-"
-        cells = (result["step"], result["status"].replace("_", " "), versions, result["words"])
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows)
+def cells_of(row):
+    """Of a row of the table; a bar within a cell stays as it is written."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip())[1:-1]]
 
 
-def write(document, results, day=None):
+def row_of(family, result, day):
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items()) or "-"
+    cells = (family, result["step"], result["status"].replace("_", " "), result["words"], versions, day)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def family_of(export):
+    path = Path(export) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"{path}: names no model_type ({e})") from None
+
+
+def write(document, family, results, day=None):
     text = Path(document).read_text(encoding="utf-8")
     begin, end = text.find(BEGIN), text.find(END)
     if begin < 0 or end < begin:
         raise BadInput(f"{document}: has no '{BEGIN}' with '{END}' behind it")
-    day = day or datetime.date.today().isoformat()
-    head = f"On {day}, {platform.machine()}, Python {platform.python_version()}:"
-    write_whole(document, f"{text[:begin]}{BEGIN}\n{head}\n\n{table(results)}\n{text[end:]}")
+    day = f"{day or datetime.date.today().isoformat()}, {platform.machine()}"
+    rows = {tuple(cells_of(line)[:2]): line for line in text[begin:end].splitlines() if line.startswith("|")}
+    for head in HEAD:
+        rows.pop(tuple(cells_of(head)[:2]), None)
+    rows |= {(family, result["step"]): row_of(family, result, day) for result in results}
+    # A family's rows stand together, however they came.
+    families = list(dict.fromkeys(family for family, _ in rows))
+    ordered = [row for family in families for (own, _), row in rows.items() if own == family]
+    write_whole(document, "\n".join((text[:begin] + BEGIN, *HEAD, *ordered, text[end:])))
 
 
 def main():
@@ -84,10 +103,10 @@ def main():
         return 0
     if len(words) >= 3 and words[0] == "tell":
         return tell([result_of(words[1], step) for step in words[2:]])
-    if len(words) >= 4 and words[0] == "write":
-        write(words[2], [result_of(words[1], step) for step in words[3:]])
+    if len(words) >= 5 and words[0] == "write":
+        write(words[2], family_of(words[3]), [result_of(words[1], step) for step in words[4:]])
         return 0
-    raise BadUsage("expected note OUT STEP STATUS WORDS, tell OUT STEP... or write OUT DOCUMENT STEP...")
+    raise BadUsage("expected note OUT STEP STATUS WORDS, tell OUT STEP... or write OUT DOCUMENT EXPORT STEP...")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from serving_record import note
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "upmoe_continuations"
-GROUP_SIZES = (128, 64, 32)  # of weights with one scale
+GROUP_SIZES = (128, 64, 32, 16)  # of weights with one scale
 CALIBRATION = (32, 64)       # sequences, tokens of each
 SERVER_PATIENCE = 900        # seconds until it answers
 
@@ -73,9 +74,19 @@ def generated(model, prompt, count):
     return made[0, len(prompt):].tolist()
 
 
+def require_class(m):
+    """NotTaken where transformers would have to fetch the model's own code."""
+    from transformers import CONFIG_MAPPING
+    family = m.config["model_type"]
+    if family not in CONFIG_MAPPING:
+        raise NotTaken(f"transformers has no class of its own for model_type '{family}'; the code that auto_map names "
+                       "is not fetched")
+
+
 def transformers(m):
     import torch
     from transformers import AutoModelForCausalLM
+    require_class(m)
     model = AutoModelForCausalLM.from_pretrained(m.export, dtype=torch.float32).eval()
     return m.compared(generated(model, m.prompt, len(m.tokens)))
 
@@ -85,8 +96,8 @@ def group_size_for(config):
     heads = config["num_attention_heads"]
     widths = {config["hidden_size"], heads * (config.get("head_dim") or config["hidden_size"] // heads)}
     widths |= {config[key] for key in ("moe_intermediate_size", "shared_expert_intermediate_size") if config.get(key)}
-    if "moe_intermediate_size" not in config:
-        widths.add(config["intermediate_size"])
+    if "moe_intermediate_size" not in config or config.get("first_k_dense_replace") or config.get("mlp_only_layers"):
+        widths.add(config["intermediate_size"])  # of layers without experts
     for size in GROUP_SIZES:
         if all(width % size == 0 for width in widths):
             return size
@@ -94,13 +105,18 @@ def group_size_for(config):
                    f"{', '.join(map(str, sorted(widths)))}")
 
 
+def documents(m):
+    """The project's documents, and their tokens by the model's tokenizer."""
+    import tokenizers
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))
+    return text, tokenizers.Tokenizer.from_file(str(m.tokenizer)).encode(text, add_special_tokens=False).ids
+
+
 def calibration(m):
     """Token sequences to quantise by: of the project's documents, or any tokens where there is no tokenizer."""
     sequences, length = CALIBRATION
     if m.tokenizer.is_file():
-        import tokenizers
-        text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))
-        ids = tokenizers.Tokenizer.from_file(str(m.tokenizer)).encode(text, add_special_tokens=False).ids
+        _, ids = documents(m)
     else:
         ids = [(i * i + 7 * i) % m.config["vocab_size"] for i in range(sequences * length)]
     parts = [ids[at:at + length] for at in range(0, min(len(ids), sequences * length), length)]
@@ -109,6 +125,7 @@ def calibration(m):
 
 def quantise(m):
     size = group_size_for(m.config)
+    require_class(m)
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     made = m.out / "quantised"
     shutil.rmtree(made, ignore_errors=True)
@@ -140,12 +157,26 @@ def llama(m):
         raise NotRun("there is no model.gguf: step gguf comes first")
     from llama_cpp import Llama
     model = Llama(model_path=str(path), n_ctx=len(m.prompt) + len(m.tokens) + 1, n_gpu_layers=0, seed=1, verbose=False)
-    return m.compared(itertools.islice(model.generate(m.prompt, temp=0.0, repeat_penalty=1.0), len(m.tokens)))
+    words = m.compared(itertools.islice(model.generate(m.prompt, temp=0.0, repeat_penalty=1.0), len(m.tokens)))
+    return f"{words}; {text_compared(m, model)}"
+
+
+def text_compared(m, model):
+    """Words on llama.cpp's tokens of a text, Differs where they are not the tokenizer's."""
+    if not m.tokenizer.is_file():
+        return "no vocabulary"
+    text, ids = documents(m)
+    told = model.tokenize(text.encode(), add_bos=False, special=True)
+    if told != ids:
+        at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(told, ids)))
+        raise Differs(f"its tokens of the project's documents are others than tokenizer.json's from token {at} on")
+    return f"the {len(ids)} tokens of the project's documents as tokenizer.json has them"
 
 
 def lm_eval(m):
     if not m.tokenizer.is_file():
         raise NotRun(f"{m.export} has no tokenizer.json, and the task is text")
+    require_class(m)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     with open(ROOT / "configs/serving/continuations.jsonl", encoding="utf-8") as file:
@@ -247,7 +278,8 @@ def main():
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     step, (work, packages) = sys.argv[1], STEPS[sys.argv[1]]
     status, words = outcome(work, Model(*sys.argv[2:]))
-    note(sys.argv[3], step, status, words, {package: version_of(package) for package in packages})
+    versions = {package: version_of(package) for package in packages} | {"Python": platform.python_version()}
+    note(sys.argv[3], step, status, words, versions)
     return 0
 
 

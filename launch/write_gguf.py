@@ -3,9 +3,9 @@
 
     .venv-serving/bin/python launch/write_gguf.py MODEL_DIR OUT.gguf
 
-Families: qwen2 and qwen2_moe. What llama.cpp would compute otherwise than the model asks for is refused with words.
-Without a tokenizer.json the file has no vocabulary, and tokens go in and out as numbers. Needs numpy and gguf
-(launch/serving_requirements.txt).
+Families: those of launch/gguf_families.py. What llama.cpp would compute otherwise than the model asks for is refused
+with words. Without a tokenizer.json the file has no vocabulary, and tokens go in and out as numbers. Needs numpy and
+gguf (launch/serving_requirements.txt).
 
 Exit status: 0 done, 2 usage or a Python without these packages, 3 bad input or a model that llama.cpp does not take.
 """
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from command_line import BadInput, end_without_package, run_tool
+from gguf_families import family_of, heads_of, paired_rows
 from whole_file import whole_file
 
 
@@ -33,51 +34,20 @@ except ImportError as missing:
 # dtype of safetensors: numpy's, of which bf16 is none
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 LARGEST_HEADER = 100 << 20
+MODEL_TENSORS = ("model.", "lm_head.")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
-
-# our layers' tensors: llama.cpp's name, whether one for each expert
-_ATTENTION = {"input_layernorm.weight": "attn_norm.weight", "post_attention_layernorm.weight": "ffn_norm.weight",
-              "self_attn.o_proj.weight": "attn_output.weight",
-              **{f"self_attn.{part}_proj.{kind}": f"attn_{part}.{kind}"
-                 for part in "qkv" for kind in ("weight", "bias")}}
-_MATRICES = ("gate", "up", "down")
-_DENSE = {f"mlp.{part}_proj.weight": f"ffn_{part}.weight" for part in _MATRICES}
-_SHARED = {"mlp.gate.weight": "ffn_gate_inp.weight", "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
-           **{f"mlp.shared_expert.{part}_proj.weight": f"ffn_{part}_shexp.weight" for part in _MATRICES}}
-_EXPERTS = {f"mlp.experts.{{}}.{part}_proj.weight": f"ffn_{part}_exps.weight" for part in _MATRICES}
-
-
-class Family:
-    """How a model_type lies in a GGUF file: its architecture there, names of a layer's tensors, what is refused."""
-
-    def __init__(self, architecture, layer, experts=None):
-        self.architecture, self.layer, self.experts = architecture, layer, experts or {}
-
-    def refusals(self, config):
-        if config.get("use_sliding_window"):
-            yield "use_sliding_window: the window would be left out"
-        scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            yield f"rotary positions of type '{scaling.get('rope_type', scaling.get('type'))}'"
-        if not self.experts:
-            return
-        if config.get("norm_topk_prob"):
-            yield "norm_topk_prob: llama.cpp leaves the chosen experts' weights as softmax gives them"
-        if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
-            yield "layers without experts among those that have them"
-        if not config.get("shared_expert_intermediate_size"):
-            yield "no shared expert, without which this architecture is not loaded"
-
-
-FAMILIES = {"qwen2": Family("qwen2", _ATTENTION | _DENSE),
-            "qwen2_moe": Family("qwen2moe", _ATTENTION | _SHARED, _EXPERTS)}
+# How text is cut before merges, as tokenizer.json says it: llama.cpp's name. By it llama.cpp knows whether merges are
+# ignored where a whole piece is a token, and so does tokenizer.json.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CUTS = {(_WORDS + r"\p{N}" + _REST, False): "qwen2", (_WORDS + r"\p{N}{1,3}" + _REST, True): "llama-bpe"}
 
 
 class Tensors:
     """The tensors of a model directory by name, each read as F32 when it is asked for."""
 
     def __init__(self, folder):
-        self.places = {}
+        self.places, self.taken = {}, set()
         for path in sorted(Path(folder).glob("model*.safetensors")):
             self.places |= {name: (path, *place) for name, place in self.entries(path)}
         if not self.places:
@@ -101,6 +71,7 @@ class Tensors:
     def read(self, name):
         if name not in self.places:
             raise BadInput(f"the model has no tensor {name}")
+        self.taken.add(name)
         path, dtype, shape, offset = self.places[name]
         if dtype not in STORED:
             raise BadInput(f"{path}: {name} is of type {dtype}, expected {', '.join(STORED)}")
@@ -117,27 +88,33 @@ class Tensors:
 
 def keys_of(config, family):
     """(key, kind of value, value) of what llama.cpp asks of a model's shape."""
-    heads = config["num_attention_heads"]
+    heads, key_heads, head_dim = heads_of(config)
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    arch = family.architecture
     yield "general.file_type", "uint32", 0  # F32
-    for key, value in (("block_count", config["num_hidden_layers"]),
-                       ("context_length", config["max_position_embeddings"]),
-                       ("embedding_length", config["hidden_size"]),
-                       ("feed_forward_length", config["intermediate_size"]),
-                       ("vocab_size", config["vocab_size"]), ("attention.head_count", heads),
-                       ("attention.head_count_kv", config.get("num_key_value_heads", heads)),
-                       ("attention.key_length", head_dim), ("attention.value_length", head_dim)):
-        yield f"{arch}.{key}", "uint32", value
-    yield f"{arch}.attention.layer_norm_rms_epsilon", "float32", config["rms_norm_eps"]
-    yield f"{arch}.rope.freq_base", "float32", theta
-    if family.experts:
-        for key, value in (("expert_count", config["num_experts"]),
-                           ("expert_used_count", config["num_experts_per_tok"]),
-                           ("expert_feed_forward_length", config["moe_intermediate_size"]),
-                           ("expert_shared_feed_forward_length", config["shared_expert_intermediate_size"])):
-            yield f"{arch}.{key}", "uint32", value
+    for key, kind, value in (("block_count", "uint32", config["num_hidden_layers"]),
+                             ("context_length", "uint32", config["max_position_embeddings"]),
+                             ("embedding_length", "uint32", config["hidden_size"]),
+                             ("feed_forward_length", "uint32", config["intermediate_size"]),
+                             ("vocab_size", "uint32", config["vocab_size"]), ("attention.head_count", "uint32", heads),
+                             ("attention.head_count_kv", "uint32", key_heads),
+                             ("attention.key_length", "uint32", head_dim),
+                             ("attention.value_length", "uint32", head_dim),
+                             ("rope.dimension_count", "uint32", head_dim),
+                             ("attention.layer_norm_rms_epsilon", "float32", config["rms_norm_eps"]),
+                             ("rope.freq_base", "float32", theta), *family.keys(config)):
+        yield f"{family.architecture}.{key}", kind, value
+
+
+def cut_of(tokenizer, path):
+    """llama.cpp's name of how the text is cut."""
+    steps = tokenizer.get("pre_tokenizer") or {}
+    patterns = [step["pattern"].get("Regex") for step in steps.get("pretokenizers", [steps])
+                if step.get("type") == "Split"]
+    cut = CUTS.get((patterns[0] if len(patterns) == 1 else None, bool(tokenizer["model"].get("ignore_merges"))))
+    if cut is None:
+        raise BadInput(f"{path}: cuts text as none of {', '.join(CUTS.values())} does; without tokenizer.json beside "
+                       "the model the file has no vocabulary")
+    return cut
 
 
 def vocabulary_of(folder, config):
@@ -160,7 +137,7 @@ def vocabulary_of(folder, config):
             raise BadInput(f"{path}: token {i} is beyond the model's vocabulary of {len(tokens)}")
         tokens[i], kinds[i] = token, kind
     yield "tokenizer.ggml.model", "string", "gpt2"
-    yield "tokenizer.ggml.pre", "string", "qwen2"
+    yield "tokenizer.ggml.pre", "string", cut_of(tokenizer, path)
     yield "tokenizer.ggml.tokens", "array", tokens
     yield "tokenizer.ggml.token_type", "array", kinds
     yield "tokenizer.ggml.merges", "array", [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
@@ -172,20 +149,46 @@ def vocabulary_of(folder, config):
             yield f"tokenizer.ggml.{name}_token_id", "uint32", token
 
 
+def gate_of(name, values):
+    """The shared expert's gate, of one row, as a vector. llama.cpp's sigmoid of x is silu(x) / x."""
+    if not values.any():
+        raise BadInput(f"llama.cpp does not take this model: {name} is zero, by which it would divide; train the "
+                       "model first")
+    return values[0]
+
+
+def layer_tensors(tensors, config, family, layer):
+    """(llama.cpp's name, values) of a layer, the experts' as one tensor [expert, out, in]."""
+    heads, key_heads, _ = heads_of(config)
+    rows = {"self_attn.q_proj": heads, "self_attn.k_proj": key_heads} if family.paired else {}
+    for ours, name in family.layer_names(config, layer).items():
+        stored = f"model.layers.{layer}.{ours}"
+        if ours in family.optional and stored not in tensors:
+            continue
+        values = tensors.read(stored)
+        if ours.rpartition(".")[0] in rows:
+            values = paired_rows(values, rows[ours.rpartition(".")[0]])
+        if ours == "mlp.shared_expert_gate.weight":
+            values = gate_of(stored, values)
+        yield name, values
+    for ours, name in family.expert_names(config, layer).items():
+        yield name, numpy.stack([tensors.read(f"model.layers.{layer}.{ours.format(expert)}")
+                                 for expert in range(family.expert_count(config))])
+
+
 def tensors_of(tensors, config, family):
-    """(llama.cpp's name, values in F32), the experts of a layer as one tensor [expert, out, in]."""
+    """(llama.cpp's name, values in F32) of every tensor; one that has no place there is refused."""
     yield "token_embd.weight", tensors.read("model.embed_tokens.weight")
     yield "output_norm.weight", tensors.read("model.norm.weight")
     head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
     yield "output.weight", tensors.read(head)
     for layer in range(config["num_hidden_layers"]):
-        for ours, name in family.layer.items():
-            # The shared expert's gate is one row, and a vector there.
-            values = tensors.read(f"model.layers.{layer}.{ours}")
-            yield f"blk.{layer}.{name}", values[0] if ours == "mlp.shared_expert_gate.weight" else values
-        for ours, name in family.experts.items():
-            yield f"blk.{layer}.{name}", numpy.stack([tensors.read(f"model.layers.{layer}.{ours.format(expert)}")
-                                                      for expert in range(config["num_experts"])])
+        for name, values in layer_tensors(tensors, config, family, layer):
+            yield f"blk.{layer}.{name}", values
+    left = sorted(name for name in tensors.places if name.startswith(MODEL_TENSORS) and name not in tensors.taken)
+    if left:
+        raise BadInput(f"llama.cpp does not take this model: {len(left)} of its tensors have no place there, such as "
+                       f"{left[0]}")
 
 
 def fill(writer_of, folder):
@@ -195,13 +198,7 @@ def fill(writer_of, folder):
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise BadInput(f"{path}: not valid JSON: {e}") from None
-    family = FAMILIES.get(config.get("model_type"))
-    if family is None:
-        raise BadInput(f"{path}: model_type '{config.get('model_type')}' is not written as GGUF, only "
-                       f"{', '.join(FAMILIES)} are")
-    refusals = list(family.refusals(config))
-    if refusals:
-        raise BadInput(f"{path}: llama.cpp does not take this model: {'; '.join(refusals)}")
+    family = family_of(config, path)
     writer = writer_of(family.architecture)
     for key, kind, value in (*keys_of(config, family), *vocabulary_of(folder, config)):
         getattr(writer, f"add_{kind}")(key, value)

@@ -12,10 +12,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
+import gguf_families  # noqa: E402
 import write_gguf  # noqa: E402
 from command_line import BadInput  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
+QWEN2_CUT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+             r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class Recorder:
@@ -35,7 +38,9 @@ class Recorder:
         return lambda key, value: self.keys.__setitem__(key, (kind, value))
 
 
-class GgufTest(unittest.TestCase):
+class GgufFolder(unittest.TestCase):
+    """A folder with one of the saved models in it."""
+
     def setUp(self):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
@@ -50,6 +55,8 @@ class GgufTest(unittest.TestCase):
     def written(self):
         return write_gguf.fill(Recorder, self.folder)
 
+
+class GgufTest(GgufFolder):
     def test_a_mixture(self):
         config = self.model("moe_odd")
         made = self.written()
@@ -88,18 +95,17 @@ class GgufTest(unittest.TestCase):
                                       stored.read("model.layers.0.mlp.shared_expert_gate.weight").ravel())
         np.testing.assert_array_equal(made.tensors["output.weight"], stored.read("lm_head.weight"))
 
-    def test_every_tensor_is_used(self):
-        self.model("moe_odd")
-        stored, read = write_gguf.Tensors(self.folder), set()
+    def test_a_tensor_without_a_place_is_refused(self):
+        self.model("moe_odd", num_hidden_layers=1)  # layer 1 of the file is left
+        with self.assertRaises(BadInput) as caught:
+            self.written()
+        self.assertIn("such as model.layers.1.", str(caught.exception))
 
-        class Watched(write_gguf.Tensors):
-            def read(self, name):
-                read.add(name)
-                return super().read(name)
-
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        list(write_gguf.tensors_of(Watched(self.folder), config, write_gguf.FAMILIES["qwen2_moe"]))
-        self.assertEqual({name for name in stored.places if name.startswith(("model.", "lm_head."))}, read)
+    def test_a_gate_of_zeros_is_refused(self):  # as an upcycled model may begin
+        with self.assertRaises(BadInput) as caught:
+            write_gguf.gate_of("gate", np.zeros((1, 4), "<f4"))
+        self.assertIn("gate is zero", str(caught.exception))
+        np.testing.assert_array_equal(write_gguf.gate_of("gate", np.array([[0, 2]])), [0, 2])
 
     def test_a_dense_model_with_tied_embeddings(self):
         config = self.model("dense_tied_gqa")
@@ -118,29 +124,119 @@ class GgufTest(unittest.TestCase):
         np.testing.assert_array_equal(write_gguf.Tensors(self.folder).read("t"),
                                       (values.view("<u4") >> 16 << 16).view("<f4"))
 
+    TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                     {"type": "Split", "pattern": {"Regex": QWEN2_CUT}, "behavior": "Isolated"},
+                     {"type": "ByteLevel", "add_prefix_space": False}]},
+                 "added_tokens": [{"id": 3, "content": "<|end|>", "special": True}, {"id": 4, "content": "own"}]}
+
     def test_a_vocabulary(self):
         self.model("moe_odd", eos_token_id=[3, 4])
-        (self.folder / "tokenizer.json").write_text(json.dumps({
-            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
-            "added_tokens": [{"id": 3, "content": "<|end|>", "special": True}, {"id": 4, "content": "own"}]}))
+        (self.folder / "tokenizer.json").write_text(json.dumps(self.TOKENIZER))
         keys = {key: value for key, (_, value) in self.written().keys.items()}
         self.assertEqual(keys["tokenizer.ggml.tokens"][:6], ["a", "b", "ab", "<|end|>", "own", "[PAD5]"])
         self.assertEqual(len(keys["tokenizer.ggml.tokens"]), 101)
         self.assertEqual(keys["tokenizer.ggml.token_type"][:6], [1, 1, 1, 3, 4, 5])
         self.assertEqual(keys["tokenizer.ggml.merges"], ["a b"])
         self.assertEqual((keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.bos_token_id"]), (3, 0))
+        self.assertEqual(keys["tokenizer.ggml.pre"], "qwen2")
+
+    def test_a_vocabulary_that_cuts_text_otherwise_is_refused(self):
+        self.model("moe_odd")
+        whole = json.dumps(self.TOKENIZER)
+        for tokenizer in (whole.replace("N}|", "N}{1,3}|"), whole.replace("BPE", "Unigram"),
+                          whole.replace('"type": "Split"', '"type": "Digits"'),
+                          whole.replace('"vocab"', '"ignore_merges": true, "vocab"')):
+            self.assertNotEqual(tokenizer, whole)
+            (self.folder / "tokenizer.json").write_text(tokenizer)
+            with self.assertRaises(BadInput):
+                self.written()
+        both = whole.replace("N}|", "N}{1,3}|").replace('"vocab"', '"ignore_merges": true, "vocab"')
+        (self.folder / "tokenizer.json").write_text(both)
+        self.assertEqual(self.written().keys["tokenizer.ggml.pre"], ("string", "llama-bpe"))
 
     def test_what_llama_cpp_would_compute_otherwise_is_refused(self):
         for golden, changes, words in (("moe_odd", {"norm_topk_prob": True}, "norm_topk_prob"),
+                                       ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
                                        ("moe_odd", {"mlp_only_layers": [0]}, "layers without experts"),
                                        ("moe_odd", {"shared_expert_intermediate_size": 0}, "no shared expert"),
                                        ("moe_odd", {"use_sliding_window": True}, "use_sliding_window"),
+                                       ("mixtral", {"sliding_window": 8}, "sliding_window"),
                                        ("moe_odd", {"rope_scaling": {"type": "yarn"}}, "yarn"),
-                                       ("mixtral", {}, "model_type 'mixtral'")):
+                                       ("llama", {"hidden_act": "gelu"}, "gelu"),
+                                       ("moe_odd", {"head_dim": 8}, "heads of 8"),
+                                       ("deepseek", {"norm_topk_prob": True}, "norm_topk_prob"),
+                                       ("deepseek", {"n_shared_experts": None}, "no shared expert"),
+                                       ("deepseek", {"moe_layer_freq": 2}, "layers without experts"),
+                                       ("dots1", {}, "2 key and value heads for 4"),
+                                       ("dbrx", {}, "model_type 'dbrx'")):
             self.model(golden, **changes)
             with self.assertRaises(BadInput) as caught:
                 self.written()
             self.assertIn(words, str(caught.exception))
+
+
+class FamiliesTest(GgufFolder):
+    """Beside qwen2's: what of a layer is where."""
+
+    def test_every_family_of_a_saved_model_is_whole(self):
+        for golden, architecture in (("llama", "llama"), ("mistral", "llama"), ("mixtral", "llama"),
+                                     ("qwen3", "qwen3"), ("deepseek", "deepseek"), ("dense_tied_gqa", "qwen2"),
+                                     ("moe_odd", "qwen2moe")):
+            self.model(golden, **({"sliding_window": None} if golden == "mistral" else {}))
+            self.assertEqual(self.written().architecture, architecture, golden)
+
+    def test_rotary_positions_of_neighbours(self):
+        self.model("mixtral")  # 4 heads and 2 of keys, of 12 values
+        made, stored = self.written(), write_gguf.Tensors(self.folder)
+        for part, heads in (("q", 4), ("k", 2)):
+            ours = stored.read(f"model.layers.1.self_attn.{part}_proj.weight")
+            theirs = made.tensors[f"blk.1.attn_{part}.weight"]
+            for head in range(heads):
+                for pair in range(6):
+                    for half in range(2):
+                        np.testing.assert_array_equal(theirs[12 * head + 2 * pair + half],
+                                                      ours[12 * head + 6 * half + pair])
+        np.testing.assert_array_equal(made.tensors["blk.1.attn_v.weight"],
+                                      stored.read("model.layers.1.self_attn.v_proj.weight"))
+        self.model("qwen3")
+        np.testing.assert_array_equal(self.written().tensors["blk.1.attn_q.weight"],
+                                      write_gguf.Tensors(self.folder).read("model.layers.1.self_attn.q_proj.weight"))
+
+    def test_mixtral(self):
+        config = self.model("mixtral")
+        made, stored = self.written(), write_gguf.Tensors(self.folder)
+        for name, ours in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+            for expert in (0, 7):
+                np.testing.assert_array_equal(
+                    made.tensors[f"blk.0.ffn_{name}_exps.weight"][expert],
+                    stored.read(f"model.layers.0.block_sparse_moe.experts.{expert}.{ours}.weight"))
+        np.testing.assert_array_equal(made.tensors["blk.0.ffn_gate_inp.weight"],
+                                      stored.read("model.layers.0.block_sparse_moe.gate.weight"))
+        self.assertEqual([made.keys[f"llama.{key}"] for key in (
+            "feed_forward_length", "expert_count", "expert_used_count", "rope.dimension_count")],
+            [("uint32", config["intermediate_size"]), ("uint32", 8), ("uint32", 2), ("uint32", 12)])
+
+    def test_deepseek_has_dense_layers_first(self):
+        self.model("deepseek")
+        made = self.written()
+        for name, there in (("blk.0.ffn_up.weight", True), ("blk.0.ffn_up_exps.weight", False),
+                            ("blk.1.ffn_up.weight", False), ("blk.1.ffn_up_exps.weight", True),
+                            ("blk.1.ffn_up_shexp.weight", True), ("blk.1.ffn_gate_inp_shexp.weight", False)):
+            self.assertEqual(name in made.tensors, there, name)
+        self.assertEqual([made.keys[f"deepseek.{key}"] for key in (
+            "leading_dense_block_count", "expert_shared_count", "expert_feed_forward_length", "expert_weights_scale")],
+            [("uint32", 1), ("uint32", 2), ("uint32", 20), ("float32", 1.0)])
+
+    def test_dots1_has_a_bias_that_chooses(self):
+        self.model("dots1", num_key_value_heads=4)
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        family = gguf_families.family_of(config, "config.json")
+        self.assertEqual(family.layer_names(config, 1)["mlp.gate.e_score_correction_bias"], "exp_probs_b.bias")
+        self.assertNotIn("mlp.gate.e_score_correction_bias", family.layer_names(config, 0))
+        keys = {key: value for key, _, value in family.keys(config)}
+        self.assertEqual([keys[key] for key in ("expert_gating_func", "expert_weights_norm", "expert_weights_scale",
+                                                "expert_group_count", "expert_group_used_count")], [2, True, 2.5, 3, 2])
 
 
 if __name__ == "__main__":

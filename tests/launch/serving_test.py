@@ -4,6 +4,7 @@ step. The tools themselves are tried by hand, by starting the script."""
 
 import json
 import os
+import platform
 import re
 import shutil
 import stat
@@ -89,16 +90,24 @@ class Record(unittest.TestCase):
         frame = f"before\n{serving_record.BEGIN}\nold\n{serving_record.END}\nafter\n"
         document.write_text(frame, encoding="utf-8")
         serving_record.note(self.out, "a", "not_taken", "a | b", {"tool": "1.2"})
-        for _ in range(2):  # the second replaces the first
-            serving_record.write(document, self.results("a"), "2026-01-02")
+        serving_record.note(self.out, "b", "done", "fine")
+        for day in ("2026-01-01", "2026-01-02"):  # the second replaces the first
+            serving_record.write(document, "one", self.results("a"), day)
+        serving_record.write(document, "two", self.results("a"), "2026-01-03")
+        serving_record.write(document, "one", self.results("b"), "2026-01-04")  # beside its own
         text = document.read_text(encoding="utf-8")
         self.assertTrue(text.startswith("before\n") and text.endswith(f"\n{serving_record.END}\nafter\n"), text)
-        self.assertIn("On 2026-01-02", text)
-        self.assertEqual(text.count("| a | not taken | tool 1.2 | a \\| b |"), 1)
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        self.assertEqual(rows[:2], list(serving_record.HEAD))
+        self.assertEqual([row.rpartition(", ")[0] for row in rows[2:]], [
+            "| one | a | not taken | a \\| b | tool 1.2 | 2026-01-02", "| one | b | done | fine | - | 2026-01-04",
+            "| two | a | not taken | a \\| b | tool 1.2 | 2026-01-03"])
         self.assertNotIn("old", text)
         document.write_text("no markers", encoding="utf-8")
         with self.assertRaises(BadInput):
-            serving_record.write(document, self.results("a"))
+            serving_record.write(document, "one", self.results("a"))
+        with self.assertRaises(BadInput):
+            serving_record.family_of(self.out)
 
     def test_the_document_has_the_markers_and_every_step(self):
         text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -137,6 +146,10 @@ class Steps(unittest.TestCase):
         self.assertEqual(serving_steps.group_size_for({**shape, "intermediate_size": 384}), 128)
         self.assertEqual(serving_steps.group_size_for(mixture), 32)
         self.assertEqual(serving_steps.group_size_for({**mixture, "moe_intermediate_size": 64}), 64)
+        self.assertEqual(serving_steps.group_size_for({**mixture, "moe_intermediate_size": 176}), 16)
+        for key, value in (("first_k_dense_replace", 1), ("mlp_only_layers", [0])):  # of width 100
+            with self.assertRaises(serving_steps.NotTaken):
+                serving_steps.group_size_for({**mixture, key: value})
         with self.assertRaises(serving_steps.NotTaken):
             serving_steps.group_size_for(shape)
 
@@ -172,8 +185,8 @@ class Script(unittest.TestCase):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.project = Path(temporary.name) / "project"
-        for name in ("after_training.sh", "serving_record.py", "serving_steps.py", "write_gguf.py", "command_line.py",
-                     "whole_file.py", "serving_requirements.txt", "serving_requirements_gpu.txt"):
+        for name in ("after_training.sh", "serving_record.py", "serving_steps.py", "write_gguf.py", "gguf_families.py",
+                     "command_line.py", "whole_file.py", "serving_requirements.txt", "serving_requirements_gpu.txt"):
             self.copy(f"launch/{name}")
         self.copy("docs/serving.md")
         self.export = Path(temporary.name) / "export"
@@ -209,7 +222,8 @@ class Script(unittest.TestCase):
         self.assertIn("37 tensors in F32", self.result("gguf")["words"])
         self.assertIn("4 of 4 greedy tokens", self.result("llama")["words"])
         text = (self.project / "docs" / "serving.md").read_text(encoding="utf-8")
-        self.assertIn("| llama | done | llama-cpp-python not installed | 4 of 4", text)
+        self.assertIn("| qwen2_moe | llama | done | 4 of 4 greedy tokens as upmoe's; no vocabulary | "
+                      f"llama-cpp-python not installed, Python {platform.python_version()} | ", text)
         self.assertNotIn("Not run yet", text)
 
     def test_other_tokens_end_with_1(self):
