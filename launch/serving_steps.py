@@ -83,12 +83,20 @@ def require_class(m):
                        "is not fetched")
 
 
+def experts_choice(config):
+    """How transformers is to multiply by experts: its grouped product wants rows of a multiple of 16 bytes."""
+    width = config.get("moe_intermediate_size") or 0
+    return {"experts_implementation": "eager"} if width % 4 else {}  # in fp32
+
+
 def transformers(m):
     import torch
     from transformers import AutoModelForCausalLM
     require_class(m)
-    model = AutoModelForCausalLM.from_pretrained(m.export, dtype=torch.float32).eval()
-    return m.compared(generated(model, m.prompt, len(m.tokens)))
+    choice = experts_choice(m.config)
+    model = AutoModelForCausalLM.from_pretrained(m.export, dtype=torch.float32, **choice).eval()
+    words = m.compared(generated(model, m.prompt, len(m.tokens)))
+    return words + (", experts one by one" if choice else "")
 
 
 def group_size_for(config):
@@ -126,6 +134,8 @@ def calibration(m):
 def quantise(m):
     size = group_size_for(m.config)
     require_class(m)
+    # Its loader wants two workers, of which a machine with two processors gets one.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     made = m.out / "quantised"
     shutil.rmtree(made, ignore_errors=True)
@@ -173,6 +183,17 @@ def text_compared(m, model):
     return f"the {len(ids)} tokens of the project's documents as tokenizer.json has them"
 
 
+def text_tokenizer(m):
+    """tokenizer.json as it stands: by the model's type alone transformers may take it for another class's."""
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(m.tokenizer))
+    end = m.config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) else end
+    if end is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
+
+
 def lm_eval(m):
     if not m.tokenizer.is_file():
         raise NotRun(f"{m.export} has no tokenizer.json, and the task is text")
@@ -181,7 +202,9 @@ def lm_eval(m):
     from lm_eval.tasks import TaskManager
     with open(ROOT / "configs/serving/continuations.jsonl", encoding="utf-8") as file:
         questions = sum(1 for _ in file)
-    told = simple_evaluate(model="hf", model_args={"pretrained": str(m.export), "dtype": "float32"}, tasks=[TASK],
+    arguments = {"pretrained": str(m.export), "tokenizer": text_tokenizer(m), "dtype": "float32",
+                 **experts_choice(m.config)}
+    told = simple_evaluate(model="hf", model_args=arguments, tasks=[TASK],
                            task_manager=TaskManager(include_path=str(ROOT / "configs/serving")), device="cpu",
                            batch_size=1)
     asked, scores = told["n-samples"][TASK]["effective"], told["results"][TASK]

@@ -153,6 +153,11 @@ class Steps(unittest.TestCase):
         with self.assertRaises(serving_steps.NotTaken):
             serving_steps.group_size_for(shape)
 
+    def test_experts_of_odd_widths_are_taken_one_by_one(self):
+        for config, choice in (({}, {}), ({"moe_intermediate_size": 176}, {}),
+                               ({"moe_intermediate_size": 86}, {"experts_implementation": "eager"})):
+            self.assertEqual(serving_steps.experts_choice(config), choice)
+
     def test_what_a_tool_throws_is_its_result(self):
         def throwing(error):
             def work(_):
