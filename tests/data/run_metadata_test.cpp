@@ -19,7 +19,8 @@ RunMetadata of_training() {
           .data_fingerprint = "0a",
           .config = "run: {dir: r}\n",
           .mesh = "ep 2",
-          .source_digest = "ff"};
+          .source_digest = "ff",
+          .teacher_digest = {}};
 }
 
 TEST(RunMetadata, HasTheseBytes) {
