@@ -50,7 +50,7 @@ TEST(TeacherKeys, AreReadFromTheirSection) {
 TEST(TeacherKeys, ComeBackAsTheyWereWritten) {
   const RunConfig run = parsed("  teacher: {model: dense, weight: 0.25}\n");
   const std::string yaml = to_yaml(run);
-  EXPECT_THAT(yaml, HasSubstr("  nonfinite_patience: 3\n  teacher:\n    model: \"dense\"\n    weight: 0.25\n"
+  EXPECT_THAT(yaml, HasSubstr("  nonfinite_patience: 3\n  teacher:\n    model: dense\n    weight: 0.25\n"
                               "    temperature: 1\noptimizer:\n"));
   EXPECT_EQ(to_yaml(parse_run_config(yaml, "again.yaml", {})), yaml);
 }

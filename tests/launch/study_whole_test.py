@@ -117,7 +117,10 @@ class Whole(Study):
         self.assertFalse((self.folder / "out/timings.md").exists())
         settings = study_file.read_yaml(Path(self.commands("train")[-1].split()[1]))
         self.assertTrue(settings["data"]["train"][0]["loss_mask"])
-        self.assertIn("_mates_3x16x128.h5", settings["data"]["train"][0]["path"])
+        # Batches as the size has them.
+        micro = study_file.read_yaml(study_file.STUDIES / "sizes" / "micro.yaml")
+        self.assertIn(f"_mates_3x{micro['run']['train.global_batch']}x{micro['seq_len']}.h5",
+                      settings["data"]["train"][0]["path"])
 
     def test_a_planted_arm_comes_out_worse(self):
         found = self.done("--plant", "kept", "--seeds", 2)
