@@ -8,9 +8,9 @@ set -euo pipefail
 MEGABYTES=10           # of text
 VOCAB=4096
 SEQ_LEN=256
-DENSE_STEPS=400        # of GLOBAL_BATCH x SEQ_LEN tokens each
+DENSE_STEPS=300        # of GLOBAL_BATCH x SEQ_LEN tokens each
 MORE_STEPS=1000        # of the mixture of experts, and of the dense model that goes on beside it
-GLOBAL_BATCH=8
+GLOBAL_BATCH=6
 DENSE_LR=2.0e-3
 MORE_LR=2.0e-3
 EVAL_SEQUENCES=128     # of every held-out loss, during training and in the table
