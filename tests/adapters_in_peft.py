@@ -6,9 +6,9 @@
 For each case a small model is made and trained by upmoe with adapters at the targets named, and exported twice: the
 adapters alone (`--adapter`), and the model with them in its weights (`--merge`). transformers loads the model that was
 trained, PEFT puts the adapters beside it, and its logits must be those that `upmoe eval` gives of the merged model.
-Where PEFT is known not to take a case, that must still be so, and loudly: a silent wrong answer fails too. Needs torch,
-transformers and peft (launch/serving_requirements.txt) and a build with the target make_run; not part of the test
-suite. Exit status 0 only if every case ends as it should.
+Where PEFT is known not to take a case, that must still be so, and loudly: a silent wrong answer fails too. Needs the
+packages of tests/peft_requirements.txt and a build with the target make_run; not part of the test suite. Exit status 0
+only if every case ends as it should.
 """
 
 import argparse
@@ -55,7 +55,6 @@ def trained(upmoe, work, folder, case):
     base, adapter, merged = folder / "base", folder / "adapter", folder / "merged"
     make_dense(folder / "dense" if recipe else base, family)
     if recipe:
-        # Of a router of few values experts would have equal scores, of which torch takes others.
         run(upmoe, "upcycle", ROOT / f"configs/upcycle/{recipe}-tiny.yaml", "--from", folder / "dense", "--to", base)
     run(upmoe, "train", work / "run.yaml", f"run.dir={folder / 'run'}", f"model.path={base}", "model.init=weights",
         "train.steps=8", "parallel.ep=1", "optimizer.lr=1e-2", "lora.rank=4", "lora.alpha=8",
