@@ -7,13 +7,14 @@
 
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
+#include "tests/support/reference_loss.h"
 #include "tests/support/reference_model.h"
 #include "tests/support/tolerance.h"
 
 namespace upmoe::test {
 namespace {
 
-struct Reference {
+struct TaughtReference {
   Values loss, divergence, dlogits;
 };
 
@@ -32,15 +33,15 @@ double reference_of_row(const Values& student, const Values& teacher, std::size_
   return (1 - rule.weight) * loss + rule.weight * rule.temperature * rule.temperature * divergence;
 }
 
-Reference reference(const Values& logits, const Values& teacher, const Values& targets,
-                    const Distillation& rule, double scale) {
+TaughtReference reference(const Values& logits, const Values& teacher, const Values& targets,
+                          const Distillation& rule, double scale) {
   const std::size_t rows = targets.size(), vocab = rows == 0 ? 1 : logits.size() / rows;
   const auto warm = [&](Values x) {
     for (double& v : x) v /= rule.temperature;
     return reference_softmax(x, vocab);
   };
   const Values plain = reference_softmax(logits, vocab), student = warm(logits), soft = warm(teacher);
-  Reference r{Values(rows), Values(rows), Values(logits.size())};
+  TaughtReference r{Values(rows), Values(rows), Values(logits.size())};
   for (std::size_t c = 0; c < rows; ++c) {
     if (targets[c] < 0) continue;
     const auto target = static_cast<std::size_t>(targets[c]);
@@ -60,13 +61,6 @@ Reference reference(const Values& logits, const Values& teacher, const Values& t
     }
   }
   return r;
-}
-
-HostTensor targets_for(std::int64_t rows, std::int64_t vocab) {
-  HostTensor targets({rows}, DType::kI32);
-  for (std::int64_t c = 0; c < rows; ++c)
-    targets.set(static_cast<std::size_t>(c), c % 4 == 2 ? -1.0 : static_cast<double>(c * 7919 % vocab));
-  return targets;
 }
 
 // Every rank's logits of both models, and the stats of all of them.
@@ -117,7 +111,8 @@ class DistillationOp : public testing::TestWithParam<std::pair<std::int64_t, std
 
 TEST_P(DistillationOp, LossesAndGradient) {
   for (const Distillation& rule : kRules) {
-    const Reference expected = reference(logits.values(), teacher.values(), targets.values(), rule, 0.125);
+    const TaughtReference expected =
+        reference(logits.values(), teacher.values(), targets.values(), rule, 0.125);
     Shards whole(ex, logits, teacher, targets, 1, rule.temperature);
     const auto check = [&](const HostTensor& d, Tolerance tolerance, const std::string& what) {
       expect_close(loss.values(), expected.loss, kLoss, "loss");
@@ -146,7 +141,8 @@ TEST_P(DistillationOp, DividedVocabulary) {
   for (const std::int64_t ranks : {2, 3, 7}) {
     if (ranks > V) continue;
     const Distillation rule{0.6, 1.5};
-    const Reference expected = reference(logits.values(), teacher.values(), targets.values(), rule, 0.125);
+    const TaughtReference expected =
+        reference(logits.values(), teacher.values(), targets.values(), rule, 0.125);
     const Shards shards(ex, logits, teacher, targets, ranks, rule.temperature);
     std::vector<double> first;
     for (std::size_t r = 0; r < shards.logits.size(); ++r) {
@@ -190,7 +186,7 @@ TEST(DistillationReference, GradientIsTheSlope) {
 TEST(DistillationExtremes, AStudentThatIsItsTeacher) {
   OpExec ex;
   const HostTensor logits = random_tensor({3, 1500}, DType::kF32, 5, 4.0), targets = targets_for(3, 1500);
-  HostTensor loss({3}, DType::kF32), divergence({3}, DType::kF32), d({3, 1500}, DType::kF32);
+  HostTensor loss({3}, DType::kF32), divergence({3}, DType::kF32);
   for (const double temperature : {1.0, 3.0})
     for (const std::int64_t ranks : {1, 3}) {
       const Shards shards(ex, logits, logits, targets, ranks, temperature);
@@ -215,7 +211,7 @@ TEST(DistillationExtremes, LargeLogits) {
   const TensorView d_CV = d;
   const Shards whole(ex, logits, teacher, targets, 1, rule.temperature);
   ops::distillation_losses(ex, {loss, divergence, d_CV, 1.0f}, whole.rows(0, targets), whole.stats, rule);
-  const Reference expected = reference(logits.values(), teacher.values(), targets.values(), rule, 1);
+  const TaughtReference expected = reference(logits.values(), teacher.values(), targets.values(), rule, 1);
   expect_close(loss.values(), expected.loss, {1e-6, 0}, "loss");
   expect_close(divergence.values(), expected.divergence, {1e-6, 1e-6}, "divergence");
   expect_close(d.values(), expected.dlogits, kGradient, "dlogits");
