@@ -6,9 +6,9 @@
 For each case a small model is made and trained by upmoe with adapters at the targets named, and exported twice: the
 adapters alone (`--adapter`), and the model with them in its weights (`--merge`). transformers loads the model that was
 trained, PEFT puts the adapters beside it, and its logits must be those that `upmoe eval` gives of the merged model.
-Where PEFT is known not to take a case, that must still be so, and loudly: a silent wrong answer fails too. Needs the
-packages of tests/peft_requirements.txt and a build with the target make_run; not part of the test suite. Exit status 0
-only if every case ends as it should.
+Where PEFT is known not to take a case, or to leave tensors out without a word, that must still be so; logits of another
+model fail. Needs the packages of tests/peft_requirements.txt and a build with the target make_run; not part of the test
+suite. Exit status 0 only if every case ends as it should.
 """
 
 import argparse
