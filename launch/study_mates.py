@@ -7,10 +7,10 @@ reached the sequence.
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 from command_line import BadInput, BadUsage, display
+from whole_file import whole_file
 
 PIECE = 1 << 22  # tokens that are copied at a time
 
@@ -54,8 +54,7 @@ def write_tokens(source, to, settings):
     import h5py  # here alone: what plans and compares needs no token file
     import numpy as np
     length, batch, pairs = settings["data"]["seq_len"], settings["train"]["micro_batch"], pairs_of(settings)
-    part = to.with_name(to.name + ".part")
-    with h5py.File(source, "r") as old, h5py.File(part, "w") as new:
+    with whole_file(to) as part, h5py.File(source, "r") as old, h5py.File(part, "w") as new:
         sequences = len(old["tokens"]) // length
         if sequences < 2 * batch - 1:  # of a pair of steps, so that no mate is there in both
             raise BadInput(f"{display(source)}: {sequences} sequences of {length} tokens; two batches of {batch} with "
@@ -73,7 +72,6 @@ def write_tokens(source, to, settings):
         for name in ("format", "vocab_size", "eos_id", "tokenizer_sha256"):
             if name in old.attrs:
                 new.attrs[name] = old.attrs[name]
-    os.replace(part, to)
 
 
 @dataclass(frozen=True)
