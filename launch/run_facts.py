@@ -104,6 +104,12 @@ def model_of(start):
             f"{count(model.get('activated'))} activated per token")
 
 
+def teacher_of(teacher):
+    return (f"{teacher.get('source')}: {teacher.get('type')}, {teacher.get('layers')} layers; "
+            f"{count(teacher.get('parameters'))} parameters; weight {teacher.get('weight')} of the loss, temperature "
+            f"{teacher.get('temperature')}")
+
+
 def data_lines(start):
     yield str(at(start, "data", "words") or "not recorded")
     files = at(start, "data", "train")
@@ -145,6 +151,8 @@ def facts_of(facts):
     source = facts.config.get("model.path", "not recorded")
     # A later start goes on from a checkpoint; what the run began from, the first one tells.
     rows += [("model", [model_of(facts.starts[0]) if last else str(source)]), ("frozen", [str(frozen)])]
+    if isinstance(at(last, "teacher"), dict):
+        rows.insert(-1, ("teacher", [teacher_of(last["teacher"])]))
     if at(last, "kept_in_fp32"):
         rows.append(("kept in fp32", [str(last["kept_in_fp32"])]))
     if facts.config:

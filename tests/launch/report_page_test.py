@@ -24,6 +24,8 @@ START = {"first_step": 1, "started": "2026-11-29T01:02:03Z", "command": ["upmoe"
          "mesh": "pp 1, dp 2", "precision": "bf16",
          "model": {"source": "/models/<moe>", "start": "its weights", "type": "qwen2_moe", "layers": 4, "mixtures": 4,
                    "experts": 60, "experts_per_token": 4.0, "parameters": 1234567, "activated": 7654},
+         "teacher": {"source": "/models/<dense>", "type": "qwen2", "layers": 3, "parameters": 765432, "weight": 0.5,
+                     "temperature": 2.0},
          "recipe": {"recipe": "seed: 77\n", "report": "/models/moe/upcycle_report.json",
                     "source": {"files": [{"name": "dense.safetensors"}]}, "step_zero": {"loss": 3.25}},
          "frozen": "3 of 41 parameters: layers.*.moe.router_ED x 3", "kept_in_fp32": None,
@@ -142,6 +144,7 @@ class ReportPage(report_test.RunDirectories):
                       "A processor, 8 GiB; 2 hosts; 2 ranks x 4 threads",
                       "pp 1, dp 2", "/models/<moe> (its weights)",
                       "60 experts of which 4.0 compute a token", "1,234,567 parameters", "3 of 41 parameters",
+                      "/models/<dense>: qwen2, 3 layers; 765,432 parameters; weight 0.5 of the loss, temperature 2.0",
                       "4,321 tokens, 5 documents, weight 1.0, digest 99", "seed: 77", "dense.safetensors",
                       "code: /v.h5: 777 tokens, 48 sequences",
                       "its loss at step 0: 3.2500", "not recorded", "# from step 2 on: x"):
@@ -161,7 +164,8 @@ class ReportPage(report_test.RunDirectories):
 
     # Nothing in a file is taken at its word.
     def test_odd_records(self):
-        for i, start in enumerate(({}, {"command": 3, "model": [], "data": {"train": 7}, "recipe": "x", "program": 1},
+        for i, start in enumerate(({}, {"command": 3, "model": [], "data": {"train": 7}, "recipe": "x", "program": 1,
+                                        "teacher": 5},
                                    {"model": {"experts": 1}, "recipe": {"source": {"files": [1]}}, "hosts": "a"})):
             run = self.run_dir(f"odd_{i}", [self.counted(1), self.counted(2)])
             (run / "starts.jsonl").write_text(json.dumps(start) + "\n", encoding="utf-8")
