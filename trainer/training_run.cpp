@@ -1,5 +1,6 @@
 #include "trainer/training_run.h"
 
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include "configs/lora_record.h"
@@ -217,10 +218,12 @@ void Run::count_nonfinite(const StepReport& report) {
     log::warning("step {}: the gradient of {} is not finite; no update", report.step, report.culprit);
   if (nonfinite_ < run_.train.nonfinite_patience) return;
   if (checkpoints_.busy()) checkpoints_.finish();
+  const std::string distilled =
+      run_.train.teacher.given() ? fmt::format(", divergence from the teacher {}", report.distill_loss) : "";
   fail(ExitCode::kNumeric,
-       "loss {} and gradient norm {} were not finite for {} steps in a row, the last one {}; the "
+       "loss {}{} and gradient norm {} were not finite for {} steps in a row, the last one {}; the "
        "newest checkpoint in {} is from before. Lower optimizer.lr, or look at the data of samples {} to {}",
-       report.loss, report.grad_norm, nonfinite_, report.step, checkpoints_.dir().string(),
+       report.loss, distilled, report.grad_norm, nonfinite_, report.step, checkpoints_.dir().string(),
        (report.step - nonfinite_) * run_.train.global_batch, report.step * run_.train.global_batch - 1);
 }
 
