@@ -143,6 +143,10 @@ class Driver:
         return found
 
 
+def has_curves(study):
+    return any(MEASURES[comparison.by].curves for comparison in study.compare)
+
+
 def pictures():
     """The module that draws, loaded where something is drawn: it takes a second."""
     try:
@@ -167,7 +171,7 @@ def conclude(driver, paired, rates, seeds):
     study, folder = driver.study, driver.work.folder
     outcomes = {arm: [Outcome(driver.work, run) for run in paired if run.arm == arm] for arm in study.arms}
     written = list(write_tables(folder, study, outcomes, rates, driver.fits(paired, seeds)))
-    if any(MEASURES[comparison.by].curves for comparison in study.compare):
+    if has_curves(study):
         written.append(pictures().draw_curves(folder, study, outcomes))
     written.append(write_result(folder, study, outcomes, rates))
     driver.work.link_runs(paired)
@@ -236,7 +240,7 @@ def main():
     if shutil.which(program) is None:
         raise BadUsage(f"{display(program)}: no such program; launch/setup.sh makes build/release/upmoe, and --upmoe "
                        "names another")
-    if not args.dry:
+    if has_curves(study) and not args.dry:
         pictures()  # what it lacks is told before hours of training, not behind them
     folder = (args.out or Path("runs/study") / study.name / args.size).resolve()
     work = Work(folder, [program], study)
