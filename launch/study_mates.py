@@ -87,8 +87,13 @@ class Changes:
 
 
 def changes_of(records):
-    """Of what every step logged."""
+    """Of what every step logged; the last step may be without its other half."""
     losses = {record["step"]: record["loss"] for record in records}
-    pairs = [(losses[step], losses[step + 1]) for step in losses if step % 2 == 1 and step + 1 in losses]
-    apart = [abs(a - b) if None not in (a, b) else math.inf for a, b in pairs if a != b]
+    if sorted(losses) != list(range(1, len(losses) + 1)):
+        raise BadInput("a training over batches with mates did not log every step; log.every must be 1")
+    for step, loss in losses.items():
+        if loss is None or not math.isfinite(loss):
+            raise BadInput(f"step {step}: the loss is no number, which says nothing of its mates")
+    pairs = [(losses[step], losses[step + 1]) for step in range(1, len(losses), 2)]
+    apart = [abs(a - b) for a, b in pairs if a != b]
     return Changes(len(pairs), len(apart), max(apart, default=0.0))

@@ -302,12 +302,12 @@ for name in ('dense', 'moe_step0', 'moe'):
     here, there = (json.load(open(f'{folder}/{name}.json'))['loss'] for folder in ('eval', 'cpu'))
     worst = max(worst, abs(here - there))
     print(f'{name}: {here:.4f} on the GPU, {there:.4f} on the CPU')
-sys.exit(not worst < 0.01)  # twice the largest seen, 0.0051"; }
+sys.exit(not worst < 0.01)  # twice the largest seen, 0.0051, of 400 steps of the mixture"; }
 
 quickstart_run() { # NAME OVERRIDES...: one of its runs, on the GPU
   local name=$1
   shift
-  say "$name" timeout "$(at_most 200)" "$suite/bin/upmoe" train "configs/quickstart/$name.yaml" device=cuda \
+  say "$name" timeout "$(at_most 400)" "$suite/bin/upmoe" train "configs/quickstart/$name.yaml" device=cuda \
     data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH" "$@"
 }
 

@@ -117,8 +117,10 @@ void profile(Session& s, Trainer& trainer, std::int64_t step) {
   };
   point("before the first");
   s.memory.ledger.listen([&](const ToldOp& told) {
-    constexpr std::string_view kWhose[] = {"", " again", " of the teacher"};  // in the order of Books
-    point(fmt::format("{}{}", told.name, kWhose[static_cast<std::size_t>(told.books)]));
+    const char* whose = told.books == Books::kAgain     ? " again"
+                        : told.books == Books::kTeacher ? " of the teacher"
+                                                        : "";
+    point(fmt::format("{}{}", told.name, whose));
   });
   trainer.step(step);
   point("end");

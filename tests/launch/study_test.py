@@ -262,9 +262,16 @@ class Mates(unittest.TestCase):
 
     def test_changes_are_counted_to_the_bit(self):
         bit = np.nextafter(2.0, 3.0)
-        found = Ran(1.0, 1.0, 2.0, bit, None, None, 3.0, None, 9.0).changes()
-        self.assertEqual((found.sequences, found.changed, found.largest), (4, 2, math.inf))
+        found = Ran(1.0, 1.0, 2.0, bit, 3.0, 3.5, 9.0).changes()
+        self.assertEqual((found.sequences, found.changed, found.largest), (3, 2, 0.5))
         self.assertEqual(Ran(2.0, bit).changes().largest, bit - 2.0)
+        for not_a_number in (None, math.inf, math.nan):
+            with self.assertRaisesRegex(BadInput, "step 2: the loss is no number"):
+                Ran(1.0, not_a_number).changes()
+        skipped = Ran(1.0, 1.0, 2.0, 2.0)
+        del skipped.steps[1]
+        with self.assertRaisesRegex(BadInput, "log.every must be 1"):
+            skipped.changes()
 
     def test_one_change_decides(self):
         comparison, same, other = self.read(MATES).compare[0], Ran(1.0, 1.0), Ran(1.0, 1.5)
