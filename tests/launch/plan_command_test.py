@@ -179,7 +179,7 @@ class Plan(unittest.TestCase):
         for run in shipped_runs():
             with self.subTest(run=run.name):
                 one, two = (self.planned(run, MODEL, "--world", world, "data.seq_len=2048", f"parallel.ep={world}",
-                                         "train.global_batch=64") for world in (1, 2))
+                                         "train.global_batch=48") for world in (1, 2))
                 for world, plan in ((1, one), (2, two)):
                     self.assertEqual((plan["world"], plan["parallel"]["dp"], plan["parallel"]["ep"]), (world,) * 3)
                     self.assertEqual(sum(rank["alike"] for rank in plan["ranks"]), world)
