@@ -16,7 +16,8 @@ from mutants import ROOT, check_places, parse_arguments
 
 FOLDER = "kernels/cuda/sm90/"
 TEST = "tests/kernels/sm90_experts_test.cpp"
-TWIN = [f"tests/support/fake_cuda/{name}.cpp" for name in ("sm90_emulation", "sm90_machine", "simt_host")]
+FAKE = "tests/support/fake_cuda"
+TWIN = [*(f"{FAKE}/{path.name}" for path in sorted((ROOT / FAKE).glob("sm90_*.cpp"))), f"{FAKE}/simt_host.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-march=native", "-w", "-Itests/support/fake_cuda", "-I."]
 
 # name: file, what stands there, what is planted, the tests that must notice, words of the finding (empty: any)
