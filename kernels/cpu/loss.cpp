@@ -43,9 +43,10 @@ RowSum row_sum(const float* x, std::int64_t n) {
       row.sum *= std::exp(static_cast<double>(row.largest) - static_cast<double>(most));
       row.largest = most;
     }
-    // Nothing but -inf so far adds nothing; exp(-inf - -inf) would be no number.
-    if (row.largest == -std::numeric_limits<float>::infinity()) continue;
-    row.sum += sum_exp(x + begin, count, row.largest);
+    // Nothing but -inf so far adds nothing; exp(-inf - -inf) would be no number. A block of NaNs has no largest either,
+    // and makes the sum one.
+    const bool none = row.largest == -std::numeric_limits<float>::infinity();
+    row.sum += sum_exp(x + begin, count, none ? 0.0f : row.largest);
   }
   return row;
 }

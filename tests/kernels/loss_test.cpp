@@ -139,6 +139,36 @@ TEST(CrossEntropyExtremes, TargetsAndLargestLogitsAnywhere) {
   }
 }
 
+// Logits that are no numbers are not passed over, whole parts of a row from its beginning on as little as others: not
+// in its loss, nor where one rank's share is theirs.
+TEST(CrossEntropyExtremes, NoNumbersMakeALossThatIsNone) {
+  OpExec ex;
+  for (const std::int64_t width : {5000, 60004}) {
+    HostTensor logits = random_tensor({1, width}, DType::kF32, 3), loss({1}, DType::kF32);
+    const std::int64_t bad = width / 2 / 4 * 4;
+    for (std::int64_t v = 0; v < bad; ++v) logits.set(static_cast<std::size_t>(v), NAN);
+    const HostTensor targets = filled({1}, DType::kI32, static_cast<double>(width - 1));
+    ops::cross_entropy(ex, {loss, {}, 1.0f}, logits, targets);
+    EXPECT_TRUE(std::isnan(loss.get(0))) << width << ": " << loss.get(0);
+    HostTensor d({1, width}, DType::kF32);
+    const TensorView d_CV = d;
+    ops::cross_entropy(ex, {loss, d_CV, 1.0f}, logits, targets);
+    EXPECT_TRUE(std::isnan(loss.get(0))) << width << " with a gradient: " << loss.get(0);
+    HostTensor stats({2, 1, 3}, DType::kF64);
+    const TensorView all = stats;
+    const auto share = [&](std::int64_t rank, std::int64_t begin, std::int64_t end) {
+      HostTensor part({1, end - begin}, DType::kF32);
+      for (std::int64_t v = begin; v < end; ++v)
+        part.set(static_cast<std::size_t>(v - begin), logits.get(static_cast<std::size_t>(v)));
+      ops::cross_entropy_stats(ex, all.rows(rank, rank + 1).reshape({1, 3}), part, targets, {begin, width});
+      return part;
+    };
+    const HostTensor first = share(0, 0, bad), last = share(1, bad, width);
+    ops::cross_entropy_sharded(ex, {loss, {}, 1.0f}, last, targets, stats, {bad, width});
+    EXPECT_TRUE(std::isnan(loss.get(0))) << width << " of two ranks: " << loss.get(0);
+  }
+}
+
 TEST(CrossEntropyExtremes, ManyEqualTerms) {  // a running fp32 sum of 151936 terms would be off by 1e-4
   OpExec ex;
   const HostTensor logits = filled({1, 151936}, DType::kF32, 2.5), targets = filled({1}, DType::kI32, 151935);

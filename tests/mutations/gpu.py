@@ -163,6 +163,9 @@ MUTANTS = {
         "kernels/cpu/loss.cpp",
         "      row.sum *= std::exp(static_cast<double>(row.largest) - static_cast<double>(most));\n", "",
         "CrossEntropy*", "loss_test"),
+    "parts_of_a_row_that_are_no_numbers_passed_over": (
+        "kernels/cpu/loss.cpp", "    row.sum += sum_exp(x + begin,", "    if (!none) row.sum += sum_exp(x + begin,",
+        "CrossEntropy*", "loss_test"),
     "weights_and_their_moments_share_chance": (
         "kernels/ops/moment_codes.h", "  return i % 2 == 0 ? word : word << 16 | word >> 16;",
         "  return i % 2 == 0 ? word : (word >> 16) * 0x10001u;", "MomentCodes.*", "adamw8bit_test"),
