@@ -1,6 +1,7 @@
 #pragma once
 // Rows of logits, as the kernels of losses read them: a block has a row.
 
+#include "kernels/cuda/runtime/exponential.cuh"
 #include "kernels/cuda/runtime/launch.cuh"
 
 namespace upmoe::cuda {
@@ -10,12 +11,6 @@ namespace upmoe::cuda {
 //   x    | t0: N | t1: N | ... | t1023: N | t0: N | t1: N | ...
 constexpr int kRowThreads = 1024;  // one block, one row of logits
 constexpr int kWide = 4;           // logits of a pack
-
-// kFast: for gradients in bf16, which keep 8 bits of it.
-template <bool kFast>
-__device__ inline float exponential(float x) {
-  return kFast ? __expf(x) : expf(x);
-}
 
 // The gradient of a row that is ignored.
 template <class T>

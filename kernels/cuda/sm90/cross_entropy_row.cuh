@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/runtime/block.cuh"
+#include "kernels/cuda/runtime/exponential.cuh"
 #include "kernels/cuda/sm90/sm90_ptx.cuh"
 
 namespace upmoe::cuda::sm90 {
@@ -36,12 +37,6 @@ __host__ __device__ inline int share_of(int columns, int blocks) {
 }
 inline std::size_t row_shared_bytes(int columns, int blocks) {
   return sizeof(RowShared) + static_cast<std::size_t>(share_of(columns, blocks)) * sizeof(float);
-}
-
-// For gradients in bf16, which keep 8 bits of it, the special function unit's.
-template <class T>
-__device__ inline float row_exponential(float x) {
-  return sizeof(T) == 2 ? __expf(x) : expf(x);
 }
 
 // This thread's packs of `n` logits of x go to `kept`; returns the largest of them.
@@ -68,7 +63,7 @@ __device__ float exponentials(float* kept, int n, float most) {
     load_floats(v, kept + i);
 #pragma unroll
     for (int j = 0; j < kRowPack; ++j) {
-      v[j] = row_exponential<T>(v[j] - most);
+      v[j] = exponential<sizeof(T) == 2>(v[j] - most);
       sum += v[j];
     }
     store_floats(kept + i, v);
