@@ -25,7 +25,7 @@ MAY_INCLUDE = {
     "kernels/cuda/runtime": {"kernels/core", "kernels/ops"},
     "kernels/cuda/portable": {"kernels/core", "kernels/ops", "kernels/cuda/runtime"},
     "kernels/cuda/library": {"kernels/core", "kernels/ops", "kernels/cuda/runtime"},
-    "kernels/cuda/sm90": {"kernels/core", "kernels/cuda/runtime"},   # of it block.cuh: vectors, sums over a block
+    "kernels/cuda/sm90": {"kernels/core", "kernels/cuda/runtime"},   # block.cuh and exponential.cuh of it
     "configs": {"kernels/core"},
     "parallel": {"kernels/core", "configs"},
     "data": {"kernels/core", "configs", "parallel"},

@@ -11,6 +11,8 @@ namespace upmoe::cuda {
 
 namespace {
 
+static_assert(kMostRowBlocks <= sm90::kShares);  // else blocks would write behind their places
+
 bool at_whole_packs(const ConstTensorView& t) {
   return reinterpret_cast<std::uintptr_t>(t.data) % (4 * size_of(t.dtype)) == 0;
 }

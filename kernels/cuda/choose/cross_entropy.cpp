@@ -11,7 +11,6 @@ namespace {
 // Of the 227 KiB of shared memory that a block of a 9.0 may have, and the 228 of a multiprocessor, of which it takes 1
 // for each block: with two rows there, one loads while the other stores. 1 KiB of a block's is for what is no logit.
 constexpr std::int64_t kBlockBytes = 226 << 10, kTwoBlocksBytes = 112 << 10;
-constexpr int kMostBlocks = 8;  // of a cluster, on every 9.0
 
 std::int64_t share_bytes(std::int64_t columns, int blocks) {
   return (columns / 4 + blocks - 1) / blocks * 4 * static_cast<std::int64_t>(sizeof(float));
@@ -21,12 +20,12 @@ std::int64_t share_bytes(std::int64_t columns, int blocks) {
 
 CrossEntropyChoice choose(const CrossEntropyDescription& d, const Gpu& gpu) {
   // Without a gradient both read a row once.
-  const bool fits = d.packed && d.columns % 4 == 0 && share_bytes(d.columns, kMostBlocks) <= kBlockBytes &&
-                    d.rows <= std::numeric_limits<std::int32_t>::max() / kMostBlocks;
+  const bool fits = d.packed && d.columns % 4 == 0 && share_bytes(d.columns, kMostRowBlocks) <= kBlockBytes &&
+                    d.rows <= std::numeric_limits<std::int32_t>::max() / kMostRowBlocks;
   if (gpu.sm != 90 || !d.gradient || d.rows == 0 || !fits) return {};
-  for (int blocks = 1; blocks < kMostBlocks; blocks *= 2)
+  for (int blocks = 1; blocks < kMostRowBlocks; blocks *= 2)
     if (share_bytes(d.columns, blocks) <= kTwoBlocksBytes) return {CrossEntropyKernel::kCluster, blocks};
-  return {CrossEntropyKernel::kCluster, kMostBlocks};
+  return {CrossEntropyKernel::kCluster, kMostRowBlocks};
 }
 
 std::string words_of(const CrossEntropyDescription& d) {

@@ -15,6 +15,8 @@ struct CrossEntropyDescription {
   bool packed = false;        // rows of logits and gradients lie at addresses of whole packs of four elements
 };
 
+constexpr int kMostRowBlocks = 8;  // of a cluster, on every 9.0; cuda/loss.cpp holds the kernel to it
+
 // A block for each row, which reads it once for the loss and again for the gradient; or a cluster of blocks, which
 // keeps it between the two.
 enum class CrossEntropyKernel : std::uint8_t { kPortable, kCluster };

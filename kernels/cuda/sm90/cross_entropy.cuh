@@ -7,6 +7,8 @@
 
 namespace upmoe::cuda::sm90 {
 
+constexpr int kShares = 8;  // of a row, at most: a place for each in a block's memory
+
 struct CrossEntropyLaunch {
   cudaStream_t stream = nullptr;
   int rows = 0, columns = 0;  // rows > 0; columns a multiple of 4

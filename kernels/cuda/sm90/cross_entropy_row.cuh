@@ -18,11 +18,11 @@
 
 #include "kernels/cuda/runtime/block.cuh"
 #include "kernels/cuda/runtime/exponential.cuh"
+#include "kernels/cuda/sm90/cross_entropy.cuh"
 #include "kernels/cuda/sm90/sm90_ptx.cuh"
 
 namespace upmoe::cuda::sm90 {
 
-constexpr int kShares = 8;  // at most: as many blocks as a cluster has anywhere
 constexpr int kRowThreads = 512, kRowPack = 4;
 
 struct alignas(16) RowShared {
