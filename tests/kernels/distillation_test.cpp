@@ -23,9 +23,9 @@ struct TaughtReference {
 
 // Of a softmax's element p, in a row whose largest is `most`. u is fp32's unit of rounding. The argument of its
 // exponential, a = log(p / most), was rounded three times (a difference, 1 / tau, their product), which is 3 |a| u, and
-// a GPU's fast exponential errs by 2.4 |a| u more. What it is divided by errs by 149 u at most where a GPU's thread adds
-// so many of 151,936 terms in fp32 (a lane of a CPU: 64), and by 3 u times the mean of |a|, which is below 8 here. All
-// else, exponentials at a = 0, factors, products and what is added up of them, is less than 27 roundings.
+// a GPU's fast exponential errs by 2.4 |a| u more. What it is divided by errs by 149 u at most where a GPU's thread
+// adds so many of 151,936 terms in fp32 (a lane of a CPU: 64), and by 3 u times the mean of |a|, which is below 8 here.
+// All else, exponentials at a = 0, factors, products and what is added up of them, is less than 27 roundings.
 double error_of(double p, double most) {
   return p > 0 ? p * (200 + 6 * std::log(most / p)) * kUnit : 0;
 }
