@@ -307,12 +307,13 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
   std::filesystem::remove(tokens);
 }
 
-inline Outcome run_in_layout(const Layout& layout) {
+// `prepare` as of run_rank().
+inline Outcome run_in_layout(const Layout& layout, const std::function<void(Session&)>& prepare = {}) {
   const Golden golden(layout.model);
   Outcome outcome;
   std::mutex mutex;
   run_in_threads(layout.mesh.world(),
-                 [&](Communicator& world) { run_rank(world, golden, layout, outcome, mutex); });
+                 [&](Communicator& world) { run_rank(world, golden, layout, outcome, mutex, prepare); });
   return outcome;
 }
 

@@ -18,14 +18,9 @@ inline std::function<void(RunConfig&)> taught_by(const std::string& teacher, dou
 
 // run_in_layout of a layout whose `change` is taught_by(teacher, ...), with the teacher's golden weights.
 inline Outcome run_taught(const Layout& layout, const std::string& teacher) {
-  const Golden golden(layout.model), of_teacher(teacher);
-  Outcome outcome;
-  std::mutex mutex;
-  run_in_threads(layout.mesh.world(), [&](Communicator& world) {
-    run_rank(world, golden, layout, outcome, mutex,
-             [&](Session& s) { s.teacher->load(s.memory.exec, golden_weights(of_teacher)); });
-  });
-  return outcome;
+  const Golden of_teacher(teacher);
+  return run_in_layout(layout,
+                       [&](Session& s) { s.teacher->load(s.memory.exec, golden_weights(of_teacher)); });
 }
 
 }  // namespace upmoe::test

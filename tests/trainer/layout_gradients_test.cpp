@@ -24,19 +24,10 @@ void poison(Session& s) {
   }
 }
 
-Outcome run(const Layout& l, const std::function<void(Session&)>& prepare) {
-  const Golden golden(l.model);
-  Outcome outcome;
-  std::mutex mutex;
-  run_in_threads(l.mesh.world(),
-                 [&](Communicator& world) { test::run_rank(world, golden, l, outcome, mutex, prepare); });
-  return outcome;
-}
-
 // Against memory of zeros, to which adding and writing are the same.
 void expect_nothing_read(const Layout& l) {
   SCOPED_TRACE(fmt::format("{} zero{} {} {}", l.str(), l.zero, name_of(l.recompute), name_of(l.precision)));
-  const Outcome expected = run(l, {}), found = run(l, poison);
+  const Outcome expected = test::run_in_layout(l), found = test::run_in_layout(l, poison);
   EXPECT_TRUE(
       std::all_of(found.losses.begin(), found.losses.end(), [](double x) { return std::isfinite(x); }));
   EXPECT_EQ(expected.losses, found.losses);
