@@ -77,12 +77,16 @@ std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig&
   notes.unless((routed && model.router.draws()) || run.model.init == ModelInit::kRandom ||
                    run.optimizer.name == OptimizerKind::kAdamW8bit || run.lora.given(),
                "run.seed", "the weights come from model.path, and the order of the data has data.seed");
-  for (const char* key :
-       {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.dtype", "router.score", "router.scale",
-        "router.groups", "router.group_topk", "router.bias_rate", "router.aux_groups", "router.kind",
-        "router.jitter", "router.capacity_factor", "router.capacity_pool", "router.drop", "router.group_size",
-        "router.temperature", "kernels.experts"})
+  for (const char* key : {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.score",
+                          "router.scale", "router.groups", "router.group_topk", "router.bias_rate",
+                          "router.aux_groups", "router.kind", "router.jitter", "router.capacity_factor",
+                          "router.capacity_pool", "router.drop", "router.group_size", "router.temperature"})
     notes.unless(routed, key, "the model has no experts");
+  // How experts are computed, of the run's teacher as well.
+  const ModelConfig* teacher = run.train.teacher.config.get();
+  for (const char* key : {"router.dtype", "kernels.experts"})
+    notes.unless(routed || (teacher != nullptr && teacher->num_moe_layers() > 0), key,
+                 "the model has no experts");
   const auto& losses = run.router.aux_loss;
   notes.unless(std::any_of(losses.begin(), losses.end(), [](double c) { return c > 0; }), "router.aux_kind",
                "router.aux_loss is 0");

@@ -47,6 +47,12 @@ TEST(Requests, AKeyWithoutEffectIsSaid) {
   mixture.num_experts = mixture.num_hidden_layers = 1;
   mixture.router.jitter = 0.1;
   EXPECT_THAT(without_effect(run_with({"run.seed=7"}), mixture), IsEmpty());
+  // A teacher has the run's dtype of routers and its kernels.
+  RunConfig taught = run_with({"kernels.experts=streams", "train.precision=bf16", "router.dtype=fp32"});
+  EXPECT_THAT(without_effect(taught, ModelConfig{}),
+              ElementsAre(HasSubstr("router.dtype"), HasSubstr("kernels.experts")));
+  taught.train.teacher.config = std::make_shared<const ModelConfig>(mixture);
+  EXPECT_THAT(without_effect(taught, ModelConfig{}), IsEmpty());
   EXPECT_THAT(run_with({"router.dtype=fp32", "train.precision=fp32"}).notes,
               ElementsAre(HasSubstr("router.dtype: fp32 has no effect")));
   EXPECT_THAT(run_with({"router.dtype=fp32", "train.precision=bf16"}).notes, IsEmpty());
