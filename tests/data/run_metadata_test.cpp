@@ -41,8 +41,12 @@ TEST(RunMetadata, ComesBack) {
   EXPECT_EQ(run_metadata_json(after), run_metadata_json(before));
   EXPECT_EQ(after.tokens, 1536);
   EXPECT_EQ(after.source_digest, "ff");
+  EXPECT_FALSE(after.teacher_digest);
+  RunMetadata taught = before;
+  taught.teacher_digest = "ee";
+  EXPECT_EQ(parse_run_metadata(run_metadata_json(taught), "here").teacher_digest, "ee");
   const RunMetadata upcycled = parse_run_metadata(run_metadata_json({}), "here");
-  EXPECT_FALSE(upcycled.config || upcycled.mesh || upcycled.source_digest);
+  EXPECT_FALSE(upcycled.config || upcycled.mesh || upcycled.source_digest || upcycled.teacher_digest);
 }
 
 TEST(RunMetadata, KeysOfNewerProgramsArePassedOver) {

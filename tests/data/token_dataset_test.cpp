@@ -34,6 +34,24 @@ TEST_F(TokenFiles, ATokenizerOtherThanTheModelsIsTold) {
   EXPECT_THAT(tokenizer_differences(dir_, {odd.get()}), testing::ElementsAre(HasSubstr("end with token 9")));
 }
 
+TEST_F(TokenFiles, ATeachersTokenizerOtherThanTheModelsIsTold) {
+  for (const char* name : {"model", "same", "other", "none"}) fs::create_directory(dir_ / name);
+  for (const char* name : {"model", "same"}) std::ofstream(dir_ / name / "tokenizer.json") << "{}";
+  std::ofstream(dir_ / "other/tokenizer.json") << R"({"version": "1.0"})";
+  const auto told = [&](const fs::path& model, const fs::path& teacher) {
+    return teacher_tokenizer_difference(model, teacher);
+  };
+  EXPECT_THAT(told(dir_ / "model", dir_ / "other"),
+              testing::AllOf(HasSubstr((dir_ / "model/tokenizer.json").string()),
+                             HasSubstr((dir_ / "other/tokenizer.json").string()),
+                             HasSubstr(sha256("{}").substr(0, 12))));
+  EXPECT_EQ(told(dir_ / "model", dir_ / "same"), "");
+  EXPECT_EQ(told(dir_ / "model", dir_ / "none"), "");
+  EXPECT_EQ(told(dir_ / "none", dir_ / "other"), "");
+  EXPECT_EQ(told({}, dir_ / "other"), "");
+  EXPECT_EQ(told(dir_ / "model", {}), "");
+}
+
 TEST_F(TokenFiles, AResumeKnowsOtherContentOfTheSameLength) {
   const fs::path path = write("a.h5", 1000);
   const auto open = [&] { return TokenDataset({{path, 1.0}}, 8, false, 1, 200000); };
