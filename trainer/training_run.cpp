@@ -52,6 +52,8 @@ class Run {
       require_possible(run_, config, world_.size());
       session_config_ = config;
     });
+    // A run directory goes on while it trains: replicas that began from two of its checkpoints would be no replicas.
+    require_equal(world_, "checkpoints of model.path or train.teacher.model", opened());
     // What is wrong with the configuration, the mesh or the model was found before this: from here on memory is taken
     // and groups are made.
     session_ = std::make_unique<Session>(run_, session_config_, world_, options_.device);
@@ -89,6 +91,13 @@ class Run {
     if (!teacher.given()) return;
     teacher_ = open_model(teacher.model);
     teacher.config = std::make_shared<const ModelConfig>(teacher_->config());
+  }
+
+  std::string opened() const {
+    std::string folders;
+    for (const auto* model : {&source_, &teacher_})
+      if (*model != nullptr) folders += (*model)->directory().string() + "\n";
+    return folders;
   }
 
   void load(const std::optional<fs::path>& checkpoint);
