@@ -26,6 +26,8 @@ DOCUMENT, PICTURE = ROOT / "docs" / "plan.md", ROOT / "docs" / "plan_growth.png"
 GROWTH = re.compile(r"(    (launch/plan_growth\.py .*?)\n\n.*?<!-- its table -->\n\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 FULL = ROOT / "configs" / "plan" / "qwen1.5-moe-a2.7b.yaml"
 MODEL = f"model.path={ROOT / 'configs' / 'models' / 'qwen1.5-moe-a2.7b.json'}"
+DENSE = ROOT / "configs" / "models" / "qwen1.5-1.8b.json"
+TEACHER = f"train.teacher.model={DENSE}"
 
 KEYS = {"run", "world", "machine", "parallel", "micro_batches_per_rank", "tokens_per_step",
         "model_flops_per_step", "teacher_flops_per_step", "fullest_rank", "memory_fullest", "memory_mean",
@@ -56,7 +58,8 @@ def growth(command, picture=None):
 
 
 def shipped_runs():
-    return [path for folder in ("configs", "configs/quickstart") for path in sorted((ROOT / folder).glob("*.yaml"))]
+    return [path for folder in ("configs", "configs/quickstart", "configs/distillation")
+            for path in sorted((ROOT / folder).glob("*.yaml"))]
 
 
 class Plan(unittest.TestCase):
@@ -85,6 +88,32 @@ class Plan(unittest.TestCase):
                              {"calls", "flops", "model_flops", "flops_again", "flops_teacher", "bytes", "seconds"})
             self.assertEqual(set(rank["verbs"]["all_to_all_rows"]),
                              {"transfers", "bytes_inside_node", "bytes_between_nodes", "seconds_waited"})
+
+    def test_a_teacher_is_counted_apart(self):
+        alone, taught = (self.planned(FULL, MODEL, "--world", 8, "--machine", "h100-sxm", *more)
+                         for more in ((), (TEACHER,)))
+        self.assertEqual(alone["teacher_flops_per_step"], 0)
+        self.assertEqual(set(taught["memory_fullest"]), PURPOSES | {"teacher"})
+        self.assertEqual(taught["model_flops_per_step"], alone["model_flops_per_step"])
+        self.assertGreater(taught["time"]["seconds"], alone["time"]["seconds"])
+        self.assertEqual(sum(rank["alike"] * sum(op["flops_teacher"] for op in rank["ops"].values())
+                             for rank in taught["ranks"]), taught["teacher_flops_per_step"])
+        # The forward of a dense model: each product's weights once for every token.
+        model = json.loads(DENSE.read_text(encoding="utf-8"))
+        width, layers, vocab = model["hidden_size"], model["num_hidden_layers"], model["vocab_size"]
+        products = layers * width * (4 * width + 3 * model["intermediate_size"]) + vocab * width
+        self.assertEqual(sum(rank["alike"] * rank["ops"]["gemm"]["flops_teacher"] for rank in taught["ranks"]),
+                         2 * products * taught["tokens_per_step"])
+        # On every rank in bf16: those, the embedding, three biases and two norms a layer, and the last norm.
+        weights = products + vocab * width + (5 * layers + 1) * width
+        self.assertEqual(taught["memory_mean"]["teacher"], 2 * weights)
+        text = upmoe("plan", FULL, MODEL, TEACHER, "--world", 8, "--machine", "h100-sxm").stdout
+        for words in ("the teacher's", "of its teacher's forward"):
+            self.assertIn(words, text)
+        self.refused(["train.teacher: parallel.pp is 2"], FULL, MODEL, TEACHER, "--world", 8, "parallel.pp=2",
+                     "parallel.ep=4")
+        self.refused(["has a vocabulary of 152064 tokens"], FULL, MODEL, "--world", 8,
+                     f"train.teacher.model={DENSE.parent / 'qwen1.5-32b.json'}")
 
     # What plan_against_measured.py goes through.
     def test_the_ways_to_recompute_are_the_programs(self):
@@ -178,7 +207,8 @@ class Plan(unittest.TestCase):
     def test_every_shipped_run_plans_for_its_ranks(self):
         for run in shipped_runs():
             with self.subTest(run=run.name):
-                one, two = (self.planned(run, MODEL, "--world", world, "data.seq_len=2048", f"parallel.ep={world}",
+                models = [MODEL, TEACHER] if run.parent.name == "distillation" else [MODEL]
+                one, two = (self.planned(run, *models, "--world", world, "data.seq_len=2048", f"parallel.ep={world}",
                                          "train.global_batch=48") for world in (1, 2))
                 for world, plan in ((1, one), (2, two)):
                     self.assertEqual((plan["world"], plan["parallel"]["dp"], plan["parallel"]["ep"]), (world,) * 3)
