@@ -104,7 +104,7 @@ def checked(record):
         raise ValueError(f"no {', '.join(missing)}")
     for key in ("step", "tokens", "seconds", "tokens_per_s"):
         number(record, key, required=key in needed)
-    for key in ("flops", "ranks"):
+    for key in ("flops", "flops_teacher", "ranks"):
         number(record, key)
     for key in ("loss", "eval_loss", "grad_norm", "mfu"):
         number(record, key, gap=True)

@@ -79,6 +79,11 @@ class Report(RunDirectories):
         for axis in ("tokens", "flops", "seconds", "step"):
             self.assertEqual(self.report(run, "--against", axis).returncode, 0)
 
+    def test_a_teachers_forward_is_charged(self):
+        folder = self.run_dir("taught", [step(1) | {"ranks": 2}, step(3) | {"ranks": 2, "flops_teacher": 5e8}])
+        run = run_metrics.read_run(folder, "x", "#000000")
+        self.assertEqual(list(run.x(run.steps, "flops")), [2e9, 2e9 + 2 * 2 * 1.5e9])
+
     def test_runs_of_one_arm_are_one_line(self):
         runs = []
         for i in range(4):  # arms of two seeds each; what a study left says which
@@ -157,9 +162,10 @@ class Report(RunDirectories):
     # In this process, to be quick: what read_run refuses comes out as in test_bad_input.
     def test_metrics_are_not_taken_at_their_word(self):
         wrong = [{"loss": "low"}, {"step": "one"}, {"step": True}, {"step": -1}, {"seconds": [1]}, {"tokens": None},
-                 {"tokens_per_s": float("nan")}, {"seconds": 10**400}, {"flops": "many"}, {"grad_norm": {}},
-                 {"expert_load": [[1, 2], [3]]}, {"expert_load": [[[[1]]]]}, {"expert_load": [[]]}, {"expert_load": 3},
-                 {"expert_load": [["a"]]}, {"valid_loss": 3}, {"valid_loss": {"a": "b"}}]
+                 {"tokens_per_s": float("nan")}, {"seconds": 10**400}, {"flops": "many"},
+                 {"flops_teacher": "many"}, {"flops_teacher": -1}, {"grad_norm": {}}, {"expert_load": [[1, 2], [3]]},
+                 {"expert_load": [[[[1]]]]}, {"expert_load": [[]]}, {"expert_load": 3}, {"expert_load": [["a"]]},
+                 {"valid_loss": 3}, {"valid_loss": {"a": "b"}}]
         for i, change in enumerate(wrong):
             run = self.run_dir(f"wrong_{i}", [step(1), step(2) | change])
             with self.assertRaisesRegex(run_metrics.BadInput, "metrics.jsonl:2: not a metrics record", msg=str(change)):

@@ -208,6 +208,12 @@ TEST_F(RunCurves, CrossWhereTheyShould) {
   EXPECT_NEAR(spent_at(fast, 10)->tokens, 10e3, 1e-6) << "the first point is the first thing known";
 }
 
+TEST_F(RunCurves, ATeachersForwardIsCharged) {
+  const char* taught =
+      R"({"step":110,"tokens":1,"loss":4,"flops":1e9,"flops_teacher":5e8,"ranks":4,"seconds":1})";
+  EXPECT_NEAR(read_run_curve(run("taught", 4, taught)).spent.flops, 460e9, 1);
+}
+
 TEST_F(RunCurves, OfEvaluationsWhereThereAre) {
   const RunCurve curve = read_run_curve(run("evaluated", 4, "", true));
   EXPECT_TRUE(curve.held_out);
@@ -241,6 +247,9 @@ TEST_F(RunCurves, BadOnes) {
               HasSubstr("step 100 follows step 100"));
   EXPECT_THAT(message(run("poor", 4, R"({"step":110,"tokens":1,"loss":1,"ranks":1,"seconds":1})")),
               HasSubstr("no number 'flops'"));
+  const char* teacher =
+      R"({"step":110,"tokens":1,"loss":1,"flops":1,"flops_teacher":[],"ranks":1,"seconds":1})";
+  EXPECT_THAT(message(run("untold", 4, teacher)), HasSubstr("no number 'flops_teacher'"));
 }
 
 }  // namespace
