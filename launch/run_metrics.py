@@ -47,6 +47,8 @@ class Run:
     def load_at_end(self):
         """Mixtures by experts, mean over the last tenth of the run; 1 is a fair share."""
         loads = [load for _, load in self.loads()]
+        if not loads:
+            raise BadInput(f"{display(self.path)}: its metrics carry no expert_load, which training a mixture logs")
         recent = np.mean(loads[-max(1, len(loads) // 10):], axis=0)
         return recent * recent.shape[1]
 

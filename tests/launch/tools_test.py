@@ -207,6 +207,10 @@ class QuickstartTable(unittest.TestCase):
         self.assertAlmostEqual(found["difference_at_equal_flops"], 4.2 - 4.5)
         self.assertAlmostEqual(found["least_expert_load"], 0.04)  # of a quarter
         self.assertEqual(found["unused_experts"], 1)
+        (self.folder / "moe/metrics.jsonl").write_bytes((self.folder / "dense/metrics.jsonl").read_bytes())
+        self.evaluated("moe", 4.5, 1000)
+        with self.assertRaisesRegex(BadInput, "moe: its metrics carry no expert_load"):
+            self.status()
 
     def test_seeds_together(self):
         folders = []
