@@ -40,6 +40,11 @@ def missing_package(error):
             "has the packages of launch/requirements.txt")
 
 
+def own_python(error):
+    """The same of a tool that no command of upmoe starts, only people."""
+    return f"{sys.executable} cannot import {error.name}; start it with .venv/bin/python, which launch/setup.sh makes"
+
+
 def end_without_package(name, words):
     """For a tool whose packages are missing while it loads: ends as main()'s BadUsage would."""
     print(f"{name}: error: {words}", file=sys.stderr)

@@ -2,7 +2,7 @@
 """What several seeds of launch/quickstart.sh say together: the mixture's held-out loss less that of the dense model
 that goes on, of each seed and as the mean with its 95 % interval.
 
-usage: launch/quickstart_seeds.py FOLDER FOLDER...    for example runs/quickstart runs/quickstart_seed2 ...
+usage: .venv/bin/python launch/quickstart_seeds.py FOLDER FOLDER...    such as runs/quickstart runs/quickstart_seed2
 """
 
 import argparse
@@ -10,8 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-from command_line import BadInput, display, run_tool
-from study_statistics import interval
+from command_line import BadInput, display, end_without_package, own_python, run_tool
+
+try:
+    from study_statistics import interval
+except ImportError as missing:
+    end_without_package("quickstart_seeds", own_python(missing))
 
 READINGS = {"difference_at_equal_tokens": "for as many tokens", "difference_at_equal_flops": "for as many FLOPs"}
 
@@ -28,10 +32,10 @@ def result_of(folder):
 
 
 def settings_of(folder):
-    """What the run was, without its seed."""
+    """What the run was without its seed, and that."""
     file = folder / "settings"
     try:
-        return file.read_text(encoding="utf-8").rpartition(" seed ")[0]
+        return file.read_text(encoding="utf-8").strip().rpartition(" seed ")[::2]
     except OSError as problem:
         raise BadInput(f"{display(file)}: {problem.strerror}") from None
 
@@ -42,8 +46,11 @@ def main():
     args = parser.parse_args()
     if len(args.folders) < 2 or len({folder.resolve() for folder in args.folders}) < len(args.folders):
         parser.error("give two or more different folders, each of one seed")
-    if len({settings_of(folder) for folder in args.folders}) > 1:
+    settings, seeds = zip(*map(settings_of, args.folders), strict=True)
+    if len(set(settings)) > 1:
         raise BadInput("these runs differ in more than their seed (see the file settings in each); start them alike")
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"these runs are of the seeds {', '.join(seeds)}; the same one again says nothing new")
     results = [result_of(folder) for folder in args.folders]
     for folder, result in zip(args.folders, results, strict=True):
         print(f"{display(folder)}: " + ", ".join(f"{words} {result[key]:+.4f}" for key, words in READINGS.items()) +

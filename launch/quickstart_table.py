@@ -9,10 +9,14 @@ from math import prod
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-from command_line import BadInput, run_tool
-from run_metrics import read_run
-from study_statistics import Curve, loss_difference
+from command_line import BadInput, end_without_package, own_python, run_tool
+
+try:
+    import numpy as np
+    from run_metrics import read_run
+    from study_statistics import Curve, loss_difference
+except ImportError as missing:
+    end_without_package("quickstart_table", own_python(missing))
 
 EXPORT_TOLERANCE = 1e-5
 # Between what a run measured at its end and what `upmoe eval` measures of its checkpoint, relative: other sums.

@@ -81,7 +81,8 @@ class Endings(unittest.TestCase):
 
     def test_a_python_without_the_packages_is_told_what_to_do(self):
         for tool, way_out in (("report.py", "launch/setup.sh"), ("study.py", "launch/setup.sh"),
-                              ("routing_picture.py", "launch/setup.sh"), ("write_gguf.py", "launch/after_training.sh")):
+                              ("routing_picture.py", "launch/setup.sh"), ("write_gguf.py", "launch/after_training.sh"),
+                              ("quickstart_table.py", ".venv/bin/python"), ("quickstart_seeds.py", ".venv/bin/python")):
             found = subprocess.run([sys.executable, "-S", ROOT / "launch" / tool], capture_output=True, text=True,
                                    check=False)
             self.assertEqual(found.returncode, 2, found.stderr)
@@ -229,6 +230,8 @@ class QuickstartTable(unittest.TestCase):
         self.assertIn("for as many tokens: -0.0600 nats per token, 95 % interval -0.0848 to -0.0352 (3 seeds)",
                       said(*folders).stdout)
         self.assertEqual(said(folders[0], folders[0]).returncode, 2)
+        (self.folder / "seed2/settings").write_text("text= steps 4 seed 1\n")
+        self.assertIn("of the seeds 1, 1, 3;", said(*folders).stderr)
         (self.folder / "seed2/settings").write_text("text= steps 5 seed 2\n")
         self.assertIn("differ in more than their seed", said(*folders).stderr)
         (self.folder / "seed3/result.json").unlink()
