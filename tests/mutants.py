@@ -6,6 +6,7 @@ The tree is copied first, so nothing here changes.
 """
 
 import argparse
+import difflib
 import os
 import shutil
 import subprocess
@@ -43,11 +44,15 @@ def run(command, **options):
 def parse_arguments(description, mutants, *options):
     """What both scripts of mutants are asked; `options` are those of one alone, as (name, words for argparse)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*mutants, []], metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a mutant (default: all of them)")
     parser.add_argument("--places", action="store_true", help="only look for the places; a test does this")
     for option, words in options:
         parser.add_argument(option, **words)
     args = parser.parse_args()
+    for name in args.names:
+        if name not in mutants:
+            near = difflib.get_close_matches(name, mutants)
+            parser.error(f"no mutant '{name}'" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     args.names = args.names or list(mutants)
     return args
 
