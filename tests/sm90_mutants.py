@@ -5,6 +5,7 @@ By hand, not in ctest: every mutant is compiled. usage: tests/sm90_mutants.py [-
 The sources are copied first, so nothing here changes.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from mutants import ROOT, check_places, parse_arguments
 
 FOLDER = "kernels/cuda/sm90/"
 TEST = "tests/kernels/sm90_experts_test.cpp"
-FAKE = "tests/support/fake_cuda"
-TWIN = [*(f"{FAKE}/{path.name}" for path in sorted((ROOT / FAKE).glob("sm90_*.cpp"))), f"{FAKE}/simt_host.cpp"]
+MODEL = "tests/support/fake_cuda"
+TWIN = [f"{MODEL}/{name}" for name in re.search(r"add_library\(sm90_emulation STATIC ([^)]*)\)", (
+    ROOT / MODEL / "CMakeLists.txt").read_text(encoding="utf-8"))[1].split()]
 FLAGS = ["-std=c++20", "-O1", "-march=native", "-w", "-Itests/support/fake_cuda", "-I."]
 
 # name: file, what stands there, what is planted, the tests that must notice, words of the finding (empty: any)
