@@ -19,13 +19,18 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import peft
-import torch
-import transformers
-from safetensors.torch import load_file
-
 import check_export_in_transformers
-from round_trips import ROOT, make_dense, run
+from check_export_in_transformers import ROOT, require_packages, run_tool
+from round_trips import make_dense, run
+
+try:  # what --help does without
+    import peft
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+    MISSING = check_export_in_transformers.MISSING
+except ImportError as missing:
+    MISSING = missing
 
 TOLERANCE = 1e-4  # of a logit, as check_export_in_transformers.py has it
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -117,6 +122,7 @@ def main():
     for name in args.names:
         if name not in CASES:
             parser.error(f"no case '{name}'; there are {', '.join(CASES)}")
+    require_packages(MISSING, "tests/peft_requirements.txt has the packages that are needed")
     print(f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}", flush=True)
     failed = 0
     with tempfile.TemporaryDirectory() as top:
@@ -132,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("adapters_in_peft", main))

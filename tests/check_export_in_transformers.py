@@ -11,13 +11,26 @@ import argparse
 import sys
 from pathlib import Path
 
-import h5py
-import torch
-import transformers
-from safetensors.torch import load_file
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "tests" / "support")]
+from command_line import BadUsage, run_tool  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-import deepseek_moe  # noqa: E402,F401  a family that transformers has no class of its own for
+try:  # what --help does without
+    import h5py
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    import deepseek_moe  # noqa: F401  a family that transformers has no class of its own for
+    MISSING = None
+except ImportError as missing:
+    MISSING = missing
+
+
+def require_packages(missing=MISSING, cure="tests/golden/README.md says which ones are needed, and h5py"):
+    """For a tool that is about to begin, behind its arguments."""
+    if missing:
+        raise BadUsage(f"{sys.executable} cannot import {missing.name}; {cure}")
 
 
 def read_sequences(token_file, sequences, seq_len):
@@ -77,6 +90,7 @@ def main():
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)")
     parser.add_argument("--save", type=Path, help="save the loaded model again, as transformers does, in this folder")
     args = parser.parse_args()
+    require_packages()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     same = agrees(args.model, args.logits, args.tokens, args.tolerance, args.save)
     print("same model" if same else "FAILED")
@@ -84,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("check_export_in_transformers", main))

@@ -16,15 +16,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-import h5py
-import numpy
-import torch
-import transformers
-from safetensors.numpy import load_file, save_file
+from check_export_in_transformers import ROOT, require_packages, run_tool
+from tiny_run import ENVIRONMENT, mpirun
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests/support"))
-from tiny_run import ENVIRONMENT, mpirun  # noqa: E402
+try:  # what --help does without
+    import h5py
+    import numpy
+    import torch
+    import transformers
+    from safetensors.numpy import load_file, save_file
+    MISSING = None
+except ImportError as missing:
+    MISSING = missing
 
 MESHES = {"alone": (1, {}), "dp 4, ep 2": (4, {"ep": 2}), "tp 2, cp 2": (4, {"tp": 2, "cp": 2}),
           "pp 2, dp 2": (4, {"pp": 2})}
@@ -95,6 +98,7 @@ def main():
     parser.add_argument("upmoe", type=Path)
     parser.add_argument("--case", default="moe_a27b", help="of tests/golden (default %(default)s)")
     args = parser.parse_args()
+    require_packages(MISSING)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     failed = False
     with tempfile.TemporaryDirectory() as folder:
@@ -118,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("check_masked_step_in_torch", main))

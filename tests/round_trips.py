@@ -21,13 +21,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
-import yaml
-
 import check_export_in_transformers
+from check_export_in_transformers import ROOT, require_packages, run_tool
 
-ROOT = Path(__file__).resolve().parent.parent
+try:  # what --help does without
+    import torch
+    import transformers
+    import yaml
+    MISSING = check_export_in_transformers.MISSING
+except ImportError as missing:
+    MISSING = missing
+
 WIDTH = 688  # of the FFN, which the tiny recipes are for
 SIZES = dict(hidden_size=64, intermediate_size=WIDTH, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=64, max_position_embeddings=64, initializer_range=0.1,
@@ -109,6 +113,7 @@ def main():
     for name in args.names:
         if name not in known:
             parser.error(f"no recipe '{name}'; there are {', '.join(known)}")
+    require_packages(MISSING)
     with tempfile.TemporaryDirectory() as top:
         run(args.build / "bin/make_run", Path(top) / "run")
         for recipe, name in zip(recipes, known):
@@ -119,4 +124,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("round_trips", main))

@@ -89,6 +89,20 @@ class Endings(unittest.TestCase):
             self.assertRegex(found.stderr, rf"error: .* cannot import \w+; .*{way_out}")
             self.assertEqual(found.stderr.count("\n"), 1, found.stderr)
 
+    def test_what_a_script_of_tests_needs_is_told_behind_its_help(self):
+        def started(name, *words):
+            return subprocess.run([sys.executable, "-S", ROOT / "tests" / name, *words], capture_output=True, text=True,
+                                  check=False)
+
+        for script in sorted((ROOT / "tests").glob("*.py")):
+            found = started(script.name, "--help")
+            self.assertEqual((found.returncode, found.stdout[:6]), (0, "usage:"), f"{script}: {found.stderr}")
+        for name, words in (("adapters_in_peft", ""), ("round_trips", ""), ("check_export_in_transformers", "abc"),
+                            ("check_masked_step_in_torch", "a")):
+            found = started(f"{name}.py", *words)
+            self.assertEqual(found.returncode, 2, found.stderr)
+            self.assertRegex(found.stderr, rf"\A{name}: error: .* cannot import \w+; tests/\w+\S+ .*\n\Z")
+
     # `upmoe generate` reads it off a line, and ends with the status that the line has.
     def test_text_without_its_package_is_told_what_to_do(self):
         with tempfile.TemporaryDirectory() as folder:
