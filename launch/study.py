@@ -232,6 +232,8 @@ def main():
     if args.plant:
         study = plant(study, args.plant)
     if args.text:
+        if not Path(args.text).is_dir():
+            raise BadInput(f"--text {display(args.text)}: no folder")
         study.texts[study.main_text] = str(Path(args.text).resolve())
     for text, folder in study.texts.items():
         if folder != STANDARD_TEXT and not (ROOT / folder).is_dir():

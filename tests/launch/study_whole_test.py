@@ -194,7 +194,10 @@ class Whole(Study):
         self.write(STUDY + "texts: {text: /nowhere/at/all}\n")
         found = self.study()
         self.assertEqual(found.returncode, 3)
-        self.assertIn("is no folder", found.stderr)
+        self.assertIn("text text: /nowhere/at/all is no folder", found.stderr)
+        found = self.study("--text", "/nowhere/else")
+        self.assertEqual(found.returncode, 3)
+        self.assertIn("--text /nowhere/else: no folder", found.stderr)
 
     def test_too_little_disk_is_told(self):
         script = ("import shutil, sys, collections; sys.path.insert(0, sys.argv.pop(1)); "
