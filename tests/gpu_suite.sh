@@ -20,6 +20,8 @@ op_tests=(pointwise pack layer_norm norm activation loss distillation embedding 
   balance_rows capacity router_draws noisy_routing token_groups adversarial_routing transfer gemm grouped_gemm
   expert_ffn experts attention attention_pair attention_decode adamw adamw8bit)
 
+words() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
+
 die() {
   echo "gpu_suite: error: $*" >&2
   exit 1
@@ -335,6 +337,7 @@ part_quickstart() {
   . ./settings
   mkdir -p eval
   quickstart_run dense train.steps="$DENSE_STEPS" optimizer.lr="$DENSE_LR"
+  rm -rf $models/dense $models/moe  # of a part that was cut off; both commands refuse what is there
   say export "$suite/bin/upmoe" export "$(step_of dense "$DENSE_STEPS")" --to $models/dense --dtype fp32
   say upcycle "$suite/bin/upmoe" upcycle configs/upcycle/qwen1.5-moe-a2.7b-tiny.yaml --from $models/dense \
     --to $models/moe
@@ -352,6 +355,9 @@ run_parts() {
   out=$(realpath -m "$1")
   shift
   [ $# -gt 0 ] || set -- ops models sanitizer bench algorithms step full largest peers quickstart
+  for part in "$@"; do
+    declare -F "part_$part" >/dev/null || die "no part '$part'; 'gpu_suite.sh --help' names them"
+  done
   unpack
   mkdir -p "$out"
   gpus=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader) ||
@@ -360,13 +366,13 @@ run_parts() {
   { date -u +%Y-%m-%dT%H:%M:%SZ && cat "$suite/commit" && echo "$gpus" && uname -sr && echo "$versions"; } \
     >"$out/machine.txt" || die "cannot write $out/machine.txt"
   for part in "$@"; do
-    declare -F "part_$part" >/dev/null || die "no part '$part'"
     part_out=$out/$part
     if [ -e "$part_out/finished" ]; then
       echo "== $part: finished before"
       continue
     fi
     mkdir -p "$part_out"
+    rm -f "$part_out/failed" "$part_out/summary.txt"  # of a start that was cut off
     echo "== $part"
     "part_$part"
     touch "$part_out/finished"
@@ -378,8 +384,12 @@ case ${1:-} in
   bundle) make_bundle ;;
   run)
     shift
-    [ $# -ge 1 ] || die "run OUT PART..."
+    [[ ${1:-} == [!-]* ]] || die "expected run OUT PART..., found run ${1:-}"
     run_parts "$@"
     ;;
-  *) sed -n '2,14p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' && exit 2 ;;
+  -h | --help) words ;;
+  *)
+    words >&2
+    exit 2
+    ;;
 esac

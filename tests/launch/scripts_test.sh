@@ -30,6 +30,8 @@ expect_usage "$root/launch/run_local.sh" 2 "$root/no_such_program" train run.yam
 expect_usage "$root/launch/after_training.sh"
 expect_usage "$root/launch/after_training.sh" "$root/no_such_folder"
 expect_usage "$root/launch/after_training.sh" "$root/tests/golden/moe_odd" --only no_such_step
+expect_usage "$root/tests/gpu_suite.sh"
+expect_usage "$root/tests/gpu_suite.sh" no_such_word
 expect_usage "$root/tests/setup_interrupted.sh" --times
 expect_usage "$root/tests/setup_interrupted.sh" --within soon
 for script in setup quickstart test run_local run_hosts after_training; do
