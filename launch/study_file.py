@@ -26,7 +26,7 @@ SIZE_KEYS = {"text": dict, "seq_len": int, "eval_sequences": int, "evaluations":
 STUDY_KEYS = {"claim": str, "expect": str, "sizes": list, "texts": dict, "last": dict, "arms": dict, "compare": list,
               "fit": bool} | SIZE_KEYS
 LINK_KEYS = {"train": ("model", "steps", "warmup", "text", "batches"), "upcycle": ("recipe",)}  # beside section.key
-COMPARE_KEYS = ("better", "than", "by", "at", "worth", "most", "with_source")
+COMPARE_KEYS = ("better", "than", "by", "at", "worth", "most", "with_source")  # from `at` on: of held-out curves
 
 
 class Loader(yaml.SafeLoader):
@@ -223,6 +223,16 @@ def read_arm(name, value, study, reader):
     return links
 
 
+def check_batches(value, needed, study, reader):
+    """Of a comparison by a measure that wants its arms' batches laid out."""
+    for name, links in study.arms.items():
+        if links and name in (value.get("better"), value.get("than")) and links[-1].own.get("batches") != needed:
+            reader.add(f"compare: by {value['by']}: the last train of '{name}' needs `batches: {needed}`")
+    for key in COMPARE_KEYS[3:]:
+        if key in value:
+            reader.add(f"compare: by {value['by']}: it counts, and {key} says nothing to it; leave it out")
+
+
 def read_comparison(value, study, reader):
     if not isinstance(value, dict):
         reader.add(f"compare: expected keys, found {value!r}")
@@ -231,7 +241,7 @@ def read_comparison(value, study, reader):
         if key not in COMPARE_KEYS:
             reader.unknown(key, list(COMPARE_KEYS), "compare: ")
     for key in ("better", "than"):
-        if value.get(key) not in study.arms:
+        if value.get(key) not in list(study.arms):
             reader.add(f"compare: {key}: expected an arm ({', '.join(study.arms)}), found {value.get(key)!r}")
     for key, valid in (("by", list(MEASURES)), ("at", AXES)):
         if value.get(key, valid[0]) not in valid:
@@ -239,10 +249,9 @@ def read_comparison(value, study, reader):
     for key in ("worth", "most"):
         if not isinstance(value.get(key, 0), (int, float)) or value.get(key, 0) < 0:
             reader.add(f"compare: {key}: expected a number that is not negative, found {value[key]!r}")
-    needed = MEASURES.get(value.get("by", "loss"))
-    for arm in (value.get("better"), value.get("than")):
-        if needed and study.arms.get(arm) and study.arms[arm][-1].own.get("batches") != needed:
-            reader.add(f"compare: by {value['by']}: the last train of '{arm}' needs `batches: {needed}`")
+    for measure, needed in MEASURES.items():
+        if needed and value.get("by") == measure:
+            check_batches(value, needed, study, reader)
     known = {key: content for key, content in value.items() if key in COMPARE_KEYS}
     return Comparison(**known) if {"better", "than"} <= set(known) else None
 

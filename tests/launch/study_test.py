@@ -125,6 +125,8 @@ class Files(unittest.TestCase):
         self.refused(STUDY + "claim: twice\n", "stands twice")
         self.refused(STUDY.replace("source: 40", "source: {tiny: 40}"), "says nothing of size micro")
         self.refused(STUDY.replace("better: kept", "beter: kept"), "did you mean 'better'")
+        self.refused(STUDY.replace("better: kept, than: re-drawn, by: cost", "better: [kept], than: kept, by: [cost]"),
+                     "better: expected an arm", "by: expected loss or cost or mates, found ['cost']")
         self.refused(STUDY.replace("model: source", "model: [source]"), "model: expected a name, found ['source']")
         self.refused(STUDY.replace("{steps: arm}", "{steps: arm, warmup: x}"), "warmup: expected a number, found 'x'")
         self.refused(STUDY.replace("source: 40", "source: forty"), "steps: source: expected a number, found 'forty'")
@@ -222,6 +224,7 @@ class Mates(unittest.TestCase):
         self.refused(MATES.replace(", batches: mates", ""), "belong together", "needs `batches: mates`")
         self.refused(MATES.replace("batches: mates", "batches: mate"), "did you mean 'mates'")
         self.refused(MATES.replace("[0.0]", "[0.0, 1.0e-3]"), "or 0.0 alone")
+        self.refused(MATES.replace("by: mates", "by: mates, at: flops, worth: 0.1"), "at says nothing", "worth says")
         self.refused(MATES.replace("steps: 9", "steps: 9, batches: mates"), "belongs to the last train")
         study = self.read(MATES.replace("batches: mates", "batches: mates, train.micro_batch: 1"))
         with self.assertRaisesRegex(BadUsage, "a sequence alone has no mates"):
