@@ -298,8 +298,8 @@ part_peers() {
 
 # The same losses: steps in another order of sums end a little elsewhere, by much less than what training gains. Of 400
 # steps of the mixture the most that was seen is 0.0051; twice that is allowed to the dense model, which trains 300, and
-# to what is made of it. The mixture trains 1,000 by now, of which nothing was seen yet: it may move by less than half of
-# what it is better by than the dense model that goes on (in README.md 0.066), or the GPU would say something else.
+# to what is made of it. The mixture trains 1,000 by now, of which nothing was seen yet: it may move by less than half
+# of what it is better by than the dense model that goes on (in README.md 0.066), or the GPU would say something else.
 same_as_on_cpu() { python3 -c "
 import json, sys
 loss = lambda folder, name: json.load(open(f'{folder}/{name}.json'))['loss']
