@@ -108,9 +108,14 @@ def keys_of(config, family):
 def cut_of(tokenizer, path):
     """llama.cpp's name of how the text is cut."""
     steps = tokenizer.get("pre_tokenizer") or {}
-    patterns = [step["pattern"].get("Regex") for step in steps.get("pretokenizers", [steps])
-                if step.get("type") == "Split"]
-    cut = CUTS.get((patterns[0] if len(patterns) == 1 else None, bool(tokenizer["model"].get("ignore_merges"))))
+    steps, pattern = steps.get("pretokenizers", [steps]), None
+    if [step.get("type") for step in steps] == ["Split", "ByteLevel"]:
+        split, to_bytes = steps
+        # Left out, use_regex cuts once more, and a space is put in front.
+        whole = not to_bytes.get("use_regex", True) and not to_bytes.get("add_prefix_space", True)
+        if whole and split.get("behavior") == "Isolated" and not split.get("invert"):
+            pattern = split.get("pattern", {}).get("Regex")
+    cut = CUTS.get((pattern, bool(tokenizer["model"].get("ignore_merges"))))
     if cut is None:
         raise BadInput(f"{path}: cuts text as none of {', '.join(CUTS.values())} does; without tokenizer.json beside "
                        "the model the file has no vocabulary")

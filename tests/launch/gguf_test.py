@@ -127,7 +127,7 @@ class GgufTest(GgufFolder):
     TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
                  "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
                      {"type": "Split", "pattern": {"Regex": QWEN2_CUT}, "behavior": "Isolated"},
-                     {"type": "ByteLevel", "add_prefix_space": False}]},
+                     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
                  "added_tokens": [{"id": 3, "content": "<|end|>", "special": True}, {"id": 4, "content": "own"}]}
 
     def test_a_vocabulary(self):
@@ -146,7 +146,10 @@ class GgufTest(GgufFolder):
         whole = json.dumps(self.TOKENIZER)
         for tokenizer in (whole.replace("N}|", "N}{1,3}|"), whole.replace("BPE", "Unigram"),
                           whole.replace('"type": "Split"', '"type": "Digits"'),
-                          whole.replace('"vocab"', '"ignore_merges": true, "vocab"')):
+                          whole.replace('"vocab"', '"ignore_merges": true, "vocab"'),
+                          whole.replace(', "use_regex": false', ""), whole.replace("Isolated", "Removed"),
+                          whole.replace('prefix_space": false', 'prefix_space": true'),
+                          whole.replace('[{"type": "Split"', '[{"type": "Digits"}, {"type": "Split"')):
             self.assertNotEqual(tokenizer, whole)
             (self.folder / "tokenizer.json").write_text(tokenizer)
             with self.assertRaises(BadInput):
