@@ -98,6 +98,9 @@ def write(document, family, results, day=None):
 
 def main():
     words = sys.argv[1:]
+    if words in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
     if len(words) == 5 and words[0] == "note":
         note(*words[1:])
         return 0

@@ -295,6 +295,9 @@ def outcome(work, model):
 
 
 def main():
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
     if len(sys.argv) != 4 or sys.argv[1] not in STEPS:
         raise BadUsage(f"usage: serving_steps.py STEP EXPORT OUT, STEP one of {' '.join(STEPS)}")
     # Nothing is fetched: the model is here, and so is the task.
