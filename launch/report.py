@@ -109,7 +109,8 @@ def of_study(path, key):
 
 def arm_of(path):
     """The folder's name of a run that no study made."""
-    return of_study(path, "arm") or path.resolve().name
+    arm = of_study(path, "arm")
+    return arm if arm and isinstance(arm, str) else path.resolve().name
 
 
 def told_apart(paths, names):

@@ -112,6 +112,10 @@ class Report(RunDirectories):
         for run in runs[:2]:
             (run / "study.json").write_text(json.dumps({"arm": "a", "seed": 7}))  # of two sizes
         self.assertEqual(report.told_apart(runs[:2], ["a", "a"]), [f"a, {runs[0]}", f"a, {runs[1]}"])
+        self.assertEqual(report.arm_of(runs[0]), "a")
+        for odd in ({"arm": ["a"]}, {"arm": 3}, {"arm": ""}, [], "arm"):
+            (runs[0] / "study.json").write_text(json.dumps(odd))
+            self.assertEqual(report.arm_of(runs[0]), "run")
 
     # Student's t of two values is 12.7: such an interval would be all that is seen.
     def test_two_runs_are_lines_and_three_an_interval(self):
