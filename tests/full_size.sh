@@ -6,6 +6,11 @@
 # UPMOE names the program (default: build/release/upmoe), RANKS > 1 starts it under mpirun. Random weights, nothing is
 # downloaded. Not part of the test suite. Removes what it made.
 set -euo pipefail
+usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
+case ${1:-} in
+  -h | --help) usage; exit 0 ;;
+  -*) usage >&2; exit 2 ;;
+esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 upmoe=${UPMOE:-$root/build/release/upmoe}

@@ -20,7 +20,7 @@ op_tests=(pointwise pack layer_norm norm activation loss distillation embedding 
   balance_rows capacity router_draws noisy_routing token_groups adversarial_routing transfer gemm grouped_gemm
   expert_ffn experts attention attention_pair attention_decode adamw adamw8bit)
 
-words() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 
 die() {
   echo "gpu_suite: error: $*" >&2
@@ -387,9 +387,9 @@ case ${1:-} in
     [[ ${1:-} == [!-]* ]] || die "expected run OUT PART..., found run ${1:-}"
     run_parts "$@"
     ;;
-  -h | --help) words ;;
+  -h | --help) usage ;;
   *)
-    words >&2
+    usage >&2
     exit 2
     ;;
 esac

@@ -5,6 +5,11 @@
 #
 # usage: [RANKS="1 2"] tests/same_losses.sh OLD_PROGRAM NEW_PROGRAM [section.key=value ...]     settings for all runs
 set -euo pipefail
+usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
+case ${1:-} in
+  -h | --help) usage; exit 0 ;;
+  -*) usage >&2; exit 2 ;;
+esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ $# -ge 2 && -x $1 && -x $2 ]] || { sed -n '/^# usage/s/^# //p' "$0" >&2; exit 2; }
 old=$(realpath "$1") new=$(realpath "$2")

@@ -31,12 +31,18 @@ expect_usage "$root/launch/after_training.sh"
 expect_usage "$root/launch/after_training.sh" "$root/no_such_folder"
 expect_usage "$root/launch/after_training.sh" "$root/tests/golden/moe_odd" --only no_such_step
 expect_usage "$root/tests/gpu_suite.sh"
-expect_usage "$root/tests/gpu_suite.sh" no_such_word
+expect_usage "$root/tests/same_losses.sh"
 expect_usage "$root/tests/setup_interrupted.sh" --times
 expect_usage "$root/tests/setup_interrupted.sh" --within soon
 for script in setup quickstart test run_local run_hosts after_training; do
   help=$("$root/launch/$script.sh" --help) || fail "$script.sh --help ended with $?"
   [[ $help == *usage:* ]] || fail "$script.sh --help tells no usage"
+done
+
+for script in "$root"/tests/*.sh; do
+  help=$("$script" --help) || fail "$script --help ended with $?"
+  [[ $help == *"tests/${script##*/} "* ]] || fail "$script --help tells no usage"
+  expect_usage "$script" --no-such-option
 done
 
 # Ranks see their number, and OMP_NUM_THREADS as it was: the program shares the cores out. A failing rank's status comes
