@@ -90,11 +90,14 @@ def build(tree, out, *programs):
 
 
 def caught(out, tests, program):
-    """The tests fail, or the program stops with an error: both are a catch; a time-out is a hang, and none."""
+    """The tests fail, or the program stops with an error: both are a catch; a time-out is a hang, and None."""
     began = time.monotonic()
     device = {"UPMOE_TEST_DEVICE": "cuda"} if program.endswith("_on_gpu") else {}
-    done = run([out / "bin" / program, f"--gtest_filter={tests}"], timeout=600,
-               env=os.environ | {"OMP_NUM_THREADS": "1"} | device)
+    try:
+        done = run([out / "bin" / program, f"--gtest_filter={tests}"], timeout=600,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"} | device)
+    except subprocess.TimeoutExpired:
+        return None, 0, time.monotonic() - began
     failed = sum(line.startswith("[  FAILED  ]") and "(" in line for line in done.stdout.splitlines())
     return done.returncode != 0, failed, time.monotonic() - began
 
@@ -114,8 +117,8 @@ def main():
     if done.returncode != 0:
         raise SystemExit(f"the tree without mutants does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     for program in programs:
-        if caught(out, "*", program)[0]:
-            raise SystemExit(f"{program} fails without any mutant")
+        if caught(out, "*", program)[0] is not False:
+            raise SystemExit(f"{program} fails or hangs without any mutant")
     survivors = []
     for name in args.names:
         path, old, new, tests, program = (*MUTANTS[name], LAYOUTS)[:5]
@@ -125,7 +128,8 @@ def main():
         if done.returncode != 0:
             raise SystemExit(f"{name} does not build:\n{done.stdout[-3000:]}")
         found, failed, seconds = caught(out, tests, program)
-        print(f"{name:50}{'caught' if found else 'SURVIVED':10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
+        word = {True: "caught", False: "SURVIVED", None: "HANGS"}[found]
+        print(f"{name:50}{word:10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
         if not found:
             survivors.append(name)
         (tree / path).write_text(source, encoding="utf-8")
