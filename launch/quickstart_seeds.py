@@ -26,7 +26,8 @@ def result_of(folder):
         found = json.loads(file.read_text(encoding="utf-8"))
         return {key: float(found[key]) for key in (*READINGS, "unused_experts")}
     except OSError as problem:
-        raise BadInput(f"{display(file)}: {problem.strerror}; launch/quickstart.sh leaves it when it is done") from None
+        raise BadInput(f"{display(file)}: {problem.strerror}; launch/quickstart.sh leaves it at its "
+                       "end, without --brief") from None
     except (KeyError, TypeError, ValueError) as problem:
         raise BadInput(f"{display(file)}: not the result of a quickstart ({problem})") from None
 
