@@ -23,7 +23,7 @@ struct UpcycleArguments {
   UpcycleOptions options;
   StepZeroRequest check;            // without tokens: none
   TokenRequest prompts, calibrate;  // likewise
-  bool plan = false;
+  bool plan = false, as_json = false;
 };
 
 StepZero checked(const UpcycleArguments& arguments, const std::filesystem::path& made) {
@@ -54,7 +54,7 @@ int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
   run_agreed(world, [&] {
     if (world.rank() != 0) config = read_upcycle_config(arguments.recipe, arguments.overrides);
   });
-  std::string plan;
+  UpcyclePlan plan;
   run_agreed(world, [&] {
     if (world.rank() == 0) plan = plan_upcycle(config, arguments.options);
   });
@@ -62,9 +62,9 @@ int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
     for (const std::string& note : config.notes) log::warning("{}", note);
     // On standard output where it is what was asked for, beside the progress otherwise.
     if (arguments.plan) {
-      print_result(plan);
+      print_result(arguments.as_json ? plan.json : plan.text);
     } else {
-      std::fputs(plan.c_str(), stderr);
+      std::fputs(plan.text.c_str(), stderr);
     }
   }
   if (arguments.plan) return static_cast<int>(ExitCode::kDone);
@@ -144,7 +144,8 @@ void add_upcycle(CLI::App& app, Handler& handler) {
               ->add_option(
                   "--from", arguments->from,
                   "Dense Hugging Face directory; given several times: dense models of one shape, each of "
-                  "which makes an equal part of the experts, in this order")
+                  "which makes an equal part of the experts, in this order. With --plan its config.json is "
+                  "enough")
               ->required()
               ->allow_extra_args(false));
   as_path(command->add_option("--to", arguments->options.to, "Directory to be made")->required());
@@ -157,7 +158,9 @@ void add_upcycle(CLI::App& app, Handler& handler) {
              "huggingface: a model directory for everybody; checkpoint: one shard per rank with the same "
              "values, for upmoe alone (train with model.path: DIR, eval, inspect, export)");
   add_token_options(*command, *arguments);
-  command->add_flag("--plan", arguments->plan, "Print what would be done and stop");
+  CLI::Option* plan = command->add_flag("--plan", arguments->plan, "Print what would be done and stop");
+  command->add_flag("--json", arguments->as_json, "The plan as JSON, with the mixture's configuration")
+      ->needs(plan);
   command
       ->add_option("--threads", arguments->options.threads,
                    "Computing threads per rank (0: OMP_NUM_THREADS, else this rank's share of the cores)")
@@ -175,6 +178,7 @@ void add_upcycle(CLI::App& app, Handler& handler) {
       throw CLI::ValidationError("--check", "needs --form huggingface; `upmoe eval` measures a checkpoint");
     arguments->options.from = arguments->from.front();
     arguments->options.more_from.assign(arguments->from.begin() + 1, arguments->from.end());
+    arguments->options.only_planned = arguments->plan;
     handler = [arguments](Runtime& runtime) { return run_upcycle(*arguments, runtime); };
   });
 }

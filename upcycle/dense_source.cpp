@@ -33,15 +33,7 @@ const std::filesystem::path& checked_directory(const std::filesystem::path& dir)
 // The one element type of the tensors that are used; checks as well which kind of model it is.
 DType element_type_of(const HfModel& model, SourceKind kind) {
   const std::string dir = model.dir().string();
-  if (kind == SourceKind::kDense && model.config().num_experts > 0) {
-    fail(
-        ExitCode::kBadInput,
-        "{}: the model is a mixture of {} experts already; upcycling starts from a dense model, and a recipe "
-        "with grow.copies from a mixture",
-        dir, model.config().num_experts);
-  }
-  if (kind == SourceKind::kMixture && model.config().num_experts == 0)
-    fail(ExitCode::kBadInput, "{}: the model is dense; a recipe with grow.copies starts from a mixture", dir);
+  require_kind(model.config(), kind, dir);
   std::map<std::string, std::pair<int, std::string>> kinds;  // dtype -> how many, one of them
   for (const SafetensorsEntry* entry : model.tensors()) {
     if (!model.uses(entry->name)) continue;
@@ -62,6 +54,19 @@ DType element_type_of(const HfModel& model, SourceKind kind) {
 }
 
 }  // namespace
+
+void require_kind(const ModelConfig& model, SourceKind kind, const std::string& where) {
+  if (kind == SourceKind::kDense && model.num_experts > 0) {
+    fail(
+        ExitCode::kBadInput,
+        "{}: the model is a mixture of {} experts already; upcycling starts from a dense model, and a recipe "
+        "with grow.copies from a mixture",
+        where, model.num_experts);
+  }
+  if (kind == SourceKind::kMixture && model.num_experts == 0)
+    fail(ExitCode::kBadInput, "{}: the model is dense; a recipe with grow.copies starts from a mixture",
+         where);
+}
 
 const std::byte* SourceFfn::data(FfnMatrix matrix) const {
   switch (matrix) {

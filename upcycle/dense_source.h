@@ -30,6 +30,8 @@ void read_rows(const SourceFfn& ffn, FfnMatrix matrix, DType dtype, std::int64_t
 
 // What a recipe starts from: a dense model, or a mixture that is to grow.
 enum class SourceKind : std::uint8_t { kDense, kMixture };
+// Throws Error(kBadInput) where the model that lies at `where` is of the other kind.
+void require_kind(const ModelConfig& model, SourceKind kind, const std::string& where);
 
 class DenseSource {
  public:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 
 #include "data/companions.h"
@@ -50,15 +51,40 @@ SourceKind kind_of(const UpcycleConfig& config) {
   return config.grow.copies > 0 ? SourceKind::kMixture : SourceKind::kDense;
 }
 
-Plan make_plan(const UpcycleConfig& config, const SourceSet& sources, std::uint64_t max_shard_bytes,
+// What a plan asks of the models that a recipe starts from.
+struct StartingModel {
+  ModelConfig model;
+  DType dtype;
+  int count;  // of one shape
+};
+
+StartingModel starting_model(const SourceSet& sources) {
+  return {sources.first().model().config(), sources.first().dtype(), sources.size()};
+}
+
+// Of a configuration whose weights need not be there.
+StartingModel starting_model(const fs::path& file, const UpcycleConfig& config) {
+  const ModelConfig model = read_model_config(file);
+  require_kind(model, kind_of(config), file.string());
+  const std::optional<DType> dtype = model.dtype == "bfloat16"  ? std::optional(DType::kBF16)
+                                     : model.dtype == "float32" ? std::optional(DType::kF32)
+                                                                : std::nullopt;
+  if (!dtype)
+    fail(ExitCode::kBadInput,
+         "{}: its weights would be {}; upcycling copies bit for bit and needs all of them in bfloat16, or "
+         "all in float32",
+         file.string(), model.dtype);
+  return {model, *dtype, 1};
+}
+
+Plan make_plan(const UpcycleConfig& config, const StartingModel& source, std::uint64_t max_shard_bytes,
                const Calibration* calibration = nullptr) {
-  const DenseSource& source = sources.first();
-  const ModelConfig& dense = source.model().config();
+  const ModelConfig& dense = source.model;
   Plan plan;
   if (config.grow.copies > 0) {
-    if (sources.size() > 1)
+    if (source.count > 1)
       fail(ExitCode::kUsage, "{}: grow.copies makes a larger mixture of one, and --from is given {} times",
-           config.origin, sources.size());
+           config.origin, source.count);
     plan.recipe = make_growth(config, dense);  // first: it lists all that does not fit
     plan.origin = copy_of_mixture(dense);
     plan.config = config;
@@ -66,12 +92,12 @@ Plan make_plan(const UpcycleConfig& config, const SourceSet& sources, std::uint6
     plan.moe = grown_config(config, dense);
   } else {
     plan.recipe =
-        make_recipe(config, dense, sources.size(), calibration);  // first: it lists all that does not fit
-    plan.config = resolve(config, dense, sources.size());
+        make_recipe(config, dense, source.count, calibration);  // first: it lists all that does not fit
+    plan.config = resolve(config, dense, source.count);
     plan.moe = make_moe_config(config, dense);
   }
-  plan.moe.dtype = source.dtype() == DType::kBF16 ? "bfloat16" : "float32";
-  plan.layout = plan_hf_layout(plan.moe, source.dtype(), max_shard_bytes);
+  plan.moe.dtype = source.dtype == DType::kBF16 ? "bfloat16" : "float32";
+  plan.layout = plan_hf_layout(plan.moe, source.dtype, max_shard_bytes);
   for (const ParamSpec& p : make_param_table(plan.moe))
     if (!p.trained)
       for (const HfTensor& t : hf_tensors_of(plan.moe, p)) plan.layout.zeros.insert(t.name);
@@ -91,9 +117,10 @@ class Upcycler {
     });
     const std::optional<Calibration> calibration = calibrated(config);
     const Calibration* given = calibration ? &*calibration : nullptr;
-    on_rank_0([&] { plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes, given)); });
+    on_rank_0(
+        [&] { plan_.emplace(make_plan(config, starting_model(*sources_), options.max_shard_bytes, given)); });
     run_agreed(comm_, [&] {
-      if (!plan_) plan_.emplace(make_plan(config, *sources_, options.max_shard_bytes, given));
+      if (!plan_) plan_.emplace(make_plan(config, starting_model(*sources_), options.max_shard_bytes, given));
     });
     on_rank_0([&] { stage_.emplace(options.to, inputs); });
     find_folder();
@@ -302,14 +329,17 @@ class Upcycler {
 
 }  // namespace
 
-std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& options) {
-  const SourceSet sources(directories_of(options), kind_of(config));
-  const Plan plan = make_plan(config, sources, options.max_shard_bytes);
+UpcyclePlan plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& options) {
+  const bool described =
+      options.only_planned && options.more_from.empty() && fs::is_regular_file(options.from);
+  const StartingModel start = described ? starting_model(options.from, config)
+                                        : starting_model(SourceSet(directories_of(options), kind_of(config)));
+  const Plan plan = make_plan(config, start, options.max_shard_bytes);
   std::string out = describe(plan.recipe);
-  if (sources.size() > 1)
+  if (start.count > 1)
     out += fmt::format(
-        "{} dense models: of {} experts each {} in turn; the rest {}\n", sources.size(), plan.moe.num_experts,
-        plan.moe.num_experts / sources.size(),
+        "{} dense models: of {} experts each {} in turn; the rest {}\n", start.count, plan.moe.num_experts,
+        plan.moe.num_experts / start.count,
         plan.config.sources.rest == SourcesRest::kAverage ? "is their average" : "from the first");
   std::uint64_t bytes = 0;
   for (const HfLayout::File& file : plan.layout.files) bytes += file.bytes;
@@ -320,7 +350,12 @@ std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& opti
                                                  : fmt::format("{} file{}", files, files == 1 ? "" : "s");
   out += fmt::format(", {} bytes ({:.1f} GB), {}, {}\n", bytes, static_cast<double>(bytes) / 1e9,
                      plan.moe.dtype, family_of(plan.moe).architecture);
-  return out;
+  const nlohmann::ordered_json json{{"recipe", to_yaml(plan.config)},
+                                    {"scale", plan.recipe.scale},
+                                    {"redrawn_neurons_per_expert", plan.recipe.redrawn},
+                                    {"bytes", bytes},
+                                    {"config", nlohmann::ordered_json::parse(to_hf_json(plan.moe))}};
+  return {out, json.dump(2) + "\n"};
 }
 
 void upcycle(const UpcycleConfig& config, const UpcycleOptions& options, Communicator& comm) {

@@ -32,6 +32,8 @@ struct UpcycleOptions {
   int error_tokens = 8;                              // random inputs for each layer's error in the report
   FreeSpace free_space = free_bytes_at;
   bool progress = true;
+  bool only_planned =
+      false;  // nothing will be made: one `from` may be a config.json, whose weights need not be there
   // Of the Hugging Face form: asked by rank 0 for what the finished folder predicts, before it has its name; into the
   // report.
   std::function<StepZero(const std::filesystem::path& made)> check = {};
@@ -39,8 +41,12 @@ struct UpcycleOptions {
   std::function<Calibration()> calibrate = {};
 };
 
-// What would be done, as text: the recipe line by line and the files. Reads the source's headers only.
-std::string plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& options);
+// What would be done. Reads the source's headers only.
+struct UpcyclePlan {
+  std::string text;  // the recipe line by line and the files
+  std::string json;  // the files, the recipe as resolved, and the mixture's config.json
+};
+UpcyclePlan plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& options);
 
 // Collective over `comm`: the ranks share the work by bytes. The values are the same for any number of ranks
 // and threads, a Hugging Face directory to the byte; the output appears under its name when it is complete

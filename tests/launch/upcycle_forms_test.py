@@ -198,6 +198,18 @@ class Forms(unittest.TestCase):
         self.assertIn("one shard per rank", plan)
         self.assertFalse((self.dir / "planned").exists())
 
+    # Of a shape whose weights are not there; the configuration is that of what is made.
+    def test_a_configuration_is_enough_for_a_plan(self):
+        words = ("upcycle", self.dir / "recipe.yaml", "--from", self.dir / "dense/config.json", "--to",
+                 self.dir / "planned")
+        plan = json.loads(self.upmoe(*words, "--plan", "--json").stdout)
+        self.assertEqual(plan["config"], json.loads((self.hf / "config.json").read_text(encoding="utf-8")))
+        self.assertEqual(plan["bytes"], sum(path.stat().st_size for path in self.hf.glob("*.safetensors")))
+        self.assertFalse((self.dir / "planned").exists())
+        self.assertIn("did you mean", self.upmoe(*words, "--plan", "--json", "experts.reinitt=0.5", status=2).stderr)
+        self.assertIn("config.json", self.upmoe(*words, status=3).stderr)
+        self.upmoe(*words, "--json", status=2)
+
 
 if __name__ == "__main__":
     unittest.main(verbosity=2)

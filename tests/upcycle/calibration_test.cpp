@@ -90,7 +90,8 @@ TEST_F(Calibrated, OneRankIsAskedAndTheBytesAreTheSameForAnyNumber) {
 }
 
 TEST_F(Calibrated, WithoutTokensItIsDescribedAndRefused) {
-  EXPECT_NE(plan_upcycle(recipe(0.01), options("moe")).find("from tokens, noise 0.01"), std::string::npos);
+  EXPECT_NE(plan_upcycle(recipe(0.01), options("moe")).text.find("from tokens, noise 0.01"),
+            std::string::npos);
   try {
     run_in_threads(2, [&](Communicator& comm) { upcycle(recipe(0), options("moe"), comm); });
     ADD_FAILURE() << "was not refused";

@@ -291,7 +291,7 @@ TEST_F(CheckpointForm, AFullDiskLeavesNothing) {
 }
 
 TEST_F(CheckpointForm, PlanSaysWhatIsMade) {
-  const std::string plan = plan_upcycle(recipe(), options("moe"));
+  const std::string plan = plan_upcycle(recipe(), options("moe")).text;
   EXPECT_NE(plan.find("a checkpoint of one shard per rank"), std::string::npos) << plan;
 }
 
