@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 try:
+    from study_check import check_arms
     from study_chain import PLANTED, TUNING_SEED, Builder, differences, plant, planted_name
     from study_file import ROOT, SIZES, STANDARD_TEXT, find, names, read_study
     from study_plan import Clock, Plan, minutes
@@ -58,6 +59,9 @@ class Driver:
         self.study, self.work, self.teller = study, work, teller
         self.builder = Builder(study)
         self.plan = Plan(work, self.builder)
+
+    def check(self):
+        check_arms(self.work, self.builder, [arm for arm in self.study.arms if arm not in self.planted()])
 
     def tuning(self):
         return [run for arm in self.study.arms if arm not in self.planted() for run in self.builder.tuning(arm)]
@@ -180,8 +184,8 @@ def conclude(driver, paired, rates, seeds):
     print(*written, sep="\n")
 
 
-def conduct(args, study, work, teller):
-    driver = Driver(study, work, teller)
+def conduct(args, driver):
+    study, work, teller = driver.study, driver.work, driver.teller
     work.make_tokens(teller.say)
     driver.plan.probe(teller.say)
     tuning, guessed = driver.tuning(), dict.fromkeys(study.arms, study.rates[0])
@@ -249,14 +253,16 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, work.request_stop)
-    with work.alone():
-        try:
-            return conduct(args, study, work, teller)
-        except Stopped:
-            teller.say("stopped; the same command goes on from here")
-            return STOPPED
-        except StageFailed as problem:
-            raise BadInput(f"{problem}; the logs are in {display(folder)}/stages; the same command goes on") from None
+    driver = Driver(study, work, teller)
+    try:
+        driver.check()  # while nothing is there yet
+        with work.alone():
+            return conduct(args, driver)
+    except Stopped:
+        teller.say("stopped; the same command goes on from here")
+        return STOPPED
+    except StageFailed as problem:
+        raise BadInput(f"{problem}; the logs are in {display(folder)}/stages; the same command goes on") from None
 
 
 if __name__ == "__main__":

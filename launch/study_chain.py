@@ -140,6 +140,10 @@ class Builder:
                 charged.append(stages[-1].id)
         return Run(arm, seed, rate, tuple(stages), tuple(charged))
 
+    def first(self, arm):
+        """Of all but the probes."""
+        return (self.tuning(arm) or [self.run(arm, TUNING_SEED + 1, self.study.rates[0])])[0]
+
     def probes(self):
         return [self.run(arm, TUNING_SEED, self.study.rates[0], probe=True) for arm in self.study.arms]
 

@@ -26,6 +26,13 @@ SIZE_KEYS = {"text": dict, "seq_len": int, "eval_sequences": int, "evaluations":
 STUDY_KEYS = {"claim": str, "expect": str, "sizes": list, "texts": dict, "last": dict, "arms": dict, "compare": list,
               "fit": bool} | SIZE_KEYS
 LINK_KEYS = {"train": ("model", "steps", "warmup", "text", "batches"), "upcycle": ("recipe",)}  # beside section.key
+PLAIN_KEYS = {"train": ("freeze", "device"), "upcycle": ("keep_rest",)}  # of run configurations and recipes
+# What the study itself says of every command, and from where it takes that.
+TAKEN = {"train": {"train.steps": "`steps` says how many", "run.dir": "--out names the folder of all",
+                   "run.seed": "it is the pair's", "data.seed": "it is the pair's",
+                   "model.path": "it is what the command before made", "data.train": "`text` names it",
+                   "data.valid": "`text` names it"},
+         "upcycle": {"seed": "it is the pair's"}}
 COMPARE_KEYS = ("better", "than", "by", "at", "worth", "most", "with_source")  # from `at` on: of held-out curves
 
 
@@ -80,6 +87,7 @@ class Comparison:
 @dataclass
 class Study:
     name: str
+    file: Path
     size: str
     claim: str
     expect: str
@@ -171,6 +179,15 @@ def steps_of(text, named):
     return round(total)
 
 
+def check_names(kind, keys, own, place, reader):
+    """Of keys of a command; which of those with a section there are, the command itself knows."""
+    for key in keys:
+        if TAKEN[kind].get(key):
+            reader.add(f"{place}{key} is set by the study: {TAKEN[kind][key]}; leave it out")
+        elif key not in (*own, *PLAIN_KEYS[kind]) and "." not in str(key):
+            reader.unknown(key, [*own, *PLAIN_KEYS[kind], "section.key"], place)
+
+
 def read_link(value, place, first, study, reader):
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in LINK_KEYS:
         reader.add(f"{place}: expected one of {', '.join(LINK_KEYS)} with its keys, found {value!r}")
@@ -180,9 +197,7 @@ def read_link(value, place, first, study, reader):
     if not isinstance(keys, dict):
         reader.add(f"{place}: {kind}: expected keys, found {keys!r}")
         return None
-    for key in keys:
-        if key not in LINK_KEYS[kind] and "." not in str(key) and key not in ("keep_rest", "freeze"):
-            reader.unknown(key, [*LINK_KEYS[kind], "section.key"], f"{place}: {kind}: ")
+    check_names(kind, keys, LINK_KEYS[kind], f"{place}: {kind}: ", reader)
     if first != ("model" in keys):
         reader.add(f"{place}: {kind}: " + ("the first command is a train with `model`, which says what is trained from "
                                            "random weights" if first else "model belongs to the first command alone"))
@@ -197,6 +212,11 @@ def read_link(value, place, first, study, reader):
         reader.unknown(keys["text"], list(study.texts), f"{place}: text: ")
     if keys.get("batches", BATCHES[0]) not in BATCHES:
         reader.unknown(keys["batches"], BATCHES, f"{place}: batches: ")
+    if "recipe" in keys and not (ROOT / keys["recipe"]).is_file():
+        shipped = {path.stem: path for path in (ROOT / "configs" / "upcycle").glob("*.yaml")}
+        near = difflib.get_close_matches(Path(keys["recipe"]).stem, shipped, 1)
+        reader.add(f"{place}: recipe: {keys['recipe']}: no such file" +
+                   (f"; did you mean {shipped[near[0]].relative_to(ROOT)}?" if near else ""))
     if kind == "train":
         try:
             steps_of(keys.get("steps", ""), study.steps)
@@ -293,10 +313,15 @@ def read_study(path, size):
     rates = sorted(figures["rates"])
     if rates != [0.0] and not (rates and all(isinstance(rate, float) and rate > 0 for rate in rates)):
         reader.add(f"rates: expected learning rates above 0, such as 1.0e-3, or 0.0 alone, found {rates}")
-    study = Study(path.stem, size, " ".join(value["claim"].split()), " ".join(value.get("expect", "").split()),
+    study = Study(path.stem, path, size, " ".join(value["claim"].split()), " ".join(value.get("expect", "").split()),
                   value.get("texts") or {"text": STANDARD_TEXT}, rates, figures["steps"], value.get("last", {}), {},
                   [], value.get("fit", False), figures)
     check_entries(figures, study.texts, reader)
+    check_names("train", figures["run"], (), "run: ", reader)
+    check_names("train", study.last, (), "last: ", reader)
+    check_names("upcycle", figures["recipe"], ("file",), "recipe: ", reader)
+    if "optimizer.lr" in study.last:
+        reader.add("last: the learning rate of the last train is chosen from `rates`; leave optimizer.lr out")
     reader.finish()  # what follows computes with them
     for name, links in value["arms"].items():
         study.arms[str(name)] = read_arm(name, links, study, reader)

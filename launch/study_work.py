@@ -36,9 +36,9 @@ LINES = 3     # of a failed command that are told
 class StageFailed(BadInput):
     """A command ended with another status than 0; its words."""
 
-    def __init__(self, words, status):
+    def __init__(self, words, status, said=()):
         super().__init__(words)
-        self.status = status
+        self.status, self.said = status, said
 
 
 class Stopped(Exception):
@@ -137,7 +137,8 @@ class Work:
                 said.seek(began)
                 lines = said.read().decode("utf-8", "replace").strip().splitlines()
             told = [line for line in lines if "error:" in line] or lines
-            raise StageFailed(f"{self.shown(words)}: status {status}: {' '.join(told[-LINES:]) or 'no words'}", status)
+            raise StageFailed(f"{self.shown(words)}: status {status}: {' '.join(told[-LINES:]) or 'no words'}", status,
+                              lines)
         return printed.decode("utf-8", "replace")
 
     def shown(self, words):
@@ -174,16 +175,16 @@ class Work:
                            *(os.fsdecode(path) for path in files if path)], log)
         write_whole(made, key)
 
+    def laid_out(self, stage):
+        """The token file of a training whose batches are not shuffled."""
+        path = self.tokens(stage.text)
+        return path.with_name(f"{path.stem}_{stage.batches}_{LAYOUTS[stage.batches].size_of(stage.settings)}.h5")
+
     def training_tokens(self, stage):
         """An entry of data.train."""
-        path = self.tokens(stage.text)
         if stage.batches is None:
-            return {"path": str(path), "weight": 1.0}
-        layout = LAYOUTS[stage.batches]
-        own = path.with_name(f"{path.stem}_{stage.batches}_{layout.size_of(stage.settings)}.h5")
-        if not own.is_file():
-            layout.write_tokens(path, own, stage.settings)
-        return {"path": str(own), "weight": 1.0, "loss_mask": True}
+            return {"path": str(self.tokens(stage.text)), "weight": 1.0}
+        return {"path": str(self.laid_out(stage)), "weight": 1.0, "loss_mask": True}
 
     def passes(self, stage):
         """How often a training goes over its text."""
@@ -229,13 +230,20 @@ class Work:
                        folder / "model"], folder / "log.txt")
         return {"model_bytes": bytes_in(folder / "model")}
 
-    def train(self, stage, folder, progress):
-        run, log = folder / "run", folder / "log.txt"
+    def run_settings(self, stage, model):
+        """What `upmoe train` is given, with its paths."""
         settings = json.loads(json.dumps(stage.settings))
-        settings.setdefault("run", {})["dir"] = str(run)
-        settings.setdefault("model", {})["path"] = str(self.input_of(stage))
+        settings.setdefault("run", {})["dir"] = str(self.run_dir(stage))
+        settings.setdefault("model", {})["path"] = str(model)
         settings["data"] |= {"train": [self.training_tokens(stage)],
                              "valid": str(self.tokens(stage.text, held_out=True))}
+        return settings
+
+    def train(self, stage, folder, progress):
+        run, log = folder / "run", folder / "log.txt"
+        if stage.batches and not self.laid_out(stage).is_file():
+            LAYOUTS[stage.batches].write_tokens(self.tokens(stage.text), self.laid_out(stage), stage.settings)
+        settings = self.run_settings(stage, self.input_of(stage))
         write_whole(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False))
         if not (stage.last and (folder / "eval.json").is_file()):
             self.call([*self.program, "train", folder / "run.yaml"], log,

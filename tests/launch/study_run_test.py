@@ -112,6 +112,27 @@ class StudyRun(unittest.TestCase):
         self.assertGreater(drops["sequence"]["dropped_share"], 0)
         self.assertEqual(drops["free"]["dropped_share"], 0)
 
+    def test_wrong_keys_are_told_before_anything_is_computed(self):
+        short = "upcycle: {}, train: {steps: 2}"
+        planted = [  # instead of `short`, and what is said of it
+            ("upcycle: {}, train: {steps: 2, train.stepps: 3}", "command 3 (train)", "'train.stepps'", "train.steps"),
+            ("upcycle: {}, train: {steps: 2, optimizer.beta1: 1.5}", "command 3 (train)", "optimizer.beta1"),
+            ("upcycle: {}, train: {steps: 2, router.kind: switch}", "command 3 (train)", "switch"),  # two for a token
+            ("upcycle: {experts.reinitt: 0.5}, train: {steps: 2}", "command 2 (upcycle)", "'experts.reinitt'",
+             "experts.reinit"),
+            ("upcycle: {target.num_experts_per_tok: 9}, train: {steps: 2}", "command 2 (upcycle)", "9 of 6 experts"),
+        ]
+        text = self.file.read_text(encoding="utf-8")
+        self.assertEqual(text.count(short), 1)
+        for instead, *said in planted:
+            self.file.write_text(text.replace(short, instead), encoding="utf-8")
+            done = subprocess.run(self.words("none"), capture_output=True, text=True, check=False)
+            self.assertEqual(done.returncode, 2, done.stderr)
+            for words in ("own.yaml: arm 'short': ", "nothing was begun", *said):
+                self.assertIn(words, done.stderr)
+            self.assertNotIn("/tmp/upmoe-study", done.stderr)
+            self.assertFalse((self.folder / "none").exists())
+
     def stopped(self, out):
         with subprocess.Popen([str(word) for word in self.words(out)], stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, text=True) as process:

@@ -123,6 +123,14 @@ class Files(unittest.TestCase):
         self.refused(STUDY.replace("train: *arm]\ncompare", "upcycle: {}]\ncompare"), "the last command is a train")
         self.refused(STUDY.replace("{steps: arm}", "{steps: arm, optimizer.lr: 1.0}"), "leave optimizer.lr out")
         self.refused(STUDY + "claim: twice\n", "stands twice")
+        self.refused(STUDY.replace("{steps: arm}", "{steps: arm, train.steps: 9}"), "train.steps is set by the study",
+                     "`steps` says how many")
+        self.refused(STUDY.replace("{steps: arm}", "{steps: arm, freze: [x]}"), "did you mean 'freeze'")
+        self.refused(STUDY.replace("last: {", "last: {optimizer.lr: 1.0, "), "last: the learning rate", "`rates`")
+        self.refused(STUDY.replace("last: {", "last: {data.seed: 1, "), "last: data.seed is set by the study")
+        self.refused(STUDY.replace("{experts.reinit: 1.0}", "{seed: 7}"), "upcycle: seed is set by the study")
+        self.refused(STUDY.replace("{experts.reinit: 1.0}", "{recipe: configs/upcycle/mixtral-8.yaml}"),
+                     "mixtral-8.yaml: no such file; did you mean configs/upcycle/mixtral-8x.yaml?")
         self.refused(STUDY.replace("source: 40", "source: {tiny: 40}"), "says nothing of size micro")
         self.refused(STUDY.replace("better: kept", "beter: kept"), "did you mean 'better'")
         self.refused(STUDY.replace("better: kept, than: re-drawn, by: cost", "better: [kept], than: kept, by: [cost]"),

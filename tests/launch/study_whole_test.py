@@ -158,6 +158,34 @@ class Whole(Study):
         self.assertNotIn("arm 'kept' cannot", found.stderr)
         self.assertEqual({yaml_steps(line.split()[1]) for line in self.commands("train")}, {study_chain.PROBE_STEPS})
 
+    # Before texts are tokenized, and before there is a folder.
+    def test_wrong_keys_are_told_before_anything_is_computed(self):
+        planted = [  # in the study, and what is said of it
+            ("train: &arm {steps: arm}", "train: &arm {steps: arm, train.stepps: 3}",
+             "own.yaml: arms 'kept', 're-drawn': command 3 (train): unknown key 'train.stepps'; did you mean "
+             "train.steps?; arm 'continued': command 2 (train): unknown key"),
+            ("upcycle: {experts.reinit: 1.0}", "upcycle: {experts.reinit: 1.5}",
+             "own.yaml: arm 're-drawn': command 2 (upcycle): experts.reinit: expected 0 to 1; experts.reinit: a "
+             "share;"),
+            ("continued: [train: *source, train: *arm]",
+             "continued: [train: *source, train: {steps: arm, train.mirco_batch: 3}]",
+             "own.yaml: arm 'continued': command 2 (train): unknown key 'train.mirco_batch'; did you mean "
+             "train.micro_batch?"),
+            ("{model: source, steps: source}", "{model: source, steps: source, train.precison: bf16}",
+             "own.yaml: every arm: command 1 (train): unknown key 'train.precison'; did you mean train.precision?"),
+            ("upcycle: {experts.reinit: 1.0}", "upcycle: {experts.reinit.x: 1.0}",
+             "own.yaml: arm 're-drawn': key 'experts.reinit.x': 'reinit' is a value"),
+        ]
+        for old, new, said in planted:
+            self.assertEqual(STUDY.count(old), 1)
+            self.write(STUDY.replace(old, new))
+            found = self.study(out="fresh")
+            self.assertEqual(found.returncode, 2, found.stderr)
+            self.assertIn(said, found.stderr)
+            self.assertIn("nothing was begun", found.stderr)
+            self.assertFalse((self.folder / "fresh").exists())
+        self.assertEqual(self.commands("train"), [])
+
     def test_a_killed_study_goes_on(self):
         self.write(STUDY, rates="[2.0e-3]")
         self.make_tokens("whole")

@@ -3,10 +3,13 @@
 formula gives. A rate of RATE is the best one, one of 1 is too high; each re-drawn neuron of a recipe costs, each seed
 moves all arms alike. With a rate of 0 nothing changes, but where the experts have a limit every second step.
 
+Of keys it knows few: a run's `train` has those of TRAIN_KEYS, and experts.reinit is at most 1.
+
 PRETENDED_LOG: a file that gets a line for each command. PRETENDED_KILL: the word of a command that kills whoever
 started it, once (the log is how it knows). PRETENDED_REFUSE: num_experts of a recipe that upcycle refuses.
 """
 
+import difflib
 import json
 import math
 import os
@@ -18,6 +21,7 @@ from pathlib import Path
 import yaml
 
 RATE = 2e-3
+TRAIN_KEYS = ("steps", "global_batch", "micro_batch", "precision", "eval_every", "eval_sequences", "teacher")
 
 
 def log(words):
@@ -41,6 +45,21 @@ def write_json(path, value):
 
 def config_of(model):
     return json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+
+
+def wrong_key(path, run):
+    """As the program says it of a run."""
+    for key in set(run["train"]) - set(TRAIN_KEYS):
+        near = difflib.get_close_matches(key, TRAIN_KEYS, 1)[0]
+        print(f"upmoe: error: {path}:7:3: unknown key 'train.{key}'; did you mean train.{near}?", file=sys.stderr)
+        return 2
+    return 0
+
+
+def plan(words):
+    run = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
+    json.loads(Path(run["model"]["path"]).read_text(encoding="utf-8"))  # a configuration is enough
+    return wrong_key(words[0], run)
 
 
 def train(words):
@@ -78,6 +97,14 @@ def train(words):
 
 def upcycle(words):
     recipe = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
+    if not 0 <= recipe["experts"].get("reinit", 0.0) <= 1:
+        print(f"upmoe: error: {words[0]}: 2 problems\n  {words[0]}:9:3: experts.reinit: expected 0 to 1\n"
+              f"  {words[0]}:9:3: experts.reinit: a share", file=sys.stderr)
+        return 2
+    if "--plan" in words:
+        dense = json.loads(Path(words[words.index("--from") + 1]).read_text(encoding="utf-8"))
+        print(json.dumps({"config": dense | {"num_experts": recipe["target"]["num_experts"]}}))
+        return 0
     if str(recipe["target"]["num_experts"]) == os.environ.get("PRETENDED_REFUSE"):
         print("upmoe: error: target.num_experts: too many for this machine", file=sys.stderr)
         return 2
@@ -105,7 +132,8 @@ def cost(words):
 def main():
     command, *words = sys.argv[1:]
     log([command, *words])
-    return {"train": train, "upcycle": upcycle, "export": export, "eval": evaluate, "cost": cost}[command](words)
+    return {"plan": plan, "train": train, "upcycle": upcycle, "export": export, "eval": evaluate,
+            "cost": cost}[command](words)
 
 
 if __name__ == "__main__":
