@@ -31,11 +31,13 @@ class Stage:
     texts: dict         # train: how the token files are made
     before: str | None  # the stage whose model it begins with
     last: bool = False  # of its chain: is evaluated, and no model is kept
+    teacher: str | None = None  # train: the stage whose model it learns from as well
 
     @property
     def id(self):
         content = {key: getattr(self, key) for key in ("kind", "settings", "model", "shape", "text", "texts", "before",
                                                        "last")}
+        content |= {"teacher": self.teacher} if self.teacher else {}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -68,7 +70,9 @@ class Run:
     @property
     def story(self):
         """Settings of all stages, to be told from those of another form of the study."""
-        return {f"{i} {stage.kind}": stage.settings | {"shape": stage.shape, "text": stage.text}
+        places = {stage.id: i for i, stage in enumerate(self.stages, 1)}
+        return {f"{i} {stage.kind}": stage.settings | {"shape": stage.shape, "text": stage.text,
+                                                       "teacher": places.get(stage.teacher)}
                 for i, stage in enumerate(self.stages, 1)}
 
 
@@ -93,6 +97,17 @@ def recipe_of(study, link, seed):
     return nested(overrides | {"seed": seed}, read_yaml(ROOT / (base or figures["file"])))
 
 
+def charged_of(stages):
+    """The trainings before the last of which something is in what the last one leaves: what it begins with, and what
+    it learns from. Of weights that are drawn anew nothing that was learnt before stays."""
+    needed = set()
+    for stage in reversed(stages):
+        if stage is stages[-1] or stage.id in needed:
+            drawn = stage.kind == "train" and stage.settings["model"]["init"] == "random"
+            needed |= {stage.teacher} if drawn else {stage.teacher, stage.before}
+    return tuple(stage.id for stage in stages[:-1] if stage.kind == "train" and stage.id in needed)
+
+
 class Builder:
     """The runs of one study."""
 
@@ -100,8 +115,9 @@ class Builder:
         self.study = study
         self.texts = {"folders": study.texts, **study.figures["text"]}
 
-    def train(self, link, before, seed, order, rate=None, share=1.0, probe=False):
-        """`rate`: of the last training of a chain; `share`: of its steps."""
+    def train(self, link, stages, seed, order, rate=None, share=1.0, probe=False):
+        """`stages`: those before it; `rate`: of the last training of a chain; `share`: of its steps."""
+        before = stages[-1].id if stages else None
         figures, last = self.study.figures, rate is not None
         steps = max(1, round(steps_of(link.own["steps"], self.study.steps) * share))
         steps = min(steps, PROBE_STEPS) if probe else steps
@@ -120,25 +136,22 @@ class Builder:
             settings, texts = nested(LAYOUTS[batches].keys_of(settings), settings), texts | {"batches": batches}
         model = link.own.get("model")
         text = link.own.get("text", self.study.main_text)
-        return Stage("train", settings, model, figures["models"].get(model), text, texts, before, last)
+        teacher = stages[link.own["teacher"] - 1].id if "teacher" in link.own else None
+        return Stage("train", settings, model, figures["models"].get(model), text, texts, before, last, teacher)
 
     def run(self, arm, seed, rate, share=1.0, probe=False):
         """`share` shortens the last training; `probe`: every training takes PROBE_STEPS."""
-        stages, charged, trainings = [], [], 0
+        stages, trainings = [], 0
         links = self.study.arms[arm]
         for i, link in enumerate(links):
-            before, last = stages[-1].id if stages else None, i == len(links) - 1
+            last = i == len(links) - 1
             if link.kind == "upcycle":
-                stages.append(Stage("upcycle", recipe_of(self.study, link, seed), None, None, None, {}, before))
+                stages.append(Stage("upcycle", recipe_of(self.study, link, seed), None, None, None, {}, stages[-1].id))
                 continue
             order = ORDERS - 1 if last else trainings
-            stages.append(self.train(link, before, seed, order, rate if last else None, share if last else 1.0, probe))
+            stages.append(self.train(link, stages, seed, order, rate if last else None, share if last else 1.0, probe))
             trainings += 1
-            if stages[-1].settings["model"]["init"] == "random":
-                charged = []  # nothing of what was learnt before stays
-            if not last:
-                charged.append(stages[-1].id)
-        return Run(arm, seed, rate, tuple(stages), tuple(charged))
+        return Run(arm, seed, rate, tuple(stages), charged_of(stages))
 
     def first(self, arm):
         """Of all but the probes."""

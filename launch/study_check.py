@@ -58,7 +58,7 @@ class Check:
             model = self.folder / f"{stage.id}-shape.json"
             write_whole(model, json.dumps(json.loads(plan)["config"]))
         else:
-            settings = self.work.run_settings(stage, model)
+            settings = self.work.run_settings(stage, model, self.shapes.get(stage.teacher))
             write_whole(given, yaml.safe_dump(settings, sort_keys=False))
             self.work.call([*self.work.program, "plan", given, "--world", 1, "--json"], log)
         self.shapes[stage.id] = model

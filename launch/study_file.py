@@ -25,13 +25,15 @@ SIZE_KEYS = {"text": dict, "seq_len": int, "eval_sequences": int, "evaluations":
 # A study may have any key of the size as well: of a map it changes the entries that it names.
 STUDY_KEYS = {"claim": str, "expect": str, "sizes": list, "texts": dict, "last": dict, "arms": dict, "compare": list,
               "fit": bool} | SIZE_KEYS
-LINK_KEYS = {"train": ("model", "steps", "warmup", "text", "batches"), "upcycle": ("recipe",)}  # beside section.key
+# Beside section.key.
+LINK_KEYS = {"train": ("model", "steps", "warmup", "text", "batches", "teacher"), "upcycle": ("recipe",)}
 PLAIN_KEYS = {"train": ("freeze", "device"), "upcycle": ("keep_rest",)}  # of run configurations and recipes
 # What the study itself says of every command, and from where it takes that.
 TAKEN = {"train": {"train.steps": "`steps` says how many", "run.dir": "--out names the folder of all",
                    "run.seed": "it is the pair's", "data.seed": "it is the pair's",
                    "model.path": "it is what the command before made", "data.train": "`text` names it",
-                   "data.valid": "`text` names it"},
+                   "data.valid": "`text` names it",
+                   "train.teacher.model": "`teacher` is the number of the train of this arm that made it"},
          "upcycle": {"seed": "it is the pair's"}}
 COMPARE_KEYS = ("better", "than", "by", "at", "worth", "most", "with_source")  # from `at` on: of held-out curves
 
@@ -202,8 +204,9 @@ def read_link(value, place, first, study, reader):
         reader.add(f"{place}: {kind}: " + ("the first command is a train with `model`, which says what is trained from "
                                            "random weights" if first else "model belongs to the first command alone"))
     for key in LINK_KEYS[kind]:
-        number = key in ("steps", "warmup")  # steps: also words, which steps_of reads
-        if key in keys and not (number and is_number(keys[key]) or key != "warmup" and isinstance(keys[key], str)):
+        number = key in ("steps", "warmup", "teacher")  # steps: also words, which steps_of reads
+        words = key not in ("warmup", "teacher")
+        if key in keys and not (number and is_number(keys[key]) or words and isinstance(keys[key], str)):
             reader.add(f"{place}: {kind}: {key}: expected a {'number' if number else 'name'}, found {keys[key]!r}")
             return None
     if keys.get("model", next(iter(study.figures["models"]))) not in study.figures["models"]:
@@ -225,11 +228,25 @@ def read_link(value, place, first, study, reader):
     return Link(kind, keys)
 
 
+def check_teachers(name, links, reader):
+    for i, link in enumerate(links):
+        teacher = link.own.get("teacher")
+        trains = [k for k, earlier in enumerate(links[:i], 1) if earlier.kind == "train"]
+        if teacher is not None and not (isinstance(teacher, int) and teacher in trains):
+            reader.add(f"arms: {name}: command {i + 1}: teacher: expected the number of a train before it "
+                       f"({', '.join(map(str, trains)) or 'there is none'}), found {teacher}")
+        if teacher is None and any(str(key).startswith("train.teacher.") for key in link.keys):
+            reader.add(f"arms: {name}: command {i + 1}: train.teacher.* without a `teacher`, the number of the train "
+                       "of this arm that made it")
+
+
 def read_arm(name, value, study, reader):
     if not isinstance(value, list) or not value:
         reader.add(f"arms: {name}: expected a list of commands")
         return []
     links = [read_link(link, f"arms: {name}: command {i + 1}", i == 0, study, reader) for i, link in enumerate(value)]
+    if all(links):
+        check_teachers(name, links, reader)
     links = [link for link in links if link]
     if links and links[-1].kind != "train":
         reader.add(f"arms: {name}: the last command is a train, whose end is compared")

@@ -208,6 +208,9 @@ class Work:
     def input_of(self, stage):
         return self.random_model(stage) if stage.before is None else self.place(stage.before) / "model"
 
+    def teacher_of(self, stage):
+        return self.place(stage.teacher) / "model" if stage.teacher else None
+
     # ---- stages ----
 
     def perform(self, run, stage, progress=None):
@@ -230,11 +233,13 @@ class Work:
                        folder / "model"], folder / "log.txt")
         return {"model_bytes": bytes_in(folder / "model")}
 
-    def run_settings(self, stage, model):
-        """What `upmoe train` is given, with its paths."""
+    def run_settings(self, stage, model, teacher):
+        """What `upmoe train` is given, with its paths; `teacher`: of a stage that has one."""
         settings = json.loads(json.dumps(stage.settings))
         settings.setdefault("run", {})["dir"] = str(self.run_dir(stage))
         settings.setdefault("model", {})["path"] = str(model)
+        if stage.teacher:
+            settings["train"].setdefault("teacher", {})["model"] = str(teacher)
         settings["data"] |= {"train": [self.training_tokens(stage)],
                              "valid": str(self.tokens(stage.text, held_out=True))}
         return settings
@@ -243,7 +248,7 @@ class Work:
         run, log = folder / "run", folder / "log.txt"
         if stage.batches and not self.laid_out(stage).is_file():
             LAYOUTS[stage.batches].write_tokens(self.tokens(stage.text), self.laid_out(stage), stage.settings)
-        settings = self.run_settings(stage, self.input_of(stage))
+        settings = self.run_settings(stage, self.input_of(stage), self.teacher_of(stage))
         write_whole(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False))
         if not (stage.last and (folder / "eval.json").is_file()):
             self.call([*self.program, "train", folder / "run.yaml"], log,
@@ -306,10 +311,15 @@ class Work:
         return [record for record in records if record and "story" in record]
 
     def flops_per_token(self, stage):
-        """As `upmoe cost` counts it."""
-        text = self.call([*self.program, "cost", self.input_of(stage) / "config.json", "--seq-len",
-                          self.study.figures["seq_len"], "--json"], self.place(stage) / "log.txt")
-        return json.loads(text)[0]["train_flops_per_token"]
+        """As `upmoe cost` counts it, with the forward of a teacher."""
+        def of(model, key):
+            text = self.call([*self.program, "cost", model / "config.json", "--seq-len", self.study.figures["seq_len"],
+                              "--json"], self.place(stage) / "log.txt")
+            return json.loads(text)[0][key]
+
+        teacher = self.teacher_of(stage)
+        return (of(self.input_of(stage), "train_flops_per_token") +
+                (of(teacher, "forward_flops_per_token") if teacher else 0))
 
 
 def last_step(run):

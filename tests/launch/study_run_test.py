@@ -50,6 +50,20 @@ compare:
 """
 
 
+# One mixture with and without its dense parent for a teacher.
+TAUGHT = STUDY[STUDY.index("texts:"):STUDY.index("arms:")] + """claim: A teacher helps.
+arms:
+  alone: [train: &source {model: source, steps: source}, upcycle: {}, train: {steps: arm}]
+  taught:
+    - train: *source
+    - upcycle: {}
+    - train: {steps: arm, teacher: 1, train.teacher.weight: 0.5, train.teacher.temperature: 2.0}
+compare:
+  - {better: taught, than: alone}
+  - {better: taught, than: alone, at: flops}
+"""
+
+
 class StudyRun(unittest.TestCase):
     def setUp(self):
         self.temporary = tempfile.TemporaryDirectory()
@@ -111,6 +125,27 @@ class StudyRun(unittest.TestCase):
                  for arm in counts}
         self.assertGreater(drops["sequence"]["dropped_share"], 0)
         self.assertEqual(drops["free"]["dropped_share"], 0)
+
+    def test_a_mixture_learns_from_its_dense_parent(self):
+        self.file.write_text(TAUGHT.replace("TEXT", str(self.folder / "text")), encoding="utf-8")
+        plan = self.study("taught", "--dry").stdout
+        found = self.study("taught").stdout
+        for axis in ("tokens", "FLOPs"):
+            self.assertRegex(found, f"'taught' ends below 'alone' at equal {axis}: (not )?(supported|undecided)")
+        arms = json.loads((self.folder / "taught/result.json").read_text(encoding="utf-8"))["arms"]
+        alone, taught = (arms[arm]["seeds"] for arm in ("alone", "taught"))
+        for one, other in zip(alone, taught, strict=True):
+            self.assertEqual(one["curve"]["loss"][0], other["curve"]["loss"][0])  # one mixture, before any step
+            self.assertNotEqual(one["heldout_loss"], other["heldout_loss"])
+            self.assertGreater(other["flops"], one["flops"])
+            self.assertEqual(other["stages"][:2], one["stages"][:2])
+            # The source is charged once, though it begins the chain and teaches.
+            self.assertAlmostEqual(other["flops_with_source"] - other["flops"],
+                                   one["flops_with_source"] - one["flops"])
+        # What the plan had said of FLOPs, from `upmoe cost`, is what the run counted, its teacher's with it.
+        self.assertRegex(plan, rf"(?m)^taught .* {taught[0]['flops']:.3g}".replace("+", r"\+"))
+        records = [json.loads(line) for line in (self.folder / "taught/runs/taught-seed1/metrics.jsonl").open()]
+        self.assertTrue(all(r["distill_loss"] > 0 and r["flops_teacher"] > 0 for r in records if "kind" not in r))
 
     def test_wrong_keys_are_told_before_anything_is_computed(self):
         short = "upcycle: {}, train: {steps: 2}"

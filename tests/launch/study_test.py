@@ -178,6 +178,25 @@ class Files(unittest.TestCase):
                                         "upcycle: {}, train: {steps: arm, model.init: random}]"))
         self.assertEqual(study_chain.Builder(study).run("continued", 1, 1e-3).charged, ())
 
+    def test_a_teacher(self):
+        build = study_chain.Builder(self.read(TAUGHT))
+        alone, taught, drawn = (build.run(arm, 1, 1e-3) for arm in ("alone", "taught", "drawn"))
+        self.assertEqual(taught.last.settings, alone.last.settings)
+        self.assertNotEqual(taught.last.id, alone.last.id)
+        self.assertEqual((taught.last.teacher, alone.last.teacher), (taught.stages[0].id, None))
+        self.assertEqual(taught.charged, alone.charged)
+        self.assertEqual(drawn.charged, (drawn.stages[0].id,))  # of random weights, and of what the source had learnt
+        self.assertEqual(study_chain.differences(alone.story, taught.story), ["3 train.teacher null -> 1"])
+
+    def test_what_is_wrong_with_a_teacher_is_told(self):
+        for instead, *said in (
+                ("teacher: 2", "command 3: teacher: expected the number of a train before it (1), found 2"),
+                ("teacher: 1.0", "found 1.0"), ("teacher: source", "teacher: expected a number"),
+                ("train.teacher.weight: 0.5", "command 3: train.teacher.* without a `teacher`"),
+                ("teacher: 1, train.teacher.model: x", "train.teacher.model is set by the study")):
+            self.refused(TAUGHT.replace("&taught {steps: arm, teacher: 1", f"&taught {{steps: arm, {instead}"), *said)
+        self.refused(TAUGHT.replace("steps: source}", "steps: source, teacher: 1}"), "command 1: teacher", "none")
+
     # Five evaluations, of which the probe made one.
     def test_estimates(self):
         stage = study_chain.Builder(self.read(STUDY)).run("kept", 1, 1e-3).last
@@ -185,6 +204,15 @@ class Files(unittest.TestCase):
         self.assertAlmostEqual(measured.seconds(stage), 20 * 2.0 + 5.0 + 4 * 2.0 * 2 / 3)
         self.assertAlmostEqual(measured.flops(stage), 20 * 2048 * 100.0)
 
+
+TAUGHT = """claim: A teacher helps.
+arms:
+  alone: [train: &source {model: source, steps: source}, upcycle: {}, train: {steps: arm}]
+  taught: [train: *source, upcycle: {}, train: &taught {steps: arm, teacher: 1}]
+  drawn: [train: *source, upcycle: {}, train: {steps: arm, teacher: 1, model.init: random}]
+compare:
+  - {better: taught, than: alone}
+"""
 
 MATES = """claim: A batch leaks.
 rates: [0.0]
@@ -306,7 +334,11 @@ PLANTED = [
     ("study_statistics.py", "distance = max(", "distance = min("),
     ("study_statistics.py", "amount = min(a.end(axis)", "amount = max(a.end(axis)"),
     ("study_statistics.py", "loss = max(float(a.loss[-1])", "loss = min(float(a.loss[-1])"),
-    ("study_chain.py", "charged = []  # nothing", "pass  # nothing"),
+    ("study_chain.py", "needed |= {stage.teacher} if drawn else {stage.teacher, stage.before}",
+     "needed |= {stage.teacher, stage.before}"),
+    ("study_chain.py", "needed |= {stage.teacher} if drawn else {stage.teacher, stage.before}",
+     "needed |= set() if drawn else {stage.before}"),
+    ("study_chain.py", 'content |= {"teacher": self.teacher} if self.teacher else {}', "pass"),
     ("study_chain.py", "ORDERS - 1 if last else trainings", "trainings"),
     ("study_chain.py", '"text", "texts", "before",', '"text", "texts",'),
     ("study_chain.py", 'nested(overrides | {"seed": seed}', "nested(overrides"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "launch"))
 import study_chain  # noqa: E402
 import study_file  # noqa: E402
-from study_test import MATES, STUDY  # noqa: E402
+from study_test import MATES, STUDY, TAUGHT  # noqa: E402
 
 
 class Study(unittest.TestCase):
@@ -121,6 +121,22 @@ class Whole(Study):
         micro = study_file.read_yaml(study_file.STUDIES / "sizes" / "micro.yaml")
         self.assertIn(f"_mates_3x{micro['run']['train.global_batch']}x{micro['seq_len']}.h5",
                       settings["data"]["train"][0]["path"])
+
+    # The plan and the curves count the teacher's forward, a third of a step of a model of its size.
+    def test_a_teacher_is_the_sources_model_and_its_forward_is_charged(self):
+        self.write(TAUGHT + "rates: [2.0e-3]\nsteps: {source: 40, arm: 20}\n")
+        found = self.done("--seeds", 1)
+        seeds = {arm: result["seeds"][0] for arm, result in self.result()["arms"].items()}
+        self.assertAlmostEqual(seeds["taught"]["flops"] / seeds["alone"]["flops"], 4 / 3)
+        self.assertEqual(seeds["taught"]["tokens"], seeds["alone"]["tokens"])
+        self.assertAlmostEqual(seeds["drawn"]["flops_with_source"] - seeds["drawn"]["flops"],
+                               2 * seeds["alone"]["flops"])
+        for arm, seed in seeds.items():
+            self.assertRegex(found.stdout, rf"(?m)^{arm} .* {seed['flops']:.3g}".replace("+", r"\+"))
+        stages = {arm: [self.folder / "out/stages" / stage for stage in seed["stages"]] for arm, seed in seeds.items()}
+        taught = study_file.read_yaml(stages["taught"][-1] / "run.yaml")["train"]
+        self.assertEqual(taught["teacher"], {"model": str(stages["taught"][0] / "model")})
+        self.assertNotIn("teacher", study_file.read_yaml(stages["alone"][-1] / "run.yaml")["train"])
 
     def test_a_planted_arm_comes_out_worse(self):
         found = self.done("--plant", "kept", "--seeds", 2)

@@ -58,7 +58,8 @@ def wrong_key(path, run):
 
 def plan(words):
     run = yaml.safe_load(Path(words[0]).read_text(encoding="utf-8"))
-    json.loads(Path(run["model"]["path"]).read_text(encoding="utf-8"))  # a configuration is enough
+    for model in (run["model"]["path"], run["train"].get("teacher", {}).get("model", run["model"]["path"])):
+        json.loads(Path(model).read_text(encoding="utf-8"))  # a configuration is enough
     return wrong_key(words[0], run)
 
 
@@ -69,6 +70,7 @@ def train(words):
         print("upmoe: error: the loss is not finite", file=sys.stderr)
         return 4
     model = config_of(run["model"]["path"])
+    taught = "teacher" in run["train"] and bool(config_of(run["train"]["teacher"]["model"]))
     tokens = run["train"]["global_batch"] * run["data"]["seq_len"]
     shift = 0.1 * random.Random(run["data"]["seed"]).random()  # of the pair
     own = 0.002 * random.Random(f"{run['data']['seed']} {json.dumps(model)}").random()
@@ -87,6 +89,8 @@ def train(words):
             records.append({"step": step, "tokens": step * tokens, "loss": loss(step), "aux_loss": 0.0,
                             "grad_norm": 1.0, "seconds": 0.01, "tokens_per_s": 1e5, "flops": 6e3 * tokens, "ranks": 1,
                             "mfu": None, "dead_experts": 1, "expert_load": [[0.5, 0.5]]})
+            if taught:
+                records[-1]["flops_teacher"] = 2e3 * tokens
         if step % every == 0 or step == steps:
             records.append({"kind": "eval", "step": step, "tokens": step * tokens, "eval_loss": loss(step)})
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +130,8 @@ def cost(words):
     if "--fit" in words:
         print("a law")
         return
-    print(json.dumps([{"train_flops_per_token": 6e3 * config_of(Path(words[0]).parent)["hidden_size"] / 128}]))
+    forward = 2e3 * config_of(Path(words[0]).parent)["hidden_size"] / 128
+    print(json.dumps([{"forward_flops_per_token": forward, "train_flops_per_token": 3 * forward}]))
 
 
 def main():
