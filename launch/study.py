@@ -59,6 +59,8 @@ class Driver:
         self.study, self.work, self.teller = study, work, teller
         self.builder = Builder(study)
         self.plan = Plan(work, self.builder)
+        self.lost = []    # (run, why) of those that failed; the others go on
+        self.broken = {}  # stage id: why, for the runs that have that stage too
 
     def check(self):
         check_arms(self.work, self.builder, [arm for arm in self.study.arms if arm not in self.planted()])
@@ -71,43 +73,65 @@ class Driver:
         return {planted_name(arm): arm for arm in self.study.arms if planted_name(arm) in self.study.arms}
 
     def paired(self, seeds, rates):
-        """By seed, so that a study that is cut short has whole pairs."""
+        """By seed, so that a study that is cut short has whole pairs; of arms that have a rate."""
         return [self.builder.run(arm, seed, rates[arm]) for seed in range(TUNING_SEED + 1, seeds + 1)
-                for arm in self.study.arms]
+                for arm in self.study.arms if arm in rates]
 
     def perform(self, runs, clock, ahead, do):
         """`ahead`: what comes after these runs, for the time left; `do`: Work.ensure, or what takes its place."""
+        def seconds_left(*current):
+            lost = {run.last.id for run, _ in self.lost}
+            return minutes(clock.left([run for run in [*runs, *ahead] if run.last.id not in lost], *current))
+
         for i, run in enumerate(runs):
             if self.work.finished(run.last):
                 continue
             place = f"{i + 1}/{len(runs)} arm '{run.arm}', seed {run.seed}, rate {run.rate:g}"
 
             def begin(stage, run=run, place=place):
-                left = clock.left([*runs, *ahead], (run, stage))
                 what = f"train {stage.steps} steps" if stage.kind == "train" else stage.kind
-                self.teller.say(f"{place}: {what}; left: {minutes(left)}")
+                self.teller.say(f"{place}: {what}; left: {seconds_left((run, stage))}")
                 self.stage = stage
 
             def progress(steps, run=run, place=place):
                 share = min(1.0, steps / self.stage.steps)
-                left = clock.left([*runs, *ahead], (run, self.stage), share)
-                self.teller.count(f"{place}: step {steps} of {self.stage.steps}; left: {minutes(left)}")
+                left = seconds_left((run, self.stage), share)
+                self.teller.count(f"{place}: step {steps} of {self.stage.steps}; left: {left}")
 
-            do(run, begin, progress)
+            why = next((self.broken[stage.id] for stage in run.stages if stage.id in self.broken), None)
+            try:
+                if why is None:
+                    do(run, begin, progress)
+            except StageFailed as problem:
+                why = self.broken[self.stage.id] = str(problem)
+                self.teller.say(f"{place}: failed, the other runs go on: {why}")
+            if why:
+                self.lost.append((run, why))
             self.work.drop_models(run, runs[i + 1:])
+
+    def tell_lost(self):
+        """Ends a study of which something failed; each reason once."""
+        reasons = {}
+        for run, why in self.lost:
+            reasons.setdefault(why, []).append(f"arm '{run.arm}', seed {run.seed}, rate {run.rate:g}")
+        if reasons:
+            text = "; ".join(f"{', '.join(runs)}: {why}" for why, runs in reasons.items())
+            raise BadInput(f"{text}; the logs are in {display(self.work.folder)}/stages; the same command tries these "
+                           "again and keeps the rest")
 
     def choose_rates(self):
         """Of each arm the rate that ended lowest."""
-        rates = {}
+        rates, lost = {}, {run.arm for run, _ in self.lost}
         for arm in self.study.arms:
-            if arm not in self.planted():
+            if arm not in self.planted() and arm not in lost:
                 runs = self.builder.tuning(arm)
                 losses = [self.work.loss(run.last) for run in runs]
                 if losses and min(losses) == math.inf:
                     raise BadInput(f"arm '{arm}' diverged at every learning rate of the grid; give it lower `rates`")
                 rates[arm] = runs[losses.index(min(losses))].rate if runs else self.study.rates[0]
         for name, arm in self.planted().items():
-            rates[name] = rates[arm] * PLANTED
+            if arm in rates:
+                rates[name] = rates[arm] * PLANTED
         return rates
 
     def differing(self, record):
@@ -172,8 +196,12 @@ def list_studies():
 
 
 def conclude(driver, paired, rates, seeds):
-    study, folder = driver.study, driver.work.folder
-    outcomes = {arm: [Outcome(driver.work, run) for run in paired if run.arm == arm] for arm in study.arms}
+    study, folder, lost = driver.study, driver.work.folder, {run.arm for run, _ in driver.lost}
+    paired = [run for run in paired if run.arm not in lost]
+    outcomes = {arm: [Outcome(driver.work, run) for run in paired if run.arm == arm]
+                for arm in study.arms if arm in rates and arm not in lost}
+    if not outcomes:
+        return
     written = list(write_tables(folder, study, outcomes, rates, driver.fits(paired, seeds)))
     if has_curves(study):
         written.append(pictures().draw_curves(folder, study, outcomes))
@@ -188,7 +216,9 @@ def conduct(args, driver):
     study, work, teller = driver.study, driver.work, driver.teller
     work.make_tokens(teller.say)
     driver.plan.probe(teller.say)
-    tuning, guessed = driver.tuning(), dict.fromkeys(study.arms, study.rates[0])
+    tuning = driver.tuning()
+    chosen = all(work.finished(run.last) for run in tuning)
+    guessed = driver.choose_rates() if chosen else dict.fromkeys(study.arms, study.rates[0])
     expected = driver.paired(args.seeds, guessed)
     driver.plan.require_disk([*tuning, *expected])
     driver.tell_others()
@@ -203,6 +233,7 @@ def conduct(args, driver):
     paired = driver.paired(args.seeds, rates)
     driver.perform(paired, Clock(driver.plan, paired, time.monotonic), [], work.ensure)
     conclude(driver, paired, rates, args.seeds)
+    driver.tell_lost()
     return 0
 
 

@@ -14,7 +14,7 @@ def draw_curves(folder, study, outcomes):
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(15, 4.8), layout="constrained", sharey=True)
         for ax, (axis, charged) in zip(axes, panels):
-            for arm, colour in zip(study.arms, palette(len(study.arms))):
+            for arm, colour in zip(outcomes, palette(len(outcomes))):
                 curves = [o.curve(charged) for o in outcomes[arm]]
                 line = mean_line([c.spent[axis] for c in curves], [c.loss for c in curves])
                 draw_line(ax, line, colour, arm.replace("$", r"\$"))

@@ -95,12 +95,15 @@ class Plan:
                 for stage in run.stages if not self.work.finished(stage)}
 
     def disk(self, runs):
-        """Bytes: the largest run while it goes on, and the dense models that stay for other arms."""
+        """Bytes that are still to come: the largest run while it goes on, and the dense models that stay for other
+        arms."""
+        runs = [run for run in runs if not self.work.finished(run.last)]
         kept = {stage.id: self.of(run, stage).model_bytes for run in runs for stage in run.stages
-                if stage.kind == "train" and not stage.last}
+                if stage.kind == "train" and not stage.last and not self.work.finished(stage)}
         return sum(kept.values()) + max(
-            CHECKPOINTS * max(self.of(run, stage).checkpoint_bytes for stage in run.stages) +
-            sum(self.of(run, stage).model_bytes for stage in run.stages if stage.kind == "upcycle") for run in runs)
+            (CHECKPOINTS * max(self.of(run, stage).checkpoint_bytes for stage in run.stages) +
+             sum(self.of(run, stage).model_bytes for stage in run.stages if stage.kind == "upcycle") for run in runs),
+            default=0)
 
     def require_disk(self, runs):
         need, free = self.disk(runs), shutil.disk_usage(self.work.folder).free

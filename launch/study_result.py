@@ -54,8 +54,7 @@ def table(rows):
 def arm_rows(study, outcomes, rates):
     yield ["arm", "learning rate", "loss before the first step", "held-out loss at the end", "dead experts",
            "variation of the load", "tokens", "FLOPs", "FLOPs with the source"]
-    for arm in study.arms:
-        runs = outcomes[arm]
+    for arm, runs in outcomes.items():
         loss, first = interval([o.loss for o in runs]), np.mean([o.sunk.loss[0] for o in runs])
         dead, uneven = [o.dead() for o in runs], [o.load_variation() for o in runs]
         edge = len(study.rates) > 1 and rates[arm] in (study.rates[0], study.rates[-1])
@@ -65,28 +64,36 @@ def arm_rows(study, outcomes, rates):
                f"{runs[0].sunk.end('flops'):.3g}", f"{runs[0].charged.end('flops'):.3g}"]
 
 
+def missing(comparison, outcomes):
+    """Arms that it is about and that did not come to an end."""
+    return [arm for arm in (comparison.better, comparison.than) if arm not in outcomes]
+
+
 def verdict_lines(study, outcomes):
     for comparison in study.compare:
         measure = MEASURES[comparison.by]
-        _, found = measure.judge(comparison, outcomes)
-        yield f"* {measure.claim(comparison)}: **{found or measure.unreached}**"
+        if gone := missing(comparison, outcomes):
+            word = "not compared: " + " and ".join(f"'{arm}'" for arm in gone) + " failed"
+        else:
+            word = measure.judge(comparison, outcomes)[1] or measure.unreached
+        yield f"* {measure.claim(comparison)}: **{word}**"
 
 
 def write_tables(folder, study, outcomes, rates, fits):
     """Yields the files that it wrote."""
-    seeds = len(next(iter(outcomes.values())))
+    seeds, comparisons = len(next(iter(outcomes.values()))), [c for c in study.compare if not missing(c, outcomes)]
     text = [f"# {study.name}, size {study.size}, {seeds} paired seed{'s' if seeds > 1 else ''}", "", study.claim, "",
             *verdict_lines(study, outcomes), "",
             "Held-out loss in nats per token. In brackets: the 95 % interval of the mean over seeds (Student's t), of "
             "differences and ratios within pairs.", "", table(arm_rows(study, outcomes, rates)),
-            *(part for measure, compared in by_measure(study.compare)
+            *(part for measure, compared in by_measure(comparisons)
               for part in (table(measure.rows(compared, outcomes)), measure.note))]
     if fits:
         text += ["", "What `upmoe cost --fit` finds in the arms with a source, seed by seed:", "",
                  *(f"    {line}" for fit in fits for line in fit.rstrip().splitlines())]
     write_whole(folder / "table.md", "\n".join(text) + "\n")
     yield folder / "table.md"
-    times = [table(rows) for measure, compared in by_measure(study.compare)
+    times = [table(rows) for measure, compared in by_measure(comparisons)
              if (rows := list(measure.timings(compared, outcomes)))]
     if times:
         write_whole(folder / "timings.md", f"# {study.name}, size {study.size}: seconds of training steps, as they "
@@ -101,9 +108,14 @@ def finite(value):
 def write_result(folder, study, outcomes, rates):
     def comparison_json(comparison):
         measure = MEASURES[comparison.by]
+        asked = {key: finite(getattr(comparison, key)) for key in comparison.__dataclass_fields__} | {
+            "claim": measure.claim(comparison)}
+        if missing(comparison, outcomes):
+            return asked | {"verdict": "not compared", "seeds_to_decide": None, "mean": None, "low": None, "high": None,
+                            "pairs": 0}
         found, word = measure.judge(comparison, outcomes)
-        return {key: finite(getattr(comparison, key)) for key in comparison.__dataclass_fields__} | {
-            "claim": measure.claim(comparison), "verdict": word.word if word else "not reached",
+        return asked | {
+            "verdict": word.word if word else "not reached",
             "seeds_to_decide": word.seeds if word else None, "mean": finite(found.mean), "low": finite(found.low),
             "high": finite(found.high), "pairs": found.pairs}
 
@@ -118,6 +130,6 @@ def write_result(folder, study, outcomes, rates):
                    "curve": {"loss": o.sunk.loss.tolist(),
                              **{axis: o.sunk.spent[axis].tolist() for axis in REPRODUCED}}} |
                   {key: finite(value) for measure in measures.values() for key, value in measure.facts(o).items()}
-                  for o in outcomes[arm]]} for arm in study.arms}}
+                  for o in runs]} for arm, runs in outcomes.items()}}
     write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return folder / "result.json"

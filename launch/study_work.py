@@ -250,7 +250,7 @@ class Work:
             LAYOUTS[stage.batches].write_tokens(self.tokens(stage.text), self.laid_out(stage), stage.settings)
         settings = self.run_settings(stage, self.input_of(stage), self.teacher_of(stage))
         write_whole(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False))
-        if not (stage.last and (folder / "eval.json").is_file()):
+        if not (folder / ("eval.json" if stage.last else "model/config.json")).is_file():
             self.call([*self.program, "train", folder / "run.yaml"], log,
                       progress and (lambda: progress(last_step(run))))
             self.finish(stage, folder, log)
@@ -262,8 +262,7 @@ class Work:
 
     def finish(self, stage, folder, log):
         if not stage.last:
-            if not (folder / "model/config.json").is_file():
-                self.call([*self.program, "export", folder / "run", "--to", folder / "model", "--dtype", "fp32"], log)
+            self.call([*self.program, "export", folder / "run", "--to", folder / "model", "--dtype", "fp32"], log)
             return
         found = self.call([*self.program, "eval", folder / "run", "--data", self.tokens(stage.text, held_out=True),
                            "--seq-len", stage.settings["data"]["seq_len"], "--sequences",

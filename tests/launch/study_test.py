@@ -8,6 +8,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -21,7 +22,7 @@ import study_mates  # noqa: E402
 import study_statistics as statistics  # noqa: E402
 from command_line import BadInput, BadUsage  # noqa: E402
 from study_measures import MEASURES  # noqa: E402
-from study_plan import Measured  # noqa: E402
+from study_plan import Measured, Plan  # noqa: E402
 
 STUDY = """claim: Nothing re-drawn is better.
 last: {router.aux_loss: 0.01}
@@ -204,6 +205,20 @@ class Files(unittest.TestCase):
         self.assertAlmostEqual(measured.seconds(stage), 20 * 2.0 + 5.0 + 4 * 2.0 * 2 / 3)
         self.assertAlmostEqual(measured.flops(stage), 20 * 2048 * 100.0)
 
+    # Three checkpoints of one run and its mixture, and the source; what lies there takes no more place.
+    def test_disk_is_asked_for_what_is_to_come(self):
+        build, done = study_chain.Builder(self.read(STUDY)), set()
+        runs = [build.run(arm, 1, 1e-3) for arm in ("kept", "re-drawn", "continued")]
+        plan = Plan(SimpleNamespace(finished=lambda stage: stage.id in done), build)
+        plan.arms = {run.arm: [Measured(0.0, 0.0, 0.0, 1, 1, 100, 10)] * len(run.stages) for run in runs}
+        self.assertEqual(plan.disk(runs), 10 + 3 * 100 + 10)
+        done.add(runs[0].stages[0].id)
+        self.assertEqual(plan.disk(runs), 3 * 100 + 10)
+        done |= {runs[0].last.id, runs[1].last.id}
+        self.assertEqual(plan.disk(runs), 3 * 100)  # of the dense model that goes on
+        done.add(runs[2].last.id)
+        self.assertEqual(plan.disk(runs), 0)
+
 
 TAUGHT = """claim: A teacher helps.
 arms:
@@ -352,6 +367,7 @@ PLANTED = [
     ("study_mates.py", ', "train.global_batch": batch}', "}"),
     ("study_measures.py", "if any(a.changed for a in first):", "if all(a.changed for a in first):"),
     ("study_measures.py", "if any(b.changed for b in second):", "if all(b.changed for b in second):"),
+    ("study_plan.py", "and not stage.last and not self.work.finished(stage)", "and not stage.last"),
     ("study_plan.py", 'settings["train"]["eval_every"]) - 1', 'settings["train"]["eval_every"])'),
 ]
 

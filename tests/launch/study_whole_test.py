@@ -217,6 +217,47 @@ class Whole(Study):
                              (self.folder / "whole/table.md").read_bytes())
             trained = [line for line in self.commands("train") if "run.yaml" in line]
             self.assertLessEqual(len(trained) - len(set(trained)), 1)  # what was under way may begin again
+        # Killed at the last moment of a stage: what it left is enough.
+        for stage in self.result(out)["arms"]["kept"]["seeds"][0]["stages"]:
+            (self.folder / out / "stages" / stage / "done.json").unlink()
+        before = len(self.commands("train"))
+        self.done("--seeds", 1, out=out)
+        self.assertEqual(len(self.commands("train")), before)
+
+    def test_an_arm_that_fails_leaves_the_others(self):
+        self.write(STUDY, rates="[2.0e-3]")
+        found = self.study("--seeds", 2, PRETENDED_FAIL="1.0 2")
+        self.assertEqual(found.returncode, 3, found.stderr)
+        self.assertIn("arm 're-drawn', seed 2, rate 0.002: failed, the other runs go on: ", found.stderr)
+        said = found.stderr.splitlines()[-1]
+        self.assertIn("error: arm 're-drawn', seed 2, rate 0.002: upmoe train", said)
+        self.assertIn("planted: the disk is full; the logs are in", said)
+        self.assertIn("'kept' ends below 're-drawn' by 0.001 nats at equal tokens: not compared: 're-drawn' failed",
+                      found.stdout)
+        result = self.result()
+        self.assertEqual(list(result["arms"]), ["kept", "continued"])
+        self.assertEqual([c["verdict"] == "not compared" for c in result["comparisons"]], [True, False, True])
+        self.assertEqual((result["verdict"], result["comparisons"][1]["pairs"]), ("not compared", 2))
+        before = len(self.commands("train"))
+        self.done("--seeds", 2)
+        self.assertEqual(len(self.commands("train")) - before, 1)  # that run alone
+        self.make_tokens("whole")
+        self.done("--seeds", 2, out="whole")
+        for name in ("table.md", "result.json"):
+            self.assertEqual((self.folder / "out" / name).read_bytes(), (self.folder / "whole" / name).read_bytes())
+
+    def test_an_arm_without_a_rate_is_left_out(self):
+        found = self.study("--seeds", 2, PRETENDED_FAIL="1.0 0")
+        self.assertEqual(found.returncode, 3, found.stderr)
+        self.assertIn("error: arm 're-drawn', seed 0, rate 0.0002: upmoe train", found.stderr.splitlines()[-1])
+        self.assertEqual(list(self.result()["arms"]), ["kept", "continued"])
+        # Where the source of all fails it is tried once, and nothing is there to be compared.
+        self.make_tokens("none")
+        before = len(self.commands("train"))
+        found = self.study("--seeds", 1, out="none", PRETENDED_FAIL="0.0 0")
+        self.assertEqual(found.returncode, 3, found.stderr)
+        self.assertEqual(len(self.commands("train")) - before, 4 + 1)  # a source and three arms of the probe
+        self.assertFalse((self.folder / "none/result.json").exists())
 
     def test_a_changed_study_is_told_from_finished_arms(self):
         self.write(STUDY, rates="[2.0e-3]")

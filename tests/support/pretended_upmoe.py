@@ -7,6 +7,7 @@ Of keys it knows few: a run's `train` has those of TRAIN_KEYS, and experts.reini
 
 PRETENDED_LOG: a file that gets a line for each command. PRETENDED_KILL: the word of a command that kills whoever
 started it, once (the log is how it knows). PRETENDED_REFUSE: num_experts of a recipe that upcycle refuses.
+PRETENDED_FAIL: experts.reinit and a seed, "1.0 2", of trainings that fail, but for those of a probe.
 """
 
 import difflib
@@ -21,6 +22,7 @@ from pathlib import Path
 import yaml
 
 RATE = 2e-3
+PROBE_STEPS = 3
 TRAIN_KEYS = ("steps", "global_batch", "micro_batch", "precision", "eval_every", "eval_sequences", "teacher")
 
 
@@ -71,6 +73,10 @@ def train(words):
         return 4
     model = config_of(run["model"]["path"])
     taught = "teacher" in run["train"] and bool(config_of(run["train"]["teacher"]["model"]))
+    failing = os.environ.get("PRETENDED_FAIL", "").split()
+    if steps > PROBE_STEPS and failing == [str(100 * model.get("reinit", 0.0)), str(run["run"]["seed"])]:
+        print("upmoe: error: planted: the disk is full", file=sys.stderr)
+        return 3
     tokens = run["train"]["global_batch"] * run["data"]["seq_len"]
     shift = 0.1 * random.Random(run["data"]["seed"]).random()  # of the pair
     own = 0.002 * random.Random(f"{run['data']['seed']} {json.dumps(model)}").random()
