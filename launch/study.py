@@ -25,6 +25,7 @@ try:
     from study_file import ROOT, SIZES, STANDARD_TEXT, find, names, read_study
     from study_plan import Clock, Plan, minutes
     from study_measures import MEASURES
+    from study_provenance import write_provenance
     from study_result import Outcome, verdict_lines, write_result, write_tables
     from study_work import STOPPED, StageFailed, Stopped, Work
 except ImportError as missing:
@@ -206,6 +207,7 @@ def conclude(driver, paired, rates, seeds):
     if has_curves(study):
         written.append(pictures().draw_curves(folder, study, outcomes))
     written.append(write_result(folder, study, outcomes, rates))
+    written.append(write_provenance(driver.work, study, [*driver.tuning(), *paired]))
     driver.work.link_runs(paired)
     for line in verdict_lines(study, outcomes):
         print(line.replace("*", "").strip())

@@ -9,7 +9,7 @@ import numpy as np
 from run_metrics import read_run
 from study_mates import changes_of
 from study_measures import MEASURES, NAMES, REPRODUCED, by_measure, nats
-from study_statistics import Curve, interval
+from study_statistics import METHOD, Curve, interval
 from whole_file import write_whole
 
 
@@ -84,8 +84,8 @@ def write_tables(folder, study, outcomes, rates, fits):
     seeds, comparisons = len(next(iter(outcomes.values()))), [c for c in study.compare if not missing(c, outcomes)]
     text = [f"# {study.name}, size {study.size}, {seeds} paired seed{'s' if seeds > 1 else ''}", "", study.claim, "",
             *verdict_lines(study, outcomes), "",
-            "Held-out loss in nats per token. In brackets: the 95 % interval of the mean over seeds (Student's t), of "
-            "differences and ratios within pairs.", "", table(arm_rows(study, outcomes, rates)),
+            f"Held-out loss in nats per token. In brackets: the 95 % interval of the mean over seeds, {METHOD}.", "",
+            table(arm_rows(study, outcomes, rates)),
             *(part for measure, compared in by_measure(comparisons)
               for part in (table(measure.rows(compared, outcomes)), measure.note))]
     if fits:

@@ -12,6 +12,10 @@ import numpy as np
 from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to load
 
 LEVEL = 0.95
+# Of `interval`, for who reads its numbers.
+METHOD = ("mean +- t s / sqrt(n) over the n seeds, s the deviation of their values with n - 1, t the 97.5 % point of "
+          "Student's distribution with n - 1 degrees of freedom; differences within pairs of one seed; of ratios their "
+          "logarithms")
 MOST_SEEDS = 1000  # that are worth naming
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"

@@ -1,5 +1,6 @@
 """launch/study.py from end to end with a pretended program: plan, runs, resumption, refusals; nothing is trained."""
 
+import hashlib
 import json
 import os
 import signal
@@ -82,10 +83,20 @@ class Whole(Study):
         table = (self.folder / "out/table.md").read_text(encoding="utf-8")
         self.assertIn("| kept | 0.002 (edge of the grid) |", table)
         self.assertNotIn("seconds", table)
+        self.assertIn("interval of the mean over seeds, mean +- t s / sqrt(n)", table)
         self.assertIn("seconds", (self.folder / "out/timings.md").read_text(encoding="utf-8"))
         self.assertTrue((self.folder / "out/curves.png").read_bytes().startswith(b"\x89PNG"))
         # Nothing heavy stays: neither checkpoints nor mixtures.
         self.assertFalse(list(self.folder.glob("out/stages/*/run/checkpoints")))
+        made = json.loads((self.folder / "out/provenance.json").read_text(encoding="utf-8"))
+        self.assertIn(f"upmoe study {self.file} --out", made["command"])
+        self.assertEqual(made["file_sha256"], hashlib.sha256(self.file.read_bytes()).hexdigest())
+        self.assertEqual(len(made["runs"]), 3 * (2 + 3))  # two rates and three seeds of each arm
+        self.assertEqual(sum(stage["kind"] == "upcycle" for stage in made["stages"]), 2 * 4)
+        steps = 4 * 40 + 3 * (2 * round(20 * 0.3) + 3 * 20)  # of four sources, and of the arms
+        self.assertAlmostEqual(made["flops"], one["flops"] / 20 * steps)
+        self.assertTrue(made["wall_s"] > 0 and made["packages"]["numpy"] and made["concluded"])
+        self.assertEqual(made["programs"], [{"version": "pretended"}])
         laws = self.commands("cost --fit")
         self.assertEqual(len(laws), 3)  # of each seed, over the two arms that were upcycled
         self.assertEqual([len(line.split()) for line in laws], [2 + 2 + 1 + 2] * 3)

@@ -101,6 +101,7 @@ def train(words):
             records.append({"kind": "eval", "step": step, "tokens": step * tokens, "eval_loss": loss(step)})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    write_json(folder / "starts.jsonl", {"started": "2026-01-01T00:00:00Z", "program": {"version": "pretended"}})
     write_json(folder / "checkpoints/step_1/config.json", model | {"loss": loss(steps)})
     return 0
 
