@@ -64,7 +64,8 @@ class Driver:
         self.broken = {}  # stage id: why, for the runs that have that stage too
 
     def check(self):
-        check_arms(self.work, self.builder, [arm for arm in self.study.arms if arm not in self.planted()])
+        check_arms(self.work, self.builder, [arm for arm in self.study.arms if arm not in self.planted()],
+                   self.teller.say)
 
     def tuning(self):
         return [run for arm in self.study.arms if arm not in self.planted() for run in self.builder.tuning(arm)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 from command_line import BadInput, BadUsage, display
-from study_work import StageFailed, config_of
+from study_work import StageFailed, config_of, positions_of
 from whole_file import write_whole
 
 USAGE = 2  # status of a command whose keys are wrong
@@ -44,7 +44,7 @@ class Check:
         figures = self.work.study.figures
         vocab = int(figures["text"]["vocab"])
         path = self.folder / f"{stage.id}-shape.json"
-        write_whole(path, json.dumps(config_of(stage.shape, vocab, vocab - 1, figures["seq_len"])))
+        write_whole(path, json.dumps(config_of(stage.shape, vocab, vocab - 1, positions_of(figures))))
         return path
 
     def look_at(self, stage):
@@ -53,10 +53,13 @@ class Check:
         model = self.shape(stage) if stage.before is None else self.shapes[stage.before]
         if stage.kind == "upcycle":
             write_whole(given, yaml.safe_dump(stage.settings, sort_keys=False))
-            plan = self.work.call([*self.work.program, "upcycle", given, "--from", model, "--to",
-                                   self.folder / "nothing", "--plan", "--json"], log)
+            plan = json.loads(self.work.call([*self.work.program, "upcycle", given, "--from", model, "--to",
+                                              self.folder / "nothing", "--plan", "--json"], log))
+            if plan["asks_for_tokens"]:
+                words = "the recipe asks tokens (--prompts, --calibrate), and a study gives none"
+                raise StageFailed(words, USAGE, [words])
             model = self.folder / f"{stage.id}-shape.json"
-            write_whole(model, json.dumps(json.loads(plan)["config"]))
+            write_whole(model, json.dumps(plan["config"]))
         else:
             settings = self.work.run_settings(stage, model, self.shapes.get(stage.teacher))
             write_whole(given, yaml.safe_dump(settings, sort_keys=False))
@@ -80,11 +83,12 @@ class Check:
         return None
 
 
-def check_arms(work, builder, arms):
+def check_arms(work, builder, arms, say):
     """Throws BadUsage that names everything that is wrong, or BadInput where it is not the file's fault."""
     study, wrong = builder.study, {}  # what is wrong: the arms that have it
     with tempfile.TemporaryDirectory(prefix="upmoe-study-") as folder:
         check = Check(work, Path(folder))
+        say(f"looking at the commands of {len(arms)} arms")
         for arm in arms:
             try:
                 run = builder.first(arm)

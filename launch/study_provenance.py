@@ -60,11 +60,13 @@ def write_provenance(work, study, runs):
     stages = {stage.id: stage for run in runs for stage in run.stages}
     facts = {name: stage_facts(work, stage) for name, stage in stages.items() if work.record(stage)}
     starts = [start for stage in stages.values() for start in starts_of(work, stage)]
-    own = study.file.read_bytes()
+    words = sys.argv[1:]
+    if "--upmoe" in words:  # which the program says of itself
+        del words[words.index("--upmoe"):words.index("--upmoe") + 2]
     found = {
         "study": study.name, "size": study.size, "file": display(study.file.resolve()),
-        "file_sha256": hashlib.sha256(own).hexdigest(), "texts": study.texts, "intervals": METHOD,
-        "command": shlex.join(["upmoe", "study", *sys.argv[1:]]),
+        "file_sha256": hashlib.sha256(study.file.read_bytes()).hexdigest(), "texts": study.texts, "intervals": METHOD,
+        "command": shlex.join(["upmoe", "study", *words]),
         "concluded": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "programs": different(start.get("program") for start in starts),
         "machines": different({key: start.get(key) for key in ("machine", "hosts", "cores", "ranks")}

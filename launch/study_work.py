@@ -59,6 +59,10 @@ def config_of(shape, vocab, eos, positions):
             "torch_dtype": "float32"} | shape
 
 
+def positions_of(figures):
+    return max(2048, figures["seq_len"])
+
+
 class Work:
     """`program`: the words that start upmoe. Where a function takes `progress`, that is called with the steps that a
     training has made, about once a second."""
@@ -201,8 +205,8 @@ class Work:
                 vocab, eos = int(file.attrs["vocab_size"]), int(file.attrs["eos_id"])
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.folder / "tokens/tokenizer.json", folder)
-            positions = max(2048, self.study.figures["seq_len"])
-            write_whole(folder / "config.json", json.dumps(config_of(stage.shape, vocab, eos, positions), indent=1))
+            config = config_of(stage.shape, vocab, eos, positions_of(self.study.figures))
+            write_whole(folder / "config.json", json.dumps(config, indent=1))
         return folder
 
     def input_of(self, stage):

@@ -353,6 +353,7 @@ UpcyclePlan plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& opti
   const nlohmann::ordered_json json{{"recipe", to_yaml(plan.config)},
                                     {"scale", plan.recipe.scale},
                                     {"redrawn_neurons_per_expert", plan.recipe.redrawn},
+                                    {"asks_for_tokens", asks_for_tokens(plan.config)},
                                     {"bytes", bytes},
                                     {"config", nlohmann::ordered_json::parse(to_hf_json(plan.moe))}};
   return {out, json.dump(2) + "\n"};

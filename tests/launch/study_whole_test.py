@@ -200,6 +200,8 @@ class Whole(Study):
              "train.micro_batch?"),
             ("{model: source, steps: source}", "{model: source, steps: source, train.precison: bf16}",
              "own.yaml: every arm: command 1 (train): unknown key 'train.precison'; did you mean train.precision?"),
+            ("upcycle: {experts.reinit: 1.0}", "upcycle: {router.method: prompts}",
+             "own.yaml: arm 're-drawn': command 2 (upcycle): the recipe asks tokens"),
             ("upcycle: {experts.reinit: 1.0}", "upcycle: {experts.reinit.x: 1.0}",
              "own.yaml: arm 're-drawn': key 'experts.reinit.x': 'reinit' is a value"),
         ]

@@ -77,6 +77,10 @@ TEST_F(Planned, ConfigurationOfTheMixtureIsThatOfWhatIsMade) {
   make();
   EXPECT_EQ(planned.at("config"), nlohmann::json::parse(read_file(options_.to / "config.json")));
   EXPECT_EQ(planned.at("redrawn_neurons_per_expert"), 11);
+  EXPECT_EQ(planned.at("asks_for_tokens"), false);
+  recipe_.router.method = RouterMethod::kPrompts;
+  options_.to = dir_.path() / "again";
+  EXPECT_EQ(nlohmann::json::parse(plan_upcycle(recipe_, options_).json).at("asks_for_tokens"), true);
 }
 
 TEST_F(Planned, WhatDoesNotFitIsRefusedOfAConfigurationToo) {
