@@ -296,7 +296,8 @@ def main():
         teller.say("stopped; the same command goes on from here")
         return STOPPED
     except StageFailed as problem:
-        raise BadInput(f"{problem}; the logs are in {display(folder)}/stages; the same command goes on") from None
+        raise BadInput(f"{problem}; the logs are in {display(folder)}, tokens/log.txt and stages/*/log.txt; the same "
+                       "command goes on") from None
 
 
 if __name__ == "__main__":

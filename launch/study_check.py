@@ -16,11 +16,13 @@ USAGE = 2  # status of a command whose keys are wrong
 
 
 def words_of(problem, file):
-    """What a command said was wrong, without the file that it was given, which is not the user's."""
+    """What a command said was wrong, without the files that it was given, which are not the user's."""
     text = "\n".join(problem.said)
-    text = text[text.rfind("error: ") + len("error: "):] if "error: " in text else text
+    text = text.partition("upmoe: error: ")[2] or text
+    text = re.sub(rf"{re.escape(str(file.parent))}/\w+-shape\.json", "its model", text)
     lines = [re.sub(rf"^\s*{re.escape(str(file))}(:\d+)*: ", "", line).strip() for line in text.splitlines()]
-    return "; ".join(line for line in lines if line and not re.fullmatch(r"\d+ problems", line)) or str(problem)
+    lines = [line for line in lines if line and not re.fullmatch(r"\d+ problems", line)]
+    return "; ".join(lines).replace(":; ", ": ") or str(problem)
 
 
 def in_words(arms, of):
@@ -77,8 +79,8 @@ class Check:
                 self.look_at(stage)
             except StageFailed as problem:
                 self.statuses.add(problem.status)
-                self.problems[stage.id] = f"command {number} ({stage.kind}): " + words_of(
-                    problem, self.folder / f"{stage.id}.yaml")
+                words = words_of(problem, self.folder / f"{stage.id}.yaml")
+                self.problems[stage.id] = f"command {number} ({stage.kind}): {words}"
                 return stage.id
         return None
 

@@ -16,8 +16,25 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "launch"))
 import study_chain  # noqa: E402
+import study_check  # noqa: E402
 import study_file  # noqa: E402
 from study_test import MATES, STUDY, TAUGHT  # noqa: E402
+from study_work import StageFailed  # noqa: E402
+
+
+class Refusals(unittest.TestCase):
+    # The files that a check makes are no help to a user.
+    def test_words_of_a_refusal(self):
+        file = Path("/tmp/x/0a1b.yaml")
+        for said, words in (
+                (["warning: error: nothing", f"upmoe: error: {file}: this run is not possible:", "  router.kind: no",
+                  "possible meshes of 1 ranks, the nearest first:", "  tp 1"],
+                 "this run is not possible: router.kind: no; possible meshes of 1 ranks, the nearest first: tp 1"),
+                ([f"upmoe: error: {file}: 2 problems", f"  {file}:3:4: unknown key 'a'", f"  {file}:5:4: b"],
+                 "unknown key 'a'; b"),
+                (["upmoe: error: /tmp/x/77-shape.json: vocab_size 3"], "its model: vocab_size 3"),
+                ([], "upmoe plan: no words"), (["Segmentation fault"], "Segmentation fault")):
+            self.assertEqual(study_check.words_of(StageFailed("upmoe plan: no words", 2, said), file), words)
 
 
 class Study(unittest.TestCase):
