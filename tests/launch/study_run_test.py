@@ -144,7 +144,8 @@ class StudyRun(unittest.TestCase):
                                    one["flops_with_source"] - one["flops"])
         # What the plan had said of FLOPs, from `upmoe cost`, is what the run counted, its teacher's with it.
         self.assertRegex(plan, rf"(?m)^taught .* {taught[0]['flops']:.3g}".replace("+", r"\+"))
-        records = [json.loads(line) for line in (self.folder / "taught/runs/taught-seed1/metrics.jsonl").open()]
+        lines = (self.folder / "taught/runs/taught-seed1/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = map(json.loads, lines)
         self.assertTrue(all(r["distill_loss"] > 0 and r["flops_teacher"] > 0 for r in records if "kind" not in r))
 
     def test_wrong_keys_are_told_before_anything_is_computed(self):
