@@ -119,6 +119,8 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   check(a, world);
   std::unique_ptr<ModelSource> source;
   run_agreed(world, [&] { source = open_model(a.model); });
+  // A run directory goes on while it trains: each rank may have met another of its checkpoints.
+  require_equal(world, fmt::format("checkpoints of {}", a.model), source->directory().string());
   const ModelConfig& config = source->config();
   if (a.seq_len > config.max_position_embeddings && world.rank() == 0)
     log::warning("--seq-len {}: the model was made for {} positions", a.seq_len,

@@ -157,6 +157,8 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
     warn_of_sampling(options.sampling);
     warn_of_positions(source->config(), prompts, options.max_new_tokens);
   });
+  // A run directory goes on while it trains: each rank may have met another of its checkpoints.
+  require_equal(world, fmt::format("checkpoints of {}", a.models.front()), source->directory().string());
   share_prompts(world, prompts);
 
   RankModel model(source->config(), mesh, world, device,
