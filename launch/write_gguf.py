@@ -43,6 +43,27 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {(_WORDS + r"\p{N}" + _REST, False): "qwen2", (_WORDS + r"\p{N}{1,3}" + _REST, True): "llama-bpe"}
 
 
+class Entries(dict):
+    """A map of a JSON file; a key that it lacks is told as a fault of that file."""
+
+    def __init__(self, found, path):
+        super().__init__(found)
+        self.path = path
+
+    def __missing__(self, key):
+        raise BadInput(f"{self.path}: lacks '{key}', which every model that upmoe exports has")
+
+
+def read_json(path):
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda entries: Entries(entries, path))
+    except ValueError as e:
+        raise BadInput(f"{path}: not valid JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: expected a map of keys")
+    return found
+
+
 class Tensors:
     """The tensors of a model directory by name, each read as F32 when it is asked for."""
 
@@ -128,7 +149,7 @@ def vocabulary_of(folder, config):
     if not path.is_file():
         yield "tokenizer.ggml.model", "string", "no_vocab"
         return
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = read_json(path)
     model = tokenizer["model"]
     if model.get("type") != "BPE":
         raise BadInput(f"{path}: a tokenizer of type {model.get('type')}; only byte-level BPE is written")
@@ -199,10 +220,7 @@ def tensors_of(tensors, config, family):
 def fill(writer_of, folder):
     """Hands everything of a model to the writer that writer_of(architecture) gives, and returns it."""
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise BadInput(f"{path}: not valid JSON: {e}") from None
+    config = read_json(path)
     family = family_of(config, path)
     writer = writer_of(family.architecture)
     for key, kind, value in (*keys_of(config, family), *vocabulary_of(folder, config)):

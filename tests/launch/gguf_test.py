@@ -101,6 +101,18 @@ class GgufTest(GgufFolder):
             self.written()
         self.assertIn("such as model.layers.1.", str(caught.exception))
 
+    def test_a_configuration_is_not_taken_at_its_word(self):
+        config = self.model("moe_odd")
+        for key in ("num_hidden_layers", "vocab_size", "rms_norm_eps"):
+            lacking = {name: value for name, value in config.items() if name != key}
+            (self.folder / "config.json").write_text(json.dumps(lacking), encoding="utf-8")
+            with self.assertRaisesRegex(BadInput, f"config.json: lacks '{key}'"):
+                self.written()
+        for text, words in (("[1]", "expected a map of keys"), ("{", "not valid JSON")):
+            (self.folder / "config.json").write_text(text, encoding="utf-8")
+            with self.assertRaisesRegex(BadInput, f"config.json: {words}"):
+                self.written()
+
     def test_a_gate_of_zeros_is_refused(self):  # as an upcycled model may begin
         with self.assertRaises(BadInput) as caught:
             write_gguf.gate_of("gate", np.zeros((1, 4), "<f4"))
