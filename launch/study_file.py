@@ -107,6 +107,11 @@ class Study:
         return next(iter(self.texts))
 
 
+def folder_of(arm):
+    """An arm's name in those of its runs' folders."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", arm)
+
+
 class Reader:
     """What is wrong with a file, all of it at once."""
 
@@ -340,7 +345,11 @@ def read_study(path, size):
     if "optimizer.lr" in study.last:
         reader.add("last: the learning rate of the last train is chosen from `rates`; leave optimizer.lr out")
     reader.finish()  # what follows computes with them
+    folders = {}
     for name, links in value["arms"].items():
+        other = folders.setdefault(folder_of(str(name)), name)
+        if other != name:
+            reader.add(f"arms: {name}: its runs would lie in the folder of those of '{other}'; rename it")
         study.arms[str(name)] = read_arm(name, links, study, reader)
     study.compare = [c for c in (read_comparison(entry, study, reader) for entry in value["compare"]) if c]
     if not study.compare and not reader.problems:

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 from command_line import BadInput, display
 from study_chain import LAYOUTS
-from study_file import ROOT, STANDARD_TEXT
+from study_file import ROOT, STANDARD_TEXT, folder_of
 from whole_file import write_whole
 
 sys.path.append(str(ROOT / "data"))
@@ -298,7 +298,7 @@ class Work:
         shutil.rmtree(links, ignore_errors=True)
         links.mkdir()
         for run in runs:
-            name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', run.arm)}-seed{run.seed}"
+            name = f"{folder_of(run.arm)}-seed{run.seed}"
             (links / name).symlink_to(os.path.relpath(self.run_dir(run.last), links))
 
     def drop_models(self, run, left):

@@ -140,6 +140,8 @@ class Files(unittest.TestCase):
         self.refused(STUDY.replace("{steps: arm}", "{steps: arm, warmup: x}"), "warmup: expected a number, found 'x'")
         self.refused(STUDY.replace("source: 40", "source: forty"), "steps: source: expected a number, found 'forty'")
         self.refused(STUDY + "texts: {prose: 3}\n", "texts: prose: expected a folder or stdlib, found 3")
+        self.refused(STUDY.replace("compare:", "  re drawn: [train: *arm]\n  re,drawn: [train: *arm]\ncompare:"),
+                     "re,drawn: its runs would lie in the folder of those of 're drawn'")
         self.refused("[1]", "expected a map")
         self.refused("a: [", "not YAML")
 
