@@ -47,6 +47,11 @@ class Study(unittest.TestCase):
         self.file, self.log = self.folder / "own.yaml", self.folder / "log.txt"
         self.write(STUDY)
         self.make_tokens("out")
+        # The pretended program, with the Python that has its packages: not every python3 of a PATH has.
+        self.upmoe = self.folder / "upmoe"
+        program = ROOT / "tests/support/pretended_upmoe.py"
+        self.upmoe.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{program}' \"$@\"\n", encoding="utf-8")
+        self.upmoe.chmod(0o755)
 
     def write(self, text, rates="[2.0e-4, 2.0e-3]"):
         self.file.write_text(text.replace("[2.0e-4, 2.0e-3]", rates), encoding="utf-8")
@@ -66,7 +71,7 @@ class Study(unittest.TestCase):
     def study(self, *arguments, out="out", **environment):
         return subprocess.run(
             [sys.executable, ROOT / "launch/study.py", self.file, "--out", self.folder / out, "--upmoe",
-             ROOT / "tests/support/pretended_upmoe.py", *map(str, arguments)], capture_output=True, text=True,
+             self.upmoe, *map(str, arguments)], capture_output=True, text=True,
             check=False, env=os.environ | {"PRETENDED_LOG": str(self.log)} | environment,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
@@ -321,7 +326,7 @@ class Whole(Study):
                   "sys.exit(run_tool('upmoe study', study.main))")
         found = subprocess.run(
             [sys.executable, "-c", script, ROOT / "launch", self.file, "--out", self.folder / "out", "--upmoe",
-             ROOT / "tests/support/pretended_upmoe.py"], capture_output=True, text=True, check=False)
+             self.upmoe], capture_output=True, text=True, check=False)
         self.assertEqual(found.returncode, 3, found.stderr)
         self.assertIn("of disk at a time, 0.0 MB are free", found.stderr)
 

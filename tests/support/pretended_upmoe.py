@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The commands of `upmoe` that a study starts, without a model: they leave what the real ones leave, with losses that a
 formula gives. A rate of RATE is the best one, one of 1 is too high; each re-drawn neuron of a recipe costs, each seed
 moves all arms alike. With a rate of 0 nothing changes, but where the experts have a limit every second step.
