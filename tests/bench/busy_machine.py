@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What idle threads cost others and themselves: a step while nothing else runs, and beside processes that compute.
 
-Three ways to wait, in turn, several rounds, each in a process of its own: as the program does by default (a bounded
+Ways to wait, in turn, several rounds, each in a process of its own: as the program does by default (a bounded
 search for work, then sleep), as the OpenMP library would by itself, and asleep at once (passive). Wanted: no slower
 than the library's way on an idle machine, within 1.3 of passive on a busy one. The figure of a round is its median
 step, the ratios are medians of the rounds' ratios. Run it on a machine that does nothing else.
@@ -49,8 +49,14 @@ def main():
     parser = parser_of(__doc__, ["tiny", "mid"], ["fp32"])
     parser.add_argument("--hogs", type=int, default=os.cpu_count(), help="other processes of the busy half")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=list(WAYS), help="default: all; the "
+                        "library's takes minutes a step where more ranks than cores wait beside others")
     parser.add_argument("--spins", type=int, nargs="*", default=[], help="other numbers of turns to try beside")
     args = parser.parse_args()
+    if "default" not in args.ways:
+        parser.error("--ways: the default is what the others are compared with")
+    for way in set(WAYS) - set(args.ways):
+        del WAYS[way]
     WAYS.update({f"{n} turns": {"GOMP_SPINCOUNT": str(n)} for n in args.spins})
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -66,13 +72,12 @@ def main():
                                                    micro_batches=ranks)
                             found.append(median(r["seconds"] for r in records[args.warmup:]))
                     ratio = {way: median(d / o for d, o in zip(steps["default"], steps[way]))
-                             for way in ("library", "passive")}
+                             for way in ("library", "passive") if way in steps}
                     results.append({"shape": shape, "ranks": ranks, "others": hogs, "step_s": steps,
-                                    "of_library": ratio["library"], "of_passive": ratio["passive"]})
+                                    **{f"of_{way}": value for way, value in ratio.items()}})
                     figures = "   ".join(f"{way} {median(s):.3f} s" for way, s in steps.items())
-                    print(f"{shape:6}{ranks} ranks, {hogs} others   {figures}   "
-                          f"default/library {ratio['library']:.2f}   "
-                          f"default/passive {ratio['passive']:.2f}", flush=True)
+                    print(f"{shape:6}{ranks} ranks, {hogs} others   {figures}   " +
+                          "   ".join(f"default/{way} {value:.2f}" for way, value in ratio.items()), flush=True)
     write_record(args.out, "busy_machine.py", sys.argv[1:], results, threads=args.threads)
 
 
