@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
+#include <cstring>
 #include <span>
 
 #include "kernels/cpu/parallel_for.h"
@@ -31,19 +33,22 @@ inline Register load_lanes(const float* p) {
   return load_register(p);
 }
 inline Register load_lanes(const bf16* p) {
-  if constexpr (kRegisterLanes == kLanes) {
-    return std::bit_cast<Register>(load(p));
-  } else {
-    return load_lanes(p, kRegisterLanes);
-  }
+  std::uint16_t __attribute__((vector_size(2 * kRegisterLanes))) bits;
+  std::memcpy(&bits, p, sizeof bits);
+  using Wide = std::uint32_t __attribute__((vector_size(sizeof(Register))));
+  return std::bit_cast<Register>(__builtin_convertvector(bits, Wide) << 16);
 }
 
 // Always in the same order.
-inline float lane_sum(Register r) {
-  if constexpr (kRegisterLanes == kLanes) return reduce_add(std::bit_cast<f32x16>(r));
-  float sum = r[0];
-  for (int i = 1; i < kRegisterLanes; ++i) sum += r[i];
-  return sum;
+template <class R>
+inline float lane_sum(R r) {  // a template, so that the branch of another width is not compiled
+  if constexpr (sizeof(R) == sizeof(f32x16)) {
+    return reduce_add(std::bit_cast<f32x16>(r));
+  } else {
+    float sum = r[0];
+    for (int i = 1; i < kRegisterLanes; ++i) sum += r[i];
+    return sum;
+  }
 }
 
 // R rows by C columns from (m, n) on. A value's terms are added lane by lane along the depth, in every tile alike.
