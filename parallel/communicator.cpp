@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 
 #include "kernels/core/philox.h"
@@ -86,6 +87,42 @@ void book(const On& on, const char* verb, double bytes) {
   if (on.ledger != nullptr) on.ledger->book_sent(verb, bytes);
 }
 
+// Who counts the time that a rank stands still in a verb. Alone it waits for nobody, and what is on a GPU is waited for
+// by its stream, of which the host's clock knows nothing.
+Ledger* counts_waits(const On& on, Device device, int ranks) {
+  return ranks > 1 && device.type == DeviceType::kCpu ? on.ledger : nullptr;
+}
+
+// From here to the end of the scope.
+class Standstill {
+ public:
+  explicit Standstill(Ledger* ledger) : ledger_(ledger), start_(std::chrono::steady_clock::now()) {}
+  ~Standstill() {
+    if (ledger_ == nullptr) return;
+    ledger_->book_wait(std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count());
+  }
+  Standstill(const Standstill&) = delete;
+
+ private:
+  Ledger* ledger_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+// A verb that goes on takes the rank's time where it begins and where it is waited for, not in between.
+template <class Begin>
+Pending timed(Ledger* ledger, const Begin& begin) {
+  if (ledger == nullptr) return begin();
+  const auto under_way = std::make_shared<Pending>();
+  {
+    const Standstill here(ledger);
+    *under_way = begin();
+  }
+  return Pending([under_way, ledger] {
+    const Standstill here(ledger);
+    under_way->wait();
+  });
+}
+
 // A verb that has finished when it returns is to the watcher what an op is.
 void show(const On& on, const TensorView& written) {
   if (on.watcher != nullptr) on.watcher->writes(written);
@@ -144,6 +181,7 @@ void Communicator::all_reduce(TensorView inout, ReduceOp op, const On& on) {
   // by the transport: small tensors go another way, and the books of two transports are to agree.
   book(on, "all_reduce", 2.0 * static_cast<double>(inout.bytes()) * (size_ - 1) / size_);
   show(on, inout);
+  const Standstill here(counts_waits(on, inout.device, size_));
   do_all_reduce(inout, op, on.stream);
 }
 
@@ -152,6 +190,7 @@ void Communicator::broadcast(TensorView inout, int root, const On& on) {
   check_stream("broadcast", inout.device, on);
   if (root == rank_) book(on, "broadcast", static_cast<double>(inout.bytes()) * (size_ - 1));
   show(on, inout);
+  const Standstill here(counts_waits(on, inout.device, size_));
   do_broadcast(inout, root, on.stream);
 }
 
@@ -161,7 +200,9 @@ Pending Communicator::reduce_scatter(TensorView out, ConstTensorView in, const O
               name_of(out.dtype), out.shape.str(), size_);
   check_stream("reduce_scatter", in.device, on);
   book(on, "reduce_scatter", static_cast<double>(out.bytes()) * (size_ - 1));
-  return shown(on, "reduce_scatter", in, out, do_reduce_scatter(out, in, on.stream));
+  return shown(on, "reduce_scatter", in, out, timed(counts_waits(on, in.device, size_), [&] {
+                 return do_reduce_scatter(out, in, on.stream);
+               }));
 }
 
 Pending Communicator::all_gather(TensorView out, ConstTensorView in, const On& on) {
@@ -170,7 +211,8 @@ Pending Communicator::all_gather(TensorView out, ConstTensorView in, const On& o
               name_of(out.dtype), out.shape.str(), size_);
   check_stream("all_gather", in.device, on);
   book(on, "all_gather", static_cast<double>(in.bytes()) * (size_ - 1));
-  return shown(on, "all_gather", in, out, do_all_gather(out, in, on.stream));
+  return shown(on, "all_gather", in, out,
+               timed(counts_waits(on, in.device, size_), [&] { return do_all_gather(out, in, on.stream); }));
 }
 
 Pending Communicator::all_to_all_rows(TensorView out, std::span<const std::int64_t> recv_rows,
@@ -180,14 +222,17 @@ Pending Communicator::all_to_all_rows(TensorView out, std::span<const std::int64
   check_stream("all_to_all_rows", in.device, on);
   const std::int64_t leaving = in.rows() - send_rows[static_cast<std::size_t>(rank_)];
   book(on, "all_to_all_rows", static_cast<double>(leaving) * static_cast<double>(row_bytes(in)));
-  return shown(on, "all_to_all_rows", in, out, do_all_to_all_rows(out, recv_rows, in, send_rows, on.stream));
+  return shown(on, "all_to_all_rows", in, out, timed(counts_waits(on, in.device, size_), [&] {
+                 return do_all_to_all_rows(out, recv_rows, in, send_rows, on.stream);
+               }));
 }
 
 Pending Communicator::send(std::span<const ConstTensorView> in, int to, const On& on) {
   check_peer(*this, to);
   check_together("send", in, on);
   book(on, "send", static_cast<double>(bytes_together(in)));
-  Pending transfer = do_send(in, to, on.stream);
+  Pending transfer =
+      timed(counts_waits(on, in.front().device, size_), [&] { return do_send(in, to, on.stream); });
   for (const ConstTensorView& t : in) transfer = shown(on, "send", t, {}, std::move(transfer));
   return transfer;
 }
@@ -196,6 +241,7 @@ void Communicator::recv(std::span<const TensorView> out, int from, const On& on)
   check_peer(*this, from);
   check_together("recv", out, on);
   for (const TensorView& t : out) show(on, t);
+  const Standstill here(counts_waits(on, out.front().device, size_));
   do_recv(out, from, on.stream);
 }
 

@@ -128,6 +128,7 @@ void Metrics::step(const StepReport& r) {
          {"ranks", ranks_},
          {"tensors_peak_bytes", r.tensors_peak},
          {"memory_peak_bytes", peak_memory_bytes()}};
+  if (r.seconds_waited) j["seconds_waited"] = *r.seconds_waited;
   if (masks_targets(run_.data)) j["targets"] = r.targets;
   if (run_.train.teacher.given()) {
     j["distill_loss"] = r.distill_loss;

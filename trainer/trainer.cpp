@@ -118,6 +118,7 @@ StepReport Trainer::step(std::int64_t step, std::int64_t request) {
     update_router_loads(ex, s_.params, s_.config, report.assigned);
   }
   report.bytes_sent = s_.memory.ledger.total().bytes_sent;
+  if (ex.device.type == DeviceType::kCpu) report.seconds_waited = s_.memory.ledger.seconds_waited();
   report.tensors_peak = s_.memory_use().total();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;

@@ -2,6 +2,7 @@
 // The training step; nothing else.
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,9 @@ struct StepReport {
   double computed_flops_per_rank = 0;  // and what of it is computed twice, and the teacher's
   double teacher_flops_per_rank = 0;   // those of its forward
   double bytes_sent = 0;               // by this rank from the step's start to its end, from the ledger
+  // Of `seconds`, how long this rank stood still for transfers: where one began, and where its end was waited for. Not
+  // known on a GPU, where streams wait.
+  std::optional<double> seconds_waited;
   std::size_t tensors_peak = 0;  // bytes that this rank's tensors have taken at most, MemoryUse::total()
   bool skipped = false;          // a non-finite loss or gradient: no update was made
   std::string culprit;           // then: the first parameter with a non-finite gradient on this rank

@@ -1,7 +1,7 @@
 #pragma once
 // What a step costs, counted where the work is asked for: every checked op entry and every communicator verb
-// books here. Model FLOPs (MFU), the memory traffic of a roofline and the bytes on each link all come from
-// this one count.
+// books here. Model FLOPs (MFU), the memory traffic of a roofline, the bytes on each link and the time that a rank
+// stands still for others all come from this one count.
 
 #include <cstdint>
 #include <functional>
@@ -47,9 +47,15 @@ class Ledger {
   // An op of a model that the one being trained learns from: likewise.
   void of_teacher(std::string_view op, double flops, double bytes_read, double bytes_written, Work work);
   void book_sent(std::string_view verb, double bytes);
+  // Time in which the rank did nothing but a transfer. In no entry, so that books of two runs can be compared.
+  void book_wait(double seconds) { seconds_waited_ += seconds; }
+  double seconds_waited() const { return seconds_waited_; }
   const std::map<std::string, Cost, std::less<>>& entries() const { return entries_; }
   Cost total() const;
-  void clear() { entries_.clear(); }
+  void clear() {
+    entries_.clear();
+    seconds_waited_ = 0;
+  }
   // Told of each op that is booked, done again or a teacher's, from now on, before it is given to the device: for
   // timing ops where they run, or where they would.
   using Listener = std::function<void(const ToldOp&)>;
@@ -57,6 +63,7 @@ class Ledger {
 
  private:
   std::map<std::string, Cost, std::less<>> entries_;
+  double seconds_waited_ = 0;
   Listener listener_;
 };
 

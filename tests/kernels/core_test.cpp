@@ -173,8 +173,13 @@ TEST(LedgerBook, AddsUpByName) {
   EXPECT_EQ(total.bytes_read, 22);
   EXPECT_EQ(total.bytes_written, 33);
   EXPECT_EQ(total.bytes_sent, 40);
+  ledger.book_wait(0.5);
+  ledger.book_wait(0.25);
+  EXPECT_EQ(ledger.seconds_waited(), 0.75);
+  EXPECT_EQ(ledger.entries().size(), 2u);
   ledger.clear();
   EXPECT_TRUE(ledger.entries().empty());
+  EXPECT_EQ(ledger.seconds_waited(), 0);
 }
 
 TEST(LedgerBook, MarksModelWorkWhateverTheOpIsCalled) {

@@ -1,7 +1,13 @@
-// What the verbs refuse: the same on every transport, in the same words, before anything was sent or booked.
+// What the verbs refuse: the same on every transport, in the same words, before anything was sent or booked. And what
+// they book.
+
+#include <atomic>
+#include <chrono>
+#include <thread>
 
 #include "parallel/checked_comm.h"
 #include "parallel/dry_comm.h"
+#include "parallel/self_comm.h"
 #include "parallel/thread_comm.h"
 #include "tests/parallel/every_transport.h"
 
@@ -168,6 +174,84 @@ TEST(Door, WhatIsWrappedBooksNothing) {
     EXPECT_EQ(ledger.total().calls, 1);
     EXPECT_EQ(ledger.total().bytes_sent, 4);
   });
+}
+
+// Rank 1 comes to each verb after rank 0 has been in it for a while.
+TEST(Door, CountsHowLongARankStandsStill) {
+  using namespace std::chrono;
+  constexpr milliseconds kLate{200}, kAtLeast{50};  // rank 0 may itself be slow to get in
+  using Verb = std::function<void(Communicator&, const On&)>;
+  const std::vector<Verb> verbs{
+      [](Communicator& c, const On& on) {
+        float x = 1;
+        c.all_reduce(host_view(&x, {1}), ReduceOp::kSum, on);
+      },
+      [](Communicator& c, const On& on) {
+        float x = 1;
+        c.broadcast(host_view(&x, {1}), 1, on);
+      },
+      [](Communicator& c, const On& on) {
+        float x = 1, whole[2] = {};
+        c.all_gather(host_view(whole, {2}), host_view(&x, {1}), on).wait();
+      },
+      [](Communicator& c, const On& on) {
+        float x = 1, whole[2] = {};
+        c.reduce_scatter(host_view(&x, {1}), host_view(whole, {2}), on).wait();
+      },
+      [](Communicator& c, const On& on) { exchange(c, on, 2, counts(c, 1, 1), 2, counts(c, 1, 1)); },
+      [](Communicator& c, const On& on) {
+        float x = 1;
+        if (c.rank() == 0) c.recv(host_view(&x, {1}), 1, on);
+        if (c.rank() == 1) c.send(host_view(&x, {1}), 0, on).wait();
+      },
+  };
+  std::vector<std::atomic<bool>> entered(verbs.size());
+  run_in_threads(2, [&](Communicator& world) {
+    for (std::size_t i = 0; i < verbs.size(); ++i) {
+      Ledger ledger;
+      if (world.rank() == 1) {
+        entered[i].wait(false);
+        std::this_thread::sleep_for(kLate);
+      }
+      const auto start = steady_clock::now();
+      if (world.rank() == 0) {
+        entered[i] = true;
+        entered[i].notify_one();
+      }
+      verbs[i](world, On(nullptr, &ledger));
+      const duration<double> inside = steady_clock::now() - start;
+      EXPECT_LE(ledger.seconds_waited(), inside.count()) << "verb " << i;
+      EXPECT_GE(ledger.seconds_waited(), world.rank() == 0 ? duration<double>(kAtLeast).count() : 0)
+          << "verb " << i;
+    }
+  });
+}
+
+TEST(Door, WhatGoesOnBesideComputationIsNoStandstill) {
+  using namespace std::chrono;
+  run_in_threads(2, [](Communicator& world) {
+    Ledger ledger;
+    float x = 1, whole[2] = {};
+    const auto start = steady_clock::now();
+    Pending transfer = world.all_gather(host_view(whole, {2}), host_view(&x, {1}), On(nullptr, &ledger));
+    const auto computes = steady_clock::now();
+    std::this_thread::sleep_for(milliseconds(100));
+    const auto waits = steady_clock::now();
+    transfer.wait();
+    const duration<double> verb = (computes - start) + (steady_clock::now() - waits);
+    EXPECT_GT(ledger.seconds_waited(), 0);
+    EXPECT_LE(ledger.seconds_waited(), verb.count());
+  });
+}
+
+TEST(Door, OneRankWaitsForNobody) {
+  const auto alone = make_self_communicator();
+  Ledger ledger;
+  float x = 1, other = 0;
+  alone->all_reduce(host_view(&x, {1}), ReduceOp::kSum, On(nullptr, &ledger));
+  alone->all_gather(host_view(&other, {1}), host_view(&x, {1}), On(nullptr, &ledger)).wait();
+  EXPECT_EQ(other, 1);
+  EXPECT_EQ(ledger.seconds_waited(), 0);
 }
 
 }  // namespace

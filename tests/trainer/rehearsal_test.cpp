@@ -218,14 +218,14 @@ TEST(Rehearsal, AnEstimateIsTheMemoryOfALongStep) {
 class WholeRunSent : public WholeRun {
  protected:
   // Of rank 0, by step, as metrics.jsonl has it.
-  std::vector<double> written(const std::string& name) const {
-    std::vector<double> bytes;
+  std::vector<double> written(const std::string& name, const char* key = "bytes_sent") const {
+    std::vector<double> found;
     std::ifstream in(dir_ / name / "metrics.jsonl");
     for (std::string line; std::getline(in, line);) {
       const auto j = nlohmann::json::parse(line);
-      if (j.contains("loss")) bytes.push_back(j.at("bytes_sent").get<double>());
+      if (j.contains("loss")) found.push_back(j.at(key).get<double>());
     }
-    return bytes;
+    return found;
   }
 };
 
@@ -239,11 +239,17 @@ TEST_F(WholeRunSent, StandsInTheMetrics) {
     foretold.push_back(rehearsal.step().total().bytes_sent);
   EXPECT_GT(foretold.front(), 0);
   EXPECT_EQ(written("run"), foretold);
+  const std::vector<double> seconds = written("run", "seconds"), waited = written("run", "seconds_waited");
+  for (std::size_t i = 0; i < seconds.size(); ++i) {
+    EXPECT_GT(waited[i], 0) << "step " << i + 1;
+    EXPECT_LE(waited[i], seconds[i]) << "step " << i + 1;
+  }
 }
 
 TEST_F(WholeRunSent, OneRankSendsNothing) {
   WholeRun::run(config("run", 2, 1), 1);
   EXPECT_EQ(written("run"), std::vector<double>(2, 0.0));
+  EXPECT_EQ(written("run", "seconds_waited"), std::vector<double>(2, 0.0));
 }
 
 }  // namespace
