@@ -105,6 +105,11 @@ std::vector<Layout> layouts() {
     all.back().freeze = {};
     all.back().lora = {3, 6, {LoraTarget::kQuery, LoraTarget::kValue, LoraTarget::kGate, LoraTarget::kDown}};
   }
+  for (const Recompute recompute :
+       {Recompute::kSwiglu, Recompute::kRoutedUp, Recompute::kUp, Recompute::kFfn}) {
+    all.push_back({"moe_a27b", {1, 2, 1, 2, 2, 1}, 1});
+    all.back().recompute = recompute;
+  }
   for (const auto& [kind, mesh] : {std::pair(RouterKind::kExpertChoice, MeshSpec{1, 2, 1, 1, 2, 1}),
                                    std::pair(RouterKind::kExpertChoice, MeshSpec{1, 1, 2, 1, 2, 1}),
                                    std::pair(RouterKind::kMixtureOfTokens, MeshSpec{1, 2, 1, 1, 2, 1}),
@@ -120,7 +125,7 @@ std::vector<Layout> layouts() {
 
 INSTANTIATE_TEST_SUITE_P(Layouts, Rehearsed, testing::ValuesIn(layouts()), [](const auto& i) {
   return i.param.str() + (i.param.zero == 2 ? "_zero2" : "") + (i.param.node_ranks > 0 ? "_nodes" : "") +
-         (i.param.recompute != Recompute::kNone ? "_recomputed" : "") +
+         (i.param.recompute != Recompute::kNone ? fmt::format("_{}", name_of(i.param.recompute)) : "") +
          (i.param.precision == Precision::kBf16 ? "_bf16" : "") +
          (i.param.loss_mask != LossMask::kNone ? "_masked" : "") + (i.param.freeze.empty() ? "" : "_frozen") +
          (i.param.lora.given() ? "_adapted" : "") + (i.param.change ? "_taught" : "") +
