@@ -50,16 +50,21 @@ def machine():
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "system": platform.platform()}
 
 
-def write_record(folder, script, arguments, results, **more):
-    """folder/NAME_DATE.json with what was run, on what, and what came out. Prints its path."""
-    date = datetime.datetime.now(datetime.timezone.utc)
+def write_record(folder, script, arguments, results, *, date=None, **more):
+    """folder/NAME_DATE.json with what was run, on what, and what came out. Prints its path. With the `date` of an
+    earlier call (default: now) it takes that one's place, without a word."""
+    date = date or datetime.datetime.now(datetime.timezone.utc)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     record = {"date": date.isoformat(), "command": " ".join([f"tests/bench/{script}", *arguments]),
               "commit": commit.stdout.strip(), **more, "machine": machine(), "results": results}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{Path(script).stem}_{date:%Y%m%d_%H%M%S}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    words = None if path.exists() else path
+    part = path.with_suffix(".part")  # a reader, and who stops this, finds a whole record
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    if words:
+        print(words, flush=True)
 
 
 def write_tokens(path, vocab_size, count):
@@ -74,7 +79,7 @@ def write_tokens(path, vocab_size, count):
 
 
 def write_run(folder, run_dir, shape, precision, *, steps, micro_batches=1, global_batch=None, parallel=None,
-              recompute="none"):
+              recompute="none", save_every=0):
     """The file of a run in run_dir; model and tokens are made in `folder`, once."""
     s = SHAPES[shape]
     model, tokens = folder / shape, folder / f"{shape}.h5"
@@ -90,6 +95,7 @@ data: {{train: [{{path: {tokens}, weight: 1.0}}], seq_len: {s["seq_len"]}}}
 train: {{steps: {steps}, global_batch: {batch}, micro_batch: {batch // micro_batches}, precision: {precision},
          recompute: {recompute}}}
 parallel: {json.dumps(parallel or {})}
+checkpoint: {{every: {save_every}}}
 log: {{every: 1, tensorboard: false}}
 """, encoding="utf-8")
     return config
