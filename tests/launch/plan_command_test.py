@@ -1,7 +1,7 @@
 """upmoe plan from outside: its JSON, what it refuses and in which words, every shipped run, any number of ranks; and
 docs/plan.md says what the program says.
 
-usage: tests/launch/plan_command_test.py [--write]   (--write makes its table and picture of growth anew)
+usage: tests/launch/plan_command_test.py [--write]   (--write makes its tables and the picture of growth anew)
 Needs UPMOE_BINARY.
 """
 
@@ -24,6 +24,7 @@ BINARY = os.environ["UPMOE_BINARY"]
 DOCUMENT, PICTURE = ROOT / "docs" / "plan.md", ROOT / "docs" / "plan_growth.png"
 # A command, and between the marks below it the table that it prints.
 GROWTH = re.compile(r"(    (launch/plan_growth\.py .*?)\n\n.*?<!-- its table -->\n\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+RECORDS = re.compile(r"(<!-- its records -->\n\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 FULL = ROOT / "configs" / "plan" / "qwen1.5-moe-a2.7b.yaml"
 MODEL = f"model.path={ROOT / 'configs' / 'models' / 'qwen1.5-moe-a2.7b.json'}"
 DENSE = ROOT / "configs" / "models" / "qwen1.5-1.8b.json"
@@ -52,6 +53,14 @@ def growth(command, picture=None):
     words[at:at + 2] = ["--out", picture] if picture else []
     done = subprocess.run([sys.executable, *words, "--binary", BINARY], capture_output=True, text=True, check=False,
                           timeout=240, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode != 0:
+        raise AssertionError(done.stderr)
+    return done.stdout
+
+
+def against_records():
+    done = subprocess.run([sys.executable, ROOT / "tests" / "bench" / "plan_against_records.py", "--binary", BINARY],
+                          capture_output=True, text=True, check=False, timeout=240)
     if done.returncode != 0:
         raise AssertionError(done.stderr)
     return done.stdout
@@ -123,7 +132,7 @@ class Plan(unittest.TestCase):
             self.planned(FULL, MODEL, "--world", 8, f"train.recompute={way}")
 
     def test_any_number_of_ranks_within_ten_seconds(self):
-        for world, ep in ((1, 1), (8, 8), (64, 32), (512, 16), (4096, 32)):
+        for world, ep in ((1, 1), (8, 8), (60, 60), (64, 32), (512, 16), (4096, 32)):
             with self.subTest(world=world):
                 begin = time.monotonic()
                 plan = self.planned(FULL, MODEL, "--world", world, "--machine", "h100-sxm", f"parallel.ep={ep}",
@@ -131,6 +140,7 @@ class Plan(unittest.TestCase):
                 self.assertLess(time.monotonic() - begin, 10)
                 self.assertEqual(sum(rank["alike"] for rank in plan["ranks"]), world)
                 self.assertGreater(plan["time"]["tokens_per_s"], 0)
+                self.assertEqual({rank["experts"] for rank in plan["ranks"]}, {60 // ep, -(-60 // ep)})
 
     def test_the_published_stand_beside_it(self):
         plan = self.planned(FULL, MODEL, "--world", 8, "--machine", "h100-sxm")
@@ -171,6 +181,9 @@ class Plan(unittest.TestCase):
 
     def test_refusals_name_the_cause(self):
         self.refused(["parallel.ep: 7", "possible meshes of 8 ranks"], FULL, MODEL, "--world", 8, "parallel.ep=7")
+        # 60 experts stand on 60 ranks at most; 64 ranks take them in 32 parts, twice or each cut in two.
+        self.refused(["parallel.ep: 64 ranks for 60 experts", "use at most 60", "ep 32, etp 1", "ep 32, etp 2"], FULL,
+                     MODEL, "--world", 64, "parallel.ep=64", "train.global_batch=128")
         self.refused(["--world"], FULL, MODEL)
         self.refused(["--world"], FULL, MODEL, "--world", 0)
         self.refused(["no machine 'h100'", "h100-sxm"], FULL, MODEL, "--world", 8, "--machine", "h100")
@@ -224,9 +237,15 @@ class Document(unittest.TestCase):
         _, command, stands, _ = GROWTH.search(DOCUMENT.read_text(encoding="utf-8")).groups()
         self.assertEqual(stands, growth(command), f"{command}: run {Path(__file__).name} --write")
 
+    def test_records_stand_beside_what_is_foretold_now(self):
+        stands = RECORDS.search(DOCUMENT.read_text(encoding="utf-8"))[2]
+        self.assertEqual(stands, against_records(), f"run {Path(__file__).name} --write")
+        self.assertGreaterEqual(stands.count("\n| H"), 11)
+
 
 def write():
     text = DOCUMENT.read_text(encoding="utf-8")
+    text = RECORDS.sub(lambda m: m[1] + against_records() + m[3], text)
     DOCUMENT.write_text(GROWTH.sub(lambda m: m[1] + growth(m[2], PICTURE) + m[4], text), encoding="utf-8")
 
 
