@@ -3,7 +3,8 @@
 
 Of GPUs (tests/gpu_suite.sh) each whole step is planned now, of as many layers as it had, and laid beside its memory and
 time. Of CPUs the newest record of plan_against_measured.py is told, which has both sides.
-usage: .venv/bin/python tests/bench/plan_against_records.py    (tests/launch/plan_command_test.py holds the document to it)
+usage: .venv/bin/python tests/bench/plan_against_records.py
+tests/launch/plan_command_test.py holds the document to it.
 """
 
 import argparse
