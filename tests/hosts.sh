@@ -3,12 +3,14 @@
 # experts with its experts spread over all of them. Trains it undisturbed, then again with one host lost in the middle:
 # cut off (a host that only computes; the one of mpirun and rank 0), switched off, cut off for good. The job must end
 # within its deadline and a grace on all hosts, and launch/run_hosts.sh must resume it to the same losses, to the last
-# digit, or say what to do when the host stays away.
+# digit, or say what to do when the host stays away. Before that, `upmoe doctor` over the same hosts: one report of all,
+# links between them, and a host whose folder is not the others' keeps a run from starting.
 #
-#   tests/hosts.sh [--binary PATH]     default: build/release/upmoe
+#   tests/hosts.sh [--binary PATH] [--doctor]     default: build/release/upmoe; --doctor: that part alone
 #
 # By hand and as root, because it makes network namespaces; not part of the test suite. UPMOE_PYTHON names a Python with
-# h5py (default: .venv/bin/python). Takes two to four minutes. All it makes ends with its first process.
+# h5py (default: .venv/bin/python). Takes three to five minutes, doctor's part half a minute. All it makes ends with its
+# first process.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,11 +18,12 @@ HOSTS=3 RANKS_PER_HOST=2 DEADLINE=6 GRACE=6 STEPS=60 CUT_AT=25
 
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 die() { echo "hosts: error: $*" >&2; exit 2; }
-binary=$root/build/release/upmoe inside=''
+binary=$root/build/release/upmoe inside='' only=''
 while [[ $# -gt 0 ]]; do
   case $1 in
     --binary) [[ $# -ge 2 ]] || { usage >&2; exit 2; }; binary=$(realpath "$2"); shift 2 ;;
     --inside) inside=$2; shift 2 ;;  # its own, within the namespaces
+    --doctor) only=--doctor; shift ;;
     -h | --help) usage; exit 0 ;;
     *) usage >&2; die "unknown option '$1'" ;;
   esac
@@ -34,7 +37,7 @@ for tool in ip nsenter unshare mpirun; do command -v "$tool" >/dev/null || die "
 if [[ -z $inside ]]; then
   work=$(mktemp -d /tmp/upmoe-hosts-XXXX)
   trap 'rm -rf "$work" /tmp/ompi.upmoe-node[1-9].*' EXIT
-  unshare --net --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --binary "$binary" --inside "$work"
+  unshare --net --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --binary "$binary" --inside "$work" $only
   exit 0
 fi
 work=$inside
@@ -77,12 +80,14 @@ log: {tensorboard: false}
 YAML
 }
 
-train() {  # RUN: in the background, on node 1, as a user would start it; its words go to RUN.log
-  local hosts=("$root/launch/run_hosts.sh" --hostfile "$work/hostfile" --deadline "$DEADLINE" --restarts 3 --delay 3
-    --grace "$GRACE" --interface "$NETWORK.0/24" --rsh "$work/agent"
-    "$binary" train "$work/run.yaml" run.dir="$work/$1")
-  nsenter --net=/run/netns/upmoe-node1 unshare --uts sh -c 'hostname upmoe-node1; exec "$@"' sh "${hosts[@]}" \
-    >"$work/$1.log" 2>&1 &
+on_hosts() {  # OPTION... COMMAND...: run_hosts.sh on node 1, as a user would start it
+  nsenter --net=/run/netns/upmoe-node1 unshare --uts sh -c 'hostname upmoe-node1; exec "$@"' sh \
+    "$root/launch/run_hosts.sh" --hostfile "$work/hostfile" --interface "$NETWORK.0/24" --rsh "$work/agent" "$@"
+}
+
+train() {  # RUN: in the background; its words go to RUN.log
+  on_hosts --deadline "$DEADLINE" --restarts 3 --delay 3 --grace "$GRACE" \
+    "$binary" train "$work/run.yaml" run.dir="$work/$1" >"$work/$1.log" 2>&1 &
   job=$!
 }
 
@@ -165,8 +170,60 @@ stays_away() {
   lines_of "$1"
 }
 
+# On host 3 as another program would see it whose disk is its own: $work/shared is an empty one there.
+write_apart() {
+  cat >"$work/apart" <<APART
+#!/bin/sh
+[ "\$(hostname)" = upmoe-node3 ] || exec "$binary" "\$@"
+exec unshare --mount sh -c 'mount -t tmpfs tmpfs "$work/shared" && exec "\$0" "\$@"' "$binary" "\$@"
+APART
+  chmod +x "$work/apart"
+}
+
+# NAME STATUS PROGRAM ARGUMENT...: doctor's report goes to NAME.out, all else to NAME.log.
+doctor() {
+  local name=$1 expected=$2 status=0
+  shift 2
+  on_hosts "$1" doctor --dir "$work/shared/runs" "${@:2}" >"$work/$name.out" 2>"$work/$name.log" || status=$?
+  [[ $status -eq $expected ]] || { cat "$work/$name.out"; failed "doctor: $name ended with $status, not $expected"; }
+}
+
+# NAME WORDS TIMES
+told() {
+  local times
+  times=$(grep -c -- "$2" "$work/$1.out" || true)
+  [[ $times -eq $3 ]] || { cat "$work/$1.out"; failed "doctor: $1 says '$2' $times times, not $3"; }
+}
+
+examine() {
+  local n
+  began=$(now)
+  mkdir "$work/shared"
+  doctor healthy 0 "$binary"
+  told healthy '^| rank' 1
+  told healthy 'GB of memory left' "$HOSTS"
+  told healthy '^failure:' 0
+  for ((n = 1; n <= HOSTS; ++n)); do told healthy "| upmoe-node$n " "$RANKS_PER_HOST"; done
+  [[ -z $(ls -A "$work/shared") ]] || failed "doctor left something behind"
+  write_apart
+  doctor apart 3 "$work/apart"
+  told apart '^failure:' 1
+  told apart "on upmoe-node3 is not the folder of that name on rank 0's host" 1
+  told apart 'A run would not start here' 1
+  echo "doctor: a table of all ranks, $HOSTS hosts, nothing left behind, status 0; with a folder of its own on host 3" \
+    "status 3 and one line, $(took "$began")"
+  grep '^failure:' "$work/apart.out" | cut -c 1-190 | sed 's/^/    /'
+  began=$(now)
+  doctor measured 0 "$binary" --measure
+  for n in inside_node: between_nodes:; do told measured "^$n" 1; done
+  echo "doctor --measure: a file with links inside a host and between them, $(took "$began")"
+  grep -A 3 -E '^(inside_node|between_nodes):' "$work/measured.out" | sed 's/^/    /'
+}
+
 make_network
 write_agent
+examine
+if [[ -n $only ]]; then echo "hosts: ok (doctor alone)"; exit 0; fi
 write_run
 echo "hosts: $HOSTS hosts with $RANKS_PER_HOST ranks, experts over all 6, deadline $DEADLINE s, grace $GRACE s"
 began=$(now)
