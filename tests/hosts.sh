@@ -37,7 +37,9 @@ for tool in ip nsenter unshare mpirun; do command -v "$tool" >/dev/null || die "
 if [[ -z $inside ]]; then
   work=$(mktemp -d /tmp/upmoe-hosts-XXXX)
   trap 'rm -rf "$work" /tmp/ompi.upmoe-node[1-9].*' EXIT
-  unshare --net --mount --pid --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" --binary "$binary" --inside "$work" $only
+  # shellcheck disable=SC2086  # an option or nothing
+  unshare --net --mount --pid --fork --kill-child --mount-proc \
+    "${BASH_SOURCE[0]}" --binary "$binary" --inside "$work" $only
   exit 0
 fi
 work=$inside
