@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/product_rate.h"
@@ -11,6 +12,7 @@
 #include "tests/support/temporary_directory.h"
 #include "tests/support/tiny_moe.h"
 #include "trainer/memory_estimate.h"
+#include "trainer/metrics.h"
 #include "trainer/peak.h"
 
 namespace upmoe {
@@ -36,6 +38,38 @@ TEST(Peak, AFasterProductRaisesIt) {
   peak.saw(1, 1);  // one FLOP a second
   EXPECT_LT(peak.share(1, 1), 1e-3);
   EXPECT_GE(peak.flops_per_s(), ops::fastest_product(DType::kF32));
+}
+
+// From a peak that is planted far too low, in the lines that a run writes. Steps so fast that no product of this process
+// is of any account.
+TEST(Peak, NoLineOfARunSaysAShareAboveOne) {
+  const test::TemporaryDirectory dir;
+  RunConfig run;
+  run.train.steps = 3;
+  run.log.tensorboard = false;
+  PeakRate planted(DType::kF32);
+  planted.saw(1, 1);
+  {
+    Metrics metrics(dir.path(), run, 0, 1, planted);
+    StepReport report;
+    report.flops_per_rank = 1e18;
+    for (const double seconds : {0.5, 0.25, 1.0}) {
+      ++report.step;
+      report.seconds = seconds;
+      report.seconds_waited.reset();  // as on a GPU
+      if (report.step == 2) report.seconds_waited = 0.125;
+      metrics.step(report);
+    }
+  }
+  std::vector<double> shares, waited;
+  std::ifstream in(dir.path() / "metrics.jsonl");
+  for (std::string line; std::getline(in, line);) {
+    const auto j = nlohmann::json::parse(line);
+    shares.push_back(j.at("mfu").get<double>());
+    waited.push_back(j.value("seconds_waited", -1.0));
+  }
+  EXPECT_EQ(shares, (std::vector<double>{1, 1, 0.25}));
+  EXPECT_EQ(waited, (std::vector<double>{-1, 0.125, -1}));
 }
 
 TEST(Memory, LeftIsTheLessOfTheHostAndTheContainer) {
