@@ -40,8 +40,8 @@ TEST(Peak, AFasterProductRaisesIt) {
   EXPECT_GE(peak.flops_per_s(), ops::fastest_product(DType::kF32));
 }
 
-// From a peak that is planted far too low, in the lines that a run writes. Its steps are so fast that no product of this
-// process is of any account.
+// From a peak that is planted far too low, in the lines that a run writes. Its steps are faster than any product of
+// this process.
 TEST(Peak, NoLineOfARunSaysAShareAboveOne) {
   const test::TemporaryDirectory dir;
   RunConfig run;
