@@ -4,7 +4,7 @@
 Every shape, number of ranks and train.recompute: the bytes of rank 0's tensors (within 5 %) and, with a description of
 this machine, the resident memory of its process, the copy for a checkpoint included (within 15 %), and with one or two
 ranks the time of a step (within 15 %). The description is what doctor writes for as many ranks as share the cores:
-  launch/run_local.sh 2 build/release/upmoe doctor --measure > this.yaml    # --machine this.yaml, or in configs/machines
+  launch/run_local.sh 2 build/release/upmoe doctor --measure > this.yaml    # then --machine this.yaml
 Each line is printed, and kept in a record in tests/bench/results/, as soon as it is there: what is stopped with Ctrl-C
 has what was measured until then. A middle shape takes 18 GB of memory, 15 GB of the temporary folder's disk, and about
 two minutes a line on two cores; the tiny one a quarter of a minute.
