@@ -20,6 +20,7 @@
 #include "parallel/watchdog.h"
 #include "trainer/diagnosis/libraries.h"
 #include "trainer/diagnosis/machine_facts.h"
+#include "trainer/diagnosis/run_inputs.h"
 #include "trainer/diagnosis/warnings.h"
 #include "trainer/one_program.h"
 #include "trainer/run_directory.h"
@@ -58,6 +59,7 @@ class Examination {
   void programs();
   void clocks();
   void folder(bool of_a_run);
+  void inputs(const RunConfig& run);
 
   std::vector<RankDiagnosis> of_all_ranks() {
     std::vector<RankDiagnosis> all;
@@ -147,6 +149,11 @@ void Examination::folder(bool of_a_run) {
   shared_folder();
 }
 
+// Every host opens the files itself.
+void Examination::inputs(const RunConfig& run) {
+  if (mine_.speaks) fails([&] { require_inputs(run, world().size()); });
+}
+
 // Whether what rank 0 makes there is seen on the other hosts.
 void Examination::shared_folder() {
   if (surroundings_of(world()).hosts == 1) return;
@@ -225,6 +232,7 @@ int run_doctor(const DoctorArguments& a, Runtime& runtime) {
   examination.programs();
   examination.clocks();
   examination.folder(!a.file.empty() && a.dir.empty());
+  if (!a.file.empty()) examination.inputs(run);
   const DoctorReport report = doctor_report(examination.of_all_ranks(), library_versions());
   const bool healthy = report.code == ExitCode::kDone;
   run_agreed(runtime.world(), [&] {
@@ -246,7 +254,8 @@ void add_doctor(CLI::App& app, Handler& handler) {
   CLI::App* command = app.add_subcommand(
       "doctor", "Ranks, hosts, devices, limits and disk of a job, and what keeps a run from starting");
   CLI::Option* run = as_path(command->add_option(
-      "run", a->file, "Run configuration (YAML) whose run.dir and device are meant; it is not trained"));
+      "run", a->file,
+      "Run configuration (YAML) that is meant: its run.dir, device, model and data; it is not trained"));
   command->add_option("overrides", a->overrides, "section.key=value of it")->needs(run);
   as_path(
       command->add_option("--dir", a->dir, "Folder that a run would write to (default: run.dir, or here)"));

@@ -65,11 +65,15 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model, Communic
   memory.exec.experts = run_config.kernels.experts;
 }
 
-void Session::open_data(std::int64_t first_sample) {
+std::unique_ptr<TokenDataset> open_training_data(const RunConfig& run, std::int64_t vocab_size) {
   std::vector<TokenDataset::Source> sources;
   for (const DataSource& s : run.data.train) sources.push_back({s.path, s.weight, s.loss_mask});
-  data = std::make_unique<TokenDataset>(sources, run.data.seq_len, run.data.shuffle,
-                                        static_cast<std::uint64_t>(run.data.seed), config.vocab_size);
+  return std::make_unique<TokenDataset>(sources, run.data.seq_len, run.data.shuffle,
+                                        static_cast<std::uint64_t>(run.data.seed), vocab_size);
+}
+
+void Session::open_data(std::int64_t first_sample) {
+  data = open_training_data(run, config.vocab_size);
   BatchLoader::Options options;
   options.global_batch = run.train.global_batch;
   options.micro_batch = run.train.micro_batch;

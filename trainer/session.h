@@ -28,6 +28,9 @@ struct MemoryUse {
   friend bool operator==(const MemoryUse&, const MemoryUse&) = default;
 };
 
+// The order of data.train. `vocab_size`: the model's.
+std::unique_ptr<TokenDataset> open_training_data(const RunConfig& run, std::int64_t vocab_size);
+
 struct Session : RankModel {
   // Collective. Weights are neither loaded nor initialised yet; the configuration of the run's teacher was read.
   Session(const RunConfig& run, const ModelConfig& model, Communicator& world, Device device = {});

@@ -11,7 +11,9 @@ import tempfile
 import unittest
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+for shared in ("support", "bench"):
+    sys.path.append(str(Path(__file__).resolve().parents[1] / shared))
+from bench_record import write_tokens  # noqa: E402
 from tiny_run import mount_tmpfs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -43,9 +45,13 @@ class Doctor(unittest.TestCase):
         return {f["words"]: f for f in report["findings"]}
 
     def run_file(self):
-        run = self.folder / "run.yaml"
-        run.write_text(f"run: {{dir: {self.folder / 'out'}, seed: 1}}\nmodel: {{path: {self.folder / 'm'}}}\n"
-                       "data: {train: [{path: t.h5, weight: 1.0}], seq_len: 16}\n"
+        run, model, tokens = (self.folder / name for name in ("run.yaml", "m", "t.h5"))
+        model.mkdir(exist_ok=True)
+        config = (ROOT / "tests" / "golden" / "dense" / "config.json").read_text(encoding="utf-8")
+        (model / "config.json").write_text(config, encoding="utf-8")
+        write_tokens(tokens, json.loads(config)["vocab_size"], 100)
+        run.write_text(f"run: {{dir: {self.folder / 'out'}, seed: 1}}\nmodel: {{path: {model}, init: random}}\n"
+                       f"data: {{train: [{{path: {tokens}, weight: 1.0}}], seq_len: 16}}\n"
                        "train: {steps: 1, global_batch: 1, micro_batch: 1}\ndevice: cpu\n")
         return run
 
@@ -120,6 +126,34 @@ class Alone(Doctor):
         self.assertEqual(doctor(run, "train.stepz=1").returncode, 2)
         self.assertEqual(doctor(run, "--device", "cpu").returncode, 2)
         self.assertEqual(doctor("--measure", "--json").returncode, 2)
+
+    # Each in the words, and with the status, that the run itself ends with.
+    def test_what_a_run_would_read(self):
+        run = self.run_file()
+        for status, override in ((3, f"model.path={self.folder / 'none'}"),
+                                 (3, "model.init=weights"),
+                                 (3, f"data.train={self.folder / 'none.h5'}"),
+                                 (3, f"data.valid={self.folder / 'none.h5'}"),
+                                 (3, f"train.teacher.model={self.folder / 'none'}"),
+                                 (2, "parallel.tp=2"),
+                                 (2, "data.seq_len=1000000")):
+            with self.subTest(override=override):
+                examined = doctor(run, override)
+                self.assertEqual(examined.returncode, status, examined.stdout + examined.stderr)
+                trained = start(BINARY, "train", run, override)
+                self.assertEqual(trained.returncode, status, trained.stderr)
+                words = trained.stderr.split("upmoe: error: ", 1)[1].strip().splitlines()[0]
+                self.assertIn("failure: " + words, examined.stdout)
+                self.assertIn("A run would not start here.", examined.stdout)
+        self.assertEqual(doctor(run).returncode, 0)
+
+    # Its model lies in its checkpoints then.
+    def test_what_a_run_that_goes_on_would_read(self):
+        run = self.run_file()
+        self.assertEqual(start(BINARY, "train", run).returncode, 0)
+        (self.folder / "m" / "config.json").unlink()
+        done = doctor(run)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
     def test_a_run_warns_in_the_same_words(self):
         run = self.run_file()
