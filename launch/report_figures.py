@@ -50,9 +50,9 @@ def curves(groups, axes, line_of, **style):
     return found
 
 
-def figure(name, title, shown, lines, *, unit, limits=None, digits=".4f", findings=(), log=False):
+def figure(name, title, shown, lines, *, unit, limits=None, digits=".4f", findings=(), log=False, level=None):
     return {"id": name, "title": title, "shown": shown, "unit": unit, "lines": lines, "digits": digits, "log": log,
-            "limits": numbers(limits) if limits else None, "findings": list(findings)}
+            "level": level, "limits": numbers(limits) if limits else None, "findings": list(findings)}
 
 
 DASHES = ["solid", "dash", "dot", "dashdot"]  # of held-out sets, as the plotting library calls them
@@ -77,10 +77,14 @@ def load_history(run, axes):
     records = [record for record in run.steps if record.get("expert_load")]
     relative = np.array([np.array(r["expert_load"], dtype=float).ravel() * len(r["expert_load"][0]) for r in records])
     lowest, low, middle, high, highest = np.quantile(relative, (0, 0.1, 0.5, 0.9, 1), axis=1)
+    places = {axis: run.x(records, axis) for axis in axes}
     lines = []
-    for name, bottom, top in (("all experts", lowest, highest), ("middle 80 %", low, high)):
-        parts = {axis: part_of(Line(run.x(records, axis), middle, bottom, top)) for axis in axes}
-        lines.append({"name": name, "colour": run.colour, "parts": parts, "edges": True})
+    for name, bottom, top, fill in (("all experts", lowest, highest, 0.15), ("middle 80 %", low, high, 0.3)):
+        bands = {axis: part_of(Line(x, middle, bottom, top))["band"] for axis, x in places.items()}
+        lines.append({"name": name, "colour": run.colour, "alone": True, "fill": fill,
+                      "parts": {axis: {"x": [], "y": [], "band": band} for axis, band in bands.items()}})
+    lines.append({"name": "median", "colour": run.colour,
+                  "parts": {axis: part_of(Line(x, middle)) for axis, x in places.items()}})
     return lines
 
 
@@ -122,6 +126,6 @@ def figures_of(groups, against):
     for i, run in enumerate(run for run in runs if run.loads()):
         found.append(load_map(run, f"load-{i}"))
         found.append(figure(f"spread-{i}", f"Spread of the expert load: {run.label}",
-                            "1 is a fair share. Areas: all experts of all mixtures, and the middle 80 % of them.",
-                            load_history(run, axes), unit="load, 1 = fair share", digits=".3f"))
+                            "Dashed: a fair share. Areas: all experts of all mixtures, and the middle 80 % of them.",
+                            load_history(run, axes), unit="load, 1 = fair share", digits=".3f", level=1))
     return {"axes": [[axis, AXES[axis]] for axis in axes], "against": against, "figures": found}

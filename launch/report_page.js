@@ -11,14 +11,20 @@
     return `rgba(${part(1)},${part(3)},${part(5)},${share})`;
   }
 
-  // An area is two lines, the upper one filled down to the lower one.
+  // The plotting library takes tags in a name for formats.
+  function plain(name) {
+    return name.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+  }
+
+  // An area is two lines, the upper one filled down to the lower one. One that stands alone has a name and values.
   function area(line, band) {
-    const edge = (y, name) => ({
-      x: band.x, y: y, mode: "lines", legendgroup: line.name, showlegend: false, line: { width: 0, color: line.colour },
-      name: line.edges ? `${line.name}: ${name}` : line.name, ...(line.edges ? {} : { hoverinfo: "skip" }),
+    const edge = (y, which) => ({
+      x: band.x, y: y, mode: "lines", name: plain(line.name), legendgroup: line.name, showlegend: false,
+      line: { width: 0, color: line.colour },
+      ...(line.alone ? { hovertemplate: `%{y}<extra>${plain(line.name)}, ${which}</extra>` } : { hoverinfo: "skip" }),
     });
-    return [edge(band.low, "lowest"),
-            { ...edge(band.high, "highest"), fill: "tonexty", fillcolor: faded(line.colour, 0.18) }];
+    return [edge(band.low, "lowest"), { ...edge(band.high, "highest"), showlegend: Boolean(line.alone),
+                                        fill: "tonexty", fillcolor: faded(line.colour, line.fill || 0.18) }];
   }
 
   function tracesOf(figure, axis) {
@@ -30,22 +36,32 @@
         traces.push({ x: part.raw.x, y: part.raw.y, mode: "lines", legendgroup: line.name, showlegend: false,
                       hoverinfo: "skip", line: { width: 0.8, color: faded(line.colour, 0.3) } });
       }
-      traces.push({ x: part.x, y: part.y, name: line.name, legendgroup: line.name,
+      if (line.alone) continue;
+      traces.push({ x: part.x, y: part.y, name: plain(line.name), legendgroup: line.name,
                     mode: line.points ? "lines+markers" : "lines", marker: { size: 6 },
                     line: { width: 2, color: line.colour, dash: line.dash || "solid" } });
     }
     return traces;
   }
 
+  // Names stand below, buttons above: neither covers a curve, however narrow the window is.
+  const margin = { l: 75, r: 20, t: 34, b: 50 };
+  // A finger that moves over a picture scrolls the page.
+  const dragmode = window.matchMedia("(pointer: coarse)").matches ? false : "zoom";
+
   function layoutOf(figure, axis) {
     const y = { title: { text: figure.unit }, hoverformat: figure.digits, gridcolor: "#e6e6e6", zeroline: false };
-    if (figure.log) y.type = "log";
+    if (figure.log) Object.assign(y, { type: "log", tickformat: "~g" });
     if (figure.limits) y.range = figure.limits;
+    const level = { type: "line", xref: "paper", x0: 0, x1: 1, y0: figure.level, y1: figure.level,
+                    line: { width: 1, color: "#444", dash: "dash" } };
     return {
-      height: 400, margin: { l: 75, r: 20, t: 15, b: 50 }, font: fonts, hovermode: "x unified", uirevision: axis,
-      xaxis: { title: { text: words[axis] }, tickformat: "~s", hoverformat: ".4~s", gridcolor: "#e6e6e6",
-               zeroline: false },
-      yaxis: y, legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, showlegend: true,
+      height: 420, margin: margin, font: fonts, dragmode: dragmode, hovermode: "x unified", uirevision: axis,
+      hoverlabel: { namelength: 40 }, shapes: figure.level === null ? [] : [level],
+      xaxis: { title: { text: words[axis], standoff: 8 }, automargin: true, tickformat: "~s", hoverformat: ".4~s",
+               gridcolor: "#e6e6e6", zeroline: false },
+      yaxis: y, showlegend: true,
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", uirevision: "names" },
     };
   }
 
@@ -54,7 +70,7 @@
     const traces = [{ type: "heatmap", z: figure.map, zmin: 0, zmax: figure.top, colorscale: "Viridis",
                       colorbar: { title: { text: "1 = fair share" } },
                       hovertemplate: "mixture %{y}, expert %{x}: %{z:.3f} fair shares<extra></extra>" }];
-    const layout = { height: Math.min(900, 140 + 24 * rows), margin: { l: 75, r: 20, t: 15, b: 50 }, font: fonts,
+    const layout = { height: Math.min(900, 160 + 24 * rows), margin: margin, font: fonts, dragmode: dragmode,
                      xaxis: { title: { text: "expert" } },
                      yaxis: { title: { text: "mixture" }, autorange: "reversed", dtick: Math.ceil(rows / 24) } };
     Plotly.newPlot(figure.id, traces, layout, drawing);

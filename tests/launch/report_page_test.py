@@ -113,6 +113,12 @@ class ReportPage(report_test.RunDirectories):
                 for part in line["parts"].values():
                     for curve in [part, *([part["raw"]] if "raw" in part else [])]:
                         self.assertEqual(len(curve["x"]), len(curve["y"]))
+        spread = {line["name"]: line for line in data["figures"][5]["lines"]}
+        self.assertEqual([name for name, line in spread.items() if line.get("alone")], ["all experts", "middle 80 %"])
+        for name, line in spread.items():  # the median is drawn once, not again with each area
+            self.assertEqual(bool(line["parts"]["step"]["y"]), name == "median")
+            self.assertEqual("band" in line["parts"]["step"], name != "median")
+        self.assertEqual(data["figures"][5]["level"], 1)
         flops = data["figures"][0]["lines"][1]["parts"]["flops"]["x"]
         self.assertEqual(flops, [2e9, 4e9, 14e9])  # of both ranks
         uncounted = self.run_dir("uncounted", [step(1), step(2)])
@@ -189,6 +195,7 @@ class ReportPage(report_test.RunDirectories):
 const calls = [], buttons = {json.dumps(buttons)}.map((axis) => ({{ dataset: {{ axis }}, state: "",
   setAttribute(_, value) {{ this.state = value; }}, addEventListener(_, f) {{ this.click = f; }} }}));
 const Plotly = {{ newPlot: (...all) => calls.push(all), react: (...all) => calls.push(all) }};
+const window = {{ matchMedia: () => ({{ matches: false }}) }};
 const document = {{ getElementById: () => ({{ textContent: {json.dumps(json.dumps(figures_of(text)))} }}),
                    querySelectorAll: () => buttons }};
 {script}
