@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from report_findings import load_findings, loss_findings, throughput_findings
+from report_findings import load_findings, loss_findings, norm_findings, spread_findings, throughput_findings
 from run_curves import (FEWEST, Line, bulk_limits, held_out_sets, heldout_limits, heldout_line, step_line,
                         throughput_limits, throughput_line)
 from run_metrics import AXES, axes_of
@@ -73,7 +73,7 @@ def figure_of_sets(groups, axes):
 
 
 def load_history(run, axes):
-    """The spread of the loads over the experts of all layers, as bands around their median."""
+    """The spread of the loads over the experts of all layers: bands around their median, and what to see in them."""
     records = [record for record in run.steps if record.get("expert_load")]
     relative = np.array([np.array(r["expert_load"], dtype=float).ravel() * len(r["expert_load"][0]) for r in records])
     lowest, low, middle, high, highest = np.quantile(relative, (0, 0.1, 0.5, 0.9, 1), axis=1)
@@ -85,7 +85,7 @@ def load_history(run, axes):
                       "parts": {axis: {"x": [], "y": [], "band": band} for axis, band in bands.items()}})
     lines.append({"name": "median", "colour": run.colour,
                   "parts": {axis: part_of(Line(x, middle)) for axis, x in places.items()}})
-    return lines
+    return lines, spread_findings(relative)
 
 
 def load_map(run, name):
@@ -106,8 +106,10 @@ def figures_of(groups, against):
     loss = curves(groups, axes, lambda group, axis: step_line(group, axis, "loss"))
     heldout = curves(groups, axes, heldout_line, points=True)
     drawn = [line for group in groups if (line := heldout_line(group, "step"))]
-    found = [figure("loss", "Training loss", "Thin: what was logged. Thick: its mean over a fortieth." + mean,
-                    loss, unit=NATS, findings=loss_findings(groups, axes, "loss"),
+    # At equal tokens runs of one data order have seen the same batches; elsewhere the held-out loss tells more.
+    fair = ["tokens"] if heldout else axes
+    found = [figure("loss", "Training loss", "Thin: what was logged. Thick: its mean over a fortieth of the run." +
+                    mean, loss, unit=NATS, findings=loss_findings(groups, fair, "loss"),
                     limits=bulk_limits([y for group in groups for y in step_line(group, "step", "loss").heights]))]
     if heldout:
         found.append(figure("heldout", "Held-out loss", "Over tokens that were not trained on." + mean, heldout,
@@ -122,10 +124,11 @@ def figures_of(groups, against):
     if any(record.get("grad_norm") is not None for run in runs for record in run.steps):
         found.append(figure("norm", "Gradient norm", "Before clipping; logarithmic.",
                             curves(groups, axes, lambda group, axis: step_line(group, axis, "grad_norm")),
-                            unit="L2 norm", digits=".4g", log=True))
+                            unit="L2 norm", digits=".4g", log=True, findings=norm_findings(groups)))
     for i, run in enumerate(run for run in runs if run.loads()):
         found.append(load_map(run, f"load-{i}"))
+        lines, findings = load_history(run, axes)
         found.append(figure(f"spread-{i}", f"Spread of the expert load: {run.label}",
                             "Dashed: a fair share. Areas: all experts of all mixtures, and the middle 80 % of them.",
-                            load_history(run, axes), unit="load, 1 = fair share", digits=".3f", level=1))
+                            lines, unit="load, 1 = fair share", digits=".3f", level=1, findings=findings))
     return {"axes": [[axis, AXES[axis]] for axis in axes], "against": against, "figures": found}

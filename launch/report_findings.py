@@ -33,7 +33,10 @@ def compared(lines, axis):
     best = losses[0][0]
     rest = "; ".join(f"{label} {loss:.4f} ({loss - best:.4f} above)" if loss - best >= LEVEL else
                      f"{label} {loss:.4f} (equal within {LEVEL:g})" for loss, label in losses[1:])
-    return f"At equal {AXES[axis]} ({short(x)}), lowest first: {losses[0][1]} {best:.4f}; {rest}."
+    going_on = [label for label, _, end in known if end[0] > 1.01 * x]
+    return (f"At equal {AXES[axis]} ({short(x)}), lowest first: {losses[0][1]} {best:.4f}; {rest}."
+            + (f" Not at its end there, where a learning rate that falls brings the loss down: {', '.join(going_on)}."
+               if going_on else ""))
 
 
 def course(label, line, rises):
@@ -61,9 +64,14 @@ def loss_findings(groups, axes, kind, name=None):
     found = [course(group.label, line, kind == "eval_loss") for group in groups if (line := line_of(group, "tokens"))]
     if not found:
         return ["These runs have no held-out evaluation: data.valid was not given."]
+    # Runs that go on from another's end are compared where they have gone to, not where that one has ended.
+    rivals = [group for group in groups if all(run.starts for run in group.runs)] or groups
+    disturbed = [run.label for group in rivals for run in group.runs if is_disturbed(run)]
     for axis in (axis for axis in axes if axis != "step"):
-        lines = [(group.label, line) for group in groups if (line := line_of(group, axis))]
-        found.append(compared(lines, axis))
+        words = compared([(group.label, line) for group in rivals if (line := line_of(group, axis))], axis)
+        if words and axis == "seconds" and disturbed:
+            words += f" Their seconds are the machine's, which was disturbed: {', '.join(disturbed)}."
+        found.append(words)
     skipped = {run.label: sum(bool(r.get("skipped")) for r in run.steps) for group in groups for run in group.runs}
     if kind == "loss":
         found += [f"{label}: {n} steps were not finite and changed nothing." for label, n in skipped.items() if n]
@@ -80,6 +88,10 @@ def slow_steps(run):
     return float(np.mean(seconds > SLOW * usual)), float(np.maximum(seconds - usual, 0).sum() / seconds.sum())
 
 
+def is_disturbed(run):
+    return slow_steps(run)[0] > DISTURBED
+
+
 def throughput_findings(groups):
     found = []
     for group in groups:
@@ -92,10 +104,23 @@ def throughput_findings(groups):
                      f"{short(low)} to {short(high)}.")
         for run in group.runs:
             share, lost = slow_steps(run)
-            if share > DISTURBED:
+            if is_disturbed(run):
                 found.append(f"{run.label} was disturbed: {100 * share:.0f} % of its steps took more than {SLOW:g} "
                              f"times the median, {100 * lost:.0f} % of its time went beyond it. Its "
                              "seconds say more of the machine than of the run; compare tokens or FLOPs.")
+    return found
+
+
+def norm_findings(groups):
+    found = []
+    for group in groups:
+        norms = [values(run.steps, "grad_norm") for run in group.runs]
+        norms = [norm[np.isfinite(norm)] for norm in norms]
+        norms = [norm for norm in norms if norm.size]
+        if norms:
+            last = np.concatenate([norm[-max(1, len(norm) // 10):] for norm in norms])
+            found.append(f"{group.label}: median {np.median(last):.3g} over the last tenth; the highest of all steps "
+                         f"was {max(norm.max() for norm in norms):.3g}.")
     return found
 
 
@@ -109,3 +134,15 @@ def load_findings(run):
             f"{variation:.2f} of a fair share.",
             f"{run.label}: in the last step {dead} of {last.size} experts got nothing."
             if dead else f"{run.label}: no expert was idle in the last step."]
+
+
+def spread_findings(relative):
+    """relative: steps by experts of all mixtures, 1 is a fair share."""
+    tenth = max(1, len(relative) // 10)
+    first, last = (np.quantile(part, (0.1, 0.9)) for part in (relative[:tenth], relative[-tenth:]))
+    if tenth == len(relative):
+        return []
+    change = (last[1] - last[0]) - (first[1] - first[0])
+    words = "as wide as" if abs(change) < 0.05 else "narrower than" if change < 0 else "wider than"
+    return [f"The middle 80 % of the loads lie from {last[0]:.2f} to {last[1]:.2f} fair shares over the last tenth, "
+            f"{words} over the first, from {first[0]:.2f} to {first[1]:.2f}."]

@@ -266,11 +266,42 @@ class Findings(unittest.TestCase):
         a = self.group("a", [4.0, 3.0, 2.0, 1.0], [(0, 5.0), (2, 3.0), (4, 1.0)], 10.0)
         b = self.group("b", [4.0, 2.5], [(0, 5.0), (2, 2.5)], 20.0)
         found = report_findings.loss_findings([a, b], ["tokens", "flops"], "eval_loss")
-        self.assertIn("At equal tokens (200), lowest first: b 2.5000; a 3.0000 (0.5000 above).", found)
+        self.assertIn("At equal tokens (200), lowest first: b 2.5000; a 3.0000 (0.5000 above). Not at its end there, "
+                      "where a learning rate that falls brings the loss down: a.", found)
         self.assertIn("At equal FLOPs (40), lowest first: a 1.0000; b 2.5000 (1.5000 above).", found)
         equal = report_findings.loss_findings([a, self.group("c", [4.0], [(0, 5.0), (4, 1.001)], 10.0)], ["tokens"],
                                               "eval_loss")
         self.assertIn("c 1.0010 (equal within 0.002)", " ".join(equal))
+
+    # Where the first run ends the others only begin: what they came to says which of them is ahead.
+    def test_runs_that_go_on_are_compared_where_they_have_gone_to(self):
+        first, b, c = (self.group(label, [4.0, 3.0], [(0, 5.0), (2, end)], 10.0)
+                       for label, end in (("a", 3.0), ("b", 2.0), ("c", 2.5)))
+        for group in (b, c):
+            group.runs[0].starts = {"tokens": 200.0, "flops": 20.0, "seconds": 2.0, "step": 2.0}
+        found = report_findings.loss_findings([first, b, c], ["tokens", "flops", "seconds", "step"], "eval_loss")
+        self.assertEqual(found[3:], [f"At equal {axis}, lowest first: b 2.0000; c 2.5000 (0.5000 above)."
+                                     for axis in ("tokens (400)", "FLOPs (40)", "seconds of training (4)")])
+        for i in range(1, 20):
+            c.runs[0].steps.append(c.runs[0].steps[-1] | {"step": 2 + i, "seconds": 9.0 if i % 5 == 0 else 1.0})
+        found = report_findings.loss_findings([first, b, c], ["tokens", "seconds"], "eval_loss")
+        self.assertNotIn("disturbed", found[3])
+        self.assertIn("Their seconds are the machine's, which was disturbed: c.", found[4])
+
+    def test_norms_and_the_spread_of_loads_are_told(self):
+        group = self.group("a", [4.0] * 21, [], 1.0)
+        for record, norm in zip(group.runs[0].steps, [None, 9.0, *[1.0] * 17, 0.25, 0.75]):
+            record["grad_norm"] = norm
+        self.assertEqual(report_findings.norm_findings([group]),
+                         ["a: median 0.5 over the last tenth; the highest of all steps was 9."])
+        wide, even = [[0.0, 2.0]] * 10, [[1.0, 1.0]] * 10
+        for loads, words in ((wide + even, "narrower"), (even + wide, "wider"), (even + even, "as wide")):
+            found = report_findings.spread_findings(np.array(loads))
+            self.assertEqual(len(found), 1)
+            self.assertIn(words, found[0])
+        self.assertIn("from 1.00 to 1.00 fair shares over the last tenth, narrower than over the first, "
+                      "from 0.00 to 2.00", report_findings.spread_findings(np.array(wide + even))[0])
+        self.assertEqual(report_findings.spread_findings(np.array(wide[:1])), [])
 
     def test_a_held_out_loss_that_rises_again_is_told(self):
         risen = report_findings.loss_findings([self.group("a", [1.0], [(0, 5.0), (1, 2.0), (2, 2.2)], 1.0)], ["tokens"],
