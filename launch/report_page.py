@@ -9,6 +9,7 @@ import numpy as np
 from command_line import display
 from plotly.offline import get_plotlyjs
 from report_figures import figures_of
+from report_findings import is_disturbed
 from run_curves import short
 from run_facts import differences, facts_of, read_facts, recipe_of
 from run_metrics import smooth, values
@@ -18,18 +19,24 @@ SCRIPT = Path(__file__).resolve().parent / "report_page.js"
 POLICY = ("default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
           "img-src data: blob:; font-src data:")
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 75rem; margin: 2rem auto }
+body { padding: 0 1rem } h1 { overflow-wrap: anywhere }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .3rem .9rem; text-align: right }
 td, th { vertical-align: top }
 td:first-child, th:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
-tr + tr td, tr + tr th { border-top: 1px solid #e6e6e6 } .facts td { text-align: left; overflow-wrap: anywhere }
-.facts th { white-space: nowrap; font-weight: 600 } .wide { overflow-x: auto }
+tr + tr td, tr + tr th { border-top: 1px solid #e6e6e6 } .wide { overflow-x: auto }
+.facts { table-layout: fixed; width: 100% } .facts th { width: 6.5rem; font-weight: 600 }
+.facts td, .words td, .words th { text-align: left; overflow-wrap: anywhere } .words td { min-width: 7rem }
+.words td:first-child { overflow-wrap: normal }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto } summary { cursor: pointer; margin: .5rem 0 }
-nav { position: sticky; top: 0; z-index: 5; background: #fffe; padding: .6rem 0; border-bottom: 1px solid #ddd }
+summary { overflow-wrap: anywhere }
+nav { position: sticky; top: 0; z-index: 5; background: #fff; padding: .6rem 0; border-bottom: 1px solid #ddd }
 button { font: inherit; padding: .2rem .9rem; border: 1px solid #888; border-radius: 1rem; background: #fff }
-button { cursor: pointer }
+button { cursor: pointer; color: inherit }
 button[aria-pressed=true] { background: #31688e; color: #fff; border-color: #31688e } figure { margin: 0 0 2.5rem }
 figcaption { color: #555 } .see { border-left: 4px solid #c9a227; padding-left: 1.8rem; margin: .6rem 0 }
+@media (max-width: 40rem) { .facts th, .facts td { display: block; width: auto; padding: .3rem 0 }
+  .facts th + td { border-top: 0; padding-top: 0 } }
 """
 
 
@@ -41,11 +48,12 @@ def summary_rows(runs):
     for run in runs:
         last = run.steps[-1]
         mfu = [r["mfu"] for r in run.steps if r.get("mfu") is not None]
+        rate = short(median(r["tokens_per_s"] for r in run.steps)) + (", disturbed" if is_disturbed(run) else "")
         gaps = np.diff([r["step"] for r in run.steps], prepend=0)
         yield [run.label, f"{last['step']:,}", short(last["tokens"]),
                f"{smooth(values(run.steps, 'loss'), len(run.steps) // 40)[-1]:.4f}",
                f"{values(run.evals, 'eval_loss')[-1]:.4f}" if run.evals else "-",
-               short(median(r["tokens_per_s"] for r in run.steps)), f"{100 * median(mfu):.1f} %" if mfu else "-",
+               rate, f"{100 * median(mfu):.1f} %" if mfu else "-",
                f"{sum(r['seconds'] * gap for r, gap in zip(run.steps, gaps)):,.0f} s"]
 
 
@@ -66,8 +74,9 @@ def figure_html(figure):
 def axis_choice(axes):
     buttons = " ".join(f'<button type="button" data-axis="{axis}">{html.escape(words)}</button>'
                        for axis, words in axes)
-    return (f"<nav>Curves against: {buttons} Point at a curve to read values off all of them; drag to look closer, "
-            "double-click to go back; click a name to hide its line.</nav>")
+    return (f"<nav>Curves against: {buttons}</nav><p>Point at a curve to read values off all of them; drag to look "
+            "closer, double-click to go back, and once more to see all there is, also what lies above the picture; "
+            "click a name to hide its line.</p>")
 
 
 def facts_html(run, facts, opened):
@@ -89,7 +98,7 @@ def differences_html(runs, all_facts):
     if not rows:
         return "<p>Their configurations are the same.</p>"
     head = ["key", *(run.label for run in runs)]
-    return ('<h2>What differs in their configurations</h2><div class="wide"><table>'
+    return ('<h2>What differs in their configurations</h2><div class="wide"><table class="words">'
             f'<thead>{row(head, "th")}</thead><tbody>{"".join(row([key, *found]) for key, found in rows)}</tbody>'
             "</table></div>")
 
@@ -112,7 +121,7 @@ def write_page(folder, groups, against, pictures):
     all_facts = [read_facts(run.path) for run in runs]
     figures = figures_of(groups, against)
     data = json.dumps(figures, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    title = "upmoe: " + ", ".join(dict.fromkeys(group.label for group in groups))
+    title = "upmoe: " + " \u00b7 ".join(dict.fromkeys(group.label for group in groups))
     few = len(runs) <= 3
     page = folder / "report.html"
     page.write_text(f"""<!doctype html>

@@ -63,6 +63,8 @@ def at(tree, *keys):
 
 
 def count(value):
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -97,7 +99,7 @@ def model_of(start):
     if not isinstance(model, dict):
         return "not recorded"
     experts = (f", {model['mixtures']} of them mixtures of {model['experts']} experts of which "
-               f"{model.get('experts_per_token')} compute a token"
+               f"{count(model.get('experts_per_token'))} compute a token"
                if "experts" in model and "mixtures" in model else "")
     return (f"{model.get('source')} ({model.get('start')}): {model.get('type')}, {model.get('layers')} layers"
             f"{experts}; {count(model.get('parameters'))} parameters, "
@@ -129,8 +131,8 @@ def training_of(config):
     def say(key):
         return config.get(key, "?")
 
-    return (f"{say('train.steps')} steps of {say('train.global_batch')} sequences of {say('data.seq_len')} tokens; "
-            f"{say('optimizer.name')}, learning rate {say('optimizer.lr')}, {say('schedule.name')} with "
+    return (f"{count(say('train.steps'))} steps of {say('train.global_batch')} sequences of {say('data.seq_len')} "
+            f"tokens; {say('optimizer.name')}, learning rate {say('optimizer.lr')}, {say('schedule.name')} with "
             f"{say('schedule.warmup')} steps of warm-up; {say('train.precision')}")
 
 

@@ -149,7 +149,7 @@ class ReportPage(report_test.RunDirectories):
                       "commit abc123 with changes, program 0badcafe",
                       "A processor, 8 GiB; 2 hosts; 2 ranks x 4 threads",
                       "pp 1, dp 2", "/models/<moe> (its weights)",
-                      "60 experts of which 4.0 compute a token", "1,234,567 parameters", "3 of 41 parameters",
+                      "60 experts of which 4 compute a token", "1,234,567 parameters", "3 of 41 parameters",
                       "/models/<dense>: qwen2, 3 layers; 765,432 parameters; weight 0.5 of the loss, temperature 2.0",
                       "4,321 tokens, 5 documents, weight 1.0, digest 99", "seed: 77", "dense.safetensors",
                       "code: /v.h5: 777 tokens, 48 sequences",
@@ -157,6 +157,11 @@ class ReportPage(report_test.RunDirectories):
             self.assertIn(words, text)
         facts = [run_facts.read_facts(self.folder / name) for name in ("dense", "moe")]
         self.assertEqual(run_facts.differences(facts), [("optimizer.lr", ["0.5", "0.25"]), ("freeze", ["-", "['x']"])])
+
+    def test_names_with_commas_stay_apart_in_its_title(self):
+        runs = self.two_runs()
+        text = self.page(*runs, "--label", "dense", "--label", "dense, <continued>")
+        self.assertIn("<h1>upmoe: dense \u00b7 dense, &lt;continued&gt;</h1>", text)
 
     def test_every_start_of_a_run_is_told(self):
         run = self.run_dir("run", [self.counted(1), self.counted(2)])
@@ -243,7 +248,10 @@ class Disturbed(unittest.TestCase):
         words = " ".join(report_findings.throughput_findings([group]))
         self.assertIn("median 1k tokens/s", words)
         self.assertIn("a was disturbed: 11 % of its steps", words)
-        self.assertNotIn("disturbed", " ".join(report_findings.throughput_findings([self.group([1000.0] * 50)])))
+        steady = self.group([1000.0] * 50)
+        self.assertNotIn("disturbed", " ".join(report_findings.throughput_findings([steady])))
+        rates = [row[5] for row in report_page.summary_rows(group.runs + steady.runs)]
+        self.assertEqual(rates, ["1k, disturbed", "1k"])
 
     def test_quantiles_around_each_place(self):
         y = np.array([5.0, 1.0, np.nan, 3.0, 2.0, 4.0])
