@@ -149,6 +149,22 @@ class Report(RunDirectories):
         self.assertAlmostEqual(half[0], 12.7062 * math.sqrt(2) / math.sqrt(2), places=3)
 
     # A folder's name is bytes, and a formula to matplotlib.
+    def test_values_at_the_ends_of_lines_cover_neither_each_other_nor_lines_that_go_on(self):
+        figure, ax = report.plt.subplots()
+        self.addCleanup(report.plt.close, figure)
+        ax.set(xlim=(0, 11), ylim=(2, 5))
+        ends = [(4.0, 4.0, "#000000"), (4.0, 4.01, "#111111"), (10.0, 3.0, "#222222"), (10.0, 3.001, "#333333")]
+        run_curves.label_ends(ax, ends)
+        figure.canvas.draw()
+        boxes = {text.get_text(): text.get_window_extent() for text in ax.texts}
+        self.assertEqual(set(boxes), {"4.000", "4.010", "3.000", "3.001"})
+        for i, (words, box) in enumerate(boxes.items()):
+            for other in list(boxes.values())[i + 1:]:
+                self.assertFalse(box.overlaps(other), f"{words} covers another value")
+        for x, y, _ in ends:
+            box, point = boxes[f"{y:.3f}"], ax.transData.transform((x, y))
+            self.assertTrue(box.x1 < point[0] and box.y1 < point[1] if x < 10 else box.x0 > point[0])
+
     def test_any_name_of_a_run_is_drawn(self):
         odd = self.run_dir(os.fsdecode(b"run_$x^$ \xff"), [step(1), step(2)])
         hidden = self.run_dir("_hidden", [step(1), held_out(1), step(2)])
