@@ -218,6 +218,9 @@ console.log(JSON.stringify({{ first, then: calls, pressed: buttons.map((button) 
         named = {call[0]: {trace["name"]: trace["x"] for trace in call[1] if "name" in trace} for call in drawn["then"]}
         self.assertEqual(named["loss"]["moe"], [2e9, 4e9, 14e9])
         self.assertEqual(drawn["then"][0][2]["xaxis"]["title"]["text"], "FLOPs")
+        for _, _, layout, _ in drawn["then"]:
+            self.assertEqual(layout["hoverdistance"], -1)            # values also between points that lie far apart
+            self.assertEqual(layout["legend"]["uirevision"], "names")  # what is hidden stays so
 
     def test_a_run_that_goes_on_begins_behind_the_first_on_every_axis(self):
         first = self.run_dir("first", [self.counted(1), self.counted(2)])

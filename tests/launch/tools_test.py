@@ -103,6 +103,16 @@ class Endings(unittest.TestCase):
             self.assertEqual(found.returncode, 2, found.stderr)
             self.assertRegex(found.stderr, rf"\A{name}: error: .* cannot import \w+; tests/\w+\S+ .*\n\Z")
 
+    def test_a_page_is_not_opened_without_a_browser(self):
+        for words, status, told in ((["--browser", "/no/such"], 2, "/no/such: not found; install one"),
+                                    (["--browser", sys.executable, "/no/page"], 3, "/no/page: not found; give the"),
+                                    (["--browser", sys.executable, __file__], 3, "the browser ended")):
+            found = subprocess.run([sys.executable, ROOT / "tests/report_in_browser.py", *words], capture_output=True,
+                                   text=True, check=False)
+            self.assertEqual(found.returncode, status, found.stderr)
+            self.assertIn(told, found.stderr)
+            self.assertEqual(found.stderr.count("\n"), 1, found.stderr)
+
     # `upmoe generate` reads it off a line, and ends with the status that the line has.
     def test_text_without_its_package_is_told_what_to_do(self):
         with tempfile.TemporaryDirectory() as folder:
