@@ -46,7 +46,9 @@ def curves(groups, axes, line_of, **style):
         lines = {axis: line_of(group, axis) for axis in axes}
         if all(line is not None for line in lines.values()):
             parts = {axis: part_of(line) for axis, line in lines.items()}
-            found.append({"name": group.title.replace("\\$", "$"), "colour": group.colour, "parts": parts} | style)
+            of_mean = {"points": False} if len(group.runs) > 1 else {}  # its places are no evaluations
+            found.append({"name": group.title.replace("\\$", "$"), "colour": group.colour, "parts": parts} | style
+                         | of_mean)
     return found
 
 

@@ -57,7 +57,7 @@
                     line: { width: 1, color: "#444", dash: "dash" } };
     return {
       height: 420, margin: margin, font: fonts, dragmode: dragmode, hovermode: "x unified", hoverdistance: -1,
-      uirevision: axis, hoverlabel: { namelength: 40 }, shapes: figure.level === null ? [] : [level],
+      uirevision: axis, hoverlabel: { namelength: -1 }, shapes: figure.level === null ? [] : [level],
       xaxis: { title: { text: words[axis], standoff: 8 }, automargin: true, tickformat: "~s", hoverformat: ".4~s",
                gridcolor: "#e6e6e6", zeroline: false },
       yaxis: y, showlegend: true,

@@ -115,7 +115,7 @@ def values(browser, figures):
                     browser.point_at(left + place * (right - left) + i, (top + bottom) / 2)
                     time.sleep(0.1)
                 found = browser.value(told)
-            if not any(":" in words for words in found):
+            if not any(":" in words for words in found) and len(found) < 2:  # a single line's name is left out
                 yield f"{figure}: pointing at it tells no value, but {found}"
             if any("... :" in words for words in found):
                 yield f"{figure}: names are cut short: {found}"

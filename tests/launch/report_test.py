@@ -138,6 +138,9 @@ class Report(RunDirectories):
         # One path of the page: the two lines with a gap between them.
         thin = report_figures.part_of(two)["raw"]
         self.assertEqual(thin, {"x": [100.0, 300.0, None, 100.0, 300.0], "y": [9.0, 3.0, None, 10.0, 4.0]})
+        marked = [report_figures.curves([group(count)], ["tokens"], run_curves.heldout_line, points=True)[0]["points"]
+                  for count in (1, 2, 3)]
+        self.assertEqual(marked, [True, False, False])
 
     # Two lines over different points: mean and the interval of two values, t = 12.7062 of one degree of freedom.
     def test_band(self):
