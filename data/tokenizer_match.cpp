@@ -97,8 +97,27 @@ std::vector<std::string> tokenizer_differences(const fs::path& model_dir,
   return differences;
 }
 
+std::string unknown_tokenizers(const fs::path& model_dir, const std::vector<const TokenFile*>& files) {
+  if (model_dir.empty() || !fs::is_regular_file(model_dir / "tokenizer.json")) return "";
+  const TokenFile* first = nullptr;
+  std::size_t others = 0;
+  for (const TokenFile* file : files) {
+    if (says_which(*file)) continue;
+    if (first == nullptr) {
+      first = file;
+    } else {
+      ++others;
+    }
+  }
+  if (first == nullptr) return "";
+  return fmt::format("{} does not say which tokenizer made it{}; whether it was {} is not checked",
+                     first->path().string(), others == 0 ? "" : fmt::format(", as {} more do not", others),
+                     (model_dir / "tokenizer.json").string());
+}
+
 void warn_of_tokenizers(const fs::path& model_dir, const std::vector<const TokenFile*>& files) {
   for (const std::string& words : tokenizer_differences(model_dir, files)) log::warning("{}", words);
+  if (const std::string words = unknown_tokenizers(model_dir, files); !words.empty()) log::info("{}", words);
 }
 
 }  // namespace upmoe

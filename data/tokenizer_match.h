@@ -16,7 +16,11 @@ namespace upmoe {
 // not say (no tokenizer.json, a digest of zeros, eos_id -1) is passed over. `model_dir` may be empty.
 std::vector<std::string> tokenizer_differences(const std::filesystem::path& model_dir,
                                                const std::vector<const TokenFile*>& files);
-// The same, each as a warning in the log.
+// A sentence for all files without a digest where the model has a tokenizer.json, with which they cannot be compared;
+// empty where there is nothing to say. `model_dir` may be empty.
+std::string unknown_tokenizers(const std::filesystem::path& model_dir,
+                               const std::vector<const TokenFile*>& files);
+// The same, in the log: differences as warnings.
 void warn_of_tokenizers(const std::filesystem::path& model_dir, const std::vector<const TokenFile*>& files);
 
 // In words, that tokenizer.json of the two folders differ, of a model and of the teacher that it learns from; as above,

@@ -29,6 +29,12 @@ TEST_F(TokenFiles, ATokenizerOtherThanTheModelsIsTold) {
   EXPECT_THAT(tokenizer_differences(dir_, {other.get()}),
               testing::ElementsAre(testing::AllOf(HasSubstr("other.h5 was made with another tokenizer"),
                                                   HasSubstr((dir_ / "tokenizer.json").string()))));
+  EXPECT_EQ(unknown_tokenizers(dir_, {right.get(), other.get()}), "");
+  EXPECT_EQ(unknown_tokenizers({}, {unknown.get()}), "");
+  EXPECT_THAT(unknown_tokenizers(dir_, {right.get(), unknown.get()}),
+              testing::AllOf(HasSubstr("unknown.h5 does not say which tokenizer"),
+                             HasSubstr((dir_ / "tokenizer.json").string())));
+  EXPECT_THAT(unknown_tokenizers(dir_, {unknown.get(), unknown.get()}), HasSubstr(", as 1 more do not;"));
   EXPECT_THAT(tokenizer_differences({}, {right.get(), other.get()}),
               testing::ElementsAre(HasSubstr("different tokenizers")));
   EXPECT_THAT(tokenizer_differences(dir_, {odd.get()}), testing::ElementsAre(HasSubstr("end with token 9")));
