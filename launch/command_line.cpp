@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <vector>
 
 #include "configs/nearest_name.h"
@@ -87,8 +88,11 @@ CLI::Option* as_path(CLI::Option* option) {
   return option->transform(
       [](const std::string& written) {
         PathText expanded = expand_path(written);
-        if (!expanded.problem.empty()) throw CLI::ValidationError(expanded.problem);
-        return expanded.path;
+        if (expanded.problem.empty()) return expanded.path;
+        // The shell puts names that are there in the place of runs/*: what has this very name is meant, $ and all.
+        std::error_code none;
+        if (!std::filesystem::exists(written, none)) throw CLI::ValidationError(expanded.problem);
+        return written;
       },
       "", "path");
 }

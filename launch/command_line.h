@@ -10,7 +10,8 @@
 
 namespace upmoe {
 
-// An option or argument that is a path: ~ and ${NAME} are filled in as in configuration files (path_text.h).
+// An option or argument that is a path: ~ and ${NAME} are filled in as in configuration files (path_text.h), but what
+// exists under a name that cannot be filled in is meant itself.
 CLI::Option* as_path(CLI::Option* option);
 // What a number has to be, in words: CLI11's own checks name the largest double in 309 digits. No text and what is not
 // finite is refused as well, which CLI11 would read as 0 where no check stands.

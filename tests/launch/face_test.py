@@ -169,6 +169,11 @@ class Requests(cli_test.CliTest):
         self.assertEqual(sorted(p.name for p in home.iterdir()), ["e", "r", "t.h5"])
         self.refused(2, ["NO_SUCH_PLACE", "unset"], "train", run, "run.dir=$NO_SUCH_PLACE/x")
         self.refused(2, ["NO_SUCH_PLACE"], "export", self.model, "--to", "${NO_SUCH_PLACE}/x")
+        # As the shell names what is there, for */t$^*: no name of a variable, and not to be written otherwise.
+        for name in ("t$^.h5", "t_$NO_SUCH_PLACE", "~no_such_user"):
+            shutil.copy(self.tokens, home / name)
+            done = shell(f"cd {home} && $UPMOE inspect --json '{name}'")
+            self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_lines_in_a_file_carry_a_time(self):
         for line in self.train().splitlines():
