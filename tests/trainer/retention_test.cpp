@@ -164,6 +164,32 @@ TEST_F(Retention, TheLockFileHonoursUmask) {
   }
 }
 
+// Looked at alone, so that a failure leaves nothing there.
+TEST_F(Retention, FoldersOfManyAreNoRunsDirectory) {
+  const char* home = std::getenv("HOME");
+  const std::string before = home == nullptr ? "" : home;
+  for (const char* name : {"everybodys", "home", "home/mine"}) fs::create_directories(root / name);
+  fs::permissions(root / "everybodys", fs::perms::all | fs::perms::sticky_bit);
+  ASSERT_EQ(setenv("HOME", (root / "home").c_str(), 1), 0);
+  for (const fs::path& dir : {fs::path("/etc"), fs::path("/dev/"), fs::path("/usr/../var"),
+                              root / "everybodys", root / "home", root / "home/mine/.."}) {
+    try {
+      require_run_directory(dir);
+      ADD_FAILURE() << dir << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kUsage) << e.what();
+      EXPECT_NE(std::string(e.what()).find("name a folder of its own"), std::string::npos) << e.what();
+    }
+  }
+  for (const fs::path& dir : {root / "everybodys/mine", root / "home/mine", root / "home/new"})
+    EXPECT_NO_THROW(require_run_directory(dir));
+  // A run that began there before that was refused goes on.
+  fs::create_directory(root / "home/checkpoints");
+  spill(root / "home/metrics.jsonl", "");
+  EXPECT_NO_THROW(require_run_directory(root / "home"));
+  home == nullptr ? unsetenv("HOME") : setenv("HOME", before.c_str(), 1);
+}
+
 TEST_F(Retention, PlacesThatAreNotMeantForRunsAreRefused) {
   spill(root / "file", "");
   fs::create_symlink("loop", root / "loop");
