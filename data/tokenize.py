@@ -19,7 +19,7 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
     os.path.join(os.path.dirname(FOLDER), "launch"), FOLDER]
 
 # First: a key pressed while libraries load is heard.
-from command_line import BadInput, BadUsage, missing_package, run_tool  # noqa: E402
+from command_line import BadInput, BadUsage, ToolParser, missing_package, run_tool  # noqa: E402
 
 import argparse  # noqa: E402
 import collections  # noqa: E402
@@ -299,8 +299,8 @@ def tokenize(paths, args):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(prog="tokenize.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="tokenize.py", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, metavar="tokenizer.json",
                         help="Hugging Face tokenizer, or a folder with one; written when --train-vocab is given")
     parser.add_argument("--out", metavar="TOKENS.h5",

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from command_line import BadInput, display, run_tool
+from command_line import BadInput, ToolParser, display, run_tool
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
 from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
@@ -42,7 +42,7 @@ def is_text(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="folder of text files to use instead")
     parser.add_argument("--megabytes", type=float, default=10.0)
     parser.add_argument("--out", type=Path, required=True, help="folder for train.txt and valid.txt")

@@ -14,6 +14,24 @@ import traceback
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import argparse  # noqa: E402
+import difflib  # noqa: E402
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Names the nearest option where one is unknown, as upmoe does, before it asks for what is missing."""
+
+    def parse_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in words[:words.index("--")] if "--" in words else words:
+            name = word.split("=", 1)[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                near = difflib.get_close_matches(name, known, 1)
+                self.error(f"unknown option '{name}'; " +
+                           (f"did you mean '{near[0]}'?" if near else "--help lists everything"))
+        return super().parse_args(words, namespace)
+
 
 class BadInput(Exception):
     """Wrong or missing files: exit status 3."""

@@ -14,7 +14,7 @@ import sys
 from array import array
 from pathlib import Path
 
-from command_line import BadInput, run_tool
+from command_line import BadInput, ToolParser, run_tool
 
 QWEN15_1_8B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -148,7 +148,7 @@ def read_config(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to be made")
     parser.add_argument("--config", default="qwen1.5-1.8b", help=f"config.json, or one of: {', '.join(PRESETS)}")
     parser.add_argument("--std", type=float, default=0.02, help="deviation of the weights (default %(default)s)")

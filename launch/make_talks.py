@@ -10,7 +10,7 @@ import json
 import random
 import sys
 
-from command_line import run_tool
+from command_line import ToolParser, run_tool
 
 QUESTIONS = ("What is {a} plus {b}?", "Add {a} and {b}.", "How much are {a} and {b} together?")
 
@@ -29,8 +29,8 @@ def talk(draw):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="make_talks.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="make_talks.py", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="file to write, replaced if it exists")
     parser.add_argument("--talks", type=int, default=2000, metavar="N", help="how many (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="another one gives others (default %(default)s)")

@@ -7,7 +7,7 @@ what this prints for the command above it (tests/launch/plan_command_test.py, wh
 """
 
 # First: a key pressed while libraries load is heard.
-from command_line import BadInput, BadUsage, missing_package, run_tool
+from command_line import BadInput, BadUsage, ToolParser, missing_package, run_tool
 
 import argparse
 import json
@@ -87,7 +87,7 @@ def draw(plans, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run configuration (YAML)")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--machine", required=True, help="a file, or a name of configs/machines")

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from command_line import BadInput, display, end_without_package, own_python, run_tool
+from command_line import BadInput, ToolParser, display, end_without_package, own_python, run_tool
 
 try:
     from study_statistics import interval
@@ -42,7 +42,7 @@ def settings_of(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="two or more")
     args = parser.parse_args()
     if len(args.folders) < 2 or len({folder.resolve() for folder in args.folders}) < len(args.folders):

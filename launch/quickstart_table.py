@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """The closing table of launch/quickstart.sh, from what its stages left in runs/quickstart or runs/quickstart_brief."""
 
-import argparse
 import json
 import struct
 import sys
@@ -9,7 +8,7 @@ from math import prod
 from pathlib import Path
 from statistics import median
 
-from command_line import BadInput, end_without_package, own_python, run_tool
+from command_line import BadInput, ToolParser, end_without_package, own_python, run_tool
 
 try:
     import numpy as np
@@ -143,7 +142,7 @@ def table(folder, check, brief):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--check", action="store_true", help="fail unless the MoE beats both dense models, or, of a "
                         "brief run, unless every stage left its result")

@@ -7,7 +7,7 @@ started as `upmoe report`.
 """
 
 # First: a key pressed while libraries load is heard.
-from command_line import display, end_without_package, missing_package, run_tool
+from command_line import ToolParser, display, end_without_package, missing_package, run_tool
 
 import argparse
 import json
@@ -153,8 +153,8 @@ def read_groups(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="upmoe report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="upmoe report", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="folder of the pictures and the page (default: RUN_DIR/report)")
     parser.add_argument("--against", choices=AXES, default="tokens",

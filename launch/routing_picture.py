@@ -3,7 +3,7 @@
 token, and how often neighbouring tokens choose the same ones. Started by it.
 """
 
-from command_line import BadInput, display, end_without_package, missing_package, run_tool
+from command_line import BadInput, ToolParser, display, end_without_package, missing_package, run_tool
 
 import argparse
 import json
@@ -91,7 +91,7 @@ def draw(record, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("counts", type=Path, help="the JSON of upmoe inspect --routing --json")
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()

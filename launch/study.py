@@ -9,7 +9,7 @@ when it is started again. docs/studies.md tells more.
 """
 
 # First: a key pressed while libraries load is heard.
-from command_line import BadInput, BadUsage, display, end_without_package, missing_package, run_tool
+from command_line import BadInput, BadUsage, ToolParser, display, end_without_package, missing_package, run_tool
 
 import argparse
 import math
@@ -241,8 +241,8 @@ def conduct(args, driver):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(prog="upmoe study", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="upmoe study", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", metavar="NAME", help="a study of configs/studies, or a file")
     parser.add_argument("--size", choices=SIZES, default="micro", help="of models, data and steps (default: micro)")
     parser.add_argument("--seeds", type=int, default=3, help="pairs (default: 3)")

@@ -17,7 +17,7 @@ import struct
 import sys
 from pathlib import Path
 
-from command_line import BadInput, end_without_package, run_tool
+from command_line import BadInput, ToolParser, end_without_package, run_tool
 from gguf_families import family_of, heads_of, paired_rows
 from whole_file import whole_file
 
@@ -231,8 +231,8 @@ def fill(writer_of, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="write_gguf.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(prog="write_gguf.py", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL_DIR")
     parser.add_argument("out", metavar="OUT.gguf")
     args = parser.parse_args()

@@ -134,6 +134,20 @@ class Endings(unittest.TestCase):
                     self.assertIn("sys.exit(run_tool(", text, str(path))
 
 
+    def test_an_unknown_option_brings_the_nearest(self):
+        for tool, typed, meant in (("data/tokenize.py", "--tokeniser=x", "--tokenizer"),
+                                   ("launch/collect_text.py", "--megabyte5", "--megabytes"),
+                                   ("launch/collect_text.py", "--xyzzy", "")):
+            found = subprocess.run([sys.executable, ROOT / tool, typed], capture_output=True, text=True, check=False)
+            self.assertEqual(found.returncode, 2, found.stderr)
+            self.assertIn(f"error: unknown option '{typed.split('=')[0]}'; " +
+                          (f"did you mean '{meant}'?" if meant else "--help lists everything"), found.stderr)
+        for folder in ("launch", "data"):  # of whoever is started by people
+            for path in sorted((ROOT / folder).glob("*.py")):
+                if not path.name.startswith(("check_", "make_golden")) and path.name != "command_line.py":
+                    self.assertNotIn("ArgumentParser(", path.read_text(encoding="utf-8"), str(path))
+
+
 class CollectText(unittest.TestCase):
     # Otherwise the next stage of the quickstart would stop at it.
     def test_only_what_can_be_tokenized_is_chosen(self):
