@@ -19,7 +19,7 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
     os.path.join(os.path.dirname(FOLDER), "launch"), FOLDER]
 
 # First: a key pressed while libraries load is heard.
-from command_line import BadInput, BadUsage, ToolParser, missing_package, run_tool  # noqa: E402
+from command_line import BadInput, BadUsage, ToolParser, line_time, missing_package, run_tool  # noqa: E402
 
 import argparse  # noqa: E402
 import collections  # noqa: E402
@@ -153,7 +153,7 @@ def results_in_order(tasks, eos, processes, arguments):
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 def say(text):
-    print(f"tokenize: {text}", file=sys.stderr)
+    print(f"{line_time()}tokenize: {text}", file=sys.stderr)
 
 
 def warn(text):

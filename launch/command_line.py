@@ -16,6 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import argparse  # noqa: E402
 import difflib  # noqa: E402
+from datetime import datetime  # noqa: E402
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -39,6 +40,11 @@ class BadInput(Exception):
 
 class BadUsage(Exception):
     """A wrong configuration or command line: exit status 2."""
+
+
+def line_time():
+    """What a line about progress begins with: nothing on a terminal; in a file, which is read later, the time, as upmoe's."""
+    return "" if sys.stderr.isatty() else f"{datetime.now().astimezone().isoformat(timespec='seconds')} "
 
 
 def words_of(error):

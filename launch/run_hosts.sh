@@ -26,7 +26,7 @@ The exit status is that of the last start.
 USAGE
 }
 
-say() { echo "run_hosts: $*" >&2 || true; }
+say() { echo "$([[ -t 2 ]] || date '+%FT%T%:z ')run_hosts: $*" >&2 || true; }  # in a file a line has a time
 die() { echo "run_hosts: error: $*" >&2; exit 2; }
 
 hostfile='' ranks='' cores='' deadline='' restarts=3 delay=10 abort_grace=15 stop_grace=120 interface='' rsh=''

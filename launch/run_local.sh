@@ -11,7 +11,7 @@ usage() {
   echo "usage: launch/run_local.sh [--grace SECONDS] RANKS COMMAND [ARGUMENT...]"
   sed -n '2,/^# shellcheck/{/^# shellcheck/d; s/^# //; p}' "${BASH_SOURCE[0]}"
 }
-say() { echo "run_local: $*" >&2 || true; }
+say() { echo "$([[ -t 2 ]] || date '+%FT%T%:z ')run_local: $*" >&2 || true; }  # in a file a line has a time
 
 wrong() { say "$1"; usage >&2; exit 2; }
 

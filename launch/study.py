@@ -9,7 +9,8 @@ when it is started again. docs/studies.md tells more.
 """
 
 # First: a key pressed while libraries load is heard.
-from command_line import BadInput, BadUsage, ToolParser, display, end_without_package, missing_package, run_tool
+from command_line import (BadInput, BadUsage, ToolParser, display, end_without_package, line_time, missing_package,
+                          run_tool)
 
 import argparse
 import math
@@ -42,7 +43,7 @@ class Teller:
         self.terminal, self.told = sys.stderr.isatty(), time.monotonic()
 
     def say(self, text):
-        print(f"{CLEAR if self.terminal else ''}study: {text}", file=sys.stderr, flush=True)
+        print(f"{CLEAR if self.terminal else ''}{line_time()}study: {text}", file=sys.stderr, flush=True)
         self.told = time.monotonic()
 
     def count(self, text):

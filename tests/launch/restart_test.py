@@ -24,6 +24,7 @@ on_usr2() {{ trap "$1" USR2; : >"$state/ready"; for i in {{1..300}}; do sleep 0.
 [[ -e $state/start_$n ]] || exit 98
 source "$state/start_$n"
 """
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d "
 
 
 class Case(unittest.TestCase):
@@ -193,6 +194,8 @@ class Hosts(Case):
         errors = self.finish(self.hosts(), 0)
         self.assertEqual(len(self.calls()), 4)
         self.assertIn("status 137 (killed by signal 9: out of memory?); step 10 is saved: restart 1 of 3", errors)
+        for line in errors.splitlines():  # days later somebody asks when
+            self.assertRegex(line, rf"^{STAMP}run_hosts: ")
 
     def test_no_progress_ends_the_restarts(self):
         self.starts("save 10; exit 70", "exit 70")
@@ -295,7 +298,10 @@ class Slurm(Case):
 
     def test_restarts_within_the_allocation(self):
         self.starts("save 10; exit 70", "save 20; exit 137", "exit 137")
-        self.assertIn("no newer checkpoint", self.finish(self.batch(), 137))
+        errors = self.finish(self.batch(), 137)
+        self.assertIn("no newer checkpoint", errors)
+        for line in errors.splitlines():
+            self.assertRegex(line, rf"^{STAMP}run_slurm: ")
         self.assertEqual(len(self.calls()), 3)
         self.assertEqual(self.requeued(), "")
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -133,6 +134,19 @@ class Endings(unittest.TestCase):
                 if "__main__" in text and not path.name.startswith(("check_", "make_golden")):
                     self.assertIn("sys.exit(run_tool(", text, str(path))
 
+
+    def test_progress_in_a_file_has_a_time_and_on_a_terminal_none(self):
+        say = [sys.executable, "-c", "import sys; sys.path.append('launch'); import command_line; "
+               "print(command_line.line_time() + 'on', file=sys.stderr)"]
+        told = subprocess.run(say, cwd=ROOT, capture_output=True, text=True, check=True).stderr
+        self.assertRegex(told, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d on\n$")
+        terminal, screen = os.openpty()
+        subprocess.run(say, cwd=ROOT, stderr=screen, check=True)
+        os.close(screen)
+        self.assertEqual(os.read(terminal, 100), b"on\r\n")
+        os.close(terminal)
+        for tool, line in (("launch/study.py", "{line_time()}study: "), ("data/tokenize.py", "{line_time()}tokenize: ")):
+            self.assertIn(line, (ROOT / tool).read_text(encoding="utf-8"))
 
     def test_an_unknown_option_brings_the_nearest(self):
         for tool, typed, meant in (("data/tokenize.py", "--tokeniser=x", "--tokenizer"),
