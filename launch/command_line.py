@@ -43,7 +43,7 @@ class BadUsage(Exception):
 
 
 def line_time():
-    """What a line about progress begins with: nothing on a terminal; in a file, which is read later, the time, as upmoe's."""
+    """What a line of progress begins with: nothing on a terminal; in a file, which is read later, the time."""
     return "" if sys.stderr.isatty() else f"{datetime.now().astimezone().isoformat(timespec='seconds')} "
 
 

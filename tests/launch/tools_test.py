@@ -145,8 +145,8 @@ class Endings(unittest.TestCase):
         os.close(screen)
         self.assertEqual(os.read(terminal, 100), b"on\r\n")
         os.close(terminal)
-        for tool, line in (("launch/study.py", "{line_time()}study: "), ("data/tokenize.py", "{line_time()}tokenize: ")):
-            self.assertIn(line, (ROOT / tool).read_text(encoding="utf-8"))
+        for tool in ("launch/study.py", "data/tokenize.py"):
+            self.assertIn(f"{{line_time()}}{Path(tool).stem}: ", (ROOT / tool).read_text(encoding="utf-8"))
 
     def test_an_unknown_option_brings_the_nearest(self):
         for tool, typed, meant in (("data/tokenize.py", "--tokeniser=x", "--tokenizer"),
