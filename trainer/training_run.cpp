@@ -145,6 +145,12 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
       load_model(*source_, s);
     }
   }
+  // Before the data is opened, which goes on at the beginning of a step.
+  if (checkpoint && state_.samples != state_.step * run_.train.global_batch)
+    fail(ExitCode::kUsage,
+         "train.global_batch: the checkpoint consumed {} samples in {} steps, which {} per step does "
+         "not give; restore it, or start another run.dir",
+         state_.samples, state_.step, run_.train.global_batch);
   load_teacher();
   s.open_data(state_.samples);
   const std::string fingerprint = s.data->fingerprint();
@@ -153,11 +159,6 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
     fail(ExitCode::kBadInput,
          "the data changed since {}: {}; restore data.* of {}/config.yaml, or start another run.dir",
          checkpoint->string(), data_changes(), dir_.string());
-  if (checkpoint && state_.samples != state_.step * run_.train.global_batch)
-    fail(ExitCode::kUsage,
-         "train.global_batch: the checkpoint consumed {} samples in {} steps, which {} per step does "
-         "not give; restore it, or start another run.dir",
-         state_.samples, state_.step, run_.train.global_batch);
   state_.fingerprint = fingerprint;
   valid_ = open_held_out(run_.data, s.config.vocab_size);
   if (world_.rank() != 0) return;

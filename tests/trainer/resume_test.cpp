@@ -140,9 +140,19 @@ TEST_F(Resume, RefusesChangedDataAndModel) {
   RunConfig other = config("run", 4, 1);
   other.data.seed = 99;
   EXPECT_THROW(run(other, 1), Error);
-  other = config("run", 4, 1);
-  other.train.global_batch = 12;
-  EXPECT_THROW(run(other, 1), Error);
+  // A batch that ends where a step of the checkpoint ends, and one that does not.
+  const std::int64_t before = other.train.global_batch, seen = 2 * before;
+  for (const std::int64_t batch : {seen, seen - before / 2, seen + before}) {
+    other = config("run", 4, 1);
+    other.train.global_batch = batch;
+    try {
+      run(other, 1);
+      ADD_FAILURE() << "went on with steps of " << batch;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kUsage) << e.what();
+      EXPECT_NE(std::string(e.what()).find("train.global_batch"), std::string::npos) << e.what();
+    }
+  }
 }
 
 TEST_F(Resume, FreshRefusesAnExistingRun) {
