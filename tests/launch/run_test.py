@@ -39,7 +39,7 @@ class Run(unittest.TestCase):
 
     def start(self, *overrides, ranks=2, options=()):
         process = subprocess.Popen(
-            [*mpirun(ranks), UPMOE, "train", str(self.dir / "run.yaml"), *options,
+            [*mpirun(ranks), UPMOE, "train", str(self.dir / "run.yaml"), *map(str, options),
                       *(("parallel.ep=1",) if ranks == 1 else ()), *overrides],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
         self.started.append(process)
@@ -115,6 +115,22 @@ class Run(unittest.TestCase):
         os.kill(self.rank_pids(process)[1], signal.SIGSTOP)
         errors = self.finish(process, 70, timeout=30)
         self.assertRegex(errors, r"(?i)no progress|hang|collective")
+
+    # On one rank, where nothing is exchanged: its micro-batches, their ops and what is read for them are the progress.
+    def test_a_long_evaluation_is_no_hang(self):
+        config = json.loads((self.dir / "model/config.json").read_text()) | {"num_hidden_layers": 16}
+        (self.dir / "model/config.json").write_text(json.dumps(config))
+        overrides = ("train.steps=1", "data.seq_len=1", f"data.valid={self.dir}/tokens.h5", "train.eval_every=1000")
+        self.finish(self.start(*overrides, f"run.dir={self.dir}/quick", "train.eval_sequences=1000", ranks=1), 0)
+        deadline = 1
+        sequences = min(16000, int(3 * deadline * 1000 / min(self.evaluation_seconds("quick"))))
+        self.finish(self.start(*overrides, f"train.eval_sequences={sequences}", ranks=1,
+                               options=("--deadline", deadline)), 0)
+        self.assertGreater(max(self.evaluation_seconds("run")), 1.5 * deadline)
+
+    def evaluation_seconds(self, run):
+        records = map(json.loads, (self.dir / run / "metrics.jsonl").read_text().splitlines())
+        return [record["seconds"] for record in records if record.get("kind") == "eval"]
 
     def test_token_beyond_the_vocabulary(self):
         errors = self.finish(self.start(f"data.train=[{{path: {self.dir}/poisoned.h5}}]", "train.steps=200"), 3)
