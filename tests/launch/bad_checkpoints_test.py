@@ -185,6 +185,14 @@ class Recovery(unittest.TestCase):
                           before=slow)
         self.assertIn("step_00000006", said.stderr)
 
+    def test_a_slow_disk_is_no_hang_at_a_save(self):
+        slow = self.fault("-e", "trace=pwrite64", "-e", "inject=pwrite64:delay_enter=40000")
+        began = time.monotonic()
+        self.upmoe("train", "--deadline", "2", self.dir / "run.yaml", "parallel.ep=1", "train.steps=3",
+                   "checkpoint.every=100", before=slow)
+        self.assertGreater(time.monotonic() - began, 4)  # twice the deadline
+        self.verified(self.step(3))
+
     def test_a_run_whose_folder_was_moved_ends_with_words(self):
         first = subprocess.Popen([UPMOE, "train", str(self.dir / "run.yaml"), "parallel.ep=1", "train.steps=1000000",
                                   "checkpoint.every=20"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
