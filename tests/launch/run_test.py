@@ -37,11 +37,11 @@ class Run(unittest.TestCase):
                 stream.close()
         shutil.rmtree(self.dir, ignore_errors=True)
 
-    def start(self, *overrides, ranks=2, options=()):
+    def start(self, *overrides, ranks=2, options=(), environment=None):
         process = subprocess.Popen(
             [*mpirun(ranks), UPMOE, "train", str(self.dir / "run.yaml"), *map(str, options),
                       *(("parallel.ep=1",) if ranks == 1 else ()), *overrides],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment or ENVIRONMENT)
         self.started.append(process)
         return process
 
@@ -131,6 +131,19 @@ class Run(unittest.TestCase):
     def evaluation_seconds(self, run):
         records = map(json.loads, (self.dir / run / "metrics.jsonl").read_text().splitlines())
         return [record["seconds"] for record in records if record.get("kind") == "eval"]
+
+    # On a busy machine threads that search without end cost a step five times its time (tests/bench/busy_machine.py).
+    def test_idle_threads_search_for_work_for_a_moment_unless_told_otherwise(self):
+        waits = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        plain = {name: value for name, value in ENVIRONMENT.items() if name not in waits}
+        for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
+            run = "run" + "".join(given)
+            process = self.start(LONG, f"run.dir={self.dir}/{run}", ranks=1, environment=plain | given)
+            self.wait_for_step(1, process, run)
+            found = Path(f"/proc/{process.pid}/environ").read_text(errors="replace").split("\0")
+            self.assertEqual([entry for entry in found if entry.startswith("GOMP_SPINCOUNT=")],
+                             [f"GOMP_SPINCOUNT={expected}"] if expected else [])
+            process.kill()
 
     def test_token_beyond_the_vocabulary(self):
         errors = self.finish(self.start(f"data.train=[{{path: {self.dir}/poisoned.h5}}]", "train.steps=200"), 3)
