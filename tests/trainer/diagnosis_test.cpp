@@ -328,6 +328,16 @@ TEST(Measured, OfRanksWithTheirLinks) {
     EXPECT_GT(found.machine.inside_node.gb_per_s, 0);
     EXPECT_GT(found.machine.inside_node.latency_us, 0);
     EXPECT_EQ(found.machine.between_nodes.gb_per_s, 0);
+    // Rates are of all ranks together: one that were a rank's own would differ from the others'.
+    const Machine::Rates& r = found.machine.rates;
+    for (const std::vector<double>& of :
+         {r.gemm_bf16, r.gemm_fp32, r.grouped_bf16, r.grouped_fp32,
+          std::vector{r.attention_forward_fp32, r.attention_backward_bf16, r.copy_gb_per_s, r.op_us}}) {
+      std::vector<double> largest = of;
+      world.all_reduce(host_view(largest.data(), {static_cast<std::int64_t>(largest.size())}),
+                       ReduceOp::kMax);
+      EXPECT_EQ(of, largest);
+    }
     if (world.rank() == 0) expect_readable(found.machine, dir.path());
   });
 }

@@ -36,7 +36,7 @@ class Rates {
       const ProductSize cube{edge, edge, edge};
       Exec quiet = ex_;
       quiet.ledger = nullptr;
-      return cube.flops() / seconds_of_product(quiet, dtype, cube, effort_.bursts);
+      return together(cube.flops() / seconds_of_product(quiet, dtype, cube, effort_.bursts));
     });
   }
   std::vector<double> grouped(DType dtype) {
