@@ -4,9 +4,6 @@
 // packed blocks or oneDNN, which copy the weights first.
 
 #include <algorithm>
-#include <bit>
-#include <cstdint>
-#include <cstring>
 #include <span>
 
 #include "kernels/cpu/parallel_for.h"
@@ -29,21 +26,12 @@ inline Register load_lanes(const T* p, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) block[i] = to_float(p[i]);
   return load_register(block);
 }
-inline Register load_lanes(const float* p) {
-  return load_register(p);
-}
-inline Register load_lanes(const bf16* p) {
-  std::uint16_t __attribute__((vector_size(2 * kRegisterLanes))) bits;
-  std::memcpy(&bits, p, sizeof bits);
-  using Wide = std::uint32_t __attribute__((vector_size(sizeof(Register))));
-  return std::bit_cast<Register>(__builtin_convertvector(bits, Wide) << 16);
-}
 
 // Always in the same order.
 template <class R>
 inline float lane_sum(R r) {  // a template, so that the branch of another width is not compiled
   if constexpr (sizeof(R) == sizeof(f32x16)) {
-    return reduce_add(std::bit_cast<f32x16>(r));
+    return reduce_add(r);
   } else {
     float sum = r[0];
     for (int i = 1; i < kRegisterLanes; ++i) sum += r[i];
@@ -60,10 +48,10 @@ inline void multiply_row_tile(const RowProduct<T, Out>& p, std::int64_t m, std::
   for (std::int64_t k = 0; k < whole; k += kRegisterLanes) {
     Register w[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) w[c] = load_lanes(w_rows + c * K + k);
+    for (int c = 0; c < C; ++c) w[c] = load_register(w_rows + c * K + k);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Register x = load_lanes(x_rows + r * K + k);
+      const Register x = load_register(x_rows + r * K + k);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[r][c] += x * w[c];
     }

@@ -41,6 +41,12 @@ inline Register load_register(const float* p) {
   std::memcpy(&r, p, sizeof r);
   return r;
 }
+inline Register load_register(const bf16* p) {
+  std::uint16_t __attribute__((vector_size(2 * kRegisterLanes))) bits;
+  std::memcpy(&bits, p, sizeof bits);
+  using Wide = std::uint32_t __attribute__((vector_size(sizeof(Register))));
+  return std::bit_cast<Register>(__builtin_convertvector(bits, Wide) << 16);
+}
 inline void store_register(float* p, Register r) {
   std::memcpy(p, &r, sizeof r);
 }
