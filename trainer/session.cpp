@@ -1,5 +1,10 @@
 #include "trainer/session.h"
 
+#include <utility>
+
+#include "configs/lora_record.h"
+#include "configs/router_record.h"
+#include "configs/trained_model.h"
 #include "trainer/batch_deal.h"
 #include "trainer/freeze.h"
 #include "trainer/optimizer_groups.h"
@@ -63,6 +68,16 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model, Communic
       teacher(run.train.teacher.given() ? std::make_unique<Teacher>(run, world, device) : nullptr) {
   memory.exec.deterministic = run_config.train.deterministic;
   memory.exec.experts = run_config.kernels.experts;
+}
+
+StartModel open_start(const RunConfig& run, const std::optional<std::filesystem::path>& checkpoint) {
+  if (!checkpoint && run.model.init == ModelInit::kRandom)
+    return {nullptr, trained_model(run, read_model_config(run.model.path))};
+  std::unique_ptr<ModelSource> source = open_model(checkpoint.value_or(run.model.path));
+  const ModelConfig config = trained_model(run, source->config());
+  require_same_lora(source->config(), config, source->directory().string(), checkpoint.has_value());
+  if (checkpoint) require_same_router(source->config(), config, checkpoint->string());
+  return {std::move(source), config};
 }
 
 std::unique_ptr<TokenDataset> open_training_data(const RunConfig& run, std::int64_t vocab_size) {

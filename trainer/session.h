@@ -1,10 +1,13 @@
 #pragma once
 // Everything one rank needs to train, built from a configuration: a model, and what updates it.
 
+#include <filesystem>
 #include <memory>
+#include <optional>
 
 #include "configs/run_config.h"
 #include "data/batch_loader.h"
+#include "data/model_source.h"
 #include "trainer/grad_reducer.h"
 #include "trainer/optimizer.h"
 #include "trainer/rank_model.h"
@@ -28,6 +31,14 @@ struct MemoryUse {
   friend bool operator==(const MemoryUse&, const MemoryUse&) = default;
 };
 
+// The model that a run begins with, or goes on with from a checkpoint of its own.
+struct StartModel {
+  std::unique_ptr<ModelSource> source;  // null for random weights: config.json alone is wanted then
+  ModelConfig config;                   // as it is trained
+};
+// Reads no weights. Throws Error of a model that is not there or damaged, or that has other adapters, and of a
+// checkpoint with another router, than the run asks for.
+StartModel open_start(const RunConfig& run, const std::optional<std::filesystem::path>& checkpoint);
 // The order of data.train. `vocab_size`: the model's.
 std::unique_ptr<TokenDataset> open_training_data(const RunConfig& run, std::int64_t vocab_size);
 

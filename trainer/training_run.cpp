@@ -3,10 +3,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include "configs/lora_record.h"
 #include "configs/nearest_meshes.h"
-#include "configs/router_record.h"
-#include "configs/trained_model.h"
 #include "data/model_source.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
@@ -75,15 +72,10 @@ class Run {
            there.back().string());
   }
 
-  // Weights to start from are opened only where they are wanted: init: random needs config.json alone.
   ModelConfig open_config(const std::optional<fs::path>& checkpoint) {
-    if (!checkpoint && run_.model.init == ModelInit::kRandom)
-      return trained_model(run_, read_model_config(run_.model.path));
-    source_ = open_model(checkpoint ? *checkpoint : fs::path(run_.model.path));
-    const ModelConfig config = trained_model(run_, source_->config());
-    require_same_lora(source_->config(), config, source_->directory().string(), checkpoint.has_value());
-    if (checkpoint) require_same_router(source_->config(), config, checkpoint->string());
-    return config;
+    StartModel start = open_start(run_, checkpoint);
+    source_ = std::move(start.source);
+    return start.config;
   }
 
   void open_teacher() {

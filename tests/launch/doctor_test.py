@@ -151,6 +151,12 @@ class Alone(Doctor):
     def test_what_a_run_that_goes_on_would_read(self):
         run = self.run_file()
         self.assertEqual(start(BINARY, "train", run).returncode, 0)
+        adapted = doctor(run, "lora.rank=2", "lora.targets=[q_proj]")
+        trained = start(BINARY, "train", run, "lora.rank=2", "lora.targets=[q_proj]")
+        self.assertNotEqual(trained.returncode, 0)
+        self.assertEqual(adapted.returncode, trained.returncode, adapted.stdout + adapted.stderr)
+        words = trained.stderr.split("upmoe: error: ", 1)[1].strip().splitlines()[0]
+        self.assertIn("failure: " + words, adapted.stdout)
         (self.folder / "m" / "config.json").unlink()
         done = doctor(run)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
