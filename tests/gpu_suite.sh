@@ -296,20 +296,17 @@ part_peers() {
   cat "$part_out/peers.txt"
 }
 
-# The same losses: steps in another order of sums end a little elsewhere, by much less than what training gains. Of 400
-# steps of the mixture the most that was seen is 0.0051; twice that is allowed to the dense model, which trains 300, and
-# to what is made of it. The mixture trains 1,000 by now, of which nothing was seen yet: it may move by less than half
-# of what it is better by than the dense model that goes on (in README.md 0.066), or the GPU would say something else.
+# The same losses: steps in another order of sums end a little elsewhere, by much less than what training gains. Allowed
+# is twice the most that was seen, 0.0051, of 400 steps of the mixture. It trains 1,000 by now, of which no GPU has
+# shown anything yet: where they end farther apart than this, look at why before it is widened.
 same_as_on_cpu() { python3 -c "
 import json, sys
 loss = lambda folder, name: json.load(open(f'{folder}/{name}.json'))['loss']
-allowed = dict.fromkeys(('dense', 'moe_step0'), 0.01)
-allowed['moe'] = (loss('cpu', 'dense_continued') - loss('cpu', 'moe')) / 2
 wrong = []
-for name, most in allowed.items():
+for name in ('dense', 'moe_step0', 'moe'):
     here, there = loss('eval', name), loss('cpu', name)
-    print(f'{name}: {here:.4f} on the GPU, {there:.4f} on the CPU; less than {most:.4f} apart is allowed')
-    wrong += [] if abs(here - there) < most else [name]
+    print(f'{name}: {here:.4f} on the GPU, {there:.4f} on the CPU')
+    wrong += [] if abs(here - there) < 0.01 else [name]
 sys.exit(', '.join(wrong) + ': too far apart' if wrong else 0)"; }
 
 quickstart_run() { # NAME OVERRIDES...: one of its runs, on the GPU
