@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from command_line import display
 from run_metrics import read_run
+from study_file import ROOT
 from study_statistics import METHOD
 from whole_file import write_whole
 
@@ -49,6 +50,12 @@ def stage_facts(work, stage):
     return facts
 
 
+def place_of(file):
+    """A file of the project as it is called there, wherever that lies."""
+    whole = file.resolve()
+    return str(whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else display(whole)
+
+
 def different(values):
     """Each value once, in their order."""
     return [json.loads(text) for text in dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)]
@@ -64,7 +71,7 @@ def write_provenance(work, study, runs):
     if "--upmoe" in words:  # which the program says of itself
         del words[words.index("--upmoe"):words.index("--upmoe") + 2]
     found = {
-        "study": study.name, "size": study.size, "file": display(study.file.resolve()),
+        "study": study.name, "size": study.size, "file": place_of(study.file),
         "file_sha256": hashlib.sha256(study.file.read_bytes()).hexdigest(), "texts": study.texts, "intervals": METHOD,
         "command": shlex.join(["upmoe", "study", *words]),
         "concluded": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

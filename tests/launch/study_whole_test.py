@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / "launch"))
 import study_chain  # noqa: E402
 import study_check  # noqa: E402
 import study_file  # noqa: E402
+import study_provenance  # noqa: E402
 from study_test import MATES, STUDY, TAUGHT  # noqa: E402
 from study_work import StageFailed  # noqa: E402
 
@@ -112,6 +113,9 @@ class Whole(Study):
         self.assertFalse(list(self.folder.glob("out/stages/*/run/checkpoints")))
         made = json.loads((self.folder / "out/provenance.json").read_text(encoding="utf-8"))
         self.assertIn(f"upmoe study {self.file} --out", made["command"])
+        self.assertEqual(made["file"], str(self.file.resolve()))
+        self.assertEqual(study_provenance.place_of(ROOT / "configs/studies/../studies/leak.yaml"),
+                         "configs/studies/leak.yaml")
         self.assertEqual(made["file_sha256"], hashlib.sha256(self.file.read_bytes()).hexdigest())
         self.assertEqual(len(made["runs"]), 3 * (2 + 3))  # two rates and three seeds of each arm
         self.assertEqual(sum(stage["kind"] == "upcycle" for stage in made["stages"]), 2 * 4)
