@@ -15,7 +15,9 @@ import time
 import unittest
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+for shared in ("support", "bench"):
+    sys.path.append(str(Path(__file__).resolve().parents[1] / shared))
+from bench_record import write_tokens  # noqa: E402
 from tiny_run import ENVIRONMENT, mpirun  # noqa: E402
 
 UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
@@ -120,10 +122,12 @@ class Run(unittest.TestCase):
     def test_a_long_evaluation_is_no_hang(self):
         config = json.loads((self.dir / "model/config.json").read_text()) | {"num_hidden_layers": 16}
         (self.dir / "model/config.json").write_text(json.dumps(config))
-        overrides = ("train.steps=1", "data.seq_len=1", f"data.valid={self.dir}/tokens.h5", "train.eval_every=1000")
+        most = 200000  # sequences of one token, for however fast a machine
+        write_tokens(self.dir / "valid.h5", config["vocab_size"], most + 1)
+        overrides = ("train.steps=1", "data.seq_len=1", f"data.valid={self.dir}/valid.h5", "train.eval_every=1000")
         self.finish(self.start(*overrides, f"run.dir={self.dir}/quick", "train.eval_sequences=1000", ranks=1), 0)
         deadline = 1
-        sequences = min(16000, int(3 * deadline * 1000 / min(self.evaluation_seconds("quick"))))
+        sequences = min(most, int(3 * deadline * 1000 / min(self.evaluation_seconds("quick"))))
         self.finish(self.start(*overrides, f"train.eval_sequences={sequences}", ranks=1,
                                options=("--deadline", deadline)), 0)
         self.assertGreater(max(self.evaluation_seconds("run")), 1.5 * deadline)
