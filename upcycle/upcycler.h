@@ -32,8 +32,8 @@ struct UpcycleOptions {
   int error_tokens = 8;                              // random inputs for each layer's error in the report
   FreeSpace free_space = free_bytes_at;
   bool progress = true;
-  bool only_planned =
-      false;  // nothing will be made: one `from` may be a config.json, whose weights need not be there
+  // Nothing will be made: one `from` may be a config.json, whose weights need not be there.
+  bool only_planned = false;
   // Of the Hugging Face form: asked by rank 0 for what the finished folder predicts, before it has its name; into the
   // report.
   std::function<StepZero(const std::filesystem::path& made)> check = {};

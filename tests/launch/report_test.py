@@ -151,7 +151,6 @@ class Report(RunDirectories):
         self.assertAlmostEqual(mean[at], 1.5, delta=0.01)
         self.assertAlmostEqual(half[0], 12.7062 * math.sqrt(2) / math.sqrt(2), places=3)
 
-    # A folder's name is bytes, and a formula to matplotlib.
     def test_values_at_the_ends_of_lines_cover_neither_each_other_nor_lines_that_go_on(self):
         figure, ax = report.plt.subplots()
         self.addCleanup(report.plt.close, figure)
@@ -168,6 +167,7 @@ class Report(RunDirectories):
             box, point = boxes[f"{y:.3f}"], ax.transData.transform((x, y))
             self.assertTrue(box.x1 < point[0] and box.y1 < point[1] if x < 10 else box.x0 > point[0])
 
+    # A folder's name is bytes, and a formula to matplotlib.
     def test_any_name_of_a_run_is_drawn(self):
         odd = self.run_dir(os.fsdecode(b"run_$x^$ \xff"), [step(1), step(2)])
         hidden = self.run_dir("_hidden", [step(1), held_out(1), step(2)])
