@@ -105,14 +105,19 @@ class Endings(unittest.TestCase):
             self.assertRegex(found.stderr, rf"\A{name}: error: .* cannot import \w+; tests/\w+\S+ .*\n\Z")
 
     def test_a_page_is_not_opened_without_a_browser(self):
-        for words, status, told in ((["--browser", "/no/such"], 2, "/no/such: not found; install one"),
-                                    (["--browser", sys.executable, "/no/page"], 3, "/no/page: not found; give the"),
-                                    (["--browser", sys.executable, __file__], 3, "the browser ended")):
-            found = subprocess.run([sys.executable, ROOT / "tests/report_in_browser.py", *words], capture_output=True,
-                                   text=True, check=False)
-            self.assertEqual(found.returncode, status, found.stderr)
-            self.assertIn(told, found.stderr)
-            self.assertEqual(found.stderr.count("\n"), 1, found.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "chromedriver").touch(0o700)
+            browser = ("--browser", sys.executable)
+            for words, path, status, told in (
+                    (["/no/page"], folder, 3, "/no/page: not found; give the"),
+                    ([__file__], folder, 2, "no browser of chromium, .*: not found; install one"),
+                    (["--browser", "/no/such", __file__], folder, 2, "/no/such: not found; install one"),
+                    ([*browser, __file__], "/no/such", 2, "chromedriver: not found; install the"),
+                    ([*browser, __file__], folder, 2, "cannot import selenium; tests/browser_requirements.txt has")):
+                found = subprocess.run([sys.executable, "-S", ROOT / "tests/report_in_browser.py", *words], text=True,
+                                       capture_output=True, env={**os.environ, "PATH": path}, check=False)
+                self.assertEqual(found.returncode, status, found.stderr)
+                self.assertRegex(found.stderr, rf"\Areport_in_browser: error: .*{told}.*\n\Z")
 
     # `upmoe generate` reads it off a line, and ends with the status that the line has.
     def test_text_without_its_package_is_told_what_to_do(self):
