@@ -26,7 +26,7 @@ void fill_random(Exec& ex, TensorView t) {
   }
 }
 
-double fastest_seconds(Exec& ex, const Bursts& bursts, const std::function<void()>& work) {
+RunTimes times_of(Exec& ex, const Bursts& bursts, const std::function<void()>& work) {
   const auto wait = [&] {
     if (ex.stream != nullptr) ex.stream->synchronize();
   };
@@ -38,16 +38,18 @@ double fastest_seconds(Exec& ex, const Bursts& bursts, const std::function<void(
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };
   once();
-  double best = once();
+  double best = once(), sum = best;
+  std::int64_t runs = 1;
   for (int burst = 0; burst < bursts.count; ++burst) {
     if (burst > 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    for (double spent = 0; spent < bursts.seconds;) {
+    for (double spent = 0; spent < bursts.seconds; ++runs) {
       const double t = once();
       best = std::min(best, t);
+      sum += t;
       spent += t;
     }
   }
-  return best;
+  return {.fastest = best, .usual = sum / static_cast<double>(runs)};
 }
 
 double seconds_of_product(Exec& ex, DType dtype, const ProductSize& size, const Bursts& bursts) {
@@ -57,9 +59,8 @@ double seconds_of_product(Exec& ex, DType dtype, const ProductSize& size, const 
   TensorView c = ex.scratch->take({size.m, size.n}, dtype, "peak c");
   fill_random(ex, a);
   fill_random(ex, b);
-  return fastest_seconds(ex, bursts, [&] {
-    ops::gemm(ex, c, {a}, {b, Transpose::kYes}, Accumulate::kOverwrite);
-  });
+  const auto work = [&] { ops::gemm(ex, c, {a}, {b, Transpose::kYes}, Accumulate::kOverwrite); };
+  return times_of(ex, bursts, work).fastest;
 }
 
 }  // namespace upmoe

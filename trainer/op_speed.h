@@ -17,8 +17,12 @@ struct Bursts {
   double seconds = 0;
 };
 
-// Seconds of the fastest of some runs of `work`, until the device is done with it.
-double fastest_seconds(Exec& ex, const Bursts& bursts, const std::function<void()>& work);
+// Seconds of one run of some work, until the device is done with it.
+struct RunTimes {
+  double fastest = 0;  // what the device can do
+  double usual = 0;    // the mean, of which the time of a step is made
+};
+RunTimes times_of(Exec& ex, const Bursts& bursts, const std::function<void()>& work);
 
 struct ProductSize {
   std::int64_t m = 0, n = 0, k = 0;
@@ -26,7 +30,7 @@ struct ProductSize {
     return 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   }
 };
-// Of c_mn = a_mk b_nk^T in `dtype`. Its tensors come from ex.scratch.
+// The fastest of c_mn = a_mk b_nk^T in `dtype`. Its tensors come from ex.scratch.
 double seconds_of_product(Exec& ex, DType dtype, const ProductSize& size, const Bursts& bursts);
 
 }  // namespace upmoe

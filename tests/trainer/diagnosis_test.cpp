@@ -4,7 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <fstream>
+#include <thread>
 
 #include "parallel/self_comm.h"
 #include "parallel/thread_comm.h"
@@ -275,6 +277,19 @@ Effort little() {
   return effort;
 }
 
+// Every other run takes three times as long: a step has both.
+TEST(Measured, TheUsualRunIsBetweenTheFastestAndTheSlowest) {
+  using std::chrono::milliseconds;
+  int runs = 0;
+  Exec ex;
+  const RunTimes found = times_of(ex, {.count = 2, .seconds = 0.04}, [&] {
+    std::this_thread::sleep_for(milliseconds(runs++ % 2 == 0 ? 12 : 4));
+  });
+  EXPECT_GE(runs, 7) << "one that does not count, one, and bursts";
+  EXPECT_GE(found.fastest, 0.004);
+  EXPECT_GE(found.usual, (found.fastest * (runs / 2) + 0.012 * (runs / 2 - 1)) / (runs - 1) * 0.999);
+}
+
 // What was measured, written and read back.
 void expect_readable(Machine m, const fs::path& folder) {
   m.name = "this: \"one\"";
@@ -297,7 +312,7 @@ TEST(Measured, OfOneRank) {
   std::vector<std::string> told;
   const MeasuredMachine found = measure_machine(*world, {}, dir.path(), little(),
                                                 [&](const std::string& what) { told.push_back(what); });
-  EXPECT_THAT(told, ElementsAre("products", "products of experts", "attention", "memory", "disk"));
+  EXPECT_THAT(told, ElementsAre("products", "products of experts", "attention", "memory", "peaks", "disk"));
   const Machine& m = found.machine;
   EXPECT_THAT(found.transfers, IsEmpty());
   EXPECT_EQ(m.inside_node.gb_per_s, 0);
@@ -311,6 +326,7 @@ TEST(Measured, OfOneRank) {
         m.disk_gb_per_s, m.bf16_tflops, m.fp32_tflops, m.memory_gb_per_s})
     EXPECT_GT(number, 0);
   EXPECT_GE(m.fp32_tflops, m.rates.gemm_fp32.back());
+  EXPECT_GE(m.memory_gb_per_s, m.rates.copy_gb_per_s);
   expect_readable(m, dir.path());
   fs::remove(dir.path() / "m.yaml");
   EXPECT_TRUE(fs::is_empty(dir.path()));

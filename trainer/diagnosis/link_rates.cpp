@@ -78,15 +78,15 @@ class LinkTrial {
     fill_random(ex_, e.in);
     return e;
   }
-  // As many times on every rank, whatever it takes each; the best of them, of the rank that took longest.
+  // As many times on every rank, whatever it takes each; the mean of them, of the rank that took longest.
   double timed(const std::function<void()>& work) {
-    constexpr int kTimes = 5;
-    double best = slowest(world_, fastest_seconds(ex_, {}, work));
-    for (int i = 0; i < kTimes * effort_.bursts.count; ++i) {
+    const int times = 1 + 5 * effort_.bursts.count;
+    double sum = 0;
+    for (int i = 0; i < times; ++i) {
       world_.barrier();
-      best = std::min(best, slowest(world_, fastest_seconds(ex_, {}, work)));
+      sum += slowest(world_, times_of(ex_, {}, work).usual);
     }
-    return best;
+    return sum / times;
   }
 
   Communicator &world_, &group_;

@@ -22,6 +22,10 @@ constexpr std::int64_t kExperts = 4;
 constexpr AttentionShape kAttention{.heads = 8, .kv_heads = 8, .head_dim = 64, .seq_len = 1024};
 constexpr int kSmallCalls = 1000;
 
+struct Rate {
+  double fastest = 0, usual = 0;
+};
+
 class Rates {
  public:
   Rates(Communicator& world, Device device, const Effort& effort)
@@ -32,35 +36,31 @@ class Rates {
   }
 
   std::vector<double> dense(DType dtype) {
-    return by_edge([&](std::int64_t edge) {
-      const ProductSize cube{edge, edge, edge};
-      Exec quiet = ex_;
-      quiet.ledger = nullptr;
-      return together(cube.flops() / seconds_of_product(quiet, dtype, cube, effort_.bursts));
-    });
+    return by_edge([&](std::int64_t edge) { return dense_rate(dtype, edge); });
   }
   std::vector<double> grouped(DType dtype) {
     return by_edge([&](std::int64_t edge) { return grouped_rate(dtype, edge); });
   }
+  double dense_peak(DType dtype);  // 10^12 FLOP/s
   void attention(DType dtype, double& forward, double& backward);
-  double copy();
+  Rate copy();          // bytes/s
   double small_call();  // seconds
 
  private:
-  // What `work` is booked as (FLOPs, or bytes read and written), per second of its fastest run, of all ranks.
+  // What `work` is booked as (FLOPs, or bytes read and written) per second, of all ranks.
   template <class Booked>
-  double rate(const std::function<void()>& work, Booked booked) {
+  Rate rate(const std::function<void()>& work, Booked booked) {
     Ledger ledger;
     ex_.ledger = &ledger;
     work();
     const double once = booked(ledger.total());
     ex_.ledger = nullptr;
-    const double seconds = fastest_seconds(ex_, effort_.bursts, work);
+    const RunTimes seconds = times_of(ex_, effort_.bursts, work);
     ex_.ledger = &memory_.ledger;
-    return together(once / seconds);
+    return {.fastest = together(once / seconds.fastest), .usual = together(once / seconds.usual)};
   }
   double flops_rate(const std::function<void()>& work) {
-    return rate(work, [](const Cost& c) { return c.flops; });
+    return rate(work, [](const Cost& c) { return c.flops; }).usual;
   }
   double together(double mine) {
     world_.all_reduce(host_view(&mine, {1}), ReduceOp::kSum);
@@ -83,6 +83,12 @@ class Rates {
     fill_random(ex_, t);
     return t;
   }
+  // So many sets of operands that no cache keeps one until its turn comes again.
+  std::int64_t sets_of(std::int64_t elements, DType dtype) const {
+    const auto bytes = static_cast<std::int64_t>(size_of(dtype)) * elements;
+    return std::max<std::int64_t>(1, 12 * effort_.copied_elements / bytes);
+  }
+  double dense_rate(DType dtype, std::int64_t edge);
   double grouped_rate(DType dtype, std::int64_t edge);
 
   Communicator& world_;
@@ -92,11 +98,39 @@ class Rates {
   double parts_ = 1;
 };
 
+// A layer's three products, forward and backward.
+double Rates::dense_rate(DType dtype, std::int64_t edge) {
+  ScratchScope scope(*ex_.scratch);
+  const std::int64_t sets = sets_of(6 * edge * edge, dtype);
+  const Shape shape{sets * edge, edge};
+  const TensorView x = random(shape, dtype), w = random(shape, dtype), dy = random(shape, dtype),
+                   y = random(shape, dtype), dx = random(shape, dtype), dw = random(shape, dtype);
+  return flops_rate([&] {
+    for (std::int64_t i = 0; i < sets; ++i) {
+      const auto part = [&](const TensorView& all) { return all.rows(i * edge, (i + 1) * edge); };
+      ops::gemm(ex_, part(y), {part(x)}, {part(w), Transpose::kYes}, Accumulate::kOverwrite);
+      ops::gemm(ex_, part(dx), {part(dy)}, {part(w)}, Accumulate::kOverwrite);
+      ops::gemm(ex_, part(dw), {part(dy), Transpose::kYes}, {part(x)}, Accumulate::kOverwrite);
+    }
+  });
+}
+
+double Rates::dense_peak(DType dtype) {
+  Exec quiet = ex_;
+  quiet.ledger = nullptr;
+  const std::vector<double> rates = by_edge([&](std::int64_t edge) {
+    const ProductSize cube{edge, edge, edge};
+    return together(cube.flops() / seconds_of_product(quiet, dtype, cube, effort_.bursts));
+  });
+  return *std::max_element(rates.begin(), rates.end());
+}
+
 double Rates::grouped_rate(DType dtype, std::int64_t edge) {
   ScratchScope scope(*ex_.scratch);
-  const std::int64_t rows = kExperts * edge;
-  const TensorView x_RK = random({rows, edge}, dtype), w_eNK = random({kExperts, edge, edge}, dtype),
-                   y_RN = ex_.scratch->take({rows, edge}, dtype, "measured");
+  const std::int64_t rows = kExperts * edge, sets = sets_of(6 * rows * edge, dtype);
+  const Shape shape{sets * rows, edge}, weights{sets * kExperts, edge, edge};
+  const TensorView x = random(shape, dtype), w = random(weights, dtype), dy = random(shape, dtype),
+                   y = random(shape, dtype), dx = random(shape, dtype), dw = random(weights, dtype);
   std::vector<std::int64_t> offsets;
   std::vector<std::int32_t> offsets_32;
   for (std::int64_t e = 0; e <= kExperts; ++e) {
@@ -106,7 +140,15 @@ double Rates::grouped_rate(DType dtype, std::int64_t edge) {
   const TensorView offset_e1 = ex_.scratch->take({kExperts + 1}, DType::kI32, "measured");
   ops::upload(ex_, offset_e1, host_view(offsets_32.data(), {kExperts + 1}));
   const ExpertRows of{offset_e1, offsets};
-  return flops_rate([&] { ops::grouped_gemm_forward(ex_, y_RN, x_RK, w_eNK, of); });
+  return flops_rate([&] {
+    for (std::int64_t i = 0; i < sets; ++i) {
+      const auto part = [&](const TensorView& all) { return all.rows(i * rows, (i + 1) * rows); };
+      const auto expert = [&](const TensorView& all) { return all.rows(i * kExperts, (i + 1) * kExperts); };
+      ops::grouped_gemm_forward(ex_, part(y), part(x), expert(w), of);
+      ops::grouped_gemm_dgrad(ex_, part(dx), part(dy), expert(w), of);
+      ops::grouped_gemm_wgrad(ex_, expert(dw), part(dy), part(x), of, Accumulate::kOverwrite);
+    }
+  });
 }
 
 void Rates::attention(DType dtype, double& forward, double& backward) {
@@ -126,7 +168,7 @@ void Rates::attention(DType dtype, double& forward, double& backward) {
                   }));
 }
 
-double Rates::copy() {
+Rate Rates::copy() {
   ScratchScope scope(*ex_.scratch);
   const std::int64_t n = effort_.copied_elements;
   const TensorView a = random({n}, DType::kF32), b = random({n}, DType::kF32),
@@ -140,11 +182,10 @@ double Rates::small_call() {
   ScratchScope scope(*ex_.scratch);
   const TensorView a = random({16}, DType::kF32);
   world_.barrier();
-  double seconds = fastest_seconds(ex_, effort_.bursts,
-                                   [&] {
-                                     for (int i = 0; i < kSmallCalls; ++i) ops::add(ex_, a, a, a);
-                                   }) /
-                   kSmallCalls;
+  const auto work = [&] {
+    for (int i = 0; i < kSmallCalls; ++i) ops::add(ex_, a, a, a);
+  };
+  double seconds = times_of(ex_, effort_.bursts, work).usual / kSmallCalls;
   world_.all_reduce(host_view(&seconds, {1}), ReduceOp::kSum);
   return seconds / world_.size();
 }
@@ -160,10 +201,6 @@ double disk_rate(Communicator& world, const fs::path& folder, std::uint64_t byte
   });
   world.all_reduce(host_view(&rate, {1}), ReduceOp::kSum);
   return rate / where.hosts;
-}
-
-double largest(const std::vector<double>& rates) {
-  return *std::max_element(rates.begin(), rates.end());
 }
 
 }  // namespace
@@ -190,12 +227,18 @@ MeasuredMachine measure_machine(Communicator& world, Device device, const fs::pa
     rates.attention(DType::kBF16, r.attention_forward_bf16, r.attention_backward_bf16);
     rates.attention(DType::kF32, r.attention_forward_fp32, r.attention_backward_fp32);
     tell("memory");
-    r.copy_gb_per_s = four_digits(rates.copy() * 1e-9);
+    const Rate copied = rates.copy();
+    m.memory_gb_per_s = four_digits(copied.fastest * 1e-9);
+    r.copy_gb_per_s = four_digits(copied.usual * 1e-9);
     r.op_us = four_digits(rates.small_call() * 1e6);
+    tell("peaks");
+    const auto peak = [&](DType dtype, const std::vector<double>& one, const std::vector<double>& other) {
+      return std::max({rates.dense_peak(dtype), *std::max_element(one.begin(), one.end()),
+                       *std::max_element(other.begin(), other.end())});
+    };
+    m.bf16_tflops = peak(DType::kBF16, r.gemm_bf16, r.grouped_bf16);
+    m.fp32_tflops = peak(DType::kF32, r.gemm_fp32, r.grouped_fp32);
   }
-  m.bf16_tflops = std::max(largest(r.gemm_bf16), largest(r.grouped_bf16));
-  m.fp32_tflops = std::max(largest(r.gemm_fp32), largest(r.grouped_fp32));
-  m.memory_gb_per_s = r.copy_gb_per_s;
   m.shared_by_ranks = device.type == DeviceType::kCpu;
   tell("disk");
   m.disk_gb_per_s = four_digits(disk_rate(world, folder, effort.disk_bytes) * 1e-9);
