@@ -6,12 +6,19 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "launch"))
+import study_file  # noqa: E402
+from study_chain import Builder  # noqa: E402
+from study_check import Check  # noqa: E402
+from study_work import Work  # noqa: E402
+
 UPMOE = os.environ["UPMOE"]
 STUDY = """claim: More steps end better.
 texts: {text: TEXT}
@@ -179,6 +186,30 @@ class StudyRun(unittest.TestCase):
             process.send_signal(signal.SIGTERM)
             process.stderr.read()
         self.assertEqual(process.returncode, 75)
+
+
+class Shapes(unittest.TestCase):
+    """What the claims of the shipped studies are about."""
+
+    def flops(self, model, seq_len):
+        told = subprocess.check_output([UPMOE, "cost", model, "--seq-len", str(seq_len), "--json"], text=True)
+        return json.loads(told)[0]["train_flops_per_token"]
+
+    # A quarter of the cost, of models whose tokens cost something else, would be another claim.
+    def test_cost_has_the_flop_ratios_of_the_announcements_models(self):
+        large = self.flops("qwen1.5-7b", 4096)
+        self.assertAlmostEqual(self.flops("qwen1.5-moe-a2.7b", 4096) / large, 0.338, delta=0.0005)
+        self.assertAlmostEqual(self.flops("qwen1.5-1.8b", 4096) / large, 0.226, delta=0.0005)
+        for size in study_file.SIZES:
+            study = study_file.read_study(study_file.find("cost"), size)
+            with self.subTest(size), tempfile.TemporaryDirectory() as folder:
+                check, build = Check(Work(Path(folder), [UPMOE], study), Path(folder)), Builder(study)
+                mixture, dense = build.first("mixture"), build.first("large dense")
+                self.assertEqual([check.run(run) for run in (mixture, dense)], [None, None])
+                shapes = [check.shapes[stage.id] for stage in (*mixture.stages[:2], dense.last)]
+                source, moe, large = (self.flops(shape, study.figures["seq_len"]) for shape in shapes)
+                self.assertAlmostEqual(moe / large, 0.337, delta=0.002)
+                self.assertAlmostEqual(source / large, 0.222, delta=0.0065)
 
 
 if __name__ == "__main__":
