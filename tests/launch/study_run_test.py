@@ -88,11 +88,11 @@ class StudyRun(unittest.TestCase):
             (folder / f"{i}.txt").write_bytes(path.read_bytes())
         return folder
 
-    def words(self, out, *arguments):
-        return [UPMOE, "study", self.file, "--seeds", "2", "--out", self.folder / out, *arguments]
+    def words(self, out, *arguments, seeds=2):
+        return [UPMOE, "study", self.file, "--seeds", str(seeds), "--out", self.folder / out, *arguments]
 
-    def study(self, out, *arguments):
-        done = subprocess.run(self.words(out, *arguments), capture_output=True, text=True, check=False,
+    def study(self, out, *arguments, **options):
+        done = subprocess.run(self.words(out, *arguments, **options), capture_output=True, text=True, check=False,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         self.assertEqual(done.returncode, 0, done.stderr)
         return done
@@ -116,6 +116,14 @@ class StudyRun(unittest.TestCase):
         self.stopped("three")
         self.study("three")
         self.assertEqual((self.folder / "three/table.md").read_bytes(), (self.folder / "one/table.md").read_bytes())
+
+    # A study that does not see this would see nothing smaller either.
+    def test_a_planted_arm_is_found_worse(self):
+        found = self.study("planted", "--plant", "long", seeds=3).stdout
+        self.assertIn("'long' ends below 'long, a tenth of the rate' at equal tokens: supported", found)
+        result = json.loads((self.folder / "planted/result.json").read_text(encoding="utf-8"))
+        self.assertAlmostEqual(result["arms"]["long, a tenth of the rate"]["rate"], 3e-4)
+        self.assertLess(result["comparisons"][0]["high"], 0)
 
     # Dropping alone is not what does it: a limit of each sequence's own drops as well.
     def test_a_shared_capacity_leaks_and_nothing_else_does(self):
