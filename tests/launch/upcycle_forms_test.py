@@ -146,6 +146,15 @@ class Forms(unittest.TestCase):
         refused = self.upcycle("refused", *check, "--form", "checkpoint", status=2).stderr
         self.assertIn("upmoe eval", refused)
 
+    # By the random inputs alone, which are always looked at.
+    def test_an_error_above_1_is_told(self):
+        words = "this recipe counts on training"
+        for to, scale, above in (("near", 2, False), ("far", 5, True)):  # 2 keeps the function
+            self.assertEqual(words in self.upcycle(to, f"shared.scale={scale}").stderr, above)
+            report = json.loads((self.dir / to / "upcycle_report.json").read_text())
+            self.assertEqual("remark" in report, above)
+            self.assertEqual(max(layer["relative_error"] for layer in report["layers"]) > 1, above)
+
     def test_prompts(self):
         prompts = [word for _ in range(2) for word in ("--prompts", self.dir / "tokens.h5")]
         words = ("router.method=prompts", "router.std=0", *prompts, "--prompt-seq-len", 32)
