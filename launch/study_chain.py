@@ -27,8 +27,8 @@ class Stage:
     settings: dict      # the YAML file of its command, without the paths
     model: str | None   # train from random weights: a name of the size's models
     shape: dict | None  # of that model
-    text: str | None    # train: on which
-    texts: dict         # train: how the token files are made
+    text: str | None    # train: on which; upcycle: that its recipe looks at, none where it asks for no tokens
+    texts: dict         # how the token files are made, where there is a text
     before: str | None  # the stage whose model it begins with
     last: bool = False  # of its chain: is evaluated, and no model is kept
     teacher: str | None = None  # train: the stage whose model it learns from as well
@@ -146,7 +146,9 @@ class Builder:
         for i, link in enumerate(links):
             last = i == len(links) - 1
             if link.kind == "upcycle":
-                stages.append(Stage("upcycle", recipe_of(self.study, link, seed), None, None, None, {}, stages[-1].id))
+                seen = link.own.get("calibrate")
+                stages.append(Stage("upcycle", recipe_of(self.study, link, seed), None, None, seen,
+                                    self.texts if seen else {}, stages[-1].id))
                 continue
             order = ORDERS - 1 if last else trainings
             stages.append(self.train(link, stages, seed, order, rate if last else None, share if last else 1.0, probe))

@@ -57,8 +57,10 @@ class Check:
             write_whole(given, yaml.safe_dump(stage.settings, sort_keys=False))
             plan = json.loads(self.work.call([*self.work.program, "upcycle", given, "--from", model, "--to",
                                               self.folder / "nothing", "--plan", "--json"], log))
-            if plan["asks_for_tokens"]:
-                words = "the recipe asks tokens (--prompts, --calibrate), and a study gives none"
+            if plan["asks_for_tokens"] != bool(stage.text):
+                words = ("calibrate: the recipe asks for no tokens; leave it out" if stage.text else
+                         "the recipe asks for tokens: `calibrate` names the text that experts are made by; others "
+                         "(routers from prompts) a study does not give")
                 raise StageFailed(words, USAGE, [words])
             model = self.folder / f"{stage.id}-shape.json"
             write_whole(model, json.dumps(plan["config"]))

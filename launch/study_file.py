@@ -26,7 +26,7 @@ SIZE_KEYS = {"text": dict, "seq_len": int, "eval_sequences": int, "evaluations":
 STUDY_KEYS = {"claim": str, "expect": str, "sizes": list, "texts": dict, "last": dict, "arms": dict, "compare": list,
               "fit": bool} | SIZE_KEYS
 # Beside section.key.
-LINK_KEYS = {"train": ("model", "steps", "warmup", "text", "batches", "teacher"), "upcycle": ("recipe",)}
+LINK_KEYS = {"train": ("model", "steps", "warmup", "text", "batches", "teacher"), "upcycle": ("recipe", "calibrate")}
 PLAIN_KEYS = {"train": ("freeze", "device"), "upcycle": ("keep_rest",)}  # of run configurations and recipes
 # What the study itself says of every command, and from where it takes that.
 TAKEN = {"train": {"train.steps": "`steps` says how many", "run.dir": "--out names the folder of all",
@@ -216,8 +216,9 @@ def read_link(value, place, first, study, reader):
             return None
     if keys.get("model", next(iter(study.figures["models"]))) not in study.figures["models"]:
         reader.unknown(keys["model"], list(study.figures["models"]), f"{place}: model: ")
-    if keys.get("text", study.main_text) not in study.texts:
-        reader.unknown(keys["text"], list(study.texts), f"{place}: text: ")
+    for key in ("text", "calibrate"):
+        if keys.get(key, study.main_text) not in study.texts:
+            reader.unknown(keys[key], list(study.texts), f"{place}: {key}: ")
     if keys.get("batches", BATCHES[0]) not in BATCHES:
         reader.unknown(keys["batches"], BATCHES, f"{place}: batches: ")
     if "recipe" in keys and not (ROOT / keys["recipe"]).is_file():

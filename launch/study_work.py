@@ -232,9 +232,10 @@ class Work:
 
     def upcycle(self, stage, folder, _):
         write_whole(folder / "recipe.yaml", yaml.safe_dump(stage.settings, sort_keys=False))
+        seen = ["--calibrate", self.tokens(stage.text)] if stage.text else []
         if not (folder / "model/config.json").is_file():
             self.call([*self.program, "upcycle", folder / "recipe.yaml", "--from", self.input_of(stage), "--to",
-                       folder / "model"], folder / "log.txt")
+                       folder / "model", *seen], folder / "log.txt")
         return {"model_bytes": bytes_in(folder / "model")}
 
     def run_settings(self, stage, model, teacher):

@@ -142,6 +142,8 @@ class Files(unittest.TestCase):
         self.refused(STUDY + "texts: {prose: 3}\n", "texts: prose: expected a folder or stdlib, found 3")
         self.refused(STUDY.replace("compare:", "  re drawn: [train: *arm]\n  re,drawn: [train: *arm]\ncompare:"),
                      "re,drawn: its runs would lie in the folder of those of 're drawn'")
+        self.refused(STUDY.replace("{experts.reinit: 1.0}", "{calibrate: tekst}"),
+                     "command 2: calibrate: unknown key 'tekst'; did you mean 'text'?")
         self.refused("[1]", "expected a map")
         self.refused("a: [", "not YAML")
 

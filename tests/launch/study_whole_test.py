@@ -175,6 +175,25 @@ class Whole(Study):
         self.assertEqual(taught["teacher"], {"model": str(stages["taught"][0] / "model")})
         self.assertNotIn("teacher", study_file.read_yaml(stages["alone"][-1] / "run.yaml")["train"])
 
+    def test_a_recipe_that_looks_at_tokens_is_given_them(self):
+        self.write(STUDY.replace("{experts.reinit: 1.0}", "{experts.method: cluster, calibrate: text}"), "[2.0e-3]")
+        self.done("--seeds", 1)
+        given = {" ".join(line.split()[-2:]) for line in self.commands("upcycle") if "--calibrate" in line}
+        self.assertEqual(given, {f"--calibrate {self.folder}/out/tokens/text_train.h5"})
+        made = [line for line in self.commands("upcycle") if "--plan" not in line]
+        self.assertEqual(sum("--calibrate" in line for line in made), len(made) // 2)  # of one arm of two
+        # Experts that are made by a text are others where that is another one.
+        ids = []
+        for folder in ("/tmp", "/"):
+            self.write(STUDY.replace("{experts.reinit: 1.0}", "{calibrate: prose}") +
+                       f"texts: {{code: stdlib, prose: {folder}}}\n")
+            build = study_chain.Builder(study_file.read_study(self.file, "micro"))
+            kept, made = (build.run(arm, 1, 1e-3) for arm in ("kept", "re-drawn"))
+            self.assertEqual((made.stages[1].text, made.last.text, kept.stages[1].text), ("prose", "code", None))
+            self.assertIn('2 upcycle.text null -> "prose"', study_chain.differences(kept.story, made.story))
+            ids.append(made.stages[1].id)
+        self.assertNotEqual(*ids)
+
     def test_a_planted_arm_comes_out_worse(self):
         found = self.done("--plant", "kept", "--seeds", 2)
         self.assertIn("supported", found.stdout)
@@ -227,7 +246,9 @@ class Whole(Study):
             ("{model: source, steps: source}", "{model: source, steps: source, train.precison: bf16}",
              "own.yaml: every arm: command 1 (train): unknown key 'train.precison'; did you mean train.precision?"),
             ("upcycle: {experts.reinit: 1.0}", "upcycle: {router.method: prompts}",
-             "own.yaml: arm 're-drawn': command 2 (upcycle): the recipe asks tokens"),
+             "own.yaml: arm 're-drawn': command 2 (upcycle): the recipe asks for tokens: `calibrate` names"),
+            ("upcycle: {experts.reinit: 1.0}", "upcycle: {experts.reinit: 1.0, calibrate: text}",
+             "own.yaml: arm 're-drawn': command 2 (upcycle): calibrate: the recipe asks for no tokens"),
             ("upcycle: {experts.reinit: 1.0}", "upcycle: {experts.reinit.x: 1.0}",
              "own.yaml: arm 're-drawn': key 'experts.reinit.x': 'reinit' is a value"),
         ]

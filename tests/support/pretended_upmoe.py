@@ -114,7 +114,8 @@ def upcycle(words):
     if "--plan" in words:
         dense = json.loads(Path(words[words.index("--from") + 1]).read_text(encoding="utf-8"))
         print(json.dumps({"config": dense | {"num_experts": recipe["target"]["num_experts"]},
-                          "asks_for_tokens": recipe["router"].get("method") == "prompts"}))
+                          "asks_for_tokens": recipe["router"].get("method") == "prompts"
+                          or recipe["experts"].get("method") == "cluster"}))
         return 0
     if str(recipe["target"]["num_experts"]) == os.environ.get("PRETENDED_REFUSE"):
         print("upmoe: error: target.num_experts: too many for this machine", file=sys.stderr)
