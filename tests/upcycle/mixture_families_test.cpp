@@ -4,6 +4,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <map>
+#include <sstream>
+
 #include "tests/support/tiny_dense.h"
 #include "upcycle/layer_error.h"
 #include "upcycle/mixture_shape.h"
@@ -146,6 +150,37 @@ TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
   for (const auto& entry : fs::directory_iterator(fs::path(UPMOE_SOURCE_DIR) / "configs/upcycle")) {
     const std::string stem = entry.path().stem();
     EXPECT_TRUE(stem.ends_with("-tiny") || known.contains(stem)) << stem;
+  }
+}
+
+// Every recipe has a row: what it follows, what deviates, and the number from above.
+TEST(MixtureFamilies, TheDocumentTellsOfEveryRecipeWhatItIsAndWhereItStarts) {
+  const fs::path root(UPMOE_SOURCE_DIR);
+  std::ifstream document(root / "docs/recipes.md");
+  std::map<std::string, std::string> errors;  // as they stand there
+  for (std::string line; std::getline(document, line);) {
+    if (!line.starts_with("| `")) continue;
+    std::vector<std::string> cells;
+    std::istringstream row(line.substr(1));
+    for (std::string cell; std::getline(row, cell, '|');) cells.push_back(cell);
+    ASSERT_EQ(cells.size(), 6u) << line;
+    for (const std::string& cell : cells) EXPECT_NE(cell.find_first_not_of(' '), std::string::npos) << line;
+    const std::string name = cells[0].substr(2, cells[0].rfind('`') - 2);
+    EXPECT_TRUE(errors.emplace(name, cells[4].substr(1, cells[4].size() - 2)).second)
+        << name << " stands twice";
+    EXPECT_TRUE(fs::exists(root / fmt::format("configs/upcycle/{}.yaml", name))) << name;
+  }
+  for (const auto& entry : fs::directory_iterator(root / "configs/upcycle")) {
+    const std::string stem = entry.path().stem();
+    EXPECT_TRUE(stem.ends_with("-tiny") || errors.contains(stem)) << stem;
+  }
+  for (const Start& start : kStarts) {
+    const std::string& told = errors.at(start.recipe);
+    if (start.error == 0) {
+      EXPECT_EQ(told, "below 1e-5") << start.recipe;
+    } else {
+      EXPECT_NEAR(std::stod(told), start.error, 0.03 * start.error) << start.recipe;  // two digits
+    }
   }
 }
 
