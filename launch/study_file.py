@@ -325,11 +325,13 @@ def read_figures(path):
 
 def read_study(path, size):
     value, reader = read_yaml(path), Reader(path)
+    sizes = value.get("sizes", SIZES)
+    if isinstance(sizes, list) and size not in sizes:
+        raise BadUsage(f"{display(path)}: there is no size {size} of it, only {', '.join(map(str, sizes))}")
+    value = of_size(value, size, display(path))
     reader.keys(value, STUDY_KEYS, ("claim", "arms", "compare"))
     reader.finish()
-    if size not in value.get("sizes", SIZES):
-        raise BadUsage(f"{display(path)}: there is no size {size} of it, only {', '.join(map(str, value['sizes']))}")
-    sizes, value = value.pop("sizes", SIZES), of_size(value, size, display(path))
+    value.pop("sizes", None)
     figures = read_figures(STUDIES / "sizes" / f"{size}.yaml")
     figures = {key: content | value.get(key, {}) if isinstance(content, dict) else value.get(key, content)
                for key, content in figures.items()}
