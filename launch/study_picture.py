@@ -11,9 +11,9 @@ from run_curves import COLOURS, DASHES, FEWEST, STYLE, draw_line, mean_line, pal
 from study_measures import NAMES  # noqa: E402
 
 PANELS = [("tokens", False), ("flops", False), ("flops", True)]  # what is spent, and whether the source is charged
-WIDTH, HEIGHT = 15, 4.8  # inches, without the legend
+WIDTH, HEIGHT = 20, 4.8  # inches, without the legend
 LEGEND_LINE = 0.26       # inches of a row of the legend
-LETTERS = 150            # of a row of it
+LETTERS = 200            # of a row of it
 
 
 def columns(names):
@@ -21,40 +21,83 @@ def columns(names):
     return max(1, min(len(names), LETTERS // (max(map(len, names)) + 8)))
 
 
+def draw_arm(ax, line, outcomes, arm):
+    """In a colour and a dash that no other arm has."""
+    i = list(outcomes).index(arm)
+    draw_line(ax, line, palette(len(outcomes))[i], arm.replace("$", r"\$"),
+              linestyle=DASHES[i // len(COLOURS) % len(DASHES)])
+
+
 def draw_arms(ax, outcomes, axis, charged):
-    """A line for each arm, in a colour and a dash that no other has."""
     lines = []
-    for i, (arm, colour) in enumerate(zip(outcomes, palette(len(outcomes)))):
+    for arm in outcomes:
         curves = [o.curve(charged) for o in outcomes[arm]]
         lines.append(mean_line([c.spent[axis] for c in curves], [c.loss for c in curves]))
-        draw_line(ax, lines[-1], colour, arm.replace("$", r"\$"),
-                  linestyle=DASHES[i // len(COLOURS) % len(DASHES)])
+        draw_arm(ax, lines[-1], outcomes, arm)
     ax.set_xlabel(NAMES[axis] + (", sources charged" if charged else ""))
     ax.xaxis.set_major_formatter(lambda value, _: short(value))
     return lines
 
 
-def limits_of(lines):
-    """Of the losses: the first fall would flatten the rest. Intervals are seen whole at the end, which is compared."""
+def limits_of(lines, margin):
+    """Of the losses, with a margin of so much of them: the first fall would flatten the rest. Intervals are seen whole at
+    the end, which is compared."""
     heights, banded = [y for line in lines for y in line.heights], [line for line in lines if line.low is not None]
     ordinary = [loss[len(loss) // 5:] for loss in heights] + [line.high[-1:] for line in banded]
     bottoms = [line.low[len(line.low) // 5:] for line in banded]
-    return min(map(np.min, [*heights, *bottoms])) - 0.05, max(map(np.max, ordinary)) + 0.05
+    low, high = min(map(np.min, [*heights, *bottoms])), max(map(np.max, ordinary))
+    margin *= max(high - low, 1e-6)
+    return low - margin, high + margin
+
+
+def differences(outcomes, than, arm):
+    """Of every pair (tokens at evaluations of `than`, what `arm` has lost there minus what `than` has)."""
+    for a, b in zip(outcomes[arm], outcomes[than]):
+        one, other = a.curve(False), b.curve(False)
+        x = other.spent["tokens"]
+        x = x[(x >= one.spent["tokens"][0]) & (x <= one.spent["tokens"][-1])]
+        yield x, np.array([one.at("tokens", tokens) - other.at("tokens", tokens) for tokens in x])
+
+
+def draw_differences(ax, outcomes, than):
+    """What is compared: seeds lie farther apart than arms do, and within a pair that is taken away."""
+    lines = [mean_line([outcomes[than][0].curve(False).spent["tokens"][[0, -1]]], [np.zeros(2)], banded=False)]
+    draw_arm(ax, lines[0], outcomes, than)
+    for arm in outcomes:
+        pairs = list(differences(outcomes, than, arm))
+        if arm != than and all(len(x) > 1 for x, _ in pairs):
+            lines.append(mean_line(*zip(*pairs)))
+            draw_arm(ax, lines[-1], outcomes, arm)
+    ax.set_ylim(*limits_of(lines, 0.05))
+    ax.set_xlabel(NAMES["tokens"])
+    ax.xaxis.set_major_formatter(lambda value, _: short(value))
+    ax.set_ylabel(f"within pairs, minus that of '{than}'".replace("$", r"\$"))
+    ax.yaxis.set_label_position("right")
+    ax.yaxis.tick_right()
 
 
 def figure_of(study, outcomes):
     """With the legend below the axes: where curves fall from the left and bands are wide, no corner of them is free."""
     seeds, rows = len(next(iter(outcomes.values()))), math.ceil(len(outcomes) / columns(outcomes))
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(WIDTH, HEIGHT + LEGEND_LINE * (rows + (seeds > 1))),
-                                layout="constrained", sharey=True)
+    figure = plt.figure(figsize=(WIDTH, HEIGHT + LEGEND_LINE * (rows + (seeds > 1))), layout="constrained")
+    first = figure.add_subplot(1, len(PANELS) + 1, 1)
+    axes = [first, *(figure.add_subplot(1, len(PANELS) + 1, i, sharey=first) for i in (2, 3))]
     lines = [draw_arms(ax, outcomes, *panel) for ax, panel in zip(axes, PANELS)]
-    axes[0].set_ylim(*limits_of(lines[0]))
-    axes[0].set_ylabel("held-out loss, nats per token")
+    for ax in axes[1:]:
+        ax.tick_params(labelleft=False)
+    first.set_ylim(*limits_of(lines[0], 0.05))
+    first.set_ylabel("held-out loss, nats per token")
+    draw_differences(figure.add_subplot(1, len(PANELS) + 1, len(PANELS) + 1), outcomes, reference(study, outcomes))
     how = "mean and 95 % interval" if seeds >= FEWEST else "thin: each seed; thick: their mean"
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns(outcomes),
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=columns(outcomes),
                   handlelength=3.5, title=how if seeds > 1 else None)
     figure.suptitle(f"{study.name}, size {study.size}, {seeds} seed{'s' if seeds > 1 else ''}")
     return figure
+
+
+def reference(study, outcomes):
+    """The arm that others are compared with: the verdict's, unless it could not run."""
+    return next((c.than for c in study.compare if c.than in outcomes), next(iter(outcomes)))
 
 
 def draw_curves(folder, study, outcomes):

@@ -126,8 +126,8 @@ class Moment {
 };
 
 // From where an op is booked to where the next one is: what it takes there, on a GPU with what the host kept the stream
-// waiting. What is computed twice is "op again", a teacher's "op of the teacher". (Copies that no op books count with the
-// op before.)
+// waiting. What is computed twice is "op again", a teacher's "op of the teacher". (Copies that no op books count with
+// the op before.)
 void profile(Session& s, Trainer& trainer, std::int64_t step) {
   std::vector<std::pair<std::string, Moment>> points;
   const auto point = [&](const std::string& op) { points.emplace_back(op, Moment(s.memory.exec)); };

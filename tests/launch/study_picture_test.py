@@ -33,10 +33,14 @@ def outcomes_of(arms, seeds=3, spread=0.08):
     return found
 
 
+def study_of(arms):
+    return SimpleNamespace(name="a", size="micro", compare=[SimpleNamespace(better=arms[0], than=arms[-1])])
+
+
 class Picture(unittest.TestCase):
     def figure(self, arms, **options):
         with plt.rc_context(STYLE):
-            figure = study_picture.figure_of(SimpleNamespace(name="a", size="micro"), outcomes_of(arms, **options))
+            figure = study_picture.figure_of(study_of(arms), outcomes_of(arms, **options))
             self.addCleanup(plt.close, figure)
             figure.draw_without_rendering()
         return figure
@@ -91,8 +95,27 @@ class Picture(unittest.TestCase):
         self.assertLess(low, points[:, 1].min())
         self.assertGreater(high, last.max())
 
+    # Seeds lie ten times farther apart than arms do; and the arm's runs are a third as long.
+    def test_differences_are_those_within_pairs(self):
+        x, found = np.linspace(0, 900, 4), {}
+        for arm, points, gain in (("one", x / 3, 0.01), ("$other$", x, 0.0)):
+            found[arm] = [SimpleNamespace(curve=lambda _, c=Curve(
+                5 - points / 1000 + 0.1 * seed - gain * (1 + 0.1 * seed), {"tokens": points, "flops": points}): c)
+                for seed in range(3)]
+        with plt.rc_context(STYLE):
+            figure = study_picture.figure_of(study_of(("one", "$other$")), found)
+        self.addCleanup(plt.close, figure)
+        ax = figure.axes[-1]
+        zero, line = ax.lines
+        self.assertEqual(list(zero.get_ydata()), [0, 0])
+        self.assertEqual(line.get_xdata().tolist(), [0, 300])
+        np.testing.assert_allclose(line.get_ydata(), [-0.011, -0.011], atol=1e-12)
+        band = ax.collections[0].get_paths()[0].vertices[:, 1]
+        self.assertAlmostEqual(band.max() - band.min(), 2 * 4.30265 * 0.001 / np.sqrt(3), places=6)
+        self.assertIn(r"\$other\$", ax.get_ylabel())
+
     def test_the_file_is_the_same_again(self):
-        study, files = SimpleNamespace(name="a", size="micro"), []
+        study, files = study_of(("one", "$two$")), []
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(2):
                 files.append(study_picture.draw_curves(Path(folder), study, outcomes_of(("one", "$two$"))).read_bytes())

@@ -110,14 +110,6 @@ class Files(unittest.TestCase):
                 for run in runs:
                     self.assertEqual(run.last.settings["data"]["seed"], runs[0].last.settings["data"]["seed"])
 
-    def test_a_map_of_sizes_stands_for_any_value(self):
-        grids = "rates: {micro: [1.0e-3], tiny: [2.0e-3]}"
-        text = STUDY.replace("rates: [2.0e-4, 2.0e-3]", grids)
-        self.assertEqual([self.read(text, size).rates for size in ("micro", "tiny")], [[1.0e-3], [2.0e-3]])
-        with self.assertRaisesRegex(BadUsage, "rates: says nothing of size small"):
-            self.read(text, "small")
-        self.refused(text.replace("[1.0e-3]", "1.0e-3"), "rates: expected list, found 0.001")
-
     # A source of an arm's width at a rate that no arm may have would be trained worse than any of them.
     def test_sources_train_at_a_rate_of_the_grid(self):
         for size in study_file.SIZES:
