@@ -119,8 +119,7 @@ TEST(CrossEntropyExtremes, TargetsAndLargestLogitsAnywhere) {
   const double targets[] = {0, 15003, 15004, 29999, 45012, kWidth - 1, -1, 30008};
   const double slopes[] = {0, 1e-5, -1e-4, 1e-3, -1e-3, 0.01, 1, -1};
   constexpr std::int64_t kRows = 8;
-  HostTensor logits = random_tensor({kRows, kWidth}, DType::kF32, 2), loss({kRows}, DType::kF32),
-             target({kRows}, DType::kI32);
+  HostTensor logits = random_tensor({kRows, kWidth}, DType::kF32, 2), target({kRows}, DType::kI32);
   for (std::size_t c = 0; c < kRows; ++c) {
     target.set(c, targets[c]);
     for (std::size_t v = 0; v < kWidth; ++v) {
@@ -130,7 +129,8 @@ TEST(CrossEntropyExtremes, TargetsAndLargestLogitsAnywhere) {
   }
   const Reference expected = reference_cross_entropy(logits.values(), target.values(), 1.0);
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    HostTensor d({kRows, kWidth}, dtype);
+    HostTensor loss = filled({kRows}, DType::kF32, 7),
+               d({kRows, kWidth}, dtype);  // 7: an ignored row's is written
     const TensorView d_CV = d;
     ops::cross_entropy(ex, {loss, d_CV, 1.0f}, logits, target);
     expect_close(loss.values(), expected.loss, {2e-7, 1e-6}, "loss");
@@ -168,6 +168,81 @@ TEST(CrossEntropyExtremes, NoNumbersMakeALossThatIsNone) {
     EXPECT_TRUE(std::isnan(loss.get(0))) << width << " of two ranks: " << loss.get(0);
   }
 }
+
+// Logits of -inf are chosen by nobody, wherever they lie: in the first pack of a thread, in one that every thread reads
+// first, in all that a block of a row's cluster has of it, in a rank's whole share, everywhere but at the target.
+class LogitsOfNobody : public testing::TestWithParam<std::int64_t> {
+ protected:
+  static constexpr std::size_t kRows = 7;
+  const std::int64_t width = GetParam();
+  const std::size_t V = static_cast<std::size_t>(width);
+  HostTensor logits{random_tensor({kRows, width}, DType::kF32, 4, 4.0)}, loss{{kRows}, DType::kF32},
+      targets{filled({kRows}, DType::kI32, static_cast<double>(width - 1))};
+  OpExec ex;
+
+  LogitsOfNobody() {
+    remove(0, 0, 4);
+    remove(1, 0, std::min<std::size_t>(V, 4096) - 1);
+    remove(2, 0, V / 2);
+    remove(3, V / 2, V - 1);
+    remove(4, 0, V - 1);
+    for (std::size_t v = 0; v + 1 < V; v += 3) remove(5, v, v + 1);
+    remove(6, 0, V - 1);  // an ignored row
+    targets.set(6, -1);
+  }
+  void remove(std::size_t row, std::size_t begin, std::size_t end) {
+    for (std::size_t v = begin; v < end; ++v) logits.set(row * V + v, -INFINITY);
+  }
+};
+
+TEST_P(LogitsOfNobody, LossAndGradient) {
+  const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 0.125);
+  ops::cross_entropy(ex, {loss, {}, 0.125f}, logits, targets);
+  expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    HostTensor d({kRows, width}, dtype);
+    const TensorView d_CV = d;
+    ops::cross_entropy(ex, {loss, d_CV, 0.125f}, logits, targets);
+    expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
+    const Tolerance tolerance = dtype == DType::kBF16 ? Tolerance{1.0 / 250, 1e-7} : Tolerance{3e-6, 1e-7};
+    expect_close(d.values(), expected.dlogits, tolerance, "dlogits");
+    for (std::size_t row = 0; row < kRows; ++row)
+      for (std::size_t v = 0; v < V; ++v)
+        ASSERT_TRUE(!std::isinf(logits.get(row * V + v)) || d.get(row * V + v) == 0) << row << ", " << v;
+  }
+}
+
+TEST_P(LogitsOfNobody, DividedVocabulary) {
+  const Reference expected = reference_cross_entropy(logits.values(), targets.values(), 0.125);
+  const std::int64_t ends[] = {0, width / 2, width};
+  HostTensor stats({2, kRows, 3}, DType::kF64);
+  const TensorView all = stats;
+  std::vector<HostTensor> parts;
+  for (std::int64_t r = 0; r < 2; ++r) {
+    parts.emplace_back(Shape{kRows, ends[r + 1] - ends[r]}, DType::kF32);
+    std::size_t at = 0;
+    for (std::size_t row = 0; row < kRows; ++row)
+      for (std::int64_t v = ends[r]; v < ends[r + 1]; ++v)
+        parts.back().set(at++, logits.get(row * V + static_cast<std::size_t>(v)));
+    ops::cross_entropy_stats(ex, all.rows(r, r + 1).reshape({kRows, 3}), parts.back(), targets,
+                             {ends[r], width});
+  }
+  for (std::size_t r = 0; r < 2; ++r) {
+    HostTensor d(ConstTensorView(parts[r]).shape, DType::kF32);
+    const TensorView d_CV = d;
+    ops::cross_entropy_sharded(ex, {loss, d_CV, 0.125f}, parts[r], targets, stats, {ends[r], width});
+    expect_close(loss.values(), expected.loss, {2e-7, 2e-7}, "loss");
+    Values columns;
+    for (std::size_t row = 0; row < kRows; ++row)
+      for (std::int64_t v = ends[r]; v < ends[r + 1]; ++v)
+        columns.push_back(expected.dlogits[row * V + static_cast<std::size_t>(v)]);
+    expect_close(d.values(), columns, {3e-6, 1e-7}, "dlogits of a shard");
+  }
+}
+
+// Packs of one and of four; a block, two, and eight with less than a turn of all threads for the last.
+INSTANTIATE_TEST_SUITE_P(Widths, LogitsOfNobody, testing::Values(9, 5000, 5001, 60004, 250000),
+                         testing::PrintToStringParamName());
 
 TEST(CrossEntropyExtremes, ManyEqualTerms) {  // a running fp32 sum of 151936 terms would be off by 1e-4
   OpExec ex;

@@ -17,11 +17,11 @@ struct RowStats {
   double sum;  // of exp(x - largest)
 };
 
-// One pass: every thread carries the largest of its logits and the sum relative to it; the threads' sums, of
-// a few hundred terms each, are added in fp64. Rows are taken in packs of N logits.
+// One pass: every thread carries the largest of its logits, kLeastLogit before there is one, and the sum relative to
+// it; the threads' sums, of a few hundred terms each, are added in fp64. Rows are taken in packs of N logits.
 template <int N, bool kFast>
 __device__ inline RowStats row_stats(const float* x, std::int64_t n, RowMemory& memory) {
-  float largest = -INFINITY, sum = 0;
+  float largest = kLeastLogit, sum = 0;
 #pragma unroll 4
   for (std::int64_t i = threadIdx.x * N; i < n; i += kRowThreads * N) {
     float v[N];
@@ -39,10 +39,8 @@ __device__ inline RowStats row_stats(const float* x, std::int64_t n, RowMemory& 
   RowStats all{};
   all.largest = block_max(largest, memory.largest);
   // Two parts of a softmax, (largest, sum of exp(x - largest)), are joined by scaling a sum to the greater largest.
-  // Where the block has no logit at all that scale would be exp(-inf - -inf), which is no number.
-  const double scaled =
-      sum == 0 ? 0.0 : static_cast<double>(sum) * static_cast<double>(expf(largest - all.largest));
-  all.sum = block_sum(scaled, memory.sum);
+  all.sum =
+      block_sum(static_cast<double>(sum) * static_cast<double>(expf(largest - all.largest)), memory.sum);
   return all;
 }
 

@@ -41,7 +41,7 @@ inline std::size_t row_shared_bytes(int columns, int blocks) {
 
 // This thread's packs of `n` logits of x go to `kept`; returns the largest of them.
 __device__ inline float keep_share(float* kept, const float* x, int n) {
-  float most = -INFINITY;
+  float most = kLeastLogit;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x) * kRowPack; i < n; i += kRowThreads * kRowPack) {
     float v[kRowPack];
