@@ -1,6 +1,16 @@
 """Errors in what runs on a GPU; see tests/mutants.py."""
 
-CLUSTER_LOSS, LOSS_ON_GPU = "kernels/cuda/sm90/cross_entropy_row.cuh", "loss_test_on_gpu"
+CLUSTER_LOSS, PORTABLE_LOSS = "kernels/cuda/sm90/cross_entropy_row.cuh", "kernels/cuda/portable/loss.cu"
+LOSS_ON_GPU = "loss_test_on_gpu"
+TOLD_SHARES = """  if (threadIdx.x < static_cast<unsigned>(r.blocks)) {
+    store_remote(&s.most[rank], threadIdx.x, static_cast<double>(largest));
+    store_remote(&s.sum[rank], threadIdx.x, sum);
+  }
+  if (has_target)
+    for (int b = 0; b < r.blocks; ++b)
+      store_remote(&s.target, static_cast<u32>(b), static_cast<double>(at_target));
+  __syncwarp();
+"""
 
 MUTANTS = {
     "nccl_operations_begin_in_any_order": (
@@ -147,8 +157,53 @@ MUTANTS = {
     "shares_read_before_they_are_told": (
         CLUSTER_LOSS, "  cluster_sync();  // nobody writes", "  // nobody writes", "*CrossEntropy*", LOSS_ON_GPU),
     "told_to_blocks_that_have_not_begun": (
-        CLUSTER_LOSS, "  cluster_wait();\n  if (threadIdx.x <", "  if (threadIdx.x == kRowThreads) cluster_wait();\n"
-        "  if (threadIdx.x <", "*TargetsAndLargest*", LOSS_ON_GPU),
+        CLUSTER_LOSS, "  cluster_wait();\n" + TOLD_SHARES, TOLD_SHARES + "  cluster_wait();\n", "*TargetsAndLargest*",
+        LOSS_ON_GPU),
+    "a_cluster_that_nobody_waits_for": (
+        CLUSTER_LOSS, "  cluster_wait();\n", "", "*TargetsAndLargest*", LOSS_ON_GPU),
+    "sums_told_to_their_own_block": (
+        CLUSTER_LOSS, "store_remote(&s.sum[rank], threadIdx.x,", "store_remote(&s.sum[rank], cluster_rank(),",
+        "*CrossEntropy*", LOSS_ON_GPU),
+    "sums_of_all_blocks_in_one_place": (
+        CLUSTER_LOSS, "store_remote(&s.sum[rank], threadIdx.x,", "store_remote(&s.sum[0], threadIdx.x,",
+        "*CrossEntropy*", LOSS_ON_GPU),
+    "largest_logits_of_all_blocks_in_one_place": (
+        CLUSTER_LOSS, "store_remote(&s.most[rank], threadIdx.x,", "store_remote(&s.most[0], threadIdx.x,",
+        "*CrossEntropy*", LOSS_ON_GPU),
+    "first_share_left_out_of_the_sum": (
+        CLUSTER_LOSS, "b = 0; b < blocks; ++b)\n    all.sum +=", "b = 1; b < blocks; ++b)\n    all.sum +=",
+        "*CrossEntropy*", LOSS_ON_GPU),
+    "last_share_left_out_of_the_sum": (
+        CLUSTER_LOSS, "b < blocks; ++b)\n    all.sum +=", "b + 1 < blocks; ++b)\n    all.sum +=",
+        "*TargetsAndLargest*", LOSS_ON_GPU),
+    "largest_logit_of_all_shares_but_the_last": (
+        CLUSTER_LOSS, "b < blocks; ++b) all.largest", "b + 1 < blocks; ++b) all.largest",
+        "*TargetsAndLargest*", LOSS_ON_GPU),
+    "sum_of_one_warp_of_a_block": (
+        CLUSTER_LOSS, "block_sum(static_cast<double>(exponentials<T>(kept, n, largest)), s.warp_sum)",
+        "warp_sum(static_cast<double>(exponentials<T>(kept, n, largest)))", "*CrossEntropy*", LOSS_ON_GPU),
+    "largest_logit_of_one_warp_of_a_block": (
+        CLUSTER_LOSS, "block_max(most, s.warp_most)", "warp_max(most)", "*CrossEntropy*", LOSS_ON_GPU),
+    "packs_that_no_share_has": (
+        CLUSTER_LOSS, "(columns / kRowPack + blocks - 1) / blocks", "columns / kRowPack / blocks",
+        "*TargetsAndLargest*", LOSS_ON_GPU),
+    "gradient_of_the_target_written_over": (
+        CLUSTER_LOSS, "  if (has_target)\n    dlogits", "  if (has_target && n == 0)\n    dlogits",
+        "*CrossEntropy*", LOSS_ON_GPU),
+    "loss_of_an_ignored_row_left_as_it_was": (
+        CLUSTER_LOSS, "    if (speaks) loss[row] = 0;\n", "", "*CrossEntropy*", LOSS_ON_GPU),
+    "no_number_where_a_share_is_of_nobody": (
+        CLUSTER_LOSS, "  float most = kLeastLogit;", "  float most = -INFINITY;", "*LogitsOfNobody*", LOSS_ON_GPU),
+    "no_number_where_a_threads_first_logits_are_of_nobody": (
+        PORTABLE_LOSS, "  float largest = kLeastLogit, sum = 0;", "  float largest = -INFINITY, sum = 0;",
+        "*LogitsOfNobody*", LOSS_ON_GPU),
+    "sum_of_a_thread_not_scaled_when_its_largest_grows": (
+        PORTABLE_LOSS, "      sum *= expf(largest - most);\n", "", "*CrossEntropy*", LOSS_ON_GPU),
+    "sums_of_threads_joined_without_their_largest": (
+        PORTABLE_LOSS, "static_cast<double>(expf(largest - all.largest))", "1.0", "*CrossEntropy*", LOSS_ON_GPU),
+    "sums_of_ranks_joined_without_their_largest": (
+        PORTABLE_LOSS, "    sum += s[1] * exp(s[0] - largest);", "    sum += s[1];",
+        "*DividedVocabulary*", LOSS_ON_GPU),
     "target_of_the_block_that_kept_its_exponential": (
         CLUSTER_LOSS, "expf(at_target - whole)", "expf(kept[at] - whole)", "*CrossEntropy*", LOSS_ON_GPU),
     "ignored_rows_keep_their_gradient": (
