@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Times one training step (forward, backward, clip, AdamW) of upmoe and of transformers at the same shapes.
 
-The two take turns, each in a process of its own, with the same number of threads. transformers runs with whichever of
-its experts implementations is faster, its sdpa attention and PyTorch's fused AdamW; bf16 means autocast there and bf16
-weights with fp32 masters here. A side's time is the median over rounds of the median step. The result is printed and
-written to tests/bench/results/.
+The two take turns, each in a process of its own, with the same number of threads. transformers runs with its sdpa
+attention, PyTorch's fused AdamW and, of a mixture, whichever of its experts implementations is faster; bf16 means
+autocast there and bf16 weights with fp32 masters here. A side's time is the median over rounds of the median step. The
+result is printed, and written to tests/bench/results/ after each line.
 """
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -19,7 +20,8 @@ from statistics import median
 
 from bench_record import SHAPES, parser_of, run_tool, train, write_record
 
-EXPERTS = ("eager", "grouped_mm")
+EXPERTS = ("eager", "grouped_mm")  # of mixtures
+DENSE = ("none",)
 
 
 def peer_worker(job):
@@ -31,9 +33,11 @@ def peer_worker(job):
     torch.manual_seed(1)
     fields = {k: v for k, v in job["config"].items() if k not in ("torch_dtype", "rope_theta", "architectures")}
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": job["config"]["rope_theta"]}
-    config = transformers.AutoConfig.for_model(**fields, output_router_logits=True)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa",
-                                                          experts_implementation=job["experts"])
+    mixture = job["experts"] not in DENSE
+    config = transformers.AutoConfig.for_model(**fields, **({"output_router_logits": True} if mixture else {}))
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa",
+        **({"experts_implementation": job["experts"]} if mixture else {}))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(config.vocab_size, (job["sequences"], job["seq_len"]))
@@ -74,9 +78,10 @@ def run_ours(args, folder, shape, precision):
 
 def faster_peer(args, shape, precision, trials):
     """A short trial of each experts implementation; the rounds then time the faster one."""
-    for name in EXPERTS:
+    names = EXPERTS if "num_experts_per_tok" in SHAPES[shape]["config"] else DENSE
+    for name in names:
         trials[name] = run_peer(args, shape, precision, name, steps=3, warmup=2, seconds_limit=40)
-    ran = [name for name in EXPERTS if "error" not in trials[name]]
+    ran = [name for name in names if "error" not in trials[name]]
     if not ran:
         raise SystemExit(f"transformers ran with none of its implementations: {trials}")
     return min(ran, key=lambda name: trials[name]["step"])
@@ -108,18 +113,19 @@ def main():
         return peer_worker(json.loads(args.peer_job))
     if not args.peer_python:
         parser.error("--peer-python is missing; use against_transformers.sh")
-    results = []
+    results, date = [], datetime.datetime.now(datetime.timezone.utc)
     print(f"tokens per second, {args.threads} threads")
-    print(f"{'shape':6}{'precision':11}{'upmoe':>12}{'transformers':>26}{'ratio':>9}")
+    print(f"{'shape':16}{'precision':11}{'upmoe':>12}{'transformers':>26}{'ratio':>9}")
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
             for precision in args.precisions:
                 r = measure(args, Path(folder), shape, precision)
                 results.append(r)
                 peer = f"{r['tokens_per_step'] / r['transformers_step_s']:,.0f} ({r['transformers_experts']})"
-                print(f"{shape:6}{precision:11}{r['tokens_per_step'] / r['upmoe_step_s']:12,.0f}{peer:>26}"
+                print(f"{shape:16}{precision:11}{r['tokens_per_step'] / r['upmoe_step_s']:12,.0f}{peer:>26}"
                       f"{r['speed_ratio']:8.2f}x", flush=True)
-    write_record(args.out, "against_transformers.sh", sys.argv[3:], results, threads=args.threads)
+                write_record(args.out, "against_transformers.sh", sys.argv[3:], results, date=date,
+                             threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "launch"))
 from command_line import run_tool  # noqa: E402, F401  of the scripts that import this
 
-COMMON = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_act": "silu",
-          "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048, "initializer_range": 0.02,
-          "num_hidden_layers": 4, "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
-          "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "attention_dropout": 0.0,
-          "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "float32"}
+DECODER = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048,
+           "initializer_range": 0.02, "num_hidden_layers": 4, "attention_dropout": 0.0, "tie_word_embeddings": False,
+           "torch_dtype": "float32"}
+COMMON = DECODER | {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 60,
+                    "num_experts_per_tok": 4, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                    "router_aux_loss_coef": 0.001, "use_sliding_window": False}
+# Of other families, with the ratios of their published shapes; the window is a part of a sequence, as in long ones.
+TINY = DECODER | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}
 SHAPES = {
     "tiny": {"sequences": 8, "seq_len": 256, "config": COMMON | {
         "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 688,
@@ -27,6 +30,21 @@ SHAPES = {
     "mid": {"sequences": 4, "seq_len": 512, "config": COMMON | {
         "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 2752,
         "moe_intermediate_size": 704, "shared_expert_intermediate_size": 2816, "vocab_size": 8192}},
+    "tiny_mistral": {"sequences": 8, "seq_len": 256, "config": TINY | {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "intermediate_size": 896,
+        "sliding_window": 64}},
+    "tiny_gemma": {"sequences": 8, "seq_len": 256, "config": TINY | {
+        "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4, "head_dim": 96, "intermediate_size": 2048,
+        "tie_word_embeddings": True}},
+    "tiny_qwen3_moe": {"sequences": 8, "seq_len": 256, "config": TINY | {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 128, "intermediate_size": 768,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 96, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "attention_bias": False,
+        "use_sliding_window": False}},
+    "tiny_mixtral": {"sequences": 8, "seq_len": 256, "config": TINY | {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "intermediate_size": 896,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "sliding_window": None}},
 }
 
 
