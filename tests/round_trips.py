@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Every family and shipped recipe to transformers and back: what upmoe writes is what transformers reads and writes.
 
-    tests/round_trips.py [--build build/release] [NAME ...]      NAME: a recipe, without its -tiny.yaml
+    tests/round_trips.py [--build build/release] [NAME ...]      NAME: a recipe, without its -tiny.yaml, or a family
 
-For each recipe a small dense model of the family that it is for is made and saved by transformers, upcycled, trained
-for eight steps and exported. What `upmoe upcycle` and `upmoe export` wrote is read by transformers: no key may be
+For each family a small model of it is made and saved by transformers, trained for eight steps and exported; so what
+transformers wrote is read as well. For each recipe a dense model of a family that it is for is made likewise, upcycled,
+trained and exported. What `upmoe upcycle` and `upmoe export` wrote is read by transformers: no key may be
 missing, unexpected or mismatched, and the logits must agree (tests/check_export_in_transformers.py). transformers then
 saves it again, and that directory must hold for upmoe the same model, tensor for tensor. Needs torch and transformers
 (tests/golden/README.md) and a build with the target make_run; not part of the test suite. Exit status 0 only if all
@@ -39,6 +40,9 @@ SIZES = dict(hidden_size=64, intermediate_size=WIDTH, num_hidden_layers=3, num_a
 # The dense family that a mixture family's recipes start from, and what its configuration says beside the sizes.
 DENSE = {"qwen2_moe": ("qwen2", {}), "mixtral": ("mistral", {"sliding_window": None}), "deepseek": ("llama", {}),
          "qwen3_moe": ("qwen3", {"head_dim": 24}), "dots1": ("qwen3", {"head_dim": 24})}
+# Of each family a case of tests/golden, whose config.json is what transformers makes a model of.
+FAMILIES = {name: name for name in ("llama", "mistral", "gemma", "qwen3", "mixtral", "qwen3_moe", "deepseek", "dots1",
+                                    "dbrx")} | {"qwen2": "dense_tied_gqa", "qwen2_moe": "moe_mixed"}
 
 
 def run(*words):
@@ -48,16 +52,22 @@ def run(*words):
     return done.stdout
 
 
-def make_dense(folder, kind):
-    model_type, more = DENSE[kind]
+def save_random(folder, config):
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(model_type, **SIZES, **more)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1:  # norms and biases begin alike everywhere, and a mixed-up one would not show
                 weight.add_(0.1 * torch.randn_like(weight))
+        for name, weight in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                weight.add_(0.1 * torch.randn_like(weight))
     model.save_pretrained(folder)
+
+
+def make_dense(folder, kind):
+    model_type, more = DENSE[kind]
+    save_random(folder, transformers.AutoConfig.for_model(model_type, **SIZES, **more))
 
 
 def there_and_back(upmoe, folder, tokens):
@@ -75,9 +85,29 @@ def there_and_back(upmoe, folder, tokens):
     return re.search(r"largest difference (\S+)", said.getvalue())[1]
 
 
+def train_and_export(upmoe, work, model, folder):
+    """Steps enough for every copy of an expert to have been chosen: until then copies have one score, and torch.topk
+    takes others of equals than upmoe."""
+    run(upmoe, "train", work / "run.yaml", f"run.dir={folder / 'run'}", f"model.path={model}", "model.init=weights",
+        "train.steps=8", "parallel.ep=1", "optimizer.lr=1e-3")
+    run(upmoe, "export", folder / "run", "--to", folder / "trained", "--dtype", "fp32")
+    return folder / "trained"
+
+
+def family_round_trip(family, upmoe, work, folder):
+    """A model of a family's golden case: windows shorter than the sequences, dense layers among mixtures, groups of
+    experts."""
+    save_random(folder / "model", transformers.AutoConfig.from_pretrained(ROOT / "tests/golden" / FAMILIES[family]))
+    start = there_and_back(upmoe, folder / "model", work / "tokens.h5")
+    trained = train_and_export(upmoe, work, folder / "model", folder)
+    end = there_and_back(upmoe, trained, work / "tokens.h5")
+    written = json.loads((trained / "config.json").read_text())["architectures"][0]
+    print(f"{family:20} {written:34} largest difference of a logit {start}, after eight steps {end}", flush=True)
+
+
 def round_trip(recipe, upmoe, work, folder):
     family = yaml.safe_load(recipe.read_text())["target"].get("family", "qwen2_moe")
-    dense, moe, trained = folder / "dense", folder / "moe", folder / "trained"
+    dense, moe = folder / "dense", folder / "moe"
     make_dense(dense, family)
     if "grow" in yaml.safe_load(recipe.read_text()):  # of a mixture
         run(upmoe, "upcycle", ROOT / "configs/upcycle/qwen1.5-moe-a2.7b-tiny.yaml", "--from", dense, "--to",
@@ -93,10 +123,7 @@ def round_trip(recipe, upmoe, work, folder):
     report = json.loads((moe / "upcycle_report.json").read_text())
     error = max(layer["relative_error"] for layer in report["layers"])
     start = there_and_back(upmoe, moe, work / "tokens.h5")
-    # Steps enough for every copy of an expert to have been chosen: until then copies have one score, and see above.
-    run(upmoe, "train", work / "run.yaml", f"run.dir={folder / 'run'}", f"model.path={moe}", "model.init=weights",
-        "train.steps=8", "parallel.ep=1", "optimizer.lr=1e-3")
-    run(upmoe, "export", folder / "run", "--to", trained, "--dtype", "fp32")
+    trained = train_and_export(upmoe, work, moe, folder)
     end = there_and_back(upmoe, trained, work / "tokens.h5")
     written = json.loads((trained / "config.json").read_text())["architectures"][0]
     print(f"{recipe.stem.removesuffix('-tiny'):20} {DENSE[family][0]:8} -> {written:22} step-0 error {error:8.2e}; "
@@ -111,16 +138,18 @@ def main():
     recipes = sorted((ROOT / "configs/upcycle").glob("*-tiny.yaml"))
     known = [r.stem.removesuffix("-tiny") for r in recipes]
     for name in args.names:
-        if name not in known:
-            parser.error(f"no recipe '{name}'; there are {', '.join(known)}")
+        if name not in known and name not in FAMILIES:
+            parser.error(f"no recipe or family '{name}'; there are {', '.join([*FAMILIES, *known])}")
     require_packages(MISSING)
     with tempfile.TemporaryDirectory() as top:
-        run(args.build / "bin/make_run", Path(top) / "run")
-        for recipe, name in zip(recipes, known):
+        upmoe, work = args.build / "upmoe", Path(top) / "run"
+        run(args.build / "bin/make_run", work)
+        for name, way, what in [*((f, family_round_trip, f) for f in FAMILIES),
+                                *((name, round_trip, recipe) for recipe, name in zip(recipes, known))]:
             if not args.names or name in args.names:
                 folder = Path(top) / name
                 folder.mkdir()
-                round_trip(recipe, args.build / "upmoe", Path(top) / "run", folder)
+                way(what, upmoe, work, folder)
 
 
 if __name__ == "__main__":
