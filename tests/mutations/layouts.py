@@ -85,6 +85,16 @@ MUTANTS = {
         "  for (int r = 0; r < tp->size(); ++r)\n"
         "    if (embedding->scale != 1) ops::scale(ex, x.partial_TD(), embedding->scale);\n  x.reduce(ex);",
         "*gemma*"),
+    "scale_of_the_embedding_in_the_tied_head": (
+        "trainer/model/transformer.cpp", "  saved.loss_1 = loss_sum(ex, keep);\n",
+        "  if (embedding && embedding->scale != 1) ops::scale(ex, branch_tD, embedding->scale);\n"
+        "  saved.loss_1 = loss_sum(ex, keep);\n", "*Cases*", "golden_test"),
+    "scale_of_the_embedding_in_the_tied_heads_gradient": (
+        "trainer/model/transformer.cpp",
+        "                          embedding->shard);\n}\n\nvoid Transformer::Sees",
+        "                          embedding->shard);\n"
+        "  if (embedding->scale != 1) ops::scale(ex, embedding->weight_VD.grad, embedding->scale);\n"
+        "}\n\nvoid Transformer::Sees", "*Cases*", "golden_test"),
     "tied_embedding_reduced_on_one_stage": (
         "parallel/layout.cpp", "    if (p.tied && is_end(rank)) return is_end(r);", "", "*tied*"),
     "shared_gradients_not_cleared_between_blocks": (

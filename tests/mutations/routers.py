@@ -47,6 +47,10 @@ MUTANTS = {
         "kernels/cpu/token_draws.h",
         "return draws.first + static_cast<std::uint64_t>(draws.place_T.as<std::int32_t>()[t]);",
         "return draws.first + static_cast<std::uint64_t>(t);", "RouterDraws.*", "router_draws_test"),
+    "noise_of_the_first_tokens_on_every_rank": (
+        "trainer/model/transformer.cpp",
+        "  const std::int64_t t = own_tokens(batch), first = tp->rank() * t;\n  routed.place_T",
+        "  const std::int64_t t = own_tokens(batch), first = 0;\n  routed.place_T", "Routers.NoiseImportanceAndLoad"),
     "jitter_not_in_the_gradient": (
         "trainer/model/jitter_router.cpp", "ops::jitter(ex, dx_TD, djittered_TD, draws(balance), amount_,",
         "ops::jitter(ex, dx_TD, djittered_TD, draws(balance), 0.0f,", "RouterGradient.MoeOfJitteredInput",
