@@ -39,13 +39,23 @@ inline float lane_sum(R r) {  // a template, so that the branch of another width
   }
 }
 
+// Asks for n bytes from p on, a few lines of a cache at most. They need not be there.
+inline void fetch_ahead(const char* p, std::int64_t n) {
+  constexpr std::int64_t kLine = 64;
+  for (std::int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i);
+}
+
 // R rows by C columns from (m, n) on. A value's terms are added lane by lane along the depth, in every tile alike.
+// `ahead`: as many weights as the tile reads, that are read next; null for none.
 template <int R, int C, class T, class Out>
-inline void multiply_row_tile(const RowProduct<T, Out>& p, std::int64_t m, std::int64_t n) {
+inline void multiply_row_tile(const RowProduct<T, Out>& p, std::int64_t m, std::int64_t n,
+                              const char* ahead = nullptr) {
   const std::int64_t K = p.depth, whole = K / kRegisterLanes * kRegisterLanes;
   const T *x_rows = p.x + m * K, *w_rows = p.w + n * K;
   Register sum[R][C] = {};
+  constexpr std::int64_t kStep = kRegisterLanes * C * sizeof(T);
   for (std::int64_t k = 0; k < whole; k += kRegisterLanes) {
+    if (ahead != nullptr) fetch_ahead(ahead + k / kRegisterLanes * kStep, kStep);
     Register w[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) w[c] = load_register(w_rows + c * K + k);
@@ -70,12 +80,18 @@ inline void multiply_row_tile(const RowProduct<T, Out>& p, std::int64_t m, std::
 
 constexpr int kRowsAtOnce = kVectorsAtOnce == 4 ? 4 : 2;  // whose sums, of four columns, fit the registers
 
-// C columns from n on stay in the nearest cache while all rows go by.
+// C columns from n on stay in the nearest cache while all rows go by. Of bf16 a processor guesses too little of what is
+// read next, as its rows of weights are short: asking for it nearly doubles the speed of one row. Of fp32 it guesses
+// enough.
 template <int C, class T, class Out>
-inline void multiply_columns(const RowProduct<T, Out>& p, std::int64_t n) {
+inline void multiply_columns(const RowProduct<T, Out>& p, std::int64_t n, std::int64_t end) {
+  const char* ahead = sizeof(T) < sizeof(float) && n + 2 * C <= end
+                          ? reinterpret_cast<const char*>(p.w + (n + C) * p.depth)
+                          : nullptr;
   std::int64_t m = 0;
-  for (; m + kRowsAtOnce <= p.rows; m += kRowsAtOnce) multiply_row_tile<kRowsAtOnce, C>(p, m, n);
-  for (; m < p.rows; ++m) multiply_row_tile<1, C>(p, m, n);
+  for (; m + kRowsAtOnce <= p.rows; m += kRowsAtOnce, ahead = nullptr)
+    multiply_row_tile<kRowsAtOnce, C>(p, m, n, ahead);
+  for (; m < p.rows; ++m, ahead = nullptr) multiply_row_tile<1, C>(p, m, n, ahead);
 }
 
 // Several at once, of one depth and as many columns; those without rows are passed over.
@@ -89,8 +105,8 @@ void multiply_row_products(std::span<const RowProduct<T, Out>> products) {
     const std::int64_t begin = i % blocks * kColumns, end = std::min(p.columns, begin + kColumns);
     if (p.rows == 0) return;
     std::int64_t n = begin;
-    for (; n + 4 <= end; n += 4) multiply_columns<4>(p, n);
-    for (; n < end; ++n) multiply_columns<1>(p, n);
+    for (; n + 4 <= end; n += 4) multiply_columns<4>(p, n, end);
+    for (; n < end; ++n) multiply_columns<1>(p, n, end);
   });
 }
 
