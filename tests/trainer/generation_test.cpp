@@ -272,6 +272,45 @@ TEST_P(ManyRanks, SayWhatOneSays) {
   });
 }
 
+// On the ranks of one mesh too, where other ranks' rows come to the same experts: a row has the same bits beside any
+// others, in any place of the file, as alone, when all ranks but its own have nothing.
+TEST_P(ManyRanks, ARowIsTheSameBesideAnyOthers) {
+  const auto& [name, ranks, tp] = GetParam();
+  if (test::on_gpu()) GTEST_SKIP() << "not said of a GPU's library";
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const Golden golden(name);
+    const std::vector<Prompt> all = company(golden.config().vocab_size);
+    const std::vector<Prompt> turned(all.rbegin(), all.rend());
+    const GenerationOptions options{.max_new_tokens = 12, .chunk = 7};
+    std::vector<std::vector<std::vector<float>>> together(all.size()), other_way(all.size()),
+        alone(all.size());
+    std::mutex mutex;
+    run_in_threads(ranks, [&, tp = tp](Communicator& world) {
+      RankModel model(golden.config(), generation_mesh(golden.config(), world.size(), tp), world, Device{},
+                      {.dtype = dtype, .gradients = false});
+      model.params.load(model.memory.exec, test::golden_weights(golden));
+      // Each row's logits, on the rank that has it; `place` is the row that a prompt of `prompts` is.
+      const auto say = [&](const std::vector<Prompt>& prompts, auto& into, const auto& place) {
+        const Spoken spoken = speak(model, prompts, options);
+        const std::lock_guard lock(mutex);
+        for (std::size_t i = 0; i < prompts.size(); ++i)
+          if (!spoken.logits[i].empty()) into[place(i)] = spoken.logits[i];
+      };
+      say(all, together, [](std::size_t i) { return i; });
+      say(turned, other_way, [&](std::size_t i) { return all.size() - 1 - i; });
+      for (std::size_t r = 0; r < all.size(); ++r) say({all[r]}, alone, [r](std::size_t) { return r; });
+    });
+    for (std::size_t r = 0; r < all.size(); ++r)
+      for (const auto* beside : {&together, &other_way}) {
+        ASSERT_EQ((*beside)[r].size(), 12u);
+        ASSERT_EQ(alone[r].size(), 12u);
+        for (std::size_t n = 0; n < 12; ++n)
+          EXPECT_TRUE(same_bits((*beside)[r][n], alone[r][n]))
+              << name_of(dtype) << ", row " << r << ", token " << n;
+      }
+  }
+}
+
 // moe_odd has a vocabulary that two ranks do not halve, six ranks are more than the rows, mistral a window.
 INSTANTIATE_TEST_SUITE_P(Meshes, ManyRanks,
                          testing::Values(Ranks{"moe_a27b", 2, 1}, Ranks{"moe_a27b", 2, 2},
