@@ -128,6 +128,15 @@ class Generate(cli_test.CliTest):
             answer, = self.answers("--batch", self.write_batch(json.dumps({"messages": turns})), *more)
             self.assertEqual(answer["tokens"],
                              self.answers("--tokens", "10,3,100,11,4,100,10,5,100,11", *more)[0]["tokens"])
+            # A file of its own comes first; of several by name the one called default.
+            (self.model / "chat_template.jinja").write_text("w20 {{ messages[0]['content'] }} w21")
+            self.assertEqual(self.answers("--prompt", "w3 w1", "--chat", *more)[0]["tokens"],
+                             self.answers("--tokens", "20,3,1,21", *more)[0]["tokens"])
+            (self.model / "chat_template.jinja").unlink()
+            several = [{"name": "tools", "template": "w5"}, {"name": "default", "template": "w6 w7"}]
+            (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+            self.assertEqual(self.answers("--prompt", "w3 w1", "--chat", *more)[0]["tokens"],
+                             self.answers("--tokens", "6,7", *more)[0]["tokens"])
             for wrong, words in (("{{ raise_exception('only one turn') }}", "only one turn"), ("{% if %}", "refuses"),
                                  (None, "no chat template")):
                 (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": wrong}))
@@ -211,6 +220,19 @@ class Generate(cli_test.CliTest):
         self.refused(2, ["--machine", "one device"], "generate", model, *bench, "--machine", machine, ranks=2)
         (self.config_alone("half") / "model-00001-of-00002.safetensors").write_bytes(b"")
         self.refused(3, ["without their index"], "generate", self.folder / "half", *bench)
+
+    def test_an_answer_comes_as_it_is_made(self):
+        command = [BINARY, "generate", self.model, "--tokens", "3", "--max-new-tokens", "1500", "--ignore-eos",
+                   "--temperature", "3"]
+        for between in (",", " "):  # numbers, and text
+            with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1", "UPMOE_PYTHON": sys.executable}) as program:
+                parts = list(iter(lambda: os.read(program.stdout.fileno(), 1 << 16), b""))
+            self.assertEqual(program.returncode, 0)
+            self.assertGreater(b"".join(parts).count(between.encode()), 1400)
+            # What was written between two reads comes at once; written at the end it would be one or two of them.
+            self.assertGreater(len(parts), 20, between)
+            self.write_tokenizer()
 
     def test_a_reader_that_has_enough(self):
         command = f"'{BINARY}' generate '{self.model}' --tokens 3 --max-new-tokens 50 --ignore-eos | head -c 3"
