@@ -26,8 +26,8 @@ struct ModelConfig {
   QkNorm qk_norm = QkNorm::kNone;
   double clip_qkv = 0;            // q, k and v are held within +-this, before they are rotated; 0 = none
   bool scaled_embedding = false;  // rows times sqrt(hidden_size), a factor rounded to the embedding's dtype
-  std::int64_t sliding_window =
-      0;  // a token sees itself and the sliding_window - 1 before it; 0 = all before it
+  // A token sees itself and the sliding_window - 1 before it; 0 = all before it.
+  std::int64_t sliding_window = 0;
   std::string dtype = "bfloat16";  // of the files: bfloat16 | float32 | float16
 
   // Mixtures; num_experts 0 = dense

@@ -13,8 +13,8 @@ struct ShippedFolder {
   const char* what;    // "model", for messages
 };
 
-std::vector<std::string> shipped_names(
-    const ShippedFolder& shipped);  // sorted; empty when there is no such folder
+// Sorted; empty when there is no such folder.
+std::vector<std::string> shipped_names(const ShippedFolder& shipped);
 
 // `given` where it is a place on the disk or is written like one (with a slash or the suffix), else the file of that
 // name. Throws Error(kUsage) that names the nearest and lists all.

@@ -84,8 +84,8 @@ struct UpcycleConfig {
     std::int64_t moe_intermediate_size = 0, shared_expert_intermediate_size = 0;  // shared 0 = none
     bool norm_topk_prob = false;
     LayerChoice layers = {};  // that become mixtures
-    std::string family =
-        {};  // model_type of the mixture; empty = auto: the dense family's that carries the recipe
+    // The model_type of the mixture; empty = auto: the dense family's that carries the recipe.
+    std::string family = {};
   } target;
   struct Experts {
     ExpertMethod method = ExpertMethod::kShuffle;
@@ -103,8 +103,8 @@ struct UpcycleConfig {
   struct Shared {
     SharedMethod method = SharedMethod::kDense;
     SharedGate gate = SharedGate::kAuto;
-    std::optional<double>
-        scale;  // empty = auto: 2 behind a gate, which begins at 1/2; multiplies the down projection
+    // empty = auto: 2 behind a gate, which begins at 1/2; multiplies the down projection.
+    std::optional<double> scale;
   } shared;
   struct Router {
     RouterMethod method = RouterMethod::kNormal;

@@ -22,12 +22,12 @@ struct HfTensor {
   std::vector<std::int64_t> shape;  // on disk
   Box part;
   std::int64_t begin = 0;  // the part's first element in the tensor
-  bool transposed =
-      false;  // its last two dims lie the other way round on disk; three in all, the first of extent 1
+  // Its last two dims lie the other way round on disk; three in all, the first of extent 1.
+  bool transposed = false;
   Half half = Half::kWhole;
   std::int64_t expert = -1;  // -1: not of one routed expert
-  bool fp32 =
-      false;  // written in fp32 whatever the dtype of the others, as transformers keeps it (ParamSpec::fp32)
+  // Written in fp32 whatever the dtype of the others, as transformers keeps it (ParamSpec::fp32).
+  bool fp32 = false;
   // Part of no parameter: transformers makes the modules of a shared expert of width 0, too, a gate included.
   // Written as zeros; a file need not hold it, and its values change nothing.
   bool zeros = false;

@@ -62,8 +62,8 @@ void write_safetensors(const std::filesystem::path& path,
                        const std::map<std::string, ConstTensorView>& tensors,
                        const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
 class StagedFile;
+// The same into a file that was opened, which it commits.
 void write_safetensors(StagedFile& file, const std::map<std::string, ConstTensorView>& tensors,
-                       const std::map<std::string, std::string>& metadata = {
-                           {"format", "pt"}});  // and commits
+                       const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
 
 }  // namespace upmoe

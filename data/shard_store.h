@@ -30,9 +30,8 @@ class ShardStore {
     Shape shape;
     DType dtype;
   };
-  const std::map<std::pair<std::string, std::string>, Tensor>& tensors() const {
-    return tensors_;
-  }  // (name, kind)
+  // By name and kind.
+  const std::map<std::pair<std::string, std::string>, Tensor>& tensors() const { return tensors_; }
   // Any box, whatever the layout that wrote it; same dtype as stored, or fp32 from bf16 and back (rounded).
   void read(std::string_view tensor, std::string_view kind, const Box& box, TensorView out) const;
   // The best value there is of a parameter: as fp32 its master where one is stored, else its weight. As bf16

@@ -31,8 +31,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::chrono::seconds kDeadline{
-    120};  // without any progress, such as of a network that answers nothing
+// Without any progress, such as of a network that answers nothing.
+constexpr std::chrono::seconds kDeadline{120};
 constexpr std::uint64_t kTrialBytes = std::uint64_t{16} << 20;
 constexpr std::int64_t kClockSkewMs = 2000;
 

@@ -19,8 +19,8 @@ namespace upmoe {
 namespace {
 
 constexpr int kCollectiveTag = 1, kPairTag = 2;
-constexpr std::size_t kSmallReduce = std::size_t{64}
-                                     << 10;  // bytes; below, everybody sends everything at once
+// In bytes; below, everybody sends everything at once.
+constexpr std::size_t kSmallReduce = std::size_t{64} << 10;
 
 // Staging memory that is kept between calls: fresh pages would cost more than the transfer.
 class Pool {

@@ -45,8 +45,8 @@ struct GenerationMemory {
 };
 
 struct Generated {
-  std::vector<std::vector<std::int32_t>>
-      tokens;  // the new ones of each prompt, a token that ended it included
+  // The new ones of each prompt, a token that ended it included.
+  std::vector<std::vector<std::int32_t>> tokens;
   std::int64_t prompt_tokens = 0, new_tokens = 0;
   double prefill_seconds = 0, decode_seconds = 0;  // the first new token of each row is of the former
   std::vector<double> step_seconds;  // of the steps of the latter, each a new token of every row

@@ -9,8 +9,8 @@ namespace upmoe {
 
 namespace {
 
-constexpr std::int64_t kWarmUpTokens =
-    3;  // new ones: the first step after the prompt, and one like all others
+// New ones: the first step after the prompt, and one like all others.
+constexpr std::int64_t kWarmUpTokens = 3;
 
 Prompt drawn_prompt(std::int64_t row, std::int64_t tokens, std::int64_t vocab, std::uint64_t seed) {
   Prompt prompt{{}, row};

@@ -52,8 +52,8 @@ class Pipeline {
     BalanceConfig balance = {};
     std::uint64_t seed = 0,
                   first_token = 0;  // of what routers draw: the step's first token's number in the run
-    std::function<void(int)> before_block =
-        {};  // this block is about to run; -1: what lies outside the blocks
+    // This block is about to run; -1: what lies outside the blocks.
+    std::function<void(int)> before_block = {};
     // A micro-batch's gradients of this block are added (-1: of what lies outside the blocks, once per step);
     // `last`: those of the whole step.
     std::function<void(int block, bool last)> block_done = {};

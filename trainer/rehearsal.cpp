@@ -52,8 +52,8 @@ Rehearsal::Rehearsal(const RunConfig& run, const ModelConfig& model, int rank, i
   auto batches = std::make_unique<DryBatches>(run, session_.mesh);
   batches_ = batches.get();
   session_.batches = std::move(batches);
-  if (run.device == DeviceChoice::kCpu)
-    session_.memory.exec.experts = ExpertsPath::kStreams;  // the only one there
+  // The only one there.
+  if (run.device == DeviceChoice::kCpu) session_.memory.exec.experts = ExpertsPath::kStreams;
 }
 
 const Ledger& Rehearsal::step(std::int64_t rounds) {

@@ -50,8 +50,8 @@ bool same_place(const std::string& one, const std::string& two) {
 
 std::string model_digest(const ModelConfig& config, const ModelSource* weights) {
   if (weights != nullptr) return digest_of(*weights);
-  ModelConfig asked =
-      config;  // of model.path: its routers are the run's, and are compared in their own words
+  // That of model.path: its routers are the run's, and are compared in their own words.
+  ModelConfig asked = config;
   asked.router = {};
   asked.router_bias = asked.router_load = false;
   asked.lora = {};
@@ -108,8 +108,8 @@ void Resumption::require_same_model(const std::string& source_digest, const std:
       weights = open_model(asked);
       config = weights->config();
     }
-    config.router =
-        started.router;  // the run's, not the model's (require_same_router of configs/router_record.h)
+    // The run's, not the model's (require_same_router of configs/router_record.h).
+    config.router = started.router;
     config.router_bias = started.router_bias;
     config.router_load = started.router_load;
     config.lora = started.lora;

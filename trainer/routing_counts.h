@@ -23,8 +23,8 @@ TokenClasses frequency_bands(const std::vector<std::int64_t>& counts_V);
 struct MixtureCounts {
   int block = 0;
   std::vector<std::vector<std::int64_t>> by_source, by_position, by_class;  // assignments, [groups][E]
-  std::vector<std::vector<std::int64_t>>
-      first_by_source;  // tokens whose weightiest choice it is, [sources][E]
+  // Tokens whose weightiest choice it is, [sources][E].
+  std::vector<std::vector<std::int64_t>> first_by_source;
   // Of tokens that stand beside each other in a sequence, by source: how many pairs there are of those that have a
   // choice, how many with the same first one, and the sum of the shares of their choices that are the same.
   std::vector<std::int64_t> pairs, same_first;

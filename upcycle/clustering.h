@@ -22,8 +22,8 @@ std::vector<std::int32_t> balanced_assignment(std::span<const std::int64_t> cost
 
 struct Clusters {
   std::vector<std::int32_t> order;  // all neurons: the shared ones, then expert by expert
-  std::vector<std::int32_t>
-      representatives;  // of each expert: its neuron nearest to what they have in common
+  // Of each expert: its neuron nearest to what they have in common.
+  std::vector<std::int32_t> representatives;
 };
 
 // As CMoE (arXiv 2502.04416). Shared: the `shared` neurons that are active most often. The `experts` most often active

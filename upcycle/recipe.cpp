@@ -100,8 +100,8 @@ UnitMap LayerRecipe::shared_units() const {
     case SharedMethod::kDense:
       map.rule = UnitMap::Rule::kRange;
       break;
-    case SharedMethod::
-        kShuffle:  // from the same endless row of copies, behind the routed experts; redrawn likewise
+    // From the same endless row of copies, behind the routed experts; redrawn likewise.
+    case SharedMethod::kShuffle:
       map.rule = UnitMap::Rule::kShuffle;
       map.begin = routed_neurons(config, sources);
       map.redrawn = redrawn_units(config.experts.reinit, map.width);

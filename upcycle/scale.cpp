@@ -42,8 +42,8 @@ double resolve_scale(const UpcycleConfig& config, std::int64_t dense_width, Rout
   const double neurons =
       shards ? static_cast<double>(shards_per_copy(dense_width, config.target.moe_intermediate_size)) * width
              : static_cast<double>(dense_width);
-  const double inverse =
-      score == RouterScore::kSigmoid ? 2 : config.target.num_experts;  // of one expert's weight
+  // Of one expert's weight.
+  const double inverse = score == RouterScore::kSigmoid ? 2 : config.target.num_experts;
   const double weights = config.target.norm_topk_prob ? 1.0 : config.target.num_experts_per_tok / inverse;
   // Clusters: the chosen experts are those that have something to say, not a sample of all. Each counts once.
   if (experts.method == ExpertMethod::kCluster)

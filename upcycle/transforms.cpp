@@ -112,8 +112,8 @@ void change_kept(const Kept& kept, std::int64_t first, std::span<float> numbers,
   normal_batch(kept.noise_key, static_cast<std::uint64_t>(first), count, numbers.data());
   for (std::int64_t i = 0; i < count; ++i) {
     const float value = to_float(values[i]);
-    const float noisy =
-        reaches(i) ? value + kept.noise * numbers[static_cast<std::size_t>(i)] : value;  // not + 0: -0 stays
+    // Not + 0: -0 stays.
+    const float noisy = reaches(i) ? value + kept.noise * numbers[static_cast<std::size_t>(i)] : value;
     values[i] = from_float<T>(kept.scale * noisy);
   }
 }

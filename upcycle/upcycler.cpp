@@ -91,8 +91,8 @@ Plan make_plan(const UpcycleConfig& config, const StartingModel& source, std::ui
     plan.config.target.family = dense.model_type;
     plan.moe = grown_config(config, dense);
   } else {
-    plan.recipe =
-        make_recipe(config, dense, source.count, calibration);  // first: it lists all that does not fit
+    // First: it lists all that does not fit.
+    plan.recipe = make_recipe(config, dense, source.count, calibration);
     plan.config = resolve(config, dense, source.count);
     plan.moe = make_moe_config(config, dense);
   }

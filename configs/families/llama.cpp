@@ -7,8 +7,8 @@
 namespace upmoe {
 namespace {
 
-constexpr const char* kKeys[] = {"mlp_bias",
-                                 "pretraining_tp"};  // the second splits products, and sums them again
+// The second splits products, and sums them again.
+constexpr const char* kKeys[] = {"mlp_bias", "pretraining_tp"};
 constexpr const char* kMixtures[] = {"mixtral", "deepseek"};
 constexpr auto kTensors = together(kFrontTensors, kFfnTensors, kBackTensors);
 

@@ -11,8 +11,8 @@ namespace upmoe {
 // A mixture as a recipe wants it: `shape` has everything but the family and whether the shared expert has a gate.
 struct WantedMixture {
   ModelConfig shape;
-  std::string
-      family;  // a model_type, or empty: the first of the dense family's mixtures that carries the rest
+  // A model_type, or empty: the first of the dense family's mixtures that carries the rest.
+  std::string family;
   std::optional<bool> gate;  // of the shared expert; empty: the family's own form
 };
 

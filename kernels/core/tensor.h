@@ -22,10 +22,8 @@ namespace upmoe {
 
 enum class DType : std::uint8_t { kF32, kBF16, kI32, kI64, kF64, kU8 };
 enum class DeviceType : std::uint8_t { kCpu, kCuda, kDry };  // kDry: checks and books, computes nothing
-enum class Accumulate : std::uint8_t {
-  kOverwrite,
-  kAdd
-};  // what an op does to the values already in its output
+// What an op does to the values already in its output.
+enum class Accumulate : std::uint8_t { kOverwrite, kAdd };
 
 struct Device {
   DeviceType type = DeviceType::kCpu;

@@ -62,8 +62,8 @@ struct BlockPair {
   bool diagonal;                       // the same tokens: query r sees keys up to r
   const std::int32_t* query_document;  // null without documents
   const std::int32_t* key_document;
-  std::int64_t
-      begin;  // query r sees keys from r + begin on; at most 1 - queries where the window cuts nothing off
+  // Query r sees keys from r + begin on; at most 1 - queries where the window cuts nothing off.
+  std::int64_t begin;
 
   bool cut() const { return queries - 1 + begin > 0; }
   // Vectors of keys that row r of the scores can see; those behind hold garbage after the product on a diagonal.

@@ -123,8 +123,8 @@ void attend_token(const Group& g, T* out, const T* q, const KeptHead<T>& kept, s
 void check_room(const KeyCache& cache, const CachedTokens& tokens, std::int64_t window) {
   const std::int64_t rows = cache.k_BSK.shape[0], slots = cache.k_BSK.shape[1];
   const auto *row = tokens.row_T.as<std::int32_t>(), *position = tokens.position_T.as<std::int32_t>();
-  const bool turns =
-      window > 0 && window <= slots;  // a slot is written again when nobody sees its key any more
+  // A slot is written again when nobody sees its key any more.
+  const bool turns = window > 0 && window <= slots;
   for (std::int64_t t = 0; t < tokens.row_T.elements(); ++t)
     UPMOE_CHECK(row[t] < rows && (row[t] < 0 || (position[t] >= 0 && (turns || position[t] < slots))),
                 "token {}: position {} of row {}, in a cache of {} rows of {} slots", t, position[t], row[t],

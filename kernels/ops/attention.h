@@ -32,8 +32,8 @@ struct ChunkPair {
   AttentionShape shape;
   Visible visible = Visible::kCausal;
   ConstTensorView document_T = {}, key_document_T = {};  // int32; may be absent
-  std::int64_t ahead =
-      0;  // of an earlier chunk: the tokens from its first key to the first query; for the window
+  // Of an earlier chunk: the tokens from its first key to the first query; for the window.
+  std::int64_t ahead = 0;
 };
 
 // What attention gave, for its backward: out_TQ (Q = heads*head_dim) and lse_TN (fp32, [T, heads]: log-sum-exp of the

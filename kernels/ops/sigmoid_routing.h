@@ -15,8 +15,8 @@ struct SigmoidRule {
   float scale = 1;          // then times this
 };
 struct SigmoidRoutes {
-  TensorView
-      probs_TE;  // s_e over the sum of all experts' s (+ 1e-20): the probabilities of the balance terms
+  // s_e over the sum of all experts' s (+ 1e-20): the probabilities of the balance terms.
+  TensorView probs_TE;
   TensorView index_TK, weight_TK, lse_T;
 };
 // What the backward needs; it computes the scores again.

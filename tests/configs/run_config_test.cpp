@@ -323,8 +323,8 @@ TEST(RunProblems, RanksAndExperts) {
 }
 
 TEST(RunProblems, NearestMeshes) {
-  RunConfig run =
-      parse(kMinimal, {"parallel.ep=8", "parallel.tp=3"});  // 4 micro-batches of 64 tokens per step
+  // 4 micro-batches of 64 tokens per step.
+  RunConfig run = parse(kMinimal, {"parallel.ep=8", "parallel.tp=3"});
   ModelConfig moe = six_experts();
   moe.num_attention_heads = moe.num_key_value_heads = 4;
   const std::vector<std::string> near = nearest_meshes(run, moe, 8);

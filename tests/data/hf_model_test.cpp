@@ -128,8 +128,8 @@ TEST_F(Models, EveryDifferenceIsListedAtOnce) {
   const std::string missing = entries[5].name, wrong = entries[1].name;
   entries.erase(entries.begin() + 5);
   entries.push_back({"model.layers.7.extra", "F32", {2}, 0, 0});
-  entries.push_back(
-      {"model.layers.0.self_attn.rotary_emb.inv_freq", "F32", {1}, 0, 0});  // old files carry it
+  // Old files carry it.
+  entries.push_back({"model.layers.0.self_attn.rotary_emb.inv_freq", "F32", {1}, 0, 0});
   write_file(dir / "model.safetensors", entries, random_weights(config));
   expect_refused({"model.embed_tokens.weight: shape [11, 9], expected [11, 8]", wrong + ": dtype I64",
                   missing + ": missing", "model.layers.7.extra: not part"},

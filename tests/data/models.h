@@ -97,8 +97,8 @@ class Models : public testing::Test {
   ModelConfig put_sharded(const std::function<void(json&)>& change = {}) {
     const ModelConfig config = put_config(true, false);
     const auto all = entries_of(config, "F32");
-    json index{{"metadata", {{"total_size", 1}}},
-               {"weight_map", json::object()}};  // total_size is never believed
+    // The total_size is never believed.
+    json index{{"metadata", {{"total_size", 1}}}, {"weight_map", json::object()}};
     const std::size_t half = all.size() / 2;
     write_file(dir / "a.safetensors", {all.begin(), all.begin() + static_cast<std::ptrdiff_t>(half)},
                random_weights(config));

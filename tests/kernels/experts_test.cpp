@@ -21,10 +21,10 @@ struct Case {
 };
 
 std::vector<Case> cases() {
-  std::vector<Case> all{
-      {{0, 3, 130, 1}, 256, 128, DType::kBF16},
-      {{70, 0, 5}, 512, 256, DType::kBF16},  // pairs of tiles and several parts in every product
-      {{0, 0}, 256, 128, DType::kBF16}};
+  // The second: pairs of tiles and several parts in every product.
+  std::vector<Case> all{{{0, 3, 130, 1}, 256, 128, DType::kBF16},
+                        {{70, 0, 5}, 512, 256, DType::kBF16},
+                        {{0, 0}, 256, 128, DType::kBF16}};
   if (on_gpu()) return all;
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     all.push_back({{3, 0, 7, 1}, 6, 5, dtype});

@@ -203,8 +203,8 @@ TEST(RegroupRuns, RunsGoWhereTheyBelong) {
 TEST(Sort, StableAndInverse) {
   const std::int64_t T = 301, K = 4, E = 7;
   HostTensor index({T, K}, DType::kI32);
-  for (std::size_t i = 0; i < index.size(); ++i)
-    index.set(i, static_cast<double>(i * i % 6));  // none for the last
+  // None for the last.
+  for (std::size_t i = 0; i < index.size(); ++i) index.set(i, static_cast<double>(i * i % 6));
   const Sorted s = sort(index, T, K, E);
   std::vector<std::size_t> expected(index.size());
   std::iota(expected.begin(), expected.end(), 0);

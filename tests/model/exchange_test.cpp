@@ -56,8 +56,8 @@ struct Rank {
     for (std::int64_t t = tokens.begin; t < tokens.end; ++t)
       for (std::int64_t k = 0; k < kSlots; ++k) {
         index.push_back(expert_of(t, k, layout.gaps));
-        weight.push_back(expert_of(t, k, layout.gaps) < 0 ? NAN
-                                                          : weight_of(t, k));  // that of none is not read
+        // That of none is not read.
+        weight.push_back(expert_of(t, k, layout.gaps) < 0 ? NAN : weight_of(t, k));
       }
   }
   Choices choices() const {

@@ -102,8 +102,8 @@ void run_rank(Communicator& ep, const Weights& w, int node_ranks, Results& all, 
   all.router = copy(router.grad);
   all.crossing_bytes += crossing.total().bytes_sent;
   if (node_ranks > 0) return;
-  for (int p = 0; p < ep.size();
-       ++p)  // two nodes: rows out and back, forward and backward, with their weights
+  // Two nodes: rows out and back, forward and backward, with their weights.
+  for (int p = 0; p < ep.size(); ++p)
     if (p / std::max(1, ep.size() / 2) != ep.rank() / std::max(1, ep.size() / 2))
       all.crossing_bytes += static_cast<double>(2 *
                                                 (saved.plan.dispatch.send_rows[static_cast<std::size_t>(p)] +

@@ -57,8 +57,8 @@ void run(const std::string& mode, Communicator& world) {
     std::int32_t word = 0;
     world.recv(host_view(&word, {1}), 1 - world.rank());
   }
-  if (mode ==
-      "subgroup") {  // the last two ranks of the job, of which the last one stops; the others are busy
+  // The last two ranks of the job, of which the last one stops; the others are busy.
+  if (mode == "subgroup") {
     const bool member = world.rank() >= world.size() - 2;
     const std::unique_ptr<Communicator> pair = world.split(member ? 1 : 0, world.rank());
     if (bad) raise(SIGSTOP);

@@ -13,9 +13,8 @@ class Offsets {
       : on_host_(offsets),
         on_device_(tensor_of({static_cast<std::int64_t>(offsets.size())}, DType::kI32,
                              std::vector<double>(offsets.begin(), offsets.end()))) {}
-  operator ExpertRows() const {
-    return {on_device_, on_host_};
-  }                                                          // NOLINT(google-explicit-constructor): as it is
+  // NOLINTNEXTLINE(google-explicit-constructor): as it is
+  operator ExpertRows() const { return {on_device_, on_host_}; }
   ExpertRows on_device() const { return {on_device_, {}}; }  // alone
   std::int64_t operator[](std::size_t i) const { return on_host_[i]; }
   std::int64_t back() const { return on_host_.back(); }

@@ -240,8 +240,8 @@ TEST_P(ManyRanks, SayWhatOneSays) {
   Model one(name);
   const std::vector<Prompt> prompts = company(one.golden.config().vocab_size);
   const GenerationOptions options{.max_new_tokens = 16, .stop = {3, 5}, .chunk = 10};
-  const std::vector<Prompt> of_chunks{
-      {drawn_tokens(8, 61, one.vocab()), 0}};  // the last one of 21, or 22 with tp
+  // The last one of 21, or 22 with tp.
+  const std::vector<Prompt> of_chunks{{drawn_tokens(8, 61, one.vocab()), 0}};
   const std::vector<Tokens> expected_of_chunks =
       generate(one.on_rank, of_chunks, {.max_new_tokens = 3, .chunk = 40}).tokens;
   const Spoken expected = speak(one.on_rank, prompts, options);

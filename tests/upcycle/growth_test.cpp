@@ -133,8 +133,8 @@ TEST_F(Growth, EveryExpertIsThereSeveralTimesAndTheFunctionStays) {
           EXPECT_EQ(tensor(larger.tensors, name_on_disk(b, Role::kExpertGateUp, layer, e, half)),
                     tensor(moe.tensors, name_on_disk(a, Role::kExpertGateUp, layer, e % 6, half)));
     }
-    for (const auto& [name, values] :
-         moe.tensors) {  // the first ones are the source's, and so is all the rest
+    // The first ones are the source's, and so is all the rest.
+    for (const auto& [name, values] : moe.tensors) {
       const bool router = name.ends_with("mlp.gate.weight") || name.ends_with("block_sparse_moe.gate.weight");
       if (router) continue;
       EXPECT_EQ(tensor(larger.tensors, name), values) << name;

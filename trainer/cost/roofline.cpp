@@ -47,8 +47,8 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of
   token_flops = 2 * static_cast<double>(weights.multiplied);
   prompt_tokens = static_cast<double>(prompt);
   prompt_flops = rehearse_forward(model, prompt).total().model_flops;
-  context_flops =
-      rehearse_forward(model, 1).total().model_flops - token_flops;  // a token that sees itself alone
+  // Of a token that sees itself alone.
+  context_flops = rehearse_forward(model, 1).total().model_flops - token_flops;
 }
 
 double ServedModel::mean_context(double output) const {

@@ -90,8 +90,8 @@ RunCurve read_run_curve(const fs::path& run) {
   for (std::string text; std::getline(in, text);) {
     const std::string where = fmt::format("{}:{}", file.string(), ++number_of_line);
     const json line = json::parse(text, nullptr, false);
-    const bool torn =
-        line.is_discarded() && in.eof();  // the last line of a run that was killed, or is still going
+    // The last line of a run that was killed, or is still going.
+    const bool torn = line.is_discarded() && in.eof();
     if (torn) break;
     if (!line.is_object())
       fail(ExitCode::kBadInput, "{}: is no JSON object; expected a line of metrics", where);

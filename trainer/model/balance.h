@@ -50,8 +50,8 @@ struct RouterLoad {
   std::int64_t sequences = 0;       // B; 0: not counted by sequence
   ConstTensorView sequence_t = {};  // of this rank's tokens: which one it is of, int32
   TensorView lost_1 = {};  // fp64, 0 at first: choices that no expert took; given where some may be lost
-  TensorView weight_E = {},
-             chance_E = {};  // fp64: sums for kImportance and kLoad, given where they are wanted
+  // fp64: sums for kImportance and kLoad, given where they are wanted.
+  TensorView weight_E = {}, chance_E = {};
   static std::int64_t size(std::int64_t experts, std::int64_t sequences = 0) {  // L
     return LoadRow{experts, sequences}.size();
   }
