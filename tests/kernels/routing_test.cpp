@@ -226,6 +226,15 @@ TEST(Sort, OneExpertTakesAllAndNoTokens) {
   EXPECT_EQ(sort(HostTensor({0, 4}, DType::kI32), 0, 4, 2).counts.values(), (Values{0, 0}));
 }
 
+// A node without experts is sent no rows, and none has a place there.
+TEST(Sort, OfNoExperts) {
+  for (const std::int64_t tokens : {0, 5}) {
+    const Sorted none = sort(filled({tokens, 2}, DType::kI32, -1), tokens, 2, 0);
+    EXPECT_EQ(none.counts.size(), 0u);
+    EXPECT_EQ(none.slot.values(), Values(static_cast<std::size_t>(2 * tokens), -1));
+  }
+}
+
 TEST(Sort, OffsetsAreTheSumsOfTheCounts) {
   OpExec ex;
   for (const std::int64_t experts : {std::int64_t{1}, std::int64_t{60}, std::int64_t{700}}) {

@@ -245,6 +245,34 @@ TEST_P(AdaptedExperts, HaveTheGradientsOfFiniteDifferences) {
   }
 }
 
+// A rank of more than there are experts holds adapters of none, joined and alone.
+TEST(AdaptedExpertsOfARank, WithoutExperts) {
+  Rig rig;
+  const std::int64_t D = 8, F = 5, L = 2;
+  Experts experts{{rig.host.normal({0, 2 * F, D}, 0.4), {}}, {rig.host.normal({0, D, F}, 0.4), {}}, {}};
+  const auto module = [&](std::int64_t N, std::int64_t K, std::int64_t first, std::int64_t step) {
+    return AdaptedModule{rig.host.param({0, L, K}, 0.5), rig.host.param({0, N, L}, 0.5), first, step};
+  };
+  experts.gate_up_adapter = Adapter{{module(F, D, 0, 2), module(F, D, 1, 2)}, 2 * F, 0.5f};
+  experts.down_adapter = Adapter{{module(D, F, 0, 1)}, D, 0.5f};
+  const std::int32_t offset = 0;
+  const std::int64_t on_host = 0;
+  const TensorView x = rig.host.zeros({0, D}), weight = rig.host.zeros({0, 1});
+  const ConstTensorView index_R = host_view(&offset, {0});
+  Experts::Saved saved;
+  experts.forward(rig.ex, rig.host.zeros({0, D}),
+                  {.x = {x, index_R, 1},
+                   .lasting = false,
+                   .weight_R1 = weight,
+                   .experts = {host_view(&offset, {1}), std::span(&on_host, 1)}},
+                  rig.keep, saved);
+  ScratchScope scope(*rig.ex.scratch);
+  Experts::Backward b = experts.begin_backward(rig.ex, saved);
+  experts.backward_rows(rig.ex, b, {x, index_R, 1}, saved);
+  experts.backward_weights(rig.ex, b, saved);
+  EXPECT_EQ(b.dx_RD().shape, (Shape{0, D}));
+}
+
 INSTANTIATE_TEST_SUITE_P(Forms, AdaptedExperts,
                          testing::Combine(testing::Bool(), testing::Bool(), testing::Bool()));
 

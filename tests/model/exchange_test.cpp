@@ -142,7 +142,12 @@ TEST(Exchange, EveryChoiceGetsThereAndBack) {
                                {4, 1, 2},
                                {4, 1, 1},
                                {6, 1, 3},
-                               {2, 1, 2}}) {
+                               {2, 1, 2},
+                               // Ranks without experts, and nodes of them.
+                               {12, 1, 0},
+                               {12, 2, 0},
+                               {12, 1, 4},
+                               {20, 1, 1}}) {
     for (const bool gaps : {false, true}) {
       SCOPED_TRACE(fmt::format("ep {}, etp {}, nodes of {}{}", layout.ep, layout.etp, layout.node_ranks,
                                gaps ? ", with gaps" : ""));

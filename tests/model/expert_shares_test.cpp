@@ -10,7 +10,7 @@ namespace {
 // Every piece of every expert has one rank: the one along ep that has the expert, along etp that has the part.
 TEST(ExpertShares, PiecesAreNumberedByTheirRank) {
   for (const std::int64_t experts : {1, 5, 13, 60})
-    for (int ep = 1; ep <= 8 && ep <= experts; ++ep)
+    for (int ep = 1; ep <= 8; ++ep)  // more than experts, too: some ranks have none
       for (const int etp : {1, 2, 3, 4}) {
         const ExpertShares shares{experts, etp};
         const int ranks = ep * etp;
@@ -27,6 +27,17 @@ TEST(ExpertShares, PiecesAreNumberedByTheirRank) {
           }
         }
       }
+}
+
+// Three experts on eight ranks lie on ranks 2, 5 and 7.
+TEST(ExpertShares, NodesWithoutExpertsAreNotCounted) {
+  const ExpertShares shares{3, 1};
+  EXPECT_EQ(node_begins(shares, 8, 2), (std::vector<std::int64_t>{0, 0, 1, 2, 3}));
+  EXPECT_EQ(nodes_with_experts(node_begins(shares, 8, 2)), 3);
+  EXPECT_EQ(nodes_with_experts(node_begins(shares, 8, 4)), 2);
+  EXPECT_EQ(node_map(shares, 8, 2, 0).pieces(), 0);
+  EXPECT_EQ(node_map(shares, 8, 2, 0).nodes, 3);
+  EXPECT_EQ(node_map(shares, 8, 2, 1).pieces(), 1);
 }
 
 }  // namespace

@@ -66,6 +66,8 @@ LowRank Adapter::factors(Exec& ex) const {
   const Param &a = modules.front().a, &b = modules.front().b;
   if (is_alone()) return {a.value, b.value, scale};
   const std::int64_t own_rank = a.value.shape[-2], experts = experts_of(a.value);
+  // A rank without experts has no columns to put side by side.
+  if (experts == 0) return {a.value.reshape(joined_a()), b.value.reshape(joined_b()), scale};
   const TensorView all_a = ex.scratch->take(joined_a(), a.value.dtype, "joined adapters, a"),
                    all_b = ex.scratch->take(joined_b(), b.value.dtype, "joined adapters, b");
   ops::fill(ex, all_b, 0.0f);
@@ -92,6 +94,7 @@ void Adapter::share_gradients(Exec& ex, const LowRankGradient& dw) const {
   if (is_alone()) return;
   const std::int64_t own_rank = modules.front().a.value.shape[-2], K = modules.front().a.value.shape[-1],
                      experts = experts_of(modules.front().a.value);
+  if (experts == 0) return;
   std::int64_t column = 0;
   for (const AdaptedModule& m : modules) {
     const TensorView rows_b = place_of_b(dw.b, m);

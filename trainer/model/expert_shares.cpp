@@ -33,7 +33,7 @@ PieceMap whole_map(const ExpertShares& shares, int ranks) {
 
 PieceMap node_map(const ExpertShares& shares, int ranks, int ranks_per_node, int node) {
   PieceMap map;
-  map.nodes = ranks / ranks_per_node;
+  map.nodes = nodes_with_experts(node_begins(shares, ranks, ranks_per_node));
   const std::int64_t first = shares.pieces_of(node * ranks_per_node, ranks).begin;
   for (int r = node * ranks_per_node; r < (node + 1) * ranks_per_node; ++r) {
     const Range pieces = shares.pieces_of(r, ranks);
@@ -47,6 +47,13 @@ std::vector<std::int64_t> node_begins(const ExpertShares& shares, int ranks, int
   for (int r = 0; r < ranks; r += ranks_per_node) begins.push_back(shares.pieces_of(r, ranks).begin);
   begins.push_back(shares.pieces());
   return begins;
+}
+
+std::int64_t nodes_with_experts(const std::vector<std::int64_t>& node_begins) {
+  std::int64_t nodes = 0;
+  for (std::size_t m = 0; m + 1 < node_begins.size(); ++m)
+    nodes += node_begins[m] < node_begins[m + 1] ? 1 : 0;
+  return nodes;
 }
 
 }  // namespace upmoe

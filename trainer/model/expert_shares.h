@@ -25,12 +25,14 @@ struct ExpertShares {
 // from the node's first piece.
 struct PieceMap {
   std::vector<Range> of_rank;
-  std::int64_t nodes = 1;  // of this kind, that share all pieces
+  std::int64_t nodes = 1;  // of this kind, that share all pieces and have some
   std::int64_t pieces() const { return of_rank.back().end; }
 };
 PieceMap whole_map(const ExpertShares& shares, int ranks);
 PieceMap node_map(const ExpertShares& shares, int ranks, int ranks_per_node, int node);
 // The first piece of each node, and the number of pieces behind them.
 std::vector<std::int64_t> node_begins(const ExpertShares& shares, int ranks, int ranks_per_node);
+// Of those, the nodes that have pieces.
+std::int64_t nodes_with_experts(const std::vector<std::int64_t>& node_begins);
 
 }  // namespace upmoe

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "kernels/ops/routing.h"
+#include "trainer/model/expert_shares.h"
 #include "trainer/model/row_counts.h"
 
 namespace upmoe {
@@ -18,14 +19,24 @@ std::int64_t sum_of(const std::vector<std::int64_t>& rows) {
   return std::accumulate(rows.begin(), rows.end(), std::int64_t{0});
 }
 
-// How many rows go to and come from each node. On the dry device nobody counted: every token asks for every
-// node, or for as many as it has choices.
-void count_rows(Exec& ex, const NodeGroups& groups, ops::Landing& counts, const Choices& choices,
+// counts_MM[m * M + n]: rows that the rank of node m sends to that of node n. On the dry device nobody counted: every
+// token asks for every node that has experts, or for as many as it has choices.
+std::vector<std::int32_t> balanced_counts(const Choices& choices,
+                                          const std::vector<std::int64_t>& node_begin) {
+  const std::size_t M = node_begin.size() - 1;
+  const std::int64_t nodes = nodes_with_experts(node_begin),
+                     each = choices.index_TK.shape[0] * std::min(nodes, choices.of_token()) / nodes;
+  std::vector<std::int32_t> counts_MM(M * M);
+  for (std::size_t i = 0; i < M * M; ++i)
+    if (node_begin[i % M] < node_begin[i % M + 1]) counts_MM[i] = static_cast<std::int32_t>(each);
+  return counts_MM;
+}
+
+// How many rows go to and come from each node.
+void count_rows(Exec& ex, const NodeGroups& groups, ops::Landing& counts, std::vector<std::int32_t> all_MM,
                 NodePlan& plan) {
   const auto M = static_cast<std::int64_t>(groups.across->size());
   const ConstTensorView arrived_MM = counts.wait();
-  const std::int64_t each = choices.index_TK.shape[0] * std::min(M, choices.of_token()) / M;
-  std::vector<std::int32_t> all_MM(static_cast<std::size_t>(M * M), static_cast<std::int32_t>(each));
   if (ex.device.type != DeviceType::kDry) std::copy_n(arrived_MM.as<std::int32_t>(), M * M, all_MM.begin());
   const std::int64_t me = groups.across->rank();
   for (std::int64_t m = 0; m < M; ++m) {
@@ -47,7 +58,7 @@ NodePlan make_node_plan(Exec& ex, const NodeGroups& groups, const Choices& choic
   TensorView counts_M = ex.scratch->take({M}, DType::kI32, "rows per node");
   ops::group_by_node(ex, plan.order_X, plan.slot_TM, counts_M, index_TK, node_begin);
   send_counts(ex, *groups.across, counts_M, counts);
-  count_rows(ex, groups, counts, choices, plan);
+  count_rows(ex, groups, counts, balanced_counts(choices, node_begin), plan);
   // Kept for the most there could be, a row for every token and node, before the counts were known; used are the first.
   plan.order_X = plan.order_X.rows(0, sum_of(plan.send_rows));
 

@@ -108,7 +108,8 @@ __global__ void place_items(const std::int32_t* begins, Key key, Place place, st
 template <class Key, class Place>
 void counting_sort(const Exec& ex, std::int64_t items, std::int64_t keys, const Key& key, const Place& place,
                    std::int32_t* totals) {
-  UPMOE_CHECK(keys > 0 && keys <= kMostKeys, "{} keys, at most {} on a GPU", keys, kMostKeys);
+  // Without keys (a node without experts) every item is left out.
+  UPMOE_CHECK(keys >= 0 && keys <= kMostKeys, "{} keys, at most {} on a GPU", keys, kMostKeys);
   const std::int64_t blocks = blocks_for(items, kSortItems);
   const auto n = static_cast<int>(keys);
   const std::size_t row = static_cast<std::size_t>(keys) * sizeof(int);

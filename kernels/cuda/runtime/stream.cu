@@ -94,6 +94,7 @@ double Event::seconds_since(const Event& earlier) const {
 }
 
 void copy(Stream& stream, std::byte* to, const std::byte* from, std::size_t bytes) {
+  if (bytes == 0) return;  // of no memory, maybe
   cuda::check(
       cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cuda::CudaStream&>(stream).raw()));
 }
