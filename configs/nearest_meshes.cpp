@@ -61,6 +61,8 @@ std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig&
   for (int* axis : {&asked.pp, &asked.cp, &asked.tp, &asked.ep, &asked.etp}) *axis = std::max(1, *axis);
   std::vector<Found> found;
   for_each_mesh(std::max(1, world_size), asked, [&](const RunConfig::Parallel& mesh) {
+    // Possible, and a waste: what is possible with it is so with ep 1.
+    if (ranks_without_experts(mesh, model) > 0) return;
     const double d = distance(mesh, asked);
     // First by distance, which is cheap, then by whether the run would be possible.
     if (found.size() == most && d >= found.back().distance) return;

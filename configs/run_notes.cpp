@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <map>
+#include <utility>
 
+#include "configs/run_problems.h"
 #include "configs/run_schema.h"
 
 namespace upmoe {
@@ -46,7 +48,27 @@ void add_schedule_words(const RunConfig& run, std::vector<std::string>& notes) {
         run.schedule.decay_fraction, steps, warmup, steps - warmup));
 }
 
+void add_ranks_without_experts(const RunConfig& run, const ModelConfig& model, const std::string& whose,
+                               std::vector<std::string>& notes) {
+  const std::int64_t without = ranks_without_experts(run.parallel, model);
+  if (without == 0) return;
+  notes.push_back(
+      fmt::format("{}parallel.ep: {} ranks share {} experts, so {} of the {} hold{} no routed expert and "
+                  "wait{} where the "
+                  "others compute theirs; with an ep of at most {} every rank holds some",
+                  whose, run.parallel.ep, model.num_experts, without, run.parallel.ep,
+                  without == 1 ? "s" : "", without == 1 ? "s" : "", model.num_experts));
+}
+
 }  // namespace
+
+std::vector<std::string> words_of_ranks_without_experts(const RunConfig& run, const ModelConfig& model) {
+  std::vector<std::string> notes;
+  add_ranks_without_experts(run, model, "", notes);
+  if (const ModelConfig* teacher = run.train.teacher.config.get(); teacher != nullptr)
+    add_ranks_without_experts(run, *teacher, "train.teacher: ", notes);
+  return notes;
+}
 
 std::vector<std::string> without_effect(const RunConfig& run) {
   Notes notes(run);
@@ -98,6 +120,8 @@ std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig&
   notes.unless(!routed || model.router.routes_groups(), "router.group_size", kind);
   notes.unless(!routed || model.router.kind == RouterKind::kMixtureOfTokens, "router.temperature", kind);
   notes.unless(run.router.has_term(AuxKind::kGroup), "router.aux_groups", "router.aux_kind has no group");
+  for (std::string& words : words_of_ranks_without_experts(run, model))
+    notes.list.push_back(std::move(words));
   return notes.list;
 }
 

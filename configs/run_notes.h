@@ -14,5 +14,8 @@ namespace upmoe {
 // the model, those that depend on it alone.
 std::vector<std::string> without_effect(const RunConfig& run);
 std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig& model);
+// How many of ep's ranks hold no routed expert of the model, and of a teacher that is a mixture: a sentence for each of
+// the two of which there are such. without_effect(run, model) says them as well.
+std::vector<std::string> words_of_ranks_without_experts(const RunConfig& run, const ModelConfig& model);
 
 }  // namespace upmoe

@@ -12,6 +12,11 @@
 
 namespace upmoe {
 
+std::int64_t ranks_without_experts(const RunConfig::Parallel& parallel, const ModelConfig& model) {
+  if (model.num_moe_layers() == 0) return 0;
+  return std::max<std::int64_t>(0, parallel.ep - model.num_experts);
+}
+
 std::vector<std::int64_t> divisors(std::int64_t n, std::int64_t most) {
   std::vector<std::int64_t> all;
   for (std::int64_t d = 1; d <= std::min(n, most); ++d) {
@@ -123,10 +128,6 @@ class Problems {
       return;
     }
     check_nodes();
-    const std::int64_t most = model_.num_moe_layers() > 0 ? model_.num_experts : 1;
-    if (p_.ep > most)
-      add("parallel.ep: {} ranks for {} experts leave some without any; use at most {}", p_.ep,
-          model_.num_experts, most);
     if (p_.etp > 1 && p_.etp > model_.moe_intermediate_size)
       add("parallel.etp: {} ranks for the model's moe_intermediate_size of {}", p_.etp,
           model_.moe_intermediate_size);
@@ -136,7 +137,7 @@ class Problems {
     } else if (stage / p_.etp % p_.ep != 0) {
       add("parallel.ep: {} does not divide the {} ranks of {}{}; possible: {}", p_.ep, stage / p_.etp,
           whose_ranks(), p_.etp > 1 ? fmt::format(" that etp {} leaves", p_.etp) : "",
-          fmt::join(divisors(stage / p_.etp, most), ", "));
+          fmt::join(divisors(stage / p_.etp, stage / p_.etp), ", "));
     }
   }
   void check_nodes() {

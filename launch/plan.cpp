@@ -2,6 +2,7 @@
 
 #include <filesystem>
 
+#include "configs/run_notes.h"
 #include "configs/shipped_file.h"
 #include "configs/trained_model.h"
 #include "data/model_source.h"
@@ -51,6 +52,7 @@ PlanReport report_of(const PlanArguments& a) {
     return search_report(request, a.world, search_layouts(run, model, a.world, *machine));
   }
   request.beside_published = model.num_moe_layers() > 0 && run.train.precision == Precision::kBf16;
+  request.notes = words_of_ranks_without_experts(run, model);
   const RunPlan plan = plan_run(run, model, a.world, machine);
   return plan_report(request, plan,
                      machine ? helpful_changes(run, model, plan, *machine) : std::vector<Change>{});

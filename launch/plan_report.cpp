@@ -138,8 +138,11 @@ std::string changes_text(const RunPlan& plan, const std::vector<Change>& changes
                        : "\nno single key that was tried makes it smaller: use more ranks, or --search\n";
   std::string text = plan.fits() ? "\nfaster:\n" : "\nsmaller:\n";
   for (const Change& c : changes)
-    text += fmt::format("  {}: {} GiB, {:.2f} ms{}\n", c.keys, gib(c.bytes), c.seconds * 1e3,
-                        c.fits ? "" : ", which does not fit yet");
+    text += fmt::format("  {}: {} GiB, {:.2f} ms{}{}\n", c.keys, gib(c.bytes), c.seconds * 1e3,
+                        c.fits ? "" : ", which does not fit yet",
+                        c.ranks_without_experts > plan.ranks_without_experts
+                            ? fmt::format("; {} of ep's ranks then hold no experts", c.ranks_without_experts)
+                            : "");
   return text;
 }
 
@@ -210,6 +213,26 @@ json published_json(const RunPlan& plan) {
   return all;
 }
 
+json layout_json(const FoundLayout& f, int dp) {
+  const RunConfig::Parallel& p = f.parallel;
+  return {{"tp", p.tp},
+          {"pp", p.pp},
+          {"cp", p.cp},
+          {"ep", p.ep},
+          {"etp", p.etp},
+          {"ranks_without_experts", f.ranks_without_experts},
+          {"dp", dp},
+          {"pp_chunks", p.pp_chunks},
+          {"node_ranks", p.node_ranks},
+          {"zero", p.zero},
+          {"micro_batch", f.micro_batch},
+          {"recompute", name_of(f.recompute)},
+          {"seconds", f.seconds},
+          {"tokens_per_s", f.tokens_per_s},
+          {"mfu", f.mfu},
+          {"bytes", f.bytes}};
+}
+
 // Where there is nothing to show: what to do.
 std::string advice_of(const LayoutSearch& search) {
   if (search.plans == 0)
@@ -231,6 +254,7 @@ PlanReport plan_report(const PlanRequest& request, const RunPlan& plan, const st
                                  request.run, plan.world, plan.world == 1 ? "" : "s",
                                  request.machine.empty() ? "" : " of " + request.machine, plan.mesh.str(),
                                  plan.rounds, plan.rounds == 1 ? "" : "es", plan.tokens);
+  for (const std::string& note : request.notes) text += note + "\n\n";
   text +=
       memory_table(plan) + "\n" + ranks_table(plan) + "\n" + ops_table(slowest) + verbs_table(slowest) + "\n";
   if (plan.teacher_flops > 0)
@@ -245,6 +269,7 @@ PlanReport plan_report(const PlanRequest& request, const RunPlan& plan, const st
          {"world", plan.world},
          {"machine", request.machine},
          {"parallel", parallel_json(plan.mesh)},
+         {"ranks_without_experts", plan.ranks_without_experts},
          {"micro_batches_per_rank", plan.rounds},
          {"tokens_per_step", plan.tokens},
          {"model_flops_per_step", plan.model_flops},
@@ -260,7 +285,11 @@ PlanReport plan_report(const PlanRequest& request, const RunPlan& plan, const st
   j["published"] = request.beside_published ? published_json(plan) : json::array();
   j["changes"] = json::array();
   for (const Change& c : changes)
-    j["changes"].push_back({{"keys", c.keys}, {"bytes", c.bytes}, {"seconds", c.seconds}, {"fits", c.fits}});
+    j["changes"].push_back({{"keys", c.keys},
+                            {"bytes", c.bytes},
+                            {"seconds", c.seconds},
+                            {"fits", c.fits},
+                            {"ranks_without_experts", c.ranks_without_experts}});
   return {text, j.dump(2) + "\n"};
 }
 
@@ -287,21 +316,7 @@ PlanReport search_report(const PlanRequest& request, int world, const LayoutSear
                number(p.zero), number(f.micro_batch), name_of(f.recompute), milliseconds(f.seconds),
                fmt::format("{:.0f}", f.tokens_per_s / world), fmt::format("{:.1f}", 100 * f.mfu),
                gib(f.bytes)});
-    layouts.push_back({{"tp", p.tp},
-                       {"pp", p.pp},
-                       {"cp", p.cp},
-                       {"ep", p.ep},
-                       {"etp", p.etp},
-                       {"dp", dp},
-                       {"pp_chunks", p.pp_chunks},
-                       {"node_ranks", p.node_ranks},
-                       {"zero", p.zero},
-                       {"micro_batch", f.micro_batch},
-                       {"recompute", name_of(f.recompute)},
-                       {"seconds", f.seconds},
-                       {"tokens_per_s", f.tokens_per_s},
-                       {"mfu", f.mfu},
-                       {"bytes", f.bytes}});
+    layouts.push_back(layout_json(f, dp));
   }
   const LayoutSearch::Excluded& x = search.excluded;
   const std::pair<const char*, std::int64_t> reasons[] = {
@@ -309,6 +324,7 @@ PlanReport search_report(const PlanRequest& request, int world, const LayoutSear
       {"tp would leave a node", x.across_nodes},
       {"cp for sequences too short for it", x.short_context},
       {"etp where ep could have whole experts", x.cut_experts},
+      {"ep above the number of experts, which others need not", x.idle_ranks},
       {"do not fit, recomputing everything, with one sequence", x.too_large},
       {"fit, and are slower", x.slower},
       {"not planned: others as much cut up were", x.not_reached}};
@@ -316,6 +332,9 @@ PlanReport search_report(const PlanRequest& request, int world, const LayoutSear
                                  world, request.machine, search.meshes, search.plans);
   const std::string advice = search.best.empty() ? advice_of(search) : "";
   text += search.best.empty() ? advice + "\n" : table.str();
+  if (!search.best.empty() && search.best.front().ranks_without_experts > 0)
+    text +=
+        "\nonly meshes with ep above the number of experts fit: some of their ranks hold none, and wait\n";
   text += fmt::format(
       "\nwhatever the run says, zero is {}, pp_chunks {} and node_ranks {} in all of them; its other keys "
       "hold. A plan of\none of them, without --search, tells whether other pp_chunks or node_ranks are "

@@ -10,9 +10,10 @@
 namespace upmoe {
 
 struct PlanRequest {
-  std::string run;                // the file, as it was named
-  std::string machine;            // its name for people; empty: none
-  bool beside_published = false;  // what others print for their mixture stands beside it
+  std::string run;                      // the file, as it was named
+  std::string machine;                  // its name for people; empty: none
+  bool beside_published = false;        // what others print for their mixture stands beside it
+  std::vector<std::string> notes = {};  // of a plan of one layout: sentences on what it wastes
 };
 
 struct PlanReport {

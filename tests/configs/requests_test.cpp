@@ -58,6 +58,27 @@ TEST(Requests, AKeyWithoutEffectIsSaid) {
   EXPECT_THAT(run_with({"router.dtype=fp32", "train.precision=bf16"}).notes, IsEmpty());
 }
 
+TEST(Requests, RanksWithoutExpertsAreSaid) {
+  ModelConfig mixture;
+  mixture.num_experts = 3;
+  mixture.num_hidden_layers = 1;
+  const auto said = [&](const char* ep) {
+    return without_effect(run_with({ep, "model.init=random"}), mixture);
+  };
+  EXPECT_THAT(said("parallel.ep=3"), IsEmpty());
+  EXPECT_THAT(
+      said("parallel.ep=4"),
+      ElementsAre(HasSubstr("parallel.ep: 4 ranks share 3 experts, so 1 of the 4 holds no routed expert "
+                            "and waits")));
+  EXPECT_THAT(said("parallel.ep=8"), ElementsAre(HasSubstr("so 5 of the 8 hold no routed expert and wait")));
+  RunConfig taught = run_with({"parallel.ep=4"});
+  ModelConfig wide = mixture;
+  wide.num_experts = 8;
+  taught.train.teacher.config = std::make_shared<const ModelConfig>(mixture);
+  EXPECT_THAT(words_of_ranks_without_experts(taught, wide),
+              ElementsAre(HasSubstr("train.teacher: parallel.ep: 4 ranks share 3 experts")));
+}
+
 TEST(Requests, OverridesGivenTwiceAreSaid) {
   const RunConfig run = run_with({"train.steps=7", "train.steps=9"});
   EXPECT_EQ(run.train.steps, 9);

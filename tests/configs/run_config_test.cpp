@@ -305,9 +305,18 @@ TEST(RunProblems, RanksAndExperts) {
               ElementsAre(AllOf(HasSubstr("at most 4 ranks"), HasSubstr("micro_batch 1"))));
   run.parallel.ep = 1;
   EXPECT_THAT(problems_of(run, moe, 3), IsEmpty());  // uneven shares of micro-batches are fine
-  run.parallel.ep = 8;
-  EXPECT_THAT(problems_of(run, moe, 8),
-              ElementsAre(HasSubstr("use at most 6"), HasSubstr("at most 4 ranks")));
+  run.parallel.ep = 8;                               // two of them without experts, which is no problem
+  EXPECT_THAT(problems_of(run, moe, 8), ElementsAre(HasSubstr("at most 4 ranks")));
+  EXPECT_EQ(ranks_without_experts(run.parallel, moe), 2);
+  run.train.micro_batch = 1;
+  EXPECT_THAT(problems_of(run, moe, 8), IsEmpty());
+  EXPECT_THAT(
+      problems_of(run, moe, 12),
+      ElementsAre(HasSubstr("8 does not divide the 12 ranks of this run; possible: 1, 2, 3, 4, 6, 12"),
+                  HasSubstr("at most 8 ranks")));
+  run.train.micro_batch = 2;
+  run.parallel.ep = 6;
+  EXPECT_EQ(ranks_without_experts(run.parallel, moe), 0);
   run.parallel.ep = 1;
   run.data.seq_len = 65;
   EXPECT_THAT(problems_of(run, moe, 1), ElementsAre(HasSubstr("max_position_embeddings = 64")));
@@ -331,6 +340,11 @@ TEST(RunProblems, NearestMeshes) {
   ASSERT_THAT(near, testing::SizeIs(3));
   EXPECT_EQ(near.front(), "tp 4, pp 1, cp 1, ep 4, etp 1 (dp 2)");
   EXPECT_THAT(near, testing::Contains("tp 2, pp 1, cp 1, ep 4, etp 1 (dp 4)"));
+  // Nearer than any of them is ep 8, which is possible, and leaves two ranks without experts.
+  run.parallel.tp = 4;
+  EXPECT_THAT(problems_of(run, moe, 8), IsEmpty());
+  EXPECT_THAT(nearest_meshes(run, moe, 8), testing::Each(testing::Not(HasSubstr("ep 8"))));
+  run.parallel.tp = 3;
   run.data.seq_len = 65;  // longer than the model takes, in any mesh
   EXPECT_THAT(nearest_meshes(run, moe, 8), IsEmpty());
 }
@@ -364,7 +378,8 @@ TEST(RunProblems, MeshesOfAllAxes) {
       {{"parallel.etp=2", "parallel.ep=2"}, 4, ""},
       {{"parallel.etp=3"}, 4, "possible: 1, 2, 4"},
       {{"parallel.etp=2", "parallel.ep=4"}, 4, "that etp 2 leaves; possible: 1, 2"},
-      {{"parallel.tp=2", "parallel.ep=4"}, 4, ""},  // ep spans tp ranks
+      {{"parallel.tp=2", "parallel.ep=4"}, 4, ""},    // ep spans tp ranks
+      {{"parallel.tp=4", "parallel.ep=16"}, 16, ""},  // six experts on sixteen ranks
       {{"parallel.tp=2"}, 16, "use at most 8 ranks"},
   };
   for (const Case& c : cases) {

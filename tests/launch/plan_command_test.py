@@ -30,7 +30,7 @@ MODEL = f"model.path={ROOT / 'configs' / 'models' / 'qwen1.5-moe-a2.7b.json'}"
 DENSE = ROOT / "configs" / "models" / "qwen1.5-1.8b.json"
 TEACHER = f"train.teacher.model={DENSE}"
 
-KEYS = {"run", "world", "machine", "parallel", "micro_batches_per_rank", "tokens_per_step",
+KEYS = {"run", "world", "machine", "parallel", "ranks_without_experts", "micro_batches_per_rank", "tokens_per_step",
         "model_flops_per_step", "teacher_flops_per_step", "fullest_rank", "memory_fullest", "memory_mean",
         "device_bytes", "fits", "ranks", "time", "published", "changes"}
 PURPOSES = {"weights", "gradients", "optimizer", "activations", "communication", "workspace", "process", "checkpoint",
@@ -38,7 +38,7 @@ PURPOSES = {"weights", "gradients", "optimizer", "activations", "communication",
 TIMES = {"seconds", "compute", "calls", "exchange", "reduction", "stages", "bubble", "imbalance", "tokens_per_s",
          "tokens_per_s_per_rank", "flops_per_s_per_rank", "mfu", "limit"}
 RANK = {"rank", "alike", "stage", "experts", "memory", "ops", "verbs", "seconds"}
-LAYOUT = {"tp", "pp", "cp", "ep", "etp", "dp", "pp_chunks", "node_ranks", "zero", "micro_batch", "recompute", "seconds",
+LAYOUT = {"tp", "pp", "cp", "ep", "etp", "ranks_without_experts", "dp", "pp_chunks", "node_ranks", "zero", "micro_batch", "recompute", "seconds",
           "tokens_per_s", "mfu", "bytes"}
 
 
@@ -132,8 +132,8 @@ class Plan(unittest.TestCase):
             self.planned(FULL, MODEL, "--world", 8, "--machine", "h100-sxm", f"train.recompute={way}")
 
     def test_any_number_of_ranks_within_ten_seconds(self):
-        for world, ep in ((1, 1), (8, 8), (60, 60), (64, 32), (512, 16), (4096, 32)):
-            with self.subTest(world=world):
+        for world, ep in ((1, 1), (8, 8), (60, 60), (64, 32), (64, 64), (512, 16), (4096, 32), (4096, 64)):
+            with self.subTest(world=world, ep=ep):
                 begin = time.monotonic()
                 plan = self.planned(FULL, MODEL, "--world", world, "--machine", "h100-sxm", f"parallel.ep={ep}",
                                     f"train.global_batch={max(64, 4 * world)}")
@@ -141,6 +141,18 @@ class Plan(unittest.TestCase):
                 self.assertEqual(sum(rank["alike"] for rank in plan["ranks"]), world)
                 self.assertGreater(plan["time"]["tokens_per_s"], 0)
                 self.assertEqual({rank["experts"] for rank in plan["ranks"]}, {60 // ep, -(-60 // ep)})
+                self.assertEqual(plan["ranks_without_experts"], max(0, ep - 60))
+
+    # 60 experts on 64 ranks: four have none, which is said, and wait for the others.
+    def test_ranks_without_experts_are_said(self):
+        run = [FULL, MODEL, "--world", 64, "--machine", "h100-sxm", "train.global_batch=256"]
+        plan = self.planned(*run, "parallel.ep=64")
+        self.assertEqual({rank["experts"]: rank["alike"] for rank in plan["ranks"]}, {0: 4, 1: 60})
+        self.assertGreater(plan["time"]["imbalance"], 0)
+        words = "parallel.ep: 64 ranks share 60 experts, so 4 of the 64 hold no routed expert"
+        self.assertIn(words, upmoe("plan", *run, "parallel.ep=64").stdout)
+        self.assertNotIn("hold no routed expert", upmoe("plan", *run, "parallel.ep=32").stdout)
+        self.assertEqual(self.planned(*run, "parallel.ep=32")["ranks_without_experts"], 0)
 
     def test_the_published_stand_beside_it(self):
         plan = self.planned(FULL, MODEL, "--world", 8, "--machine", "h100-sxm")
@@ -161,7 +173,8 @@ class Plan(unittest.TestCase):
             self.assertIn(layout["zero"], (1, 2))
         seconds = [layout["seconds"] for layout in found["layouts"]]
         self.assertEqual(seconds, sorted(seconds))
-        self.assertEqual(len(found["excluded"]), 7)
+        self.assertEqual(len(found["excluded"]), 8)
+        self.assertEqual({layout["ranks_without_experts"] for layout in found["layouts"]}, {0})
         self.assertEqual(found["advice"], "")
 
     def test_search_says_what_it_sets_and_what_to_do_where_nothing_fits(self):
@@ -181,9 +194,9 @@ class Plan(unittest.TestCase):
 
     def test_refusals_name_the_cause(self):
         self.refused(["parallel.ep: 7", "possible meshes of 8 ranks"], FULL, MODEL, "--world", 8, "parallel.ep=7")
-        # 60 experts stand on 60 ranks at most; 64 ranks take them in 32 parts, twice or each cut in two.
-        self.refused(["parallel.ep: 64 ranks for 60 experts", "use at most 60", "ep 32, etp 1", "ep 32, etp 2"], FULL,
-                     MODEL, "--world", 64, "parallel.ep=64", "train.global_batch=128")
+        # Of the possible meshes those are named in which every rank has an expert.
+        self.refused(["parallel.ep: 128 does not divide the 64 ranks", "ep 32, etp 1", "ep 32, etp 2"], FULL, MODEL,
+                     "--world", 64, "parallel.ep=128", "train.global_batch=128")
         self.refused(["--world"], FULL, MODEL)
         self.refused(["--world"], FULL, MODEL, "--world", 0)
         self.refused(["no machine 'h100'", "h100-sxm"], FULL, MODEL, "--world", 8, "--machine", "h100")

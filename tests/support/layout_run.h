@@ -63,6 +63,7 @@ struct Layout {
   // 0: the golden file's. Else a model of this width and half as many neurons of each of six experts, with weights
   // drawn at random, on the file's tokens.
   std::int64_t width = 0;
+  int num_experts = 0;  // 0: as many as there are; else so many in each mixture, with weights drawn at random
   std::optional<RouterForm> form = {};  // empty: the model's own
   int choices = 0;                      // experts of a token; 0: as many as the golden file says
   bool renormalize = false;             // their weights, whatever the golden file says
@@ -77,7 +78,8 @@ struct Layout {
   RouterForm& with_form() { return form ? *form : form.emplace(); }
   std::string str() const {
     const MeshSpec& m = mesh;
-    return fmt::format("{}_pp{}x{}_dp{}_cp{}_tp{}_ep{}_etp{}_micro{}", model, m.pp, pp_chunks, m.dp, m.cp,
+    return fmt::format("{}{}_pp{}x{}_dp{}_cp{}_tp{}_ep{}_etp{}_micro{}", model,
+                       num_experts > 0 ? fmt::format("_e{}", num_experts) : "", m.pp, pp_chunks, m.dp, m.cp,
                        m.tp, m.ep, m.etp, micro_batch);
   }
 };
@@ -134,6 +136,10 @@ inline ModelConfig config_of(const Layout& l, const Golden& golden) {
     config.moe_intermediate_size = l.width / 2;
     config.num_experts = 6;
     config.num_experts_per_tok = 2;
+  }
+  if (l.num_experts > 0) {
+    config.num_experts = l.num_experts;
+    config.num_experts_per_tok = std::min(config.num_experts_per_tok, l.num_experts);
   }
   return config;
 }
@@ -234,6 +240,18 @@ inline ReadParam drawn_weights() {
   };
 }
 
+inline ReadParam weights_of(const Layout& l, const Golden& golden) {
+  return l.width > 0 || l.num_experts > 0 ? drawn_weights() : golden_weights(golden, l.order_seed);
+}
+
+// Four ranks and three experts: rank 0 has none.
+inline Layout of_three_experts(const MeshSpec& mesh) {
+  Layout l{"moe_mixed", mesh, 1};
+  l.num_experts = 3;
+  l.choices = 2;
+  return l;
+}
+
 // Puts the slice that this rank owns of a parameter, or of something shaped like it, where it belongs.
 inline void place(Exec& ex, Tensors& all, const std::string& name, const StoredParam& p,
                   ConstTensorView on_device) {
@@ -271,8 +289,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
   }
   Session s(run, config_of(layout, golden), gpus != nullptr ? *gpus : world, device);
   if (prepare) prepare(s);
-  s.params.load(s.memory.exec,
-                layout.width > 0 ? drawn_weights() : golden_weights(golden, layout.order_seed));
+  s.params.load(s.memory.exec, weights_of(layout, golden));
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
   Trainer trainer(s);

@@ -38,16 +38,17 @@ struct BalancedRun {
 // Every token asks for every expert, the one routing of tokens that needs no luck to be balanced; or experts ask.
 inline ModelConfig balanced_config(const Layout& layout, const Golden& golden) {
   ModelConfig config = golden.config();
+  if (layout.num_experts > 0) config.num_experts = layout.num_experts;
   config.router = layout.form.value_or(config.router);
   config.lora = layout.lora;
   if (!config.router.routes_groups()) config.num_experts_per_tok = config.num_experts;
   return config;
 }
 
-inline RankSeen run_balanced_rank(const Golden& golden, const RunConfig& run, const ModelConfig& config,
+inline RankSeen run_balanced_rank(const ReadParam& weights, const RunConfig& run, const ModelConfig& config,
                                   Communicator& world) {
   Session s(run, config, world);
-  s.params.load(s.memory.exec, golden_weights(golden));
+  s.params.load(s.memory.exec, weights);
   if (s.teacher != nullptr) s.teacher->load(s.memory.exec, drawn_weights());
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
@@ -77,7 +78,7 @@ inline BalancedRun run_balanced(const Layout& layout) {
   done.ranks.resize(static_cast<std::size_t>(layout.mesh.world()));
   run_in_threads(layout.mesh.world(), [&](Communicator& world) {
     done.ranks[static_cast<std::size_t>(world.rank())] =
-        run_balanced_rank(golden, done.run, done.config, world);
+        run_balanced_rank(weights_of(layout, golden), done.run, done.config, world);
   });
   fs::remove(tokens);
   return done;

@@ -154,6 +154,24 @@ TEST(FusedExpertsOfRanks, TrainTheSameStepsByNodes) {
   }
 }
 
+// Rank 0 has no expert: it computes none, whatever was asked for, and its tokens' rows go to the others.
+TEST(FusedExpertsOfRanks, TrainTheSameStepsWithoutExpertsOnOne) {
+  for (const int node_ranks : {0, 1}) {
+    Layout layout = whole_tiles({1, 4, 1, 1, 4, 1});
+    layout.num_experts = 3;
+    layout.node_ranks = node_ranks;
+    layout.steps = 1;
+    SCOPED_TRACE(node_ranks);
+    const Steps streams = run_with(layout, ExpertsPath::kStreams),
+                fused = run_with(layout, ExpertsPath::kFused);
+    EXPECT_EQ(fused.booked, streams.booked);
+    EXPECT_EQ(fused.model_flops, streams.model_flops);
+    EXPECT_NE(fused.outcome.gradients, streams.outcome.gradients) << "the others fuse theirs";
+    EXPECT_NEAR(fused.outcome.losses[0], streams.outcome.losses[0], 2e-3 * streams.outcome.losses[0]);
+    EXPECT_NEAR(fused.outcome.norms[0], streams.outcome.norms[0], 1e-2 * streams.outcome.norms[0]);
+  }
+}
+
 TEST(FusedExpertsAsked, InVainSaysWhyAndComputesAsEver) {
   Layout golden{"moe_a27b", {}, 1};
   golden.steps = 2;

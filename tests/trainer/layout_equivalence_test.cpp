@@ -37,6 +37,12 @@ std::vector<Layout> gpu_meshes() {
     all.back().node_ranks = 2;
     all.push_back({"moe_odd", {1, 4, 1, 1, 2, 1}});
     all.back().zero = 2;
+    all.push_back(test::of_three_experts({1, 4, 1, 1, 4, 1}));
+    all.push_back(test::of_three_experts({1, 2, 1, 2, 4, 1}));
+    all.back().node_ranks = 1;  // the first node has none
+    all.push_back(test::of_three_experts({1, 1, 2, 2, 4, 1}));
+    all.back().zero = 2;
+    all.back().lora = {3, 6, {LoraTarget::kGate, LoraTarget::kUp, LoraTarget::kDown}};
   }
   if (gpu::count() >= 2) {
     all.push_back({"qwen3", {1, 1, 1, 2, 1, 1}});
@@ -97,6 +103,29 @@ TEST(Features, ExchangeByNodes) {
   }
 }
 
+// More ranks along ep than experts: some hold none, alone, beside every other axis, and whole nodes of them.
+TEST(Features, RanksWithoutExperts) {
+  for (const auto& [mesh, node_ranks] : {std::pair{MeshSpec{1, 4, 1, 1, 4, 1}, 0},
+                                         {MeshSpec{1, 2, 1, 2, 4, 1}, 0},
+                                         {MeshSpec{1, 1, 2, 2, 4, 1}, 0},
+                                         {MeshSpec{2, 2, 1, 2, 4, 1}, 0},
+                                         {MeshSpec{1, 8, 1, 1, 4, 2}, 0},
+                                         {MeshSpec{1, 8, 1, 1, 4, 1}, 0},
+                                         {MeshSpec{1, 4, 1, 1, 4, 1}, 1},
+                                         {MeshSpec{1, 4, 1, 1, 4, 1}, 2},
+                                         {MeshSpec{1, 4, 1, 2, 8, 1}, 2}})
+    for (const int zero : {1, 2})
+      for (const Recompute recompute : {Recompute::kNone, Recompute::kRoutedUp, Recompute::kBlock}) {
+        Layout l = test::of_three_experts(mesh);
+        l.node_ranks = node_ranks;
+        l.zero = zero;
+        l.recompute = recompute;
+        SCOPED_TRACE(
+            fmt::format("{}, nodes of {}, zero {}, {}", l.str(), node_ranks, zero, name_of(recompute)));
+        expect_equal(one_rank(l), run_in_layout(l));
+      }
+}
+
 // Blocks that share their gradients' memory: uneven shares, replicated key/value heads, interleaved stages,
 // several micro-batches on each rank.
 TEST(Features, SharedBlockGradients) {
@@ -122,10 +151,14 @@ TEST(Features, OtherBalanceTerms) {
 // Moments of 8 bits: meshes differ where a shard's edge cuts a block, by roundings of 8 bits; and the losses
 // are those of fp32 moments to much less than what a step gains.
 TEST(Features, CodedMoments) {
-  for (const MeshSpec& mesh :
-       {MeshSpec{1, 3, 1, 1, 1, 1}, MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{2, 1, 1, 2, 2, 1}})
+  for (const MeshSpec& mesh : {MeshSpec{1, 3, 1, 1, 1, 1}, MeshSpec{1, 2, 1, 1, 2, 1},
+                               MeshSpec{2, 1, 1, 2, 2, 1}, MeshSpec{1, 4, 1, 1, 4, 1}})
     for (const Precision precision : {Precision::kFp32, Precision::kBf16}) {
       Layout l{"moe_mixed", mesh, 1};
+      if (l.mesh.ep == 4) {  // a rank without experts, whose others are large enough to be coded
+        l.num_experts = 3;
+        l.width = 64;
+      }
       SCOPED_TRACE(l.str() + " " + name_of(precision));
       l.precision = precision;
       const Outcome plain = one_rank(l);

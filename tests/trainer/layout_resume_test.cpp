@@ -56,7 +56,7 @@ std::vector<double> half_run(const Layout& layout, const fs::path& checkpoints, 
     if (resume) {
       state = load_checkpoint(ShardStore(*choose_checkpoint(checkpoints, world).newest), s);
     } else {
-      s.params.load(s.memory.exec, test::golden_weights(golden));
+      s.params.load(s.memory.exec, test::weights_of(layout, golden));
       s.optimizer.reset(s.memory.exec);
     }
     collect(s, at_start, mutex);
@@ -133,6 +133,29 @@ TEST_P(LayoutResume, GoesOnInAnotherMesh) {
   ASSERT_EQ(losses.size(), whole.losses.size());
   for (std::size_t i = 0; i < losses.size(); ++i)
     EXPECT_NEAR(losses[i], whole.losses[i], limit * whole.losses[i]) << "step " << i + 1;
+}
+
+// Three experts from four ranks, of which one has none, to one rank, to others, and back.
+TEST(RanksWithoutExperts, GoOnInAnotherMesh) {
+  const MeshSpec four{1, 4, 1, 1, 4, 1};
+  for (const auto& [from, to] : {std::pair{four, MeshSpec{}},
+                                 {MeshSpec{}, four},
+                                 {four, MeshSpec{1, 2, 1, 2, 2, 2}},
+                                 {MeshSpec{2, 2, 1, 2, 4, 1}, four}})
+    for (const int zero : {1, 2}) {
+      Layout begin = test::of_three_experts(from), other = test::of_three_experts(to);
+      begin.zero = other.zero = zero;
+      SCOPED_TRACE(fmt::format("{} to {}, zero {}", begin.str(), other.str(), zero));
+      const Halves moved = in_halves(begin, other), stayed = in_halves(begin, begin);
+      EXPECT_EQ(moved.saved, moved.loaded);
+      EXPECT_EQ(stayed.saved, stayed.loaded);
+      begin.steps = 2 * kHalf;
+      EXPECT_EQ(stayed.losses, test::run_in_layout(begin).losses);
+      const Outcome& whole = test::one_rank(begin);
+      ASSERT_EQ(moved.losses.size(), whole.losses.size());
+      for (std::size_t i = 0; i < moved.losses.size(); ++i)
+        EXPECT_NEAR(moved.losses[i], whole.losses[i], 1e-6 * whole.losses[i]) << "step " << i + 1;
+    }
 }
 
 TEST(LoraResume, ToTheBitAndInAnotherMesh) {

@@ -223,6 +223,32 @@ TEST(Routers, TokensInMixtures) {
   expect_equal(one_rank(l), run_in_layout(l));
 }
 
+// Every kind of router where a rank has no expert, and where a whole node has none.
+TEST(Routers, OfMoreRanksThanExperts) {
+  for (const auto& router : kNames<RouterKind>.built) {
+    Layout l = test::of_three_experts({1, 4, 1, 1, 4, 1});
+    l.micro_batch = 2;
+    l.eps = kEps;
+    l.with_form().kind = router.value;
+    if (router.value == RouterKind::kSwitch) l.choices = 1;
+    if (router.value == RouterKind::kGShard) l.renormalize = true;
+    if (l.own_form().routes_groups()) {
+      l.aux_loss = 0;
+      l.with_form().group_size = 2;
+    } else {
+      l.with_form().capacity_factor = 1;
+    }
+    for (const auto& [mesh, node_ranks] : {std::pair{MeshSpec{1, 4, 1, 1, 4, 1}, 0},
+                                           {MeshSpec{1, 2, 1, 2, 4, 1}, 1},
+                                           {MeshSpec{2, 1, 2, 2, 4, 1}, 0}}) {
+      l.mesh = mesh;
+      l.node_ranks = node_ranks;
+      SCOPED_TRACE(fmt::format("{}, {}, nodes of {}", router.name, l.str(), node_ranks));
+      expect_equal(one_rank(l), run_in_layout(l));
+    }
+  }
+}
+
 // Groups are of the configuration, not of the micro-batch; and what is computed again is grouped as before.
 TEST(Routers, GroupsAreThoseOfAnyMicroBatchAndOfRecomputation) {
   for (const RouterKind kind : {RouterKind::kExpertChoice, RouterKind::kMixtureOfTokens}) {

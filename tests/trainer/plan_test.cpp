@@ -56,6 +56,7 @@ std::vector<Layout> small_layouts() {
   }
   all.push_back({"moe_a27b", {1, 4, 1, 1, 4, 1}, 1});
   all.push_back({"moe_a27b", {2, 1, 1, 2, 1, 1}, 1});
+  all.push_back(of_three_experts({1, 4, 1, 1, 4, 1}));
   return all;
 }
 
@@ -171,6 +172,27 @@ TEST(Plan, UnevenExpertsAreTwoKindsOfRanks) {
   EXPECT_EQ(kinds_of_ranks(run, full_size(), 4).size(), 1u);
 }
 
+// 60 experts on 64 ranks: four have none, are a kind of their own, and wait for the others.
+TEST(Plan, RanksWithoutExpertsAreAKind) {
+  RunConfig run = full_size_run();
+  run.parallel.ep = 64;
+  run.train.global_batch = 128;
+  const RunPlan plan = plan_run(run, full_size(), 64, h100());
+  ASSERT_EQ(plan.ranks.size(), 2u);
+  std::map<std::int64_t, int> alike;
+  std::map<std::int64_t, double> seconds;
+  for (const PlannedRank& r : plan.ranks) {
+    alike[r.experts] += r.alike;
+    seconds[r.experts] = r.step.seconds();
+  }
+  EXPECT_EQ(alike, (std::map<std::int64_t, int>{{0, 4}, {1, 60}}));
+  EXPECT_EQ(plan.ranks_without_experts, 4);
+  EXPECT_LT(seconds[0], seconds[1]);
+  EXPECT_DOUBLE_EQ(plan.time->imbalance, (seconds[1] - seconds[0]) * 4 / 64);
+  run.parallel.ep = 32;
+  EXPECT_EQ(plan_run(run, full_size(), 64, h100()).ranks_without_experts, 0);
+}
+
 // One rank of each kind holds what every rank of it holds.
 TEST(Plan, RanksOfAKindAreAlike) {
   RunConfig run = full_size_run();
@@ -260,12 +282,53 @@ TEST(LayoutSearch, RanksWhatFitsAndCountsTheRest) {
   // Each mesh is counted once: as left out, as planned once, or as one whose layouts were compared.
   const LayoutSearch::Excluded& x = found.excluded;
   const std::int64_t planned = found.meshes - x.impossible - x.across_nodes - x.short_context -
-                               x.cut_experts - x.not_reached,
+                               x.cut_experts - x.idle_ranks - x.not_reached,
                      compared = planned - x.too_large - x.slower;
   EXPECT_GE(compared, static_cast<std::int64_t>(meshes.size()));
   EXPECT_LE(compared, 8);
   EXPECT_GE(found.plans, planned + static_cast<std::int64_t>(found.best.size()));
   EXPECT_EQ(found.device_bytes, plan_run(run, full_size(), 8, h100()).device_bytes);
+}
+
+// Ranks without experts are looked at where nothing else fits, and else counted apart.
+TEST(LayoutSearch, WastesNoRankWithoutNeed) {
+  ModelConfig model = full_size();
+  model.num_experts = 3;
+  model.num_experts_per_tok = 2;
+  RunConfig run = full_size_run();
+  Machine machine = h100();
+  const LayoutSearch found = search_layouts(run, model, 4, machine);
+  ASSERT_FALSE(found.best.empty());
+  for (const FoundLayout& f : found.best) EXPECT_LE(f.parallel.ep, 3);
+  EXPECT_GT(found.excluded.idle_ranks, 0);
+  machine.memory_gb = machine.usable_gb = 1;
+  const LayoutSearch none = search_layouts(run, model, 4, machine);
+  EXPECT_TRUE(none.best.empty());
+  EXPECT_EQ(none.excluded.idle_ranks, 0);
+  EXPECT_GE(none.excluded.too_large, found.excluded.idle_ranks);
+}
+
+// Nor is a key named that leaves ranks idle, where another makes the run fit.
+TEST(Plan, ChangesWasteNoRankWithoutNeed) {
+  RunConfig run = full_size_run();
+  run.parallel.ep = 32;
+  run.train.global_batch = 1024;
+  run.train.micro_batch = 16;
+  Machine machine = h100();
+  const auto ep_of_all = [](const std::vector<Change>& changes) {
+    return std::any_of(changes.begin(), changes.end(),
+                       [](const Change& c) { return c.keys == "parallel.ep=64"; });
+  };
+  const RunPlan large = plan_run(run, full_size(), 64, machine);
+  ASSERT_FALSE(large.fits());
+  const std::vector<Change> smaller = helpful_changes(run, full_size(), large, machine);
+  ASSERT_TRUE(!smaller.empty() && smaller.front().fits);
+  EXPECT_FALSE(ep_of_all(smaller));
+  run.train.micro_batch = 1;
+  machine.memory_gb = machine.usable_gb = 10;
+  const RunPlan hopeless = plan_run(run, full_size(), 64, machine);
+  ASSERT_FALSE(hopeless.fits());
+  EXPECT_TRUE(ep_of_all(helpful_changes(run, full_size(), hopeless, machine)));
 }
 
 // A run's own values of what the search decides change nothing.

@@ -120,6 +120,15 @@ std::vector<Layout> layouts() {
     l.with_form().group_size = 2;
     all.push_back(l);
   }
+  // Ranks without experts; by way of nodes a whole node of them, the first.
+  for (const auto& [mesh, node_ranks] :
+       {std::pair(MeshSpec{1, 4, 1, 1, 4, 1}, 0), std::pair(MeshSpec{1, 4, 1, 1, 4, 1}, 1),
+        std::pair(MeshSpec{1, 4, 1, 2, 8, 1}, 2)}) {
+    all.push_back(of_three_experts(mesh));
+    all.back().node_ranks = node_ranks;
+  }
+  all.push_back(of_three_experts({1, 4, 1, 1, 4, 1}));
+  all.back().lora = {3, 6, {LoraTarget::kGate, LoraTarget::kUp, LoraTarget::kDown}};
   return all;
 }
 

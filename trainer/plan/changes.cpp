@@ -98,7 +98,8 @@ std::vector<Change> helpful_changes(const RunConfig& run, const ModelConfig& mod
     PlanScope scope{.ranks = {plan.fullest().rank, plan.slowest().rank}, .model_flops = plan.model_flops};
     if (plan.mesh.pp > 1 || candidate.run.parallel.ep != run.parallel.ep) scope.ranks.clear();
     const RunPlan other = plan_run(candidate.run, model, plan.world, machine, scope);
-    const Change change{candidate.keys, other.bytes_of(other.fullest()), other.time->seconds, other.fits()};
+    const Change change{candidate.keys, other.bytes_of(other.fullest()), other.time->seconds, other.fits(),
+                        other.ranks_without_experts};
     const bool smaller = change.bytes < bytes * (1 - kWorthSaying),
                faster = change.fits && change.seconds < seconds * (1 - kWorthSaying);
     if (plan.fits() ? faster : smaller) helpful.push_back(change);
@@ -107,6 +108,9 @@ std::vector<Change> helpful_changes(const RunConfig& run, const ModelConfig& mod
     if (a.fits != b.fits) return a.fits;
     return a.fits ? a.seconds < b.seconds : a.bytes < b.bytes;
   });
+  const auto wastes = [&](const Change& c) { return c.ranks_without_experts > plan.ranks_without_experts; };
+  if (std::any_of(helpful.begin(), helpful.end(), [&](const Change& c) { return c.fits && !wastes(c); }))
+    std::erase_if(helpful, wastes);
   return helpful;
 }
 

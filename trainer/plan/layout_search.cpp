@@ -43,11 +43,35 @@ class Search {
 
   LayoutSearch find() {
     note_savings();
-    std::vector<RunConfig> meshes = possible_meshes();
+    const std::vector<RunConfig> meshes = possible_meshes();
+    Fitting fitting = that_fit(meshes);
+    // A rank without experts is a waste, which only want of memory excuses.
+    if (fitting.empty() && !idle_.empty()) {
+      found_.excluded.idle_ranks = 0;
+      fitting = that_fit(idle_);
+    }
+    std::stable_sort(fitting.begin(), fitting.end(),
+                     [](const auto& a, const auto& b) { return a.first.seconds < b.first.seconds; });
+    double left = kSecondWeight;
+    std::size_t refined = 0;
+    for (; refined < std::min(kRefined, fitting.size()) && left > 0; ++refined)
+      refine(fitting[refined].second, left);
+    found_.excluded.slower = static_cast<std::int64_t>(fitting.size() - refined);
+    // Its turn may have ended among policies that do not fit.
+    if (found_.best.empty() && !fitting.empty()) found_.best.push_back(fitting.front().first);
+    keep_best();
+    return found_;
+  }
+
+ private:
+  using Fitting = std::vector<std::pair<FoundLayout, RunConfig>>;
+
+  // Of the meshes, those that fit, as they were looked at first.
+  Fitting that_fit(std::vector<RunConfig> meshes) {
     std::stable_sort(meshes.begin(), meshes.end(), [](const RunConfig& a, const RunConfig& b) {
       return cuts_of(a.parallel) < cuts_of(b.parallel);
     });
-    std::vector<std::pair<FoundLayout, RunConfig>> fitting;  // by seconds
+    Fitting fitting;
     // Those that are cut up alike may take half of what is left, so that each kind has its turn.
     double left = kFirstWeight, share = left / 2;
     int cuts = 0;
@@ -68,20 +92,9 @@ class Search {
         ++found_.excluded.too_large;
       }
     }
-    std::stable_sort(fitting.begin(), fitting.end(),
-                     [](const auto& a, const auto& b) { return a.first.seconds < b.first.seconds; });
-    left = kSecondWeight;
-    std::size_t refined = 0;
-    for (; refined < std::min(kRefined, fitting.size()) && left > 0; ++refined)
-      refine(fitting[refined].second, left);
-    found_.excluded.slower = static_cast<std::int64_t>(fitting.size() - refined);
-    // Its turn may have ended among policies that do not fit.
-    if (found_.best.empty() && !fitting.empty()) found_.best.push_back(fitting.front().first);
-    keep_best();
-    return found_;
+    return fitting;
   }
 
- private:
   // The run's own micro-batch, or the largest smaller one with which every replica gets one.
   std::int64_t micro_batch_for(const RunConfig& run, std::int64_t most) const {
     const std::int64_t replicas = replicas_of(run, world_), global = run.train.global_batch,
@@ -119,6 +132,7 @@ class Search {
     if (p.tp > machine_.ranks_per_node) return ++out.across_nodes, false;
     if (p.cp > 1 && run.data.seq_len / p.cp < kLeastContext) return ++out.short_context, false;
     if (p.etp > 1 && 2 * p.ep <= model_.num_experts) return ++out.cut_experts, false;
+    if (ranks_without_experts(p, model_) > 0) return ++out.idle_ranks, idle_.push_back(run), false;
     return true;
   }
 
@@ -138,7 +152,8 @@ class Search {
                        plan.time->seconds,
                        plan.time->tokens_per_s,
                        plan.time->mfu,
-                       plan.bytes_of(plan.fullest())};
+                       plan.bytes_of(plan.fullest()),
+                       plan.ranks_without_experts};
   }
 
   // As it stands, or else as small as it gets. Nothing: it does not fit.
@@ -197,7 +212,8 @@ class Search {
   const ModelConfig& model_;
   int world_;
   const Machine& machine_;
-  double model_flops_ = 0;  // of a step; 0: no layout was planned yet
+  std::vector<RunConfig> idle_;  // meshes in which ranks have no experts
+  double model_flops_ = 0;       // of a step; 0: no layout was planned yet
   LayoutSearch found_;
 };
 

@@ -20,6 +20,7 @@ struct FoundLayout {
   std::int64_t micro_batch = 0;
   Recompute recompute = Recompute::kNone;
   double seconds = 0, tokens_per_s = 0, mfu = 0, bytes = 0;
+  std::int64_t ranks_without_experts = 0;  // of ep's
 };
 
 struct LayoutSearch {
@@ -34,6 +35,7 @@ struct LayoutSearch {
     std::int64_t across_nodes = 0;   // tp above the ranks of a node
     std::int64_t short_context = 0;  // cp for sequences of less than 8192 tokens a rank
     std::int64_t cut_experts = 0;    // etp, where twice as many ranks could have whole experts
+    std::int64_t idle_ranks = 0;     // some of ep's ranks have no expert; looked at where no other mesh fits
     std::int64_t not_reached = 0;    // like those that were planned, with which the time for it was spent
     std::int64_t too_large = 0;      // do not fit, recomputing everything, with one sequence
     std::int64_t slower = 0;         // fit, and are slower than those that were planned further

@@ -8,6 +8,7 @@
 
 #include "configs/expert_use.h"
 #include "configs/nearest_meshes.h"
+#include "configs/run_problems.h"
 #include "trainer/checkpoint.h"
 #include "trainer/rehearsal.h"
 #include "trainer/stage_cost.h"
@@ -261,6 +262,7 @@ RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
   RunPlan plan;
   plan.world = world;
   plan.mesh = mesh_of(run, world);
+  plan.ranks_without_experts = ranks_without_experts(run.parallel, model);
   plan.rounds = rehearsal.rounds();
   plan.tokens = static_cast<double>(run.train.global_batch) * static_cast<double>(run.data.seq_len);
   if (speed) {

@@ -59,11 +59,12 @@ struct PlannedTime {
 struct RunPlan {
   int world = 1;
   MeshSpec mesh;
-  std::int64_t rounds = 0;         // micro-batches of a rank
-  double tokens = 0;               // of a step
-  double model_flops = 0;          // of a step, all ranks
-  double teacher_flops = 0;        // beside them: the forward of the model's teacher
-  std::vector<PlannedRank> ranks;  // one of each kind
+  std::int64_t ranks_without_experts = 0;  // of ep's, that wait where the others compute theirs
+  std::int64_t rounds = 0;                 // micro-batches of a rank
+  double tokens = 0;                       // of a step
+  double model_flops = 0;                  // of a step, all ranks
+  double teacher_flops = 0;                // beside them: the forward of the model's teacher
+  std::vector<PlannedRank> ranks;          // one of each kind
   std::optional<PlannedTime> time;
   double device_bytes = 0;  // of a rank's device; 0: no machine was named
   bool on_host = false;     // the device's memory is the host's
