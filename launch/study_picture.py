@@ -40,8 +40,8 @@ def draw_arms(ax, outcomes, axis, charged):
 
 
 def limits_of(lines, margin):
-    """Of the losses, with a margin of that share: the first fall would flatten the rest. Intervals are seen whole at the
-    end, which is compared."""
+    """Of the losses, with a margin of that share: the first fall would flatten the rest. Intervals are seen whole at
+    the end, which is compared."""
     heights, banded = [y for line in lines for y in line.heights], [line for line in lines if line.low is not None]
     ordinary = [loss[len(loss) // 5:] for loss in heights] + [line.high[-1:] for line in banded]
     bottoms = [line.low[len(line.low) // 5:] for line in banded]
