@@ -14,8 +14,8 @@ namespace upmoe {
 // length against positions. All of them, one sentence each; empty when the run is possible.
 std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size);
 
-// Of the ranks that parallel.ep divides a layer's experts over, those that get none: as many as it has more of them than
-// the model has experts. They are possible and wait where the others compute.
+// Of the ranks that parallel.ep divides a layer's experts over, those that get none: as many as it has more than the
+// model has experts. They are possible and wait where the others compute.
 std::int64_t ranks_without_experts(const RunConfig::Parallel& parallel, const ModelConfig& model);
 
 // Those of n up to `most`, rising.

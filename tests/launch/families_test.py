@@ -1,5 +1,5 @@
-"""Every family through the program: its configs/tiny_FAMILY.yaml trains what the file's first lines say, an export is read
-again, and what a file or a recipe asks in vain ends in words. Needs UPMOE.
+"""Every family through the program: its configs/tiny_FAMILY.yaml trains what the file's first lines say, an export is
+read again, and what a file or a recipe asks in vain ends in words. Needs UPMOE.
 """
 
 import json
@@ -137,8 +137,8 @@ class Families(unittest.TestCase):
         self.train("llama", f"model.path={paths['llama']}", run=run)
         for other in ("mistral", "qwen3"):
             told = self.train("llama", f"model.path={paths[other]}", f"train.steps={STEPS + 1}", run=run, status=2)
-            for words in ("is not the model that this run started from", f"a model of another family: {other}, not llama",
-                          "train this model in another run.dir"):
+            for words in ("is not the model that this run started from", "train this model in another run.dir",
+                          f"a model of another family: {other}, not llama"):
                 self.assertIn(words, told)
 
     # Of a recipe whose target family cannot carry it.
