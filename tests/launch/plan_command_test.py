@@ -38,8 +38,8 @@ PURPOSES = {"weights", "gradients", "optimizer", "activations", "communication",
 TIMES = {"seconds", "compute", "calls", "exchange", "reduction", "stages", "bubble", "imbalance", "tokens_per_s",
          "tokens_per_s_per_rank", "flops_per_s_per_rank", "mfu", "limit"}
 RANK = {"rank", "alike", "stage", "experts", "memory", "ops", "verbs", "seconds"}
-LAYOUT = {"tp", "pp", "cp", "ep", "etp", "ranks_without_experts", "dp", "pp_chunks", "node_ranks", "zero", "micro_batch",
-          "recompute", "seconds", "tokens_per_s", "mfu", "bytes"}
+LAYOUT = {"tp", "pp", "cp", "ep", "etp", "ranks_without_experts", "dp", "pp_chunks", "node_ranks", "zero",
+          "micro_batch", "recompute", "seconds", "tokens_per_s", "mfu", "bytes"}
 
 
 def upmoe(*arguments):
