@@ -4,7 +4,7 @@
 
 Each arm is a chain of ordinary commands (tokenize, train, upcycle, train, eval) of configs/studies/*.yaml. A pair of
 runs shares its seed: the order of the data, the dense source and the held-out sequences. Every arm gets the learning
-rate that does best in short runs over one grid, with a seed of their own. A study that was stopped or killed goes on
+rate that does best over one grid, with a seed of their own. A study that was stopped or killed goes on
 when it is started again. docs/studies.md tells more.
 """
 

@@ -123,7 +123,7 @@ class Plan:
             yield (f"{arm:32} {count:5} {last.steps:7} {whole.flops(last):13.3g} "
                    f"{self.seconds(runs[0], last) / 60:16.1f}")
         left = self.left([*tuning, *paired])
-        yield (f"{len(tuning)} short runs for the learning rates and {len(paired)} of pairs, {done} of them finished; "
+        yield (f"{len(tuning)} runs for the learning rates and {len(paired)} of pairs, {done} of them finished; "
                f"left are {sum(f for _, f in left.values()):.3g} FLOP, sources included, about "
                f"{minutes(sum(s for s, _ in left.values()))} here, and {size_in_words(self.disk([*tuning, *paired]))} "
                "of disk at a time")
