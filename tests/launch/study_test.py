@@ -172,10 +172,10 @@ class Files(unittest.TestCase):
         self.assertEqual(other.stages[1].settings["seed"], 2)
         again = study_chain.Builder(self.read(STUDY)).run("kept", 1, 1e-3)
         self.assertEqual([stage.id for stage in again.stages], [stage.id for stage in kept.stages])
-        tuned = build.tuning("kept")
+        tuned = study_chain.Builder(self.read(STUDY + "tune_share: 0.5\n")).tuning("kept")
         self.assertEqual({run.seed for run in tuned}, {study_chain.TUNING_SEED})
         self.assertEqual([run.rate for run in tuned], study.rates)
-        self.assertEqual(tuned[0].last.steps, round(20 * study.figures["tune_share"]))
+        self.assertEqual(tuned[0].last.steps, 10)
 
     # A model from random weights owes nothing to what was trained before.
     def test_a_source_is_charged_where_something_of_it_stays(self):
