@@ -22,7 +22,8 @@ TWIN = [f"{MODEL}/{name}" for name in re.search(r"add_library\(sm90_emulation ST
     ROOT / MODEL / "CMakeLists.txt").read_text(encoding="utf-8"))[1].split()]
 FLAGS = ["-std=c++20", "-O1", "-march=native", "-w", "-Itests/support/fake_cuda", "-I."]
 
-# name: file, what stands there, what is planted, the tests that must notice, words of the finding (empty: any)
+# name: file, what stands there, what is planted, the tests that must notice, words of the finding: of the model,
+# or, where only the result is wrong, which one
 MUTANTS = {
     "no_empty_wait": (
         FOLDER + "experts_down.cuh",
@@ -43,27 +44,27 @@ MUTANTS = {
         FOLDER + "experts_up.cuh",
         "mbarrier_arrive_expect_tx(full, UpShared<C>::kBBytes)",
         "mbarrier_arrive_expect_tx(full, UpShared<C>::kBBytes / 2)",
-        "*.Up/*", ""),
+        "*.Up/*", "nobody can go on"),
     "no_swizzle": (
         FOLDER + "expert_pipeline.cuh",
         "operand + swizzled(t / 8, t % 8)",
         "operand + t * 16",
-        "*.Up/*", ""),
+        "*.Up/*", "of_gate_up.relative()"),
     "wrong_sbo": (
         FOLDER + "sm90.cuh",
         "descriptor(operand + row * kRowBytes + k * 2, 16, 8 * kRowBytes)",
         "descriptor(operand + row * kRowBytes + k * 2, 16, 4 * kRowBytes)",
-        "*.Down/*", ""),
+        "*.Down/*", "of_y.relative()"),
     "wrong_lbo": (
         FOLDER + "sm90.cuh",
         "k * kRowBytes, kPanelBytes, 8",
         "k * kRowBytes, kPanelBytes / 2, 8",
-        "*.DRows/*", ""),
+        "*.DRows/*", "of_y.relative()"),
     "swapped_lbo_sbo": (
         FOLDER + "sm90.cuh",
         "kPanelBytes, 8 * kRowBytes)",
         "8 * kRowBytes, kPanelBytes)",
-        "*.DRows/*", ""),
+        "*.DRows/*", "of_y.relative()"),
     "arrival_before_copies": (
         FOLDER + "expert_pipeline.cuh",
         "      gathered.copy(s.a[at.stage]);\n      cp_async_arrive(&s.full[at.stage]);",
@@ -73,7 +74,7 @@ MUTANTS = {
         FOLDER + "experts_dhidden.cuh",
         "      cp_async_wait<kFetched - 1>();\n",
         "",
-        "*.DHidden/*", ""),
+        "*.DHidden/*", "to which another copy is under way"),
     "no_proxy_fence": (
         FOLDER + "expert_pipeline.cuh",
         "  if constexpr (kCopied) fence_proxy_async();\n",
@@ -88,32 +89,37 @@ MUTANTS = {
         FOLDER + "expert_pipeline.cuh",
         "  wgmma_wait<0>();",
         "  ",
-        "*.Down/*", ""),
+        "*.Down/*", "the block ends while a product is under way"),
     "stage_released_early": (
         FOLDER + "expert_pipeline.cuh",
         "      release<kBlocks>(&s.empty[before]);\n    }\n    before",
         "      release<kBlocks>(&s.empty[at.stage]);\n    }\n    before",
-        "*.Down/*", ""),
+        "*.Down/*", "nobody can go on"),
     "stage_never_released": (
         FOLDER + "expert_pipeline.cuh",
         "  if (steps > 0) release<kBlocks>(&s.empty[before]);",
         "",
         "*.Down/*", "nobody can go on"),
+    "stage_released_late": (
+        FOLDER + "expert_pipeline.cuh",
+        "    if (step > 0) {\n      wgmma_wait<1>();\n      release<kBlocks>(&s.empty[before]);\n    }\n",
+        "    if (step > 0) wgmma_wait<1>();\n    if (step >= S::kStages) release<kBlocks>(&s.empty[at.stage]);\n",
+        "*.Up/*", "nobody can go on"),
     "wrong_arrival_count": (
         FOLDER + "experts_up.cuh",
         "s.init(1 + kGroupThreads, kConsumers * 4 * C::kBlocks)",
         "s.init(1 + kGroupThreads, kConsumers * 4)",
-        "*.Up/*", ""),
+        "*.Up/*", "that a product still reads"),
     "no_tail_predicate": (
         FOLDER + "expert_pipeline.cuh",
         "    if (row < rows) *reinterpret_cast<uint4*>(first",
         "    *reinterpret_cast<uint4*>(first",
-        "*.Down/*", ""),
+        "*.Down/*", "guards_stand()"),
     "release_to_own_block_only": (
         FOLDER + "expert_pipeline.cuh",
         "mbarrier_arrive_remote(empty, lane)",
         "mbarrier_arrive_remote(empty, cluster_rank())",
-        "*.Up/*", ""),
+        "*.Up/*", "to which another copy is under way"),
     "no_cluster_sync_at_the_start": (
         FOLDER + "expert_pipeline.cuh",
         "  cluster_sync();  // the other block's barriers are there\n",
@@ -129,17 +135,22 @@ MUTANTS = {
         "    mbarrier_wait(&s.tiles.turn[group], turns++ & 1);\n",
         "",
         "*.DHidden/*", "nobody can go on"),
+    "wrong_count_of_a_turn": (
+        FOLDER + "experts_dhidden.cuh",
+        "mbarrier_init(&turn, 4)",
+        "mbarrier_init(&turn, 5)",
+        "*.DHidden/*", "nobody can go on"),
     "staging_rewritten_early": (
         FOLDER + "experts_up.cuh",
         "    store_lines<8>(staging, first + part * kRowBytes, row_bytes, rows);\n    __syncwarp();",
         "    store_lines<8>(staging, first + part * kRowBytes, row_bytes, rows);",
-        "*.Up/*", ""),
+        "*.Up/*", "of_gate_up.relative()"),
     "rows_of_another_expert": (
         FOLDER + "experts_dweights.cuh",
         "lane < 16 && row < tile.rows ?",
         "lane < 16 ?",
-        "*.DGateUpWeights/*", ""),
-    "dead_lock_of_lags": (
+        "*.DGateUpWeights/*", "of_dw.relative()"),
+    "stage_released_before_its_products_end": (
         FOLDER + "expert_pipeline.cuh",
         "    if (step > 0) {\n      wgmma_wait<1>();",
         "    if (step > 0) {\n      wgmma_wait<2>();",
