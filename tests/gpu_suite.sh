@@ -2,16 +2,16 @@
 # Everything that needs a real GPU, for a machine that has one but neither this project's packages nor a network.
 #
 #   tests/gpu_suite.sh bundle           here: builds the programs, packs them with their libraries into build/gpu_suite
-#   tests/gpu_suite.sh run OUT PART...  there: runs parts (all of them unless named), each under 8 minutes, and leaves
+#   tests/gpu_suite.sh run OUT PART...  there: runs parts (all of them unless named), each under 4 minutes, and leaves
 #                                       one folder of results for each in OUT; what has finished there is passed over
 #
 # Parts: ops (each op's tests on the GPU), models (golden files, meshes of as many ranks as there are GPUs, the same run
 # twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops and a layer
-# as shares of what the GPU gives), algorithms (cuBLASLt's, timed: a table for configs/cuda), step
-# (whole steps of 4 layers), full (the 14.3 billion parameters with adamw8bit), largest (as many layers as fit), peers
-# (PyTorch and transformers, where python3 has them), quickstart (its dense model, upcycling and mixture of experts on
-# the GPU, to the losses of the CPU: in a bundle that was made after launch/quickstart.sh). The first three run their
-# programs beside each other; what is timed runs alone.
+# as shares of what the GPU gives), kernels (bench/sm90.sh), algorithms (cuBLASLt's, timed: a table for configs/cuda),
+# step (whole steps of 4 layers), full (the 14.3 billion parameters with adamw8bit), largest (as many layers as fit),
+# peers (PyTorch and transformers, where python3 has them), quickstart (its dense model, upcycling and mixture of
+# experts on the GPU, to the losses of the CPU: in a bundle that was made after launch/quickstart.sh). The first three
+# run their programs beside each other; what is timed runs alone.
 # UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and peers; UPMOE_SUITE_LIMIT: the most seconds of a program.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -31,7 +31,7 @@ make_bundle() {
   local build=$root/build/gpu programs=() name
   for name in "${op_tests[@]}"; do programs+=("${name}_test"); done
   programs+=(golden_test layer_gradient_test communicator_test layout_equivalence_test make_run bench_gpu bench_step
-    time_algorithms)
+    time_algorithms sm90_bench)
   # For any x86-64 of the last ten years, without MPI: one process has one GPU there.
   cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DUPMOE_ARCH=x86-64-v3 -DUPMOE_MPI=OFF \
     -DUPMOE_CUDA=ON >/dev/null || die "not configured; a CUDA toolkit is needed here"
@@ -47,7 +47,8 @@ make_bundle() {
     xargs -I{} cp -L {} "$bundle/stage/lib/"
   strip --strip-unneeded "$bundle"/stage/lib/* 2>/dev/null || true
   cp -r "$root/tests/golden" "$bundle/stage/golden"
-  (cd "$root" && cp --parents tests/bench/{gpu_peers,bench_record}.py launch/command_line.py "$bundle/stage/")
+  (cd "$root" && cp --parents tests/bench/{gpu_peers,bench_record}.py tests/bench/sm90.sh kernels/cuda/sm90/* \
+    launch/command_line.py "$bundle/stage/")
   python3 "$bundle/stage/tests/bench/gpu_peers.py" --help >/dev/null || die "gpu_peers.py needs more than is packed"
   if [ -s "$root/runs/quickstart/eval/moe.json" ]; then
     mkdir -p "$bundle/stage/quickstart/configs" "$bundle/stage/quickstart/cpu"
@@ -111,7 +112,9 @@ say() {
   [ "$status" = 0 ] || { touch "$part_out/failed" && tail -n 15 "$part_out/$name.txt"; }
 }
 
-# The same beside what else runs; as many at once as the machine has pairs of processors.
+shown() { say "$@" && cat "$part_out/$1.txt"; } # and its output
+
+# say beside what else runs; as many at once as the machine has pairs of processors.
 say_beside() {
   while [ "$(jobs -pr | wc -l)" -ge "$(($(nproc) / 2 + 1))" ]; do wait -n || true; done
   OMP_NUM_THREADS=2 say "$@" &
@@ -158,10 +161,11 @@ resumed() {
 part_models() {
   local how
   work=$(mktemp -d)
-  say_beside golden timeout "$(at_most 400)" "$suite/bin/golden_test" --gtest_brief=1
+  say_beside golden timeout "$(at_most 230)" "$suite/bin/golden_test" --gtest_brief=1
   if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
-    say_beside meshes timeout "$(at_most 200)" "$suite/bin/layout_equivalence_test" '--gtest_filter=Threads/*' \
-      --gtest_brief=1
+    # NCCL then ends the program where operations of several communicators begin in different orders.
+    NCCL_LAUNCH_RACE_FATAL=1 say_beside meshes timeout "$(at_most 200)" "$suite/bin/layout_equivalence_test" \
+      '--gtest_filter=Threads/*' --gtest_brief=1
   fi
   say make_run "$suite/bin/make_run" "$work"
   say_beside first train_run first device=cuda train.steps=10
@@ -203,10 +207,7 @@ sanitized() { # TOOL TEST
 
 part_sanitizer() {
   local tool name filter
-  if ! command -v compute-sanitizer >/dev/null; then
-    echo "no compute-sanitizer here" | tee "$part_out/summary.txt"
-    return
-  fi
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer" | tee "$part_out/summary.txt" && return; }
   for name in "${op_tests[@]}"; do
     for tool in memcheck racecheck initcheck synccheck; do
       filter=$(sanitized $tool "$name") || continue
@@ -220,16 +221,16 @@ part_sanitizer() {
 tokens_or() { echo "${UPMOE_SUITE_TOKENS:-$*}"; }
 
 part_bench() {
-  say bench timeout "$(at_most 460)" "$suite/bin/bench_gpu" "--tokens=$(tokens_or 8192 16384 32768 | tr ' ' ,)" \
+  shown bench timeout "$(at_most 230)" "$suite/bin/bench_gpu" "--tokens=$(tokens_or 8192 16384 32768 | tr ' ' ,)" \
     "--benchmark_out=$part_out/bench_gpu.json"
-  cat "$part_out/bench.txt"
 }
+
+part_kernels() { shown kernels bash "$suite/tests/bench/sm90.sh" "$part_out/sm90" "$suite/bin/sm90_bench"; }
 
 # For the committed table, should somebody want it there: it changes bits.
 part_algorithms() {
-  say algorithms timeout "$(at_most 240)" "$suite/bin/time_algorithms" "$part_out/product_algorithms.yaml" \
+  shown algorithms timeout "$(at_most 230)" "$suite/bin/time_algorithms" "$part_out/product_algorithms.yaml" \
     "--tokens=$(tokens_or 8192 16384 32768 | tr ' ' ,)"
-  cat "$part_out/algorithms.txt"
 }
 
 watch_memory() { # FILE COMMAND...: and the most memory that the GPU held meanwhile
@@ -244,30 +245,38 @@ watch_memory() { # FILE COMMAND...: and the most memory that the GPU held meanwh
   return $status
 }
 
+bench_steps() { # NAME OPTIONS...
+  local name=$1
+  shift
+  say "$name" watch_memory "$part_out/$name" timeout "$(at_most 200)" "$suite/bin/bench_step" "$@"
+}
+
 part_step() {
-  local tokens
+  local tokens some=(--layers 4 --steps 8)
   for tokens in $(tokens_or 8192 16384 32768); do
-    say "four_layers_$tokens" watch_memory "$part_out/$tokens" timeout "$(at_most 110)" "$suite/bin/bench_step" \
-      --layers 4 --tokens "$tokens" --steps 8 --profile
-  done
-  say four_layers_adamw watch_memory "$part_out/adamw" timeout "$(at_most 110)" "$suite/bin/bench_step" --layers 4 \
-    --steps 8 --optimizer adamw
+    bench_steps "four_layers_$tokens" "${some[@]}" --tokens "$tokens" --profile
+  done  # and of the most of them, what can be chosen
+  some+=(--tokens "$tokens")
+  bench_steps "four_layers_${tokens}_fused" "${some[@]}" --kernels-experts fused --profile
+  bench_steps "four_layers_${tokens}_norms" "${some[@]}" --recompute norms
+  bench_steps "four_layers_${tokens}_of_8" "${some[@]}" --micro-batches 8
+  bench_steps "four_layers_${tokens}_of_8_fused" "${some[@]}" --micro-batches 8 --kernels-experts fused
+  bench_steps four_layers_adamw --layers 4 --steps 8 --optimizer adamw
   grep -H tokens_per_s "$part_out"/four_layers_*.txt | sed 's|.*/||'
 }
 
 memory_mib() { nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1; }
 
 part_full() {
-  local recompute tokens
-  if [ "$(memory_mib)" -lt 140000 ]; then
-    echo "needs a GPU of 140 GiB" | tee "$part_out/summary.txt"
-    return
-  fi
-  # The most tokens of a step that each policy leaves memory for, on 140 GiB.
-  for recompute in none:16384 swiglu:24576 routed_up:32768; do
-    tokens=${recompute#*:} recompute=${recompute%:*}
-    say "full_${tokens}_$recompute" watch_memory "$part_out/$recompute" timeout "$(at_most 200)" \
-      "$suite/bin/bench_step" --layers 24 --tokens "$tokens" --steps 5 --recompute "$recompute" --profile
+  local all=(--layers 24 --steps 5 --profile) of name=
+  [ "$(memory_mib)" -ge 140000 ] || { echo "needs a GPU of 140 GiB" | tee "$part_out/summary.txt" && return; }
+  # The most tokens of a micro-batch that each policy leaves memory for, on 140 GiB; fused experts keep less.
+  bench_steps full_16384_none "${all[@]}" --tokens 16384
+  bench_steps full_32768_routed_up "${all[@]}" --tokens 32768 --recompute routed_up
+  for of in 1 8; do
+    [ $of = 1 ] || all+=(--micro-batches "$of") name=_of_$of
+    bench_steps full_24576_swiglu$name "${all[@]}" --tokens 24576 --recompute swiglu
+    bench_steps full_32768_norms_fused$name "${all[@]}" --tokens 32768 --recompute norms --kernels-experts fused
   done
   grep -H -E 'tokens_per_s|peak' "$part_out"/full_*.txt | sed 's|.*/||'
 }
@@ -281,8 +290,7 @@ part_largest() {
   layers=$((layers < 24 ? layers : 24))
   while [ $layers -gt 0 ]; do
     rm -f "$part_out/failed"
-    say "largest_${layers}_layers" watch_memory "$part_out/largest" timeout "$(at_most 200)" "$suite/bin/bench_step" \
-      --layers $layers --tokens 8192 --steps 6 --recompute routed_up --profile
+    bench_steps "largest_${layers}_layers" --layers $layers --tokens 8192 --steps 6 --recompute routed_up --profile
     grep -q 'out of memory' "$part_out/largest_${layers}_layers.txt" || break
     layers=$((layers - 1))
   done
@@ -291,9 +299,8 @@ part_largest() {
 
 part_peers() {
   # shellcheck disable=SC2046  # one argument each
-  say peers timeout "$(at_most 460)" python3 "$suite/tests/bench/gpu_peers.py" --out "$part_out/gpu_peers.json" \
+  shown peers timeout "$(at_most 230)" python3 "$suite/tests/bench/gpu_peers.py" --out "$part_out/gpu_peers.json" \
     --tokens $(tokens_or 8192 16384 32768)
-  cat "$part_out/peers.txt"
 }
 
 # The same losses: steps in another order of sums end a little elsewhere, by much less than what training gains. Allowed
@@ -342,8 +349,7 @@ part_quickstart() {
   say eval_dense quickstart_eval dense $models/dense
   say eval_moe_step0 quickstart_eval moe_step0 $models/moe
   say eval_moe quickstart_eval moe "$(step_of moe "$MORE_STEPS")"
-  say same_as_on_cpu same_as_on_cpu
-  cat "$part_out/same_as_on_cpu.txt"
+  shown same_as_on_cpu same_as_on_cpu
   cd - >/dev/null
 }
 
@@ -351,7 +357,7 @@ run_parts() {
   local out part gpus versions
   out=$(realpath -m "$1")
   shift
-  [ $# -gt 0 ] || set -- ops models sanitizer bench algorithms step full largest peers quickstart
+  [ $# -gt 0 ] || set -- ops models sanitizer bench kernels algorithms step full largest peers quickstart
   for part in "$@"; do
     declare -F "part_$part" >/dev/null || die "no part '$part'; 'gpu_suite.sh --help' names them"
   done

@@ -90,6 +90,25 @@ def grouped(tokens):
     return lambda: torch._grouped_mm(x, w, offs=ends)
 
 
+def grouped_swiglu(tokens):
+    """The same product with what the fused kernel has in it: rows gathered before, SwiGLU and weights behind."""
+    import torch
+    import torch.nn.functional as F
+
+    rows = tokens * TOP_K
+    x, w = random(tokens, WIDTH), random(EXPERTS, WIDTH, 2 * EXPERT_WIDTH)
+    choice = torch.randint(EXPERTS, (rows,), device="cuda")
+    token = torch.argsort(choice) // TOP_K
+    weight = random(rows, 1)
+    ends = torch.bincount(choice, minlength=EXPERTS).cumsum(0).to(torch.int32)
+
+    def run():
+        gate, up = torch._grouped_mm(x[token], w, offs=ends).chunk(2, -1)
+        return F.silu(gate) * up * weight
+
+    return run
+
+
 def config_of(layers, experts_implementation):
     from transformers import Qwen2MoeConfig
 
@@ -156,12 +175,15 @@ def main():
         seen = tokens * SEQ / 2 * HEADS * HEAD * 4  # causal: half of the pairs
         record(f"attention_forward/{tokens}", lambda t=tokens: attention(t, False), seen)
         record(f"attention_forward_and_gradient/{tokens}", lambda t=tokens: attention(t, True), 3.5 * seen)
-        record(f"grouped_mm gate_up/{tokens}", lambda t=tokens: grouped(t), 4.0 * tokens * TOP_K * WIDTH * EXPERT_WIDTH)
+        flops = 4.0 * tokens * TOP_K * WIDTH * EXPERT_WIDTH
+        record(f"grouped_mm gate_up/{tokens}", lambda t=tokens: grouped(t), flops)
+        record(f"grouped_mm gate_up, gather, SwiGLU/{tokens}", lambda t=tokens: grouped_swiglu(t), flops)
         for name in ("grouped_mm", "eager"):
             record(f"layer_forward_backward/{tokens}", lambda t=tokens, n=name: layer(t, n), experts=name)
         for name in ("grouped_mm", "eager"):
             record(f"step of {args.layers} layers/{tokens}", lambda t=tokens, n=name: step(t, args.layers, n),
                    experts=name)
+    record("gemm 8192^3, after", gemm, 2.0 * 8192**3)  # on a card that has become warm
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,

@@ -76,6 +76,6 @@ inline int multiprocessors() {
 
 int check_instructions();
 int check_kernels(const char* which);
-int time_kernels(int tokens, const char* which);
+int time_kernels(int tokens, const char* routing, const char* which);
 
 }  // namespace sm90_bench

@@ -1,5 +1,6 @@
 // How fast the experts' kernels are: TFLOP/s of useful products, beside cuBLASLt's 8192^3 before and after,
-// and beside one cuBLASLt product for each expert on several streams.
+// and beside one cuBLASLt product for each expert on several streams. Rows are balanced, as an untrained router gives
+// them, or the e-th expert has 1 / e of what the first one has (zipf).
 
 #include <cublasLt.h>
 
@@ -144,11 +145,12 @@ double square_tflops(Library& library, Memory<bf16>& memory) {
 struct Figures {
   double square;
   int tokens;
+  std::string routing;
   void line(const char* name, double flops, double ms) const {
-    std::printf("%6d  %-28s %8.3f ms %7.1f TFLOP/s  %.3f of 8192^3\n", tokens, name, ms, flops * 1e-9 / ms,
-                flops * 1e-9 / ms / square);
-    std::printf("{\"tokens\": %d, \"kernel\": \"%s\", \"ms\": %.4f, \"tflops\": %.1f}\n", tokens, name, ms,
-                flops * 1e-9 / ms);
+    std::printf("%6d %-8s  %-28s %8.3f ms %7.1f TFLOP/s  %.3f of 8192^3\n", tokens, routing.c_str(), name, ms,
+                flops * 1e-9 / ms, flops * 1e-9 / ms / square);
+    std::printf("{\"tokens\": %d, \"routing\": \"%s\", \"kernel\": \"%s\", \"ms\": %.4f, \"tflops\": %.1f}\n",
+                tokens, routing.c_str(), name, ms, flops * 1e-9 / ms);
     std::fflush(stdout);
   }
   void square_line(const char* when, double tflops) const {
@@ -161,8 +163,8 @@ struct Figures {
 // All kernels at one number of tokens, and what cuBLASLt takes for the same products without what stands around them.
 class Timings {
  public:
-  explicit Timings(int tokens)
-      : e_(balanced_rows(tokens), kWidth, kNeurons, kChoices, 21),
+  Timings(int tokens, const std::string& routing)
+      : e_(rows_of_experts(tokens, routing == "zipf"), kWidth, kNeurons, kChoices, 21),
         n_(static_cast<std::size_t>(e_.rows) * kNeurons),
         gate_up_(2 * n_),
         hidden_(n_),
@@ -176,7 +178,7 @@ class Timings {
         down_(up_ / 2) {
     for (auto* m : {&gate_up_, &hidden_, &dgate_up_, &y_, &dw1_, &dw2_, &square_})
       Experts::random(*m, 31, 1.0f);
-    figures_ = {square_tflops(library_, square_), tokens};
+    figures_ = {square_tflops(library_, square_), tokens, routing};
     figures_.square_line("before", figures_.square);
   }
   ~Timings() { figures_.square_line("after", square_tflops(library_, square_)); }
@@ -226,10 +228,13 @@ class Timings {
   }
 
  private:
-  static std::vector<int> balanced_rows(int tokens) {
+  static std::vector<int> rows_of_experts(int tokens, bool zipf) {
     std::vector<int> rows(kExperts);
+    std::vector<double> shares(kExperts, 1.0);
+    for (int e = 0; zipf && e < kExperts; ++e) shares[e] = 1.0 / (e + 1);
     std::mt19937_64 random(3);
-    for (int i = 0; i < tokens * kChoices; ++i) ++rows[random() % kExperts];
+    std::discrete_distribution<int> expert(shares.begin(), shares.end());
+    for (int i = 0; i < tokens * kChoices; ++i) ++rows[expert(random)];
     return rows;
   }
   template <class Body>
@@ -278,9 +283,9 @@ class Timings {
 
 }  // namespace
 
-int time_kernels(int tokens, const char* which) {
+int time_kernels(int tokens, const char* routing, const char* which) {
   const auto wanted = [w = std::string(which)](const char* name) { return w == "all" || w == name; };
-  Timings timings(tokens);
+  Timings timings(tokens, routing);
   if (wanted("up")) timings.up();
   if (wanted("rows")) timings.rows();
   if (wanted("dhidden")) timings.dhidden();
