@@ -107,43 +107,47 @@ TEST(MixtureFamilies, KeepTheFunctionOfEveryDenseFamily) {
   }
 }
 
-// The relative error of a layer at step 0, over a dense model of random weights; 0: none but rounding.
+// The relative error of a layer at step 0, over a dense model of random weights; 0: none but rounding. And the family
+// that the mixture is written as.
 struct Start {
-  const char *recipe, *dense;
+  const char *recipe, *dense, *family;
   double error;
 };
 constexpr double kTolerance = 0.02;  // relative
 constexpr Start kStarts[] = {
-    {"qwen1.5-moe-a2.7b", "qwen2", 0.0246},
-    {"qwen2-57b-a14b", "qwen2", 0.0194},
-    {"sparse-upcycling", "llama", 0},
-    {"virtual-group", "mistral", 0},
-    {"drop-upcycling", "qwen3", 1.167},
-    {"llama-moe-split", "llama", 1.017},
-    {"from-scratch", "llama", 1.0},
-    {"mixtral-8x", "mistral", 0},
-    {"deepseekmoe", "llama", 1.052},
-    {"arctic-residual", "llama", 0},
-    {"qwen3-30b-like", "qwen3", 0},
-    {"marco-nano", "qwen3", 2.01},
-    {"dots1-like", "qwen3", 0},
-    {"llama-moe-random", "llama", 1.017},
+    {"qwen1.5-moe-a2.7b", "qwen2", "qwen2_moe", 0.0246},
+    {"qwen2-57b-a14b", "qwen2", "qwen2_moe", 0.0194},
+    {"sparse-upcycling", "llama", "mixtral", 0},
+    {"sparse-upcycling", "qwen3", "qwen3_moe", 0},
+    {"virtual-group", "mistral", "mixtral", 0},
+    {"drop-upcycling", "qwen3", "qwen3_moe", 1.167},
+    {"llama-moe-split", "llama", "mixtral", 1.017},
+    {"from-scratch", "llama", "deepseek", 1.0},
+    {"mixtral-8x", "llama", "mixtral", 0},
+    {"mixtral-8x", "mistral", "mixtral", 0},
+    {"deepseekmoe", "llama", "deepseek", 1.052},
+    {"arctic-residual", "llama", "deepseek", 0},
+    {"qwen3-30b-like", "qwen3", "qwen3_moe", 0},
+    {"marco-nano", "qwen3", "qwen3_moe", 2.01},
+    {"dots1-like", "qwen3", "dots1", 0},
+    {"llama-moe-random", "llama", "mixtral", 1.017},
     // As if the three matrices counted alike: sqrt(3 / 2) * 0.02 / 0.3 / sqrt(2), a deviation of 0.02 beside the
     // weights' 0.3 on half of each, over the mean of two experts.
-    {"rnu", "mistral", 0.0581},
-    {"sparse-upcycling-half", "qwen2", 0},
-    {"apollo-last2", "qwen2", 0},
-    {"btx", "mistral", 0},  // of one dense model; several that differ: sources_test
+    {"rnu", "mistral", "mixtral", 0.0581},
+    {"sparse-upcycling-half", "qwen2", "qwen2_moe", 0},
+    {"apollo-last2", "qwen2", "qwen2_moe", 0},
+    {"btx", "mistral", "mixtral", 0},  // of one dense model; several that differ: sources_test
 };
 
 TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
   std::set<std::string> known{"grow-2x", "btx-prompts", "cmoe"};  // of a mixture: growth_test; of tokens
   for (const Start& start : kStarts) {
-    SCOPED_TRACE(start.recipe);
+    SCOPED_TRACE(fmt::format("{} of {}", start.recipe, start.dense));
     known.insert(start.recipe);
     const UpcycleConfig recipe = read_upcycle_config(
         fs::path(UPMOE_SOURCE_DIR) / fmt::format("configs/upcycle/{}-tiny.yaml", start.recipe), {});
     const Source source({.hidden = 64, .ffn = 688, .family = start.dense});
+    EXPECT_EQ(make_moe_config(recipe, source.config()).model_type, start.family);
     const double error = source.error(recipe, 32);
     EXPECT_NEAR(error, start.error, std::max(kExact, kTolerance * start.error));
   }
