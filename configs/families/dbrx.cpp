@@ -119,6 +119,7 @@ void read(JsonObject& json, ModelConfig& c) {
   c.qkv_bias = false;
   c.shared_expert_gate = false;
   refuse_features(json, kDbrx);
+  require_full_attention(json);
   read_layers(json, c);
   read_dtype(json, c);
   read_attention(json, c);

@@ -12,6 +12,7 @@
 #include "data/hf_model.h"
 #include "data/hf_writer.h"
 #include "tests/data/models.h"
+#include "tests/support/config_json.h"
 
 namespace upmoe {
 namespace {
@@ -180,6 +181,34 @@ TEST(FamilyTensors, ConfigsAreReadAsTheyAreWritten) {
     EXPECT_EQ(read.rms_norm_eps, written.rms_norm_eps) << family->model_type;
     EXPECT_EQ(read.router, written.router) << family->model_type;
     EXPECT_EQ(read.router_bias, written.router_bias) << family->model_type;
+  }
+}
+
+// Positions that are scaled, and whatever else no layer here computes, under every name that files have for it.
+TEST(FamilyTensors, WhatWouldChangeTheFunctionIsRefusedByEachFamily) {
+  using nlohmann::json;
+  const std::vector<std::pair<const char*, json>> others{{"partial_rotary_factor", 0.5},
+                                                         {"attention_dropout", 0.1},
+                                                         {"final_logit_softcapping", 30.0},
+                                                         {"attn_logit_softcapping", 50.0},
+                                                         {"logit_scale", 0.5},
+                                                         {"is_causal", false},
+                                                         {"alibi", true},
+                                                         {"layer_types", {"sliding_attention"}},
+                                                         {"quantization_config", {{"bits", 4}}}};
+  for (const Family* family : families()) {
+    SCOPED_TRACE(family->model_type);
+    const json own = json::parse(to_hf_json(model_of(*family)));
+    EXPECT_EQ(test::refusal(own), "");
+    for (const char* type : {"llama3", "yarn", "linear", "dynamic", "longrope", "ntk"})
+      for (const char* key : {"rope_scaling", "rope_parameters"}) {
+        const json rope{{"rope_type", type}, {"rope_theta", own.value("rope_theta", 1e4)}, {"factor", 8.0}};
+        EXPECT_THAT(test::refusal(test::with(own, key, rope)), HasSubstr(fmt::format("'{}'", type))) << key;
+        const json old{{"type", type}, {"factor", 8.0}};
+        EXPECT_THAT(test::refusal(test::with(own, key, old)), HasSubstr(fmt::format("'{}'", type))) << key;
+      }
+    for (const auto& [key, value] : others)
+      EXPECT_THAT(test::refusal(test::with(own, key, value)), HasSubstr(fmt::format("{}: ", key)));
   }
 }
 
