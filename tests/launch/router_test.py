@@ -36,13 +36,38 @@ class Routers(unittest.TestCase):
     def metrics(self, name):
         return list(map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines()))
 
-    def test_no_expert_dies(self):
-        for name, keys in {
-            "sigmoid": (*SIGMOID, "router.aux_loss=0"),
-            "sequence": ("router.score=sigmoid", "router.aux_kind=sequence", "router.aux_loss=0.01"),
-            "group": ("router.aux_kind=[group, gshard]", "router.aux_groups=5", "router.aux_loss=[0.01, 0.1]"),
+    def model(self, name, **changes):
+        """MAKE_RUN's with other keys, as an override."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        config = json.loads((self.folder / "model" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return f"model.path={folder}"
+
+    def every_kind(self):
+        """{name: keys} with each kind of router and each term, in forms that go together."""
+        one = self.model("one_expert", num_experts_per_tok=1)
+        two = self.model("two_experts", norm_topk_prob=True)
+        return {
+            "topk, hf": ("router.aux_kind=hf", "router.aux_loss=0.01", "router.z_loss=0.001"),
+            "topk, none": ("router.aux_loss=0",),
+            "sigmoid, bias": (*SIGMOID, "router.aux_loss=0"),
+            "sigmoid, sequence": ("router.score=sigmoid", "router.aux_kind=sequence", "router.aux_loss=0.01"),
+            "group, gshard": ("router.aux_kind=[group, gshard]", "router.aux_groups=5", "router.aux_loss=[0.01, 0.1]"),
             "global": ("router.aux_kind=global", "router.aux_loss=0.01"),
-        }.items():
+            "importance": ("router.aux_kind=importance", "router.aux_loss=0.1"),
+            "noisy": ("router.kind=noisy", "router.aux_kind=[importance, load]", "router.aux_loss=[0.1, 0.1]"),
+            "switch": (one, "router.kind=switch", "router.jitter=0.01", "router.capacity_factor=1.25",
+                       "router.aux_kind=switch", "router.aux_loss=0.01"),
+            "gshard": (two, "router.kind=gshard", "router.capacity_factor=1", "router.capacity_pool=micro_batch",
+                       "router.drop=probability", "router.aux_kind=gshard", "router.aux_loss=10"),  # 0.1 of switch
+            "capacity by sequence": ("router.capacity_factor=1", "router.drop=order", "router.aux_loss=0.01"),
+        }
+
+    def test_no_expert_dies(self):
+        for name, keys in self.every_kind().items():
+            if name == "topk, none":  # which keeps nobody alive
+                continue
             with self.subTest(name):
                 self.train(name, "train.steps=40", *keys)
                 steps = self.metrics(name)
@@ -51,10 +76,22 @@ class Routers(unittest.TestCase):
                     self.assertGreater(min(map(sum, zip(*layer))), 0)
                 self.assertLess(steps[-1]["expert_load_max"], 3)
                 self.assertLess(steps[-1]["loss"], steps[0]["loss"])
-        self.assertEqual(set(self.metrics("group")[3]["aux_losses"]), {"group", "gshard"})
-        self.assertNotIn("aux_losses", self.metrics("sequence")[3])
+        self.assertEqual(set(self.metrics("group, gshard")[3]["aux_losses"]), {"group", "gshard"})
+        self.assertNotIn("aux_losses", self.metrics("sigmoid, sequence")[3])
         self.assertEqual(self.metrics("global")[0]["aux_loss"], 0)
         self.assertGreater(self.metrics("global")[1]["aux_loss"], 1.9)  # 2 mixtures, balanced 1 each
+
+    def test_every_kind_goes_on_to_the_bit(self):
+        for name, keys in self.every_kind().items():
+            with self.subTest(name):
+                self.train(f"{name} whole", "train.steps=6", *keys)
+                self.train(f"{name} parts", "train.steps=3", *keys)
+                self.train(f"{name} parts", "train.steps=6", *keys)
+                whole, parts = ([{key: s.get(key) for key in ("loss", "grad_norm", "aux_loss", "aux_losses", "z_loss",
+                                                              "dropped_share", "expert_load")}
+                                 for s in self.metrics(f"{name} {way}")] for way in ("whole", "parts"))
+                self.assertEqual(len(whole), 6)
+                self.assertEqual(whole, parts)
 
     def test_the_share_that_is_dropped(self):
         keys = ("train.steps=30", "router.aux_kind=switch", "router.aux_loss=0.1")
