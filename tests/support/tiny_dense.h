@@ -27,6 +27,7 @@ struct TinyShape {
   DType dtype = DType::kF32;
   bool tied = false;
   const char* family = "qwen2";
+  int window = 0;  // of families that have one
 };
 
 inline std::string tiny_qwen2_json(const TinyShape& s) {
@@ -48,6 +49,7 @@ inline std::string tiny_config_json(const TinyShape& s) {
   const Traits carries = family_of(c).carries;
   c.qkv_bias = !carries.has(Trait::kNoBiases);
   c.qk_norm = carries.has(Trait::kNoQkNorm) ? QkNorm::kNone : QkNorm::kPerHead;
+  c.sliding_window = s.window;
   return to_hf_json(c);
 }
 

@@ -3,12 +3,16 @@
 
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include "data/model_source.h"
 #include "parallel/self_comm.h"
+#include "tests/support/preserving_recipes.h"
 #include "tests/support/tiny_dense.h"
 #include "tests/support/token_file.h"
 #include "trainer/session.h"
 #include "trainer/trainer.h"
+#include "upcycle/recipe_problems.h"
 #include "upcycle/upcycler.h"
 
 namespace upmoe {
@@ -36,9 +40,12 @@ class Upcycled : public testing::Test {
     recipe.target = {60, 4, 22, kSharedWidth, false};
     recipe.experts.reinit = 0.5;
     recipe.experts.scale = routed_scale;
-    const fs::path to = temporary_.path() / fmt::format("moe_{}", routed_scale);
+    return made(recipe, dense(), fmt::format("moe_{}", routed_scale));
+  }
+  fs::path made(const UpcycleConfig& recipe, const fs::path& from, const std::string& name) {
+    const fs::path to = temporary_.path() / name;
     UpcycleOptions options;
-    options.from = dense();
+    options.from = from;
     options.to = to;
     options.progress = false;
     const auto self = make_self_communicator();
@@ -78,6 +85,37 @@ TEST_F(Upcycled, SharedExpertCarriesTheDenseFunction) {
   // With routed experts that are not silent the loss is another one: the comparison above can fail.
   const double disturbed = Trainer(*load(upcycled(20.0))).step(1).loss;
   EXPECT_GT(std::abs(disturbed - dense_loss), 1e-3);
+}
+
+// The whole model, with what stands around its mixtures: norms of heads, a window, heads and their number, a dense layer
+// in front.
+TEST_F(Upcycled, KeepsTheLossOfEveryDenseFamily) {
+  std::set<std::string> pairs;
+  for (const Family* family : families()) {
+    if (is_mixture(*family) || family->mixtures.empty()) continue;
+    for (const int window : {0, 5}) {
+      if (window > 0 && !family->carries.has(Trait::kWindow)) continue;
+      const fs::path from = temporary_.path() / fmt::format("{}_{}", family->model_type, window);
+      test::write_tiny_dense(from, {.family = family->model_type, .window = window});
+      const ModelConfig config = read_model_config(from);
+      const double dense_loss = Trainer(*load(from)).step(1).loss;
+      for (UpcycleConfig recipe : test::preserving_recipes(86))
+        for (const Family* mixture : families()) {
+          recipe.target.family = mixture->model_type;
+          if (!is_mixture(*mixture) || !problems_of(recipe, config).empty()) continue;
+          const std::string pair =
+              fmt::format("{}_{}_{}", from.filename().string(), mixture->model_type, pairs.size());
+          SCOPED_TRACE(pair);
+          const double loss = Trainer(*load(made(recipe, from, pair))).step(1).loss;
+          EXPECT_NEAR(loss, dense_loss, 1e-5 * dense_loss);
+          pairs.insert(fmt::format("{} {} window {}", family->model_type, mixture->model_type, window));
+          fs::remove_all(temporary_.path() / pair);
+        }
+    }
+    for (const char* mixture : family->mixtures)
+      EXPECT_TRUE(pairs.contains(fmt::format("{} {} window 0", family->model_type, mixture))) << mixture;
+  }
+  EXPECT_TRUE(pairs.contains("mistral mixtral window 5"));
 }
 
 TEST_F(Upcycled, PaddingNeuronsReceiveGradient) {
