@@ -215,6 +215,7 @@ void add_elementwise(const Model& model, DType dtype) {
 void add_all() {
   add_decode();
   add_routers();
+  add_routed();
   add_group_routers();
   for (const Model& model : kModels)
     for (DType dtype : kFloats) {

@@ -127,6 +127,7 @@ inline void add(const std::string& name, DType dtype, const std::function<void(b
 
 void add_decode();
 void add_routers();
+void add_routed();
 void add_group_routers();
 
 }  // namespace upmoe::bench
