@@ -107,7 +107,7 @@ void add_rows(const Model& model, DType dtype) {
   });
 }
 
-// What stands between products: norms of heads, gates, attention with and without a window.
+// What stands between products: norms of heads, gates.
 void add_heads(const Model& model, DType dtype) {
   const std::string name = std::string("/") + model.name;
   const AttentionShape all{model.width / 64, model.width / 64, 64, kTokens / 2};
@@ -162,16 +162,29 @@ void add_heads(const Model& model, DType dtype) {
     const Tensor d({kTokens, 2 * ffn}, dtype), dh({kTokens, ffn}, dtype), gate_up({kTokens, 2 * ffn}, dtype);
     measure(state, dtype, [&](Exec& ex) { ops::geglu_backward(ex, d.view, {}, dh.view, gate_up.view); });
   });
+  add("clip_backward" + name, dtype, [=](benchmark::State& state) {
+    const Tensor dx({kTokens, 3 * width}, dtype), in({kTokens, 3 * width}, dtype);
+    measure(state, dtype, [&](Exec& ex) { ops::clip_backward(ex, dx.view, in.view, 0.5f); });
+  });
+}
+
+void add_attention(const Model& model, DType dtype) {
+  const std::int64_t width = model.width;
   for (const std::int64_t window : {std::int64_t{0}, kTokens / 16}) {
-    AttentionShape s = all;
-    s.window = window;
-    add((window > 0 ? "attention_forward_window" : "attention_forward") + name, dtype,
-        [=](benchmark::State& state) {
-          const Tensor qkv({kTokens, 3 * width}, dtype), out({kTokens, width}, dtype);
-          const Tensor lse({kTokens, s.heads}, DType::kF32);
-          measure(state, dtype,
-                  [&](Exec& ex) { ops::attention_forward(ex, out.view, lse.view, qkv.view, s); });
-        });
+    const AttentionShape s{width / 64, width / 64, 64, kTokens / 2, window};
+    const std::string name = std::string(window > 0 ? "_window/" : "/") + model.name;
+    add("attention_forward" + name, dtype, [=](benchmark::State& state) {
+      const Tensor qkv({kTokens, 3 * width}, dtype), out({kTokens, width}, dtype);
+      const Tensor lse({kTokens, s.heads}, DType::kF32);
+      measure(state, dtype, [&](Exec& ex) { ops::attention_forward(ex, out.view, lse.view, qkv.view, s); });
+    });
+    add("attention_backward" + name, dtype, [=](benchmark::State& state) {
+      const Tensor dqkv({kTokens, 3 * width}, dtype), qkv({kTokens, 3 * width}, dtype),
+          out({kTokens, width}, dtype), dout({kTokens, width}, dtype), lse({kTokens, s.heads}, DType::kF32);
+      measure(state, dtype, [&](Exec& ex) {
+        ops::attention_backward(ex, dqkv.view, dout.view, qkv.view, {out.view, lse.view}, s);
+      });
+    });
   }
 }
 
@@ -228,6 +241,7 @@ void add_all() {
       add_linear(name + "/head", model.vocab, model.width, dtype);
       add_rows(model, dtype);
       add_heads(model, dtype);
+      add_attention(model, dtype);
       add_elementwise(model, dtype);
     }
 }
