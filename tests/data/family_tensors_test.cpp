@@ -207,8 +207,14 @@ TEST(FamilyTensors, WhatWouldChangeTheFunctionIsRefusedByEachFamily) {
         const json old{{"type", type}, {"factor", 8.0}};
         EXPECT_THAT(test::refusal(test::with(own, key, old)), HasSubstr(fmt::format("'{}'", type))) << key;
       }
-    for (const auto& [key, value] : others)
+    json all = own;
+    for (const auto& [key, value] : others) {
       EXPECT_THAT(test::refusal(test::with(own, key, value)), HasSubstr(fmt::format("{}: ", key)));
+      all[key] = value;
+    }
+    const std::string together = test::refusal(all);
+    EXPECT_THAT(together, HasSubstr(fmt::format("{} problems", others.size())));
+    for (const auto& [key, value] : others) EXPECT_THAT(together, HasSubstr(fmt::format("{}: ", key)));
   }
 }
 
