@@ -87,8 +87,7 @@ TEST_F(Upcycled, SharedExpertCarriesTheDenseFunction) {
   EXPECT_GT(std::abs(disturbed - dense_loss), 1e-3);
 }
 
-// The whole model, with what stands around its mixtures: norms of heads, a window, heads and their number, a dense layer
-// in front.
+// The whole model, with what stands around its mixtures: norms of heads, a window, a dense layer in front.
 TEST_F(Upcycled, KeepsTheLossOfEveryDenseFamily) {
   std::set<std::string> pairs;
   for (const Family* family : families()) {
