@@ -7,8 +7,9 @@ Prefill is a prompt up to the first new token, decode the mean of the tokens beh
 one request at once here, of generate(do_sample=False) with its cache there. The two take turns, each in a process of
 its own with the same number of threads and a few tokens to warm up, and a plain read of memory is timed in every round.
 A side's figure is the median over rounds. The share of bandwidth is what decoding one token reads of the weights (all
-but the rows of the embedding), by its time, of that plain read. The result is printed and written to
-tests/bench/results/. Run it on a machine that does nothing else.
+but the rows of the embedding), by its time, of that plain read. Prefill stands beside training's forward as well: that
+of `upmoe eval` over sequences as long as the prompt, logits and losses of all their tokens included. The result is
+printed and written to tests/bench/results/. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from bench_record import ROOT, checked, run_tool, write_record
+from bench_record import ROOT, checked, run_tool, write_record, write_tokens
 
 # About 300 million parameters.
 SHAPE = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-6,
@@ -32,6 +33,7 @@ SHAPE = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_a
          "num_key_value_heads": 16, "vocab_size": 32000}
 BYTES = {"fp32": 4, "bf16": 2}
 READ_BYTES = 1 << 30  # of the plain read: beyond every cache
+FORWARD_SEQUENCES = 8
 
 
 def peer_worker(job):
@@ -83,6 +85,23 @@ def run_ours(args, model, precision):
             "weight_bytes": rates["weight_bytes"]}
 
 
+def write_weights(folder, config, length):
+    """The shape with random weights, and tokens for it: what `upmoe eval` needs."""
+    shape = folder / "shape.json"
+    shape.write_text(json.dumps(config), encoding="utf-8")
+    checked([sys.executable, ROOT / "launch" / "make_random_dense.py", folder / "weights", "--config", shape,
+             "--dtype", "fp32"], 1)
+    write_tokens(folder / "tokens.h5", config["vocab_size"], FORWARD_SEQUENCES * length + 1)
+
+
+def run_forward(args, folder, precision):
+    """Seconds of a forward of training's over as many tokens as the prompt has."""
+    done = checked([args.binary, "eval", folder / "weights", "--data", folder / "tokens.h5", "--seq-len",
+                    str(args.prompt), "--micro-batch", "1", "--precision", precision, "--device", "cpu"], args.threads)
+    found = json.loads(done.stdout)
+    return found["seconds"] * args.prompt / found["tokens"]
+
+
 def read_bandwidth(threads, size=READ_BYTES, repeats=5):
     """Bytes per second of the fastest of some plain reads of memory, by so many threads."""
     import numpy as np
@@ -103,7 +122,7 @@ def bytes_of_a_token(config, precision, weight_bytes):
 
 
 def summary(config, precision, rounds):
-    """Of rounds, each with `upmoe`, `transformers` and `read_bytes_per_s`: medians, ratios, shares of the bandwidth."""
+    """Of rounds, each with both sides, `read_bytes_per_s` and `forward_seconds`: medians, ratios and shares."""
     held = [side["weight_bytes"] for r in rounds for side in (r["upmoe"], r["transformers"])]
     if max(held) > 1.001 * min(held):  # what lies between tensors is less
         raise SystemExit(f"the two hold different weights: {held}")
@@ -115,6 +134,8 @@ def summary(config, precision, rounds):
         result[side] = {"prefill_seconds": prefill, "token_seconds": token, "bandwidth_share": read / token / bandwidth}
     for key in ("prefill_seconds", "token_seconds"):
         result[f"{key}_ratio"] = median(r["transformers"][key] / r["upmoe"][key] for r in rounds)
+    result["forward_seconds"] = median(r["forward_seconds"] for r in rounds)
+    result["prefill_of_forward"] = median(r["forward_seconds"] / r["upmoe"]["prefill_seconds"] for r in rounds)
     return result
 
 
@@ -125,7 +146,9 @@ def print_summary(args, r):
         s = r[side]
         print(f"{side:14}{args.prompt / s['prefill_seconds']:19.1f}{1e3 * s['token_seconds']:14.2f}"
               f"{100 * s['bandwidth_share']:12.1f} %")
-    print(f"{'ratio':14}{r['prefill_seconds_ratio']:18.2f}x{r['token_seconds_ratio']:13.2f}x", flush=True)
+    print(f"{'ratio':14}{r['prefill_seconds_ratio']:18.2f}x{r['token_seconds_ratio']:13.2f}x")
+    print(f"training's forward: {args.prompt / r['forward_seconds']:.1f} tokens/s, of which prefill reaches "
+          f"{100 * r['prefill_of_forward']:.1f} %", flush=True)
 
 
 def parse_arguments():
@@ -160,12 +183,14 @@ def main():
         model = Path(folder) / "model"
         model.mkdir()
         (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        write_weights(Path(folder), config, args.prompt)
         for precision in args.precisions:
             rounds = []
             for number in range(args.rounds):
                 print(f"{precision}, round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
                 rounds.append({"read_bytes_per_s": read_bandwidth(args.threads),
                                "upmoe": run_ours(args, model, precision),
+                               "forward_seconds": run_forward(args, Path(folder), precision),
                                "transformers": run_peer(args, config, precision)})
                 versions["peer"] = rounds[-1]["transformers"].pop("versions")
             results.append(summary(config, precision, rounds) | {"rounds": rounds})
