@@ -168,13 +168,20 @@ def limit(ax, limits):
         ax.set_ylim(*limits)
 
 
+def draw_legend(ax, groups, **style):
+    """matplotlib looks for a corner that is free of lines. Of intervals it knows nothing: then names stand below."""
+    if any(group.banded and len(group.runs) >= FEWEST for group in groups):
+        style |= {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)} | ({"fontsize": 7} if len(groups) > 4 else {})
+    ax.legend(**style)
+
+
 def draw_loss(ax, groups, against):
     lines = [step_line(group, against, "loss") for group in groups]
     for group, line in zip(groups, lines):
         draw_line(ax, line, group.colour, group.title)
     limit(ax, bulk_limits([y for line in lines for y in line.heights]))
     finish_axis(ax, against, "Training loss", "cross-entropy, nats per token")
-    ax.legend()
+    draw_legend(ax, groups)
 
 
 def label_ends(ax, ends):
@@ -205,7 +212,7 @@ def draw_heldout(ax, groups, against):
         limit(ax, heldout_limits([line for _, line in drawn]))
         ax.margins(x=0.1)
         label_ends(ax, [(line.x[-1], line.y[-1], group.colour) for group, line in drawn if math.isfinite(line.y[-1])])
-        ax.legend()
+        draw_legend(ax, groups)
     else:
         ax.text(0.5, 0.5, "no held-out evaluation in these runs", ha="center", va="center", transform=ax.transAxes,
                 color="#888888")
@@ -224,7 +231,7 @@ def draw_sets(ax, groups, against):
     limit(ax, heldout_limits([line for line, _ in drawn]))
     ax.margins(x=0.1)
     label_ends(ax, [(line.x[-1], line.y[-1], colour) for line, colour in drawn if math.isfinite(line.y[-1])])
-    ax.legend(fontsize=8, ncols=2, handlelength=3.5)
+    draw_legend(ax, groups, fontsize=8, ncols=2, handlelength=3.5)
 
 
 def median_rate(group):
@@ -238,4 +245,4 @@ def draw_throughput(ax, groups, against):
     limit(ax, throughput_limits(groups))
     ax.yaxis.set_major_formatter(lambda value, _: short(value))
     finish_axis(ax, against, "Throughput, median and middle 80 % of the steps", "tokens per second, all ranks")
-    ax.legend(loc="lower right")
+    draw_legend(ax, groups, loc="lower right")

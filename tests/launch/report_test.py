@@ -142,6 +142,26 @@ class Report(RunDirectories):
                   for count in (1, 2, 3)]
         self.assertEqual(marked, [True, False, False])
 
+    def test_names_stand_beside_intervals_not_over_them(self):
+        def legend_of(count, draw):
+            runs = [run_metrics.Run(
+                self.folder, f"run {i}", "#000",
+                steps=[step(k) | {"loss": 8.0 / k + i, "tokens_per_s": 90.0 * i + 9} for k in (1, 2, 3)],
+                evals=[held_out(k) | {"valid_loss": {"a": 3.0 + i, "b": 1}} for k in (1, 2, 3)]) for i in range(count)]
+            figure, ax = report.plt.subplots(figsize=(6, 3.8), layout="constrained")  # as in the overview
+            self.addCleanup(report.plt.close, figure)
+            draw(ax, [run_curves.Group("arm", "#000000", runs)], "tokens")
+            figure.draw_without_rendering()
+            axes = ax.get_window_extent().union([ax.get_window_extent(), ax.xaxis.get_tightbbox()])
+            return ax.get_legend().get_window_extent(), axes, figure.bbox
+
+        for draw in (run_curves.draw_loss, run_curves.draw_heldout, run_curves.draw_sets, run_curves.draw_throughput):
+            names, axes, whole = legend_of(3, draw)
+            self.assertLess(names.y1, axes.y0, draw.__name__)
+            self.assertGreaterEqual(names.y0, whole.y0 - 1, draw.__name__)
+            names, axes, _ = legend_of(1, draw)
+            self.assertGreater(names.y0, axes.y0, draw.__name__)
+
     # Two lines over different points: mean and the interval of two values, t = 12.7062 of one degree of freedom.
     def test_band(self):
         x, mean, half = run_curves.mean_and_half([np.array([0.0, 2.0]), np.array([0.0, 1.0, 2.0])],
