@@ -30,8 +30,9 @@ usage: launch/quickstart.sh [--brief] [--text DIR] [--seed N] [--fresh] [--check
   --seed N    other random weights, experts and order of the data, under runs/quickstart_seedN (default: 1, under
               runs/quickstart); launch/quickstart_seeds.py compares what several seeds came to
   --fresh     remove what an earlier run left and start over
-  --check     exit with 1 unless the mixture of experts ends better than both dense models (with --brief: unless every
-              stage left its result); whether the exported model is the checkpoint is always checked
+  --check     exit with 1 unless the mixture of experts ends better than both dense models and none of its experts has
+              died (with --brief: unless every stage left its result); whether the exported model is the checkpoint is
+              always checked
 USAGE
 }
 

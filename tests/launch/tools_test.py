@@ -228,10 +228,11 @@ class QuickstartTable(unittest.TestCase):
     def evaluated(self, name, loss, tokens):
         (self.folder / "eval" / f"{name}.json").write_text(json.dumps({"loss": loss, "tokens": tokens}))
 
-    def run_ended(self, run, loss, tokens):
-        """Four steps, a held-out loss that falls by 0.1 a step; the mixture's steps cost twice the FLOPs."""
+    def run_ended(self, run, loss, tokens, least=0.02):
+        """Four steps, a held-out loss that falls by 0.1 a step; the mixture's steps cost twice the FLOPs. `least`: the
+        load of one of its four experts."""
         (self.folder / run).mkdir(exist_ok=True)
-        load = {"expert_load": [[0.01, 0.49, 0.25, 0.25]]} if run == "moe" else {}
+        load = {"expert_load": [[least, 0.5 - least, 0.25, 0.25]]} if run == "moe" else {}
         lines = []
         for step in (1, 2, 3, 4):
             lines += [{"step": step, "tokens": 10 * step, "tokens_per_s": 5.0, "seconds": 2.0, "loss": loss, "ranks": 2,
@@ -259,13 +260,16 @@ class QuickstartTable(unittest.TestCase):
             self.status()
 
     def test_equal_flops_and_dead_experts(self):
-        self.status()
+        self.assertEqual(self.status(), 0)
         found = json.loads((self.folder / "result.json").read_text())
         self.assertAlmostEqual(found["difference_at_equal_tokens"], 4.0 - 4.5)
         # 4 dense steps of 2 x 25 FLOPs are 2 of the mixture's: its loss is 0.2 above that at its end.
         self.assertAlmostEqual(found["difference_at_equal_flops"], 4.2 - 4.5)
-        self.assertAlmostEqual(found["least_expert_load"], 0.04)  # of a quarter
-        self.assertEqual(found["unused_experts"], 1)
+        self.assertAlmostEqual(found["least_expert_load"], 0.08)  # of a quarter
+        self.assertEqual(found["unused_experts"], 0)
+        self.run_ended("moe", 4.0, 1000, least=0.01)
+        self.assertEqual(self.status(), 1)  # better, and an expert has died
+        self.assertEqual(json.loads((self.folder / "result.json").read_text())["unused_experts"], 1)
         (self.folder / "moe/metrics.jsonl").write_bytes((self.folder / "dense/metrics.jsonl").read_bytes())
         self.evaluated("moe", 4.5, 1000)
         with self.assertRaisesRegex(BadInput, "moe: its metrics carry no expert_load"):
