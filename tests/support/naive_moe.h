@@ -10,11 +10,24 @@
 
 #include "configs/families/family.h"
 #include "kernels/core/check.h"
+#include "tests/support/tolerance.h"
 
 namespace upmoe::test {
 
 using NaiveVector = std::vector<double>;
 using NaiveTensors = std::map<std::string, NaiveVector>;  // flat, row-major
+
+// How far, of the norm of its outputs, a mixture strays that keeps its source's function. In double: a term of an output
+// has three factors (gate, up, down), of which a scale may have rounded each once in the file.
+inline constexpr double kRoundedFactors = 3 * kUnit;
+// In fp32, as a report says it, rounded on both sides: sums over the hidden state for experts and router, over the
+// neurons that a token uses, over the experts' probabilities and over its experts.
+inline double rounding_of_layer(const ModelConfig& moe) {
+  const std::int64_t neurons =
+      moe.num_experts_per_tok * moe.moe_intermediate_size + moe.shared_expert_intermediate_size;
+  return rounding_of_sums(
+      static_cast<double>(2 * (2 * moe.hidden_size + neurons + moe.num_experts + moe.num_experts_per_tok)));
+}
 
 inline const NaiveVector& tensor(const NaiveTensors& tensors, const std::string& name) {
   const auto it = tensors.find(name);

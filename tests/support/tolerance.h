@@ -16,6 +16,12 @@ namespace upmoe::test {
 inline constexpr double kUnit = 1.0 / (1 << 24), kDoubleUnit = kUnit / (1 << 29);  // of fp32 and of double
 inline constexpr double kBF16Unit = 1.0 / (1 << 8);
 
+// By how much of its norm rounding moves what fp32 sums give, one behind the other, of so many terms in all: each
+// rounding is one of a partial sum, which is no larger than what comes of it, and they do not know of each other.
+inline double rounding_of_sums(double terms) {
+  return std::sqrt(terms) * kUnit;
+}
+
 // |actual - expected| <= relative * |expected| + absolute * (largest |expected|).
 struct Tolerance {
   double relative, absolute;

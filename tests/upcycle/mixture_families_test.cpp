@@ -23,8 +23,6 @@ using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
-constexpr double kExact = 1e-5;
-
 // A dense model of a family on the disk, open.
 struct Source : TemporaryDirectory {
   explicit Source(const TinyShape& shape) {
@@ -77,8 +75,8 @@ TEST(MixtureFamilies, KeepTheFunctionOfEveryDenseFamily) {
         recipe.target.family = mixture->model_type;
         if (!is_mixture(*mixture) || !problems_of(recipe, source.config()).empty()) continue;
         SCOPED_TRACE(fmt::format("{} -> {}", dense->model_type, mixture->model_type));
-        EXPECT_LT(source.error(recipe), kExact);
-        EXPECT_LT(source.naive_error(recipe), kExact);
+        EXPECT_LT(source.error(recipe), rounding_of_layer(make_moe_config(recipe, source.config())));
+        EXPECT_LT(source.naive_error(recipe), kRoundedFactors);
         pairs.insert(fmt::format("{} {}", dense->model_type, mixture->model_type));
       }
     for (const char* mixture : dense->mixtures)
@@ -128,7 +126,9 @@ TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
     const Source source({.hidden = 64, .ffn = 688, .family = start.dense});
     EXPECT_EQ(make_moe_config(recipe, source.config()).model_type, start.family);
     const double error = source.error(recipe, 32);
-    EXPECT_NEAR(error, start.error, std::max(kExact, kTolerance * start.error));
+    EXPECT_NEAR(
+        error, start.error,
+        std::max(rounding_of_layer(make_moe_config(recipe, source.config())), kTolerance * start.error));
   }
   for (const auto& entry : fs::directory_iterator(fs::path(UPMOE_SOURCE_DIR) / "configs/upcycle")) {
     const std::string stem = entry.path().stem();
