@@ -41,7 +41,8 @@ std::vector<Layout> frozen_layouts() {
 
 class Frozen : public testing::TestWithParam<Layout> {};
 
-// Every bit of what is frozen stays; gradients of the first step are those of a run that trains everything.
+// Every bit of what is frozen stays; gradients of the first step are those of a run that trains everything, to the bit:
+// what else is computed, and in which order ranks are summed, does not depend on it.
 TEST_P(Frozen, StaysAndChangesNoOtherGradient) {
   Layout l = GetParam();
   l.steps = 2;
@@ -72,7 +73,7 @@ TEST_P(Frozen, StaysAndChangesNoOtherGradient) {
   EXPECT_EQ(outcome.losses[0], trained.losses[0]);
   EXPECT_EQ(outcome.gradients.size() + frozen.size(), trained.gradients.size());
   for (const auto& [name, gradient] : outcome.gradients)
-    EXPECT_LT(relative_distance(trained.gradients.at(name), gradient, 1e-3 * trained.norms[0]), 1e-6) << name;
+    EXPECT_EQ(trained.gradients.at(name), gradient) << name;
   for (const std::string& name : frozen) EXPECT_FALSE(outcome.weights.contains(name)) << name;
 }
 
