@@ -14,6 +14,7 @@
 
 #include "parallel/thread_comm.h"
 #include "tests/support/golden_speaker.h"
+#include "tests/support/tolerance.h"
 #include "trainer/evaluation.h"
 
 namespace upmoe {
@@ -53,6 +54,15 @@ std::vector<float> whole_logits(RankModel& model, const Tokens& tokens) {
   return logits;
 }
 
+// How far a logit of a token may lie from the same one computed another way: with a cache, in other chunks, on other
+// ranks. Behind the logits of the deepest of these models (six blocks, 32 wide) stand sums of some 1500 terms in all, one
+// behind the other, each way with roundings of its own: sqrt(2 * 1500 / 6) units, where partial sums grow as those of a
+// random walk. Of ten thousand logits one lies five of these away, which are 110; up to 40 are seen. In units of the
+// largest, where that is above 1.
+double bound_of(const float* logits_V, std::int64_t vocab) {
+  return 110 * test::kUnit * std::max(1.0f, std::abs(*std::max_element(logits_V, logits_V + vocab)));
+}
+
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
@@ -78,11 +88,10 @@ TEST_P(EveryModel, CacheEqualsTheWholeForward) {
     const std::vector<float> expected = whole_logits(m.on_rank, all);
     for (std::size_t i = 0; i < 30; ++i) {
       const float* of_token = expected.data() + (prompt.tokens.size() - 1 + i) * static_cast<std::size_t>(V);
-      const float largest = *std::max_element(of_token, of_token + V);
-      const double bound = 1e-5 * std::max(1.0, static_cast<double>(std::abs(largest)));
+      const double bound = bound_of(of_token, V);
       for (std::size_t v = 0; v < static_cast<std::size_t>(V); ++v)
         ASSERT_NEAR(spoken.logits[0][i][v], of_token[v], bound) << "token " << i << ", logit " << v;
-      EXPECT_GE(of_token[spoken.tokens[0][i]] + bound, largest);
+      EXPECT_GE(of_token[spoken.tokens[0][i]] + bound, *std::max_element(of_token, of_token + V));
     }
   }
 }
@@ -99,8 +108,7 @@ TEST_P(EveryModel, LaterChunksEqualTheWholeForward) {
     const std::vector<float> expected = whole_logits(m.on_rank, all);
     for (std::size_t i = 0; i < 3; ++i) {
       const float* of_token = expected.data() + (prompt.tokens.size() - 1 + i) * static_cast<std::size_t>(V);
-      const double bound =
-          1e-5 * std::max(1.0, static_cast<double>(std::abs(*std::max_element(of_token, of_token + V))));
+      const double bound = bound_of(of_token, V);
       for (std::size_t v = 0; v < static_cast<std::size_t>(V); ++v)
         ASSERT_NEAR(spoken.logits[0][i][v], of_token[v], bound)
             << "chunks of " << chunk << ", token " << i << ", logit " << v;
@@ -265,9 +273,11 @@ TEST_P(ManyRanks, SayWhatOneSays) {
       const bool mine = model.mesh.coord(Axis::kTp) == 0 &&
                         static_cast<int>(i) % model.mesh.spec().dp == model.mesh.coord(Axis::kDp);
       ASSERT_EQ(spoken.logits[i].size(), mine ? expected.tokens[i].size() : 0u) << "prompt " << i;
-      for (std::size_t n = 0; n < spoken.logits[i].size(); ++n)
+      for (std::size_t n = 0; n < spoken.logits[i].size(); ++n) {
+        const double bound = bound_of(expected.logits[i][n].data(), one.vocab());
         for (std::size_t v = 0; v < spoken.logits[i][n].size(); ++v)
-          ASSERT_NEAR(spoken.logits[i][n][v], expected.logits[i][n][v], 5e-5);
+          ASSERT_NEAR(spoken.logits[i][n][v], expected.logits[i][n][v], bound);
+      }
     }
   });
 }
