@@ -109,8 +109,8 @@ TEST(Features, RanksWithoutExperts) {
                                          {MeshSpec{1, 2, 1, 2, 4, 1}, 0},
                                          {MeshSpec{1, 1, 2, 2, 4, 1}, 0},
                                          {MeshSpec{2, 2, 1, 2, 4, 1}, 0},
-                                         {MeshSpec{1, 8, 1, 1, 4, 2}, 0},
-                                         {MeshSpec{1, 8, 1, 1, 4, 1}, 0},
+                                         {MeshSpec{1, 4, 1, 2, 4, 2}, 0},
+                                         {MeshSpec{1, 4, 1, 2, 4, 1}, 0},
                                          {MeshSpec{1, 4, 1, 1, 4, 1}, 1},
                                          {MeshSpec{1, 4, 1, 1, 4, 1}, 2},
                                          {MeshSpec{1, 4, 1, 2, 8, 1}, 2}})

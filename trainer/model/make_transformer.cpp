@@ -66,9 +66,13 @@ struct AdapterPlace {
 Param bind_factor(const BlockParams& params, const std::string& name, AdapterFactor factor) {
   const StoredParam& p = params.store.at(name);
   const Shape& at = p.shard.extent;
-  const std::int64_t experts = p.spec.expert ? at[0] : 1, inside = experts == 0 ? 0 : at.elements() / experts;
+  const int first = p.spec.expert ? 1 : 0;
+  // By the dims, as a rank without experts has no elements to divide.
+  std::int64_t inside = 1;
+  for (int d = first; d < at.rank; ++d) inside *= at[d];
   const bool is_a = factor == AdapterFactor::kA;
-  const std::int64_t rank = at[is_a ? (p.spec.expert ? 1 : 0) : -1], other = rank == 0 ? 0 : inside / rank;
+  const std::int64_t experts = p.spec.expert ? at[0] : 1, rank = at[is_a ? first : -1],
+                     other = rank == 0 ? 0 : inside / rank;
   const std::int64_t rows = is_a ? rank : other, columns = is_a ? other : rank;
   return params.store.param(name, p.spec.expert ? Shape{experts, rows, columns} : Shape{rows, columns});
 }
