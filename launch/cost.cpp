@@ -39,7 +39,12 @@ CostReport cost_as_published(const CostRequest& a) {
   return published_report(rows);
 }
 
-CostReport cost_as_claimed() {
+std::optional<RunCurve> source_of(const CostRequest& a) {
+  if (a.sources.empty()) return std::nullopt;
+  return read_run_curve(a.sources.front());
+}
+
+CostReport cost_as_claimed(const CostRequest& a) {
   std::vector<ClaimedModels> by_length;
   for (const std::int64_t seq_len : {2048, 4096, 8192, 32768}) {
     const auto cost = [&](const char* name) {
@@ -48,16 +53,17 @@ CostReport cost_as_claimed() {
     by_length.push_back({cost("qwen1.5-moe-a2.7b"), cost("qwen1.5-7b"), cost("qwen1.5-1.8b")});
   }
   const auto counts = [](const char* name) { return count_weights(shape_of_model(name)).parameters; };
-  return claim_report(claim_readings(by_length, {}),
+  std::optional<MeasuredClaim> measured;
+  if (!a.runs.empty())
+    measured = measured_claim(read_run_curve(a.runs.at(0)), read_run_curve(a.runs.at(1)), source_of(a));
+  return claim_report(claim_readings(by_length, {}), measured,
                       card_readings(counts("marco-nano"), counts("qwen3-0.6b"), {}));
 }
 
 CostReport cost_of_runs(const CostRequest& a) {
   std::vector<RunCurve> runs;
   for (const std::string& run : a.runs) runs.push_back(read_run_curve(run));
-  std::optional<RunCurve> source;
-  if (!a.sources.empty()) source = read_run_curve(a.sources.front());
-  return runs_report(runs, source);
+  return runs_report(runs, source_of(a));
 }
 
 CostReport fit_of_runs(const CostRequest& a) {
@@ -89,7 +95,7 @@ CostReport report_of(const CostRequest& a) {
     case CostKind::kPublished:
       return cost_as_published(a);
     case CostKind::kClaim:
-      return cost_as_claimed();
+      return cost_as_claimed(a);
     case CostKind::kRuns:
       return cost_of_runs(a);
     case CostKind::kFit:

@@ -74,6 +74,29 @@ std::string runs_table(const std::vector<RunCurve>& runs) {
   return table.str();
 }
 
+// 1 - a part of the dense run's tokens, FLOPs or seconds.
+MeasuredReading measured_reading(const Reached& way, const char* quantity, double Spent::*of) {
+  const double dense = way.other.spent.*of;
+  MeasuredReading m;
+  m.quantity = quantity;
+  m.with_source = way.source != nullptr;
+  ClaimReading& r = m.reading;
+  r.reading = fmt::format("measured to a loss: {}, source {}", quantity,
+                          m.with_source ? "charged" : "not charged (sunk)");
+  const std::optional<Spent> spent = way.spent();
+  if (!spent) {
+    r.formula = fmt::format("loss {:.4f} of {}", way.other.final_loss(), way.other.name);
+    r.result = fmt::format("not reached: {} ends at {:.4f}", way.run.name, way.run.final_loss());
+    return m;
+  }
+  m.share = *spent.*of / dense;
+  r.saving = 1 - *m.share;
+  r.formula = fmt::format("1 - {:.4g} / {:.4g} (loss {:.4f} of {})", *spent.*of, dense,
+                          way.other.final_loss(), way.other.name);
+  r.result = fmt::format("{}: {} of {}'s", share(*r.saving, 1), share(*m.share, 1), way.other.name);
+  return m;
+}
+
 struct Capacity {
   std::int64_t sequences;
   double requests_per_s;
@@ -117,6 +140,25 @@ CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<Ru
   return {
       text + "\nFLOPs of the model on all ranks, without what is computed twice; seconds of steps alone.\n",
       all.dump(2) + "\n"};
+}
+
+MeasuredClaim measured_claim(const RunCurve& mixture, const RunCurve& dense,
+                             const std::optional<RunCurve>& source) {
+  MeasuredClaim claim{.mixture = mixture.name,
+                      .dense = dense.name,
+                      .source = source ? source->name : "",
+                      .loss = dense.final_loss(),
+                      .losses = {},
+                      .readings = {}};
+  for (const RunCurve* run : {&mixture, &dense})
+    claim.losses.push_back(run->held_out ? "held-out" : "training, smoothed");
+  std::vector<Reached> ways{{mixture, dense, nullptr}};
+  if (source) ways.push_back({mixture, dense, &*source});
+  for (const Reached& way : ways)
+    for (const auto& [quantity, of] :
+         {std::pair{"tokens", &Spent::tokens}, {"FLOPs", &Spent::flops}, {"seconds", &Spent::seconds}})
+      claim.readings.push_back(measured_reading(way, quantity, of));
+  return claim;
 }
 
 CostReport fit_report(const std::vector<RunOutcome>& runs, const ScalingFit& fit) {

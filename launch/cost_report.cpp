@@ -179,16 +179,62 @@ CostReport published_report(const std::vector<PublishedRow>& rows) {
   return finish(std::move(text), all);
 }
 
-CostReport claim_report(const std::vector<ClaimReading>& readings, const std::vector<ClaimReading>& card) {
+namespace {
+
+json reading_json(const ClaimReading& r) {
+  json j{{"reading", r.reading}, {"formula", r.formula}, {"result", r.result}};
+  if (r.seq_len > 0) j["seq_len"] = r.seq_len;
+  if (r.saving) j["saving"] = *r.saving;
+  if (r.tokens) j["tokens"] = *r.tokens;
+  return j;
+}
+
+json measured_json(const MeasuredReading& m, const MeasuredClaim& claim) {
+  json j = reading_json(m.reading);
+  json& measured = j["measured"];
+  measured = {{"mixture", claim.mixture}, {"dense", claim.dense},         {"loss", claim.loss},
+              {"quantity", m.quantity},   {"with_source", m.with_source}, {"reached", m.share.has_value()}};
+  if (m.with_source) measured["source"] = claim.source;
+  if (m.share) measured["share"] = *m.share;
+  return j;
+}
+
+// Whose runs were never published, and what ours say.
+std::string words_of(const std::optional<MeasuredClaim>& measured) {
+  if (!measured)
+    return "\nHow many tokens the two models saw, and in how many hours, was never published. What one has "
+           "to "
+           "spend\nto reach the loss of the other is measured: upmoe cost --claim --run MIXTURE DENSE "
+           "[--source RUN].\n\n";
+  return fmt::format(
+      "\nHow many tokens the two models saw, and in how many hours, was never published. Measured is what {} "
+      "({}) had spent\nwhen it first came to the final loss of {} ({}){}. FLOPs are the model's on all "
+      "ranks, "
+      "without what is\ncomputed twice; seconds are of steps alone.\n\n",
+      measured->mixture, measured->losses.front(), measured->dense, measured->losses.back(),
+      measured->source.empty()
+          ? "; --source RUN charges the run that made its source as well"
+          : fmt::format(", without and with what {}, its source, had cost", measured->source));
+}
+
+}  // namespace
+
+CostReport claim_report(const std::vector<ClaimReading>& readings,
+                        const std::optional<MeasuredClaim>& measured, const std::vector<ClaimReading>& card) {
   json all = json::array();
   TextTable table({{"reading", Align::kLeft}, {"at"}, {"formula", Align::kLeft}, {"result", Align::kLeft}});
-  for (const ClaimReading& r : readings) {
+  const auto row = [&](const ClaimReading& r) {
     table.row({r.reading, r.seq_len > 0 ? fmt::format("{}", r.seq_len) : "", r.formula, r.result});
-    json j{{"reading", r.reading}, {"formula", r.formula}, {"result", r.result}};
-    if (r.seq_len > 0) j["seq_len"] = r.seq_len;
-    if (r.saving) j["saving"] = *r.saving;
-    if (r.tokens) j["tokens"] = *r.tokens;
-    all.push_back(std::move(j));
+  };
+  for (const ClaimReading& r : readings) {
+    row(r);
+    all.push_back(reading_json(r));
+  }
+  if (measured) {
+    for (const MeasuredReading& m : measured->readings) {
+      row(m.reading);
+      all.push_back(measured_json(m, *measured));
+    }
   }
   TextTable other(
       {{"Marco-Nano's card, 6 N tokens", Align::kLeft}, {"formula", Align::kLeft}, {"result", Align::kLeft}});
@@ -200,10 +246,7 @@ CostReport claim_report(const std::vector<ClaimReading>& readings, const std::ve
   return finish(
       "What may have been meant by 75 % less training cost than Qwen1.5-7B, and what each reading "
       "gives:\n\n" +
-          table.str() +
-          "\nHow many tokens the two models saw, and in how many hours, was never published. What one has to "
-          "spend\nto reach the loss of the other is measured: upmoe cost --run MIXTURE DENSE "
-          "[--source RUN].\n\n"
+          table.str() + words_of(measured) +
           "Another upcycled model's printed FLOPs. Its own tokens alone do not come near them; with those of "
           "its source\nthey do. That the card charges the source is inferred from this, it does not say "
           "so:\n\n" +

@@ -36,7 +36,22 @@ struct PublishedRow {
 };
 CostReport published_report(const std::vector<PublishedRow>& rows);
 
-// `card`: those of Marco-Nano's card.
-CostReport claim_report(const std::vector<ClaimReading>& readings, const std::vector<ClaimReading>& card);
+// One that runs measured: what a mixture's needed of a dense model's run to come to its final loss.
+struct MeasuredReading {
+  ClaimReading reading;
+  std::string quantity;         // "tokens", "FLOPs" or "seconds"
+  bool with_source = false;     // what the mixture's source had spent is charged to it
+  std::optional<double> share;  // of the dense run's; none: the loss was never reached
+};
+struct MeasuredClaim {
+  std::string mixture, dense, source;  // names of runs; no source: empty
+  double loss = 0;                     // that is to be reached
+  std::vector<std::string> losses;     // what is compared, the mixture's and the dense run's
+  std::vector<MeasuredReading> readings;
+};
+
+// `measured` stands behind the readings. `card`: those of Marco-Nano's card.
+CostReport claim_report(const std::vector<ClaimReading>& readings,
+                        const std::optional<MeasuredClaim>& measured, const std::vector<ClaimReading>& card);
 
 }  // namespace upmoe

@@ -24,7 +24,7 @@ const std::vector<Report>& reports() {
   static const std::vector<Report> all{
       {CostKind::kModels, "MODEL", {"MODEL", "--seq-len", "--tokens", "--machine", "--mfu", "--recompute"}},
       {CostKind::kPublished, "--published", {"--published", "--seq-len"}},
-      {CostKind::kClaim, "--claim", {"--claim"}},
+      {CostKind::kClaim, "--claim", {"--claim", "--run", "--source"}},
       {CostKind::kRuns, "--run", {"--run", "--source"}},
       {CostKind::kFit, "--fit", {"--fit", "--source"}},
       {CostKind::kInference, "--inference", {"--inference", "MODEL", "--machine", "--in", "--out"}}};
@@ -57,9 +57,15 @@ const Report& report_of(const std::vector<std::string>& given) {
   const auto asks = [&](const Report& r) {
     return std::find(given.begin(), given.end(), r.asked_by) != given.end();
   };
+  // What asks for a report may also be part of another one, that was asked for.
+  const auto is_part = [&](const Report& r) {
+    return std::any_of(reports().begin(), reports().end(), [&](const Report& other) {
+      return &other != &r && asks(other) && takes(other, r.asked_by);
+    });
+  };
   std::vector<const Report*> asked;
   for (const Report& r : reports())
-    if (r.kind != CostKind::kModels && asks(r)) asked.push_back(&r);
+    if (r.kind != CostKind::kModels && asks(r) && !is_part(r)) asked.push_back(&r);
   if (asked.size() > 1)
     fail(ExitCode::kUsage, "upmoe cost: {} and {} are two reports; ask for one of them", asked[0]->asked_by,
          asked[1]->asked_by);
@@ -113,7 +119,9 @@ std::shared_ptr<CostRequest> add_cost_options(CLI::App& command) {
       ->capture_default_str();
   add_choice(command, "--recompute", r->recompute, "What backward computes again: as train.recompute");
   as_path(command.add_option(
-      "--run", r->runs, "Runs of `upmoe train`, by directory: what each needs to reach the others' loss"));
+      "--run", r->runs,
+      "Runs of `upmoe train`, by directory: what each needs to reach the others' loss. With --claim: a "
+      "mixture's and a dense model's, whose measured saving stands among the readings"));
   as_path(command.add_option(
       "--fit", r->fitted,
       "Runs of `upmoe train`, by directory: a law of their final losses by size and tokens, with residuals"));
@@ -146,7 +154,12 @@ void settle_cost_request(const CLI::App& command, CostRequest& r) {
     if (!takes(report, option)) refuse(report, option);
   if (r.kind == CostKind::kInference && !r.models.empty() && r.models.size() != 2)
     fail(ExitCode::kUsage, "upmoe cost: --inference compares two models, found {}", r.models.size());
-  if (r.kind == CostKind::kRuns && r.sources.size() > 1)
+  if (r.kind == CostKind::kClaim && r.runs.empty() && !r.sources.empty())
+    fail(ExitCode::kUsage, "upmoe cost: --source is charged to a run: give --run MIXTURE DENSE");
+  if (r.kind == CostKind::kClaim && !r.runs.empty() && r.runs.size() != 2)
+    fail(ExitCode::kUsage, "upmoe cost: --claim takes two runs, --run MIXTURE DENSE, found {}",
+         r.runs.size());
+  if ((r.kind == CostKind::kRuns || r.kind == CostKind::kClaim) && r.sources.size() > 1)
     fail(ExitCode::kUsage, "upmoe cost: --run charges one --source, found {}", r.sources.size());
   if (r.kind == CostKind::kFit && r.sources.size() > 1 && r.sources.size() != r.fitted.size())
     fail(ExitCode::kUsage, "upmoe cost: --fit: found {} --source for {} runs, expected one for each, or one",

@@ -1,5 +1,6 @@
 #pragma once
-// What `upmoe cost` is asked for: one of six reports, and the options that go with it.
+// What `upmoe cost` is asked for: one of six reports, and the options that go with it. --claim takes --run: its report
+// then has what the runs measured.
 
 #include <CLI/CLI.hpp>
 #include <memory>

@@ -156,6 +156,65 @@ class Published(Cost):
 
 
 class Claim(Cost):
+    def run_dir(self, folder, name, last):
+        return Runs.run_dir(self, folder, name, last)
+
+    def measured(self, *arguments):
+        return [row for row in self.run_json("--claim", *arguments) if "measured" in row]
+
+    # The readings that runs give are those of --run alone, beside all the others.
+    def test_runs_stand_among_the_readings(self):
+        with tempfile.TemporaryDirectory() as folder:
+            mixture, dense, source = (self.run_dir(folder, name, last)
+                                      for name, last in (("mixture", 3), ("dense", 4), ("source", 4.5)))
+            plain = self.run_json("--claim")
+            self.assertFalse([row for row in plain if "measured" in row])
+            rows = self.run_json("--claim", "--run", mixture, dense, "--source", source)
+            self.assertEqual([row for row in rows if "measured" not in row], plain)
+            reaches = self.run_json("--run", mixture, dense, "--source", source)[0]["reaches"]
+            found = [row["measured"] for row in rows if "measured" in row]
+            self.assertEqual([(m["with_source"], m["quantity"]) for m in found],
+                             [(charged, quantity) for charged in (False, True)
+                              for quantity in ("tokens", "FLOPs", "seconds")])
+            for row in rows:
+                if (m := row.get("measured")) is None:
+                    continue
+                way = reaches[m["with_source"]]
+                self.assertEqual(way["with_source"], m["with_source"])
+                self.assertEqual(m["share"], way["share"][m["quantity"].lower()])
+                self.assertEqual((m["loss"], m["dense"], m["mixture"]), (way["loss"], "dense", "mixture"))
+                self.assertEqual(m["reached"], way["reached"])
+                self.assertEqual(m.get("source"), "source" if m["with_source"] else None)
+                self.assertAlmostEqual(row["saving"], 1 - m["share"])
+                self.assertIn("charged" if m["with_source"] else "not charged (sunk)", row["reading"])
+            self.assertAlmostEqual(found[0]["share"], 0.5)
+            self.assertAlmostEqual(found[3]["share"], 1.5)
+            text = upmoe("cost", "--claim", "--run", mixture, dense, "--source", source).stdout
+            for words in ("| measured to a loss: tokens, source not charged (sunk)", "50.0 %: 50.0 % of dense's",
+                          "-50.0 %: 150.0 % of dense's", "with what source, its source, had cost",
+                          "non-embedding parameters, as printed", "(training, smoothed)"):
+                self.assertIn(words, text)
+
+    def test_runs_without_a_source_and_in_vain(self):
+        with tempfile.TemporaryDirectory() as folder:
+            mixture, dense = self.run_dir(folder, "mixture", 4), self.run_dir(folder, "dense", 3)
+            rows = self.measured("--run", mixture, dense)
+            self.assertEqual(len(rows), 3)
+            for row in rows:
+                self.assertFalse(row["measured"]["reached"] or row["measured"]["with_source"])
+                self.assertTrue("saving" not in row and "share" not in row["measured"])
+                self.assertRegex(row["result"], r"not reached: mixture ends at [34]\.\d{4}")
+            self.assertIn("--source RUN charges", upmoe("cost", "--claim", "--run", mixture, dense).stdout)
+            self.assertIn("--claim --run MIXTURE DENSE [--source RUN]", upmoe("cost", "--claim").stdout)
+            self.refused(2, ["takes two runs", "found 1"], "--claim", "--run", mixture)
+            self.refused(2, ["takes two runs", "found 3"], "--claim", "--run", mixture, dense, dense)
+            self.refused(2, ["--run MIXTURE DENSE"], "--claim", "--source", dense)
+            self.refused(2, ["charges one --source, found 2"], "--claim", "--run", mixture, dense, "--source", dense,
+                         mixture)
+            self.refused(2, ["--claim and --fit", "one of them"], "--claim", "--fit", mixture)
+            self.refused(2, ["--published and --run", "one of them"], "--published", "--run", mixture)
+            self.refused(3, ["nowhere", "metrics.jsonl"], "--claim", "--run", mixture, Path(folder) / "nowhere")
+
     def test_readings(self):
         rows = self.run_json("--claim")
         savings = [round(row["saving"], 3) for row in rows if "saving" in row and "tokens" not in row]
