@@ -5,24 +5,14 @@
 #   tests/gpu_suite.sh run OUT PART...  there: runs parts (all of them unless named), each under 4 minutes, and leaves
 #                                       one folder of results for each in OUT; what has finished there is passed over
 #
-<<<<<<< HEAD
-# Parts: ops (each op's tests on the GPU), models (golden files, meshes of as many ranks as there are GPUs, the same run
-# twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops and a layer
-# as shares of what the GPU gives), kernels (bench/sm90.sh), algorithms (cuBLASLt's, timed: a table for configs/cuda),
-# step (whole steps of 4 layers), full (the 14.3 billion parameters with adamw8bit), largest (as many layers as fit),
-# peers (PyTorch and transformers, where python3 has them), quickstart (its dense model, upcycling and mixture of
-# experts on the GPU, to the losses of the CPU: in a bundle that was made after launch/quickstart.sh). The first three
-# run their programs beside each other; what is timed runs alone.
-=======
 # Parts: ops (each op's tests on the GPU), models (golden files, generation, meshes of as many ranks as there are GPUs,
 # the same run twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops
-# and a layer as shares of what the GPU gives), algorithms (cuBLASLt's, timed: a table for configs/cuda), step (whole
-# steps of 4 layers), inference (Qwen1.5-7B and A2.7B generate in turns, of 1000 tokens in and out), full (the 14.3
-# billion parameters with adamw8bit), largest (as many layers as fit), peers (PyTorch and transformers, where python3
-# has them), quickstart (its dense model, upcycling and mixture of experts on the GPU, to the losses of the CPU: in a
-# bundle that was made after launch/quickstart.sh). The first three run their programs beside each other; what is timed
-# runs alone.
->>>>>>> 1a0dac2 (The bundle for a real GPU has generation's tests and times Qwen1.5-7B beside A2.7B there: nothing of generation but its op would have run on one)
+# and a layer as shares of what the GPU gives), kernels (bench/sm90.sh), algorithms (cuBLASLt's, timed: a table for
+# configs/cuda), step (whole steps of 4 layers), inference (Qwen1.5-7B and A2.7B generate in turns, of 1000 tokens in and
+# out), full (the 14.3 billion parameters with adamw8bit), largest (as many layers as fit), peers (PyTorch and
+# transformers, where python3 has them), quickstart (its dense model, upcycling and mixture of experts on the GPU, to the
+# losses of the CPU: in a bundle that was made after launch/quickstart.sh). The first three run their programs beside
+# each other; what is timed runs alone.
 # UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and peers; UPMOE_SUITE_LIMIT: the most seconds of a program.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -38,13 +28,8 @@ die() { echo "gpu_suite: error: $*" >&2; exit 1; }
 make_bundle() {
   local build=$root/build/gpu programs=() name
   for name in "${op_tests[@]}"; do programs+=("${name}_test"); done
-<<<<<<< HEAD
-  programs+=(golden_test layer_gradient_test communicator_test layout_equivalence_test make_run bench_gpu bench_step
-    time_algorithms sm90_bench)
-=======
   programs+=(golden_test generation_test layer_gradient_test communicator_test layout_equivalence_test make_run
-    bench_gpu bench_step time_algorithms)
->>>>>>> 1a0dac2 (The bundle for a real GPU has generation's tests and times Qwen1.5-7B beside A2.7B there: nothing of generation but its op would have run on one)
+    bench_gpu bench_step time_algorithms sm90_bench)
   # For any x86-64 of the last ten years, without MPI: one process has one GPU there.
   cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DUPMOE_ARCH=x86-64-v3 -DUPMOE_MPI=OFF \
     -DUPMOE_CUDA=ON >/dev/null || die "not configured; a CUDA toolkit is needed here"
@@ -59,14 +44,9 @@ make_bundle() {
     grep -vE '/lib(c|m|dl|rt|pthread|resolv|stdc\+\+|gcc_s|cublas|cublasLt|nccl|cudart|cudnn|nvrtc)\.so' |
     xargs -I{} cp -L {} "$bundle/stage/lib/"
   strip --strip-unneeded "$bundle"/stage/lib/* 2>/dev/null || true
-<<<<<<< HEAD
-  cp -r "$root/tests/golden" "$bundle/stage/golden"
+  cp -r "$root"/tests/golden "$root"/configs/{models,machines} "$bundle/stage/"
   (cd "$root" && cp --parents tests/bench/{gpu_peers,bench_record}.py tests/bench/sm90.sh kernels/cuda/sm90/* \
     launch/command_line.py "$bundle/stage/")
-=======
-  cp -r "$root"/tests/golden "$root"/configs/{models,machines} "$bundle/stage/"
-  (cd "$root" && cp --parents tests/bench/{gpu_peers,bench_record}.py launch/command_line.py "$bundle/stage/")
->>>>>>> 1a0dac2 (The bundle for a real GPU has generation's tests and times Qwen1.5-7B beside A2.7B there: nothing of generation but its op would have run on one)
   python3 "$bundle/stage/tests/bench/gpu_peers.py" --help >/dev/null || die "gpu_peers.py needs more than is packed"
   if [ -s "$root/runs/quickstart/eval/moe.json" ]; then
     mkdir -p "$bundle/stage/quickstart/configs" "$bundle/stage/quickstart/cpu"
@@ -179,20 +159,13 @@ resumed() {
 part_models() {
   local how
   work=$(mktemp -d)
-<<<<<<< HEAD
   say_beside golden timeout "$(at_most 230)" "$suite/bin/golden_test" --gtest_brief=1
+  say_beside generation timeout "$(at_most 230)" "$suite/bin/generation_test" --gtest_brief=1
   if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
     # NCCL then ends the program where operations of several communicators begin in different orders.
     NCCL_LAUNCH_RACE_FATAL=1 say_beside meshes timeout "$(at_most 200)" "$suite/bin/layout_equivalence_test" \
       '--gtest_filter=Threads/*' --gtest_brief=1
   fi
-=======
-  say_beside golden timeout "$(at_most 400)" "$suite/bin/golden_test" --gtest_brief=1
-  say_beside generation timeout "$(at_most 400)" "$suite/bin/generation_test" --gtest_brief=1
-  [ "$(nvidia-smi -L | wc -l)" -lt 2 ] ||
-    say_beside meshes timeout "$(at_most 200)" "$suite/bin/layout_equivalence_test" '--gtest_filter=Threads/*' \
-      --gtest_brief=1
->>>>>>> 1a0dac2 (The bundle for a real GPU has generation's tests and times Qwen1.5-7B beside A2.7B there: nothing of generation but its op would have run on one)
   say make_run "$suite/bin/make_run" "$work"
   say_beside first train_run first device=cuda train.steps=10
   say_beside second train_run second device=cuda train.steps=10
@@ -298,7 +271,7 @@ part_inference() {
   local machine at_once=1,16
   machine=$(nvidia-smi -L | sed -n '1{s/.*H200.*/h200-sxm/p; s/.*H100.*/h100-sxm/p; s/.*A100.*/a100-80/p}')
   [ "$(memory_mib)" -lt 140000 ] || at_once+=,64
-  say inference timeout "$(at_most 460)" "$suite/bin/upmoe" generate "$suite"/models/qwen1.5-{7b,moe-a2.7b}.json \
+  say inference timeout "$(at_most 230)" "$suite/bin/upmoe" generate "$suite"/models/qwen1.5-{7b,moe-a2.7b}.json \
     --bench --concurrency $at_once --rounds 1 --precision bf16 ${machine:+--machine "$suite/machines/$machine.yaml"}
   cat "$part_out/inference.txt"
 }
@@ -393,11 +366,8 @@ run_parts() {
   local out part gpus versions
   out=$(realpath -m "$1")
   shift
-<<<<<<< HEAD
-  [ $# -gt 0 ] || set -- ops models sanitizer bench kernels algorithms step full largest peers quickstart
-=======
-  [ $# -gt 0 ] || set -- ops models sanitizer bench algorithms step inference full largest peers quickstart
->>>>>>> 1a0dac2 (The bundle for a real GPU has generation's tests and times Qwen1.5-7B beside A2.7B there: nothing of generation but its op would have run on one)
+  [ $# -gt 0 ] ||
+    set -- ops models sanitizer bench kernels algorithms step inference full largest peers quickstart
   for part in "$@"; do
     declare -F "part_$part" >/dev/null || die "no part '$part'; 'gpu_suite.sh --help' names them"
   done
