@@ -16,8 +16,8 @@ namespace upmoe {
 // `source`: the run that made the dense source of the first one, whose cost is charged to that one as well.
 CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<RunCurve>& source);
 
-// What the mixture's run needed to come to the final loss of the dense model's, as readings of the claim: of its tokens,
-// FLOPs and seconds, without what `source` had spent (sunk) and with it. The numbers are those of runs_report().
+// What the mixture's run needed to come to the final loss of the dense model's, as readings of the claim: of its
+// tokens, FLOPs and seconds, without what `source` had spent (sunk) and with it. Numbers are those of runs_report().
 MeasuredClaim measured_claim(const RunCurve& mixture, const RunCurve& dense,
                              const std::optional<RunCurve>& source);
 
