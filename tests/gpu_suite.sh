@@ -5,14 +5,12 @@
 #   tests/gpu_suite.sh run OUT PART...  there: runs parts (all of them unless named), each under 4 minutes, and leaves
 #                                       one folder of results for each in OUT; what has finished there is passed over
 #
-# Parts: ops (each op's tests on the GPU), models (golden files, generation, meshes of as many ranks as there are GPUs,
-# the same run twice, resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools over op tests), bench (ops
-# and a layer as shares of what the GPU gives), kernels (bench/sm90.sh), algorithms (cuBLASLt's, timed: a table for
-# configs/cuda), step (whole steps of 4 layers), inference (Qwen1.5-7B and A2.7B generate in turns, of 1000 tokens in and
-# out), full (the 14.3 billion parameters with adamw8bit), largest (as many layers as fit), peers (PyTorch and
-# transformers, where python3 has them), quickstart (its dense model, upcycling and mixture of experts on the GPU, to the
-# losses of the CPU: in a bundle that was made after launch/quickstart.sh). The first three run their programs beside
-# each other; what is timed runs alone.
+# Parts: ops (each op's tests on the GPU), models (golden files, generation, meshes over all GPUs, a run twice, resumed,
+# and beside the CPU), sanitizer (compute-sanitizer's four tools), bench (ops and a layer as shares of what the GPU
+# gives), kernels (bench/sm90.sh), algorithms (cuBLASLt's, timed: a table for configs/cuda), step (steps of 4 layers),
+# inference (Qwen1.5-7B and A2.7B in turns), full (all 14.3 billion parameters with adamw8bit), largest (as many layers
+# as fit), peers (PyTorch and transformers, where python3 has them), quickstart (its models, to the CPU's losses: in a
+# bundle made after launch/quickstart.sh). The first three run programs beside each other; what is timed runs alone.
 # UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and peers; UPMOE_SUITE_LIMIT: the most seconds of a program.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -271,9 +269,8 @@ part_inference() {
   local machine at_once=1,16
   machine=$(nvidia-smi -L | sed -n '1{s/.*H200.*/h200-sxm/p; s/.*H100.*/h100-sxm/p; s/.*A100.*/a100-80/p}')
   [ "$(memory_mib)" -lt 140000 ] || at_once+=,64
-  say inference timeout "$(at_most 230)" "$suite/bin/upmoe" generate "$suite"/models/qwen1.5-{7b,moe-a2.7b}.json \
+  shown inference timeout "$(at_most 230)" "$suite/bin/upmoe" generate "$suite"/models/qwen1.5-{7b,moe-a2.7b}.json \
     --bench --concurrency $at_once --rounds 1 --precision bf16 ${machine:+--machine "$suite/machines/$machine.yaml"}
-  cat "$part_out/inference.txt"
 }
 
 part_full() {
@@ -292,10 +289,9 @@ part_full() {
 
 # As many of its layers as the GPU holds at 8,192 tokens of a step.
 part_largest() {
-  local mib layers
-  mib=$(memory_mib)
+  local layers
   # In millions of bytes: 3,880 for a layer's state and what it keeps, 8,000 for all else; one more is tried first.
-  layers=$(((mib * 1049 / 1000 - 8000) / 3880 + 1))
+  layers=$((($(memory_mib) * 1049 / 1000 - 8000) / 3880 + 1))
   layers=$((layers < 24 ? layers : 24))
   while [ $layers -gt 0 ]; do
     rm -f "$part_out/failed"
@@ -366,8 +362,7 @@ run_parts() {
   local out part gpus versions
   out=$(realpath -m "$1")
   shift
-  [ $# -gt 0 ] ||
-    set -- ops models sanitizer bench kernels algorithms step inference full largest peers quickstart
+  [ $# -gt 0 ] || set -- ops models sanitizer bench kernels algorithms step inference full largest peers quickstart
   for part in "$@"; do
     declare -F "part_$part" >/dev/null || die "no part '$part'; 'gpu_suite.sh --help' names them"
   done

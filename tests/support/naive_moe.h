@@ -17,8 +17,8 @@ namespace upmoe::test {
 using NaiveVector = std::vector<double>;
 using NaiveTensors = std::map<std::string, NaiveVector>;  // flat, row-major
 
-// How far, of the norm of its outputs, a mixture strays that keeps its source's function. In double: a term of an output
-// has three factors (gate, up, down), of which a scale may have rounded each once in the file.
+// How far, of the norm of its outputs, a mixture strays that keeps its source's function. In double: a term of an
+// output has three factors (gate, up, down), of which a scale may have rounded each once in the file.
 inline constexpr double kRoundedFactors = 3 * kUnit;
 // In fp32, as a report says it, rounded on both sides: sums over the hidden state for experts and router, over the
 // neurons that a token uses, over the experts' probabilities and over its experts.

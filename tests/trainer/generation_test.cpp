@@ -55,10 +55,10 @@ std::vector<float> whole_logits(RankModel& model, const Tokens& tokens) {
 }
 
 // How far a logit of a token may lie from the same one computed another way: with a cache, in other chunks, on other
-// ranks. Behind the logits of the deepest of these models (six blocks, 32 wide) stand sums of some 1500 terms in all, one
-// behind the other, each way with roundings of its own: sqrt(2 * 1500 / 6) units, where partial sums grow as those of a
-// random walk. Of ten thousand logits one lies five of these away, which are 110; up to 40 are seen. In units of the
-// largest, where that is above 1.
+// ranks. Behind the logits of the deepest of these models (six blocks, 32 wide) stand sums of some 1500 terms in all,
+// one behind the other, each way with roundings of its own: sqrt(2 * 1500 / 6) units, where partial sums grow as those
+// of a random walk. Of ten thousand logits one lies five of these away, which are 110; up to 40 are seen. In units of
+// the largest, where that is above 1.
 double bound_of(const float* logits_V, std::int64_t vocab) {
   return 110 * test::kUnit * std::max(1.0f, std::abs(*std::max_element(logits_V, logits_V + vocab)));
 }
