@@ -41,15 +41,16 @@ inline constexpr Names<RouterDType> kNames<RouterDType>{
     .built = {{RouterDType::kAuto, "auto"}, {RouterDType::kFp32, "fp32"}}};
 
 // What backward makes again instead of keeping it. By itself: kNorms, the outputs of a block's two norms. From kSwiglu
-// on each with what stands before it, without kNorms: kSwiglu, what lies between the two products of a feed-forward
+// on each with what stands before it, without the norms: kSwiglu, what lies between the two products of a feed-forward
 // network (an elementwise op) and the rows that experts are given (copies, where one rank has all experts); kRoutedUp,
 // the experts' first product; kUp, that of dense networks and of the shared expert; kFfn, the feed-forward half;
-// kBlock, everything but the block's input.
-enum class Recompute : std::uint8_t { kNone, kNorms, kSwiglu, kRoutedUp, kUp, kFfn, kBlock };
+// kBlock, everything but the block's input. kElementwise: kNorms and kSwiglu, all that takes no product.
+enum class Recompute : std::uint8_t { kNone, kNorms, kSwiglu, kElementwise, kRoutedUp, kUp, kFfn, kBlock };
 template <>
 inline constexpr Names<Recompute> kNames<Recompute>{.built = {{Recompute::kNone, "none"},
                                                               {Recompute::kNorms, "norms"},
                                                               {Recompute::kSwiglu, "swiglu"},
+                                                              {Recompute::kElementwise, "elementwise"},
                                                               {Recompute::kRoutedUp, "routed_up"},
                                                               {Recompute::kUp, "up"},
                                                               {Recompute::kFfn, "ffn"},

@@ -255,7 +255,7 @@ part_step() {
   done  # and of the most of them, what can be chosen
   some+=(--tokens "$tokens")
   bench_steps "four_layers_${tokens}_fused" "${some[@]}" --kernels-experts fused --profile
-  bench_steps "four_layers_${tokens}_norms" "${some[@]}" --recompute norms
+  bench_steps "four_layers_${tokens}_elementwise" "${some[@]}" --recompute elementwise
   bench_steps "four_layers_${tokens}_of_8" "${some[@]}" --micro-batches 8
   bench_steps "four_layers_${tokens}_of_8_fused" "${some[@]}" --micro-batches 8 --kernels-experts fused
   bench_steps four_layers_adamw --layers 4 --steps 8 --optimizer adamw
@@ -282,7 +282,8 @@ part_full() {
   for of in 1 8; do
     [ $of = 1 ] || all+=(--micro-batches "$of") name=_of_$of
     bench_steps full_24576_swiglu$name "${all[@]}" --tokens 24576 --recompute swiglu
-    bench_steps full_32768_norms_fused$name "${all[@]}" --tokens 32768 --recompute norms --kernels-experts fused
+    bench_steps full_32768_elementwise_fused$name "${all[@]}" --tokens 32768 --recompute elementwise \
+      --kernels-experts fused
   done
   grep -H -E 'tokens_per_s|peak' "$part_out"/full_*.txt | sed 's|.*/||'
 }

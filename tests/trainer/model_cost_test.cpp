@@ -99,6 +99,7 @@ TEST(ModelCost, RecomputationIsBookedApart) {
   EXPECT_EQ(none.again_flops, 0);
   EXPECT_EQ(again(Recompute::kNorms), 0) << "no products";
   EXPECT_EQ(again(Recompute::kSwiglu), 0) << "no products";
+  EXPECT_EQ(again(Recompute::kElementwise), 0) << "no products";
   EXPECT_EQ(again(Recompute::kBlock),
             none.forward_flops - 2.0 * static_cast<double>(c.vocab_size * c.hidden_size));
   EXPECT_EQ(again(Recompute::kUp),

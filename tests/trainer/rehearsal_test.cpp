@@ -106,7 +106,7 @@ std::vector<Layout> layouts() {
     all.back().lora = {3, 6, {LoraTarget::kQuery, LoraTarget::kValue, LoraTarget::kGate, LoraTarget::kDown}};
   }
   for (const Recompute recompute :
-       {Recompute::kSwiglu, Recompute::kRoutedUp, Recompute::kUp, Recompute::kFfn}) {
+       {Recompute::kSwiglu, Recompute::kElementwise, Recompute::kRoutedUp, Recompute::kUp, Recompute::kFfn}) {
     all.push_back({"moe_a27b", {1, 2, 1, 2, 2, 1}, 1});
     all.back().recompute = recompute;
   }

@@ -38,7 +38,7 @@ struct Block {
     // micro-batch, and there until the last backward; what stands in it, backward makes again.
     TensorView normed_TD = {};
   };
-  bool shares_norms() const { return recompute == Recompute::kNorms; }
+  bool shares_norms() const { return recompute == Recompute::kNorms || recompute == Recompute::kElementwise; }
   // The output; of what lies in `keep` and `out`.
   Residual forward(Exec& ex, const Output& out, const Residual& x, const TokenPlaces& places, Arena& keep,
                    Saved& saved) const;

@@ -6,6 +6,7 @@ KeepOfKinds keep_of(Recompute recompute) {
   const Keep nothing{.rows = false, .gate_up = false, .hidden = false};
   switch (recompute) {
     case Recompute::kSwiglu:
+    case Recompute::kElementwise:
       return {.dense = {.hidden = false}, .routed = {.rows = false, .hidden = false}};
     case Recompute::kRoutedUp:
       return {.dense = {.hidden = false}, .routed = nothing};

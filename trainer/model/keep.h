@@ -13,7 +13,7 @@ struct Keep {
 struct KeepOfKinds {
   Keep dense, routed;  // dense networks and shared experts; routed experts
 };
-// kNorms is the block's own affair; kFfn and kBlock make whole halves of the block again, from what these keep
+// The norms are the block's own affair; kFfn and kBlock make whole halves of the block again, from what these keep
 // meanwhile.
 KeepOfKinds keep_of(Recompute recompute);
 
