@@ -67,15 +67,14 @@ class Candidates {
 std::vector<Candidate> candidates_of(const RunConfig& run, const RunPlan& plan, const Machine& machine) {
   Candidates c(run);
   if (!plan.fits()) {
-    c.recompute(+1);
-    c.recompute(+2);
+    for (const int steps : {1, 2, 3}) c.recompute(steps);
     c.micro_batch(run.train.micro_batch / 2);
     c.optimizer();
     c.reduce();
     c.zero(2);
     c.experts();
   } else {
-    c.recompute(-1);
+    for (const int steps : {1, 2}) c.recompute(-steps);
     c.micro_batch(run.train.micro_batch * 2);
     c.micro_batch(run.train.micro_batch / 2);
     c.zero(1);
