@@ -97,6 +97,9 @@ MUTANTS = {
     "norms_outputs_kept_all_the_same": (
         "trainer/model/block.cpp", "shares_norms() ? out.normed_TD : take(\"norm2 output\")", "take(\"norm2 output\")",
         "RecomputeMemory.*", "recompute_memory_test"),
+    "norms_outputs_kept_under_elementwise": (
+        "trainer/model/block.h", " || recompute == Recompute::kElementwise", "", "RecomputeMemory.*",
+        "recompute_memory_test"),
     "algorithms_of_another_device": (
         "kernels/core/product_algorithms.cpp", "algorithms.tables.find(library);",
         "library.version > 0 ? algorithms.tables.begin() : algorithms.tables.end();",
