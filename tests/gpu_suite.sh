@@ -282,8 +282,7 @@ part_full() {
   for of in 1 8; do
     [ $of = 1 ] || all+=(--micro-batches "$of") name=_of_$of
     bench_steps full_24576_swiglu$name "${all[@]}" --tokens 24576 --recompute swiglu
-    bench_steps full_32768_elementwise_fused$name "${all[@]}" --tokens 32768 --recompute elementwise \
-      --kernels-experts fused
+    bench_steps full_32768_elementwise$name "${all[@]}" --tokens 32768 --recompute elementwise --kernels-experts fused
   done
   grep -H -E 'tokens_per_s|peak' "$part_out"/full_*.txt | sed 's|.*/||'
 }
