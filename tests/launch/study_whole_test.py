@@ -119,7 +119,7 @@ class Whole(Study):
         self.assertEqual(made["file_sha256"], hashlib.sha256(self.file.read_bytes()).hexdigest())
         self.assertEqual(len(made["runs"]), 3 * (2 + 3))  # two rates and three seeds of each arm
         self.assertEqual(sum(stage["kind"] == "upcycle" for stage in made["stages"]), 2 * 4)
-        steps = 4 * 40 + 3 * (2 * round(20 * 0.3) + 3 * 20)  # of four sources, and of the arms
+        steps = 4 * 40 + 3 * (2 * 20 + 3 * 20)  # of four sources, and of the arms
         self.assertAlmostEqual(made["flops"], one["flops"] / 20 * steps)
         self.assertTrue(made["wall_s"] > 0 and made["packages"]["numpy"] and made["concluded"])
         self.assertEqual(made["programs"], [{"version": "pretended"}])
