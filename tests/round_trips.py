@@ -53,7 +53,7 @@ def run(*words):
 
 
 def save_random(folder, config, draw=False):
-    """`draw`: every matrix, as Llama's class does not know those of a mixture put into it and leaves them as they are."""
+    """`draw`: every matrix, as Llama's class leaves those of a mixture that was put into it as memory was."""
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
