@@ -93,7 +93,8 @@ MeasuredReading measured_reading(const Reached& way, const char* quantity, doubl
   r.saving = 1 - *m.share;
   r.formula = fmt::format("1 - {:.4g} / {:.4g} (loss {:.4f} of {})", *spent.*of, dense,
                           way.other.final_loss(), way.other.name);
-  r.result = fmt::format("{}: {} of {}'s", share(*r.saving, 1), share(*m.share, 1), way.other.name);
+  r.result = fmt::format("{}: {} of {}'s", *r.saving > 0 ? share(*r.saving, 1) + " saved" : "nothing saved",
+                         share(*m.share, 1), way.other.name);
   return m;
 }
 

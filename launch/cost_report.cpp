@@ -208,13 +208,13 @@ std::string words_of(const std::optional<MeasuredClaim>& measured) {
            "[--source RUN].\n\n";
   return fmt::format(
       "\nHow many tokens the two models saw, and in how many hours, was never published. Measured is what {} "
-      "({}) had spent\nwhen it first came to the final loss of {} ({}){}. FLOPs are the model's on all "
+      "({})\nhad spent when it first came to the final loss of {} ({}){}.\nFLOPs are the model's on all "
       "ranks, "
-      "without what is\ncomputed twice; seconds are of steps alone.\n\n",
+      "without what is computed twice; seconds are of steps alone.\n\n",
       measured->mixture, measured->losses.front(), measured->dense, measured->losses.back(),
       measured->source.empty()
           ? "; --source RUN charges the run that made its source as well"
-          : fmt::format(", without and with what {}, its source, had cost", measured->source));
+          : fmt::format(",\nwithout and with what {}, its source, had cost", measured->source));
 }
 
 }  // namespace

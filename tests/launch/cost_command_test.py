@@ -190,8 +190,8 @@ class Claim(Cost):
             self.assertAlmostEqual(found[0]["share"], 0.5)
             self.assertAlmostEqual(found[3]["share"], 1.5)
             text = upmoe("cost", "--claim", "--run", mixture, dense, "--source", source).stdout
-            for words in ("| measured to a loss: tokens, source not charged (sunk)", "50.0 %: 50.0 % of dense's",
-                          "-50.0 %: 150.0 % of dense's", "with what source, its source, had cost",
+            for words in ("| measured to a loss: tokens, source not charged (sunk)", "50.0 % saved: 50.0 % of dense's",
+                          "nothing saved: 150.0 % of dense's", "with what source, its source, had cost",
                           "non-embedding parameters, as printed", "(training, smoothed)"):
                 self.assertIn(words, text)
 
