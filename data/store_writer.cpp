@@ -158,13 +158,4 @@ bool StoreWriter::commit(Communicator& world, const std::string& metadata_json, 
   return durable == 1;
 }
 
-void write_store(const fs::path& dir, Communicator& world, const std::vector<StorePiece>& pieces,
-                 const std::string& metadata_json) {
-  std::uint64_t bytes = 0;
-  for (const StorePiece& p : pieces) bytes += p.values.bytes();
-  StoreWriter writer(dir, world, bytes);
-  writer.write(pieces);
-  writer.commit(world, metadata_json);
-}
-
 }  // namespace upmoe

@@ -82,8 +82,4 @@ class StoreWriter {
   std::unique_ptr<Impl> impl_;
 };
 
-// The three parts at once. Collective.
-void write_store(const std::filesystem::path& dir, Communicator& world, const std::vector<StorePiece>& pieces,
-                 const std::string& metadata_json);
-
 }  // namespace upmoe

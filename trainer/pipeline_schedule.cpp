@@ -52,10 +52,4 @@ std::vector<PipelineAction> pipeline_schedule(int stages, int stage, int chunks,
   return schedule;
 }
 
-int most_in_flight(const std::vector<PipelineAction>& schedule) {
-  int now = 0, most = 0;
-  for (const PipelineAction& a : schedule) most = std::max(most, now += a.forward ? 1 : -1);
-  return most;
-}
-
 }  // namespace upmoe

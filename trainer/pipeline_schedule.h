@@ -16,7 +16,5 @@ struct PipelineAction {
 // Forwards before the first backward: as many as keep all stages busy, at most all. With several chunks,
 // `micro_batches` must be a multiple of `stages`: the chunks take turns in groups of that size.
 std::vector<PipelineAction> pipeline_schedule(int stages, int stage, int chunks_per_stage, int micro_batches);
-// The largest number of (micro-batch, chunk) between their forward and their backward.
-int most_in_flight(const std::vector<PipelineAction>& schedule);
 
 }  // namespace upmoe

@@ -85,6 +85,16 @@ struct Pieces {
   }
 };
 
+// A store of pieces that are all in memory. Collective.
+inline void write_store(const fs::path& dir, Communicator& world, const std::vector<StorePiece>& pieces,
+                        const std::string& metadata_json) {
+  std::uint64_t bytes = 0;
+  for (const StorePiece& p : pieces) bytes += p.values.bytes();
+  StoreWriter writer(dir, world, bytes);
+  writer.write(pieces);
+  writer.commit(world, metadata_json);
+}
+
 inline void write_test_store(const fs::path& dir, int ranks) {
   run_in_threads(ranks, [&](Communicator& world) {
     const Pieces mine(world.rank(), ranks);

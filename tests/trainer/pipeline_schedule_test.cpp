@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 
@@ -68,6 +69,13 @@ TEST(PipelineSchedule, TakesTheTimeOfTheTheory) {
       for (const int m : {stages, 2 * stages, 5 * stages})
         EXPECT_EQ(play(stages, chunks, m), 2 * m * chunks + 2 * (stages - 1))
             << stages << " stages, " << chunks << " chunks, " << m << " micro-batches";
+}
+
+// The largest number of (micro-batch, chunk) between their forward and their backward.
+int most_in_flight(const std::vector<PipelineAction>& schedule) {
+  int now = 0, most = 0;
+  for (const PipelineAction& a : schedule) most = std::max(most, now += a.forward ? 1 : -1);
+  return most;
 }
 
 TEST(PipelineSchedule, KeepsNoMoreInFlightThanNeeded) {
