@@ -22,6 +22,11 @@ inline double rounding_of_sums(double terms) {
   return std::sqrt(terms) * kUnit;
 }
 
+// Of the mean loss over twenty tokens or more, where sums behind the logits are rounded otherwise: each token's loss
+// moves by its own twenty units or so (the standard deviation, for 1500 terms on both sides), their mean by a root of
+// the number less; three and a half times that.
+inline constexpr double kMeanLossRounding = 16 * kUnit;
+
 // |actual - expected| <= relative * |expected| + absolute * (largest |expected|).
 struct Tolerance {
   double relative, absolute;

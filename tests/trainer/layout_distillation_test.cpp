@@ -72,7 +72,8 @@ TEST_P(Taught, EqualsOneRank) {
   ASSERT_EQ(found.distilled.size(), expected.distilled.size());
   for (std::size_t i = 0; i < expected.distilled.size(); ++i) {
     EXPECT_GT(expected.distilled[i], 0.1) << "models that agree say nothing";
-    EXPECT_NEAR(found.distilled[i], expected.distilled[i], 2e-6 * expected.distilled[i]) << "step " << i + 1;
+    EXPECT_NEAR(found.distilled[i], expected.distilled[i], test::kMeanLossRounding * expected.distilled[i])
+        << "step " << i + 1;
   }
 }
 
@@ -158,12 +159,14 @@ TEST(Distillation, LossesAreTheNaiveOnes) {
       const NaiveLoss expected =
           naive_loss(logits_of(student, student, mask), logits_of(teacher, student, mask));
       const Outcome found = run_taught(l, kDense);
-      EXPECT_NEAR(found.losses[0], expected.loss, 2e-6 * expected.loss);
-      EXPECT_NEAR(found.distilled[0], expected.distilled, 5e-6 * expected.distilled);
+      EXPECT_NEAR(found.losses[0], expected.loss, test::kMeanLossRounding * expected.loss);
+      EXPECT_NEAR(found.distilled[0], expected.distilled, test::kMeanLossRounding * expected.distilled);
     }
 }
 
-// Along the gradient the naive loss rises by the gradient's square.
+// Along the gradient the naive loss rises by the gradient's square: but for the third derivative's part, which falls
+// with the step's square, and the loss's own rounding, 1e-7 over a rise of 1e-2. One target of 64 too many would be
+// 1e-2.
 TEST(Distillation, GradientIsTheSlopeOfTheNaiveLoss) {
   for (const LossMask mask : {LossMask::kNone, LossMask::kSome}) {
     Layout l = taught(kDense, {1, 2, 1, 2, 1, 1});
@@ -174,16 +177,19 @@ TEST(Distillation, GradientIsTheSlopeOfTheNaiveLoss) {
     double squares = 0;
     for (const auto& [name, gradient] : outcome.gradients)
       for (const float g : gradient) squares += static_cast<double>(g) * static_cast<double>(g);
-    const double step = 1e-2 / std::sqrt(squares);
+    const double step = 2e-3 / std::sqrt(squares);
     const Logits taught_by_them = logits_of(teacher, student, mask);
     const auto at = [&](double length) {
       return naive_loss(logits_of(student, student, mask, length, outcome.gradients), taught_by_them).total();
     };
-    EXPECT_NEAR((at(step) - at(-step)) / (2 * step), squares, 2e-2 * squares);
+    EXPECT_NEAR((at(step) - at(-step)) / (2 * step), squares, 2e-4 * squares);
   }
 }
 
-// Its divergence is 0 and has no gradient: what is left is the cross entropy's share.
+// Its divergence is 0, of equal logits to the bit, and has no gradient: what is left is the cross entropy's share. By
+// another op, whose exp, sum and product move a probability by some eight units; what follows is linear in it.
+constexpr double kOtherOp = 8 * test::kUnit;
+
 TEST(Distillation, AModelThatIsItsTeacherLearnsFromItsDataAlone) {
   for (const MeshSpec& mesh : {MeshSpec{}, MeshSpec{1, 2, 1, 2, 2, 1}}) {
     Layout l{kMixture, mesh, 1};
@@ -193,18 +199,21 @@ TEST(Distillation, AModelThatIsItsTeacherLearnsFromItsDataAlone) {
     for (const double weight : {0.5, 1.0}) {
       l.change = taught_by(kMixture, weight, kTemperature);
       const Outcome found = run_taught(l, kMixture);
-      EXPECT_NEAR(found.distilled[0], 0.0, 1e-5);
-      EXPECT_NEAR(found.losses[0], alone.losses[0], 1e-6 * alone.losses[0]);
-      EXPECT_NEAR(found.norms[0], (1 - weight) * alone.norms[0], 1e-4 * alone.norms[0]);
+      EXPECT_EQ(found.distilled[0], 0.0);
+      EXPECT_NEAR(found.losses[0], alone.losses[0], test::kUnit * alone.losses[0]);
+      EXPECT_NEAR(found.norms[0], (1 - weight) * alone.norms[0], kOtherOp * alone.norms[0]);
       for (const auto& [name, gradient] : alone.gradients) {
         std::vector<float> share = gradient;
         for (float& g : share) g *= static_cast<float>(1 - weight);
-        EXPECT_LT(relative_distance(share, found.gradients.at(name), alone.norms[0]), 1e-4) << name;
+        EXPECT_LT(relative_distance(share, found.gradients.at(name), alone.norms[0]), kOtherOp) << name;
       }
     }
   }
 }
 
+// In bf16 each of some ten roundings of a block moves a token's logits by a unit of their norm: of two blocks of
+// student and teacher that is sqrt(40) units of 2^-8 at the most, 2.5e-2. The divergence moves by as much of each
+// token's own, and its mean over 64 of them by an eighth of it; twice that, for what tokens have in common.
 TEST(Distillation, InBf16IsTheSameTwiceAndNearFp32) {
   Layout l = taught(kMixture, {1, 2, 1, 2, 2, 1});
   const Outcome fp32 = run_taught(l, kDense);
@@ -213,7 +222,7 @@ TEST(Distillation, InBf16IsTheSameTwiceAndNearFp32) {
   EXPECT_EQ(one.losses, again.losses);
   EXPECT_EQ(one.distilled, again.distilled);
   EXPECT_EQ(one.weights, again.weights);
-  EXPECT_NEAR(one.distilled[0], fp32.distilled[0], 3e-2 * fp32.distilled[0]);
+  EXPECT_NEAR(one.distilled[0], fp32.distilled[0], std::sqrt(40.0) * test::kBF16Unit / 4 * fp32.distilled[0]);
 }
 
 TEST(DistillationCost, TheTeachersForwardIsBookedApart) {
