@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 FOLDERS = ["kernels", "configs", "parallel", "data", "trainer", "upcycle", "launch", "tests"]
@@ -24,6 +25,7 @@ CLANG_FORMAT = "clang-format-14"
 SCOPE = re.compile(r"\b(namespace|class|struct|union|enum|extern)\b")
 TEXT = re.compile(r"""//[^\n]*|/\*.*?\*/|R"([^(\s]*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*\"|(?<!\w)'(?:\\.|[^'\\\n])+'""",
                   re.DOTALL)
+KEPT = re.compile(r"// (namespace|clang-format)")
 
 
 def blank_text(source):
@@ -118,6 +120,31 @@ def check_format(root, paths):
             yield f"{CLANG_FORMAT} failed: {run.stderr.strip()[:500]}"
 
 
+def without_words(source):
+    """Comments without their words, so that the formatter does not break code for the room that these take."""
+    return TEXT.sub(lambda m: "//" if m.group().startswith("//") and not KEPT.match(m.group()) else m.group(), source)
+
+
+def check_comments(root, paths):
+    """Code that its own trailing comment splits across lines: the comment belongs above it."""
+    if not shutil.which(CLANG_FORMAT):
+        return  # check_format tells
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(root / ".clang-format", folder)
+        bare = {path: without_words((root / path).read_text(encoding="utf-8")) for path in paths}
+        for path, text in bare.items():
+            (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / path).write_text(text, encoding="utf-8")
+        for begin in range(0, len(paths), 50):
+            subprocess.run([CLANG_FORMAT, "-i", *paths[begin:begin + 50]], cwd=folder, check=True)
+        for path, text in bare.items():
+            ours, theirs = ([re.sub(r"\s*//.*", "", line) for line in source.splitlines()]
+                            for source in (text, (Path(folder) / path).read_text(encoding="utf-8")))
+            if ours != theirs:
+                first = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), len(theirs))
+                yield f"{path}:{first + 1}: split by its own trailing comment; put that above it"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent)
@@ -127,7 +154,9 @@ def main():
     if not files:
         sys.exit(f"check_style: no sources under {root}")
     problems = [problem for path in files for problem in check_file(root, path)]
-    problems += check_format(root, [path for path in files if Path(path).suffix in CPP])
+    sources = [path for path in files if Path(path).suffix in CPP]
+    problems += check_format(root, sources)
+    problems += check_comments(root, sources)
     print("\n".join(problems) if problems else f"check_style: {len(files)} files")
     return 1 if problems else 0
 

@@ -48,8 +48,8 @@ void add_grouped(const std::string& name, std::int64_t n, std::int64_t k, DType 
     const ExpertRows rows_e{host_view(offsets.data(), {kExperts + 1}), {}};
     measure(state, dtype, [&](Exec& ex) { ops::grouped_gemm_dgrad(ex, dx.view, dy.view, w.view, rows_e); });
   });
-  for (const Accumulate mode :
-       {Accumulate::kAdd, Accumulate::kOverwrite}) {  // the first of a step overwrites
+  // The first of a step overwrites.
+  for (const Accumulate mode : {Accumulate::kAdd, Accumulate::kOverwrite}) {
     const std::string op = mode == Accumulate::kAdd ? "grouped_gemm_wgrad/" : "grouped_gemm_wgrad_first/";
     add(op + name, dtype, [=](benchmark::State& state) {
       const Tensor x({rows, k}, dtype), dw({kExperts, n, k}, dtype), dy({rows, n}, dtype);

@@ -32,9 +32,8 @@ constexpr DType kFloat = DType::kBF16;
 struct Offsets {
   std::vector<std::int64_t> on_host;
   Held on_device;
-  operator ExpertRows() const {
-    return {on_device->view, on_host};
-  }  // NOLINT(google-explicit-constructor): as it is
+  // NOLINTNEXTLINE(google-explicit-constructor): as it is
+  operator ExpertRows() const { return {on_device->view, on_host}; }
 };
 Offsets random_offsets(std::int64_t rows) {
   std::minstd_rand random(3);

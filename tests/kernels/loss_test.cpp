@@ -129,8 +129,8 @@ TEST(CrossEntropyExtremes, TargetsAndLargestLogitsAnywhere) {
   }
   const Reference expected = reference_cross_entropy(logits.values(), target.values(), 1.0);
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    HostTensor loss = filled({kRows}, DType::kF32, 7),
-               d({kRows, kWidth}, dtype);  // 7: an ignored row's is written
+    // 7: an ignored row's is written.
+    HostTensor loss = filled({kRows}, DType::kF32, 7), d({kRows, kWidth}, dtype);
     const TensorView d_CV = d;
     ops::cross_entropy(ex, {loss, d_CV, 1.0f}, logits, target);
     expect_close(loss.values(), expected.loss, {2e-7, 1e-6}, "loss");

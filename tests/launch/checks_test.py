@@ -142,6 +142,9 @@ class Style(unittest.TestCase):
 
     def test_formatting(self):
         self.refused("data/a.cpp", "int   x ;\n", "not formatted")
+        words = "all of them, also where a library refuses to take as many as there are"
+        self.refused("data/a.cpp", f"int of_all_heads(int heads, int slices, int of) {{\n  return heads * slices /\n"
+                     f"         of;  // {words}\n}}\n", "data/a.cpp:2: split by its own trailing comment")
 
 
 if __name__ == "__main__":

@@ -211,8 +211,8 @@ std::vector<SdpaSlice> slices_of(const AttentionShape& s, std::int64_t tokens, b
 
 Key key_of(const AttentionShape& s, const SdpaSlice& slice, bool backward, bool deterministic) {
   const std::int64_t window = s.window < s.seq_len ? s.window : 0;  // none that reaches the first token
-  return {.heads = s.heads * slice.kv_heads /
-                   s.kv_heads,  // all of them, also where cuDNN is to refuse their number
+  // Of heads all, also where cuDNN is to refuse their number.
+  return {.heads = s.heads * slice.kv_heads / s.kv_heads,
           .kv_heads = slice.kv_heads,
           .head_dim = s.head_dim,
           .seq_len = s.seq_len,

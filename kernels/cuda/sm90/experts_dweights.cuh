@@ -81,8 +81,8 @@ class GatheredPanels {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     unsigned char* panel = panels + lane / 8 * kPanelBytes;
 #pragma unroll
-    for (u32 half = 0; half < 2;
-         ++half) {  // rows warp + 4 * half and every eighth one on, in the same place of a line
+    for (u32 half = 0; half < 2; ++half) {
+      // Rows warp + 4 * half and every eighth one on, in the same place of a line.
       unsigned char* to = panel + swizzled(warp + 4 * half, lane % 8);
       u32 offset[8];
 #pragma unroll
