@@ -153,7 +153,9 @@ double Rates::grouped_rate(DType dtype, std::int64_t edge) {
 
 void Rates::attention(DType dtype, double& forward, double& backward) {
   ScratchScope scope(*ex_.scratch);
-  const std::int64_t T = kAttention.seq_len, Q = kAttention.heads * kAttention.head_dim;
+  const std::int64_t S = kAttention.seq_len, Q = kAttention.heads * kAttention.head_dim;
+  // As many sequences at once: one alone takes a GPU less time than its launch, and leaves most of it idle.
+  const std::int64_t T = S * sets_of(2 * S * (kAttention.qkv_width() + Q), dtype);
   const TensorView qkv_TH = random({T, kAttention.qkv_width()}, dtype), dout_TQ = random({T, Q}, dtype);
   const TensorView out_TQ = ex_.scratch->take({T, Q}, dtype, "measured"),
                    lse_TN = ex_.scratch->take({T, kAttention.heads}, DType::kF32, "measured"),
