@@ -22,7 +22,7 @@ class Candidates {
   explicit Candidates(const RunConfig& run) : run_(run) {}
 
   void recompute(int step) {
-    const auto& names = kNames<Recompute>.built;  // from nothing to everything
+    const auto& names = kNames<Recompute>.built;  // by how much is computed again, the least first
     const int next = static_cast<int>(run_.train.recompute) + step;
     if (next < 0 || next >= static_cast<int>(names.size())) return;
     RunConfig& r = add("train.recompute", (names.begin() + next)->name);
