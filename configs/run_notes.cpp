@@ -54,8 +54,7 @@ void add_ranks_without_experts(const RunConfig& run, const ModelConfig& model, c
   if (without == 0) return;
   notes.push_back(
       fmt::format("{}parallel.ep: {} ranks share {} experts, so {} of the {} hold{} no routed expert and "
-                  "wait{} where the "
-                  "others compute theirs; with an ep of at most {} every rank holds some",
+                  "wait{} where the others compute theirs; with an ep of at most {} every rank holds some",
                   whose, run.parallel.ep, model.num_experts, without, run.parallel.ep,
                   without == 1 ? "s" : "", without == 1 ? "s" : "", model.num_experts));
 }

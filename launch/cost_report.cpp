@@ -203,17 +203,15 @@ json measured_json(const MeasuredReading& m, const MeasuredClaim& claim) {
 std::string words_of(const std::optional<MeasuredClaim>& measured) {
   if (!measured)
     return "\nHow many tokens the two models saw, and in how many hours, was never published. What one has "
-           "to "
-           "spend\nto reach the loss of the other is measured: upmoe cost --claim --run MIXTURE DENSE "
+           "to spend\nto reach the loss of the other is measured: upmoe cost --claim --run MIXTURE DENSE "
            "[--source RUN].\n\n";
   return fmt::format(
       "\nHow many tokens the two models saw, and in how many hours, was never published. Measured is what {} "
       "({})\nhad spent when it first came to the final loss of {} ({}){}.\nFLOPs are the model's on all "
-      "ranks, "
-      "without what is computed twice; seconds are of steps alone.\n\n",
+      "ranks, without what is computed twice; seconds are of steps alone.\n\n",
       measured->mixture, measured->losses.front(), measured->dense, measured->losses.back(),
       measured->source.empty()
-          ? "; --source RUN charges the run that made its source as well"
+          ? ";\n--source RUN charges the run that made its source as well"
           : fmt::format(",\nwithout and with what {}, its source, had cost", measured->source));
 }
 
