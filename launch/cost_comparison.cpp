@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "kernels/core/check.h"
 #include "launch/text_table.h"
 
 namespace upmoe {
@@ -145,6 +146,10 @@ CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<Ru
 
 MeasuredClaim measured_claim(const RunCurve& mixture, const RunCurve& dense,
                              const std::optional<RunCurve>& source) {
+  if (dense.counts_experts)
+    fail(ExitCode::kUsage,
+         "upmoe cost: --claim: {} is the run of a mixture; expected --run MIXTURE DENSE, in this order",
+         dense.name);
   MeasuredClaim claim{.mixture = mixture.name,
                       .dense = dense.name,
                       .source = source ? source->name : "",

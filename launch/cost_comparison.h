@@ -18,6 +18,7 @@ CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<Ru
 
 // What the mixture's run needed to come to the final loss of the dense model's, as readings of the claim: of its
 // tokens, FLOPs and seconds, without what `source` had spent (sunk) and with it. Numbers are those of runs_report().
+// Throws Error(kUsage) where the second run is a mixture's, too.
 MeasuredClaim measured_claim(const RunCurve& mixture, const RunCurve& dense,
                              const std::optional<RunCurve>& source);
 

@@ -215,6 +215,16 @@ class Claim(Cost):
             self.refused(2, ["--published and --run", "one of them"], "--published", "--run", mixture)
             self.refused(3, ["nowhere", "metrics.jsonl"], "--claim", "--run", mixture, Path(folder) / "nowhere")
 
+    def test_runs_the_wrong_way_round(self):
+        with tempfile.TemporaryDirectory() as folder:
+            mixture, dense = self.run_dir(folder, "mixture", 3), self.run_dir(folder, "dense", 4)
+            metrics = mixture / "metrics.jsonl"
+            lines = [json.loads(line) | {"expert_load": [[0.5, 0.5]]} for line in metrics.read_text().splitlines()]
+            metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            self.assertEqual(len(self.measured("--run", mixture, dense)), 3)
+            self.refused(2, ["mixture is the run of a mixture", "--run MIXTURE DENSE"], "--claim", "--run", dense,
+                         mixture)
+
     def test_readings(self):
         rows = self.run_json("--claim")
         savings = [round(row["saving"], 3) for row in rows if "saving" in row and "tokens" not in row]

@@ -47,6 +47,7 @@ std::vector<CurvePoint> smoothed(const std::vector<CurvePoint>& points, std::siz
 struct Reader {
   Spent spent;
   double step = 0;
+  bool counts_experts = false;
   std::vector<CurvePoint> training, evaluations;
 
   void add(const json& line, const std::string& where) {
@@ -65,6 +66,7 @@ struct Reader {
               steps * (number(line, "flops", where) + teacher) * number(line, "ranks", where),
               steps * number(line, "seconds", where)};
     training.push_back({spent, number(line, "loss", where)});
+    counts_experts = counts_experts || line.contains("expert_load");
   }
 };
 
@@ -104,6 +106,7 @@ RunCurve read_run_curve(const fs::path& run) {
   const fs::path folder = fs::absolute(directory ? run : run.parent_path()).lexically_normal();
   curve.name = folder.has_filename() ? folder.filename().string() : folder.parent_path().filename().string();
   curve.spent = reader.spent;
+  curve.counts_experts = reader.counts_experts;
   curve.held_out = reader.evaluations.size() > 1;
   curve.points =
       curve.held_out ? std::move(reader.evaluations) : smoothed(reader.training, reader.training.size() / 50);

@@ -27,6 +27,7 @@ struct RunCurve {
   Spent spent;            // of the whole run
   bool held_out = false;  // points are evaluations; else of the smoothed training loss
   std::vector<CurvePoint> points;
+  bool counts_experts = false;  // its lines say how experts share the tokens: a mixture's
   double final_loss() const { return points.back().loss; }
 };
 
