@@ -285,7 +285,7 @@ TEST(Measured, TheUsualRunIsBetweenTheFastestAndTheSlowest) {
   const RunTimes found = times_of(ex, {.count = 2, .seconds = 0.04}, [&] {
     std::this_thread::sleep_for(milliseconds(runs++ % 2 == 0 ? 12 : 4));
   });
-  EXPECT_GE(runs, 7) << "one that does not count, one, and bursts";
+  EXPECT_GE(runs, 4) << "one that does not count, one, and of each burst at least one";
   EXPECT_GE(found.fastest, 0.004);
   EXPECT_GE(found.usual, (found.fastest * (runs / 2) + 0.012 * (runs / 2 - 1)) / (runs - 1) * 0.999);
 }
