@@ -8,11 +8,11 @@ Needs UPMOE_BINARY.
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from pathlib import Path
 
@@ -45,6 +45,12 @@ LAYOUT = {"tp", "pp", "cp", "ep", "etp", "ranks_without_experts", "dp", "pp_chun
 def upmoe(*arguments):
     return subprocess.run([BINARY, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def processor_seconds():
+    """Of all programs that this one has waited for: on one thread what they last, beside whatever else goes on."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def growth(command, picture=None):
@@ -134,10 +140,10 @@ class Plan(unittest.TestCase):
     def test_any_number_of_ranks_within_ten_seconds(self):
         for world, ep in ((1, 1), (8, 8), (60, 60), (64, 32), (64, 64), (512, 16), (4096, 32), (4096, 64)):
             with self.subTest(world=world, ep=ep):
-                begin = time.monotonic()
+                begin = processor_seconds()
                 plan = self.planned(FULL, MODEL, "--world", world, "--machine", "h100-sxm", f"parallel.ep={ep}",
                                     f"train.global_batch={max(64, 4 * world)}")
-                self.assertLess(time.monotonic() - begin, 10)
+                self.assertLess(processor_seconds() - begin, 10)
                 self.assertEqual(sum(rank["alike"] for rank in plan["ranks"]), world)
                 self.assertGreater(plan["time"]["tokens_per_s"], 0)
                 self.assertEqual({rank["experts"] for rank in plan["ranks"]}, {60 // ep, -(-60 // ep)})
@@ -163,9 +169,9 @@ class Plan(unittest.TestCase):
             self.assertIn(words, text)
 
     def test_search_gives_the_ten_fastest(self):
-        begin = time.monotonic()
+        begin = processor_seconds()
         found = self.planned(FULL, MODEL, "--world", 8, "--machine", "h100-sxm", "--search")
-        self.assertLess(time.monotonic() - begin, 60)
+        self.assertLess(processor_seconds() - begin, 60)
         self.assertEqual(len(found["layouts"]), 10)
         for layout in found["layouts"]:
             self.assertEqual(set(layout), LAYOUT)
