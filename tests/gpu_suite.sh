@@ -324,7 +324,7 @@ sys.exit(', '.join(wrong) + ': too far apart' if wrong else 0)"; }
 quickstart_run() { # NAME OVERRIDES...: one of its runs, on the GPU
   local name=$1
   shift
-  say "$name" timeout "$(at_most 400)" "$suite/bin/upmoe" train "configs/quickstart/$name.yaml" device=cuda \
+  say "$name" timeout "$(at_most 230)" "$suite/bin/upmoe" train "configs/quickstart/$name.yaml" device=cuda \
     data.seq_len="$SEQ_LEN" train.global_batch="$GLOBAL_BATCH" "$@"
 }
 
