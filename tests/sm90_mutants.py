@@ -17,6 +17,7 @@ from mutants import ROOT, check_places, parse_arguments
 
 FOLDER = "kernels/cuda/sm90/"
 TEST = "tests/kernels/sm90_experts_test.cpp"
+TRAFFIC = "tests/kernels/sm90_traffic_test.cpp"  # of mistakes that move no result
 MODEL = "tests/support/fake_cuda"
 TWIN = [f"{MODEL}/{name}" for name in re.search(r"add_library\(sm90_emulation STATIC ([^)]*)\)", (
     ROOT / MODEL / "CMakeLists.txt").read_text(encoding="utf-8"))[1].split()]
@@ -112,8 +113,8 @@ MUTANTS = {
         "*.Up/*", "that a product still reads"),
     "no_tail_predicate": (
         FOLDER + "expert_pipeline.cuh",
-        "    if (row < rows) *reinterpret_cast<uint4*>(first",
-        "    *reinterpret_cast<uint4*>(first",
+        "    if (row < rows) store_global(first",
+        "    store_global(first",
         "*.Down/*", "guards_stand()"),
     "release_to_own_block_only": (
         FOLDER + "expert_pipeline.cuh",
@@ -155,6 +156,16 @@ MUTANTS = {
         "    if (step > 0) {\n      wgmma_wait<1>();",
         "    if (step > 0) {\n      wgmma_wait<2>();",
         "*.Down/*", "still reads"),
+    "no_swizzle_of_results": (
+        FOLDER + "expert_pipeline.cuh",
+        "kLaneBytes == 4 ? swizzled(row, chunk) :",
+        "kLaneBytes == 4 ? row * kRowBytes + (chunk << 4) :",
+        "Sm90TrafficOfATile.Down", "conflicts of banks: stmatrix"),
+    "wrong_swizzle_of_gates_and_ups": (
+        FOLDER + "expert_pipeline.cuh",
+        "((chunk ^ (row & 3) << 1) << 4)",
+        "((chunk ^ (row & 7)) << 4)",
+        "Sm90TrafficOfATile.Up", "conflicts of banks: store"),
 }
 
 
@@ -180,15 +191,16 @@ def main():
             right = path.read_text(encoding="utf-8")
             path.write_text(right.replace(old, new), encoding="utf-8")
             begin = time.monotonic()
-            compile_objects(folder, [TEST])
-            objects = [Path(s).stem + ".o" for s in [TEST, *TWIN]]
+            test = TRAFFIC if "Traffic" in tests else TEST
+            compile_objects(folder, [test])
+            objects = [Path(s).stem + ".o" for s in [test, *TWIN]]
             libraries = ["-lboost_context", "-lgtest_main", "-lgtest"]
             subprocess.run(["g++", *objects, *libraries, "-o", "mutant"], cwd=folder, check=True)
             run = subprocess.run(["./mutant", f"--gtest_filter={tests}", "--gtest_brief=1"], cwd=folder, text=True,
                                  capture_output=True, timeout=300, check=False)
             found = run.returncode != 0 and words in run.stdout
             missed += [] if found else [name]
-            said = [line.strip() for line in run.stdout.splitlines() if any(w in line for w in ("block ", "actual"))]
+            said = [line.strip() for line in run.stdout.splitlines() if any(w in line for w in ("block ", "actual", "conflicts"))]
             first = said[0][:110] if said else f"status {run.returncode}"
             seconds = time.monotonic() - begin
             print(f"{'found ' if found else 'MISSED'} {name} ({seconds:.0f} s): {first}", flush=True)

@@ -1,6 +1,11 @@
 // Each wrapper of an instruction on the model of the hardware. The same cases run on a GPU by tests/bench/sm90.
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <cstring>
+#include <initializer_list>
+#include <string>
 
 #include "tests/kernels/sm90_instructions_cases.h"
 
@@ -30,6 +35,67 @@ struct Model {
 TEST(Sm90Instructions, DoWhatTheirUsersExpect) {
   InstructionCases<Model>::each(
       [](const char* name, const std::string& wrong) { EXPECT_EQ(wrong, "") << name; });
+}
+
+// The words of a mistake that `body` ends with; none where it does not.
+template <class Body>
+std::string words_of(const Body& body) {
+  try {
+    body();
+  } catch (const sm90_twin::Mistake& mistake) {
+    return mistake.words;
+  }
+  return "";
+}
+class Sm90TensorMaps : public testing::Test {
+ protected:
+  using Sizes = std::initializer_list<std::int64_t>;
+  std::string words(Sizes sizes, Sizes strides, std::initializer_list<int> box,
+                    std::size_t shifted = 0) const {
+    return words_of([&] { make_tensor_map(memory + shifted, sizes, strides, box); });
+  }
+  alignas(256) bf16 memory[256] = {};
+};
+
+TEST_F(Sm90TensorMaps, AreRefusedAsTheDriverRefusesThem) {
+  using testing::HasSubstr;
+  EXPECT_EQ(words({64, 8}, {128}, {64, 8}), "");
+  EXPECT_THAT(words({64, 8}, {128}, {64, 8}, 4), HasSubstr("the address is no multiple of 16"));
+  EXPECT_THAT(words({}, {}, {}), HasSubstr("do not fit"));
+  EXPECT_THAT(words({8, 1, 1, 1, 1, 1}, {16, 16, 16, 16, 16}, {8, 1, 1, 1, 1, 1}), HasSubstr("do not fit"));
+  EXPECT_THAT(words({64, 8}, {}, {64, 8}), HasSubstr("do not fit"));
+  EXPECT_THAT(words({128, 8}, {256}, {128, 8}), HasSubstr("wider than the swizzle"));
+  EXPECT_THAT(words({64, 8}, {128}, {12, 8}), HasSubstr("no multiple of 16 bytes"));
+  EXPECT_THAT(words({64, 0}, {128}, {64, 8}), HasSubstr("a size that is none"));
+  EXPECT_THAT(words({64, (std::int64_t{1} << 32) + 1}, {128}, {64, 8}), HasSubstr("a size that is none"));
+  EXPECT_THAT(words({64, 8}, {136}, {64, 8}), HasSubstr("a stride that is no multiple"));
+  EXPECT_THAT(words({64, 8}, {std::int64_t{1} << 40}, {64, 8}), HasSubstr("or too long"));
+  EXPECT_THAT(words({64, 8}, {112}, {64, 8}), HasSubstr("rows that overlap"));
+  EXPECT_THAT(words({64, 1000, 2}, {128, 512}, {64, 8, 1}),
+              HasSubstr("below the size of the dimension before"));
+  EXPECT_THAT(words({64, 512}, {128}, {64, 257}), HasSubstr("a box of none"));
+  EXPECT_THAT(words({64, 512}, {128}, {64, 0}), HasSubstr("a box of none"));
+}
+TEST_F(Sm90TensorMaps, AreLoadedByAsManyCoordinatesFromAMultipleOf64) {
+  const TensorMap map = make_tensor_map(memory, {64, 2, 1}, {128, 256}, {64, 2, 1});
+  const auto load = [](const TensorMap& from, auto... at) {
+    return words_of([&] {
+      sm90_twin::run({1, 32, sizeof(ImageShared), 1, sm90_twin::When::kEarliest, 1}, [&] {
+        auto& s = dynamic_shared<ImageShared>();
+        if (threadIdx.x != 0) return;
+        mbarrier_init(&s.full, 1);
+        mbarrier_arrive_expect_tx(&s.full, 256);
+        tma_load(s.image, from, &s.full, at...);
+        mbarrier_wait(&s.full, 0);
+      });
+    });
+  };
+  EXPECT_EQ(load(map, 0, 0, 0), "");
+  EXPECT_THAT(load(map, 0, 0), testing::HasSubstr("other coordinates than the map has dimensions"));
+  alignas(64) unsigned char shifted[sizeof(TensorMap) + 64];
+  auto* elsewhere = reinterpret_cast<TensorMap*>(shifted + 16);
+  std::memcpy(static_cast<void*>(elsewhere), &map, sizeof map);
+  EXPECT_THAT(load(*elsewhere, 0, 0, 0), testing::HasSubstr("the map's address is no multiple of 64"));
 }
 
 }  // namespace

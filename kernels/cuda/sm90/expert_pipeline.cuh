@@ -74,7 +74,7 @@ class GatheredRows {
  public:
   __device__ void find(const Routing& routing, const RowTile& tile) {
     const int lane = lane_of_thread(), row = lane / 4 * 16 + warp_of_group() * 4 + lane % 4;
-    token_ = row < tile.rows ? routing.token_R[tile.first_row + row] : -1;
+    token_ = row < tile.rows ? load_global<int>(routing.token_R + tile.first_row + row) : -1;
   }
   __device__ void begin(const bf16* x_TD, int width) {
     const int lane = lane_of_thread();
@@ -253,8 +253,8 @@ __device__ inline void store_lines(const unsigned char* staging, unsigned char* 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = 4 * i + lane / 8;
-    const uint4 line = *reinterpret_cast<const uint4*>(staging + staged<kLaneBytes>(row, lane % 8));
-    if (row < rows) *reinterpret_cast<uint4*>(first + row * row_bytes + lane % 8 * 16) = line;
+    const auto line = load_shared<uint4>(staging + staged<kLaneBytes>(row, lane % 8));
+    if (row < rows) store_global(first + row * row_bytes + lane % 8 * 16, line);
   }
 }
 // The other way; rows that do not exist are zero.
@@ -266,8 +266,8 @@ __device__ inline void load_lines(unsigned char* staging, const unsigned char* f
   for (int i = 0; i < 4; ++i) {
     const int row = 4 * i + lane / 8;
     uint4 line{0, 0, 0, 0};
-    if (row < rows) line = *reinterpret_cast<const uint4*>(first + row * row_bytes + lane % 8 * 16);
-    *reinterpret_cast<uint4*>(staging + staged<kLaneBytes>(row, lane % 8)) = line;
+    if (row < rows) line = load_global<uint4>(first + row * row_bytes + lane % 8 * 16);
+    store_shared(staging + staged<kLaneBytes>(row, lane % 8), line);
   }
 }
 

@@ -72,13 +72,12 @@ __device__ inline void finish_neurons(const float* d, unsigned char* gates, unsi
                                       const float (&weight)[2], float (&dweight)[2]) {
   const u32 lane = threadIdx.x % 32;
   const auto place = [&](u32 i) {
-    return reinterpret_cast<uint2*>(gates + staged<8>(lane / 4 + i / 4 * 8, 2 * (i % 4) + lane % 4 / 2) +
-                                    lane % 2 * 8);
+    return gates + staged<8>(lane / 4 + i / 4 * 8, 2 * (i % 4) + lane % 4 / 2) + lane % 2 * 8;
   };
   uint2 h[8];
   u32 out[8];
 #pragma unroll
-  for (u32 i = 0; i < 8; ++i) h[i] = *place(i);
+  for (u32 i = 0; i < 8; ++i) h[i] = load_shared<uint2>(place(i));
 #pragma unroll
   for (u32 i = 0; i < 8; ++i) {
     const u32 half = i / 4, j = 4 * (i % 4) + 2 * half;
@@ -90,8 +89,8 @@ __device__ inline void finish_neurons(const float* d, unsigned char* gates, unsi
   }
 #pragma unroll
   for (u32 i = 0; i < 8; ++i) {
-    *place(i) = h[i];
-    *reinterpret_cast<u32*>(hidden + staged<4>(lane / 4 + i / 4 * 8, chunk + i % 4) + lane % 4 * 4) = out[i];
+    store_shared(place(i), h[i]);
+    store_shared(hidden + staged<4>(lane / 4 + i / 4 * 8, chunk + i % 4) + lane % 4 * 4, out[i]);
   }
 }
 
@@ -105,7 +104,7 @@ class Finish {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = first_ + i / 2 * 64 + i % 2 * 8 + lane_of_thread() / 4;
-      weight_[i] = row < tile.rows ? p.weight_R[tile.first_row + row] : 0.0f;
+      weight_[i] = row < tile.rows ? load_global<float>(p.weight_R + tile.first_row + row) : 0.0f;
     }
 #pragma unroll
     for (int part = 0; part < kFetched; ++part) fetch(part);
@@ -167,8 +166,10 @@ class Finish {
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int r = lane_of_thread() / 4 + 8 * half;
       if (r < rows && lane_of_thread() % 4 == 0)
-        p_.dweight_RP[static_cast<std::int64_t>(tile_.first_row + first + r) * (p_.neurons / C::kNeurons) +
-                      tile_.column] = sum;
+        store_global(p_.dweight_RP +
+                         static_cast<std::int64_t>(tile_.first_row + first + r) * (p_.neurons / C::kNeurons) +
+                         tile_.column,
+                     sum);
     }
   }
 

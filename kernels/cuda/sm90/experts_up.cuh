@@ -64,7 +64,7 @@ __device__ inline void store_gate_up(const float (&d)[128], unsigned char* stagi
       for (u32 block = 0; block < 4; ++block) {
         const u32 j = 8 * (4 * part + block) + 2 * half, row = lane / 4 + 8 * half;
         const uint2 both{pack_bf16(d[j], d[j + 4]), pack_bf16(d[j + 1], d[j + 5])};
-        *reinterpret_cast<uint2*>(staging + staged<8>(row, 2 * block + lane % 4 / 2) + lane % 2 * 8) = both;
+        store_shared(staging + staged<8>(row, 2 * block + lane % 4 / 2) + lane % 2 * 8, both);
       }
     __syncwarp();
     store_lines<8>(staging, first + part * kRowBytes, row_bytes, rows);
@@ -83,7 +83,7 @@ __device__ void store_up_tile(float (&d)[128], UpShared<C>& s, const RowTile& ti
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = lane_of_thread() / 4 + 8 * half;
-    weight[half] = r < rows ? p.weight_R[row + r] : 0.0f;
+    weight[half] = r < rows ? load_global<float>(p.weight_R + (row + r)) : 0.0f;
   }
   const auto hidden = [&](int j, int half) {
     const int i = j + 2 * half;

@@ -18,6 +18,24 @@ __device__ inline u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
+// --- ordinary loads and stores, which have names for the model's sake: it counts what they ask of memory ---
+template <class T>
+__device__ inline T load_shared(const void* p) {
+  return *static_cast<const T*>(p);
+}
+template <class T>
+__device__ inline void store_shared(void* p, const T& value) {
+  *static_cast<T*>(p) = value;
+}
+template <class T>
+__device__ inline T load_global(const void* p) {
+  return *static_cast<const T*>(p);
+}
+template <class T>
+__device__ inline void store_global(void* p, const T& value) {
+  *static_cast<T*>(p) = value;
+}
+
 // --- mbarriers: a phase ends when `count` arrivals and all expected bytes are there ---
 __device__ inline void mbarrier_init(u64* bar, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");

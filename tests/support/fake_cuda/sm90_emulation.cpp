@@ -1,10 +1,10 @@
 #include "tests/support/fake_cuda/sm90_emulation.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "kernels/core/bf16.h"
-#include "kernels/cuda/sm90/tensor_map.cuh"
 #include "tests/support/fake_cuda/sm90_machine.h"
 
 namespace upmoe::cuda::sm90 {
@@ -55,27 +55,6 @@ bf16 element(const Block& block, std::size_t at) {
 
 }  // namespace
 
-TensorMap make_tensor_map(const void* base, std::initializer_list<std::int64_t> sizes,
-                          std::initializer_list<std::int64_t> strides, std::initializer_list<int> box) {
-  TensorMap map;
-  map.base = static_cast<const unsigned char*>(base);
-  map.rank = static_cast<int>(sizes.size());
-  if (reinterpret_cast<std::uintptr_t>(base) % 16 != 0) fail("tensor map: the address is no multiple of 16");
-  if (sizes.size() > 5 || strides.size() + 1 != sizes.size() || box.size() != sizes.size())
-    fail("tensor map: sizes, strides and box do not fit");
-  if (*box.begin() * 2 > 128) fail("tensor map: a box wider than the swizzle");
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    map.size[i] = sizes.begin()[i];
-    map.stride[i] = i == 0 ? 2 : strides.begin()[i - 1];
-    map.box[i] = box.begin()[i];
-    if (map.size[i] < 1 || map.size[i] > std::int64_t{1} << 32) fail("tensor map: a size that is none");
-    if (i > 0 && (map.stride[i] % 16 != 0 || map.stride[i] >= std::int64_t{1} << 40))
-      fail("tensor map: a stride that is no multiple of 16, or too long");
-    if (map.box[i] < 1 || map.box[i] > 256) fail("tensor map: a box of more than 256");
-  }
-  return map;
-}
-
 u32 shared_address(const void* p) {
   return static_cast<u32>(cluster().block().place(p, 0, "an address") + kLowestAddress);
 }
@@ -115,36 +94,57 @@ void mbarrier_wait(u64* bar, u32 parity) {
 
 namespace {
 
+// Where element `e` of the box comes from; null outside of the tensor.
+const unsigned char* source(const TensorMap& map, const std::vector<int>& start, std::size_t e) {
+  std::int64_t from = 0;
+  for (int i = 0; i < map.rank; ++i) {
+    const auto box = static_cast<std::size_t>(map.box[i]);
+    const std::int64_t x = start[static_cast<std::size_t>(i)] + static_cast<std::int64_t>(e % box);
+    e /= box;
+    if (x < 0 || x >= map.size[i]) return nullptr;
+    from += x * map.stride[i];
+  }
+  return map.base + from;
+}
 // Elements [begin, end) of the box, in its order, zeros outside of the tensor.
 void copy_box(Block& block, std::size_t at, const TensorMap& map, const std::vector<int>& start,
               std::size_t begin, std::size_t end) {
   for (std::size_t e = begin; e < end; ++e) {
-    std::size_t rest = e;
-    std::int64_t from = 0;
-    bool inside = true;
-    for (int i = 0; i < map.rank; ++i) {
-      const auto box = static_cast<std::size_t>(map.box[i]);
-      const std::int64_t x = start[static_cast<std::size_t>(i)] + static_cast<std::int64_t>(rest % box);
-      rest /= box;
-      inside = inside && x >= 0 && x < map.size[i];
-      from += x * map.stride[i];
-    }
     bf16 value;
-    if (inside) std::memcpy(&value, map.base + from, sizeof value);
+    if (const unsigned char* from = source(map, start, e); from != nullptr)
+      std::memcpy(&value, from, sizeof value);
     std::memcpy(block.base + swizzle(at + kLowestAddress + e * 2) - kLowestAddress, &value, sizeof value);
   }
+}
+// What the box asks of global memory, and of `blocks` blocks' shared memory.
+void count_box(std::size_t at, const TensorMap& map, const std::vector<int>& start, std::size_t elements,
+               int blocks) {
+  std::vector<Access> reads, writes;
+  for (std::size_t e = 0; e < elements; e += kGrain / sizeof(bf16)) {
+    writes.push_back({swizzle(at + kLowestAddress + e * 2), kGrain});
+    if (const unsigned char* from = source(map, start, e); from != nullptr)
+      reads.push_back({reinterpret_cast<std::uintptr_t>(from), kGrain});
+  }
+  const char* who = "tensor load";
+  counted->add({Space::kGlobal, who}, global_demand(reads));
+  for (int i = 0; i < blocks; ++i) counted->add({Space::kShared, who}, shared_demand(writes));
 }
 
 }  // namespace
 
-void load_box(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, const int (&at)[5]) {
+void load_box(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, std::initializer_list<int> at) {
   std::size_t elements = 1;
   for (int i = 0; i < map.rank; ++i) elements *= static_cast<std::size_t>(map.box[i]);
   const char* who = "a tensor load";
   const std::size_t place = cluster().block().place(to, 2 * elements, who);
   const std::size_t bar_place = cluster().block().place(bar, 8, who);
   if (place % 128 != 0) fail(std::string(who) + ": the place in shared memory is no multiple of 128");
-  const std::vector<int> start(at, at + 5);
+  if (at.size() != static_cast<std::size_t>(map.rank))
+    fail(std::string(who) + ": other coordinates than the map has dimensions");
+  if (reinterpret_cast<std::uintptr_t>(&map) % 64 != 0)
+    fail(std::string(who) + ": the map's address is no multiple of 64");
+  const std::vector<int> start(at);
+  if (counted != nullptr) count_box(place, map, start, elements, std::popcount(blocks));
   for (const auto& there : cluster().blocks) {
     if ((blocks >> there->rank & 1) == 0) continue;
     Block* block = there.get();
@@ -159,11 +159,15 @@ void load_box(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, co
       }));
   }
 }
-void load_box_here(void* to, const TensorMap& map, u64* bar, const int (&at)[5]) {
+void load_box_here(void* to, const TensorMap& map, u64* bar, std::initializer_list<int> at) {
   load_box(static_cast<std::uint16_t>(1u << cluster().block().rank), to, map, bar, at);
 }
 
-void cp_async_16(void* to, const void* from, bool valid) {
+void cp_async_16(void* to, const void* from, bool valid, const Site& site) {
+  if (counted != nullptr) {
+    count_access({Space::kShared, "cp.async", site}, to, 16);
+    count_access({Space::kGlobal, "cp.async", site}, from, 16, valid);
+  }
   Lane* lane = &cluster().lane();
   Block* block = lane->block;
   const std::size_t at = block->place(to, 16, "cp.async");
@@ -213,13 +217,18 @@ void fence_proxy_async() {
 namespace {
 
 template <class Move>  // (register, half of it, where)
-void move_matrices(const void* row, const Move& move) {
+void move_matrices(const char* what, const void* row, const Site& site, const Move& move) {
   Lane& lane = cluster().lane();
   if (lane.block->place(row, 16, "a matrix") % 16 != 0)
     fail("a matrix: a row's address is no multiple of 16");
   Warp& warp = lane.block->warps[lane.index / 32];
   warp.rows[lane.index % 32] = static_cast<unsigned char*>(const_cast<void*>(row));
   cluster().warp_barrier(0xffffffffu);
+  if (counted != nullptr && lane.index % 32 == 0)
+    for (std::size_t m = 0; m < 4; ++m) {
+      const auto at = [&](std::size_t i) { return lane.block->place(warp.rows[8 * m + i], 16, what); };
+      count_matrix({Space::kShared, what, site}, at);
+    }
   for (u32 m = 0; m < 4; ++m)
     for (u32 i = 0; i < 2; ++i)
       move(m, i, warp.rows[8 * m + lane.index % 32 / 4] + 2 * (lane.index % 4 * 2 + i));
@@ -228,16 +237,16 @@ void move_matrices(const void* row, const Move& move) {
 
 }  // namespace
 
-void stmatrix_x4(void* row, u32 a, u32 b, u32 c, u32 d) {
+void stmatrix_x4(void* row, u32 a, u32 b, u32 c, u32 d, const Site& site) {
   const u32 r[4] = {a, b, c, d};
-  move_matrices(row, [&](u32 m, u32 i, unsigned char* at) {
+  move_matrices("stmatrix", row, site, [&](u32 m, u32 i, unsigned char* at) {
     const auto value = static_cast<std::uint16_t>(r[m] >> 16 * i);
     std::memcpy(at, &value, sizeof value);
   });
 }
-void ldmatrix_x4(const void* row, u32& a, u32& b, u32& c, u32& d) {
+void ldmatrix_x4(const void* row, u32& a, u32& b, u32& c, u32& d, const Site& site) {
   u32 r[4] = {};
-  move_matrices(row, [&](u32 m, u32 i, const unsigned char* at) {
+  move_matrices("ldmatrix", row, site, [&](u32 m, u32 i, const unsigned char* at) {
     std::uint16_t value;
     std::memcpy(&value, at, sizeof value);
     r[m] |= static_cast<u32>(value) << 16 * i;
@@ -292,10 +301,13 @@ std::vector<std::size_t> grains_of(const Product& product) {
   for_each_grain(Operand(product.b, product.major_b), product.n, add);
   return grains;
 }
-
-}  // namespace
-
-namespace {
+void count_operand(const char* what, const Operand& operand, int rows) {
+  const int row_step = operand.major() == Major::kK ? 1 : 0;
+  for (int row = 0; row < rows; row += 8)
+    for (int k = 0; k < kK; k += 8)
+      count_matrix({Space::kShared, what},
+                   [&](int i) { return operand.at(row + i * row_step, k + i * (1 - row_step)); });
+}
 
 // Of the sums in these registers, which are not to be looked at before a wait.
 Accumulator& accumulator(Lane& lane, float* d, int n) {
@@ -337,6 +349,10 @@ void multiply(float* d, int n, u64 a, u64 b, bool add, Major major_a, Major majo
   product.fenced_at = std::min(product.fenced_at, lane.fenced_at);
   lane.products.operations.push_back(product.operation);
   if (++product.joined < kGroup) return;
+  if (counted != nullptr) {
+    count_operand("wgmma, a", Operand(a, major_a), kM);
+    count_operand("wgmma, b", Operand(b, major_b), n);
+  }
   product.grains = grains_of(product);
   block->begin_read(product.grains, product.fenced_at);
   // A warpgroup's products happen in order.

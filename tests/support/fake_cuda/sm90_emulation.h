@@ -13,9 +13,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
+#include <source_location>
 #include <string>
 
 #include "tests/support/fake_cuda/cuda_runtime.h"
+#include "tests/support/fake_cuda/sm90_traffic.h"
 
 namespace sm90_twin {
 
@@ -31,6 +34,7 @@ struct Launch {
   unsigned cluster = 1;  // blocks that run together
   When when = When::kAnytime;
   std::uint64_t seed = 1;
+  Traffic* traffic = nullptr;  // to be counted here
 };
 // Runs `body` once for every thread, cluster by cluster.
 void run(const Launch& launch, const std::function<void()>& body);
@@ -42,7 +46,7 @@ namespace upmoe::cuda::sm90 {
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 
-struct TensorMap {  // of bf16, under the 128-byte swizzle
+struct alignas(64) TensorMap {  // of bf16, under the 128-byte swizzle
   const unsigned char* base = nullptr;
   int rank = 0;
   std::int64_t size[5] = {1, 1, 1, 1, 1}, stride[5] = {};  // elements; bytes
@@ -51,14 +55,41 @@ struct TensorMap {  // of bf16, under the 128-byte swizzle
 
 u32 shared_address(const void* p);
 
+// Ordinary loads and stores, which are nothing but counted.
+using Site = std::source_location;
+template <class T>
+T load_shared(const void* p, const Site& site = Site::current()) {
+  if (sm90_twin::counted != nullptr)
+    sm90_twin::count_access({sm90_twin::Space::kShared, "load", site}, p, sizeof(T));
+  return *static_cast<const T*>(p);
+}
+template <class T>
+void store_shared(void* p, const T& value, const Site& site = Site::current()) {
+  if (sm90_twin::counted != nullptr)
+    sm90_twin::count_access({sm90_twin::Space::kShared, "store", site}, p, sizeof(T));
+  *static_cast<T*>(p) = value;
+}
+template <class T>
+T load_global(const void* p, const Site& site = Site::current()) {
+  if (sm90_twin::counted != nullptr)
+    sm90_twin::count_access({sm90_twin::Space::kGlobal, "load", site}, p, sizeof(T));
+  return *static_cast<const T*>(p);
+}
+template <class T>
+void store_global(void* p, const T& value, const Site& site = Site::current()) {
+  if (sm90_twin::counted != nullptr)
+    sm90_twin::count_access({sm90_twin::Space::kGlobal, "store", site}, p, sizeof(T));
+  *static_cast<T*>(p) = value;
+}
+
 void mbarrier_init(u64* bar, u32 count);
 void fence_mbarrier_init();
 void mbarrier_arrive(u64* bar);
 void mbarrier_arrive_expect_tx(u64* bar, u32 bytes);
 void mbarrier_arrive_remote(u64* bar, u32 rank);
 void mbarrier_wait(u64* bar, u32 parity);
-void load_box(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, const int (&at)[5]);
-void load_box_here(void* to, const TensorMap& map, u64* bar, const int (&at)[5]);
+void load_box(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, std::initializer_list<int> at);
+void load_box_here(void* to, const TensorMap& map, u64* bar, std::initializer_list<int> at);
 template <class... Coordinates>
 void tma_load(void* to, const TensorMap& map, u64* bar, Coordinates... at) {
   load_box_here(to, map, bar, {at...});
@@ -68,7 +99,7 @@ void tma_load_multicast(std::uint16_t blocks, void* to, const TensorMap& map, u6
   load_box(blocks, to, map, bar, {at...});
 }
 
-void cp_async_16(void* to, const void* from, bool valid);
+void cp_async_16(void* to, const void* from, bool valid, const Site& site = Site::current());
 void cp_async_commit();
 void cp_async_arrive(u64* bar);
 void wait_copies(std::size_t groups);
@@ -84,8 +115,8 @@ void cluster_wait();
 void cluster_sync();
 void store_remote(double* to, u32 rank, double value);
 
-void stmatrix_x4(void* row, u32 a, u32 b, u32 c, u32 d);
-void ldmatrix_x4(const void* row, u32& a, u32& b, u32& c, u32& d);
+void stmatrix_x4(void* row, u32 a, u32 b, u32 c, u32 d, const Site& site = Site::current());
+void ldmatrix_x4(const void* row, u32& a, u32& b, u32& c, u32& d, const Site& site = Site::current());
 u32 pack_bf16(float low, float high);
 inline float exp2_approx(float x) {
   return std::exp2(x);

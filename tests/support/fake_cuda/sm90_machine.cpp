@@ -326,14 +326,20 @@ void run(const Launch& launch, const std::function<void()>& body) {
   gridDim = launch.blocks;
   blockDim = launch.threads;
   simt::Runner* before = simt::set_runner(&cluster());
+  counted = launch.traffic;
+  const auto end = [before] {
+    simt::set_runner(before);
+    counted = nullptr;
+  };
   try {
     for (unsigned first = 0; first < launch.blocks; first += launch.cluster)
       cluster().run(launch, first, random, body);
   } catch (...) {
-    simt::set_runner(before);
+    end();
     throw;
   }
-  simt::set_runner(before);
+  end();
+  if (launch.traffic != nullptr) launch.traffic->end();
 }
 
 }  // namespace sm90_twin
