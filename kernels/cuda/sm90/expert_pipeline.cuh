@@ -74,7 +74,7 @@ class GatheredRows {
  public:
   __device__ void find(const Routing& routing, const RowTile& tile) {
     const int lane = lane_of_thread(), row = lane / 4 * 16 + warp_of_group() * 4 + lane % 4;
-    token_ = row < tile.rows ? load_global<int>(routing.token_R + tile.first_row + row) : -1;
+    token_ = row < tile.rows ? load_global<int>(routing.token_R + (tile.first_row + row)) : -1;
   }
   __device__ void begin(const bf16* x_TD, int width) {
     const int lane = lane_of_thread();

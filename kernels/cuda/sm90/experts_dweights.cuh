@@ -72,7 +72,7 @@ class GatheredPanels {
  public:
   __device__ void find(const Routing& routing, const GradientTile& tile, int k) {
     const int lane = lane_of_thread(), row = k + warp_of_group() + 4 * lane;
-    token_ = lane < 16 && row < tile.rows ? load_global<int>(routing.token_R + tile.first_row + row) : -1;
+    token_ = lane < 16 && row < tile.rows ? load_global<int>(routing.token_R + (tile.first_row + row)) : -1;
   }
   __device__ void begin(int width) {
     offset_ = token_ < 0 ? kNone : static_cast<u32>(token_) * static_cast<u32>(width / 8);
