@@ -200,7 +200,8 @@ def main():
                                  capture_output=True, timeout=300, check=False)
             found = run.returncode != 0 and words in run.stdout
             missed += [] if found else [name]
-            said = [line.strip() for line in run.stdout.splitlines() if any(w in line for w in ("block ", "actual", "conflicts"))]
+            said = [line.strip() for line in run.stdout.splitlines()
+                    if any(word in line for word in ("block ", "actual", "conflicts"))]
             first = said[0][:110] if said else f"status {run.returncode}"
             seconds = time.monotonic() - begin
             print(f"{'found ' if found else 'MISSED'} {name} ({seconds:.0f} s): {first}", flush=True)

@@ -1,5 +1,6 @@
-// What the experts' Hopper kernels ask of memory for one tile, counted by the model of the hardware and printed: that no
-// bank of shared memory is asked twice where once would do, and that global memory moves no sector but for what is in it.
+// What the experts' Hopper kernels ask of memory for one tile, counted by the model of the hardware and printed: that
+// no bank of shared memory is asked twice where once would do, and that global memory moves no sector but for what is
+// in it.
 //
 //   build/release/bin/sm90_traffic_test --gtest_filter='*Tile*'
 

@@ -38,8 +38,8 @@ struct MeasuredMachine {
 double four_digits(double x);  // more are noise
 
 // Peaks are the fastest that was seen, rates what is usual: products and attention, forward and backward, on operands
-// that no cache has kept. All ranks compute at the same time: on CPUs rates are those of a host, whose ranks share them;
-// on GPUs those of one.
+// that no cache has kept. All ranks compute at the same time: on CPUs rates are those of a host, whose ranks share
+// them; on GPUs those of one.
 // `folder` exists, and is written to. `tell` gets a word before each part, on every rank. Collective; the same
 // result on all.
 MeasuredMachine measure_machine(Communicator& world, Device device, const std::filesystem::path& folder,

@@ -1,7 +1,7 @@
 #pragma once
-// What a kernel asks of memory, counted by the model of the hardware: the wavefronts of shared memory, which serves each
-// of its 32 banks once in one, and the sectors of 32 bytes of global memory; beside each the least that the same bytes
-// could do with. Wavefronts above the least are conflicts of banks.
+// What a kernel asks of memory, counted by the model of the hardware: the wavefronts of shared memory, which serves
+// each of its 32 banks once in one, and the sectors of 32 bytes of global memory; beside each the least that the same
+// bytes could do with. Wavefronts above the least are conflicts of banks.
 //
 // The model's threads run one by one. Lanes of a warp are taken to be at the same instruction when they come from the
 // same place in the sources, for the same time since their warp last met. A lane that a condition holds back from its
