@@ -45,8 +45,8 @@ class Routers(unittest.TestCase):
         return f"model.path={folder}"
 
     def every_kind(self):
-        """{name: keys} with each term, in forms that go together, and each kind of router but those of groups of tokens,
-        which know no term (test_groups_of_tokens)."""
+        """{name: keys} with each term, in forms that go together, and each kind of router but those of groups of
+        tokens, which know no term (test_groups_of_tokens)."""
         one = self.model("one_expert", num_experts_per_tok=1)
         two = self.model("two_experts", norm_topk_prob=True)
         return {
