@@ -46,7 +46,7 @@ def plan(args, folder, shape, precision, ranks, settings):
     # What a process takes besides is the machine's to say.
     return {"tensors": tensors,
             "resident": tensors + memory["process"] + memory["checkpoint"] if args.described else None,
-            "seconds": found["time"]["seconds"] if found["time"] and ranks <= TIMED_RANKS else None}
+            "seconds": found["time"]["seconds"] if found["time"] and ranks <= args.timed_ranks else None}
 
 
 def measure(args, folder, shape, precision, ranks, settings):
@@ -77,6 +77,8 @@ def compare(args, folder, shape, precision, ranks, recompute):
 def main():
     parser = parser_of(__doc__, ["tiny", "mid"], ["fp32"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--memory", dest="timed_ranks", action="store_const", const=0, default=TIMED_RANKS,
+                        help="compare memory alone, which other work on the machine does not change")
     parser.add_argument("--policies", nargs="+", help="values of train.recompute (default: all)")
     own = ROOT / "configs" / "machines" / "this.yaml"
     parser.add_argument("--machine", type=Path, default=own if own.exists() else None,

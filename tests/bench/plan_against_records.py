@@ -2,7 +2,7 @@
 """What `upmoe plan` foretells beside the records that are kept here, as the tables of docs/plan.md.
 
 Of GPUs (tests/gpu_suite.sh) each whole step is planned now, of as many layers as it had, and laid beside its memory and
-time. Of CPUs the newest record of plan_against_measured.py is told, which has both sides.
+time. Of CPUs the records of plan_against_measured.py are told, which have both sides.
 usage: .venv/bin/python tests/bench/plan_against_records.py
 tests/launch/plan_command_test.py holds the document to it.
 """
@@ -76,13 +76,10 @@ def spread(lines, key):
     return f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else "-"
 
 
-def of_cpus():
-    records = sorted(RESULTS.glob("plan_against_measured_*.json"))
-    if not records:
-        return []
-    record = json.loads(records[-1].read_text(encoding="utf-8"))
+def of_a_cpu(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
     checks = [ok for line in record["results"] for ok in line["within"].values()]
-    rows = [f"{record['machine']['processor']}, {record['machine']['cores']} cores ({records[-1].name}): foretold / "
+    rows = [f"{record['machine']['processor']}, {record['machine']['cores']} cores ({path.name}): foretold / "
             "measured, least and most of the",
             f"ways of recomputing; {len(checks) - checks.count(True)} of {len(checks)} numbers are outside of what is "
             "allowed:", "", "| shape | ranks | ways | tensors | resident | seconds |", "|---|---:|---:|---|---|---|"]
@@ -92,6 +89,10 @@ def of_cpus():
         rows.append(f"| {kind[0]}, {kind[1]} | {kind[2]} | {len(lines)} | {spread(lines, 'tensors')} | "
                     f"{spread(lines, 'resident')} | {spread(lines, 'seconds')} |")
     return ["", *rows]
+
+
+def of_cpus():
+    return [row for path in sorted(RESULTS.glob("plan_against_measured_*.json")) for row in of_a_cpu(path)]
 
 
 def main():
