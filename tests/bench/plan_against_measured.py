@@ -70,7 +70,7 @@ def compare(args, folder, shape, precision, ranks, recompute):
         result[key]["ratio"] = foretold[key] / measured[key]
         result["within"][key] = abs(result[key]["ratio"] - 1) <= allowed
     words = "  ".join(f"{key} {result[key]['ratio']:.3f}{'' if ok else ' (!)'}" for key, ok in result["within"].items())
-    print(f"{shape:6}{precision:6}{ranks} rank{'s' if ranks > 1 else ' '}  {recompute:10}{words}", flush=True)
+    print(f"{shape:6}{precision:6}{ranks} rank{'s' if ranks > 1 else ' '}  {recompute:12}{words}", flush=True)
     return result
 
 
