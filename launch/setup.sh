@@ -61,7 +61,7 @@ install_python() {
   rm -rf "$venv"
   "$python" -m venv "$venv" || die "cannot make the Python environment $venv"
   for file in "${files[@]}"; do
-    # Of the second file the headers alone are wanted, not the gigabytes beside them.
+    # Of the second file headers and small tools alone are wanted, not the gigabytes beside them.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${options[@]}" -r "$file" ||
       die "pip could not install $file; see the message above"
     options=(--no-deps)
