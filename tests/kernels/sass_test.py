@@ -33,7 +33,8 @@ REGISTER = re.compile(r"\bR(\d+)\b")
 
 def tool(name, build):
     nvcc = re.search(r"^UPMOE_NVCC:\w+=(.*)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE)
-    folders = [*ROOT.glob(".venv/lib/python3*/site-packages/nvidia/cu13/bin"), *([Path(nvcc[1]).parent] if nvcc else [])]
+    folders = list(ROOT.glob(".venv/lib/python3*/site-packages/nvidia/cu13/bin"))
+    folders += [Path(nvcc[1]).parent] if nvcc else []
     return shutil.which(name, path=":".join(map(str, folders))) or shutil.which(name)
 
 
@@ -41,11 +42,12 @@ def disassembled(path, build):
     tools = {name: tool(name, build) for name in ("cuobjdump", "nvdisasm")}
     missing = [name for name, found in tools.items() if found is None]
     if missing:
-        print(f"sass_test: skipped: no {' and no '.join(missing)} in .venv (launch/requirements-cuda.txt), beside nvcc or "
-              "on the path; ./launch/setup.sh installs them")
+        print(f"sass_test: skipped: no {' and no '.join(missing)} in .venv (launch/requirements-cuda.txt), beside nvcc "
+              "or on the path; ./launch/setup.sh installs them")
         sys.exit(NOT_THERE)
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([tools["cuobjdump"], "-xelf", "all", path.resolve()], cwd=folder, check=True, capture_output=True)
+        subprocess.run([tools["cuobjdump"], "-xelf", "all", path.resolve()], cwd=folder, check=True,
+                       capture_output=True)
         images = sorted(Path(folder).glob("*.cubin"))
         run = subprocess.run([tools["nvdisasm"], "-c", *images], text=True, capture_output=True, check=True)
     return run.stdout
@@ -63,8 +65,8 @@ class Kernel:
         return [i for i, (op, _) in enumerate(self.code) if op.startswith("HGMMA")]
 
     def main_loop(self):
-        """All products and the shortest loop that has some: what ptxas made of the loop over stages, with the turns that it
-        took out of it."""
+        """All products and the shortest loop that has some: what ptxas made of the loop over stages, with the turns
+        that it took out of it."""
         first, last = self.products()[0], self.products()[-1]
         loops = []
         for i, (op, operands) in enumerate(self.code):
@@ -104,7 +106,8 @@ def faults_of(name, kernel):
     needed = [op for op in COUNTED if op != "LDGSTS" or "rows_kernel" not in name]  # whose rows lie in order
     faults = [f"{name}: no {op}" for op in needed if counts[op] == 0]
     if counts["HGMMA"] > 0 and (moves := kernel.moves()):
-        faults.append(f"{name}: {len(moves)} instructions of the main loop touch its sums: {', '.join(sorted(set(moves)))}")
+        faults.append(f"{name}: {len(moves)} instructions of the main loop touch its sums: "
+                      f"{', '.join(sorted(set(moves)))}")
     return faults
 
 
@@ -123,10 +126,13 @@ def main():
         TABLE.write_text("\n".join(found) + "\n")
     table = TABLE.read_text().splitlines()
     if table[0] == found[0]:
-        wrong += [f"- {line}" for line in table if line not in found] + [f"+ {line}" for line in found if line not in table]
+        wrong += [f"- {line}" for line in table if line not in found]
+        wrong += [f"+ {line}" for line in found if line not in table]
     else:
-        print(f"sass_test: the table is of another compiler ({table[0].split(';')[0]}); only the instructions' kinds count")
-    print("\n".join(wrong) if wrong else f"sass_test: {len(kernels)} kernels as in the table, no sums moved between products")
+        print(f"sass_test: the table is of another compiler ({table[0].split(';')[0]}); only the instructions' kinds "
+              "count")
+    print("\n".join(wrong) if wrong else
+          f"sass_test: {len(kernels)} kernels as in the table, no sums moved between products")
     if wrong:
         print("look at each; `tests/kernels/sass_test.py BUILD_FOLDER --write` accepts other counts")
     return 1 if wrong else 0
