@@ -1,29 +1,41 @@
-// Which tile a block computes, as plain functions: over random routings every tile comes exactly once.
+// Which tile a block computes, and in which order experts come, as plain functions: over thousands of random routings,
+// with experts that have no rows at the beginning, in the middle and at the end, every tile comes exactly once.
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <map>
 #include <random>
+#include <tuple>
 
+#include "kernels/cuda/portable/expert_place.cuh"
 #include "kernels/cuda/sm90/expert_tiles.cuh"
+#include "kernels/cuda/sm90/experts_dweights.cuh"
 
 namespace upmoe::cuda::sm90 {
 namespace {
 
+// Rows at the edges of tiles; the experts of a third at the beginning, in the middle or at the end may have none.
+std::vector<int> random_offsets(std::mt19937& random, int trial) {
+  const int experts = trial % 11 == 0 ? 60 : 1 + static_cast<int>(random() % 9);
+  std::vector<int> offsets{0};
+  for (int e = 0; e < experts; ++e) {
+    const int kinds[] = {0, 1, 127, 128, 129, 256, 257, static_cast<int>(random() % 2000)};
+    const bool none = trial % 4 < 3 && 3 * e / experts == trial % 4;
+    offsets.push_back(offsets.back() + (none ? 0 : kinds[random() % 8]));
+  }
+  return offsets;
+}
+
 TEST(Sm90Tiles, EveryTileOfEveryExpertComesOnce) {
   std::mt19937 random(3);
   for (int trial = 0; trial < 3000; ++trial) {
-    const int experts = 1 + static_cast<int>(random() % 9), columns = 1 + static_cast<int>(random() % 12);
+    const auto offsets = random_offsets(random, trial);
+    const int experts = static_cast<int>(offsets.size()) - 1, columns = 1 + static_cast<int>(random() % 12);
     const int blocks = 1 + trial % 2;
-    std::vector<int> offsets{0}, first_unit{0};
-    for (int e = 0; e < experts; ++e) {
-      const int kinds[] = {0, 1, 127, 128, 129, 256, 257, static_cast<int>(random() % 2000)};
-      offsets.push_back(offsets.back() + kinds[random() % 8]);
-      first_unit.push_back(
-          first_unit.back() +
-          units_of_expert(offsets.back() - offsets[static_cast<std::size_t>(e)], columns, blocks));
-    }
+    std::vector<int> first_unit{0};
+    for (std::size_t e = 0; e + 1 < offsets.size(); ++e)
+      first_unit.push_back(first_unit.back() + units_of_expert(offsets[e + 1] - offsets[e], columns, blocks));
     std::map<std::pair<int, int>, int> seen;  // (first row, column tile) -> times
     for (int unit = 0; unit < first_unit.back(); ++unit) {
       const int e = expert_of_unit(unit, first_unit.data(), experts);
@@ -50,6 +62,67 @@ TEST(Sm90Tiles, EveryTileOfEveryExpertComesOnce) {
       tiles += static_cast<std::size_t>(row_tiles(offsets[i + 1] - offsets[i]) * columns);
     }
     ASSERT_EQ(seen.size(), tiles);
+    for (const auto& [tile, times] : seen) ASSERT_EQ(times, 1);
+  }
+}
+
+TEST(Sm90Tiles, ExpertsComeByFallingRowsEachOnce) {
+  std::mt19937 random(4);
+  for (int trial = 0; trial < 3000; ++trial) {
+    const auto offsets = random_offsets(random, trial);
+    const int experts = static_cast<int>(offsets.size()) - 1;
+    std::vector<int> ranking(static_cast<std::size_t>(experts), -1);
+    for (int e = 0; e < experts; ++e) {
+      const int place = cuda::place_by_rows(e, offsets.data(), experts);
+      ASSERT_TRUE(place >= 0 && place < experts);
+      ASSERT_EQ(ranking[static_cast<std::size_t>(place)], -1) << "two experts in a place";
+      ranking[static_cast<std::size_t>(place)] = e;
+    }
+    const auto rows = [&](int e) {
+      return offsets[static_cast<std::size_t>(e) + 1] - offsets[static_cast<std::size_t>(e)];
+    };
+    for (std::size_t i = 1; i < ranking.size(); ++i) {
+      ASSERT_GE(rows(ranking[i - 1]), rows(ranking[i]));
+      ASSERT_TRUE(rows(ranking[i - 1]) > rows(ranking[i]) || ranking[i - 1] < ranking[i]);
+    }
+  }
+}
+
+TEST(Sm90Tiles, EveryTileOfEveryGradientComesOnceInTheOrderOfExperts) {
+  std::mt19937 random(5);
+  for (int trial = 0; trial < 3000; ++trial) {
+    const auto offsets = random_offsets(random, trial);
+    const int blocks = 1 + trial % 2;
+    GradientTable table{};
+    table.experts = static_cast<int>(offsets.size()) - 1;
+    table.tiles_y = 1 + static_cast<int>(random() % 4);
+    table.tiles_x = blocks * (1 + static_cast<int>(random() % 3));
+    for (int e = 0; e < table.experts; ++e) {
+      const int place = cuda::place_by_rows(e, offsets.data(), table.experts);
+      table.ranking[place] = e;
+      table.first_row[place] = offsets[static_cast<std::size_t>(e)];
+      table.rows[place] = offsets[static_cast<std::size_t>(e) + 1] - table.first_row[place];
+    }
+    std::map<std::tuple<int, int, int>, int> seen;
+    int unit = 0, longest = offsets.back();
+    for (GradientTile t{}; table.find(t, unit, blocks, 0); ++unit) {
+      const auto e = static_cast<std::size_t>(t.expert);
+      ASSERT_EQ(t.first_row, offsets[e]);
+      ASSERT_EQ(t.rows, offsets[e + 1] - offsets[e]);
+      ASSERT_LE(t.rows, longest) << "a longer expert behind a shorter one";
+      longest = t.rows;
+      for (int rank = 0; rank < blocks; ++rank) {
+        GradientTile of_block{};
+        ASSERT_TRUE(table.find(of_block, unit, blocks, rank));
+        ASSERT_EQ(of_block.expert, t.expert);
+        ASSERT_EQ(of_block.y, t.y) << "what is shared is the same for both";
+        ASSERT_EQ(of_block.x, t.x + rank);
+        ASSERT_TRUE(of_block.y >= 0 && of_block.y < table.tiles_y && of_block.x >= 0 &&
+                    of_block.x < table.tiles_x);
+        ++seen[{t.expert, of_block.y, of_block.x}];
+      }
+    }
+    ASSERT_EQ(seen.size(), static_cast<std::size_t>(table.experts * table.tiles_y * table.tiles_x));
     for (const auto& [tile, times] : seen) ASSERT_EQ(times, 1);
   }
 }

@@ -1,5 +1,6 @@
 #include "kernels/cuda/portable/expert_index.h"
 
+#include "kernels/cuda/portable/expert_place.cuh"
 #include "kernels/cuda/runtime/launch.cuh"
 
 namespace upmoe::cuda {
@@ -16,12 +17,7 @@ __global__ void row_tokens_kernel(std::int32_t* token, const std::int32_t* index
 __global__ void rank_experts_kernel(std::int32_t* ranking, const std::int32_t* offset, int experts) {
   const int e = static_cast<int>(threadIdx.x);
   if (e >= experts) return;
-  const std::int32_t mine = offset[e + 1] - offset[e];
-  int place = 0;
-  for (int other = 0; other < experts; ++other) {
-    const std::int32_t theirs = offset[other + 1] - offset[other];
-    place += theirs > mine || (theirs == mine && other < e) ? 1 : 0;
-  }
+  const int place = place_by_rows(e, offset, experts);
   ranking[place] = e;
 }
 
