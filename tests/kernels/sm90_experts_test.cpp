@@ -302,6 +302,18 @@ INSTANTIATE_TEST_SUITE_P(Routings, Sm90Experts,
                                          Case{{65, 0, 255, 257}, 512, 128, When::kLatest},
                                          Case{{0, 0, 63, 320}, 512, 128, When::kAnytime},
                                          Case{{0, 256, 0}, 512, 128, When::kLatest}));
+// Small ones, for the edges of tiles and of a warpgroup's half of one.
+INSTANTIATE_TEST_SUITE_P(
+    Edges, Sm90Experts,
+    testing::Values(Case{{1}, 512, 128, When::kLatest}, Case{{0, 0, 0, 1}, 512, 128, When::kAnytime},
+                    Case{{1, 0, 0, 0}, 512, 128, When::kEarliest}, Case{{63}, 512, 128, When::kAnytime},
+                    Case{{64, 0, 64}, 512, 128, When::kLatest}, Case{{0, 65, 0}, 512, 128, When::kAnytime},
+                    Case{{127, 1}, 512, 128, When::kEarliest}, Case{{1, 128}, 512, 128, When::kAnytime},
+                    Case{{129}, 512, 128, When::kLatest}, Case{{2, 3, 0, 5, 7}, 512, 128, When::kAnytime},
+                    Case{{0, 255}, 512, 128, When::kEarliest}, Case{{257, 0}, 512, 128, When::kAnytime},
+                    Case{{63, 0, 0, 65, 0, 1}, 512, 128, When::kAnytime},
+                    Case{std::vector<int>(60, 3), 512, 128, When::kAnytime},
+                    Case{{1, 1}, 512, 256, When::kLatest}));
 
 // Of experts few and many, without rows at the beginning, in the middle and at the end, at the edges of tiles and of a
 // warpgroup's part of one; in every fifth routing one of them takes all. Sixty experts have a few rows each.
