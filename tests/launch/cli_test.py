@@ -19,6 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 from megatron_set import write_megatron_set  # noqa: E402
+from safetensors_file import read_safetensors  # noqa: E402
 
 BINARY = os.environ["UPMOE_BINARY"]
 GOLDEN = "moe_odd"  # 13 experts, vocabulary 101, 64 positions
@@ -31,15 +32,6 @@ def upmoe(*arguments, ranks=0, cwd=None):
         words = [ROOT / "launch" / "run_local.sh", str(ranks), *words]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, cwd=cwd,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def read_safetensors(path):
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:8 + length])
-    header.pop("__metadata__", None)
-    return {name: (e["dtype"], e["shape"], data[8 + length + e["data_offsets"][0]:8 + length + e["data_offsets"][1]])
-            for name, e in header.items()}
 
 
 def safetensors_bytes(tensors):
@@ -61,7 +53,7 @@ class CliTest(unittest.TestCase):
         self.model.mkdir()
         shutil.copy(ROOT / "tests" / "golden" / GOLDEN / "config.json", self.model)
         self.tensors = {name: tensor for name, tensor in
-                        read_safetensors(ROOT / "tests" / "golden" / f"{GOLDEN}.safetensors").items()
+                        read_safetensors(ROOT / "tests" / "golden" / f"{GOLDEN}.safetensors")[0].items()
                         if name.startswith(("model.", "lm_head."))}
         self.write_weights(safetensors_bytes(self.tensors))
         self.tokens = self.write_tokens("tokens.h5", np.arange(2000) % 101)

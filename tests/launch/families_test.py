@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("support", "bench")]
 from bench_record import write_tokens  # noqa: E402
+from safetensors_file import read_safetensors  # noqa: E402
 from tiny_run import ENVIRONMENT, ROOT  # noqa: E402
 
 STEPS, SEQUENCES, LENGTH = 6, 8, 32
@@ -45,11 +46,7 @@ def yaml_of(family):
 
 
 def tensors_of(folder):
-    names = set()
-    for path in folder.glob("*.safetensors"):
-        data = path.read_bytes()
-        names |= set(json.loads(data[8:8 + int.from_bytes(data[:8], "little")])) - {"__metadata__"}
-    return names
+    return {name for path in folder.glob("*.safetensors") for name in read_safetensors(path)[0]}
 
 
 class Families(unittest.TestCase):

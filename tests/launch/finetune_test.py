@@ -5,7 +5,6 @@ keeps its bytes, and of what a mask leaves nothing the run ends in words. Needs 
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import h5py
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "tests" / "support"))
+from safetensors_file import read_safetensors  # noqa: E402
 from tiny_run import DENSE, ENVIRONMENT, RECIPE, mpirun  # noqa: E402
 
 UPMOE = os.environ["UPMOE"]
@@ -30,11 +30,7 @@ TRAINS = {"full": lambda name: True, "experts_frozen": lambda name: ".mlp.expert
 
 def tensors_of(model):
     """name -> bytes"""
-    raw = (model / "model.safetensors").read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    header, data = json.loads(raw[8:8 + length]), raw[8 + length:]
-    header.pop("__metadata__", None)
-    return {name: data[slice(*entry["data_offsets"])] for name, entry in header.items()}
+    return {name: data for name, (_, _, data) in read_safetensors(model / "model.safetensors")[0].items()}
 
 
 class Finetune(unittest.TestCase):

@@ -5,13 +5,16 @@ adapters of other models are refused in words. Needs UPMOE and MAKE_RUN.
 import json
 import os
 import shutil
-import struct
 import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+from safetensors_file import read_safetensors  # noqa: E402
 
 UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
 EVERYTHING = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
@@ -20,17 +23,10 @@ PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def tensors_of(path):
-    """A safetensors file, by its format: a length, JSON, and the bytes that it speaks of."""
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    header, data = json.loads(raw[8:8 + length]), raw[8 + length:]
-    metadata = header.pop("__metadata__", {})
-    found = {}
-    for name, entry in header.items():
-        assert entry["dtype"] == "F32", entry
-        begin, end = entry["data_offsets"]
-        found[name] = np.frombuffer(data[begin:end], "<f4").reshape(entry["shape"])
-    return found, metadata
+    """({name: array}, metadata), of fp32 alone"""
+    found, metadata = read_safetensors(path)
+    assert all(dtype == "F32" for dtype, _, _ in found.values()), path
+    return {name: np.frombuffer(data, "<f4").reshape(shape) for name, (_, shape, data) in found.items()}, metadata
 
 
 class Lora(unittest.TestCase):

@@ -16,6 +16,7 @@ import unittest
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+from safetensors_file import read_safetensors  # noqa: E402
 from tiny_run import ENVIRONMENT, RECIPE, losses_of, mpirun, write_dense  # noqa: E402
 
 UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
@@ -24,12 +25,7 @@ UPMOE, MAKE_RUN = os.environ["UPMOE"], os.environ["MAKE_RUN"]
 def tensors_in(folder):
     found = {}
     for path in folder.glob("*.safetensors"):
-        data = path.read_bytes()
-        length = struct.unpack("<Q", data[:8])[0]
-        for name, entry in json.loads(data[8:8 + length]).items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                found[name] = (entry["dtype"], entry["shape"], data[8 + length + begin:8 + length + end])
+        found |= read_safetensors(path)[0]
     return found
 
 
@@ -120,10 +116,8 @@ class Forms(unittest.TestCase):
         out.unlink(missing_ok=True)
         loss = json.loads(self.upmoe("eval", model, "--data", self.dir / "tokens.h5", "--seq-len", 32, "--sequences", 4,
                                      "--logits", out).stdout)["loss"]
-        data = out.read_bytes()
-        length = struct.unpack("<Q", data[:8])[0]
-        vocab = json.loads(data[8:8 + length])["logits"]["shape"][2]
-        values = struct.unpack(f"<{(len(data) - 8 - length) // 4}f", data[8 + length:])
+        _, (*_, vocab), data = read_safetensors(out)[0]["logits"]
+        values = struct.unpack(f"<{len(data) // 4}f", data)
         return loss, [values[i:i + vocab] for i in range(0, len(values), vocab)]
 
     def test_step_zero(self):
