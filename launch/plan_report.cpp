@@ -215,22 +215,18 @@ json published_json(const RunPlan& plan) {
 
 json layout_json(const FoundLayout& f, int dp) {
   const RunConfig::Parallel& p = f.parallel;
-  return {{"tp", p.tp},
-          {"pp", p.pp},
-          {"cp", p.cp},
-          {"ep", p.ep},
-          {"etp", p.etp},
-          {"ranks_without_experts", f.ranks_without_experts},
-          {"dp", dp},
-          {"pp_chunks", p.pp_chunks},
-          {"node_ranks", p.node_ranks},
-          {"zero", p.zero},
-          {"micro_batch", f.micro_batch},
-          {"recompute", name_of(f.recompute)},
-          {"seconds", f.seconds},
-          {"tokens_per_s", f.tokens_per_s},
-          {"mfu", f.mfu},
-          {"bytes", f.bytes}};
+  json j = parallel_json({.pp = p.pp, .dp = dp, .cp = p.cp, .tp = p.tp, .ep = p.ep, .etp = p.etp});
+  j.update({{"ranks_without_experts", f.ranks_without_experts},
+            {"pp_chunks", p.pp_chunks},
+            {"node_ranks", p.node_ranks},
+            {"zero", p.zero},
+            {"micro_batch", f.micro_batch},
+            {"recompute", name_of(f.recompute)},
+            {"seconds", f.seconds},
+            {"tokens_per_s", f.tokens_per_s},
+            {"mfu", f.mfu},
+            {"bytes", f.bytes}});
+  return j;
 }
 
 // Where there is nothing to show: what to do.
