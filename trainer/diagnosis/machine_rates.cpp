@@ -78,8 +78,9 @@ class Rates {
   const std::vector<double>& edges() const {
     return ex_.device.type == DeviceType::kCpu ? effort_.edges_on_cpu : effort_.edges_on_gpu;
   }
+  TensorView space(Shape shape, DType dtype) { return ex_.scratch->take(shape, dtype, "measured"); }
   TensorView random(Shape shape, DType dtype) {
-    const TensorView t = ex_.scratch->take(shape, dtype, "measured");
+    const TensorView t = space(shape, dtype);
     fill_random(ex_, t);
     return t;
   }
@@ -104,7 +105,7 @@ double Rates::dense_rate(DType dtype, std::int64_t edge) {
   const std::int64_t sets = sets_of(6 * edge * edge, dtype);
   const Shape shape{sets * edge, edge};
   const TensorView x = random(shape, dtype), w = random(shape, dtype), dy = random(shape, dtype),
-                   y = random(shape, dtype), dx = random(shape, dtype), dw = random(shape, dtype);
+                   y = space(shape, dtype), dx = space(shape, dtype), dw = space(shape, dtype);
   return flops_rate([&] {
     for (std::int64_t i = 0; i < sets; ++i) {
       const auto part = [&](const TensorView& all) { return all.rows(i * edge, (i + 1) * edge); };
@@ -130,14 +131,14 @@ double Rates::grouped_rate(DType dtype, std::int64_t edge) {
   const std::int64_t rows = kExperts * edge, sets = sets_of(6 * rows * edge, dtype);
   const Shape shape{sets * rows, edge}, weights{sets * kExperts, edge, edge};
   const TensorView x = random(shape, dtype), w = random(weights, dtype), dy = random(shape, dtype),
-                   y = random(shape, dtype), dx = random(shape, dtype), dw = random(weights, dtype);
+                   y = space(shape, dtype), dx = space(shape, dtype), dw = space(weights, dtype);
   std::vector<std::int64_t> offsets;
   std::vector<std::int32_t> offsets_32;
   for (std::int64_t e = 0; e <= kExperts; ++e) {
     offsets.push_back(e * edge);
     offsets_32.push_back(static_cast<std::int32_t>(e * edge));
   }
-  const TensorView offset_e1 = ex_.scratch->take({kExperts + 1}, DType::kI32, "measured");
+  const TensorView offset_e1 = space({kExperts + 1}, DType::kI32);
   ops::upload(ex_, offset_e1, host_view(offsets_32.data(), {kExperts + 1}));
   const ExpertRows of{offset_e1, offsets};
   return flops_rate([&] {
@@ -157,9 +158,8 @@ void Rates::attention(DType dtype, double& forward, double& backward) {
   // As many sequences at once: one alone takes a GPU less time than its launch, and leaves most of it idle.
   const std::int64_t T = S * sets_of(2 * S * (kAttention.qkv_width() + Q), dtype);
   const TensorView qkv_TH = random({T, kAttention.qkv_width()}, dtype), dout_TQ = random({T, Q}, dtype);
-  const TensorView out_TQ = ex_.scratch->take({T, Q}, dtype, "measured"),
-                   lse_TN = ex_.scratch->take({T, kAttention.heads}, DType::kF32, "measured"),
-                   dqkv_TH = ex_.scratch->take({T, kAttention.qkv_width()}, dtype, "measured");
+  const TensorView out_TQ = space({T, Q}, dtype), lse_TN = space({T, kAttention.heads}, DType::kF32),
+                   dqkv_TH = space({T, kAttention.qkv_width()}, dtype);
   world_.barrier();
   forward = four_digits(1e-12 *
                         flops_rate([&] { ops::attention_forward(ex_, out_TQ, lse_TN, qkv_TH, kAttention); }));
@@ -173,8 +173,7 @@ void Rates::attention(DType dtype, double& forward, double& backward) {
 Rate Rates::copy() {
   ScratchScope scope(*ex_.scratch);
   const std::int64_t n = effort_.copied_elements;
-  const TensorView a = random({n}, DType::kF32), b = random({n}, DType::kF32),
-                   c = ex_.scratch->take({n}, DType::kF32, "measured");
+  const TensorView a = random({n}, DType::kF32), b = random({n}, DType::kF32), c = space({n}, DType::kF32);
   world_.barrier();
   return rate([&] { ops::add(ex_, c, a, b); },
               [](const Cost& cost) { return cost.bytes_read + cost.bytes_written; });
