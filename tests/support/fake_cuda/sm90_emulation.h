@@ -58,28 +58,30 @@ u32 shared_address(const void* p);
 // Ordinary loads and stores, which are nothing but counted.
 using Site = std::source_location;
 template <class T>
-T load_shared(const void* p, const Site& site = Site::current()) {
-  if (sm90_twin::counted != nullptr)
-    sm90_twin::count_access({sm90_twin::Space::kShared, "load", site}, p, sizeof(T));
+T load_from(sm90_twin::Space space, const void* p, const Site& site) {
+  if (sm90_twin::counted != nullptr) sm90_twin::count_access({space, "load", site}, p, sizeof(T));
   return *static_cast<const T*>(p);
+}
+template <class T>
+void store_to(sm90_twin::Space space, void* p, const T& value, const Site& site) {
+  if (sm90_twin::counted != nullptr) sm90_twin::count_access({space, "store", site}, p, sizeof(T));
+  *static_cast<T*>(p) = value;
+}
+template <class T>
+T load_shared(const void* p, const Site& site = Site::current()) {
+  return load_from<T>(sm90_twin::Space::kShared, p, site);
 }
 template <class T>
 void store_shared(void* p, const T& value, const Site& site = Site::current()) {
-  if (sm90_twin::counted != nullptr)
-    sm90_twin::count_access({sm90_twin::Space::kShared, "store", site}, p, sizeof(T));
-  *static_cast<T*>(p) = value;
+  store_to(sm90_twin::Space::kShared, p, value, site);
 }
 template <class T>
 T load_global(const void* p, const Site& site = Site::current()) {
-  if (sm90_twin::counted != nullptr)
-    sm90_twin::count_access({sm90_twin::Space::kGlobal, "load", site}, p, sizeof(T));
-  return *static_cast<const T*>(p);
+  return load_from<T>(sm90_twin::Space::kGlobal, p, site);
 }
 template <class T>
 void store_global(void* p, const T& value, const Site& site = Site::current()) {
-  if (sm90_twin::counted != nullptr)
-    sm90_twin::count_access({sm90_twin::Space::kGlobal, "store", site}, p, sizeof(T));
-  *static_cast<T*>(p) = value;
+  store_to(sm90_twin::Space::kGlobal, p, value, site);
 }
 
 void mbarrier_init(u64* bar, u32 count);
