@@ -119,7 +119,7 @@ def compare(losses, runs):
     print(f"experts in the last tenth of its steps: of a fair share the least chosen has {load.min():.2f}, the most "
           f"chosen {load.max():.2f}; below {UNUSED}: {unused} of {load.size}")
     return better and not unused, {"difference_at_equal_tokens": by_tokens, "difference_at_equal_flops": by_flops,
-                    "least_expert_load": float(load.min()), "unused_experts": unused}
+                                   "least_expert_load": float(load.min()), "unused_experts": unused}
 
 
 def table(folder, check, brief):

@@ -80,14 +80,15 @@ def figure_of(study, outcomes):
     """With the legend below the axes: where curves fall from the left and bands are wide, no corner of them is free."""
     seeds, rows = len(next(iter(outcomes.values()))), math.ceil(len(outcomes) / columns(outcomes))
     figure = plt.figure(figsize=(WIDTH, HEIGHT + LEGEND_LINE * (rows + (seeds > 1))), layout="constrained")
-    first = figure.add_subplot(1, len(PANELS) + 1, 1)
-    axes = [first, *(figure.add_subplot(1, len(PANELS) + 1, i, sharey=first) for i in (2, 3))]
+    *axes, beside = (figure.add_subplot(1, len(PANELS) + 1, i) for i in range(1, len(PANELS) + 2))
+    first = axes[0]
     lines = [draw_arms(ax, outcomes, *panel) for ax, panel in zip(axes, PANELS)]
     for ax in axes[1:]:
+        ax.sharey(first)
         ax.tick_params(labelleft=False)
     first.set_ylim(*limits_of(lines[0], 0.05))
     first.set_ylabel("held-out loss, nats per token")
-    draw_differences(figure.add_subplot(1, len(PANELS) + 1, len(PANELS) + 1), outcomes, reference(study, outcomes))
+    draw_differences(beside, outcomes, reference(study, outcomes))
     how = "mean and 95 % interval" if seeds >= FEWEST else "thin: each seed; thick: their mean"
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=columns(outcomes),
                   handlelength=3.5, title=how if seeds > 1 else None)
