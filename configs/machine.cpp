@@ -33,7 +33,9 @@ void add_rates(Schema& schema, Machine::Rates& r) {
       .key("copy_gb_per_s", r.copy_gb_per_s, kPositive)
       .says("10^9 bytes/s read and written by ops that are bound by memory.")
       .key("op_us", r.op_us, {.least = 0})
-      .says("Microseconds of each call besides.");
+      .says("Microseconds of each call besides.")
+      .key("skew", r.skew, {.least = 0})
+      .says("What ranks wait for the last of them, as a share of computing.");
 }
 
 void add_link(Schema& schema, const std::string& section, Machine::Link& link) {

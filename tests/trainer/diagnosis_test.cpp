@@ -316,6 +316,7 @@ TEST(Measured, OfOneRank) {
   const Machine& m = found.machine;
   EXPECT_THAT(found.transfers, IsEmpty());
   EXPECT_EQ(m.inside_node.gb_per_s, 0);
+  EXPECT_EQ(m.rates.skew, 0) << "nobody to wait for";
   EXPECT_TRUE(m.shared_by_ranks);
   EXPECT_THAT(m.rates.edges, ElementsAre(32, 64));
   for (const std::vector<double>* rates :
@@ -344,11 +345,12 @@ TEST(Measured, OfRanksWithTheirLinks) {
     EXPECT_GT(found.machine.inside_node.gb_per_s, 0);
     EXPECT_GT(found.machine.inside_node.latency_us, 0);
     EXPECT_EQ(found.machine.between_nodes.gb_per_s, 0);
+    EXPECT_GT(found.machine.rates.skew, 0) << "no two ranks take as long to the nanosecond, round by round";
     // Rates are of all ranks together: one that were a rank's own would differ from the others'.
     const Machine::Rates& r = found.machine.rates;
-    for (const std::vector<double>& of :
-         {r.gemm_bf16, r.gemm_fp32, r.grouped_bf16, r.grouped_fp32,
-          std::vector{r.attention_forward_fp32, r.attention_backward_bf16, r.copy_gb_per_s, r.op_us}}) {
+    for (const std::vector<double>& of : {r.gemm_bf16, r.gemm_fp32, r.grouped_bf16, r.grouped_fp32,
+                                          std::vector{r.attention_forward_fp32, r.attention_backward_bf16,
+                                                      r.copy_gb_per_s, r.op_us, r.skew}}) {
       std::vector<double> largest = of;
       world.all_reduce(host_view(largest.data(), {static_cast<std::int64_t>(largest.size())}),
                        ReduceOp::kMax);

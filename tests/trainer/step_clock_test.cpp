@@ -141,6 +141,57 @@ TEST_F(Clock, TransfersTakeTheirTurns) {
   EXPECT_NEAR(time.waited.at("all_gather"), 0.5, 1e-9);
 }
 
+class SkewedClock : public testing::Test {
+ protected:
+  static Machine skewed() {
+    Machine m = plain();
+    m.rates.skew = 0.1;
+    return m;
+  }
+  std::function<void()> send_to_all(double each) {
+    return clock_.begin({.verb = "all_gather", .members = members_, .me = 0, .each = each});
+  }
+  double waited() { return clock_.take().waited["all_gather"]; }
+  std::vector<int> members_{0, 1};
+  RankSpeed speed_{skewed(), Precision::kBf16, 2};
+  StepClock clock_{&speed_, 2};
+};
+
+TEST_F(SkewedClock, TheLastRankIsLateByAShareOfWhatWasComputed) {
+  clock_.op("add", copied(100e9));  // a second
+  send_to_all(10e9)();              // another
+  EXPECT_NEAR(waited(), 1.1, 1e-9);
+  send_to_all(10e9)();
+  EXPECT_NEAR(waited(), 1, 1e-9) << "they have just met";
+  clock_.op("add", copied(200e9));
+  send_to_all(10e9)();
+  EXPECT_NEAR(waited(), 1.2, 1e-9);
+}
+
+TEST_F(SkewedClock, WorkHidesWhatRanksAreLate) {
+  clock_.op("add", copied(100e9));
+  const auto wait = send_to_all(10e9);
+  clock_.op("add", copied(4e9));
+  clock_.op("add", copied(5e9));  // 0.09 in all: less than the last is late
+  wait();
+  EXPECT_NEAR(waited(), 1.01, 1e-9);
+  clock_.op("add", copied(100e9));
+  const auto other = send_to_all(10e9);
+  clock_.op("add", copied(50e9));  // beside 0.4 of the transfer
+  other();
+  EXPECT_NEAR(waited(), 0.6, 1e-9);
+}
+
+TEST_F(SkewedClock, RanksThatDoNotWaitDoNotMeet) {
+  clock_.op("add", copied(100e9));
+  const auto first = send_to_all(10e9);
+  clock_.op("add", copied(200e9));
+  first();  // long done
+  const auto second = send_to_all(10e9);
+  second();
+  EXPECT_NEAR(waited(), 1.3, 1e-9);
+}
+
 TEST_F(Clock, RowsAreCountedByWhereTheyGo) {
   const std::array<std::int64_t, 4> rows{5, 1, 2, 3};
   const std::vector<int> members{0, 1, 2, 3};

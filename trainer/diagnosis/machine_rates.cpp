@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/ops/activation.h"
+#include "kernels/ops/adamw.h"
 #include "kernels/ops/attention.h"
 #include "kernels/ops/grouped_gemm.h"
+#include "kernels/ops/norm.h"
 #include "kernels/ops/pointwise.h"
 #include "kernels/ops/transfer.h"
 #include "trainer/diagnosis/folder_facts.h"
@@ -20,6 +23,7 @@ namespace {
 
 constexpr std::int64_t kExperts = 4;
 constexpr AttentionShape kAttention{.heads = 8, .kv_heads = 8, .head_dim = 64, .seq_len = 1024};
+constexpr std::int64_t kWidth = 1024;  // of a token, in ops that memory bounds
 constexpr int kSmallCalls = 1000;
 
 struct Rate {
@@ -43,8 +47,10 @@ class Rates {
   }
   double dense_peak(DType dtype);  // 10^12 FLOP/s
   void attention(DType dtype, double& forward, double& backward);
-  Rate copy();          // bytes/s
-  double small_call();  // seconds
+  double memory_peak();  // bytes/s
+  double copy();         // bytes/s
+  double small_call();   // seconds
+  double skew();
 
  private:
   // What `work` is booked as (FLOPs, or bytes read and written) per second, of all ranks.
@@ -58,6 +64,9 @@ class Rates {
     const RunTimes seconds = times_of(ex_, effort_.bursts, work);
     ex_.ledger = &memory_.ledger;
     return {.fastest = together(once / seconds.fastest), .usual = together(once / seconds.usual)};
+  }
+  Rate bytes_rate(const std::function<void()>& work) {
+    return rate(work, [](const Cost& c) { return c.bytes_read + c.bytes_written; });
   }
   double flops_rate(const std::function<void()>& work) {
     return rate(work, [](const Cost& c) { return c.flops; }).usual;
@@ -170,13 +179,38 @@ void Rates::attention(DType dtype, double& forward, double& backward) {
                   }));
 }
 
-Rate Rates::copy() {
+double Rates::memory_peak() {
   ScratchScope scope(*ex_.scratch);
   const std::int64_t n = effort_.copied_elements;
   const TensorView a = random({n}, DType::kF32), b = random({n}, DType::kF32), c = space({n}, DType::kF32);
   world_.barrier();
-  return rate([&] { ops::add(ex_, c, a, b); },
-              [](const Cost& cost) { return cost.bytes_read + cost.bytes_written; });
+  return bytes_rate([&] { ops::add(ex_, c, a, b); }).fastest;
+}
+
+// Of a layer's ops that are no products, and of the optimizer's. All but the sum compute as well, some of them so much
+// that a fast memory waits for them.
+double Rates::copy() {
+  ScratchScope scope(*ex_.scratch);
+  const std::int64_t D = kWidth, T = effort_.copied_elements / D;
+  const DType f32 = DType::kF32;
+  const TensorView x_TD = random({T, D}, f32), dy_TD = random({T, D}, f32),
+                   gate_up_TG = random({T, 2 * D}, f32), w_D = random({D}, f32), y_TD = space({T, D}, f32),
+                   dx_TD = space({T, D}, f32), dgate_up_TG = space({T, 2 * D}, f32), rstd_T = space({T}, f32),
+                   dw_D = space({D}, f32), m_TD = space({T, D}, f32), v_TD = space({T, D}, f32);
+  ops::fill(ex_, m_TD, 0);
+  ops::fill(ex_, v_TD, 0);
+  const NormWeight weight{w_D};
+  const auto flat = [](const TensorView& t) { return t.reshape({t.elements()}); };
+  world_.barrier();
+  return bytes_rate([&] {
+           ops::rms_norm_forward(ex_, y_TD, rstd_T, x_TD, weight);
+           ops::rms_norm_backward(ex_, dx_TD, {dw_D}, dy_TD, {x_TD, rstd_T}, weight, Accumulate::kOverwrite);
+           ops::swiglu_forward(ex_, y_TD, gate_up_TG);
+           ops::swiglu_backward(ex_, dgate_up_TG, {}, dy_TD, gate_up_TG);
+           ops::add(ex_, y_TD, x_TD, dy_TD);
+           ops::adamw(ex_, flat(x_TD), flat(x_TD), flat(m_TD), flat(v_TD), flat(dx_TD), {.lr = 0});
+         })
+      .usual;
 }
 
 double Rates::small_call() {
@@ -189,6 +223,30 @@ double Rates::small_call() {
   double seconds = times_of(ex_, effort_.bursts, work).usual / kSmallCalls;
   world_.all_reduce(host_view(&seconds, {1}), ReduceOp::kSum);
   return seconds / world_.size();
+}
+
+// Rounds of some milliseconds that are the same work on every rank, as between two exchanges of a layer.
+double Rates::skew() {
+  if (world_.size() == 1) return 0;
+  ScratchScope scope(*ex_.scratch);
+  const auto edge = static_cast<std::int64_t>(edges().back());
+  const std::int64_t n = effort_.copied_elements;
+  const TensorView a = random({edge, edge}, DType::kF32), b = space({edge, edge}, DType::kF32),
+                   c = random({n}, DType::kF32), d = space({n}, DType::kF32);
+  const auto work = [&] {
+    ops::gemm(ex_, b, {a}, {a}, Accumulate::kOverwrite);
+    ops::add(ex_, d, c, c);
+  };
+  double mean = 0, last = 0;
+  for (int round = 0; round < 1 + 40 * effort_.bursts.count; ++round) {
+    world_.barrier();
+    double seconds = times_of(ex_, {}, work).usual, longest = seconds;
+    world_.all_reduce(host_view(&seconds, {1}), ReduceOp::kSum);
+    world_.all_reduce(host_view(&longest, {1}), ReduceOp::kMax);
+    mean += seconds / world_.size();
+    last += longest;
+  }
+  return last / mean - 1;
 }
 
 // Of all ranks of a host together, each with a share of `bytes`, in the mean over hosts.
@@ -228,10 +286,10 @@ MeasuredMachine measure_machine(Communicator& world, Device device, const fs::pa
     rates.attention(DType::kBF16, r.attention_forward_bf16, r.attention_backward_bf16);
     rates.attention(DType::kF32, r.attention_forward_fp32, r.attention_backward_fp32);
     tell("memory");
-    const Rate copied = rates.copy();
-    m.memory_gb_per_s = four_digits(copied.fastest * 1e-9);
-    r.copy_gb_per_s = four_digits(copied.usual * 1e-9);
+    m.memory_gb_per_s = four_digits(rates.memory_peak() * 1e-9);
+    r.copy_gb_per_s = four_digits(rates.copy() * 1e-9);
     r.op_us = four_digits(rates.small_call() * 1e6);
+    r.skew = four_digits(rates.skew());
     tell("peaks");
     const auto peak = [&](DType dtype, const std::vector<double>& one, const std::vector<double>& other) {
       return std::max({rates.dense_peak(dtype), *std::max_element(one.begin(), one.end()),

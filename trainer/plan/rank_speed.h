@@ -20,6 +20,7 @@ class RankSpeed {
 
   double op_seconds(std::string_view op, const Cost& cost) const;
   double call_seconds() const { return machine_.rates.op_us * 1e-6; }  // of it, besides its work
+  double skew() const { return machine_.rates.skew; }
   // The rate of a product, FLOP/s, by the edge of a cube (Machine::Rates).
   double product_rate(const std::vector<double>& rates, double edge) const;
 

@@ -31,15 +31,20 @@ void StepClock::op(std::string_view name, const Cost& cost) {
   time_.compute += seconds;
   time_.calls += speed_->call_seconds();
   time_.by_op[std::string(name)] += seconds;
+  alone_ += seconds;
   // What is under way gets on meanwhile, the first one first.
-  double left = seconds;
-  while (!wire_.empty() && left > 0) {
+  double at = now_;
+  now_ += seconds;
+  while (!wire_.empty()) {
     UnderWay& first = *wire_.front();
-    if (left * first.overlap < first.left) {
-      first.left -= left * first.overlap;
+    at = std::max(at, first.from);
+    if (at >= now_) return;
+    if ((now_ - at) * first.overlap < first.left) {
+      first.left -= (now_ - at) * first.overlap;
+      first.from = now_;
       return;
     }
-    if (first.left > 0) left -= first.left / first.overlap;
+    if (first.left > 0) at += first.left / first.overlap;
     first.left = 0;
     wire_.pop_front();
   }
@@ -76,7 +81,9 @@ StepClock::UnderWay StepClock::time_of(const DryTransfer& t, const SentBytes& by
   const double seconds = std::max(bytes.inside > 0 ? bytes.inside / (inside.gb_per_s * 1e9) : 0,
                                   bytes.between > 0 ? bytes.between / (between.gb_per_s * 1e9) : 0);
   const double messages = std::ceil(std::log2(static_cast<double>(t.members.size())));
-  return {.left = seconds + messages * slowest.latency_us * 1e-6, .overlap = slowest.overlap};
+  return {.from = now_ + speed_->skew() * alone_,
+          .left = seconds + messages * slowest.latency_us * 1e-6,
+          .overlap = slowest.overlap};
 }
 
 std::function<void()> StepClock::begin(const DryTransfer& t) {
@@ -91,7 +98,10 @@ std::function<void()> StepClock::begin(const DryTransfer& t) {
   wire_.push_back(under_way);
   return [this, under_way, verb = std::string(t.verb)] {
     if (under_way->left <= 0) return;
-    time_.waited[verb] += under_way->left;
+    const double waited = std::max(0.0, under_way->from - now_) + under_way->left;
+    time_.waited[verb] += waited;
+    now_ += waited;
+    alone_ = 0;
     under_way->left = 0;
     std::erase(wire_, under_way);
   };

@@ -1,7 +1,8 @@
 #pragma once
 // The time of one rank's step in a rehearsal: ops pass one after the other, transfers go on beside them as far as the
 // machine's links allow, and the rank stands still where it waits for one. So what overlaps is what the program's own
-// order lets overlap.
+// order lets overlap. A transfer begins when the last rank has come to it: a share of what was computed since ranks last
+// waited for each other (Machine::Rates::skew) later than a rank in the mean.
 
 #include <deque>
 #include <map>
@@ -43,6 +44,7 @@ class StepClock final : public DryWire {
 
  private:
   struct UnderWay {
+    double from = 0;     // when the last of the others has come to it too
     double left = 0;     // seconds
     double overlap = 0;  // of its link
   };
@@ -52,6 +54,8 @@ class StepClock final : public DryWire {
   const RankSpeed* speed_;
   int ranks_per_node_;
   StepTime time_;
+  double now_ = 0;                              // seconds, over all steps
+  double alone_ = 0;                            // of computing since this rank last waited for others
   std::deque<std::shared_ptr<UnderWay>> wire_;  // one after the other
 };
 
