@@ -1,8 +1,8 @@
 #pragma once
 // The time of one rank's step in a rehearsal: ops pass one after the other, transfers go on beside them as far as the
 // machine's links allow, and the rank stands still where it waits for one. So what overlaps is what the program's own
-// order lets overlap. A transfer begins when the last rank has come to it: a share of what was computed since ranks last
-// waited for each other (Machine::Rates::skew) later than a rank in the mean.
+// order lets overlap. A transfer begins when the last rank has come to it, which is later than a rank in the mean by a
+// share (Machine::Rates::skew) of what was computed since ranks last waited for each other.
 
 #include <deque>
 #include <map>
