@@ -51,11 +51,13 @@ def limits_of(lines, margin):
 
 
 def differences(outcomes, than, arm):
-    """Of every pair (tokens at evaluations of `than`, what `arm` has lost there minus what `than` has)."""
+    """Of every pair (tokens at evaluations of either, as far as both go; what `arm` has lost there minus what `than`
+    has)."""
     for a, b in zip(outcomes[arm], outcomes[than]):
         one, other = a.curve(False), b.curve(False)
-        x = other.spent["tokens"]
-        x = x[(x >= one.spent["tokens"][0]) & (x <= one.spent["tokens"][-1])]
+        both = [one.spent["tokens"], other.spent["tokens"]]
+        x = np.union1d(*both)
+        x = x[(x >= max(x[0] for x in both)) & (x <= min(x[-1] for x in both))]
         yield x, np.array([one.at("tokens", tokens) - other.at("tokens", tokens) for tokens in x])
 
 

@@ -95,10 +95,11 @@ class Picture(unittest.TestCase):
         self.assertLess(low, points[:, 1].min())
         self.assertGreater(high, last.max())
 
-    # Seeds lie ten times farther apart than arms do; and the arm's runs are a third as long.
+    # Seeds lie ten times farther apart than arms do; and the arm's runs are a third as long, which ends between two
+    # evaluations of the other's: the table compares them there.
     def test_differences_are_those_within_pairs(self):
-        x, found = np.linspace(0, 900, 4), {}
-        for arm, points, gain in (("one", x / 3, 0.01), ("$other$", x, 0.0)):
+        x, found = np.linspace(0, 1200, 4), {}
+        for arm, points, gain in (("one", x / 3, 0.01), ("$other$", np.array([0, 300, 900, 1200]), 0.0)):
             found[arm] = [SimpleNamespace(curve=lambda _, c=Curve(
                 5 - points / 1000 + 0.1 * seed - gain * (1 + 0.1 * seed), {"tokens": points, "flops": points}): c)
                 for seed in range(3)]
@@ -108,8 +109,8 @@ class Picture(unittest.TestCase):
         ax = figure.axes[-1]
         zero, line = ax.lines
         self.assertEqual(list(zero.get_ydata()), [0, 0])
-        self.assertEqual(line.get_xdata().tolist(), [0, 300])
-        np.testing.assert_allclose(line.get_ydata(), [-0.011, -0.011], atol=1e-12)
+        np.testing.assert_allclose(line.get_xdata(), [0, 400 / 3, 800 / 3, 300, 400])
+        np.testing.assert_allclose(line.get_ydata(), [-0.011] * 5, atol=1e-12)
         band = ax.collections[0].get_paths()[0].vertices[:, 1]
         self.assertAlmostEqual(band.max() - band.min(), 2 * 4.30265 * 0.001 / np.sqrt(3), places=6)
         self.assertIn(r"\$other\$", ax.get_ylabel())
