@@ -36,8 +36,8 @@ struct Machine {
     double attention_forward_fp32 = 0, attention_backward_fp32 = 0;
     double copy_gb_per_s = 0;  // read and written, of ops that are bound by memory
     double op_us = 0;          // of each call, besides
-    // By how much the last of the ranks that compute the same is later than they are in the mean, as a share of the time
-    // of computing: what they wait for each other.
+    // By how much the last of the ranks that compute the same is later than they are in the mean, as a share of the
+    // time of computing: what they wait for each other.
     double skew = 0;
   } rates;
 
