@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "data/model_source.h"
 #include "data/tokenizer_match.h"
@@ -28,7 +29,10 @@ struct GenerateArguments {
   GenerationOptions options;
   bool ignore_eos = false, json = false, chat = false;
   bool bench = false;
-  RatesRequest rates{.concurrency = {1, 8}};
+  RatesRequest rates;
+  std::vector<std::string> at_once = {"1", "8"};
+  std::vector<std::int64_t> concurrency;  // what these words say
+  double memory_gb = 0;
   std::string machine;
   int tp = 1;
   Precision precision = Precision::kFp32;
@@ -186,11 +190,24 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
 }
 
 int run_bench(const GenerateArguments& a, Runtime& runtime) {
-  BenchArguments bench{a.models, a.rates, a.machine, a.tp, a.precision, a.router, a.device, a.json};
-  std::vector<std::int64_t>& concurrency = bench.request.concurrency;
-  std::sort(concurrency.begin(), concurrency.end());
-  concurrency.erase(std::unique(concurrency.begin(), concurrency.end()), concurrency.end());
-  return run_generate_bench(bench, runtime);
+  return run_generate_bench({a.models, a.rates, a.concurrency, a.memory_gb, a.machine, a.tp, a.precision,
+                             a.router, a.device, a.json},
+                            runtime);
+}
+
+// Numbers that rise, each once; none for `auto`.
+std::vector<std::int64_t> concurrency_of(const std::vector<std::string>& words) {
+  if (words == std::vector<std::string>{"auto"}) return {};
+  std::set<std::int64_t> numbers;
+  for (const std::string& word : words) {
+    std::int64_t number = 0;
+    if (!CLI::detail::lexical_cast(word, number) || number < 1)
+      throw CLI::ValidationError(
+          "--concurrency",
+          fmt::format("found '{}', expected whole numbers above 0, such as 1,8,64, or auto alone", word));
+    numbers.insert(number);
+  }
+  return {numbers.begin(), numbers.end()};
 }
 
 using Options = std::vector<CLI::Option*>;
@@ -251,13 +268,22 @@ void add_bench(CLI::App& command, GenerateArguments& a, const Options& others) {
       command.add_option("--in", r.prompt, "With --bench: tokens of a request's prompt")->check(above_zero()),
       command.add_option("--out", r.output, "With --bench: tokens of its answer, 2 or more")
           ->check(CLI::Range(std::int64_t{2}, std::int64_t{1} << 31)),
-      command.add_option("--concurrency", r.concurrency, "With --bench: requests at once, such as 1,8,64")
+      command
+          .add_option("--concurrency", a.at_once,
+                      "With --bench: requests at once, such as 1,8,64; auto: of each model 1, 4, 16, ... and "
+                      "as many as fit into memory")
           ->delimiter(',')
-          ->allow_extra_args(false)
-          ->check(above_zero()),
+          ->allow_extra_args(false),
       command.add_option("--rounds", r.rounds, "With --bench: rounds, of which medians are taken")
           ->check(above_zero())};
   for (CLI::Option* option : its) option->needs(bench)->capture_default_str();
+  command
+      .add_option(
+          "--memory", a.memory_gb,
+          "With --concurrency auto: 10^9 bytes of a rank, to fit into (default: of a GPU its own, of a "
+          "host what is left, shared by its ranks)")
+      ->check(above_zero())
+      ->needs(bench);
   as_path(command.add_option(
               "--machine", a.machine,
               "With --bench: what this device reaches at best beside the rates; a file, or a name of "
@@ -291,6 +317,7 @@ void add_generate(CLI::App& app, Handler& handler) {
   add_choice(*command, "--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one");
   command->callback([=, &handler] {
     for (const CLI::Option* way : prompts) a->given += way->count() > 0 ? 1 : 0;
+    a->concurrency = concurrency_of(a->at_once);
     handler = [a](Runtime& runtime) { return a->bench ? run_bench(*a, runtime) : run_generate(*a, runtime); };
   });
 }

@@ -1,10 +1,13 @@
 #include "launch/generate_bench.h"
 
+#include <fmt/ranges.h>
+
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
 #include "launch/generation_report.h"
 #include "launch/output.h"
 #include "launch/shipped.h"
+#include "trainer/generation_room.h"
 
 namespace upmoe {
 
@@ -17,7 +20,13 @@ struct Subject {
   ModelConfig config;
   MeshSpec mesh;
   std::unique_ptr<RankModel> model;
+  std::vector<std::int64_t> concurrency;
+  std::optional<RequestRoom> room;  // where it chose these numbers
 };
+
+RankModel::Options options_of(const BenchArguments& a) {
+  return {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false};
+}
 
 void check_length(const Subject& s, const RatesRequest& request) {
   const std::int64_t positions = s.config.max_position_embeddings;
@@ -32,7 +41,7 @@ std::vector<Subject> open_all(const BenchArguments& a, Communicator& world) {
   std::vector<Subject> subjects;
   run_agreed(world, [&] {
     for (const std::string& given : a.models) {
-      Subject s{name_of_model(given), weights_of_model(given), {}, {}, nullptr};
+      Subject s{name_of_model(given), weights_of_model(given), {}, {}, nullptr, a.concurrency, {}};
       s.config = s.weights ? s.weights->config() : shape_of_model(given);
       s.mesh = generation_mesh(s.config, world.size(), a.tp);
       if (const std::string wrong = refusal_of(s.config, {}); !wrong.empty())
@@ -44,11 +53,27 @@ std::vector<Subject> open_all(const BenchArguments& a, Communicator& world) {
   return subjects;
 }
 
+// What fits decides how many requests are timed; the bytes of a rank that it goes by. Before any model is there.
+double choose_concurrency(std::vector<Subject>& subjects, const BenchArguments& a, Communicator& world,
+                          Device device) {
+  const double bytes = a.memory_gb > 0 ? a.memory_gb * 1e9 : bytes_for_a_rank(world, device);
+  std::vector<ModelToServe> models;
+  for (const Subject& s : subjects) models.push_back({s.name, s.config, s.mesh});
+  const std::vector<RequestRoom> rooms =
+      room_for_requests(models, world, options_of(a), a.request, device, bytes);
+  for (std::size_t m = 0; m < subjects.size(); ++m) {
+    subjects[m].room = rooms[m];
+    subjects[m].concurrency = concurrency_up_to(rooms[m].requests);
+    log::info("{}: room for {}{} requests at once; timed: {}", subjects[m].name,
+              rooms[m].more_fit ? "more than " : "", rooms[m].requests,
+              fmt::join(subjects[m].concurrency, ", "));
+  }
+  return bytes;
+}
+
 // Behind this its parameters have values.
 void make_model(Subject& s, const BenchArguments& a, Communicator& world, Device device) {
-  s.model = std::make_unique<RankModel>(
-      s.config, s.mesh, world, device,
-      RankModel::Options{.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
+  s.model = std::make_unique<RankModel>(s.config, s.mesh, world, device, options_of(a));
   RankModel& model = *s.model;
   run_agreed(world, [&] {
     if (!s.weights)
@@ -62,10 +87,10 @@ void make_model(Subject& s, const BenchArguments& a, Communicator& world, Device
 
 std::vector<std::vector<GenerationRates>> measure(std::vector<Subject>& subjects, const BenchArguments& a,
                                                   bool first) {
-  std::vector<std::int64_t> vocab_sizes;
-  for (const Subject& s : subjects) vocab_sizes.push_back(s.config.vocab_size);
+  std::vector<ModelToTime> models;
+  for (const Subject& s : subjects) models.push_back({s.config.vocab_size, s.concurrency});
   return measure_rates(
-      vocab_sizes, a.request,
+      models, a.request,
       [&](std::size_t m, std::span<const Prompt> prompts, const GenerationOptions& options) {
         Generated g = generate(*subjects[m].model, prompts, options);
         if (first && options.max_new_tokens == a.request.output)
@@ -82,7 +107,7 @@ std::vector<TimedModel> best_times(const std::vector<Subject>& subjects, const B
                                    const std::optional<Machine>& machine) {
   std::vector<TimedModel> timed;
   for (const Subject& s : subjects) {
-    timed.push_back({s.name, s.weights == nullptr, {}, {}});
+    timed.push_back({s.name, s.weights == nullptr, {}, {}, {}});
     if (!machine) continue;
     timed.back().served.emplace(s.config, a.request.prompt, dtype_of(a.precision));
     decode_seconds(*timed.back().served, *machine, 1, 1);
@@ -97,6 +122,8 @@ int run_generate_bench(const BenchArguments& a, Runtime& runtime) {
   run_agreed(world, [&] {
     if (!a.machine.empty() && world.size() > 1)
       fail(ExitCode::kUsage, "--machine: best times are of one device; start one rank, or leave it out");
+    if (a.memory_gb > 0 && !a.concurrency.empty())
+      fail(ExitCode::kUsage, "--memory is what --concurrency auto goes by; ask for that, or leave it out");
   });
   const Device device = runtime.choose_device(a.device);
   remark_on_precision(a.precision, device);
@@ -105,17 +132,22 @@ int run_generate_bench(const BenchArguments& a, Runtime& runtime) {
   TimedOn on{on_gpu ? gpu::name_of(device.index) : fmt::format("CPU, {} threads", runtime.cores().threads),
              name_of(a.precision),
              world.size(),
-             {}};
+             {},
+             0};
   std::vector<TimedModel> timed;
   run_agreed(world, [&] {
     if (!a.machine.empty()) on.machine = read_machine(shipped_or_own(kMachines, a.machine));
     timed = best_times(subjects, a, on.machine);
   });
+  if (a.concurrency.empty()) on.rank_bytes = choose_concurrency(subjects, a, world, device);
   for (Subject& s : subjects) make_model(s, a, world, device);
   const bool first = world.rank() == 0;
   std::vector<std::vector<GenerationRates>> rates = measure(subjects, a, first);
   if (!first) return 0;
-  for (std::size_t m = 0; m < timed.size(); ++m) timed[m].rates = std::move(rates[m]);
+  for (std::size_t m = 0; m < timed.size(); ++m) {
+    timed[m].rates = std::move(rates[m]);
+    timed[m].room = subjects[m].room;
+  }
   const GenerationReport report = generation_report(timed, a.request, on);
   print_result(a.as_json ? report.json : report.text);
   return 0;

@@ -13,7 +13,9 @@ namespace upmoe {
 struct BenchArguments {
   std::vector<std::string> models;  // as shape_of_model() and weights_of_model() take them
   RatesRequest request;
-  std::string machine;  // empty: no best times
+  std::vector<std::int64_t> concurrency;  // of every model; empty: of each up to what there is room for
+  double memory_gb = 0;                   // in, 10^9 bytes of a rank; 0: its device's own
+  std::string machine;                    // empty: no best times
   int tp = 1;
   Precision precision = Precision::kFp32;
   RouterDType router = RouterDType::kAuto;

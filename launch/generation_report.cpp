@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "launch/text_table.h"
 
@@ -59,12 +60,34 @@ std::string megabytes(double bytes) {
   return fmt::format("{:.4g}", 1e-6 * bytes);
 }
 
-// Row by row: every concurrency, and at each every model.
+// Null: it was not timed with so many.
+const GenerationRates* rates_at(const TimedModel& m, std::int64_t concurrency) {
+  for (const GenerationRates& r : m.rates)
+    if (r.concurrency == concurrency) return &r;
+  return nullptr;
+}
+
+// Row by row: every concurrency, and at each every model that has it, beside the first one's rates or null.
 template <class Row>
 void each(const std::vector<TimedModel>& models, const Row& row) {
-  for (std::size_t c = 0; c < models.front().rates.size(); ++c)
-    for (const TimedModel& m : models) row(m, m.rates[c], models.front().rates[c]);
+  std::set<std::int64_t> numbers;
+  for (const TimedModel& m : models)
+    for (const GenerationRates& r : m.rates) numbers.insert(r.concurrency);
+  for (const std::int64_t n : numbers)
+    for (const TimedModel& m : models)
+      if (const GenerationRates* r = rates_at(m, n)) row(m, *r, rates_at(models.front(), n));
 }
+
+// How many times the first model's.
+struct OfFirst {
+  double prefill, decode, requests;
+  OfFirst(const Speeds& s, const Speeds& first)
+      : prefill(per_second(s.prefill, first.prefill)),
+        decode(per_second(s.decode, first.decode)),
+        requests(per_second(s.requests, first.requests)) {}
+};
+
+constexpr const char* kNotTimed = "-";
 
 std::string rates_table(const std::vector<TimedModel>& models, const RatesRequest& request) {
   const bool compared = models.size() > 1;
@@ -75,16 +98,19 @@ std::string rates_table(const std::vector<TimedModel>& models, const RatesReques
   if (compared)
     for (const char* head : {"of the first: prefill", "decode", "requests/s"}) columns.push_back({head});
   TextTable table(columns);
-  each(models, [&](const TimedModel& m, const GenerationRates& r, const GenerationRates& of_first) {
-    const Speeds s(r, request), first(of_first, request);
+  each(models, [&](const TimedModel& m, const GenerationRates& r, const GenerationRates* of_first) {
+    const Speeds s(r, request);
     std::vector<std::string> cells{fmt::format("{}", r.concurrency), m.name,
                                    fmt::format("{:.4g}", s.prefill), fmt::format("{:.4g}", s.decode),
                                    milliseconds(r.step_seconds),     milliseconds(r.slow_step_seconds),
                                    fmt::format("{:.4g}", s.requests)};
-    if (compared)
-      for (const double ratio : {per_second(s.prefill, first.prefill), per_second(s.decode, first.decode),
-                                 per_second(s.requests, first.requests)})
-        cells.push_back(fmt::format("{:.3f}", ratio));
+    if (compared && of_first != nullptr) {
+      const OfFirst ratio(s, Speeds(*of_first, request));
+      for (const double part : {ratio.prefill, ratio.decode, ratio.requests})
+        cells.push_back(fmt::format("{:.3f}", part));
+    } else if (compared) {
+      cells.insert(cells.end(), 3, kNotTimed);
+    }
     table.row(cells);
   });
   return table.str();
@@ -99,13 +125,30 @@ std::string roofline_table(const std::vector<TimedModel>& models, const RatesReq
                    {"decode at best, ms per token"},
                    {"reached"},
                    {"of the first at best: decode"}});
-  each(models, [&](const TimedModel& m, const GenerationRates& r, const GenerationRates& of_first) {
-    const AtBest best(*m.served, machine, r, request),
-        first(*models.front().served, machine, of_first, request);
+  each(models, [&](const TimedModel& m, const GenerationRates& r, const GenerationRates* of_first) {
+    const AtBest best(*m.served, machine, r, request);
+    std::string ratio = kNotTimed;
+    if (of_first != nullptr) {
+      const AtBest first(*models.front().served, machine, *of_first, request);
+      ratio = fmt::format("{:.3f}", first.decode_seconds / best.decode_seconds);
+    }
     table.row({fmt::format("{}", r.concurrency), m.name, milliseconds(best.prefill_seconds),
                percent(best.prefill_share), milliseconds(best.decode_seconds), percent(best.decode_share),
-               fmt::format("{:.3f}", first.decode_seconds / best.decode_seconds)});
+               ratio});
   });
+  return table.str();
+}
+
+// Each model with as many requests as it has room for: what a device that is kept busy could.
+std::string room_table(const std::vector<TimedModel>& models, const RatesRequest& request) {
+  TextTable table({{"model", Align::kLeft}, {"at once"}, {"requests/s"}, {"of the first"}});
+  for (const TimedModel& m : models) {
+    const Speeds s(m.rates.back(), request), first(models.front().rates.back(), request);
+    table.row(
+        {m.name,
+         fmt::format("{}{}", m.rates.back().concurrency, m.room->more_fit ? ", and more would fit" : ""),
+         fmt::format("{:.4g}", s.requests), fmt::format("{:.3f}", OfFirst(s, first).requests)});
+  }
   return table.str();
 }
 
@@ -115,7 +158,7 @@ std::string memory_table(const std::vector<TimedModel>& models) {
                    {"weights"},
                    {"keys and values of a request"},
                    {"activations and temporary"}});
-  each(models, [&](const TimedModel& m, const GenerationRates& r, const GenerationRates&) {
+  each(models, [&](const TimedModel& m, const GenerationRates& r, const GenerationRates*) {
     table.row({fmt::format("{}", r.concurrency), m.name, megabytes(static_cast<double>(r.memory.weights)),
                megabytes(key_bytes_per_row(r.memory)), megabytes(static_cast<double>(r.memory.work))});
   });
@@ -136,6 +179,11 @@ std::string text_of(const std::vector<TimedModel>& models, const RatesRequest& r
   text +=
       "\nPrompts go through a model one by one, then all answers step together; requests/s is that of one "
       "such batch.\n\n";
+  if (models.front().room)
+    text += fmt::format("As many at once as fit into {:.0f} % of {:.4g} GB{}, beside {}:\n\n{}\n",
+                        100 * kMemoryOfRows, on.rank_bytes * 1e-9, on.ranks > 1 ? " of each rank" : "",
+                        models.size() > 1 ? "the weights of all models" : "the weights",
+                        room_table(models, request));
   if (on.machine)
     text += fmt::format(
         "What memory and products of a data sheet need at least ({}, as upmoe cost --inference):\n\n{}\n",
@@ -144,10 +192,22 @@ std::string text_of(const std::vector<TimedModel>& models, const RatesRequest& r
          fmt::format("Memory{}:\n\n{}", on.ranks > 1 ? " of the first rank" : "", memory_table(models));
 }
 
-json rates_json(const TimedModel& m, std::size_t c, const TimedModel& compared, const RatesRequest& request,
-                const TimedOn& on) {
-  const GenerationRates& r = m.rates[c];
-  const Speeds s(r, request), first(compared.rates[c], request);
+json of_first_json(const Speeds& s, const GenerationRates* first, const RatesRequest& request) {
+  if (first == nullptr) return nullptr;
+  const OfFirst ratio(s, Speeds(*first, request));
+  return {{"prefill", ratio.prefill}, {"decode", ratio.decode}, {"requests", ratio.requests}};
+}
+
+json room_json(const TimedModel& m, const TimedModel& compared, const RatesRequest& request) {
+  if (!m.room) return nullptr;
+  return {{"concurrency", m.room->requests},
+          {"more_fit", m.room->more_fit},
+          {"of_first", of_first_json(Speeds(m.rates.back(), request), &compared.rates.back(), request)}};
+}
+
+json rates_json(const TimedModel& m, const GenerationRates& r, const TimedModel& compared,
+                const RatesRequest& request, const TimedOn& on) {
+  const Speeds s(r, request);
   json j{{"concurrency", r.concurrency},
          {"prefill_seconds", r.prefill_seconds},
          {"decode_seconds", r.decode_seconds},
@@ -159,10 +219,7 @@ json rates_json(const TimedModel& m, std::size_t c, const TimedModel& compared, 
          {"weight_bytes", r.memory.weights},
          {"key_bytes_per_request", key_bytes_per_row(r.memory)},
          {"work_bytes", r.memory.work},
-         {"of_first",
-          {{"prefill", per_second(s.prefill, first.prefill)},
-           {"decode", per_second(s.decode, first.decode)},
-           {"requests", per_second(s.requests, first.requests)}}}};
+         {"of_first", of_first_json(s, rates_at(compared, r.concurrency), request)}};
   if (on.machine) {
     const AtBest best(*m.served, *on.machine, r, request);
     j["at_best"] = {{"prefill_seconds", best.prefill_seconds},
@@ -176,12 +233,16 @@ json rates_json(const TimedModel& m, std::size_t c, const TimedModel& compared, 
 json json_of(const std::vector<TimedModel>& models, const RatesRequest& request, const TimedOn& on) {
   json j{{"device", on.device},      {"precision", on.precision}, {"ranks", on.ranks},
          {"prompt", request.prompt}, {"output", request.output},  {"rounds", request.rounds},
-         {"machine", nullptr},       {"models", json::array()}};
+         {"machine", nullptr},       {"rank_bytes", nullptr},     {"models", json::array()}};
   if (on.machine) j["machine"] = on.machine->name;
+  if (on.rank_bytes > 0) j["rank_bytes"] = on.rank_bytes;
   for (const TimedModel& m : models) {
-    json one{{"name", m.name}, {"random_weights", m.random_weights}, {"rates", json::array()}};
-    for (std::size_t c = 0; c < m.rates.size(); ++c)
-      one["rates"].push_back(rates_json(m, c, models.front(), request, on));
+    json one{{"name", m.name},
+             {"random_weights", m.random_weights},
+             {"rates", json::array()},
+             {"room", room_json(m, models.front(), request)}};
+    for (const GenerationRates& r : m.rates)
+      one["rates"].push_back(rates_json(m, r, models.front(), request, on));
     j["models"].push_back(std::move(one));
   }
   return j;

@@ -8,7 +8,7 @@
 
 #include "configs/machine.h"
 #include "trainer/cost/roofline.h"
-#include "trainer/generation_rates.h"
+#include "trainer/generation_room.h"
 
 namespace upmoe {
 
@@ -16,13 +16,15 @@ struct TimedModel {
   std::string name;
   bool random_weights = false;
   std::optional<ServedModel> served;   // given with a machine
-  std::vector<GenerationRates> rates;  // by concurrency
+  std::vector<GenerationRates> rates;  // by concurrency, rising
+  std::optional<RequestRoom> room;     // where it chose these numbers, of all models or of none
 };
 
 struct TimedOn {
   std::string device, precision;  // in words
   int ranks = 1;
   std::optional<Machine> machine;
+  double rank_bytes = 0;  // that room was looked for in
 };
 
 struct GenerationReport {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 #include "kernels/core/philox.h"
 
@@ -60,29 +61,33 @@ double quantile(std::vector<double> values, double share) {
   return values[static_cast<std::size_t>(std::max(1.0, rank)) - 1];
 }
 
-std::vector<std::vector<GenerationRates>> measure_rates(std::span<const std::int64_t> vocab_sizes,
+std::vector<std::int64_t> concurrency_up_to(std::int64_t most) {
+  std::vector<std::int64_t> numbers;
+  for (std::int64_t n = 1; n < most; n = checked_mul(n, 4)) numbers.push_back(n);
+  numbers.push_back(most);
+  return numbers;
+}
+
+std::vector<std::vector<GenerationRates>> measure_rates(std::span<const ModelToTime> models,
                                                         const RatesRequest& request, const SpeakWith& speak) {
   UPMOE_CHECK(request.prompt > 0 && request.output > 1 && request.rounds > 0,
               "requests of {} tokens in and {} out, {} rounds", request.prompt, request.output,
               request.rounds);
-  const std::size_t models = vocab_sizes.size();
-  std::vector<std::vector<Rounds>> rounds(models, std::vector<Rounds>(request.concurrency.size()));
-  const auto in_turns = [&](const auto& once) {
-    for (std::size_t c = 0; c < request.concurrency.size(); ++c)
-      for (std::size_t m = 0; m < models; ++m) once(m, c);
-  };
+  std::map<std::int64_t, std::map<std::size_t, Rounds>> rounds;  // by concurrency, of the models that have it
+  for (std::size_t m = 0; m < models.size(); ++m)
+    for (const std::int64_t n : models[m].concurrency) rounds[n][m];
   for (int round = 0; round < request.rounds; ++round)
-    in_turns([&](std::size_t m, std::size_t c) {
-      if (round == 0)
-        speak(m, warm_up_prompts(request, request.concurrency[c], vocab_sizes[m]),
-              {.max_new_tokens = std::min(request.output, kWarmUpTokens)});
-      rounds[m][c].add(speak(m, timed_prompts(request, request.concurrency[c], vocab_sizes[m]),
-                             {.max_new_tokens = request.output}));
-    });
-  std::vector<std::vector<GenerationRates>> rates(models);
-  for (std::size_t m = 0; m < models; ++m)
-    for (std::size_t c = 0; c < request.concurrency.size(); ++c)
-      rates[m].push_back(rounds[m][c].rates(request.concurrency[c]));
+    for (auto& [n, in_turns] : rounds)
+      for (auto& [m, of_model] : in_turns) {
+        const std::int64_t vocab = models[m].vocab_size;
+        if (round == 0)
+          speak(m, warm_up_prompts(request, n, vocab),
+                {.max_new_tokens = std::min(request.output, kWarmUpTokens)});
+        of_model.add(speak(m, timed_prompts(request, n, vocab), {.max_new_tokens = request.output}));
+      }
+  std::vector<std::vector<GenerationRates>> rates(models.size());
+  for (const auto& [n, in_turns] : rounds)
+    for (const auto& [m, of_model] : in_turns) rates[m].push_back(of_model.rates(n));
   return rates;
 }
 

@@ -78,6 +78,10 @@ double memory_left(const std::string& root, const std::string& own, const std::s
   return left;
 }
 
+double memory_left() {
+  return memory_left("/sys/fs/cgroup", read("/proc/self/cgroup"), read("/proc/meminfo"));
+}
+
 void warn_of_memory(const Session& session, Communicator& world) {
   if (session.memory.exec.device.type != DeviceType::kCpu) return;  // a GPU's memory tells by itself
   RunConfig run = session.run;
@@ -91,7 +95,7 @@ void warn_of_memory(const Session& session, Communicator& world) {
   double need = 0;
   for (std::size_t r = 0; r < hosts.size(); ++r)
     if (hosts[r] == here) need += static_cast<double>(needs[r]);
-  const double left = memory_left("/sys/fs/cgroup", read("/proc/self/cgroup"), read("/proc/meminfo"));
+  const double left = memory_left();
   if (left == 0 || need <= left) return;
   log::warning(
       "this host has {:.2f} GiB of memory left, and its {} rank{} will need about {:.2f}, of which this one "

@@ -22,6 +22,7 @@ std::string describe(const MemoryEstimate& estimate);  // "3.2 GiB (weights and 
 // Bytes that processes of this host may still take: what the kernel calls available, or what is left of the limit of
 // a container, whatever is less. `root` and `own` as in quota_of_container(), `meminfo` the text of /proc/meminfo.
 double memory_left(const std::string& root, const std::string& own, const std::string& meminfo);
+double memory_left();  // of this host; 0: it does not say
 
 // Warns, once per host, when its ranks together will need more than is left. Before weights are loaded. Collective.
 void warn_of_memory(const Session& session, Communicator& world);

@@ -203,6 +203,63 @@ class Generate(cli_test.CliTest):
         ranks = upmoe("generate", self.model, "--bench", "--in", "3", "--out", "2", "--rounds", "1", "--json", ranks=2)
         self.assertEqual(json.loads(ranks.stdout)["ranks"], 2, ranks.stderr)
 
+    # 1, 4, 16, ... and as many as memory has room for beside all weights, of each model its own number.
+    def test_times_what_fits(self):
+        other = self.config_alone("other", num_hidden_layers=1)
+        bench = ("--bench", "--in", "6", "--out", "4", "--rounds", "1")
+        alone = {"model": self.model, "other": other}
+        sizes = {}  # of the weights, and of a row: its keys and values, and its logits twice
+        for name, model in alone.items():
+            done = upmoe("generate", model, *bench, "--concurrency", "1", "--json")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            result = json.loads(done.stdout)
+            self.assertIsNone(result["rank_bytes"])
+            self.assertIsNone(result["models"][0]["room"])
+            at_one, = result["models"][0]["rates"]
+            sizes[name] = at_one["weight_bytes"], at_one["key_bytes_per_request"] + 2 * 4 * 101
+        weights = sum(weight for weight, _ in sizes.values())
+        self.assertLess(sizes["other"][1], sizes["model"][1])
+        room = weights + 20.5 * sizes["model"][1]
+        memory = room / 0.8
+        most = {name: int((room - weights) / row) for name, (_, row) in sizes.items()}
+        self.assertEqual(most["model"], 20)
+        auto = (*bench, "--concurrency", "auto", "--memory")
+        done = upmoe("generate", *alone.values(), *auto, repr(memory * 1e-9), "--json")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(f"other: room for {most['other']} requests at once; timed: 1, 4, 16, {most['other']}",
+                      done.stderr)
+        result = json.loads(done.stdout)
+        self.assertAlmostEqual(result["rank_bytes"] / memory, 1)
+        for model in result["models"]:
+            n = most[model["name"]]
+            self.assertEqual([r["concurrency"] for r in model["rates"]], [1, 4, 16, n])
+            self.assertEqual({key: model["room"][key] for key in ("concurrency", "more_fit")},
+                             {"concurrency": n, "more_fit": False})
+        first, second = (model["rates"] for model in result["models"])
+        self.assertIsNone(second[-1]["of_first"])  # which has no room for so many
+        self.assertAlmostEqual(second[-2]["of_first"]["requests"],
+                               second[-2]["requests_per_s"] / first[-2]["requests_per_s"])
+        self.assertAlmostEqual(result["models"][1]["room"]["of_first"]["requests"],
+                               second[-1]["requests_per_s"] / first[-1]["requests_per_s"])
+        shown = upmoe("generate", *alone.values(), *auto, repr(memory * 1e-9)).stdout
+        self.assertRegex(shown, r"As many at once as fit into 80 % of [0-9.e-]+ GB, beside the weights of all models:")
+        self.assertRegex(shown, rf"\| *{most['other']} \| other .*\| *- \| *- \| *- \|\n")
+        self.assertRegex(shown, rf"\| other *\| *{most['other']} \|")
+        self.refused(2, ["model: no memory for one request of 6 tokens in and 4 out", "the weights of all 2 models",
+                         "--tp"], "generate", *alone.values(), *auto, repr(weights * 1e-9))
+
+    # By itself: what the host has left, by which a tiny model has room for more than are ever timed.
+    def test_times_what_fits_into_the_host(self):
+        for ranks, numbers in ((0, [1, 4, 16, 64]), (2, [1, 4, 16, 64, 128])):
+            done = upmoe("generate", self.model, "--bench", "--in", "2", "--out", "2", "--rounds", "1", "--concurrency",
+                         "auto", "--json", ranks=ranks)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(done.stderr.count(f"room for more than {numbers[-1]} requests at once"), 1, done.stderr)
+            result = json.loads(done.stdout)
+            self.assertGreater(result["rank_bytes"], 0)
+            self.assertEqual([r["concurrency"] for r in result["models"][0]["rates"]], numbers)
+            self.assertTrue(result["models"][0]["room"]["more_fit"])
+
     def test_what_cannot_be_timed(self):
         model, bench = self.model, ("--bench", "--in", "3", "--out", "2")
         self.refused(2, ["--prompt"], "generate", model, *bench, "--prompt", "x")
@@ -210,6 +267,12 @@ class Generate(cli_test.CliTest):
         self.refused(2, ["--rows"], "generate", model, *bench, "--rows", "1")
         self.refused(2, ["--bench"], "generate", model, "--tokens", "1", "--in", "3")
         self.refused(2, ["--out"], "generate", model, "--bench", "--out", "1")
+        for wrong in ("0", "1,-4", "1.5", "two", "auto,4", "4,auto", ""):
+            self.refused(2, ["--concurrency: found '", "expected whole numbers above 0, such as 1,8,64, or auto alone"],
+                         "generate", model, *bench, "--concurrency", wrong)
+        self.refused(2, ["--memory", "--concurrency auto"], "generate", model, *bench, "--memory", "1")
+        self.refused(2, ["--memory: found '0'"], "generate", model, *bench, "--concurrency", "auto", "--memory", "0")
+        self.refused(2, ["--bench"], "generate", model, "--tokens", "1", "--memory", "1")
         self.refused(2, ["found 2 models", "--bench"], "generate", model, model, "--tokens", "1")
         self.refused(2, ["--in 65: model has positions for 64 tokens"], "generate", model, "--bench", "--in", "65",
                      "--out", "2")

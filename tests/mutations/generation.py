@@ -43,8 +43,9 @@ MUTANTS = {
         RATES, "steps.insert(steps.end(), g.step_seconds.begin(), g.step_seconds.end());", "steps = g.step_seconds;",
         "GenerationRates.*", PROGRAM),
     "one_round_after_the_other_for_each_model": (
-        RATES, "for (std::size_t m = 0; m < models; ++m) once(m, c);",
-        "for (std::size_t m = models; m-- > 0;) once(m, c);", "GenerationRates.*", PROGRAM),
+        RATES, "      for (auto& [m, of_model] : in_turns) {\n",
+        "      for (auto at = in_turns.rbegin(); at != in_turns.rend(); ++at) {\n        auto& [m, of_model] = *at;\n",
+        "GenerationRates.*", PROGRAM),
     "rows_by_the_longest_prompt_for_the_first": (
         RATES, "row == 0 ? r.prompt : 1", "r.prompt", "GenerationRates.*", PROGRAM),
     "second_wave_begins_with_the_first": (
@@ -52,7 +53,11 @@ MUTANTS = {
     "room_for_rows_of_other_waves": (
         "trainer/generation.cpp", "std::min(mine_.size(), at_once_)", "mine_.size()", "Rows.*", PROGRAM),
     "weights_not_counted_in_the_room": (
-        "trainer/generation_room.cpp", " - static_cast<double>(model.params.value_bytes())", "", "Rows.*", PROGRAM),
+        "trainer/generation_room.cpp", " - kept.weights;", ";", "Rows.*", PROGRAM),
+    "weights_of_one_model_in_the_room_of_several": (
+        "trainer/generation_room.cpp", "weights += k.weights;", "weights = k.weights;", "RoomForRequests.*", PROGRAM),
+    "most_that_fit_not_timed": (
+        RATES, "  numbers.push_back(most);\n", "", "Concurrency.*", PROGRAM),
     "window_of_a_chunk_forgotten": (
         "kernels/cpu/attention.cpp", "visibility_in(s, {})", "Visibility{}", "*AttentionRuns*",
         "attention_decode_test"),

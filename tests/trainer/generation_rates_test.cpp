@@ -33,7 +33,7 @@ std::ostream& operator<<(std::ostream& out, const Call& c) {
 
 // A round's times are those of `seconds`, the slow one where it is cold.
 TEST(GenerationRates, ModelsTakeTurnsAndMediansAreTaken) {
-  const RatesRequest request{.prompt = 10, .output = 6, .concurrency = {1, 3}, .rounds = 3};
+  const RatesRequest request{.prompt = 10, .output = 6, .rounds = 3};
   std::vector<Call> calls;
   std::map<std::pair<std::size_t, std::size_t>, int> timed;
   const double of_round[] = {5, 1, 2};
@@ -64,8 +64,9 @@ TEST(GenerationRates, ModelsTakeTurnsAndMediansAreTaken) {
     g.memory = {m + 1, static_cast<std::size_t>(round) + 7, 0, static_cast<std::int64_t>(prompts.size())};
     return g;
   };
-  const std::int64_t vocab_sizes[] = {7, 1000};
-  const auto rates = measure_rates(vocab_sizes, request, speak);
+  const std::vector<std::int64_t> concurrency{1, 3};
+  const ModelToTime models[] = {{7, {3, 1}}, {1000, concurrency}};
+  const auto rates = measure_rates(models, request, speak);
 
   std::vector<Call> expected;
   for (int round = 0; round < 3; ++round)
@@ -81,22 +82,58 @@ TEST(GenerationRates, ModelsTakeTurnsAndMediansAreTaken) {
     for (std::size_t c = 0; c < 2; ++c) {
       const GenerationRates& r = rates[m][c];
       const double of_model = m == 0 ? 1 : 10;
-      EXPECT_EQ(r.concurrency, request.concurrency[c]);
+      EXPECT_EQ(r.concurrency, concurrency[c]);
       EXPECT_EQ(r.prefill_seconds, of_model * 2);
       EXPECT_EQ(r.decode_seconds, of_model * 200);
       EXPECT_EQ(r.step_seconds, of_model * 0.25);
       EXPECT_EQ(r.slow_step_seconds, of_model * 0.5);
       EXPECT_EQ(r.memory.weights, m + 1);
       EXPECT_EQ(r.memory.keys, 7u) << "of the first round";
-      EXPECT_EQ(r.memory.rows, request.concurrency[c]);
+      EXPECT_EQ(r.memory.rows, concurrency[c]);
     }
   }
 }
 
+// Models need not be timed with the same numbers of requests: each takes its turn where it has them.
+TEST(GenerationRates, EachModelHasNumbersOfItsOwn) {
+  std::vector<std::pair<std::size_t, std::size_t>> calls;
+  const ModelToTime models[] = {{50, {1, 4, 5}}, {50, {1, 4, 16, 20}}};
+  const auto rates =
+      measure_rates(models, {.prompt = 3, .output = 5, .rounds = 1},
+                    [&](std::size_t m, std::span<const Prompt> prompts, const GenerationOptions& options) {
+                      Generated g;
+                      if (options.max_new_tokens != 5) return g;  // cold
+                      calls.emplace_back(m, prompts.size());
+                      g.prefill_seconds = static_cast<double>(100 * m + prompts.size());
+                      return g;
+                    });
+  const std::vector<std::pair<std::size_t, std::size_t>> expected{{0, 1}, {1, 1},  {0, 4}, {1, 4},
+                                                                  {0, 5}, {1, 16}, {1, 20}};
+  EXPECT_EQ(calls, expected);
+  ASSERT_EQ(rates.size(), 2u);
+  for (std::size_t m = 0; m < 2; ++m) {
+    ASSERT_EQ(rates[m].size(), models[m].concurrency.size());
+    for (std::size_t c = 0; c < rates[m].size(); ++c) {
+      EXPECT_EQ(rates[m][c].concurrency, models[m].concurrency[c]);
+      EXPECT_EQ(rates[m][c].prefill_seconds,
+                static_cast<double>(100 * m) + static_cast<double>(models[m].concurrency[c]));
+    }
+  }
+}
+
+TEST(Concurrency, IsPowersOfFourAndTheMost) {
+  using Numbers = std::vector<std::int64_t>;
+  EXPECT_EQ(concurrency_up_to(1), Numbers({1}));
+  EXPECT_EQ(concurrency_up_to(3), Numbers({1, 3}));
+  EXPECT_EQ(concurrency_up_to(4), Numbers({1, 4}));
+  EXPECT_EQ(concurrency_up_to(71), Numbers({1, 4, 16, 64, 71}));
+  EXPECT_EQ(concurrency_up_to(256), Numbers({1, 4, 16, 64, 256}));
+}
+
 TEST(GenerationRates, TokensOfAPromptAreTheSameInEveryRound) {
   std::vector<std::vector<std::int32_t>> first;
-  const std::int64_t vocab_sizes[] = {50};
-  measure_rates(vocab_sizes, {.prompt = 8, .output = 5, .concurrency = {2}, .rounds = 3},
+  const ModelToTime models[] = {{50, {2}}};
+  measure_rates(models, {.prompt = 8, .output = 5, .rounds = 3},
                 [&](std::size_t, std::span<const Prompt> prompts, const GenerationOptions& options) {
                   if (options.max_new_tokens != 5) return Generated{};
                   if (first.empty())
@@ -108,11 +145,11 @@ TEST(GenerationRates, TokensOfAPromptAreTheSameInEveryRound) {
 }
 
 TEST(GenerationRates, RefusesARequestWithoutSteps) {
-  const std::int64_t vocab_sizes[] = {50};
+  const ModelToTime models[] = {{50}};
   const auto never = [](std::size_t, std::span<const Prompt>, const GenerationOptions&) {
     return Generated{};
   };
-  EXPECT_THROW(measure_rates(vocab_sizes, {.output = 1}, never), Error);
+  EXPECT_THROW(measure_rates(models, {.output = 1}, never), Error);
 }
 
 // What generation says it holds is what it holds.

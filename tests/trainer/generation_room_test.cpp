@@ -1,8 +1,11 @@
 #include "trainer/generation_room.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "parallel/thread_comm.h"
 #include "tests/support/golden_speaker.h"
+#include "trainer/memory_estimate.h"
 
 namespace upmoe {
 namespace {
@@ -45,6 +48,7 @@ TEST(Rows, AreThoseThatFitBesideTheWeights) {
           rows);
     EXPECT_EQ(rows_in(m.on_rank, prompts, options, weights), 1)
         << "one at least, who finds no memory says so";
+    EXPECT_EQ(rows_beside(kept_by(m.on_rank, prompts, options), weights), 0);
   }
 }
 
@@ -56,6 +60,97 @@ TEST(Rows, OfACpuAreSixtyFour) {
   } else {
     EXPECT_EQ(rows, 64);
   }
+}
+
+constexpr Device kCpu{};
+const RatesRequest kRequest{.prompt = 9, .output = 8};
+
+KeptBytes kept_of_a_request(const RankModel& model) {
+  return kept_by(model, of_lengths({kRequest.prompt}), {.max_new_tokens = kRequest.output});
+}
+
+// Two models on one rank, of which only the shapes are told, and memory for so many bytes of weights and rows.
+struct TwoModels {
+  test::GoldenSpeaker moe{"moe_a27b"}, dense{"dense"};
+  const std::vector<ModelToServe> models{{"the mixture", moe.golden.config(), {}},
+                                         {"the dense one", dense.golden.config(), {}}};
+  KeptBytes of_moe = kept_of_a_request(moe.on_rank), of_dense = kept_of_a_request(dense.on_rank);
+  std::vector<RequestRoom> room(double bytes, std::size_t first = 0, Device device = kCpu) {
+    return room_for_requests(std::span(models).subspan(first), *moe.self, {.gradients = false}, kRequest,
+                             device, bytes / kMemoryOfRows);
+  }
+};
+
+TEST(RoomForRequests, IsBesideTheWeightsOfAllModels) {
+  TwoModels m;
+  const double weights = m.of_moe.weights + m.of_dense.weights;
+  ASSERT_NE(m.of_moe.row, m.of_dense.row);
+  for (const double rows : {1.5, 7.5, 20.5}) {
+    const std::vector<RequestRoom> rooms = m.room(weights + rows * m.of_dense.row);
+    ASSERT_EQ(rooms.size(), 2u);
+    EXPECT_EQ(rooms[0].requests, static_cast<std::int64_t>(rows * m.of_dense.row / m.of_moe.row));
+    EXPECT_EQ(rooms[1].requests, static_cast<std::int64_t>(rows));
+    for (const RequestRoom& room : rooms) EXPECT_FALSE(room.more_fit);
+  }
+  const std::vector<RequestRoom> alone = m.room(m.of_dense.weights + 3.5 * m.of_dense.row, 1);
+  ASSERT_EQ(alone.size(), 1u);
+  EXPECT_EQ(alone[0].requests, 3);
+}
+
+// However much fits: a round of a small model would never end.
+TEST(RoomForRequests, HasAnEnd) {
+  TwoModels m;
+  for (const auto& [device, most] :
+       {std::pair{kCpu, std::int64_t{64}}, {Device{DeviceType::kCuda, 0}, std::int64_t{256}}})
+    for (const bool more : {false, true}) {
+      const double rows = static_cast<double>(most) + (more ? 1.5 : 0.5);
+      const RequestRoom room = m.room(m.of_dense.weights + rows * m.of_dense.row, 1, device).front();
+      EXPECT_EQ(room.requests, most);
+      EXPECT_EQ(room.more_fit, more);
+    }
+}
+
+TEST(RoomForRequests, ThatIsNotThereIsRefusedWithTheSizes) {
+  TwoModels m;
+  const double weights = m.of_moe.weights + m.of_dense.weights,
+               least = std::min(m.of_moe.row, m.of_dense.row);
+  for (const double bytes : {0.5 * weights, weights + 0.5 * least}) try {
+      m.room(bytes);
+      FAIL() << "not refused: " << bytes;
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kUsage);
+      EXPECT_THAT(e.what(),
+                  testing::HasSubstr("the mixture: no memory for one request of 9 tokens in and 8 out"));
+      EXPECT_THAT(e.what(),
+                  testing::HasSubstr(fmt::format("the weights of all 2 models {:.4g} GB", weights * 1e-9)));
+      EXPECT_THAT(e.what(), testing::HasSubstr(fmt::format("there are {:.4g} GB (80 % of", bytes * 1e-9)));
+    }
+}
+
+// Requests are dealt: every rank has room for as many of them.
+TEST(RoomForRequests, IsOfAllRanksTogether) {
+  const test::Golden golden("moe_a27b");
+  run_in_threads(4, [&](Communicator& world) {
+    const MeshSpec mesh = generation_mesh(golden.config(), world.size(), 2);
+    const RankModel model(golden.config(), mesh, world, kCpu, {.gradients = false});
+    const KeptBytes kept = kept_of_a_request(model);
+    const ModelToServe served{"it", golden.config(), mesh};
+    const std::vector<RequestRoom> rooms =
+        room_for_requests({&served, 1}, world, {.gradients = false}, kRequest, kCpu,
+                          (kept.weights + 5.5 * kept.row) / kMemoryOfRows);
+    EXPECT_EQ(rooms.front().requests, 2 * 5) << "two pairs of ranks, on rank " << world.rank();
+  });
+}
+
+TEST(BytesForARank, AreAShareOfWhatTheHostHasLeft) {
+  const double left = memory_left();
+  ASSERT_GT(left, 0);
+  // Other processes take memory meanwhile, or give it back.
+  run_in_threads(4, [&](Communicator& world) {
+    const double bytes = bytes_for_a_rank(world, kCpu);
+    EXPECT_GT(bytes, left / 8);
+    EXPECT_LT(bytes, left / 2);
+  });
 }
 
 // The cache is of a wave's rows, not of all.
