@@ -14,7 +14,7 @@ import study_mates
 from study_file import ROOT, read_yaml, steps_of
 
 TUNING_SEED = 0     # its runs choose learning rates; pairs are 1, 2, ...
-PROBE_STEPS = 3     # of every training of a probe; the first is not timed
+PROBE_STEPS = 5     # of every training of a probe; the first ones are not timed (study_plan.py)
 PLANTED = 0.1       # of the learning rate of the arm beside it
 CHECKPOINTS = 4     # of a training: what a kill costs, against writing a mixture's state
 LAYOUTS = {"mates": study_mates}  # of the batches of a last training
@@ -123,9 +123,10 @@ class Builder:
         steps = min(steps, PROBE_STEPS) if probe else steps
         compared = not probe and share == 1.0  # of the other runs only the end counts
         every = -(-steps // figures["evaluations"]) if compared else steps
+        saved = steps if probe else -(-steps // CHECKPOINTS)  # behind a probe's steps: writing slows the next one
         keys = {**figures["run"], "data.seq_len": figures["seq_len"], "data.seed": ORDERS * seed + order,
                 "run.seed": seed, "train.steps": steps, "train.eval_every": every,
-                "train.eval_sequences": figures["eval_sequences"], "checkpoint.every": -(-steps // CHECKPOINTS),
+                "train.eval_sequences": figures["eval_sequences"], "checkpoint.every": saved,
                 "checkpoint.keep": 2,
                 "schedule.warmup": round(link.own.get("warmup", figures["warmup"]) * steps),
                 "model.init": "random" if before is None else "weights"}

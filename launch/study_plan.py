@@ -13,26 +13,25 @@ from study_work import StageFailed
 from whole_file import write_whole
 
 CHECKPOINTS = 3        # of a run: two that stay and one that is written
-FORWARD_SHARE = 1 / 3  # of a training step
+UNUSUAL_STEPS = 2      # of a training, its first: they take memory and choose algorithms
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one training of a probe."""
-    step_s: float
-    beside_s: float  # start, loading, exporting and evaluating before the first step and after the last
+    """Of one stage of a probe."""
+    step_s: float  # as usual, of a training
+    eval_s: float  # one look at its held-out sequences
+    once_s: float  # all else, however many steps follow: start, loading, what the first steps take more, saving
     flops_per_token: float
     step_tokens: int
-    eval_tokens: int
     checkpoint_bytes: int
     model_bytes: int
 
     def seconds(self, stage):
         if stage.kind != "train":
-            return self.beside_s
-        evaluation = self.step_s * FORWARD_SHARE * self.eval_tokens / self.step_tokens
-        more = -(-stage.steps // stage.settings["train"]["eval_every"]) - 1  # than the probe made
-        return stage.steps * self.step_s + self.beside_s + more * evaluation
+            return self.once_s
+        evaluations = 1 + -(-stage.steps // stage.settings["train"]["eval_every"])
+        return self.once_s + stage.steps * self.step_s + evaluations * self.eval_s
 
     def flops(self, stage):
         return stage.steps * self.step_tokens * self.flops_per_token
@@ -42,12 +41,15 @@ def measure(work, stage):
     """Of a finished stage of a probe."""
     record = work.record(stage)
     if stage.kind == "upcycle":
-        return Measured(0.0, record["wall_s"], 0.0, 1, 0, 0, record["model_bytes"])
+        return Measured(0.0, 0.0, record["wall_s"], 0.0, 1, 0, record["model_bytes"])
     lines = (work.run_dir(stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [r["seconds"] for r in map(json.loads, lines) if "kind" not in r]
-    train, seq_len = stage.settings["train"], stage.settings["data"]["seq_len"]
-    return Measured(median(seconds[1:] or seconds), max(0.0, record["wall_s"] - sum(seconds)),
-                    record["flops_per_token"], train["global_batch"] * seq_len, train["eval_sequences"] * seq_len,
+    records = [json.loads(line) for line in lines]
+    steps, looks = [r for r in records if "kind" not in r], [r for r in records if r.get("kind") == "eval"]
+    usual = [r for r in steps if r["step"] > UNUSUAL_STEPS] or steps[-1:]
+    step_s, eval_s = median(r["seconds"] for r in usual), median(r["seconds"] for r in looks)
+    once_s = record["wall_s"] - stage.steps * step_s - len(looks) * eval_s
+    return Measured(step_s, eval_s, max(0.0, once_s), record["flops_per_token"],
+                    stage.settings["train"]["global_batch"] * stage.settings["data"]["seq_len"],
                     record["checkpoint_bytes"], record.get("model_bytes", 0))
 
 

@@ -1,4 +1,4 @@
-"""The parts of launch/study.py that start nothing: statistics, files, chains, estimates."""
+"""The parts of launch/study.py that start nothing: statistics, files, chains."""
 
 import math
 import os
@@ -8,7 +8,6 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -22,7 +21,6 @@ import study_mates  # noqa: E402
 import study_statistics as statistics  # noqa: E402
 from command_line import BadInput, BadUsage  # noqa: E402
 from study_measures import MEASURES  # noqa: E402
-from study_plan import Measured, Plan  # noqa: E402
 
 STUDY = """claim: Nothing re-drawn is better.
 last: {router.aux_loss: 0.01}
@@ -202,27 +200,6 @@ class Files(unittest.TestCase):
             self.refused(TAUGHT.replace("&taught {steps: arm, teacher: 1", f"&taught {{steps: arm, {instead}"), *said)
         self.refused(TAUGHT.replace("steps: source}", "steps: source, teacher: 1}"), "command 1: teacher", "none")
 
-    # Five evaluations, of which the probe made one.
-    def test_estimates(self):
-        stage = study_chain.Builder(self.read(STUDY)).run("kept", 1, 1e-3).last
-        measured = Measured(2.0, 5.0, 100.0, 2048, 4096, 1, 1)
-        self.assertAlmostEqual(measured.seconds(stage), 20 * 2.0 + 5.0 + 4 * 2.0 * 2 / 3)
-        self.assertAlmostEqual(measured.flops(stage), 20 * 2048 * 100.0)
-
-    # Three checkpoints of one run and its mixture, and the source; what lies there takes no more place.
-    def test_disk_is_asked_for_what_is_to_come(self):
-        build, done = study_chain.Builder(self.read(STUDY)), set()
-        runs = [build.run(arm, 1, 1e-3) for arm in ("kept", "re-drawn", "continued")]
-        plan = Plan(SimpleNamespace(finished=lambda stage: stage.id in done), build)
-        plan.arms = {run.arm: [Measured(0.0, 0.0, 0.0, 1, 1, 100, 10)] * len(run.stages) for run in runs}
-        self.assertEqual(plan.disk(runs), 10 + 3 * 100 + 10)
-        done.add(runs[0].stages[0].id)
-        self.assertEqual(plan.disk(runs), 3 * 100 + 10)
-        done |= {runs[0].last.id, runs[1].last.id}
-        self.assertEqual(plan.disk(runs), 3 * 100)  # of the dense model that goes on
-        done.add(runs[2].last.id)
-        self.assertEqual(plan.disk(runs), 0)
-
 
 TAUGHT = """claim: A teacher helps.
 arms:
@@ -371,29 +348,32 @@ PLANTED = [
     ("study_mates.py", ', "train.global_batch": batch}', "}"),
     ("study_measures.py", "if any(a.changed for a in first):", "if all(a.changed for a in first):"),
     ("study_measures.py", "if any(b.changed for b in second):", "if all(b.changed for b in second):"),
-    ("study_plan.py", "and not stage.last and not self.work.finished(stage)", "and not stage.last"),
-    ("study_plan.py", 'settings["train"]["eval_every"]) - 1', 'settings["train"]["eval_every"])'),
 ]
+
+
+def expect_noticed(test, file, classes, planted):
+    """Each error of a list as the one above, that the test classes of a file must notice."""
+    none = ("study_chain.py", "class Builder:", "class Builder:")
+    for name, stands, instead in [none, *planted]:
+        text = (ROOT / "launch" / name).read_text(encoding="utf-8")
+        test.assertEqual(text.count(stands), 1, f"{name}: {stands}")
+        with tempfile.TemporaryDirectory() as folder:
+            for path in (ROOT / "launch").glob("*.py"):
+                shutil.copy(path, folder)
+            root = "ROOT = Path(__file__).resolve().parent.parent"
+            there = Path(folder) / "study_file.py"
+            there.write_text(there.read_text(encoding="utf-8").replace(root, f"ROOT = Path({str(ROOT)!r})"))
+            text = (Path(folder) / name).read_text(encoding="utf-8")
+            (Path(folder) / name).write_text(text.replace(stands, instead), encoding="utf-8")
+            done = subprocess.run([sys.executable, file, *classes], capture_output=True, text=True, check=False,
+                                  env=os.environ | {"PLANTED_SOURCES": folder})
+        test.assertEqual(done.returncode == 0, stands == instead, f"{name}: {instead}\n{done.stderr}")
 
 
 @unittest.skipIf("PLANTED_SOURCES" in os.environ, "started by itself")
 class Planted(unittest.TestCase):
     def test_errors_are_noticed(self):
-        none = ("study_chain.py", "class Builder:", "class Builder:")
-        for name, stands, planted in [none, *PLANTED]:
-            text = (ROOT / "launch" / name).read_text(encoding="utf-8")
-            self.assertEqual(text.count(stands), 1, f"{name}: {stands}")
-            with tempfile.TemporaryDirectory() as folder:
-                for path in (ROOT / "launch").glob("*.py"):
-                    shutil.copy(path, folder)
-                root = "ROOT = Path(__file__).resolve().parent.parent"
-                file = Path(folder) / "study_file.py"
-                file.write_text(file.read_text(encoding="utf-8").replace(root, f"ROOT = Path({str(ROOT)!r})"))
-                text = (Path(folder) / name).read_text(encoding="utf-8")
-                (Path(folder) / name).write_text(text.replace(stands, planted), encoding="utf-8")
-                done = subprocess.run([sys.executable, __file__, "Statistics", "Files", "Mates"], capture_output=True,
-                                      text=True, check=False, env=os.environ | {"PLANTED_SOURCES": folder})
-            self.assertEqual(done.returncode == 0, stands == planted, f"{name}: {planted}\n{done.stderr}")
+        expect_noticed(self, __file__, ["Statistics", "Files", "Mates"], PLANTED)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 RATE = 2e-3
-PROBE_STEPS = 3
+PROBE_STEPS = 5
 TRAIN_KEYS = ("steps", "global_batch", "micro_batch", "precision", "eval_every", "eval_sequences", "teacher")
 
 
@@ -97,7 +97,8 @@ def train(words):
             if taught:
                 records[-1]["flops_teacher"] = 2e3 * tokens
         if step % every == 0 or step == steps:
-            records.append({"kind": "eval", "step": step, "tokens": step * tokens, "eval_loss": loss(step)})
+            records.append({"kind": "eval", "step": step, "tokens": step * tokens, "eval_loss": loss(step),
+                            "seconds": 0.002})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     write_json(folder / "starts.jsonl", {"started": "2026-01-01T00:00:00Z", "program": {"version": "pretended"}})
