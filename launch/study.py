@@ -28,7 +28,7 @@ try:
     from study_measures import MEASURES
     from study_provenance import write_provenance
     from study_result import Outcome, verdict_lines, write_result, write_tables
-    from study_work import STOPPED, StageFailed, Stopped, Work
+    from study_work import STOPPED, StageFailed, Stopped, Work, last_step
 except ImportError as missing:
     end_without_package("upmoe", missing_package(missing))
 
@@ -82,9 +82,10 @@ class Driver:
 
     def perform(self, runs, clock, ahead, do):
         """`ahead`: what comes after these runs, for the time left; `do`: Work.ensure, or what takes its place."""
-        def seconds_left(*current):
+        def time_left(run, stage, steps):
             lost = {run.last.id for run, _ in self.lost}
-            return minutes(clock.left([run for run in [*runs, *ahead] if run.last.id not in lost], *current))
+            share = min(1.0, steps / stage.steps) if steps else 0.0
+            return minutes(clock.left([run for run in [*runs, *ahead] if run.last.id not in lost], (run, stage), share))
 
         for i, run in enumerate(runs):
             if self.work.finished(run.last):
@@ -93,12 +94,12 @@ class Driver:
 
             def begin(stage, run=run, place=place):
                 what = f"train {stage.steps} steps" if stage.kind == "train" else stage.kind
-                self.teller.say(f"{place}: {what}; left: {seconds_left((run, stage))}")
+                left = time_left(run, stage, last_step(self.work.run_dir(stage)))  # steps of a training that goes on
+                self.teller.say(f"{place}: {what}; left: {left}")
                 self.stage = stage
 
             def progress(steps, run=run, place=place):
-                share = min(1.0, steps / self.stage.steps)
-                left = seconds_left((run, self.stage), share)
+                left = time_left(run, self.stage, steps)
                 self.teller.count(f"{place}: step {steps} of {self.stage.steps}; left: {left}")
 
             why = next((self.broken[stage.id] for stage in run.stages if stage.id in self.broken), None)

@@ -145,17 +145,31 @@ def size_in_words(size):
 
 
 class Clock:
-    """Time left: the plan's, corrected by how long what is done really took."""
+    """Time left: the plan's, corrected by how long what was done since really took."""
 
     def __init__(self, plan, runs, now):
         self.plan, self.now = plan, now
         self.began = now()
-        self.all = sum(s for s, _ in plan.left(runs).values())
+        self.foretold = self.ahead(runs)
+        self.earlier = {}  # stage id: the share of it that was done before, of a training that goes on
+
+    def ahead(self, runs):
+        """{stage id: seconds} of what is not finished."""
+        return {stage: seconds for stage, (seconds, _) in self.plan.left(runs).items()}
+
+    def behind(self, ahead):
+        """Foretold seconds of what was finished since. What failed, or is left out because it would, is neither
+        behind nor ahead."""
+        return sum(seconds * (1 - self.earlier.get(stage, 0.0)) for stage, seconds in self.foretold.items()
+                   if stage not in ahead and self.plan.work.record(stage) is not None)
 
     def left(self, runs, current=None, share=0.0):
-        """Seconds, when of the stage `current` = (run, stage) so much is done."""
-        ahead = sum(s for s, _ in self.plan.left(runs).values())
+        """Seconds, when of the stage `current` = (run, stage) so much is done; asked when it begins, too."""
+        stages = self.ahead(runs)
+        ahead, behind = sum(stages.values()), self.behind(stages)
         if current:
-            ahead -= share * self.plan.seconds(*current)
-        behind, spent = self.all - ahead, self.now() - self.began
-        return max(0.0, ahead) * (spent / behind if behind > 0.05 * self.all else 1.0)
+            seconds = self.plan.seconds(*current)
+            ahead -= share * seconds
+            behind += max(0.0, share - self.earlier.setdefault(current[1].id, share)) * seconds
+        spent, enough = self.now() - self.began, 0.05 * sum(self.foretold.values())
+        return max(0.0, ahead) * (spent / behind if behind > enough else 1.0)

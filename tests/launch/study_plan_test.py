@@ -1,4 +1,4 @@
-"""What launch/study_plan.py foretells, of numbers made by hand: a probe, seconds and disk."""
+"""What launch/study_plan.py foretells, of numbers made by hand: a probe, seconds, disk, and the time left."""
 
 import json
 import os
@@ -12,7 +12,7 @@ sys.path.append(os.environ.get("PLANTED_SOURCES", str(Path(__file__).resolve().p
 import study_chain  # noqa: E402
 import study_file  # noqa: E402
 import study_test  # noqa: E402
-from study_plan import Measured, Plan, measure  # noqa: E402
+from study_plan import Clock, Measured, Plan, measure  # noqa: E402
 
 
 def builder():
@@ -91,6 +91,82 @@ class Estimates(unittest.TestCase):
         self.assertEqual(plan.disk(runs), 0)
 
 
+class TimeLeft(unittest.TestCase):
+    """Three arms with one source: 40 s and three times 20 s, and two upcycles of 5 s, 110 s in all."""
+
+    def setUp(self):
+        build, self.time, self.done = builder(), 1000.0, set()
+        self.runs = [build.run(arm, 1, 1e-3) for arm in ("kept", "re-drawn", "continued")]
+        self.plan = Plan(SimpleNamespace(finished=lambda stage: stage.id in self.done,
+                                         record=lambda stage: {} if stage in self.done else None), build)
+        of = {"train": Measured(1.0, 0.0, 0.0, 0.0, 1, 1, 1), "upcycle": Measured(0.0, 0.0, 5.0, 0.0, 1, 1, 1)}
+        self.plan.arms = {run.arm: [of[stage.kind] for stage in run.stages] for run in self.runs}
+        self.kept, self.drawn, self.continued = self.runs
+        self.source = self.kept.stages[0]
+
+    def clock(self):
+        return Clock(self.plan, self.runs, lambda: self.time)
+
+    def finish(self, *stages):
+        self.done |= {stage.id for stage in stages}
+
+    # The source is trained once; what takes as long as foretold takes from the time left what it took.
+    def test_as_foretold(self):
+        clock = self.clock()
+        self.assertAlmostEqual(clock.left(self.runs, (self.kept, self.source)), 110.0)
+        self.time += 30.0
+        self.assertAlmostEqual(clock.left(self.runs, (self.kept, self.source), 0.75), 80.0)
+        self.time += 10.0
+        self.finish(self.source)
+        self.assertAlmostEqual(clock.left(self.runs, (self.kept, self.kept.stages[1])), 70.0)
+
+    # Twice as fast: what is ahead is taken to be so as well. A twentieth must be done before that is believed.
+    def test_faster_than_foretold(self):
+        clock = self.clock()
+        clock.left(self.runs, (self.kept, self.source))
+        self.time += 1.0
+        self.assertAlmostEqual(clock.left(self.runs, (self.kept, self.source), 0.05), 108.0)
+        self.time += 9.0
+        self.assertAlmostEqual(clock.left(self.runs, (self.kept, self.source), 0.5), 45.0)
+        self.time += 10.0
+        self.finish(self.source)
+        self.assertAlmostEqual(clock.left(self.runs, (self.kept, self.kept.stages[1])), 35.0)
+        self.time += 2.5 + 10.0
+        self.finish(*self.kept.stages)
+        self.assertAlmostEqual(clock.left(self.runs, (self.drawn, self.drawn.stages[1])), 22.5)
+
+    def test_slower_than_foretold(self):
+        clock = self.clock()
+        clock.left(self.runs, (self.kept, self.source))
+        self.time += 60.0
+        self.assertAlmostEqual(clock.left(self.runs, (self.kept, self.source), 0.5), 3.0 * 90.0)
+
+    # Nothing of what had been done before was done in no time.
+    def test_a_study_that_goes_on(self):
+        self.finish(*self.kept.stages)
+        clock = self.clock()
+        self.assertAlmostEqual(clock.left(self.runs), 45.0)
+        self.finish(self.drawn.stages[1])
+        self.time += 10.0
+        current = (self.drawn, self.drawn.last)
+        self.assertAlmostEqual(clock.left(self.runs, current, 0.5), 2.0 * 30.0)  # half of it lay there
+        self.time += 20.0
+        self.assertAlmostEqual(clock.left(self.runs, current, 1.0), 2.0 * 20.0)
+        self.finish(self.drawn.last)
+        self.assertAlmostEqual(clock.left(self.runs, (self.continued, self.continued.last)), 2.0 * 20.0)
+        self.time += 40.0
+        self.finish(self.continued.last)
+        self.assertEqual(clock.left(self.runs), 0.0)
+
+    # A run that fails is not done faster than foretold.
+    def test_a_run_that_is_left_out(self):
+        clock = self.clock()
+        clock.left(self.runs, (self.kept, self.source))
+        self.time += 40.0
+        self.finish(self.source)
+        self.assertAlmostEqual(clock.left([self.kept, self.continued], (self.kept, self.kept.stages[1])), 45.0)
+
+
 # file, what stands there, what is planted: the tests above must notice
 PLANTED = [
     ("study_plan.py", "and not stage.last and not self.work.finished(stage)", "and not stage.last"),
@@ -99,6 +175,12 @@ PLANTED = [
     ("study_plan.py", "if r[\"step\"] > UNUSUAL_STEPS] or steps[-1:]", "] or steps[-1:]"),
     ("study_plan.py", "or steps[-1:]", "or steps[:0]"),
     ("study_plan.py", "max(0.0, once_s)", "once_s"),
+    ("study_plan.py", "seconds * (1 - self.earlier.get(stage, 0.0))", "seconds"),
+    ("study_plan.py", "share - self.earlier.setdefault(current[1].id, share)", "share"),
+    ("study_plan.py", "and self.plan.work.record(stage) is not None", ""),
+    ("study_plan.py", "ahead -= share * seconds", "pass"),
+    ("study_plan.py", "spent / behind if", "1.0 if"),
+    ("study_plan.py", "0.05 * sum(", "0.0 * sum("),
     ("study_chain.py", "saved = steps if probe else", "saved ="),
 ]
 
@@ -106,7 +188,7 @@ PLANTED = [
 @unittest.skipIf("PLANTED_SOURCES" in os.environ, "started by itself")
 class Planted(unittest.TestCase):
     def test_errors_are_noticed(self):
-        study_test.expect_noticed(self, __file__, ["Probe", "Estimates"], PLANTED)
+        study_test.expect_noticed(self, __file__, ["Probe", "Estimates", "TimeLeft"], PLANTED)
 
 
 if __name__ == "__main__":
