@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "configs/file_dtype.h"
 #include "configs/lora_form.h"
 #include "configs/model_traits.h"
 #include "configs/router_form.h"
@@ -28,7 +29,7 @@ struct ModelConfig {
   bool scaled_embedding = false;  // rows times sqrt(hidden_size), a factor rounded to the embedding's dtype
   // A token sees itself and the sliding_window - 1 before it; 0 = all before it.
   std::int64_t sliding_window = 0;
-  std::string dtype = "bfloat16";  // of the files: bfloat16 | float32 | float16
+  FileDType dtype = FileDType::kBf16;
 
   // Mixtures; num_experts 0 = dense
   int num_experts = 0, num_experts_per_tok = 0, decoder_sparse_step = 1;

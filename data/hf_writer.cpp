@@ -124,7 +124,7 @@ void write_hf_model(const HfOutput& output, const ModelConfig& config, const Rea
   written.router_bias = config.router_bias && family_of(config).carries.has(Trait::kChoiceBias);
   written.lora = {};
   written.router = config.router.served();  // its readers do not train it as we did
-  written.dtype = output.dtype == DType::kBF16 ? "bfloat16" : "float32";
+  written.dtype = file_dtype_of(output.dtype);
   write_text_synced(stage.path() / "config.json", to_hf_json(written));
   if (!output.companions.empty()) copy_companions(output.companions, stage.path());
   stage.commit();

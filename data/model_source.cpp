@@ -67,7 +67,7 @@ constexpr std::int64_t kSampled = 1024;
 std::string function_of(const ModelConfig& config) {
   ModelConfig bare = config;
   bare.raw_json = "{}";
-  bare.dtype = "float32";
+  bare.dtype = FileDType::kFp32;
   return to_hf_json(bare);
 }
 

@@ -66,14 +66,12 @@ StartingModel starting_model(const SourceSet& sources) {
 StartingModel starting_model(const fs::path& file, const UpcycleConfig& config) {
   const ModelConfig model = read_model_config(file);
   require_kind(model, kind_of(config), file.string());
-  const std::optional<DType> dtype = model.dtype == "bfloat16"  ? std::optional(DType::kBF16)
-                                     : model.dtype == "float32" ? std::optional(DType::kF32)
-                                                                : std::nullopt;
+  const std::optional<DType> dtype = dtype_of(model.dtype);
   if (!dtype)
     fail(ExitCode::kBadInput,
          "{}: its weights would be {}; upcycling copies bit for bit and needs all of them in bfloat16, or "
          "all in float32",
-         file.string(), model.dtype);
+         file.string(), name_of(model.dtype));
   return {model, *dtype, 1};
 }
 
@@ -96,7 +94,7 @@ Plan make_plan(const UpcycleConfig& config, const StartingModel& source, std::ui
     plan.config = resolve(config, dense, source.count);
     plan.moe = make_moe_config(config, dense);
   }
-  plan.moe.dtype = source.dtype == DType::kBF16 ? "bfloat16" : "float32";
+  plan.moe.dtype = file_dtype_of(source.dtype);
   plan.layout = plan_hf_layout(plan.moe, source.dtype, max_shard_bytes);
   for (const ParamSpec& p : make_param_table(plan.moe))
     if (!p.trained)
@@ -349,7 +347,7 @@ UpcyclePlan plan_upcycle(const UpcycleConfig& config, const UpcycleOptions& opti
   out += options.form == OutputForm::kCheckpoint ? "a checkpoint of one shard per rank"
                                                  : fmt::format("{} file{}", files, files == 1 ? "" : "s");
   out += fmt::format(", {} bytes ({:.1f} GB), {}, {}\n", bytes, static_cast<double>(bytes) / 1e9,
-                     plan.moe.dtype, family_of(plan.moe).architecture);
+                     name_of(plan.moe.dtype), family_of(plan.moe).architecture);
   const nlohmann::ordered_json json{{"recipe", to_yaml(plan.config)},
                                     {"scale", plan.recipe.scale},
                                     {"redrawn_neurons_per_expert", plan.recipe.redrawn},

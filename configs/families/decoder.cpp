@@ -112,9 +112,13 @@ void read_dtype(JsonObject& json, ModelConfig& c) {
   if (v4 && v5 && *v4 != *v5) {
     json.refuse("dtype", fmt::format("found '{}', but torch_dtype is '{}'; they must agree", *v5, *v4));
   }
-  if (v4 || v5) c.dtype = v5 ? *v5 : *v4;
-  if (c.dtype != "bfloat16" && c.dtype != "float32" && c.dtype != "float16") {
-    json.refuse("dtype", fmt::format("found '{}', expected bfloat16, float32 or float16", c.dtype));
+  if (!v4 && !v5) return;
+  const std::string& found = v5 ? *v5 : *v4;
+  if (const auto dtype = value_named<FileDType>(found)) {
+    c.dtype = *dtype;
+  } else {
+    json.refuse("dtype", fmt::format("found '{}', expected {}", found,
+                                     fmt::join(name_list<FileDType>().built, " or ")));
   }
 }
 
@@ -202,8 +206,8 @@ void write_rope(const ModelConfig& c, JsonWriter& json) {
 }
 
 void write_dtype(const ModelConfig& c, JsonWriter& json) {
-  json.set("torch_dtype", c.dtype);
-  json.set("dtype", c.dtype);
+  json.set("torch_dtype", name_of(c.dtype));
+  json.set("dtype", name_of(c.dtype));
 }
 
 }  // namespace upmoe

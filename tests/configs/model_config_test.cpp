@@ -80,7 +80,7 @@ TEST(ModelConfig, FormsOfDifferentVersions) {
   EXPECT_EQ(parse(with(without(dense(), "rope_theta"), "rope_parameters", v5_rope)).rope_theta, 5000);
   EXPECT_EQ(parse(with(with(dense(), "rope_theta", 5000), "rope_parameters", v5_rope)).rope_theta, 5000);
   EXPECT_EQ(parse(with(dense(), "rope_parameters", {{"rope_type", "default"}})).rope_theta, 1e6);
-  EXPECT_EQ(parse(with(without(dense(), "torch_dtype"), "dtype", "float32")).dtype, "float32");
+  EXPECT_EQ(parse(with(without(dense(), "torch_dtype"), "dtype", "float32")).dtype, FileDType::kFp32);
   EXPECT_EQ(parse(with(dense(), "num_key_value_heads", nullptr)).num_key_value_heads, 16);
   EXPECT_EQ(parse(with(dense(), "head_dim", 256)).head_dim, 256);
   EXPECT_EQ(parse(with(dense(), "num_key_value_heads", 4)).num_key_value_heads, 4);
@@ -118,7 +118,8 @@ TEST(ModelConfig, RefusesWhatItDoesNotCompute) {
   EXPECT_THAT(refusal(with(dense(), "rope_parameters", {{"partial_rotary_factor", 0.5}})), HasSubstr("0.5"));
   EXPECT_THAT(refusal(with(dense(), "rope_parameters", {{"rope_theta", 1e4}})), HasSubstr("must agree"));
   EXPECT_THAT(refusal(with(dense(), "dtype", "float32")), HasSubstr("must agree"));
-  EXPECT_THAT(refusal(with(dense(), "torch_dtype", "int8")), HasSubstr("'int8'"));
+  EXPECT_THAT(refusal(with(dense(), "torch_dtype", "int8")),
+              HasSubstr("found 'int8', expected bfloat16 or float32 or float16"));
   EXPECT_THAT(refusal(with(moe(), "num_local_experts", 61)), HasSubstr("num_experts is 60"));
 }
 

@@ -41,7 +41,7 @@ TEST_F(Models, WriteAndReadBack) {
   fs::create_directory(root / "empty");
   write_hf_model(output(root / "empty", DType::kBF16), source.config(), reader_of(source));
   check_boxes(HfModel(root / "empty"), weights, [](float v) { return to_float(to_bf16(v)); });
-  EXPECT_EQ(HfModel(root / "empty").config().dtype, "bfloat16");
+  EXPECT_EQ(HfModel(root / "empty").config().dtype, FileDType::kBf16);
   EXPECT_FALSE(fs::exists(root / "empty" / "tokenizer.json"));
 }
 

@@ -37,7 +37,7 @@ inline std::string tiny_qwen2_json(const TinyShape& s) {
 "vocab_size": {}, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "max_position_embeddings": 64,
 "tie_word_embeddings": {}, "torch_dtype": "{}", "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 1,
 "sliding_window": 64, "use_sliding_window": false, "attention_dropout": 0.0}})",
-      s.hidden, s.ffn, s.layers, s.vocab, s.tied, s.dtype == DType::kBF16 ? "bfloat16" : "float32");
+      s.hidden, s.ffn, s.layers, s.vocab, s.tied, name_of(file_dtype_of(s.dtype)));
 }
 
 // In another family's form, with the layers that it cannot do without.

@@ -19,7 +19,7 @@ namespace fs = std::filesystem;
 // A model directory in memory.
 struct Made {
   explicit Made(const fs::path& dir) : model(dir) {
-    const DType dtype = model.config().dtype == "bfloat16" ? DType::kBF16 : DType::kF32;
+    const DType dtype = dtype_of(model.config().dtype).value();
     for (const SafetensorsEntry* entry : model.tensors()) {
       if (!model.uses(entry->name)) continue;  // of a shared expert of width 0
       const auto [file, found] = model.locate(entry->name);

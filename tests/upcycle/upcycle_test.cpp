@@ -165,7 +165,7 @@ TEST_F(Upcycle, WorksForBf16TiedEmbeddingsAndOddSizes) {
     c.target.shared_expert_intermediate_size = shared;
     run(c, o, 3);
     const HfModel made(o.to);
-    EXPECT_EQ(made.config().dtype, "bfloat16");
+    EXPECT_EQ(made.config().dtype, FileDType::kBf16);
     EXPECT_EQ(made.config().num_experts, experts);
   }
 }
