@@ -1,14 +1,14 @@
 #include "data/hf_model.h"
 
-#include <fmt/ranges.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <cstring>
-#include <set>
 
 #include "data/box_runs.h"
 #include "data/hf_files.h"
 #include "data/stored_values.h"
+#include "data/tensor_differences.h"
 #include "kernels/core/log.h"
 
 namespace upmoe {
@@ -16,8 +16,6 @@ namespace upmoe {
 namespace fs = std::filesystem;
 
 namespace {
-
-constexpr std::size_t kListed = 20;  // differences in one message
 
 // Reads runs of one tensor, given in the order of the file: neighbours there become one read, however they
 // are scattered in `out` (gate and up interleave), and no read needs more than a small buffer.
@@ -164,42 +162,30 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
          "{}: the names of the tensors lack 'model.': they were saved from the model without its head; "
          "load them with AutoModelForCausalLM of transformers and save that",
          dir_.string());
-  std::vector<std::string> differences;
+  TensorDifferences differences;
   for (const auto& [tensor, file] : file_of) {
     const auto it = index_.find(tensor);
     if (it == index_.end() || names[it->second.first] != file)
-      differences.push_back(
-          fmt::format("{}: the index says {}, {}", tensor, file,
-                      it == index_.end() ? "no file holds it" : "it is in " + names[it->second.first]));
+      differences.add(tensor, fmt::format("the index says {}, {}", file,
+                                          it == index_.end() ? "no file holds it"
+                                                             : "it is in " + names[it->second.first]));
   }
-  std::set<std::string> expected;
   for (const HfTensor& t : hf_tensors_of(config_)) {
-    if (!expected.insert(t.name).second) continue;  // another part of it
+    if (differences.expects(t.name)) continue;  // another part of it
     const auto it = index_.find(t.name);
-    if (it == index_.end()) {
-      if (!t.zeros) differences.push_back(t.name + ": missing");
-      continue;
-    }
-    const SafetensorsEntry& e = files_[it->second.first].header().entries[it->second.second];
-    if (e.shape != t.shape)
-      differences.push_back(fmt::format("{}: shape [{}], expected [{}]", t.name, fmt::join(e.shape, ", "),
-                                        fmt::join(t.shape, ", ")));
-    if (!is_stored_float(e.dtype))
-      differences.push_back(fmt::format(
-          "{}: dtype {}, expected BF16, F32 or F16; save the model in one of them", t.name, e.dtype));
-    if (!file_of.empty() && !file_of.contains(t.name))
-      differences.push_back(t.name + ": in a file but not in the index");
+    const bool there = it != index_.end();
+    if (there || !t.zeros)
+      differences.expect(t.name, t.shape,
+                         there ? &files_[it->second.first].header().entries[it->second.second] : nullptr);
+    if (there && !file_of.empty() && !file_of.contains(t.name))
+      differences.add(t.name, "in a file but not in the index");
   }
   for (const auto& [name, place] : index_)
-    if (!expected.contains(name) && !is_derived(name) && !(config_.tie_word_embeddings && name == head))
-      differences.push_back(name + ": not part of the model of config.json");
-  if (differences.empty()) return;
-  std::string text;
-  for (std::size_t i = 0; i < std::min(kListed, differences.size()); ++i) text += "\n  " + differences[i];
-  if (differences.size() > kListed) text += fmt::format("\n  and {} more", differences.size() - kListed);
-  fail(ExitCode::kBadInput,
-       "{}: the files are not the model of config.json; both must be of one model as it was saved:{}",
-       dir_.string(), text);
+    if (!differences.expects(name) && !is_derived(name) && !(config_.tie_word_embeddings && name == head))
+      differences.add(name, "not part of the model of config.json");
+  differences.throw_if_any(
+      fmt::format("{}: the files are not the model of config.json; both must be of one model as it was saved",
+                  dir_.string()));
 }
 
 std::pair<const SafetensorsFile*, const SafetensorsEntry*> HfModel::locate(const std::string& tensor) const {

@@ -2,7 +2,6 @@
 
 #include <fmt/ranges.h>
 
-#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
@@ -16,6 +15,7 @@
 #include "data/posix_file.h"
 #include "data/staged_directory.h"
 #include "data/stored_values.h"
+#include "data/tensor_differences.h"
 #include "parallel/watchdog.h"
 
 namespace upmoe {
@@ -28,7 +28,6 @@ namespace {
 constexpr const char *kConfig = "adapter_config.json", *kTensors = "adapter_model.safetensors";
 constexpr const char* kBaseDigest = "upmoe_base";
 constexpr std::uint64_t kMostConfigBytes = std::uint64_t{1} << 20;
-constexpr std::size_t kListed = 20;  // differences in one message
 constexpr std::string_view kWeight = ".weight";
 
 // "model.layers.0.self_attn.q_proj" of its weight's name.
@@ -239,28 +238,13 @@ void PeftAdapter::read_form() {
 }
 
 void PeftAdapter::check_tensors() const {
-  std::vector<std::string> differences;
-  std::set<std::string> expected;
-  for (const PeftTensor& t : peft_tensors_of(config_)) {
-    expected.insert(t.name);
-    const SafetensorsEntry* e = file_->find(t.name);
-    if (e == nullptr) {
-      differences.push_back(t.name + ": missing");
-    } else if (e->shape != t.shape) {
-      differences.push_back(fmt::format("{}: shape [{}], expected [{}]", t.name, fmt::join(e->shape, ", "),
-                                        fmt::join(t.shape, ", ")));
-    } else if (!is_stored_float(e->dtype)) {
-      differences.push_back(fmt::format("{}: dtype {}, expected BF16, F32 or F16", t.name, e->dtype));
-    }
-  }
+  TensorDifferences differences;
+  for (const PeftTensor& t : peft_tensors_of(config_))
+    differences.expect(t.name, t.shape, file_->find(t.name));
   for (const SafetensorsEntry& e : file_->header().entries)
-    if (!expected.contains(e.name)) differences.push_back(e.name + ": not an adapter of this model");
-  if (differences.empty()) return;
-  std::string text;
-  for (std::size_t i = 0; i < std::min(kListed, differences.size()); ++i) text += "\n  " + differences[i];
-  if (differences.size() > kListed) text += fmt::format("\n  and {} more", differences.size() - kListed);
-  fail(ExitCode::kBadInput, "{}: the adapter ({}) is one of another model:{}", dir_.string(),
-       words_of(config_.lora), text);
+    if (!differences.expects(e.name)) differences.add(e.name, "not an adapter of this model");
+  differences.throw_if_any(
+      fmt::format("{}: the adapter ({}) is one of another model", dir_.string(), words_of(config_.lora)));
 }
 
 void PeftAdapter::read(const ParamSpec& param, const Box& box, TensorView out) const {
