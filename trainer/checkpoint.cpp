@@ -40,10 +40,6 @@ std::size_t aligned(std::size_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 
-TensorView owned_weight(const StoredParam& p) {
-  return p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end);
-}
-
 }  // namespace
 
 CheckpointWriter::CheckpointWriter(fs::path checkpoints_dir) : dir_(std::move(checkpoints_dir)) {}
@@ -51,7 +47,7 @@ CheckpointWriter::CheckpointWriter(fs::path checkpoints_dir) : dir_(std::move(ch
 std::uint64_t CheckpointWriter::bytes_of(const Session& s) {
   std::size_t bytes = 0;
   for (const StoredParam& p : s.params.all())
-    if (p.owned.size() > 0) bytes += aligned(owned_weight(p).bytes());
+    if (p.owned.size() > 0) bytes += aligned(p.owned_value().bytes());
   for (const OwnedSlice& slice : s.optimizer.slices())
     // The moments are written in fp32 in whatever form they are kept: the bytes of a checkpoint do not tell it.
     bytes += (slice.has_master() ? 3 : 2) *
@@ -92,7 +88,7 @@ void CheckpointWriter::begin(Session& session, const TrainState& state, Communic
     return room;
   };
   for (const StoredParam& p : session.params.all())
-    if (p.owned.size() > 0) ops::download(ex, stage(p, "weight", p.value.dtype), owned_weight(p));
+    if (p.owned.size() > 0) ops::download(ex, stage(p, "weight", p.value.dtype), p.owned_value());
   for (const OwnedSlice& slice : session.optimizer.slices()) {
     if (slice.has_master()) ops::download(ex, stage(*slice.param, "master", DType::kF32), slice.master);
     const TensorView m = stage(*slice.param, "m", DType::kF32), v = stage(*slice.param, "v", DType::kF32);

@@ -80,7 +80,7 @@ void Optimizer::join_group(OwnedSlice& s) const {
 
 void Optimizer::bind(OwnedSlice& s, const StoredParam& p, TensorView floats, TensorView codes) {
   const std::int64_t n = p.owned.size();
-  s.weight = p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end);
+  s.weight = p.owned_value();
   s.grad = p.owned_grad;
   if (s.coded) {
     const std::int64_t blocks = moment_blocks(p.owned.begin, n), v = padded(n), v_scale = padded(blocks);
@@ -154,9 +154,15 @@ std::string Optimizer::first_nonfinite(Exec& ex) const {
 
 namespace {
 
-// body(part of the slice's moments, first element, last) for parts that begin and end with blocks.
+// A part of a slice's moments, which begins and ends with blocks, and room for them as fp32.
+struct Part {
+  CodedMoments coded;
+  std::int64_t begin, end;
+  TensorView m_n, v_n;
+};
+
 template <class Body>
-void for_parts(const OwnedSlice& s, const Body& body) {
+void for_parts(Exec& ex, const OwnedSlice& s, const Body& body) {
   const CodedMoments& all = s.moments;
   const std::int64_t n = all.m_n.elements(), phase = all.first % kMomentBlock;
   for (std::int64_t begin = 0; begin < n;) {
@@ -164,10 +170,13 @@ void for_parts(const OwnedSlice& s, const Body& body) {
     const std::int64_t end = std::min(n, (begin + phase) / kAtOnce * kAtOnce + kAtOnce - phase);
     const std::int64_t block = (begin + phase) / kMomentBlock,
                        blocks = moment_blocks(all.first + begin, end - begin);
-    body(CodedMoments{all.m_n.rows(begin, end), all.v_n.rows(begin, end),
-                      all.m_scale_b.rows(block, block + blocks), all.v_scale_b.rows(block, block + blocks),
-                      all.first + begin},
-         begin, end);
+    ScratchScope scope(*ex.scratch);
+    const TensorView m_n = ex.scratch->take({end - begin}, DType::kF32, "decoded moments"),
+                     v_n = ex.scratch->take({end - begin}, DType::kF32, "decoded moments");
+    const CodedMoments coded{all.m_n.rows(begin, end), all.v_n.rows(begin, end),
+                             all.m_scale_b.rows(block, block + blocks),
+                             all.v_scale_b.rows(block, block + blocks), all.first + begin};
+    body(Part{coded, begin, end, m_n, v_n});
     begin = end;
   }
 }
@@ -179,13 +188,10 @@ void save_moments(Exec& ex, const OwnedSlice& s, TensorView m, TensorView v) {
     ops::download(ex, m, s.m);
     return ops::download(ex, v, s.v);
   }
-  for_parts(s, [&](const CodedMoments& part, std::int64_t begin, std::int64_t end) {
-    ScratchScope scope(*ex.scratch);
-    TensorView m_n = ex.scratch->take({end - begin}, DType::kF32, "decoded moments"),
-               v_n = ex.scratch->take({end - begin}, DType::kF32, "decoded moments");
-    ops::decode_moments(ex, m_n, v_n, part);
-    ops::download(ex, m.rows(begin, end), m_n);
-    ops::download(ex, v.rows(begin, end), v_n);
+  for_parts(ex, s, [&](const Part& part) {
+    ops::decode_moments(ex, part.m_n, part.v_n, part.coded);
+    ops::download(ex, m.rows(part.begin, part.end), part.m_n);
+    ops::download(ex, v.rows(part.begin, part.end), part.v_n);
   });
 }
 
@@ -194,13 +200,10 @@ void load_moments(Exec& ex, const OwnedSlice& s, ConstTensorView m, ConstTensorV
     ops::upload(ex, s.m, m);
     return ops::upload(ex, s.v, v);
   }
-  for_parts(s, [&](const CodedMoments& part, std::int64_t begin, std::int64_t end) {
-    ScratchScope scope(*ex.scratch);
-    TensorView m_n = ex.scratch->take({end - begin}, DType::kF32, "moments to be coded"),
-               v_n = ex.scratch->take({end - begin}, DType::kF32, "moments to be coded");
-    ops::upload(ex, m_n, m.rows(begin, end));
-    ops::upload(ex, v_n, v.rows(begin, end));
-    ops::encode_moments(ex, part, m_n, v_n);
+  for_parts(ex, s, [&](const Part& part) {
+    ops::upload(ex, part.m_n, m.rows(part.begin, part.end));
+    ops::upload(ex, part.v_n, v.rows(part.begin, part.end));
+    ops::encode_moments(ex, part.coded, part.m_n, part.v_n);
   });
 }
 

@@ -318,8 +318,7 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
     place(s.memory.exec, outcome.weights, slice.param->spec.name, *slice.param, slice.weight);
   for (const StoredParam& p : s.params.all())
     if (!p.spec.trained && p.owned.size() > 0)
-      place(s.memory.exec, outcome.buffers, p.spec.name, p,
-            p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end));
+      place(s.memory.exec, outcome.buffers, p.spec.name, p, p.owned_value());
   if (after) after(s);
   std::filesystem::remove(tokens);
 }

@@ -38,8 +38,7 @@ void collect(Session& s, Tensors& all, std::mutex& mutex) {
   }
   for (const StoredParam& p : s.params.all())
     if (!p.spec.trained && p.owned.size() > 0)
-      test::place(s.memory.exec, all, p.spec.name + " buffer", p,
-                  p.value.reshape({p.value.elements()}).rows(p.owned.begin, p.owned.end));
+      test::place(s.memory.exec, all, p.spec.name + " buffer", p, p.owned_value());
 }
 
 // Half the run under `layout`: from the golden weights, or from a checkpoint; saves at its end.

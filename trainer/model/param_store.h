@@ -35,6 +35,9 @@ struct StoredParam {
   bool *grad_written = nullptr,
        *owned_grad_written = nullptr;  // in this step; the second: where grad is shared
   bool trains() const { return spec.trained && !frozen; }
+  TensorView owned_value() const {  // flat, owned.size() elements
+    return value.reshape({value.elements()}).rows(owned.begin, owned.end);
+  }
   Param whole() const { return {value, grad, {grad_written, 1}}; }
   // As Param::write_grad, for a sum over ranks of a gradient that is shared.
   GradientView write_owned_grad() const {
