@@ -12,6 +12,7 @@
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
+#include "launch/compute_options.h"
 #include "launch/output.h"
 #include "launch/token_sets.h"
 #include "trainer/held_out.h"
@@ -26,9 +27,7 @@ constexpr double kLargest = std::numeric_limits<double>::max();  // JSON has no 
 struct EvalArguments {
   std::string model, logits;
   std::vector<std::string> data, names;
-  Precision precision = Precision::kFp32;
-  RouterDType router = RouterDType::kAuto;
-  DeviceChoice device = DeviceChoice::kAuto;
+  ComputeOptions compute;
   std::int64_t seq_len = 0, sequences = 0, micro_batch = 4;
   bool mask_documents = false, loss_mask = false;
 };
@@ -43,7 +42,7 @@ std::vector<std::string> set_names(const std::vector<std::string>& files, std::v
   fail(ExitCode::kNumeric,
        "{}: {} over {} in {}: either weights are not finite, or what they compute; "
        "`upmoe inspect --verify {}` reads every weight",
-       a.model, what, fmt::join(a.data, ", "), name_of(a.precision), a.model);
+       a.model, what, fmt::join(a.data, ", "), name_of(a.compute.precision), a.model);
 }
 
 void check(const EvalArguments& a, const Communicator& world) {
@@ -113,8 +112,7 @@ nlohmann::json report_of(const EvalArguments& a, const std::vector<HeldOutLoss>&
 }
 
 int run_eval(const EvalArguments& a, Runtime& runtime) {
-  const Device device = runtime.choose_device(a.device);
-  remark_on_precision(a.precision, device);
+  const Device device = a.compute.choose_device(runtime);
   Communicator& world = runtime.world();
   check(a, world);
   std::unique_ptr<ModelSource> source;
@@ -126,8 +124,7 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
     log::warning("--seq-len {}: the model was made for {} positions", a.seq_len,
                  config.max_position_embeddings);
 
-  RankModel model(config, evaluation_mesh(config, world.size()), world, device,
-                  {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
+  RankModel model(config, evaluation_mesh(config, world.size()), world, device, a.compute.model_options());
   TokenSets sets;
   run_agreed(world, [&] {
     model.params.load(model.memory.exec,
@@ -154,8 +151,7 @@ void add_eval(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<EvalArguments>();
   CLI::App* command =
       app.add_subcommand("eval", "Held-out loss and perplexity of a model, as one JSON object");
-  as_path(command->add_option("model", a->model, "Hugging Face directory, checkpoint or run directory")
-              ->required());
+  add_model(*command, a->model);
   as_path(command->add_option("--data", a->data, "Token file; several times: the loss of each and of all")
               ->required()
               ->take_all()
@@ -173,9 +169,7 @@ void add_eval(CLI::App& app, Handler& handler) {
   command->add_option("--micro-batch", a->micro_batch, "Sequences at once per rank")
       ->check(above_zero())
       ->capture_default_str();
-  add_choice(*command, "--precision", a->precision, "fp32 or bf16");
-  add_choice(*command, "--router-dtype", a->router, "auto, or fp32: routers in fp32 beside bf16");
-  add_choice(*command, "--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one");
+  add_compute_options(*command, a->compute);
   command->add_flag("--mask-documents", a->mask_documents,
                     "Attention and positions restart at each document");
   command->add_flag("--loss-mask", a->loss_mask, "Targets that the file's loss mask leaves out do not count");

@@ -10,6 +10,7 @@
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
 #include "launch/commands.h"
+#include "launch/compute_options.h"
 #include "launch/generate_bench.h"
 #include "launch/growing_text.h"
 #include "launch/output.h"
@@ -35,9 +36,7 @@ struct GenerateArguments {
   double memory_gb = 0;
   std::string machine;
   int tp = 1;
-  Precision precision = Precision::kFp32;
-  RouterDType router = RouterDType::kAuto;
-  DeviceChoice device = DeviceChoice::kAuto;
+  ComputeOptions compute;
 };
 
 // Of rank 0: the model's tokenizer, if it has one.
@@ -138,8 +137,7 @@ void report_rates(const Generated& made) {
 
 int run_generate(const GenerateArguments& a, Runtime& runtime) {
   check(a);
-  const Device device = runtime.choose_device(a.device);
-  remark_on_precision(a.precision, device);
+  const Device device = a.compute.choose_device(runtime);
   Communicator& world = runtime.world();
   const bool first = world.rank() == 0;
   std::unique_ptr<ModelSource> source;
@@ -165,8 +163,7 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
   require_equal(world, fmt::format("checkpoints of {}", a.models.front()), source->directory().string());
   share_prompts(world, prompts);
 
-  RankModel model(source->config(), mesh, world, device,
-                  {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false});
+  RankModel model(source->config(), mesh, world, device, a.compute.model_options());
   run_agreed(world, [&] {
     model.params.load(model.memory.exec,
                       [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
@@ -190,9 +187,8 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
 }
 
 int run_bench(const GenerateArguments& a, Runtime& runtime) {
-  return run_generate_bench({a.models, a.rates, a.concurrency, a.memory_gb, a.machine, a.tp, a.precision,
-                             a.router, a.device, a.json},
-                            runtime);
+  return run_generate_bench(
+      {a.models, a.rates, a.concurrency, a.memory_gb, a.machine, a.tp, a.compute, a.json}, runtime);
 }
 
 // Numbers that rise, each once; none for `auto`.
@@ -297,12 +293,7 @@ void add_generate(CLI::App& app, Handler& handler) {
   auto a = std::make_shared<GenerateArguments>();
   CLI::App* command = app.add_subcommand(
       "generate", "Continues prompts, greedily or at random, with a cache of keys and values; or times that");
-  as_path(
-      command
-          ->add_option("model", a->models,
-                       "Hugging Face directory, checkpoint or run directory; with --bench also several, a "
-                       "config.json, or a name of configs/models")
-          ->required());
+  add_model(*command, a->models, "; with --bench also several, a config.json, or a name of configs/models");
   const Options prompts = add_prompts(*command, *a);
   Options others = add_answers(*command, *a);
   others.insert(others.end(), prompts.begin(), prompts.end());
@@ -312,9 +303,7 @@ void add_generate(CLI::App& app, Handler& handler) {
   command->add_option("--tp", a->tp, "Ranks that share each layer; the others take prompts of their own")
       ->check(above_zero())
       ->capture_default_str();
-  add_choice(*command, "--precision", a->precision, "fp32 or bf16");
-  add_choice(*command, "--router-dtype", a->router, "auto, or fp32: routers in fp32 beside bf16");
-  add_choice(*command, "--device", a->device, "cpu, cuda, or auto: GPUs where every rank has one");
+  add_compute_options(*command, a->compute);
   command->callback([=, &handler] {
     for (const CLI::Option* way : prompts) a->given += way->count() > 0 ? 1 : 0;
     a->concurrency = concurrency_of(a->at_once);

@@ -24,10 +24,6 @@ struct Subject {
   std::optional<RequestRoom> room;  // where it chose these numbers
 };
 
-RankModel::Options options_of(const BenchArguments& a) {
-  return {.dtype = dtype_of(a.precision), .fp32 = fp32_roles(a.router), .gradients = false};
-}
-
 void check_length(const Subject& s, const RatesRequest& request) {
   const std::int64_t positions = s.config.max_position_embeddings;
   if (request.prompt > positions)
@@ -60,7 +56,7 @@ double choose_concurrency(std::vector<Subject>& subjects, const BenchArguments& 
   std::vector<ModelToServe> models;
   for (const Subject& s : subjects) models.push_back({s.name, s.config, s.mesh});
   const std::vector<RequestRoom> rooms =
-      room_for_requests(models, world, options_of(a), a.request, device, bytes);
+      room_for_requests(models, world, a.compute.model_options(), a.request, device, bytes);
   for (std::size_t m = 0; m < subjects.size(); ++m) {
     subjects[m].room = rooms[m];
     subjects[m].concurrency = concurrency_up_to(rooms[m].requests);
@@ -73,7 +69,7 @@ double choose_concurrency(std::vector<Subject>& subjects, const BenchArguments& 
 
 // Behind this its parameters have values.
 void make_model(Subject& s, const BenchArguments& a, Communicator& world, Device device) {
-  s.model = std::make_unique<RankModel>(s.config, s.mesh, world, device, options_of(a));
+  s.model = std::make_unique<RankModel>(s.config, s.mesh, world, device, a.compute.model_options());
   RankModel& model = *s.model;
   run_agreed(world, [&] {
     if (!s.weights)
@@ -109,7 +105,7 @@ std::vector<TimedModel> best_times(const std::vector<Subject>& subjects, const B
   for (const Subject& s : subjects) {
     timed.push_back({s.name, s.weights == nullptr, {}, {}, {}});
     if (!machine) continue;
-    timed.back().served.emplace(s.config, a.request.prompt, dtype_of(a.precision));
+    timed.back().served.emplace(s.config, a.request.prompt, dtype_of(a.compute.precision));
     decode_seconds(*timed.back().served, *machine, 1, 1);
   }
   return timed;
@@ -125,12 +121,11 @@ int run_generate_bench(const BenchArguments& a, Runtime& runtime) {
     if (a.memory_gb > 0 && !a.concurrency.empty())
       fail(ExitCode::kUsage, "--memory is what --concurrency auto goes by; ask for that, or leave it out");
   });
-  const Device device = runtime.choose_device(a.device);
-  remark_on_precision(a.precision, device);
+  const Device device = a.compute.choose_device(runtime);
   std::vector<Subject> subjects = open_all(a, world);
   const bool on_gpu = device.type == DeviceType::kCuda;
   TimedOn on{on_gpu ? gpu::name_of(device.index) : fmt::format("CPU, {} threads", runtime.cores().threads),
-             name_of(a.precision),
+             name_of(a.compute.precision),
              world.size(),
              {},
              0};

@@ -4,8 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "configs/run_choices.h"
-#include "parallel/runtime.h"
+#include "launch/compute_options.h"
 #include "trainer/generation_rates.h"
 
 namespace upmoe {
@@ -17,9 +16,7 @@ struct BenchArguments {
   double memory_gb = 0;                   // in, 10^9 bytes of a rank; 0: its device's own
   std::string machine;                    // empty: no best times
   int tp = 1;
-  Precision precision = Precision::kFp32;
-  RouterDType router = RouterDType::kAuto;
-  DeviceChoice device = DeviceChoice::kAuto;
+  ComputeOptions compute;
   bool as_json = false;
 };
 

@@ -39,6 +39,18 @@ class CommandLine(unittest.TestCase):
         self.refused(["without dashes", "train.steps=VALUE"], "train", "run.yaml", "--train.steps=5")
         self.refused(["options stand behind the command"], "--fresh", "train", "run.yaml")
 
+    # One function declares them.
+    def test_commands_that_compute_have_the_same_options_for_it(self):
+        found = []
+        for command in ("eval", "generate"):
+            shown = " ".join(upmoe(command, "--help").stdout.split())
+            found.append(re.search(r"--precision .*GPUs where every rank has one", shown)[0])
+            self.assertIn("REQUIRED Hugging Face directory, checkpoint or run directory", shown)
+            for option, wrong in (("--precision", "fp64"), ("--router-dtype", "bf16"), ("--device", "tpu")):
+                self.assertIn(f"{option} TEXT", found[-1])
+                self.refused([f"upmoe {command}", option, wrong], command, "m", option, wrong)
+        self.assertEqual(*found)
+
     def test_help_leads_to_every_configuration_key(self):
         frozen = (ROOT / "tests" / "configs" / "frozen_keys.txt").read_text(encoding="utf-8")
         train, upcycle = frozen.split("# upmoe upcycle\n")
