@@ -102,7 +102,13 @@ MUTANTS = {
     "every_expert_with_the_firsts_adapter": (
         "data/merged_weights.cpp", "    box.offset.dim[0] = expert;\n", "", "Adapters.*", "hf_model_test"),
     "an_adapter_of_another_shape_is_read": (
-        "data/peft_adapter.cpp", "} else if (e->shape != t.shape) {", "} else if (e->shape.size() != t.shape.size()) {",
+        "data/tensor_differences.cpp", "if (found->shape != shape)", "if (found->shape.size() != shape.size())",
         "Adapters.*", "hf_model_test"),
+    "tensors_of_integers_are_read": (
+        "data/tensor_differences.cpp", "if (!is_stored_float(found->dtype))", "if (false)",
+        "TensorDifferences.*:Models.*", "hf_model_test"),
+    "a_long_list_of_differences_says_nothing_of_the_rest": (
+        "data/tensor_differences.cpp", "if (list_.size() > kListed)", "if (false)", "TensorDifferences.*",
+        "hf_model_test"),
     "dora_merged_as_lora": ("data/peft_adapter.cpp", "object.refuse(key, ", "(void)(", "Adapters.*", "hf_model_test"),
 }
