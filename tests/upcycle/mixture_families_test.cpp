@@ -117,7 +117,7 @@ constexpr Start kStarts[] = {
 };
 
 TEST(MixtureFamilies, ShippedRecipesStartWhereTheDocumentsSay) {
-  std::set<std::string> known{"grow-2x", "btx-prompts", "cmoe"};  // of a mixture: growth_test; of tokens
+  std::set<std::string> known{"grow-2x", "btx-prompts", "cmoe"};  // published_recipes_test has them
   for (const Start& start : kStarts) {
     SCOPED_TRACE(fmt::format("{} of {}", start.recipe, start.dense));
     known.insert(start.recipe);
