@@ -39,12 +39,12 @@ def draw_arms(ax, outcomes, axis, charged):
     return lines
 
 
-def limits_of(lines, margin):
-    """Of the losses, with a margin of that share: the first fall would flatten the rest. Intervals are seen whole at
-    the end, which is compared."""
+def limits_of(lines, margin, beginning=0.2):
+    """Of the losses, with a margin of that share: what happens in the beginning would flatten the rest. Intervals are
+    seen whole at the end, which is compared."""
     heights, banded = [y for line in lines for y in line.heights], [line for line in lines if line.low is not None]
-    ordinary = [loss[len(loss) // 5:] for loss in heights] + [line.high[-1:] for line in banded]
-    bottoms = [line.low[len(line.low) // 5:] for line in banded]
+    ordinary = [loss[int(beginning * len(loss)):] for loss in heights] + [line.high[-1:] for line in banded]
+    bottoms = [line.low[int(beginning * len(line.low)):] for line in banded]
     low, high = min(map(np.min, [*heights, *bottoms])), max(map(np.max, ordinary))
     margin *= max(high - low, 1e-6)
     return low - margin, high + margin
@@ -70,7 +70,7 @@ def draw_differences(ax, outcomes, than):
         if arm != than and all(len(x) > 1 for x, _ in pairs):
             lines.append(mean_line(*zip(*pairs)))
             draw_arm(ax, lines[-1], outcomes, arm)
-    ax.set_ylim(*limits_of(lines, 0.05))
+    ax.set_ylim(*limits_of(lines, 0.05, beginning=0.6))
     ax.set_xlabel(NAMES["tokens"])
     ax.xaxis.set_major_formatter(lambda value, _: short(value))
     ax.set_ylabel(f"within pairs, minus that of '{than}'".replace("$", r"\$"))
