@@ -1,8 +1,9 @@
 #pragma once
 // What two layouts of one run came to, compared.
 
-#include "configs/lora_record.h"
-#include "configs/router_record.h"
+#include <list>
+#include <tuple>
+
 #include "tests/support/layout_run.h"
 #include "tests/support/tolerance.h"
 
@@ -32,25 +33,38 @@ inline void expect_equal(const Outcome& one, const Outcome& many, const Limits& 
   }
 }
 
-// The same run on one rank, once for each.
-inline const Outcome& one_rank(const Layout& like) {
-  static std::map<std::string, Outcome> done;
+// The same run on one rank.
+inline Layout on_one_rank(const Layout& like) {
   Layout one = like;
   one.mesh = {};
   one.pp_chunks = 1;
   one.node_ranks = 0;
   one.zero = 1;
-  std::string kinds;
-  for (const AuxKind kind : one.aux_kinds) kinds += name_of(kind);
-  const std::string key =
-      one.str() + name_of(one.recompute) + name_of(one.precision) + name_of(one.reduce) + kinds +
-      name_of(one.optimizer) +
-      fmt::format("{}{}{}{}{}{}{}{}{}{}{}", words_of(one.lora), fmt::join(one.freeze, ","),
-                  static_cast<int>(one.loss_mask), one.mask_documents, one.z_loss, one.steps, one.choices,
-                  one.renormalize, one.form ? words_of(*one.form) : "own", one.bias_rate, one.eps);
-  auto it = done.find(key);
-  if (it == done.end()) it = done.emplace(key, run_in_layout(one)).first;
-  return it->second;
+  return one;
+}
+
+// All that decides what a layout comes to, to compare it with another one's. A field of Layout that is not named here
+// does not compile.
+inline auto deciding(const Layout& layout) {
+  const auto& [model, mesh, micro_batch, pp_chunks, recompute, precision, mask_documents, z_loss, aux_loss,
+               aux_kinds, aux_groups, steps, node_ranks, zero, reduce, optimizer, order_seed, router,
+               router_bias, experts, width, num_experts, form, choices, renormalize, bias_rate, eps,
+               loss_mask, freeze, lora, change] = layout;
+  UPMOE_CHECK(!change, "{}: what a function changes cannot be compared", layout.str());
+  return std::make_tuple(model, mesh.str(), micro_batch, pp_chunks, recompute, precision, mask_documents,
+                         z_loss, aux_loss, aux_kinds, aux_groups, steps, node_ranks, zero, reduce, optimizer,
+                         order_seed, router, router_bias, experts, width, num_experts, form, choices,
+                         renormalize, bias_rate, eps, loss_mask, freeze, lora.rank, lora.alpha, lora.targets);
+}
+
+// What it comes to on one rank, computed once for each.
+inline const Outcome& one_rank(const Layout& like) {
+  static std::list<std::pair<decltype(deciding(like)), Outcome>> done;
+  const Layout one = on_one_rank(like);
+  const auto key = deciding(one);
+  for (const auto& [of, outcome] : done)
+    if (of == key) return outcome;
+  return done.emplace_back(key, run_in_layout(one)).second;
 }
 
 }  // namespace upmoe::test
