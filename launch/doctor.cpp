@@ -149,9 +149,13 @@ void Examination::folder(bool of_a_run) {
   shared_folder();
 }
 
-// Every host opens the files itself.
+// Every host opens the files itself; all ranks together find the checkpoint.
 void Examination::inputs(const RunConfig& run) {
-  if (mine_.speaks) fails([&] { require_inputs(run, world().size()); });
+  RunOrigin origin;
+  if (fails([&] { origin = origin_of(run, world()); })) return;
+  add(origin.passed_over);
+  if (mine_.speaks)
+    fails([&] { require_inputs(run, origin.checkpoint, world().size(), world().rank() == 0); });
 }
 
 // Whether what rank 0 makes there is seen on the other hosts.

@@ -73,6 +73,10 @@ std::vector<std::int64_t> steps_of(const fs::path& checkpoints_dir, Communicator
 
 }  // namespace
 
+std::string PassedOver::words() const {
+  return fmt::format("checkpoint {} is not usable and is passed over: {}", folder.string(), fault.reason);
+}
+
 CheckpointChoice choose_checkpoint(const fs::path& checkpoints_dir, Communicator& world) {
   CheckpointChoice choice;
   for (const std::int64_t step : steps_of(checkpoints_dir, world)) {

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "data/checkpoint_folder.h"
@@ -13,6 +14,7 @@ namespace upmoe {
 struct PassedOver {
   std::filesystem::path folder;
   StoreFault fault;
+  std::string words() const;  // what it is and why, without what becomes of it
 };
 
 struct CheckpointChoice {

@@ -68,8 +68,7 @@ void CheckpointKeeper::remember(const CheckpointChoice& choice) {
     } catch (const SystemError& e) {
       place = e.what();
     }
-    log::warning("checkpoint {} is not usable and is passed over: {}; {}", p.folder.string(), p.fault.reason,
-                 place);
+    log::warning("{}; {}", p.words(), place);
   }
   if (choice.newest) good_.push_back(*step_of(choice.newest->filename().string()));
 }

@@ -58,6 +58,25 @@ std::string model_digest(const ModelConfig& config, const ModelSource* weights) 
   return fmt::format("{:016x}", philox_key(2, function_of(asked)));
 }
 
+void require_whole_steps(const RunConfig& now, std::int64_t step, std::int64_t samples) {
+  if (samples != step * now.train.global_batch)
+    fail(ExitCode::kUsage,
+         "train.global_batch: the checkpoint consumed {} samples in {} steps, which {} per step does "
+         "not give; restore it, or start another run.dir",
+         samples, step, now.train.global_batch);
+}
+
+void require_same_data(const RunConfig& now, const TokenDataset& data, const fs::path& checkpoint,
+                       const std::string& fingerprint, const std::string& data_changes) {
+  // Empty: an upcycled model put in place as step 0, which has seen no data.
+  if (fingerprint.empty() || data.continues(fingerprint)) return;
+  fail(ExitCode::kBadInput,
+       "the data changed since {}: {}; restore data.* of {}/config.yaml, or start another run.dir",
+       checkpoint.string(),
+       data_changes.empty() ? "the token files are others, or have other contents" : data_changes,
+       fs::path(now.run.dir).string());
+}
+
 Resumption::Resumption(const fs::path& checkpoint, const RunConfig& now)
     : now_(now), checkpoint_(checkpoint) {
   const RunMetadata record = run_metadata_of(ShardStore(checkpoint));

@@ -9,12 +9,21 @@
 #include "configs/config_diff.h"
 #include "configs/model_config.h"
 #include "data/model_source.h"
+#include "data/token_dataset.h"
 
 namespace upmoe {
 
 // What a new run keeps in its checkpoints about the model it starts from. `weights`: null for random ones, of
 // which the configuration is all there is.
 std::string model_digest(const ModelConfig& config, const ModelSource* weights);
+
+// Throws Error(kUsage) when the samples of a checkpoint are not those of whole steps.
+void require_whole_steps(const RunConfig& now, std::int64_t step, std::int64_t samples);
+// Throws Error(kBadInput) when the data is in another order than when `checkpoint` was written, as its `fingerprint`
+// says; none: it has seen no data. `data_changes`: of the configuration, where it is known.
+void require_same_data(const RunConfig& now, const TokenDataset& data,
+                       const std::filesystem::path& checkpoint, const std::string& fingerprint,
+                       const std::string& data_changes);
 
 class Resumption {
  public:

@@ -94,7 +94,6 @@ class Run {
 
   void load(const std::optional<fs::path>& checkpoint);
   void load_teacher();
-  std::string data_changes() const;
   void start_metrics();
   void evaluate_now(std::int64_t step);
   const TrainState& state_to_save(std::int64_t step);
@@ -138,20 +137,13 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
     }
   }
   // Before the data is opened, which goes on at the beginning of a step.
-  if (checkpoint && state_.samples != state_.step * run_.train.global_batch)
-    fail(ExitCode::kUsage,
-         "train.global_batch: the checkpoint consumed {} samples in {} steps, which {} per step does "
-         "not give; restore it, or start another run.dir",
-         state_.samples, state_.step, run_.train.global_batch);
+  if (checkpoint) require_whole_steps(run_, state_.step, state_.samples);
   load_teacher();
   s.open_data(state_.samples);
-  const std::string fingerprint = s.data->fingerprint();
-  // Empty: an upcycled model put in place as step 0, which has seen no data.
-  if (checkpoint && !state_.fingerprint.empty() && !s.data->continues(state_.fingerprint))
-    fail(ExitCode::kBadInput,
-         "the data changed since {}: {}; restore data.* of {}/config.yaml, or start another run.dir",
-         checkpoint->string(), data_changes(), dir_.string());
-  state_.fingerprint = fingerprint;
+  if (checkpoint)
+    require_same_data(run_, *s.data, *checkpoint, state_.fingerprint,
+                      resumption_ ? resumption_->changes_of("data") : "");
+  state_.fingerprint = s.data->fingerprint();
   valid_ = open_held_out(run_.data, s.config.vocab_size);
   if (world_.rank() != 0) return;
   std::vector<const TokenFile*> files = s.data->files();
@@ -170,12 +162,6 @@ void Run::load_teacher() {
     if (!words.empty()) log::warning("{}", words);
   }
   teacher_.reset();
-}
-
-// What the other order of the data comes from, where this rank knows it.
-std::string Run::data_changes() const {
-  const std::string keys = resumption_ ? resumption_->changes_of("data") : "";
-  return keys.empty() ? "the token files are others, or have other contents" : keys;
 }
 
 void Run::start_metrics() {

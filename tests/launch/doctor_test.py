@@ -37,8 +37,13 @@ class Doctor(unittest.TestCase):
         self.addCleanup(temporary.cleanup)
         self.folder = Path(temporary.name)
 
-    def findings(self, folder=None, status=0, **how):
-        done = doctor("--json", "--dir", folder or self.folder, **how)
+    def change_a_byte(self, file):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    def findings(self, folder=None, status=0, run=None, **how):
+        done = doctor("--json", *([run] if run else ["--dir", folder or self.folder]), **how)
         self.assertEqual(done.returncode, status, done.stdout + done.stderr)
         report = json.loads(done.stdout)
         self.assertEqual(report["can_start"], status == 0)
@@ -160,6 +165,45 @@ class Alone(Doctor):
         (self.folder / "m" / "config.json").unlink()
         done = doctor(run)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    # A damaged checkpoint is passed over by both; what is compared with the one that is left is refused by both.
+    def test_the_checkpoint_is_the_one_that_the_run_goes_on_from(self):
+        run = self.run_file()
+        started = start(BINARY, "train", run, "train.steps=2", "checkpoint.every=1")
+        self.assertEqual(started.returncode, 0, started.stderr)
+        checkpoints = self.folder / "out" / "checkpoints"
+        older, newest = sorted(checkpoints.iterdir())
+        shard = newest / "shard_00000.h5"
+        whole = shard.read_bytes()
+        self.change_a_byte(shard)
+        found = self.findings(run=run)
+        warning = self.one(found, f"checkpoint {newest} is not usable and is passed over")
+        self.assertEqual(warning["severity"], "warning")
+        self.assertEqual(sorted(checkpoints.iterdir()), [older, newest], "nothing is set aside")
+        overrides = ("data.seed=5", "train.global_batch=2", "model.init=weights")
+        examined = [doctor(run, override) for override in overrides]
+        for override, saw in zip(overrides, examined, strict=True):
+            with self.subTest(override=override):
+                trained = start(BINARY, "train", run, override)
+                self.assertIn(trained.returncode, (2, 3), trained.stderr)
+                self.assertEqual(saw.returncode, trained.returncode, saw.stdout + saw.stderr)
+                words = trained.stderr.split("upmoe: error: ", 1)[1].strip()
+                self.assertIn("failure: " + words, saw.stdout)
+                if override == overrides[0]:
+                    self.assertIn(str(older), words)
+                    self.assertIn(warning["words"].rsplit(";", 1)[0], trained.stderr)
+        for checkpoint in (older, newest):  # the run has set the second one aside
+            self.assertEqual(checkpoint.exists(), checkpoint == older)
+        self.assertEqual(doctor(run, "train.global_batch=1").returncode, 0)
+        self.change_a_byte(older / "shard_00000.h5")
+        saw, trained = doctor(run), start(BINARY, "train", run)
+        self.assertEqual((saw.returncode, trained.returncode), (3, 3), saw.stdout + trained.stderr)
+        self.assertIn("none can be used", trained.stderr)
+        self.assertIn("failure: " + trained.stderr.split("upmoe: error: ", 1)[1].strip(), saw.stdout)
+        # What a person mends is used again.
+        (checkpoints / f"{newest.name}.aside").rename(newest)
+        shard.write_bytes(whole)
+        self.assertEqual(doctor(run).returncode, 0)
 
     def test_a_run_warns_in_the_same_words(self):
         run = self.run_file()

@@ -4,9 +4,12 @@
 #include <optional>
 
 #include "configs/nearest_meshes.h"
-#include "data/checkpoint_folder.h"
 #include "data/model_source.h"
+#include "data/run_metadata.h"
+#include "data/shard_store.h"
+#include "trainer/checkpoint_choice.h"
 #include "trainer/held_out.h"
+#include "trainer/resumption.h"
 #include "trainer/session.h"
 #include "trainer/teacher.h"
 
@@ -14,15 +17,31 @@ namespace upmoe {
 
 namespace fs = std::filesystem;
 
-void require_inputs(RunConfig run, int ranks) {
-  std::optional<fs::path> checkpoint;
-  if (!checkpoint_folders(fs::path(run.run.dir) / "checkpoints").empty())
-    checkpoint = open_model(run.run.dir)->directory();
+RunOrigin origin_of(const RunConfig& run, Communicator& world) {
+  const CheckpointChoice choice = choose_checkpoint(fs::path(run.run.dir) / "checkpoints", world);
+  RunOrigin origin{choice.newest, {}};
+  if (world.rank() != 0) return origin;
+  for (const PassedOver& p : choice.passed_over)
+    origin.passed_over.push_back(
+        {Severity::kWarning, ExitCode::kDone,
+         fmt::format("{}; {}", p.words(), p.fault.damaged ? "a run sets it aside" : "it stays where it is")});
+  return origin;
+}
+
+void require_inputs(RunConfig run, const std::optional<fs::path>& checkpoint, int ranks, bool first) {
+  RunMetadata record;
+  std::string data_changes;
+  if (checkpoint) {
+    record = run_metadata_of(ShardStore(*checkpoint));
+    if (first) data_changes = Resumption(*checkpoint, run).changes_of("data");
+  }
   const ModelConfig model = open_start(run, checkpoint).config;
   if (run.train.teacher.given()) open_model(run.train.teacher.model);
   read_teacher(run);
   require_possible(run, model, ranks);
-  open_training_data(run, model.vocab_size);
+  if (checkpoint) require_whole_steps(run, record.step, record.samples);
+  const std::unique_ptr<TokenDataset> data = open_training_data(run, model.vocab_size);
+  if (checkpoint) require_same_data(run, *data, *checkpoint, record.data_fingerprint, data_changes);
   open_held_out(run.data, model.vocab_size);
 }
 
