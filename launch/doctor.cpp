@@ -151,11 +151,11 @@ void Examination::folder(bool of_a_run) {
 
 // Every host opens the files itself; all ranks together find the checkpoint.
 void Examination::inputs(const RunConfig& run) {
-  RunOrigin origin;
-  if (fails([&] { origin = origin_of(run, world()); })) return;
-  add(origin.passed_over);
+  StartingPoint start;
+  if (fails([&] { start = starting_point_of(run, world()); })) return;
+  add(start.passed_over);
   if (mine_.speaks)
-    fails([&] { require_inputs(run, origin.checkpoint, world().size(), world().rank() == 0); });
+    fails([&] { require_inputs(run, start.checkpoint, world().size(), world().rank() == 0); });
 }
 
 // Whether what rank 0 makes there is seen on the other hosts.

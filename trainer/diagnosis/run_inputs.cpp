@@ -17,15 +17,15 @@ namespace upmoe {
 
 namespace fs = std::filesystem;
 
-RunOrigin origin_of(const RunConfig& run, Communicator& world) {
+StartingPoint starting_point_of(const RunConfig& run, Communicator& world) {
   const CheckpointChoice choice = choose_checkpoint(fs::path(run.run.dir) / "checkpoints", world);
-  RunOrigin origin{choice.newest, {}};
-  if (world.rank() != 0) return origin;
+  StartingPoint start{choice.newest, {}};
+  if (world.rank() != 0) return start;
   for (const PassedOver& p : choice.passed_over)
-    origin.passed_over.push_back(
+    start.passed_over.push_back(
         {Severity::kWarning, ExitCode::kDone,
          fmt::format("{}; {}", p.words(), p.fault.damaged ? "a run sets it aside" : "it stays where it is")});
-  return origin;
+  return start;
 }
 
 void require_inputs(RunConfig run, const std::optional<fs::path>& checkpoint, int ranks, bool first) {
