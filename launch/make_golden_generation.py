@@ -3,7 +3,9 @@
 
 Needs what launch/make_golden.py needs, whose files are there already: the models are those of their seeds. 64 tokens
 behind a prompt of 8, computed in fp64 with transformers' own cache, and the same ones without it. Prompts are drawn
-until no token's first logit is near its second, and no expert that was chosen near one that was not.
+until no token's first logit is near its second, no expert that was chosen near one that was not, and the tokens are
+others where those behind the prompt stand one place too far: a model that says the same whatever stands where would
+hold nobody to the right places.
 """
 
 import argparse
@@ -17,6 +19,10 @@ import transformers
 from make_golden import CASES, MARGIN_LATER, RouterProbe, build, golden_mixtures, in_float64, routing_margin
 
 PROMPT, NEW = 8, 64
+KINDS = 6  # of tokens among the new ones, at least
+# What attention and the FFN of a block add to the hidden state, so many times: as they are, these models, whose head is
+# their embedding, say the token before again and again. A power of two is exact in every type.
+LAYERS_TIMES = {"gemma": 4.0, "qwen3": 4.0}
 MARGIN_LOGITS = 1e-3  # a hundred times what logits of fp32 are away by
 
 
@@ -30,15 +36,27 @@ def greedy(model, prompt):
     return made.sequences[0, PROMPT:], (two[:, 0] - two[:, 1]).min().item()
 
 
-def without_cache(model, prompt, tokens):
-    logits = model(torch.cat((prompt[0], tokens))[None], use_cache=False).logits[0]
+def without_cache(model, prompt, tokens, gap=0):
+    """`gap`: between the prompt and the others."""
+    positions = torch.arange(PROMPT + NEW)
+    positions[PROMPT:] += gap
+    logits = model(torch.cat((prompt[0], tokens))[None], position_ids=positions[None], use_cache=False).logits[0]
     return logits[PROMPT - 1:-1].argmax(dim=-1)
+
+
+def say_more(model, times):
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
+                weight.mul_(times)
 
 
 def generated(case, folder):
     with safetensors.safe_open(folder / f"{case}.safetensors", "pt") as file:
         seed = int(file.metadata()["seed"])
     model = build(case, seed, torch.float64)
+    times = LAYERS_TIMES.get(case, 1.0)
+    say_more(model, times)
     probe = RouterProbe(model)
     for draw in range(2000):
         generator = torch.Generator().manual_seed(draw)
@@ -51,9 +69,13 @@ def generated(case, folder):
                 continue
             if not torch.equal(without_cache(model, prompt, tokens), tokens):
                 raise SystemExit(f"{case}: transformers says other tokens without its cache")
-        print(f"{case}: draw {draw}, logits {margin:.1e}, routing {routing:.1e} apart", flush=True)
-        return {"prompt": prompt[0].tolist(), "tokens": tokens.tolist()}
-    raise SystemExit(f"{case}: no prompt keeps the tokens away from ties")
+            if len(tokens.unique()) < KINDS or torch.equal(without_cache(model, prompt, tokens, gap=1), tokens):
+                continue
+        print(f"{case}: draw {draw}, {len(tokens.unique())} kinds of tokens, logits {margin:.1e}, routing "
+              f"{routing:.1e} apart", flush=True)
+        more = {"layers_times": times} if case in LAYERS_TIMES else {}
+        return more | {"prompt": prompt[0].tolist(), "tokens": tokens.tolist()}
+    raise SystemExit(f"{case}: no prompt keeps the tokens away from ties, of {KINDS} kinds and in their places")
 
 
 def main():

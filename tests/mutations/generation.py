@@ -17,6 +17,8 @@ MUTANTS = {
         "trainer/placed_vectors.cpp", "    at += n;\n", "", "PlacedVectors.*", f"{PROGRAM}_on_gpu"),
     "new_token_one_position_too_far": (
         "trainer/generation.cpp", "rows_[r].length - 1);", "rows_[r].length);", "EveryModel.Cache*", PROGRAM),
+    "new_token_one_position_too_far_by_what_is_said": (
+        "trainer/generation.cpp", "rows_[r].length - 1);", "rows_[r].length);", "*Places*", PROGRAM),
     "draws_by_place_among_the_others": (
         "trainer/generation.cpp", "{prompts_[row.prompt].row, row.length}",
         "{static_cast<std::int64_t>(row.prompt), row.length}", "*OneRow*", PROGRAM),
