@@ -21,6 +21,7 @@ TRAFFIC = "tests/kernels/sm90_traffic_test.cpp"  # of mistakes that move no resu
 MODEL = "tests/support/fake_cuda"
 TWIN = [f"{MODEL}/{name}" for name in re.search(r"add_library\(sm90_emulation STATIC ([^)]*)\)", (
     ROOT / MODEL / "CMakeLists.txt").read_text(encoding="utf-8"))[1].split()]
+MAPS = FOLDER + "tensor_map.cu"  # asks the model of the driver, as it stands
 FLAGS = ["-std=c++20", "-O1", "-march=native", "-w", "-Itests/support/fake_cuda", "-I."]
 
 # name: file, what stands there, what is planted, the tests that must notice, words of the finding: of the model,
@@ -156,6 +157,12 @@ MUTANTS = {
         "    if (step > 0) {\n      wgmma_wait<1>();",
         "    if (step > 0) {\n      wgmma_wait<2>();",
         "*.Down/*", "still reads"),
+    "steps_of_elements_for_four_dimensions": (
+        MAPS, "every[5] = {1, 1, 1, 1, 1}", "every[5] = {1, 1, 1, 1}", "*.Up/*", "a step over no elements"),
+    "half_the_swizzle": (
+        MAPS, "CU_TENSOR_MAP_SWIZZLE_128B", "CU_TENSOR_MAP_SWIZZLE_64B", "*.Down/*", "only the 128-byte swizzle"),
+    "strides_of_the_dimensions_before": (
+        MAPS, "strides.begin()[i - 1]", "strides.begin()[0]", "*.Up/*", "of_gate_up.relative()"),
     "no_swizzle_of_results": (
         FOLDER + "expert_pipeline.cuh",
         "kLaneBytes == 4 ? swizzled(row, chunk) :",
@@ -171,7 +178,8 @@ MUTANTS = {
 
 def compile_objects(folder, sources):
     for source in sources:
-        subprocess.run(["g++", *FLAGS, "-c", source, "-o", Path(source).stem + ".o"], cwd=folder, check=True)
+        subprocess.run(["g++", *FLAGS, "-x", "c++", "-c", source, "-o", Path(source).stem + ".o"], cwd=folder,
+                       check=True)
 
 
 def main():
@@ -192,8 +200,8 @@ def main():
             path.write_text(right.replace(old, new), encoding="utf-8")
             begin = time.monotonic()
             test = TRAFFIC if "Traffic" in tests else TEST
-            compile_objects(folder, [test])
-            objects = [Path(s).stem + ".o" for s in [test, *TWIN]]
+            compile_objects(folder, [test, MAPS])
+            objects = [Path(s).stem + ".o" for s in [test, MAPS, *TWIN]]
             libraries = ["-lboost_context", "-lgtest_main", "-lgtest"]
             subprocess.run(["g++", *objects, *libraries, "-o", "mutant"], cwd=folder, check=True)
             run = subprocess.run(["./mutant", f"--gtest_filter={tests}", "--gtest_brief=1"], cwd=folder, text=True,

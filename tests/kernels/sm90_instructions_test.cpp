@@ -3,8 +3,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
 
 #include "tests/kernels/sm90_instructions_cases.h"
@@ -42,8 +45,8 @@ template <class Body>
 std::string words_of(const Body& body) {
   try {
     body();
-  } catch (const sm90_twin::Mistake& mistake) {
-    return mistake.words;
+  } catch (const std::runtime_error& mistake) {
+    return mistake.what();
   }
   return "";
 }
@@ -54,7 +57,25 @@ class Sm90TensorMaps : public testing::Test {
                     std::size_t shifted = 0) const {
     return words_of([&] { make_tensor_map(memory + shifted, sizes, strides, box); });
   }
-  alignas(256) bf16 memory[256] = {};
+  // As make_tensor_map asks, but for what a test changes: eight rows of 64.
+  struct Asked {
+    CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    std::array<cuuint32_t, 5> box{64, 8, 1, 1, 1}, steps{1, 1, 1, 1, 1};
+    CUtensorMapInterleave interleave = CU_TENSOR_MAP_INTERLEAVE_NONE;
+    CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+    CUtensorMapFloatOOBfill fill = CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  };
+  CUresult encode(const Asked& asked, CUtensorMap* map) {
+    const cuuint64_t sizes[5] = {64, 8, 1, 1, 1}, strides[4] = {128, 1024, 1024, 1024};
+    return cuTensorMapEncodeTiled(map, asked.type, 5, memory, sizes, strides, asked.box.data(),
+                                  asked.steps.data(), asked.interleave, asked.swizzle,
+                                  CU_TENSOR_MAP_L2_PROMOTION_NONE, asked.fill);
+  }
+  std::string words(const Asked& asked) {
+    CUtensorMap map;
+    return words_of([&] { EXPECT_EQ(encode(asked, &map), CUDA_SUCCESS); });
+  }
+  alignas(256) bf16 memory[512] = {};
 };
 
 TEST_F(Sm90TensorMaps, AreRefusedAsTheDriverRefusesThem) {
@@ -75,6 +96,45 @@ TEST_F(Sm90TensorMaps, AreRefusedAsTheDriverRefusesThem) {
               HasSubstr("below the size of the dimension before"));
   EXPECT_THAT(words({64, 512}, {128}, {64, 257}), HasSubstr("a box of none"));
   EXPECT_THAT(words({64, 512}, {128}, {64, 0}), HasSubstr("a box of none"));
+}
+TEST_F(Sm90TensorMaps, AreEncodedByTheRulesOfTheirOtherArguments) {
+  using testing::HasSubstr;
+  EXPECT_EQ(words(Asked{}), "");
+  EXPECT_EQ(words({.steps = {1, 8, 1, 1, 8}}), "");
+  for (const std::array<cuuint32_t, 5>& steps :
+       {std::array<cuuint32_t, 5>{0, 1, 1, 1, 1}, {1, 0, 1, 1, 1}, {1, 1, 1, 1, 0}, {1, 9, 1, 1, 1}})
+    EXPECT_THAT(words({.steps = steps}), HasSubstr("a step over no elements, or over more than 8"));
+  EXPECT_EQ(words({.box = {8, 8, 1, 1, 1}}), "");
+  for (const cuuint32_t elements : {4u, 12u, 63u})
+    EXPECT_THAT(words({.box = {elements, 8, 1, 1, 1}}), HasSubstr("rows are no multiple of 16 bytes"));
+  EXPECT_THAT(words({.type = CU_TENSOR_MAP_DATA_TYPE_FLOAT16}), HasSubstr("other than bf16"));
+  EXPECT_THAT(words({.interleave = CU_TENSOR_MAP_INTERLEAVE_16B}), HasSubstr("interleaving"));
+  EXPECT_THAT(words({.swizzle = CU_TENSOR_MAP_SWIZZLE_64B}), HasSubstr("only the 128-byte swizzle"));
+  EXPECT_THAT(words({.fill = CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA}), HasSubstr("only zeros"));
+  alignas(64) unsigned char place[sizeof(CUtensorMap) + 64];
+  EXPECT_THAT(words_of([&] { encode({}, reinterpret_cast<CUtensorMap*>(place + 32)); }),
+              HasSubstr("its own address is no multiple of 64"));
+}
+// Of a box of eight rows every third: rows 0, 3 and 6.
+TEST_F(Sm90TensorMaps, AreLoadedByTheirStepsOfElements) {
+  for (std::size_t i = 0; i < std::size(memory); ++i) memory[i].bits = static_cast<std::uint16_t>(i);
+  CUtensorMap map;
+  ASSERT_EQ(encode({.steps = {1, 3, 1, 1, 1}}, &map), CUDA_SUCCESS);
+  std::vector<unsigned char> image(kImageBytes);
+  EXPECT_EQ(words_of([&] {
+              sm90_twin::run({1, 32, sizeof(ImageShared), 1, sm90_twin::When::kLatest, 1}, [&] {
+                auto& s = dynamic_shared<ImageShared>();
+                if (threadIdx.x != 0) return;
+                mbarrier_init(&s.full, 1);
+                mbarrier_arrive_expect_tx(&s.full, 3 * 128);
+                tma_load(s.image, map, &s.full, 0, 0, 0, 0, 0);
+                mbarrier_wait(&s.full, 0);
+                std::copy_n(s.image, 3 * 128, image.begin());
+              });
+            }),
+            "");
+  for (std::size_t r = 0; r < 3; ++r)
+    for (std::size_t c = 0; c < 64; ++c) EXPECT_EQ(image_at(image, r, c), 3 * r * 64 + c) << r << ", " << c;
 }
 TEST_F(Sm90TensorMaps, AreLoadedByAsManyCoordinatesFromAMultipleOf64) {
   const TensorMap map = make_tensor_map(memory, {64, 2, 1}, {128, 256}, {64, 2, 1});

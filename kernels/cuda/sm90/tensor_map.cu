@@ -27,6 +27,8 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 
 TensorMap make_tensor_map(const void* base, std::initializer_list<std::int64_t> sizes,
                           std::initializer_list<std::int64_t> strides, std::initializer_list<int> box) {
+  if (sizes.size() > 5 || strides.size() + 1 != sizes.size() || box.size() != sizes.size())
+    throw std::runtime_error("tensor map: sizes, strides and box do not fit");
   cuuint64_t size[5], stride[5];
   cuuint32_t boxes[5];
   const cuuint32_t every[5] = {1, 1, 1, 1, 1};

@@ -1,8 +1,10 @@
 #pragma once
-// As much of the CUDA driver's interface as kernels/cuda uses: virtual memory. See cuda_runtime.h.
+// As much of the CUDA driver's interface as kernels/cuda uses: virtual memory, and tensor maps. See cuda_runtime.h.
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <string>
 
 #include "tests/support/fake_cuda/cuda_runtime.h"
 
@@ -35,6 +37,9 @@ constexpr unsigned long long cudaEnableDefault = 0;
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
                                              unsigned long long flags,
                                              cudaDriverEntryPointQueryResult* found);
+namespace fake_cuda {
+std::map<std::string, void*>& entry_points();  // what it finds
+}
 
 CUresult cuMemGetAllocationGranularity(std::size_t* granularity, const CUmemAllocationProp* properties,
                                        CUmemAllocationGranularity_flags option);
@@ -49,3 +54,27 @@ CUresult cuMemMap(CUdeviceptr address, std::size_t bytes, std::size_t offset,
 CUresult cuMemUnmap(CUdeviceptr address, std::size_t bytes);
 CUresult cuMemSetAccess(CUdeviceptr address, std::size_t bytes, const CUmemAccessDesc* access,
                         std::size_t count);
+
+using cuuint32_t = std::uint32_t;
+using cuuint64_t = std::uint64_t;
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9 };
+enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE = 0, CU_TENSOR_MAP_INTERLEAVE_16B = 1 };
+enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_64B = 2, CU_TENSOR_MAP_SWIZZLE_128B = 3 };
+enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_NONE = 0, CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
+enum CUtensorMapFloatOOBfill {
+  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0,
+  CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA = 1
+};
+// Of bf16, under the 128-byte swizzle: as the model of the copy engine (sm90_emulation.h) reads it.
+struct alignas(64) CUtensorMap {
+  const unsigned char* base = nullptr;
+  int rank = 0;
+  std::int64_t size[5] = {1, 1, 1, 1, 1}, stride[5] = {};  // elements; bytes
+  int box[5] = {1, 1, 1, 1, 1};                            // elements that are loaded,
+  int step[5] = {1, 1, 1, 1, 1};                           // one in so many
+};
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                                CUtensorMapFloatOOBfill fill);

@@ -129,22 +129,20 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   return cudaSuccess;
 }
 
-cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
-                                             unsigned long long, cudaDriverEntryPointQueryResult* found) {
-  static const std::map<std::string, void*> functions{
-      {"cuMemGetAllocationGranularity", reinterpret_cast<void*>(&cuMemGetAllocationGranularity)},
-      {"cuMemAddressReserve", reinterpret_cast<void*>(&cuMemAddressReserve)},
-      {"cuMemAddressFree", reinterpret_cast<void*>(&cuMemAddressFree)},
-      {"cuMemCreate", reinterpret_cast<void*>(&cuMemCreate)},
-      {"cuMemRelease", reinterpret_cast<void*>(&cuMemRelease)},
-      {"cuMemMap", reinterpret_cast<void*>(&cuMemMap)},
-      {"cuMemUnmap", reinterpret_cast<void*>(&cuMemUnmap)},
-      {"cuMemSetAccess", reinterpret_cast<void*>(&cuMemSetAccess)}};
-  const auto it = functions.find(symbol);
-  *function = it != functions.end() ? it->second : nullptr;
-  *found = it != functions.end() ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return cudaSuccess;
-}
+// Before main, one after the other.
+[[maybe_unused]] static const bool functions_have_names = [] {
+  fake_cuda::entry_points().insert(
+      {{"cuMemGetAllocationGranularity", reinterpret_cast<void*>(&cuMemGetAllocationGranularity)},
+       {"cuMemAddressReserve", reinterpret_cast<void*>(&cuMemAddressReserve)},
+       {"cuMemAddressFree", reinterpret_cast<void*>(&cuMemAddressFree)},
+       {"cuMemCreate", reinterpret_cast<void*>(&cuMemCreate)},
+       {"cuMemRelease", reinterpret_cast<void*>(&cuMemRelease)},
+       {"cuMemMap", reinterpret_cast<void*>(&cuMemMap)},
+       {"cuMemUnmap", reinterpret_cast<void*>(&cuMemUnmap)},
+       {"cuMemSetAccess", reinterpret_cast<void*>(&cuMemSetAccess)}});
+  return true;
+}();
+
 CUresult cuMemGetAllocationGranularity(std::size_t* granularity, const CUmemAllocationProp*,
                                        CUmemAllocationGranularity_flags) {
   *granularity = kGranularity;

@@ -99,7 +99,8 @@ const unsigned char* source(const TensorMap& map, const std::vector<int>& start,
   std::int64_t from = 0;
   for (int i = 0; i < map.rank; ++i) {
     const auto box = static_cast<std::size_t>(map.box[i]);
-    const std::int64_t x = start[static_cast<std::size_t>(i)] + static_cast<std::int64_t>(e % box);
+    const std::int64_t x =
+        start[static_cast<std::size_t>(i)] + static_cast<std::int64_t>(e % box) * map.step[i];
     e /= box;
     if (x < 0 || x >= map.size[i]) return nullptr;
     from += x * map.stride[i];

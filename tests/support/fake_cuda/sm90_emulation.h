@@ -6,8 +6,8 @@
 // latest one allowed (sm90_machine.h). The model knows of barriers (phases, arrivals, bytes), copies by threads and by
 // the copy engine, multicast, stores to other blocks of a cluster, which are there behind a barrier of the cluster,
 // products that read shared memory late, the state of every 16 bytes of shared memory, and registers that move between
-// warpgroups. It does not know: the order of ordinary memory accesses beyond barriers, the scopes in the PTX words,
-// what a driver thinks of a tensor map, the order of sums inside a product, time.
+// warpgroups, and what a driver refuses of a tensor map. It does not know: the order of ordinary memory accesses beyond
+// barriers, the scopes in the PTX words, the order of sums inside a product, time.
 
 #include <cmath>
 #include <cstddef>
@@ -15,14 +15,17 @@
 #include <functional>
 #include <initializer_list>
 #include <source_location>
+#include <stdexcept>
 #include <string>
 
+#include "tests/support/fake_cuda/cuda.h"
 #include "tests/support/fake_cuda/cuda_runtime.h"
 #include "tests/support/fake_cuda/sm90_traffic.h"
 
 namespace sm90_twin {
 
-struct Mistake {  // what run() throws
+struct Mistake : std::runtime_error {  // what run() throws
+  explicit Mistake(const std::string& said) : std::runtime_error(said), words(said) {}
   std::string words;
 };
 
@@ -46,12 +49,7 @@ namespace upmoe::cuda::sm90 {
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 
-struct alignas(64) TensorMap {  // of bf16, under the 128-byte swizzle
-  const unsigned char* base = nullptr;
-  int rank = 0;
-  std::int64_t size[5] = {1, 1, 1, 1, 1}, stride[5] = {};  // elements; bytes
-  int box[5] = {1, 1, 1, 1, 1};
-};
+using TensorMap = CUtensorMap;
 
 u32 shared_address(const void* p);
 
