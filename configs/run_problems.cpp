@@ -9,6 +9,7 @@
 #include "configs/lora_record.h"
 #include "configs/router_record.h"
 #include "configs/teacher_record.h"
+#include "kernels/core/exchange_nodes.h"
 
 namespace upmoe {
 
@@ -146,9 +147,17 @@ class Problems {
       add("parallel.node_ranks: {} with etp {}: rows of cut experts go straight to their ranks; use etp 1 or "
           "node_ranks 0",
           p_.node_ranks, p_.etp);
-    if (p_.ep % p_.node_ranks != 0)
+    if (p_.ep % p_.node_ranks != 0) {
       add("parallel.node_ranks: {} does not divide parallel.ep = {}; possible: 0, {}", p_.node_ranks, p_.ep,
           fmt::join(divisors(p_.ep, p_.ep), ", "));
+    } else if (p_.ep / p_.node_ranks > kMostNodesOfAGpu && run_.device != DeviceChoice::kCpu) {
+      std::vector<std::int64_t> possible = divisors(p_.ep, p_.ep);
+      std::erase_if(possible, [&](std::int64_t ranks) { return p_.ep / ranks > kMostNodesOfAGpu; });
+      add("parallel.node_ranks: {} makes {} nodes of parallel.ep = {}, and GPUs exchange rows between at "
+          "most "
+          "{}; possible: 0, {}; on CPUs say device: cpu",
+          p_.node_ranks, p_.ep / p_.node_ranks, p_.ep, kMostNodesOfAGpu, fmt::join(possible, ", "));
+    }
   }
   std::string whose_ranks() const { return p_.pp == 1 ? "this run" : "a pipeline stage"; }
 

@@ -11,7 +11,8 @@
 namespace upmoe {
 
 // Problems that need the number of ranks or the model: batch against dp, axes not built yet, sequence
-// length against positions. All of them, one sentence each; empty when the run is possible.
+// length against positions, limits of GPUs unless run.device is cpu. All of them, one sentence each; empty when the run
+// is possible.
 std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size);
 
 // Of the ranks that parallel.ep divides a layer's experts over, those that get none: as many as it has more than the

@@ -154,8 +154,11 @@ void Examination::inputs(const RunConfig& run) {
   StartingPoint start;
   if (fails([&] { start = starting_point_of(run, world()); })) return;
   add(start.passed_over);
-  if (mine_.speaks)
-    fails([&] { require_inputs(run, start.checkpoint, world().size(), world().rank() == 0); });
+  if (!mine_.speaks) return;
+  RunConfig chosen = run;
+  if (run.device == DeviceChoice::kAuto && device_.type == DeviceType::kCpu)
+    chosen.device = DeviceChoice::kCpu;
+  fails([&] { require_inputs(chosen, start.checkpoint, world().size(), world().rank() == 0); });
 }
 
 // Whether what rank 0 makes there is seen on the other hosts.

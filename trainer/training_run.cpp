@@ -46,7 +46,9 @@ class Run {
     run_agreed(world_, [&] {
       const ModelConfig config = open_config(newest);
       open_teacher();
-      require_possible(run_, config, world_.size());
+      RunConfig chosen = run_;
+      if (options_.device.type == DeviceType::kCpu) chosen.device = DeviceChoice::kCpu;
+      require_possible(chosen, config, world_.size());
       session_config_ = config;
     });
     // A run directory goes on while it trains: replicas that began from two of its checkpoints would be no replicas.

@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "kernels/core/exchange_nodes.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
@@ -284,6 +285,34 @@ TEST(Nodes, OneRowForEachTokenAndNode) {
   ops::node_choices(ex, chosen, weights, {order_X.rows(0, 6), rows, begin}, index, weight);
   EXPECT_EQ(chosen.values(), (Values{0, 2, -1, 1, 2, -1, 1, -1, 0, 1, -1, 0}));
   EXPECT_EQ(weights.values(), (Values{1, 2, 0, 4, 7, 0, 3, 0, 5, 6, 0, 8}));
+}
+
+// An expert on each of them: a configuration asks for no more nodes of GPUs.
+TEST(Nodes, AsManyAsAGpuTakes) {
+  for (const std::int64_t nodes : {kMostNodesOfAGpu, kMostNodesOfAGpu + 1}) {
+    OpExec ex;
+    const double last = static_cast<double>(nodes) - 1;
+    const HostTensor index = tensor_of({2, 2}, DType::kI32, {0, last, last - 1, last}),
+                     weight = tensor_of({2, 2}, DType::kF32, {1, 2, 3, 4});
+    HostTensor order({2 * nodes}, DType::kI32), slot({2, nodes}, DType::kI32), counts({nodes}, DType::kI32);
+    std::vector<std::int64_t> begin(static_cast<std::size_t>(nodes) + 1), rows;
+    std::iota(begin.begin(), begin.end(), 0);
+    if (on_gpu() && nodes > kMostNodesOfAGpu) {
+      EXPECT_THROW(ops::group_by_node(ex, order, slot, counts, index, begin), Error);
+      continue;
+    }
+    ops::group_by_node(ex, order, slot, counts, index, begin);
+    for (const double n : counts.values()) rows.push_back(static_cast<std::int64_t>(n));
+    std::vector<std::int64_t> expected(static_cast<std::size_t>(nodes));
+    expected.front() = expected[expected.size() - 2] = 1;
+    expected.back() = 2;
+    EXPECT_EQ(rows, expected);
+    HostTensor chosen({4, 2}, DType::kI32), weights({4, 2}, DType::kF32);
+    const ConstTensorView order_X = order;
+    ops::node_choices(ex, chosen, weights, {order_X.rows(0, 4), rows, begin}, index, weight);
+    EXPECT_EQ(chosen.values(), (Values{0, -1, 0, -1, -1, 0, -1, 0}));
+    EXPECT_EQ(weights.values(), (Values{1, 0, 3, 0, 0, 2, 0, 4}));
+  }
 }
 
 TEST(Gather, RowsOfAnyDTypeAndWidth) {

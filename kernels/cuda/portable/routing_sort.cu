@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "kernels/core/exchange_nodes.h"
 #include "kernels/cuda/portable/counting_sort.cuh"
 #include "kernels/ops/backend.h"
 #include "kernels/ops/routing.h"
@@ -11,16 +12,14 @@ namespace upmoe::cuda {
 
 namespace {
 
-constexpr std::int64_t kMostNodes = 64;
-
 // By value in the launch.
 struct Begins {
-  std::int64_t at[kMostNodes + 1];
+  std::int64_t at[kMostNodesOfAGpu + 1];
 };
 
 Begins begins_of(std::span<const std::int64_t> values) {
-  UPMOE_CHECK(values.size() <= kMostNodes + 1, "{} nodes, at most {} on a GPU", values.size() - 1,
-              kMostNodes);
+  UPMOE_CHECK(values.size() <= kMostNodesOfAGpu + 1, "{} nodes, at most {} on a GPU", values.size() - 1,
+              kMostNodesOfAGpu);
   Begins b{};
   std::copy(values.begin(), values.end(), b.at);
   return b;
