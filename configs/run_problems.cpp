@@ -154,8 +154,7 @@ class Problems {
       std::vector<std::int64_t> possible = divisors(p_.ep, p_.ep);
       std::erase_if(possible, [&](std::int64_t ranks) { return p_.ep / ranks > kMostNodesOfAGpu; });
       add("parallel.node_ranks: {} makes {} nodes of parallel.ep = {}, and GPUs exchange rows between at "
-          "most "
-          "{}; possible: 0, {}; on CPUs say device: cpu",
+          "most {}; possible: 0, {}; on CPUs say device: cpu",
           p_.node_ranks, p_.ep / p_.node_ranks, p_.ep, kMostNodesOfAGpu, fmt::join(possible, ", "));
     }
   }
