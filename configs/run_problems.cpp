@@ -202,6 +202,11 @@ class Problems {
 
 }  // namespace
 
+RunConfig on_device(RunConfig run, Device device) {
+  run.device = device.type == DeviceType::kCpu ? DeviceChoice::kCpu : DeviceChoice::kCuda;
+  return run;
+}
+
 std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size) {
   std::vector<std::string> found = Problems(run, model, world_size).find();
   for (std::string& p : teacher_problems(run, model, world_size, found)) found.push_back(std::move(p));

@@ -7,8 +7,12 @@
 
 #include "configs/model_config.h"
 #include "configs/run_config.h"
+#include "kernels/core/tensor.h"
 
 namespace upmoe {
+
+// The run as it goes on a device that was chosen for it: what is a limit of GPUs alone is none on a CPU.
+RunConfig on_device(RunConfig run, Device device);
 
 // Problems that need the number of ranks or the model: batch against dp, axes not built yet, sequence
 // length against positions, limits of GPUs unless run.device is cpu. All of them, one sentence each; empty when the run

@@ -7,6 +7,7 @@
 #include <ctime>
 
 #include "configs/run_config.h"
+#include "configs/run_problems.h"
 #include "data/folder.h"
 #include "data/posix_file.h"
 #include "kernels/core/gpu.h"
@@ -155,10 +156,9 @@ void Examination::inputs(const RunConfig& run) {
   if (fails([&] { start = starting_point_of(run, world()); })) return;
   add(start.passed_over);
   if (!mine_.speaks) return;
-  RunConfig chosen = run;
-  if (run.device == DeviceChoice::kAuto && device_.type == DeviceType::kCpu)
-    chosen.device = DeviceChoice::kCpu;
-  fails([&] { require_inputs(chosen, start.checkpoint, world().size(), world().rank() == 0); });
+  fails([&] {
+    require_inputs(on_device(run, device_), start.checkpoint, world().size(), world().rank() == 0);
+  });
 }
 
 // Whether what rank 0 makes there is seen on the other hosts.

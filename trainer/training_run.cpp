@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "configs/nearest_meshes.h"
+#include "configs/run_problems.h"
 #include "data/model_source.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
@@ -46,9 +47,7 @@ class Run {
     run_agreed(world_, [&] {
       const ModelConfig config = open_config(newest);
       open_teacher();
-      RunConfig chosen = run_;
-      if (options_.device.type == DeviceType::kCpu) chosen.device = DeviceChoice::kCpu;
-      require_possible(chosen, config, world_.size());
+      require_possible(on_device(run_, options_.device), config, world_.size());
       session_config_ = config;
     });
     // A run directory goes on while it trains: replicas that began from two of its checkpoints would be no replicas.

@@ -90,10 +90,12 @@ def main():
                         help="compare memory alone, which other work on the machine does not change")
     parser.add_argument("--policies", nargs="+", help="values of train.recompute (default: all)")
     own = ROOT / "configs" / "machines" / "this.yaml"
-    parser.add_argument("--machine", type=Path, default=own if own.exists() else None,
-                        help="what `upmoe doctor --measure` wrote; without it neither resident memory nor times are "
-                             "compared")
-    parser.add_argument("--measure", action="store_true", help="the description is doctor's, measured again for each")
+    described = parser.add_mutually_exclusive_group()
+    described.add_argument("--machine", type=Path, default=own if own.exists() else None,
+                           help="what `upmoe doctor --measure` wrote; without it neither resident memory nor times are "
+                                "compared")
+    described.add_argument("--measure", action="store_true",
+                           help="the description is doctor's, measured again for each")
     args = parser.parse_args()
     if args.measure and not args.timed_ranks:
         raise SystemExit("--measure is for times, which --memory leaves out")

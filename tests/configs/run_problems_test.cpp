@@ -12,6 +12,7 @@ using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 
 // 4 micro-batches of two sequences per step.
 RunConfig run_with(const std::vector<std::string>& overrides) {
@@ -84,6 +85,9 @@ TEST(RunProblems, MoreNodesThanAGpuTakes) {
                                   HasSubstr("at most 64; possible: 0, 5, 10, 13, 26, 65, 130; on CPUs say "
                                             "device: cpu"))));
   }
+  run.device = DeviceChoice::kAuto;
+  EXPECT_THAT(problems_of(on_device(run, {DeviceType::kCuda, 0}), moe, 130), Not(IsEmpty()));
+  EXPECT_THAT(problems_of(on_device(run, {}), moe, 130), IsEmpty());
   run.device = DeviceChoice::kCpu;
   EXPECT_THAT(problems_of(run, moe, 130), IsEmpty());
   run.device = DeviceChoice::kCuda;
