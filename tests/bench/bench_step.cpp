@@ -1,5 +1,5 @@
-// Training steps of Qwen1.5-MoE-A2.7B's shape, or of fewer of its layers, from random weights on random
-// tokens: one line of JSON for each step, and one for the memory. Writes no checkpoint. One rank; mpirun is
+// Training steps of Qwen1.5-MoE-A2.7B's shape, of fewer of its layers, or of any model that a config.json describes, from
+// random weights on random tokens: one line of JSON for each step, and one for the memory. Writes no checkpoint. One rank; mpirun is
 // for `upmoe train`. --profile: the last step is run once more, and its time is shared out among its ops.
 
 #include <CLI/CLI.hpp>
@@ -30,27 +30,31 @@ struct Options {
   ExpertsPath kernels = ExpertsPath::kAuto;
   DeviceChoice device = DeviceChoice::kAuto;
   bool offload = false, profile = false;
+  std::filesystem::path model;  // empty: of the shape that the options above describe
 };
 
 Options parse(int argc, char** argv) {
   Options o;
   CLI::App app("Training steps of Qwen1.5-MoE-A2.7B's shape");
   app.option_defaults()->always_capture_default();
-  app.add_option("--layers", o.layers);
-  app.add_option("--experts", o.experts);
+  auto* model = app.add_option("--model", o.model, "a folder with a config.json, instead of the shape below");
+  std::vector<CLI::Option*> shape;
+  shape.push_back(app.add_option("--layers", o.layers));
+  shape.push_back(app.add_option("--experts", o.experts));
   app.add_option("--steps", o.steps, "the first one or two also choose algorithms and take memory");
   app.add_option("--tokens", o.tokens, "of a micro-batch");
   app.add_option("--micro-batches", o.micro_batches, "of a step")->check(CLI::Range(1, 1024));
   app.add_option("--seq-len", o.seq_len);
-  app.add_option("--width", o.width);
-  app.add_option("--heads", o.heads);
-  app.add_option("--expert-width", o.expert_width);
-  app.add_option("--shared-width", o.shared_width);
-  app.add_option("--vocab", o.vocab);
+  shape.push_back(app.add_option("--width", o.width));
+  shape.push_back(app.add_option("--heads", o.heads));
+  shape.push_back(app.add_option("--expert-width", o.expert_width));
+  shape.push_back(app.add_option("--shared-width", o.shared_width));
+  shape.push_back(app.add_option("--vocab", o.vocab));
   add_choice(app, "--optimizer", o.optimizer, "");
   add_choice(app, "--precision", o.precision, "");
   add_choice(app, "--recompute", o.recompute, "");
   add_choice(app, "--kernels-experts", o.kernels, "");
+  for (CLI::Option* option : shape) option->excludes(model);
   app.add_flag("--offload", o.offload, "optimizer state in the host's memory");
   app.add_flag("--profile", o.profile, "milliseconds of each op");
   add_choice(app, "--device", o.device, "");
@@ -63,6 +67,7 @@ Options parse(int argc, char** argv) {
 }
 
 ModelConfig model_of(const Options& o) {
+  if (!o.model.empty()) return read_model_config(o.model / "config.json");
   ModelConfig c;
   c.model_type = "qwen2_moe";
   c.vocab_size = o.vocab;
@@ -97,13 +102,13 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   return r;
 }
 
-std::filesystem::path random_tokens(const Options& o) {
+std::filesystem::path random_tokens(const Options& o, std::int64_t vocab) {
   std::vector<std::uint32_t> tokens(static_cast<std::size_t>(o.tokens * o.micro_batches * (o.steps + 1) + 1));
   std::minstd_rand random(1);
   for (std::uint32_t& t : tokens)
-    t = static_cast<std::uint32_t>(random() % static_cast<std::uint64_t>(o.vocab));
+    t = static_cast<std::uint32_t>(random() % static_cast<std::uint64_t>(vocab));
   const auto path = std::filesystem::temp_directory_path() / fmt::format("bench_step_{}.h5", ::getpid());
-  write_token_file(path, tokens, {}, o.vocab);
+  write_token_file(path, tokens, {}, vocab);
   return path;
 }
 
@@ -168,9 +173,9 @@ void run(const Options& o, Runtime& runtime) {
   UPMOE_CHECK(o.seq_len > 0 && o.tokens % o.seq_len == 0, "{} tokens in sequences of {}", o.tokens,
               o.seq_len);
   const Device device = runtime.choose_device(o.device);
-  const std::filesystem::path tokens = random_tokens(o);
-  const RunConfig config = run_of(o, tokens);
   const ModelConfig model = model_of(o);
+  const std::filesystem::path tokens = random_tokens(o, model.vocab_size);
+  const RunConfig config = run_of(o, tokens);
   if (const auto problems = problems_of(config, model, 1); !problems.empty())
     fail(ExitCode::kUsage, "{}", problems.front());
   Session s(config, model, runtime.world(), device);

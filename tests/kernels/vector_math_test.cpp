@@ -64,7 +64,11 @@ TEST(Simd, Bf16RoundsAsTheScalarDoes) {
     bits = bits * 1664525u + 1013904223u;
     values.push_back(std::bit_cast<float>(bits));
   }
-  values.push_back(std::bit_cast<float>(0x7f800001u));  // a NaN whose upper half alone would be infinity
+  // Every upper half with what rounds down, up and to even. One that is infinity's makes a NaN that alone would be
+  // infinity; a vector of them has subnormals in all of its lanes or in none.
+  for (std::uint32_t upper = 0; upper < 0x10000u; ++upper)
+    for (const std::uint32_t lower : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
+      values.push_back(std::bit_cast<float>(upper << 16 | lower));
   for_lanes(static_cast<std::int64_t>(values.size()), [&](std::int64_t i, auto lanes) {
     bf16 rounded[kLanes];
     store(rounded, load(values.data() + i, lanes), lanes);
