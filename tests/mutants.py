@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import mutations.cpu
 import mutations.data
 import mutations.distillation
 import mutations.families
@@ -31,9 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # name: file, what stands there, what is planted, the tests that must notice (a GoogleTest filter) and, unless it is
 # layout_equivalence_test with its meshes, their program (those that end in _on_gpu have the pretended GPU)
-MUTANTS = {name: mutant for room in (mutations.data, mutations.layouts, mutations.routers, mutations.families,
-                                     mutations.gpu, mutations.figures, mutations.finetune, mutations.generation,
-                                     mutations.machines, mutations.recipes, mutations.records, mutations.distillation)
+MUTANTS = {name: mutant for room in (mutations.cpu, mutations.data, mutations.layouts, mutations.routers,
+                                     mutations.families, mutations.gpu, mutations.figures, mutations.finetune,
+                                     mutations.generation, mutations.machines, mutations.recipes, mutations.records,
+                                     mutations.distillation)
            for name, mutant in room.MUTANTS.items()}
 
 

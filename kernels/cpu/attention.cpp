@@ -4,6 +4,7 @@
 #include "kernels/ops/attention.h"
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "kernels/cpu/attention_blocks.h"
@@ -31,15 +32,18 @@ struct Softmax {
   alignas(64) float sum[kBlock];
 };
 
-// Turns the scores of one block of keys into probabilities relative to the new maximum, and rescales what was
-// summed before. A row that has seen no visible key yet keeps max = -inf and sum = 0.
-void online_softmax(Softmax& state, float* scores, std::int64_t queries) {
+// Turns the scores of one block of keys, times `scale`, into probabilities relative to the new maximum, and rescales
+// what was summed before. `probabilities` of fp32 may be the scores. A row that has seen no visible key yet keeps max =
+// -inf and sum = 0.
+template <class Unit>
+void online_softmax(Softmax& state, const float* scores, Unit* probabilities, std::int64_t queries,
+                    float scale) {
   alignas(64) float reference[kBlock] = {}, rescale[kBlock];
   const float minus_infinity = -std::numeric_limits<float>::infinity();
   for (std::int64_t r = 0; r < queries; ++r) {
     f32x16 m = load(scores + r * kBlock);
     for (std::int64_t v = 1; v < kBlockVectors; ++v) m = max(m, load(scores + r * kBlock + v * kLanes));
-    const float new_max = std::max(state.max[r], reduce_max(m));
+    const float new_max = std::max(state.max[r], reduce_max(m) * scale);
     reference[r] = new_max == minus_infinity ? 0.0f : new_max;  // -inf - -inf would be NaN
   }
   for (std::int64_t v = 0; v < kBlock; v += kLanes)
@@ -47,9 +51,8 @@ void online_softmax(Softmax& state, float* scores, std::int64_t queries) {
   for (std::int64_t r = 0; r < queries; ++r) {
     f32x16 sum{};
     for (std::int64_t v = 0; v < kBlockVectors; ++v) {
-      float* s = scores + r * kBlock + v * kLanes;
-      const f32x16 p = vector_exp(load(s) - reference[r]);
-      store(s, p);
+      const f32x16 p = vector_exp(load(scores + r * kBlock + v * kLanes) * scale - reference[r]);
+      store_units(probabilities + r * kBlock / kPerUnit<Unit>, v * kLanes, p);
       sum += p;
     }
     state.sum[r] = state.sum[r] * rescale[r] + reduce_add(sum);
@@ -62,43 +65,63 @@ void online_softmax(Softmax& state, float* scores, std::int64_t queries) {
 }
 
 // One thread's memory: the keys and values of a sequence and head from one of their blocks on, and one block of
-// queries.
+// queries. P: the head_dim up to whole vectors.
+template <class Unit>
 struct Workspace {
   std::int64_t first;  // block of keys
-  float* keys_DS;      // [blocks, head_dim, kBlock]
-  float* values_SP;    // [blocks, kBlock, padded]
-  float *q_P, *out_P;
+  Unit* keys_DS;       // [blocks, units of head_dim, kBlock]
+  Unit* values_SP;     // [blocks, units of kBlock, P]
+  Unit* q_P;           // [kBlock, units of P]
+  float* out_P;        // [kBlock, P]
 
-  static std::int64_t floats(std::int64_t blocks, std::int64_t padded) {
-    return (2 * blocks + 2) * kBlock * padded;
+  // Units and floats have one size.
+  static std::int64_t units(std::int64_t blocks, std::int64_t padded) {
+    return (2 * blocks + 1) * kBlock * padded / kPerUnit<Unit> + kBlock * padded;
   }
   Workspace(float* memory, std::int64_t first_block, std::int64_t blocks, std::int64_t padded) {
+    const std::int64_t block = kBlock * padded / kPerUnit<Unit>;
     first = first_block;
-    keys_DS = memory;
-    values_SP = keys_DS + blocks * kBlock * padded;
-    q_P = values_SP + blocks * kBlock * padded;
-    out_P = q_P + kBlock * padded;
+    out_P = memory;
+    keys_DS = reinterpret_cast<Unit*>(out_P + kBlock * padded);
+    values_SP = keys_DS + blocks * block;
+    q_P = values_SP + blocks * block;
   }
 };
 
-// All keys that query block `query_block` can see; w.q_P is scaled.
-void attend(Softmax& state, const Workspace& w, std::int64_t query_block, const AttentionShape& shape,
+// All keys that query block `query_block` can see; w.q_P is packed.
+template <class Unit>
+void attend(Softmax& state, const Workspace<Unit>& w, std::int64_t query_block, const AttentionShape& shape,
             const Visibility& visible) {
+  constexpr std::int64_t kPer = kPerUnit<Unit>;
   alignas(64) float scores[kBlock * kBlock];
+  alignas(64) std::uint32_t pairs[kPer == 1 ? 1 : kBlock * kBlock / kPer];
+  Unit* probabilities = nullptr;
+  if constexpr (kPer == 1) {
+    probabilities = scores;
+  } else {
+    probabilities = pairs;
+  }
   std::fill_n(state.out, kBlock * state.padded, 0.0f);
   std::fill_n(state.max, kBlock, -std::numeric_limits<float>::infinity());
   std::fill_n(state.sum, kBlock, 0.0f);
   const std::int64_t last = last_key_block(query_block, shape.seq_len, visible);
+  const std::int64_t block = kBlock * state.padded / kPer;
   for (std::int64_t key_block = first_key_block(query_block, visible); key_block <= last; ++key_block) {
     const BlockPair pair = block_pair(query_block, key_block, shape.seq_len, visible);
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
-    block_scores(scores, pair, documents, w.q_P, state.padded,
-                 w.keys_DS + (key_block - w.first) * kBlock * shape.head_dim, shape.head_dim);
-    online_softmax(state, scores, pair.queries);
-    const float* values_SP = w.values_SP + (key_block - w.first) * kBlock * state.padded;
-    const BlockProduct product{state.out,    state.padded, scores,       kBlock,   values_SP,
-                               state.padded, pair.queries, state.padded, pair.keys};
+    block_scores(scores, pair, documents, w.q_P, state.padded / kPer,
+                 w.keys_DS + (key_block - w.first) * block, units_of<Unit>(shape.head_dim));
+    online_softmax(state, scores, probabilities, pair.queries, Scales<Unit>(shape.head_dim).score);
+    const BlockProduct<Unit> product{state.out,
+                                     state.padded,
+                                     probabilities,
+                                     kBlock / kPer,
+                                     w.values_SP + (key_block - w.first) * block,
+                                     state.padded,
+                                     pair.queries,
+                                     state.padded,
+                                     units_of<Unit>(pair.keys)};
     if (pair.diagonal) {
       // Behind the diagonal the probabilities are exp(-inf) = 0: products with them are left out, not masked.
       block_product<false, true, Causal::kKeyDepth>(product);
@@ -119,50 +142,53 @@ struct Sequence {
   std::int64_t slots = 0;        // token i has its key in row i mod slots; 0: in row i
 };
 
-// The keys and values of one block, into its place. A block that a ring of slots turns in goes row by row.
+// The keys and values of one block, into its place. Rows that a ring of slots turns within are put behind one another
+// first, where no output is yet.
 template <class T, class Out>
-void pack_block(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t at, std::int64_t block,
-                const AttentionShape& s) {
-  const std::int64_t padded = round_to_lanes(s.head_dim), place = (block - w.first) * kBlock;
+void pack_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t at,
+                std::int64_t block, const AttentionShape& s) {
+  const std::int64_t padded = round_to_lanes(s.head_dim);
+  const std::int64_t place = (block - w.first) * kBlock * padded / kPerUnit<UnitOf<T>>;
   const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
   const std::int64_t row = seq.slots > 0 ? first % seq.slots : first;
-  float *keys_DS = w.keys_DS + place * s.head_dim, *values_SP = w.values_SP + place * padded;
-  if (seq.slots == 0 || row + rows <= seq.slots) {
-    pack_columns(keys_DS, seq.k.base + row * seq.k.width + at, seq.k.width, rows, s.head_dim);
-    pack_rows(values_SP, padded, seq.v.base + row * seq.v.width + at, seq.v.width, rows, s.head_dim, 1.0f);
-    return;
-  }
-  std::fill_n(keys_DS, kBlock * s.head_dim, 0.0f);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t slot = (first + r) % seq.slots;
-    const T* key = seq.k.base + slot * seq.k.width + at;
-    for (std::int64_t d = 0; d < s.head_dim; ++d) keys_DS[d * kBlock + r] = to_float(key[d]);
-    pack_rows(values_SP + r * padded, padded, seq.v.base + slot * seq.v.width + at, seq.v.width, 1,
-              s.head_dim, 1.0f);
-  }
+  const auto in_order = [&](const Heads<const T>& heads) {
+    if (seq.slots == 0 || row + rows <= seq.slots)
+      return Heads<const T>{heads.base + row * heads.width + at, heads.width};
+    T* gathered = reinterpret_cast<T*>(w.out_P);
+    for (std::int64_t r = 0; r < rows; ++r)
+      std::memcpy(static_cast<void*>(gathered + r * s.head_dim),
+                  heads.base + (first + r) % seq.slots * heads.width + at,
+                  static_cast<std::size_t>(s.head_dim) * sizeof(T));
+    return Heads<const T>{gathered, s.head_dim};
+  };
+  const Heads<const T> k = in_order(seq.k);
+  pack_transposed(w.keys_DS + place, kBlock, k.base, k.width, rows, s.head_dim);
+  const Heads<const T> v = in_order(seq.v);
+  pack_depth_major(w.values_SP + place, padded, v.base, v.width, s.head_dim, rows);
 }
 
 // Blocks w.first to `last`.
 template <class T, class Out>
-void pack_keys(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t kv_head, std::int64_t last,
-               const AttentionShape& s) {
+void pack_keys(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t kv_head,
+               std::int64_t last, const AttentionShape& s) {
   for (std::int64_t block = w.first; block <= last; ++block)
     pack_block(w, seq, kv_head * s.head_dim, block, s);
 }
 
 // A query that sees no key, which only a pair of different chunks can have, gets 0 and -inf.
 template <class T, class Out>
-void forward_query_block(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t head,
+void forward_query_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t head,
                          std::int64_t block, const AttentionShape& s) {
   const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
   // Of those before the first query nothing is read or written; what stands in their place is never looked at.
   const std::int64_t absent = std::max<std::int64_t>(0, seq.first_query - first);
   const std::int64_t query = first + absent - seq.first_query;
   const std::int64_t padded = round_to_lanes(s.head_dim), width = seq.q.width;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-  std::fill_n(w.q_P, absent * padded, 0.0f);
-  pack_rows(w.q_P + absent * padded, padded, seq.q.base + query * width + head * s.head_dim, width,
-            rows - absent, s.head_dim, scale);
+  using Unit = UnitOf<T>;
+  const std::int64_t ldq = padded / kPerUnit<Unit>;
+  std::fill_n(w.q_P, absent * ldq, Unit{});
+  pack_queries(w.q_P + absent * ldq, ldq, seq.q.base + query * width + head * s.head_dim, width,
+               rows - absent, s.head_dim, Scales<Unit>(s.head_dim).query);
   Softmax state;
   state.out = w.out_P;
   state.padded = padded;
@@ -193,10 +219,10 @@ void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, cons
   const std::int64_t blocks = blocks_of(s.seq_len), begin = all.first_query / kBlock,
                      first_key = std::min(blocks, first_key_block(begin, all.visible));
   const std::int64_t padded = round_to_lanes(s.head_dim),
-                     floats = Workspace::floats(blocks - first_key, padded);
+                     units = Workspace<UnitOf<T>>::units(blocks - first_key, padded);
   const std::int64_t group = s.heads / s.kv_heads, parts = parts_of(sequences * s.kv_heads, blocks - begin);
   ScratchScope scope(*ex.scratch);
-  float* work = ex.scratch->take({worker_count(), floats}, DType::kF32, "attention_forward").as<float>();
+  float* work = ex.scratch->take({worker_count(), units}, DType::kF32, "attention_forward").as<float>();
   // One key/value head serves a group of query heads, so a task packs its keys once for all of them. Parts take every
   // parts-th block of queries: late blocks see more keys than early ones, and each part gets of both.
   //
@@ -208,7 +234,7 @@ void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, cons
     const Sequence<T, Out> seq{
         all.out + t * s.heads * s.head_dim, all.lse + t * s.heads, from(all.q), from(all.k), from(all.v),
         from_token(all.visible, t),         all.first_query,       all.slots};
-    const Workspace w(work + worker * floats, first_key, blocks - first_key, padded);
+    const Workspace<UnitOf<T>> w(work + worker * units, first_key, blocks - first_key, padded);
     const std::int64_t first = begin + part,
                        last = (blocks - 1 - first) / parts * parts + first;  // this part's blocks
     // No further than the last block of this part can see.

@@ -5,6 +5,7 @@
 // the sums of dk and dv have one order and one writer, whatever the number of threads.
 
 #include <cmath>
+#include <cstring>
 
 #include "kernels/cpu/attention_blocks.h"
 #include "kernels/cpu/parallel_for.h"
@@ -17,34 +18,67 @@ namespace {
 
 // One thread's memory. Blocks are kBlock rows; S is the sequence rounded up to blocks, P the padded head_dim. Keys
 // stand here twice, because the two products with them sum over different indices: q k^T over head_dim, which takes
-// keys_DS, and ds k over keys, which takes keys_SP. Values are in a product of the first kind only.
+// keys_DS, and ds k over keys, which takes keys_SP. Values are in a product of the first kind only. Of queries and dout
+// the rows are first factors of sums over head_dim, and second ones of sums over queries: in fp32 those are the same
+// rows.
+template <class Unit>
 struct Workspace {
-  float *keys_DS, *values_DS;  // [blocks, head_dim, kBlock]
-  float *keys_SP, *dkeys_SP, *dvalues_SP;
-  float *q_P, *dout_P, *dq_P;  // [kBlock, P]
+  static constexpr std::int64_t kPer = kPerUnit<Unit>;
+  float *dkeys_SP, *dvalues_SP;
+  float* dq_P;                       // [kBlock, P]
+  Unit *keys_DS, *values_DS;         // [blocks, units of head_dim, kBlock]
+  Unit* keys_SP;                     // [blocks, units of kBlock, P]
+  Unit *q_P, *dout_P;                // [kBlock, units of P]
+  Unit *q_by_depth, *dout_by_depth;  // [units of kBlock, P]
 
-  static std::int64_t floats(std::int64_t blocks, std::int64_t padded) {
-    return (5 * blocks + 3) * kBlock * padded;
+  // Units and floats have one size.
+  static std::int64_t units(std::int64_t blocks, std::int64_t padded) {
+    return ((2 * blocks + 1) * kPer + 3 * blocks + 2 * kPer) * kBlock * padded / kPer;
   }
 
   Workspace(float* memory, std::int64_t blocks, std::int64_t padded) {
-    const std::int64_t all = blocks * kBlock * padded, one = kBlock * padded;
-    keys_DS = memory;
-    values_DS = keys_DS + all;
-    keys_SP = values_DS + all;
-    dkeys_SP = keys_SP + all;
+    const std::int64_t one = kBlock * padded, all = blocks * one;
+    dkeys_SP = memory;
     dvalues_SP = dkeys_SP + all;
-    q_P = dvalues_SP + all;
-    dout_P = q_P + one;
-    dq_P = dout_P + one;
+    dq_P = dvalues_SP + all;
+    keys_DS = reinterpret_cast<Unit*>(dq_P + one);
+    values_DS = keys_DS + all / kPer;
+    keys_SP = values_DS + all / kPer;
+    q_P = keys_SP + all / kPer;
+    dout_P = q_P + one / kPer;
+    q_by_depth = kPer == 1 ? q_P : dout_P + one / kPer;
+    dout_by_depth = kPer == 1 ? dout_P : q_by_depth + one / kPer;
   }
 };
 
-// In: masked scores and dp. Out: probabilities and ds.
-void probability_gradient(float* scores, float* dp, const BlockPair& pair, const float* lse,
-                          const float* delta) {
+// Scores and dp of one pair of blocks; then probabilities and ds, as first factors of products: two of sums over
+// queries, read by columns, one of a sum over keys.
+template <class Unit>
+struct Tiles {
+  alignas(64) float scores[kBlock * kBlock];
+  alignas(64) float dp[kBlock * kBlock];
+  const float* p_by_query() const { return scores; }
+  const float* ds_by_query() const { return dp; }
+  const float* ds_by_key() const { return dp; }
+};
+
+//   pairs of queries   p_00 p_10 | p_01 p_11 | ...      pairs of keys   ds_00 ds_01 | ds_02 ds_03 | ...
+//                      p_20 p_30 | p_21 p_31 | ...                      ds_10 ds_11 | ds_12 ds_13 | ...
+template <>
+struct Tiles<std::uint32_t> {
+  static constexpr std::int64_t kUnits = kBlock * kBlock / 2;
+  alignas(64) float scores[kBlock * kBlock];
+  alignas(64) float dp[kBlock * kBlock];
+  alignas(64) std::uint32_t p_pairs[kUnits], ds_pairs[kUnits], ds_rows[kUnits];
+  const std::uint32_t* p_by_query() const { return p_pairs; }
+  const std::uint32_t* ds_by_query() const { return ds_pairs; }
+  const std::uint32_t* ds_by_key() const { return ds_rows; }
+};
+
+// From masked scores, which are scaled, and dp.
+void probability_gradient(Tiles<float>& tiles, const BlockPair& pair, const float* lse, const float* delta) {
   for (std::int64_t r = 0; r < pair.queries; ++r) {
-    float *p_r = scores + r * kBlock, *ds_r = dp + r * kBlock;
+    float *p_r = tiles.scores + r * kBlock, *ds_r = tiles.dp + r * kBlock;
     const std::int64_t computed = pair.vectors(r);
     for (std::int64_t v = 0; v < computed; ++v) {
       const f32x16 p = vector_exp(load(p_r + v * kLanes) - lse[r]);
@@ -57,30 +91,64 @@ void probability_gradient(float* scores, float* dp, const BlockPair& pair, const
   }
 }
 
-// Five products of 64 x 64 tiles, scores among them (block_scores). On the diagonal each leaves out the half that is
-// zero, and which half it is depends on what its rows and its sum run over; so there are three parameters.
-template <Causal kColumns, Causal kKeys, Causal kQueries>
-void block_gradients(const Workspace& w, const BlockPair& pair, std::int64_t key_block, float* scores,
-                     float* dp, const float* lse, const float* delta, std::int64_t head_dim,
-                     std::int64_t padded) {
-  const std::int64_t first = key_block * kBlock * padded;
-  const float* values_DS = w.values_DS + key_block * kBlock * head_dim;
-  block_product<false, false, kColumns>(
-      {dp, kBlock, w.dout_P, padded, values_DS, kBlock, pair.queries, kBlock, head_dim});
-  probability_gradient(scores, dp, pair, lse, delta);
-  block_product<true, true, kQueries>(
-      {w.dvalues_SP + first, padded, scores, kBlock, w.dout_P, padded, pair.keys, padded, pair.queries});
-  block_product<true, true, kQueries>(
-      {w.dkeys_SP + first, padded, dp, kBlock, w.q_P, padded, pair.keys, padded, pair.queries});
-  block_product<false, true, kKeys>(
-      {w.dq_P, padded, dp, kBlock, w.keys_SP + first, padded, pair.queries, padded, pair.keys});
+// Sixteen pairs, each of two neighbours of one column.
+[[maybe_unused]] void store_columns(std::uint32_t* row, f32x16 even, f32x16 odd) {
+  const u32x16 words = widen_words(to_bf16_bits(even)) | widen_words(to_bf16_bits(odd)) << 16;
+  std::memcpy(row, &words, sizeof words);
 }
 
-// The gradients of one block of queries of one head; w.q_P and w.dout_P are packed.
-void backward_block(const Workspace& w, std::int64_t query_block, const float* lse, const float* delta,
+// From masked scores, which `scale` is still to come to, and dp. Two rows at a time, an odd last one beside zeros.
+[[maybe_unused]] void probability_gradient(Tiles<std::uint32_t>& tiles, const BlockPair& pair,
+                                           const float* lse, const float* delta, float scale) {
+  struct Of {
+    f32x16 p{}, ds{};
+  };
+  for (std::int64_t r = 0; r < pair.queries; r += 2) {
+    for (std::int64_t at = 0; at < kBlock; at += kLanes) {
+      Of row[2];
+      const bool computed = at < pair.vectors(r) * kLanes;  // of both rows, or of none
+      for (std::int64_t i = 0; i < 2 && computed && r + i < pair.queries; ++i) {
+        const std::int64_t place = (r + i) * kBlock + at;
+        row[i].p = vector_exp(load(tiles.scores + place) * scale - lse[r + i]);
+        row[i].ds = row[i].p * (load(tiles.dp + place) - delta[r + i]);
+      }
+      store_columns(tiles.p_pairs + r / 2 * kBlock + at, row[0].p, row[1].p);
+      store_columns(tiles.ds_pairs + r / 2 * kBlock + at, row[0].ds, row[1].ds);
+      for (std::int64_t i = 0; i < 2; ++i) store_units(tiles.ds_rows + (r + i) * kBlock / 2, at, row[i].ds);
+    }
+  }
+}
+
+// Five products of 64 x 64 tiles, scores among them (block_scores). On the diagonal each leaves out the half that is
+// zero, and which half it is depends on what its rows and its sum run over; so there are three parameters.
+template <Causal kColumns, Causal kKeys, Causal kQueries, class Unit>
+void block_gradients(const Workspace<Unit>& w, Tiles<Unit>& tiles, const BlockPair& pair,
+                     std::int64_t key_block, const float* lse, const float* delta, std::int64_t head_dim,
+                     std::int64_t padded) {
+  constexpr std::int64_t kPer = kPerUnit<Unit>;
+  const std::int64_t first = key_block * kBlock * padded, queries = units_of<Unit>(pair.queries);
+  block_product<false, false, kColumns, Unit>({tiles.dp, kBlock, w.dout_P, padded / kPer,
+                                               w.values_DS + first / kPer, kBlock, pair.queries, kBlock,
+                                               units_of<Unit>(head_dim)});
+  if constexpr (kPer == 1) {
+    probability_gradient(tiles, pair, lse, delta);
+  } else {
+    probability_gradient(tiles, pair, lse, delta, Scales<Unit>(head_dim).score);
+  }
+  block_product<true, true, kQueries, Unit>({w.dvalues_SP + first, padded, tiles.p_by_query(), kBlock,
+                                             w.dout_by_depth, padded, pair.keys, padded, queries});
+  block_product<true, true, kQueries, Unit>({w.dkeys_SP + first, padded, tiles.ds_by_query(), kBlock,
+                                             w.q_by_depth, padded, pair.keys, padded, queries});
+  block_product<false, true, kKeys, Unit>({w.dq_P, padded, tiles.ds_by_key(), kBlock / kPer,
+                                           w.keys_SP + first / kPer, padded, pair.queries, padded,
+                                           units_of<Unit>(pair.keys)});
+}
+
+// The gradients of one block of queries of one head, whose tensors are packed.
+template <class Unit>
+void backward_block(const Workspace<Unit>& w, std::int64_t query_block, const float* lse, const float* delta,
                     const AttentionShape& s, const Visibility& visible) {
-  alignas(64) float scores[kBlock * kBlock];
-  alignas(64) float dp[kBlock * kBlock];
+  Tiles<Unit> tiles;
   const std::int64_t padded = round_to_lanes(s.head_dim);
   std::fill_n(w.dq_P, kBlock * padded, 0.0f);
   const std::int64_t last = last_key_block(query_block, s.seq_len, visible);
@@ -88,13 +156,13 @@ void backward_block(const Workspace& w, std::int64_t query_block, const float* l
     const BlockPair pair = block_pair(query_block, key_block, s.seq_len, visible);
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
-    block_scores(scores, pair, documents, w.q_P, padded, w.keys_DS + key_block * kBlock * s.head_dim,
-                 s.head_dim);
+    block_scores(tiles.scores, pair, documents, w.q_P, padded / kPerUnit<Unit>,
+                 w.keys_DS + key_block * kBlock * padded / kPerUnit<Unit>, units_of<Unit>(s.head_dim));
     if (pair.diagonal) {
       block_gradients<Causal::kKeyColumns, Causal::kKeyDepth, Causal::kQueryDepth>(
-          w, pair, key_block, scores, dp, lse, delta, s.head_dim, padded);
+          w, tiles, pair, key_block, lse, delta, s.head_dim, padded);
     } else {
-      block_gradients<Causal::kFull, Causal::kFull, Causal::kFull>(w, pair, key_block, scores, dp, lse, delta,
+      block_gradients<Causal::kFull, Causal::kFull, Causal::kFull>(w, tiles, pair, key_block, lse, delta,
                                                                    s.head_dim, padded);
     }
   }
@@ -122,39 +190,47 @@ struct Sequence {
 };
 
 template <bool kAdd, class T, class Out>
-void backward_query_block(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t head,
+void backward_query_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t head,
                           std::int64_t block, const AttentionShape& s) {
   const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
   const std::int64_t padded = round_to_lanes(s.head_dim), out_width = s.heads * s.head_dim;
   const std::int64_t at = head * s.head_dim, out_at = first * out_width + at;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-  pack_rows(w.q_P, padded, seq.q.base + first * seq.q.width + at, seq.q.width, rows, s.head_dim, scale);
-  pack_rows(w.dout_P, padded, seq.dout + out_at, out_width, rows, s.head_dim, 1.0f);
+  using Unit = UnitOf<T>;
+  const Scales<Unit> scales(s.head_dim);
+  const T *q = seq.q.base + first * seq.q.width + at, *dout = seq.dout + out_at;
+  const std::int64_t ld = padded / kPerUnit<Unit>;
+  pack_queries(w.q_P, ld, q, seq.q.width, rows, s.head_dim, scales.query);
+  pack_queries(w.dout_P, ld, dout, out_width, rows, s.head_dim, 1.0f);
+  if constexpr (kPerUnit < Unit >> 1) {
+    pack_depth_major(w.q_by_depth, padded, q, seq.q.width, s.head_dim, rows);
+    pack_depth_major(w.dout_by_depth, padded, dout, out_width, s.head_dim, rows);
+  }
   float lse[kBlock], delta[kBlock];
   for (std::int64_t r = 0; r < rows; ++r) {
     lse[r] = seq.lse[(first + r) * s.heads + head];
-    const T* out = seq.out + out_at + r * out_width;
+    const T *dout_r = dout + r * out_width, *out = seq.out + out_at + r * out_width;
     // sum_k p_k dp_k = sum_k p_k (dout . v_k) = dout . out: no pass over the keys.
     delta[r] = sum_lanes(s.head_dim, [&](std::int64_t d, auto lanes) {
-      return load(w.dout_P + r * padded + d) * load(out + d, lanes);
+      return load(dout_r + d, lanes) * load(out + d, lanes);
     });
   }
   backward_block(w, block, lse, delta, s, seq.visible);
   unpack_rows<kAdd>(seq.dq.base + first * seq.dq.width + at, seq.dq.width, w.dq_P, padded, rows, s.head_dim,
-                    scale);
+                    scales.query * scales.score);
 }
 
 template <bool kAdd, class T, class Out>
-void backward_kv_head(const Workspace& w, const Sequence<T, Out>& seq, std::int64_t kv_head,
+void backward_kv_head(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t kv_head,
                       const AttentionShape& s) {
   const std::int64_t blocks = blocks_of(s.seq_len), padded = round_to_lanes(s.head_dim);
   const std::int64_t at = kv_head * s.head_dim;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
     const T *key = seq.k.base + first * seq.k.width + at, *value = seq.v.base + first * seq.v.width + at;
-    pack_columns(w.keys_DS + first * s.head_dim, key, seq.k.width, rows, s.head_dim);
-    pack_columns(w.values_DS + first * s.head_dim, value, seq.v.width, rows, s.head_dim);
-    pack_rows(w.keys_SP + first * padded, padded, key, seq.k.width, rows, s.head_dim, 1.0f);
+    const std::int64_t place = first * padded / kPerUnit<UnitOf<T>>;
+    pack_transposed(w.keys_DS + place, kBlock, key, seq.k.width, rows, s.head_dim);
+    pack_transposed(w.values_DS + place, kBlock, value, seq.v.width, rows, s.head_dim);
+    pack_depth_major(w.keys_SP + place, padded, key, seq.k.width, s.head_dim, rows);
   }
   // The sums of all query heads of the group, rounded once when the last of them is done.
   std::fill_n(w.dkeys_SP, blocks * kBlock * padded, 0.0f);
@@ -162,7 +238,8 @@ void backward_kv_head(const Workspace& w, const Sequence<T, Out>& seq, std::int6
   const std::int64_t group = s.heads / s.kv_heads;
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
     for (std::int64_t block = 0; block < blocks; ++block) backward_query_block<kAdd>(w, seq, head, block, s);
-  unpack_rows<kAdd>(seq.dk.base + at, seq.dk.width, w.dkeys_SP, padded, s.seq_len, s.head_dim, 1.0f);
+  unpack_rows<kAdd>(seq.dk.base + at, seq.dk.width, w.dkeys_SP, padded, s.seq_len, s.head_dim,
+                    Scales<UnitOf<T>>(s.head_dim).score);
   unpack_rows<kAdd>(seq.dv.base + at, seq.dv.width, w.dvalues_SP, padded, s.seq_len, s.head_dim, 1.0f);
 }
 
@@ -170,9 +247,9 @@ void backward_kv_head(const Workspace& w, const Sequence<T, Out>& seq, std::int6
 template <bool kAdd, class T, class Out>
 void backward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
   const std::int64_t blocks = blocks_of(s.seq_len), padded = round_to_lanes(s.head_dim);
-  const std::int64_t floats = Workspace::floats(blocks, padded), out_width = s.heads * s.head_dim;
+  const std::int64_t units = Workspace<UnitOf<T>>::units(blocks, padded), out_width = s.heads * s.head_dim;
   ScratchScope scope(*ex.scratch);
-  float* work = ex.scratch->take({worker_count(), floats}, DType::kF32, "attention_backward").as<float>();
+  float* work = ex.scratch->take({worker_count(), units}, DType::kF32, "attention_backward").as<float>();
   parallel_tasks(sequences * s.kv_heads, [&](std::int64_t i, std::int64_t worker) {
     const std::int64_t t = i / s.kv_heads * s.seq_len;  // the sequence's first token
     const auto from = [&](auto heads) {
@@ -189,7 +266,8 @@ void backward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, con
                                all.out + t * out_width,
                                all.lse + t * s.heads,
                                from_token(all.visible, t)};
-    backward_kv_head<kAdd>(Workspace(work + worker * floats, blocks, padded), seq, i % s.kv_heads, s);
+    backward_kv_head<kAdd>(Workspace<UnitOf<T>>(work + worker * units, blocks, padded), seq, i % s.kv_heads,
+                           s);
   });
 }
 

@@ -1,7 +1,10 @@
 #pragma once
-// What the forward and the backward of attention share: blocks of queries and keys, packed in fp32, and their masks.
+// What the forward and the backward of attention share: blocks of queries and keys, packed in units, and their masks.
+// Scores and sums are fp32. Where units are pairs of bf16, probabilities and the gradients of scores are rounded to
+// bf16 for the products that they are factors of, as cuDNN does it.
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "kernels/cpu/block_matmul.h"
@@ -19,26 +22,44 @@ inline std::int64_t blocks_of(std::int64_t seq_len) {
 
 // dst[r, d] = src[r, d] * scale, in fp32; columns from `width` up to whole vectors are zero.
 template <class T>
-inline void pack_rows(float* dst, std::int64_t ldd, const T* src, std::int64_t lds, std::int64_t rows,
-                      std::int64_t width, float scale) {
+inline void pack_scaled(float* dst, std::int64_t ldd, const T* src, std::int64_t lds, std::int64_t rows,
+                        std::int64_t width, float scale) {
   for (std::int64_t r = 0; r < rows; ++r)
     for_lanes(width, [&](std::int64_t d, auto lanes) {
       store(dst + r * ldd + d, load(src + r * lds + d, lanes) * scale);
     });
 }
 
-// dst[d, r] = src[r, d], in fp32, kBlock columns; columns from `rows` on are zero.
+// Where 1 / sqrt(head_dim) comes in. Queries of fp32 are packed with it. Those of bf16 are not, which would round them
+// once more: their scores get it, and the gradient of the keys in the end.
+template <class Unit>
+struct Scales {
+  float query, score;
+  explicit Scales(std::int64_t head_dim) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    query = kPerUnit<Unit> == 1 ? scale : 1.0f;
+    score = kPerUnit<Unit> == 1 ? 1.0f : scale;
+  }
+};
+
+// Rows of queries as the first factor of scores.
 template <class T>
-inline void pack_columns(float* dst, const T* src, std::int64_t lds, std::int64_t rows, std::int64_t width) {
-  for (std::int64_t r = 0; r < kBlock; r += kLanes)
-    for_lanes(width, [&](std::int64_t d, auto lanes) {
-      f32x16 tile[kLanes];
-#pragma GCC unroll 16
-      for (std::int64_t i = 0; i < kLanes; ++i)
-        tile[i] = r + i < rows ? load(src + (r + i) * lds + d, lanes) : f32x16{};
-      transpose(tile);
-      for (std::int64_t j = 0; j < lanes.count; ++j) store(dst + (d + j) * kBlock + r, tile[j]);
-    });
+inline void pack_queries(UnitOf<T>* dst, std::int64_t ldd, const T* src, std::int64_t lds, std::int64_t rows,
+                         std::int64_t width, float scale) {
+  if constexpr (kPerUnit<UnitOf<T>> == 1) {
+    pack_scaled(dst, ldd, src, lds, rows, width, scale);
+  } else {
+    pack_rows(dst, ldd, src, lds, rows, width);
+  }
+}
+
+// Sixteen numbers of a row, from column c on.
+inline void store_units(float* row, std::int64_t c, f32x16 x) {
+  store(row + c, x);
+}
+inline void store_units(std::uint32_t* row, std::int64_t c, f32x16 x) {
+  const u16x16 bits = to_bf16_bits(x);
+  std::memcpy(row + c / 2, &bits, sizeof bits);
 }
 
 // The heads of one sequence within wider rows: element d of head h in row i is base[i * width + h * head_dim + d].
@@ -148,10 +169,11 @@ inline void mask_scores(float* scores, const BlockPair& pair, Documents document
   }
 }
 
-// scores[r, c] = q_r . k_c, masked. q: [queries, ldq]; keys_DS: [head_dim, kBlock].
-inline void block_scores(float* scores, const BlockPair& pair, Documents documents, const float* q,
-                         std::int64_t ldq, const float* keys_DS, std::int64_t head_dim) {
-  const BlockProduct product{scores, kBlock, q, ldq, keys_DS, kBlock, pair.queries, kBlock, head_dim};
+// scores[r, c] = q_r . k_c, masked. q: [queries, ldq]; keys_DS: [units of depth, kBlock].
+template <class Unit>
+inline void block_scores(float* scores, const BlockPair& pair, Documents documents, const Unit* q,
+                         std::int64_t ldq, const Unit* keys_DS, std::int64_t depth) {
+  const BlockProduct<Unit> product{scores, kBlock, q, ldq, keys_DS, kBlock, pair.queries, kBlock, depth};
   if (pair.diagonal) {
     block_product<false, false, Causal::kKeyColumns>(product);
   } else {

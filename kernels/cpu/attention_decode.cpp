@@ -102,7 +102,7 @@ template <class T>
 void attend_token(const Group& g, T* out, const T* q, const KeptHead<T>& kept, std::int64_t position,
                   std::int64_t window) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(g.dim));
-  pack_rows(g.q_GP, g.padded, q, g.dim, g.heads, g.dim, scale);
+  pack_scaled(g.q_GP, g.padded, q, g.dim, g.heads, g.dim, scale);
   g.reset();
   for (std::int64_t first = window > 0 ? std::max<std::int64_t>(0, position - window + 1) : 0;
        first <= position; first += kBlock) {

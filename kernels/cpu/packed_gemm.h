@@ -27,11 +27,7 @@
 #include <utility>
 
 #include "kernels/core/tensor.h"
-#include "kernels/cpu/simd.h"
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "kernels/cpu/units.h"
 
 namespace upmoe::cpu {
 
@@ -58,32 +54,11 @@ constexpr std::int64_t kPanelColumns = 4 * kLanes;            // columns of a pa
 constexpr std::int64_t kBlockRows = 8 * kTileRows;            // rows of a that are packed together
 constexpr std::int64_t kPackedBytes = std::int64_t{1} << 19;  // of b at a time: half of a second-level cache
 
-// What is packed: fp32 numbers, or pairs of bf16 neighbours in depth for the instruction that multiplies pairs.
-template <class T>
-struct Packed {
-  using Unit = float;
-  static constexpr std::int64_t kPerUnit = 1;
-};
-#ifdef __AVX512BF16__
-template <>
-struct Packed<bf16> {
-  using Unit = std::uint32_t;
-  static constexpr std::int64_t kPerUnit = 2;
-};
-#endif
-template <class T>
-using UnitOf = typename Packed<T>::Unit;
-
-template <class T>
-constexpr std::int64_t units_of(std::int64_t depth) {
-  return (depth + Packed<T>::kPerUnit - 1) / Packed<T>::kPerUnit;
-}
-
 // From one packed row of a to the next: an odd number of cache lines, or rows would fall on the same few sets
 // of the first-level cache.
 template <class T>
 constexpr std::int64_t packed_row_stride(std::int64_t depth) {
-  const std::int64_t lines = (units_of<T>(depth) + kLanes - 1) / kLanes;
+  const std::int64_t lines = (units_of<UnitOf<T>>(depth) + kLanes - 1) / kLanes;
   return (lines | 1) * kLanes;
 }
 
@@ -94,117 +69,17 @@ constexpr std::int64_t packed_rows_size(std::int64_t depth) {
 }
 template <class T>
 constexpr std::int64_t packed_columns_size(std::int64_t depth, std::int64_t columns) {
-  return units_of<T>(depth) * ((columns + kLanes - 1) / kLanes * kLanes);
+  return units_of<UnitOf<T>>(depth) * ((columns + kLanes - 1) / kLanes * kLanes);
 }
 
 // Columns of b whose packed form fits the cache, in whole panels.
 template <class T>
 constexpr std::int64_t columns_in_cache(std::int64_t depth) {
-  const std::int64_t panel_bytes = std::max<std::int64_t>(1, units_of<T>(depth)) * kPanelColumns * 4;
+  const std::int64_t panel_bytes = std::max<std::int64_t>(1, units_of<UnitOf<T>>(depth)) * kPanelColumns * 4;
   return std::max<std::int64_t>(1, kPackedBytes / panel_bytes) * kPanelColumns;
 }
 
-// --- packing ---
-
-// out[u][0, width) = units of outer indices 0, 1, ... at depth u; zero past `count`. For depth-major operands.
-template <class T>
-inline void pack_depth_major(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
-                             std::int64_t count, std::int64_t depth) {
-  const std::int64_t covered = (count + kLanes - 1) / kLanes * kLanes;
-  for (std::int64_t u = 0; u < units_of<T>(depth); ++u, out += width) {
-    const T* first = in + u * Packed<T>::kPerUnit * stride;
-    const bool has_second = Packed<T>::kPerUnit == 2 && 2 * u + 1 < depth;
-    for_lanes(count, [&](std::int64_t i, auto lanes) {
-      if constexpr (Packed<T>::kPerUnit == 1) {
-        store(out + i, load(first + i, lanes));  // lanes past the count are zero
-      } else {
-        const u32x16 low = std::bit_cast<u32x16>(load(first + i, lanes)) >> 16;
-        const u32x16 high = has_second ? std::bit_cast<u32x16>(load(first + stride + i, lanes)) : u32x16{};
-        const u32x16 pair = low | high;
-        std::memcpy(out + i, &pair, sizeof pair);
-      }
-    });
-    std::fill(out + covered, out + width, UnitOf<T>{});
-  }
-}
-
-// out[i][u] for i < count, with row stride `out_stride`. For a whose depth is contiguous.
-template <class T>
-inline void pack_rows(UnitOf<T>* out, std::int64_t out_stride, const T* in, std::int64_t stride,
-                      std::int64_t count, std::int64_t depth) {
-  for (std::int64_t i = 0; i < count; ++i, out += out_stride, in += stride) {
-    if constexpr (Packed<T>::kPerUnit == 1) {
-      for_lanes(depth, [&](std::int64_t k, auto lanes) { store(out + k, load(in + k, lanes), lanes); });
-    } else {
-      if (depth % 2 != 0) out[depth / 2] = 0;
-      if (depth > 0) std::memcpy(out, in, static_cast<std::size_t>(depth) * sizeof(T));
-    }
-  }
-}
-
-// Sixteen units from `in`, which has `left` elements; zeros where they end.
-template <class T>
-inline u32x16 load_units(const T* in, std::int64_t left) {
-  if constexpr (Packed<T>::kPerUnit == 1) {
-    if (left >= kLanes) return std::bit_cast<u32x16>(load(in));
-    return std::bit_cast<u32x16>(load(in, FirstLanes{left}));
-  } else {
-    u32x16 units{};
-    std::memcpy(&units, in, static_cast<std::size_t>(std::min(left, 2 * kLanes)) * sizeof(T));
-    return units;
-  }
-}
-
-// One step of a transposition: blocks of kWidth lanes off the diagonal change places between a and b.
-template <int kWidth, int... kLane>
-inline void swap_blocks(u32x16& a, u32x16& b, std::integer_sequence<int, kLane...>) {
-  const u32x16 upper = __builtin_shufflevector(a, b, ((kLane & kWidth) ? 16 + kLane - kWidth : kLane)...);
-  b = __builtin_shufflevector(a, b, ((kLane & kWidth) ? 16 + kLane : kLane + kWidth)...);
-  a = upper;
-}
-template <int kWidth>
-inline void swap_blocks(u32x16 (&row)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if ((i & kWidth) == 0)
-      swap_blocks<kWidth>(row[i], row[i | kWidth], std::make_integer_sequence<int, kLanes>{});
-}
-
-// out[u][i], as pack_depth_major, of rows whose depth is contiguous: 16 x 16 units are transposed in registers.
-template <class T>
-inline void pack_transposed(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
-                            std::int64_t count, std::int64_t depth) {
-  const std::int64_t units = units_of<T>(depth);
-  for (std::int64_t i = 0; i < width; i += kLanes) {
-    for (std::int64_t u = 0; u < units; u += kLanes) {
-      const std::int64_t k = u * Packed<T>::kPerUnit;
-      u32x16 row[kLanes];
-#pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j)
-        row[j] = i + j < count ? load_units(in + (i + j) * stride + k, depth - k) : u32x16{};
-      swap_blocks<1>(row);
-      swap_blocks<2>(row);
-      swap_blocks<4>(row);
-      swap_blocks<8>(row);
-      const std::int64_t rows = std::min(kLanes, units - u);
-      for (std::int64_t j = 0; j < rows; ++j) std::memcpy(out + (u + j) * width + i, &row[j], sizeof row[j]);
-    }
-  }
-}
-
 // --- the product of one tile ---
-
-inline Register multiply_add(Register sum, float a, const float* b) {
-  return sum + splat_register(a) * load_register(b);
-}
-#ifdef __AVX512BF16__
-inline f32x16 multiply_add(f32x16 sum, std::uint32_t a, const std::uint32_t* b) {
-  const __m512i pairs = _mm512_loadu_si512(b);
-  return std::bit_cast<f32x16>(_mm512_dpbf16_ps(
-      std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(_mm512_set1_epi32(std::bit_cast<std::int32_t>(a))),
-      std::bit_cast<__m512bh>(pairs)));
-}
-#endif
 
 // kRegisters registers of columns, of panels and sums that are kVectors vectors wide.
 template <class Unit, int kRows, int kRegisters, int kVectors>
@@ -217,7 +92,7 @@ template <class Unit, int kRows, int kRegisters, int kVectors>
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 16
       for (int r = 0; r < kRegisters; ++r)
-        sum[m][r] = multiply_add(sum[m][r], a[m * row_stride], b + r * kRegisterLanes);
+        sum[m][r] = multiply_add(sum[m][r], a[m * row_stride], load_unit_register(b + r * kRegisterLanes));
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
@@ -325,7 +200,7 @@ inline void multiply_panel(const PackedProduct<T, Out>& p, Range rows, Range col
     Out* c = p.c + (rows.begin + m) * p.columns + columns.begin;
     prefetch_tile(c, p.columns, tile_rows, columns.size());
     tile_for<UnitOf<T>>(tile_rows, vectors)(sums, packed_rows + m * row_stride, row_stride, depth_stride,
-                                            panel, units_of<T>(p.depth));
+                                            panel, units_of<UnitOf<T>>(p.depth));
     if (p.bias != nullptr)
       add_bias(sums, vectors * kLanes, p.bias + columns.begin, tile_rows, columns.size());
     store_tile(c, p.columns, sums, vectors * kLanes, tile_rows, columns.size(), p.mode);
@@ -345,7 +220,7 @@ inline void multiply_packed(const PackedProduct<T, Out>& p, Range rows, Range co
       pack_rows(work.rows, packed_row_stride<T>(p.depth), a, p.a.stride, block.size(), p.depth);
     for (std::int64_t n = columns.begin; n < columns.end; n += kPanelColumns) {
       const Range panel_columns{n, std::min(n + kPanelColumns, columns.end)};
-      UnitOf<T>* panel = work.columns + (n - columns.begin) * units_of<T>(p.depth);
+      UnitOf<T>* panel = work.columns + (n - columns.begin) * units_of<UnitOf<T>>(p.depth);
       if (m == rows.begin) pack_panel(panel, p.b, panel_columns, p.depth);
       multiply_panel(p, block, panel_columns, work.rows, panel);
     }

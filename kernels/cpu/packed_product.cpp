@@ -18,7 +18,7 @@ void multiply_packed_blocks(Exec& ex, const DenseProduct& p) {
 }
 
 bool packed_blocks_have_bf16_instruction() {
-  return Packed<bf16>::kPerUnit == 2;
+  return kPerUnit<UnitOf<bf16>> == 2;
 }
 
 }  // namespace upmoe::cpu

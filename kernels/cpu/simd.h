@@ -192,24 +192,6 @@ inline float reduce_max(f32x16 v) {
   return h[0] > h[1] ? h[0] : h[1];
 }
 
-// One of four steps of a transposition: exchanges the off-diagonal blocks of kStep lanes between rows a and b.
-template <int kStep, int... kLane>
-inline void exchange_blocks(f32x16& a, f32x16& b, std::integer_sequence<int, kLane...>) {
-  const f32x16 upper = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane : 16 + kLane - kStep)...);
-  const f32x16 lower = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane + kStep : 16 + kLane)...);
-  a = upper;
-  b = lower;
-}
-
-template <int kStep = 8>
-inline void transpose(f32x16 (&rows)[kLanes]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if ((i & kStep) == 0)
-      exchange_blocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
-  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
-}
-
 // body(i, lanes) for i = 0, 16, 32, ...: AllLanes, then FirstLanes once for what is left of n.
 template <class Body>
 inline void for_lanes(std::int64_t n, Body&& body) {

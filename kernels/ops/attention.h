@@ -58,6 +58,9 @@ void rope(Exec& ex, TensorView qkv_TH, ConstTensorView positions_T, AttentionSha
 void rope_backward(Exec& ex, TensorView dqkv_TH, GradientView db_H, ConstTensorView positions_T,
                    AttentionShape shape, double theta);
 
+// Of bf16, probabilities and the gradients of scores may be rounded to bf16 for the products that they are factors of
+// (cuDNN does, and a CPU that multiplies pairs of bf16); all sums are fp32.
+
 // Writes out_TQ and lse_TN, as `Attended` says. document_T: int32 ids, equal = same document; a token sees earlier
 // tokens of its own document only. May be absent.
 void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTensorView qkv_TH,

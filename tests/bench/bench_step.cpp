@@ -1,6 +1,7 @@
-// Training steps of Qwen1.5-MoE-A2.7B's shape, of fewer of its layers, or of any model that a config.json describes, from
-// random weights on random tokens: one line of JSON for each step, and one for the memory. Writes no checkpoint. One rank; mpirun is
-// for `upmoe train`. --profile: the last step is run once more, and its time is shared out among its ops.
+// Training steps of Qwen1.5-MoE-A2.7B's shape, of fewer of its layers, or of any model that a config.json describes,
+// from random weights on random tokens: one line of JSON for each step, and one for the memory. Writes no
+// checkpoint. One rank; mpirun is for `upmoe train`. --profile: the last step is run once more, and its time is
+// shared out among its ops.
 
 #include <CLI/CLI.hpp>
 #include <chrono>

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/ops/gemm.h"
+#include "tests/support/attention_rounding.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_model.h"
@@ -87,7 +88,9 @@ void expect_reference(const Case& c, const Inputs& in, double looser = 1) {
   // That is beside the relative part, since an output may be much smaller than its terms.
   const bool known = c.packing == Packing::kNone || !runs_of(c, in.document).empty();
   const bool cudnn = on_gpu() && known && c.shape.head_dim % 8 == 0;
-  const Tolerance out = rounds ? Tolerance{1.0 / 250, cudnn ? 1e-3 : 1e-6} : Tolerance{1e-5, 2e-6 * looser};
+  const Tolerance out = rounds
+                            ? Tolerance{1.0 / 250, cudnn ? 1e-3 : 1e-6 + rounding_of_probabilities(c.dtype)}
+                            : Tolerance{1e-5, 2e-6 * looser};
   // In bf16 the backward starts from the rounded output, so delta carries its rounding.
   const Tolerance gradient = rounds ? Tolerance{1.0 / 128, 4e-3} : Tolerance{1e-5, 4e-6 * looser};
   expect_close(r.out.values(), expected.out, out, "out");

@@ -1,0 +1,142 @@
+#pragma once
+// What products in registers read, packed: fp32 numbers, or pairs of bf16 neighbours in depth where the processor has
+// an instruction that multiplies pairs and adds both products to an fp32 sum.
+//
+//   depth          0     1     2     3               Operands lie with all outer indices of a unit side by side, or
+//   units of bf16 [0 . . 1]   [2 . . 3]              with the units of an outer index side by side.
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "kernels/cpu/simd.h"
+
+namespace upmoe::cpu {
+
+// Elements of one unit.
+template <class Unit>
+inline constexpr std::int64_t kPerUnit = std::is_same_v<Unit, std::uint32_t> ? 2 : 1;
+
+// What elements of T are packed as; bf16 without that instruction is widened.
+#ifdef __AVX512BF16__
+template <class T>
+using UnitOf = std::conditional_t<std::is_same_v<T, bf16>, std::uint32_t, float>;
+#else
+template <class T>
+using UnitOf = float;
+#endif
+
+template <class Unit>
+constexpr std::int64_t units_of(std::int64_t depth) {
+  return (depth + kPerUnit<Unit> - 1) / kPerUnit<Unit>;
+}
+
+// One register of units, and sums of one register + a times it.
+inline Register load_unit_register(const float* p) {
+  return load_register(p);
+}
+inline Register multiply_add(Register sum, float a, Register b) {
+  return sum + splat_register(a) * b;
+}
+#ifdef __AVX512BF16__
+inline u32x16 load_unit_register(const std::uint32_t* p) {
+  u32x16 units;
+  std::memcpy(&units, p, sizeof units);
+  return units;
+}
+inline f32x16 multiply_add(f32x16 sum, std::uint32_t a, u32x16 b) {
+  return std::bit_cast<f32x16>(_mm512_dpbf16_ps(
+      std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(_mm512_set1_epi32(std::bit_cast<std::int32_t>(a))),
+      std::bit_cast<__m512bh>(b)));
+}
+#endif
+
+// out[u][0, width) = units of outer indices 0, 1, ... at depth u; zero past `count`. For depth-major operands.
+template <class T>
+inline void pack_depth_major(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
+                             std::int64_t count, std::int64_t depth) {
+  const std::int64_t covered = (count + kLanes - 1) / kLanes * kLanes;
+  for (std::int64_t u = 0; u < units_of<UnitOf<T>>(depth); ++u, out += width) {
+    const T* first = in + u * kPerUnit<UnitOf<T>> * stride;
+    const bool has_second = kPerUnit<UnitOf<T>> == 2 && 2 * u + 1 < depth;
+    for_lanes(count, [&](std::int64_t i, auto lanes) {
+      if constexpr (kPerUnit<UnitOf<T>> == 1) {
+        store(out + i, load(first + i, lanes));  // lanes past the count are zero
+      } else {
+        const u32x16 low = std::bit_cast<u32x16>(load(first + i, lanes)) >> 16;
+        const u32x16 high = has_second ? std::bit_cast<u32x16>(load(first + stride + i, lanes)) : u32x16{};
+        const u32x16 pair = low | high;
+        std::memcpy(out + i, &pair, sizeof pair);
+      }
+    });
+    std::fill(out + covered, out + width, UnitOf<T>{});
+  }
+}
+
+// out[i][u] for i < count, with row stride `out_stride`. For a whose depth is contiguous.
+template <class T>
+inline void pack_rows(UnitOf<T>* out, std::int64_t out_stride, const T* in, std::int64_t stride,
+                      std::int64_t count, std::int64_t depth) {
+  for (std::int64_t i = 0; i < count; ++i, out += out_stride, in += stride) {
+    if constexpr (kPerUnit<UnitOf<T>> == 1) {
+      for_lanes(depth, [&](std::int64_t k, auto lanes) { store(out + k, load(in + k, lanes), lanes); });
+    } else {
+      if (depth % 2 != 0) out[depth / 2] = 0;
+      if (depth > 0) std::memcpy(out, in, static_cast<std::size_t>(depth) * sizeof(T));
+    }
+  }
+}
+
+// Sixteen units from `in`, which has `left` elements; zeros where they end.
+template <class T>
+inline u32x16 load_units(const T* in, std::int64_t left) {
+  if constexpr (kPerUnit<UnitOf<T>> == 1) {
+    if (left >= kLanes) return std::bit_cast<u32x16>(load(in));
+    return std::bit_cast<u32x16>(load(in, FirstLanes{left}));
+  } else {
+    u32x16 units{};
+    std::memcpy(&units, in, static_cast<std::size_t>(std::min(left, 2 * kLanes)) * sizeof(T));
+    return units;
+  }
+}
+
+// One step of a transposition: blocks of kWidth lanes off the diagonal change places between a and b.
+template <int kWidth, int... kLane>
+inline void swap_blocks(u32x16& a, u32x16& b, std::integer_sequence<int, kLane...>) {
+  const u32x16 upper = __builtin_shufflevector(a, b, ((kLane & kWidth) ? 16 + kLane - kWidth : kLane)...);
+  b = __builtin_shufflevector(a, b, ((kLane & kWidth) ? 16 + kLane : kLane + kWidth)...);
+  a = upper;
+}
+template <int kWidth>
+inline void swap_blocks(u32x16 (&row)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if ((i & kWidth) == 0)
+      swap_blocks<kWidth>(row[i], row[i | kWidth], std::make_integer_sequence<int, kLanes>{});
+}
+
+// out[u][i], as pack_depth_major, of rows whose depth is contiguous: 16 x 16 units are transposed in registers.
+template <class T>
+inline void pack_transposed(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
+                            std::int64_t count, std::int64_t depth) {
+  const std::int64_t units = units_of<UnitOf<T>>(depth);
+  for (std::int64_t i = 0; i < width; i += kLanes) {
+    for (std::int64_t u = 0; u < units; u += kLanes) {
+      const std::int64_t k = u * kPerUnit<UnitOf<T>>;
+      u32x16 row[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j)
+        row[j] = i + j < count ? load_units(in + (i + j) * stride + k, depth - k) : u32x16{};
+      swap_blocks<1>(row);
+      swap_blocks<2>(row);
+      swap_blocks<4>(row);
+      swap_blocks<8>(row);
+      const std::int64_t rows = std::min(kLanes, units - u);
+      for (std::int64_t j = 0; j < rows; ++j) std::memcpy(out + (u + j) * width + i, &row[j], sizeof row[j]);
+    }
+  }
+}
+
+}  // namespace upmoe::cpu

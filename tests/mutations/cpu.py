@@ -1,0 +1,28 @@
+"""Errors in the CPU's products of pairs of bf16 and in what is packed for them; see tests/mutants.py."""
+
+BACKWARD = "kernels/cpu/attention_backward.cpp"
+
+MUTANTS = {
+    "units_on_the_diagonal_end_early": (
+        "kernels/cpu/block_matmul.h", "units_of<Unit>(m + kRows)", "(m + kRows) / kPerUnit<Unit>", "*bf16*",
+        "attention_test"),
+    "last_columns_in_too_narrow_a_panel": (
+        "kernels/cpu/block_matmul.h", "p.columns - first_column < kVectors * kLanes",
+        "p.columns - first_column <= kVectors * kLanes", "Shapes/*", "attention_test"),
+    "unscaled_scores_of_pairs_in_the_backward": (
+        BACKWARD, "load(tiles.scores + place) * scale - lse[r + i]", "load(tiles.scores + place) - lse[r + i]",
+        "*bf16*", "attention_test"),
+    "unscaled_gradient_of_the_keys_of_pairs": (
+        BACKWARD, "Scales<UnitOf<T>>(s.head_dim).score);", "1.0f);", "*bf16*", "attention_test"),
+    "neighbours_of_a_column_change_places": (
+        BACKWARD, "widen_words(to_bf16_bits(even)) | widen_words(to_bf16_bits(odd)) << 16",
+        "widen_words(to_bf16_bits(odd)) | widen_words(to_bf16_bits(even)) << 16", "*bf16*", "attention_test"),
+    "probabilities_of_pairs_summed_unscaled": (
+        "kernels/cpu/attention.cpp", "Scales<Unit>(shape.head_dim).score", "1.0f", "*bf16*", "attention_test"),
+    "rows_of_a_ring_in_the_order_of_their_slots": (
+        "kernels/cpu/attention.cpp", "(first + r) % seq.slots", "(row + r) % rows", "*AttentionRuns*",
+        "attention_decode_test"),
+    "subnormals_are_zero_in_bf16": (
+        "kernels/cpu/simd.h", "_mm512_fpclass_ps_mask(lanes, kSubnormal) != 0", "false && kSubnormal != 0",
+        "Simd.*", "vector_math_test"),
+}
