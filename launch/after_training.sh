@@ -121,7 +121,9 @@ run_step() {  # STEP
     note "$1" not_run "${PACKAGES_OF[$1]} cannot be installed here: $(last_words "$log")"
     return
   fi
-  "$(environment_of "$1")/bin/python" launch/serving_steps.py "$1" "$export_dir" "$out" >>"$log" 2>&1 || status=$?
+  # Where a tool leaves files of its own (gptqmodel its logs), they belong to what is made.
+  (cd "$out" && exec "$(environment_of "$1")/bin/python" "$root/launch/serving_steps.py" "$1" "$export_dir" "$out") \
+    >>"$log" 2>&1 || status=$?
   # A tool may end the process itself.
   [[ -f $out/results/$1.json ]] || note "$1" failed "ended with status $status: $(last_words "$log")"
 }

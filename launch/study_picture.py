@@ -14,11 +14,17 @@ PANELS = [("tokens", False), ("flops", False), ("flops", True)]  # what is spent
 WIDTH, HEIGHT = 20, 4.8  # inches, without the legend
 LEGEND_LINE = 0.26       # inches of a row of the legend
 LETTERS = 200            # of a row of it
+MOST_BANDED = 10         # arms; the bands of more hide each other's lines, and the table has the intervals
+FAR = 10                 # times as far from the reference as arms are in the middle
 
 
 def columns(names):
     """Of the legend: as many as the longest name lets stand side by side."""
     return max(1, min(len(names), LETTERS // (max(map(len, names)) + 8)))
+
+
+def banded(outcomes):
+    return len(outcomes) <= MOST_BANDED
 
 
 def draw_arm(ax, line, outcomes, arm):
@@ -32,7 +38,7 @@ def draw_arms(ax, outcomes, axis, charged):
     lines = []
     for arm in outcomes:
         curves = [o.curve(charged) for o in outcomes[arm]]
-        lines.append(mean_line([c.spent[axis] for c in curves], [c.loss for c in curves]))
+        lines.append(mean_line([c.spent[axis] for c in curves], [c.loss for c in curves], banded(outcomes)))
         draw_arm(ax, lines[-1], outcomes, arm)
     ax.set_xlabel(NAMES[axis] + (", sources charged" if charged else ""))
     ax.xaxis.set_major_formatter(lambda value, _: short(value))
@@ -61,6 +67,12 @@ def differences(outcomes, than, arm):
         yield x, np.array([one.at("tokens", tokens) - other.at("tokens", tokens) for tokens in x])
 
 
+def near_lines(lines):
+    """Of many, those that do not end so far off that the others would lie on each other; the rest leave the picture."""
+    ends = [abs(line.y[-1]) for line in lines]
+    return [line for line, end in zip(lines, ends) if end <= FAR * np.median(ends)]
+
+
 def draw_differences(ax, outcomes, than):
     """What is compared: seeds lie farther apart than arms do, and within a pair that is taken away."""
     lines = [mean_line([outcomes[than][0].curve(False).spent["tokens"][[0, -1]]], [np.zeros(2)], banded=False)]
@@ -68,9 +80,9 @@ def draw_differences(ax, outcomes, than):
     for arm in outcomes:
         pairs = list(differences(outcomes, than, arm))
         if arm != than and all(len(x) > 1 for x, _ in pairs):
-            lines.append(mean_line(*zip(*pairs)))
+            lines.append(mean_line(*zip(*pairs), banded(outcomes)))
             draw_arm(ax, lines[-1], outcomes, arm)
-    ax.set_ylim(*limits_of(lines, 0.05, beginning=0.6))
+    ax.set_ylim(*limits_of(lines if banded(outcomes) else near_lines(lines), 0.05, beginning=0.6))
     ax.set_xlabel(NAMES["tokens"])
     ax.xaxis.set_major_formatter(lambda value, _: short(value))
     ax.set_ylabel(f"within pairs, minus that of '{than}'".replace("$", r"\$"))
@@ -91,7 +103,7 @@ def figure_of(study, outcomes):
     first.set_ylim(*limits_of(lines[0], 0.05))
     first.set_ylabel("held-out loss, nats per token")
     draw_differences(beside, outcomes, reference(study, outcomes))
-    how = "mean and 95 % interval" if seeds >= FEWEST else "thin: each seed; thick: their mean"
+    how = "means" if not banded(outcomes) else "mean and 95 % interval" if seeds >= FEWEST else "thin: each seed; thick: their mean"
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=columns(outcomes),
                   handlelength=3.5, title=how if seeds > 1 else None)
     figure.suptitle(f"{study.name}, size {study.size}, {seeds} seed{'s' if seeds > 1 else ''}")

@@ -11,9 +11,7 @@ namespace upmoe::cpu {
 //
 // x = n ln2 + r with |r| <= ln2/2; e^r = 1 + r + r^2 q(r), q minimax of degree 4 (relative error of e^r 3.1e-9).
 inline f32x16 vector_exp(f32x16 x) {
-  const f32x16 low = splat(-87.5f), high = splat(89.0f);
-  x = x < low ? low : x;  // comparisons are false for NaN, which therefore passes
-  x = x > high ? high : x;
+  x = max(splat(-87.5f), min(splat(89.0f), x));  // NaN, as the second of both, passes
   // 1.5 * 2^23: adding it leaves the nearest integer in the low bits.
   const float round_to_integer = 12582912.0f;
   const f32x16 shifted = x * 1.44269504088896341f + round_to_integer;

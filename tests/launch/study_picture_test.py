@@ -115,6 +115,23 @@ class Picture(unittest.TestCase):
         self.assertAlmostEqual(band.max() - band.min(), 2 * 4.30265 * 0.001 / np.sqrt(3), places=6)
         self.assertIn(r"\$other\$", ax.get_ylabel())
 
+    def test_of_many_arms_the_lines_are_seen(self):
+        arms = [f"arm {i}" for i in range(study_picture.MOST_BANDED + 1)]
+        found = outcomes_of(arms, spread=0.01)
+        for outcome in found["arm 0"]:   # far above all others
+            far = outcome.curve(False)
+            outcome.curve = lambda _, c=Curve(far.loss + 40, far.spent): c
+        with plt.rc_context(STYLE):
+            figure = study_picture.figure_of(study_of(arms[1:]), found)
+        self.addCleanup(plt.close, figure)
+        self.assertFalse(any(ax.collections for ax in figure.axes))
+        beside = figure.axes[-1]
+        ends = {line.get_label(): line.get_ydata()[-1] for line in beside.lines}
+        low, high = beside.get_ylim()
+        self.assertGreater(ends["arm 0"], high)
+        self.assertTrue(all(low <= end <= high for arm, end in ends.items() if arm != "arm 0"), ends)
+        self.assertEqual(len(ends), len(arms))
+
     def test_the_file_is_the_same_again(self):
         study, files = study_of(("one", "$two$")), []
         with tempfile.TemporaryDirectory() as folder:
