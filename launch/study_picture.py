@@ -103,7 +103,8 @@ def figure_of(study, outcomes):
     first.set_ylim(*limits_of(lines[0], 0.05))
     first.set_ylabel("held-out loss, nats per token")
     draw_differences(beside, outcomes, reference(study, outcomes))
-    how = "means" if not banded(outcomes) else "mean and 95 % interval" if seeds >= FEWEST else "thin: each seed; thick: their mean"
+    several = "mean and 95 % interval" if seeds >= FEWEST else "thin: each seed; thick: their mean"
+    how = several if banded(outcomes) else "means; intervals are in the table"
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=columns(outcomes),
                   handlelength=3.5, title=how if seeds > 1 else None)
     figure.suptitle(f"{study.name}, size {study.size}, {seeds} seed{'s' if seeds > 1 else ''}")

@@ -26,7 +26,7 @@ struct Options {
   std::int64_t tokens = 16384, seq_len = 2048, width = 2048, heads = 16, expert_width = 1408,
                shared_width = 5632, vocab = 151936;
   OptimizerKind optimizer = OptimizerKind::kAdamW8bit;
-  Precision precision = Precision::kBf16;
+  Precision precision = Precision::kBf16, reduce = Precision::kBf16;
   Recompute recompute = Recompute::kNone;
   ExpertsPath kernels = ExpertsPath::kAuto;
   DeviceChoice device = DeviceChoice::kAuto;
@@ -53,6 +53,7 @@ Options parse(int argc, char** argv) {
   shape.push_back(app.add_option("--vocab", o.vocab));
   add_choice(app, "--optimizer", o.optimizer, "");
   add_choice(app, "--precision", o.precision, "");
+  add_choice(app, "--reduce", o.reduce, "dtype of the gradients; of fp32 weights always fp32");
   add_choice(app, "--recompute", o.recompute, "");
   add_choice(app, "--kernels-experts", o.kernels, "");
   for (CLI::Option* option : shape) option->excludes(model);
@@ -95,7 +96,7 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   r.train.precision = o.precision;
   r.train.recompute = o.recompute;
   r.kernels.experts = o.kernels;
-  r.parallel.reduce = o.precision;
+  r.parallel.reduce = o.precision == Precision::kFp32 ? Precision::kFp32 : o.reduce;
   r.optimizer.name = o.optimizer;
   r.optimizer.lr = 1e-4;
   r.optimizer.offload = o.offload;
