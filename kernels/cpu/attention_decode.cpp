@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <span>
 
 #include "kernels/cpu/attention_blocks.h"
 #include "kernels/cpu/attention_run.h"
@@ -52,14 +53,20 @@ struct Group {
 // Of `n` keys from position `first` on; those behind them are seen by nobody.
 template <class T>
 void score_keys(const Group& g, const KeptHead<T>& kept, std::int64_t first, std::int64_t n) {
-  std::fill_n(g.scores_GB, g.heads * kBlock, -std::numeric_limits<float>::infinity());
-  for (std::int64_t i = 0; i < n; ++i) {
-    const T* k = kept.k + kept.at(first + i);
-    for (std::int64_t head = 0; head < g.heads; ++head)
-      g.scores_GB[head * kBlock + i] = sum_lanes(g.dim, [&](std::int64_t d, auto lanes) {
-        return load(g.q_GP + head * g.padded + d) * load(k + d, lanes);
-      });
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const T* keys[kLanes];  // those behind the last are the last again
+    for (std::int64_t j = 0; j < kLanes; ++j) keys[j] = kept.k + kept.at(first + std::min(i + j, n - 1));
+    for (std::int64_t head = 0; head < g.heads; ++head) {
+      f32x16 products[kLanes] = {};
+      for (std::int64_t j = 0; j < kLanes; ++j)
+        for_lanes(g.dim, [&](std::int64_t d, auto lanes) {
+          products[j] += load(g.q_GP + head * g.padded + d) * load(keys[j] + d, lanes);
+        });
+      store(g.scores_GB + head * kBlock + i, reduce_add_each(products));
+    }
   }
+  for (std::int64_t head = 0; head < g.heads; ++head)
+    std::fill_n(g.scores_GB + head * kBlock + n, kBlock - n, -std::numeric_limits<float>::infinity());
 }
 
 // As the forward over whole sequences has it (attention.cpp): scores become probabilities relative to the largest so
@@ -85,16 +92,34 @@ void update_softmax(const Group& g) {
   }
 }
 
+// kVectors of outputs from d on stay in registers while all values go by.
+template <int kVectors, class T, class Lanes>
+void add_weighed(float* out, const float* weights, std::span<const T* const> values, std::int64_t d,
+                 Lanes lanes) {
+  f32x16 sum[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) sum[v] = load(out + d + v * kLanes);
+  for (std::size_t i = 0; i < values.size(); ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] += load(values[i] + d + v * kLanes, lanes) * weights[i];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) store(out + d + v * kLanes, sum[v]);
+}
+
 template <class T>
 void add_values(const Group& g, const KeptHead<T>& kept, std::int64_t first, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const T* v = kept.v + kept.at(first + i);
-    for (std::int64_t head = 0; head < g.heads; ++head) {
-      const float p = g.scores_GB[head * kBlock + i];
-      float* out = g.out_GP + head * g.padded;
-      for_lanes(g.dim,
-                [&](std::int64_t d, auto lanes) { store(out + d, load(out + d) + load(v + d, lanes) * p); });
-    }
+  constexpr int kAtOnce = 4;
+  const T* values[kBlock];
+  for (std::int64_t i = 0; i < n; ++i) values[i] = kept.v + kept.at(first + i);
+  const std::span<const T* const> seen(values, static_cast<std::size_t>(n));
+  for (std::int64_t head = 0; head < g.heads; ++head) {
+    float* out = g.out_GP + head * g.padded;
+    const float* weights = g.scores_GB + head * kBlock;
+    std::int64_t d = 0;
+    for (; d + kAtOnce * kLanes <= g.dim; d += kAtOnce * kLanes)
+      add_weighed<kAtOnce>(out, weights, seen, d, AllLanes{});
+    for_lanes(g.dim - d,
+              [&](std::int64_t rest, auto lanes) { add_weighed<1>(out, weights, seen, d + rest, lanes); });
   }
 }
 

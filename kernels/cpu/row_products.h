@@ -4,10 +4,11 @@
 // packed blocks or oneDNN, which copy the weights first.
 
 #include <algorithm>
+#include <cstring>
 #include <span>
 
 #include "kernels/cpu/parallel_for.h"
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/units.h"
 
 namespace upmoe::cpu {
 
@@ -19,12 +20,29 @@ struct RowProduct {
   std::int64_t rows, columns, depth;
 };
 
-// Lanes past n read as zero.
+// What a register holds of a row: numbers, or pairs of bf16 as they lie.
 template <class T>
-inline Register load_lanes(const T* p, std::int64_t n) {
-  float block[kRegisterLanes] = {};
-  for (std::int64_t i = 0; i < n; ++i) block[i] = to_float(p[i]);
-  return load_register(block);
+constexpr std::int64_t kOfARegister = kRegisterLanes* kPerUnit<UnitOf<T>>;
+
+template <class T>
+inline auto load_of_row(const T* p) {
+  if constexpr (kPerUnit<UnitOf<T>> == 1) {
+    return load_register(p);
+  } else {
+    return load_units(p, kOfARegister<T>);
+  }
+}
+
+// Those past n read as zero.
+template <class T>
+inline auto load_of_row(const T* p, std::int64_t n) {
+  if constexpr (kPerUnit<UnitOf<T>> == 1) {
+    float block[kRegisterLanes] = {};
+    for (std::int64_t i = 0; i < n; ++i) block[i] = to_float(p[i]);
+    return load_register(block);
+  } else {
+    return load_units(p, n);
+  }
 }
 
 // Always in the same order.
@@ -45,37 +63,54 @@ inline void fetch_ahead(const char* p, std::int64_t n) {
   for (std::int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i);
 }
 
-// R rows by C columns from (m, n) on. A value's terms are added lane by lane along the depth, in every tile alike.
-// `ahead`: as many weights as the tile reads, that are read next; null for none.
+// y of R rows by C columns from (m, n) on.
+template <int R, int C, class T, class Out>
+inline void store_row_tile(const RowProduct<T, Out>& p, std::int64_t m, std::int64_t n,
+                           Register (&sum)[R][C]) {
+  float bias[C] = {};
+  for (int c = 0; p.bias != nullptr && c < C; ++c) bias[c] = to_float(p.bias[n + c]);
+  alignas(64) Out tile[R * C];
+  if constexpr (R * C == kLanes && sizeof(Register) == sizeof(f32x16)) {
+    f32x16 sums[kLanes], biases;
+#pragma GCC unroll 16
+    for (int i = 0; i < R * C; ++i) {
+      sums[i] = sum[i / C][i % C];
+      biases[i] = bias[i % C];
+    }
+    store(tile, reduce_add_each(sums) + biases);
+  } else {
+    for (int i = 0; i < R * C; ++i) tile[i] = from_float<Out>(lane_sum(sum[i / C][i % C]) + bias[i % C]);
+  }
+  for (int r = 0; r < R; ++r)
+    std::memcpy(static_cast<void*>(p.y + (m + r) * p.columns + n), tile + r * C, C * sizeof(Out));
+}
+
+// A value's terms are added lane by lane along the depth, in every tile alike. `ahead`: as many weights as the tile
+// reads, that are read next; null for none.
 template <int R, int C, class T, class Out>
 inline void multiply_row_tile(const RowProduct<T, Out>& p, std::int64_t m, std::int64_t n,
                               const char* ahead = nullptr) {
-  const std::int64_t K = p.depth, whole = K / kRegisterLanes * kRegisterLanes;
+  constexpr std::int64_t kAtOnce = kOfARegister<T>, kStep = kAtOnce * C * sizeof(T);
+  const std::int64_t K = p.depth, whole = K / kAtOnce * kAtOnce;
   const T *x_rows = p.x + m * K, *w_rows = p.w + n * K;
   Register sum[R][C] = {};
-  constexpr std::int64_t kStep = kRegisterLanes * C * sizeof(T);
-  for (std::int64_t k = 0; k < whole; k += kRegisterLanes) {
-    if (ahead != nullptr) fetch_ahead(ahead + k / kRegisterLanes * kStep, kStep);
-    Register w[C];
+  const auto add = [&](auto load) {
+    decltype(load(w_rows)) w[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) w[c] = load_register(w_rows + c * K + k);
+    for (int c = 0; c < C; ++c) w[c] = load(w_rows + c * K);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Register x = load_register(x_rows + r * K + k);
+      const auto x = load(x_rows + r * K);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[r][c] += x * w[c];
+      for (int c = 0; c < C; ++c) sum[r][c] = multiply_add(sum[r][c], x, w[c]);
     }
+  };
+  for (std::int64_t k = 0; k < whole; k += kAtOnce) {
+    if (ahead != nullptr) fetch_ahead(ahead + k / kAtOnce * kStep, kStep);
+    add([k](const T* row) { return load_of_row(row + k); });
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      if (whole < K)
-        sum[r][c] +=
-            load_lanes(x_rows + r * K + whole, K - whole) * load_lanes(w_rows + c * K + whole, K - whole);
-      const float bias = p.bias != nullptr ? to_float(p.bias[n + c]) : 0.0f;
-      p.y[(m + r) * p.columns + n + c] = from_float<Out>(lane_sum(sum[r][c]) + bias);
-    }
+  if (whole < K) add([&](const T* row) { return load_of_row(row + whole, K - whole); });
+  store_row_tile(p, m, n, sum);
 }
 
 constexpr int kRowsAtOnce = kVectorsAtOnce == 4 ? 4 : 2;  // whose sums, of four columns, fit the registers

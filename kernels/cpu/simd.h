@@ -3,7 +3,7 @@
 // it, several narrower ones where not. Explicit, because reductions and bf16 conversion do not vectorise reliably
 // from plain loops without -ffast-math, and because a fixed number of lanes fixes the order of every sum.
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -194,6 +194,28 @@ inline float reduce_add(f32x16 v) {
   const f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
   const f32x4 c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1);
   return c[0] + c[1];
+}
+// Neighbours of groups of kGroup lanes are folded onto each other: those of `a` fill the lower half, those of `b` the
+// upper one.
+template <int kGroup, int... kLane>
+inline f32x16 fold_groups(f32x16 a, f32x16 b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane / kGroup * 2 * kGroup + kLane % kGroup)...) +
+         __builtin_shufflevector(a, b, (kLane / kGroup * 2 * kGroup + kGroup + kLane % kGroup)...);
+}
+
+// Lane i: reduce_add(v[i]), to the bit, for a third of its instructions.
+//
+//   kGroup 8    v0: 0-7 + 8-15 | v1: 0-7 + 8-15       4    v0 0-3 + 4-7 | v1 0-3 + 4-7 | v2 ... | v3 ...      2, 1
+template <int kGroup = 8>
+inline f32x16 reduce_add_each(f32x16 (&v)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kGroup; ++i)
+    v[i] = fold_groups<kGroup>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (kGroup > 1) {
+    return reduce_add_each<kGroup / 2>(v);
+  } else {
+    return v[0];
+  }
 }
 inline float reduce_max(f32x16 v) {
   const f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);

@@ -33,12 +33,24 @@ constexpr std::int64_t units_of(std::int64_t depth) {
   return (depth + kPerUnit<Unit> - 1) / kPerUnit<Unit>;
 }
 
-// One register of units, and sums of one register + a times it.
+// One register of units, and sums of products of two, or of one unit and a register.
 inline Register load_unit_register(const float* p) {
   return load_register(p);
 }
+// Fused by name: gcc fuses most sums of products by itself, not all, and tiles must round alike.
+inline Register multiply_add(Register sum, Register a, Register b) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Register>(
+      _mm512_fmadd_ps(std::bit_cast<__m512>(a), std::bit_cast<__m512>(b), std::bit_cast<__m512>(sum)));
+#elif defined(__AVX__) && defined(__FMA__)
+  return std::bit_cast<Register>(
+      _mm256_fmadd_ps(std::bit_cast<__m256>(a), std::bit_cast<__m256>(b), std::bit_cast<__m256>(sum)));
+#else
+  return sum + a * b;
+#endif
+}
 inline Register multiply_add(Register sum, float a, Register b) {
-  return sum + splat_register(a) * b;
+  return multiply_add(sum, splat_register(a), b);
 }
 #ifdef __AVX512BF16__
 inline u32x16 load_unit_register(const std::uint32_t* p) {
@@ -46,10 +58,12 @@ inline u32x16 load_unit_register(const std::uint32_t* p) {
   std::memcpy(&units, p, sizeof units);
   return units;
 }
+inline f32x16 multiply_add(f32x16 sum, u32x16 a, u32x16 b) {
+  return std::bit_cast<f32x16>(
+      _mm512_dpbf16_ps(std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b)));
+}
 inline f32x16 multiply_add(f32x16 sum, std::uint32_t a, u32x16 b) {
-  return std::bit_cast<f32x16>(_mm512_dpbf16_ps(
-      std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(_mm512_set1_epi32(std::bit_cast<std::int32_t>(a))),
-      std::bit_cast<__m512bh>(b)));
+  return multiply_add(sum, u32x16{} + a, b);
 }
 #endif
 

@@ -22,6 +22,12 @@ MUTANTS = {
     "rows_of_a_ring_in_the_order_of_their_slots": (
         "kernels/cpu/attention.cpp", "(first + r) % seq.slots", "(row + r) % rows", "*AttentionRuns*",
         "attention_decode_test"),
+    "sums_of_a_tile_change_places": (
+        "kernels/cpu/simd.h", "fold_groups<kGroup>(v[2 * i], v[2 * i + 1],", "fold_groups<kGroup>(v[i], v[i + kGroup],",
+        "*AreRight*", "row_products_test"),
+    "keys_behind_the_last_are_seen": (
+        "kernels/cpu/attention_decode.cpp", "g.scores_GB + head * kBlock + n, kBlock - n,",
+        "g.scores_GB + head * kBlock + n, 0 * n,", "*", "attention_decode_test"),
     "subnormals_are_zero_in_bf16": (
         "kernels/cpu/simd.h", "_mm512_fpclass_ps_mask(lanes, kSubnormal) != 0", "false && kSubnormal != 0",
         "Simd.*", "vector_math_test"),
