@@ -144,8 +144,8 @@ MUTANTS = {
         "*.DHidden/*", "nobody can go on"),
     "staging_rewritten_early": (
         FOLDER + "experts_up.cuh",
-        "    store_lines<8>(staging, first + part * kRowBytes, row_bytes, rows);\n    __syncwarp();",
-        "    store_lines<8>(staging, first + part * kRowBytes, row_bytes, rows);",
+        "  store_lines<8>(staging, first, row_bytes, rows);\n  __syncwarp();",
+        "  store_lines<8>(staging, first, row_bytes, rows);",
         "*.Up/*", "of_gate_up.relative()"),
     "rows_of_another_expert": (
         FOLDER + "experts_dweights.cuh",

@@ -44,13 +44,13 @@ struct alignas(1024) Stages {
 };
 
 __device__ inline int group_of_thread() {
-  return static_cast<int>(threadIdx.x) / kGroupThreads;
+  return static_cast<int>(threadIdx.x / kGroupThreads);
 }
 __device__ inline int lane_of_thread() {
-  return static_cast<int>(threadIdx.x) % 32;
+  return static_cast<int>(threadIdx.x % 32);
 }
 __device__ inline int warp_of_group() {
-  return static_cast<int>(threadIdx.x) / 32 % 4;
+  return static_cast<int>(threadIdx.x / 32 % 4);
 }
 
 // Once a block's barriers and tiles are there: the third warpgroup brings operands, the others multiply, with
@@ -78,12 +78,13 @@ class GatheredRows {
   }
   __device__ void begin(const bf16* x_TD, int width) {
     const int lane = lane_of_thread();
+    next_ = x_TD + lane % 8 * 8;
     there_ = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int token = __shfl_sync(0xffffffffu, token_, 4 * i + lane / 8);
       there_ |= (token >= 0 ? 1u : 0u) << i;
-      next_[i] = x_TD + static_cast<std::int64_t>(token >= 0 ? token : 0) * width + lane % 8 * 8;
+      row_[i] = static_cast<u32>(token >= 0 ? token : 0) * static_cast<u32>(width / 8);
     }
   }
   // The next 64 elements; zeros for rows that do not exist.
@@ -91,15 +92,15 @@ class GatheredRows {
     const u32 t = threadIdx.x % kGroupThreads;
     unsigned char* to = operand + swizzled(t / 8, t % 8);
 #pragma unroll
-    for (u32 i = 0; i < 8; ++i) cp_async_16(to + i * 16 * kRowBytes, next_[i], (there_ >> i & 1) != 0);
-#pragma unroll
-    for (const bf16*& next : next_) next += kStepK;
+    for (u32 i = 0; i < 8; ++i)
+      cp_async_16(to + i * 16 * kRowBytes, next_ + std::size_t{row_[i]} * 8, (there_ >> i & 1) != 0);
+    next_ += kStepK;
   }
 
  private:
   int token_ = -1;
-  u32 there_ = 0;
-  const bf16* next_[8];
+  u32 there_ = 0, row_[8];      // which of this thread's rows exist; where they begin, in units of 16 bytes
+  const bf16* next_ = nullptr;  // this thread's chunk of row 0
 };
 
 // The rows of every tile of this block, `width` elements each, into operand a; weights(tile, stage, k) brings
@@ -238,6 +239,9 @@ __device__ inline u32 staged(u32 row, u32 chunk) {
   return kLaneBytes == 4 ? swizzled(row, chunk) : row * kRowBytes + ((chunk ^ (row & 3) << 1) << 4);
 }
 
+// The same chunk eight rows on, where both swizzles begin anew: an offset that takes no register.
+constexpr u32 kEightRows = 8 * kRowBytes;
+
 // Where lane's row of the matrices of stmatrix_x4 lies: matrices are (rows 0-7 | 8-15) of chunk, then of
 // chunk + 1.
 __device__ inline unsigned char* fragment_row(unsigned char* staging, u32 chunk) {
@@ -245,28 +249,33 @@ __device__ inline unsigned char* fragment_row(unsigned char* staging, u32 chunk)
   return staging + staged<4>(lane % 16, chunk + lane / 16);
 }
 
+// A lane's 16 bytes of a line of 128, in 32 bits, which a warp's 16 rows do not exceed: half as many registers.
+__device__ inline u32 line_of(int row, u32 row_bytes, int lane) {
+  return static_cast<u32>(row) * row_bytes + static_cast<u32>(lane % 8 * 16);
+}
+
 // Rows of 128 bytes from shared to global memory, those below `rows`; `first` is the address of the first one.
 template <int kLaneBytes>
-__device__ inline void store_lines(const unsigned char* staging, unsigned char* first, std::int64_t row_bytes,
+__device__ inline void store_lines(const unsigned char* staging, unsigned char* first, u32 row_bytes,
                                    int rows) {
   const int lane = lane_of_thread();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = 4 * i + lane / 8;
     const auto line = load_shared<uint4>(staging + staged<kLaneBytes>(row, lane % 8));
-    if (row < rows) store_global(first + row * row_bytes + lane % 8 * 16, line);
+    if (row < rows) store_global(first + line_of(row, row_bytes, lane), line);
   }
 }
 // The other way; rows that do not exist are zero.
 template <int kLaneBytes>
-__device__ inline void load_lines(unsigned char* staging, const unsigned char* first, std::int64_t row_bytes,
+__device__ inline void load_lines(unsigned char* staging, const unsigned char* first, u32 row_bytes,
                                   int rows) {
   const int lane = lane_of_thread();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = 4 * i + lane / 8;
     uint4 line{0, 0, 0, 0};
-    if (row < rows) line = load_global<uint4>(first + row * row_bytes + lane % 8 * 16);
+    if (row < rows) line = load_global<uint4>(first + line_of(row, row_bytes, lane));
     store_shared(staging + staged<kLaneBytes>(row, lane % 8), line);
   }
 }
@@ -279,7 +288,7 @@ __device__ inline u32 add_pair(u32 old, float low, float high) {
 // With kAdd they are added to what stands there, in fp32.
 template <bool kAdd, int kSums>
 __device__ inline void store_sums(const float (&d)[kSums], unsigned char* staging, unsigned char* first,
-                                  std::int64_t row_bytes, int rows) {
+                                  u32 row_bytes, int rows) {
 #pragma unroll
   for (int part = 0; part < kSums / 32; ++part) {  // of 64 columns
     if constexpr (kAdd) {

@@ -66,31 +66,42 @@ struct SwigluBackward {
   }
 };
 
+// The sum, added up by where this stands. ptxas puts additions off to where their sum is needed, and would hold the
+// terms of a whole tile in registers that long; it moves no shuffle.
+__device__ inline float summed_here(float sum) {
+  return __shfl_sync(0xffffffffu, sum, lane_of_thread());
+}
+
 // 32 neurons of a warp's 16 rows: gate_up stands in `gates` and gives way to its gradient; hidden's chunks come into
-// `hidden` from `chunk` on. All is read before any of it is written: the compiler cannot know that places differ.
+// `hidden` from `chunk` on. Of eight rows all is read before any of it is written: the compiler cannot know that places
+// differ. Places of chunks differ by an exclusive or, as the swizzles do.
 __device__ inline void finish_neurons(const float* d, unsigned char* gates, unsigned char* hidden, u32 chunk,
                                       const float (&weight)[2], float (&dweight)[2]) {
   const u32 lane = threadIdx.x % 32;
-  const auto place = [&](u32 i) {
-    return gates + staged<8>(lane / 4 + i / 4 * 8, 2 * (i % 4) + lane % 4 / 2) + lane % 2 * 8;
-  };
-  uint2 h[8];
-  u32 out[8];
+  const u32 pair = staged<8>(lane / 4, lane % 4 / 2) + lane % 2 * 8,
+            word = staged<4>(lane / 4, 0) + lane % 4 * 4;
+  const auto place = [&](u32 i) { return gates + (pair ^ i * 32); };
 #pragma unroll
-  for (u32 i = 0; i < 8; ++i) h[i] = load_shared<uint2>(place(i));
+  for (u32 half = 0; half < 2; ++half) {
+    uint2 h[4];
+    u32 out[4];
 #pragma unroll
-  for (u32 i = 0; i < 8; ++i) {
-    const u32 half = i / 4, j = 4 * (i % 4) + 2 * half;
-    const SwigluBackward first(d[j], low_of(h[i].x), high_of(h[i].x), weight[half]),
-        second(d[j + 1], low_of(h[i].y), high_of(h[i].y), weight[half]);
-    h[i] = uint2{pack_bf16(first.dgate, first.dup), pack_bf16(second.dgate, second.dup)};
-    out[i] = pack_bf16(first.hidden, second.hidden);
-    dweight[half] += first.dweight + second.dweight;
-  }
+    for (u32 i = 0; i < 4; ++i) h[i] = load_shared<uint2>(place(i) + half * kEightRows);
 #pragma unroll
-  for (u32 i = 0; i < 8; ++i) {
-    store_shared(place(i), h[i]);
-    store_shared(hidden + staged<4>(lane / 4 + i / 4 * 8, chunk + i % 4) + lane % 4 * 4, out[i]);
+    for (u32 i = 0; i < 4; ++i) {
+      const u32 j = 4 * i + 2 * half;
+      const SwigluBackward first(d[j], low_of(h[i].x), high_of(h[i].x), weight[half]),
+          second(d[j + 1], low_of(h[i].y), high_of(h[i].y), weight[half]);
+      h[i] = uint2{pack_bf16(first.dgate, first.dup), pack_bf16(second.dgate, second.dup)};
+      out[i] = pack_bf16(first.hidden, second.hidden);
+      dweight[half] += first.dweight + second.dweight;
+    }
+    dweight[half] = summed_here(dweight[half]);
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      store_shared(place(i) + half * kEightRows, h[i]);
+      store_shared(hidden + (word ^ (chunk + i) * 16) + half * kEightRows, out[i]);
+    }
   }
 }
 
@@ -124,10 +135,10 @@ class Finish {
       finish_neurons(d + 16 * part, gates, hidden, static_cast<u32>(part % 2 * 4), weight, dweight);
       __syncwarp();
       store_lines<8>(gates, reinterpret_cast<unsigned char*>(p_.dgate_up_RG) + place(first, part) * 4,
-                     std::int64_t{4} * p_.neurons, rows);
+                     4 * static_cast<u32>(p_.neurons), rows);
       if (part % 2 == 1)
         store_lines<4>(hidden, reinterpret_cast<unsigned char*>(p_.hidden_RF) + place(first, part - 1) * 2,
-                       std::int64_t{2} * p_.neurons, rows);
+                       2 * static_cast<u32>(p_.neurons), rows);
       __syncwarp();
       fetch(4 * kHalf + part + kFetched);
     }
@@ -145,15 +156,16 @@ class Finish {
   }
   __device__ void fetch(int part) {
     if (part < 8) {
-      const int first = first_ + part / 4 * 64, lane = lane_of_thread();
+      const int first = first_ + part / 4 * 64;
+      const u32 lane = threadIdx.x % 32;
       const bf16* from = p_.gate_up_RG + place(first, part % 4) * 2 + lane % 8 * 8;
       unsigned char* to = buffer(part);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 4 * i + lane / 8;
-        const bool there = first + row < tile_.rows;
-        cp_async_16(to + staged<8>(static_cast<u32>(row), static_cast<u32>(lane % 8)),
-                    there ? from + static_cast<std::int64_t>(row) * 2 * p_.neurons : p_.gate_up_RG, there);
+      for (u32 i = 0; i < 4; ++i) {
+        const u32 row = 4 * i + lane / 8;
+        const bool there = first + static_cast<int>(row) < tile_.rows;
+        cp_async_16(to + staged<8>(row, lane % 8),
+                    there ? from + row * 2 * static_cast<u32>(p_.neurons) : p_.gate_up_RG, there);
       }
     }
     cp_async_commit();
@@ -183,14 +195,14 @@ class Finish {
 template <class C>
 __device__ void multiply_dhidden(DHiddenShared<C>& s, const DHiddenProduct& p) {
   const int group = group_of_thread(), steps = p.width / kStepK;
-  const int stride = static_cast<int>(gridDim.x) / C::kBlocks, rank = static_cast<int>(cluster_rank());
+  const int rank = static_cast<int>(cluster_rank()), blocks = static_cast<int>(gridDim.x);
   StageCounter<C::kStages> at;
   at.skip(static_cast<u32>(group * steps));
   u32 turns = 0;
   RowTile tile;
-  for (int unit = static_cast<int>(blockIdx.x) / C::kBlocks + group * stride;
+  for (int unit = static_cast<int>(blockIdx.x) / C::kBlocks + group * (blocks / C::kBlocks);
        s.tiles.find(tile, unit, C::kBlocks, rank);
-       unit += kConsumers * stride, at.skip(static_cast<u32>(steps))) {
+       unit += kConsumers * blocks / C::kBlocks, at.skip(static_cast<u32>(steps))) {
     float top[64], bottom[64];
     mbarrier_wait(&s.tiles.turn[group], turns++ & 1);
     Finish<C> finish(s.warp_staging(), tile, p);

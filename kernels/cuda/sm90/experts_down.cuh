@@ -97,8 +97,8 @@ __device__ void multiply_rows(RowsShared<C>& s, const RowsProduct& p) {
     const int first = group_row + warp_of_group() * 16;
     bf16* y =
         p.y_RN + static_cast<std::int64_t>(tile.first_row + first) * p.columns + tile.column * C::kColumns;
-    store_sums<false>(d, s.warp_staging(), reinterpret_cast<unsigned char*>(y), std::int64_t{2} * p.columns,
-                      tile.rows - first);
+    store_sums<false>(d, s.warp_staging(), reinterpret_cast<unsigned char*>(y),
+                      2 * static_cast<u32>(p.columns), tile.rows - first);
   }
 }
 

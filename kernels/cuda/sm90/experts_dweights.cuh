@@ -153,7 +153,7 @@ __device__ inline void store_gradient(const float (&d)[kSums], unsigned char* st
                                       const WeightsGradient& p, std::int64_t expert, int columns, int row,
                                       int column) {
   bf16* first = p.dw + expert * p.columns_y * p.columns_x + static_cast<std::int64_t>(row) * columns + column;
-  store_sums<kAdd>(d, staging, reinterpret_cast<unsigned char*>(first), std::int64_t{2} * columns, 16);
+  store_sums<kAdd>(d, staging, reinterpret_cast<unsigned char*>(first), 2 * static_cast<u32>(columns), 16);
 }
 template <int kSums>
 __device__ inline void clear(float (&d)[kSums]) {

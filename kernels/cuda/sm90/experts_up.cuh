@@ -52,57 +52,65 @@ __device__ void load_up_weights(UpShared<C>& s, u32 stage, const TensorMap& w, c
 }
 
 // Of 16 columns a thread has the gates (d[0..3]) and ups (d[4..7]) of neurons 2 * (lane % 4) and the next
-// one, in rows lane / 4 and 8 more.
-__device__ inline void store_gate_up(const float (&d)[128], unsigned char* staging, unsigned char* first,
-                                     std::int64_t row_bytes, int rows) {
+// one, in rows lane / 4 and 8 more. This is for 32 neurons, or 64 columns.
+__device__ inline void store_gate_up(const float* d, unsigned char* staging, unsigned char* first,
+                                     u32 row_bytes, int rows) {
   const u32 lane = threadIdx.x % 32;
 #pragma unroll
-  for (int part = 0; part < 4; ++part) {  // of 32 neurons
+  for (u32 half = 0; half < 2; ++half)
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half)
-#pragma unroll
-      for (u32 block = 0; block < 4; ++block) {
-        const u32 j = 8 * (4 * part + block) + 2 * half, row = lane / 4 + 8 * half;
-        const uint2 both{pack_bf16(d[j], d[j + 4]), pack_bf16(d[j + 1], d[j + 5])};
-        store_shared(staging + staged<8>(row, 2 * block + lane % 4 / 2) + lane % 2 * 8, both);
-      }
-    __syncwarp();
-    store_lines<8>(staging, first + part * kRowBytes, row_bytes, rows);
-    __syncwarp();
-  }
+    for (u32 block = 0; block < 4; ++block) {
+      const u32 j = 8 * block + 2 * half;
+      const uint2 both{pack_bf16(d[j], d[j + 4]), pack_bf16(d[j + 1], d[j + 5])};
+      unsigned char* row = staging + staged<8>(lane / 4, 2 * block + lane % 4 / 2);
+      store_shared(row + lane % 2 * 8 + half * kEightRows, both);
+    }
+  __syncwarp();
+  store_lines<8>(staging, first, row_bytes, rows);
+  __syncwarp();
 }
 
-template <class C>
-__device__ void store_up_tile(float (&d)[128], UpShared<C>& s, const RowTile& tile, const UpProduct& p) {
-  const int first = group_of_thread() * 64 + warp_of_group() * 16, rows = tile.rows - first;
-  const std::int64_t row = tile.first_row + first, neuron = tile.column * C::kNeurons;
-  unsigned char* staging = s.warp_staging();
-  store_gate_up(d, staging, reinterpret_cast<unsigned char*>(p.gate_up_RG + (row * p.neurons + neuron) * 2),
-                std::int64_t{4} * p.neurons, rows);
-  float weight[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = lane_of_thread() / 4 + 8 * half;
-    weight[half] = r < rows ? load_global<float>(p.weight_R + (row + r)) : 0.0f;
-  }
+// For 64 neurons.
+__device__ inline void store_hidden(const float* d, const float (&weight)[2], unsigned char* staging,
+                                    unsigned char* first, u32 row_bytes, int rows) {
   const auto hidden = [&](int j, int half) {
     const int i = j + 2 * half;
     return pack_bf16(d[i] * sigmoid(d[i]) * d[i + 4] * weight[half],
                      d[i + 1] * sigmoid(d[i + 1]) * d[i + 5] * weight[half]);
   };
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {  // of 64 neurons
+  for (int chunk = 0; chunk < 8; chunk += 2) {
+    const int j = 8 * chunk;
+    stmatrix_x4(fragment_row(staging, static_cast<u32>(chunk)), hidden(j, 0), hidden(j, 1), hidden(j + 8, 0),
+                hidden(j + 8, 1));
+  }
+  __syncwarp();
+  store_lines<4>(staging, first, row_bytes, rows);
+  __syncwarp();
+}
+
+template <class C>
+__device__ void store_up_tile(const float (&d)[128], UpShared<C>& s, const RowTile& tile,
+                              const UpProduct& p) {
+  const int first = group_of_thread() * 64 + warp_of_group() * 16, rows = tile.rows - first;
+  const std::int64_t row = tile.first_row + first, neuron = tile.column * C::kNeurons;
+  unsigned char* staging = s.warp_staging();
+  float weight[2];
 #pragma unroll
-    for (int chunk = 0; chunk < 8; chunk += 2) {
-      const int j = 8 * (8 * part + chunk);
-      stmatrix_x4(fragment_row(staging, static_cast<u32>(chunk)), hidden(j, 0), hidden(j, 1),
-                  hidden(j + 8, 0), hidden(j + 8, 1));
-    }
-    __syncwarp();
-    store_lines<4>(
-        staging, reinterpret_cast<unsigned char*>(p.hidden_RF + row * p.neurons + neuron) + part * kRowBytes,
-        std::int64_t{2} * p.neurons, rows);
-    __syncwarp();
+  for (int half = 0; half < 2; ++half) {
+    const int r = lane_of_thread() / 4 + 8 * half;
+    weight[half] = r < rows ? load_global<float>(p.weight_R + (row + r)) : 0.0f;
+  }
+  auto* gate_up = reinterpret_cast<unsigned char*>(p.gate_up_RG + (row * p.neurons + neuron) * 2);
+  auto* hidden = reinterpret_cast<unsigned char*>(p.hidden_RF + row * p.neurons + neuron);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {  // of 64 neurons, done with before the next ones: registers
+#pragma unroll
+    for (int part = 0; part < 2; ++part)
+      store_gate_up(d + 64 * half + 32 * part, staging, gate_up + (2 * half + part) * kRowBytes,
+                    4 * static_cast<u32>(p.neurons), rows);
+    store_hidden(d + 64 * half, weight, staging, hidden + half * kRowBytes, 2 * static_cast<u32>(p.neurons),
+                 rows);
   }
 }
 
