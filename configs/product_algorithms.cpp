@@ -1,10 +1,6 @@
 #include "configs/product_algorithms.h"
 
-#include <fmt/format.h>
-
-#include <array>
-
-#include "configs/schema.h"
+#include "configs/timed_tables.h"
 
 namespace upmoe {
 
@@ -44,16 +40,6 @@ Schema schema_of(Line& line) {
   return schema;
 }
 
-// The value that `words` has for `text`; a problem, and the first, where it has none.
-template <class T>
-T read(const std::array<std::pair<std::string_view, T>, 2>& words, const std::string& text,
-       const std::string& where, Problems& problems) {
-  for (const auto& [word, value] : words)
-    if (text == word) return value;
-  problems.add(where, fmt::format("'{}' is neither {} nor {}", text, words[0].first, words[1].first));
-  return words[0].second;
-}
-
 void read_product(const YamlNode& node, AlgorithmOfShape& table, Problems& problems) {
   constexpr std::array<std::pair<std::string_view, bool>, 2> kTranspose{{{"n", false}, {"t", true}}};
   constexpr std::array<std::pair<std::string_view, DType>, 2> kTypes{
@@ -65,10 +51,10 @@ void read_product(const YamlNode& node, AlgorithmOfShape& table, Problems& probl
   schema.check_required(node.where, wrong);
   ProductShape shape{.m = line.m, .n = line.n, .k = line.k};
   if (wrong.empty()) {
-    shape.transpose_a = read(kTranspose, line.a, node.where, wrong);
-    shape.transpose_b = read(kTranspose, line.b, node.where, wrong);
-    shape.in = read(kTypes, line.in, node.where, wrong);
-    shape.out = read(kTypes, line.out, node.where, wrong);
+    shape.transpose_a = read_word(kTranspose, line.a, node.where, wrong);
+    shape.transpose_b = read_word(kTranspose, line.b, node.where, wrong);
+    shape.in = read_word(kTypes, line.in, node.where, wrong);
+    shape.out = read_word(kTypes, line.out, node.where, wrong);
     shape.adds = line.adds;
     shape.bias = line.bias;
     shape.alignment = line.alignment;
@@ -80,21 +66,15 @@ void read_product(const YamlNode& node, AlgorithmOfShape& table, Problems& probl
   for (const std::string& text : wrong.list()) problems.add(text);
 }
 
-// The products are read by hand: a schema knows lists of words alone.
 void read_table(const YamlNode& node, ProductAlgorithms& algorithms, Problems& problems) {
   ProductLibrary library;
   AlgorithmOfShape table;
   Schema schema;
   schema.section("")
       .key("device", library.device, TextCheck{.required = true})
-      .key("cublaslt", library.version, {.least = 1, .required = true})
-      .key(
-          "products", "list", true,
-          [&](const YamlNode& list, const std::string&, Problems& wrong) {
-            if (list.kind != YamlNode::Kind::kList) return wrong.add(list.where, "products: not a list");
-            for (const YamlNode& item : list.items) read_product(item, table, wrong);
-          },
-          [] { return std::string("[]"); });
+      .key("cublaslt", library.version, {.least = 1, .required = true});
+  add_list(schema, "products",
+           [&](const YamlNode& item, Problems& wrong) { read_product(item, table, wrong); });
   schema.read(node, problems);
   schema.check_required(node.where, problems);
   if (!algorithms.tables.emplace(library, std::move(table)).second)
@@ -106,21 +86,8 @@ void read_table(const YamlNode& node, ProductAlgorithms& algorithms, Problems& p
 
 ProductAlgorithms parse_product_algorithms(std::string_view yaml, const std::string& where) {
   ProductAlgorithms algorithms;
-  Problems problems;
-  const YamlNode root = parse_yaml(yaml, where, problems);
-  if (problems.empty()) {
-    Schema schema;
-    schema.section("").key(
-        "tables", "list", true,
-        [&](const YamlNode& list, const std::string&, Problems& wrong) {
-          if (list.kind != YamlNode::Kind::kList) return wrong.add(list.where, "tables: not a list");
-          for (const YamlNode& item : list.items) read_table(item, algorithms, wrong);
-        },
-        [] { return std::string("[]"); });
-    schema.read(root, problems);
-    schema.check_required(where, problems);
-  }
-  problems.throw_if_any(ExitCode::kUsage, where);
+  read_timed_tables(
+      yaml, where, [&](const YamlNode& item, Problems& problems) { read_table(item, algorithms, problems); });
   return algorithms;
 }
 

@@ -56,6 +56,9 @@ DECLARED_IN = {
     "kernels/cuda/portable/attention_forward.cu": "kernels/cuda/portable/attention_tiles.cuh",
     "kernels/cuda/portable/rope.cu": "kernels/ops/attention.h",
     "kernels/cuda/portable/routing_sort.cu": "kernels/ops/routing.h",
+    # kernels of one family, a source each
+    **{f"kernels/cuda/sm90/experts_{kernel}.cu": "kernels/cuda/sm90/experts.cuh"
+       for kernel in ("dhidden", "down", "dweights", "up")},
     # two ways to compute what one header describes
     "kernels/cpu/onednn_product.cpp": "kernels/cpu/dense_product.h",
     "kernels/cpu/packed_product.cpp": "kernels/cpu/dense_product.h",

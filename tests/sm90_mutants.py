@@ -17,6 +17,7 @@ from mutants import ROOT, check_places, parse_arguments
 
 FOLDER = "kernels/cuda/sm90/"
 TEST = "tests/kernels/sm90_experts_test.cpp"
+VARIANTS = "tests/kernels/sm90_variants_test.cpp"  # of what the first variant of a kernel does not have
 TRAFFIC = "tests/kernels/sm90_traffic_test.cpp"  # of mistakes that move no result
 MODEL = "tests/support/fake_cuda"
 TWIN = [f"{MODEL}/{name}" for name in re.search(r"add_library\(sm90_emulation STATIC ([^)]*)\)", (
@@ -69,8 +70,8 @@ MUTANTS = {
         "*.DRows/*", "of_y.relative()"),
     "arrival_before_copies": (
         FOLDER + "expert_pipeline.cuh",
-        "      gathered.copy(s.a[at.stage]);\n      cp_async_arrive(&s.full[at.stage]);",
-        "      cp_async_arrive(&s.full[at.stage]);\n      gathered.copy(s.a[at.stage]);",
+        "      gathered.copy(s.a[at.stage]);\n      arrivals.copied(s, at.stage);",
+        "      arrivals.copied(s, at.stage);\n      gathered.copy(s.a[at.stage]);",
         "*.Up/*", "a wait is missing"),
     "no_copy_wait": (
         FOLDER + "experts_dhidden.cuh",
@@ -163,6 +164,36 @@ MUTANTS = {
         MAPS, "CU_TENSOR_MAP_SWIZZLE_128B", "CU_TENSOR_MAP_SWIZZLE_64B", "*.Down/*", "only the 128-byte swizzle"),
     "strides_of_the_dimensions_before": (
         MAPS, "strides.begin()[i - 1]", "strides.begin()[0]", "*.Up/*", "of_gate_up.relative()"),
+    "no_fence_behind_a_lag": (
+        FOLDER + "expert_pipeline.cuh",
+        "    fence_proxy_async();\n    mbarrier_arrive(&s.full[stage <",
+        "    mbarrier_arrive(&s.full[stage <",
+        "*Sm90Variants.Up/*", "without fence.proxy.async"),
+    "arrival_of_copies_under_way": (
+        FOLDER + "expert_pipeline.cuh",
+        "cp_async_wait<kLag>()",
+        "cp_async_wait<kLag + 1>()",
+        "*Sm90Variants.D*Weights/*", "a wait is missing"),
+    "last_arrivals_never_said": (
+        FOLDER + "experts_dweights.cuh",
+        "  arrivals.finish(s, at.stage);\n",
+        "",
+        "*Sm90Variants.D*Weights/*", "nobody can go on"),
+    "arrival_of_the_stage_before": (
+        FOLDER + "expert_pipeline.cuh",
+        "stage + S::kStages - kLag)",
+        "stage + S::kStages - kLag - 1)",
+        "*Sm90Variants.DHidden/*", "nobody can go on"),
+    "columns_of_half_an_expert": (
+        FOLDER + "expert_tiles.cuh",
+        "(by_rows ? within % groups : within / columns)",
+        "(by_rows ? within % groups : within / columns / 2)",
+        "*Sm90Variants.Down/*", "other bits than those of the first variant"),
+    "columns_of_gradients_by_rows": (
+        FOLDER + "experts_dweights.cuh",
+        "kByRows ? within / tiles_y : within % groups;",
+        "within / tiles_y;",
+        "*Sm90Variants.D*Weights/*", "other bits than those of the first variant"),
     "no_swizzle_of_results": (
         FOLDER + "expert_pipeline.cuh",
         "kLaneBytes == 4 ? swizzled(row, chunk) :",
@@ -199,7 +230,8 @@ def main():
             right = path.read_text(encoding="utf-8")
             path.write_text(right.replace(old, new), encoding="utf-8")
             begin = time.monotonic()
-            test = TRAFFIC if "Traffic" in tests else TEST
+            test = next((source for word, source in (('Traffic', TRAFFIC), ('Variants', VARIANTS)) if word in tests),
+                        TEST)
             compile_objects(folder, [test, MAPS])
             objects = [Path(s).stem + ".o" for s in [test, MAPS, *TWIN]]
             libraries = ["-lboost_context", "-lgtest_main", "-lgtest"]

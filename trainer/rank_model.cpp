@@ -1,5 +1,6 @@
 #include "trainer/rank_model.h"
 
+#include "configs/expert_variants.h"
 #include "configs/product_algorithms.h"
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
@@ -23,6 +24,7 @@ RankMemory::RankMemory(Device device, Communicator* world)
   if (device.type == DeviceType::kCuda) {
     stream = gpu::make_stream();
     exec.algorithms = &committed_product_algorithms();
+    exec.expert_variants = &committed_expert_variants();
   } else if (world != nullptr) {
     stream = world->make_stream();
   }

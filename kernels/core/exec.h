@@ -7,6 +7,7 @@
 
 namespace upmoe {
 
+struct ExpertVariants;     // expert_variants.h
 struct ProductAlgorithms;  // product_algorithms.h
 
 // An ordered queue of work. On the CPU a call has finished when it returns, so the queue is empty; on a GPU
@@ -48,6 +49,8 @@ struct Exec {
   bool row_by_row = false;
   ExpertsPath experts = ExpertsPath::kAuto;
   const ProductAlgorithms* algorithms = nullptr;  // of dense products on a GPU; null: the library's first
+  // Of fused experts' kernels on a GPU; null: the first of each.
+  const ExpertVariants* expert_variants = nullptr;
 
   void book(std::string_view op, double flops, double bytes_read, double bytes_written,
             Work work = Work::kOther) const {

@@ -5,6 +5,7 @@
 #include "kernels/core/log.h"
 #include "kernels/cuda/choose/chosen.h"
 #include "kernels/cuda/choose/expert_ffn.h"
+#include "kernels/cuda/choose/expert_variant.h"
 #include "kernels/cuda/gpu_of.cuh"
 #include "kernels/cuda/portable/expert_index.h"
 #include "kernels/cuda/sm90/experts.cuh"
@@ -24,12 +25,20 @@ int size_of_dim(std::int64_t n) {
   return static_cast<int>(n);
 }
 
-sm90::ExpertsLaunch launch_of(const Exec& ex, const ExpertRows& rows, std::int64_t total) {
+// Of `total` rows, `width` and `neurons` as an expert has them.
+sm90::ExpertsLaunch launch_of(const Exec& ex, ExpertKernel kernel, const ExpertRows& rows, std::int64_t total,
+                              std::int64_t width, std::int64_t neurons) {
   const CudaStream& stream = stream_of(ex);
   UPMOE_CHECK(stream.sm() == 90,
               "the experts' fused kernels on compute capability {}: fuses_experts() says no", stream.sm());
-  return {stream.raw(), stream.multiprocessors(), rows.offset_e1.as<std::int32_t>(),
-          size_of_dim(rows.experts()), size_of_dim(total)};
+  return {
+      stream.raw(),
+      stream.multiprocessors(),
+      rows.offset_e1.as<std::int32_t>(),
+      size_of_dim(rows.experts()),
+      size_of_dim(total),
+      chosen(ExpertVariantDescription{{kernel, rows.experts(), width, neurons, total}, ex.expert_variants},
+             gpu_of(ex))};
 }
 
 // bf16 alone, where the copy engine can fetch it.
@@ -58,46 +67,49 @@ bool fuses_experts(const Exec& ex, const ops::ExpertShape& shape) {
 
 void experts_up(Exec& ex, TensorView gate_up_RG, TensorView h_RF, const ops::PickedRows& x,
                 const ops::ExpertFfn& f) {
-  const std::int64_t R = h_RF.shape[0];
+  const std::int64_t R = h_RF.shape[0], D = f.gate_up_eGD.shape[2], F = h_RF.shape[1];
   if (R == 0) return;
   ScratchScope scope(*ex.scratch);
-  sm90::experts_up(launch_of(ex, f.rows, R), bf16_of(gate_up_RG), bf16_of(h_RF),
+  sm90::experts_up(launch_of(ex, ExpertKernel::kUp, f.rows, R, D, F), bf16_of(gate_up_RG), bf16_of(h_RF),
                    {.x_TD = bf16_of(x.from_XD),
                     .w_eGD = bf16_of(f.gate_up_eGD),
                     .token_R = tokens_of(ex, x, R),
                     .weight_R = f.weight_R.as<float>(),
-                    .width = size_of_dim(f.gate_up_eGD.shape[2]),
-                    .neurons = size_of_dim(h_RF.shape[1])});
+                    .width = size_of_dim(D),
+                    .neurons = size_of_dim(F)});
 }
 
 void experts_rows(Exec& ex, TensorView out_RN, ConstTensorView in_RK, ConstTensorView w,
                   Transpose transpose_w, const ExpertRows& rows) {
   if (in_RK.shape[0] == 0) return;
-  sm90::experts_rows(launch_of(ex, rows, in_RK.shape[0]), bf16_of(out_RN),
+  const bool down = transpose_w == Transpose::kYes;  // else its gradient's way back, of gates and ups
+  const std::int64_t R = in_RK.shape[0], K = in_RK.shape[1], N = out_RN.shape[1];
+  const ExpertKernel kernel = down ? ExpertKernel::kDown : ExpertKernel::kDx;
+  sm90::experts_rows(launch_of(ex, kernel, rows, R, N, down ? K : K / 2), bf16_of(out_RN),
                      {.in = bf16_of(in_RK),
                       .w = bf16_of(w),
-                      .inner = size_of_dim(in_RK.shape[1]),
-                      .columns = size_of_dim(out_RN.shape[1]),
-                      .transposed = transpose_w == Transpose::kYes});
+                      .inner = size_of_dim(K),
+                      .columns = size_of_dim(N),
+                      .transposed = down});
 }
 
 void experts_dhidden(Exec& ex, const ops::HiddenGradients& g, const ops::PickedRows& dy,
                      ConstTensorView gate_up_RG, const ops::ExpertFfn& f) {
-  const std::int64_t R = gate_up_RG.shape[0], F = g.h_RF.shape[1];
+  const std::int64_t R = gate_up_RG.shape[0], D = f.down_eDF.shape[1], F = g.h_RF.shape[1];
   if (R == 0) return;
   ScratchScope scope(*ex.scratch);
   // A part of a row's sum comes from every 128 neurons' tile.
   const TensorView parts_RP =
       ex.scratch->take({R, F / sm90::kDWeightNeurons}, DType::kF32, "parts of expert row weight gradients");
   sm90::experts_dhidden(
-      launch_of(ex, f.rows, R),
+      launch_of(ex, ExpertKernel::kDHidden, f.rows, R, D, F),
       {.dgate_up_RG = bf16_of(g.dgate_up_RG), .h_RF = bf16_of(g.h_RF), .dweight_RP = parts_RP.as<float>()},
       {.dy_TD = bf16_of(dy.from_XD),
        .gate_up_RG = bf16_of(gate_up_RG),
        .w_eDF = bf16_of(f.down_eDF),
        .token_R = tokens_of(ex, dy, R),
        .weight_R = f.weight_R.as<float>(),
-       .width = size_of_dim(f.down_eDF.shape[1]),
+       .width = size_of_dim(D),
        .neurons = size_of_dim(F)});
   sum_parts(ex, g.dweight_R, parts_RP);
 }
@@ -107,7 +119,7 @@ void experts_wgrad(Exec& ex, TensorView dw_eNK, const ops::PickedRows& dy, const
   // The kernel gathers one side; where that is dy, it makes the transpose.
   const bool transposed = dy.index_R.given();
   const ops::PickedRows &gathered = transposed ? dy : x, &plain = transposed ? x : dy;
-  const std::int64_t R = plain.from_XD.shape[0];
+  const std::int64_t R = plain.from_XD.shape[0], D = gathered.from_XD.shape[1], Y = plain.from_XD.shape[1];
   if (R == 0) {
     if (mode == Accumulate::kOverwrite)
       check(cudaMemsetAsync(dw_eNK.data, 0, dw_eNK.bytes(), stream_of(ex).raw()));
@@ -116,13 +128,14 @@ void experts_wgrad(Exec& ex, TensorView dw_eNK, const ops::PickedRows& dy, const
   ScratchScope scope(*ex.scratch);
   const TensorView ranking_e = ex.scratch->take({rows.experts()}, DType::kI32, "experts by rows");
   rank_experts(ex, ranking_e, rows.offset_e1);
-  sm90::experts_dweights(launch_of(ex, rows, R), bf16_of(dw_eNK),
+  const ExpertKernel kernel = transposed ? ExpertKernel::kDwDown : ExpertKernel::kDwGateUp;
+  sm90::experts_dweights(launch_of(ex, kernel, rows, R, D, transposed ? Y : Y / 2), bf16_of(dw_eNK),
                          {.y_RY = bf16_of(plain.from_XD),
                           .x_TX = bf16_of(gathered.from_XD),
                           .token_R = tokens_of(ex, gathered, R),
                           .ranking_e = ranking_e.as<std::int32_t>(),
-                          .columns_y = size_of_dim(plain.from_XD.shape[1]),
-                          .columns_x = size_of_dim(gathered.from_XD.shape[1]),
+                          .columns_y = size_of_dim(Y),
+                          .columns_x = size_of_dim(D),
                           .transposed = transposed,
                           .add = mode == Accumulate::kAdd});
 }

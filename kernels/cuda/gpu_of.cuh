@@ -8,7 +8,8 @@
 namespace upmoe::cuda {
 
 inline Gpu gpu_of(const Exec& ex) {
-  return {.sm = stream_of(ex).sm(), .cudnn = has_cudnn()};
+  const CudaStream& stream = stream_of(ex);
+  return {.sm = stream.sm(), .cudnn = has_cudnn(), .device = stream.device()};
 }
 
 }  // namespace upmoe::cuda

@@ -87,10 +87,10 @@ TEST(ProductAlgorithms, ADamagedTableIsAnErrorInWords) {
   EXPECT_THAT(problem_of(with_product("{m: 8, n: 8" + rest + ", algorithm: 8}")), HasSubstr("algorithm"));
   EXPECT_THAT(problem_of(with_product("{m: 0, n: 8" + rest + ", algorithm: 1}")), HasSubstr("m: "));
   EXPECT_THAT(problem_of(with_product("{m: 8, n: 8, k: 8, a: x, b: 't', in: bf16, out: bf16, algorithm: 1}")),
-              HasSubstr("'x' is neither n nor t"));
+              HasSubstr("'x' is none of n, t"));
   EXPECT_THAT(
       problem_of(with_product("{m: 8, n: 8, k: 8, a: 'n', b: 't', in: int8, out: bf16, algorithm: 1}")),
-      HasSubstr("'int8' is neither fp32 nor bf16"));
+      HasSubstr("'int8' is none of fp32, bf16"));
   EXPECT_THAT(problem_of(with_product("{m: 8, n: 8" + rest.substr(0, rest.size() - 3) + "24, algorithm: 1}")),
               HasSubstr("24 is no power of two"));
   const std::string twice =

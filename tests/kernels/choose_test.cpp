@@ -14,6 +14,7 @@
 #include "kernels/cuda/choose/dense_product.h"
 #include "kernels/cuda/choose/expert_ffn.h"
 #include "kernels/cuda/choose/expert_products.h"
+#include "kernels/cuda/choose/expert_variant.h"
 
 namespace upmoe::cuda {
 namespace {
@@ -218,6 +219,28 @@ TEST(ChooseExpertFfn, SaysWhyNot) {
   EXPECT_THAT(reason([](auto& s) { s.neurons = 352; }), HasSubstr("352 neurons here, no multiple of 128"));
   EXPECT_THAT(reason([](auto& s) { s.experts = 257; }), HasSubstr("257 experts here"));
   EXPECT_EQ(reason([](auto& s) { s.experts = 256; }), "");
+}
+
+TEST(ChooseExpertVariant, ByTheTableOfTheDevice) {
+  const ExpertProductShape shape{ExpertKernel::kDHidden, 60, 2048, 1408, 4096};
+  const ExpertVariant single{1, 5};
+  const ExpertVariants table{{{"NVIDIA H200", {{shape, single}}}}};
+  const Gpu h200{.sm = 90, .cudnn = true, .device = "NVIDIA H200"};
+  EXPECT_EQ(choose(ExpertVariantDescription{shape, &table}, h200), single);
+  EXPECT_EQ(choose(ExpertVariantDescription{shape, &table}, kHopper), (ExpertVariant{2, 5}))
+      << "another device";
+  EXPECT_EQ(choose(ExpertVariantDescription{shape, nullptr}, h200), (ExpertVariant{2, 5})) << "no table";
+  testing::internal::CaptureStderr();
+  for (const std::int64_t rows : {4096, 4000, 1}) {
+    ExpertVariantDescription d{shape, &table};
+    d.shape.rows = rows;
+    chosen(d, h200);
+  }
+  const std::string shown = testing::internal::GetCapturedStderr();
+  EXPECT_EQ(std::count(shown.begin(), shown.end(), '\n'), 2) << shown;
+  EXPECT_THAT(shown,
+              HasSubstr("sm_90: kernel dhidden of 60 experts of 1408 neurons, width 2048: clusters of 1, 5 "
+                        "stages, rows first, lag 0\n"));
 }
 
 TEST(Chosen, IsShownOnceForEachDescription) {

@@ -2,8 +2,14 @@
 
 #include "kernels/ops/experts.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <optional>
+
+#include "kernels/core/expert_variants.h"
+#include "kernels/core/gpu.h"
 #include "tests/support/offsets.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
@@ -163,6 +169,73 @@ TEST_P(FusedOps, WeightGradients) {
     expect(up, want_up, "up");
     expect(up_of_rows, want_up_of_rows, "up of plain rows");
     expect(down, want_down, "down");
+  }
+}
+
+// Whatever a table names, the bits are the same; and the ops ask it: what is not compiled is an error. The CPU has one
+// way.
+TEST_P(FusedOps, VariantsOfATable) {
+  const auto up = [&] {
+    std::vector<HostTensor> out{empty({R, G}, c.dtype), empty({R, F}, c.dtype)};
+    ops::experts_up(ex, out[0], out[1], picked(), ffn());
+    return out;
+  };
+  const auto rows = [&](const HostTensor& in, const HostTensor& w, Transpose transpose) {
+    std::vector<HostTensor> out{empty({R, D}, c.dtype)};
+    ops::experts_rows(ex, out[0], in, w, transpose, offsets);
+    return out;
+  };
+  const auto dhidden = [&] {
+    std::vector<HostTensor> out{empty({R, G}, c.dtype), empty({R, F}, c.dtype), empty({R}, DType::kF32)};
+    ops::experts_dhidden(ex, {out[0], out[1], out[2]}, picked(), gate_up_RG, ffn());
+    return out;
+  };
+  const auto dweights = [&](Shape shape, const ops::PickedRows& dy, const ops::PickedRows& x) {
+    std::vector<HostTensor> out{empty(shape, c.dtype)};
+    ops::experts_wgrad(ex, out[0], dy, x, offsets, Accumulate::kOverwrite);
+    return out;
+  };
+  const std::function<std::vector<HostTensor>()> kernels[kExpertKernels] = {
+      up,
+      [&] { return rows(rows_RF, down_w, Transpose::kYes); },
+      [&] { return rows(gate_up_RG, up_w, Transpose::kNo); },
+      dhidden,
+      [&] {
+        return dweights({E, G, D}, {gate_up_RG, {}}, picked());
+      },
+      [&] {
+        return dweights({E, D, F}, picked(), {rows_RF, {}});
+      }};
+  const std::string device = on_gpu() ? gpu::product_library().device : "none";
+  for (int i = 0; i < kExpertKernels; ++i) {
+    const ExpertProductShape shape{static_cast<ExpertKernel>(i), E, D, F, R};
+    const auto by = [&](const ExpertVariant& variant) {
+      ExpertVariants table;
+      table.tables[device] = {{shape, variant}};
+      static_cast<Exec&>(ex).expert_variants = &table;
+      const auto out = kernels[i]();
+      finish_ops();
+      static_cast<Exec&>(ex).expert_variants = nullptr;
+      std::vector<Values> values;
+      for (const HostTensor& t : out) values.push_back(t.values());
+      return values;
+    };
+    const auto compiled = variants_of(shape.kernel);
+    std::optional<std::vector<Values>> first;
+    for (const ExpertVariant& variant : compiled) {
+      if (!why_not(variant, shape).empty()) continue;
+      const auto values = by(variant);
+      if (!first) first = values;
+      EXPECT_EQ(values, *first) << words_of(shape) << ": " << words_of(variant);
+    }
+    ExpertVariant none = compiled[0];
+    none.stages += 7;
+    if (on_gpu() && R > 0)
+      EXPECT_THAT([&] { by(none); }, testing::ThrowsMessage<Error>(
+                                         testing::HasSubstr("not among the variants of this program")));
+    else
+      EXPECT_NO_THROW(by(none));
+    static_cast<Exec&>(ex).expert_variants = nullptr;
   }
 }
 

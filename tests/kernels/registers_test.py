@@ -40,10 +40,16 @@ def short(name):
     return name
 
 
+def has_moved(report):
+    """Of a source that is no longer there; its object may be."""
+    source = str(report).partition(".dir/")[2].removesuffix(".o.ptxas")
+    return not report.with_suffix("").exists() or not (ROOT / "kernels" / source).exists()
+
+
 def kernels_of(folder):
     found = []
     for report in sorted(folder.rglob("*.cu.o.ptxas")):
-        if not report.with_suffix("").exists():  # of a source that has moved
+        if has_moved(report):
             continue
         entry = frame = None
         for line in report.read_text().splitlines():
@@ -62,7 +68,7 @@ def kernels_of(folder):
 
 def words_about_wgmma(folder):
     return [f"{report.name.removesuffix('.o.ptxas')}: {line}" for report in sorted(folder.rglob("*.cu.o.ptxas"))
-            if report.with_suffix("").exists() for line in report.read_text().splitlines()
+            if not has_moved(report) for line in report.read_text().splitlines()
             if "wgmma" in line and not ENTRY.search(line)]
 
 

@@ -9,13 +9,13 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
-#include <cstring>
 #include <tuple>
 
 #include "kernels/cuda/sm90/experts_dhidden.cuh"
 #include "kernels/cuda/sm90/experts_down.cuh"
 #include "kernels/cuda/sm90/experts_dweights.cuh"
 #include "kernels/cuda/sm90/experts_up.cuh"
+#include "tests/kernels/sm90_on_model.h"
 #include "tests/support/routed_rows.h"
 
 namespace upmoe {
@@ -27,40 +27,6 @@ using sm90_twin::When;
 // Relative, of Frobenius norms. Each result is rounded once to bf16, which moves none by more than 2^-9 of
 // itself and so not the norm either; sums in fp32 and the exponential add less than 1e-5.
 constexpr double kTolerance = 1.0 / 512 + 1e-5;
-
-// Memory that a kernel writes, between guards; NaNs where it has not written.
-template <class T>
-class Guarded {
- public:
-  explicit Guarded(std::size_t n) : memory_(n + 2 * kGuard) {
-    std::fill(memory_.begin(), memory_.end(), poison());
-  }
-  Guarded(const Guarded&) = default;
-  Guarded& operator=(const Guarded& other) {  // in its place, which a kernel was told
-    std::copy(other.memory_.begin(), other.memory_.end(), memory_.begin());
-    return *this;
-  }
-  T* data() { return memory_.data() + kGuard; }
-  double operator[](std::size_t i) const { return static_cast<double>(to_float(memory_[kGuard + i])); }
-  bool operator==(const Guarded& other) const {
-    return std::memcmp(memory_.data(), other.memory_.data(), memory_.size() * sizeof(T)) == 0;
-  }
-  bool guards_stand() const {
-    const auto bad = [](const T& x) { return std::memcmp(&x, &kPoison, sizeof x) != 0; };
-    return std::none_of(memory_.begin(), memory_.begin() + kGuard, bad) &&
-           std::none_of(memory_.end() - kGuard, memory_.end(), bad);
-  }
-
- private:
-  static constexpr std::ptrdiff_t kGuard = 8192;
-  static constexpr std::uint32_t kPoison = 0x7fc17fc1u;
-  static T poison() {
-    T value;
-    std::memcpy(static_cast<void*>(&value), &kPoison, sizeof value);
-    return value;
-  }
-  std::vector<T> memory_;
-};
 
 // ‖got - want‖ / ‖want‖; elements are compared as they come.
 class Error {
@@ -103,18 +69,7 @@ class Sm90Experts : public testing::TestWithParam<Case> {
   }
   template <class Shared, class Body>
   void run_once(int cluster, When when, const Body& body) {
-    sm90_twin::Launch launch;
-    launch.blocks = 2 * static_cast<unsigned>(cluster);
-    launch.threads = kBlockThreads;
-    launch.shared_bytes = sizeof(Shared);
-    launch.cluster = static_cast<unsigned>(cluster);
-    launch.when = when;
-    launch.seed = random();
-    try {
-      sm90_twin::run(launch, body);
-    } catch (const sm90_twin::Mistake& mistake) {
-      FAIL() << mistake.words;
-    }
+    ASSERT_NO_FATAL_FAILURE(run_on_model(sizeof(Shared), cluster, when, random(), body));
   }
   Routing routing() const { return {p.token_R.data(), p.offsets_e1.data(), p.experts}; }
   std::size_t index(int row, int width, int column = 0) const {

@@ -33,6 +33,7 @@ TEST(Sm90Tiles, EveryTileOfEveryExpertComesOnce) {
     const auto offsets = random_offsets(random, trial);
     const int experts = static_cast<int>(offsets.size()) - 1, columns = 1 + static_cast<int>(random() % 12);
     const int blocks = 1 + trial % 2;
+    const TileOrder order = trial / 2 % 2 == 0 ? TileOrder::kRows : TileOrder::kColumns;
     std::vector<int> first_unit{0};
     for (std::size_t e = 0; e + 1 < offsets.size(); ++e)
       first_unit.push_back(first_unit.back() + units_of_expert(offsets[e + 1] - offsets[e], columns, blocks));
@@ -43,7 +44,7 @@ TEST(Sm90Tiles, EveryTileOfEveryExpertComesOnce) {
       RowTile tiles[2];
       for (int rank = 0; rank < blocks; ++rank) {
         RowTile& t = tiles[rank];
-        t = tile_of_unit(unit - first_unit[i], e, offsets[i], offsets[i + 1], columns, blocks, rank);
+        t = tile_of_unit(unit - first_unit[i], e, offsets[i], offsets[i + 1], columns, blocks, rank, order);
         ASSERT_EQ(t.expert, e);
         ASSERT_TRUE(t.column >= 0 && t.column < columns);
         if (t.rows == 0) continue;  // there is nothing for this block
@@ -88,12 +89,13 @@ TEST(Sm90Tiles, ExpertsComeByFallingRowsEachOnce) {
   }
 }
 
-TEST(Sm90Tiles, EveryTileOfEveryGradientComesOnceInTheOrderOfExperts) {
+template <TileOrder kOrder>
+void expect_every_tile_of_every_gradient() {
   std::mt19937 random(5);
   for (int trial = 0; trial < 3000; ++trial) {
     const auto offsets = random_offsets(random, trial);
     const int blocks = 1 + trial % 2;
-    GradientTable table{};
+    GradientTable<kOrder> table{};
     table.experts = static_cast<int>(offsets.size()) - 1;
     table.tiles_y = 1 + static_cast<int>(random() % 4);
     table.tiles_x = blocks * (1 + static_cast<int>(random() % 3));
@@ -125,6 +127,25 @@ TEST(Sm90Tiles, EveryTileOfEveryGradientComesOnceInTheOrderOfExperts) {
     ASSERT_EQ(seen.size(), static_cast<std::size_t>(table.experts * table.tiles_y * table.tiles_x));
     for (const auto& [tile, times] : seen) ASSERT_EQ(times, 1);
   }
+}
+TEST(Sm90Tiles, EveryTileOfEveryGradientComesOnceInTheOrderOfExperts) {
+  expect_every_tile_of_every_gradient<TileOrder::kRows>();
+  expect_every_tile_of_every_gradient<TileOrder::kColumns>();
+}
+
+TEST(Sm90Tiles, ComeInTheOrderOfAVariant) {
+  // Four tiles of rows by three of columns, two rows of tiles at a time.
+  const auto tiles = [](TileOrder order) {
+    std::vector<std::pair<int, int>> all;
+    for (int unit = 0; unit < units_of_expert(512, 3, 2); ++unit) {
+      const RowTile t = tile_of_unit(unit, 0, 0, 512, 3, 2, 0, order);
+      all.emplace_back(t.first_row, t.column);
+    }
+    return all;
+  };
+  using Tiles = std::vector<std::pair<int, int>>;
+  EXPECT_EQ(tiles(TileOrder::kRows), (Tiles{{0, 0}, {256, 0}, {0, 1}, {256, 1}, {0, 2}, {256, 2}}));
+  EXPECT_EQ(tiles(TileOrder::kColumns), (Tiles{{0, 0}, {0, 1}, {0, 2}, {256, 0}, {256, 1}, {256, 2}}));
 }
 
 }  // namespace

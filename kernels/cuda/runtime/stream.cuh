@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <source_location>
+#include <string>
 #include <typeindex>
 
 #include "kernels/core/exec.h"
@@ -29,6 +30,7 @@ class CudaStream final : public Stream {
   std::byte* staging();
   int sm() const { return sm_; }  // the GPU's compute capability: 90 is 9.0
   int multiprocessors() const { return multiprocessors_; }
+  const std::string& device() const { return device_; }  // its name: "NVIDIA H200"
   FindingWords findings() const { return findings_->words(); }
   void limit(Finding kind, std::int64_t value) { findings_->limit(kind, value); }
 
@@ -46,6 +48,7 @@ class CudaStream final : public Stream {
   std::optional<Findings> findings_;  // always there
   std::byte* staging_ = nullptr;      // from its first use on
   std::map<std::type_index, std::shared_ptr<void>> kept_;
+  std::string device_;
 };
 
 // The stream of an op. An Exec for a GPU always has one.

@@ -103,14 +103,55 @@ class GatheredRows {
   const bf16* next_ = nullptr;  // this thread's chunk of row 0
 };
 
+// Says `full` of the stages whose copies of this thread have come. With a lag the thread waits for them and shows them
+// to the tensor cores, kLag stages behind the newest; without, the hardware says so, and who multiplies shows them.
+template <int kLag>
+class Arrivals {
+ public:
+  // Behind the copies to a stage.
+  template <class S>
+  __device__ void copied(S& s, u32 stage) {
+    static_assert(kLag + 2 <= S::kStages,
+                  "nobody could go on: a stage is free when products of the next have begun");
+    if constexpr (kLag == 0) {
+      cp_async_arrive(&s.full[stage]);
+    } else {
+      cp_async_commit();
+      if (waiting_ < kLag) {
+        ++waiting_;
+        return;
+      }
+      cp_async_wait<kLag>();
+      arrive(s, stage + S::kStages - kLag);
+    }
+  }
+  // Behind the last of all, whose next stage would be `stage`.
+  template <class S>
+  __device__ void finish(S& s, u32 stage) {
+    if constexpr (kLag > 0) {
+      cp_async_wait<0>();
+      for (; waiting_ > 0; --waiting_) arrive(s, stage + S::kStages - waiting_);
+    }
+  }
+
+ private:
+  template <class S>
+  __device__ void arrive(S& s, u32 stage) {
+    fence_proxy_async();
+    mbarrier_arrive(&s.full[stage < S::kStages ? stage : stage - S::kStages]);
+  }
+  u32 waiting_ = 0;
+};
+
 // The rows of every tile of this block, `width` elements each, into operand a; weights(tile, stage, k) brings
 // operand b, called by one thread. By all threads of the third warpgroup.
-template <int kBlocks, class S, class Weights>
-__device__ inline void bring_gathered(S& s, const RowTileTable& tiles, const bf16* x_TD, int width,
+template <int kBlocks, int kLag, class S, class Tiles, class Weights>
+__device__ inline void bring_gathered(S& s, const Tiles& tiles, const bf16* x_TD, int width,
                                       const Routing& routing, const Weights& weights) {
   const int rank = static_cast<int>(cluster_rank()), stride = static_cast<int>(gridDim.x) / kBlocks;
   int unit = static_cast<int>(blockIdx.x) / kBlocks;
   StageCounter<S::kStages> at;
+  Arrivals<kLag> arrivals;
   GatheredRows gathered;
   RowTile tile, next;
   bool more = tiles.find(tile, unit, kBlocks, rank);
@@ -125,10 +166,11 @@ __device__ inline void bring_gathered(S& s, const RowTileTable& tiles, const bf1
       mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);
       if (threadIdx.x % kGroupThreads == 0) weights(tile, at.stage, k);
       gathered.copy(s.a[at.stage]);
-      cp_async_arrive(&s.full[at.stage]);
+      arrivals.copied(s, at.stage);
     }
     tile = next;
   }
+  arrivals.finish(s, at.stage);
 }
 
 // By one thread of each warp that multiplies: a stage may be written again, by every block of the cluster.
@@ -142,7 +184,7 @@ __device__ inline void release(u64* empty) {
   }
 }
 
-// A stage's operands, where copies of threads brought one of them: what they wrote the tensor cores must be shown.
+// A stage's operands. kCopied: copies of threads brought one of them, and nobody has shown it to the tensor cores.
 template <bool kCopied>
 __device__ inline void wait_full(u64* full, u32 parity) {
   mbarrier_wait(full, parity);
@@ -194,11 +236,11 @@ __device__ inline void multiply_64x256(float (&d)[128], S& s, StageCounter<S::kS
 }
 // A 128 x 128 product as two of 64 x 128. `a` holds both halves, 64 rows of K or a panel after the other; b
 // is by columns.
-template <Major kA, int kBlocks, class S, class A, class B, class Issued>
+template <Major kA, bool kCopied, int kBlocks, class S, class A, class B, class Issued>
 __device__ inline void multiply_128x128(float (&top)[64], float (&bottom)[64], S& s,
                                         StageCounter<S::kStages>& at, int steps, const A& a, const B& b,
                                         const Issued& issued) {
-  multiply_stages<true, kBlocks>(
+  multiply_stages<kCopied, kBlocks>(
       s, at, steps,
       [&] {
         wgmma_hold(top);

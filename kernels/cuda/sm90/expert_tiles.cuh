@@ -4,12 +4,13 @@
 // Rows are cut into tiles of 128. A cluster of two blocks takes two neighbouring row tiles of one column
 // tile, so that both need the same weights; where an expert has an odd number of row tiles, its last one is
 // taken with two neighbouring columns instead, and nothing is shared. Within an expert rows run fastest, so
-// that a panel of weights is used up while it is in the cache.
+// that a panel of weights is used up while it is in the cache, or columns (TileOrder).
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "kernels/core/expert_variant.h"
 #include "kernels/cuda/sm90/experts.cuh"
 
 namespace upmoe::cuda::sm90 {
@@ -44,14 +45,15 @@ __host__ __device__ constexpr int expert_of_unit(int unit, const int* first_unit
 
 // The tile of block `rank` in unit `within` of an expert with rows [begin, end).
 __host__ __device__ constexpr RowTile tile_of_unit(int within, int expert, int begin, int end, int columns,
-                                                   int blocks, int rank) {
+                                                   int blocks, int rank, TileOrder order = TileOrder::kRows) {
   const int tiles = row_tiles(end - begin), groups = tiles / blocks;
   RowTile tile{expert, 0, 0, 0, true};
   int row_tile = 0;
   bool exists = true;
   if (within < groups * columns) {
-    row_tile = within % groups * blocks + rank;
-    tile.column = within / groups;
+    const bool by_rows = order == TileOrder::kRows;
+    row_tile = (by_rows ? within % groups : within / columns) * blocks + rank;
+    tile.column = by_rows ? within / groups : within % columns;
   } else {
     row_tile = tiles - 1;
     tile.column = (within - groups * columns) * blocks + rank;
@@ -66,6 +68,7 @@ __host__ __device__ constexpr RowTile tile_of_unit(int within, int expert, int b
 }
 
 // Offsets and units of all experts in shared memory, where every thread finds its next tile without going to memory.
+template <TileOrder kOrder>
 struct RowTileTable {
   int experts, columns;
   int offsets[kMostExperts + 1], first_unit[kMostExperts + 1];
@@ -90,7 +93,7 @@ struct RowTileTable {
   __device__ bool find(RowTile& tile, int unit, int blocks, int rank) const {
     if (unit >= first_unit[experts]) return false;
     const int e = expert_of_unit(unit, first_unit, experts);
-    tile = tile_of_unit(unit - first_unit[e], e, offsets[e], offsets[e + 1], columns, blocks, rank);
+    tile = tile_of_unit(unit - first_unit[e], e, offsets[e], offsets[e + 1], columns, blocks, rank, kOrder);
     return true;
   }
 };

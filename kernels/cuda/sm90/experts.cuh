@@ -1,15 +1,16 @@
 #pragma once
-// The experts' kernels as functions of the host: pairs of blocks that share what they load, as many stages as
-// shared memory holds. They enqueue and return. Rows R > 0; bf16; D a multiple of kWidthTile, F of kNeuronTile, at most
-// kMostExperts experts, addresses of 16 bytes.
+// The experts' kernels as functions of the host, each in a source of its own, in the variants that are compiled;
+// another one is an exception with words. They enqueue and return. Rows R > 0; bf16; D a multiple of kWidthTile, F of
+// kNeuronTile, at most kMostExperts experts, addresses of 16 bytes.
 
 #include <cuda_runtime.h>
 
 #include "kernels/core/bf16.h"
+#include "kernels/core/expert_variant.h"
 
 namespace upmoe::cuda::sm90 {
 
-// All their tiles divide these (experts.cu), and ops/expert_shape.h says the same of them (cuda/experts.cpp).
+// All their tiles divide these (experts_launch.cuh), and ops/expert_shape.h says the same of them (cuda/experts.cpp).
 constexpr int kWidthTile = 256, kNeuronTile = 128;
 constexpr int kMostExperts = 256;  // rows of their tables in shared memory
 
@@ -18,6 +19,7 @@ struct ExpertsLaunch {
   int multiprocessors = 0;
   const int* offset_e1 = nullptr;
   int experts = 0, rows = 0;
+  ExpertVariant variant;
 };
 
 struct UpOperands {

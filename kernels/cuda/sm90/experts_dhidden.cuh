@@ -19,16 +19,19 @@ struct DHiddenProduct {
   int width, neurons;  // D, a multiple of 64; F, a multiple of 128
 };
 
-template <int kBlocks_, int kStages_>
+template <int kBlocks_, int kStages_, TileOrder kOrder_ = TileOrder::kRows, int kLag_ = 0>
 struct DHiddenConfig {
+  static constexpr TileOrder kOrder = kOrder_;
+  static constexpr int kLag = kLag_;
   static constexpr int kBlocks = kBlocks_, kStages = kStages_, kNeurons = 128, kPanels = 2;
 };
-struct TurnTable : RowTileTable {
+template <TileOrder kOrder>
+struct TurnTable : RowTileTable<kOrder> {
   u64 turn[kConsumers];  // barriers: the tensor cores are that group's
 };
 template <class C>
-using DHiddenShared =
-    Stages<C::kStages, kTileRows * kRowBytes, C::kNeurons * kRowBytes, 4 * kWarpStagingBytes, TurnTable>;
+using DHiddenShared = Stages<C::kStages, kTileRows * kRowBytes, C::kNeurons * kRowBytes,
+                             4 * kWarpStagingBytes, TurnTable<C::kOrder>>;
 
 // Of w_down [E, D, F].
 inline TensorMap dhidden_weights_map(const bf16* w, std::int64_t experts, std::int64_t neurons,
@@ -206,7 +209,7 @@ __device__ void multiply_dhidden(DHiddenShared<C>& s, const DHiddenProduct& p) {
     float top[64], bottom[64];
     mbarrier_wait(&s.tiles.turn[group], turns++ & 1);
     Finish<C> finish(s.warp_staging(), tile, p);
-    multiply_128x128<Major::kK, C::kBlocks>(
+    multiply_128x128<Major::kK, C::kLag == 0, C::kBlocks>(
         top, bottom, s, at, steps, [&](u32 stage) { return s.a[stage]; },
         [&](u32 stage) { return s.b[stage]; },
         [&] {  // the other group may begin
@@ -230,7 +233,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   s.tiles.fill(p.routing.offsets, p.routing.experts, p.neurons / C::kNeurons, C::kBlocks);
   take_roles<56, 224>(
       [&] {
-        bring_gathered<C::kBlocks>(
+        bring_gathered<C::kBlocks, C::kLag>(
             s, s.tiles, p.dout_TD, p.width, p.routing,
             [&](const RowTile& tile, u32 stage, int k) { load_dhidden_weights<C>(s, stage, w, tile, k); });
       },

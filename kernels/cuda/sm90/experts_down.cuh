@@ -15,15 +15,16 @@ struct RowsProduct {
 };
 
 // kWeights: kK where weights are [E, N, inner] (forward), kMN where they are [E, inner, N] (backward).
-template <Major kWeights_, int kBlocks_, int kStages_>
+template <Major kWeights_, int kBlocks_, int kStages_, TileOrder kOrder_ = TileOrder::kRows>
 struct RowsConfig {
+  static constexpr TileOrder kOrder = kOrder_;
   static constexpr Major kWeights = kWeights_;
   static constexpr int kBlocks = kBlocks_, kStages = kStages_, kColumns = 256,
                        kPanels = kColumns / kRowElements;
 };
 template <class C>
-using RowsShared =
-    Stages<C::kStages, kTileRows * kRowBytes, C::kColumns * kRowBytes, kWarpStagingBytes, RowTileTable>;
+using RowsShared = Stages<C::kStages, kTileRows * kRowBytes, C::kColumns * kRowBytes, kWarpStagingBytes,
+                          RowTileTable<C::kOrder>>;
 
 // Of x [R, inner].
 inline TensorMap rows_map(const bf16* x, std::int64_t rows, std::int64_t inner) {

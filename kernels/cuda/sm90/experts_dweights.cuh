@@ -19,8 +19,11 @@ struct WeightsGradient {
   int columns_y, columns_x;  // multiples of 128 and, for each block of a cluster, of 256
 };
 
-template <bool kTransposed_, bool kAdd_, int kBlocks_, int kStages_>
+template <bool kTransposed_, bool kAdd_, int kBlocks_, int kStages_, TileOrder kOrder_ = TileOrder::kRows,
+          int kLag_ = 0>
 struct DWeightsConfig {
+  static constexpr TileOrder kOrder = kOrder_;
+  static constexpr int kLag = kLag_;
   static constexpr bool kTransposed = kTransposed_, kAdd = kAdd_;  // kAdd: to what dw holds
   static constexpr int kBlocks = kBlocks_, kStages = kStages_, kRowsY = 128, kColumnsX = 256;
   static constexpr int kPanelsY = kRowsY / kRowElements, kPanelsX = kColumnsX / kRowElements;
@@ -29,8 +32,9 @@ struct GradientTile {
   int expert, y, x;  // in tiles
   int first_row, rows;
 };
-// The experts' rows in shared memory. Tiles in order: experts by `ranking`, columns of x, columns of y; a
-// cluster's two blocks have neighbouring columns of x and share y.
+// The experts' rows in shared memory. Tiles in order: experts by `ranking`, columns of x, columns of y, or these two
+// the other way (TileOrder); a cluster's two blocks have neighbouring columns of x and share y.
+template <TileOrder kOrder>
 struct GradientTable {
   int experts, tiles_y, tiles_x;
   int first_row[kMostExperts], rows[kMostExperts], ranking[kMostExperts];
@@ -49,17 +53,20 @@ struct GradientTable {
     }
   }
   __device__ bool find(GradientTile& tile, int unit, int blocks, int rank) const {
-    const int each = tiles_y * (tiles_x / blocks);
+    const int groups = tiles_x / blocks, each = tiles_y * groups;
     if (unit >= experts * each) return false;
     const int i = unit / each, within = unit % each;
-    tile = {ranking[i], within % tiles_y, within / tiles_y * blocks + rank, first_row[i], rows[i]};
+    constexpr bool kByRows = kOrder == TileOrder::kRows;
+    const int y = kByRows ? within % tiles_y : within / groups,
+              x = kByRows ? within / tiles_y : within % groups;
+    tile = {ranking[i], y, x * blocks + rank, first_row[i], rows[i]};
     return true;
   }
 };
 
 template <class C>
 using DWeightsShared = Stages<C::kStages, C::kPanelsY * kPanelBytes, C::kPanelsX * kPanelBytes,
-                              kWarpStagingBytes, GradientTable>;
+                              kWarpStagingBytes, GradientTable<C::kOrder>>;
 
 // Of y [R, Y].
 inline TensorMap gradient_rows_map(const bf16* y, std::int64_t rows, std::int64_t columns) {
@@ -122,6 +129,7 @@ __device__ void bring_gradient_operands(DWeightsShared<C>& s, const TensorMap& y
   const int rank = static_cast<int>(cluster_rank()), stride = static_cast<int>(gridDim.x) / C::kBlocks;
   int unit = static_cast<int>(blockIdx.x) / C::kBlocks;
   StageCounter<C::kStages> at;
+  Arrivals<C::kLag> arrivals;
   GatheredPanels gathered;
   GradientTile tile, next;
   bool more = s.tiles.find(tile, unit, C::kBlocks, rank);
@@ -140,11 +148,12 @@ __device__ void bring_gradient_operands(DWeightsShared<C>& s, const TensorMap& y
       mbarrier_wait(&s.empty[at.stage], at.parity ^ 1);
       if (threadIdx.x % kGroupThreads == 0) load_gradient_rows<C>(s, at.stage, y, tile, k);
       gathered.copy(s.b[at.stage], column);
-      cp_async_arrive(&s.full[at.stage]);
+      arrivals.copied(s, at.stage);
     }
     if (tile.rows == 0 && more) gathered.find(p.routing, next, 0);
     tile = next;
   }
+  arrivals.finish(s, at.stage);
 }
 
 // This warp's 16 rows of dw from `row` of the expert on, 64 columns for every 32 sums from `column` on.
@@ -166,7 +175,8 @@ template <class C>
 __device__ void multiply_by_y(DWeightsShared<C>& s, StageCounter<C::kStages>& at, const GradientTile& tile,
                               const WeightsGradient& p) {
   float d[128];
-  multiply_64x256<Major::kMN, Major::kMN, true, C::kBlocks>(d, s, at, (tile.rows + kStepK - 1) / kStepK);
+  multiply_64x256<Major::kMN, Major::kMN, C::kLag == 0, C::kBlocks>(d, s, at,
+                                                                    (tile.rows + kStepK - 1) / kStepK);
   if (tile.rows == 0) clear(d);  // nothing was multiplied: the gradient is zero
   store_gradient<C::kAdd>(d, s.warp_staging(), p, tile.expert, p.columns_x,
                           tile.y * C::kRowsY + group_of_thread() * 64 + warp_of_group() * 16,
@@ -178,7 +188,7 @@ __device__ void multiply_by_x(DWeightsShared<C>& s, StageCounter<C::kStages>& at
                               const WeightsGradient& p) {
   const int group = group_of_thread();
   float top[64], bottom[64];
-  multiply_128x128<Major::kMN, C::kBlocks>(
+  multiply_128x128<Major::kMN, C::kLag == 0, C::kBlocks>(
       top, bottom, s, at, (tile.rows + kStepK - 1) / kStepK,
       [&](u32 stage) { return s.b[stage] + 2 * group * kPanelBytes; }, [&](u32 stage) { return s.a[stage]; },
       [] {});

@@ -17,14 +17,16 @@ struct UpProduct {
   int width, neurons;  // D, a multiple of 64; F, a multiple of 128
 };
 
-template <int kBlocks_, int kStages_>
+template <int kBlocks_, int kStages_, TileOrder kOrder_ = TileOrder::kRows, int kLag_ = 0>
 struct UpConfig {
+  static constexpr TileOrder kOrder = kOrder_;
+  static constexpr int kLag = kLag_;
   static constexpr int kBlocks = kBlocks_, kStages = kStages_;
   static constexpr int kColumns = 256, kNeurons = kColumns / 2, kWeightBlocks = kColumns / 16;
 };
 template <class C>
-using UpShared =
-    Stages<C::kStages, kTileRows * kRowBytes, C::kColumns * kRowBytes, kWarpStagingBytes, RowTileTable>;
+using UpShared = Stages<C::kStages, kTileRows * kRowBytes, C::kColumns * kRowBytes, kWarpStagingBytes,
+                        RowTileTable<C::kOrder>>;
 
 // Of w [E, F, 2, D].
 template <class C>
@@ -126,7 +128,7 @@ __device__ void multiply_up(UpShared<C>& s, const UpProduct& p) {
       continue;
     }
     float d[128];
-    multiply_64x256<Major::kK, Major::kK, true, C::kBlocks>(d, s, at, p.width / kStepK);
+    multiply_64x256<Major::kK, Major::kK, C::kLag == 0, C::kBlocks>(d, s, at, p.width / kStepK);
     store_up_tile<C>(d, s, tile, p);
   }
 }
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   s.tiles.fill(p.routing.offsets, p.routing.experts, p.neurons / C::kNeurons, C::kBlocks);
   take_roles<56, 224>(
       [&] {
-        bring_gathered<C::kBlocks>(
+        bring_gathered<C::kBlocks, C::kLag>(
             s, s.tiles, p.x_TD, p.width, p.routing,
             [&](const RowTile& tile, u32 stage, int k) { load_up_weights<C>(s, stage, w, tile, k); });
       },
