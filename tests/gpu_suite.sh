@@ -7,10 +7,10 @@
 #
 # Parts: ops (each op's tests on the GPU), models (golden files, generation, meshes over all GPUs, a run twice, resumed,
 # and beside the CPU), sanitizer (compute-sanitizer's four tools), bench (ops and a layer as shares of what the GPU
-# gives), kernels (bench/sm90.sh), algorithms (cuBLASLt's, timed: a table for configs/cuda), step (steps of 4 layers),
-# inference (Qwen1.5-7B and A2.7B in turns), full (all 14.3 billion parameters with adamw8bit), largest (as many layers
-# as fit), peers (PyTorch and transformers, where python3 has them), quickstart (its models, to the CPU's losses: in a
-# bundle made after launch/quickstart.sh). The first three run programs beside each other; what is timed runs alone.
+# gives), kernels (bench/sm90.sh; their variants timed: a table for configs/cuda), algorithms (cuBLASLt's: another),
+# step (steps of 4 layers), inference (Qwen1.5-7B, A2.7B in turns), full (all 14.3 billion parameters with adamw8bit),
+# largest (as many layers as fit), peers (PyTorch and transformers, where python3 has them), quickstart (its models, to
+# the CPU's losses: in a bundle made after quickstart.sh). The first three run programs beside each other; others alone.
 # UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and peers; UPMOE_SUITE_LIMIT: the most seconds of a program.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,7 +27,7 @@ make_bundle() {
   local build=$root/build/gpu programs=() name
   for name in "${op_tests[@]}"; do programs+=("${name}_test"); done
   programs+=(golden_test generation_test layer_gradient_test communicator_test layout_equivalence_test make_run
-    bench_gpu bench_step time_algorithms sm90_bench)
+    bench_gpu bench_step time_algorithms time_variants sm90_bench)
   # For any x86-64 of the last ten years, without MPI: one process has one GPU there.
   cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DUPMOE_ARCH=x86-64-v3 -DUPMOE_MPI=OFF \
     -DUPMOE_CUDA=ON >/dev/null || die "not configured; a CUDA toolkit is needed here"
@@ -44,7 +44,7 @@ make_bundle() {
   strip --strip-unneeded "$bundle"/stage/lib/* 2>/dev/null || true
   cp -r "$root"/tests/golden "$root"/configs/{models,machines} "$bundle/stage/"
   (cd "$root" && cp --parents tests/bench/{gpu_peers,bench_record}.py tests/bench/sm90.sh kernels/cuda/sm90/* \
-    launch/command_line.py "$bundle/stage/")
+    kernels/core/expert_variant.h launch/command_line.py "$bundle/stage/")
   python3 "$bundle/stage/tests/bench/gpu_peers.py" --help >/dev/null || die "gpu_peers.py needs more than is packed"
   if [ -s "$root/runs/quickstart/eval/moe.json" ]; then
     mkdir -p "$bundle/stage/quickstart/configs" "$bundle/stage/quickstart/cpu"

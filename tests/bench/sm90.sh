@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
 # The experts' Hopper kernels on a GPU: each instruction, each kernel under awkward routings and at full width, times.
-# usage: tests/bench/sm90.sh FOLDER [SM90_BENCH]    FOLDER then goes to tests/bench/sm90_record.py
+# And every variant of each kernel, timed: the best are left in FOLDER/expert_variants.yaml, a table for configs/cuda.
+# usage: tests/bench/sm90.sh FOLDER [SM90_BENCH]    FOLDER then goes to tests/bench/sm90_record.py; time_variants lies
+# beside SM90_BENCH.
 # Every part runs under a limit of its own, so that a kernel that hangs ends alone; what has run to a right end in
 # FOLDER, of the same sources, is passed over.
 set -u
 out=${1:?usage: tests/bench/sm90.sh FOLDER [SM90_BENCH]}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bench=${2:-$root/build/release/bin/sm90_bench}
-[[ -x $bench ]] || { echo "sm90: no $bench; with a CUDA toolkit: ninja -C build/release sm90_bench" >&2; exit 2; }
+variants=$(dirname "$bench")/time_variants
+for program in "$bench" "$variants"; do
+  [[ -x $program ]] && continue
+  echo "sm90: no $program; with a CUDA toolkit: ninja -C build/release sm90_bench time_variants" >&2
+  exit 2
+done
 mkdir -p "$out"
-sources=$(cat "$root"/kernels/cuda/sm90/* | sha256sum | cut -c 1-40)  # no git is needed where a GPU is
+# No git is needed where a GPU is.
+sources=$(cat "$root"/kernels/cuda/sm90/* "$root"/kernels/core/expert_variant.h | sha256sum | cut -c 1-40)
 gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader)
 if [[ -e $out/machine.txt && $(sed 1d "$out/machine.txt") != "$sources"$'\n'"$gpu" ]]; then
   echo "sm90: $out is of other sources or another GPU" >&2
@@ -17,11 +25,11 @@ if [[ -e $out/machine.txt && $(sed 1d "$out/machine.txt") != "$sources"$'\n'"$gp
 fi
 { date -u +%Y-%m-%dT%H:%M:%SZ; printf '%s\n%s\n' "$sources" "$gpu"; } >"$out/machine.txt"
 status=0
-part() {  # NAME SECONDS ARGUMENTS...
+part() {  # NAME SECONDS PROGRAM ARGUMENTS...
   local name=$1 seconds=$2
   shift 2
   [[ ! -e $out/$name.right ]] || return 0
-  if timeout "$seconds" "$bench" "$@" >"$out/$name.txt"; then
+  if timeout "$seconds" "$@" >"$out/$name.txt"; then
     touch "$out/$name.right"
   else
     echo "$name: status $?"
@@ -29,15 +37,18 @@ part() {  # NAME SECONDS ARGUMENTS...
   fi
   grep -v '^[{]' "$out/$name.txt" | grep -v '^ok'
 }
-part check_instructions 30 instructions
+part check_instructions 30 "$bench" instructions
 for kernels in up rows dhidden dweights; do
-  part "check_$kernels" 60 kernels $kernels
+  part "check_$kernels" 60 "$bench" kernels $kernels
 done
 for tokens in 8192 16384 32768; do
   for routing in balanced zipf; do
     for kernels in up rows dhidden dweights; do
-      part "times_${tokens}_${routing}_$kernels" 60 time $tokens $routing $kernels
+      part "times_${tokens}_${routing}_$kernels" 60 "$bench" time $tokens $routing $kernels
     done
+  done
+  for kernel in up down dx dhidden dw_gate_up dw_down; do
+    part "variants_${tokens}_$kernel" 60 "$variants" "$out/expert_variants.yaml" --tokens $tokens --kernels $kernel
   done
 done
 exit $status

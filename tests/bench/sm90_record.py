@@ -5,7 +5,8 @@ usage: sm90_record.py FOLDER [--out tests/bench/results]    writes the file, and
        sm90_record.py RESULT.json                           prints
 
 FOLDER holds machine.txt (date, a digest of kernels/cuda/sm90, then what nvidia-smi says: name, driver, memory),
-check*.txt and times*.txt. Ratios are to 8192^3 of the same process, the mean of before and after.
+check*.txt, times*.txt and variants*.txt. Ratios are to 8192^3 of the same process, the mean of before and after. Of
+variants, time_variants has left the table of the best in FOLDER/expert_variants.yaml.
 """
 
 import argparse
@@ -52,6 +53,16 @@ def times_of(folder):
     return found
 
 
+def variants_of(folder):
+    """tokens -> kernel -> variant in words -> milliseconds by routing, in the order in which they ran."""
+    found = {}
+    for t in lines_of(folder.glob("variants*.txt")):
+        words = f"blocks {t['blocks']}, stages {t['stages']}, {t['order']}, lag {t['lag']}"
+        kernels = found.setdefault(str(t["tokens"]), {})
+        kernels.setdefault(t["variant_of"], {}).setdefault(words, {})[t["routing"]] = t["ms"]
+    return found
+
+
 def record_of(folder):
     checks = list(lines_of(folder.glob("check*.txt")))
     return {"command": "tests/bench/sm90.sh", "machine": machine_of(folder),
@@ -59,7 +70,7 @@ def record_of(folder):
                        "wrong": [c for c in checks if not c["right"]]},
             "instructions": [c["instruction"] for c in checks if "instruction" in c],
             "kernels": [{k: c[k] for k in ("routing", "kernel", "errors")} for c in checks if "kernel" in c],
-            "times": times_of(folder)}
+            "times": times_of(folder), "variants": variants_of(folder)}
 
 
 def show(record):
@@ -69,6 +80,16 @@ def show(record):
             must, goal = FORETOLD.get(kernel, (0, 0)) if tokens == "32768" else (0, 0)
             print(f"{tokens:>11} {kernel:28} {t['ms']:8.3f} ms {t['tflops']:7.1f} TFLOP/s {t['share_of_gemm_8192']:.3f}"
                   + (f"  (foretold: must {must:.2f}, goal {goal:.2f})" if must else ""))
+    show_variants(record)
+
+
+def show_variants(record):
+    for tokens, kernels in record.get("variants", {}).items():  # not in records of before there were any
+        for kernel, variants in kernels.items():
+            sums = {words: sum(ms.values()) for words, ms in variants.items()}
+            first, best = next(iter(sums)), min(sums, key=sums.get)
+            print(f"{tokens:>11} {kernel:12} {len(sums)} variants, first {sums[first]:8.3f} ms, "
+                  f"best {sums[best]:8.3f} ms: {best}")
 
 
 def main():
