@@ -116,6 +116,24 @@ MUTANTS = {
     "second_line_for_a_product_is_ignored": (
         "configs/product_algorithms.cpp", "wrong.empty() && !table.emplace(shape, line.algorithm).second",
         "!table.emplace(shape, line.algorithm).second && !wrong.empty()", "*Damaged*", "product_algorithms_test"),
+    "variant_of_another_device": (
+        "kernels/core/expert_variants.cpp", "variants.tables.find(device);", "variants.tables.begin();",
+        "ExpertVariants.Choose*", "expert_variants_test"),
+    "variant_of_far_fewer_rows": (
+        "kernels/core/expert_variants.cpp", "times(from.rows) <= 2 && ", "", "ExpertVariants.Choose*",
+        "expert_variants_test"),
+    "variant_that_a_width_does_not_have": (
+        "kernels/core/expert_variants.cpp", "!of_weights || s.width", "true || s.width", "ExpertVariants.*",
+        "expert_variants_test"),
+    "variant_that_is_not_compiled_is_read": (
+        "configs/expert_variants.cpp", "if (!why.empty()) wrong.add", "if (why == line.order) wrong.add",
+        "ExpertVariants.ADamaged*", "expert_variants_test"),
+    "second_line_for_a_kernel_is_ignored": (
+        "configs/expert_variants.cpp", "wrong.empty() && !table.emplace(line.shape, line.variant).second",
+        "!table.emplace(line.shape, line.variant).second && !wrong.empty()", "ExpertVariants.ADamaged*",
+        "expert_variants_test"),
+    "experts_without_their_table": (
+        "kernels/cuda/experts.cpp", "ex.expert_variants}", "nullptr}", "*VariantsOfATable*", "experts_test_on_gpu"),
     "first_gradient_of_a_step_added": (
         "trainer/model/param.h", "return {grad, first ? Accumulate::kOverwrite : Accumulate::kAdd};",
         "return {grad, Accumulate::kAdd};", "GradientMemory.*"),
