@@ -43,12 +43,9 @@ inline constexpr ExpertVariant kUpVariants[] = {{2, 4},
                                                 {2, 4, TileOrder::kRows, 1},
                                                 {2, 4, TileOrder::kRows, 2}};
 inline constexpr ExpertVariant kRowsVariants[] = {{2, 4}, {1, 4}, {2, 3}, {2, 4, TileOrder::kColumns}};
-inline constexpr ExpertVariant kDHiddenVariants[] = {{2, 5},
-                                                     {1, 5},
-                                                     {2, 4},
-                                                     {2, 5, TileOrder::kColumns},
-                                                     {2, 5, TileOrder::kRows, 1},
-                                                     {2, 5, TileOrder::kRows, 2}};
+// Single blocks of this one spill, so that there are none.
+inline constexpr ExpertVariant kDHiddenVariants[] = {
+    {2, 5}, {2, 4}, {2, 5, TileOrder::kColumns}, {2, 5, TileOrder::kRows, 1}, {2, 5, TileOrder::kRows, 2}};
 inline constexpr ExpertVariant kDWeightsVariants[] = {
     {2, 4}, {1, 4}, {2, 3}, {2, 4, TileOrder::kColumns}, {2, 4, TileOrder::kRows, 2}};
 

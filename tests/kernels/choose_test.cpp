@@ -223,10 +223,10 @@ TEST(ChooseExpertFfn, SaysWhyNot) {
 
 TEST(ChooseExpertVariant, ByTheTableOfTheDevice) {
   const ExpertProductShape shape{ExpertKernel::kDHidden, 60, 2048, 1408, 4096};
-  const ExpertVariant single{1, 5};
-  const ExpertVariants table{{{"NVIDIA H200", {{shape, single}}}}};
+  const ExpertVariant other{2, 4};
+  const ExpertVariants table{{{"NVIDIA H200", {{shape, other}}}}};
   const Gpu h200{.sm = 90, .cudnn = true, .device = "NVIDIA H200"};
-  EXPECT_EQ(choose(ExpertVariantDescription{shape, &table}, h200), single);
+  EXPECT_EQ(choose(ExpertVariantDescription{shape, &table}, h200), other);
   EXPECT_EQ(choose(ExpertVariantDescription{shape, &table}, kHopper), (ExpertVariant{2, 5}))
       << "another device";
   EXPECT_EQ(choose(ExpertVariantDescription{shape, nullptr}, h200), (ExpertVariant{2, 5})) << "no table";
@@ -239,7 +239,7 @@ TEST(ChooseExpertVariant, ByTheTableOfTheDevice) {
   const std::string shown = testing::internal::GetCapturedStderr();
   EXPECT_EQ(std::count(shown.begin(), shown.end(), '\n'), 2) << shown;
   EXPECT_THAT(shown,
-              HasSubstr("sm_90: kernel dhidden of 60 experts of 1408 neurons, width 2048: clusters of 1, 5 "
+              HasSubstr("sm_90: kernel dhidden of 60 experts of 1408 neurons, width 2048: clusters of 2, 4 "
                         "stages, rows first, lag 0\n"));
 }
 
