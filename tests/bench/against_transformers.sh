@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Times a training step of upmoe and of transformers side by side and prints the ratio. Arguments go to
-# against_transformers.py (--help lists them).
+# Times a training step of upmoe and of transformers side by side and prints the ratio.
+# usage: tests/bench/against_transformers.sh [--shapes NAME...] [--precisions NAME...] [--rounds N] ...
+# Arguments go to against_transformers.py (--help lists them all).
 #
 # UPMOE_PEER_PYTHON: a Python with torch and transformers; without it one is made in build/peer-venv (about 5 GB).
 set -euo pipefail
