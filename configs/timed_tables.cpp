@@ -1,5 +1,7 @@
 #include "configs/timed_tables.h"
 
+#include <fstream>
+
 namespace upmoe {
 
 void add_list(Schema& schema, const std::string& name, ReadItem read_item) {
@@ -23,6 +25,12 @@ void read_timed_tables(std::string_view yaml, const std::string& where, const Re
     schema.check_required(where, problems);
   }
   problems.throw_if_any(ExitCode::kUsage, where);
+}
+
+void write_timed_tables(const std::filesystem::path& file, std::string_view yaml) {
+  std::ofstream out(file);
+  out << yaml;
+  if (!out.flush()) fail(ExitCode::kBadInput, "{}: cannot be written", file.string());
 }
 
 }  // namespace upmoe

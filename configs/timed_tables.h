@@ -3,6 +3,7 @@
 // list of lines (product_algorithms.h, expert_variants.h).
 
 #include <array>
+#include <filesystem>
 #include <functional>
 #include <string>
 #include <string_view>
@@ -22,6 +23,9 @@ void add_list(Schema& schema, const std::string& name, ReadItem read_item);
 
 // Every table of the text. Throws Error(kUsage) that lists everything wrong, with its line.
 void read_timed_tables(std::string_view yaml, const std::string& where, const ReadItem& read_table);
+
+// What a tool timed, into its file. Throws Error(kBadInput) where that cannot be written.
+void write_timed_tables(const std::filesystem::path& file, std::string_view yaml);
 
 // The value that `words` has for `text`; a problem, and the first, where it has none.
 template <class T, std::size_t kWords>

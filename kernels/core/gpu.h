@@ -15,10 +15,11 @@
 
 namespace upmoe::gpu {
 
-bool is_built();                 // this program has a CUDA backend
-int count();                     // GPUs that this process may use; 0 without a driver, never an error
-std::string why_none();          // in words, when count() is 0
-std::string name_of(int index);  // "NVIDIA H200, compute capability 9.0, 139.8 GiB"
+bool is_built();                     // this program has a CUDA backend
+int count();                         // GPUs that this process may use; 0 without a driver, never an error
+std::string why_none();              // in words, when count() is 0
+std::string device_name(int index);  // "NVIDIA H200"
+std::string name_of(int index);      // "NVIDIA H200, compute capability 9.0, 139.8 GiB"
 
 std::size_t memory_of(int index);  // bytes of its own
 std::string driver_version();      // "CUDA 13.0": the newest that the driver can do; empty without one

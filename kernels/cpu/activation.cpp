@@ -37,7 +37,7 @@ GateUp load_pairs(const bf16* p) {
   return {std::bit_cast<f32x16>(words << 16), std::bit_cast<f32x16>(words & 0xffff0000u)};
 }
 void store_pairs(bf16* p, const GateUp& v) {
-  const u32x16 words = widen_words(to_bf16_bits(v.gate)) | widen_words(to_bf16_bits(v.up)) << 16;
+  const u32x16 words = bf16_pairs(v.gate, v.up);
   std::memcpy(static_cast<void*>(p), &words, sizeof words);
 }
 

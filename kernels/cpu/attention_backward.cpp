@@ -93,7 +93,7 @@ void probability_gradient(Tiles<float>& tiles, const BlockPair& pair, const floa
 
 // Sixteen pairs, each of two neighbours of one column.
 [[maybe_unused]] void store_columns(std::uint32_t* row, f32x16 even, f32x16 odd) {
-  const u32x16 words = widen_words(to_bf16_bits(even)) | widen_words(to_bf16_bits(odd)) << 16;
+  const u32x16 words = bf16_pairs(even, odd);
   std::memcpy(row, &words, sizeof words);
 }
 
@@ -201,7 +201,7 @@ void backward_query_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>&
   const std::int64_t ld = padded / kPerUnit<Unit>;
   pack_queries(w.q_P, ld, q, seq.q.width, rows, s.head_dim, scales.query);
   pack_queries(w.dout_P, ld, dout, out_width, rows, s.head_dim, 1.0f);
-  if constexpr (kPerUnit < Unit >> 1) {
+  if constexpr (kPerUnit<Unit> != 1) {
     pack_depth_major(w.q_by_depth, padded, q, seq.q.width, s.head_dim, rows);
     pack_depth_major(w.dout_by_depth, padded, dout, out_width, s.head_dim, rows);
   }

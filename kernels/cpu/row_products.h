@@ -22,7 +22,7 @@ struct RowProduct {
 
 // What a register holds of a row: numbers, or pairs of bf16 as they lie.
 template <class T>
-constexpr std::int64_t kOfARegister = kRegisterLanes* kPerUnit<UnitOf<T>>;
+constexpr std::int64_t kOfARegister = kPerUnit<UnitOf<T>> == 2 ? 2 * kRegisterLanes : kRegisterLanes;
 
 template <class T>
 inline auto load_of_row(const T* p) {

@@ -143,6 +143,11 @@ inline u32x16 round_to_bf16_bits(f32x16 x) {
 }
 #endif
 
+// Sixteen pairs of bf16: the first below, the second above (little endian).
+inline u32x16 bf16_pairs(f32x16 first, f32x16 second) {
+  return widen_words(to_bf16_bits(first)) | widen_words(to_bf16_bits(second)) << 16;
+}
+
 // x as it is after a store in T and a load.
 template <class T>
 inline f32x16 rounded_to(f32x16 x);

@@ -52,6 +52,10 @@ auto bf16_of(const View& t) {
 
 // In temporary memory of the caller's scope.
 const int* tokens_of(Exec& ex, const ops::PickedRows& rows, std::int64_t total) {
+  // Threads count what they gather in 32 bits, in units of 16 bytes.
+  UPMOE_CHECK(rows.from_XD.bytes() <= std::size_t{16} << 32,
+              "rows of {} bytes for the experts' fused kernels, which gather from {} at the most",
+              rows.from_XD.bytes(), std::size_t{16} << 32);
   const TensorView token_R = ex.scratch->take({total}, DType::kI32, "tokens of expert rows");
   row_tokens(ex, token_R, rows.index_R, rows.divisor);
   return token_R.as<std::int32_t>();

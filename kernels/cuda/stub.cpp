@@ -24,6 +24,9 @@ int count() {
 std::string why_none() {
   return "this program was built without CUDA";
 }
+std::string device_name(int) {
+  refuse();
+}
 std::string name_of(int) {
   refuse();
 }

@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <random>
 
 #include "configs/product_algorithms.h"
+#include "configs/timed_tables.h"
 #include "configs/yaml_reader.h"
 #include "kernels/core/bf16.h"
 #include "kernels/core/gpu.h"
@@ -140,7 +140,7 @@ void run(const Options& options) {
   const ProductLibrary library = gpu::product_library();
   fmt::print("{}, cuBLASLt {}\n", library.device, library.version);
   all.tables[library] = Products(options).fastest();
-  std::ofstream(options.file) << to_yaml(all);
+  write_timed_tables(options.file, to_yaml(all));
 }
 
 }  // namespace

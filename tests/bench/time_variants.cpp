@@ -6,17 +6,17 @@
 //
 // Rows are balanced, as an untrained router gives them, and by Zipf's law: the time of both together counts.
 // The first stays where another is not faster by more than --gain. A variant that computes other bits than the first is
-// an error: nothing is written of that kernel.
+// an error: the table has no line of that kernel then.
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <random>
 
 #include "configs/expert_variants.h"
+#include "configs/timed_tables.h"
 #include "configs/yaml_reader.h"
 #include "kernels/core/bf16.h"
 #include "kernels/core/gpu.h"
@@ -85,12 +85,13 @@ class Experts {
     std::vector<std::vector<std::byte>> first;
     for (const ExpertVariant& variant : variants_of(kernel)) {
       ExpertVariants one;
-      one.tables[gpu::product_library().device] = {{shape(kernel), variant}};
+      one.tables[gpu::device_name(0)] = {{shape(kernel), variant}};
       ex_.expert_variants = &one;
       const std::vector<std::vector<std::byte>> found = bits(kernel);
       if (first.empty()) first = found;
       if (found != first) {
         fmt::print("WRONG {}: {}: other bits than the first\n", words_of(shape(kernel)), words_of(variant));
+        ex_.expert_variants = nullptr;
         return {};
       }
       double best = 0;
@@ -206,6 +207,8 @@ class Experts {
 bool time_kernel(Experts& experts, ExpertKernel kernel, std::int64_t tokens, double gain,
                  VariantOfShape& table) {
   const auto variants = variants_of(kernel);
+  const ExpertProductShape shape = experts.shape(kernel);
+  table.erase(shape);
   std::vector<double> sums(variants.size());
   for (const bool zipf : {false, true}) {
     experts.route(zipf);
@@ -221,10 +224,8 @@ bool time_kernel(Experts& experts, ExpertKernel kernel, std::int64_t tokens, dou
     }
   }
   const auto best = static_cast<std::size_t>(std::min_element(sums.begin(), sums.end()) - sums.begin());
-  const ExpertProductShape shape = experts.shape(kernel);
   fmt::print("{}: first {:.3f} ms, best of {} {:.3f} ms: {}\n", words_of(shape), 1e3 * sums[0],
              variants.size(), 1e3 * sums[best], words_of(variants[best]));
-  table.erase(shape);
   if (sums[best] * (1 + gain) < sums[0]) table.emplace(shape, variants[best]);
   return true;
 }
@@ -234,7 +235,7 @@ bool run(const Options& options) {
   ExpertVariants all;
   if (std::filesystem::exists(options.file))
     all = parse_expert_variants(read_text_file(options.file), options.file.string());
-  const std::string device = gpu::product_library().device;
+  const std::string device = gpu::device_name(0);
   fmt::print("{}\n", device);
   VariantOfShape& table = all.tables[device];
   bool right = true;
@@ -247,7 +248,7 @@ bool run(const Options& options) {
         right = time_kernel(experts, kernel, tokens, options.gain, table) && right;
     }
   }
-  std::ofstream(options.file) << to_yaml(all);
+  write_timed_tables(options.file, to_yaml(all));
   return right;
 }
 

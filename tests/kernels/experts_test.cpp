@@ -206,7 +206,7 @@ TEST_P(FusedOps, VariantsOfATable) {
       [&] {
         return dweights({E, D, F}, picked(), {rows_RF, {}});
       }};
-  const std::string device = on_gpu() ? gpu::product_library().device : "none";
+  const std::string device = on_gpu() ? gpu::device_name(0) : "none";
   for (int i = 0; i < kExpertKernels; ++i) {
     const ExpertProductShape shape{static_cast<ExpertKernel>(i), E, D, F, R};
     const auto by = [&](const ExpertVariant& variant) {

@@ -15,8 +15,7 @@ MUTANTS = {
     "unscaled_gradient_of_the_keys_of_pairs": (
         BACKWARD, "Scales<UnitOf<T>>(s.head_dim).score);", "1.0f);", "*bf16*", "attention_test"),
     "neighbours_of_a_column_change_places": (
-        BACKWARD, "widen_words(to_bf16_bits(even)) | widen_words(to_bf16_bits(odd)) << 16",
-        "widen_words(to_bf16_bits(odd)) | widen_words(to_bf16_bits(even)) << 16", "*bf16*", "attention_test"),
+        BACKWARD, "bf16_pairs(even, odd)", "bf16_pairs(odd, even)", "*bf16*", "attention_test"),
     "probabilities_of_pairs_summed_unscaled": (
         "kernels/cpu/attention.cpp", "Scales<Unit>(shape.head_dim).score", "1.0f", "*bf16*", "attention_test"),
     "rows_of_a_ring_in_the_order_of_their_slots": (

@@ -5,6 +5,7 @@
 
 #include <bit>
 
+#include "tests/support/layout_outcomes.h"
 #include "tests/support/layout_run.h"
 #include "tests/support/tolerance.h"
 
@@ -13,6 +14,7 @@ namespace {
 
 using test::Golden;
 using test::Layout;
+using test::one_rank;
 using test::Outcome;
 using test::relative_distance;
 
@@ -93,24 +95,29 @@ Outcome run(const Layout& l) {
   return outcome;
 }
 
-const Outcome& on_one_rank(Layout l) {
-  static std::map<std::string, Outcome> done;
-  l.mesh = {};
-  l.pp_chunks = 1;
-  l.node_ranks = 0;
-  l.zero = 1;
-  const std::string key = l.str() + name_of(l.recompute) + name_of(l.reduce) + name_of(l.router);
-  auto it = done.find(key);
-  if (it == done.end()) it = done.emplace(key, run(l)).first;
-  return it->second;
-}
-
 // How far the routers' first gradients are from those of one rank, at most: a token whose choice flips in bf16 shows.
 double router_distance(const Layout& l, const Outcome& many) {
   double largest = 0;
-  for (const auto& [name, gradient] : on_one_rank(l).gradients)
+  for (const auto& [name, gradient] : one_rank(l).gradients)
     if (is_router(name)) largest = std::max(largest, relative_distance(gradient, many.gradients.at(name)));
   return largest;
+}
+
+// What kMeanLossRoundingOfBF16 is made of.
+TEST(Dtypes, RoundingToBF16MovesLosses) {
+  double squares = 0, losses = 0;
+  for (const std::string model : {"moe_a27b", "moe_mixed"}) {
+    Layout l{model, {}, 1};
+    const std::vector<double> plain = one_rank(l).losses;
+    l.precision = Precision::kBf16;
+    const std::vector<double> rounded = one_rank(l).losses;
+    ASSERT_EQ(plain.size(), rounded.size());
+    for (std::size_t i = 0; i < plain.size(); ++i, ++losses)
+      squares += std::pow(rounded[i] / plain[i] - 1, 2);
+  }
+  const double moved = std::sqrt(squares / losses);
+  EXPECT_LT(moved, 1.5 * test::kLossMovedByBF16);
+  EXPECT_GT(moved, test::kLossMovedByBF16 / 3) << "the bound is wider than it need be";
 }
 
 TEST(Dtypes, RoutersInFp32UnderEveryMesh) {
@@ -118,7 +125,7 @@ TEST(Dtypes, RoutersInFp32UnderEveryMesh) {
     for (const Layout& each : test::layouts_of_every_kind()) {
       const Layout l = mixed(each, reduce);
       SCOPED_TRACE(fmt::format("{} zero{} reduce {}", l.str(), l.zero, name_of(reduce)));
-      const Outcome &one = on_one_rank(l), many = run(l);
+      const Outcome &one = one_rank(l), many = run(l);
       ASSERT_EQ(one.losses.size(), many.losses.size());
       for (std::size_t i = 0; i < one.losses.size(); ++i)
         EXPECT_NEAR(many.losses[i], one.losses[i], test::kMeanLossRoundingOfBF16 * one.losses[i])

@@ -9,9 +9,7 @@
 namespace upmoe {
 
 ProductLibrary gpu::product_library() {
-  cudaDeviceProp properties;
-  cuda::check(cudaGetDeviceProperties(&properties, current()));
-  return {properties.name, static_cast<int>(cuda::cublaslt_version())};
+  return {device_name(current()), static_cast<int>(cuda::cublaslt_version())};
 }
 
 }  // namespace upmoe

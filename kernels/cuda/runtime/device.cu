@@ -68,6 +68,12 @@ std::string why_none() {
              : cudaGetErrorString(status);
 }
 
+std::string device_name(int index) {
+  cudaDeviceProp properties;
+  cuda::check(cudaGetDeviceProperties(&properties, index));
+  return properties.name;
+}
+
 std::string name_of(int index) {
   cudaDeviceProp properties;
   cuda::check(cudaGetDeviceProperties(&properties, index));

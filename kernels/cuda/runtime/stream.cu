@@ -19,9 +19,7 @@ CudaStream::CudaStream() {
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu::current()));
   sm_ = 10 * major + minor;
   check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, gpu::current()));
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, gpu::current()));
-  device_ = properties.name;
+  device_ = gpu::device_name(gpu::current());
 }
 
 CudaStream::~CudaStream() {
