@@ -34,6 +34,7 @@ bool onednn_has_avx512();
 // costs, and the widening of its operands on top.
 bool onednn_has_bf16_instruction();
 bool packed_blocks_have_bf16_instruction();
+bool onednn_has_matrix_registers();  // AMX, which multiplies bf16 several times as fast
 
 // Whether a row of these products is the same to the bit wherever it stands and however many are computed with
 // it. Below AVX-512, oneDNN sums fp32 products in another order for the last rows and for other numbers of rows.

@@ -146,6 +146,10 @@ bool onednn_has_bf16_instruction() {
   return has_instructions(dnnl_cpu_isa_avx512_core_bf16);
 }
 
+bool onednn_has_matrix_registers() {
+  return has_instructions(dnnl_cpu_isa_avx512_core_amx);
+}
+
 bool onednn_has_avx512() {
   return has_instructions(dnnl_cpu_isa_avx512_core);
 }

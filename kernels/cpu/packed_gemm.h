@@ -1,6 +1,7 @@
 #pragma once
-// Matrix products on packed blocks, in registers: what grouped_gemm runs per expert, and gemm where oneDNN
-// has no code for the processor. fp32, or bf16 with fp32 sums, whatever instructions there are.
+// Matrix products on packed blocks, in registers: what grouped_gemm runs per expert, and what gemm runs of bf16 pairs
+// and where oneDNN has no code for the processor (packed_product.cpp, which goes another way over the blocks). fp32, or
+// bf16 with fp32 sums, whatever instructions there are.
 //
 // For experts an own loop rather than oneDNN, because the number of rows per expert is another one in every
 // step, and a oneDNN primitive is compiled for one number of rows, in 0.2 to 0.6 ms: as long as the product
@@ -23,61 +24,27 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cstring>
 #include <utility>
 
 #include "kernels/core/tensor.h"
-#include "kernels/cpu/units.h"
+#include "kernels/cpu/packed_operands.h"
 
 namespace upmoe::cpu {
 
-// a(m, k) or b(k, n) with "outer" index m or n: data[outer * stride + k], or data[k * stride + outer] if depth_major.
-template <class T>
-struct Operand {
-  const T* data;
-  std::int64_t stride;
-  bool depth_major;
-};
-
-// c[m, n] (+)= sum over k < depth of a(m, k) b(k, n) [+ bias[n]]; rows of c lie one behind the other.
+// c[m, n] (+)= sum over k < depth of a(m, k) b(k, n) [+ bias[n]]; rows of c lie one behind the other. Or, turned,
+// c[n, m] and bias[m]: the same sums to the bit with the factors' places changed, for few tokens times a weight. What
+// is packed as panels takes longer to pack than rows do, so it should be what there is less of.
 template <class T, class Out>
 struct PackedProduct {
   Out* c;
   Operand<T> a, b;
   std::int64_t rows, columns, depth;
   Accumulate mode;
-  const T* bias = nullptr;  // [columns], or none
+  const T* bias = nullptr;
+  bool turned = false;
+
+  PackedProduct as_turned() const { return {c, b, a, columns, rows, depth, mode, bias, !turned}; }
 };
-
-constexpr std::int64_t kTileRows = 6;                         // 6 x 4 vectors of sums fill 24 of 32 registers
-constexpr std::int64_t kPanelColumns = 4 * kLanes;            // columns of a packed panel of b
-constexpr std::int64_t kBlockRows = 8 * kTileRows;            // rows of a that are packed together
-constexpr std::int64_t kPackedBytes = std::int64_t{1} << 19;  // of b at a time: half of a second-level cache
-
-// From one packed row of a to the next: an odd number of cache lines, or rows would fall on the same few sets
-// of the first-level cache.
-template <class T>
-constexpr std::int64_t packed_row_stride(std::int64_t depth) {
-  const std::int64_t lines = (units_of<UnitOf<T>>(depth) + kLanes - 1) / kLanes;
-  return (lines | 1) * kLanes;
-}
-
-// Sizes of the two workspaces of multiply_packed, in units.
-template <class T>
-constexpr std::int64_t packed_rows_size(std::int64_t depth) {
-  return kBlockRows * packed_row_stride<T>(depth);
-}
-template <class T>
-constexpr std::int64_t packed_columns_size(std::int64_t depth, std::int64_t columns) {
-  return units_of<UnitOf<T>>(depth) * ((columns + kLanes - 1) / kLanes * kLanes);
-}
-
-// Columns of b whose packed form fits the cache, in whole panels.
-template <class T>
-constexpr std::int64_t columns_in_cache(std::int64_t depth) {
-  const std::int64_t panel_bytes = std::max<std::int64_t>(1, units_of<UnitOf<T>>(depth)) * kPanelColumns * 4;
-  return std::max<std::int64_t>(1, kPackedBytes / panel_bytes) * kPanelColumns;
-}
 
 // --- the product of one tile ---
 
@@ -160,52 +127,94 @@ inline void store_tile(Out* c, std::int64_t c_stride, const float* sums, std::in
     });
 }
 
-struct Range {
-  std::int64_t begin, end;
-  std::int64_t size() const { return end - begin; }
+// The sums of a block of rows and a panel, as c's rows where it is turned: 16 x 16 of them at a time.
+template <class T, class Out>
+inline void store_turned(const PackedProduct<T, Out>& p, Range rows, Range columns, const float* sums,
+                         std::int64_t sums_stride) {
+  for (std::int64_t m = 0; m < rows.size(); m += kLanes) {
+    const auto store_row = [&](std::int64_t n, u32x16 bits, auto lanes) {
+      Out* c = p.c + (columns.begin + n) * p.rows + rows.begin + m;
+      f32x16 sum = std::bit_cast<f32x16>(bits);
+      if (p.bias != nullptr) sum += load(p.bias + rows.begin + m, lanes);
+      store(c, p.mode == Accumulate::kAdd ? load(c, lanes) + sum : sum, lanes);
+    };
+    for (std::int64_t n = 0; n < columns.size(); n += kLanes) {
+      u32x16 row[kLanes];
+      for (std::int64_t i = 0; i < kLanes; ++i)
+        row[i] =
+            m + i < rows.size() ? std::bit_cast<u32x16>(load(sums + (m + i) * sums_stride + n)) : u32x16{};
+      transpose(row);
+      const std::int64_t count = std::min(kLanes, columns.size() - n);
+      for (std::int64_t i = 0; i < count; ++i)
+        rows.size() - m >= kLanes ? store_row(n + i, row[i], AllLanes{})
+                                  : store_row(n + i, row[i], FirstLanes{rows.size() - m});
+    }
+  }
+}
+
+// Packed rows times one packed panel, tile by tile.
+template <class T, class Out>
+class PanelProduct {
+ public:
+  PanelProduct(const PackedProduct<T, Out>& p, const PackedRows<T>& a, Range columns, const UnitOf<T>* panel)
+      : p_(p), a_(a), columns_(columns), panel_(panel), vectors_((columns.size() + kLanes - 1) / kLanes) {}
+
+  void store(Range rows) const {
+    for (std::int64_t m = 0; m < rows.size(); m += kTileRows) {
+      alignas(64) float sums[kTileRows * kPanelColumns];
+      const std::int64_t tile_rows = std::min(kTileRows, rows.size() - m);
+      Out* c = p_.c + (rows.begin + m) * p_.columns + columns_.begin;
+      prefetch_tile(c, p_.columns, tile_rows, columns_.size());
+      multiply(m, tile_rows, sums);
+      if (p_.bias != nullptr) add_bias(sums, stride(), p_.bias + columns_.begin, tile_rows, columns_.size());
+      store_tile(c, p_.columns, sums, stride(), tile_rows, columns_.size(), p_.mode);
+    }
+  }
+  void store_as_columns(Range rows) const {
+    for (std::int64_t m = 0; m < rows.size(); m += kBlockRows) {
+      alignas(64) float sums[kBlockRows * kPanelColumns];
+      const Range block{rows.begin + m, std::min(rows.begin + m + kBlockRows, rows.end)};
+      prefetch_tile(p_.c + columns_.begin * p_.rows + block.begin, p_.rows, columns_.size(), block.size());
+      for (std::int64_t i = 0; i < block.size(); i += kTileRows)
+        multiply(m + i, std::min(kTileRows, block.size() - i), sums + i * stride());
+      store_turned(p_, block, columns_, sums, stride());
+    }
+  }
+
+ private:
+  std::int64_t stride() const { return vectors_ * kLanes; }
+  void multiply(std::int64_t m, std::int64_t tile_rows, float* sums) const {
+    tile_for<UnitOf<T>>(tile_rows, vectors_)(sums, a_.tile(m), a_.row_stride, a_.depth_stride, panel_,
+                                             units_of<UnitOf<T>>(p_.depth));
+  }
+
+  const PackedProduct<T, Out>& p_;
+  const PackedRows<T>& a_;
+  Range columns_;
+  const UnitOf<T>* panel_;
+  std::int64_t vectors_;
 };
+
+template <class T, class Out>
+inline void multiply_panel(const PackedProduct<T, Out>& p, Range rows, Range columns, const PackedRows<T>& a,
+                           const UnitOf<T>* panel) {
+  const PanelProduct<T, Out> product(p, a, columns, panel);
+  p.turned ? product.store_as_columns(rows) : product.store(rows);
+}
+
+// body(columns of one panel, its units of the packed columns) for all that begin in `columns`.
+template <class T, class Body>
+inline void for_panels(UnitOf<T>* packed, Range columns, std::int64_t depth, Body&& body) {
+  for (std::int64_t n = columns.begin; n < columns.end; n += kPanelColumns)
+    body(Range{n, std::min(n + kPanelColumns, columns.end)},
+         packed + (n - columns.begin) * units_of<UnitOf<T>>(depth));
+}
 
 template <class T>
 struct PackWorkspace {
-  UnitOf<T>* rows;     // packed_rows_size(depth)
+  UnitOf<T>* rows;     // packed_rows_size(kBlockRows, depth)
   UnitOf<T>* columns;  // packed_columns_size(depth, columns of the rectangle)
 };
-
-template <class T>
-inline const T* outer_begin(const Operand<T>& x, std::int64_t outer) {
-  return x.data + (x.depth_major ? outer : outer * x.stride);
-}
-
-template <class T>
-inline void pack_panel(UnitOf<T>* out, const Operand<T>& b, Range columns, std::int64_t depth) {
-  const std::int64_t width = (columns.size() + kLanes - 1) / kLanes * kLanes;
-  if (b.depth_major)
-    pack_depth_major(out, width, outer_begin(b, columns.begin), b.stride, columns.size(), depth);
-  else
-    pack_transposed(out, width, outer_begin(b, columns.begin), b.stride, columns.size(), depth);
-}
-
-// --- a rectangle of c ---
-
-// One block of packed rows times one packed panel.
-template <class T, class Out>
-inline void multiply_panel(const PackedProduct<T, Out>& p, Range rows, Range columns,
-                           const UnitOf<T>* packed_rows, const UnitOf<T>* panel) {
-  const std::int64_t row_stride = p.a.depth_major ? 1 : packed_row_stride<T>(p.depth);
-  const std::int64_t depth_stride = p.a.depth_major ? kBlockRows : 1;
-  const std::int64_t vectors = (columns.size() + kLanes - 1) / kLanes;
-  for (std::int64_t m = 0; m < rows.size(); m += kTileRows) {
-    alignas(64) float sums[kTileRows * kPanelColumns];
-    const std::int64_t tile_rows = std::min(kTileRows, rows.size() - m);
-    Out* c = p.c + (rows.begin + m) * p.columns + columns.begin;
-    prefetch_tile(c, p.columns, tile_rows, columns.size());
-    tile_for<UnitOf<T>>(tile_rows, vectors)(sums, packed_rows + m * row_stride, row_stride, depth_stride,
-                                            panel, units_of<UnitOf<T>>(p.depth));
-    if (p.bias != nullptr)
-      add_bias(sums, vectors * kLanes, p.bias + columns.begin, tile_rows, columns.size());
-    store_tile(c, p.columns, sums, vectors * kLanes, tile_rows, columns.size(), p.mode);
-  }
-}
 
 // Packs the columns during the first block of rows; the later blocks use them again.
 template <class T, class Out>
@@ -213,17 +222,11 @@ inline void multiply_packed(const PackedProduct<T, Out>& p, Range rows, Range co
                             PackWorkspace<T> work) {
   for (std::int64_t m = rows.begin; m < rows.end; m += kBlockRows) {
     const Range block{m, std::min(m + kBlockRows, rows.end)};
-    const T* a = outer_begin(p.a, m);
-    if (p.a.depth_major)
-      pack_depth_major(work.rows, kBlockRows, a, p.a.stride, block.size(), p.depth);
-    else
-      pack_rows(work.rows, packed_row_stride<T>(p.depth), a, p.a.stride, block.size(), p.depth);
-    for (std::int64_t n = columns.begin; n < columns.end; n += kPanelColumns) {
-      const Range panel_columns{n, std::min(n + kPanelColumns, columns.end)};
-      UnitOf<T>* panel = work.columns + (n - columns.begin) * units_of<UnitOf<T>>(p.depth);
+    const PackedRows<T> a = pack_row_blocks(work.rows, p.a, block, p.depth);
+    for_panels<T>(work.columns, columns, p.depth, [&](Range panel_columns, UnitOf<T>* panel) {
       if (m == rows.begin) pack_panel(panel, p.b, panel_columns, p.depth);
-      multiply_panel(p, block, panel_columns, work.rows, panel);
-    }
+      multiply_panel(p, block, panel_columns, a, panel);
+    });
   }
 }
 

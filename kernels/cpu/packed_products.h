@@ -55,7 +55,7 @@ void multiply_products(Exec& ex, std::int64_t products, const ProductOf& product
     const ProductCut cut = cut_product(p, most_columns);
     first_task[i + 1] = first_task[i] + cut.tasks();
     if (cut.tasks() == 0) continue;
-    rows_size = std::max(rows_size, packed_rows_size<T>(p.depth));
+    rows_size = std::max(rows_size, packed_rows_size<T>(kBlockRows, p.depth));
     columns_size = std::max(columns_size, packed_columns_size<T>(p.depth, cut.task_columns));
   }
   static_assert(sizeof(UnitOf<T>) == sizeof(float));

@@ -67,26 +67,37 @@ inline f32x16 multiply_add(f32x16 sum, std::uint32_t a, u32x16 b) {
 }
 #endif
 
+// Units of neighbouring outer indices at one depth of a depth-major operand: `in` is the first index's element, the
+// depth's second element lies `stride` behind the first.
+template <class T, class Lanes>
+inline u32x16 load_depth_units(const T* in, std::int64_t stride, bool has_second, Lanes lanes) {
+  const u32x16 first = std::bit_cast<u32x16>(load(in, lanes));  // lanes past the count are zero
+  if constexpr (kPerUnit<UnitOf<T>> == 1) return first;
+  const u32x16 second = has_second ? std::bit_cast<u32x16>(load(in + stride, lanes)) : u32x16{};
+  return first >> 16 | second;
+}
+
+// body(u, first element of its depth, whether it has a second) for the units of a depth-major operand.
+template <class T, class Body>
+inline void for_depth_units(const T* in, std::int64_t stride, std::int64_t depth, Body&& body) {
+  constexpr std::int64_t kPer = kPerUnit<UnitOf<T>>;
+  for (std::int64_t u = 0; u < units_of<UnitOf<T>>(depth); ++u)
+    body(u, in + u * kPer * stride, kPer == 2 && 2 * u + 1 < depth);
+}
+
 // out[u][0, width) = units of outer indices 0, 1, ... at depth u; zero past `count`. For depth-major operands.
 template <class T>
 inline void pack_depth_major(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
                              std::int64_t count, std::int64_t depth) {
   const std::int64_t covered = (count + kLanes - 1) / kLanes * kLanes;
-  for (std::int64_t u = 0; u < units_of<UnitOf<T>>(depth); ++u, out += width) {
-    const T* first = in + u * kPerUnit<UnitOf<T>> * stride;
-    const bool has_second = kPerUnit<UnitOf<T>> == 2 && 2 * u + 1 < depth;
+  for_depth_units(in, stride, depth, [&](std::int64_t u, const T* first, bool has_second) {
+    UnitOf<T>* to = out + u * width;
     for_lanes(count, [&](std::int64_t i, auto lanes) {
-      if constexpr (kPerUnit<UnitOf<T>> == 1) {
-        store(out + i, load(first + i, lanes));  // lanes past the count are zero
-      } else {
-        const u32x16 low = std::bit_cast<u32x16>(load(first + i, lanes)) >> 16;
-        const u32x16 high = has_second ? std::bit_cast<u32x16>(load(first + stride + i, lanes)) : u32x16{};
-        const u32x16 pair = low | high;
-        std::memcpy(out + i, &pair, sizeof pair);
-      }
+      const u32x16 units = load_depth_units(first + i, stride, has_second, lanes);
+      std::memcpy(to + i, &units, sizeof units);
     });
-    std::fill(out + covered, out + width, UnitOf<T>{});
-  }
+    std::fill(to + covered, to + width, UnitOf<T>{});
+  });
 }
 
 // out[i][u] for i < count, with row stride `out_stride`. For a whose depth is contiguous.
@@ -131,22 +142,32 @@ inline void swap_blocks(u32x16 (&row)[kLanes]) {
       swap_blocks<kWidth>(row[i], row[i | kWidth], std::make_integer_sequence<int, kLanes>{});
 }
 
+// row[i][j] and row[j][i] change places.
+inline void transpose(u32x16 (&row)[kLanes]) {
+  swap_blocks<1>(row);
+  swap_blocks<2>(row);
+  swap_blocks<4>(row);
+  swap_blocks<8>(row);
+}
+
 // out[u][i], as pack_depth_major, of rows whose depth is contiguous: 16 x 16 units are transposed in registers.
 template <class T>
 inline void pack_transposed(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
                             std::int64_t count, std::int64_t depth) {
+  constexpr std::int64_t kPrefetched = 256 / static_cast<std::int64_t>(sizeof(T));
   const std::int64_t units = units_of<UnitOf<T>>(depth);
   for (std::int64_t i = 0; i < width; i += kLanes) {
     for (std::int64_t u = 0; u < units; u += kLanes) {
       const std::int64_t k = u * kPerUnit<UnitOf<T>>;
       u32x16 row[kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j)
-        row[j] = i + j < count ? load_units(in + (i + j) * stride + k, depth - k) : u32x16{};
-      swap_blocks<1>(row);
-      swap_blocks<2>(row);
-      swap_blocks<4>(row);
-      swap_blocks<8>(row);
+      for (int j = 0; j < kLanes; ++j) {
+        const T* from = in + (i + j) * stride + k;
+        row[j] = i + j < count ? load_units(from, depth - k) : u32x16{};
+        // Sixteen streams are more than the processor follows by itself.
+        __builtin_prefetch(from + kPrefetched);
+      }
+      transpose(row);
       const std::int64_t rows = std::min(kLanes, units - u);
       for (std::int64_t j = 0; j < rows; ++j) std::memcpy(out + (u + j) * width + i, &row[j], sizeof row[j]);
     }

@@ -1,6 +1,7 @@
-"""Errors in the CPU's products of pairs of bf16 and in what is packed for them; see tests/mutants.py."""
+"""Errors in the CPU's packed products and in what is packed for them; see tests/mutants.py."""
 
 BACKWARD = "kernels/cpu/attention_backward.cpp"
+DENSE = "dense_product_test"
 
 MUTANTS = {
     "units_on_the_diagonal_end_early": (
@@ -21,6 +22,24 @@ MUTANTS = {
     "rows_of_a_ring_in_the_order_of_their_slots": (
         "kernels/cpu/attention.cpp", "(first + r) % seq.slots", "(row + r) % rows", "*AttentionRuns*",
         "attention_decode_test"),
+    "rows_of_a_tile_from_a_vector's_begin": (
+        "kernels/cpu/packed_operands.h", "kTile * kTileRows % kLanes", "kTile * kLanes % kLanes", "*ComputeEveryKind",
+        DENSE),
+    "a_deep_product_is_its_last_part": (
+        "kernels/cpu/packed_product.cpp", "k == 0 ? Accumulate::kOverwrite", "k >= 0 ? Accumulate::kOverwrite",
+        "*PackedBlocks*", DENSE),
+    "parts_of_a_depth_begin_within_a_row": (
+        "kernels/cpu/packed_product.cpp", "x.depth_major ? k * x.stride : k", "x.depth_major ? k : k",
+        "*PackedBlocks*", DENSE),
+    "turned_sums_begin_at_their_block": (
+        "kernels/cpu/packed_gemm.h", "(columns.begin + n) * p.rows + rows.begin + m;",
+        "(columns.begin + n) * p.rows + rows.begin;", "*PackedBlocks*", DENSE),
+    "a_turned_bias_is_of_the_tokens": (
+        "kernels/cpu/packed_gemm.h", "load(p.bias + rows.begin + m, lanes)", "load(p.bias + columns.begin + n, lanes)",
+        "*PackedBlocks*", DENSE),
+    "every_task_has_the_first_panels": (
+        "kernels/cpu/packed_product.cpp", "for_panels<T>(place(panel),", "for_panels<T>(place(0 * panel),",
+        "*AnyNumberOfThreads", DENSE),
     "sums_of_a_tile_change_places": (
         "kernels/cpu/simd.h", "fold_groups<kGroup>(v[2 * i], v[2 * i + 1],", "fold_groups<kGroup>(v[i], v[i + kGroup],",
         "*AreRight*", "row_products_test"),
