@@ -224,7 +224,7 @@ inline void multiply_packed(const PackedProduct<T, Out>& p, Range rows, Range co
     const Range block{m, std::min(m + kBlockRows, rows.end)};
     const PackedRows<T> a = pack_row_blocks(work.rows, p.a, block, p.depth);
     for_panels<T>(work.columns, columns, p.depth, [&](Range panel_columns, UnitOf<T>* panel) {
-      if (m == rows.begin) pack_panel(panel, p.b, panel_columns, p.depth);
+      if (m == rows.begin) pack_panel(panel, p.b, panel_columns, {0, p.depth});
       multiply_panel(p, block, panel_columns, a, panel);
     });
   }

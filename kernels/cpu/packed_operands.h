@@ -58,17 +58,30 @@ struct Range {
 };
 
 template <class T>
-inline const T* outer_begin(const Operand<T>& x, std::int64_t outer) {
-  return x.data + (x.depth_major ? outer : outer * x.stride);
+inline const T* element(const Operand<T>& x, std::int64_t outer, std::int64_t k) {
+  return x.data + (x.depth_major ? k * x.stride + outer : outer * x.stride + k);
 }
 
+// Rows of memory of a depth-major operand, of which a part that is narrower than a page is packed at a time. Few enough
+// that their pages stay known, and the rest of their cache lines at hand, for the next part.
+constexpr std::int64_t kDepthBlock = 64;
+
+// body(begin, end) for blocks of the depth.
+template <class Body>
+inline void for_depth_blocks(std::int64_t depth, Body&& body) {
+  for (std::int64_t k = 0; k < depth; k += kDepthBlock) body(k, std::min(k + kDepthBlock, depth));
+}
+
+// Some of the depth, which begins at a whole unit, of one panel of columns.
 template <class T>
-inline void pack_panel(UnitOf<T>* out, const Operand<T>& b, Range columns, std::int64_t depth) {
+inline void pack_panel(UnitOf<T>* panel, const Operand<T>& b, Range columns, Range depth) {
   const std::int64_t width = (columns.size() + kLanes - 1) / kLanes * kLanes;
+  UnitOf<T>* out = panel + depth.begin / kPerUnit<UnitOf<T>> * width;
+  const T* in = element(b, columns.begin, depth.begin);
   if (b.depth_major)
-    pack_depth_major(out, width, outer_begin(b, columns.begin), b.stride, columns.size(), depth);
+    pack_depth_major(out, width, in, b.stride, columns.size(), depth.size());
   else
-    pack_transposed(out, width, outer_begin(b, columns.begin), b.stride, columns.size(), depth);
+    pack_transposed(out, width, in, b.stride, columns.size(), depth.size());
 }
 
 // The rows of a tile, of which element (m, u) is data[m * row_stride + u * depth_stride], and those of the next.
@@ -125,13 +138,16 @@ inline PackedRows<T> pack_row_blocks(UnitOf<T>* workspace, const Operand<T>& a, 
   const std::int64_t tile_stride = packed_tile_stride<T>(depth), row_stride = packed_row_stride<T>(depth);
   if (!a.depth_major) {
     for (std::int64_t m = 0; m < rows.size(); m += kTileRows)
-      pack_rows(workspace + m / kTileRows * tile_stride, row_stride, outer_begin(a, rows.begin + m), a.stride,
+      pack_rows(workspace + m / kTileRows * tile_stride, row_stride, element(a, rows.begin + m, 0), a.stride,
                 std::min(kTileRows, rows.size() - m), depth);
     return {workspace, row_stride, 1, tile_stride};
   }
-  for (std::int64_t m = 0; m < rows.size(); m += kBlockRows)
-    pack_tiles(workspace + m / kTileRows * tile_stride, tile_stride, outer_begin(a, rows.begin + m), a.stride,
-               std::min(kBlockRows, rows.size() - m), depth);
+  for_depth_blocks(depth, [&](std::int64_t begin, std::int64_t end) {
+    UnitOf<T>* out = workspace + begin / kPerUnit<UnitOf<T>> * kTileRows;
+    for (std::int64_t m = 0; m < rows.size(); m += kBlockRows)
+      pack_tiles(out + m / kTileRows * tile_stride, tile_stride, element(a, rows.begin + m, begin), a.stride,
+                 std::min(kBlockRows, rows.size() - m), end - begin);
+  });
   return {workspace, 1, kTileRows, tile_stride};
 }
 

@@ -6,10 +6,11 @@
 //                  +-----------------------+
 //                  |                       |
 //                  +=======+=======+=======+
-//   a: 96 rows,    | tasks: 96 rows        |
-//   packed by the  |  and a part of        |
-//   thread that    |  the columns          |
-//   takes them
+//   a: up to 96    | tasks: those rows     |
+//   rows, packed   |  and all the columns, |
+//   by the thread  |  or a part of them    |
+//   that takes     |  where rows are few   |
+//   them
 //
 // A depth of more than kDepthAtOnce is cut, and the sums of the parts are added in fp32, in order.
 
@@ -20,9 +21,9 @@ namespace upmoe::cpu {
 
 namespace {
 
-constexpr std::int64_t kRowsAtOnce = 2 * kBlockRows;
-constexpr std::int64_t kChunkBytes = std::int64_t{1} << 22;
-constexpr std::int64_t kDepthAtOnce = 4096;
+constexpr std::int64_t kTilesAtOnce = 2 * kBlockRows / kTileRows;  // of rows
+constexpr std::int64_t kChunkBytes = std::int64_t{1} << 22;        // of packed columns
+constexpr std::int64_t kDepthAtOnce = 4096;                        // then a panel of bf16 is half a megabyte
 
 template <class T>
 std::int64_t chunk_columns(std::int64_t columns, std::int64_t depth) {
@@ -32,15 +33,48 @@ std::int64_t chunk_columns(std::int64_t columns, std::int64_t depth) {
          kPanelColumns;
 }
 
-// Panels of a task: all of a chunk's, or fewer where there are few rows for many threads.
-std::int64_t task_panels(std::int64_t row_parts, std::int64_t panels) {
-  const std::int64_t column_parts = std::min(panels, parts_of_size(4 * worker_count(), row_parts));
-  return worker_count() == 1 ? panels : parts_of_size(panels, column_parts);
-}
+// Rows and panels in parts of nearly one size, as many of them as keep every thread busy to the end.
+struct TaskCut {
+  std::int64_t rows, tiles, panels, row_parts, column_parts;
+
+  TaskCut(std::int64_t all_rows, std::int64_t all_panels)
+      : rows(all_rows), tiles(parts_of_size(all_rows, kTileRows)), panels(all_panels) {
+    const std::int64_t workers = worker_count();
+    row_parts = std::min(tiles, parts_of_size(parts_of_size(tiles, kTilesAtOnce), workers) * workers);
+    column_parts = std::min(panels, workers == 1 ? 1 : parts_of_size(2 * workers, row_parts));
+  }
+  std::int64_t tasks() const { return row_parts * column_parts; }
+  Range rows_of(std::int64_t task) const {
+    const std::int64_t part = task / column_parts;
+    return {part * tiles / row_parts * kTileRows, std::min((part + 1) * tiles / row_parts * kTileRows, rows)};
+  }
+  Range panels_of(std::int64_t task) const {
+    const std::int64_t part = task % column_parts;
+    return {part * panels / column_parts, (part + 1) * panels / column_parts};
+  }
+};
 
 template <class T>
 Operand<T> from_depth(const Operand<T>& x, std::int64_t k) {
-  return {x.data + (x.depth_major ? k * x.stride : k), x.stride, x.depth_major};
+  return {element(x, 0, k), x.stride, x.depth_major};
+}
+
+// By all threads: rows of memory are shared out among them, whether a row is a column or one of the depth.
+template <class T>
+void pack_chunk(UnitOf<T>* packed, const Operand<T>& b, Range columns, std::int64_t depth) {
+  if (!b.depth_major) {
+    parallel_for(parts_of_size(columns.size(), kPanelColumns), kPanelColumns * depth, [&](std::int64_t i) {
+      const std::int64_t n = columns.begin + i * kPanelColumns;
+      pack_panel(packed + i * kPanelColumns * units_of<UnitOf<T>>(depth), b,
+                 {n, std::min(n + kPanelColumns, columns.end)}, {0, depth});
+    });
+    return;
+  }
+  parallel_for(parts_of_size(depth, kDepthBlock), kDepthBlock * columns.size(), [&](std::int64_t i) {
+    const Range part{i * kDepthBlock, std::min((i + 1) * kDepthBlock, depth)};
+    for_panels<T>(packed, columns, depth,
+                  [&](Range of, UnitOf<T>* panel) { pack_panel(panel, b, of, part); });
+  });
 }
 
 // Of a depth of at most kDepthAtOnce.
@@ -48,43 +82,42 @@ template <class T, class Out>
 void multiply_in_chunks(Exec& ex, const PackedProduct<T, Out>& p) {
   static_assert(sizeof(UnitOf<T>) == sizeof(float));
   const std::int64_t chunk = chunk_columns<T>(p.columns, p.depth);
-  const std::int64_t rows_size = packed_rows_size<T>(kRowsAtOnce, p.depth);
+  const std::int64_t rows_size = packed_rows_size<T>(kTilesAtOnce * kTileRows, p.depth);
   ScratchScope scope(*ex.scratch);
   const auto take = [&](std::int64_t units, std::string_view name) {
     return reinterpret_cast<UnitOf<T>*>(ex.scratch->take({units}, DType::kF32, name).data);
   };
   UnitOf<T>* packed = take(packed_columns_size<T>(p.depth, chunk), "packed columns");
   UnitOf<T>* packed_rows = take(worker_count() * rows_size, "packed rows");
-  const std::int64_t row_parts = parts_of_size(p.rows, kRowsAtOnce);
   for (std::int64_t first = 0; first < p.columns; first += chunk) {
-    const Range columns{first, std::min(first + chunk, p.columns)};
-    const std::int64_t panels = parts_of_size(columns.size(), kPanelColumns);
-    const auto panels_of = [&](std::int64_t begin, std::int64_t end) {
-      return Range{first + begin * kPanelColumns, std::min(first + end * kPanelColumns, columns.end)};
+    const TaskCut cut(p.rows, parts_of_size(std::min(chunk, p.columns - first), kPanelColumns));
+    const auto columns_of = [&](Range panels) {
+      return Range{first + panels.begin * kPanelColumns,
+                   std::min(first + panels.end * kPanelColumns, p.columns)};
     };
-    const auto place = [&](std::int64_t panel) {
-      return packed + panel * kPanelColumns * units_of<UnitOf<T>>(p.depth);
-    };
-    parallel_for(panels, kPanelColumns * p.depth,
-                 [&](std::int64_t i) { pack_panel(place(i), p.b, panels_of(i, i + 1), p.depth); });
-    const std::int64_t at_once = task_panels(row_parts, panels),
-                       column_parts = parts_of_size(panels, at_once);
-    parallel_tasks(row_parts * column_parts, [&](std::int64_t task, std::int64_t worker) {
-      const std::int64_t row = task / column_parts * kRowsAtOnce, panel = task % column_parts * at_once;
-      const Range rows{row, std::min(row + kRowsAtOnce, p.rows)};
+    pack_chunk(packed, p.b, columns_of({0, cut.panels}), p.depth);
+    parallel_tasks(cut.tasks(), [&](std::int64_t task, std::int64_t worker) {
+      const Range rows = cut.rows_of(task), panels = cut.panels_of(task);
       const PackedRows<T> a = pack_row_blocks(packed_rows + worker * rows_size, p.a, rows, p.depth);
-      for_panels<T>(place(panel), panels_of(panel, panel + at_once), p.depth,
+      UnitOf<T>* begin = packed + panels.begin * kPanelColumns * units_of<UnitOf<T>>(p.depth);
+      for_panels<T>(begin, columns_of(panels), p.depth,
                     [&](Range of, const UnitOf<T>* b) { multiply_panel(p, rows, of, a, b); });
     });
   }
 }
 
-// Of few tokens and a layer's weight, the tokens are what is packed as panels; a shallow product loses more by the
-// turned store than the packing takes.
+// What is packed as panels goes through the last-level cache, or is transposed on top: it should be the smaller factor.
+// A shallow product loses more by the turned store.
+template <class T, class Out>
+bool is_better_turned(const PackedProduct<T, Out>& p) {
+  if (p.depth < 1024) return false;
+  return p.b.depth_major ? p.a.depth_major && 4 * p.rows <= p.columns
+                         : p.rows <= 2 * kPanelColumns && p.rows < p.columns;
+}
+
 template <class T, class Out>
 void multiply(Exec& ex, const PackedProduct<T, Out>& p) {
-  const bool few = p.rows <= 2 * kPanelColumns && p.rows < p.columns && p.depth >= 1024 && !p.b.depth_major;
-  multiply_in_chunks(ex, few ? p.as_turned() : p);
+  multiply_in_chunks(ex, is_better_turned(p) ? p.as_turned() : p);
 }
 
 // What the parts of a deep product came to, as the product wants it.

@@ -28,8 +28,10 @@ MUTANTS = {
     "a_deep_product_is_its_last_part": (
         "kernels/cpu/packed_product.cpp", "k == 0 ? Accumulate::kOverwrite", "k >= 0 ? Accumulate::kOverwrite",
         "*PackedBlocks*", DENSE),
-    "parts_of_a_depth_begin_within_a_row": (
-        "kernels/cpu/packed_product.cpp", "x.depth_major ? k * x.stride : k", "x.depth_major ? k : k",
+    "parts_of_a_depth_have_the_first_columns": (
+        "kernels/cpu/packed_product.cpp", "from_depth(p.b, k)", "from_depth(p.b, 0 * k)", "*PackedBlocks*", DENSE),
+    "rows_are_packed_without_the_depth_before": (
+        "kernels/cpu/packed_operands.h", "element(a, rows.begin + m, begin)", "element(a, rows.begin + m, 0 * begin)",
         "*PackedBlocks*", DENSE),
     "turned_sums_begin_at_their_block": (
         "kernels/cpu/packed_gemm.h", "(columns.begin + n) * p.rows + rows.begin + m;",
@@ -38,7 +40,8 @@ MUTANTS = {
         "kernels/cpu/packed_gemm.h", "load(p.bias + rows.begin + m, lanes)", "load(p.bias + columns.begin + n, lanes)",
         "*PackedBlocks*", DENSE),
     "every_task_has_the_first_panels": (
-        "kernels/cpu/packed_product.cpp", "for_panels<T>(place(panel),", "for_panels<T>(place(0 * panel),",
+        "kernels/cpu/packed_product.cpp", "packed + panels.begin * kPanelColumns",
+        "packed + 0 * panels.begin * kPanelColumns",
         "*AnyNumberOfThreads", DENSE),
     "sums_of_a_tile_change_places": (
         "kernels/cpu/simd.h", "fold_groups<kGroup>(v[2 * i], v[2 * i + 1],", "fold_groups<kGroup>(v[i], v[i + kGroup],",
