@@ -4,9 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <set>
 
+#include "configs/timed_tables.h"
 #include "kernels/core/check.h"
 
 namespace upmoe {
@@ -164,6 +166,19 @@ TEST(ExpertVariants, ADamagedTableIsAnErrorInWords) {
   EXPECT_THAT(
       problem_of(with_kernels("{kernel: up, " + shape + pair + "\n      - {kernel: up, " + shape + single)),
       HasSubstr("table.yaml:5:9: a second line for up of 60 experts"));
+}
+
+TEST(ExpertVariants, ATableThatCannotBeWrittenIsAnErrorInWords) {
+  const std::filesystem::path folder = testing::TempDir();
+  const std::filesystem::path within = folder / "no such folder" / "table.yaml";
+  for (const auto& file : {folder, within}) {
+    try {
+      write_timed_tables(file, "tables: []\n");
+      FAIL() << file;
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), HasSubstr(file.string() + ": cannot be written"));
+    }
+  }
 }
 
 }  // namespace
