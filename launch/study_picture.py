@@ -14,7 +14,7 @@ PANELS = [("tokens", False), ("flops", False), ("flops", True)]  # what is spent
 WIDTH, HEIGHT = 20, 4.8  # inches, without the legend
 LEGEND_LINE = 0.26       # inches of a row of the legend
 LETTERS = 200            # of a row of it
-MOST_BANDED = 10         # arms; the bands of more hide each other's lines, and the table has the intervals
+MOST_BANDED = 6          # arms; the bands of more hide each other's lines, and the table has the intervals
 FAR = 10                 # times as far from the reference as arms are in the middle
 
 
