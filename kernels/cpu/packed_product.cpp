@@ -112,7 +112,7 @@ template <class T, class Out>
 bool is_better_turned(const PackedProduct<T, Out>& p) {
   if (p.depth < 1024) return false;
   return p.b.depth_major ? p.a.depth_major && 4 * p.rows <= p.columns
-                         : p.rows <= 2 * kPanelColumns && p.rows < p.columns;
+                         : p.rows <= 8 * kPanelColumns && p.rows < p.columns;
 }
 
 template <class T, class Out>
