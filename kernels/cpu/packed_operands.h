@@ -45,11 +45,11 @@ constexpr std::int64_t packed_columns_size(std::int64_t depth, std::int64_t colu
   return units_of<UnitOf<T>>(depth) * ((columns + kLanes - 1) / kLanes * kLanes);
 }
 
-// Columns of b whose packed form fits the cache, in whole panels.
+// Columns of b whose packed form takes at most `bytes`, in whole panels; at least one.
 template <class T>
-constexpr std::int64_t columns_in_cache(std::int64_t depth) {
+constexpr std::int64_t columns_of_bytes(std::int64_t bytes, std::int64_t depth) {
   const std::int64_t panel_bytes = std::max<std::int64_t>(1, units_of<UnitOf<T>>(depth)) * kPanelColumns * 4;
-  return std::max<std::int64_t>(1, kPackedBytes / panel_bytes) * kPanelColumns;
+  return std::max<std::int64_t>(1, bytes / panel_bytes) * kPanelColumns;
 }
 
 struct Range {
@@ -65,12 +65,6 @@ inline const T* element(const Operand<T>& x, std::int64_t outer, std::int64_t k)
 // Rows of memory of a depth-major operand, of which a part that is narrower than a page is packed at a time. Few enough
 // that their pages stay known, and the rest of their cache lines at hand, for the next part.
 constexpr std::int64_t kDepthBlock = 64;
-
-// body(begin, end) for blocks of the depth.
-template <class Body>
-inline void for_depth_blocks(std::int64_t depth, Body&& body) {
-  for (std::int64_t k = 0; k < depth; k += kDepthBlock) body(k, std::min(k + kDepthBlock, depth));
-}
 
 // Some of the depth, which begins at a whole unit, of one panel of columns.
 template <class T>
@@ -142,12 +136,12 @@ inline PackedRows<T> pack_row_blocks(UnitOf<T>* workspace, const Operand<T>& a, 
                 std::min(kTileRows, rows.size() - m), depth);
     return {workspace, row_stride, 1, tile_stride};
   }
-  for_depth_blocks(depth, [&](std::int64_t begin, std::int64_t end) {
-    UnitOf<T>* out = workspace + begin / kPerUnit<UnitOf<T>> * kTileRows;
+  for (std::int64_t k = 0; k < depth; k += kDepthBlock) {
+    UnitOf<T>* out = workspace + k / kPerUnit<UnitOf<T>> * kTileRows;
     for (std::int64_t m = 0; m < rows.size(); m += kBlockRows)
-      pack_tiles(out + m / kTileRows * tile_stride, tile_stride, element(a, rows.begin + m, begin), a.stride,
-                 std::min(kBlockRows, rows.size() - m), end - begin);
-  });
+      pack_tiles(out + m / kTileRows * tile_stride, tile_stride, element(a, rows.begin + m, k), a.stride,
+                 std::min(kBlockRows, rows.size() - m), std::min(kDepthBlock, depth - k));
+  }
   return {workspace, 1, kTileRows, tile_stride};
 }
 

@@ -25,14 +25,6 @@ constexpr std::int64_t kTilesAtOnce = 2 * kBlockRows / kTileRows;  // of rows
 constexpr std::int64_t kChunkBytes = std::int64_t{1} << 22;        // of packed columns
 constexpr std::int64_t kDepthAtOnce = 4096;                        // then a panel of bf16 is half a megabyte
 
-template <class T>
-std::int64_t chunk_columns(std::int64_t columns, std::int64_t depth) {
-  const std::int64_t panel_bytes = units_of<UnitOf<T>>(depth) * kPanelColumns * 4;
-  return std::min(std::max<std::int64_t>(1, kChunkBytes / panel_bytes),
-                  parts_of_size(columns, kPanelColumns)) *
-         kPanelColumns;
-}
-
 // Rows and panels in parts of nearly one size, as many of them as keep every thread busy to the end.
 struct TaskCut {
   std::int64_t rows, tiles, panels, row_parts, column_parts;
@@ -81,7 +73,8 @@ void pack_chunk(UnitOf<T>* packed, const Operand<T>& b, Range columns, std::int6
 template <class T, class Out>
 void multiply_in_chunks(Exec& ex, const PackedProduct<T, Out>& p) {
   static_assert(sizeof(UnitOf<T>) == sizeof(float));
-  const std::int64_t chunk = chunk_columns<T>(p.columns, p.depth);
+  const std::int64_t chunk = std::min(columns_of_bytes<T>(kChunkBytes, p.depth),
+                                      parts_of_size(p.columns, kPanelColumns) * kPanelColumns);
   const std::int64_t rows_size = packed_rows_size<T>(kTilesAtOnce * kTileRows, p.depth);
   ScratchScope scope(*ex.scratch);
   const auto take = [&](std::int64_t units, std::string_view name) {

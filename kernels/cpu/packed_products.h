@@ -27,7 +27,8 @@ template <class T, class Out>
 ProductCut cut_product(const PackedProduct<T, Out>& p, std::int64_t most_columns) {
   if (p.rows == 0 || p.columns == 0) return {1, 0, 0};
   if (p.depth == 0 && p.mode == Accumulate::kAdd) return {1, 0, 0};
-  const std::int64_t columns = std::min({columns_in_cache<T>(p.depth), most_columns, p.columns});
+  const std::int64_t columns =
+      std::min({columns_of_bytes<T>(kPackedBytes, p.depth), most_columns, p.columns});
   return {columns, parts_of_size(p.rows, kTaskRows), parts_of_size(p.columns, columns)};
 }
 

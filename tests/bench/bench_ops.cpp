@@ -227,6 +227,7 @@ void add_elementwise(const Model& model, DType dtype) {
 
 void add_all() {
   add_decode();
+  add_dense();
   add_routers();
   add_routed();
   add_group_routers();

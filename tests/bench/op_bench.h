@@ -126,6 +126,7 @@ inline void add(const std::string& name, DType dtype, const std::function<void(b
 }
 
 void add_decode();
+void add_dense();
 void add_routers();
 void add_routed();
 void add_group_routers();

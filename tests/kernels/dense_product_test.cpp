@@ -114,7 +114,7 @@ TEST(DenseProduct, TheChosenOneComputesEveryKind) {
 // Larger than one task, so that threads share it: of many rows, of few, of two chunks of columns.
 TEST(DenseProduct, PackedBlocksAreTheSameForAnyNumberOfThreads) {
   for (const DType dtype : {DType::kF32, DType::kBF16})
-    for (const auto& shape : {std::array<std::int64_t, 3>{1000, 300, 70}, {20, 1000, 70}, {100, 700, 4096}})
+    for (const auto& shape : {std::array<std::int64_t, 3>{1000, 300, 70}, {20, 1000, 70}, {520, 700, 4096}})
       for (const Transpose transpose_a : {Transpose::kNo, Transpose::kYes}) {
         const Case test(shape, {dtype, dtype, transpose_a, Transpose::kYes, Accumulate::kOverwrite, true});
         expect_same_for_any_threads([&] {
@@ -126,15 +126,15 @@ TEST(DenseProduct, PackedBlocksAreTheSameForAnyNumberOfThreads) {
       }
 }
 
-// Every chunk of columns and every part of a large product is where it belongs: the first rows and the last columns of
-// it are those of a small one.
+// Every chunk of columns and every part of a large product, of too many rows to be turned, is where it belongs: its
+// elements are those of products of one.
 TEST(DenseProduct, PackedBlocksOfALargeProductAreThoseOfASmallOne) {
-  const Case large({200, 1500, 2000}, {DType::kBF16, DType::kF32, Transpose::kNo, Transpose::kYes,
+  const Case large({520, 1500, 2000}, {DType::kBF16, DType::kF32, Transpose::kNo, Transpose::kYes,
                                        Accumulate::kOverwrite, false});
   Case all = large;
   OpExec ex;
   all.run(ex, cpu::multiply_packed_blocks);
-  for (std::int64_t row : {0, 95, 96, 199})
+  for (std::int64_t row : {0, 95, 96, 519})
     for (std::int64_t column : {0, 64, 1023, 1024, 1088, 1499}) {
       Case one({1, 1, 2000}, large.kind);
       std::memcpy(one.a.host_view().data, large.a.on_host().rows(row, row + 1).data, 2000 * sizeof(bf16));

@@ -31,7 +31,7 @@ MUTANTS = {
     "parts_of_a_depth_have_the_first_columns": (
         "kernels/cpu/packed_product.cpp", "from_depth(p.b, k)", "from_depth(p.b, 0 * k)", "*PackedBlocks*", DENSE),
     "rows_are_packed_without_the_depth_before": (
-        "kernels/cpu/packed_operands.h", "element(a, rows.begin + m, begin)", "element(a, rows.begin + m, 0 * begin)",
+        "kernels/cpu/packed_operands.h", "element(a, rows.begin + m, k)", "element(a, rows.begin + m, 0 * k)",
         "*PackedBlocks*", DENSE),
     "turned_sums_begin_at_their_block": (
         "kernels/cpu/packed_gemm.h", "(columns.begin + n) * p.rows + rows.begin + m;",
@@ -39,6 +39,9 @@ MUTANTS = {
     "a_turned_bias_is_of_the_tokens": (
         "kernels/cpu/packed_gemm.h", "load(p.bias + rows.begin + m, lanes)", "load(p.bias + columns.begin + n, lanes)",
         "*PackedBlocks*", DENSE),
+    "every_chunk_is_stored_as_the_first": (
+        "kernels/cpu/packed_product.cpp", "Range{first + panels.begin", "Range{0 * first + panels.begin",
+        "*LargeProduct*", DENSE),
     "every_task_has_the_first_panels": (
         "kernels/cpu/packed_product.cpp", "packed + panels.begin * kPanelColumns",
         "packed + 0 * panels.begin * kPanelColumns",
