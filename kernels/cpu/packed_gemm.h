@@ -18,8 +18,8 @@
 //                       |           |           |        each of 6 rows of a, 64 of the panel, 6 x 64 sums in
 //                       +===========+===========+===     registers, which are a tile of c when it ends.
 //   a: 48 rows,    6    | 6 x 64    |           |
-//   packed, with   6    | of c      |           |
-//   all the depth  ...  |           |           |
+//   with all the   6    | of c      |           |        Rows are packed where they do not lie in memory as units
+//   depth          ...  |           |           |        of the products already (packed_operands.h).
 
 #include <algorithm>
 #include <array>
@@ -59,7 +59,8 @@ template <class Unit, int kRows, int kRegisters, int kVectors>
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 16
       for (int r = 0; r < kRegisters; ++r)
-        sum[m][r] = multiply_add(sum[m][r], a[m * row_stride], load_unit_register(b + r * kRegisterLanes));
+        sum[m][r] = multiply_add(sum[m][r], load_unit(a + m * row_stride),
+                                 load_unit_register(b + r * kRegisterLanes));
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)

@@ -78,6 +78,13 @@ inline void pack_panel(UnitOf<T>* panel, const Operand<T>& b, Range columns, Ran
     pack_transposed(out, width, in, b.stride, columns.size(), depth.size());
 }
 
+// Rows of memory are packed rows already where units are what lies there.
+template <class T>
+inline bool lie_as_units(const Operand<T>& x, std::int64_t depth) {
+  constexpr std::int64_t kPer = kPerUnit<UnitOf<T>>;
+  return kPer * sizeof(T) == sizeof(UnitOf<T>) && !x.depth_major && x.stride % kPer == 0 && depth % kPer == 0;
+}
+
 // The rows of a tile, of which element (m, u) is data[m * row_stride + u * depth_stride], and those of the next.
 template <class T>
 struct PackedRows {
@@ -125,11 +132,16 @@ inline void pack_tiles(UnitOf<T>* out, std::int64_t tile_stride, const T* in, st
   });
 }
 
-// `workspace` has packed_rows_size(rows.size(), depth).
+// `workspace` has packed_rows_size(rows.size(), depth). What is returned lies there, or is the rows themselves: a copy
+// waits for memory, products with rows hardly do.
 template <class T>
 inline PackedRows<T> pack_row_blocks(UnitOf<T>* workspace, const Operand<T>& a, Range rows,
                                      std::int64_t depth) {
   const std::int64_t tile_stride = packed_tile_stride<T>(depth), row_stride = packed_row_stride<T>(depth);
+  if (lie_as_units(a, depth)) {
+    const std::int64_t stride = a.stride / kPerUnit<UnitOf<T>>;
+    return {reinterpret_cast<const UnitOf<T>*>(element(a, rows.begin, 0)), stride, 1, kTileRows * stride};
+  }
   if (!a.depth_major) {
     for (std::int64_t m = 0; m < rows.size(); m += kTileRows)
       pack_rows(workspace + m / kTileRows * tile_stride, row_stride, element(a, rows.begin + m, 0), a.stride,

@@ -8,9 +8,9 @@
 //                  +=======+=======+=======+
 //   a: up to 96    | tasks: those rows     |
 //   rows, packed   |  and all the columns, |
-//   by the thread  |  or a part of them    |
-//   that takes     |  where rows are few   |
-//   them
+//   (if they must  |  or a part of them    |
+//   be) by the     |  where rows are few   |
+//   thread that takes them
 //
 // A depth of more than kDepthAtOnce is cut, and the sums of the parts are added in fp32, in order.
 

@@ -33,6 +33,13 @@ constexpr std::int64_t units_of(std::int64_t depth) {
   return (depth + kPerUnit<Unit> - 1) / kPerUnit<Unit>;
 }
 
+// Of memory that may hold elements of T, at any of its addresses.
+template <class Unit>
+inline Unit load_unit(const Unit* p) {
+  Unit unit;
+  std::memcpy(&unit, p, sizeof unit);
+  return unit;
+}
 // One register of units, and sums of products of two, or of one unit and a register.
 inline Register load_unit_register(const float* p) {
   return load_register(p);

@@ -33,6 +33,11 @@ MUTANTS = {
     "rows_are_packed_without_the_depth_before": (
         "kernels/cpu/packed_operands.h", "element(a, rows.begin + m, k)", "element(a, rows.begin + m, 0 * k)",
         "*PackedBlocks*", DENSE),
+    "rows_of_an_odd_depth_lie_as_pairs": (
+        "kernels/cpu/packed_operands.h", "depth % kPer == 0", "depth % kPer >= 0", "*PackedBlocks*", DENSE),
+    "rows_that_are_not_packed_lie_without_gaps": (
+        "kernels/cpu/packed_operands.h", "stride = a.stride / kPerUnit", "stride = depth / kPerUnit",
+        "*PackedBlocks*", DENSE),
     "turned_sums_begin_at_their_block": (
         "kernels/cpu/packed_gemm.h", "(columns.begin + n) * p.rows + rows.begin + m;",
         "(columns.begin + n) * p.rows + rows.begin;", "*PackedBlocks*", DENSE),
