@@ -3,6 +3,7 @@
 //   OMP_NUM_THREADS=2 build/release/bin/bench_ops --benchmark_filter=dense --benchmark_repetitions=5
 
 #include "kernels/cpu/dense_product.h"
+#include "kernels/ops/check_tensor.h"
 #include "tests/bench/op_bench.h"
 
 namespace upmoe::bench {
@@ -31,7 +32,10 @@ void add_product(const Compute& compute, const Form& f, DType dtype) {
       [=](benchmark::State& state) {
         const Tensor a = factor(f.rows, f.depth, f.a, dtype), b = factor(f.depth, f.columns, f.b, dtype);
         const Tensor c({f.rows, f.columns}, dtype);
+        const double flops = 2.0 * static_cast<double>(f.rows * f.columns * f.depth);
         measure(state, dtype, [&](Exec& ex) {
+          // As ops::gemm books it, which chooses one of the two.
+          ex.book("gemm", flops, ops::bytes_of(a.view) + ops::bytes_of(b.view), ops::bytes_of(c.view));
           compute.product(ex, {c.view, {a.view, f.a}, {b.view, f.b}, Accumulate::kOverwrite, {}});
         });
       });

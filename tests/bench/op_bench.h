@@ -103,6 +103,7 @@ inline void measure(benchmark::State& state, DType dtype, const std::function<vo
   Exec booked = exec();
   booked.ledger = &ledger;
   op(booked);
+  UPMOE_CHECK(!ledger.entries().empty(), "what is measured books nothing");
   const Cost cost = ledger.total();
   const double bytes = cost.bytes_read + cost.bytes_written;
   const bool products = ledger.entries().begin()->first.find("gemm") != std::string::npos;
