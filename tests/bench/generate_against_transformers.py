@@ -8,13 +8,16 @@ one request at once here, of generate(do_sample=False) with its cache there. The
 its own with the same number of threads and a few tokens to warm up, and a plain read of memory is timed in every round.
 A side's figure is the median over rounds. The share of bandwidth is what decoding one token reads of the weights (all
 but the rows of the embedding), by its time, of that plain read. Prefill stands beside training's forward as well: that
-of `upmoe eval` over sequences as long as the prompt, logits and losses of all their tokens included. The result is
-printed and written to tests/bench/results/. Run it on a machine that does nothing else.
+of `upmoe eval` over sequences as long as the prompt, logits and losses of all their tokens included. No program could
+be faster at a prompt than its products with the layers' weights at the machine's best rate, which `upmoe doctor
+--measure` takes at the start: how far that is from either side is told. The result is printed and written to
+tests/bench/results/. Run it on a machine that does nothing else.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -121,17 +124,36 @@ def bytes_of_a_token(config, precision, weight_bytes):
     return weight_bytes - BYTES[precision] * config["vocab_size"] * config["hidden_size"]
 
 
-def summary(config, precision, rounds):
-    """Of rounds, each with both sides, `read_bytes_per_s` and `forward_seconds`: medians, ratios and shares."""
+def product_rates(args):
+    """Operations per second in products, at best, of both precisions."""
+    words = checked([args.binary, "doctor", "--measure", "--device", "cpu"], args.threads).stdout
+    told = {precision: re.search(rf"^{precision}_tflops: ([0-9.e+-]+)$", words, re.MULTILINE) for precision in BYTES}
+    if None in told.values():
+        raise SystemExit(f"{args.binary} doctor --measure tells no rates of products:\n{words}")
+    return {precision: 1e12 * float(rate[1]) for precision, rate in told.items()}
+
+
+def seconds_of_products(config, precision, weight_bytes, tokens, rate):
+    """Of so many tokens times all weights but the embedding's and the head's, at `rate` operations per second."""
+    tables = (1 if config["tie_word_embeddings"] else 2) * config["vocab_size"] * config["hidden_size"]
+    return 2 * tokens * (weight_bytes / BYTES[precision] - tables) / rate
+
+
+def summary(config, precision, rounds, prompt, product_rate):
+    """Of rounds, each with both sides, `read_bytes_per_s` and `forward_seconds`: medians, ratios and shares. A side's
+    share of the products' limit is what products with weights alone would take at `product_rate`, by what it took."""
     held = [side["weight_bytes"] for r in rounds for side in (r["upmoe"], r["transformers"])]
     if max(held) > 1.001 * min(held):  # what lies between tensors is less
         raise SystemExit(f"the two hold different weights: {held}")
     read = bytes_of_a_token(config, precision, rounds[0]["upmoe"]["weight_bytes"])
     bandwidth = median(r["read_bytes_per_s"] for r in rounds)
-    result = {"precision": precision, "read_bytes_per_s": bandwidth, "bytes_of_a_token": read}
+    products = seconds_of_products(config, precision, rounds[0]["upmoe"]["weight_bytes"], prompt, product_rate)
+    result = {"precision": precision, "read_bytes_per_s": bandwidth, "bytes_of_a_token": read,
+              "product_rate": product_rate, "products_seconds": products}
     for side in ("upmoe", "transformers"):
         prefill, token = (median(r[side][key] for r in rounds) for key in ("prefill_seconds", "token_seconds"))
-        result[side] = {"prefill_seconds": prefill, "token_seconds": token, "bandwidth_share": read / token / bandwidth}
+        result[side] = {"prefill_seconds": prefill, "token_seconds": token, "bandwidth_share": read / token / bandwidth,
+                        "products_share": products / prefill}
     for key in ("prefill_seconds", "token_seconds"):
         result[f"{key}_ratio"] = median(r["transformers"][key] / r["upmoe"][key] for r in rounds)
     result["forward_seconds"] = median(r["forward_seconds"] for r in rounds)
@@ -140,13 +162,16 @@ def summary(config, precision, rounds):
 
 
 def print_summary(args, r):
-    print(f"\n{r['precision']}: a plain read {r['read_bytes_per_s'] * 1e-9:.1f} GB/s")
-    print(f"{'':14}{'prefill, tokens/s':>19}{'ms per token':>14}{'of bandwidth':>14}")
+    print(f"\n{r['precision']}: a plain read {r['read_bytes_per_s'] * 1e-9:.1f} GB/s, products "
+          f"{r['product_rate'] * 1e-12:.3f} TFLOP/s")
+    print(f"{'':14}{'prefill, tokens/s':>19}{'of products':>13}{'ms per token':>14}{'of bandwidth':>14}")
     for side in ("upmoe", "transformers"):
         s = r[side]
-        print(f"{side:14}{args.prompt / s['prefill_seconds']:19.1f}{1e3 * s['token_seconds']:14.2f}"
-              f"{100 * s['bandwidth_share']:12.1f} %")
-    print(f"{'ratio':14}{r['prefill_seconds_ratio']:18.2f}x{r['token_seconds_ratio']:13.2f}x")
+        print(f"{side:14}{args.prompt / s['prefill_seconds']:19.1f}{100 * s['products_share']:11.1f} %"
+              f"{1e3 * s['token_seconds']:14.2f}{100 * s['bandwidth_share']:12.1f} %")
+    print(f"{'ratio':14}{r['prefill_seconds_ratio']:18.2f}x{'':13}{r['token_seconds_ratio']:13.2f}x")
+    print(f"a prompt's products with weights alone, at that rate: {args.prompt / r['products_seconds']:.1f} tokens/s, "
+          f"{1 / r['transformers']['products_share']:.2f} times transformers")
     print(f"training's forward: {args.prompt / r['forward_seconds']:.1f} tokens/s, of which prefill reaches "
           f"{100 * r['prefill_of_forward']:.1f} %", flush=True)
 
@@ -179,6 +204,8 @@ def main():
     results, versions = [], {"python": sys.version.split()[0]}
     versions["upmoe"] = subprocess.run([args.binary, "--version"], capture_output=True, text=True,
                                        check=True).stdout.strip()
+    print("the machine's products", file=sys.stderr, flush=True)
+    rates = product_rates(args)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
@@ -193,7 +220,7 @@ def main():
                                "forward_seconds": run_forward(args, Path(folder), precision),
                                "transformers": run_peer(args, config, precision)})
                 versions["peer"] = rounds[-1]["transformers"].pop("versions")
-            results.append(summary(config, precision, rounds) | {"rounds": rounds})
+            results.append(summary(config, precision, rounds, args.prompt, rates[precision]) | {"rounds": rounds})
             print_summary(args, results[-1])
     write_record(args.out, Path(__file__).name, sys.argv[1:], results, threads=args.threads, versions=versions,
                  config=config, prompt_tokens=args.prompt, new_tokens=args.new)

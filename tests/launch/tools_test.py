@@ -195,15 +195,18 @@ class GenerateAgainstTransformers(unittest.TestCase):
             return {"prefill_seconds": prefill, "token_seconds": token, "weight_bytes": weights}
         rounds = [{"read_bytes_per_s": slow * 2.0 * table, "upmoe": side(slow, 4 * slow), "forward_seconds": slow / 4,
                    "transformers": side(3 * slow, 8 * slow)} for slow in (1, 5, 2)]
-        found = self.script.summary(self.script.SHAPE, "fp32", rounds)
+        product_rate = 2 * 512 * 32000 * 1024 / 1.5  # the third table's products with a prompt take 1.5 s
+        found = self.script.summary(self.script.SHAPE, "fp32", rounds, 512, product_rate)
         self.assertEqual(found["bytes_of_a_token"], 2 * table)
-        self.assertEqual(found["upmoe"], {"prefill_seconds": 2, "token_seconds": 8, "bandwidth_share": 1 / 16})
-        self.assertEqual(found["transformers"]["bandwidth_share"], 1 / 32)
+        self.assertEqual(found["upmoe"], {"prefill_seconds": 2, "token_seconds": 8, "bandwidth_share": 1 / 16,
+                                          "products_share": 0.75})
+        self.assertEqual((found["transformers"]["bandwidth_share"], found["transformers"]["products_share"]),
+                         (1 / 32, 0.25))
         self.assertEqual((found["prefill_seconds_ratio"], found["token_seconds_ratio"]), (3, 2))
         self.assertEqual((found["forward_seconds"], found["prefill_of_forward"]), (0.5, 0.25))
         rounds[1]["transformers"]["weight_bytes"] += table
         with self.assertRaisesRegex(SystemExit, "different weights"):
-            self.script.summary(self.script.SHAPE, "fp32", rounds)
+            self.script.summary(self.script.SHAPE, "fp32", rounds, 512, product_rate)
 
     def test_a_plain_read(self):
         self.assertGreater(self.script.read_bandwidth(2, size=1 << 22, repeats=2), 1e6)
