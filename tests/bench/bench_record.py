@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "launch"))
-from command_line import run_tool  # noqa: E402, F401  of the scripts that import this
+from command_line import BadUsage, own_python, run_tool  # noqa: E402, F401  run_tool of the scripts that import this
 
 DECODER = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 2048,
            "initializer_range": 0.02, "num_hidden_layers": 4, "attention_dropout": 0.0, "tie_word_embeddings": False,
@@ -86,8 +86,11 @@ def write_record(folder, script, arguments, results, *, date=None, **more):
 
 
 def write_tokens(path, vocab_size, count):
-    import h5py
-    import numpy as np
+    try:
+        import h5py
+        import numpy as np
+    except ImportError as missing:
+        raise BadUsage(own_python(missing)) from None
 
     with h5py.File(path, "w") as file:
         file["tokens"] = np.random.default_rng(1).integers(0, vocab_size, count, dtype=np.uint32)
