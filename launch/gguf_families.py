@@ -31,11 +31,14 @@ def heads_of(config):
 
 
 class Family:
-    """A model_type: its architecture there, the names of a layer's tensors, what is refused.
+    """A model_type: its architecture there, the names of tensors, what is refused.
 
     `window` is the key of config.json by which attention sees a part of what came before; `paired`, whether rotary
     positions turn neighbours there (a query's and a key's rows lie in another order then, see paired_rows).
     """
+
+    embedding, norm, layers = "model.embed_tokens.weight", "model.norm.weight", "model.layers.{}."
+    activation = "silu"
 
     def __init__(self, architecture, attention, window=None, paired=False):
         self.architecture, self.attention = architecture, attention
@@ -50,6 +53,19 @@ class Family:
         """Of tensors that are one for each expert here, and one for all of them there."""
         del config, layer
         return {}
+
+    def values(self, config, name, values):
+        """Those of a tensor as they are there; `name` is ours, of one layer's without its number."""
+        heads, key_heads, _ = heads_of(config)
+        rows = {"self_attn.q_proj": heads, "self_attn.k_proj": key_heads}.get(name.rpartition(".")[0])
+        return paired_rows(values, rows) if self.paired and rows else values
+
+    def head(self, config):
+        """Our name of what makes logits, if it is a tensor of its own there."""
+        return self.embedding if config.get("tie_word_embeddings") else "lm_head.weight"
+
+    def norm_keys(self, config):
+        yield "attention.layer_norm_rms_epsilon", "float32", config["rms_norm_eps"]
 
     def expert_count(self, config):
         del config
@@ -67,8 +83,8 @@ class Family:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             yield f"rotary positions of type '{kind}'"
-        if config.get("hidden_act", "silu") != "silu":
-            yield f"hidden_act '{config['hidden_act']}'"
+        if config.get("hidden_act", "silu") != self.activation:
+            yield f"hidden_act '{config.get('hidden_act', 'silu')}'"
 
 
 class _WholeHeads(Family):
@@ -79,6 +95,23 @@ class _WholeHeads(Family):
         heads, _, head_dim = heads_of(config)
         if heads * head_dim != config["hidden_size"]:
             yield f"{heads} heads of {head_dim}, which are not the hidden size of {config['hidden_size']} together"
+
+
+class _Gemma(Family):
+    """Norms multiply by one more than their weights; the embedding makes the logits."""
+
+    activation = "gelu_pytorch_tanh"
+
+    def values(self, config, name, values):
+        return values + 1 if name.endswith("norm.weight") else super().values(config, name, values)
+
+    def head(self, config):
+        return None
+
+    def refusals(self, config):
+        yield from super().refusals({**config, "hidden_act": config.get("hidden_activation") or config["hidden_act"]})
+        if not config.get("tie_word_embeddings", True):
+            yield "logits by a tensor of their own"
 
 
 class _Mixture(Family):
@@ -125,6 +158,9 @@ class _Qwen2Moe(_Mixture, _WholeHeads):
     def keys(self, config):
         yield from super().keys(config)
         yield "expert_shared_feed_forward_length", "uint32", config["shared_expert_intermediate_size"]
+
+    def values(self, config, name, values):
+        return gate_of(name, values) if "shared_expert_gate" in name else super().values(config, name, values)
 
     def refusals(self, config):
         yield from super().refusals(config)
@@ -182,6 +218,43 @@ class _Dots1(_DenseFirst):
             yield f"{key_heads} key and value heads for {heads} of queries: this architecture has as many of both"
 
 
+class _Dbrx(_Mixture):
+    """q, k and v in one tensor, all experts of a layer in three, norms without a bias that subtract the mean."""
+
+    embedding, norm, layers = "transformer.wte.weight", "transformer.norm_f.weight", "transformer.blocks.{}."
+    router, experts, renormalised = {"ffn.router.layer.weight": "ffn_gate_inp.weight"}, {}, None
+    shared = {"ffn.experts.mlp.w1": "ffn_gate_exps.weight", "ffn.experts.mlp.v1": "ffn_up_exps.weight",
+              "ffn.experts.mlp.w2": "ffn_down_exps.weight"}
+
+    def keys(self, config):
+        yield "expert_count", "uint32", self.expert_count(config)
+        yield "expert_used_count", "uint32", config["num_experts_per_tok"]
+        yield "attention.clamp_kqv", "float32", config["attn_config"]["clip_qkv"]
+
+    def norm_keys(self, config):
+        del config
+        yield "attention.layer_norm_epsilon", "float32", 1e-5  # as its class has it
+
+    def values(self, config, name, values):
+        if not name.startswith("ffn.experts."):
+            return values
+        values = values.reshape(self.expert_count(config), -1, config["hidden_size"])
+        return values.swapaxes(1, 2) if name.endswith("w2") else values
+
+    def refusals(self, config):
+        activation = config["ffn_config"].get("ffn_act_fn", {}).get("name", "silu")
+        yield from super().refusals({**config, "hidden_act": activation})
+        if config["ffn_config"].get("moe_normalize_expert_weights") != 1:
+            yield ("moe_normalize_expert_weights: the chosen experts' weights; llama.cpp divides them by their sum")
+        if not config["attn_config"].get("clip_qkv"):
+            yield "clip_qkv: this architecture has a limit of q, k and v"
+
+
+_DBRX_ATTENTION = {"norm_attn_norm.norm_1.weight": "attn_norm.weight",
+                   "norm_attn_norm.norm_2.weight": "attn_output_norm.weight",
+                   "norm_attn_norm.attn.Wqkv.weight": "attn_qkv.weight",
+                   "norm_attn_norm.attn.out_proj.weight": "attn_output.weight"}
+
 FAMILIES = {
     "llama": Family("llama", {**_ATTENTION, **_BIASES}, paired=True),
     "mistral": Family("llama", _ATTENTION, window="sliding_window", paired=True),
@@ -192,6 +265,8 @@ FAMILIES = {
     "qwen3_moe": _Mixture("qwen3moe", {**_ATTENTION, **_HEAD_NORMS}, window="use_sliding_window"),
     "dots1": _Dots1("dots1", {**_ATTENTION, **_HEAD_NORMS}, window="sliding_window"),
     "deepseek": _Deepseek("deepseek", _ATTENTION, paired=True),
+    "gemma": _Gemma("gemma", _ATTENTION),
+    "dbrx": _Dbrx("dbrx", _DBRX_ATTENTION),
 }
 
 
@@ -205,6 +280,14 @@ def family_of(config, source):
     if refusals:
         raise BadInput(f"{source}: llama.cpp does not take this model: {'; '.join(refusals)}")
     return family
+
+
+def gate_of(name, values):
+    """The shared expert's gate, of one row, as a vector. llama.cpp's sigmoid of x is silu(x) / x."""
+    if not values.any():
+        raise BadInput(f"llama.cpp does not take this model: {name} is zero, by which it would divide; train the "
+                       "model first")
+    return values[0]
 
 
 def paired_rows(values, heads):

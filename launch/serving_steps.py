@@ -24,6 +24,7 @@ import urllib.request
 from pathlib import Path
 
 from command_line import BadUsage, run_tool
+from hf_config import add_common_names
 from serving_record import note
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,24 +46,12 @@ class Differs(Exception):
     """It gives other tokens than upmoe, and should give the same."""
 
 
-# What dbrx calls values that other families have one name for.
-OTHER_NAMES = {"d_model": "hidden_size", "n_heads": "num_attention_heads", "max_seq_len": "max_position_embeddings",
-               "ffn_hidden_size": "moe_intermediate_size"}
-
-
-def config_of(export):
-    """What config.json says, by the names of most families."""
-    told = json.loads((export / "config.json").read_text(encoding="utf-8"))
-    flat = told | told.get("ffn_config", {})
-    return told | {name: flat[other] for other, name in OTHER_NAMES.items() if other in flat}
-
-
 class Model:
     """The exported directory, what upmoe says to the prompt, and where a step may write."""
 
     def __init__(self, export, out):
         self.export, self.out = Path(export), Path(out)
-        self.config = config_of(self.export)
+        self.config = add_common_names(json.loads((self.export / "config.json").read_text(encoding="utf-8")))
         ours = json.loads((self.out / "ours.json").read_text(encoding="utf-8"))
         self.prompt, self.tokens = ours["prompt"], ours["tokens"]
         self.tokenizer = self.export / "tokenizer.json"
@@ -71,7 +60,8 @@ class Model:
         """Words on how far these tokens are ours; where they must be all the way, Differs of fewer."""
         tokens = [int(token) for token in tokens]
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, self.tokens)))
-        words = f"{same} of {len(self.tokens)} greedy tokens as upmoe's"
+        # One token again and again says less.
+        words = f"{same} of {len(self.tokens)} greedy tokens as upmoe's, {len(set(self.tokens))} different ones"
         if must and tokens != self.tokens:
             raise Differs(f"{words}: {tokens}, expected {self.tokens}")
         return words

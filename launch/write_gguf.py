@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 from command_line import BadInput, ToolParser, end_without_package, run_tool
-from gguf_families import family_of, heads_of, paired_rows
+from gguf_families import family_of, heads_of
+from hf_config import add_common_names
 from whole_file import whole_file
 
 
@@ -34,7 +35,7 @@ except ImportError as missing:
 # dtype of safetensors: numpy's, of which bf16 is none
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 LARGEST_HEADER = 100 << 20
-MODEL_TENSORS = ("model.", "lm_head.")
+MODEL_TENSORS = ("model.", "lm_head.", "transformer.")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 # How text is cut before merges, as tokenizer.json says it: llama.cpp's name. By it llama.cpp knows whether merges are
 # ignored where a whole piece is a token, and so does tokenizer.json.
@@ -121,8 +122,7 @@ def keys_of(config, family):
                              ("attention.key_length", "uint32", head_dim),
                              ("attention.value_length", "uint32", head_dim),
                              ("rope.dimension_count", "uint32", head_dim),
-                             ("attention.layer_norm_rms_epsilon", "float32", config["rms_norm_eps"]),
-                             ("rope.freq_base", "float32", theta), *family.keys(config)):
+                             ("rope.freq_base", "float32", theta), *family.norm_keys(config), *family.keys(config)):
         yield f"{family.architecture}.{key}", kind, value
 
 
@@ -175,39 +175,23 @@ def vocabulary_of(folder, config):
             yield f"tokenizer.ggml.{name}_token_id", "uint32", token
 
 
-def gate_of(name, values):
-    """The shared expert's gate, of one row, as a vector. llama.cpp's sigmoid of x is silu(x) / x."""
-    if not values.any():
-        raise BadInput(f"llama.cpp does not take this model: {name} is zero, by which it would divide; train the "
-                       "model first")
-    return values[0]
-
-
 def layer_tensors(tensors, config, family, layer):
     """(llama.cpp's name, values) of a layer, the experts' as one tensor [expert, out, in]."""
-    heads, key_heads, _ = heads_of(config)
-    rows = {"self_attn.q_proj": heads, "self_attn.k_proj": key_heads} if family.paired else {}
+    place = family.layers.format(layer)
     for ours, name in family.layer_names(config, layer).items():
-        stored = f"model.layers.{layer}.{ours}"
-        if ours in family.optional and stored not in tensors:
-            continue
-        values = tensors.read(stored)
-        if ours.rpartition(".")[0] in rows:
-            values = paired_rows(values, rows[ours.rpartition(".")[0]])
-        if ours == "mlp.shared_expert_gate.weight":
-            values = gate_of(stored, values)
-        yield name, values
+        if ours not in family.optional or place + ours in tensors:
+            yield name, family.values(config, ours, tensors.read(place + ours))
     for ours, name in family.expert_names(config, layer).items():
-        yield name, numpy.stack([tensors.read(f"model.layers.{layer}.{ours.format(expert)}")
+        yield name, numpy.stack([tensors.read(place + ours.format(expert))
                                  for expert in range(family.expert_count(config))])
 
 
 def tensors_of(tensors, config, family):
     """(llama.cpp's name, values in F32) of every tensor; one that has no place there is refused."""
-    yield "token_embd.weight", tensors.read("model.embed_tokens.weight")
-    yield "output_norm.weight", tensors.read("model.norm.weight")
-    head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
-    yield "output.weight", tensors.read(head)
+    yield "token_embd.weight", tensors.read(family.embedding)
+    yield "output_norm.weight", family.values(config, family.norm, tensors.read(family.norm))
+    if family.head(config) is not None:
+        yield "output.weight", tensors.read(family.head(config))
     for layer in range(config["num_hidden_layers"]):
         for name, values in layer_tensors(tensors, config, family, layer):
             yield f"blk.{layer}.{name}", values
@@ -220,7 +204,7 @@ def tensors_of(tensors, config, family):
 def fill(writer_of, folder):
     """Hands everything of a model to the writer that writer_of(architecture) gives, and returns it."""
     path = Path(folder) / "config.json"
-    config = read_json(path)
+    config = add_common_names(read_json(path))
     family = family_of(config, path)
     writer = writer_of(family.architecture)
     for key, kind, value in (*keys_of(config, family), *vocabulary_of(folder, config)):

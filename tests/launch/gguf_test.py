@@ -52,6 +52,14 @@ class GgufFolder(unittest.TestCase):
         shutil.copy(GOLDEN / f"{golden}.safetensors", self.folder / "model.safetensors")
         return config
 
+    @staticmethod
+    def dbrx(**changes):
+        """Changes of keys in the maps of dbrx's config.json."""
+        config = json.loads((GOLDEN / "dbrx" / "config.json").read_text(encoding="utf-8"))
+        return {part: config[part] | {key: value for key, value in changes.items()
+                                      if (key == "clip_qkv") == (part == "attn_config")}
+                for part in ("attn_config", "ffn_config")}
+
     def written(self):
         return write_gguf.fill(Recorder, self.folder)
 
@@ -115,9 +123,9 @@ class GgufTest(GgufFolder):
 
     def test_a_gate_of_zeros_is_refused(self):  # as an upcycled model may begin
         with self.assertRaises(BadInput) as caught:
-            write_gguf.gate_of("gate", np.zeros((1, 4), "<f4"))
+            gguf_families.gate_of("gate", np.zeros((1, 4), "<f4"))
         self.assertIn("gate is zero", str(caught.exception))
-        np.testing.assert_array_equal(write_gguf.gate_of("gate", np.array([[0, 2]])), [0, 2])
+        np.testing.assert_array_equal(gguf_families.gate_of("gate", np.array([[0, 2]])), [0, 2])
 
     def test_a_dense_model_with_tied_embeddings(self):
         config = self.model("dense_tied_gqa")
@@ -184,7 +192,12 @@ class GgufTest(GgufFolder):
                                        ("deepseek", {"n_shared_experts": None}, "no shared expert"),
                                        ("deepseek", {"moe_layer_freq": 2}, "layers without experts"),
                                        ("dots1", {}, "2 key and value heads for 4"),
-                                       ("dbrx", {}, "model_type 'dbrx'")):
+                                       ("gemma", {"tie_word_embeddings": False}, "tensor of their own"),
+                                       ("gemma", {"hidden_activation": "gelu"}, "hidden_act 'gelu'"),
+                                       ("dbrx", self.dbrx(clip_qkv=None), "clip_qkv"),
+                                       ("dbrx", self.dbrx(moe_normalize_expert_weights=2), "moe_normalize"),
+                                       ("dbrx", self.dbrx(ffn_act_fn={"name": "gelu"}), "hidden_act 'gelu'"),
+                                       ("llama", {"model_type": "phi"}, "model_type 'phi'")):
             self.model(golden, **changes)
             with self.assertRaises(BadInput) as caught:
                 self.written()
@@ -197,7 +210,7 @@ class FamiliesTest(GgufFolder):
     def test_every_family_of_a_saved_model_is_whole(self):
         for golden, architecture in (("llama", "llama"), ("mistral", "llama"), ("mixtral", "llama"),
                                      ("qwen3", "qwen3"), ("deepseek", "deepseek"), ("dense_tied_gqa", "qwen2"),
-                                     ("moe_odd", "qwen2moe")):
+                                     ("moe_odd", "qwen2moe"), ("gemma", "gemma"), ("dbrx", "dbrx")):
             self.model(golden, **({"sliding_window": None} if golden == "mistral" else {}))
             self.assertEqual(self.written().architecture, architecture, golden)
 
@@ -231,6 +244,34 @@ class FamiliesTest(GgufFolder):
         self.assertEqual([made.keys[f"llama.{key}"] for key in (
             "feed_forward_length", "expert_count", "expert_used_count", "rope.dimension_count")],
             [("uint32", config["intermediate_size"]), ("uint32", 8), ("uint32", 2), ("uint32", 12)])
+
+    def test_gemma_has_norms_beside_one(self):
+        self.model("gemma")
+        made, stored = self.written(), write_gguf.Tensors(self.folder)
+        for name, ours in (("output_norm", "model.norm"), ("blk.1.attn_norm", "model.layers.1.input_layernorm"),
+                           ("blk.1.ffn_norm", "model.layers.1.post_attention_layernorm")):
+            np.testing.assert_array_equal(made.tensors[f"{name}.weight"], stored.read(f"{ours}.weight") + 1)
+        np.testing.assert_array_equal(made.tensors["blk.0.attn_k.weight"],
+                                      stored.read("model.layers.0.self_attn.k_proj.weight"))
+        self.assertNotIn("output.weight", made.tensors)
+
+    def test_dbrx_has_all_experts_in_a_tensor(self):
+        config = self.model("dbrx")
+        made, stored = self.written(), write_gguf.Tensors(self.folder)
+        width, place = config["ffn_config"]["ffn_hidden_size"], "transformer.blocks.1.ffn.experts.mlp"
+        for expert in (0, 7):
+            rows = slice(expert * width, (expert + 1) * width)
+            for name, ours in (("gate", "w1"), ("up", "v1")):
+                np.testing.assert_array_equal(made.tensors[f"blk.1.ffn_{name}_exps.weight"][expert],
+                                              stored.read(f"{place}.{ours}")[rows])
+            np.testing.assert_array_equal(made.tensors["blk.1.ffn_down_exps.weight"][expert],
+                                          stored.read(f"{place}.w2")[rows].T)
+        self.assertEqual([made.keys[f"dbrx.{key}"] for key in (
+            "block_count", "embedding_length", "feed_forward_length", "attention.head_count_kv", "expert_count",
+            "expert_used_count", "attention.clamp_kqv", "attention.layer_norm_epsilon")],
+            [("uint32", 2), ("uint32", 48), ("uint32", 20), ("uint32", 2), ("uint32", 8), ("uint32", 3),
+             ("float32", 1.5), ("float32", 1e-5)])
+        self.assertNotIn("dbrx.attention.layer_norm_rms_epsilon", made.keys)
 
     def test_deepseek_has_dense_layers_first(self):
         self.model("deepseek")

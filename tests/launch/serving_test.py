@@ -22,6 +22,7 @@ import pretended_serving as pretended  # noqa: E402
 import serving_record  # noqa: E402
 import serving_steps  # noqa: E402
 from command_line import BadInput, BadUsage  # noqa: E402
+from hf_config import add_common_names  # noqa: E402
 
 
 class Record(unittest.TestCase):
@@ -115,7 +116,8 @@ class Steps(unittest.TestCase):
             serving_steps.group_size_for(shape)
 
     def test_names_of_dbrx(self):
-        told = serving_steps.config_of(ROOT / "tests/golden/dbrx")
+        with open(ROOT / "tests/golden/dbrx/config.json", encoding="utf-8") as file:
+            told = add_common_names(json.load(file) | {"d_model": 40, "hidden_size": 48})
         self.assertEqual((told["hidden_size"], told["num_attention_heads"], told["moe_intermediate_size"],
                           told["max_position_embeddings"]), (48, 4, 20, 64))
         with self.assertRaisesRegex(serving_steps.NotTaken, "widths of 20, 48"):
@@ -192,8 +194,8 @@ class Script(unittest.TestCase):
         self.addCleanup(temporary.cleanup)
         self.project = Path(temporary.name) / "project"
         for name in ("after_training.sh", "serving_record.py", "serving_steps.py", "write_gguf.py", "gguf_families.py",
-                     "command_line.py", "whole_file.py", "pip_without_labels.py", "serving_requirements.txt",
-                     "serving_requirements_gpu.txt", "serving_requirements_cpu.txt"):
+                     "command_line.py", "hf_config.py", "whole_file.py", "pip_without_labels.py",
+                     "serving_requirements.txt", "serving_requirements_gpu.txt", "serving_requirements_cpu.txt"):
             self.copy(f"launch/{name}")
         self.copy("docs/serving.md")
         self.export = Path(temporary.name) / "export"
@@ -229,7 +231,7 @@ class Script(unittest.TestCase):
         self.assertIn("37 tensors in F32", self.result("gguf")["words"])
         self.assertIn("4 of 4 greedy tokens", self.result("llama")["words"])
         text = (self.project / "docs" / "serving.md").read_text(encoding="utf-8")
-        self.assertIn("| qwen2_moe | llama | done | 4 of 4 greedy tokens as upmoe's; no vocabulary | "
+        self.assertIn("| qwen2_moe | llama | done | 4 of 4 greedy tokens as upmoe's, 3 different ones; no vocabulary | "
                       f"llama-cpp-python not installed, Python {platform.python_version()} | ", text)
         self.assertNotIn("Not run yet", text)
 
