@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes a small model of every family, for launch/after_training.sh: random weights of a wide range, with noise on norms
-and biases, so that a greedy answer has many different tokens, and depends on each kind of tensor.
+"""Writes a small model of every family, for launch/after_training.sh: random weights of a wide range, with noise on
+norms and biases, so that a greedy answer has many different tokens, and depends on each kind of tensor.
 
     .venv/bin/python tests/serving_models.py OUT
     for model in OUT/models/*; do launch/after_training.sh "$model" --record; done
