@@ -94,6 +94,7 @@ pip_install() {  # FOLDER WORD...
 # Anew where it is half made, or another Python's.
 make_environment() {  # FOLDER VERSION
   [[ $("$1/bin/python" -V 2>&1) != "$2" ]] || ! "$1/bin/python" -m pip --version || return 0
+  echo "making $1 anew with $2"
   "$serving_python" -m venv "$1" --clear
 }
 
