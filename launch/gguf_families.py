@@ -242,10 +242,10 @@ class _Dbrx(_Mixture):
         return values.swapaxes(1, 2) if name.endswith("w2") else values
 
     def refusals(self, config):
-        activation = config["ffn_config"].get("ffn_act_fn", {}).get("name", "silu")
+        activation = (config["ffn_config"].get("ffn_act_fn") or {}).get("name", "silu")
         yield from super().refusals({**config, "hidden_act": activation})
         if config["ffn_config"].get("moe_normalize_expert_weights") != 1:
-            yield ("moe_normalize_expert_weights: the chosen experts' weights; llama.cpp divides them by their sum")
+            yield "moe_normalize_expert_weights: the chosen experts' weights; llama.cpp divides them by their sum"
         if not config["attn_config"].get("clip_qkv"):
             yield "clip_qkv: this architecture has a limit of q, k and v"
 

@@ -50,7 +50,7 @@ class Model:
     """The exported directory, what upmoe says to the prompt, and where a step may write."""
 
     def __init__(self, export, out):
-        self.export, self.out = Path(export), Path(out)
+        self.export, self.out = Path(export).resolve(), Path(out).resolve()  # a step may go to another folder
         self.config = add_common_names(json.loads((self.export / "config.json").read_text(encoding="utf-8")))
         ours = json.loads((self.out / "ours.json").read_text(encoding="utf-8"))
         self.prompt, self.tokens = ours["prompt"], ours["tokens"]
@@ -157,7 +157,8 @@ def gguf(m):
     done = subprocess.run([sys.executable, str(ROOT / "launch/write_gguf.py"), str(m.export), str(made)],
                           capture_output=True, text=True, check=False)
     if done.returncode == 3:
-        raise NotTaken(done.stderr.strip().removeprefix(f"write_gguf: error: {m.export / 'config.json'}: "))
+        words = done.stderr.strip().removeprefix("write_gguf: error: ")
+        raise NotTaken(words.removeprefix(f"{m.export / 'config.json'}: "))
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip())
     import gguf as package
@@ -239,13 +240,26 @@ def wait_for(server, address, log):
                 raise NotTaken("vLLM asks for the code that auto_map names, which is not fetched")
             # Of what is no warning; the first is what the others are about.
             error = re.search(r"(?m)^(?!.*\bWARNING\b).*?(\b\w+Error: .{,300})", said)
-            raise RuntimeError(f"the server ended with {server.returncode}: {error[1] if error else 'no words'}")
+            words = error[1] if error else (said.strip() or "no words").splitlines()[-1][:300]
+            raise RuntimeError(f"the server ended with {server.returncode}: {words}")
         try:
             asked(f"{address}/health", patience=5)
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
     raise RuntimeError(f"the server did not answer within {SERVER_PATIENCE} s; see {log}")
+
+
+def end(server, patience=60):
+    """Asks a server and what it started to end; one that does not within so many seconds is made to."""
+    if server.poll() is not None:
+        return
+    os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(patience)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def vllm(m):
@@ -267,9 +281,7 @@ def vllm(m):
                 "model": "upmoe", "prompt": m.prompt, "max_tokens": len(m.tokens), "temperature": 0, "ignore_eos": True,
                 "return_token_ids": True}))
         finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
+            end(server)
     return m.compared(answer["choices"][0]["token_ids"])
 
 
@@ -317,9 +329,10 @@ def main():
     # Nothing is fetched: the model is here, and so is the task.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     step, (work, packages) = sys.argv[1], STEPS[sys.argv[1]]
-    status, words = outcome(work, Model(*sys.argv[2:]))
+    model = Model(*sys.argv[2:])
+    status, words = outcome(work, model)
     versions = {package: version_of(package) for package in packages} | {"Python": platform.python_version()}
-    note(sys.argv[3], step, status, words, versions)
+    note(model.out, step, status, words, versions)
     return 0
 
 

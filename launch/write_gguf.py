@@ -111,7 +111,6 @@ class Tensors:
 def keys_of(config, family):
     """(key, kind of value, value) of what llama.cpp asks of a model's shape."""
     heads, key_heads, head_dim = heads_of(config)
-    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
     yield "general.file_type", "uint32", 0  # F32
     for key, kind, value in (("block_count", "uint32", config["num_hidden_layers"]),
                              ("context_length", "uint32", config["max_position_embeddings"]),
@@ -122,7 +121,8 @@ def keys_of(config, family):
                              ("attention.key_length", "uint32", head_dim),
                              ("attention.value_length", "uint32", head_dim),
                              ("rope.dimension_count", "uint32", head_dim),
-                             ("rope.freq_base", "float32", theta), *family.norm_keys(config), *family.keys(config)):
+                             ("rope.freq_base", "float32", config["rope_theta"]),
+                             *family.norm_keys(config), *family.keys(config)):
         yield f"{family.architecture}.{key}", kind, value
 
 

@@ -7,6 +7,7 @@
 
 #include <array>
 
+#include "kernels/cpu/packed_operands.h"
 #include "tests/support/op_exec.h"
 #include "tests/support/random_tensor.h"
 #include "tests/support/reference_linear.h"
@@ -162,6 +163,19 @@ TEST(DenseProduct, RowsAreIndependentWhereThatIsSaid) {
             << few.name() << ", the first of " << all.name();
       }
     }
+}
+
+// No unit has an element from behind a row's depth, or of two rows.
+TEST(DenseProduct, RowsLieAsUnitsWhereTheyCutNone) {
+  const auto lie = []<class T>(T, std::int64_t stride, bool depth_major, std::int64_t depth) {
+    return cpu::lie_as_units(cpu::Operand<T>{nullptr, stride, depth_major}, depth);
+  };
+  EXPECT_EQ(lie(bf16{}, 6, false, 4), cpu::packed_blocks_have_bf16_instruction());
+  EXPECT_FALSE(lie(bf16{}, 6, false, 5));
+  EXPECT_FALSE(lie(bf16{}, 5, false, 4));
+  EXPECT_FALSE(lie(bf16{}, 6, true, 4));
+  EXPECT_TRUE(lie(0.0f, 5, false, 3));
+  EXPECT_FALSE(lie(0.0f, 5, true, 3));
 }
 
 // 256 + (1 + 2^-9) lies above the middle of the bf16 neighbours 256 and 258: rounding the product first gives 256.

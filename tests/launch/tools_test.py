@@ -1,5 +1,6 @@
 """How the Python tools end, and that the quickstart's table and pictures speak of the same sequences."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -207,6 +208,20 @@ class GenerateAgainstTransformers(unittest.TestCase):
         rounds[1]["transformers"]["weight_bytes"] += table
         with self.assertRaisesRegex(SystemExit, "different weights"):
             self.script.summary(self.script.SHAPE, "fp32", rounds, 512, product_rate)
+
+    def test_rates_of_products_are_doctor_s(self):
+        with tempfile.TemporaryDirectory() as folder:
+            args = argparse.Namespace(binary=Path(folder) / "upmoe", threads=2)
+            told = "kind: cpu\nbf16_tflops: 1.25\nfp32_tflops: 5e-1\ngemm_bf16: [0.1]\n"
+            for words in (told, told.replace("fp32_t", "t")):
+                args.binary.write_text(f"#!/bin/sh\necho \"$@\" $OMP_NUM_THREADS >{folder}/asked\necho '{words}'\n")
+                args.binary.chmod(0o755)
+                if words == told:
+                    self.assertEqual(self.script.product_rates(args), {"fp32": 5e11, "bf16": 1.25e12})
+                    self.assertEqual((Path(folder) / "asked").read_text(), "doctor --measure --device cpu 2\n")
+                else:
+                    with self.assertRaisesRegex(SystemExit, "tells no rates of products"):
+                        self.script.product_rates(args)
 
     def test_a_plain_read(self):
         self.assertGreater(self.script.read_bandwidth(2, size=1 << 22, repeats=2), 1e6)

@@ -34,7 +34,9 @@ MUTANTS = {
         "kernels/cpu/packed_operands.h", "element(a, rows.begin + m, k)", "element(a, rows.begin + m, 0 * k)",
         "*PackedBlocks*", DENSE),
     "rows_of_an_odd_depth_lie_as_pairs": (
-        "kernels/cpu/packed_operands.h", "depth % kPer == 0", "depth % kPer >= 0", "*PackedBlocks*", DENSE),
+        "kernels/cpu/packed_operands.h", "depth % kPer == 0", "depth % kPer >= 0", "*LieAsUnits*", DENSE),
+    "rows_an_odd_stride_apart_lie_as_pairs": (
+        "kernels/cpu/packed_operands.h", "x.stride % kPer == 0", "x.stride % kPer >= 0", "*PackedBlocks*", DENSE),
     "rows_that_are_not_packed_lie_without_gaps": (
         "kernels/cpu/packed_operands.h", "stride = a.stride / kPerUnit", "stride = depth / kPerUnit",
         "*PackedBlocks*", DENSE),
