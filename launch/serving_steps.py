@@ -71,9 +71,9 @@ def generated(model, prompt, count):
     """Greedy tokens of a model with transformers' generate."""
     import torch
     ids = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None  # is a token like others; a least number of new ones would forbid it
     with torch.no_grad():
-        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                              max_new_tokens=count, min_new_tokens=count)
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
     return made[0, len(prompt):].tolist()
 
 
