@@ -140,6 +140,13 @@ class Forms(unittest.TestCase):
         refused = self.upcycle("refused", *check, "--form", "checkpoint", status=2).stderr
         self.assertIn("upmoe eval", refused)
 
+    def test_tokens_of_step_zero_are_looked_at_before_the_work(self):
+        for words, told in ((("nowhere.h5",), "nowhere.h5"),
+                            (("tokens.h5", "--check-seq-len", 10**9), "one sequence of 1000000000")):
+            said = self.upcycle("unmade", "--check", self.dir / words[0], *words[1:], ranks=2, status=3).stderr
+            self.assertIn(told, said)
+            self.assertNotIn("upcycling", said)
+
     # By the random inputs alone, which are always looked at.
     def test_an_error_above_1_is_told(self):
         words = "this recipe counts on training"
