@@ -89,6 +89,10 @@ json describe_hf(const fs::path& path, bool verify) {
 
 json describe(const fs::path& given, bool verify) {
   const fs::path path = newest_if_run(given);
+  if (fs::is_regular_file(path) && path.extension() == ".safetensors")  // a token file has any other name
+    fail(ExitCode::kBadInput,
+         "{}: a file of tensors, expected a model directory, a checkpoint or a token file{}", path.string(),
+         model_folder_hint(path));
   if (fs::is_regular_file(path)) return describe_tokens(path, verify);
   if (fs::exists(path / "manifest.json")) return describe_checkpoint(path, verify);
   if (fs::exists(path / "config.json")) return describe_hf(path, verify);
