@@ -95,6 +95,7 @@ class Forms(unittest.TestCase):
     def test_inspect(self):
         found = json.loads(self.upmoe("inspect", "--verify", "--json", "--diff", self.hf, self.store).stdout)
         self.assertEqual(found["difference"], [])
+        self.assertEqual((found["first"], found["second"]), (str(self.store), str(self.hf)))
         self.assertTrue(found["verified"])
         self.assertEqual(found["step"], 0)
         self.assertEqual({t["kind"] for t in found["tensors"]}, {"weight"})
