@@ -168,6 +168,11 @@ TEST(ShippedNames, TheNearestAndAll) {
   EXPECT_THAT(
       error_of([&] { shipped_or_own(models, "qwen1.5-7"); }, ExitCode::kUsage),
       AllOf(HasSubstr("no model 'qwen1.5-7'; did you mean 'qwen1.5-7b'?"), HasSubstr("qwen1.5-moe-a2.7b")));
+  // The begun name, though 'qwen1.5-32b' has fewer other letters; of several that begin so, the nearest.
+  EXPECT_THAT(error_of([&] { shipped_or_own(models, "qwen1.5-moe"); }, ExitCode::kUsage),
+              HasSubstr("did you mean 'qwen1.5-moe-a2.7b'?"));
+  EXPECT_THAT(error_of([&] { shipped_or_own(models, "qwen1.5-"); }, ExitCode::kUsage),
+              HasSubstr("did you mean 'qwen1.5-7b'?"));
 }
 
 class RunCurves : public testing::Test {
