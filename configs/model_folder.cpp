@@ -45,6 +45,22 @@ std::vector<fs::path> models_below(const fs::path& dir) {
   return models;
 }
 
+// Where `folder` is no model but something beside one: what it is and what takes it.
+std::string other_folder(const fs::path& folder) {
+  std::error_code error;
+  if (fs::exists(folder / "adapter_config.json", error))
+    return "; it is an adapter as PEFT writes it, and not a model by itself: `upmoe export MODEL "
+           "--merge-adapter " +
+           folder.string() + "` makes one of it and its model";
+  if (folder.filename() == "checkpoints")
+    for (const fs::path& child : folders_in(folder))
+      if (fs::exists(child / "manifest.json", error))
+        return fmt::format(
+            "; give its run's folder, {}, for the newest of the checkpoints in it, or one of them, {}",
+            folder.has_parent_path() ? folder.parent_path().string() : ".", child.string());
+  return "";
+}
+
 }  // namespace
 
 std::string model_folder_hint(const fs::path& given) {
@@ -52,8 +68,9 @@ std::string model_folder_hint(const fs::path& given) {
   const fs::path path = given.string().ends_with('/') ? given.parent_path() : given;
   if (fs::is_regular_file(path, error)) {
     const fs::path parent = path.parent_path().empty() ? fs::path(".") : path.parent_path();
-    return is_model(parent) ? fmt::format("; give its folder, {}", parent.string()) : "";
+    return is_model(parent) ? fmt::format("; give its folder, {}", parent.string()) : other_folder(parent);
   }
+  if (const std::string other = other_folder(path); !other.empty()) return other;
   const std::vector<fs::path> models = models_below(path);
   if (!models.empty()) {
     const bool cache = models.front().parent_path().filename() == "snapshots";

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "configs/nearest_name.h"
 #include "kernels/core/check.h"
@@ -31,7 +32,11 @@ fs::path shipped_or_own(const ShippedFolder& shipped, const std::string& given) 
   if (names.empty())
     fail(ExitCode::kUsage, "no {} '{}': {} holds none; give a path", shipped.what, given,
          shipped.folder.string());
-  const std::vector<std::string> near = nearest_names(given, names);
+  // The only name that goes on as `given` ends is meant, however much of it is missing.
+  std::vector<std::string> near;
+  std::copy_if(names.begin(), names.end(), std::back_inserter(near),
+               [&](const std::string& name) { return name.starts_with(given); });
+  if (near.size() != 1) near = nearest_names(given, names);
   fail(ExitCode::kUsage, "no {} '{}'{}; the names are {}; or give a path", shipped.what, given,
        near.empty() ? "" : fmt::format("; did you mean '{}'?", near.front()), fmt::join(names, ", "));
 }

@@ -37,10 +37,11 @@ TokenDataset::TokenDataset(const std::vector<Source>& sources, std::int64_t seq_
     auto part = std::make_unique<Part>(source);
     const TokenFile& file = *part->file;
     if (source.loss_mask && !file.has_loss_mask())
-      fail(ExitCode::kBadInput,
-           "{}: has no loss_mask, which the configuration asks for; make it with data/tokenize.py --chat, or "
-           "leave out loss_mask",
-           source.path.string());
+      fail(
+          ExitCode::kBadInput,
+          "{}: has no loss mask, which is asked of it; make it with data/tokenize.py --chat, or ask for none "
+          "(loss_mask in data.train, data.valid_loss_mask, which is of all held-out files, eval --loss-mask)",
+          source.path.string());
     if (file.vocab_size() > vocab_size) {
       fail(ExitCode::kBadInput,
            "{}: its vocabulary of {} tokens is larger than the model's {}; was it made with another "

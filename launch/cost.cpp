@@ -54,16 +54,16 @@ CostReport cost_as_claimed(const CostRequest& a) {
   }
   const auto counts = [](const char* name) { return count_weights(shape_of_model(name)).parameters; };
   std::optional<MeasuredClaim> measured;
-  if (!a.runs.empty())
-    measured = measured_claim(read_run_curve(a.runs.at(0)), read_run_curve(a.runs.at(1)), source_of(a));
+  if (!a.runs.empty()) {
+    const std::vector<RunCurve> runs = read_run_curves(a.runs);
+    measured = measured_claim(runs.at(0), runs.at(1), source_of(a));
+  }
   return claim_report(claim_readings(by_length, {}), measured,
                       card_readings(counts("marco-nano"), counts("qwen3-0.6b"), {}));
 }
 
 CostReport cost_of_runs(const CostRequest& a) {
-  std::vector<RunCurve> runs;
-  for (const std::string& run : a.runs) runs.push_back(read_run_curve(run));
-  return runs_report(runs, source_of(a));
+  return runs_report(read_run_curves(a.runs), source_of(a));
 }
 
 CostReport fit_of_runs(const CostRequest& a) {

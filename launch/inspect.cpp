@@ -89,6 +89,10 @@ json describe_hf(const fs::path& path, bool verify) {
 
 json describe(const fs::path& given, bool verify) {
   const fs::path path = newest_if_run(given);
+  if (fs::is_regular_file(path) && path.extension() == ".safetensors")  // a token file has any other name
+    fail(ExitCode::kBadInput,
+         "{}: a file of tensors, expected a model directory, a checkpoint or a token file{}", path.string(),
+         model_folder_hint(path));
   if (fs::is_regular_file(path)) return describe_tokens(path, verify);
   if (fs::exists(path / "manifest.json")) return describe_checkpoint(path, verify);
   if (fs::exists(path / "config.json")) return describe_hf(path, verify);
@@ -159,7 +163,11 @@ int run_inspect(const InspectArguments& a, Runtime& runtime) {
   run_agreed(runtime.world(), [&] {
     if (runtime.world().rank() != 0) return;
     json j = describe(a.path, a.verify);
-    if (!a.diff.empty()) j["difference"] = difference(a.path, a.diff);
+    if (!a.diff.empty()) {  // `inspect --diff A B` reads as if A were the first
+      j["first"] = a.path;
+      j["second"] = a.diff;
+      j["difference"] = difference(a.path, a.diff);
+    }
     print_result(a.as_json ? j.dump() + "\n" : plain(j));
   });
   return 0;
@@ -173,7 +181,8 @@ void add_inspect(CLI::App& app, Handler& handler) {
       "inspect", "What a model directory, checkpoint or token file holds; which experts a model chooses");
   as_path(command->add_option("path", a->path, "Model directory, checkpoint, run directory or token file")
               ->required());
-  as_path(command->add_option("--diff", a->diff, "Compare with another model directory or checkpoint"));
+  as_path(command->add_option(
+      "--diff", a->diff, "Compare PATH, the first, with another model directory or checkpoint, the second"));
   command->add_flag("--verify", a->verify,
                     "Read everything: checksums, non-finite values, tokens beyond the vocabulary");
   command->add_flag("--json", a->as_json, "One JSON object on standard output");

@@ -126,6 +126,17 @@ def told_apart(paths, names):
     return own
 
 
+def folder_names(paths):
+    """Each run's folder, behind as many of those above it as tell runs in folders of one name apart."""
+    names, parts = [], [path.resolve().parts for path in paths]
+    for own in parts:
+        length = 1
+        while any(other != own and other[-length:] == own[-length:] for other in parts):
+            length += 1
+        names.append(str(Path(*own[-length:])))
+    return names
+
+
 def read_groups(args):
     """The runs, each alone or those of one name together."""
     paths, labels, grouped = args.runs, args.label, args.group == "arm"
@@ -135,7 +146,7 @@ def read_groups(args):
     if wrong:
         print(f"upmoe: error: {wrong}", file=sys.stderr)
         raise SystemExit(2)
-    names = [display(name) for name in labels or [arm_of(p) if grouped else p.resolve().name for p in paths]]
+    names = [display(name) for name in labels or ([arm_of(p) for p in paths] if grouped else folder_names(paths))]
     lines = list(dict.fromkeys(names)) if grouped else range(len(names))
     colours = dict(zip(lines, palette(len(lines))))
     groups, own = {}, told_apart(paths, names) if grouped else names

@@ -112,19 +112,35 @@ def teacher_of(teacher):
             f"{teacher.get('temperature')}")
 
 
-def data_lines(start):
+def adapters_of(config):
+    """None where the weights themselves train."""
+    rank, targets = config.get("lora.rank"), config.get("lora.targets")
+    if not isinstance(rank, int) or rank < 1:
+        return None
+    return (f"rank {rank}, alpha {config.get('lora.alpha')}, targets "
+            f"{' '.join(map(str, targets)) if isinstance(targets, list) else targets}; they alone train")
+
+
+def counted(masked):
+    return ", of which the targets that its loss mask names count" if masked is True else ""
+
+
+def data_lines(start, config):
     yield str(at(start, "data", "words") or "not recorded")
-    files = at(start, "data", "train")
-    for file in files if isinstance(files, list) else []:
-        yield (f"{at(file, 'path')}: {count(at(file, 'tokens'))} tokens, {count(at(file, 'documents'))} documents, "
-               f"weight {at(file, 'weight')}, digest {at(file, 'identity') or 'unknown'}")
+    files, asked = at(start, "data", "train"), config.get("data.train")
+    for i, file in enumerate(files if isinstance(files, list) else []):
+        masked = at(asked[i], "loss_mask") if isinstance(asked, list) and i < len(asked) else None
+        yield (f"{at(file, 'path')}: {count(at(file, 'tokens'))} tokens{counted(masked)}, "
+               f"{count(at(file, 'documents'))} documents, weight {at(file, 'weight')}, "
+               f"digest {at(file, 'identity') or 'unknown'}")
 
 
-def held_out_lines(start):
+def held_out_lines(start, config):
     files = at(start, "data", "held_out")
     for file in files if isinstance(files, list) else []:
         name = f"{at(file, 'name')}: " if at(file, "name") else ""
-        yield f"{name}{at(file, 'path')}: {count(at(file, 'tokens'))} tokens, {count(at(file, 'sequences'))} sequences"
+        yield (f"{name}{at(file, 'path')}: {count(at(file, 'tokens'))} tokens"
+               f"{counted(config.get('data.valid_loss_mask'))}, {count(at(file, 'sequences'))} sequences")
 
 
 def training_of(config):
@@ -155,12 +171,15 @@ def facts_of(facts):
     rows += [("model", [model_of(facts.starts[0]) if last else str(source)]), ("frozen", [str(frozen)])]
     if isinstance(at(last, "teacher"), dict):
         rows.insert(-1, ("teacher", [teacher_of(last["teacher"])]))
+    if adapters := adapters_of(facts.config):
+        rows.insert(-1, ("adapters", [adapters]))
     if at(last, "kept_in_fp32"):
         rows.append(("kept in fp32", [str(last["kept_in_fp32"])]))
     if facts.config:
         rows.append(("training", [training_of(facts.config)]))
-    rows.append(("data", list(data_lines(last)) if last else [str(facts.config.get("data.train", "not recorded"))]))
-    if held_out := list(held_out_lines(last)):
+    data = data_lines(last, facts.config) if last else [str(facts.config.get("data.train", "not recorded"))]
+    rows.append(("data", list(data)))
+    if held_out := list(held_out_lines(last, facts.config)):
         rows.append(("held out", held_out))
     rows += [("mesh", [str(at(last, "mesh") or "not recorded")]), ("machine", [machine_of(last)]),
              ("program", [program_of(last) if last else "not recorded"])]

@@ -8,6 +8,12 @@
 #include "trainer/model_distance.h"
 
 namespace upmoe {
+
+void require_step_zero_tokens(const std::filesystem::path& source, const StepZeroRequest& request) {
+  const TokenSetsRequest tokens{.files = {request.tokens}, .seq_len = request.seq_len, .warns = false};
+  open_token_sets(*open_model(source), tokens);
+}
+
 StepZero measure_step_zero(const std::filesystem::path& source, const std::filesystem::path& made,
                            const StepZeroRequest& request) {
   const std::unique_ptr<ModelSource> dense = open_model(source), mixture = open_model(made);

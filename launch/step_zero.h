@@ -15,6 +15,10 @@ struct StepZeroRequest {
   Precision precision = Precision::kFp32;
 };
 
+// Throws Error(kBadInput) where measure_step_zero would for the tokens' sake: before a mixture is made, whose making
+// can take far longer than it takes to look.
+void require_step_zero_tokens(const std::filesystem::path& source, const StepZeroRequest& request);
+
 // On this rank alone, on the CPU, with both models in memory. Throws Error(kBadInput) when tokens and models do not
 // fit.
 StepZero measure_step_zero(const std::filesystem::path& source, const std::filesystem::path& made,

@@ -69,8 +69,12 @@ int run_upcycle(const UpcycleArguments& arguments, Runtime& runtime) {
   }
   if (arguments.plan) return static_cast<int>(ExitCode::kDone);
   UpcycleOptions options = arguments.options;
-  if (!arguments.check.tokens.empty())
+  if (!arguments.check.tokens.empty()) {
+    run_agreed(world, [&] {
+      if (world.rank() == 0) require_step_zero_tokens(options.from, arguments.check);
+    });
     options.check = [&](const std::filesystem::path& made) { return checked(arguments, made); };
+  }
   if (world.rank() == 0) note_idle_tokens(arguments, config);
   if (!arguments.prompts.files.empty() || !arguments.calibrate.files.empty())
     options.calibrate = [&] {

@@ -108,7 +108,8 @@ TEST_F(LossMask, AFileWithoutOneIsRefusedWhereItIsAskedFor) {
   EXPECT_THAT(message_of([&] {
                 TokenDataset({{path, 1.0, true}}, 8, false, 1, 100000);
               }),
-              HasSubstr("has no loss_mask"));
+              AllOf(HasSubstr("a.h5: has no loss mask"), HasSubstr("data.valid_loss_mask"),
+                    HasSubstr("--loss-mask")));
 }
 
 }  // namespace

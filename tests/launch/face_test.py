@@ -218,7 +218,25 @@ class Requests(cli_test.CliTest):
         self.refused(3, [snapshot, "snapshots/"], "train", self.write_run(), f"model.path={cache}")
         self.refused(3, [snapshot], "train", self.write_run(), f"model.path={cache}", "model.init=random")
         self.refused(3, [snapshot], "inspect", cache)
-        self.refused(3, [f"give its folder, {self.model}"], "eval", self.model / "model.safetensors", *data)
+        weights = self.model / "model.safetensors"
+        for words in (("eval", weights, *data), ("inspect", weights)):
+            self.refused(3, [f"give its folder, {self.model}"], *words)
+
+    def test_what_lies_beside_models_is_named(self):
+        adapter, checkpoints = self.folder / "adapter", self.folder / "run" / "checkpoints"
+        adapter.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (adapter / name).write_text("{}")
+        data = ("--data", self.tokens, "--seq-len", 16)
+        for given in (adapter, f"{adapter}/", adapter / "adapter_model.safetensors"):
+            for words in (("eval", given, *data), ("inspect", given), ("export", given, "--to", self.folder / "x")):
+                self.refused(3, [f"--merge-adapter {adapter}`"], *words)
+        self.refused(3, ["--merge-adapter"], "train", self.write_run(), f"model.path={adapter}")
+        (checkpoints / "step_00000002").mkdir(parents=True)
+        self.refused(3, ["neither a model directory"], "inspect", checkpoints)
+        (checkpoints / "step_00000002" / "manifest.json").write_text("{}")
+        for words in (("eval", checkpoints, *data), ("inspect", checkpoints)):
+            self.refused(3, [f"its run's folder, {checkpoints.parent},", checkpoints / "step_00000002"], *words)
 
     def test_an_option_without_effect_is_refused(self):
         recipe = ROOT / "configs" / "upcycle" / "qwen1.5-moe-a2.7b-tiny.yaml"

@@ -173,14 +173,33 @@ class ReportPage(report_test.RunDirectories):
                       "/models/<moe> (its weights)", "seed: 77"):
             self.assertIn(words, text)
 
+    def test_how_a_model_was_fine_tuned(self):
+        run = self.run_dir("run", [self.counted(1), self.counted(2)])
+        other = {"path": "/u.h5", "tokens": 55, "documents": 1, "weight": 1.0, "identity": "7"}
+        start = START | {"data": START["data"] | {"train": [*START["data"]["train"], other]}}
+        (run / "starts.jsonl").write_text(json.dumps(start) + "\n", encoding="utf-8")
+        masked = ", of which the targets that its loss mask names count"
+        for rank, asked, held_out_masked in ((8, "true", masked), (0, "false", "")):
+            (run / "config.yaml").write_text(
+                f"lora: {{rank: {rank}, alpha: 16, targets: [q_proj, up_proj]}}\ndata:\n  valid_loss_mask: {asked}\n"
+                "  train: [{path: t.h5, loss_mask: true}, {path: u.h5, loss_mask: false}]\n")
+            page = Page(self.page(run))
+            self.assertEqual("rank 8, alpha 16, targets q_proj up_proj; they alone train" in page.words, rank == 8)
+            text = " ".join(page.words)
+            self.assertIn(f"/t.h5: 4,321 tokens{masked}, 5 documents", text)
+            self.assertIn("/u.h5: 55 tokens, 1 documents", text)
+            self.assertIn(f"/v.h5: 777 tokens{held_out_masked}, 48 sequences", text)
+
     # Nothing in a file is taken at its word.
     def test_odd_records(self):
         for i, start in enumerate(({}, {"command": 3, "model": [], "data": {"train": 7}, "recipe": "x", "program": 1,
                                         "teacher": 5},
-                                   {"model": {"experts": 1}, "recipe": {"source": {"files": [1]}}, "hosts": "a"})):
+                                   {"model": {"experts": 1}, "recipe": {"source": {"files": [1]}}, "hosts": "a",
+                                    "data": {"train": [4, {}]}})):
             run = self.run_dir(f"odd_{i}", [self.counted(1), self.counted(2)])
             (run / "starts.jsonl").write_text(json.dumps(start) + "\n", encoding="utf-8")
-            (run / "config.yaml").write_text("[]" if i else "a: {b: [1, {c: </script>}]}", encoding="utf-8")
+            config = ("a: {b: [1, {c: </script>}]}", "[]", "data: {train: [3]}\nlora: {rank: x}")[i]
+            (run / "config.yaml").write_text(config, encoding="utf-8")
             self.assertEqual(Page(self.page(run)).open, [])
         broken = self.run_dir("broken", [self.counted(1)])
         (broken / "starts.jsonl").write_text(json.dumps(START) + "\nnonsense\n", encoding="utf-8")

@@ -117,6 +117,21 @@ class Report(RunDirectories):
             (runs[0] / "study.json").write_text(json.dumps(odd))
             self.assertEqual(report.arm_of(runs[0]), "run")
 
+    def test_lines_of_runs_in_folders_of_one_name_have_names_of_their_own(self):
+        for folder in ("a", "b", "b/a"):
+            (self.folder / folder).mkdir()
+        for asked, names in ((("a/run", "b/run", "a/other"), ["a/run", "b/run", "other"]),
+                             (("a/run", "b/a/run"), [f"{self.folder.resolve().name}/a/run", "b/a/run"]),
+                             (("a/run", "a/run"), ["run", "run"])):  # one run twice
+            runs = [self.folder / name for name in asked]
+            for run in {*runs} - {run for run in runs if run.exists()}:
+                self.run_dir(run.relative_to(self.folder), [step(1), step(2)])
+            groups = report.read_groups(argparse.Namespace(runs=runs, label=None, group="run", band=None,
+                                                           continued=False))
+            self.assertEqual([group.title for group in groups], names)
+            self.assertEqual([group.runs[0].title for group in groups], names)
+        self.assertEqual(report.folder_names([Path("/x"), Path("/y/x")]), ["/x", "y/x"])
+
     # Student's t of two values is 12.7: such an interval would be all that is seen.
     def test_two_runs_are_lines_and_three_an_interval(self):
         def group(count, banded=True):

@@ -95,6 +95,7 @@ class Forms(unittest.TestCase):
     def test_inspect(self):
         found = json.loads(self.upmoe("inspect", "--verify", "--json", "--diff", self.hf, self.store).stdout)
         self.assertEqual(found["difference"], [])
+        self.assertEqual((found["first"], found["second"]), (str(self.store), str(self.hf)))
         self.assertTrue(found["verified"])
         self.assertEqual(found["step"], 0)
         self.assertEqual({t["kind"] for t in found["tensors"]}, {"weight"})
@@ -139,6 +140,13 @@ class Forms(unittest.TestCase):
         self.assertEqual((found["tokens"], found["seq_len"]), (128, 32))
         refused = self.upcycle("refused", *check, "--form", "checkpoint", status=2).stderr
         self.assertIn("upmoe eval", refused)
+
+    def test_tokens_of_step_zero_are_looked_at_before_the_work(self):
+        for words, told in ((("nowhere.h5",), "nowhere.h5"),
+                            (("tokens.h5", "--check-seq-len", 10**9), "one sequence of 1000000000")):
+            said = self.upcycle("unmade", "--check", self.dir / words[0], *words[1:], ranks=2, status=3).stderr
+            self.assertIn(told, said)
+            self.assertNotIn("upcycling", said)
 
     # By the random inputs alone, which are always looked at.
     def test_an_error_above_1_is_told(self):

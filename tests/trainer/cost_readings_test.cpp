@@ -168,6 +168,11 @@ TEST(ShippedNames, TheNearestAndAll) {
   EXPECT_THAT(
       error_of([&] { shipped_or_own(models, "qwen1.5-7"); }, ExitCode::kUsage),
       AllOf(HasSubstr("no model 'qwen1.5-7'; did you mean 'qwen1.5-7b'?"), HasSubstr("qwen1.5-moe-a2.7b")));
+  // The begun name, though 'qwen1.5-32b' has fewer other letters; of several that begin so, the nearest.
+  EXPECT_THAT(error_of([&] { shipped_or_own(models, "qwen1.5-moe"); }, ExitCode::kUsage),
+              HasSubstr("did you mean 'qwen1.5-moe-a2.7b'?"));
+  EXPECT_THAT(error_of([&] { shipped_or_own(models, "qwen1.5-"); }, ExitCode::kUsage),
+              HasSubstr("did you mean 'qwen1.5-7b'?"));
 }
 
 class RunCurves : public testing::Test {
@@ -191,6 +196,19 @@ class RunCurves : public testing::Test {
   }
   test::TemporaryDirectory dir_;
 };
+
+TEST_F(RunCurves, OfOneNameAreCalledByTheFoldersAbove) {
+  const std::string a = run("a/moe", 3).string(), b = run("b/a/moe", 3).string() + "/";
+  const std::string c = (run("c/moe", 3) / "metrics.jsonl").string(), other = run("a/dense", 3).string();
+  const auto names = [](const std::vector<std::string>& runs) {
+    std::vector<std::string> found;
+    for (const RunCurve& curve : read_run_curves(runs)) found.push_back(curve.name);
+    return found;
+  };
+  EXPECT_THAT(names({a, c, other}), testing::ElementsAre("a/moe", "c/moe", "dense"));
+  EXPECT_THAT(names({a, b}), testing::ElementsAre(dir_.path().filename().string() + "/a/moe", "b/a/moe"));
+  EXPECT_THAT(names({a, a + "/"}), testing::ElementsAre("moe", "moe"));  // one run twice
+}
 
 TEST_F(RunCurves, CrossWhereTheyShould) {
   const RunCurve fast = read_run_curve(run("fast", 3)),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "kernels/core/check.h"
@@ -13,6 +14,22 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 namespace {
+
+// "runs/moe", "runs/moe/" and "runs/moe/metrics.jsonl" are all in runs/moe.
+fs::path folder_of(const fs::path& run) {
+  const fs::path folder = fs::absolute(fs::is_directory(run) ? run : run.parent_path()).lexically_normal();
+  return folder.has_filename() ? folder : folder.parent_path();
+}
+
+// The last `length` parts of a path, all of it where it has fewer.
+fs::path tail_of(const fs::path& path, std::ptrdiff_t length) {
+  fs::path tail;
+  for (auto part = std::next(path.begin(),
+                             std::max<std::ptrdiff_t>(0, std::distance(path.begin(), path.end()) - length));
+       part != path.end(); ++part)
+    tail /= *part;
+  return tail;
+}
 
 double between(double a, double b, double share) {
   return a + (b - a) * share;
@@ -102,15 +119,31 @@ RunCurve read_run_curve(const fs::path& run) {
   if (reader.training.empty())
     fail(ExitCode::kBadInput, "{}: has no step with a loss; nothing to compare", file.string());
   RunCurve curve;
-  // "runs/moe/" and "runs/moe/metrics.jsonl" are both called moe.
-  const fs::path folder = fs::absolute(directory ? run : run.parent_path()).lexically_normal();
-  curve.name = folder.has_filename() ? folder.filename().string() : folder.parent_path().filename().string();
+  curve.name = folder_of(run).filename().string();
   curve.spent = reader.spent;
   curve.counts_experts = reader.counts_experts;
   curve.held_out = reader.evaluations.size() > 1;
   curve.points =
       curve.held_out ? std::move(reader.evaluations) : smoothed(reader.training, reader.training.size() / 50);
   return curve;
+}
+
+std::vector<RunCurve> read_run_curves(const std::vector<std::string>& runs) {
+  std::vector<RunCurve> curves;
+  std::vector<fs::path> folders;
+  for (const std::string& run : runs) {
+    curves.push_back(read_run_curve(run));
+    folders.push_back(folder_of(run));
+  }
+  for (std::size_t i = 0; i < runs.size(); ++i) {
+    std::ptrdiff_t length = 1;
+    const auto shared = [&](const fs::path& other) {
+      return other != folders[i] && tail_of(other, length) == tail_of(folders[i], length);
+    };
+    while (std::any_of(folders.begin(), folders.end(), shared)) ++length;
+    curves[i].name = tail_of(folders[i], length).string();
+  }
+  return curves;
 }
 
 std::optional<Spent> spent_at(const RunCurve& curve, double loss) {

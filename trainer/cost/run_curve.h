@@ -36,6 +36,9 @@ struct RunCurve {
 // side, less at its ends. Lines of newer programs are passed over. Throws Error(kBadInput) that names file and line.
 RunCurve read_run_curve(const std::filesystem::path& run);
 
+// Of several: runs in folders of one name are called by as many of the folders above as tell them apart.
+std::vector<RunCurve> read_run_curves(const std::vector<std::string>& runs);
+
 // What the run had spent when it first came to `loss`, straight between two points; nothing when it never did.
 std::optional<Spent> spent_at(const RunCurve& curve, double loss);
 
