@@ -25,6 +25,9 @@ CLANG_FORMAT = "clang-format-14"
 SCOPE = re.compile(r"\b(namespace|class|struct|union|enum|extern)\b")
 TEXT = re.compile(r"""//[^\n]*|/\*.*?\*/|R"([^(\s]*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*\"|(?<!\w)'(?:\\.|[^'\\\n])+'""",
                   re.DOTALL)
+# Tests run beside each other, and variants of one test too: a name that is theirs in a folder of all would be shared.
+SHARED_FOLDER = re.compile(r"\b(TempDir|temp_directory_path)\(")
+OWN_FOLDER = "tests/support/temporary_directory.h"
 KEPT = re.compile(r"// (namespace|clang-format)")
 
 
@@ -89,6 +92,8 @@ def check_file(root, path):
     for number, line in enumerate(lines, 1):
         if LEFT_OVERS.search(line):
             yield f"{path}:{number}: finish it or leave it out: {line.strip()}"
+        if SHARED_FOLDER.search(line) and path.startswith("tests/") and suffix in CPP and path != OWN_FOLDER:
+            yield f"{path}:{number}: files of a test lie in a folder of its own, {OWN_FOLDER}"
         # clang-format sees to code and leaves comments alone: it would break their tables.
         if len(line) > MAX_COLUMN and (suffix in SCRIPTS or line.lstrip().startswith("//")):
             yield f"{path}:{number}: {len(line)} columns, at most {MAX_COLUMN}"

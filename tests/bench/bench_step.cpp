@@ -14,6 +14,7 @@
 #include "kernels/core/gpu.h"
 #include "launch/command_line.h"
 #include "parallel/runtime.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/support/token_file_writer.h"
 #include "trainer/trainer.h"
 
@@ -104,12 +105,13 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   return r;
 }
 
-std::filesystem::path random_tokens(const Options& o, std::int64_t vocab) {
+std::filesystem::path random_tokens(const std::filesystem::path& folder, const Options& o,
+                                    std::int64_t vocab) {
   std::vector<std::uint32_t> tokens(static_cast<std::size_t>(o.tokens * o.micro_batches * (o.steps + 1) + 1));
   std::minstd_rand random(1);
   for (std::uint32_t& t : tokens)
     t = static_cast<std::uint32_t>(random() % static_cast<std::uint64_t>(vocab));
-  const auto path = std::filesystem::temp_directory_path() / fmt::format("bench_step_{}.h5", ::getpid());
+  const auto path = folder / "tokens.h5";
   write_token_file(path, tokens, {}, vocab);
   return path;
 }
@@ -176,7 +178,8 @@ void run(const Options& o, Runtime& runtime) {
               o.seq_len);
   const Device device = runtime.choose_device(o.device);
   const ModelConfig model = model_of(o);
-  const std::filesystem::path tokens = random_tokens(o, model.vocab_size);
+  const test::TemporaryDirectory folder;
+  const std::filesystem::path tokens = random_tokens(folder.path(), o, model.vocab_size);
   const RunConfig config = run_of(o, tokens);
   if (const auto problems = problems_of(config, model, 1); !problems.empty())
     fail(ExitCode::kUsage, "{}", problems.front());
@@ -200,7 +203,6 @@ void run(const Options& o, Runtime& runtime) {
              device.type == DeviceType::kCuda ? gpu::name_of(device.index) : "cpu",
              use.parameters + use.gradients, use.optimizer, use.scratch);
   if (o.profile) profile(s, trainer, o.steps + 1);
-  std::filesystem::remove(tokens);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "configs/timed_tables.h"
 #include "kernels/core/check.h"
+#include "tests/support/temporary_directory.h"
 
 namespace upmoe {
 namespace {
@@ -169,9 +170,8 @@ TEST(ExpertVariants, ADamagedTableIsAnErrorInWords) {
 }
 
 TEST(ExpertVariants, ATableThatCannotBeWrittenIsAnErrorInWords) {
-  const std::filesystem::path folder = testing::TempDir();
-  const std::filesystem::path within = folder / "no such folder" / "table.yaml";
-  for (const auto& file : {folder, within}) {
+  const test::TemporaryDirectory folder;
+  for (const auto& file : {folder.path(), folder.path() / "no such folder" / "table.yaml"}) {
     try {
       write_timed_tables(file, "tables: []\n");
       FAIL() << file;

@@ -10,6 +10,7 @@
 
 #include "configs/families/family.h"
 #include "tests/support/config_json.h"
+#include "tests/support/temporary_directory.h"
 
 namespace upmoe {
 namespace {
@@ -236,8 +237,8 @@ TEST(ModelConfig, AllProblemsAtOnce) {
 }
 
 TEST(ModelConfig, ReadsDirectoriesAndNamesTheFile) {
-  const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "model_config_test";
-  std::filesystem::create_directories(dir);
+  const test::TemporaryDirectory folder;
+  const std::filesystem::path& dir = folder.path();
   std::ofstream(dir / "config.json") << moe();
   EXPECT_EQ(read_model_config(dir).num_experts, 60);
   EXPECT_EQ(read_model_config(dir / "config.json").num_experts, 60);
@@ -249,7 +250,6 @@ TEST(ModelConfig, ReadsDirectoriesAndNamesTheFile) {
     EXPECT_EQ(e.code(), ExitCode::kBadInput);
     EXPECT_THAT(e.what(), HasSubstr((dir / "config.json").string()));
   }
-  std::filesystem::remove_all(dir);
 }
 
 TEST(ModelConfig, TheGoldenModelsAreRead) {

@@ -10,6 +10,7 @@
 
 #include "configs/nearest_name.h"
 #include "configs/schema.h"
+#include "tests/support/temporary_directory.h"
 
 namespace upmoe {
 namespace {
@@ -146,12 +147,12 @@ TEST(YamlReader, Utf8) {
 
 TEST(YamlReader, Files) {
   EXPECT_THROW(read_text_file("/nonexistent/file.yaml"), Error);
-  EXPECT_THROW(read_text_file(testing::TempDir()), Error);
-  const std::string path = testing::TempDir() + "/yaml_reader_test_large";
+  const test::TemporaryDirectory folder;
+  EXPECT_THROW(read_text_file(folder.path()), Error);
+  const std::filesystem::path path = folder.path() / "large";
   std::ofstream(path) << std::string(101, 'x');
   EXPECT_EQ(read_text_file(path, 101).size(), 101u);
   EXPECT_THROW(read_text_file(path, 100), Error);
-  std::filesystem::remove(path);
 }
 
 TEST(YamlReader, ProblemsAreThrownTogether) {

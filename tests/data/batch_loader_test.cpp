@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "kernels/core/check.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/support/token_file_writer.h"
 
 namespace upmoe {
@@ -21,10 +22,6 @@ class Loader : public testing::Test {
  protected:
   static constexpr std::int64_t kSeq = 4, kVocab = 5000;
   void SetUp() override {
-    dir_ =
-        fs::path(testing::TempDir()) /
-        fmt::format("batches_{}_{}", getpid(), testing::UnitTest::GetInstance()->current_test_info()->name());
-    fs::create_directories(dir_);
     std::vector<std::uint32_t> tokens;
     std::vector<std::int64_t> ends;
     for (std::uint32_t i = 0; i < 401; ++i) {
@@ -36,7 +33,6 @@ class Loader : public testing::Test {
     tokens[4 * 9] = kVocab;  // in sequence 9, and a target of sequence 8
     write_token_file(dir_ / "broken.h5", tokens, ends, kVocab);
   }
-  void TearDown() override { fs::remove_all(dir_); }
 
   TokenDataset dataset(bool shuffle, const char* name = "tokens.h5") const {
     return TokenDataset({{dir_ / name, 1.0}}, kSeq, shuffle, 3, kVocab);
@@ -45,7 +41,8 @@ class Loader : public testing::Test {
     return {v.as<std::int32_t>(), v.as<std::int32_t>() + v.elements()};
   }
 
-  fs::path dir_;
+  const test::TemporaryDirectory folder_;
+  const fs::path& dir_ = folder_.path();
 };
 
 // (step, micro-batch) -> all four arrays, as the ranks of one layout get them together.

@@ -10,6 +10,7 @@
 
 #include "data/token_formats/hdf5_token_file.h"
 #include "kernels/core/check.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/support/token_file_writer.h"
 
 namespace upmoe {
@@ -17,13 +18,9 @@ namespace upmoe {
 class TokenFiles : public testing::Test {
  protected:
   void SetUp() override {
-    dir_ =
-        std::filesystem::path(testing::TempDir()) /
-        fmt::format("tokens_{}_{}", getpid(), testing::UnitTest::GetInstance()->current_test_info()->name());
     std::filesystem::remove_all(dir_);
     std::filesystem::create_directories(dir_);
   }
-  void TearDown() override { std::filesystem::remove_all(dir_); }
 
   // Tokens first, first + 1, ... so that a value tells its place.
   std::filesystem::path write(const std::string& name, std::uint32_t count,
@@ -65,7 +62,8 @@ class TokenFiles : public testing::Test {
     return tokens;
   }
 
-  std::filesystem::path dir_;
+  const test::TemporaryDirectory folder_;
+  const std::filesystem::path dir_ = folder_.path() / "files";
 };
 
 }  // namespace upmoe

@@ -15,6 +15,7 @@
 #include "kernels/core/philox.h"
 #include "tests/fuzz/fuzz_entries.h"
 #include "tests/support/read_file.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/support/token_file_writer.h"
 
 namespace upmoe {
@@ -156,13 +157,13 @@ int accepted_of(int count, std::uint64_t seed, const std::vector<std::string>& c
 }
 
 TEST(Mutations, TokenFiles) {
-  const fs::path path = fs::path(testing::TempDir()) / fmt::format("mutation_{}.h5", ::getpid());
+  const test::TemporaryDirectory folder;
+  const fs::path path = folder.path() / "tokens.h5";
   std::vector<std::uint32_t> tokens(500);
   for (std::uint32_t i = 0; i < 500; ++i) tokens[i] = i % 64;
   write_token_file(path, tokens, {100, 250, 500}, 64);
   const std::vector<std::string> corpus{test::read_file(path),
                                         test::read_file(UPMOE_SOURCE_DIR "/tests/data/from_tokenize.h5")};
-  fs::remove(path);
   EXPECT_GT(accepted_of(4'000, 2'000'000, corpus, fuzz::token_file), 10);
 }
 

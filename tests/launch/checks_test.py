@@ -112,6 +112,12 @@ class Style(unittest.TestCase):
         code, output = run_check("check_style.py", {"data/a.cpp": text})
         self.assertEqual(code, 0, output)
 
+    def test_a_test_with_files_in_a_folder_of_all(self):
+        for call in ("testing::TempDir()", "std::filesystem::temp_directory_path()"):
+            self.refused("tests/data/a_test.cpp", f"const auto path = {call};\n", "in a folder of its own")
+        code, output = run_check("check_style.py", {"data/a.cpp": "const auto path = temp_directory_path();\n"})
+        self.assertEqual(code, 0, output)
+
     def test_long_comment(self):
         self.refused("data/a.cpp", "// " + "word " * 24 + "end\n", "columns, at most 120")
 

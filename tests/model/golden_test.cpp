@@ -7,6 +7,7 @@
 #include "parallel/self_comm.h"
 #include "tests/support/golden.h"
 #include "tests/support/same_batch.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/support/test_device.h"
 #include "tests/support/tolerance.h"
 #include "trainer/trainer.h"
@@ -29,14 +30,14 @@ std::vector<float> copy(Exec& ex, ConstTensorView v) {
 struct Loaded {
   explicit Loaded(const std::string& name, std::int64_t micro_batch = 4)
       : golden(name),
-        tokens(std::filesystem::path(testing::TempDir()) / fmt::format("golden_{}_{}.h5", name, micro_batch)),
-        session(golden.run(tokens, micro_batch, 1), golden.config(), *self, test::test_exec().device) {
+        session(golden.run(folder.path() / "tokens.h5", micro_batch, 1), golden.config(), *self,
+                test::test_exec().device) {
     session.params.load(session.memory.exec, golden.reader());
     session.optimizer.reset(session.memory.exec);
     session.open_data(0);
   }
   Golden golden;
-  std::filesystem::path tokens;
+  test::TemporaryDirectory folder;
   std::unique_ptr<Communicator> self = make_self_communicator();
   Session session;
 };

@@ -17,6 +17,7 @@
 #include "parallel/thread_comm.h"
 #include "tests/support/drawn.h"
 #include "tests/support/golden.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/support/test_device.h"
 #include "trainer/trainer.h"
 
@@ -274,8 +275,8 @@ inline void place(Exec& ex, Tensors& all, const std::string& name, const StoredP
 inline void run_rank(Communicator& world, const Golden& golden, const Layout& layout, Outcome& outcome,
                      std::mutex& mutex, const std::function<void(Session&)>& prepare = {},
                      const std::function<void(Session&)>& after = {}) {
-  const std::filesystem::path tokens =
-      std::filesystem::temp_directory_path() / fmt::format("layout_{}_{}.h5", ::getpid(), world.rank());
+  const TemporaryDirectory folder;
+  const std::filesystem::path tokens = folder.path() / "tokens.h5";
   golden.write_tokens(tokens, make_loss_mask(layout.loss_mask, golden));
   const RunConfig run = run_of(layout, golden, tokens);
   const std::vector<std::string> problems = problems_of(run, config_of(layout, golden), world.size());
@@ -320,7 +321,6 @@ inline void run_rank(Communicator& world, const Golden& golden, const Layout& la
     if (!p.spec.trained && p.owned.size() > 0)
       place(s.memory.exec, outcome.buffers, p.spec.name, p, p.owned_value());
   if (after) after(s);
-  std::filesystem::remove(tokens);
 }
 
 // `prepare` as of run_rank().

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "tests/support/layout_run.h"
+#include "tests/support/temporary_directory.h"
 
 namespace upmoe::test {
 
@@ -72,7 +73,8 @@ inline RankSeen run_balanced_rank(const ReadParam& weights, const RunConfig& run
 
 inline BalancedRun run_balanced(const Layout& layout) {
   const Golden golden(layout.model);
-  const fs::path tokens = fs::path(testing::TempDir()) / fmt::format("balanced_{}.h5", ::getpid());
+  const TemporaryDirectory folder;
+  const fs::path tokens = folder.path() / "tokens.h5";
   BalancedRun done{run_of(layout, golden, tokens), balanced_config(layout, golden), {}};
   golden.write_tokens(tokens, make_loss_mask(layout.loss_mask, golden));
   done.ranks.resize(static_cast<std::size_t>(layout.mesh.world()));
@@ -80,7 +82,6 @@ inline BalancedRun run_balanced(const Layout& layout) {
     done.ranks[static_cast<std::size_t>(world.rank())] =
         run_balanced_rank(weights_of(layout, golden), done.run, done.config, world);
   });
-  fs::remove(tokens);
   return done;
 }
 

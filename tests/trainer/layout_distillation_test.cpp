@@ -10,6 +10,7 @@
 #include "tests/support/layout_outcomes.h"
 #include "tests/support/reference_model.h"
 #include "tests/support/taught.h"
+#include "tests/support/temporary_directory.h"
 #include "trainer/evaluation.h"
 #include "trainer/rehearsal.h"
 
@@ -103,8 +104,8 @@ Logits logits_of(const Golden& golden, const Golden& data_of, LossMask mask, dou
       out.as<float>()[i++] = whole[static_cast<std::size_t>(at)];
     });
   });
-  const std::filesystem::path tokens =
-      std::filesystem::temp_directory_path() / fmt::format("distilled_{}.h5", ::getpid());
+  const test::TemporaryDirectory folder;
+  const std::filesystem::path tokens = folder.path() / "tokens.h5";
   data_of.write_tokens(tokens, make_loss_mask(mask, data_of));
   const TokenDataset data({{tokens, 1.0, mask != LossMask::kNone}}, data_of.seq_len(), false, 1,
                           golden.config().vocab_size);
@@ -122,7 +123,6 @@ Logits logits_of(const Golden& golden, const Golden& data_of, LossMask mask, dou
     }
   };
   evaluate(model, data, {.sequences = 4, .micro_batch = 1}, add);
-  std::filesystem::remove(tokens);
   return all;
 }
 

@@ -6,6 +6,7 @@
 #include "configs/adapter_params.h"
 #include "data/merged_weights.h"
 #include "tests/support/layout_outcomes.h"
+#include "tests/support/temporary_directory.h"
 #include "trainer/freeze.h"
 #include "trainer/rehearsal.h"
 
@@ -123,8 +124,8 @@ struct FirstStep {
 FirstStep first_step(const Layout& l, const Golden& golden, const ReadParam& read) {
   FirstStep step;
   run_in_threads(1, [&](Communicator& world) {
-    const std::filesystem::path tokens =
-        std::filesystem::temp_directory_path() / fmt::format("lora_{}.h5", ::getpid());
+    const test::TemporaryDirectory folder;
+    const std::filesystem::path tokens = folder.path() / "tokens.h5";
     golden.write_tokens(tokens);
     Session s(test::run_of(l, golden, tokens), test::config_of(l, golden), world);
     s.params.load(s.memory.exec, read);
@@ -136,7 +137,6 @@ FirstStep first_step(const Layout& l, const Golden& golden, const ReadParam& rea
     for (const StoredParam& p : s.params.all())
       if (p.trains())
         step.gradients[p.spec.name].assign(p.grad.as<float>(), p.grad.as<float>() + p.grad.elements());
-    std::filesystem::remove(tokens);
   });
   return step;
 }

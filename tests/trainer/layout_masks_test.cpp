@@ -9,6 +9,7 @@
 #include "parallel/self_comm.h"
 #include "tests/support/layout_outcomes.h"
 #include "tests/support/reference_model.h"
+#include "tests/support/temporary_directory.h"
 #include "trainer/evaluation.h"
 #include "trainer/stage_cost.h"
 
@@ -55,8 +56,8 @@ double naive_loss(const Golden& golden, const Layout& l, double step, const Tens
       out.as<float>()[i++] = whole[static_cast<std::size_t>(at)];
     });
   });
-  const std::filesystem::path tokens =
-      std::filesystem::temp_directory_path() / fmt::format("naive_{}.h5", ::getpid());
+  const test::TemporaryDirectory folder;
+  const std::filesystem::path tokens = folder.path() / "tokens.h5";
   golden.write_tokens(tokens, make_loss_mask(l.loss_mask, golden));
   const TokenDataset data({{tokens, 1.0, true}}, golden.seq_len(), false, 1, config.vocab_size);
   const auto V = static_cast<std::size_t>(config.vocab_size), S = static_cast<std::size_t>(golden.seq_len());
@@ -74,7 +75,6 @@ double naive_loss(const Golden& golden, const Layout& l, double step, const Tens
     }
   };
   const EvalResult result = evaluate(model, data, {.sequences = 4, .micro_batch = 1}, add);
-  std::filesystem::remove(tokens);
   EXPECT_NEAR(result.loss, sum / count, test::kUnit * result.loss);  // of the same logits
   EXPECT_EQ(static_cast<double>(result.tokens), count);
   return sum / count;
@@ -129,8 +129,8 @@ TEST(LossMasks, HeldOutTargetsAreCountedOnce) {
   for (const MeshSpec& mesh : {MeshSpec{1, 2, 1, 1, 2, 1}, MeshSpec{1, 1, 1, 2, 1, 1},
                                MeshSpec{1, 1, 2, 1, 1, 1}, MeshSpec{2, 1, 1, 1, 1, 1}})
     run_in_threads(mesh.world(), [&](Communicator& world) {
-      const std::filesystem::path tokens =
-          std::filesystem::temp_directory_path() / fmt::format("held_out_{}_{}.h5", ::getpid(), world.rank());
+      const test::TemporaryDirectory folder;
+      const std::filesystem::path tokens = folder.path() / "tokens.h5";
       golden.write_tokens(tokens, mask);
       Layout at = l;
       at.mesh = mesh;
@@ -142,7 +142,6 @@ TEST(LossMasks, HeldOutTargetsAreCountedOnce) {
       const EvalResult result = evaluate(model, data, {.sequences = 4, .micro_batch = 1});
       EXPECT_EQ(result.tokens, counted) << mesh.str();
       EXPECT_NEAR(result.loss, expected, test::kMeanLossRounding * expected) << mesh.str();
-      std::filesystem::remove(tokens);
     });
 }
 
@@ -196,8 +195,8 @@ TEST(LossMasks, AStepWithoutAnyIsRefusedInWords) {
     Layout l{"moe_a27b", mesh, 1};
     l.loss_mask = LossMask::kNothing;
     const Golden golden(l.model);
-    const std::filesystem::path tokens =
-        std::filesystem::temp_directory_path() / fmt::format("no_targets_{}.h5", ::getpid());
+    const test::TemporaryDirectory folder;
+    const std::filesystem::path tokens = folder.path() / "tokens.h5";
     golden.write_tokens(tokens, make_loss_mask(l.loss_mask, golden));
     try {
       run_in_threads(mesh.world(), [&](Communicator& world) {
@@ -212,7 +211,6 @@ TEST(LossMasks, AStepWithoutAnyIsRefusedInWords) {
       EXPECT_EQ(e.code(), ExitCode::kBadInput);
       EXPECT_NE(std::string(e.what()).find("step 1: loss masks leave none"), std::string::npos) << e.what();
     }
-    std::filesystem::remove(tokens);
   }
 }
 

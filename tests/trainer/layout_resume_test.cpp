@@ -8,6 +8,7 @@
 #include "kernels/core/philox.h"
 #include "parallel/thread_comm.h"
 #include "tests/support/layout_outcomes.h"
+#include "tests/support/temporary_directory.h"
 #include "trainer/checkpoint.h"
 #include "trainer/checkpoint_choice.h"
 
@@ -84,15 +85,13 @@ struct Halves {
 
 // The whole run: the first half under `from`, the second from its checkpoint on under `to`.
 Halves in_halves(const Layout& from, const Layout& to) {
-  const fs::path dir = fs::path(testing::TempDir()) / fmt::format("in_halves_{}", ::getpid());
-  fs::remove_all(dir);
-  fs::create_directories(dir);
+  const test::TemporaryDirectory folder;
+  const fs::path& dir = folder.path();
   Halves run;
   Tensors start;
   run.losses = half_run(from, dir, false, start, run.saved);
   const std::vector<double> rest = half_run(to, dir, true, run.loaded, run.end);
   run.losses.insert(run.losses.end(), rest.begin(), rest.end());
-  fs::remove_all(dir);
   return run;
 }
 
@@ -215,7 +214,8 @@ class Fp32Routers : public testing::Test {
     EXPECT_GT(buffers, 0);
   }
 
-  const fs::path dir_ = fs::path(testing::TempDir()) / fmt::format("fp32_routers_{}", ::getpid());
+  const test::TemporaryDirectory folder_;
+  const fs::path dir_ = folder_.path() / "run";
   Tensors start_, saved_, loaded_, end_;
 };
 

@@ -8,6 +8,7 @@
 #include "parallel/self_comm.h"
 #include "tests/support/full_size.h"
 #include "tests/support/layout_run.h"
+#include "tests/support/temporary_directory.h"
 #include "trainer/rehearsal.h"
 
 namespace upmoe::test {
@@ -15,9 +16,8 @@ namespace {
 
 // Of the first step of a golden run, on the CPU.
 Cost real_step(const Golden& golden, Recompute recompute) {
-  const std::filesystem::path tokens =
-      std::filesystem::path(testing::TempDir()) / fmt::format("model_cost_{}.h5", ::getpid());
-  RunConfig run = golden.run(tokens, 2, 1);
+  const TemporaryDirectory folder;
+  RunConfig run = golden.run(folder.path() / "tokens.h5", 2, 1);
   run.train.recompute = recompute;
   const auto self = make_self_communicator();
   Session s(run, golden.config(), *self);
@@ -25,7 +25,6 @@ Cost real_step(const Golden& golden, Recompute recompute) {
   s.optimizer.reset(s.memory.exec);
   s.open_data(0);
   const StepReport report = Trainer(s).step(1);
-  std::filesystem::remove(tokens);
   const Cost cost = s.memory.ledger.total();
   EXPECT_EQ(report.flops_per_rank, cost.model_flops);
   EXPECT_EQ(report.computed_flops_per_rank, cost.model_flops + cost.model_again);

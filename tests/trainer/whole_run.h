@@ -10,6 +10,7 @@
 
 #include "data/shard_store.h"
 #include "parallel/thread_comm.h"
+#include "tests/support/temporary_directory.h"
 #include "tests/support/token_file.h"
 #include "trainer/training_run.h"
 
@@ -22,9 +23,6 @@ constexpr std::int64_t kSeq = 16, kVocab = 64;
 class WholeRun : public testing::Test {
  protected:
   void SetUp() override {
-    dir_ = fs::path(testing::TempDir()) /
-           fmt::format("whole_run_{}_{}", getpid(),
-                       testing::UnitTest::GetInstance()->current_test_info()->name());
     fs::remove_all(dir_);
     fs::create_directories(dir_ / "model");
     std::ofstream(dir_ / "model/config.json")
@@ -43,7 +41,6 @@ class WholeRun : public testing::Test {
     }
     write_token_file(dir_ / "tokens.h5", tokens, {}, kVocab);
   }
-  void TearDown() override { fs::remove_all(dir_); }
 
   RunConfig config(const std::string& name, std::int64_t steps, int ep,
                    Precision precision = Precision::kFp32) const {
@@ -95,7 +92,8 @@ class WholeRun : public testing::Test {
     return dir_ / name / "checkpoints" / fmt::format("step_{:08}", step);
   }
 
-  fs::path dir_;
+  const TemporaryDirectory folder_;
+  const fs::path dir_ = folder_.path() / "run";
 };
 
 }  // namespace upmoe::test
