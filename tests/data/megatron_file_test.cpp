@@ -220,7 +220,7 @@ TEST_F(MegatronFiles, TokensBeyondTheModelsVocabularyAreRefused) {
   EXPECT_THAT(message_of([&] {
                 TokenDataset({{path, 1.0, true}}, 64, false, 1, 65);
               }),
-              HasSubstr("no loss_mask"));
+              HasSubstr("no loss mask"));
 }
 
 TEST_F(MegatronFiles, AResumeKnowsAnotherIndexAndAnotherSize) {
