@@ -64,7 +64,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert (self.path, asked["model"], asked["temperature"]) == ("/v1/completions", "upmoe", 0)
         self.answer({"choices": [{"token_ids": [int(t) for t in os.environ["ANSWER"].split(",")]}]})
 if os.environ.get("DIES"):
-    print("WARNING: this can cause OSError: too many files\\noptions: trust_remote_code=False")
+    print("WARNING: this can cause OSError: too many files\\noptions: trust_remote_code=False", flush=True)
     sys.exit(os.environ["DIES"])
 http.server.HTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
 """
