@@ -273,8 +273,7 @@ def vllm(m):
              "--served-model-name", "upmoe", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
              "--enforce-eager",
              "--max-model-len", str(min(m.config["max_position_embeddings"], 2048)), "--gpu-memory-utilization", "0.3"],
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             wait_for(server, address, log)
             answer = json.loads(asked(f"{address}/v1/completions", {
@@ -326,8 +325,9 @@ def main():
         return 0
     if len(sys.argv) != 4 or sys.argv[1] not in STEPS:
         raise BadUsage(f"usage: serving_steps.py STEP EXPORT OUT, STEP one of {' '.join(STEPS)}")
-    # Nothing is fetched: the model is here, and so is the task.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Nothing is fetched, the model is here, and so is the task; nothing is told either.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+                   "TOKENIZERS_PARALLELISM": "false"}
     step, (work, packages) = sys.argv[1], STEPS[sys.argv[1]]
     model = Model(*sys.argv[2:])
     status, words = outcome(work, model)

@@ -204,13 +204,13 @@ def main():
     results, versions = [], {"python": sys.version.split()[0]}
     versions["upmoe"] = subprocess.run([args.binary, "--version"], capture_output=True, text=True,
                                        check=True).stdout.strip()
-    print("the machine's products", file=sys.stderr, flush=True)
-    rates = product_rates(args)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
         (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
         write_weights(Path(folder), config, args.prompt)
+        print("the machine's products", file=sys.stderr, flush=True)
+        rates = product_rates(args)
         for precision in args.precisions:
             rounds = []
             for number in range(args.rounds):
