@@ -128,9 +128,12 @@ class _Mixture(Family):
     def expert_count(self, config):
         return config[self.count]
 
-    def keys(self, config):
+    def counts(self, config):
         yield "expert_count", "uint32", self.expert_count(config)
         yield "expert_used_count", "uint32", config["num_experts_per_tok"]
+
+    def keys(self, config):
+        yield from self.counts(config)
         yield "expert_feed_forward_length", "uint32", config["moe_intermediate_size"]
 
     def refusals(self, config):
@@ -147,8 +150,7 @@ class _Mixtral(_Mixture):
     count = "num_local_experts"
 
     def keys(self, config):
-        yield "expert_count", "uint32", self.expert_count(config)
-        yield "expert_used_count", "uint32", config["num_experts_per_tok"]
+        yield from self.counts(config)
 
 
 class _Qwen2Moe(_Mixture, _WholeHeads):
@@ -227,8 +229,7 @@ class _Dbrx(_Mixture):
               "ffn.experts.mlp.w2": "ffn_down_exps.weight"}
 
     def keys(self, config):
-        yield "expert_count", "uint32", self.expert_count(config)
-        yield "expert_used_count", "uint32", config["num_experts_per_tok"]
+        yield from self.counts(config)
         yield "attention.clamp_kqv", "float32", config["attn_config"]["clip_qkv"]
 
     def norm_keys(self, config):
