@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Plants one error at a time (layouts, GPU path, what is counted, families) and shows that the tests find it.
 
-By hand, not in ctest: every mutant is built. usage: tests/mutants.py [--places] [--build DIR] [NAME ...]
-The tree is copied first, so nothing here changes.
+By hand, not in ctest: every mutant is built, which takes hours for all of them (with ccache, where it is installed,
+fewer). usage: tests/mutants.py [--places] [--build DIR] [--record FILE] [NAME ...]
+The tree is copied first, so nothing here changes. With --record a run that was cut off goes on where it was.
 """
 
 import argparse
+import datetime
 import difflib
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -87,8 +91,43 @@ def copy_tree(tree):
 LAYOUTS = "layout_equivalence_test"
 
 
+def configure(tree, out):
+    """With a cache of compilations if there is one: a source that is mended again is then not compiled again."""
+    launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
+    return run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+                f"-DUPMOE_PYTHON={sys.executable}", *launcher])
+
+
 def build(tree, out, *programs):
     return run(["cmake", "--build", out, "--target", *programs, "-j2"], cwd=tree)
+
+
+class Record:
+    """A line of JSON for each mutant that was tried: name, a digest of what was planted, result, commit, date."""
+
+    def __init__(self, path):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+        self.results = {entry["name"]: entry for entry in map(json.loads, lines)}
+        self.commit = run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]).stdout.strip()
+
+    @staticmethod
+    def digest(mutant):
+        return hashlib.sha256(json.dumps(mutant).encode()).hexdigest()[:16]
+
+    def has_caught(self, name, mutant):
+        entry = self.results.get(name)
+        return entry is not None and entry["result"] == "caught" and entry["mutant"] == self.digest(mutant)
+
+    def add(self, name, mutant, result, failed, seconds):
+        if not self.path:
+            return
+        entry = {"name": name, "mutant": self.digest(mutant), "result": result, "tests_failed": failed,
+                 "seconds": round(seconds, 1), "commit": self.commit,
+                 "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        self.results[name] = entry
+        lines = [json.dumps(self.results[known]) for known in sorted(self.results)]
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def caught(out, tests, program):
@@ -104,16 +143,36 @@ def caught(out, tests, program):
     return done.returncode != 0, failed, time.monotonic() - began
 
 
+def try_mutant(tree, out, name, record):
+    """Whether the tests find it. One that does not build is no mutant: told, and counted as not found."""
+    path, old, new, tests, program = (*MUTANTS[name], LAYOUTS)[:5]
+    source = (tree / path).read_text(encoding="utf-8")
+    (tree / path).write_text(source.replace(old, new), encoding="utf-8")
+    done = build(tree, out, program)
+    found, failed, seconds = caught(out, tests, program) if done.returncode == 0 else (False, 0, 0.0)
+    (tree / path).write_text(source, encoding="utf-8")
+    word = "NO BUILD" if done.returncode != 0 else {True: "caught", False: "SURVIVED", None: "HANGS"}[found]
+    print(f"{name:50}{word:10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
+    if done.returncode != 0:
+        print(f"{done.stdout[-2000:]}{done.stderr[-2000:]}", flush=True)
+    record.add(name, MUTANTS[name], word, failed, seconds)
+    return bool(found)
+
+
 def main():
-    args = parse_arguments(__doc__, MUTANTS, ("--build", {"type": Path, "default": ROOT / "build" / "mutants"}))
+    args = parse_arguments(__doc__, MUTANTS, ("--build", {"type": Path, "default": ROOT / "build" / "mutants"}),
+                           ("--record", {"type": Path, "help": "results are added to this file, and what it has as "
+                                                               "caught is not tried again"}))
     check_places(MUTANTS, args.names)
     if args.places:
         return
+    record = Record(args.record)
+    names = [name for name in args.names if not record.has_caught(name, MUTANTS[name])]
+    names.sort(key=lambda name: ((*MUTANTS[name], LAYOUTS)[4], MUTANTS[name][0]))  # few changes of program and source
     tree, out = args.build / "tree", args.build / "out"
     copy_tree(tree)
-    done = run(["cmake", "-S", tree, "-B", out, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-                f"-DUPMOE_PYTHON={sys.executable}"])
-    programs = sorted({LAYOUTS, *(p for name in args.names for p in MUTANTS[name][4:])})
+    done = configure(tree, out)
+    programs = sorted({LAYOUTS, *(p for name in names for p in MUTANTS[name][4:])})
     if done.returncode == 0:
         done = build(tree, out, *programs)
     if done.returncode != 0:
@@ -121,20 +180,9 @@ def main():
     for program in programs:
         if caught(out, "*", program)[0] is not False:
             raise SystemExit(f"{program} fails or hangs without any mutant")
-    survivors = []
-    for name in args.names:
-        path, old, new, tests, program = (*MUTANTS[name], LAYOUTS)[:5]
-        source = (tree / path).read_text(encoding="utf-8")
-        (tree / path).write_text(source.replace(old, new), encoding="utf-8")
-        done = build(tree, out, program)
-        if done.returncode != 0:
-            raise SystemExit(f"{name} does not build:\n{done.stdout[-3000:]}")
-        found, failed, seconds = caught(out, tests, program)
-        word = {True: "caught", False: "SURVIVED", None: "HANGS"}[found]
-        print(f"{name:50}{word:10}{failed:5} tests failed{seconds:7.1f} s", flush=True)
-        if not found:
-            survivors.append(name)
-        (tree / path).write_text(source, encoding="utf-8")
+    survivors = [name for name in names if not try_mutant(tree, out, name, record)]
+    print(f"{len(names) - len(survivors)} of {len(names)} caught"
+          + (f", {len(args.names) - len(names)} were before" if len(names) < len(args.names) else ""))
     if survivors:
         sys.exit(f"not caught: {', '.join(survivors)}")
 
