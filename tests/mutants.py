@@ -2,7 +2,7 @@
 """Plants one error at a time (layouts, GPU path, what is counted, families) and shows that the tests find it.
 
 By hand, not in ctest: every mutant is built, which takes hours for all of them (with ccache, where it is installed,
-fewer). usage: tests/mutants.py [--places] [--build DIR] [--record FILE] [NAME ...]
+fewer). usage: tests/mutants.py [--places [--programs DIR]] [--build DIR] [--record FILE] [NAME ...]
 The tree is copied first, so nothing here changes. With --record a run that was cut off goes on where it was.
 """
 
@@ -130,13 +130,32 @@ class Record:
         self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def run_tests(folder, program, tests, *options):
+    device = {"UPMOE_TEST_DEVICE": "cuda"} if program.endswith("_on_gpu") else {}
+    return run([folder / program, f"--gtest_filter={tests}", *options], timeout=600,
+               env=os.environ | {"OMP_NUM_THREADS": "1"} | device)
+
+
+def check_tests(names, folder):
+    """Tests move on too: a program that is not there, or a filter that lets none of its tests through, is told here."""
+    asked = {}
+    for name in names:
+        asked.setdefault(((*MUTANTS[name], LAYOUTS)[4], MUTANTS[name][3]), []).append(name)
+    lost = []
+    for (program, tests), of in asked.items():
+        if not (folder / program).exists():
+            lost.append(f"{', '.join(of)}: no program {program} in {folder}")
+        elif "\n  " not in run_tests(folder, program, tests, "--gtest_list_tests").stdout:
+            lost.append(f"{', '.join(of)}: {program} has no test {tests}")
+    if lost:
+        raise SystemExit("\n".join(lost))
+
+
 def caught(out, tests, program):
     """The tests fail, or the program stops with an error: both are a catch; a time-out is a hang, and None."""
     began = time.monotonic()
-    device = {"UPMOE_TEST_DEVICE": "cuda"} if program.endswith("_on_gpu") else {}
     try:
-        done = run([out / "bin" / program, f"--gtest_filter={tests}"], timeout=600,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"} | device)
+        done = run_tests(out / "bin", program, tests)
     except subprocess.TimeoutExpired:
         return None, 0, time.monotonic() - began
     failed = sum(line.startswith("[  FAILED  ]") and "(" in line for line in done.stdout.splitlines())
@@ -161,10 +180,14 @@ def try_mutant(tree, out, name, record):
 
 def main():
     args = parse_arguments(__doc__, MUTANTS, ("--build", {"type": Path, "default": ROOT / "build" / "mutants"}),
+                           ("--programs", {"type": Path, "help": "with --places: and for the tests, in the programs of "
+                                                                 "this folder"}),
                            ("--record", {"type": Path, "help": "results are added to this file, and what it has as "
                                                                "caught is not tried again"}))
     check_places(MUTANTS, args.names)
     if args.places:
+        if args.programs:
+            check_tests(args.names, args.programs)
         return
     record = Record(args.record)
     names = [name for name in args.names if not record.has_caught(name, MUTANTS[name])]
@@ -177,6 +200,7 @@ def main():
         done = build(tree, out, *programs)
     if done.returncode != 0:
         raise SystemExit(f"the tree without mutants does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    check_tests(names, out / "bin")
     for program in programs:
         if caught(out, "*", program)[0] is not False:
             raise SystemExit(f"{program} fails or hangs without any mutant")

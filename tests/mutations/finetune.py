@@ -85,7 +85,7 @@ MUTANTS = {
         "                      saved.experts());\n", "", "Forms/*", "adapter_test"),
     "experts_adapters_summed_along_edp_alone": (
         "parallel/layout.cpp", "return p.expert && over_tp(p).kind != OverTp::kCut;", "return false;", "Layout.*",
-        "layout_test"),
+        "param_layout_test"),
     "an_adapted_attention_gathers_no_tokens": (
         "trainer/model/linear.h", "weight_NK.wants_grad() || (adapter && adapter->wants_grad())",
         "weight_NK.wants_grad()", "Layouts/Lora.*", "layout_equivalence_test"),

@@ -12,11 +12,12 @@ MUTANTS = {
         "trainer/generation_room.cpp", "std::min(longest, window + chunk - 1)",
         "std::min(longest, std::max(window, chunk))", "*mistral*", PROGRAM),
     "later_chunk_forgets_the_first": (
-        "trainer/generation.cpp", "step.begins = begin == 0;", "step.begins = true;", "EveryModel.Cache*", PROGRAM),
+        "trainer/generation.cpp", "step.begins = begin == 0;", "step.begins = true;", "Cases/EveryModel.Cache*",
+        PROGRAM),
     "vectors_of_a_step_all_in_one_place": (
         "trainer/placed_vectors.cpp", "    at += n;\n", "", "PlacedVectors.*", f"{PROGRAM}_on_gpu"),
     "new_token_one_position_too_far": (
-        "trainer/generation.cpp", "rows_[r].length - 1);", "rows_[r].length);", "EveryModel.Cache*", PROGRAM),
+        "trainer/generation.cpp", "rows_[r].length - 1);", "rows_[r].length);", "Cases/EveryModel.Cache*", PROGRAM),
     "new_token_one_position_too_far_by_what_is_said": (
         "trainer/generation.cpp", "rows_[r].length - 1);", "rows_[r].length);", "*Places*", PROGRAM),
     "draws_by_place_among_the_others": (
