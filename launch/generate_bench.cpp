@@ -83,12 +83,14 @@ void make_model(Subject& s, const BenchArguments& a, Communicator& world, Device
 
 std::vector<std::vector<GenerationRates>> measure(std::vector<Subject>& subjects, const BenchArguments& a,
                                                   bool first) {
+  const Device device = subjects.front().model->memory.exec.device;
+  Arena keep(device, arena_address_space(device), "keys, values and activations");  // of one at a time
   std::vector<ModelToTime> models;
   for (const Subject& s : subjects) models.push_back({s.config.vocab_size, s.concurrency});
   return measure_rates(
       models, a.request,
       [&](std::size_t m, std::span<const Prompt> prompts, const GenerationOptions& options) {
-        Generated g = generate(*subjects[m].model, prompts, options);
+        Generated g = generate(*subjects[m].model, keep, prompts, options);
         if (first && options.max_new_tokens == a.request.output)
           log::info("{}, {} at once: {} tokens of prompts in {:.3g} s, {} new ones in {:.3g} s more",
                     subjects[m].name, prompts.size(), g.prompt_tokens, g.prefill_seconds, g.new_tokens,

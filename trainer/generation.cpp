@@ -45,7 +45,7 @@ struct Step {
 
 class Generator {
  public:
-  Generator(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
+  Generator(RankModel& model, Arena& keep, std::span<const Prompt> prompts, const GenerationOptions& options,
             const TokenSink& sink);
   Generated run();
 
@@ -81,13 +81,15 @@ class Generator {
   std::vector<Row> rows_;                        // of the wave under way
   std::vector<std::vector<std::int32_t>> made_;  // by prompt
   std::vector<double> step_seconds_;
+  Arena& keep_;
+  ScratchScope scope_;  // of keep_
   std::optional<KeyCaches> caches_;
-  Arena keep_;
+  std::size_t above_caches_ = 0;  // where activations begin in keep_
   PlacedVectors placed_;
 };
 
-Generator::Generator(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
-                     const TokenSink& sink)
+Generator::Generator(RankModel& model, Arena& keep, std::span<const Prompt> prompts,
+                     const GenerationOptions& options, const TokenSink& sink)
     : model_(model),
       transformer_(model.chunks.front()),
       prompts_(prompts),
@@ -100,13 +102,16 @@ Generator::Generator(RankModel& model, std::span<const Prompt> prompts, const Ge
       at_once_(options.rows > 0 ? static_cast<std::size_t>(options.rows)
                                 : std::max<std::size_t>(1, prompts.size())),
       made_(prompts.size()),
-      keep_(model.memory.exec.device, arena_address_space(model.memory.exec.device), "activations") {
+      keep_(keep),
+      scope_(keep) {
   for (std::size_t i = static_cast<std::size_t>(rank_); i < prompts.size();
        i += static_cast<std::size_t>(ranks_))
     mine_.push_back(i);
   const auto rows = static_cast<std::int64_t>(std::min(mine_.size(), at_once_));
-  caches_.emplace(transformer_.attention_of_blocks(), rows, slots_of(model.config, prompts, mine_, options),
-                  transformer_.dtype, model.memory.exec.device);
+  caches_.emplace(keep, transformer_.attention_of_blocks(), rows,
+                  slots_of(model.config, prompts, mine_, options), transformer_.dtype);
+  above_caches_ = keep.mark();
+  keep.restart_peak();
 }
 
 // All ranks have as many, which some of them have no rows for.
@@ -151,14 +156,18 @@ std::vector<float> Generator::forward(Step step) {
   Exec ex = model_.memory.exec;
   ex.row_by_row = step.row_by_row;
   const auto tp = static_cast<std::size_t>(model_.mesh.spec().tp);
+  const std::size_t wanted = step.picks.size();
   while (step.tokens.size() % tp != 0) step.add(0, -1, 0);  // tokens of none, behind the others
-  keep_.rewind(0);
+  while (step.picks.size() % tp != 0) step.picks.push_back(0);
+  keep_.rewind(above_caches_);
   MicroBatch batch;
   ConstTensorView picks;
   const CachedTokens tokens = place(step, batch, picks);
   const TensorView logits_NV = transformer_.logits(ex, batch, {*caches_, tokens, step.begins, picks}, keep_);
-  std::vector<float> host(step.picks.size() * static_cast<std::size_t>(vocab_));
-  if (!host.empty()) ops::download(ex, host_view(host.data(), logits_NV.shape), logits_NV);
+  std::vector<float> host(wanted * static_cast<std::size_t>(vocab_));
+  if (host.empty()) return host;
+  const TensorView wanted_NV = logits_NV.rows(0, static_cast<std::int64_t>(wanted));
+  ops::download(ex, host_view(host.data(), wanted_NV.shape), wanted_NV);
   return host;
 }
 
@@ -241,8 +250,8 @@ void Generator::decode_step(Step step, const std::vector<std::size_t>& under_way
 }
 
 GenerationMemory Generator::memory() const {
-  return {model_.params.value_bytes(), caches_->bytes(), keep_.peak() + model_.memory.scratch.peak(),
-          caches_->rows()};
+  return {model_.params.value_bytes(), caches_->bytes(),
+          keep_.peak() - above_caches_ + model_.memory.scratch.peak(), caches_->rows()};
 }
 
 // Those of all ranks: each row is written by one, and a place without a token is 0.
@@ -325,6 +334,13 @@ std::string refusal_of(const ModelConfig& config, std::span<const Prompt> prompt
 
 Generated generate(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
                    const TokenSink& sink) {
+  const Device device = model.memory.exec.device;
+  Arena keep(device, arena_address_space(device), "keys, values and activations");
+  return generate(model, keep, prompts, options, sink);
+}
+
+Generated generate(RankModel& model, Arena& keep, std::span<const Prompt> prompts,
+                   const GenerationOptions& options, const TokenSink& sink) {
   const MeshSpec& spec = model.mesh.spec();
   UPMOE_CHECK(spec.pp == 1 && spec.cp == 1, "generation over {}", spec.str());
   UPMOE_CHECK(options.max_new_tokens >= 0 && options.chunk > 0, "{} new tokens, chunks of {}",
@@ -336,7 +352,7 @@ Generated generate(RankModel& model, std::span<const Prompt> prompts, const Gene
     none.tokens.resize(prompts.size());
     return none;
   }
-  return Generator(model, prompts, options, sink).run();
+  return Generator(model, keep, prompts, options, sink).run();
 }
 
 }  // namespace upmoe

@@ -40,7 +40,7 @@ using TokenSink =
 struct GenerationMemory {
   std::size_t weights = 0;
   std::size_t keys = 0;   // what is kept of tokens: keys and values of all rows
-  std::size_t work = 0;   // activations and temporary memory, at their most since the model was made
+  std::size_t work = 0;   // activations at their most; temporary memory too, since the model was made
   std::int64_t rows = 0;  // that `keys` has room for
 };
 
@@ -65,5 +65,9 @@ std::string refusal_of(const ModelConfig& config, std::span<const Prompt> prompt
 // no cp and no gradients. Throws Error(kBadInput) with refusal_of()'s words.
 Generated generate(RankModel& model, std::span<const Prompt> prompts, const GenerationOptions& options,
                    const TokenSink& sink = {});
+// The same, with what it keeps of tokens and its activations in `keep`, of the model's device: for who generates again
+// and again, as memory that was used before is there at once. Left as it was found.
+Generated generate(RankModel& model, Arena& keep, std::span<const Prompt> prompts,
+                   const GenerationOptions& options, const TokenSink& sink = {});
 
 }  // namespace upmoe

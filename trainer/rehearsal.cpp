@@ -73,4 +73,21 @@ Ledger rehearse_forward(const ModelConfig& config, std::int64_t seq_len) {
   return model.memory.ledger;
 }
 
+Ledger rehearse_prompt(const ModelConfig& config, std::int64_t tokens) {
+  const auto world = make_dry_communicator(0, 1);
+  const Device dry{DeviceType::kDry, 0};
+  RankModel model(config, {}, *world, dry, {.dtype = DType::kBF16, .gradients = false});
+  Arena keep(dry, 0, "keys, values and activations");
+  Exec& ex = model.memory.exec;
+  const Transformer& transformer = model.chunks.front();
+  const KeyCaches caches(keep, transformer.attention_of_blocks(), 1, tokens, DType::kBF16);
+  const TensorView numbers_T = keep.take({tokens}, DType::kI32, "tokens, rows, positions: nobody reads them");
+  MicroBatch batch;
+  batch.tokens_T = batch.targets_T = batch.places.positions_T = numbers_T;
+  batch.places.seq_len = tokens;
+  const CachedTokens cached{numbers_T, numbers_T, tokens * (tokens + 1) / 2, tokens};
+  transformer.logits(ex, batch, {caches, cached, true, numbers_T.rows(0, 1)}, keep);
+  return model.memory.ledger;
+}
+
 }  // namespace upmoe

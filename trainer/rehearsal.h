@@ -40,5 +40,8 @@ class Rehearsal {
 // What one rank books for the forward alone of one sequence, or of as many as routers route together, in bf16, as
 // `upmoe eval` computes it.
 Ledger rehearse_forward(const ModelConfig& model, std::int64_t seq_len);
+// And for one prompt of so many tokens that generation continues, up to the logits of its last one: keys and values of
+// all tokens, of the last block and the head what that token needs.
+Ledger rehearse_prompt(const ModelConfig& model, std::int64_t tokens);
 
 }  // namespace upmoe

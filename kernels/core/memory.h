@@ -54,6 +54,7 @@ class Arena {
   void rewind(std::size_t mark);  // frees everything taken since mark()
   std::size_t used() const { return used_; }
   std::size_t peak() const { return peak_; }  // bytes
+  void restart_peak() { peak_ = used_; }      // counts from here on
 
  private:
   struct Use {

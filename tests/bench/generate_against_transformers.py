@@ -9,9 +9,10 @@ its own with the same number of threads and a few tokens to warm up, and a plain
 A side's figure is the median over rounds. The share of bandwidth is what decoding one token reads of the weights (all
 but the rows of the embedding), by its time, of that plain read. Prefill stands beside training's forward as well: that
 of `upmoe eval` over sequences as long as the prompt, logits and losses of all their tokens included. No program could
-be faster at a prompt than its products with the layers' weights at the machine's best rate, which `upmoe doctor
---measure` takes at the start: how far that is from either side is told. The result is printed and written to
-tests/bench/results/. Run it on a machine that does nothing else.
+be faster at a prompt than the products with the layers' weights that the first new token needs (of the last layer, what
+later tokens see of all tokens and the rest of one) at the machine's best rate, which `upmoe doctor --measure` takes at
+the start: how far that is from either side is told. The result is printed and written to tests/bench/results/. Run it
+on a machine that does nothing else.
 """
 
 import argparse
@@ -134,9 +135,12 @@ def product_rates(args):
 
 
 def seconds_of_products(config, precision, weight_bytes, tokens, rate):
-    """Of so many tokens times all weights but the embedding's and the head's, at `rate` operations per second."""
-    tables = (1 if config["tie_word_embeddings"] else 2) * config["vocab_size"] * config["hidden_size"]
-    return 2 * tokens * (weight_bytes / BYTES[precision] - tables) / rate
+    """Of so many tokens times all weights but the embedding's and the head's, at `rate` operations per second; of the
+    last layer all tokens need keys and values, and the last token the rest: the queries, the output, the FFN."""
+    width = config["hidden_size"]
+    tables = (1 if config["tie_word_embeddings"] else 2) * config["vocab_size"] * width
+    of_one_token = width * (2 * width + 3 * config["intermediate_size"])
+    return 2 * (tokens * (weight_bytes / BYTES[precision] - tables) - (tokens - 1) * of_one_token) / rate
 
 
 def summary(config, precision, rounds, prompt, product_rate):

@@ -196,7 +196,9 @@ class GenerateAgainstTransformers(unittest.TestCase):
             return {"prefill_seconds": prefill, "token_seconds": token, "weight_bytes": weights}
         rounds = [{"read_bytes_per_s": slow * 2.0 * table, "upmoe": side(slow, 4 * slow), "forward_seconds": slow / 4,
                    "transformers": side(3 * slow, 8 * slow)} for slow in (1, 5, 2)]
-        product_rate = 2 * 512 * 32000 * 1024 / 1.5  # the third table's products with a prompt take 1.5 s
+        # Beside both tables one as large, of which the last layer's queries, output and FFN see one token of 512.
+        of_one_token = 1024 * (2 * 1024 + 3 * 2816)
+        product_rate = 2 * (512 * 32000 * 1024 - 511 * of_one_token) / 1.5  # so that the products take 1.5 s
         found = self.script.summary(self.script.SHAPE, "fp32", rounds, 512, product_rate)
         self.assertEqual(found["bytes_of_a_token"], 2 * table)
         self.assertEqual(found["upmoe"], {"prefill_seconds": 2, "token_seconds": 8, "bandwidth_share": 1 / 16,

@@ -11,6 +11,20 @@ MUTANTS = {
     "slots_for_a_window_without_its_chunk": (
         "trainer/generation_room.cpp", "std::min(longest, window + chunk - 1)",
         "std::min(longest, std::max(window, chunk))", "*mistral*", PROGRAM),
+    "picked_tokens_are_the_first_rank_s": (
+        "trainer/model/sequence_shards.cpp", "first = n * tp.rank();", "first = 0 * tp.rank();", "*PickedTokens*",
+        PROGRAM),
+    "picked_tokens_are_added_to_the_first_ones": (
+        "trainer/model/block.cpp", "  return picked_TD;", "  return saved.x_TD.rows(0, shape[0]);", "*PickedTokens*",
+        PROGRAM),
+    "some_tokens_of_the_last_block_are_read_as_all": (
+        "trainer/model/transformer.cpp", "picks_fewer(rows) ? ConstTensorView{} : rows.pick_N", "rows.pick_N",
+        "*PickedTokens*", PROGRAM),
+    "a_prompt_costs_every_token_s_logits": (
+        "trainer/cost/roofline.cpp", "rehearse_prompt(model, prompt)", "rehearse_forward(model, prompt)", "Roofline.*",
+        "cost_test"),
+    "work_of_a_call_counts_what_others_took": (
+        "trainer/generation.cpp", "  keep.restart_peak();\n", "", "*MemoryIsUsedAgain*", PROGRAM),
     "later_chunk_forgets_the_first": (
         "trainer/generation.cpp", "step.begins = begin == 0;", "step.begins = true;", "Cases/EveryModel.Cache*",
         PROGRAM),

@@ -95,7 +95,7 @@ MUTANTS = {
         "trainer/model/block.cpp", "  if (shares_norms()) norm1.again(again, saved.normed1_TD, saved.norm1);\n", "",
         "*RecomputationIsTheSame*"),
     "norms_outputs_kept_all_the_same": (
-        "trainer/model/block.cpp", "shares_norms() ? out.normed_TD : take(\"norm2 output\")", "take(\"norm2 output\")",
+        "trainer/model/block.cpp", "shares_norms() ? out.normed_TD.rows(0, attended_TD.rows()) :", "false ? out.y_TD :",
         "RecomputeMemory.*", "recompute_memory_test"),
     "norms_outputs_kept_under_elementwise": (
         "trainer/model/block.h", " || recompute == Recompute::kElementwise", "", "RecomputeMemory.*",

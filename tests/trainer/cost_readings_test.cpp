@@ -111,9 +111,12 @@ TEST(Roofline, TimesOfDecodingByBatch) {
     EXPECT_NEAR(decode_seconds(dense, a100, batch, 1500) / decode_seconds(mixture, a100, batch, 1500), ratio,
                 .005)
         << batch;
-  // Prefill: products alone.
+  // Prefill: products alone, of all tokens, but of the last block's what later tokens see, and the head's once.
+  const double head = 4096. * 151936, layers = dense.token_flops / 2 - head,
+               last = 4096. * 4096 + 3. * 4096 * 11008, attention = 2. * 1000 * 1001 * 4096 * 32;
+  EXPECT_EQ(dense.prompt_flops, 2 * (1000 * layers - 999 * last + head) + attention);
   EXPECT_NEAR(prefill_seconds(dense, a100, 8) * a100.peak_flops_per_s(), 8 * dense.prompt_flops, 1);
-  EXPECT_NEAR(prefill_seconds(dense, a100, 8) / prefill_seconds(mixture, a100, 8), 2.98, .01);
+  EXPECT_NEAR(prefill_seconds(dense, a100, 8) / prefill_seconds(mixture, a100, 8), 3.16, .005);
 }
 
 TEST(Roofline, InFp32) {
@@ -137,8 +140,8 @@ TEST(Roofline, WhatFits) {
   EXPECT_EQ(sequences_that_fit(mixture, a100, 1500, .9), 147);
   EXPECT_EQ(sequences_that_fit(mixture, a100, 1500, .3), 0) << "not even the weights";
   EXPECT_EQ(requests_per_s(mixture, a100, 1000, .3, {}), 0);
-  EXPECT_NEAR(requests_per_s(dense, a100, 1000, .9, {.8, .5}), 1.42, .02);
-  EXPECT_NEAR(requests_per_s(mixture, a100, 1000, .9, {.8, .5}), 3.03, .03);
+  EXPECT_NEAR(requests_per_s(dense, a100, 1000, .9, {.8, .5}), 1.45, .005);
+  EXPECT_NEAR(requests_per_s(mixture, a100, 1000, .9, {.8, .5}), 3.09, .005);
 }
 
 TEST(Machines, AllShippedOnesAreRead) {

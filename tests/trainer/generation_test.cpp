@@ -8,10 +8,12 @@
 
 #include <algorithm>
 #include <fstream>
+#include <limits>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "kernels/ops/pointwise.h"
 #include "parallel/thread_comm.h"
 #include "tests/support/golden_speaker.h"
 #include "tests/support/tolerance.h"
@@ -101,6 +103,25 @@ TEST_P(EveryModel, LaterChunksEqualTheWholeForward) {
         ASSERT_NEAR(spoken.logits[0][i][v], of_token[v], bound)
             << "chunks of " << chunk << ", token " << i << ", logit " << v;
     }
+  }
+}
+
+// Memory that others have used, and left without numbers, is as good as new.
+TEST_P(EveryModel, MemoryIsUsedAgain) {
+  Model m(GetParam());
+  const std::vector<Prompt> prompts{{drawn_tokens(5, 11, m.vocab()), 0}, {drawn_tokens(6, 40, m.vocab()), 1}};
+  const GenerationOptions options{.max_new_tokens = 6, .chunk = 17};
+  const std::vector<Tokens> expected = generate(m.on_rank, prompts, options).tokens;
+  Exec& ex = m.on_rank.memory.exec;
+  Arena keep(ex.device, arena_address_space(ex.device), "keys, values and activations");
+  const std::size_t used = keep.mark();
+  ops::fill(ex, keep.take({1 << 20}, DType::kF32, "nothing"), std::numeric_limits<float>::quiet_NaN());
+  keep.rewind(used);
+  for (int again = 0; again < 2; ++again) {
+    const Generated made = generate(m.on_rank, keep, prompts, options);
+    EXPECT_EQ(made.tokens, expected);
+    EXPECT_EQ(keep.used(), 0u);
+    EXPECT_LT(made.memory.keys + made.memory.work, std::size_t{4} << 20) << "not of what others took";
   }
 }
 

@@ -46,7 +46,7 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of
   kv_bytes = static_cast<double>(kv_bytes_per_token(model)) * (size / 2);
   token_flops = 2 * static_cast<double>(weights.multiplied);
   prompt_tokens = static_cast<double>(prompt);
-  prompt_flops = rehearse_forward(model, prompt).total().model_flops;
+  prompt_flops = rehearse_prompt(model, prompt).total().model_flops;
   // Of a token that sees itself alone.
   context_flops = rehearse_forward(model, 1).total().model_flops - token_flops;
 }

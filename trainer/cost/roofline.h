@@ -27,7 +27,7 @@ struct ServedModel {
   double kv_bytes = 0;       // per token
   double token_flops = 0;    // products of one token
   double context_flops = 0;  // attention of one token to one token of context
-  double prompt_flops = 0;   // forward of a whole prompt, from the ledger
+  double prompt_flops = 0;   // of a whole prompt up to its last token's logits, from the ledger
   double prompt_tokens = 0;
   double window = 0;  // tokens; 0: attention has none
 

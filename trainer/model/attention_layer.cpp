@@ -1,6 +1,7 @@
 #include "trainer/model/attention_layer.h"
 
 #include "kernels/ops/pointwise.h"
+#include "kernels/ops/routing.h"
 #include "trainer/model/context_ring.h"
 
 namespace upmoe {
@@ -32,6 +33,16 @@ void AttentionLayer::attend(Exec& ex, const Saved& saved) const {
   } else {
     ops::attention_forward(ex, saved.out_TQ, saved.lse_TN, saved.qkv_TH, at, saved.places.document_T);
   }
+}
+
+// What the output's product reads.
+ConstTensorView AttentionLayer::picked(Exec& ex, const Saved& saved) const {
+  if (!saved.places.picks()) return saved.out_TQ;
+  const ConstTensorView& pick_N = saved.places.cached->pick_N;
+  const TensorView out_NQ = ex.scratch->take({pick_N.elements(), saved.out_TQ.shape[1]}, saved.out_TQ.dtype,
+                                             "attention output of the tokens that are read");
+  ops::gather_rows(ex, out_NQ, saved.out_TQ, pick_N, 1);
+  return out_NQ;
 }
 
 void AttentionLayer::attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ,
@@ -100,7 +111,7 @@ void AttentionLayer::forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, co
   ops::rope(ex, saved.qkv_TH, places.positions_T, at, rope_theta, /*inverse=*/false);
   attend(ex, saved);
   PartialSum y(ex, *tp, y_tD);
-  output.forward(ex, y.partial_TD(), saved.out_TQ);
+  output.forward(ex, y.partial_TD(), picked(ex, saved));
   y.reduce(ex);
 }
 

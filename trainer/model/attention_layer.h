@@ -19,6 +19,9 @@ struct CachedPlaces {
   // They are one sequence from its first token on, and what its row of the cache held before is forgotten: they are
   // computed as in training.
   bool begins = false;
+  // int32, without shape in all blocks but the last: of the block's outputs those of these N tokens alone are read, and
+  // made. Under tp, which divides N, each rank has n of them, in their order.
+  ConstTensorView pick_N = {};
 };
 
 // Where this rank's T tokens of a micro-batch stand; seq_len is that of the whole sequences. positions_T:
@@ -29,6 +32,7 @@ struct TokenPlaces {
   std::int64_t seq_len = 0;
   std::span<const std::int32_t> runs = {};
   std::optional<CachedPlaces> cached = {};  // given in generation, which has no cp
+  bool picks() const { return cached && cached->pick_N.given(); }
 };
 
 // Norms of the heads of queries and keys, with a weight for all heads of each. Under tp every rank holds both and adds
@@ -55,6 +59,7 @@ struct AttentionLayer {
     TokenPlaces places;
   };
 
+  // y_tD: of all of this rank's tokens, or of those of places.cached->pick_N.
   void forward(Exec& ex, TensorView y_tD, ConstTensorView x_tD, const TokenPlaces& places, Arena& keep,
                Saved& saved) const;
   void backward(Exec& ex, TensorView dx_tD, ConstTensorView dy_tD, const Saved& saved) const;
@@ -64,6 +69,7 @@ struct AttentionLayer {
   void norm_heads_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const;
   void rope_backward(Exec& ex, TensorView dqkv_TH, const Saved& saved) const;
   void attend(Exec& ex, const Saved& saved) const;
+  ConstTensorView picked(Exec& ex, const Saved& saved) const;
   void attend_over_cache(Exec& ex, const Saved& saved) const;
   void attend_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, const Saved& saved) const;
 };

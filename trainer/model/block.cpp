@@ -2,17 +2,29 @@
 
 namespace upmoe {
 
-// norm1, attention, residual, norm2: fills saved up to normed2_TD.
+// norm1, attention, residual, norm2: fills saved up to normed2_TD. `out` says how many tokens go on from there.
 void Block::attention_half(Exec& ex, const Output& out, const Residual& x, Arena& keep, Saved& saved) const {
-  const auto take = [&](const char* what) { return keep.take(x.x_TD.shape, x.x_TD.dtype, what); };
+  const auto take = [&](const Shape& shape, const char* what) {
+    return keep.take(shape, x.x_TD.dtype, what);
+  };
   const TensorView& attended_TD = out.branch_TD;
-  saved.normed1_TD = shares_norms() ? out.normed_TD : take("norm1 output");
-  saved.h_TD = take("residual after attention");
-  saved.normed2_TD = shares_norms() ? out.normed_TD : take("norm2 output");
+  saved.normed1_TD = shares_norms() ? out.normed_TD : take(x.x_TD.shape, "norm1 output");
+  saved.h_TD = take(attended_TD.shape, "residual after attention");
+  saved.normed2_TD =
+      shares_norms() ? out.normed_TD.rows(0, attended_TD.rows()) : take(attended_TD.shape, "norm2 output");
   norm1.forward(ex, saved.normed1_TD, x, keep, saved.norm1);
   saved.x_TD = saved.norm1.x_TD;
   attention.forward(ex, attended_TD, saved.normed1_TD, saved.places, keep, saved.attention);
-  norm2.forward(ex, saved.normed2_TD, {saved.x_TD, attended_TD, saved.h_TD}, keep, saved.norm2);
+  norm2.forward(ex, saved.normed2_TD,
+                {passed_by(ex, attended_TD.shape, keep, saved), attended_TD, saved.h_TD}, keep, saved.norm2);
+}
+
+// What attention's output is added to.
+ConstTensorView Block::passed_by(Exec& ex, const Shape& shape, Arena& keep, const Saved& saved) const {
+  if (!saved.places.picks()) return saved.x_TD;
+  const TensorView picked_TD = keep.take(shape, saved.x_TD.dtype, "block input of the tokens that are read");
+  pick_tokens(ex, *attention.tp, picked_TD, saved.x_TD, saved.places.cached->pick_N);
+  return picked_TD;
 }
 
 // A mixture adds up rows anyway, and adds them to the stream; a dense network leaves its branch to the next norm.

@@ -31,7 +31,7 @@ struct Block {
 
   bool is_moe() const { return std::holds_alternative<MoeLayer>(ffn); }
   // Where a block's output goes: the sum, and what is left to be added for it. The latter may be the input's own, which
-  // is read first.
+  // is read first. Both of as many tokens as are made: all, or the picked ones (CachedPlaces).
   struct Output {
     TensorView y_TD, branch_TD;
     // Where shares_norms(): for the outputs of both norms, which nobody reads at one time. Of all blocks of a
@@ -48,6 +48,7 @@ struct Block {
 
  private:
   void attention_half(Exec& ex, const Output& out, const Residual& x, Arena& keep, Saved& saved) const;
+  ConstTensorView passed_by(Exec& ex, const Shape& shape, Arena& keep, const Saved& saved) const;
   Residual ffn_half(Exec& ex, const Output& out, Arena& keep, Saved& saved) const;
   void ffn_backward(Exec& ex, TensorView dx_TD, ConstTensorView dy_TD, const Saved& saved) const;
 };

@@ -20,11 +20,12 @@ std::int64_t KeyCaches::bytes_of(const std::vector<AttentionShape>& blocks, std:
   return checked_mul(total, static_cast<std::int64_t>(size_of(dtype)));
 }
 
-KeyCaches::KeyCaches(const std::vector<AttentionShape>& blocks, std::int64_t rows, std::int64_t slots,
-                     DType dtype, Device device) {
+KeyCaches::KeyCaches(Arena& keep, const std::vector<AttentionShape>& blocks, std::int64_t rows,
+                     std::int64_t slots, DType dtype) {
   const std::int64_t bytes = bytes_of(blocks, rows, slots, dtype);
-  memory_ = Buffer::allocate(device, static_cast<std::size_t>(bytes), "keys and values of tokens");
-  const TensorView all = memory_.view({bytes / static_cast<std::int64_t>(size_of(dtype))}, dtype);
+  bytes_ = static_cast<std::size_t>(bytes);
+  const TensorView all =
+      keep.take({bytes / static_cast<std::int64_t>(size_of(dtype))}, dtype, "keys and values of tokens");
   std::int64_t at = 0;
   const auto next = [&](const AttentionShape& block) {
     const Shape shape{rows, slots, block.kv_heads * block.head_dim};

@@ -9,18 +9,19 @@ namespace upmoe {
 
 class KeyCaches {
  public:
-  // `blocks`: their attention, of this rank's heads. `slots` of each row, as attention_decode.h says.
-  KeyCaches(const std::vector<AttentionShape>& blocks, std::int64_t rows, std::int64_t slots, DType dtype,
-            Device device);
+  // In `keep`, which outlives them, and uninitialised: no op reads a slot that nobody has stored to. `blocks`: their
+  // attention, of this rank's heads. `slots` of each row, as attention_decode.h says.
+  KeyCaches(Arena& keep, const std::vector<AttentionShape>& blocks, std::int64_t rows, std::int64_t slots,
+            DType dtype);
   // What the memory of such a cache takes.
   static std::int64_t bytes_of(const std::vector<AttentionShape>& blocks, std::int64_t rows,
                                std::int64_t slots, DType dtype);
   const KeyCache& of(std::size_t block) const { return caches_[block]; }
-  std::size_t bytes() const { return memory_.bytes(); }
+  std::size_t bytes() const { return bytes_; }
   std::int64_t rows() const { return caches_.empty() ? 0 : caches_.front().k_BSK.shape[0]; }
 
  private:
-  Buffer memory_;
+  std::size_t bytes_ = 0;
   std::vector<KeyCache> caches_;
 };
 

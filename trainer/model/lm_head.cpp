@@ -123,13 +123,16 @@ void LmHead::forward(Exec& ex, const LossSums& sums, ConstTensorView x_tD, const
 }
 
 TensorView LmHead::logits(Exec& ex, ConstTensorView x_tD, ConstTensorView pick_N, Arena& keep) const {
-  const std::int64_t N = pick_N.elements(), v = weight_VD.value.shape[0],
-                     V = shard.total > 0 ? shard.total : v;
+  const std::int64_t N = pick_N.given() ? pick_N.elements() : x_tD.rows() * tp->size(),
+                     v = weight_VD.value.shape[0], V = shard.total > 0 ? shard.total : v;
   const TensorView logits_NV = keep.take({N, V}, DType::kF32, "logits");
   ScratchScope scope(*ex.scratch);
-  const ConstTensorView x_TD = gather_tokens(ex, *tp, x_tD);
-  const TensorView x_ND = ex.scratch->take({N, x_TD.shape[1]}, x_TD.dtype, "tokens with logits");
-  ops::gather_rows(ex, x_ND, x_TD, pick_N, 1);
+  ConstTensorView x_ND = gather_tokens(ex, *tp, x_tD);
+  if (pick_N.given()) {
+    const TensorView picked_ND = ex.scratch->take({N, x_ND.shape[1]}, x_ND.dtype, "tokens with logits");
+    ops::gather_rows(ex, picked_ND, x_ND, pick_N, 1);
+    x_ND = picked_ND;
+  }
   const bool alone = tp->size() == 1;
   const TensorView own_Nv = alone ? logits_NV : ex.scratch->take({N, v}, DType::kF32, "logits of a share");
   ops::gemm(ex, own_Nv, {x_ND}, {weight_VD.value, Transpose::kYes}, Accumulate::kOverwrite);

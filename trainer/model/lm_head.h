@@ -45,7 +45,7 @@ struct LmHead {
   void forward(Exec& ex, const LossSums& sums, ConstTensorView x_tD, const Targets& targets, TensorView dx_tD,
                float scale, const Sink& sink = {}) const;
   // fp32 logits of the whole vocabulary on every rank, [N, V], in memory of `keep`: of the tokens pick_N (int32) of all
-  // T. Collective over tp.
+  // T; without a shape, of all of them. Collective over tp.
   TensorView logits(Exec& ex, ConstTensorView x_tD, ConstTensorView pick_N, Arena& keep) const;
 
  private:

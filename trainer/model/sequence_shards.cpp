@@ -1,5 +1,7 @@
 #include "trainer/model/sequence_shards.h"
 
+#include "kernels/ops/routing.h"
+
 namespace upmoe {
 
 namespace {
@@ -26,6 +28,13 @@ ConstTensorView GatheredTokens::finish() {
 
 ConstTensorView gather_tokens(Exec& ex, Communicator& tp, ConstTensorView x_tD) {
   return GatheredTokens(ex, tp, x_tD).finish();
+}
+
+void pick_tokens(Exec& ex, Communicator& tp, TensorView out_nD, ConstTensorView x_tD,
+                 ConstTensorView pick_N) {
+  ScratchScope scope(*ex.scratch);
+  const std::int64_t n = out_nD.rows(), first = n * tp.rank();
+  ops::gather_rows(ex, out_nD, gather_tokens(ex, tp, x_tD), pick_N.rows(first, first + n), 1);
 }
 
 PartialSum::PartialSum(Exec& ex, Communicator& tp, TensorView y_tD)

@@ -21,6 +21,9 @@ class GatheredTokens {
 };
 ConstTensorView gather_tokens(Exec& ex, Communicator& tp, ConstTensorView x_tD);
 
+// Of the tokens pick_N (int32) of all T, which tp divides, this rank's n in out_nD. Collective over tp.
+void pick_tokens(Exec& ex, Communicator& tp, TensorView out_nD, ConstTensorView x_tD, ConstTensorView pick_N);
+
 // A sum over the tp ranks of which each keeps its tokens: write partial_TD, then reduce(). In one
 // ScratchScope of the caller. Collective over tp.
 class PartialSum {

@@ -196,6 +196,12 @@ void Transformer::Sees::operator()(int number, const Block::Saved& saved) const 
     routing(number, mixture->choices);
 }
 
+// Whether some tokens of the last block are read by nobody: keys and values are all that later ones see of them.
+bool Transformer::picks_fewer(const Continuation& rows) const {
+  const std::int64_t N = rows.pick_N.elements();
+  return N % tp->size() == 0 && N < rows.tokens.row_T.rows();
+}
+
 // Nothing is kept for a backward: a block's own memory goes when it is done.
 Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, ConstTensorView input_tD,
                                            Arena& keep, const Continuation* rows, const Sees& see) const {
@@ -215,7 +221,13 @@ Transformer::Turns Transformer::run_blocks(Exec& ex, const MicroBatch& batch, Co
     Block::Saved saved;
     saved.balance.groups = {batch.groups, tp};
     if (rows != nullptr) places.cached = CachedPlaces{rows->caches.of(i), rows->tokens, rows->begins};
-    input = summed(ex, blocks[i].forward(ex, {y_tD, branch_tD, normed_tD}, {input}, places, keep, saved));
+    std::int64_t made = shape[0];
+    if (rows != nullptr && i + 1 == blocks.size() && picks_fewer(*rows)) {
+      places.cached->pick_N = rows->pick_N;
+      made = rows->pick_N.elements() / tp->size();
+    }
+    input = summed(ex, blocks[i].forward(ex, {y_tD.rows(0, made), branch_tD.rows(0, made), normed_tD},
+                                         {input}, places, keep, saved));
     see(first_block + static_cast<int>(i), saved);
     keep.rewind(mark);
     std::swap(x_tD, y_tD);
@@ -258,8 +270,9 @@ TensorView Transformer::logits(Exec& ex, const MicroBatch& batch, const Continua
   const Turns last = run_blocks(ex, batch, {}, keep, &rows, {});
   if (rows.pick_N.elements() == 0) return {};  // on every rank of tp
   Norm::Saved saved;
-  output->norm.forward(ex, last.y_tD, {last.output_tD}, keep, saved);
-  return output->head.logits(ex, last.y_tD, rows.pick_N, keep);
+  const TensorView normed_tD = last.y_tD.rows(0, last.output_tD.rows());
+  output->norm.forward(ex, normed_tD, {last.output_tD}, keep, saved);
+  return output->head.logits(ex, normed_tD, picks_fewer(rows) ? ConstTensorView{} : rows.pick_N, keep);
 }
 
 std::vector<AttentionShape> Transformer::attention_of_blocks() const {

@@ -99,7 +99,8 @@ struct Transformer {
   ConstTensorView head_input(Exec& ex, const MicroBatch& batch, Arena& keep) const;
 
   // Of a whole model: the same over tokens whose rows go on from step to step; fp32 logits of the tokens pick_N of all
-  // T, over the whole vocabulary and on every rank of tp, in memory of `keep`. N may be 0.
+  // T, over the whole vocabulary and on every rank of tp, in memory of `keep`. N may be 0. Where tp divides N, and N is
+  // less than T, the last block makes the output of these alone.
   struct Continuation {
     const KeyCaches& caches;
     CachedTokens tokens;
@@ -120,6 +121,7 @@ struct Transformer {
  private:
   bool shares_norms() const { return !blocks.empty() && blocks.front().shares_norms(); }
   void embed(Exec& ex, TensorView x_tD, const MicroBatch& batch) const;
+  bool picks_fewer(const Continuation& rows) const;
   // Two buffers of the stream that take turns; the other one is free.
   struct Turns {
     TensorView x_tD, y_tD;
