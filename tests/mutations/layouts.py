@@ -144,4 +144,7 @@ MUTANTS = {
         "trainer/pipeline.cpp", "    sequences = context.take(whole.data(), count);",
         "    sequences.assign(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(tokens.size()));",
         "Routers.EveryBalanceTerm"),
+    "degrees_multiplied_in_64_bits": (
+        "configs/run_problems.cpp", "static_cast<__int128>(p_.pp) * p_.cp * p_.tp", "std::int64_t{p_.pp} * p_.cp * p_.tp",
+        "RunProblems.*", "run_problems_test"),
 }
