@@ -1,13 +1,13 @@
 // What one rank alone meets, or sees under a name that all were given: every rank learns of it, and none goes on as the
 // others do not.
 
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
 
+#include "tests/support/own_folder.h"
 #include "tests/support/read_file.h"
 #include "tests/trainer/whole_run.h"
 #include "trainer/run_checkpoints.h"
@@ -39,8 +39,7 @@ class OneRankAlone : public WholeRun {
     std::string words;
     try {
       run_in_threads(ranks, [&](Communicator& world) {
-        ASSERT_EQ(unshare(CLONE_FS), 0);  // from the other threads'
-        fs::current_path(host(world.rank()));
+        work_in(host(world.rank()));
         EXPECT_EQ(train(c, world, {}), 0);
       });
     } catch (const Error& e) {
