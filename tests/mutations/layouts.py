@@ -145,7 +145,8 @@ MUTANTS = {
         "    sequences.assign(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(tokens.size()));",
         "Routers.EveryBalanceTerm"),
     "degrees_multiplied_in_64_bits": (
-        "configs/run_problems.cpp", "static_cast<__int128>(p_.pp) * p_.cp * p_.tp", "std::int64_t{p_.pp} * p_.cp * p_.tp",
+        "configs/run_problems.cpp", "static_cast<__int128>(p_.pp) * p_.cp * p_.tp",
+        "std::int64_t{p_.pp} * p_.cp * p_.tp",
         "RunProblems.*", "run_problems_test"),
     "a_save_left_by_one_rank_alone": (
         "trainer/checkpoint.cpp", "run_agreed(world, [&] { stage(session, *staged); });", "stage(session, *staged);",
