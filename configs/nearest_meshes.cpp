@@ -5,13 +5,14 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 
 #include "configs/run_problems.h"
 
 namespace upmoe {
 namespace {
 
-constexpr int kMostFactor = 8;  // how far an axis may move from what was asked for
+constexpr std::int64_t kMostFactor = 8;  // how far an axis may move from what was asked for
 
 std::vector<int> divisors_near(int n, int asked) {
   std::vector<int> all;

@@ -53,8 +53,9 @@ class Problems {
   void add(fmt::format_string<Args...> text, Args&&... args) {
     found_.push_back(fmt::format(text, std::forward<Args>(args)...));
   }
-  std::int64_t per_replica() const { return std::int64_t{p_.pp} * p_.cp * p_.tp; }
-  std::int64_t dp() const { return world_ / per_replica(); }
+  // In 128 bits: three degrees of up to 2^31 - 1 each.
+  __int128 per_replica() const { return static_cast<__int128>(p_.pp) * p_.cp * p_.tp; }
+  std::int64_t dp() const { return static_cast<std::int64_t>(world_ / per_replica()); }
 
   void check_mesh() {
     for (const auto& [name, n] :

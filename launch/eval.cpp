@@ -14,6 +14,7 @@
 #include "launch/commands.h"
 #include "launch/compute_options.h"
 #include "launch/output.h"
+#include "launch/same_model.h"
 #include "launch/token_sets.h"
 #include "trainer/held_out.h"
 #include "trainer/logits_file.h"
@@ -117,8 +118,7 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   check(a, world);
   std::unique_ptr<ModelSource> source;
   run_agreed(world, [&] { source = open_model(a.model); });
-  // A run directory goes on while it trains: each rank may have met another of its checkpoints.
-  require_equal(world, fmt::format("checkpoints of {}", a.model), source->directory().string());
+  require_same_model(world, a.model, *source);
   const ModelConfig& config = source->config();
   if (a.seq_len > config.max_position_embeddings && world.rank() == 0)
     log::warning("--seq-len {}: the model was made for {} positions", a.seq_len,
@@ -131,6 +131,10 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
                       [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
     sets = open_sets(a, *source, world.rank() == 0);
   });
+  // Ranks that read other sequences would not evaluate as many.
+  std::string data;
+  for (const auto& set : sets) data += set->fingerprint() + "\n";
+  require_equal(world, "token files", data);
 
   std::optional<LogitsFile> logits;
   if (!a.logits.empty())

@@ -1,5 +1,7 @@
 // upmoe generate: text, or tokens, that continue a prompt.
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -15,6 +17,7 @@
 #include "launch/growing_text.h"
 #include "launch/output.h"
 #include "launch/prompts.h"
+#include "launch/same_model.h"
 #include "launch/text_codec.h"
 #include "trainer/generation_room.h"
 
@@ -159,8 +162,9 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
     warn_of_sampling(options.sampling);
     warn_of_positions(source->config(), prompts, options.max_new_tokens);
   });
-  // A run directory goes on while it trains: each rank may have met another of its checkpoints.
-  require_equal(world, fmt::format("checkpoints of {}", a.models.front()), source->directory().string());
+  require_same_model(world, a.models.front(), *source);
+  // Beside the model: ranks that share a row must end it at one token.
+  require_equal(world, "tokens that end a text", fmt::format("{}", fmt::join(options.stop, ",")));
   share_prompts(world, prompts);
 
   RankModel model(source->config(), mesh, world, device, a.compute.model_options());

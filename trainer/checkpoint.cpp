@@ -59,6 +59,33 @@ CheckpointWriter::~CheckpointWriter() {
   if (thread_.joinable()) thread_.join();
 }
 
+void CheckpointWriter::stage(Session& session, Staged& staged) {
+  Exec& ex = session.memory.exec;
+  staged.bytes = bytes_of(session);
+  staged.memory = Buffer::allocate({}, staged.bytes, "the copy for a checkpoint");
+  std::size_t at = 0;
+  const auto room_for = [&](const StoredParam& p, const char* kind, DType dtype) {
+    StorePiece piece;
+    piece.tensor = p.spec.name;
+    piece.kind = kind;
+    piece.global = p.spec.shape;
+    piece.boxes = flat_range_to_boxes(p.shard, p.owned);
+    const TensorView room{staged.memory.data() + at, {p.owned.size()}, dtype, {}};
+    piece.values = room;
+    at += aligned(room.bytes());
+    staged.pieces.push_back(std::move(piece));
+    return room;
+  };
+  for (const StoredParam& p : session.params.all())
+    if (p.owned.size() > 0) ops::download(ex, room_for(p, "weight", p.value.dtype), p.owned_value());
+  for (const OwnedSlice& slice : session.optimizer.slices()) {
+    if (slice.has_master()) ops::download(ex, room_for(*slice.param, "master", DType::kF32), slice.master);
+    const TensorView m = room_for(*slice.param, "m", DType::kF32),
+                     v = room_for(*slice.param, "v", DType::kF32);
+    save_moments(ex, slice, m, v);
+  }
+}
+
 // In the background training stands still for the copy and for the commit only (and where a save is due before the last
 // one is written):
 //
@@ -70,30 +97,9 @@ CheckpointWriter::~CheckpointWriter() {
 void CheckpointWriter::begin(Session& session, const TrainState& state, Communicator& world,
                              bool in_background) {
   UPMOE_CHECK(!busy(), "one checkpoint at a time");
-  Exec& ex = session.memory.exec;
   auto staged = std::make_unique<Staged>();
-  staged->bytes = bytes_of(session);
-  staged->memory = Buffer::allocate({}, staged->bytes);
-  std::size_t at = 0;
-  const auto stage = [&](const StoredParam& p, const char* kind, DType dtype) {
-    StorePiece piece;
-    piece.tensor = p.spec.name;
-    piece.kind = kind;
-    piece.global = p.spec.shape;
-    piece.boxes = flat_range_to_boxes(p.shard, p.owned);
-    const TensorView room{staged->memory.data() + at, {p.owned.size()}, dtype, {}};
-    piece.values = room;
-    at += aligned(room.bytes());
-    staged->pieces.push_back(std::move(piece));
-    return room;
-  };
-  for (const StoredParam& p : session.params.all())
-    if (p.owned.size() > 0) ops::download(ex, stage(p, "weight", p.value.dtype), p.owned_value());
-  for (const OwnedSlice& slice : session.optimizer.slices()) {
-    if (slice.has_master()) ops::download(ex, stage(*slice.param, "master", DType::kF32), slice.master);
-    const TensorView m = stage(*slice.param, "m", DType::kF32), v = stage(*slice.param, "v", DType::kF32);
-    save_moments(ex, slice, m, v);
-  }
+  // Agreed: a rank that lacks the memory and goes on without this save would leave the others in it.
+  run_agreed(world, [&] { stage(session, *staged); });
   target_ = checkpoint_path(dir_, state.step);
   metadata_ = metadata_of(session, state);
   writer_ = std::make_unique<StoreWriter>(target_, world, staged->bytes);

@@ -19,7 +19,7 @@ struct TrainState {
   std::int64_t step = 0;       // finished optimizer steps
   std::int64_t samples = 0;    // sequences consumed: where the data order goes on
   std::string source;          // model directory the run started from: tokenizer files come from there
-  std::string source_digest;   // of that model (resumption.h); rank 0 has it
+  std::string source_digest;   // of that model (resumption.h)
   std::string fingerprint;     // of the data order
   std::string teacher_digest;  // likewise, of the teacher; empty: none
 };
@@ -30,7 +30,8 @@ class CheckpointWriter {
   explicit CheckpointWriter(std::filesystem::path checkpoints_dir);
   ~CheckpointWriter();
 
-  // Collective. Throws (on all ranks) when the folder cannot be made or lacks space; then nothing is under way.
+  // Collective. Throws (on all ranks) when one lacks memory for its copy, or when the folder cannot be made or lacks
+  // space; then nothing is under way.
   void begin(Session& session, const TrainState& state, Communicator& world, bool in_background);
   bool busy() const { return writer_ != nullptr; }
   bool written() const;  // this rank's part lies on the disk; local
@@ -47,6 +48,7 @@ class CheckpointWriter {
  private:
   std::filesystem::path dir_, target_;
   struct Staged;
+  static void stage(Session& session, Staged& staged);
   std::unique_ptr<Staged> staged_;
   std::unique_ptr<StoreWriter> writer_;
   std::string metadata_;

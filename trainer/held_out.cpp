@@ -11,6 +11,12 @@ std::vector<HeldOutData> open_held_out(const RunConfig::Data& data, std::int64_t
   return sets;
 }
 
+std::string fingerprint_of(const std::vector<HeldOutData>& sets) {
+  std::string all;
+  for (const HeldOutData& set : sets) all += set.data->fingerprint() + "\n";
+  return all;
+}
+
 EvalResult together(const std::vector<HeldOutLoss>& losses) {
   if (losses.size() == 1) return losses.front().result;  // to the bit
   EvalResult all;

@@ -15,6 +15,7 @@ struct HeldOutData {
   std::unique_ptr<TokenDataset> data;
 };
 std::vector<HeldOutData> open_held_out(const RunConfig::Data& data, std::int64_t vocab_size);
+std::string fingerprint_of(const std::vector<HeldOutData>& sets);  // of their files, as far as they tell
 
 struct HeldOutLoss {
   std::string name;

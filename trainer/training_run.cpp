@@ -49,15 +49,20 @@ class Run {
       open_teacher();
       require_possible(on_device(run_, options_.device), config, world_.size());
       session_config_ = config;
+      take_digests(!newest);
     });
     // A run directory goes on while it trains: replicas that began from two of its checkpoints would be no replicas.
     require_equal(world_, "checkpoints of model.path or train.teacher.model", opened());
+    // Nor if each host has a folder of its own of that name, with another model in it.
+    require_equal(world_, "models in model.path or train.teacher.model", model_digest_ + teacher_digest_);
     // What is wrong with the configuration, the mesh or the model was found before this: from here on memory is taken
     // and groups are made.
     session_ = std::make_unique<Session>(run_, session_config_, world_, options_.device);
     warn_of_memory(*session_, world_);
     run_agreed(world_, [&] { load(newest); });
     require_equal(world_, "training data", state_.fingerprint);
+    // Ranks that read other sequences would not evaluate as many.
+    require_equal(world_, "held-out data", fingerprint_of(valid_));
   }
 
   int execute();
@@ -86,6 +91,11 @@ class Run {
     teacher.config = std::make_shared<const ModelConfig>(teacher_->config());
   }
 
+  // Of what each host may have of its own: a run's checkpoints are the same files for all (checkpoint_choice.h).
+  void take_digests(bool begins) {
+    if (begins) model_digest_ = model_digest(session_config_, source_.get());
+    if (teacher_ != nullptr) teacher_digest_ = digest_of(*teacher_);
+  }
   std::string opened() const {
     std::string folders;
     for (const auto* model : {&source_, &teacher_})
@@ -114,6 +124,8 @@ class Run {
   std::unique_ptr<Metrics> metrics_;  // rank 0
   TrainState state_;
   std::string digest_;  // of the program
+  // Of what is read beside the run's own checkpoint; empty: nothing.
+  std::string model_digest_, teacher_digest_;
   std::int64_t evaluated_step_ = -1, nonfinite_ = 0;
 };
 
@@ -129,7 +141,7 @@ void Run::load(const std::optional<fs::path>& checkpoint) {
     }
   } else {
     state_.source = fs::absolute(run_.model.path).string();
-    if (world_.rank() == 0) state_.source_digest = model_digest(session_config_, source_.get());
+    state_.source_digest = model_digest_;
     if (run_.model.init == ModelInit::kRandom) {
       s.params.initialise(s.memory.exec, run_.run.seed);
       s.optimizer.reset(s.memory.exec);
@@ -156,8 +168,8 @@ void Run::load_teacher() {
   state_.teacher_digest.clear();
   if (teacher_ == nullptr) return;
   session_->teacher->load(session_->memory.exec, *teacher_);
+  state_.teacher_digest = teacher_digest_;
   if (world_.rank() == 0) {
-    state_.teacher_digest = digest_of(*teacher_);
     const std::string words = teacher_tokenizer_difference(
         source_ == nullptr ? fs::path(run_.model.path) : source_->companions(), teacher_->companions());
     if (!words.empty()) log::warning("{}", words);

@@ -7,6 +7,7 @@
 
 #include "data/companions.h"
 #include "data/hf_writer.h"
+#include "data/model_source.h"
 #include "data/posix_file.h"
 #include "data/run_metadata.h"
 #include "data/staged_directory.h"
@@ -107,12 +108,14 @@ class Upcycler {
   Upcycler(const UpcycleConfig& config, const UpcycleOptions& options, Communicator& comm)
       : options_(options), comm_(comm), threads_(options.threads > 0 ? options.threads : rank_threads()) {
     const std::vector<fs::path> inputs = directories_of(options);
+    require_equal(comm_, "recipes", to_yaml(config));
     on_rank_0([&] { check_new_directory(options.to, inputs); });
     // Rank 0 first, so that what is wrong with the source is told once.
     on_rank_0([&] { sources_.emplace(inputs, kind_of(config)); });
     run_agreed(comm_, [&] {
       if (!sources_) sources_.emplace(inputs, kind_of(config));
     });
+    require_same_models(inputs);
     const std::optional<Calibration> calibration = calibrated(config);
     const Calibration* given = calibration ? &*calibration : nullptr;
     on_rank_0(
@@ -138,6 +141,17 @@ class Upcycler {
   }
 
  private:
+  // Every rank reads them itself, and makes its part of the mixture: if each host had a folder of its own of that name,
+  // with another model in it, the mixture would be of several.
+  void require_same_models(const std::vector<fs::path>& inputs) {
+    if (comm_.size() == 1) return;
+    std::string digests;
+    run_agreed(comm_, [&] {
+      for (const fs::path& input : inputs) digests += digest_of(*open_model(input)) + "\n";
+    });
+    require_equal(comm_, "models in --from", digests);
+  }
+
   // What rank 0 found in tokens, on every rank; nothing where the recipe does not ask.
   std::optional<Calibration> calibrated(const UpcycleConfig& config) {
     if (!asks_for_tokens(config)) return std::nullopt;

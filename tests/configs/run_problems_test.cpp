@@ -74,6 +74,15 @@ TEST(RunProblems, RanksAndExperts) {
   EXPECT_THAT(problems_of(run, dense, 2), ElementsAre(HasSubstr("has no expert layers")));
 }
 
+// Degrees of which each is a possible number, and whose product is 2^64.
+TEST(RunProblems, DegreesWhoseProductPasses64Bits) {
+  const RunConfig run = run_with({"parallel.tp=4194304", "parallel.pp=2097152", "parallel.cp=2097152"});
+  EXPECT_THAT(problems_of(run, six_experts(), 4),
+              ElementsAre(HasSubstr("tp 4194304 x pp 2097152 x cp 2097152 = 18446744073709551616 does not "
+                                    "divide the 4 ranks")));
+  EXPECT_THAT(nearest_meshes(run_with({"parallel.ep=2147483647"}), six_experts(), 4), Not(IsEmpty()));
+}
+
 // On GPUs alone: a device that is not chosen yet may be one.
 TEST(RunProblems, MoreNodesThanAGpuTakes) {
   RunConfig run = run_with({"parallel.ep=130", "parallel.node_ranks=2", "train.global_batch=520"});

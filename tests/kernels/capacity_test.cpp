@@ -187,6 +187,23 @@ TEST(LimitChoices, TheLastComparedBitDecides) {
   }
 }
 
+// As of a micro-batch of more short sequences than a grid of a GPU has rows. Rows lie backwards, so that a pool that is
+// taken for another one shows.
+TEST(LimitChoices, MorePoolsThanAGridHasRows) {
+  const std::int64_t pools = 65537, tokens = 2 * pools;
+  const HostTensor index = filled({tokens, 1}, DType::kI32, 0);
+  HostTensor row({tokens}, DType::kI32), kept({tokens, 1}, DType::kI32), lost({pools, 1}, DType::kF32);
+  for (std::int64_t place = 0; place < tokens; ++place)
+    row.set(static_cast<std::size_t>(place), static_cast<double>(tokens - 1 - place));
+  OpExec ex;
+  ops::limit_choices(ex, kept, lost, {index, {}, row}, {2, 1});
+  finish_ops();
+  Values first(static_cast<std::size_t>(tokens));
+  for (std::size_t t = 0; t < first.size(); ++t) first[t] = t % 2 == 1 ? 0 : -1;
+  EXPECT_TRUE(kept.values() == first);
+  EXPECT_TRUE(lost.values() == Values(static_cast<std::size_t>(pools), 1));
+}
+
 TEST(LimitChoices, RefusesPoolsThatDoNotFit) {
   const Case c{12, 4, 2, 4, 3, false};
   const Drawn d = draw(c, 3);

@@ -5,6 +5,7 @@ Needs UPMOE_BINARY and, for token files, h5py.
 
 import json
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -78,6 +79,19 @@ class CliTest(unittest.TestCase):
         path = self.folder / "run.yaml"
         path.write_text("".join(f"{key}: {value}\n" for key, value in run.items()), encoding="utf-8")
         return path
+
+    def refused_apart(self, words, *arguments):
+        """Of two ranks that stand in a folder each, host0 and host1, where relative paths lead to other files."""
+        script = self.folder / "apart.sh"
+        script.write_text(f'#!/bin/sh\ncd {shlex.quote(str(self.folder))}/host"$OMPI_COMM_WORLD_RANK" || exit 1\n'
+                          f'exec {shlex.quote(BINARY)} "$@"\n', encoding="utf-8")
+        script.chmod(0o755)
+        done = subprocess.run([ROOT / "launch" / "run_local.sh", "2", script, *map(str, arguments)],
+                              capture_output=True, text=True, check=False, timeout=120,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn(words, done.stderr)
+        self.assertEqual(done.stderr.count("error:"), 1, done.stderr)
 
     def refused(self, status, words, *arguments, ranks=0):
         done = upmoe(*arguments, ranks=ranks)

@@ -4,6 +4,7 @@ tokenizers.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import unittest
@@ -304,6 +305,19 @@ class Generate(cli_test.CliTest):
         done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False,
                               timeout=60)
         self.assertEqual(done.returncode, 0, done.stderr)
+
+    def test_ranks_that_met_other_models(self):
+        hosts = [self.folder / name for name in ("host0", "host1")]
+        for host in hosts:
+            shutil.copytree(self.model, host / "model")
+        (hosts[1] / "model/generation_config.json").write_text('{"eos_token_id": 7}')
+        arguments = ("generate", "model", "--tokens", "1,2", "--max-new-tokens", 2)
+        self.refused_apart("different tokens that end a text: rank 0 differs from rank 1;", *arguments)
+        config = hosts[1] / "model/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-4}))
+        self.refused_apart("different models in model: rank 0 differs from rank 1;", *arguments)
+        self.refused_apart("different models in model: rank 0 differs from rank 1;", "generate", "model", "--bench",
+                           "--in", 2, "--out", 2, "--rounds", 1, "--concurrency", 1)
 
     def test_what_is_refused(self):
         model = self.model

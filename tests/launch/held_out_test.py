@@ -3,6 +3,7 @@ is as it was. Needs UPMOE_BINARY.
 """
 
 import json
+import shutil
 import unittest
 
 import cli_test
@@ -63,6 +64,17 @@ class HeldOut(cli_test.CliTest):
         self.refused(2, ["two token files have the name 'code'"], *two)
         self.refused(2, ["1 names for 2"], *two, "--name", "a")
         self.refused(2, ["--logits: of one"], *two, "--logits", self.folder / "l.safetensors")
+
+    def test_ranks_evaluate_one_model_on_the_same_tokens(self):
+        hosts = [self.folder / name for name in ("host0", "host1")]
+        for host, tokens in zip(hosts, (self.code, self.prose), strict=True):
+            shutil.copytree(self.model, host / "model")
+            shutil.copy(tokens, host / "tokens.h5")
+        arguments = ("eval", "model", "--data", "tokens.h5", "--seq-len", 16)
+        self.refused_apart("different token files: rank 0 differs from rank 1;", *arguments)
+        config = hosts[1] / "model/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-4}))
+        self.refused_apart("different models in model: rank 0 differs from rank 1;", *arguments)
 
 
 if __name__ == "__main__":

@@ -144,4 +144,16 @@ MUTANTS = {
         "trainer/pipeline.cpp", "    sequences = context.take(whole.data(), count);",
         "    sequences.assign(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(tokens.size()));",
         "Routers.EveryBalanceTerm"),
+    "degrees_multiplied_in_64_bits": (
+        "configs/run_problems.cpp", "static_cast<__int128>(p_.pp) * p_.cp * p_.tp",
+        "std::int64_t{p_.pp} * p_.cp * p_.tp",
+        "RunProblems.*", "run_problems_test"),
+    "a_save_left_by_one_rank_alone": (
+        "trainer/checkpoint.cpp", "run_agreed(world, [&] { stage(session, *staged); });", "stage(session, *staged);",
+        "OneRankAlone.*", "recovery_test"),
+    "held_out_data_of_every_host_its_own": (
+        "trainer/training_run.cpp", "require_equal(world_, \"held-out data\", fingerprint_of(valid_));", "",
+        "OneRankAlone.*", "recovery_test"),
+    "models_of_every_host_its_own": (
+        "trainer/training_run.cpp", "model_digest_ + teacher_digest_);", "\"\");", "OneRankAlone.*", "recovery_test"),
 }

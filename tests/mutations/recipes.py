@@ -67,4 +67,9 @@ MUTANTS = {
     "clusters_scaled_as_a_split": (
         "upcycle/scale.cpp", "width / kept * config.target.num_experts_per_tok / weights;",
         "neurons / (kept * weights);", "*Divide*", "clustering_test"),
+    "a_mixture_of_what_lies_on_each_host": (
+        "upcycle/upcycler.cpp", "require_equal(comm_, \"models in --from\", digests);", "", "*Sources*",
+        "sources_test"),
+    "a_recipe_of_each_rank": (
+        "upcycle/upcycler.cpp", "require_equal(comm_, \"recipes\", to_yaml(config));", "", "*Sources*", "sources_test"),
 }

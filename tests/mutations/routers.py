@@ -34,6 +34,9 @@ MUTANTS = {
     "capacity_without_the_last_compared_bit_on_a_gpu": (
         "kernels/cuda/portable/capacity.cu", "bit >= kLeastComparedBit;", "bit > kLeastComparedBit;",
         "LimitChoices.*", "capacity_test_on_gpu"),
+    "pools_behind_a_grid_are_the_first_ones_again": (
+        "kernels/cuda/portable/capacity.cu", "    l.row += pools * l.pool;\n", "", "LimitChoices.*",
+        "capacity_test_on_gpu"),
     "capacity_rounded_down": (
         "configs/expert_use.cpp", "std::ceil(share * (1 - 1e-12))", "share",
         "RouterGradient.CapacityIsRoundedUp", "router_gradient_test"),

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "parallel/thread_comm.h"
+#include "tests/support/own_folder.h"
 #include "tests/support/read_file.h"
 #include "tests/support/tiny_dense.h"
 #include "upcycle/upcycler.h"
@@ -211,6 +212,42 @@ TEST_P(Sources, WhatDoesNotFitIsToldBeforeTheFirstByte) {
   words = refusal(copies(), options("moe", 3), ExitCode::kUsage);
   EXPECT_NE(words.find("3 dense models do not make 8 experts"), std::string::npos) << words;
   EXPECT_FALSE(fs::exists(dir_.path() / "moe"));
+}
+
+// Every rank makes its part, from what lies on its host and by the recipe that it read there.
+TEST_P(Sources, AreTheSameOnEveryRank) {
+  const auto host = [&](int rank) { return dir_.path() / fmt::format("host{}", rank); };
+  for (const int rank : {0, 1}) {
+    write(rank, shape_);
+    fs::create_directory(host(rank));
+    fs::copy(dense(rank), host(rank) / "model");
+  }
+  UpcycleOptions o = options("moe", 1);
+  o.from = "model";
+  const auto refusal_of = [&](std::int64_t seed_of_rank_1) {
+    std::string words;
+    try {
+      run_in_threads(2, [&](Communicator& comm) {
+        work_in(host(comm.rank()));
+        UpcycleConfig c = copies();
+        if (comm.rank() == 1) c.seed = seed_of_rank_1;
+        upcycle(c, o, comm);
+      });
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ExitCode::kUsage) << e.what();
+      words = e.what();
+    }
+    return words;
+  };
+  const std::int64_t seed = copies().seed;
+  EXPECT_NE(refusal_of(seed).find("different models in --from: rank 0 differs from rank 1;"),
+            std::string::npos);
+  EXPECT_NE(refusal_of(seed + 1).find("different recipes: rank 0 differs"), std::string::npos);
+  EXPECT_FALSE(fs::exists(o.to));
+  fs::remove_all(host(1) / "model");
+  fs::copy(dense(0), host(1) / "model");
+  EXPECT_EQ(refusal_of(seed), "");
+  EXPECT_TRUE(fs::exists(o.to));
 }
 
 INSTANTIATE_TEST_SUITE_P(Types, Sources, ::testing::Values(DType::kF32, DType::kBF16),

@@ -2,6 +2,7 @@
 
 #include "kernels/ops/capacity.h"
 
+#include <algorithm>
 #include <bit>
 
 #include "kernels/cuda/runtime/launch.cuh"
@@ -11,6 +12,8 @@
 namespace upmoe::cuda {
 
 namespace {
+
+constexpr std::int64_t kMostGridRows = 65535;
 
 struct Limits {
   std::int32_t* kept;
@@ -118,8 +121,13 @@ void limit_choices(Exec& ex, TensorView kept_NK, TensorView lost_GE, const Poole
   l.k = static_cast<int>(index_NK.shape[1]);
   l.experts = static_cast<int>(lost_GE.shape[1]);
   stream_of(ex).limit(Finding::kIndex, l.experts);
-  launch(ex, dim3(static_cast<unsigned>(l.experts), static_cast<unsigned>(lost_GE.shape[0])), kThreads, limit,
-         l, stream_of(ex).findings());
+  // A micro-batch may have more sequences, each a pool, than a grid has rows.
+  for (std::int64_t left = lost_GE.shape[0]; left > 0; left -= kMostGridRows) {
+    const auto pools = static_cast<unsigned>(std::min(left, kMostGridRows));
+    launch(ex, dim3(static_cast<unsigned>(l.experts), pools), kThreads, limit, l, stream_of(ex).findings());
+    l.row += pools * l.pool;
+    l.lost += std::int64_t{pools} * l.experts;
+  }
 }
 
 }  // namespace upmoe::cuda

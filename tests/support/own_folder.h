@@ -1,0 +1,17 @@
+#pragma once
+// Ranks as threads that see other files under one name, as ranks on hosts with disks of their own do.
+
+#include <gtest/gtest.h>
+#include <sched.h>
+
+#include <filesystem>
+
+namespace upmoe::test {
+
+// The working directory of the calling thread, and of those that it starts, and of no other one.
+inline void work_in(const std::filesystem::path& folder) {
+  ASSERT_EQ(unshare(CLONE_FS), 0);
+  std::filesystem::current_path(folder);
+}
+
+}  // namespace upmoe::test
