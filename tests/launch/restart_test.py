@@ -35,7 +35,8 @@ class Case(unittest.TestCase):
         for name in ("mpirun", "srun"):
             self.program(name, LAUNCHER.format(state=self.dir))
         self.program("upmoe", "#!/bin/sh\nexit 1\n")  # mpirun and srun do not start it
-        self.program("scontrol", f'#!/bin/sh\necho "$*" >>{self.dir}/scontrol\n')
+        self.program("scontrol", f'#!/bin/sh\n[ "$*" != "show job 42" ] || exec cat {self.dir}/job\n'
+                     f'echo "$*" >>{self.dir}/scontrol\n')
         (self.dir / "hosts").write_text("# two hosts\nnode1 slots=2\nnode2 slots=2  # the second\n")
         (self.dir / "run.yaml").write_text(f"run: {{dir: {self.dir}/run, seed: 1}}\n")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP_", "UPMOE"))}
@@ -319,6 +320,19 @@ class Slurm(Case):
         self.finish(process, 0)
         self.assertEqual(self.requeued(), "requeue 42\n")
         self.assertEqual(len(self.calls()), 1)
+
+    def test_a_preempted_job_goes_back_into_the_queue(self):
+        # As Slurm 22.05 prints it: of a job that is not preempted too it has a time from when on it might be.
+        job = "   SuspendTime=None SecsPreSuspend=0 PreemptEligibleTime=2026-11-30T07:19:59 PreemptTime={}\n"
+        for time_of_it, status, requeued in (("2026-11-30T07:20:04", 0, "requeue 42\n"), ("None", 75, "")):
+            with self.subTest(time_of_it):
+                for name in ("count", "calls"):
+                    (self.dir / name).unlink(missing_ok=True)
+                (self.dir / "job").write_text(job.format(time_of_it))
+                self.starts("exit 75")
+                self.finish(self.batch(), status)
+                self.assertEqual(self.requeued(), requeued)
+                (self.dir / "scontrol").unlink(missing_ok=True)
 
     def test_no_requeue_without_progress_or_when_done(self):
         for end, status in (("exit 75", 75), ("save 20; exit 0", 0), ("save 30; exit 4", 4)):
