@@ -69,7 +69,7 @@ source "$here/supervise.sh"
 require_program "${command[0]}"
 if is_train "${command[@]}"; then
   [[ -n $run_dir ]] || run_dir=$(run_dir_of "${command[@]}") || [[ $restarts -eq 0 ]] ||
-    die "no run directory found in '${command[*]}'; name it by --run-dir, or use --restarts 0"
+    die "no run directory found in '${command[*]}', or one of an unset variable; name it by --run-dir, or use --restarts 0"
 else
   stop_grace=0  # it saves nothing when asked to stop
   [[ -z $deadline ]] || die "--deadline is for 'upmoe train', which is not in '${command[*]}'"

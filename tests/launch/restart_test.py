@@ -81,7 +81,7 @@ class Case(unittest.TestCase):
 class Rules(Case):
     def ask(self, *words):
         run = subprocess.run(["bash", "-euc", 'source "$0"; "$@"', str(LAUNCH / "restart_rules.sh"), *map(str, words)],
-                             capture_output=True, text=True, cwd=self.dir)
+                             capture_output=True, text=True, cwd=self.dir, env=self.environment)
         self.assertEqual(run.stderr, "")
         return run.returncode, run.stdout.strip()
 
@@ -115,6 +115,18 @@ class Rules(Case):
         }.items():
             path.write_text(text + "\n")
             self.assertEqual(self.ask("dir_in_yaml", path), (0, expected), text)
+
+    def test_run_directory_with_variables(self):
+        self.environment |= {"HOME": "/home/me", "PLACE": "/scratch/a b", "EMPTY": ""}
+        for text, expected in {
+            "~": "/home/me", "~/r": "/home/me/r", "r~": "r~", "$PLACE/r": "/scratch/a b/r",
+            "${PLACE}_1/${PLACE}": "/scratch/a b_1//scratch/a b", "a$$b": "a$b", "$$PLACE": "$PLACE",
+            "~you/r": None, "$EMPTY/r": None, "$NO_SUCH_PLACE": None, "a$": None, "${PLACE": None, "$5": None,
+        }.items():
+            (self.dir / "run.yaml").write_text(f"run: {{dir: '{text}', seed: 1}}\n")
+            told = (1, "") if expected is None else (0, expected)
+            self.assertEqual(self.ask("run_dir_of", *self.training), told, text)
+            self.assertEqual(self.ask("run_dir_of", *self.training, f"run.dir={text}"), told, text)
 
     def test_restarts(self):
         for status in (0, 2, 3, 4, 71, 75, 126, 127):
