@@ -7,7 +7,8 @@ set -euo pipefail
 usage() {
   cat <<'USAGE'
 usage: launch/run_hosts.sh --hostfile FILE [OPTION...] COMMAND...
-  --hostfile FILE       one host a line, as Open MPI reads it (NAME [slots=N]); read again at every start
+  --hostfile FILE       one host a line, as Open MPI reads it (NAME [slots=N], or NAME once for each slot); read again
+                        at every start
   --ranks-per-host N    default: the slots= of the file, when all hosts have the same
   --cores-per-host N    physical cores to share out; default: as many as this host has
   --deadline SECONDS    passed to `upmoe train`: without progress for so long a rank ends the job with 70
@@ -69,7 +70,7 @@ source "$here/supervise.sh"
 require_program "${command[0]}"
 if is_train "${command[@]}"; then
   [[ -n $run_dir ]] || run_dir=$(run_dir_of "${command[@]}") || [[ $restarts -eq 0 ]] ||
-    die "no run directory found in '${command[*]}', or one of an unset variable; name it by --run-dir, or use --restarts 0"
+    die "no run directory found in '${command[*]}', or one of an unset variable; give --run-dir, or --restarts 0"
 else
   stop_grace=0  # it saves nothing when asked to stop
   [[ -z $deadline ]] || die "--deadline is for 'upmoe train', which is not in '${command[*]}'"
@@ -86,29 +87,44 @@ if [[ -n $deadline ]]; then
 fi
 
 hosts=()
+# As Open MPI reads it: a host that has several lines has as many slots, unless they say slots=.
 read_hosts() {
   [[ -f $hostfile && -r $hostfile ]] || die "--hostfile $hostfile: cannot be read"
-  local line slots found host
-  hosts=() slots=''
+  local line host found=0 slots=''
+  local -A slots_of=() said=()
+  hosts=()
   while IFS= read -r line || [[ -n $line ]]; do
     line=${line%%#*} line=${line%$'\r'}
     read -r host _ <<<"$line"
     [[ -n $host ]] || continue
     [[ $host =~ ^[][A-Za-z0-9._:%@+-]+$ && $host != -* ]] ||
       die "--hostfile $hostfile: $(printf %q "$host") is no name or address of a host"
-    hosts+=("$host")
-    found=1
+    [[ ! $host =~ ^([^:]+):([0-9]*)$ ]] ||
+      die "--hostfile $hostfile: $host: Open MPI wants '${BASH_REMATCH[1]} slots=${BASH_REMATCH[2]:-N}'"
+    found=''
     if [[ $line =~ [[:space:]]slots[[:space:]]*=[[:space:]]*([^[:space:]]*) ]]; then
       found=${BASH_REMATCH[1]}
       [[ $found =~ ^0*[1-9][0-9]{0,4}$ ]] ||
         die "--hostfile $hostfile: $host has slots=$(printf %q "$found"), expected a number from 1 to 99999"
       found=$((10#$found))
     fi
-    [[ -n $ranks || -z $slots || $slots -eq $found ]] ||
-      die "--hostfile $hostfile: $host has slots=$found, the hosts before it $slots; give --ranks-per-host"
-    slots=$found
+    if [[ -z ${slots_of[h$host]:-} ]]; then
+      hosts+=("$host")
+      slots_of[h$host]=${found:-1} said[h$host]=$found  # h: of a host '@' bash would take all
+    else
+      [[ -z $found && -z ${said[h$host]} ]] ||
+        die "--hostfile $hostfile: $host stands there twice; one line with all its slots=, or lines without"
+      found=${slots_of[h$host]}
+      slots_of[h$host]=$((found + 1))
+    fi
   done < <(LC_ALL=C tr -d '\0' <"$hostfile")
   [[ ${#hosts[@]} -gt 0 ]] || die "--hostfile $hostfile: names no host"
+  for host in "${hosts[@]}"; do
+    found=${slots_of[h$host]}
+    [[ -n $ranks || -z $slots || $slots -eq $found ]] ||
+      die "--hostfile $hostfile: $host has $found slots, the hosts before it $slots; give --ranks-per-host"
+    slots=$found
+  done
   per_host=${ranks:-$slots}
 }
 

@@ -184,6 +184,18 @@ class Hosts(Case):
         self.assertIn("no host", self.refused("--hostfile", "hosts", *self.training))
         (self.dir / "hosts").write_text("node1 slots=2\nnode2\n")
         self.assertIn("--ranks-per-host", self.refused("--hostfile", "hosts", *self.training))
+        (self.dir / "hosts").write_text("node1\nnode2\nnode1\n")
+        self.assertIn("--ranks-per-host", self.refused("--hostfile", "hosts", *self.training))
+        (self.dir / "hosts").write_text("node1 slots=1\nnode1 slots=1\n")
+        self.assertIn("node1 stands there twice", self.refused("--hostfile", "hosts", *self.training))
+        (self.dir / "hosts").write_text("node1:8\n")
+        self.assertIn("'node1 slots=8'", self.refused("--hostfile", "hosts", *self.training))
+
+    def test_a_host_with_several_lines_has_as_many_slots(self):
+        (self.dir / "hosts").write_text("node1\nnode2\nnode1\nnode2\nfe80::1\nfe80::1\n")
+        self.starts("exit 0")
+        self.assertIn("3 hosts with 2 ranks", self.finish(self.hosts("--cores-per-host", "8"), 0))
+        self.assertIn("-np 6 --oversubscribe --map-by ppr:2:node:PE=4", self.calls()[0])
 
     def test_what_mpirun_is_asked_for(self):
         self.starts("exit 0")
