@@ -44,8 +44,8 @@ dir_in_yaml() {
   ' "$1"
 }
 
-# expand_path TEXT: ~ and variables as the program reads them in paths (configs/path_text.cpp): `$NAME` and `${NAME}` have
-# a value, `$$` is a dollar sign. Fails where the program would.
+# expand_path TEXT: ~ and variables as the program reads them in paths (configs/path_text.cpp): `$NAME` and `${NAME}`
+# have a value, `$$` is a dollar sign. Fails where the program would.
 expand_path() {
   local rest=$1 path=''
   if [[ $rest == '~' || $rest == '~/'* ]]; then
@@ -94,7 +94,7 @@ describe_status() {  # STATUS: in words
     71) echo "device" ;;
     72) echo "communicator" ;;
     75) echo "stopped on request, checkpoint complete" ;;
-    126 | 127) echo "the command cannot be started" ;;
+    126 | 127) echo "the command cannot be started, on one host at least" ;;
     137) echo "killed by signal 9: out of memory?" ;;
     129 | 1[3-5]? | 16[0-4]) echo "killed by signal $(($1 - 128))" ;;
     *) echo "the launcher gave up, as it does when it loses a host" ;;

@@ -19,8 +19,10 @@ usage: launch/run_hosts.sh --hostfile FILE [OPTION...] COMMAND...
   --interface IF|CIDR   network that MPI uses, such as eth0 or 10.0.0.0/24; default: all that Open MPI finds
   --rsh AGENT           starts a command on a host (default: ssh); must ask for no password
   --run-dir DIR         where the checkpoints are, if the command does not tell by run.dir= or its YAML file
-The program, its inputs and the run directory must lie under the same path on all hosts. More options of mpirun: in
-the environment, as OMPI_MCA_name=value. Example:
+  --env NAME            a variable of the environment that all ranks get, can be repeated; NCCL_*, UCX_*, FI_*, OMP_*,
+                        GOMP_*, ONEDNN_*, UPMOE_* and those that the command or its YAML file names go without asking
+The program, its inputs and the run directory must lie under the same path on all hosts, and this folder be there. More
+options of mpirun: in the environment, as OMPI_MCA_name=value. Example:
   launch/run_hosts.sh --hostfile hosts.txt --ranks-per-host 8 --deadline 120 build/release/upmoe train run.yaml
 SIGUSR1 and SIGUSR2 go to the ranks; SIGTERM, SIGINT and SIGHUP save and stop, a second one stops at once.
 The exit status is that of the last start.
@@ -31,7 +33,7 @@ say() { echo "$([[ -t 2 ]] || date '+%FT%T%:z ')run_hosts: $*" >&2 || true; }  #
 die() { echo "run_hosts: error: $*" >&2; exit 2; }
 
 hostfile='' ranks='' cores='' deadline='' restarts=3 delay=10 abort_grace=15 stop_grace=120 interface='' rsh=''
-run_dir=''
+run_dir='' env_names=''
 number() {  # OPTION VALUE SMALLEST
   if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then die "$1 '$2': expected a whole number from $3 on"; fi
 }
@@ -53,6 +55,10 @@ while [[ $# -gt 0 ]]; do
     --interface) interface=$2 ;;
     --rsh) rsh=$2 ;;
     --run-dir) run_dir=$2 ;;
+    --env)
+      [[ -n $2 && " $(compgen -e | tr '\n' ' ') " == *" $2 "* ]] || die "--env '$2': no such variable is exported here"
+      env_names+=" $2"
+      ;;
     *) usage >&2; die "unknown option '$1'" ;;
   esac
   shift 2
@@ -136,6 +142,23 @@ physical_cores() {  # that this process may use; hardware threads of one core co
 }
 [[ -n $cores ]] || cores=$(physical_cores)
 
+# Another host's shell knows nothing of this environment, and a rank there would find other settings, or none. Prints
+# mpirun's options for what all ranks get of it.
+environment_options() {
+  local word name named
+  named=" $(for word in "${command[@]}"; do
+    printf '%s\n' "$word"
+    if [[ $word == *.y*ml && -f $word && -r $word ]]; then cat "$word"; fi
+  done | { grep -aoE '[$][{]?[A-Za-z_][A-Za-z0-9_]*' || true; } | tr -d '${' | tr '\n' ' ') $env_names "
+  for name in $(compgen -e); do
+    case $name in
+      NCCL_* | UCX_* | FI_* | OMP_* | GOMP_* | ONEDNN_* | UPMOE_*) ;;
+      *) [[ $named == *" $name "* ]] || continue ;;
+    esac
+    echo "-x $name"
+  done
+}
+
 threads=${OMP_NUM_THREADS:-}
 make_options() {
   local share=$((cores / per_host > 0 ? cores / per_host : 1)) total=$((${#hosts[@]} * per_host))
@@ -147,7 +170,9 @@ make_options() {
     options+=(--map-by "ppr:$per_host:node" --bind-to none)
   fi
   export OMP_NUM_THREADS=${threads:-$share}
-  options+=(-x OMP_NUM_THREADS)
+  options+=(-wdir "$PWD")  # else a host without this folder would begin in another one, without a word
+  # shellcheck disable=SC2207  # two words a line
+  options+=($(environment_options))
   # Open MPI's own: 300 + 9 x 20 s until it misses a silent host. These notice one after about 25 s.
   options+=(--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3)
   [[ -z $interface ]] || options+=(--mca btl_tcp_if_include "$interface" --mca oob_tcp_if_include "$interface")
@@ -160,20 +185,22 @@ fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# Passes mpirun's standard error on and leaves a mark at the first line by which a rank ends the job: from then on
-# mpirun has little time, because it waits without end for the daemon of a host that cannot be reached.
+# Passes mpirun's standard error on and leaves marks: at the first line by which a rank ends the job, from which on
+# mpirun has little time, because it waits without end for the daemon of a host that cannot be reached; and where mpirun
+# could not start the program on some host, as it then ends with a status that looks like a signal's.
 watch_errors() {
   local line
   trap '' TERM INT HUP USR1 USR2
   while IFS= read -r line; do
     printf '%s\n' "$line" >&2 || true
     [[ $line != *'upmoe: error:'* ]] || : >"$scratch/error"
+    [[ $line != 'mpirun was unable to '*' the specified application as it '* ]] || : >"$scratch/not_started"
   done
 }
 
 start_once() {  # sets status
   local error_by=0 killed=0 watcher
-  rm -f "$scratch/error" "$scratch/errors"
+  rm -f "$scratch/error" "$scratch/errors" "$scratch/not_started"
   mkfifo "$scratch/errors"
   watch_errors <"$scratch/errors" &
   watcher=$!
@@ -198,8 +225,9 @@ start_once() {  # sets status
   if [[ $killed -eq 1 ]]; then status=72; fi
   mpirun_pid=0
   # The last lines; what is left of mpirun can hold the pipe open, so this does not wait for its end.
-  for _ in {1..20}; do kill -0 "$watcher" 2>/dev/null || return 0; sleep 0.05; done
+  for _ in {1..20}; do kill -0 "$watcher" 2>/dev/null || break; sleep 0.05; done
   kill "$watcher" 2>/dev/null || true
+  if [[ -e $scratch/not_started ]]; then status=127; fi
 }
 
 status=0
@@ -220,7 +248,7 @@ for ((start = 1; ; ++start)); do
   if ((restarts == 0)); then say "$what"; exit "$status"; fi
   if ! why=$(should_restart "$status" "$old" "$new" "$start"); then
     say "$what; no restart: $why"
-    ((start == 1)) || say "if a host of $hostfile is down, take it out of the file and start again"
+    ((start == 1 || status == 127)) || say "if a host of $hostfile is down, take it out of the file and start again"
     exit "$status"
   fi
   if ((start > restarts)); then say "$what; no restart: all $restarts are used up"; exit "$status"; fi

@@ -180,7 +180,7 @@ class Requests(cli_test.CliTest):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(sorted(p.name for p in home.iterdir()), ["e", "r", "t.h5"])
         # The scripts that start a run again must find its checkpoints at the same place.
-        found = shell(f"cd {home} && . {ROOT}/launch/restart_rules.sh && newest_step \"$(run_dir_of upmoe train {run})\"",
+        found = shell(f"cd {home} && . {ROOT}/launch/restart_rules.sh && newest_step $(run_dir_of upmoe train {run})",
                       HOME=str(home))
         self.assertEqual(found.stdout, "2\n", found.stderr)
         self.refused(2, ["NO_SUCH_PLACE", "unset"], "train", run, "run.dir=$NO_SUCH_PLACE/x")

@@ -159,10 +159,11 @@ class Hosts(Case):
         return self.start([str(LAUNCH / "run_hosts.sh"), *options, *(self.training if command is None else command)])
 
     def refused(self, *command):
+        before = self.calls()
         process = self.start([str(LAUNCH / "run_hosts.sh"), *command])
         errors = self.finish(process, 2)
         self.assertIn("run_hosts: error:", errors)
-        self.assertEqual(self.calls(), [])
+        self.assertEqual(self.calls(), before)
         return errors
 
     def test_wrong_command_lines(self):
@@ -186,10 +187,9 @@ class Hosts(Case):
         self.assertIn("--ranks-per-host", self.refused("--hostfile", "hosts", *self.training))
         (self.dir / "hosts").write_text("node1\nnode2\nnode1\n")
         self.assertIn("--ranks-per-host", self.refused("--hostfile", "hosts", *self.training))
-        (self.dir / "hosts").write_text("node1 slots=1\nnode1 slots=1\n")
-        self.assertIn("node1 stands there twice", self.refused("--hostfile", "hosts", *self.training))
-        (self.dir / "hosts").write_text("node1:8\n")
-        self.assertIn("'node1 slots=8'", self.refused("--hostfile", "hosts", *self.training))
+        for text, words in (("node1 slots=1\n" * 2, "node1 stands there twice"), ("node1:8\n", "'node1 slots=8'")):
+            (self.dir / "hosts").write_text(text)
+            self.assertIn(words, self.refused("--hostfile", "hosts", *self.training))
 
     def test_a_host_with_several_lines_has_as_many_slots(self):
         (self.dir / "hosts").write_text("node1\nnode2\nnode1\nnode2\nfe80::1\nfe80::1\n")
@@ -207,6 +207,24 @@ class Hosts(Case):
                      "--mca btl_tcp_if_include 10.0.0.0/24", "--mca oob_tcp_if_include 10.0.0.0/24",
                      "--mca plm_rsh_agent /bin/agent", f"upmoe train --deadline 60 {self.dir}/run.yaml"):
             self.assertIn(part, call)
+
+    def test_what_all_hosts_get_of_the_environment(self):
+        self.environment |= {"NCCL_DEBUG": "INFO", "PLACE": "/p", "MINE": "1", "OTHER": "2", "IN_FILE": "3"}
+        (self.dir / "run.yaml").write_text(f"run: {{dir: {self.dir}/run}}\nmodel: {{path: '${{IN_FILE}}/m'}}\n")
+        self.starts("exit 0")
+        self.finish(self.hosts("--env", "MINE", command=[*self.training, "data.train=$PLACE/t.h5", "x=$UNSET"]), 0)
+        words = self.calls()[0].split()
+        given = [name for option, name in zip(words, words[1:], strict=False) if option == "-x"]
+        self.assertEqual(sorted(given), ["IN_FILE", "MINE", "NCCL_DEBUG", "OMP_NUM_THREADS", "PLACE"])
+        self.assertEqual(words[words.index("-wdir") + 1], os.path.realpath(self.dir))
+        self.assertIn("--env 'UNSET'", self.refused("--hostfile", "hosts", "--env", "UNSET", *self.training))
+
+    def test_a_program_that_is_not_on_all_hosts(self):
+        # Open MPI's words and status, which otherwise would be that of signal 4 and worth another try.
+        self.starts("echo 'mpirun was unable to launch the specified application as it could not access' >&2; exit 132")
+        errors = self.finish(self.hosts(), 127)
+        self.assertIn("cannot be started, on one host at least", errors)
+        self.assertEqual(len(self.calls()), 1)
 
     def test_more_ranks_than_cores_are_not_bound(self):
         self.starts("exit 0")
@@ -350,13 +368,12 @@ class Slurm(Case):
         job = "   SuspendTime=None SecsPreSuspend=0 PreemptEligibleTime=2026-11-30T07:19:59 PreemptTime={}\n"
         for time_of_it, status, requeued in (("2026-11-30T07:20:04", 0, "requeue 42\n"), ("None", 75, "")):
             with self.subTest(time_of_it):
-                for name in ("count", "calls"):
+                for name in ("count", "calls", "scontrol"):
                     (self.dir / name).unlink(missing_ok=True)
                 (self.dir / "job").write_text(job.format(time_of_it))
                 self.starts("exit 75")
                 self.finish(self.batch(), status)
                 self.assertEqual(self.requeued(), requeued)
-                (self.dir / "scontrol").unlink(missing_ok=True)
 
     def test_no_requeue_without_progress_or_when_done(self):
         for end, status in (("exit 75", 75), ("save 20; exit 0", 0), ("save 30; exit 4", 4)):
