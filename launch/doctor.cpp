@@ -9,7 +9,6 @@
 #include "configs/run_config.h"
 #include "configs/run_problems.h"
 #include "data/folder.h"
-#include "data/posix_file.h"
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
@@ -25,6 +24,7 @@
 #include "trainer/diagnosis/warnings.h"
 #include "trainer/one_program.h"
 #include "trainer/run_directory.h"
+#include "trainer/shared_folder.h"
 
 namespace upmoe {
 
@@ -161,29 +161,13 @@ void Examination::inputs(const RunConfig& run) {
   });
 }
 
-// Whether what rank 0 makes there is seen on the other hosts.
 void Examination::shared_folder() {
   if (surroundings_of(world()).hosts == 1) return;
-  const fs::path own = existing() / fmt::format(".upmoe-doctor-{}-shared", static_cast<long>(getpid()));
-  const fs::path sign = broadcast_text(world(), own.string(), 0);
-  bool made = false;
-  if (world().rank() == 0) {
-    try {
-      write_text_synced(sign, "doctor\n");
-      made = true;
-    } catch (const Error&) {  // told by folder()
-    }
-  }
-  made = gather(world(), made ? 1 : 0).front() == 1;
-  if (made && mine_.speaks && !path_exists(sign))
-    mine_.findings.push_back(
-        {Severity::kFailure, ExitCode::kBadInput,
-         fmt::format(
-             "{} on {} is not the folder of that name on rank 0's host: run.dir must lie on a file system "
-             "that all hosts share",
-             folder_.string(), mine_.host)});
-  world().barrier();
-  if (made && world().rank() == 0) fails([&] { remove_file(sign); });
+  const fs::path place = broadcast_text(world(), existing().string(), 0);
+  bool seen = true;
+  fails([&] { seen = sees_files_of_rank_0(world(), place); });
+  if (!seen && mine_.speaks)
+    mine_.findings.push_back({Severity::kFailure, ExitCode::kBadInput, words_of_unshared(folder_)});
 }
 
 std::string today() {

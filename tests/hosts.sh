@@ -215,6 +215,13 @@ examine() {
   echo "doctor: a table of all ranks, $HOSTS hosts, nothing left behind, status 0; with a folder of its own on host 3" \
     "status 3 and one line, $(took "$began")"
   grep '^failure:' "$work/apart.out" | cut -c 1-190 | sed 's/^/    /'
+  local status=0
+  on_hosts --restarts 0 "$work/apart" train "$work/run.yaml" run.dir="$work/shared/runs/apart" \
+    >"$work/apart.out" 2>"$work/apart.log" || status=$?
+  [[ $status -eq 3 && $(grep -c 'on upmoe-node3 is not the folder of that name' "$work/apart.log") -eq 1 ]] ||
+    failed "train: where host 3 has a folder of its own it ended with $status"
+  says apart 'step 1/' && failed "train: a step was made before the folders were compared"
+  echo "train: status 3 there too, before its first step"
   began=$(now)
   doctor measured 0 "$binary" --measure
   for n in inside_node: between_nodes:; do told measured "^$n" 1; done
@@ -224,9 +231,9 @@ examine() {
 
 make_network
 write_agent
+write_run
 examine
 if [[ -n $only ]]; then echo "hosts: ok (doctor alone)"; exit 0; fi
-write_run
 echo "hosts: $HOSTS hosts with $RANKS_PER_HOST ranks, experts over all 6, deadline $DEADLINE s, grace $GRACE s"
 began=$(now)
 train whole

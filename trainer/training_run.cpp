@@ -18,6 +18,7 @@
 #include "trainer/run_directory.h"
 #include "trainer/run_lock.h"
 #include "trainer/run_summary.h"
+#include "trainer/shared_folder.h"
 #include "trainer/stop_requests.h"
 #include "trainer/trainer.h"
 
@@ -38,6 +39,7 @@ class Run {
     digest_ = require_one_program(world_);
     require_equal(world_, "configurations", to_yaml(run));
     run_agreed(world_, [&] { prepare(options_.fresh); });
+    require_shared(world_, dir_);  // before the first save, which may be hours away
     // Under the lock of the run directory: left-overs may be cleared and damaged checkpoints set aside.
     checkpoints_.take_over(lock_.get());
     const std::optional<fs::path> newest = checkpoints_.choose();
@@ -57,7 +59,7 @@ class Run {
     session_ = std::make_unique<Session>(run_, session_config_, world_, options_.device);
     warn_of_memory(*session_, world_);
     run_agreed(world_, [&] { load(newest); });
-    require_equal(world_, "training data", state_.fingerprint);
+    require_equal(world_, "training data", opened_data());
   }
 
   int execute();
@@ -91,6 +93,15 @@ class Run {
     for (const auto* model : {&source_, &teacher_})
       if (*model != nullptr) folders += (*model)->directory().string() + "\n";
     return folders;
+  }
+
+  // With a line for each file, as one host may have an older copy of it.
+  std::string opened_data() const {
+    std::string lines;
+    for (const TokenFile* file : session_->data->files())
+      lines += fmt::format("{}: {} tokens, contents {}\n", file->path().string(), file->num_tokens(),
+                           file->identity());
+    return lines + state_.fingerprint;
   }
 
   void load(const std::optional<fs::path>& checkpoint);
