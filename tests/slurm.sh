@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Slurm itself, with two nodes here, and launch/run_slurm.sbatch under it: a run that ends, one that is asked
-# for a checkpoint, one near its time limit, one that is preempted, one that is cancelled, one of which a rank is killed,
+# for a checkpoint, one near its time limit, one preempted, one cancelled, one of which a rank is killed,
 # and what is said of a start without PMIx. Debian's packages of Slurm are taken from apt and unpacked, not installed.
 #
 #   tests/slurm.sh [--build FOLDER]     default: build/release, which has upmoe and bin/make_run
