@@ -117,8 +117,9 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   check(a, world);
   std::unique_ptr<ModelSource> source;
   run_agreed(world, [&] { source = open_model(a.model); });
-  // A run directory goes on while it trains: each rank may have met another of its checkpoints.
-  require_equal(world, fmt::format("checkpoints of {}", a.model), source->directory().string());
+  // A run directory goes on while it trains: each rank may have met another of its checkpoints. Or its host has a copy.
+  require_equal(world, fmt::format("copies of {}", a.model),
+                source->directory().string() + "\n" + function_without_routers(source->config()));
   const ModelConfig& config = source->config();
   if (a.seq_len > config.max_position_embeddings && world.rank() == 0)
     log::warning("--seq-len {}: the model was made for {} positions", a.seq_len,

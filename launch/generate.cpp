@@ -159,8 +159,9 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
     warn_of_sampling(options.sampling);
     warn_of_positions(source->config(), prompts, options.max_new_tokens);
   });
-  // A run directory goes on while it trains: each rank may have met another of its checkpoints.
-  require_equal(world, fmt::format("checkpoints of {}", a.models.front()), source->directory().string());
+  // A run directory goes on while it trains: each rank may have met another of its checkpoints. Or its host has a copy.
+  require_equal(world, fmt::format("copies of {}", a.models.front()),
+                source->directory().string() + "\n" + function_without_routers(source->config()));
   share_prompts(world, prompts);
 
   RankModel model(source->config(), mesh, world, device, a.compute.model_options());

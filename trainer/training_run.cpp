@@ -52,8 +52,9 @@ class Run {
       require_possible(on_device(run_, options_.device), config, world_.size());
       session_config_ = config;
     });
-    // A run directory goes on while it trains: replicas that began from two of its checkpoints would be no replicas.
-    require_equal(world_, "checkpoints of model.path or train.teacher.model", opened());
+    // A run directory goes on while it trains, and a host may have a copy of its own: replicas that began from two
+    // models would be no replicas, and wait for each other for ever where their layers differ.
+    require_equal(world_, "copies of model.path or train.teacher.model", opened());
     // What is wrong with the configuration, the mesh or the model was found before this: from here on memory is taken
     // and groups are made.
     session_ = std::make_unique<Session>(run_, session_config_, world_, options_.device);
@@ -89,18 +90,20 @@ class Run {
   }
 
   std::string opened() const {
-    std::string folders;
+    std::string models = source_ == nullptr ? function_without_routers(session_config_) + "\n" : "";
     for (const auto* model : {&source_, &teacher_})
-      if (*model != nullptr) folders += (*model)->directory().string() + "\n";
-    return folders;
+      if (*model != nullptr)
+        models += (*model)->directory().string() + "\n" + function_without_routers((*model)->config()) + "\n";
+    return models;
   }
 
   // With a line for each file, as one host may have an older copy of it.
   std::string opened_data() const {
     std::string lines;
     for (const TokenFile* file : session_->data->files())
-      lines += fmt::format("{}: {} tokens, contents {}\n", file->path().string(), file->num_tokens(),
-                           file->identity());
+      lines +=
+          fmt::format("{}: tokens {}, documents {}, checksum {}\n", file->path().string(), file->num_tokens(),
+                      file->document_ends().size(), file->identity().empty() ? "none" : file->identity());
     return lines + state_.fingerprint;
   }
 
