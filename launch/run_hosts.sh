@@ -10,7 +10,8 @@ usage: launch/run_hosts.sh --hostfile FILE [OPTION...] COMMAND...
   --hostfile FILE       one host a line, as Open MPI reads it (NAME [slots=N], or NAME once for each slot); read again
                         at every start
   --ranks-per-host N    default: the slots= of the file, when all hosts have the same
-  --cores-per-host N    physical cores to share out; default: as many as this host has
+  --cores-per-host N    physical cores to share out and bind ranks to; default: as many as this host has, if it is in
+                        the file; else ranks are not bound, and the program shares out what it finds
   --deadline SECONDS    passed to `upmoe train`: without progress for so long a rank ends the job with 70
   --restarts N          at most so many (default 3; 0: never)
   --delay SECONDS       before a restart (default 10), for hosts and file systems to notice what ended
@@ -140,7 +141,16 @@ physical_cores() {  # that this process may use; hardware threads of one core co
   physical=$(lscpu --parse=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l) || physical=0
   echo $((physical > 0 && physical < allowed ? physical : allowed))
 }
-[[ -n $cores ]] || cores=$(physical_cores)
+# A login node, which often has other cores than the hosts that it starts.
+is_in_file() {
+  local host here addresses
+  here=$(uname -n) addresses=$(hostname -I 2>/dev/null || true)
+  for host in "${hosts[@]}"; do
+    case $host in localhost | 127.0.0.1 | ::1) return 0 ;; esac
+    [[ ${host%%.*} != "${here%%.*}" && " $addresses " != *" $host "* ]] || return 0
+  done
+  return 1
+}
 
 # Another host's shell knows nothing of this environment, and a rank there would find other settings, or none. Prints
 # mpirun's options for what all ranks get of it.
@@ -161,15 +171,18 @@ environment_options() {
 
 threads=${OMP_NUM_THREADS:-}
 make_options() {
-  local share=$((cores / per_host > 0 ? cores / per_host : 1)) total=$((${#hosts[@]} * per_host))
+  local total=$((${#hosts[@]} * per_host)) known=$cores share=''
+  if [[ -z $known ]] && is_in_file; then known=$(physical_cores); fi
+  if [[ -n $known ]]; then share=$((known / per_host > 0 ? known / per_host : 1)); fi
   # Slots are overruled: what counts is --ranks-per-host.
   options=(--hostfile "$hostfile" -np "$total" --oversubscribe)
-  if ((per_host <= cores)); then
+  if [[ -n $known ]] && ((per_host <= known)); then
     options+=(--map-by "ppr:$per_host:node:PE=$share" --bind-to core)
   else
     options+=(--map-by "ppr:$per_host:node" --bind-to none)
   fi
-  export OMP_NUM_THREADS=${threads:-$share}
+  unset OMP_NUM_THREADS  # of an earlier start
+  if [[ -n $threads$share ]]; then export OMP_NUM_THREADS=${threads:-$share}; fi
   options+=(-wdir "$PWD")  # else a host without this folder would begin in another one, without a word
   # shellcheck disable=SC2207  # two words a line
   options+=($(environment_options))
@@ -236,7 +249,7 @@ for ((start = 1; ; ++start)); do
   make_options
   old=-1
   [[ -z $run_dir ]] || old=$(newest_step "$run_dir")
-  say "start $start: ${#hosts[@]} hosts with $per_host ranks, $OMP_NUM_THREADS threads each" \
+  say "start $start: ${#hosts[@]} hosts with $per_host ranks${OMP_NUM_THREADS:+, $OMP_NUM_THREADS threads each}" \
     "$( ((old < 0)) || echo "(newest checkpoint: step $old)")"
   began=$SECONDS
   start_once

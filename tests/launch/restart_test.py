@@ -208,11 +208,22 @@ class Hosts(Case):
                      "--mca plm_rsh_agent /bin/agent", f"upmoe train --deadline 60 {self.dir}/run.yaml"):
             self.assertIn(part, call)
 
+    def test_cores_of_a_login_node_are_not_those_of_the_hosts(self):
+        self.starts("exit 0", "exit 0")
+        self.finish(self.hosts(), 0)
+        (self.dir / "hosts").write_text("localhost slots=1\n")
+        self.finish(self.hosts(), 0)
+        elsewhere, here = self.calls()
+        self.assertTrue(elsewhere.startswith(" | "), elsewhere)
+        self.assertIn("--map-by ppr:2:node --bind-to none", elsewhere)
+        self.assertRegex(here, r"^[1-9]\d* \| .*--map-by ppr:1:node:PE=\d+ --bind-to core")
+
     def test_what_all_hosts_get_of_the_environment(self):
         self.environment |= {"NCCL_DEBUG": "INFO", "PLACE": "/p", "MINE": "1", "OTHER": "2", "IN_FILE": "3"}
         (self.dir / "run.yaml").write_text(f"run: {{dir: {self.dir}/run}}\nmodel: {{path: '${{IN_FILE}}/m'}}\n")
         self.starts("exit 0")
-        self.finish(self.hosts("--env", "MINE", command=[*self.training, "data.train=$PLACE/t.h5", "x=$UNSET"]), 0)
+        command = [*self.training, "data.train=$PLACE/t.h5", "x=$UNSET"]
+        self.finish(self.hosts("--env", "MINE", "--cores-per-host", "8", command=command), 0)
         words = self.calls()[0].split()
         given = [name for option, name in zip(words, words[1:], strict=False) if option == "-x"]
         self.assertEqual(sorted(given), ["IN_FILE", "MINE", "NCCL_DEBUG", "OMP_NUM_THREADS", "PLACE"])
