@@ -167,6 +167,7 @@ stays_away() {
   wait "$job" || status=$?
   cable up "$2"
   [[ $status -ne 0 ]] || failed "$1: run_hosts.sh says all is well"
+  says "$1" "did not finish: nothing yet from rank .*(on .*upmoe-node$2[,)]" || failed "$1: the host is not named"
   says "$1" 'take it out of the file' || failed "$1: no word on the host that is down"
   echo "$3 at step $CUT_AT: $ended, given up with status $status, $(took "$began") in all"
   lines_of "$1"
