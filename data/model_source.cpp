@@ -71,6 +71,14 @@ std::string function_of(const ModelConfig& config) {
   return to_hf_json(bare);
 }
 
+std::string function_without_routers(const ModelConfig& config) {
+  ModelConfig bare = config;
+  bare.router = {};
+  bare.router_bias = bare.router_load = false;
+  bare.lora = {};
+  return function_of(bare);
+}
+
 std::string digest_of(const ModelSource& source) {
   std::string all = function_of(source.config());
   std::vector<float> values;

@@ -34,6 +34,8 @@ ModelConfig config_of_model(const std::filesystem::path& path);
 
 // What a configuration says about the function, as JSON: without notes of other programs and the files' dtype.
 std::string function_of(const ModelConfig& config);
+// Of any run's: without the form of its routers and its adapters, which not every family has words for.
+std::string function_without_routers(const ModelConfig& config);
 // Tells whether two sources are one model, wherever it lies and however its files are cut: of the
 // configuration and some values of every tensor and expert, read in fp32.
 std::string digest_of(const ModelSource& source);

@@ -9,7 +9,6 @@
 #include "configs/run_config.h"
 #include "configs/run_problems.h"
 #include "data/folder.h"
-#include "data/posix_file.h"
 #include "kernels/core/gpu.h"
 #include "kernels/core/log.h"
 #include "launch/command_line.h"
@@ -25,6 +24,7 @@
 #include "trainer/diagnosis/warnings.h"
 #include "trainer/one_program.h"
 #include "trainer/run_directory.h"
+#include "trainer/shared_folder.h"
 
 namespace upmoe {
 
@@ -82,7 +82,7 @@ class Examination {
     try {
       with_system_errors(body);
       return false;
-    } catch (const PeerError&) {
+    } catch (const PeerError&) {  // told by another rank
     } catch (const Error& e) {
       mine_.findings.push_back({Severity::kFailure, e.code(), e.what()});
     }
@@ -92,6 +92,7 @@ class Examination {
     mine_.findings.insert(mine_.findings.end(), more.begin(), more.end());
   }
   void shared_folder();
+  void same_inputs(ReadInputs read, bool met);
 
   Runtime& runtime_;
   fs::path folder_;
@@ -150,40 +151,39 @@ void Examination::folder(bool of_a_run) {
   shared_folder();
 }
 
-// Every host opens the files itself; all ranks together find the checkpoint.
+// Every rank opens the files itself; all together find the checkpoint.
 void Examination::inputs(const RunConfig& run) {
+  if (fails([&] { require_equal(world(), "configurations", to_yaml(run)); })) return;
   StartingPoint start;
   if (fails([&] { start = starting_point_of(run, world()); })) return;
   add(start.passed_over);
-  if (!mine_.speaks) return;
-  fails([&] {
-    require_inputs(on_device(run, device_), start.checkpoint, world().size(), world().rank() == 0);
+  ReadInputs read;
+  const std::size_t before = mine_.findings.size();
+  const bool met = !fails([&] {
+    read = require_inputs(on_device(run, device_), start.checkpoint, world().size(), world().rank() == 0);
   });
+  if (!mine_.speaks) mine_.findings.resize(before);  // its host has said it
+  same_inputs(std::move(read), met);
 }
 
-// Whether what rank 0 makes there is seen on the other hosts.
+// Of the ranks that have met them; the others have a finding already.
+void Examination::same_inputs(ReadInputs read, bool met) {
+  if (gather(world(), met ? 1 : 0).front() == 0) return;
+  for (std::string* text : {&read.models, &read.data, &read.held_out}) {
+    const std::string of_rank_0 = broadcast_text(world(), *text, 0);
+    if (!met) *text = of_rank_0;
+  }
+  fails([&] { compare_models(world(), read); });
+  fails([&] { compare_data(world(), read); });
+}
+
 void Examination::shared_folder() {
   if (surroundings_of(world()).hosts == 1) return;
-  const fs::path own = existing() / fmt::format(".upmoe-doctor-{}-shared", static_cast<long>(getpid()));
-  const fs::path sign = broadcast_text(world(), own.string(), 0);
-  bool made = false;
-  if (world().rank() == 0) {
-    try {
-      write_text_synced(sign, "doctor\n");
-      made = true;
-    } catch (const Error&) {  // told by folder()
-    }
-  }
-  made = gather(world(), made ? 1 : 0).front() == 1;
-  if (made && mine_.speaks && !path_exists(sign))
-    mine_.findings.push_back(
-        {Severity::kFailure, ExitCode::kBadInput,
-         fmt::format(
-             "{} on {} is not the folder of that name on rank 0's host: run.dir must lie on a file system "
-             "that all hosts share",
-             folder_.string(), mine_.host)});
-  world().barrier();
-  if (made && world().rank() == 0) fails([&] { remove_file(sign); });
+  const fs::path place = broadcast_text(world(), existing().string(), 0);
+  bool seen = true;
+  fails([&] { seen = sees_files_of_rank_0(world(), place); });
+  if (!seen && mine_.speaks)
+    mine_.findings.push_back({Severity::kFailure, ExitCode::kBadInput, words_of_unshared(folder_)});
 }
 
 std::string today() {

@@ -44,6 +44,31 @@ dir_in_yaml() {
   ' "$1"
 }
 
+# expand_path TEXT: ~ and variables as the program reads them in paths (configs/path_text.cpp): `$NAME` and `${NAME}`
+# have a value, `$$` is a dollar sign. Fails where the program would.
+expand_path() {
+  local rest=$1 path=''
+  # shellcheck disable=SC2088  # the text itself, which no shell has expanded
+  if [[ $rest == '~' || $rest == '~/'* ]]; then
+    [[ -n ${HOME:-} ]] || return 1
+    path=$HOME rest=${rest:1}
+  elif [[ $rest == '~'* ]]; then
+    return 1
+  fi
+  while [[ $rest =~ ^([^$]*)\$(\$|[A-Za-z_][A-Za-z0-9_]*|\{[A-Za-z_][A-Za-z0-9_]*\})(.*)$ ]]; do
+    local before=${BASH_REMATCH[1]} name=${BASH_REMATCH[2]} value='$'
+    rest=${BASH_REMATCH[3]}
+    if [[ $name != '$' ]]; then
+      name=${name#\{} name=${name%\}}
+      value=${!name:-}
+      [[ -n $value ]] || return 1
+    fi
+    path+=$before$value
+  done
+  [[ $rest != *'$'* ]] || return 1
+  echo "$path$rest"
+}
+
 # run_dir_of COMMAND...: the run directory of a training command; the last run.dir= counts, then the YAML file.
 run_dir_of() {
   local word file='' dir='' seen_train=0
@@ -56,7 +81,7 @@ run_dir_of() {
   done
   if [[ -z $dir && -n $file && -r $file ]]; then dir=$(dir_in_yaml "$file"); fi
   [[ -n $dir ]] || return 1
-  echo "$dir"
+  expand_path "$dir"
 }
 
 describe_status() {  # STATUS: in words
@@ -70,7 +95,7 @@ describe_status() {  # STATUS: in words
     71) echo "device" ;;
     72) echo "communicator" ;;
     75) echo "stopped on request, checkpoint complete" ;;
-    126 | 127) echo "the command cannot be started" ;;
+    126 | 127) echo "the command cannot be started, on one host at least" ;;
     137) echo "killed by signal 9: out of memory?" ;;
     129 | 1[3-5]? | 16[0-4]) echo "killed by signal $(($1 - 128))" ;;
     *) echo "the launcher gave up, as it does when it loses a host" ;;

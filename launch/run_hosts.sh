@@ -7,9 +7,11 @@ set -euo pipefail
 usage() {
   cat <<'USAGE'
 usage: launch/run_hosts.sh --hostfile FILE [OPTION...] COMMAND...
-  --hostfile FILE       one host a line, as Open MPI reads it (NAME [slots=N]); read again at every start
+  --hostfile FILE       one host a line, as Open MPI reads it (NAME [slots=N], or NAME once for each slot); read again
+                        at every start
   --ranks-per-host N    default: the slots= of the file, when all hosts have the same
-  --cores-per-host N    physical cores to share out; default: as many as this host has
+  --cores-per-host N    physical cores to share out and bind ranks to; default: as many as this host has, if it is in
+                        the file; else ranks are not bound, and the program shares out what it finds
   --deadline SECONDS    passed to `upmoe train`: without progress for so long a rank ends the job with 70
   --restarts N          at most so many (default 3; 0: never)
   --delay SECONDS       before a restart (default 10), for hosts and file systems to notice what ended
@@ -18,8 +20,10 @@ usage: launch/run_hosts.sh --hostfile FILE [OPTION...] COMMAND...
   --interface IF|CIDR   network that MPI uses, such as eth0 or 10.0.0.0/24; default: all that Open MPI finds
   --rsh AGENT           starts a command on a host (default: ssh); must ask for no password
   --run-dir DIR         where the checkpoints are, if the command does not tell by run.dir= or its YAML file
-The program, its inputs and the run directory must lie under the same path on all hosts. More options of mpirun: in
-the environment, as OMPI_MCA_name=value. Example:
+  --env NAME            a variable of the environment that all ranks get, can be repeated; NCCL_*, UCX_*, FI_*, OMP_*,
+                        GOMP_*, ONEDNN_*, UPMOE_* and those that the command or its YAML file names go without asking
+The program, its inputs and the run directory must lie under the same path on all hosts, and this folder be there. More
+options of mpirun: in the environment, as OMPI_MCA_name=value. Example:
   launch/run_hosts.sh --hostfile hosts.txt --ranks-per-host 8 --deadline 120 build/release/upmoe train run.yaml
 SIGUSR1 and SIGUSR2 go to the ranks; SIGTERM, SIGINT and SIGHUP save and stop, a second one stops at once.
 The exit status is that of the last start.
@@ -30,7 +34,7 @@ say() { echo "$([[ -t 2 ]] || date '+%FT%T%:z ')run_hosts: $*" >&2 || true; }  #
 die() { echo "run_hosts: error: $*" >&2; exit 2; }
 
 hostfile='' ranks='' cores='' deadline='' restarts=3 delay=10 abort_grace=15 stop_grace=120 interface='' rsh=''
-run_dir=''
+run_dir='' env_names=''
 number() {  # OPTION VALUE SMALLEST
   if [[ ! $2 =~ ^[0-9]+$ ]] || ((10#$2 < $3)); then die "$1 '$2': expected a whole number from $3 on"; fi
 }
@@ -52,6 +56,10 @@ while [[ $# -gt 0 ]]; do
     --interface) interface=$2 ;;
     --rsh) rsh=$2 ;;
     --run-dir) run_dir=$2 ;;
+    --env)
+      [[ -n $2 && " $(compgen -e | tr '\n' ' ') " == *" $2 "* ]] || die "--env '$2': no such variable is exported here"
+      env_names+=" $2"
+      ;;
     *) usage >&2; die "unknown option '$1'" ;;
   esac
   shift 2
@@ -69,7 +77,7 @@ source "$here/supervise.sh"
 require_program "${command[0]}"
 if is_train "${command[@]}"; then
   [[ -n $run_dir ]] || run_dir=$(run_dir_of "${command[@]}") || [[ $restarts -eq 0 ]] ||
-    die "no run directory found in '${command[*]}'; name it by --run-dir, or use --restarts 0"
+    die "no run directory found in '${command[*]}', or one of an unset variable; give --run-dir, or --restarts 0"
 else
   stop_grace=0  # it saves nothing when asked to stop
   [[ -z $deadline ]] || die "--deadline is for 'upmoe train', which is not in '${command[*]}'"
@@ -86,29 +94,44 @@ if [[ -n $deadline ]]; then
 fi
 
 hosts=()
+# As Open MPI reads it: a host that has several lines has as many slots, unless they say slots=.
 read_hosts() {
   [[ -f $hostfile && -r $hostfile ]] || die "--hostfile $hostfile: cannot be read"
-  local line slots found host
-  hosts=() slots=''
+  local line host found=0 slots=''
+  local -A slots_of=() said=()
+  hosts=()
   while IFS= read -r line || [[ -n $line ]]; do
     line=${line%%#*} line=${line%$'\r'}
     read -r host _ <<<"$line"
     [[ -n $host ]] || continue
     [[ $host =~ ^[][A-Za-z0-9._:%@+-]+$ && $host != -* ]] ||
       die "--hostfile $hostfile: $(printf %q "$host") is no name or address of a host"
-    hosts+=("$host")
-    found=1
+    [[ ! $host =~ ^([^:]+):([0-9]*)$ ]] ||
+      die "--hostfile $hostfile: $host: Open MPI wants '${BASH_REMATCH[1]} slots=${BASH_REMATCH[2]:-N}'"
+    found=''
     if [[ $line =~ [[:space:]]slots[[:space:]]*=[[:space:]]*([^[:space:]]*) ]]; then
       found=${BASH_REMATCH[1]}
       [[ $found =~ ^0*[1-9][0-9]{0,4}$ ]] ||
         die "--hostfile $hostfile: $host has slots=$(printf %q "$found"), expected a number from 1 to 99999"
       found=$((10#$found))
     fi
-    [[ -n $ranks || -z $slots || $slots -eq $found ]] ||
-      die "--hostfile $hostfile: $host has slots=$found, the hosts before it $slots; give --ranks-per-host"
-    slots=$found
+    if [[ -z ${slots_of[h$host]:-} ]]; then
+      hosts+=("$host")
+      slots_of[h$host]=${found:-1} said[h$host]=$found  # h: of a host '@' bash would take all
+    else
+      [[ -z $found && -z ${said[h$host]} ]] ||
+        die "--hostfile $hostfile: $host stands there twice; one line with all its slots=, or lines without"
+      found=${slots_of[h$host]}
+      slots_of[h$host]=$((found + 1))
+    fi
   done < <(LC_ALL=C tr -d '\0' <"$hostfile")
   [[ ${#hosts[@]} -gt 0 ]] || die "--hostfile $hostfile: names no host"
+  for host in "${hosts[@]}"; do
+    found=${slots_of[h$host]}
+    [[ -n $ranks || -z $slots || $slots -eq $found ]] ||
+      die "--hostfile $hostfile: $host has $found slots, the hosts before it $slots; give --ranks-per-host"
+    slots=$found
+  done
   per_host=${ranks:-$slots}
 }
 
@@ -118,20 +141,51 @@ physical_cores() {  # that this process may use; hardware threads of one core co
   physical=$(lscpu --parse=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l) || physical=0
   echo $((physical > 0 && physical < allowed ? physical : allowed))
 }
-[[ -n $cores ]] || cores=$(physical_cores)
+# A login node, which often has other cores than the hosts that it starts.
+is_in_file() {
+  local host here addresses
+  here=$(uname -n) addresses=$(hostname -I 2>/dev/null || true)
+  for host in "${hosts[@]}"; do
+    case $host in localhost | 127.0.0.1 | ::1) return 0 ;; esac
+    [[ ${host%%.*} != "${here%%.*}" && " $addresses " != *" $host "* ]] || return 0
+  done
+  return 1
+}
+
+# Another host's shell knows nothing of this environment, and a rank there would find other settings, or none. Prints
+# mpirun's options for what all ranks get of it.
+environment_options() {
+  local word name named
+  named=" $(for word in "${command[@]}"; do
+    printf '%s\n' "$word"
+    if [[ $word == *.y*ml && -f $word && -r $word ]]; then cat "$word"; fi
+  done | { grep -aoE '[$][{]?[A-Za-z_][A-Za-z0-9_]*' || true; } | tr -d '${' | tr '\n' ' ') $env_names "
+  for name in $(compgen -e); do
+    case $name in
+      NCCL_* | UCX_* | FI_* | OMP_* | GOMP_* | ONEDNN_* | UPMOE_*) ;;
+      *) [[ $named == *" $name "* ]] || continue ;;
+    esac
+    echo "-x $name"
+  done
+}
 
 threads=${OMP_NUM_THREADS:-}
 make_options() {
-  local share=$((cores / per_host > 0 ? cores / per_host : 1)) total=$((${#hosts[@]} * per_host))
+  local total=$((${#hosts[@]} * per_host)) known=$cores share=''
+  if [[ -z $known ]] && is_in_file; then known=$(physical_cores); fi
+  if [[ -n $known ]]; then share=$((known / per_host > 0 ? known / per_host : 1)); fi
   # Slots are overruled: what counts is --ranks-per-host.
   options=(--hostfile "$hostfile" -np "$total" --oversubscribe)
-  if ((per_host <= cores)); then
+  if [[ -n $known ]] && ((per_host <= known)); then
     options+=(--map-by "ppr:$per_host:node:PE=$share" --bind-to core)
   else
     options+=(--map-by "ppr:$per_host:node" --bind-to none)
   fi
-  export OMP_NUM_THREADS=${threads:-$share}
-  options+=(-x OMP_NUM_THREADS)
+  unset OMP_NUM_THREADS  # of an earlier start
+  if [[ -n $threads$share ]]; then export OMP_NUM_THREADS=${threads:-$share}; fi
+  options+=(-wdir "$PWD")  # else a host without this folder would begin in another one, without a word
+  # shellcheck disable=SC2207  # two words a line
+  options+=($(environment_options))
   # Open MPI's own: 300 + 9 x 20 s until it misses a silent host. These notice one after about 25 s.
   options+=(--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3)
   [[ -z $interface ]] || options+=(--mca btl_tcp_if_include "$interface" --mca oob_tcp_if_include "$interface")
@@ -144,20 +198,22 @@ fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# Passes mpirun's standard error on and leaves a mark at the first line by which a rank ends the job: from then on
-# mpirun has little time, because it waits without end for the daemon of a host that cannot be reached.
+# Passes mpirun's standard error on and leaves marks: at the first line by which a rank ends the job, from which on
+# mpirun has little time, because it waits without end for the daemon of a host that cannot be reached; and where mpirun
+# could not start the program on some host, as it then ends with a status that looks like a signal's.
 watch_errors() {
   local line
   trap '' TERM INT HUP USR1 USR2
   while IFS= read -r line; do
     printf '%s\n' "$line" >&2 || true
     [[ $line != *'upmoe: error:'* ]] || : >"$scratch/error"
+    [[ $line != 'mpirun was unable to '*' the specified application as it '* ]] || : >"$scratch/not_started"
   done
 }
 
 start_once() {  # sets status
   local error_by=0 killed=0 watcher
-  rm -f "$scratch/error" "$scratch/errors"
+  rm -f "$scratch/error" "$scratch/errors" "$scratch/not_started"
   mkfifo "$scratch/errors"
   watch_errors <"$scratch/errors" &
   watcher=$!
@@ -182,8 +238,9 @@ start_once() {  # sets status
   if [[ $killed -eq 1 ]]; then status=72; fi
   mpirun_pid=0
   # The last lines; what is left of mpirun can hold the pipe open, so this does not wait for its end.
-  for _ in {1..20}; do kill -0 "$watcher" 2>/dev/null || return 0; sleep 0.05; done
+  for _ in {1..20}; do kill -0 "$watcher" 2>/dev/null || break; sleep 0.05; done
   kill "$watcher" 2>/dev/null || true
+  if [[ -e $scratch/not_started ]]; then status=127; fi
 }
 
 status=0
@@ -192,7 +249,7 @@ for ((start = 1; ; ++start)); do
   make_options
   old=-1
   [[ -z $run_dir ]] || old=$(newest_step "$run_dir")
-  say "start $start: ${#hosts[@]} hosts with $per_host ranks, $OMP_NUM_THREADS threads each" \
+  say "start $start: ${#hosts[@]} hosts with $per_host ranks${OMP_NUM_THREADS:+, $OMP_NUM_THREADS threads each}" \
     "$( ((old < 0)) || echo "(newest checkpoint: step $old)")"
   began=$SECONDS
   start_once
@@ -204,7 +261,7 @@ for ((start = 1; ; ++start)); do
   if ((restarts == 0)); then say "$what"; exit "$status"; fi
   if ! why=$(should_restart "$status" "$old" "$new" "$start"); then
     say "$what; no restart: $why"
-    ((start == 1)) || say "if a host of $hostfile is down, take it out of the file and start again"
+    ((start == 1 || status == 127)) || say "if a host of $hostfile is down, take it out of the file and start again"
     exit "$status"
   fi
   if ((start > restarts)); then say "$what; no restart: all $restarts are used up"; exit "$status"; fi

@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <sstream>
 
 #include "kernels/core/philox.h"
 #include "kernels/core/system_error.h"
+#include "parallel/texts.h"
 
 namespace upmoe {
 
@@ -256,6 +258,34 @@ void agree(Communicator& comm, ExitCode code, const std::string& local_error) {
   throw PeerError(static_cast<ExitCode>(agreed), "");
 }
 
+namespace {
+
+// The first line that two texts do not share, as either has it, with the key that it stands under in a block of YAML.
+std::string first_difference(const std::string& a, const std::string& b, int rank_of_b) {
+  std::istringstream of_a(a), of_b(b);
+  std::string line_a, line_b, above;
+  while (true) {
+    const bool more_a = static_cast<bool>(std::getline(of_a, line_a));
+    const bool more_b = static_cast<bool>(std::getline(of_b, line_b));
+    if (!more_a && !more_b) return "";
+    if (!more_a) line_a.clear();
+    if (!more_b) line_b.clear();
+    if (line_a != line_b) break;
+    if (!line_a.starts_with(' '))
+      above = line_a.ends_with(':') ? line_a.substr(0, line_a.size() - 1) + "." : "";
+  }
+  constexpr std::size_t kShown = 200;
+  const auto shown = [&](const std::string& line) {
+    const std::size_t begin = line.find_first_not_of(' ');
+    if (begin == std::string::npos) return std::string("nothing");
+    const std::string key = begin > 0 ? above : "";
+    return fmt::format("'{}{}'", key, line.substr(begin, kShown));
+  };
+  return fmt::format(" (rank 0 has {}, rank {} {})", shown(line_a), rank_of_b, shown(line_b));
+}
+
+}  // namespace
+
 void require_equal(Communicator& comm, const std::string& what, const std::string& value) {
   // A hash in place of the text, which is a whole configuration and not equally long on all ranks.
   const auto mine = static_cast<std::int64_t>(philox_key(0, value));
@@ -265,13 +295,15 @@ void require_equal(Communicator& comm, const std::string& what, const std::strin
   for (int r = 0; r < comm.size(); ++r)
     if (all[static_cast<std::size_t>(r)] != all[0]) others.push_back(r);
   if (others.empty()) return;
+  const int odd = others.front();
+  const std::string its = broadcast_text(comm, comm.rank() == odd ? value : "", odd);
   constexpr std::size_t kNamed = 16;
   const bool more = others.size() > kNamed;
   if (more) others.resize(kNamed);
   const std::string message = fmt::format(
-      "the ranks were started with different {}: rank 0 differs from rank {}{}; start all of them with "
+      "the ranks were started with different {}: rank 0 differs from rank {}{}{}; start all of them with "
       "the same program, files and arguments",
-      what, fmt::join(others, ", "), more ? " and others" : "");
+      what, fmt::join(others, ", "), more ? " and others" : "", first_difference(value, its, odd));
   agree(comm, ExitCode::kUsage, comm.rank() == 0 ? message : "");
 }
 

@@ -139,7 +139,8 @@ void agree(Communicator& comm, ExitCode code, const std::string& local_error);
 // Runs `body` and agrees on its outcome: an Error thrown by body on any rank is thrown on all.
 void run_agreed(Communicator& comm, const std::function<void()>& body);
 // The ranks must have been given the same: `value` (any length, compared by digest) is that of every rank.
-// When it is not, rank 0 throws Error(kUsage) that names `what` and the ranks that differ from it. Collective.
+// When it is not, rank 0 throws Error(kUsage) that names `what`, the ranks that differ from it, and the first line in
+// which the lowest of them does. Collective.
 void require_equal(Communicator& comm, const std::string& what, const std::string& value);
 
 }  // namespace upmoe

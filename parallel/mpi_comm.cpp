@@ -285,6 +285,7 @@ MpiWorld start_mpi(int* argc, char*** argv) {
   MpiWorld world;
   MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
   MPI_Comm_size(MPI_COMM_WORLD, &world.size);
+  learn_hosts();
   signs = std::make_unique<SignsOfLife>();
   watchdog::tell_peers_by([] { signs->tell(); });
   return world;

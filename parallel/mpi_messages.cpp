@@ -3,11 +3,13 @@
 #include <fmt/ranges.h>
 #include <mpi.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <ctime>
 #include <set>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -33,7 +35,38 @@ Clock::duration computed() {  // by this thread
   return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
 }
 
+// By rank of the job; empty where all are on one host.
+std::vector<std::string> host_of_rank;
+
+std::string with_hosts(const std::set<int>& ranks) {
+  std::string words = fmt::format("rank {}", fmt::join(ranks, ", "));
+  if (host_of_rank.empty()) return words;
+  std::vector<std::string> hosts;
+  for (const int rank : ranks) {
+    const std::string& host = host_of_rank[static_cast<std::size_t>(rank)];
+    if (std::find(hosts.begin(), hosts.end(), host) == hosts.end()) hosts.push_back(host);
+  }
+  constexpr std::size_t kNamed = 8;
+  const bool more = hosts.size() > kNamed;
+  if (more) hosts.resize(kNamed);
+  return fmt::format("{} (on {}{})", words, fmt::join(hosts, ", "), more ? " and others" : "");
+}
+
 }  // namespace
+
+void learn_hosts() {
+  constexpr int kRoom = 64;
+  int size = 1;
+  check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &size), "MPI_Comm_size");
+  char mine[kRoom] = "?";
+  gethostname(mine, kRoom - 1);
+  std::vector<char> all(static_cast<std::size_t>(size) * kRoom);
+  check_mpi(MPI_Allgather(mine, kRoom, MPI_CHAR, all.data(), kRoom, MPI_CHAR, MPI_COMM_WORLD),
+            "MPI_Allgather");
+  host_of_rank.clear();
+  for (std::size_t at = 0; at < all.size(); at += kRoom) host_of_rank.emplace_back(all.data() + at);
+  if (std::set<std::string>(host_of_rank.begin(), host_of_rank.end()).size() == 1) host_of_rank.clear();
+}
 
 void check_mpi(int result, const char* call) {
   if (result == MPI_SUCCESS) return;
@@ -141,9 +174,9 @@ void MpiMessages::Impl::look_at_peers(std::uint64_t collective, Clock::time_poin
     if (done == 0) (messages[i].sent ? busy : silent).insert(in_the_job(messages[i].peer));
   }
   if (!silent.empty()) {
-    watchdog::waiting_for(collective, fmt::format("nothing yet from rank {}", fmt::join(silent, ", ")));
+    watchdog::waiting_for(collective, "nothing yet from " + with_hosts(silent));
   } else if (!busy.empty()) {
-    watchdog::waiting_for(collective, fmt::format("not yet taken by rank {}", fmt::join(busy, ", ")));
+    watchdog::waiting_for(collective, "not yet taken by " + with_hosts(busy));
   }
   SignsOfLife* signs = signs_of_life();
   if (signs == nullptr) return;

@@ -10,6 +10,9 @@ namespace upmoe {
 // Throws Error(kCommunicator) in MPI's own words.
 void check_mpi(int result, const char* call);
 
+// Which host each rank of the job is on, for words about silent ones. Collective over the job, once.
+void learn_hosts();
+
 class MpiMessages {
  public:
   // mpi_comm: the address of an MPI_Comm, so that this header does without MPI's. chunk: bytes of the largest

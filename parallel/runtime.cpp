@@ -51,14 +51,36 @@ Announced announced_ranks() {
 
 bool mpi_started = false;
 
+// Not of a launcher that was started in a shell under srun.
+bool by_srun(const Announced& announced) {
+  return announced.variable != "OMPI_COMM_WORLD_SIZE" && std::getenv("SLURM_STEP_ID") != nullptr &&
+         positive("SLURM_STEP_NUM_TASKS") == announced.ranks;
+}
+
+// Open MPI then ends every rank with the advice to build another one, which is not what is wrong. It is said before
+// and ends nothing here: another MPI may have a way of its own.
+void warn_of_srun() {
+  if (std::getenv("PMIX_NAMESPACE") != nullptr || announced_rank() != 0) return;
+  const char* offered = std::getenv("SLURM_MPI_TYPE");
+  log::warning(
+      "srun tells the ranks of each other by '{}', and Open MPI wants PMIx: if it ends them now, start them "
+      "by "
+      "srun --mpi=pmix",
+      offered != nullptr ? offered : "none");
+}
+
 std::unique_ptr<Communicator> join_ranks(const Announced& announced, int* argc, char*** argv) {
+  const bool srun = by_srun(announced);
+  if (srun) warn_of_srun();
   const MpiWorld mpi = start_mpi(argc, argv);
   mpi_started = true;
   if (mpi.size != announced.ranks)
     fail(ExitCode::kUsage,
          "{} says {} ranks, but MPI says {}: the launcher belongs to another MPI than this program, so each "
-         "process believes it is alone; start it with the mpirun of the MPI it was built with",
-         announced.variable, announced.ranks, mpi.size);
+         "process believes it is alone; start it with {}",
+         announced.variable, announced.ranks, mpi.size,
+         srun ? "srun --mpi=pmix, as launch/run_slurm.sbatch does"
+              : "the mpirun of the MPI it was built with");
   return make_mpi_communicator();
 }
 

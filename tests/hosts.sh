@@ -167,6 +167,7 @@ stays_away() {
   wait "$job" || status=$?
   cable up "$2"
   [[ $status -ne 0 ]] || failed "$1: run_hosts.sh says all is well"
+  says "$1" "did not finish: nothing yet from rank .*(on .*upmoe-node$2[,)]" || failed "$1: the host is not named"
   says "$1" 'take it out of the file' || failed "$1: no word on the host that is down"
   echo "$3 at step $CUT_AT: $ended, given up with status $status, $(took "$began") in all"
   lines_of "$1"
@@ -215,6 +216,13 @@ examine() {
   echo "doctor: a table of all ranks, $HOSTS hosts, nothing left behind, status 0; with a folder of its own on host 3" \
     "status 3 and one line, $(took "$began")"
   grep '^failure:' "$work/apart.out" | cut -c 1-190 | sed 's/^/    /'
+  local status=0
+  on_hosts --restarts 0 "$work/apart" train "$work/run.yaml" run.dir="$work/shared/runs/apart" \
+    >"$work/apart.out" 2>"$work/apart.log" || status=$?
+  [[ $status -eq 3 && $(grep -c 'on upmoe-node3 is not the folder of that name' "$work/apart.log") -eq 1 ]] ||
+    failed "train: where host 3 has a folder of its own it ended with $status"
+  says apart 'step 1/' && failed "train: a step was made before the folders were compared"
+  echo "train: status 3 there too, before its first step"
   began=$(now)
   doctor measured 0 "$binary" --measure
   for n in inside_node: between_nodes:; do told measured "^$n" 1; done
@@ -224,9 +232,9 @@ examine() {
 
 make_network
 write_agent
+write_run
 examine
 if [[ -n $only ]]; then echo "hosts: ok (doctor alone)"; exit 0; fi
-write_run
 echo "hosts: $HOSTS hosts with $RANKS_PER_HOST ranks, experts over all 6, deadline $DEADLINE s, grace $GRACE s"
 began=$(now)
 train whole

@@ -51,11 +51,7 @@ bool same_place(const std::string& one, const std::string& two) {
 std::string model_digest(const ModelConfig& config, const ModelSource* weights) {
   if (weights != nullptr) return digest_of(*weights);
   // That of model.path: its routers are the run's, and are compared in their own words.
-  ModelConfig asked = config;
-  asked.router = {};
-  asked.router_bias = asked.router_load = false;
-  asked.lora = {};
-  return fmt::format("{:016x}", philox_key(2, function_of(asked)));
+  return fmt::format("{:016x}", philox_key(2, function_without_routers(config)));
 }
 
 void require_whole_steps(const RunConfig& now, std::int64_t step, std::int64_t samples) {

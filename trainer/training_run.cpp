@@ -18,6 +18,8 @@
 #include "trainer/run_directory.h"
 #include "trainer/run_lock.h"
 #include "trainer/run_summary.h"
+#include "trainer/same_inputs.h"
+#include "trainer/shared_folder.h"
 #include "trainer/stop_requests.h"
 #include "trainer/trainer.h"
 
@@ -38,6 +40,7 @@ class Run {
     digest_ = require_one_program(world_);
     require_equal(world_, "configurations", to_yaml(run));
     run_agreed(world_, [&] { prepare(options_.fresh); });
+    require_shared(world_, dir_);  // before the first save, which may be hours away
     // Under the lock of the run directory: left-overs may be cleared and damaged checkpoints set aside.
     checkpoints_.take_over(lock_.get());
     const std::optional<fs::path> newest = checkpoints_.choose();
@@ -51,18 +54,17 @@ class Run {
       session_config_ = config;
       take_digests(!newest);
     });
-    // A run directory goes on while it trains: replicas that began from two of its checkpoints would be no replicas.
-    require_equal(world_, "checkpoints of model.path or train.teacher.model", opened());
-    // Nor if each host has a folder of its own of that name, with another model in it.
-    require_equal(world_, "models in model.path or train.teacher.model", model_digest_ + teacher_digest_);
+    read_.models = models_in_lines(session_config_, source_.get(), teacher_.get());
+    read_.weights = model_digest_ + teacher_digest_;
+    compare_models(world_, read_);
     // What is wrong with the configuration, the mesh or the model was found before this: from here on memory is taken
     // and groups are made.
     session_ = std::make_unique<Session>(run_, session_config_, world_, options_.device);
     warn_of_memory(*session_, world_);
     run_agreed(world_, [&] { load(newest); });
-    require_equal(world_, "training data", state_.fingerprint);
-    // Ranks that read other sequences would not evaluate as many.
-    require_equal(world_, "held-out data", fingerprint_of(valid_));
+    read_.data = data_in_lines(*session_->data);
+    read_.held_out = fingerprint_of(valid_);
+    compare_data(world_, read_);
   }
 
   int execute();
@@ -96,12 +98,6 @@ class Run {
     if (begins) model_digest_ = model_digest(session_config_, source_.get());
     if (teacher_ != nullptr) teacher_digest_ = digest_of(*teacher_);
   }
-  std::string opened() const {
-    std::string folders;
-    for (const auto* model : {&source_, &teacher_})
-      if (*model != nullptr) folders += (*model)->directory().string() + "\n";
-    return folders;
-  }
 
   void load(const std::optional<fs::path>& checkpoint);
   void load_teacher();
@@ -126,6 +122,7 @@ class Run {
   std::string digest_;  // of the program
   // Of what is read beside the run's own checkpoint; empty: nothing.
   std::string model_digest_, teacher_digest_;
+  ReadInputs read_;
   std::int64_t evaluated_step_ = -1, nonfinite_ = 0;
 };
 

@@ -135,7 +135,7 @@ class ScriptMutations(unittest.TestCase):
         script = (ROOT / "launch" / "run_hosts.sh").read_text(encoding="utf-8")
         function = script[script.index("read_hosts() {"):]
         function = function[:function.index("\n}\n") + 3]
-        corpus = [b"node1 slots=8\nnode2 slots=8\n", b"# all\nlocalhost\n10.0.0.2\n",
+        corpus = [b"node1 slots=8\nnode2 slots=8\n", b"# all\nlocalhost\n10.0.0.2\n", b"a\nb\na\nb\n@\n@\n",
                   b"fe80::1 slots = 2 max_slots=4\n"]
         for seed in range(250):
             draw = random.Random(seed)

@@ -270,6 +270,18 @@ class IndexedDataSets(CliTest):
         self.refused(3, ["token 16 is 101"], "eval", self.model, "--data", self.set, "--seq-len", 16)
 
 
+class Srun(unittest.TestCase):
+    # As Slurm's default plugin of MPI starts a step: each rank for itself.
+    def test_without_pmix(self):
+        for rank in range(2):
+            step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank)}
+            done = subprocess.run([BINARY, "train", "run.yaml"], capture_output=True, text=True, check=False,
+                                  timeout=60, env=os.environ | step)
+            self.assertEqual(done.returncode, 2, done.stderr)
+            for words in ("by 'none', and Open MPI wants PMIx", "start it with srun --mpi=pmix"):
+                self.assertEqual(words in done.stderr, rank == 0, done.stderr)
+
+
 class Report(CliTest):
     def test_exit_status_of_the_pictures(self):
         self.assertEqual(upmoe("report", self.folder / "nowhere").returncode, 3)

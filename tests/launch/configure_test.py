@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 ABSENT = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("GTest", "benchmark", "Boost")]
 STARTS_JOBS = ("mpirun", "run_local.sh", "run_hosts.sh")
-FALSE_LAUNCHERS = {"restart_test", "grace_test", "scripts_test", "script_mutations_test", "setup_test",
+FALSE_LAUNCHERS = {"restart_test", "slurm_test", "grace_test", "scripts_test", "script_mutations_test", "setup_test",
                    "configure_test"}  # need no MPI of ours
 
 

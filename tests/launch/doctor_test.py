@@ -5,6 +5,7 @@ what it measures is a machine's file. Needs UPMOE_BINARY.
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -251,6 +252,34 @@ class Ranks(Doctor):
             said += [line for line in (done.stdout + done.stderr).splitlines() if "programs" in line]
         self.assertEqual(len(said), 2, said)
         self.assertEqual(*(line[line.index("programs"):].removesuffix(" [rank 0]") for line in said))
+
+    def test_other_files_under_one_name_are_refused_in_the_same_words(self):
+        """Each rank stands in a folder of its own, as on hosts that do not share what a run reads."""
+        run = self.run_file()
+        run.write_text(run.read_text().replace(f"path: {self.folder}/", "path: ").replace("batch: 1,", "batch: 2,"))
+        apart = self.folder / "apart.sh"
+        apart.write_text(f'#!/bin/sh\ncd {shlex.quote(str(self.folder))}/"$OMPI_COMM_WORLD_RANK" && exec '
+                         f'{shlex.quote(BINARY)} "$@"\n', encoding="utf-8")
+        apart.chmod(0o755)
+        for rank in ("0", "1"):
+            shutil.copytree(self.folder / "m", self.folder / rank / "m")
+            shutil.copy(self.folder / "t.h5", self.folder / rank)
+
+        def said(word):
+            lines = []
+            for command in ("doctor", "train"):
+                done = start(ROOT / "launch" / "run_local.sh", 2, apart, command, run)
+                self.assertEqual(done.returncode, 2, done.stdout + done.stderr)
+                lines += [line for line in (done.stdout + done.stderr).splitlines() if word in line]
+            self.assertEqual(len(lines), 2, done.stdout + done.stderr)
+            self.assertEqual(*(line[line.index(word):].removesuffix(" [rank 0]") for line in lines))
+            return lines[0]
+        vocabulary = json.loads((self.folder / "m" / "config.json").read_text())["vocab_size"]
+        write_tokens(self.folder / "1" / "t.h5", vocabulary, 90)
+        self.assertRegex(said("training data"), "tokens 100,.*tokens 90,")
+        config = self.folder / "1" / "m" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-4}))
+        self.assertIn("rms_norm_eps", said("copies of model.path"))
 
     # The disk is that of the folder on every rank: of ranks that do not speak for their host too, wherever they stand.
     def test_measured(self):

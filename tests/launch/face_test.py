@@ -179,6 +179,10 @@ class Requests(cli_test.CliTest):
                      HOME=str(home))
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(sorted(p.name for p in home.iterdir()), ["e", "r", "t.h5"])
+        # The scripts that start a run again must find its checkpoints at the same place.
+        found = shell(f"cd {home} && . {ROOT}/launch/restart_rules.sh && newest_step $(run_dir_of upmoe train {run})",
+                      HOME=str(home))
+        self.assertEqual(found.stdout, "2\n", found.stderr)
         self.refused(2, ["NO_SUCH_PLACE", "unset"], "train", run, "run.dir=$NO_SUCH_PLACE/x")
         self.refused(2, ["NO_SUCH_PLACE"], "export", self.model, "--to", "${NO_SUCH_PLACE}/x")
         # As the shell names what is there, for */t$^*: no name of a variable, and not to be written otherwise.

@@ -312,12 +312,12 @@ class Generate(cli_test.CliTest):
             shutil.copytree(self.model, host / "model")
         (hosts[1] / "model/generation_config.json").write_text('{"eos_token_id": 7}')
         arguments = ("generate", "model", "--tokens", "1,2", "--max-new-tokens", 2)
-        self.refused_apart("different tokens that end a text: rank 0 differs from rank 1;", *arguments)
+        self.refused_apart("different tokens that end a text: rank 0 differs from rank 1 (rank 0 has", *arguments)
         config = hosts[1] / "model/config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-4}))
-        self.refused_apart("different models in model: rank 0 differs from rank 1;", *arguments)
-        self.refused_apart("different models in model: rank 0 differs from rank 1;", "generate", "model", "--bench",
-                           "--in", 2, "--out", 2, "--rounds", 1, "--concurrency", 1)
+        self.refused_apart("different copies of model: rank 0 differs from rank 1 (rank 0 has", *arguments)
+        self.refused_apart("different copies of model: rank 0 differs from rank 1 (rank 0 has", "generate", "model",
+                           "--bench", "--in", 2, "--out", 2, "--rounds", 1, "--concurrency", 1)
 
     def test_what_is_refused(self):
         model = self.model

@@ -71,10 +71,10 @@ class HeldOut(cli_test.CliTest):
             shutil.copytree(self.model, host / "model")
             shutil.copy(tokens, host / "tokens.h5")
         arguments = ("eval", "model", "--data", "tokens.h5", "--seq-len", 16)
-        self.refused_apart("different token files: rank 0 differs from rank 1;", *arguments)
+        self.refused_apart("different token files: rank 0 differs from rank 1 (rank 0 has", *arguments)
         config = hosts[1] / "model/config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-4}))
-        self.refused_apart("different models in model: rank 0 differs from rank 1;", *arguments)
+        self.refused_apart("different copies of model: rank 0 differs from rank 1 (rank 0 has", *arguments)
 
 
 if __name__ == "__main__":

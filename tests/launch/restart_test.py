@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Restarts: the rules as functions, and the launch scripts around them with a false mpirun, srun and scontrol."""
+"""Restarts: the rules as functions, and run_hosts.sh around them with a false mpirun."""
 
 import os
 import shutil
@@ -35,7 +35,8 @@ class Case(unittest.TestCase):
         for name in ("mpirun", "srun"):
             self.program(name, LAUNCHER.format(state=self.dir))
         self.program("upmoe", "#!/bin/sh\nexit 1\n")  # mpirun and srun do not start it
-        self.program("scontrol", f'#!/bin/sh\necho "$*" >>{self.dir}/scontrol\n')
+        self.program("scontrol", f'#!/bin/sh\n[ "$*" != "show job 42" ] || exec cat {self.dir}/job\n'
+                     f'echo "$*" >>{self.dir}/scontrol\n')
         (self.dir / "hosts").write_text("# two hosts\nnode1 slots=2\nnode2 slots=2  # the second\n")
         (self.dir / "run.yaml").write_text(f"run: {{dir: {self.dir}/run, seed: 1}}\n")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP_", "UPMOE"))}
@@ -80,7 +81,7 @@ class Case(unittest.TestCase):
 class Rules(Case):
     def ask(self, *words):
         run = subprocess.run(["bash", "-euc", 'source "$0"; "$@"', str(LAUNCH / "restart_rules.sh"), *map(str, words)],
-                             capture_output=True, text=True, cwd=self.dir)
+                             capture_output=True, text=True, cwd=self.dir, env=self.environment)
         self.assertEqual(run.stderr, "")
         return run.returncode, run.stdout.strip()
 
@@ -115,6 +116,18 @@ class Rules(Case):
             path.write_text(text + "\n")
             self.assertEqual(self.ask("dir_in_yaml", path), (0, expected), text)
 
+    def test_run_directory_with_variables(self):
+        self.environment |= {"HOME": "/home/me", "PLACE": "/scratch/a b", "EMPTY": ""}
+        for text, expected in {
+            "~": "/home/me", "~/r": "/home/me/r", "r~": "r~", "$PLACE/r": "/scratch/a b/r",
+            "${PLACE}_1/${PLACE}": "/scratch/a b_1//scratch/a b", "a$$b": "a$b", "$$PLACE": "$PLACE",
+            "~you/r": None, "$EMPTY/r": None, "$NO_SUCH_PLACE": None, "a$": None, "${PLACE": None, "$5": None,
+        }.items():
+            (self.dir / "run.yaml").write_text(f"run: {{dir: '{text}', seed: 1}}\n")
+            told = (1, "") if expected is None else (0, expected)
+            self.assertEqual(self.ask("run_dir_of", *self.training), told, text)
+            self.assertEqual(self.ask("run_dir_of", *self.training, f"run.dir={text}"), told, text)
+
     def test_restarts(self):
         for status in (0, 2, 3, 4, 71, 75, 126, 127):
             self.assertEqual(self.ask("should_restart", status, 10, 20, 1)[0], 1, status)
@@ -146,10 +159,11 @@ class Hosts(Case):
         return self.start([str(LAUNCH / "run_hosts.sh"), *options, *(self.training if command is None else command)])
 
     def refused(self, *command):
+        before = self.calls()
         process = self.start([str(LAUNCH / "run_hosts.sh"), *command])
         errors = self.finish(process, 2)
         self.assertIn("run_hosts: error:", errors)
-        self.assertEqual(self.calls(), [])
+        self.assertEqual(self.calls(), before)
         return errors
 
     def test_wrong_command_lines(self):
@@ -171,6 +185,17 @@ class Hosts(Case):
         self.assertIn("no host", self.refused("--hostfile", "hosts", *self.training))
         (self.dir / "hosts").write_text("node1 slots=2\nnode2\n")
         self.assertIn("--ranks-per-host", self.refused("--hostfile", "hosts", *self.training))
+        (self.dir / "hosts").write_text("node1\nnode2\nnode1\n")
+        self.assertIn("--ranks-per-host", self.refused("--hostfile", "hosts", *self.training))
+        for text, words in (("node1 slots=1\n" * 2, "node1 stands there twice"), ("node1:8\n", "'node1 slots=8'")):
+            (self.dir / "hosts").write_text(text)
+            self.assertIn(words, self.refused("--hostfile", "hosts", *self.training))
+
+    def test_a_host_with_several_lines_has_as_many_slots(self):
+        (self.dir / "hosts").write_text("node1\nnode2\nnode1\nnode2\nfe80::1\nfe80::1\n")
+        self.starts("exit 0")
+        self.assertIn("3 hosts with 2 ranks", self.finish(self.hosts("--cores-per-host", "8"), 0))
+        self.assertIn("-np 6 --oversubscribe --map-by ppr:2:node:PE=4", self.calls()[0])
 
     def test_what_mpirun_is_asked_for(self):
         self.starts("exit 0")
@@ -182,6 +207,35 @@ class Hosts(Case):
                      "--mca btl_tcp_if_include 10.0.0.0/24", "--mca oob_tcp_if_include 10.0.0.0/24",
                      "--mca plm_rsh_agent /bin/agent", f"upmoe train --deadline 60 {self.dir}/run.yaml"):
             self.assertIn(part, call)
+
+    def test_cores_of_a_login_node_are_not_those_of_the_hosts(self):
+        self.starts("exit 0", "exit 0")
+        self.finish(self.hosts(), 0)
+        (self.dir / "hosts").write_text("localhost slots=1\n")
+        self.finish(self.hosts(), 0)
+        elsewhere, here = self.calls()
+        self.assertTrue(elsewhere.startswith(" | "), elsewhere)
+        self.assertIn("--map-by ppr:2:node --bind-to none", elsewhere)
+        self.assertRegex(here, r"^[1-9]\d* \| .*--map-by ppr:1:node:PE=\d+ --bind-to core")
+
+    def test_what_all_hosts_get_of_the_environment(self):
+        self.environment |= {"NCCL_DEBUG": "INFO", "PLACE": "/p", "MINE": "1", "OTHER": "2", "IN_FILE": "3"}
+        (self.dir / "run.yaml").write_text(f"run: {{dir: {self.dir}/run}}\nmodel: {{path: '${{IN_FILE}}/m'}}\n")
+        self.starts("exit 0")
+        command = [*self.training, "data.train=$PLACE/t.h5", "x=$UNSET"]
+        self.finish(self.hosts("--env", "MINE", "--cores-per-host", "8", command=command), 0)
+        words = self.calls()[0].split()
+        given = [name for option, name in zip(words, words[1:], strict=False) if option == "-x"]
+        self.assertEqual(sorted(given), ["IN_FILE", "MINE", "NCCL_DEBUG", "OMP_NUM_THREADS", "PLACE"])
+        self.assertEqual(words[words.index("-wdir") + 1], os.path.realpath(self.dir))
+        self.assertIn("--env 'UNSET'", self.refused("--hostfile", "hosts", "--env", "UNSET", *self.training))
+
+    def test_a_program_that_is_not_on_all_hosts(self):
+        # Open MPI's words and status, which otherwise would be that of signal 4 and worth another try.
+        self.starts("echo 'mpirun was unable to launch the specified application as it could not access' >&2; exit 132")
+        errors = self.finish(self.hosts(), 127)
+        self.assertIn("cannot be started, on one host at least", errors)
+        self.assertEqual(len(self.calls()), 1)
 
     def test_more_ranks_than_cores_are_not_bound(self):
         self.starts("exit 0")
@@ -260,85 +314,6 @@ class Hosts(Case):
         self.assertIsNone(process.poll())
         process.send_signal(signal.SIGTERM)
         self.finish(process, 143)
-
-
-class Slurm(Case):
-    def setUp(self):
-        super().setUp()
-        self.environment |= {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "5", "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
-                             "UPMOE_RESTART_DELAY": "0"}
-
-    def batch(self, *command):
-        return self.start(["bash", str(LAUNCH / "run_slurm.sbatch"), *(command or self.training)])
-
-    def requeued(self):
-        path = self.dir / "scontrol"
-        return path.read_text() if path.exists() else ""
-
-    def test_shellcheck(self):
-        run = subprocess.run(["shellcheck", "--severity=warning", str(LAUNCH / "run_slurm.sbatch")],
-                             capture_output=True, text=True)
-        self.assertEqual(run.stdout, "")
-
-    def test_wrong_use(self):
-        self.assertIn("run_slurm: error:", self.finish(self.batch("upmoe", "doctor"), 2))
-        self.assertIn("UPMOE_RUN_DIR", self.finish(self.batch("upmoe", "train", "missing.yaml"), 2))
-        self.environment["SLURM_SUBMIT_DIR"] = str(self.dir)
-        self.assertIn("UPMOE_ROOT", self.finish(self.batch(), 2))
-        del self.environment["SLURM_JOB_ID"]
-        self.assertIn("sbatch", self.finish(self.batch(), 2))
-        self.assertEqual(self.calls(), [])
-
-    def test_a_run_that_ends_well(self):
-        self.starts("exit 0")
-        self.finish(self.batch(), 0)
-        self.assertEqual(self.calls(), ["5 | --mpi=pmix --kill-on-bad-exit=1 --cpus-per-task=5 --cpu-bind=cores "
-                                        + " ".join(self.training)])
-        self.assertEqual(self.requeued(), "")
-
-    def test_restarts_within_the_allocation(self):
-        self.starts("save 10; exit 70", "save 20; exit 137", "exit 137")
-        errors = self.finish(self.batch(), 137)
-        self.assertIn("no newer checkpoint", errors)
-        for line in errors.splitlines():
-            self.assertRegex(line, rf"^{STAMP}run_slurm: ")
-        self.assertEqual(len(self.calls()), 3)
-        self.assertEqual(self.requeued(), "")
-
-    def test_final_statuses(self):
-        self.starts("save 10; exit 4")
-        self.finish(self.batch(), 4)
-        self.assertEqual(len(self.calls()), 1)
-
-    def test_the_time_limit_saves_and_requeues(self):
-        self.save(10)
-        self.starts("on_usr2 'sleep 0.3; save 20; exit 75'")
-        process = self.batch()
-        self.wait_until_ready(process)
-        process.send_signal(signal.SIGUSR1)
-        self.finish(process, 0)
-        self.assertEqual(self.requeued(), "requeue 42\n")
-        self.assertEqual(len(self.calls()), 1)
-
-    def test_no_requeue_without_progress_or_when_done(self):
-        for end, status in (("exit 75", 75), ("save 20; exit 0", 0), ("save 30; exit 4", 4)):
-            with self.subTest(end):
-                for name in ("count", "calls", "ready"):
-                    (self.dir / name).unlink(missing_ok=True)
-                self.starts(f"on_usr2 '{end}'")
-                process = self.batch()
-                self.wait_until_ready(process)
-                process.send_signal(signal.SIGUSR1)
-                self.finish(process, status)
-                self.assertEqual(self.requeued(), "")
-
-    def test_cancelled_saves_and_is_not_requeued(self):
-        self.starts("on_usr2 'save 20; exit 75'")
-        process = self.batch()
-        self.wait_until_ready(process)
-        process.send_signal(signal.SIGTERM)
-        self.finish(process, 75)
-        self.assertEqual(self.requeued(), "")
 
 
 if __name__ == "__main__":

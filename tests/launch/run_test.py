@@ -170,6 +170,34 @@ class Run(unittest.TestCase):
         self.assertEqual(errors.count("error:"), 1, errors)
 
     @unittest.skipUnless(os.geteuid() == 0, "mounting needs root")
+    def test_hosts_with_files_of_their_own(self):
+        """Each rank starts in a folder of its own, whose files have the same names."""
+        run = (self.dir / "run.yaml").read_text()
+        for word in ("model", "tokens.h5"):
+            run = run.replace(f"path: {self.dir}/{word}", f"path: {word}")
+        (self.dir / "run.yaml").write_text(run)
+        folders = [self.dir / "0", self.dir / "1"]
+        for folder in folders:
+            folder.mkdir()
+            shutil.copytree(self.dir / "model", folder / "model")
+            shutil.copy(self.dir / "tokens.h5", folder)
+        command = [*mpirun(2), "sh", "-c", 'cd "$0/$OMPI_COMM_WORLD_RANK" && exec "$@"', str(self.dir), UPMOE, "train",
+                   str(self.dir / "run.yaml"), "train.steps=2", "--deadline", "20"]
+
+        def told(status):
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90, env=ENVIRONMENT)
+            self.assertEqual(done.returncode, status, done.stderr)
+            return done.stderr
+
+        write_tokens(folders[1] / "tokens.h5", 64, 5000)
+        self.assertRegex(told(2), r"different training data: .*tokens 20000.*, rank 1 '.*tokens 5000")
+        config = (folders[1] / "model/config.json").read_text()
+        (folders[1] / "model/config.json").write_text(config.replace("10000.0", "20000.0"))
+        self.assertRegex(told(2), r"different copies of model.path.*rope_theta.*10000.*, rank 1 .*rope_theta.*20000")
+        for name in ("model/config.json", "tokens.h5"):
+            shutil.copy(folders[0] / name, folders[1] / name)
+        told(0)
+
     def test_full_disk_keeps_training_and_the_older_checkpoint(self):
         disk = self.dir / "disk"
         disk.mkdir()

@@ -152,8 +152,12 @@ MUTANTS = {
         "trainer/checkpoint.cpp", "run_agreed(world, [&] { stage(session, *staged); });", "stage(session, *staged);",
         "OneRankAlone.*", "recovery_test"),
     "held_out_data_of_every_host_its_own": (
-        "trainer/training_run.cpp", "require_equal(world_, \"held-out data\", fingerprint_of(valid_));", "",
+        "trainer/same_inputs.cpp", "  require_equal(world, \"held-out data\", read.held_out);\n", "", "OneRankAlone.*",
+        "recovery_test"),
+    "weights_of_every_host_its_own": (
+        "trainer/training_run.cpp", "    read_.weights = model_digest_ + teacher_digest_;\n", "", "OneRankAlone.*",
+        "recovery_test"),
+    "configurations_of_every_host_its_own": (
+        "trainer/same_inputs.cpp", "\"copies of model.path or train.teacher.model\", read.models", "\"\", \"\"",
         "OneRankAlone.*", "recovery_test"),
-    "models_of_every_host_its_own": (
-        "trainer/training_run.cpp", "model_digest_ + teacher_digest_);", "\"\");", "OneRankAlone.*", "recovery_test"),
 }

@@ -4,10 +4,12 @@
 
 #include "data/folder.h"
 #include "parallel/self_comm.h"
+#include "parallel/thread_comm.h"
 #include "tests/data/stores.h"
 #include "trainer/checkpoint_keeper.h"
 #include "trainer/run_directory.h"
 #include "trainer/run_lock.h"
+#include "trainer/shared_folder.h"
 
 namespace upmoe::test {
 namespace {
@@ -213,6 +215,18 @@ TEST_F(Retention, PlacesThatAreNotMeantForRunsAreRefused) {
   EXPECT_EQ(code_of(root / "run"), ExitCode::kDone);
   EXPECT_EQ(code_of(root / "new/deep"), ExitCode::kDone);
   EXPECT_TRUE(fs::is_directory(root / "new/deep/checkpoints"));
+}
+
+TEST_F(Retention, ARankThatHasAFolderForItselfIsFound) {
+  for (const char* name : {"shared", "own"}) make_folder(root / name);
+  run_in_threads(3, [&](Communicator& world) {
+    const bool apart = world.rank() == 1;
+    EXPECT_EQ(sees_files_of_rank_0(world, root / (apart ? "own" : "shared")), !apart) << world.rank();
+    EXPECT_TRUE(sees_files_of_rank_0(world, root / "nowhere"));  // another fault, for others to tell
+    EXPECT_NO_THROW(require_shared(world, root / "shared"));
+  });
+  for (const char* name : {"shared", "own"}) EXPECT_TRUE(entries_of(root / name).empty()) << name;
+  EXPECT_FALSE(path_exists(root / "nowhere"));
 }
 
 }  // namespace

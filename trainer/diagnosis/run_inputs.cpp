@@ -28,21 +28,24 @@ StartingPoint starting_point_of(const RunConfig& run, Communicator& world) {
   return start;
 }
 
-void require_inputs(RunConfig run, const std::optional<fs::path>& checkpoint, int ranks, bool first) {
+ReadInputs require_inputs(RunConfig run, const std::optional<fs::path>& checkpoint, int ranks, bool first) {
   RunMetadata record;
   std::string data_changes;
   if (checkpoint) {
     record = run_metadata_of(ShardStore(*checkpoint));
     if (first) data_changes = Resumption(*checkpoint, run).changes_of("data");
   }
-  const ModelConfig model = open_start(run, checkpoint).config;
-  if (run.train.teacher.given()) open_model(run.train.teacher.model);
+  const StartModel start = open_start(run, checkpoint);
+  const ModelConfig& model = start.config;
+  std::unique_ptr<ModelSource> teacher;
+  if (run.train.teacher.given()) teacher = open_model(run.train.teacher.model);
   read_teacher(run);
   require_possible(run, model, ranks);
   if (checkpoint) require_whole_steps(run, record.step, record.samples);
   const std::unique_ptr<TokenDataset> data = open_training_data(run, model.vocab_size);
   if (checkpoint) require_same_data(run, *data, *checkpoint, record.data_fingerprint, data_changes);
-  open_held_out(run.data, model.vocab_size);
+  return {models_in_lines(model, start.source.get(), teacher.get()), "", data_in_lines(*data),
+          fingerprint_of(open_held_out(run.data, model.vocab_size))};
 }
 
 }  // namespace upmoe
