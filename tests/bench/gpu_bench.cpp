@@ -190,6 +190,7 @@ int main(int argc, char** argv) {
     std::istringstream list(tokens);
     for (std::string one; std::getline(list, one, ',');) {
       bench::add_ops(std::stoll(one));
+      bench::add_apart(std::stoll(one));
       bench::add_layer(std::stoll(one));
     }
     // Once more on a card that has become warm: what stands between had one of the two, or something between.

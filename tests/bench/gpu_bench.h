@@ -47,6 +47,7 @@ void add(const std::string& name, const std::function<Op()>& make);
 
 void add_ops(std::int64_t tokens);
 void add_routers(const std::string& name, std::int64_t tokens);  // of the ops
+void add_apart(std::int64_t tokens);                             // passes that one op does in one, apart
 void add_layer(std::int64_t tokens);
 
 }  // namespace upmoe::bench

@@ -67,6 +67,20 @@ def ops_of(folder):
             "add_gbytes_per_s": float(data["context"]["gbytes_per_second"]), "ops": ops}
 
 
+def fusions_of(ops):
+    """Each pass that stands for several beside those: what it gains, and what it would if all were bound by memory."""
+    found = {}
+    for name, apart in ops.get("ops", {}).items():
+        fused = ops["ops"].get(name.replace("_apart/", "/"))
+        if "_apart/" in name and fused is not None:
+            moved = [op["gbytes_per_s"] * op["microseconds"] for op in (apart, fused)]
+            found[name.replace("_apart/", "/")] = {
+                "microseconds": fused["microseconds"], "apart_microseconds": apart["microseconds"],
+                "times_as_fast": round(apart["microseconds"] / fused["microseconds"], 2),
+                "by_bytes": round(moved[0] / moved[1], 2)}
+    return found
+
+
 def step_of(path):
     """Of a file of bench_step: what the steps after the first ones took, and the shares of one step."""
     all_lines = list(lines_of(path))
@@ -151,6 +165,9 @@ def show(record):
         print(f"  {name:44} {op['microseconds']:10.1f} us {op['tflops']:7.1f} TFLOP/s {op['gbytes_per_s']:6} GB/s  "
               f"{op['share_of_limit']:6.1%} of the limit"
               + (f"  ({op['published_tflops']} as published figures count)" if "published_tflops" in op else ""))
+    for name, f in record.get("fusions", {}).items():
+        print(f"  {name:44} {f['microseconds']:10.1f} us, its passes apart {f['apart_microseconds']:.1f}: "
+              f"{f['times_as_fast']} times as fast ({f['by_bytes']} by the bytes they move)")
     for name, step in record["steps"].items():
         print(f"  {name}: {step['tokens_per_s']:,.0f} tokens/s, {step['model_tflops']:.0f} TFLOP/s, "
               f"{step['share_of_989']:.1%} of 989, {step.get('gpu_memory_used_mib_peak', 0):,} MiB")
@@ -165,7 +182,8 @@ def show(record):
 def record_of(folder):
     ops, steps, peers = ops_of(folder), steps_of(folder), peers_of(folder)
     record = {"command": "tests/gpu_suite.sh run", "machine": machine_of(folder), "checks": checks_of(folder),
-              "ops": ops, "steps": steps, "peers": peers, "ratios": ratios_of(ops, steps, peers)}
+              "ops": ops, "fusions": fusions_of(ops), "steps": steps, "peers": peers,
+              "ratios": ratios_of(ops, steps, peers)}
     for name in ("quickstart/same_as_on_cpu", "models/beside_the_cpu"):
         path = folder / f"{name}.txt"
         if path.exists():

@@ -180,6 +180,19 @@ class CollectText(unittest.TestCase):
                 self.assertEqual(collect_text.is_text(path), good, name)
 
 
+class GpuRecord(unittest.TestCase):
+    def test_fusions_beside_their_passes(self):
+        sys.path.insert(0, str(ROOT / "tests" / "bench"))
+        self.addCleanup(sys.path.remove, str(ROOT / "tests" / "bench"))
+        import gpu_record
+        ops = {"norm/64": {"microseconds": 10.0, "gbytes_per_s": 300}, "rope/64": {"microseconds": 1.0},
+               "norm_apart/64": {"microseconds": 15.0, "gbytes_per_s": 400},
+               "lost_apart/64": {"microseconds": 15.0, "gbytes_per_s": 400}}
+        self.assertEqual(gpu_record.fusions_of({"ops": ops}), {
+            "norm/64": {"microseconds": 10.0, "apart_microseconds": 15.0, "times_as_fast": 1.5, "by_bytes": 2.0}})
+        self.assertEqual(gpu_record.fusions_of({}), {})
+
+
 class GenerateAgainstTransformers(unittest.TestCase):
     """What the script makes of times; the times themselves are taken by hand."""
 
