@@ -6,6 +6,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <string_view>
 
 namespace upmoe {
 namespace {
@@ -33,7 +34,10 @@ class StructureCheck : public nlohmann::json_sax<json> {
     return false;
   }
   bool parse_error(std::size_t, const std::string&, const nlohmann::detail::exception& e) override {
-    problem = fmt::format("not valid JSON: {}", e.what());
+    const std::string_view words = e.what();  // "[name.of.the.exception] parse error at ..."
+    const std::size_t behind = words.find("] ");
+    problem = fmt::format("not valid JSON: {}",
+                          behind == std::string_view::npos ? words : words.substr(behind + 2));
     return false;
   }
   std::string problem;

@@ -56,6 +56,12 @@ ModelConfig parse_model_config(const std::string& json_text, const std::string& 
 ModelConfig read_model_config(const std::filesystem::path& path) {
   const bool directory = std::filesystem::is_directory(path);
   const std::filesystem::path file = directory ? path / "config.json" : path;
+  if (!directory && (path.extension() == ".yaml" || path.extension() == ".yml"))
+    fail(ExitCode::kBadInput,
+         "{}: a YAML file, of a run or a recipe, where a model's config.json is expected: name the model (a "
+         "run's is its "
+         "model.path); what a run costs is told by upmoe plan",
+         path.string());
   std::string text;
   try {
     text = read_text_file(file);

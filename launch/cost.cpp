@@ -69,10 +69,11 @@ CostReport cost_of_runs(const CostRequest& a) {
 CostReport fit_of_runs(const CostRequest& a) {
   std::vector<RunCurve> sources;
   for (const std::string& source : a.sources) sources.push_back(read_run_curve(source));
+  const std::vector<RunCurve> runs = read_run_curves(a.fitted);
   std::vector<RunOutcome> outcomes;
-  for (std::size_t i = 0; i < a.fitted.size(); ++i) {
+  for (std::size_t i = 0; i < runs.size(); ++i) {
     const RunCurve* source = sources.empty() ? nullptr : &sources[sources.size() == 1 ? 0 : i];
-    outcomes.push_back(outcome_of(read_run_curve(a.fitted[i]), source));
+    outcomes.push_back(outcome_of(runs[i], source));
   }
   return fit_report(outcomes, fit_scaling(outcomes));
 }

@@ -222,11 +222,21 @@ TEST(ModelConfig, RefusesBrokenFiles) {
   EXPECT_THAT(refusal_of(""), HasSubstr("not valid JSON"));
   EXPECT_THAT(refusal_of("{"), HasSubstr("not valid JSON"));
   EXPECT_THAT(refusal_of("[]"), HasSubstr("expected a JSON object"));
-  EXPECT_THAT(refusal_of("{} x"), HasSubstr("not valid JSON"));
+  EXPECT_THAT(refusal_of("{} x"), HasSubstr("not valid JSON: parse error at line 1"));
   EXPECT_THAT(refusal_of(R"({"a": 1, "a": 1})"), HasSubstr("'a' is given twice"));
   EXPECT_THAT(refusal_of(R"({"x": {"a": 1, "a": 1}})"), HasSubstr("'a' is given twice"));
   EXPECT_THAT(refusal_of("{\"a\": " + std::string(100000, '[')), HasSubstr("deeper"));
   EXPECT_THAT(refusal_of("{\"a\": \"\xff\"}"), HasSubstr("UTF-8"));
+}
+
+// It need not be there: what it is called says what it is.
+TEST(ModelConfig, RefusesARunsFile) {
+  try {
+    read_model_config("run.yaml");
+    ADD_FAILURE() << "no error";
+  } catch (const Error& e) {
+    EXPECT_THAT(e.what(), AllOf(HasSubstr("run.yaml: a YAML file"), HasSubstr("model.path")));
+  }
 }
 
 TEST(ModelConfig, AllProblemsAtOnce) {

@@ -302,6 +302,7 @@ class Fit(Cost):
             fit = self.run_json("--fit", *runs, "--source", *of)
             self.assertAlmostEqual(fit["numbers"]["r"]["value"], 0.003, delta=2e-4)
             self.assertEqual(fit["runs"][0]["source_tokens"], 1e8)
+            self.assertEqual(len({run["name"] for run in fit["runs"]}), 9, "their folders are called the same")
 
 
 class Inference(Cost):
