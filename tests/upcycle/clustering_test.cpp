@@ -106,6 +106,25 @@ TEST(Clusters, FollowTheirDefinition) {
     ASSERT_NE(std::find(members.begin(), members.end(), found.representatives[e]), members.end());
     for (const std::int32_t m : members) EXPECT_LE(far(found.representatives[e]), far(m) + 1e-9);
   }
+  // Each group is that of a seed, the most often active of all that are not shared, and no two neurons of different
+  // groups would lie nearer to their seeds in each other's place.
+  std::vector<std::int32_t> seeds(found.order.begin() + kShared, found.order.end());
+  std::sort(seeds.begin(), seeds.end());
+  std::stable_sort(seeds.begin(), seeds.end(), [&](auto a, auto b) { return count(a) > count(b); });
+  const auto distance = [&](std::int32_t a, std::size_t group) {
+    double sum = 0;
+    for (std::size_t t = 0; t < kTokens; ++t)
+      sum += std::abs(marker[static_cast<std::size_t>(a)][t] -
+                      marker[static_cast<std::size_t>(seeds[group])][t]);
+    return sum;
+  };
+  for (std::size_t i = kShared; i < kNeurons; ++i)
+    for (std::size_t j = kShared; j < kNeurons; ++j) {
+      const std::size_t of_i = (i - kShared) / kWidth, of_j = (j - kShared) / kWidth;
+      const std::int32_t a = found.order[i], b = found.order[j];
+      EXPECT_LE(distance(a, of_i) + distance(b, of_j), distance(a, of_j) + distance(b, of_i))
+          << a << " and " << b;
+    }
 }
 
 }  // namespace
