@@ -4,8 +4,14 @@ MUTANTS = {
     "rows_of_the_embedding_are_multiplied": (
         "trainer/cost/model_cost.cpp", " && (p.role != Role::kEmbedding || p.tied);", ";", "ModelCost.*", "cost_test"),
     "all_experts_are_read_for_a_token": (
-        "trainer/cost/roofline.cpp", "m.routed_bytes * expected_experts(m, tokens) / m.experts", "m.routed_bytes",
+        "trainer/cost/roofline.cpp", "bytes * expected_experts(m, tokens) / m.experts", "bytes",
         "Roofline.*", "cost_test"),
+    "every_token_of_a_prompt_reads_experts_of_the_last_layer": (
+        "trainer/cost/roofline.cpp", "chosen_bytes(m, m.last_routed_bytes, batch);",
+        "chosen_bytes(m, m.last_routed_bytes, tokens);", "Roofline.*", "cost_test"),
+    "a_step_for_the_token_that_comes_of_the_prompt": (
+        "trainer/cost/roofline.cpp", "(output - 1) * decode_seconds", "output * decode_seconds", "Roofline.*",
+        "cost_test"),
     "source_charged_twice": (
         "trainer/cost/claim.cpp", "left = cost - charged,", "left = cost - 2 * charged,", "Claim.*", "cost_test"),
     "flops_of_one_rank_for_all": (

@@ -119,6 +119,23 @@ TEST(Roofline, TimesOfDecodingByBatch) {
   EXPECT_NEAR(prefill_seconds(dense, a100, 8) / prefill_seconds(mixture, a100, 8), 3.16, .005);
 }
 
+// The last layer's experts compute one token of a prompt, and no more of them are read than that one chose.
+TEST(Roofline, AShortPromptReadsTheExpertsThatComputeIt) {
+  const Machine a100 = read_machine(kConfigs / "machines" / "a100-80.yaml");
+  const double experts = 2 * 60. * 3 * 2048 * 1408,  // bytes, of a layer
+      others = 2 * (4. * 2048 * 2048 + 3. * 2048 * 5632 + 2048 + 2048 * 60);
+  const double head = 2 * 2048. * 151936, cache = 196'608;
+  for (const auto& [prompt, batch] : {std::pair{1, 1}, {8, 1}, {8, 4}}) {
+    const ServedModel mixture(shipped("qwen1.5-moe-a2.7b"), prompt);
+    const auto read = [](double tokens) { return 1 - std::pow(56. / 60, tokens); };
+    const double bytes = head + 24 * others + 23 * experts * read(prompt * batch) + experts * read(batch) +
+                         prompt * batch * cache;
+    EXPECT_NEAR(prefill_seconds(mixture, a100, batch) * a100.bytes_per_s() / bytes, 1, 1e-12) << prompt;
+  }
+  const ServedModel one(shipped("qwen1.5-moe-a2.7b"), 1);
+  EXPECT_NEAR(prefill_seconds(one, a100, 3) / decode_seconds(one, a100, 3, 1), 1, 1e-12);
+}
+
 TEST(Roofline, InFp32) {
   Machine machine = read_machine(kConfigs / "machines" / "h100-sxm.yaml");
   const ModelConfig model = shipped("qwen1.5-7b");
@@ -140,8 +157,14 @@ TEST(Roofline, WhatFits) {
   EXPECT_EQ(sequences_that_fit(mixture, a100, 1500, .9), 147);
   EXPECT_EQ(sequences_that_fit(mixture, a100, 1500, .3), 0) << "not even the weights";
   EXPECT_EQ(requests_per_s(mixture, a100, 1000, .3, {}), 0);
-  EXPECT_NEAR(requests_per_s(dense, a100, 1000, .9, {.8, .5}), 1.45, .005);
-  EXPECT_NEAR(requests_per_s(mixture, a100, 1000, .9, {.8, .5}), 3.09, .005);
+  EXPECT_NEAR(requests_per_s(dense, a100, 1000, .9, {.8, .5}), 1.456, .0005);
+  EXPECT_NEAR(requests_per_s(mixture, a100, 1000, .9, {.8, .5}), 3.091, .0005);
+  // The prompt gives the first of the answer's tokens; steps make the others.
+  const double n = static_cast<double>(sequences_that_fit(dense, a100, 1000.5, .9)),
+               more = static_cast<double>(sequences_that_fit(dense, a100, 1001, .9));
+  EXPECT_NEAR(n / requests_per_s(dense, a100, 1, .9, {}), prefill_seconds(dense, a100, n), 1e-9);
+  EXPECT_NEAR(more / requests_per_s(dense, a100, 2, .9, {}),
+              prefill_seconds(dense, a100, more) + decode_seconds(dense, a100, more, 1001), 1e-9);
 }
 
 TEST(Machines, AllShippedOnesAreRead) {
