@@ -207,12 +207,13 @@ std::string words_of(const std::optional<MeasuredClaim>& measured) {
            "[--source RUN].\n\n";
   return fmt::format(
       "\nHow many tokens the two models saw, and in how many hours, was never published. Measured is what {} "
-      "({})\nhad spent when it first came to the final loss of {} ({}){}.\nFLOPs are the model's on all "
-      "ranks, without what is computed twice; seconds are of steps alone.\n\n",
+      "({})\nhad spent when it first came to the final loss of {} ({}){}.\nFLOPs are the model's{} on "
+      "all ranks, without what is computed twice; seconds are of steps alone.\n\n",
       measured->mixture, measured->losses.front(), measured->dense, measured->losses.back(),
       measured->source.empty()
           ? ";\n--source RUN charges the run that made its source as well"
-          : fmt::format(",\nwithout and with what {}, its source, had cost", measured->source));
+          : fmt::format(",\nwithout and with what {}, its source, had cost", measured->source),
+      measured->taught ? " and those of a teacher's forward" : "");
 }
 
 }  // namespace

@@ -15,6 +15,12 @@ MUTANTS = {
     "source_charged_twice": (
         "trainer/cost/claim.cpp", "left = cost - charged,", "left = cost - 2 * charged,", "Claim.*", "cost_test"),
     "flops_of_one_rank_for_all": (
-        "trainer/cost/run_curve.cpp", """(number(line, "flops", where) + teacher) * number(line, "ranks", where)""",
-        """(number(line, "flops", where) + teacher)""", "RunCurves.*", "cost_test"),
+        "trainer/cost/run_curve.cpp", """(number(line, "flops", where) + taught) * ranks""",
+        """(number(line, "flops", where) + taught)""", "RunCurves.*", "cost_test"),
+    "evaluations_cost_what_was_logged_before_them": (
+        "trainer/cost/run_curve.cpp", "if (const double at = number(line, \"step\", where); at > step)",
+        "if (const double at = number(line, \"step\", where); at > step && false)", "RunCurves.*", "cost_test"),
+    "a_teacher_s_forward_is_size_of_the_model": (
+        "trainer/cost/scaling_fit.cpp", "(run.spent.flops - run.teacher_flops)", "run.spent.flops", "ScalingFit.*",
+        "cost_test"),
 }

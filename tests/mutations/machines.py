@@ -2,8 +2,8 @@
 
 MUTANTS = {
     "a_law_fitted_to_six_times_the_size": (
-        "trainer/cost/scaling_fit.cpp", "run.spent.flops / run.spent.tokens / 6,",
-        "run.spent.flops / run.spent.tokens,", "ScalingFit.*", "cost_test"),
+        "trainer/cost/scaling_fit.cpp", "(run.spent.flops - run.teacher_flops) / run.spent.tokens / 6,",
+        "(run.spent.flops - run.teacher_flops) / run.spent.tokens,", "ScalingFit.*", "cost_test"),
     "amplitudes_below_zero": (
         "trainer/cost/scaling_fit.cpp", "[](double v) { return v < 0; })) continue;",
         "[](double v) { return v < -1e9; })) continue;", "ScalingFit.*", "cost_test"),
