@@ -43,6 +43,7 @@ json cost_json(const std::string& name, const ModelCost& c) {
           {"sparsity", c.sparsity()},
           {"seq_len", c.seq_len},
           {"forward_flops_per_token", c.forward_flops},
+          {"attention_flops_per_token", c.attention_flops},
           {"train_flops_per_token", c.train_flops},
           {"again_flops_per_token", c.again_flops},
           {"weight_bytes", {{"bf16", c.weight_bytes(2)}, {"fp32", c.weight_bytes(4)}}},
@@ -72,8 +73,8 @@ std::string flops_table(const std::vector<NamedCost>& models, Recompute recomput
                    {"training"},
                    {fmt::format("again ({})", name_of(recompute))}});
   for (const auto& [name, c] : models)
-    table.row({name, giga(c.forward_flops), giga(c.forward_flops - 2 * static_cast<double>(c.multiplied)),
-               giga(c.train_flops), giga(c.again_flops)});
+    table.row(
+        {name, giga(c.forward_flops), giga(c.attention_flops), giga(c.train_flops), giga(c.again_flops)});
   return table.str();
 }
 

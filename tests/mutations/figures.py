@@ -12,6 +12,9 @@ MUTANTS = {
     "a_step_for_the_token_that_comes_of_the_prompt": (
         "trainer/cost/roofline.cpp", "(output - 1) * decode_seconds", "output * decode_seconds", "Roofline.*",
         "cost_test"),
+    "zeros_of_adapters_go_with_the_context": (
+        "trainer/cost/roofline.cpp", "attention_flops_of(rehearse_forward(model, 1))",
+        "rehearse_forward(model, 1).total().model_flops - token_flops", "ModelCost.*", "cost_test"),
     "source_charged_twice": (
         "trainer/cost/claim.cpp", "left = cost - charged,", "left = cost - 2 * charged,", "Claim.*", "cost_test"),
     "flops_of_one_rank_for_all": (

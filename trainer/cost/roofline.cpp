@@ -51,7 +51,7 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of
   prompt_tokens = static_cast<double>(prompt);
   prompt_flops = rehearse_prompt(model, prompt).total().model_flops;
   // Of a token that sees itself alone.
-  context_flops = rehearse_forward(model, 1).total().model_flops - token_flops;
+  context_flops = attention_flops_of(rehearse_forward(model, 1));
 }
 
 double ServedModel::mean_context(double output) const {
