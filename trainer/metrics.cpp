@@ -20,8 +20,8 @@ using nlohmann::json;
 
 namespace {
 
-// The first step that a start writes. One that begins anew evaluates before its first step: an earlier attempt's line of
-// that may be of another model.
+// The first step that a start writes. One that begins anew evaluates before its first step: an earlier attempt's line
+// of that may be of another model.
 std::int64_t first_written(std::int64_t from_step) {
   return from_step > 0 ? from_step + 1 : 0;
 }

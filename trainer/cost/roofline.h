@@ -5,8 +5,8 @@
 // A decoding step of B sequences with c tokens of context each reads every weight that is multiplied once, of the
 // routed experts those that at least one of B tokens chose, E (1 - (1 - k/E)^B) of E when choices are independent and
 // even, and the keys and values of B * c tokens. It computes B * (2 * multiplied + 4 * c * heads * head_dim summed over
-// layers) FLOPs. Where attention has a window, c is at most that. Of the prompts' tokens the last layer's experts compute
-// each prompt's last one alone.
+// layers) FLOPs. Where attention has a window, c is at most that. Of a prompt's tokens the last layer's experts compute
+// the last one alone.
 
 #include <cstdint>
 

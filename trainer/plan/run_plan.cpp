@@ -136,7 +136,7 @@ double waited(const StepTime& time, std::initializer_list<const char*> verbs) {
   return sum;
 }
 
-// Whatever the mesh and the micro-batch: what one rank books for the smallest one. Ranks of a kind may have more or fewer
+// Whatever the mesh and the micro-batch: what one rank books for the smallest one. Ranks of a kind may have fewer
 // micro-batches than the one that stands for them.
 StepFlops step_flops_of(RunConfig run, const ModelConfig& model) {
   const std::int64_t sequences = least_sequences(model);
