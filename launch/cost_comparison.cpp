@@ -1,5 +1,6 @@
 #include "launch/cost_comparison.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "kernels/core/check.h"
@@ -64,6 +65,10 @@ struct Reached {
     return j;
   }
 };
+
+bool is_taught(const RunCurve& run) {
+  return run.teacher_flops > 0;
+}
 
 std::string runs_table(const std::vector<RunCurve>& runs) {
   TextTable table(
@@ -139,9 +144,11 @@ CostReport runs_report(const std::vector<RunCurve>& runs, const std::optional<Ru
   }
   std::string text = runs_table(runs);
   if (runs.size() > 1) text.append("\n").append(reached.str());
-  return {
-      text + "\nFLOPs of the model on all ranks, without what is computed twice; seconds of steps alone.\n",
-      all.dump(2) + "\n"};
+  const bool taught = (source && is_taught(*source)) || std::any_of(runs.begin(), runs.end(), is_taught);
+  text += fmt::format(
+      "\nFLOPs of the model{} on all ranks, without what is computed twice; seconds of steps alone.\n",
+      taught ? " and of a teacher's forward" : "");
+  return {text, all.dump(2) + "\n"};
 }
 
 MeasuredClaim measured_claim(const RunCurve& mixture, const RunCurve& dense,
@@ -154,8 +161,10 @@ MeasuredClaim measured_claim(const RunCurve& mixture, const RunCurve& dense,
                       .dense = dense.name,
                       .source = source ? source->name : "",
                       .loss = dense.final_loss(),
+                      .taught = false,
                       .losses = {},
                       .readings = {}};
+  claim.taught = is_taught(mixture) || is_taught(dense) || (source && is_taught(*source));
   for (const RunCurve* run : {&mixture, &dense})
     claim.losses.push_back(run->held_out ? "held-out" : "training, smoothed");
   std::vector<Reached> ways{{mixture, dense, nullptr}};

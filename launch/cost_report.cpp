@@ -43,6 +43,7 @@ json cost_json(const std::string& name, const ModelCost& c) {
           {"sparsity", c.sparsity()},
           {"seq_len", c.seq_len},
           {"forward_flops_per_token", c.forward_flops},
+          {"attention_flops_per_token", c.attention_flops},
           {"train_flops_per_token", c.train_flops},
           {"again_flops_per_token", c.again_flops},
           {"weight_bytes", {{"bf16", c.weight_bytes(2)}, {"fp32", c.weight_bytes(4)}}},
@@ -72,8 +73,8 @@ std::string flops_table(const std::vector<NamedCost>& models, Recompute recomput
                    {"training"},
                    {fmt::format("again ({})", name_of(recompute))}});
   for (const auto& [name, c] : models)
-    table.row({name, giga(c.forward_flops), giga(c.forward_flops - 2 * static_cast<double>(c.multiplied)),
-               giga(c.train_flops), giga(c.again_flops)});
+    table.row(
+        {name, giga(c.forward_flops), giga(c.attention_flops), giga(c.train_flops), giga(c.again_flops)});
   return table.str();
 }
 
@@ -207,12 +208,13 @@ std::string words_of(const std::optional<MeasuredClaim>& measured) {
            "[--source RUN].\n\n";
   return fmt::format(
       "\nHow many tokens the two models saw, and in how many hours, was never published. Measured is what {} "
-      "({})\nhad spent when it first came to the final loss of {} ({}){}.\nFLOPs are the model's on all "
-      "ranks, without what is computed twice; seconds are of steps alone.\n\n",
+      "({})\nhad spent when it first came to the final loss of {} ({}){}.\nFLOPs are the model's{} on "
+      "all ranks, without what is computed twice; seconds are of steps alone.\n\n",
       measured->mixture, measured->losses.front(), measured->dense, measured->losses.back(),
       measured->source.empty()
           ? ";\n--source RUN charges the run that made its source as well"
-          : fmt::format(",\nwithout and with what {}, its source, had cost", measured->source));
+          : fmt::format(",\nwithout and with what {}, its source, had cost", measured->source),
+      measured->taught ? " and those of a teacher's forward" : "");
 }
 
 }  // namespace

@@ -46,6 +46,7 @@ struct MeasuredReading {
 struct MeasuredClaim {
   std::string mixture, dense, source;  // names of runs; no source: empty
   double loss = 0;                     // that is to be reached
+  bool taught = false;                 // a teacher's FLOPs are among those of a run
   std::vector<std::string> losses;     // what is compared, the mixture's and the dense run's
   std::vector<MeasuredReading> readings;
 };

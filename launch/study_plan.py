@@ -1,5 +1,5 @@
 """What a study will take, before it begins: a probe of every arm, a few steps long, says which arms run here at all,
-how long a step takes, and what a checkpoint and a model weigh; FLOPs are those of `upmoe cost`.
+how long a step takes and what it computes, and what a checkpoint and a model weigh.
 """
 
 import json
@@ -10,7 +10,6 @@ from statistics import median
 from command_line import BadInput, display
 from study_chain import PROBE_STEPS
 from study_work import StageFailed
-from whole_file import write_whole
 
 CHECKPOINTS = 3        # of a run: two that stay and one that is written
 UNUSUAL_STEPS = 2      # of a training, its first: they take memory and choose algorithms
@@ -22,8 +21,7 @@ class Measured:
     step_s: float  # as usual, of a training
     eval_s: float  # one look at its held-out sequences
     once_s: float  # all else, however many steps follow: start, loading, what the first steps take more, saving
-    flops_per_token: float
-    step_tokens: int
+    step_flops: float  # of the model, as it trains there, and of a teacher; all ranks
     checkpoint_bytes: int
     model_bytes: int
 
@@ -34,23 +32,23 @@ class Measured:
         return self.once_s + stage.steps * self.step_s + evaluations * self.eval_s
 
     def flops(self, stage):
-        return stage.steps * self.step_tokens * self.flops_per_token
+        return stage.steps * self.step_flops
 
 
 def measure(work, stage):
     """Of a finished stage of a probe."""
     record = work.record(stage)
     if stage.kind == "upcycle":
-        return Measured(0.0, 0.0, record["wall_s"], 0.0, 1, 0, record["model_bytes"])
+        return Measured(0.0, 0.0, record["wall_s"], 0.0, 0, record["model_bytes"])
     lines = (work.run_dir(stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     steps, looks = [r for r in records if "kind" not in r], [r for r in records if r.get("kind") == "eval"]
     usual = [r for r in steps if r["step"] > UNUSUAL_STEPS] or steps[-1:]
     step_s, eval_s = median(r["seconds"] for r in usual), median(r["seconds"] for r in looks)
     once_s = record["wall_s"] - stage.steps * step_s - len(looks) * eval_s
-    return Measured(step_s, eval_s, max(0.0, once_s), record["flops_per_token"],
-                    stage.settings["train"]["global_batch"] * stage.settings["data"]["seq_len"],
-                    record["checkpoint_bytes"], record.get("model_bytes", 0))
+    step_flops = median((r["flops"] + r.get("flops_teacher", 0)) * r["ranks"] for r in usual)
+    return Measured(step_s, eval_s, max(0.0, once_s), step_flops, record["checkpoint_bytes"],
+                    record.get("model_bytes", 0))
 
 
 class Plan:
@@ -76,13 +74,7 @@ class Plan:
             raise BadInput("; ".join(failed) + "; nothing was begun")
 
     def weigh(self, run):
-        self.arms[run.arm] = []
-        for stage in run.stages:
-            record = self.work.record(stage)
-            if stage.kind == "train" and "flops_per_token" not in record:
-                record["flops_per_token"] = self.work.flops_per_token(stage)
-                write_whole(self.work.place(stage) / "done.json", json.dumps(record, indent=1))
-            self.arms[run.arm].append(measure(self.work, stage))
+        self.arms[run.arm] = [measure(self.work, stage) for stage in run.stages]
 
     def of(self, run, stage):
         return self.arms[run.arm][run.stages.index(stage)]

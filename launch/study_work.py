@@ -314,17 +314,6 @@ class Work:
         records = [self.record(path.parent.name) for path in sorted((self.folder / "stages").glob("*/done.json"))]
         return [record for record in records if record and "story" in record]
 
-    def flops_per_token(self, stage):
-        """As `upmoe cost` counts it, with the forward of a teacher."""
-        def of(model, key):
-            text = self.call([*self.program, "cost", model / "config.json", "--seq-len", self.study.figures["seq_len"],
-                              "--json"], self.place(stage) / "log.txt")
-            return json.loads(text)[0][key]
-
-        teacher = self.teacher_of(stage)
-        return (of(self.input_of(stage), "train_flops_per_token") +
-                (of(teacher, "forward_flops_per_token") if teacher else 0))
-
 
 def last_step(run):
     try:

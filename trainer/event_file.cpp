@@ -49,7 +49,7 @@ std::uint32_t masked_crc(const void* data, std::size_t bytes) {
 
 }  // namespace
 
-EventFile::EventFile(const std::filesystem::path& dir) {
+EventFile::EventFile(const std::filesystem::path& dir, std::int64_t first_step) {
   std::error_code failed;  // told by the first record, which then finds no file
   std::filesystem::create_directories(dir, failed);
   char host[256] = "host";
@@ -60,6 +60,10 @@ EventFile::EventFile(const std::filesystem::path& dir) {
   std::string version = event_head(0);
   put_string(version, 3, "brain.Event:2");
   record(version);
+  // A session that starts: a reader forgets the points from its step on.
+  std::string start = event_head(first_step);
+  put_string(start, 7, {1 << 3 | 0, 1});
+  record(start);
 }
 
 void EventFile::record(const std::string& payload) {

@@ -13,7 +13,8 @@ namespace upmoe {
 class EventFile {
  public:
   // Opens a new file in `dir` (after a crash or a resume always a new one: nothing may stand behind a torn record).
-  explicit EventFile(const std::filesystem::path& dir);
+  // What earlier files there say of `first_step` and later ones is taken back.
+  EventFile(const std::filesystem::path& dir, std::int64_t first_step);
   // One event; flushed. A failing disk is reported once by a warning and does not stop training.
   void scalars(std::int64_t step, const std::vector<std::pair<std::string, double>>& values);
 

@@ -20,8 +20,14 @@ using nlohmann::json;
 
 namespace {
 
-// Keeps the lines up to `from_step`; the rest, a torn last line included, goes to PATH.cut.
-void cut_after(const fs::path& path, std::int64_t from_step) {
+// The first step that a start writes. One that begins anew evaluates before its first step: an earlier attempt's line
+// of that may be of another model.
+std::int64_t first_written(std::int64_t from_step) {
+  return from_step > 0 ? from_step + 1 : 0;
+}
+
+// Keeps the lines before `first_step`; the rest, a torn last line included, goes to PATH.cut.
+void cut_from(const fs::path& path, std::int64_t first_step) {
   // A run that was killed has written steps behind its last checkpoint; it computes them again, and each step stands
   // once.
   std::ifstream in(path);
@@ -30,7 +36,7 @@ void cut_after(const fs::path& path, std::int64_t from_step) {
   while (std::getline(in, text)) {
     const json j = json::parse(text, nullptr, false);
     const bool good = j.is_object() && j.contains("step") && j["step"].is_number_integer();
-    (good && j["step"].get<std::int64_t>() <= from_step ? keep : cut) += text + "\n";
+    (good && j["step"].get<std::int64_t>() < first_step ? keep : cut) += text + "\n";
   }
   if (in.bad()) throw SystemError(path, "reading", errno != 0 ? errno : EIO);
   in.close();
@@ -80,11 +86,11 @@ std::string duration(double seconds) {
 Metrics::Metrics(const fs::path& run_dir, const RunConfig& run, std::int64_t from_step, int ranks,
                  PeakRate peak)
     : run_(run), path_(run_dir / "metrics.jsonl"), ranks_(ranks), peak_(peak), terminal_(isatty(2) != 0) {
-  cut_after(path_, from_step);
+  cut_from(path_, first_written(from_step));
   errno = 0;
   file_.open(path_, std::ios::app);
   if (!file_) throw SystemError(path_, "opening for writing", errno != 0 ? errno : EIO);
-  if (run.log.tensorboard) events_.emplace(run_dir / "tensorboard");
+  if (run.log.tensorboard) events_.emplace(run_dir / "tensorboard", first_written(from_step));
 }
 
 void Metrics::line(const std::string& text) {

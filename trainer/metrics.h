@@ -15,8 +15,8 @@ namespace upmoe {
 
 class Metrics {
  public:
-  // Lines beyond `from_step` of an earlier attempt are moved to metrics.jsonl.cut: every step stands there
-  // once. `peak` is rank 0's.
+  // Lines beyond `from_step` of an earlier attempt, all of them where that is 0, are moved to metrics.jsonl.cut: every
+  // step and every evaluation stands there once. `peak` is rank 0's.
   Metrics(const std::filesystem::path& run_dir, const RunConfig& run, std::int64_t from_step, int ranks,
           PeakRate peak);
 

@@ -106,7 +106,7 @@ class StudyRun(unittest.TestCase):
         for seed in result["arms"]["long"]["seeds"]:
             self.assertEqual(seed["tokens"], 12 * 4 * 32)
             self.assertLess(seed["heldout_loss"], seed["curve"]["loss"][0])
-        # What the plan had said of FLOPs, from `upmoe cost`, is what the run counted.
+        # What the plan had said of FLOPs, from its probe, is what the run counted.
         flops = result["arms"]["long"]["seeds"][0]["flops"]
         self.assertRegex(plan, rf"(?m)^long .* {flops:.3g}".replace("+", r"\+"))
         self.assertEqual(self.study("one").stdout.splitlines()[-1], found.stdout.splitlines()[-1])
@@ -157,7 +157,7 @@ class StudyRun(unittest.TestCase):
             # The source is charged once, though it begins the chain and teaches.
             self.assertAlmostEqual(other["flops_with_source"] - other["flops"],
                                    one["flops_with_source"] - one["flops"])
-        # What the plan had said of FLOPs, from `upmoe cost`, is what the run counted, its teacher's with it.
+        # What the plan had said of FLOPs, from its probe, is what the run counted, its teacher's with it.
         self.assertRegex(plan, rf"(?m)^taught .* {taught[0]['flops']:.3g}".replace("+", r"\+"))
         lines = (self.folder / "taught/runs/taught-seed1/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = map(json.loads, lines)

@@ -2,8 +2,8 @@
 
 MUTANTS = {
     "a_law_fitted_to_six_times_the_size": (
-        "trainer/cost/scaling_fit.cpp", "run.spent.flops / run.spent.tokens / 6,",
-        "run.spent.flops / run.spent.tokens,", "ScalingFit.*", "cost_test"),
+        "trainer/cost/scaling_fit.cpp", "(run.spent.flops - run.teacher_flops) / run.spent.tokens / 6,",
+        "(run.spent.flops - run.teacher_flops) / run.spent.tokens,", "ScalingFit.*", "cost_test"),
     "amplitudes_below_zero": (
         "trainer/cost/scaling_fit.cpp", "[](double v) { return v < 0; })) continue;",
         "[](double v) { return v < -1e9; })) continue;", "ScalingFit.*", "cost_test"),
@@ -40,6 +40,9 @@ MUTANTS = {
         "    bytes.inside = t.each * (all - 1);", "Clock.*", "plan_test"),
     "other_micro_batches_cost_nothing": (
         "trainer/plan/run_plan.cpp", "    rank.step.add(rank.micro_batch, more);", "", "Plan.*", "plan_test"),
+    "a_teacher_of_one_micro_batch": (
+        "trainer/plan/run_plan.cpp", "micro_batches * cost.teacher_flops}", "cost.teacher_flops}", "Plan.*",
+        "plan_test"),
     "bytes_of_other_micro_batches_forgotten": (
         "trainer/plan/run_plan.cpp", "  into.bytes_read += factor * cost.bytes_read;", "", "Plan.*", "plan_test"),
     "the_search_keeps_the_runs_chunks": (

@@ -11,4 +11,9 @@ MUTANTS = {
     "a_start_at_the_step_before": (
         "trainer/run_record.cpp", """{"first_step", state.step + 1}""", """{"first_step", state.step}""",
         "Resume.*Recorded", "resume_test"),
+    "a_start_that_begins_anew_keeps_another_one_s_evaluation": (
+        "trainer/metrics.cpp", "return from_step > 0 ? from_step + 1 : 0;", "return from_step + 1;", "Metrics.*",
+        "estimates_test"),
+    "events_of_steps_that_are_computed_again_stay": (
+        "trainer/event_file.cpp", "  record(start);\n", "", "Metrics.*", "estimates_test"),
 }

@@ -119,6 +119,23 @@ TEST(Roofline, TimesOfDecodingByBatch) {
   EXPECT_NEAR(prefill_seconds(dense, a100, 8) / prefill_seconds(mixture, a100, 8), 3.16, .005);
 }
 
+// The last layer's experts compute one token of a prompt, and no more of them are read than that one chose.
+TEST(Roofline, AShortPromptReadsTheExpertsThatComputeIt) {
+  const Machine a100 = read_machine(kConfigs / "machines" / "a100-80.yaml");
+  const double experts = 2 * 60. * 3 * 2048 * 1408,  // bytes, of a layer
+      others = 2 * (4. * 2048 * 2048 + 3. * 2048 * 5632 + 2048 + 2048 * 60);
+  const double head = 2 * 2048. * 151936, cache = 196'608;
+  for (const auto& [prompt, batch] : {std::pair{1, 1}, {8, 1}, {8, 4}}) {
+    const ServedModel mixture(shipped("qwen1.5-moe-a2.7b"), prompt);
+    const auto read = [](double tokens) { return 1 - std::pow(56. / 60, tokens); };
+    const double bytes = head + 24 * others + 23 * experts * read(prompt * batch) + experts * read(batch) +
+                         prompt * batch * cache;
+    EXPECT_NEAR(prefill_seconds(mixture, a100, batch) * a100.bytes_per_s() / bytes, 1, 1e-12) << prompt;
+  }
+  const ServedModel one(shipped("qwen1.5-moe-a2.7b"), 1);
+  EXPECT_NEAR(prefill_seconds(one, a100, 3) / decode_seconds(one, a100, 3, 1), 1, 1e-12);
+}
+
 TEST(Roofline, InFp32) {
   Machine machine = read_machine(kConfigs / "machines" / "h100-sxm.yaml");
   const ModelConfig model = shipped("qwen1.5-7b");
@@ -140,8 +157,14 @@ TEST(Roofline, WhatFits) {
   EXPECT_EQ(sequences_that_fit(mixture, a100, 1500, .9), 147);
   EXPECT_EQ(sequences_that_fit(mixture, a100, 1500, .3), 0) << "not even the weights";
   EXPECT_EQ(requests_per_s(mixture, a100, 1000, .3, {}), 0);
-  EXPECT_NEAR(requests_per_s(dense, a100, 1000, .9, {.8, .5}), 1.45, .005);
-  EXPECT_NEAR(requests_per_s(mixture, a100, 1000, .9, {.8, .5}), 3.09, .005);
+  EXPECT_NEAR(requests_per_s(dense, a100, 1000, .9, {.8, .5}), 1.456, .0005);
+  EXPECT_NEAR(requests_per_s(mixture, a100, 1000, .9, {.8, .5}), 3.091, .0005);
+  // The prompt gives the first of the answer's tokens; steps make the others.
+  const double n = static_cast<double>(sequences_that_fit(dense, a100, 1000.5, .9)),
+               more = static_cast<double>(sequences_that_fit(dense, a100, 1001, .9));
+  EXPECT_NEAR(n / requests_per_s(dense, a100, 1, .9, {}), prefill_seconds(dense, a100, n), 1e-9);
+  EXPECT_NEAR(more / requests_per_s(dense, a100, 2, .9, {}),
+              prefill_seconds(dense, a100, more) + decode_seconds(dense, a100, more, 1001), 1e-9);
 }
 
 TEST(Machines, AllShippedOnesAreRead) {
@@ -245,6 +268,60 @@ TEST_F(RunCurves, OfEvaluationsWhereThereAre) {
   EXPECT_EQ(curve.points[0].loss, 5);
   EXPECT_NEAR(spent_at(curve, 4.5)->tokens, 75e3, 1e-6);
   EXPECT_NEAR(curve.spent.seconds, 50, 1e-9) << "without evaluations";
+}
+
+// Every tenth step is logged, and the model is evaluated between.
+TEST_F(RunCurves, AnEvaluationCostsTheStepsBeforeIt) {
+  const fs::path folder = dir_.path() / "between";
+  fs::create_directories(folder);
+  std::ofstream(folder / "metrics.jsonl") << R"({"kind":"eval","step":0,"tokens":0,"eval_loss":6}
+{"step":1,"tokens":1000,"loss":6,"flops":1e9,"ranks":4,"seconds":3}
+{"kind":"eval","step":4,"tokens":4000,"eval_loss":5}
+{"kind":"eval","step":7,"tokens":7000,"eval_loss":4}
+{"step":10,"tokens":10000,"loss":4,"flops":1e9,"flops_teacher":5e8,"ranks":4,"seconds":0.5}
+{"kind":"eval","step":10,"tokens":10000,"eval_loss":3}
+)";
+  const RunCurve curve = read_run_curve(folder);
+  ASSERT_EQ(curve.points.size(), 4u);
+  const double steps[] = {0, 4, 7, 10};
+  for (std::size_t i = 0; i < 4; ++i) {
+    const double behind_the_first = std::max(0.0, steps[i] - 1);
+    EXPECT_EQ(curve.points[i].spent.tokens, 1000 * steps[i]);
+    EXPECT_NEAR(curve.points[i].spent.flops, i == 0 ? 0 : 4e9 + 6e9 * behind_the_first, 1) << steps[i];
+    EXPECT_NEAR(curve.points[i].spent.seconds, i == 0 ? 0 : 3 + 0.5 * behind_the_first, 1e-9) << steps[i];
+  }
+  EXPECT_NEAR(curve.teacher_flops, 9 * 4 * 5e8, 1);
+  EXPECT_NEAR(spent_at(curve, 4.5)->tokens, 5500, 1e-6);
+}
+
+// JSON has no NaN: `upmoe train` writes null.
+TEST_F(RunCurves, LossesThatAreNotFinite) {
+  const auto step = [](int number, const char* loss) {
+    return fmt::format(
+               R"({{"step":{},"tokens":{},"loss":{},"flops":1e9,"ranks":4,"seconds":0.5,"skipped":true}})",
+               number, 1000 * number, loss) +
+           "\n";
+  };
+  const auto evaluated = [](int number, const char* loss) {
+    return fmt::format(R"({{"kind":"eval","step":{},"tokens":{},"eval_loss":{}}})", number, 1000 * number,
+                       loss) +
+           "\n";
+  };
+  const RunCurve skipped = read_run_curve(run("skipped", 4, step(110, "null") + step(120, "3.5")));
+  EXPECT_EQ(skipped.points.size(), 11u) << "a step without a loss is none of the points";
+  EXPECT_EQ(skipped.final_loss(), 3.5);
+  EXPECT_NEAR(skipped.spent.seconds, 60, 1e-9) << "but it has its cost";
+  const RunCurve gap =
+      read_run_curve(run("gap", 4, evaluated(100, "null") + step(110, "null") + evaluated(110, "3"), true));
+  EXPECT_EQ(gap.points.size(), 3u);
+  EXPECT_EQ(gap.final_loss(), 3);
+  const auto refusal = [&](const fs::path& p) {
+    return error_of([&] { read_run_curve(p); }, ExitCode::kBadInput);
+  };
+  EXPECT_THAT(refusal(run("diverged", 4, step(110, "null"))),
+              HasSubstr("metrics.jsonl: the last loss is not finite"));
+  EXPECT_THAT(refusal(run("lost", 4, evaluated(100, "null"), true)),
+              HasSubstr("the last loss is not finite"));
 }
 
 TEST_F(RunCurves, NoiseIsSmoothed) {

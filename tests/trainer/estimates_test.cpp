@@ -72,6 +72,32 @@ TEST(Peak, NoLineOfARunSaysAShareAboveOne) {
   EXPECT_EQ(waited, (std::vector<double>{-1, 0.125, -1}));
 }
 
+// What a killed attempt has said of steps that are computed again: the lines go, and readers of TensorBoard's files are
+// told to forget the points.
+TEST(Metrics, WhatIsComputedAgainIsSaidOnce) {
+  RunConfig run;
+  run.train.steps = 8;
+  for (const std::int64_t from_step : {0, 5}) {
+    const test::TemporaryDirectory dir;
+    {
+      std::ofstream out(dir.path() / "metrics.jsonl");
+      for (const int step : {0, 5, 6}) out << fmt::format("{{\"kind\":\"eval\",\"step\":{}}}\n", step);
+    }
+    const Metrics metrics(dir.path(), run, from_step, 1, PeakRate(DType::kF32));
+    std::ifstream in(dir.path() / "metrics.jsonl");
+    std::vector<std::int64_t> kept;
+    for (std::string line; std::getline(in, line);)
+      kept.push_back(nlohmann::json::parse(line).at("step").get<std::int64_t>());
+    EXPECT_EQ(kept, from_step == 0 ? std::vector<std::int64_t>{} : (std::vector<std::int64_t>{0, 5}));
+    const auto file = std::filesystem::directory_iterator(dir.path() / "tensorboard")->path();
+    std::ifstream events(file, std::ios::binary);
+    const std::string bytes{std::istreambuf_iterator<char>(events), {}};
+    // Step, then session_log (field 7) with status (field 1) START (1), behind the wall time.
+    const char step = static_cast<char>(from_step == 0 ? 0 : 6);
+    EXPECT_THAT(bytes, testing::HasSubstr(std::string{0x10, step, 0x3a, 0x02, 0x08, 0x01}));
+  }
+}
+
 TEST(Memory, LeftIsTheLessOfTheHostAndTheContainer) {
   const test::TemporaryDirectory dir;
   const auto write = [&](const std::string& path, const std::string& text) {

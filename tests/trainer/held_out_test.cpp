@@ -55,5 +55,24 @@ TEST_F(HeldOutRun, EachSetIsAsItWouldBeAlone) {
   }
 }
 
+// A start that begins anew where another one had only evaluated: that one's number is of its own model.
+TEST_F(HeldOutRun, TheFirstOneIsOfTheRunItself) {
+  const auto evaluated = [&](const std::string& name, std::int64_t seed) {
+    RunConfig c = config(name, 2, 1);
+    c.run.seed = seed;
+    c.data.valid = {{"", (dir_ / "tokens.h5").string()}};
+    c.train.eval_sequences = 5;
+    run(c, 1);
+    return evaluations(name);
+  };
+  const auto alone = evaluated("alone", 2), other = evaluated("again", 1);
+  std::filesystem::remove_all(dir_ / "again/checkpoints");  // as of one that was killed before its first
+  const auto again = evaluated("again", 2);
+  ASSERT_EQ(alone.size(), 2u);
+  ASSERT_EQ(again.size(), 2u);
+  EXPECT_NE(other[0]["eval_loss"], alone[0]["eval_loss"]);
+  EXPECT_EQ(again[0]["eval_loss"], alone[0]["eval_loss"]);
+}
+
 }  // namespace
 }  // namespace upmoe

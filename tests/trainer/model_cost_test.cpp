@@ -9,6 +9,7 @@
 #include "tests/support/full_size.h"
 #include "tests/support/layout_run.h"
 #include "tests/support/temporary_directory.h"
+#include "trainer/cost/roofline.h"
 #include "trainer/rehearsal.h"
 
 namespace upmoe::test {
@@ -60,6 +61,7 @@ TEST(ModelCost, IsTwoFlopsPerWeightAndAttention) {
     const double attention = 4.0 * c.num_hidden_layers * pairs / static_cast<double>(golden.seq_len()) *
                              static_cast<double>(c.num_attention_heads * c.head_dim);
     EXPECT_DOUBLE_EQ(cost.forward_flops, 2.0 * static_cast<double>(cost.multiplied) + attention) << name;
+    EXPECT_DOUBLE_EQ(cost.attention_flops, attention) << name;
     EXPECT_DOUBLE_EQ(cost.train_flops, 3 * cost.forward_flops) << name;
   }
 }
@@ -87,6 +89,24 @@ TEST(ModelCost, CountsRowsOfGroups) {
   EXPECT_EQ(mixed.multiplied_routed, expert * c.num_experts / 2);
   EXPECT_DOUBLE_EQ(mixed.forward_flops, 2.0 * static_cast<double>(mixed.multiplied) + rest + mixing);
   EXPECT_DOUBLE_EQ(mixed.train_flops, 3 * mixed.forward_flops);
+  EXPECT_DOUBLE_EQ(mixed.attention_flops, rest) << "mixing is no attention";
+}
+
+// Adapters of queries, keys and values are one product, whose zeros are computed and are no attention's, however long
+// the context of a token is.
+TEST(ModelCost, AdaptersAreNoAttention) {
+  const Golden golden("dense");
+  ModelConfig c = golden.config();
+  const ServedModel plain(c, 8);
+  const double attention = model_cost(c, {golden.seq_len(), Recompute::kNone}).attention_flops;
+  c.lora = {4, 8, {LoraTarget::kQuery, LoraTarget::kKey, LoraTarget::kValue}};
+  const ModelCost cost = model_cost(c, {golden.seq_len(), Recompute::kNone});
+  const double width = static_cast<double>((c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim),
+               zeros = 2.0 * c.num_hidden_layers * 4 * (3 - 1) * width;
+  EXPECT_EQ(cost.attention_flops, attention);
+  EXPECT_DOUBLE_EQ(cost.forward_flops, 2.0 * static_cast<double>(cost.multiplied) + zeros + attention);
+  EXPECT_EQ(ServedModel(c, 8).context_flops, plain.context_flops);
+  EXPECT_GT(ServedModel(c, 8).token_flops, plain.token_flops);
 }
 
 // A whole block again: its forward without the head. Of the up-projections: two thirds of each network.

@@ -156,7 +156,20 @@ TEST(Plan, WorkOfTheModelIsTheSameInEveryLayout) {
   run.optimizer.name = OptimizerKind::kAdamW8bit;
   run.parallel = {.ep = 2, .zero = 2};
   EXPECT_EQ(plan_run(run, full_size(), 2, std::nullopt).model_flops, flops);
-  EXPECT_EQ(plan_run(run, full_size(), 2, std::nullopt, {.ranks = {0}, .model_flops = 5}).model_flops, 5);
+  EXPECT_EQ(plan_run(run, full_size(), 2, std::nullopt, {.ranks = {0}, .flops = {{5, 0}}}).model_flops, 5);
+}
+
+// Of three ranks one has a micro-batch less, and the one that stands for them does not say so.
+TEST(Plan, WorkOfATeacherIsItsForwardOverTheBatch) {
+  RunConfig run = full_size_run();
+  run.train.teacher.model = "a teacher";
+  run.train.teacher.config = std::make_shared<const ModelConfig>(full_size());
+  const double forward = rehearse_forward(full_size(), run.data.seq_len).total().model_flops;
+  for (const int world : {1, 3}) {
+    const RunPlan plan = plan_run(run, full_size(), world, std::nullopt);
+    EXPECT_NEAR(plan.teacher_flops / (64 * forward), 1, 1e-12) << world;
+    EXPECT_EQ(plan.rounds, (32 + world - 1) / world);
+  }
 }
 
 TEST(Plan, UnevenExpertsAreTwoKindsOfRanks) {

@@ -140,6 +140,9 @@ TEST(ScalingFit, TakesTheSizeFromWhatATokenCosts) {
   curve.points.push_back({curve.spent, 3.5});
   const RunOutcome alone = outcome_of(curve, nullptr), upcycled = outcome_of(curve, &curve);
   EXPECT_EQ(alone.size, 1e6);
+  RunCurve taught = curve;
+  taught.spent.flops += taught.teacher_flops = 3e9;
+  EXPECT_EQ(outcome_of(taught, nullptr).size, 1e6) << "a model that learns from another one is no larger";
   EXPECT_EQ(alone.loss, 3.5);
   EXPECT_FALSE(alone.source_tokens);
   EXPECT_EQ(upcycled.source_tokens, 1000);

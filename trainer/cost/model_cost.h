@@ -10,7 +10,8 @@
 //                         norms and biases; the head, routers and the shared expert's gate included
 // forward FLOPs per token 2 * multiplied + sum over layers of 4 * pairs * heads * head_dim; pairs of a token in the
 //                         mean (s + 1) / 2, fewer in a window. Mixtures of tokens: 4 * experts * hidden_size more a
-//                         layer. Training: three times that.
+//                         layer; adapters that are one product: its zeros more. Training: three times that, less where
+//                         adapters train alone.
 // Padding, masked documents and experts without tokens change nothing in what is counted here.
 
 #include <cstdint>
@@ -41,6 +42,7 @@ struct ModelCost : WeightCounts {
   std::int64_t seq_len = 0;
   // Per token, in the mean over a sequence.
   double forward_flops = 0, train_flops = 0;
+  double attention_flops = 0;  // of forward_flops, what attention's ops book
   double again_flops = 0;      // what recomputation does a second time, beside train_flops
   MemoryUse adamw, adamw8bit;  // bf16 weights and gradients, one rank that holds everything; no activations
   std::int64_t kv_bytes = 0;   // per token
@@ -51,6 +53,9 @@ struct ModelCost : WeightCounts {
     return parameters.total * bytes_per_weight;
   }
 };
+
+// Of what was booked, the model's FLOPs of attention's own products.
+double attention_flops_of(const Ledger& ledger);
 
 // Throws Error(kUsage) when seq_len is beyond what a step can be rehearsed for.
 ModelCost model_cost(const ModelConfig& model, const CostQuestion& question);

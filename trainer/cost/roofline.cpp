@@ -22,8 +22,9 @@ double longer(double bytes, double flops, DType dtype, const Machine& machine, c
                   flops / (peak_flops_per_s(machine, dtype) * attained.products));
 }
 
-double read_bytes(const ServedModel& m, double tokens) {
-  return m.fixed_bytes + (m.experts > 0 ? m.routed_bytes * expected_experts(m, tokens) / m.experts : 0.0);
+// Of routed experts of `bytes`, those that `tokens` choose.
+double chosen_bytes(const ServedModel& m, double bytes, double tokens) {
+  return m.experts > 0 ? bytes * expected_experts(m, tokens) / m.experts : 0.0;
 }
 
 }  // namespace
@@ -43,12 +44,14 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of
   weight_bytes = size * static_cast<double>(weights.parameters.total);
   fixed_bytes = size * static_cast<double>(weights.multiplied - weights.multiplied_routed);
   routed_bytes = size * static_cast<double>(weights.routed);
+  if (model.is_moe_layer(model.num_hidden_layers - 1))
+    last_routed_bytes = routed_bytes / static_cast<double>(model.num_moe_layers());
   kv_bytes = static_cast<double>(kv_bytes_per_token(model)) * (size / 2);
   token_flops = 2 * static_cast<double>(weights.multiplied);
   prompt_tokens = static_cast<double>(prompt);
   prompt_flops = rehearse_prompt(model, prompt).total().model_flops;
   // Of a token that sees itself alone.
-  context_flops = rehearse_forward(model, 1).total().model_flops - token_flops;
+  context_flops = attention_flops_of(rehearse_forward(model, 1));
 }
 
 double ServedModel::mean_context(double output) const {
@@ -66,13 +69,16 @@ double expected_experts(const ServedModel& m, double tokens) {
 
 double decode_seconds(const ServedModel& m, const Machine& machine, double batch, double context,
                       const Attained& attained) {
-  return longer(read_bytes(m, batch) + batch * m.seen(context) * m.kv_bytes,
+  return longer(m.fixed_bytes + chosen_bytes(m, m.routed_bytes, batch) + batch * m.seen(context) * m.kv_bytes,
                 batch * (m.token_flops + m.seen(context) * m.context_flops), m.dtype, machine, attained);
 }
 
 double prefill_seconds(const ServedModel& m, const Machine& machine, double batch, const Attained& attained) {
-  return longer(read_bytes(m, batch * m.prompt_tokens) + batch * m.prompt_tokens * m.kv_bytes,
-                batch * m.prompt_flops, m.dtype, machine, attained);
+  const double tokens = batch * m.prompt_tokens,
+               routed = chosen_bytes(m, m.routed_bytes - m.last_routed_bytes, tokens) +
+                        chosen_bytes(m, m.last_routed_bytes, batch);
+  return longer(m.fixed_bytes + routed + tokens * m.kv_bytes, batch * m.prompt_flops, m.dtype, machine,
+                attained);
 }
 
 std::int64_t sequences_that_fit(const ServedModel& m, const Machine& machine, double context, double share) {
@@ -85,7 +91,7 @@ double requests_per_s(const ServedModel& m, const Machine& machine, double outpu
   const double context = m.mean_context(output);
   const double batch = static_cast<double>(sequences_that_fit(m, machine, context, memory_share));
   if (batch == 0) return 0;
-  return batch / (output * decode_seconds(m, machine, batch, context, attained) +
+  return batch / ((output - 1) * decode_seconds(m, machine, batch, context, attained) +
                   prefill_seconds(m, machine, batch, attained));
 }
 

@@ -5,7 +5,8 @@
 // A decoding step of B sequences with c tokens of context each reads every weight that is multiplied once, of the
 // routed experts those that at least one of B tokens chose, E (1 - (1 - k/E)^B) of E when choices are independent and
 // even, and the keys and values of B * c tokens. It computes B * (2 * multiplied + 4 * c * heads * head_dim summed over
-// layers) FLOPs. Where attention has a window, c is at most that.
+// layers) FLOPs. Where attention has a window, c is at most that. Of a prompt's tokens the last layer's experts compute
+// the last one alone.
 
 #include <cstdint>
 
@@ -21,13 +22,14 @@ struct ServedModel {
 
   DType dtype;
   double experts = 0, experts_per_token = 0;
-  double weight_bytes = 0;   // of all parameters: what stays on the device
-  double fixed_bytes = 0;    // of what is multiplied: outside routed experts
-  double routed_bytes = 0;   // of all routed experts
-  double kv_bytes = 0;       // per token
-  double token_flops = 0;    // products of one token
-  double context_flops = 0;  // attention of one token to one token of context
-  double prompt_flops = 0;   // of a whole prompt up to its last token's logits, from the ledger
+  double weight_bytes = 0;       // of all parameters: what stays on the device
+  double fixed_bytes = 0;        // of what is multiplied: outside routed experts
+  double routed_bytes = 0;       // of all routed experts
+  double last_routed_bytes = 0;  // of those, the last layer's
+  double kv_bytes = 0;           // per token
+  double token_flops = 0;        // products of one token
+  double context_flops = 0;      // attention of one token to one token of context
+  double prompt_flops = 0;       // of a whole prompt up to its last token's logits, from the ledger
   double prompt_tokens = 0;
   double window = 0;  // tokens; 0: attention has none
 
@@ -51,7 +53,8 @@ double prefill_seconds(const ServedModel& model, const Machine& machine, double 
 // Sequences of `context` tokens whose keys and values fit beside all weights in a share of the memory.
 std::int64_t sequences_that_fit(const ServedModel& model, const Machine& machine, double context,
                                 double share);
-// Requests per second of a device that keeps as many sequences going as fit, each of a prompt and `output` tokens.
+// Requests per second of a device that keeps as many sequences going as fit, each of a prompt and `output` tokens, the
+// first of which comes of the prompt.
 double requests_per_s(const ServedModel& model, const Machine& machine, double output, double memory_share,
                       const Attained& attained);
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <fstream>
 #include <iterator>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "kernels/core/check.h"
@@ -48,6 +49,13 @@ double number(const json& line, const char* key, const std::string& where) {
   return it->get<double>();
 }
 
+// Nan where the line has null, which is how JSON says of a step or an evaluation that its loss was not finite.
+double loss_of(const json& line, const char* key, const std::string& where) {
+  const auto it = line.find(key);
+  if (it != line.end() && it->is_null()) return std::numeric_limits<double>::quiet_NaN();
+  return number(line, key, where);
+}
+
 // Each point with the mean of as many neighbours on both sides as there are, at most `most`: a straight line stays
 // what it is.
 std::vector<CurvePoint> smoothed(const std::vector<CurvePoint>& points, std::size_t most) {
@@ -63,13 +71,17 @@ std::vector<CurvePoint> smoothed(const std::vector<CurvePoint>& points, std::siz
 
 struct Reader {
   Spent spent;
-  double step = 0;
+  double step = 0, teacher_flops = 0;
   bool counts_experts = false;
   std::vector<CurvePoint> training, evaluations;
+  std::vector<double> behind;  // the steps of the last evaluations, behind the last step that was logged
 
   void add(const json& line, const std::string& where) {
     if (line.value("kind", "") == "eval") {
-      evaluations.push_back({spent, number(line, "eval_loss", where)});
+      Spent so_far = spent;
+      so_far.tokens = number(line, "tokens", where);
+      evaluations.push_back({so_far, loss_of(line, "eval_loss", where)});
+      if (const double at = number(line, "step", where); at > step) behind.push_back(at);
       return;
     }
     if (!line.contains("loss")) return;
@@ -77,15 +89,39 @@ struct Reader {
     if (steps <= 0)
       fail(ExitCode::kBadInput, "{}: step {} follows step {}; expected each step once, in order", where, at,
            step);
+    const double ranks = number(line, "ranks", where),
+                 taught = line.contains("flops_teacher") ? number(line, "flops_teacher", where) : 0;
+    const Spent before = spent;
+    spent +=
+        {number(line, "tokens", where) - spent.tokens,
+         steps * (number(line, "flops", where) + taught) * ranks, steps * number(line, "seconds", where)};
+    teacher_flops += steps * taught * ranks;
+    place_evaluations(before, at);
     step = at;
-    const double teacher = line.contains("flops_teacher") ? number(line, "flops_teacher", where) : 0;
-    spent += {number(line, "tokens", where) - spent.tokens,
-              steps * (number(line, "flops", where) + teacher) * number(line, "ranks", where),
-              steps * number(line, "seconds", where)};
-    training.push_back({spent, number(line, "loss", where)});
+    training.push_back({spent, loss_of(line, "loss", where)});
     counts_experts = counts_experts || line.contains("expert_load");
   }
+
+  // Between the step that was logged last, with `before`, and the one at `now` all cost the same.
+  void place_evaluations(const Spent& before, double now) {
+    auto point = evaluations.end() - static_cast<std::ptrdiff_t>(behind.size());
+    for (const double at : behind) {
+      const Spent there = between(before, spent, std::min(1.0, (at - step) / (now - step)));
+      point->spent.flops = there.flops;
+      (point++)->spent.seconds = there.seconds;
+    }
+    behind.clear();
+  }
 };
+
+// Those with a loss. The last one is what a run has come to.
+std::vector<CurvePoint> finite(std::vector<CurvePoint> points, const fs::path& file) {
+  if (!std::isfinite(points.back().loss))
+    fail(ExitCode::kBadInput,
+         "{}: the last loss is not finite; the run has come to none that could be compared", file.string());
+  std::erase_if(points, [](const CurvePoint& p) { return !std::isfinite(p.loss); });
+  return points;
+}
 
 }  // namespace
 
@@ -121,10 +157,11 @@ RunCurve read_run_curve(const fs::path& run) {
   RunCurve curve;
   curve.name = folder_of(run).filename().string();
   curve.spent = reader.spent;
+  curve.teacher_flops = reader.teacher_flops;
   curve.counts_experts = reader.counts_experts;
   curve.held_out = reader.evaluations.size() > 1;
-  curve.points =
-      curve.held_out ? std::move(reader.evaluations) : smoothed(reader.training, reader.training.size() / 50);
+  curve.points = finite(curve.held_out ? reader.evaluations : reader.training, file);
+  if (!curve.held_out) curve.points = smoothed(curve.points, curve.points.size() / 50);
   return curve;
 }
 

@@ -24,16 +24,19 @@ struct CurvePoint {
 
 struct RunCurve {
   std::string name;
-  Spent spent;            // of the whole run
-  bool held_out = false;  // points are evaluations; else of the smoothed training loss
+  Spent spent;               // of the whole run
+  double teacher_flops = 0;  // of `spent`, those of a teacher's forward
+  bool held_out = false;     // points are evaluations; else of the smoothed training loss
   std::vector<CurvePoint> points;
   bool counts_experts = false;  // its lines say how experts share the tokens: a mixture's
   double final_loss() const { return points.back().loss; }
 };
 
-// `run`: a run's directory, or a metrics.jsonl. Steps between two logged ones cost what the later one does. Evaluations
-// are taken where there are two or more of them; the training loss is smoothed over a fiftieth of the run to either
-// side, less at its ends. Lines of newer programs are passed over. Throws Error(kBadInput) that names file and line.
+// `run`: a run's directory, or a metrics.jsonl. Steps between two logged ones cost what the later one does, also up to
+// an evaluation between them. Evaluations are taken where there are two or more of them; the training loss is smoothed
+// over a fiftieth of the run to either side, less at its ends. A loss that is not finite is left out; where it is the
+// last one, the run has none to be compared by, and is refused. Lines of newer programs are passed over. Throws
+// Error(kBadInput) that names file and line.
 RunCurve read_run_curve(const std::filesystem::path& run);
 
 // Of several: runs in folders of one name are called by as many of the folders above as tell them apart.

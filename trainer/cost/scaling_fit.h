@@ -7,7 +7,7 @@
 //                                               form of "Scaling Laws for Upcycling Mixture-of-Experts Language Models"
 //                                               (arXiv 2502.03009)
 //
-// N is what a token costs: FLOPs of the model per token of training / 6, attention included.
+// N is what a token costs: FLOPs of the model per token of training / 6, attention included, a teacher's left out.
 
 #include <optional>
 #include <string>

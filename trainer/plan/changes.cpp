@@ -94,7 +94,8 @@ std::vector<Change> helpful_changes(const RunConfig& run, const ModelConfig& mod
   for (const Candidate& candidate : candidates_of(run, plan, machine)) {
     if (!problems_of(candidate.run, model, plan.world).empty()) continue;
     // The ranks that decide, where the same ones do: experts and stages are held as before.
-    PlanScope scope{.ranks = {plan.fullest().rank, plan.slowest().rank}, .model_flops = plan.model_flops};
+    PlanScope scope{.ranks = {plan.fullest().rank, plan.slowest().rank},
+                    .flops = StepFlops{plan.model_flops, plan.teacher_flops}};
     if (plan.mesh.pp > 1 || candidate.run.parallel.ep != run.parallel.ep) scope.ranks.clear();
     const RunPlan other = plan_run(candidate.run, model, plan.world, machine, scope);
     const Change change{candidate.keys, other.bytes_of(other.fullest()), other.time->seconds, other.fits(),

@@ -138,8 +138,8 @@ class Search {
 
   std::optional<FoundLayout> planned(const RunConfig& run) {
     ++found_.plans;
-    const RunPlan plan = plan_run(run, model_, world_, machine_, {.ranks = {}, .model_flops = model_flops_});
-    model_flops_ = plan.model_flops;  // that of every layout
+    const RunPlan plan = plan_run(run, model_, world_, machine_, {.ranks = {}, .flops = flops_});
+    flops_ = {plan.model_flops, plan.teacher_flops};  // those of every layout
     found_.device_bytes = plan.device_bytes;
     if (!plan.fits()) {
       const double bytes = plan.bytes_of(plan.fullest());
@@ -212,8 +212,8 @@ class Search {
   const ModelConfig& model_;
   int world_;
   const Machine& machine_;
-  std::vector<RunConfig> idle_;  // meshes in which ranks have no experts
-  double model_flops_ = 0;       // of a step; 0: no layout was planned yet
+  std::vector<RunConfig> idle_;     // meshes in which ranks have no experts
+  std::optional<StepFlops> flops_;  // none: no layout was planned yet
   LayoutSearch found_;
 };
 

@@ -129,12 +129,6 @@ class RankRehearsal {
   MeshSpec mesh_;
 };
 
-double teacher_flops_of(const PlannedRank& rank) {
-  double sum = 0;
-  for (const auto& [op, cost] : rank.costs) sum += cost.teacher_flops;
-  return sum;
-}
-
 double waited(const StepTime& time, std::initializer_list<const char*> verbs) {
   double sum = 0;
   for (const char* verb : verbs)
@@ -142,13 +136,16 @@ double waited(const StepTime& time, std::initializer_list<const char*> verbs) {
   return sum;
 }
 
-// Of a step, whatever the mesh and the micro-batch: what one rank books for the smallest one.
-double model_flops_of(RunConfig run, const ModelConfig& model) {
+// Whatever the mesh and the micro-batch: what one rank books for the smallest one. Ranks of a kind may have fewer
+// micro-batches than the one that stands for them.
+StepFlops step_flops_of(RunConfig run, const ModelConfig& model) {
   const std::int64_t sequences = least_sequences(model);
   const auto micro_batches = static_cast<double>(run.train.global_batch / sequences);
   run.train.global_batch = run.train.micro_batch = sequences;
   run.parallel = {.reduce = run.parallel.reduce};
-  return micro_batches * Rehearsal(run, model, 0, 1).step().total().model_flops;
+  Rehearsal rehearsal(run, model, 0, 1);
+  const Cost cost = rehearsal.step().total();
+  return {micro_batches * cost.model_flops, micro_batches * cost.teacher_flops};
 }
 
 // The slowest rank of each stage, one micro-batch after the other: while the pipeline fills and drains, the slowest
@@ -275,11 +272,12 @@ RunPlan plan_run(const RunConfig& run, const ModelConfig& model, int world,
     if (!scope.ranks.empty() && !scope.ranks.contains(kind.rank)) continue;
     PlannedRank rank = rehearsal.of(kind);
     rank.experts = holding_of(table, plan.mesh, kind.rank, stages).experts;
-    plan.teacher_flops += rank.alike * teacher_flops_of(rank);
     plan.ranks.push_back(std::move(rank));
   }
   UPMOE_CHECK(!plan.ranks.empty(), "none of the ranks asked for stands for a kind");
-  plan.model_flops = scope.model_flops > 0 ? scope.model_flops : model_flops_of(run, model);
+  const StepFlops flops = scope.flops ? *scope.flops : step_flops_of(run, model);
+  plan.model_flops = flops.model;
+  plan.teacher_flops = flops.teacher;
   if (speed) plan.time = time_of(plan, *speed, run.parallel.pp_chunks);
   return plan;
 }

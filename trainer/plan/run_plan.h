@@ -82,11 +82,16 @@ struct RankKind {
 };
 std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& model, int world);
 
+// Of a step, all ranks: the model's, and the forward of its teacher.
+struct StepFlops {
+  double model = 0, teacher = 0;
+};
+
 // What is wanted of a plan, and what is known already.
 struct PlanScope {
   std::set<int> ranks;  // these alone, and what is said of all ranks is said of them; empty: one of each kind
-  // RunPlan::model_flops of a run of the same model, batch, sequences and frozen parts; 0: to be rehearsed.
-  double model_flops = 0;
+  // Those of a run of the same model, batch, sequences, frozen parts and teacher; nothing: to be rehearsed.
+  std::optional<StepFlops> flops = {};
 };
 
 // Without a machine, memory and bytes alone. Throws Error(kUsage) with every reason why the run is impossible for
