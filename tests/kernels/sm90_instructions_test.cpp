@@ -36,8 +36,7 @@ struct Model {
 };
 
 TEST(Sm90Instructions, DoWhatTheirUsersExpect) {
-  InstructionCases<Model>::each(
-      [](const char* name, const std::string& wrong) { EXPECT_EQ(wrong, "") << name; });
+  InstructionCases<Model>::each([](const char* name, const auto& wrong) { EXPECT_EQ(wrong(), "") << name; });
 }
 
 // The words of a mistake that `body` ends with; none where it does not.
