@@ -1,5 +1,5 @@
 // usage: sm90_bench instructions | kernels WHICH | time TOKENS ROUTING WHICH
-// ROUTING: balanced, zipf. WHICH: all, up, rows, dhidden, dweights
+// ROUTING: balanced, zipf. WHICH: all, up, rows, dhidden, dweights; of `kernels` also up_pairs, up_single and so on
 
 #include <cstring>
 
