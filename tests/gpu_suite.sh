@@ -5,12 +5,13 @@
 #   tests/gpu_suite.sh run OUT PART...  there: runs parts (all of them unless named), each under 4 minutes, and leaves
 #                                       one folder of results for each in OUT; what has finished there is passed over
 #
-# Parts: ops (each op's tests on the GPU), models (golden files, generation, meshes over all GPUs, a run twice, resumed,
-# and beside the CPU), sanitizer (compute-sanitizer's four tools), bench (ops and a layer as shares of what the GPU
-# gives), kernels (bench/sm90.sh; their variants timed: a table for configs/cuda), algorithms (cuBLASLt's: another),
-# step (steps of 4 layers), inference (Qwen1.5-7B, A2.7B in turns), full (all 14.3 billion parameters with adamw8bit),
-# largest (as many layers as fit), peers (PyTorch and transformers, where python3 has them), quickstart (its models, to
-# the CPU's losses: in a bundle made after quickstart.sh). The first three run programs beside each other; others alone.
+# Parts: kernels (bench/sm90.sh, first: what hangs there the steps leave out; their variants timed: a table for
+# configs/cuda), ops (each op's tests on the GPU), models (golden files, generation, meshes over all GPUs, a run twice,
+# resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools), bench (ops and a layer as shares of what the
+# GPU gives), algorithms (cuBLASLt's: another table), step (steps of 4 layers), inference (Qwen1.5-7B, A2.7B in turns),
+# full (all 14.3 billion parameters with adamw8bit), largest (as many layers as fit), peers (PyTorch and transformers,
+# where python3 has them), quickstart (its models, to the CPU's losses: in a bundle made after quickstart.sh). Ops,
+# models and sanitizer run programs beside each other; the others alone.
 # UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and peers; UPMOE_SUITE_LIMIT: the most seconds of a program.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -362,7 +363,7 @@ run_parts() {
   local out part gpus versions
   out=$(realpath -m "$1")
   shift
-  [ $# -gt 0 ] || set -- ops models sanitizer bench kernels algorithms step inference full largest peers quickstart
+  [ $# -gt 0 ] || set -- kernels ops models sanitizer bench algorithms step inference full largest peers quickstart
   for part in "$@"; do
     declare -F "part_$part" >/dev/null || die "no part '$part'; 'gpu_suite.sh --help' names them"
   done
