@@ -10,8 +10,7 @@
 # resumed, and beside the CPU), sanitizer (compute-sanitizer's four tools), bench (ops and a layer as shares of what the
 # GPU gives), algorithms (cuBLASLt's: another table), step (steps of 4 layers), inference (Qwen1.5-7B, A2.7B in turns),
 # full (all 14.3 billion parameters with adamw8bit), largest (as many layers as fit), peers (PyTorch and transformers,
-# where python3 has them), quickstart (its models, to the CPU's losses: in a bundle made after quickstart.sh). Ops,
-# models and sanitizer run programs beside each other; the others alone.
+# where python3 has them), quickstart (its models, to the CPU's losses). Ops, models, sanitizer run several at once.
 # UPMOE_SUITE_TOKENS: the numbers of tokens of bench, step and peers; UPMOE_SUITE_LIMIT: the most seconds of a program.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
