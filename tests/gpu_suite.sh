@@ -338,7 +338,7 @@ quickstart_eval() { # NAME MODEL
 part_quickstart() {
   local models=runs/quickstart/models
   if [ ! -d "$suite/quickstart" ]; then
-    echo "not in this bundle" | tee "$part_out/summary.txt"
+    echo "not in this bundle: launch/quickstart.sh runs before it is made" | tee "$part_out/summary.txt"
     return
   fi
   cd "$suite/quickstart"
