@@ -90,6 +90,7 @@ inline int multiprocessors() {
 }
 
 int check_instructions();
+int check_cross_entropy();
 int check_kernels(const char* which);
 int time_kernels(int tokens, const char* routing, const char* which);
 
