@@ -133,6 +133,21 @@ MUTANTS = {
         "  cluster_sync();  // nobody writes",
         "  // nobody writes",
         "*.Up/*", "has left"),
+    "barriers_shown_to_nobody": (
+        FOLDER + "experts_down.cuh",
+        "    fence_mbarrier_init();\n",
+        "",
+        "*.Down/*", "has not shown the barrier"),
+    "multicast_to_a_third_block": (
+        FOLDER + "experts_up.cuh",
+        "tma_load_multicast((1 << C::kBlocks) - 1, s.b",
+        "tma_load_multicast((2 << C::kBlocks) - 1, s.b",
+        "*.Up/*", "that the cluster does not have"),
+    "more_registers_than_a_block_has": (
+        FOLDER + "experts_up.cuh",
+        "take_roles<56, 224>(",
+        "take_roles<48, 232>(",
+        "*.Up/*", "wait for registers"),
     "no_turn": (
         FOLDER + "experts_dhidden.cuh",
         "    mbarrier_wait(&s.tiles.turn[group], turns++ & 1);\n",

@@ -36,8 +36,7 @@ struct Model {
 };
 
 TEST(Sm90Instructions, DoWhatTheirUsersExpect) {
-  InstructionCases<Model>::each(
-      [](const char* name, const std::string& wrong) { EXPECT_EQ(wrong, "") << name; });
+  InstructionCases<Model>::each([](const char* name, const auto& wrong) { EXPECT_EQ(wrong(), "") << name; });
 }
 
 // The words of a mistake that `body` ends with; none where it does not.
@@ -126,6 +125,7 @@ TEST_F(Sm90TensorMaps, AreLoadedByTheirStepsOfElements) {
                 auto& s = dynamic_shared<ImageShared>();
                 if (threadIdx.x != 0) return;
                 mbarrier_init(&s.full, 1);
+                fence_mbarrier_init();
                 mbarrier_arrive_expect_tx(&s.full, 3 * 128);
                 tma_load(s.image, map, &s.full, 0, 0, 0, 0, 0);
                 mbarrier_wait(&s.full, 0);
@@ -144,6 +144,7 @@ TEST_F(Sm90TensorMaps, AreLoadedByAsManyCoordinatesFromAMultipleOf64) {
         auto& s = dynamic_shared<ImageShared>();
         if (threadIdx.x != 0) return;
         mbarrier_init(&s.full, 1);
+        fence_mbarrier_init();
         mbarrier_arrive_expect_tx(&s.full, 256);
         tma_load(s.image, from, &s.full, at...);
         mbarrier_wait(&s.full, 0);
@@ -156,6 +157,94 @@ TEST_F(Sm90TensorMaps, AreLoadedByAsManyCoordinatesFromAMultipleOf64) {
   auto* elsewhere = reinterpret_cast<TensorMap*>(shifted + 16);
   std::memcpy(static_cast<void*>(elsewhere), &map, sizeof map);
   EXPECT_THAT(load(*elsewhere, 0, 0, 0), testing::HasSubstr("the map's address is no multiple of 64"));
+}
+
+// What a GPU hangs at, faults at or silently computes wrongly, the model refuses with words.
+template <class Body>
+std::string words_of_run(unsigned blocks, unsigned cluster, unsigned threads, const Body& body) {
+  return words_of([&] {
+    sm90_twin::run({blocks, threads, sizeof(ImageShared), cluster, sm90_twin::When::kLatest, 1}, body);
+  });
+}
+TEST_F(Sm90TensorMaps, AreLoadedToBarriersThatWereShownInBlocksThatThereAre) {
+  const TensorMap map = make_tensor_map(memory, {64, 2}, {128}, {64, 2});
+  const auto load = [&](bool shown, u32 bytes, std::uint16_t blocks) {
+    return words_of_run(2, 2, 32, [&] {
+      auto& s = dynamic_shared<ImageShared>();
+      if (threadIdx.x == 0) {
+        mbarrier_init(&s.full, 1);
+        if (shown) fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(&s.full, bytes);
+      }
+      cluster_sync();
+      if (threadIdx.x == 0 && cluster_rank() == 0) tma_load_multicast(blocks, s.image, map, &s.full, 0, 0);
+      mbarrier_wait(&s.full, 0);
+      cluster_sync();
+    });
+  };
+  using testing::HasSubstr;
+  EXPECT_EQ(load(true, 256, 3), "");
+  EXPECT_THAT(load(false, 256, 3), HasSubstr("has not shown the barrier that it made (fence.mbarrier_init)"));
+  EXPECT_THAT(load(true, 256, 7), HasSubstr("to a block that the cluster does not have"));
+  EXPECT_THAT(load(true, 256, 0), HasSubstr("to a block that the cluster does not have"));
+  EXPECT_THAT(load(true, 1u << 20, 3), HasSubstr("expect_tx: more bytes than a barrier counts"));
+}
+TEST(Sm90Barriers, CountArrivalsOfAllWhoMayKnowThem) {
+  using testing::HasSubstr;
+  const auto tell = [&](u32 arrivals, bool shown) {
+    return words_of_run(2, 2, 32, [&] {
+      auto& s = dynamic_shared<ImageShared>();
+      if (threadIdx.x == 0) {
+        mbarrier_init(&s.told, arrivals);
+        if (shown) fence_mbarrier_init();
+      }
+      cluster_sync();
+      if (threadIdx.x < 2) mbarrier_arrive_remote(&s.told, threadIdx.x);
+      mbarrier_wait(&s.told, 0);
+      cluster_sync();
+    });
+  };
+  EXPECT_EQ(tell(2, true), "");
+  EXPECT_THAT(tell(2, false), HasSubstr("mbarrier.arrive at another block: thread 0 has not shown"));
+  EXPECT_THAT(tell(0, true), HasSubstr("mbarrier.init: 0 arrivals"));
+  EXPECT_THAT(tell(1u << 20, true), HasSubstr("mbarrier.init: 1048576 arrivals"));
+}
+TEST(Sm90Launches, AreRefusedAsTheRuntimeRefusesThem) {
+  using testing::HasSubstr;
+  const auto nothing = [] {};
+  EXPECT_EQ(words_of_run(8, 8, 32, nothing), "");
+  EXPECT_THAT(words_of_run(0, 1, 32, nothing), HasSubstr("a grid of no blocks"));
+  EXPECT_THAT(words_of_run(16, 16, 32, nothing), HasSubstr("of more than 8 blocks"));
+  EXPECT_THAT(words_of_run(9, 2, 32, nothing), HasSubstr("not whole clusters"));
+  EXPECT_THAT(words_of_run(1, 1, 1056, nothing), HasSubstr("too many threads"));
+}
+// What a block's warpgroups were launched with is all that they can exchange: the rest of the multiprocessor is no part
+// of it, and setmaxnreg.inc would wait for ever.
+TEST(Sm90Registers, MoveWithinABlock) {
+  const auto words = [](bool fewer) {
+    return words_of_run(1, 1, 384, [fewer] {
+      if (threadIdx.x / 128 == 2)
+        fewer ? setmaxnreg_dec<48>() : setmaxnreg_dec<40>();
+      else
+        setmaxnreg_inc<232>();
+    });
+  };
+  EXPECT_EQ(words(false), "");
+  EXPECT_THAT(words(true), testing::HasSubstr("wait for registers (setmaxnreg.inc)"));
+}
+TEST(Sm90Products, BeginAtTheFirstOfEightRows) {
+  const auto words = [](u32 row) {
+    return words_of_run(1, 1, 128, [row] {
+      auto& s = dynamic_shared<ImageShared>();
+      float d[64] = {};
+      wgmma_fence();
+      wgmma_m64n128k16<Major::kK, Major::kK>(d, k_major(s.image, row, 0), k_major(s.image, 0, 0), false);
+      wgmma_commit();
+      wgmma_wait<0>();
+    });
+  };
+  EXPECT_EQ(words(8), "");
+  EXPECT_THAT(words(4), testing::HasSubstr("begins behind the first of the swizzle's eight rows"));
 }
 
 }  // namespace

@@ -15,15 +15,19 @@ struct ClusterLaunch {
   std::size_t shared_bytes;
 };
 
-inline void check_launch(cudaError_t status) {
+inline void check_launch(cudaError_t status, const ClusterLaunch& l) {
   if (status != cudaSuccess)
-    throw std::runtime_error(std::string("launch of a kernel for Hopper: ") + cudaGetErrorString(status));
+    throw std::runtime_error(std::string("launch of a kernel for Hopper: ") + cudaGetErrorString(status) +
+                             " (" + std::to_string(l.blocks) + " blocks of " + std::to_string(l.threads) +
+                             " threads in clusters of " + std::to_string(l.cluster) + ", each with " +
+                             std::to_string(l.shared_bytes) + " bytes of shared memory)");
 }
 
 template <class... Parameters, class... Arguments>
 void launch_clusters(const ClusterLaunch& l, void (*kernel)(Parameters...), const Arguments&... arguments) {
   check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(l.shared_bytes)));
+                                    static_cast<int>(l.shared_bytes)),
+               l);
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(l.blocks);
   config.blockDim = static_cast<unsigned>(l.threads);
@@ -35,7 +39,7 @@ void launch_clusters(const ClusterLaunch& l, void (*kernel)(Parameters...), cons
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check_launch(cudaLaunchKernelEx(&config, kernel, arguments...));
+  check_launch(cudaLaunchKernelEx(&config, kernel, arguments...), l);
 }
 
 }  // namespace upmoe::cuda::sm90

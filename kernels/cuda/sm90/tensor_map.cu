@@ -23,6 +23,13 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   return found;
 }
 
+template <class Number>
+std::string words_of(const char* name, std::initializer_list<Number> numbers) {
+  std::string words = name;
+  for (const Number n : numbers) words += ' ' + std::to_string(n);
+  return words;
+}
+
 }  // namespace
 
 TensorMap make_tensor_map(const void* base, std::initializer_list<std::int64_t> sizes,
@@ -38,14 +45,19 @@ TensorMap make_tensor_map(const void* base, std::initializer_list<std::int64_t> 
     boxes[i] = static_cast<cuuint32_t>(box.begin()[i]);
     if (i > 0) stride[i - 1] = static_cast<cuuint64_t>(strides.begin()[i - 1]);
   }
-  TensorMap map;
+  // Not the result itself: g++ 12 does not align the place of one that its caller does not keep, and the driver refuses
+  // a map at another address.
+  TensorMap encoded[1];
   const CUresult status =
-      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(base), size, stride, boxes,
+      encoder()(encoded, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(base), size, stride, boxes,
                 every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled refused a map, status " + std::to_string(status));
-  return map;
+    throw std::runtime_error(
+        "cuTensorMapEncodeTiled refused a map, status " + std::to_string(status) + ":" +
+        words_of(" sizes", sizes) + words_of(", strides", strides) + words_of(", box", box) +
+        ", address modulo 256: " + std::to_string(reinterpret_cast<std::uintptr_t>(base) % 256));
+  return encoded[0];
 }
 
 }  // namespace upmoe::cuda::sm90

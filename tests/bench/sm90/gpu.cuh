@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -46,6 +47,19 @@ class Memory {
   std::size_t size_;
 };
 
+// Once for each kernel: whether all clusters of its first launch find a place at once. The kernels' tiles are dealt out
+// before they begin, so that a cluster that waits for another one's end doubles the time.
+template <class... Parameters>
+void check_clusters(void (*kernel)(Parameters...), const cudaLaunchConfig_t& config, int clusters) {
+  static std::set<const void*> seen;
+  if (!seen.insert(reinterpret_cast<const void*>(kernel)).second) return;
+  int at_once = 0;
+  CHECK_GPU(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config));
+  if (at_once < clusters)
+    std::printf("NOTE  of %d clusters of %u blocks with %zu bytes of shared memory %d find a place at once\n",
+                clusters, config.attrs[0].val.clusterDim.x, config.dynamicSmemBytes, at_once);
+}
+
 // In clusters of `cluster` blocks.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int blocks, int threads, std::size_t shared_bytes, int cluster,
@@ -62,6 +76,7 @@ void launch(void (*kernel)(Parameters...), int blocks, int threads, std::size_t 
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  check_clusters(kernel, config, blocks / cluster);
   CHECK_GPU(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
@@ -75,6 +90,7 @@ inline int multiprocessors() {
 }
 
 int check_instructions();
+int check_cross_entropy();
 int check_kernels(const char* which);
 int time_kernels(int tokens, const char* routing, const char* which);
 

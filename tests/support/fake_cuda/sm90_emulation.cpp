@@ -30,6 +30,7 @@ class Operand {
         major_(major) {
     if (descriptor >> 62 != 1) fail("a descriptor without the 128-byte swizzle");
     if ((descriptor >> 49 & 7) != 0) fail("a descriptor with a base offset");
+    if ((start_ >> 7 & 7) != 0) fail("a descriptor that begins behind the first of the swizzle's eight rows");
   }
   Major major() const { return major_; }
   // The place in shared memory of an element; `row` is of M or N.
@@ -57,39 +58,6 @@ bf16 element(const Block& block, std::size_t at) {
 
 u32 shared_address(const void* p) {
   return static_cast<u32>(cluster().block().place(p, 0, "an address") + kLowestAddress);
-}
-
-void mbarrier_init(u64* bar, u32 count) {
-  Block& block = cluster().block();
-  block.barriers[block.place(bar, 8, "mbarrier.init")] = {count, count, 0, 0};
-}
-void fence_mbarrier_init() {}
-void mbarrier_arrive(u64* bar) {
-  Block& block = cluster().block();
-  block.barrier(block.place(bar, 8, "mbarrier.arrive"), "mbarrier.arrive").arrive("mbarrier.arrive");
-}
-void mbarrier_arrive_expect_tx(u64* bar, u32 bytes) {
-  Block& block = cluster().block();
-  Barrier& barrier = block.barrier(block.place(bar, 8, "expect_tx"), "expect_tx");
-  barrier.bytes += bytes;
-  barrier.arrive("expect_tx");
-}
-void mbarrier_arrive_remote(u64* bar, u32 rank) {
-  const std::size_t at = cluster().block().place(bar, 8, "mbarrier.arrive");
-  if (rank >= cluster().blocks.size()) fail("mbarrier.arrive: no such block in the cluster");
-  Block& there = *cluster().blocks[rank];
-  if (there.alive == 0) fail("mbarrier.arrive at a block of the cluster that has left");
-  there.barrier(at, "mbarrier.arrive at another block").arrive("mbarrier.arrive at another block");
-}
-void mbarrier_wait(u64* bar, u32 parity) {
-  Block& block = cluster().block();
-  const std::size_t at = block.place(bar, 8, "mbarrier.try_wait");
-  Barrier& barrier = block.barrier(at, "mbarrier.try_wait");
-  cluster().wait_for_change(barrier.phase, 1, parity, [&barrier, parity, at] {
-    return "wait for the phase of parity " + std::to_string(parity) + " of the barrier at byte " +
-           std::to_string(at) + ", which lacks " + std::to_string(barrier.pending) + " arrivals and " +
-           std::to_string(barrier.bytes) + " bytes";
-  });
 }
 
 namespace {
@@ -144,18 +112,20 @@ void load_box(std::uint16_t blocks, void* to, const TensorMap& map, u64* bar, st
     fail(std::string(who) + ": other coordinates than the map has dimensions");
   if (reinterpret_cast<std::uintptr_t>(&map) % 64 != 0)
     fail(std::string(who) + ": the map's address is no multiple of 64");
+  if (blocks == 0 || blocks >> cluster().blocks.size() != 0)
+    fail(std::string(who) + " to a block that the cluster does not have");
   const std::vector<int> start(at);
   if (counted != nullptr) count_box(place, map, start, elements, std::popcount(blocks));
   for (const auto& there : cluster().blocks) {
     if ((blocks >> there->rank & 1) == 0) continue;
     Block* block = there.get();
-    Barrier* barrier = &block->barrier(bar_place, who);
+    Barrier* barrier = &block->shown_barrier(bar_place, who);
     block->begin_write(place, 2 * elements, who);
     for (std::size_t half = 0; half < 2; ++half)  // at moments of their own
       cluster().begin(make_operation(who, [=] {
         copy_box(*block, place, map, start, half * elements / 2, (half + 1) * elements / 2);
         block->end_write(place + half * elements, elements, -1);
-        barrier->bytes -= static_cast<std::int64_t>(elements);
+        barrier->expect(-static_cast<std::int64_t>(elements), who);
         barrier->settle();
       }));
   }

@@ -11,7 +11,7 @@ namespace sm90_twin {
 namespace {
 
 constexpr std::size_t kStack = 128 << 10, kMostShared = 227 << 10;
-constexpr int kRegistersOfSm = 65536;
+constexpr unsigned kMostThreads = 1024, kMostCluster = 8;  // of a kernel that asks for no leave
 
 thread_local Cluster the_cluster;
 
@@ -30,22 +30,10 @@ void fail(const std::string& words) {
   throw Mistake{words};
 }
 
-void Barrier::arrive(const char* who) {
-  if (pending == 0) fail(std::string(who) + ": more arrivals in a phase than the barrier counts");
-  --pending;
-  settle();
-}
-void Barrier::settle() {
-  if (pending != 0 || bytes != 0) return;
-  ++phase;
-  pending = count;
-}
-
 Block::Block(unsigned rank_, unsigned index_, unsigned threads, std::size_t shared_bytes)
     : rank(rank_),
       index(index_),
       alive(threads),
-      free_registers(kRegistersOfSm - static_cast<int>(threads) * kRegistersAtEntry),
       groups(threads / kGroup + 1),
       warps(threads / 32 + 1),
       memory_(shared_bytes + 1024, 0xff),
@@ -58,11 +46,6 @@ std::size_t Block::place(const void* p, std::size_t n, const char* who) const {
   const auto* at = static_cast<const unsigned char*>(p);
   if (at < base || at + n > base + bytes_) fail(std::string(who) + ": outside of this block's shared memory");
   return static_cast<std::size_t>(at - base);
-}
-Barrier& Block::barrier(std::size_t at, const char* who) {
-  const auto found = barriers.find(at);
-  if (found == barriers.end()) fail(std::string(who) + ": no barrier was made here");
-  return found->second;
 }
 
 void Block::begin_write(std::size_t at, std::size_t n, const char* who) {
@@ -321,6 +304,10 @@ void wait_groups(OperationGroups& groups, std::size_t keep, const char* words) {
 
 void run(const Launch& launch, const std::function<void()>& body) {
   if (launch.shared_bytes > kMostShared) fail("too much shared memory");
+  if (launch.blocks == 0) fail("a grid of no blocks");
+  if (launch.threads == 0 || launch.threads > kMostThreads) fail("a block of none or too many threads");
+  if (launch.cluster == 0 || launch.cluster > kMostCluster)
+    fail("a cluster of none or of more than 8 blocks, which a launch refuses");
   if (launch.blocks % launch.cluster != 0) fail("the grid is not whole clusters");
   std::mt19937_64 random(launch.seed);
   gridDim = launch.blocks;

@@ -34,8 +34,11 @@ struct Barrier {
   std::uint32_t count = 0, pending = 0;
   std::int64_t bytes = 0;  // expected and not yet there
   unsigned phase = 0;
+  unsigned maker = 0;  // the thread that made it
+  bool shown = false;  // by that thread, to other blocks and to the copy engine
   void arrive(const char* who);
-  void settle();  // ends the phase when nothing is missing
+  void expect(std::int64_t more, const char* who);  // less of them where they have come
+  void settle();                                    // ends the phase when nothing is missing
 };
 
 struct Operation {  // under way
@@ -97,6 +100,7 @@ class Block {
   // The place of `n` bytes in shared memory; fails for what lies elsewhere.
   std::size_t place(const void* p, std::size_t n, const char* who) const;
   Barrier& barrier(std::size_t at, const char* who);
+  Barrier& shown_barrier(std::size_t at, const char* who);  // as who is not of this block asks for it
 
   void begin_write(std::size_t at, std::size_t n, const char* who);    // fills with NaNs
   void end_write(std::size_t at, std::size_t n, int unfenced_thread);  // -1: by an engine
@@ -107,7 +111,7 @@ class Block {
   unsigned rank, index, alive;
   unsigned late = 0;  // turns until it begins
   unsigned char* base = nullptr;
-  int free_registers;
+  int free_registers = 0;  // all that it was launched with are its threads', and others it cannot have
   Meeting meeting;
   std::map<std::size_t, Barrier> barriers;
   std::vector<Warpgroup> groups;
