@@ -66,7 +66,8 @@ class Speller:
             going_on, after_control = self.going_on
             tokenizer = going_on if before == TEXT or after_control else tokenizer
         try:
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            # The same tokens as of encode(), without their places in the text: less memory and, of long texts, time.
+            ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as e:  # noqa: BLE001  the library has no other kind
             raise BadInput(f"{self.path}: cannot spell the text {text[:40]!r}...: {' '.join(str(e).split())}") from None
         self.unknowns += ids.count(self.unknown)
