@@ -3,6 +3,8 @@
 
 import gzip
 import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -88,6 +90,18 @@ class FilesTest(unittest.TestCase):
         self.assertIn("no FILE is given", self.refused(2, *good))
         self.assertIn("missing: No such file", self.refused(3, *good, "--files-from", self.dir / "missing"))
         self.assertIn("--files-from -", self.refused(3, *good, self.dir))
+
+    def test_a_text_too_long_for_the_memory_is_told(self):
+        small, large = self.file("small.txt", "a b"), self.file("large.txt", "a b c d e f " * 1_000_000)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "data/tokenize.py"), "--tokenizer", self.tokenizer, "--out",
+             self.dir / "out.h5", "--processes", "2", small, large], text=True, capture_output=True, timeout=120,
+            check=False, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # which would take room for each core
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)))
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("out of memory? each takes 100 to 200 times", done.stderr)
+        self.assertIn(f"{large} is the largest, {large.stat().st_size} bytes", done.stderr)
+        self.assertEqual([p.name for p in self.dir.iterdir() if p.name.startswith("out.h5")], [])
 
     def test_a_file_that_is_given_twice_is_told(self):
         text, other = self.file("a.txt", "x"), self.file("b.txt", "y")
