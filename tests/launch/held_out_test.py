@@ -81,6 +81,9 @@ class HeldOut(cli_test.CliTest):
         _, said = self.evaluations("both", f"data.valid={masked[1]}", "data.valid_loss_mask=true",
                                    f"data.train=[{{path: {masked[0]}, loss_mask: true}}]")
         self.assertNotIn("has a loss mask, but", said)
+        for option, told in (([], 1), (["--loss-mask"], 0)):
+            done = upmoe("eval", self.model, "--seq-len", 16, "--data", masked[1], *option)
+            self.assertEqual((done.returncode, done.stderr.count("--loss-mask is not given")), (0, told), done.stderr)
 
     def test_what_cannot_be(self):
         two = ("eval", self.model, "--seq-len", 16, "--data", self.code, "--data", self.code)
