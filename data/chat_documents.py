@@ -117,11 +117,14 @@ class ChatChoices(Choices):
                         if key not in ("role", "content", "weight") and value not in (None, "", [], {}, False)]
         return replaced
 
+    def controls(self):
+        return TEMPLATES[self.template].controls()
+
     def unread(self, document):
         return document.unread
 
     def check(self, speller):
-        missing = [name for name in TEMPLATES[self.template].controls() if speller.token(name) is None]
+        missing = [name for name in self.controls() if speller.token(name) is None]
         if missing:
             without = sorted(name for name, template in TEMPLATES.items() if not template.controls())
             raise BadInput(f"{speller.path}: has no token {' and '.join(missing)}, which --template {self.template} "

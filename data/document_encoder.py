@@ -35,10 +35,14 @@ class Speller:
     """A tokenizer for documents that come in pieces. Many put a blank before a text; where that is none of the text's
     own, a piece that goes on with one must not have it again, or the model would learn to begin what it says so."""
 
-    def __init__(self, content, path, parse_special):
+    def __init__(self, content, path, parse_special, controls=()):
         self.path, self.unknowns = path, 0
         self.tokenizer = load_tokenizer(content, path)
-        # Text that spells a control token is text, unless asked otherwise: data must not be able to end documents.
+        # Text that spells a control token is text, unless asked otherwise: data must not be able to end documents. Where
+        # a file does not mark such a token (`special`), `controls` names those that are used as such.
+        if not parse_special:
+            added = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+            self.tokenizer.add_special_tokens([name for name in controls if name in added])
         self.tokenizer.encode_special_tokens = not parse_special
 
     @functools.cached_property
@@ -101,8 +105,8 @@ class Notes(collections.Counter):
 class Encoder:
     """One process's tokenizer."""
 
-    def __init__(self, content, path, choices, parse_special, bos):
-        self.speller, self.choices = Speller(content, path, parse_special), choices
+    def __init__(self, content, path, choices, parse_special, bos, controls):
+        self.speller, self.choices = Speller(content, path, parse_special, controls), choices
         self.bos = None if bos is None else self.speller.token(bos)
 
     def run(self, task, eos):

@@ -40,6 +40,10 @@ class Choices:
     def document_of(self, record, path, place):
         return text_of(record, path, place, self)
 
+    def controls(self):
+        """Names of the control tokens that documents hold beside those of their ends."""
+        return []
+
     def check(self, speller):
         """Whether the tokenizer has what documents need beside their text."""
 

@@ -194,9 +194,13 @@ def tell(notes, tokens, args):
         warn(f"of turns 'role', 'content' and 'weight' are read, and not: {', '.join(unread)}")
 
 
+def controls_of(args):
+    return [name for name in (args.eos, args.bos, *args.choices.controls()) if name is not None]
+
+
 def speller_for(content, args):
     """The tokenizer, with words about what of a text it does not keep."""
-    speller = document_encoder.Speller(content, args.tokenizer, args.parse_special)
+    speller = document_encoder.Speller(content, args.tokenizer, args.parse_special, controls_of(args))
     for option, name, what in (("--eos", args.eos, "the one that ends documents"),
                                ("--bos", args.bos, "the one that begins documents")):
         if name is not None and speller.token(name) is None:
@@ -219,7 +223,8 @@ def tokenize(paths, args):
     vocab_size = 1 + max(speller.tokenizer.get_vocab(with_added_tokens=True).values())
     with StagedFile(args.out, warn) as staged:
         with open(staged.part("tokens"), "wb") as raw, open(staged.part("loss_mask"), "wb") as raw_mask:
-            arguments = (content, args.tokenizer, args.choices, args.parse_special, args.bos)
+            arguments = (content, args.tokenizer, args.choices, args.parse_special, args.bos,
+                         controls_of(args))
             ends, counted, notes = encode_files(paths, raw, raw_mask, arguments, eos, args.processes)
         if not ends:
             raise BadInput(f"no text in {len(paths)} files; {args.out} is not written")

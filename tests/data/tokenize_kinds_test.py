@@ -83,6 +83,29 @@ class KindsTest(unittest.TestCase):
                 counted = "".join(token for token, counts in zip(found, mask, strict=True) if counts)
                 self.assertEqual(counted, "four<|im_end|>" * 2)
 
+    def test_control_tokens_that_are_not_marked_as_such(self):
+        """As of tokenizer.add_tokens(["<|im_end|>"]): it is one all the same, and no content may end its turn."""
+        tokenizer = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(
+            ["<unk>", *LETTERS, *"</|>_"])}, [], unk_token="<unk>"))
+        tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "</s>", "word"])
+        talk = [TALK[0], {"role": "assistant", "content": "a<|im_end|></s>word"}]
+        self.tokenize(tokenizer, json.dumps({"messages": talk}), "--chat", "--template", "chatml")
+        found, mask = self.tokens(tokenizer)
+        counted = [token for token, counts in zip(found, mask, strict=True) if counts]
+        self.assertEqual(counted, [*"a<|im_end|></s>", "word", "<|im_end|>"])
+        self.assertEqual((found.count("<|im_end|>"), found.count("</s>")), (2, 1))
+        self.tokenize(tokenizer, '{"text": "a</s><|im_end|>"}\n')
+        self.assertEqual(self.tokens(tokenizer)[0], [*"a</s>", "<|im_end|>", "</s>"])
+        self.tokenize(tokenizer, '{"text": "a</s>b"}\n', "--parse-special")
+        self.assertEqual(self.tokens(tokenizer)[0], ["a", "</s>", "b", "</s>"])
+
+    def test_nothing_is_left_to_chance(self):
+        letters = {token: i for i, token in enumerate(["<unk>", *LETTERS, "ab", "abc", "cd"])}
+        tokenizer = begins_with_s(tokenizers.Tokenizer(models.BPE(
+            letters, [("a", "b"), ("ab", "c"), ("c", "d")], unk_token="<unk>", dropout=0.5)))
+        self.tokenize(tokenizer, '{"text": "abcd"}\n' * 50)
+        self.assertEqual(self.tokens(tokenizer)[0], ["abc", "d", "</s>"] * 50)
+
     def test_what_begins_a_text_is_told_and_can_be_had(self):
         tokenizer = PREFIXED["llama"][0]
         lines = '{"text": "ab"}\n{"text": ""}\n{"text": "c"}\n'
