@@ -26,6 +26,7 @@ import array  # noqa: E402
 import collections  # noqa: E402
 import concurrent.futures  # noqa: E402
 import hashlib  # noqa: E402
+import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
@@ -194,6 +195,17 @@ def tell(notes, tokens, args):
         warn(f"of turns 'role', 'content' and 'weight' are read, and not: {', '.join(unread)}")
 
 
+def said_beside(args, option):
+    """What tokenizer_config.json says of the token that an option names, as advice."""
+    try:
+        path = Path(args.tokenizer).with_name("tokenizer_config.json")
+        token = json.loads(path.read_text(encoding="utf-8")).get(option.removeprefix("--") + "_token")
+        token = token["content"] if isinstance(token, dict) else token
+    except (OSError, ValueError, AttributeError, KeyError):
+        return ""
+    return f" ({path.name} says '{token}')" if isinstance(token, str) else ""
+
+
 def controls_of(args):
     return [name for name in (args.eos, args.bos, *args.choices.controls()) if name is not None]
 
@@ -204,7 +216,8 @@ def speller_for(content, args):
     for option, name, what in (("--eos", args.eos, "the one that ends documents"),
                                ("--bos", args.bos, "the one that begins documents")):
         if name is not None and speller.token(name) is None:
-            raise BadInput(f"{args.tokenizer}: has no token '{name}'; name {what} with {option}")
+            raise BadInput(f"{args.tokenizer}: has no token '{name}'; name {what} with {option}" +
+                           said_beside(args, option))
     args.choices.check(speller)
     if speller.loses_characters():
         warn(f"{args.tokenizer} has neither bytes nor a token for what it does not know: such characters are lost")

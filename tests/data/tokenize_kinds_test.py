@@ -131,12 +131,24 @@ class KindsTest(unittest.TestCase):
         self.assertIn("1 empty documents left out", told)
         self.assertEqual(self.tokens(loses)[0], ["a", "b", "</s>"])
 
+    def test_what_is_said_beside_the_tokenizer_is_advised(self):
+        beside, wrong = self.dir / "tokenizer_config.json", ("--eos", "<none>")
+        for said, advised in (('{"eos_token": "</s>"}', True), ('{"eos_token": {"content": "</s>"}}', True),
+                              ("[]", False), ("{", False), ('{"eos_token": null}', False)):
+            beside.write_text(said)
+            told = self.tokenize(PREFIXED["none"][0], '{"text": "a"}', *wrong, status=3)
+            self.assertIn("has no token '<none>'; name the one that ends documents with --eos", told)
+            self.assertEqual("(tokenizer_config.json says '</s>')" in told, advised, told)
+
     def test_a_text_that_a_tokenizer_refuses_is_named(self):
         tokenizer = begins_with_s(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         told = self.tokenize(tokenizer, '{"text": "a"}\n{"text": "a word"}\n', status=3)
+        self.assertIn("begins a text with <s>", told)
         self.assertRegex(told, r"in\.jsonl: .*tokenizer\.json: cannot spell the text 'a word'.*Missing")
         self.assertNotIn("unexpected", told)
+        tokenizer.model = models.WordLevel({"b": 0}, unk_token="<unk>")
+        self.assertIn("cannot spell the text 'a'", self.tokenize(tokenizer, '{"text": "a"}\n', status=3))
 
 
 if __name__ == "__main__":
