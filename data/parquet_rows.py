@@ -24,7 +24,8 @@ def lines_of(path, key):
     row = 0
 
     def no_json(value):
-        raise BadInput(f"{path}, row {row}: '{key}' holds a value of type {type(value).__name__}, expected a text")
+        raise BadInput(f"{path}, row {row}: '{key}' holds a value of type {type(value).__name__}, expected a text; "
+                       "write the column anew as text, for example with pyarrow: column.cast('string')")
 
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:

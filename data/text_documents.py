@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from command_line import BadInput
 from parquet_rows import row_blocks
-from text_kinds import Opened, kind_of, require_small, whole_of
+from text_kinds import MAX_LINE, Opened, kind_of, require_small, whole_of
 
+NOTHING, TEXT, CONTROL = "nothing", "text", "control"  # what stands before a piece of a document
 TASK_BYTES = 4 << 20     # what one process takes at a time
-MAX_LINE = 64 << 20      # of JSON lines
 
 
 @dataclass
@@ -40,12 +40,20 @@ class Choices:
     def document_of(self, record, path, place):
         return text_of(record, path, place, self)
 
-    def check(self, tokenizer, path):
-        """Whether the tokenizer at `path` has what documents need beside their text."""
+    def controls(self):
+        """Names of the control tokens that documents hold beside those of their ends."""
+        return []
 
-    def encode(self, text, tokenizer, eos):
+    def check(self, speller):
+        """Whether the tokenizer has what documents need beside their text."""
+
+    def unread(self, document):
+        """Names of what a record says that has no place in the document."""
+        return ()
+
+    def encode(self, text, speller, eos):
         """A document's tokens, none of an empty one; and of each whether it counts as a target, where that is known."""
-        ids = tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        ids = speller.spell(text) if text else []
         return (ids + [eos] if ids else []), []
 
 
@@ -84,7 +92,9 @@ def text_of(record, path, place, choices):
 def text_in(document, name, path, place, choices):
     """A value of a JSON record that is to be a text."""
     if not isinstance(document, str):
-        raise BadInput(f"{path}{place}: '{name}' holds {json.dumps(document)[:40]}, expected a text")
+        cure = ("leave such records out, or give them an empty text" if document is None else
+                "write the text that is meant there, for example with jq")
+        raise BadInput(f"{path}{place}: '{name}' holds {json.dumps(document)[:40]}, expected a text; {cure}")
     surrogates = sum("\ud800" <= c <= "\udfff" for c in document) if not document.isascii() else 0
     if surrogates:  # an escape such as \ud800 alone: no character
         if not choices.replace_invalid:
@@ -137,6 +147,8 @@ def data_of(piece):
 def documents_of(task, choices):
     """(document, replaced) of each document of a task, which is a list of pieces."""
     for piece in task:
+        if piece.kind == "empty":
+            continue
         data = data_of(piece)
         if piece.kind == "text":
             yield choices.plain(piece, data)
@@ -231,7 +243,9 @@ def pieces_of_rows(path, choices):
 def pieces_of(path, choices):
     with Opened(path) as opened:
         kind = kind_of(path, opened, choices.kind)
-        if kind == "parquet":
+        if kind == "empty":
+            yield Piece(path, kind, 0, 0, b"", consumed=os.path.getsize(path))
+        elif kind == "parquet":
             yield from pieces_of_rows(path, choices)
         elif opened.compressed:
             yield from pieces_unpacked(path, kind, opened)

@@ -17,12 +17,15 @@ from zstd_file import DamagedZstd, open_zstd
 HEAD_BYTES = 1 << 16
 DEEPEST = 3  # compressed within compressed
 LARGEST_JSON = 1 << 30  # of a JSON file that is one value
+MAX_LINE = 64 << 20     # of JSON lines
 
 # first bytes, what it is, what to do
 COMPRESSED = [(b"\x1f\x8b", "gzip", lambda file: gzip.GzipFile(fileobj=file, mode="rb")),
               (b"BZh", "bzip2", bz2.BZ2File),
               (b"\xfd7zXZ\0", "xz", lzma.LZMAFile),
-              (b"\x28\xb5\x2f\xfd", "zstd", open_zstd)]
+              (b"\x28\xb5\x2f\xfd", "zstd", open_zstd),
+              # A frame to be skipped, with which pzstd begins.
+              *((bytes([mark]) + b"\x2a\x4d\x18", "zstd", open_zstd) for mark in range(0x50, 0x60))]
 BZIP2_BLOCKS = (b"\x31\x41\x59\x26\x53\x59", b"\x17\x72\x45\x38\x50\x90")
 AS_LINES = ("write its text column as JSON lines, for example with pandas: read_{}(...).to_json(..., "
             "orient='records', lines=True)")
@@ -159,6 +162,12 @@ def parsed(line):
         return None
 
 
+def first_line_of(opened):
+    line = opened.read(MAX_LINE).removeprefix(codecs.BOM_UTF8).lstrip().split(b"\n", 1)[0]
+    opened.file.seek(0)
+    return line
+
+
 def parquet_kind(path, opened, chosen):
     if opened.compressed:  # its index stands at its end
         raise BadInput(f"{path}: is a Parquet file packed with {opened.compressed}; unpack it first")
@@ -168,11 +177,11 @@ def parquet_kind(path, opened, chosen):
 
 
 def kind_of(path, opened, chosen):
-    """'text', 'jsonl', 'json' (one value) or 'parquet' of a file that holds text; `chosen` is that of --as, or
-    'auto'."""
+    """'text', 'jsonl', 'json' (one value) or 'parquet' of a file that holds text, 'empty' of one that holds nothing;
+    `chosen` is that of --as, or 'auto'."""
     head = opened.head()
     if not head:
-        return "text"
+        return "empty"
     if head.startswith(PARQUET) and not is_clean(head):
         return parquet_kind(path, opened, chosen)
     refuse_what_is_no_text(path, head)
@@ -185,6 +194,8 @@ def kind_of(path, opened, chosen):
         return "jsonl"
     start = head.removeprefix(codecs.BOM_UTF8)
     lines = first_lines(start, len(head) < HEAD_BYTES)
+    if not lines and start.lstrip()[:1] == b"{" and not name.endswith(".json"):
+        lines = [first_line_of(opened)]  # longer than what was looked at, as of a book in one record
     records = [parsed(line) for line in lines]
     if records and all(isinstance(record, dict) for record in records):
         return "jsonl"

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <system_error>
 
 #include "data/token_formats/hdf5_token_file.h"
 #include "data/token_formats/megatron_token_file.h"
@@ -34,6 +35,13 @@ constexpr Format kFormats[] = {format_of<MegatronTokenFile>(), format_of<Hdf5Tok
 }  // namespace
 
 std::unique_ptr<const TokenFile> open_token_file(const fs::path& path) {
+  // Megatron-LM's own options name a set by what its two files begin with.
+  std::error_code unknown;
+  const fs::path tokens = path.string() + ".bin", index = path.string() + ".idx";
+  if (!fs::exists(path, unknown) && fs::exists(tokens, unknown) && fs::exists(index, unknown))
+    fail(ExitCode::kBadInput,
+         "{}: no such file; the indexed data set of Megatron-LM that begins so is given as {}", path.string(),
+         tokens.string());
   return std::find_if(std::begin(kFormats), std::end(kFormats),
                       [&](const Format& f) { return f.takes(path); })
       ->open(path);

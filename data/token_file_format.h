@@ -1,6 +1,6 @@
 #pragma once
 // What reader and writers of token files share. The checksums are of what a file says, not of where it says
-// it: whatever else changes in the HDF5 file changes nothing that is read. data/tokenize.py computes the same.
+// it: whatever else changes in the HDF5 file changes nothing that is read. data/token_file_writer.py computes the same.
 //   dataset `checksums` (uint32): CRC-32 of each chunk of kTokenFileChunk tokens;
 //   dataset `loss_mask_checksums` (uint32), where there is a `loss_mask`: the same of its bytes, one for each token;
 //   attribute `checksum` (integer): CRC-32 of the summary line, then document_ends, then `checksums`, then

@@ -22,37 +22,33 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
 from command_line import BadInput, BadUsage, ToolParser, line_time, missing_package, run_tool  # noqa: E402
 
 import argparse  # noqa: E402
+import array  # noqa: E402
 import collections  # noqa: E402
 import concurrent.futures  # noqa: E402
-import errno  # noqa: E402
 import hashlib  # noqa: E402
+import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
-import zlib  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from chat_documents import TEMPLATES, ChatChoices  # noqa: E402
 from hdf5_child import die_with, in_child  # noqa: E402
 from staged_file import StagedFile, Taken  # noqa: E402
 from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
-from tokenizer_file import load_tokenizer  # noqa: E402
 
-FORMAT = "upmoe-tokens-1"
 END_OF_TEXT = "<|endoftext|>"
 # What a word is, before merging: contractions, letters, single digits, punctuation, line ends, blanks (as in Qwen2).
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
-COPY_TOKENS = 4 << 20
-CHUNK_TOKENS = 16384  # one checksum each (data/token_file_format.h); divides COPY_TOKENS
 
 
 def import_libraries():
     """The packages of launch/requirements.txt, with words for their absence."""
-    global h5py, numpy, tokenizers
+    global document_encoder, token_file_writer, tokenizers
     try:
-        import h5py
-        import numpy
+        import document_encoder
+        import token_file_writer
         import tokenizers
     except ImportError as e:
         raise BadUsage(missing_package(e)) from None
@@ -97,37 +93,12 @@ def train_tokenizer(paths, args):
     say(f"{args.tokenizer}: {made} tokens")
 
 
-class Encoder:
-    """One process's tokenizer."""
-
-    def __init__(self, content, path, choices, parse_special):
-        self.tokenizer = load_tokenizer(content, path)
-        # Text that spells a control token is text, unless asked otherwise: data must not be able to end documents.
-        self.tokenizer.encode_special_tokens = not parse_special
-        self.choices = choices
-
-    def run(self, task, eos):
-        tokens, masks, lengths, replaced, empty = [], [], [], 0, 0
-        for document, wrong in documents_of(task, self.choices):
-            replaced += wrong
-            ids, mask = self.choices.encode(document, self.tokenizer, eos)
-            if not ids:
-                empty += 1
-                continue
-            tokens.append(numpy.asarray(ids, dtype="<u4"))
-            masks.append(numpy.asarray(mask, dtype="u1"))
-            lengths.append(len(ids))
-        joined = numpy.concatenate(tokens) if tokens else numpy.empty(0, dtype="<u4")
-        mask = numpy.concatenate(masks) if masks else numpy.empty(0, dtype="u1")
-        return joined, mask, lengths, replaced, empty, sum(piece.consumed for piece in task)
-
-
 def start_process(parent, *arguments):
     global encoder
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    encoder = Encoder(*arguments)
+    encoder = document_encoder.Encoder(*arguments)
 
 
 def run_task(task, eos):
@@ -190,113 +161,104 @@ class Progress:
             print(file=sys.stderr)
 
 
-def checksum_of(attributes, count, ends, chunks, mask_chunks):
-    """Of what a token file says, as in data/token_file_format.h."""
-    summary = (f"{attributes['format']} vocab_size {attributes['vocab_size']} eos_id {attributes['eos_id']} "
-               f"tokenizer_sha256 {attributes['tokenizer_sha256']} tokens {count} documents {len(ends)}\n")
-    tokens = zlib.crc32(chunks.tobytes(), zlib.crc32(ends.tobytes(), zlib.crc32(summary.encode())))
-    return zlib.crc32(mask_chunks.tobytes(), tokens)
-
-
-def read_numbers(raw, dtype, begin, end):
-    size = numpy.dtype(dtype).itemsize
-    with open(raw, "rb") as file:
-        file.seek(size * begin)
-        content = file.read(size * (end - begin))
-    if len(content) != size * (end - begin):
-        raise OSError(errno.EIO, "has lost its end", raw)
-    return numpy.frombuffer(content, dtype=dtype)
-
-
-def write_column(out, name, raw, dtype, count):
-    """A number for each token out of the file `raw`; returns the checksums of its chunks."""
-    column, chunks = out.create_dataset(name, shape=(count,), dtype=dtype), []
-    for begin in range(0, count, COPY_TOKENS):
-        end = min(count, begin + COPY_TOKENS)
-        block = read_numbers(raw, dtype, begin, end)
-        column[begin:end] = block
-        chunks += [zlib.crc32(block[i:i + CHUNK_TOKENS].tobytes()) for i in range(0, len(block), CHUNK_TOKENS)]
-    return numpy.asarray(chunks, dtype="<u4")
-
-
-def write_token_file(path, raw, count, document_ends, attributes, raw_mask=None):
-    """`raw`: the tokens as they came, in a file; `raw_mask`: which of them count, or None. A contiguous dataset needs
-    its size first, hence two files."""
-    ends, mask_chunks = numpy.asarray(document_ends, dtype="<i8"), numpy.empty(0, dtype="<u4")
-    columns = ["tokens", "document_ends"]
-    with h5py.File(path, "w") as out:
-        chunks = write_column(out, "tokens", raw, "<u4", count)
-        out.create_dataset("document_ends", data=ends)
-        out.create_dataset("checksums", data=chunks)
-        if raw_mask is not None:
-            mask_chunks = write_column(out, "loss_mask", raw_mask, "u1", count)
-            out.create_dataset("loss_mask_checksums", data=mask_chunks)
-            columns.append("loss_mask")
-        for name, value in attributes.items():
-            # Texts of fixed length: others lie in a heap of the file that the HDF5 library reads without checking.
-            out.attrs[name] = numpy.bytes_(value.encode()) if isinstance(value, str) else value
-        out.attrs["checksum"] = checksum_of(attributes, count, ends, chunks, mask_chunks)
-    # A full disk can pass the library without an error.
-    with h5py.File(path, "r") as made:
-        whole = all(d.id.get_offset() is not None and
-                    d.id.get_offset() + d.size * d.dtype.itemsize <= os.path.getsize(path)
-                    for d in (made[name] for name in columns))
-        if not whole or made["tokens"].shape != (count,) or made["document_ends"][-1] != count:
-            raise OSError(errno.ENOSPC, "was not written whole; is the disk full?", str(path))
-
-
 def encode_files(paths, raw, raw_mask, arguments, eos, processes):
-    """Writes the tokens of all documents, and which of them count, to open files; returns (ends, counted, replaced,
-    empty)."""
-    ends, count, counted, replaced, empty = [], 0, 0, 0, 0
+    """Writes the tokens of all documents, and which of them count, to open files; returns (ends, counted, notes)."""
+    ends, count, counted, notes = array.array("q"), 0, 0, document_encoder.Notes()
     progress = Progress(sum(os.path.getsize(p) for p in paths), "tokenizing")
     for result in results_in_order(plan_tasks(paths, arguments[2]), eos, processes, arguments):
-        tokens, mask, lengths, wrong, without_text, consumed = result
+        tokens, mask, lengths, more, consumed = result
         raw.write(tokens.tobytes())
         raw_mask.write(mask.tobytes())
         counted += int(mask.sum())
         for length in lengths:
             count += length
             ends.append(count)
-        replaced += wrong
-        empty += without_text
+        notes.update(more)
         progress.add(consumed)
     progress.close()
-    return ends, counted, replaced, empty
+    return ends, counted, notes
+
+
+def tell(notes, tokens, args):
+    """What happened to the text beside being tokenized, as far as it did."""
+    if notes["empty"]:
+        say(f"{notes['empty']} empty documents left out")
+    if notes["tokenless"]:
+        warn(f"{notes['tokenless']} documents left out of whose text {args.tokenizer} makes no token at all")
+    if notes["replaced"]:
+        warn(f"{notes['replaced']} invalid UTF-8 sequences replaced by U+FFFD")
+    if notes["unknown"]:
+        warn(f"{notes['unknown']} of {tokens} tokens stand for text that {args.tokenizer} does not know; the model "
+             "cannot tell what it was")
+    unread = [f"{key[1]} ({count})" for key, count in sorted(notes.items(), key=str) if key[0] == "unread"]
+    if unread:
+        warn(f"of turns 'role', 'content' and 'weight' are read, and not: {', '.join(unread)}")
+
+
+def said_beside(args, option):
+    """What tokenizer_config.json says of the token that an option names, as advice."""
+    try:
+        path = Path(args.tokenizer).with_name("tokenizer_config.json")
+        token = json.loads(path.read_text(encoding="utf-8")).get(option.removeprefix("--") + "_token")
+        token = token["content"] if isinstance(token, dict) else token
+    except (OSError, ValueError, AttributeError, KeyError):
+        return ""
+    return f" ({path.name} says '{token}')" if isinstance(token, str) else ""
+
+
+def controls_of(args):
+    return [name for name in (args.eos, args.bos, *args.choices.controls()) if name is not None]
+
+
+def speller_for(content, args):
+    """The tokenizer, with words about what of a text it does not keep."""
+    speller = document_encoder.Speller(content, args.tokenizer, args.parse_special, controls_of(args))
+    for option, name, what in (("--eos", args.eos, "the one that ends documents"),
+                               ("--bos", args.bos, "the one that begins documents")):
+        if name is not None and speller.token(name) is None:
+            raise BadInput(f"{args.tokenizer}: has no token '{name}'; name {what} with {option}" +
+                           said_beside(args, option))
+    args.choices.check(speller)
+    if speller.loses_characters():
+        warn(f"{args.tokenizer} has neither bytes nor a token for what it does not know: such characters are lost")
+    if args.bos is None and (own := speller.begins_with()):
+        say(f"{args.tokenizer} begins a text with {' '.join(own)}, as `upmoe generate` and transformers do, and "
+            f"documents of this file begin without; --bos '{own[0]}' puts it there")
+    return speller
 
 
 def tokenize(paths, args):
     # Threads of the library beside our processes would only fight over the processors, and do not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     content = Path(args.tokenizer).read_bytes()
-    tokenizer = load_tokenizer(content, args.tokenizer)
-    eos = tokenizer.token_to_id(args.eos)
-    if eos is None:
-        raise BadInput(f"{args.tokenizer}: has no token '{args.eos}'; name the one that ends documents with --eos")
-    args.choices.check(tokenizer, args.tokenizer)
-    vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    speller = speller_for(content, args)
+    eos = speller.token(args.eos)
+    vocab_size = 1 + max(speller.tokenizer.get_vocab(with_added_tokens=True).values())
     with StagedFile(args.out, warn) as staged:
         with open(staged.part("tokens"), "wb") as raw, open(staged.part("loss_mask"), "wb") as raw_mask:
-            arguments = (content, args.tokenizer, args.choices, args.parse_special)
-            ends, counted, replaced, empty = encode_files(paths, raw, raw_mask, arguments, eos, args.processes)
-        empty += sum(os.path.getsize(p) == 0 for p in paths)
+            arguments = (content, args.tokenizer, args.choices, args.parse_special, args.bos,
+                         controls_of(args))
+            ends, counted, notes = encode_files(paths, raw, raw_mask, arguments, eos, args.processes)
         if not ends:
             raise BadInput(f"no text in {len(paths)} files; {args.out} is not written")
-        attributes = {"format": FORMAT, "vocab_size": vocab_size, "eos_id": eos,
+        attributes = {"format": token_file_writer.FORMAT, "vocab_size": vocab_size, "eos_id": eos,
                       "tokenizer_sha256": hashlib.sha256(content).hexdigest()}
-        in_child(staged.part("tokens.h5"), lambda: write_token_file(
+        in_child(staged.part("tokens.h5"), lambda: token_file_writer.write_token_file(
             staged.part("tokens.h5"), staged.part("tokens"), ends[-1], ends, attributes,
             staged.part("loss_mask") if args.chat else None))
         staged.commit("tokens.h5")
     targets = f", {counted} targets that count" if args.chat else ""
     say(f"{args.out}: {ends[-1]} tokens, {len(ends)} documents{targets}")
-    if empty:
-        say(f"{empty} empty documents left out")
-    if replaced:
-        warn(f"{replaced} invalid UTF-8 sequences replaced by U+FFFD")
+    tell(notes, ends[-1], args)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
+
+def names_in(path):
+    """The names of files in a list: more of them than a command line takes."""
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    return [os.fsdecode(name) for name in data.split(b"\0" if b"\0" in data else b"\n") if name]
+
 
 def parse_arguments():
     parser = ToolParser(prog="tokenize.py", description=__doc__,
@@ -307,6 +269,8 @@ def parse_arguments():
                         help="token file to write, replaced if it exists; may be left out with --train-vocab")
     parser.add_argument("--eos", default=END_OF_TEXT, metavar="TOKEN",
                         help=f"token that ends each document (default {END_OF_TEXT})")
+    parser.add_argument("--bos", metavar="TOKEN",
+                        help="token that begins each document (default: none; it never counts as a target of --chat)")
     parser.add_argument("--key", help="where a JSON record or a Parquet row holds its text (default text), or with "
                         "--chat its turns (default messages)")
     parser.add_argument("--chat", action="store_true",
@@ -323,8 +287,15 @@ def parse_arguments():
                         help="read control tokens spelt out in the text as such (default: as plain text)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="P",
                         help="how many work in parallel (default: the processors available, %(default)s)")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines or JSON, also packed, or Parquet")
+    parser.add_argument("--files-from", metavar="LIST",
+                        help="a file with more names, one a line, or with a zero byte behind each as of find -print0; "
+                        "-: standard input")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="text, JSON lines or JSON, also packed, or Parquet")
     args = parser.parse_args()
+    if args.files_from is not None:
+        args.files += names_in(args.files_from)
+    if not args.files:
+        parser.error("no FILE is given" if args.files_from is None else f"{args.files_from}: holds no names of files")
     if args.train_vocab is not None and args.train_vocab < 257:
         parser.error(f"--train-vocab {args.train_vocab}: 256 bytes and {END_OF_TEXT} need at least 257")
     if args.out is None and args.train_vocab is None:
@@ -349,9 +320,15 @@ def parse_arguments():
 def check_paths(args):
     for path in args.files:
         if os.path.isdir(path):
-            raise BadInput(f"{path}: is a folder; give the files in it, for example {os.path.join(path, '*')}")
+            raise BadInput(f"{path}: is a folder; give the files in it, for example {os.path.join(path, '*')}, or all "
+                           "below it: find FOLDER -type f -print0 | sort -z | ... --files-from -")
         if not os.path.isfile(path):
             raise BadInput(f"{path}: is not a file" if os.path.exists(path) else f"{path}: no such file")
+    files = collections.Counter(map(os.path.realpath, args.files))
+    twice = [path for path, count in files.items() if count > 1]
+    if twice:
+        warn(f"{twice[0]} is given {files[twice[0]]} times and is read as often" +
+             (f", as are {len(twice) - 1} more" if len(twice) > 1 else ""))
     for path in filter(None, (args.out, args.tokenizer)):
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise BadInput(f"{path}: its folder does not exist")
@@ -381,7 +358,11 @@ def main():
     except Taken as e:
         return usage_error(str(e))
     except concurrent.futures.BrokenExecutor:
-        print("tokenize: error: a process ended unexpectedly (out of memory?); try --processes 1", file=sys.stderr)
+        largest = max(args.files, key=os.path.getsize)
+        print("tokenize: error: a process ended unexpectedly (out of memory? each takes 100 to 200 times the bytes of "
+              "the text that it works on: of JSON lines and Parquet a record, of plain text the whole file; "
+              f"{largest} is the largest, {os.path.getsize(largest)} bytes); try --processes 1, or cut long texts",
+              file=sys.stderr)
         return 1
     return 0
 

@@ -4,7 +4,8 @@ from command_line import BadInput, BadUsage, missing_package
 
 
 def load_tokenizer(content, path):
-    """The tokenizer of a file's bytes, which cuts nothing off and fills nothing up; `path` is for words alone."""
+    """The tokenizer of a file's bytes, which cuts nothing off, fills nothing up and leaves nothing to chance; `path` is
+    for words alone."""
     try:
         import tokenizers
     except ImportError as e:
@@ -17,4 +18,6 @@ def load_tokenizer(content, path):
         raise BadInput(f"{path}: not a Hugging Face tokenizer.json: {' '.join(str(e).split())}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:  # of BPE: other tokens of the same text at each call
+        tokenizer.model.dropout = None
     return tokenizer

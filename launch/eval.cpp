@@ -72,10 +72,13 @@ TokenSets open_sets(const EvalArguments& a, const ModelSource& source, bool spea
   const std::vector<std::filesystem::path> files(a.data.begin(), a.data.end());
   TokenSets sets = open_token_sets(
       source, {.files = files, .seq_len = a.seq_len, .loss_mask = a.loss_mask, .warns = speaks});
-  for (std::size_t i = 0; i < sets.size() && speaks; ++i)
+  for (std::size_t i = 0; i < sets.size() && speaks; ++i) {
     if (a.sequences > sets[i]->num_sequences())
       log::warning("--sequences {}: {} holds {} of {} tokens; all of them are used", a.sequences, a.data[i],
                    sets[i]->num_sequences(), a.seq_len);
+    if (sets[i]->files().front()->has_loss_mask() && !a.loss_mask)
+      log::warning("{} has a loss mask, but every target counts: --loss-mask is not given", a.data[i]);
+  }
   return sets;
 }
 

@@ -11,6 +11,7 @@
 #include "configs/expert_use.h"
 #include "configs/lora_record.h"
 #include "configs/run_notes.h"
+#include "data/repeated_files.h"
 #include "data/staged_directory.h"
 #include "kernels/core/log.h"
 
@@ -110,10 +111,19 @@ void log_data(const Session& s, const TrainState& state, std::span<const HeldOut
   const std::vector<std::int64_t> sequences = s.data->sequences_of_source();
   log::info("data: {}", describe_data(s.run, sequences, state.step + 1));
   for (const std::string& line : repeated_data(s.run, sequences)) log::warning("data: {}", line);
+  std::vector<const TokenFile*> held_out;
+  for (const HeldOutData& set : valid) held_out.push_back(set.data->files().front());
+  for (const std::string& line : repeated_files(s.data->files(), held_out)) log::warning("data: {}", line);
   for (std::size_t i = 0; i < s.run.data.train.size(); ++i)
     if (s.data->files()[i]->has_loss_mask() && !s.run.data.train[i].loss_mask)
       log::warning("data: {} has a loss mask, but every target counts: data.train[{}].loss_mask is false",
                    s.run.data.train[i].path, i);
+  // Held-out targets that training leaves out would make a loss of another kind than that of the steps.
+  for (const TokenFile* file : held_out)
+    if (file->has_loss_mask() && s.data->masks_targets() && !s.run.data.valid_loss_mask)
+      log::warning(
+          "data: {} has a loss mask, but every held-out target counts: data.valid_loss_mask is false",
+          file->path().string());
   for (std::size_t i = 0; i < valid.size(); ++i) {
     const std::int64_t all = valid[i].data->num_sequences(), wanted = s.run.train.eval_sequences;
     const std::string name = valid[i].name.empty() ? "" : " (" + valid[i].name + ")";

@@ -210,6 +210,13 @@ TEST_F(MegatronFiles, HalfASetIsToldByName) {
   EXPECT_THAT(opening(dir_ / "nothing.bin"), HasSubstr("No such file"));
 }
 
+TEST_F(MegatronFiles, ASetNamedAsMegatronDoesIsTold) {
+  small().write(dir_ / "set");
+  EXPECT_THAT(opening(dir_ / "set"), HasSubstr("is given as " + (dir_ / "set.bin").string()));
+  fs::remove(dir_ / "set.idx");
+  EXPECT_THAT(opening(dir_ / "set"), testing::Not(HasSubstr("Megatron")));
+}
+
 TEST_F(MegatronFiles, TokensBeyondTheModelsVocabularyAreRefused) {
   const std::int64_t ends[] = {65};
   const fs::path path = MegatronSet::of(numbers(65, 65), ends).write(dir_ / "a");

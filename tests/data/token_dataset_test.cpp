@@ -4,6 +4,7 @@
 
 #include <fstream>
 
+#include "data/repeated_files.h"
 #include "data/sha256.h"
 #include "data/tokenizer_match.h"
 #include "tests/data/token_files.h"
@@ -38,6 +39,31 @@ TEST_F(TokenFiles, ATokenizerOtherThanTheModelsIsTold) {
   EXPECT_THAT(tokenizer_differences({}, {right.get(), other.get()}),
               testing::ElementsAre(HasSubstr("different tokenizers")));
   EXPECT_THAT(tokenizer_differences(dir_, {odd.get()}), testing::ElementsAre(HasSubstr("end with token 9")));
+}
+
+TEST_F(TokenFiles, AFileThatIsGivenTwiceIsTold) {
+  const auto open = [&](const std::string& name) { return open_token_file(dir_ / name); };
+  write("a.h5", 100, {50, 100});
+  write("other_tokens.h5", 100, {50, 100}, 100000, 1);
+  write("other_documents.h5", 100, {100});
+  fs::copy_file(dir_ / "a.h5", dir_ / "copy.h5");
+  fs::create_symlink("a.h5", dir_ / "link.h5");
+  fs::copy_file(fs::path(UPMOE_SOURCE_DIR) / "tests/data/from_tokenize.h5",
+                dir_ / "bare.h5");  // has no checksums
+  const auto a = open("a.h5"), copy = open("copy.h5"), link = open("link.h5"), bare = open("bare.h5"),
+             tokens = open("other_tokens.h5"), documents = open("other_documents.h5");
+  fs::copy_file(dir_ / "bare.h5", dir_ / "bare_copy.h5");
+  for (const TokenFile* same : {a.get(), copy.get(), link.get()}) EXPECT_TRUE(same_tokens(*a, *same));
+  for (const TokenFile* other : {tokens.get(), documents.get(), bare.get()})
+    EXPECT_FALSE(same_tokens(*a, *other)) << other->path();
+  EXPECT_TRUE(same_tokens(*bare, *open("bare.h5")));
+  EXPECT_FALSE(same_tokens(*bare, *open("bare_copy.h5")));  // nothing says so
+  EXPECT_THAT(repeated_files({tokens.get(), a.get()}, {documents.get(), bare.get()}), testing::IsEmpty());
+  EXPECT_THAT(
+      repeated_files({tokens.get(), a.get(), link.get()}, {documents.get(), copy.get()}),
+      testing::ElementsAre(
+          testing::AllOf(HasSubstr("copy.h5 is held out, but"), HasSubstr("data.train[1]")),
+          testing::AllOf(HasSubstr("data.train[2]"), HasSubstr("link.h5"), HasSubstr("of data.train[1]"))));
 }
 
 TEST_F(TokenFiles, ATeachersTokenizerOtherThanTheModelsIsTold) {

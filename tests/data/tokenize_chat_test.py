@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """data/tokenize.py --chat: what templates spell, which tokens count, what is refused."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -46,8 +47,8 @@ class ChatTest(unittest.TestCase):
     def tokenize(self, records, template, tokenizer, *options):
         source = self.dir / "talks.jsonl"
         source.write_text("".join(json.dumps(record) + "\n" for record in records))
-        done = self.run_script("--tokenizer", tokenizer, "--out", self.dir / "out.h5", "--chat", source, "--template",
-                               template, *options)
+        done = self.run_script("--tokenizer", tokenizer, "--out", self.dir / "out.h5", "--chat", "--template", template,
+                               source, *options)
         return done, self.dir / "out.h5"
 
     def read(self, path, tokenizer):
@@ -109,11 +110,53 @@ class ChatTest(unittest.TestCase):
             outcomes.append(out.read_bytes())
         self.assertEqual(*outcomes)
 
+    def test_turns_of_weight_zero_do_not_count(self):
+        talk = [dict(turn, weight=int(i > 2), tool_calls=None) for i, turn in enumerate(TALK)]
+        done, out = self.tokenize([{"messages": talk}], "chatml", self.chat)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.read(out, self.chat)[:2], (CHATML, "seven <|im_end|><|im_end|>"))
+        self.assertNotIn("are read, and not", done.stderr)
+
+    def test_a_content_of_several_texts(self):
+        talk = [dict(turn, content=[{"type": "text", "text": turn["content"][:3]},
+                                    {"type": "text", "text": turn["content"][3:]}]) for turn in TALK]
+        done, out = self.tokenize([{"messages": talk}], "chatml", self.chat)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.read(out, self.chat)[0], CHATML)
+
+    def test_what_of_a_turn_has_no_place_is_told(self):
+        talk = [TALK[1], dict(TALK[2], reasoning_content="hm", name="b"), dict(TALK[4], name="b")]
+        done, _ = self.tokenize([{"messages": talk}, {"messages": TALK}], "alpaca", self.plain)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("and not: name (2), reasoning_content (1)", done.stderr)
+
+    def test_an_empty_file_holds_no_conversation(self):
+        for name, content in (("empty.jsonl", b""), ("empty.jsonl.gz", gzip.compress(b""))):
+            (self.dir / name).write_bytes(content)
+            done, _ = self.tokenize([{"messages": TALK}], "alpaca", self.plain, self.dir / name)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("1 empty documents left out", done.stderr)
+
     def test_refusals(self):
         for record, words in (({"text": "a"}, "its keys are: text"),
                               ({"messages": "a"}, "expected an object with a list"),
                               ({"messages": [{"role": "user", "content": "a"}]}, "no turn of the assistant"),
-                              ({"messages": [{"role": "cook", "content": "a"}]}, "'role' of system, user, assistant"),
+                              ({"messages": "a"}, "which holds \"a\""),
+                              ({"messages": [{"from": "user", "value": "a"}]}, "its keys are: from, value"),
+                              ({"messages": ["hello"]}, "with 'role' and 'content', it is none"),
+                              ({"messages": [{"role": "cook", "content": "a"}]},
+                               "'role' of system, user, assistant, found \"cook\""),
+                              ({"messages": [{"role": ["user"], "content": "a"}]}, "found [\"user\"]"),
+                              ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+                               "turn 0 of 'messages': holds 'tool_calls'"),
+                              ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+                               "holds 'function_call'"),
+                              ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+                               "'weight' is 0.5, expected 1, or 0"),
+                              ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+                               "no turn of the assistant that counts"),
+                              ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content of turn 0"),
+                              ({"messages": [{"role": "user", "content": []}]}, "content of turn 0"),
                               ({"messages": [{"role": "user", "content": 3}]}, "content of turn 0")):
             done, _ = self.tokenize([{"messages": TALK}, record], "alpaca", self.plain)
             self.assertEqual(done.returncode, 3, done.stderr)

@@ -4,7 +4,6 @@
 import bz2
 import gzip
 import hashlib
-import importlib.util
 import json
 import lzma
 import os
@@ -27,18 +26,11 @@ sys.path += [str(ROOT / folder) for folder in ("launch", "data", "tests/support"
 import hdf5_child  # noqa: E402
 import staged_file  # noqa: E402
 import text_documents  # noqa: E402
+import token_file_writer  # noqa: E402
 from text_documents import BadInput, Choices, documents_of, plan_tasks  # noqa: E402
 from tiny_run import strace, why_no_strace  # noqa: E402
 
 TEXT = "def f(x):\n    return x + 1  # one more\n\nfor i in range(10):\r\n    print(f(i), 'done')\n" * 40
-
-
-def tokenize_script():
-    spec = importlib.util.spec_from_file_location("tokenize_script", ROOT / "data/tokenize.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.import_libraries()
-    return script
 
 
 class TokenizeTest(unittest.TestCase):
@@ -301,14 +293,13 @@ class TokenizeTest(unittest.TestCase):
         self.assertEqual(sorted(p.name for p in self.dir.iterdir()), ["a.txt", "b.txt", "out.h5"])
 
     def test_the_library_may_fail_at_any_byte(self):
-        script = tokenize_script()
         path, whole, count = self.dir / "t.h5", self.dir / "whole.h5", 3000
         raw = self.file("raw", b"".join(i.to_bytes(4, "little") for i in range(count)))
 
         def write(at, limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            script.write_token_file(str(at), str(raw), count, [count], {
-                "format": script.FORMAT, "vocab_size": count, "eos_id": 0, "tokenizer_sha256": "0" * 64})
+            token_file_writer.write_token_file(str(at), str(raw), count, [count], {
+                "format": token_file_writer.FORMAT, "vocab_size": count, "eos_id": 0, "tokenizer_sha256": "0" * 64})
         hdf5_child.in_child(str(whole), lambda: write(whole, 1 << 20))
         for limit in range(0, whole.stat().st_size, 131):
             path.unlink(missing_ok=True)

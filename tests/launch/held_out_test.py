@@ -7,6 +7,7 @@ import shutil
 import unittest
 
 import cli_test
+import h5py
 import numpy as np
 from cli_test import upmoe
 
@@ -58,6 +59,31 @@ class HeldOut(cli_test.CliTest):
         self.assertAlmostEqual(both["loss"], (80 * code["loss"] + 32 * prose["loss"]) / 112)
         named = self.evaluate("--data", self.code, "--name", "a", "--data", self.code, "--name", "b", "--sequences", 2)
         self.assertEqual({name: one["sequences"] for name, one in named["sets"].items()}, {"a": 2, "b": 2})
+
+    def test_what_is_trained_on_is_told(self):
+        _, said = self.evaluations("apart", f"data.valid={{code: {self.code}}}")
+        self.assertNotIn("is held out, but", said)
+        sources = f"data.train=[{{path: {self.tokens}}}, {{path: {self.code}}}, {{path: {self.tokens}}}]"
+        _, said = self.evaluations("same", f"data.valid={{code: {self.code}, prose: {self.prose}}}", sources)
+        self.assertEqual(said.count("is held out, but"), 1)
+        self.assertIn(f"{self.code} is held out, but has the tokens of data.train[1] ({self.code})", said)
+        self.assertIn(f"data.train[2] ({self.tokens}) has the tokens of data.train[0]", said)
+
+    def test_a_mask_that_only_training_uses_is_told(self):
+        masked = []
+        for name in ("a.h5", "b.h5"):
+            masked.append(self.write_tokens(name, np.arange(65) % 101))
+            with h5py.File(masked[-1], "r+") as file:
+                file["loss_mask"] = np.arange(65, dtype=np.uint8) % 2
+        _, said = self.evaluations("masked", f"data.valid={masked[1]}",
+                                   f"data.train=[{{path: {masked[0]}, loss_mask: true}}]")
+        self.assertIn(f"{masked[1]} has a loss mask, but every held-out target counts", said)
+        _, said = self.evaluations("both", f"data.valid={masked[1]}", "data.valid_loss_mask=true",
+                                   f"data.train=[{{path: {masked[0]}, loss_mask: true}}]")
+        self.assertNotIn("has a loss mask, but", said)
+        for option, told in (([], 1), (["--loss-mask"], 0)):
+            done = upmoe("eval", self.model, "--seq-len", 16, "--data", masked[1], *option)
+            self.assertEqual((done.returncode, done.stderr.count("--loss-mask is not given")), (0, told), done.stderr)
 
     def test_what_cannot_be(self):
         two = ("eval", self.model, "--seq-len", 16, "--data", self.code, "--data", self.code)
