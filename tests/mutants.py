@@ -162,6 +162,16 @@ def caught(out, tests, program):
     return done.returncode != 0, failed, time.monotonic() - began
 
 
+def check_program(tree, out, program, names):
+    """Without any mutant it builds, has the tests of these mutants, and all of its tests pass."""
+    done = build(tree, out, program)
+    if done.returncode != 0:
+        raise SystemExit(f"{program} does not build without mutants:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    check_tests(names, out / "bin")
+    if caught(out, "*", program)[0] is not False:
+        raise SystemExit(f"{program} fails or hangs without any mutant")
+
+
 def try_mutant(tree, out, name, record):
     """Whether the tests find it. One that does not build is no mutant: told, and counted as not found."""
     path, old, new, tests, program = (*MUTANTS[name], LAYOUTS)[:5]
@@ -195,16 +205,17 @@ def main():
     tree, out = args.build / "tree", args.build / "out"
     copy_tree(tree)
     done = configure(tree, out)
-    programs = sorted({LAYOUTS, *(p for name in names for p in MUTANTS[name][4:])})
-    if done.returncode == 0:
-        done = build(tree, out, *programs)
     if done.returncode != 0:
-        raise SystemExit(f"the tree without mutants does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    check_tests(names, out / "bin")
-    for program in programs:
-        if caught(out, "*", program)[0] is not False:
-            raise SystemExit(f"{program} fails or hangs without any mutant")
-    survivors = [name for name in names if not try_mutant(tree, out, name, record)]
+        raise SystemExit(f"the tree is not configured:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    checked = set()
+    survivors = []
+    for name in names:
+        program = (*MUTANTS[name], LAYOUTS)[4]
+        if program not in checked:
+            check_program(tree, out, program, [n for n in names if (*MUTANTS[n], LAYOUTS)[4] == program])
+            checked.add(program)
+        if not try_mutant(tree, out, name, record):
+            survivors.append(name)
     print(f"{len(names) - len(survivors)} of {len(names)} caught"
           + (f", {len(args.names) - len(names)} were before" if len(names) < len(args.names) else ""))
     if survivors:
