@@ -46,9 +46,9 @@ MUTANTS = {
     "a_turned_bias_is_of_the_tokens": (
         "kernels/cpu/packed_gemm.h", "load(p.bias + rows.begin + m, lanes)", "load(p.bias + columns.begin + n, lanes)",
         "*PackedBlocks*", DENSE),
-    "every_chunk_is_stored_as_the_first": (
-        "kernels/cpu/packed_product.cpp", "Range{first + panels.begin", "Range{0 * first + panels.begin",
-        "*LargeProduct*", DENSE),
+    "every_chunk_is_packed_as_the_first": (
+        "kernels/cpu/packed_product.cpp", "pack_chunk(packed, p.b, columns_of({0, cut.panels}), p.depth);",
+        "pack_chunk(packed, p.b, Range{0, std::min(chunk, p.columns)}, p.depth);", "*LargeProduct*", DENSE),
     "every_task_has_the_first_panels": (
         "kernels/cpu/packed_product.cpp", "packed + panels.begin * kPanelColumns",
         "packed + 0 * panels.begin * kPanelColumns",
