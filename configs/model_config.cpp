@@ -58,9 +58,8 @@ ModelConfig read_model_config(const std::filesystem::path& path) {
   const std::filesystem::path file = directory ? path / "config.json" : path;
   if (!directory && (path.extension() == ".yaml" || path.extension() == ".yml"))
     fail(ExitCode::kBadInput,
-         "{}: a YAML file, of a run or a recipe, where a model's config.json is expected: name the model (a "
-         "run's is its "
-         "model.path); what a run costs is told by upmoe plan",
+         "{}: a YAML file, of a run or a recipe, where a model's config.json is expected: name the model "
+         "(a run's is its model.path); what a run costs is told by upmoe plan",
          path.string());
   std::string text;
   try {

@@ -161,10 +161,9 @@ MeasuredClaim measured_claim(const RunCurve& mixture, const RunCurve& dense,
                       .dense = dense.name,
                       .source = source ? source->name : "",
                       .loss = dense.final_loss(),
-                      .taught = false,
+                      .taught = is_taught(mixture) || is_taught(dense) || (source && is_taught(*source)),
                       .losses = {},
                       .readings = {}};
-  claim.taught = is_taught(mixture) || is_taught(dense) || (source && is_taught(*source));
   for (const RunCurve* run : {&mixture, &dense})
     claim.losses.push_back(run->held_out ? "held-out" : "training, smoothed");
   std::vector<Reached> ways{{mixture, dense, nullptr}};

@@ -14,10 +14,10 @@
 #include "launch/commands.h"
 #include "launch/compute_options.h"
 #include "launch/output.h"
-#include "launch/same_model.h"
 #include "launch/token_sets.h"
 #include "trainer/held_out.h"
 #include "trainer/logits_file.h"
+#include "trainer/same_inputs.h"
 
 namespace upmoe {
 

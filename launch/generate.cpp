@@ -17,9 +17,9 @@
 #include "launch/growing_text.h"
 #include "launch/output.h"
 #include "launch/prompts.h"
-#include "launch/same_model.h"
 #include "launch/text_codec.h"
 #include "trainer/generation_room.h"
+#include "trainer/same_inputs.h"
 
 namespace upmoe {
 

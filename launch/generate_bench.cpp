@@ -6,9 +6,9 @@
 #include "kernels/core/log.h"
 #include "launch/generation_report.h"
 #include "launch/output.h"
-#include "launch/same_model.h"
 #include "launch/shipped.h"
 #include "trainer/generation_room.h"
+#include "trainer/same_inputs.h"
 
 namespace upmoe {
 
@@ -47,10 +47,9 @@ std::vector<Subject> open_all(const BenchArguments& a, Communicator& world) {
       subjects.push_back(std::move(s));
     }
   });
-  for (const Subject& s : subjects) {
-    if (s.weights) require_same_model(world, s.name, *s.weights);
-    require_equal(world, fmt::format("configurations of {}", s.name), function_of(s.config));
-  }
+  for (const Subject& s : subjects)
+    s.weights ? require_same_model(world, s.name, *s.weights)
+              : require_equal(world, fmt::format("configurations of {}", s.name), function_of(s.config));
   return subjects;
 }
 

@@ -64,8 +64,7 @@ void warn_of_srun() {
   const char* offered = std::getenv("SLURM_MPI_TYPE");
   log::warning(
       "srun tells the ranks of each other by '{}', and Open MPI wants PMIx: if it ends them now, start them "
-      "by "
-      "srun --mpi=pmix",
+      "by srun --mpi=pmix",
       offered != nullptr ? offered : "none");
 }
 

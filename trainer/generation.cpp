@@ -157,8 +157,8 @@ std::vector<float> Generator::forward(Step step) {
   ex.row_by_row = step.row_by_row;
   const auto tp = static_cast<std::size_t>(model_.mesh.spec().tp);
   const std::size_t wanted = step.picks.size();
-  while (step.tokens.size() % tp != 0) step.add(0, -1, 0);  // tokens of none, behind the others
-  while (step.picks.size() % tp != 0) step.picks.push_back(0);
+  while (step.tokens.size() % tp != 0) step.add(0, -1, 0);      // tokens of none, behind the others
+  while (step.picks.size() % tp != 0) step.picks.push_back(0);  // and picks that nobody wants
   keep_.rewind(above_caches_);
   MicroBatch batch;
   ConstTensorView picks;

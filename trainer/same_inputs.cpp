@@ -23,6 +23,16 @@ std::string data_in_lines(const TokenDataset& data) {
   return lines + data.fingerprint();
 }
 
+void require_same_model(Communicator& world, const std::string& given, const ModelSource& source) {
+  // A run directory goes on while it trains: each rank may have met another of its checkpoints. Or its host has a copy.
+  require_equal(world, fmt::format("copies of {}", given),
+                models_in_lines(source.config(), &source, nullptr));
+  if (world.size() == 1) return;
+  std::string digest;
+  run_agreed(world, [&] { digest = digest_of(source); });
+  require_equal(world, fmt::format("models in {}", given), digest);
+}
+
 void compare_models(Communicator& world, const ReadInputs& read) {
   // A run directory goes on while it trains: each rank may have met another of its checkpoints.
   require_equal(world, "copies of model.path or train.teacher.model", read.models);

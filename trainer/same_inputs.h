@@ -22,6 +22,9 @@ std::string models_in_lines(const ModelConfig& config, const ModelSource* weight
                             const ModelSource* teacher);
 std::string data_in_lines(const TokenDataset& data);
 
+// Of a command that reads one model, `given` by a name, and its weights. As those below.
+void require_same_model(Communicator& world, const std::string& given, const ModelSource& source);
+
 // Throw Error(kUsage) on every rank, with words on rank 0. Collective.
 void compare_models(Communicator& world, const ReadInputs& read);
 void compare_data(Communicator& world, const ReadInputs& read);

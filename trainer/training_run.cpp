@@ -54,17 +54,19 @@ class Run {
       session_config_ = config;
       take_digests(!newest);
     });
-    read_.models = models_in_lines(session_config_, source_.get(), teacher_.get());
-    read_.weights = model_digest_ + teacher_digest_;
-    compare_models(world_, read_);
+    ReadInputs read{.models = models_in_lines(session_config_, source_.get(), teacher_.get()),
+                    .weights = model_digest_ + teacher_digest_,
+                    .data = {},
+                    .held_out = {}};
+    compare_models(world_, read);
     // What is wrong with the configuration, the mesh or the model was found before this: from here on memory is taken
     // and groups are made.
     session_ = std::make_unique<Session>(run_, session_config_, world_, options_.device);
     warn_of_memory(*session_, world_);
     run_agreed(world_, [&] { load(newest); });
-    read_.data = data_in_lines(*session_->data);
-    read_.held_out = fingerprint_of(valid_);
-    compare_data(world_, read_);
+    read.data = data_in_lines(*session_->data);
+    read.held_out = fingerprint_of(valid_);
+    compare_data(world_, read);
   }
 
   int execute();
@@ -122,7 +124,6 @@ class Run {
   std::string digest_;  // of the program
   // Of what is read beside the run's own checkpoint; empty: nothing.
   std::string model_digest_, teacher_digest_;
-  ReadInputs read_;
   std::int64_t evaluated_step_ = -1, nonfinite_ = 0;
 };
 

@@ -155,7 +155,7 @@ MUTANTS = {
         "trainer/same_inputs.cpp", "  require_equal(world, \"held-out data\", read.held_out);\n", "", "OneRankAlone.*",
         "recovery_test"),
     "weights_of_every_host_its_own": (
-        "trainer/training_run.cpp", "    read_.weights = model_digest_ + teacher_digest_;\n", "", "OneRankAlone.*",
+        "trainer/training_run.cpp", ".weights = model_digest_ + teacher_digest_,", ".weights = {},", "OneRankAlone.*",
         "recovery_test"),
     "configurations_of_every_host_its_own": (
         "trainer/same_inputs.cpp", "\"copies of model.path or train.teacher.model\", read.models", "\"\", \"\"",
