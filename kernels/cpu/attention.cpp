@@ -89,7 +89,7 @@ struct Workspace {
 };
 
 // All keys that query block `query_block` can see; w.q_P is packed.
-template <class Unit>
+template <class Form, class Unit>
 void attend(Softmax& state, const Workspace<Unit>& w, std::int64_t query_block, const AttentionShape& shape,
             const Visibility& visible) {
   constexpr std::int64_t kPer = kPerUnit<Unit>;
@@ -110,8 +110,8 @@ void attend(Softmax& state, const Workspace<Unit>& w, std::int64_t query_block, 
     const BlockPair pair = block_pair(query_block, key_block, shape.seq_len, visible);
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
-    block_scores(scores, pair, documents, w.q_P, state.padded / kPer,
-                 w.keys_DS + (key_block - w.first) * block, units_of<Unit>(shape.head_dim));
+    block_scores<Form>(scores, pair, documents, w.q_P, state.padded / kPer,
+                       w.keys_DS + (key_block - w.first) * block, units_of<Unit>(shape.head_dim));
     online_softmax(state, scores, probabilities, pair.queries, Scales<Unit>(shape.head_dim).score);
     const BlockProduct<Unit> product{state.out,
                                      state.padded,
@@ -124,9 +124,9 @@ void attend(Softmax& state, const Workspace<Unit>& w, std::int64_t query_block, 
                                      units_of<Unit>(pair.keys)};
     if (pair.diagonal) {
       // Behind the diagonal the probabilities are exp(-inf) = 0: products with them are left out, not masked.
-      block_product<false, true, Causal::kKeyDepth>(product);
+      Form::template multiply<false, true, Causal::kKeyDepth>(product);
     } else {
-      block_product<false, true, Causal::kFull>(product);
+      Form::template multiply<false, true, Causal::kFull>(product);
     }
   }
 }
@@ -144,8 +144,8 @@ struct Sequence {
 
 // The keys and values of one block, into its place. Rows that a ring of slots turns within are put behind one another
 // first, where no output is yet.
-template <class T, class Out>
-void pack_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t at,
+template <class Form, class T, class Out>
+void pack_block(const Workspace<typename Form::Unit>& w, const Sequence<T, Out>& seq, std::int64_t at,
                 std::int64_t block, const AttentionShape& s) {
   const std::int64_t padded = round_to_lanes(s.head_dim);
   const std::int64_t place = (block - w.first) * kBlock * padded / kPerUnit<UnitOf<T>>;
@@ -164,21 +164,21 @@ void pack_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std:
   const Heads<const T> k = in_order(seq.k);
   pack_transposed(w.keys_DS + place, kBlock, k.base, k.width, rows, s.head_dim);
   const Heads<const T> v = in_order(seq.v);
-  pack_depth_major(w.values_SP + place, padded, v.base, v.width, s.head_dim, rows);
+  pack_block_by_depth<Form>(w.values_SP + place, padded, v.base, v.width, rows, s.head_dim);
 }
 
 // Blocks w.first to `last`.
-template <class T, class Out>
-void pack_keys(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t kv_head,
+template <class Form, class T, class Out>
+void pack_keys(const Workspace<typename Form::Unit>& w, const Sequence<T, Out>& seq, std::int64_t kv_head,
                std::int64_t last, const AttentionShape& s) {
   for (std::int64_t block = w.first; block <= last; ++block)
-    pack_block(w, seq, kv_head * s.head_dim, block, s);
+    pack_block<Form>(w, seq, kv_head * s.head_dim, block, s);
 }
 
 // A query that sees no key, which only a pair of different chunks can have, gets 0 and -inf.
-template <class T, class Out>
-void forward_query_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t head,
-                         std::int64_t block, const AttentionShape& s) {
+template <class Form, class T, class Out>
+void forward_query_block(const Workspace<typename Form::Unit>& w, const Sequence<T, Out>& seq,
+                         std::int64_t head, std::int64_t block, const AttentionShape& s) {
   const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
   // Of those before the first query nothing is read or written; what stands in their place is never looked at.
   const std::int64_t absent = std::max<std::int64_t>(0, seq.first_query - first);
@@ -192,7 +192,7 @@ void forward_query_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& 
   Softmax state;
   state.out = w.out_P;
   state.padded = padded;
-  attend(state, w, block, s, seq.visible);
+  attend<Form>(state, w, block, s, seq.visible);
   for (std::int64_t r = absent; r < rows; ++r) {
     const std::int64_t at = (first + r - seq.first_query) * s.heads + head;
     seq.lse[at] = state.max[r] + std::log(state.sum[r]);
@@ -213,13 +213,13 @@ std::int64_t parts_of(std::int64_t sequences_and_heads, std::int64_t blocks) {
 }
 
 // `all`: the tensors from their first row on; a sequence's stand seq_len rows further each time.
-template <class T, class Out>
-void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
+template <class Form, class T, class Out>
+void forward_in(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
   // Blocks of all tokens; the first that has a query, and the first of whose keys it sees some.
   const std::int64_t blocks = blocks_of(s.seq_len), begin = all.first_query / kBlock,
                      first_key = std::min(blocks, first_key_block(begin, all.visible));
   const std::int64_t padded = round_to_lanes(s.head_dim),
-                     units = Workspace<UnitOf<T>>::units(blocks - first_key, padded);
+                     units = Workspace<typename Form::Unit>::units(blocks - first_key, padded);
   const std::int64_t group = s.heads / s.kv_heads, parts = parts_of(sequences * s.kv_heads, blocks - begin);
   ScratchScope scope(*ex.scratch);
   float* work = ex.scratch->take({worker_count(), units}, DType::kF32, "attention_forward").as<float>();
@@ -234,15 +234,21 @@ void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, cons
     const Sequence<T, Out> seq{
         all.out + t * s.heads * s.head_dim, all.lse + t * s.heads, from(all.q), from(all.k), from(all.v),
         from_token(all.visible, t),         all.first_query,       all.slots};
-    const Workspace<UnitOf<T>> w(work + worker * units, first_key, blocks - first_key, padded);
+    [[maybe_unused]] const typename Form::Use use{};
+    const Workspace<typename Form::Unit> w(work + worker * units, first_key, blocks - first_key, padded);
     const std::int64_t first = begin + part,
                        last = (blocks - 1 - first) / parts * parts + first;  // this part's blocks
     // No further than the last block of this part can see.
-    pack_keys(w, seq, kv_head, last_key_block(last, s.seq_len, seq.visible), s);
+    pack_keys<Form>(w, seq, kv_head, last_key_block(last, s.seq_len, seq.visible), s);
     for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
       for (std::int64_t block = first; block < blocks; block += parts)
-        forward_query_block(w, seq, head, block, s);
+        forward_query_block<Form>(w, seq, head, block, s);
   });
+}
+
+template <class T, class Out>
+void forward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
+  with_block_form<T>(s.head_dim, [&]<class Form>(Form) { forward_in<Form>(ex, sequences, all, s); });
 }
 
 }  // namespace

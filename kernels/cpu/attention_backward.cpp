@@ -121,31 +121,31 @@ void probability_gradient(Tiles<float>& tiles, const BlockPair& pair, const floa
 
 // Five products of 64 x 64 tiles, scores among them (block_scores). On the diagonal each leaves out the half that is
 // zero, and which half it is depends on what its rows and its sum run over; so there are three parameters.
-template <Causal kColumns, Causal kKeys, Causal kQueries, class Unit>
+template <class Form, Causal kColumns, Causal kKeys, Causal kQueries, class Unit>
 void block_gradients(const Workspace<Unit>& w, Tiles<Unit>& tiles, const BlockPair& pair,
                      std::int64_t key_block, const float* lse, const float* delta, std::int64_t head_dim,
                      std::int64_t padded) {
   constexpr std::int64_t kPer = kPerUnit<Unit>;
   const std::int64_t first = key_block * kBlock * padded, queries = units_of<Unit>(pair.queries);
-  block_product<false, false, kColumns, Unit>({tiles.dp, kBlock, w.dout_P, padded / kPer,
-                                               w.values_DS + first / kPer, kBlock, pair.queries, kBlock,
-                                               units_of<Unit>(head_dim)});
+  Form::template multiply<false, false, kColumns>({tiles.dp, kBlock, w.dout_P, padded / kPer,
+                                                   w.values_DS + first / kPer, kBlock, pair.queries, kBlock,
+                                                   units_of<Unit>(head_dim)});
   if constexpr (kPer == 1) {
     probability_gradient(tiles, pair, lse, delta);
   } else {
     probability_gradient(tiles, pair, lse, delta, Scales<Unit>(head_dim).score);
   }
-  block_product<true, true, kQueries, Unit>({w.dvalues_SP + first, padded, tiles.p_by_query(), kBlock,
-                                             w.dout_by_depth, padded, pair.keys, padded, queries});
-  block_product<true, true, kQueries, Unit>({w.dkeys_SP + first, padded, tiles.ds_by_query(), kBlock,
-                                             w.q_by_depth, padded, pair.keys, padded, queries});
-  block_product<false, true, kKeys, Unit>({w.dq_P, padded, tiles.ds_by_key(), kBlock / kPer,
-                                           w.keys_SP + first / kPer, padded, pair.queries, padded,
-                                           units_of<Unit>(pair.keys)});
+  Form::template multiply<true, true, kQueries>({w.dvalues_SP + first, padded, tiles.p_by_query(), kBlock,
+                                                 w.dout_by_depth, padded, pair.keys, padded, queries});
+  Form::template multiply<true, true, kQueries>({w.dkeys_SP + first, padded, tiles.ds_by_query(), kBlock,
+                                                 w.q_by_depth, padded, pair.keys, padded, queries});
+  Form::template multiply<false, true, kKeys>({w.dq_P, padded, tiles.ds_by_key(), kBlock / kPer,
+                                               w.keys_SP + first / kPer, padded, pair.queries, padded,
+                                               units_of<Unit>(pair.keys)});
 }
 
 // The gradients of one block of queries of one head, whose tensors are packed.
-template <class Unit>
+template <class Form, class Unit>
 void backward_block(const Workspace<Unit>& w, std::int64_t query_block, const float* lse, const float* delta,
                     const AttentionShape& s, const Visibility& visible) {
   Tiles<Unit> tiles;
@@ -156,14 +156,14 @@ void backward_block(const Workspace<Unit>& w, std::int64_t query_block, const fl
     const BlockPair pair = block_pair(query_block, key_block, s.seq_len, visible);
     const Documents documents = compare_documents(pair);
     if (documents == Documents::kDisjoint) continue;
-    block_scores(tiles.scores, pair, documents, w.q_P, padded / kPerUnit<Unit>,
-                 w.keys_DS + key_block * kBlock * padded / kPerUnit<Unit>, units_of<Unit>(s.head_dim));
+    block_scores<Form>(tiles.scores, pair, documents, w.q_P, padded / kPerUnit<Unit>,
+                       w.keys_DS + key_block * kBlock * padded / kPerUnit<Unit>, units_of<Unit>(s.head_dim));
     if (pair.diagonal) {
-      block_gradients<Causal::kKeyColumns, Causal::kKeyDepth, Causal::kQueryDepth>(
+      block_gradients<Form, Causal::kKeyColumns, Causal::kKeyDepth, Causal::kQueryDepth>(
           w, tiles, pair, key_block, lse, delta, s.head_dim, padded);
     } else {
-      block_gradients<Causal::kFull, Causal::kFull, Causal::kFull>(w, tiles, pair, key_block, lse, delta,
-                                                                   s.head_dim, padded);
+      block_gradients<Form, Causal::kFull, Causal::kFull, Causal::kFull>(w, tiles, pair, key_block, lse,
+                                                                         delta, s.head_dim, padded);
     }
   }
 }
@@ -189,9 +189,9 @@ struct Sequence {
   Visibility visible;
 };
 
-template <bool kAdd, class T, class Out>
-void backward_query_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t head,
-                          std::int64_t block, const AttentionShape& s) {
+template <class Form, bool kAdd, class T, class Out>
+void backward_query_block(const Workspace<typename Form::Unit>& w, const Sequence<T, Out>& seq,
+                          std::int64_t head, std::int64_t block, const AttentionShape& s) {
   const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
   const std::int64_t padded = round_to_lanes(s.head_dim), out_width = s.heads * s.head_dim;
   const std::int64_t at = head * s.head_dim, out_at = first * out_width + at;
@@ -202,8 +202,8 @@ void backward_query_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>&
   pack_queries(w.q_P, ld, q, seq.q.width, rows, s.head_dim, scales.query);
   pack_queries(w.dout_P, ld, dout, out_width, rows, s.head_dim, 1.0f);
   if constexpr (kPerUnit<Unit> != 1) {
-    pack_depth_major(w.q_by_depth, padded, q, seq.q.width, s.head_dim, rows);
-    pack_depth_major(w.dout_by_depth, padded, dout, out_width, s.head_dim, rows);
+    pack_block_by_depth<Form>(w.q_by_depth, padded, q, seq.q.width, rows, s.head_dim);
+    pack_block_by_depth<Form>(w.dout_by_depth, padded, dout, out_width, rows, s.head_dim);
   }
   float lse[kBlock], delta[kBlock];
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -214,14 +214,14 @@ void backward_query_block(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>&
       return load(dout_r + d, lanes) * load(out + d, lanes);
     });
   }
-  backward_block(w, block, lse, delta, s, seq.visible);
+  backward_block<Form>(w, block, lse, delta, s, seq.visible);
   unpack_rows<kAdd>(seq.dq.base + first * seq.dq.width + at, seq.dq.width, w.dq_P, padded, rows, s.head_dim,
                     scales.query * scales.score);
 }
 
-template <bool kAdd, class T, class Out>
-void backward_kv_head(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq, std::int64_t kv_head,
-                      const AttentionShape& s) {
+template <class Form, bool kAdd, class T, class Out>
+void backward_kv_head(const Workspace<typename Form::Unit>& w, const Sequence<T, Out>& seq,
+                      std::int64_t kv_head, const AttentionShape& s) {
   const std::int64_t blocks = blocks_of(s.seq_len), padded = round_to_lanes(s.head_dim);
   const std::int64_t at = kv_head * s.head_dim;
   for (std::int64_t block = 0; block < blocks; ++block) {
@@ -230,24 +230,26 @@ void backward_kv_head(const Workspace<UnitOf<T>>& w, const Sequence<T, Out>& seq
     const std::int64_t place = first * padded / kPerUnit<UnitOf<T>>;
     pack_transposed(w.keys_DS + place, kBlock, key, seq.k.width, rows, s.head_dim);
     pack_transposed(w.values_DS + place, kBlock, value, seq.v.width, rows, s.head_dim);
-    pack_depth_major(w.keys_SP + place, padded, key, seq.k.width, s.head_dim, rows);
+    pack_block_by_depth<Form>(w.keys_SP + place, padded, key, seq.k.width, rows, s.head_dim);
   }
   // The sums of all query heads of the group, rounded once when the last of them is done.
   std::fill_n(w.dkeys_SP, blocks * kBlock * padded, 0.0f);
   std::fill_n(w.dvalues_SP, blocks * kBlock * padded, 0.0f);
   const std::int64_t group = s.heads / s.kv_heads;
   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (std::int64_t block = 0; block < blocks; ++block) backward_query_block<kAdd>(w, seq, head, block, s);
+    for (std::int64_t block = 0; block < blocks; ++block)
+      backward_query_block<Form, kAdd>(w, seq, head, block, s);
   unpack_rows<kAdd>(seq.dk.base + at, seq.dk.width, w.dkeys_SP, padded, s.seq_len, s.head_dim,
                     Scales<UnitOf<T>>(s.head_dim).score);
   unpack_rows<kAdd>(seq.dv.base + at, seq.dv.width, w.dvalues_SP, padded, s.seq_len, s.head_dim, 1.0f);
 }
 
 // `all`: the tensors from their first row on; a sequence's stand seq_len rows further each time.
-template <bool kAdd, class T, class Out>
-void backward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
+template <class Form, bool kAdd, class T, class Out>
+void backward_in(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
   const std::int64_t blocks = blocks_of(s.seq_len), padded = round_to_lanes(s.head_dim);
-  const std::int64_t units = Workspace<UnitOf<T>>::units(blocks, padded), out_width = s.heads * s.head_dim;
+  const std::int64_t units = Workspace<typename Form::Unit>::units(blocks, padded),
+                     out_width = s.heads * s.head_dim;
   ScratchScope scope(*ex.scratch);
   float* work = ex.scratch->take({worker_count(), units}, DType::kF32, "attention_backward").as<float>();
   parallel_tasks(sequences * s.kv_heads, [&](std::int64_t i, std::int64_t worker) {
@@ -266,9 +268,15 @@ void backward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, con
                                all.out + t * out_width,
                                all.lse + t * s.heads,
                                from_token(all.visible, t)};
-    backward_kv_head<kAdd>(Workspace<UnitOf<T>>(work + worker * units, blocks, padded), seq, i % s.kv_heads,
-                           s);
+    [[maybe_unused]] const typename Form::Use use{};
+    backward_kv_head<Form, kAdd>(Workspace<typename Form::Unit>(work + worker * units, blocks, padded), seq,
+                                 i % s.kv_heads, s);
   });
+}
+
+template <bool kAdd, class T, class Out>
+void backward(Exec& ex, std::int64_t sequences, const Sequence<T, Out>& all, const AttentionShape& s) {
+  with_block_form<T>(s.head_dim, [&]<class Form>(Form) { backward_in<Form, kAdd>(ex, sequences, all, s); });
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "kernels/cpu/block_matmul.h"
+#include "kernels/cpu/block_matrices.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/ops/attention.h"
 
@@ -18,6 +19,53 @@ constexpr std::int64_t kBlockVectors = kBlock / kLanes;
 
 inline std::int64_t blocks_of(std::int64_t seq_len) {
   return (seq_len + kBlock - 1) / kBlock;
+}
+
+// How products of blocks of elements of T are computed, which attention takes as Form: by vectors, or bf16 in matrix
+// registers. Those read whole blocks of keys, and of queries as a sum's terms: what is packed ends with zeros then.
+template <class T>
+struct BlocksInVectors {
+  using Element = T;
+  using Unit = UnitOf<T>;
+  struct Use {};  // nothing to be had or given back
+  static constexpr bool kWhole = false;
+  template <bool kTransposeA, bool kAdd, Causal kCausal>
+  static void multiply(const BlockProduct<Unit>& p) {
+    block_product<kTransposeA, kAdd, kCausal>(p);
+  }
+};
+template <class Registers>
+struct BlocksInMatrices {
+  using Element = bf16;
+  using Unit = std::uint32_t;
+  using Use = typename Registers::Use;
+  static constexpr bool kWhole = true;
+  template <bool kTransposeA, bool kAdd, Causal kCausal>
+  static void multiply(const BlockProduct<Unit>& p) {
+    block_product_in_matrices<Registers, kTransposeA, kAdd, kCausal>(p);
+  }
+};
+
+// body(Form{}) for this processor. Matrix registers take heads of whole registers of depth alone.
+template <class T, class Body>
+inline void with_block_form(std::int64_t head_dim, Body&& body) {
+#ifdef UPMOE_MATRIX_REGISTERS
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (has_matrix_registers() && head_dim % (2 * kMatrixRows) == 0)
+      return body(BlocksInMatrices<MatrixRegisters>{});
+  }
+#endif
+  body(BlocksInVectors<T>{});
+}
+
+// One block of rows as the second factor of sums over them: [units of kBlock, width].
+template <class Form, class T>
+inline void pack_block_by_depth(typename Form::Unit* dst, std::int64_t padded, const T* src, std::int64_t lds,
+                                std::int64_t rows, std::int64_t width) {
+  using Unit = typename Form::Unit;
+  pack_depth_major(dst, padded, src, lds, width, rows);
+  if constexpr (Form::kWhole)
+    std::fill(dst + units_of<Unit>(rows) * padded, dst + units_of<Unit>(kBlock) * padded, Unit{});
 }
 
 // dst[r, d] = src[r, d] * scale, in fp32; columns from `width` up to whole vectors are zero.
@@ -170,14 +218,14 @@ inline void mask_scores(float* scores, const BlockPair& pair, Documents document
 }
 
 // scores[r, c] = q_r . k_c, masked. q: [queries, ldq]; keys_DS: [units of depth, kBlock].
-template <class Unit>
+template <class Form, class Unit>
 inline void block_scores(float* scores, const BlockPair& pair, Documents documents, const Unit* q,
                          std::int64_t ldq, const Unit* keys_DS, std::int64_t depth) {
   const BlockProduct<Unit> product{scores, kBlock, q, ldq, keys_DS, kBlock, pair.queries, kBlock, depth};
   if (pair.diagonal) {
-    block_product<false, false, Causal::kKeyColumns>(product);
+    Form::template multiply<false, false, Causal::kKeyColumns>(product);
   } else {
-    block_product<false, false, Causal::kFull>(product);
+    Form::template multiply<false, false, Causal::kFull>(product);
   }
   mask_scores(scores, pair, documents);
 }

@@ -43,12 +43,12 @@ void multiply_row_by_row(const DenseProduct& p) {
   });
 }
 
-// Packed blocks of bf16 pairs are faster than oneDNN's code of the same instruction, in products of large layers and in
-// weight gradients above all (bench_ops, dense_*); of its code for matrix registers that is not to be expected. Where
-// the instruction is hidden from oneDNN (ONEDNN_MAX_CPU_ISA), dense products do without it.
+// Packed blocks of bf16 pairs are faster than oneDNN's code of the same instructions, in products of large layers and
+// in weight gradients above all (bench_ops, dense_*). Where the instructions are hidden from oneDNN
+// (ONEDNN_MAX_CPU_ISA), dense products do without them.
 ComputeProduct choose_product(DType in, DType out) {
   const bool pairs = packed_blocks_have_bf16_instruction() && onednn_has_bf16_instruction();
-  if (in == DType::kBF16 && pairs && !onednn_has_matrix_registers()) return multiply_packed_blocks;
+  if (in == DType::kBF16 && pairs) return multiply_packed_blocks;
   return onednn_computes(in, out) ? multiply_by_onednn : multiply_packed_blocks;
 }
 

@@ -21,12 +21,13 @@ namespace upmoe::cpu {
 
 namespace {
 
-constexpr std::int64_t kTilesAtOnce = 2 * kBlockRows / kTileRows;  // of rows
-constexpr std::int64_t kChunkBytes = std::int64_t{1} << 22;        // of packed columns
-constexpr std::int64_t kDepthAtOnce = 4096;                        // then a panel of bf16 is half a megabyte
+constexpr std::int64_t kChunkBytes = std::int64_t{1} << 22;  // of packed columns
+constexpr std::int64_t kDepthAtOnce = 4096;                  // then a panel of bf16 is half a megabyte
 
 // Rows and panels in parts of nearly one size, as many of them as keep every thread busy to the end.
+template <class Form>
 struct TaskCut {
+  static constexpr std::int64_t kTileRows = Form::kTileRows, kTilesAtOnce = Form::kDenseRows / kTileRows;
   std::int64_t rows, tiles, panels, row_parts, column_parts;
 
   TaskCut(std::int64_t all_rows, std::int64_t all_panels)
@@ -52,65 +53,60 @@ Operand<T> from_depth(const Operand<T>& x, std::int64_t k) {
 }
 
 // By all threads: rows of memory are shared out among them, whether a row is a column or one of the depth.
-template <class T>
-void pack_chunk(UnitOf<T>* packed, const Operand<T>& b, Range columns, std::int64_t depth) {
+template <class Form, class T>
+void pack_chunk(typename Form::Unit* packed, const Operand<T>& b, Range columns, std::int64_t depth) {
   if (!b.depth_major) {
     parallel_for(parts_of_size(columns.size(), kPanelColumns), kPanelColumns * depth, [&](std::int64_t i) {
       const std::int64_t n = columns.begin + i * kPanelColumns;
-      pack_panel(packed + i * kPanelColumns * units_of<UnitOf<T>>(depth), b,
-                 {n, std::min(n + kPanelColumns, columns.end)}, {0, depth});
+      pack_panel<Form>(packed + i * kPanelColumns * panel_units<Form>(depth), b,
+                       {n, std::min(n + kPanelColumns, columns.end)}, {0, depth});
     });
     return;
   }
   parallel_for(parts_of_size(depth, kDepthBlock), kDepthBlock * columns.size(), [&](std::int64_t i) {
     const Range part{i * kDepthBlock, std::min((i + 1) * kDepthBlock, depth)};
-    for_panels<T>(packed, columns, depth,
-                  [&](Range of, UnitOf<T>* panel) { pack_panel(panel, b, of, part); });
+    for_panels<Form>(packed, columns, depth,
+                     [&](Range of, auto* panel) { pack_panel<Form>(panel, b, of, part); });
   });
 }
 
 // Of a depth of at most kDepthAtOnce.
-template <class T, class Out>
-void multiply_in_chunks(Exec& ex, const PackedProduct<T, Out>& p) {
-  static_assert(sizeof(UnitOf<T>) == sizeof(float));
-  const std::int64_t chunk = std::min(columns_of_bytes<T>(kChunkBytes, p.depth),
+template <class Form, class Out>
+void multiply_in_chunks(Exec& ex, const PackedProduct<typename Form::Element, Out>& p) {
+  using Unit = typename Form::Unit;
+  static_assert(sizeof(Unit) == sizeof(float));
+  const std::int64_t chunk = std::min(columns_of_bytes<Form>(kChunkBytes, p.depth),
                                       parts_of_size(p.columns, kPanelColumns) * kPanelColumns);
-  const std::int64_t rows_size = packed_rows_size<T>(kTilesAtOnce * kTileRows, p.depth);
+  const std::int64_t rows_size = Form::rows_size(Form::kDenseRows, p.depth);
   ScratchScope scope(*ex.scratch);
   const auto take = [&](std::int64_t units, std::string_view name) {
-    return reinterpret_cast<UnitOf<T>*>(ex.scratch->take({units}, DType::kF32, name).data);
+    return reinterpret_cast<Unit*>(ex.scratch->take({units}, DType::kF32, name).data);
   };
-  UnitOf<T>* packed = take(packed_columns_size<T>(p.depth, chunk), "packed columns");
-  UnitOf<T>* packed_rows = take(worker_count() * rows_size, "packed rows");
+  Unit* packed = take(packed_columns_size<Form>(p.depth, chunk), "packed columns");
+  Unit* packed_rows = take(worker_count() * rows_size, "packed rows");
   for (std::int64_t first = 0; first < p.columns; first += chunk) {
-    const TaskCut cut(p.rows, parts_of_size(std::min(chunk, p.columns - first), kPanelColumns));
+    const TaskCut<Form> cut(p.rows, parts_of_size(std::min(chunk, p.columns - first), kPanelColumns));
     const auto columns_of = [&](Range panels) {
       return Range{first + panels.begin * kPanelColumns,
                    std::min(first + panels.end * kPanelColumns, p.columns)};
     };
-    pack_chunk(packed, p.b, columns_of({0, cut.panels}), p.depth);
+    pack_chunk<Form>(packed, p.b, columns_of({0, cut.panels}), p.depth);
     parallel_tasks(cut.tasks(), [&](std::int64_t task, std::int64_t worker) {
+      [[maybe_unused]] const typename Form::Use use{};
       const Range rows = cut.rows_of(task), panels = cut.panels_of(task);
-      const PackedRows<T> a = pack_row_blocks(packed_rows + worker * rows_size, p.a, rows, p.depth);
-      UnitOf<T>* begin = packed + panels.begin * kPanelColumns * units_of<UnitOf<T>>(p.depth);
-      for_panels<T>(begin, columns_of(panels), p.depth,
-                    [&](Range of, const UnitOf<T>* b) { multiply_panel(p, rows, of, a, b); });
+      const auto a = Form::pack(packed_rows + worker * rows_size, p.a, rows, p.depth);
+      Unit* begin = packed + panels.begin * kPanelColumns * panel_units<Form>(p.depth);
+      for_panels<Form>(begin, columns_of(panels), p.depth,
+                       [&](Range of, const Unit* b) { multiply_panel<Form>(p, rows, of, a, b); });
     });
   }
 }
 
-// What is packed as panels goes through the last-level cache, or is transposed on top: it should be the smaller factor.
-// A shallow product loses more by the turned store.
-template <class T, class Out>
-bool is_better_turned(const PackedProduct<T, Out>& p) {
-  if (p.depth < 1024) return false;
-  return p.b.depth_major ? p.a.depth_major && 4 * p.rows <= p.columns
-                         : p.rows <= 8 * kPanelColumns && p.rows < p.columns;
-}
-
 template <class T, class Out>
 void multiply(Exec& ex, const PackedProduct<T, Out>& p) {
-  multiply_in_chunks(ex, is_better_turned(p) ? p.as_turned() : p);
+  with_product_form<T>([&]<class Form>(Form) {
+    multiply_in_chunks<Form>(ex, Form::is_better_turned_when_dense(p) ? p.as_turned() : p);
+  });
 }
 
 // What the parts of a deep product came to, as the product wants it.

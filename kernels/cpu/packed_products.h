@@ -6,12 +6,11 @@
 
 #include "kernels/core/exec.h"
 #include "kernels/cpu/packed_gemm.h"
+#include "kernels/cpu/packed_matrices.h"
+#include "kernels/cpu/packed_vectors.h"
 #include "kernels/cpu/parallel_for.h"
 
 namespace upmoe::cpu {
-
-// Rows of one task: enough that packing the columns once more for each is a small part of its work.
-constexpr std::int64_t kTaskRows = 10 * kBlockRows;
 
 // How a product is cut into tasks. Any cut gives the same bits.
 struct ProductCut {
@@ -19,17 +18,13 @@ struct ProductCut {
   std::int64_t tasks() const { return row_parts * column_parts; }
 };
 
-constexpr std::int64_t parts_of_size(std::int64_t n, std::int64_t size) {
-  return (n + size - 1) / size;
-}
-
-template <class T, class Out>
-ProductCut cut_product(const PackedProduct<T, Out>& p, std::int64_t most_columns) {
+template <class Form, class Out>
+ProductCut cut_product(const PackedProduct<typename Form::Element, Out>& p, std::int64_t most_columns) {
   if (p.rows == 0 || p.columns == 0) return {1, 0, 0};
   if (p.depth == 0 && p.mode == Accumulate::kAdd) return {1, 0, 0};
   const std::int64_t columns =
-      std::min({columns_of_bytes<T>(kPackedBytes, p.depth), most_columns, p.columns});
-  return {columns, parts_of_size(p.rows, kTaskRows), parts_of_size(p.columns, columns)};
+      std::min({columns_of_bytes<Form>(Form::kPackedBytes, p.depth), most_columns, p.columns});
+  return {columns, parts_of_size(p.rows, Form::kTaskRows), parts_of_size(p.columns, columns)};
 }
 
 // So that few products still keep every thread busy: at least four tasks for each where there are columns enough.
@@ -42,9 +37,13 @@ std::int64_t most_task_columns(std::int64_t products, const ProductOf& product_o
          kPanelColumns;
 }
 
-// Computes product_of(i), a PackedProduct<T, Out>, for all i < products.
-template <class T, class ProductOf>
-void multiply_products(Exec& ex, std::int64_t products, const ProductOf& product_of) {
+// Computes given(i), a PackedProduct<Form::Element, Out>, for all i < products.
+template <class Form, class ProductOf>
+void multiply_products_in(Exec& ex, std::int64_t products, const ProductOf& given) {
+  const auto product_of = [&](std::int64_t i) {
+    const auto p = given(i);
+    return Form::is_better_turned(p) ? p.as_turned() : p;
+  };
   const std::int64_t most_columns = most_task_columns(products, product_of);
   ScratchScope scope(*ex.scratch);
   auto* first_task =
@@ -53,13 +52,13 @@ void multiply_products(Exec& ex, std::int64_t products, const ProductOf& product
   first_task[0] = 0;
   for (std::int64_t i = 0; i < products; ++i) {
     const auto p = product_of(i);
-    const ProductCut cut = cut_product(p, most_columns);
+    const ProductCut cut = cut_product<Form>(p, most_columns);
     first_task[i + 1] = first_task[i] + cut.tasks();
     if (cut.tasks() == 0) continue;
-    rows_size = std::max(rows_size, packed_rows_size<T>(kBlockRows, p.depth));
-    columns_size = std::max(columns_size, packed_columns_size<T>(p.depth, cut.task_columns));
+    rows_size = std::max(rows_size, Form::rows_size(Form::kBlockRows, p.depth));
+    columns_size = std::max(columns_size, packed_columns_size<Form>(p.depth, cut.task_columns));
   }
-  static_assert(sizeof(UnitOf<T>) == sizeof(float));
+  static_assert(sizeof(typename Form::Unit) == sizeof(float));
   const std::int64_t workspace_size = rows_size + columns_size;
   std::byte* workspaces =
       ex.scratch->take({worker_count(), workspace_size}, DType::kF32, "packed blocks").data;
@@ -67,15 +66,31 @@ void multiply_products(Exec& ex, std::int64_t products, const ProductOf& product
     const std::int64_t* next = std::upper_bound(first_task, first_task + products + 1, task);
     const std::int64_t product = next - first_task - 1;
     const auto p = product_of(product);
-    const ProductCut cut = cut_product(p, most_columns);
+    const ProductCut cut = cut_product<Form>(p, most_columns);
     const std::int64_t part = task - first_task[product];
-    const std::int64_t row = part / cut.column_parts * kTaskRows;
+    const std::int64_t row = part / cut.column_parts * Form::kTaskRows;
     const std::int64_t column = part % cut.column_parts * cut.task_columns;
-    auto* workspace = reinterpret_cast<UnitOf<T>*>(workspaces) + worker * workspace_size;
-    multiply_packed(p, {row, std::min(row + kTaskRows, p.rows)},
-                    {column, std::min(column + cut.task_columns, p.columns)},
-                    PackWorkspace<T>{workspace, workspace + rows_size});
+    auto* workspace = reinterpret_cast<typename Form::Unit*>(workspaces) + worker * workspace_size;
+    multiply_packed<Form>(p, {row, std::min(row + Form::kTaskRows, p.rows)},
+                          {column, std::min(column + cut.task_columns, p.columns)},
+                          PackWorkspace<Form>{workspace, workspace + rows_size});
   });
+}
+
+// body(Form{}): how elements of T are multiplied on this processor.
+template <class T, class Body>
+void with_product_form(Body&& body) {
+#ifdef UPMOE_MATRIX_REGISTERS
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (has_matrix_registers()) return body(InMatrices<MatrixRegisters>{});
+  }
+#endif
+  body(InVectors<T>{});
+}
+
+template <class T, class ProductOf>
+void multiply_products(Exec& ex, std::int64_t products, const ProductOf& product_of) {
+  with_product_form<T>([&]<class Form>(Form) { multiply_products_in<Form>(ex, products, product_of); });
 }
 
 // body(T{}, Out{}) for inputs of type T and an output of fp32 or T.

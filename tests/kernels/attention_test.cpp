@@ -64,6 +64,7 @@ struct Inputs {
 
 Attended attend(const Case& c, const Inputs& in) {
   OpExec ex;
+  ex.spoil_scratch();
   const std::int64_t T = c.sequences * c.shape.seq_len;
   Attended r{HostTensor({T, c.shape.heads * c.shape.head_dim}, c.dtype),
              HostTensor({T, c.shape.heads}, DType::kF32), HostTensor({T, c.shape.qkv_width()}, c.dtype)};
@@ -124,6 +125,11 @@ std::vector<Case> cases() {
       all.push_back({{4, 2, 16, 200, window}, 2, dtype});
     for (Packing p : {Packing::kShort, Packing::kCrossing, Packing::kInterleaved})
       all.push_back({{2, 1, 28, 200, 70}, 2, dtype, p});
+    // Heads of whole matrix registers of depth.
+    for (std::int64_t seq_len : {1, 17, 33, 63, 65, 130}) all.push_back({{2, 1, 32, seq_len}, 2, dtype});
+    for (std::int64_t window : {1, 17, 64, 100}) all.push_back({{2, 2, 32, 200, window}, 1, dtype});
+    for (Packing p : {Packing::kShort, Packing::kInterleaved, Packing::kRuns})
+      all.push_back({{2, 1, 32, 200}, 2, dtype, p});
     all.push_back({{2, 1, 136, 100, 40}, 1, dtype});
     all.push_back({{1, 1, 256, 70, 33}, 1, dtype});
   }

@@ -104,7 +104,7 @@ TEST(DenseProduct, TheChosenOneComputesEveryKind) {
   for (const Kind& kind : kinds()) {
     const cpu::ComputeProduct chosen = cpu::product_for(kind.in, kind.out);
     const bool pairs = kind.in == DType::kBF16 && cpu::packed_blocks_have_bf16_instruction() &&
-                       cpu::onednn_has_bf16_instruction() && !cpu::onednn_has_matrix_registers();
+                       cpu::onednn_has_bf16_instruction();
     EXPECT_EQ(chosen == cpu::multiply_by_onednn, cpu::onednn_computes(kind.in, kind.out) && !pairs);
     OpExec ex;
     Case test({9, 10, 11}, kind);

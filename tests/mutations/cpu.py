@@ -1,6 +1,7 @@
 """Errors in the CPU's packed products and in what is packed for them; see tests/mutants.py."""
 
 BACKWARD = "kernels/cpu/attention_backward.cpp"
+MATRICES = "matrix_registers_test"
 DENSE = "dense_product_test"
 
 MUTANTS = {
@@ -23,7 +24,7 @@ MUTANTS = {
         "kernels/cpu/attention.cpp", "(first + r) % seq.slots", "(row + r) % rows", "*AttentionRuns*",
         "attention_decode_test"),
     "rows_of_a_tile_from_a_vector's_begin": (
-        "kernels/cpu/packed_operands.h", "kTile * kTileRows % kLanes", "kTile * kLanes % kLanes", "*ComputeEveryKind",
+        "kernels/cpu/packed_vectors.h", "kTile * kTileRows % kLanes", "kTile * kLanes % kLanes", "*ComputeEveryKind",
         DENSE),
     "a_deep_product_is_its_last_part": (
         "kernels/cpu/packed_product.cpp", "k == 0 ? Accumulate::kOverwrite", "k >= 0 ? Accumulate::kOverwrite",
@@ -31,14 +32,14 @@ MUTANTS = {
     "parts_of_a_depth_have_the_first_columns": (
         "kernels/cpu/packed_product.cpp", "from_depth(p.b, k)", "from_depth(p.b, 0 * k)", "*PackedBlocks*", DENSE),
     "rows_are_packed_without_the_depth_before": (
-        "kernels/cpu/packed_operands.h", "element(a, rows.begin + m, k)", "element(a, rows.begin + m, 0 * k)",
+        "kernels/cpu/packed_vectors.h", "element(a, rows.begin + m, k)", "element(a, rows.begin + m, 0 * k)",
         "*PackedBlocks*", DENSE),
     "rows_of_an_odd_depth_lie_as_pairs": (
         "kernels/cpu/packed_operands.h", "depth % kPer == 0", "depth % kPer >= 0", "*LieAsUnits*", DENSE),
     "rows_an_odd_stride_apart_lie_as_pairs": (
         "kernels/cpu/packed_operands.h", "x.stride % kPer == 0", "x.stride % kPer >= 0", "*PackedBlocks*", DENSE),
     "rows_that_are_not_packed_lie_without_gaps": (
-        "kernels/cpu/packed_operands.h", "stride = a.stride / kPerUnit", "stride = depth / kPerUnit",
+        "kernels/cpu/packed_vectors.h", "stride = a.stride / kPerUnit", "stride = depth / kPerUnit",
         "*PackedBlocks*", DENSE),
     "turned_sums_begin_at_their_block": (
         "kernels/cpu/packed_gemm.h", "(columns.begin + n) * p.rows + rows.begin + m;",
@@ -47,8 +48,8 @@ MUTANTS = {
         "kernels/cpu/packed_gemm.h", "load(p.bias + rows.begin + m, lanes)", "load(p.bias + columns.begin + n, lanes)",
         "*PackedBlocks*", DENSE),
     "every_chunk_is_packed_as_the_first": (
-        "kernels/cpu/packed_product.cpp", "pack_chunk(packed, p.b, columns_of({0, cut.panels}), p.depth);",
-        "pack_chunk(packed, p.b, Range{0, std::min(chunk, p.columns)}, p.depth);", "*LargeProduct*", DENSE),
+        "kernels/cpu/packed_product.cpp", "pack_chunk<Form>(packed, p.b, columns_of({0, cut.panels}), p.depth);",
+        "pack_chunk<Form>(packed, p.b, Range{0, std::min(chunk, p.columns)}, p.depth);", "*LargeProduct*", DENSE),
     "every_task_has_the_first_panels": (
         "kernels/cpu/packed_product.cpp", "packed + panels.begin * kPanelColumns",
         "packed + 0 * panels.begin * kPanelColumns",
@@ -62,4 +63,33 @@ MUTANTS = {
     "subnormals_are_zero_in_bf16": (
         "kernels/cpu/simd.h", "_mm512_fpclass_ps_mask(lanes, kSubnormal) != 0", "false && kSubnormal != 0",
         "Simd.*", "vector_math_test"),
+    "a_panel_ends_within_a_register": (
+        "kernels/cpu/packed_operands.h", "out + panel_units<Form>(depth.size()) * width, Unit{}",
+        "out + units * width, Unit{}", "*EveryKind", MATRICES),
+    "rows_end_within_a_register": (
+        "kernels/cpu/packed_matrices.h", "if (whole * kDepth == depth) return;", "if (whole * kDepth <= depth) return;",
+        "*EveryKind", MATRICES),
+    "depth_major_rows_of_one_register": (
+        "kernels/cpu/packed_matrices.h", "tile(m) + k / step * kMatrixUnits", "tile(m) + 0 * k / step * kMatrixUnits",
+        "*EveryKind", MATRICES),
+    "matrices_of_the_first_rows": (
+        "kernels/cpu/packed_matrices.h", "data + first_row / kMatrixRows * tile_stride", "data + 0 * first_row",
+        "*EveryKind", MATRICES),
+    "columns_of_one_register_twice": (
+        "kernels/cpu/matrix_product.h", "load<7>(b + kMatrixRows, b_stride)", "load<7>(b, b_stride)", "*",
+        MATRICES),
+    "matrices_overwrite_what_they_add_to": (
+        "kernels/cpu/matrix_product.h", "if constexpr (kAdd) {", "if constexpr (false && kAdd) {", "*OfAttention",
+        MATRICES),
+    "a_diagonal_cuts_a_register_of_keys_too_many": (
+        "kernels/cpu/block_matrices.h", "m / kRows + 1) : steps", "m / kRows) : steps", "*OfAttention", MATRICES),
+    "a_diagonal_cuts_a_register_of_queries_too_many": (
+        "kernels/cpu/block_matrices.h", "kQueryDepth ? m / kRows : 0", "kQueryDepth ? m / kRows + 1 : 0",
+        "*OfAttention", MATRICES),
+    "columns_before_the_diagonal_are_left_out": (
+        "kernels/cpu/block_matrices.h", "std::min(p.columns, m + kRows)", "std::min(p.columns, std::max(kRows, m))",
+        "*OfAttention", MATRICES),
+    "pairs_behind_the_last_are_turned": (
+        "kernels/cpu/block_matrices.h", "i < std::min(kLanes, units - u)", "i < std::min(kLanes, kUnits - u)",
+        "*OfAttention", MATRICES),
 }

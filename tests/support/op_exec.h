@@ -3,6 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "tests/support/test_device.h"
 
 #ifdef _OPENMP
@@ -22,6 +25,13 @@ class OpExec {
   operator Exec&() { return exec_; }  // NOLINT(google-explicit-constructor): passed to ops as it is
   const Ledger& ledger() const { return ledger_; }
   std::size_t scratch_used() const { return scratch_.used(); }
+  // What scratch gives is what was there. On the CPU it is now, for the first `floats` of it, what spoils every sum.
+  void spoil_scratch(std::int64_t floats = 1 << 22) {
+    if (device_.type != DeviceType::kCpu) return;
+    ScratchScope scope(scratch_);
+    const TensorView all = scratch_.take({floats}, DType::kF32, "spoiled");
+    std::fill_n(all.as<float>(), floats, std::numeric_limits<float>::quiet_NaN());
+  }
   std::size_t scratch_peak() const { return scratch_.peak(); }
 
  private:

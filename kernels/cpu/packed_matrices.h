@@ -1,0 +1,119 @@
+#pragma once
+// Products on packed blocks (packed_gemm.h) of bf16 in matrix registers. The first factor is packed so that what one
+// register takes lies in one piece of memory, 16 rows by 16 pairs of depth:
+//
+//   rows 0-15    [pairs 0-15][pairs 16-31] ...
+//   rows 16-31   [pairs 0-15][pairs 16-31] ...
+//
+// Of a depth that ends within 16 pairs the rest is zero, in both factors.
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/cpu/matrix_product.h"
+#include "kernels/cpu/packed_operands.h"
+
+namespace upmoe::cpu {
+
+// Packed rows. From the first pairs of 16 rows to those of the next 16 it is tile_stride units.
+struct MatrixRows {
+  const std::uint32_t* data;
+  std::int64_t tile_stride;
+  const std::uint32_t* tile(std::int64_t first_row) const {
+    return data + first_row / kMatrixRows * tile_stride;
+  }
+};
+
+// Of rows whose depth is contiguous: `count` of 16, all of the depth.
+template <class T>
+inline void pack_matrix_rows(std::uint32_t* out, const T* in, std::int64_t stride, std::int64_t count,
+                             std::int64_t depth) {
+  constexpr std::int64_t kDepth = 2 * kMatrixRows, kAtOnce = 8;  // pieces of a row at once
+  const std::int64_t whole = depth / kDepth;
+  for (std::int64_t from = 0; from < whole; from += kAtOnce) {
+    const std::int64_t to = std::min(whole, from + kAtOnce);
+    for (std::int64_t m = 0; m < count; ++m)
+      for (std::int64_t i = from; i < to; ++i)
+        std::memcpy(out + i * kMatrixUnits + m * kMatrixRows, in + m * stride + i * kDepth,
+                    kDepth * sizeof(T));
+  }
+  if (whole * kDepth == depth) return;
+  for (std::int64_t m = 0; m < count; ++m) {
+    const u32x16 units = load_units(in + m * stride + whole * kDepth, depth - whole * kDepth);
+    std::memcpy(out + whole * kMatrixUnits + m * kMatrixRows, &units, sizeof units);
+  }
+}
+
+// Of depth-major rows: `count` of 16, up to 32 of the depth, transposed in registers.
+template <class T>
+inline void pack_matrix_columns(std::uint32_t* out, const T* in, std::int64_t stride, std::int64_t count,
+                                std::int64_t depth) {
+  u32x16 rows[kMatrixRows] = {};
+  for_depth_units(in, stride, depth, [&](std::int64_t u, const T* first, bool has_second) {
+    rows[u] = count >= kLanes ? load_depth_units(first, stride, has_second, AllLanes{})
+                              : load_depth_units(first, stride, has_second, FirstLanes{count});
+  });
+  transpose(rows);
+  std::memcpy(out, rows, sizeof rows);
+}
+
+// What packed_gemm.h takes as Form.
+template <class Registers>
+struct InMatrices {
+  using Element = bf16;
+  using Unit = std::uint32_t;
+  using Rows = MatrixRows;
+  using Use = typename Registers::Use;
+
+  static constexpr std::int64_t kTileRows = 2 * kMatrixRows, kStoredRows = kTileRows;
+  static constexpr std::int64_t kUnitsAtOnce = kMatrixRows;
+  static constexpr std::int64_t kBlockRows = 4 * kTileRows, kTaskRows = 16 * kBlockRows,
+                                kDenseRows = 2 * kBlockRows;
+  static constexpr std::int64_t kPackedBytes = 1 << 20;  // of b at a time: half of a second-level cache
+
+  // To transpose costs as much as to multiply with some hundred rows: of two factors that lie along the depth the
+  // smaller one is packed as panels. A shallow product loses more by the turned store.
+  template <class Out>
+  static bool is_better_turned(const PackedProduct<bf16, Out>& p) {
+    return !p.a.depth_major && !p.b.depth_major && (p.depth < 512 ? 4 : 1) * p.rows < p.columns;
+  }
+  template <class Out>
+  static bool is_better_turned_when_dense(const PackedProduct<bf16, Out>& p) {
+    return is_better_turned(p);
+  }
+
+  static constexpr std::int64_t tile_stride(std::int64_t depth) {
+    return kMatrixRows * panel_units<InMatrices>(depth);
+  }
+  static constexpr std::int64_t rows_size(std::int64_t rows, std::int64_t depth) {
+    return parts_of_size(rows, kMatrixRows) * tile_stride(depth);
+  }
+
+  template <class T>
+  static Rows pack(Unit* workspace, const Operand<T>& a, Range rows, std::int64_t depth) {
+    const std::int64_t stride = tile_stride(depth), step = 2 * kMatrixRows;
+    const auto tile = [&](std::int64_t m) { return workspace + m / kMatrixRows * stride; };
+    const auto count = [&](std::int64_t m) { return std::min(kMatrixRows, rows.size() - m); };
+    if (a.depth_major) {
+      for (std::int64_t k = 0; k < depth; k += step)
+        for (std::int64_t m = 0; m < rows.size(); m += kMatrixRows)
+          pack_matrix_columns(tile(m) + k / step * kMatrixUnits, element(a, rows.begin + m, k), a.stride,
+                              count(m), std::min(step, depth - k));
+    } else {
+      for (std::int64_t m = 0; m < rows.size(); m += kMatrixRows)
+        pack_matrix_rows(tile(m), element(a, rows.begin + m, 0), a.stride, count(m), depth);
+    }
+    return {workspace, stride};
+  }
+
+  static void multiply(float* sums, const Rows& a, Range rows, const Unit* panel, std::int64_t vectors,
+                       std::int64_t depth) {
+    const std::int64_t stride = vectors * kLanes;
+    const MatrixFactor factor{a.tile(rows.begin), kMatrixRows, kMatrixUnits, a.tile_stride};
+    const MatrixProduct product{sums,  stride, factor,
+                                panel, stride, panel_units<InMatrices>(depth) / kUnitsAtOnce};
+    multiply_matrices<Registers, false>(product, rows.size(), stride);
+  }
+};
+
+}  // namespace upmoe::cpu
