@@ -74,7 +74,8 @@ void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Acc
     if (mode == Accumulate::kOverwrite) store_empty_product(c_MN, bias_N);
     return;
   }
-  if (ex.row_by_row && is_of_a_layer(product)) return multiply_row_by_row(product);
+  if (ex.row_by_row && is_of_a_layer(product) && !few_rows_are_packed(a_MK.stored.dtype))
+    return multiply_row_by_row(product);
   product_for(a_MK.stored.dtype, c_MN.dtype)(ex, product);
 }
 

@@ -16,7 +16,7 @@ void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, Const
   with_product_types(x_RK.dtype, y_RN.dtype, [&]<class T, class Out>(T, Out) {
     const T *x = x_RK.as<T>(), *w = w_eNK.as<T>();
     Out* y = y_RN.as<Out>();
-    if (ex.row_by_row) {
+    if (ex.row_by_row && !few_rows_are_packed(x_RK.dtype)) {
       std::vector<RowProduct<T, Out>> products;
       for (std::int64_t i = 0; i < w_eNK.shape[0]; ++i)
         if (const std::int64_t begin = offset[i], end = offset[i + 1]; begin < end)

@@ -156,7 +156,7 @@ inline void multiply_packed(const PackedProduct<typename Form::Element, Out>& p,
   [[maybe_unused]] const typename Form::Use use{};
   for (std::int64_t m = rows.begin; m < rows.end; m += Form::kBlockRows) {
     const Range block{m, std::min(m + Form::kBlockRows, rows.end)};
-    const typename Form::Rows a = Form::pack(work.rows, p.a, block, p.depth);
+    const typename Form::Rows a = Form::pack(work.rows, p.a, block, p.depth, columns.size());
     for_panels<Form>(work.columns, columns, p.depth, [&](Range of, typename Form::Unit* panel) {
       if (m == rows.begin) pack_panel<Form>(panel, p.b, of, {0, p.depth});
       multiply_panel<Form>(p, block, of, a, panel);

@@ -15,12 +15,13 @@
 
 namespace upmoe::cpu {
 
-// Packed rows. From the first pairs of 16 rows to those of the next 16 it is tile_stride units.
+// Rows of a block, packed or where they lie.
 struct MatrixRows {
-  const std::uint32_t* data;
-  std::int64_t tile_stride;
-  const std::uint32_t* tile(std::int64_t first_row) const {
-    return data + first_row / kMatrixRows * tile_stride;
+  MatrixFactor first;
+  MatrixFactor tile(std::int64_t first_row) const {
+    MatrixFactor factor = first;
+    factor.data += first_row / kMatrixRows * first.tile_stride;
+    return factor;
   }
 };
 
@@ -68,7 +69,7 @@ struct InMatrices {
   static constexpr std::int64_t kTileRows = 2 * kMatrixRows, kStoredRows = kTileRows;
   static constexpr std::int64_t kUnitsAtOnce = kMatrixRows;
   static constexpr std::int64_t kBlockRows = 4 * kTileRows, kTaskRows = 16 * kBlockRows,
-                                kDenseRows = 2 * kBlockRows;
+                                kDenseRows = kBlockRows;
   static constexpr std::int64_t kPackedBytes = 1 << 20;  // of b at a time: half of a second-level cache
 
   // To transpose costs as much as to multiply with some hundred rows: of two factors that lie along the depth the
@@ -90,8 +91,16 @@ struct InMatrices {
   }
 
   template <class T>
-  static Rows pack(Unit* workspace, const Operand<T>& a, Range rows, std::int64_t depth) {
+  static Rows pack(Unit* workspace, const Operand<T>& a, Range rows, std::int64_t depth,
+                   std::int64_t columns) {
     const std::int64_t stride = tile_stride(depth), step = 2 * kMatrixRows;
+    // Read once or twice, a copy would only wait for memory.
+    if (columns <= kPanelColumns && lie_as_units(a, depth) && depth % step == 0 &&
+        rows.size() % kMatrixRows == 0) {
+      const std::int64_t units = a.stride / 2;
+      return {{reinterpret_cast<const Unit*>(element(a, rows.begin, 0)), units, kMatrixRows,
+               kMatrixRows * units}};
+    }
     const auto tile = [&](std::int64_t m) { return workspace + m / kMatrixRows * stride; };
     const auto count = [&](std::int64_t m) { return std::min(kMatrixRows, rows.size() - m); };
     if (a.depth_major) {
@@ -103,14 +112,13 @@ struct InMatrices {
       for (std::int64_t m = 0; m < rows.size(); m += kMatrixRows)
         pack_matrix_rows(tile(m), element(a, rows.begin + m, 0), a.stride, count(m), depth);
     }
-    return {workspace, stride};
+    return {{workspace, kMatrixRows, kMatrixUnits, stride}};
   }
 
   static void multiply(float* sums, const Rows& a, Range rows, const Unit* panel, std::int64_t vectors,
                        std::int64_t depth) {
     const std::int64_t stride = vectors * kLanes;
-    const MatrixFactor factor{a.tile(rows.begin), kMatrixRows, kMatrixUnits, a.tile_stride};
-    const MatrixProduct product{sums,  stride, factor,
+    const MatrixProduct product{sums,  stride, a.tile(rows.begin),
                                 panel, stride, panel_units<InMatrices>(depth) / kUnitsAtOnce};
     multiply_matrices<Registers, false>(product, rows.size(), stride);
   }

@@ -94,7 +94,8 @@ void multiply_in_chunks(Exec& ex, const PackedProduct<typename Form::Element, Ou
     parallel_tasks(cut.tasks(), [&](std::int64_t task, std::int64_t worker) {
       [[maybe_unused]] const typename Form::Use use{};
       const Range rows = cut.rows_of(task), panels = cut.panels_of(task);
-      const auto a = Form::pack(packed_rows + worker * rows_size, p.a, rows, p.depth);
+      const auto a =
+          Form::pack(packed_rows + worker * rows_size, p.a, rows, p.depth, columns_of(panels).size());
       Unit* begin = packed + panels.begin * kPanelColumns * panel_units<Form>(p.depth);
       for_panels<Form>(begin, columns_of(panels), p.depth,
                        [&](Range of, const Unit* b) { multiply_panel<Form>(p, rows, of, a, b); });

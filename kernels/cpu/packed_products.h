@@ -14,27 +14,44 @@ namespace upmoe::cpu {
 
 // How a product is cut into tasks. Any cut gives the same bits.
 struct ProductCut {
-  std::int64_t task_columns, row_parts, column_parts;
+  std::int64_t task_rows, task_columns, row_parts, column_parts;
   std::int64_t tasks() const { return row_parts * column_parts; }
 };
 
+// Columns of a task and tasks of rows, at most, so that few products still keep every thread busy: at least four tasks
+// for each, of columns where there are enough of them, else of rows too.
+struct TaskLimits {
+  std::int64_t columns, row_parts;
+};
+
 template <class Form, class Out>
-ProductCut cut_product(const PackedProduct<typename Form::Element, Out>& p, std::int64_t most_columns) {
-  if (p.rows == 0 || p.columns == 0) return {1, 0, 0};
-  if (p.depth == 0 && p.mode == Accumulate::kAdd) return {1, 0, 0};
-  const std::int64_t columns =
-      std::min({columns_of_bytes<Form>(Form::kPackedBytes, p.depth), most_columns, p.columns});
-  return {columns, parts_of_size(p.rows, Form::kTaskRows), parts_of_size(p.columns, columns)};
+std::int64_t task_columns(const PackedProduct<typename Form::Element, Out>& p, std::int64_t most) {
+  return std::min({columns_of_bytes<Form>(Form::kPackedBytes, p.depth), most, p.columns});
 }
 
-// So that few products still keep every thread busy: at least four tasks for each where there are columns enough.
-template <class ProductOf>
-std::int64_t most_task_columns(std::int64_t products, const ProductOf& product_of) {
-  std::int64_t columns = 0;
-  for (std::int64_t i = 0; i < products; ++i)
-    if (product_of(i).rows > 0) columns += product_of(i).columns;
-  return std::max<std::int64_t>(1, parts_of_size(columns, 4 * worker_count() * kPanelColumns)) *
-         kPanelColumns;
+template <class Form, class ProductOf>
+TaskLimits task_limits(std::int64_t products, const ProductOf& product_of) {
+  const std::int64_t wanted = 4 * worker_count();
+  std::int64_t columns = 0, parts = 0;
+  const auto for_all = [&](auto body) {
+    for (std::int64_t i = 0; i < products; ++i)
+      if (const auto p = product_of(i); p.rows > 0 && p.columns > 0) body(p);
+  };
+  for_all([&](const auto& p) { columns += p.columns; });
+  const std::int64_t most =
+      std::max<std::int64_t>(1, parts_of_size(columns, wanted * kPanelColumns)) * kPanelColumns;
+  for_all([&](const auto& p) { parts += parts_of_size(p.columns, task_columns<Form>(p, most)); });
+  return {most, parts == 0 ? 1 : parts_of_size(wanted, parts)};
+}
+
+template <class Form, class Out>
+ProductCut cut_product(const PackedProduct<typename Form::Element, Out>& p, const TaskLimits& limits) {
+  if (p.rows == 0 || p.columns == 0) return {1, 1, 0, 0};
+  if (p.depth == 0 && p.mode == Accumulate::kAdd) return {1, 1, 0, 0};
+  const std::int64_t columns = task_columns<Form>(p, limits.columns);
+  const std::int64_t some = parts_of_size(parts_of_size(p.rows, limits.row_parts), Form::kStoredRows);
+  const std::int64_t rows = std::min(some * Form::kStoredRows, Form::kTaskRows);
+  return {rows, columns, parts_of_size(p.rows, rows), parts_of_size(p.columns, columns)};
 }
 
 // Computes given(i), a PackedProduct<Form::Element, Out>, for all i < products.
@@ -44,7 +61,7 @@ void multiply_products_in(Exec& ex, std::int64_t products, const ProductOf& give
     const auto p = given(i);
     return Form::is_better_turned(p) ? p.as_turned() : p;
   };
-  const std::int64_t most_columns = most_task_columns(products, product_of);
+  const TaskLimits limits = task_limits<Form>(products, product_of);
   ScratchScope scope(*ex.scratch);
   auto* first_task =
       ex.scratch->take({products + 1}, DType::kI64, "packed products' tasks").as<std::int64_t>();
@@ -52,7 +69,7 @@ void multiply_products_in(Exec& ex, std::int64_t products, const ProductOf& give
   first_task[0] = 0;
   for (std::int64_t i = 0; i < products; ++i) {
     const auto p = product_of(i);
-    const ProductCut cut = cut_product<Form>(p, most_columns);
+    const ProductCut cut = cut_product<Form>(p, limits);
     first_task[i + 1] = first_task[i] + cut.tasks();
     if (cut.tasks() == 0) continue;
     rows_size = std::max(rows_size, Form::rows_size(Form::kBlockRows, p.depth));
@@ -66,12 +83,12 @@ void multiply_products_in(Exec& ex, std::int64_t products, const ProductOf& give
     const std::int64_t* next = std::upper_bound(first_task, first_task + products + 1, task);
     const std::int64_t product = next - first_task - 1;
     const auto p = product_of(product);
-    const ProductCut cut = cut_product<Form>(p, most_columns);
+    const ProductCut cut = cut_product<Form>(p, limits);
     const std::int64_t part = task - first_task[product];
-    const std::int64_t row = part / cut.column_parts * Form::kTaskRows;
+    const std::int64_t row = part / cut.column_parts * cut.task_rows;
     const std::int64_t column = part % cut.column_parts * cut.task_columns;
     auto* workspace = reinterpret_cast<typename Form::Unit*>(workspaces) + worker * workspace_size;
-    multiply_packed<Form>(p, {row, std::min(row + Form::kTaskRows, p.rows)},
+    multiply_packed<Form>(p, {row, std::min(row + cut.task_rows, p.rows)},
                           {column, std::min(column + cut.task_columns, p.columns)},
                           PackWorkspace<Form>{workspace, workspace + rows_size});
   });

@@ -189,7 +189,7 @@ struct InVectors {
   static constexpr std::int64_t rows_size(std::int64_t rows, std::int64_t depth) {
     return parts_of_size(rows, kBlockRows) * (kBlockRows / kTileRows) * packed_tile_stride<T>(depth);
   }
-  static Rows pack(Unit* workspace, const Operand<T>& a, Range rows, std::int64_t depth) {
+  static Rows pack(Unit* workspace, const Operand<T>& a, Range rows, std::int64_t depth, std::int64_t) {
     return pack_row_blocks(workspace, a, rows, depth);
   }
   // Rows [first, first + count) of those packed, at most a tile, times a panel of `vectors`: sums[count][vectors].

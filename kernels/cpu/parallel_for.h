@@ -17,7 +17,7 @@ constexpr std::int64_t kSerialWork = 16384;
 template <class Body>
 inline void parallel_for(std::int64_t n, std::int64_t work, Body&& body) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(static) if (n * work >= kSerialWork)
+#pragma omp parallel for schedule(static) if (n > 1 && n * work >= kSerialWork)
 #else
   static_cast<void>(work);
 #endif

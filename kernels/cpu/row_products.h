@@ -1,16 +1,25 @@
 #pragma once
 // Products y = x w^T (+ bias) of few rows, as generation has them: every weight is read from memory once, and a row has
 // the same bits whatever rows are computed with it. Their speed is that of the memory; many rows are faster by
-// packed blocks or oneDNN, which copy the weights first.
+// packed blocks or oneDNN, which copy the weights first, and few rows of bf16 in matrix registers, where there are
+// some.
 
 #include <algorithm>
 #include <cstring>
 #include <span>
 
+#include "kernels/core/tensor.h"
+#include "kernels/cpu/matrix_registers.h"
 #include "kernels/cpu/parallel_for.h"
 #include "kernels/cpu/units.h"
 
 namespace upmoe::cpu {
+
+// Whether they are better computed as many rows are: in matrix registers sixteen rows cost what one does, a weight that
+// few rows use is read where it lies, and a row is the same beside any others there too.
+inline bool few_rows_are_packed(DType dtype) {
+  return dtype == DType::kBF16 && has_matrix_registers();
+}
 
 // y [rows, columns], x [rows, depth], w [columns, depth]; bias [columns] or null.
 template <class T, class Out>

@@ -73,7 +73,7 @@ MUTANTS = {
         "kernels/cpu/packed_matrices.h", "tile(m) + k / step * kMatrixUnits", "tile(m) + 0 * k / step * kMatrixUnits",
         "*EveryKind", MATRICES),
     "matrices_of_the_first_rows": (
-        "kernels/cpu/packed_matrices.h", "data + first_row / kMatrixRows * tile_stride", "data + 0 * first_row",
+        "kernels/cpu/packed_matrices.h", "+= first_row / kMatrixRows *", "+= 0 * first_row *",
         "*EveryKind", MATRICES),
     "columns_of_one_register_twice": (
         "kernels/cpu/matrix_product.h", "load<7>(b + kMatrixRows, b_stride)", "load<7>(b, b_stride)", "*",
