@@ -359,7 +359,7 @@ def main():
         return usage_error(str(e))
     except concurrent.futures.BrokenExecutor:
         largest = max(args.files, key=os.path.getsize)
-        print("tokenize: error: a process ended unexpectedly (out of memory? each takes 100 to 200 times the bytes of "
+        print("tokenize: error: a process ended unexpectedly (out of memory? each takes many times the bytes of "
               "the text that it works on: of JSON lines and Parquet a record, of plain text the whole file; "
               f"{largest} is the largest, {os.path.getsize(largest)} bytes); try --processes 1, or cut long texts",
               file=sys.stderr)

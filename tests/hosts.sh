@@ -46,6 +46,7 @@ work=$inside
 
 # shellcheck source=tests/support/pretended_hosts.sh
 source "$root/tests/support/pretended_hosts.sh"
+source "$root/tests/support/wait_until.sh"
 
 write_run() {
   mkdir -p "$work/model"
@@ -97,14 +98,6 @@ failed() { echo "hosts: FAILED: $*"; tail -n 60 "$work"/*.log; exit 1; }
 now() { date +%s.%N; }
 took() { "$python" -c 'import sys; print(f"{float(sys.argv[2]) - float(sys.argv[1]):.1f} s")' "$1" "$(now)"; }
 last_step() { grep -o '"step": *[0-9]*' "$work/$1/metrics.jsonl" 2>/dev/null | tail -n 1 | tr -dc 0-9; }
-wait_until() {  # SECONDS WHAT CONDITION...
-  local end=$((SECONDS + $1)) what=$2
-  shift 2
-  until "$@"; do
-    [[ $SECONDS -lt $end ]] || failed "$what: not within the time"
-    sleep 0.05
-  done
-}
 reached() { [[ $(last_step "$1") -ge $2 ]]; }
 says() { grep -q -- "$2" "$work/$1.log"; }
 ranks_are_gone() { ! pgrep -x upmoe >/dev/null; }

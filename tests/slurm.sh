@@ -10,6 +10,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/tests/support/wait_until.sh"
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
 die() { echo "slurm: error: $*" >&2; exit 2; }
 build=$root/build/release inside=''
@@ -77,14 +78,6 @@ CONF
 }
 
 failed() { echo "slurm: FAILED: $*"; tail -n 40 "$work"/*.out; exit 1; }
-wait_until() {  # SECONDS WHAT CONDITION...
-  local end=$((SECONDS + $1)) what=$2
-  shift 2
-  until "$@"; do
-    [[ $SECONDS -lt $end ]] || failed "$what: not within the time"
-    sleep 0.2
-  done
-}
 nodes_are() { [[ $(sinfo -h -N -p low -o %T | sort -u) == "$1" ]]; }
 said() { grep -q -- "$2" "$work/$1.out" 2>/dev/null; }  # RUN WORDS
 state() { scontrol show job "$job" | grep -o 'JobState=[A-Z_]*'; }

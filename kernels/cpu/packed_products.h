@@ -18,8 +18,8 @@ struct ProductCut {
   std::int64_t tasks() const { return row_parts * column_parts; }
 };
 
-// Columns of a task and tasks of rows, at most, so that few products still keep every thread busy: at least four tasks
-// for each, of columns where there are enough of them, else of rows too.
+// Columns of a task, at most, and tasks that share a product's rows, so that few products still keep every thread busy:
+// four tasks for each by columns, where there are enough, and else two by rows, which pack the same columns once more.
 struct TaskLimits {
   std::int64_t columns, row_parts;
 };
@@ -31,7 +31,7 @@ std::int64_t task_columns(const PackedProduct<typename Form::Element, Out>& p, s
 
 template <class Form, class ProductOf>
 TaskLimits task_limits(std::int64_t products, const ProductOf& product_of) {
-  const std::int64_t wanted = 4 * worker_count();
+  const std::int64_t workers = worker_count();
   std::int64_t columns = 0, parts = 0;
   const auto for_all = [&](auto body) {
     for (std::int64_t i = 0; i < products; ++i)
@@ -39,9 +39,9 @@ TaskLimits task_limits(std::int64_t products, const ProductOf& product_of) {
   };
   for_all([&](const auto& p) { columns += p.columns; });
   const std::int64_t most =
-      std::max<std::int64_t>(1, parts_of_size(columns, wanted * kPanelColumns)) * kPanelColumns;
+      std::max<std::int64_t>(1, parts_of_size(columns, 4 * workers * kPanelColumns)) * kPanelColumns;
   for_all([&](const auto& p) { parts += parts_of_size(p.columns, task_columns<Form>(p, most)); });
-  return {most, parts == 0 ? 1 : parts_of_size(wanted, parts)};
+  return {most, parts == 0 ? 1 : parts_of_size(2 * workers, parts)};
 }
 
 template <class Form, class Out>

@@ -99,7 +99,7 @@ class FilesTest(unittest.TestCase):
             check=False, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # which would take room for each core
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)))
         self.assertEqual(done.returncode, 1, done.stderr)
-        self.assertIn("out of memory? each takes 100 to 200 times", done.stderr)
+        self.assertIn("out of memory? each takes many times", done.stderr)
         self.assertIn(f"{large} is the largest, {large.stat().st_size} bytes", done.stderr)
         self.assertEqual([p.name for p in self.dir.iterdir() if p.name.startswith("out.h5")], [])
 
