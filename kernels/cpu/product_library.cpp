@@ -3,11 +3,23 @@
 #include <fmt/format.h>
 #include <oneapi/dnnl/dnnl.h>
 
+#include "kernels/cpu/dense_product.h"
+#include "kernels/cpu/matrix_registers.h"
+
 namespace upmoe::ops {
+
+namespace {
+
+const char* bf16_products() {
+  if (cpu::has_matrix_registers()) return "in matrix registers (AMX)";
+  return cpu::packed_blocks_have_bf16_instruction() ? "in pairs (AVX512-BF16)" : "widened to fp32";
+}
+
+}  // namespace
 
 std::string product_library() {
   const dnnl_version_t* v = dnnl_version();
-  return fmt::format("oneDNN {}.{}.{}", v->major, v->minor, v->patch);
+  return fmt::format("oneDNN {}.{}.{}, bf16 {}", v->major, v->minor, v->patch, bf16_products());
 }
 
 }  // namespace upmoe::ops

@@ -79,6 +79,13 @@ class Alone(Doctor):
             self.assertIn(word, done.stdout)
         self.assertEqual(list(self.folder.iterdir()), [], "nothing is left behind")
 
+    def test_what_computes_bf16_is_told(self):
+        kinds = r"in matrix registers \(AMX\)|in pairs \(AVX512-BF16\)|widened to fp32"
+        self.assertRegex(doctor("--dir", self.folder).stdout, rf"oneDNN [0-9.]+, bf16 ({kinds})")
+        hidden = doctor("--dir", self.folder, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16").stdout
+        self.assertIn(", bf16 ", hidden)
+        self.assertNotIn("AMX", hidden)
+
     def test_json(self):
         done = doctor("--json", "--dir", self.folder)
         report = json.loads(done.stdout)
