@@ -1,6 +1,7 @@
 #include "kernels/ops/gemm.h"
 
 #include "kernels/cpu/dense_product.h"
+#include "kernels/cpu/matrix_registers.h"
 #include "kernels/cpu/packed_products.h"
 #include "kernels/cpu/row_products.h"
 #include "kernels/cpu/row_sums.h"
@@ -106,7 +107,8 @@ std::string ops::why_bf16_is_slow() {
   const bool dense = cpu::product_for(DType::kBF16, DType::kBF16) == cpu::multiply_by_onednn
                          ? cpu::onednn_has_bf16_instruction()
                          : experts;
-  if (dense && experts) return {};
+  // Where there are such registers, pairs in vectors take twice the time of fp32.
+  if (dense && experts) return cpu::why_matrix_registers_are_not_used();
   return fmt::format(
       "no instruction for products of bf16 (AVX512-BF16) is used for {} here: operands are widened to "
       "fp32 first",

@@ -11,6 +11,7 @@
 // and in order, and their sum to what is there. Numbers below 2^-126 count as zero.
 
 #include <cstdint>
+#include <string>
 #include <type_traits>
 
 namespace upmoe::cpu {
@@ -22,6 +23,9 @@ constexpr std::int64_t kMatrixUnits = kMatrixRows * kMatrixRows;
 // Whether this build's instructions for matrix registers can be used: the processor has them, the operating system lets
 // this process have them (asked for once), and ONEDNN_MAX_CPU_ISA does not hide them.
 bool has_matrix_registers();
+
+// Of a processor that has them while has_matrix_registers() does not: why, in words; else empty.
+std::string why_matrix_registers_are_not_used();
 
 // A build for processors with pairs of bf16 can ask for them; the assembler knows their instructions everywhere.
 #if defined(__AVX512BF16__) && defined(__linux__)

@@ -63,6 +63,12 @@ class Precision(unittest.TestCase):
         self.assertEqual(self.upmoe("AVX512_CORE", *arguments, "--precision", "bf16").stderr.count(SLOWER), 1)
         self.assertNotIn(SLOWER, self.upmoe("AVX512_CORE", *arguments).stderr)
 
+    # Where matrix registers are hidden, pairs of bf16 take twice the time of fp32.
+    def test_a_line_says_that_matrix_registers_are_hidden(self):
+        has = "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        _, _, text = self.train("AVX512_CORE_BF16", "bf16")
+        self.assertEqual("ONEDNN_MAX_CPU_ISA hides its matrix registers (AMX)" in text, has, text)
+
 
 if __name__ == "__main__":
     unittest.main(verbosity=2)
