@@ -5,6 +5,7 @@
 
 #include "kernels/core/philox.h"
 #include "kernels/cpu/parallel_for.h"
+#include "kernels/cpu/simd.h"
 #include "kernels/ops/adamw_factors.h"
 #include "kernels/ops/backend.h"
 #include "kernels/ops/moment_codes.h"
@@ -33,8 +34,8 @@ void for_blocks(const CodedMoments& moments, const Body& body) {
 }
 
 // The random bits of each element (rounding_bits).
-void draw(std::uint32_t* bits, const Block& block, std::int64_t first, const Chance& chance,
-          std::uint64_t step) {
+void draw_each(std::uint32_t* bits, const Block& block, std::int64_t first, const Chance& chance,
+               std::uint64_t step) {
   Philox4 words{};
   std::int64_t counter = -1;
   for (std::int64_t i = 0; i < block.count; ++i) {
@@ -48,25 +49,57 @@ void draw(std::uint32_t* bits, const Block& block, std::int64_t first, const Cha
   }
 }
 
-float largest(const float* x, std::int64_t count) {
-  float most = 0;
-  for (std::int64_t i = 0; i < count; ++i) most = std::max(most, std::abs(x[i]));
-  return most;
+// Of neighbours in the whole tensor, from `place` on: its words, one after the other, serve two of them each.
+void draw_neighbours(std::uint32_t* bits, std::int64_t place, std::int64_t count, std::uint64_t key,
+                     std::uint64_t step) {
+  constexpr std::int64_t kMost = kMomentBlock / kRoundedAtOnce + 1;
+  std::uint32_t words[kMost * 4];
+  const std::int64_t first = place / kRoundedAtOnce, last = (place + count - 1) / kRoundedAtOnce;
+  for (std::int64_t c = 0; c <= last - first; ++c) {
+    const Philox4 four = philox<kRoundingRounds>(key, static_cast<std::uint64_t>(first + c), step);
+    for (std::size_t w = 0; w < 4; ++w) words[static_cast<std::size_t>(4 * c) + w] = four[w];
+  }
+  std::uint32_t all[kMost * kRoundedAtOnce];
+  for (std::int64_t w = 0; w < 4 * (last - first + 1); ++w) {
+    all[2 * w] = rounding_bits(words[w], 0);
+    all[2 * w + 1] = rounding_bits(words[w], 1);
+  }
+  std::copy_n(all + place % kRoundedAtOnce, count, bits);
 }
 
-// bits: of each element, or null to round to nearest.
+void draw(std::uint32_t* bits, const Block& block, std::int64_t first, const Chance& chance,
+          std::uint64_t step) {
+  if (block.count == 0) return;
+  const std::int64_t begin = chance.index.at(first + block.begin),
+                     last = chance.index.at(first + block.begin + block.count - 1);
+  if (last - begin == block.count - 1) return draw_neighbours(bits, begin, block.count, chance.key, step);
+  draw_each(bits, block, first, chance, step);
+}
+
+float largest(const float* x, std::int64_t count) {
+  f32x16 most{};
+  for_lanes(count, [&](std::int64_t i, auto lanes) {
+    most = max(std::bit_cast<f32x16>(std::bit_cast<u32x16>(load(x + i, lanes)) & 0x7fffffffu),
+               most);  // passes over NaN
+  });
+  return reduce_max(most);
+}
+
+// bits: of each element. Loops over numbers of one size, which the
+// compiler makes vectors of; bytes go in and out apart.
 void encode(const CodedMoments& moments, const Block& block, const float* m, const float* v,
             const std::uint32_t* bits) {
   const float m_scale = largest(m, block.count), v_scale = largest(v, block.count);
   const float m_inverse = inverse_of_scale(m_scale), v_inverse = inverse_of_scale(v_scale);
   moments.m_scale_b.as<float>()[block.number] = m_scale;
   moments.v_scale_b.as<float>()[block.number] = v_scale;
-  auto *m_codes = moments.m_n.as<std::uint8_t>() + block.begin,
-       *v_codes = moments.v_n.as<std::uint8_t>() + block.begin;
+  std::uint32_t m_codes[kMomentBlock], v_codes[kMomentBlock];
   for (std::int64_t i = 0; i < block.count; ++i) {
-    m_codes[i] = encode_first(m[i] * m_inverse, bits == nullptr ? kNearest : bits[i] >> 16 & 0xffu);
-    v_codes[i] = encode_second(v[i] * v_inverse, bits == nullptr ? kNearest : bits[i] >> 24);
+    m_codes[i] = encode_first(m[i] * m_inverse, bits[i] >> 16 & 0xffu);
+    v_codes[i] = encode_second(v[i] * v_inverse, bits[i] >> 24);
   }
+  std::copy_n(m_codes, block.count, moments.m_n.as<std::uint8_t>() + block.begin);
+  std::copy_n(v_codes, block.count, moments.v_n.as<std::uint8_t>() + block.begin);
 }
 
 // Times m_factor and v_factor, which join the block's scales.
@@ -74,11 +107,12 @@ void decode(const CodedMoments& moments, const Block& block, float* m, float* v,
             float v_factor) {
   const float m_scale = moments.m_scale_b.as<float>()[block.number] * m_factor,
               v_scale = moments.v_scale_b.as<float>()[block.number] * v_factor;
-  const auto *m_codes = moments.m_n.as<std::uint8_t>() + block.begin,
-             *v_codes = moments.v_n.as<std::uint8_t>() + block.begin;
+  std::uint32_t m_codes[kMomentBlock], v_codes[kMomentBlock];
+  std::copy_n(moments.m_n.as<std::uint8_t>() + block.begin, block.count, m_codes);
+  std::copy_n(moments.v_n.as<std::uint8_t>() + block.begin, block.count, v_codes);
   for (std::int64_t i = 0; i < block.count; ++i) {
-    m[i] = decode_first(m_codes[i]) * m_scale;
-    v[i] = decode_second(v_codes[i]) * v_scale;
+    m[i] = decode_first(static_cast<std::uint8_t>(m_codes[i])) * m_scale;
+    v[i] = decode_second(static_cast<std::uint8_t>(v_codes[i])) * v_scale;
   }
 }
 
@@ -125,8 +159,10 @@ void adamw8bit(Exec&, TensorView weight, const CodedMoments& moments, ConstTenso
 }
 
 void encode_moments(Exec&, const CodedMoments& moments, ConstTensorView m_n, ConstTensorView v_n) {
+  std::uint32_t nearest[kMomentBlock];
+  std::fill_n(nearest, kMomentBlock, kNearest << 16 | kNearest << 24);
   for_blocks(moments, [&](const Block& block) {
-    encode(moments, block, m_n.as<float>() + block.begin, v_n.as<float>() + block.begin, nullptr);
+    encode(moments, block, m_n.as<float>() + block.begin, v_n.as<float>() + block.begin, nearest);
   });
 }
 

@@ -92,4 +92,9 @@ MUTANTS = {
     "pairs_behind_the_last_are_turned": (
         "kernels/cpu/block_matrices.h", "i < std::min(kLanes, units - u)", "i < std::min(kLanes, kUnits - u)",
         "*OfAttention", MATRICES),
+    "bits_of_a_block_from_a_counter's_begin": (
+        "kernels/cpu/adamw8bit.cpp", "all + place % kRoundedAtOnce", "all + 0 * place", "*", "adamw8bit_test"),
+    "runs_that_are_cut_draw_as_neighbours": (
+        "kernels/cpu/adamw8bit.cpp", "last - begin == block.count - 1", "last - begin >= block.count - 1", "*",
+        "adamw8bit_test"),
 }
