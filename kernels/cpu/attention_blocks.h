@@ -48,7 +48,7 @@ struct BlocksInMatrices {
 
 // body(Form{}) for this processor. Matrix registers take heads of whole registers of depth alone.
 template <class T, class Body>
-inline void with_block_form(std::int64_t head_dim, Body&& body) {
+inline void with_block_form([[maybe_unused]] std::int64_t head_dim, Body&& body) {
 #ifdef UPMOE_MATRIX_REGISTERS
   if constexpr (std::is_same_v<T, bf16>) {
     if (has_matrix_registers() && head_dim % (2 * kMatrixRows) == 0)
