@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # To be sourced by what has failed(), which says a line and ends the script.
 
 wait_until() {  # SECONDS WHAT CONDITION...
