@@ -79,14 +79,14 @@ void draw(std::uint32_t* bits, const Block& block, std::int64_t first, const Cha
 float largest(const float* x, std::int64_t count) {
   f32x16 most{};
   for_lanes(count, [&](std::int64_t i, auto lanes) {
-    most = max(std::bit_cast<f32x16>(std::bit_cast<u32x16>(load(x + i, lanes)) & 0x7fffffffu),
-               most);  // passes over NaN
+    const f32x16 size = std::bit_cast<f32x16>(std::bit_cast<u32x16>(load(x + i, lanes)) & 0x7fffffffu);
+    most = max(size, most);  // in this order: passes over NaN
   });
   return reduce_max(most);
 }
 
-// bits: of each element. Loops over numbers of one size, which the
-// compiler makes vectors of; bytes go in and out apart.
+// bits: of each element. A loop over numbers of one size, which the compiler makes vectors of; bytes go in and out
+// apart.
 void encode(const CodedMoments& moments, const Block& block, const float* m, const float* v,
             const std::uint32_t* bits) {
   const float m_scale = largest(m, block.count), v_scale = largest(v, block.count);

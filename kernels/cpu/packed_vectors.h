@@ -78,8 +78,8 @@ inline void pack_tiles(UnitOf<T>* out, std::int64_t tile_stride, const T* in, st
   });
 }
 
-// `workspace` has packed_rows_size(rows.size(), depth). What is returned lies there, or is the rows themselves: a copy
-// waits for memory, products with rows hardly do.
+// `workspace` has InVectors::rows_size(rows.size(), depth). What is returned lies there, or is the rows themselves: a
+// copy waits for memory, products with rows hardly do.
 template <class T>
 inline PackedRows<T> pack_row_blocks(UnitOf<T>* workspace, const Operand<T>& a, Range rows,
                                      std::int64_t depth) {
@@ -192,7 +192,7 @@ struct InVectors {
   static Rows pack(Unit* workspace, const Operand<T>& a, Range rows, std::int64_t depth, std::int64_t) {
     return pack_row_blocks(workspace, a, rows, depth);
   }
-  // Rows [first, first + count) of those packed, at most a tile, times a panel of `vectors`: sums[count][vectors].
+  // `rows` of those packed, at most a tile, times a panel: sums[rows][vectors * kLanes].
   static void multiply(float* sums, const Rows& a, Range rows, const Unit* panel, std::int64_t vectors,
                        std::int64_t depth) {
     tile_for<Unit>(rows.size(), vectors)(sums, a.tile(rows.begin), a.row_stride, a.depth_stride, panel,

@@ -12,7 +12,11 @@ namespace {
 
 const char* bf16_products() {
   if (cpu::has_matrix_registers()) return "in matrix registers (AMX)";
-  return cpu::packed_blocks_have_bf16_instruction() ? "in pairs (AVX512-BF16)" : "widened to fp32";
+  const bool experts = cpu::packed_blocks_have_bf16_instruction(), dense = cpu::onednn_has_bf16_instruction();
+  if (experts && dense) return "in pairs (AVX512-BF16)";
+  return experts ? "in pairs (AVX512-BF16) for experts"
+         : dense ? "in pairs for dense layers"
+                 : "widened to fp32";
 }
 
 }  // namespace

@@ -90,8 +90,8 @@ MUTANTS = {
         "kernels/cpu/block_matrices.h", "std::min(p.columns, m + kRows)", "std::min(p.columns, std::max(kRows, m))",
         "*OfAttention", MATRICES),
     "pairs_behind_the_last_are_turned": (
-        "kernels/cpu/block_matrices.h", "i < std::min(kLanes, units - u)", "i < std::min(kLanes, kUnits - u + 0 * units)",
-        "*OfAttention", MATRICES),
+        "kernels/cpu/block_matrices.h", "i < std::min(kLanes, units - u)",
+        "i < std::min(kLanes, kUnits - u + 0 * units)", "*OfAttention", MATRICES),
     "bits_of_a_block_from_a_counter's_begin": (
         "kernels/cpu/adamw8bit.cpp", "all + place % kRoundedAtOnce", "all + 0 * place", "*", "adamw8bit_test"),
     "runs_that_are_cut_draw_as_neighbours": (
