@@ -162,7 +162,7 @@ void pack_block(const Workspace<typename Form::Unit>& w, const Sequence<T, Out>&
     return Heads<const T>{gathered, s.head_dim};
   };
   const Heads<const T> k = in_order(seq.k);
-  pack_transposed(w.keys_DS + place, kBlock, k.base, k.width, rows, s.head_dim);
+  pack_transposed(w.keys_DS + place, rows_of(kBlock), kBlock, k.base, k.width, rows, s.head_dim);
   const Heads<const T> v = in_order(seq.v);
   pack_block_by_depth<Form>(w.values_SP + place, padded, v.base, v.width, rows, s.head_dim);
 }

@@ -228,8 +228,8 @@ void backward_kv_head(const Workspace<typename Form::Unit>& w, const Sequence<T,
     const std::int64_t first = block * kBlock, rows = std::min(kBlock, s.seq_len - first);
     const T *key = seq.k.base + first * seq.k.width + at, *value = seq.v.base + first * seq.v.width + at;
     const std::int64_t place = first * padded / kPerUnit<UnitOf<T>>;
-    pack_transposed(w.keys_DS + place, kBlock, key, seq.k.width, rows, s.head_dim);
-    pack_transposed(w.values_DS + place, kBlock, value, seq.v.width, rows, s.head_dim);
+    pack_transposed(w.keys_DS + place, rows_of(kBlock), kBlock, key, seq.k.width, rows, s.head_dim);
+    pack_transposed(w.values_DS + place, rows_of(kBlock), kBlock, value, seq.v.width, rows, s.head_dim);
     pack_block_by_depth<Form>(w.keys_SP + place, padded, key, seq.k.width, rows, s.head_dim);
   }
   // The sums of all query heads of the group, rounded once when the last of them is done.

@@ -63,7 +63,7 @@ template <class Form, class T>
 inline void pack_block_by_depth(typename Form::Unit* dst, std::int64_t padded, const T* src, std::int64_t lds,
                                 std::int64_t rows, std::int64_t width) {
   using Unit = typename Form::Unit;
-  pack_depth_major(dst, padded, src, lds, width, rows);
+  pack_depth_major(dst, rows_of(padded), padded, src, lds, width, rows);
   if constexpr (Form::kWhole)
     std::fill(dst + units_of<Unit>(rows) * padded, dst + units_of<Unit>(kBlock) * padded, Unit{});
 }

@@ -37,13 +37,13 @@ inline void multiply_block_rows(const BlockProduct<std::uint32_t>& p) {
     const std::int64_t end = kCausal == Causal::kKeyDepth ? std::min(steps, m / kRows + 1) : steps;
     const std::int64_t columns = kCausal == Causal::kKeyColumns ? std::min(p.columns, m + kRows) : p.columns;
     const std::uint32_t* a = p.a + m * p.lda + begin * kMatrixRows;
-    multiply_matrices<Registers, kAdd>({p.c + m * p.ldc,
-                                        p.ldc,
-                                        {a, p.lda, kMatrixRows, kMatrixRows * p.lda},
-                                        p.b + begin * kMatrixRows * p.ldb,
-                                        p.ldb,
-                                        std::max<std::int64_t>(0, end - begin)},
-                                       p.rows - m, columns);
+    multiply_matrices<Registers, kAdd>(
+        {p.c + m * p.ldc,
+         p.ldc,
+         {a, p.lda, kMatrixRows, kMatrixRows * p.lda},
+         {p.b + begin * kMatrixRows * p.ldb, p.ldb, kMatrixRows * p.ldb, kMatrixRows},
+         std::max<std::int64_t>(0, end - begin)},
+        p.rows - m, columns);
   }
 }
 

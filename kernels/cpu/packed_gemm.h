@@ -21,7 +21,7 @@
 //   depth               |           |           |
 //
 // A Form has Element, the Unit of its packed factors (units.h) and Rows, a packed block of a; Use, which a thread holds
-// while it multiplies; pack(), multiply() and how large their blocks are.
+// while it multiplies; pack(), pack_panel(), multiply() and how large their blocks are.
 
 #include <algorithm>
 #include <bit>
@@ -158,7 +158,7 @@ inline void multiply_packed(const PackedProduct<typename Form::Element, Out>& p,
     const Range block{m, std::min(m + Form::kBlockRows, rows.end)};
     const typename Form::Rows a = Form::pack(work.rows, p.a, block, p.depth, columns.size());
     for_panels<Form>(work.columns, columns, p.depth, [&](Range of, typename Form::Unit* panel) {
-      if (m == rows.begin) pack_panel<Form>(panel, p.b, of, {0, p.depth});
+      if (m == rows.begin) Form::pack_panel(panel, p.b, of, {0, p.depth}, p.depth);
       multiply_panel<Form>(p, block, of, a, panel);
     });
   }

@@ -1,9 +1,10 @@
 #pragma once
-// Products on packed blocks (packed_gemm.h) of bf16 in matrix registers. The first factor is packed so that what one
-// register takes lies in one piece of memory, 16 rows by 16 pairs of depth:
+// Products on packed blocks (packed_gemm.h) of bf16 in matrix registers. What one register takes lies in one piece of
+// memory, 16 rows or columns by 16 pairs of depth, and the next of the depth behind it: the second-level cache feeds
+// the registers, and from rows that stand apart it does so at two thirds of its speed.
 //
-//   rows 0-15    [pairs 0-15][pairs 16-31] ...
-//   rows 16-31   [pairs 0-15][pairs 16-31] ...
+//   rows or columns 0-15    [pairs 0-15][pairs 16-31] ...
+//   rows or columns 16-31   [pairs 0-15][pairs 16-31] ...
 //
 // Of a depth that ends within 16 pairs the rest is zero, in both factors.
 
@@ -68,9 +69,13 @@ struct InMatrices {
 
   static constexpr std::int64_t kTileRows = 2 * kMatrixRows, kStoredRows = kTileRows;
   static constexpr std::int64_t kUnitsAtOnce = kMatrixRows;
-  static constexpr std::int64_t kBlockRows = 4 * kTileRows, kTaskRows = 16 * kBlockRows,
-                                kDenseRows = kBlockRows;
+  static constexpr std::int64_t kBlockRows = 4 * kTileRows, kTaskRows = 16 * kBlockRows;
   static constexpr std::int64_t kPackedBytes = 1 << 20;  // of b at a time: half of a second-level cache
+  // Of a dense product, whose b comes from the last-level cache once for all of them: as many as the other half keeps.
+  static constexpr std::int64_t dense_rows(std::int64_t depth) {
+    const std::int64_t tile_bytes = kTileRows * panel_units<InMatrices>(depth) * 4;
+    return std::clamp<std::int64_t>(kPackedBytes / std::max<std::int64_t>(1, tile_bytes), 4, 16) * kTileRows;
+  }
 
   // To transpose costs as much as to multiply with some hundred rows: of two factors that lie along the depth the
   // smaller one is packed as panels. A shallow product loses more by the turned store.
@@ -115,11 +120,23 @@ struct InMatrices {
     return {{workspace, kMatrixRows, kMatrixUnits, stride}};
   }
 
+  // A part of the depth, from a whole number of registers on.
+  static void pack_panel(Unit* panel, const Operand<Element>& b, Range columns, Range part,
+                         std::int64_t depth) {
+    const std::int64_t stride = tile_stride(depth), units = units_of<Unit>(part.size());
+    Unit* out = panel + part.begin / 2 * kMatrixRows;
+    pack_columns(out, {kMatrixRows, stride}, b, columns, part);
+    const std::int64_t end = panel_units<InMatrices>(part.size());
+    for (std::int64_t n = 0; n < columns.size(); n += kMatrixRows, out += stride)
+      std::fill(out + units * kMatrixRows, out + end * kMatrixRows, Unit{});
+  }
+
   static void multiply(float* sums, const Rows& a, Range rows, const Unit* panel, std::int64_t vectors,
                        std::int64_t depth) {
     const std::int64_t stride = vectors * kLanes;
-    const MatrixProduct product{sums,  stride, a.tile(rows.begin),
-                                panel, stride, panel_units<InMatrices>(depth) / kUnitsAtOnce};
+    const MatrixFactor columns{panel, kMatrixRows, kMatrixUnits, tile_stride(depth)};
+    const MatrixProduct product{sums, stride, a.tile(rows.begin), columns,
+                                panel_units<InMatrices>(depth) / kUnitsAtOnce};
     multiply_matrices<Registers, false>(product, rows.size(), stride);
   }
 };

@@ -1,6 +1,6 @@
 #pragma once
-// The factors of products on packed blocks (packed_gemm.h), and the second of them, b, packed: by panels of columns.
-// How a is packed belongs to what multiplies: packed_vectors.h or packed_matrices.h.
+// The factors of products on packed blocks (packed_gemm.h), and how much room the second of them, b, takes packed: in
+// panels of columns. How they are packed belongs to what multiplies: packed_vectors.h or packed_matrices.h.
 
 #include <algorithm>
 
@@ -32,8 +32,6 @@ struct PackedProduct {
   PackedProduct as_turned() const { return {c, b, a, columns, rows, depth, mode, bias, !turned}; }
 };
 
-constexpr std::int64_t kPanelColumns = 4 * kLanes;  // columns of a packed panel of b
-
 struct Range {
   std::int64_t begin, end;
   std::int64_t size() const { return end - begin; }
@@ -43,6 +41,8 @@ template <class T>
 inline const T* element(const Operand<T>& x, std::int64_t outer, std::int64_t k) {
   return x.data + (x.depth_major ? k * x.stride + outer : outer * x.stride + k);
 }
+
+constexpr std::int64_t kPanelColumns = 4 * kLanes;  // columns of a packed panel of b
 
 constexpr std::int64_t parts_of_size(std::int64_t n, std::int64_t size) {
   return (n + size - 1) / size;
@@ -70,20 +70,16 @@ constexpr std::int64_t columns_of_bytes(std::int64_t bytes, std::int64_t depth) 
 // that their pages stay known, and the rest of their cache lines at hand, for the next part.
 constexpr std::int64_t kDepthBlock = 64;
 
-// Some of the depth, of one panel of columns. It begins at a whole number of units at once and ends at one, or where
-// the depth ends: behind that are zeros.
-template <class Form, class T>
-inline void pack_panel(typename Form::Unit* panel, const Operand<T>& b, Range columns, Range depth) {
-  using Unit = typename Form::Unit;
+// Units of these columns, in whole vectors, zero past the last column.
+template <class T>
+inline void pack_columns(UnitOf<T>* out, UnitStrides strides, const Operand<T>& b, Range columns,
+                         Range depth) {
   const std::int64_t width = parts_of_size(columns.size(), kLanes) * kLanes;
-  Unit* out = panel + depth.begin / kPerUnit<Unit> * width;
   const T* in = element(b, columns.begin, depth.begin);
   if (b.depth_major)
-    pack_depth_major(out, width, in, b.stride, columns.size(), depth.size());
+    pack_depth_major(out, strides, width, in, b.stride, columns.size(), depth.size());
   else
-    pack_transposed(out, width, in, b.stride, columns.size(), depth.size());
-  const std::int64_t units = units_of<Unit>(depth.size());
-  std::fill(out + units * width, out + panel_units<Form>(depth.size()) * width, Unit{});
+    pack_transposed(out, strides, width, in, b.stride, columns.size(), depth.size());
 }
 
 // Rows of memory are packed rows already where units are what lies there.

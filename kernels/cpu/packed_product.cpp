@@ -6,8 +6,8 @@
 //                  +-----------------------+
 //                  |                       |
 //                  +=======+=======+=======+
-//   a: up to 96    | tasks: those rows     |
-//   rows, packed   |  and all the columns, |
+//   a: some rows   | tasks: those rows     |
+//   of it, packed  |  and all the columns, |
 //   (if they must  |  or a part of them    |
 //   be) by the     |  where rows are few   |
 //   thread that takes them
@@ -27,13 +27,13 @@ constexpr std::int64_t kDepthAtOnce = 4096;                  // then a panel of 
 // Rows and panels in parts of nearly one size, as many of them as keep every thread busy to the end.
 template <class Form>
 struct TaskCut {
-  static constexpr std::int64_t kTileRows = Form::kTileRows, kTilesAtOnce = Form::kDenseRows / kTileRows;
+  static constexpr std::int64_t kTileRows = Form::kTileRows;
   std::int64_t rows, tiles, panels, row_parts, column_parts;
 
-  TaskCut(std::int64_t all_rows, std::int64_t all_panels)
+  TaskCut(std::int64_t all_rows, std::int64_t all_panels, std::int64_t rows_at_once)
       : rows(all_rows), tiles(parts_of_size(all_rows, kTileRows)), panels(all_panels) {
-    const std::int64_t workers = worker_count();
-    row_parts = std::min(tiles, parts_of_size(parts_of_size(tiles, kTilesAtOnce), workers) * workers);
+    const std::int64_t workers = worker_count(), tiles_at_once = rows_at_once / kTileRows;
+    row_parts = std::min(tiles, parts_of_size(parts_of_size(tiles, tiles_at_once), workers) * workers);
     column_parts = std::min(panels, workers == 1 ? 1 : parts_of_size(2 * workers, row_parts));
   }
   std::int64_t tasks() const { return row_parts * column_parts; }
@@ -58,15 +58,15 @@ void pack_chunk(typename Form::Unit* packed, const Operand<T>& b, Range columns,
   if (!b.depth_major) {
     parallel_for(parts_of_size(columns.size(), kPanelColumns), kPanelColumns * depth, [&](std::int64_t i) {
       const std::int64_t n = columns.begin + i * kPanelColumns;
-      pack_panel<Form>(packed + i * kPanelColumns * panel_units<Form>(depth), b,
-                       {n, std::min(n + kPanelColumns, columns.end)}, {0, depth});
+      Form::pack_panel(packed + i * kPanelColumns * panel_units<Form>(depth), b,
+                       {n, std::min(n + kPanelColumns, columns.end)}, {0, depth}, depth);
     });
     return;
   }
   parallel_for(parts_of_size(depth, kDepthBlock), kDepthBlock * columns.size(), [&](std::int64_t i) {
     const Range part{i * kDepthBlock, std::min((i + 1) * kDepthBlock, depth)};
     for_panels<Form>(packed, columns, depth,
-                     [&](Range of, auto* panel) { pack_panel<Form>(panel, b, of, part); });
+                     [&](Range of, auto* panel) { Form::pack_panel(panel, b, of, part, depth); });
   });
 }
 
@@ -77,7 +77,8 @@ void multiply_in_chunks(Exec& ex, const PackedProduct<typename Form::Element, Ou
   static_assert(sizeof(Unit) == sizeof(float));
   const std::int64_t chunk = std::min(columns_of_bytes<Form>(kChunkBytes, p.depth),
                                       parts_of_size(p.columns, kPanelColumns) * kPanelColumns);
-  const std::int64_t rows_size = Form::rows_size(Form::kDenseRows, p.depth);
+  const std::int64_t rows_at_once = Form::dense_rows(p.depth);
+  const std::int64_t rows_size = Form::rows_size(rows_at_once, p.depth);
   ScratchScope scope(*ex.scratch);
   const auto take = [&](std::int64_t units, std::string_view name) {
     return reinterpret_cast<Unit*>(ex.scratch->take({units}, DType::kF32, name).data);
@@ -85,7 +86,8 @@ void multiply_in_chunks(Exec& ex, const PackedProduct<typename Form::Element, Ou
   Unit* packed = take(packed_columns_size<Form>(p.depth, chunk), "packed columns");
   Unit* packed_rows = take(worker_count() * rows_size, "packed rows");
   for (std::int64_t first = 0; first < p.columns; first += chunk) {
-    const TaskCut<Form> cut(p.rows, parts_of_size(std::min(chunk, p.columns - first), kPanelColumns));
+    const TaskCut<Form> cut(p.rows, parts_of_size(std::min(chunk, p.columns - first), kPanelColumns),
+                            rows_at_once);
     const auto columns_of = [&](Range panels) {
       return Range{first + panels.begin * kPanelColumns,
                    std::min(first + panels.end * kPanelColumns, p.columns)};

@@ -168,8 +168,9 @@ struct InVectors {
   static constexpr std::int64_t kTileRows = cpu::kTileRows, kBlockRows = cpu::kBlockRows;
   static constexpr std::int64_t kStoredRows = kBlockRows;  // whole vectors of turned rows
   static constexpr std::int64_t kUnitsAtOnce = 1;
-  // Of a task: so many that packing the columns for each costs little, and of a dense product's.
-  static constexpr std::int64_t kTaskRows = 10 * kBlockRows, kDenseRows = 2 * kBlockRows;
+  // Of a task: so many that packing the columns for each costs little. And of a dense product's, of any depth.
+  static constexpr std::int64_t kTaskRows = 10 * kBlockRows;
+  static constexpr std::int64_t dense_rows(std::int64_t) { return 2 * kBlockRows; }
   static constexpr std::int64_t kPackedBytes = 1 << 19;  // of b at a time: half of a second-level cache
 
   // What is packed as panels by all threads goes through the last-level cache, or is transposed on top: it should be
@@ -191,6 +192,11 @@ struct InVectors {
   }
   static Rows pack(Unit* workspace, const Operand<T>& a, Range rows, std::int64_t depth, std::int64_t) {
     return pack_row_blocks(workspace, a, rows, depth);
+  }
+  // A part of the depth, from a whole unit on: all columns of a unit, then those of the next.
+  static void pack_panel(Unit* panel, const Operand<T>& b, Range columns, Range part, std::int64_t) {
+    const std::int64_t width = parts_of_size(columns.size(), kLanes) * kLanes;
+    pack_columns(panel + part.begin / kPerUnit<Unit> * width, rows_of(width), b, columns, part);
   }
   // `rows` of those packed, at most a tile, times a panel: sums[rows][vectors * kLanes].
   static void multiply(float* sums, const Rows& a, Range rows, const Unit* panel, std::int64_t vectors,

@@ -92,18 +92,28 @@ inline void for_depth_units(const T* in, std::int64_t stride, std::int64_t depth
     body(u, in + u * kPer * stride, kPer == 2 && 2 * u + 1 < depth);
 }
 
+// Where packed units go: from one of the depth to the next, and from 16 outer indices to the next 16.
+struct UnitStrides {
+  std::int64_t unit, vector;
+};
+// Those of whole rows of `width` outer indices.
+constexpr UnitStrides rows_of(std::int64_t width) {
+  return {width, kLanes};
+}
+
 // out[u][0, width) = units of outer indices 0, 1, ... at depth u; zero past `count`. For depth-major operands.
 template <class T>
-inline void pack_depth_major(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
-                             std::int64_t count, std::int64_t depth) {
+inline void pack_depth_major(UnitOf<T>* out, UnitStrides strides, std::int64_t width, const T* in,
+                             std::int64_t stride, std::int64_t count, std::int64_t depth) {
   const std::int64_t covered = (count + kLanes - 1) / kLanes * kLanes;
   for_depth_units(in, stride, depth, [&](std::int64_t u, const T* first, bool has_second) {
-    UnitOf<T>* to = out + u * width;
+    UnitOf<T>* to = out + u * strides.unit;
+    const auto vector_at = [&](std::int64_t i) { return to + i / kLanes * strides.vector; };
     for_lanes(count, [&](std::int64_t i, auto lanes) {
       const u32x16 units = load_depth_units(first + i, stride, has_second, lanes);
-      std::memcpy(to + i, &units, sizeof units);
+      std::memcpy(vector_at(i), &units, sizeof units);
     });
-    std::fill(to + covered, to + width, UnitOf<T>{});
+    for (std::int64_t i = covered; i < width; i += kLanes) std::fill_n(vector_at(i), kLanes, UnitOf<T>{});
   });
 }
 
@@ -159,8 +169,8 @@ inline void transpose(u32x16 (&row)[kLanes]) {
 
 // out[u][i], as pack_depth_major, of rows whose depth is contiguous: 16 x 16 units are transposed in registers.
 template <class T>
-inline void pack_transposed(UnitOf<T>* out, std::int64_t width, const T* in, std::int64_t stride,
-                            std::int64_t count, std::int64_t depth) {
+inline void pack_transposed(UnitOf<T>* out, UnitStrides strides, std::int64_t width, const T* in,
+                            std::int64_t stride, std::int64_t count, std::int64_t depth) {
   constexpr std::int64_t kPrefetched = 256 / static_cast<std::int64_t>(sizeof(T));
   const std::int64_t units = units_of<UnitOf<T>>(depth);
   for (std::int64_t i = 0; i < width; i += kLanes) {
@@ -176,7 +186,8 @@ inline void pack_transposed(UnitOf<T>* out, std::int64_t width, const T* in, std
       }
       transpose(row);
       const std::int64_t rows = std::min(kLanes, units - u);
-      for (std::int64_t j = 0; j < rows; ++j) std::memcpy(out + (u + j) * width + i, &row[j], sizeof row[j]);
+      UnitOf<T>* to = out + u * strides.unit + i / kLanes * strides.vector;
+      for (std::int64_t j = 0; j < rows; ++j) std::memcpy(to + j * strides.unit, &row[j], sizeof row[j]);
     }
   }
 }

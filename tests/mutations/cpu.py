@@ -64,8 +64,13 @@ MUTANTS = {
         "kernels/cpu/simd.h", "_mm512_fpclass_ps_mask(lanes, kSubnormal) != 0", "false && kSubnormal != 0",
         "Simd.*", "vector_math_test"),
     "a_panel_ends_within_a_register": (
-        "kernels/cpu/packed_operands.h", "out + panel_units<Form>(depth.size()) * width, Unit{}",
-        "out + units * width, Unit{}", "*EveryKind", MATRICES),
+        "kernels/cpu/packed_matrices.h", "out + end * kMatrixRows, Unit{}", "out + units * kMatrixRows, Unit{}",
+        "*EveryKind", MATRICES),
+    "registers_of_columns_by_depth_lie_as_vectors": (
+        "kernels/cpu/units.h", "to + i / kLanes * strides.vector; };", "to + i; };", "*EveryKind", MATRICES),
+    "registers_of_turned_columns_lie_as_vectors": (
+        "kernels/cpu/units.h", "u * strides.unit + i / kLanes * strides.vector;", "u * strides.unit + i;",
+        "*EveryKind", MATRICES),
     "rows_end_within_a_register": (
         "kernels/cpu/packed_matrices.h", "if (whole * kDepth == depth) return;", "if (whole * kDepth <= depth) return;",
         "*EveryKind", MATRICES),
@@ -76,7 +81,7 @@ MUTANTS = {
         "kernels/cpu/packed_matrices.h", "+= first_row / kMatrixRows *", "+= 0 * first_row *",
         "*EveryKind", MATRICES),
     "columns_of_one_register_twice": (
-        "kernels/cpu/matrix_product.h", "load<7>(b + kMatrixRows, b_stride)", "load<7>(b, b_stride)", "*",
+        "kernels/cpu/matrix_product.h", "load<7>(b + p.b.tile_stride, b_stride)", "load<7>(b, b_stride)", "*",
         MATRICES),
     "matrices_overwrite_what_they_add_to": (
         "kernels/cpu/matrix_product.h", "if constexpr (kAdd) {", "if constexpr (false && kAdd) {", "*OfAttention",
