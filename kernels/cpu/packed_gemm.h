@@ -149,16 +149,29 @@ struct PackWorkspace {
   typename Form::Unit* columns;  // packed_columns_size(depth, columns of the rectangle)
 };
 
-// Packs the columns during the first block of rows; the later blocks use them again.
+// A block of the depth of all these columns. Rows of memory are read as far as they go, not a panel's part of each.
+template <class Form, class T>
+inline void pack_depth_block(typename Form::Unit* packed, const Operand<T>& b, Range columns, Range part,
+                             std::int64_t depth) {
+  for_panels<Form>(packed, columns, depth, [&](Range of, typename Form::Unit* panel) {
+    Form::pack_panel(panel, b, of, part, depth);
+  });
+}
+
+// Packs depth-major columns before the first block of rows, others during it, a panel when it is needed; the later
+// blocks use them again.
 template <class Form, class Out>
 inline void multiply_packed(const PackedProduct<typename Form::Element, Out>& p, Range rows, Range columns,
                             PackWorkspace<Form> work) {
   [[maybe_unused]] const typename Form::Use use{};
+  if (p.b.depth_major)
+    for (std::int64_t k = 0; k < p.depth; k += kDepthBlock)
+      pack_depth_block<Form>(work.columns, p.b, columns, {k, std::min(k + kDepthBlock, p.depth)}, p.depth);
   for (std::int64_t m = rows.begin; m < rows.end; m += Form::kBlockRows) {
     const Range block{m, std::min(m + Form::kBlockRows, rows.end)};
     const typename Form::Rows a = Form::pack(work.rows, p.a, block, p.depth, columns.size());
     for_panels<Form>(work.columns, columns, p.depth, [&](Range of, typename Form::Unit* panel) {
-      if (m == rows.begin) Form::pack_panel(panel, p.b, of, {0, p.depth}, p.depth);
+      if (m == rows.begin && !p.b.depth_major) Form::pack_panel(panel, p.b, of, {0, p.depth}, p.depth);
       multiply_panel<Form>(p, block, of, a, panel);
     });
   }

@@ -64,9 +64,8 @@ void pack_chunk(typename Form::Unit* packed, const Operand<T>& b, Range columns,
     return;
   }
   parallel_for(parts_of_size(depth, kDepthBlock), kDepthBlock * columns.size(), [&](std::int64_t i) {
-    const Range part{i * kDepthBlock, std::min((i + 1) * kDepthBlock, depth)};
-    for_panels<Form>(packed, columns, depth,
-                     [&](Range of, auto* panel) { Form::pack_panel(panel, b, of, part, depth); });
+    pack_depth_block<Form>(packed, b, columns, {i * kDepthBlock, std::min((i + 1) * kDepthBlock, depth)},
+                           depth);
   });
 }
 

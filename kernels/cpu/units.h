@@ -105,8 +105,12 @@ constexpr UnitStrides rows_of(std::int64_t width) {
 template <class T>
 inline void pack_depth_major(UnitOf<T>* out, UnitStrides strides, std::int64_t width, const T* in,
                              std::int64_t stride, std::int64_t count, std::int64_t depth) {
+  // A part of every row: the processor by itself does not follow.
+  constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T)), kRowsAhead = 16;
   const std::int64_t covered = (count + kLanes - 1) / kLanes * kLanes;
   for_depth_units(in, stride, depth, [&](std::int64_t u, const T* first, bool has_second) {
+    for (std::int64_t row = kRowsAhead; row < kRowsAhead + kPerUnit<UnitOf<T>>; ++row)
+      for (std::int64_t i = 0; i < count; i += kLine) __builtin_prefetch(first + row * stride + i);
     UnitOf<T>* to = out + u * strides.unit;
     const auto vector_at = [&](std::int64_t i) { return to + i / kLanes * strides.vector; };
     for_lanes(count, [&](std::int64_t i, auto lanes) {
@@ -187,7 +191,9 @@ inline void pack_transposed(UnitOf<T>* out, UnitStrides strides, std::int64_t wi
       transpose(row);
       const std::int64_t rows = std::min(kLanes, units - u);
       UnitOf<T>* to = out + u * strides.unit + i / kLanes * strides.vector;
-      for (std::int64_t j = 0; j < rows; ++j) std::memcpy(to + j * strides.unit, &row[j], sizeof row[j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j)  // from the registers where they are
+        if (j < rows) std::memcpy(to + j * strides.unit, &row[j], sizeof row[j]);
     }
   }
 }
