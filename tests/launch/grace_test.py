@@ -7,12 +7,16 @@ import os
 import signal
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
 from restart_test import LAUNCH, Case
+
+sys.path.append(str(LAUNCH.parent / "tests/support"))
+from tiny_run import state_of  # noqa: E402
 
 
 class Local(Case):
@@ -73,7 +77,7 @@ class Local(Case):
         process.kill()
         process.communicate(timeout=60)
         pid, end = int((self.dir / "pid").read_text()), time.monotonic() + 20
-        while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        while state_of(pid) != "Z":
             self.assertLess(time.monotonic(), end, "mpirun was left alone")
             time.sleep(0.05)
 

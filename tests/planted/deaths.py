@@ -3,23 +3,14 @@
 import re
 import shutil
 import time
-from pathlib import Path
 
 from processes import Started
 from subjects import Part, require
-from tiny_run import mpirun
+from tiny_run import mpirun, state_of
 
 PHASES = ("forward", "exchange", "backward", "reduce", "optimizer", "save")
 DEADLINE_S, GRACE_S = 2.0, 6.0  # the grace: for mpirun to end the others
 STEP = 7
-
-
-def state_of(pid):
-    """One letter; Z also for what is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
 
 
 class Deaths(Part):

@@ -40,6 +40,15 @@ def losses_of(run_dir):
     return {r["step"]: (r["loss"], r["aux_loss"], r["grad_norm"]) for r in records if "loss" in r}
 
 
+def state_of(pid):
+    """One letter; Z for what has ended, whether or not the machine's first process asks for it, as a container's own
+    command does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
 def why_no_strace():
     """What keeps strace from working here; None when nothing does."""
     if not shutil.which("strace"):
