@@ -70,11 +70,12 @@ struct InMatrices {
   static constexpr std::int64_t kTileRows = 2 * kMatrixRows, kStoredRows = kTileRows;
   static constexpr std::int64_t kUnitsAtOnce = kMatrixRows;
   static constexpr std::int64_t kBlockRows = 4 * kTileRows, kTaskRows = 16 * kBlockRows;
+  static constexpr std::int64_t kDenseRows = kBlockRows;
   static constexpr std::int64_t kPackedBytes = 1 << 20;  // of b at a time: half of a second-level cache
   // Of a dense product, whose b comes from the last-level cache once for all of them: as many as the other half keeps.
-  static constexpr std::int64_t dense_rows(std::int64_t depth) {
-    const std::int64_t tile_bytes = kTileRows * panel_units<InMatrices>(depth) * 4;
-    return std::clamp<std::int64_t>(kPackedBytes / std::max<std::int64_t>(1, tile_bytes), 4, 16) * kTileRows;
+  static constexpr std::int64_t most_dense_rows(std::int64_t depth) {
+    const std::int64_t block_bytes = kDenseRows * panel_units<InMatrices>(depth) * 4;
+    return std::clamp<std::int64_t>(kPackedBytes / std::max<std::int64_t>(1, block_bytes), 1, 4) * kDenseRows;
   }
 
   // To transpose costs as much as to multiply with some hundred rows: of two factors that lie along the depth the

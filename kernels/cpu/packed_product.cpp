@@ -24,16 +24,19 @@ namespace {
 constexpr std::int64_t kChunkBytes = std::int64_t{1} << 22;  // of packed columns
 constexpr std::int64_t kDepthAtOnce = 4096;                  // then a panel of bf16 is half a megabyte
 
-// Rows and panels in parts of nearly one size, as many of them as keep every thread busy to the end.
+// Rows and panels in parts of nearly one size, as many of them as keep every thread busy to the end: four for each, or a
+// core that is slower than others, as one is that is shared with somebody, makes them wait.
 template <class Form>
 struct TaskCut {
-  static constexpr std::int64_t kTileRows = Form::kTileRows;
+  static constexpr std::int64_t kTileRows = Form::kTileRows, kTasksEach = 4;
   std::int64_t rows, tiles, panels, row_parts, column_parts;
 
-  TaskCut(std::int64_t all_rows, std::int64_t all_panels, std::int64_t rows_at_once)
+  TaskCut(std::int64_t all_rows, std::int64_t all_panels, std::int64_t most_rows)
       : rows(all_rows), tiles(parts_of_size(all_rows, kTileRows)), panels(all_panels) {
-    const std::int64_t workers = worker_count(), tiles_at_once = rows_at_once / kTileRows;
-    row_parts = std::min(tiles, parts_of_size(parts_of_size(tiles, tiles_at_once), workers) * workers);
+    const std::int64_t workers = worker_count();
+    const std::int64_t parts =
+        std::max(parts_of_size(rows, most_rows), std::min(kTasksEach * workers, rows / Form::kDenseRows));
+    row_parts = std::min(tiles, parts_of_size(parts, workers) * workers);
     column_parts = std::min(panels, workers == 1 ? 1 : parts_of_size(2 * workers, row_parts));
   }
   std::int64_t tasks() const { return row_parts * column_parts; }
@@ -76,8 +79,8 @@ void multiply_in_chunks(Exec& ex, const PackedProduct<typename Form::Element, Ou
   static_assert(sizeof(Unit) == sizeof(float));
   const std::int64_t chunk = std::min(columns_of_bytes<Form>(kChunkBytes, p.depth),
                                       parts_of_size(p.columns, kPanelColumns) * kPanelColumns);
-  const std::int64_t rows_at_once = Form::dense_rows(p.depth);
-  const std::int64_t rows_size = Form::rows_size(rows_at_once, p.depth);
+  const std::int64_t most_rows = Form::most_dense_rows(p.depth);
+  const std::int64_t rows_size = Form::rows_size(most_rows, p.depth);
   ScratchScope scope(*ex.scratch);
   const auto take = [&](std::int64_t units, std::string_view name) {
     return reinterpret_cast<Unit*>(ex.scratch->take({units}, DType::kF32, name).data);
@@ -86,7 +89,7 @@ void multiply_in_chunks(Exec& ex, const PackedProduct<typename Form::Element, Ou
   Unit* packed_rows = take(worker_count() * rows_size, "packed rows");
   for (std::int64_t first = 0; first < p.columns; first += chunk) {
     const TaskCut<Form> cut(p.rows, parts_of_size(std::min(chunk, p.columns - first), kPanelColumns),
-                            rows_at_once);
+                            most_rows);
     const auto columns_of = [&](Range panels) {
       return Range{first + panels.begin * kPanelColumns,
                    std::min(first + panels.end * kPanelColumns, p.columns)};

@@ -169,8 +169,8 @@ struct InVectors {
   static constexpr std::int64_t kStoredRows = kBlockRows;  // whole vectors of turned rows
   static constexpr std::int64_t kUnitsAtOnce = 1;
   // Of a task: so many that packing the columns for each costs little. And of a dense product's, of any depth.
-  static constexpr std::int64_t kTaskRows = 10 * kBlockRows;
-  static constexpr std::int64_t dense_rows(std::int64_t) { return 2 * kBlockRows; }
+  static constexpr std::int64_t kTaskRows = 10 * kBlockRows, kDenseRows = 2 * kBlockRows;
+  static constexpr std::int64_t most_dense_rows(std::int64_t) { return kDenseRows; }
   static constexpr std::int64_t kPackedBytes = 1 << 19;  // of b at a time: half of a second-level cache
 
   // What is packed as panels by all threads goes through the last-level cache, or is transposed on top: it should be
