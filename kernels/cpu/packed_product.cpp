@@ -24,8 +24,8 @@ namespace {
 constexpr std::int64_t kChunkBytes = std::int64_t{1} << 22;  // of packed columns
 constexpr std::int64_t kDepthAtOnce = 4096;                  // then a panel of bf16 is half a megabyte
 
-// Rows and panels in parts of nearly one size, as many of them as keep every thread busy to the end: four for each, or a
-// core that is slower than others, as one is that is shared with somebody, makes them wait.
+// Rows and panels in parts of nearly one size, as many of them as keep every thread busy to the end: four for each, or
+// the others wait for a core that is slower, as one is that is shared with somebody.
 template <class Form>
 struct TaskCut {
   static constexpr std::int64_t kTileRows = Form::kTileRows, kTasksEach = 4;

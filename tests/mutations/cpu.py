@@ -102,4 +102,12 @@ MUTANTS = {
     "runs_that_are_cut_draw_as_neighbours": (
         "kernels/cpu/adamw8bit.cpp", "last - begin == block.count - 1", "last - begin >= block.count - 1", "*",
         "adamw8bit_test"),
+    "a_slow_thread_is_waited_for": (
+        "kernels/cpu/parallel_for.h", "for (std::int64_t i = 0; i < threads; ++i) {\n    LoopShare",
+        "for (std::int64_t i = 0; i < 1; ++i) {\n    LoopShare", "*WhoIsFree*", "parallel_for_test"),
+    "parts_of_a_share_overlap": (
+        "kernels/cpu/parallel_for.h", "k < std::min(first + part, share.end)", "k < share.end", "*RunsEachOnce*",
+        "parallel_for_test"),
+    "a_loop_within_a_loop_takes_its_shares": (
+        "kernels/cpu/parallel_for.h", " && !omp_in_parallel()", "", "*MayStandInALoop", "parallel_for_test"),
 }
