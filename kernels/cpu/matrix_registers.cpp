@@ -57,9 +57,10 @@ bool processor_has_them() {
 std::string why_matrix_registers_are_not_used() {
   if (has_matrix_registers() || !processor_has_them()) return {};
 #ifdef UPMOE_MATRIX_REGISTERS
+  if (!asked_for()) return "Linux does not give this process its matrix registers (AMX)";
   if (std::getenv("ONEDNN_MAX_CPU_ISA") != nullptr)
     return "ONEDNN_MAX_CPU_ISA hides its matrix registers (AMX)";
-  return "Linux does not give this process its matrix registers (AMX)";
+  return "oneDNN does not know its matrix registers (AMX)";
 #else
   return "this program was compiled without its matrix registers (AMX)";
 #endif
