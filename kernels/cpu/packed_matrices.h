@@ -122,8 +122,8 @@ struct InMatrices {
   }
 
   // A part of the depth, from a whole number of registers on.
-  static void pack_panel(Unit* panel, const Operand<Element>& b, Range columns, Range part,
-                         std::int64_t depth) {
+  template <class T>
+  static void pack_panel(Unit* panel, const Operand<T>& b, Range columns, Range part, std::int64_t depth) {
     const std::int64_t stride = tile_stride(depth), units = units_of<Unit>(part.size());
     Unit* out = panel + part.begin / 2 * kMatrixRows;
     pack_columns(out, {kMatrixRows, stride}, b, columns, part);
