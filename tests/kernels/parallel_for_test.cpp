@@ -58,12 +58,16 @@ TEST(ParallelFor, WhoIsFreeTakesWhatASlowThreadHasNotBegun) {
   EXPECT_EQ(waited_for, 60);
 }
 
-// A loop in a loop's body runs where it stands, and does not touch what the outer one has left.
+// A loop in a loop's body runs where it stands, and does not touch what the outer one has left: all but the first's
+// thread, which has twelve more to do, wait until it has been there.
 TEST(ParallelFor, MayStandInALoop) {
   const Threads threads(3);
+  std::atomic<bool> was_there = false;
   std::vector<std::atomic<int>> runs(std::size_t{40} * 50);
   parallel_for(40, kSerialWork, [&](std::int64_t i) {
+    while (i != 0 && !was_there) std::this_thread::yield();
     parallel_for(50, kSerialWork, [&](std::int64_t k) { ++runs[static_cast<std::size_t>(i * 50 + k)]; });
+    was_there = true;
   });
   for (const auto& count : runs) ASSERT_EQ(count, 1);
 }
