@@ -153,6 +153,7 @@ struct PackWorkspace {
 template <class Form, class T>
 inline void pack_depth_block(typename Form::Unit* packed, const Operand<T>& b, Range columns, Range part,
                              std::int64_t depth) {
+  static_assert(kDepthBlock % (Form::kUnitsAtOnce * kPerUnit<typename Form::Unit>) == 0);
   for_panels<Form>(packed, columns, depth, [&](Range of, typename Form::Unit* panel) {
     Form::pack_panel(panel, b, of, part, depth);
   });

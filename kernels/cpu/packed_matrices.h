@@ -1,7 +1,7 @@
 #pragma once
 // Products on packed blocks (packed_gemm.h) of bf16 in matrix registers. What one register takes lies in one piece of
-// memory, 16 rows or columns by 16 pairs of depth, and the next of the depth behind it: the second-level cache feeds
-// the registers, and from rows that stand apart it does so at two thirds of its speed.
+// memory, 16 rows or columns by 16 pairs of depth, and the next of the depth behind it: it is the second-level cache
+// that feeds the registers, and faster so than from rows that stand apart.
 //
 //   rows or columns 0-15    [pairs 0-15][pairs 16-31] ...
 //   rows or columns 16-31   [pairs 0-15][pairs 16-31] ...

@@ -32,6 +32,8 @@ struct PackedProduct {
   PackedProduct as_turned() const { return {c, b, a, columns, rows, depth, mode, bias, !turned}; }
 };
 
+constexpr std::int64_t kPanelColumns = 4 * kLanes;  // columns of a packed panel of b
+
 struct Range {
   std::int64_t begin, end;
   std::int64_t size() const { return end - begin; }
@@ -41,8 +43,6 @@ template <class T>
 inline const T* element(const Operand<T>& x, std::int64_t outer, std::int64_t k) {
   return x.data + (x.depth_major ? k * x.stride + outer : outer * x.stride + k);
 }
-
-constexpr std::int64_t kPanelColumns = 4 * kLanes;  // columns of a packed panel of b
 
 constexpr std::int64_t parts_of_size(std::int64_t n, std::int64_t size) {
   return (n + size - 1) / size;
