@@ -1,63 +1,33 @@
-"""Conversations as documents: how a template spells them, and which of their tokens count as targets.
+"""Conversations as documents: what a record says, as a template lays it out, and which of its tokens count as targets.
 
 Counted is what the assistant has to learn to write: its content and the token that ends its turn. What stands before
-(who speaks, what the others said) and behind is given to it and does not count. Between what counts and what does not
-tokens are never merged; and what a content spells is text, also where it looks like a control token.
+and behind (who speaks, what the others said) is given to it and does not count. Between what counts and what does
+not tokens are never merged.
+
+A template (fixed_templates.py, model_template.py) has turn() and tools(), what it takes of a record and what of that
+has no place; parts(), the conversation as texts and control tokens; controls() and check(), what it needs of a
+tokenizer.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from command_line import BadInput
+from fixed_templates import TEMPLATES, Control
+from model_template import ModelTemplate
 from text_documents import CONTROL, NOTHING, TEXT, Choices, text_in
 
-ROLES = ("system", "user", "assistant")
-CALLS = ("tool_calls", "function_call")
-
-
-@dataclass(frozen=True)
-class Control:
-    """A token of the tokenizer by its name; without one the token that ends documents."""
-    name: str | None = None
-
-
-END = Control()
-
-
-@dataclass(frozen=True)
-class Template:
-    heads: dict               # before a turn, by role: texts and control tokens
-    ends: dict                # ends a turn, by role; the assistant's counts
-    behind: tuple = ()        # behind every turn
-    between: tuple = ()       # between two turns
-
-    def parts(self, turns):
-        """(text or control token, whether it counts) of a conversation."""
-        for i, (role, content, counts) in enumerate(turns):
-            yield from ((part, False) for part in (self.between if i > 0 else ()))
-            yield from ((part, False) for part in self.heads[role])
-            yield content, counts
-            yield from ((part, counts) for part in self.ends[role])
-            yield from ((part, False) for part in self.behind)
-
-    def controls(self):
-        every = [*self.heads.values(), *self.ends.values(), self.behind, self.between]
-        return sorted({part.name for parts in every for part in parts if isinstance(part, Control) and part.name})
-
-
-TEMPLATES = {
-    "chatml": Template(heads={role: (Control("<|im_start|>"), f"{role}\n") for role in ROLES},
-                       ends={role: (Control("<|im_end|>"),) for role in ROLES}, behind=("\n",)),
-    # Needs no control tokens: its assistant ends its turns as documents end.
-    "alpaca": Template(heads={"system": (), "user": ("### Instruction:\n",), "assistant": ("### Response:\n",)},
-                       ends={"system": (), "user": (), "assistant": (END,)}, between=("\n\n",)),
-}
+FORMS = {name: (lambda _, template=template: template) for name, template in TEMPLATES.items()}
+FORMS["model"] = ModelTemplate
+TOOLS = "tools"
 
 
 @dataclass
 class Talk:
-    turns: list   # (role, content, whether it counts)
-    unread: list  # names of what turns say that a template has no place for
+    turns: list                                 # (what a template takes of a turn, whether it counts)
+    tools: list | None = None
+    unread: list = field(default_factory=list)  # names of what the record says that a template has no place for
+    parts: list = field(default_factory=list)   # (text or control token, whether it counts)
 
 
 def text_of_parts(content):
@@ -67,15 +37,44 @@ def text_of_parts(content):
     return "".join(part["text"] for part in content) if texts else content
 
 
+class Reading:
+    """Texts of one record, and how many invalid characters were replaced in them."""
+
+    def __init__(self, path, place, choices):
+        self.path, self.place, self.choices, self.replaced = path, place, choices, 0
+
+    def text(self, value, name):
+        text, replaced = text_in(text_of_parts(value), name, self.path, self.place, self.choices)
+        self.replaced += replaced
+        return text
+
+    def texts(self, value, name):
+        """A JSON value, of which every text is read so."""
+        if isinstance(value, str):
+            return self.text(value, name)
+        if isinstance(value, list):
+            return [self.texts(one, name) for one in value]
+        if isinstance(value, dict):
+            return {self.text(key, name): self.texts(one, name) for key, one in value.items()}
+        return value
+
+
 @dataclass
 class ChatChoices(Choices):
     """Records are conversations: under `key` a list of turns, each with a role, a content and perhaps a weight."""
     key: str = "messages"
     template: str = "chatml"
+    parse_special: bool = False
+
+    def __post_init__(self):
+        self.form = FORMS[self.template](self.parse_special)
 
     def plain(self, piece, data):
         raise BadInput(f"{piece.path}: is plain text, and conversations are JSON lines: one record a line with a list "
                        f"of turns under '{self.key}'")
+
+    def columns(self):
+        return [TOOLS]
 
     def document_of(self, record, path, place):
         if not isinstance(record, dict) or self.key not in record:
@@ -86,49 +85,41 @@ class ChatChoices(Choices):
         if not isinstance(found, list):
             raise BadInput(f"{path}{place}: expected an object with a list of turns under '{self.key}', which holds "
                            f"{json.dumps(found)[:40]}")
-        talk, replaced = Talk([], []), 0
+        talk, reading = Talk([]), Reading(path, place, self)
         for i, turn in enumerate(found):
-            replaced += self.add_turn(talk, turn, f"{path}{place}: turn {i} of '{self.key}'", path, place)
-        if not any(counts for _, _, counts in talk.turns):
+            self.add_turn(talk, turn, i, reading)
+        if not any(counts for _, counts in talk.turns):
             raise BadInput(f"{path}{place}: has no turn of the assistant that counts, so that nothing of it would; "
                            "take it out, or tokenize such texts without --chat")
-        return talk, replaced
+        talk.tools, unread = self.form.tools(record.get(TOOLS), f"{path}{place}: '{TOOLS}'", reading)
+        talk.unread += unread
+        talk.parts = list(self.form.parts(talk, f"{path}{place}"))
+        return talk, reading.replaced
 
-    def add_turn(self, talk, turn, where, path, place):
-        """How many invalid characters were replaced in it."""
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+    def add_turn(self, talk, turn, i, reading):
+        where = f"{reading.path}{reading.place}: turn {i} of '{self.key}'"
+        if not isinstance(turn, dict) or not self.form.required(turn) <= turn.keys():
             keys = f"its keys are: {', '.join(map(str, list(turn)[:8]))}" if isinstance(turn, dict) else "it is none"
             raise BadInput(f"{where}: expected an object with 'role' and 'content', {keys}; write it so, for example "
                            "with jq")
-        role, calls = turn["role"], [key for key in CALLS if turn.get(key)]
-        if role not in ROLES:
-            raise BadInput(f"{where}: expected a 'role' of {', '.join(ROLES)}, found {json.dumps(role)[:40]}; name it "
-                           "one of these, or leave such conversations out")
-        if calls:  # its content is no answer, often none at all
-            raise BadInput(f"{where}: holds '{calls[0]}', for which no --template has a form; write the call into its "
-                           "content as the model is to say it, or leave such conversations out")
         weight = 1 if turn.get("weight") is None else turn["weight"]
         if weight not in (0, 1):
             raise BadInput(f"{where}: 'weight' is {json.dumps(weight)[:40]}, expected 1, or 0: it does not count")
-        name = f"content of turn {len(talk.turns)}"
-        content, replaced = text_in(text_of_parts(turn["content"]), name, path, place, self)
-        talk.turns.append((role, content, role == "assistant" and weight == 1))
-        talk.unread += [key for key, value in turn.items()
-                        if key not in ("role", "content", "weight") and value not in (None, "", [], {}, False)]
-        return replaced
+        said, unread = self.form.turn(turn, where, reading, f"content of turn {i}")
+        talk.turns.append((said, turn["role"] == "assistant" and weight == 1))
+        talk.unread += unread
 
     def controls(self):
-        return TEMPLATES[self.template].controls()
+        return self.form.controls()
 
     def unread(self, document):
         return document.unread
 
+    def begins_texts(self):
+        return self.form.begins_texts
+
     def check(self, speller):
-        missing = [name for name in self.controls() if speller.token(name) is None]
-        if missing:
-            without = sorted(name for name, template in TEMPLATES.items() if not template.controls())
-            raise BadInput(f"{speller.path}: has no token {' and '.join(missing)}, which --template {self.template} "
-                           f"needs; use a tokenizer that has them, or --template {' or '.join(without)}")
+        self.form.check(speller, self.template)
 
     def encode(self, talk, speller, eos):
         ids, mask, text, counted, before = [], [], "", False, NOTHING
@@ -143,7 +134,7 @@ class ChatChoices(Choices):
             if text:
                 add(speller.spell(text, before), counted, TEXT)
 
-        for part, counts in TEMPLATES[self.template].parts(talk.turns):
+        for part, counts in talk.parts:
             if isinstance(part, str) and counts == counted:
                 text += part
                 continue

@@ -22,13 +22,13 @@ FOLDER = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != FOLDER] + [
     os.path.join(os.path.dirname(FOLDER), "launch"), FOLDER]
 
-import datetime  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import unicodedata  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from command_line import BadInput, BadUsage, missing_package, run_tool, words_of  # noqa: E402
+from chat_template import ChatTemplate  # noqa: E402
+from command_line import BadInput, BadUsage, run_tool, words_of  # noqa: E402
 from tokenizer_file import load_tokenizer  # noqa: E402
 
 
@@ -37,53 +37,6 @@ def load(path):
         return load_tokenizer(path.read_bytes(), path)
     except OSError as e:
         raise BadInput(words_of(e)) from None
-
-
-class ChatTemplate:
-    """What transformers' apply_chat_template does: Jinja in a sandbox, with the names that templates ask for."""
-
-    def __init__(self, folder):
-        path = folder / "tokenizer_config.json"
-        try:
-            self.settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as e:
-            raise BadInput(f"{path}: not JSON: {e}") from None
-        self.folder, alone = folder, folder / "chat_template.jinja"
-        self.text = alone.read_text(encoding="utf-8") if alone.exists() else self.settings.get("chat_template")
-        if isinstance(self.text, list):  # several by name
-            self.text = {one["name"]: one["template"] for one in self.text}.get("default")
-        if not isinstance(self.text, str):
-            raise BadInput(f"{folder}: no chat template, neither {alone.name} nor chat_template in {path.name}")
-
-    def special_tokens(self):
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = self.settings.get(name)
-            yield name, token.get("content") if isinstance(token, dict) else token or ""
-
-    @functools.cached_property
-    def compiled(self):
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(words):
-            raise jinja2.TemplateError(words)
-
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
-        sandbox.globals |= {"raise_exception": refuse,
-                            "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-        sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        return sandbox.from_string(self.text)
-
-    def render(self, messages):
-        try:
-            import jinja2
-        except ImportError as e:
-            raise BadUsage(missing_package(e)) from None
-        try:
-            return self.compiled.render(messages=messages, add_generation_prompt=True, **dict(self.special_tokens()))
-        except jinja2.TemplateError as e:
-            raise BadInput(f"{self.folder}: its chat template refuses: {' '.join(str(e).split())}") from None
 
 
 CLASSES = ("letters", "digits", "punctuation", "whitespace", "special", "other")

@@ -47,6 +47,14 @@ class Choices:
     def check(self, speller):
         """Whether the tokenizer has what documents need beside their text."""
 
+    def columns(self):
+        """Names of columns of a table that belong to a document beside `key`, where there are such."""
+        return []
+
+    def begins_texts(self):
+        """Whether documents begin by themselves with what a text of the model's begins."""
+        return False
+
     def unread(self, document):
         """Names of what a record says that has no place in the document."""
         return ()
@@ -236,7 +244,7 @@ def pieces_unpacked(path, kind, opened):
 
 
 def pieces_of_rows(path, choices):
-    for data, first, consumed in row_blocks(path, choices.key, TASK_BYTES, MAX_LINE):
+    for data, first, consumed in row_blocks(path, choices.key, choices.columns(), TASK_BYTES, MAX_LINE):
         yield Piece(path, "parquet", 0, len(data), data, first, consumed)
 
 

@@ -32,7 +32,7 @@ import signal  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from chat_documents import TEMPLATES, ChatChoices  # noqa: E402
+from chat_documents import FORMS, ChatChoices  # noqa: E402
 from hdf5_child import die_with, in_child  # noqa: E402
 from staged_file import StagedFile, Taken  # noqa: E402
 from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
@@ -221,7 +221,7 @@ def speller_for(content, args):
     args.choices.check(speller)
     if speller.loses_characters():
         warn(f"{args.tokenizer} has neither bytes nor a token for what it does not know: such characters are lost")
-    if args.bos is None and (own := speller.begins_with()):
+    if args.bos is None and not args.choices.begins_texts() and (own := speller.begins_with()):
         say(f"{args.tokenizer} begins a text with {' '.join(own)}, as `upmoe generate` and transformers do, and "
             f"documents of this file begin without; --bos '{own[0]}' puts it there")
     return speller
@@ -275,7 +275,8 @@ def parse_arguments():
                         "--chat its turns (default messages)")
     parser.add_argument("--chat", action="store_true",
                         help="records are conversations; writes which targets count, those of the assistant")
-    parser.add_argument("--template", choices=sorted(TEMPLATES), help="how --chat spells a conversation")
+    parser.add_argument("--template", choices=sorted(FORMS), help="how --chat spells a conversation; "
+                        "model: by the chat template beside the tokenizer")
     parser.add_argument("--as", dest="kind", choices=("auto", "text", "jsonl", "json"), default="auto",
                         help="what every FILE is: text, JSON lines, or one JSON value (default: as its bytes look)")
     parser.add_argument("--replace-invalid", action="store_true",
@@ -313,7 +314,10 @@ def parse_arguments():
         parser.error("--chat and --template belong together, and are neither for --train-vocab nor for --as text")
     args.choices = Choices(args.key or "text", args.kind, args.replace_invalid)
     if args.chat:
-        args.choices = ChatChoices(args.key or "messages", args.kind, args.replace_invalid, args.template)
+        args.choices = ChatChoices(args.key or "messages", args.kind, args.replace_invalid, args.template,
+                                   args.parse_special)
+    if args.bos is not None and args.choices.begins_texts():
+        parser.error(f"--template {args.template}: puts in front what texts begin with; leave --bos out")
     return args
 
 

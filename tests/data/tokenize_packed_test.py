@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path += [str(ROOT / folder) for folder in ("launch", "data")]
 import parquet_rows  # noqa: E402
 import text_documents  # noqa: E402
-from chat_documents import ChatChoices, Talk  # noqa: E402
+from chat_documents import ChatChoices  # noqa: E402
 from text_documents import BadInput, Choices, documents_of, plan_tasks  # noqa: E402
 
 TEXTS = [f"document {i}\nof naïve 日本語" for i in range(3000)]
@@ -134,7 +134,7 @@ class Parquet(PackedTest):
 
     def test_rows_come_a_few_at_a_time(self):
         path = self.parquet({"text": TEXTS})
-        blocks = list(parquet_rows.row_blocks(str(path), "text", 1000, 10000))
+        blocks = list(parquet_rows.row_blocks(str(path), "text", [], 1000, 10000))
         self.assertGreater(len(blocks), 50)
         firsts = [first for _, first, _ in blocks]
         self.assertEqual(firsts, sorted(set(firsts)))
@@ -143,8 +143,8 @@ class Parquet(PackedTest):
 
     def test_conversations(self):
         path = self.parquet({"messages": [TALK] * 3})
-        turns = [("user", "two and two?", False), ("assistant", "four", True)]
-        self.assertEqual(self.texts(path, ChatChoices()), [Talk(turns, [])] * 3)
+        turns = [(("user", "two and two?"), False), (("assistant", "four"), True)]
+        self.assertEqual([talk.turns for talk in self.texts(path, ChatChoices())], [turns] * 3)
 
     def test_columns_and_values_that_are_no_texts(self):
         told = self.told(self.parquet({"body": TEXTS, "id": list(range(len(TEXTS)))}))
@@ -171,7 +171,7 @@ class Parquet(PackedTest):
     def test_a_text_that_is_too_long(self):
         path = self.parquet({"text": ["a", "b" * 5000]})
         with self.assertRaises(BadInput) as caught:
-            list(parquet_rows.row_blocks(str(path), "text", 1000, 4000))
+            list(parquet_rows.row_blocks(str(path), "text", [], 1000, 4000))
         self.assertIn("row 1: a text of", str(caught.exception))
         self.assertLess(text_documents.TASK_BYTES, text_documents.MAX_LINE)
 

@@ -138,6 +138,11 @@ class Generate(cli_test.CliTest):
             (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
             self.assertEqual(self.answers("--prompt", "w3 w1", "--chat", *more)[0]["tokens"],
                              self.answers("--tokens", "6,7", *more)[0]["tokens"])
+            # What transformers gives to every template, and its marks of answers, which are no text.
+            template = "{% if tools is not none %}w5 {% endif %}{% generation %}w6{% endgeneration %} w7"
+            (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+            self.assertEqual(self.answers("--prompt", "w3 w1", "--chat", *more)[0]["tokens"],
+                             self.answers("--tokens", "6,7", *more)[0]["tokens"])
             for wrong, words in (("{{ raise_exception('only one turn') }}", "only one turn"), ("{% if %}", "refuses"),
                                  (None, "no chat template")):
                 (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": wrong}))
