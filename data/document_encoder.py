@@ -8,7 +8,7 @@ import json
 import numpy
 
 from command_line import BadInput
-from text_documents import NOTHING, TEXT, documents_of
+from text_documents import NOTHING, TEXT, Refused, documents_of
 from tokenizer_file import load_tokenizer
 
 
@@ -101,8 +101,8 @@ class Speller:
 
 
 class Notes(collections.Counter):
-    """How often what is to be told happened: 'replaced', 'empty', 'tokenless', 'unknown', and ('unread', key) of keys
-    of turns that have no place in a template."""
+    """How often what is to be told happened: 'replaced', 'empty', 'tokenless', 'unknown', 'refused', ('why', words) of
+    the first that were refused, and ('unread', key) of keys of turns that have no place in a template."""
 
 
 class Encoder:
@@ -115,9 +115,10 @@ class Encoder:
     def run(self, task, eos):
         """(tokens, which of them count, lengths of the documents, notes, bytes of files that are done)"""
         tokens, masks, lengths, notes, unknowns = [], [], [], Notes(), self.speller.unknowns
+        refused = Refused() if self.choices.skip_refused else None
         for piece in task:
             notes["empty"] += piece.kind == "empty"
-            for document, wrong in documents_of([piece], self.choices):
+            for document, wrong in documents_of([piece], self.choices, refused):
                 notes["replaced"] += wrong
                 notes.update(("unread", key) for key in self.choices.unread(document))
                 ids, mask = self.encoded(document, piece, eos)
@@ -130,6 +131,9 @@ class Encoder:
         joined = numpy.concatenate(tokens) if tokens else numpy.empty(0, dtype="<u4")
         mask = numpy.concatenate(masks) if masks else numpy.empty(0, dtype="u1")
         notes["unknown"] += self.speller.unknowns - unknowns
+        if refused is not None:
+            notes["refused"] = refused.count
+            notes.update(("why", words) for words in refused.words)
         return joined, mask, lengths, notes, sum(piece.consumed for piece in task)
 
     def encoded(self, document, piece, eos):

@@ -2,6 +2,7 @@
 share."""
 
 import codecs
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Choices:
     key: str = "text"
     kind: str = "auto"
     replace_invalid: bool = False
+    skip_refused: bool = False
 
     def plain(self, piece, data):
         return plain_text(piece, data, self)
@@ -132,13 +134,16 @@ def json_line(piece, number, line, choices):
 
 
 def json_records(piece, data, choices):
-    """A JSON file that is one value: a list of records, or one record."""
+    """Of a JSON file that is one value: a list of records, or one record."""
     text, replaced = decode(data.removeprefix(codecs.BOM_UTF8), piece.path, lambda at: f", byte {at}", choices)
     value = json_value(text, piece.path, "")
+
+    def read(record, place, first):
+        document, wrong = choices.document_of(record, piece.path, place)
+        return document, wrong + (replaced if first else 0)
+
     for i, record in enumerate(value if isinstance(value, list) else [value]):
-        document, wrong = choices.document_of(record, piece.path, f", record {i}" if isinstance(value, list) else "")
-        yield document, wrong + replaced
-        replaced = 0
+        yield functools.partial(read, record, f", record {i}" if isinstance(value, list) else "", i == 0)
 
 
 def data_of(piece):
@@ -152,31 +157,69 @@ def data_of(piece):
     return data
 
 
-def documents_of(task, choices):
-    """(document, replaced) of each document of a task, which is a list of pieces."""
+class Refused:
+    """Records that are left out because something is wrong with them, and with what words the first of them."""
+    TOLD = 3
+
+    def __init__(self):
+        self.count, self.words = 0, []
+
+    def add(self, error):
+        self.count += 1
+        if len(self.words) < self.TOLD:
+            self.words.append(str(error))
+
+
+def documents_of(task, choices, refused=None):
+    """(document, replaced) of each document of a task, which is a list of pieces; of records that are refused none
+    where `refused` keeps them."""
     for piece in task:
         if piece.kind == "empty":
             continue
-        data = data_of(piece)
         if piece.kind == "text":
-            yield choices.plain(piece, data)
-        elif piece.kind == "json":
-            yield from json_records(piece, data, choices)
-        elif piece.kind == "parquet":
-            for row, line in enumerate(data.split(b"\n"), piece.first_line):
-                yield choices.document_of(json.loads(line), piece.path, f", row {row}")
-        else:
-            if piece.begin == 0:
-                data = data.removeprefix(codecs.BOM_UTF8)
-            for i, line in enumerate(data.split(b"\n")):
-                if not line.strip():
-                    continue
-                try:
-                    yield json_line(piece, i, line, choices)
-                except BadInput:  # the line's number costs a pass over what lies before, so only now
-                    first = 1 + lines_before(piece)
-                    json_line(piece, first + i, line, choices)
+            yield choices.plain(piece, data_of(piece))
+            continue
+        for read in records_of(piece, choices):
+            try:
+                document = read()
+            except BadInput as e:
+                if refused is None:
                     raise
+                refused.add(e)
+            else:
+                yield document
+
+
+def records_of(piece, choices):
+    """For each record of a piece what reads it."""
+    data = data_of(piece)
+    if piece.kind == "json":
+        yield from json_records(piece, data, choices)
+    elif piece.kind == "parquet":
+        for row, line in enumerate(data.split(b"\n"), piece.first_line):
+            yield functools.partial(choices.document_of, json.loads(line), piece.path, f", row {row}")
+    else:
+        yield from json_lines(piece, data, choices)
+
+
+def json_lines(piece, data, choices):
+    if piece.begin == 0:
+        data = data.removeprefix(codecs.BOM_UTF8)
+
+    @functools.cache  # a pass over what lies before: for a line that is refused alone, and once
+    def before():
+        return lines_before(piece)
+
+    def read(i, line):
+        try:
+            return json_line(piece, i, line, choices)
+        except BadInput:
+            json_line(piece, 1 + before() + i, line, choices)
+            raise
+
+    for i, line in enumerate(data.split(b"\n")):
+        if line.strip():
+            yield functools.partial(read, i, line)
 
 
 def lines_before(piece):

@@ -35,7 +35,7 @@ from pathlib import Path  # noqa: E402
 from chat_documents import FORMS, ChatChoices  # noqa: E402
 from hdf5_child import die_with, in_child  # noqa: E402
 from staged_file import StagedFile, Taken  # noqa: E402
-from text_documents import Choices, documents_of, plan_tasks  # noqa: E402
+from text_documents import Choices, Refused, documents_of, plan_tasks  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
 # What a word is, before merging: contractions, letters, single digits, punctuation, line ends, blanks (as in Qwen2).
@@ -68,16 +68,19 @@ def train_tokenizer(paths, args):
     trainer = trainers.BpeTrainer(vocab_size=args.train_vocab - 1, initial_alphabet=alphabet, special_tokens=[],
                                   show_progress=False)
     progress = Progress(sum(os.path.getsize(p) for p in paths), "reading for the tokenizer")
+    refused = Refused() if args.skip_refused else None
 
     def texts():
         for task in plan_tasks(paths, args.choices):
-            for text, _ in documents_of(task, args.choices):
+            for text, _ in documents_of(task, args.choices, refused):
                 yield text
             progress.add(sum(piece.consumed for piece in task))
         progress.close()
 
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True)])  # behind the others, as in Qwen2
+    if refused is not None:
+        tell_refused(refused.count, refused.words)
     made = tokenizer.get_vocab_size()
     if made < args.train_vocab:
         say(f"the text gives a vocabulary of {made} tokens only, fewer than the {args.train_vocab} asked for")
@@ -179,6 +182,13 @@ def encode_files(paths, raw, raw_mask, arguments, eos, processes):
     return ends, counted, notes
 
 
+def tell_refused(count, words):
+    if count > 0:
+        warn(f"{count} records left out that are refused; {'the first' if count > 1 else 'it'}: {words[0]}")
+    for more in words[1:Refused.TOLD]:
+        warn(f"another: {more}")
+
+
 def tell(notes, tokens, args):
     """What happened to the text beside being tokenized, as far as it did."""
     if notes["empty"]:
@@ -239,6 +249,8 @@ def tokenize(paths, args):
             arguments = (content, args.tokenizer, args.choices, args.parse_special, args.bos,
                          controls_of(args))
             ends, counted, notes = encode_files(paths, raw, raw_mask, arguments, eos, args.processes)
+        if args.train_vocab is None:  # else it was told when that was trained on the same
+            tell_refused(notes["refused"], [key[1] for key in notes if key[0] == "why"])
         if not ends:
             raise BadInput(f"no text in {len(paths)} files; {args.out} is not written")
         attributes = {"format": token_file_writer.FORMAT, "vocab_size": vocab_size, "eos_id": eos,
@@ -281,6 +293,9 @@ def parse_arguments():
                         help="what every FILE is: text, JSON lines, or one JSON value (default: as its bytes look)")
     parser.add_argument("--replace-invalid", action="store_true",
                         help="replace what is not UTF-8 by U+FFFD (default: such a file is refused)")
+    parser.add_argument("--skip-refused", action="store_true",
+                        help="leave out JSON records and Parquet rows that are refused, and tell how many, and of the "
+                        "first why (default: the first ends it)")
     parser.add_argument("--train-vocab", type=int, metavar="N",
                         help=f"train a byte-level BPE of N tokens, {END_OF_TEXT} included (at least 257)")
     parser.add_argument("--force", action="store_true", help="replace another tokenizer at --tokenizer")
@@ -312,10 +327,10 @@ def parse_arguments():
             parser.error(f"{out} is read and would be overwritten; choose another name for the output")
     if args.chat != bool(args.template) or (args.chat and (args.train_vocab is not None or args.kind == "text")):
         parser.error("--chat and --template belong together, and are neither for --train-vocab nor for --as text")
-    args.choices = Choices(args.key or "text", args.kind, args.replace_invalid)
+    args.choices = Choices(args.key or "text", args.kind, args.replace_invalid, args.skip_refused)
     if args.chat:
-        args.choices = ChatChoices(args.key or "messages", args.kind, args.replace_invalid, args.template,
-                                   args.parse_special)
+        args.choices = ChatChoices(args.key or "messages", args.kind, args.replace_invalid, args.skip_refused,
+                                   args.template, args.parse_special)
     if args.bos is not None and args.choices.begins_texts():
         parser.error(f"--template {args.template}: puts in front what texts begin with; leave --bos out")
     return args

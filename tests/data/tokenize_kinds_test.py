@@ -119,6 +119,48 @@ class KindsTest(unittest.TestCase):
         self.assertIn("'<b>'; name the one that begins documents with --bos",
                       self.tokenize(tokenizer, lines, "--bos", "<b>", status=3))
 
+    def test_records_that_are_refused_can_be_left_out(self):
+        tokenizer = PREFIXED["none"][0]
+        lines = '{"text": "a"}\n{"text": 3}\nwrong\n{"text": "b"}\n{"text": null}\n\n["c"]\n{"text": "c"}\n'
+        self.assertIn("in.jsonl:2: 'text' holds 3", self.tokenize(tokenizer, lines, status=3))
+        told = self.tokenize(tokenizer, lines, "--skip-refused")
+        self.assertEqual(self.tokens(tokenizer)[0], ["a", "</s>", "b", "</s>", "c", "</s>"])
+        self.assertRegex(told, r"warning: 4 records left out that are refused; the first: .*in.jsonl:2: 'text' holds 3")
+        self.assertRegex(told, r"warning: another: .*in.jsonl:3: not valid JSON")
+        self.assertRegex(told, r"warning: another: .*in.jsonl:5: 'text' holds null")
+        self.assertEqual(told.count("another:"), 2)
+        records = "[" + ",".join(line for line in lines.splitlines() if line and line != "wrong") + "]"
+        told = self.tokenize(tokenizer, records, "--skip-refused", "--as", "json")
+        self.assertEqual(self.tokens(tokenizer)[0], ["a", "</s>", "b", "</s>", "c", "</s>"])
+        self.assertRegex(told, r"warning: 3 records left out .* the first: .*in.jsonl, record 1: 'text' holds 3")
+        # In all pieces of a file, whichever process reads them.
+        many = '{"text": "ab"}\n' * 600_000 + "wrong\n"
+        for processes in (1, 2):
+            told = self.tokenize(tokenizer, many, "--skip-refused", "--processes", str(processes))
+            self.assertRegex(told, r"1 records left out that are refused; it: .*in.jsonl:600001: not valid JSON")
+        told = self.tokenize(tokenizer, "wrong\nbad\n", "--skip-refused", status=3)
+        self.assertIn("2 records left out", told)
+        self.assertIn("no text in 1 files", told)
+        # A file that is wrong as a whole is no record.
+        self.assertIn("not valid JSON", self.tokenize(tokenizer, "[1, 2", "--skip-refused", "--as", "json", status=3))
+
+    def test_a_vocabulary_of_what_is_not_refused(self):
+        (self.dir / "in.jsonl").write_text('{"text": "one two"}\nwrong\n' * 20)
+        for more in ((), ("--out", self.dir / "out.h5")):
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "data/tokenize.py"), "--tokenizer", self.dir / "new.json", "--train-vocab",
+                 "260", "--force", "--skip-refused", self.dir / "in.jsonl", *more], text=True, capture_output=True,
+                timeout=120, check=False)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(done.stderr.count("20 records left out"), 1, done.stderr)
+
+    def test_conversations_that_are_refused_can_be_left_out(self):
+        tokenizer = PREFIXED["none"][0]
+        talks = "".join(json.dumps({"messages": turns}) + "\n" for turns in (TALK, TALK[:1], TALK))
+        told = self.tokenize(tokenizer, talks, "--skip-refused", "--chat", "--template", "alpaca")
+        self.assertIn("in.jsonl:2: has no turn of the assistant", told)
+        self.assertEqual(self.tokens(tokenizer)[0].count("</s>"), 2)
+
     def test_what_the_tokenizer_does_not_know_is_counted(self):
         lines = '{"text": "a0b"}\n{"text": "a\\u6f22"}\n'
         told = self.tokenize(PREFIXED["none"][0], lines)
