@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from command_line import BadInput
 from fixed_templates import TEMPLATES, Control
 from model_template import ModelTemplate
-from text_documents import CONTROL, NOTHING, TEXT, Choices, text_in
+from text_documents import CONTROL, NOTHING, TEXT, Choices, Reading
 
 FORMS = {name: (lambda _, template=template: template) for name, template in TEMPLATES.items()}
 FORMS["model"] = ModelTemplate
@@ -28,35 +28,6 @@ class Talk:
     tools: list | None = None
     unread: list = field(default_factory=list)  # names of what the record says that a template has no place for
     parts: list = field(default_factory=list)   # (text or control token, whether it counts)
-
-
-def text_of_parts(content):
-    """A content that is a list of parts as one text, where all of them are texts."""
-    texts = isinstance(content, list) and content and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content)
-    return "".join(part["text"] for part in content) if texts else content
-
-
-class Reading:
-    """Texts of one record, and how many invalid characters were replaced in them."""
-
-    def __init__(self, path, place, choices):
-        self.path, self.place, self.choices, self.replaced = path, place, choices, 0
-
-    def text(self, value, name):
-        text, replaced = text_in(text_of_parts(value), name, self.path, self.place, self.choices)
-        self.replaced += replaced
-        return text
-
-    def texts(self, value, name):
-        """A JSON value, of which every text is read so."""
-        if isinstance(value, str):
-            return self.text(value, name)
-        if isinstance(value, list):
-            return [self.texts(one, name) for one in value]
-        if isinstance(value, dict):
-            return {self.text(key, name): self.texts(one, name) for key, one in value.items()}
-        return value
 
 
 @dataclass

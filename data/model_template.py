@@ -114,7 +114,7 @@ class ModelTemplate:
                 if key != "weight" and (key == "content" or value is not None)}
         if "tool_calls" in kept:
             kept["tool_calls"] = with_objects(kept["tool_calls"])
-            kept.setdefault("content", None)
+        kept.setdefault("content", None)
         if kept["content"] is not None or not kept.get("tool_calls"):
             kept["content"] = reading.text(kept["content"], name)
         return reading.texts(kept, name), []

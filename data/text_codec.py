@@ -5,8 +5,9 @@ One JSON object a line on standard input, its answer a line on standard output:
 
     {"encode": TEXT}      {"tokens": [...]}     with what the tokenizer puts before a text or behind it; text that
                                                 spells a control token is that token
-    {"chat": [...]}       {"tokens": [...]}     of turns, {"role": ..., "content": TEXT} each, as the chat template
-                                                beside the tokenizer lays them out, up to where the answer begins
+    {"chat": {...}}       {"tokens": [...]}     of "messages", turns of {"role": ..., "content": TEXT}, and perhaps
+                                                "tools", as the chat template beside the tokenizer lays them out, up
+                                                to where the answer begins
     {"decode": [...]}     {"text": TEXT}        without control tokens
     {"classes": N}        {"names": [...], "classes": [...]}  of each of the tokens 0..N-1 the place of its class
 
@@ -29,6 +30,8 @@ from pathlib import Path  # noqa: E402
 
 from chat_template import ChatTemplate  # noqa: E402
 from command_line import BadInput, BadUsage, run_tool, words_of  # noqa: E402
+from model_template import ModelTemplate  # noqa: E402
+from text_documents import Choices, Reading  # noqa: E402
 from tokenizer_file import load_tokenizer  # noqa: E402
 
 
@@ -74,11 +77,19 @@ def template_in(folder):
     return ChatTemplate(folder)
 
 
+def turns_and_tools(chat):
+    """What a template is given of a conversation, as when one is learned."""
+    reading, turns = Reading("messages", "", Choices()), []
+    for i, turn in enumerate(chat["messages"]):
+        turns.append(ModelTemplate.turn(turn, f"turn {i}", reading, f"content of turn {i}")[0])
+    return turns, ModelTemplate.tools(chat.get("tools"), "tools", reading)[0]
+
+
 def answer(tokenizer, folder, request):
     if "encode" in request:
         return {"tokens": tokenizer.encode(request["encode"]).ids}
     if "chat" in request:  # the template writes what begins a text
-        text = template_in(folder).render(request["chat"])
+        text = template_in(folder).render(*turns_and_tools(request["chat"]))
         return {"tokens": tokenizer.encode(text, add_special_tokens=False).ids}
     if "decode" in request:
         return {"text": tokenizer.decode(request["decode"], skip_special_tokens=True)}

@@ -73,15 +73,16 @@ void check(const GenerateArguments& a) {
 // The text of a user as a chat of one turn.
 std::string one_turn(const std::string& text) {
   const auto turn = nlohmann::json{{"role", "user"}, {"content", text}};
-  return nlohmann::json::array({turn}).dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+  const nlohmann::json chat{{"messages", nlohmann::json::array({turn})}};
+  return chat.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
 }
 
 std::vector<Prompt> prompts_of(const GenerateArguments& a, Speaker& speaker) {
   const Encode encode{[&](const std::string& text) {
-                        return a.chat ? speaker.tokenizer().encode_turns(one_turn(text))
+                        return a.chat ? speaker.tokenizer().encode_chat(one_turn(text))
                                       : speaker.tokenizer().encode(text);
                       },
-                      [&](const std::string& turns) { return speaker.tokenizer().encode_turns(turns); }};
+                      [&](const std::string& chat) { return speaker.tokenizer().encode_chat(chat); }};
   if (!a.batch.empty()) return read_prompts(a.batch, encode);
   return {{a.tokens.empty() ? encode.text(a.prompt) : a.tokens, 0}};
 }

@@ -14,18 +14,27 @@ namespace {
 
 constexpr std::uint64_t kFileLimit = std::uint64_t{1} << 30;
 
-// A template that gets something else writes what it finds of it, and an answer to that comes without a word.
+// A template that gets something else writes what it finds of it, and an answer to that comes without a word. A content
+// may be a list of texts, and none where a turn calls a tool: the codec says what is wrong with those.
 void check_turns(const nlohmann::json& turns, const std::string& where) {
-  const auto is_text = [](const nlohmann::json& turn, const char* key) {
-    const auto found = turn.find(key);
-    return found != turn.end() && found->is_string();
-  };
-  const auto is_turn = [&](const nlohmann::json& turn) {
-    return turn.is_object() && is_text(turn, "role") && is_text(turn, "content");
+  const auto is_turn = [](const nlohmann::json& turn) {
+    if (!turn.is_object() || !turn.contains("role") || !turn["role"].is_string()) return false;
+    if (turn.contains("tool_calls") && turn["tool_calls"].is_array()) return true;
+    return turn.contains("content") && (turn["content"].is_string() || turn["content"].is_array());
   };
   if (!turns.is_array() || turns.empty() || !std::all_of(turns.begin(), turns.end(), is_turn))
     fail(ExitCode::kBadInput,
          "{}: messages: expected a list of turns, {{\"role\": \"user\", \"content\": TEXT}} each", where);
+}
+
+// With the line in the words of what is wrong.
+template <class Body>
+auto at(const std::string& where, Body&& body) {
+  try {
+    return body();
+  } catch (const Error& e) {
+    throw Error(e.code(), fmt::format("{}: {}", where, e.what()));
+  }
 }
 
 std::vector<std::int32_t> tokens_of(const std::string& line, const std::string& where, const Encode& encode) {
@@ -39,11 +48,12 @@ std::vector<std::int32_t> tokens_of(const std::string& line, const std::string& 
   const auto words = object.text("prompt", text);
   const auto numbers = object.integers("tokens", 0, std::numeric_limits<std::int32_t>::max());
   problems.throw_if_any(ExitCode::kBadInput, where);
-  if (words) return encode.text(*words);
+  if (words) return at(where, [&] { return encode.text(*words); });
   if (turns) {
-    const std::string messages = object.as_text("messages");
-    check_turns(nlohmann::json::parse(messages), where);
-    return encode.turns(messages);
+    nlohmann::json chat{{"messages", nlohmann::json::parse(object.as_text("messages"))}};
+    check_turns(chat["messages"], where);
+    if (object.has("tools")) chat["tools"] = nlohmann::json::parse(object.as_text("tools"));
+    return at(where, [&] { return encode.chat(chat.dump()); });
   }
   return {numbers->begin(), numbers->end()};
 }

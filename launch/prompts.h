@@ -14,11 +14,11 @@ namespace upmoe {
 // Text to tokens; throws where the model has no tokenizer.
 struct Encode {
   std::function<std::vector<std::int32_t>(const std::string& text)> text;
-  std::function<std::vector<std::int32_t>(const std::string& json)> turns;  // of a chat, a JSON list
+  std::function<std::vector<std::int32_t>(const std::string& json)> chat;  // TextCodec::encode_chat
 };
 
-// One prompt a line, an object with "prompt" (text), "messages" (turns of a chat) or "tokens" (numbers); empty lines
-// are left out. Throws Error(kBadInput) with the line.
+// One prompt a line, an object with "prompt" (text), "messages" (turns of a chat, perhaps with "tools") or "tokens"
+// (numbers); empty lines are left out. Throws Error(kBadInput) with the line.
 std::vector<Prompt> read_prompts(const std::filesystem::path& path, const Encode& encode);
 
 // Those of rank 0, on every rank. Collective.

@@ -104,8 +104,8 @@ std::vector<std::int32_t> TextCodec::encode(const std::string& text) {
       .get<std::vector<std::int32_t>>();
 }
 
-std::vector<std::int32_t> TextCodec::encode_turns(const std::string& turns) {
-  return read_answer(ask(question_of("chat", nlohmann::json::parse(turns))), tokenizer_.string())
+std::vector<std::int32_t> TextCodec::encode_chat(const std::string& chat) {
+  return read_answer(ask(question_of("chat", nlohmann::json::parse(chat))), tokenizer_.string())
       .at("tokens")
       .get<std::vector<std::int32_t>>();
 }

@@ -22,8 +22,9 @@ class TextCodec {
 
   // Throw Error(kBadInput) with the tokenizer's words.
   std::vector<std::int32_t> encode(const std::string& text);
-  // Of turns, a JSON list of {"role": ..., "content": TEXT}, by the model's chat template, up to the answer.
-  std::vector<std::int32_t> encode_turns(const std::string& turns);
+  // Of a JSON object with "messages", a list of {"role": ..., "content": TEXT}, and perhaps "tools", by the model's
+  // chat template, up to the answer.
+  std::vector<std::int32_t> encode_chat(const std::string& chat);
   std::string decode(std::span<const std::int32_t> tokens);
   // What the first `vocab` tokens are made of: letters, digits and so on. The last of the names is for what is none of
   // the others.

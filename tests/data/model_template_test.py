@@ -99,7 +99,7 @@ class ModelTemplateTest(unittest.TestCase):
             self.spelt(model, {"messages": TALK})
             tokens, mask = self.read(model)[:2]
             begins = [i for i, counts in enumerate(mask) if counts and not mask[i - 1]]
-            asked = [json.dumps({"chat": TALK[:i]}) for i in (1, 3)]
+            asked = [json.dumps({"chat": {"messages": TALK[:i]}}) for i in (1, 3)]
             done = subprocess.run([sys.executable, str(ROOT / "data/text_codec.py"), str(model / "tokenizer.json")],
                                   input="\n".join(asked), text=True, capture_output=True, timeout=60, check=True)
             self.assertEqual([tokens[:begin] for begin in begins],

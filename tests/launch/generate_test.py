@@ -143,6 +143,19 @@ class Generate(cli_test.CliTest):
             (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
             self.assertEqual(self.answers("--prompt", "w3 w1", "--chat", *more)[0]["tokens"],
                              self.answers("--tokens", "6,7", *more)[0]["tokens"])
+            # Tools and calls of them, whose arguments are an object in either form.
+            template = ("{{ tools[0].name }} {% for m in messages %}"
+                        "{{ m.content or m.tool_calls[0].arguments.a }} {% endfor %}")
+            (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+            turns = [{"role": "user", "content": [{"type": "text", "text": "w3"}]},
+                     {"role": "assistant", "tool_calls": [{"arguments": '{"a": "w4"}'}]},
+                     {"role": "tool", "content": "w5"}]
+            batch = self.write_batch(json.dumps({"messages": turns, "tools": [{"name": "w9"}]}))
+            self.assertEqual(self.answers("--batch", batch, *more)[0]["tokens"],
+                             self.answers("--tokens", "9,3,4,5", *more)[0]["tokens"])
+            turns[0]["content"] = [{"type": "image"}]
+            batch = self.write_batch('{"prompt": "w3"}', json.dumps({"messages": turns}))
+            self.refused(3, ["line 2: messages: 'content of turn 0' holds"], "generate", self.model, "--batch", batch)
             for wrong, words in (("{{ raise_exception('only one turn') }}", "only one turn"), ("{% if %}", "refuses"),
                                  (None, "no chat template")):
                 (self.model / "tokenizer_config.json").write_text(json.dumps({"chat_template": wrong}))
