@@ -167,13 +167,18 @@ void Progress::track(std::uint64_t sequence, std::shared_ptr<gpu::Event> done) {
   if (under_way_.size() == 1) changed_.notify_all();
 }
 
-void Progress::require_sound() {
-  const std::lock_guard lock(mutex_);
-  if (!failure_.empty()) throw Error(ExitCode::kCommunicator, failure_);
+void Progress::while_sound(const std::function<void()>& calls) {
+  const std::lock_guard calling(calling_);
+  {
+    const std::lock_guard lock(mutex_);
+    if (!failure_.empty()) throw Error(ExitCode::kCommunicator, failure_);
+  }
+  calls();
 }
 
 void Progress::abort_all() noexcept {
-  const std::lock_guard lock(mutex_);
+  const std::scoped_lock lock(calling_, mutex_);
+  if (failure_.empty()) failure_ = "this rank has given up its channels";
   abort_locked();
 }
 
@@ -184,23 +189,25 @@ void Progress::abort_locked() noexcept {
 
 void Progress::watch() {
   std::unique_lock lock(mutex_);
-  try {
-    gpu::use(device_);
-    while (!stop_) {
-      // Events are polled: a callback on the stream may not call CUDA, and would be one more launch for every verb.
-      changed_.wait_for(lock, under_way_.empty() ? milliseconds(50) : milliseconds(2));
+  const auto find = [&] {
+    try {
+      gpu::use(device_);
       retire();
-      // It was told once, by a handler that let the process live; finished verbs are retired still.
-      if (!failure_.empty()) continue;
-      failure_ = find_error();
-      if (failure_.empty()) continue;
-      tell(failure_);
-      abort_locked();
+      return failure_.empty() ? find_error() : std::string();
+    } catch (const Error& e) {  // of the device; the rank's own thread meets it as well, if it still can
+      return std::string(e.what());
     }
-  } catch (const Error& e) {  // of the device; the rank's own thread meets it as well, if it still can
-    failure_ = e.what();
-    tell(failure_);
-    abort_locked();
+  };
+  while (!stop_) {
+    // Events are polled: a callback on the stream may not call CUDA, and would be one more launch for every verb.
+    changed_.wait_for(lock, under_way_.empty() ? milliseconds(50) : milliseconds(2));
+    if (const std::string found = find(); failure_.empty() && !found.empty()) {
+      failure_ = found;
+      tell(failure_);
+    }
+    if (failure_.empty()) continue;
+    // It was told once, by a handler that let the process live. Finished verbs are retired still.
+    if (const std::unique_lock calling(calling_, std::try_to_lock); calling.owns_lock()) abort_locked();
   }
 }
 
@@ -250,16 +257,24 @@ Channel::~Channel() {
 //
 // The verb is under way until `done` has passed, which the thread of Progress sees and tells the watchdog.
 Pending Channel::run(const char* verb, Stream* compute, const Calls& calls) {
-  progress_->require_sound();
-  const std::uint64_t sequence = watchdog::enter(verb, ExitCode::kCommunicator);
-  watchdog::waiting_for(sequence, "ranks " + ranks_);
-  ready_.record(*compute);
-  ready_.hold(*stream_);
-  calls(comm_, *stream_);
   auto done = std::make_shared<gpu::Event>();
-  done->record(*stream_);
-  progress_->track(sequence, done);
+  progress_->while_sound([&] {
+    const std::uint64_t sequence = watchdog::enter(verb, ExitCode::kCommunicator);
+    watchdog::waiting_for(sequence, "ranks " + ranks_);
+    ready_.record(*compute);
+    ready_.hold(*stream_);
+    calls(comm_, *stream_);
+    done->record(*stream_);
+    progress_->track(sequence, done);
+  });
   return Pending([done, compute] { done->hold(*compute); });
+}
+
+Comm Channel::split(bool alone, int color, int key) {
+  stream_->synchronize();
+  Comm child = nullptr;
+  progress_->while_sound([&] { child = nccl::split(comm_, alone, color, key); });
+  return child;
 }
 
 }  // namespace upmoe::nccl

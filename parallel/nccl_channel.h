@@ -62,7 +62,10 @@ class Progress {
   bool remove(Comm comm);
   // A verb that the watchdog was told of is done when `done` has passed.
   void track(std::uint64_t sequence, std::shared_ptr<gpu::Event> done);
-  void require_sound();  // throws what was found
+  // Calls of NCCL with channels of this rank, by its thread: none is aborted, and so gone, before they return. Throws
+  // what was found before.
+  void while_sound(const std::function<void()>& calls);
+  // By the rank's thread, outside of such calls. Later ones throw.
   void abort_all() noexcept;
 
  private:
@@ -76,6 +79,7 @@ class Progress {
   void abort_locked() noexcept;
 
   int device_;
+  std::mutex calling_;  // held while the rank's thread calls NCCL; never waited for with mutex_
   std::mutex mutex_;
   std::condition_variable changed_;
   std::map<Comm, std::string> comms_;  // and the ranks of each, in words
@@ -97,7 +101,8 @@ class Channel {
   Channel(const Channel&) = delete;
   // Does `calls` behind what `compute` has been given so far; the Pending's wait() holds `compute`, not the host.
   Pending run(const char* verb, Stream* compute, const Calls& calls);
-  Comm comm() const { return comm_; }
+  // Collective over its ranks: nccl::split, when nothing of the channel's is under way any more.
+  Comm split(bool alone, int color, int key);
   Stream& stream() { return *stream_; }
   const std::string& ranks() const { return ranks_; }
 

@@ -58,8 +58,7 @@ class NcclCommunicator final : public Communicator {
     std::vector<std::int64_t> ranks = world_ranks(*child, ranks_[static_cast<std::size_t>(rank())]);
     std::unique_ptr<nccl::Channel> channel;
     if (channel_ != nullptr) {
-      channel_->stream().synchronize();  // nothing of the parent's is under way while NCCL splits it
-      const nccl::Comm comm = nccl::split(channel_->comm(), child->size() == 1, color, key);
+      const nccl::Comm comm = channel_->split(child->size() == 1, color, key);
       if (comm != nullptr) channel = std::make_unique<nccl::Channel>(progress_, comm, in_words(ranks));
     }
     return std::make_unique<NcclCommunicator>(std::move(child), progress_, std::move(channel),

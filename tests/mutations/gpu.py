@@ -13,6 +13,9 @@ TOLD_SHARES = """  if (threadIdx.x < static_cast<unsigned>(r.blocks)) {
 """
 
 MUTANTS = {
+    "a_channel_goes_while_it_is_called": (
+        "parallel/nccl_channel.cpp", "calling(calling_, std::try_to_lock); calling.owns_lock())",
+        "calling(calling_, std::try_to_lock); true)", "Nccl.NoChannel*", "nccl_test"),
     "nccl_operations_begin_in_any_order": (
         "parallel/nccl_channel.cpp", 'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0)',
         'setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0", 0)', "*OneOrder", "nccl_test"),

@@ -73,6 +73,7 @@ namespace {
 
 std::mutex worlds_mutex;
 std::map<std::uint64_t, std::shared_ptr<Clique>> worlds;  // by the number in the id
+std::set<ncclComm_t> alive;
 std::uint64_t next_world = 1;
 std::vector<fake_cuda::NcclCall> calls;
 
@@ -86,6 +87,20 @@ struct Call {
 };
 thread_local int group_depth = 0;
 thread_local std::vector<Call> grouped;
+
+ncclComm_t born(std::shared_ptr<Clique> clique, int rank) {
+  const std::lock_guard lock(worlds_mutex);
+  return *alive.insert(new ncclComm(std::move(clique), rank)).first;
+}
+// False: it had been already, or never lived. NCCL itself may say so, or break.
+bool die(ncclComm_t comm) {
+  const std::lock_guard lock(worlds_mutex);
+  return alive.erase(comm) > 0;
+}
+bool is_alive(ncclComm_t comm) {
+  const std::lock_guard lock(worlds_mutex);
+  return alive.contains(comm);
+}
 
 void note(const char* name, ncclComm_t comm, int peer, std::size_t bytes) {
   const std::lock_guard lock(worlds_mutex);
@@ -127,6 +142,7 @@ void exchange(const std::vector<Message>& messages, const std::shared_ptr<Clique
 
 ncclResult_t start(const Call& call) {
   ncclComm_t c = call.comm;
+  if (!is_alive(c)) return ncclInvalidArgument;
   // The communicator's operations have one order because they have one stream.
   if (c->stream != nullptr && c->stream != call.stream) return ncclInvalidUsage;
   c->stream = call.stream;
@@ -219,10 +235,11 @@ ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId id, int 
   ++clique->arrived;
   clique->changed.notify_all();
   clique->changed.wait(lock, [&] { return clique->arrived == ranks; });
-  *comm = new ncclComm(clique, rank);
+  *comm = born(clique, rank);
   return ncclSuccess;
 }
 ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* child, ncclConfig_t*) {
+  if (!is_alive(comm)) return ncclInvalidArgument;
   if (const ncclResult_t e = planned("ncclCommSplit"); e != ncclSuccess) return e;
   Clique& c = *comm->clique;
   std::unique_lock lock(c.mutex);
@@ -239,7 +256,7 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* chil
     auto& clique = c.children[color];
     if (clique == nullptr) clique = std::make_shared<Clique>(static_cast<int>(members.size()));
     const auto me = std::find(members.begin(), members.end(), std::pair(key, comm->rank));
-    *child = new ncclComm(clique, static_cast<int>(me - members.begin()));
+    *child = born(clique, static_cast<int>(me - members.begin()));
   }
   if (++c.served == c.size) {
     c.wishes.clear();
@@ -252,22 +269,28 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* chil
   return ncclSuccess;
 }
 ncclResult_t ncclCommDestroy(ncclComm_t comm) {
+  if (!die(comm)) return ncclInvalidArgument;
   if (comm->stream != nullptr) cudaStreamSynchronize(comm->stream);
   delete comm;
   return ncclSuccess;
 }
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
+  if (!die(comm)) return ncclInvalidArgument;
   {
-    const std::lock_guard lock(comm->clique->mutex);
-    comm->clique->gone.insert(comm->rank);
+    Clique& clique = *comm->clique;
+    const std::lock_guard lock(clique.mutex);
+    clique.gone.insert(comm->rank);
     *comm->aborted = true;
-    comm->clique->changed.notify_all();
+    // Its memory may go now: nobody looks there any more.
+    std::erase_if(clique.shown, [&](const auto& shown) { return shown.first[2] == number(comm->rank); });
+    clique.changed.notify_all();
   }
   places.look_again();
   delete comm;
   return ncclSuccess;
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
+  if (!is_alive(comm)) return ncclInvalidArgument;
   *error = static_cast<ncclResult_t>(comm->error->load());
   if (*error == ncclSuccess) *error = planned("async error");
   return planned("ncclCommGetAsyncError");
@@ -287,7 +310,8 @@ ncclResult_t ncclGroupEnd() {
 }
 ncclResult_t ncclSend(const void* data, std::size_t count, ncclDataType_t, int peer, ncclComm_t comm,
                       cudaStream_t stream) {
-  if (peer < 0 || peer >= comm->clique->size || data == nullptr) return ncclInvalidArgument;
+  if (!is_alive(comm) || peer < 0 || peer >= comm->clique->size || data == nullptr)
+    return ncclInvalidArgument;
   if (const ncclResult_t e = planned("ncclSend"); e != ncclSuccess) return e;
   note("ncclSend", comm, peer, count);
   return give({comm,
@@ -300,7 +324,8 @@ ncclResult_t ncclSend(const void* data, std::size_t count, ncclDataType_t, int p
 }
 ncclResult_t ncclRecv(void* data, std::size_t count, ncclDataType_t, int peer, ncclComm_t comm,
                       cudaStream_t stream) {
-  if (peer < 0 || peer >= comm->clique->size || data == nullptr) return ncclInvalidArgument;
+  if (!is_alive(comm) || peer < 0 || peer >= comm->clique->size || data == nullptr)
+    return ncclInvalidArgument;
   if (const ncclResult_t e = planned("ncclRecv"); e != ncclSuccess) return e;
   note("ncclRecv", comm, peer, count);
   return give({comm,
@@ -313,6 +338,7 @@ ncclResult_t ncclRecv(void* data, std::size_t count, ncclDataType_t, int peer, n
 }
 ncclResult_t ncclAllGather(const void* data, void* out, std::size_t count, ncclDataType_t, ncclComm_t comm,
                            cudaStream_t stream) {
+  if (!is_alive(comm)) return ncclInvalidArgument;
   if (const ncclResult_t e = planned("ncclAllGather"); e != ncclSuccess) return e;
   note("ncclAllGather", comm, -1, count);
   const std::uint64_t operation = comm->collectives++;
@@ -337,7 +363,7 @@ ncclResult_t ncclAllGather(const void* data, void* out, std::size_t count, ncclD
 }
 ncclResult_t ncclBroadcast(const void* data, void* out, std::size_t count, ncclDataType_t, int root,
                            ncclComm_t comm, cudaStream_t stream) {
-  if (root < 0 || root >= comm->clique->size) return ncclInvalidArgument;
+  if (!is_alive(comm) || root < 0 || root >= comm->clique->size) return ncclInvalidArgument;
   if (const ncclResult_t e = planned("ncclBroadcast"); e != ncclSuccess) return e;
   note("ncclBroadcast", comm, root, count);
   const std::uint64_t operation = comm->collectives++;
