@@ -62,21 +62,32 @@ class Names:
             stops |= {speller.tokenizer.id_to_token(one) for one in (ids if isinstance(ids, list) else [ids])
                       if isinstance(one, int)}
         self.stops = sorted(name for name in stops if name and speller.token(name) is not None)
-        added = speller.tokenizer.get_added_tokens_decoder().values()
-        self.controls = sorted({token.content for token in added if token.special} | set(self.stops),
-                               key=lambda name: (-len(name), name))
-        self.pattern = re.compile("(" + "|".join(map(re.escape, self.controls)) + ")")
+        added = {token.content: token for token in speller.tokenizer.get_added_tokens_decoder().values()}
+        controls = {name for name, token in added.items() if token.special} | set(self.stops)
+        self.controls = sorted(controls, key=lambda name: (-len(name), name))  # the longest that fits is meant
+        self.pattern = re.compile("|".join(self.written(name, added.get(name)) for name in self.controls))
+
+    @staticmethod
+    def written(name, token):
+        """How a text has it: some tokens take blanks and line ends beside them along."""
+        before, behind = (r"\s*" if getattr(token, side, False) else "" for side in ("lstrip", "rstrip"))
+        return f"{before}({re.escape(name)}){behind}"
 
     def split(self, text):
-        """(text or name of a control token, whether it is one), longest names first."""
-        for i, part in enumerate(self.pattern.split(text)):
-            if part:
-                yield part, i % 2 == 1
+        """(text or name of a control token, whether it is one)"""
+        done = 0
+        for found in self.pattern.finditer(text):
+            if found.start() > done:
+                yield text[done:found.start()], False
+            yield found[found.lastindex], True
+            done = found.end()
+        if done < len(text):
+            yield text[done:], False
 
     def end_of_answer(self, text, begin):
         """Behind the first token that ends an answer, or None."""
         for found in self.pattern.finditer(text, begin):
-            if found[0] in self.stops:
+            if found[found.lastindex] in self.stops:
                 return found.end()
         return None
 
@@ -170,5 +181,6 @@ class ModelTemplate:
             found = next(filter(None, map(self.names.pattern.search, texts_in(value))), None)
             if found:
                 whose = "'tools' spell" if i + 1 == len(values) else f"turn {i} spells"
-                raise BadInput(f"{where}: {whose} the control token {found[0]}, which the model's template could not "
-                               "tell from its own; take it out, or have it read as that token: --parse-special")
+                raise BadInput(f"{where}: {whose} the control token {found[found.lastindex]}, which the model's "
+                               "template could not tell from its own; take it out, or have it read as that token: "
+                               "--parse-special")

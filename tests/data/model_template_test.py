@@ -88,13 +88,16 @@ class ModelTemplateTest(unittest.TestCase):
                 ("calls", {"messages": CALLING, "tools": TOOLS},
                  f"{tools}{chatml(TALK[:1])}\n<|im_start|>assistant\n{call}\n<|im_start|>tool\n4<|im_end|>\n"
                  f"{chatml(TALK[1:2])}\n", f"{call}four<|im_end|>"),
+                ("taking", {"messages": TALK},
+                 "".join(f"<|{turn['role']}|>{turn['content']}<|end|>" for turn in TALK),
+                 "four<|end|>seven, I think<|end|>"),
                 ("open", {"messages": TALK}, "Q: two and two?\nA: four</s>Q: and three?\nA: seven, I think",
                  " four</s> seven, I think<|endoftext|>")):
             with self.subTest(kind):
                 self.assertEqual(self.spelt(self.model(kind), record), (whole + "<|endoftext|>", counted))
 
     def test_prompts_are_those_that_the_model_will_be_asked_with(self):
-        for kind in ("headers", "marked", "brackets", "thoughts"):
+        for kind in ("headers", "marked", "brackets", "thoughts", "taking"):
             model = self.model(kind)
             self.spelt(model, {"messages": TALK})
             tokens, mask = self.read(model)[:2]

@@ -1,5 +1,7 @@
 """Chat templates of the kinds that published models have, each with the tokens that it needs and conversations."""
 
+import tokenizers
+
 HEADERS = """{{ bos_token }}{% for message in messages %}
 {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
 {%- endfor %}
@@ -50,6 +52,15 @@ OPEN = """{% for message in messages %}
 {%- if message.role == 'user' %}{{ 'Q: ' + message.content + '\\nA:' }}
 {%- else %}{{ ' ' + message.content }}{% if not loop.last %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"""
 
+# Tokens that take what is blank beside them along.
+TAKING = """{% for message in messages %}{{ '<|' + message.role + '|>\n' + message.content + ' <|end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+
+def taking(name, **sides):
+    return tokenizers.AddedToken(name, special=True, normalized=False, **sides)
+
+
 # name: template, control tokens, the token that ends answers
 TEMPLATES = {
     "headers": (HEADERS, ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
@@ -57,6 +68,8 @@ TEMPLATES = {
     "brackets": (BRACKETS, ["<|begin|>", "[INST]", "[/INST]", "</s>"], "</s>"),
     "thoughts": (THOUGHTS, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     "calls": (CALLS, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
+    "taking": (TAKING, [taking("<|user|>", rstrip=True), taking("<|assistant|>", rstrip=True),
+                        taking("<|end|>", rstrip=True, lstrip=True)], "<|end|>"),
     "open": (OPEN, ["</s>"], "</s>"),
 }
 BEGIN = "<|begin|>"
