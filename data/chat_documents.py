@@ -48,6 +48,12 @@ class ChatChoices(Choices):
         return [TOOLS]
 
     def document_of(self, record, path, place):
+        try:
+            return self.talk_of(record, path, place)
+        except RecursionError:
+            raise BadInput(f"{path}{place}: nested too deeply") from None
+
+    def talk_of(self, record, path, place):
         if not isinstance(record, dict) or self.key not in record:
             keys = ", ".join(map(str, list(record)[:8])) if isinstance(record, dict) else "none"
             raise BadInput(f"{path}{place}: expected an object with a list of turns under '{self.key}', its keys are: "

@@ -7,17 +7,7 @@ import json
 from command_line import BadInput, BadUsage, missing_package
 
 TOOL_USE = "tool_use"  # of several templates the one for conversations with tools, as in transformers
-
-
-def settings_of(path):
-    """What a JSON file beside a tokenizer says; nothing where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as e:
-        raise BadInput(f"{path}: not JSON: {e}") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: expected a JSON object")
-    return found
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def text_of_file(path):
@@ -27,21 +17,38 @@ def text_of_file(path):
         raise BadInput(f"{path}: not UTF-8: {e.reason}") from None
 
 
-def named(templates):
+def settings_of(path):
+    """What a JSON file beside a tokenizer says; nothing where there is none."""
+    try:
+        found = json.loads(text_of_file(path)) if path.exists() else {}
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: expected a JSON object")
+    return found
+
+
+def text_of_token(token, where):
+    """A token's text, which settings give alone or with its traits; None of none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise BadInput(f"{where}: expected a token's text, found {json.dumps(token)[:40]}")
+    return text
+
+
+def named(templates, path):
     """What tokenizer_config.json gives as chat_template, one or several, by name."""
     if isinstance(templates, list):
-        return {one.get("name"): one.get("template") for one in templates if isinstance(one, dict)}
+        if not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in templates):
+            raise BadInput(f"{path}: chat_template: expected a text, or objects with 'name' and 'template'")
+        return {one["name"]: one.get("template") for one in templates}
     return templates if isinstance(templates, dict) else {"default": templates}
-
-
-def text_of_token(token):
-    """A token's text, which tokenizer_config.json gives alone or with its traits."""
-    return token.get("content") if isinstance(token, dict) else token or ""
 
 
 def sandbox(now):
     """Where templates run: Jinja without access to Python, with the names that they ask for."""
     import jinja2
+    from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -50,8 +57,12 @@ def sandbox(now):
         tags = {"generation"}
 
         def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
+
+        def _as_it_is(self, caller):
+            return caller()
 
     def refuse(words):
         raise jinja2.TemplateError(words)
@@ -68,11 +79,10 @@ class ChatTemplate:
     """That of a folder; every conversation is laid out at one and the same time of day, that of its making."""
 
     def __init__(self, folder):
-        self.folder, self.now = folder, datetime.datetime.now()
-        config = folder / "tokenizer_config.json"
+        self.folder, self.now, self.compiled = folder, datetime.datetime.now(), {}
+        config, alone = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         self.settings = settings_of(config)
-        alone = folder / "chat_template.jinja"
-        self.texts = named(self.settings.get("chat_template"))
+        self.texts = named(self.settings.get("chat_template"), config)
         for path in (folder / "additional_chat_templates").glob("*.jinja"):
             self.texts[path.stem] = text_of_file(path)
         if alone.exists():
@@ -80,17 +90,23 @@ class ChatTemplate:
         if not isinstance(self.texts.get("default"), str):
             raise BadInput(f"{folder}: no chat template, neither {alone.name} nor chat_template in {config.name}")
 
+    @functools.cached_property
     def special_tokens(self):
-        return {name: text_of_token(self.settings.get(name))
-                for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        """Texts by the names that templates have for them; of those that there are."""
+        more = self.settings.get("extra_special_tokens")
+        found = {}
+        for path, settings in ((self.folder / "special_tokens_map.json", None),
+                               (self.folder / "tokenizer_config.json", self.settings)):
+            settings = settings_of(path) if settings is None else settings
+            given = {name: settings.get(name) for name in SPECIAL} | (
+                more if settings is self.settings and isinstance(more, dict) else {})
+            texts = {name: text_of_token(token, f"{path}: {name}") for name, token in given.items()}
+            found |= {name: text for name, text in texts.items() if text is not None}
+        return found
 
     @functools.cached_property
     def sandbox(self):
         return sandbox(self.now)
-
-    @functools.cached_property
-    def compiled(self):
-        return {}  # by name
 
     def render(self, messages, tools=None, answer_begins=True):
         """The turns' text, up to where the next answer begins if so."""
@@ -98,12 +114,13 @@ class ChatTemplate:
             import jinja2
         except ImportError as e:
             raise BadUsage(missing_package(e)) from None
-        name = TOOL_USE if tools and isinstance(self.texts.get(TOOL_USE), str) else "default"
+        name = TOOL_USE if tools is not None and isinstance(self.texts.get(TOOL_USE), str) else "default"
         try:
             if name not in self.compiled:
                 self.compiled[name] = self.sandbox.from_string(self.texts[name])
             return self.compiled[name].render(messages=messages, tools=tools, documents=None,
-                                              add_generation_prompt=answer_begins, **self.special_tokens())
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
+                                              add_generation_prompt=answer_begins, **self.special_tokens)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+                RecursionError) as e:
             # A template is a program, which stumbles over turns that it does not expect with Python's errors, too.
             raise BadInput(f"{self.folder}: its chat template refuses: {' '.join(str(e).split())}") from None

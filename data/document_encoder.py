@@ -121,7 +121,13 @@ class Encoder:
             for document, wrong in documents_of([piece], self.choices, refused):
                 notes["replaced"] += wrong
                 notes.update(("unread", key) for key in self.choices.unread(document))
-                ids, mask = self.encoded(document, piece, eos)
+                try:
+                    ids, mask = self.encoded(document, piece, eos)
+                except BadInput as e:
+                    if refused is None:
+                        raise
+                    refused.add(e)
+                    continue
                 if not ids:
                     notes["tokenless" if document else "empty"] += 1
                     continue

@@ -33,6 +33,7 @@ from command_line import BadInput, BadUsage, run_tool, words_of  # noqa: E402
 from model_template import ModelTemplate  # noqa: E402
 from text_documents import Choices, Reading  # noqa: E402
 from tokenizer_file import load_tokenizer  # noqa: E402
+from tool_calls import as_written  # noqa: E402
 
 
 def load(path):
@@ -89,7 +90,9 @@ def answer(tokenizer, folder, request):
     if "encode" in request:
         return {"tokens": tokenizer.encode(request["encode"]).ids}
     if "chat" in request:  # the template writes what begins a text
-        text = template_in(folder).render(*turns_and_tools(request["chat"]))
+        template = template_in(folder)
+        turns, tools = turns_and_tools(request["chat"])
+        text = template.render(as_written(template, turns, tools), tools)
         return {"tokens": tokenizer.encode(text, add_special_tokens=False).ids}
     if "decode" in request:
         return {"text": tokenizer.decode(request["decode"], skip_special_tokens=True)}
@@ -106,6 +109,9 @@ def main():
         tokenizer = load(path)
         for line in sys.stdin:
             print(json.dumps(answer(tokenizer, path.parent, json.loads(line))), flush=True)
+    except RecursionError:
+        print(json.dumps({"error": "nested too deeply", "status": 3}), flush=True)
+        return 3
     except (BadInput, BadUsage) as e:
         status = 2 if isinstance(e, BadUsage) else 3
         print(json.dumps({"error": str(e), "status": status}), flush=True)

@@ -202,7 +202,7 @@ def tell(notes, tokens, args):
              "cannot tell what it was")
     unread = [f"{key[1]} ({count})" for key, count in sorted(notes.items(), key=str) if key[0] == "unread"]
     if unread:
-        warn(f"of turns 'role', 'content' and 'weight' are read, and not: {', '.join(unread)}")
+        warn(f"of what records say --template {args.template} has no place for: {', '.join(unread)}")
 
 
 def said_beside(args, option):

@@ -18,7 +18,7 @@ from pathlib import Path
 from check_export_in_transformers import ROOT, require_packages, run_tool
 
 sys.path.append(str(ROOT / "tests/support"))
-from chat_templates import BEGIN, CALLING, TALK, TEMPLATES, THINKING, TOOLS  # noqa: E402
+from chat_templates import BEGIN, CALLING, TALK, TEMPLATES, THINKING, TOOLS, add_controls  # noqa: E402
 
 try:  # what --help does without
     import h5py
@@ -29,7 +29,9 @@ except ImportError as missing:
     MISSING = missing
 
 TEXT = "one two three four five six seven\nI think user assistant\n"
-RECORDS = {"thoughts": {"messages": THINKING}, "calls": {"messages": CALLING, "tools": TOOLS}}
+MARKS = [dict(turn, content=turn["content"].replace("and", "<think>and")) for turn in TALK]
+RECORDS = {"marks": {"messages": MARKS}, "thoughts": {"messages": THINKING},
+           "calls": {"messages": CALLING, "tools": TOOLS}}
 
 
 def tokenize(*arguments):
@@ -60,7 +62,7 @@ TOKENIZERS = {"bytes": with_bytes, "a blank first": with_blanks("first"), "a bla
 def write_model(folder, plain, kind):
     template, controls, stop = TEMPLATES[kind]
     tokenizer = tokenizers.Tokenizer.from_str(plain)
-    tokenizer.add_special_tokens(controls)
+    add_controls(tokenizer, controls)
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(

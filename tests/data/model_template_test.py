@@ -42,7 +42,7 @@ class ModelTemplateTest(unittest.TestCase):
         template, controls, stop = chat_templates.TEMPLATES[kind]
         folder = Path(tempfile.mkdtemp(dir=self.dir))
         tokenizer = tokenizers.Tokenizer.from_file(str(self.dir / "plain.json"))
-        tokenizer.add_special_tokens(controls)
+        chat_templates.add_controls(tokenizer, controls)
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(
             {"chat_template": template, "eos_token": stop, "bos_token": {"content": chat_templates.BEGIN}} | settings))
@@ -97,7 +97,7 @@ class ModelTemplateTest(unittest.TestCase):
                 self.assertEqual(self.spelt(self.model(kind), record), (whole + "<|endoftext|>", counted))
 
     def test_prompts_are_those_that_the_model_will_be_asked_with(self):
-        for kind in ("headers", "marked", "brackets", "thoughts", "taking"):
+        for kind in ("headers", "marked", "brackets", "thoughts", "taking", "marks"):
             model = self.model(kind)
             self.spelt(model, {"messages": TALK})
             tokens, mask = self.read(model)[:2]
@@ -184,10 +184,10 @@ class ModelTemplateTest(unittest.TestCase):
         asks = chat_templates.MARKED.replace("{{ '<|im_start|>assistant\\n' }}{% endif",
                                              "{{ '<|im_start|>assistant\\n<think>' }}{% endif")
         words = self.refused(self.model("marked", chat_template=asks), {"messages": TALK})
-        self.assertIn("lays out what stands before turn 1 otherwise once that turn is there", words)
-        # An answer in the middle that no stop ends.
-        words = self.refused(self.model("marked", eos_token="<|endoftext|>"), {"messages": TALK})
-        self.assertIn("turn 1 ends with none of the tokens at which generation ends (<|endoftext|>)", words)
+        self.assertIn("lays out what stands before turn 1 otherwise in the whole conversation", words)
+        # Of an answer that does not count nobody needs to know where it begins.
+        self.assertEqual(self.spelt(self.model("marked", chat_template=asks), {"messages": [
+            TALK[0], dict(TALK[1], weight=0), TALK[2], dict(TALK[3], content="<think>hm")]})[1], "hm<|im_end|>")
         words = self.refused(self.model("calls", chat_template="{{ messages[5].content }}"), {"messages": TALK})
         self.assertIn("refuses", words)
         for wrong, said in (([{"role": ["user"], "content": "a"}], "expected a text as 'role'"),
@@ -199,6 +199,111 @@ class ModelTemplateTest(unittest.TestCase):
         done = self.tokenize(self.model("headers"), [{"messages": TALK}], "--bos", "<|begin|>")
         self.assertEqual(done.returncode, 2)
         self.assertIn("leave --bos out", done.stderr)
+
+    def test_an_answer_ends_where_it_ends_alone(self):
+        """And not at the end of another's turn, which would be learned."""
+        model = self.model("marked", eos_token="<|endoftext|>")
+        for talk in (TALK, TALK[:3], TALK[:2]):
+            words = self.refused(model, {"messages": talk})
+            self.assertIn("turn 1 ends with none of the tokens at which generation ends (<|endoftext|>)", words)
+            self.assertIn("behind its beginning stand <|im_end|>", words)
+        # Calls end otherwise than answers, and both are named.
+        ends = chat_templates.CALLS.replace("'</call>' }}\n{%- endfor %}{{ '<|im_end|>\\n' }}",
+                                            "'</call>' }}\n{%- endfor %}{{ '<|im_end|>\\n' if not message.tool_calls "
+                                            "else '<|im_start|>' }}")
+        self.assertNotEqual(ends, chat_templates.CALLS)
+        record = {"messages": CALLING, "tools": TOOLS}
+        model = self.model("calls", chat_template=ends)
+        self.assertIn("behind its beginning stand <|im_start|>", self.refused(model, record))
+        numbers = [tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")).token_to_id(name)
+                   for name in ("<|im_start|>", "<|im_end|>")]
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": numbers}))
+        self.assertEqual(self.spelt(model, record)[1], '<call>add({"a": 2, "b": 2})</call><|im_start|>four<|im_end|>')
+        # A template that closes whatever it is given.
+        always = chat_templates.MARKED + "{{ '<|endoftext|>' if not add_generation_prompt }}"
+        model = self.model("marked", chat_template=always, eos_token="<|endoftext|>")
+        self.assertIn("turn 1 ends with none of the tokens", self.refused(model, {"messages": TALK[:3]}))
+        # The next speaker's mark is what ends an answer.
+        marks = ("{% for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else '<|im_end|>') + m.content }}"
+                 "{% endfor %}{{ '<|im_end|>' if add_generation_prompt }}")
+        model = self.model("marked", chat_template=marks, eos_token="<|im_start|>")
+        self.assertEqual(self.spelt(model, {"messages": TALK})[1], "four<|im_start|>seven, I think<|endoftext|>")
+
+    def test_what_a_turn_says_is_not_lost(self):
+        calls, marked = self.model("calls"), self.model("marked")
+        record = {"messages": CALLING, "tools": TOOLS}
+        said = self.spelt(calls, record)[1]
+        # None of a content is none, and a template that writes its arguments as they are gets them so.
+        raw = chat_templates.CALLS.replace("message.content or ''", "message.content").replace("arguments | tojson",
+                                                                                               "arguments")
+        text = dict(CALL, function={"name": "add", "arguments": '{"a": 2, "b": 2}'})
+        for content in ({}, {"content": None}):
+            talk = [CALLING[0], {"role": "assistant", "tool_calls": [text]} | content, *CALLING[2:]]
+            self.assertEqual(self.spelt(self.model("calls", chat_template=raw), {"messages": talk, "tools": TOOLS})[1],
+                             said)
+        # Under whichever name what was thought stands.
+        thinks = "{% for m in messages %}{{ (m.thinking or '') + m.content + '<|im_end|>' }}{% endfor %}"
+        for name in ("reasoning", "thinking", "reasoning_content"):
+            talk = [TALK[0], TALK[1] | {name: "hm, "}]
+            self.assertEqual(self.spelt(self.model("marked", chat_template=thinks), {"messages": talk})[1],
+                             "hm, four<|im_end|>")
+        self.assertIn("turn 1: calls add, for which the chat template has no form", self.refused(
+            self.model("calls", chat_template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"),
+            {"messages": CALLING}))
+        silent = "{% for m in messages %}{{ m.content if m.role == 'user' }}{{ '<|im_end|>' }}{% endfor %}"
+        self.assertIn("turn 1: nothing of its content is left",
+                      self.refused(self.model("marked", chat_template=silent), {"messages": TALK}))
+        done = self.tokenize(marked, [{"messages": TALK, "tools": TOOLS}])
+        self.assertIn("--template model has no place for: tools (1)", done.stderr)
+        # Tables have an empty text where there are no tools.
+        self.assertEqual(self.spelt(calls, {"messages": TALK, "tools": " "}), self.spelt(calls, {"messages": TALK}))
+        self.assertIn("'tools': a text that is no JSON", self.refused(calls, {"messages": TALK, "tools": "None"}))
+
+    def test_a_conversation_that_the_assistant_begins(self):
+        first = chat_templates.MARKED
+        model, talk = self.model("marked", chat_template=first), [TALK[1], *TALK]
+        self.assertIn("what stands before turn 0, where it has to begin", self.refused(model, {"messages": talk}))
+        talk[0] = dict(talk[0], weight=0)
+        self.assertEqual(self.spelt(model, {"messages": talk})[1], "four<|im_end|>seven, I think<|im_end|>")
+
+    def test_special_tokens_of_a_folder(self):
+        shows = "{{ bos_token is defined }} {{ sep_token }} {{ image_token }}{% for m in messages %}{{ m.content }}" \
+                "{{ '<|im_end|>' }}{% endfor %}"
+        model = self.model("marked", chat_template=shows, bos_token=None, eos_token=None, sep_token={"content": "sep"},
+                           extra_special_tokens={"image_token": "img"})
+        (model / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+        self.assertEqual(self.spelt(model, {"messages": TALK[:2]})[0],
+                         "False sep imgtwo and two?<|im_end|>four<|im_end|><|endoftext|>")
+        # Of models that have more than text; and tokens that this file alone calls special.
+        model = self.model("marked", eos_token=None, additional_special_tokens=["three"])
+        end = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")).token_to_id("<|im_end|>")
+        (model / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": end}}))
+        self.assertEqual(self.spelt(model, {"messages": TALK[:2]})[1], "four<|im_end|>")
+        tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+        tokenizer.add_tokens(["three"])
+        tokenizer.save(str(model / "tokenizer.json"))
+        self.assertIn("turn 2 spells the control token three", self.refused(model, {"messages": TALK}))
+
+    def test_files_that_are_not_what_they_should_be(self):
+        for settings, words in (({"eos_token": 5}, "eos_token: expected a token's text, found 5"),
+                                ({"eos_token": ["a"]}, "expected a token's text"),
+                                ({"bos_token": {"content": 3}}, "bos_token: expected a token's text"),
+                                ({"chat_template": [{"name": ["a"]}]}, "chat_template: expected a text, or objects"),
+                                ({"chat_template": ["a"]}, "chat_template: expected a text, or objects"),
+                                ({"chat_template": 3}, "no chat template"),
+                                ({"chat_template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"}, "refuses")):
+            self.assertIn(words, self.refused(self.model("marked", **settings), {"messages": TALK}))
+        for wrong in (-1, [1, -1], 2**40, True, "301", [[301]]):
+            model = self.model("marked")
+            (model / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+            self.assertIn("eos_token_id: expected the number of a token", self.refused(model, {"messages": TALK}))
+        for content, words in (("[" * 100_000, "not JSON"), ("[1]", "expected a JSON object")):
+            model = self.model("marked")
+            (model / "config.json").write_text(content)
+            self.assertIn(words, self.refused(model, {"messages": TALK}))
+        deep = TALK[0] | {"x": json.loads("[" * 900 + "]" * 900)}
+        self.assertIn("talks.jsonl:1: nested too deeply", self.refused(self.model("marked"),
+                                                                      {"messages": [deep, TALK[1]]}))
 
     def refused(self, model, record):
         done = self.tokenize(model, [record])

@@ -1,7 +1,5 @@
 """Chat templates of the kinds that published models have, each with the tokens that it needs and conversations."""
 
-import tokenizers
-
 HEADERS = """{{ bos_token }}{% for message in messages %}
 {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
 {%- endfor %}
@@ -57,8 +55,21 @@ TAKING = """{% for message in messages %}{{ '<|' + message.role + '|>\n' + messa
 {%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 
 
+# Marks that are tokens of the tokenizer, but not special ones.
+MARKS = """{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{{ '<end>' if m.role == 'assistant' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
+
+
+def add_controls(tokenizer, controls):
+    """By name, or with traits."""
+    from tokenizers import AddedToken
+    for one in controls:
+        token = AddedToken(one, special=True, normalized=False) if isinstance(one, str) else AddedToken(**one)
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+
+
 def taking(name, **sides):
-    return tokenizers.AddedToken(name, special=True, normalized=False, **sides)
+    return {"content": name, "special": True, "normalized": False} | sides
 
 
 # name: template, control tokens, the token that ends answers
@@ -70,6 +81,8 @@ TEMPLATES = {
     "calls": (CALLS, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     "taking": (TAKING, [taking("<|user|>", rstrip=True), taking("<|assistant|>", rstrip=True),
                         taking("<|end|>", rstrip=True, lstrip=True)], "<|end|>"),
+    "marks": (MARKS, ["<end>", *({"content": name, "special": False}
+                                 for name in ("<user>", "<assistant>", "<think>"))], "<end>"),
     "open": (OPEN, ["</s>"], "</s>"),
 }
 BEGIN = "<|begin|>"
