@@ -3,7 +3,8 @@
 
 By hand, not in ctest: every mutant is built, which takes hours for all of them (with ccache, where it is installed,
 fewer). usage: tests/mutants.py [--places [--programs DIR]] [--build DIR] [--record FILE] [NAME ...]
-The tree is copied first, so nothing here changes. With --record a run that was cut off goes on where it was.
+The tree is copied first, so nothing here changes. With --record a run that was cut off goes on where it was;
+tests/mutations/tried.jsonl is such a record: what was caught there is not tried again until the error itself changes.
 """
 
 import argparse
