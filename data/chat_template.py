@@ -93,15 +93,13 @@ class ChatTemplate:
     @functools.cached_property
     def special_tokens(self):
         """Texts by the names that templates have for them; of those that there are."""
-        more = self.settings.get("extra_special_tokens")
-        found = {}
-        for path, settings in ((self.folder / "special_tokens_map.json", None),
-                               (self.folder / "tokenizer_config.json", self.settings)):
-            settings = settings_of(path) if settings is None else settings
-            given = {name: settings.get(name) for name in SPECIAL} | (
-                more if settings is self.settings and isinstance(more, dict) else {})
-            texts = {name: text_of_token(token, f"{path}: {name}") for name, token in given.items()}
-            found |= {name: text for name, text in texts.items() if text is not None}
+        more, found = self.settings.get("extra_special_tokens"), {}
+        beside = settings_of(self.folder / "special_tokens_map.json")
+        for name, tokens in (("special_tokens_map.json", {key: beside.get(key) for key in SPECIAL}),
+                             ("tokenizer_config.json", {key: self.settings.get(key) for key in SPECIAL}),
+                             ("tokenizer_config.json", more if isinstance(more, dict) else {})):
+            texts = {key: text_of_token(token, f"{self.folder / name}: {key}") for key, token in tokens.items()}
+            found |= {key: text for key, text in texts.items() if text is not None}
         return found
 
     @functools.cached_property

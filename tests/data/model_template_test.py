@@ -17,31 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path += [str(ROOT / "tests/support")]
 import chat_templates  # noqa: E402
 from chat_templates import CALL, CALLING, TALK, THINKING, TOOLS  # noqa: E402
+from tokenize_case import TokenizeCase  # noqa: E402
 
 
-class ModelTemplateTest(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.dir = Path(cls.folder.name)
-        (cls.dir / "text.txt").write_text("one two three four five six seven\nI think user assistant\n" * 50)
-        made = cls.run_script("--train-vocab", 300, "--tokenizer", cls.dir / "plain.json", cls.dir / "text.txt")
-        assert made.returncode == 0, made.stderr
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.folder.cleanup()
-
-    @staticmethod
-    def run_script(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "data/tokenize.py"), *map(str, arguments)], text=True,
-                              capture_output=True, timeout=120, check=False)
+class ModelTemplateTest(TokenizeCase):
+    TEXT = "one two three four five six seven\nI think user assistant\n"
 
     def model(self, kind, **settings):
         """A folder with the tokenizer, template and stop of this kind."""
         template, controls, stop = chat_templates.TEMPLATES[kind]
         folder = Path(tempfile.mkdtemp(dir=self.dir))
-        tokenizer = tokenizers.Tokenizer.from_file(str(self.dir / "plain.json"))
+        tokenizer = tokenizers.Tokenizer.from_file(str(self.plain))
         chat_templates.add_controls(tokenizer, controls)
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(

@@ -5,7 +5,6 @@ import gzip
 import json
 import subprocess
 import sys
-import tempfile
 import unittest
 from pathlib import Path
 
@@ -13,6 +12,9 @@ import h5py
 import tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path += [str(ROOT / "tests/support")]
+from tokenize_case import TokenizeCase  # noqa: E402
+
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two and two?"},
         {"role": "assistant", "content": "four"}, {"role": "user", "content": "and three?"},
         {"role": "assistant", "content": "seven <|im_end|>"}]
@@ -21,28 +23,16 @@ ALPACA = ("Be brief.\n\n### Instruction:\ntwo and two?\n\n### Response:\nfour<|e
           "### Instruction:\nand three?\n\n### Response:\nseven <|im_end|><|endoftext|>")
 
 
-class ChatTest(unittest.TestCase):
+class ChatTest(TokenizeCase):
+    TEXT = "one two three four five six seven\nresponse instruction\n"
+
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.dir = Path(cls.folder.name)
-        (cls.dir / "text.txt").write_text("one two three four five six seven\nresponse instruction\n" * 50)
-        cls.plain = cls.dir / "plain.json"
-        made = cls.run_script("--train-vocab", 300, "--tokenizer", cls.plain, cls.dir / "text.txt")
-        assert made.returncode == 0, made.stderr
+        super().setUpClass()
         tokenizer = tokenizers.Tokenizer.from_file(str(cls.plain))
         tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
         cls.chat = cls.dir / "chat.json"
         tokenizer.save(str(cls.chat))
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.folder.cleanup()
-
-    @staticmethod
-    def run_script(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "data/tokenize.py"), *map(str, arguments)], text=True,
-                              capture_output=True, timeout=120, check=False)
 
     def tokenize(self, records, template, tokenizer, *options):
         source = self.dir / "talks.jsonl"

@@ -174,35 +174,37 @@ TEST_F(Nccl, ADeadPeerIsToldOf) {
   }
 }
 
-// A channel of two ranks, without what a communicator puts around it.
-std::unique_ptr<nccl::Channel> channel_of_two(Communicator& world,
-                                              const std::shared_ptr<nccl::Progress>& progress) {
-  nccl::Id id{};
-  if (world.rank() == 0) id = nccl::new_id();
-  world.broadcast(host_view(reinterpret_cast<std::int32_t*>(id.data()), {32}), 0);
-  return std::make_unique<nccl::Channel>(progress, nccl::join(id, 2, world.rank()), "0, 1");
+// Two ranks with a channel, without what a communicator puts around it.
+void on_channel_of_two(
+    const std::function<void(Communicator& world, nccl::Progress&, nccl::Channel&, Stream& compute)>& body) {
+  run_in_threads(2, [&](Communicator& world) {
+    gpu::use(world.rank());
+    nccl::Id id{};
+    if (world.rank() == 0) id = nccl::new_id();
+    world.broadcast(host_view(reinterpret_cast<std::int32_t*>(id.data()), {32}), 0);
+    const auto progress = std::make_shared<nccl::Progress>();
+    nccl::Channel channel(progress, nccl::join(id, 2, world.rank()), "0, 1");
+    const auto compute = gpu::make_stream();
+    body(world, *progress, channel, *compute);
+  });
 }
 
 // A rank that is slow to give the parts of a verb: its channel is still there for the last of them.
 TEST_F(Nccl, NoChannelIsGoneWhileItIsCalled) {
   std::atomic<bool> told{false};
   set_nccl_error_handler([&](const std::string&) { told = true; });
-  run_in_threads(2, [&](Communicator& world) {
-    gpu::use(world.rank());
-    const auto progress = std::make_shared<nccl::Progress>();
-    const auto channel = channel_of_two(world, progress);
-    if (world.rank() == 1) return progress->abort_all();
-    const auto compute = gpu::make_stream();
+  on_channel_of_two([&](Communicator& world, auto& progress, auto& channel, Stream& compute) {
+    if (world.rank() == 1) return progress.abort_all();
     std::byte in{}, out{};
-    EXPECT_NO_THROW(channel->run("first", compute.get(), [&](nccl::Comm c, Stream& stream) {
+    EXPECT_NO_THROW(channel.run("first", &compute, [&](nccl::Comm c, Stream& stream) {
       nccl::receive(c, stream, &in, 1, 1);
       while (!told) std::this_thread::yield();
       std::this_thread::sleep_for(std::chrono::milliseconds(200));  // many rounds of the thread that aborts
       nccl::send(c, stream, &out, 1, 1);
     }));
-    channel->stream().synchronize();  // by the abort
-    for (const auto& verb : {std::function([&] { channel->run("next", compute.get(), [](auto, auto&) {}); }),
-                             std::function([&] { channel->split(true, 0, 0); })}) {
+    channel.stream().synchronize();  // by the abort
+    for (const auto& verb : {std::function([&] { channel.run("next", &compute, [](auto, auto&) {}); }),
+                             std::function([&] { channel.split(true, 0, 0); })}) {
       try {
         verb();
         ADD_FAILURE() << "nothing is thrown";
@@ -217,26 +219,23 @@ TEST_F(Nccl, NoChannelIsGoneWhileItIsCalled) {
 TEST_F(Nccl, NothingIsTakenFromARankThatHasGivenUp) {
   std::atomic<bool> told{false};
   set_nccl_error_handler([&](const std::string&) { told = true; });
-  run_in_threads(2, [&](Communicator& world) {
-    gpu::use(world.rank());
-    const auto progress = std::make_shared<nccl::Progress>();
-    const auto channel = channel_of_two(world, progress);
-    const auto compute = gpu::make_stream();
-    std::byte in{}, out{7};
-    if (world.rank() == 0) {
-      channel->run("send", compute.get(), [&](auto c, Stream& stream) { nccl::send(c, stream, &out, 1, 1); });
-      std::this_thread::sleep_for(std::chrono::milliseconds(50));
-      progress->abort_all();
-      EXPECT_THROW(channel->run("next", compute.get(), [](auto, auto&) {}), Error);
-      world.barrier();
-      return;
-    }
-    world.barrier();
-    channel->run("recv", compute.get(), [&](auto c, Stream& stream) { nccl::receive(c, stream, &in, 1, 0); });
-    for (int i = 0; i < 1000 && !told; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    EXPECT_TRUE(told);
-    EXPECT_EQ(in, std::byte{});
-  });
+  on_channel_of_two(
+      [&](Communicator& world, nccl::Progress& progress, nccl::Channel& channel, Stream& compute) {
+        std::byte in{}, out{7};
+        if (world.rank() == 0) {
+          channel.run("send", &compute, [&](auto c, Stream& stream) { nccl::send(c, stream, &out, 1, 1); });
+          std::this_thread::sleep_for(std::chrono::milliseconds(50));
+          progress.abort_all();
+          EXPECT_THROW(channel.run("next", &compute, [](auto, auto&) {}), Error);
+          world.barrier();
+          return;
+        }
+        world.barrier();
+        channel.run("recv", &compute, [&](auto c, Stream& stream) { nccl::receive(c, stream, &in, 1, 0); });
+        for (int i = 0; i < 1000 && !told; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        EXPECT_TRUE(told);
+        EXPECT_EQ(in, std::byte{});
+      });
 }
 
 // The same, in a group of some and between two.
