@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdio>
 #include <random>
+#include <set>
 #include <sstream>
 #include <vector>
 
@@ -127,6 +128,8 @@ double peak_bytes() {
 }
 
 void add(const std::string& name, const std::function<Op()>& make) {
+  static std::set<std::string> added;  // what is no larger for more tokens is timed once
+  if (!added.insert(name).second) return;
   benchmark::RegisterBenchmark(name.c_str(),
                                [make](benchmark::State& state) {
                                  const Op op = make();

@@ -18,7 +18,7 @@ from bench_record import run_tool
 
 WIDTH, HEADS, HEAD, VOCAB, SEQ = 2048, 16, 128, 151936, 2048
 EXPERTS, TOP_K, EXPERT_WIDTH, SHARED_WIDTH = 60, 4, 1408, 5632
-results = []
+results, out = [], None
 
 
 def milliseconds(work, goes=5, warmup=3):
@@ -52,6 +52,18 @@ def record(name, work, flops=0.0, **more):
     torch.cuda.empty_cache()
     results.append(entry)
     print(json.dumps(entry), flush=True)
+    save()
+
+
+def save():
+    """All so far: what ends this program, time perhaps, should cost no more than what was under way."""
+    import torch
+    import transformers
+
+    if out:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                       "transformers": transformers.__version__, "results": results}, file, indent=1)
 
 
 def random(*shape, grad=False):
@@ -80,14 +92,27 @@ def attention(tokens, backward):
     return run
 
 
-def grouped(tokens):
+def rows_of_experts(tokens, routing):
+    """Where each expert's rows end: as an untrained router gives them, or by Zipf's law, as time_variants has it."""
     import torch
 
-    rows = tokens * TOP_K
-    x, w = random(rows, WIDTH), random(EXPERTS, WIDTH, 2 * EXPERT_WIDTH)
-    choice = torch.randint(EXPERTS, (rows,), device="cuda")
-    ends = torch.bincount(choice, minlength=EXPERTS).cumsum(0).to(torch.int32)
-    return lambda: torch._grouped_mm(x, w, offs=ends)
+    shares = torch.ones(EXPERTS) if routing == "balanced" else 1.0 / torch.arange(1, EXPERTS + 1)
+    choice = torch.multinomial(shares, tokens * TOP_K, replacement=True, generator=torch.Generator().manual_seed(3))
+    return torch.bincount(choice, minlength=EXPERTS).cumsum(0).to("cuda", torch.int32)
+
+
+def grouped(tokens, product, routing):
+    """One of the six products of the routed experts, forward and backward."""
+    import torch
+
+    rows, ends = tokens * TOP_K, rows_of_experts(tokens, routing)
+    wide, hidden = (WIDTH, 2 * EXPERT_WIDTH), (EXPERT_WIDTH, WIDTH)  # of a row, before and behind each layer
+    inside, outside = wide if "gate_up" in product else hidden
+    x, dy, w = random(rows, inside), random(rows, outside), random(EXPERTS, inside, outside)
+    turned = w.transpose(-2, -1)
+    return {"forward": lambda: torch._grouped_mm(x, w, offs=ends),
+            "input": lambda: torch._grouped_mm(dy, turned, offs=ends),
+            "weight": lambda: torch._grouped_mm(x.t(), dy, offs=ends)}[product.split()[-1]]
 
 
 def grouped_swiglu(tokens):
@@ -97,10 +122,9 @@ def grouped_swiglu(tokens):
 
     rows = tokens * TOP_K
     x, w = random(tokens, WIDTH), random(EXPERTS, WIDTH, 2 * EXPERT_WIDTH)
-    choice = torch.randint(EXPERTS, (rows,), device="cuda")
-    token = torch.argsort(choice) // TOP_K
+    token = torch.randperm(rows, device="cuda") // TOP_K
     weight = random(rows, 1)
-    ends = torch.bincount(choice, minlength=EXPERTS).cumsum(0).to(torch.int32)
+    ends = rows_of_experts(tokens, "balanced")
 
     def run():
         gate, up = torch._grouped_mm(x[token], w, offs=ends).chunk(2, -1)
@@ -162,32 +186,32 @@ def step(tokens, layers, implementation):
 
 
 def main():
+    global out
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 16384, 32768])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--out")
     args = parser.parse_args()
-    import torch
-    import transformers
-
+    out = args.out
     record("gemm 8192^3", gemm, 2.0 * 8192**3)
     for tokens in args.tokens:
         seen = tokens * SEQ / 2 * HEADS * HEAD * 4  # causal: half of the pairs
         record(f"attention_forward/{tokens}", lambda t=tokens: attention(t, False), seen)
         record(f"attention_forward_and_gradient/{tokens}", lambda t=tokens: attention(t, True), 3.5 * seen)
         flops = 4.0 * tokens * TOP_K * WIDTH * EXPERT_WIDTH
-        record(f"grouped_mm gate_up/{tokens}", lambda t=tokens: grouped(t), flops)
+        for routing in ("balanced", "zipf"):
+            for of, share in (("gate_up", 1), ("down", 2)):
+                for way in ("forward", "input", "weight"):
+                    record(f"grouped_mm {of} {way}, {routing}/{tokens}",
+                           lambda t=tokens, p=f"{of} {way}", r=routing: grouped(t, p, r), flops / share)
         record(f"grouped_mm gate_up, gather, SwiGLU/{tokens}", lambda t=tokens: grouped_swiglu(t), flops)
         for name in ("grouped_mm", "eager"):
             record(f"layer_forward_backward/{tokens}", lambda t=tokens, n=name: layer(t, n), experts=name)
-        for name in ("grouped_mm", "eager"):
+        # Whole steps that compute one expert after another take two to five times as long (gpu_suite_h200_20261126_*).
+        for name in ("grouped_mm", "eager") if tokens == min(args.tokens) else ("grouped_mm",):
             record(f"step of {args.layers} layers/{tokens}", lambda t=tokens, n=name: step(t, args.layers, n),
                    experts=name)
     record("gemm 8192^3, after", gemm, 2.0 * 8192**3)  # on a card that has become warm
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                       "transformers": transformers.__version__, "results": results}, file, indent=1)
 
 
 if __name__ == "__main__":
