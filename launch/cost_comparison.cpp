@@ -31,36 +31,43 @@ struct Reached {
   const RunCurve &run, &other;
   const RunCurve* source;
 
-  std::optional<Spent> spent() const {
-    std::optional<Spent> s = spent_at(run, other.final_loss());
-    if (s && source != nullptr) *s += source->spent;
+  // As `first` where all that is known is that it was no more: a source that is charged whole came by that loss, or the
+  // run before its first point.
+  std::optional<Arrival> arrival() const {
+    std::optional<Arrival> s = spent_at(run, other.final_loss());
+    if (s && source != nullptr) s->spent += source->spent;
+    if (s && s->spent.tokens == 0) s->first = false;
     return s;
   }
   std::string name() const { return source == nullptr ? run.name : run.name + " and its source"; }
   std::vector<std::string> row() const {
     const std::string loss = fmt::format("{:.4f} of {}", other.final_loss(), other.name);
-    const std::optional<Spent> s = spent();
+    const std::optional<Arrival> s = arrival();
     if (!s) return {name(), loss, "not reached", "", "", "", "", ""};
+    const Spent &own = s->spent, &all = other.to_final_loss();
+    const std::string most = s->first ? "at most " : "";
     return {name(),
             loss,
-            fmt::format("{:.4g}", s->tokens),
-            fmt::format("{:.4g}", s->flops),
-            fmt::format("{:.1f}", s->seconds),
-            share(s->tokens, other.spent.tokens),
-            share(s->flops, other.spent.flops),
-            share(s->seconds, other.spent.seconds)};
+            most + fmt::format("{:.4g}", own.tokens),
+            most + fmt::format("{:.4g}", own.flops),
+            most + fmt::format("{:.1f}", own.seconds),
+            most + share(own.tokens, all.tokens),
+            most + share(own.flops, all.flops),
+            most + share(own.seconds, all.seconds)};
   }
   json as_json() const {
     json j{{"loss", other.final_loss()},
            {"of", other.name},
            {"with_source", source != nullptr},
            {"reached", false}};
-    if (const std::optional<Spent> s = spent()) {
+    if (const std::optional<Arrival> s = arrival()) {
+      const Spent &own = s->spent, &all = other.to_final_loss();
       j["reached"] = true;
-      j["spent"] = spent_json(*s);
-      j["share"] = {{"tokens", s->tokens / other.spent.tokens},
-                    {"flops", s->flops / other.spent.flops},
-                    {"seconds", s->seconds / other.spent.seconds}};
+      j["at_most"] = s->first;
+      j["spent"] = spent_json(own);
+      j["share"] = {{"tokens", own.tokens / all.tokens},
+                    {"flops", own.flops / all.flops},
+                    {"seconds", own.seconds / all.seconds}};
     }
     return j;
   }
@@ -82,25 +89,29 @@ std::string runs_table(const std::vector<RunCurve>& runs) {
 
 // 1 - a part of the dense run's tokens, FLOPs or seconds.
 MeasuredReading measured_reading(const Reached& way, const char* quantity, double Spent::*of) {
-  const double dense = way.other.spent.*of;
+  const double dense = way.other.to_final_loss().*of;
   MeasuredReading m;
   m.quantity = quantity;
   m.with_source = way.source != nullptr;
   ClaimReading& r = m.reading;
   r.reading = fmt::format("measured to a loss: {}, source {}", quantity,
                           m.with_source ? "charged" : "not charged (sunk)");
-  const std::optional<Spent> spent = way.spent();
-  if (!spent) {
+  const std::optional<Arrival> arrival = way.arrival();
+  if (!arrival) {
     r.formula = fmt::format("loss {:.4f} of {}", way.other.final_loss(), way.other.name);
     r.result = fmt::format("not reached: {} ends at {:.4f}", way.run.name, way.run.final_loss());
     return m;
   }
-  m.share = *spent.*of / dense;
+  const double spent = arrival->spent.*of;
+  m.share = spent / dense;
+  m.at_most = arrival->first;
   r.saving = 1 - *m.share;
-  r.formula = fmt::format("1 - {:.4g} / {:.4g} (loss {:.4f} of {})", *spent.*of, dense,
-                          way.other.final_loss(), way.other.name);
-  r.result = fmt::format("{}: {} of {}'s", *r.saving > 0 ? share(*r.saving, 1) + " saved" : "nothing saved",
-                         share(*m.share, 1), way.other.name);
+  r.formula = fmt::format("1 - {}{:.4g} / {:.4g} (loss {:.4f} of {})", m.at_most ? "at most " : "", spent,
+                          dense, way.other.final_loss(), way.other.name);
+  const std::string saved = *r.saving > 0 ? share(*r.saving, 1) + " saved" : "nothing saved";
+  r.result = fmt::format("{}: {}{} of {}'s",
+                         m.at_most ? "at least " + share(std::max(0.0, *r.saving), 1) + " saved" : saved,
+                         m.at_most ? "at most " : "", share(*m.share, 1), way.other.name);
   return m;
 }
 

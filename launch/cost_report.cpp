@@ -194,7 +194,8 @@ json measured_json(const MeasuredReading& m, const MeasuredClaim& claim) {
   json j = reading_json(m.reading);
   json& measured = j["measured"];
   measured = {{"mixture", claim.mixture}, {"dense", claim.dense},         {"loss", claim.loss},
-              {"quantity", m.quantity},   {"with_source", m.with_source}, {"reached", m.share.has_value()}};
+              {"quantity", m.quantity},   {"with_source", m.with_source}, {"reached", m.share.has_value()},
+              {"at_most", m.at_most}};
   if (m.with_source) measured["source"] = claim.source;
   if (m.share) measured["share"] = *m.share;
   return j;

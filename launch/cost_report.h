@@ -42,6 +42,8 @@ struct MeasuredReading {
   std::string quantity;         // "tokens", "FLOPs" or "seconds"
   bool with_source = false;     // what the mixture's source had spent is charged to it
   std::optional<double> share;  // of the dense run's; none: the loss was never reached
+  // It may be less: before its first point nobody knows when the run came there.
+  bool at_most = false;
 };
 struct MeasuredClaim {
   std::string mixture, dense, source;  // names of runs; no source: empty

@@ -110,7 +110,7 @@ def compare(losses, runs):
     print(f"MoE against dense {losses['moe'] - losses['dense']:+.4f}, against dense continued for as many tokens "
           f"{by_tokens:+.4f} nats per token: {'the MoE is better' if better else 'the MoE is not better'}")
     mixture, dense = curve(runs["moe"]), curve(runs["dense_continued"])
-    by_flops = loss_difference(mixture, dense, "flops")
+    by_flops, _ = loss_difference(mixture, dense, "flops")
     share = min(1.0, dense.end("flops") / mixture.end("flops"))
     print(f"for as many FLOPs ({dense.end('flops'):.2e}: the MoE after {share:.0%} of its tokens, its learning rate "
           f"still falling) {by_flops:+.4f}")

@@ -81,7 +81,7 @@ class Comparison:
     than: str
     by: str = "loss"       # loss: nats at equal cost; cost: the ratio of what an equal loss takes; mates: see MEASURES
     at: str = "tokens"
-    worth: float = 0.0     # by loss: the smallest gain that counts, nats
+    worth: float = 0.0     # by loss: the gain that is claimed, nats
     most: float = 1.0      # by cost: the claimed ratio
     with_source: bool = False  # charged with what their dense sources had cost
 

@@ -13,8 +13,8 @@ curves                                  whether held-out curves show it
 
 import math
 
-from study_statistics import (NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict, cost_ratio, interval, loss_difference,
-                              verdict)
+from study_statistics import (NOT_SUPPORTED, SUPPORTED, UNDECIDED, UNKNOWN, Verdict, cost_ratio, interval,
+                              loss_difference, verdict)
 
 NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 REPRODUCED = ("tokens", "flops")  # the same whenever a study is done again
@@ -30,9 +30,13 @@ def nats(found, sign="+"):
 
 def ratio(found):
     """An interval of logarithms of ratios, in words."""
+    if found.mean == -math.inf:
+        return "at once"
     if not math.isfinite(found.mean):
         return "not reached"
-    text = f"{math.exp(found.mean):.3f}"
+    if found.side == UNKNOWN:
+        return "not known"
+    text = f"{found.side} {math.exp(found.mean):.3f}".lstrip()
     if found.pairs < 2:
         return f"{text} (one pair)"
     return f"{text} [{math.exp(found.low):.3f}, {math.exp(found.high):.3f}]"
@@ -40,8 +44,8 @@ def ratio(found):
 
 def over_pairs(comparison, outcomes, function, axis, with_source):
     """Of function(first, second, axis) of the curves of each pair of seeds."""
-    return interval([function(a.curve(with_source), b.curve(with_source), axis) for a, b in
-                     zip(outcomes[comparison.better], outcomes[comparison.than], strict=True)])
+    return interval(*zip(*(function(a.curve(with_source), b.curve(with_source), axis) for a, b in
+                           zip(outcomes[comparison.better], outcomes[comparison.than], strict=True)), strict=True))
 
 
 def curve_rows(comparisons, outcomes, axes):
@@ -62,11 +66,13 @@ class OfCurves:
     curves = True
     unreached = "not reached: the two never come to one loss"
     note = ("Where two arms spent unequally, the dearer one is read before its end, at a learning rate that was still "
-            "high; of ratios the mean is geometric.")
+            "high; of ratios the mean is geometric. An arm that stood at that loss at its first evaluation came to "
+            "it at once or, with its source charged whole, for at most what is given; at least, where it is the "
+            "second.")
 
     def judge(self, comparison, outcomes):
         found = over_pairs(comparison, outcomes, self.number, comparison.at, comparison.with_source)
-        return found, self.decide(comparison, found) if math.isfinite(found.mean) else None
+        return found, None if math.isnan(found.mean) else self.decide(comparison, found)
 
     @staticmethod
     def rows(comparisons, outcomes):
@@ -94,7 +100,7 @@ class Loss(OfCurves):
                 f"{self.charged(comparison)}")
 
     def decide(self, comparison, found):
-        return verdict(found, 0.0, comparison.worth)
+        return verdict(found, -comparison.worth)
 
 
 class Cost(OfCurves):

@@ -325,6 +325,7 @@ def last_step(run):
     return int(steps[-1]) if steps else 0
 
 
+# Of a complete one: a save that was interrupted or set aside leaves step_*.tmp and step_*.aside.
 def newest_bytes(checkpoints):
-    folders = sorted(checkpoints.glob("step_*"))
-    return bytes_in(folders[-1]) if folders else 0
+    folders = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return bytes_in(max(folders, key=lambda path: int(path.name[5:]))) if folders else 0

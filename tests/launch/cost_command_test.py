@@ -195,6 +195,22 @@ class Claim(Cost):
                           "non-embedding parameters, as printed", "(training, smoothed)"):
                 self.assertIn(words, text)
 
+    # Below that loss from its first point on: what it or its source needed until there nobody wrote down.
+    def test_a_loss_that_was_reached_before_the_first_point(self):
+        with tempfile.TemporaryDirectory() as folder:
+            mixture, dense, source = (self.run_dir(folder, name, last)
+                                      for name, last in (("mixture", 3), ("dense", 4.99), ("source", 4.5)))
+            self.assertTrue(all(row["measured"]["at_most"]
+                                for row in self.measured("--run", mixture, dense, "--source", source)))
+            text = upmoe("cost", "--claim", "--run", mixture, dense, "--source", source).stdout
+            self.assertIn("at least 99.0 % saved: at most 1.0 % of dense's", text)
+            self.assertIn("at least 0.0 % saved: at most 101.0 % of dense's", text)
+            reaches = self.run_json("--run", mixture, dense)
+            self.assertTrue(reaches[0]["reaches"][0]["at_most"])
+            self.assertEqual(reaches[1]["reaches"], [{"loss": 3.0, "of": "mixture", "with_source": False,
+                                                      "reached": False}])
+            self.assertIn("at most 1.0 %", upmoe("cost", "--run", mixture, dense).stdout)
+
     def test_runs_without_a_source_and_in_vain(self):
         with tempfile.TemporaryDirectory() as folder:
             mixture, dense = self.run_dir(folder, "mixture", 4), self.run_dir(folder, "dense", 3)

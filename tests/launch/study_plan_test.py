@@ -13,6 +13,7 @@ import study_chain  # noqa: E402
 import study_file  # noqa: E402
 import study_test  # noqa: E402
 from study_plan import Clock, Measured, Plan, measure  # noqa: E402
+from study_work import newest_bytes  # noqa: E402
 
 
 def builder():
@@ -65,6 +66,18 @@ class Probe(unittest.TestCase):
                     self.assertEqual(stage.settings["checkpoint"]["every"], stage.steps)
                     self.assertEqual(stage.steps, study_chain.PROBE_STEPS)
         self.assertEqual(builder().run("kept", 1, 1e-3).last.settings["checkpoint"]["every"], 5)
+
+
+class Checkpoints(unittest.TestCase):
+    # What an interrupted save left lies beside them, and its name comes behind theirs.
+    def test_bytes_are_of_the_newest_complete_one(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(newest_bytes(Path(folder)), 0)
+            for name, size in (("step_00000008", 1), ("step_00000010", 20), ("step_100000000", 300),
+                               ("step_100000000.aside", 4000), ("step_00000012.tmp", 50000)):
+                (Path(folder) / name).mkdir()
+                (Path(folder) / name / "weights").write_bytes(b"0" * size)
+            self.assertEqual(newest_bytes(Path(folder)), 300)
 
 
 class Estimates(unittest.TestCase):

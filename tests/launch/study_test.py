@@ -1,4 +1,4 @@
-"""The parts of launch/study.py that start nothing: statistics, files, chains."""
+"""The parts of launch/study.py that start nothing and compute nothing: files, chains."""
 
 import math
 import os
@@ -18,7 +18,6 @@ sys.path.append(str(LAUNCH))
 import study_chain  # noqa: E402
 import study_file  # noqa: E402
 import study_mates  # noqa: E402
-import study_statistics as statistics  # noqa: E402
 from command_line import BadInput, BadUsage  # noqa: E402
 from study_measures import MEASURES  # noqa: E402
 
@@ -35,51 +34,6 @@ compare:
   - {better: kept, than: continued, at: flops, with_source: true}
   - {better: kept, than: re-drawn, by: cost, at: tokens}
 """
-
-
-class Statistics(unittest.TestCase):
-    # By hand: mean 0.2, deviation 0.1, t of two degrees of freedom 4.302653.
-    def test_interval(self):
-        found = statistics.interval([0.1, 0.2, 0.3])
-        self.assertAlmostEqual(found.mean, 0.2)
-        self.assertAlmostEqual(found.high - found.mean, 4.302653 * 0.1 / math.sqrt(3), places=6)
-        self.assertAlmostEqual(found.low + found.high, 0.4)
-        one = statistics.interval([0.1])
-        self.assertEqual((one.low, one.high), (-math.inf, math.inf))
-
-    def test_verdicts(self):
-        clear = statistics.verdict(statistics.interval([-0.10, -0.11, -0.12]))
-        self.assertEqual(str(clear), "supported")
-        self.assertEqual(str(statistics.verdict(statistics.interval([0.10, 0.11, 0.12]))), "not supported")
-        # A gain that is certain and too small is none.
-        small = statistics.interval([-0.0010, -0.0011, -0.0012])
-        self.assertEqual(statistics.verdict(small).word, "supported")
-        self.assertEqual(statistics.verdict(small, worth=0.005).word, "not supported")
-        self.assertEqual(statistics.verdict(statistics.interval([0.0, 0.0, 0.0]), worth=0.005).word, "not supported")
-
-    def test_seeds_that_would_decide(self):
-        open_ = statistics.interval([-0.10, 0.02, -0.04])
-        found = statistics.verdict(open_)
-        self.assertEqual(found.word, "undecided")
-        self.assertLess(statistics.half_width(open_.deviation, found.seeds), -open_.mean)
-        self.assertGreaterEqual(statistics.half_width(open_.deviation, found.seeds - 1), -open_.mean)
-        self.assertIn(f"about {found.seeds} seeds", str(found))
-        self.assertEqual(statistics.verdict(statistics.interval([-0.1])).seeds, 2)
-        self.assertIn("more than 1000", str(statistics.verdict(statistics.interval([-1.0, 0.0, 1.0001]))))
-
-    def curve(self, losses, tokens):
-        return statistics.Curve(np.array(losses), {"tokens": np.array(tokens, dtype=float)})
-
-    def test_equal_cost_and_equal_loss(self):
-        a, b = self.curve([4.0, 3.0, 2.0], [0, 10, 20]), self.curve([4.0, 3.5, 3.0], [0, 20, 40])
-        self.assertAlmostEqual(statistics.loss_difference(a, b, "tokens"), 2.0 - 3.5)
-        self.assertAlmostEqual(statistics.cost_ratio(a, b, "tokens"), math.log(10 / 40))
-        charged = a.later({"tokens": 30.0})
-        self.assertAlmostEqual(statistics.loss_difference(charged, b, "tokens"), 3.0 - 3.0)
-        self.assertAlmostEqual(statistics.cost_ratio(charged, b, "tokens"), 0.0)
-        self.assertAlmostEqual(a.to_reach(2.5, "tokens"), 15)
-        self.assertTrue(math.isnan(a.to_reach(1.0, "tokens")))
-        self.assertTrue(math.isnan(charged.at("tokens", 5)))
 
 
 class Files(unittest.TestCase):
@@ -324,12 +278,6 @@ class Mates(unittest.TestCase):
 
 # file, what stands there, what is planted: the tests above must notice
 PLANTED = [
-    ("study_statistics.py", "stdtrit(pairs - 1,", "stdtrit(pairs,"),
-    ("study_statistics.py", "values.std(ddof=1)", "values.std()"),
-    ("study_statistics.py", "if difference.low > bound - worth:", "if difference.low > bound:"),
-    ("study_statistics.py", "distance = max(", "distance = min("),
-    ("study_statistics.py", "amount = min(a.end(axis)", "amount = max(a.end(axis)"),
-    ("study_statistics.py", "loss = max(float(a.loss[-1])", "loss = min(float(a.loss[-1])"),
     ("study_chain.py", "needed |= {stage.teacher} if drawn else {stage.teacher, stage.before}",
      "needed |= {stage.teacher, stage.before}"),
     ("study_chain.py", "needed |= {stage.teacher} if drawn else {stage.teacher, stage.before}",
@@ -373,7 +321,7 @@ def expect_noticed(test, file, classes, planted):
 @unittest.skipIf("PLANTED_SOURCES" in os.environ, "started by itself")
 class Planted(unittest.TestCase):
     def test_errors_are_noticed(self):
-        expect_noticed(self, __file__, ["Statistics", "Files", "Mates"], PLANTED)
+        expect_noticed(self, __file__, ["Files", "Mates"], PLANTED)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
 #include "trainer/cost/published.h"
 #include "trainer/cost/roofline.h"
 #include "trainer/cost/run_curve.h"
+#include "trainer/cost/scaling_fit.h"
 
 namespace upmoe {
 namespace {
@@ -245,14 +246,43 @@ TEST_F(RunCurves, CrossWhereTheyShould) {
   EXPECT_NEAR(slow.spent.tokens, 100e3, 1e-6);
   EXPECT_NEAR(slow.spent.flops, 400e9, 1);
   EXPECT_NEAR(slow.spent.seconds, 50, 1e-9);
-  const std::optional<Spent> at = spent_at(fast, slow.final_loss());
+  const std::optional<Arrival> at = spent_at(fast, slow.final_loss());
   ASSERT_TRUE(at);
-  EXPECT_NEAR(at->tokens, 50e3, 1e-3);
-  EXPECT_NEAR(at->flops, 200e9, 1e3);
-  EXPECT_NEAR(at->seconds, 25, 1e-6);
-  EXPECT_NEAR(spent_at(fast, 3.9)->tokens, 55e3, 1e-3) << "between two points";
+  EXPECT_NEAR(at->spent.tokens, 50e3, 1e-3);
+  EXPECT_NEAR(at->spent.flops, 200e9, 1e3);
+  EXPECT_NEAR(at->spent.seconds, 25, 1e-6);
+  EXPECT_NEAR(spent_at(fast, 3.9)->spent.tokens, 55e3, 1e-3) << "between two points";
   EXPECT_FALSE(spent_at(slow, fast.final_loss()));
-  EXPECT_NEAR(spent_at(fast, 10)->tokens, 10e3, 1e-6) << "the first point is the first thing known";
+  EXPECT_NEAR(spent_at(fast, 10)->spent.tokens, 10e3, 1e-6) << "the first point is the first thing known";
+  EXPECT_TRUE(spent_at(fast, 10)->first);
+  EXPECT_FALSE(at->first);
+}
+
+// One training, with and without evaluations: at equal cost to an equal loss.
+TEST_F(RunCurves, AreComparedByOneKindOfLoss) {
+  const std::string with = run("with", 4, "", true).string(), without = run("without", 4).string();
+  EXPECT_TRUE(read_run_curve(with).held_out);
+  EXPECT_FALSE(read_run_curve(with, false).held_out);
+  const std::vector<RunCurve> both = read_run_curves({with, without});
+  EXPECT_FALSE(both[0].held_out || both[1].held_out);
+  EXPECT_EQ(spent_at(both[0], both[1].final_loss())->spent.tokens, both[1].spent.tokens);
+  EXPECT_TRUE(read_run_curves({with, with})[1].held_out);
+}
+
+// What came behind the last evaluation brought it no loss that it could be compared by.
+TEST_F(RunCurves, AreChargedUpToTheirLastEvaluation) {
+  const fs::path folder = dir_.path() / "cut";
+  fs::create_directories(folder);
+  std::ofstream(folder / "metrics.jsonl") << R"({"kind":"eval","step":0,"tokens":0,"eval_loss":6}
+{"step":1,"tokens":1000,"loss":6,"flops":1e9,"ranks":1,"seconds":1}
+{"kind":"eval","step":1,"tokens":1000,"eval_loss":5}
+{"step":2,"tokens":2000,"loss":5,"flops":1e9,"ranks":1,"seconds":1}
+)";
+  const RunCurve curve = read_run_curve(folder);
+  EXPECT_EQ(curve.spent.tokens, 2000);
+  EXPECT_EQ(curve.to_final_loss().tokens, 1000);
+  EXPECT_EQ(outcome_of(curve, nullptr).tokens, 1000);
+  EXPECT_EQ(spent_at(curve, curve.final_loss())->spent.tokens, curve.to_final_loss().tokens);
 }
 
 TEST_F(RunCurves, ATeachersForwardIsCharged) {
@@ -266,7 +296,7 @@ TEST_F(RunCurves, OfEvaluationsWhereThereAre) {
   EXPECT_TRUE(curve.held_out);
   ASSERT_EQ(curve.points.size(), 2u);
   EXPECT_EQ(curve.points[0].loss, 5);
-  EXPECT_NEAR(spent_at(curve, 4.5)->tokens, 75e3, 1e-6);
+  EXPECT_NEAR(spent_at(curve, 4.5)->spent.tokens, 75e3, 1e-6);
   EXPECT_NEAR(curve.spent.seconds, 50, 1e-9) << "without evaluations";
 }
 
@@ -291,7 +321,7 @@ TEST_F(RunCurves, AnEvaluationCostsTheStepsBeforeIt) {
     EXPECT_NEAR(curve.points[i].spent.seconds, i == 0 ? 0 : 3 + 0.5 * behind_the_first, 1e-9) << steps[i];
   }
   EXPECT_NEAR(curve.teacher_flops, 9 * 4 * 5e8, 1);
-  EXPECT_NEAR(spent_at(curve, 4.5)->tokens, 5500, 1e-6);
+  EXPECT_NEAR(spent_at(curve, 4.5)->spent.tokens, 5500, 1e-6);
 }
 
 // JSON has no NaN: `upmoe train` writes null.
@@ -333,7 +363,7 @@ TEST_F(RunCurves, NoiseIsSmoothed) {
                        6 - 0.01 * step + (step % 3 == 0 ? 0.2 : -0.1))
         << '\n';
   out.close();
-  EXPECT_NEAR(spent_at(read_run_curve(folder), 5.0)->tokens, 100, 4);
+  EXPECT_NEAR(spent_at(read_run_curve(folder), 5.0)->spent.tokens, 100, 4);
 }
 
 TEST_F(RunCurves, BadOnes) {

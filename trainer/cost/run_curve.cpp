@@ -132,7 +132,7 @@ Spent& Spent::operator+=(const Spent& other) {
   return *this;
 }
 
-RunCurve read_run_curve(const fs::path& run) {
+RunCurve read_run_curve(const fs::path& run, bool by_evaluations) {
   const bool directory = fs::is_directory(run);
   const fs::path file = directory ? run / "metrics.jsonl" : run;
   std::ifstream in(file);
@@ -159,7 +159,7 @@ RunCurve read_run_curve(const fs::path& run) {
   curve.spent = reader.spent;
   curve.teacher_flops = reader.teacher_flops;
   curve.counts_experts = reader.counts_experts;
-  curve.held_out = reader.evaluations.size() > 1;
+  curve.held_out = by_evaluations && reader.evaluations.size() > 1;
   curve.points = finite(curve.held_out ? reader.evaluations : reader.training, file);
   if (!curve.held_out) curve.points = smoothed(curve.points, curve.points.size() / 50);
   return curve;
@@ -172,6 +172,10 @@ std::vector<RunCurve> read_run_curves(const std::vector<std::string>& runs) {
     curves.push_back(read_run_curve(run));
     folders.push_back(folder_of(run));
   }
+  const auto held_out = [](const RunCurve& curve) { return curve.held_out; };
+  if (!std::all_of(curves.begin(), curves.end(), held_out))
+    for (std::size_t i = 0; i < runs.size(); ++i)
+      if (curves[i].held_out) curves[i] = read_run_curve(runs[i], false);
   for (std::size_t i = 0; i < runs.size(); ++i) {
     std::ptrdiff_t length = 1;
     const auto shared = [&](const fs::path& other) {
@@ -183,13 +187,13 @@ std::vector<RunCurve> read_run_curves(const std::vector<std::string>& runs) {
   return curves;
 }
 
-std::optional<Spent> spent_at(const RunCurve& curve, double loss) {
+std::optional<Arrival> spent_at(const RunCurve& curve, double loss) {
   const auto reached = [&](const CurvePoint& p) { return p.loss <= loss; };
   const auto at = std::find_if(curve.points.begin(), curve.points.end(), reached);
   if (at == curve.points.end()) return std::nullopt;
-  if (at == curve.points.begin()) return at->spent;
+  if (at == curve.points.begin()) return Arrival{at->spent, true};
   const CurvePoint& before = *(at - 1);
-  return between(before.spent, at->spent, (before.loss - loss) / (before.loss - at->loss));
+  return Arrival{between(before.spent, at->spent, (before.loss - loss) / (before.loss - at->loss))};
 }
 
 }  // namespace upmoe

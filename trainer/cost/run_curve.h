@@ -30,19 +30,26 @@ struct RunCurve {
   std::vector<CurvePoint> points;
   bool counts_experts = false;  // its lines say how experts share the tokens: a mixture's
   double final_loss() const { return points.back().loss; }
+  // Until then: of a run that ended between two evaluations less than `spent`.
+  const Spent& to_final_loss() const { return points.back().spent; }
 };
 
 // `run`: a run's directory, or a metrics.jsonl. Steps between two logged ones cost what the later one does, also up to
 // an evaluation between them. Evaluations are taken where there are two or more of them; the training loss is smoothed
 // over a fiftieth of the run to either side, less at its ends. A loss that is not finite is left out; where it is the
 // last one, the run has none to be compared by, and is refused. Lines of newer programs are passed over. Throws
-// Error(kBadInput) that names file and line.
-RunCurve read_run_curve(const std::filesystem::path& run);
+// Error(kBadInput) that names file and line. Without `by_evaluations` the training loss is taken in any case.
+RunCurve read_run_curve(const std::filesystem::path& run, bool by_evaluations = true);
 
-// Of several: runs in folders of one name are called by as many of the folders above as tell them apart.
+// Of several that are compared: by the training loss where one of them has no evaluations. Runs in folders of one name
+// are called by as many of the folders above as tell them apart.
 std::vector<RunCurve> read_run_curves(const std::vector<std::string>& runs);
 
+struct Arrival {
+  Spent spent;
+  bool first = false;  // the run's first point lies there or below: it may have come there before
+};
 // What the run had spent when it first came to `loss`, straight between two points; nothing when it never did.
-std::optional<Spent> spent_at(const RunCurve& curve, double loss);
+std::optional<Arrival> spent_at(const RunCurve& curve, double loss);
 
 }  // namespace upmoe

@@ -235,7 +235,7 @@ std::vector<std::string> remarks_on(const ScalingFit& fit, const std::vector<Run
 RunOutcome outcome_of(const RunCurve& run, const RunCurve* source) {
   return {.name = run.name,
           .size = (run.spent.flops - run.teacher_flops) / run.spent.tokens / 6,
-          .tokens = run.spent.tokens,
+          .tokens = run.to_final_loss().tokens,
           .source_tokens = source == nullptr ? std::nullopt : std::optional(source->spent.tokens),
           .loss = run.final_loss(),
           .held_out = run.held_out};
