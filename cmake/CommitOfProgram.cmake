@@ -1,6 +1,6 @@
-# cmake -DPROGRAM=FILE -DSOURCE=FOLDER -P: writes PROGRAM.commit, the commit that the sources stand at, "-dirty" behind it
-# when files differ from it. Run after each link, so it tells of what was linked. Without git, or outside a repository,
-# there is no such file.
+# cmake -DPROGRAM=FILE -DSOURCE=FOLDER -P: writes PROGRAM.commit, the commit that the sources stand at, "-dirty" behind
+# it when files differ from it. Run after each link, so it tells of what was linked. Without git, or outside a
+# repository, there is no such file.
 file(REMOVE ${PROGRAM}.commit)
 find_program(git git)
 if(git)

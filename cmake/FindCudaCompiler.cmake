@@ -1,6 +1,6 @@
-# Sets UPMOE_WITH_CUDA when nvcc, cuBLASLt and the runtime are there and usable, and UPMOE_WITH_NCCL and UPMOE_WITH_CUDNN
-# where those libraries are too. nvcc's own flags stand here. What is not usable is said in words: a reason to build for
-# the CPU alone with UPMOE_CUDA=AUTO, an error with ON.
+# Sets UPMOE_WITH_CUDA when nvcc, cuBLASLt and the runtime are there and usable, and UPMOE_WITH_NCCL and
+# UPMOE_WITH_CUDNN where those libraries are too. nvcc's own flags stand here. What is not usable is said in words: a
+# reason to build for the CPU alone with UPMOE_CUDA=AUTO, an error with ON.
 function(upmoe_no_cuda reason)
   if(UPMOE_CUDA STREQUAL AUTO)
     message(STATUS "CUDA: ${reason}; building for the CPU alone")
@@ -29,7 +29,8 @@ set(UPMOE_SM90_FLAGS -gencode=arch=compute_90a,code=sm_90a)
 set(trial "${UPMOE_NVCC} ${CMAKE_CXX_COMPILER} ${UPMOE_CUDA_TARGETS}")
 if(NOT UPMOE_CUDA_TRIED STREQUAL trial)
   set(trial_source ${CMAKE_BINARY_DIR}/CMakeFiles/cuda_trial.cu)
-  file(WRITE ${trial_source} "#include <compare>\n#include <cublasLt.h>\n#include <cuda_bf16.h>\n__global__ void nothing() {}\n")
+  file(WRITE ${trial_source}
+       "#include <compare>\n#include <cublasLt.h>\n#include <cuda_bf16.h>\n__global__ void nothing() {}\n")
   execute_process(COMMAND ${UPMOE_NVCC} -ccbin ${CMAKE_CXX_COMPILER} -std=c++20 ${UPMOE_GPU_FLAGS} -c ${trial_source}
                           -o ${CMAKE_BINARY_DIR}/CMakeFiles/cuda_trial.o
                   RESULT_VARIABLE trial_status OUTPUT_VARIABLE trial_said ERROR_VARIABLE trial_said)
@@ -75,7 +76,9 @@ find_library(UPMOE_CUDNN_LIBRARY cudnn HINTS $ENV{CUDNN_HOME}/lib ${CUDAToolkit_
 if(UPMOE_CUDNN_FRONTEND AND UPMOE_CUDNN_INCLUDE AND UPMOE_CUDNN_LIBRARY AND TARGET CUDA::nvrtc)
   set(UPMOE_WITH_CUDNN ON)
 else()
-  message(STATUS "CUDA: no cuDNN or no cudnn_frontend found (CUDNN_HOME, CUDNN_FRONTEND_HOME); attention by the portable kernel")
+  message(STATUS
+          "CUDA: no cuDNN or no cudnn_frontend found (CUDNN_HOME, CUDNN_FRONTEND_HOME); attention by the portable "
+          "kernel")
 endif()
 # nvcc cannot evaluate fmt's checks of format strings at compile time; the C++ files see to those.
 add_compile_definitions("$<$<COMPILE_LANGUAGE:CUDA>:FMT_CONSTEVAL=;FMT_USE_CONSTEXPR=1>")

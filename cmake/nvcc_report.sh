@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a compiler command and puts what ptxas says of each kernel (registers, stack, spills) into a file beside the object,
-# out of the way of the build's own output. usage: nvcc_report.sh COMPILER ARGUMENTS...
+# Runs a compiler command and puts what ptxas says of each kernel (registers, stack, spills) into a file beside the
+# object, out of the way of the build's own output. usage: nvcc_report.sh COMPILER ARGUMENTS...
 set -uo pipefail
 object=
 for ((i = 1; i <= $#; i++)); do

@@ -36,8 +36,7 @@ ExpertUse expert_use(const ModelConfig& model) {
 }
 
 std::int64_t least_sequences(const ModelConfig& model) {
-  return model.num_moe_layers() > 0 && model.router.routes_groups() ? std::max(1, model.router.group_size)
-                                                                    : 1;
+  return model.routes_groups() ? std::max(1, model.router.group_size) : 1;
 }
 
 }  // namespace upmoe

@@ -49,6 +49,8 @@ struct ModelConfig {
 
   bool is_moe_layer(int layer) const;
   int num_moe_layers() const;
+  // What a token gets depends on the other tokens of its group (RouterForm::routes_groups), in some layer.
+  bool routes_groups() const { return num_moe_layers() > 0 && router.routes_groups(); }
 };
 
 // Reads `path` (config.json, or a directory that holds one). Throws Error(kBadInput) that lists every problem.

@@ -33,21 +33,12 @@ double distance(const RunConfig::Parallel& a, const RunConfig::Parallel& b) {
   return sum;
 }
 
-// Each axis takes what those before it leave of the ranks. ep and etp divide a stage's ranks, pp, cp and tp all of
-// them; what remains is dp.
-template <class Visit>
-void for_each_mesh(int world, const RunConfig::Parallel& asked, const Visit& visit) {
-  for (const int pp : divisors_near(world, asked.pp))
-    for (const int cp : divisors_near(world / pp, asked.cp))
-      for (const int tp : divisors_near(world / pp / cp, asked.tp))
-        for (const int ep : divisors_near(world / pp, asked.ep))
-          for (const int etp : divisors_near(world / pp / ep, asked.etp)) {
-            RunConfig::Parallel mesh = asked;
-            mesh.pp = pp, mesh.cp = cp, mesh.tp = tp, mesh.ep = ep, mesh.etp = etp;
-            if (pp == 1) mesh.pp_chunks = 1;
-            if (mesh.node_ranks > 0 && (ep % mesh.node_ranks != 0 || etp > 1)) mesh.node_ranks = 0;
-            visit(mesh);
-          }
+// `asked` with the axes of `mesh`, and without what these forbid.
+RunConfig::Parallel with_axes(RunConfig::Parallel asked, const RunConfig::Parallel& mesh) {
+  asked.pp = mesh.pp, asked.cp = mesh.cp, asked.tp = mesh.tp, asked.ep = mesh.ep, asked.etp = mesh.etp;
+  if (asked.pp == 1) asked.pp_chunks = 1;
+  if (asked.node_ranks > 0 && (asked.ep % asked.node_ranks != 0 || asked.etp > 1)) asked.node_ranks = 0;
+  return asked;
 }
 
 }  // namespace
@@ -61,7 +52,9 @@ std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig&
   RunConfig::Parallel asked = run.parallel;
   for (int* axis : {&asked.pp, &asked.cp, &asked.tp, &asked.ep, &asked.etp}) *axis = std::max(1, *axis);
   std::vector<Found> found;
-  for_each_mesh(std::max(1, world_size), asked, [&](const RunConfig::Parallel& mesh) {
+  const auto near = [&](int n, int RunConfig::Parallel::*axis) { return divisors_near(n, asked.*axis); };
+  for_each_mesh(std::max(1, world_size), near, [&](const RunConfig::Parallel& axes) {
+    const RunConfig::Parallel mesh = with_axes(asked, axes);
     // Possible, and a waste: what is possible with it is so with ep 1.
     if (ranks_without_experts(mesh, model) > 0) return;
     const double d = distance(mesh, asked);
@@ -78,18 +71,17 @@ std::vector<std::string> nearest_meshes(const RunConfig& run, const ModelConfig&
   std::vector<std::string> texts;
   for (const Found& f : found)
     texts.push_back(fmt::format("tp {}, pp {}, cp {}, ep {}, etp {} (dp {})", f.mesh.tp, f.mesh.pp, f.mesh.cp,
-                                f.mesh.ep, f.mesh.etp, world_size / (f.mesh.tp * f.mesh.pp * f.mesh.cp)));
+                                f.mesh.ep, f.mesh.etp, f.mesh.replicas(world_size)));
   return texts;
 }
 
 void require_possible(const RunConfig& run, const ModelConfig& model, int world_size) {
   const std::vector<std::string> problems = problems_of(run, model, world_size);
   if (problems.empty()) return;
-  std::string all;
-  for (const std::string& p : problems) all += "\n  " + p;
+  std::string all = listed(problems);
   const std::vector<std::string> near = nearest_meshes(run, model, world_size);
   if (!near.empty()) all += fmt::format("\npossible meshes of {} ranks, the nearest first:", world_size);
-  for (const std::string& mesh : near) all += "\n  " + mesh;
+  all += listed(near);
   fail(ExitCode::kUsage, "{}: this run is not possible:{}", run.origin, all);
 }
 

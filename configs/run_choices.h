@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "configs/names.h"
-#include "kernels/core/experts_path.h"
+#include "kernels/core/kernel_paths.h"
 #include "kernels/core/tensor.h"
 
 namespace upmoe {
@@ -60,6 +60,12 @@ template <>
 inline constexpr Names<ExpertsPath> kNames<ExpertsPath>{.built = {{ExpertsPath::kAuto, "auto"},
                                                                   {ExpertsPath::kStreams, "streams"},
                                                                   {ExpertsPath::kFused, "fused"}}};
+
+template <>
+inline constexpr Names<CrossEntropyPath> kNames<CrossEntropyPath>{
+    .built = {{CrossEntropyPath::kAuto, "auto"},
+              {CrossEntropyPath::kPortable, "portable"},
+              {CrossEntropyPath::kClusters, "clusters"}}};
 
 enum class OptimizerKind : std::uint8_t { kAdamW, kAdamW8bit };
 template <>

@@ -89,6 +89,8 @@ struct RunConfig {
       std::shared_ptr<const ModelConfig> config = {};
       bool given() const { return !model.empty(); }
     } teacher;
+
+    std::int64_t micro_batches() const { return global_batch / micro_batch; }  // of a step, all ranks
   } train;
   struct Optimizer {
     OptimizerKind name = OptimizerKind::kAdamW;
@@ -111,9 +113,13 @@ struct RunConfig {
     // Ranks per node for the exchange of expert rows: a row crosses to another node once. 0: straight to its rank.
     int node_ranks = 0;
     int pp_chunks = 1;  // runs of blocks per pipeline stage; above 1 the schedule is interleaved
+
+    // Of so many ranks: data-parallel replicas of the model, dp.
+    std::int64_t replicas(int world) const { return world / (std::int64_t{tp} * pp * cp); }
   } parallel;
   struct Kernels {
     ExpertsPath experts = ExpertsPath::kAuto;
+    CrossEntropyPath cross_entropy = CrossEntropyPath::kAuto;
   } kernels;
   struct Lora : LoraForm {
     double dropout = 0;  // of what an adapter reads
@@ -129,6 +135,8 @@ struct RunConfig {
     bool tensorboard = true;
   } log;
   DeviceChoice device = DeviceChoice::kAuto;
+
+  std::int64_t tokens_per_step() const { return train.global_batch * data.seq_len; }  // of all ranks
 
   std::string origin;              // the file it came from, for messages
   std::vector<std::string> notes;  // for the start of the run: what was asked for in vain, one sentence each

@@ -25,6 +25,12 @@ class Notes {
     if (!effective && value != defaults_.at(key))
       list.push_back(fmt::format("{}: {} has no effect: {}", key, value, why));
   }
+  std::vector<std::string> keys_of(const std::string& section) const {  // "router."
+    std::vector<std::string> keys;
+    for (const auto& [key, value] : values_)
+      if (key.starts_with(section)) keys.push_back(key);
+    return keys;
+  }
   std::vector<std::string> list;
 
  private:
@@ -87,7 +93,9 @@ std::vector<std::string> without_effect(const RunConfig& run) {
     notes.unless(run.lora.given(), key, "lora.rank is 0");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");
   notes.unless(run.device != DeviceChoice::kCpu, "train.deterministic", "the CPU always sums in one order");
-  notes.unless(run.device != DeviceChoice::kCpu, "kernels.experts", "device is cpu");
+  for (const char* key : {"kernels.experts", "kernels.cross_entropy"})
+    notes.unless(run.device != DeviceChoice::kCpu, key, "device is cpu");
+  notes.unless(run.parallel.tp == 1, "kernels.cross_entropy", "parallel.tp divides the vocabulary");
   add_schedule_words(run, notes.list);
   return notes.list;
 }
@@ -98,11 +106,8 @@ std::vector<std::string> without_effect(const RunConfig& run, const ModelConfig&
   notes.unless((routed && model.router.draws()) || run.model.init == ModelInit::kRandom ||
                    run.optimizer.name == OptimizerKind::kAdamW8bit || run.lora.given(),
                "run.seed", "the weights come from model.path, and the order of the data has data.seed");
-  for (const char* key : {"router.aux_loss", "router.aux_kind", "router.z_loss", "router.score",
-                          "router.scale", "router.groups", "router.group_topk", "router.bias_rate",
-                          "router.aux_groups", "router.kind", "router.jitter", "router.capacity_factor",
-                          "router.capacity_pool", "router.drop", "router.group_size", "router.temperature"})
-    notes.unless(routed, key, "the model has no experts");
+  for (const std::string& key : notes.keys_of("router."))
+    if (key != "router.dtype") notes.unless(routed, key, "the model has no experts");
   // How experts are computed, of the run's teacher as well.
   const ModelConfig* teacher = run.train.teacher.config.get();
   for (const char* key : {"router.dtype", "kernels.experts"})

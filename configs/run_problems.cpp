@@ -70,29 +70,12 @@ class Problems {
 
   void check_tensor_axis() {
     if (p_.tp == 1) return;
-    const std::int64_t heads = model_.num_attention_heads, kv = model_.num_key_value_heads;
-    // Query heads are cut evenly. Key/value heads too, or each is held by equally many ranks: then a rank's query heads
-    // always have their key/value head with them.
-    const auto fits = [&](std::int64_t tp) { return heads % tp == 0 && (kv % tp == 0 || tp % kv == 0); };
-    if (!fits(p_.tp)) {
-      std::vector<std::int64_t> possible;
-      for (const std::int64_t d : divisors(heads, heads))
-        if (fits(d)) possible.push_back(d);
-      add("parallel.tp: {} does not divide the model's {} attention heads and {} key/value heads among its "
-          "ranks; "
-          "possible: {}",
-          p_.tp, heads, kv, fmt::join(possible, ", "));
-    }
+    for (std::string& problem : tensor_axis_problems("parallel.tp", p_.tp, model_))
+      found_.push_back(std::move(problem));
     if (run_.data.seq_len / p_.cp % p_.tp != 0)
       add("parallel.tp: {} does not divide the {} tokens of a sequence "
           "that a rank of cp {} has; data.seq_len must be a multiple of {}",
           p_.tp, run_.data.seq_len / p_.cp, p_.cp, p_.tp * p_.cp * (p_.cp > 1 ? 2 : 1));
-    for (const auto& [what, width] :
-         {std::pair{"vocab_size", model_.vocab_size}, {"intermediate_size", model_.intermediate_size}})
-      if (p_.tp > width) add("parallel.tp: {} ranks for the model's {} of {}", p_.tp, what, width);
-    const std::int64_t shared = model_.shared_expert_intermediate_size;
-    if (shared > 0 && p_.tp > shared)
-      add("parallel.tp: {} ranks for the model's shared_expert_intermediate_size of {}", p_.tp, shared);
   }
 
   void check_context_axis() {
@@ -202,6 +185,30 @@ class Problems {
 };
 
 }  // namespace
+
+std::vector<std::string> tensor_axis_problems(const std::string& key, int tp, const ModelConfig& model) {
+  std::vector<std::string> found;
+  const std::int64_t heads = model.num_attention_heads, kv = model.num_key_value_heads;
+  // Query heads are cut evenly. Key/value heads too, or each is held by equally many ranks: then a rank's query heads
+  // always have their key/value head with them.
+  const auto fits = [&](std::int64_t n) { return heads % n == 0 && (kv % n == 0 || n % kv == 0); };
+  if (!fits(tp)) {
+    std::vector<std::int64_t> possible;
+    for (const std::int64_t d : divisors(heads, heads))
+      if (fits(d)) possible.push_back(d);
+    found.push_back(
+        fmt::format("{}: {} does not divide the model's {} attention heads and {} key/value heads among its "
+                    "ranks; possible: {}",
+                    key, tp, heads, kv, fmt::join(possible, ", ")));
+  }
+  for (const auto& [what, width] :
+       {std::pair{"vocab_size", model.vocab_size},
+        {"intermediate_size", model.intermediate_size},
+        {"shared_expert_intermediate_size", model.shared_expert_intermediate_size}})
+    if (width > 0 && tp > width)
+      found.push_back(fmt::format("{}: {} ranks for the model's {} of {}", key, tp, what, width));
+  return found;
+}
 
 RunConfig on_device(RunConfig run, Device device) {
   run.device = device.type == DeviceType::kCpu ? DeviceChoice::kCpu : DeviceChoice::kCuda;

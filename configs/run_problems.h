@@ -19,6 +19,9 @@ RunConfig on_device(RunConfig run, Device device);
 // is possible.
 std::vector<std::string> problems_of(const RunConfig& run, const ModelConfig& model, int world_size);
 
+// Why tp ranks cannot share a layer's heads and widths, one sentence for each, behind `key`.
+std::vector<std::string> tensor_axis_problems(const std::string& key, int tp, const ModelConfig& model);
+
 // Of the ranks that parallel.ep divides a layer's experts over, those that get none: as many as it has more than the
 // model has experts. They are possible and wait where the others compute.
 std::int64_t ranks_without_experts(const RunConfig::Parallel& parallel, const ModelConfig& model);

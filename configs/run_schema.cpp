@@ -371,7 +371,9 @@ Schema run_schema(RunConfig& run) {
       .key("experts", run.kernels.experts)
       .says(
           "On GPUs: fused, Hopper's kernels for all experts at once, in bf16; streams, a product for each; "
-          "auto: streams.");
+          "auto: streams.")
+      .key("cross_entropy", run.kernels.cross_entropy)
+      .says("On GPUs: clusters, of Hopper's blocks that keep a row; portable, any GPU's; auto: portable.");
   schema.section("")
       .key("freeze", run.freeze)
       .says(

@@ -29,6 +29,8 @@ struct Deal {
     const std::int64_t i = round * ranks + rank;
     return i < micro_batches ? i : -1;
   }
+  // Rounds that have one for the rank.
+  std::int64_t own() const { return (micro_batches - rank + ranks - 1) / ranks; }
 };
 
 // The micro-batches of one data-parallel rank, step after step.

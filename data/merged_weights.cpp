@@ -97,14 +97,6 @@ class Adapters {
   std::vector<Factors> factors_;
 };
 
-void store(const std::vector<float>& values, TensorView out) {
-  if (out.dtype == DType::kF32) {
-    std::copy(values.begin(), values.end(), out.as<float>());
-  } else {
-    std::transform(values.begin(), values.end(), out.as<bf16>(), to_bf16);
-  }
-}
-
 }  // namespace
 
 ReadTensor with_adapters_merged(const ModelConfig& config, ReadTensor read) {
@@ -122,7 +114,7 @@ ReadTensor with_adapters_merged(const ModelConfig& config, ReadTensor read) {
                   std::span(values).subspan(static_cast<std::size_t>(row * width),
                                             static_cast<std::size_t>(width)));
     }
-    store(values, out);
+    store_floats(values, out);
   };
 }
 

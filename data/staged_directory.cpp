@@ -10,6 +10,7 @@
 #include "data/file_lock.h"
 #include "data/folder.h"
 #include "kernels/core/log.h"
+#include "parallel/host.h"
 
 namespace upmoe {
 namespace {
@@ -93,9 +94,7 @@ std::string owner_in(const fs::path& lock) {
 }
 
 void write_owner(int fd) {
-  char host[128] = "host";
-  ::gethostname(host, sizeof host - 1);
-  const std::string owner = fmt::format("process {} on {}", ::getpid(), host);
+  const std::string owner = fmt::format("process {} on {}", ::getpid(), host_name());
   // For people; who reads nothing there is told "unknown".
   if (::ftruncate(fd, 0) == 0 && ::pwrite(fd, owner.data(), owner.size(), 0) < 0) return;
 }

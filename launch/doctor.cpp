@@ -1,7 +1,5 @@
 // upmoe doctor: where the ranks of a job are, what they may take, what they reach, and what keeps a run from starting.
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <ctime>
@@ -47,9 +45,7 @@ struct DoctorArguments {
 class Examination {
  public:
   Examination(Runtime& runtime, fs::path folder) : runtime_(runtime), folder_(std::move(folder)) {
-    char name[256] = {};
-    gethostname(name, sizeof name - 1);
-    mine_.host = name;
+    mine_.host = host_name();
     mine_.facts = read_host();
     mine_.threads = runtime.cores().threads;
     mine_.speaks = runtime.cores().speaks;

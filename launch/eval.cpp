@@ -15,6 +15,7 @@
 #include "launch/compute_options.h"
 #include "launch/output.h"
 #include "launch/token_sets.h"
+#include "launch/whole_model.h"
 #include "trainer/held_out.h"
 #include "trainer/logits_file.h"
 #include "trainer/same_inputs.h"
@@ -82,19 +83,16 @@ TokenSets open_sets(const EvalArguments& a, const ModelSource& source, bool spea
   return sets;
 }
 
-std::int64_t sequences_of(const EvalArguments& a, const TokenDataset& data) {
-  return a.sequences == 0 ? data.num_sequences() : std::min(a.sequences, data.num_sequences());
-}
-
 std::vector<HeldOutLoss> evaluate_sets(const EvalArguments& a, RankModel& model, const TokenSets& sets,
                                        const LmHead::Sink& sink) {
   const std::vector<std::string> names = set_names(a.data, a.names);
   std::vector<HeldOutLoss> losses;
   try {
     for (std::size_t i = 0; i < sets.size(); ++i)
-      losses.push_back(
-          {names[i],
-           evaluate(model, *sets[i], {sequences_of(a, *sets[i]), a.micro_batch, a.mask_documents}, sink)});
+      losses.push_back({names[i], evaluate(model, *sets[i],
+                                           {sequences_asked(a.sequences, sets[i]->num_sequences()),
+                                            a.micro_batch, a.mask_documents},
+                                           sink)});
   } catch (const PeerError&) {
     throw;
   } catch (const Error& e) {  // an operation met the value first, and speaks of training
@@ -108,10 +106,11 @@ std::vector<HeldOutLoss> evaluate_sets(const EvalArguments& a, RankModel& model,
 nlohmann::json report_of(const EvalArguments& a, const std::vector<HeldOutLoss>& losses,
                          const TokenSets& sets) {
   std::int64_t sequences = 0;
-  for (const auto& set : sets) sequences += sequences_of(a, *set);
+  for (const auto& set : sets) sequences += sequences_asked(a.sequences, set->num_sequences());
   nlohmann::json report = object_of(together(losses), sequences);
   for (std::size_t i = 0; i < losses.size() && losses.size() > 1; ++i)
-    report["sets"][losses[i].name] = object_of(losses[i].result, sequences_of(a, *sets[i]));
+    report["sets"][losses[i].name] =
+        object_of(losses[i].result, sequences_asked(a.sequences, sets[i]->num_sequences()));
   return report;
 }
 
@@ -130,8 +129,7 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
   RankModel model(config, evaluation_mesh(config, world.size()), world, device, a.compute.model_options());
   TokenSets sets;
   run_agreed(world, [&] {
-    model.params.load(model.memory.exec,
-                      [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
+    load_weights(model, *source);
     sets = open_sets(a, *source, world.rank() == 0);
   });
   // Ranks that read other sequences would not evaluate as many.
@@ -141,8 +139,9 @@ int run_eval(const EvalArguments& a, Runtime& runtime) {
 
   std::optional<LogitsFile> logits;
   if (!a.logits.empty())
-    logits.emplace(a.logits, std::vector<std::filesystem::path>{source->directory(), a.data.front()},
-                   Shape{sequences_of(a, *sets.front()), a.seq_len, config.vocab_size});
+    logits.emplace(
+        a.logits, std::vector<std::filesystem::path>{source->directory(), a.data.front()},
+        Shape{sequences_asked(a.sequences, sets.front()->num_sequences()), a.seq_len, config.vocab_size});
   const std::vector<HeldOutLoss> losses =
       evaluate_sets(a, model, sets, logits ? logits->sink() : LmHead::Sink{});
   if (logits) logits->write();

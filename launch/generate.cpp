@@ -18,6 +18,7 @@
 #include "launch/output.h"
 #include "launch/prompts.h"
 #include "launch/text_codec.h"
+#include "launch/whole_model.h"
 #include "trainer/generation_room.h"
 #include "trainer/same_inputs.h"
 
@@ -169,10 +170,7 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
   share_prompts(world, prompts);
 
   RankModel model(source->config(), mesh, world, device, a.compute.model_options());
-  run_agreed(world, [&] {
-    model.params.load(model.memory.exec,
-                      [&](const ParamSpec& p, const Box& box, TensorView out) { source->read(p, box, out); });
-  });
+  run_agreed(world, [&] { load_weights(model, *source); });
   if (options.rows == 0) options.rows = rows_that_fit(model, prompts, options);
   std::optional<Streamed> streamed;
   if (first && !a.json && a.batch.empty()) streamed.emplace(*speaker);

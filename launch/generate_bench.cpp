@@ -7,6 +7,7 @@
 #include "launch/generation_report.h"
 #include "launch/output.h"
 #include "launch/shipped.h"
+#include "launch/whole_model.h"
 #include "trainer/generation_room.h"
 #include "trainer/same_inputs.h"
 
@@ -78,9 +79,7 @@ void make_model(Subject& s, const BenchArguments& a, Communicator& world, Device
   run_agreed(world, [&] {
     if (!s.weights)
       return model.params.initialise(model.memory.exec, static_cast<std::int64_t>(a.request.seed));
-    model.params.load(model.memory.exec, [&](const ParamSpec& p, const Box& box, TensorView out) {
-      s.weights->read(p, box, out);
-    });
+    load_weights(model, *s.weights);
   });
   if (!s.weights && world.rank() == 0) log::info("{}: a configuration alone; its weights are random", s.name);
 }

@@ -40,12 +40,11 @@ std::string milliseconds(double seconds) {
   return fmt::format("{:.2f}", seconds * 1e3);
 }
 
+// Few runs have a teacher.
 std::vector<std::pair<const char*, double>> purposes(const MemoryPurposes& m) {
-  std::vector<std::pair<const char*, double>> all{
-      {"weights", m.weights},         {"gradients", m.gradients},         {"optimizer", m.optimizer},
-      {"activations", m.activations}, {"communication", m.communication}, {"workspace", m.workspace},
-      {"process", m.process},         {"checkpoint", m.checkpoint}};
-  if (m.teacher > 0) all.emplace_back("teacher", m.teacher);
+  std::vector<std::pair<const char*, double>> all;
+  for (const auto& [name, bytes] : MemoryPurposes::kAll)
+    if (bytes != &MemoryPurposes::teacher || m.teacher > 0) all.emplace_back(name, m.*bytes);
   return all;
 }
 
@@ -306,7 +305,7 @@ PlanReport search_report(const PlanRequest& request, int world, const LayoutSear
   json layouts = json::array();
   for (const FoundLayout& f : search.best) {
     const RunConfig::Parallel& p = f.parallel;
-    const int dp = world / (p.tp * p.pp * p.cp);
+    const auto dp = static_cast<int>(p.replicas(world));
     const auto number = [](std::int64_t n) { return fmt::format("{}", n); };
     table.row({number(p.tp), number(p.pp), number(p.cp), number(p.ep), number(p.etp), number(dp),
                number(p.zero), number(f.micro_batch), name_of(f.recompute), milliseconds(f.seconds),

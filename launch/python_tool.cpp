@@ -1,8 +1,6 @@
 #include "launch/python_tool.h"
 
-#include <spawn.h>
 #include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
@@ -32,20 +30,11 @@ void listen_for_the_tool() {
     if (std::signal(number, number == SIGINT ? [](int) {} : hand_on) == SIG_IGN) std::signal(number, SIG_IGN);
 }
 
-// Runs a program found on PATH and waits for it. Its exit status; 128 + signal when a signal ended it.
-int run_program(std::vector<std::string> words) {
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
-  listen_for_the_tool();
-  pid_t child = 0;
-  if (const int error = posix_spawnp(&child, argv[0], nullptr, nullptr, argv.data(), environ); error != 0)
-    fail(ExitCode::kFailure, "cannot start {}: {}; run launch/setup.sh, or set UPMOE_PYTHON", words[0],
-         std::strerror(error));
-  tool = child;
+// Its exit status; 128 + signal when a signal ended it.
+int status_of(pid_t child, const std::string& script) {
   int status = 0;
   while (waitpid(child, &status, 0) < 0)
-    if (errno != EINTR) fail(ExitCode::kFailure, "waiting for {}: {}", words[0], std::strerror(errno));
+    if (errno != EINTR) fail(ExitCode::kFailure, "waiting for {}: {}", script, std::strerror(errno));
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
@@ -54,9 +43,11 @@ int run_program(std::vector<std::string> words) {
 int run_python_tool(const std::string& script, const std::vector<std::string>& arguments) {
   const std::filesystem::path path =
       script_of_source(std::filesystem::path("launch") / script, "this command");
-  std::vector<std::string> words{find_python(), path.string()};
+  std::vector<std::string> words{path.string()};
   words.insert(words.end(), arguments.begin(), arguments.end());
-  return run_program(std::move(words));
+  listen_for_the_tool();
+  tool = spawn_python(words);
+  return status_of(tool, script);
 }
 
 }  // namespace upmoe

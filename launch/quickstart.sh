@@ -113,13 +113,8 @@ JSON
   mv "$dir/config.json.part" "$dir/config.json"
 }
 
-newest_checkpoint() {
-  find "$1/checkpoints" -mindepth 1 -maxdepth 1 -name 'step_*' | sort | tail -n 1
-}
-
 export_model() {  # RUN NAME
-  [[ -f $out/models/$2/config.json ]] || alone "$upmoe" export "$(newest_checkpoint "$out/$1")" \
-    --to "$out/models/$2" --dtype fp32
+  [[ -f $out/models/$2/config.json ]] || alone "$upmoe" export "$out/$1" --to "$out/models/$2" --dtype fp32
 }
 
 evaluate() {  # NAME MODEL
@@ -168,7 +163,7 @@ say "held-out loss"
 evaluate dense "$out/models/dense"
 evaluate dense_continued "$out/models/dense_continued"
 evaluate moe_step0 "$out/models/moe"
-evaluate moe "$(newest_checkpoint "$out/moe")"
+evaluate moe "$out/moe"
 evaluate moe_exported "$out/models/moe_trained"
 
 page=$(UPMOE_PYTHON=$python "$upmoe" report "$out/dense" "$out/dense_continued" "$out/moe" --continued \

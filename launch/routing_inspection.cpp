@@ -24,7 +24,7 @@ namespace fs = std::filesystem;
 namespace {
 
 std::int64_t sequences_of(const RoutingRequest& request, const TokenDataset& data) {
-  return request.sequences == 0 ? data.num_sequences() : std::min(request.sequences, data.num_sequences());
+  return sequences_asked(request.sequences, data.num_sequences());
 }
 
 std::vector<std::int64_t> counts_of(const RoutingRequest& request, const TokenSets& sources,

@@ -191,9 +191,7 @@ make_options() {
   [[ -z $interface ]] || options+=(--mca btl_tcp_if_include "$interface" --mca oob_tcp_if_include "$interface")
   [[ -z $rsh ]] || options+=(--mca plm_rsh_agent "$rsh")
 }
-if [[ $(id -u) -eq 0 ]]; then
-  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
+prepare_mpi
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

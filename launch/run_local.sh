@@ -38,13 +38,7 @@ is_train "$@" || stop_grace=0
 # Unbound: Open MPI would pin both ranks of two to one core each and their threads with them. Oversubscribed is allowed
 # always, because what Open MPI counts as a slot and what a container grants differ.
 options=(-np "$ranks" --bind-to none --oversubscribe)
-if [[ $(id -u) -eq 0 ]]; then
-  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-fi
-if [[ -e /.dockerenv || -e /run/.containerenv ]]; then
-  # Containers usually forbid reading another process's memory; without this Open MPI fails on large messages.
-  export OMPI_MCA_btl_vader_single_copy_mechanism=none
-fi
+prepare_mpi
 
 start_mpirun "${options[@]}" "$@"
 while alive; do

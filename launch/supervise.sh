@@ -14,6 +14,14 @@ asked_at=0  # time of the first request, microseconds
 require_program() {
   command -v "$1" >/dev/null || { say "error: $1: no such program; launch/setup.sh makes build/release/upmoe"; exit 2; }
 }
+# What Open MPI needs of its surroundings; it hands OMPI_* on to other hosts by itself.
+prepare_mpi() {
+  if [[ $(id -u) -eq 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+  if [[ -e /.dockerenv || -e /run/.containerenv ]]; then
+    # Containers usually forbid reading another process's memory; without this Open MPI fails on large messages.
+    export OMPI_MCA_btl_vader_single_copy_mechanism=${OMPI_MCA_btl_vader_single_copy_mechanism:-none}
+  fi
+}
 alive() { [[ $mpirun_pid -ne 0 ]] && kill -0 "$mpirun_pid" 2>/dev/null; }
 # mpirun leads its own process group, so that its rsh agents end with it.
 end_mpirun() { kill "-$1" -- "-$mpirun_pid" 2>/dev/null || true; }

@@ -1,12 +1,10 @@
 #include "launch/text_codec.h"
 
 #include <fcntl.h>
-#include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <nlohmann/json.hpp>
 
@@ -15,50 +13,39 @@
 
 namespace upmoe {
 
-namespace {
-
-struct Pipe {
+// Both ends as files, each closed whatever comes.
+struct TextCodec::Pipe {
   Pipe() {
     int ends[2];
-    if (pipe2(ends, O_CLOEXEC) != 0)
-      fail(ExitCode::kFailure, "a pipe to the tokenizer: {}", std::strerror(errno));
-    read = ends[0];
-    write = ends[1];
+    if (pipe2(ends, O_CLOEXEC) != 0) refuse();
+    read.reset(fdopen(ends[0], "r"));
+    write.reset(fdopen(ends[1], "w"));
+    if (read && write) return;
+    const int error = errno;
+    if (!read) close(ends[0]);
+    if (!write) close(ends[1]);
+    errno = error;
+    refuse();
   }
-  int read = -1, write = -1;
+  [[noreturn]] static void refuse() {
+    fail(ExitCode::kFailure, "a pipe to the tokenizer: {}", std::strerror(errno));
+  }
+  File read, write;
 };
 
-}  // namespace
-
 TextCodec::TextCodec(const std::filesystem::path& tokenizer) : tokenizer_(tokenizer) {
-  const std::string python = find_python(),
-                    script = script_of_source("data/text_codec.py", "text in prompts and answers").string(),
-                    file = tokenizer.string();
-  const Pipe questions, answers;
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_adddup2(&actions, questions.read, STDIN_FILENO);
-  posix_spawn_file_actions_adddup2(&actions, answers.write, STDOUT_FILENO);
-  std::vector<std::string> words{python, script, file};
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
-  const int error = posix_spawnp(&child_, argv[0], &actions, nullptr, argv.data(), environ);
-  posix_spawn_file_actions_destroy(&actions);
-  close(questions.read);
-  close(answers.write);
-  to_ = fdopen(questions.write, "w");
-  from_ = fdopen(answers.read, "r");
-  if (error == 0) return;
-  std::fclose(to_);
-  std::fclose(from_);
-  fail(ExitCode::kFailure, "cannot start {}: {}; run launch/setup.sh, or set UPMOE_PYTHON", python,
-       std::strerror(error));
+  const std::filesystem::path script = script_of_source("data/text_codec.py", "text in prompts and answers");
+  Pipe questions, answers;
+  child_ = spawn_python(
+      {script.string(), tokenizer.string()},
+      {{fileno(questions.read.get()), STDIN_FILENO}, {fileno(answers.write.get()), STDOUT_FILENO}});
+  to_ = std::move(questions.write);
+  from_ = std::move(answers.read);
 }
 
 TextCodec::~TextCodec() {
-  std::fclose(to_);  // the end of its input is its end
-  std::fclose(from_);
+  to_.reset();  // the end of its input is its end
+  from_.reset();
   while (waitpid(child_, nullptr, 0) < 0 && errno == EINTR) {
   }
 }
@@ -66,10 +53,10 @@ TextCodec::~TextCodec() {
 // One line there, one line back.
 std::string TextCodec::ask(const std::string& question) {
   const std::string line = question + "\n";
-  if (std::fwrite(line.data(), 1, line.size(), to_) == line.size()) std::fflush(to_);
+  if (std::fwrite(line.data(), 1, line.size(), to_.get()) == line.size()) std::fflush(to_.get());
   std::string answer;
   char part[4096];
-  while (std::fgets(part, sizeof part, from_) != nullptr) {
+  while (std::fgets(part, sizeof part, from_.get()) != nullptr) {
     answer += part;
     if (answer.back() == '\n') return answer;
   }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -35,11 +36,16 @@ class TextCodec {
   Classes classes(std::int64_t vocab);
 
  private:
+  struct Close {
+    void operator()(std::FILE* file) const { std::fclose(file); }
+  };
+  using File = std::unique_ptr<std::FILE, Close>;
+  struct Pipe;
   std::string ask(const std::string& question);
 
   std::filesystem::path tokenizer_;
+  File to_, from_;
   pid_t child_ = 0;
-  std::FILE *to_ = nullptr, *from_ = nullptr;
 };
 
 }  // namespace upmoe

@@ -1,5 +1,5 @@
 #pragma once
-// A model of a directory for what a command looks up before or behind its work: whole on this rank, on the CPU.
+// Models of a directory.
 
 #include <memory>
 
@@ -9,7 +9,11 @@
 
 namespace upmoe {
 
-// `self`: make_self_communicator(), which outlives the model.
+// This rank's part of every parameter.
+void load_weights(RankModel& model, const ModelSource& source);
+
+// For what a command looks up before or behind its work: whole on this rank, on the CPU. `self`:
+// make_self_communicator(), which outlives the model.
 std::unique_ptr<RankModel> whole_model(const ModelSource& source, Communicator& self, Precision precision);
 
 }  // namespace upmoe

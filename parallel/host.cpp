@@ -4,23 +4,29 @@
 
 #include <algorithm>
 #include <fstream>
+#include <iterator>
 #include <set>
-#include <string>
 
 #include "kernels/core/philox.h"
 
 namespace upmoe {
 
+std::string host_name() {
+  char name[256] = {};
+  return gethostname(name, sizeof name - 1) == 0 && name[0] != 0 ? name : "?";
+}
+
+std::string system_text(const std::filesystem::path& file) {
+  std::ifstream in(file);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
 namespace {
 
 std::int64_t host_number() {
-  char name[256] = "host";
-  gethostname(name, sizeof name - 1);
-  std::string words = name;
-  std::ifstream boot("/proc/sys/kernel/random/boot_id");  // two hosts may have one name
-  std::string id;
-  if (boot >> id) words += id;
-  return static_cast<std::int64_t>(philox_key(1, words));
+  // Two hosts may have one name.
+  return static_cast<std::int64_t>(
+      philox_key(1, host_name() + system_text("/proc/sys/kernel/random/boot_id")));
 }
 
 }  // namespace

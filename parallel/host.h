@@ -1,12 +1,19 @@
 #pragma once
-// Which ranks share a host.
+// The host that this process runs on, and which ranks share one.
 
 #include <cstdint>
+#include <filesystem>
+#include <string>
 #include <vector>
 
 #include "parallel/communicator.h"
 
 namespace upmoe {
+
+// Its name, cut at 255 characters; "?" where it has none.
+std::string host_name();
+// What a file of /proc or /sys says now; empty where there is none.
+std::string system_text(const std::filesystem::path& file);
 
 // Of every rank a number that the processes of one host share, and no others. Collective.
 std::vector<std::int64_t> hosts_of(Communicator& world);

@@ -3,8 +3,6 @@
 #include <fmt/ranges.h>
 #include <mpi.h>
 #include <sched.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <ctime>
@@ -13,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "parallel/host.h"
 #include "parallel/mpi_signs.h"
 #include "parallel/watchdog.h"
 
@@ -58,8 +57,8 @@ void learn_hosts() {
   constexpr int kRoom = 64;
   int size = 1;
   check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &size), "MPI_Comm_size");
-  char mine[kRoom] = "?";
-  gethostname(mine, kRoom - 1);
+  char mine[kRoom] = {};
+  host_name().copy(mine, kRoom - 1);
   std::vector<char> all(static_cast<std::size_t>(size) * kRoom);
   check_mpi(MPI_Allgather(mine, kRoom, MPI_CHAR, all.data(), kRoom, MPI_CHAR, MPI_COMM_WORLD),
             "MPI_Allgather");

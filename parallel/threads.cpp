@@ -100,9 +100,8 @@ CoreShare share_cores(Communicator& world) {
     part += 1.0 / sharing;
   }
   share.is_bound = share.bound_to < share.cores;
-  std::ifstream file("/proc/self/cgroup");
-  const std::string own{std::istreambuf_iterator<char>(file), {}};
-  if (const double quota = quota_of_container("/sys/fs/cgroup", own); quota > 0) {
+  if (const double quota = quota_of_container("/sys/fs/cgroup", system_text("/proc/self/cgroup"));
+      quota > 0) {
     share.cores = std::min(share.cores, std::max(1, static_cast<int>(quota)));
     part = std::min(part, quota / share.ranks_here);
   }

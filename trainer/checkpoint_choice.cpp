@@ -1,11 +1,10 @@
 #include "trainer/checkpoint_choice.h"
 
-#include <unistd.h>
-
 #include <memory>
 
 #include "data/folder.h"
 #include "data/store_check.h"
+#include "parallel/host.h"
 #include "parallel/texts.h"
 
 namespace upmoe {
@@ -30,12 +29,10 @@ std::optional<StoreFault> agreed_fault(Communicator& world, const std::optional<
 
 void require_visible(const fs::path& folder, const Communicator& world) {
   if (world.rank() == 0 || path_exists(folder)) return;
-  char host[256] = "?";
-  gethostname(host, sizeof host - 1);
   fail(ExitCode::kBadInput,
        "{}: rank 0 has it, rank {} on host {} does not; "
        "run.dir must lie on a file system that all hosts share",
-       folder.string(), world.rank(), host);
+       folder.string(), world.rank(), host_name());
 }
 
 // Each rank reads its share of the files, all of them until one finds a fault or the last has finished.

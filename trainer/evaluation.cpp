@@ -83,7 +83,7 @@ EvalResult evaluate(RankModel& model, const TokenDataset& data, const EvalOption
   const auto start = std::chrono::steady_clock::now();
   const std::int64_t available = std::max<std::int64_t>(0, data.num_sequences() - options.begin),
                      S = data.seq_len();
-  const std::int64_t sequences = options.sequences == 0 ? available : std::min(options.sequences, available);
+  const std::int64_t sequences = sequences_asked(options.sequences, available);
   if (sequences == 0) fail(ExitCode::kBadInput, "the held-out data has no whole sequence of {} tokens", S);
   UPMOE_CHECK((!sink && !routing) || model.mesh.spec().world() == 1, "logits and choices of one rank");
 

@@ -1,6 +1,7 @@
 #pragma once
 // Held-out loss.
 
+#include <algorithm>
 #include <functional>
 
 #include "data/token_dataset.h"
@@ -13,6 +14,11 @@ struct EvalResult {
   std::int64_t tokens = 0;  // of which there is a loss: the targets that count
   double seconds = 0;
 };
+
+// Of what was asked for, 0 for all, what there is.
+inline std::int64_t sequences_asked(std::int64_t asked, std::int64_t available) {
+  return asked == 0 ? available : std::min(asked, available);
+}
 
 struct EvalOptions {
   std::int64_t sequences = 0;    // 0 = all of the file from `begin` on

@@ -8,6 +8,7 @@
 
 #include "data/crc.h"
 #include "kernels/core/log.h"
+#include "parallel/host.h"
 
 namespace upmoe {
 
@@ -52,10 +53,8 @@ std::uint32_t masked_crc(const void* data, std::size_t bytes) {
 EventFile::EventFile(const std::filesystem::path& dir, std::int64_t first_step) {
   std::error_code failed;  // told by the first record, which then finds no file
   std::filesystem::create_directories(dir, failed);
-  char host[256] = "host";
-  gethostname(host, sizeof host - 1);
   path_ = dir / fmt::format("events.out.tfevents.{:010}.{}.{}.0", static_cast<std::int64_t>(now_seconds()),
-                            host, getpid());
+                            host_name(), getpid());
   out_.open(path_, std::ios::binary);
   std::string version = event_head(0);
   put_string(version, 3, "brain.Event:2");

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <optional>
 
+#include "configs/run_problems.h"
 #include "kernels/ops/transfer.h"
 #include "parallel/watchdog.h"
 #include "trainer/evaluation.h"
@@ -299,12 +300,10 @@ double Generated::tokens_per_s() const {
 }
 
 MeshSpec generation_mesh(const ModelConfig& config, int ranks, int tp) {
-  const std::int64_t heads = config.num_attention_heads, kv = config.num_key_value_heads;
   if (tp < 1 || ranks % tp != 0)
     fail(ExitCode::kUsage, "--tp {} does not divide the {} ranks of this job", tp, ranks);
-  if (heads % tp != 0 || (kv % tp != 0 && tp % kv != 0))
-    fail(ExitCode::kUsage, "--tp {} does not divide the model's {} attention heads and {} key/value heads",
-         tp, heads, kv);
+  if (const auto problems = tensor_axis_problems("--tp", tp, config); !problems.empty())
+    fail(ExitCode::kUsage, "{}", problems.front());
   MeshSpec spec = evaluation_mesh(config, ranks);
   spec.dp = ranks / tp;
   spec.tp = tp;
@@ -312,7 +311,7 @@ MeshSpec generation_mesh(const ModelConfig& config, int ranks, int tp) {
 }
 
 std::string refusal_of(const ModelConfig& config, std::span<const Prompt> prompts) {
-  if (config.num_moe_layers() > 0 && config.router.routes_groups())
+  if (config.routes_groups())
     return fmt::format(
         "a model whose routers are of kind {} cannot generate: what a token gets depends on the other "
         "sequences of its group, which a prompt has not",

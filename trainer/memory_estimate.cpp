@@ -24,11 +24,6 @@ RunConfig shortened(RunConfig run, int ranks) {
   return run;
 }
 
-std::string read(const char* path) {
-  std::ifstream file(path);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 }  // namespace
 
 // Where chunks are interleaved, until the arenas of micro-batches, fewer than this multiple of the stages, have gone
@@ -79,7 +74,7 @@ double memory_left(const std::string& root, const std::string& own, const std::s
 }
 
 double memory_left() {
-  return memory_left("/sys/fs/cgroup", read("/proc/self/cgroup"), read("/proc/meminfo"));
+  return memory_left("/sys/fs/cgroup", system_text("/proc/self/cgroup"), system_text("/proc/meminfo"));
 }
 
 void warn_of_memory(const Session& session, Communicator& world) {

@@ -113,12 +113,12 @@ void Metrics::sync() {
 void Metrics::step(const StepReport& r) {
   slow_seconds_ = slow_seconds_ == 0 ? r.seconds : 0.9 * slow_seconds_ + 0.1 * r.seconds;
   if (r.step % run_.log.every != 0 && r.step != run_.train.steps && r.step != 1 && !r.skipped) return;
-  const double per_step = static_cast<double>(run_.train.global_batch * run_.data.seq_len);
+  const double per_step = static_cast<double>(run_.tokens_per_step());
   const double tokens_per_s = per_step / r.seconds, tflops = r.flops_per_rank / r.seconds * 1e-12;
   const double mfu = peak_.share(r.flops_per_rank, r.seconds);
   const LoadSummary load = summarise(r.expert_load);
   json j{{"step", r.step},
-         {"tokens", r.step * run_.train.global_batch * run_.data.seq_len},
+         {"tokens", r.step * run_.tokens_per_step()},
          {"loss", r.loss},
          {"aux_loss", r.aux_loss},
          {"z_loss", r.z_loss},
@@ -197,7 +197,7 @@ void Metrics::evaluation(std::int64_t step, const std::vector<HeldOutLoss>& loss
   const EvalResult result = together(losses);
   json j{{"kind", "eval"},
          {"step", step},
-         {"tokens", step * run_.train.global_batch * run_.data.seq_len},
+         {"tokens", step * run_.tokens_per_step()},
          {"eval_loss", result.loss},
          {"eval_tokens", result.tokens},
          {"seconds", result.seconds}};

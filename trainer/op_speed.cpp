@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <vector>
 
 #include "kernels/core/philox.h"
 #include "kernels/ops/gemm.h"
@@ -14,11 +15,9 @@ void fill_random(Exec& ex, TensorView t) {
   constexpr std::int64_t kBlock = 1 << 18;
   const Buffer memory = Buffer::allocate({}, kBlock * sizeof(float));
   const TensorView block = memory.view({std::min(kBlock, t.elements())}, t.dtype);
-  for (std::int64_t i = 0; i < block.elements(); ++i) {
-    const float x = uniform_from_bits(philox(1, static_cast<std::uint64_t>(i))[0]) - 0.5f;
-    if (t.dtype == DType::kF32) block.as<float>()[i] = x;
-    if (t.dtype == DType::kBF16) block.as<bf16>()[i] = to_bf16(x);
-  }
+  std::vector<float> values(static_cast<std::size_t>(block.elements()));
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = uniform_from_bits(philox(1, i)[0]) - 0.5f;
+  store_floats(values, block);
   const TensorView flat = t.reshape({t.elements()});
   for (std::int64_t at = 0; at < flat.elements(); at += block.elements()) {
     const std::int64_t end = std::min(at + block.elements(), flat.elements());

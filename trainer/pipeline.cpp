@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <span>
 
 #include "kernels/ops/balance.h"
 #include "kernels/ops/transfer.h"
@@ -157,8 +158,7 @@ Pipeline::Pipeline(const ModelConfig& config, const ProcessMesh& mesh, const Sta
       counts_(mesh.coord(Axis::kCp) == 0 && mesh.coord(Axis::kTp) == 0),
       num_experts_(config.num_moe_layers() > 0 ? config.num_experts : 0),
       routers_know_tokens_(config.num_moe_layers() > 0 && config.router.knows_tokens()),
-      group_size_(config.num_moe_layers() > 0 && config.router.routes_groups() ? config.router.group_size
-                                                                               : 0),
+      group_size_(config.routes_groups() ? config.router.group_size : 0),
       context_{mesh.coord(Axis::kCp), mesh.spec().cp, 0},
       device_(device) {
   for (int i = 0; i < config.num_hidden_layers; ++i)
@@ -236,19 +236,23 @@ Pipeline::Totals Pipeline::take_totals(Exec& ex, std::size_t terms, bool taught)
 
 StepSums Pipeline::read_totals(Exec& ex, const Totals& totals) const {
   std::vector<double> read(static_cast<std::size_t>(totals.all_n.elements()));
-  ops::download(ex, host_view(read.data(), totals.all_n.shape), totals.all_n);
+  Totals on_host = totals;
+  on_host.all_n = host_view(read.data(), totals.all_n.shape);
+  ops::download(ex, on_host.all_n, totals.all_n);
+  const auto values = [](const TensorView& t) {
+    return std::span(t.as<double>(), static_cast<std::size_t>(t.elements()));
+  };
   StepSums sums;
-  const auto terms = static_cast<std::size_t>(totals.terms), experts = static_cast<std::size_t>(num_experts_),
-             end = static_cast<std::size_t>(totals.assigned_end());
-  sums.z = read[0];
-  sums.lost = read[1];
-  const auto aux = read.begin() + 2;
-  sums.aux.assign(aux, aux + totals.terms);
-  sums.loss = read[terms + 2];
-  if (end < read.size()) sums.divergence = read[end];
-  for (std::size_t at = terms + 3; at < end; at += experts) {
-    const auto begin = read.begin() + static_cast<std::ptrdiff_t>(at);
-    sums.assigned.emplace_back(begin, begin + num_experts_);
+  const std::span<const double> lost_z_aux = values(on_host.values_V());
+  sums.z = lost_z_aux[0];
+  sums.lost = lost_z_aux[1];
+  sums.aux.assign(lost_z_aux.begin() + 2, lost_z_aux.end());
+  sums.loss = values(on_host.loss_1()).front();
+  if (totals.assigned_end() < totals.all_n.elements())
+    sums.divergence = values(on_host.divergence_1()).front();
+  for (std::int64_t m = 0; m < mixtures_; ++m) {
+    const auto assigned = values(on_host.assigned_ME(m, m + 1));
+    sums.assigned.emplace_back(assigned.begin(), assigned.end());
   }
   return sums;
 }

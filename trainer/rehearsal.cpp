@@ -11,7 +11,7 @@ namespace upmoe {
 class DryBatches final : public BatchSource {
  public:
   DryBatches(const RunConfig& run, const ProcessMesh& mesh)
-      : deal_(deal_of(mesh, run.train.global_batch / run.train.micro_batch)),
+      : deal_(deal_of(mesh, run.train.micro_batches())),
         seq_len_(run.data.seq_len),
         masked_(run.data.mask_documents),
         masks_targets_(masks_targets(run.data)),

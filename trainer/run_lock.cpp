@@ -10,6 +10,7 @@
 
 #include "kernels/core/log.h"
 #include "kernels/core/system_error.h"
+#include "parallel/host.h"
 
 namespace upmoe {
 
@@ -59,9 +60,7 @@ bool RunLock::identify(const std::filesystem::path& path, Identity& found) {
 
 // For people and for the message of the next job.
 void RunLock::sign() const {
-  char host[128] = "host";
-  gethostname(host, sizeof host - 1);
-  const std::string me = fmt::format("host {}, pid {}", host, getpid());
+  const std::string me = fmt::format("host {}, pid {}", host_name(), getpid());
   if (ftruncate(fd_, 0) != 0 || pwrite(fd_, me.data(), me.size(), 0) < 0)
     log::warning("{}: cannot be written: {}", path_.string(), std::strerror(errno));
 }

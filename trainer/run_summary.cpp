@@ -176,7 +176,7 @@ std::string describe_data(const RunConfig& run, const std::vector<std::int64_t>&
         fmt::format("{} {:.3g} epochs{}", i == 0 ? "," : " and", epochs,
                     sequences_of_source.size() == 1 ? "" : fmt::format(" of {}", run.data.train[i].path));
   }
-  return words + fmt::format("; {} tokens per step", grouped(run.train.global_batch * run.data.seq_len));
+  return words + fmt::format("; {} tokens per step", grouped(run.tokens_per_step()));
 }
 
 std::vector<std::string> repeated_data(const RunConfig& run,

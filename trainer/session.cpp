@@ -19,12 +19,10 @@ MeshSpec mesh_of(const RunConfig& run, int world_size) {
   mesh.cp = run.parallel.cp;
   mesh.ep = run.parallel.ep;
   mesh.etp = run.parallel.etp;
-  mesh.dp = world_size / (mesh.tp * mesh.pp * mesh.cp);
+  mesh.dp = static_cast<int>(run.parallel.replicas(world_size));
   const std::vector<std::string> problems = mesh.problems(world_size);
   if (!problems.empty()) {
-    std::string all;
-    for (const std::string& p : problems) all += "\n  " + p;
-    fail(ExitCode::kUsage, "parallel: impossible for {} ranks:{}", world_size, all);
+    fail(ExitCode::kUsage, "parallel: impossible for {} ranks:{}", world_size, listed(problems));
   }
   return mesh;
 }
@@ -68,6 +66,7 @@ Session::Session(const RunConfig& run_config, const ModelConfig& model, Communic
       teacher(run.train.teacher.given() ? std::make_unique<Teacher>(run, world, device) : nullptr) {
   memory.exec.deterministic = run_config.train.deterministic;
   memory.exec.experts = run_config.kernels.experts;
+  memory.exec.cross_entropy = run_config.kernels.cross_entropy;
 }
 
 StartModel open_start(const RunConfig& run, const std::optional<std::filesystem::path>& checkpoint) {
@@ -92,7 +91,7 @@ void Session::open_data(std::int64_t first_sample) {
   BatchLoader::Options options;
   options.global_batch = run.train.global_batch;
   options.micro_batch = run.train.micro_batch;
-  const Deal deal = deal_of(mesh, run.train.global_batch / run.train.micro_batch);
+  const Deal deal = deal_of(mesh, run.train.micro_batches());
   options.dp_rank = deal.rank;
   options.dp_size = deal.ranks;
   options.mask_documents = run.data.mask_documents;

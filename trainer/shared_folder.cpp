@@ -38,12 +38,10 @@ bool sees_files_of_rank_0(Communicator& world, const fs::path& folder) {
 }
 
 std::string words_of_unshared(const fs::path& folder) {
-  char host[256] = "?";
-  gethostname(host, sizeof host - 1);
   return fmt::format(
       "{} on {} is not the folder of that name on rank 0's host: run.dir must lie on a file system "
       "that all hosts share",
-      folder.string(), host);
+      folder.string(), host_name());
 }
 
 void require_shared(Communicator& world, const fs::path& folder) {

@@ -14,7 +14,7 @@ namespace upmoe {
 // Of the whole global batch, before its first micro-batch: what every gradient is divided by, wherever its token is.
 std::int64_t Trainer::count_targets(std::int64_t number) {
   const RunConfig& run = s_.run;
-  const std::int64_t all = run.train.global_batch * run.data.seq_len;
+  const std::int64_t all = run.tokens_per_step();
   const std::optional<std::int64_t> of_rank = s_.batches->counted_targets();
   if (!of_rank) return all;
   double sum = static_cast<double>(*of_rank);  // exact below 2^53
@@ -30,7 +30,7 @@ std::int64_t Trainer::count_targets(std::int64_t number) {
 StepSums Trainer::accumulate(std::int64_t number, std::int64_t targets) {
   Exec& ex = s_.memory.exec;
   const RunConfig& run = s_.run;
-  const double micro_batches = static_cast<double>(run.train.global_batch / run.train.micro_batch);
+  const double micro_batches = static_cast<double>(run.train.micro_batches());
   Pipeline::Step step{.batches = *s_.batches};
   step.loss_scale = 1.0 / static_cast<double>(targets);
   for (std::size_t i = 0; i < run.router.aux_kind.size(); ++i)
@@ -43,7 +43,7 @@ StepSums Trainer::accumulate(std::int64_t number, std::int64_t targets) {
     step.distillation = {run.train.teacher.weight, run.train.teacher.temperature};
   }
   step.seed = static_cast<std::uint64_t>(run.run.seed);
-  step.first_token = static_cast<std::uint64_t>((number - 1) * run.train.global_batch * run.data.seq_len);
+  step.first_token = static_cast<std::uint64_t>((number - 1) * run.tokens_per_step());
   step.before_block = [&](int block) { s_.reducer.await_values(ex, block); };
   step.block_done = [&](int block, bool last) { s_.reducer.ready(ex, block, last); };
   return s_.pipeline.run(ex, step);
@@ -65,7 +65,7 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
   s_.mesh.world().all_reduce(host_view(values.data(), {static_cast<std::int64_t>(values.size())}),
                              ReduceOp::kSum, s_.memory.exec);
 
-  const double micro_batches = static_cast<double>(s_.run.train.global_batch / s_.run.train.micro_batch);
+  const double micro_batches = static_cast<double>(s_.run.train.micro_batches());
   report.loss = values[0] / static_cast<double>(report.targets);
   report.z_loss = values[1] / micro_batches;
   report.flops_per_rank = values[2] / s_.mesh.world().size();
@@ -75,8 +75,8 @@ void Trainer::reduce(const StepSums& sums, std::int64_t request, StepReport& rep
     report.aux_losses.push_back(values[i] / micro_batches);
   report.aux_loss = std::accumulate(report.aux_losses.begin(), report.aux_losses.end(), 0.0);
   const ExpertUse use = expert_use(s_.config);
-  const double assignments = static_cast<double>(s_.run.train.global_batch * s_.run.data.seq_len * use.rows) /
-                             static_cast<double>(use.tokens);
+  const double assignments =
+      static_cast<double>(s_.run.tokens_per_step() * use.rows) / static_cast<double>(use.tokens);
   const double mixtures = static_cast<double>(sums.assigned.size());
   report.dropped = mixtures > 0 ? values[5] / (mixtures * assignments) : 0;
   std::size_t at = head;

@@ -115,11 +115,8 @@ ModelConfig grown_config(const UpcycleConfig& config, const ModelConfig& source)
 
 Recipe make_growth(const UpcycleConfig& config, const ModelConfig& source) {
   const std::vector<std::string> problems = growth_problems(config, source);
-  if (!problems.empty()) {
-    std::string list;
-    for (const std::string& p : problems) list += "\n  " + p;
-    fail(ExitCode::kUsage, "{}: this recipe does not fit the mixture:{}", config.origin, list);
-  }
+  if (!problems.empty())
+    fail(ExitCode::kUsage, "{}: this recipe does not fit the mixture:{}", config.origin, listed(problems));
   Recipe recipe = growth_of(source, config.grow.copies, config.grow.noise);
   recipe.seed = static_cast<std::uint64_t>(config.seed);
   return recipe;

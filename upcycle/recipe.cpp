@@ -383,11 +383,9 @@ UpcycleConfig resolve(const UpcycleConfig& config, const ModelConfig& dense, int
 Recipe make_recipe(const UpcycleConfig& config, const ModelConfig& dense, int sources,
                    const Calibration* calibration) {
   const std::vector<std::string> problems = problems_of(config, dense, sources);
-  if (!problems.empty()) {
-    std::string list;
-    for (const std::string& p : problems) list += "\n  " + p;
-    fail(ExitCode::kUsage, "{}: this recipe does not fit the dense model:{}", config.origin, list);
-  }
+  if (!problems.empty())
+    fail(ExitCode::kUsage, "{}: this recipe does not fit the dense model:{}", config.origin,
+         listed(problems));
   return RecipeBuilder(config, dense, sources, calibration).build();
 }
 

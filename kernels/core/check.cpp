@@ -7,4 +7,10 @@ void fail_check(const char* condition, std::source_location where, const std::st
        where.function_name(), condition, message.empty() ? "" : ": " + message);
 }
 
+std::string listed(const std::vector<std::string>& sentences) {
+  std::string text;
+  for (const std::string& sentence : sentences) text += "\n  " + sentence;
+  return text;
+}
+
 }  // namespace upmoe

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace upmoe {
 
@@ -38,6 +39,9 @@ template <class... Args>
 [[noreturn]] void fail(ExitCode code, fmt::format_string<Args...> format, Args&&... args) {
   throw Error(code, fmt::format(format, std::forward<Args>(args)...));
 }
+
+// Sentences for the end of a message, each on a line of its own: "\n  one\n  another".
+std::string listed(const std::vector<std::string>& sentences);
 
 // The message of a broken programming contract: names the source line, because the reader is a developer.
 [[noreturn]] void fail_check(const char* condition, std::source_location where, const std::string& message);

@@ -1,7 +1,7 @@
 #pragma once
 // Where and in which order work happens. An Exec is passed to every op and layer; nothing is ambient.
 
-#include "kernels/core/experts_path.h"
+#include "kernels/core/kernel_paths.h"
 #include "kernels/core/ledger.h"
 #include "kernels/core/memory.h"
 
@@ -48,6 +48,7 @@ struct Exec {
   // fastest for few. A row has the same bits beside any others. For generation; else as is fastest for many.
   bool row_by_row = false;
   ExpertsPath experts = ExpertsPath::kAuto;
+  CrossEntropyPath cross_entropy = CrossEntropyPath::kAuto;
   const ProductAlgorithms* algorithms = nullptr;  // of dense products on a GPU; null: the library's first
   // Of fused experts' kernels on a GPU; null: the first of each.
   const ExpertVariants* expert_variants = nullptr;

@@ -1,16 +1,19 @@
 #include "kernels/core/ledger.h"
 
+#include <cmath>
+
 namespace upmoe {
 
-Cost& Cost::operator+=(const Cost& o) {
-  calls += o.calls;
-  flops += o.flops;
-  bytes_read += o.bytes_read;
-  bytes_written += o.bytes_written;
-  bytes_sent += o.bytes_sent;
-  model_flops += o.model_flops;
-  model_again += o.model_again;
-  teacher_flops += o.teacher_flops;
+Cost& Cost::add(const Cost& o, double times) {
+  calls += std::llround(times * static_cast<double>(o.calls));
+  flops += times * o.flops;
+  bytes_read += times * o.bytes_read;
+  bytes_written += times * o.bytes_written;
+  bytes_sent += times * o.bytes_sent;
+  model_flops += times * o.model_flops;
+  attention_flops += times * o.attention_flops;
+  model_again += times * o.model_again;
+  teacher_flops += times * o.teacher_flops;
   return *this;
 }
 
@@ -26,26 +29,29 @@ void Ledger::book(std::string_view op, double flops, double bytes_read, double b
                   .flops = flops,
                   .bytes_read = bytes_read,
                   .bytes_written = bytes_written,
-                  .model_flops = work == Work::kModel ? flops : 0};
-  if (listener_) listener_({op, cost});
+                  .model_flops = is_of_model(work) ? flops : 0,
+                  .attention_flops = is_attention(work) ? flops : 0};
+  if (listener_) listener_({op, work, cost});
   entry(entries_, op) += cost;
 }
 
 void Ledger::again(std::string_view op, double flops, double bytes_read, double bytes_written, Work work) {
   if (listener_)
     listener_({op,
+               work,
                {.calls = 1, .flops = flops, .bytes_read = bytes_read, .bytes_written = bytes_written},
                Books::kAgain});
-  if (work == Work::kModel) entry(entries_, op).model_again += flops;
+  if (is_of_model(work)) entry(entries_, op).model_again += flops;
 }
 
 void Ledger::of_teacher(std::string_view op, double flops, double bytes_read, double bytes_written,
                         Work work) {
   if (listener_)
     listener_({op,
+               work,
                {.calls = 1, .flops = flops, .bytes_read = bytes_read, .bytes_written = bytes_written},
                Books::kTeacher});
-  if (work == Work::kModel) entry(entries_, op).teacher_flops += flops;
+  if (is_of_model(work)) entry(entries_, op).teacher_flops += flops;
 }
 
 void Ledger::book_sent(std::string_view verb, double bytes) {

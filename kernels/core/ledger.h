@@ -11,28 +11,45 @@
 
 namespace upmoe {
 
-// Whose FLOPs an op's are: the model's products and attention, which MFU counts, or what stands around them.
-enum class Work : std::uint8_t { kModel, kOther };
+// What an op's FLOPs are: the model's, which MFU counts, by what bounds their speed; or what stands around them.
+enum class Work : std::uint8_t {
+  kOther,
+  kProduct,          // one dense product
+  kGroupedProducts,  // one for each expert, or for each group of tokens
+  kAttention,
+  kAttentionBackward,
+  kRowSums  // of the model as well, as fast as memory
+};
+constexpr bool is_of_model(Work work) {
+  return work != Work::kOther;
+}
+constexpr bool is_attention(Work work) {
+  return work == Work::kAttention || work == Work::kAttentionBackward;
+}
 
 struct Cost {
   std::int64_t calls = 0;
   double flops = 0;       // multiply and add count as two
   double bytes_read = 0;  // compulsory traffic: each operand once
   double bytes_written = 0;
-  double bytes_sent = 0;     // leaving this rank
-  double model_flops = 0;    // those of flops that are Work::kModel
-  double model_again = 0;    // Work::kModel that is computed a second time; in none of the others
-  double teacher_flops = 0;  // Work::kModel of a teacher; likewise
-  Cost& operator+=(const Cost& o);
+  double bytes_sent = 0;       // leaving this rank
+  double model_flops = 0;      // those of flops that are the model's
+  double attention_flops = 0;  // those of model_flops that are attention's
+  double model_again = 0;      // the model's that are computed a second time; in none of the others
+  double teacher_flops = 0;    // of a teacher; likewise
+  Cost& operator+=(const Cost& o) { return add(o, 1); }
+  Cost& add(const Cost& o, double times);
 };
 
 // As whose work an op is booked: the model's, that which is done once more, or that of the teacher which a model learns
 // from. What is sent between ranks is booked alike for all.
 enum class Books : std::uint8_t { kModel, kAgain, kTeacher };
 
-// What a listener is told of an op. Work that is not kModel's is in no entry but as model_again or teacher_flops.
+// What a listener is told of an op. What is not booked as the model's is in no entry but as model_again or
+// teacher_flops.
 struct ToldOp {
   std::string_view name;
+  Work work;
   Cost cost;
   Books books = Books::kModel;
 };

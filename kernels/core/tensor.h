@@ -6,11 +6,13 @@
 //   R rows at the local experts, F expert width, G = 2F (gate and up, interleaved per neuron), V vocabulary,
 //   H heads*head size, S sequence length, B sequences.
 
+#include <algorithm>
 #include <array>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -156,6 +158,14 @@ void with_float_type(DType dtype, Body&& body) {
   if (dtype == DType::kBF16) return body(bf16{});
   UPMOE_CHECK(dtype == DType::kF32, "expected fp32 or bf16, found {}", name_of(dtype));
   body(float{});
+}
+
+// Values to the elements of `out`, fp32 or bf16 on the host, from the flat index `at` on.
+inline void store_floats(std::span<const float> values, const TensorView& out, std::int64_t at = 0) {
+  with_float_type(out.dtype, [&](auto type) {
+    using T = decltype(type);
+    std::transform(values.begin(), values.end(), out.as<T>() + at, from_float<T>);
+  });
 }
 
 // Products and sums of sizes that come from files: throw instead of wrapping round.

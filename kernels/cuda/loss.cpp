@@ -38,12 +38,14 @@ void keep_rows(Exec& ex, const TokenLosses& out, const ConstTensorView& logits_C
 void cross_entropy(Exec& ex, const TokenLosses& out, ConstTensorView logits_CV, ConstTensorView targets_C) {
   const bool gradient = out.dlogits_CV.given();
   const CrossEntropyDescription d{
+      .wish = ex.cross_entropy,
       .rows = logits_CV.shape[0],
       .columns = logits_CV.shape[1],
       .gradient = gradient,
       .dtype = out.dlogits_CV.dtype,
       .packed = at_whole_packs(logits_CV) && (!gradient || at_whole_packs(out.dlogits_CV))};
   const CrossEntropyChoice choice = chosen(d, gpu_of(ex));
+  if (!choice.reason.empty()) log::warn_once("{}", choice.reason);
   switch (choice.kernel) {
     case CrossEntropyKernel::kPortable:
       return portable::cross_entropy(ex, out, logits_CV, targets_C);

@@ -87,7 +87,7 @@ void geglu_backward(Exec& ex, TensorView dgate_up_RG, TensorView dweight_R, Cons
 void sigmoid_gate_forward(Exec& ex, TensorView gate_T, ConstTensorView x_TD, ConstTensorView w_1D) {
   check_gate(ex, gate_T, x_TD, w_1D);
   ex.book("sigmoid_gate_forward", 2.0 * static_cast<double>(x_TD.elements()), bytes_of(x_TD) + bytes_of(w_1D),
-          bytes_of(gate_T), Work::kModel);
+          bytes_of(gate_T), Work::kRowSums);
   dispatch(ex, &Backend::sigmoid_gate_forward, gate_T, x_TD, w_1D);
 }
 
@@ -106,7 +106,7 @@ void sigmoid_gate_backward(Exec& ex, TensorView dx_TD, GradientView dw_1D, Const
   const double dx_bytes = with_dx ? bytes_of(dx_TD) : 0.0, w_bytes = with_dx ? bytes_of(w_1D) : 0.0;
   ex.book("sigmoid_gate_backward", (with_dx ? 4.0 : 2.0) * static_cast<double>(x_TD.elements()),
           bytes_of(x_TD) + w_bytes + 2 * bytes_of(gate_T) + dx_bytes + bytes_if_added(dw_1D),
-          dx_bytes + bytes_of(dw_1D), Work::kModel);
+          dx_bytes + bytes_of(dw_1D), Work::kRowSums);
   dispatch(ex, &Backend::sigmoid_gate_backward, dx_TD, dw_1D, dgate_T, gate_T, x_TD, w_1D);
 }
 

@@ -137,7 +137,7 @@ void attention_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, ConstTens
                        AttentionShape shape, ConstTensorView document_T) {
   check_attention(ex, qkv_TH, out_TQ, lse_TN, shape, document_T);
   ex.book("attention_forward", 2.0 * causal_product_flops(qkv_TH, shape), bytes_of(qkv_TH),
-          bytes_of(out_TQ) + bytes_of(lse_TN), Work::kModel);
+          bytes_of(out_TQ) + bytes_of(lse_TN), Work::kAttention);
   dispatch(ex, &Backend::attention_forward, out_TQ, lse_TN, qkv_TH, shape, document_T);
 }
 
@@ -150,7 +150,8 @@ void attention_backward(Exec& ex, TensorView dqkv_TH, ConstTensorView dout_TQ, C
   // Four products are the gradients of the forward's two; the fifth, which recomputes the scores, is overhead
   // of this algorithm and no model FLOP.
   ex.book("attention_backward", 4.0 * causal_product_flops(qkv_TH, shape),
-          bytes_of(qkv_TH) + 2 * bytes_of(out_TQ) + bytes_of(lse_TN), bytes_of(dqkv_TH), Work::kModel);
+          bytes_of(qkv_TH) + 2 * bytes_of(out_TQ) + bytes_of(lse_TN), bytes_of(dqkv_TH),
+          Work::kAttentionBackward);
   dispatch(ex, &Backend::attention_backward, dqkv_TH, dout_TQ, qkv_TH, saved, shape, document_T);
 }
 
@@ -163,7 +164,7 @@ void attention_pair_forward(Exec& ex, TensorView out_TQ, TensorView lse_TN, Cons
   check_tensor(ex, lse_TN, {tokens, shape.heads}, DType::kF32, "lse_TN");
   ex.book("attention_pair_forward", 2.0 * pair_product_flops(qkv_TH, pair),
           bytes_of(out_TQ) * static_cast<double>(size_of(qkv_TH.dtype)) / 4 + bytes_of(kv_TK),
-          bytes_of(out_TQ) + bytes_of(lse_TN), Work::kModel);
+          bytes_of(out_TQ) + bytes_of(lse_TN), Work::kAttention);
   dispatch(ex, &Backend::attention_pair_forward, out_TQ, lse_TN, qkv_TH, kv_TK, pair);
 }
 
@@ -196,7 +197,7 @@ void attention_pair_backward(Exec& ex, const ChunkPairGradients& g, ConstTensorV
   check_tensor(ex, dkv_TK, kv_TK.shape, DType::kF32, "dkv_TK");
   ex.book("attention_pair_backward", 4.0 * pair_product_flops(qkv_TH, pair),
           3 * bytes_of(out_TQ) + bytes_of(kv_TK) + bytes_of(lse_TN) + bytes_of(dq_TQ) + bytes_of(dkv_TK),
-          bytes_of(dq_TQ) + bytes_of(dkv_TK), Work::kModel);
+          bytes_of(dq_TQ) + bytes_of(dkv_TK), Work::kAttentionBackward);
   dispatch(ex, &Backend::attention_pair_backward, g, dout_TQ, qkv_TH, kv_TK, whole, pair);
 }
 

@@ -50,7 +50,7 @@ void attention_decode(Exec& ex, TensorView out_TQ, ConstTensorView qkv_TH, const
   ex.book("attention_decode", 4.0 * seen * static_cast<double>(Q),
           bytes_of(out_TQ) + seen * static_cast<double>(shape.kv_width()) * size + bytes_of(tokens.row_T) +
               bytes_of(tokens.position_T),
-          bytes_of(out_TQ), Work::kModel);
+          bytes_of(out_TQ), Work::kAttention);
   dispatch(ex, &Backend::attention_decode, out_TQ, qkv_TH, cache, tokens, shape);
 }
 

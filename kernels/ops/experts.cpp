@@ -60,7 +60,7 @@ void experts_up(Exec& ex, TensorView gate_up_RG, TensorView h_RF, const PickedRo
   ex.book(
       "experts_up", product_flops(h_RF.shape[0], f.gate_up_eGD),
       bytes_of_picked(x, h_RF.shape[0]) + expert_weight_bytes(f.gate_up_eGD, f.rows) + bytes_of(f.weight_R),
-      bytes_of(gate_up_RG) + bytes_of(h_RF), Work::kModel);
+      bytes_of(gate_up_RG) + bytes_of(h_RF), Work::kGroupedProducts);
   dispatch(ex, &Backend::experts_up, gate_up_RG, h_RF, x, f);
 }
 
@@ -75,7 +75,7 @@ void experts_rows(Exec& ex, TensorView out_RN, ConstTensorView in_RK, ConstTenso
   check_tensor(ex, out_RN, {in_RK.shape[0], w.shape[forward ? 1 : 2]}, in_RK.dtype, "out_RN");
   check_expert_rows(ex, rows, w.shape[0], in_RK.shape[0], Where::current());
   ex.book("experts_rows", product_flops(in_RK.shape[0], w), bytes_of(in_RK) + expert_weight_bytes(w, rows),
-          bytes_of(out_RN), Work::kModel);
+          bytes_of(out_RN), Work::kGroupedProducts);
   dispatch(ex, &Backend::experts_rows, out_RN, in_RK, w, transpose_w, rows);
 }
 
@@ -88,7 +88,7 @@ void experts_dhidden(Exec& ex, const HiddenGradients& g, const PickedRows& dy, C
   ex.book("experts_dhidden", product_flops(g.h_RF.shape[0], f.down_eDF),
           bytes_of_picked(dy, g.h_RF.shape[0]) + expert_weight_bytes(f.down_eDF, f.rows) +
               bytes_of(gate_up_RG) + bytes_of(f.weight_R),
-          bytes_of(g.dgate_up_RG) + bytes_of(g.h_RF) + bytes_of(g.dweight_R), Work::kModel);
+          bytes_of(g.dgate_up_RG) + bytes_of(g.h_RF) + bytes_of(g.dweight_R), Work::kGroupedProducts);
   dispatch(ex, &Backend::experts_dhidden, g, dy, gate_up_RG, f);
 }
 
@@ -109,7 +109,7 @@ void experts_wgrad(Exec& ex, TensorView dw_eNK, const PickedRows& dy, const Pick
   const double touched = expert_weight_bytes(dw_eNK, rows);
   ex.book("experts_wgrad", product_flops(R, dw_eNK),
           bytes_of_picked(dy, R) + bytes_of_picked(x, R) + (add ? touched : 0.0),
-          add ? touched : bytes_of(dw_eNK), Work::kModel);
+          add ? touched : bytes_of(dw_eNK), Work::kGroupedProducts);
   dispatch(ex, &Backend::experts_wgrad, dw_eNK, dy, x, rows, mode);
 }
 

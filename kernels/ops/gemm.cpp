@@ -24,7 +24,7 @@ void gemm(Exec& ex, TensorView c_MN, const Factor& a_MK, const Factor& b_KN, Acc
   const double read_c = mode == Accumulate::kAdd ? bytes_of(c_MN) : 0.0;
   const double read_bias = bias_N.given() ? bytes_of(bias_N) : 0.0;
   const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
-  ex.book("gemm", flops, bytes_of(a) + bytes_of(b) + read_c + read_bias, bytes_of(c_MN), Work::kModel);
+  ex.book("gemm", flops, bytes_of(a) + bytes_of(b) + read_c + read_bias, bytes_of(c_MN), Work::kProduct);
   const TimedProduct timed(ex, a.dtype, flops);
   dispatch(ex, &Backend::gemm, c_MN, a_MK, b_KN, mode, bias_N);
 }

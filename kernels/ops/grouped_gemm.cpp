@@ -38,7 +38,7 @@ void grouped_gemm_forward(Exec& ex, TensorView y_RN, ConstTensorView x_RK, Const
   const ConstTensorView y = y_RN;
   check_grouped(ex, y, x_RK, w_eNK, y, x_RK, rows);
   ex.book("grouped_gemm_forward", flops_of(x_RK, w_eNK), bytes_of(x_RK) + expert_weight_bytes(w_eNK, rows),
-          bytes_of(y_RN), Work::kModel);
+          bytes_of(y_RN), Work::kGroupedProducts);
   dispatch(ex, &Backend::grouped_gemm_forward, y_RN, x_RK, w_eNK, rows);
 }
 
@@ -47,7 +47,7 @@ void grouped_gemm_dgrad(Exec& ex, TensorView dx_RK, ConstTensorView dy_RN, Const
   const ConstTensorView dx = dx_RK;
   check_grouped(ex, dy_RN, dx, w_eNK, dx, dy_RN, rows);
   ex.book("grouped_gemm_dgrad", flops_of(dx, w_eNK), bytes_of(dy_RN) + expert_weight_bytes(w_eNK, rows),
-          bytes_of(dx_RK), Work::kModel);
+          bytes_of(dx_RK), Work::kGroupedProducts);
   dispatch(ex, &Backend::grouped_gemm_dgrad, dx_RK, dy_RN, w_eNK, rows);
 }
 
@@ -58,7 +58,7 @@ void grouped_gemm_wgrad(Exec& ex, TensorView dw_eNK, ConstTensorView dy_RN, Cons
   const bool add = mode == Accumulate::kAdd;
   const double touched = expert_weight_bytes(dw, rows);
   ex.book("grouped_gemm_wgrad", flops_of(x_RK, dw), bytes_of(dy_RN) + bytes_of(x_RK) + (add ? touched : 0.0),
-          add ? touched : bytes_of(dw), Work::kModel);
+          add ? touched : bytes_of(dw), Work::kGroupedProducts);
   dispatch(ex, &Backend::grouped_gemm_wgrad, dw_eNK, dy_RN, x_RK, rows, mode);
 }
 

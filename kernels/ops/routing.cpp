@@ -204,7 +204,7 @@ void gather_sum_rows(Exec& ex, TensorView y_TD, ConstTensorView rows_ND, ConstTe
   if (onto.gate.given()) {
     gate_bytes = bytes_of(onto.gate.dgate_T) + bytes_of(onto.gate.gate_T) + bytes_of(onto.gate.w_1D);
     // The model's work stays with the op that it is a part of.
-    ex.book("sigmoid_gate_backward", 2.0 * static_cast<double>(y_TD.elements()), 0, 0, Work::kModel);
+    ex.book("sigmoid_gate_backward", 2.0 * static_cast<double>(y_TD.elements()), 0, 0, Work::kRowSums);
   }
   ex.book("gather_sum_rows",
           slots * static_cast<double>(y_TD.shape[1]) + added * static_cast<double>(y_TD.elements()),

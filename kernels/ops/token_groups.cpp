@@ -84,7 +84,8 @@ void mix_tokens(Exec& ex, TensorView mix_MD, ConstTensorView x_TD, ConstTensorVi
   const ConstTensorView mix = mix_MD;
   check_mixing(ex, {x_TD, mix, part_TE}, here);
   ex.book("mix_tokens", mixing_flops({x_TD, mix, part_TE}),
-          bytes_of(x_TD) + bytes_of(part_TE) + bytes_of(here.groups.row_N), bytes_of(mix_MD), Work::kModel);
+          bytes_of(x_TD) + bytes_of(part_TE) + bytes_of(here.groups.row_N), bytes_of(mix_MD),
+          Work::kGroupedProducts);
   dispatch(ex, &Backend::mix_tokens, mix_MD, x_TD, part_TE, here);
 }
 
@@ -94,7 +95,7 @@ void share_mixtures(Exec& ex, TensorView y_TD, ConstTensorView mix_MD, ConstTens
   check_mixing(ex, {y, mix_MD, part_TE}, here);
   ex.book("share_mixtures", mixing_flops({y, mix_MD, part_TE}),
           bytes_of(mix_MD) + bytes_of(part_TE) + bytes_of(here.groups.row_N) + bytes_of(y_TD), bytes_of(y_TD),
-          Work::kModel);
+          Work::kGroupedProducts);
   dispatch(ex, &Backend::share_mixtures, y_TD, mix_MD, part_TE, here);
 }
 
@@ -105,7 +106,7 @@ void mixture_part_gradient(Exec& ex, TensorView dpart_TE, ConstTensorView x_TD, 
   ex.book("mixture_part_gradient", mixing_flops({x_TD, mix_MD, dpart}),
           bytes_of(x_TD) + bytes_of(mix_MD) + bytes_of(here.groups.row_N) +
               (mode == Accumulate::kAdd ? bytes_of(dpart_TE) : 0.0),
-          bytes_of(dpart_TE), Work::kModel);
+          bytes_of(dpart_TE), Work::kGroupedProducts);
   dispatch(ex, &Backend::mixture_part_gradient, dpart_TE, x_TD, mix_MD, here, mode);
 }
 

@@ -99,7 +99,9 @@ def measure(args, folder, shape, precision):
     mine, theirs = median(r["step"] for r in ours), median(r["step"] for r in theirs_all)
     return {"shape": shape, "precision": precision, "tokens_per_step": tokens, "flops_per_step": ours[-1]["flops"],
             "upmoe_step_s": mine, "transformers_step_s": theirs, "transformers_experts": best,
-            "speed_ratio": theirs / mine, "upmoe_rounds": [r["seconds"] for r in ours],
+            # Of single rounds, in which the two took turns.
+            "speed_ratio": median(t["step"] / o["step"] for o, t in zip(ours, theirs_all, strict=True)),
+            "upmoe_rounds": [r["seconds"] for r in ours],
             "transformers_rounds": [r["seconds"] for r in theirs_all], "transformers_trials": trials,
             "versions": {k: theirs_all[0][k] for k in ("torch", "transformers")}}
 

@@ -29,7 +29,7 @@ struct Options {
   OptimizerKind optimizer = OptimizerKind::kAdamW8bit;
   Precision precision = Precision::kBf16, reduce = Precision::kBf16;
   Recompute recompute = Recompute::kNone;
-  ExpertsPath kernels = ExpertsPath::kAuto;
+  RunConfig::Kernels kernels;
   DeviceChoice device = DeviceChoice::kAuto;
   bool offload = false, profile = false;
   std::filesystem::path model;  // empty: of the shape that the options above describe
@@ -56,7 +56,8 @@ Options parse(int argc, char** argv) {
   add_choice(app, "--precision", o.precision, "");
   add_choice(app, "--reduce", o.reduce, "dtype of the gradients; of fp32 weights always fp32");
   add_choice(app, "--recompute", o.recompute, "");
-  add_choice(app, "--kernels-experts", o.kernels, "");
+  add_choice(app, "--kernels-experts", o.kernels.experts, "");
+  add_choice(app, "--kernels-cross-entropy", o.kernels.cross_entropy, "");
   for (CLI::Option* option : shape) option->excludes(model);
   app.add_flag("--offload", o.offload, "optimizer state in the host's memory");
   app.add_flag("--profile", o.profile, "milliseconds of each op");
@@ -96,7 +97,7 @@ RunConfig run_of(const Options& o, const std::filesystem::path& tokens) {
   r.train.global_batch = r.train.micro_batch * o.micro_batches;
   r.train.precision = o.precision;
   r.train.recompute = o.recompute;
-  r.kernels.experts = o.kernels;
+  r.kernels = o.kernels;
   r.parallel.reduce = o.precision == Precision::kFp32 ? Precision::kFp32 : o.reduce;
   r.optimizer.name = o.optimizer;
   r.optimizer.lr = 1e-4;

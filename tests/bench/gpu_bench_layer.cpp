@@ -1,5 +1,7 @@
 // One layer of the model, forward and backward, as the trainer runs it.
 
+#include <tuple>
+
 #include "kernels/ops/transfer.h"
 #include "parallel/self_comm.h"
 #include "parallel/stage_plan.h"
@@ -83,10 +85,16 @@ class Layer {
 }  // namespace
 
 void add_layer(std::int64_t tokens) {
-  for (const bool backward : {false, true})
-    add(fmt::format("layer_{}/{}", backward ? "forward_backward" : "forward", tokens), [=] {
+  for (const auto& [how, backward, experts] : {std::tuple("forward", false, ExpertsPath::kStreams),
+                                               {"forward_backward", true, ExpertsPath::kStreams},
+                                               {"forward_backward_fused", true, ExpertsPath::kFused}})
+    add(fmt::format("layer_{}/{}", how, tokens), [=, backward = backward, experts = experts] {
       const auto layer = std::make_shared<Layer>(tokens);
-      return [=](Exec& ex) { layer->run(ex, backward); };
+      return [=](Exec& ex) {
+        Exec by_path = ex;
+        by_path.experts = experts;
+        layer->run(by_path, backward);
+      };
     });
 }
 

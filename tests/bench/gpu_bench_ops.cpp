@@ -228,6 +228,21 @@ void add_rows(const std::string& name, std::int64_t t) {
   });
 }
 
+void add_cross_entropy(std::int64_t chunk) {
+  const ModelShape& m = shape();
+  for (const auto& [name_of_path, path] : {std::pair("cross_entropy", CrossEntropyPath::kPortable),
+                                           {"cross_entropy_clusters", CrossEntropyPath::kClusters}})
+    add(fmt::format("{}/{}", name_of_path, chunk), [=, path = path] {
+      const Held loss = make({chunk}, DType::kF32), logits = make({chunk, m.vocab}, DType::kF32),
+                 targets = make({chunk}, DType::kI32, m.vocab), dlogits = make({chunk, m.vocab});
+      return [=](Exec& ex) {
+        Exec by_path = ex;
+        by_path.cross_entropy = path;
+        ops::cross_entropy(by_path, {loss->view, dlogits->view, 1.0f}, logits->view, targets->view);
+      };
+    });
+}
+
 void add_ends(const std::string& name, std::int64_t t) {
   const ModelShape& m = shape();
   const std::int64_t chunk = std::min<std::int64_t>(t, 4096);
@@ -236,13 +251,7 @@ void add_ends(const std::string& name, std::int64_t t) {
                tokens = make({t}, DType::kI32, m.vocab);
     return [=](Exec& ex) { ops::embedding_backward(ex, dw->view, dx->view, tokens->view); };
   });
-  add(fmt::format("cross_entropy/{}", chunk), [=] {
-    const Held loss = make({chunk}, DType::kF32), logits = make({chunk, m.vocab}, DType::kF32),
-               targets = make({chunk}, DType::kI32, m.vocab), dlogits = make({chunk, m.vocab});
-    return [=](Exec& ex) {
-      ops::cross_entropy(ex, {loss->view, dlogits->view, 1.0f}, logits->view, targets->view);
-    };
-  });
+  add_cross_entropy(chunk);
   add(fmt::format("cross_entropy_loss/{}", chunk), [=] {  // evaluation
     const Held loss = make({chunk}, DType::kF32), logits = make({chunk, m.vocab}, DType::kF32),
                targets = make({chunk}, DType::kI32, m.vocab);

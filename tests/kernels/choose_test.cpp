@@ -130,7 +130,11 @@ TEST(ChooseDense, ABiasOfAnotherDtypeComesBeforeTheProduct) {
 
 TEST(ChooseCrossEntropy, AsManyBlocksAsKeepTwoRowsOnAMultiprocessor) {
   const auto blocks = [](std::int64_t columns) {
-    return choose(CrossEntropyDescription{.rows = 4096, .columns = columns, .gradient = true, .packed = true},
+    return choose(CrossEntropyDescription{.wish = CrossEntropyPath::kClusters,
+                                          .rows = 4096,
+                                          .columns = columns,
+                                          .gradient = true,
+                                          .packed = true},
                   kHopper)
         .blocks;
   };
@@ -148,19 +152,29 @@ TEST(ChooseCrossEntropy, AsManyBlocksAsKeepTwoRowsOnAMultiprocessor) {
 }
 
 TEST(ChooseCrossEntropy, ThePortableKernelElsewhere) {
-  const CrossEntropyDescription d{.rows = 4096, .columns = 151936, .gradient = true, .packed = true};
+  const CrossEntropyDescription d{
+      .wish = CrossEntropyPath::kClusters, .rows = 4096, .columns = 151936, .gradient = true, .packed = true};
+  const auto portable = [&](const auto& change, const Gpu& gpu = kHopper) {
+    CrossEntropyDescription other = d;
+    change(other);
+    const CrossEntropyChoice choice = choose(other, gpu);
+    EXPECT_EQ(choice.kernel, CrossEntropyKernel::kPortable);
+    return choice.reason;
+  };
   EXPECT_EQ(choose(d, kHopper).kernel, CrossEntropyKernel::kCluster);
-  EXPECT_EQ(choose(d, Gpu{.sm = 80}).kernel, CrossEntropyKernel::kPortable);
-  EXPECT_EQ(choose(d, Gpu{.sm = 100}).kernel, CrossEntropyKernel::kPortable);
-  CrossEntropyDescription other = d;
-  other.gradient = false;
-  EXPECT_EQ(choose(other, kHopper).kernel, CrossEntropyKernel::kPortable);
-  other = d;
-  other.packed = false;
-  EXPECT_EQ(choose(other, kHopper).kernel, CrossEntropyKernel::kPortable);
-  other = d;
-  other.rows = 0;
-  EXPECT_EQ(choose(other, kHopper).kernel, CrossEntropyKernel::kPortable);
+  EXPECT_EQ(choose(d, kHopper).reason, "");
+  for (const CrossEntropyPath wish : {CrossEntropyPath::kAuto, CrossEntropyPath::kPortable})
+    EXPECT_EQ(portable([&](auto& o) { o.wish = wish; }), "") << "nobody asked";
+  EXPECT_EQ(portable([](auto& o) { o.gradient = false; }), "") << "both read a row once";
+  EXPECT_EQ(portable([](auto& o) { o.rows = 0; }), "");
+  const auto same = [](auto&) {};
+  EXPECT_THAT(portable(same, Gpu{.sm = 80}),
+              HasSubstr("capability 9.0, this one has 8.0; the portable kernel"));
+  EXPECT_THAT(portable(same, Gpu{.sm = 100}), HasSubstr("kernels.cross_entropy: clusters: "));
+  EXPECT_THAT(portable([](auto& o) { o.packed = false; }), HasSubstr("whole packs"));
+  EXPECT_THAT(portable([](auto& o) { o.columns = 151937; }), HasSubstr("rows of 151937 logits"));
+  EXPECT_THAT(portable([](auto& o) { o.columns = 1 << 20; }), HasSubstr("more than 8 blocks keep"));
+  EXPECT_THAT(portable([](auto& o) { o.rows = 1LL << 29; }), HasSubstr("too many"));
   EXPECT_THAT(words_of(d), HasSubstr("151936 columns, gradient in fp32"));
 }
 

@@ -187,11 +187,32 @@ TEST(LedgerBook, MarksModelWorkWhateverTheOpIsCalled) {
   Exec ex;
   ex.ledger = &ledger;
   ex.book("gemm of something else", 7, 0, 0);
-  ex.book("anything", 100, 0, 0, Work::kModel);
-  ex.book("anything", 3, 0, 0, Work::kModel);
+  ex.book("anything", 100, 0, 0, Work::kProduct);
+  ex.book("anything", 3, 0, 0, Work::kProduct);
   EXPECT_EQ(ledger.total().model_flops, 103);
   EXPECT_EQ(ledger.total().flops, 110);
   EXPECT_EQ(ledger.entries().at("anything").model_flops, 103);
+}
+
+TEST(LedgerBook, KeepsAttentionApartAndAddsTimesOver) {
+  Ledger ledger;
+  Exec ex;
+  ex.ledger = &ledger;
+  ex.book("attention", 5, 0, 0);
+  ex.book("scores", 7, 0, 0, Work::kAttention);
+  ex.book("scores", 9, 0, 0, Work::kAttentionBackward);
+  ex.book("gemm", 100, 20, 30, Work::kProduct);
+  ex.book("gate", 1, 0, 0, Work::kRowSums);
+  Cost cost = ledger.total();
+  EXPECT_EQ(cost.attention_flops, 16);
+  EXPECT_EQ(cost.model_flops, 117);
+  cost.add(ledger.entries().at("gemm"), 0.5);
+  EXPECT_EQ(cost.model_flops, 167);
+  EXPECT_EQ(cost.flops, 172);
+  EXPECT_EQ(cost.bytes_read, 30);
+  EXPECT_EQ(cost.bytes_written, 45);
+  EXPECT_EQ(cost.calls, 6) << "half a call is one";
+  EXPECT_EQ(cost.attention_flops, 16);
 }
 
 // A profile has a line of its own for what is computed twice; the books do not.
@@ -201,8 +222,8 @@ TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
   ex.ledger = &ledger;
   std::vector<std::pair<std::string, Books>> told;
   ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
-  ex.book("gemm", 8, 1, 1, Work::kModel);
-  not_booked(ex).book("gemm", 8, 1, 1, Work::kModel);
+  ex.book("gemm", 8, 1, 1, Work::kProduct);
+  not_booked(ex).book("gemm", 8, 1, 1, Work::kProduct);
   EXPECT_EQ(told, (decltype(told){{"gemm", Books::kModel}, {"gemm", Books::kAgain}}));
   EXPECT_EQ(ledger.entries().size(), 1u);
   EXPECT_EQ(ledger.total().flops, 8);
@@ -216,10 +237,10 @@ TEST(LedgerBook, KeepsTheModelsWorkAndWhatIsDoneAgainApart) {
   ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
   Exec ex;
   ex.ledger = &ledger;
-  ex.book("gemm", 10, 20, 30, Work::kModel);
+  ex.book("gemm", 10, 20, 30, Work::kProduct);
   ex.book("norm", 1, 2, 3);
   const Exec again = not_booked(ex);
-  again.book("gemm", 10, 20, 30, Work::kModel);
+  again.book("gemm", 10, 20, 30, Work::kProduct);
   again.book("norm", 1, 2, 3);
   const Cost total = ledger.total();
   EXPECT_EQ(total.calls, 2);
@@ -240,11 +261,11 @@ TEST(LedgerBook, KeepsATeachersWorkApart) {
   ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
   Exec ex;
   ex.ledger = &ledger;
-  ex.book("gemm", 10, 20, 30, Work::kModel);
+  ex.book("gemm", 10, 20, 30, Work::kProduct);
   const Exec teacher = for_teacher(ex);
-  teacher.book("gemm", 5, 20, 30, Work::kModel);
+  teacher.book("gemm", 5, 20, 30, Work::kProduct);
   teacher.book("norm", 1, 2, 3);
-  not_booked(teacher).book("gemm", 7, 20, 30, Work::kModel);  // all of it is the teacher's
+  not_booked(teacher).book("gemm", 7, 20, 30, Work::kProduct);  // all of it is the teacher's
   const Cost total = ledger.total();
   EXPECT_EQ(total.calls, 1);
   EXPECT_EQ(total.flops, 10);

@@ -13,7 +13,7 @@ MUTANTS = {
         "trainer/cost/roofline.cpp", "(output - 1) * decode_seconds", "output * decode_seconds", "Roofline.*",
         "cost_test"),
     "zeros_of_adapters_go_with_the_context": (
-        "trainer/cost/roofline.cpp", "attention_flops_of(rehearse_forward(model, 1))",
+        "trainer/cost/roofline.cpp", "rehearse_forward(model, 1).total().attention_flops",
         "rehearse_forward(model, 1).total().model_flops - token_flops", "ModelCost.*", "cost_test"),
     "source_charged_twice": (
         "trainer/cost/claim.cpp", "left = cost - charged,", "left = cost - 2 * charged,", "Claim.*", "cost_test"),

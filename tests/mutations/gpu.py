@@ -39,7 +39,7 @@ MUTANTS = {
         "        return;", "*Again*", "core_test"),
     "fused_products_are_no_model_work": (
         "kernels/ops/experts.cpp",
-        "          bytes_of(out_RN), Work::kModel);", "          bytes_of(out_RN));", "*SameModelWork",
+        "          bytes_of(out_RN), Work::kGroupedProducts);", "          bytes_of(out_RN));", "*SameModelWork",
         "expert_ffn_test_on_gpu"),
     "fused_experts_of_any_width": (
         "kernels/ops/expert_shape.h", "s.width % kExpertColumns != 0", "s.width % 8 != 0", "*SaysWhyNot",
@@ -51,7 +51,7 @@ MUTANTS = {
         "kernels/cuda/portable/expert_index.cu", "for (int p = 0; p < each; ++p)", "for (int p = 1; p < each; ++p)",
         "*DHidden*", "experts_test_on_gpu"),
     "shared_gate_is_no_work_of_the_model": (
-        "kernels/ops/activation.cpp", "          bytes_of(gate_T), Work::kModel);", "          bytes_of(gate_T));",
+        "kernels/ops/activation.cpp", "          bytes_of(gate_T), Work::kRowSums);", "          bytes_of(gate_T));",
         "ModelCost.*", "cost_test"),
     "work_done_again_is_the_models": (
         "kernels/core/exec.h", "        return ledger->again(op, flops, bytes_read, bytes_written, work);",

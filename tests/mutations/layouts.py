@@ -38,7 +38,7 @@ MUTANTS = {
         "  return {0, p.spec.shape[0]};", "*"),
     "divisor_of_this_ranks_tokens": (
         "trainer/trainer.cpp",
-        "  const std::int64_t all = run.train.global_batch * run.data.seq_len;",
+        "  const std::int64_t all = run.tokens_per_step();",
         "  const std::int64_t all =\n"
         "      s_.batches->rounds() * s_.mesh.spec().dp * run.train.micro_batch * run.data.seq_len;", "*"),
     "one_piece_of_an_expert_computed_twice": (

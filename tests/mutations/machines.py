@@ -44,9 +44,15 @@ MUTANTS = {
         "trainer/plan/run_plan.cpp", "micro_batches * cost.teacher_flops}", "cost.teacher_flops}", "Plan.*",
         "plan_test"),
     "bytes_of_other_micro_batches_forgotten": (
-        "trainer/plan/run_plan.cpp", "  into.bytes_read += factor * cost.bytes_read;", "", "Plan.*", "plan_test"),
+        "kernels/core/ledger.cpp", "  bytes_read += times * o.bytes_read;", "", "Plan.*", "plan_test"),
+    "mixing_tokens_takes_no_products": (
+        "kernels/ops/token_groups.cpp", "bytes_of(mix_MD),\n          Work::kGroupedProducts);",
+        "bytes_of(mix_MD),\n          Work::kRowSums);", "Rehearsal.OpsSay*", "rehearsal_test"),
+    "attention_counts_as_a_product": (
+        "kernels/core/ledger.cpp", ".attention_flops = is_attention(work) ? flops : 0",
+        ".attention_flops = is_of_model(work) ? flops : 0", "LedgerBook.*", "core_test"),
     "the_search_keeps_the_runs_chunks": (
-        "trainer/plan/layout_search.cpp", "              run.parallel.pp_chunks = LayoutSearch::kChunks;", "",
+        "trainer/plan/layout_search.cpp", "      run.parallel.pp_chunks = LayoutSearch::kChunks;", "",
         "LayoutSearch.*", "plan_test"),
     "a_mesh_that_does_not_fit_is_counted_twice": (
         "trainer/plan/layout_search.cpp", "        ++found_.excluded.too_large;",
@@ -58,8 +64,8 @@ MUTANTS = {
         "trainer/plan/run_plan.cpp", "mesh.coord(rank, Axis::kEp), mesh.coord(rank, Axis::kEtp)}];", "0, 0}];",
         "Plan.*", "plan_test"),
     "attention_at_the_rate_of_its_forward": (
-        "trainer/plan/rank_speed.cpp", "r.attention_backward_bf16 : r.attention_forward_bf16",
-        "r.attention_forward_bf16 : r.attention_forward_bf16", "RankSpeed.*", "plan_test"),
+        "trainer/plan/rank_speed.cpp", "r.attention_backward_bf16 : r.attention_backward_fp32",
+        "r.attention_forward_bf16 : r.attention_backward_fp32", "RankSpeed.*", "plan_test"),
     "a_machines_memory_as_it_is_sold": (
         "trainer/plan/rank_speed.cpp", "machine_.usable_gb > 0 ?", "machine_.usable_gb < 0 ?", "PlanRecords.*",
         "plan_test"),

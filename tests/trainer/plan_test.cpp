@@ -206,6 +206,25 @@ TEST(Plan, RanksWithoutExpertsAreAKind) {
   EXPECT_EQ(plan_run(run, full_size(), 64, h100()).ranks_without_experts, 0);
 }
 
+// Five micro-batches of four replicas: one rank has two of them, and three wait while it computes the second.
+TEST(Plan, RanksWithFewerMicroBatchesAreAKind) {
+  RunConfig run = full_size_run();
+  run.train.micro_batch = 1;
+  run.train.global_batch = 5;
+  const RunPlan plan = plan_run(run, full_size(), 4, h100());
+  ASSERT_EQ(plan.ranks.size(), 2u);
+  EXPECT_EQ(plan.ranks[1].alike, 3);
+  double flops = 0;
+  for (const PlannedRank& r : plan.ranks)
+    for (const auto& [op, cost] : r.costs) flops += r.alike * cost.model_flops;
+  EXPECT_NEAR(flops / plan.model_flops, 1, 1e-9);
+  const double idle = plan.ranks[0].step.seconds() - plan.ranks[1].step.seconds();
+  EXPECT_GT(idle, 0.3 * plan.time->seconds);
+  EXPECT_NEAR(plan.time->imbalance, idle * 3 / 4, 1e-9);
+  run.train.global_batch = 8;
+  EXPECT_EQ(kinds_of_ranks(run, full_size(), 4).size(), 1u);
+}
+
 // One rank of each kind holds what every rank of it holds.
 TEST(Plan, RanksOfAKindAreAlike) {
   RunConfig run = full_size_run();

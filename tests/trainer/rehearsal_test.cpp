@@ -38,6 +38,7 @@ void expect_same_books(const Books& real, const Books& dry, const std::string& w
     EXPECT_EQ(it->second.bytes_written, cost.bytes_written) << name << " of " << where;
     EXPECT_EQ(it->second.bytes_sent, cost.bytes_sent) << name << " of " << where;
     EXPECT_EQ(it->second.model_flops, cost.model_flops) << name << " of " << where;
+    EXPECT_EQ(it->second.attention_flops, cost.attention_flops) << name << " of " << where;
     EXPECT_EQ(it->second.model_again, cost.model_again) << name << " of " << where;
     EXPECT_EQ(it->second.teacher_flops, cost.teacher_flops) << name << " of " << where;
   }
@@ -201,6 +202,31 @@ TEST(Rehearsal, TheCallsOfAStepDoNotGrowWithTheRanks) {
     EXPECT_EQ(many_calls, some_calls) << where;
     EXPECT_LE(many_calls, 2 * few_calls) << where << ": on 8 ranks no other has the same experts";
   }
+}
+
+// A plan takes an op's rate from it.
+TEST(Rehearsal, OpsSayWhatBoundsThem) {
+  RunConfig run = full_size_run();
+  run.train.micro_batch = 2;
+  run.router.aux_loss = {0};
+  ModelConfig model = full_size();
+  model.num_hidden_layers = 1;
+  std::map<std::string, Work> works;
+  for (const RouterKind kind : {RouterKind::kTopK, RouterKind::kMixtureOfTokens}) {
+    model.router.kind = kind;
+    model.router.group_size = kind == RouterKind::kTopK ? 0 : 2;
+    Rehearsal rehearsal(run, model, 0, 1);
+    rehearsal.listen([&](const ToldOp& told) { works.emplace(told.name, told.work); });
+    rehearsal.step();
+  }
+  EXPECT_EQ(works.at("gemm"), Work::kProduct);
+  EXPECT_EQ(works.at("attention_forward"), Work::kAttention);
+  EXPECT_EQ(works.at("attention_backward"), Work::kAttentionBackward);
+  for (const char* op : {"grouped_gemm_forward", "grouped_gemm_dgrad", "grouped_gemm_wgrad", "mix_tokens",
+                         "share_mixtures", "mixture_part_gradient"})
+    EXPECT_EQ(works.at(op), Work::kGroupedProducts) << op;
+  EXPECT_EQ(works.at("sigmoid_gate_backward"), Work::kRowSums);
+  EXPECT_EQ(works.at("rms_norm_forward"), Work::kOther);
 }
 
 TEST(Rehearsal, RefusesAnImpossibleMesh) {

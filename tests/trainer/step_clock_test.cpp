@@ -56,32 +56,34 @@ TEST(RankSpeed, TakesTheRateOfAProductFromItsEdge) {
   const RankSpeed speed(m, Precision::kBf16, 1);
   const auto rate = [&](double edge) {
     const Cost cost = cube(edge);
-    return cost.flops / speed.op_seconds("gemm", cost) * 1e-12;
+    return cost.flops / speed.op_seconds(Work::kProduct, cost) * 1e-12;
   };
   EXPECT_NEAR(rate(1000), 50, 1e-6);
   EXPECT_NEAR(rate(5000), 50, 1e-6);
   EXPECT_NEAR(rate(std::sqrt(100.0 * 1000.0)), 30, 1e-6) << "half way of the logarithm";
   EXPECT_NEAR(rate(50), 5, 1e-6) << "below the first edge in proportion";
-  EXPECT_NEAR(speed.op_seconds("grouped_gemm_wgrad", cube(1000)), speed.op_seconds("gemm", cube(1000)),
-              1e-12);
-  EXPECT_NEAR(speed.op_seconds("attention_forward", {.flops = 20e12}), 1, 1e-9);
-  EXPECT_NEAR(speed.op_seconds("attention_backward", {.flops = 20e12}), 2, 1e-9);
+  EXPECT_NEAR(speed.op_seconds(Work::kGroupedProducts, cube(1000)),
+              speed.op_seconds(Work::kProduct, cube(1000)), 1e-12);
+  EXPECT_NEAR(speed.op_seconds(Work::kAttention, {.flops = 20e12}), 1, 1e-9);
+  EXPECT_NEAR(speed.op_seconds(Work::kAttentionBackward, {.flops = 20e12}), 2, 1e-9);
 }
 
 TEST(RankSpeed, WhatIsBoundByMemoryTakesItsBytes) {
   Machine m = plain();
-  EXPECT_NEAR(RankSpeed(m, Precision::kBf16, 1).op_seconds("add", copied(100e9)), 1, 1e-9);
-  EXPECT_NEAR(RankSpeed(m, Precision::kBf16, 1).op_seconds("gemm", copied(100e9)), 1, 1e-9);
+  EXPECT_NEAR(RankSpeed(m, Precision::kBf16, 1).op_seconds(Work::kOther, copied(100e9)), 1, 1e-9);
+  EXPECT_NEAR(RankSpeed(m, Precision::kBf16, 1).op_seconds(Work::kProduct, copied(100e9)), 1, 1e-9);
   m.rates.op_us = 10;
-  EXPECT_NEAR(RankSpeed(m, Precision::kBf16, 1).op_seconds("add", copied(0)), 1e-5, 1e-12);
+  EXPECT_NEAR(RankSpeed(m, Precision::kBf16, 1).op_seconds(Work::kOther, copied(0)), 1e-5, 1e-12);
 }
 
 TEST(RankSpeed, RanksOfACpuShareIt) {
   Machine m = plain();
   m.shared_by_ranks = true;
   const RankSpeed alone(m, Precision::kBf16, 1), beside(m, Precision::kBf16, 2);
-  EXPECT_DOUBLE_EQ(beside.op_seconds("gemm", cube(1000)), 2 * alone.op_seconds("gemm", cube(1000)));
-  EXPECT_DOUBLE_EQ(beside.op_seconds("add", copied(1e9)), 2 * alone.op_seconds("add", copied(1e9)));
+  EXPECT_DOUBLE_EQ(beside.op_seconds(Work::kProduct, cube(1000)),
+                   2 * alone.op_seconds(Work::kProduct, cube(1000)));
+  EXPECT_DOUBLE_EQ(beside.op_seconds(Work::kOther, copied(1e9)),
+                   2 * alone.op_seconds(Work::kOther, copied(1e9)));
   EXPECT_DOUBLE_EQ(beside.peak_flops_per_s(), alone.peak_flops_per_s() / 2);
   EXPECT_DOUBLE_EQ(beside.memory_bytes(), alone.memory_bytes() / 2);
 }
@@ -111,8 +113,8 @@ class Clock : public testing::Test {
 };
 
 TEST_F(Clock, ATransferGoesOnBesideOps) {
-  const auto wait = send_to_all({0, 1}, 10e9);  // a second, inside
-  clock_.op("add", copied(40e9));               // 0.4
+  const auto wait = send_to_all({0, 1}, 10e9);     // a second, inside
+  clock_.op({"add", Work::kOther, copied(40e9)});  // 0.4
   wait();
   const StepTime time = clock_.take();
   EXPECT_NEAR(time.compute, 0.4, 1e-9);
@@ -124,7 +126,7 @@ TEST_F(Clock, ATransferGoesOnBesideOps) {
 
 TEST_F(Clock, AsFarAsTheLinkAllows) {
   const auto wait = send_to_all({0, 2}, 1e9);  // a second, between nodes
-  clock_.op("add", copied(40e9));
+  clock_.op({"add", Work::kOther, copied(40e9)});
   wait();
   const StepTime time = clock_.take();
   EXPECT_NEAR(time.waited.at("all_gather"), 0.8, 1e-9);
@@ -134,7 +136,7 @@ TEST_F(Clock, AsFarAsTheLinkAllows) {
 
 TEST_F(Clock, TransfersTakeTheirTurns) {
   const auto first = send_to_all({0, 1}, 10e9), second = send_to_all({0, 1}, 10e9);
-  clock_.op("add", copied(150e9));
+  clock_.op({"add", Work::kOther, copied(150e9)});
   first();
   second();
   const StepTime time = clock_.take();
@@ -158,34 +160,34 @@ class SkewedClock : public testing::Test {
 };
 
 TEST_F(SkewedClock, TheLastRankIsLateByAShareOfWhatWasComputed) {
-  clock_.op("add", copied(100e9));  // a second
-  send_to_all(10e9)();              // another
+  clock_.op({"add", Work::kOther, copied(100e9)});  // a second
+  send_to_all(10e9)();                              // another
   EXPECT_NEAR(waited(), 1.1, 1e-9);
   send_to_all(10e9)();
   EXPECT_NEAR(waited(), 1, 1e-9) << "they have just met";
-  clock_.op("add", copied(200e9));
+  clock_.op({"add", Work::kOther, copied(200e9)});
   send_to_all(10e9)();
   EXPECT_NEAR(waited(), 1.2, 1e-9);
 }
 
 TEST_F(SkewedClock, WorkHidesWhatRanksAreLate) {
-  clock_.op("add", copied(100e9));
+  clock_.op({"add", Work::kOther, copied(100e9)});
   const auto wait = send_to_all(10e9);
-  clock_.op("add", copied(4e9));
-  clock_.op("add", copied(5e9));  // 0.09 in all: less than the last is late
+  clock_.op({"add", Work::kOther, copied(4e9)});
+  clock_.op({"add", Work::kOther, copied(5e9)});  // 0.09 in all: less than the last is late
   wait();
   EXPECT_NEAR(waited(), 1.01, 1e-9);
-  clock_.op("add", copied(100e9));
+  clock_.op({"add", Work::kOther, copied(100e9)});
   const auto other = send_to_all(10e9);
-  clock_.op("add", copied(50e9));  // beside 0.4 of the transfer
+  clock_.op({"add", Work::kOther, copied(50e9)});  // beside 0.4 of the transfer
   other();
   EXPECT_NEAR(waited(), 0.6, 1e-9);
 }
 
 TEST_F(SkewedClock, RanksThatDoNotWaitDoNotMeet) {
-  clock_.op("add", copied(100e9));
+  clock_.op({"add", Work::kOther, copied(100e9)});
   const auto first = send_to_all(10e9);
-  clock_.op("add", copied(200e9));
+  clock_.op({"add", Work::kOther, copied(200e9)});
   first();  // long done
   const auto second = send_to_all(10e9);
   second();

@@ -61,13 +61,6 @@ double ModelCost::sparsity() const {
   return 1.0 - static_cast<double>(parameters.activated) / static_cast<double>(parameters.total);
 }
 
-double attention_flops_of(const Ledger& ledger) {
-  double sum = 0;
-  for (const auto& [op, cost] : ledger.entries())
-    if (op.starts_with("attention")) sum += cost.model_flops;
-  return sum;
-}
-
 ModelCost model_cost(const ModelConfig& model, const CostQuestion& question) {
   constexpr std::int64_t kLongest = std::int64_t{1} << 24;  // a rehearsal has a sequence of numbers in memory
   if (question.seq_len < 1 || question.seq_len > kLongest)
@@ -77,9 +70,9 @@ ModelCost model_cost(const ModelConfig& model, const CostQuestion& question) {
   cost.seq_len = question.seq_len;
   const RunConfig run = one_sequence(model, question);
   const double tokens = static_cast<double>(question.seq_len * run.train.micro_batch);
-  const Ledger forward = rehearse_forward(model, question.seq_len);
-  cost.forward_flops = forward.total().model_flops / tokens;
-  cost.attention_flops = attention_flops_of(forward) / tokens;
+  const Cost forward = rehearse_forward(model, question.seq_len).total();
+  cost.forward_flops = forward.model_flops / tokens;
+  cost.attention_flops = forward.attention_flops / tokens;
   Rehearsal rehearsal(run, model, 0, 1);
   const Cost step = rehearsal.step().total();
   cost.train_flops = step.model_flops / tokens;

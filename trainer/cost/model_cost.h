@@ -54,9 +54,6 @@ struct ModelCost : WeightCounts {
   }
 };
 
-// Of what was booked, the model's FLOPs of attention's own products.
-double attention_flops_of(const Ledger& ledger);
-
 // Throws Error(kUsage) when seq_len is beyond what a step can be rehearsed for.
 ModelCost model_cost(const ModelConfig& model, const CostQuestion& question);
 

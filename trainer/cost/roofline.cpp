@@ -34,7 +34,7 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of
       experts(model.num_experts),
       experts_per_token(model.num_experts_per_tok),
       window(static_cast<double>(model.sliding_window)) {
-  if (model.num_moe_layers() > 0 && model.router.routes_groups())
+  if (model.routes_groups())
     fail(ExitCode::kUsage,
          "router.kind {} gives a token what the tokens of other sequences leave to it: such a model "
          "is trained, not served, and has no time to serve it; ask for what it costs to train",
@@ -51,7 +51,7 @@ ServedModel::ServedModel(const ModelConfig& model, std::int64_t prompt, DType of
   prompt_tokens = static_cast<double>(prompt);
   prompt_flops = rehearse_prompt(model, prompt).total().model_flops;
   // Of a token that sees itself alone.
-  context_flops = attention_flops_of(rehearse_forward(model, 1));
+  context_flops = rehearse_forward(model, 1).total().attention_flops;
 }
 
 double ServedModel::mean_context(double output) const {

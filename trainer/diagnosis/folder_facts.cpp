@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <fstream>
 #include <memory>
 #include <span>
 #include <sstream>
@@ -18,6 +17,7 @@
 #include "data/folder.h"
 #include "data/posix_file.h"
 #include "kernels/core/memory.h"
+#include "parallel/host.h"
 
 namespace upmoe {
 
@@ -142,8 +142,7 @@ std::string kind_of_file_system(const fs::path& path, const std::string& mounts)
 }
 
 std::string read_mounts() {
-  std::ifstream in("/proc/self/mountinfo");
-  return {std::istreambuf_iterator<char>(in), {}};
+  return system_text("/proc/self/mountinfo");
 }
 
 FolderFacts read_folder(const fs::path& folder, const std::string& mounts) {

@@ -3,9 +3,9 @@
 #include <sys/statvfs.h>
 
 #include <cstdlib>
-#include <fstream>
 #include <sstream>
 
+#include "parallel/host.h"
 #include "parallel/threads.h"
 #include "trainer/memory_estimate.h"
 
@@ -14,11 +14,6 @@ namespace upmoe {
 namespace fs = std::filesystem;
 
 namespace {
-
-std::string text_of(const fs::path& file) {
-  std::ifstream in(file);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 // What stands behind `key` and a colon, blanks left out.
 std::string value_of(const std::string& text, const std::string& key) {
@@ -74,11 +69,11 @@ std::string driver_version(const std::string& text) {
 
 HostFacts read_host(const fs::path& root) {
   const fs::path proc = root / "proc";
-  const std::string own_group = text_of(proc / "self/cgroup"), memory = text_of(proc / "meminfo"),
-                    limits = text_of(proc / "self/limits"), status = text_of(proc / "self/status");
+  const std::string own_group = system_text(proc / "self/cgroup"), memory = system_text(proc / "meminfo"),
+                    limits = system_text(proc / "self/limits"), status = system_text(proc / "self/status");
   const std::string groups = (root / "sys/fs/cgroup").string();
   HostFacts facts;
-  facts.processor = value_of(text_of(proc / "cpuinfo"), "model name");
+  facts.processor = value_of(system_text(proc / "cpuinfo"), "model name");
   facts.allowed = value_of(status, "Cpus_allowed_list");
   facts.resident = 1024.0 * std::atof(value_of(status, "VmRSS").c_str());
   facts.quota = quota_of_container(groups, own_group);
@@ -87,7 +82,7 @@ HostFacts read_host(const fs::path& root) {
   facts.open_files = limit_of(limits, "Max open files");
   facts.locked_memory = limit_of(limits, "Max locked memory");
   facts.shared_memory_left = room_of(root / "dev/shm");
-  facts.gpu_driver = driver_version(text_of(proc / "driver/nvidia/version"));
+  facts.gpu_driver = driver_version(system_text(proc / "driver/nvidia/version"));
   facts.gpus = entries_in(proc / "driver/nvidia/gpus");
   facts.rdma_adapters = entries_in(root / "sys/class/infiniband");
   return facts;

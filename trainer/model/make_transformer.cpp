@@ -36,7 +36,7 @@ void refuse_missing_layers(const ModelConfig& c) {
   const bool mixes = c.router.kind == RouterKind::kMixtureOfTokens;
   if (mixes && (c.router.jitter != 0 || c.router.scale != 1))
     missing.push_back("routers of kind mixture_of_tokens with a jitter or a scale");
-  if (c.num_moe_layers() > 0 && c.router.routes_groups() && c.router.group_size < 1)
+  if (c.routes_groups() && c.router.group_size < 1)
     missing.push_back(fmt::format("routers of kind {} without a group_size", name_of(c.router.kind)));
   if (missing.empty()) return;
   fail(ExitCode::kUsage, "a model of type {} cannot be built: no layer computes {}; take a model without it",

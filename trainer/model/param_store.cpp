@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "kernels/core/flat_index.h"
 #include "kernels/core/normal_batch.h"
 #include "kernels/core/philox.h"
 #include "kernels/ops/pointwise.h"
@@ -243,29 +244,16 @@ void fill_initial(const Init& init, std::uint64_t key, std::int64_t first, std::
 
 void initial_values(const ParamSpec& spec, std::int64_t seed, const Box& box, TensorView out) {
   const std::uint64_t key = philox_key(static_cast<std::uint64_t>(seed), spec.name);
-  const int rank = spec.shape.rank;
+  // Values are numbered in the whole tensor: a parameter begins the same under every layout.
+  const FlatIndex number(box.offset, box.extent, spec.shape);
   const std::int64_t width = box.extent[-1], rows = width == 0 ? 0 : box.elements() / width;
 #pragma omp parallel
   {
     std::vector<float> row(static_cast<std::size_t>(width));
 #pragma omp for schedule(static)
     for (std::int64_t r = 0; r < rows; ++r) {
-      // Values are numbered in the whole tensor: a parameter begins the same under every layout.
-      std::int64_t rest = r, first = 0, stride = spec.shape[-1];
-      for (int d = rank - 2; d >= 0; --d) {  // global flat index of this row's first element
-        first += (box.offset[d] + rest % box.extent[d]) * stride;
-        rest /= box.extent[d];
-        stride *= spec.shape[d];
-      }
-      fill_initial(spec.init, key, first + box.offset[-1], width, row.data());
-      for (std::int64_t c = 0; c < width; ++c) {
-        const float v = row[static_cast<std::size_t>(c)];
-        if (out.dtype == DType::kF32) {
-          out.as<float>()[r * width + c] = v;
-        } else {
-          out.as<bf16>()[r * width + c] = to_bf16(v);
-        }
-      }
+      fill_initial(spec.init, key, number.at(r * width), width, row.data());
+      store_floats(row, out, r * width);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "configs/expert_use.h"
+#include "configs/nearest_meshes.h"
 #include "configs/run_problems.h"
 
 namespace upmoe {
@@ -17,18 +18,9 @@ constexpr std::int64_t kLeastContext = 8192;  // tokens of a rank, below which c
 // What plans may go through together, in the unit of weight_of().
 constexpr double kFirstWeight = 300, kSecondWeight = 300;
 
-std::vector<int> divisors_of(int n) {
-  const std::vector<std::int64_t> all = divisors(n, n);
-  return {all.begin(), all.end()};
-}
-
-std::int64_t replicas_of(const RunConfig& run, int world) {
-  return world / (std::int64_t{run.parallel.tp} * run.parallel.pp * run.parallel.cp);
-}
-
 // How long a plan of it takes: a rehearsal of each stage, in which gradients are packed for every replica.
 double weight_of(const RunConfig& run, int world) {
-  return run.parallel.pp + static_cast<double>(replicas_of(run, world)) / 16;
+  return run.parallel.pp + static_cast<double>(run.parallel.replicas(world)) / 16;
 }
 
 // How much is cut up that need not be.
@@ -97,7 +89,7 @@ class Search {
 
   // The run's own micro-batch, or the largest smaller one with which every replica gets one.
   std::int64_t micro_batch_for(const RunConfig& run, std::int64_t most) const {
-    const std::int64_t replicas = replicas_of(run, world_), global = run.train.global_batch,
+    const std::int64_t replicas = run.parallel.replicas(world_), global = run.train.global_batch,
                        least = least_sequences(model_);
     for (std::int64_t size = std::min(std::max(most, least), global); size >= least; --size)
       if (size % least == 0 && global % size == 0 && global / size >= replicas) return size;
@@ -106,19 +98,19 @@ class Search {
 
   std::vector<RunConfig> possible_meshes() {
     std::vector<RunConfig> all;
-    for (const int pp : divisors_of(world_))
-      for (const int cp : divisors_of(world_ / pp))
-        for (const int tp : divisors_of(world_ / pp / cp))
-          for (const int ep : divisors_of(world_ / pp))
-            for (const int etp : divisors_of(world_ / pp / ep)) {
-              RunConfig run = run_;
-              run.parallel.pp = pp, run.parallel.cp = cp, run.parallel.tp = tp;
-              run.parallel.ep = ep, run.parallel.etp = etp;
-              run.parallel.zero = LayoutSearch::kZero.front();
-              run.parallel.pp_chunks = LayoutSearch::kChunks;
-              run.parallel.node_ranks = LayoutSearch::kNodeRanks;
-              if (is_worth_it(run)) all.push_back(run);
-            }
+    const auto any = [](int n, auto) {
+      const std::vector<std::int64_t> found = divisors(n, n);
+      return std::vector<int>(found.begin(), found.end());
+    };
+    for_each_mesh(world_, any, [&](const RunConfig::Parallel& axes) {
+      RunConfig run = run_;
+      run.parallel.pp = axes.pp, run.parallel.cp = axes.cp, run.parallel.tp = axes.tp;
+      run.parallel.ep = axes.ep, run.parallel.etp = axes.etp;
+      run.parallel.zero = LayoutSearch::kZero.front();
+      run.parallel.pp_chunks = LayoutSearch::kChunks;
+      run.parallel.node_ranks = LayoutSearch::kNodeRanks;
+      if (is_worth_it(run)) all.push_back(run);
+    });
     return all;
   }
 
@@ -162,7 +154,7 @@ class Search {
     run.train.recompute = Recompute::kBlock;
     run.train.micro_batch = micro_batch_for(run, 1);
     run.parallel.zero =
-        replicas_of(run, world_) > 1 ? LayoutSearch::kZero.back() : LayoutSearch::kZero.front();
+        run.parallel.replicas(world_) > 1 ? LayoutSearch::kZero.back() : LayoutSearch::kZero.front();
     if (!problems_of(run, model_, world_).empty()) return std::nullopt;
     return planned(run);
   }
@@ -172,7 +164,7 @@ class Search {
   void refine(RunConfig run, double& left) {
     const std::int64_t most = micro_batch_for(run, 16);
     for (const int zero : LayoutSearch::kZero) {
-      if (zero > 1 && replicas_of(run, world_) == 1) continue;
+      if (zero > 1 && run.parallel.replicas(world_) == 1) continue;
       run.parallel.zero = zero;
       for (std::int64_t size = 1; size <= most; size *= 2) {
         run.train.micro_batch = size;

@@ -4,16 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/core/check.h"
 
 namespace upmoe {
 
 namespace {
-
-bool begins(std::string_view op, std::string_view with) {
-  return op.substr(0, with.size()) == with;
-}
 
 // m, n and k of a product have 2mnk operations and mk + nk + mn elements: their quotient gives 1/m + 1/n + 1/k.
 double edge_of(const Cost& cost, double element_bytes) {
@@ -79,24 +76,30 @@ double RankSpeed::product_rate(const std::vector<double>& rates, double edge) co
   return (rates[above - 1] + part * (rates[above] - rates[above - 1])) * tera;
 }
 
-double RankSpeed::op_seconds(std::string_view op, const Cost& cost) const {
+double RankSpeed::flops_per_s(Work work, const Cost& cost) const {
   const Machine::Rates& r = machine_.rates;
   const bool bf16 = precision_ == Precision::kBf16;
-  const double edge = edge_of(cost, bf16 ? 2 : 4);
-  double rate = 0;
-  if (op == "gemm") {
-    rate = product_rate(bf16 ? r.gemm_bf16 : r.gemm_fp32, edge);
-  } else if (begins(op, "grouped_gemm") || begins(op, "experts_")) {
-    rate = product_rate(bf16 ? r.grouped_bf16 : r.grouped_fp32, edge);
-  } else if (begins(op, "attention") && cost.flops > 0) {
-    const bool backward = op.find("backward") != std::string_view::npos;
-    rate = (bf16 ? (backward ? r.attention_backward_bf16 : r.attention_forward_bf16)
-                 : (backward ? r.attention_backward_fp32 : r.attention_forward_fp32)) *
-           1e12 * share_;
+  const double edge = edge_of(cost, bf16 ? 2 : 4), tera = 1e12 * share_;
+  switch (work) {
+    case Work::kProduct:
+      return product_rate(bf16 ? r.gemm_bf16 : r.gemm_fp32, edge);
+    case Work::kGroupedProducts:
+      return product_rate(bf16 ? r.grouped_bf16 : r.grouped_fp32, edge);
+    case Work::kAttention:
+      return tera * (bf16 ? r.attention_forward_bf16 : r.attention_forward_fp32);
+    case Work::kAttentionBackward:
+      return tera * (bf16 ? r.attention_backward_bf16 : r.attention_backward_fp32);
+    case Work::kOther:
+    case Work::kRowSums:
+      return std::numeric_limits<double>::infinity();
   }
+  fail(ExitCode::kFailure, "no work of this kind");
+}
+
+double RankSpeed::op_seconds(Work work, const Cost& cost) const {
   const double bytes = cost.bytes_read + cost.bytes_written;
-  const double products = rate > 0 ? cost.flops / rate : 0;
-  return call_seconds() + std::max(products, bytes / (r.copy_gb_per_s * 1e9 * share_));
+  const double products = cost.flops > 0 ? cost.flops / flops_per_s(work, cost) : 0;
+  return call_seconds() + std::max(products, bytes / (machine_.rates.copy_gb_per_s * 1e9 * share_));
 }
 
 }  // namespace upmoe

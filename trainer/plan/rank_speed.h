@@ -18,7 +18,8 @@ class RankSpeed {
   // file lacks for it.
   RankSpeed(const Machine& machine, Precision precision, int ranks);
 
-  double op_seconds(std::string_view op, const Cost& cost) const;
+  double op_seconds(Work work,
+                    const Cost& cost) const;  // as long as its products take, or its bytes if that is longer
   double call_seconds() const { return machine_.rates.op_us * 1e-6; }  // of it, besides its work
   double skew() const { return machine_.rates.skew; }
   // The rate of a product, FLOP/s, by the edge of a cube (Machine::Rates).
@@ -33,6 +34,8 @@ class RankSpeed {
   const Machine& machine() const { return machine_; }
 
  private:
+  double flops_per_s(Work work, const Cost& cost) const;  // infinite for what only memory bounds
+
   Machine machine_;
   Precision precision_;
   int ranks_per_node_;  // that there are

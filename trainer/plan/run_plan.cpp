@@ -1,7 +1,6 @@
 #include "trainer/plan/run_plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <tuple>
 #include <utility>
@@ -16,20 +15,6 @@
 namespace upmoe {
 
 namespace {
-
-using Books = std::map<std::string, Cost, std::less<>>;
-
-// into += factor * cost.
-void add_cost(Cost& into, const Cost& cost, double factor) {
-  into.calls += static_cast<std::int64_t>(std::llround(factor * static_cast<double>(cost.calls)));
-  into.flops += factor * cost.flops;
-  into.bytes_read += factor * cost.bytes_read;
-  into.bytes_written += factor * cost.bytes_written;
-  into.bytes_sent += factor * cost.bytes_sent;
-  into.model_flops += factor * cost.model_flops;
-  into.model_again += factor * cost.model_again;
-  into.teacher_flops += factor * cost.teacher_flops;
-}
 
 // What a rank holds of the parameters of its stage: the number of elements of each kind of parameter, and of experts.
 struct Holding {
@@ -72,22 +57,24 @@ MemoryPurposes purposes_of(const Rehearsal& rehearsal, double process) {
   return m;
 }
 
+Deal deal_of(const RunConfig& run, const MeshSpec& mesh, int rank) {
+  return {run.train.micro_batches(), mesh.coord(rank, Axis::kDp), mesh.dp};
+}
+
 // One rank's rehearsals, and what a whole step is made of.
 class RankRehearsal {
  public:
   RankRehearsal(const RunConfig& run, const ModelConfig& model, int world, const RankSpeed* speed)
       : run_(run), model_(model), world_(world), speed_(speed), mesh_(mesh_of(run, world)) {}
 
-  std::int64_t rounds() const {
-    const std::int64_t micro_batches = run_.train.global_batch / run_.train.micro_batch;
-    return (micro_batches + mesh_.dp - 1) / mesh_.dp;
-  }
+  std::int64_t rounds() const { return deal_of(run_, mesh_, 0).rounds(); }
 
   PlannedRank of(const RankKind& kind) const {
     StepClock clock(speed_, speed_ != nullptr ? speed_->ranks_per_node() : world_);
     Rehearsal rehearsal(run_, model_, kind.rank, world_, &clock);
-    rehearsal.listen([&](const ToldOp& told) { clock.op(told.name, told.cost); });
-    const std::int64_t total = rounds(), first = std::min(total, rounds_until_full(run_.parallel));
+    rehearsal.listen([&](const ToldOp& told) { clock.op(told); });
+    const std::int64_t total = deal_of(run_, mesh_, kind.rank).own(),
+                       first = std::min(total, rounds_until_full(run_.parallel));
     rehearsal.step(first);  // after which updated weights are under way
     clock.take();
     PlannedRank rank;
@@ -99,26 +86,26 @@ class RankRehearsal {
     rank.memory = purposes_of(rehearsal, speed_ != nullptr ? speed_->overhead_bytes() : 0);
     if (run_.checkpoint.async)
       rank.memory.checkpoint = static_cast<double>(CheckpointWriter::bytes_of(rehearsal.session()));
-    if (total > first || mesh_.pp > 1) add_micro_batches(rehearsal, clock, rank, first);
+    if (total > first || mesh_.pp > 1) add_micro_batches(rehearsal, clock, rank, first, total);
     return rank;
   }
 
  private:
   // Interleaved chunks take micro-batches in groups of the stages.
-  void add_micro_batches(Rehearsal& rehearsal, StepClock& clock, PlannedRank& rank,
-                         std::int64_t first) const {
+  void add_micro_batches(Rehearsal& rehearsal, StepClock& clock, PlannedRank& rank, std::int64_t first,
+                         std::int64_t total) const {
     const std::int64_t group = run_.parallel.pp_chunks > 1 ? mesh_.pp : 1;
-    const double each = 1.0 / static_cast<double>(group), more = static_cast<double>(rounds() - first);
-    const Books longer = rehearsal.step(first + group).entries();
+    const double each = 1.0 / static_cast<double>(group), more = static_cast<double>(total - first);
+    const auto longer = rehearsal.step(first + group).entries();
     StepTime difference = clock.take();
     difference.add(rank.step, -1);
     rank.micro_batch.add(difference, each);
     rank.step.add(rank.micro_batch, more);
-    const Books shorter = rank.costs;
+    const auto shorter = rank.costs;
     for (const auto& [name, cost] : longer) {
-      add_cost(rank.costs[name], cost, more * each);
+      rank.costs[name].add(cost, more * each);
       if (const auto it = shorter.find(name); it != shorter.end())
-        add_cost(rank.costs[name], it->second, -more * each);
+        rank.costs[name].add(it->second, -more * each);
     }
   }
 
@@ -208,18 +195,9 @@ const PlannedRank& RunPlan::slowest() const {
 
 MemoryPurposes RunPlan::mean_memory() const {
   MemoryPurposes mean;
-  for (const PlannedRank& r : ranks) {
-    const double share = static_cast<double>(r.alike) / world;
-    mean.weights += share * r.memory.weights;
-    mean.gradients += share * r.memory.gradients;
-    mean.optimizer += share * r.memory.optimizer;
-    mean.activations += share * r.memory.activations;
-    mean.communication += share * r.memory.communication;
-    mean.workspace += share * r.memory.workspace;
-    mean.teacher += share * r.memory.teacher;
-    mean.process += share * r.memory.process;
-    mean.checkpoint += share * r.memory.checkpoint;
-  }
+  for (const PlannedRank& r : ranks)
+    for (const auto& [name, bytes] : MemoryPurposes::kAll)
+      mean.*bytes += static_cast<double>(r.alike) / world * r.memory.*bytes;
   return mean;
 }
 
@@ -227,19 +205,20 @@ std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& mo
   const MeshSpec mesh = mesh_of(run, world);
   const StagePlan plan = stages_of(run, model);
   const std::vector<ParamSpec> table = make_param_table(model);
-  // Only these coordinates decide what a rank holds; of those that share them the first has the most micro-batches.
-  std::map<std::tuple<int, int, int, int>, RankKind> places;
+  // Only these coordinates decide what a rank holds, and its place among the replicas how many micro-batches it has.
+  std::map<std::tuple<int, std::int64_t, int, int, int>, RankKind> places;
   for (int rank = 0; rank < world; ++rank) {
-    RankKind& place = places[{mesh.coord(rank, Axis::kPp), mesh.coord(rank, Axis::kTp),
-                              mesh.coord(rank, Axis::kEp), mesh.coord(rank, Axis::kEtp)}];
+    RankKind& place =
+        places[{mesh.coord(rank, Axis::kPp), deal_of(run, mesh, rank).own(), mesh.coord(rank, Axis::kTp),
+                mesh.coord(rank, Axis::kEp), mesh.coord(rank, Axis::kEtp)}];
     if (place.alike == 0) place.rank = rank;
     ++place.alike;
   }
-  std::map<std::pair<int, std::vector<std::int64_t>>, RankKind> kinds;
+  std::map<std::tuple<int, std::int64_t, std::vector<std::int64_t>>, RankKind> kinds;
   for (const auto& [where, place] : places) {
     Holding holding = holding_of(table, mesh, place.rank, plan);
     hold_teacher(holding, run, world, place.rank);
-    RankKind& kind = kinds[{std::get<0>(where), holding.elements}];
+    RankKind& kind = kinds[{std::get<0>(where), std::get<1>(where), holding.elements}];
     if (kind.alike == 0 || mesh.coord(place.rank, Axis::kDp) < mesh.coord(kind.rank, Axis::kDp))
       kind.rank = place.rank;
     kind.alike += place.alike;

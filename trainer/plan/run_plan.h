@@ -6,10 +6,12 @@
 // Where they stand among nodes is taken from that one. A step of many micro-batches is rehearsed with as many as have
 // all under way that ever are, then with more, and what lies between is the same for every further one.
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "trainer/memory_estimate.h"
@@ -28,11 +30,24 @@ struct MemoryPurposes {
   }
   double process = 0;     // driver, libraries, code: Machine::overhead_gb
   double checkpoint = 0;  // of the host: the copy that is written in the background
+  static const std::array<std::pair<const char*, double MemoryPurposes::*>, 9> kAll;  // by their names
   // On the device. On a CPU the copy for a checkpoint is there as well.
   double total(bool with_checkpoint) const {
     return tensors() + process + (with_checkpoint ? checkpoint : 0);
   }
 };
+
+inline constexpr std::array<std::pair<const char*, double MemoryPurposes::*>, 9> MemoryPurposes::kAll{{
+    {"weights", &MemoryPurposes::weights},
+    {"gradients", &MemoryPurposes::gradients},
+    {"optimizer", &MemoryPurposes::optimizer},
+    {"activations", &MemoryPurposes::activations},
+    {"communication", &MemoryPurposes::communication},
+    {"workspace", &MemoryPurposes::workspace},
+    {"process", &MemoryPurposes::process},
+    {"checkpoint", &MemoryPurposes::checkpoint},
+    {"teacher", &MemoryPurposes::teacher},
+}};
 
 struct PlannedRank {
   int rank = 0, stage = 0;

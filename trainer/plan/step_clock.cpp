@@ -25,12 +25,12 @@ void StepTime::add(const StepTime& o, double factor) {
   }
 }
 
-void StepClock::op(std::string_view name, const Cost& cost) {
+void StepClock::op(const ToldOp& told) {
   if (speed_ == nullptr) return;
-  const double seconds = speed_->op_seconds(name, cost);
+  const double seconds = speed_->op_seconds(told.work, told.cost);
   time_.compute += seconds;
   time_.calls += speed_->call_seconds();
-  time_.by_op[std::string(name)] += seconds;
+  time_.by_op[std::string(told.name)] += seconds;
   alone_ += seconds;
   // What is under way gets on meanwhile, the first one first.
   double at = now_;

@@ -37,7 +37,7 @@ class StepClock final : public DryWire {
   // nothing takes time. `speed` outlives this.
   StepClock(const RankSpeed* speed, int ranks_per_node) : speed_(speed), ranks_per_node_(ranks_per_node) {}
 
-  void op(std::string_view name, const Cost& cost);
+  void op(const ToldOp& told);
   std::function<void()> begin(const DryTransfer& transfer) override;
   // What passed since the last call.
   StepTime take();

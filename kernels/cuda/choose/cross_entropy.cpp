@@ -16,16 +16,29 @@ std::int64_t share_bytes(std::int64_t columns, int blocks) {
   return (columns / 4 + blocks - 1) / blocks * 4 * static_cast<std::int64_t>(sizeof(float));
 }
 
+std::string why_no_clusters(const CrossEntropyDescription& d, const Gpu& gpu) {
+  if (gpu.sm != 90)
+    return fmt::format("they are for GPUs of compute capability 9.0, this one has {}.{}", gpu.sm / 10,
+                       gpu.sm % 10);
+  if (d.columns % 4 != 0 || !d.packed)
+    return fmt::format("rows of {} logits do not lie in whole packs of four", d.columns);
+  if (share_bytes(d.columns, kMostRowBlocks) > kBlockBytes)
+    return fmt::format("a row of {} logits is more than {} blocks keep", d.columns, kMostRowBlocks);
+  if (d.rows > std::numeric_limits<std::int32_t>::max() / kMostRowBlocks)
+    return fmt::format("{} rows at once are too many", d.rows);
+  return {};
+}
+
 }  // namespace
 
 CrossEntropyChoice choose(const CrossEntropyDescription& d, const Gpu& gpu) {
   // Without a gradient both read a row once.
-  const bool fits = d.packed && d.columns % 4 == 0 && share_bytes(d.columns, kMostRowBlocks) <= kBlockBytes &&
-                    d.rows <= std::numeric_limits<std::int32_t>::max() / kMostRowBlocks;
-  if (gpu.sm != 90 || !d.gradient || d.rows == 0 || !fits) return {};
+  if (d.wish != CrossEntropyPath::kClusters || !d.gradient || d.rows == 0) return {};
+  if (const std::string why = why_no_clusters(d, gpu); !why.empty())
+    return {.reason = "kernels.cross_entropy: clusters: " + why + "; the portable kernel takes their place"};
   for (int blocks = 1; blocks < kMostRowBlocks; blocks *= 2)
-    if (share_bytes(d.columns, blocks) <= kTwoBlocksBytes) return {CrossEntropyKernel::kCluster, blocks};
-  return {CrossEntropyKernel::kCluster, kMostRowBlocks};
+    if (share_bytes(d.columns, blocks) <= kTwoBlocksBytes) return {CrossEntropyKernel::kCluster, blocks, {}};
+  return {CrossEntropyKernel::kCluster, kMostRowBlocks, {}};
 }
 
 std::string words_of(const CrossEntropyDescription& d) {

@@ -3,12 +3,14 @@
 
 #include <string>
 
+#include "kernels/core/kernel_paths.h"
 #include "kernels/core/tensor.h"
 #include "kernels/cuda/choose/gpu.h"
 
 namespace upmoe::cuda {
 
 struct CrossEntropyDescription {
+  CrossEntropyPath wish = CrossEntropyPath::kAuto;
   std::int64_t rows = 0, columns = 0;
   bool gradient = false;      // asked for
   DType dtype = DType::kF32;  // of the gradient
@@ -23,7 +25,8 @@ enum class CrossEntropyKernel : std::uint8_t { kPortable, kCluster };
 
 struct CrossEntropyChoice {
   CrossEntropyKernel kernel = CrossEntropyKernel::kPortable;
-  int blocks = 0;  // of a cluster
+  int blocks = 0;      // of a cluster
+  std::string reason;  // why none, where they were asked for; to be said once
 };
 
 CrossEntropyChoice choose(const CrossEntropyDescription& d, const Gpu& gpu);

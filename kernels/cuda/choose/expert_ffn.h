@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "kernels/core/experts_path.h"
+#include "kernels/core/kernel_paths.h"
 #include "kernels/cuda/choose/gpu.h"
 #include "kernels/ops/experts.h"
 
