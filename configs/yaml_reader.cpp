@@ -207,6 +207,9 @@ std::string words_for(const YAML::Exception& e, std::string_view text) {
           "not valid YAML: {}; a text that begins with one of * & ! % @ ` needs quotes, such as {}", e.msg,
           example);
     }
+    if (line.find("${") != std::string::npos)
+      return fmt::format("not valid YAML: {}; between braces a text with ${{NAME}} in it needs quotes",
+                         e.msg);
     if (e.msg.find("illegal map value") != std::string::npos)
       return fmt::format("not valid YAML: {}; one key a line, and a text with ': ' in it needs quotes",
                          e.msg);

@@ -36,6 +36,18 @@ def text_of_token(token, where):
     return text
 
 
+def special_tokens_of(folder, settings):
+    """Texts by the names that templates have for them; `settings`: of tokenizer_config.json."""
+    more, found = settings.get("extra_special_tokens"), {}
+    beside = settings_of(folder / "special_tokens_map.json")
+    for name, tokens in (("special_tokens_map.json", {key: beside.get(key) for key in SPECIAL}),
+                         ("tokenizer_config.json", {key: settings.get(key) for key in SPECIAL}),
+                         ("tokenizer_config.json", more if isinstance(more, dict) else {})):
+        texts = {key: text_of_token(token, f"{folder / name}: {key}") for key, token in tokens.items()}
+        found |= {key: text for key, text in texts.items() if text is not None}
+    return found
+
+
 def named(templates, path):
     """What tokenizer_config.json gives as chat_template, one or several, by name."""
     if isinstance(templates, list):
@@ -92,15 +104,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def special_tokens(self):
-        """Texts by the names that templates have for them; of those that there are."""
-        more, found = self.settings.get("extra_special_tokens"), {}
-        beside = settings_of(self.folder / "special_tokens_map.json")
-        for name, tokens in (("special_tokens_map.json", {key: beside.get(key) for key in SPECIAL}),
-                             ("tokenizer_config.json", {key: self.settings.get(key) for key in SPECIAL}),
-                             ("tokenizer_config.json", more if isinstance(more, dict) else {})):
-            texts = {key: text_of_token(token, f"{self.folder / name}: {key}") for key, token in tokens.items()}
-            found |= {key: text for key, text in texts.items() if text is not None}
-        return found
+        return special_tokens_of(self.folder, self.settings)
 
     @functools.cached_property
     def sandbox(self):

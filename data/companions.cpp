@@ -1,7 +1,12 @@
 #include "data/companions.h"
 
 #include <algorithm>
+#include <cctype>
+#include <fstream>
 #include <iterator>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
 #include <string_view>
 
 #include "data/folder.h"
@@ -30,16 +35,11 @@ constexpr std::string_view kFiles[] = {"tokenizer.json",
                                        "LICENSE.md",
                                        "NOTICE",
                                        "NOTICE.txt"};
+constexpr std::uintmax_t kMostConfigBytes = 16u << 20;
 constexpr std::string_view kTemplates = "additional_chat_templates";  // a folder of .jinja files
 
 bool lies_in(const fs::path& file, const fs::path& folder) {
   return std::mismatch(folder.begin(), folder.end(), file.begin(), file.end()).first == folder.end();
-}
-
-// MODEL/snapshots/REVISION holds links to MODEL/blobs.
-bool is_blob_of(const fs::path& file, const fs::path& dir) {
-  const fs::path snapshots = dir.parent_path();
-  return snapshots.filename() == "snapshots" && file.parent_path() == snapshots.parent_path() / "blobs";
 }
 
 bool is_carried(const fs::path& dir, const fs::path& name, bool say) {
@@ -56,11 +56,33 @@ bool is_carried(const fs::path& dir, const fs::path& name, bool say) {
   return false;
 }
 
+// The publisher's code that config.json names: "auto_map": {"AutoConfig": "configuration_x.XConfig"}, modules that lie
+// beside it. Those of another repository, "publisher/model--module.Class", are fetched from there.
+std::set<std::string> named_code(const fs::path& dir) {
+  std::set<std::string> files;
+  const fs::path config = dir / "config.json";
+  if (!fs::is_regular_file(config) || fs::file_size(config) > kMostConfigBytes) return files;
+  const auto json = nlohmann::json::parse(std::ifstream(config), nullptr, false);
+  if (!json.is_object() || !json.contains("auto_map") || !json["auto_map"].is_object()) return files;
+  for (const auto& entry : json["auto_map"])
+    for (const auto& one : entry.is_array() ? entry : nlohmann::json::array({entry})) {
+      const std::string name = one.is_string() ? one.get<std::string>() : "";
+      const std::size_t dot = name.find('.');
+      const auto is_of_a_name = [](unsigned char c) { return std::isalnum(c) != 0 || c == '_'; };
+      if (dot != std::string::npos && dot > 0 &&
+          std::all_of(name.begin(), name.begin() + static_cast<std::ptrdiff_t>(dot), is_of_a_name))
+        files.insert(name.substr(0, dot) + ".py");
+    }
+  return files;
+}
+
 std::vector<fs::path> companions_of(const fs::path& given, bool say) {
   std::vector<fs::path> found;
   if (!fs::is_directory(given)) return found;
   const fs::path dir = fs::canonical(given);
   for (const std::string_view name : kFiles)
+    if (is_carried(dir, name, say)) found.emplace_back(name);
+  for (const std::string& name : named_code(dir))
     if (is_carried(dir, name, say)) found.emplace_back(name);
   if (!fs::is_directory(dir / kTemplates)) return found;
   std::vector<fs::path> templates;

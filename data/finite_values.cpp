@@ -33,6 +33,20 @@ void require_finite(const std::filesystem::path& folder, const std::string& name
 
 }  // namespace
 
+ReadTensor finite_alone(ReadTensor read, const std::filesystem::path& folder) {
+  return [read = std::move(read), folder](const ParamSpec& param, const Box& part, TensorView out) {
+    read(param, part, out);
+    with_float_type(out.dtype, [&](auto type) {
+      const auto* values = out.as<decltype(type)>();
+      const auto bad =
+          std::count_if(values, values + out.elements(), [](auto v) { return !std::isfinite(to_float(v)); });
+      if (bad > 0)
+        fail(ExitCode::kBadInput, "{}: parameter '{}' holds {} values that are not finite", folder.string(),
+             param.name, bad);
+    });
+  };
+}
+
 void require_finite(const HfModel& model) {
   for (const ParamSpec& p : make_param_table(model.config()))
     for (const HfTensor& t : hf_tensors_of(model.config(), p))

@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "data/hf_model.h"
+#include "data/hf_writer.h"
 #include "data/shard_store.h"
 
 namespace upmoe {
@@ -12,5 +13,7 @@ namespace upmoe {
 // how many of its values are not finite.
 void require_finite(const HfModel& model);
 void require_finite(const ShardStore& store);  // its weights
+// `read` that throws so where it gave such values; `folder`: what is read, for words.
+ReadTensor finite_alone(ReadTensor read, const std::filesystem::path& folder);
 
 }  // namespace upmoe

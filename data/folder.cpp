@@ -39,6 +39,11 @@ bool is_real_folder(const fs::path& path) {
   return false;
 }
 
+bool is_blob_of(const fs::path& file, const fs::path& folder) {
+  const fs::path snapshots = folder.parent_path();
+  return snapshots.filename() == "snapshots" && file.parent_path() == snapshots.parent_path() / "blobs";
+}
+
 void make_folder(const fs::path& path) {
   if (mkdir(path.c_str(), 0777) != 0) fail_system(path, "making the folder");
 }

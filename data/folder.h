@@ -15,6 +15,8 @@ bool path_exists(const std::filesystem::path& path);     // a link counts as its
 bool is_real_folder(const std::filesystem::path& path);  // a folder, and no link to one; false when absent
 void make_folder(const std::filesystem::path& path);     // must not exist
 void make_folders(const std::filesystem::path& path);    // with those above it; existing ones are fine
+// Whether it is a blob of the Hugging Face cache, MODEL/blobs, to which `folder`, MODEL/snapshots/REVISION, has links.
+bool is_blob_of(const std::filesystem::path& file, const std::filesystem::path& folder);
 // Never replaces anything: fails when `to` exists.
 void move_path(const std::filesystem::path& from, const std::filesystem::path& to);
 void remove_file(const std::filesystem::path& path);

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "data/box_runs.h"
+#include "data/folder.h"
 #include "data/hf_files.h"
 #include "data/stored_values.h"
 #include "data/tensor_differences.h"
@@ -102,8 +103,9 @@ HfModel::HfModel(const fs::path& dir) : dir_(dir), config_(read_model_config(dir
          dir.string());
   const auto [names, file_of] = find_weight_files(dir);
   for (const std::string& name : names) {
-    if (fs::weakly_canonical(dir / name).parent_path() != fs::weakly_canonical(dir))
-      log::warning("{}: a link to {}", (dir / name).string(), fs::weakly_canonical(dir / name).string());
+    const fs::path real = fs::weakly_canonical(dir / name), folder = fs::weakly_canonical(dir);
+    if (real.parent_path() != folder && !is_blob_of(real, folder))
+      log::warning("{}: a link to {}", (dir / name).string(), real.string());
     files_.emplace_back(dir / name);
     const auto& entries = files_.back().header().entries;
     for (std::size_t e = 0; e < entries.size(); ++e)

@@ -2,6 +2,7 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
@@ -16,6 +17,7 @@
 #include "data/staged_directory.h"
 #include "data/stored_values.h"
 #include "data/tensor_differences.h"
+#include "kernels/core/log.h"
 #include "parallel/watchdog.h"
 
 namespace upmoe {
@@ -156,14 +158,28 @@ constexpr const char* kNotMerged[] = {"use_dora",
                                       "target_parameters",
                                       "megatron_config",
                                       "layer_replication",
-                                      "trainable_token_indices"};
+                                      "trainable_token_indices",
+                                      "alora_invocation_tokens",
+                                      "use_qalora",
+                                      "use_bdlora",
+                                      "kasa_config",
+                                      "arrow_config",
+                                      "velora_config"};
+// And those that say nothing of it, or are read.
+constexpr const char* kPassedOver[] = {
+    "peft_type",          "peft_version",   "auto_mapping",      "base_model_name_or_path",
+    "revision",           "inference_mode", "task_type",         "r",
+    "lora_alpha",         "lora_dropout",   "target_modules",    "init_lora_weights",
+    "layers_pattern",     "megatron_core",  "qalora_group_size", "loftq_config",
+    "eva_config",         "corda_config",   "lora_ga_config",    "runtime_config",
+    "ensure_weight_tying"};
 
 // Beginnings that change the weights themselves, so that the adapter belongs beside others than the model's.
 bool changes_weights(const json& init) {
   if (!init.is_string()) return false;
   const std::string how = init.get<std::string>();
   const auto begins = [&](const char* word) { return how.starts_with(word); };
-  return begins("pissa") || begins("olora") || begins("corda") || begins("loftq");
+  return begins("pissa") || begins("olora") || begins("corda") || begins("loftq") || begins("lora_ga");
 }
 
 // Targets by the names that this model's modules have, of those that it has.
@@ -212,6 +228,12 @@ void PeftAdapter::read_form() {
   for (const char* key : kNotMerged)
     if (all.contains(key) && !is_nothing(all[key]))
       object.refuse(key, fmt::format("found {}, which merging does not do", all[key].dump()));
+  for (const auto& [key, value] : all.items())
+    if (!is_nothing(value) &&
+        std::none_of(std::begin(kNotMerged), std::end(kNotMerged), [&](const char* k) { return key == k; }) &&
+        std::none_of(std::begin(kPassedOver), std::end(kPassedOver), [&](const char* k) { return key == k; }))
+      log::warning("{}: {}: {} is not known here; the adapter is taken as one without it", where, key,
+                   value.dump());
   if (const json init = all.value("init_lora_weights", json()); changes_weights(init))
     object.refuse("init_lora_weights",
                   fmt::format("found {}: the model's weights were changed for it", init.dump()));

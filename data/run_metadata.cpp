@@ -34,6 +34,17 @@ struct RunObject {
     if (!value.is_string()) refuse(key, value, "a string");
     return value.get<std::string>();
   }
+  std::map<std::string, std::int64_t> counts_by_name(const char* key) const {
+    std::map<std::string, std::int64_t> counts;
+    if (!run.contains(key)) return counts;
+    if (!run[key].is_object()) refuse(key, run[key], "counts by name");
+    for (const auto& [name, value] : run[key].items()) {
+      if (!value.is_number_unsigned() || value.get<std::uint64_t>() > std::uint64_t{1} << 62)
+        refuse(key, value, "counts by name");
+      counts[name] = value.get<std::int64_t>();
+    }
+    return counts;
+  }
   std::optional<std::string> text_if_any(const char* key) const {
     return run.contains(key) ? std::optional(text(key)) : std::nullopt;
   }
@@ -49,6 +60,7 @@ std::string run_metadata_json(const RunMetadata& r) {
   if (r.mesh) run["mesh"] = *r.mesh;
   if (r.source_digest) run["source_digest"] = *r.source_digest;
   if (r.teacher_digest) run["teacher_digest"] = *r.teacher_digest;
+  if (!r.moments_begun.empty()) run["moments_begun"] = r.moments_begun;
   return run.dump();
 }
 
@@ -65,7 +77,8 @@ RunMetadata parse_run_metadata(const std::string& text, const std::string& where
           .config = run.text_if_any("config"),
           .mesh = run.text_if_any("mesh"),
           .source_digest = run.text_if_any("source_digest"),
-          .teacher_digest = run.text_if_any("teacher_digest")};
+          .teacher_digest = run.text_if_any("teacher_digest"),
+          .moments_begun = run.counts_by_name("moments_begun")};
 }
 
 RunMetadata run_metadata_of(const ShardStore& store) {

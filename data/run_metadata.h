@@ -2,6 +2,7 @@
 // What a checkpoint says of the run that wrote it: the "run" object of its manifest, written and read here alone.
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 
@@ -21,6 +22,8 @@ struct RunMetadata {
   std::optional<std::string> mesh;            // in words
   std::optional<std::string> source_digest;   // of the source; not in checkpoints of earlier programs
   std::optional<std::string> teacher_digest;  // of the teacher, where the run has one
+  // Of parameters whose moments began later than the run: behind which step. Bias correction counts from there.
+  std::map<std::string, std::int64_t> moments_begun = {};
 };
 
 std::string run_metadata_json(const RunMetadata& run);

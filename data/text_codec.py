@@ -9,6 +9,7 @@ One JSON object a line on standard input, its answer a line on standard output:
                                                 "tools", as the chat template beside the tokenizer lays them out, up
                                                 to where the answer begins
     {"decode": [...]}     {"text": TEXT}        without control tokens
+    {"bytes": true}       {"tokens": [...]}     those for single bytes, where a run of them is decoded as one
     {"classes": N}        {"names": [...], "classes": [...]}  of each of the tokens 0..N-1 the place of its class
 
 {"error": WORDS, "status": N} where something is wrong, and that status: 2 for a Python without the packages, 3 for what
@@ -28,8 +29,9 @@ import json  # noqa: E402
 import unicodedata  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from chat_template import ChatTemplate  # noqa: E402
+from chat_template import ChatTemplate, settings_of, special_tokens_of  # noqa: E402
 from command_line import BadInput, BadUsage, run_tool, words_of  # noqa: E402
+from control_tokens import marked_in  # noqa: E402
 from model_template import ModelTemplate  # noqa: E402
 from text_documents import Choices, Reading  # noqa: E402
 from tokenizer_file import load_tokenizer  # noqa: E402
@@ -41,6 +43,14 @@ def load(path):
         return load_tokenizer(path.read_bytes(), path)
     except OSError as e:
         raise BadInput(words_of(e)) from None
+
+
+@functools.cache
+def special_beside(tokenizer, folder):
+    """Tokens that only the files beside tokenizer.json call special: no text either, as in transformers."""
+    settings = settings_of(folder / "tokenizer_config.json")
+    names = (*special_tokens_of(folder, settings).values(), *marked_in(settings))
+    return frozenset(tokenizer.token_to_id(name) for name in names)
 
 
 CLASSES = ("letters", "digits", "punctuation", "whitespace", "special", "other")
@@ -86,6 +96,15 @@ def turns_and_tools(chat):
     return turns, ModelTemplate.tools(chat.get("tools"), "tools", reading)[0]
 
 
+def byte_tokens(tokenizer):
+    """Of a tokenizer with byte fallback: it decodes the token <0x41> to an A."""
+    letter = tokenizer.token_to_id("<0x41>")
+    if letter is None or tokenizer.decode([letter]).strip() != "A":
+        return []
+    tokens = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return [token for token in tokens if token is not None]
+
+
 def answer(tokenizer, folder, request):
     if "encode" in request:
         return {"tokens": tokenizer.encode(request["encode"]).ids}
@@ -95,10 +114,14 @@ def answer(tokenizer, folder, request):
         text = template.render(as_written(template, turns, tools), tools)
         return {"tokens": tokenizer.encode(text, add_special_tokens=False).ids}
     if "decode" in request:
-        return {"text": tokenizer.decode(request["decode"], skip_special_tokens=True)}
+        special = special_beside(tokenizer, folder)
+        tokens = [token for token in request["decode"] if token not in special]
+        return {"text": tokenizer.decode(tokens, skip_special_tokens=True)}
+    if "bytes" in request:
+        return {"tokens": byte_tokens(tokenizer)}
     if "classes" in request:
         return classes_of(tokenizer, request["classes"])
-    raise BadInput(f"neither encode, chat, decode nor classes: {request}")
+    raise BadInput(f"neither encode, chat, decode, bytes nor classes: {request}")
 
 
 def main():

@@ -59,13 +59,51 @@ std::set<std::int64_t> text_ends_of(const fs::path& dir) {
   if (dir.empty()) return ends;
   for (const char* name : {"config.json", "generation_config.json"}) {
     if (!fs::is_regular_file(dir / name)) continue;
-    const auto config = nlohmann::json::parse(read_text(dir / name, kConfigLimit), nullptr, false);
-    if (!config.is_object() || !config.contains("eos_token_id")) continue;
-    const auto& id = config["eos_token_id"];
-    for (const auto& one : id.is_array() ? id : nlohmann::json::array({id}))
-      if (one.is_number_integer()) ends.insert(one.get<std::int64_t>());
+    ends.merge(text_ends_in(read_text(dir / name, kConfigLimit)));
   }
   return ends;
+}
+
+std::set<std::int64_t> text_ends_in(const std::string& json) {
+  std::set<std::int64_t> ends;
+  const auto config = nlohmann::json::parse(json, nullptr, false);
+  if (!config.is_object() || !config.contains("eos_token_id")) return ends;
+  const auto& id = config["eos_token_id"];
+  for (const auto& one : id.is_array() ? id : nlohmann::json::array({id}))
+    if (one.is_number_integer()) ends.insert(one.get<std::int64_t>());
+  return ends;
+}
+
+std::vector<std::string> unfollowed_settings(const fs::path& dir) {
+  // With the value that asks for nothing.
+  static const std::pair<const char*, nlohmann::json> kFollowed[] = {
+      {"repetition_penalty", 1.0},
+      {"encoder_repetition_penalty", 1.0},
+      {"no_repeat_ngram_size", 0},
+      {"encoder_no_repeat_ngram_size", 0},
+      {"num_beams", 1},
+      {"num_beam_groups", 1},
+      {"diversity_penalty", 0.0},
+      {"penalty_alpha", 0.0},
+      {"min_new_tokens", 0},
+      {"min_length", 0},
+      {"bad_words_ids", nullptr},
+      {"suppress_tokens", nullptr},
+      {"sequence_bias", nullptr},
+      {"begin_suppress_tokens", nullptr},
+      {"guidance_scale", 1.0},
+      {"exponential_decay_length_penalty", nullptr},
+      {"forced_bos_token_id", nullptr},
+      {"forced_eos_token_id", nullptr}};
+  std::vector<std::string> found;
+  const fs::path file = dir / "generation_config.json";
+  if (dir.empty() || !fs::is_regular_file(file)) return found;
+  const auto settings = nlohmann::json::parse(read_text(file, kConfigLimit), nullptr, false);
+  if (!settings.is_object()) return {"what stands there: it is no JSON object"};
+  for (const auto& [name, nothing] : kFollowed)
+    if (const auto it = settings.find(name); it != settings.end() && !it->is_null() && *it != nothing)
+      found.push_back(fmt::format("{} {}", name, it->dump()));
+  return found;
 }
 
 std::string teacher_tokenizer_difference(const fs::path& model_dir, const fs::path& teacher_dir) {

@@ -31,5 +31,11 @@ std::string teacher_tokenizer_difference(const std::filesystem::path& model_dir,
 // The tokens that end text for the model in this folder: eos_token_id, a number or several, of its config.json and of
 // its generation_config.json together. `model_dir` may be empty.
 std::set<std::int64_t> text_ends_of(const std::filesystem::path& model_dir);
+// Of the text of one such file.
+std::set<std::int64_t> text_ends_in(const std::string& json);
+// What generation_config.json of this folder asks for beside sampling that transformers' generate() follows without
+// sampling as well, and this program does not: "repetition_penalty 1.05", each by its name. In words what is wrong with
+// the file, where it is no JSON. `model_dir` may be empty.
+std::vector<std::string> unfollowed_settings(const std::filesystem::path& model_dir);
 
 }  // namespace upmoe

@@ -2,12 +2,15 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <set>
 
 #include "configs/families/family.h"
 #include "configs/lora_record.h"
 #include "configs/param_table.h"
 #include "configs/router_record.h"
 #include "configs/run_choices.h"
+#include "data/checkpoint_folder.h"
+#include "data/finite_values.h"
 #include "data/hf_model.h"
 #include "data/hf_writer.h"
 #include "data/merged_weights.h"
@@ -71,10 +74,21 @@ void require_asked(const ExportArguments& a, const ModelConfig& config) {
     fail(ExitCode::kUsage, "{}: {} holds no adapters", a.adapter ? "--adapter" : "--merge", a.model);
 }
 
+// The model beneath adapters: a run may have begun from another one's adapters, beside the same model.
+RunMetadata beneath(RunMetadata run) {
+  for (std::set<std::string> seen; seen.insert(run.source).second;) {
+    if (!fs::is_directory(run.source)) return run;
+    const fs::path folder = newest_if_run(run.source);
+    if (!fs::exists(folder / "manifest.json") || !open_model(folder)->config().lora.given()) return run;
+    run = run_metadata_of(ShardStore(folder));
+  }
+  return run;
+}
+
 // Adapters are written as they are trained, unless told otherwise; they are small.
 void export_adapter(const ExportArguments& a, const ModelSource& source, const ReadTensor& read) {
   require_exportable(source, a.model);  // its readers put it beside a model with the family's routers
-  const RunMetadata run = run_metadata_of(ShardStore(source.directory()));
+  const RunMetadata run = beneath(run_metadata_of(ShardStore(source.directory())));
   write_peft_adapter({.dir = a.to,
                       .inputs = {folder_of(source.directory())},
                       .dtype = a.dtype_given ? dtype_of(a.dtype) : DType::kF32,
@@ -113,7 +127,8 @@ void export_model(const ExportArguments& a, const ModelSource& source, const Mod
   std::vector<fs::path> inputs{folder_of(source.directory())};
   if (!a.merge_adapter.empty()) inputs.emplace_back(a.merge_adapter);
   write_hf_model({.dir = a.to, .companions = companions, .inputs = inputs, .dtype = dtype_of(a.dtype)},
-                 config, config.lora.given() ? with_adapters_merged(config, read) : read);
+                 config,
+                 finite_alone(config.lora.given() ? with_adapters_merged(config, read) : read, a.model));
   log::info("{} written in {}{}", a.to, name_of(a.dtype),
             config.lora.given() ? fmt::format(", with its adapters merged ({})", words_of(config.lora)) : "");
 }

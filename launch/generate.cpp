@@ -106,7 +106,8 @@ class Streamed {
  public:
   explicit Streamed(Speaker& speaker) {
     if (speaker.codec)
-      text_.emplace([&](std::span<const std::int32_t> tokens) { return speaker.codec->decode(tokens); });
+      text_.emplace([&](std::span<const std::int32_t> tokens) { return speaker.codec->decode(tokens); },
+                    speaker.codec->byte_tokens());
   }
   void add(std::int32_t token) {
     print_result(text_ ? text_->add(token) : fmt::format("{}{}", count_ > 0 ? "," : "", token));
@@ -153,8 +154,11 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
   run_agreed(world, [&] {
     source = open_model(a.models.front());
     mesh = generation_mesh(source->config(), world.size(), a.tp);
+    // The model's own, also where the directory that it was trained from is gone.
+    std::set<std::int64_t> ends = text_ends_of(source->companions());
+    ends.merge(text_ends_in(source->config().raw_json));
     if (!a.ignore_eos)
-      for (const std::int64_t token : text_ends_of(source->companions()))
+      for (const std::int64_t token : ends)
         if (token >= 0 && token < source->config().vocab_size)
           options.stop.push_back(static_cast<std::int32_t>(token));
     if (!first) return;
@@ -162,6 +166,9 @@ int run_generate(const GenerateArguments& a, Runtime& runtime) {
     if (const std::string wrong = refusal_of(source->config(), prompts); !wrong.empty())
       fail(ExitCode::kBadInput, "{}: {}", a.models.front(), wrong);
     warn_of_sampling(options.sampling);
+    if (const auto unfollowed = unfollowed_settings(source->companions()); !unfollowed.empty())
+      log::warning("{}/generation_config.json: {} is not followed here; transformers' generate() follows it",
+                   source->companions().string(), fmt::join(unfollowed, ", "));
     warn_of_positions(source->config(), prompts, options.max_new_tokens);
   });
   require_same_model(world, a.models.front(), *source);

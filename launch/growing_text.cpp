@@ -22,6 +22,10 @@ std::string GrowingText::since(std::size_t end) {
 
 // How far a text can change no more.
 std::size_t GrowingText::certain() const {
+  const std::span<const std::int32_t> all = tokens_;
+  std::size_t before = all.size();
+  while (before > 0 && bytes_.contains(all[before - 1])) --before;
+  if (before < all.size()) return decode_(all.first(before)).size();
   std::string_view text = text_;
   for (int i = 0; i < kBegun && text.ends_with(kReplacement); ++i) text.remove_suffix(kReplacement.size());
   return text.size();

@@ -7,11 +7,16 @@
 //   shown and forgotten | shown, decoded again | new
 //                         the context: its text is known, what is behind it is what the new token adds
 //
+// Some tokenizers decode a run of tokens for single bytes as one: all of it is a text, or each of its bytes a
+// replacement character. So a character that was whole becomes none when the first byte of the next one comes, and
+// nothing of the run is certain before it ends.
+//
 // The context is cut to its last tokens only where their text alone is the end of what was shown, so not within a
 // character, and not where nothing but control tokens would be left.
 
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -23,7 +28,9 @@ using DecodeTokens = std::function<std::string(std::span<const std::int32_t> tok
 
 class GrowingText {
  public:
-  explicit GrowingText(DecodeTokens decode) : decode_(std::move(decode)) {}
+  // `bytes`: the tokens for single bytes of a tokenizer that decodes a run of them as one; empty for others.
+  explicit GrowingText(DecodeTokens decode, std::set<std::int32_t> bytes = {})
+      : decode_(std::move(decode)), bytes_(std::move(bytes)) {}
   // What is new; may be empty.
   std::string add(std::int32_t token);
   // What was held back.
@@ -35,6 +42,7 @@ class GrowingText {
   void shorten();
 
   DecodeTokens decode_;
+  std::set<std::int32_t> bytes_;
   std::vector<std::int32_t> tokens_;  // the context and what is new
   std::string text_;                  // of them
   std::size_t shown_ = 0;             // of that, bytes

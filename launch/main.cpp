@@ -78,7 +78,8 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   upmoe::hold_standard_streams();
-  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of the write, not the end of a training run
+  // A closed pipe, and a file beyond `ulimit -f`, are errors of the write, not the end of a training run.
+  for (const int number : {SIGPIPE, SIGXFSZ}) std::signal(number, SIG_IGN);
   try {
     return run(argc, argv);
   } catch (const upmoe::Error& e) {  // before the ranks were up: each finds the same, and one speaks

@@ -13,6 +13,7 @@ from report_findings import is_disturbed
 from run_curves import short
 from run_facts import differences, facts_of, read_facts, recipe_of
 from run_metrics import smooth, values
+from whole_file import write_whole
 
 SCRIPT = Path(__file__).resolve().parent / "report_page.js"
 # Whatever a library would like to fetch, the browser refuses; it may run, draw and save a picture.
@@ -124,7 +125,7 @@ def write_page(folder, groups, against, pictures):
     title = "upmoe: " + " \u00b7 ".join(dict.fromkeys(group.label for group in groups))
     few = len(runs) <= 3
     page = folder / "report.html"
-    page.write_text(f"""<!doctype html>
+    text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
@@ -144,5 +145,6 @@ def write_page(folder, groups, against, pictures):
 {script_of(get_plotlyjs())}
 {script_of(SCRIPT.read_text(encoding="utf-8"))}
 </body></html>
-""", encoding="utf-8")
+"""
+    write_whole(page, text)
     return page

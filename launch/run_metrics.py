@@ -139,7 +139,8 @@ def read_run(path, label, colour):
             if place == len(lines) and not line.endswith(b"}"):
                 continue  # the run is still writing it
             words = " ".join(str(problem).split())
-            raise BadInput(f"{display(file)}:{place}: not a metrics record ({words})") from None
+            raise BadInput(f"{display(file)}:{place}: not a metrics record ({words}); remove the line to go on without "
+                           "it") from None
         (run.evals if record.get("kind") == "eval" else run.steps).append(record)
     if not run.steps:
         raise BadInput(f"{display(file)}: holds no training step yet")

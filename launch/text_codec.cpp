@@ -102,6 +102,12 @@ std::string TextCodec::decode(std::span<const std::int32_t> tokens) {
   return read_answer(ask(question_of("decode", all)), tokenizer_.string()).at("text").get<std::string>();
 }
 
+std::set<std::int32_t> TextCodec::byte_tokens() {
+  return read_answer(ask(question_of("bytes", true)), tokenizer_.string())
+      .at("tokens")
+      .get<std::set<std::int32_t>>();
+}
+
 TextCodec::Classes TextCodec::classes(std::int64_t vocab) {
   const nlohmann::json answer = read_answer(ask(question_of("classes", vocab)), tokenizer_.string());
   return {answer.at("names").get<std::vector<std::string>>(), answer.at("classes").get<std::vector<int>>()};

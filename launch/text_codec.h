@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -27,6 +28,8 @@ class TextCodec {
   // chat template, up to the answer.
   std::vector<std::int32_t> encode_chat(const std::string& chat);
   std::string decode(std::span<const std::int32_t> tokens);
+  // The tokens for single bytes, where a run of them is decoded as one.
+  std::set<std::int32_t> byte_tokens();
   // What the first `vocab` tokens are made of: letters, digits and so on. The last of the names is for what is none of
   // the others.
   struct Classes {

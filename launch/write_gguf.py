@@ -143,6 +143,27 @@ def cut_of(tokenizer, path):
     return cut
 
 
+def put_around(tokenizer):
+    """The tokens that tokenizer.json puts before a text and behind it, None of none."""
+    step = tokenizer.get("post_processor") or {}
+    around = {}
+    for one in step.get("processors", [step]):
+        parts = one.get("single", []) if one.get("type") == "TemplateProcessing" else []
+        for side, part in (("bos", parts[:1]), ("eos", parts[-1:])):
+            for named in (p["SpecialToken"]["id"] for p in part if "SpecialToken" in p):
+                around[side] = one["special_tokens"][named]["ids"][0]
+    return around.get("bos"), around.get("eos")
+
+
+def template_of(folder):
+    """The chat template, as transformers finds it; None where there is none, or several."""
+    alone, config = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
+    if alone.is_file():
+        return alone.read_text(encoding="utf-8")
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else None
+
+
 def vocabulary_of(folder, config):
     """(key, kind of value, value) of the tokens, their kinds and merges; of none where there is no tokenizer.json."""
     path = Path(folder) / "tokenizer.json"
@@ -167,12 +188,16 @@ def vocabulary_of(folder, config):
     yield "tokenizer.ggml.tokens", "array", tokens
     yield "tokenizer.ggml.token_type", "array", kinds
     yield "tokenizer.ggml.merges", "array", [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    yield "tokenizer.ggml.add_bos_token", "bool", False
-    for name in ("bos", "eos"):
-        token = config.get(f"{name}_token_id")
+    # A text begins and ends as the tokenizer has it, whatever llama.cpp's own habit with its kind is.
+    for name, put in zip(("bos", "eos"), put_around(tokenizer), strict=True):
+        yield f"tokenizer.ggml.add_{name}_token", "bool", put is not None
+        token = config.get(f"{name}_token_id") if put is None else put
         token = token[0] if isinstance(token, list) else token
         if token is not None:
             yield f"tokenizer.ggml.{name}_token_id", "uint32", token
+    template = template_of(folder)
+    if template is not None:
+        yield "tokenizer.chat_template", "string", template
 
 
 def layer_tensors(tensors, config, family, layer):

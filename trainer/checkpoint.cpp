@@ -33,7 +33,8 @@ std::string metadata_of(const Session& s, const TrainState& state) {
                             .config = to_yaml(s.run),
                             .mesh = s.mesh.spec().str(),
                             .source_digest = state.source_digest,
-                            .teacher_digest = teacher});
+                            .teacher_digest = teacher,
+                            .moments_begun = state.moments_begun});
 }
 
 std::size_t aligned(std::size_t bytes) {
@@ -224,12 +225,30 @@ TrainState load_checkpoint(const ShardStore& store, Session& session) {
   for (const OwnedSlice& slice : session.optimizer.slices())
     if (store.tensors().contains({slice.param->spec.name, "m"}))  // else frozen when it was saved: zero
       read_moments(ex, store, slice);
+  std::int64_t rounded = 0;
+  for (const StoredParam& p : session.params.all())
+    if (!p.trains() && p.value.dtype == DType::kBF16 && store.tensors().contains({p.spec.name, "master"}))
+      ++rounded;
+  if (rounded > 0 && session.mesh.rank() == 0)
+    log::warning(
+        "{} parameters that are frozen here were trained with fp32 masters, and are held and saved in bf16 "
+        "from "
+        "now on: what they learnt below its grain is lost. Freeze with train.precision: fp32 to keep it; {} "
+        "has "
+        "it still",
+        rounded, store.dir().string());
+  // Of all ranks' parameters: rank 0 writes it down.
+  std::map<std::string, std::int64_t> begun = run.moments_begun;
+  for (const ParamSpec& p : make_param_table(session.config))
+    if (p.trained && run.step > 0 && !store.tensors().contains({p.name, "m"})) begun[p.name] = run.step;
+  session.optimizer.begin_moments(begun);
   return {run.step,
           run.samples,
           run.source,
           run.source_digest.value_or(""),
           run.data_fingerprint,
-          run.teacher_digest.value_or("")};
+          run.teacher_digest.value_or(""),
+          std::move(begun)};
 }
 
 }  // namespace upmoe

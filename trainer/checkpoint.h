@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
@@ -22,6 +23,7 @@ struct TrainState {
   std::string source_digest;   // of that model (resumption.h)
   std::string fingerprint;     // of the data order
   std::string teacher_digest;  // likewise, of the teacher; empty: none
+  std::map<std::string, std::int64_t> moments_begun = {};  // RunMetadata
 };
 
 // One save at a time: begin() copies what this rank owns and returns; a thread writes; finish() makes it visible.

@@ -53,9 +53,9 @@ std::uint32_t masked_crc(const void* data, std::size_t bytes) {
 EventFile::EventFile(const std::filesystem::path& dir, std::int64_t first_step) {
   std::error_code failed;  // told by the first record, which then finds no file
   std::filesystem::create_directories(dir, failed);
-  path_ = dir / fmt::format("events.out.tfevents.{:010}.{}.{}.0", static_cast<std::int64_t>(now_seconds()),
-                            host_name(), getpid());
-  out_.open(path_, std::ios::binary);
+  file_.emplace(dir / fmt::format("events.out.tfevents.{:010}.{}.{}.0",
+                                  static_cast<std::int64_t>(now_seconds()), host_name(), getpid()),
+                "TensorBoard's events");
   std::string version = event_head(0);
   put_string(version, 3, "brain.Event:2");
   record(version);
@@ -73,11 +73,7 @@ void EventFile::record(const std::string& payload) {
   put_fixed(r, masked_crc(r.data(), 8));
   r += payload;
   put_fixed(r, masked_crc(payload.data(), payload.size()));
-  out_.write(r.data(), static_cast<std::streamsize>(r.size())).flush();
-  if (!out_ && !warned_) {
-    log::warning("{}: cannot be written; training goes on without TensorBoard events", path_.string());
-    warned_ = true;
-  }
+  file_->append(r);
 }
 
 void EventFile::scalars(std::int64_t step, const std::vector<std::pair<std::string, double>>& values) {

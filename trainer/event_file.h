@@ -3,10 +3,12 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "trainer/appended_file.h"
 
 namespace upmoe {
 
@@ -20,9 +22,7 @@ class EventFile {
 
  private:
   void record(const std::string& payload);
-  std::filesystem::path path_;
-  std::ofstream out_;
-  bool warned_ = false;
+  std::optional<AppendedFile> file_;
 };
 
 }  // namespace upmoe

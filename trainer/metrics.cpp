@@ -88,17 +88,14 @@ Metrics::Metrics(const fs::path& run_dir, const RunConfig& run, std::int64_t fro
     : run_(run), path_(run_dir / "metrics.jsonl"), ranks_(ranks), peak_(peak), terminal_(isatty(2) != 0) {
   cut_from(path_, first_written(from_step));
   errno = 0;
-  file_.open(path_, std::ios::app);
-  if (!file_) throw SystemError(path_, "opening for writing", errno != 0 ? errno : EIO);
+  if (!std::ofstream(path_, std::ios::app))
+    throw SystemError(path_, "opening for writing", errno != 0 ? errno : EIO);
+  file_.emplace(path_, "metrics");
   if (run.log.tensorboard) events_.emplace(run_dir / "tensorboard", first_written(from_step));
 }
 
 void Metrics::line(const std::string& text) {
-  file_ << text << '\n' << std::flush;
-  if (!file_ && !warned_) {
-    log::warning("{}: cannot be written; training goes on, metrics are lost", path_.string());
-    warned_ = true;
-  }
+  file_->append(text + "\n");
 }
 
 void Metrics::sync() {

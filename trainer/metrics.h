@@ -2,10 +2,10 @@
 // metrics.jsonl, TensorBoard events and the console line of a run. Rank 0 only.
 
 #include <filesystem>
-#include <fstream>
 #include <memory>
 #include <optional>
 
+#include "trainer/appended_file.h"
 #include "trainer/event_file.h"
 #include "trainer/held_out.h"
 #include "trainer/peak.h"
@@ -29,7 +29,7 @@ class Metrics {
   void console(const StepReport& report, double tokens_per_s);
   const RunConfig& run_;
   std::filesystem::path path_;
-  std::ofstream file_;
+  std::optional<AppendedFile> file_;
   std::optional<EventFile> events_;
   int ranks_;
   PeakRate peak_;

@@ -103,6 +103,13 @@ void Optimizer::reset(Exec& ex) {
     if (s.has_master()) ops::cast(ex, s.master, s.weight);
 }
 
+void Optimizer::begin_moments(const std::map<std::string, std::int64_t>& steps) {
+  for (OwnedSlice& s : slices_) {
+    const auto step = steps.find(s.param->spec.name);
+    s.begun = step == steps.end() ? 0 : step->second;
+  }
+}
+
 double Optimizer::gradient_norm(Exec& ex, Communicator& world) const {
   ScratchScope scope(*ex.scratch);
   TensorView sum_1 = ex.scratch->take({1}, DType::kF64, "sum of squared gradients");
@@ -123,10 +130,10 @@ void Optimizer::update(Exec& ex, std::span<const double> lr, double norm, std::i
   hyper.beta1 = static_cast<float>(config_.beta1);
   hyper.beta2 = static_cast<float>(config_.beta2);
   hyper.eps = static_cast<float>(config_.eps);
-  hyper.step = step;
   // The same formula as torch's clip_grad_norm_, its 1e-6 too.
   if (config_.clip > 0) hyper.grad_scale = static_cast<float>(std::min(1.0, config_.clip / (norm + 1e-6)));
   for (OwnedSlice& s : slices_) {
+    hyper.step = step - s.begun;
     hyper.lr = static_cast<float>(lr[s.group]);
     hyper.weight_decay = static_cast<float>(s.weight_decay);
     if (s.coded) {

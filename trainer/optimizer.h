@@ -4,6 +4,7 @@
 // bits and keeps no masters for them (kernels/ops/adamw8bit.h); small ones (norms, biases: fewer than 4096
 // elements) are as with adamw.
 
+#include <map>
 #include <optional>
 #include <span>
 #include <string>
@@ -22,7 +23,8 @@ struct OwnedSlice {  // flat views of length param->owned.size()
   TensorView master, m, v;  // fp32; master is `weight` itself when that is fp32
   CodedMoments moments;
   Chance chance;
-  std::size_t group = 0;  // of Optimizer::Config::groups, from 1; 0: of none
+  std::int64_t begun = 0;  // behind which step the moments began
+  std::size_t group = 0;   // of Optimizer::Config::groups, from 1; 0: of none
   double weight_decay = 0;
   bool has_master() const { return !coded && weight.dtype != DType::kF32; }
 };
@@ -46,6 +48,9 @@ class Optimizer {
 
   // Masters from the current weights, moments zero: call after the weights were loaded or initialised.
   void reset(Exec& ex);
+  // Of parameters whose moments are zero behind a step that is not the first, as what was frozen until then: bias
+  // correction counts from there, as of a run that begins.
+  void begin_moments(const std::map<std::string, std::int64_t>& steps);
   // Global gradient norm over all parameters, each counted once. Collective over `world`.
   double gradient_norm(Exec& ex, Communicator& world) const;
   // Clips by `norm` and updates the owned slices; `step` counts from 1. lr: of what is in no group, then of each group.

@@ -251,7 +251,8 @@ int Run::execute() {
         log::info("stopped on request after step {}; start the same command again to go on", step);
       return static_cast<int>(ExitCode::kStopped);
     }
-    if (due(run_.checkpoint.every, step) || report.requests > 0)
+    // Not in a row of steps that are skipped: should it end the run, the newest checkpoint is from before it.
+    if ((due(run_.checkpoint.every, step) && nonfinite_ == 0) || report.requests > 0)
       checkpoints_.begin(*session_, state_to_save(step), run_.checkpoint.async);
     if (checkpoints_.busy() && !run_.checkpoint.async) checkpoints_.finish();
   }

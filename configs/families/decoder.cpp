@@ -53,10 +53,10 @@ void read_sizes(JsonObject& json, ModelConfig& c) {
   f.truth("tie_word_embeddings", c.tie_word_embeddings, false);
 }
 
-void read_heads(JsonObject& json, ModelConfig& c) {
+void read_heads(JsonObject& json, ModelConfig& c, const LeftOut& left_out) {
   ConfigKeys f(json);
   f.integer("num_attention_heads", c.num_attention_heads, 1, kMaxHeads);
-  if (json.is_null("num_key_value_heads")) {
+  if (json.is_null("num_key_value_heads") || (left_out.kv_heads && !json.has("num_key_value_heads"))) {
     c.num_key_value_heads = c.num_attention_heads;  // what null means in transformers
   } else {
     f.integer("num_key_value_heads", c.num_key_value_heads, 1, kMaxHeads);
@@ -82,7 +82,7 @@ void read_heads(JsonObject& json, ModelConfig& c) {
 
 // The form of transformers v4 (rope_theta beside rope_scaling) and that of v5 (rope_parameters) say the same
 // thing, or the file is wrong: each version would take another one of two values.
-void read_rope(JsonObject& json, ModelConfig& c) {
+void read_rope(JsonObject& json, ModelConfig& c, const LeftOut& left_out) {
   std::optional<double> theta = json.number("rope_theta", false);
   std::string found_in = "rope_theta";
   for (const char* key : {"rope_parameters", "rope_scaling"}) {
@@ -97,6 +97,7 @@ void read_rope(JsonObject& json, ModelConfig& c) {
     theta = nested;
     found_in = fmt::format("{}.rope_theta", key);
   }
+  if (!theta) theta = left_out.rope_theta;
   if (!theta) {
     json.refuse("rope_theta",
                 "is missing, and rope_parameters.rope_theta too; transformers takes 10000 then");
@@ -122,10 +123,10 @@ void read_dtype(JsonObject& json, ModelConfig& c) {
   }
 }
 
-void read_decoder(JsonObject& json, ModelConfig& c) {
+void read_decoder(JsonObject& json, ModelConfig& c, const LeftOut& left_out) {
   read_sizes(json, c);
-  read_heads(json, c);
-  read_rope(json, c);
+  read_heads(json, c, left_out);
+  read_rope(json, c, left_out);
   read_dtype(json, c);
 }
 

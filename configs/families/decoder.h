@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include "configs/json_reader.h"
@@ -35,10 +36,15 @@ class ConfigKeys {
 };
 
 void read_sizes(JsonObject& json, ModelConfig& c);  // with the norms' epsilon, and whether the head is tied
-void read_heads(JsonObject& json, ModelConfig& c);
-void read_rope(JsonObject& json, ModelConfig& c);
+// Of a family whose first files leave keys out, with one meaning to every reader.
+struct LeftOut {
+  std::optional<double> rope_theta = {};
+  bool kv_heads = false;  // as many as there are heads
+};
+void read_heads(JsonObject& json, ModelConfig& c, const LeftOut& left_out = {});
+void read_rope(JsonObject& json, ModelConfig& c, const LeftOut& left_out = {});
 void read_dtype(JsonObject& json, ModelConfig& c);
-void read_decoder(JsonObject& json, ModelConfig& c);  // all of these
+void read_decoder(JsonObject& json, ModelConfig& c, const LeftOut& left_out = {});  // all of these
 void require_silu(JsonObject& json);
 // Of families whose files have it in any case: `otherwise` is what transformers takes without it.
 void require_head_dim(JsonObject& json, const char* otherwise);

@@ -18,7 +18,7 @@ void layers(ModelConfig& c) {
 
 void read(JsonObject& json, ModelConfig& c) {
   layers(c);
-  read_decoder(json, c);
+  read_decoder(json, c, {.rope_theta = 1e4, .kv_heads = true});  // Llama 2's and 1's config.json say neither
   require_silu(json);
   require_full_attention(json);
   require_no_bias(json, "attention_bias");

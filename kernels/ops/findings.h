@@ -25,8 +25,9 @@ namespace upmoe {
 // `what`: what the logit is.
 [[noreturn]] inline void fail_logit(std::int64_t token, std::int64_t expert, std::string_view what) {
   fail(ExitCode::kNumeric,
-       "router logit of token row {} and expert {} is {}: the training has "
-       "diverged; lower the learning rate or restart from an earlier checkpoint",
+       "router logit of token row {} and expert {} is {}: weights or what they compute are not finite. A "
+       "training that "
+       "ends so has diverged: lower the learning rate or restart from an earlier checkpoint",
        token, expert, what);
 }
 

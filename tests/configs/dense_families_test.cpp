@@ -61,6 +61,18 @@ TEST(DenseFamilies, Layers) {
   EXPECT_EQ(parse(with(gemma(), "hidden_activation", "gelu_pytorch_tanh")).activation, Activation::kGeluTanh);
 }
 
+// Its first files have neither key, and no reader takes them otherwise.
+TEST(DenseFamilies, TheFirstLlamas) {
+  const ModelConfig first = parse(without(without(llama(), "rope_theta"), "num_key_value_heads"));
+  EXPECT_EQ(first.rope_theta, 10000);
+  EXPECT_EQ(first.num_key_value_heads, first.num_attention_heads);
+  EXPECT_EQ(parse(llama()).rope_theta, 1000000);
+  for (const json& j : {qwen3(), mistral()}) {
+    EXPECT_THAT(refusal(without(j, "rope_theta")), HasSubstr("rope_theta: is missing"));
+    EXPECT_THAT(refusal(without(j, "num_key_value_heads")), HasSubstr("num_key_value_heads"));
+  }
+}
+
 TEST(DenseFamilies, WhatTheyRefuse) {
   for (const json& j : {llama(), qwen3(), gemma()})
     EXPECT_THAT(refusal(with(j, "attention_bias", true)), HasSubstr("attention_bias: found true"));

@@ -1,6 +1,14 @@
 // Writing model directories: round trips, shards, errors that leave no target, layouts of the full-size models.
 
 #include "data/hf_writer.h"
+
+#include <gmock/gmock.h>
+
+#include <array>
+#include <cmath>
+
+#include "data/companions.h"
+#include "data/finite_values.h"
 #include "data/folder.h"
 #include "data/staged_directory.h"
 #include "tests/data/models.h"
@@ -16,6 +24,33 @@ HfOutput output(const fs::path& dir, DType dtype = DType::kF32, std::uint64_t ma
 
 ReadTensor reader_of(const HfModel& model) {
   return [&](const ParamSpec& p, const Box& part, TensorView out) { model.read(p, part, out); };
+}
+
+// The code that a config.json names beside it goes along, and no other.
+TEST_F(Models, NamedCodeIsACompanion) {
+  for (const char* name : {"configuration_x.py", "modeling_x.py", "setup.py"})
+    std::ofstream(dir / name) << "pass";
+  std::ofstream(dir / "config.json") << R"({"auto_map": {"AutoConfig": "configuration_x.XConfig",
+    "AutoModel": ["modeling_x.XModel", null], "AutoTokenizer": "a/b--tokenization_x.X", "AutoNone": "../etc/x.Y"}})";
+  EXPECT_THAT(companions_in(dir), testing::ElementsAre("configuration_x.py", "modeling_x.py"));
+}
+
+TEST_F(Models, ValuesThatAreNotFiniteAreNotWritten) {
+  const HfModel source((put_sharded(), dir));
+  const fs::path out = root / "unfinite";
+  int tensors = 0;
+  const ReadTensor broken = [&](const ParamSpec& p, const Box& part, TensorView to) {
+    source.read(p, part, to);
+    if (++tensors == 3) store_floats(std::array{NAN}, to, 1);
+  };
+  try {
+    write_hf_model(output(out), source.config(), finite_alone(broken, dir));
+    ADD_FAILURE() << "written";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ExitCode::kBadInput);
+    EXPECT_THAT(e.what(), testing::HasSubstr("holds 1 values that are not finite"));
+  }
+  EXPECT_FALSE(fs::exists(out));
 }
 
 TEST_F(Models, WriteAndReadBack) {

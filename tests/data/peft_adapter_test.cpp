@@ -203,10 +203,16 @@ TEST_F(Adapters, OfAnotherModelAreRefusedInWords) {
                                                               {"use_rslora", true},
                                                               {"bias", "all"},
                                                               {"modules_to_save", {"lm_head"}},
+                                                              {"alora_invocation_tokens", {77, 78}},
+                                                              {"use_qalora", true},
                                                               {"rank_pattern", {{"q_proj", 4}}}})
     EXPECT_THAT(with(key, value), HasSubstr(key + ": found")) << key;
   EXPECT_THAT(with("init_lora_weights", "pissa_niter_4"), HasSubstr("weights were changed"));
+  EXPECT_THAT(with("init_lora_weights", "lora_ga"), HasSubstr("weights were changed"));
   EXPECT_EQ(with("lora_dropout", 0.1), "taken");  // of training alone
+  testing::internal::CaptureStderr();
+  EXPECT_EQ(with("a_key_of_tomorrow", 3), "taken");
+  EXPECT_THAT(testing::internal::GetCapturedStderr(), HasSubstr("a_key_of_tomorrow: 3 is not known here"));
   std::ofstream(good / "adapter_config.json") << "{\"r\": 2";
   EXPECT_NE(refusal(good, plain), "taken");
 }

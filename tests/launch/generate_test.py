@@ -114,6 +114,34 @@ class Generate(cli_test.CliTest):
             two = self.answers("--batch", batch, "--max-new-tokens", "9", "--ignore-eos")
             self.assertEqual([a["text"] for a in two], [answer["text"]] * 2)
 
+    # Runs of bytes are decoded as one; what only tokenizer_config.json calls special is no text.
+    def test_bytes_and_special_tokens_as_they_come(self):
+        import tokenizers
+        from tokenizers import decoders, models
+        words = {f"<0x{byte:02X}>": i for i, byte in enumerate([0x41, *range(0x80, 0xE0)])}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(words | {"<stop>": 97, "w": 98}, unk_token="w"))
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        tokenizer.save(str(self.model / "tokenizer.json"))
+        (self.model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<stop>"}))
+        more = ("--tokens", "1,2", "--max-new-tokens", "60", "--ignore-eos", "--temperature", "50")
+        with mock.patch.dict("os.environ", UPMOE_PYTHON=sys.executable):
+            for seed in range(4):
+                answer, = self.answers(*more, "--seed", seed)
+                self.assertNotIn("<stop>", answer["text"])
+                self.assertEqual(self.made(*more, "--seed", seed).stdout, answer["text"] + "\n", seed)
+
+    def test_settings_that_are_not_followed_are_told(self):
+        (self.model / "generation_config.json").write_text(json.dumps(
+            {"repetition_penalty": 1.05, "num_beams": 1, "temperature": 0.7, "bad_words_ids": None}))
+        said = self.made("--tokens", "3", "--max-new-tokens", "1").stderr
+        self.assertIn("generation_config.json: repetition_penalty 1.05 is not followed here", said)
+        (self.model / "generation_config.json").write_text("{")
+        self.assertIn("it is no JSON object", self.made("--tokens", "3", "--max-new-tokens", "1").stderr)
+        batch = self.write_batch('{"tokens": [3], "max_tokens": 2, "id": 7}')
+        said = self.made("--batch", batch, "--max-new-tokens", "1").stderr
+        self.assertIn("line 1: 'max_tokens' means nothing in a prompt", said)
+        self.assertNotIn("'id'", said)
+
     def test_turns_by_the_chat_template(self):
         self.write_tokenizer()
         template = ("{% for m in messages %}{{ m['role'] == 'user' and 'w10 ' or 'w11 ' }}{{ m['content'] }} "

@@ -174,6 +174,23 @@ class GgufTest(GgufFolder):
         self.assertEqual((keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.bos_token_id"]), (3, 0))
         self.assertEqual(keys["tokenizer.ggml.pre"], "qwen2")
 
+    # Left to itself llama.cpp puts a token before a text, or none, by the kind of the tokenizer.
+    def test_what_stands_around_a_text(self):
+        self.model("moe_odd", eos_token_id=[4])
+        template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|end|>", "type_id": 0}},
+                                                             {"Sequence": {"id": "A", "type_id": 0}}],
+                    "special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [3], "tokens": ["<|end|>"]}}}
+        for step in (template, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}):
+            (self.folder / "tokenizer.json").write_text(json.dumps(self.TOKENIZER | {"post_processor": step}))
+            keys = {key: value for key, (_, value) in self.written().keys.items()}
+            names = ("add_bos_token", "bos_token_id", "add_eos_token", "eos_token_id")
+            self.assertEqual([keys[f"tokenizer.ggml.{name}"] for name in names], [True, 3, False, 4])
+        self.assertNotIn("tokenizer.chat_template", keys)
+        (self.folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+        self.assertEqual(self.written().keys["tokenizer.chat_template"], ("string", "{{ messages }}"))
+        (self.folder / "chat_template.jinja").write_text("{{ bos_token }}")
+        self.assertEqual(self.written().keys["tokenizer.chat_template"], ("string", "{{ bos_token }}"))
+
     def test_a_vocabulary_that_cuts_text_otherwise_is_refused(self):
         self.model("moe_odd")
         whole = json.dumps(self.TOKENIZER)

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <set>
 
 #include "kernels/core/philox.h"
 
@@ -76,6 +77,45 @@ TEST(GrowingText, OfCharactersOfManyBytes) {
     EXPECT_EQ(shown.text, text);
     EXPECT_LT(shown.decoded, 60 * tokens.size()) << "linear";
     EXPECT_LT(shown.most_at_once, 80u);
+  }
+}
+
+// Tokens below 256 are bytes: a run of them is a text, or each of them a replacement character.
+std::string of_fallback(std::span<const std::int32_t> tokens) {
+  std::string text;
+  for (std::size_t i = 0; i < tokens.size();) {
+    std::size_t end = i;
+    while (end < tokens.size() && tokens[end] < 256) ++end;
+    if (end == i) {
+      text += fmt::format(" w{}", tokens[i++]);
+      continue;
+    }
+    const std::string run = of_bytes(tokens.subspan(i, end - i));
+    const bool whole = run.find("\xEF\xBF\xBD") == std::string::npos;
+    for (std::size_t k = i; k < end; ++k) text += whole ? std::string() : "\xEF\xBF\xBD";
+    text += whole ? run : std::string();
+    i = end;
+  }
+  return text;
+}
+
+// "\xE4\xB8\xAD" is whole after three tokens, and three replacement characters more after the fourth.
+TEST(GrowingText, OfRunsOfBytesThatAreDecodedAsOne) {
+  std::set<std::int32_t> bytes;
+  for (int i = 0; i < 256; ++i) bytes.insert(i);
+  for (std::uint64_t seed = 0; seed < 40; ++seed) {
+    Tokens tokens;
+    for (std::size_t i = 0; i < 300; ++i) {
+      const std::uint32_t u = drawn(seed, i);
+      if (u % 3 == 0) tokens.push_back(static_cast<std::int32_t>(300 + u % 50));
+      for (const std::int32_t byte : bytes_of(u % 3 == 1 ? "\xE4\xB8\xAD" : "\xC3\xA9"))
+        if (u % 11 != 0 || byte != 0xC3) tokens.push_back(byte);  // some of them cut off
+    }
+    std::string text;
+    GrowingText growing(of_fallback, bytes);
+    for (const std::int32_t token : tokens) text += growing.add(token);
+    text += growing.finish();
+    ASSERT_EQ(text, of_fallback(tokens)) << seed;
   }
 }
 

@@ -126,6 +126,11 @@ class Lora(unittest.TestCase):
     def test_another_run_goes_on_from_adapters(self):
         self.train("on", f"model.path={self.folder / 'tuned'}", "train.steps=1", *LORA)
         self.assertLess(self.losses("on")[0][0], self.losses("tuned")[0][0])
+        # Their base is the model beneath both, which takes them.
+        self.export("on", "on_adapter", "--adapter")
+        config = json.loads((self.folder / "on_adapter" / "adapter_config.json").read_text())
+        self.assertEqual(config["base_model_name_or_path"], str(self.base))
+        self.export("base", "on_merged", "--merge-adapter", self.folder / "on_adapter")
         words = self.train("off", f"model.path={self.folder / 'tuned'}", "train.steps=1", status=2)
         self.assertIn("merge them first", words)
 

@@ -1,9 +1,12 @@
 // fp32 masters are what a run keeps beside rounded weights; whoever reads its checkpoint gets them.
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 
 #include "configs/param_table.h"
 #include "data/model_source.h"
+#include "data/run_metadata.h"
 #include "parallel/thread_comm.h"
 #include "tests/trainer/whole_run.h"
 #include "trainer/checkpoint.h"
@@ -87,6 +90,36 @@ TEST_F(Masters, ANewRunBeginsWithTheBestThereIs) {
   for (const Precision precision : {Precision::kBf16, Precision::kFp32})
     for (const auto& [param, values] : started(dir_ / "bf16", precision))
       EXPECT_EQ(values, stored(store, param, "master")) << param << " as " << name_of(precision);
+}
+
+// What was frozen so far begins as in a run of its own: Adam's first step is the rate in every element with a gradient,
+// however far the run is, and the next checkpoints still know when it began.
+TEST_F(Masters, MomentsThatBeginLateAreCorrectedFromThere) {
+  RunConfig c = config("late", 4, 1);
+  c.optimizer.weight_decay = c.optimizer.clip = 0;
+  c.router.aux_loss = {0.01};
+  c.freeze = {"*o_proj*"};
+  run(c, 1);
+  c.freeze = {};
+  c.train.steps = 5;
+  run(c, 1);
+  c.train.steps = 6;
+  run(c, 1);
+  const ShardStore before(checkpoint("late", 4)), first(checkpoint("late", 5)), second(checkpoint("late", 6));
+  EXPECT_TRUE(run_metadata_of(before).moments_begun.empty());
+  std::int64_t late = 0;
+  for (const auto& [name, step] : run_metadata_of(first).moments_begun) {
+    EXPECT_EQ(step, 4) << name;
+    const std::vector<float> a = stored(before, name, "weight"), b = stored(first, name, "weight"),
+                             m = stored(first, name, "m");
+    double most = 0;
+    for (std::size_t i = 0; i < a.size(); ++i)
+      if (std::abs(m[i]) > 1e-5f) most = std::max(most, std::abs(double{b[i]} - a[i]) / c.optimizer.lr);
+    EXPECT_NEAR(most, 1, 1e-2) << name;
+    ++late;
+  }
+  EXPECT_EQ(late, 2) << "a layer each";
+  EXPECT_EQ(run_metadata_of(second).moments_begun, run_metadata_of(first).moments_begun);
 }
 
 // Trained on with other parameters frozen, which have neither masters nor moments in the checkpoint.
