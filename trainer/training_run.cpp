@@ -5,7 +5,10 @@
 
 #include "configs/nearest_meshes.h"
 #include "configs/run_problems.h"
+#include "data/checkpoint_folder.h"
+#include "data/folder.h"
 #include "data/model_source.h"
+#include "data/store_writer.h"
 #include "data/tokenizer_match.h"
 #include "kernels/core/log.h"
 #include "parallel/watchdog.h"
@@ -103,6 +106,7 @@ class Run {
 
   void load(const std::optional<fs::path>& checkpoint);
   void load_teacher();
+  void warn_of_room();
   void start_metrics();
   void evaluate_now(std::int64_t step);
   const TrainState& state_to_save(std::int64_t step);
@@ -175,8 +179,25 @@ void Run::load_teacher() {
   teacher_.reset();
 }
 
+// Said before hours are spent, not after them.
+void Run::warn_of_room() {
+  double bytes = static_cast<double>(CheckpointWriter::bytes_of(*session_));
+  world_.all_reduce(host_view(&bytes, {1}), ReduceOp::kSum);
+  if (world_.rank() != 0) return;
+  const auto needed = static_cast<double>(StoreWriter::space_for(static_cast<std::uint64_t>(bytes))),
+             free = static_cast<double>(free_bytes_at(dir_));
+  constexpr double kMega = 1e6;
+  if (free < needed && checkpoint_folders(checkpoints_.dir()).empty())
+    log::warning(
+        "{}: a checkpoint of this run takes {:.1f} MB of disk, and {:.1f} MB are free: none can be written, "
+        "and "
+        "what is trained would be lost",
+        dir_.string(), needed / kMega, free / kMega);
+}
+
 void Run::start_metrics() {
   world_.barrier();
+  warn_of_room();
   const PeakRate peak(session_->memory.exec, session_->params.compute_dtype());
   run_agreed(world_, [&] {
     if (world_.rank() != 0) return;

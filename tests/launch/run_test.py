@@ -217,6 +217,14 @@ class Run(unittest.TestCase):
             verify = subprocess.run([UPMOE, "inspect", "--verify", str(disk / "run/checkpoints" / kept[-1])],
                                     capture_output=True, text=True, env=ENVIRONMENT)
             self.assertEqual(verify.returncode, 0, verify.stderr)
+            self.assertNotIn("none can be written", errors)
+            # Where not even one fits, that is said before the first step.
+            shutil.rmtree(disk / "run")
+            (disk / "filler").write_bytes(b"0" * 2_600_000)
+            process = self.start(f"run.dir={disk}/run", "train.steps=1")
+            _, errors = process.communicate(timeout=90)
+            self.assertRegex(errors, r"takes 1\.1 MB of disk, and 0\.5 MB are free: none can be written[^$]*step 1/1")
+            self.assertEqual(process.returncode, 3, errors)
         finally:
             subprocess.run(["umount", str(disk)], check=True)
 
