@@ -152,6 +152,9 @@ class Alone(Doctor):
                                  (3, f"data.valid={self.folder / 'none.h5'}"),
                                  (3, f"train.teacher.model={self.folder / 'none'}"),
                                  (2, "parallel.tp=2"),
+                                 (2, "freeze=['nothing*']"),
+                                 (2, "freeze=['*']"),
+                                 (2, "optimizer.groups=[{match: ['nothing*'], lr: 0.1}]"),
                                  (2, "data.seq_len=1000000")):
             with self.subTest(override=override):
                 examined = doctor(run, override)

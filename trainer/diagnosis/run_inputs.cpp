@@ -8,7 +8,9 @@
 #include "data/run_metadata.h"
 #include "data/shard_store.h"
 #include "trainer/checkpoint_choice.h"
+#include "trainer/freeze.h"
 #include "trainer/held_out.h"
+#include "trainer/optimizer_groups.h"
 #include "trainer/resumption.h"
 #include "trainer/session.h"
 #include "trainer/teacher.h"
@@ -41,6 +43,7 @@ ReadInputs require_inputs(RunConfig run, const std::optional<fs::path>& checkpoi
   if (run.train.teacher.given()) teacher = open_model(run.train.teacher.model);
   read_teacher(run);
   require_possible(run, model, ranks);
+  optimizer_groups(run.optimizer.groups, model, frozen_names(run.freeze, model));  // patterns that catch nothing
   if (checkpoint) require_whole_steps(run, record.step, record.samples);
   const std::unique_ptr<TokenDataset> data = open_training_data(run, model.vocab_size);
   if (checkpoint) require_same_data(run, *data, *checkpoint, record.data_fingerprint, data_changes);
