@@ -164,6 +164,18 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
          "{}: the names of the tensors lack 'model.': they were saved from the model without its head; "
          "load them with AutoModelForCausalLM of transformers and save that",
          dir_.string());
+  // One tensor for the experts of a layer, where the family's published files have one for each.
+  const auto joined = std::find_if(index_.begin(), index_.end(), [](const auto& entry) {
+    return entry.first.ends_with(".experts.gate_up_proj") || entry.first.ends_with(".experts.down_proj");
+  });
+  const auto ours = hf_tensors_of(config_);
+  if (joined != index_.end() &&
+      std::none_of(ours.begin(), ours.end(), [&](const HfTensor& t) { return t.name == joined->first; }))
+    fail(ExitCode::kBadInput,
+         "{}: '{}' holds all experts of a layer, as transformers 5 has them inside; load the model there and "
+         "save it "
+         "with save_original_format=True, its default",
+         dir_.string(), joined->first);
   TensorDifferences differences;
   for (const auto& [tensor, file] : file_of) {
     const auto it = index_.find(tensor);
@@ -172,7 +184,7 @@ void HfModel::check_against(const std::map<std::string, std::string>& file_of,
                                           it == index_.end() ? "no file holds it"
                                                              : "it is in " + names[it->second.first]));
   }
-  for (const HfTensor& t : hf_tensors_of(config_)) {
+  for (const HfTensor& t : ours) {
     if (differences.expects(t.name)) continue;  // another part of it
     const auto it = index_.find(t.name);
     const bool there = it != index_.end();

@@ -84,6 +84,19 @@ TEST_F(Models, EveryRefusalOfFilesNamesItsCure) {
   }
 }
 
+// Of a save that leaves a model as transformers 5 has it inside.
+TEST_F(Models, JoinedExpertsAreExplained) {
+  const ModelConfig config = put_config(true, false);
+  auto entries = entries_of(config, "F32");
+  const auto expert = std::find_if(entries.begin(), entries.end(), [](const SafetensorsEntry& e) {
+    return e.name.find(".experts.0.") != std::string::npos;
+  });
+  ASSERT_NE(expert, entries.end());
+  expert->name = "model.layers.0.mlp.experts.gate_up_proj";
+  write_file(dir / "model.safetensors", entries, {});
+  expect_refused({"experts.gate_up_proj", "save_original_format=True"}, "joined_experts");
+}
+
 TEST_F(Models, NamesWithoutTheirPrefixAreExplained) {
   const ModelConfig config = put_config(false, true);
   auto entries = entries_of(config, "F32");

@@ -43,7 +43,8 @@ ReadInputs require_inputs(RunConfig run, const std::optional<fs::path>& checkpoi
   if (run.train.teacher.given()) teacher = open_model(run.train.teacher.model);
   read_teacher(run);
   require_possible(run, model, ranks);
-  optimizer_groups(run.optimizer.groups, model, frozen_names(run.freeze, model));  // patterns that catch nothing
+  // Of patterns that catch nothing.
+  optimizer_groups(run.optimizer.groups, model, frozen_names(run.freeze, model));
   if (checkpoint) require_whole_steps(run, record.step, record.samples);
   const std::unique_ptr<TokenDataset> data = open_training_data(run, model.vocab_size);
   if (checkpoint) require_same_data(run, *data, *checkpoint, record.data_fingerprint, data_changes);
