@@ -1,5 +1,6 @@
 #include "trainer/checkpoint.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "data/checkpoint_folder.h"
@@ -7,6 +8,7 @@
 #include "kernels/core/log.h"
 #include "kernels/ops/transfer.h"
 #include "parallel/watchdog.h"
+#include "trainer/freeze.h"
 
 namespace upmoe {
 
@@ -231,16 +233,18 @@ TrainState load_checkpoint(const ShardStore& store, Session& session) {
       ++rounded;
   if (rounded > 0 && session.mesh.rank() == 0)
     log::warning(
-        "{} parameters that are frozen here were trained with fp32 masters, and are held and saved in bf16 "
-        "from "
-        "now on: what they learnt below its grain is lost. Freeze with train.precision: fp32 to keep it; {} "
-        "has "
-        "it still",
+        "{} parameters that are frozen here were trained with fp32 masters, and are held in bf16 from now "
+        "on: "
+        "what they learnt below its grain is lost. Freeze with train.precision: fp32 to keep it; {} has it "
+        "still",
         rounded, store.dir().string());
   // Of all ranks' parameters: rank 0 writes it down.
   std::map<std::string, std::int64_t> begun = run.moments_begun;
+  const std::vector<std::string> frozen = frozen_names(session.run.freeze, session.config);
   for (const ParamSpec& p : make_param_table(session.config))
-    if (p.trained && run.step > 0 && !store.tensors().contains({p.name, "m"})) begun[p.name] = run.step;
+    if (p.trained && run.step > 0 && !store.tensors().contains({p.name, "m"}) &&
+        std::find(frozen.begin(), frozen.end(), p.name) == frozen.end())
+      begun[p.name] = run.step;
   session.optimizer.begin_moments(begun);
   return {run.step,
           run.samples,

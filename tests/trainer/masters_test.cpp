@@ -107,6 +107,12 @@ TEST_F(Masters, MomentsThatBeginLateAreCorrectedFromThere) {
   run(c, 1);
   const ShardStore before(checkpoint("late", 4)), first(checkpoint("late", 5)), second(checkpoint("late", 6));
   EXPECT_TRUE(run_metadata_of(before).moments_begun.empty());
+  RunConfig frozen = config("frozen", 2, 1);
+  frozen.freeze = {"*o_proj*"};
+  run(frozen, 1);
+  frozen.train.steps = 4;
+  run(frozen, 1);
+  EXPECT_TRUE(run_metadata_of(ShardStore(checkpoint("frozen", 4))).moments_begun.empty()) << "frozen still";
   std::int64_t late = 0;
   for (const auto& [name, step] : run_metadata_of(first).moments_begun) {
     EXPECT_EQ(step, 4) << name;
