@@ -76,7 +76,7 @@ write_whole() {  # FILE TEXT: there with all of the text, or not there
 
 # -march=native writes the same command line on every processor, so neither ninja nor ccache would notice that this
 # folder (or a home folder shared by several hosts) came to another one.
-processor_flags() { c++ --version | head -n 1; c++ "-march=$arch" -Q --help=target; }
+processor_flags() { c++ --version | sed -n 1p; c++ "-march=$arch" -Q --help=target; }
 
 # Tests stay in a build folder that has them, so that a program-only set-up between two whole ones costs nothing.
 tests_wanted() {

@@ -10,8 +10,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
 usage() { sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"; }
-runs_here() {  # the C library knows
-  /lib64/ld-linux-x86-64.so.2 --help | grep -q "^  $1 (supported"
+runs_here() {  # the C library knows. (grep -q would end the pipe early, which pipefail takes for a no.)
+  /lib64/ld-linux-x86-64.so.2 --help | grep "^  $1 (supported" >/dev/null
 }
 
 case ${1:-} in

@@ -71,7 +71,8 @@ make_bundle() { # PROGRAM...
     -DUPMOE_CUDA=ON >/dev/null || die "not configured; a CUDA toolkit is needed here"
   cmake --build "$build" --target "${programs[@]}" upmoe
   for name in cudnn nccl; do # without them a program is built as well, and computes otherwise
-    ldd "$build/upmoe" | grep -q "lib$name" || die "upmoe was built without $name; launch/setup.sh, then rm -r $build"
+    [[ $(ldd "$build/upmoe") == *"lib$name."* ]] ||
+      die "upmoe was built without $name; launch/setup.sh, then rm -r $build"
   done
   rm -rf "$bundle"
   mkdir -p "$bundle/stage/bin" "$bundle/stage/lib"

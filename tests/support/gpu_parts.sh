@@ -199,7 +199,7 @@ part_step() {
   grep -H tokens_per_s "$part_out"/four_layers_*.txt | sed 's|.*/||' | grep '"step": [78]' || true
 }
 
-memory_mib() { nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1; }
+memory_mib() { nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sed -n 1p; }
 
 # Both are in memory at once, and a request's keys and values take 1.05 GB of the 7B.
 part_inference() {
