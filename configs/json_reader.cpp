@@ -111,6 +111,12 @@ bool JsonObject::is_null(const std::string& key) const {
   return it != impl_->root.end() && it->is_null();
 }
 
+std::vector<std::string> JsonObject::keys() const {
+  std::vector<std::string> all;
+  for (const auto& [key, value] : impl_->root.items()) all.push_back(key);
+  return all;
+}
+
 void JsonObject::refuse(const std::string& key, const std::string& text) {
   problems_.add(where_, key + ": " + text);
 }

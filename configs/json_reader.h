@@ -21,6 +21,7 @@ class JsonObject {
 
   bool has(const std::string& key) const;  // present and not null
   bool is_null(const std::string& key) const;
+  std::vector<std::string> keys() const;
   // Missing or null: nothing, and a problem if required. Wrong type or out of range: a problem.
   std::optional<std::int64_t> integer(const std::string& key, std::int64_t least, std::int64_t most,
                                       bool required);

@@ -93,9 +93,9 @@ std::vector<std::string> without_effect(const RunConfig& run) {
     notes.unless(run.lora.given(), key, "lora.rank is 0");
   notes.unless(run.device != DeviceChoice::kCpu, "optimizer.offload", "device is cpu");
   notes.unless(run.device != DeviceChoice::kCpu, "train.deterministic", "the CPU always sums in one order");
-  for (const char* key : {"kernels.experts", "kernels.cross_entropy"})
-    notes.unless(run.device != DeviceChoice::kCpu, key, "device is cpu");
-  notes.unless(run.parallel.tp == 1, "kernels.cross_entropy", "parallel.tp divides the vocabulary");
+  notes.unless(run.device != DeviceChoice::kCpu, "kernels.experts", "device is cpu");
+  notes.unless(run.device != DeviceChoice::kCpu && run.parallel.tp == 1, "kernels.cross_entropy",
+               run.device == DeviceChoice::kCpu ? "device is cpu" : "parallel.tp divides the vocabulary");
   add_schedule_words(run, notes.list);
   return notes.list;
 }

@@ -57,6 +57,16 @@ def named(templates, path):
     return templates if isinstance(templates, dict) else {"default": templates}
 
 
+def templates_of(folder, settings):
+    """A model's chat templates by name, "default" that of conversations, if it has one; `settings`: of
+    tokenizer_config.json."""
+    texts = named(settings.get("chat_template"), folder / "tokenizer_config.json")
+    for path in (folder / "additional_chat_templates").glob("*.jinja"):
+        texts[path.stem] = text_of_file(path)
+    alone = folder / "chat_template.jinja"
+    return texts | ({"default": text_of_file(alone)} if alone.exists() else {})
+
+
 def sandbox(now):
     """Where templates run: Jinja without access to Python, with the names that they ask for."""
     import jinja2
@@ -92,15 +102,11 @@ class ChatTemplate:
 
     def __init__(self, folder):
         self.folder, self.now, self.compiled = folder, datetime.datetime.now(), {}
-        config, alone = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        self.settings = settings_of(config)
-        self.texts = named(self.settings.get("chat_template"), config)
-        for path in (folder / "additional_chat_templates").glob("*.jinja"):
-            self.texts[path.stem] = text_of_file(path)
-        if alone.exists():
-            self.texts["default"] = text_of_file(alone)
+        self.settings = settings_of(folder / "tokenizer_config.json")
+        self.texts = templates_of(folder, self.settings)
         if not isinstance(self.texts.get("default"), str):
-            raise BadInput(f"{folder}: no chat template, neither {alone.name} nor chat_template in {config.name}")
+            raise BadInput(f"{folder}: no chat template, neither chat_template.jinja nor chat_template in "
+                           "tokenizer_config.json")
 
     @functools.cached_property
     def special_tokens(self):

@@ -101,7 +101,7 @@ std::vector<std::string> unfollowed_settings(const fs::path& dir) {
   const auto settings = nlohmann::json::parse(read_text(file, kConfigLimit), nullptr, false);
   if (!settings.is_object()) return {"what stands there: it is no JSON object"};
   for (const auto& [name, nothing] : kFollowed)
-    if (const auto it = settings.find(name); it != settings.end() && !it->is_null() && *it != nothing)
+    if (const auto it = settings.find(name); it != settings.end() && !it->empty() && *it != nothing)
       found.push_back(fmt::format("{} {}", name, it->dump()));
   return found;
 }

@@ -39,10 +39,8 @@ auto at(const std::string& where, Body&& body) {
 }
 
 // What a prompt cannot say, as other programs' requests do.
-void tell_unknown(const std::string& line, const std::string& where) {
-  const nlohmann::json object = nlohmann::json::parse(line, nullptr, false);
-  if (!object.is_object()) return;
-  for (const auto& [key, value] : object.items())
+void tell_unknown(const JsonObject& object, const std::string& where) {
+  for (const std::string& key : object.keys())
     if (key != "prompt" && key != "messages" && key != "tokens" && key != "tools" && key != "id")
       log::warn_once(
           "{}: '{}' means nothing in a prompt, and is passed over; options are those of the command", where,
@@ -57,7 +55,7 @@ std::vector<std::int32_t> tokens_of(const std::string& line, const std::string& 
     fail(ExitCode::kBadInput,
          "{}: one of \"prompt\" (text), \"messages\" (turns of a chat) and \"tokens\" (numbers) is needed",
          where);
-  tell_unknown(line, where);
+  tell_unknown(object, where);
   const auto words = object.text("prompt", text);
   const auto numbers = object.integers("tokens", 0, std::numeric_limits<std::int32_t>::max());
   problems.throw_if_any(ExitCode::kBadInput, where);

@@ -22,6 +22,9 @@ from gguf_families import family_of, heads_of
 from hf_config import add_common_names
 from whole_file import whole_file
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
+from chat_template import settings_of, templates_of  # noqa: E402
+
 
 def missing_package(error):
     return f"{sys.executable} cannot import {error.name}; launch/after_training.sh makes an environment that has it"
@@ -155,15 +158,6 @@ def put_around(tokenizer):
     return around.get("bos"), around.get("eos")
 
 
-def template_of(folder):
-    """The chat template, as transformers finds it; None where there is none, or several."""
-    alone, config = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
-    if alone.is_file():
-        return alone.read_text(encoding="utf-8")
-    found = read_json(config).get("chat_template") if config.is_file() else None
-    return found if isinstance(found, str) else None
-
-
 def vocabulary_of(folder, config):
     """(key, kind of value, value) of the tokens, their kinds and merges; of none where there is no tokenizer.json."""
     path = Path(folder) / "tokenizer.json"
@@ -195,8 +189,8 @@ def vocabulary_of(folder, config):
         token = token[0] if isinstance(token, list) else token
         if token is not None:
             yield f"tokenizer.ggml.{name}_token_id", "uint32", token
-    template = template_of(folder)
-    if template is not None:
+    template = templates_of(path.parent, settings_of(path.parent / "tokenizer_config.json")).get("default")
+    if isinstance(template, str):
         yield "tokenizer.chat_template", "string", template
 
 

@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 #include <mpi.h>
 #include <sched.h>
+
 #include <algorithm>
 #include <chrono>
 #include <ctime>

@@ -23,14 +23,25 @@ AppendedFile::AppendedFile(fs::path path, std::string what) : path_(std::move(pa
   out_.open(path_, std::ios::app | std::ios::binary);
 }
 
+AppendedFile::~AppendedFile() {
+  if (pending_.empty() || write_pending()) return;
+  cut_back();
+  log::warning("{}: still cannot be written; the last {} bytes of {} are lost", path_.string(),
+               pending_.size(), what_);
+}
+
+void AppendedFile::cut_back() {
+  out_.clear();
+  out_.close();  // which may try once more to write what it still has
+  std::error_code ignored;
+  if (fs::exists(path_, ignored) && fs::file_size(path_, ignored) > written_)
+    fs::resize_file(path_, written_, ignored);
+  out_.clear();
+}
+
 bool AppendedFile::write_pending() {
   if (!out_.is_open() || !out_) {
-    out_.clear();
-    out_.close();  // which may try once more to write what it still has
-    std::error_code ignored;
-    if (fs::exists(path_, ignored) && fs::file_size(path_, ignored) > written_)
-      fs::resize_file(path_, written_, ignored);
-    out_.clear();
+    cut_back();
     out_.open(path_, std::ios::app | std::ios::binary);
   }
   out_.write(pending_.data(), static_cast<std::streamsize>(pending_.size())).flush();

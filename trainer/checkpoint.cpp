@@ -206,6 +206,35 @@ void load_values(Session& session, const ReadParam& read, const std::function<bo
   }
 }
 
+bool is_frozen(const ParamSpec& p, const std::vector<std::string>& frozen) {
+  return !p.trained || std::find(frozen.begin(), frozen.end(), p.name) != frozen.end();
+}
+
+// Of all ranks' parameters, as rank 0 writes it down: what trains from `step` on and did not until then.
+std::map<std::string, std::int64_t> moments_that_begin(const ShardStore& store, const Session& session,
+                                                       std::int64_t step) {
+  std::map<std::string, std::int64_t> begun;
+  const std::vector<std::string> frozen = frozen_names(session.run.freeze, session.config);
+  for (const ParamSpec& p : make_param_table(session.config))
+    if (step > 0 && !is_frozen(p, frozen) && !store.tensors().contains({p.name, "m"})) begun[p.name] = step;
+  return begun;
+}
+
+// Of all ranks' parameters.
+void warn_of_rounding(const ShardStore& store, const Session& session) {
+  const std::vector<std::string> frozen = frozen_names(session.run.freeze, session.config);
+  const std::vector<ParamSpec> table = make_param_table(session.config);
+  const auto rounded = std::count_if(table.begin(), table.end(), [&](const ParamSpec& p) {
+    return is_frozen(p, frozen) && store.tensors().contains({p.name, "master"});
+  });
+  if (rounded > 0 && session.params.compute_dtype() == DType::kBF16)
+    log::warning(
+        "{} parameters that are frozen here were trained with fp32 masters, and are held in bf16 from now "
+        "on: what they learnt below its grain is lost. Freeze with train.precision: fp32 to keep it; {} has "
+        "it still",
+        rounded, store.dir().string());
+}
+
 }  // namespace
 
 void load_model(const ModelSource& model, Session& session) {
@@ -227,25 +256,11 @@ TrainState load_checkpoint(const ShardStore& store, Session& session) {
   for (const OwnedSlice& slice : session.optimizer.slices())
     if (store.tensors().contains({slice.param->spec.name, "m"}))  // else frozen when it was saved: zero
       read_moments(ex, store, slice);
-  std::int64_t rounded = 0;
-  for (const StoredParam& p : session.params.all())
-    if (!p.trains() && p.value.dtype == DType::kBF16 && store.tensors().contains({p.spec.name, "master"}))
-      ++rounded;
-  if (rounded > 0 && session.mesh.rank() == 0)
-    log::warning(
-        "{} parameters that are frozen here were trained with fp32 masters, and are held in bf16 from now "
-        "on: "
-        "what they learnt below its grain is lost. Freeze with train.precision: fp32 to keep it; {} has it "
-        "still",
-        rounded, store.dir().string());
-  // Of all ranks' parameters: rank 0 writes it down.
-  std::map<std::string, std::int64_t> begun = run.moments_begun;
-  const std::vector<std::string> frozen = frozen_names(session.run.freeze, session.config);
-  for (const ParamSpec& p : make_param_table(session.config))
-    if (p.trained && run.step > 0 && !store.tensors().contains({p.name, "m"}) &&
-        std::find(frozen.begin(), frozen.end(), p.name) == frozen.end())
-      begun[p.name] = run.step;
+  std::map<std::string, std::int64_t> begun = moments_that_begin(store, session, run.step);
+  // But for those that were frozen once more since.
+  begun.insert(run.moments_begun.begin(), run.moments_begun.end());
   session.optimizer.begin_moments(begun);
+  if (session.mesh.rank() == 0) warn_of_rounding(store, session);
   return {run.step,
           run.samples,
           run.source,

@@ -243,10 +243,10 @@ StepSums Pipeline::read_totals(Exec& ex, const Totals& totals) const {
     return std::span(t.as<double>(), static_cast<std::size_t>(t.elements()));
   };
   StepSums sums;
-  const std::span<const double> lost_z_aux = values(on_host.values_V());
-  sums.z = lost_z_aux[0];
-  sums.lost = lost_z_aux[1];
-  sums.aux.assign(lost_z_aux.begin() + 2, lost_z_aux.end());
+  const std::span<const double> z_lost_aux = values(on_host.values_V());
+  sums.z = z_lost_aux[0];
+  sums.lost = z_lost_aux[1];
+  sums.aux.assign(z_lost_aux.begin() + 2, z_lost_aux.end());
   sums.loss = values(on_host.loss_1()).front();
   if (totals.assigned_end() < totals.all_n.elements())
     sums.divergence = values(on_host.divergence_1()).front();

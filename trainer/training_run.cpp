@@ -190,14 +190,12 @@ void Run::warn_of_room() {
   if (free < needed && checkpoint_folders(checkpoints_.dir()).empty())
     log::warning(
         "{}: a checkpoint of this run takes {:.1f} MB of disk, and {:.1f} MB are free: none can be written, "
-        "and "
-        "what is trained would be lost",
+        "and what is trained would be lost",
         dir_.string(), needed / kMega, free / kMega);
 }
 
 void Run::start_metrics() {
   world_.barrier();
-  warn_of_room();
   const PeakRate peak(session_->memory.exec, session_->params.compute_dtype());
   run_agreed(world_, [&] {
     if (world_.rank() != 0) return;
@@ -253,6 +251,7 @@ int Run::execute() {
       log::info("nothing to do: step {} of {} is reached", state_.step, run_.train.steps);
     return static_cast<int>(ExitCode::kDone);
   }
+  warn_of_room();
   start_metrics();
   Trainer trainer(*session_);
   const auto due = [](std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; };

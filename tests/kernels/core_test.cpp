@@ -161,8 +161,14 @@ TEST(ArenaMemory, OnTheDryDeviceCountsWithoutMemory) {
   EXPECT_EQ(arena.peak(), std::size_t{1} << 42);
 }
 
-TEST(LedgerBook, AddsUpByName) {
+class LedgerBook : public testing::Test {
+ protected:
+  LedgerBook() { ex.ledger = &ledger; }
   Ledger ledger;
+  Exec ex;
+};
+
+TEST_F(LedgerBook, AddsUpByName) {
   ledger.book("gemm", 10, 20, 30);
   ledger.book("gemm", 1, 2, 3);
   ledger.book_sent("all_reduce", 40);
@@ -182,10 +188,7 @@ TEST(LedgerBook, AddsUpByName) {
   EXPECT_EQ(ledger.seconds_waited(), 0);
 }
 
-TEST(LedgerBook, MarksModelWorkWhateverTheOpIsCalled) {
-  Ledger ledger;
-  Exec ex;
-  ex.ledger = &ledger;
+TEST_F(LedgerBook, MarksModelWorkWhateverTheOpIsCalled) {
   ex.book("gemm of something else", 7, 0, 0);
   ex.book("anything", 100, 0, 0, Work::kProduct);
   ex.book("anything", 3, 0, 0, Work::kProduct);
@@ -194,10 +197,7 @@ TEST(LedgerBook, MarksModelWorkWhateverTheOpIsCalled) {
   EXPECT_EQ(ledger.entries().at("anything").model_flops, 103);
 }
 
-TEST(LedgerBook, KeepsAttentionApartAndAddsTimesOver) {
-  Ledger ledger;
-  Exec ex;
-  ex.ledger = &ledger;
+TEST_F(LedgerBook, KeepsAttentionApartAndAddsTimesOver) {
   ex.book("attention", 5, 0, 0);
   ex.book("scores", 7, 0, 0, Work::kAttention);
   ex.book("scores", 9, 0, 0, Work::kAttentionBackward);
@@ -216,10 +216,7 @@ TEST(LedgerBook, KeepsAttentionApartAndAddsTimesOver) {
 }
 
 // A profile has a line of its own for what is computed twice; the books do not.
-TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
-  Ledger ledger;
-  Exec ex;
-  ex.ledger = &ledger;
+TEST_F(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
   std::vector<std::pair<std::string, Books>> told;
   ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
   ex.book("gemm", 8, 1, 1, Work::kProduct);
@@ -231,12 +228,9 @@ TEST(LedgerBook, WhatIsDoneAgainIsToldAndNotBooked) {
   not_booked(ex).book("gemm", 8, 1, 1);  // nobody listens
 }
 
-TEST(LedgerBook, KeepsTheModelsWorkAndWhatIsDoneAgainApart) {
-  Ledger ledger;
+TEST_F(LedgerBook, KeepsTheModelsWorkAndWhatIsDoneAgainApart) {
   std::vector<std::pair<std::string, Books>> told;
   ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
-  Exec ex;
-  ex.ledger = &ledger;
   ex.book("gemm", 10, 20, 30, Work::kProduct);
   ex.book("norm", 1, 2, 3);
   const Exec again = not_booked(ex);
@@ -255,12 +249,9 @@ TEST(LedgerBook, KeepsTheModelsWorkAndWhatIsDoneAgainApart) {
 }
 
 // As what is done again: neither in the model's books nor in those of what ops do, and told as the teacher's.
-TEST(LedgerBook, KeepsATeachersWorkApart) {
-  Ledger ledger;
+TEST_F(LedgerBook, KeepsATeachersWorkApart) {
   std::vector<std::pair<std::string, Books>> told;
   ledger.listen([&](const ToldOp& op) { told.emplace_back(op.name, op.books); });
-  Exec ex;
-  ex.ledger = &ledger;
   ex.book("gemm", 10, 20, 30, Work::kProduct);
   const Exec teacher = for_teacher(ex);
   teacher.book("gemm", 5, 20, 30, Work::kProduct);

@@ -10,12 +10,26 @@
 namespace upmoe::test {
 namespace {
 
-class CrossEntropy : public testing::TestWithParam<std::pair<std::int64_t, std::int64_t>> {
+// By each way that a GPU may have; elsewhere there is one.
+class PathExec : public OpExec {
+ public:
+  explicit PathExec(CrossEntropyPath path) { static_cast<Exec&>(*this).cross_entropy = path; }
+};
+
+const auto kPaths = testing::Values(CrossEntropyPath::kPortable, CrossEntropyPath::kClusters);
+
+std::string name_of_path(CrossEntropyPath path) {
+  return path == CrossEntropyPath::kPortable ? "portable" : "clusters";
+}
+
+using Size = std::pair<std::int64_t, std::int64_t>;
+
+class CrossEntropy : public testing::TestWithParam<std::tuple<Size, CrossEntropyPath>> {
  protected:
-  const std::int64_t C = GetParam().first, V = GetParam().second;
+  const std::int64_t C = std::get<Size>(GetParam()).first, V = std::get<Size>(GetParam()).second;
   HostTensor logits{random_tensor({C, V}, DType::kF32, 1, 4.0)}, targets{targets_for(C, V)},
       loss{{C}, DType::kF32};
-  OpExec ex;
+  PathExec ex{std::get<CrossEntropyPath>(GetParam())};
 };
 
 TEST_P(CrossEntropy, LossAndGradient) {
@@ -73,15 +87,24 @@ TEST_P(CrossEntropy, DividedVocabulary) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, CrossEntropy,
-                         testing::Values(std::pair{1, 1}, std::pair{5, 13}, std::pair{9, 1000},
-                                         std::pair{3, 4096}, std::pair{2, 4103}, std::pair{2, 40004},
-                                         std::pair{2, 100000}, std::pair{3, 151936}, std::pair{0, 16}),
+                         testing::Combine(testing::Values(Size{1, 1}, Size{5, 13}, Size{9, 1000},
+                                                          Size{3, 4096}, Size{2, 4103}, Size{2, 40004},
+                                                          Size{2, 100000}, Size{3, 151936}, Size{0, 16}),
+                                          kPaths),
                          [](const auto& i) {
-                           return std::to_string(i.param.first) + "x" + std::to_string(i.param.second);
+                           const Size size = std::get<Size>(i.param);
+                           return std::to_string(size.first) + "x" + std::to_string(size.second) + "_" +
+                                  name_of_path(std::get<CrossEntropyPath>(i.param));
                          });
 
-TEST(CrossEntropyExtremes, LargeLogits) {
-  OpExec ex;
+class CrossEntropyExtremes : public testing::TestWithParam<CrossEntropyPath> {
+ protected:
+  PathExec ex{GetParam()};
+};
+INSTANTIATE_TEST_SUITE_P(Paths, CrossEntropyExtremes, kPaths,
+                         [](const auto& i) { return name_of_path(i.param); });
+
+TEST_P(CrossEntropyExtremes, LargeLogits) {
   const HostTensor logits =
       tensor_of({3, 4}, DType::kF32, {1e4, 1e4, -1e4, 0, -1e4, -1e4, -1e4, -1e4, 1e4, 9999, 0, 0});
   const HostTensor targets = tensor_of({3}, DType::kI32, {0, 3, 1});
@@ -95,8 +118,7 @@ TEST(CrossEntropyExtremes, LargeLogits) {
 }
 
 // What is summed before a larger logit comes is scaled: by a little, by much, to nothing; or never, behind the largest.
-TEST(CrossEntropyExtremes, TheLargestComesLate) {
-  OpExec ex;
+TEST_P(CrossEntropyExtremes, TheLargestComesLate) {
   constexpr std::int64_t kWidth = 5000;
   HostTensor logits({6, kWidth}, DType::kF32), loss({6}, DType::kF32), d({6, kWidth}, DType::kF32);
   const double slopes[] = {1e-3, 0.02, 1, -1e-3, -0.02, -1};
@@ -113,8 +135,7 @@ TEST(CrossEntropyExtremes, TheLargestComesLate) {
 
 // A row of which a GPU's blocks have a share each: the target in any of them, at their ends and in the last one, and
 // shares whose largest logits are alike, a little apart or so far that one is all of the sum.
-TEST(CrossEntropyExtremes, TargetsAndLargestLogitsAnywhere) {
-  OpExec ex;
+TEST_P(CrossEntropyExtremes, TargetsAndLargestLogitsAnywhere) {
   constexpr std::int64_t kWidth = 60004;
   const double targets[] = {0, 15003, 15004, 29999, 45012, kWidth - 1, -1, 30008};
   const double slopes[] = {0, 1e-5, -1e-4, 1e-3, -1e-3, 0.01, 1, -1};
@@ -141,8 +162,7 @@ TEST(CrossEntropyExtremes, TargetsAndLargestLogitsAnywhere) {
 
 // Logits that are no numbers are not passed over, whole parts of a row from its beginning on as little as others: not
 // in its loss, nor where one rank's share is theirs.
-TEST(CrossEntropyExtremes, NoNumbersMakeALossThatIsNone) {
-  OpExec ex;
+TEST_P(CrossEntropyExtremes, NoNumbersMakeALossThatIsNone) {
   for (const std::int64_t width : {5000, 60004}) {
     HostTensor logits = random_tensor({1, width}, DType::kF32, 3), loss({1}, DType::kF32);
     const std::int64_t bad = width / 2 / 4 * 4;
@@ -171,14 +191,14 @@ TEST(CrossEntropyExtremes, NoNumbersMakeALossThatIsNone) {
 
 // Logits of -inf are chosen by nobody, wherever they lie: in the first pack of a thread, in one that every thread reads
 // first, in all that a block of a row's cluster has of it, in a rank's whole share, everywhere but at the target.
-class LogitsOfNobody : public testing::TestWithParam<std::int64_t> {
+class LogitsOfNobody : public testing::TestWithParam<std::tuple<std::int64_t, CrossEntropyPath>> {
  protected:
   static constexpr std::size_t kRows = 7;
-  const std::int64_t width = GetParam();
+  const std::int64_t width = std::get<std::int64_t>(GetParam());
   const std::size_t V = static_cast<std::size_t>(width);
   HostTensor logits{random_tensor({kRows, width}, DType::kF32, 4, 4.0)}, loss{{kRows}, DType::kF32},
       targets{filled({kRows}, DType::kI32, static_cast<double>(width - 1))};
-  OpExec ex;
+  PathExec ex{std::get<CrossEntropyPath>(GetParam())};
 
   LogitsOfNobody() {
     remove(0, 0, 4);
@@ -241,11 +261,14 @@ TEST_P(LogitsOfNobody, DividedVocabulary) {
 }
 
 // Packs of one and of four; a block, two, and eight with less than a turn of all threads for the last.
-INSTANTIATE_TEST_SUITE_P(Widths, LogitsOfNobody, testing::Values(9, 5000, 5001, 60004, 250000),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(Widths, LogitsOfNobody,
+                         testing::Combine(testing::Values(9, 5000, 5001, 60004, 250000), kPaths),
+                         [](const auto& i) {
+                           return std::to_string(std::get<0>(i.param)) + "_" +
+                                  name_of_path(std::get<1>(i.param));
+                         });
 
-TEST(CrossEntropyExtremes, ManyEqualTerms) {  // a running fp32 sum of 151936 terms would be off by 1e-4
-  OpExec ex;
+TEST_P(CrossEntropyExtremes, ManyEqualTerms) {  // a running fp32 sum of 151936 terms would be off by 1e-4
   const HostTensor logits = filled({1, 151936}, DType::kF32, 2.5), targets = filled({1}, DType::kI32, 151935);
   HostTensor loss({1}, DType::kF32);
   ops::cross_entropy(ex, {loss, {}, 1.0f}, logits, targets);

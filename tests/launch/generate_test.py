@@ -132,9 +132,10 @@ class Generate(cli_test.CliTest):
 
     def test_settings_that_are_not_followed_are_told(self):
         (self.model / "generation_config.json").write_text(json.dumps(
-            {"repetition_penalty": 1.05, "num_beams": 1, "temperature": 0.7, "bad_words_ids": None}))
+            {"repetition_penalty": 1.05, "num_beams": 1, "temperature": 0.7, "bad_words_ids": None,
+             "suppress_tokens": []}))
         said = self.made("--tokens", "3", "--max-new-tokens", "1").stderr
-        self.assertIn("generation_config.json: repetition_penalty 1.05 is not followed here", said)
+        self.assertIn("generation_config.json: repetition_penalty 1.05 is not followed here", said)  # and nothing else
         (self.model / "generation_config.json").write_text("{")
         self.assertIn("it is no JSON object", self.made("--tokens", "3", "--max-new-tokens", "1").stderr)
         batch = self.write_batch('{"tokens": [3], "max_tokens": 2, "id": 7}')

@@ -188,6 +188,9 @@ class GgufTest(GgufFolder):
         self.assertNotIn("tokenizer.chat_template", keys)
         (self.folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
         self.assertEqual(self.written().keys["tokenizer.chat_template"], ("string", "{{ messages }}"))
+        (self.folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [
+            {"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": "{{ eos_token }}"}]}))
+        self.assertEqual(self.written().keys["tokenizer.chat_template"], ("string", "{{ eos_token }}"))
         (self.folder / "chat_template.jinja").write_text("{{ bos_token }}")
         self.assertEqual(self.written().keys["tokenizer.chat_template"], ("string", "{{ bos_token }}"))
 

@@ -1,18 +1,22 @@
 """What launch/study_statistics.py and study_measures.py make of numbers: intervals, verdicts, costs to an equal loss.
 """
 
+import json
 import math
 import os
 import sys
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.append(os.environ.get("PLANTED_SOURCES", str(Path(__file__).resolve().parent.parent.parent / "launch")))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(os.environ.get("PLANTED_SOURCES", str(ROOT / "launch")))
 import study_file  # noqa: E402
+import study_result  # noqa: E402
 import study_statistics as statistics  # noqa: E402
-from study_measures import MEASURES, ratio  # noqa: E402
+from study_measures import MEASURES, by_measure, ratio  # noqa: E402
 from study_test import expect_noticed  # noqa: E402
 
 
@@ -89,6 +93,49 @@ class Statistics(unittest.TestCase):
         self.assertRegex(ratio(statistics.interval(*zip(*[statistics.cost_ratio(sunk, b, "tokens")] * 2))),
                          r"^at most 1\.500 \[")
         self.assertTrue(math.isnan(charged.at("tokens", 5)))
+
+
+class CommittedOutcome:
+    """One seed of an arm in a result.json. What its source took is there in FLOPs alone."""
+    def __init__(self, seed):
+        curve = seed["curve"]
+        self.sunk = statistics.Curve(np.array(curve["loss"]), {
+            axis: np.array(curve.get(axis, curve["flops"]), dtype=float) for axis in ("tokens", "flops", "seconds")})
+        self.charged = self.sunk.later({"tokens": math.nan, "seconds": math.nan,
+                                        "flops": seed["flops_with_source"] - seed["flops"]})
+
+    def curve(self, with_source):
+        return self.charged if with_source else self.sunk
+
+
+# What documents say of the studies that ran is what this code makes of the curves that are kept of them.
+class Committed(unittest.TestCase):
+    def test_verdicts_and_tables_follow_from_the_curves(self):
+        judged = 0
+        for path in sorted((ROOT / "docs/studies").glob("*_result.json")):
+            result = json.loads(path.read_text())
+            table = path.with_name(path.name.replace("_result.json", "_table.md")).read_text()
+            known = [c for c in result["comparisons"] if MEASURES[c["by"]].curves and c["verdict"] != "not compared"]
+            compare = [study_file.Comparison(**{key: c[key] for key in study_file.Comparison.__dataclass_fields__
+                                                if key in c}) for c in known]
+            outcomes = {arm: [CommittedOutcome(seed) for seed in of["seeds"]] for arm, of in result["arms"].items()}
+            with self.subTest(study=path.name):
+                for line in study_result.verdict_lines(SimpleNamespace(compare=compare), outcomes):
+                    self.assertIn(line, table)
+                for kept, comparison in zip(known, compare, strict=True):
+                    found, word = MEASURES[comparison.by].judge(comparison, outcomes)
+                    self.assertEqual((kept["verdict"], kept["seeds_to_decide"]),
+                                     (word.word if word else "not reached", word.seeds if word else None))
+                    if kept["mean"] is not None:
+                        np.testing.assert_allclose((kept["mean"], kept["low"], kept["high"]),
+                                                   (found.mean, found.low, found.high), rtol=0, atol=1e-9)
+                    judged += 1
+                rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+                for measure, compared in by_measure(compare):
+                    for row in measure.rows(compared, outcomes):
+                        known = (0, 1, 2, 4) if row[1] == "tokens" else range(6)
+                        self.assertIn([row[i] for i in known], [[r[i] for i in known] for r in rows if len(r) == 6])
+        self.assertGreater(judged, 40)
 
 
 # file, what stands there, what is planted: the tests above must notice

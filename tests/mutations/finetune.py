@@ -111,4 +111,10 @@ MUTANTS = {
         "data/tensor_differences.cpp", "if (list_.size() > kListed)", "if (false)", "TensorDifferences.*",
         "hf_model_test"),
     "dora_merged_as_lora": ("data/peft_adapter.cpp", "object.refuse(key, ", "(void)(", "Adapters.*", "hf_model_test"),
+    "late_moments_corrected_from_the_runs_start": (
+        "trainer/optimizer.cpp", "    hyper.step = step - s.begun;", "    hyper.step = step;", "Masters.*",
+        "recovery_test"),
+    "what_begins_once_more_began_long_ago": (
+        "trainer/checkpoint.cpp", "  begun.insert(run.moments_begun.begin(), run.moments_begun.end());",
+        "  for (const auto& [name, step] : run.moments_begun) begun[name] = step;", "Masters.*", "recovery_test"),
 }

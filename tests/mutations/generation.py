@@ -121,4 +121,7 @@ MUTANTS = {
     "share_of_all_instead_of_the_likeliest": (
         "trainer/sampling.cpp", "  if (rule.top_p < 1) keep_share(all, rule.top_p);",
         "  if (rule.top_p < 1) keep_share(all, 1 - rule.top_p);", "Sampling.KeepsTheFewest*", PROGRAM),
+    "a_run_of_bytes_is_shown_before_it_ends": (
+        "launch/growing_text.cpp", "  if (before < all.size()) return decode_(all.first(before)).size();", "", "*",
+        "growing_text_test"),
 }

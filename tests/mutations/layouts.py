@@ -36,14 +36,6 @@ MUTANTS = {
     "vocabulary_shard_forgets_its_beginning": (
         "trainer/model/make_transformer.cpp", "  return {p.shard.offset[0], p.spec.shape[0]};",
         "  return {0, p.spec.shape[0]};", "*"),
-    "late_moments_corrected_from_the_runs_start": (
-        "trainer/optimizer.cpp", "    hyper.step = step - s.begun;", "    hyper.step = step;", "Masters.*",
-        "recovery_test"),
-    "what_a_full_disk_refused_is_forgotten": (
-        "trainer/appended_file.cpp", "  pending_ += record;", "  pending_ = record;", "*", "appended_file_test"),
-    "a_run_of_bytes_is_shown_before_it_ends": (
-        "launch/growing_text.cpp", "  if (before < all.size()) return decode_(all.first(before)).size();", "", "*",
-        "growing_text_test"),
     "divisor_of_this_ranks_tokens": (
         "trainer/trainer.cpp",
         "  const std::int64_t all = run.tokens_per_step();",

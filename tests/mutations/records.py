@@ -16,4 +16,6 @@ MUTANTS = {
         "estimates_test"),
     "events_of_steps_that_are_computed_again_stay": (
         "trainer/event_file.cpp", "  record(start);\n", "", "Metrics.*", "estimates_test"),
+    "what_a_full_disk_refused_is_forgotten": (
+        "trainer/appended_file.cpp", "  pending_ += record;", "  pending_ = record;", "*", "appended_file_test"),
 }

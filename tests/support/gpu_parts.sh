@@ -168,16 +168,16 @@ bench_steps() {
   say "$name" watch_memory "$part_out/$name" "${program[@]}"
 }
 
-# NAME OTHER: the losses of two programs of bench_steps. Experts fused are rounded elsewhere than as a product for each;
-# how far that takes a loss no GPU has shown: where this fails, look at why before it is widened.
-losses_of_steps() { sed -n 's/.*"step": \([0-9]*\), "loss": \([^,]*\),.*/\1 \2/p' "$part_out/$1.txt"; }
-near_losses() { python3 -c "
+losses_of_steps() { sed -n 's/.*"step": \([0-9]*\), "loss": \([^,]*\),.*/\1 \2/p' "$part_out/$1.txt"; } # NAME
+near_losses() { # NAME OTHER ALLOWED: the losses of two programs of bench_steps, relative difference
+  python3 -c "
 import sys
 a, b = (dict(line.split() for line in open(name)) for name in sys.argv[1:3])
 both = sorted(set(a) & set(b), key=int)
 worst = max(abs(float(a[n]) - float(b[n])) / abs(float(b[n])) for n in both)
 print(f'{len(both)} steps, largest relative difference of a loss {worst:.2e} (allowed {sys.argv[3]})')
-sys.exit(not worst <= float(sys.argv[3]))" <(losses_of_steps "$1") <(losses_of_steps "$2") "$3"; }
+sys.exit(not worst <= float(sys.argv[3]))" <(losses_of_steps "$1") <(losses_of_steps "$2") "$3"
+}
 
 part_step() {
   local tokens four=(--layers 4) some fused=(--kernels-experts fused)
@@ -188,7 +188,11 @@ part_step() {
   bench_steps "four_layers_${tokens}_fused" "${some[@]}" "${fused[@]}" --profile
   bench_steps "four_layers_${tokens}_fused_again" "${four[@]}" "${fused[@]}" --steps 4
   say fused_twice_the_same near_losses "four_layers_${tokens}_fused" "four_layers_${tokens}_fused_again" 0
-  say fused_as_streams near_losses "four_layers_${tokens}_fused" "four_layers_$tokens" 1e-3
+  # Experts fused are rounded elsewhere than as a product for each. All of bf16's rounding, against fp32, moves a loss
+  # by 1.0e-4 within eight steps of half the width, on a CPU (bench_step --device cpu --layers 4 --width 1024 --heads 8
+  # --expert-width 704 --shared-width 2816 --vocab 8192 --tokens 1024 --seq-len 256 --steps 8 --precision bf16, fp32).
+  # Three times that is allowed; no GPU has shown it: where this fails, look at why before it is widened.
+  say fused_as_streams near_losses "four_layers_${tokens}_fused" "four_layers_$tokens" 3e-4
   if [ ! -d "$out/kernels/sm90" ] || [ -e "$out/kernels/sm90/check_cross_entropy.right" ]; then
     bench_steps "four_layers_${tokens}_clusters" "${some[@]}" --kernels-cross-entropy clusters
   fi

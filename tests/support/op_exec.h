@@ -21,7 +21,6 @@ class OpExec {
     exec_.device = device_;
     exec_.scratch = &scratch_;
     exec_.ledger = &ledger_;
-    exec_.cross_entropy = CrossEntropyPath::kClusters;  // what no run takes by itself
   }
   operator Exec&() { return exec_; }  // NOLINT(google-explicit-constructor): passed to ops as it is
   const Ledger& ledger() const { return ledger_; }

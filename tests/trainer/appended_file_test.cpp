@@ -8,6 +8,7 @@
 #include <csignal>
 #include <fstream>
 #include <iterator>
+#include <memory>
 
 #include "tests/support/temporary_directory.h"
 
@@ -57,6 +58,26 @@ TEST(AppendedFile, WritesWhatWasRefusedWhenItCanAgain) {
   EXPECT_NE(said.find("records wait until it can"), std::string::npos) << said;
   EXPECT_EQ(said.find("records wait", said.find("records wait") + 1), std::string::npos) << "once: " << said;
   EXPECT_NE(said.find("nothing is lost"), std::string::npos) << said;
+}
+
+TEST(AppendedFile, WhatIsLeftAtItsEndIsTriedAndTold) {
+  const test::TemporaryDirectory folder;
+  const std::filesystem::path path = folder.path() / "records";
+  const std::string first = "first\n", second(50'000, '2');
+  for (const bool room : {true, false}) {
+    std::ofstream(path) << first;
+    testing::internal::CaptureStderr();
+    auto limit = std::make_unique<Limited>(30'000);
+    {
+      AppendedFile file(path, "records");
+      file.append(second);
+      if (room) limit.reset();
+    }
+    limit.reset();
+    const std::string said = testing::internal::GetCapturedStderr();
+    EXPECT_EQ(content(path), room ? first + second : first);
+    EXPECT_EQ(said.find("the last 50000 bytes of records are lost") == std::string::npos, room) << said;
+  }
 }
 
 TEST(AppendedFile, APlaceThatIsNoneEndsNothing) {

@@ -126,6 +126,13 @@ TEST_F(Masters, MomentsThatBeginLateAreCorrectedFromThere) {
   }
   EXPECT_EQ(late, 2) << "a layer each";
   EXPECT_EQ(run_metadata_of(second).moments_begun, run_metadata_of(first).moments_begun);
+  for (const auto& freeze : {std::vector<std::string>{"*o_proj*"}, std::vector<std::string>{}}) {
+    c.freeze = freeze;
+    ++c.train.steps;
+    run(c, 1);
+  }
+  for (const auto& [name, step] : run_metadata_of(ShardStore(checkpoint("late", 8))).moments_begun)
+    EXPECT_EQ(step, 7) << name << ": frozen once more, it begins once more";
 }
 
 // Trained on with other parameters frozen, which have neither masters nor moments in the checkpoint.

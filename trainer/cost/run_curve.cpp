@@ -22,6 +22,10 @@ fs::path folder_of(const fs::path& run) {
   return folder.has_filename() ? folder : folder.parent_path();
 }
 
+fs::path metrics_of(const fs::path& run) {
+  return fs::is_directory(run) ? run / "metrics.jsonl" : run;
+}
+
 // The last `length` parts of a path, all of it where it has fewer.
 fs::path tail_of(const fs::path& path, std::ptrdiff_t length) {
   fs::path tail;
@@ -74,6 +78,7 @@ struct Reader {
   double step = 0, teacher_flops = 0;
   bool counts_experts = false;
   std::vector<CurvePoint> training, evaluations;
+  bool has_evaluations() const { return evaluations.size() > 1; }
   std::vector<double> behind;  // the steps of the last evaluations, behind the last step that was logged
 
   void add(const json& line, const std::string& where) {
@@ -123,18 +128,8 @@ std::vector<CurvePoint> finite(std::vector<CurvePoint> points, const fs::path& f
   return points;
 }
 
-}  // namespace
-
-Spent& Spent::operator+=(const Spent& other) {
-  tokens += other.tokens;
-  flops += other.flops;
-  seconds += other.seconds;
-  return *this;
-}
-
-RunCurve read_run_curve(const fs::path& run, bool by_evaluations) {
-  const bool directory = fs::is_directory(run);
-  const fs::path file = directory ? run / "metrics.jsonl" : run;
+Reader read_metrics(const fs::path& run) {
+  const fs::path file = metrics_of(run);
   std::ifstream in(file);
   if (!in)
     fail(ExitCode::kBadInput,
@@ -154,28 +149,46 @@ RunCurve read_run_curve(const fs::path& run, bool by_evaluations) {
   }
   if (reader.training.empty())
     fail(ExitCode::kBadInput, "{}: has no step with a loss; nothing to compare", file.string());
+  return reader;
+}
+
+RunCurve curve_of(const fs::path& run, const Reader& read, bool held_out) {
   RunCurve curve;
   curve.name = folder_of(run).filename().string();
-  curve.spent = reader.spent;
-  curve.teacher_flops = reader.teacher_flops;
-  curve.counts_experts = reader.counts_experts;
-  curve.held_out = by_evaluations && reader.evaluations.size() > 1;
-  curve.points = finite(curve.held_out ? reader.evaluations : reader.training, file);
-  if (!curve.held_out) curve.points = smoothed(curve.points, curve.points.size() / 50);
+  curve.spent = read.spent;
+  curve.teacher_flops = read.teacher_flops;
+  curve.counts_experts = read.counts_experts;
+  curve.held_out = held_out;
+  curve.points = finite(held_out ? read.evaluations : read.training, metrics_of(run));
+  if (!held_out) curve.points = smoothed(curve.points, curve.points.size() / 50);
   return curve;
 }
 
+}  // namespace
+
+Spent& Spent::operator+=(const Spent& other) {
+  tokens += other.tokens;
+  flops += other.flops;
+  seconds += other.seconds;
+  return *this;
+}
+
+RunCurve read_run_curve(const fs::path& run) {
+  const Reader read = read_metrics(run);
+  return curve_of(run, read, read.has_evaluations());
+}
+
 std::vector<RunCurve> read_run_curves(const std::vector<std::string>& runs) {
-  std::vector<RunCurve> curves;
+  std::vector<Reader> all;
   std::vector<fs::path> folders;
   for (const std::string& run : runs) {
-    curves.push_back(read_run_curve(run));
+    all.push_back(read_metrics(run));
     folders.push_back(folder_of(run));
   }
-  const auto held_out = [](const RunCurve& curve) { return curve.held_out; };
-  if (!std::all_of(curves.begin(), curves.end(), held_out))
-    for (std::size_t i = 0; i < runs.size(); ++i)
-      if (curves[i].held_out) curves[i] = read_run_curve(runs[i], false);
+  const bool held_out =
+      std::all_of(all.begin(), all.end(), [](const Reader& r) { return r.has_evaluations(); });
+  std::vector<RunCurve> curves;
+  for (std::size_t i = 0; i < runs.size(); ++i) curves.push_back(curve_of(runs[i], all[i], held_out));
   for (std::size_t i = 0; i < runs.size(); ++i) {
     std::ptrdiff_t length = 1;
     const auto shared = [&](const fs::path& other) {

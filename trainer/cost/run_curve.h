@@ -38,8 +38,8 @@ struct RunCurve {
 // an evaluation between them. Evaluations are taken where there are two or more of them; the training loss is smoothed
 // over a fiftieth of the run to either side, less at its ends. A loss that is not finite is left out; where it is the
 // last one, the run has none to be compared by, and is refused. Lines of newer programs are passed over. Throws
-// Error(kBadInput) that names file and line. Without `by_evaluations` the training loss is taken in any case.
-RunCurve read_run_curve(const std::filesystem::path& run, bool by_evaluations = true);
+// Error(kBadInput) that names file and line.
+RunCurve read_run_curve(const std::filesystem::path& run);
 
 // Of several that are compared: by the training loss where one of them has no evaluations. Runs in folders of one name
 // are called by as many of the folders above as tell them apart.

@@ -18,8 +18,8 @@ class RankSpeed {
   // file lacks for it.
   RankSpeed(const Machine& machine, Precision precision, int ranks);
 
-  double op_seconds(Work work,
-                    const Cost& cost) const;  // as long as its products take, or its bytes if that is longer
+  // As long as its products take, or its bytes if that is longer.
+  double op_seconds(Work work, const Cost& cost) const;
   double call_seconds() const { return machine_.rates.op_us * 1e-6; }  // of it, besides its work
   double skew() const { return machine_.rates.skew; }
   // The rate of a product, FLOP/s, by the edge of a cube (Machine::Rates).

@@ -8,6 +8,7 @@
 #include "configs/expert_use.h"
 #include "configs/nearest_meshes.h"
 #include "configs/run_problems.h"
+#include "trainer/batch_deal.h"
 #include "trainer/checkpoint.h"
 #include "trainer/rehearsal.h"
 #include "trainer/stage_cost.h"
@@ -57,23 +58,19 @@ MemoryPurposes purposes_of(const Rehearsal& rehearsal, double process) {
   return m;
 }
 
-Deal deal_of(const RunConfig& run, const MeshSpec& mesh, int rank) {
-  return {run.train.micro_batches(), mesh.coord(rank, Axis::kDp), mesh.dp};
-}
-
 // One rank's rehearsals, and what a whole step is made of.
 class RankRehearsal {
  public:
   RankRehearsal(const RunConfig& run, const ModelConfig& model, int world, const RankSpeed* speed)
       : run_(run), model_(model), world_(world), speed_(speed), mesh_(mesh_of(run, world)) {}
 
-  std::int64_t rounds() const { return deal_of(run_, mesh_, 0).rounds(); }
+  std::int64_t rounds() const { return deal_of(mesh_, 0, run_.train.micro_batches()).rounds(); }
 
   PlannedRank of(const RankKind& kind) const {
     StepClock clock(speed_, speed_ != nullptr ? speed_->ranks_per_node() : world_);
     Rehearsal rehearsal(run_, model_, kind.rank, world_, &clock);
     rehearsal.listen([&](const ToldOp& told) { clock.op(told); });
-    const std::int64_t total = deal_of(run_, mesh_, kind.rank).own(),
+    const std::int64_t total = deal_of(mesh_, kind.rank, run_.train.micro_batches()).own(),
                        first = std::min(total, rounds_until_full(run_.parallel));
     rehearsal.step(first);  // after which updated weights are under way
     clock.take();
@@ -209,8 +206,8 @@ std::vector<RankKind> kinds_of_ranks(const RunConfig& run, const ModelConfig& mo
   std::map<std::tuple<int, std::int64_t, int, int, int>, RankKind> places;
   for (int rank = 0; rank < world; ++rank) {
     RankKind& place =
-        places[{mesh.coord(rank, Axis::kPp), deal_of(run, mesh, rank).own(), mesh.coord(rank, Axis::kTp),
-                mesh.coord(rank, Axis::kEp), mesh.coord(rank, Axis::kEtp)}];
+        places[{mesh.coord(rank, Axis::kPp), deal_of(mesh, rank, run.train.micro_batches()).own(),
+                mesh.coord(rank, Axis::kTp), mesh.coord(rank, Axis::kEp), mesh.coord(rank, Axis::kEtp)}];
     if (place.alike == 0) place.rank = rank;
     ++place.alike;
   }
