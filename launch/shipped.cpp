@@ -6,6 +6,9 @@ namespace upmoe {
 
 namespace fs = std::filesystem;
 
+const ShippedFolder kMachines{fs::path(UPMOE_SOURCE_DIR) / "configs" / "machines", ".yaml", "machine"};
+const ShippedFolder kModels{fs::path(UPMOE_SOURCE_DIR) / "configs" / "models", ".json", "model"};
+
 namespace {
 
 // What holds weights, here or in a form that is not read: whoever opens it says what is to be done about those.

@@ -8,10 +8,7 @@
 
 namespace upmoe {
 
-inline const ShippedFolder kMachines{std::filesystem::path(UPMOE_SOURCE_DIR) / "configs" / "machines",
-                                     ".yaml", "machine"};
-inline const ShippedFolder kModels{std::filesystem::path(UPMOE_SOURCE_DIR) / "configs" / "models", ".json",
-                                   "model"};
+extern const ShippedFolder kMachines, kModels;
 
 // A model where its shape is enough: a configuration file, a directory with one, a checkpoint, a run directory, or a
 // shipped name.

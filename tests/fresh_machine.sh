@@ -105,6 +105,23 @@ mount_system() {  # BARE WORK
   cat /etc/hosts >"$system/etc/hosts"
 }
 
+# This machine's ccache in a folder that no package of Debian writes to, with its own libraries: it is no part of the
+# bare system, whose programs do not find it, nor what it is linked to.
+LENT=/lent
+lend_ccache() {  # SYSTEM HOME: writes what the compiler's environment needs, as NAME=VALUE lines
+  local place=$1$LENT library
+  [[ -d ${UPMOE_FRESH_OBJECTS:-} ]] && command -v ccache >/dev/null || return 0
+  mkdir -p "$place/lib" "$place/objects"
+  cp "$(command -v ccache)" "$place/lib/ccache"
+  ldd "$place/lib/ccache" | grep -oE '/[^ ]+' | while IFS= read -r library; do cp "$library" "$place/lib/"; done
+  printf '#!/bin/sh\nexec %s --library-path %s/lib --argv0 ccache %s/lib/ccache "$@"\n' \
+    $LENT/lib/ld-linux-x86-64.so.2 $LENT $LENT >"$place/ccache"
+  chmod 755 "$place/ccache"
+  mount --bind "$UPMOE_FRESH_OBJECTS" "$place/objects"
+  printf '%s\n' CMAKE_CXX_COMPILER_LAUNCHER=$LENT/ccache CCACHE_DIR=$LENT/objects CCACHE_BASEDIR="$2/upmoe" \
+    CCACHE_NOHASHDIR=1 CCACHE_COMPILERCHECK=content
+}
+
 run_inside() {  # BARE WORK USER COMMAND...
   local bare=$1 work=$2 user=$3 system=$2/system home=/root user_command=() environment=()
   shift 3
@@ -121,6 +138,9 @@ run_inside() {  # BARE WORK USER COMMAND...
     user_command=(setpriv --reuid "$user" --regid "$user" --init-groups)
   fi
   # A folder of another owner is no danger here: nothing of it is run but git's reading.
+  if [[ $user == root ]]; then
+    mapfile -t -O ${#environment[@]} environment < <(lend_ccache "$system" "$home")
+  fi
   git -c safe.directory='*' -c advice.detachedHead=false clone -q --no-hardlinks "$root" "$system$home/upmoe"
   chroot "$system" chown -R "$user:" "$home/upmoe"
   exec chroot "$system" "${user_command[@]}" env -i "${environment[@]}" HOME="$home" USER="$user" \

@@ -134,7 +134,8 @@ class Record:
 
 
 def run_tests(folder, program, tests, *options, isa=None):
-    device = {"UPMOE_TEST_DEVICE": "cuda"} if program.endswith("_on_gpu") else {}
+    device = ({"UPMOE_TEST_DEVICE": "cuda", "UPMOE_SIMT_ORDER": "7", "UPMOE_FAKE_DELAYS": "7"}  # as ctest runs most
+              if program.endswith("_on_gpu") else {})
     return run([folder / program, f"--gtest_filter={tests}", *options], timeout=600,
                env=os.environ | {"OMP_NUM_THREADS": "1"} | device | ({"ONEDNN_MAX_CPU_ISA": isa} if isa else {}))
 

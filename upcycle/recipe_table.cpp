@@ -1,5 +1,7 @@
 #include "upcycle/recipe_table.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cctype>
 #include <map>

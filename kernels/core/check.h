@@ -2,7 +2,7 @@
 // Errors of the whole project: one exception type that carries an exit status, and checks that throw it.
 // A message says what is wrong, where, what was found and expected, and what to do; `main` prints it once.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <source_location>
 #include <stdexcept>

@@ -1,7 +1,7 @@
 #pragma once
 // Lines for people, on standard error: rank 0 speaks, the others only when something is wrong.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <string>
 #include <utility>

@@ -1,7 +1,7 @@
 #pragma once
 // Which experts the fused kernels take, whatever GPU there is: known without one, so that a rehearsal counts them too.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <string>
 

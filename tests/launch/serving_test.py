@@ -199,6 +199,7 @@ class Script(unittest.TestCase):
                      "command_line.py", "hf_config.py", "whole_file.py", "pip_without_labels.py",
                      "serving_requirements.txt", "serving_requirements_gpu.txt", "serving_requirements_cpu.txt"):
             self.copy(f"launch/{name}")
+        self.copy("data/chat_template.py")
         self.copy("docs/serving.md")
         self.export = Path(temporary.name) / "export"
         self.export.mkdir()

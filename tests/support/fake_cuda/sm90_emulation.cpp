@@ -75,14 +75,23 @@ const unsigned char* source(const TensorMap& map, const std::vector<int>& start,
   }
   return map.base + from;
 }
-// Elements [begin, end) of the box, in its order, zeros outside of the tensor.
+// Elements [begin, end) of the box, in its order, zeros outside of the tensor: by grains where a grain's elements, of
+// which no swizzle changes the order, lie in a row of both, which all but a tensor's edges do.
 void copy_box(Block& block, std::size_t at, const TensorMap& map, const std::vector<int>& start,
               std::size_t begin, std::size_t end) {
-  for (std::size_t e = begin; e < end; ++e) {
-    bf16 value;
-    if (const unsigned char* from = source(map, start, e); from != nullptr)
-      std::memcpy(&value, from, sizeof value);
-    std::memcpy(block.base + swizzle(at + kLowestAddress + e * 2) - kLowestAddress, &value, sizeof value);
+  constexpr std::size_t kRun = kGrain / sizeof(bf16);
+  const bool in_rows = map.step[0] == 1 && map.stride[0] == sizeof(bf16) && map.box[0] % kRun == 0 &&
+                       begin % kRun == 0 && end % kRun == 0 && at % kGrain == 0;
+  for (std::size_t e = begin; e < end;) {
+    const unsigned char* from = source(map, start, e);
+    unsigned char* to = block.base + swizzle(at + kLowestAddress + e * sizeof(bf16)) - kLowestAddress;
+    const bool run = in_rows && from != nullptr && source(map, start, e + kRun - 1) != nullptr;
+    const std::size_t bytes = run ? kGrain : sizeof(bf16);
+    if (from != nullptr)
+      std::memcpy(to, from, bytes);
+    else
+      std::memset(to, 0, bytes);
+    e += bytes / sizeof(bf16);
   }
 }
 // What the box asks of global memory, and of `blocks` blocks' shared memory.
