@@ -20,6 +20,11 @@ void check_together(const RunConfig& run, const Schema& schema, Problems& proble
     problems.add(schema.place_of("train.micro_batch"),
                  fmt::format("{} does not divide train.global_batch = {}", t.micro_batch, t.global_batch));
   }
+  if (const auto& c = run.checkpoint; c.keep_every > 0 && (c.every == 0 || c.keep_every % c.every != 0)) {
+    problems.add(schema.place_of("checkpoint.keep_every"),
+                 fmt::format("{} is no multiple of checkpoint.every = {}: what stays is what is written",
+                             c.keep_every, c.every));
+  }
   constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max();
   if (t.micro_batch > kMaxRows / run.data.seq_len) {
     problems.add(schema.place_of("train.micro_batch"),

@@ -126,10 +126,11 @@ struct RunConfig {
   } lora;
   std::vector<std::string> freeze;  // shell-style patterns over parameter names, ours or Hugging Face's
   struct Checkpoint {
-    std::int64_t every = 0;
+    std::int64_t every = 0;  // 0 = at the end only
     int keep = 3;
+    std::int64_t keep_every = 0;  // those of its multiples stay for good; 0 = none
     bool async = true;
-  } checkpoint;  // 0 = at the end only
+  } checkpoint;
   struct Log {
     std::int64_t every = 1;
     bool tensorboard = true;

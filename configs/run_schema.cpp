@@ -272,9 +272,7 @@ void add_router_training(Schema& schema, RunConfig::Router& router) {
       .key("capacity_pool", router.capacity_pool)
       .says("The tokens whose equal share it is: those of a sequence, or of a micro-batch.")
       .key("drop", router.drop)
-      .says(
-          "What is dropped: second choices before first ones "
-          "and the last tokens first, or the least weights.")
+      .says("Dropped are second choices before first ones and the last tokens first, or the least weights.")
       .key("group_size", router.group_size, {.least = 2})
       .says(
           "Of kinds expert_choice and mixture_of_tokens: sequences whose tokens at one position are a group; "
@@ -290,9 +288,9 @@ void add_router(Schema& schema, RunConfig::Router& router) {
       .key("aux_kind", router.aux_kind)
       .says(
           "hf: over all layers at once, as in transformers; switch, gshard: layer by layer, of first "
-          "choices; sequence: "
-          "sequence by sequence; group: over groups of experts; global: loads of the step before; "
-          "importance, load: variation of the experts' weights and, with kind noisy, chances. A list: "
+          "choices; sequence: sequence by sequence; group: over groups of experts; global: loads of the step "
+          "before; importance, load: variation of the experts' weights and, with kind noisy, chances. A "
+          "list: "
           "all of them.")
       .key("aux_groups", router.aux_groups, {.least = 1})
       .says("Groups of neighbouring experts that aux_kind group balances, such as those of a device.")
@@ -386,6 +384,8 @@ Schema run_schema(RunConfig& run) {
       .says("Steps between checkpoints; 0: at the end alone.")
       .key("keep", run.checkpoint.keep, {.least = 2})
       .says("Newest checkpoints that stay; the disk needs room for one more.")
+      .key("keep_every", run.checkpoint.keep_every, {.least = 0})
+      .says("Beside those, the checkpoints of its multiples stay for good; a multiple of every; 0: none.")
       .key("async", run.checkpoint.async)
       .says("Write while training goes on.");
   schema.section("log")

@@ -40,8 +40,8 @@ std::uint64_t bytes_of_values(const ShardStore& store) {
 
 }  // namespace
 
-CheckpointKeeper::CheckpointKeeper(fs::path checkpoints_dir, int keep)
-    : dir_(std::move(checkpoints_dir)), keep_(static_cast<std::size_t>(keep)) {}
+CheckpointKeeper::CheckpointKeeper(fs::path checkpoints_dir, int keep, std::int64_t keep_every)
+    : dir_(std::move(checkpoints_dir)), keep_(static_cast<std::size_t>(keep)), keep_every_(keep_every) {}
 
 void CheckpointKeeper::clear_leftovers() const {
   try {
@@ -115,6 +115,14 @@ std::vector<CheckpointKeeper::Usable> CheckpointKeeper::usable() {
   return all;
 }
 
+// Those that the rule of `keep` is about: a milestone counts while it is one of the newest.
+std::vector<CheckpointKeeper::Usable> CheckpointKeeper::without_old_milestones(std::vector<Usable> all,
+                                                                               std::size_t newest) const {
+  const auto old = all.end() - static_cast<std::ptrdiff_t>(std::min(newest, all.size()));
+  all.erase(std::remove_if(all.begin(), old, [&](const Usable& u) { return is_milestone(u); }), old);
+  return all;
+}
+
 bool CheckpointKeeper::is_one_of_last_good(std::int64_t step, std::size_t count) const {
   const std::size_t first = good_.size() - std::min(count, good_.size());
   return std::find(good_.begin() + static_cast<std::ptrdiff_t>(first), good_.end(), step) != good_.end();
@@ -130,13 +138,16 @@ std::vector<CheckpointKeeper::Usable> CheckpointKeeper::that_may_go(bool last) {
     return std::none_of(all.begin(), all.end(), [&](const Usable& u) { return u.step == step; });
   });
   if (good_.empty() && !all.empty()) good_.push_back(all.back().step);  // the best guess there is
+  all = without_old_milestones(std::move(all), keep_ - 1);
   std::size_t count = 0;
   if (last) {
     count = all.size();
   } else if (all.size() + 1 > keep_ && all.size() > kFewest) {
     count = std::min(all.size() + 1 - keep_, all.size() - kFewest);
   }
-  std::erase_if(all, [&](const Usable& u) { return is_one_of_last_good(u.step, last ? 1 : kFewest); });
+  std::erase_if(all, [&](const Usable& u) {
+    return is_milestone(u) || is_one_of_last_good(u.step, last ? 1 : kFewest);
+  });
   all.resize(std::min(count, all.size()));
   return all;
 }
@@ -181,13 +192,16 @@ void CheckpointKeeper::make_room(std::uint64_t bytes, bool last) {
 
 // The largest `keep` that would make enough room, or what else would.
 std::string CheckpointKeeper::advice(std::uint64_t missing) {
-  const std::vector<Usable> all = usable();
+  const std::vector<Usable> all = without_old_milestones(usable(), kFewest);
   std::uint64_t gained = 0;
   for (std::size_t count = 0; count + kFewest < all.size(); ++count) {
     gained += bytes_in(all[count].folder);
     if (gained >= missing) return fmt::format("set checkpoint.keep={}, or make room", all.size() - count);
   }
   std::string text = fmt::format("make room for {} more (checkpoint.keep=N needs room for N+1)", missing);
+  if (keep_every_ > 0)
+    text += fmt::format("; those of steps that checkpoint.keep_every = {} divides stay until you remove them",
+                        keep_every_);
   for (const fs::path& aside : aside_folders(dir_))
     text += fmt::format("; {} was set aside and may be removed", aside.filename().string());
   return text;
@@ -215,11 +229,11 @@ void CheckpointKeeper::wrote(std::int64_t step, bool durable) {
   // A power cut may still take the new one's name away: the older ones are what is left then.
   if (!durable) return;
   try {
-    std::vector<Usable> all = usable();
+    const std::vector<Usable> all = without_old_milestones(usable(), keep_);
     std::size_t left = all.size();
     for (const Usable& u : all) {
       if (left <= keep_) break;
-      if (is_one_of_last_good(u.step, kFewest)) continue;
+      if (is_milestone(u) || is_one_of_last_good(u.step, kFewest)) continue;
       remove(u);
       --left;
     }

@@ -13,12 +13,14 @@
 
 namespace upmoe {
 
-// Of usable checkpoints the newest `keep` stay. Never removed: the two newest of those that this process read
-// to the last byte (the one it went on from, those it wrote and read back), and whatever is not usable, which
-// does not count either. Nothing is read at a save but manifests that are not known yet, and sizes.
+// Of usable checkpoints the newest `keep` stay. Never removed: milestones, of steps that `keep_every` divides; the
+// two newest of those that this process read to the last byte (the one it went on from, those it wrote and read
+// back); and whatever is not usable, which does not count either. Nothing is read at a save but manifests that are
+// not known yet, and sizes.
 class CheckpointKeeper {
  public:
-  CheckpointKeeper(std::filesystem::path checkpoints_dir, int keep);
+  // `keep_every` 0: there are no milestones.
+  CheckpointKeeper(std::filesystem::path checkpoints_dir, int keep, std::int64_t keep_every = 0);
 
   // At the start: removes what killed saves and removals left. Only warns when it cannot.
   void clear_leftovers() const;
@@ -50,6 +52,8 @@ class CheckpointKeeper {
   };
   bool is_usable(std::int64_t step, const std::filesystem::path& folder);
   std::vector<Usable> usable();  // oldest first
+  bool is_milestone(const Usable& u) const { return keep_every_ > 0 && u.step % keep_every_ == 0; }
+  std::vector<Usable> without_old_milestones(std::vector<Usable> all, std::size_t newest) const;
   bool is_one_of_last_good(std::int64_t step, std::size_t count) const;
   std::vector<Usable> that_may_go(bool last);  // oldest first
   std::string advice(std::uint64_t missing);
@@ -57,6 +61,7 @@ class CheckpointKeeper {
 
   std::filesystem::path dir_;
   std::size_t keep_;
+  std::int64_t keep_every_;
   std::vector<std::int64_t> good_;                   // in the order in which this process came to know them
   std::map<std::int64_t, std::string> passed_over_;  // with the reason
   std::map<std::int64_t, Known> known_;              // those whose manifest was read

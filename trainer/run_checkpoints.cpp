@@ -14,8 +14,12 @@ void warn_of_failure(std::int64_t step, bool last, const Error& e) {
 
 }  // namespace
 
-RunCheckpoints::RunCheckpoints(const std::filesystem::path& run_dir, int keep, Communicator& world)
-    : dir_(run_dir / "checkpoints"), world_(world), writer_(dir_), keeper_(dir_, keep) {}
+RunCheckpoints::RunCheckpoints(const std::filesystem::path& run_dir, const RunConfig::Checkpoint& rule,
+                               Communicator& world)
+    : dir_(run_dir / "checkpoints"),
+      world_(world),
+      writer_(dir_),
+      keeper_(dir_, rule.keep, rule.keep_every) {}
 
 void RunCheckpoints::take_over(RunLock* lock) {
   lock_ = lock;

@@ -14,7 +14,8 @@ namespace upmoe {
 // Every call is collective.
 class RunCheckpoints {
  public:
-  RunCheckpoints(const std::filesystem::path& run_dir, int keep, Communicator& world);
+  RunCheckpoints(const std::filesystem::path& run_dir, const RunConfig::Checkpoint& rule,
+                 Communicator& world);
 
   const std::filesystem::path& dir() const { return dir_; }
   // Rank 0's, which outlives this; null on the others. From now on the folder is this run's: what killed

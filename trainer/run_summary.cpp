@@ -201,9 +201,13 @@ void log_run_summary(const Session& s, const TrainState& state, std::span<const 
   log::info("ranks: {} as {}; {}{}", s.mesh.world().size(), s.mesh.spec().str(), name_of(run.train.precision),
             cores.empty() ? "" : "; " + cores);
   if (s.plan.stages > 1) log::info("pipeline by cost: {}", describe(s.plan));
+  const std::string for_good =
+      run.checkpoint.keep_every > 0
+          ? fmt::format(", and those of every {} steps for good", run.checkpoint.keep_every)
+          : "";
   const std::string checkpoints = run.checkpoint.every > 0
-                                      ? fmt::format("checkpoints every {} steps, the newest {} kept",
-                                                    run.checkpoint.every, run.checkpoint.keep)
+                                      ? fmt::format("checkpoints every {} steps, the newest {} kept{}",
+                                                    run.checkpoint.every, run.checkpoint.keep, for_good)
                                       : "one checkpoint, at the end";
   log::info("output: {}: {}", fs::absolute(run.run.dir).lexically_normal().string(), checkpoints);
   for (const std::string& note : run.notes) log::warning("{}", note);

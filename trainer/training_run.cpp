@@ -39,7 +39,7 @@ class Run {
         options_(options),
         world_(world),
         dir_(run.run.dir),
-        checkpoints_(dir_, run.checkpoint.keep, world) {
+        checkpoints_(dir_, run.checkpoint, world) {
     digest_ = require_one_program(world_);
     require_equal(world_, "configurations", to_yaml(run));
     run_agreed(world_, [&] { prepare(options_.fresh); });

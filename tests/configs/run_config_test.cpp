@@ -214,6 +214,7 @@ TEST(RunConfig, ImpossibleValues) {
                           "data.seed=-1",
                           "checkpoint.keep=1",
                           "checkpoint.every=-1",
+                          "checkpoint.keep_every=-1",
                           "log.every=0",
                           "parallel.ep=0",
                           "parallel.ep=3000000000",
@@ -227,6 +228,8 @@ TEST(RunConfig, ImpossibleValues) {
     EXPECT_THAT(overridden(bad), HasSubstr(key)) << bad;
   }
   EXPECT_THAT(overridden("train.micro_batch=3"), HasSubstr("does not divide train.global_batch = 8"));
+  EXPECT_THAT(overridden("checkpoint.keep_every=1000001"),
+              HasSubstr("is no multiple of checkpoint.every = "));
 }
 
 TEST(RunConfig, WhatIsNotBuiltSaysSo) {

@@ -18,4 +18,13 @@ MUTANTS = {
         "trainer/event_file.cpp", "  record(start);\n", "", "Metrics.*", "estimates_test"),
     "what_a_full_disk_refused_is_forgotten": (
         "trainer/appended_file.cpp", "  pending_ += record;", "  pending_ = record;", "*", "appended_file_test"),
+    "a_milestone_goes_when_it_is_no_longer_new": (
+        "trainer/checkpoint_keeper.cpp", "      if (is_milestone(u) || is_one_of", "      if (is_one_of", "Retention.*",
+        "recovery_test"),
+    "a_full_disk_takes_milestones": (
+        "trainer/checkpoint_keeper.cpp", "return is_milestone(u) || is_one_of", "return is_one_of", "Retention.*",
+        "recovery_test"),
+    "milestones_count_as_the_newest": (
+        "trainer/checkpoint_keeper.cpp", "[&](const Usable& u) { return is_milestone(u); }), old);",
+        "[&](const Usable&) { return false; }), old);", "Retention.*", "recovery_test"),
 }

@@ -173,6 +173,19 @@ TEST_F(Resume, KeepsTheNewestCheckpoints) {
   EXPECT_EQ(left.back(), checkpoint("run", kSteps));
 }
 
+TEST_F(Resume, KeepsMilestonesBesideTheNewest) {
+  RunConfig c = config("run", kSteps, 1);
+  c.checkpoint.every = 1;
+  c.checkpoint.keep = 2;
+  c.checkpoint.keep_every = 3;
+  run(c, 1);
+  std::vector<std::int64_t> left, expected{kSteps - 1, kSteps};
+  for (const fs::path& folder : checkpoint_folders(dir_ / "run/checkpoints"))
+    left.push_back(*step_of(folder.filename().string()));
+  for (std::int64_t step = (kSteps - 2) / 3 * 3; step > 0; step -= 3) expected.insert(expected.begin(), step);
+  EXPECT_EQ(left, expected);
+}
+
 TEST_F(Resume, StopsAfterNonFiniteSteps) {
   RunConfig c = config("run", kSteps, 1);
   c.optimizer.lr = 1e30;  // the second step overflows

@@ -67,6 +67,41 @@ TEST_F(Retention, UnusableOnesDoNotCount) {
                                                "step_00000030", "step_00000040", "step_00000050"}));
 }
 
+// The newest two of all stay, a milestone among them; older milestones beside them, and through another start.
+TEST_F(Retention, MilestonesStayBesideTheNewest) {
+  CheckpointKeeper first(root, 2, 30);
+  for (const std::int64_t step : {10, 20, 30, 40}) save(first, step);
+  EXPECT_EQ(names(), (std::vector<std::string>{"step_00000030", "step_00000040"}));
+  save(first, 50);
+  EXPECT_EQ(names(), (std::vector<std::string>{"step_00000030", "step_00000040", "step_00000050"}));
+  CheckpointKeeper second(root, 2, 30);
+  second.remember(choose());
+  for (const std::int64_t step : {60, 70, 80}) save(second, step);
+  EXPECT_EQ(names(),
+            (std::vector<std::string>{"step_00000030", "step_00000060", "step_00000070", "step_00000080"}));
+  save(second, 90);
+  EXPECT_EQ(names(),
+            (std::vector<std::string>{"step_00000030", "step_00000060", "step_00000080", "step_00000090"}));
+}
+
+// As a full disk has it: what may go is what is no milestone, and for the last save all of it but the newest good one.
+TEST_F(Retention, AFullDiskLeavesMilestones) {
+  CheckpointKeeper keeper(root, 3, 20);
+  for (const std::int64_t step : {10, 20, 30, 40, 50, 60, 70}) save(keeper, step);
+  ASSERT_EQ(names(), (std::vector<std::string>{"step_00000020", "step_00000040", "step_00000050",
+                                               "step_00000060", "step_00000070"}));
+  EXPECT_TRUE(keeper.retire_oldest(false));
+  EXPECT_FALSE(keeper.retire_oldest(false)) << "60 is a milestone, 70 good";
+  EXPECT_EQ(names(),
+            (std::vector<std::string>{"step_00000020", "step_00000040", "step_00000060", "step_00000070"}));
+  make(80);  // by another's hand
+  EXPECT_FALSE(keeper.retire_oldest(true)) << "a milestone";
+  make(90);
+  EXPECT_TRUE(keeper.retire_oldest(true));
+  EXPECT_EQ(names(), (std::vector<std::string>{"step_00000020", "step_00000040", "step_00000060",
+                                               "step_00000070", "step_00000080"}));
+}
+
 TEST_F(Retention, OneThatCannotBeReadIsNeitherCountedNorTouched) {
   for (const std::int64_t step : {10, 20}) make(step);
   CheckpointKeeper keeper(root, 2);
