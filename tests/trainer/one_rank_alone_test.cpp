@@ -68,7 +68,7 @@ TEST_F(OneRankAlone, HasNoMemoryForItsCopyOfACheckpoint) {
     Session session(c, read_model_config(c.model.path), world);
     session.params.initialise(session.memory.exec, 1);
     session.optimizer.reset(session.memory.exec);
-    RunCheckpoints checkpoints(dir_ / "run", 2, world);
+    RunCheckpoints checkpoints(dir_ / "run", c.checkpoint, world);
     TrainState state;
     state.step = 1;
     refuses_memory = world.rank() == 1;
