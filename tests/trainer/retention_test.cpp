@@ -84,6 +84,16 @@ TEST_F(Retention, MilestonesStayBesideTheNewest) {
             (std::vector<std::string>{"step_00000030", "step_00000060", "step_00000080", "step_00000090"}));
 }
 
+// Whose turn it would be when the two before it are those that are known to be good.
+TEST_F(Retention, AMilestoneOfAnothersHandStays) {
+  make(10);
+  CheckpointKeeper keeper(root, 2, 20);
+  keeper.remember(choose());
+  make(20);
+  save(keeper, 15);
+  EXPECT_EQ(names(), (std::vector<std::string>{"step_00000010", "step_00000015", "step_00000020"}));
+}
+
 // As a full disk has it: what may go is what is no milestone, and for the last save all of it but the newest good one.
 TEST_F(Retention, AFullDiskLeavesMilestones) {
   CheckpointKeeper keeper(root, 3, 20);
