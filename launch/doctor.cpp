@@ -22,6 +22,7 @@
 #include "trainer/diagnosis/warnings.h"
 #include "trainer/one_program.h"
 #include "trainer/run_directory.h"
+#include "trainer/run_lock.h"
 #include "trainer/shared_folder.h"
 
 namespace upmoe {
@@ -144,6 +145,7 @@ void Examination::folder(bool of_a_run) {
       add(findings_of(mine_.folder, trial));
     }
   }
+  if (of_a_run && world().rank() == 0) fails([&] { RunLock::require_free(folder_); });
   shared_folder();
 }
 

@@ -22,22 +22,36 @@ int open_lock(const std::filesystem::path& path, int flags) {
   return open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | flags, kMode);
 }
 
+// Waits for who only looks (require_free), not for a job. False with errno.
+bool takes(int fd, int how) {
+  constexpr int kLooks = 5;
+  constexpr useconds_t kLookUs = 20'000;
+  for (int waited = 0; flock(fd, how | LOCK_NB) != 0; ++waited) {
+    if (errno != EWOULDBLOCK || waited == kLooks) return false;
+    usleep(kLookUs);
+  }
+  return true;
+}
+
+// Of the lock at `path`, which could not be taken for the reason `error`; closes it.
+[[noreturn]] void refuse(int fd, int error, const std::filesystem::path& path,
+                         const std::filesystem::path& dir) {
+  char owner[256] = {};
+  const ssize_t n = pread(fd, owner, sizeof owner - 1, 0);
+  close(fd);
+  if (error != EWOULDBLOCK) throw SystemError(path, "locking", error);
+  fail(ExitCode::kUsage,
+       "{}: another job is training in this directory ({}); stop it or choose another run.dir", dir.string(),
+       n > 0 ? owner : "unknown");
+}
+
 }  // namespace
 
 RunLock::RunLock(const std::filesystem::path& dir)
     : dir_(std::filesystem::absolute(dir)), path_(dir_ / "lock") {
   fd_ = open_lock(path_, 0);
   if (fd_ < 0) throw SystemError(path_, "opening", errno);
-  if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
-    const int error = errno;
-    char owner[256] = {};
-    const ssize_t n = pread(fd_, owner, sizeof owner - 1, 0);
-    close(fd_);
-    if (error != EWOULDBLOCK) throw SystemError(path_, "locking", error);
-    fail(ExitCode::kUsage,
-         "{}: another job is training in this directory ({}); stop it or choose another run.dir",
-         dir.string(), n > 0 ? owner : "unknown");
-  }
+  if (!takes(fd_, LOCK_EX)) refuse(fd_, errno, path_, dir);
   if (!identify(dir_, folder_) || !identify(path_, file_))
     fail(ExitCode::kBadInput, "{}: vanished while it was opened; look whether another job moves it",
          path_.string());
@@ -46,6 +60,15 @@ RunLock::RunLock(const std::filesystem::path& dir)
 
 RunLock::~RunLock() {
   close(fd_);
+}
+
+void RunLock::require_free(const std::filesystem::path& dir) {
+  const std::filesystem::path path = std::filesystem::absolute(dir) / "lock";
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+  if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) return;
+  if (fd < 0) throw SystemError(path, "opening", errno);
+  if (!takes(fd, LOCK_SH)) refuse(fd, errno, path, dir);
+  close(fd);
 }
 
 bool RunLock::identify(const std::filesystem::path& path, Identity& found) {

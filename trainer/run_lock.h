@@ -15,6 +15,10 @@ class RunLock {
   ~RunLock();
   RunLock(const RunLock&) = delete;
 
+  // Throws what the constructor would where another job has the lock of `dir`. Makes no file, and holds the lock no
+  // longer than it takes to see that it is free.
+  static void require_free(const std::filesystem::path& dir);
+
   // Before something is written by the directory's name: throws Error(kBadInput) when that name now leads to
   // another folder, or to a lock that another job holds. A lock file that was merely removed is made again.
   void require_held();

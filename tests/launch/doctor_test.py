@@ -2,6 +2,7 @@
 what it measures is a machine's file. Needs UPMOE_BINARY.
 """
 
+import fcntl
 import json
 import os
 import shlex
@@ -218,6 +219,22 @@ class Alone(Doctor):
         (checkpoints / f"{newest.name}.aside").rename(newest)
         shard.write_bytes(whole)
         self.assertEqual(doctor(run).returncode, 0)
+
+    def test_a_folder_that_another_job_trains_in(self):
+        run = self.run_file()
+        self.assertEqual(start(BINARY, "train", run).returncode, 0)
+        lock = self.folder / "out" / "lock"
+        with open(lock, "r+", encoding="utf-8") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            saw, trained = doctor(run), start(BINARY, "train", run)
+            self.assertEqual((saw.returncode, trained.returncode), (2, 2), saw.stdout + trained.stderr)
+            words = trained.stderr.split("upmoe: error: ", 1)[1].strip()
+            self.assertIn("another job is training in this directory", words)
+            self.assertIn("failure: " + words, saw.stdout)
+        self.assertEqual(doctor(run).returncode, 0)
+        lock.unlink()
+        self.assertEqual(doctor(run).returncode, 0)
+        self.assertFalse(lock.exists(), "nothing is left behind")
 
     def test_a_run_warns_in_the_same_words(self):
         run = self.run_file()

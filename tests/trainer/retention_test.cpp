@@ -1,6 +1,12 @@
 // Which checkpoints stay: by what they are worth, not by their number. And one job per run directory.
 
+#include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <thread>
 
 #include "data/folder.h"
 #include "parallel/self_comm.h"
@@ -186,6 +192,23 @@ TEST_F(Retention, ARunThatLostItsFolderDoesNotWriteIntoAnother) {
   EXPECT_THROW(first.require_held(), Error);  // another folder, not yet locked
   const RunLock second(dir);
   EXPECT_THROW(first.require_held(), Error);
+}
+
+// A doctor's look at the moment of a start is none of its business.
+TEST_F(Retention, AStartWaitsForALookNotForAJob) {
+  { const RunLock made(root); }
+  const int fd = open((root / "lock").c_str(), O_RDONLY | O_CLOEXEC);
+  ASSERT_EQ(flock(fd, LOCK_SH | LOCK_NB), 0);
+  std::thread look([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    close(fd);
+  });
+  EXPECT_NO_THROW(RunLock{root});
+  look.join();
+  EXPECT_NO_THROW(RunLock::require_free(root));
+  const RunLock job(root);
+  EXPECT_THROW(RunLock::require_free(root), Error);
+  EXPECT_NO_THROW(RunLock::require_free(root / "none"));
 }
 
 TEST_F(Retention, ALockFileThatWasRemovedIsMadeAgain) {
