@@ -290,8 +290,7 @@ void add_router(Schema& schema, RunConfig::Router& router) {
           "hf: over all layers at once, as in transformers; switch, gshard: layer by layer, of first "
           "choices; sequence: sequence by sequence; group: over groups of experts; global: loads of the step "
           "before; importance, load: variation of the experts' weights and, with kind noisy, chances. A "
-          "list: "
-          "all of them.")
+          "list: all of them.")
       .key("aux_groups", router.aux_groups, {.least = 1})
       .says("Groups of neighbouring experts that aux_kind group balances, such as those of a device.")
       .key("z_loss", router.z_loss, {.least = 0})

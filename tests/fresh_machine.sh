@@ -137,10 +137,10 @@ run_inside() {  # BARE WORK USER COMMAND...
       { tail -n 20 "$work/sudo.log" >&2; die "the user and sudo could not be made"; }
     user_command=(setpriv --reuid "$user" --regid "$user" --init-groups)
   fi
-  # A folder of another owner is no danger here: nothing of it is run but git's reading.
   if [[ $user == root ]]; then
     mapfile -t -O ${#environment[@]} environment < <(lend_ccache "$system" "$home")
   fi
+  # A folder of another owner is no danger here: nothing of it is run but git's reading.
   git -c safe.directory='*' -c advice.detachedHead=false clone -q --no-hardlinks "$root" "$system$home/upmoe"
   chroot "$system" chown -R "$user:" "$home/upmoe"
   exec chroot "$system" "${user_command[@]}" env -i "${environment[@]}" HOME="$home" USER="$user" \

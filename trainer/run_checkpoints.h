@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <optional>
 
+#include "configs/run_config.h"
 #include "trainer/checkpoint.h"
 #include "trainer/checkpoint_keeper.h"
 #include "trainer/run_lock.h"
